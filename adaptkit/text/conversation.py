@@ -46,11 +46,14 @@ from adaptkit.text.tool_calls import (
 )
 
 _CONTEXTS = ("context", "input")
+_ONE_CALL = "tool_call"
+"""A role of ms-swift's: those that follow each other, or an answer, are one turn."""
 _WRITE = 'write messages as {"role": ..., "content": ...} or {"from": ..., "value": ...}'
 _MESSAGE_KEYS = {"role", "from", "content", "value"}
 _ROLES = {
     **{"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"},
-    **{"function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool"},
+    **{"developer": "system", "model": "assistant", "function_call": "assistant", "tool_call": "assistant"},
+    **{"tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool"},
 }
 
 
@@ -255,11 +258,25 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[_Turn]:
     messages = row[column]
     if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
         found = type(messages).__name__ if not isinstance(messages, list) else "other values" if messages else "none"
+        raise DataError(f"{where}: {column}: expected a list of messages, found {found}", hint=_WRITE)
+    turns: list[_Turn] = []
+    for number, message in enumerate(messages, 1):
+        at = f"{where}: message {number} of {column}"
+        turn, is_call = _turn(message, at), message.get("role", message.get("from")) == _ONE_CALL
+        follows = is_call and turns and turns[-1].role == "assistant"
+        turns.append(_with_call(turns.pop(), turn, at) if follows else turn)
+    return turns
+
+
+def _with_call(before: _Turn, call: _Turn, where: str) -> _Turn:
+    """An answer with one more call, as ms-swift joins them."""
+    if before.learned != call.learned:
         raise DataError(
-            f"{where}: {column}: expected a list of messages, found {found}",
-            hint=_WRITE,
+            f"{where}: the call and the answer or call before it are one turn, and only one of them is learned",
+            hint="mark both or none to be excluded from the loss",
         )
-    return [_turn(message, f"{where}: message {number} of {column}") for number, message in enumerate(messages, 1)]
+    calls = [*before.others.get(CALLS, ()), *call.others[CALLS]]
+    return replace(before, others={**before.others, CALLS: calls}, ignored=before.ignored | call.ignored)
 
 
 def _turn(message: Mapping[str, Any], where: str) -> _Turn:
@@ -267,12 +284,11 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     content = message.get("content", message.get("value"))
     if not isinstance(role, str) or role not in _ROLES:
         problem = "no role" if role is None else f"unknown role {role!r}"
-        hint = _WRITE if role is None else f"roles: {', '.join(_ROLES)}"
-        raise DataError(f"{where}: {problem}", hint=hint)
+        raise DataError(f"{where}: {problem}", hint=_WRITE if role is None else f"roles: {', '.join(_ROLES)}")
     is_answer = _ROLES[role] == "assistant"
     others: dict[str, Any] = {}
     unread = frozenset[str]()
-    if role == "function_call":  # ShareGPT's
+    if role in (_ONE_CALL, "function_call"):  # ShareGPT's
         content, others = "", {CALLS: calls_in(content, f"{where}, its value")}
     elif _ROLES[role] == "tool":
         content, others = read_given(message, where)

@@ -105,6 +105,7 @@ SAID = '{"name": "depth", "arguments": {"of": "Rhine"}}'
         ({**ASSISTANT, "tool_calls": f"[{SAID}]"}, {"role": "tool", "content": "3"}),
         ({**ASSISTANT, "function_call": CALL["function"]}, {"role": "function", "content": "3"}),
         ({"from": "function_call", "value": SAID}, {"from": "observation", "value": "3"}),
+        ({"role": "tool_call", "content": SAID}, {"role": "tool_response", "content": "3"}),
         ({"from": "function_call", "value": f"[{SAID}]"}, {"from": "tool", "value": "3"}),
         ({"from": "function_call", "value": CALL["function"]}, {"from": "observation", "value": "3"}),
         ({**ASSISTANT, "tool_calls": [CALL], "function_call": CALL["function"]}, {"role": "tool", "content": "3"}),
@@ -119,6 +120,47 @@ def test_calls_of_tools_are_the_same_however_they_are_written(answer, back):
         ANSWERED,
     ]
     assert (example.learned, example.tools, example.ignored) == ((1, 3), (), frozenset())
+
+
+@given(st.lists(st.sampled_from(["call", "said", "asked", "gave"]), max_size=6), st.booleans())
+def test_calls_of_ms_swift_are_one_turn_with_those_and_the_answer_before_them(kinds, is_learned):
+    """As its templates of transformers' kind get them."""
+    mark = {} if is_learned else {"loss": False}
+    of_its = {
+        "call": {"role": "tool_call", "content": SAID} | mark,
+        "said": {"role": "assistant", "content": "so"} | mark,
+        "asked": {"role": "user", "content": "well?"},
+        "gave": {"role": "tool_response", "content": "3"},
+    }
+    turns, expected = [of_its[kind] for kind in kinds], []
+    for kind, before in zip(kinds, [None, *kinds], strict=False):
+        if kind == "call" and before in ("call", "said"):
+            last = expected[-1]
+            expected[-1] = last | {"tool_calls": [*last.get("tool_calls", []), CALL]}
+        else:
+            role = {"call": "assistant", "said": "assistant", "asked": "user", "gave": "tool"}[kind]
+            given = {"content": "", "tool_calls": [CALL]} if kind == "call" else {"content": of_its[kind]["content"]}
+            expected.append({"role": role} | given | (mark if role == "assistant" else {}))
+    rest = [ASKED, ANSWERED]
+    row, whole = {"messages": [*turns, *rest]}, {"messages": [*expected, *rest]}
+    assert read_example(row, "here") == read_example(whole, "here")
+
+
+def test_a_call_that_is_marked_otherwise_than_the_answer_before_it_is_refused():
+    for marks in ({}, {"loss": False}), ({"loss": False}, {}):
+        said, call = (
+            {"role": role, "content": SAID} | mark for role, mark in zip(("assistant", "tool_call"), marks, strict=True)
+        )
+        with pytest.raises(DataError, match=r"^here: message 3 of messages: the call and the answer or call before it"):
+            read_example({"messages": [ASKED, said, call]}, "here")
+
+
+@given(st.sampled_from([("developer", "system"), ("model", "assistant")]))
+def test_roles_of_openai_and_gemma_are_those_of_the_others(names):
+    name, role = names
+    chat = [{"role": "system", "content": "Be brief."}, *CHAT]
+    renamed = [message | {"role": name} if message["role"] == role else message for message in chat]
+    assert read_example({"messages": renamed}, "here") == read_example({"messages": chat}, "here")
 
 
 FUNCTION = {"name": "depth", "description": "of a river", "parameters": {"type": "object", "properties": {}}}
