@@ -40,7 +40,7 @@ class SourceReport:
         tokens: of these samples.
         answer_tokens: of them that carry loss.
         layouts: of the rows, with their numbers.
-        unused: columns that no layout has.
+        unused: columns that no layout has, and what else of the rows is not read.
     """
 
     name: str
@@ -241,6 +241,8 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
             used.update(example.columns)
             columns.update((name, None) for name, value in row.items() if value is not None)
             columns.update((f"{key} of messages", None) for key in sorted(example.ignored))
+            if example.messages and len(encoder.read(example)) < len(example.messages):
+                columns["messages after the last learned answer"] = None
             yield where, example
 
     for some in _batched(examples(), _TOGETHER):

@@ -114,7 +114,7 @@ class Encoder:
         """What has to be rendered to find the answers of a conversation: all of it, and every answer's ends."""
         if example.text is not None:
             return
-        messages = self._read(example)
+        messages = self.read(example)
         yield Conversation(messages, False, example.tools)
         for turn in self.learned(example):
             yield Conversation(messages[:turn], True, example.tools)
@@ -125,7 +125,7 @@ class Encoder:
         """Which messages of an example carry loss."""
         return example.learned[-1:] if self._loss_on == "last_answer" else example.learned
 
-    def _read(self, example: Example) -> Sequence[Message]:
+    def read(self, example: Example) -> Sequence[Message]:
         """The messages up to the last that is learned: what follows it teaches nothing."""
         return example.messages if self._loss_on == "all" else example.messages[: self.learned(example)[-1] + 1]
 
@@ -133,7 +133,7 @@ class Encoder:
         """What the tokenizer gets of an example, whose parts come next among what was rendered."""
         if example.text is not None:
             return [_Text(example.text, (), True, True, True)]
-        messages, learned, plain = self._read(example), self.learned(example), self._tokenizer.chat_template is None
+        messages, learned, plain = self.read(example), self.learned(example), self._tokenizer.chat_template is None
         whole = next(rendered)
         found: list[tuple[Answer | None, str, str]] = []
         for turn in learned:

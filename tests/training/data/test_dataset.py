@@ -142,6 +142,21 @@ def test_what_messages_have_beside_what_is_read_is_told(tokenizer, tmp_path):
     assert report.unused == ("source", "id of messages", "mood of messages")
 
 
+@given(st.lists(st.sampled_from(["user", "assistant", "unlearned"]), max_size=3),
+       st.sampled_from(["answers", "last_answer", "all"]))  # fmt: skip
+def test_what_follows_the_last_answer_that_is_learned_is_told_unless_it_is_read(
+    llama, tmp_path_factory, roles, loss_on
+):
+    marked = {"unlearned": {"role": "assistant", "content": "so", "weight": 0}}
+    messages = [{"role": "user", "content": "well?"}, {"role": "assistant", "content": "fine"}]
+    messages += [marked.get(role, {"role": role, "content": "so"}) for role in roles]
+    path = write(tmp_path_factory.mktemp("tail"), {"messages": messages}, {"text": "plain"})
+    tokenizer = load_tokenizer(llama)
+    data = load_data([path], tokenizer, 999, loss_on=loss_on)
+    is_read = "".join(tokenizer.decode(data.samples[0].ids)).count("<|im_start|>") == len(messages) + 1
+    assert data.sources[0].unused == (() if is_read else ("messages after the last learned answer",))
+
+
 def test_a_template_that_writes_what_is_said_alone_gives_prompts_and_completions_as_they_are(llama, tmp_path):
     """Which is what TRL makes of strings, end tokens in them included, and what docs/data.md says."""
     tokenizer = load_tokenizer(llama)
