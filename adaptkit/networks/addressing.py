@@ -36,7 +36,11 @@ _PREFIXES = (
 )
 """What the model says at the beginning of a name, and what the files say there."""
 OTHER_MODEL = "use the model that the adapter was trained on, with the same head: a classifier has another one"
-"""A hint."""
+_NO_BIAS = (
+    "if the adapter has lora_bias, load it with peft, or train it again without lora_bias: the layer has no bias to "
+    f"merge it into; otherwise {OTHER_MODEL}"
+)
+"""Hints."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
             if isinstance(found, Addresses):
                 return found
             absent = found
-    raise BaseMismatchError(f"{who}: changes {absent}, which {checkpoint.root} does not have", hint=OTHER_MODEL)
+    lacks_bias = absent.endswith(".bias") and f"{absent.removesuffix('bias')}weight" in checkpoint.tensors
+    hint = _NO_BIAS if lacks_bias else OTHER_MODEL
+    raise BaseMismatchError(f"{who}: changes {absent}, which {checkpoint.root} does not have", hint=hint)
 
 
 def _in_network(assembly: Assembly, wanted: list[str], who: str) -> Addresses | str:

@@ -44,6 +44,17 @@ def test_what_is_not_there_is_named(llama, name):
         find_addresses(Checkpoint(llama), [*NAMES, name], "a")
 
 
+@pytest.mark.parametrize("layer", ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"])
+def test_a_bias_of_a_layer_without_one_is_not_laid_to_another_model_alone(llama, layer):
+    """An adapter with lora_bias trains one wherever it is."""
+    with pytest.raises(BaseMismatchError, match=rf"changes {layer}\.bias, which .* does not have") as caught:
+        find_addresses(Checkpoint(llama), [f"{layer}.weight", f"{layer}.bias"], "x")
+    assert caught.value.hint.startswith("if the adapter has lora_bias, load it with peft")
+    with pytest.raises(BaseMismatchError) as caught:
+        find_addresses(Checkpoint(llama), ["model.layers.9.mlp.down_proj.bias"], "x")
+    assert caught.value.hint.startswith("this adapter is for another model")
+
+
 def test_one_name_of_another_scheme_does_not_change_that_of_the_others(llama):
     with pytest.raises(BaseMismatchError, match=r"layers\.0\.mlp\.wrong"):
         find_addresses(Checkpoint(llama), [*NAMES, "layers.0.mlp.wrong.weight"], "a")
