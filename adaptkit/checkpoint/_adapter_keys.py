@@ -26,6 +26,8 @@ from pathlib import Path
 from adaptkit.errors import AdapterError
 
 PREFIX = "base_model.model."
+KOHYA = re.compile(r"\.lora_(?:down|up)\.weight$")
+"""What kohya's trainers call the halves; beside them is ``alpha``, a number for each module."""
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PARTS = (
     (re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight"), "lora_{}"),
@@ -71,6 +73,12 @@ def name_parts(root: Path, keys: Iterable[str]) -> dict[Part, str]:
     """
     parts: dict[Part, str] = {}
     for key in keys:
+        if KOHYA.search(key):
+            raise AdapterError(
+                f"{root}: the tensor {key!r} is named as in the format of kohya, which is not read",
+                hint="rename lora_down to lora_A and lora_up to lora_B, and put alpha into lora_alpha of "
+                "adapter_config.json",
+            )
         if copy := _QUANTIZED.fullmatch(key):
             raise AdapterError(
                 f"{root}: contains the quantized weights that {copy[1].removeprefix(PREFIX)} was trained on",

@@ -362,6 +362,51 @@ def test_adapters_inside_the_folder_are_named(changed, tmp_path):
     assert caught.value.hint == "pass a folder inside it: reference, train"
 
 
+HALF = {"lora_unet_blocks_0_q_proj.lora_down.weight": torch.ones(2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("file", "writer"),
+    [("lit_model.pth.lora", "LitGPT"), ("pytorch_lora_weights.safetensors", "diffusers"),
+     ("pytorch_lora_weights.bin", "diffusers"), ("style.safetensors", "kohya")],
+)  # fmt: skip
+def test_an_adapter_of_another_format_is_refused_by_its_name(tmp_path, file, writer):
+    if file.endswith(".safetensors"):
+        save_file(HALF, tmp_path / file)
+    else:
+        (tmp_path / file).write_bytes(b"a pickle, or not")
+    with pytest.raises(AdapterError, match=f"not an adapter: .*, and {file} is in the format of {writer}$") as caught:
+        read_adapter(tmp_path)
+    assert ("adaptkit extract" if writer == "LitGPT" else "as peft saves it") in caught.value.hint
+    (tmp_path / file).rename(tmp_path / "other.safetensors")
+    (tmp_path / "other.safetensors").write_bytes(b"neither")
+    with pytest.raises(AdapterError, match=r"not an adapter: there is no adapter_config\.json$"):
+        read_adapter(tmp_path)
+
+
+def test_names_of_kohya_in_a_folder_of_peft_are_refused_with_those_of_peft_which_are_read(changed):
+    before = read_adapter(changed)
+
+    def renamed(tensors, *pairs):
+        for key in list(tensors):
+            name = key
+            for old, new in pairs:
+                name = name.replace(old, new)
+            tensors[name] = tensors.pop(key)
+
+    def to_kohya(tensors):
+        renamed(tensors, ("lora_A", "lora_down"), ("lora_B", "lora_up"))
+        tensors[f"{KEY}.alpha"] = torch.tensor(8.0)
+
+    edit(changed, to_kohya)
+    with pytest.raises(AdapterError, match=r"lora_(down|up)\.weight' is named as in the format of kohya") as caught:
+        read_adapter(changed)
+    assert "rename lora_down to lora_A and lora_up to lora_B" in caught.value.hint
+    edit(changed, lambda tensors: (renamed(tensors, ("lora_down", "lora_A"), ("lora_up", "lora_B")),
+                                   tensors.pop(f"{KEY}.alpha")))  # fmt: skip
+    assert read_adapter(changed).digests == before.digests
+
+
 @pytest.mark.parametrize("name", WEIGHTS_BESIDE)
 def test_weights_that_a_trainer_put_beside_are_not_passed_over(changed, name):
     (changed / name).write_bytes(b"a pickle, or not")
