@@ -5,6 +5,7 @@ that of many base models does not, transformers and what builds on it would go o
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,20 @@ def turn_end(tokenizer: Any) -> int | None:
 
 def ends_after_answers(tokenizer: Any) -> tuple[str, ...]:
     """The tokens, as text, after which an answer in the data ends twice: the template puts an end after each."""
-    end = turn_end(tokenizer)
-    if end is None and tokenizer.chat_template is not None:
-        return ()
-    ends = {token for token in (end, tokenizer.eos_token_id) if token is not None}
+    is_put = tokenizer.chat_template is None or turn_end(tokenizer) is not None
+    return _ends(tokenizer) if is_put else ()
+
+
+def without_ends(answers: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
+    """Answers in data without the end token that some have: what a model says is read without its."""
+    ends = _ends(tokenizer)
+    found = [next((end for end in ends if answer.rstrip().endswith(end)), "") for answer in answers]
+    pairs = zip(answers, found, strict=True)
+    return tuple(answer.rstrip().removesuffix(end) if end else answer for answer, end in pairs)
+
+
+def _ends(tokenizer: Any) -> tuple[str, ...]:
+    ends = {token for token in (turn_end(tokenizer), tokenizer.eos_token_id) if token is not None}
     return tuple(str(tokenizer.convert_ids_to_tokens(token)) for token in sorted(ends))
 
 

@@ -174,6 +174,7 @@ def measure(
         trained_template=_other_template(base, adapter, options) if samples or options.prompts else None,
         without_template=material.tokenizer.chat_template is None and (material.talks or bool(options.prompts)),
         unused={source.name: source.unused for source in sources if source.unused},
+        twice=material.dataset.twice if material.dataset else 0,
     )
     return _with_answers(report, model, material, options, on_answer)
 

@@ -1,7 +1,7 @@
 """What models are measured on, read in the tokens of each before any of them is loaded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from adaptkit.text.windows import (
 )
 from adaptkit.training.data.dataset import Dataset, load_data
 from adaptkit.training.data.encoding import as_message
+from adaptkit.training.data.ending import without_ends
 from adaptkit.training.evaluation.questions import (
     Messages,
     Question,
@@ -184,7 +185,10 @@ class _Reader:
             shots=shots,
             fewer_shots=fewer + sum(used < len(shots) for _, used in [*prompts, *asked]),
             prompts=tuple(tuple(ids) for ids, _ in prompts),
-            questions=questions,
+            questions=tuple(
+                replace(question, references=without_ends(question.references, self._tokenizer))
+                for question in questions
+            ),
             question_prompts=tuple(tuple(ids) for ids, _ in asked),
             too_long=too_long,
         )

@@ -144,6 +144,7 @@ class EvaluateReport:
         trained_template: the ``chat_template_kwargs`` of the model's training run, if prompts are others now.
         without_template: whether there is no chat template, so that messages are lines that follow each other.
         unused: columns that no layout has, of the files of the data that have some.
+        twice: rows with an answer that has an end token, which the template's follows; scores are without either.
     """
 
     base: str
@@ -167,6 +168,7 @@ class EvaluateReport:
     trained_template: dict[str, Any] | None = None
     without_template: bool = False
     unused: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    twice: int = 0
 
     @property
     def template_remark(self) -> str | None:
@@ -182,10 +184,14 @@ class EvaluateReport:
 
     @property
     def unused_remarks(self) -> list[str]:
-        """What is to be said of columns that nothing was made of, for each file that has some."""
+        """What is to be said of columns that nothing was made of, for each file that has some, and of end tokens."""
+        twice = counted(self.twice, "row", "have")
         return [
-            f"{file}: not used: {', '.join(name or 'an unnamed column' for name in names)}"
-            for file, names in self.unused.items()
+            *(
+                f"{file}: not used: {', '.join(name or 'an unnamed column' for name in names)}"
+                for file, names in self.unused.items()
+            ),
+            *([f"{twice} an answer with an end token, and the loss counts another after it"] if self.twice else []),
         ]
 
     @property

@@ -46,6 +46,26 @@ def test_samples_that_were_cut_or_left_out_are_counted(llama, instructions):
     assert report.samples + report.dropped == len(whole.samples)
 
 
+def test_answers_with_an_end_token_are_told_and_scored_as_those_without(llama, tmp_path):
+    """What a model generates is read without special tokens."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "well?", "completion": "fine"}\n')
+    (tmp_path / "ended.jsonl").write_text('{"prompt": "well?", "completion": "fine<|im_end|>"}\n')
+    options = EvaluateOptions(generate=True, max_new_tokens=4, compute_dtype="float32", device="cpu")
+    answers = {}
+    reports = {
+        name: evaluate(
+            llama, None, [tmp_path / name], options, on_answer=lambda answer, name=name: answers.update({name: answer})
+        )
+        for name in ("rows.jsonl", "ended.jsonl")
+    }
+    assert answers["rows.jsonl"] == answers["ended.jsonl"]
+    assert reports["rows.jsonl"].generated == reports["ended.jsonl"].generated
+    assert reports["rows.jsonl"].unused_remarks == []
+    assert reports["ended.jsonl"].unused_remarks == [
+        "1 row has an answer with an end token, and the loss is of another after it too"
+    ]
+
+
 PROSE = "the rivers in the north are quiet and the metals at night are not. There are nine whales on a hill. " * 12
 FLOAT32 = {"compute_dtype": "float32", "device": "cpu"}
 
