@@ -47,7 +47,8 @@ def layout_of(row: Mapping[str, Any], where: str) -> str:
         )
     if not found:
         raise DataError(
-            f"{where}: unknown layout; expected {_KNOWN}", hint=f"columns: {names_in(row)}; rename them to one of these"
+            f"{where}: unknown layout; expected {_KNOWN}",
+            hint=f"columns: {names_in(row)}; rename or convert them to one of these",
         )
     if len(found) > 1:
         raise DataError(
