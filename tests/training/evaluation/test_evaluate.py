@@ -62,7 +62,7 @@ def test_answers_with_an_end_token_are_told_and_scored_as_those_without(llama, t
     assert reports["rows.jsonl"].generated == reports["ended.jsonl"].generated
     assert reports["rows.jsonl"].unused_remarks == []
     assert reports["ended.jsonl"].unused_remarks == [
-        "1 row has an answer with an end token, and the loss is of another after it too"
+        "1 row has an answer with an end token, and the loss counts another after it"
     ]
 
 
