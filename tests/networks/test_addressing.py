@@ -52,7 +52,7 @@ def test_a_bias_of_a_layer_without_one_is_not_laid_to_another_model_alone(llama,
     assert caught.value.hint.startswith("if the adapter has lora_bias, load it with peft")
     with pytest.raises(BaseMismatchError) as caught:
         find_addresses(Checkpoint(llama), ["model.layers.9.mlp.down_proj.bias"], "x")
-    assert caught.value.hint.startswith("this adapter is for another model")
+    assert caught.value.hint.startswith("use the model that the adapter was trained on")
 
 
 def test_one_name_of_another_scheme_does_not_change_that_of_the_others(llama):
