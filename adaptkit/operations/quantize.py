@@ -21,7 +21,7 @@ from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.place import check_output, partial_folder
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.errors import BaseMismatchError, DataError, UsageError
 from adaptkit.operations._discarding import discarding
 from adaptkit.operations._quantize.early_plan import EarlyPlan, PlanChanged
 from adaptkit.operations._quantize.plan import Calibration, Plan, QuantizeOptions
@@ -275,6 +275,9 @@ class _Run:
 def _read_tokens(source: Path, calibration: Calibration | None) -> Tensor | None:
     if calibration is None:
         return None
+    for file in calibration.files:
+        if file.is_fifo():  # its hash, which the manifest names, would be that of nothing
+            raise DataError(f"{file}: is a pipe, which can be read only once", hint="save it in a file")
     from adaptkit.text.windows import read_tokens
 
     return read_tokens(calibration.files, source, window=calibration.window, max_tokens=calibration.tokens)

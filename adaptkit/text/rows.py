@@ -67,6 +67,8 @@ def read_rows(source: Path | str) -> Iterator[Located]:
     if kind is None:
         known = ", ".join(_SUFFIXES)
         raise DataError(f"{file}: expected a data file ({known}) or org/name on the Hub", hint="rename or convert it")
+    if file.is_fifo():  # it is hashed, too, and would be that of nothing, or waited for
+        raise DataError(f"{file}: is a pipe, which can be read only once", hint="save it in a file")
     readers = dict(zip(_SUFFIXES, (_lines, _lines, _document, _cells, _cells, _parquet), strict=True))
     return readers[kind](file)
 
@@ -84,8 +86,6 @@ def _kind(file: Path | str) -> str | None:
 
 
 def _opened(file: Path) -> io.BufferedIOBase:
-    if file.is_fifo():  # it is hashed, too, and would be that of nothing, or waited for
-        raise DataError(f"{file}: is a pipe, which can be read only once", hint="save it in a file")
     return gzip.open(file) if file.suffix.lower() == _PACKED else file.open("rb")
 
 
@@ -254,7 +254,7 @@ def _parquet(file: Path) -> Iterator[Located]:
     except ImportError as error:
         raise UsageError(f"{file}: Parquet needs the package pyarrow", hint="pip install 'adaptkit[train]'") from error
     try:
-        opened = _opened(file)
+        opened = file.open("rb")
     except OSError as error:
         raise _unreadable(file, error) from error
     number = 0

@@ -293,7 +293,7 @@ def test_what_only_calibration_heeds_is_refused_without_it(llama, tmp_path, run_
 
 def test_calibration_text_from_a_pipe_is_refused(llama, tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match=": a pipe"):
+    with pytest.raises(DataError, match="is a pipe"):
         quantize(llama, tmp_path / "out", QuantizeOptions(calibration=Calibration((tmp_path / "pipe",), 128, 64)))
 
 
@@ -309,7 +309,7 @@ def test_a_companion_of_a_base_that_lost_nothing_is_refused(text, tmp_path):
 
 
 def test_windows_longer_than_the_reference_allows_are_refused(llama, gpt2, text, tmp_path):
-    with pytest.raises(UsageError, match=r"longer than .*gpt2 allows") as caught:
+    with pytest.raises(UsageError, match=r"gpt2: windows of 512 tokens are longer than") as caught:
         evaluate(llama, text=[text], reference=gpt2)
     assert caught.value.hint.endswith("--window 128")
 

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 import tiny
@@ -55,6 +57,17 @@ def test_a_text_shorter_than_a_window_is_one_short_window(llama, tokenizer, tmp_
     path = tmp_path / "short.md"
     path.write_text("the quiet rivers")
     assert read_tokens([path], llama, window=48).tolist() == [tokenizer("the quiet rivers")["input_ids"]]
+
+
+def test_a_text_may_come_out_of_a_pipe(llama, tmp_path):
+    """As from ``evaluate --text <(zcat brown.gz)``: unlike data, it is read once and not hashed."""
+    path = write(tmp_path, "prose.txt", PROSE)
+    pipe, end = os.pipe()
+    os.write(end, path.read_bytes())
+    os.close(end)
+    found = read_tokens([Path(f"/dev/fd/{pipe}")], llama, window=48, max_tokens=96)
+    os.close(pipe)
+    assert torch.equal(found, read_tokens([path], llama, window=48, max_tokens=96))
 
 
 def test_rows_of_text_and_conversations_follow_each_other_with_one_end_each(llama, tokenizer, tmp_path):
