@@ -100,9 +100,15 @@ def load_tokenizer(root: Path) -> Any:
                 hint = f"pip install sentencepiece protobuf if {pieces[0]} is SentencePiece's, or {hint}"
             raise UsageError(f"{root}: no tokenizer that transformers can load ({reason})", hint=hint) from error
         added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()  # mistral-common's has no such list
-    if len(tokenizer) - len(added) <= 1:  # some begin with "▁" of their own
+    if len(tokenizer) - len(added) <= 1 and not _are_words(tokenizer, root):  # some begin with "▁" of their own
         raise UsageError(f"{root}: its tokenizer has no vocabulary, only special tokens", hint=hint)
     return tokenizer
+
+
+def _are_words(tokenizer: Any, root: Path) -> bool:
+    """Whether added tokens are all the vocabulary, as letters or amino acids may be, and not <think> and the like."""
+    added = tokenizer.added_tokens_decoder.values() if (root / "tokenizer.json").exists() else ()
+    return any(not token.special for token in added)
 
 
 def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:

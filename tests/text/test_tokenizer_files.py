@@ -3,6 +3,9 @@
 import json
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import BPE, WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from adaptkit.errors import UsageError
 from adaptkit.text.tokenizer_files import load_tokenizer
@@ -35,3 +38,33 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(tmp_path, kind):
 def test_a_tokenizer_of_bytes_needs_no_file(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "ByT5Tokenizer"}))
     assert len(load_tokenizer(tmp_path)("two words")["input_ids"]) == len("two words") + 1
+
+
+@pytest.mark.parametrize("model", [WordLevel({"[UNK]": 0}, unk_token="[UNK]"), BPE()], ids=["words", "pairs"])
+def test_letters_that_were_added_to_an_empty_vocabulary_are_one(tmp_path, model):
+    """As amino acids and nucleotides mostly are: they are no special tokens."""
+    made = Tokenizer(model)
+    made.add_special_tokens(["[UNK]", "[PAD]"])
+    made.add_tokens(list("ACGT"))
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).convert_ids_to_tokens(load_tokenizer(tmp_path)("GATC")["input_ids"]) == [*"GATC"]
+
+
+def test_special_tokens_alone_are_no_vocabulary_though_they_were_saved_as_one(tmp_path):
+    """As of a model that was loaded without the file and saved again, where only the first step loses it."""
+    made = Tokenizer(BPE())
+    made.add_special_tokens(["<s>", "</s>"])
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match="tokenizer has no vocabulary"):
+        load_tokenizer(tmp_path)
+
+
+def test_tokens_that_the_configuration_adds_are_no_vocabulary(tmp_path):
+    """Such as <think>, which is no special token either."""
+    added = {"0": {"content": "</s>", "special": True}} | {
+        str(number): {"content": f"<{name}>", "special": False} for number, name in enumerate(("think", "tool"), 1)
+    }
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "</s>", "added_tokens_decoder": added}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="tokenizer has no vocabulary"):
+        load_tokenizer(tmp_path)
