@@ -16,7 +16,6 @@ _BY_NAME = (
     (re.compile(r"(^|\.)W_q$"), "HQQ"),
     (re.compile(r"(^|\.)weight(\._data)?\._data$"), "quanto"),
     (re.compile(r"(^|\.)_weight_qdata$"), "torchao"),
-    (re.compile(r"(^|\.)codebooks$"), "AQLM"),
 )
 
 
@@ -37,6 +36,8 @@ def quantization_found(checkpoint: Checkpoint) -> str | None:
     names = checkpoint.tensors
     if any(name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in names for name in names):
         return "MXFP4"
+    if any(name.endswith(".codebooks") and f"{name.removesuffix('books')}s" in names for name in names):
+        return "AQLM"
     scaled = {name.removesuffix("_scale") for name in names if name.endswith(".weight_scale")}
     if any(located.spec.dtype.startswith("F8_") for located in names.values()):
         return "compressed-tensors" if scaled else "fp8"

@@ -105,3 +105,16 @@ def test_a_gguf_file_beside_the_weights_says_nothing_of_them(tmp_path):
 def test_a_plain_checkpoint_is_not_taken_for_quantized(llama, gpt2):
     assert quantization_found(Checkpoint(llama)) is None
     assert quantization_found(Checkpoint(gpt2)) is None
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"quantizer.codebooks": FLOATS},  # of sound, without codes
+        {f"{LINEAR}.mask": BYTES, f"{LINEAR}.weight": FLOATS},
+        {f"{LINEAR}.weight": FLOATS, f"{LINEAR}.weight_scale": FLOATS},
+        {f"{LINEAR}.ids": BYTES.to(torch.int8), f"{LINEAR}.weight_scale": FLOATS},
+    ],
+)
+def test_plain_weights_beside_bytes_codebooks_or_scales_are_not_quantized(tmp_path, tensors):
+    assert quantization_found(Checkpoint(folder_of(tmp_path, tensors))) is None
