@@ -82,7 +82,7 @@ def name_parts(root: Path, keys: Iterable[str]) -> dict[Part, str]:
         if copy := _QUANTIZED.fullmatch(key):
             raise AdapterError(
                 f"{root}: contains the quantized weights that {copy[1].removeprefix(PREFIX)} was trained on",
-                hint="save it with peft's save_embedding_layers=False, and merge it onto the 16-bit checkpoint",
+                hint="save it with peft's save_embedding_layers=False, and merge it into the 16-bit checkpoint",
             )
         part = _part(key)
         if part is None:

@@ -178,7 +178,7 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
     others = sorted(p.name for p in root.glob("*.safetensors") if not p.name.startswith(_NOT_SIDE_PREFIXES))
     raise CheckpointError(
         f"{root}: not a checkpoint: neither {SINGLE_NAME} nor {INDEX_NAME}{f', but {others[0]}' if others else ''}",
-        hint=f"for shards, download {INDEX_NAME}; rename a single file that transformers wrote to {SINGLE_NAME}"
+        hint=f"if these are shards, add {INDEX_NAME}; if transformers wrote one file, rename it {SINGLE_NAME}"
         if others
         else look_below(root, "pass the folder that contains config.json", models=True),
     )

@@ -249,9 +249,7 @@ def parent_of(
         kind = "adapter" if role in ("adapter", "init") else "checkpoint"
         return Parent(role, kind, tensors_root(tensors), weight=weight)
     if tensors and tensors_root(tensors) != manifest.tensors_root:
-        raise IntegrityError(
-            f"the tensors of the {role} are not those of its manifest", hint="run adaptkit verify on it"
-        )
+        raise IntegrityError(f"the tensors of the {role} do not match its manifest", hint="run adaptkit verify on it")
     return Parent(role, manifest.kind, manifest.tensors_root, manifest.sha256, weight)
 
 

@@ -176,7 +176,8 @@ def main() -> None:
                 signal.signal(number, _stop)
         code = _run()
     except AdaptkitError as error:
-        code = _fail(error.exit_code, error.code, error.message, error.hint, error.retryable)
+        message, hint = _as_typed(error.message), _as_typed(error.hint)
+        code = _fail(error.exit_code, error.code, message, hint, error.retryable)
     except OSError as error:
         if error.errno not in DISK_HINTS:
             raise
@@ -209,6 +210,18 @@ def _run() -> Any:
 def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print a traceback, without the tokens that a library may have put into a message."""
     print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def _as_typed(text: str) -> str:
+    """The same, beginning with the option that was typed where it began with the name that a library gives it."""
+    name, colon, rest = text.partition(": ")
+    if not colon or sys.argv[1:2] not in [[known] for known in names(commands)]:
+        return text
+    given = {word.partition("=")[0] for word in sys.argv[2:]}
+    for parameter in load(commands, sys.argv[1], "command").params:
+        if name == (parameter.name or "").rstrip("_") and (typed := given.intersection(parameter.opts)):
+            return f"{typed.pop()}: {rest}"
+    return text
 
 
 def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -> int:

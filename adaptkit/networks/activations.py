@@ -94,9 +94,10 @@ class Checkpointing:
         if self.layers == 0:
             return "no layers to checkpoint"
         checked = self.layers - self.whole
-        which = "the first " if 0 < self.whole < self.layers else ""
+        first = f"the first {checked}" if checked > 1 else "the first"
+        which = first if 0 < self.whole < self.layers else f"{checked}"
         how = f" in segments of {self.length}" if self.length > 1 and checked else ""
-        return f"{which}{checked} of {counted(self.layers, 'layer')} checkpointed{how}"
+        return f"{which} of {counted(self.layers, 'layer')} checkpointed{how}"
 
 
 def parse_policy(policy: str, layers: int) -> Checkpointing | int:
@@ -123,7 +124,7 @@ def parse_policy(policy: str, layers: int) -> Checkpointing | int:
             return Checkpointing(layers, math.ceil(layers / int(number)))
         if kind == "budget":
             return int(number) << 20
-    raise ConfigError(f"checkpointing: expected {POLICIES}, found {policy!r}")
+    raise ConfigError(f"checkpointing: must be {POLICIES}, found {policy!r}")
 
 
 def fit_budget(
@@ -150,7 +151,7 @@ def fit_budget(
     least = math.ceil(needed / 2**20)
     raise UsageError(
         f"checkpointing: budget:{budget_bytes >> 20} is not enough: the layers need at least {least} MiB ({found})",
-        hint=f"--checkpointing budget:{least}, or {less}",
+        hint=f"use --checkpointing budget:{least}, or {less}",
     )
 
 
@@ -188,7 +189,7 @@ def measure_layers(
 
     with _replaced(layers, replacement), suppress(_Enough):
         call()
-        raise UsageError("this architecture does not run all of its layers for text", hint="--checkpointing none")
+        raise UsageError("this architecture does not run all of its layers for text", hint="use --checkpointing none")
     return [sizes[kinds.index(kind)] for kind in kinds]
 
 

@@ -35,7 +35,7 @@ _PREFIXES = (
     ("model.language_model.", "language_model.model."),
 )
 """What the model says at the beginning of a name, and what the files say there."""
-OTHER_MODEL = "use the model that the adapter was trained on, with the same head: a classifier has another one"
+OTHER_MODEL = "use the model that the adapter was trained on, with the same head (a classifier's differs)"
 _NO_BIAS = (
     "if the adapter has lora_bias, load it with peft, or train it again without lora_bias: the layer has no bias to "
     f"merge it into; otherwise {OTHER_MODEL}"
@@ -107,7 +107,7 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
     if importlib.util.find_spec("transformers") is None:
         raise BaseMismatchError(
             f"{who}: changes {missing}, which {checkpoint.root} does not have under that name",
-            hint="is this the right base? If its files use other names than the model: pip install 'adaptkit[train]'",
+            hint="check that this is the right base; if its files use other names, pip install 'adaptkit[train]'",
         )
     from adaptkit.networks.assembly import Assembly  # here, since it waits for torch
 

@@ -83,7 +83,8 @@ class Description:
             CheckpointError: it cannot be read.
         """
         if not (root / CONFIG_NAME).is_file():
-            raise UsageError(f"{root}: has no {CONFIG_NAME}", hint="give a checkpoint's folder, or org/name on the Hub")
+            found = f"has no {CONFIG_NAME}" if root.is_dir() else "not a folder" if root.exists() else "does not exist"
+            raise UsageError(f"{root}: {found}", hint="give a checkpoint's folder, or org/name on the Hub")
         return cls(root, read_config(root / CONFIG_NAME))
 
     @property

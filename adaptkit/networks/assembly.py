@@ -42,7 +42,7 @@ def find_stack(network: nn.Module) -> tuple[str, nn.ModuleList]:
         if not outside and not any(name.startswith(f"{outer}.") for outer, _ in stacks):
             stacks.append((name, module))
     if not stacks:
-        raise UsageError(f"{type(network).__name__} has no stack of layers")
+        raise UsageError(f"{type(network).__name__} has no list of layers")
     return max(stacks, key=lambda stack: sum(t.numel() for t in (*stack[1].parameters(), *stack[1].buffers())))
 
 

@@ -98,12 +98,12 @@ class LayerCall:
         returned = _Frame(self._run(hidden, arguments))
         if not returned.is_sequence:
             raise UsageError(
-                "this architecture's layers do not return hidden states first", hint="--checkpointing none"
+                "this architecture's layers do not return hidden states first", hint="use --checkpointing none"
             )
         pairs = list(zip(mappings, before, strict=True))
         if any(_changed(now, was, leaves) for (now, was), leaves in zip(pairs, held, strict=True)):
             raise UsageError(
-                "this architecture's layers modify a mapping that other layers share", hint="--checkpointing none"
+                "this architecture's layers modify a mapping that other layers share", hint="use --checkpointing none"
             )
         added = _Frame([{k: v for k, v in now.items() if v is not was.get(k)} for now, was in pairs])
         self._results = [returned, added]

@@ -39,7 +39,7 @@ def companion_adapter(lost: Tensor, mean_square: Tensor, rank: int) -> tuple[Ten
     """
     rows, columns = lost.shape
     if not 1 <= rank <= min(rows, columns):
-        raise UsageError(f"rank {rank}: must be from 1 to {min(rows, columns)}", hint="choose a smaller rank")
+        raise UsageError(f"rank: must be from 1 to {min(rows, columns)}, found {rank}", hint="choose a smaller rank")
     if mean_square.shape != (columns,):
         raise UsageError(
             f"second moments of shape {list(mean_square.shape)} do not fit a weight of shape {[rows, columns]}"

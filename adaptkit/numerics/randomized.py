@@ -47,11 +47,11 @@ class Sketching:
 
     def __post_init__(self) -> None:
         if self.oversampling < 0:
-            raise UsageError(f"oversampling {self.oversampling}: must be at least 0", hint="10 is the default")
+            raise UsageError(f"oversampling: must be at least 0, found {self.oversampling}", hint="10 is the default")
         if self.iterations < 1:
-            raise UsageError(f"iterations {self.iterations}: must be at least 1", hint="3 is the default")
+            raise UsageError(f"iterations: must be at least 1, found {self.iterations}", hint="3 is the default")
         if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed {self.seed}: must be from 0 to 2^63 - 1")
+            raise UsageError(f"seed: must be from 0 to 2^63 - 1, found {self.seed}")
 
 
 @dataclass(frozen=True)

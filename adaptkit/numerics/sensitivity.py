@@ -92,7 +92,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> list
             old, new = choices[name][before], choices[name][after]
             steps.append(Upgrade(name, after, new.nbytes - old.nbytes, old.cost - new.cost))
     if spent > budget_bytes:
-        raise UsageError(f"budget {budget_bytes}: must be at least {spent} bytes", hint="raise the budget")
+        raise UsageError(f"budget: must be at least {spent} bytes, found {budget_bytes}", hint="raise the budget")
     taken, full = [], set()
     for step in sorted(steps, key=lambda step: -step.gain_per_byte):
         if step.name not in full and spent + step.extra_bytes <= budget_bytes:

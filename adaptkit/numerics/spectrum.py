@@ -75,12 +75,16 @@ def check_size(rank: int | None, energy: float | None) -> None:
     Raises:
         UsageError: says which it is.
     """
-    if (rank is None) == (energy is None):
-        raise UsageError("expected either a rank or an energy share", hint="give --rank 16, or --energy 0.99")
+    if rank is None and energy is None:
+        raise UsageError("neither a rank nor an energy share is given", hint="give --rank 16, or --energy 0.99")
+    if rank is not None and energy is not None:
+        raise UsageError("a rank and an energy share cannot be combined", hint="leave out --rank or --energy")
     if rank is not None and rank < 1:
-        raise UsageError(f"rank {rank}: must be at least 1", hint="16 is a common choice")
+        raise UsageError(f"rank: must be at least 1, found {rank}", hint="16 is a common choice")
     if energy is not None and not 0 < energy <= 1:
-        raise UsageError(f"energy {energy}: must be above 0 and at most 1", hint="0.99 keeps 99 % of the squared norm")
+        raise UsageError(
+            f"energy: must be above 0 and at most 1, found {energy}", hint="0.99 keeps 99 % of the squared norm"
+        )
 
 
 def rank_for_energy(sigma: Tensor, energy: float) -> int:

@@ -55,5 +55,7 @@ def weights_of(adapters: Sequence[Adapter], weights: tuple[float, ...]) -> tuple
         )
     for weight in weights:
         if not abs(weight) <= sys.float_info.max:
-            raise UsageError(f"weights: must be finite numbers, found {weight}")
+            raise UsageError(
+                f"weights: must be finite numbers, found {weight}", hint="give each --weight a number such as 0.5"
+            )
     return weights

@@ -55,9 +55,11 @@ class DequantizeOptions:
     def __post_init__(self) -> None:
         typed_fields(self)
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+            raise UsageError(f"dtype: must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
         if self.max_shard_bytes < 1:
-            raise UsageError(f"max_shard_bytes: must be at least 1, found {self.max_shard_bytes}")
+            raise UsageError(
+                f"max_shard_bytes: must be at least 1, found {self.max_shard_bytes}", hint="give a size such as 5GB"
+            )
         check_threads(self.threads)
 
 

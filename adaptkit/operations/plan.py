@@ -85,7 +85,7 @@ class PlanOptions:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise UsageError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+                raise UsageError(f"{name}: must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
         for name, most in (("rank", 1 << 16), ("seq_len", 1 << 24), ("batch", 1 << 16)):
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: must be from 1 to {most:,}, found {getattr(self, name)}")
@@ -188,7 +188,7 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
         raise UsageError(
             f"rank: must be at most {most}, since {small} is {shapes[small][0]} x {shapes[small][1]}; found "
             f"{options.rank}",
-            hint=f"give --rank {most} or less, or exclude that module with --targets",
+            hint=f"give --rank {most} or less, or leave that module out of --targets",
         )
     trainable = parameters if full else _low_rank(shapes, targets, options.rank)
     weights = 0 if full else _frozen_bytes(network, shapes, options, dtype, description.dtype)

@@ -69,7 +69,9 @@ class StackOptions:
                     hint=f"besides --weight, --rank and --energy, it uses {used or 'no option'}",
                 )
             if not isinstance(value, Real):
-                raise UsageError(f"{name} {value!r}: must be a number", hint=f"the default is {known[name].default}")
+                raise UsageError(
+                    f"{name}: must be a number, found {value!r}", hint=f"the default is {known[name].default}"
+                )
         return options(**{known[name].name: _like(known[name].default, value) for name, value in self.settings.items()})
 
     def recorded(self, weights: Sequence[float]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def check_window(root: Path, window: int) -> None:
     if longest is not None and window > longest:
         raise UsageError(
             f"{root}: windows of {window} tokens are longer than the model's context of {longest}",
-            hint=f"--window {longest}",
+            hint=f"use --window {longest}",
         )
 
 

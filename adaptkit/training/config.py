@@ -249,7 +249,7 @@ class TrainConfig:
             if len(found) != 1 or found[0] in weights:
                 several = "is the name of several of the data" if len(found) > 1 else "is named twice"
                 problem = several if found else "is not one of the data"
-                raise ConfigError(f"mixture: {name!r} {problem}", hint=f"data: {', '.join(self.data)}")
+                raise ConfigError(f"mixture: {name!r} {problem}", hint=f"name one of the data: {', '.join(self.data)}")
             weights[found[0]] = float(weight)
         return [weights.get(number, 1.0) for number in range(len(self.data))]
 

@@ -127,7 +127,7 @@ def check_not_finished(output: Path, force: bool, resume: bool) -> None:
         if manifest is not None and manifest.operation.get("name") == "train":
             raise OutputExistsError(
                 f"{output}: the run that made this is finished; there is nothing to resume",
-                hint="leave out --resume and give --force to train anew, or choose another -o",
+                hint="leave out --resume and give --force to train again, or choose another -o",
             )
 
 

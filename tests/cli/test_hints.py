@@ -56,7 +56,7 @@ def test_a_run_that_is_finished_is_not_said_to_be_in_the_way(run_cli, llama, ins
         done = run_cli(*asked, *more)
         assert done.code == 8
         assert "the run that made this is finished; there is nothing to resume\nhint: " in done.stderr
-        assert "--force to train anew" in done.stderr
+        assert "--force to train again" in done.stderr
     assert "already exists" in run_cli(*asked).stderr
 
 
@@ -141,3 +141,30 @@ def test_a_setting_is_called_as_it_was_given(run_cli, instructions, tmp_path, op
     written = said.replace("--held-out", "held_out").replace("--eval-every", "eval_every")
     written = written.replace(f"--{option}".replace("_", "-"), option)
     assert done.stderr.splitlines()[0] == f"error: {tmp_path / 't.json'}: {written}"
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("plan {base} --rank 0", "--rank: must be from 1 to 65,536, found 0"),
+        ("quantize {base} -o out --max-shard-size=0", "--max-shard-size: must be at least 1, found 0"),
+        ("quantize {base} -o out --block-size 33", "--block-size: must be a power of two from 32 to 4096, found 33"),
+        ("stack {base} {base} -o out --method ties --lambda 0",
+         "--lambda: must be a finite number other than 0, found 0.0"),
+        ("verify {base} --recompute", "--recompute: needs the parents"),
+        ("evaluate --base {base} --data x.jsonl --max-tokens 3", "--max-tokens: needs text"),
+        ("merge {base} {base} -o out --no-undo --embed-adapter", "--embed-adapter: unmerge needs the undo record, too"),
+        ("train --base {base} --data {rows} -o out --device cpu --shard-base",
+         "--shard-base: needs several processes, found one"),
+    ],
+)  # fmt: skip
+def test_an_option_that_cannot_be_used_is_called_as_it_was_typed(run_cli, llama, instructions, tmp_path, typed, said):
+    done = run_cli(*typed.format(base=llama, rows=instructions).split(), cwd=tmp_path)
+    assert (done.code, done.stderr.splitlines()[0]) == (2, f"error: {said}")
+
+
+def test_a_setting_of_a_file_is_not_called_an_option(run_cli, llama, instructions, tmp_path):
+    settings = {"base": str(llama), "data": [str(instructions)], "shard_base": True, "device": "cpu"}
+    (tmp_path / "t.json").write_text(json.dumps(settings))
+    done = run_cli("train", "--config", tmp_path / "t.json", "-o", tmp_path / "out")
+    assert done.stderr.startswith("error: shard_base: needs several processes, found one\n")

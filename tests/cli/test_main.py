@@ -105,7 +105,7 @@ def broken(tmp_path, llama, adapter):
             "line 3: lerning_rate: unknown key",
         ),
         "equal keys": (["train", "--config", tmp_path / "twice.yaml", "-o", "out"], 2, "'rank' appears twice"),
-        "huge seed": (["evaluate", "--base", llama, "--prompt", "x", "--seed", "9" * 20], 2, "of 63, found 9999"),
+        "huge seed": (["evaluate", "--base", llama, "--prompt", "x", "--seed", "9" * 20], 2, "2^63 - 1, found 9999"),
         "long row": (["plan", tmp_path / "bert", "--seq-len", "1024"], 2, "its forward pass cannot be simulated"),
         **{
             f"{flag} twice": (

@@ -103,7 +103,7 @@ def test_the_stack_is_the_heaviest_outermost_list():
     layers = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(9))}) for _ in "ab")
     model = nn.ModuleDict({"few": nn.ModuleList([nn.Linear(2, 2)]), "inner": nn.ModuleDict({"layers": layers})})
     assert find_stack(model) == ("inner.layers", layers)
-    with pytest.raises(UsageError, match="has no stack of layers"):
+    with pytest.raises(UsageError, match="has no list of layers"):
         find_stack(nn.ModuleDict({"empty": nn.ModuleList()}))
 
 

@@ -96,7 +96,7 @@ def test_the_manifest_names_base_and_adapters_and_what_was_quantized(tmp_path, l
         ("merged", merged.tensors_root),
         *((p.role, p.tensors_root) for p in merged.parents),
     ]
-    with pytest.raises(IntegrityError, match="expected a merged model, found kind quantized"):
+    with pytest.raises(IntegrityError, match="not a merged model: its manifest says quantized"):
         unmerge(tmp_path / "out", [folder], tmp_path / "back")
 
 

@@ -410,7 +410,7 @@ def test_what_was_not_merged_is_refused(llama, adapter, merged, tmp_path):
     with pytest.raises(IntegrityError, match=MANIFEST):
         unmerge(llama, [adapter], tmp_path / "out")
     unmerge(merged, [adapter], tmp_path / "out")
-    with pytest.raises(IntegrityError, match="expected a merged model, found kind checkpoint"):
+    with pytest.raises(IntegrityError, match="not a merged model: its manifest says checkpoint"):
         unmerge(tmp_path / "out", [adapter], tmp_path / "again")
 
 

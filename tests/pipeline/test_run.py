@@ -466,7 +466,7 @@ def test_a_gate_that_is_not_passed_stops_what_follows(recipe, release, edit):
     seen = []
     with pytest.raises(GateError) as caught:
         run(recipe, listener=Listener(ended=lambda step: seen.append((step.name, step.state))))
-    assert caught.value.message.startswith(f"{recipe}: the gate loads failed: gguf does not accept it: ")
+    assert caught.value.message.startswith(f"{recipe}: the gate loads failed: gguf does not load it correctly: ")
     assert caught.value.exit_code == 9
     assert seen[-1] == ("loads", "failed")
     assert "after" not in dict(seen)

@@ -179,7 +179,7 @@ def test_a_base_cannot_be_divided_by_one_process(run_cli, llama_nf4, instruction
     shown = ["train", "--base", llama_nf4, "--data", instructions, "-o", tmp_path / "a", "--shard-base"]
     done = run_cli(*shown)
     assert done.code == 2
-    assert done.stderr.startswith("error: shard_base: needs several processes, found one\nhint: ")
+    assert done.stderr.startswith("error: --shard-base: needs several processes, found one\nhint: ")
     done = run_cli(*shown, "--checkpointing", "sqrt")
     assert done.code == 2
     assert "works only with checkpointing auto, layer or none" in done.stderr

@@ -412,7 +412,7 @@ def test_a_tracker_that_cannot_begin_ends_in_one_line(config, run_cli, tmp_path)
     (tmp_path / "file").write_text("")
     done = run_cli(*command(config, tmp_path / "a", "--tensorboard", tmp_path / "file"))
     assert (done.code, len(done.stderr.splitlines())) == (2, 2)
-    assert done.stderr.startswith(f"error: tensorboard: {tmp_path / 'file'}: ")
+    assert done.stderr.startswith(f"error: --tensorboard: {tmp_path / 'file'}: ")
     shown = command(config, tmp_path / "b", "--wandb", "p")
     done = run_cli(*shown, cwd=tmp_path, WANDB_MODE="online", WANDB_API_KEY="", HOME=str(tmp_path))
     assert (done.code, done.stderr.splitlines()[-1]) == (2, "hint: run wandb login, or set WANDB_MODE=offline")
@@ -565,11 +565,11 @@ def test_a_tracker_that_fails_undoes_no_step(config, tmp_path, monkeypatch):
     [
         (
             {"checkpointing": "sqr"},
-            "checkpointing: expected auto, none, layer, sqrt, segments:K or budget:MIB, found 'sqr'",
+            "checkpointing: must be auto, none, layer, sqrt, segments:K or budget:MIB, found 'sqr'",
         ),
         (
             {"checkpointing": "segments:0"},
-            "checkpointing: expected auto, none, layer, sqrt, segments:K or budget:MIB, found 'segments:0'",
+            "checkpointing: must be auto, none, layer, sqrt, segments:K or budget:MIB, found 'segments:0'",
         ),
         ({"offload_checkpoints": True}, "offload_checkpoints: needs a GPU"),
     ],

@@ -70,7 +70,7 @@ def command(
         record = f"{report.undo_bits:.3f} bits per parameter" if options["undo"] and not quantized else "none"
         rows += [
             ("change", f"{percent(report.relative_delta)} of the weights' norm; {percent(report.moved)} of them moved"),
-            ("kept of it", f"{percent(report.effect)} after {'quantizing' if quantized else 'rounding'}{least}"),
+            ("change kept", f"{percent(report.effect)} after {'quantizing' if quantized else 'rounding'}{least}"),
             *([("note", _LOST)] if report.effect < LITTLE_KEPT and not quantized else []),
             ("undo record", record),
             ("manifest sha256", str(report.manifest_sha256)),

@@ -98,7 +98,9 @@ def check_block_size(block_size: int) -> None:
         UsageError: not a power of two from 32 to 4096.
     """
     if block_size < 32 or block_size > 4096 or block_size & (block_size - 1):
-        raise UsageError(f"block size {block_size}: must be a power of two from 32 to 4096", hint="64 is the default")
+        raise UsageError(
+            f"block_size: must be a power of two from 32 to 4096, found {block_size}", hint="64 is the default"
+        )
 
 
 def check_blocks_finite(weight: Values, absmax: Values) -> None:

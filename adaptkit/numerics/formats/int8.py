@@ -28,7 +28,7 @@ def quantize(weight: Values, block_size: int = 64, measure: bool = False) -> Blo
     Source: absmax quantization as in LLM.int8() (arXiv:2208.07339), applied to blocks instead of rows.
     """
     if block_size < 1:
-        raise UsageError(f"block size {block_size}: must be at least 1")
+        raise UsageError(f"block_size: must be at least 1, found {block_size}")
     codes, absmax, moments = kernels_for(weight).encode_8bit(weight, block_size, measure)
     check_blocks_finite(weight, absmax)
     return Blockwise(codes, absmax, tuple(weight.shape), block_size, moments)

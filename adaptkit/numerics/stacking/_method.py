@@ -29,7 +29,9 @@ def check_density(density: float) -> None:
         UsageError: says what it is.
     """
     if not 0 < density <= 1:
-        raise UsageError(f"density {density}: must be above 0 and at most 1", hint="0.2 keeps a fifth of the elements")
+        raise UsageError(
+            f"density: must be above 0 and at most 1, found {density}", hint="0.2 keeps a fifth of the elements"
+        )
 
 
 def check_lambda(factor: float) -> None:
@@ -39,7 +41,7 @@ def check_lambda(factor: float) -> None:
         UsageError: says what it is.
     """
     if not math.isfinite(factor) or factor == 0:
-        raise UsageError(f"lambda {factor}: must be a finite number other than 0", hint="1 is the default")
+        raise UsageError(f"lambda: must be a finite number other than 0, found {factor}", hint="1 is the default")
 
 
 def check_seed(seed: int) -> None:
@@ -49,7 +51,7 @@ def check_seed(seed: int) -> None:
         UsageError: says what it is.
     """
     if not 0 <= seed < 2**63 or not isinstance(seed, Integral):
-        raise UsageError(f"seed {seed}: must be a whole number from 0 to 2^63 - 1", hint="0 is the default")
+        raise UsageError(f"seed: must be a whole number from 0 to 2^63 - 1, found {seed}", hint="0 is the default")
 
 
 def count_kept(density: float, elements: int, module: str) -> int:

@@ -40,7 +40,7 @@ class BreadcrumbsOptions:
         check_lambda(self.lambda_)
         if not 0 <= self.gamma < 1 or self.density + self.gamma > 1 + 1e-12:
             raise UsageError(
-                f"density {self.density} and gamma {self.gamma}: gamma must be at least 0, and their sum at most 1",
+                f"gamma: must be at least 0, and at most 1 with density {self.density} added, found {self.gamma}",
                 hint=f"with this density, give a --gamma from 0 to {1 - self.density:g}",
             )
 

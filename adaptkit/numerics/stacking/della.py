@@ -47,7 +47,7 @@ class DellaOptions:
         if self.epsilon < 0 or self.density - self.epsilon <= 0 or self.density + self.epsilon > 1 + 1e-12:
             room = min(self.density, 1 - self.density)
             raise UsageError(
-                f"density {self.density} ± epsilon {self.epsilon}: must be above 0 and at most 1",
+                f"density ± epsilon: must be above 0 and at most 1, found {self.density} ± {self.epsilon}",
                 hint=f"with this density, give an --epsilon from 0 to less than {room:g}"
                 if room
                 else "give --epsilon 0",

@@ -259,7 +259,7 @@ def open_merged(root: Path) -> MergedModel:
         )
     if manifest.kind != "merged" or manifest.operation.get("name") != "merge":
         raise IntegrityError(
-            f"{root}: expected a merged model, found kind {manifest.kind}",
+            f"{root}: not a merged model: its manifest says {manifest.kind}",
             hint="give the output folder of adaptkit merge",
         )
     options = manifest.operation.get("options")

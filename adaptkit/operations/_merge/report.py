@@ -38,7 +38,7 @@ class MergeOptions:
     def __post_init__(self) -> None:
         typed_fields(self)
         if self.format not in FORMATS:
-            raise UsageError(f"format: {self.format!r} is not one of {', '.join(FORMATS)}")
+            raise UsageError(f"format: must be one of {', '.join(FORMATS)}, found {self.format!r}")
         if self.format != "keep" and self.embed_adapter:
             raise UsageError(
                 f"embed_adapter: a merge with format {self.format} cannot be unmerged", hint="leave out --embed-adapter"

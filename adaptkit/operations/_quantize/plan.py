@@ -97,7 +97,9 @@ class QuantizeOptions:
         typed_fields(self)
         object.__setattr__(self, "skip", texts(self.skip))
         if self.max_shard_bytes < 1:
-            raise UsageError(f"max_shard_bytes: must be at least 1, found {self.max_shard_bytes}")
+            raise UsageError(
+                f"max_shard_bytes: must be at least 1, found {self.max_shard_bytes}", hint="give a size such as 5GB"
+            )
         check_threads(self.threads)
         if self.calibration is not None and self.format != "nf4":
             raise UsageError(

@@ -93,7 +93,7 @@ def select(
         CheckpointError: ``config.json`` describes no model that could be this one.
     """
     if moe not in MOE:
-        raise UsageError(f"moe: {moe!r} is not one of {', '.join(MOE)}")
+        raise UsageError(f"moe: must be one of {', '.join(MOE)}, found {moe!r}")
     roles = roles or find_roles(checkpoint)
     if include_head:
         _check_head(checkpoint, roles)

@@ -37,7 +37,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _rules.halves(files, "convert_lora_to_gguf.py fails on the half that is missing")
     yield from _rules.convolutions(files, "llama.cpp")
     yield from _rules.ranks(
-        files, "convert_lora_to_gguf.py fails where A and B differ; llama.cpp scales by the rank of the tensors"
+        files, "convert_lora_to_gguf.py fails if A and B differ; llama.cpp scales by the rank of the tensors"
     )
     yield from _modules(files, base)
     yield from all_or_none(files, base, "convert_lora_to_gguf.py fails when it joins them into one tensor")

@@ -86,7 +86,7 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
             "error",
             f"{some(foreign)}: the name does not begin with {PREFIX}",
             f"{_DROPS} (if all names are like this, peft warns once and loads no tensors)",
-            f"adaptkit resize {files.root} -o OUT --rank R writes peft's names, if it knows these",
+            f"run adaptkit resize {files.root} -o OUT --rank R, which writes peft's names if it recognizes these",
         )
     has_more = any(files.config.get(key) for key in _MORE_TENSORS)
     unread = [key for key in files.keys if key.role == "other" and key.name not in foreign]

@@ -34,11 +34,11 @@ def _run(work: Work) -> Outcome:
         for verdict in report.verdicts
         if not verdict.taken
     }
-    return Outcome(f"accepted by {', '.join(taken) or 'none'}", {"taken": taken, "refusals": refusals})
+    return Outcome(f"loaded correctly by {', '.join(taken) or 'none'}", {"taken": taken, "refusals": refusals})
 
 
 def _judge(options: Any, facts: Facts) -> str:
-    return "; ".join(f"{target} does not accept it: {why}" for target, why in sorted(facts["refusals"].items()))
+    return "; ".join(f"{target} does not load it correctly: {why}" for target, why in sorted(facts["refusals"].items()))
 
 
 KIND = StepKind(

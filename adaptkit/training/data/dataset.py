@@ -216,7 +216,7 @@ class _Taker:
         if self.context is not None and len(sample.ids) > self.context:
             raise DataError(
                 f"{sample.source}: {len(sample.ids)} tokens are longer than the model's context of {self.context}",
-                hint=f"--max-length {self.context}",
+                hint=f"use --max-length {self.context}",
             )
         check_known(sample.ids, self.known, sample.source)
         self.data.samples.append(sample)

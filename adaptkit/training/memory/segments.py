@@ -60,7 +60,7 @@ def choose_checkpointing(
     except UsageError as error:
         if policy in {AUTO, "none"}:
             return Checkpointing(0, 1)
-        raise UsageError(error.message, hint="--checkpointing none") from error
+        raise UsageError(error.message, hint="use --checkpointing none") from error
     found = parse_policy(policy, len(layers))
     if policy == AUTO and room is not None:
         with contextlib.suppress(UsageError):  # of layers that cannot be followed

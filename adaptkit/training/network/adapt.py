@@ -89,7 +89,7 @@ def bias_names(model: Model, which: str) -> set[str]:
     if which == "lora_only":
         found = {name for name in found if name.removesuffix(".bias") in adapted}
     if not found:
-        raise UsageError(f"bias: {which}, but there are no biases to train", hint="--bias none")
+        raise UsageError(f"bias: {which}, but there are no biases to train", hint="use --bias none")
     return found
 
 

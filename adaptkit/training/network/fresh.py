@@ -48,7 +48,7 @@ class AdapterShape:
         rank = int(self._ranks.value(name, self.rank))
         if rank > min(matrix):
             raise UsageError(
-                f"rank: {rank} is too large for {name}, which is {matrix[0]} x {matrix[1]}",
+                f"rank: must be at most {min(matrix)}, since {name} is {matrix[0]} x {matrix[1]}; found {rank}",
                 hint=f"use a smaller --rank, or here alone: --rank-pattern {name.rpartition('.')[2]}={min(matrix)}",
             )
         return rank, scaling(float(self._alphas.value(name, self.alpha)), rank, self.rslora)

@@ -241,7 +241,7 @@ class LoraLinear(nn.Module):
         if self.magnitude is not None or self.lora_bias is not None:
             raise UsageError(
                 f"{self._path}: this architecture reads its weight directly, which excludes DoRA and a bias on B",
-                hint=f"--exclude {self._path.rpartition('.')[2]}",
+                hint=f"use --exclude {self._path.rpartition('.')[2]}",
             )
         return weight + (self.scaling * (self.lora_b @ self.lora_a)).to(weight.dtype)
 

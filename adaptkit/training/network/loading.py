@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError
+from adaptkit.networks.addressing import OTHER_MODEL
 from adaptkit.networks.naming import Place, places
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.adapt import (
@@ -58,7 +59,8 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
         changes = adapter.experts_for(name, tuple(matrix), name in stacks and is_transposed(stacks[name]))
         if len(changes) != count or list(changes[0].shape) != matrix:
             raise BaseMismatchError(
-                f"{adapter.root}: changes {name}, which {model.checkpoint.root} does not have in this shape"
+                f"{adapter.root}: changes {name}, which {model.checkpoint.root} does not have in this shape",
+                hint=OTHER_MODEL,
             )
         a, b = (torch.stack([getattr(change, half).float() for change in changes]) for half in ("lora_a", "lora_b"))
         put_stack(model, stacks[name], name, a, b, changes[0].scaling)
@@ -72,11 +74,13 @@ def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str, dro
     """
     for name, change in changes.items():
         if name not in model.linears:
-            raise BaseMismatchError(f"{where}: changes {name}, which {model.checkpoint.root} does not have")
+            raise BaseMismatchError(
+                f"{where}: changes {name}, which {model.checkpoint.root} does not have", hint=OTHER_MODEL
+            )
         try:
             model.linears[name].attach(change, dropout)
         except BaseMismatchError as error:
-            raise BaseMismatchError(f"{where}: {name}: {error.message}") from error
+            raise BaseMismatchError(f"{where}: {name}: {error.message}", hint=error.hint or OTHER_MODEL) from error
 
 
 def _older_names(model: Model, adapter: Adapter) -> dict[str, Place]:

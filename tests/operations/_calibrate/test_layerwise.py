@@ -204,7 +204,7 @@ def test_a_model_without_layers_or_that_skips_one_is_refused(family, copy_of, mo
     config = json.loads((family("llama") / "config.json").read_text())
     empty = copy_of(family("llama"), "empty")
     (empty / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 0}))
-    with pytest.raises(UsageError, match="has no stack of layers"):
+    with pytest.raises(UsageError, match="has no list of layers"):
         next(layer_moments(Checkpoint(empty), windows()))
 
 

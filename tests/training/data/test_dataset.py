@@ -53,7 +53,7 @@ def test_what_the_model_cannot_read_is_refused(tokenizer, tmp_path):
     path = write(tmp_path, SHORT, LONG_ANSWER)
     with pytest.raises(DataError, match=r"line 2: \d+ tokens are longer than the model\'s context of 128") as raised:
         load_data([path], tokenizer, 1024, context=128)
-    assert raised.value.hint == "--max-length 128"
+    assert raised.value.hint == "use --max-length 128"
     assert load_data([path], tokenizer, 128, context=128).truncated == 1
 
 

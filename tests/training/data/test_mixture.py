@@ -92,7 +92,7 @@ def test_weights_go_by_name_or_file_name_and_are_one_otherwise():
     assert weights_of(None, sources) is None
     with pytest.raises(ConfigError, match=r"'gneral.jsonl' is not one of the data") as raised:
         weights_of({"gneral.jsonl": 1}, sources)
-    assert raised.value.hint == "data: data/task.jsonl, data/general.jsonl, org/name:train"
+    assert raised.value.hint == "name one of the data: data/task.jsonl, data/general.jsonl, org/name:train"
     with pytest.raises(ConfigError, match=r"'a.jsonl' is named twice"):
         TrainConfig(base="x", data=["d/a.jsonl"], mixture={"d/a.jsonl": 2, "a.jsonl": 3}).mixture_weights()
     with pytest.raises(ConfigError, match=r"'a.jsonl' is the name of several"):

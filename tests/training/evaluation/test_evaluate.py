@@ -247,5 +247,5 @@ def test_an_adapter_with_other_tensors_than_its_manifest_speaks_of_is_not_measur
     folder = certified(adapter, llama)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (folder / name).write_bytes((second_adapter / name).read_bytes())
-    with pytest.raises(IntegrityError, match="not those of its manifest"):
+    with pytest.raises(IntegrityError, match="not match its manifest"):
         measure(llama, folder, [instructions], EvaluateOptions(**FLOAT32))
