@@ -48,20 +48,20 @@ def typed_fields(options: Any) -> None:
         try:
             object.__setattr__(options, name, convert(given))
         except (TypeError, ValueError, OverflowError) as error:
-            raise UsageError(f"{name}: must be {kind}, found {repr(given)[:40]} ({error})") from error
+            raise UsageError(f"{name}: must be {kind}, found {repr(given)[:40]}") from error
 
 
 def _whole(given: int) -> int:
     found = int(given)
     if found != given:
-        raise ValueError("it is text, or has a fraction")
+        raise ValueError(given)
     return found
 
 
 def _flag(given: bool) -> bool:
     found = bool(given)
     if found != given:  # "no" would be true
-        raise ValueError("it is neither")
+        raise ValueError(given)
     return found
 
 

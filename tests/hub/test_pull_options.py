@@ -109,7 +109,7 @@ def test_a_signature_that_is_not_right_is_named_by_its_repository(cli: Any, arti
     public = keys("other")[1]
     done = cli("pull", "me/model", "-o", "pulled", "--public-key", public)
     assert done.code == 3
-    assert done.report["message"] == f"me/model@{commit}: {SIGNATURE_NAME}: is not by the key in {public}"
+    assert done.report["message"] == f"me/model@{commit}: {SIGNATURE_NAME}: not made by the key in {public}"
 
 
 def test_a_signer_whose_name_is_empty_is_not_taken_for_no_signer(cli: Any, artifact: Path, tmp_path: Path) -> None:

@@ -505,11 +505,11 @@ def test_checkpoints_that_do_not_belong_together_are_refused_by_name(tmp_path, p
     refused(short, plain, rf"short: lacks {UP}\.weight, which .*base has")
     refused(tuned, rewritten(copy_of(plain, "poor"), lambda t: t.pop("lm_head.weight")), r"poor: lacks lm_head\.weight")
     cut = rewritten(copy_of(tuned, "cut"), lambda t: t.update({f"{UP}.weight": t[f"{UP}.weight"][:64].clone()}))
-    refused(cut, plain, rf"another shape than .*base in {UP}\.weight \(\[64, 64\], not \[128, 64\]\)")
+    refused(cut, plain, rf"shape differs from .*base in {UP}\.weight \(expected \[128, 64\], found \[64, 64\]\)")
     wide = rewritten(copy_of(tuned, "wide"), lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:, :8].clone()}))
-    refused(wide, plain, "another shape .*lm_head")
+    refused(wide, plain, "shape differs .*lm_head")
     half = rewritten(copy_of(tuned, "half"), lambda t: t.update({n: v.half() for n, v in t.items()}))
-    refused(half, plain, r"another dtype than .*base in .* \(F16, not F32\), .* and 18 more")
+    refused(half, plain, r"dtype differs from .*base in .* \(expected F32, found F16\), .* and 18 more")
     refused(tiny.write_llama(tmp_path / "deep", layers=3, dtype="float32", tied=False), plain, "base: lacks ")
 
 
