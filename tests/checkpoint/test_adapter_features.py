@@ -381,6 +381,18 @@ def test_magnitudes_without_use_dora_are_refused_with_what_torchtune_lacks(chang
     assert "use adaptkit extract on the model that torchtune merged" in caught.value.hint
 
 
+@pytest.mark.parametrize(("name", "part"), [("dora", ".lora_magnitude_vector"), ("lora_bias", ".lora_B.bias")])
+def test_what_is_not_one_number_for_each_row_is_refused(changed, tmp_path, name, part):
+    case, adapter = changed(name)
+
+    def longer(tensors):
+        key = next(key for key in sorted(tensors) if part in key)
+        tensors[key] = torch.cat([tensors[key], torch.ones(1)])
+
+    change_tensors(adapter, longer)
+    refuse(case, adapter, tmp_path, part, "expected")
+
+
 def test_dora_with_lora_bias_is_refused(changed, tmp_path):
     """peft does not make it, and has no formula for it."""
     case, adapter = changed("lora_bias")
