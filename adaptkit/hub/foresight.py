@@ -43,7 +43,7 @@ def foresee(repo_id: str, options: PublishOptions, note: Note) -> None:
     if options.tag is not None:
         repository.check_tag(options.tag, options.branch, head)
         if options.tag in repository.tags:
-            note(f"{repo_id} already has the tag {options.tag}; only the artifact it is on can be published under it")
+            note(f"{repo_id} already has the tag {options.tag}; only the same artifact can be published with it")
 
 
 def _check_token(hub: Hub, repo_id: str) -> None:

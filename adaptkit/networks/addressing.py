@@ -175,7 +175,7 @@ def _slices(assembly: Assembly, name: str, who: str) -> tuple[Slice, ...]:
         raise BaseMismatchError(
             f"{who}: changes {name}, which transformers assembles from several tensors in an unsupported way "
             f"({', '.join(type(step).__name__ for step in place.operations)})",
-            hint="train a LoRA adapter of it instead" if who == "training" else "merge it with PEFT instead",
+            hint="train a LoRA adapter of it instead" if who == "training" else "merge it with peft instead",
         )
     pieces = assembly.pieces(name)
     return tuple(

@@ -99,8 +99,7 @@ def _refuse_unknown(checkpoint: Checkpoint, vocabulary: Vocabulary, adapter: Ada
     if tables and not vocabulary.embedding and says_tied(checkpoint.config) and not tells_no_words(checkpoint):
         raise BaseMismatchError(
             f"{adapter.root}: changes {tables[0]}, but {checkpoint.root} ties its head to its embedding, and which "
-            "table "
-            "that is cannot be determined",
+            "table that is cannot be determined",
             hint="train the adapter without embeddings and head",
         )
 
@@ -157,9 +156,8 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
     scaled = [module for module in changed if module in adapter.magnitudes]
     if scaled and not (tables and heads):
         raise AdapterError(
-            f"{adapter.root}: ensure_weight_tying is set, but beside {scaled[0]}.lora_magnitude_vector there is "
-            "none of "
-            f"the {'head' if tables else 'embedding'}",
+            f"{adapter.root}: ensure_weight_tying is set, but beside {scaled[0]}.lora_magnitude_vector there is none "
+            f"of the {'head' if tables else 'embedding'}",
             hint="save the adapter again with peft",
         )
     repeats = not scaled

@@ -108,9 +108,8 @@ def _begins_with_its_own(checkpoint: Checkpoint, allowed: bool, name: str, files
         return False
     if checkpoint.spec(name).shape == files.spec(key).shape and not allowed:
         raise BaseMismatchError(
-            f"{checkpoint.root}: {name} is not the tensor that {files.root} was trained on; the adapter's own copy "
-            "of it "
-            "differs",
+            f"{checkpoint.root}: {name} is not the tensor that {files.root} was trained on; the adapter's own copy of "
+            "it differs",
             hint="give the right base, or add --allow-base-mismatch to use the adapter's copy",
         )
     return True

@@ -240,8 +240,8 @@ def _notes(network: Any, description: Description, options: PlanOptions) -> Iter
         yield f"this checkpoint is quantized, but {options.method} trains the 16-bit one"
     if stacks and options.method != "full":
         stay = options.method == "qlora" and options.moe == "keep"
-        also = ", and they stay in 16 bits without --moe quantize" if stay else ""
-        yield f"{counted(len(stacks), 'stack')} of expert matrices get no adapter{also}"
+        also = ", which stay in 16 bits without --moe quantize" if stay else ""
+        yield f"no adapter for {counted(len(stacks), 'stack')} of expert matrices{also}"
 
 
 def _low_rank(shapes: dict[str, Shape], targets: list[str], rank: int) -> int:

@@ -74,7 +74,7 @@ class Foresight:
         except AdaptkitError as error:
             if not self._dry_run:
                 raise
-            self._listener.note(f"warning: this would be refused: {error.message}")
+            self._listener.note(f"warning: this would be rejected: {error.message}")
 
 
 @contextmanager

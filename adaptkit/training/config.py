@@ -116,7 +116,7 @@ class TrainConfig:
                         at_least=-_SEEDS, at_most=_SEEDS)  # fmt: skip
 
     eval_every: int = setting("Steps between evaluations of the held-out loss; 0: only before and after training.", 0,
-                              at_least=0, section="Measurements and checkpoints")  # fmt: skip
+                              at_least=0, section="Evaluation and checkpoints")  # fmt: skip
     patience: int = setting("Stop after this many evaluations without a better held-out loss; 0: never.", 0,
                             at_least=0)  # fmt: skip
     keep: str = setting("Adapter to publish: the one with the best held-out loss, or the last; the other is saved "
@@ -227,7 +227,7 @@ class TrainConfig:
             conflict("lora_bias", "cannot be combined with dora", "leave out one of the two")
         for name in ("dora", "dropout", "lora_bias"):
             if self.target_parameters and getattr(self, name):
-                conflict(name, "cannot be combined with target_parameters, as in PEFT", "leave out one of the two")
+                conflict(name, "cannot be combined with target_parameters, as in peft", "leave out one of the two")
         for name in ("rank_pattern", "alpha_pattern"):
             if not all(map(_is_expression, getattr(self, name) or {})):
                 refuse(self, name, "keys must be regular expressions")

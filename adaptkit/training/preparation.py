@@ -86,7 +86,7 @@ def make_fast(model: Model) -> None:
 
 @tells_shortage(
     "while the model was loaded",
-    hint="quantize the base with adaptkit quantize, or use several GPUs with --shard-base, or --device cpu",
+    hint="use a base that adaptkit quantize made, several GPUs with --shard-base, or --device cpu",
 )
 def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model, Activations]:
     """The model with the adapter that it begins with, and what it keeps of a batch.

@@ -63,7 +63,7 @@ def test_the_help_of_train_has_every_setting_once_under_a_heading(run_cli):
     assert [name.replace("-", "_") for listed in options.values() for name in listed] == list(settings(TrainConfig))
     assert {title: listed[0] for title, listed in options.items()} == {
         "Model and data": "base", "Adapter": "rank", "Samples": "layout", "Steps": "steps",
-        "Measurements and checkpoints": "eval-every", "Optimizer": "learning-rate", "Answers and trackers":
+        "Evaluation and checkpoints": "eval-every", "Optimizer": "learning-rate", "Answers and trackers":
         "sample-prompts", "Memory and device": "optimizer",
     }  # fmt: skip
 

@@ -259,7 +259,7 @@ def test_a_dry_run_says_it_too_and_draws_all_the_same(copied):
     publishing(copied, "repo: demo/absent")
     done = copied.run("--dry-run", HF_TOKEN="reader")
     assert done.code == 0
-    assert "warning: this would be refused: release: demo/absent: the token is read-only\n" in done.stderr
+    assert "warning: this would be rejected: release: demo/absent: the token is read-only\n" in done.stderr
     assert "merge: would run" in done.stdout
 
 
@@ -274,7 +274,7 @@ def test_a_dry_run_says_what_would_be_sent_when_all_is_there(copied):
     recipe.write_text(text.replace("tag: v1", "tag: other"))
     done = copied.run("--dry-run")
     assert done.code == 0
-    assert f"warning: this would be refused: release: {RELEASE}: other already names a branch" in done.stderr
+    assert f"warning: this would be rejected: release: {RELEASE}: other already names a branch" in done.stderr
 
 
 def test_nothing_is_sent_if_a_later_step_would_be_refused(copied):
@@ -316,7 +316,7 @@ def test_a_hub_that_does_not_say_who_may_write_is_no_reason_to_stop(copied):
 def test_a_tag_that_is_there_is_told_of_before_anything_is_done(copied):
     shutil.rmtree(copied.folder / ".adaptkit")
     done = copied.run()
-    note = f"release: {RELEASE} already has the tag v1; only the artifact it is on can be published under it"
+    note = f"release: {RELEASE} already has the tag v1; only the same artifact can be published with it"
     assert done.code == 0
     assert done.stderr.count(note) == 1
     assert done.stderr.index(note) < done.stderr.index("base-nf4: quantize")

@@ -208,7 +208,7 @@ def test_experts_are_predicted_in_sixteen_bits_or_in_four(made, tmp_path, family
     needed = Checkpointing(2, 1).bytes_needed(layer_sizes(model.network, (2, 64), CPU))
     assert found.memory["activations"] == pytest.approx(needed, rel=0.1)
     (note,) = found.notes
-    assert note.startswith("4 stacks of expert matrices get no adapter")
+    assert note.startswith("no adapter for 4 stacks of expert matrices")
     assert ("--moe quantize" in note) == (moe == "keep")
 
 

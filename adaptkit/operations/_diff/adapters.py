@@ -204,8 +204,7 @@ def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
     if _of_other_ways(first, second):
         yield (
             "stacks of experts are compared as stored, but the two peft releases that wrote them order input and "
-            "output "
-            "differently unless the model declares its stacks transposed"
+            "output differently unless the model declares its stacks transposed"
         )
     if first.magnitudes or second.magnitudes:
         yield "DoRA: the figures describe Δ only; its magnitudes scale the rows of W + Δ"

@@ -75,7 +75,8 @@ def _compared(path: Path, manifest: Manifest, again: Manifest) -> str:
     what = f"{differing[0]} differs" if differing else "the files are the same, but the manifest differs"
     raise IntegrityError(
         f"{path}: running {manifest.operation.get('name')} again on the same parents gives a different result: {what}",
-        hint="use the version of adaptkit that made it, and give the original folders of its parents with --parents",
+        hint="use the version of adaptkit that made it, and give the original folders of its parents with --parents; "
+        "if it still differs, it was not made as its manifest says",
     )
 
 

@@ -154,8 +154,7 @@ class _Planner:
         if len(spec.shape) != 2 or tokens.rows.shape[1] != spec.shape[1] or max(tokens.indices) >= spec.shape[0]:
             raise BaseMismatchError(
                 f"{self._adapter.root}: trained rows of width {tokens.rows.shape[1]} up to index "
-                f"{max(tokens.indices)} do not "
-                f"fit {name} of shape {list(spec.shape)}",
+                f"{max(tokens.indices)} do not fit {name} of shape {list(spec.shape)}",
                 hint=OTHER_MODEL,
             )
         for output in self._outputs_of_tokens(name):

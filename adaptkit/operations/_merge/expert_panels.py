@@ -108,8 +108,7 @@ class Experts:
             if len(shape) != 3 or len(slices) != experts * count or found != (rows, width):
                 raise BaseMismatchError(
                     f"{self.who}: the adapter expects shape {list(shape)} for {parameter}, which does not fit "
-                    f"{piece.name} "
-                    f"of shape {list(found)}",
+                    f"{piece.name} of shape {list(found)}",
                     hint=OTHER_MODEL,
                 )
             yield piece.name, (piece.expert or 0) * height + number * rows

@@ -214,9 +214,8 @@ class MergedModel:
                 resaved.append(same[0].root)
             if not same:
                 raise BaseMismatchError(
-                    f"{self.root}: an adapter with tensors_root {parent.tensors_root[:16]}… was merged, but none "
-                    "of those given "
-                    "has it",
+                    f"{self.root}: an adapter with tensors_root {parent.tensors_root[:16]}… was merged, but none of "
+                    "those given has it",
                     hint="give the adapter that was merged; adaptkit inspect ADAPTER shows an adapter's tensors root",
                 )
             found = (exact or same)[0]

@@ -45,7 +45,7 @@ class MergeOptions:
             )
         if self.embed_adapter and not self.undo:
             raise UsageError(
-                "embed_adapter: unmerge needs the undo record, too", hint="leave out --no-undo or --embed-adapter"
+                "embed_adapter: needs the undo record, as unmerge does", hint="leave out --no-undo or --embed-adapter"
             )
         check_threads(self.threads)
 

@@ -26,19 +26,16 @@ def trained_otherwise(
     lost = [module for module in there if f"{module}.bias" not in adapter.replaced]
     if lost:
         yield (
-            f"{adapter.root}: bias is lora_only, but the file has no bias of {some(lost)}: peft 0.7 to 0.20 did "
-            "not save "
-            "trained biases; the base's are kept"
+            f"{adapter.root}: bias is lora_only, but the file has no bias of {some(lost)}: peft 0.7 to 0.20 did not "
+            "save trained biases; the base's are kept"
         )
     tables = sorted({*adapter.embeddings, *adapter.tokens})
     multiplies = str(checkpoint.config.get("model_type")).startswith("gemma3")
     if tables and multiplies and release(adapter.config) < (18, 0):
         yield (
             f"{adapter.root}: peft up to 0.17 trained {tables[0]} without the factor √hidden_size that the model "
-            "applies "
-            "to it; merge applies the factor, as current peft does. To restore a low-rank change as it was "
-            "trained, set "
-            "its alpha_pattern to alpha / √hidden_size"
+            "applies to it; merge applies the factor, as current peft does. To restore a low-rank change as it was "
+            "trained, set its alpha_pattern to alpha / √hidden_size"
         )
 
 
@@ -52,6 +49,5 @@ def untargeted(adapters: Sequence[Adapter]) -> Iterator[str]:
         if found:
             yield (
                 f"{adapter.root}: adapter_config.json does not select {some(found)}, which peft would therefore "
-                "ignore; it is "
-                "in the file and is merged"
+                "ignore; it is in the file and is merged"
             )

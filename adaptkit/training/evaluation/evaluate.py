@@ -112,7 +112,7 @@ def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateO
         require_metrics()
 
 
-@tells_shortage("while the model was loaded", hint="quantize the base with adaptkit quantize, or use --device cpu")
+@tells_shortage("while the model was loaded", hint="use a base that adaptkit quantize made, or --device cpu")
 def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -> Model:
     """Load a checkpoint, and an adapter on it.
 

@@ -105,7 +105,7 @@ def _check_additions(adapter: Adapter, config: TrainConfig) -> None:
     added = next((name for name in ("dora", "dropout", "lora_bias") if adapter.experts and getattr(config, name)), None)
     if added:
         raise UsageError(
-            f"{added}: cannot be combined with the expert matrices of {adapter.root}, as in PEFT",
+            f"{added}: cannot be combined with the expert matrices of {adapter.root}, as in peft",
             hint=f"leave out {added}",
         )
 
@@ -172,8 +172,8 @@ def _layers_left(model: Model, left: Sequence[str]) -> str:
     found = [
         (sum(map(is_router, left)), "router", ""),
         (sum(map(is_indexer, left)), "layer", " of indexers (no gradient reaches them)"),
-        (sum(is_read_by_kernels(kind, name) for name in left), "layer", " that PEFT refuses"),
-        (sum(is_never_called(kind, name) for name in left), "layer", " whose adapter PEFT ignores"),
+        (sum(is_read_by_kernels(kind, name) for name in left), "layer", " that peft rejects"),
+        (sum(is_never_called(kind, name) for name in left), "layer", " whose adapter peft ignores"),
     ]
     found.append((len(left) - sum(count for count, *_ in found), "layer", " outside the language model"))
     kinds = " and ".join(f"{counted(count, noun)}{which}" for count, noun, which in found if count)
@@ -217,7 +217,7 @@ def peft_drops(model: Model) -> str:
     others = {*renamed_in_peft(model.network, adapted), *taken_for_experts(kind, adapted)}
     if not others:
         return ""
-    named = f"PEFT drops {counted(len(others), 'adapter')}, mistaking them for other modules'; merge does not"
+    named = f"peft drops {counted(len(others), 'adapter')}, mistaking them for other modules'; merge does not"
     return f"{named}: {shortened(sorted(others))}"
 
 

@@ -49,7 +49,7 @@ def test_a_copy_of_the_parent_in_other_shards_is_thought_of(llama, llama_sharded
     quantize(llama, tmp_path / "nf4")
     with pytest.raises(IntegrityError, match="gives a different result") as caught:
         verify(tmp_path / "nf4", VerifyOptions(parents=(llama_sharded,), recompute=True))
-    assert caught.value.hint.endswith("give the original folders of its parents with --parents")
+    assert "give the original folders of its parents with --parents" in caught.value.hint
 
 
 def test_of_two_parents_with_the_same_tensors_the_one_that_was_merged_is_taken(llama, adapter, copy_of, tmp_path):

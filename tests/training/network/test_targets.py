@@ -53,13 +53,13 @@ STACKS = (
         (
             "mamba",
             {},
-            "no adapter, unless targeted by name, for 2 layers that PEFT refuses and 2 layers whose adapter PEFT "
+            "no adapter, unless targeted by name, for 2 layers that peft rejects and 2 layers whose adapter peft "
             "ignores: backbone.layers.0.mixer.",
         ),
         (
             "mamba",
             {"targets": ("*", "out_proj")},
-            "no adapter, unless targeted by name, for 2 layers whose adapter PEFT ignores: backbone.layers.0.",
+            "no adapter, unless targeted by name, for 2 layers whose adapter peft ignores: backbone.layers.0.",
         ),
         ("mamba", {"targets": ("*", "out_proj", "dt_proj")}, ""),
         ("bloom", {"modules_to_save": ("dense",)}, ""),
