@@ -118,3 +118,9 @@ def test_a_plain_checkpoint_is_not_taken_for_quantized(llama, gpt2):
 )
 def test_plain_weights_beside_bytes_codebooks_or_scales_are_not_quantized(tmp_path, tensors):
     assert quantization_found(Checkpoint(folder_of(tmp_path, tensors))) is None
+
+
+def test_one_plain_weight_with_a_scale_does_not_hide_the_others(tmp_path):
+    plain = {f"a.weight{part}": FLOATS for part in ("", "_scale")}
+    folder = folder_of(tmp_path, plain | MADE["BitNet"])
+    assert quantization_found(Checkpoint(folder)) == "BitNet"

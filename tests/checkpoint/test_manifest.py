@@ -224,3 +224,8 @@ def test_every_refusal_has_an_exit_code_of_its_own():
     with pytest.raises(AdaptkitError) as caught:
         Manifest.from_bytes(b"{}")
     assert caught.value.exit_code == 3
+
+
+def test_what_is_no_folder_and_what_is_not_there_have_no_manifest(tmp_path):
+    (tmp_path / "file").touch()
+    assert [read_manifest(tmp_path / name) for name in ("file", "nothing", "")] == [None] * 3

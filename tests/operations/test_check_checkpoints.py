@@ -252,6 +252,7 @@ def test_llama_cpp_reads_some_formats_of_compressed_tensors(form, groups, unread
     ("architecture", "tokenizer", "needs"),
     [
         ("GemmaForCausalLM", "TokenizersBackend", True),
+        ("GemmaForCausalLM", "GPT2Tokenizer", True),
         ("Gemma2ForCausalLM", "TokenizersBackend", True),
         ("Gemma3ForCausalLM", "TokenizersBackend", False),
         ("Phi3ForCausalLM", "TokenizersBackend", True),
@@ -270,3 +271,14 @@ def test_llama_cpp_reads_some_tokenizers_from_tokenizer_model_alone(architecture
     assert ("no tokenizer.model" in words(check(base, "gguf").verdicts[0])) == needs
     (base / "tokenizer.model").write_bytes(b"x")
     assert "no tokenizer.model" not in words(check(base, "gguf").verdicts[0])
+
+
+@pytest.mark.parametrize("missing", ["tokenizer_config.json", "tokenizer*"])
+def test_llama_cpp_is_said_to_need_a_tokenizer_or_its_model_and_not_both(missing, llama, copy_of):
+    base = copy_of(llama)
+    config = json.loads((base / "config.json").read_text()) | {"architectures": ["Phi3ForCausalLM"]}
+    (base / "config.json").write_text(json.dumps(config))
+    for path in base.glob(missing):
+        path.unlink()
+    said = words(check(base, "gguf").verdicts[0])
+    assert ("no tokenizer.model" in said) == (missing == "tokenizer_config.json")
