@@ -256,6 +256,7 @@ def test_llama_cpp_reads_some_formats_of_compressed_tensors(form, groups, unread
         ("Gemma2ForCausalLM", "TokenizersBackend", True),
         ("Gemma3ForCausalLM", "TokenizersBackend", False),
         ("Phi3ForCausalLM", "TokenizersBackend", True),
+        ("PhiMoEForCausalLM", "TokenizersBackend", True),
         ("Phi3ForCausalLM", "GPT2Tokenizer", False),  # Phi-4, as it is published
     ],
 )

@@ -22,7 +22,7 @@ from adaptkit.operations.targets._target import Finding, Target, some
 _METHODS = {"bitnet", "fp8", "gptq", "compressed-tensors", "modelopt", "mxfp4"}
 _NVFP4 = "nvfp4-pack-quantized"
 _BY_CHANNEL = {"float-quantized", "int-quantized", "naive-quantized"}
-_OF_SENTENCEPIECE = {"GemmaForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM"}
+_OF_SENTENCEPIECE = {"GemmaForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM", "PhiMoEForCausalLM"}
 _PLAIN = {"A", "B", "embedding A", "embedding B", "wrapped weight"}
 _NORM = re.compile(r"_layernorm|\.norm")
 _TAKES = ("use_dora", "lora_bias", "alora_invocation_tokens")  # the first two are told by their tensors
@@ -192,7 +192,8 @@ def _vocabulary(files: CheckpointFiles) -> Iterator[Finding]:
     is_there = (files.root / "tokenizer.model").is_file()
     if is_there or not files.has_tokenizer or not _OF_SENTENCEPIECE.intersection(named):
         return
-    if "Phi3ForCausalLM" in named and config.is_file() and read_json(config).get("tokenizer_class") == "GPT2Tokenizer":
+    is_phi = named[0].startswith("Phi")
+    if is_phi and config.is_file() and read_json(config).get("tokenizer_class") == "GPT2Tokenizer":
         return  # Phi-4
     yield Finding(
         "error",
