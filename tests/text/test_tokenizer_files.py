@@ -5,7 +5,7 @@ import json
 import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from adaptkit.errors import UsageError
 from adaptkit.text.tokenizer_files import load_tokenizer
@@ -68,3 +68,17 @@ def test_tokens_that_the_configuration_adds_are_no_vocabulary(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="tokenizer has no vocabulary"):
         load_tokenizer(tmp_path)
+
+
+def test_a_damaged_tokenizer_beside_sentence_pieces_asks_for_no_packages(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"none")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match="no tokenizer that transformers can load") as caught:
+        load_tokenizer(tmp_path)
+    assert caught.value.hint == "add the model's tokenizer.json and tokenizer_config.json"
+
+
+def test_a_tokenizer_that_does_not_tell_what_was_added_is_taken(tmp_path, monkeypatch):
+    """As mistral-common's."""
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: range(300))
+    assert load_tokenizer(tmp_path) == range(300)
