@@ -238,9 +238,21 @@ def require_manifest(root: Path) -> Manifest:
 
 
 def parent_of(
-    role: str, manifest: Manifest | None, tensors: Sequence[TensorRecord], weight: float | None = None
+    role: str,
+    manifest: Manifest | None,
+    tensors: Sequence[TensorRecord],
+    weight: float | None = None,
+    *,
+    root: Path | None = None,
 ) -> Parent:
     """Describe an input as a parent, by its manifest if it has one, else by its tensors.
+
+    Args:
+        role: of the input.
+        manifest: of the input.
+        tensors: that were read; none if the manifest is believed.
+        weight: of an adapter that is merged or stacked.
+        root: the input's folder, for errors.
 
     Raises:
         IntegrityError: tensors that were read are not those of the manifest.
@@ -249,7 +261,8 @@ def parent_of(
         kind = "adapter" if role in ("adapter", "init") else "checkpoint"
         return Parent(role, kind, tensors_root(tensors), weight=weight)
     if tensors and tensors_root(tensors) != manifest.tensors_root:
-        raise IntegrityError(f"the tensors of the {role} do not match its manifest", hint="run adaptkit verify on it")
+        where = root or f"the {role}"
+        raise IntegrityError(f"{where}: its tensors do not match its manifest", hint=f"run adaptkit verify {where}")
     return Parent(role, manifest.kind, manifest.tensors_root, manifest.sha256, weight)
 
 

@@ -221,5 +221,5 @@ def _manifest(out: Output, checkpoint: Checkpoint, recorded: dict[str, object]) 
         operation={"name": "dequantize", "options": recorded},
         files=tuple(out.files),
         tensors=tuple(out.tensors),
-        parents=(parent_of("base", read_manifest(checkpoint.root), base),),
+        parents=(parent_of("base", read_manifest(checkpoint.root), base, root=checkpoint.root),),
     )

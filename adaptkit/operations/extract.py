@@ -167,8 +167,8 @@ def _manifest(out: Output, plan: Plan, findings: Sequence[Finding], saved: Saved
         files=tuple(out.files),
         tensors=tuple(out.tensors),
         parents=(
-            parent_of("base", read_manifest(plan.base.root), base),
-            parent_of("tuned", read_manifest(plan.tuned.root), tuned),
+            parent_of("base", read_manifest(plan.base.root), base, root=plan.base.root),
+            parent_of("tuned", read_manifest(plan.tuned.root), tuned, root=plan.tuned.root),
         ),
         targets=tuple(Target(f.part.name.removesuffix(".weight"), f.part.spec.shape, f.base_digest) for f in touched),
     )

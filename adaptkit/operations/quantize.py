@@ -166,7 +166,7 @@ class _Run:
                 own = sum(part.holds(position) for position in range(len(plan.shards)))
                 return replace(report(), part=(part.number, part.total), shards=own)
             _write_others(out, plan, options)
-            source = None if self.describe else read_manifest(self.checkpoint.root)  # what is no folder has none
+            source = None if self.describe else self.checkpoint.root  # what is no folder has no manifest
             manifest = _manifest(out, plan, recorded, source)
             manifest = self.describe(manifest) if self.describe else manifest
             if self.init is None:
@@ -300,7 +300,7 @@ def _write_others(out: Output, plan: Plan, options: QuantizeOptions) -> None:
         out.write(name, content)
 
 
-def _manifest(out: Output, plan: Plan, recorded: dict[str, Any], source: Manifest | None) -> Manifest:
+def _manifest(out: Output, plan: Plan, recorded: dict[str, Any], source: Path | None) -> Manifest:
     specs = {choice.spec.name: choice.spec for choice in plan.selection.choices}
     digests = {name: out.notes[name]["fingerprint"] for name in specs}
     base = [TensorRecord.of(spec, digests[name]) for name, spec in specs.items()]
@@ -315,6 +315,6 @@ def _manifest(out: Output, plan: Plan, recorded: dict[str, Any], source: Manifes
         operation={"name": "quantize", "options": recorded},
         files=tuple(out.files),
         tensors=tuple(out.tensors),
-        parents=(parent_of("base", source, base),),
+        parents=(parent_of("base", read_manifest(source) if source else None, base, root=source),),
         targets=tuple(targets),
     )

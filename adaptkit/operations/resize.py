@@ -152,7 +152,7 @@ def resize(
             operation={"name": "resize", "options": recorded},
             files=tuple(out.files),
             tensors=tuple(out.tensors),
-            parents=(parent_of("adapter", read.manifest, read.records),),
+            parents=(parent_of("adapter", read.manifest, read.records, root=read.root),),
             targets=read.manifest.targets if read.manifest else (),
         )
         out.publish(manifest)

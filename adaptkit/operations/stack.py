@@ -207,7 +207,7 @@ def stack(
             files=tuple(out.files),
             tensors=tuple(out.tensors),
             parents=tuple(
-                parent_of("adapter", adapter.manifest, adapter.records, weight)
+                parent_of("adapter", adapter.manifest, adapter.records, weight, root=adapter.root)
                 for adapter, weight in zip(read, weights, strict=True)
             ),
             targets=plan.targets,

@@ -63,7 +63,7 @@ def write_result(
         write_compensation(out, start.compensation)
     parents = [parent_of("base", base, () if base else tuple(records.values()))]
     if start is not None:
-        parents.append(parent_of("init", start.manifest, start.records))
+        parents.append(parent_of("init", start.manifest, start.records, root=start.root))
     return Manifest(
         kind="checkpoint" if is_full else "adapter",
         operation={"name": "train", "options": config.recorded() | {"data_sha256": data_sha256}},

@@ -120,7 +120,7 @@ def merge_parents(
     given = zip(adapters, weights, strict=True)
     return (
         parent_of("base", base.manifest, records),
-        *(parent_of("adapter", adapter.manifest, adapter.records, weight) for adapter, weight in given),
+        *(parent_of("adapter", found.manifest, found.records, weight, root=found.root) for found, weight in given),
     )
 
 

@@ -88,7 +88,7 @@ def read_own(adapter: Path) -> Adapter:
         IntegrityError: they are others.
     """
     read = read_adapter(adapter)
-    parent_of("adapter", read.manifest, read.records)
+    parent_of("adapter", read.manifest, read.records, root=read.root)
     return read
 
 
