@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from importlib.util import find_spec
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
@@ -176,8 +177,8 @@ def main() -> None:
                 signal.signal(number, _stop)
         code = _run()
     except AdaptkitError as error:
-        message, hint = _as_typed(error.message), _as_typed(error.hint)
-        code = _fail(error.exit_code, error.code, message, hint, error.retryable)
+        say = _as_typed if isinstance(error, UsageError) else str
+        code = _fail(error.exit_code, error.code, say(error.message), say(error.hint), error.retryable)
     except OSError as error:
         if error.errno not in DISK_HINTS:
             raise
@@ -215,12 +216,12 @@ def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: 
 def _as_typed(text: str) -> str:
     """The same, beginning with the option that was typed where it began with the name that a library gives it."""
     name, colon, rest = text.partition(": ")
-    if not colon or sys.argv[1:2] not in [[known] for known in names(commands)]:
-        return text
-    given = {word.partition("=")[0] for word in sys.argv[2:]}
+    typed = {part for word in sys.argv[2:] for part in word.split("=", 1)}
+    if not colon or sys.argv[1:2] not in [[known] for known in names(commands)] or Path(name) in map(Path, typed):
+        return text  # of a path, too, that is called as an option is
     for parameter in load(commands, sys.argv[1], "command").params:
-        if name == (parameter.name or "").rstrip("_") and (typed := given.intersection(parameter.opts)):
-            return f"{typed.pop()}: {rest}"
+        if name == (parameter.name or "").rstrip("_") and (options := typed.intersection(parameter.opts)):
+            return f"{options.pop()}: {rest}"
     return text
 
 

@@ -296,6 +296,9 @@ def told_as_options(kind: type) -> Iterator[None]:
         rest = re.compile(rf"(?<![\w-])(?:{'|'.join(name for name in settings(kind) if '_' in name)})(?!\w)")
         for pattern in (first, rest):
             error.message, error.hint = (pattern.sub(_option, text) for text in (error.message, error.hint))
+        if missing := re.fullmatch(r"options: (\w+) is missing", error.message):
+            typed = f"--{missing[1].replace('_', '-')}"
+            error.message, error.hint = f"{typed} is missing", f"give {typed}, or a --config FILE with {missing[1]}"
         error.args = (error.message,)
         raise
 

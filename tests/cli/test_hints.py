@@ -169,3 +169,18 @@ def test_a_setting_of_a_file_is_not_called_an_option(run_cli, llama, instruction
     (tmp_path / "t.json").write_text(json.dumps(settings))
     done = run_cli("train", "--config", tmp_path / "t.json", "-o", tmp_path / "out")
     assert done.stderr.startswith("error: shard_base: needs several processes, found one\n")
+
+
+def test_a_path_that_is_called_as_an_option_is_no_option(run_cli, llama, instructions, tmp_path):
+    (tmp_path / "base").symlink_to(llama)
+    for output, base, said in (
+        ("base", "./base", "base: already exists"),
+        ("o", "init", "init: does not exist; expected a checkpoint or adapter folder"),
+    ):
+        done = run_cli("train", "--base", base, "--data", instructions, "-o", output, "--init", "init", cwd=tmp_path)
+        assert done.stderr.startswith(f"error: {said}\n")
+
+
+def test_an_option_of_train_that_is_not_given_is_named(run_cli, instructions):
+    done = run_cli("train", "--data", instructions, "-o", "out")
+    assert done.stderr == "error: --base is missing\nhint: give --base, or a --config FILE with base\n"
