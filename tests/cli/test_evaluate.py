@@ -336,7 +336,7 @@ def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
         (["--text", tmp_path / "text.txt", "--window", 513], 2, "longer than"),
         (["--text", tmp_path / "text.txt", "--generate"], 2, "generate: needs data"),
         (["--data", instructions, "--shots", 2], 2, "--shots-from"),
-        (["--data", instructions, "--max-tokens", 64], 2, "max_tokens: needs text"),
+        (["--data", instructions, "--max-tokens", 64], 2, "--max-tokens: needs text"),
         (["--data", instructions, "--shots", 99, "--shots-from", instructions, "--generate"], 5, "expected 99 exa"),
         (["--data", instructions, "--samples-file", tmp_path / "a.jsonl"], 2, "needs --generate"),
         (["--data", instructions, "--generate", "--samples-file", tmp_path / "no" / "a"], 2, "cannot write a file"),

@@ -404,7 +404,7 @@ def test_a_tracker_that_is_not_installed_is_asked_for(config, name, tmp_path):
     shown = command(config, tmp_path / "adapter", f"--{name}", "x")
     done = subprocess.run([sys.executable, "-c", code, *shown], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f"error: {name}: the package is not installed\nhint: pip install 'adaptkit[track]'\n"
+    assert done.stderr == f"error: --{name}: the package is not installed\nhint: pip install 'adaptkit[track]'\n"
     assert not list(tmp_path.iterdir())
 
 
