@@ -101,7 +101,7 @@ class MergedModel:
         """
         path = resolve_inside(self.root, name)
         if not path.is_file():
-            raise IntegrityError(f"{self.root}: {name} not found", hint=AGAIN)
+            raise IntegrityError(f"{self.root}: {name} is missing", hint=AGAIN)
         if file_sha256(path) != self.digests.get(name):
             raise IntegrityError(f"{self.root}: {name} changed since the merge", hint=AGAIN)
 
@@ -113,7 +113,7 @@ class MergedModel:
         """
         path = resolve_inside(self.root, name)
         if not path.is_file():
-            raise IntegrityError(f"{self.root}: {name} not found", hint=AGAIN)
+            raise IntegrityError(f"{self.root}: {name} is missing", hint=AGAIN)
         content = read_small(path)
         if hashlib.sha256(content).hexdigest() != self.digests.get(name):
             raise IntegrityError(f"{self.root}: {name} changed since the merge", hint=AGAIN)
