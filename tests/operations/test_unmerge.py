@@ -265,7 +265,7 @@ def test_a_merge_without_a_record_is_refused(llama, adapter, tmp_path, merged):
         unmerge(tmp_path / "no undo", [adapter], tmp_path / "out")
     assert "--no-undo" in caught.value.message
     (merged / RECORD).unlink()
-    with pytest.raises(IntegrityError, match=r"shard-00001-of-00001\.safetensors not found"):
+    with pytest.raises(IntegrityError, match=r"shard-00001-of-00001\.safetensors is missing"):
         unmerge(merged, [adapter], tmp_path / "out")
 
 
