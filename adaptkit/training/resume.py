@@ -109,7 +109,7 @@ def check_alike(world: World, identity: Mapping[str, Any]) -> None:
     mine = dict(identity)
     if not isinstance(mine["base"], str):  # of a base without a manifest: times are another machine's
         mine["base"] = [[file, size] for file, size, _ in mine["base"]]
-    differences = _differences(world.share(mine), mine, "{} is {!r} there and {!r} here")
+    differences = _differences(world.share(mine), mine, "{} is {} there and {} here")
     told = [f"process {world.rank} differs from the first: {'; '.join(differences)}"] if differences else []
     told = world.collect(told)
     if told:
@@ -290,13 +290,17 @@ def _read_identity(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], said: str = "{} was {!r} and is {!r}") -> list[str]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], said: str = "{} was {} and is {}") -> list[str]:
     """What differs, for people; options by name, with both values."""
     options = before.get("options") or {}
     others = {"base": "base", "data": "data", "init": "adapter to start from", "chat_template": "chat template"}
     found = [
-        said.format(name, options.get(name), now["options"].get(name))
+        said.format(name, *(_shown(run.get(name)) for run in (options, now["options"])))
         for name in sorted({*options, *now["options"]})
         if options.get(name) != now["options"].get(name)
     ]
     return found + [f"another {what}" for key, what in others.items() if before.get(key) != now.get(key)]
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value, ensure_ascii=False)

@@ -517,7 +517,8 @@ def test_another_run_is_told_what_differs(config, copy_of, llama_nf4, tmp_path):
     for change, words in (
         ({"rank": 8}, "rank was 4 and is 8"),
         ({"rank": 8, "seed": 3}, "rank was 4 and is 8; seed was 0 and is 3"),
-        ({"targets": ("q_proj",)}, r"targets was \['\*'\] and is \['q_proj'\]"),
+        ({"targets": ("q_proj",)}, r'targets was \["\*"\] and is \["q_proj"\]'),
+        ({"rank_pattern": {"q_proj": 2}}, r'rank_pattern was not set and is \[\["q_proj", 2\.0\]\]'),
     ):
         with pytest.raises(ConflictError, match=words) as caught:
             train(replace(config, **change), output)
