@@ -52,5 +52,5 @@ def test_what_is_lacking_is_told(machine, monkeypatch, tmp_path, lacking):
         monkeypatch.setattr(triton_needs, "find_spec", lambda name: None)
     what_triton_lacks.cache_clear()
     assert not has_triton("cuda")
-    assert f"need {lacking}" in slower_without(torch.device("cuda"))
+    assert f"slower without {lacking}" in slower_without(torch.device("cuda"))
     assert slower_without(torch.device("cpu")) == ""

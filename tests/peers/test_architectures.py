@@ -156,7 +156,7 @@ def test_what_peft_takes_for_another_module_is_told(name, values, others, count,
         settings = replace(config, exclude=(others,) * is_taken)
         train(settings, adapter, note=notes.append)
         assert check(adapter, ["peft"], base=base).verdicts[0].taken == is_taken
-        about = [note for note in notes if "PEFT" in note]
+        about = [note for note in notes if "peft drops" in note]
         assert about == [plan_run(settings, tmp_path / "another").peft_drops] * (not is_taken)
         assert all(f"peft drops {count} adapters" in note for note in about)
         model = load_model(base, torch.float32, torch.device("cpu"))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Example, asks_for_the_date, read_example
 from adaptkit.text.rows import is_on_hub, read_rows
@@ -127,9 +128,8 @@ def load_data(
     encoder, data = Encoder(tokenizer, loss_on), taker.data
     data.sources = tuple(_read(source, number, layout, encoder, taker) for number, source in enumerate(sources))
     if not data.samples:
-        reason = (
-            f"no sample is left of {data.dropped}: all are too long, or lose their answer, at max_length {max_length}"
-        )
+        dropped = counted(data.dropped, "sample")
+        reason = f"no samples left; dropped {dropped} (too long, or answer cut off, at max_length {max_length})"
         raise DataError(
             f"{', '.join(map(str, sources))}: {reason if data.dropped else 'no rows'}",
             hint="raise --max-length" if data.dropped else "give a file with rows",

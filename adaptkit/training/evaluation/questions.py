@@ -108,7 +108,7 @@ def read_shots(
     if len(found) < count:
         raise DataError(
             f"{', '.join(map(str, files))}: expected {counted(count, 'example')} apart from the questions, "
-            f"found {len(found)}",
+            f"found {counted(len(found), 'row')}",
             hint="lower --shots, or add --shots-from files",
         )
     conversations = list(found.values())

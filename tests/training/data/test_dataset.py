@@ -130,7 +130,7 @@ def test_no_rows_no_text_and_no_room_are_refused(tokenizer, tmp_path):
     with pytest.raises(DataError, match=r"line 1: nothing to learn"):
         load_data([write(tmp_path, {"text": ""})], tokenizer, 99)
     with pytest.raises(
-        DataError, match="no sample is left of 1: all are too long, or lose their answer, at max_length 10"
+        DataError, match=r"no samples left; dropped 1 sample \(too long, or answer cut off, at max_length 10\)"
     ):
         load_data([write(tmp_path, LONG_QUESTION)], tokenizer, 10)
 

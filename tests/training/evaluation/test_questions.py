@@ -83,7 +83,7 @@ def test_examples_are_never_one_of_the_questions(tmp_path):
     found = read_shots([path], 6, 0, questions)
     assert sorted(shot[0]["content"] for shot in found) == sorted(f"ask {number}" for number in range(1, 12, 2))
     assert read_shots([path], 3, 0, questions) == found[:3]
-    with pytest.raises(DataError, match="expected 7 examples apart from the questions, found 6"):
+    with pytest.raises(DataError, match="expected 7 examples apart from the questions, found 6 rows"):
         read_shots([path], 7, 0, questions)
 
 
@@ -107,7 +107,7 @@ def test_an_example_never_gives_the_answer_to_a_question_away(question, example,
     path = write(tmp_path / "rows.jsonl", [{"messages": example}, *others])
     found = read_shots([path], 3, 0, [Question(tuple(question), ("1",))])
     assert sorted(shot[0]["content"] for shot in found) == ["ask 0", "ask 1", "ask 2"]
-    with pytest.raises(DataError, match="expected 4 examples apart from the questions, found 3"):
+    with pytest.raises(DataError, match="expected 4 examples apart from the questions, found 3 rows"):
         read_shots([path], 4, 0, [Question(tuple(question), ("1",))])
 
 

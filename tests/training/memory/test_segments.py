@@ -171,7 +171,7 @@ def test_only_the_inputs_of_segments_are_kept(deep_nf4):
 
 def test_a_model_without_a_stack_of_layers_trains_without_checkpointing():
     assert checkpoint(nn.Linear(2, 2), "none") == checkpoint(nn.Linear(2, 2), "auto") == 0
-    with pytest.raises(UsageError, match="no stack") as caught:
+    with pytest.raises(UsageError, match="no list of layers") as caught:
         checkpoint(nn.Linear(2, 2), "layer")
     assert "none" in caught.value.hint
 

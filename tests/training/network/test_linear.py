@@ -137,7 +137,7 @@ def test_a_weight_that_is_read_where_it_would_not_be_all_is_refused():
     layer.attach_magnitude()
     with pytest.raises(UsageError, match=r"model\.layers\.0\.mixer\.dt_proj.*DoRA") as caught:
         _ = layer.weight
-    assert caught.value.hint == "--exclude dt_proj"
+    assert caught.value.hint == "use --exclude dt_proj"
 
 
 @pytest.mark.parametrize("uses_dora", [False, True])
