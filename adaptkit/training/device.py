@@ -22,10 +22,10 @@ def choose_device(name: str) -> torch.device:
     """
     found = re.fullmatch(r"auto|cpu|cuda(?::([0-9]+))?", name)
     if found is None:
-        raise UsageError(f"device {name!r}: unknown", hint="use cpu, cuda, cuda:1 for the second GPU, or auto")
+        raise UsageError(f"device: must be auto, cpu, cuda or cuda:N, found {name!r}", hint="cuda:1 is the second GPU")
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name.startswith("cuda") and int(found[1] or 0) >= gpus:
-        raise UsageError(f"device {name!r}: not available", hint="use cpu or auto")
+        raise UsageError(f"device: {name!r} is not available", hint="use cpu or auto")
     return torch.device(name if name != "auto" else "cuda" if gpus else "cpu")
 
 

@@ -104,7 +104,8 @@ def test_of_names_that_are_equally_near_the_one_that_begins_alike_is_meant(run_c
 def test_a_device_that_is_none_is_refused_with_those_that_are(run_cli, llama, instructions, tmp_path):
     done = run_cli("evaluate", "--base", llama, "--data", instructions, "--device", "gpu")
     assert (done.code, done.stdout) == (2, "")
-    assert done.stderr == "error: device 'gpu': unknown\nhint: use cpu, cuda, cuda:1 for the second GPU, or auto\n"
+    said = "--device: must be auto, cpu, cuda or cuda:N, found 'gpu'"
+    assert done.stderr == f"error: {said}\nhint: cuda:1 is the second GPU\n"
 
 
 def test_one_of_something_is_not_called_several(run_cli, llama, llama_sharded, tmp_path):

@@ -60,7 +60,7 @@ def test_only_devices_that_are_there_are_taken(monkeypatch, count):
         if number < count:
             assert choose_device(name) == torch.device(name)
         else:
-            with pytest.raises(UsageError, match=r": not available$"):
+            with pytest.raises(UsageError, match=r"^device: .* is not available$"):
                 choose_device(name)
 
 

@@ -245,7 +245,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", ""])
 def test_a_device_that_is_none_is_not_said_to_be_elsewhere(name):
-    with pytest.raises(UsageError, match=f"device '{name}': unknown") as caught:
+    with pytest.raises(UsageError, match=f"^device: must be auto, cpu, cuda or cuda:N, found '{name}'$") as caught:
         choose_device(name)
     assert "cuda" in caught.value.hint
 
