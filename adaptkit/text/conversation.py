@@ -270,11 +270,11 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[_Turn]:
 
 def _with_call(before: _Turn, call: _Turn, where: str) -> _Turn:
     """An answer with one more call, as ms-swift joins them."""
-    if before.learned != call.learned:
-        raise DataError(
-            f"{where}: the call and the answer or call before it are one turn, and only one of them is learned",
-            hint="mark both or none to be excluded from the loss",
-        )
+    own = call.others[FIELD] not in ("", before.others[FIELD])
+    if own or before.learned != call.learned:
+        said = "only the call has this reasoning" if own else "only one of them is learned"
+        hint = "write reasoning into the first of them" if own else "mark both or none to be excluded from the loss"
+        raise DataError(f"{where}: the call and the answer or call before it are one turn, and {said}", hint=hint)
     calls = [*before.others.get(CALLS, ()), *call.others[CALLS]]
     return replace(before, others={**before.others, CALLS: calls}, ignored=before.ignored | call.ignored)
 

@@ -155,6 +155,22 @@ def test_a_call_that_is_marked_otherwise_than_the_answer_before_it_is_refused():
             read_example({"messages": [ASKED, said, call]}, "here")
 
 
+@given(
+    st.sampled_from(["assistant", "tool_call"]),
+    st.sampled_from(["", "how deep?"]),
+    st.sampled_from(["", "how deep?", "so deep"]),
+    st.sampled_from(["reasoning_content", "reasoning", "thinking"]),
+)
+def test_reasoning_of_a_call_that_is_one_turn_with_the_message_before_it_is_not_lost(role, first, then, name):
+    said, call = {"role": role, "content": SAID, name: first}, {"role": "tool_call", "content": SAID, name: then}
+    row = {"messages": [ASKED, said, call]}
+    if then in ("", first):
+        assert read_example(row, "here").messages[1].get("reasoning_content", "") == first
+    else:
+        with pytest.raises(DataError, match=r"^here: message 3 of messages: the call .*only the call has this"):
+            read_example(row, "here")
+
+
 @given(st.sampled_from([("developer", "system"), ("model", "assistant")]))
 def test_roles_of_openai_and_gemma_are_those_of_the_others(names):
     name, role = names
