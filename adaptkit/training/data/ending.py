@@ -40,11 +40,11 @@ def ends_after_answers(tokenizer: Any) -> tuple[str, ...]:
 
 
 def without_ends(answers: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
-    """Answers in data without the end token that some have: what a model says is read without its."""
+    """Answers in data without the end token that some have, once each: what a model says is read without its."""
     ends = _ends(tokenizer)
     found = [next((end for end in ends if answer.rstrip().endswith(end)), "") for answer in answers]
     pairs = zip(answers, found, strict=True)
-    return tuple(answer.rstrip().removesuffix(end) if end else answer for answer, end in pairs)
+    return tuple(dict.fromkeys(answer.rstrip().removesuffix(end) if end else answer for answer, end in pairs))
 
 
 def _ends(tokenizer: Any) -> tuple[str, ...]:

@@ -177,6 +177,13 @@ class _Reader:
         asked = [self._prompt(question, shots) for question in questions]
         for what, (ids, _) in zip((*options.prompts, *questions), (*prompts, *asked), strict=True):
             check_known(ids, self._known, f"{self._base}: {'a prompt' if isinstance(what, str) else 'a question'}")
+        ended = (replace(one, references=without_ends(one.references, self._tokenizer)) for one in questions)
+        questions = tuple(ended)
+        if not all(answer.strip() for question in questions for answer in question.references):
+            raise DataError(
+                f"{', '.join(map(str, self._data))}: an answer is empty but for an end token",
+                hint="give every row a reference answer",
+            )
         return Material(
             tokenizer=self._tokenizer,
             own_template=self._own_template,
@@ -185,10 +192,7 @@ class _Reader:
             shots=shots,
             fewer_shots=fewer + sum(used < len(shots) for _, used in [*prompts, *asked]),
             prompts=tuple(tuple(ids) for ids, _ in prompts),
-            questions=tuple(
-                replace(question, references=without_ends(question.references, self._tokenizer))
-                for question in questions
-            ),
+            questions=questions,
             question_prompts=tuple(tuple(ids) for ids, _ in asked),
             too_long=too_long,
         )

@@ -9,7 +9,7 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM
 
-from adaptkit.errors import BaseMismatchError, IntegrityError, NonFiniteError, UsageError
+from adaptkit.errors import BaseMismatchError, DataError, IntegrityError, NonFiniteError, UsageError
 from adaptkit.operations.quantize import quantize
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.text.windows import pad_id
@@ -64,6 +64,19 @@ def test_answers_with_an_end_token_are_told_and_scored_as_those_without(llama, t
     assert reports["ended.jsonl"].unused_remarks == [
         "1 row has an answer with an end token, and the loss counts another after it"
     ]
+
+
+def test_answers_that_differ_by_an_end_token_are_one_and_one_that_is_nothing_else_is_refused(llama, tmp_path):
+    options = EvaluateOptions(generate=True, max_new_tokens=4, compute_dtype="float32", device="cpu")
+    path, reports = tmp_path / "rows.jsonl", []
+    for answers in ["fine"], ["fine", "fine<|im_end|>", "fine<|im_end|>\n"]:
+        path.write_text("".join(json.dumps({"prompt": "well?", "completion": answer}) + "\n" for answer in answers))
+        reports.append(evaluate(llama, None, [path], options))
+    assert reports[0].generated == reports[1].generated
+    path.write_text('{"prompt": "well?", "completion": " <|im_end|>"}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl: an answer is empty but for an end token"):
+        evaluate(llama, None, [path], options)
+    assert evaluate(llama, None, [path], replace(options, generate=False)).samples == 1
 
 
 PROSE = "the rivers in the north are quiet and the metals at night are not. There are nine whales on a hill. " * 12
