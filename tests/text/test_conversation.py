@@ -155,6 +155,13 @@ def test_a_call_that_is_marked_otherwise_than_the_answer_before_it_is_refused():
             read_example({"messages": [ASKED, said, call]}, "here")
 
 
+@given(st.sampled_from(["assistant", "tool_call"]), st.sets(st.sampled_from("ab")), st.sets(st.sampled_from("bc")))
+def test_what_is_not_read_of_a_call_and_the_message_before_it_is_told(role, first, then):
+    said = {"role": role, "content": SAID} | dict.fromkeys(first, 1)
+    call = {"role": "tool_call", "content": SAID} | dict.fromkeys(then, 1)
+    assert read_example({"messages": [ASKED, said, call]}, "here").ignored == first | then
+
+
 @given(
     st.sampled_from(["assistant", "tool_call"]),
     st.sampled_from(["", "how deep?"]),

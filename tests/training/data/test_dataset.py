@@ -124,6 +124,16 @@ def test_rows_whose_answers_end_twice_are_counted_and_the_first_is_named(llama, 
     assert (data.twice, data.twice_at) == (len(twice), twice[0] if twice else "")
 
 
+def test_ends_in_what_is_not_learned_are_none_of_answers_that_end_twice(tokenizer, tmp_path):
+    asked, said = {"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "a<|im_end|>"}
+    fine = {"role": "assistant", "content": "a"}
+    path = write(tmp_path, {"messages": [asked, said | {"weight": 0}, asked, fine]}, {"messages": [asked, said]})
+    data = load_data([path], tokenizer, 99)
+    assert (data.twice, data.twice_at.endswith("line 2")) == (1, True)
+    last = write(tmp_path, {"messages": [asked, said, asked, fine]})
+    assert [load_data([last], tokenizer, 99, loss_on=on).twice for on in ("answers", "last_answer")] == [1, 0]
+
+
 def test_no_rows_no_text_and_no_room_are_refused(tokenizer, tmp_path):
     with pytest.raises(DataError, match="no rows"):
         load_data([write(tmp_path)], tokenizer, 99)
@@ -161,7 +171,8 @@ def test_a_template_that_writes_what_is_said_alone_gives_prompts_and_completions
     """Which is what TRL makes of strings, end tokens in them included, and what docs/data.md says."""
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    prompts, completions = ("a", "a\n", " a. b: ", "\n\na\n", " "), ("a", " a", "\nb a.", "\n\n b\n\na", "a<|im_end|>")
+    prompts = "a", "a\n", " a. b: ", "\n\na\n", " ", "a<|im_end|>"
+    completions = "a", " a", "\nb a.", "\n\n b\n\na", "a<|im_end|>", ""
     rows = [{"prompt": prompt, "completion": completion} for prompt in prompts for completion in completions]
     samples = load_data([write(tmp_path, *rows)], tokenizer, 99).samples
     for row, sample in zip(rows, samples, strict=True):
