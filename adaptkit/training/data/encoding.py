@@ -248,8 +248,8 @@ class Encoder:
             if eos is None:
                 raise DataError(f"{where}: the tokenizer has no end token", hint="give it an eos_token")
             last = spans[-1].stop if spans else len(ids)
-            last -= labels[last - 1 : last] == array("i", [eos])  # data may have it already
-            ids[last:] = labels[last:] = array("i", [eos])
+            added = labels[last - 1 : last] != array("i", [eos])  # data may have it already
+            ids[last:] = labels[last:] = array("i", [eos] * added)
         if text.begins and ids[: len(self._begin)] != self._begin:
             ids, labels = self._begin + ids, array("i", [IGNORED]) * len(self._begin) + labels
         return Sample(ids, labels, where), added and bool(spans)

@@ -245,8 +245,8 @@ def test_an_answer_under_a_template_without_ends_is_followed_by_one_and_nothing(
 @given(SPOKEN.map(str.rstrip).filter(lambda text: not text.endswith("</s>")))
 def test_an_answer_that_has_the_end_token_already_is_given_no_other_under_a_template_without(families, answer):
     row = {"prompt": "Name a river</s>", "completion": answer}
-    ended, _ = encode_row(row | {"completion": f"{answer}</s>"}, families["alpaca"])
-    assert ended == encode_row(row, families["alpaca"])[0]
+    ended, added = encode_row(row | {"completion": f"{answer}</s>"}, families["alpaca"])
+    assert (ended, added) == (encode_row(row, families["alpaca"])[0], 0)
 
 
 @pytest.fixture(scope="module")
