@@ -10,7 +10,6 @@ import signal
 import sys
 import traceback
 from importlib.util import find_spec
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
@@ -214,15 +213,11 @@ def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: 
 
 
 def _as_typed(text: str) -> str:
-    """The same, beginning with the option that was typed where it began with the name that a library gives it."""
-    name, colon, rest = text.partition(": ")
-    typed = {part for word in sys.argv[2:] for part in word.split("=", 1)}
-    if not colon or sys.argv[1:2] not in [[known] for known in names(commands)] or Path(name) in map(Path, typed):
-        return text  # of a path, too, that is called as an option is
-    for parameter in load(commands, sys.argv[1], "command").params:
-        if name == (parameter.name or "").rstrip("_") and (options := typed.intersection(parameter.opts)):
-            return f"{options.pop()}: {rest}"
-    return text
+    if sys.argv[1:2] not in [[known] for known in names(commands)]:
+        return text
+    from adaptkit.cli.options import as_options
+
+    return as_options(text, load(commands, sys.argv[1], "command"), sys.argv[2:])
 
 
 def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -> int:

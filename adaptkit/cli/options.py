@@ -3,8 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
@@ -17,7 +16,6 @@ from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.typed import declared
 from adaptkit.cli.output import notes
 from adaptkit.cli.progress import byte_progress
-from adaptkit.errors import ConfigError
 
 if TYPE_CHECKING:
     from adaptkit.checkpoint.signing import Signer, Trust
@@ -283,28 +281,27 @@ def _setting_option(name: str, found: Any, rule: Any, types: Mapping[str, Any]) 
     )
 
 
-@contextmanager
-def told_as_options(kind: type) -> Iterator[None]:
-    """Give settings the names of the command line in what an error says of them."""
-    try:
-        yield
-    except ConfigError as error:
-        from adaptkit.training.settings import settings
+def as_options(text: str, command: click.Command, arguments: Iterable[str]) -> str:
+    """Name the parameters in a library's error message as the command line does: ``block_size`` is ``--block-size``.
 
-        # One of a single word may be a word of the sentence, but not before a colon.
-        first = re.compile(rf"^(?:{'|'.join(settings(kind))})(?=:)")
-        rest = re.compile(rf"(?<![\w-])(?:{'|'.join(name for name in settings(kind) if '_' in name)})(?!\w)")
-        for pattern in (first, rest):
-            error.message, error.hint = (pattern.sub(_option, text) for text in (error.message, error.hint))
-        if missing := re.fullmatch(r"options: (\w+) is missing", error.message):
-            typed = f"--{missing[1].replace('_', '-')}"
-            error.message, error.hint = f"{typed} is missing", f"give {typed}, or a --config FILE with {missing[1]}"
-        error.args = (error.message,)
-        raise
-
-
-def _option(found: re.Match[str]) -> str:
-    return f"--{found[0].replace('_', '-')}"
+    A name before the first colon counts if its option was given, unless a path of that name was. If there is no
+    ``--config`` file, whose keys have the same names, so do all settings, and elsewhere in the text those with an
+    underscore: others may be ordinary words.
+    """
+    given = {part for argument in arguments for part in argument.split("=", 1)}
+    named, settings = {}, {}
+    for parameter in command.params:
+        name = (parameter.name or "").rstrip("_")
+        if typed := given.intersection(parameter.opts):
+            named[name] = typed.pop()
+        if isinstance(parameter, _SettingOption) and "--config" not in given:
+            settings[name] = parameter.opts[0]
+    head, colon, rest = text.partition(": ")
+    if colon and head in settings | named and Path(head) not in map(Path, given):
+        text = f"{(settings | named)[head]}: {rest}"
+    inner = "|".join(name for name in settings if "_" in name)
+    pattern = rf"(?<![\w./-])(?:{inner})(?![\w/-]|\.\w)"  # not in a path
+    return re.sub(pattern, lambda found: settings[found[0]], text) if inner else text
 
 
 def given(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -182,6 +182,12 @@ def test_a_path_that_is_called_as_an_option_is_no_option(run_cli, llama, instruc
         assert done.stderr.startswith(f"error: {said}\n")
 
 
+def test_a_setting_s_name_in_a_path_stays(run_cli, llama, instructions, tmp_path):
+    data = tmp_path / "max_length" / "page_kib.jsonl"
+    done = run_cli("train", "--base", llama, "--data", data, "-o", tmp_path / "out", "--mixture", "x=1")
+    assert f"hint: name one of the data: {data}" in done.stderr
+
+
 def test_an_option_of_train_that_is_not_given_is_named(run_cli, instructions):
     done = run_cli("train", "--data", instructions, "-o", "out")
     assert done.stderr == "error: --base is missing\nhint: give --base, or a --config FILE with base\n"

@@ -1,14 +1,13 @@
 """``adaptkit train``."""
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.checkpoint.document import Document, read_document
+from adaptkit.checkpoint.document import read_document
 from adaptkit.checkpoint.pages import give_back_kernel_compiler
 from adaptkit.checkpoint.typed import Place, build
 from adaptkit.cli.options import (
@@ -18,11 +17,11 @@ from adaptkit.cli.options import (
     given,
     output_options,
     settings_options,
-    told_as_options,
 )
 from adaptkit.cli.output import Row, counted, say, show, size, told_rank
 from adaptkit.cli.progress import training_progress
 from adaptkit.cli.training_view import batch_lines, cut_rows, data_rows, has_colour
+from adaptkit.errors import UsageError
 from adaptkit.torch_compiler import leave_compiler_out
 from adaptkit.training.config import TrainConfig
 
@@ -64,12 +63,14 @@ def command(
     """
     if show_batch and dry_run:
         raise click.UsageError("--show-batch and --dry-run cannot be combined; choose one")
-    document = read_document(config_file) if config_file else Document(Path("options"), {}, {})
-    values, chosen = document.values, given(TrainConfig, options)
+    document = read_document(config_file) if config_file else None
+    values, chosen = document.values if document else {}, given(TrainConfig, options)
+    for name in ("base", "data"):
+        if document is None and name not in chosen:
+            raise UsageError(f"--{name} is missing", hint=f"give --{name}, or a --config FILE with {name}")
     if {"steps", "epochs"} & set(chosen):  # either takes the place of the file's
         values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
-    with nullcontext() if config_file else told_as_options(TrainConfig):
-        config = build(TrainConfig, values, Place(document), chosen)
+    config = build(TrainConfig, values, Place(document), chosen)
     written = {name: getattr(config, name) for name in ("base", "init") if name in set(values) - set(chosen)}
     config = replace(config, **{name: str(fetched(path, as_json or quiet)) for name, path in written.items()})
     is_first = told_rank() == "0"
