@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AdaptkitError": "adaptkit.errors",
+    "AdoptOptions": "adaptkit.operations.adopt",
     "Calibration": "adaptkit.operations.quantize",
     "DequantizeOptions": "adaptkit.operations.dequantize",
     "EvaluateOptions": "adaptkit.training.evaluation.report",
@@ -28,6 +29,7 @@ _PUBLIC = {
     "TrainConfig": "adaptkit.training.config",
     "Trust": "adaptkit.checkpoint.signing",
     "VerifyOptions": "adaptkit.operations.verify",
+    "adopt": "adaptkit.operations.adopt",
     "check": "adaptkit.operations.check",
     "compare": "adaptkit.training.evaluation.comparison",
     "dequantize": "adaptkit.operations.dequantize",

@@ -233,7 +233,9 @@ def require_manifest(root: Path) -> Manifest:
     """
     manifest = read_manifest(root)
     if manifest is None:
-        raise IntegrityError(f"{root}: {MANIFEST_NAME} not found", hint="only artifacts that adaptkit made have one")
+        raise IntegrityError(
+            f"{root}: {MANIFEST_NAME} not found", hint=f"if another tool made this, run adaptkit adopt {root} -o OUT"
+        )
     return manifest
 
 

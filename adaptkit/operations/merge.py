@@ -14,10 +14,9 @@ from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
-from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
-from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.errors import UsageError
 from adaptkit.operations._merge.base import open_base, with_addresses
-from adaptkit.operations._merge.edit_checks import check_effects, check_quantizable, is_same
+from adaptkit.operations._merge.edit_checks import begins_with_its_own, check_effects, check_quantizable
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import LITTLE_KEPT, MergeOptions, MergeReport, TensorChange
@@ -64,7 +63,7 @@ def merge(
     weights = weights_of(read, options.weights)
     check_output(output, force, [base, *adapters])
     opened = open_base(base, read, options.allow_base_mismatch)
-    begins = partial(_begins_with_its_own, opened.checkpoint, options.allow_base_mismatch)
+    begins = partial(begins_with_its_own, opened.checkpoint, options.allow_base_mismatch)
     edits = plan_edits(opened.checkpoint, read, weights, begins, options.untie)
     check_effects(read, weights, edits)
     opened = with_addresses(opened, edits)
@@ -96,20 +95,3 @@ def _check_order(base: Path, adapters: Sequence[Path]) -> None:
             f"{base} is an adapter and {others[0]} a checkpoint; the base comes first",
             hint=f"adaptkit merge {others[0]} {base} -o OUT",
         )
-
-
-def _begins_with_its_own(checkpoint: Checkpoint, allowed: bool, name: str, files: TensorFiles, key: str) -> bool:
-    """Whether an adapter's copy of what it is added to takes the place of the base's tensor.
-
-    Raises:
-        BaseMismatchError: it would, though it should be the same.
-    """
-    if is_same(checkpoint, name, files, key):
-        return False
-    if checkpoint.spec(name).shape == files.spec(key).shape and not allowed:
-        raise BaseMismatchError(
-            f"{checkpoint.root}: {name} is not the tensor that {files.root} was trained on; the adapter's own copy of "
-            "it differs",
-            hint="give the right base, or add --allow-base-mismatch to use the adapter's copy",
-        )
-    return True

@@ -15,8 +15,8 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.settings import settings
 
 COMMANDS = [
-    "check", "dequantize", "diff", "evaluate", "extract", "inspect", "merge", "plan", "publish", "pull", "quantize",
-    "resize", "run", "stack", "train", "unmerge", "verify",
+    "adopt", "check", "dequantize", "diff", "evaluate", "extract", "inspect", "merge", "plan", "publish", "pull",
+    "quantize", "resize", "run", "stack", "train", "unmerge", "verify",
 ]  # fmt: skip
 
 

@@ -66,6 +66,7 @@ COMMANDS = {
                                  "rows.jsonl"],
     "quantize": ["quantize", "base", "-o", "nf4", "--skip", "model.layers.1.*", "--skip", "*.mlp.*", "--skip",
                  "*.[kvo]_proj"],
+    "adopt": ["adopt", "one", "--base", "base", "-o", "adopted"],
     "resize": ["resize", "one", "-o", "resized", "--rank", "1"],
     "merge": ["merge", "base", "one", "-o", "merged"],
     "merge, weights": ["merge", "base", "one", "one", "-o", "x", "--weight", "1"],

@@ -37,6 +37,7 @@ STEPS = {
                 "64", "--targets", "q_proj", "--targets", "v_proj", "-o"],
     "stacked": ["stack", "trained", "trained", "--method", "dare", "--seed", "5", "--weight", "0.5", "--weight", "2",
                 "-o"],
+    "copied": ["adopt", "base", "-o"],
     "small": ["resize", "stacked", "--energy", "0.9", "-o"],
     "merged": ["merge", "base", "small", "trained", "--embed-adapter", "-o"],
     "merged-nf4": ["merge", "base", "small", "--format", "nf4", "-o"],

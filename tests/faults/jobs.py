@@ -74,6 +74,7 @@ JOBS = (
     _job("stack {in}/adapter {in}/second -o out --method cat"),
     _job("extract {in}/merged {in}/base -o out --rank 4"),
     _job("resize {in}/adapter -o out --rank 2"),
+    _job("adopt {in}/adapter -o out --base {in}/base"),
     _job(f"train --base {{in}}/nf4 --data {{in}}/rows.jsonl -o out {TRAIN}"),
     _job("publish {in}/stacked {repo} --tag v1"),
     _job("pull me/source -o out"),

@@ -22,7 +22,7 @@ def tallies():
 
 
 def test_every_command_that_writes_is_killed_by_every_signal(tallies):
-    commands = "quantize dequantize merge unmerge stack extract resize train publish pull run"
+    commands = "quantize dequantize merge unmerge stack extract resize adopt train publish pull run"
     assert {*commands.split(), "merge --force"} == set(tallies)
     assert all(tally["kills"] >= KILLS // len(tallies) for tally in tallies.values())
     assert sum(tally["kills"] for tally in tallies.values()) >= KILLS

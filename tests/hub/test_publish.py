@@ -254,3 +254,15 @@ main()
     done = cli(code=code)
     assert done.code == 6, done.stdout
     assert not repository.state
+
+
+def test_an_adapter_of_another_tool_is_published_once_it_is_adopted(
+    cli: Any, llama: Path, adapter: Path, repository: Any
+) -> None:
+    assert cli("publish", adapter, "me/model").code == 3
+    assert cli("adopt", adapter, "-o", "ours", "--base", llama).code == 0
+    assert cli("publish", "ours", "me/model", "--tag", "v1").code == 0
+    there, here = repository.files(), digests(adapter)
+    assert {name: there[name] for name in here} == here
+    assert cli("pull", "me/model@v1", "-o", "pulled").code == 0
+    assert cli("merge", llama, "pulled", "-o", "merged").code == 0

@@ -75,6 +75,7 @@ def test_no_command_shows_a_token_when_it_succeeds(
     (folder / "rows.jsonl").write_bytes(instructions.read_bytes())
     (folder / "recipe.yaml").write_text(RECIPE)
     successes = {
+        "adopt": "adapter -o adopted --base llama",
         "quantize": "llama -o base",
         "dequantize": "base -o whole",
         "train": "--base base --data rows.jsonl -o trained --steps 1 --max-length 64 --rank 2",

@@ -28,7 +28,8 @@ steps:
     quantize: base
     calibration: {files: [text], tokens: 256, window: 64, init_rank: 2}
   plain: {dequantize: small}
-  lighter: {resize: lora, rank: 2}
+  ours: {adopt: lora, base: base}
+  lighter: {resize: ours, rank: 2}
   both: {stack: [lora, lighter], method: ties, weights: [1, 0.5], settings: {density: 0.5}}
   merged: {merge: base, adapters: [both], undo: false}
   found: {extract: merged, base: base, rank: 8}
@@ -75,10 +76,10 @@ def test_every_kind_that_makes_something_was_run(ran):
     folder, report = ran
     assert {step.kind for step in report.steps} == set(names(registry)) - {"publish"}
     outputs = {output.name: output for step in report.steps for output in step.outputs}
-    assert set(outputs) == {"small", "small-init", "plain", "lighter", "both", "merged", "found", "begun"}
+    assert set(outputs) == {"small", "small-init", "plain", "ours", "lighter", "both", "merged", "found", "begun"}
     kinds = {name: verify(folder / output.path).kind for name, output in outputs.items()}
     assert kinds["small"] == "quantized"
-    assert {kinds[name] for name in ("small-init", "lighter", "both", "found", "begun")} == {"adapter"}
+    assert {kinds[name] for name in ("small-init", "ours", "lighter", "both", "found", "begun")} == {"adapter"}
 
 
 def test_an_adapter_has_the_chat_template_of_its_step(ran):

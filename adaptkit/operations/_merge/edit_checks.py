@@ -119,3 +119,36 @@ def is_same(checkpoint: Checkpoint, name: str, files: TensorFiles, key: str) -> 
         if not through:
             return False
     return True
+
+
+def begins_with_its_own(
+    checkpoint: Checkpoint,
+    allowed: bool,
+    name: str,
+    files: TensorFiles,
+    key: str,
+    *,
+    otherwise: str = "add --allow-base-mismatch to use the adapter's copy",
+) -> bool:
+    """Whether an adapter's change is added to its own copy of a base tensor, since that differs from the base's.
+
+    Args:
+        checkpoint: the base.
+        allowed: accept a copy of the same shape that differs.
+        name: of the base's tensor.
+        files: of the adapter.
+        key: of the copy.
+        otherwise: for the hint, what else the caller can do.
+
+    Raises:
+        BaseMismatchError: the copy differs, and that is not allowed.
+    """
+    if is_same(checkpoint, name, files, key):
+        return False
+    if checkpoint.spec(name).shape == files.spec(key).shape and not allowed:
+        raise BaseMismatchError(
+            f"{checkpoint.root}: {name} is not the tensor that {files.root} was trained on; the adapter's own copy of "
+            "it differs",
+            hint=f"give the right base, or {otherwise}",
+        )
+    return True

@@ -1,0 +1,61 @@
+"""``adaptkit adopt``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from adaptkit.cli.options import ArtifactPath, output_options, threads_option
+from adaptkit.cli.output import Row, counted, show, size
+from adaptkit.cli.progress import byte_progress
+
+if TYPE_CHECKING:
+    from adaptkit.operations.adopt import AdoptReport
+
+
+@click.command()
+@click.argument("source", type=ArtifactPath())
+@output_options
+@click.option("--base", type=ArtifactPath(), help="16-bit checkpoint that the adapter was trained on.")
+@click.option("--dry-run", is_flag=True, help="Check everything; write nothing.")
+@threads_option
+def command(
+    source: Path,
+    output: Path,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    base: Path | None,
+    dry_run: bool,
+    threads: int | None,
+) -> None:
+    """Give an adapter or checkpoint of another tool a manifest.
+
+    Writes a copy of SOURCE, byte for byte, that can be verified and published. If --base names what an adapter was
+    trained on, merge and train reject any other base.
+    """
+    from adaptkit.operations.adopt import AdoptOptions, adopt
+
+    with byte_progress("adopt", as_json or quiet) as progress:
+        report = adopt(
+            source, output, AdoptOptions(threads), base=base, force=force, dry_run=dry_run, progress=progress
+        )
+    show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
+
+
+def _rows(report: "AdoptReport", dry_run: bool) -> list[Row]:
+    what = f"{report.kind}, {counted(len(report.files), 'file')}, {size(report.bytes)}"
+    rows = [
+        ("would write" if dry_run else "wrote", f"{report.output} ({what})"),
+        ("tensors", f"{report.tensors:,}"),
+    ]
+    if report.base is not None:
+        changed = counted(report.base_fingerprints, "changed tensor")
+        rows.append(("base", f"{report.base}: fingerprints of {changed} recorded, so another base will be rejected"))
+    elif report.kind == "adapter":
+        rows.append(("base", "unknown, so a wrong one cannot be rejected; add --base BASE to record it"))
+    if report.not_copied:
+        rows.append(("not copied", ", ".join(report.not_copied)))
+    if report.manifest_sha256:
+        rows.append(("manifest sha256", report.manifest_sha256))
+    return rows

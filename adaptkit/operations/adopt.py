@@ -1,0 +1,274 @@
+"""Give an adapter or a checkpoint that another tool made a manifest, so that it can be verified and published."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from adaptkit.arguments import AnyPath, typed_fields
+from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.adapter_config import is_adapter
+from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.hashing import fingerprint_in_pieces
+from adaptkit.checkpoint.integrity import present_names
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.layout import (
+    ADAPTER_CONFIG_NAME,
+    CARD_NAME,
+    CONFIG_NAME,
+    INDEX_NAME,
+    LICENCES,
+    check_side_files,
+    read_small,
+    require_folder,
+    resolve_inside,
+    side_files,
+)
+from adaptkit.checkpoint.manifest import (
+    MANIFEST_NAME,
+    FileRecord,
+    Manifest,
+    Parent,
+    Target,
+    TensorRecord,
+    parent_of,
+    read_manifest,
+)
+from adaptkit.checkpoint.place import check_output
+from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
+from adaptkit.checkpoint.writer import copy_file
+from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.operations._discarding import discarding
+from adaptkit.operations._merge.edit_checks import begins_with_its_own
+from adaptkit.operations._merge.edit_plan import plan_edits
+from adaptkit.operations._threads import check_threads, fingerprints, in_order, thread_count
+from adaptkit.text.tokenizer_files import is_of_tokenizer
+
+_UNFILLED = b"[More Information Needed]"
+"""What the model cards contain that trainers write beside their adapters, and nobody has filled in."""
+
+
+@dataclass(frozen=True)
+class AdoptOptions:
+    """How.
+
+    Attributes:
+        threads: number of files, or of tensors of the base, at a time; one per processor if None. Not part of the
+            result.
+    """
+
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        typed_fields(self)
+        check_threads(self.threads)
+
+
+@dataclass(frozen=True)
+class AdoptReport:
+    """What was done, or would be.
+
+    Attributes:
+        output: folder.
+        kind: adapter or checkpoint.
+        files: copied, byte for byte; sorted.
+        not_copied: what else lies in the source folder, a ``/`` behind the names of folders; sorted.
+        bytes: size of the copied files.
+        tensors: number of tensors.
+        base: folder of the base; None if none was given.
+        base_fingerprints: number of tensors of the base that the adapter changes, whose fingerprints are recorded.
+        tensors_root: binds the tensors; None for a dry run.
+        manifest_sha256: None for a dry run.
+    """
+
+    output: str
+    kind: str
+    files: tuple[str, ...]
+    not_copied: tuple[str, ...]
+    bytes: int
+    tensors: int
+    base: str | None
+    base_fingerprints: int
+    tensors_root: str | None = None
+    manifest_sha256: str | None = None
+
+
+def adopt(
+    source: AnyPath,
+    output: AnyPath,
+    options: AdoptOptions | None = None,
+    *,
+    base: AnyPath | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress = no_progress,
+) -> AdoptReport:
+    """Copy an adapter or a checkpoint byte for byte, and write a manifest for it.
+
+    With a base, the manifest of an adapter records the base as its parent and the fingerprints of the tensors that the
+    adapter changes, so that ``merge`` and ``train`` reject any other base. That it was trained on this base is the
+    caller's claim; what is checked is that names and shapes fit, and that the adapter's own copies of tensors of the
+    base, if it has any, are the same.
+
+    Args:
+        source: folder of a LoRA adapter, or of a 16- or 32-bit checkpoint, without a manifest; it is not changed.
+        output: folder to make.
+        options: how.
+        base: folder of the 16- or 32-bit checkpoint that the adapter was trained on.
+        force: replace an existing output.
+        dry_run: check everything and write nothing.
+        progress: called with the number of bytes read so far and in all.
+
+    Raises:
+        UsageError: the source has a manifest already, or a base is given for a checkpoint.
+        AdapterError, CheckpointError: the source, or the base, is malformed or quantized.
+        BaseMismatchError: the adapter does not fit the base.
+        IntegrityError: the base is not what its manifest says, or a file changed while it was read.
+        OutputExistsError: the output exists.
+    """
+    source, output = Path(source), Path(output)
+    options = options or AdoptOptions()
+    _refuse_manifest(require_folder(source))
+    adapter = read_adapter(source) if is_adapter(source) else None
+    if adapter is None and base is not None:
+        raise UsageError(f"base: applies only to adapters, but {source} is a checkpoint", hint="leave out --base")
+    files = adapter.files if adapter else _plain_checkpoint(source)
+    small = _small_files(source, files, is_adapter=adapter is not None)
+    parent = _Base(Path(base), adapter) if adapter and base is not None else None
+    check_output(output, force, [source, *([parent.checkpoint.root] if parent else [])])
+    report = _report(output, files, small, parent)
+    if dry_run:
+        return report
+    state, threads = files.state(), thread_count(options.threads)
+    before = parent.bytes if parent else 0
+    total = before + report.bytes
+    inputs = [[str(source.resolve()), state]]
+    with Output(output, [report.kind], force, inputs=inputs) as out, discarding(out):
+        out.require_space(report.bytes)
+        of_base = parent.fingerprints(threads, lambda done, _: progress(done, total)) if parent else {}
+        _copy_weights(out, files, threads, lambda done: progress(before + done, total))
+        for name in small:
+            out.copy(resolve_inside(source, name), name)
+        files.require_state(state)
+        manifest = Manifest(
+            kind=report.kind,
+            operation={"name": "adopt", "options": {}},
+            files=tuple(out.files),
+            tensors=tuple(out.tensors),
+            parents=parent.parents(of_base) if parent else (),
+            targets=parent.targets(of_base) if parent else (),
+        )
+        out.publish(manifest)
+    return replace(report, tensors_root=manifest.tensors_root, manifest_sha256=manifest.sha256)
+
+
+class _Base:
+    """The base of an adapter, and which of its tensors the adapter changes."""
+
+    def __init__(self, root: Path, adapter: Adapter) -> None:
+        self.checkpoint = _plain_checkpoint(root)
+        self._state = self.checkpoint.state()
+        edits = plan_edits(
+            self.checkpoint,
+            [adapter],
+            [1.0],
+            partial(begins_with_its_own, self.checkpoint, False, otherwise="leave out --base"),
+            True,
+        )
+        self.changed = sorted({edit.source for edit in edits.of.values() if edit.steps})
+
+    @property
+    def bytes(self) -> int:
+        """Size of all tensors."""
+        return sum(at.spec.nbytes for at in self.checkpoint.tensors.values())
+
+    def fingerprints(self, threads: int, progress: Progress) -> dict[str, str]:
+        """Hash all tensors.
+
+        Raises:
+            IntegrityError: a file changed since it was opened.
+        """
+        found = fingerprints(self.checkpoint, threads, progress)
+        self.checkpoint.require_state(self._state)
+        return found
+
+    def parents(self, digests: Mapping[str, str]) -> tuple[Parent, ...]:
+        """The base, described by all its tensors, which must be those of its manifest if it has one."""
+        records = [TensorRecord.of(at.spec, digests[name]) for name, at in self.checkpoint.tensors.items()]
+        return (parent_of("base", read_manifest(self.checkpoint.root), records, root=self.checkpoint.root),)
+
+    def targets(self, digests: Mapping[str, str]) -> tuple[Target, ...]:
+        """The tensors that the adapter changes."""
+        return tuple(
+            Target(name.removesuffix(".weight"), self.checkpoint.spec(name).shape, digests[name])
+            for name in self.changed
+        )
+
+
+def _refuse_manifest(source: Path) -> None:
+    manifest = read_manifest(source)
+    if manifest is not None:
+        raise UsageError(
+            f"{source}: already has a manifest, made by {manifest.operation.get('name')}",
+            hint=f"use it as it is; if it was changed on purpose, adopt a copy of it without {MANIFEST_NAME}",
+        )
+
+
+def _plain_checkpoint(root: Path) -> Checkpoint:
+    checkpoint = Checkpoint(root)
+    method = quantization_found(checkpoint)
+    if method is not None:
+        raise CheckpointError(
+            f"{root}: is quantized with {method}", hint="give the 16-bit checkpoint that it was made from"
+        )
+    return checkpoint
+
+
+def _small_files(source: Path, files: TensorFiles, *, is_adapter: bool) -> list[str]:
+    """The names of the files to copy beside the weights; a model card that nobody has filled in is not one of them."""
+    check_side_files(source)
+    beside = side_files(source)
+    if is_adapter:
+        names = [ADAPTER_CONFIG_NAME, *(n for n in beside if is_of_tokenizer(n) or n.startswith(LICENCES))]
+    else:
+        names = [CONFIG_NAME, *beside, *([INDEX_NAME] if (source / INDEX_NAME).is_file() else [])]
+    card = source / CARD_NAME
+    if card.is_file() and _UNFILLED not in read_small(card):
+        names.append(CARD_NAME)
+    return sorted(names)
+
+
+def _report(output: Path, files: TensorFiles, small: Sequence[str], base: _Base | None) -> AdoptReport:
+    copied = {*files.headers, *small}
+    others = {name.partition("/") for name in present_names(files.root) - copied}
+    return AdoptReport(
+        output=str(output),
+        kind="checkpoint" if isinstance(files, Checkpoint) else "adapter",
+        files=tuple(sorted(copied)),
+        not_copied=tuple(sorted({folder + slash for folder, slash, _ in others})),
+        bytes=sum(resolve_inside(files.root, name).stat().st_size for name in copied),
+        tensors=len(files.tensors),
+        base=str(base.checkpoint.root) if base else None,
+        base_fingerprints=len(base.changed) if base else 0,
+    )
+
+
+def _copy_weights(out: Output, files: TensorFiles, threads: int, progress: Callable[[int], None]) -> None:
+    """Copy the weight files that an earlier run did not finish, several at a time."""
+
+    def copied(file: str) -> tuple[FileRecord, list[TensorRecord]] | None:
+        if out.is_whole(file):
+            return None
+        record = copy_file(resolve_inside(files.root, file), out.folder, file)
+        specs = [at.spec for at in files.tensors.values() if at.file == file]
+        return record, [TensorRecord.of(spec, fingerprint_in_pieces(files, spec.name), file) for spec in specs]
+
+    done = 0
+    for file, made in zip(files.headers, in_order(copied, files.headers, threads), strict=True):
+        if made is None:
+            out.finished(file)
+        else:
+            out.add(*made)
+        done += resolve_inside(files.root, file).stat().st_size
+        progress(done)

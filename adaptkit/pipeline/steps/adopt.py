@@ -1,0 +1,14 @@
+"""Give an adapter or a checkpoint that another tool made a manifest."""
+
+from adaptkit.operations.adopt import AdoptOptions, adopt
+from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+
+
+def _run(work: Work) -> Outcome:
+    base = work.optional("base")
+    report = adopt(work.path("adopt"), work.output, work.options, base=base, progress=work.progress)
+    figure = f"{report.kind} with {report.tensors:,} tensors, {report.base_fingerprints:,} fingerprints of its base"
+    return Outcome(figure, {"tensors": report.tensors, "base_fingerprints": report.base_fingerprints})
+
+
+KIND = StepKind(inputs=(Input("adopt", required=True), Input("base")), options=AdoptOptions, run=_run)

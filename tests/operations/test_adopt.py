@@ -1,0 +1,223 @@
+"""What another tool made is copied byte for byte, and its manifest says what it is and which base it changes."""
+
+import json
+import shutil
+
+import peft_adapters
+import pytest
+import tiny
+import torch
+import xxhash
+from peft_adapters import OF_EVERY_KIND
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.errors import AdapterError, BaseMismatchError, CheckpointError, OutputExistsError, UsageError
+from adaptkit.operations.adopt import adopt
+from adaptkit.operations.inspect import trace
+from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.quantize import quantize
+from adaptkit.operations.verify import VerifyOptions, verify
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def tensors_of(folder):
+    found = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def raw(folder):
+    """By tensor name, the bytes in the files of a checkpoint."""
+    return {
+        name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors_of(folder).items()
+    }
+
+
+def with_a_change(base, folder, name):
+    """The same checkpoint, one number of a tensor another."""
+    shutil.copytree(base, folder)
+    for path in folder.glob("model*.safetensors"):
+        tensors = load_file(path)
+        if name in tensors:
+            tensors[name].view(-1)[0] += 1
+            save_file(tensors, path, metadata={"format": "pt"})
+            return folder
+    raise AssertionError(name)
+
+
+def test_an_adapter_is_copied_and_can_be_verified(tmp_path, adapter):
+    before = tree(adapter)
+    report = adopt(adapter, tmp_path / "out")
+    made = tree(tmp_path / "out")
+    manifest = made.pop(MANIFEST_NAME)
+    assert made == before == tree(adapter)
+    assert report.files == tuple(sorted(before))
+    assert (report.kind, report.not_copied, report.base, report.base_fingerprints) == ("adapter", (), None, 0)
+    assert report.bytes == sum(map(len, before.values()))
+    found = verify(tmp_path / "out", VerifyOptions(manifest_sha256=report.manifest_sha256))
+    assert found.kind == "adapter"
+    document = json.loads(manifest)
+    with safe_open(adapter / WEIGHTS, "pt") as file:
+        assert report.tensors == len(document["tensors"]) == len(file.keys())
+        for tensor in document["tensors"]:
+            content = file.get_tensor(tensor["name"]).contiguous().view(torch.uint8).numpy().tobytes()
+            assert xxhash.xxh3_128_hexdigest(content) == tensor["xxh3_128"]
+    assert (document["parents"], document["targets"]) == ([], [])
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_checkpoint_is_copied_and_can_be_verified(tmp_path, shards):
+    base = tiny.write_llama(tmp_path / "base", shards=shards)
+    before = tree(base)
+    report = adopt(base, tmp_path / "out")
+    made = tree(tmp_path / "out")
+    del made[MANIFEST_NAME]
+    assert made == before == tree(base)
+    assert (report.kind, report.not_copied) == ("checkpoint", ())
+    assert verify(tmp_path / "out").kind == "checkpoint"
+    found = {tensor.name: tensor.xxh3_128 for tensor in require_manifest(tmp_path / "out").tensors}
+    assert found == {name: xxhash.xxh3_128_hexdigest(content) for name, content in raw(base).items()}
+
+
+def test_a_merge_of_what_was_adopted_has_the_weights_of_a_merge_of_the_original(tmp_path, llama, adapter):
+    adopt(adapter, tmp_path / "ours", base=llama)
+    merge(llama, [adapter], tmp_path / "one")
+    merge(llama, [tmp_path / "ours"], tmp_path / "other")
+    assert raw(tmp_path / "one") == raw(tmp_path / "other")
+
+
+@pytest.mark.parametrize("name", OF_EVERY_KIND)
+def test_the_fingerprints_are_those_of_the_tensors_that_a_merge_changes(tmp_path, made, name):
+    case = peft_adapters.make(made, name)
+    report = adopt(case.adapter, tmp_path / "ours", base=case.base)
+    targets = require_manifest(tmp_path / "ours").targets
+    base = raw(case.base)
+    named = {t.module if t.module in base else f"{t.module}.weight": t.base_xxh3_128 for t in targets}
+    assert named == {name: xxhash.xxh3_128_hexdigest(base[name]) for name in named}
+    assert report.base_fingerprints == len(targets)
+    merged = merge(case.base, [tmp_path / "ours"], tmp_path / "merged", MergeOptions(untie=True))
+    after = raw(tmp_path / "merged")
+    assert {name for name in base if after[name] != base[name]} <= set(named)
+    assert merged.base_verified
+    assert merged.same_base
+
+
+def test_only_another_base_is_rejected(tmp_path, llama, adapter):
+    adopt(adapter, tmp_path / "ours", base=llama)
+    changed = "model.layers.1.self_attn.k_proj.weight"
+    other = with_a_change(llama, tmp_path / "other", changed)
+    with pytest.raises(BaseMismatchError, match=changed):
+        merge(other, [tmp_path / "ours"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge(other, [adapter], tmp_path / "out")  # nothing says that this one was trained on another
+    assert (tmp_path / "out").exists()
+
+
+def test_the_base_is_found_as_the_parent(tmp_path, llama, adapter):
+    adopt(adapter, tmp_path / "ours", base=llama)
+    found = verify(tmp_path / "ours", VerifyOptions(parents=(llama,)))
+    assert [parent.path for parent in found.parents] == [str(llama)]
+    other = with_a_change(llama, tmp_path / "other", "model.norm.weight")
+    assert trace(tmp_path / "ours", other)[0].path is None
+
+
+def test_a_base_with_a_manifest_is_named_by_it(tmp_path, llama, adapter):
+    adopted = adopt(llama, tmp_path / "base")
+    adopt(adapter, tmp_path / "ours", base=tmp_path / "base")
+    (parent,) = require_manifest(tmp_path / "ours").parents
+    assert (parent.role, parent.manifest_sha256) == ("base", adopted.manifest_sha256)
+
+
+def test_what_a_trainer_leaves_is_not_copied_and_said(tmp_path, adapter):
+    source = tmp_path / "source"
+    shutil.copytree(adapter, source)
+    for name in ("optimizer.pt", "trainer_state.json", "training_args.bin", "generation_config.json"):
+        (source / name).write_bytes(b"{}")
+    (source / "checkpoint-5").mkdir()
+    (source / "checkpoint-5" / WEIGHTS).write_bytes(b"")
+    (source / "README.md").write_text(
+        "---\nbase_model: x\n---\n# Model Card\n- **Developed by:** [More Information Needed]\n"
+    )
+    for name in ("tokenizer.json", "chat_template.jinja", "LICENSE"):
+        (source / name).write_text("{}")
+    report = adopt(source, tmp_path / "out")
+    assert report.files == ("LICENSE", "adapter_config.json", WEIGHTS, "chat_template.jinja", "tokenizer.json")
+    assert report.not_copied == (
+        "README.md", "checkpoint-5/", "generation_config.json", "optimizer.pt", "trainer_state.json",
+        "training_args.bin",
+    )  # fmt: skip
+    assert set(tree(tmp_path / "out")) == {*report.files, MANIFEST_NAME}
+
+
+def test_a_card_that_somebody_wrote_is_copied(tmp_path, adapter):
+    source = tmp_path / "source"
+    shutil.copytree(adapter, source)
+    (source / "README.md").write_text("# Answers to questions about whales\n")
+    assert "README.md" in adopt(source, tmp_path / "out").files
+
+
+def test_a_dry_run_writes_nothing_and_says_the_same(tmp_path, llama, adapter):
+    dry = adopt(adapter, tmp_path / "out", base=llama, dry_run=True)
+    assert list(tmp_path.iterdir()) == []
+    done = adopt(adapter, tmp_path / "out", base=llama)
+    assert (dry.files, dry.bytes, dry.base_fingerprints) == (done.files, done.bytes, done.base_fingerprints)
+
+
+def test_progress_ends_at_everything_that_is_read(tmp_path, llama, adapter):
+    told = []
+    report = adopt(adapter, tmp_path / "out", base=llama, progress=lambda done, total: told.append((done, total)))
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert {total for _, total in told} == {sum(map(len, raw(llama).values())) + report.bytes}
+    assert 0.9 < told[-1][0] / told[-1][1] <= 1
+
+
+def test_bad_input_is_refused_and_nothing_written(tmp_path, llama, gpt2, adapter):
+    work = tmp_path / "work"
+    work.mkdir()
+    adopt(adapter, work / "ours")
+    quantize(llama, work / "nf4")
+    shutil.copytree(adapter, work / "pickled")
+    (work / "pickled" / WEIGHTS).rename(work / "pickled" / "adapter_model.bin")
+    before = tree(work)
+    for source, base, kind, words in (
+        (work / "ours", None, UsageError, "already has a manifest, made by adopt"),
+        (llama, llama, UsageError, "applies only to adapters"),
+        (work / "nf4", None, UsageError, "already has a manifest, made by quantize"),
+        (adapter, work / "nf4", CheckpointError, "is quantized with"),
+        (adapter, gpt2, BaseMismatchError, "adapter"),
+        (adapter, adapter, CheckpointError, "not a checkpoint"),
+        (work / "pickled", None, AdapterError, "pickle"),
+        (work / "nothing", None, UsageError, "does not exist"),
+    ):
+        with pytest.raises(kind, match=words):
+            adopt(source, work / "out", base=base)
+    with pytest.raises(OutputExistsError):
+        adopt(adapter, work / "ours")
+    assert tree(work) == before
+
+
+def test_a_tensor_of_the_base_in_the_adapter_must_be_the_base_s(tmp_path, made):
+    """With ``save_embedding_layers``, peft copies the tensors that are trained beside their changes."""
+    case = peft_adapters.make(made, next(name for name in OF_EVERY_KIND if has_copies(made, name)))
+    copied = next(key for key in load_file(case.adapter / WEIGHTS) if ".base_layer." in key)
+    name = copied.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    other = with_a_change(case.base, tmp_path / "other", name)
+    with pytest.raises(BaseMismatchError, match="own copy") as caught:
+        adopt(case.adapter, tmp_path / "out", base=other)
+    assert "--allow-base-mismatch" not in caught.value.hint
+    assert "--base" in caught.value.hint
+
+
+def has_copies(made, name):
+    case = peft_adapters.make(made, name)
+    names = raw(case.base)
+    keys = (key.removeprefix("base_model.model.") for key in load_file(case.adapter / WEIGHTS))
+    return any(".base_layer." in key and key.replace(".base_layer.", ".") in names for key in keys)
