@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: no paths, no JSON, no environment, no logging."""
+"""Numerical code: takes and returns arrays or tensors, without paths, JSON, environment variables or logging."""

@@ -1,20 +1,20 @@
-"""AdamW on vectors, and moments in 8 bits.
+"""AdamW on vectors, and its moments in 8 bits.
 
-With g the gradient, t the step from 1, m and v the moments, and p the parameter:
+With g the gradient, t the step (counted from 1), m and v the moments, and p the parameter:
 
     p <- p · (1 - lr · decay)
-    m <- m + (1 - β1) · (g - m)                                  rounded once, after the sum
+    m <- m + (1 - β1) · (g - m)                                  rounded after g - m and after the sum
     v <- v · β2 + ((1 - β2) · g) · g                             rounded after v · β2, (1 - β2) · g, and the sum
     p <- p + (-lr / (1 - β1^t) · m) / (√v / √(1 - β2^t) + ε)     rounded after every operation
 
-On a CPU this gives the same bits however the vector is cut, which torch's fused AdamW does only for multiples of its
-vectors' length; elsewhere it is torch's fused AdamW. ``torch.optim.AdamW(foreach=False)`` has the same moments, and
-takes the root from a library that may be off by one in the last bit.
+On a CPU the result has the same bits however a vector is split; torch's fused AdamW guarantees that only for splits at
+multiples of its SIMD width. On other devices torch's fused AdamW runs. ``torch.optim.AdamW(foreach=False)`` computes
+the same moments, but its library's square root may be off by one in the last bit.
 
-In 8 bits a moment is one of 256 levels times a constant that 256 neighbours share. The levels are the dynamic map of
-``formats._double_quant``: with a sign for m, without one for v, which is never negative (arXiv:2110.02861, as
-bitsandbytes 0.50 lays them out). A value gets the nearest level, a tie the lower one; but a second moment above zero
-never becomes zero, as it would with bitsandbytes: a first moment that is left would be divided by ε alone.
+In 8 bits, a moment is stored as one of 256 levels times a constant that a block of 256 neighbours shares. The levels
+are the dynamic map of ``formats._double_quant``: signed for m, unsigned for v, which is never negative
+(arXiv:2110.02861, in the layout of bitsandbytes 0.50). A value is rounded to the nearest level, a tie to the lower one.
+Unlike in bitsandbytes, a positive second moment never becomes zero: its first moment would be divided by ε only.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,9 @@ from torch import Tensor
 from adaptkit.numerics.formats._double_quant import GROUP, dynamic_map
 
 BLOCK = GROUP
-"""Moments that share one constant."""
+"""Number of moments that share one constant."""
 STATE_BITS = {"adamw": 32, "adamw8bit": 8}
-"""Bits of a moment, by the optimizer's name."""
+"""Bits per moment, by the optimizer's name."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class AdamW:
     """One step of AdamW (arXiv:1711.05101).
 
     Attributes:
-        learning_rate: of this step.
-        step: from 1.
-        weight_decay: decoupled from the gradient.
-        betas: decay of the first and the second moment.
-        eps: added to the root of the second moment.
+        learning_rate: learning rate of this step.
+        step: number of this step, counted from 1.
+        weight_decay: decoupled weight decay.
+        betas: decay rates of the first and the second moment.
+        eps: added to the square root of the second moment.
     """
 
     learning_rate: float
@@ -58,13 +58,13 @@ class AdamW:
         first: Sequence[Tensor],
         second: Sequence[Tensor],
     ) -> None:
-        """Change parameters and moments in place: some vectors of each, of one device.
+        """Update parameters and moments in place. All vectors are float32, contiguous and on one device.
 
         Args:
-            parameters: (N,) float32, contiguous, as are the others.
-            gradients: (N,) float32; read.
-            first: (N,) float32.
-            second: (N,) float32, not negative.
+            parameters: vectors of shape (N,).
+            gradients: their gradients, (N,) each; not changed.
+            first: their first moments, (N,) each.
+            second: their second moments, (N,) each, not negative.
         """
         if not parameters:
             return
@@ -90,18 +90,18 @@ class AdamW:
 
 
 def moment_bytes(count: int, bits: int) -> int:
-    """Size of both moments of so many parameters, in 32 or 8 bits."""
+    """Return the bytes that both moments of ``count`` parameters take, at 32 or 8 bits per moment."""
     return 8 * count if bits == 32 else 2 * count + 8 * -(-count // BLOCK)
 
 
 def encode(moment: Tensor, codes: Tensor, absmax: Tensor, *, signed: bool) -> None:
-    """Write a moment in 8 bits.
+    """Encode a moment in 8 bits.
 
     Args:
-        moment: (N,) float32, finite; without a sign it is nowhere negative.
-        codes: (N,) uint8; written.
-        absmax: (ceil(N / BLOCK),) float32; written: the largest magnitude of each block.
-        signed: which map.
+        moment: (N,) float32, finite; not negative if ``signed`` is false.
+        codes: (N,) uint8; overwritten.
+        absmax: (ceil(N / BLOCK),) float32; overwritten with the largest magnitude of each block.
+        signed: whether to use the signed map.
     """
     if moment.device.type != "cpu":
         _encode_by_torch(moment, codes, absmax, signed)
@@ -125,7 +125,7 @@ def _encode_by_torch(moment: Tensor, codes: Tensor, absmax: Tensor, signed: bool
 
 
 def decode(codes: Tensor, absmax: Tensor, moment: Tensor, *, signed: bool) -> None:
-    """Undo ``encode`` up to rounding: level times constant, (N,) float32, written to ``moment``."""
+    """Undo ``encode`` up to rounding: write level times constant to ``moment``, (N,) float32."""
     if moment.device.type != "cpu":
         _decode_by_torch(codes, absmax, moment, signed)
         return
@@ -152,12 +152,12 @@ def _on(device: torch.device, signed: bool) -> Tensor:
 
 @cache
 def _search(signed: bool) -> tuple[np.ndarray, np.ndarray, int]:
-    """The bounds between levels, and where to begin among them: see ``kernels._cpu_adamw.encode``."""
+    """Return ``bounds``, ``starts`` and ``most``, the search tables of ``kernels._cpu_adamw.encode``."""
     levels = dynamic_map(signed)
     bounds = ((levels[:-1] + levels[1:]) * 0.5).numpy()
     upper = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
     ends = upper.view(np.float32), (upper | np.uint32(0xFFFF)).view(np.float32)
-    low, high = (np.searchsorted(bounds, np.nan_to_num(end)) for end in ends)  # bounds below the end
+    low, high = (np.searchsorted(bounds, np.nan_to_num(end)) for end in ends)  # number of bounds below each end
     starts = np.minimum(low, high).astype(np.uint8)
     most = int(np.abs(high - low)[np.isfinite(ends[0]) & np.isfinite(ends[1])].max())
     return np.append(bounds, np.float32(np.inf)), starts, most

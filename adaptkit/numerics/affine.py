@@ -1,11 +1,11 @@
-"""What is more than an addition: DoRA's lengths, replaced values, and weighted sums of such changes.
+"""Changes that are more than an addition: DoRA's magnitudes, replaced values, and weighted sums of such changes.
 
-An adapter that turns W into E(W) counts with its weight w as W + w · (E(W) - W). With E(W) = g ⊙ (S + Δ), where S is W
-or what replaces it, every sum of such changes has the form
+An adapter that turns W into E(W), merged with weight w, gives W + w · (E(W) - W). With E(W) = g ⊙ (S + Δ), where S is W
+or its replacement, every sum of such changes has the form
 
     merged = gain ⊙ W + change
 
-with float64 numbers, rounded once. ``exact.merge_affine`` does that and ``exact.unmerge_affine`` undoes it.
+computed in float64 and rounded once. ``exact.merge_affine`` does that and ``exact.unmerge_affine`` undoes it.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Effect:
-    """What one adapter makes of a run of rows of a weight W (rows, columns).
+    """The change that one adapter makes to consecutive rows of a weight W (rows, columns).
 
     Attributes:
-        weight: with which the adapter counts.
-        delta: Δ, (rows, columns) float64; None for none. Of a plain addition it includes the weight.
+        weight: w, the weight that the adapter is merged with.
+        delta: Δ, (rows, columns) float64; None for 0. For a plain addition it is already multiplied by ``weight``.
         gain: g, float64, (rows, 1) or (1, columns); None for 1.
-        instead: what takes W's place, (rows, columns) float64; None for W itself.
-        where: (rows, 1) bool, which rows are replaced; None for all of them.
+        instead: the replacement of W, (rows, columns) float64; None if W is not replaced.
+        where: (rows, 1) bool, true for rows that are replaced; None to replace all of them.
     """
 
     weight: float
@@ -42,21 +42,20 @@ class Effect:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it only adds."""
+        """Whether the change is only an addition."""
         return self.gain is None and self.instead is None
 
 
 def combine(effects: Sequence[Effect], rows: int, columns: int) -> tuple[Tensor | None, Tensor]:
-    """Sum effects up, in their order.
+    """Sum effects in the order given.
 
     Args:
-        effects: of the same rows.
-        rows: of them.
-        columns: of them.
+        effects: changes of the same rows.
+        rows: number of rows.
+        columns: number of columns.
 
     Returns:
-        gain, float64 and of a shape that broadcasts to (rows, columns), or None for 1; and change (rows, columns)
-        float64.
+        gain, float64, broadcastable to (rows, columns), or None for 1; and change, (rows, columns) float64.
     """
     change = torch.zeros(rows, columns, dtype=torch.float64)
     others = [effect for effect in effects if not effect.is_plain]
@@ -86,12 +85,12 @@ def combine(effects: Sequence[Effect], rows: int, columns: int) -> tuple[Tensor 
 
 
 def square_sums(values: Tensor, per_column: bool, before: Tensor | None = None) -> Tensor:
-    """Σ v² of each row, or of each column, added one after the other: the same bits on every machine.
+    """Return Σ v² of each row or column, summed sequentially so that the bits are the same on every machine.
 
     Args:
         values: (rows, columns) float64.
-        per_column: sum down the columns.
-        before: (columns,) of the rows above; only with ``per_column``.
+        per_column: sum over each column instead of each row.
+        before: (columns,) sums of the rows above, to continue from; used only with ``per_column``.
 
     Returns:
         (rows,) or (columns,) float64.

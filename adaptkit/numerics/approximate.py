@@ -1,4 +1,4 @@
-"""A rounded addition undone by subtracting, where nothing was kept that would make it exact."""
+"""Undo a rounded addition by subtracting, when no residual was stored that would make it exact."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ErrorBound:
-    """A weight that may be a little off.
+    """Approximate values of a weight, with a bound on their error.
 
     Attributes:
-        values: (rows, in) of the weight's type.
-        bound: the most by which any of them can differ from the original.
+        values: (rows, in), of the weight's dtype.
+        bound: upper bound on the difference between any value and the original.
     """
 
     values: Tensor
@@ -31,13 +31,13 @@ class ErrorBound:
 def subtract(merged: Tensor, terms: Sequence[LowRank], rows: slice) -> ErrorBound:
     """Subtract low-rank changes from a merged weight, rounding once.
 
-    The merge rounded W + Δ to a number at most half a unit in its last place away, and the result is rounded again:
-    the original is at most the sum of both halves away.
+    The merge rounded W + Δ by at most half a unit in the last place, and the subtraction rounds once more, so the
+    error is at most the sum of both halves.
 
     Args:
         merged: (rows, in).
         terms: the changes of the whole weight, in the order of the merge.
-        rows: which of its rows these are.
+        rows: position of the rows in the whole weight.
     """
     values = kernels_for(merged.device).add_rounded(merged, -lora.delta(terms, rows))
     bound = (_unit(merged) + _unit(values)).max() / 2 if merged.numel() else torch.zeros(())
@@ -45,7 +45,7 @@ def subtract(merged: Tensor, terms: Sequence[LowRank], rows: slice) -> ErrorBoun
 
 
 def _unit(values: Tensor) -> Tensor:
-    """The distance between neighbouring numbers at each value, float64."""
+    """Return the distance between neighbouring floats at each value (the unit in the last place), float64."""
     info = torch.finfo(values.dtype)
     exponent = torch.frexp(values.double().abs().clamp(min=info.smallest_normal)).exponent - 1
     return torch.ldexp(torch.full_like(exponent, info.eps, dtype=torch.float64), exponent)

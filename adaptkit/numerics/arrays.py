@@ -1,7 +1,7 @@
-"""Numbers in memory: numpy's arrays, with the short floats of ml_dtypes, or torch's tensors of the same memory.
+"""Conversion between numpy arrays, including ml_dtypes' short floats, and torch tensors that share their memory.
 
-What is read from a file, run through compiled loops and written again is an array, and torch need not be there. What
-is computed otherwise is a tensor. Functions that take either give back what they were given.
+Values that are only read from a file, passed through compiled loops and written again are arrays, so torch need not be
+imported. All other computation uses tensors. Functions that accept either return the kind that they were given.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ Array: TypeAlias = NDArray[Any]
 Values: TypeAlias = "Array | Tensor"
 DType: TypeAlias = "np.dtype[Any] | torch.dtype"
 AnyValues = TypeVar("AnyValues", bound="Array | Tensor")
-"""Where what comes out is of the kind of what went in."""
+"""For functions that return the same kind, array or tensor, as they are given."""
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 _STAND_INS: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16)}
-"""By size, a type that numpy and torch both have, for those that torch's exchange with numpy does not know."""
+"""By size in bytes, a dtype to view ml_dtypes' types as, since torch cannot exchange those with numpy directly."""
 
 
 def as_tensor(values: Values) -> Tensor:
-    """The same memory as a tensor on the CPU; a tensor stays what it is, wherever it is."""
+    """Return an array's memory as a tensor on the CPU; a tensor, on any device, is returned as it is."""
     if not isinstance(values, np.ndarray):
         return values
     dtype: torch.dtype = getattr(torch, values.dtype.name)
-    if values.dtype.isbuiltin != 1:  # one of ml_dtypes'
+    if values.dtype.isbuiltin != 1:  # a dtype of ml_dtypes
         values = values.view(_STAND_INS[values.dtype.itemsize])
     found = torch.from_numpy(values)
     return found if found.dtype == dtype else found.view(dtype)
 
 
 def as_array(values: Values) -> Array:
-    """The same memory as an array; what is not contiguous, or on no CPU, is copied. An array stays what it is."""
+    """Return a tensor's memory as an array, copied if not contiguous or not on the CPU; an array is returned as is."""
     if isinstance(values, np.ndarray):
         return values
     tensor = values.detach().cpu().contiguous()
@@ -51,17 +51,17 @@ def as_array(values: Values) -> Array:
 
 
 def like(example: AnyValues, array: Array) -> AnyValues:
-    """An array as it is, or as a tensor, whichever the example is."""
+    """Return the array as it is if the example is an array, else as a tensor."""
     made: Any = array if isinstance(example, np.ndarray) else as_tensor(array)
     return made  # type: ignore[no-any-return]
 
 
 def cast(array: Array, dtype: Any) -> Array:
-    """Numbers in another type, infinite where they are too large for it; numpy would warn of that, and of some NaN."""
+    """Convert to another dtype, with infinity for numbers too large for it, and without numpy's warnings about them."""
     with np.errstate(over="ignore", invalid="ignore"):
         return array.astype(dtype)
 
 
 def is_float(array: Array) -> bool:
-    """Whether an array's numbers are of a float type, ml_dtypes' among them."""
+    """Whether an array's dtype is a float type, including those of ml_dtypes."""
     return array.dtype.kind == "f" or array.dtype.isbuiltin != 1

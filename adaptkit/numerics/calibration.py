@@ -1,10 +1,11 @@
-"""Activation-weighted scales: the bytes of plain NF4, spent where a linear's inputs are large.
+"""Activation-weighted scales for NF4: the same format and size, with less error where a linear's inputs are large.
 
-A linear y = W x loses Σ_ij ΔW_ij² E[x_j²] of its output when its weights move independently, so a weight matters by its
-input's second moment. Each block's scale, which plain NF4 takes from the largest weight, is chosen among candidates to
-make that loss small; so is its nested 8-bit code. The result decodes by the ordinary formula in every reader.
+If the errors ΔW of the weights are independent, the expected squared error of y = W x is Σ_ij ΔW_ij² E[x_j²], so each
+weight's error counts in proportion to the second moment of its input. Plain NF4 sets each block's scale to its largest
+weight; here the scale, and then its nested 8-bit code, is chosen among candidates to minimize that error. Every reader
+decodes the result with the ordinary formula.
 
-A scale may be negative. NF4 has eight levels above zero and seven below, and a negative scale turns a block around.
+A scale may be negative: NF4 has eight levels above zero and seven below, and a negative scale swaps the two sides.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ if TYPE_CHECKING:
 _loops = late("adaptkit.numerics.kernels._cpu_calibration")
 
 Constants: TypeAlias = "DoubleQuantized | Tensor"
-"""A weight's scales as a file holds them: doubly quantized, or (M,) float32."""
+"""A weight's scales as stored in a file: doubly quantized, or (M,) float32."""
 
 FLOOR = 1e-4
-"""Share of the mean importance that every input keeps, so that one never seen in calibration still counts a little."""
+"""Share of the mean importance that is added to every input, so that an input that was always 0 still counts."""
 
 
 _POSITIVE = np.linspace(0.5, 1.1, 9).astype(np.float32)
 FACTORS = np.concatenate([_POSITIVE, -_POSITIVE])
-"""The candidates for a block's scale, as multiples of the block's largest weight: (18,) float32."""
+"""Candidates for a block's scale, as multiples of the block's largest magnitude: (18,) float32."""
 REACH = 4
-"""How far from the nearest nested code to look for a better one, in codes to either side."""
+"""How many codes on either side of the nearest nested code are tried."""
 
 
 def weighted_nf4(
@@ -51,7 +52,7 @@ def weighted_nf4(
     block_size: int = 64,
     double_quant: bool = True,
 ) -> tuple[Tensor, Constants]:
-    """Quantize a linear's weight to NF4 with little error in its outputs.
+    """Quantize a linear's weight to NF4, minimizing the expected error of its outputs.
 
     Args:
         weight: (out, in), floating point, on the CPU; blocks run along its row-major order and may straddle rows.
@@ -60,12 +61,12 @@ def weighted_nf4(
         double_quant: whether to quantize the scales too.
 
     Returns:
-        codes: (ceil(N / 2),) uint8, two a byte, the nearest levels at the scales as they decode.
+        codes: (ceil(N / 2),) uint8, two per byte: the nearest levels for the decoded scales.
         constants: the scales. Their weighted error is at most that of plain NF4 stored in the same way.
 
     Raises:
         NonFiniteError: a weight or an importance is NaN or infinite.
-        UsageError: shapes that do not belong together, or a block size that cannot be used.
+        UsageError: the shapes do not match, an importance is negative, or the block size is not supported.
 
     Source: the weighted error is that of AWQ (arXiv:2306.00978) and of llama.cpp's importance matrix, for one scale a
     block; here for the NF4 grid, with signed scales and the choice of the nested code.
@@ -77,7 +78,7 @@ def weighted_nf4(
     if double_quant:
         constants = nest_scales(weight, scales, importance, block_size)
         plain = quantize_absmax(absmax)
-    # One group of wildly unequal blocks may decode its searched scales worse than the plain ones.
+    # In a group with very unequal blocks, quantizing the searched scales may lose more than the search gained.
     flat, important = _flat(weight), normalized_importance(weight, importance)
     room = _loops.room_for(block_size)
     errors = [_loops.total_error(flat, important, block_size, decoded(c).numpy(), room) for c in (constants, plain)]
@@ -86,12 +87,13 @@ def weighted_nf4(
 
 
 def search_scales(weight: Tensor, importance: Tensor, block_size: int = 64) -> Tensor:
-    """Choose each block's scale before any rounding of the scales themselves.
+    """Choose each block's scale, before the scales themselves are quantized.
 
-    Arguments and errors are ``weighted_nf4``'s; rows that begin a block can be searched apart from the others.
+    Arguments and errors are those of ``weighted_nf4``. A slice of rows that starts at a block boundary can be searched
+    separately.
 
     Returns:
-        (ceil(N / block_size),) float32; at equal errors the candidate that comes first; for a zero block 1e-38.
+        (ceil(N / block_size),) float32; of candidates with equal error the first; 1e-38 for a block of zeros.
     """
     check_block_size(block_size)
     check_finite(weight)
@@ -102,11 +104,11 @@ def search_scales(weight: Tensor, importance: Tensor, block_size: int = 64) -> T
 
 
 def nest_scales(weight: Tensor, scales: Tensor, importance: Tensor, block_size: int = 64) -> DoubleQuantized:
-    """Quantize scales to 8 bits, choosing for each block the code that leaves the least weighted error.
+    """Quantize scales to 8 bits, choosing for each block the code with the least weighted error.
 
     Args:
-        weight: all of the tensor: offset and nested scales are taken over it.
-        scales: (M,) float32, negative ones among them or not.
+        weight: the whole tensor, since offset and nested scales are computed over all of it.
+        scales: (M,) float32, of either sign.
         importance: (in,) E[x²] of each input.
         block_size: weights sharing one scale.
     """
@@ -122,7 +124,7 @@ def nest_scales(weight: Tensor, scales: Tensor, importance: Tensor, block_size: 
 
 
 def encode_at(weight: Tensor, scales: Tensor, block_size: int) -> Tensor:
-    """The nearest NF4 codes at given scales: (ceil(N / 2),) uint8."""
+    """Return the nearest NF4 codes for given scales: (ceil(N / 2),) uint8."""
     flat = _flat(weight)
     packed = np.empty((flat.size + 1) // 2, np.uint8)
     _loops.encode_at(flat, scales.numpy(), block_size, np.empty(block_size + 1, np.uint8), packed)
@@ -130,7 +132,7 @@ def encode_at(weight: Tensor, scales: Tensor, block_size: int) -> Tensor:
 
 
 def decoded(constants: Constants) -> Tensor:
-    """The scales that readers see, (M,) float32."""
+    """Return the scales that readers decode, (M,) float32."""
     return dequantize_absmax(constants) if isinstance(constants, DoubleQuantized) else constants
 
 
@@ -139,7 +141,7 @@ def _flat(weight: Tensor) -> Any:
 
 
 def normalized_importance(weight: Tensor, importance: Tensor) -> Any:
-    """Importance in (0, 1] with the floor added, float32."""
+    """Add the floor to the importance and divide by the maximum: (in,) float32 in (0, 1]; all 1 if it is all 0."""
     if weight.dim() != 2 or importance.shape != weight.shape[1:]:
         raise UsageError(
             f"importance of shape {list(importance.shape)} does not fit a weight of shape {list(weight.shape)}",
@@ -155,7 +157,7 @@ def normalized_importance(weight: Tensor, importance: Tensor) -> Any:
 
 
 def _quantize_signed(scales: Tensor) -> DoubleQuantized:
-    """``quantize_absmax`` for scales of either sign: the nearest code, whatever the sign of what it decodes to."""
+    """Quantize scales of either sign as ``quantize_absmax`` does, to the nearest code even if the sign changes."""
     values = scales.numpy()
     offset = float(np.float32(np.cumsum(values, dtype=np.float64)[-1] / values.size))
     groups = torch.nn.functional.pad(scales - offset, (0, -values.size % GROUP)).view(-1, GROUP)

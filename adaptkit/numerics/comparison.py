@@ -1,8 +1,8 @@
-"""How two changes of one weight compare, in factored form; and how two plain tensors do, piece by piece.
+"""Comparison of two low-rank changes of one weight in factored form, and of two plain tensors piece by piece.
 
-For two low-rank changes Δᵢ = sᵢ Bᵢ Aᵢ, [B₁ B₂] = Q_b [C₁ C₂] and [A₁ᵀ A₂ᵀ] = Q_a [D₁ D₂]. Norms, angles and singular
-values do not see Q_b and Q_a, so the cores Mᵢ = sᵢ Cᵢ Dᵢᵀ, which are at most (r₁ + r₂) square, say everything: neither
-an (out, in) matrix nor Q is ever formed. Everything is float64.
+For two low-rank changes Δᵢ = sᵢ Bᵢ Aᵢ, take the QR decompositions [B₁ B₂] = Q_b [C₁ C₂] and [A₁ᵀ A₂ᵀ] = Q_a [D₁ D₂].
+Norms, angles and singular values do not depend on Q_b and Q_a, so they are computed from the cores Mᵢ = sᵢ Cᵢ Dᵢᵀ, at
+most (r₁ + r₂) square: neither an (out, in) matrix nor a Q is ever formed. Everything is float64.
 """
 
 import math
@@ -15,20 +15,20 @@ from adaptkit.numerics.lora import LowRank, is_equal
 from adaptkit.numerics.spectrum import effective_rank
 
 SAMPLED_ROWS = 64
-"""How many rows of Δ the agreement of signs is measured on."""
+"""Number of rows of Δ on which sign agreement is measured."""
 _SEED = 0
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_NEGLIGIBLE = 1e-12  # share of ‖D‖² that sums of float64 cannot tell from zero
+_NEGLIGIBLE = 1e-12  # share of ‖D‖² that float64 sums cannot distinguish from zero
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """How far two subspaces of the same space lie in each other.
+    """Overlap of two subspaces of the same space.
 
     Attributes:
-        cosines: (min(dimensions),) float64, of the principal angles, descending; 1 is a common direction.
-        dimensions: of both.
-        space: dimension of the space that they are in.
+        cosines: (min(dimensions),) float64, cosines of the principal angles, descending; 1 for a common direction.
+        dimensions: dimensions of the two subspaces.
+        space: dimension of the space that contains them.
     """
 
     cosines: Tensor
@@ -37,34 +37,34 @@ class Overlap:
 
     @property
     def rms(self) -> float | None:
-        """Root mean square of the cosines, ‖UᵀV‖ / √min(dimensions): 0 if orthogonal, 1 if one holds the other."""
+        """Root mean square of the cosines, ‖UᵀV‖ / √min(dimensions): 0 if orthogonal, 1 if one contains the other."""
         return float(self.cosines.square().mean().sqrt()) if self.cosines.numel() else None
 
     @property
     def random(self) -> float | None:
-        """What ``rms`` would be for random subspaces of these dimensions: √(max(dimensions) / space).
+        """Expected ``rms`` of random subspaces of these dimensions: √(max(dimensions) / space).
 
-        The mean of ‖UᵀV‖² over independent uniformly random subspaces is r₁ r₂ / m exactly; for r₁ = r₂ = r this is
-        the √(r/m) of the literature. It is not the largest cosine to be expected, which is higher.
+        The mean of ‖UᵀV‖² over independent uniformly random subspaces is exactly r₁ r₂ / m; for r₁ = r₂ = r this gives
+        the √(r/m) of the literature. The expected largest cosine is higher.
         """
         return math.sqrt(max(self.dimensions) / self.space) if self.cosines.numel() else None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """How two changes of one weight compare.
+    """Comparison of two changes of one weight.
 
     Attributes:
-        sigmas: singular values of both, (min(rank, out, in),) float64, descending.
-        difference_sigma: of Δ₁ − Δ₂.
+        sigmas: singular values of each change, (min(rank, out, in),) float64, descending.
+        difference_sigma: singular values of Δ₁ − Δ₂.
         inner: ⟨Δ₁, Δ₂⟩.
-        columns: of their column spaces, in the space of outputs.
-        rows: of their row spaces, in the space of inputs.
-        interference: ‖(UᵀU − I) Σ (VᵀV − I)‖₁, the sum of absolute values, with U = [U₁ U₂], V = [V₁ V₂] and Σ of the
-            singular values of both: the singular task interference of Task Singular Vectors (arXiv:2412.00081), here of
-            all singular vectors instead of a share of them. 0 for orthogonal changes.
-        sign_agreement: share of elements with the same sign, among those that are zero in neither, of ``sampled_rows``;
-            None where there are none.
+        columns: overlap of the column spaces, in the space of outputs.
+        rows: overlap of the row spaces, in the space of inputs.
+        interference: ‖(UᵀU − I) Σ (VᵀV − I)‖₁, the sum of absolute values, with U = [U₁ U₂], V = [V₁ V₂] and Σ the
+            diagonal matrix of both changes' singular values: the singular task interference of Task Singular Vectors
+            (arXiv:2412.00081), here over all singular vectors instead of a share of them. 0 for orthogonal changes.
+        sign_agreement: share of elements with the same sign, among the elements of ``sampled_rows`` that are nonzero in
+            both changes; None if there are none.
     """
 
     sigmas: tuple[Tensor, Tensor]
@@ -77,7 +77,7 @@ class Comparison:
 
     @property
     def interference_share(self) -> float:
-        """``interference`` over Σσ of both: 1 for a change and itself."""
+        """``interference`` divided by the sum of both changes' singular values: 1 for a change and itself."""
         total = float(self.sigmas[0].sum() + self.sigmas[1].sum())
         return self.interference / total if total else 0.0
 
@@ -85,10 +85,10 @@ class Comparison:
 def compare(first: LowRank, second: LowRank) -> Comparison:
     """Compare two changes of a weight.
 
-    Subspaces are those of the singular vectors whose values float64 can tell from zero, σ > σ₁ · max(out, in) · 2⁻⁵².
+    Subspaces are spanned by the singular vectors with σ > σ₁ · max(out, in) · 2⁻⁵²; smaller values are rounding errors.
 
     Raises:
-        ValueError: they are of different shapes.
+        ValueError: the shapes differ.
     """
     if first.shape != second.shape:
         raise ValueError(f"changes of shapes {first.shape} and {second.shape} cannot be compared")
@@ -112,21 +112,21 @@ def compare(first: LowRank, second: LowRank) -> Comparison:
 
 
 def sampled_rows(count: int) -> Tensor:
-    """Which rows of ``count`` the agreement of signs is measured on: all, or 64 of them, always the same ones."""
+    """Return the rows on which sign agreement is measured: all ``count``, or 64 drawn with a fixed seed, ascending."""
     if count <= SAMPLED_ROWS:
         return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(_SEED))[:SAMPLED_ROWS].sort().values
 
 
 def difference_norm(first: LowRank, second: LowRank) -> float:
-    """‖Δ₁ − Δ₂‖. Expanding the square would lose all digits where the two are nearly equal."""
+    """Return ‖Δ₁ − Δ₂‖, not by expanding the square, which would lose all digits if the two are nearly equal."""
     core_1, core_2 = _cores(first, second)
     return float(torch.linalg.matrix_norm(core_1 - core_2))
 
 
 def _cores(first: LowRank, second: LowRank) -> tuple[Tensor, Tensor]:
-    """Both changes in a basis that they share: M₁ and M₂ of the module's docstring, of one shape."""
-    if is_equal(first, second):  # else rounding would find a difference of a few times 1e-16
+    """Return the cores M₁ and M₂ (see the module's docstring), in a common basis and of the same shape."""
+    if is_equal(first, second):  # else rounding would give a difference of a few times 1e-16
         core = first.scaling * _triangle(first.lora_b) @ _triangle(first.lora_a.T).T
         return core, core
     b = _triangle(torch.cat([first.lora_b.double(), second.lora_b.double()], dim=1))
@@ -141,7 +141,7 @@ def _triangle(columns: Tensor) -> Tensor:
 
 
 def _decomposed(core: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """U of the values above the tolerance, all singular values, and V of those above it."""
+    """Return U for the singular values above ``tolerance`` · σ₁, all singular values, and V for those above it."""
     u, sigma, vt = torch.linalg.svd(core, full_matrices=False)
     count = int((sigma > tolerance * sigma[0]).count_nonzero())
     return u[:, :count], sigma, vt[:count].T
@@ -166,12 +166,12 @@ def _sign(value: float) -> int:
 
 @dataclass
 class Tally:
-    """What the pieces of two tensors add up to.
+    """Running sums over the pieces of two tensors.
 
     Attributes:
-        squares: Σ of the squares of both, and of their difference, in float64.
-        changed: elements whose bits differ, or whose values do if the types are not the same.
-        compared: elements.
+        squares: sums of squares of the first tensor, the second, and their difference, in float64.
+        changed: number of elements whose bits differ, or whose values differ if the dtypes differ.
+        compared: number of elements compared.
     """
 
     squares: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
@@ -179,7 +179,7 @@ class Tally:
     compared: int = 0
 
     def add(self, first: Tensor, second: Tensor) -> None:
-        """Count two pieces of the same shape; of types with a fraction, or whole numbers."""
+        """Add two pieces of the same shape, of floating-point or integer dtype."""
         self.compared += first.numel()
         one, two = first.double().reshape(-1), second.double().reshape(-1)
         unlike = _bits(first) != _bits(second) if first.dtype == second.dtype else one != two
@@ -189,21 +189,21 @@ class Tally:
 
     @property
     def norms(self) -> tuple[float, float, float] | None:
-        """Of both, and of their difference; None if there are NaN, infinities, or squares too large for float64."""
+        """Norms of both and of their difference; None if values are NaN or infinite, or squares overflow float64."""
         first, second, difference = (math.sqrt(square) if square >= 0 else math.nan for square in self.squares)
         return (first, second, difference) if math.isfinite(first + second + difference) else None
 
 
 def effective_rank_with_tail(sigma: Tensor, square_norm: float, count: int) -> float:
-    """An upper estimate of ``spectrum.effective_rank`` where only the largest singular values are known.
+    """Estimate ``spectrum.effective_rank`` from above when only the largest singular values are known.
 
-    What the known ones lack of ‖D‖² is spread evenly over the others, which makes the entropy as large as it can be;
-    right for the even noise of rounding.
+    The rest of ‖D‖² is spread evenly over the unknown singular values, which gives the largest possible entropy and
+    fits rounding noise, whose spectrum is nearly flat.
 
     Args:
-        sigma: (k,) descending.
+        sigma: (k,) the known singular values, descending.
         square_norm: ‖D‖².
-        count: of all singular values.
+        count: number of all singular values.
     """
     rest, others = square_norm - float(sigma.square().sum()), count - sigma.numel()
     if others <= 0 or rest <= _NEGLIGIBLE * square_norm:

@@ -1,4 +1,4 @@
-"""The companion adapter: the low-rank part of what quantization lost, weighted by what goes through it."""
+"""The companion adapter: a low-rank approximation of the quantization error, weighted by the activations."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DAMPING = 0.01
-"""Share of their mean added to the second moments."""
+"""Share of the mean second moment that is added to each second moment."""
 
 _ITERATIONS = 12
 
 
 def companion_adapter(lost: Tensor, mean_square: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The adapter of a given rank that gives a quantized linear most of its outputs back.
+    """Compute the adapter of a given rank that best restores the outputs of a quantized linear.
 
-    Minimizes E‖(lost - B A) x‖², inputs taken for uncorrelated. With the root of their damped second moments, H = R R,
-    that is ‖(lost - B A) R‖², so B A R is the truncated singular value decomposition of lost · R.
+    Minimizes E‖(lost - B A) x‖², treating inputs as uncorrelated. With R the square root of the diagonal matrix of
+    damped second moments, that is ‖(lost - B A) R‖², so B A R is the truncated SVD of lost · R.
 
     Args:
-        lost: (out, in) original minus decoded weight, floating point.
+        lost: (out, in) original minus dequantized weight, floating point.
         mean_square: (in,) E[x²] of each input.
         rank: from 1 to min(out, in).
 
     Returns:
         lora_a: (rank, in) float32.
-        lora_b: (out, rank) float32; to be used with scaling 1. The two vectors of a component have the same norm.
+        lora_b: (out, rank) float32, for scaling 1. Column i of B has the norm of row i of A.
 
     Raises:
-        UsageError: a rank or second moments that do not belong to the weight.
+        UsageError: the rank or the shape of the second moments does not fit the weight.
 
-    Source: QERA (arXiv:2410.06040), "approx", for the diagonal of E[x xᵀ]; the decomposition by subspace iteration
-    from a fixed start (arXiv:0909.4061, algorithm 4.4) instead of a full one.
+    Source: QERA (arXiv:2410.06040), "approx", for the diagonal of E[x xᵀ]; with subspace iteration from a fixed start
+    (arXiv:0909.4061, algorithm 4.4) instead of a full decomposition.
     """
     rows, columns = lost.shape
     if not 1 <= rank <= min(rows, columns):
@@ -57,7 +57,7 @@ def companion_adapter(lost: Tensor, mean_square: Tensor, rank: int) -> tuple[Ten
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The leading singular triplets: (out, rank), (rank,), (in, rank)."""
+    """Return the leading singular triplets: (out, rank), (rank,), (in, rank)."""
     width = min(2 * rank + 16, *matrix.shape)
     generator = torch.Generator().manual_seed(0)
     basis = torch.randn(matrix.shape[1], width, generator=generator, dtype=torch.float64)

@@ -1,9 +1,9 @@
-"""A rounded addition and its exact undoing, of some rows of a weight at a time, for whoever streams.
+"""Rounded addition to a weight and its exact undo, a few rows at a time so that callers can stream.
 
-    merged = round(gain · W + Δ)        in float64, rounded once to the type of W; the gain is 1 unless one is given
+    merged = round(gain · W + Δ)        in float64, rounded once to the dtype of W; the gain is 1 unless one is given
 
-What rounding loses is the residual: how far the original is from a guess, for those weights alone that the result does
-not determine. See ``kernels.reference`` for the definition, and ``residual`` for how it is stored.
+The residual holds what rounding loses: the distance between the original and a guess, only for the weights that the
+merged value does not determine. ``kernels.reference`` defines it, and ``residual`` how it is stored.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Low-rank changes of one weight in the form that the kernels want; threads may share it.
+    """Low-rank changes of one weight in the kernels' own form; threads may share it.
 
     Attributes:
         shape: (out, in) of the weight.
-        kernels: those of the device that holds the changes.
-        factors: from ``kernels.prepare``.
+        kernels: kernels for the device that holds the changes.
+        factors: result of ``kernels.prepare``.
     """
 
     shape: tuple[int, int]
@@ -41,15 +41,15 @@ class Prepared:
 
 @dataclass(frozen=True)
 class MergedRows:
-    """Some rows of a weight after an addition, in arrays or in tensors, as they were given.
+    """Some rows of a weight after an addition.
 
     Attributes:
-        weight: (rows, in), rounded once.
-        residual: (M,) int64, in row-major order, what undoing needs; empty if it was not asked for.
-        moved: number of weights whose value changed.
-        squared_delta: Σ Δ² of the exact change, which is (gain - 1) · W + Δ where there is a gain.
+        weight: (rows, in), rounded once; an array or a tensor.
+        residual: (M,) int64, in row-major order, needed to undo the addition; empty if not requested.
+        moved: number of elements whose value changed.
+        squared_delta: Σ Δ² of the exact change; with a gain, that change is (gain - 1) · W + Δ.
         squared_weight: Σ W² of the weight before.
-        overlap: Σ effect · Δ, where effect is what the rounded addition really changed.
+        overlap: Σ (merged - W) · Δ, with the same exact change Δ.
     """
 
     weight: Any
@@ -61,7 +61,7 @@ class MergedRows:
 
 
 def prepare(terms: Sequence[LowRank]) -> Prepared:
-    """Prepare low-rank changes to be added to one weight; once a weight, not once a block of rows.
+    """Prepare low-rank changes for adding to one weight; call once per weight, not once per block of rows.
 
     Args:
         terms: at least one, each of shape (out, in), in the order in which they are added.
@@ -78,11 +78,11 @@ def merge_rows(weight: Values, prepared: Prepared, start_row: int, with_undo: bo
     Args:
         weight: (rows, in) bfloat16, float16 or float32, finite.
         prepared: the changes.
-        start_row: which row of the whole weight the first one is.
-        with_undo: also find what the exact undoing needs.
+        start_row: index of the first row in the whole weight.
+        with_undo: whether to compute the residual, too.
 
     Raises:
-        NonFiniteError: the weight is not finite, or the sum overflows its type.
+        NonFiniteError: the weight is not finite, or the sum overflows its dtype.
     """
     _check_rows(weight, prepared, start_row)
     found = prepared.kernels.merge_rows(weight, prepared.factors, start_row, with_undo)
@@ -95,11 +95,11 @@ def unmerge_rows(merged: AnyValues, prepared: Prepared, start_row: int, residual
     Args:
         merged: (rows, in).
         prepared: the same changes in the same order.
-        start_row: which row of the whole weight the first one is.
+        start_row: index of the first row in the whole weight.
         residual: (M,) int64 from ``merge_rows``.
 
     Raises:
-        ValueError: the residual belongs to another merge.
+        ValueError: the residual's length does not match this merge.
     """
     _check_rows(merged, prepared, start_row)
     weight, used = prepared.kernels.unmerge_rows(merged, prepared.factors, start_row, residual)
@@ -108,16 +108,18 @@ def unmerge_rows(merged: AnyValues, prepared: Prepared, start_row: int, residual
 
 
 def merge_affine(weight: Values, change: Tensor, gain: Tensor | None, with_undo: bool) -> MergedRows:
-    """Scale rows of a weight and add a change: gain · W rounded to float64, then the sum, and that once to the type.
+    """Scale rows of a weight and add a change.
+
+    gain · W is rounded to float64, the sum is rounded to float64, and then once to the weight's dtype.
 
     Args:
         weight: (rows, in) bfloat16, float16 or float32, finite.
         change: (rows, in) float64.
-        gain: float64, finite, of two dimensions that broadcast to (rows, in), such as (rows, 1); None for 1.
-        with_undo: also find what the exact undoing needs.
+        gain: float64, finite, two-dimensional and broadcastable to (rows, in), such as (rows, 1); None for 1.
+        with_undo: whether to compute the residual, too.
 
     Raises:
-        NonFiniteError: the weight is not finite, or the sum overflows its type.
+        NonFiniteError: the weight is not finite, or the sum overflows its dtype.
     """
     weight = as_tensor(weight)
     kernels = kernels_for(weight)
@@ -140,7 +142,7 @@ def unmerge_affine(merged: Values, change: Tensor, gain: Tensor | None, residual
         residual: (M,) int64 from ``merge_affine``.
 
     Raises:
-        ValueError: the residual belongs to another merge.
+        ValueError: the residual's length does not match this merge.
     """
     merged, residual = as_tensor(merged), as_tensor(residual)
     weight, used = kernels_for(merged).undo(merged, change, residual, gain)

@@ -1,4 +1,4 @@
-"""Are all of these numbers? Asked of every weight, so it reads the bits, which is many times faster."""
+"""Checks that values are finite. They run on every weight, so they compare bits as integers, which is much faster."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SIGNED: dict[int, np.dtype[Any]] = {2: np.dtype(np.int16), 4: np.dtype(np.int32), 8: np.dtype(np.int64)}
-"""By size, the integers that a float's bits are."""
+"""By size in bytes, the integer dtype that a float's bits are viewed as."""
 
 
 def all_finite(values: Values) -> bool:
     """Whether no element is NaN or infinite.
 
     Args:
-        values: any shape and type; what is no float is finite.
+        values: any shape and dtype; values that are not floats count as finite.
     """
     if not isinstance(values, np.ndarray) and values.device.type != "cpu":
         return not values.is_floating_point() or bool(_finite(values).all())
@@ -33,22 +33,22 @@ def all_finite(values: Values) -> bool:
         return bool(np.isfinite(cast(array, np.float32)).all())
     bits = np.ascontiguousarray(array).view(_SIGNED[array.dtype.itemsize])
     above, below = np.array([np.inf, -np.inf], array.dtype).view(bits.dtype)
-    # As signed integers positive floats are the largest, as unsigned ones negative floats are; and NaN beyond infinity.
+    # Positive floats sort highest as signed integers, negative ones as unsigned integers; NaN sorts above infinity.
     unsigned = np.dtype(f"u{bits.itemsize}")
     return bool(bits.max() < above and bits.view(unsigned).max() < below.view(unsigned))
 
 
 def check_finite(values: Values, start: int = 0, shape: Sequence[int] | None = None, name: str = "") -> None:
-    """Refuse NaN and infinity.
+    """Raise if any value is NaN or infinite.
 
     Args:
-        values: of a weight, or a run of its elements in row-major order.
-        start: which of the weight's elements is the first of them.
-        shape: of the weight; that of ``values`` if None.
-        name: of the weight, for the message.
+        values: a weight, or consecutive elements of it in row-major order.
+        start: flat index of the first of these elements in the weight.
+        shape: shape of the weight; that of ``values`` if None.
+        name: name of the weight, for the message.
 
     Raises:
-        NonFiniteError: names the first one's index.
+        NonFiniteError: a value is not finite; gives the first one's index.
     """
     if all_finite(values):
         return
@@ -62,4 +62,4 @@ def check_finite(values: Values, start: int = 0, shape: Sequence[int] | None = N
 
 
 def _finite(values: Tensor) -> Tensor:
-    return torch.isfinite(values if values.dtype.itemsize > 1 else values.float())  # torch cannot ask float8
+    return torch.isfinite(values if values.dtype.itemsize > 1 else values.float())  # isfinite does not take float8

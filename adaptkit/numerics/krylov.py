@@ -1,31 +1,33 @@
-"""The leading singular values of a large matrix, by products with it alone, until nothing more of it is found.
+"""Leading singular values of a large matrix M by block Krylov iteration, run until it converges.
 
-A block of random columns, and what MᵀM makes of it again and again, span a space that soon holds the leading singular
-vectors (block Krylov: Musco and Musco, arXiv:1504.05477). Here some eight products each way are enough, whatever the
-size, where a dense decomposition needs as many as the matrix has columns. ``randomized`` takes a matrix that exists in
-blocks only, and as many passes as it is told.
+A block of random columns and its products with powers of MᵀM span a space that soon contains the leading singular
+vectors (Musco and Musco, arXiv:1504.05477). About eight products each with M and Mᵀ are enough at any size; a dense
+decomposition costs as many as the matrix has columns. ``randomized`` is for a matrix that is available only in blocks,
+with a fixed number of passes.
 """
 
 import torch
 from torch import Tensor
 
 _MORE = 10
-"""Columns of a block beyond those that are wanted, so that these converge where no gap follows them."""
+"""Oversampling: extra columns of a block, so that the wanted ones converge even if no spectral gap follows them."""
 _BLOCKS = 12
+"""Largest number of blocks."""
 _GAIN = 2.0**-40
-"""Share of what is found that a last block may have added. The next would add a hundredth of that."""
+"""Converged if the last block adds at most this share of Σσ². The next block would add about a hundredth of that."""
 
 
 def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
-    """The leading singular values and right singular vectors.
+    """Return the leading singular values and right singular vectors.
 
     Args:
         matrix: (rows, columns) float64, finite.
-        count: at least 1.
+        count: number of singular values, at least 1.
 
     Returns:
-        (count,) descending and (columns, count), as eigenvectors of MᵀM give them: values below 2⁻²⁴ of the largest are
-        rounding. None if the matrix is too small to gain by this, or does not yield.
+        (count,) descending and (columns, count). They come from eigenvectors of a projection of MᵀM, so values below
+        about 2⁻²⁴ of the largest are rounding errors. None if the matrix is too small to be faster this way, or if the
+        iteration does not converge.
     """
     columns, width = matrix.shape[1], count + _MORE
     if 2 * _BLOCKS * width > columns:
@@ -40,6 +42,6 @@ def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
         if energy - before <= _GAIN * energy:
             return values.flip(0)[:count].clamp(min=0).sqrt(), basis @ vectors.flip(1)[:, :count]
         before, block = energy, matrix.T @ image[:, -width:]
-        for _ in range(2):  # where nothing is left, the first time leaves rounding, of any direction
+        for _ in range(2):  # twice: if the block is nearly in the basis, the first pass leaves only rounding errors
             block = torch.linalg.qr(block - basis @ (basis.T @ block))[0]
     return None

@@ -1,4 +1,4 @@
-"""The arithmetic of low-rank adapters: the canonical delta, and what two of them have in common.
+"""Arithmetic of low-rank adapters: the canonical delta, inner products and norms.
 
 A LoRA (arXiv:2106.09685) changes a weight W (out, in) by Δ = scaling · B A, with ``lora_a`` (rank, in) and
 ``lora_b`` (out, rank).
@@ -37,40 +37,40 @@ class LowRank:
 
     @property
     def lora_a(self) -> Tensor:
-        """A for torch, (rank, in)."""
+        """A as a tensor, (rank, in)."""
         return as_tensor(self.a)
 
     @property
     def lora_b(self) -> Tensor:
-        """B for torch, (out, rank)."""
+        """B as a tensor, (out, rank)."""
         return as_tensor(self.b)
 
     @property
     def rank(self) -> int:
-        """Number of columns of B and rows of A."""
+        """The rank: rows of A and columns of B."""
         return int(self.a.shape[0])
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(out, in) of the weight that it changes."""
+        """Shape of the weight that it changes, (out, in)."""
         return int(self.b.shape[0]), int(self.a.shape[1])
 
     def weighted(self, weight: float) -> LowRank:
-        """The same change times a number."""
+        """Return this change times ``weight``."""
         return LowRank(self.a, self.b, self.scaling * weight)
 
     @property
     def is_of_arrays(self) -> bool:
-        """Whether it can be handled without torch."""
+        """Whether both factors are numpy arrays, so that torch is not needed."""
         return isinstance(self.a, np.ndarray) and isinstance(self.b, np.ndarray)
 
 
 def delta(terms: Sequence[LowRank], rows: slice = slice(None)) -> Tensor:
-    """The canonical Σ scaling · B A, the same bits on every machine; see ``kernels.reference.low_rank_delta``.
+    """Return the canonical Σ scaling · B A, the same bits on every machine; see ``kernels.reference.low_rank_delta``.
 
     Args:
         terms: at least one, all for the same weight.
-        rows: which rows of the weight.
+        rows: rows of the weight to compute.
 
     Returns:
         (rows, in) float64.
@@ -81,7 +81,7 @@ def delta(terms: Sequence[LowRank], rows: slice = slice(None)) -> Tensor:
 
 
 def side_by_side(terms: Sequence[LowRank], rows: slice = slice(None)) -> tuple[Values, Values]:
-    """All A matrices one under the other, (Σ ranks, in), and rows of all B side by side, (rows, Σ ranks); float32."""
+    """Concatenate all A matrices, (Σ ranks, in), and the given rows of all B matrices, (rows, Σ ranks), in float32."""
     if all(term.is_of_arrays for term in terms):
         arrays = [(as_array(term.a), as_array(term.b)[rows]) for term in terms]
         lora_a = np.concatenate([a for a, _ in arrays], dtype=np.float32)
@@ -91,12 +91,12 @@ def side_by_side(terms: Sequence[LowRank], rows: slice = slice(None)) -> tuple[V
 
 
 def transposed(term: LowRank) -> LowRank:
-    """The change of the transposed weight, as GPT-2's Conv1D stores it."""
+    """Return the same change for the transposed weight, such as a GPT-2 Conv1D."""
     return LowRank(term.b.T, term.a.T, term.scaling)
 
 
 def is_equal(first: LowRank, second: LowRank) -> bool:
-    """Whether two changes have factors of the same values, whatever their types, and the same scaling."""
+    """Whether two changes have the same scaling and factors of equal values; dtypes may differ."""
     return (
         first.scaling == second.scaling
         and torch.equal(first.lora_a, second.lora_a)
@@ -105,8 +105,8 @@ def is_equal(first: LowRank, second: LowRank) -> bool:
 
 
 def inner_products(first: LowRank, second: LowRank) -> tuple[float, float, float]:
-    """‖Δ₁‖², ⟨Δ₁, Δ₂⟩ and ‖Δ₂‖² in float64; ⟨Δ₁, Δ₂⟩ = s₁ s₂ Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ), and no (out, in) matrix is formed."""
-    from adaptkit.numerics.kernels import _cpu_inner  # with its compiler, which takes a while to load
+    """Return ‖Δ₁‖², ⟨Δ₁, Δ₂⟩ and ‖Δ₂‖² in float64, as s₁ s₂ Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ) without forming an (out, in) matrix."""
+    from adaptkit.numerics.kernels import _cpu_inner  # imported here since it loads slowly
 
     one, between, two = _cpu_inner.inner_products(first.a, first.b, second.a, second.b)
     s, t = first.scaling, second.scaling
@@ -114,6 +114,6 @@ def inner_products(first: LowRank, second: LowRank) -> tuple[float, float, float
 
 
 def norm(term: LowRank) -> float:
-    """The Frobenius norm of Δ."""
+    """Return the Frobenius norm of Δ."""
     nothing = LowRank(term.a[:0], term.b[:, :0], 0.0)
     return math.sqrt(max(0.0, inner_products(term, nothing)[0]))
