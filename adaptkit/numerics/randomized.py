@@ -1,17 +1,17 @@
-"""The largest singular values and vectors of a matrix that is read in row blocks and never held whole.
+"""Largest singular values and vectors of a matrix that is read in row blocks and never held whole.
 
-Randomized subspace iteration on the rows of D (out, in), with W (in, l) orthonormal:
+Randomized subspace iteration on D (out, in), with W (in, l) orthonormal:
 
-    W ← orthonormal basis of l random columns
-    repeated:  W ← orthonormal basis of Σ Dᵢᵀ (Dᵢ W) over the row blocks Dᵢ, which is Dᵀ D W
-    at last:   Y = D W, and D ≈ Y Wᵀ, of which a small decomposition gives U, σ and Vᵀ
+    start:     W ← orthonormal basis of l random columns
+    repeat:    W ← orthonormal basis of Dᵀ D W = Σ Dᵢᵀ (Dᵢ W), summed over the row blocks Dᵢ
+    finally:   Y = D W; then D ≈ Y Wᵀ, and a small decomposition of that gives U, σ and Vᵀ
 
-Source: Halko, Martinsson and Tropp (SIAM Review 53, 2011; arXiv:0909.4061), algorithm 4.4, from the right, so that one
-pass over the blocks does both products of a power iteration. Everything is float64, in which the square of the
-condition number that this costs is out of sight of weights in 16 or 32 bits.
+Source: Halko, Martinsson and Tropp (SIAM Review 53, 2011; arXiv:0909.4061), algorithm 4.4, applied from the right, so
+that one pass over the blocks does both products of a power iteration. This squares the condition number; in float64,
+which is used throughout, that does not matter for weights of 16 or 32 bits.
 
-Y Wᵀ is an orthogonal projection of D. So ‖D − Δ‖² = ‖D‖² − ‖Δ‖² for every truncation Δ of it: what is lost is known
-exactly although D is not.
+Y Wᵀ is an orthogonal projection of D, so ‖D − Δ‖² = ‖D‖² − ‖Δ‖² for every truncation Δ of its SVD: the error is known
+exactly, without reading D again.
 """
 
 from collections.abc import Callable, Iterable
@@ -25,20 +25,20 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import Spectrum, dense_svd, svd
 
 Blocks = Callable[[], Iterable[Tensor]]
-"""Gives the rows of a matrix from the first to the last, in blocks (rows, in) float64; may be called repeatedly."""
+"""Returns the rows of a matrix from first to last, in blocks (rows, in) float64; called once per pass."""
 
 _FIRST_RANK = 16
-"""Where the search for a rank that keeps enough begins."""
+"""First rank that ``sketch_for_energy`` tries."""
 
 
 @dataclass(frozen=True)
 class Sketching:
-    """How closely the leading subspace is found.
+    """Accuracy of the randomized SVD.
 
     Attributes:
-        oversampling: columns beyond the rank; not negative.
+        oversampling: number of columns beyond the rank; not negative.
         iterations: applications of DᵀD, one pass over the matrix each; at least 1.
-        seed: of the random columns; from 0 on.
+        seed: seed of the random columns; not negative.
     """
 
     oversampling: int = 10
@@ -56,10 +56,11 @@ class Sketching:
 
 @dataclass(frozen=True)
 class Sketch:
-    """The leading part of a matrix, and how much of it that is.
+    """Leading singular values and vectors of a matrix, and the norm of the whole matrix.
 
     Attributes:
-        spectrum: of the projection: (out, k), (k,) and (k, in) float64; singular values are never above the true ones.
+        spectrum: SVD of the projection: (out, k), (k,) and (k, in) float64; its singular values never exceed the true
+            ones.
         square_norm: ‖D‖² of the whole matrix.
     """
 
@@ -67,15 +68,15 @@ class Sketch:
     square_norm: float
 
     def energy_kept(self, rank: int) -> float:
-        """The share of ‖D‖² in the first ``rank`` singular values; 1 for a zero matrix."""
+        """Return the share of ‖D‖² in the first ``rank`` singular values; 1 for a zero matrix."""
         if self.square_norm == 0:
             return 1.0
         return min(1.0, float(self.spectrum.sigma[:rank].square().sum()) / self.square_norm)
 
     def rank_for(self, energy: float) -> int | None:
-        """The smallest rank, at least 1, that keeps a share of ‖D‖²; None if the sketch holds none.
+        """Return the smallest rank, at least 1, that keeps a share of ‖D‖²; None if no rank of the sketch does.
 
-        A share of 1 is that of a residual no larger than float64 can tell from zero.
+        Shares above 1 - 1e-13 count as 1 - 1e-13, since float64 cannot distinguish a smaller error from zero.
         """
         wanted = min(energy, 1 - 1e-13) * self.square_norm
         short = int((self.spectrum.sigma.square().cumsum(0) < wanted).sum())
@@ -85,17 +86,17 @@ class Sketch:
 def sketch_for_rank(
     blocks: Blocks, shape: tuple[int, int], square_norm: float, rank: int, how: Sketching | None = None
 ) -> Sketch:
-    """Find the leading ``rank`` singular values and vectors, and some more.
+    """Find the leading ``rank`` singular values and vectors, and the oversampled ones.
 
     Args:
         blocks: the matrix D.
-        shape: (out, in) of it.
-        square_norm: ‖D‖², as the sum of the squares of all elements.
+        shape: (out, in), the shape of D.
+        square_norm: ‖D‖², the sum of the squares of all elements.
         rank: at least 1.
-        how: closely.
+        how: accuracy; the default if None.
 
     Returns:
-        min(rank + oversampling, out, in) singular values; where that is all, they are those of a dense decomposition.
+        min(rank + oversampling, out, in) singular values; if that is all of them, a dense SVD of D is used instead.
     """
     how = how or Sketching()
     sketch, _ = _sketch(blocks, shape, square_norm, rank + how.oversampling, how, None)
@@ -110,18 +111,18 @@ def sketch_for_energy(
     max_rank: int,
     how: Sketching | None = None,
 ) -> tuple[Sketch, int]:
-    """Widen the sketch, by doubling, until a rank in it keeps a share of ‖D‖², or until ``max_rank``.
+    """Double the rank of the sketch until some rank in it keeps a share of ‖D‖², or until ``max_rank``.
 
     Args:
         blocks: the matrix D.
-        shape: (out, in) of it.
+        shape: (out, in), the shape of D.
         square_norm: ‖D‖².
         energy: the share, in (0, 1].
         max_rank: at least 1.
-        how: closely.
+        how: accuracy; the default if None.
 
     Returns:
-        The last sketch, and the smallest rank that keeps the share, or ``max_rank`` (at most out and in) if none does.
+        The last sketch, and the smallest rank that keeps the share, or min(max_rank, out, in) if none does.
     """
     how = how or Sketching()
     limit = min(max_rank, *shape)
@@ -139,13 +140,25 @@ def sketch_for_energy(
 def _sketch(
     blocks: Blocks, shape: tuple[int, int], square_norm: float, size: int, how: Sketching, basis: Tensor | None
 ) -> tuple[Sketch, Tensor | None]:
-    """A sketch of ``size`` columns, and their orthonormal basis (in, size), from which a wider one may begin."""
+    """Compute a sketch of ``size`` columns.
+
+    Args:
+        blocks: the matrix D.
+        shape: (out, in), the shape of D.
+        square_norm: ‖D‖².
+        size: number of columns.
+        how: accuracy.
+        basis: (in, columns) from a narrower sketch, to start from; None to start from random columns.
+
+    Returns:
+        The sketch, and its orthonormal basis (in, size), or None if a dense SVD was used.
+    """
     rows, columns = shape
     if size >= min(rows, columns):  # the sketch would be as large as the matrix
         return Sketch(dense_svd(torch.cat(list(blocks()))), square_norm), None
     known = 0 if basis is None else basis.shape[1]
     generator = torch.Generator().manual_seed(how.seed)
-    fresh = torch.randn(size, columns, dtype=torch.float64, generator=generator)[known:].T  # none of them used before
+    fresh = torch.randn(size, columns, dtype=torch.float64, generator=generator)[known:].T  # skip those already used
     basis = _orthonormal(fresh if basis is None else torch.cat([basis, fresh], dim=1))
     for _ in range(how.iterations):
         image = torch.zeros(columns, size, dtype=torch.float64)

@@ -1,23 +1,26 @@
-"""Residuals in few bytes, the same on every machine: a range coder whose frequencies are in the stream.
+"""Compression of residuals: an entropy coder (rANS) whose frequencies are in the stream. Same bytes on every machine.
 
     varint M                            number of values; if it is 0, nothing follows
-    varint S                            number of different symbols
-    S times: varint gap, varint f       the symbols in ascending order, as the distance to the one before less one (the
-                                        first: the symbol itself); f is its frequency, all add up to 4096
-    4 times: uint32                     the states from which decoding begins, each at least 65536
+    varint S                            number of distinct symbols
+    S times: varint gap, varint f       the symbols in ascending order; gap is the symbol minus the previous one minus 1
+                                        (the first: the symbol itself); f is its frequency; all f sum to 4096
+    4 times: uint32                     the states from which decoding starts, each at least 65536
     varint W                            number of words
-    W times: uint16                     the words, in the order in which decoding takes them
-    bytes                               raw bits, the lowest of a byte first, the last byte padded with zeros
+    W times: uint16                     the words, in the order in which decoding reads them
+    bytes                               raw bits, lowest bit of a byte first, the last byte padded with zeros
 
-Numbers are little-endian. A varint has seven bits a byte, the lowest first, and bit 7 set in all bytes but the last.
+Numbers are little-endian. A varint has seven bits per byte, lowest first, and bit 7 set in all bytes but the last.
 
-A value v is first folded: z = 2v, or -2v - 1 if v is negative. A z below 192 is a symbol; of a greater one that has n
-bits the symbol is 184 + n, and the n - 1 bits below the first follow among the raw bits, lowest first. The i-th symbol
-is taken from state x number i mod 4. Of a symbol with frequency f, whose slots begin at c (the sum of the frequencies
-before it), decoding finds c <= x mod 4096 < c + f, goes on with x = f ⌊x / 4096⌋ + x mod 4096 - c, and if that is less
-than 65536 with 65536 x + the next word. In the end all states are 65536. Frequencies are ⌊4096 count / M⌋, but at least
-1; what is missing goes to the most frequent symbol, and what is too much comes from whichever is greatest then, the
-lower symbol first.
+A value v is first zigzag-encoded: z = 2v, or -2v - 1 if v is negative. A z below 192 is its own symbol. A larger z of n
+bits has the symbol 184 + n, and its n - 1 bits below the leading one are stored in the raw bits, lowest first.
+
+The i-th symbol is decoded from state number i mod 4, x. A symbol with frequency f has the slots from c, the sum of the
+frequencies before it, to c + f - 1. Decoding finds the symbol with c <= x mod 4096 < c + f, sets
+x = f ⌊x / 4096⌋ + x mod 4096 - c and, if that is less than 65536, x = 65536 x + the next word. In the end all states
+are 65536.
+
+Frequencies are ⌊4096 count / M⌋, but at least 1. If their sum is too small, the most frequent symbol gets the rest; if
+it is too large, 1 is subtracted from the currently largest (of equal ones, the lowest symbol) until it fits.
 
 Source: Jarek Duda's asymmetric numeral systems (arXiv:1311.2540), the range variant, interleaved (Giesen,
 arXiv:1402.3392).
@@ -37,7 +40,7 @@ _loops = late("adaptkit.numerics.kernels._cpu_entropy")
 
 _TOTAL = 1 << PRECISION
 _LARGEST_VARINT = 10
-"""Bytes: enough for 64 bits."""
+"""In bytes: enough for 64 bits."""
 
 
 def encode(residual: Values) -> Array:
@@ -47,7 +50,7 @@ def encode(residual: Values) -> Array:
         residual: (M,) int64.
 
     Returns:
-        (N,) uint8, at least one.
+        (N,) uint8, N at least 1.
     """
     values = np.ascontiguousarray(as_array(residual))
     if values.size == 0:
@@ -78,14 +81,14 @@ def decode(stream: Values, most: int) -> Array:
     """Undo ``encode``.
 
     Args:
-        stream: (N,) uint8; whatever it holds, memory beyond it is never read.
-        most: how many values there may be; no more memory is used than these take.
+        stream: (N,) uint8, possibly malformed; no memory beyond it is read.
+        most: largest number of values to accept, which also limits the memory used.
 
     Returns:
         (M,) int64, M at most ``most``.
 
     Raises:
-        ValueError: ``encode`` did not make this, or there are more values.
+        ValueError: the stream is malformed, or has more than ``most`` values.
     """
     source = _Source(np.ascontiguousarray(as_array(stream)))
     count = source.varint()
@@ -115,7 +118,10 @@ def decode(stream: Values, most: int) -> Array:
 
 
 class _Source:
-    """Bytes that are taken from the front, never more than there are."""
+    """Reads bytes from the front of a stream.
+
+    Its methods raise ValueError if the stream is too short, a varint is too long, or bytes are left at the end.
+    """
 
     def __init__(self, content: Any) -> None:
         self._rest = content
@@ -150,7 +156,7 @@ def _varint(number: int) -> bytes:
 
 
 def _frequencies(counts: Any) -> Any:
-    """Scale counts to a sum of 4096, none that occurs to 0; see the layout above."""
+    """Scale counts to a sum of 4096, with at least 1 for each symbol that occurs; see the module's docstring."""
     total = int(counts.sum())
     scaled = np.array([max(1, int(count) * _TOTAL // total) if count else 0 for count in counts.tolist()], np.int64)
     surplus = int(scaled.sum()) - _TOTAL
@@ -162,7 +168,7 @@ def _frequencies(counts: Any) -> Any:
 
 
 def _encoding_table(frequencies: Any) -> Any:
-    """What ``_cpu_entropy.push`` needs to know of each symbol."""
+    """Return the table that ``_cpu_entropy.push`` reads: (symbols, 4) uint64."""
     f = frequencies.astype(np.uint64)
     safe = np.maximum(f, np.uint64(1))
     inverse = (np.uint64(1 << (32 + PRECISION)) + safe - np.uint64(1)) // safe
@@ -170,7 +176,7 @@ def _encoding_table(frequencies: Any) -> Any:
 
 
 def _slots(source: _Source) -> Any:
-    """Read the frequencies; for each of the 4096 slots f - 1, its place among those of its symbol, and the symbol."""
+    """Read the frequencies, and return for each of the 4096 slots (f - 1) << 20 | (slot - c) << 8 | symbol, uint32."""
     symbols: list[int] = []
     frequencies: list[int] = []
     for _ in range(source.varint()):

@@ -1,7 +1,8 @@
-"""Error-compensating rounding: what one column loses, the columns after it make up for.
+"""Error-compensating rounding (GPTQ): the rounding error of each column is compensated by the columns after it.
 
-With H = E[x xᵀ] of a linear's inputs, the loss of its outputs is Σ_rows ΔW H ΔWᵀ. Columns are rounded from left to
-right; the error e of column j is taken out of the later columns along row j of the upper Cholesky factor U of H⁻¹:
+With H = E[x xᵀ] of a linear's inputs, the expected squared error of its outputs is Σ_rows ΔW H ΔWᵀ. Columns are rounded
+from left to right; the error e of column j is subtracted from the later columns, weighted by row j of the upper
+Cholesky factor U of H⁻¹:
 
     e_j = (w_j - q_j) / U_jj,    w_k -= e_j U_jk  for k > j
 """
@@ -30,13 +31,13 @@ if TYPE_CHECKING:
 _loops = late("adaptkit.numerics.kernels._cpu_rounding")
 
 DAMPING = 0.2
-"""Share of the mean second moment added to the diagonal: too little, and rounding fits the noise of the calibration."""
+"""Share of the mean second moment added to the diagonal of H. With less, rounding overfits the calibration data."""
 REACH = 8
-"""Nested codes to either side among which a block chooses again."""
+"""How many nested codes on either side of the first choice are tried again."""
 
 
 def damped(second_moment: Tensor) -> Tensor:
-    """H + ``DAMPING`` · mean(diag H) · 1, float64; the identity if H is zero.
+    """Return H + ``DAMPING`` · mean(diag H) · I, float64; the identity if H is zero.
 
     Raises:
         UsageError: not a square matrix of finite numbers.
@@ -50,7 +51,7 @@ def damped(second_moment: Tensor) -> Tensor:
 
 
 def compensation_factor(second_moment: Tensor) -> Tensor:
-    """The upper Cholesky factor U of (damped H)⁻¹ = Uᵀ U, which linears with the same inputs share.
+    """Return the upper Cholesky factor U of (damped H)⁻¹ = Uᵀ U; linears with the same inputs can share it.
 
     Args:
         second_moment: (in, in) E[x xᵀ].
@@ -72,8 +73,8 @@ def compensated_nf4(
 ) -> tuple[Tensor, Constants]:
     """Quantize a linear's weight to NF4 with activation-weighted scales and error-compensating rounding.
 
-    Scales are searched first, for the weights as they are. Where blocks do not straddle rows and scales are nested,
-    each chooses its code once more, near the first one, when the columns before it have been rounded.
+    Scales are first searched for the original weights. If scales are nested and no block straddles rows, each block's
+    nested code is chosen again, near the first choice, once the columns before the block's panel of 64 are rounded.
 
     Args:
         weight: (out, in), floating point, on the CPU.
@@ -87,10 +88,10 @@ def compensated_nf4(
 
     Raises:
         NonFiniteError: a weight or an importance is NaN or infinite.
-        UsageError: shapes that do not belong together, or a block size that cannot be used.
+        UsageError: the shapes do not match, an importance is negative, or the block size is not supported.
 
-    Source: GPTQ (arXiv:2210.17323), columns in their own order and no lazy batches in the arithmetic; here on the NF4
-    grid.
+    Source: GPTQ (arXiv:2210.17323), without reordering columns (no act-order), and with the same arithmetic as without
+    lazy batches; here on the NF4 grid.
     """
     if factor.shape != (weight.shape[-1], weight.shape[-1]):
         raise UsageError(f"factor of shape {list(factor.shape)} does not fit a weight of shape {list(weight.shape)}")

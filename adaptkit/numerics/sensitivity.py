@@ -1,4 +1,4 @@
-"""What quantizing a linear costs, and where a few more bits are worth most."""
+"""The cost of quantizing each linear, and the allocation of a byte budget by that cost."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 def divergence_cost(lost: Tensor, importance: Tensor, gradient_moment: Tensor) -> float:
-    """The Kullback-Leibler divergence a token, in nats, that a change of one linear's weight is expected to cost.
+    """Estimate the Kullback-Leibler divergence per token, in nats, caused by quantizing one linear's weight.
 
-    ½ Σ_ij E[g_i²] E[x_j²] lost_ij²: the second-order term, with the Fisher matrix taken as diagonal and as a product of
-    outputs and inputs.
+    ½ Σ_ij E[g_i²] E[x_j²] lost_ij²: the second-order term, with the Fisher matrix approximated as diagonal and as a
+    product of an output and an input factor.
 
     Args:
-        lost: (out, in) original minus decoded weight.
+        lost: (out, in) original minus dequantized weight.
         importance: (in,) E[x²] of each input, over tokens.
-        gradient_moment: (out,) E[g²] of each output, over tokens, g being the gradient of the summed log-probability of
-            labels that were **drawn from the model**, not taken from the text.
+        gradient_moment: (out,) E[g²] of each output, over tokens; g is the gradient of the summed log-probability of
+            labels that were **sampled from the model**, not taken from the text.
 
     Source: K-FAC (arXiv:1503.05671), its diagonal.
     """
@@ -36,8 +36,8 @@ class Choice:
     """One way to store a linear.
 
     Attributes:
-        nbytes: that it takes.
-        cost: in any unit that adds up over linears.
+        nbytes: size in bytes.
+        cost: cost, in any unit that can be summed over linears.
     """
 
     nbytes: int
@@ -49,9 +49,9 @@ class Upgrade:
     """A step from one way to store a linear to a larger one.
 
     Attributes:
-        name: of the linear.
-        choice: index of the new way among its choices.
-        extra_bytes: that it takes.
+        name: name of the linear.
+        choice: index of the new choice among the linear's choices.
+        extra_bytes: bytes that it takes more than the previous choice.
         gain: cost that it saves.
     """
 
@@ -62,26 +62,26 @@ class Upgrade:
 
     @property
     def gain_per_byte(self) -> float:
-        """What the steps are ordered by."""
+        """Cost saved per extra byte, the order in which ``allocate`` takes steps."""
         return self.gain / self.extra_bytes
 
 
 def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> list[Upgrade]:
-    """Spend a budget on the linears where a byte saves most.
+    """Allocate a byte budget greedily to the linears where a byte saves the most cost.
 
-    Every linear starts at its smallest choice. Only steps along the lower convex hull of its choices are made, so that
-    gains fall from step to step; a step that does not fit is passed over, with the later ones of its linear.
+    Every linear starts at its smallest choice. Only steps along the lower convex hull of its choices are considered, so
+    that the gain per byte falls from step to step. A step that does not fit is skipped, with the linear's later steps.
 
     Args:
-        choices: of each linear, in any order.
-        budget_bytes: for all of them together.
+        choices: choices of each linear, in any order.
+        budget_bytes: budget for all linears together.
 
     Returns:
-        The steps in order, by gain a byte, then by name. What they gain is less than the best possible allocation by no
-        more than the gain of one step that did not fit.
+        The steps taken, ordered by gain per byte, then by name. Their gain is below that of the best possible
+        allocation by at most the gain of the first step that did not fit.
 
     Raises:
-        UsageError: a linear without a choice, or a budget below the smallest choices.
+        UsageError: a linear has no choice, or the budget is below the sum of the smallest choices.
     """
     steps = []
     spent = 0
@@ -104,7 +104,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> list
 
 
 def _hull(name: str, choices: Sequence[Choice]) -> list[int]:
-    """Indexes of the choices on the lower convex hull, from the smallest on; each costs less than the one before."""
+    """Return indexes of the choices on the lower convex hull, by ascending size and descending cost."""
     if not choices:
         raise UsageError(f"{name}: no choice of encoding is given")
     hull: list[int] = []

@@ -1,4 +1,4 @@
-"""Singular values of low-rank changes, found in factored form: no (out, in) matrix is ever formed.
+"""Singular values of low-rank changes, computed from the factors without forming an (out, in) matrix.
 
 Δ = s · B A with B = Q_b R_b and Aᵀ = Q_a R_a has the singular values of the small matrix s · R_b R_aᵀ.
 """
@@ -18,7 +18,7 @@ class Spectrum:
     """A singular value decomposition Δ = U diag(σ) Vᵀ, float64.
 
     Attributes:
-        u: (out, k), orthonormal columns; in each, the entry that is largest in size is positive.
+        u: (out, k), orthonormal columns; the entry of largest magnitude in each is positive.
         sigma: (k,), descending, not negative.
         vt: (k, in), orthonormal rows.
     """
@@ -28,9 +28,9 @@ class Spectrum:
     vt: Tensor
 
     def truncated(self, rank: int) -> LowRank:
-        """The best approximation of a rank (Eckart and Young), as an adapter with scaling 1.
+        """Return the best approximation of this rank (Eckart and Young) as an adapter with scaling 1.
 
-        √σ goes into either factor, so that both are of the same size; rounded once to float32.
+        √σ is multiplied into both factors, so that their norms are equal; each is rounded once to float32.
         """
         root = self.sigma[:rank].sqrt()
         lora_b = self.u[:, :rank] * root
@@ -39,7 +39,7 @@ class Spectrum:
 
 
 def svd(term: LowRank) -> Spectrum:
-    """Decompose s · B A by two QR and one small SVD.
+    """Decompose s · B A by two QR decompositions and one small SVD.
 
     Returns:
         k = min(rank, out, in) singular values and vectors.
@@ -51,12 +51,12 @@ def svd(term: LowRank) -> Spectrum:
 
 
 def dense_svd(matrix: Tensor) -> Spectrum:
-    """Decompose a matrix (out, in) that is given whole."""
+    """Decompose a dense matrix (out, in)."""
     return _with_signs(*torch.linalg.svd(matrix.double(), full_matrices=False))
 
 
 def singular_values(term: LowRank) -> Tensor:
-    """The singular values of s · B A alone: (min(rank, out, in),) float64, descending."""
+    """Return the singular values of s · B A without vectors: (min(rank, out, in),) float64, descending."""
     _, r_b = torch.linalg.qr(term.lora_b.double(), mode="r")
     _, r_a = torch.linalg.qr(term.lora_a.double().T, mode="r")
     values: Tensor = torch.linalg.svdvals(term.scaling * (r_b @ r_a.T))
@@ -64,16 +64,16 @@ def singular_values(term: LowRank) -> Tensor:
 
 
 def energy_kept(sigma: Tensor, rank: int) -> float:
-    """Share of Σσ² in the first ``rank`` singular values; 1 for a zero matrix."""
+    """Return the share of Σσ² in the first ``rank`` singular values; 1 for a zero matrix."""
     total = float(sigma.square().sum())
     return float(sigma[:rank].square().sum()) / total if total else 1.0
 
 
 def check_size(rank: int | None, energy: float | None) -> None:
-    """Refuse anything but one of the two, in its range.
+    """Check that exactly one of rank and energy share is given, and is in its range.
 
     Raises:
-        UsageError: says which it is.
+        UsageError: both or neither are given, or the one given is out of range.
     """
     if rank is None and energy is None:
         raise UsageError("neither a rank nor an energy share is given", hint="give --rank 16, or --energy 0.99")
@@ -88,11 +88,11 @@ def check_size(rank: int | None, energy: float | None) -> None:
 
 
 def rank_for_energy(sigma: Tensor, energy: float) -> int:
-    """The smallest rank, at least 1, that keeps a share of Σσ².
+    """Return the smallest rank, at least 1, that keeps a share of Σσ².
 
     Args:
         sigma: (k,) descending.
-        energy: in (0, 1], see ``check_size``; 1 keeps all that is not zero to rounding.
+        energy: the share, in (0, 1]; 1 keeps all singular values above rounding error.
     """
     if energy == 1:
         top = float(sigma[0]) if sigma.numel() else 0.0
@@ -103,7 +103,7 @@ def rank_for_energy(sigma: Tensor, energy: float) -> int:
 
 
 def effective_rank(sigma: Tensor) -> float:
-    """Exp of the entropy of σ / Σσ (Roy and Vetterli, 2007); 0 for a zero matrix."""
+    """Return exp of the entropy of σ / Σσ (Roy and Vetterli, 2007); 0 for a zero matrix."""
     total = float(sigma.sum())
     if total == 0:
         return 0.0
@@ -112,12 +112,12 @@ def effective_rank(sigma: Tensor) -> float:
 
 
 def stable_rank(sigma: Tensor) -> float:
-    """‖Δ‖² / σ₁²; 0 for a zero matrix."""
+    """Return ‖Δ‖² / σ₁²; 0 for a zero matrix."""
     return float(sigma.square().sum() / sigma[0].square()) if sigma.numel() and float(sigma[0]) > 0 else 0.0
 
 
 def _with_signs(u: Tensor, sigma: Tensor, vt: Tensor) -> Spectrum:
-    """Fix the signs, which a decomposition leaves open: the largest entry of each column of U is positive."""
+    """Fix the signs, which an SVD leaves open: make the entry of largest magnitude in each column of U positive."""
     if u.numel():
         largest = u.gather(0, u.abs().argmax(0, keepdim=True))
         signs = torch.where(largest < 0, -1.0, 1.0).to(u.dtype)

@@ -1,6 +1,6 @@
-"""One way to combine adapters a module, found by its file name; each defines ``METHOD``.
+"""Methods that combine adapters, one per module, found by file name; each module defines ``METHOD``.
 
-Every method is that of its paper, applied to the changes that the weights have already been multiplied into. So
-weights of λ everywhere are the paper's scaling λ, a weight of 0 takes an adapter out of every vote and mean, and where
-signs are elected that happens after weighting.
+Every method is that of its paper, applied to changes that are already multiplied by the adapters' weights. So a weight
+of λ for every adapter is the paper's scaling λ, a weight of 0 removes an adapter from every vote and mean, and signs
+are elected after weighting.
 """

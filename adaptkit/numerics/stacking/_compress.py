@@ -1,4 +1,4 @@
-"""Bring what a method returns to a rank, and say how much of it is left."""
+"""Truncate a method's result to a rank, and measure how much of it is kept."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from adaptkit.numerics.stacking._method import Length
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 _DENSE_RESOLUTION = 2.0**-24
-"""Singular values below this share of ‖Δ‖ drown in the rounding of their squares in float64."""
+"""Singular values below this share of ‖Δ‖ are lost in rounding, since they are computed from float64 squares."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """How far to compress; at most one of the two.
+    """How far to truncate; at most one of the two is given.
 
     Attributes:
         rank: the largest rank of a module, at least 1.
@@ -36,14 +36,11 @@ class Limit:
             check_size(self.rank, self.energy)
 
     def choose(self, sigma: Tensor, default: int) -> int:
-        """The rank to keep.
+        """Return the rank to keep, from 1 to k.
 
         Args:
-            sigma: (k,) the singular values that are more than rounding; at least one.
-            default: if neither rank nor energy are given.
-
-        Returns:
-            From 1 to k.
+            sigma: (k,) the singular values above rounding error; at least one.
+            default: rank if neither rank nor energy is given.
         """
         if self.energy is not None:
             return rank_for_energy(sigma, self.energy)
@@ -52,12 +49,12 @@ class Limit:
 
 @dataclass(frozen=True)
 class Compressed:
-    """A change in the factors that are written.
+    """A change, truncated to the factors that are written.
 
     Attributes:
-        term: float32 factors.
+        term: the change in float32 factors.
         norm: ‖Δ‖ of the method's result.
-        energy: ‖Δ_k‖² / ‖Δ‖² of what is left of it; 1 if that is 0.
+        energy: ‖Δ_k‖² / ‖Δ‖², the share that the factors keep; 1 if ‖Δ‖ is 0.
     """
 
     term: LowRank
@@ -66,7 +63,7 @@ class Compressed:
 
     @property
     def is_zero(self) -> bool:
-        """Whether a factor is zero; factors that are kept as given may also cancel, which nobody looks for."""
+        """Whether a factor is zero. Factors kept as given may also cancel each other; that is not checked."""
         return not (bool(self.term.lora_a.any()) and bool(self.term.lora_b.any()))
 
 
@@ -76,14 +73,14 @@ def compress(
     """Keep the largest singular values of a result.
 
     Args:
-        result: what a method made of ``terms``.
+        result: result of a method for ``terms``.
         terms: one per adapter, weighted.
-        length: what to keep if ``limit`` says nothing.
-        limit: what to keep.
-        largest: rank of the adapters in the modules beside this one.
+        length: rank to keep if ``limit`` gives neither rank nor energy.
+        limit: rank or energy to keep.
+        largest: largest rank of any adapter in any module; may be 0 if no other module has a larger rank.
 
     Raises:
-        NonFiniteError: it is too large for float32.
+        NonFiniteError: the result is NaN or too large for float32.
     """
     scale = float(sum(lora.norm(term) for term in terms))
     ranks = [term.rank for term in terms]
@@ -105,9 +102,9 @@ def compress(
 
 
 def _compress_dense(delta: Tensor, scale: float, default: int, limit: Limit) -> Compressed:
-    """The same from singular vectors of one side, faster than an SVD of Δ.
+    """Truncate a dense result, using singular vectors of one side only, which is faster than an SVD of Δ.
 
-    Δ is projected on the leading ones, and what that keeps is measured, not inferred.
+    Δ is projected onto the leading vectors, and the energy kept is measured on that projection.
     """
     _check_size(delta)
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
@@ -127,17 +124,17 @@ def _compress_dense(delta: Tensor, scale: float, default: int, limit: Limit) -> 
 
 
 def _all(tall: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values and right singular vectors, several times faster than by an SVD."""
+    """Return all singular values and right singular vectors, several times faster than an SVD."""
     values, vectors = torch.linalg.eigh(tall.T @ tall)
     return values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
 
 
 def _nothing(out: int, columns: int) -> Compressed:
-    """A change of zero, of rank 1, for PEFT knows no smaller rank."""
+    """Return a change of zero, of rank 1 since PEFT has no smaller rank."""
     return Compressed(LowRank(torch.zeros(1, columns), torch.zeros(out, 1), 1.0), 0.0, 1.0)
 
 
 def _check_size(*factors: Tensor) -> None:
     for factor in factors:
-        if not bool((factor.abs() <= _FLOAT32_MAX).all()):  # nor is NaN
+        if not bool((factor.abs() <= _FLOAT32_MAX).all()):  # also false for NaN
             raise NonFiniteError("the result is too large for float32", hint="use a smaller --weight")

@@ -1,14 +1,14 @@
-"""Core Space: the changes of all adapters in common bases, where they are matrices of the size (Σ ranks)².
+"""Core Space: the changes of all adapters in common bases, as matrices of at most (Σ ranks)².
 
 With Q_b an orthonormal basis of the columns of [B_1 … B_T] and Q_a one of the rows of [A_1; …; A_T],
 
     Δ_t = s_t B_t A_t = Q_b M_t Q_aᵀ,    M_t = s_t (Q_bᵀ B_t)(A_t Q_a)
 
-loses nothing, and whatever is done with singular vectors of the Δ_t can be done with those of the M_t. No (out, in)
-matrix is formed. Everything is float64.
+is exact, and any operation on singular vectors of the Δ_t can be done on those of the M_t. No (out, in) matrix is
+formed. Everything is float64.
 
-Source: Core Space (arXiv:2509.17786), with bases from QR where its authors take those of an SVD: another basis of the
-same space, of which no method here notices anything.
+Source: Core Space (arXiv:2509.17786), with bases from QR instead of the paper's SVD. They span the same space, so no
+method here gives a different result.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ class Core:
     matrices: Tensor
 
     def lift(self, left: Tensor, right: Tensor) -> LowRank:
-        """Take factors out of the core: Q_b (left · right) Q_aᵀ, in factors of float64.
+        """Map factors from the core back to the weight: Q_b (left · right) Q_aᵀ, in float64 factors.
 
         Args:
             left: (k_b, rank).
@@ -51,7 +51,7 @@ def core_of(terms: Sequence[LowRank]) -> Core:
     """Express the changes of one module in common bases.
 
     Args:
-        terms: one per adapter; those of rank 0 have a matrix of zeros.
+        terms: one per adapter; one of rank 0 gives a matrix of zeros.
     """
     left, columns = torch.linalg.qr(torch.cat([term.lora_b.double() for term in terms], dim=1))
     right, rows = torch.linalg.qr(torch.cat([term.lora_a.double() for term in terms]).T)
@@ -64,40 +64,40 @@ def core_of(terms: Sequence[LowRank]) -> Core:
 
 
 def concatenated(terms: Sequence[LowRank]) -> LowRank:
-    """The sum of the changes as [s_1 B_1 … s_T B_T] [A_1; …; A_T], unrounded in float64."""
+    """Return the sum of the changes as [s_1 B_1 … s_T B_T] [A_1; …; A_T], in float64 factors."""
     lora_a = torch.cat([term.lora_a.double() for term in terms])
     lora_b = torch.cat([term.lora_b.double() * term.scaling for term in terms], dim=1)
     return LowRank(lora_a, lora_b, 1.0)
 
 
 def add_up(terms: Sequence[LowRank], options: NoOptions, module: str) -> LowRank:
-    """The sum of the changes, for methods that differ in how much of it they keep; see ``Method.combine``."""
+    """Return the sum of the changes: ``Method.combine`` of the methods that differ only in the rank they keep."""
     return concatenated(terms)
 
 
 def nonzero(term: LowRank) -> bool:
-    """Whether a change can be anything but zero."""
+    """Whether neither the scaling nor a factor of a change is zero."""
     return term.scaling != 0 and bool(term.lora_a.any()) and bool(term.lora_b.any())
 
 
 def numerical_rank(sigma: Tensor, scale: float) -> int:
-    """How many singular values are more than what rounding makes of 0.
+    """Return how many singular values are above rounding error.
 
     Args:
         sigma: (k,) float64, descending.
-        scale: the size of what was added up to get the matrix; its norm may be much smaller.
+        scale: sum of the norms of the terms of the matrix, whose own norm may be much smaller if they cancel.
     """
     return int((sigma > 8 * _EPS * max(1, sigma.numel()) * scale).sum())
 
 
 def nearest_isometry(columns: Tensor) -> Tensor:
-    """P Qᵀ of the SVD P D Qᵀ: the matrix nearest to ``columns`` whose columns are orthonormal (Procrustes).
+    """Return P Qᵀ of the SVD P D Qᵀ: the matrix with orthonormal columns nearest to ``columns`` (Procrustes).
 
     Args:
         columns: (n, k) float64.
 
     Returns:
-        (n, k). Where the columns depend on each other, directions with d = 0 are left out, which alone is unique.
+        (n, k). If the columns are linearly dependent, P Qᵀ is not unique; directions with d = 0 are then left out.
     """
     p, d, qt = torch.linalg.svd(columns, full_matrices=False)
     rank = numerical_rank(d, float(d[0]) if d.numel() else 0.0)

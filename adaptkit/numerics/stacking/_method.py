@@ -1,4 +1,4 @@
-"""What a stacking method is, and how its options are checked."""
+"""Definition of a stacking method, and checks of its options."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,20 +13,21 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import Spectrum
 
 Length = Literal["as given", "largest", "sum"]
-"""The rank of a result if nobody asks for one: that of the factors as the method returns them, the largest that any
-adapter has in any module, or the sum of their ranks in this one; the last two at most what loses nothing."""
+"""The rank of a result if none is requested: that of the factors as the method returns them, the largest rank of any
+adapter in any module, or the sum of the adapters' ranks in this module. The last two are limited to the numerical rank
+of the result."""
 
 
 @dataclass(frozen=True)
 class NoOptions:
-    """A method that takes no options but the weights."""
+    """Options of a method that has none but the weights."""
 
 
 def check_density(density: float) -> None:
-    """Refuse a share that is not above 0 and at most 1.
+    """Check that a share is above 0 and at most 1.
 
     Raises:
-        UsageError: says what it is.
+        UsageError: it is not.
     """
     if not 0 < density <= 1:
         raise UsageError(
@@ -35,30 +36,30 @@ def check_density(density: float) -> None:
 
 
 def check_lambda(factor: float) -> None:
-    """Refuse a factor of the result that is 0 or not finite.
+    """Check that a factor of the result is finite and not 0.
 
     Raises:
-        UsageError: says what it is.
+        UsageError: it is not.
     """
     if not math.isfinite(factor) or factor == 0:
         raise UsageError(f"lambda: must be a finite number other than 0, found {factor}", hint="1 is the default")
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that is negative, has more than 63 bits, or is no whole number.
+    """Check that a seed is a whole number from 0 to 2^63 - 1.
 
     Raises:
-        UsageError: says what it is.
+        UsageError: it is not.
     """
     if not 0 <= seed < 2**63 or not isinstance(seed, Integral):
         raise UsageError(f"seed: must be a whole number from 0 to 2^63 - 1, found {seed}", hint="0 is the default")
 
 
 def count_kept(density: float, elements: int, module: str) -> int:
-    """How many elements a density keeps, rounded down.
+    """Return how many elements a density keeps, rounded down.
 
     Raises:
-        UsageError: none; names the module.
+        UsageError: it keeps none; the message names the module.
     """
     kept = int(density * elements)
     if kept < 1:
@@ -68,7 +69,7 @@ def count_kept(density: float, elements: int, module: str) -> int:
 
 @dataclass(frozen=True)
 class ScaleOptions:
-    """Options of a method that needs no more than a factor.
+    """Options of a method that has only a factor.
 
     Attributes:
         lambda_: factor of the result.
@@ -85,14 +86,15 @@ class Method:
     """A stacking method.
 
     Attributes:
-        combine: (changes of one module, in order and weighted, one per adapter; options; the module's name) -> the
-            change that stands for them. An adapter that leaves the module alone is there with rank 0. The result is in
-            factors, or decomposed if the method says which directions come first, or a matrix (out, in) float64 if it
-            works on elements. It depends on nothing else: no thread, no other module, no global generator.
+        combine: called with the weighted changes of one module, one per adapter in order, the options, and the module's
+            name; returns the combined change. An adapter that does not change the module is passed with rank 0. The
+            result is a LowRank; or a Spectrum, if the method itself orders the directions; or an (out, in) float64
+            matrix, if it works on elements. It must depend only on its arguments: not on threads, other modules or a
+            global random generator.
         source: paper and variant.
-        options: a frozen dataclass that checks itself; its fields are the options of the command line and have
-            defaults. A trailing underscore keeps a name apart from a word of Python.
-        length: of the result, if nobody says.
+        options: a frozen dataclass that validates itself; its fields are command-line options and have defaults. A
+            trailing underscore distinguishes a name from a Python keyword.
+        length: rank of the result if none is requested.
     """
 
     combine: Callable[[Sequence[LowRank], Any, str], LowRank | Spectrum | Tensor]

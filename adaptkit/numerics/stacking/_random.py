@@ -1,8 +1,8 @@
-"""Random numbers that belong to one row of one adapter's change of one module, whatever is drawn before or beside them.
+"""Random numbers that depend only on seed, module, adapter and row, not on what else is drawn or in which order.
 
-Philox 4x64 is a function of a key and a counter. The key is the beginning of sha256 over seed, adapter and module;
-every row begins at a counter of its own. Only the raw stream is used, which numpy promises never to change, so that
-the same seed gives the same elements on every machine, in every order of the modules and in any row blocks.
+Philox 4x64 is a function of a key and a counter. The key is the first 16 bytes of the sha256 of seed, adapter and
+module; every row starts at its own counter. Only the raw stream is used, which numpy promises never to change, so the
+same seed gives the same elements on every machine, in every order of the modules and for any row blocks.
 """
 
 import hashlib
@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 _PER_COUNT = 4
-"""Philox gives four numbers of 64 bits for each value of its counter."""
+"""Philox generates four 64-bit numbers per counter value."""
 
 
 def uniform(seed: int, module: str, adapter: int, rows: slice, columns: int) -> Tensor:
-    """Draw a number for each element of some rows.
+    """Draw a uniform number for each element of some rows.
 
     Args:
-        seed: from 0 on.
-        module: the name of the module.
-        adapter: its place among those that are stacked, from 0.
-        rows: of the matrix; start and stop are given.
-        columns: of the matrix.
+        seed: not negative.
+        module: name of the module.
+        adapter: index of the adapter among those that are stacked.
+        rows: rows of the matrix; the slice needs a start and a stop.
+        columns: number of columns of the matrix.
 
     Returns:
         (rows, columns) float64, multiples of 2⁻⁵³ in [0, 1).

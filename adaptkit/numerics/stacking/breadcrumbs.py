@@ -1,11 +1,11 @@
 """Model Breadcrumbs: drop the largest and the smallest elements of each adapter, and sum the rest.
 
-Of the N elements of w_t Δ_t, sorted by magnitude, the ⌊gamma · N⌋ largest are dropped, and so many of the smallest
-that ⌊density · N⌋ are left; equal ones at either end stay together. The sum over the adapters times λ (the paper's α)
-follows. Nothing is scaled up, and no signs are elected.
+Of the N elements of w_t Δ_t, sorted by magnitude, the ⌊gamma · N⌋ largest are dropped, and as many of the smallest
+as needed to leave ⌊density · N⌋. Elements that tie with the smallest or largest kept one are kept, too. The rest is
+summed over the adapters and multiplied by λ (the paper's α). Nothing is rescaled, and no signs are elected.
 
-Variant: layer by layer, as the paper has it and mergekit; the authors' code sorts row by row. The paper speaks of the
-percentiles β = 1 − gamma − density, below which and γ = 1 − gamma, above which elements are dropped.
+Variant: sorted by module, as in the paper and mergekit; the authors' code sorts by row. The paper gives percentiles:
+elements below β = 1 − gamma − density and above γ = 1 − gamma are dropped.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class BreadcrumbsOptions:
 
     Attributes:
         density: share of each adapter's elements that is kept.
-        gamma: share of the largest ones that is dropped.
+        gamma: share of each adapter's elements that is dropped as the largest.
         lambda_: factor of the result.
     """
 
@@ -46,7 +46,7 @@ class BreadcrumbsOptions:
 
 
 def _between(term: LowRank, options: BreadcrumbsOptions, module: str) -> tuple[float, float]:
-    """The smallest and the largest magnitude that are kept."""
+    """Return the smallest and the largest magnitude that are kept."""
     out, columns = term.shape
     elements = out * columns
     above, kept = int(options.gamma * elements), count_kept(options.density, elements, module)
@@ -58,7 +58,7 @@ def _between(term: LowRank, options: BreadcrumbsOptions, module: str) -> tuple[f
 
 
 def combine(terms: Sequence[LowRank], options: BreadcrumbsOptions, module: str) -> Tensor:
-    """Drop at both ends and add. Returns (out, in) float64."""
+    """Drop elements at both ends and sum. Returns (out, in) float64."""
     bounds = torch.tensor([_between(term, options, module) for term in terms], dtype=torch.float64)
     least, largest = bounds[:, 0, None, None], bounds[:, 1, None, None]
 

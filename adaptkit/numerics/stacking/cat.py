@@ -1,7 +1,7 @@
 """Concatenation: stack A matrices vertically and B matrices horizontally. Exact; ranks add up.
 
-The factors stay what they were but for the scalings, which move into B and are rounded to float32 once. Only
-``--rank`` or ``--energy`` make other factors of them.
+The factors are unchanged, except that the scalings are multiplied into B, which is rounded to float32 once. Only
+``--rank`` and ``--energy`` replace them by other factors.
 """
 
 from adaptkit.numerics.stacking._core import add_up

@@ -1,13 +1,13 @@
 """DARE: drop elements at random, rescale the rest to preserve the expectation, and sum.
 
-Each element of w_t Δ_t is kept with probability ``density`` and then divided by it; the sum over the adapters follows.
-The paper speaks of the drop rate, 1 − density.
+Each element of w_t Δ_t is kept with probability ``density`` and then divided by it; the results are summed over the
+adapters. The paper's parameter is the drop rate, 1 − density.
 
 Variant: peft's ``dare_linear_svd``; its ``dare_linear`` drops elements of A and of B. mergekit's ``dare_linear`` does
-not divide by the density: it scales what is kept of each matrix to the Σ|δ| that the whole had.
+not divide by the density: it rescales the remaining elements of each matrix to the original Σ|δ|.
 
-The more is dropped, the less is the result of low rank: the noise has (1 − density) / density times the energy of what
-it is added to. The energy kept says how much of it a rank can hold.
+The more elements are dropped, the further the result is from low rank: dropping adds noise with (1 − density) / density
+times the energy of the change. The report's kept energy says how much of the result a rank can hold.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class DareOptions:
 
     Attributes:
         density: probability with which an element is kept.
-        seed: of the choice.
+        seed: seed of the random choice.
     """
 
     density: float = 0.5
@@ -40,13 +40,13 @@ class DareOptions:
 
 
 def drop_and_rescale(changes: Tensor, rows: slice, options: DareOptions, module: str) -> Tensor:
-    """Keep elements at random, divided by the probability of that.
+    """Keep elements at random, divided by the probability of being kept.
 
     Args:
         changes: (adapters, rows, in) float64.
-        rows: which these are.
+        rows: position of these rows in the matrix.
         options: probability and seed.
-        module: name.
+        module: name of the module, from which the random numbers are derived.
     """
     kept = [
         uniform(options.seed, module, adapter, rows, changes.shape[2]) < options.density
@@ -56,7 +56,7 @@ def drop_and_rescale(changes: Tensor, rows: slice, options: DareOptions, module:
 
 
 def combine(terms: Sequence[LowRank], options: DareOptions, module: str) -> Tensor:
-    """Drop, rescale, add. Returns (out, in) float64."""
+    """Drop, rescale, sum. Returns (out, in) float64."""
     return by_rows(terms, lambda changes, rows: drop_and_rescale(changes, rows, options, module).sum(0))
 
 

@@ -1,9 +1,10 @@
-"""TIES with DARE instead of trimming: drop at random and rescale, elect signs, average elements that have them.
+"""TIES with DARE instead of trimming: drop at random and rescale, elect signs, average the elements with those signs.
 
-Steps 2 and 3 are those of ``ties``, variant included: signs elected after weighting, mean by count.
+Steps 2 and 3 are those of ``ties``, in the same variant: signs are elected after weighting, means divide by the count.
 
-Variant: with equal weights peft's ``dare_ties_svd``; its ``dare_ties`` does the same to A and to B. mergekit's
-``dare_ties`` scales as in ``dare``, and adds up what it elects: it takes a mean only with ``normalize: true``.
+Variant: with equal weights, peft's ``dare_ties_svd``; its ``dare_ties`` does the same to A and to B. mergekit's
+``dare_ties`` scales like its ``dare_linear`` (see ``dare``), and sums the elements with the elected sign; it takes a
+mean only with ``normalize: true``.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from adaptkit.numerics.stacking.dare import DareOptions, drop_and_rescale
 
 @dataclass(frozen=True)
 class DareTiesOptions(DareOptions):
-    """Options of DARE with an election.
+    """Options of DARE with sign election.
 
     Attributes:
         lambda_: factor of the result.

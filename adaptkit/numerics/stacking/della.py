@@ -1,14 +1,15 @@
-"""DELLA: drop elements at random, small ones more often, rescale, elect signs, average elements that have them.
+"""DELLA: drop elements at random, small ones more often, rescale, elect signs, average the elements with those signs.
 
-In each row of w_t Δ_t the elements are ranked by magnitude, 0 to in − 1. The one of rank i is kept with probability
+In each row of w_t Δ_t, the elements are ranked by magnitude, from 0 to in − 1. The element of rank i is kept with
+probability
 
     p_i = density − epsilon + 2 · epsilon · i / (in − 1)
 
-and divided by it, so that nothing changes on average. Steps 2 and 3 are those of ``ties``, variant included.
+and divided by it, so that its expectation is unchanged. Steps 2 and 3 are those of ``ties``, in the same variant.
 
-Variant: MAGPRUNE of the paper, ranked by row and rescaled by each element's own probability as its authors' code does
+Variant: the paper's MAGPRUNE, ranked by row and rescaled by each element's own probability as in its authors' code
 (mergekit now rescales by a norm, see ``dare``). ``epsilon`` is half the width of the window of probabilities, as in
-mergekit; the paper's ε is the whole.
+mergekit; the paper's ε is the whole width.
 """
 
 from collections.abc import Sequence
@@ -30,9 +31,9 @@ class DellaOptions:
 
     Attributes:
         density: probability with which an element of middle rank is kept.
-        epsilon: by how much that of the largest is above it, and that of the smallest below.
+        epsilon: difference between ``density`` and the probability of the largest or the smallest element.
         lambda_: factor of the result.
-        seed: of the choice.
+        seed: seed of the random choice.
     """
 
     density: float = 0.5
@@ -55,14 +56,14 @@ class DellaOptions:
 
 
 def probabilities(changes: Tensor, options: DellaOptions) -> Tensor:
-    """With what probability each element is kept.
+    """Return the probability with which each element is kept.
 
     Args:
         changes: (adapters, rows, in) float64.
         options: density and epsilon.
 
     Returns:
-        The same shape; of equal magnitudes the one further right counts as the larger.
+        The same shape; of equal magnitudes, the one further right counts as larger.
     """
     columns = changes.shape[2]
     if columns == 1:

@@ -2,12 +2,12 @@
 
     Σ_t w_t Δ_t = U diag(σ) Vᵀ,    Δ = λ · σ̄ · U Vᵀ,    σ̄ the mean of σ
 
-Directions that one adapter alone uses, and that the sum would drown, get the strength of the common ones. Cut off at a
+Directions that only one adapter uses, which are weak in the sum, get the same strength as common ones. Truncated to a
 rank, the result keeps the directions in which the sum was strongest.
 
 Variant: Iso-C, decomposed in factored form, which is Core Space, so no (out, in) matrix is formed. The mean is over the
-singular values that are not zero, at most Σ ranks; the paper's, over all min(out, in) of a full matrix, would spread a
-low-rank sum over directions that no adapter has. Times Σ ranks / min(out, in) as λ it is of the paper's size.
+nonzero singular values, at most Σ ranks. The paper's mean is over all min(out, in) of a full matrix, which would spread
+a low-rank sum over directions that no adapter has; λ = Σ ranks / min(out, in) gives the paper's magnitude.
 """
 
 import math
@@ -23,7 +23,7 @@ from adaptkit.numerics.stacking._method import Method, ScaleOptions
 
 
 def combine(terms: Sequence[LowRank], options: ScaleOptions, module: str) -> Spectrum:
-    """Add up and flatten the spectrum."""
+    """Sum the changes and flatten the spectrum."""
     total = svd(concatenated(terms))
     rank = numerical_rank(total.sigma, sum(lora.norm(term) for term in terms))
     mean = float(total.sigma[:rank].mean()) if rank else 0.0

@@ -1,14 +1,14 @@
 """KnOTS: align the changes in a common output basis by one SVD, and apply TIES to their coordinates.
 
-    [Δ_1 … Δ_T] = U Σ [V_1 … V_T]        over the columns of all changes side by side
+    [Δ_1 … Δ_T] = U Σ [V_1 … V_T]        SVD of all changes, concatenated along their columns
     Δ = U · TIES(Σ V_1, …, Σ V_T)
 
-Σ V_t = Uᵀ Δ_t are the coordinates of a change in the directions that all of them use, (k, in) with k ≤ Σ ranks, so
-that elements of different adapters that are compared mean the same. The SVD is that of the (Σ ranks)² matrices of Core
-Space, and no (out, in) matrix is formed.
+Σ V_t = Uᵀ Δ_t are the coordinates of a change in common directions, (k, in) with k ≤ Σ ranks, so that corresponding
+elements of different adapters mean the same. The SVD is that of the (Σ ranks)² matrices of Core Space; no (out, in)
+matrix is formed.
 
-Variant: KnOTS-TIES with Σ multiplied into V before trimming, which is what the authors' code does. Trimmed by module
-(they trim over all at once); singular values that are zero up to rounding are left out; TIES as in ``ties``.
+Variant: KnOTS-TIES with Σ multiplied into V before trimming, as in the authors' code. Trimmed by module (theirs trims
+over all modules at once); singular values that are zero up to rounding are left out; TIES as in ``ties``.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from adaptkit.numerics.stacking.ties import TiesOptions
 
 
 def combine(terms: Sequence[LowRank], options: TiesOptions, module: str) -> LowRank:
-    """Align, trim, elect, merge, in factors of float64."""
+    """Align, trim, elect, merge. Returns float64 factors."""
     core = core_of(terms)
     directions, sigma, _ = torch.linalg.svd(torch.cat(list(core.matrices), dim=1), full_matrices=False)
     directions = directions[:, : numerical_rank(sigma, float(core.matrices.square().sum().sqrt()))]

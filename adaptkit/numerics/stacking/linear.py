@@ -1,9 +1,10 @@
 """Weighted sum of the changes, at the smallest rank that holds it. Exact.
 
-Task arithmetic adds what the adapters do, Σ w_t Δ_t. It does not add their A matrices and their B matrices, as peft's
-``linear`` does, which gives (Σ √w B)(Σ √w A): another matrix, with products of every A with every B in it. mergekit
-calls the sum ``task_arithmetic``; its ``linear`` divides by Σ w.
-The sum is that of ``cat``; where adapters share directions, or ranks add up to more than the weight has, it is shorter.
+Task arithmetic sums the changes, Σ w_t Δ_t. peft's ``linear`` sums A and B matrices separately, which gives
+(Σ √w B)(Σ √w A): another matrix, with cross products of different adapters' factors. mergekit calls the sum
+``task_arithmetic``; its ``linear`` divides by Σ w.
+
+The sum is that of ``cat``, but at a lower rank if adapters share directions or Σ ranks exceeds min(out, in).
 """
 
 from adaptkit.numerics.stacking._core import add_up

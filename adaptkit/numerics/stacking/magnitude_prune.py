@@ -1,7 +1,7 @@
 """Keep each adapter's largest elements and sum them.
 
-The first step of TIES without its election: Σ_t of the largest ``density`` of the elements of w_t Δ_t, by magnitude,
-module by module, as peft's ``magnitude_prune_svd``. What is kept is not scaled up.
+The first step of TIES without its election: Σ_t of the largest ``density`` of the elements of w_t Δ_t, by magnitude and
+by module, as in peft's ``magnitude_prune_svd``. The remaining elements are not rescaled.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ class PruneOptions:
 
 
 def combine(terms: Sequence[LowRank], options: PruneOptions, module: str) -> Tensor:
-    """Trim and add. Returns (out, in) float64."""
+    """Trim and sum. Returns (out, in) float64."""
     least = trimming(terms, options.density, module)
     return by_rows(terms, lambda changes, rows: trim(changes, least).sum(0))
 

@@ -1,15 +1,15 @@
 """SCE: select elements where the adapters differ, weight each adapter by its energy there, erase minority signs.
 
-    1  select     of the elements whose variance over the adapters is not 0 the ``density`` where it is largest
+    1  select     the ``density`` with the largest variance, of the elements whose variance over the adapters is not 0
     2  calculate  η_t = Σ τ̂_t² / Σ_t Σ τ̂_t², a coefficient for each adapter and module
     3  erase      elements whose sign is not that of Σ_t τ̂_t; a sum of 0 counts as positive
 
-The result is λ · Σ η_t τ̂_t / Σ η_t over the elements that are left. An adapter of weight 0, or
-without the module, counts in the variance, as a change of zero.
+The result is λ · Σ η_t τ̂_t / Σ η_t over the remaining elements. An adapter of weight 0, or without the module, counts
+in the variance as a change of zero.
 
 Variant: mergekit's, which came from the authors; its ``select_topk`` is ``density``, and 1 (its default) selects
-everything. mergekit has no weights here; ours are in the τ_t = w_t Δ_t. It takes equal η_t where the mean squares of
-all τ̂_t add up to less than 1e-6, as those of many adapters do; here η_t is what the paper says, however small they are.
+everything. mergekit has no weights here; ours are part of τ_t = w_t Δ_t. It sets all η_t equal if the mean squares of
+all τ̂_t sum to less than 1e-6, as they do for many adapters; here η_t follows the paper however small they are.
 """
 
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class SceOptions:
 
 
 def _selection(terms: Sequence[LowRank], density: float, module: str) -> Tensor | None:
-    """Which elements are selected: (out, in) bool; None for all."""
+    """Return which elements are selected: (out, in) bool; None for all."""
     if density == 1:
         return None
     variance = by_rows(terms, lambda changes, rows: changes.var(0, correction=0))

@@ -1,8 +1,7 @@
 """Weighted sum of the changes, truncated to the largest rank of any adapter.
 
-The sum of ``cat``, decomposed in factored form. Without ``--rank`` or ``--energy`` every module gets the largest rank
-that any adapter has in any module, as in peft, whose result ours equals up to rounding: what serves that rank serves it
-everywhere. At full rank the sum is exact.
+The sum of ``cat``, decomposed in factored form. Without ``--rank`` or ``--energy``, every module gets the largest rank
+of any adapter in any module, as in peft, and the result equals peft's up to rounding. At full rank the sum is exact.
 """
 
 from adaptkit.numerics.stacking._core import add_up

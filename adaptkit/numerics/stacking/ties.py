@@ -1,12 +1,12 @@
-"""TIES: keep each adapter's largest elements, elect a sign per position, average elements that have it.
+"""TIES: keep each adapter's largest elements, elect a sign per position, average the elements with that sign.
 
-    1  trim      τ̂_t: the largest ``density`` of the elements of τ_t = w_t Δ_t, by magnitude, module by module
+    1  trim      τ̂_t: the largest ``density`` of the elements of τ_t = w_t Δ_t, by magnitude and by module
     2  elect     γ = the sign of Σ_t τ̂_t; a sum of 0 counts as positive
     3  merge     λ · the mean of τ̂_t over those t whose element has the sign γ
 
-Variant: the paper trims over all modules at once, peft, mergekit and this one over each. Signs are elected after
-weighting, as in mergekit (peft elects before). The mean is over the number of adapters that agree, as in the paper and
-in peft (mergekit divides by the sum of their weights unless told otherwise). With equal weights the result is peft's.
+Variant: trimmed by module, as in peft and mergekit; the paper trims over all modules at once. Signs are elected after
+weighting, as in mergekit (peft elects before). The mean divides by the number of adapters that agree, as in the paper
+and in peft (mergekit divides by the sum of their weights by default). With equal weights the result is peft's.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class TiesOptions:
     """Options of TIES.
 
     Attributes:
-        density: share of each adapter's elements that is kept; the paper's 20 % if not given.
+        density: share of each adapter's elements that is kept; the default is the paper's 20 %.
         lambda_: factor of the result.
     """
 

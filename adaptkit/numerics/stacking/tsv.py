@@ -7,9 +7,9 @@
 So the directions of one task no longer overlap with those of another.
 
 Variant: TSV-M, in Core Space, so no (out, in) matrix is formed. T counts the adapters that change the module. Only
-singular values that are not zero take part: beyond its rank a change has no directions of its own, and those that an
-SVD of the full matrix makes up would disturb the others. Where the vectors of several adapters depend on each other, P
-Qᵀ is not unique; the directions with D = 0 are then left out, so that an adapter stacked with itself gives itself.
+nonzero singular values are used: beyond its rank a change has no directions, and the arbitrary ones that an SVD of the
+full matrix returns would disturb the others. If vectors of several adapters are linearly dependent, P Qᵀ is not unique;
+directions with D = 0 are then left out, so that an adapter stacked with itself gives itself.
 """
 
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ from adaptkit.numerics.stacking._method import Method, ScaleOptions
 
 
 def _leading(matrix: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """At most ``most`` leading singular vectors and values, none of them zero: U (k_b, k), σ (k,), V (k_a, k)."""
+    """Return at most ``most`` leading nonzero singular values and their vectors: U (k_b, k), σ (k,), V (k_a, k)."""
     u, sigma, vt = torch.linalg.svd(matrix, full_matrices=False)
     rank = min(most, numerical_rank(sigma, float(sigma[0])))
     return u[:, :rank], sigma[:rank], vt[:rank].T
 
 
 def combine(terms: Sequence[LowRank], options: ScaleOptions, module: str) -> LowRank:
-    """Orthogonalize and add, in factors of float64."""
+    """Orthogonalize and sum. Returns float64 factors."""
     working = [term for term in terms if nonzero(term)]
     if not working:
         return concatenated(terms)
