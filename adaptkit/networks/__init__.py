@@ -1,1 +1,1 @@
-"""What transformers makes of a checkpoint: networks without weights or with them, and what their steps keep."""
+"""transformers' networks for checkpoints, with or without weights, and the memory that their training steps need."""

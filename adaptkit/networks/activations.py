@@ -1,14 +1,15 @@
-"""What a network's layers keep between forward and backward pass, and how much of it each way of checkpointing needs.
+"""Activation memory of a network's layers, and the choice of a gradient checkpointing scheme for a memory budget.
 
-With h the input of a layer, a what its forward pass leaves alive, and w what its passes need on top for a while:
+With h the size of a layer's input, a the activations that its forward pass keeps for the backward pass, and w the
+additional temporary memory of its passes, the peak is as follows. Terms without a sum are those of the largest layer.
 
-    nothing checkpointed     Σ (h + a) + w
-    a checkpoint a layer     Σ h + a + w                                of one layer
-    segments of s layers     h a segment + s h + a + w                  of one layer; √n segments need least
-    the last k layers whole  Σ h + the larger of Σ a of these layers and a + w of one other
+    no checkpointing         Σ (h + a) + w
+    every layer              Σ h + (a + w)
+    segments of s layers     Σ h + (s - 1) h + (a + w)          Σ over segments' first layers; √n segments need least
+    all but the last k       Σ h + max(Σ' (h + a) + w, a + w)   Σ over the checkpointed layers, Σ' over the last k
 
-a and w are measured, not derived: a layer runs forward and backward once, and every tensor's memory is followed. That
-works on a real network as on one whose tensors are fake, and whatever its layers do.
+a and w are measured: a layer runs forward and backward once while the memory of every tensor is tracked. This works
+for any layer, with real or fake tensors.
 """
 
 import math
@@ -34,12 +35,12 @@ POLICIES = f"{AUTO}, none, layer, sqrt, segments:K or budget:MIB"
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Of one layer at one shape of its input.
+    """Memory of one layer for one input shape.
 
     Attributes:
-        input_bytes: h: its input.
-        kept_bytes: a: what its forward pass leaves alive for the backward pass, without input and output.
-        peak_bytes: a + w: the most that is alive while it goes forward and backward, without its input.
+        input_bytes: h, the layer's input.
+        kept_bytes: a, what its forward pass keeps for the backward pass, without input and output.
+        peak_bytes: a + w, the peak during forward and backward pass, without the input.
     """
 
     input_bytes: int
@@ -52,9 +53,9 @@ class Checkpointing:
     """Which layers are checkpointed, and how.
 
     Attributes:
-        layers: of the network; 0 if it has no stack of them, and nothing is checkpointed.
-        length: layers of a segment; 1 is a checkpoint a layer.
-        whole: how many of the last layers keep everything; all of them if nothing is checkpointed.
+        layers: number of layers; 0 if the network has no stack of layers, so that nothing is checkpointed.
+        length: layers per segment; 1 to checkpoint every layer separately.
+        whole: how many of the last layers are not checkpointed.
     """
 
     layers: int
@@ -68,16 +69,16 @@ class Checkpointing:
 
     @property
     def recomputed(self) -> float:
-        """Forward passes through a layer that the backward pass repeats, a layer of the network."""
+        """Layer forward passes that the backward pass repeats, divided by the number of layers."""
         checked = self.layers - self.whole
         return (2 * checked - self.segments) / self.layers if self.length > 1 else checked / self.layers
 
     def bytes_needed(self, sizes: Sequence[LayerSize], offloaded: bool = False) -> int:
-        """Peak of what all layers keep and need.
+        """Return the peak activation memory of all layers.
 
         Args:
-            sizes: of every layer.
-            offloaded: whether the inputs of segments wait elsewhere, but for two.
+            sizes: sizes of every layer, in order.
+            offloaded: whether the inputs of all segments but two are offloaded to the host.
         """
         checked, whole = sizes[: self.layers - self.whole], sizes[self.layers - self.whole :]
         kept = sum(size.input_bytes + size.kept_bytes for size in whole)
@@ -101,18 +102,18 @@ class Checkpointing:
 
 
 def parse_policy(policy: str, layers: int) -> Checkpointing | int:
-    """What a policy says.
+    """Parse a checkpointing policy.
 
     Args:
         policy: ``none``, ``layer``, ``sqrt`` (segments of √n layers), ``segments:K`` or ``budget:MIB``; ``auto`` is
-            ``layer`` where nothing is known of a device.
-        layers: of the network.
+            treated as ``layer``, for callers that do not know the device's free memory.
+        layers: number of the network's layers.
 
     Returns:
         The checkpointing, or a budget in bytes.
 
     Raises:
-        ConfigError: another policy.
+        ConfigError: the policy is none of these.
     """
     kind, _, number = policy.partition(":")
     if policy in {AUTO, "none", "layer"}:
@@ -133,16 +134,16 @@ def fit_budget(
     offloaded: bool = False,
     less: str = "a smaller --micro-batch-size or --max-length",
 ) -> Checkpointing:
-    """The checkpointing that recomputes least within a budget.
+    """Return the checkpointing that recomputes least within a budget.
 
     Args:
-        budget_bytes: for what the layers keep and need.
-        sizes: of every layer, as measured.
-        offloaded: whether the inputs of segments wait elsewhere.
-        less: what would need less, for people.
+        budget_bytes: budget for the peak activation memory of the layers.
+        sizes: measured sizes of every layer.
+        offloaded: whether the inputs of segments are offloaded.
+        less: what the user can change to need less memory, for the hint.
 
     Raises:
-        UsageError: none fits; says what the least would need.
+        UsageError: no checkpointing fits; the message says how much the smallest needs.
     """
     found = fit_room(budget_bytes, sizes, offloaded)
     needed = found.bytes_needed(sizes, offloaded)
@@ -156,7 +157,7 @@ def fit_budget(
 
 
 def fit_room(room_bytes: int, sizes: Sequence[LayerSize], offloaded: bool = False) -> Checkpointing:
-    """The checkpointing that recomputes least within some room; if none fits, the one that needs least."""
+    """Return the checkpointing that recomputes least within ``room_bytes``; if none fits, the one that needs least."""
     count = len(sizes)
     choices = [Checkpointing(count, 1, whole) for whole in range(count, -1, -1)]
     choices += [Checkpointing(count, length) for length in range(2, count + 1)]
@@ -169,15 +170,18 @@ def fit_room(room_bytes: int, sizes: Sequence[LayerSize], offloaded: bool = Fals
 def measure_layers(
     layers: Sequence[nn.Module], call: Callable[[], Any], held: Iterable[Tensor] = ()
 ) -> list[LayerSize]:
-    """Measure layers while a network runs: the first of every kind, and no further than that.
+    """Measure the first layer of every kind while a network runs; the run stops once all kinds are measured.
 
     Args:
-        layers: of the network, in order.
-        call: runs the network once; gradients need not be on, and none are collected.
-        held: what lies outside of the layers and is there anyway, though a layer may use parts of it.
+        layers: the network's layers, in order.
+        call: runs the network once. Autograd need not be enabled; no gradients are accumulated.
+        held: tensors outside the layers that are not counted, though a layer may use parts of them.
 
     Returns:
         The sizes of every layer, in order.
+
+    Raises:
+        UsageError: the network does not run all of its layers, or a layer cannot be measured.
     """
     kinds = [kind_of(layer) for layer in layers]
     wanted = {kinds.index(kind) for kind in kinds}
@@ -194,17 +198,17 @@ def measure_layers(
 
 
 class _Enough(Exception):  # noqa: N818 - nothing is wrong
-    """Every kind of layer was measured; the rest of the network need not run."""
+    """Raised to stop the network's run once every kind of layer is measured."""
 
 
 def kind_of(layer: nn.Module) -> Any:
-    """What layers that were built alike have in common: classes, shapes, and what they call their kind."""
+    """Return a key that is equal for layers built alike: classes, shapes, dtypes, and integer and string attributes."""
     found: list[Any] = []
     for name, module in layer.named_modules():
         tensors = [*module._parameters.items(), *module._buffers.items()]
         shapes = [(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors if tensor is not None]
         plain = [(key, value) for key, value in vars(module).items() if isinstance(value, (int, str))]
-        told = [item for item in plain if not re.search("^_|id[xs]?$|index", item[0])]  # not what number they have
+        told = [item for item in plain if not re.search("^_|id[xs]?$|index", item[0])]  # without the layer's number
         found.append((name, type(module), shapes, told))
     return found
 
@@ -214,7 +218,7 @@ def _replaced(layers: Sequence[nn.Module], replacement: Callable[[int, Any], Any
     before = [vars(layer).get("forward") for layer in layers]
     try:
         for index, layer in enumerate(layers):
-            layer.forward = replacement(index, layer.forward)  # always set, so that it can always be taken away
+            layer.forward = replacement(index, layer.forward)  # set on every layer, so that it can always be deleted
         yield
     finally:
         for layer, forward in zip(layers, before, strict=True):
@@ -249,13 +253,13 @@ def _measuring(
 
 
 class Alive(TorchDispatchMode):
-    """Follows the memory of every tensor that is made while it is on.
+    """Tracks the memory of every tensor that is created while the mode is active.
 
     Args:
-        known: tensors that do not count.
+        known: tensors that are not counted.
 
     Attributes:
-        peak: the most bytes that were alive at a time; where thousands of tensors are, to a sixty-fourth.
+        peak: peak of bytes alive; once more than 1000 storages are tracked, it may be too low by 1/64.
     """
 
     _FEW = 1000
@@ -264,13 +268,13 @@ class Alive(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._known = {item.untyped_storage()._cdata for item in known if isinstance(item, Tensor)}
         self._found: dict[int, tuple[Any, int]] = {}
-        self._most = 0  # that can be alive: those too that went since they were counted
+        self._most = 0  # upper bound on bytes alive: includes storages freed since the last count
         self.peak = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run an operation, and look at what came out."""
+        """Run an operation, and track the storages of its results."""
         result = func(*args, **(kwargs or {}))
         for item in tree_leaves(result):
             if isinstance(item, Tensor):
@@ -282,13 +286,13 @@ class Alive(TorchDispatchMode):
                         StorageWeakRef(storage),  # type: ignore[no-untyped-call]
                         storage.nbytes(),
                     )
-        allowed = self.peak >> 6 if len(self._found) > self._FEW else 0  # or a loop over tokens takes quadratic time
+        allowed = self.peak >> 6 if len(self._found) > self._FEW else 0  # else a loop over tokens takes quadratic time
         if self._most > self.peak + allowed:
             self.peak = max(self.peak, self.total())
         return result
 
     def total(self) -> int:
-        """Bytes that are alive now."""
+        """Return the bytes that are alive now."""
         self._found = {key: found for key, found in self._found.items() if not found[0].expired()}
         self._most = sum(size for _, size in self._found.values())
         return self._most

@@ -1,8 +1,8 @@
-"""Where a checkpoint's files keep what a model calls by another name.
+"""Mapping from the parameter names of a running model to the tensors of a checkpoint's files.
 
-Adapters name the parameters of the running model. Files may call them the same; have or lack the prefix of the model
-around them; or use names of their own, one matrix an expert where the model has a stack, say. The first two are seen
-from the names alone; for the last, transformers is asked.
+Adapters name the parameters of the running model. Files may use the same names, have or lack the prefix of the
+enclosing model, or use other names, such as one matrix per expert where the model has a stack. The first two cases are
+recognized by the names; the last one needs transformers.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ _PREFIXES = (
     ("language_model.model.", "model.language_model."),
     ("model.language_model.", "language_model.model."),
 )
-"""What the model says at the beginning of a name, and what the files say there."""
+"""Pairs of name prefixes: in the model, and in the files."""
 OTHER_MODEL = "use the model that the adapter was trained on, with the same head (a classifier's differs)"
 _NO_BIAS = (
     "if the adapter has lora_bias, load it with peft, or train it again without lora_bias: the layer has no bias to "
     f"merge it into; otherwise {OTHER_MODEL}"
 )
-"""Hints."""
+"""Hints of error messages."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A tensor of the files, and what part of a parameter it is; or the other way round.
+    """A tensor of the files that is a part of a parameter; or, with ``of_tensor``, has the parameter as its part.
 
     Attributes:
-        name: of the tensor.
-        expert: which of a stack of matrices is meant; None for all there is.
-        part: of how many equal runs of rows of that matrix one is meant: (number, of how many).
-        of_tensor: the parameter is that part of the tensor, instead of the tensor of the parameter.
+        name: name of the tensor.
+        expert: index of the matrix in a stack of experts; None if there is no stack, or for all of it.
+        part: (index, count): the part is the run of rows with this index, when that matrix has ``count`` equal runs.
+        of_tensor: the parameter is this part of the tensor; if false, the tensor is this part of the parameter.
     """
 
     name: str
@@ -62,12 +62,12 @@ class Slice:
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where parameters are.
+    """Tensors of the files that hold parameters.
 
     Attributes:
-        of: by name of the parameter, the tensors that hold it.
-        told_by: how that was found out, in a few words; empty where the names are the same.
-        uses: parameters that the model has in common with others, and whose tensor the files keep under another's name.
+        of: maps the name of each parameter to the tensors that hold it.
+        told_by: short note on how the names were mapped, for reports; empty if they are the same.
+        uses: parameters that are tied to others and that the files hold only under another parameter's name.
     """
 
     of: dict[str, tuple[Slice, ...]]
@@ -76,15 +76,16 @@ class Addresses:
 
 
 def find_addresses(checkpoint: Checkpoint, names: Iterable[str], who: str) -> Addresses:
-    """Find where a checkpoint keeps some parameters.
+    """Find the tensors of a checkpoint that hold some parameters.
 
     Args:
-        checkpoint: plain.
-        names: of parameters, as the running model calls them.
-        who: asks, for messages.
+        checkpoint: a checkpoint that is not quantized.
+        names: names of parameters in the running model.
+        who: what changes the parameters, such as the adapter's folder; begins error messages.
 
     Raises:
-        BaseMismatchError: it lacks one; names it.
+        BaseMismatchError: the checkpoint lacks a parameter, which the message names; two names are the same parameter;
+            or transformers assembles one in an unsupported way.
     """
     wanted = sorted(names)
     for said, held in _PREFIXES:
@@ -109,11 +110,11 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
             f"{who}: changes {missing}, which {checkpoint.root} does not have under that name",
             hint="check that this is the right base; if its files use other names, pip install 'adaptkit[train]'",
         )
-    from adaptkit.networks.assembly import Assembly  # here, since it waits for torch
+    from adaptkit.networks.assembly import Assembly  # imported here since it imports torch
 
     absent = missing
     for build in (named_network,) if why_unknown(checkpoint) else (empty_network, named_network):
-        network = build(checkpoint)  # the second sees images, too, where the first may only read (Mllama)
+        network = build(checkpoint)  # the second may include the vision part when the first has text only (Mllama)
         if network is not None:
             found = _in_network(Assembly(network, checkpoint), wanted, who)
             if isinstance(found, Addresses):
@@ -125,14 +126,14 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
 
 
 def _in_network(assembly: Assembly, wanted: list[str], who: str) -> Addresses | str:
-    """Where a model has parameters, or the first that it does not have."""
+    """Return the addresses of parameters in a model, or the name of the first one that it lacks."""
     prefix = f"{assembly.network.base_model_prefix}."
     found: dict[str, tuple[Slice, ...]] = {}
     uses, taken = set(), dict[str, str]()
     older = places(assembly.network, wanted)
     for name in wanted:
         place = older.get(name)
-        today = place.parameters if place is not None and not place.pattern else ()  # of an older release's name
+        today = place.parameters if place is not None and not place.pattern else ()  # current for an older name
         names = (name, prefix + name, name.removeprefix(prefix), *today)
         known = next((n for n in names if n in assembly.sources), None)
         held = known is not None or name in assembly.checkpoint.tensors
@@ -145,7 +146,7 @@ def _in_network(assembly: Assembly, wanted: list[str], who: str) -> Addresses | 
         if known is not None:
             found[name] = _slices(assembly, known, who)
             uses |= {name} if assembly.is_borrowed(known) else set()
-        elif held:  # one expert's matrix, say, where the model has a stack of them
+        elif held:  # such as one expert's matrix where the model has a stack of them
             found[name] = (Slice(name),)
         elif inside is not None:
             found[name] = (inside,)
@@ -156,7 +157,7 @@ def _in_network(assembly: Assembly, wanted: list[str], who: str) -> Addresses | 
 
 
 def _inside(assembly: Assembly, name: str, place: Place | None) -> Slice | None:
-    """Find one expert's matrix, as files used to name it, in a stack that the files hold whole."""
+    """Find one expert's matrix, given by its older name, in a stack that the files hold as one tensor."""
     expert = re.search(r"\.experts\.(\d+)\.", name)
     if expert is None or place is None or not place.pattern or len(place.parameters) != 1:
         return None

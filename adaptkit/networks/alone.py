@@ -1,6 +1,6 @@
-"""One thread of a process at a time computes with a model.
+"""A lock that lets one thread of a process at a time run models.
 
-torch's random numbers and its default type, which building a model sets, are those of the whole process.
+torch's random state and its default dtype, which building a model sets, are global to the process.
 """
 
 import threading
@@ -14,10 +14,10 @@ _LOCK = threading.RLock()
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Have the process's models to oneself while the block runs, or what it calls.
+    """Hold the lock, which is reentrant, while the block or the decorated function runs.
 
     Raises:
-        ConflictError: another thread has them. Waiting for it could be for ever, where it waits for this one.
+        ConflictError: another thread holds the lock. Waiting for it could deadlock if it waits for this thread.
     """
     if not _LOCK.acquire(blocking=False):
         raise ConflictError(

@@ -1,4 +1,4 @@
-"""What transformers says of a checkpoint's architecture, asked without weights and without memory.
+"""Architectures of checkpoints by transformers, as networks on the meta device, without weights or memory.
 
 transformers is optional: it comes with the extra ``train``.
 """
@@ -25,29 +25,29 @@ from adaptkit.torch_compiler import without_compiler
 
 _LAYERS = re.compile(r"layers$|n_layer$|depths?$|num_blocks$")
 _MANY = re.compile(r"experts$|^num_labels$")
-"""Keys of ``config.json`` whose integers make that many modules, or entries of a list."""
+"""Keys of ``config.json`` whose integers are numbers of modules to build, or of entries of a list."""
 _MOST = {"layers": 1_024, "others": 65_536}
-"""What is built in a second whatever the files hold."""
+"""Numbers that are accepted whatever the files hold, since so many are built in a second."""
 REFUSALS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, ImportError,
 )  # fmt: skip
-"""What transformers raises for what it cannot use, besides a ``StrictDataclassError`` for a wrong type."""
+"""Errors that transformers raises for unusable input, besides a ``StrictDataclassError`` for a value of wrong type."""
 _NOT_OURS_TO_FOLLOW = {"quantization_config", "attn_implementation", "experts_implementation", "auto_map"}
-"""What a configuration may not decide here; an implementation can be code on the Hub."""
+"""Keys of a configuration that are ignored; an implementation can be code on the Hub."""
 
 _ONE_AT_A_TIME = threading.RLock()
-"""While it builds a model, transformers sets torch's default type for the whole process, and then sets it back."""
+"""Held while transformers builds a model, since it changes torch's default dtype for the whole process meanwhile."""
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[Any]:
-    """transformers, without its advice on stderr; one thread at a time has it.
+    """Import transformers, without its warnings on stderr while the block runs; blocks other threads meanwhile.
 
     Raises:
-        UsageError: it is not installed.
+        UsageError: transformers is not installed.
     """
     try:
-        # it puts another module in its place while it loads, of which a waiting thread's `import` would not know
+        # It replaces itself in sys.modules while it loads; an `import` waiting in another thread would miss that.
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise UsageError("this needs the package transformers", hint="pip install 'adaptkit[train]'") from error
@@ -66,8 +66,8 @@ class Description:
 
     Attributes:
         root: the folder.
-        config: ``config.json``.
-        tensors: none.
+        config: content of ``config.json``.
+        tensors: always empty.
     """
 
     root: Path
@@ -80,7 +80,7 @@ class Description:
 
         Raises:
             UsageError: there is no such folder, or no configuration in it.
-            CheckpointError: it cannot be read.
+            CheckpointError: the configuration cannot be read.
         """
         if not (root / CONFIG_NAME).is_file():
             found = f"has no {CONFIG_NAME}" if root.is_dir() else "not a folder" if root.exists() else "does not exist"
@@ -89,7 +89,7 @@ class Description:
 
     @property
     def dtype(self) -> torch.dtype:
-        """That the checkpoint says its weights have; bfloat16 if it does not say."""
+        """The dtype of the weights according to the configuration; bfloat16 if it does not give one."""
         for values in (self.config, text_config(self.config)):
             for key in ("dtype", "torch_dtype"):
                 found = getattr(torch, str(values.get(key)).removeprefix("torch."), None)
@@ -99,7 +99,7 @@ class Description:
 
 
 def why_unknown(checkpoint: Checkpoint) -> str:
-    """Why transformers cannot be asked about a checkpoint's architecture, in a few words; empty if it can."""
+    """Return a short reason why transformers cannot build a checkpoint's architecture; empty if it can."""
     try:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError:
@@ -111,28 +111,28 @@ def why_unknown(checkpoint: Checkpoint) -> str:
 
 
 def _auto_class(config: type) -> Any:
-    """What builds a configuration's language model: one for text, or one that sees images too; None without either."""
+    """Return the auto class that builds a configuration's language model, for text or for text and images, or None."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return next((c for c in (AutoModelForCausalLM, AutoModelForImageTextToText) if config in c._model_mapping), None)
 
 
 def transformers_version() -> str:
-    """The version of transformers, which must be installed."""
+    """Return the version of transformers, which must be installed."""
     with quiet_transformers() as transformers:
         return str(transformers.__version__)
 
 
 def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype | None = None) -> Any:
-    """Build a checkpoint's causal language model on the meta device, with all that it has beside for images.
+    """Build a checkpoint's causal language model, including a vision part, on the meta device.
 
     Args:
-        checkpoint: which.
-        dtype: of its parameters, bfloat16 if None.
+        checkpoint: the checkpoint, or its description.
+        dtype: dtype of the parameters; bfloat16 if None.
 
     Raises:
-        UsageError: transformers does not know the architecture, or is not installed.
-        CheckpointError: the configuration speaks of more layers than the file has tensors.
+        UsageError: transformers is not installed, does not know the architecture, or cannot build it.
+        CheckpointError: the configuration gives a number of layers or other modules that is too large to build.
     """
 
     def language_model(config: Any) -> Any:
@@ -144,16 +144,19 @@ def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype | Non
 
 
 def named_network(checkpoint: Checkpoint | Description, first: Iterable[str] = ()) -> Any:
-    """Build, as ``empty_network`` does, a model of the class that ``architectures`` in ``config.json`` names.
+    """Build, on the meta device, a model of the class that ``architectures`` in ``config.json`` names.
 
-    That may be a classifier, or a model without a head, whose tensors have other names than the language model's.
+    That may be a classifier or a model without a head, whose tensors have other names than the language model's.
 
     Args:
-        checkpoint: which.
-        first: names of classes that are preferred if transformers has them for this architecture.
+        checkpoint: the checkpoint, or its description.
+        first: names of classes to prefer, if transformers has them for this architecture.
 
     Returns:
-        The model; None if no name is that of such a class, or transformers cannot build it.
+        The model; None if transformers has no class of these names for the architecture, or cannot build it.
+
+    Raises:
+        CheckpointError: as in ``empty_network``.
     """
     own = class_names(checkpoint.config)
     names = [*first, *own]
@@ -173,18 +176,24 @@ def named_network(checkpoint: Checkpoint | Description, first: Iterable[str] = (
 
 
 def has_no_head(network: Any) -> bool:
-    """Whether a model gives hidden states alone, as those of ``AutoModel`` do."""
+    """Whether a model has no head and returns only hidden states, as those of ``AutoModel`` do."""
     return network.base_model is network
 
 
 def _is_of(network: Any, checkpoint: Checkpoint | Description) -> bool:
-    """Whether files are of a class that has no head: not if their names are those of the model around it."""
+    """Whether the files' names fit a model without a head: they do not if they have the prefix of a model with one.
+
+    Returns true for a model with a head, and if there are no names.
+    """
     names = checkpoint.tensors
     return not has_no_head(network) or not names or any(name in network.state_dict() for name in names)
 
 
 def _class_named(name: str, config: Any) -> Any:
-    """The class of models that has a name, or that an automatic class of this name takes for a configuration."""
+    """Return the model class of this name, or the class that an auto class of this name selects for ``config``.
+
+    None if there is none, or it does not fit the configuration.
+    """
     import transformers
 
     found: Any = getattr(transformers, name, None)
@@ -199,14 +208,15 @@ def _class_named(name: str, config: Any) -> Any:
 
 
 def _give_no_advice(input_ids: Any, attention_mask: Any) -> None:
-    """Where a model as GPT-2 would advise to pass a mask, since its end token pads, too: there is one where it matters.
+    """Replace a model's warning that padding was found without an attention mask.
 
-    Tokens at the end, as in training, are padding that no other token sees.
+    Models such as GPT-2, whose end token is also their padding, would warn. A mask is passed where it matters; in
+    training, padding comes last and no other token attends to it.
     """
 
 
 def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) -> Any:
-    """Make a model of a checkpoint's configuration on the meta device.
+    """Build a model from a checkpoint's configuration on the meta device.
 
     Raises:
         UsageError, CheckpointError: see ``empty_network``.
@@ -222,11 +232,11 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
             with torch.device("meta"), without_compiler():
                 network = build(config)
             if network is not None:
-                network.tie_weights()  # which transformers 5.0 leaves to whoever loads weights
+                network.tie_weights()  # transformers 5.0 does this only when it loads weights
                 network.base_model.warn_if_padding_and_no_attention_mask = _give_no_advice
             return network
         except (*REFUSALS, StrictDataclassError) as error:
-            reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture there is
+            reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture
             raise UsageError(
                 f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})",
                 hint="check its config.json, or try another release of transformers",
@@ -234,28 +244,28 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
 
 
 def language_part(network: Any) -> str:
-    """The dotted path of what reads text in a network that sees images too; empty if that is the whole network."""
+    """Return the dotted path of the text part of a network with a vision part; empty if the whole network is text."""
     inner = network.get_decoder() if hasattr(network, "get_decoder") else network
-    is_stack = any(isinstance(module, torch.nn.ModuleList) for module in inner.modules())  # ModernBERT: its head
+    is_stack = any(isinstance(module, torch.nn.ModuleList) for module in inner.modules())  # ModernBERT's is its head
     if inner is network or inner is network.base_model or not is_stack:
         return ""
     return path_of(network, inner)
 
 
 def head_path(network: Any) -> str:
-    """The dotted path of a model's output layer; empty if it has none."""
+    """Return the dotted path of a model's output layer; empty if it has none."""
     return path_of(network, network.get_output_embeddings())
 
 
 def path_of(network: Any, module: Any) -> str:
-    """The dotted path of a module in a network; empty if it is not there."""
+    """Return the dotted path of a module in a network; empty if it is not there."""
     return next((path for path, found in network.named_modules() if found is module), "")
 
 
 def asked_head(checkpoint: Checkpoint) -> str:
-    """The dotted path of a checkpoint's output layer by transformers; empty if that is absent, or does not know it.
+    """Return the dotted path of a checkpoint's output layer; empty if transformers is absent or does not know it.
 
-    It is for models whose output layer's name no table has; see ``checkpoint.vocabulary``. Loads transformers.
+    For models whose output layer is not in the tables of ``checkpoint.vocabulary``. Imports transformers.
 
     Raises:
         UsageError, CheckpointError: ``config.json`` describes a model that cannot be built.
@@ -264,7 +274,7 @@ def asked_head(checkpoint: Checkpoint) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A configuration without what it may not decide, at any depth; infinities are as transformers 5 writes them."""
+    """Drop ignored and private keys at any depth, and decode infinities as transformers 5 writes them."""
     if isinstance(value, dict):
         if list(value) == ["__float__"] and value["__float__"] in ("Infinity", "-Infinity"):
             return float(value["__float__"])
@@ -277,10 +287,10 @@ def _plain(value: Any) -> Any:
 
 
 def _check_counts(checkpoint: Checkpoint | Description, value: Any, key: str = "") -> None:
-    """Refuse numbers of modules that would take minutes, or all memory, to build.
+    """Check that no number of modules is so large that building them would take minutes or exhaust memory.
 
     Raises:
-        CheckpointError: names the key.
+        CheckpointError: a number is too large; the message names its key.
     """
     if isinstance(value, dict):
         for name, item in value.items():

@@ -1,4 +1,4 @@
-"""Put a checkpoint's tensors into a network that was built on the meta device: whole, or one layer at a time."""
+"""Loading a checkpoint's tensors into a network on the meta device, as a whole or one layer at a time."""
 
 import contextlib
 import re
@@ -18,26 +18,26 @@ from adaptkit.networks.naming import Place, places
 
 _GET_AGAIN = "download the checkpoint again, with its own config.json"
 _ONCE_SAVED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)(attn|attention)\.masked_bias$")
-"""Buffers that older releases of transformers saved with every layer; today's computes them and leaves these unread."""
+"""Buffers that older releases of transformers saved with every layer; current ones compute them and ignore these."""
 
 
 def find_stack(network: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Find the network's stack of layers: of its outermost lists of modules, the one with the most weights.
+    """Find the network's stack of layers: the one with the most weights among its outermost module lists.
 
-    Weights are parameters, or buffers where they stay packed. Of a network that sees images too, only what reads text
-    is looked at.
+    Weights are parameters, or buffers if they are packed. In a network with a vision part, only the text part is
+    searched.
 
     Returns:
-        Its dotted path, and the list.
+        The dotted path of the list, and the list.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the network has no list of layers.
     """
     stacks: list[tuple[str, nn.ModuleList]] = []
     part = language_part(network)
     for name, module in network.named_modules():  # a parent comes before its children
         if not isinstance(module, nn.ModuleList) or isinstance(module, ParametrizationList) or not len(module):
-            continue  # parametrizations are of a parameter that is trained whole
+            continue  # a parametrization belongs to a parameter that is trained whole
         outside = part and not name.startswith(f"{part}.")
         if not outside and not any(name.startswith(f"{outer}.") for outer, _ in stacks):
             stacks.append((name, module))
@@ -50,13 +50,13 @@ class Assembly:
     """A network on the meta device, and the checkpoint that its tensors come from.
 
     Args:
-        network: transformers' model, as ``empty_network`` built it.
-        checkpoint: plain or quantized.
+        network: transformers' model, as built by ``empty_network``.
+        checkpoint: the checkpoint, quantized or not.
 
     Attributes:
-        sources: for every parameter and buffer that the files hold, the tensors that make it up; several where files
-            have one matrix an expert and the network a stack of them, say. Parameters that are tied share theirs. Of
-            a quantized weight this is the name of its codes.
+        sources: maps every parameter and buffer that the files hold to the names of the tensors it is made of. There
+            are several if, for example, the files have one matrix per expert and the network a stack of them. Tied
+            parameters have the same list. A quantized weight is listed by the name of its codes.
         quantized: names of the quantized weights in the files.
 
     Raises:
@@ -79,7 +79,7 @@ class Assembly:
                     f"{checkpoint.root}: {first} and {others[0]} are both {name}", hint="remove one of them"
                 )
         own = set(self.sources)
-        self._names: dict[int, list[str]] = {}  # of every parameter; several if it is tied
+        self._names: dict[int, list[str]] = {}  # names of every parameter by id; several if it is tied
         for name, parameter in network.named_parameters(remove_duplicate=False):
             self._names.setdefault(id(parameter), []).append(name)
         for names in self._names.values():
@@ -89,25 +89,25 @@ class Assembly:
         self._tied = {name: names for names in self._names.values() for name in names if len(names) > 1}
 
     def tied(self, name: str) -> list[str]:
-        """All names of a parameter; several if it is tied."""
+        """Return all names of a parameter; several if it is tied."""
         return self._tied.get(name, [name])
 
     def is_borrowed(self, name: str) -> bool:
-        """Whether the files have a parameter only under the name of another that is tied to it."""
+        """Whether the files hold a parameter only under the name of another one that is tied to it."""
         return name in self._borrowed
 
     def unknown(self) -> list[str]:
-        """The tensors that the network has no place for, sorted, but for what transformers knows to be left over."""
+        """Return, sorted, the tensors that the network has no place for, except those that transformers ignores."""
         patterns = (*_ONCE_SAVED, *(self.network._keys_to_ignore_on_load_unexpected or ()))
         left = sorted(set(self.checkpoint.tensors) - self._parts - set(self._places))
         return [name for name in left if not any(re.search(pattern, name) for pattern in patterns)]
 
     def is_quantized(self, name: str) -> bool:
-        """Whether a parameter, or something that it is put together from, is quantized in the files."""
+        """Whether any of the tensors that a parameter is made of is quantized in the files."""
         return not self.quantized.isdisjoint(self.sources.get(name, ()))
 
     def place(self, name: str) -> Place:
-        """What transformers does with the tensors that make up a parameter or buffer.
+        """Return how transformers converts the tensors that a parameter or buffer is made of.
 
         Raises:
             CheckpointError: the files lack it.
@@ -120,10 +120,10 @@ class Assembly:
         return self._places[self.sources[name][0]]
 
     def pieces(self, name: str) -> dict[str, list[str]]:
-        """What a parameter is put together from: by pattern (gate and up, say), the tensors in their order.
+        """Return the tensors that a parameter is made of, in order, by pattern (for example gate and up).
 
         Raises:
-            CheckpointError: the files lack all or some of them, or some differ in shape from others.
+            CheckpointError: the files lack some of them, or their shapes differ.
         """
         place = self.place(name)
         pieces: dict[str, list[str]] = {pattern: [] for pattern in place.patterns}
@@ -146,10 +146,10 @@ class Assembly:
         return {pattern: found for pattern, found in pieces.items() if found}
 
     def read(self, name: str) -> Tensor:
-        """Read a parameter or buffer that is not quantized, put together or cut as the network has it.
+        """Read a parameter or buffer that is not quantized, converted to the network's layout.
 
         Raises:
-            CheckpointError: the files lack it, or what it is put together from does not fit.
+            CheckpointError: the files lack it, or the tensors that it is made of do not fit together.
         """
         place = self.place(name)
         if not place.operations:
@@ -171,14 +171,14 @@ class Assembly:
         return whole
 
     def load_buffers(self, device: torch.device) -> None:
-        """Fill the network's buffers: those that the files hold are read, the others (rotary frequencies) computed.
+        """Read the network's buffers that the files hold, and compute the others (such as rotary frequencies).
 
-        The parameters must still be on the meta device: computing the buffers is transformers' initialization of the
-        modules that hold them, which would also overwrite their parameters.
+        The parameters must still be on the meta device: the buffers are computed by transformers' initialization of
+        their modules, which would also overwrite parameters.
 
         Raises:
-            CheckpointError: the files have one in another shape, or the architecture leaves one that they lack as it
-                finds it, so that its value is not known.
+            CheckpointError: a buffer has another shape in the files, or is missing there and not set by the
+                architecture's initialization.
         """
         _compute_buffers(self.network, self.sources.keys())
         for name, buffer in list(self.network.named_buffers()):
@@ -187,7 +187,7 @@ class Assembly:
             module._buffers[child] = value.to(device)
 
     def load(self, parameter: nn.Parameter, dtype: torch.dtype, device: torch.device) -> None:
-        """Fill one of the network's empty parameters, under all its names, frozen.
+        """Replace one of the network's meta parameters, under all its names, by its frozen value from the files.
 
         Raises:
             CheckpointError: the files lack it, or have it in another shape.
@@ -197,7 +197,7 @@ class Assembly:
 
     @contextlib.contextmanager
     def resident(self, names: Sequence[str], dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-        """Hold some of the network's parameters in memory, frozen, while the block runs.
+        """Keep some of the network's parameters in memory, frozen, while the block runs.
 
         Raises:
             CheckpointError: the files lack one, or have it in another shape.
@@ -232,12 +232,14 @@ class Assembly:
 
 
 def _compute_buffers(network: Any, held: Container[str]) -> None:
-    """Compute the buffers that no file holds, which the meta device left empty; parameters must still be there too.
+    """Compute the buffers on the meta device that no file holds. Parameters must still be on the meta device.
+
+    Initialization runs twice, on buffers filled with 0 and with 1. A buffer whose two results differ was not set.
 
     Raises:
-        CheckpointError: the architecture leaves one as it finds it, so that its value is not known.
+        CheckpointError: initialization does not set a buffer, so that its value is unknown.
     """
-    initializers: dict[str, Any] = {}  # of a module, the innermost model that it is in: that knows its configuration
+    initializers: dict[str, Any] = {}  # by module path, of the innermost model around it, which has its configuration
     for path, module in network.named_modules():
         initializers[path] = getattr(module, "_init_weights", initializers.get(path.rpartition(".")[0]))
         empty = {
@@ -248,7 +250,7 @@ def _compute_buffers(network: Any, held: Container[str]) -> None:
         unknown = list(empty)
         around = path.split(".") if path else []
         above = [".".join(around[:end]) for end in reversed(range(len(around)))]
-        for owners in ((path,), (path, *above)):  # Falcon H1's model fills a buffer of its layers
+        for owners in ((path,), (path, *above)):  # in Falcon H1, the model sets a buffer of its layers
             if not unknown:
                 break
             seen = []
@@ -266,21 +268,21 @@ def _compute_buffers(network: Any, held: Container[str]) -> None:
 
 
 def check_shape(root: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
-    """Compare a tensor's shape with the one that the architecture gives it.
+    """Check that a tensor has the shape that the architecture expects.
 
     Args:
         root: folder of the checkpoint.
-        name: of the tensor.
+        name: name of the tensor.
         found: its shape.
-        expected: the architecture's.
+        expected: the architecture's shape.
 
     Raises:
-        CheckpointError: they differ.
+        CheckpointError: the shapes differ.
     """
     if tuple(found) != tuple(expected):
         raise CheckpointError(f"{root}: {name}: expected shape {list(expected)}, found {list(found)}", hint=_GET_AGAIN)
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:
-    """Sorts ``experts.2`` before ``experts.10``."""
+    """Return a sort key that puts ``experts.2`` before ``experts.10``."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -1,4 +1,4 @@
-"""What a module of a model is for, by its dotted path and the model's architecture."""
+"""The purpose of a module, by its dotted path and the model's architecture."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ _SHARED = {"zamba": ".shared_transf.", "zamba2": ".shared_transformer."}
 
 
 def is_router(path: str) -> bool:
-    """Whether a module is, by its dotted path, one that chooses among experts or weighs them."""
+    """Whether a module, by its dotted path, chooses among experts or weights their outputs."""
     return bool(_ROUTER.search(path))
 
 
 def is_indexer(path: str) -> bool:
-    """Whether a module, by its dotted path, chooses what sparse attention reads, through which no gradient goes."""
+    """Whether a module, by its dotted path, selects what sparse attention reads; no gradient reaches it."""
     return bool(_INDEXER.search(path))
 
 
 def is_expert(path: str, module: nn.Module) -> bool:
-    """Whether a stack of matrices in a module is, by its dotted path, one of experts; other stacks are mostly none."""
+    """Whether a stack of matrices in a module is one of experts, by the module's dotted path and class name."""
     return "expert" in f"{path} {type(module).__name__}".lower()
 
 
 def is_read_by_kernels(model_type: str, path: str) -> bool:
-    """Whether kernels take a linear layer's weight past the layer, so that an adapter of it may be passed over.
+    """Whether kernels read a linear layer's weight without calling the layer, so that its adapter may be bypassed.
 
     That is Mamba's output projection; peft refuses an adapter there (``_check_lora_target_modules_mamba``).
     """
@@ -39,16 +39,16 @@ def is_read_by_kernels(model_type: str, path: str) -> bool:
 
 
 def is_never_called(model_type: str, path: str) -> bool:
-    """Whether an architecture multiplies by a linear layer's weight itself, so that peft's adapter of it does nothing.
+    """Whether an architecture multiplies by a linear layer's weight itself, so that peft's adapter has no effect.
 
-    That is what makes Mamba's step sizes.
+    That is the layer that computes Mamba's step sizes.
     """
     return model_type in _STEP_MODELS and path.rpartition(".")[2] == "dt_proj"
 
 
 def is_shared_by_layers(model_type: Any, path: str) -> bool:
-    """Whether an architecture has one weight for several layers, each of which peft gives an adapter of its own.
+    """Whether several layers share one weight, while peft gives each of them its own adapter.
 
-    That is Zamba's attention, with the MLP behind it.
+    That is Zamba's attention and the MLP after it.
     """
     return _SHARED.get(str(model_type), "\0") in path

@@ -1,16 +1,16 @@
-"""One call of a network's layer, taken apart so that it can be made again with other tensors.
+"""One call of a network's layer, with its tensors separated so that it can be repeated with others.
 
-A layer is given hidden states, and maybe other tensors with gradients: as further arguments (Gemma 4's input of every
-layer), or in a mapping that layers share (keys and values that some layers of Gemma 3n take over from earlier ones).
-It returns hidden states, and maybe more: attention weights, which Bloom's layers return unasked, and what it puts into
-such a mapping.
+A layer's input is hidden states and possibly other tensors that require gradients: further arguments (Gemma 4's
+per-layer inputs), or entries of a mapping that layers share (keys and values that some layers of Gemma 3n reuse from
+earlier ones). It returns hidden states and possibly more: attention weights, which Bloom's layers always return. It may
+also add entries to a shared mapping.
 
     call = LayerCall(forward, args, kwargs)
-    hidden, others = call.take()            what it is given
-    outputs = call(hidden, others)          the next hidden states first; as often as one likes
-    call.finish(outputs)                    what the layer would have returned, and shared mappings get their entries
+    hidden, others = call.take()            the inputs that require gradients
+    outputs = call(hidden, others)          the next hidden states first; may be repeated
+    call.finish(outputs)                    returns what the layer would return, and updates the shared mappings
 
-After that nothing is kept that has a history, so that only the graph keeps a layer's tensors alive.
+After that the call holds no tensor with autograd history, so that only the graph keeps a layer's tensors alive.
 """
 
 import copy
@@ -24,12 +24,12 @@ from adaptkit.errors import UsageError
 
 
 class LayerCall:
-    """A call of a layer, not made yet.
+    """A call of a layer that has not run yet.
 
     Args:
-        forward: the layer's.
-        args: as it is called; the hidden states come first, or are named ``hidden_states``.
-        kwargs: as it is called.
+        forward: the layer's forward.
+        args: its positional arguments; the first is the hidden states, unless they are in ``kwargs``.
+        kwargs: its keyword arguments; if ``args`` is empty, ``hidden_states`` is one of them.
     """
 
     def __init__(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,33 +56,33 @@ class LayerCall:
         self._run = run
 
     def take(self) -> tuple[Tensor, list[Tensor]]:
-        """The hidden states of the call, and the other tensors with a gradient, with their history; once."""
+        """Return the hidden states and the other inputs that require gradients, with their history. Call only once."""
         hidden, *others = self._given
         self._given = []
         return hidden, others
 
     @property
     def others(self) -> list[Tensor]:
-        """The other tensors with a gradient that the layer was given, without their history."""
+        """The other inputs that require gradients, detached."""
         return [self._tensors[n] for n in self._asked]
 
     @property
     def constants(self) -> list[Tensor]:
-        """All floating-point tensors that the layer was given beside the hidden states, without their history."""
+        """All floating-point inputs except the hidden states, detached."""
         return self._tensors
 
     def __call__(self, hidden: Tensor, others: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Make the call.
+        """Run the layer.
 
         Args:
             hidden: the hidden states.
-            others: instead of ``others``.
+            others: replacements for the tensors of ``self.others``; those if None.
 
         Returns:
-            What may have a gradient: the next hidden states, whatever else is returned, new entries of shared mappings.
+            All floating-point outputs: the next hidden states, other returned tensors, new entries of shared mappings.
 
         Raises:
-            UsageError: the layer does not return hidden states first.
+            UsageError: the layer does not return hidden states first, or modifies an entry of a shared mapping.
         """
         tensors = list(self._tensors)
         for n, other in zip(self._asked, self.others if others is None else others, strict=True):
@@ -110,23 +110,23 @@ class LayerCall:
         return [*returned.take(), *added.take()]
 
     def finish(self, outputs: Sequence[Tensor]) -> Any:
-        """What the layer returns, with these in the places of what the call gave; to be called once."""
+        """Return the layer's result with its tensors replaced by ``outputs``, and update shared mappings. Call once."""
         returned, added = self._results
         for mapping, entries in zip(self._shared, added.fill(outputs[returned.count :]), strict=True):
             mapping.update(entries)
-        self._shared = []  # which hold what other layers made
+        self._shared = []  # they hold tensors of other layers
         return returned.fill(outputs[: returned.count])
 
 
 class _Frame:
-    """Containers around the tensors in them that may have gradients.
+    """A nested value with its floating-point tensors taken out.
 
     Args:
-        value: the containers.
+        value: the nested value.
 
     Attributes:
-        count: of the tensors.
-        is_sequence: whether the value is a tensor, or a sequence that begins with one.
+        count: number of these tensors.
+        is_sequence: whether the value is such a tensor, or a tuple or list that begins with one.
     """
 
     def __init__(self, value: Any) -> None:
@@ -138,12 +138,12 @@ class _Frame:
         self.is_sequence = isinstance(value, (Tensor, tuple, list)) and self._places[:1] == [0]
 
     def take(self) -> list[Tensor]:
-        """The tensors, which this does not hold any more."""
+        """Return the tensors, and drop the references to them."""
         tensors, self._tensors = self._tensors, []
         return tensors
 
     def fill(self, tensors: Sequence[Tensor]) -> Any:
-        """The containers, around others."""
+        """Return the value with ``tensors`` in place of its own."""
         leaves = list(self._rest)
         for n, tensor in zip(self._places, tensors, strict=True):
             leaves[n] = tensor
@@ -155,7 +155,7 @@ def _is_shared(value: Any) -> bool:
 
 
 def _changed(now: Any, before: dict[Any, Any], leaves: dict[Any, list[Any]]) -> bool:
-    """Whether an entry was taken away, or something inside of one was replaced; new entries may take its place."""
+    """Whether an entry was removed or modified in place. An entry may be replaced by a new object."""
     for key, value in before.items():
         if key not in now:
             return True

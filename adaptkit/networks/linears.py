@@ -1,4 +1,4 @@
-"""Which modules are linear layers."""
+"""Recognition of linear layers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, in either of transformers' two kinds; subclasses do more, and are not."""
+    """Whether a module is exactly torch's Linear or transformers' Conv1D; subclasses may do more and do not count."""
     return type(module) is torch.nn.Linear or type(module).__name__ == "Conv1D"
 
 
 def acts_as_linear(module: nn.Module) -> bool:
-    """Whether a module gives what a linear layer gives: of subclasses, those whose forward does nothing else.
+    """Whether a module computes what a linear layer does; this includes subclasses whose forward does nothing else.
 
-    That is Falcon's, which rounds between product and bias. bitsandbytes packs none of it, so it is not ``is_linear``.
-    One that takes over its forward is torch's, inside an attention that reads the weight itself.
+    Falcon's subclass is one; it rounds between product and bias. ``is_linear`` excludes it, since bitsandbytes does not
+    quantize it. A subclass that inherits Linear's forward is excluded: it is torch's, in an attention that reads the
+    weight directly.
     """
     kind: Any = type(module)
     is_other = isinstance(module, torch.nn.Linear) and kind.forward is not torch.nn.Linear.forward
@@ -31,7 +32,7 @@ def acts_as_linear(module: nn.Module) -> bool:
 
 @cache
 def _only_multiplies(kind: Any) -> bool:
-    """Ask a class's forward, which gets a weight, a bias and nothing else that a module may have."""
+    """Run a class's forward on an object that has only a weight and a bias, and compare with a linear layer."""
     x, bias = torch.tensor([[[1.0, 2.0, 4.0]]]), torch.tensor([1.0, 8.0])
     weight = torch.tensor([[1.0, -3.0, 2.0], [5.0, 0.0, -1.0]])
 
@@ -41,5 +42,5 @@ def _only_multiplies(kind: Any) -> bool:
 
     try:
         return gives(None) and gives(bias)
-    except REFUSALS:  # it asks for more, as routers and decoupled layers do, or for other shapes
+    except REFUSALS:  # it needs other attributes, as routers and decoupled layers do, or other shapes
         return False

@@ -1,4 +1,4 @@
-"""Which of a model's parts a user's shell patterns mean."""
+"""Selection of a model's modules by a user's shell patterns."""
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -11,7 +11,13 @@ _KIND = "linear layer besides the output layer"
 
 
 def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str) -> set[str]:
-    """The dotted paths that a shell pattern matches, as a whole or in their last part.
+    """Return the dotted paths that any of the patterns matches, as a whole or in their last part.
+
+    Args:
+        what: name of the option, for the error message.
+        patterns: shell patterns.
+        names: dotted paths.
+        kind: what the paths are, for the error message.
 
     Raises:
         UsageError: a pattern matches none.
@@ -28,17 +34,17 @@ def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str
 
 
 def matching_targets(patterns: Sequence[str], names: Iterable[str], inside: str = "", model_type: str = "") -> set[str]:
-    """The linear layers that get an adapter.
+    """Return the linear layers that get an adapter.
 
-    ``*`` is all that read text but routers, whose few rows are often fewer than a rank, and which say where tokens go;
-    indexers, which no gradient reaches; and what peft refuses or passes over. Those, and layers that see images, get
-    one only if another pattern means them.
+    ``*`` means all linear layers of the text part except routers, which choose experts and often have fewer rows than
+    the rank; indexers, which no gradient reaches; and layers that peft refuses or bypasses. These, and layers of a
+    vision part, get an adapter only if another pattern matches them.
 
     Args:
-        patterns: of the targets.
-        names: dotted paths of all linear layers inside the model.
-        inside: see ``architecture.language_part``.
-        model_type: of the configuration; see ``kinds.is_read_by_kernels`` and ``is_never_called``.
+        patterns: shell patterns of the targets.
+        names: dotted paths of all linear layers of the model.
+        inside: dotted path of the text part; see ``architecture.language_part``.
+        model_type: ``model_type`` of the configuration; see ``kinds.is_read_by_kernels`` and ``is_never_called``.
 
     Raises:
         UsageError: a pattern matches none.

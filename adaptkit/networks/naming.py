@@ -1,7 +1,7 @@
-"""Where transformers puts the tensors of a file: files and models do not always call them the same.
+"""Mapping from the tensor names of files to the parameters of transformers' models.
 
-A file may lack the prefix of the model around it (``h.0.attn.c_attn.weight`` of the Hub's GPT-2), use a name of an
-older version, or hold one matrix an expert where the model has a stack of them. transformers knows, and is asked.
+A file may lack the prefix of the enclosing model (``h.0.attn.c_attn.weight`` of the Hub's GPT-2), use a name of an
+older version, or hold one matrix per expert where the model has a stack of them. transformers' own rules are used.
 """
 
 from collections.abc import Iterable, Mapping
@@ -11,13 +11,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor of a file belongs.
+    """The parameters that one tensor of a file is loaded into.
 
     Attributes:
-        parameters: names in the model; several if the tensor is cut up.
-        pattern: which of ``patterns`` the tensor is, in transformers' notation; empty if it is used as it is.
-        patterns: of all tensors that are combined with this one, in their order.
-        operations: what transformers does with them, one after the other.
+        parameters: names in the model; several if the tensor is split.
+        pattern: the pattern, in transformers' notation, that the tensor's name matches; empty if it is used as it is.
+        patterns: patterns of all tensors that are combined with this one, in order.
+        operations: transformers' conversion operations on them, in order.
     """
 
     parameters: tuple[str, ...]
@@ -27,18 +27,18 @@ class Place:
 
     @property
     def is_stacked(self) -> bool:
-        """Whether they do nothing but stack matrices of experts, each one tensor, or some of them below each other."""
+        """Whether the operations only stack experts' matrices, each one tensor or several concatenated along rows."""
         steps = [(type(step).__name__, getattr(step, "dim", None)) for step in self.operations]
         return steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 
 
 def places(network: Any, names: Iterable[str], known: Mapping[str, Any] | None = None) -> dict[str, Place]:
-    """Find the places of a file's tensors; those that the model does not have are left out.
+    """Map the names of a file's tensors to places; names that the model does not have are left out.
 
     Args:
         network: transformers' model, on the meta device or not, before its layers are replaced.
-        names: of tensors.
-        known: what its parameters are called, after all.
+        names: names of tensors.
+        known: the model's tensors by name; its ``state_dict()`` if None.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -70,7 +70,7 @@ def places(network: Any, names: Iterable[str], known: Mapping[str, Any] | None =
 
 
 def absent(network: Any, found: Mapping[str, Place]) -> list[str]:
-    """The parameters of a model that no tensor of the files is, under any of their names.
+    """Return the parameters of a model that no tensor of the files is loaded into, under any of their names.
 
     Args:
         network: as in ``places``.
@@ -81,5 +81,5 @@ def absent(network: Any, found: Mapping[str, Place]) -> list[str]:
 
 
 def shape_in(network: Any, place: Place) -> tuple[int, ...] | None:
-    """The shape that a tensor must have for its place in a model; None if transformers reshapes it."""
+    """Return the shape that a tensor must have for its place in a model; None if transformers converts it."""
     return None if place.pattern else tuple(network.get_parameter_or_buffer(place.parameters[0]).shape)

@@ -1,13 +1,13 @@
-"""Modules that peft 0.21.2 takes for others while it loads an adapter.
+"""Modules that peft 0.21.2 mistakes for others when it loads an adapter.
 
-It changes the names in the adapter's files as transformers 5 changes those of older checkpoints.
+It renames the tensors of adapters by transformers 5's rules for older checkpoints.
 """
 
 from collections.abc import Iterable
 from typing import Any
 
 GATES, UPS, DOWNS = {"gate_proj", "w1"}, {"up_proj", "w3"}, {"down_proj", "w2"}
-"""What experts call their matrices."""
+"""Names of experts' matrices."""
 _AS_MIXTRAL = {"minimax", "minimax_m2", "mixtral"}
 _AS_QWEN2_MOE = {
     "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
@@ -16,25 +16,25 @@ _AS_QWEN2_MOE = {
     "sarvam_mla", "solar_open",
 }  # fmt: skip
 STACKED = _AS_MIXTRAL | _AS_QWEN2_MOE
-"""Model types whose experts peft makes stacks of, by the names of their matrices (qwen2_moe itself is not one)."""
+"""Model types whose experts peft stacks, recognizing them by these names (qwen2_moe itself is not one)."""
 
 
 def taken_for_experts(model_type: str, modules: Iterable[str]) -> list[str]:
-    """The modules that are no experts and are called as these are: peft takes their targets for the stacks'.
+    """Return the modules that are not experts but have the name of one: peft mistakes their targets for the stacks'.
 
     Args:
-        model_type: of the configuration.
-        modules: dotted paths, of none that is one of several experts.
+        model_type: ``model_type`` of the configuration.
+        modules: dotted paths of modules that are not experts.
     """
     names = GATES | UPS | DOWNS if model_type in STACKED else set()
     return [module for module in modules if module.rpartition(".")[2] in names]
 
 
 def renamed_in_peft(network: Any, modules: Iterable[str]) -> dict[str, str]:
-    """The modules of an adapter that peft takes for others, and what it calls them.
+    """Map the modules of an adapter that peft renames to the names that it gives them.
 
-    It gives the names in an adapter's file to transformers' rules for names of older checkpoints, of which some match
-    the model's own, too: Laguna's ``mlp.shared_expert.``, a regular expression, is in ``mlp.shared_experts.``
+    It applies transformers' rules for names of older checkpoints to an adapter's file, and some rules match current
+    names, too: Laguna's ``mlp.shared_expert.``, a regular expression, matches ``mlp.shared_experts``.
 
     Args:
         network: transformers' model.
@@ -48,4 +48,4 @@ def renamed_in_peft(network: Any, modules: Iterable[str]) -> dict[str, str]:
     renamings = [entry for entry in get_model_conversion_mapping(network) if isinstance(entry, WeightRenaming)]
     half = ".lora_A.default.weight"
     found = {name: rename_source_key(f"{name}{half}", renamings, [])[0].removesuffix(half) for name in modules}
-    return {name: other for name, other in found.items() if not name.endswith(other)}  # it takes back a lost prefix
+    return {name: other for name, other in found.items() if not name.endswith(other)}  # peft restores a lost prefix

@@ -1,7 +1,7 @@
-"""Embeddings whose tables a GPU need not hold: of a batch it needs some of their rows, and reads those from the host.
+"""Embeddings whose tables can stay in host memory, since a batch needs only some rows, which the GPU reads from there.
 
-That is the vocabulary's table where the output layer has one of its own (a gigabyte in Llama 3 8B), and those that some
-models have for every layer. A tied table stays: the output layer multiplies with all of it.
+These are the vocabulary's table if the output layer is not tied to it (a gigabyte in Llama 3 8B), and the per-layer
+tables of some models. A tied table stays on the GPU: the output layer multiplies by all of it.
 """
 
 from collections import Counter
@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 LEAST_BYTES = 32 << 20
-"""Of a table that is worth it."""
+"""Smallest size of a table that is kept on the host."""
 
 
 def host_tables(network: Any, dtype: torch.dtype) -> dict[str, nn.Embedding]:
-    """The embeddings whose tables may stay in host memory while a network is trained on a GPU, by dotted path.
+    """Return, by dotted path, the embeddings whose tables can stay in host memory while a network trains on a GPU.
 
     Args:
-        network: of transformers, also one without memory.
-        dtype: that its embeddings are held in.
+        network: transformers' model, possibly on the meta device.
+        dtype: dtype of its embeddings in training.
     """
     holders = Counter(id(held) for module in network.modules() for held in module._parameters.values())
     return {

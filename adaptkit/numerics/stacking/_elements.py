@@ -62,7 +62,7 @@ def nth_largest(magnitudes: Tensor, count: int) -> float:
 def trimming(terms: Sequence[LowRank], density: float, module: str) -> Tensor:
     """Return, per adapter, the magnitude of the smallest element that is kept, at this density of its matrix.
 
-    ⌊density · N⌋ elements are kept, as in peft, and also all elements whose magnitude equals the threshold.
+    These are the ⌊density · N⌋ largest elements, as in peft, and any others that tie with the smallest of them.
 
     Returns:
         (adapters, 1, 1) float64; 0 if all elements are kept.
