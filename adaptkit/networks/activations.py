@@ -191,13 +191,13 @@ def measure_layers(
     def replacement(index: int, forward: Any) -> Any:
         return _measuring(layers[index], forward, sizes, index, wanted, there) if index in wanted else forward
 
-    with _replaced(layers, replacement), suppress(_Enough):
+    with _replaced(layers, replacement), suppress(_AllMeasured):
         call()
         raise UsageError("this architecture does not run all of its layers for text", hint="use --checkpointing none")
     return [sizes[kinds.index(kind)] for kind in kinds]
 
 
-class _Enough(Exception):  # noqa: N818 - nothing is wrong
+class _AllMeasured(Exception):  # noqa: N818 - nothing is wrong
     """Raised to stop the network's run once every kind of layer is measured."""
 
 
@@ -208,8 +208,8 @@ def kind_of(layer: nn.Module) -> Any:
         tensors = [*module._parameters.items(), *module._buffers.items()]
         shapes = [(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors if tensor is not None]
         plain = [(key, value) for key, value in vars(module).items() if isinstance(value, (int, str))]
-        told = [item for item in plain if not re.search("^_|id[xs]?$|index", item[0])]  # without the layer's number
-        found.append((name, type(module), shapes, told))
+        settings = [item for item in plain if not re.search("^_|id[xs]?$|index", item[0])]  # without the layer's number
+        found.append((name, type(module), shapes, settings))
     return found
 
 
@@ -246,7 +246,7 @@ def _measuring(
             torch.autograd.grad(output, hidden, torch.empty_like(output))
         sizes[index] = LayerSize(hidden.untyped_storage().nbytes(), kept, alive.peak)
         if len(sizes) == len(wanted):
-            raise _Enough
+            raise _AllMeasured
         return call.finish([tensor.detach() for tensor in outputs])
 
     return run

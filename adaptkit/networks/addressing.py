@@ -75,39 +75,41 @@ class Addresses:
     uses: frozenset[str] = frozenset()
 
 
-def find_addresses(checkpoint: Checkpoint, names: Iterable[str], who: str) -> Addresses:
+def find_addresses(checkpoint: Checkpoint, names: Iterable[str], subject: str) -> Addresses:
     """Find the tensors of a checkpoint that hold some parameters.
 
     Args:
         checkpoint: a checkpoint that is not quantized.
         names: names of parameters in the running model.
-        who: what changes the parameters, such as the adapter's folder; begins error messages.
+        subject: what changes the parameters, such as the adapter's folder; begins error messages.
 
     Raises:
         BaseMismatchError: the checkpoint lacks a parameter, which the message names; two names are the same parameter;
             or transformers assembles one in an unsupported way.
     """
     wanted = sorted(names)
-    for said, held in _PREFIXES:
-        moved = {name: held + name[len(said) :] for name in wanted if name.startswith(said)}
+    for in_model, in_files in _PREFIXES:
+        moved = {name: in_files + name[len(in_model) :] for name in wanted if name.startswith(in_model)}
         if all(moved.get(name) in checkpoint.tensors for name in wanted):
-            told_by = f"names begin with {_shown(held)} instead of {_shown(said)}" if said != held else ""
+            told_by = (
+                f"names begin with {_shown(in_files)} instead of {_shown(in_model)}" if in_model != in_files else ""
+            )
             found: dict[str, tuple[Slice, ...]] = {
                 name: (Slice(file),) for name, file in moved.items() if file in checkpoint.tensors
             }
             return Addresses(found, told_by)
-    return _ask(checkpoint, wanted, who)
+    return _find_by_architecture(checkpoint, wanted, subject)
 
 
 def _shown(prefix: str) -> str:
     return repr(prefix) if prefix else "no prefix"
 
 
-def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
+def _find_by_architecture(checkpoint: Checkpoint, wanted: list[str], subject: str) -> Addresses:
     missing = next((name for name in wanted if name not in checkpoint.tensors), "")
     if importlib.util.find_spec("transformers") is None:
         raise BaseMismatchError(
-            f"{who}: changes {missing}, which {checkpoint.root} does not have under that name",
+            f"{subject}: changes {missing}, which {checkpoint.root} does not have under that name",
             hint="check that this is the right base; if its files use other names, pip install 'adaptkit[train]'",
         )
     from adaptkit.networks.assembly import Assembly  # imported here since it imports torch
@@ -116,35 +118,36 @@ def _ask(checkpoint: Checkpoint, wanted: list[str], who: str) -> Addresses:
     for build in (named_network,) if why_unknown(checkpoint) else (empty_network, named_network):
         network = build(checkpoint)  # the second may include the vision part when the first has text only (Mllama)
         if network is not None:
-            found = _in_network(Assembly(network, checkpoint), wanted, who)
+            found = _addresses_in(Assembly(network, checkpoint), wanted, subject)
             if isinstance(found, Addresses):
                 return found
             absent = found
     lacks_bias = absent.endswith(".bias") and f"{absent.removesuffix('bias')}weight" in checkpoint.tensors
     hint = _NO_BIAS if lacks_bias else OTHER_MODEL
-    raise BaseMismatchError(f"{who}: changes {absent}, which {checkpoint.root} does not have", hint=hint)
+    raise BaseMismatchError(f"{subject}: changes {absent}, which {checkpoint.root} does not have", hint=hint)
 
 
-def _in_network(assembly: Assembly, wanted: list[str], who: str) -> Addresses | str:
+def _addresses_in(assembly: Assembly, wanted: list[str], subject: str) -> Addresses | str:
     """Return the addresses of parameters in a model, or the name of the first one that it lacks."""
     prefix = f"{assembly.network.base_model_prefix}."
     found: dict[str, tuple[Slice, ...]] = {}
     uses, taken = set(), dict[str, str]()
-    older = places(assembly.network, wanted)
+    places_found = places(assembly.network, wanted)
     for name in wanted:
-        place = older.get(name)
-        today = place.parameters if place is not None and not place.pattern else ()  # current for an older name
-        names = (name, prefix + name, name.removeprefix(prefix), *today)
+        place = places_found.get(name)
+        current_names = place.parameters if place is not None and not place.pattern else ()  # current for an older name
+        names = (name, prefix + name, name.removeprefix(prefix), *current_names)
         known = next((n for n in names if n in assembly.sources), None)
         held = known is not None or name in assembly.checkpoint.tensors
-        inside = None if held else _inside(assembly, name, place)
+        inside = None if held else _find_in_stack(assembly, name, place)
         if known is not None and (other := taken.setdefault(known, name)) != name:
             raise BaseMismatchError(
-                f"{who}: changes {other} and {name}, which are the same parameter of {type(assembly.network).__name__}",
+                f"{subject}: changes {other} and {name}, which are the same parameter of "
+                f"{type(assembly.network).__name__}",
                 hint="save each adapter on its own; to combine several, give them to one merge",
             )
         if known is not None:
-            found[name] = _slices(assembly, known, who)
+            found[name] = _slices(assembly, known, subject)
             uses |= {name} if assembly.is_borrowed(known) else set()
         elif held:  # such as one expert's matrix where the model has a stack of them
             found[name] = (Slice(name),)
@@ -156,7 +159,7 @@ def _in_network(assembly: Assembly, wanted: list[str], who: str) -> Addresses | 
     return Addresses(found, told_by, frozenset(uses))
 
 
-def _inside(assembly: Assembly, name: str, place: Place | None) -> Slice | None:
+def _find_in_stack(assembly: Assembly, name: str, place: Place | None) -> Slice | None:
     """Find one expert's matrix, given by its older name, in a stack that the files hold as one tensor."""
     expert = re.search(r"\.experts\.(\d+)\.", name)
     if expert is None or place is None or not place.pattern or len(place.parameters) != 1:
@@ -168,15 +171,15 @@ def _inside(assembly: Assembly, name: str, place: Place | None) -> Slice | None:
     return Slice(assembly.sources[stack][0], int(expert[1]), part, of_tensor=True)
 
 
-def _slices(assembly: Assembly, name: str, who: str) -> tuple[Slice, ...]:
+def _slices(assembly: Assembly, name: str, subject: str) -> tuple[Slice, ...]:
     place = assembly.place(name)
     if not place.operations:
         return (Slice(assembly.sources[name][0]),)
     if not place.is_stacked:
         raise BaseMismatchError(
-            f"{who}: changes {name}, which transformers assembles from several tensors in an unsupported way "
+            f"{subject}: changes {name}, which transformers assembles from several tensors in an unsupported way "
             f"({', '.join(type(step).__name__ for step in place.operations)})",
-            hint="train a LoRA adapter of it instead" if who == "training" else "merge it with peft instead",
+            hint="train a LoRA adapter of it instead" if subject == "training" else "merge it with peft instead",
         )
     pieces = assembly.pieces(name)
     return tuple(

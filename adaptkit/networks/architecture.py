@@ -32,10 +32,10 @@ REFUSALS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, ImportError,
 )  # fmt: skip
 """Errors that transformers raises for unusable input, besides a ``StrictDataclassError`` for a value of wrong type."""
-_NOT_OURS_TO_FOLLOW = {"quantization_config", "attn_implementation", "experts_implementation", "auto_map"}
+_IGNORED_KEYS = {"quantization_config", "attn_implementation", "experts_implementation", "auto_map"}
 """Keys of a configuration that are ignored; an implementation can be code on the Hub."""
 
-_ONE_AT_A_TIME = threading.RLock()
+_LOCK = threading.RLock()
 """Held while transformers builds a model, since it changes torch's default dtype for the whole process meanwhile."""
 
 
@@ -51,7 +51,7 @@ def quiet_transformers() -> Iterator[Any]:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
         raise UsageError("this needs the package transformers", hint="pip install 'adaptkit[train]'") from error
-    with _ONE_AT_A_TIME:
+    with _LOCK:
         before = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()
         try:
@@ -165,7 +165,7 @@ def named_network(checkpoint: Checkpoint | Description, first: Iterable[str] = (
         for position, name in enumerate(names):
             found = _class_named(name, config)
             network = None if found is None else found._from_config(config, dtype=torch.bfloat16)
-            if network is not None and (position < len(names) - len(own) or _is_of(network, checkpoint)):
+            if network is not None and (position < len(names) - len(own) or _fits_files(network, checkpoint)):
                 return network
         return None
 
@@ -180,7 +180,7 @@ def has_no_head(network: Any) -> bool:
     return network.base_model is network
 
 
-def _is_of(network: Any, checkpoint: Checkpoint | Description) -> bool:
+def _fits_files(network: Any, checkpoint: Checkpoint | Description) -> bool:
     """Whether the files' names fit a model without a head: they do not if they have the prefix of a model with one.
 
     Returns true for a model with a head, and if there are no names.
@@ -207,7 +207,7 @@ def _class_named(name: str, config: Any) -> Any:
     return found if fits and isinstance(config, found.config_class or ()) else None
 
 
-def _give_no_advice(input_ids: Any, attention_mask: Any) -> None:
+def _skip_padding_warning(input_ids: Any, attention_mask: Any) -> None:
     """Replace a model's warning that padding was found without an attention mask.
 
     Models such as GPT-2, whose end token is also their padding, would warn. A mask is passed where it matters; in
@@ -233,7 +233,7 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
                 network = build(config)
             if network is not None:
                 network.tie_weights()  # transformers 5.0 does this only when it loads weights
-                network.base_model.warn_if_padding_and_no_attention_mask = _give_no_advice
+                network.base_model.warn_if_padding_and_no_attention_mask = _skip_padding_warning
             return network
         except (*REFUSALS, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture
@@ -279,9 +279,7 @@ def _plain(value: Any) -> Any:
         if list(value) == ["__float__"] and value["__float__"] in ("Infinity", "-Infinity"):
             return float(value["__float__"])
         return {
-            key: _plain(item)
-            for key, item in value.items()
-            if key not in _NOT_OURS_TO_FOLLOW and not key.startswith("_")
+            key: _plain(item) for key, item in value.items() if key not in _IGNORED_KEYS and not key.startswith("_")
         }
     return [_plain(item) for item in value] if isinstance(value, list) else value
 

@@ -17,7 +17,7 @@ from adaptkit.networks.architecture import language_part
 from adaptkit.networks.naming import Place, places
 
 _GET_AGAIN = "download the checkpoint again, with its own config.json"
-_ONCE_SAVED = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)(attn|attention)\.masked_bias$")
+_OBSOLETE_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)(attn|attention)\.masked_bias$")
 """Buffers that older releases of transformers saved with every layer; current ones compute them and ignore these."""
 
 
@@ -98,7 +98,7 @@ class Assembly:
 
     def unknown(self) -> list[str]:
         """Return, sorted, the tensors that the network has no place for, except those that transformers ignores."""
-        patterns = (*_ONCE_SAVED, *(self.network._keys_to_ignore_on_load_unexpected or ()))
+        patterns = (*_OBSOLETE_BUFFERS, *(self.network._keys_to_ignore_on_load_unexpected or ()))
         left = sorted(set(self.checkpoint.tensors) - self._parts - set(self._places))
         return [name for name in left if not any(re.search(pattern, name) for pattern in patterns)]
 

@@ -39,14 +39,14 @@ class LayerCall:
         hidden, given[place] = given[place], None
         leaves, structure = tree_flatten(given, is_leaf=_is_shared)
         self._shared = [leaf for leaf in leaves if _is_shared(leaf)]
-        self._entries = _Frame([dict(mapping) for mapping in self._shared])
-        self._arguments = _Frame([None if _is_shared(leaf) else leaf for leaf in leaves])
+        self._entries = _Template([dict(mapping) for mapping in self._shared])
+        self._arguments = _Template([None if _is_shared(leaf) else leaf for leaf in leaves])
         self._blanks = {n: _emptied(leaf) for n, leaf in enumerate(leaves) if _is_shared(leaf)}
         tensors = [*self._arguments.take(), *self._entries.take()]
-        self._asked = [n for n, tensor in enumerate(tensors) if tensor.requires_grad]
+        self._with_gradient = [n for n, tensor in enumerate(tensors) if tensor.requires_grad]
         self._tensors = [tensor.detach() for tensor in tensors]
-        self._given: list[Tensor] = [hidden, *(tensors[n] for n in self._asked)]
-        self._results: list[_Frame] = []
+        self._given: list[Tensor] = [hidden, *(tensors[n] for n in self._with_gradient)]
+        self._results: list[_Template] = []
 
         def run(hidden: Tensor, arguments: list[Any]) -> Any:
             rebuilt = tree_unflatten(arguments, structure)
@@ -64,7 +64,7 @@ class LayerCall:
     @property
     def others(self) -> list[Tensor]:
         """The other inputs that require gradients, detached."""
-        return [self._tensors[n] for n in self._asked]
+        return [self._tensors[n] for n in self._with_gradient]
 
     @property
     def constants(self) -> list[Tensor]:
@@ -85,7 +85,7 @@ class LayerCall:
             UsageError: the layer does not return hidden states first, or modifies an entry of a shared mapping.
         """
         tensors = list(self._tensors)
-        for n, other in zip(self._asked, self.others if others is None else others, strict=True):
+        for n, other in zip(self._with_gradient, self.others if others is None else others, strict=True):
             tensors[n] = other
         count = len(tensors) - self._entries.count
         arguments, before = self._arguments.fill(tensors[:count]), self._entries.fill(tensors[count:])
@@ -95,7 +95,7 @@ class LayerCall:
             arguments[n].update(entries)
             mappings.append(arguments[n])
         held = [{key: tree_leaves(value) for key, value in entries.items()} for entries in before]
-        returned = _Frame(self._run(hidden, arguments))
+        returned = _Template(self._run(hidden, arguments))
         if not returned.is_sequence:
             raise UsageError(
                 "this architecture's layers do not return hidden states first", hint="use --checkpointing none"
@@ -105,7 +105,7 @@ class LayerCall:
             raise UsageError(
                 "this architecture's layers modify a mapping that other layers share", hint="use --checkpointing none"
             )
-        added = _Frame([{k: v for k, v in now.items() if v is not was.get(k)} for now, was in pairs])
+        added = _Template([{k: v for k, v in now.items() if v is not was.get(k)} for now, was in pairs])
         self._results = [returned, added]
         return [*returned.take(), *added.take()]
 
@@ -118,7 +118,7 @@ class LayerCall:
         return returned.fill(outputs[: returned.count])
 
 
-class _Frame:
+class _Template:
     """A nested value with its floating-point tensors taken out.
 
     Args:

@@ -108,13 +108,13 @@ def encode(moment: Tensor, codes: Tensor, absmax: Tensor, *, signed: bool) -> No
         return
     from adaptkit.numerics.kernels._cpu_adamw import encode as compiled
 
-    bounds, starts, most = _search(signed)
+    bounds, starts, most = _search_tables(signed)
     compiled(moment.numpy(), BLOCK, bounds, starts, most, codes.numpy(), absmax.numpy())
 
 
 def _encode_by_torch(moment: Tensor, codes: Tensor, absmax: Tensor, signed: bool) -> None:
     """``encode`` on any device."""
-    levels = _on(moment.device, signed)
+    levels = _levels_on(moment.device, signed)
     blocks = torch.nn.functional.pad(moment, (0, -moment.numel() % BLOCK)).view(-1, BLOCK)
     largest = blocks.abs().amax(1)
     absmax.copy_(largest)
@@ -131,12 +131,12 @@ def decode(codes: Tensor, absmax: Tensor, moment: Tensor, *, signed: bool) -> No
         return
     from adaptkit.numerics.kernels._cpu_adamw import decode as compiled
 
-    compiled(codes.numpy(), absmax.numpy(), BLOCK, _on(moment.device, signed).numpy(), moment.numpy())
+    compiled(codes.numpy(), absmax.numpy(), BLOCK, _levels_on(moment.device, signed).numpy(), moment.numpy())
 
 
 def _decode_by_torch(codes: Tensor, absmax: Tensor, moment: Tensor, signed: bool) -> None:
     """``decode`` on any device."""
-    levels = _on(moment.device, signed)
+    levels = _levels_on(moment.device, signed)
     torch.mul(levels[codes.int()], absmax.repeat_interleave(BLOCK)[: codes.numel()], out=moment)
 
 
@@ -146,12 +146,12 @@ def _step_on(device: torch.device, step: int) -> Tensor:
 
 
 @cache
-def _on(device: torch.device, signed: bool) -> Tensor:
+def _levels_on(device: torch.device, signed: bool) -> Tensor:
     return dynamic_map(signed).to(device)
 
 
 @cache
-def _search(signed: bool) -> tuple[np.ndarray, np.ndarray, int]:
+def _search_tables(signed: bool) -> tuple[np.ndarray, np.ndarray, int]:
     """Return ``bounds``, ``starts`` and ``most``, the search tables of ``kernels._cpu_adamw.encode``."""
     levels = dynamic_map(signed)
     bounds = ((levels[:-1] + levels[1:]) * 0.5).numpy()

@@ -24,7 +24,7 @@ AnyValues = TypeVar("AnyValues", bound="Array | Tensor")
 """For functions that return the same kind, array or tensor, as they are given."""
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-_STAND_INS: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16)}
+_VIEW_DTYPES: dict[int, np.dtype[Any]] = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16)}
 """By size in bytes, a dtype to view ml_dtypes' types as, since torch cannot exchange those with numpy directly."""
 
 
@@ -34,7 +34,7 @@ def as_tensor(values: Values) -> Tensor:
         return values
     dtype: torch.dtype = getattr(torch, values.dtype.name)
     if values.dtype.isbuiltin != 1:  # a dtype of ml_dtypes
-        values = values.view(_STAND_INS[values.dtype.itemsize])
+        values = values.view(_VIEW_DTYPES[values.dtype.itemsize])
     found = torch.from_numpy(values)
     return found if found.dtype == dtype else found.view(dtype)
 
@@ -46,7 +46,7 @@ def as_array(values: Values) -> Array:
     tensor = values.detach().cpu().contiguous()
     dtype = np.dtype(str(tensor.dtype).removeprefix("torch."))
     if dtype.isbuiltin != 1:
-        tensor = tensor.view(getattr(torch, _STAND_INS[dtype.itemsize].name))
+        tensor = tensor.view(getattr(torch, _VIEW_DTYPES[dtype.itemsize].name))
     return tensor.numpy().view(dtype)
 
 

@@ -17,7 +17,7 @@ from adaptkit.numerics.spectrum import effective_rank
 SAMPLED_ROWS = 64
 """Number of rows of Δ on which sign agreement is measured."""
 _SEED = 0
-_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INT_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NEGLIGIBLE = 1e-12  # share of ‖D‖² that float64 sums cannot distinguish from zero
 
 
@@ -94,8 +94,8 @@ def compare(first: LowRank, second: LowRank) -> Comparison:
         raise ValueError(f"changes of shapes {first.shape} and {second.shape} cannot be compared")
     tolerance = max(first.shape) * torch.finfo(torch.float64).eps
     core_1, core_2 = _cores(first, second)
-    u_1, sigma_1, v_1 = _decomposed(core_1, tolerance)
-    u_2, sigma_2, v_2 = _decomposed(core_2, tolerance)
+    u_1, sigma_1, v_1 = _truncated_svd(core_1, tolerance)
+    u_2, sigma_2, v_2 = _truncated_svd(core_2, tolerance)
     left, right = u_1.T @ u_2, v_1.T @ v_2
     counts = (u_1.shape[1], u_2.shape[1])
     crossed = (left * sigma_2[: counts[1]]) @ right.T, (left.T * sigma_1[: counts[0]]) @ right
@@ -127,20 +127,20 @@ def difference_norm(first: LowRank, second: LowRank) -> float:
 def _cores(first: LowRank, second: LowRank) -> tuple[Tensor, Tensor]:
     """Return the cores M₁ and M₂ (see the module's docstring), in a common basis and of the same shape."""
     if is_equal(first, second):  # else rounding would give a difference of a few times 1e-16
-        core = first.scaling * _triangle(first.lora_b) @ _triangle(first.lora_a.T).T
+        core = first.scaling * _r_factor(first.lora_b) @ _r_factor(first.lora_a.T).T
         return core, core
-    b = _triangle(torch.cat([first.lora_b.double(), second.lora_b.double()], dim=1))
-    a = _triangle(torch.cat([first.lora_a.double(), second.lora_a.double()]).T)
+    b = _r_factor(torch.cat([first.lora_b.double(), second.lora_b.double()], dim=1))
+    a = _r_factor(torch.cat([first.lora_a.double(), second.lora_a.double()]).T)
     rank = first.rank
     return first.scaling * b[:, :rank] @ a[:, :rank].T, second.scaling * b[:, rank:] @ a[:, rank:].T
 
 
-def _triangle(columns: Tensor) -> Tensor:
+def _r_factor(columns: Tensor) -> Tensor:
     triangle: Tensor = torch.linalg.qr(columns.double(), mode="r")[1]
     return triangle
 
 
-def _decomposed(core: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+def _truncated_svd(core: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return U for the singular values above ``tolerance`` · σ₁, all singular values, and V for those above it."""
     u, sigma, vt = torch.linalg.svd(core, full_matrices=False)
     count = int((sigma > tolerance * sigma[0]).count_nonzero())
@@ -212,4 +212,4 @@ def effective_rank_with_tail(sigma: Tensor, square_norm: float, count: int) -> f
 
 
 def _bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(_WHOLE[values.itemsize])
+    return values.contiguous().view(_INT_DTYPES[values.itemsize])

@@ -14,7 +14,7 @@ from adaptkit.numerics.arrays import Values, as_array, cast, is_float
 if TYPE_CHECKING:
     from torch import Tensor
 
-_SIGNED: dict[int, np.dtype[Any]] = {2: np.dtype(np.int16), 4: np.dtype(np.int32), 8: np.dtype(np.int64)}
+_INT_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype(np.int16), 4: np.dtype(np.int32), 8: np.dtype(np.int64)}
 """By size in bytes, the integer dtype that a float's bits are viewed as."""
 
 
@@ -29,9 +29,9 @@ def all_finite(values: Values) -> bool:
     array = as_array(values)
     if not is_float(array) or array.size == 0:
         return True
-    if array.dtype.itemsize not in _SIGNED:
+    if array.dtype.itemsize not in _INT_DTYPES:
         return bool(np.isfinite(cast(array, np.float32)).all())
-    bits = np.ascontiguousarray(array).view(_SIGNED[array.dtype.itemsize])
+    bits = np.ascontiguousarray(array).view(_INT_DTYPES[array.dtype.itemsize])
     above, below = np.array([np.inf, -np.inf], array.dtype).view(bits.dtype)
     # Positive floats sort highest as signed integers, negative ones as unsigned integers; NaN sorts above infinity.
     unsigned = np.dtype(f"u{bits.itemsize}")

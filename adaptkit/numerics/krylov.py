@@ -9,11 +9,11 @@ with a fixed number of passes.
 import torch
 from torch import Tensor
 
-_MORE = 10
+_OVERSAMPLING = 10
 """Oversampling: extra columns of a block, so that the wanted ones converge even if no spectral gap follows them."""
 _BLOCKS = 12
 """Largest number of blocks."""
-_GAIN = 2.0**-40
+_TOLERANCE = 2.0**-40
 """Converged if the last block adds at most this share of Σσ². The next block would add about a hundredth of that."""
 
 
@@ -29,7 +29,7 @@ def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
         about 2⁻²⁴ of the largest are rounding errors. None if the matrix is too small to be faster this way, or if the
         iteration does not converge.
     """
-    columns, width = matrix.shape[1], count + _MORE
+    columns, width = matrix.shape[1], count + _OVERSAMPLING
     if 2 * _BLOCKS * width > columns:
         return None
     random = torch.randn(columns, width, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -39,7 +39,7 @@ def leading(matrix: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
         basis, image = torch.cat([basis, block], dim=1), torch.cat([image, matrix @ block], dim=1)
         values, vectors = torch.linalg.eigh(image.T @ image)
         energy = float(values[-count:].sum())
-        if energy - before <= _GAIN * energy:
+        if energy - before <= _TOLERANCE * energy:
             return values.flip(0)[:count].clamp(min=0).sqrt(), basis @ vectors.flip(1)[:, :count]
         before, block = energy, matrix.T @ image[:, -width:]
         for _ in range(2):  # twice: if the block is nearly in the basis, the first pass leaves only rounding errors

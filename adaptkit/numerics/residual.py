@@ -90,7 +90,7 @@ def decode(stream: Values, most: int) -> Array:
     Raises:
         ValueError: the stream is malformed, or has more than ``most`` values.
     """
-    source = _Source(np.ascontiguousarray(as_array(stream)))
+    source = _Reader(np.ascontiguousarray(as_array(stream)))
     count = source.varint()
     if count > most:
         raise ValueError(f"it holds {count} values, expected at most {most}")
@@ -117,7 +117,7 @@ def decode(stream: Values, most: int) -> Array:
     return values
 
 
-class _Source:
+class _Reader:
     """Reads bytes from the front of a stream.
 
     Its methods raise ValueError if the stream is too short, a varint is too long, or bytes are left at the end.
@@ -175,7 +175,7 @@ def _encoding_table(frequencies: Any) -> Any:
     return np.stack([inverse, np.uint64(_TOTAL) - f, np.cumsum(f) - f, f << np.uint64(32 - PRECISION)], axis=1)
 
 
-def _slots(source: _Source) -> Any:
+def _slots(source: _Reader) -> Any:
     """Read the frequencies, and return for each of the 4096 slots (f - 1) << 20 | (slot - c) << 8 | symbol, uint32."""
     symbols: list[int] = []
     frequencies: list[int] = []

@@ -88,15 +88,15 @@ def compress(
     if isinstance(result, Tensor):
         return _compress_dense(result, scale, default, limit)
     if isinstance(result, LowRank):
-        _check_size(result.lora_a, result.lora_b)
+        _check_magnitude(result.lora_a, result.lora_b)
     if isinstance(result, LowRank) and length == "as given" and limit == Limit():
         given = LowRank(result.lora_a.float(), result.lora_b.float(), result.scaling)
         return Compressed(given, lora.norm(given), 1.0)
     spectrum = svd(result) if isinstance(result, LowRank) else result
-    _check_size(spectrum.sigma)
+    _check_magnitude(spectrum.sigma)
     sigma = spectrum.sigma[: numerical_rank(spectrum.sigma, scale)]
     if not sigma.numel():
-        return _nothing(*terms[0].shape)
+        return _zero_change(*terms[0].shape)
     kept = limit.choose(sigma, default)
     return Compressed(spectrum.truncated(kept), float(sigma.norm()), energy_kept(sigma, kept))
 
@@ -106,15 +106,15 @@ def _compress_dense(delta: Tensor, scale: float, default: int, limit: Limit) -> 
 
     Δ is projected onto the leading vectors, and the energy kept is measured on that projection.
     """
-    _check_size(delta)
+    _check_magnitude(delta)
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
     norm = float(delta.norm())
     found = leading(tall, limit.rank or default) if limit.energy is None else None
-    sigma, vectors = found or _all(tall)
+    sigma, vectors = found or _all_singular(tall)
     sigma = sigma[: numerical_rank(sigma, scale)]
     sigma = sigma[sigma > _DENSE_RESOLUTION * norm]
     if not sigma.numel():
-        return _nothing(*delta.shape)
+        return _zero_change(*delta.shape)
     kept = limit.choose(sigma, default)
     basis = vectors[:, :kept]
     spectrum = svd(LowRank(basis.T, tall @ basis, 1.0))
@@ -123,18 +123,18 @@ def _compress_dense(delta: Tensor, scale: float, default: int, limit: Limit) -> 
     return Compressed(truncated if tall is delta else lora.transposed(truncated), norm, energy)
 
 
-def _all(tall: Tensor) -> tuple[Tensor, Tensor]:
+def _all_singular(tall: Tensor) -> tuple[Tensor, Tensor]:
     """Return all singular values and right singular vectors, several times faster than an SVD."""
     values, vectors = torch.linalg.eigh(tall.T @ tall)
     return values.flip(0).clamp(min=0).sqrt(), vectors.flip(1)
 
 
-def _nothing(out: int, columns: int) -> Compressed:
+def _zero_change(out: int, columns: int) -> Compressed:
     """Return a change of zero, of rank 1 since PEFT has no smaller rank."""
     return Compressed(LowRank(torch.zeros(1, columns), torch.zeros(out, 1), 1.0), 0.0, 1.0)
 
 
-def _check_size(*factors: Tensor) -> None:
+def _check_magnitude(*factors: Tensor) -> None:
     for factor in factors:
         if not bool((factor.abs() <= _FLOAT32_MAX).all()):  # also false for NaN
             raise NonFiniteError("the result is too large for float32", hint="use a smaller --weight")

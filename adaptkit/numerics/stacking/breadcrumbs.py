@@ -45,7 +45,7 @@ class BreadcrumbsOptions:
             )
 
 
-def _between(term: LowRank, options: BreadcrumbsOptions, module: str) -> tuple[float, float]:
+def _kept_range(term: LowRank, options: BreadcrumbsOptions, module: str) -> tuple[float, float]:
     """Return the smallest and the largest magnitude that are kept."""
     out, columns = term.shape
     elements = out * columns
@@ -59,7 +59,7 @@ def _between(term: LowRank, options: BreadcrumbsOptions, module: str) -> tuple[f
 
 def combine(terms: Sequence[LowRank], options: BreadcrumbsOptions, module: str) -> Tensor:
     """Drop elements at both ends and sum. Returns (out, in) float64."""
-    bounds = torch.tensor([_between(term, options, module) for term in terms], dtype=torch.float64)
+    bounds = torch.tensor([_kept_range(term, options, module) for term in terms], dtype=torch.float64)
     least, largest = bounds[:, 0, None, None], bounds[:, 1, None, None]
 
     def rule(changes: Tensor, rows: slice) -> Tensor:
