@@ -1,1 +1,1 @@
-"""Files to tensors and back, one tensor at a time."""
+"""Read and write tensors in files, one tensor at a time."""

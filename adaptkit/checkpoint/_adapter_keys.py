@@ -1,21 +1,22 @@
-"""The names of an adapter's tensors: which module each belongs to, and which part of its change it is.
+"""Parse the names of an adapter's tensors: the module that each belongs to, and its role in that module.
 
-base_model.model.<module>.lora_A.weight            what peft writes
+base_model.model.<module>.lora_A.weight            as peft writes it
 base_model.model.<module>.lora_A.default.weight    with the adapter's name left in
 <module>.lora_A.weight                             without the wrapper's prefix
-_orig_mod. module. _fsdp_wrapped_module.           left by torch.compile, data parallelism and sharding, anywhere
+_orig_mod. module. _fsdp_wrapped_module.           segments that torch.compile, DDP and FSDP insert anywhere
 
 <module>.lora_A.weight  .lora_B.weight             Δ = s · B A
-<module>.lora_B.bias                               added to the bias
+<module>.lora_B.bias                               added to the module's bias
 <module>.lora_embedding_A  .lora_embedding_B       of an embedding: Δ = s · (B A)ᵀ
-<module>.lora_magnitude_vector                     DoRA; of an embedding whose vocabulary was resized, the same again
-                                                   with .weight
-<module>.base_layer.weight  .base_layer.bias       what the change is added to, if it is not the base's
-<module>.token_adapter.trainable_tokens_delta      rows that replace the base's
-<module>.weight, <module>.bias                     replace the base's
-<module>.modules_to_save.default.<inside>.bias     the same again, of a module inside a saved one, where all biases are
-<module>.original_module.<inside>.bias             saved; and the base's
-<experts>.base_layer.lora_A.weight ...             inner one of two stacked parameters; see ``expert_parameters``
+<module>.lora_magnitude_vector                     DoRA; for an embedding whose vocabulary was resized, peft writes a
+                                                   second copy that ends in .weight
+<module>.base_layer.weight  .base_layer.bias       what Δ is added to, if that differs from the base's tensor
+<module>.token_adapter.trainable_tokens_delta      rows that replace the base's rows
+<module>.weight, <module>.bias                     replace the base's tensors
+<module>.modules_to_save.default.<inside>.bias     second copy of the bias of a module inside a saved module, if all
+                                                   biases are saved
+<module>.original_module.<inside>.bias             the base's bias in the same case
+<experts>.base_layer.lora_A.weight ...             the inner of two stacked parameters; see ``expert_parameters``
 """
 
 import re
@@ -27,7 +28,7 @@ from adaptkit.errors import AdapterError
 
 PREFIX = "base_model.model."
 KOHYA = re.compile(r"\.lora_(?:down|up)\.weight$")
-"""What kohya's trainers call the halves; beside them is ``alpha``, a number for each module."""
+"""kohya's trainers name A and B like this; they store one scalar ``alpha`` per module beside them."""
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _PARTS = (
     (re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight"), "lora_{}"),
@@ -45,17 +46,17 @@ _PARTS = (
 )
 
 _QUANTIZED = re.compile(r"(.+)\.base_layer\.(?:weight\.quant_state\..+|SCB)")
-"""What bitsandbytes keeps beside a weight; peft saves it with a head that was quantized."""
+"""Quantization tensors of bitsandbytes, which peft saves with a quantized head."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one tensor of the file is.
+    """The module and role of one tensor in the file.
 
     Attributes:
-        module: dotted path in the model; of experts with ``.base_layer`` for every wrapper inside.
-        role: lora_A, lora_B, lora_bias, embedding_A, embedding_B, magnitude, trainable_tokens; base_, copy_ or
-            original_ and the name of a parameter; or that name alone.
+        module: dotted path in the model; for experts it ends in one ``.base_layer`` per enclosing wrapper.
+        role: lora_A, lora_B, lora_bias, embedding_A, embedding_B, magnitude, trainable_tokens; a parameter's name,
+            optionally prefixed with base_, copy_ or original_.
     """
 
     module: str
@@ -63,13 +64,13 @@ class Part:
 
 
 def name_parts(root: Path, keys: Iterable[str]) -> dict[Part, str]:
-    """Say what every tensor of a file is.
+    """Parse the names of all tensors of a file.
 
     Returns:
-        Part -> key.
+        Maps each part to its tensor's name.
 
     Raises:
-        AdapterError: a key is not understood, or two mean the same.
+        AdapterError: a name is not recognized, or two names stand for the same part.
     """
     parts: dict[Part, str] = {}
     for key in keys:
@@ -112,7 +113,7 @@ def _part(key: str) -> Part | None:
 
 
 def _without_wrappers(name: str) -> str:
-    """Take out what wrappers of modules leave in names: at the beginning, or around a numbered layer."""
+    """Remove the segments that module wrappers insert; ``module`` only at the start or after a number."""
     kept: list[str] = []
     for segment in name.split("."):
         inside = not kept or kept[-1].isdecimal()

@@ -1,4 +1,4 @@
-"""A folder that lacks a file of an adapter's, and what to do about the files that are there instead."""
+"""Errors for folders without an adapter's configuration or weights, with hints that depend on the files found."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from adaptkit.errors import AdapterError, AdaptkitError
 
 _PICKLE_NAME = "adapter_model.bin"
 _SHARDS = "adapter_model-*.safetensors"
-_UNPICKLE = (  # and not with peft, which would write the configuration anew, by which older releases mean other things
+_UNPICKLE = (  # not with peft: it would rewrite the configuration, which older releases interpreted differently
     'in that folder, run python -c "import torch, safetensors.torch as s; '
     f"s.save_file(torch.load('{_PICKLE_NAME}', 'cpu', weights_only=True), '{ADAPTER_WEIGHTS_NAME}')\""
 )
@@ -31,14 +31,14 @@ _BY_FILE = {
     "pytorch_lora_weights.safetensors": ("diffusers", _WITH_PEFT),
     "pytorch_lora_weights.bin": ("diffusers", _WITH_PEFT),
 }
-"""Who writes a file of this name, and what to do with it."""
+"""Maps a file name to the tool that writes it, and the hint for it."""
 
 
 def require_configured(root: Path) -> None:
-    """Refuse a folder without an adapter's configuration.
+    """Reject a folder without ``adapter_config.json``.
 
     Raises:
-        AdapterError: names adapters that lie inside it.
+        AdapterError: the hint names adapters in subfolders, or says what to do with another tool's file.
     """
     if is_adapter(root):
         return
@@ -51,20 +51,20 @@ def require_configured(root: Path) -> None:
 
 
 def _is_of_kohya(file: Path) -> bool:
-    """Whether a file has tensors of kohya's names; it holds a model of images in most cases."""
+    """Return whether a file has tensors named as kohya's trainers name them (mostly adapters of image models)."""
     if file.suffix != ".safetensors":
         return False
     try:
         return any(KOHYA.search(spec.name) for spec, _ in read_header(file).tensors)
-    except AdaptkitError:  # it is none, and whatever it is, no adapter
+    except AdaptkitError:  # not a safetensors file
         return False
 
 
 def require_weights(root: Path) -> None:
-    """Refuse an adapter without the one file of safetensors that peft reads.
+    """Reject an adapter without the single safetensors file that peft reads.
 
     Raises:
-        AdapterError: says how a pickle or shards become that.
+        AdapterError: the hint says how to convert a pickle or shards to it.
     """
     if (root / ADAPTER_WEIGHTS_NAME).exists():
         return

@@ -1,4 +1,4 @@
-"""Put the tensors of an adapter together to what it does to each module, with every tensor used once."""
+"""Assemble an adapter's tensors into changes per module, using every tensor exactly once."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _ONE_SAVE = "check that adapter_config.json and adapter_model.safetensors are co
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows of an embedding or head that replace the base's.
+    """Rows of an embedding or head that replace the base's rows.
 
     Attributes:
-        indices: which rows, in the order of the tensor's.
+        indices: row (token) indices, in the order of ``rows``.
         rows: (len(indices), dim).
     """
 
@@ -46,15 +46,15 @@ class TokenRows:
 
 
 class Parts:
-    """Takes the named parts of an adapter one kind after the other; what is left at the end does not belong.
+    """Consumes the parts of an adapter, one kind after another; a part that is left over at the end is an error.
 
     Args:
         root: the adapter's folder, for messages.
         config: ``adapter_config.json``, checked.
-        files: the tensors.
-        parts: what each of them is.
-        records: their fingerprints.
-        read: those that were read for these, flat; each is taken once.
+        files: the adapter's tensors.
+        parts: maps each part to its tensor's name.
+        records: the tensors' fingerprints.
+        read: flat arrays of tensors that were already read for their fingerprints; entries are removed when used.
 
     Attributes:
         modules, embeddings, magnitudes, biases, replaced, begins, tokens, experts: see ``Adapter``.
@@ -82,10 +82,10 @@ class Parts:
         self.experts: dict[str, tuple[LowRank, ...]] = {}
 
     def take_all(self) -> None:
-        """Take everything.
+        """Consume all parts and fill the attributes.
 
         Raises:
-            AdapterError: a part is missing, does not fit, or is left over.
+            AdapterError: a part is missing, has a wrong shape, or is left over.
         """
         self._take_copies()
         halves = ("lora_A", "lora_B", "embedding_A", "embedding_B")
@@ -185,7 +185,7 @@ class Parts:
             )
 
     def _stack_of(self, name: str) -> tuple[str, list[str]]:
-        """A wrapper's module of experts, and its stacked parameters; none if it is an ordinary module."""
+        """Return the module inside a wrapper and the names of its stacked parameters (none for an ordinary module)."""
         module = name
         while module.endswith(".base_layer"):
             module = module.removesuffix(".base_layer")
@@ -194,7 +194,7 @@ class Parts:
         return module, expert_parameters(self._root, self._config, module, is_stack=0 < rank < rows)
 
     def _take_experts(self, module: str, leaves: Sequence[str]) -> None:
-        for depth, leaf in enumerate(reversed(leaves)):  # the outermost wrapper is that of the last parameter
+        for depth, leaf in enumerate(reversed(leaves)):  # the outermost wrapper belongs to the last parameter
             wrapper = module + ".base_layer" * depth
             lora_a, lora_b = self._take_halves(wrapper, "lora")
             parameter = f"{module}.{leaf}"
@@ -202,7 +202,7 @@ class Parts:
             count = lora_a.shape[0] // rank if rank else 0
             self._check_rank(parameter, rank, max(1, count) * rank, lora_a, lora_b)
             a = lora_a.reshape(count, rank, -1)
-            b = lora_b.reshape(lora_b.shape[0], rank, count)  # the expert's number runs fastest
+            b = lora_b.reshape(lora_b.shape[0], rank, count)  # the expert index varies fastest
             self.experts[parameter] = tuple(
                 LowRank(a[expert], np.ascontiguousarray(b[:, :, expert]), factor) for expert in range(count)
             )
@@ -224,7 +224,8 @@ class Parts:
 
     def _take_replaced(self) -> None:
         whole = [part for part in self._left if part.role in ("weight", "base_weight")]
-        resized = any(is_table(part.module) for part in whole)  # peft then saves them whole, unasked, and the head too
+        # peft saves embedding and head whole, without being asked, if the vocabulary was resized.
+        resized = any(is_table(part.module) for part in whole)
         for part in list(self._left):
             kind = part.role.removeprefix("base_")
             name = f"{part.module}.{kind}"
@@ -244,7 +245,7 @@ class Parts:
                 self.replaced[name] = self._left.pop(part)
 
     def _take_copies(self) -> None:
-        """What peft writes beside a tensor: the same again; and the base's, where one takes its place."""
+        """Keep one of the copies that peft writes (they must be identical), and drop base tensors that are replaced."""
         for part, key in list(self._left.items()):
             kind, _, leaf = part.role.partition("_")
             plain = Part(part.module, leaf)

@@ -1,4 +1,4 @@
-"""Write an adapter folder as PEFT and vLLM read it; ``_adapter_keys`` says what the tensors' names mean."""
+"""Write an adapter folder as PEFT and vLLM read it; see ``_adapter_keys`` for the tensors' names."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ def write_adapter(
 
     Args:
         output: the folder being written; file and tensor records are added to it.
-        modules: by dotted path of the module; stored in float32.
-        base_name: what ``base_model_name_or_path`` says.
+        modules: maps a module's dotted path to its change; stored in float32.
+        base_name: value of ``base_model_name_or_path``.
         embeddings: which of the modules are embeddings, whose changes are (entries, dim).
-        saved: by name of the base's tensor, what takes its place; stored as it is. A bias of a module that is changed
-            too is peft's ``base_layer.bias``; say ``bias="all"`` where there are biases.
-        magnitudes: by module, DoRA's lengths of rows; of every module, or of none.
-        lora_biases: by module, the biases of B, not scaled; of every module, or of none.
-        tokens: by module, the rows of its weight that are replaced.
-        experts: by path of a stacked parameter, the change of each expert's matrix.
-        copies: by name, tensors of the base that changes are added to, which peft takes instead of the base's.
-        config: more keys of ``adapter_config.json``, or other values; ``target_modules`` is every module's whole path
-            unless it is among them.
+        saved: maps a base tensor's name to its replacement, which is stored unchanged. The bias of a module in
+            ``modules`` becomes peft's ``base_layer.bias``; pass ``bias="all"`` if there are biases.
+        magnitudes: maps every module, or none, to DoRA's row norms.
+        lora_biases: maps every module, or none, to the unscaled bias of B.
+        tokens: maps a module to the replaced rows of its weight.
+        experts: maps a stacked parameter's path to the change of each expert's matrix.
+        copies: maps names to the base tensors that changes are added to; peft uses them instead of the base's.
+        config: keys of ``adapter_config.json`` to add or override; ``target_modules`` defaults to the full paths of
+            all modules.
 
     Raises:
-        NonFiniteError: a number is NaN or too large for float32; names the tensor.
+        NonFiniteError: a value is NaN or too large for float32; names the tensor.
     """
     experts, tokens = experts or {}, tokens or {}
     document = {
@@ -105,7 +105,7 @@ def write_adapter(
 
 
 def _ranks(terms: Mapping[str, LowRank], rslora: bool) -> dict[str, Any]:
-    """The keys that say rank and alpha: the commonest ones, and patterns for the others."""
+    """Return the rank and alpha keys: the most common values as defaults, patterns for modules that differ."""
     ranks = {name: term.rank for name, term in terms.items()}
     alphas = {name: _alpha(term, rslora) for name, term in terms.items()}
     rank, alpha = (_most_common(ranks), _most_common(alphas)) if terms else (8, 8)
@@ -118,16 +118,16 @@ def _ranks(terms: Mapping[str, LowRank], rslora: bool) -> dict[str, Any]:
 
 
 def _alpha(term: LowRank, rslora: bool) -> float:
-    """The alpha that gives a change its scaling, to the bit if a short number does."""
+    """Return the alpha that yields a change's scaling: rounded to 6 decimals if the scaling is then bit-identical."""
     exact = term.scaling * (math.sqrt(term.rank) if rslora else term.rank)
     short = round(exact, 6)
     return short if scaling(short, term.rank, rslora) == term.scaling else exact
 
 
 def _stacked(experts: Mapping[str, tuple[LowRank, ...]]) -> dict[str, Tensor]:
-    """The tensors of stacked parameters: A's rows are (expert, rank), B's columns (rank, expert).
+    """Return the tensors of stacked parameters: A's rows are (expert, rank), B's columns (rank, expert).
 
-    The wrapper of a module's last parameter is the outermost, and has the module's own name.
+    The wrapper of a module's last parameter is the outermost one and has the module's own name.
     """
     tensors = {}
     modules: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""Remove folders of adaptkit's so that, whenever that is cut off, what is left can still be told to be adaptkit's."""
+"""Delete folders that adaptkit made, in an order that leaves them recognizable as adaptkit's if it is interrupted."""
 
 import shutil
 from collections.abc import Collection, Iterator
@@ -12,19 +12,19 @@ JOURNAL_PATTERN = "adaptkit-journal*.jsonl"
 
 
 def marks(path: Path) -> bool:
-    """Whether a file says that its folder is adaptkit's work."""
+    """Return whether a file identifies its folder as made by adaptkit: a manifest or a journal."""
     return path.name == MANIFEST_NAME or path.match(JOURNAL_PATTERN)
 
 
 def clear(folder: Path, but: str = "") -> None:
-    """Empty a folder but for one file; what says whose it is goes last, for a kill may come between."""
+    """Empty a folder except for one file; delete the identifying files last, in case the process is killed midway."""
     for old in sorted((path for path in folder.iterdir() if path.name != but), key=marks):
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
 
 def clear_all_but(folder: Path, keep: Collection[str]) -> None:
-    """Remove all files of a folder but those at the given paths in it, and what is empty then."""
-    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
+    """Delete all files except those at the given relative paths, and then empty subfolders."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # contents sort before their folder
         if path.is_symlink() or not path.is_dir():
             if path.relative_to(folder).as_posix() not in keep:
                 path.unlink()
@@ -34,7 +34,7 @@ def clear_all_but(folder: Path, keep: Collection[str]) -> None:
 
 @contextmanager
 def made_for_a_while(folder: Path) -> Iterator[Path]:
-    """A folder that is empty when the block begins, whatever a killed run left in it, and gone however it ends."""
+    """Create an empty temporary folder, even if a killed run left one, and delete it when the block ends."""
     with disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -45,13 +45,13 @@ def made_for_a_while(folder: Path) -> Iterator[Path]:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of adaptkit's."""
+    """Delete a folder that adaptkit made."""
     clear(folder)
     folder.rmdir()
 
 
 def is_aside(folder: Path) -> bool:
-    """Whether this is an output that was put aside, or what is left of one whose removal was cut off."""
+    """Return whether this is a replaced output, or an empty folder left by an interrupted deletion of one."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     return (folder / MANIFEST_NAME).is_file() or not any(folder.iterdir())

@@ -1,9 +1,9 @@
-"""The journal of an unfinished output, believed in nothing: it may be damaged, or somebody else's.
+"""The journal of an unfinished output. Its content is untrusted: it may be damaged or made by another program.
 
-It grows by one whole line of JSON at a time, whatever kill or full disk comes in between.
+One line of JSON is appended at a time; a partial last line, left by a kill or a full disk, is ignored.
 
-{"key", "inputs": [[path, state], ...]}                       first
-{"file": {path, size, sha256}, "tensors": [...], "notes": {}}  one a finished file
+{"key", "inputs": [[path, state], ...]}                        first line
+{"file": {path, size, sha256}, "tensors": [...], "notes": {}}  one line per finished file
 """
 
 import json
@@ -23,24 +23,30 @@ from adaptkit.errors import AdaptkitError, CheckpointError, ConflictError
 
 @dataclass(frozen=True)
 class Finished:
-    """A file that an earlier run completed, the tensors in it, and what else was learnt while making it."""
+    """A file that an earlier run completed, its tensors, and the run's notes about it (see ``Output.add``)."""
 
     record: FileRecord
     tensors: tuple[TensorRecord, ...]
     notes: dict[str, Any]
 
     def seems_in(self, folder: Path) -> bool:
-        """Whether a file of its size is there."""
+        """Return whether the folder holds a file of this name and size."""
         return not size_problem(folder, self.record)
 
     def is_in(self, folder: Path) -> bool:
-        """Whether the file is there as it was written, whatever happened since; reads all of it."""
+        """Return whether the folder holds the file with the recorded sha256; reads all of it."""
         return self.seems_in(folder) and file_sha256(resolve_inside(folder, self.record.path)) == self.record.sha256
 
 
 @dataclass(frozen=True)
 class Journal:
-    """A run: what determines its output, the state of what it reads by path, and what it finished."""
+    """The content of a journal.
+
+    Attributes:
+        key: hash of the plan that determines the output's bytes.
+        inputs: maps the path of each input to its state.
+        finished: the files completed so far.
+    """
 
     key: str
     inputs: Mapping[str, Any]
@@ -48,10 +54,10 @@ class Journal:
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Add a line, and make sure that it is on the disk.
+    """Append a line and fsync the file.
 
     Raises:
-        DiskError: there is no room for it.
+        DiskError: the write failed, for example because the disk is full.
     """
     with disk_errors(path), path.open("a") as file:
         is_new = not file.tell()
@@ -63,11 +69,11 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def read_journal(path: Path, repair: bool) -> Journal | None:
-    """Read a journal; None if it does not hold a whole line, or a share that was refused has just taken it away.
+    """Read a journal; None if it has no complete line, or was just deleted by the run of a share that failed to start.
 
     Args:
         path: of the journal.
-        repair: remove from it what a kill or a full disk cut off.
+        repair: truncate a partial last line, which a kill or a full disk left.
 
     Raises:
         ConflictError: it is damaged.

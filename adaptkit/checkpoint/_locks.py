@@ -1,4 +1,4 @@
-"""Locks on files, by which whoever writes an output is told from everybody else."""
+"""File locks that keep two processes from writing the same output."""
 
 import errno
 import fcntl
@@ -10,7 +10,7 @@ from adaptkit.errors import ConflictError, UsageError
 
 
 class Locks:
-    """Those that one output holds.
+    """The locks that one output holds.
 
     Args:
         final: the output, for messages.
@@ -24,17 +24,17 @@ class Locks:
         return len(self._held)
 
     def take(self, path: Path, *, shared: bool = False, flags: int = os.O_RDONLY) -> None:
-        """Lock a file or folder, unless that is held already.
+        """Lock a file or folder without waiting; does nothing if this object already holds the lock.
 
         Args:
-            path: of it.
-            shared: let others share the lock.
-            flags: to open it with. Over a network a lock that is not shared needs a file open for writing.
+            path: the file or folder.
+            shared: take a shared lock instead of an exclusive one.
+            flags: for ``os.open``. Network file systems grant an exclusive lock only on a file open for writing.
 
         Raises:
-            ConflictError: another process has it, or has just moved it away.
-            UsageError: its file system has no locks.
-            DiskError: it cannot be opened.
+            ConflictError: another process holds the lock, or has just moved the file away.
+            UsageError: the file system does not support locks.
+            DiskError: the file cannot be opened.
         """
         with disk_errors(path):
             handle = os.open(path, flags, 0o666)
@@ -61,6 +61,6 @@ class Locks:
             )
 
     def let_go(self, first: int = 0) -> None:
-        """Give back all locks but the first ones."""
+        """Release all locks except the first ``first``."""
         while len(self._held) > first:
             os.close(self._held.pop())

@@ -1,9 +1,9 @@
-"""PEFT's adapter folder, read completely or refused, and written.
+"""Read and write PEFT's adapter folders.
 
     adapter_config.json          peft_type, r, lora_alpha, patterns, target_modules, ...
-    adapter_model.safetensors    the tensors; ``_adapter_keys`` says what their names mean
+    adapter_model.safetensors    the tensors; see ``_adapter_keys`` for their names
 
-Every key of the file is used exactly once or named in an error. What this module does not know is refused by name.
+Every tensor is used exactly once; anything unknown or left over is an error that names it.
 """
 
 from __future__ import annotations
@@ -60,31 +60,33 @@ __all__ = ["Adapter", "TokenRows", "adapter_identity", "read_adapter", "require_
 _PIECE_ELEMENTS = 1 << 20
 _DECISIVE = {ADAPTER_CONFIG_NAME, COMPENSATION_NAME}
 _SAYS_NOTHING = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
-"""Keys of ``adapter_config.json`` that do not matter to what an adapter does to a weight."""
+"""Keys of ``adapter_config.json`` that do not affect an adapter's changes."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter as files hold it. Modules, and the names of tensors, are those of the running model.
+    """A LoRA adapter as stored in files. Names of modules and tensors are those of the running model.
 
     Attributes:
-        root: its folder.
+        root: the adapter's folder.
         config: ``adapter_config.json``.
-        files: its tensors; what replaces a whole tensor of the base stays there until it is needed.
-        modules: by dotted path of the module, the change of its weight: (out, in), or (entries, dim) of an embedding.
+        files: the adapter's tensors; tensors that replace a whole base tensor are read from here when needed.
+        modules: maps a module's dotted path to its weight's change: (out, in), or (entries, dim) for an embedding.
         embeddings: which of the modules are embeddings.
-        magnitudes: by module, DoRA's (out,) lengths of the rows of W + Δ.
-        biases: by module, what is added to its bias: (out,) float64, scaling included.
-        replaced: by name of the base's tensor, the key in ``files`` of what takes its place.
-        begins: by name of the base's tensor, the key of what its change is added to; usually the same as the base's.
-        tokens: by module, the rows of its weight that are replaced.
-        experts: by path of a stacked parameter, the change of each expert's matrix as the files have it; for a model's
-            see ``experts_for``.
-        fan_in_fan_out: whether linear layers of the base keep their weights transposed (GPT-2's Conv1D).
-        compensation: by module, what it began with to make up for what quantizing its base lost; mostly empty.
+        magnitudes: maps a module to DoRA's (out,) norms of the rows of W + Δ.
+        biases: maps a module to what is added to its bias: (out,) float64, scaling included.
+        replaced: maps a base tensor's name to the name in ``files`` of the tensor that replaces it.
+        begins: maps a base tensor's name to the name in ``files`` of the copy that its change is added to; the copy
+            usually equals the base's tensor.
+        tokens: maps a module to the replaced rows of its weight.
+        experts: maps a stacked parameter's path to the change of each expert's matrix, oriented as in the files; see
+            ``experts_for`` for the model's orientation.
+        fan_in_fan_out: whether linear layers of the base store their weights transposed (GPT-2's Conv1D).
+        compensation: maps a module to the initial change that compensates the quantization error of its base; empty
+            for most adapters.
         manifest: None if another tool made the adapter.
-        records: its tensors with fingerprints.
-        state: of its file when it was read; see ``TensorFiles.require_state``.
+        records: the tensors with their fingerprints.
+        state: of the tensors' file when it was read; see ``TensorFiles.require_state``.
     """
 
     root: Path
@@ -106,25 +108,25 @@ class Adapter:
 
     @cached_property
     def digests(self) -> dict[str, tuple[str, str, tuple[int, ...]]]:
-        """By name of a tensor, its ``TensorRecord.content``."""
+        """Maps a tensor's name to its ``TensorRecord.content``."""
         return {record.name: record.content for record in self.records}
 
     @property
     def ties_weights(self) -> bool:
         """Whether ``ensure_weight_tying`` made peft change embedding and head together.
 
-        It does so where the configuration names one of them, in ``modules_to_save`` or ``target_modules``, and by one
-        of two names; otherwise it warns, and ties nothing. Trained tokens follow rules of their own.
+        peft does so if ``modules_to_save`` or ``target_modules`` names ``embed_tokens`` or ``lm_head``; otherwise it
+        warns and ties nothing. Trained tokens follow their own rules.
         """
         return bool(self.config.get("ensure_weight_tying")) and names_tied(self.root, self.config)
 
     def experts_for(self, parameter: str, matrix: tuple[int, ...], is_transposed: bool) -> tuple[LowRank, ...]:
-        """The changes of a stack's matrices as the running model has them, whichever way peft wrote them.
+        """Return the changes of a stack's matrices in the running model's orientation, transposing them if needed.
 
         Args:
-            parameter: the stack's path.
-            matrix: (out, in) of the running model's matrices; changes that fit neither way stay as they are.
-            is_transposed: what its module of experts says of itself, which decides where they are square.
+            parameter: the stacked parameter's path.
+            matrix: (out, in) of the running model's matrices; changes that fit neither way are returned unchanged.
+            is_transposed: ``is_transposed`` of the model's experts module; decides the orientation of square matrices.
         """
         stack = self.experts[parameter]
         shape = stack[0].shape
@@ -134,7 +136,7 @@ class Adapter:
 
     @property
     def only_compensates(self) -> bool:
-        """Whether it is still what it began with, so that it says nothing about the 16-bit base."""
+        """Whether the adapter still equals its initial compensation, so that it does not change the 16-bit base."""
         others = self.magnitudes or self.biases or self.replaced or self.tokens or self.experts
         return (
             bool(self.compensation)
@@ -144,15 +146,15 @@ class Adapter:
         )
 
     def changed_beside(self) -> str:
-        """What decides about the changes beside the tensors and is not as the manifest lists it; empty if all is."""
+        """Return what differs from the manifest in the configuration or compensation file; empty if nothing does."""
         listed = [record for record in (self.manifest.files if self.manifest else ()) if record.path in _DECISIVE]
         return next(filter(None, (file_problem(self.root, record) for record in listed)), "")
 
     @property
     def trained_parameters(self) -> int:
-        """How many numbers were trained.
+        """Number of trained parameters.
 
-        Tensors of the base that were saved too do not count, and what the embedding and a tied head share counts once.
+        Base tensors that were merely saved along do not count; a tensor shared by embedding and tied head counts once.
         """
         terms = [*self.modules.values(), *(term for stack in self.experts.values() for term in stack)]
         others = [*self.magnitudes.values(), *self.biases.values()]
@@ -172,15 +174,16 @@ def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
     """Read an adapter.
 
     Args:
-        root: its folder.
-        changed: take it even if its configuration is not what its manifest says, to look at it; what is made of it
-            would name another as its parent.
+        root: the adapter's folder.
+        changed: accept an adapter whose configuration differs from its manifest. Only for inspection: an artifact made
+            from it would name the wrong parent.
 
     Raises:
         UsageError: not a folder.
         AdapterError: not a LoRA adapter, something unsupported, or tensors that do not fit together.
         CheckpointError: a malformed file.
-        IntegrityError: it changed while it was read, or what lies beside its tensors is not what its manifest says.
+        IntegrityError: the adapter changed while it was read, or its configuration or compensation file differs from
+            its manifest.
     """
     require_configured(require_folder(root))
     config = read_json(root / ADAPTER_CONFIG_NAME)
@@ -197,7 +200,7 @@ def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
     records = tuple(_record(files, key, read) for key in files.tensors)
     found = Parts(root, config, files, parts, records, read)
     found.take_all()
-    files.require_state(state)  # or the fingerprints would be of other tensors than the changes
+    files.require_state(state)  # otherwise fingerprints and changes could come from different tensors
     manifest = read_manifest(root)
     compensation = read_compensation(root, found.modules, manifest)
     adapter = Adapter(
@@ -227,7 +230,7 @@ def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
 
 
 def adapter_identity(adapter: Adapter) -> str:
-    """sha256 over what decides an adapter's changes beside its tensors: configuration, and what it began with."""
+    """Return a sha256 over what determines an adapter's changes besides its tensors: configuration and compensation."""
     config = {key: value for key, value in adapter.config.items() if key not in _SAYS_NOTHING}
     begun = {
         name: [fingerprint(term.lora_a), fingerprint(term.lora_b), term.scaling]
@@ -237,27 +240,27 @@ def adapter_identity(adapter: Adapter) -> str:
 
 
 def _meant_otherwise(adapter: Adapter) -> list[str]:
-    """What the release of peft that wrote an adapter took otherwise than today's, where that makes another change."""
+    """Return which rules of the peft release that wrote an adapter yield other changes than today's rules."""
     config, names = adapter.config, (*adapter.experts, *adapter.modules)
     is_square = any(len(set(stack[0].shape)) == 1 for stack in adapter.experts.values())
     found = ["turned"] if is_square and turns_stacks(config, False) else []
     then, now = (Scalings(adapter.root, config, age) for age in (None, ""))
     try:
         is_same = all(then.of(name) == now.of(name) for name in names)
-    except AdapterError:  # today's rule meets a pattern or a number that is none
+    except AdapterError:  # a pattern or number is invalid by today's rule
         is_same = False
     return found if is_same else [*found, age_of_patterns(config)]
 
 
 def require_plain(adapter: Adapter, doing: str) -> None:
-    """Refuse an adapter that does anything but add low-rank changes.
+    """Reject an adapter that does anything but add low-rank changes to whole weights.
 
     Args:
-        adapter: which.
-        doing: a verb for the message.
+        adapter: the adapter to check.
+        doing: verb for the message: "cannot <doing> ...".
 
     Raises:
-        AdapterError: names what else it does.
+        AdapterError: names what else the adapter changes.
     """
     others = {
         "a DoRA magnitude": adapter.magnitudes,
@@ -275,10 +278,10 @@ def require_plain(adapter: Adapter, doing: str) -> None:
 
 
 def _record(files: TensorFiles, key: str, read: dict[str, Array]) -> TensorRecord:
-    """Read a tensor piece by piece; one that is a single piece stays in ``read``.
+    """Fingerprint a tensor, reading it piece by piece; a tensor that fits in one piece is added to ``read``, flat.
 
     Raises:
-        AdapterError: of a type that no adapter has, or NaN or infinite.
+        AdapterError: the tensor has an unsupported type, or contains NaN or infinity.
     """
     spec = files.spec(key)
     if spec.dtype not in FLOATS:

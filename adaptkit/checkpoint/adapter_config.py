@@ -1,4 +1,4 @@
-"""What ``adapter_config.json`` may say, and what it says of one module."""
+"""Validate ``adapter_config.json``, and look up its settings for a module."""
 
 import re
 import sys
@@ -17,48 +17,48 @@ _UNSUPPORTED = (
     "velora_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
 _NEVER_MERGED = ("use_qalora", "alora_invocation_tokens", "arrow_config", "layer_replication")
-"""Of these, what peft has no merged weights of; in replicated layers one weight would be changed several times."""
+"""Those that peft cannot merge either; with replicated layers one weight would be changed several times."""
 _HARMLESS = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "revision", "target_modules", "task_type",
 }  # fmt: skip
-"""Keys that say nothing about the change, or only what the tensors show anyway."""
+"""Keys that do not affect the changes, or only repeat what the tensors show."""
 _USED = {
     "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_alpha", "lora_bias", "modules_to_save", "r",
     "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
 _FINISHED = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
-"""How A and B began; ``init_lora_weights`` says whether that matters."""
+"""Settings for the initialization of A and B; ``init_lora_weights`` tells whether it changed the base."""
 KNOWN_KEYS = {*_UNSUPPORTED, *_HARMLESS, *_USED, *_FINISHED, "runtime_config"}
 """The keys of peft 0.21's LoraConfig."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initial adapters that peft balances by changing the base; a converted one says ``init_lora_weights: true``."""
+"""Initializations for which peft changes the base; a converted adapter has ``init_lora_weights: true`` instead."""
 _LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
-"""Those of peft 0.21 that do not."""
+"""Initializations of peft 0.21 that leave the base unchanged."""
 WEIGHTS_BESIDE = ("non_lora_trainables.bin", "non_lora_state_dict.bin", "trainable_params.bin", "vit.safetensors")
-"""Where trainers put what they trained besides an adapter: LLaVA's and those after it, LongLoRA, ms-swift."""
+"""Further trained weights that trainers save beside an adapter: LLaVA and its derivatives, LongLoRA, ms-swift."""
 _ONE_SAVE = "check that adapter_config.json and adapter_model.safetensors are complete and were saved together"
 _SAVED = "modules_to_save"
 _HEADS_OF_CLASSIFIERS = {"classifier", "score", "qa_outputs"}
 _TIED_BY_PEFT = ("embed_tokens", "lm_head")
 _BIASES = ("none", "all", "lora_only")
 _EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
-"""The order in which modules of experts define their parameters, and so in which peft wraps them."""
+"""The order in which experts modules define their parameters, which is the order in which peft wraps them."""
 
 
 def is_adapter(root: Path) -> bool:
-    """Whether a folder looks like an adapter."""
+    """Return whether a folder has an ``adapter_config.json``."""
     return (root / ADAPTER_CONFIG_NAME).is_file()
 
 
 def weights_beside(root: Path) -> str:
-    """The name of a file beside an adapter that holds the rest of what was trained; empty if there is none."""
+    """Return the name of a file with further trained weights beside an adapter; empty if there is none."""
     return next((name for name in WEIGHTS_BESIDE if (root / name).exists()), "")
 
 
 def check_config(root: Path, config: Mapping[str, Any]) -> None:
-    """Refuse an adapter whose configuration says anything that this package does not understand.
+    """Reject an adapter whose configuration contains anything that this package does not support.
 
     Raises:
         AdapterError: names the key.
@@ -115,26 +115,27 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
 
 
 def changes_base(begun: Any) -> bool | None:
-    """Whether peft changed the base where ``init_lora_weights`` says this; None if it is not known."""
+    """Return whether peft changed the base, given the value of ``init_lora_weights``; None if that is not known."""
     if not isinstance(begun, str) or not begun or begun.lower() in _LEAVES_BASE:
         return False
     return True if begun.lower().startswith(_CHANGES_BASE) else None
 
 
 def without_changed_base(begun: str) -> str:
-    """What to do with an adapter for which peft changed the base; it converts all but LoftQ's."""
+    """Return the hint for an adapter for which peft changed the base; peft can convert all of these but LoftQ's."""
     if begun.lower().startswith("loftq"):
         return "merge it with peft, which changes the base in the same way again"
     return "save it again with peft's path_initial_model_for_weight_conversion, which converts it to the original base"
 
 
 class Scalings:
-    """What a configuration says of rank and scaling, of one module after the other.
+    """Looks up the rank and scaling of modules.
 
     Args:
         root: the adapter's folder, for messages.
         config: ``adapter_config.json``.
-        age: the rule by which its patterns are taken, if not by that of the release that wrote them.
+        age: rule for matching patterns, as ``age_of_patterns`` returns it; None for the rule of the peft release that
+            wrote the configuration.
     """
 
     def __init__(self, root: Path, config: Mapping[str, Any], age: str | None = None) -> None:
@@ -144,10 +145,10 @@ class Scalings:
         self._age = age_of_patterns(config) if age is None else age
 
     def of(self, module: str) -> tuple[int, float]:
-        """The rank that the configuration gives a module (or parameter), and what its B A is multiplied by.
+        """Return the rank of a module (or parameter) and the scaling of its B A; (0, 0.0) if the rank is invalid.
 
         Raises:
-            AdapterError: either is no positive number, or a pattern is malformed.
+            AdapterError: alpha is not a positive number, or a pattern is malformed.
         """
         try:
             rank, alpha = self._numbers(module)
@@ -164,7 +165,7 @@ class Scalings:
         return (rank, scaling(float(alpha), rank, bool(self._config.get("use_rslora")))) if usable else (0, 0.0)
 
     def _numbers(self, module: str) -> tuple[Any, Any]:
-        """Rank and alpha by the rule of the release of peft that wrote the patterns."""
+        """Return rank and alpha, unchecked, by the rule ``self._age``."""
         rank, alpha = self._config.get("r"), self._config.get("lora_alpha")
         if not self._age:
             return self._ranks.value(module, rank), self._alphas.value(module, alpha)
@@ -178,10 +179,10 @@ class Scalings:
 
 
 def release(config: Mapping[str, Any]) -> tuple[int, int]:
-    """The release of peft that wrote a configuration: of 0.19.1, (19, 1). What no peft wrote means what today's does.
+    """Return the peft release that wrote a configuration, (19, 1) for 0.19.1; (sys.maxsize, 0) if unknown.
 
-    Up to 0.17 it is not named, but every release writes all the keys that it knows, and some brought new ones. Of those
-    that wrote the same keys, or mean the same, this is the last.
+    Releases up to 0.17 do not record their version, but every release writes all keys that it knows, so new keys date
+    it. Among releases that write the same keys or behave the same, this returns the last.
     """
     version = re.match(r"0\.(\d+)\.(\d+)", str(config.get("peft_version")))
     if version:
@@ -192,11 +193,12 @@ def release(config: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def age_of_patterns(config: Mapping[str, Any]) -> str:
-    r"""The rule by which a configuration's patterns for rank and alpha are meant; empty for today's, and without any.
+    r"""Return the rule for matching rank and alpha patterns; empty for today's rule, or if there are no patterns.
 
-    Up to 0.14 peft matched ``.*\.{pattern}$``, which is not ``(.*\.)?({pattern})$``, and looked up a module that no
-    pattern matched among them by its name (``behind dots``). Up to 0.13 one pattern was taken for both, the first of
-    those for ranks, then of those for alphas; what had no such pattern was the default (``joint``).
+    ``behind dots``: up to 0.14 peft matched ``.*\.{pattern}$``, which differs from today's ``(.*\.)?({pattern})$``. If
+    no pattern matched, it looked up the module's own name as a key.
+    ``joint``: up to 0.13 it searched the rank patterns and then the alpha patterns for one match, and used that pattern
+    for both; the default applies where a table lacks it.
     """
     if not (config.get("rank_pattern") or config.get("alpha_pattern")) or release(config) >= (15, 0):
         return ""
@@ -204,29 +206,29 @@ def age_of_patterns(config: Mapping[str, Any]) -> str:
 
 
 def turns_stacks(config: Mapping[str, Any], is_transposed: bool) -> bool:
-    """Whether A of a stack of experts is as wide as their matrices (out, in) are high, and B as high as they are wide.
+    """Return whether peft wrote the changes of stacked experts transposed: A (r, out) and B (in, r).
 
-    So peft wrote them up to 0.18 where the model's code does not say that its stacks are transposed, and 0.19.0 in any
-    case; where matrices are square, shapes do not tell.
+    peft up to 0.18 did so unless the model's experts module says ``is_transposed``; 0.19.0 always did. Needed for
+    square matrices, where the shapes do not tell.
 
     Args:
         config: ``adapter_config.json``.
-        is_transposed: what the running model's module of experts says of itself.
+        is_transposed: ``is_transposed`` of the running model's experts module.
     """
     return release(config) == (19, 0) or (release(config) < (19, 0) and not is_transposed)
 
 
 def expert_parameters(root: Path, config: Mapping[str, Any], module: str, is_stack: bool) -> list[str]:
-    """The stacked parameters of a module that ``target_parameters`` names, innermost wrapper first.
+    """Return the stacked parameters of a module that ``target_parameters`` names, innermost wrapper first.
 
     Args:
         root: the adapter's folder, for messages.
         config: ``adapter_config.json``.
         module: dotted path.
-        is_stack: whether a parameter ``weight`` is one, as JetMoE's experts are, and not a linear layer's.
+        is_stack: whether a parameter named ``weight`` is a stack of experts (as in JetMoE), not a linear layer's.
 
     Raises:
-        AdapterError: their order cannot be known.
+        AdapterError: the order of the wrappers is unknown.
     """
     leaves = set()
     for target in config.get("target_parameters") or []:
@@ -243,21 +245,21 @@ def expert_parameters(root: Path, config: Mapping[str, Any], module: str, is_sta
 
 
 def stack_order(leaves: Iterable[str]) -> list[str]:
-    """The stacked parameters of a module in the order in which peft wraps them, innermost first."""
+    """Return a module's stacked parameters in the order in which peft wraps them, innermost first."""
     return sorted(leaves, key=lambda leaf: _EXPERT_ORDER.index(leaf) if leaf in _EXPERT_ORDER else 0)
 
 
 def is_saved(config: Mapping[str, Any], module: str) -> bool:
-    """Whether ``modules_to_save`` names a module or one around it, by the end of its path as peft does."""
+    """Return whether ``modules_to_save`` matches the end of a module's path or of an enclosing module's, as in peft."""
     parts, ends = module.split("."), tuple(_saved(config))
     around = (".".join(parts[:count]) for count in range(1, len(parts) + 1))
     return bool(ends) and any(path.endswith(ends) for path in around)
 
 
 def unused_saved(config: Mapping[str, Any], modules: Sequence[str]) -> str:
-    """A name in ``modules_to_save`` of which nothing is there; empty if there is none.
+    """Return a name in ``modules_to_save`` that matches none of the modules; empty if all match.
 
-    Heads of classifiers do not count: peft lists every name that one could have.
+    Classifier heads are ignored, since peft lists every name that one might have.
     """
     for name in _saved(config):
         if name not in _HEADS_OF_CLASSIFIERS and not any(is_saved({_SAVED: [name]}, module) for module in modules):
@@ -266,9 +268,9 @@ def unused_saved(config: Mapping[str, Any], modules: Sequence[str]) -> str:
 
 
 def names_tied(root: Path, config: Mapping[str, Any]) -> bool:
-    """Whether ``modules_to_save`` or ``target_modules`` names an embedding or head as peft ties it.
+    """Return whether ``modules_to_save`` or ``target_modules`` names an embedding or head that peft ties.
 
-    Up to 0.18 it tied what is saved whole, and nothing else.
+    Up to 0.18 peft tied only ``modules_to_save``.
 
     Raises:
         AdapterError: ``target_modules`` is a pattern that cannot be matched.
@@ -284,9 +286,9 @@ def names_tied(root: Path, config: Mapping[str, Any]) -> bool:
 
 
 def untrained_tokens(config: Mapping[str, Any], modules: Sequence[str]) -> str:
-    """A name in ``trainable_token_indices`` of which nothing is there; empty if there is none.
+    """Return a name in ``trainable_token_indices`` that matches none of the modules; empty if all match.
 
-    One with the same list as another may be missing: the two are tied.
+    A name may lack its module if a name with the same indices has one: the two modules are tied.
     """
     given = config.get("trainable_token_indices")
     if not given:
@@ -298,10 +300,10 @@ def untrained_tokens(config: Mapping[str, Any], modules: Sequence[str]) -> str:
 
 
 def token_indices(root: Path, config: Mapping[str, Any], module: str, key: str) -> tuple[int, ...]:
-    """Which rows of a module's weight ``trainable_token_indices`` names.
+    """Return the rows of a module's weight that ``trainable_token_indices`` lists.
 
     Raises:
-        AdapterError: none, or something that is no list of different positive numbers.
+        AdapterError: it lists none, or is not a list of distinct non-negative integers.
     """
     given = config.get("trainable_token_indices")
     if isinstance(given, dict):

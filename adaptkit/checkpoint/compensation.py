@@ -1,9 +1,9 @@
-"""What an adapter began with, where that makes up for what quantizing its base lost.
+"""The initial value of an adapter that was initialized to compensate the quantization error of its base.
 
     adaptkit-compensation.safetensors    <module>.lora_A (r, in), <module>.lora_B (out, r) F32, <module>.scaling F64 [1]
 
-An adapter that began with it changes the quantized base by s · B A as any other; the 16-bit base lost nothing, so
-there only the difference to the beginning counts.
+On the quantized base, such an adapter adds s · B A like any other. The 16-bit base has no quantization error, so there
+only the difference between the adapter and its initial value is added.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ _AGAIN = "download or copy the whole adapter again"
 
 
 def write_compensation(output: Output, modules: Mapping[str, LowRank]) -> None:
-    """Write what an adapter begins with beside it; exact."""
+    """Write an adapter's initial value beside it, exactly."""
     tensors = {}
     for module, term in modules.items():
         tensors[f"{module}.lora_A"] = term.lora_a.detach().float().cpu()
@@ -32,16 +32,16 @@ def write_compensation(output: Output, modules: Mapping[str, LowRank]) -> None:
 
 
 def read_compensation(root: Path, changes: Mapping[str, LowRank], manifest: Manifest | None) -> dict[str, LowRank]:
-    """Read what an adapter began with; empty if that was nothing.
+    """Read an adapter's initial value, by module; empty if it has no compensation file.
 
     Args:
         root: the adapter's folder.
-        changes: of the adapter, by module.
+        changes: maps each module to the adapter's change, to check shapes.
         manifest: of the adapter, if it has one.
 
     Raises:
         AdapterError: the file is damaged, or does not belong to this adapter.
-        IntegrityError: the manifest lists the file, but it is not there; without it nobody knows what is to be merged.
+        IntegrityError: the manifest lists the file, but it is missing; a merge would then be wrong.
     """
     if not (root / COMPENSATION_NAME).exists():
         if manifest is not None and any(file.path == COMPENSATION_NAME for file in manifest.files):

@@ -1,9 +1,9 @@
-"""Write a file front to back past the page cache, and hash it meanwhile.
+"""Write a file sequentially with direct I/O, bypassing the page cache, and hash it at the same time.
 
-A checkpoint may be larger than memory, and has to be on the disk before it counts. Through the page cache every byte
-would be copied into a page that has to be found, and on a virtual machine often fetched from the host, first; and
-other programs would lose theirs. So whole pieces go to the disk from buffers of our own (``O_DIRECT``), one being
-filled while others are hashed and written. Where a file system does not know how, the page cache has them.
+A checkpoint may be larger than memory, and must be on the disk before it counts as written. Through the page cache,
+every byte would be copied into a page that must first be allocated (on a virtual machine often from the host), and
+other programs' pages would be evicted. So full buffers are written directly (``O_DIRECT``): one is filled while others
+are hashed and written. On file systems without ``O_DIRECT``, writes go through the page cache.
 """
 
 import errno
@@ -17,9 +17,9 @@ from functools import partial
 from io import FileIO
 
 _PIECE_BYTES = 2 << 20
-"""A multiple of what the blocks of any disk hold; a file that is shorter goes through the page cache."""
+"""Buffer size: a multiple of any disk's block size. Shorter files go through the page cache."""
 _PIECES = 4
-"""One that is being filled, one on its way to the disk, and two for when they do not keep step."""
+"""Number of buffers: one being filled, one being written, and two to absorb speed differences."""
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -27,11 +27,11 @@ class DirectFile:
     """A file being written.
 
     Args:
-        file: open for writing, raw and empty; closed by ``close``.
-        nbytes: how long it will be.
+        file: unbuffered, open for writing, and empty; closed by ``close``.
+        nbytes: its final size.
 
     Attributes:
-        size: bytes so far.
+        size: number of bytes appended so far.
     """
 
     def __init__(self, file: FileIO, nbytes: int) -> None:
@@ -44,10 +44,10 @@ class DirectFile:
         self.size = 0
 
     def append(self, view: memoryview) -> None:
-        """Take bytes over; they may change as soon as this returns.
+        """Append a copy of the bytes; the caller may reuse them as soon as this returns.
 
         Raises:
-            OSError: the disk refused these, or earlier ones.
+            OSError: writing these or earlier bytes failed.
         """
         self.size += len(view)
         while len(view):
@@ -59,18 +59,18 @@ class DirectFile:
                 self._busy.append(piece)
 
     def sha256(self) -> str:
-        """Of all bytes, in hexadecimal, once the file is finished."""
+        """Return the sha256 of the finished file, in hexadecimal."""
         return self._sha256.hexdigest()
 
     def finish(self) -> None:
-        """Write what is left, and wait until all is on the disk.
+        """Write the rest, and wait until everything is on the disk.
 
         Raises:
-            OSError: the disk refused something.
+            OSError: a write failed.
         """
         while self._busy:
             self._wait()
-        if self._direct:  # what is left is no whole number of blocks
+        if self._direct:  # the rest is not a whole number of blocks
             self._direct = not _set_direct(self._file, False)
         for piece in self._free:
             self._write(piece)
@@ -86,7 +86,7 @@ class DirectFile:
             self._busy.clear()
 
     def _wait(self) -> "_Piece":
-        """Wait for the piece that was given away first; for one that failed it stays the first, and fails again."""
+        """Wait for the oldest busy buffer and return it empty; one that failed stays in place and raises again."""
         piece = self._busy[0]
         for task in piece.tasks:
             task.result()
@@ -101,7 +101,7 @@ class DirectFile:
             try:
                 view = view[self._file.write(view) :]
             except OSError as error:
-                # An earlier write was cut short, or the disk wants larger multiples: either is for the page cache.
+                # A short write left the position unaligned, or the disk has larger blocks: use the page cache from now.
                 if not self._direct or error.errno != errno.EINVAL:
                     raise
                 self._direct = False
@@ -112,10 +112,10 @@ class DirectFile:
 
 
 class _Piece:
-    """A buffer that begins at the beginning of a page."""
+    """A page-aligned buffer."""
 
     def __init__(self, size: int) -> None:
-        import numpy as np  # here, so that what writes nothing need not wait for it
+        import numpy as np  # imported here, since loading it is slow and not every command writes
 
         self._memory = memoryview(mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self._as_array = partial(np.frombuffer, dtype=np.uint8)
@@ -132,7 +132,7 @@ class _Piece:
         return self._filled == len(self._memory)
 
     def fill(self, view: memoryview) -> memoryview:
-        """Take what there is room for, and return the rest; numpy lets other threads go on meanwhile."""
+        """Copy as much as fits, and return the rest; numpy releases the GIL during the copy."""
         taken = min(len(view), len(self._memory) - self._filled)
         self._array[self._filled : self._filled + taken] = self._as_array(view[:taken])
         self._filled += taken
@@ -143,7 +143,7 @@ class _Piece:
 
 
 def _set_direct(file: FileIO, direct: bool) -> bool:
-    """Let writes go past the page cache, or through it again; returns whether that was possible."""
+    """Switch direct I/O on or off, and return whether that was possible."""
     if not _O_DIRECT:
         return False
     flags = fcntl.fcntl(file.fileno(), fcntl.F_GETFL)

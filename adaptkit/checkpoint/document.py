@@ -1,9 +1,9 @@
-"""YAML and JSON files that people write, read strictly, with the line of every key.
+"""Strict reader for YAML and JSON files that people write; records the line of every key.
 
-Refused are a key that appears twice, of which readers keep one or the other; tags, which may ask for code to run;
-aliases, of which a few lines unfold to gigabytes; keys that are no text; files above a megabyte; in JSON, NaN and what
-is too large for a number. Unlike YAML 1.1, ``2e-4`` is a number, and what is not the number or the word that it looks
-like is text: ``010``, which would be 8, ``12:30``, which would be 750, ``2026-01-31`` and ``off``.
+Rejected are duplicate keys (readers differ on which one counts), tags (which may run code), aliases (a few lines can
+expand to gigabytes), keys that are not text, files above one MiB, and in JSON NaN and numbers too large for a float.
+Unlike in YAML 1.1, ``2e-4`` is a number, while ``010`` (8 in YAML 1.1), ``12:30`` (750) and ``2026-01-31`` (a date) are
+text. ``yes``, ``no``, ``on`` and ``off`` (booleans in YAML 1.1) must be quoted if they are values.
 """
 
 import re
@@ -28,23 +28,23 @@ _SCALARS = {
         "-+.0123456789",
     ),
 }
-"""What a plain word is unless it is text, and how it begins."""
+"""The types that an unquoted scalar can have besides text: its pattern, and the characters that it can begin with."""
 _WORDS = {"yes", "no", "on", "off"}
 _TAG = "tag:yaml.org,2002:"
 _REPLACED = {_TAG + kind for kind in (*_SCALARS, "timestamp")}
 
 Keys = tuple[str | int, ...]
-"""Where a value is: the keys, and the positions in lists, that lead to it."""
+"""The path to a value: keys, and positions in lists."""
 
 
 @dataclass(frozen=True)
 class Document:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
         path: of the file.
         values: its keys and values.
-        lines: of every value, from 1; empty for JSON.
+        lines: maps the path of every value to its line, from 1; empty for JSON.
     """
 
     path: Path
@@ -52,17 +52,17 @@ class Document:
     lines: Mapping[Keys, int]
 
     def where(self, *keys: str | int) -> str:
-        """A place in the file for people: ``recipe.yaml, line 7: steps.adapter.rank``."""
+        """Describe a place in the file for messages: ``recipe.yaml, line 7: steps.adapter.rank``."""
         known = next((keys[:end] for end in range(len(keys), 0, -1) if keys[:end] in self.lines), ())
         line = f", line {self.lines[known]}" if known else ""
         return f"{self.path}{line}" + (f": {'.'.join(map(str, keys))}" if keys else "")
 
 
 def read_document(path: Path) -> Document:
-    """Read a YAML file, or a JSON file by its suffix, that holds keys and values.
+    """Read a YAML file, or a JSON file if the suffix is ``.json``, that holds a mapping.
 
     Raises:
-        ConfigError: absent, malformed, a key that appears twice, or no mapping.
+        ConfigError: the file is missing, malformed, too large, has a duplicate key, or is not a mapping.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The safetensors names of torch's and numpy's types; apart from ``header``, which does without either."""
+"""The safetensors names of torch's and numpy's types; a separate module, since ``header`` needs neither library."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _NAMES = {
     "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
     "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
-"""By what torch and numpy both call the types; numpy has the short floats from ml_dtypes."""
+"""Maps the name that torch and numpy share; ml_dtypes provides numpy's bfloat16 and 8-bit floats."""
 ARRAY_DTYPES: Mapping[str, np.dtype[Any]] = {
     name: np.dtype(getattr(ml_dtypes, common, common)) for common, name in _NAMES.items()
 }
 
 
 class _Dtypes(Mapping[str, "torch.dtype"]):
-    """torch's types have the names of numpy's."""
+    """Maps a safetensors name to torch's type, without importing torch before the first lookup."""
 
     def __getitem__(self, name: str) -> torch.dtype:
         found: torch.dtype = getattr(torch, ARRAY_DTYPES[name].name)
@@ -39,9 +39,9 @@ DTYPES: Mapping[str, torch.dtype] = _Dtypes()
 
 
 def dtype_name(dtype: torch.dtype | np.dtype[Any] | str) -> str:
-    """The safetensors name of a type, or of one that torch and numpy call so.
+    """Return the safetensors name of a type, given as a dtype or by its common torch and numpy name.
 
     Raises:
-        KeyError: it has none.
+        KeyError: safetensors has no such type.
     """
     return _NAMES[str(dtype).removeprefix("torch.")]

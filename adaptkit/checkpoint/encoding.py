@@ -1,4 +1,4 @@
-"""How a weight is quantized, and how ``config.json`` says so."""
+"""Quantization parameters of a weight, and the ``quantization_config`` that describes them in ``config.json``."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ class Encoding:
 
     Attributes:
         format: name of a module of ``numerics.formats``.
-        block_size: weights sharing one constant; a power of two from 32 to 4096.
+        block_size: number of weights that share one constant; a power of two from 32 to 4096.
         double_quant: whether the constants are quantized too.
     """
 
@@ -34,22 +34,22 @@ class Encoding:
 
     @property
     def state_suffix(self) -> str:
-        """What the name of a weight's state ends in."""
+        """Suffix of the name of a weight's quantization state."""
         return state_suffix(self.format)
 
 
 def state_suffix(format_name: str) -> str:
-    """What the name of a weight's state ends in."""
+    """Return the suffix of the name of a weight's quantization state."""
     owner = "adaptkit" if format_name == "int8" else "bitsandbytes"
     return f".quant_state.{owner}__{format_name}"
 
 
 def quantization_config(kept: list[str], encoding: Encoding) -> dict[str, Any]:
-    """The ``quantization_config`` of ``config.json``: bitsandbytes' terms for 4 bits, our own for int8.
+    """Return the ``quantization_config`` of ``config.json``: bitsandbytes' keys for 4 bits, our own for int8.
 
     Args:
         kept: full dotted paths of the linear modules that stay in 16 bits.
-        encoding: of the others.
+        encoding: of the quantized modules.
     """
     if encoding.numerics.bits == 8:
         return {

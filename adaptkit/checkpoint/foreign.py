@@ -1,4 +1,4 @@
-"""By which method a checkpoint is quantized already, told by its configuration or by its tensors' names and types."""
+"""Detect the quantization method of a checkpoint from its configuration, or from its tensors' names and types."""
 
 import re
 
@@ -20,14 +20,14 @@ _BY_NAME = (
 
 
 def quantization_found(checkpoint: Checkpoint) -> str | None:
-    """Name the method that a checkpoint is quantized with, or return None if it is not.
+    """Return the name of a checkpoint's quantization method, or None if it is not quantized.
 
-    ``config.json`` is believed if it names one; where it is silent the tensors tell: the names that a method gives
-    to its parts, 8-bit floats, or weights that are bytes beside a scale.
+    ``config.json`` is trusted if it names a method. Otherwise the tensors decide: names that are specific to a method,
+    8-bit floats, or 8-bit integer weights with a scale.
     """
     method = checkpoint.quantization_method
     if method == "bitsandbytes" and checkpoint.config["quantization_config"].get("load_in_8bit"):
-        return _INT8  # of its methods the one that is not read here
+        return _INT8  # the one method of bitsandbytes that is not supported
     if method is not None:
         return method
     for pattern, method in _BY_NAME:

@@ -1,6 +1,6 @@
-"""Digests: sha256 says "was it tampered with", xxh3_128 "is it the same tensor".
+"""Digests: sha256 detects tampering, xxh3_128 identifies equal tensors.
 
-xxh3_128 is fast and not collision-resistant, so it never decides whether to trust anything.
+xxh3_128 is fast but not collision-resistant, so it never decides whether to trust anything.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 4 << 20
 _PIECE_BYTES = 1 << 20
-"""What is hashed twice should stay in the processor's cache meanwhile."""
+"""Small enough that a piece stays in the CPU's cache while it is hashed twice."""
 
 
 def bytes_of(values: "Values") -> memoryview:
-    """View elements in memory as bytes, without copying when they are contiguous and on the CPU."""
-    import numpy as np  # here, so that verifying, which hashes files, need not wait for it
+    """View elements as bytes, without a copy if they are contiguous and on the CPU."""
+    import numpy as np  # imported here, since loading it is slow and `verify` hashes files without it
 
     from adaptkit.numerics.arrays import as_array
 
@@ -31,12 +31,12 @@ def bytes_of(values: "Values") -> memoryview:
 
 
 def fingerprint(values: "Values") -> str:
-    """xxh3_128 of the elements' bytes, in hexadecimal; dtype and shape are not part of it."""
+    """Return xxh3_128 of the elements' bytes, in hexadecimal; it does not cover dtype and shape."""
     return xxhash.xxh3_128_hexdigest(bytes_of(values))
 
 
 def fingerprint_in_pieces(files: "TensorFiles", name: str) -> str:
-    """The fingerprint of a tensor in a file, read piece by piece."""
+    """Return the fingerprint of a tensor in a file, read piece by piece."""
     digest, spec = xxhash.xxh3_128(), files.spec(name)
     for start in range(0, spec.nbytes, _CHUNK_BYTES):
         digest.update(bytes_of(files.read_bytes(name, start, min(_CHUNK_BYTES, spec.nbytes - start))))
@@ -51,7 +51,7 @@ def file_chunks(path: Path) -> Iterator[bytes]:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
+    """Return the sha256 of a file, in hexadecimal."""
     with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -62,21 +62,21 @@ def file_digests(
     """Hash a file and ranges of it, reading each byte once.
 
     Args:
-        path: file.
-        parts: (first byte, size in bytes) of each range, in order, none overlapping another.
-        told: is given the number of bytes of each piece that was read.
+        path: the file.
+        parts: (first byte, size in bytes) of each range, in order and not overlapping.
+        told: called with the number of bytes of each piece read.
 
     Returns:
         size: of the file, in bytes.
-        sha256: of it.
-        digests: xxh3_128 of each range; of what there is of it, if the file ends before.
+        sha256: of the file.
+        digests: xxh3_128 of each range, truncated where the file ends early.
     """
     sha256, ranges, size = hashlib.sha256(), _Ranges(parts), 0
     buffer = memoryview(bytearray(_PIECE_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
             piece = buffer[:count]
-            ranges.feed(size, piece)  # takes a thirtieth of the time, as long as the piece is in the cache
+            ranges.feed(size, piece)  # a thirtieth of sha256's time while the piece is in the CPU's cache
             sha256.update(piece)
             size += count
             told(count)
@@ -84,14 +84,14 @@ def file_digests(
 
 
 class _Ranges:
-    """xxh3_128 of ranges of something that comes piece by piece, in order."""
+    """Computes xxh3_128 of ranges of a stream that arrives piece by piece."""
 
     def __init__(self, parts: Sequence[tuple[int, int]]) -> None:
         self._waiting = deque(parts)
         self._digest, self._done = xxhash.xxh3_128(), list[str]()
 
     def feed(self, position: int, piece: memoryview) -> None:
-        """Take in the piece that begins at a position."""
+        """Hash the piece that begins at a position."""
         end = position + len(piece)
         while self._waiting and self._waiting[0][0] < end:
             start, size = self._waiting[0]
@@ -101,7 +101,7 @@ class _Ranges:
             self._finish()
 
     def digests(self) -> list[str]:
-        """One a range, when all pieces were given."""
+        """Return the digest of each range, after all pieces were fed."""
         while self._waiting:
             self._finish()
         return self._done
@@ -113,6 +113,6 @@ class _Ranges:
 
 
 def tensors_root(tensors: "Iterable[TensorRecord]") -> str:
-    """One sha256 that binds name, dtype, shape and digest of a set of tensors, whatever files hold them."""
+    """Return a sha256 over name, dtype, shape and digest of a set of tensors, independent of how files hold them."""
     lines = sorted(f"{t.name} {t.dtype} {list(t.shape)} {t.xxh3_128}\n" for t in tensors)
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,11 +1,11 @@
-"""The safetensors header, read strictly and written deterministically.
+"""Read safetensors headers strictly, and write them deterministically.
 
     8 bytes    N, little-endian
     N bytes    JSON: {"__metadata__": {str: str}, name: {"dtype", "shape", "data_offsets": [start, end]}, ...}, spaces
     the rest   the tensors' bytes; offsets count from here, with neither holes nor overlaps
 
-``safetensors`` itself judges lengths, offsets and overlaps; this module adds what it lets pass (duplicate keys,
-extra fields, hostile names) and keeps the header's bytes, so that a rewritten shard can have the same ones.
+The ``safetensors`` library checks lengths, offsets and overlaps. This module also rejects what the library accepts
+(duplicate keys, extra fields, hostile names), and keeps the header's bytes so that a rewritten shard can reuse them.
 """
 
 import json
@@ -27,14 +27,14 @@ ITEM_BYTES: Mapping[str, int] = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-"""The types that are supported, and the size of an element; see ``dtypes`` for what torch calls them."""
+"""Maps each supported type to its element size in bytes; see ``dtypes`` for torch's and numpy's names."""
 FLOATS = ("F32", "F16", "BF16")
 """The types that weights and adapters may have."""
 
 _REPAIR = "correct the file, or download or copy it again"
 _MAX_HEADER_BYTES = 100_000_000
 _MOST_BYTES = 1 << 63
-"""Strides are counted in 64 bits, those of a tensor without elements, too."""
+"""Limit on a tensor's size: strides must fit in 64 bits, even those of a tensor without elements."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,11 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself.
+    """The header of a safetensors file.
 
     Attributes:
         raw: everything before the data: the length field, the JSON and its padding.
-        tensors: in the order of their bytes, each with the position of its first byte in the file.
+        tensors: in file order, each with the position of its first byte in the file.
     """
 
     raw: bytes
@@ -73,7 +73,8 @@ def read_header(path: Path) -> Header:
     """Read and check the header of a safetensors file.
 
     Raises:
-        CheckpointError: not a regular file, not safetensors, or something in it that readers disagree about.
+        CheckpointError: not a regular file, not safetensors, or ambiguous: different readers would see different
+            content.
     """
     check_regular(path)
     try:
@@ -88,7 +89,7 @@ def read_header(path: Path) -> Header:
                 f"{path}: is a Git LFS pointer, not the file itself", hint="run `git lfs pull` in the cloned repository"
             )
         with safe_open(path, framework="np"):
-            pass  # the library judges lengths, offsets, overlaps and trailing bytes
+            pass  # the library checks lengths, offsets, overlaps and trailing bytes
     except (SafetensorError, OSError) as error:
         hint = DISK_HINTS.get(getattr(error, "errno", None) or 0, "download or copy the file again")
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})", hint=hint) from error
@@ -96,14 +97,14 @@ def read_header(path: Path) -> Header:
 
 
 def _as_ours(raw: bytes, file_bytes: int) -> Header | None:
-    """The header, if ``write_header`` would write the very same, for a file of this size.
+    """Return the header if it is byte-identical to what ``write_header`` writes and the file has the matching size.
 
-    There is nothing to judge in it then, and the library, which loads numpy to look at any file, need not be asked.
+    Such a header is valid, so the library, which loads numpy to open any file, is not needed. None otherwise.
     """
     try:
         header = parse_header(raw, "")
     except (CheckpointError, TypeError, ValueError, LookupError):
-        return None  # the library, or the parser after it, says what is wrong
+        return None  # the library, or the parser called after it, reports the error
     specs = [spec for spec, _ in header.tensors]
     if not all(type(size) is int and size > 0 for spec in specs for size in spec.shape):
         return None
@@ -112,10 +113,10 @@ def _as_ours(raw: bytes, file_bytes: int) -> Header | None:
 
 
 def parse_header(raw: bytes, where: str) -> Header:
-    """Parse the first bytes of a safetensors file whose lengths and offsets are known to be right.
+    """Parse the first bytes of a safetensors file whose lengths and offsets were already checked.
 
     Raises:
-        CheckpointError: something in it that readers disagree about.
+        CheckpointError: ambiguous content, such as a duplicate key, an extra field or a hostile name.
     """
     entries = strict_json(raw[8:], where)
     entries.pop("__metadata__", None)
@@ -124,7 +125,7 @@ def parse_header(raw: bytes, where: str) -> Header:
 
 
 def write_header(specs: Iterable[TensorSpec]) -> bytes:
-    """Lay out tensors one after the other and return the header's bytes, the same for the same tensors."""
+    """Lay out tensors in the given order without gaps, and return the header's bytes; deterministic."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for spec in specs:
@@ -137,10 +138,10 @@ def write_header(specs: Iterable[TensorSpec]) -> bytes:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse anything but a regular file, without opening it (a FIFO would block).
+    """Reject anything but a regular file, without opening it (opening a FIFO would block).
 
     Raises:
-        CheckpointError: the file is absent or something else.
+        CheckpointError: the file is missing or not a regular file.
     """
     try:
         mode = os.stat(path).st_mode
@@ -152,12 +153,12 @@ def check_regular(path: Path) -> None:
 
 
 def strict_json(text: bytes, where: str, infinities: bool = False) -> dict[str, Any]:
-    """Parse a JSON object; duplicate keys, NaN, infinities (1e999 too) and other top-level values are refused.
+    """Parse a JSON object; reject duplicate keys, NaN, infinities (also 1e999) and other top-level values.
 
     Args:
         text: UTF-8.
         where: the file, for messages.
-        infinities: take the words Infinity and -Infinity, which Python writes and reads though JSON has none.
+        infinities: accept the words Infinity and -Infinity, which Python writes and reads although JSON lacks them.
 
     Raises:
         CheckpointError: names the file.
@@ -201,7 +202,7 @@ def _spec(name: str, entry: Any, where: str) -> TensorSpec:
             hint="if the model is quantized (MLX's models have U32), use the checkpoint that it was made from",
         )
     shape, nbytes = tuple(entry["shape"]), ITEM_BYTES[entry["dtype"]]
-    for size in shape:  # one by one: the product of very many takes hours
+    for size in shape:  # checked per factor, since the product of very many sizes takes hours
         nbytes *= max(1, size)
         if nbytes >= _MOST_BYTES:
             raise CheckpointError(f"{where}: tensor {name!r}: too large, with {len(shape)} dimensions", hint=_REPAIR)

@@ -1,4 +1,4 @@
-"""Compare a folder with its manifest: the exact set of files, their bytes, and every tensor; each byte is read once."""
+"""Compare a folder with its manifest: the set of files, their bytes, and every tensor. Each byte is read once."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,17 +16,17 @@ from adaptkit.errors import CheckpointError, IntegrityError
 _AGAIN = "download or copy the whole artifact again (from the Hub: adaptkit pull)"
 _MOVE = "move files that are not in the manifest out of the folder"
 _NAMED = 5
-"""How many of the files that are wrong are named."""
+"""Maximum number of problems that a message lists."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a file turned out to hold.
+    """The measured content of a file.
 
     Attributes:
-        record: of its bytes.
-        tensors: in it, if it was to be read as safetensors and is.
-        malformed: why it could not be; empty if it could.
+        record: its path, size and sha256.
+        tensors: its tensors, if it was read as safetensors.
+        malformed: why it could not be read as safetensors; empty otherwise.
     """
 
     record: FileRecord
@@ -35,13 +35,13 @@ class Measured:
 
 
 def check_artifact(root: Path, manifest: Manifest, threads: int, progress: Progress = no_progress) -> None:
-    """Compare everything: names, sizes, then bytes and tensors in one go.
+    """Compare names and sizes, then bytes and tensors in a single pass.
 
     Args:
-        root: folder.
-        manifest: what it should hold.
-        threads: files read at a time.
-        progress: told of bytes read.
+        root: the artifact's folder.
+        manifest: its manifest.
+        threads: number of files read in parallel.
+        progress: called with the number of bytes read.
 
     Raises:
         IntegrityError: a file or tensor is missing, extra, or changed; names it.
@@ -60,10 +60,9 @@ def check_artifact(root: Path, manifest: Manifest, threads: int, progress: Progr
 
 
 def check_names(root: Path, manifest: Manifest) -> None:
-    """Compare the set of files.
+    """Compare the set of files with the manifest's.
 
-    What git and the Hub keep beside an artifact, ``.git`` and ``.gitattributes``, is in every clone of it, and may be
-    there.
+    ``.git`` and ``.gitattributes``, which every clone from the Hub contains, are ignored.
 
     Raises:
         IntegrityError: a file is missing, or not in the manifest; see ``present_names``.
@@ -77,27 +76,26 @@ def check_names(root: Path, manifest: Manifest) -> None:
 
 
 def present_names(root: Path) -> set[str]:
-    """Files below the folder, relative to it.
+    """Return the relative paths of all files in the folder and its subfolders.
 
-    The manifest's signature, which it cannot name, and a ``.cache`` folder, which download tools leave behind, do not
-    count.
+    Excludes the manifest and its signature, which the manifest cannot list, and ``.cache``, left by download tools.
     """
     return {found.relative_to(root).as_posix() for found in _files(root)}
 
 
 def file_problem(root: Path, record: FileRecord, tensors: Sequence[TensorRecord] = ()) -> str:
-    """Compare one file with its record and, if it is right, the tensors in it with theirs; each byte is read once.
+    """Compare one file with its record and, if it matches, its tensors with theirs; each byte is read once.
 
     Args:
-        root: folder.
+        root: the artifact's folder.
         record: of the file.
-        tensors: all that should be in it; none if it is not to be read as safetensors.
+        tensors: records of all tensors that the file should hold; empty to not read it as safetensors.
 
     Returns:
-        What is wrong with its bytes, in a few words; empty if nothing is.
+        A phrase that says how the bytes differ; empty if they match.
 
     Raises:
-        IntegrityError: its bytes are right, but a tensor is missing, extra, or differs from its fingerprint.
+        IntegrityError: the bytes match, but a tensor is missing, extra, or differs from its fingerprint.
     """
     problem = size_problem(root, record)
     if problem:
@@ -110,7 +108,7 @@ def file_problem(root: Path, record: FileRecord, tensors: Sequence[TensorRecord]
 
 
 def size_problem(root: Path, record: FileRecord) -> str:
-    """The same without reading it: whether it is a regular file, and of its size."""
+    """Like ``file_problem``, but check only that it is a regular file of the recorded size, without reading it."""
     path = resolve_inside(root, record.path)
     if not path.is_file():
         return f"{record.path} is not a regular file"
@@ -119,7 +117,7 @@ def size_problem(root: Path, record: FileRecord) -> str:
 
 
 def check_tensors(root: Path, manifest: Manifest) -> None:
-    """Compare the tensors with their fingerprints; to be asked of files whose own bytes are right.
+    """Compare all tensors with their fingerprints; for files whose bytes were already checked.
 
     Raises:
         IntegrityError: a tensor is missing, extra, in another file, or differs.
@@ -136,17 +134,17 @@ def measure(
     threads: int = 1,
     progress: Progress = no_progress,
 ) -> dict[str, Measured]:
-    """Read files once, and say what is in them.
+    """Read each file once, and return its hashes and tensors.
 
     Args:
-        root: folder.
-        sizes: by path of each file, its size in bytes, as far as is known.
-        with_tensors: paths of those that should be safetensors.
-        threads: files read at a time, the largest first.
-        progress: told of bytes read.
+        root: the artifact's folder.
+        sizes: maps the path of each file to its expected size in bytes, for ordering and progress.
+        with_tensors: paths of the files to read as safetensors.
+        threads: number of files read in parallel, the largest first.
+        progress: called with the number of bytes read.
 
     Returns:
-        By path.
+        Maps each path to its measured content.
     """
     total, done, lock, names = sum(sizes.values()), 0, Lock(), set(with_tensors)
 
@@ -208,7 +206,7 @@ def _compare_tensors(root: Path, tensors: Iterable[TensorRecord], measured: Iter
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Every file below the folder, but the manifest, its signature, and the download tools' ``.cache``."""
+    """Iterate over all files except the manifest, its signature, and those in ``.cache``."""
     waiting, own = [root], (root / MANIFEST_NAME, root / SIGNATURE_NAME)
     while waiting:
         for found in sorted(waiting.pop().iterdir()):

@@ -1,18 +1,19 @@
-"""An output folder that appears whole or not at all, and a run that can be continued.
+"""Write an output folder atomically, and resume an interrupted run.
 
     <out>.partial/                   everything is written here
     <out>.partial/adaptkit-journal.jsonl   first line {"key", "inputs"}, then one line per finished file
-    <out>.partial/adaptkit-journal-2-of-4.jsonl   the same, of a run that makes only its share of the files
-    <out>.replaced/                  with force, the old output, for the moment until the new one is in its place
-    <out>                            appears by one rename when all is done
+    <out>.partial/adaptkit-journal-2-of-4.jsonl   the same, for a run that makes only one share of the files
+    <out>.replaced/                  with force, the old output, until the new one is in place
+    <out>                            appears by one rename when everything is done
 
-A killed run leaves the partial folder; the same command finds the journal, keeps the files that it lists and
-writes the rest. If inputs or options changed, the key differs and the folder is begun anew.
+A killed run leaves the partial folder; the same command finds the journal, keeps the files that it lists and writes the
+rest. If inputs or options changed, they differ from the journal's, and the folder is emptied and started over.
 
-Several processes can each make a share of the files, with a journal of its own; a run that is no share publishes.
+Several processes can each make a share of the files, each with its own journal; a run without a share then publishes.
 
-Who writes holds a lock: on the folder, which the processes of one machine see, and on journals, whose locks a network's
-file system knows on all machines. A run that publishes has those of all journals; its own stays one file meanwhile.
+A writing process locks the folder, which processes on the same machine see, and journals, whose locks also work across
+machines on a network file system. A run that publishes locks all journals. Its own journal must remain the same file
+(it is truncated, never replaced), since a lock belongs to a file and not to its name.
 """
 
 import contextlib
@@ -40,30 +41,30 @@ if TYPE_CHECKING:
 
 JOURNAL_NAME = "adaptkit-journal.jsonl"
 SCRATCH_NAME, SCRATCH_PREFIX = "adaptkit-scratch", "adaptkit-scratch-"
-"""Of a folder, and how the names of files begin, that a run works with, and that are no part of what it makes."""
+"""Name of the folder, and prefix of the files, for temporary data that is not part of the output."""
 
 
 class Output:
     """A folder being written; a context manager.
 
     Args:
-        final: where the folder will appear.
-        plan: everything that determines the bytes of the output; a changed plan begins anew.
+        final: the folder's final path.
+        plan: everything that determines the bytes of the output; if it changed, unfinished work is discarded.
         force: replace an existing output that adaptkit made.
-        keeps: told the locked folder, says whether its work must not be thrown away, though the plan changed.
-        inputs: [path, state] pairs of what is read; other ones begin anew too. Shares may be made on several machines,
-            where paths and times differ: what then was read elsewhere is for the caller to compare.
-        part: make a share of the files, and leave publishing to the run that is no share.
+        keeps: called with the locked folder; returns whether its work must not be discarded although the plan changed.
+        inputs: [path, state] pairs of the files read; if they changed, unfinished work is discarded, too. Shares made
+            on other machines may have other paths and times; the caller must compare those (see ``elsewhere``).
+        part: make one share of the files, and leave publishing to a run without a share.
 
     Attributes:
-        folder: where to write meanwhile.
+        folder: the folder to write into until then.
         files, tensors, notes: what is finished so far.
-        elsewhere: by name, the notes of files of shares that read their inputs at other paths.
+        elsewhere: maps files of shares whose inputs were at other paths to their notes.
 
     Raises:
-        OutputExistsError: ``final`` exists, and ``force`` is not given or it is no artifact of adaptkit.
+        OutputExistsError: ``final`` exists, and ``force`` is not given or adaptkit did not make it.
         ConflictError: another process is writing it.
-        UsageError: nothing can be written there, or nothing be locked.
+        UsageError: the folder cannot be written or locked.
     """
 
     def __init__(
@@ -109,9 +110,9 @@ class Output:
             if self.part is not None and len(self._locks) > 1 and own.stat().st_size == 0:
                 own.unlink()
             if is_new and not isinstance(error, ConflictError):
-                with contextlib.suppress(OSError):  # something is in it by now
+                with contextlib.suppress(OSError):  # not empty any more
                     self.folder.rmdir()
-            self.__exit__()  # is not called otherwise
+            self.__exit__()  # Python does not call it when __enter__ raises
             raise
         return self
 
@@ -119,14 +120,14 @@ class Output:
         self._locks.let_go()
 
     def discard(self) -> None:
-        """Remove what was written, where nothing is worth going on from: not work that ``keeps``, and not shares."""
+        """Delete what was written, unless it is worth resuming: work that ``keeps`` protects, and shares."""
         is_alone = all(path.name == JOURNAL_NAME for path in self.folder.glob(JOURNAL_PATTERN))
         if is_alone and not self._keeps(self.folder):
-            self._locks.let_go(1)  # what is open stays under another name in a folder on a network's disk
+            self._locks.let_go(1)  # NFS keeps a deleted file under another name in the folder while it is open
             remove(self.folder)
 
     def finished(self, *names: str) -> bool:
-        """Whether an earlier run wrote all these files; they then count as part of the output."""
+        """Return whether an earlier run wrote all these files; if so, add them to the output."""
         if not self.is_whole(*names):
             return False
         for done in (self._finished[name] for name in names):
@@ -134,9 +135,9 @@ class Output:
         return True
 
     def is_whole(self, *names: str) -> bool:
-        """Whether an earlier run wrote all these files, and they are still as it did; reads them, once.
+        """Return whether an earlier run wrote all these files and they are unchanged; reads each file once.
 
-        Threads may ask of several at once.
+        May be called from several threads.
         """
         for name in names:
             if name not in self._whole:
@@ -144,12 +145,12 @@ class Output:
         return all(self._whole[name] for name in names)
 
     def add(self, record: FileRecord, tensors: Sequence[TensorRecord], notes: Mapping[str, Any] | None = None) -> None:
-        """Note that a file is complete and on the disk.
+        """Record that a file is complete and on the disk.
 
         Args:
-            record: the file.
-            tensors: in it.
-            notes: what else was learnt while making it; a run that goes on finds it in ``self.notes``.
+            record: of the file.
+            tensors: records of the file's tensors.
+            notes: further results, as JSON; a resumed run finds them in ``self.notes``.
         """
         self._count(record, tensors, notes or {})
         line = {"file": vars(record), "tensors": [vars(tensor) for tensor in tensors], "notes": notes or {}}
@@ -162,13 +163,14 @@ class Output:
         self.notes |= notes
 
     def require_space(self, nbytes: int) -> None:
-        """Refuse to begin what the disk has no room for.
+        """Check that the disk has room for the output.
 
         Args:
-            nbytes: of the whole output; what is finished counts as there, and what is not makes room for its successor.
+            nbytes: size of the whole output. Finished files are subtracted, and so is the space of unfinished ones,
+                which will be overwritten.
 
         Raises:
-            DiskError: says how much is missing.
+            DiskError: says how many more bytes are needed and how many are free.
         """
         there = sum(done.record.size for done in self._finished.values())
         cut_off = (p.lstat() for p in self.folder.rglob("*") if str(p.relative_to(self.folder)) not in self._finished)
@@ -176,21 +178,21 @@ class Output:
         require_free(self.folder, needed, f"{self.final}: needs", "free some space, or choose another -o")
 
     def scratch_folder(self) -> AbstractContextManager[Path]:
-        """A folder to work in, for a block: see ``made_for_a_while``."""
+        """Return a context manager that creates a temporary folder; see ``made_for_a_while``."""
         return made_for_a_while(self.folder / SCRATCH_NAME)
 
     def write_tensors(
         self, name: str, tensors: "Mapping[str, Values]", *, listed: bool = True, notes: Mapping[str, Any] | None = None
     ) -> None:
-        """Write a safetensors file, wide types first so that all are aligned, and note that it is complete.
+        """Write a safetensors file, wide types first so that all tensors are aligned, and record it as complete.
 
         Args:
             name: of the file.
-            tensors: in memory, by name.
-            listed: whether the manifest lists them, as it does what a reader of models finds.
+            tensors: maps names to tensors in memory.
+            listed: whether the manifest lists the tensors; False for files that are not model or adapter weights.
             notes: see ``add``.
         """
-        from adaptkit.checkpoint.dtypes import dtype_name  # here, since it waits for numpy
+        from adaptkit.checkpoint.dtypes import dtype_name  # imported here, since it loads numpy, which is slow
 
         order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
         specs = [TensorSpec(key, dtype_name(tensors[key].dtype), tuple(tensors[key].shape)) for key in order]
@@ -218,7 +220,7 @@ class Output:
         self.write(name, write_json(value))
 
     def publish(self, manifest: Manifest, signature: bytes | None = None) -> None:
-        """Write the manifest, with its signature if any, remove all that is no part of it, and rename the folder."""
+        """Write the manifest and its signature if given, delete files that it does not list, and rename the folder."""
         check_output(self.final, self._force)  # before anything is removed
         own = {MANIFEST_NAME: manifest.to_bytes()} | ({SIGNATURE_NAME: signature} if signature is not None else {})
         keep = {record.path for record in manifest.files}
@@ -234,7 +236,7 @@ class Output:
             self.final.rename(replaced)
         self.folder.rename(self.final)
         sync_folder(self.final.parent)
-        if replaced.exists() and self._force:  # else nobody said that anything may go
+        if replaced.exists() and self._force:  # delete nothing without --force
             remove(replaced)
             sync_folder(self.final.parent)
 
@@ -242,16 +244,16 @@ class Output:
         self._locks.take(self.folder / self._journal, flags=os.O_CREAT | os.O_RDWR)
 
     def _lock_others(self) -> None:
-        """Make sure that no other machine writes: as a share nothing but other shares, else nothing at all."""
+        """Make sure that no other machine writes here; a share tolerates only other shares."""
         for path in sorted(self.folder.glob(JOURNAL_PATTERN)):
             if (self.part is None or path.name == JOURNAL_NAME) and path.is_file():
                 self._locks.take(path, shared=self.part is not None, flags=os.O_RDWR)
 
     def _resume(self) -> None:
         if any(path.is_symlink() for path in (self.folder, *self.folder.rglob("*"))):
-            self._refuse_foreign()  # and would be written through
-        found = list(self.folder.iterdir())  # before the journals: another share's is written before all else
-        mine = (self._journal,) if self.part else ()  # another share may be writing its own just now
+            self._refuse_foreign()  # writing would follow the link
+        found = list(self.folder.iterdir())  # list before reading journals: a new share writes its journal first
+        mine = (self._journal,) if self.part else ()  # another share may be appending to its journal right now
         journals = {
             path.name: read_journal(path, repair=not mine or path.name in mine)
             for path in sorted(self.folder.glob(JOURNAL_PATTERN))
@@ -259,7 +261,7 @@ class Output:
         begun = {name: journal for name, journal in journals.items() if journal is not None}
         own = begun.get(JOURNAL_NAME)
         if self.part is None and own is not None and not own.finished and len(begun) > 1:
-            del begun[JOURNAL_NAME]  # of a run that was to join the shares, and wrote nothing
+            del begun[JOURNAL_NAME]  # left by a run that should have published the shares, but wrote nothing
         changed = any(self._differs(name, journal) for name, journal in begun.items())
         if self.part is not None or (changed and not self._force and any(name != JOURNAL_NAME for name in begun)):
             self._check_share(changed, begun, found)
@@ -278,7 +280,7 @@ class Output:
             append_line(self.folder / self._journal, {"key": self._key, "inputs": self._inputs})
 
     def _differs(self, name: str, journal: Journal) -> bool:
-        """Whether a journal is of a run with another plan or other inputs; of a share, with others at the same path."""
+        """Return whether a journal's plan or inputs differ; for a share, only inputs at the same paths count."""
         if name == JOURNAL_NAME:
             return journal.key != self._key or journal.inputs != dict(self._inputs)
         return journal.key != self._key or any(journal.inputs.get(path, now) != now for path, now in self._inputs)

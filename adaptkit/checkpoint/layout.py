@@ -1,12 +1,12 @@
-"""Which files make up a Hugging Face checkpoint folder.
+"""The files of a Hugging Face checkpoint folder.
 
 config.json                              architecture, and quantization_config
 model.safetensors                        one file, or
 model-00001-of-00003.safetensors ...     shards, with
 model.safetensors.index.json             {"metadata": {"total_size"}, "weight_map": {tensor: file}}
-tokenizer.json, chat_template.jinja ...  side files, copied as they are
-additional_chat_templates/*.jinja        of them, the only ones in a folder
-modeling_x.py, configuration_x.py        of them, if a configuration's auto_map names classes; copied, never run
+tokenizer.json, chat_template.jinja ...  side files, copied unchanged
+additional_chat_templates/*.jinja        the only side files in a subfolder
+modeling_x.py, configuration_x.py        side files if a configuration has an auto_map; copied, never run
 """
 
 import json
@@ -29,32 +29,33 @@ CARD_NAME = "README.md"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 COMPENSATION_NAME = "adaptkit-compensation.safetensors"
-"""Beside an adapter; see ``compensation``."""
+"""File beside an adapter; see ``compensation``."""
 METRICS_NAME = "metrics.jsonl"
 PICTURE_NAME = "loss.svg"
-"""Beside what was trained: what the run measured, and its course."""
+"""Files beside a training result: the run's metrics, and its loss curve."""
 
 _LONGEST_PATH, _LONGEST_NAME_BYTES = 1024, 255
 _MOST_SMALL_BYTES = 256 << 20
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-"""Begin the names of files that say what may be done with a model."""
+"""Prefixes of the names of licence files."""
 TEMPLATES_FOLDER = "additional_chat_templates"
 CODE_SUFFIX = ".py"
 READ_SUFFIXES = {".safetensors", *_SIDE_SUFFIXES}
-"""Operations read no other files of a checkpoint's or an adapter's folder than of these suffixes and ``side_files``."""
+"""Operations read only files with these suffixes and ``side_files`` from a checkpoint's or an adapter's folder."""
 _NOT_SIDE_PREFIXES = ("adaptkit-", "adapter_", "trainer_", "optimizer", ".")
 _STATES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
-"""Begin the names of pickles that trainers put beside weights, or beside folders with some."""
+"""Prefixes of pickles with training state, which trainers save beside weights or checkpoint folders."""
 _NAMES_CODE = b'"auto_map"'
 _GET_INDEX = "download or copy the checkpoint again"
 
 
 def resolve_inside(root: Path, name: str) -> Path:
-    """Turn a path found in a file into a real one; the only way such a path becomes one.
+    """Return the path of a file named in another file. Every such name must be resolved by this function.
 
     Raises:
-        UnsafeInputError: it is absolute, leaves the folder, is too long, or holds characters that no artifact needs.
+        UnsafeInputError: the name is absolute, leaves the folder, is too long, or has characters that no artifact
+            needs; or a part of the path is a link to something other than a file.
     """
     parts = PurePosixPath(name).parts
     plain = name.isprintable() and "\\" not in name and ":" not in name and name == "/".join(parts)
@@ -75,7 +76,7 @@ def resolve_inside(root: Path, name: str) -> Path:
 
 
 def name_of(folder: Path) -> str:
-    """What a folder is called in what is made from it: its repository's name if it is of huggingface_hub's cache."""
+    """Return the name by which artifacts refer to a folder: in huggingface_hub's cache, the repository's org/name."""
     resolved = folder.resolve()
     cached = resolved.parent.parent.name
     if resolved.parent.name == "snapshots" and cached.startswith("models--"):
@@ -87,19 +88,19 @@ def require_folder(path: Path) -> Path:
     """Return the path if it is a folder.
 
     Raises:
-        UsageError: it is absent or a file.
+        UsageError: it does not exist or is a file.
     """
-    if not os.path.isdir(path):  # Path.is_dir raises where a name is too long
+    if not os.path.isdir(path):  # Path.is_dir raises if a name is too long
         found = "is a file" if os.path.exists(path) else "does not exist"
         raise UsageError(f"{path}: {found}; expected a checkpoint or adapter folder", hint=look_again(path))
     return path
 
 
 def read_small(path: Path) -> bytes:
-    """Read a whole file that is small if it is what its name says.
+    """Read a whole file of a kind that is small.
 
     Raises:
-        CheckpointError: absent, not a regular file, or so large that it would take all memory.
+        CheckpointError: missing, not a regular file, or larger than 256 MiB, so that it could exhaust memory.
     """
     check_regular(path)
     size = path.stat().st_size
@@ -114,13 +115,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a regular file.
 
     Raises:
-        CheckpointError: absent, not regular, too large, or not a JSON object.
+        CheckpointError: missing, not a regular file, too large, or not a JSON object.
     """
     return strict_json(read_small(path), str(path))
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read a model's configuration, which may hold infinities: some architectures have them for a default.
+    """Read a model's configuration, which may contain infinities: some architectures have them as defaults.
 
     Raises:
         CheckpointError: see ``read_json``.
@@ -129,28 +130,28 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a configuration says of the language model inside another one; empty if it says nothing."""
+    """Return ``text_config``, the configuration of the language model inside a multimodal one; empty if missing."""
     inner = config.get("text_config")
     return inner if isinstance(inner, dict) else {}
 
 
 def class_names(config: Mapping[str, Any]) -> list[str]:
-    """The classes of models that a configuration names, the first one before all."""
+    """Return the model classes in a configuration's ``architectures``, in order; the first one is the main one."""
     named = config.get("architectures")
     return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
 
 
 def write_json(value: Mapping[str, Any]) -> bytes:
-    """The bytes of a JSON file that people may read: sorted, indented by two."""
+    """Return the bytes of a readable JSON file: keys sorted, indented by two spaces."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
-    """List the safetensors files of a checkpoint, and the index's weight map if there is one.
+    """List the safetensors files of a checkpoint, and return the index's weight map, or None without an index.
 
     Raises:
         UsageError: not a folder.
-        CheckpointError: no weights, weights in another format or twice, or a malformed index.
+        CheckpointError: no weights, weights in another format, two sets of weights, or a malformed index.
         UnsafeInputError: the index points outside the folder.
     """
     require_folder(root)
@@ -185,7 +186,10 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
 
 
 def look_below(root: Path, otherwise: str, models: bool) -> str:
-    """A hint: the adapters inside a folder that is none, and models if these will do; trainers save into such."""
+    """Return a hint that lists adapters in subfolders, where trainers save them; also checkpoints if ``models``.
+
+    Returns ``otherwise`` if there are none.
+    """
     found = sorted(
         path.name
         for path in root.iterdir()
@@ -195,14 +199,14 @@ def look_below(root: Path, otherwise: str, models: bool) -> str:
 
 
 def refuse_other_weights(where: object, names: Iterable[str]) -> None:
-    """Refuse weights of a format that is not read.
+    """Reject weights in a format that is not supported.
 
     Args:
-        where: a folder, or a repository, for the error.
-        names: of the files in it, none of which is a checkpoint's.
+        where: the folder or repository, for the error.
+        names: of its files, without those of a checkpoint.
 
     Raises:
-        CheckpointError: there are some.
+        CheckpointError: one of the files is a pickle or GGUF.
     """
     names = sorted(name for name in names if not name.startswith(_STATES))
     if pickle := next((name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))), ""):
@@ -210,7 +214,7 @@ def refuse_other_weights(where: object, names: Iterable[str]) -> None:
             f"{where}: weights are pickles ({pickle}), which adaptkit does not load",
             hint="fetch it with `hf download` and pass that folder; the error then says how to convert it"
             if pickle.startswith("adapter_")
-            # HQQ's file, which transformers does not load either.
+            # HQQ's file, which transformers cannot load either
             else "it is quantized with HQQ: use the checkpoint that it was made from"
             if pickle == "qmodel.pt"
             else "convert it with transformers: from_pretrained(..., dtype='auto') and "
@@ -224,12 +228,12 @@ def refuse_other_weights(where: object, names: Iterable[str]) -> None:
 
 
 def side_files(root: Path) -> dict[str, Path]:
-    """What travels with the weights: configuration, tokenizer, chat templates, licence, and code that these name.
+    """List the files to copy along with the weights: configurations, tokenizer, chat templates, licence, model code.
 
-    ``config.json`` and index files are not among it; whoever writes the weights writes those.
+    Excludes ``config.json`` and index files, which are written together with the weights.
 
     Returns:
-        By name, relative to the folder; sorted.
+        Maps each name, relative to the folder, to its path; sorted.
     """
     present = [path for path in root.iterdir() if path.is_file()]
     suffixes = {*_SIDE_SUFFIXES, *([CODE_SUFFIX] if _names_code(present) else [])}
@@ -247,17 +251,17 @@ def side_files(root: Path) -> dict[str, Path]:
 
 
 def _names_code(files: Iterable[Path]) -> bool:
-    """Whether a configuration among the files says which classes beside it make the model, or its tokenizer."""
+    """Return whether a configuration among the files has an ``auto_map``, which names classes in .py files."""
     if not any(path.suffix == CODE_SUFFIX for path in files):
         return False
     return any(_NAMES_CODE in read_small(path) for path in files if path.name.endswith("config.json"))
 
 
 def check_side_files(root: Path) -> None:
-    """Refuse names that are one name where upper and lower case are the same, before anything is made of the folder.
+    """Reject side files whose names differ only in case, since not every file system can hold both.
 
     Raises:
-        CheckpointError: names two.
+        CheckpointError: names the two files.
     """
     seen: dict[str, str] = {}
     for name in (CONFIG_NAME, INDEX_NAME, *side_files(root)):
@@ -270,10 +274,10 @@ def check_side_files(root: Path) -> None:
 
 
 def shard_name(number: int, total: int) -> str:
-    """Name of the number-th shard (from 1) of ``total``."""
+    """Return the name of the number-th shard (from 1) of ``total``."""
     return SINGLE_NAME if total == 1 else f"model-{number:05d}-of-{total:05d}.safetensors"
 
 
 def index_bytes(files: Iterable[tuple[str, str]], total_size: int) -> bytes:
-    """The index file for (tensor, file) pairs and the tensors' total size in bytes."""
+    """Return the index file's bytes, given (tensor, file) pairs and the tensors' total size in bytes."""
     return write_json({"metadata": {"total_size": total_size}, "weight_map": dict(files)})

@@ -1,12 +1,12 @@
 """``adaptkit-manifest.json``: what an artifact consists of, how it was made, and from what.
 
-Canonical JSON: UTF-8, sorted keys, no spaces, no times, host names or absolute paths. Same inputs, same bytes.
+Canonical JSON: UTF-8, sorted keys, no spaces, times, host names or absolute paths. Same inputs give the same bytes.
 
     schema      1
     kind        quantized | adapter | merged | checkpoint
     tool        {name, version}
     operation   {name, options}
-    files       [{path, size, sha256}]                      every file but the manifest and its signature
+    files       [{path, size, sha256}]                      every file except the manifest and its signature
     tensors     [{name, file, dtype, shape, xxh3_128}]
     tensors_root  sha256 over the sorted lines of name, dtype, shape and digest
     parents     [{role, kind, tensors_root, manifest_sha256?, weight?}]
@@ -31,7 +31,7 @@ from adaptkit.errors import CheckpointError, IntegrityError, UsageError
 
 MANIFEST_NAME = "adaptkit-manifest.json"
 SIGNATURE_NAME = "adaptkit-manifest.sig"
-"""The only file beside the manifest that it does not list: its signature, see ``signing``."""
+"""The manifest's signature, the only other file that the manifest does not list; see ``signing``."""
 SCHEMA = 1
 
 
@@ -59,12 +59,12 @@ class TensorRecord:
 
     @classmethod
     def of(cls, spec: TensorSpec, digest: str, file: str = "") -> Self:
-        """A tensor with its fingerprint; of what an artifact is made from, no matter in which file."""
+        """Make the record of a tensor from its fingerprint; ``file`` may be empty for tensors of an input."""
         return cls(spec.name, file, spec.dtype, spec.shape, digest)
 
     @property
     def content(self) -> tuple[str, str, tuple[int, ...]]:
-        """What two must have in common to be the same: fingerprint, type and shape."""
+        """Fingerprint, type and shape: two tensors with the same value are equal."""
         return self.xxh3_128, self.dtype, self.shape
 
 
@@ -73,11 +73,12 @@ class Parent:
     """An artifact that this one was made from.
 
     Attributes:
-        role: base, adapter, merged, tuned, init for what training began with, or whole for what a part was pulled from.
-        kind: of the parent; of one without a manifest, ``adapter`` or ``checkpoint``.
-        tensors_root: binds the parent's tensors.
+        role: base, adapter, merged, tuned, init (the adapter that training started from), or whole (the artifact that a
+            part was pulled from).
+        kind: the parent's kind; for a parent without a manifest, ``adapter`` or ``checkpoint``.
+        tensors_root: sha256 over the parent's tensors.
         manifest_sha256: of the parent's manifest, if it has one.
-        weight: with which an adapter was merged or stacked.
+        weight: factor with which an adapter was merged or stacked.
     """
 
     role: str
@@ -93,8 +94,8 @@ class Target:
 
     Attributes:
         module: the module's dotted path; its weight is ``<module>.weight``.
-        shape: of the weight as the base's file holds it.
-        base_xxh3_128: fingerprint of the original weight, if it is known.
+        shape: of the weight as stored in the base's file.
+        base_xxh3_128: fingerprint of the original weight, if known.
         quantized_root: ``tensors_root`` over the weight's quantized parts, if it was quantized.
     """
 
@@ -128,22 +129,22 @@ class Manifest:
         object.__setattr__(self, "files", tuple(sorted(self.files, key=lambda f: f.path)))
         object.__setattr__(self, "tensors", tuple(sorted(self.tensors, key=lambda t: t.name)))
         object.__setattr__(self, "targets", tuple(sorted(self.targets, key=lambda t: t.module)))
-        _check_paths(self.files)  # of what is written, too: nobody could read it
+        _check_paths(self.files)  # also before writing, since such a manifest could not be read
 
     @cached_property
     def tensors_root(self) -> str:
-        """Binds every tensor of the artifact."""
+        """sha256 over all tensors of the artifact; see ``hashing.tensors_root``."""
         return tensors_root(self.tensors)
 
     def known_weights(self) -> dict[str, Target]:
-        """By module, what a base's targets say of its own weights: only a quantized one's do.
+        """Return, by module, the targets that describe this artifact's own weights; empty unless it is quantized.
 
-        Those of a merged model say what the weights were before.
+        The targets of a merged model describe the weights before the merge.
         """
         return {target.module: target for target in self.targets} if self.kind == "quantized" else {}
 
     def to_bytes(self) -> bytes:
-        """The canonical form."""
+        """Return the canonical form."""
         document = {part.name: _plain(getattr(self, part.name)) for part in fields(self)}
         document["tensors_root"] = self.tensors_root
         text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -155,10 +156,10 @@ class Manifest:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def require_sha256(self, expected: str | None, where: str | Path) -> None:
-        """Refuse to be another manifest than the one that is expected, if one is.
+        """Check this manifest's sha256; does nothing if ``expected`` is None.
 
         Raises:
-            IntegrityError: it is.
+            IntegrityError: the sha256 differs.
         """
         if expected is not None and self.sha256 != expected:
             raise IntegrityError(
@@ -168,10 +169,10 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, text: bytes, where: str | Path = MANIFEST_NAME) -> Self:
-        """Parse and check a manifest; ``where`` it is, for messages.
+        """Parse and check a manifest; ``where`` is its path, for messages.
 
         Raises:
-            IntegrityError: not canonical, unknown fields or schema, or a root that does not match the tensors.
+            IntegrityError: not canonical, unknown fields or schema, or a ``tensors_root`` that does not match.
         """
         try:
             document = strict_json(text, MANIFEST_NAME)
@@ -201,19 +202,19 @@ def read_manifest(root: Path) -> Manifest | None:
     """Read a folder's manifest; None if it has none.
 
     Raises:
-        IntegrityError: there is one and it is malformed.
-        CheckpointError: there is something of its name that is no file.
+        IntegrityError: it is malformed.
+        CheckpointError: something of this name exists, but is not a regular file.
     """
     path = root / MANIFEST_NAME
     try:
         path.lstat()
-    except (FileNotFoundError, NotADirectoryError):  # in a folder that may not be read there may be one
+    except (FileNotFoundError, NotADirectoryError):  # not PermissionError: there may be a manifest
         return None
     return Manifest.from_bytes(read_small(path), path)
 
 
 def check_sha256(text: str | None) -> None:
-    """Refuse as the expected hash of a manifest what can be none, before it is taken for that of another artifact.
+    """Check that the expected hash of a manifest is a sha256 at all, to not report a typo as another artifact.
 
     Raises:
         UsageError: it is not a sha256.
@@ -226,10 +227,10 @@ def check_sha256(text: str | None) -> None:
 
 
 def require_manifest(root: Path) -> Manifest:
-    """Read a folder's manifest.
+    """Read a folder's manifest, which must exist.
 
     Raises:
-        IntegrityError: there is none, or it is malformed.
+        IntegrityError: it is missing or malformed.
     """
     manifest = read_manifest(root)
     if manifest is None:
@@ -247,17 +248,17 @@ def parent_of(
     *,
     root: Path | None = None,
 ) -> Parent:
-    """Describe an input as a parent, by its manifest if it has one, else by its tensors.
+    """Describe an input as a parent, by its manifest if it has one, otherwise by its tensors.
 
     Args:
         role: of the input.
         manifest: of the input.
-        tensors: that were read; none if the manifest is believed.
-        weight: of an adapter that is merged or stacked.
+        tensors: records of the tensors that were read; empty to trust the manifest.
+        weight: factor of an adapter that is merged or stacked.
         root: the input's folder, for errors.
 
     Raises:
-        IntegrityError: tensors that were read are not those of the manifest.
+        IntegrityError: the tensors that were read do not match the manifest.
     """
     if manifest is None:
         kind = "adapter" if role in ("adapter", "init") else "checkpoint"
@@ -269,7 +270,7 @@ def parent_of(
 
 
 def reason(error: Exception) -> str:
-    """What is wrong with a document whose entries did not make records, without the names of Python's."""
+    """Describe an error from building a record of a document's entries, without names from the Python code."""
     if isinstance(error, KeyError):
         return f"{error} is missing"
     unknown = re.search("unexpected keyword argument (.*)", str(error))
@@ -278,7 +279,7 @@ def reason(error: Exception) -> str:
 
 
 def typed(record: Any) -> Any:
-    """Return the record if its fields have the types that they claim; JSON can hold anything.
+    """Return the record if its fields have their declared types, which parsed JSON does not guarantee.
 
     Raises:
         TypeError: names the field.
@@ -309,11 +310,11 @@ def _check_paths(files: tuple[FileRecord, ...]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON knows, without what is None."""
+    """Convert to JSON types, leaving out None."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items() if item is not None}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, _RECORDS):  # flat, and as many as a model has tensors
+    if isinstance(value, _RECORDS):  # no recursion: records are flat, and there are many
         return {key: item for key, item in vars(value).items() if item is not None}
     return value

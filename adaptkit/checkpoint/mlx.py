@@ -1,4 +1,4 @@
-"""Adapters as MLX writes them: ``adapters.safetensors`` with A and B transposed, and a configuration of its own."""
+"""Detect adapters in MLX's format: ``adapters.safetensors`` with A and B transposed, and another configuration."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def way_from_mlx(root: Path, config: Mapping[str, Any]) -> str:
-    """What to do with an adapter of MLX's; empty if its configuration is not MLX's.
+    """Return a hint for converting an MLX adapter; empty if the configuration is not MLX's.
 
-    Its lora_a is (in, rank) and its lora_b (rank, out); what they make is multiplied by its scale.
+    MLX's lora_a is (in, rank) and lora_b (rank, out); their product is multiplied by ``scale``.
     """
     if config.get("peft_type") is not None or "lora_parameters" not in config:
         return ""

@@ -1,6 +1,6 @@
-"""Pages of mapped files that nobody reads for a while: given back, and read again from the system's cache if need be.
+"""Release pages of memory-mapped files that are not needed for a while; the page cache provides them again later.
 
-A process's resident memory counts every page of a file that it ever touched.
+Without this, a process's resident memory includes every page of a mapped file that it ever touched.
 """
 
 import ctypes
@@ -14,10 +14,10 @@ _COMPILER = b"libllvmlite"
 
 
 def give_back(start: int, size: int) -> None:
-    """Let go of the whole pages in a part of a mapped file; they hold what they held when they are touched again.
+    """Release the whole pages in a range of a mapped file (``MADV_DONTNEED``); the next access reads them again.
 
     Args:
-        start: address. Of a private mapping it must never have been written to: what was written is lost.
+        start: address. A range of a private mapping must never have been written to: the changes would be lost.
         size: in bytes.
     """
     first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -29,14 +29,14 @@ def give_back(start: int, size: int) -> None:
 
 @cache
 def give_back_kernel_compiler() -> None:
-    """Let go of LLVM's code, 70 MB, whenever it has loaded a kernel: it is needed for nothing else."""
-    import llvmlite.binding  # noqa: F401 - which maps it
+    """Release the pages of LLVM's library (70 MB) after each kernel is loaded, since nothing else needs them."""
+    import llvmlite.binding  # noqa: F401 - maps the library
 
     from adaptkit.compiled import after_loading
 
     try:
         places = _unchanged(_COMPILER, Path("/proc/self/smaps").read_bytes())
-    except OSError:  # no Linux, or one that does not tell
+    except OSError:  # not Linux, or /proc is not readable
         return
 
     def let_go() -> None:
@@ -47,16 +47,16 @@ def give_back_kernel_compiler() -> None:
 
 
 def _unchanged(library: bytes, report: bytes) -> list[tuple[int, int]]:
-    """Where a library's code and constants are mapped as the file has them.
+    """Find the unmodified mappings of a library's code and constants.
 
-    What the loader wrote to before it was protected, pages of the process's own, is not among them.
+    Mappings with private pages, which the loader wrote to before protecting them, are excluded.
 
     Args:
-        library: a part of its path.
-        report: ``/proc/self/smaps``.
+        library: a part of the library's path.
+        report: content of ``/proc/self/smaps``.
 
     Returns:
-        Addresses and sizes.
+        Address and size of each mapping.
     """
     own: dict[bytes, int] = {}
     place = b""
@@ -72,7 +72,7 @@ def _unchanged(library: bytes, report: bytes) -> list[tuple[int, int]]:
 
 @cache
 def _madvise() -> Any:
-    """Of the C library; elsewhere than on Linux it may do something else."""
+    """Return the C library's ``madvise``; None on other systems than Linux, where it may behave differently."""
     if sys.platform != "linux":
         return None
     function = ctypes.CDLL(None).madvise

@@ -1,4 +1,4 @@
-"""A share of an output, which one of several processes or machines makes."""
+"""A share of an output's files, made by one of several processes or machines."""
 
 from dataclasses import dataclass
 
@@ -17,5 +17,5 @@ class Part:
             raise UsageError(f"part {self.number}/{self.total}: not a share", hint="use 1/N to N/N")
 
     def holds(self, position: int) -> bool:
-        """Whether the file at a position (from 0) of the plan is in this share."""
+        """Return whether the file at a position (from 0) of the plan belongs to this share."""
         return position % self.total == self.number - 1

@@ -1,8 +1,8 @@
-"""Regular expressions that come from files, matched in a time that the file cannot choose.
+"""Match untrusted regular expressions in bounded time.
 
-Python's matcher tries one way after the other, and a pattern of ten characters can have more ways than anybody can wait
-for. Here all ways are followed at once, as a set of positions in the text: from where a part of the pattern may begin,
-to where it may end. What that cannot tell, such as references to groups and looking behind, is refused.
+Python's matcher backtracks, and even a pattern of ten characters can take exponential time. This matcher instead tracks
+the set of all positions in the text where a part of the pattern can begin, and computes the set where it can end.
+Constructs that this cannot handle, such as backreferences and lookbehind, are rejected.
 """
 
 import re
@@ -26,21 +26,21 @@ _ONE = {_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.I
 _ASSERTS = {_constants.ASSERT, _constants.ASSERT_NOT}
 _REPEATS = {_constants.MAX_REPEAT, _constants.MIN_REPEAT}
 _NAME = re.compile(r"\^((?:[\w-]|\\\W)+)\$")
-"""A pattern that matches one text alone: what is between ^ and $, where a backslash makes any sign a plain one."""
+"""A pattern that matches exactly one text: literal characters, possibly escaped, between ^ and $."""
 _PLAIN = re.compile(r"[\w.-]+")
-"""A pattern of signs that stand for one sign each, themselves or, the dot, any."""
+"""A pattern without operators except the dot: each character matches one character."""
 
 
 def matches_whole(pattern: str, text: str, after: str = "") -> bool:
-    """Whether a pattern matches a whole text.
+    """Return whether a pattern matches a whole text.
 
     Args:
         pattern: a regular expression in Python's syntax.
-        text: of printable characters.
-        after: if not empty, what follows an occurrence of this in the text counts as a whole text, too.
+        text: printable characters.
+        after: if not empty, the pattern may instead match the rest of the text after any occurrence of this string.
 
     Raises:
-        re.error: the pattern is malformed, or needs what is not supported here; or the text is no name.
+        re.error: the pattern is malformed, unsupported or too long, or the text is too long.
     """
     _check_name(text)
     begins = {0} | {i + len(after) for i in range(len(text)) if after and text.startswith(after, i)}
@@ -48,16 +48,16 @@ def matches_whole(pattern: str, text: str, after: str = "") -> bool:
 
 
 def matches_behind_dot(pattern: str, text: str) -> bool:
-    r"""Whether ``.*\.`` and a pattern and ``$`` match, put together as text, so that ``a|b`` are two of them.
+    r"""Return whether the pattern ``.*\.{pattern}$`` matches; without a group, so ``a|b`` means ``.*\.a`` or ``b$``.
 
     Args:
         pattern: see ``matches_whole``.
-        text: of printable characters.
+        text: printable characters.
 
     Raises:
         re.error: see ``matches_whole``.
     """
-    if _PLAIN.fullmatch(pattern):  # of which there may be one for every module
+    if _PLAIN.fullmatch(pattern):  # fast path, since there may be one for every module
         tail = text[-len(pattern) :]
         return text[: -len(pattern)].endswith(".") and all(a in (".", b) for a, b in zip(pattern, tail, strict=True))
     _check_name(text)
@@ -65,7 +65,7 @@ def matches_behind_dot(pattern: str, text: str) -> bool:
 
 
 def check_pattern(pattern: str) -> None:
-    """Refuse a pattern that cannot be matched here.
+    """Reject a pattern that is malformed or not supported.
 
     Raises:
         re.error: says why.
@@ -74,23 +74,23 @@ def check_pattern(pattern: str) -> None:
 
 
 class FirstMatch:
-    """Which of many patterns is the first that matches a dotted path, or what follows a dot in it, for many paths.
+    """Finds the first of many patterns that matches a dotted path, or the rest of it after a dot.
 
-    Patterns that are a whole name, of which there may be one for every module, are looked up; others are tried in turn.
+    Patterns that match exactly one name, of which there may be one per module, use a dict; others are tried in order.
 
     Args:
-        patterns: in order, and what they stand for.
+        patterns: maps patterns, in order, to their values.
     """
 
     def __init__(self, patterns: Mapping[str, Any]) -> None:
         self._patterns = patterns
 
     def value(self, text: str, default: Any) -> Any:
-        """What the first pattern that matches stands for; ``default`` if none does.
+        """Return the value of the first matching pattern; ``default`` if none matches.
 
         Raises:
-            re.error: see ``matches_whole``; of the patterns that were tried.
-            AttributeError: the patterns are no mapping.
+            re.error: see ``matches_whole``; only for patterns that were tried.
+            AttributeError: the patterns are not a mapping.
         """
         names, others = self._split
         place, found = names.get(text, (len(self._patterns), default))
@@ -105,7 +105,7 @@ class FirstMatch:
 
     @cached_property
     def _split(self) -> tuple[dict[str, tuple[int, Any]], list[tuple[int, str, Any]]]:
-        """By the text that it matches alone, place and value of a pattern; and those that are no such name."""
+        """Patterns that match exactly one text, as text -> (position, value); and all others in order."""
         names: dict[str, tuple[int, Any]] = {}
         others = []
         for number, (pattern, value) in enumerate(self._patterns.items()):
@@ -127,7 +127,7 @@ def _parsed(pattern: str) -> Sequence[Any]:
     if len(pattern) > _MOST_LONG:
         raise re.error(f"the pattern is too long: {len(pattern)} characters")
     try:
-        with warnings.catch_warnings(action="ignore"):  # of what may mean something else in Pythons to come
+        with warnings.catch_warnings(action="ignore"):  # such as FutureWarning: possible nested set
             tree = _parser.parse(pattern)
         _check(tree, 0)
     except (OverflowError, RecursionError) as error:
@@ -138,10 +138,10 @@ def _parsed(pattern: str) -> Sequence[Any]:
 
 
 def _check(nodes: Iterable[Any], repeats: int) -> None:
-    """Refuse what ``_ends`` does not know.
+    """Reject constructs that ``_ends`` does not support.
 
     Raises:
-        re.error: names it.
+        re.error: names the construct.
     """
     for kind, detail in nodes:
         if kind is _constants.BRANCH:
@@ -149,7 +149,7 @@ def _check(nodes: Iterable[Any], repeats: int) -> None:
                 _check(branch, repeats)
         elif kind is _constants.SUBPATTERN and not detail[1] and not detail[2]:
             _check(detail[3], repeats)
-        elif kind in _ASSERTS and detail[0] > 0:  # ahead
+        elif kind in _ASSERTS and detail[0] > 0:  # lookahead
             _check(detail[1], repeats + 1)
         elif kind in _REPEATS and repeats < _MOST_REPEATS_INSIDE:
             _check(detail[2], repeats + 1)
@@ -158,7 +158,7 @@ def _check(nodes: Iterable[Any], repeats: int) -> None:
 
 
 def _ends(nodes: Iterable[Any], text: str, begins: set[int]) -> set[int]:
-    """Where a part of the pattern may end if it begins at one of some places."""
+    """Return the positions where a part of the pattern can end if it begins at any of the given ones."""
     now = begins
     for kind, detail in nodes:
         if not now:
@@ -192,7 +192,7 @@ def _repeated(detail: Any, text: str, begins: set[int]) -> set[int]:
     now = begins
     for _ in range(least):
         before, now = now, _ends(body, text, now)
-        if now == before:  # as it stays
+        if now == before:  # fixed point: further repetitions change nothing
             break
     found, fresh, count = now, now, least
     while fresh and count < most:

@@ -1,4 +1,4 @@
-"""Where an output may be made, and what of that which lies there may go."""
+"""Check where an output may be written, and whether what exists there may be replaced."""
 
 import os
 from collections.abc import Iterable
@@ -16,29 +16,28 @@ _ASIDE = "move or delete it, or choose another -o"
 
 
 def partial_folder(final: Path) -> Path:
-    """Where an output is written before it appears, and lies when that was cut off."""
+    """Return the folder where an output is written before it appears; an interrupted run leaves it there."""
     return final.with_name(final.name + _PARTIAL)
 
 
 def replaced_folder(final: Path) -> Path:
-    """Where an output that is being replaced waits until the new one is in its place."""
+    """Return the folder where an old output is kept until the new one is in place."""
     return final.with_name(final.name + _REPLACED)
 
 
 def is_unfinished(path: Path) -> bool:
-    """Whether a folder's name says that it is one of these two, and no artifact."""
+    """Return whether a folder's name is that of a partial or replaced output."""
     return path.name.endswith((_PARTIAL, _REPLACED))
 
 
 def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Refuse an output that exists, unless it may be replaced, and one that would replace or change an input.
+    """Reject an output that exists, unless it may be replaced, and one that would replace or change an input.
 
     Raises:
-        OutputExistsError: it exists and is not to be, or must not be, replaced: adaptkit did not make it, or somebody
-            put files of their own into it.
-        ConflictError: a foreign folder lies where the old output would be put aside.
-        UsageError: the name is one that unfinished work has, too long, or none; or the output is, holds, or is in an
-            input.
+        OutputExistsError: it exists, and ``force`` is not given or it holds files that adaptkit did not make.
+        ConflictError: a foreign folder is where the old output would be kept.
+        UsageError: the name is reserved for unfinished work, too long, or empty; or the output would overwrite,
+            contain, or be inside an input.
     """
     if final.name in ("", ".."):
         raise UsageError(f"{final}: is not a name for a new folder", hint="name the folder to create, such as -o out")

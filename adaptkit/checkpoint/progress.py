@@ -1,25 +1,25 @@
-"""How whoever does something long tells whoever waits for it; and counts, sizes and names in words."""
+"""Progress callbacks, and formatting of counts, sizes and lists of names."""
 
 from collections.abc import Callable, Sequence
 
 Progress = Callable[[int, int], None]
-"""Told how much is done, of how much; in bytes unless the function that takes it says otherwise."""
+"""Called with (done, total), in bytes unless the function that takes the callback says otherwise."""
 
 
 def no_progress(done: int, total: int) -> None:
-    """Show nothing."""
+    """Do nothing."""
 
 
 _OF_ONE = {"are": "is", "have": "has"}
 
 
 def counted(count: int, noun: str, verb: str = "") -> str:
-    """How many there are of something, for people, and what they do: 1 shard, 1,200 shards, 1 row has, 2 rows have.
+    """Format a count with its noun and an optional verb: 1 shard, 1,200 shards, 1 row has, 2 rows have.
 
     Args:
-        count: how many.
-        noun: for one of them.
-        verb: for many of them, if something is said of them.
+        count: the count.
+        noun: in the singular.
+        verb: in the plural; empty for none.
     """
     if count != 1:
         return f"{count:,} {_with_s(noun)} {verb}".rstrip()
@@ -27,7 +27,7 @@ def counted(count: int, noun: str, verb: str = "") -> str:
 
 
 def _with_s(word: str) -> str:
-    """Many of a noun, or what one does of a verb."""
+    """Return the plural of a noun, or the third person singular of a verb."""
     for end, instead in (("ix", "ices"), ("ry", "ries"), ("ch", "ches")):
         if word.endswith(end):
             return word.removesuffix(end) + instead
@@ -35,13 +35,13 @@ def _with_s(word: str) -> str:
 
 
 def first_few(names: Sequence[str]) -> str:
-    """The first three of some names, and how many more there are."""
+    """List the first three names, and the number of others."""
     shown = ", ".join(names[:3])
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
 def size(count: float) -> str:
-    """A number of bytes for people, in powers of ten: 269.0 MB."""
+    """Format a number of bytes with decimal units: 269.0 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
