@@ -1,9 +1,9 @@
-"""The state of a quantized weight: a tensor of JSON that says how the weight is quantized.
+"""The quantization state of a weight: a tensor of JSON that says how the weight is quantized.
 
     {"quant_type", "blocksize", "dtype", "shape"}
-    {..., "nested_blocksize", "nested_dtype", "nested_offset"}        with doubly quantized constants
+    {..., "nested_blocksize", "nested_dtype", "nested_offset"}        with double quantization
 
-Spaces at the end make it as long as it can become, since its size must be known before the offset is.
+It is padded with spaces to its maximum length, since its size must be known before the offset is.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from adaptkit.numerics.formats._double_quant import GROUP
 STATE_NAME = re.compile(r"\.quant_state\.(?:bitsandbytes|adaptkit)__(nf4|fp4|int8)$")
 GET_AGAIN = "download or copy the checkpoint again, or quantize the original again"
 _OFFSET_WIDTH = 26
-"""Room for the longest decimal form of a float32 read as a float64."""
+"""Maximum length of the decimal form of a float32 converted to float64."""
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What a quantized weight is like.
+    """The properties of a quantized weight, without its data.
 
     Attributes:
         encoding: how it is quantized.
-        shape: of the weight, (out, in), or (experts, out, in).
-        dtype_name: safetensors' name of the type that the weight had.
-        offset: of doubly quantized constants, in the weight's units; 0 for others.
+        shape: of the weight: (out, in), or (experts, out, in).
+        dtype_name: safetensors name of the weight's type before quantization.
+        offset: of doubly quantized constants, in the weight's units; 0 without double quantization.
     """
 
     encoding: Encoding
@@ -45,11 +45,11 @@ class Outline:
 
 
 def parse_state(name: str, parts: Mapping[str, Values]) -> Outline:
-    """Say what a weight is like, from the state among its parts.
+    """Parse the state among a weight's parts.
 
     Args:
         name: of the weight.
-        parts: by suffix; of all but the state it matters only which there are.
+        parts: maps suffixes to the weight's tensors; for tensors other than the state, only the suffix is used.
 
     Raises:
         CheckpointError: the state is missing or malformed.
@@ -76,7 +76,7 @@ def parse_state(name: str, parts: Mapping[str, Values]) -> Outline:
 
 
 def state_bytes(weight: TensorSpec, encoding: Encoding, offset: float) -> bytes:
-    """Write the state of a weight; as long for every offset.
+    """Return the bytes of a weight's state; the length does not depend on the offset.
 
     Args:
         weight: the 16- or 32-bit weight.

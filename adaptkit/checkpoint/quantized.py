@@ -1,4 +1,4 @@
-"""The layout that bitsandbytes gives a 4-bit weight in a checkpoint, so that every reader of its files reads ours.
+"""The layout of quantized weights in a checkpoint: that of bitsandbytes for 4 bits, so that its readers can read ours.
 
     X.weight                                U8   [(n + 1) // 2, 1]      two codes a byte; I8 [n, 1] in int8
     X.weight.absmax                         U8   [M]                    M = ceil(n / block_size)
@@ -7,13 +7,13 @@
     X.weight.nested_quant_map               F32  [256]
     X.weight.quant_map                      F32  [16]                   absent in int8
 
-Without double quantization ``absmax`` is F32, after the state, and the nested parts are absent. fp4 has its own name
-in the state's; int8, which bitsandbytes does not have in blocks, is ``adaptkit__int8`` there. A stack of matrices
-(the experts of one layer) is one such weight with three numbers in its shape; no block straddles two matrices. In
-files of others the tensor of 4-bit codes may say a float type (``bnb_4bit_quant_storage``); its bytes are the same.
+Without double quantization ``absmax`` is F32 and follows the state, and the nested parts are absent. The state's name
+ends in the format: ``bitsandbytes__fp4``, or ``adaptkit__int8``, since bitsandbytes has no blockwise int8. A stack of
+matrices (the experts of one layer) is one such weight with a shape of three dimensions; no block spans two matrices.
+In other tools' files the tensor of 4-bit codes may have a float type (``bnb_4bit_quant_storage``) with the same bytes.
 
-The codes come first, so that they can be written while the rest is not known yet. The JSON is padded with spaces so
-that every tensor is aligned, and so that every size is known before any weight is read.
+The codes come first, so that they can be written before the rest is known. The JSON is padded with spaces so that every
+tensor is aligned, and so that every size is known before any weight is read.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _STORAGE = ("bfloat16", "float16", "float32")
-"""Types that bitsandbytes can give to the bytes of 4-bit codes: its ``bnb_4bit_quant_storage``."""
+"""Float types that bitsandbytes may declare for 4-bit codes (``bnb_4bit_quant_storage``)."""
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """One weight as a file holds it, in memory: in arrays, or in tensors.
+    """One quantized weight in memory, as numpy arrays or torch tensors.
 
     Attributes:
         encoding: how it is quantized.
         codes: (ceil(n / 2),) uint8, or (n,) int8; empty if only the rest was read.
-        constants: its absmax constants, doubly quantized or as (M,) float32.
-        shape: of the weight, (out, in), or (experts, out, in).
-        dtype: that the weight had; numpy's for arrays, torch's for tensors.
-        levels: (256,) float32, the map of the nested codes.
+        constants: absmax constants, doubly quantized or as (M,) float32.
+        shape: of the weight: (out, in), or (experts, out, in).
+        dtype: of the weight before quantization; numpy's for arrays, torch's for tensors.
+        levels: (256,) float32, the values of the codes of doubly quantized constants.
     """
 
     encoding: Encoding
@@ -74,7 +74,7 @@ class QuantizedWeight:
 
     @property
     def block_size(self) -> int:
-        """Weights sharing one constant."""
+        """Number of weights that share one constant."""
         return self.encoding.block_size
 
     @property
@@ -88,9 +88,9 @@ class QuantizedWeight:
         return unnest(self.constants, self.levels)
 
     def dequantize(self, dtype: DType | None = None) -> Any:
-        """The weight as every reader of this layout sees it, in its shape."""
+        """Return the dequantized weight in its shape, in its type before quantization unless ``dtype`` is given."""
         nested, book = self.constants, BOOKS.get(self.encoding.format)
-        decode = getattr(kernels_for(self.codes), "decode_nested_4bit", None)  # where a launch is worth saving
+        decode = getattr(kernels_for(self.codes), "decode_nested_4bit", None)  # GPU only: saves a kernel launch
         if decode is not None and book is not None and isinstance(nested, DoubleQuantized):
             constants = nested.codes, nested.nested_absmax, nested.offset, self.levels
             flat = decode(self.codes, constants, self.count, self.block_size, book, dtype or self.dtype)
@@ -100,13 +100,13 @@ class QuantizedWeight:
 
 
 def lost(weight: Tensor, encoding: Encoding, codes: Tensor, constants: DoubleQuantized | Tensor) -> Tensor:
-    """What quantizing took from a weight: W − Q in float32, of its shape, Q being what readers see.
+    """Return the quantization error W − Q in float32, in the weight's shape; Q is the dequantized weight.
 
     Args:
         weight: (out, in).
         encoding: how it was quantized.
-        codes: of it.
-        constants: of its blocks, doubly quantized or as (M,) float32.
+        codes: of the weight.
+        constants: of the weight's blocks, doubly quantized or as (M,) float32.
     """
     packed = QuantizedWeight(encoding, codes, constants, tuple(weight.shape), torch.float32, dynamic_map())
     found: Tensor = weight.float() - packed.dequantize()
@@ -114,14 +114,14 @@ def lost(weight: Tensor, encoding: Encoding, codes: Tensor, constants: DoubleQua
 
 
 def code_spec(weight: TensorSpec, encoding: Encoding) -> TensorSpec:
-    """The tensor that holds a weight's codes."""
+    """Return the spec of the tensor that holds a weight's codes."""
     if encoding.numerics.bits == 8:
         return TensorSpec(weight.name, "I8", (weight.count, 1))
     return TensorSpec(weight.name, "U8", ((weight.count + 1) // 2, 1))
 
 
 def part_specs(weight: TensorSpec, encoding: Encoding) -> list[TensorSpec]:
-    """The tensors that a weight becomes, in the order in which they are written.
+    """Return the specs of the tensors that a quantized weight consists of, in the order in which they are written.
 
     Args:
         weight: the 16- or 32-bit weight.
@@ -140,18 +140,18 @@ def part_specs(weight: TensorSpec, encoding: Encoding) -> list[TensorSpec]:
     if encoding.numerics.levels is not None:
         floats += [TensorSpec(f"{name}.quant_map", "F32", (len(encoding.numerics.levels),))]
     state = len(state_bytes(weight, encoding, 0.0))
-    # The whole group then fills multiples of eight bytes, and the floats in it begin at a multiple of four.
+    # Pad the whole group to a multiple of eight bytes; the floats in it then begin at a multiple of four.
     state += -(sum(spec.nbytes for spec in small + floats) + state) % 8
     return [*small, TensorSpec(name + encoding.state_suffix, "U8", (state,)), *floats]
 
 
 def constant_parts(weight: TensorSpec, encoding: Encoding, constants: DoubleQuantized | Values) -> dict[str, Array]:
-    """All tensors of ``part_specs`` but the codes, by name and in that order.
+    """Return all tensors of ``part_specs`` except the codes, by name and in that order.
 
     Args:
         weight: the 16- or 32-bit weight.
         encoding: how it is quantized.
-        constants: of its blocks, doubly quantized or as (M,) float32.
+        constants: of the weight's blocks, doubly quantized or as (M,) float32.
     """
     offset = 0.0
     if isinstance(constants, DoubleQuantized):
@@ -174,34 +174,34 @@ def constant_parts(weight: TensorSpec, encoding: Encoding, constants: DoubleQuan
 
 
 def nest(absmax: Values, encoding: Encoding) -> DoubleQuantized | Values:
-    """Quantize constants if the encoding wants that."""
+    """Quantize the constants if the encoding uses double quantization."""
     return quantize_absmax(absmax) if encoding.double_quant else absmax
 
 
 def unnest(constants: DoubleQuantized | Values, levels: Values | None = None) -> Any:
-    """The constants as readers see them, (M,) float32."""
+    """Return the dequantized constants, (M,) float32."""
     return dequantize_absmax(constants, levels) if isinstance(constants, DoubleQuantized) else constants
 
 
 def quantized_names(files: TensorFiles) -> list[str]:
-    """The names of the quantized weights in a checkpoint."""
+    """Return the names of the quantized weights in a checkpoint."""
     return [STATE_NAME.sub("", name) for name in files.tensors if STATE_NAME.search(name)]
 
 
 def part_names(files: TensorFiles, name: str) -> list[str]:
-    """The names of all tensors that make up one quantized weight."""
+    """Return the names of all tensors that make up one quantized weight."""
     states = [state_suffix(format_name) for format_name in ("nf4", "fp4", "int8")]
     suffixes = ("", ".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", *states)
     return [name + suffix for suffix in suffixes if name + suffix in files.tensors]
 
 
 def read_outline(files: TensorFiles, name: str) -> Outline:
-    """Read what the state of a quantized weight says of it; neither codes nor constants.
+    """Read the state of a quantized weight, but neither its codes nor its constants.
 
     Raises:
         CheckpointError: the state is missing or malformed.
     """
-    nothing = np.empty(0)  # which parts there are matters, not what they hold
+    nothing = np.empty(0)  # parse_state needs only the names of the other parts
     found = part_names(files, name)
     return parse_state(
         name, {n.removeprefix(name): files.read_array(n) if STATE_NAME.search(n) else nothing for n in found}
@@ -209,19 +209,19 @@ def read_outline(files: TensorFiles, name: str) -> Outline:
 
 
 def read_quantized(files: TensorFiles, name: str) -> QuantizedWeight:
-    """Read one quantized weight, in tensors.
+    """Read one quantized weight, as torch tensors.
 
     Raises:
-        CheckpointError: parts are missing or disagree.
+        CheckpointError: parts are missing or inconsistent.
     """
     return decode(name, {part.removeprefix(name): files.read(part) for part in part_names(files, name)})
 
 
 def read_constants(files: TensorFiles, name: str) -> QuantizedWeight:
-    """Read all of a quantized weight but its codes, which may be large, in arrays.
+    """Read a quantized weight without its codes, which may be large, as numpy arrays.
 
     Raises:
-        CheckpointError: parts are missing or disagree.
+        CheckpointError: parts are missing or inconsistent.
     """
     parts = {part.removeprefix(name): files.read_array(part) for part in part_names(files, name) if part != name}
     if name not in files.tensors:
@@ -231,10 +231,10 @@ def read_constants(files: TensorFiles, name: str) -> QuantizedWeight:
 
 
 def decode(name: str, parts: Mapping[str, Tensor]) -> QuantizedWeight:
-    """Put together the parts of a weight, tensors given by suffix (the codes' is empty).
+    """Assemble a weight from its parts, which are given by suffix (the codes' suffix is empty).
 
     Raises:
-        CheckpointError: parts are missing or disagree.
+        CheckpointError: parts are missing or inconsistent.
     """
     if "" not in parts:
         raise CheckpointError(f"{name}: its codes are missing", hint=GET_AGAIN)
@@ -273,5 +273,5 @@ def _decode(name: str, parts: Mapping[str, AnyValues], codes: AnyValues, code_by
 
 
 def _type_of(values: Values) -> str:
-    """What both torch and numpy call a type."""
+    """Return the name that torch and numpy share for the type of the values."""
     return str(values.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Open a checkpoint folder and read its tensors one at a time, or piece by piece."""
+"""Open a checkpoint folder, and read its tensors whole or piece by piece."""
 
 import hashlib
 import os
@@ -24,7 +24,7 @@ _KEEP_STILL = "check the disk, and run the command again when nothing writes to 
 
 @dataclass(frozen=True)
 class Located:
-    """A tensor and where its bytes are."""
+    """A tensor and the location of its bytes: file name, and offset from the file's start."""
 
     spec: TensorSpec
     file: str
@@ -32,16 +32,16 @@ class Located:
 
 
 class TensorFiles:
-    """Some safetensors files read as one set of tensors.
+    """Several safetensors files, read as one set of tensors.
 
     Attributes:
         root: the folder.
-        headers: by file name.
-        tensors: by tensor name, in file order.
+        headers: maps file names to headers.
+        tensors: maps tensor names to locations, in file order.
     """
 
     _beside: ClassVar[tuple[str, ...]] = ()
-    """Further files whose changes count."""
+    """Further files that ``state`` covers."""
 
     def __init__(self, root: Path, files: list[str]) -> None:
         self.root = root
@@ -58,24 +58,24 @@ class TensorFiles:
                 self.tensors[spec.name] = Located(spec, file, position)
 
     def spec(self, name: str) -> TensorSpec:
-        """Name, type and shape of a tensor."""
+        """Return name, type and shape of a tensor."""
         return self.tensors[name].spec
 
     def read(self, name: str) -> "Tensor":
-        """Read a whole tensor, for torch."""
+        """Read a whole tensor as a torch tensor."""
         return _as_tensor(self.read_array(name))
 
     def read_flat(self, name: str, start: int, count: int) -> "Tensor":
-        """Read ``count`` elements from the ``start``-th on, in row-major order, for torch: (count,)."""
+        """Read ``count`` elements from the ``start``-th on, in row-major order, as a torch tensor: (count,)."""
         return _as_tensor(self.read_flat_array(name, start, count))
 
     def read_array(self, name: str) -> "Array":
-        """Read a whole tensor."""
+        """Read a whole tensor as an array."""
         spec = self.spec(name)
         return self._read(self.tensors[name], 0, spec.nbytes).view(_dtype(spec)).reshape(spec.shape)
 
     def read_flat_array(self, name: str, start: int, count: int) -> "Array":
-        """Read ``count`` elements from the ``start``-th on, in row-major order: (count,)."""
+        """Read ``count`` elements from the ``start``-th on, in row-major order, as an array: (count,)."""
         dtype = _dtype(self.spec(name))
         return self._read(self.tensors[name], start * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
@@ -84,10 +84,10 @@ class TensorFiles:
         return self._read(self.tensors[name], start, count)
 
     def state(self) -> list[list[Any]]:
-        """Sizes and modification times of the files, to notice that an input changed between two runs.
+        """Return [file, size, modification time in ns] of each file, to detect that an input changed.
 
         Raises:
-            IntegrityError: a file is no longer there.
+            IntegrityError: a file does not exist any more.
         """
         try:
             found = [(file, resolve_inside(self.root, file).stat()) for file in sorted([*self.headers, *self._beside])]
@@ -96,10 +96,10 @@ class TensorFiles:
         return [[file, status.st_size, status.st_mtime_ns] for file, status in found]
 
     def require_state(self, state: list[list[Any]]) -> None:
-        """Refuse to go on with files that are no longer those that were read before.
+        """Check that the files did not change.
 
         Raises:
-            IntegrityError: a file changed since ``state``, or is no longer there.
+            IntegrityError: a file changed since ``state`` was taken, or does not exist any more.
         """
         now = self.state()
         if now != state:
@@ -107,7 +107,7 @@ class TensorFiles:
             raise IntegrityError(f"{self.root}: {changed} changed while it was read", hint=_KEEP_STILL)
 
     def _read(self, located: Located, offset: int, size: int) -> "Array":
-        import numpy as np  # here, so that who reads no tensor need not wait for it
+        import numpy as np  # imported here, since loading it is slow and not every command reads tensors
 
         buffer = np.empty(size, np.uint8)
         done = 0
@@ -165,21 +165,21 @@ class Checkpoint(TensorFiles):
 
     @property
     def quantization_method(self) -> str | None:
-        """What the checkpoint is quantized with, or None."""
+        """The ``quant_method`` of the configuration; None without a ``quantization_config``, "unknown" if malformed."""
         quantization = self.config.get("quantization_config")
         if quantization is None:
             return None
         return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
 
     def side_contents(self) -> dict[str, bytes]:
-        """The small files that travel with the weights, by name; see ``layout.side_files``."""
+        """Read the small files that are copied along with the weights, by name; see ``layout.side_files``."""
         return {name: read_small(path) for name, path in side_files(self.root).items()}
 
     def give_back(self, tensor: "Tensor") -> None:
-        """Let go of the pages of a tensor that is mapped; here none is."""
+        """Release the pages of a memory-mapped tensor; does nothing here, since no tensor is mapped."""
 
     def outline(self) -> str:
-        """sha256 over the configuration and all headers: what the checkpoint is like, but for the weights' values."""
+        """Return a sha256 over the configuration and all headers: everything except the weights' values."""
         digest = hashlib.sha256(read_small(self.root / CONFIG_NAME))
         for file, header in sorted(self.headers.items()):
             digest.update(file.encode() + header.raw)
@@ -187,17 +187,17 @@ class Checkpoint(TensorFiles):
 
 
 class MappedCheckpoint(Checkpoint):
-    """A checkpoint whose tensors are views of its mapped files: pages of them are read when they are touched.
+    """A checkpoint whose tensors are views of its memory-mapped files; pages are read on first access.
 
-    The mappings are private: what is written to a tensor does not reach the file. The files must stay as they are
-    while tensors of them are alive.
+    The mappings are private: writing to a tensor does not change the file. The files must not change while tensors of
+    them are alive.
     """
 
     def _read(self, located: Located, offset: int, size: int) -> "Array":
         import numpy as np
 
         start = located.position + offset
-        if not size or start % _dtype(located.spec).itemsize:  # as no writer that is known aligns them
+        if not size or start % _dtype(located.spec).itemsize:  # unaligned, which no known writer produces
             return super()._read(located, offset, size)
         try:
             whole = self._maps.get(located.file)
@@ -211,13 +211,13 @@ class MappedCheckpoint(Checkpoint):
         return whole[start : start + size]
 
     def give_back(self, tensor: "Tensor") -> None:
-        """Let go of the pages of a tensor that is a view of a mapped file: they come back when they are touched.
+        """Release the pages of a tensor that is a view of a mapped file; the next access reads them again.
 
         Args:
-            tensor: contiguous, never written: what was written is lost.
+            tensor: contiguous, and never written to, since changes would be lost.
         """
         if tensor.device.type != "cpu":
-            return  # a training step asks for every weight several times
+            return  # return early, since a training step calls this several times per weight
         start = tensor.data_ptr()
         for whole in self._maps.values():
             if 0 <= start - whole.ctypes.data <= len(whole) - tensor.nbytes:
@@ -225,7 +225,7 @@ class MappedCheckpoint(Checkpoint):
 
     @cached_property
     def _maps(self) -> dict[str, Any]:
-        """By file name."""
+        """Maps file names to their mappings."""
         return {}
 
 

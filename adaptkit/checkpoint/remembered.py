@@ -1,4 +1,4 @@
-"""Answers that take seconds to find and stay the same, kept in the user's cache folder, which may be emptied anytime.
+"""Cache of results that take seconds to compute, in the user's cache folder, which may be emptied at any time.
 
 answers/<sha256 of the question>.json
 """
@@ -17,13 +17,13 @@ from adaptkit.errors import AdaptkitError
 
 
 class Remembered:
-    """An answer by its question.
+    """The cache entry of one question.
 
     Args:
-        question: everything that the answer depends on, as JSON has it; None: it cannot be kept.
+        question: everything that the answer depends on, as JSON; None disables the cache.
 
     Attributes:
-        name: the question's; the same for the same question.
+        name: relative path of the entry's file, derived from the question.
     """
 
     def __init__(self, question: Any) -> None:
@@ -31,11 +31,11 @@ class Remembered:
         text = json.dumps(question, sort_keys=True)
         self.name = f"answers/{hashlib.sha256(text.encode()).hexdigest()}.json"
         self._path: Path | None = None
-        with contextlib.suppress(AdaptkitError):  # a link to somewhere else lies there
+        with contextlib.suppress(AdaptkitError):  # the path has a link to something other than a file
             self._path = resolve_inside(folder, self.name) if folder else None
 
     def read(self) -> dict[str, Any] | None:
-        """The answer, if it was kept and can be read."""
+        """Return the answer; None if it is not cached or cannot be read."""
         if self._path is None:
             return None
         try:
@@ -45,7 +45,7 @@ class Remembered:
         return answer if isinstance(answer, dict) else None
 
     def keep(self, answer: Mapping[str, Any]) -> None:
-        """Keep the answer, all of it or, where that cannot be written, nothing."""
+        """Store the answer atomically; does nothing if it cannot be written."""
         if self._path is not None:
             with contextlib.suppress(OSError, AdaptkitError):
                 replace_file(self._path, json.dumps(answer).encode())

@@ -1,13 +1,13 @@
-"""A signature over an artifact's manifest, in the OpenSSF Model Signing format, through the ``model-signing`` package.
+"""Sign and verify an artifact's manifest in the OpenSSF Model Signing format, using the ``model-signing`` package.
 
-The manifest names the sha256 of every other file, so that one signature over it covers the artifact, whatever its size.
-It lies beside the manifest:
+The manifest contains the sha256 of every other file, so one signature over it covers the whole artifact. It is stored
+beside the manifest:
 
     adaptkit-manifest.sig   a Sigstore bundle: DSSE envelope, in-toto statement, predicate model_signing/signature/v1.0
                             with one resource, named ".", whose digest is the sha256 of adaptkit-manifest.json
 
-Signed is either with an elliptic-curve key, which works offline, or with an identity that a provider vouches for
-(keyless: Sigstore's public services issue a certificate and keep a log).
+The signer uses either an elliptic-curve key, which works offline, or an OpenID Connect identity (keyless: Sigstore's
+public services issue a certificate and keep a transparency log).
 """
 
 import contextlib
@@ -32,18 +32,18 @@ from adaptkit.errors import AuthenticationError, CheckpointError, IntegrityError
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 MAX_SIGNATURE_BYTES = 1 << 20
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
-"""What ``model-signing`` raises of a bundle that is none, or not the expected one."""
+"""What ``model-signing`` raises for a malformed bundle or an invalid signature."""
 
 
 @dataclass(frozen=True)
 class Signer:
-    """Who signs: the holder of a key, or, without a key, an identity.
+    """Credentials for signing: a private key, or without a key an identity.
 
     Attributes:
         private_key: PEM file of an elliptic-curve key (P-256, P-384 or P-521).
-        password: of that file.
-        identity_token: of an OpenID Connect provider. Without one the environment's identity is taken, as CI services
-            give it to their jobs, or else, at a terminal, a browser asks for it.
+        password: of the key file.
+        identity_token: OpenID Connect token. If None, the identity of the CI job is used, or at a terminal a browser
+            login.
     """
 
     private_key: Path | None = None
@@ -60,12 +60,12 @@ class Signer:
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose signature counts: the holder of a key, or an identity.
+    """The expected signer of an artifact: the holder of a key, or an identity.
 
     Attributes:
         public_key: PEM file of an elliptic-curve key.
         identity: of the signer: an e-mail address, or the URI of a CI job.
-        identity_provider: URL of the provider that vouched for it.
+        identity_provider: URL of the OpenID Connect provider that issued the identity.
     """
 
     public_key: Path | None = None
@@ -90,13 +90,13 @@ class Trust:
 
 
 def sign(root: Path, signer: Signer) -> Path:
-    """Sign the artifact in a folder as its manifest describes it; whether that is right is for ``check_artifact``.
+    """Sign the manifest of the artifact in a folder, without comparing the files with it (see ``check_artifact``).
 
     Returns:
-        The signature's file, ``adaptkit-manifest.sig`` in the folder; one that is there is replaced.
+        The signature's file, ``adaptkit-manifest.sig`` in the folder; an existing one is replaced.
 
     Raises:
-        IntegrityError: there is no manifest, or it is malformed.
+        IntegrityError: the manifest is missing or malformed.
         UsageError, AuthenticationError, NetworkError: see ``sign_manifest``.
     """
     signature = sign_manifest(require_manifest(root).to_bytes(), signer)
@@ -106,18 +106,18 @@ def sign(root: Path, signer: Signer) -> Path:
 
 
 def sign_manifest(content: bytes, signer: Signer) -> bytes:
-    """Sign a manifest that may be in no file yet.
+    """Sign a manifest's content, which need not be in a file yet.
 
     Args:
         content: of ``adaptkit-manifest.json``.
-        signer: who.
+        signer: the credentials.
 
     Returns:
         The content of ``adaptkit-manifest.sig``.
 
     Raises:
-        UsageError: the extra is not installed, or the key cannot be used.
-        AuthenticationError: there is no identity, or its provider refused it.
+        UsageError: the extra ``sign`` is not installed, or the key cannot be used.
+        AuthenticationError: no identity is available, or the token was rejected.
         NetworkError: Sigstore's services do not answer.
     """
     config = _package().signing.Config()
@@ -135,7 +135,7 @@ def sign_manifest(content: bytes, signer: Signer) -> bytes:
 
 
 def check_signer(signer: Signer) -> None:
-    """Refuse who could not sign: no package, no usable key, no identity and nobody to ask for one.
+    """Check that signing is possible: package installed, key usable, or identity available (or a browser login).
 
     Raises:
         UsageError, AuthenticationError: see ``sign_manifest``.
@@ -148,18 +148,18 @@ def check_signer(signer: Signer) -> None:
 
 
 def check_signature(content: bytes, signature: Path | bytes, trust: Trust, where: str = "") -> None:
-    """Check that somebody who counts signed exactly this manifest.
+    """Check that the expected signer signed exactly this manifest.
 
     Args:
         content: of ``adaptkit-manifest.json``.
-        signature: file, or what is in one.
-        trust: whose signature counts.
-        where: the signature is from, for errors, if it is no file.
+        signature: the signature's file, or its content.
+        trust: the expected signer.
+        where: source of the signature, for errors, if it is given as content.
 
     Raises:
-        IntegrityError: it is no signature, of somebody else, or of another manifest.
-        UsageError: the extra is not installed, or key or file cannot be read.
-        NetworkError: keyless, and Sigstore's services do not answer.
+        IntegrityError: malformed, made by another signer, or for another manifest.
+        UsageError: the extra ``sign`` is not installed, or the key or file cannot be read.
+        NetworkError: the signature is keyless, and Sigstore's services do not answer.
     """
     config = _package().verifying.Config()
     bundle = signature if isinstance(signature, bytes) else _read_signature(signature)
@@ -178,7 +178,7 @@ def check_signature(content: bytes, signature: Path | bytes, trust: Trust, where
             signed = _signed_digests(bundle)
         except (*_MALFORMED, InvalidSignature) as error:
             raise _refused(bundle, content, where, trust) from error
-    if signed != [sha256(content).hexdigest()]:  # whatever the signed statement says should be left out of account
+    if signed != [sha256(content).hexdigest()]:  # the statement may list files to ignore, so a valid one is not enough
         raise _refused(bundle, content, where, trust)
 
 
@@ -211,7 +211,7 @@ def _read_signature(path: Path) -> bytes:
 
 
 def _check_private_key(path: Path, password: bytes | None) -> None:
-    """Refuse what cannot sign, in words that say why and show nothing of it."""
+    """Reject a key file that cannot sign, with a message that reveals nothing of its content."""
     from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
@@ -253,7 +253,7 @@ def _read_key(path: Path) -> bytes:
 
 
 def _make_a_key() -> str:
-    """How to make a pair of keys that takes no other's place."""
+    """Return a hint with commands that create a key pair, under names that do not exist yet."""
     names = itertools.chain(["key"], (f"key-{number}" for number in itertools.count(2)))
     name = next(n for n in names if not os.path.lexists(f"{n}.pem") and not os.path.lexists(f"{n}.pub"))
     make = f"openssl ecparam -name prime256v1 -genkey -noout -out {name}.pem"
@@ -272,10 +272,10 @@ def _package() -> Any:
 
 
 def _identity_token(signer: Signer) -> str:
-    """The token that was given, or the one that a CI service gives to its jobs; empty for a browser to be asked.
+    """Return the given token, or the CI job's; empty to log in with a browser.
 
     Raises:
-        AuthenticationError: there is none, and nobody who could be asked.
+        AuthenticationError: there is no token, and stdin is not a terminal.
     """
     from sigstore.oidc import detect_credential
 
@@ -290,7 +290,7 @@ def _identity_token(signer: Signer) -> str:
 
 @contextlib.contextmanager
 def _keyless_errors() -> Iterator[None]:
-    """Turn what Sigstore's client raises into our errors; a signature that is wrong is for the caller."""
+    """Convert errors of Sigstore's client to ours; the caller handles invalid signatures."""
     import requests
     from sigstore.errors import Error, TUFError
     from sigstore.errors import NetworkError as NoAnswer
@@ -308,7 +308,7 @@ def _keyless_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _manifest_file(content: bytes) -> Iterator[Path]:
-    """The manifest in a file of its own: what is signed is what was read, whatever happens to the folder meanwhile."""
+    """Write the manifest to a temporary file, so that exactly what was read is signed even if the folder changes."""
     with TemporaryDirectory(prefix="adaptkit-signing-") as folder:
         file = Path(folder) / MANIFEST_NAME
         file.write_bytes(content)
@@ -316,5 +316,5 @@ def _manifest_file(content: bytes) -> Iterator[Path]:
 
 
 def _to_stderr() -> contextlib.AbstractContextManager[Any]:
-    """Keep stdout for reports: the package prints its warnings there."""
+    """Redirect stdout, which is for reports, to stderr: the package prints warnings to stdout."""
     return contextlib.redirect_stdout(sys.stderr)

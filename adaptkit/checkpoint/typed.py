@@ -1,7 +1,8 @@
-"""Values of a document that people write, in the types that dataclasses declare.
+"""Convert a document's values to the types that dataclasses declare.
 
 A field's type is int, float, bool, str, Path, another dataclass, ``tuple[type, ...]`` or ``Mapping[str, type]`` of
-them, or a union. Lists become tuples, and a whole number a float where 1.5 may be, since manifests tell 1 from 1.0.
+them, or a union. Lists become tuples, and whole numbers become floats in float fields, since manifests distinguish 1
+from 1.0.
 """
 
 import math
@@ -20,33 +21,33 @@ from adaptkit.errors import ConfigError, UsageError
 
 @dataclass(frozen=True)
 class Place:
-    """Where something stands, for messages: in a document, or among arguments."""
+    """The location of a value, for messages: in a document, or among arguments if ``document`` is None."""
 
     document: Document | None = None
     keys: Keys = ()
 
     def at(self, *keys: str | int) -> "Place":
-        """A place further in."""
+        """Return a nested place."""
         return Place(self.document, (*self.keys, *keys))
 
     def error(self, problem: str, hint: str = "") -> ConfigError:
-        """What is wrong here."""
+        """Return an error whose message begins with this place."""
         where = self.document.where(*self.keys) if self.document else ".".join(map(str, self.keys))
         return ConfigError(f"{where}: {problem}" if where else problem, hint=hint)
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str = "known") -> str:
-    """A hint for a name that is not known."""
+    """Return a hint for an unknown name: the most similar known one, or else a list of all."""
     listed = sorted(known)
     close = closest(name, listed)
     return f"did you mean {close!r}?" if close else f"{otherwise}: {', '.join(listed) or 'none'}"
 
 
 def check_keys(values: Any, known: Iterable[str], place: Place) -> Mapping[str, Any]:
-    """Refuse what is no mapping, and keys that mean nothing.
+    """Return the values if they are a mapping with only known keys.
 
     Raises:
-        ConfigError: names the key, and the nearest known one.
+        ConfigError: not a mapping, or an unknown key; the hint names the most similar known one.
     """
     listed = list(known)
     if not isinstance(values, Mapping):
@@ -62,12 +63,13 @@ def build(kind: type[Any], values: Mapping[str, Any], place: Place, instead: Map
 
     Args:
         kind: the dataclass.
-        values: of the document, by the names of fields.
-        place: where they stand.
-        instead: arguments that go before the document's values; what is wrong with them stands nowhere.
+        values: maps field names to the document's values.
+        place: the location of ``values``.
+        instead: arguments that override the document's values; errors about them name no place.
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type, one that the dataclass refuses, or one that is missing.
+        ConfigError: an unknown key, a value of the wrong type, one that the dataclass rejects, or a missing one.
+        UsageError: the dataclass rejects one of ``instead``.
     """
     hints, instead = get_type_hints(kind), dict(instead or {})
     check_keys(values, [field.name for field in fields(kind)], place)
@@ -86,16 +88,16 @@ def build(kind: type[Any], values: Mapping[str, Any], place: Place, instead: Map
 
 
 def declared(hint: Any) -> Any:
-    """A field's type but for ``| None``."""
+    """Return a field's type without ``| None``."""
     rest = [choice for choice in get_args(hint) if choice is not type(None)]
     return rest[0] if get_origin(hint) in (Union, types.UnionType) and len(rest) == 1 else hint
 
 
 def convert(value: Any, hint: Any, place: Place) -> Any:
-    """The value in the type that is wanted.
+    """Return the value converted to a type.
 
     Raises:
-        ConfigError: it has another.
+        ConfigError: the value does not have this type.
     """
     if get_origin(hint) in (Union, types.UnionType):
         choices = get_args(hint)
@@ -134,7 +136,7 @@ def _fits(value: Any, hint: Any) -> bool:
 def _is_finite(value: Real) -> bool:
     try:
         return math.isfinite(float(value))
-    except OverflowError:  # of a whole number
+    except OverflowError:  # a whole number too large for a float
         return False
 
 

@@ -1,20 +1,20 @@
-"""The undo record: what makes a merge reversible to the last bit. Readers of models do not look into its folder.
+"""The undo record, which makes a merge reversible bit for bit. Programs that load models ignore its folder.
 
-    adaptkit-undo/shard-00001-of-0000N.safetensors    what was lost of the n-th shard of the result
-        X             U8   of each changed tensor of the base: frames of (rows u32, length u32, stream), little-endian,
-                           for runs of rows of it; a stream is what ``numerics.residual`` makes of the residuals
-        X:lengths:a   F64  of DoRA, by the number of the adapter: the lengths of the rows of W + Δ
-        X:rest             last rows of a tensor that has fewer in the result, as they were
+    adaptkit-undo/shard-00001-of-0000N.safetensors    what is needed to restore the n-th shard of the result
+        X             U8   for each changed tensor of the base: frames of (rows u32, length u32, stream), little-endian,
+                           one per run of rows; a stream is the residuals as ``numerics.residual`` encodes them
+        X:lengths:a   F64  for DoRA: the norms of the rows of W + Δ that adapter number a found
+        X:rest             the last rows of a base tensor that has fewer rows in the result, unchanged
         :header       U8   the first bytes of the base's shard
-    adaptkit-undo/files.safetensors                   U8, by name: small files of the base that the result has not, or
-                                                       has changed, ``:`` for ``/``; ``:added`` lists those that only
+    adaptkit-undo/files.safetensors                   U8, by name with ``:`` for ``/``: small files of the base that the
+                                                       result lacks or has changed; ``:added`` lists files that only
                                                        the result has
-    adaptkit-undo/base/...                            of a base that was an artifact: its manifest, with its signature
-                                                       if it has one, and its files that the result has no place for,
-                                                       its own undo record among them
+    adaptkit-undo/base/...                            if the base was an artifact: its manifest, its signature if it
+                                                       has one, and its files that cannot be in the result, such as
+                                                       its own undo record
     adaptkit-adapters/1/...                           with --embed-adapter, the adapters themselves
 
-Together with the merged weight and the adapter's change this restores the original; see ``reference.undo``.
+With the record, the merged weight and the adapter's change, the original can be restored; see ``reference.undo``.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ _FRAME = struct.Struct("<II")
 
 
 def record_name(number: int, total: int) -> str:
-    """Name of the record for the number-th of ``total`` shards."""
+    """Return the name of the record of the number-th of ``total`` shards."""
     return f"{FOLDER}/shard-{number:05d}-of-{total:05d}.safetensors"
 
 
 def lengths_name(name: str, adapter: int) -> str:
-    """Name of the lengths that a DoRA adapter found for a tensor."""
+    """Return the name of the row norms that a DoRA adapter found for a tensor."""
     return f"{name}:lengths:{adapter}"
 
 
 def rest_name(name: str) -> str:
-    """Name of the last rows of a tensor of the base, if the result has fewer."""
+    """Return the name of the last rows of a base tensor that has fewer rows in the result."""
     return f"{name}:rest"
 
 
 def pack_frame(rows: int, values: Values) -> bytes:
-    """What was lost of a run of rows.
+    """Return the frame of a run of rows.
 
     Args:
-        rows: in the run.
+        rows: number of rows in the run.
         values: (M,) int64 residuals.
     """
     stream = residual.encode(values).tobytes()
@@ -65,10 +65,10 @@ def pack_frame(rows: int, values: Values) -> bytes:
 
 
 def frames(record: Array) -> Iterator[tuple[int, Array]]:
-    """The runs of rows of a tensor's record, as (rows, stream).
+    """Iterate over the frames of a tensor's record, as (rows, stream).
 
     Raises:
-        IntegrityError: this is no record.
+        IntegrityError: not a valid record.
     """
     if record.dtype != np.uint8 or record.ndim != 1:
         raise IntegrityError("not an undo record (wrong type)")
@@ -85,14 +85,14 @@ def frames(record: Array) -> Iterator[tuple[int, Array]]:
 
 
 def unpack(stream: Array, most: int) -> Array:
-    """The residuals of a frame.
+    """Decode the residuals of a frame.
 
     Args:
         stream: uint8.
-        most: how many weights there are, and so the longest that the residual can be.
+        most: number of weights in the run, which limits the number of residuals.
 
     Raises:
-        IntegrityError: this is no packed residual.
+        IntegrityError: not a valid stream.
     """
     try:
         return residual.decode(stream, most)
@@ -101,30 +101,30 @@ def unpack(stream: Array, most: int) -> Array:
 
 
 def as_bytes(content: bytes) -> Array:
-    """Bytes as an array, (N,) uint8."""
+    """Copy bytes into a writable array, (N,) uint8."""
     return np.frombuffer(bytearray(content), np.uint8)
 
 
 def file_key(name: str) -> str:
-    """Under which a small file is kept: names of tensors have no slash, and names of files no colon."""
+    """Return the tensor name under which a small file is stored; tensor names have no slash, file names no colon."""
     return name.replace("/", ":")
 
 
 def file_name(key: str) -> str:
-    """Undo ``file_key``."""
+    """Invert ``file_key``."""
     return key if key == ADDED else key.replace(":", "/")
 
 
 def added_files(names: Iterable[str]) -> Array:
-    """The list of files that the base does not have, as an array."""
+    """Encode the list of files that the base does not have as an array."""
     return as_bytes(json.dumps(sorted(names)).encode())
 
 
 def read_added(tensor: Array) -> list[str]:
-    """Undo ``added_files``.
+    """Invert ``added_files``.
 
     Raises:
-        IntegrityError: this is no such list.
+        IntegrityError: not a list of names.
     """
     try:
         names = json.loads(tensor.tobytes())
@@ -136,5 +136,5 @@ def read_added(tensor: Array) -> list[str]:
 
 
 def packed(parts: Iterable[bytes]) -> Array:
-    """Frames, one after the other, as an array."""
+    """Concatenate frames into an array."""
     return np.frombuffer(bytearray().join(parts), np.uint8)

@@ -1,8 +1,8 @@
-"""What transformers calls embeddings and output layers: many architectures, few names, and no need to ask for them.
+"""The names of embeddings and output layers in transformers, so that these can be found without building the model.
 
-An output layer that is tied to the embedding is in no file, so that its name must be known. It depends on the
-architecture; the tables are those of transformers 5.24 (``_tied_weights_keys``, ``get_output_embeddings``), and a test
-compares them with the one that is installed.
+An output layer that is tied to the embedding is not in any file, so its name must be known. It depends on the
+architecture; the tables are from transformers 5.24 (``_tied_weights_keys``, ``get_output_embeddings``), and a test
+compares them with the installed version.
 """
 
 import re
@@ -70,7 +70,7 @@ _HEADS = {
     "text_model.lm_head": "kosmos-2 kosmos-2.5",
     "vocab_projector": "distilbert",
 }
-"""By the path of the output layer, the types of models that call it so."""
+"""Maps the path of the output layer to the model types that use it."""
 _TIED_BY_DEFAULT = """
     albert bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small blip-2 bloom
     camembert canary cohere cohere2 cohere2_moe cohere2_vision convbert ctrl data2vec-text deberta deberta-v2
@@ -88,53 +88,56 @@ _TIED_BY_DEFAULT = """
     t5gemma2 tapas trocr udop umt5 vaultgemma vision-encoder-decoder visual_bert voxtral_realtime whisper xglm
     xlm xlm-roberta xlm-roberta-xl xlnet xmod yoso youtu zamba zamba2 zaya
 """
-"""Types of models whose embedding is the output layer, too, where the configuration does not say."""
+"""Model types that tie the output layer to the embedding if the configuration does not say."""
 _SHARES_MORE = {"luke", "neomme", "prophetnet", "t5gemma2", "zamba", "zamba2"}
-"""Types of models in which the setting that ties embedding and head ties layers or other tables, too; those whose table
-is called ``shared`` are known by that name."""
+"""Model types in which the setting that ties embedding and head also ties layers or other embeddings. Types whose
+embedding is called ``shared`` are not listed, since the name identifies them."""
 _HEAD_OF = {kind: head for head, kinds in _HEADS.items() for kind in kinds.split()}
 
 
 def is_table(module: str) -> bool:
-    """Whether a dotted path is, by its name, that of an embedding of words."""
+    """Return whether a dotted path has the name of a token embedding, usual or rare."""
     return bool(_TABLE.search(module)) or is_rare_table(module)
 
 
 def is_usual_table(module: str) -> bool:
-    """The same for the names that nothing else has."""
+    """Return whether a dotted path ends in a name that only token embeddings have."""
     return bool(_TABLE.search(module))
 
 
 def is_rare_table(module: str) -> bool:
-    """The same for names that could be something else's, too: only if a checkpoint has none of the usual ones."""
+    """Return whether a dotted path ends in an ambiguous name; counts only in checkpoints without a usual name."""
     return bool(_RARE_TABLE.search(module)) and not is_in_layers(module)
 
 
 def is_in_layers(path: str) -> bool:
-    """Whether a dotted path goes through a number, as those of what layers have do."""
+    """Return whether a dotted path contains a number before its last segment, as paths inside layers do."""
     return bool(_NUMBERED.search(path))
 
 
 def is_head(module: str) -> bool:
-    """Whether a dotted path is, by its name, that of an output layer, in some architecture."""
+    """Return whether a dotted path is that of an output layer in any architecture."""
     return bool(_HEAD.search(module)) or module in _HEADS
 
 
 def is_usual_head(module: str) -> bool:
-    """Whether a dotted path ends as that of an output layer does in most architectures."""
+    """Return whether a dotted path ends in a name that output layers have in most architectures."""
     return bool(_HEAD.search(module))
 
 
 def known_head(config: Mapping[str, Any]) -> str:
-    """The dotted path of the output layer in a model of this configuration; empty if it is not known."""
+    """Return the dotted path of the output layer in a model with this configuration; empty if unknown."""
     return _HEAD_OF.get(str(config.get("model_type")), "")
 
 
 def shares_more(config: Mapping[str, Any]) -> bool:
-    """Whether a model of this configuration that unties its head would part other tensors, of which files hold one."""
+    """Return whether untying the head of a model with this configuration would also untie other tensors.
+
+    Files hold only one copy of such tensors.
+    """
     return str(config.get("model_type")) in _SHARES_MORE
 
 
 def is_tied_by_default(config: Mapping[str, Any]) -> bool:
-    """Whether the embedding is the output layer, too, in a model whose configuration does not say."""
+    """Return whether the output layer is tied to the embedding if the configuration does not say."""
     return str(config.get("model_type")) in _TIED_BY_DEFAULT.split()

@@ -1,4 +1,4 @@
-"""Write a safetensors file front to back, hashing while writing."""
+"""Write safetensors files sequentially, hashing while writing; write small files and folders durably."""
 
 import contextlib
 import glob
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Values
 
 _HALF = re.compile(r"\.(?P<name>.+?)(\.\d{1,9}\.\d+)?\.partial")
-"""The name of a file that is to replace another; the number of a process was not always in it."""
+"""Name of a temporary file of ``replace_file``; older versions wrote no process and thread ids."""
 _LEFT_SECONDS = 3600
-"""After which whoever wrote a small file, on whatever machine, was killed."""
+"""Age above which a temporary file must be left over from a killed process, possibly on another machine."""
 
 
 def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
-    """Write a small file and make sure that it is on the disk."""
+    """Write a small file and fsync it."""
     path = resolve_inside(folder, name)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,9 +40,9 @@ def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Put a small file in the place of what is there; whatever happens, one of both is there and whole.
+    """Atomically replace a small file: at any time either the old or the new content exists in full.
 
-    So it is where several write at once: each has a file of its own, and clears those that a kill left.
+    Safe for concurrent writers: each uses its own temporary file, and deletes old ones that killed processes left.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
     with disk_errors(path):
@@ -51,7 +51,7 @@ def replace_file(path: Path, content: bytes) -> None:
             _write_through(unfinished, content)
             os.replace(unfinished, path)
             for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-                with contextlib.suppress(FileNotFoundError):  # whoever wrote it has just finished
+                with contextlib.suppress(FileNotFoundError):  # its writer has just finished
                     if replaced_name(other.name) == path.name and time.time() - other.stat().st_mtime > _LEFT_SECONDS:
                         other.unlink()
             sync_folder(path.parent)
@@ -60,13 +60,13 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def replaced_name(name: str) -> str:
-    """What ``replace_file`` was to make of a half file that a kill left; any other name as it is."""
+    """Return the final name for a temporary file of ``replace_file``; other names are returned unchanged."""
     half = _HALF.fullmatch(name)
     return half["name"] if half else name
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those that it lies in, and make sure that they are on the disk."""
+    """Create a folder and its missing parents, and fsync the entries."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -74,13 +74,13 @@ def make_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make sure that what somebody else wrote into a file is on the disk."""
+    """Fsync a file that other code wrote."""
     with disk_errors(path), path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make sure that the entries of a folder are on the disk."""
+    """Fsync the entries of a folder."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -89,7 +89,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def copy_file(source: Path, folder: Path, name: str) -> FileRecord:
-    """Copy a file piece by piece, and make sure that it is on the disk.
+    """Copy a file piece by piece and fsync the copy.
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -119,13 +119,14 @@ def _chunks_of(source: Path) -> Iterator[bytes]:
 class TensorWriter:
     """Writes one safetensors file; a context manager.
 
-    Tensors must come in the order of ``specs``, each in as many pieces as the caller likes.
+    Tensors must be written in the order of ``specs``, each in any number of pieces.
 
     Args:
-        folder: where.
+        folder: the file's folder.
         name: of the file.
-        specs: everything that the file will hold.
-        header: its first bytes, to keep those of another file with the same tensors; made from ``specs`` otherwise.
+        specs: all tensors of the file.
+        header: the file's first bytes, to reuse the header of another file with the same tensors; None to make it from
+            ``specs``.
     """
 
     def __init__(self, folder: Path, name: str, specs: Sequence[TensorSpec], header: bytes | None = None) -> None:
@@ -152,7 +153,7 @@ class TensorWriter:
         """Append a piece of a tensor.
 
         Raises:
-            ValueError: it is not this tensor's turn, or there is too much of it.
+            ValueError: another tensor is next, or the pieces are longer than the tensor.
         """
         if not self._waiting or self._waiting[-1].name != name:
             raise ValueError(f"{name!r} written out of turn")
@@ -194,20 +195,20 @@ def _write_through(path: Path, content: bytes) -> None:
 
 
 class DiskError(AdaptkitError):
-    """The disk refused a write."""
+    """A write to the disk failed."""
 
 
 def require_free(folder: Path, nbytes: int, what: str, hint: str) -> None:
-    """Refuse to begin what a disk has no room for.
+    """Check that a disk has enough free space.
 
     Args:
-        folder: on it; need not be there yet.
-        nbytes: that will be written.
-        what: needs them, and the verb.
-        hint: what to do.
+        folder: on the disk; need not exist yet.
+        nbytes: number of bytes that will be written.
+        what: subject and verb of the message, such as "out: needs".
+        hint: of the error.
 
     Raises:
-        DiskError: says how many are free.
+        DiskError: says how many bytes are needed and free.
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free
@@ -216,7 +217,7 @@ def require_free(folder: Path, nbytes: int, what: str, hint: str) -> None:
 
 
 class disk_errors:  # noqa: N801 - reads as a statement
-    """Turn the disk's own errors into one line that says what to do."""
+    """Context manager that converts an OSError into a DiskError with a hint."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
