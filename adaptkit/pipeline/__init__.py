@@ -1,1 +1,1 @@
-"""Releases from a recipe: sources, steps, a lock, and a work folder that remembers what was made from what."""
+"""Make releases from a recipe: sources, steps, a lock file, and a work folder that caches the steps' outputs."""

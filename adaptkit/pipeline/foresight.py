@@ -1,4 +1,4 @@
-"""What would be refused in the end, asked before anything is done, and before anything is sent."""
+"""Find out early what the Hub would reject: before the first step is run, and before anything is sent."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,13 +14,13 @@ _OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
 class Foresight:
-    """Asks the Hub on behalf of the steps that send; a dry run is told of a refusal, and goes on.
+    """Runs the early checks of steps that publish. In a dry run, a rejection is only a warning.
 
     Args:
         steps: of the run.
-        dry_run: nothing is going to be done.
-        signer: who signs, where a step asks for it.
-        listener: told.
+        dry_run: whether to only report what would be done.
+        signer: credentials for steps that sign.
+        listener: receives notes and warnings.
     """
 
     def __init__(self, steps: Sequence[Step], dry_run: bool, signer: Signer, listener: Listener) -> None:
@@ -28,10 +28,10 @@ class Foresight:
         self._asked_for_work = self._asked_for_sending = False
 
     def before_work(self) -> None:
-        """Before the first step that has to be done, ask what would be refused whatever is made.
+        """Run the checks that do not depend on what the steps make; called before each step that runs, acts only once.
 
         Raises:
-            AdaptkitError: what would be refused.
+            AdaptkitError: publishing would be rejected (not in a dry run).
         """
         if self._asked_for_work:
             return
@@ -42,13 +42,13 @@ class Foresight:
                     step.how.foresee(step.options, self._signer, self._listener.note_of(step))
 
     def before_sending(self, sendings: Iterable[tuple[Step, Work]]) -> None:
-        """Before the first of several steps that send, ask whether a later one would be refused.
+        """Before the first step that publishes, rehearse all later ones; acts only once.
 
         Args:
-            sendings: all of them, in order.
+            sendings: all steps that publish, in order, with their work.
 
         Raises:
-            AdaptkitError: what would be refused.
+            AdaptkitError: publishing would be rejected (not in a dry run).
         """
         if self._asked_for_sending:
             return
@@ -57,10 +57,10 @@ class Foresight:
             self.of(step, work)
 
     def of(self, step: Step, work: Work) -> str:
-        """What a step that sends would send.
+        """Return a summary of what a step that publishes would send; empty in a dry run if it would be rejected.
 
         Raises:
-            AdaptkitError: what would be refused.
+            AdaptkitError: publishing would be rejected (not in a dry run).
         """
         with self._told(step):
             return step.how.rehearse(work) if step.how.rehearse is not None else ""
@@ -79,18 +79,18 @@ class Foresight:
 
 @contextmanager
 def named_after(step: Step) -> Iterator[None]:
-    """Put a step's name before what its operation says of an error."""
+    """Prefix errors with a step's name, and replace command-line options in hints by the recipe's keys."""
     try:
         yield
     except AdaptkitError as error:
         error.message = f"{step.name}: {error.message}"
         error.args = (error.message,)
         error.hint = _OPTION.sub(lambda found: _key_of(found[1], step), error.hint)
-        error.hint = error.hint.replace("another -o", "another --work")  # where outputs of a run go
+        error.hint = error.hint.replace("another -o", "another --work")  # outputs of a run go to the work folder
         raise
 
 
 def _key_of(option: str, step: Step) -> str:
-    """What a recipe calls an option of the step's command."""
+    """Return the recipe's key for an option of the step's command; the option itself if there is none."""
     name = {"pr": "pull_request"}.get(option, option.replace("-", "_"))
     return name if hasattr(step.options, name) else f"--{option}"

@@ -1,4 +1,4 @@
-"""The key of a step: a hash of everything that decides about what it makes."""
+"""The key of a step: a hash of everything that determines its outputs."""
 
 import hashlib
 import json
@@ -14,11 +14,11 @@ _SCHEMA = 2
 
 
 def step_key(step: Step, materials: Mapping[str, Material]) -> str | None:
-    """Hash a step's kind and options, adaptkit's version, and what its inputs are by content.
+    """Hash a step's kind and options, adaptkit's version, and the content of its inputs.
 
     Args:
         step: of a recipe.
-        materials: by name, all that it takes.
+        materials: maps names to materials; contains at least the step's inputs.
 
     Returns:
         64 hexadecimal digits; None if an input is not known yet.
@@ -28,7 +28,7 @@ def step_key(step: Step, materials: Mapping[str, Material]) -> str | None:
         material = materials[name]
         if material.digest is None or material.path is None:
             return None
-        # A folder's name may be written into what is made from it; of a file's name its ending alone matters.
+        # A folder's name may be written into an artifact made from it; only the suffix of a file's name matters.
         called = name_of(material.path) if taken.takes == "folder" else material.path.suffix
         inputs.append([taken.key, called, material.digest])
     counted = {name: value for name, value in asdict(step.options).items() if name not in step.how.uncounted}

@@ -1,12 +1,12 @@
-"""``recipe.lock``: what a recipe's sources and steps were, by hash, when it was run.
+"""``recipe.lock``: records by hash what a recipe's sources and steps were when it was run.
 
     schema    1
     tool      {name, version}
     name      of the release
     sources   name -> {path | repo, revision, commit} and {sha256 | manifest_sha256, tensors_root | files, tensors_root}
-    steps     name -> {recipe: as it is written, key, outputs: {name: manifest_sha256}}
+    steps     name -> {recipe: the step as written, key, outputs: {name: manifest_sha256}}
 
-JSON with sorted keys, without times, paths of this machine and what only this run knows: the same inputs give the same
+JSON with sorted keys, without times, absolute paths or other values specific to a run: the same inputs give the same
 bytes.
 """
 
@@ -28,10 +28,10 @@ _ABSENT: Any = object()
 
 
 def lock_path(recipe: Path) -> Path:
-    """Where a recipe's lock lies.
+    """Return the path of a recipe's lock: the recipe's with the suffix ``.lock``.
 
     Raises:
-        UsageError: where the recipe does.
+        UsageError: the recipe itself has this suffix.
     """
     lock = recipe.with_suffix(".lock")
     if lock == recipe:
@@ -42,15 +42,15 @@ def lock_path(recipe: Path) -> Path:
 
 
 class Lock:
-    """The lock of this run, which grows with it; and, with ``--locked``, the one that it has to be.
+    """The lock of this run, which is filled while it runs; with ``--locked``, it must equal the existing lock.
 
     Args:
         recipe: being run.
-        enforced: the lock that is there is what this one has to be.
+        enforced: whether any difference from the existing lock is an error.
 
     Raises:
-        UsageError: it is enforced, and absent or malformed; or its place is taken by what is no lock.
-        DriftError: it is enforced, and of another recipe.
+        UsageError: the lock is enforced, but missing or malformed; or its path is taken by a file that is not a lock.
+        DriftError: the lock is enforced, but belongs to another recipe.
     """
 
     def __init__(self, recipe: Recipe, enforced: bool) -> None:
@@ -70,23 +70,23 @@ class Lock:
             self._check_recipe(recipe, self._expected)
 
     def commit(self, source: Source) -> str | None:
-        """The commit that the lock that is there names for a repository."""
+        """Return the commit that the existing lock names for a repository; None if it has none for this revision."""
         entry = (self._before or {}).get("sources", {}).get(source.name, {})
         is_same = all(entry.get(key) == value for key, value in source.written().items())
         commit = entry.get("commit")
         return commit if is_same and isinstance(commit, str) and is_commit(commit) else None
 
     def files(self, source: Source) -> set[str]:
-        """The files that the lock that is there names for a repository at its commit."""
+        """Return the files that the existing lock lists for a repository at its commit; empty if it lists none."""
         entry = (self._before or {}).get("sources", {}).get(source.name, {})
         files = entry.get("files") if self.commit(source) is not None else None
         return set(files) if isinstance(files, dict) else set()
 
     def add(self, found: Any, *keys: str) -> None:
-        """Note what was found.
+        """Record a value at the path ``keys``.
 
         Raises:
-            DriftError: the lock says otherwise.
+            DriftError: the enforced lock has another value there.
         """
         place = self.content
         for key in keys[:-1]:
@@ -99,15 +99,15 @@ class Lock:
             self._refuse(list(_differences(expected, found, keys)))
 
     def require_whole(self) -> None:
-        """Refuse an enforced lock that says more than all steps found.
+        """Check that this lock equals the enforced one, after all steps; finds entries that no step added.
 
         Raises:
-            DriftError: names what.
+            DriftError: names the differences.
         """
         self._refuse(list(_differences(self._expected, _json(self.content), ())))
 
     def write(self) -> bool:
-        """Write the lock; returns whether that changed it."""
+        """Write the lock, and return whether its content changed."""
         content = write_json(self.content)
         try:
             if self._path.read_bytes() == content:
@@ -118,7 +118,7 @@ class Lock:
         return True
 
     def _check_recipe(self, recipe: Recipe, expected: Mapping[str, Any]) -> None:
-        """Compare what is known before anything is read."""
+        """Compare the recipe with the enforced lock, as far as possible before sources are read."""
         found = {
             "name": recipe.name,
             "tool": self.content["tool"],
@@ -146,12 +146,12 @@ class Lock:
 
 
 def _require_ours(path: Path) -> None:
-    """Refuse to replace what is another program's, but not a lock that two versions were merged into."""
+    """Reject a file that is not a lock of adaptkit; accept an empty file, and one with git's conflict markers."""
     try:
         content = read_small(path) if path.exists() else b""
         found = json.loads(content) if content.strip() and b"<<<<<<<" not in content else {}
     except OSError:
-        return  # writing it says what is wrong
+        return  # writing the lock will report the error
     except (CheckpointError, ValueError, RecursionError):
         found = None
     if found not in ([], {}) and not (isinstance(found, dict) and {"schema", "tool", "sources", "steps"} & set(found)):
@@ -159,7 +159,7 @@ def _require_ours(path: Path) -> None:
 
 
 def _read(path: Path, required: bool) -> dict[str, Any] | None:
-    """Read a lock; one that is of no use is None, unless it is required."""
+    """Read a lock. If it is missing or malformed, return None, or raise UsageError if it is required."""
     again = "run without --locked to write it"
     try:
         lock = read_json(path)
@@ -181,12 +181,12 @@ def _read(path: Path, required: bool) -> dict[str, Any] | None:
 
 
 def _json(value: Any) -> Any:
-    """As it is after it was written and read."""
+    """Return the value as it is after being written to JSON and read back."""
     return json.loads(write_json(value))
 
 
 def _differences(expected: Any, found: Any, keys: tuple[str, ...]) -> Iterator[str]:
-    """What differs, in words: the place, what is there, and what the lock has."""
+    """Describe each difference in words: its path, the value found, and the lock's value."""
     where = ".".join(key for key in keys if key != "recipe")
     if expected is _ABSENT:
         yield f"{where} is not in the lock"

@@ -1,4 +1,4 @@
-"""Read a recipe, and refuse what cannot be meant, by file, line and place."""
+"""Read and check a recipe; errors name file, line and path of the value."""
 
 import os
 import re
@@ -23,7 +23,7 @@ def read_recipe(path: Path) -> Recipe:
     """Read and check a recipe.
 
     Raises:
-        ConfigError: names file, line and place of what is wrong.
+        ConfigError: the recipe is invalid; names file, line and path of the value.
     """
     document = read_document(path)
     top = Place(document)
@@ -113,7 +113,7 @@ def _step(name: str, entry: Any, place: Place) -> Step:
 
 
 def _references(taken: Input, values: dict[str, Any], place: Place) -> tuple[str, ...]:
-    """Take the names that an input was given out of a step's values."""
+    """Remove an input's key from a step's values, and return the names that it lists."""
     *outer, last = taken.key.split(".")
     for key in outer:
         values = values.get(key, {})
@@ -140,7 +140,7 @@ def _copied(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_names(sources: Mapping[str, Source], steps: Sequence[Step]) -> None:
-    """Refuse names that stand for two things, on whatever disk."""
+    """Reject names with two meanings; compares without case, since some file systems ignore it."""
     seen: dict[str, str] = {name.casefold(): f"the source {name!r}" for name in sources}
     words = {word: step for step in steps for taken in step.how.inputs for word in taken.words}
     for source in sources.values():
@@ -184,7 +184,7 @@ def _check_used(sources: Mapping[str, Source], steps: Sequence[Step]) -> None:
 
 
 def _check_targets(steps: Sequence[Step]) -> None:
-    """Refuse two steps that send to one tag, where the second would fail, or to one branch, where it would undo it."""
+    """Reject two steps that publish to the same tag (the second would fail) or branch (it would undo the first)."""
     seen: dict[tuple[str, str, str], Step] = {}
     for step in steps:
         if not step.how.sends:
@@ -200,7 +200,7 @@ def _check_targets(steps: Sequence[Step]) -> None:
 
 
 def _guarded(recipe: Recipe, step: Step) -> Step:
-    """A step that publishes needs every gate, but for those that wait for it."""
+    """Let a step that publishes wait for every gate, except gates that wait for this step."""
     if not step.how.sends:
         return step
     gates = [other.name for other in recipe.steps.values() if other.how.gates(other.options)]
@@ -209,7 +209,7 @@ def _guarded(recipe: Recipe, step: Step) -> Step:
 
 
 def _ordered(recipe: Recipe) -> Iterable[Step]:
-    """The steps, each after those that it waits for; those that send last."""
+    """Sort the steps so that each comes after those that it waits for; steps that publish come last if possible."""
     waiting = sorted(recipe.steps.values(), key=lambda step: step.how.sends)
     ordered: dict[str, Step] = {}
     while waiting:

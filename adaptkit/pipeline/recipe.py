@@ -1,16 +1,16 @@
-"""A recipe: what a release is made from, and the steps that make it.
+"""A recipe: the sources of a release, and the steps that make it.
 
     name: trivia
     sources:
-      base: {repo: HuggingFaceTB/SmolLM2-135M-Instruct, revision: main}     a repository of the Hub, or
-      questions: {path: data/train.jsonl}                                   a file or folder, from the recipe's folder
+      base: {repo: HuggingFaceTB/SmolLM2-135M-Instruct, revision: main}     a repository on the Hub, or
+      questions: {path: data/train.jsonl}                                   a path relative to the recipe's folder
     steps:
       base-nf4: {quantize: base, block_size: 64}        KIND: INPUT, then the options of that command
-      adapter: {train: base-nf4, data: [questions]}     inputs name sources, or what other steps make
+      adapter: {train: base-nf4, data: [questions]}     inputs name sources, or outputs of other steps
 
-A step's first key says its kind; ``needs`` lists steps that have to be done before, though nothing of theirs goes into
-this one. Steps run in the order in which they stand, as far as their inputs allow; those that publish run last, and
-wait for every gate.
+A step's first key is its kind; ``needs`` lists steps that must run before, although the step does not use their
+outputs. Steps run in the order in which they are written, as far as their inputs allow; steps that publish run last,
+and wait for every gate.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,12 +25,12 @@ from adaptkit.pipeline.steps._kind import Input, Inputs, StepKind
 
 @dataclass(frozen=True)
 class Source:
-    """Something that a release is made from: a path, or a repository of the Hub.
+    """An input of a release: a path, or a repository on the Hub.
 
     Attributes:
         name: in the recipe.
-        place: in the recipe.
-        path: as it is written there, with forward slashes; from the recipe's folder.
+        place: location in the recipe, for errors.
+        path: as written in the recipe, with forward slashes, relative to the recipe's folder.
         repo: org/name.
         revision: branch, tag or commit.
     """
@@ -42,7 +42,7 @@ class Source:
     revision: str = "main"
 
     def written(self) -> dict[str, str]:
-        """What the recipe says, for the lock."""
+        """Return the source's entry in the recipe, with defaults, for the lock."""
         return {"path": self.path} if self.path is not None else {"repo": str(self.repo), "revision": self.revision}
 
     def __str__(self) -> str:
@@ -51,18 +51,18 @@ class Source:
 
 @dataclass(frozen=True)
 class Step:
-    """Something to do.
+    """One step of a recipe.
 
     Attributes:
         name: in the recipe.
         kind: name of its kind.
         how: its kind.
-        options: of the kind's type; what inputs fill has a stand-in.
-        inputs: key -> names of sources and of what steps make.
-        needs: names of steps that have to be done before.
+        options: of the kind's type; fields that inputs will fill hold placeholders.
+        inputs: key -> names of sources and of other steps' artifacts.
+        needs: names of further steps that must run before.
         makes: names of its artifacts.
-        written: everything that the recipe says of it, for the lock.
-        place: in the recipe.
+        written: the step's entry in the recipe, for the lock.
+        place: location in the recipe, for errors.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Step:
     place: Place
 
     def takes(self) -> Iterator[tuple[Input, str]]:
-        """Each input, and each name that it was given."""
+        """Iterate over the names that the step's inputs list, each with its input."""
         for taken in self.how.inputs:
             for name in self.inputs.get(taken.key, ()):
                 yield taken, name
@@ -84,13 +84,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe, checked as far as it can be before anything is read.
+    """A whole recipe, checked as far as possible before sources are read.
 
     Attributes:
         path: of the file.
         name: of the release.
-        sources: by name.
-        steps: by name, in the order in which they run.
+        sources: maps names to sources.
+        steps: maps names to steps, in the order in which they run.
     """
 
     path: Path
@@ -99,13 +99,13 @@ class Recipe:
     steps: Mapping[str, Step]
 
     def before(self, step: Step) -> list[str]:
-        """The steps that a step waits for."""
+        """Return the names of the steps that a step directly waits for."""
         makers = {made: other.name for other in self.steps.values() for made in other.makes}
         taken = [makers[name] for _, name in step.takes() if name in makers]
         return list(dict.fromkeys([*taken, *step.needs]))
 
     def until(self, name: str) -> list[Step]:
-        """A step and all that it waits for, in order.
+        """Return a step and all steps that it waits for, directly or indirectly, in the order in which they run.
 
         Raises:
             UsageError: there is no such step.

@@ -1,4 +1,4 @@
-"""How a recipe is run, who is told what happens, and what became of it."""
+"""Options, callbacks and reports of a run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,12 +16,12 @@ class RunOptions:
     """How to run a recipe.
 
     Attributes:
-        work: folder for what steps make; ``.adaptkit`` beside the recipe if None.
-        locked: fail if anything differs from what the lock says, and leave the lock as it is.
-        offline: do without the Hub: repositories have to be in its cache, and nothing is published.
-        verify: read every byte of sources and of what is kept, instead of trusting sizes and times.
-        until: name of the step to end with; None is all of them.
-        signer: who signs where a step asks for it; the identity of this CI job, or of whoever logs in, if None.
+        work: folder for the steps' outputs; ``.adaptkit`` beside the recipe if None.
+        locked: fail if anything differs from the lock, and do not change the lock.
+        offline: do not use the network: repositories must be in huggingface_hub's cache, and nothing is published.
+        verify: read every byte of sources and kept outputs, instead of trusting sizes and times.
+        until: name of the last step to run; None for all steps.
+        signer: credentials for steps that sign; None for the identity of the CI job, or a browser login.
     """
 
     work: Path | None = None
@@ -42,10 +42,10 @@ class SourceReport:
     Attributes:
         name: in the recipe.
         what: its path, or org/name@revision.
-        commit: of a repository.
-        digest: sha256 of a file, or of a folder's manifest or its list of files; None if that is not known yet.
-        bytes: in it.
-        is_here: whether it is on this machine; always, but for a dry run.
+        commit: of a repository; None for a path.
+        digest: sha256 of the file, or of the folder's manifest or list of files; None if not known yet.
+        bytes: its size.
+        is_here: whether it is on this machine; can be False only in a dry run.
     """
 
     name: str
@@ -62,9 +62,9 @@ class OutputReport:
 
     Attributes:
         name: in the recipe.
-        path: folder.
-        bytes: in its files.
-        manifest_sha256: names it.
+        path: its folder.
+        bytes: total size of its files.
+        manifest_sha256: identifies its content.
     """
 
     name: str
@@ -75,21 +75,21 @@ class OutputReport:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What became of a step.
+    """The result of a step.
 
     Attributes:
         name: in the recipe.
         kind: of step.
-        inputs: names of what goes into it.
-        needs: names of the steps that it waited for besides.
+        inputs: names of its inputs.
+        needs: names of further steps that it waited for.
         makes: names of its artifacts.
-        state: done; kept from an earlier run; failed, of a gate; and in a dry run ``to do``, or ``may follow`` if that
-            hangs on what comes before it.
-        seconds: that it took.
-        figure: the one that matters, in a few words.
-        key: hash of all that decides about it; None if that is not known yet.
-        outputs: what it made.
-        facts: more figures.
+        state: ``done``; ``kept`` from an earlier run; ``failed`` for a gate; in a dry run also ``to do``, or ``may
+            follow`` if an earlier step's output decides whether it must run again.
+        seconds: duration.
+        figure: the main result, as a short phrase.
+        key: hash of everything that determines its outputs; None if not known yet.
+        outputs: the artifacts that it made.
+        facts: further results.
     """
 
     name: str
@@ -107,16 +107,16 @@ class StepReport:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What became of a recipe.
+    """The result of a run.
 
     Attributes:
-        recipe: file.
+        recipe: path of the recipe.
         name: of the release.
-        lock: file.
-        lock_state: written, unchanged, or as it was (``kept``: with ``locked``, or in a dry run).
-        sources: what it is made from.
+        lock: path of the lock.
+        lock_state: ``written``, ``unchanged``, or ``kept`` (not written: with ``locked``, or in a dry run).
+        sources: in the recipe's order.
         steps: in the order in which they ran.
-        seconds: that all of it took.
+        seconds: total duration.
     """
 
     recipe: str
@@ -130,17 +130,17 @@ class RunReport:
 
 @dataclass(frozen=True)
 class Listener:
-    """Who is told what a run does.
+    """Callbacks for the events of a run.
 
     Attributes:
-        begun: with what recipe.
-        sought: a source that is looked for.
-        source_progress: how many bytes of it have arrived, and then were hashed, of how many.
-        found: a source.
-        started: a step that is going to be done: name and kind.
-        progress: how much of it is done, of how much.
-        note: what people should know, in a line.
-        ended: a step that was done, or kept.
+        begun: called with the recipe at the start.
+        sought: called with each source before it is looked for.
+        source_progress: called with (done, total) bytes of the source, first downloaded, then hashed.
+        found: called with each source's report.
+        started: called with each step before it runs; not for kept steps.
+        progress: called with the progress (done, total) of the running step.
+        note: called with a one-line message for the user.
+        ended: called with each step's report, also for kept steps and failed gates.
     """
 
     begun: Callable[[Recipe], None] = lambda _: None
@@ -153,5 +153,5 @@ class Listener:
     ended: Callable[[StepReport], None] = lambda _: None
 
     def note_of(self, step: Step) -> Callable[[str], None]:
-        """``note``, for what a step has to say."""
+        """Return a callback that prefixes messages with a step's name and passes them to ``note``."""
         return lambda text: self.note(f"{step.name}: {text}")

@@ -1,9 +1,9 @@
-"""Run a recipe: find its sources, do the steps that were not done yet, and lock what all of it was.
+"""Run a recipe: find its sources, run the steps that must be run, and write the lock.
 
-A step's key is a hash of its kind, its options, adaptkit's version, and what its inputs are by content. A step whose
-key is known, and whose artifacts are still there, is kept; so what depends on a step that was done again is done again
-only if other bytes came out. Whether a gate is passed is judged each time. Publishing is asked for each time too: it
-sends what the Hub does not have.
+A step's key is a hash of its kind, its options, adaptkit's version, and the content of its inputs. If an earlier run
+recorded the same key, and the artifacts are unchanged, the step is kept. So when a step runs again, steps that depend
+on it run again only if its output changed. Gates are judged in every run. Steps that publish are also run every time;
+they send only what the Hub does not have.
 """
 
 import time
@@ -33,17 +33,17 @@ def run(
     """Make what a recipe describes, and write its lock.
 
     Args:
-        recipe: YAML file; see ``pipeline.recipe``.
-        options: how.
-        dry_run: check everything that can be checked and say what would be done; write nothing, download no weights.
-        listener: told what happens meanwhile.
+        recipe: path of a YAML or JSON file; see ``pipeline.recipe``.
+        options: of the run; None for the defaults.
+        dry_run: check everything that can be checked and report what would be done; write nothing, download no weights.
+        listener: callbacks for the run's events.
 
     Raises:
-        ConfigError: the recipe is wrong; names file, line and place.
-        DriftError: with ``locked``, something is not as the lock says.
-        GateError: a figure is out of its limits, or a program would not take what was made; nothing is published.
-        ConflictError: another run is at work in the same folder.
-        AdaptkitError: whatever a step's operation raises, with the step's name before it.
+        ConfigError: the recipe is invalid; names file, line and path of the value.
+        DriftError: with ``locked``, something differs from the lock.
+        GateError: a figure is out of its limits, or a program could not load an artifact; nothing is published.
+        ConflictError: another run is using the same work folder.
+        AdaptkitError: any error of a step's operation, prefixed with the step's name.
     """
     recipe = Path(recipe)
     options = options or RunOptions()
@@ -82,7 +82,7 @@ class _Run:
         self._foresight = Foresight(steps, dry_run, self._signer, self._listener)
 
     def all(self) -> RunReport:
-        """Find the sources and do the steps."""
+        """Find the sources and run the steps; in a dry run, only report."""
         began = time.monotonic()
         self._listener.begun(self._recipe)
         sources = tuple(self._find_sources())
@@ -104,7 +104,7 @@ class _Run:
         )
 
     def _note_others(self) -> None:
-        """Lock the steps that were not asked for as far as they are known: what one has made, others may take."""
+        """Lock the steps that ``until`` excludes, as far as their keys are known; kept outputs make more keys known."""
         for step in self._recipe.steps.values():
             is_known = all(name in self._materials for _, name in step.takes())
             key = step_key(step, self._materials) if is_known and step not in self._steps else None
@@ -119,7 +119,7 @@ class _Run:
             reports = [self._find_source(source) for source in self._recipe.sources.values()]
         finally:
             if not self._dry_run:
-                self._hashes.save()  # whatever stands against going on: reading a source again may take hours
+                self._hashes.save()  # also after an error: reading a source again may take hours
         for step in self._steps:
             self._check_inputs(step)
         return reports
@@ -160,7 +160,7 @@ class _Run:
                 raise step.place.at(*taken.key.split(".")).error(problem)
 
     def _plan(self, step: Step) -> StepReport:
-        """What would be done."""
+        """Return a report of what a run would do with the step."""
         key = step_key(step, self._materials)
         if step.how.sends and key is not None:
             figure = self._foresight.of(step, self._work_of(step, key))
@@ -184,11 +184,11 @@ class _Run:
                 yield step, self._work_of(step, key)
 
     def _seen(self, step: Step) -> bool:
-        """Whether a step of this name was done before, with whatever inputs."""
+        """Return whether a step of this name was run before, with any inputs."""
         return any(self.work.root.glob(f"*/{step.name}.json"))
 
     def _do(self, step: Step) -> StepReport:
-        """Do a step, or keep what it left, and judge it."""
+        """Run a step, or keep its outputs of an earlier run, and judge it if it is a gate."""
         began, key = time.monotonic(), step_key(step, self._materials)
         if key is None:
             raise ValueError(f"{step.name}: an input is not known")
@@ -208,7 +208,7 @@ class _Run:
             try:
                 self._require_unchanged(step)
             except (AdaptkitError, OSError):
-                self.work.begin(step, key)  # or what it made would be found here when the source is as it was again
+                self.work.begin(step, key)  # discard the outputs: the key hashes the source as it was before
                 raise
             record = self.work.finish(step, key, outcome.figure, outcome.facts)
         outputs, seconds = self._take(step, record), time.monotonic() - began
@@ -231,7 +231,7 @@ class _Run:
         return report
 
     def _require_unchanged(self, step: Step) -> None:
-        """Refuse sources that somebody wrote to since they were hashed: hours may have passed."""
+        """Check that the step's sources did not change since they were hashed, which may be hours ago."""
         for name in dict.fromkeys(name for _, name in step.takes() if name in self._recipe.sources):
             material = self._materials[name]
             if material.path is not None and digest_of(material.path, self._hashes) != material.digest:
@@ -261,7 +261,7 @@ class _Run:
         )
 
     def _take(self, step: Step, record: Record) -> tuple[OutputReport, ...]:
-        """Let other steps have what a step made."""
+        """Add a step's outputs to the lock (not in a dry run) and to the materials of other steps."""
         outputs = record.outputs or {}
         if not self._dry_run and outputs:
             self._lock.add(outputs, "steps", step.name, "outputs")

@@ -1,8 +1,8 @@
-"""What a release is made from, found and hashed.
+"""Find and hash the sources of a release.
 
-A file is known by its sha256. A folder that adaptkit made is known by its manifest, with which all its files are
-compared; another one by the sha256 of every file that operations read. Hashes of files whose size and times did not
-change are remembered in the work folder.
+A file is identified by its sha256; a folder that adaptkit made by its manifest, with which all its files are compared;
+any other folder by the sha256 of every file that operations read. The work folder caches the hashes of files whose size
+and times did not change.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ from adaptkit.operations._threads import fingerprints
 from adaptkit.pipeline.recipe import Source
 
 _FRESH_SECONDS = 2.0
-"""A file that is younger may change again within the resolution of its time."""
+"""Hashes of younger files are not cached: a file may change again within the resolution of its timestamp."""
 
 
 @dataclass(frozen=True)
 class Material:
-    """A source, or what a step made, as other steps read it.
+    """A source, or a step's output, as the input of other steps.
 
     Attributes:
         path: of the file or folder; None if it is not on this machine yet.
-        digest: tells it from every other; None if that is not known yet.
-        nbytes: in it.
-        locked: what the lock says of it.
+        digest: identifies its content; None if not known yet.
+        nbytes: its size.
+        locked: its entry in the lock; empty for a step's output.
     """
 
     path: Path | None
@@ -50,11 +50,11 @@ class Material:
 
 
 class Hashes:
-    """sha256 of files, and roots of tensors, remembered between runs.
+    """Cache of files' sha256 and folders' tensors roots, kept between runs.
 
     Args:
-        file: to remember them in.
-        fresh: read everything again.
+        file: the cache file.
+        fresh: ignore the cache file's content, and read everything again.
     """
 
     def __init__(self, file: Path, fresh: bool = False) -> None:
@@ -65,10 +65,10 @@ class Hashes:
             if isinstance(known.get("files"), dict) and isinstance(known.get("roots"), dict):
                 self._known = known
         except (OSError, ValueError, AttributeError, RecursionError):
-            pass  # it only saves time
+            pass  # the cache only saves time
 
     def sha256(self, path: Path, told: Callable[[int], None] = lambda count: None) -> str:
-        """Of a file; ``told`` is given the number of bytes of each piece of it."""
+        """Return the sha256 of a file; ``told`` is called with the number of bytes of each piece."""
         check_regular(path)
         found = path.stat()
         name, state = str(path.resolve()), [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
@@ -82,18 +82,18 @@ class Hashes:
         return digest
 
     def root(self, digest: str, compute: Callable[[], str]) -> str:
-        """Of the tensors of a folder whose files have this digest."""
+        """Return the ``tensors_root`` of a folder whose files have this digest, computing it if it is not cached."""
         if digest not in self._known["roots"]:
             self._known["roots"][digest] = compute()
         return str(self._known["roots"][digest])
 
     def save(self) -> None:
-        """Remember them."""
+        """Write the cache file."""
         replace_file(self._file, json.dumps(self._known).encode())
 
 
 def check_apart(sources: Iterable[Source], folder: Path, work: Path) -> None:
-    """Refuse a work folder in a source, which would change with every step.
+    """Reject a work folder inside a source, since every step would change that source.
 
     Raises:
         ConfigError: names the source.
@@ -120,21 +120,21 @@ def resolve(
 
     Args:
         source: of a recipe.
-        folder: of the recipe.
-        hashes: that are known.
-        offline: take a repository from huggingface_hub's cache, or not at all.
-        fetch: download what is not there; else it stays unknown.
-        commit: that a lock names for the repository; without the network it stands for the revision.
-        files: that a lock names for it there; without the network nobody else can say what is all of it.
-        on_commit: told which commit the repository's revision stands for, before it is downloaded.
-        progress: told of bytes that arrived, then of bytes that were hashed.
-        note: told in a line for people what is waited for.
+        folder: the recipe's folder.
+        hashes: cache of hashes.
+        offline: use repositories only from huggingface_hub's cache.
+        fetch: download a repository that is not cached; otherwise its material stays unknown.
+        commit: that the lock names for the repository; offline, it is used instead of the revision.
+        files: that the lock lists for the repository; offline, only this list tells whether the cache is complete.
+        on_commit: called with the commit that the revision refers to, before the download.
+        progress: called with the number of bytes downloaded, then with the number of bytes hashed.
+        note: called with a one-line message, such as what is being waited for.
 
     Raises:
-        UsageError: it is not there.
-        IntegrityError: it is not what its manifest says.
-        CheckpointError, AdapterError: a folder that is neither a checkpoint nor an adapter.
-        AuthenticationError, NetworkError: the Hub refused or did not answer.
+        ConfigError: the path does not exist, or, offline, the repository is not completely cached.
+        IntegrityError: the folder does not match its manifest.
+        CheckpointError, AdapterError: the folder is neither a checkpoint nor an adapter.
+        AuthenticationError, NetworkError: the Hub denied access or did not answer.
     """
     if source.path is not None:
         path = folder / source.path
@@ -175,10 +175,10 @@ def _material(source: Source, path: Path, more: Mapping[str, str], hashes: Hashe
 
 
 def digest_of(path: Path, hashes: Hashes) -> str:
-    """What tells a source's present content from every other.
+    """Return the digest of a source's present content; see ``Material``.
 
     Raises:
-        IntegrityError, CheckpointError, AdapterError: it is not what its manifest says, or not there any more.
+        IntegrityError, CheckpointError, AdapterError: it does not match its manifest, or does not exist any more.
     """
     return _folder(path, hashes)[0] if path.is_dir() else hashes.sha256(path)
 
@@ -217,7 +217,7 @@ def _folder(path: Path, hashes: Hashes, progress: Progress = no_progress) -> tup
 
 
 def _tensors_root(path: Path, progress: Progress) -> str:
-    """As a manifest names a parent that has none itself."""
+    """Compute the ``tensors_root`` of a folder without a manifest, as manifests record it for such a parent."""
     if is_adapter(path):
         return tensors_root(read_adapter(path).records)
     checkpoint = Checkpoint(path)

@@ -1,10 +1,10 @@
-"""The work folder: what steps made, by what they made it from.
+"""The work folder: caches the steps' outputs by key.
 
-    .adaptkit/hashes.json             sha256 of sources whose size and time did not change; only saves time
-    .adaptkit/3f9a1c0b77de/           begins a step's key: a hash of its kind, options, inputs and adaptkit's version
+    .adaptkit/hashes.json             cached hashes of sources; see ``sources.Hashes``
+    .adaptkit/3f9a1c0b77de/           first digits of a step's key, a hash of its kind, options, inputs and the version
         adapter.json                  the whole key, and what the step ``adapter`` made and measured
         adapter/                      the artifact
-        adapter.partial/              while it is being made; the same step goes on there
+        adapter.partial/              the unfinished artifact, which the same step resumes
 
 Everything in it can be made again, so it may be deleted at any time.
 """
@@ -32,14 +32,14 @@ _KEY_LETTERS = 12
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a step.
+    """The record of a step with one key.
 
     Attributes:
         kind: of the step.
-        key: the whole of it.
-        outputs: name -> sha256 of the manifest; None while the step is at work.
-        figure: the one that matters.
-        facts: more of them.
+        key: all 64 digits.
+        outputs: name -> sha256 of the manifest; None while the step is running.
+        figure: the main result, as a short phrase.
+        facts: further results.
     """
 
     kind: str
@@ -50,11 +50,11 @@ class Record:
 
 
 class WorkFolder:
-    """Where steps work, and what they left.
+    """The folder in which steps work and keep their outputs.
 
     Args:
-        root: the folder.
-        verify: read every byte of what is kept, not only names and sizes.
+        root: its path.
+        verify: read every byte of kept outputs, not only names and sizes.
     """
 
     def __init__(self, root: Path, verify: bool = False) -> None:
@@ -63,10 +63,10 @@ class WorkFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep other runs out while the block runs.
+        """Lock the folder against other runs during the block.
 
         Raises:
-            ConflictError: one is at work.
+            ConflictError: another run holds the lock.
         """
         with disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -84,23 +84,23 @@ class WorkFolder:
             os.close(handle)
 
     def output(self, key: str, name: str) -> Path:
-        """The folder of an artifact."""
+        """Return the path of an artifact."""
         return self.root / key[:_KEY_LETTERS] / name
 
     def find(self, step: Step, key: str, note: Callable[[str], None]) -> Record | None:
-        """What the step left when it was done before, if all of it is still as it was."""
+        """Return the record of an earlier run of the step; None if there is none or its outputs have changed."""
         record = self._read(step, key)
         if record is None:
             return None
         try:
             found = {name: self._check(self.output(key, name)).sha256 for name in step.makes}
         except IntegrityError as error:
-            if record.outputs is not None:  # else it is not finished
+            if record.outputs is not None:  # otherwise the step did not finish
                 note(f"{step.name}: {error.message}; making it again")
             return None
         if record.outputs is None:
-            # Nothing of it was there when the step began, and outputs appear when they are whole: the run was killed
-            # just before it could say so.
+            # `begin` deleted old outputs, and new ones appear only when complete: the run was killed just before
+            # `finish`.
             return Record(step.kind, key, found, "made before", {}) if step.makes else None
         if record.outputs != found:
             note(f"{step.name}: has changed since it was made; making it again")
@@ -108,7 +108,7 @@ class WorkFolder:
         return record
 
     def begin(self, step: Step, key: str) -> None:
-        """Clear away what is in the place of what a step makes, and only then say that it is at work."""
+        """Delete what is at the paths of a step's outputs, and then record that the step is running."""
         for name in step.makes:
             folder = self.output(key, name)
             if folder.is_symlink() or folder.exists():
@@ -116,14 +116,14 @@ class WorkFolder:
         self._write(step, Record(step.kind, key, None, "", {}))
 
     def finish(self, step: Step, key: str, figure: str, facts: Facts) -> Record:
-        """Say what a step made."""
+        """Record that a step finished, with the manifests of its outputs."""
         found = {name: require_manifest(self.output(key, name)).sha256 for name in step.makes}
         record = Record(step.kind, key, found, figure, facts)
         self._write(step, record)
         return record
 
     def nbytes(self, key: str, name: str) -> int:
-        """Of an artifact's files."""
+        """Return the total size of an artifact's files."""
         return sum(record.size for record in require_manifest(self.output(key, name)).files)
 
     def _check(self, folder: Path) -> Manifest:

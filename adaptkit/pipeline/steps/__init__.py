@@ -1,1 +1,1 @@
-"""Kinds of steps: one file each, whose name is the key that asks for it in a recipe."""
+"""Kinds of steps: one module each, whose name is the step's first key in a recipe."""

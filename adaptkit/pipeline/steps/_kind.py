@@ -1,4 +1,4 @@
-"""What a kind of step is: what it takes, which options it has, and what it does."""
+"""The definition of a kind of step: its inputs, its options, and what it does."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,9 +9,9 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.signing import Signer
 
 Facts = dict[str, Any]
-"""What is remembered of a step besides its artifacts: what JSON can hold."""
+"""A step's results besides its artifacts, as JSON values."""
 Inputs = Mapping[str, tuple[str, ...]]
-"""By key of a step, the names of sources and of what steps make."""
+"""Maps a step's keys to names of sources and of other steps' artifacts."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Input:
     """A key of a step whose value names sources or other steps.
 
     Attributes:
-        key: in the recipe; ``calibration.files`` is inside another key.
-        many: a list of names.
-        required: it may not be left out.
-        takes: folders (checkpoints, adapters) or files.
-        words: values that are no names, but mean something to the operation.
+        key: in the recipe; a dot separates nested keys, as in ``calibration.files``.
+        many: whether the value is a list of names.
+        required: whether the key must be given.
+        takes: whether it takes folders (checkpoints, adapters) or files.
+        words: values that the operation interprets itself, instead of as names.
     """
 
     key: str
@@ -35,16 +35,16 @@ class Input:
 
 @dataclass(frozen=True)
 class Work:
-    """One step to be done.
+    """Everything that a kind needs to run a step.
 
     Attributes:
-        paths: what its inputs name, by key.
-        names: what the recipe calls them, by key.
+        paths: maps the inputs' keys to paths.
+        names: maps the inputs' keys to their names in the recipe.
         options: of the kind's type.
-        output: folder to make; a kind that makes several artifacts adds to its name.
-        progress: told how much is done, of how much.
-        note: told of what people should know, in a line.
-        signer: who signs, where that is asked for.
+        output: folder to make; a kind that makes several artifacts appends suffixes to its name.
+        progress: called with (done, total).
+        note: called with a one-line message for the user.
+        signer: credentials for steps that sign.
     """
 
     paths: Mapping[str, tuple[Path, ...]]
@@ -56,21 +56,21 @@ class Work:
     signer: Signer
 
     def path(self, key: str) -> Path:
-        """The one path of an input that has to be there."""
+        """Return the single path of a required input."""
         return self.paths[key][0]
 
     def optional(self, key: str) -> Path | None:
-        """The path of an input, if it was given."""
+        """Return the single path of an input; None if it was not given."""
         return next(iter(self.paths.get(key, ())), None)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step did.
+    """The result of a step.
 
     Attributes:
-        figure: the one that matters, in a few words.
-        facts: more of them, for programs.
+        figure: the main result, as a short phrase.
+        facts: all results, for programs.
     """
 
     figure: str
@@ -82,18 +82,20 @@ class StepKind:
     """A kind of step.
 
     Attributes:
-        inputs: the first one's value stands beside the kind's own name.
-        options: dataclass that the other keys fill.
-        run: does it.
-        refused: options that a recipe cannot set, and why.
-        complete: puts stand-ins into the options for what inputs will fill.
-        check: refuses options and inputs that do not go together, by a UsageError.
-        makes: what is added to the step's name for each artifact that it makes; kinds that look, or send, make none.
-        gates: whether it is a gate, which has to be passed before anything is published.
-        judge: of a gate: what stands against going on, given what was measured; empty if nothing does.
-        uncounted: options that change nothing that is made or measured.
-        foresee: of a kind that reaches out to the Hub: refuses before anything is done what it would refuse in the end.
-        rehearse: of such a kind: says what it would send when all that it takes is there, or refuses that.
+        inputs: the first one's key is the kind's own name.
+        options: dataclass for the other keys.
+        run: runs the step.
+        refused: maps options that a recipe must not set to the hint that says why.
+        complete: adds placeholders to the options for fields that inputs will fill.
+        check: raises UsageError if options and inputs do not fit together.
+        makes: returns a suffix of the step's name for each artifact that it makes; empty for kinds that only measure or
+            publish.
+        gates: returns whether the step is a gate, which must pass before anything is published.
+        judge: for a gate: returns why it fails, given the facts; empty if it passes.
+        uncounted: options that do not affect what is made or measured, and so are not part of the key.
+        foresee: for kinds that publish: called before anything is done; raises what publishing would raise later.
+        rehearse: for kinds that publish: called when all inputs exist; returns a summary of what would be sent, or
+            raises what publishing would raise.
     """
 
     inputs: tuple[Input, ...]
@@ -111,5 +113,5 @@ class StepKind:
 
     @property
     def sends(self) -> bool:
-        """Whether it reaches out to the Hub."""
+        """Whether it publishes to the Hub."""
         return self.foresee is not None

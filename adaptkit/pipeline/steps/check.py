@@ -1,4 +1,4 @@
-"""A gate: every program named would take what was made."""
+"""A gate: check that each of the named programs could load an artifact."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,10 @@ from adaptkit.pipeline.steps._kind import Facts, Input, Outcome, StepKind, Work
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What to check.
+    """Options of the check.
 
     Attributes:
-        target: names of programs; all that are known if there are none.
+        target: names of programs; empty for all known ones.
     """
 
     target: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Turn a quantized checkpoint back into a plain one."""
+"""Dequantize a checkpoint."""
 
 from adaptkit.checkpoint.progress import counted, size
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize

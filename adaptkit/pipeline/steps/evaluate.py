@@ -1,4 +1,4 @@
-"""Measure a model; with ``require``, a gate."""
+"""Evaluate a model; with ``require``, this is a gate."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -15,11 +15,11 @@ from adaptkit.training.evaluation.report import EvaluateOptions, EvaluateReport
 
 @dataclass(frozen=True)
 class Limits:
-    """What a figure has to be, both ends included.
+    """The range that a figure must be in, inclusive.
 
     Attributes:
-        min: smallest.
-        max: largest.
+        min: lower limit; None for none.
+        max: upper limit; None for none.
     """
 
     min: float | None = None
@@ -36,16 +36,17 @@ class Limits:
         return ", ".join(f"{word} {end:g}" for word, end in ends if end is not None)
 
     def allow(self, value: float) -> bool:
-        """Whether a figure is within; NaN never is."""
+        """Return whether a figure is within the limits; False for NaN."""
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
 
 @dataclass(frozen=True)
 class EvaluateStep(EvaluateOptions):
-    """How to evaluate, and what to require.
+    """Options of the evaluation, and limits for its figures.
 
     Attributes:
-        require: figures of the report by name, such as ``loss``, ``text.perplexity`` or ``generated.scores.bleu``.
+        require: maps figures of the report, such as ``loss``, ``text.perplexity`` or ``generated.scores.bleu``, to
+            their limits.
     """
 
     require: Mapping[str, Limits] = field(default_factory=dict)
@@ -59,7 +60,7 @@ class EvaluateStep(EvaluateOptions):
 
 
 def _figures(kind: type[Any], prefix: str = "") -> Iterator[str]:
-    """The names of all numbers in a report."""
+    """Iterate over the dotted names of all numbers in a report."""
     hints = get_type_hints(kind)
     for part in fields(kind):
         choices = get_args(hints[part.name]) or (hints[part.name],)
@@ -75,10 +76,10 @@ def _complete(values: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
 
 
 def _check(options: EvaluateStep, inputs: Inputs) -> None:
-    """Refuse before anything runs what could not be measured in the end.
+    """Reject, before anything runs, required figures that would not be measured.
 
     Raises:
-        UsageError: says what is missing.
+        UsageError: names the missing keys.
     """
     data, text = ([Path(name) for name in inputs.get(key, ())] for key in ("data", "text"))
     reference = next(map(Path, inputs.get("reference", ())), None)
@@ -94,7 +95,7 @@ def _check(options: EvaluateStep, inputs: Inputs) -> None:
 
 
 def _measured_with(figure: str) -> tuple[str, ...]:
-    """The keys of a step without which there is no such figure."""
+    """Return the keys that a step must have for this figure to be measured."""
     if figure.startswith("generated."):
         return ("data", "generate")
     if figure.startswith(("text.reference", "text.kl", "text.same")):

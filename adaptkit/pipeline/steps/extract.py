@@ -1,4 +1,4 @@
-"""Find the adapter in a tuned checkpoint and its base."""
+"""Extract an adapter from a tuned checkpoint and its base."""
 
 from adaptkit.operations.extract import ExtractOptions, extract
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work

@@ -1,4 +1,4 @@
-"""Fold adapters into a 16-bit checkpoint."""
+"""Merge adapters into a 16-bit checkpoint."""
 
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.progress import counted
@@ -9,7 +9,7 @@ from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 
 def _run(work: Work) -> Outcome:
-    """Merge, but not onto a quantized base: the one that the operation would look for beside it is no input of ours."""
+    """Merge, but reject a quantized base: the operation would use a 16-bit base beside it, which is not an input."""
     base = work.path("merge")
     if quantization_found(Checkpoint(base)) is not None:
         name = work.names["merge"][0]

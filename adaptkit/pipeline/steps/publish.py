@@ -1,4 +1,4 @@
-"""Publish an artifact on the Hub: after everything that is not made from it, and never when a gate was not passed."""
+"""Publish an artifact to the Hub, after all steps that need not wait for it, and only if every gate passed."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -13,11 +13,11 @@ from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 @dataclass(frozen=True, kw_only=True)
 class PublishStep(PublishOptions):
-    """Where to publish.
+    """Options of publishing.
 
     Attributes:
         repo: org/name.
-        sign: the manifest; by whom is not for a recipe to say.
+        sign: whether to sign the manifest; the credentials are given to the run, not in the recipe.
     """
 
     repo: str

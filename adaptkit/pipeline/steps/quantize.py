@@ -1,4 +1,4 @@
-"""Quantize a checkpoint; with calibration, choose its constants and codes by text, and make a companion adapter."""
+"""Quantize a checkpoint; with calibration, choose constants and codes by text, and optionally make an init adapter."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""Give an adapter a smaller rank."""
+"""Reduce the rank of an adapter."""
 
 from adaptkit.operations.resize import ResizeOptions, resize
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work

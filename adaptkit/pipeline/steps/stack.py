@@ -1,4 +1,4 @@
-"""Combine adapters into one."""
+"""Stack several adapters into one."""
 
 from adaptkit.checkpoint.progress import counted
 from adaptkit.operations.stack import StackOptions, stack

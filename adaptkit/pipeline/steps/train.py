@@ -1,4 +1,4 @@
-"""Train an adapter, or with ``method: full`` every weight."""
+"""Train an adapter, or with ``method: full`` all weights."""
 
 from dataclasses import replace
 from typing import Any
@@ -44,7 +44,7 @@ def _run(work: Work) -> Outcome:
 
 
 def _complete(values: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
-    """What inputs will fill; folders have one name for all, since the key of a step holds what they are."""
+    """Add placeholders for fields that inputs will fill; ``.`` for any folder, since the key covers its content."""
     stand_ins: dict[str, Any] = {"base": ".", "data": list(inputs["data"])}
     if "held_out_data" in inputs:
         stand_ins["held_out_data"] = list(inputs["held_out_data"])
