@@ -44,13 +44,13 @@ def require_configured(root: Path) -> None:
         return
     missing = f"{root}: not an adapter: {ADAPTER_CONFIG_NAME} not found"
     for file in sorted(root.iterdir()):
-        writer, hint = _BY_FILE.get(file.name) or (("kohya", _WITH_PEFT) if _is_of_kohya(file) else ("", ""))
+        writer, hint = _BY_FILE.get(file.name) or (("kohya", _WITH_PEFT) if _is_kohya(file) else ("", ""))
         if writer:
             raise AdapterError(f"{missing}, and {file.name} is in the format of {writer}", hint=hint)
     raise AdapterError(missing, hint=look_below(root, "pass the folder that contains the adapter", models=False))
 
 
-def _is_of_kohya(file: Path) -> bool:
+def _is_kohya(file: Path) -> bool:
     """Return whether a file has tensors named as kohya's trainers name them (mostly adapters of image models)."""
     if file.suffix != ".safetensors":
         return False

@@ -11,14 +11,14 @@ from adaptkit.checkpoint.writer import disk_errors
 JOURNAL_PATTERN = "adaptkit-journal*.jsonl"
 
 
-def marks(path: Path) -> bool:
+def is_marker(path: Path) -> bool:
     """Return whether a file identifies its folder as made by adaptkit: a manifest or a journal."""
     return path.name == MANIFEST_NAME or path.match(JOURNAL_PATTERN)
 
 
 def clear(folder: Path, but: str = "") -> None:
     """Empty a folder except for one file; delete the identifying files last, in case the process is killed midway."""
-    for old in sorted((path for path in folder.iterdir() if path.name != but), key=marks):
+    for old in sorted((path for path in folder.iterdir() if path.name != but), key=is_marker):
         shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
 
 
@@ -33,7 +33,7 @@ def clear_all_but(folder: Path, keep: Collection[str]) -> None:
 
 
 @contextmanager
-def made_for_a_while(folder: Path) -> Iterator[Path]:
+def temporary_folder(folder: Path) -> Iterator[Path]:
     """Create an empty temporary folder, even if a killed run left one, and delete it when the block ends."""
     with disk_errors(folder):
         shutil.rmtree(folder, ignore_errors=True)
@@ -50,7 +50,7 @@ def remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def is_aside(folder: Path) -> bool:
+def is_replaced_output(folder: Path) -> bool:
     """Return whether this is a replaced output, or an empty folder left by an interrupted deletion of one."""
     if folder.is_symlink() or not folder.is_dir():
         return False

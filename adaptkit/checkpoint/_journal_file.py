@@ -29,13 +29,13 @@ class Finished:
     tensors: tuple[TensorRecord, ...]
     notes: dict[str, Any]
 
-    def seems_in(self, folder: Path) -> bool:
+    def has_size(self, folder: Path) -> bool:
         """Return whether the folder holds a file of this name and size."""
         return not size_problem(folder, self.record)
 
-    def is_in(self, folder: Path) -> bool:
+    def is_unchanged(self, folder: Path) -> bool:
         """Return whether the folder holds the file with the recorded sha256; reads all of it."""
-        return self.seems_in(folder) and file_sha256(resolve_inside(folder, self.record.path)) == self.record.sha256
+        return self.has_size(folder) and file_sha256(resolve_inside(folder, self.record.path)) == self.record.sha256
 
 
 @dataclass(frozen=True)

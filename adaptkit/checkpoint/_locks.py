@@ -60,7 +60,7 @@ class Locks:
                 f"{self._final}: another process has just finished writing it", hint="use it, or choose another -o"
             )
 
-    def let_go(self, first: int = 0) -> None:
+    def release(self, first: int = 0) -> None:
         """Release all locks except the first ``first``."""
         while len(self._held) > first:
             os.close(self._held.pop())

@@ -58,8 +58,15 @@ if TYPE_CHECKING:
 __all__ = ["Adapter", "TokenRows", "adapter_identity", "read_adapter", "require_plain", "write_adapter"]
 
 _PIECE_ELEMENTS = 1 << 20
-_DECISIVE = {ADAPTER_CONFIG_NAME, COMPENSATION_NAME}
-_SAYS_NOTHING = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
+_CHECKED_FILES = {ADAPTER_CONFIG_NAME, COMPENSATION_NAME}
+_NEUTRAL_KEYS = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+}
 """Keys of ``adapter_config.json`` that do not affect an adapter's changes."""
 
 
@@ -147,7 +154,7 @@ class Adapter:
 
     def changed_beside(self) -> str:
         """Return what differs from the manifest in the configuration or compensation file; empty if nothing does."""
-        listed = [record for record in (self.manifest.files if self.manifest else ()) if record.path in _DECISIVE]
+        listed = [record for record in (self.manifest.files if self.manifest else ()) if record.path in _CHECKED_FILES]
         return next(filter(None, (file_problem(self.root, record) for record in listed)), "")
 
     @property
@@ -231,15 +238,15 @@ def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
 
 def adapter_identity(adapter: Adapter) -> str:
     """Return a sha256 over what determines an adapter's changes besides its tensors: configuration and compensation."""
-    config = {key: value for key, value in adapter.config.items() if key not in _SAYS_NOTHING}
+    config = {key: value for key, value in adapter.config.items() if key not in _NEUTRAL_KEYS}
     begun = {
         name: [fingerprint(term.lora_a), fingerprint(term.lora_b), term.scaling]
         for name, term in adapter.compensation.items()
     }
-    return hashlib.sha256(json.dumps([config, begun, *_meant_otherwise(adapter)], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([config, begun, *_differing_rules(adapter)], sort_keys=True).encode()).hexdigest()
 
 
-def _meant_otherwise(adapter: Adapter) -> list[str]:
+def _differing_rules(adapter: Adapter) -> list[str]:
     """Return which rules of the peft release that wrote an adapter yield other changes than today's rules."""
     config, names = adapter.config, (*adapter.experts, *adapter.modules)
     is_square = any(len(set(stack[0].shape)) == 1 for stack in adapter.experts.values())

@@ -18,7 +18,7 @@ _UNSUPPORTED = (
 )  # fmt: skip
 _NEVER_MERGED = ("use_qalora", "alora_invocation_tokens", "arrow_config", "layer_replication")
 """Those that peft cannot merge either; with replicated layers one weight would be changed several times."""
-_HARMLESS = {
+_IGNORED_KEYS = {
     "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_lora_weights",
     "layers_pattern", "layers_to_transform", "lora_dropout", "megatron_core", "peft_type", "peft_version",
     "qalora_group_size", "revision", "target_modules", "task_type",
@@ -28,9 +28,9 @@ _USED = {
     "alpha_pattern", "bias", "ensure_weight_tying", "fan_in_fan_out", "lora_alpha", "lora_bias", "modules_to_save", "r",
     "rank_pattern", "target_parameters", "trainable_token_indices", "use_dora", "use_rslora",
 }  # fmt: skip
-_FINISHED = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
+_INIT_KEYS = {"corda_config", "eva_config", "loftq_config", "lora_ga_config"}
 """Settings for the initialization of A and B; ``init_lora_weights`` tells whether it changed the base."""
-KNOWN_KEYS = {*_UNSUPPORTED, *_HARMLESS, *_USED, *_FINISHED, "runtime_config"}
+KNOWN_KEYS = {*_UNSUPPORTED, *_IGNORED_KEYS, *_USED, *_INIT_KEYS, "runtime_config"}
 """The keys of peft 0.21's LoraConfig."""
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations for which peft changes the base; a converted adapter has ``init_lora_weights: true`` instead."""
@@ -85,7 +85,7 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
                 else "run or merge it with peft"
             )
             raise AdapterError(f"{root}: uses {key}, which is not supported", hint=way)
-    unknown = {key for key, value in config.items() if value} - _HARMLESS - _USED - _FINISHED
+    unknown = {key for key, value in config.items() if value} - _IGNORED_KEYS - _USED - _INIT_KEYS
     if unknown:
         raise AdapterError(
             f"{root}: adapter_config.json has the unknown key {min(unknown)!r}",
@@ -153,9 +153,9 @@ class Scalings:
         try:
             rank, alpha = self._numbers(module)
         except (re.error, AttributeError, TypeError) as error:
-            told = error if isinstance(error, re.error) else "expected patterns, each with a number"
+            detail = error if isinstance(error, re.error) else "expected patterns, each with a number"
             raise AdapterError(
-                f"{self._root}: rank_pattern or alpha_pattern is malformed ({told})", hint=_ONE_SAVE
+                f"{self._root}: rank_pattern or alpha_pattern is malformed ({detail})", hint=_ONE_SAVE
             ) from error
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
             raise AdapterError(

@@ -57,14 +57,14 @@ def file_sha256(path: Path) -> str:
 
 
 def file_digests(
-    path: Path, parts: Sequence[tuple[int, int]], told: Callable[[int], None]
+    path: Path, parts: Sequence[tuple[int, int]], on_read: Callable[[int], None]
 ) -> tuple[int, str, list[str]]:
     """Hash a file and ranges of it, reading each byte once.
 
     Args:
         path: the file.
         parts: (first byte, size in bytes) of each range, in order and not overlapping.
-        told: called with the number of bytes of each piece read.
+        on_read: called with the number of bytes of each piece read.
 
     Returns:
         size: of the file, in bytes.
@@ -79,7 +79,7 @@ def file_digests(
             ranges.feed(size, piece)  # a thirtieth of sha256's time while the piece is in the CPU's cache
             sha256.update(piece)
             size += count
-            told(count)
+            on_read(count)
     return size, sha256.hexdigest(), ranges.digests()
 
 
@@ -113,6 +113,6 @@ class _Ranges:
 
 
 def tensors_root(tensors: "Iterable[TensorRecord]") -> str:
-    """Return a sha256 over name, dtype, shape and digest of a set of tensors, independent of how files hold them."""
+    """Return a sha256 over name, dtype, shape and digest of a set of tensors, whatever files they are in."""
     lines = sorted(f"{t.name} {t.dtype} {list(t.shape)} {t.xxh3_128}\n" for t in tensors)
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -33,7 +33,7 @@ FLOATS = ("F32", "F16", "BF16")
 
 _REPAIR = "correct the file, or download or copy it again"
 _MAX_HEADER_BYTES = 100_000_000
-_MOST_BYTES = 1 << 63
+_MAX_TENSOR_BYTES = 1 << 63
 """Limit on a tensor's size: strides must fit in 64 bits, even those of a tensor without elements."""
 
 
@@ -204,6 +204,6 @@ def _spec(name: str, entry: Any, where: str) -> TensorSpec:
     shape, nbytes = tuple(entry["shape"]), ITEM_BYTES[entry["dtype"]]
     for size in shape:  # checked per factor, since the product of very many sizes takes hours
         nbytes *= max(1, size)
-        if nbytes >= _MOST_BYTES:
+        if nbytes >= _MAX_TENSOR_BYTES:
             raise CheckpointError(f"{where}: tensor {name!r}: too large, with {len(shape)} dimensions", hint=_REPAIR)
     return TensorSpec(name, entry["dtype"], shape)

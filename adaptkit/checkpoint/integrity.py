@@ -15,7 +15,7 @@ from adaptkit.errors import CheckpointError, IntegrityError
 
 _AGAIN = "download or copy the whole artifact again (from the Hub: adaptkit pull)"
 _MOVE = "move files that are not in the manifest out of the folder"
-_NAMED = 5
+_MAX_LISTED = 5
 """Maximum number of problems that a message lists."""
 
 
@@ -53,9 +53,9 @@ def check_artifact(root: Path, manifest: Manifest, threads: int, progress: Progr
     for record in manifest.files:
         if record.path in found and found[record.path].record != record:
             problems[record.path] = f"{record.path} changed (its sha256 differs)"
-    told = sorted(problem for problem in problems.values() if problem)
-    if told:
-        raise IntegrityError(f"{root}: {_first(told)}", hint=_AGAIN)
+    found_problems = sorted(problem for problem in problems.values() if problem)
+    if found_problems:
+        raise IntegrityError(f"{root}: {_first_few(found_problems)}", hint=_AGAIN)
     _compare_tensors(root, manifest.tensors, found.values())
 
 
@@ -71,8 +71,8 @@ def check_names(root: Path, manifest: Manifest) -> None:
     extra = sorted(name for name in present - listed if name.split("/")[0] not in (".git", ".gitattributes"))
     missing = sorted(listed - present)
     if extra or missing:
-        told = [f"{name} is missing" for name in missing] + [f"{name} is not in the manifest" for name in extra]
-        raise IntegrityError(f"{root}: {_first(told)}", hint=_AGAIN if missing else _MOVE)
+        problems = [f"{name} is missing" for name in missing] + [f"{name} is not in the manifest" for name in extra]
+        raise IntegrityError(f"{root}: {_first_few(problems)}", hint=_AGAIN if missing else _MOVE)
 
 
 def present_names(root: Path) -> set[str]:
@@ -148,7 +148,7 @@ def measure(
     """
     total, done, lock, names = sum(sizes.values()), 0, Lock(), set(with_tensors)
 
-    def told(count: int) -> None:
+    def advance(count: int) -> None:
         nonlocal done
         with lock:
             done += count
@@ -158,7 +158,7 @@ def measure(
         header, malformed = _header(resolve_inside(root, path)) if path in names else (None, "")
         tensors = header.tensors if header else ()
         parts = [(position, spec.nbytes) for spec, position in tensors]
-        size, sha256, digests = file_digests(resolve_inside(root, path), parts, told)
+        size, sha256, digests = file_digests(resolve_inside(root, path), parts, advance)
         records = (TensorRecord.of(spec, digest, path) for (spec, _), digest in zip(tensors, digests, strict=True))
         return Measured(FileRecord(path, size, sha256), tuple(records), malformed)
 
@@ -167,9 +167,9 @@ def measure(
         return dict(zip(largest_first, pool.map(work, largest_first), strict=True))
 
 
-def _first(told: Sequence[str]) -> str:
-    more = f"; and {len(told) - _NAMED} more" if len(told) > _NAMED else ""
-    return "; ".join(told[:_NAMED]) + more
+def _first_few(problems: Sequence[str]) -> str:
+    more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
+    return "; ".join(problems[:_MAX_LISTED]) + more
 
 
 def _tensor_files(manifest: Manifest) -> set[str]:

@@ -25,7 +25,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from adaptkit.checkpoint._clearing import JOURNAL_PATTERN, clear, clear_all_but, made_for_a_while, marks, remove
+from adaptkit.checkpoint._clearing import JOURNAL_PATTERN, clear, clear_all_but, is_marker, remove, temporary_folder
 from adaptkit.checkpoint._journal_file import Finished, Journal, append_line, read_journal
 from adaptkit.checkpoint._locks import Locks
 from adaptkit.checkpoint.header import TensorSpec, check_regular
@@ -117,13 +117,13 @@ class Output:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._locks.let_go()
+        self._locks.release()
 
     def discard(self) -> None:
         """Delete what was written, unless it is worth resuming: work that ``keeps`` protects, and shares."""
         is_alone = all(path.name == JOURNAL_NAME for path in self.folder.glob(JOURNAL_PATTERN))
         if is_alone and not self._keeps(self.folder):
-            self._locks.let_go(1)  # NFS keeps a deleted file under another name in the folder while it is open
+            self._locks.release(1)  # NFS keeps a deleted file under another name in the folder while it is open
             remove(self.folder)
 
     def finished(self, *names: str) -> bool:
@@ -141,7 +141,7 @@ class Output:
         """
         for name in names:
             if name not in self._whole:
-                self._whole[name] = name in self._finished and self._finished[name].is_in(self.folder)
+                self._whole[name] = name in self._finished and self._finished[name].is_unchanged(self.folder)
         return all(self._whole[name] for name in names)
 
     def add(self, record: FileRecord, tensors: Sequence[TensorRecord], notes: Mapping[str, Any] | None = None) -> None:
@@ -178,8 +178,8 @@ class Output:
         require_free(self.folder, needed, f"{self.final}: needs", "free some space, or choose another -o")
 
     def scratch_folder(self) -> AbstractContextManager[Path]:
-        """Return a context manager that creates a temporary folder; see ``made_for_a_while``."""
-        return made_for_a_while(self.folder / SCRATCH_NAME)
+        """Return a context manager that creates a temporary folder; see ``temporary_folder``."""
+        return temporary_folder(self.folder / SCRATCH_NAME)
 
     def write_tensors(
         self, name: str, tensors: "Mapping[str, Values]", *, listed: bool = True, notes: Mapping[str, Any] | None = None
@@ -270,7 +270,7 @@ class Output:
             begun = {}
         for name, journal in begun.items():
             if self.part is None or name == self._journal:
-                there = {done.record.path: done for done in journal.finished if done.seems_in(self.folder)}
+                there = {done.record.path: done for done in journal.finished if done.has_size(self.folder)}
                 self._finished |= there
                 if journal.inputs != dict(self._inputs):
                     self.elsewhere |= {path: done.notes for path, done in there.items()}
@@ -302,7 +302,7 @@ class Output:
 
     def _begin(self, changed: bool) -> None:
         found = list(self.folder.iterdir())
-        if found and not changed and not any(map(marks, found)):
+        if found and not changed and not any(map(is_marker, found)):
             self._refuse_foreign()
         if changed and not self._force and self._keeps(self.folder):
             raise ConflictError(

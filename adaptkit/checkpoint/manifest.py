@@ -191,8 +191,8 @@ class Manifest:
                 raise TypeError("operation.options is not an object")
             canonical = root == manifest.tensors_root and manifest.to_bytes() == text
         except (CheckpointError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
-            told = reason(error).removeprefix(f"{MANIFEST_NAME}: ")
-            raise IntegrityError(f"{where}: malformed ({told})", hint=_AGAIN) from error
+            detail = reason(error).removeprefix(f"{MANIFEST_NAME}: ")
+            raise IntegrityError(f"{where}: malformed ({detail})", hint=_AGAIN) from error
         if not canonical:
             raise IntegrityError(f"{where}: was changed after it was written", hint=_AGAIN)
         return manifest

@@ -39,11 +39,11 @@ def give_back_kernel_compiler() -> None:
     except OSError:  # not Linux, or /proc is not readable
         return
 
-    def let_go() -> None:
+    def release() -> None:
         for place in places:
             give_back(*place)
 
-    after_loading(let_go)
+    after_loading(release)
 
 
 def _unchanged(library: bytes, report: bytes) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from re import _constants, _parser  # type: ignore[attr-defined]  # the grammar is Python's own
 from typing import Any
 
-_MOST_REPEATS_INSIDE, _MOST_LONG = 3, 2000
+_MAX_NESTED_REPEATS, _MAX_LENGTH = 3, 2000
 _CATEGORIES = {
     _constants.CATEGORY_DIGIT: r"\d", _constants.CATEGORY_NOT_DIGIT: r"\D",
     _constants.CATEGORY_SPACE: r"\s", _constants.CATEGORY_NOT_SPACE: r"\S",
@@ -109,7 +109,7 @@ class FirstMatch:
         names: dict[str, tuple[int, Any]] = {}
         others = []
         for number, (pattern, value) in enumerate(self._patterns.items()):
-            name = _NAME.fullmatch(pattern) if len(pattern) <= _MOST_LONG else None
+            name = _NAME.fullmatch(pattern) if len(pattern) <= _MAX_LENGTH else None
             if name is None:
                 others.append((number, pattern, value))
             else:
@@ -118,13 +118,13 @@ class FirstMatch:
 
 
 def _check_name(text: str) -> None:
-    if len(text) > _MOST_LONG:
+    if len(text) > _MAX_LENGTH:
         raise re.error(f"the name is too long: {len(text)} characters")
 
 
 @lru_cache(maxsize=256)
 def _parsed(pattern: str) -> Sequence[Any]:
-    if len(pattern) > _MOST_LONG:
+    if len(pattern) > _MAX_LENGTH:
         raise re.error(f"the pattern is too long: {len(pattern)} characters")
     try:
         with warnings.catch_warnings(action="ignore"):  # such as FutureWarning: possible nested set
@@ -151,7 +151,7 @@ def _check(nodes: Iterable[Any], repeats: int) -> None:
             _check(detail[3], repeats)
         elif kind in _ASSERTS and detail[0] > 0:  # lookahead
             _check(detail[1], repeats + 1)
-        elif kind in _REPEATS and repeats < _MOST_REPEATS_INSIDE:
+        elif kind in _REPEATS and repeats < _MAX_NESTED_REPEATS:
             _check(detail[2], repeats + 1)
         elif kind not in _ONE and not (kind is _constants.AT and detail in _EDGES):
             raise re.error(f"{str(kind).lower()} is not supported here")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from adaptkit.checkpoint._clearing import is_aside
+from adaptkit.checkpoint._clearing import is_replaced_output
 from adaptkit.checkpoint.integrity import present_names
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.progress import first_few
@@ -62,7 +62,7 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
             f"{final}: names that end in {_PARTIAL} or {_REPLACED} are reserved for unfinished work",
             hint="choose another -o",
         )
-    if os.path.lexists(aside) and not is_aside(aside):
+    if os.path.lexists(aside) and not is_replaced_output(aside):
         raise ConflictError(
             f"{aside}: is in the way, and adaptkit did not make it", hint="move it, or choose another -o"
         )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Array
 
 _GET_AGAIN = "download or copy the checkpoint again: index and shards must be from the same save"
-_KEEP_STILL = "check the disk, and run the command again when nothing writes to that folder"
+_CHANGED_HINT = "check the disk, and run the command again when nothing writes to that folder"
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class TensorFiles:
         tensors: maps tensor names to locations, in file order.
     """
 
-    _beside: ClassVar[tuple[str, ...]] = ()
+    _extra: ClassVar[tuple[str, ...]] = ()
     """Further files that ``state`` covers."""
 
     def __init__(self, root: Path, files: list[str]) -> None:
@@ -90,7 +90,7 @@ class TensorFiles:
             IntegrityError: a file does not exist any more.
         """
         try:
-            found = [(file, resolve_inside(self.root, file).stat()) for file in sorted([*self.headers, *self._beside])]
+            found = [(file, resolve_inside(self.root, file).stat()) for file in sorted([*self.headers, *self._extra])]
         except OSError as error:
             raise _unreadable(error.filename, error) from error
         return [[file, status.st_size, status.st_mtime_ns] for file, status in found]
@@ -104,7 +104,7 @@ class TensorFiles:
         now = self.state()
         if now != state:
             changed = next(file for (file, *before), (_, *after) in zip(state, now, strict=True) if before != after)
-            raise IntegrityError(f"{self.root}: {changed} changed while it was read", hint=_KEEP_STILL)
+            raise IntegrityError(f"{self.root}: {changed} changed while it was read", hint=_CHANGED_HINT)
 
     def _read(self, located: Located, offset: int, size: int) -> "Array":
         import numpy as np  # imported here, since loading it is slow and not every command reads tensors
@@ -117,7 +117,7 @@ class TensorFiles:
                 while done < size:
                     count = os.preadv(handle, [buffer.data[done:]], located.position + offset + done)
                     if count == 0:
-                        raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}", _KEEP_STILL)
+                        raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}", _CHANGED_HINT)
                     done += count
             finally:
                 os.close(handle)
@@ -138,7 +138,7 @@ class Checkpoint(TensorFiles):
         UnsafeInputError: the index points outside the folder.
     """
 
-    _beside = (CONFIG_NAME,)
+    _extra = (CONFIG_NAME,)
 
     def __init__(self, root: Path) -> None:
         files, weight_map = weight_files(root)
@@ -165,7 +165,7 @@ class Checkpoint(TensorFiles):
 
     @property
     def quantization_method(self) -> str | None:
-        """The ``quant_method`` of the configuration; None without a ``quantization_config``, "unknown" if malformed."""
+        """The ``quant_method`` in the configuration; None if not quantized, "unknown" if it names no method."""
         quantization = self.config.get("quantization_config")
         if quantization is None:
             return None
@@ -207,7 +207,7 @@ class MappedCheckpoint(Checkpoint):
         except OSError as error:
             raise _unreadable(located.file, error) from error
         if start + size > len(whole):
-            raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}", hint=_KEEP_STILL)
+            raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}", hint=_CHANGED_HINT)
         return whole[start : start + size]
 
     def give_back(self, tensor: "Tensor") -> None:
@@ -230,7 +230,7 @@ class MappedCheckpoint(Checkpoint):
 
 
 def _unreadable(file: str, error: OSError) -> IntegrityError:
-    return IntegrityError(f"{file}: cannot be read: {error.strerror}", DISK_HINTS.get(error.errno or 0, _KEEP_STILL))
+    return IntegrityError(f"{file}: cannot be read: {error.strerror}", DISK_HINTS.get(error.errno or 0, _CHANGED_HINT))
 
 
 def _dtype(spec: TensorSpec) -> "np.dtype[Any]":

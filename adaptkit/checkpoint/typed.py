@@ -58,22 +58,22 @@ def check_keys(values: Any, known: Iterable[str], place: Place) -> Mapping[str, 
     return values
 
 
-def build(kind: type[Any], values: Mapping[str, Any], place: Place, instead: Mapping[str, Any] | None = None) -> Any:
+def build(kind: type[Any], values: Mapping[str, Any], place: Place, overrides: Mapping[str, Any] | None = None) -> Any:
     """Make a dataclass from a document's values.
 
     Args:
         kind: the dataclass.
         values: maps field names to the document's values.
         place: the location of ``values``.
-        instead: arguments that override the document's values; errors about them name no place.
+        overrides: arguments that override the document's values; errors about them name no place.
 
     Raises:
         ConfigError: an unknown key, a value of the wrong type, one that the dataclass rejects, or a missing one.
-        UsageError: the dataclass rejects one of ``instead``.
+        UsageError: the dataclass rejects one of ``overrides``.
     """
-    hints, instead = get_type_hints(kind), dict(instead or {})
+    hints, overrides = get_type_hints(kind), dict(overrides or {})
     check_keys(values, [field.name for field in fields(kind)], place)
-    found = {name: convert(value, hints[name], place.at(name)) for name, value in values.items()} | instead
+    found = {name: convert(value, hints[name], place.at(name)) for name, value in values.items()} | overrides
     for field in fields(kind):
         if field.name not in found and field.default is MISSING and field.default_factory is MISSING:
             raise place.error(f"{field.name} is missing", hint=f"add {field.name}: {_expected(hints[field.name])}")
@@ -81,7 +81,7 @@ def build(kind: type[Any], values: Mapping[str, Any], place: Place, instead: Map
         return kind(**found)
     except UsageError as error:
         named = next((name for name in found if error.message.startswith(f"{name}:")), None)
-        if named in instead or (instead and not values):
+        if named in overrides or (overrides and not values):
             raise
         problem = error.message if named is None else error.message.removeprefix(f"{named}:").strip()
         raise (place.at(named) if named else place).error(problem, error.hint) from error

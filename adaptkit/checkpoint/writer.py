@@ -24,9 +24,9 @@ from adaptkit.errors import DISK_HINTS, AdaptkitError, CheckpointError
 if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Values
 
-_HALF = re.compile(r"\.(?P<name>.+?)(\.\d{1,9}\.\d+)?\.partial")
+_TEMPORARY = re.compile(r"\.(?P<name>.+?)(\.\d{1,9}\.\d+)?\.partial")
 """Name of a temporary file of ``replace_file``; older versions wrote no process and thread ids."""
-_LEFT_SECONDS = 3600
+_STALE_SECONDS = 3600
 """Age above which a temporary file must be left over from a killed process, possibly on another machine."""
 
 
@@ -35,7 +35,7 @@ def write_file(folder: Path, name: str, content: bytes) -> FileRecord:
     path = resolve_inside(folder, name)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_through(path, content)
+        _write_synced(path, content)
     return FileRecord(name, len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -48,11 +48,11 @@ def replace_file(path: Path, content: bytes) -> None:
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write_through(unfinished, content)
+            _write_synced(unfinished, content)
             os.replace(unfinished, path)
             for other in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
                 with contextlib.suppress(FileNotFoundError):  # its writer has just finished
-                    if replaced_name(other.name) == path.name and time.time() - other.stat().st_mtime > _LEFT_SECONDS:
+                    if replaced_name(other.name) == path.name and time.time() - other.stat().st_mtime > _STALE_SECONDS:
                         other.unlink()
             sync_folder(path.parent)
         finally:
@@ -61,8 +61,8 @@ def replace_file(path: Path, content: bytes) -> None:
 
 def replaced_name(name: str) -> str:
     """Return the final name for a temporary file of ``replace_file``; other names are returned unchanged."""
-    half = _HALF.fullmatch(name)
-    return half["name"] if half else name
+    temporary = _TEMPORARY.fullmatch(name)
+    return temporary["name"] if temporary else name
 
 
 def make_folder(folder: Path) -> None:
@@ -187,7 +187,7 @@ class TensorWriter:
             self._file.append(view)
 
 
-def _write_through(path: Path, content: bytes) -> None:
+def _write_synced(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()

@@ -37,9 +37,9 @@ class Foresight:
             return
         self._asked_for_work = True
         for step in self._steps:
-            if step.how.foresee is not None:
-                with self._told(step):
-                    step.how.foresee(step.options, self._signer, self._listener.note_of(step))
+            if step.how.precheck is not None:
+                with self._warn_in_dry_run(step):
+                    step.how.precheck(step.options, self._signer, self._listener.note_of(step))
 
     def before_sending(self, sendings: Iterable[tuple[Step, Work]]) -> None:
         """Before the first step that publishes, rehearse all later ones; acts only once.
@@ -62,14 +62,14 @@ class Foresight:
         Raises:
             AdaptkitError: publishing would be rejected (not in a dry run).
         """
-        with self._told(step):
+        with self._warn_in_dry_run(step):
             return step.how.rehearse(work) if step.how.rehearse is not None else ""
         return ""
 
     @contextmanager
-    def _told(self, step: Step) -> Iterator[None]:
+    def _warn_in_dry_run(self, step: Step) -> Iterator[None]:
         try:
-            with named_after(step):
+            with prefix_errors(step):
                 yield
         except AdaptkitError as error:
             if not self._dry_run:
@@ -78,7 +78,7 @@ class Foresight:
 
 
 @contextmanager
-def named_after(step: Step) -> Iterator[None]:
+def prefix_errors(step: Step) -> Iterator[None]:
     """Prefix errors with a step's name, and replace command-line options in hints by the recipe's keys."""
     try:
         yield

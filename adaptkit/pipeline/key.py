@@ -31,7 +31,7 @@ def step_key(step: Step, materials: Mapping[str, Material]) -> str | None:
         # A folder's name may be written into an artifact made from it; only the suffix of a file's name matters.
         called = name_of(material.path) if taken.takes == "folder" else material.path.suffix
         inputs.append([taken.key, called, material.digest])
-    counted = {name: value for name, value in asdict(step.options).items() if name not in step.how.uncounted}
+    counted = {name: value for name, value in asdict(step.options).items() if name not in step.how.not_in_key}
     document = {
         "schema": _SCHEMA,
         "adaptkit": adaptkit.__version__,

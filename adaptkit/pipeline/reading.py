@@ -200,7 +200,7 @@ def _check_targets(steps: Sequence[Step]) -> None:
 
 
 def _guarded(recipe: Recipe, step: Step) -> Step:
-    """Let a step that publishes wait for every gate, except gates that wait for this step."""
+    """Return the step; if it publishes, it also waits for every gate, except gates that wait for it."""
     if not step.how.sends:
         return step
     gates = [other.name for other in recipe.steps.values() if other.how.gates(other.options)]

@@ -14,7 +14,7 @@ from typing import Any
 from adaptkit.arguments import AnyPath
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError, GateError, IntegrityError, UsageError
-from adaptkit.pipeline.foresight import Foresight, named_after
+from adaptkit.pipeline.foresight import Foresight, prefix_errors
 from adaptkit.pipeline.key import step_key
 from adaptkit.pipeline.lock import Lock, lock_path
 from adaptkit.pipeline.reading import read_recipe
@@ -91,7 +91,7 @@ class _Run:
         if self._options.locked and not self._dry_run and self._options.until is None:
             self._lock.require_whole()
         if not self._options.locked and not self._dry_run:
-            self._note_others()
+            self._lock_excluded_steps()
             state = "written" if self._lock.write() else "unchanged"
         return RunReport(
             recipe=str(self._recipe.path),
@@ -103,16 +103,16 @@ class _Run:
             seconds=time.monotonic() - began,
         )
 
-    def _note_others(self) -> None:
+    def _lock_excluded_steps(self) -> None:
         """Lock the steps that ``until`` excludes, as far as their keys are known; kept outputs make more keys known."""
         for step in self._recipe.steps.values():
             is_known = all(name in self._materials for _, name in step.takes())
             key = step_key(step, self._materials) if is_known and step not in self._steps else None
             if key is not None:
-                self._note_plan(step, key)
+                self._lock_plan(step, key)
                 record = self.work.find(step, key, self._listener.note)
                 if record is not None:
-                    self._take(step, record)
+                    self._register_outputs(step, record)
 
     def _find_sources(self) -> list[SourceReport]:
         try:
@@ -171,8 +171,8 @@ class _Run:
                 self._foresight.before_work()
             for name in step.makes:
                 self._materials[name] = Material(None, None, 0, {})
-            return self._report(step, "to do" if key is not None or not self._seen(step) else "may follow", key=key)
-        outputs = self._take(step, record)
+            return self._report(step, "to do" if key is not None or not self._was_run(step) else "may follow", key=key)
+        outputs = self._register_outputs(step, record)
         judgement = step.how.judge(step.options, record.facts)
         figure = f"{record.figure}; the run would stop here: {judgement}" if judgement else record.figure
         return self._report(step, "kept", figure=figure, key=key, outputs=outputs, facts=record.facts)
@@ -183,7 +183,7 @@ class _Run:
             if key is not None:
                 yield step, self._work_of(step, key)
 
-    def _seen(self, step: Step) -> bool:
+    def _was_run(self, step: Step) -> bool:
         """Return whether a step of this name was run before, with any inputs."""
         return any(self.work.root.glob(f"*/{step.name}.json"))
 
@@ -192,7 +192,7 @@ class _Run:
         began, key = time.monotonic(), step_key(step, self._materials)
         if key is None:
             raise ValueError(f"{step.name}: an input is not known")
-        self._note_plan(step, key)
+        self._lock_plan(step, key)
         record = None if step.how.sends else self.work.find(step, key, self._listener.note)
         state = "done" if record is None else "kept"
         if record is None:
@@ -203,7 +203,7 @@ class _Run:
             self._listener.started(step)
             self._require_unchanged(step)
             self.work.begin(step, key)
-            with named_after(step):
+            with prefix_errors(step):
                 outcome = step.how.run(self._work_of(step, key))
             try:
                 self._require_unchanged(step)
@@ -211,7 +211,7 @@ class _Run:
                 self.work.begin(step, key)  # discard the outputs: the key hashes the source as it was before
                 raise
             record = self.work.finish(step, key, outcome.figure, outcome.facts)
-        outputs, seconds = self._take(step, record), time.monotonic() - began
+        outputs, seconds = self._register_outputs(step, record), time.monotonic() - began
         judgement = step.how.judge(step.options, record.facts)
         report = self._report(
             step,
@@ -240,7 +240,7 @@ class _Run:
                     hint="run the same command again when nothing writes to that source",
                 )
 
-    def _note_plan(self, step: Step, key: str) -> None:
+    def _lock_plan(self, step: Step, key: str) -> None:
         self._lock.add(step.written, "steps", step.name, "recipe")
         self._lock.add(key, "steps", step.name, "key")
 
@@ -260,7 +260,7 @@ class _Run:
             signer=self._signer,
         )
 
-    def _take(self, step: Step, record: Record) -> tuple[OutputReport, ...]:
+    def _register_outputs(self, step: Step, record: Record) -> tuple[OutputReport, ...]:
         """Add a step's outputs to the lock (not in a dry run) and to the materials of other steps."""
         outputs = record.outputs or {}
         if not self._dry_run and outputs:

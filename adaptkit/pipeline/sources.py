@@ -67,16 +67,16 @@ class Hashes:
         except (OSError, ValueError, AttributeError, RecursionError):
             pass  # the cache only saves time
 
-    def sha256(self, path: Path, told: Callable[[int], None] = lambda count: None) -> str:
-        """Return the sha256 of a file; ``told`` is called with the number of bytes of each piece."""
+    def sha256(self, path: Path, on_read: Callable[[int], None] = lambda count: None) -> str:
+        """Return the sha256 of a file; ``on_read`` is called with the number of bytes of each piece."""
         check_regular(path)
         found = path.stat()
         name, state = str(path.resolve()), [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
         known = self._known["files"].get(name)
         if isinstance(known, list) and known[:-1] == state:
-            told(found.st_size)
+            on_read(found.st_size)
             return str(known[-1])
-        _, digest, _ = file_digests(path, [], told)
+        _, digest, _ = file_digests(path, [], on_read)
         if time.time() - found.st_ctime > _FRESH_SECONDS:
             self._known["files"][name] = [*state, digest]
         return digest
@@ -186,12 +186,12 @@ def digest_of(path: Path, hashes: Hashes) -> str:
 def _sha256_of(files: Sequence[Path], hashes: Hashes, progress: Progress) -> list[str]:
     done, total = 0, sum(file.stat().st_size for file in files if file.is_file())
 
-    def told(count: int) -> None:
+    def advance(count: int) -> None:
         nonlocal done
         done += count
         progress(done, total)
 
-    return [hashes.sha256(file, told) for file in files]
+    return [hashes.sha256(file, advance) for file in files]
 
 
 def _folder(path: Path, hashes: Hashes, progress: Progress = no_progress) -> tuple[str, int, dict[str, Any]]:

@@ -92,8 +92,8 @@ class StepKind:
             publish.
         gates: returns whether the step is a gate, which must pass before anything is published.
         judge: for a gate: returns why it fails, given the facts; empty if it passes.
-        uncounted: options that do not affect what is made or measured, and so are not part of the key.
-        foresee: for kinds that publish: called before anything is done; raises what publishing would raise later.
+        not_in_key: options that do not affect what is made or measured, and so are not part of the key.
+        precheck: for kinds that publish: called before anything is done; raises what publishing would raise later.
         rehearse: for kinds that publish: called when all inputs exist; returns a summary of what would be sent, or
             raises what publishing would raise.
     """
@@ -107,11 +107,11 @@ class StepKind:
     makes: Callable[[Any], tuple[str, ...]] = lambda options: ("",)
     gates: Callable[[Any], bool] = lambda options: False
     judge: Callable[[Any, Facts], str] = lambda options, facts: ""
-    uncounted: frozenset[str] = frozenset({"threads"})
-    foresee: Callable[[Any, Signer, Callable[[str], None]], None] | None = None
+    not_in_key: frozenset[str] = frozenset({"threads"})
+    precheck: Callable[[Any, Signer, Callable[[str], None]], None] | None = None
     rehearse: Callable[[Work], str] | None = None
 
     @property
     def sends(self) -> bool:
         """Whether it publishes to the Hub."""
-        return self.foresee is not None
+        return self.precheck is not None

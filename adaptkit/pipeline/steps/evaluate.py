@@ -155,5 +155,5 @@ KIND = StepKind(
     makes=lambda options: (),
     gates=lambda options: bool(options.require),
     judge=_judge,
-    uncounted=frozenset({"require"}),
+    not_in_key=frozenset({"require"}),
 )

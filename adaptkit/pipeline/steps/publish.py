@@ -28,7 +28,7 @@ class PublishStep(PublishOptions):
         check_repo_id(self.repo)
 
 
-def _foresee(options: PublishStep, signer: Signer, note: Callable[[str], None]) -> None:
+def _precheck(options: PublishStep, signer: Signer, note: Callable[[str], None]) -> None:
     foresee(options.repo, _signed_by(options, signer), note)
 
 
@@ -74,6 +74,6 @@ KIND = StepKind(
     run=_run,
     refused={"signer": "write sign: true, and pass the key to the command with --sign KEY"},
     makes=lambda options: (),
-    foresee=_foresee,
+    precheck=_precheck,
     rehearse=_rehearse,
 )

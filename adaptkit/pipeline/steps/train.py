@@ -33,10 +33,10 @@ def _run(work: Work) -> Outcome:
         mixture=options.mixture and {files[name]: weight for name, weight in options.mixture.items()},
     )
 
-    def tell(step: StepReport) -> None:
+    def on_step(step: StepReport) -> None:
         work.progress(step.step, step.steps)
 
-    report = train(config, work.output, on_step=tell, note=work.note)
+    report = train(config, work.output, on_step=on_step, note=work.note)
     before, after = report.held_out_before, report.held_out_after
     figure = counted(report.steps, "step") if after is None else f"held-out loss {before:.4f} -> {after:.4f}"
     facts = {"steps": report.steps, "held_out_before": before, "held_out_after": after, "samples": report.samples}
@@ -45,12 +45,12 @@ def _run(work: Work) -> Outcome:
 
 def _complete(values: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     """Add placeholders for fields that inputs will fill; ``.`` for any folder, since the key covers its content."""
-    stand_ins: dict[str, Any] = {"base": ".", "data": list(inputs["data"])}
+    placeholders: dict[str, Any] = {"base": ".", "data": list(inputs["data"])}
     if "held_out_data" in inputs:
-        stand_ins["held_out_data"] = list(inputs["held_out_data"])
+        placeholders["held_out_data"] = list(inputs["held_out_data"])
     if "init" in inputs:
-        stand_ins["init"] = "."
-    return values | stand_ins
+        placeholders["init"] = "."
+    return values | placeholders
 
 
 def _check(options: TrainConfig, inputs: Inputs) -> None:
