@@ -57,7 +57,7 @@ class Output:
         part: make one share of the files, and leave publishing to a run without a share.
 
     Attributes:
-        folder: the folder to write into until then.
+        folder: the temporary folder to write into, ``<out>.partial``.
         files, tensors, notes: what is finished so far.
         elsewhere: maps files of shares whose inputs were at other paths to their notes.
 

@@ -34,7 +34,8 @@ class Outline:
     Attributes:
         encoding: how it is quantized.
         shape: of the weight: (out, in), or (experts, out, in).
-        dtype_name: safetensors name of the weight's type before quantization.
+        dtype_name: safetensors name of the type that readers dequantize to: the weight's type before quantization, but
+            bfloat16 for float32 weights that adaptkit quantized.
         offset: of doubly quantized constants, in the weight's units; 0 without double quantization.
     """
 

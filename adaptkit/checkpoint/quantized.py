@@ -1,4 +1,4 @@
-"""The layout of quantized weights in a checkpoint: that of bitsandbytes for 4 bits, so that its readers can read ours.
+"""The layout of quantized weights in a checkpoint; for 4 bits it is bitsandbytes', so that other tools can read it.
 
     X.weight                                U8   [(n + 1) // 2, 1]      two codes a byte; I8 [n, 1] in int8
     X.weight.absmax                         U8   [M]                    M = ceil(n / block_size)
@@ -61,7 +61,7 @@ class QuantizedWeight:
         codes: (ceil(n / 2),) uint8, or (n,) int8; empty if only the rest was read.
         constants: absmax constants, doubly quantized or as (M,) float32.
         shape: of the weight: (out, in), or (experts, out, in).
-        dtype: of the weight before quantization; numpy's for arrays, torch's for tensors.
+        dtype: type that readers dequantize to, as numpy's for arrays, as torch's for tensors; see ``quant_state``.
         levels: (256,) float32, the values of the codes of doubly quantized constants.
     """
 
@@ -88,7 +88,7 @@ class QuantizedWeight:
         return unnest(self.constants, self.levels)
 
     def dequantize(self, dtype: DType | None = None) -> Any:
-        """Return the dequantized weight in its shape, in its type before quantization unless ``dtype`` is given."""
+        """Return the dequantized weight in its shape; ``dtype`` overrides the type given by the state."""
         nested, book = self.constants, BOOKS.get(self.encoding.format)
         decode = getattr(kernels_for(self.codes), "decode_nested_4bit", None)  # GPU only: saves a kernel launch
         if decode is not None and book is not None and isinstance(nested, DoubleQuantized):
