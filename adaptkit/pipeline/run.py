@@ -41,7 +41,7 @@ def run(
     Raises:
         ConfigError: the recipe is invalid; names file, line and path of the value.
         DriftError: with ``locked``, something differs from the lock.
-        GateError: a figure is out of its limits, or a program could not load an artifact; nothing is published.
+        GateError: a figure is out of its limits, or a program could not load an artifact; nothing more is published.
         ConflictError: another run is using the same work folder.
         AdaptkitError: any error of a step's operation, prefixed with the step's name.
     """
