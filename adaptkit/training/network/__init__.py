@@ -1,1 +1,1 @@
-"""The model: packed weights, what is trained in it, and its forward and backward pass."""
+"""The model: packed weights, trainable parameters, and the forward and backward passes."""

@@ -1,8 +1,8 @@
-"""Gradients that a layer adds by itself to where they are kept.
+"""Gradients that a layer accumulates into ``parameter.grad`` itself, instead of returning them to autograd.
 
-For every parameter autograd makes a tensor of the parameter's type, and adds it in a node of its own; for the small
-factors of an adapter that takes longer than computing it. While a pass adds up here, a layer that knows its parameters
-does both in one pass over what it has, and gives autograd nothing.
+Autograd casts each gradient to the parameter's type and accumulates it in a separate node; for the small factors of an
+adapter that takes longer than computing the gradient. Inside ``adding_up``, a layer casts, scales and adds in one pass,
+and returns None to autograd.
 """
 
 from collections.abc import Iterator
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from adaptkit.numerics.kernels._cpu_joined import add_scaled
 
 _adds = False
-"""Of the process, which runs one backward pass at a time (see ``alone``): on a GPU in a thread of the device's."""
+"""Process-wide, not thread-local: autograd runs a GPU's backward pass in a thread of its own. The process runs one
+backward pass at a time (see ``networks.alone``)."""
 
 
 @contextmanager
 def adding_up() -> Iterator[None]:
-    """Let layers add to the ``grad`` of their parameters, while a backward pass runs to all of them."""
+    """Let layers add to the ``grad`` of their parameters; for a backward pass that reaches all of these parameters."""
     global _adds
     before, _adds = _adds, True
     try:
@@ -28,20 +29,22 @@ def adding_up() -> Iterator[None]:
 
 
 def give(parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor | None:
-    """Hand in a gradient. Hooks of the parameter do not see one that is added.
+    """Accumulate a gradient inside ``adding_up`` if the parameter has a ``grad``; otherwise return it for autograd.
+
+    Hooks of the parameter do not see a gradient that is accumulated here.
 
     Args:
-        parameter: a matrix, float32.
-        grad: in its shape, of any floating-point type; perhaps a view.
-        scale: that it is still to be multiplied by, in the parameter's type.
+        parameter: float32 matrix.
+        grad: shape of the parameter, any floating-point type; may be a view.
+        scale: factor that ``grad`` is multiplied by, in the parameter's type.
 
     Returns:
-        What autograd is to be given: nothing if the gradient was added.
+        The gradient to return to autograd; None if it was accumulated.
     """
     if parameter.grad is None or not _adds:
         return grad.to(parameter.dtype).mul(scale)
     if parameter.device.type == "cpu":
         add_scaled(parameter.grad, grad, scale)
     else:
-        parameter.grad.add_(grad, alpha=scale)  # reads the narrow type itself
+        parameter.grad.add_(grad, alpha=scale)  # accepts 16-bit gradients without a cast
     return None

@@ -1,8 +1,8 @@
-"""Everything that an adapter can be besides low-rank changes of linear layers, put into a model.
+"""Install in a model the parts of an adapter other than LoRA on linear layers.
 
-experts      low-rank changes of stacked matrices (PEFT's ``target_parameters``)
-whole        parameters that take the place of the base's (``modules_to_save``, biases, full fine-tuning)
-rows         rows of the vocabulary (``trainable_token_indices``)
+experts      LoRA on stacked expert matrices (PEFT's ``target_parameters``)
+whole        parameters that replace the base's (``modules_to_save``, biases, full fine-tuning)
+rows         rows of the embedding or output layer (``trainable_token_indices``)
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -26,8 +26,8 @@ class Place:
     """Where the model keeps a parameter of the base.
 
     Attributes:
-        module: that holds it.
-        child: its name there.
+        module: the module that holds it.
+        child: its name in that module.
         is_packed: whether it is quantized.
     """
 
@@ -37,7 +37,7 @@ class Place:
 
 
 def parameter_places(model: Model) -> dict[str, Place]:
-    """Where the base's parameters are, by the names that transformers gives them; tied ones under all their names."""
+    """Return the places of the base's parameters, by their names in transformers; tied ones under all their names."""
     return {f"{path}.{place.child}".removeprefix("."): place for path, place in _places(model.network)}
 
 
@@ -56,10 +56,10 @@ def _places(network: nn.Module) -> Iterator[tuple[str, Place]]:
 
 
 def saved_names(model: Model, endings: Sequence[str]) -> set[str]:
-    """The parameters inside the modules whose paths end as PEFT's ``modules_to_save`` says.
+    """Return the names of the parameters inside modules whose paths end with an entry of PEFT's ``modules_to_save``.
 
     Raises:
-        UsageError: no module's path ends so.
+        UsageError: no module's path ends with one of them.
     """
     found: set[str] = set()
     places = parameter_places(model)
@@ -73,13 +73,13 @@ def saved_names(model: Model, endings: Sequence[str]) -> set[str]:
 
 
 def _around(name: str) -> list[str]:
-    """The paths of the modules that hold a parameter."""
+    """Return the paths of all modules that contain a parameter, outermost first."""
     parts = name.split(".")[:-1]
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def bias_names(model: Model, which: str) -> set[str]:
-    """The biases that ``bias`` speaks of: of all modules, or ``lora_only`` of those with an adapter.
+    """Return the names of the biases to train: of all modules, or with ``lora_only`` of modules with an adapter.
 
     Raises:
         UsageError: there are none.
@@ -96,17 +96,17 @@ def bias_names(model: Model, which: str) -> set[str]:
 def train_whole(
     model: Model, names: Collection[str], values: Mapping[str, Tensor] | None = None, together: bool = True
 ) -> None:
-    """Train parameters themselves, in float32. What is tied to one of them stays tied.
+    """Train parameters in full, in float32. Tied parameters stay tied.
 
     Args:
-        model: to change.
-        names: of parameters.
-        values: what they begin as; the base's own where nothing is said.
-        together: False if a parameter that is tied to one of ``names``, and is none of them, keeps the base's value.
+        model: modified in place.
+        names: names of the parameters.
+        values: initial values by name; the base's value if missing.
+        together: False if a parameter that is tied to one of ``names``, but not in ``names``, keeps the base's value.
 
     Raises:
-        UsageError: one is quantized, or has an adapter.
-        BaseMismatchError: the model lacks one, or has it in another shape.
+        UsageError: a parameter is quantized, has an adapter, or has trained rows already.
+        BaseMismatchError: the model lacks a parameter, or has it in another shape.
     """
     values, places = values or {}, parameter_places(model)
     for name in sorted(names):
@@ -125,7 +125,7 @@ def train_whole(
         value = values[name] if name in values else model.assembly.read(name)
         if isinstance(place.module, LoraLinear):
             model.whole[name] = _train_linear(model, name, place, value)
-            for other in model.assembly.tied(name):  # as in Zamba, some of whose layers are the same
+            for other in model.assembly.tied(name):  # as in Zamba, where some layers share their weights
                 is_same = torch.equal(values.get(other, value), value)
                 if other != name and is_same and (together or other in names):
                     model.whole[other] = _train_linear(model, other, places[other], value, model.whole[name])
@@ -140,12 +140,14 @@ def train_whole(
             if other == name or (is_tied and not apart and (together or other in names)):
                 hold(at.module, at.child, parameter, model.dtype)
                 model.whole[other] = Whole(parameter)
-                if _is_of_tokens(at.module, model.network):  # its padding may be the end of an answer
-                    at.module.padding_idx = None  # which torch gives no gradient; padding itself gets none
+                if _is_of_tokens(at.module, model.network):
+                    # torch gives the row of padding_idx no gradient, but that token may also be the end token of an
+                    # answer. Padding positions get no gradient anyway: they carry no loss.
+                    at.module.padding_idx = None
 
 
 def _train_linear(model: Model, name: str, place: Place, value: Tensor, tied: Whole | None = None) -> Whole:
-    """Train a weight or bias of a linear layer: one of its own, or one that is trained already."""
+    """Train a weight or bias of a linear layer in full; ``tied`` is an already trained parameter to share."""
     layer = place.module
     if not isinstance(layer, LoraLinear):
         raise TypeError(type(layer))
@@ -167,7 +169,7 @@ def _train_linear(model: Model, name: str, place: Place, value: Tensor, tied: Wh
 
 
 def _is_of_tokens(module: nn.Module, network: Any) -> TypeGuard[nn.Embedding]:
-    """Whether a table has a row for every token; one of positions may count from its padding's."""
+    """Return whether an embedding has one row per token; position embeddings may need their ``padding_idx``."""
     tokens = network.get_input_embeddings()
     are_embeddings = isinstance(module, nn.Embedding) and isinstance(tokens, nn.Embedding)
     return are_embeddings and module.num_embeddings == tokens.num_embeddings
@@ -184,18 +186,18 @@ def train_rows(
     """Train rows of an embedding or output layer.
 
     Args:
-        model: to change.
-        path: of the module.
-        indices: which rows.
-        rows: (n, dim), what they begin as; None for the base's own.
-        together: whether what is tied to the module uses them too.
+        model: modified in place.
+        path: dotted path of the module.
+        indices: row indices.
+        rows: (n, dim), initial values; None for the base's rows.
+        together: whether modules tied to this one use the trained rows too.
 
     Raises:
-        UsageError: there is no such row, or the table is quantized or trained whole.
-        BaseMismatchError: the model has no such module, or its rows are of another length.
+        UsageError: a row does not exist, or the table is quantized, trained in full, or has trained rows already.
+        BaseMismatchError: the model has no such module, or its rows have another length.
     """
     name, places = f"{path}.weight", parameter_places(model)
-    if name not in places and name not in model.whole:  # what is trained whole has left its place
+    if name not in places and name not in model.whole:  # a parameter that is trained in full is not in ``places``
         raise BaseMismatchError(f"{path}: not found in {model.checkpoint.root}", hint=OTHER_MODEL)
     if path in model.rows:
         raise UsageError(f"{name}: some of its rows are already trained", hint="leave out --trainable-tokens")
@@ -219,10 +221,10 @@ def train_rows(
 
 
 def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
-    """(experts, out, in) of a stacked parameter.
+    """Return (experts, out, in) of a stacked parameter.
 
     Args:
-        module: that holds it.
+        module: the module that holds it.
         name: its dotted path.
     """
     leaf = name.rpartition(".")[2]
@@ -233,17 +235,17 @@ def stack_shape(module: nn.Module, name: str) -> tuple[int, int, int]:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a module of experts says that its stacks are (experts, in, out)."""
+    """Return whether a module of experts declares that its stacks are (experts, in, out)."""
     return bool(getattr(module, "is_transposed", False))
 
 
 def put_stack(model: Model, module: nn.Module, name: str, lora_a: Tensor, lora_b: Tensor, factor: float) -> None:
-    """Give a stacked parameter a low-rank change.
+    """Attach LoRA to a stacked parameter.
 
     Args:
-        model: to change.
-        module: that holds the parameter.
-        name: its dotted path.
+        model: the model; gives compute dtype and device.
+        module: the module that holds the parameter; modified in place.
+        name: dotted path of the parameter.
         lora_a: (experts, rank, in).
         lora_b: (experts, out, rank).
         factor: scaling.
@@ -258,7 +260,7 @@ def put_stack(model: Model, module: nn.Module, name: str, lora_a: Tensor, lora_b
 
 
 def stack_changes(model: Model) -> dict[str, tuple[LowRank, ...]]:
-    """The changes of stacked parameters, by path, expert by expert."""
+    """Return the LoRA of every stacked parameter that has one: by path, one ``LowRank`` per expert."""
     found = {}
     for name, module in model.stacks().items():
         change = module.change_of(name.rpartition(".")[2]) if isinstance(module, PackedModule) else None

@@ -1,8 +1,8 @@
-"""Causal attention on a CPU, block by block of queries, as bfloat16 matrix products with one pass between them.
+"""Causal attention on a CPU, one block of queries at a time: matrix products with one fused pass between them.
 
-torch's own kernel for a CPU takes several times as long as the products alone. This one keeps nothing between the
-forward and the backward pass but its inputs, its output and one number a row, and skips the keys that no query of a
-block attends to: what lies behind it, before its window, or in another document of a packed row.
+torch's CPU kernel takes several times as long as the matrix products. This one saves for the backward pass only its
+inputs, its output and one number per row, and skips keys that no query of a block attends to: later keys, keys before
+the sliding window, and keys of other samples in a packed row.
 
     S = scale · Q Kᵀ        P = softmax(S) over the keys that a query sees        Y = P V
     dV = Pᵀ dY              dP = dY Vᵀ              dS = P ∘ (dP - rowsum(dY ∘ Y))              dQ = dS K, dK = dSᵀ Q
@@ -26,21 +26,21 @@ from adaptkit.team import keeps_up, team_size
 from adaptkit.training.network.spans import Spans, causal_spans, mask_spans
 
 NAME = "adaptkit"
-"""In transformers' registry of attention functions."""
+"""Name in transformers' registry of attention functions."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, spans: Spans) -> Tensor:
-    """Attention in which every query sees one run of keys.
+    """Compute attention in which every query attends to one contiguous run of keys.
 
     Args:
         query: (batch, heads, queries, dim), bfloat16 or float32, on a CPU.
-        key: (batch, key_heads, keys, dim); each serves heads / key_heads heads.
+        key: (batch, key_heads, keys, dim); each key head serves heads / key_heads query heads.
         value: (batch, key_heads, keys, value_dim).
-        scale: of the scores.
-        spans: what the queries see.
+        scale: factor of the scores.
+        spans: the keys that each query attends to.
 
     Returns:
-        (batch, queries, heads, value_dim); zero where a query sees nothing.
+        (batch, queries, heads, value_dim); zero where a query attends to nothing.
     """
     result: Tensor = _Attention.apply(query, key, value, scale, spans)  # type: ignore[no-untyped-call]
     return result
@@ -55,7 +55,7 @@ class _Attention(torch.autograd.Function):
         output = query.new_empty(batch, queries, heads, value.shape[-1])
         by_key_heads = output.view(batch, queries, key.shape[1], -1, value.shape[-1])
         grouped, key, value = _grouped(query, key.shape[1]), key.contiguous(), value.contiguous()
-        factor = np.float32(scale)  # a float64 would make all that the kernels compute float64
+        factor = np.float32(scale)  # a float64 would make the kernels compute in float64
         ctx.blocks, ctx.log_sums, threads = spans.blocks(heads, key.shape[1]), [], team_size()
         for block in ctx.blocks:
             scores = torch.bmm(block.of_queries(grouped), block.of_keys(key).transpose(1, 2))
@@ -92,18 +92,18 @@ class _Attention(torch.autograd.Function):
 
 
 def _grouped(side: Tensor, key_heads: int) -> Tensor:
-    """(batch, heads, queries, …) with what one key head serves side by side: (batch, key_heads, queries, group, …)."""
+    """Regroup (batch, heads, queries, …) by key head: (batch, key_heads, queries, group, …), contiguous."""
     return side.view(side.shape[0], key_heads, -1, *side.shape[2:]).transpose(2, 3).contiguous()
 
 
 def use_own_attention(network: Any) -> None:
-    """Make a transformers model on a CPU take this attention wherever it computes the same; elsewhere sdpa stays.
+    """Make a transformers model on a CPU use this attention wherever it is equivalent; other calls fall back to sdpa.
 
-    Where torch has many threads and the passes between the products can have but one, it stays everywhere.
+    Where torch has many threads and the passes between the products can use only one, sdpa is kept for all calls.
 
     Args:
-        network: transformers' model; one whose attention is not sdpa stays as it is, and one whose layers do something
-            else where it is called otherwise.
+        network: transformers model; left unchanged if its attention is not sdpa, or if its layers depend on the name
+            ``sdpa``.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -117,7 +117,10 @@ def use_own_attention(network: Any) -> None:
 
 
 def _asks_for_sdpa(module: Any) -> bool:
-    """Whether a module looks for the name: DeepSeek V3.2's masks what its indexer leaves out only under this one."""
+    """Return whether a module's code compares the attention's name with ``sdpa``.
+
+    DeepSeek V3.2 masks the keys that its indexer leaves out only under that name.
+    """
     code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
     if code is None or "_attn_implementation" not in code.co_names:
         return False
@@ -127,13 +130,14 @@ def _asks_for_sdpa(module: Any) -> bool:
 def _forward(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """What transformers calls; (batch, queries, heads, dim), and no weights."""
+    """Compute attention for transformers: (batch, queries, heads, value_dim), and None for the attention weights."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     spans = _spans(module, query, key, attention_mask, options)
     if spans is None:
-        # transformers' masks are of bool here. Others a layer makes of its hidden states (Doge), and torch has another
-        # kernel for one with a gradient, which it has in only one of the passes through a layer with a checkpoint.
+        # transformers' own masks are bool here. A float mask is computed by a layer from its hidden states (Doge). In a
+        # checkpointed layer it requires grad in only one of the two forward passes, and torch would choose another
+        # kernel for that one: so force the same kernel in both.
         is_made = attention_mask is not None and attention_mask.is_floating_point() and query.device.type == "cpu"
         with sdpa_kernel(SDPBackend.MATH) if is_made else contextlib.nullcontext():
             result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -143,13 +147,13 @@ def _forward(
 
 
 def _spans(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Spans | None:
-    """The keys that queries see, or None if this is not the attention that is computed here."""
+    """Return the keys that each query attends to; None if ``attend`` cannot compute this call."""
     unknown = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
-    is_here = query.device.type == "cpu"  # a model that was loaded here may have been moved
+    is_here = query.device.type == "cpu"  # the model may have been moved since it was loaded
     if unknown or options.get("dropout") or not is_here or query.dtype not in (torch.bfloat16, torch.float32):
         return None
     if mask is not None:
-        whole = query.shape[0], 1, query.shape[2], key.shape[2]  # not one that is to be expanded or cut
+        whole = query.shape[0], 1, query.shape[2], key.shape[2]  # a mask to be broadcast or sliced is left to sdpa
         return mask_spans(mask) if mask.dtype == torch.bool and mask.shape == whole else None
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal

@@ -1,14 +1,15 @@
-"""DoRA: a linear layer's direction changes by a LoRA, and the length of each of its rows is trained beside it.
+"""DoRA: LoRA updates the direction of a linear layer's rows, and the norm of each row is trained separately.
 
     V = W + s · B A        n_i = ‖V_i‖        Y = X Wᵀ − X' Wᵀ + (m / n) ∘ (X' Vᵀ)
 
-X' is X after dropout; without dropout this is (m / n) ∘ X Vᵀ. The norms n count as constants (section 4.3 of the paper
-and PEFT). They come from ‖W_i‖², which is known, and two products that are as small as the rank:
+m are the trained magnitudes, (out,). X' is X after dropout; without dropout this is (m / n) ∘ X Vᵀ. The norms n are
+treated as constants in the backward pass (section 4.3 of the paper, and PEFT). They are computed from ‖W_i‖², which is
+precomputed, and two products of small matrices:
 
     n_i² = ‖W_i‖² + 2s B_i · (W Aᵀ)_i + s² B_i A Aᵀ B_iᵀ
 
-so that no second matrix of W's size is formed. W is dequantized in the forward pass, dropped, and dequantized again in
-the backward pass.
+so no second matrix of W's size is formed. W is dequantized in the forward pass, freed, and dequantized again in the
+backward pass.
 
 Source: DoRA (arXiv:2402.09353), as PEFT 0.21 computes it.
 """
@@ -23,23 +24,23 @@ from adaptkit.training.network.remade import source_of
 
 
 def squared_rows(weight: Any) -> Tensor:
-    """‖W_i‖² of a frozen weight: (out,) float32."""
+    """Return ‖W_i‖² of a frozen weight: (out,) float32."""
     squares: Tensor = weight.dequantize(torch.float32).square().sum(dim=1)
     return squares
 
 
 def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, squares: Tensor) -> Tensor:
-    """The norms of the rows of W + s · B A.
+    """Return the norms of the rows of W + s · B A.
 
     Args:
         weight: W, (out, in).
-        lora_a: (rank, in), of W's type.
-        lora_b: (out, rank), of W's type.
+        lora_a: (rank, in), dtype of W.
+        lora_b: (out, rank), dtype of W.
         scale: s.
         squares: ‖W_i‖², (out,) float32.
 
     Returns:
-        (out,) float32. Where B is zero they are the roots of ``squares`` to the bit.
+        (out,) float32. Where B is zero, exactly the square roots of ``squares``.
     """
     a, b = lora_a.float(), lora_b.float()
     mixed = (b * (weight @ lora_a.T).float()).sum(dim=1)
@@ -48,7 +49,7 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, squa
 
 
 class DoraProduct(torch.autograd.Function):
-    """The formula of the module's docstring; saves what inputs were made of, adapter and X'Vᵀ, never W."""
+    """The formula of the module's docstring; saves its input's source (see ``remade``), the adapter and X'Vᵀ, not W."""
 
     @staticmethod
     def forward(
@@ -62,7 +63,7 @@ class DoraProduct(torch.autograd.Function):
         squares: Tensor,
         scale: float,
     ) -> Tensor:
-        """(…, in) to (…, out)."""
+        """Map (…, in) to (…, out)."""
         a, b = narrowed(lora_a, x.dtype), narrowed(lora_b, x.dtype)
         flat, flat_dropped = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
         w = weight.dequantize(x.dtype)
@@ -70,8 +71,8 @@ class DoraProduct(torch.autograd.Function):
         inner = flat_dropped @ a.T
         turned = flat_dropped @ w.T
         turned.addmm_(inner, b.T, alpha=scale)
-        y = x.new_empty(*x.shape[:-1], len(b))  # no view, which the network could not change in place
-        torch.mul(turned, magnitude / norm, out=y.view(turned.shape))  # in float32, and rounded once
+        y = x.new_empty(*x.shape[:-1], len(b))  # not a view: autograd forbids in-place changes of a returned view
+        torch.mul(turned, magnitude / norm, out=y.view(turned.shape))  # computed in float32 and rounded once
         shared = dropped is x
         if not shared:
             y.view(turned.shape).addmm_(flat - flat_dropped, w.T)
@@ -82,7 +83,7 @@ class DoraProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:
-        """Of x, dropped x, A, B and the magnitude."""
+        """Return the gradients of x, dropped x, A, B and the magnitude."""
         inner, turned, lora_a, lora_b, magnitude, norm, *kept = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
         dropped = ctx.make(*kept).reshape(-1, ctx.shape[-1])

@@ -1,9 +1,9 @@
-"""Experts whose weights stay packed: a stack of matrices is unpacked while its layer runs, and dropped.
+"""Experts whose weights stay packed: a stack of matrices is unpacked while its layer runs, then freed.
 
-transformers keeps the experts of a layer as 3-D parameters of one module. Such a module gets the packed stacks as
-modules beside it, and a class of its own in which the parameters' names are properties. What autograd would keep of
-an unpacked stack for the backward pass is kept as the packed one, and unpacked again there; once a layer, and only
-until the layer's backward pass is over.
+transformers keeps the experts of a layer as 3-D parameters of one module. ``pack`` adds the packed stacks as submodules
+and replaces the module's class by a subclass in which the parameters' names are properties. Where autograd would save
+an unpacked stack for the backward pass, saved-tensor hooks keep the packed stack instead; the backward pass unpacks it
+once per layer, and frees it when that layer's backward pass is over.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,10 +21,10 @@ from adaptkit.training.network.linear import FrozenWeight, PackedWeight, PlainWe
 
 
 class ExpertList(nn.Module):
-    """A stack that a file holds as one or more matrices an expert: (experts, rows, columns).
+    """A stack, (experts, rows, columns), that the files hold as one or more separate matrices per expert.
 
     Args:
-        experts: for every expert its matrices, whose rows follow each other in the stack (gate and up, say).
+        experts: the matrices of each expert, concatenated along the rows in the stack (gate and up, say).
     """
 
     def __init__(self, experts: Sequence[Sequence[FrozenWeight]]) -> None:
@@ -34,7 +34,7 @@ class ExpertList(nn.Module):
         self.shape = (len(experts), sum(matrix.shape[0] for matrix in first), first[0].shape[1])
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The stack in ``dtype``."""
+        """Return the stack in ``dtype``."""
         device = next(self.buffers()).device
         stack = torch.empty(self.shape, dtype=dtype, device=device)
         for target, matrices in zip(stack, self.experts, strict=True):
@@ -49,14 +49,14 @@ Stack = FrozenWeight | ExpertList
 
 
 def read_weight(assembly: Assembly, name: str) -> Stack:
-    """Read a weight as the files have it: packed if it is quantized there, a stack of matrices in pieces if they are.
+    """Read a weight as the files store it: packed if quantized, an ``ExpertList`` if stored as one matrix per expert.
 
     Args:
-        assembly: of the network that it belongs to.
-        name: of the parameter.
+        assembly: assembly of the network that the weight belongs to.
+        name: name of the parameter.
 
     Raises:
-        CheckpointError: the files lack it or some of it, or hold quantized what transformers rebuilds while loading.
+        CheckpointError: the files lack all or part of it, or transformers would have to convert quantized tensors.
     """
     if not assembly.is_quantized(name):
         return PlainWeight(assembly.read(name))
@@ -76,13 +76,13 @@ def read_weight(assembly: Assembly, name: str) -> Stack:
 def _read_piece(assembly: Assembly, file_name: str) -> FrozenWeight:
     if file_name in assembly.quantized:
         checkpoint = assembly.checkpoint
-        # No bound method: with one, a copy of the network would hold a copy of the files.
+        # Not a bound method: deepcopy of the network would then copy the checkpoint, too.
         return PackedWeight(read_quantized(checkpoint, file_name), lambda tensor: checkpoint.give_back(tensor))
     return PlainWeight(assembly.checkpoint.read(file_name))
 
 
 class StackLora(nn.Module):
-    """A low-rank change of every matrix of a stack: W_e + s · B_e A_e.
+    """LoRA on every matrix of a stack: W_e + s · B_e A_e.
 
     Attributes:
         lora_a: (experts, rank, in) float32.
@@ -97,7 +97,7 @@ class StackLora(nn.Module):
         self.scaling, self.transposed = scaling, transposed
 
     def add_to(self, stack: Tensor, in_place: bool) -> Tensor:
-        """The changed stack, in the stack's type."""
+        """Return the stack plus s · B A, in the stack's type; ``in_place`` overwrites ``stack``."""
         a, b = self.lora_a.detach().to(stack.dtype), self.lora_b.detach().to(stack.dtype)
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
         if in_place:
@@ -106,7 +106,7 @@ class StackLora(nn.Module):
 
 
 class _Changed(torch.autograd.Function):
-    """A changed stack, whose gradient becomes that of its A and B; keeps only these."""
+    """An unpacked stack with LoRA, differentiable with respect to A and B; saves only A and B."""
 
     @staticmethod
     def forward(
@@ -126,7 +126,7 @@ class _Changed(torch.autograd.Function):
 
 
 def _unpack(stack: Stack, change: StackLora | None, dtype: torch.dtype) -> Tensor:
-    """A stack in ``dtype``, with its low-rank change if it has one."""
+    """Return a stack in ``dtype``, with its LoRA added if it has one."""
     value = stack.dequantize(dtype)
     return value if change is None else change.add_to(value, in_place=not isinstance(stack, PlainWeight))
 
@@ -135,9 +135,9 @@ def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> 
     """Replace 3-D parameters of a module by packed stacks.
 
     Args:
-        module: to change.
-        stacks: by the parameter's name.
-        dtype: that its forward pass computes in.
+        module: modified in place.
+        stacks: the stacks, by the parameter's name.
+        dtype: compute dtype of its forward pass.
     """
     for name in stacks:
         del module._parameters[name]
@@ -154,7 +154,7 @@ def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> 
 
 
 class PackedModule(nn.Module):
-    """What a module with packed stacks does otherwise; comes before the module's own class."""
+    """Mixin of a module with packed stacks; precedes the module's own class in the MRO."""
 
     packed: nn.ModuleDict
     changes: nn.ModuleDict
@@ -162,12 +162,12 @@ class PackedModule(nn.Module):
     _compute_dtype: torch.dtype
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own, with its stacks unpacked meanwhile."""
+        """Run the module's own forward pass with its stacks unpacked."""
         with self._stacks():
             return super().forward(*args, **kwargs)
 
     def change_of(self, name: str) -> StackLora | None:
-        """The low-rank change of a stack, if it has one."""
+        """Return the LoRA of a stack; None if it has none."""
         change: Any = dict(self.changes.items()).get(name)
         return change  # type: ignore[no-any-return]
 
@@ -181,7 +181,7 @@ class PackedModule(nn.Module):
             else:
                 value = _unpack(stack, change, self._compute_dtype)
             self._unpacked[name] = value
-            # unpacked when the backward pass first needs it, and dropped with the graph's last reference
+            # cached: unpacked when the backward pass first needs it, freed with the graph's last reference
             again = cache(torch.no_grad()(partial(_unpack, stack, change, self._compute_dtype)))
             kept[value.untyped_storage().data_ptr()] = again
 
@@ -209,7 +209,7 @@ def _restore(kept: Any) -> Tensor:
 def _reader(name: str) -> Callable[[Any], Tensor]:
     def read(module: Any) -> Tensor:
         stack: Tensor | None = module._unpacked.get(name)
-        if stack is None:  # asked for outside the forward pass
+        if stack is None:  # read outside the forward pass
             stack = _unpack(module.packed[name], module.change_of(name), module._compute_dtype)
         return stack
 

@@ -1,4 +1,4 @@
-"""Fresh adapters: which layers and stacks get one, of which rank and scaling, and what its A begins as."""
+"""New adapters: which layers and stacks get one, its rank and scaling, and the initial values of A."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,11 +22,11 @@ class AdapterShape:
     """Rank and scaling of a run's adapters.
 
     Attributes:
-        rank: of the matrices.
-        alpha: scaling is alpha / rank.
-        rslora: scaling is alpha / √rank (arXiv:2312.03732).
-        rank_pattern: by PEFT's patterns, other ranks; see ``checkpoint.patterns``.
-        alpha_pattern: by PEFT's patterns, other alphas.
+        rank: default rank.
+        alpha: default alpha; scaling is alpha / rank.
+        rslora: scaling is alpha / √rank instead (arXiv:2312.03732).
+        rank_pattern: maps PEFT patterns to other ranks; see ``checkpoint.patterns``.
+        alpha_pattern: maps PEFT patterns to other alphas.
     """
 
     rank: int
@@ -36,14 +36,14 @@ class AdapterShape:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def of(self, name: str, matrix: tuple[int, int]) -> tuple[int, float]:
-        """Rank and scaling of one module or parameter.
+        """Return rank and scaling of one module or parameter.
 
         Args:
             name: dotted path.
             matrix: its (out, in).
 
         Raises:
-            UsageError: the rank is above the matrix's size.
+            UsageError: the rank is larger than the smaller dimension of the matrix.
         """
         rank = int(self._ranks.value(name, self.rank))
         if rank > min(matrix):
@@ -62,11 +62,11 @@ class AdapterShape:
         return FirstMatch(self.alpha_pattern)
 
     def require_use(self, setting: str, names: Sequence[str]) -> None:
-        """Refuse a pattern that speaks of nothing.
+        """Check that every pattern of a setting matches something.
 
         Args:
             setting: rank_pattern or alpha_pattern.
-            names: of everything that has an adapter.
+            names: names of everything that has an adapter.
 
         Raises:
             UsageError: a pattern matches none of them.
@@ -91,19 +91,19 @@ def new_adapter(
     seed: int,
     exclude: Sequence[str] = (),
 ) -> None:
-    """Give every layer that matches a pattern a fresh adapter: A random, B zero.
+    """Attach a new adapter to every layer that matches a pattern: A random, B zero.
 
     Args:
-        model: to change.
-        targets: shell patterns of module paths, or of their last parts; see ``matching_targets``.
+        model: modified in place.
+        targets: shell patterns of module paths, or of their last components; see ``matching_targets``.
         shape: rank and scaling.
         init: ``kaiming`` (uniform within ±1/√in, as PEFT) or ``normal`` (standard deviation 1 / rank).
-        dropout: of the adapters' input.
-        seed: of A.
-        exclude: shell patterns of what gets none all the same.
+        dropout: dropout probability of the adapters' input.
+        seed: random seed of A.
+        exclude: shell patterns of layers that get no adapter even if a target matches them.
 
     Raises:
-        UsageError: a pattern matches no layer, none is left, or a rank is above a layer's size.
+        UsageError: a pattern matches no layer, no layer is left, or a rank is larger than a layer's smaller dimension.
     """
     chosen = matching_targets(targets, model.linears, language_part(model.network), model.network.config.model_type)
     chosen -= matching("exclude pattern", exclude, model.linears, "linear layer")
@@ -125,16 +125,16 @@ def new_adapter(
 
 
 def new_stack_adapters(model: Model, patterns: Sequence[str], shape: AdapterShape, seed: int) -> None:
-    """Give stacked matrices of experts fresh adapters: for every expert an A, random, and a B, zero.
+    """Attach new adapters to stacked expert matrices: for every expert a random A and a zero B.
 
     Args:
-        model: to change.
-        patterns: shell patterns of the parameters' paths, or of their last parts.
+        model: modified in place.
+        patterns: shell patterns of the parameters' paths, or of their last components.
         shape: rank and scaling.
-        seed: of A.
+        seed: random seed of A.
 
     Raises:
-        UsageError: a pattern matches none, or the rank is above a matrix's size.
+        UsageError: a pattern matches no stack, or the rank is larger than a matrix's smaller dimension.
     """
     stacks = model.stacks()
     generator = torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
-"""The parts of a decoder layer between its matrix products, in one pass each and with little to keep.
+"""Fused norms and gates of a decoder layer: one pass each, with few saved activations.
 
-A module is recognized by what it computes, not by its name: it is asked for its output on a probe, and only one that
-gives to the bit what the formula gives is replaced. Its forward pass then keeps its input; torch's own keeps three or
-four tensors of that size. What it gives is kept by nobody: see ``remade``.
+A module is recognized by what it computes, not by its name: it is run on a probe, and replaced only if its output
+equals the formula's bit for bit. The fused forward pass saves only its input, where torch's own saves three or four
+tensors of that size. The output is recomputed instead of saved: see ``remade``.
 
     norm       y = x / √(mean x² + eps) · w, or · (1 + w)          needs a frozen w
     gate       y = silu(gate) · up          in a module that computes down(silu(gate(x)) · up(x))
@@ -28,12 +28,11 @@ from adaptkit.training.network.rotary import fuse_rotary
 
 
 def fuse_layers(network: nn.Module, on_gpu: bool = False) -> None:
-    """Replace the forward passes of the norms and gates of a model whose parts are frozen.
+    """Replace the forward passes of a model's gates and of its norms with frozen weights, and its rotary embedding.
 
-    And what its attention does to queries and keys: see ``rotary``.
-
-    On a GPU norms with w for a factor are torch's own kernel then: transformers' take six launches and go through
-    memory in float32; this one takes one, and rounds once. Gates are Triton's there.
+    See ``rotary`` for the latter. On a GPU, norms with factor w use torch's RMS norm kernel: one launch and one
+    rounding, where transformers' code takes six launches and float32 intermediates; norms with factor 1 + w stay as
+    they are. Gates use a Triton kernel there.
     """
     fuse_rotary(network)
     for module in network.modules():
@@ -61,11 +60,12 @@ def _torch_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
 
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 _FEW = 8
-"""Rows of what stands in for a weight: decoding all of a model's would take longer than a step of its training."""
+"""Rows of the small random matrices that replace a gate's weights in a probe: decoding all weights of a model would
+take longer than a training step."""
 
 
 def _norm_parts(module: nn.Module) -> tuple[Tensor | None, float]:
-    """The weight and epsilon of what may be a root-mean-square norm."""
+    """Return weight and epsilon of a module that may be an RMS norm; (None, 0.0) if it cannot be one."""
     parameters = dict(module.named_parameters())
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if list(parameters) != ["weight"] or parameters["weight"].dim() != 1 or not isinstance(eps, float):
@@ -76,12 +76,12 @@ def _norm_parts(module: nn.Module) -> tuple[Tensor | None, float]:
 
 
 def _takes_one(module: nn.Module) -> bool:
-    """Whether a module is a function of one tensor, so that it can be asked."""
+    """Return whether a module's forward takes one argument, so that it can be probed."""
     return len(inspect.signature(module.forward).parameters) == 1
 
 
 def _asked(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What a module gives for (rows, size); None if it wants another shape, as xLSTM's norms of several heads."""
+    """Return a module's output for (rows, size); None if it needs another shape, as xLSTM's multi-head norms do."""
     try:
         result: Tensor = module(x)
     except (ValueError, IndexError, RuntimeError):
@@ -90,14 +90,14 @@ def _asked(module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def _probe(size: int, dtype: torch.dtype) -> Tensor:
-    """(3, size): rows of unlike lengths."""
+    """Return random rows of very different norms: (3, size)."""
     rows = torch.randn(3, size, generator=torch.Generator().manual_seed(0))
     return (rows * torch.tensor([[0.01], [1.0], [30.0]])).to(dtype)
 
 
 @torch.no_grad()
 def _which(module: nn.Module, weight: Tensor, eps: float) -> bool | None:
-    """Whether a module is a norm with 1 + w for a factor; None if it is no norm that is known here."""
+    """Return True for an RMS norm with factor 1 + w, False for factor w, None for any other module."""
     if weight.dtype not in (torch.bfloat16, torch.float32):
         return None
     x = _probe(len(weight), weight.dtype).to(weight.device)
@@ -114,7 +114,7 @@ def _which(module: nn.Module, weight: Tensor, eps: float) -> bool | None:
 
 @torch.no_grad()
 def _is_gated(module: Any) -> bool:
-    """Whether a module is down(silu(gate(x)) · up(x)), whatever its weights: a few others stand in for them."""
+    """Return whether a module computes down(silu(gate(x)) · up(x)); probed with small random weights."""
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED):
         return False
     if not hasattr(module.gate_proj, "base") or not _takes_one(module):
@@ -125,7 +125,7 @@ def _is_gated(module: Any) -> bool:
     gate, up, down = (_stand_in(*shape, seed).to(device) for seed, shape in enumerate(shapes))
     expected = down(functional.silu(gate(x)) * up(x))
     linears = dict(zip(_GATED, (gate, up, down), strict=False))
-    with _training(module), exchanged(module, linears), forked_random(device):  # some drop a part
+    with _training(module), exchanged(module, linears), forked_random(device):  # some have dropout: no match
         found = _asked(module, x)
     return found is not None and torch.equal(found, expected)
 
@@ -139,7 +139,7 @@ def _stand_in(columns: int, rows: int, seed: int) -> nn.Linear:
 
 @contextmanager
 def _training(module: nn.Module) -> Iterator[None]:
-    """Let a module be trained, but for its linear layers, whose adapters may have a dropout of their own."""
+    """Put a module in training mode while the block runs, except linear layers: their adapters may have dropout."""
     inside = [part for part in module.modules() if not isinstance(part, LoraLinear)]
     before = [part.training for part in inside]
     for part in inside:
@@ -176,7 +176,7 @@ def _gated(module: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _one_after_the_other(side: Tensor) -> Tensor:
-    """As a CPU's kernel wants its numbers; a GPU's takes columns of a matrix."""
+    """Return a tensor contiguous for the CPU kernel; the GPU kernel accepts column slices of a matrix."""
     return side if side.is_cuda else side.contiguous()
 
 
@@ -187,16 +187,17 @@ def _kept_product(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _normed(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
-    """A norm's output, and what each row was multiplied by: (rows,) float32."""
+    """Return a norm's output, and the factor 1 / √(mean x² + eps) of each row: (rows,) float32."""
     flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
-    y, scales = x.new_empty(x.shape), torch.empty(len(flat))  # no view, which the network could not change in place
+    # y is not a view: autograd forbids in-place changes of a view that a Function returns
+    y, scales = x.new_empty(x.shape), torch.empty(len(flat))
     bits = float_bits(flat), float_bits(weight.detach())
     norm_forward(*bits, np.float32(eps), plus_one, scales.numpy(), float_bits(y.view(flat.shape)))
     return y, scales
 
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up."""
+    """Return silu(gate) · up."""
     if gate.is_cuda:
         from adaptkit.numerics.kernels import _gpu_layers
 
@@ -240,7 +241,8 @@ class _Gate(torch.autograd.Function):
             from adaptkit.numerics.kernels import _gpu_layers
 
             found = _gpu_layers.gate_backward(gate, up, grads[0].contiguous())
-            torch.autograd.graph.increment_version((gate, up))  # so that whoever would still need them is told
+            # The kernel overwrote gate and up: make autograd raise an error if another node still needs them.
+            torch.autograd.graph.increment_version((gate, up))
             return *found, None
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         sides = (gate, up, grads[0].contiguous(), grad_gate, grad_up)

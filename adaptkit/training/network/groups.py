@@ -1,6 +1,6 @@
-"""Linear layers that read the same input: which they are, and how the first that is called computes for the others.
+"""Linear layers that read the same input: find them, and let the first one that is called compute all results.
 
-With dropout the inputs X' of their adapters differ, and each layer is by itself.
+With dropout the inputs X' of their adapters differ, so each layer computes its own.
 """
 
 import weakref
@@ -18,19 +18,19 @@ Member = TypeVar("Member")
 
 
 def groups(network: Any, layers: Sequence[LoraLinear]) -> Iterator[list[LoraLinear]]:
-    """Divide layers into those of one module that are given the very same input; others are groups of one.
+    """Group the layers of one module that are called with the same tensor; other layers are groups of one.
 
-    The network runs once, on two tokens, to see that.
+    The network runs once, on two tokens, to find out.
 
     Args:
-        network: of transformers, before its layers are checkpointed or divided.
+        network: transformers model, before its layers are checkpointed or sharded.
         layers: some of its layers.
     """
     if not layers:
         return
     parents = {child: module for module in network.modules() for child in module.children()}
     seen: dict[tuple[int, int, nn.Module], list[LoraLinear]] = {}
-    held = []  # so that no two inputs have the same address
+    held = []  # keeps inputs alive, so that no two have the same id
 
     def note(layer: Any, given: tuple[Any, ...]) -> None:
         if given:
@@ -60,13 +60,13 @@ def join(
     compute: Callable[[tuple[Member, ...], Tensor], Sequence[Tensor]],
     alone: Callable[[Member, Tensor, Tensor], Tensor],
 ) -> None:
-    """Replace ``LoraLinear.multiply`` of layers that are given the same input.
+    """Replace ``LoraLinear.multiply`` of layers that are called with the same input.
 
     Args:
-        layers: to change.
-        members: what stands for each of them, and does not keep it: the layer keeps all of these.
-        compute: what each of them gives for an input.
-        alone: what one of them gives for an input, and for the same after dropout.
+        layers: modified in place.
+        members: one handle per layer. Must not hold a strong reference to its layer: every layer holds all handles.
+        compute: called with all members and an input; returns the result of each.
+        alone: called with one member, an input, and the input after dropout; returns the member's result.
     """
     joined = _Joined(tuple(members), compute)
     for index, (layer, member) in enumerate(zip(layers, members, strict=True)):
@@ -75,7 +75,7 @@ def join(
 
 
 class _Joined:
-    """A group of layers, and what they give for the input that one of them was called with last."""
+    """A group of layers, and their results for its last input that no layer has taken yet."""
 
     def __init__(self, members: tuple[Any, ...], compute: Callable[[Any, Tensor], Sequence[Tensor]]) -> None:
         self.members, self._compute = members, compute
@@ -84,7 +84,10 @@ class _Joined:
         self._waiting: dict[int, Tensor] = {}
 
     def take(self, index: int, x: Tensor) -> Tensor:
-        """What a layer gives for an input, to be taken once."""
+        """Return a layer's result for an input, computing all layers' results if this one is not there.
+
+        Each result is handed out once.
+        """
         state = None if x.is_inference() else x._version, torch.is_grad_enabled()
         is_known = self._input() is x and self._state == state
         result = self._waiting.pop(index, None) if is_known else None
@@ -96,13 +99,13 @@ class _Joined:
         return result
 
     def forget(self) -> None:
-        """Drop what waits to be taken: it holds the graph of all layers before."""
+        """Drop results that no layer has taken: they keep the graph of all earlier layers alive."""
         self._waiting = {}
 
 
 @dataclass(frozen=True)
 class _Multiplication:
-    """What takes the place of a layer's ``multiply``: its place in a group, and how it multiplies by itself."""
+    """Replacement of a layer's ``multiply``: its index in a group, and a fallback for an input with dropout."""
 
     joined: _Joined
     index: int
@@ -113,7 +116,7 @@ class _Multiplication:
 
 
 def forget(network: nn.Module) -> None:
-    """After a pass that failed: nothing of it stays in a network's joined layers."""
+    """Drop what a failed forward pass left in a network's joined layers."""
     for module in network.modules():
         multiply = vars(module).get("multiply")
         if isinstance(multiply, _Multiplication):
