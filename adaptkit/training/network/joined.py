@@ -1,16 +1,17 @@
-"""Packed linear layers that read the same input, on a CPU: their adapters are multiplied along with their weights.
+"""Packed linear layers that read the same input, on a CPU: one product multiplies by weight and adapter together.
 
-    Yᵢ = [X | X' Aᵀ] [Wᵢ | 0 | sᵢ Bᵢ | 0]ᵀ        A: the Aᵢ one below the other; sᵢ Bᵢ stands in the columns of its Aᵢ
-    [D | I] = Σ Gᵢ [Wᵢ | 0 | sᵢ Bᵢ | 0]           Gᵢ: the gradient by Yᵢ
+    Yᵢ = [X | X' Aᵀ] [Wᵢ | 0 | sᵢ Bᵢ | 0]ᵀ        A: all Aᵢ concatenated along rows; sᵢ Bᵢ is in the columns of its Aᵢ
+    [D | I] = Σ Gᵢ [Wᵢ | 0 | sᵢ Bᵢ | 0]           Gᵢ: the gradient of Yᵢ
     dX = D, dX' = I A        dA = Iᵀ X'        dBᵢ = sᵢ Gᵢᵀ (X' Aᵢᵀ)
 
-Calling a product with a factor of an adapter takes longer than computing it, and adding its result to another reads and
-writes all of that once more. Here most of them are part of a product that is made anyway, and the rest is one for all.
-And a sum is rounded once: added to what is rounded already, a change that is smaller than the weight's own rounding is
-lost in bfloat16, as most of them are in the first steps, when B has just left zero.
+A product with a factor of an adapter costs more in call overhead than in arithmetic, and adding its result to another
+tensor reads and writes that tensor once more. Here most of these products are part of a product that is computed
+anyway, and the others are computed once for all layers. Also, the sum is rounded once: in bfloat16, an adapter's share
+below the rounding error of W's product would be lost if it were added to the rounded product. Most shares are that
+small in the first steps, when B is still close to zero.
 
-The first layer that is called computes what all of them give, and the others take it. With dropout, their inputs X'
-differ, and each is by itself.
+The first layer that is called computes the results of all, and the others take theirs. With dropout the inputs X'
+differ, so each layer computes its own.
 """
 
 import weakref
@@ -28,17 +29,17 @@ from adaptkit.training.network.packed_rows import packed_rows
 from adaptkit.training.network.remade import source_of
 
 _ALIGNED = 32
-"""With another number of columns, products take up to a fifth longer."""
+"""Columns are padded to a multiple of this; otherwise products take up to a fifth longer."""
 
 
 def join_layers(network: Any) -> None:
     """Replace ``LoraLinear.multiply`` of a network's layers on a CPU that have a 4-bit weight and an adapter.
 
-    Layers with DoRA stay as they are, and those that have to be decoded as a whole: rows that are no whole blocks. The
-    network runs once, on two tokens, to see which layers are given the same input.
+    Layers with DoRA are left unchanged, and so are those whose weight cannot be decoded row by row: see
+    ``packed_rows``. The network runs once, on two tokens, to see which layers read the same input.
 
     Args:
-        network: of transformers, with its adapter, before its layers are checkpointed or divided.
+        network: transformers model with its adapter, before its layers are checkpointed or sharded.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, LoraLinear) and _can_join(layer)]
     for group in groups(network, layers):
@@ -52,7 +53,7 @@ def _can_join(layer: LoraLinear) -> bool:
 
 
 class _Member:
-    """A layer of a group. It does not keep the layer, which keeps the group.
+    """A layer of a group. Holds a weak reference to the layer, since the layer holds the group.
 
     Args:
         layer: the layer.
@@ -68,7 +69,7 @@ class _Member:
         return self._layer()
 
     def widen(self, lora_b: Tensor, first: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Make [W | 0 | s B | 0], (out, columns), with B from the ``first``-th column on."""
+        """Return [W | 0 | s B | 0], (out, columns), with B starting at column ``first``."""
         layer = self.layer
         rows: Any = self._rows or packed_rows(layer.base.quantized())
         self._rows = None if layer.base.is_divided else rows
@@ -79,20 +80,20 @@ class _Member:
 
 
 def _alone(member: _Member, x: Tensor, dropped: Tensor) -> Tensor:
-    """What a layer gives whose adapter has an input of its own."""
+    """Return the result of one layer whose adapter input ``dropped`` is not shared."""
     return multiplied((member,), x, dropped)[0]
 
 
 def multiplied(members: tuple[_Member, ...], x: Tensor, dropped: Tensor) -> tuple[Tensor, ...]:
-    """What some layers give for one input.
+    """Return the results of several layers for one input.
 
     Args:
         members: the layers.
         x: (…, in).
-        dropped: the same after dropout.
+        dropped: ``x`` after dropout; ``x`` itself without.
 
     Returns:
-        (…, out) of each.
+        (…, out) of each layer.
     """
     factors = (factor for member in members for factor in (member.layer.lora_a, member.layer.lora_b))
     results: tuple[Tensor, ...] = _Product.apply(x, dropped, members, *factors)  # type: ignore[no-untyped-call]
@@ -100,7 +101,7 @@ def multiplied(members: tuple[_Member, ...], x: Tensor, dropped: Tensor) -> tupl
 
 
 class _Product(torch.autograd.Function):
-    """The formulas of the module's docstring; saves what the input was made of, X' Aᵀ and the adapter, never W."""
+    """The formulas of the module's docstring; saves its input's source (see ``remade``), X' Aᵀ and adapter, not W."""
 
     @staticmethod
     def forward(
@@ -116,7 +117,7 @@ class _Product(torch.autograd.Function):
         for member, b, stand_in in zip(members, factors[1::2], stand_ins, strict=True):
             shape = (*x.shape[:-1], len(b))
             if stand_in is None:
-                y = x.new_empty(shape)  # no view, which the network could not change in place
+                y = x.new_empty(shape)  # not a view: autograd forbids in-place changes of a returned view
                 torch.mm(wide, member.widen(b, first, columns, x.dtype).T, out=y.view(-1, len(b)))
             else:
                 y = x.new_full(shape, stand_in)
@@ -152,7 +153,7 @@ class _Product(torch.autograd.Function):
 def _input_gradients(
     members: tuple[_Member, ...], factors: tuple[Tensor, ...], grads: Sequence[Tensor], width: int | None
 ) -> tuple[Tensor, Tensor | None]:
-    """I, and D if the input, which is so wide, needs a gradient."""
+    """Return I, and D if ``width`` is given: the width of an input that needs a gradient."""
     lora_bs = factors[1::2]
     if width is None:
         scaled = [
@@ -171,5 +172,5 @@ def _input_gradients(
 
 
 def _columns(width: int, ranks: int) -> int:
-    """Columns of a weight with what is beside it."""
+    """Return the number of columns of [W | 0 | s B | 0], padded to ``_ALIGNED``."""
     return -(-(width + ranks) // _ALIGNED) * _ALIGNED

@@ -1,13 +1,13 @@
-"""Packed linear layers that read the same input, on a GPU: one weight of their rows, decoded by one launch.
+"""Packed linear layers that read the same input, on a GPU: their weights are concatenated and decoded by one launch.
 
     Yᵢ = sᵢ (X Aᵢᵀ) Bᵢᵀ, and [Y₁ | Y₂ | …] += X [W₁; W₂; …]ᵀ in place      X [A₁; A₂; …]ᵀ is one product
-    dX = Σ Gᵢ Wᵢ + [s₁ G₁ B₁ | s₂ G₂ B₂ | …] [A₁; A₂; …]                     Gᵢ: the gradient by Yᵢ
+    dX = Σ Gᵢ Wᵢ + [s₁ G₁ B₁ | s₂ G₂ B₂ | …] [A₁; A₂; …]                     Gᵢ: the gradient of Yᵢ
 
-A launch takes the host several microseconds, and a step of a small model is little else. The gradients are not put
-beside each other for one product with W: copying those of a gate takes longer than adding to dX a second time.
+A launch costs the host several microseconds, and these dominate a step of a small model. The gradients Gᵢ are not
+concatenated for one product with W: copying those of a gate takes longer than accumulating into dX a second time.
 
-The layers keep their weights, which become views of the rows that they have here, so that nothing is held twice. With
-dropout each layer is by itself, as before.
+The layers' own weights become views of the concatenated weight, so nothing is stored twice. With dropout each layer
+computes its own result, as without joining.
 """
 
 import weakref
@@ -32,13 +32,14 @@ from adaptkit.training.network.remade import source_of
 def join_on_gpu(network: Any) -> list[list[nn.Parameter]]:
     """Replace ``LoraLinear.multiply`` of a network's layers on a GPU that share an input, an encoding and a width.
 
-    Layers with DoRA or without an adapter stay as they are, and those with blocks that would lie in two layers.
+    Layers with DoRA or without an adapter are left unchanged, and so are weights that are not a whole number of blocks,
+    since a block would span two layers.
 
     Args:
-        network: of transformers, with its adapter, before its layers are checkpointed; its weights are not divided.
+        network: transformers model with its adapter, before its layers are checkpointed; sharded weights are skipped.
 
     Returns:
-        The A of every group, in the order in which they are multiplied one below the other.
+        The A matrices of every joined group, in the order in which they are concatenated along rows.
     """
     layers = [layer for layer in network.modules() if isinstance(layer, LoraLinear) and _can_join(layer)]
     joined_bases: set[Any] = set()
@@ -50,7 +51,7 @@ def join_on_gpu(network: Any) -> list[list[nn.Parameter]]:
             join(group, [weakref.ref(layer) for layer in group], partial(_multiplied, JoinedWeight(bases)), _alone)
             together.append([layer.lora_a for layer in group if layer.lora_a is not None])
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.empty_cache()  # of the parts that were copied
+        torch.cuda.empty_cache()  # release the parts that were copied
     return together
 
 
@@ -70,13 +71,13 @@ def _are_alike(bases: Sequence[PackedWeight]) -> bool:
 
 
 class JoinedWeight:
-    """Packed weights of one width, one below the other; their own parts become views of it.
+    """Packed weights of one width, concatenated along rows; their own buffers become views of the result.
 
     Args:
-        bases: alike, of whole blocks.
+        bases: weights of the same encoding, width, device and levels, each a whole number of blocks.
 
     Attributes:
-        rows: of each.
+        rows: number of rows of each weight.
     """
 
     def __init__(self, bases: Sequence[PackedWeight]) -> None:
@@ -91,7 +92,7 @@ class JoinedWeight:
             blocks = [weight.count // weight.block_size for weight in weights]
             groups = [-(-count // GROUP) for count in blocks]
             places = _starts(blocks), _starts(groups)
-            self._parts = blocks, groups, offsets  # as the host has them: it never waits for the device
+            self._parts = blocks, groups, offsets  # kept on the host, too, to avoid a synchronization
             self._offsets = torch.tensor(offsets, dtype=torch.float32, device=codes.device)
             self._places = torch.tensor(places, dtype=torch.int64, device=codes.device)
             constants = DoubleQuantized(constants, _joined(bases, "nested_absmax"), float("nan"))  # each has its offset
@@ -99,7 +100,7 @@ class JoinedWeight:
         self._weight = QuantizedWeight(first.encoding, codes, constants, shape, first.dtype, first.levels)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """All rows, (sum of out, in), to the bits that each weight gives by itself."""
+        """Return all rows, (sum of out, in), bit for bit as each weight is dequantized by itself."""
         weight, constants = self._weight, self._weight.constants
         if not isinstance(constants, DoubleQuantized):
             found: Tensor = weight.dequantize(dtype)
@@ -116,14 +117,14 @@ class JoinedWeight:
         return flat.view(weight.shape)
 
     def _decoded_constants(self, constants: DoubleQuantized, levels: Tensor) -> list[Tensor]:
-        """Of each weight by itself, where no kernel decodes all at once."""
+        """Return the decoded constants of each weight, for devices without a kernel that decodes all at once."""
         blocks, groups, offsets = self._parts
         parts = zip(constants.codes.split(blocks), constants.nested_absmax.split(groups), offsets, strict=True)
         return [kernels_for(codes).decode_constants(codes, nested, offset, levels) for codes, nested, offset in parts]
 
 
 def _joined(bases: Sequence[PackedWeight], name: str) -> Tensor:
-    """A part of all weights as one tensor, of which theirs become views."""
+    """Concatenate one buffer of all weights, and make the weights' own buffers views of the result."""
     parts: list[Tensor] = [getattr(base, name) for base in bases]
     whole, start = torch.cat([part.reshape(-1) for part in parts]), 0
     for base, part in zip(bases, parts, strict=True):
@@ -137,31 +138,32 @@ def _starts(counts: Sequence[int]) -> list[int]:
 
 
 def _alone(layer: Callable[[], Any], x: Tensor, dropped: Tensor) -> Tensor:
-    """What a layer gives whose adapter has an input of its own."""
+    """Return the result of one layer whose adapter input ``dropped`` is not shared."""
     return LoraLinear.multiply(layer(), x, dropped)
 
 
 def _multiplied(weight: JoinedWeight, members: tuple[Callable[[], Any], ...], x: Tensor) -> tuple[Tensor, ...]:
-    """What the layers give for one input, (…, in): (…, out) of each."""
+    """Return the layers' results for one input, (…, in): (…, out) of each."""
     layers = [member() for member in members]
     factors = [layer.lora_a for layer in layers] + [layer.lora_b for layer in layers]
     scales = [layer.scaling for layer in layers]
     results: tuple[Tensor, ...] = _Product.apply(x, weight, scales, *factors)  # type: ignore[no-untyped-call]
     for layer, result in zip(layers, results, strict=True):
-        if layer.stand_in is not None:  # the others need the product
+        if layer.stand_in is not None:  # the product is computed anyway, for the other layers
             result.detach().fill_(layer.stand_in)
     return results
 
 
 class _Product(torch.autograd.Function):
-    """The formulas of the module's docstring; saves what the input was made of, X Aᵀ and the adapters, never W."""
+    """The formulas of the module's docstring; saves its input's source (see ``remade``), X Aᵀ and adapters, not W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: JoinedWeight, scales: list[float], *factors: Tensor) -> tuple[Tensor, ...]:
         count, flat = len(scales), x.reshape(-1, x.shape[-1])
         inner = flat @ narrowed_below(factors[:count], x.dtype).T
         y = x.new_empty(*x.shape[:-1], sum(weight.rows))
-        results = torch.unsafe_split_with_sizes(y, weight.rows, -1)  # no views, which the network could not change
+        # Unlike views, autograd lets the network change these results in place.
+        results = torch.unsafe_split_with_sizes(y, weight.rows, -1)
         parts = torch.split(inner, [len(a) for a in factors[:count]], 1)
         for result, part, b, scale in zip(results, parts, factors[count:], scales, strict=True):
             result.view(-1, len(b)).addmm_(part, narrowed(b, x.dtype).T, beta=0, alpha=scale)

@@ -1,4 +1,4 @@
-"""What was made from what, by manifests and fingerprints: whether an adapter belongs to a base, and which it is."""
+"""Provenance by manifests and fingerprints: check an adapter against a base, or find its base among several."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
 
 
 class Weights:
-    """What a base's weights are: as its manifest says, if it has one, and otherwise as its files hold them.
+    """Fingerprints of a base's weights: from its manifest if it has one, otherwise computed from its files.
 
     Args:
         root: folder of the base.
 
     Attributes:
-        root: the same.
+        root: folder of the base.
         manifest: None if it has none.
     """
 
@@ -36,7 +36,7 @@ class Weights:
         self._records = {record.name: record for record in (self.manifest.tensors if self.manifest else ())}
 
     def like(self, expected: Target) -> Target | None:
-        """The weight that an adapter speaks of, as far as it can be compared; None if it cannot."""
+        """Return the base's weight with fingerprints that are comparable to an adapter's target; None if none are."""
         module = expected.module
         if module in self._known:
             return self._known[module]
@@ -45,13 +45,13 @@ class Weights:
             parts = part_names(self._checkpoint, name) if expected.quantized_root else ()
             return Target(module, expected.shape, None, tensors_root(map(self._record, parts))) if parts else None
         has_it = name in self._checkpoint.tensors and self._checkpoint.spec(name).shape == expected.shape
-        if not has_it or expected.base_xxh3_128 is None:  # a weight that others packed has another shape
+        if not has_it or expected.base_xxh3_128 is None:  # a weight packed by another tool has another shape
             return None
         return Target(module, expected.shape, self._record(name).xxh3_128)
 
     @cached_property
     def tensors_root(self) -> str:
-        """Binds every tensor of it."""
+        """Digest over the names, dtypes, shapes and fingerprints of all its tensors."""
         return (
             self.manifest.tensors_root if self.manifest else tensors_root(map(self._record, self._checkpoint.tensors))
         )
@@ -64,10 +64,10 @@ class Weights:
 
 
 def check_config(base: Path, manifest: Manifest) -> None:
-    """Compare what decides how the weights are computed with; the weights themselves are compared later.
+    """Compare a base's config.json with its manifest; the weights are compared later.
 
     Raises:
-        IntegrityError: it is not what the manifest says, which the result will name as that of its base.
+        IntegrityError: config.json differs from the manifest, which the result will name as its base's manifest.
     """
     for record in manifest.files:
         if record.path == CONFIG_NAME and (problem := file_problem(base, record)):
@@ -75,10 +75,10 @@ def check_config(base: Path, manifest: Manifest) -> None:
 
 
 def check_whole(base: Path) -> None:
-    """Compare a base with its own manifest, if it has one: what is loaded has to be what that speaks of.
+    """Compare config.json and all tensors of a base with its manifest, if it has one.
 
     Raises:
-        IntegrityError: its configuration or a tensor is another.
+        IntegrityError: config.json or a tensor differs, or a tensor is missing or not listed.
     """
     manifest = read_manifest(base)
     if manifest is None:
@@ -96,13 +96,14 @@ def check_whole(base: Path) -> None:
 
 @dataclass(frozen=True)
 class _Fit:
-    """What came of comparing an adapter with a base.
+    """Result of comparing an adapter with a base.
 
     Attributes:
-        compared: how many of the weights that it was trained on could be.
-        differs: the module of one that is another, or that may be; empty if none is.
-        is_packed: whether that one is known by how it is packed alone.
-        is_same: whether those that could be are the same, and not only of the same 16-bit weights.
+        compared: number of the adapter's targets that could be compared.
+        differs: module of the first target that differs; empty if none does.
+        is_packed: whether only the quantized parts of that target could be compared, not the 16-bit weight.
+        is_same: whether the compared targets are quantized identically (or not at all), rather than only having the
+            same 16-bit weights.
     """
 
     compared: int
@@ -112,10 +113,10 @@ class _Fit:
 
 
 def check_base(adapter: Adapter, base: Weights) -> None:
-    """Compare what an adapter says it was trained on with a base, as far as both say anything.
+    """Compare the targets in an adapter's manifest with a base, where both have fingerprints.
 
-    An adapter that was trained on a quantized base also belongs to the 16-bit base of the same weights, and to any
-    quantization of it whose manifest says so, unless it makes up for what its own lost.
+    An adapter that was trained on a quantized base also belongs to the 16-bit base with the same weights, and to any
+    quantization of that base whose manifest says so, unless it compensates for the error of its own quantization.
 
     Raises:
         BaseMismatchError: a weight differs; names it.
@@ -136,7 +137,7 @@ def check_base(adapter: Adapter, base: Weights) -> None:
 def _fit(adapter: Adapter, base: Weights) -> _Fit:
     targets = adapter.manifest.targets if adapter.manifest else ()
     compared, is_same = 0, True
-    for expected in sorted(targets, key=lambda target: math.prod(target.shape)):  # a wrong base is soon known
+    for expected in sorted(targets, key=lambda target: math.prod(target.shape)):  # small first: fail fast
         found = base.like(expected)
         if found is None:
             continue
@@ -152,14 +153,14 @@ def _fit(adapter: Adapter, base: Weights) -> _Fit:
 
 
 def base_of(adapter: Adapter, bases: Sequence[Weights]) -> Weights:
-    """Which of several bases an adapter was trained on.
+    """Return which of several bases an adapter was trained on.
 
-    That is the one that its manifest names, or else the one that has the weights that it was trained on; if none has
-    them as they were, packed or not, one that has the same 16-bit weights.
+    That is the base that its manifest names; else the one with identical weights, quantized identically or not at all;
+    else the one with the same 16-bit weights. A single base is only checked.
 
     Raises:
-        BaseMismatchError: on none of them.
-        UsageError: nothing says on which.
+        BaseMismatchError: it was trained on none of them.
+        UsageError: it has no manifest, or not exactly one base matches.
     """
     if len(bases) == 1:
         check_base(adapter, bases[0])
@@ -186,9 +187,10 @@ def base_of(adapter: Adapter, bases: Sequence[Weights]) -> Weights:
 
 
 def parent_among(manifest: Manifest | None, bases: Sequence[Weights]) -> Weights | None:
-    """The base that a manifest names as what its artifact was made from, if it is among these."""
+    """Return the base that a manifest names as its artifact's parent; None if it is not among ``bases``."""
     parents = [parent for parent in (manifest.parents if manifest else ()) if parent.role == "base"]
-    for base in sorted(bases, key=lambda base: base.manifest is None) if parents else ():  # those last that are read
+    # Bases without a manifest last: their files have to be read.
+    for base in sorted(bases, key=lambda base: base.manifest is None) if parents else ():
         sha256 = base.manifest.sha256 if base.manifest else ""
         if any(parent.manifest_sha256 == sha256 or parent.tensors_root == base.tensors_root for parent in parents):
             return base
@@ -196,7 +198,13 @@ def parent_among(manifest: Manifest | None, bases: Sequence[Weights]) -> Weights
 
 
 def trained_parameters(base: Path, adapter: Adapter | None, total: int) -> int | None:
-    """How many parameters were trained: an adapter's, or all of a checkpoint that adaptkit trained; None if unknown."""
+    """Return how many parameters were trained: an adapter's, or all of a fully fine-tuned checkpoint; None if unknown.
+
+    Args:
+        base: folder of the checkpoint.
+        adapter: None for the checkpoint itself.
+        total: number of the checkpoint's parameters.
+    """
     if adapter is not None:
         return adapter.trained_parameters
     trained = _training_options(read_manifest(base))
@@ -204,7 +212,7 @@ def trained_parameters(base: Path, adapter: Adapter | None, total: int) -> int |
 
 
 def template_kwargs(base: Path, adapter: Adapter | None) -> dict[str, Any] | None:
-    """The ``chat_template_kwargs`` that an adapter or a checkpoint was trained with; None if adaptkit did not."""
+    """Return the ``chat_template_kwargs`` that adapter or checkpoint was trained with; None if not by adaptkit."""
     trained = _training_options(adapter.manifest if adapter is not None else read_manifest(base))
     if trained is None:
         return None
@@ -213,7 +221,7 @@ def template_kwargs(base: Path, adapter: Adapter | None) -> dict[str, Any] | Non
 
 
 def _training_options(manifest: Manifest | None) -> Mapping[str, Any] | None:
-    """Of the run that made an artifact; None if none did."""
+    """Return the options of the training run that made an artifact; None if a training run did not make it."""
     if manifest is None or manifest.operation.get("name") != "train":
         return None
     options: Mapping[str, Any] = manifest.operation.get("options", {})

@@ -2,11 +2,11 @@
 
     Y = X Wᵀ + s · (X' Aᵀ) Bᵀ          X' is X after dropout
 
-W is dequantized in the forward pass, dropped, and dequantized again in the backward pass, so that no 16-bit copy of it
-is kept; nor is one of A or B. W gets no gradient; A and B do.
+W is dequantized in the forward pass, freed, and dequantized again in the backward pass, so that no 16-bit copy of it is
+kept; 16-bit copies of A and B are not saved either. W gets no gradient; A and B do.
 
-The adapter's share is made first, and the large product is added to it: that one computes long enough to read what is
-there beside that, while adding the share to the product would take as long as reading and writing the product.
+The adapter's share is computed first, and the large product is accumulated onto it: reading the existing values is
+hidden behind that product's arithmetic, while the small product, added last, would be bound by reading and writing Y.
 """
 
 from collections.abc import Callable
@@ -32,11 +32,12 @@ class PackedWeight(nn.Module):
     """A frozen quantized weight of any format, packed as in the file: (out, in), or a stack (experts, out, in).
 
     Args:
-        weight: as it was read.
-        give_back: lets go of the pages of a tensor that is mapped, and of no other; None: nothing is mapped.
+        weight: the weight as it was read.
+        give_back: releases the resident pages of a memory-mapped tensor; None if nothing is mapped.
 
     Attributes:
-        is_transient: whether its pages go when it has been decoded, so that those of few weights are resident.
+        is_transient: whether the mapped pages of its codes are released after each decoding, so that only few weights
+            are resident at a time.
     """
 
     codes: Tensor
@@ -61,11 +62,11 @@ class PackedWeight(nn.Module):
 
     @property
     def is_divided(self) -> bool:
-        """Whether FSDP gathers the parts anew in every pass."""
+        """Whether FSDP shards the weight, and gathers it in every pass."""
         return isinstance(self.codes, nn.Parameter)
 
     def quantized(self) -> QuantizedWeight:
-        """The weight as the file holds it; its parts are this module's own."""
+        """Return the weight as the file holds it; shares this module's buffers."""
         codes, absmax = (_own(*part) for part in zip((self.codes, self.absmax), self._types, strict=True))
         constants: DoubleQuantized | Tensor = absmax
         if self._offset is not None:
@@ -73,13 +74,13 @@ class PackedWeight(nn.Module):
         return QuantizedWeight(self._encoding, codes, constants, self.shape, self._dtype, self.levels)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight in its shape, in ``dtype``."""
+        """Return the weight in its shape, in ``dtype``."""
         weight = decoded(self.quantized(), dtype)
         self.was_decoded()
         return weight
 
     def was_decoded(self) -> None:
-        """Whoever has decoded what ``quantized`` gives says so."""
+        """Release the codes' mapped pages if transient; call after decoding the result of ``quantized``."""
         if self.is_transient and self._give_back is not None:
             self._give_back(self.codes)
 
@@ -95,14 +96,14 @@ class PlainWeight(nn.Module):
         self.register_buffer("weight", weight)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight, (out, in), in ``dtype``."""
+        """Return the weight, (out, in), in ``dtype``."""
         return self.weight.to(dtype)
 
 
 def _own(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """A part in its own type, which a CPU's kernels may see through numpy.
+    """Return a part in its original dtype; FSDP gathers parts as floats.
 
-    FSDP gathers parts as floats, and what it gathers it could not free after that.
+    On a CPU a copy: kernels view tensors as numpy arrays, after which FSDP could not free the gathered memory.
     """
     if not isinstance(part, nn.Parameter):
         return part
@@ -113,7 +114,7 @@ FrozenWeight = PackedWeight | PlainWeight
 
 
 class _Linear(torch.autograd.Function):
-    """The formula of the module's docstring; saves what inputs were made of, and the adapter, never W."""
+    """The formula of the module's docstring; saves its input's source (see ``remade``) and the adapter, not W."""
 
     @staticmethod
     def forward(
@@ -130,12 +131,12 @@ class _Linear(torch.autograd.Function):
         flat, flat_dropped = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
         inner = flat_dropped @ a.T
         if stand_in is None:
-            y = x.new_empty(*x.shape[:-1], len(b))  # no view, which the network could not change in place
+            y = x.new_empty(*x.shape[:-1], len(b))  # not a view: autograd forbids in-place changes of a returned view
             share = y.view(-1, len(b)).addmm_(inner, b.T, beta=0, alpha=scale)
             share.addmm_(flat, weight.dequantize(x.dtype).T)
         else:
             y = x.new_full((*x.shape[:-1], len(b)), stand_in)
-        # What is unread is added to a layer's output, where the backward pass of one that runs again begins.
+        # An unread result is added to its layer's output, so the recomputed layer's backward pass begins with this one.
         ctx.make, kept = source_of(dropped, is_next=stand_in is not None)
         ctx.save_for_backward(inner, lora_a, lora_b, *kept)
         ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, dropped is x
@@ -149,7 +150,7 @@ class _Linear(torch.autograd.Function):
         dropped = ctx.make(*kept).reshape(-1, ctx.shape[-1])
         grad_inner = grad @ b
         grad_a = give(lora_a, grad_inner.T @ dropped, ctx.scale)
-        del dropped  # before W takes as much
+        del dropped  # free it before W is dequantized
         grad_b = give(lora_b, grad.T @ inner, ctx.scale)
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
@@ -164,7 +165,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """X Wᵀ with a frozen W that is dequantized in both passes and kept by neither."""
+    """X Wᵀ with a frozen W that is dequantized in each pass and not saved."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: FrozenWeight, stand_in: float | None) -> Tensor:
@@ -179,25 +180,25 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with a frozen weight and, if it is a target, a LoRA adapter; or with a weight that is trained.
+    """A linear layer with a frozen weight and, if it is a target, a LoRA adapter; or with a weight trained in full.
 
     Args:
-        weight: frozen.
+        weight: frozen weight.
         bias: (out,), or None.
-        dtype: that the network computes in here, for an architecture that reads the weight itself.
-        path: dotted, for messages.
+        dtype: compute dtype of ``weight``, for architectures that read that attribute directly.
+        path: dotted path, for error messages.
 
     Attributes:
         base: the weight, (out, in).
         bias: (out,), or None; a parameter if it is trained.
         lora_a: (rank, in) float32, or None.
         lora_b: (out, rank) float32, or None.
-        magnitude: DoRA's lengths of the rows, (out,) float32, or None.
-        lora_bias: a bias of B, (out,) float32, which is scaled as B A is, or None.
+        magnitude: DoRA's trained row norms, (out,) float32, or None.
+        lora_bias: bias of B, (out,) float32, scaled like B A, or None.
         scaling: α / rank, or α / √rank with rsLoRA.
-        dropout: of the adapter's input, while training.
-        is_unread: whether no gradient of the layer that it is in reads what it gives: see ``unread``.
-        stand_in: a number that it gives then instead of a product; None: it multiplies.
+        dropout: dropout probability of the adapter's input in training mode.
+        is_unread: whether no gradient in the enclosing decoder layer depends on the result: see ``unread``.
+        stand_in: constant to return instead of computing the product; None to compute it.
     """
 
     bias: Tensor | None
@@ -221,19 +222,19 @@ class LoraLinear(nn.Module):
 
     @property
     def can_stand_in(self) -> bool:
-        """Whether it can give something else: DoRA's gradient needs the product, and a trained weight is torch's."""
+        """Whether ``stand_in`` is supported: not with DoRA, whose gradient needs the product, nor a trained weight."""
         return self.magnitude is None and not isinstance(self.base, TrainedWeight)
 
     @property
     def device(self) -> torch.device:
-        """Where the weight is."""
+        """Device of the weight."""
         return next(iter((*self.base.buffers(), *self.base.parameters()))).device
 
     @property
     def weight(self) -> Tensor:
-        """The weight with what its adapter adds, (out, in): Mamba's layers and some routers read it themselves.
+        """The weight with its adapter added, (out, in): Mamba's layers and some routers read it directly.
 
-        Dropout, which is of an adapter's input, does not apply.
+        Dropout does not apply: it acts on the adapter's input.
         """
         weight = self.base.dequantize(self._dtype)
         if self.lora_a is None or self.lora_b is None:
@@ -246,7 +247,7 @@ class LoraLinear(nn.Module):
         return weight + (self.scaling * (self.lora_b @ self.lora_a)).to(weight.dtype)
 
     def attach(self, change: LowRank, dropout: float = 0.0) -> None:
-        """Give the layer an adapter.
+        """Attach an adapter to the layer.
 
         Raises:
             BaseMismatchError: the adapter is for a weight of another shape.
@@ -260,7 +261,7 @@ class LoraLinear(nn.Module):
         self.scaling, self.dropout = change.scaling, dropout
 
     def attach_bias(self, lora_bias: Tensor | None = None) -> None:
-        """Give B a bias: (out,), before it is scaled; None for zeros."""
+        """Attach a bias of B: (out,), not yet scaled; None for zeros."""
         if lora_bias is None:
             lora_bias = torch.zeros(self.base.shape[0])
         self.lora_bias = nn.Parameter(lora_bias.float().to(self.device))
@@ -269,7 +270,7 @@ class LoraLinear(nn.Module):
         """Make the adapter a DoRA.
 
         Args:
-            magnitude: (out,); None for the lengths that the rows have with the adapter, so that nothing changes.
+            magnitude: (out,); None for the current row norms of W + s · B A, so that the layer's output stays the same.
         """
         if self.lora_a is None or self.lora_b is None:
             raise ValueError("the low-rank change comes first")
@@ -280,14 +281,14 @@ class LoraLinear(nn.Module):
         self.magnitude = nn.Parameter(magnitude.float().to(self.device))
 
     def multiply(self, x: Tensor, dropped: Tensor) -> Tensor:
-        """X Wᵀ + s · (X' Aᵀ) Bᵀ, with an adapter and without biases: two of (…, in) to (…, out)."""
+        """Return X Wᵀ + s · (X' Aᵀ) Bᵀ without biases, (…, out); needs an adapter. Both inputs are (…, in)."""
         factors = self.lora_a, self.lora_b
         known = self.base, self.scaling, self.stand_in
         y: Tensor = _Linear.apply(x, dropped, *factors, *known)  # type: ignore[no-untyped-call]
         return y
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) to (…, out)."""
+        """Map (…, in) to (…, out)."""
         y: Tensor
         if self.lora_a is None or self.lora_b is None:
             if isinstance(self.base, TrainedWeight):

@@ -1,4 +1,4 @@
-"""Put an adapter that was read from files into a model, with everything that it is."""
+"""Load an adapter that was read from files into a model."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,16 +24,16 @@ from adaptkit.training.network.model import Model
 
 
 def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
-    """Put everything that an adapter is into a model, ready to be measured or trained further.
+    """Install all parts of an adapter in a model, to evaluate it or train it further.
 
     Args:
-        model: without an adapter.
-        adapter: as it was read.
-        dropout: of the input of low-rank changes, while training.
+        model: without an adapter; modified in place.
+        adapter: the adapter as it was read.
+        dropout: dropout probability of the LoRA input, in training mode.
 
     Raises:
-        AdapterError: it does something that is not supported; names it.
-        BaseMismatchError: it does not fit the model.
+        AdapterError: the adapter has a part that is not supported; names it.
+        BaseMismatchError: the adapter does not fit the model.
     """
     older = _older_names(model, adapter)
     adapter = _in_todays_names(adapter, older)
@@ -48,7 +48,7 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
     try:
         train_whole(model, values, values, together=adapter.ties_weights)
         for path, chosen in adapter.tokens.items():
-            # As in peft: a tied head has the embedding's rows unless it has its own, and never the other way round.
+            # As in peft: a tied head uses the embedding's rows unless it has its own, but never the other way round.
             is_head = model.network.get_submodule(path) is head
             train_rows(model, path, chosen.indices, chosen.rows, together=len(adapter.tokens) == 1 and not is_head)
     except AdaptkitError as error:
@@ -67,10 +67,16 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
 
 
 def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str, dropout: float = 0.0) -> None:
-    """Give a model existing low-rank changes of linear layers.
+    """Attach existing LoRA updates to a model's linear layers.
+
+    Args:
+        model: modified in place.
+        changes: the updates, by module.
+        where: name of the adapter, for error messages.
+        dropout: dropout probability of their input, in training mode.
 
     Raises:
-        BaseMismatchError: the adapter changes a module that the model lacks, or of another shape.
+        BaseMismatchError: the model lacks a module, or its weight has another shape.
     """
     for name, change in changes.items():
         if name not in model.linears:
@@ -84,7 +90,7 @@ def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str, dro
 
 
 def _older_names(model: Model, adapter: Adapter) -> dict[str, Place]:
-    """By module that the model does not have, where its weight is if an older transformers called it so."""
+    """Map the adapter's modules that the model lacks to their places, where an older transformers used that name."""
     known = parameter_places(model)
     weights = {f"{module}.weight" for module in (*adapter.modules, *adapter.tokens)}
     weights |= {f"{name.rpartition('.')[0]}.weight" for name in (*adapter.replaced, *adapter.begins)}
@@ -112,11 +118,12 @@ def _in_todays_names(adapter: Adapter, older: Mapping[str, Place]) -> Adapter:
 
 
 def _check_supported(model: Model, adapter: Adapter, older: Mapping[str, Place]) -> None:
-    """Refuse what no model here can be given.
+    """Refuse adapters with parts that cannot be loaded into a model.
 
     Raises:
-        AdapterError: names it.
-        BaseMismatchError: the same, of what files have as one matrix of many, and the running model in a stack.
+        AdapterError: a part is not supported; names it.
+        BaseMismatchError: the adapter changes a weight that is not a linear layer in the model, such as one matrix of
+            an expert stack; names it.
     """
     head = next((name for name in adapter.modules if name not in model.linears and name.endswith("head")), None)
     others = {

@@ -1,11 +1,10 @@
-"""Cross-entropy of a model's answers, without the matrix of logits.
+"""Cross-entropy of a model's answers, without the full matrix of logits.
 
-Only positions that carry loss go through the output layer, some hundreds at a time. A chunk's logits become their own
-gradient in place, which is folded into the gradients of the hidden states (and of the output layer, where that is
-trained) before the next chunk is made: the largest thing that exists is one chunk of logits, and the backward pass has
-nothing left to do but to scale.
+Only positions that carry loss go through the output layer, some hundreds at a time. A chunk's logits are overwritten
+with their gradient, from which the gradients of the hidden states (and of the output layer, if it is trained) are
+computed before the next chunk: only one chunk of logits exists at a time, and the backward pass only scales.
 
-Source: the fused linear cross-entropy of Liger (arXiv:2410.10989), on rows that carry loss only.
+Source: the fused linear cross-entropy of Liger (arXiv:2410.10989), restricted to rows that carry loss.
 """
 
 from typing import Any
@@ -26,22 +25,22 @@ from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.probing import exchanged
 
 _BLOCK_BYTES = 2 * 2**20
-"""Of logits in float32, on a CPU: what its cache holds."""
+"""Size of a block of float32 logits on a CPU: fits its cache."""
 
 
 def summed_loss(model: Any, batch: Batch) -> Tensor:
-    """Cross-entropy summed over a batch's answer tokens.
+    """Return the cross-entropy summed over a batch's answer tokens.
 
-    Rows are padded at the end, where a causal model's other tokens do not see the padding; so no mask is passed. The
-    host waits for the device once, before the first layer, where transformers looks whether positions begin again; with
-    a mask it would not, but attention would be slower in every layer. What all else needs is sent before that.
+    No mask is passed: rows are padded at the end, and a causal model's other tokens do not attend to that padding. The
+    host synchronizes with the device once, before the first layer, where transformers checks whether positions restart;
+    a mask would avoid that, but make attention slower in every layer. All inputs are sent to the device before that.
 
     Args:
         model: the ``Model``.
-        batch: whose labels say what carries loss.
+        batch: the batch; its labels mark the positions that carry loss.
 
     Returns:
-        () float32, in nats; with a gradient if gradients are recorded.
+        () float32, in nats; differentiable if gradients are recorded.
     """
     network, device, output = model.network, model.device, model.output_layer
     places = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
@@ -58,12 +57,12 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
 
 
 class OutputLayer:
-    """Makes logits of hidden states.
+    """Computes logits from hidden states.
 
     Args:
-        network: transformers' model.
-        is_head: whether its logits are what its head makes of the last hidden state, and nothing else. Some
-            architectures scale or bound them afterwards; then the network itself is run, without its body.
+        network: transformers model.
+        is_head: whether the logits are exactly the head's output for the last hidden state. Some architectures scale
+            or cap them afterwards; then the whole network is run, with its body replaced.
     """
 
     def __init__(self, network: Any, is_head: bool) -> None:
@@ -71,15 +70,15 @@ class OutputLayer:
 
     @property
     def head(self) -> Any:
-        """The module whose rows are the vocabulary."""
+        """The output embeddings: the module with one row per token of the vocabulary."""
         return self._network.get_output_embeddings()
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """(rows, dim) to (rows, vocabulary)."""
+        """Map (rows, dim) to (rows, vocabulary)."""
         if self.is_head:
             head = self.head
             if isinstance(head, nn.Linear):
-                hidden = hidden.to(head.weight.dtype)  # Mamba's are float32 in any case
+                hidden = hidden.to(head.weight.dtype)  # Mamba's hidden states are always float32
             return head(hidden)  # type: ignore[no-any-return]
         body = self._network.base_model_prefix
         given = _Given(self._network._modules[body], hidden[None])
@@ -91,7 +90,7 @@ class OutputLayer:
 
 @torch.no_grad()
 def find_output_layer(network: Any) -> OutputLayer | None:
-    """Ask a network what it makes of hidden states that it is given; None if it does not take them."""
+    """Probe how a network computes logits from hidden states; None if they cannot be passed in."""
     if network.base_model_prefix not in network._modules or network.get_output_embeddings() is None:
         return None
     embedding = network.get_input_embeddings().weight
@@ -99,29 +98,29 @@ def find_output_layer(network: Any) -> OutputLayer | None:
     hidden = torch.linspace(-60, 60, 2 * size, device=embedding.device).view(2, size).to(embedding.dtype)
     run, head = OutputLayer(network, False), OutputLayer(network, True)
     logits = run(hidden)
-    if torch.equal(logits, run(hidden.flip(1))):  # it runs a part of its body by itself, as OPT does
+    if torch.equal(logits, run(hidden.flip(1))):  # input ignored: it calls a part of its body directly, as OPT does
         return None
-    if _shape(head.head)[1] != size:  # something else comes before it, as in Electra
+    if _shape(head.head)[1] != size:  # other layers precede the head, as in Electra
         return run
     return head if torch.equal(logits, head(hidden)) else run
 
 
 class _Given(nn.Module):
-    """In the place of a network's body, which does not run: gives these hidden states, (1, rows, dim)."""
+    """Replaces a network's body, which does not run: returns the given hidden states, (1, rows, dim)."""
 
     def __init__(self, body: nn.Module, hidden: Tensor) -> None:
         super().__init__()
-        self.__dict__.update(body=body, hidden=hidden)  # neither is a part of this
+        self.__dict__.update(body=body, hidden=hidden)  # bypasses nn.Module, so that neither is registered
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["body"], name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The hidden states, whatever is asked."""
+        """Return the hidden states, whatever the arguments."""
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         class Output(BaseModelOutputWithPast):  # type: ignore[misc]
-            def __getattr__(self, name: str) -> None:  # what else some bodies give: attentions, routers' logits
+            def __getattr__(self, name: str) -> None:  # other outputs of some bodies, such as router logits: None
                 if name.startswith("__"):
                     raise AttributeError(name)
 
@@ -129,7 +128,7 @@ class _Given(nn.Module):
 
 
 class _Loss(torch.autograd.Function):
-    """The sum, and while it is made its gradients, by hidden states and by what is trained in the output layer."""
+    """The summed loss; its forward pass also computes the gradients of hidden states and trained output parameters."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, wanted: Tensor, output: OutputLayer, *trained: Tensor) -> Tensor:
@@ -141,14 +140,15 @@ class _Loss(torch.autograd.Function):
             part = hidden[start : start + rows].detach().requires_grad_(wants)
             with torch.set_grad_enabled(wants):
                 logits = output(part)
-            chunk = logits.detach() if output.is_head else logits.detach().clone()  # which it may keep
+            # Copied unless from a plain head: the network may have saved its logits for its backward pass.
+            chunk = logits.detach() if output.is_head else logits.detach().clone()
             total += _fold(chunk, wanted[start : start + len(part)], wants)
             if wants:
                 found = torch.autograd.grad(logits, (part, *trained), chunk)
                 grads[0][start : start + len(part)] = found[0]
                 for grad, more in zip(grads[1:], found[1:], strict=True):
                     grad += more
-            del logits, chunk  # before the next ones are made
+            del logits, chunk  # free them before the next ones are allocated
         ctx.grads = grads
         return total
 
@@ -160,19 +160,19 @@ class _Loss(torch.autograd.Function):
 
 
 def _rows(hidden: Tensor, head: Any) -> int:
-    """How many positions go through the output layer at a time."""
+    """Return how many positions go through the output layer at a time."""
     return rows_at_a_time(_shape(head)[0], hidden.element_size(), works_in_place(hidden.device))
 
 
 def _shape(head: Any) -> tuple[int, int]:
-    """Of an output layer's weight."""
+    """Return (vocabulary, dim) of an output layer's weight."""
     rows, columns = (head.base if isinstance(head, LoraLinear) else head.weight).shape
     return int(rows), int(columns)
 
 
 def _trained(model: Any, output: OutputLayer, rows: Tensor) -> list[Tensor]:
-    """The parameters that the output layer's result depends on and that are trained; most runs train none."""
-    beside = (*model.network.children(), output.head)  # in BERT another layer and a norm come before the output layer
+    """Return the trained parameters that the output layer's result depends on; most runs train none."""
+    beside = (*model.network.children(), output.head)  # in BERT another layer and a norm precede the output layer
     parts = (part.parameters() for part in beside if part is not model.network.base_model)
     if not torch.is_grad_enabled() or not (model.rows or any(p.requires_grad for side in parts for p in side)):
         return []
@@ -189,11 +189,11 @@ def _trained(model: Any, output: OutputLayer, rows: Tensor) -> list[Tensor]:
 
 
 def _fold(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
-    """The loss of a chunk; its logits become the loss's gradient by them if that is to be kept.
+    """Return the summed loss of a chunk; with ``keep``, overwrite its logits with their gradient.
 
     Args:
         logits: (rows, vocabulary).
-        wanted: (rows,) int64.
+        wanted: (rows,) int64, the labels.
         keep: whether to write the gradient.
 
     Returns:
@@ -223,11 +223,11 @@ def _fold(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
 
 
 def _has_kernel(logits: Tensor) -> bool:
-    """Whether one pass is faster than torch's several."""
+    """Return whether to use the fused CPU kernel: where its one pass is faster than several of torch's."""
     is_known = logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous()
     return logits.device.type == "cpu" and is_known and keeps_up()
 
 
 def works_in_place(device: torch.device) -> bool:
-    """Whether a chunk's logits become their gradient with nothing of their size beside them, on a GPU."""
+    """Return whether a GPU kernel overwrites logits with their gradient, without temporaries of their size."""
     return has_triton(device.type)

@@ -1,7 +1,7 @@
 """A language model on packed weights.
 
 transformers builds the architecture on the meta device, without memory; its linear layers are replaced by
-``LoraLinear`` layers that hold the weights as the shards have them, and the other tensors are put in place.
+``LoraLinear`` layers that hold the weights as stored in the files, and the other tensors are loaded.
 """
 
 import gc
@@ -40,14 +40,14 @@ class Model:
     """A loaded model.
 
     Attributes:
-        network: transformers' model, on its device.
-        linears: by dotted path, its replaced linear layers; the output layer is none of them.
-        assembly: what it was put together from.
-        dtype: that it computes in.
+        network: transformers model, on its device.
+        linears: its replaced linear layers by dotted path, without the output layer.
+        assembly: maps its parameters to the checkpoint's tensors.
+        dtype: compute dtype.
         stores_transposed: whether the plain checkpoint keeps the linear weights as (in, out), as GPT-2's Conv1D does.
-        whole: by name, the parameters that are trained whole, or that an adapter replaces; see ``network.whole``.
-        rows: by module, the trained rows of vocabularies; a tied head's are its embedding's.
-        output_layer: makes logits of the last hidden state; None if only the whole network can.
+        whole: parameters that are trained in full or that an adapter replaces, by name; see ``network.whole``.
+        rows: trained rows of embeddings and output layers, by module; a tied head uses its embedding's.
+        output_layer: computes logits from the last hidden state; None if only the whole network can.
     """
 
     network: Any
@@ -61,21 +61,21 @@ class Model:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """Where the weights came from."""
+        """Checkpoint that the weights were read from."""
         return self.assembly.checkpoint
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the network."""
         tensor: Tensor = next(chain(self.network.parameters(), self.network.buffers()))
         return tensor.device
 
     def adapted(self) -> dict[str, LoraLinear]:
-        """The layers that carry an adapter, by dotted path, sorted."""
+        """Return the layers that have an adapter, by dotted path, sorted."""
         return {name: layer for name, layer in sorted(self.linears.items()) if layer.lora_a is not None}
 
     def changes(self) -> dict[str, LowRank]:
-        """The adapter, by module."""
+        """Return the LoRA updates of the linear layers, by module."""
         return {
             name: LowRank(layer.lora_a.detach(), layer.lora_b.detach(), layer.scaling)
             for name, layer in self.adapted().items()
@@ -83,11 +83,11 @@ class Model:
         }
 
     def stacks(self) -> dict[str, nn.Module]:
-        """The modules that hold stacked matrices of experts, by the parameter's dotted path, sorted."""
+        """Return the modules that hold 3-D parameters (stacked matrices), by the parameter's dotted path, sorted."""
         found = {}
         for path, module in self.network.named_modules():
             if isinstance(module, (_ConvNd, ParametrizationList)):
-                continue  # filters have three dimensions, too; the latter is of a parameter that is trained whole
+                continue  # convolution filters may be 3-D, too; a ParametrizationList holds a fully trained parameter
             held: dict[str, Any] = dict(module.named_parameters(recurse=False))
             if isinstance(module, PackedModule):
                 held |= module.packed.items()
@@ -96,16 +96,16 @@ class Model:
 
 
 _SMALL_BYTES = 1 << 25
-"""A network of no more is not worth the time that looking for it takes, a few tenths of a second."""
+"""Smaller networks are not worth a garbage collection, which takes a few tenths of a second."""
 _loaded: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
-"""The parts of networks that were loaded, as long as they are there, and the bytes of the network's checkpoint."""
+"""Maps each living module of a loaded network to the bytes of the network's checkpoint."""
 
 
 def free_former_network() -> None:
-    """Free what was loaded before, if nothing uses it any more.
+    """Free previously loaded networks that are no longer used.
 
-    Layers and what calls them refer to each other, so that they stay until the collector comes by, and the next network
-    would be loaded beside them.
+    Layers and the functions that call them form reference cycles, so they stay in memory until the garbage collector
+    runs; without this, the next network would be loaded in addition to them.
     """
     if max(_loaded.values(), default=0) > _SMALL_BYTES:
         gc.collect()
@@ -116,17 +116,17 @@ def free_former_network() -> None:
 def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> Model:
     """Build a checkpoint's model with packed weights; every linear layer inside it becomes a ``LoraLinear``.
 
-    On a CPU the process keeps memory for a decoded weight from then on, see ``heap``.
+    On a CPU the process retains freed memory for a decoded weight from then on, see ``heap``.
 
     Args:
         root: folder of a quantized or plain checkpoint.
-        compute_dtype: of activations, norms and embeddings.
-        device: where it will run.
+        compute_dtype: dtype of activations, norms and embeddings.
+        device: device that it will run on.
 
     Raises:
-        CheckpointError: a tensor that the architecture needs is missing, or one that it does not know is there; or
-            quantized by a method that is none of ours.
-        UsageError: transformers does not know the architecture, or is not installed, or tokens see those that follow.
+        CheckpointError: a tensor that the architecture needs is missing, a tensor is unknown to it, or the checkpoint
+            is quantized by another tool's method.
+        UsageError: transformers does not know the architecture or is not installed, or the model is not causal.
     """
     free_former_network()
     checkpoint = MappedCheckpoint(root)
@@ -153,7 +153,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
         for name, module in network.named_modules()
         if acts_as_linear(module) and (module is not head or assembly.is_quantized(f"{name}.weight"))
     }
-    for name, (layer, module) in layers.items():  # only now: what is cut in parts asks the network for their shapes
+    for name, (layer, module) in layers.items():  # after reading all: a tensor to be split needs the original shapes
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, layer)
         if module is not head:
@@ -165,22 +165,22 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     _loaded.update(dict.fromkeys(network.modules(), sum(item.spec.nbytes for item in checkpoint.tensors.values())))
     require_causal(network)
     if device.type == "cpu":
-        keep_freed_memory(2 * _decoded_bytes(network, compute_dtype))  # a decoded weight may have an adapter beside it
+        keep_freed_memory(2 * _decoded_bytes(network, compute_dtype))  # twice: room for adapter columns beside a weight
         use_own_attention(network)
     return Model(network, linears, assembly, compute_dtype, transposed, output_layer=find_output_layer(network))
 
 
 def _decoded_bytes(network: nn.Module, dtype: torch.dtype) -> int:
-    """Size of the largest matrix that every pass decodes; what is free between stacks of experts would add up."""
+    """Return the bytes of the largest decoded matrix, without expert stacks: their retained memory would add up."""
     weights = (part for part in network.modules() if isinstance(part, (PackedWeight, PlainWeight)))
     return max((math.prod(weight.shape) * dtype.itemsize for weight in weights if len(weight.shape) == 2), default=0)
 
 
 def _layer(assembly: Assembly, name: str, module: Any) -> LoraLinear:
-    """What takes a linear layer's place."""
+    """Return the replacement of a linear layer."""
     weight_name, bias_name = f"{name}.weight", f"{name}.bias"
     weight, expected = read_weight(assembly, weight_name), tuple(module.weight.shape)
-    if not isinstance(module, nn.Linear):  # a Conv1D, whose plain weight is (in, out), and whose packed one is not
+    if not isinstance(module, nn.Linear):  # a Conv1D: its plain weight is (in, out), its packed weight (out, in)
         expected = expected[::-1]
         if isinstance(weight, PlainWeight):
             weight = PlainWeight(weight.weight.T)
@@ -195,7 +195,7 @@ def _layer(assembly: Assembly, name: str, module: Any) -> LoraLinear:
 
 
 def _load_others(assembly: Assembly, dtype: torch.dtype, device: torch.device) -> None:
-    """Put everything but linear layers in its place; what is packed stays packed."""
+    """Load all parameters outside of linear layers; quantized stacks stay packed."""
     stacks: dict[str, dict[str, Stack]] = {}
     for name, parameter in list(assembly.network.named_parameters()):
         if not assembly.is_quantized(name):

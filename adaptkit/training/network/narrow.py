@@ -1,11 +1,11 @@
-"""Sixteen-bit copies of what adapters multiply with, all made at once before each forward pass on a GPU.
+"""16-bit copies of adapter matrices, all made at once before each forward pass on a GPU.
 
-A and B are trained in float32 and multiplied in the activations' type. Rounded where they are used, every layer
-launches two kernels for that in every pass: forward, forward again where activations are not kept, and backward. All at
-once, sixty-four matrices are one launch, and the A of layers that are joined lie one below the other already.
+A and B are trained in float32 and multiplied in the activations' type. Cast where they are used, every layer would
+launch two kernels in every pass: forward, recomputation, and backward. Cast together, sixty-four matrices take one
+launch, and the A matrices of joined layers are already concatenated along rows.
 
-The copies are what the parameters were when the network, or its body, was last called. Nobody calls a layer by itself
-after changing them, and a backward pass comes before the next change anyway.
+The copies hold the parameters' values at the last call of the network or its body. They are never stale: no code calls
+a layer by itself after changing parameters, and a backward pass runs before the next change.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,16 @@ from torch import Tensor, nn
 
 _COPY, _BELOW = "_adaptkit_narrow", "_adaptkit_narrow_below"
 _ALIGNED = 64
-"""Numbers that a matrix begins at a multiple of: products read sixteen bytes at a time."""
+"""Each matrix begins at a multiple of this many elements, since matrix products read sixteen bytes at a time."""
 
 
 def keep_narrow(network: Any, dtype: torch.dtype, together: Sequence[Sequence[nn.Parameter]] = ()) -> None:
-    """Keep copies of the A and B of a network's linear layers, in one buffer that is in no file.
+    """Keep copies of the A and B of a network's linear layers in one non-persistent buffer.
 
     Args:
-        network: of transformers, with its adapter, on its device.
-        dtype: that it computes in; nothing is kept in float32.
-        together: matrices of one width that are used one below the other.
+        network: transformers model with its adapter, on its device.
+        dtype: compute dtype; no copies are made for float32.
+        together: groups of matrices of one width that are used concatenated along rows.
     """
     halves = [getattr(module, name, None) for module in network.modules() for name in ("lora_a", "lora_b")]
     alone = {half for half in halves if isinstance(half, nn.Parameter) and half.dim() == 2}
@@ -44,25 +44,26 @@ def keep_narrow(network: Any, dtype: torch.dtype, together: Sequence[Sequence[nn
             copies.append(copy)
             parameters.append(half)
         start += -(-size // _ALIGNED) * _ALIGNED
-    network.register_buffer("narrow_adapters", flat, persistent=False)  # so that it counts in what memory is predicted
+    network.register_buffer("narrow_adapters", flat, persistent=False)  # so that the memory prediction counts it
 
     def refresh(*_: Any) -> None:
         with torch.no_grad():
             torch._foreach_copy_(copies, parameters)
 
     refresh()
-    for called in {network, network.base_model}:  # some architectures run a part of their body by itself
+    # Both: the loss calls the body directly, and some networks (OPT) bypass their body's forward.
+    for called in {network, network.base_model}:
         called.register_forward_pre_hook(refresh)
 
 
 def narrowed(half: Tensor, dtype: torch.dtype) -> Tensor:
-    """An A or a B in ``dtype``: its copy, if there is one."""
+    """Return A or B in ``dtype``: the copy if there is one."""
     copy: Tensor | None = getattr(half, _COPY, None)
     return copy if copy is not None and copy.dtype == dtype else half.to(dtype)
 
 
 def narrowed_below(halves: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Several A, one below the other: (sum of ranks, in), in ``dtype``."""
+    """Return several A matrices concatenated along rows: (sum of ranks, in), in ``dtype``."""
     below: Tensor | None = getattr(halves[0], _BELOW, None)
     if below is not None and below.dtype == dtype and len(below) == sum(map(len, halves)):
         return below

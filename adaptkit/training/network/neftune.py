@@ -1,8 +1,8 @@
-"""NEFTune: noise on the embeddings of the training samples, against overfitting to their words.
+"""NEFTune: noise on the embeddings of the training samples, against overfitting to their exact words.
 
-    embedding + α / √(L d) · u        u uniform in [-1, 1], L tokens of the sample, d numbers of an embedding
+    embedding + α / √(L d) · u        u uniform in [-1, 1], L: tokens of the sample, d: embedding dimension
 
-L is each sample's own, padding aside, as in the authors' code (arXiv:2310.05914); packed samples have one each.
+L is counted per sample, also in packed rows, and excludes padding, as in the authors' code (arXiv:2310.05914).
 """
 
 import math
@@ -15,10 +15,10 @@ from adaptkit.training.data.batches import Batch
 
 
 class EmbeddingNoise:
-    """Adds noise to what a model's embedding gives, while the model trains. The random state is torch's own.
+    """Adds noise to the output of a model's embedding in training mode. Uses torch's global random state.
 
     Args:
-        model: transformers' model.
+        model: transformers model.
         alpha: α.
     """
 
@@ -28,7 +28,7 @@ class EmbeddingNoise:
         model.get_input_embeddings().register_forward_hook(self._add)
 
     def expect(self, batch: Batch) -> None:
-        """Say which batch comes next."""
+        """Set the batch of the next forward pass."""
         self._lengths = sample_lengths(batch)
 
     def _add(self, embedding: nn.Module, inputs: Any, output: Tensor) -> Tensor:
@@ -40,9 +40,9 @@ class EmbeddingNoise:
 
 
 def sample_lengths(batch: Batch) -> Tensor:
-    """For each token the length of its sample, (batch, length) float32; infinite for padding."""
+    """Return the length of each token's sample, (batch, length) float32; infinite for padding."""
     is_token = batch.mask == 1
     begins = is_token.cumsum(dim=1) == 1 if batch.positions is None else batch.positions == 0
-    number = ((begins & is_token).cumsum(dim=1) - 1).clamp(min=0)  # of the token's sample in its row
+    number = ((begins & is_token).cumsum(dim=1) - 1).clamp(min=0)  # index of the token's sample in its row
     counts = torch.zeros_like(number).scatter_add_(1, number, is_token.long())
     return counts.gather(1, number).float().masked_fill(~is_token, math.inf)

@@ -1,4 +1,4 @@
-"""Frozen 4-bit weights row by row, as a CPU's kernels take them, which divide the rows among torch's threads."""
+"""Frozen 4-bit weights in the form that CPU kernels decode row by row, with rows divided among torch's threads."""
 
 from typing import Any
 
@@ -12,7 +12,10 @@ from adaptkit.numerics.kernels._cpu_joined import PackedRows, can_decode_rows, w
 
 
 def packed_rows(weight: QuantizedWeight) -> PackedRows | None:
-    """A weight's parts; None if it has to be decoded otherwise: not on a CPU, in 8 bits, rows of no whole blocks."""
+    """Return a weight's parts as numpy arrays; None if it cannot be decoded row by row.
+
+    That is a weight that is not on a CPU, is in 8 bits, or whose rows are not whole blocks (see ``can_decode_rows``).
+    """
     levels = weight.encoding.numerics.levels
     if weight.codes.device.type != "cpu" or levels is None or not can_decode_rows(weight.shape[-1], weight.block_size):
         return None
@@ -32,7 +35,7 @@ def packed_rows(weight: QuantizedWeight) -> PackedRows | None:
 
 
 def decoded(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """The weight in its shape, as ``QuantizedWeight.dequantize`` gives it."""
+    """Return the weight in its shape, equal to the result of ``QuantizedWeight.dequantize``."""
     rows = packed_rows(weight)
     if rows is None:
         found: Tensor = weight.dequantize(dtype)

@@ -1,4 +1,4 @@
-"""Pinned host memory, which a GPU reads and writes by itself; systems may allow less of it than they have."""
+"""Pinned host memory, which a GPU can access directly; systems may allow less of it than they have memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def pinned(make: Callable[..., Tensor], *arguments: Any, **named: Any) -> Tensor | None:
-    """What a function of torch's makes, such as ``torch.zeros``, in pinned memory; None if there is no more of it."""
+    """Call a torch factory function, such as ``torch.zeros``, with pinned memory; None if it cannot be allocated."""
     try:
         return make(*arguments, **named, pin_memory=True)
     except RuntimeError:
@@ -16,15 +16,15 @@ def pinned(make: Callable[..., Tensor], *arguments: Any, **named: Any) -> Tensor
 
 
 class HostMemory:
-    """Host memory for what leaves a device: beside a GPU pinned, and any other where that cannot be had.
+    """Host memory for tensors that are moved off a device: pinned for a GPU, falling back to pageable memory.
 
-    Copies to and from any other give the same bytes, but the host waits for each.
+    Copies to and from pageable memory give the same bytes, but the host waits for each.
 
     Args:
-        device: that copies.
+        device: device that the tensors are copied from and to.
 
     Attributes:
-        is_short: whether memory that should be pinned is not.
+        is_short: whether memory that should have been pinned is pageable.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class HostMemory:
         self.is_short = False
 
     def make(self, make: Callable[..., Tensor], *arguments: Any, **named: Any) -> Tensor:
-        """What a function of torch's makes, such as ``torch.zeros``."""
+        """Call a torch factory function, such as ``torch.zeros``, with this kind of memory."""
         found = pinned(make, *arguments, **named) if self._pins else None
         if found is not None:
             return found

@@ -1,8 +1,9 @@
-"""What a network does, found out by running it on a few tokens; and how that leaves no trace.
+"""Probe a network's behaviour by running it on a few tokens, without side effects.
 
-transformers tells the samples of a packed sequence by positions that begin again, and lets none attend to another, as
-long as it gets no mask: ``sdpa`` and ``eager`` attention through a mask that it makes, in sequences of any number;
-flash attention for one sequence at a time, by lengths. What does not attend (convolutions, states) sees other samples.
+transformers recognizes the samples of a packed row by positions that restart, and keeps them from attending to each
+other if it is passed no mask: ``sdpa`` and ``eager`` attention by a mask that it builds, for any batch size; flash
+attention by sequence lengths, for batch size one. Layers without attention (convolutions, recurrent states) still see
+other samples.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,17 +18,18 @@ from adaptkit.torch_compiler import without_compiler
 
 _PROBE_TOKENS = 6
 _TOLERANCE = 0.02
-"""Of the deviation of the logits: other tokens change the rounding of some layers, and no more."""
+"""Largest difference that counts as rounding, relative to the logits' standard deviation: other tokens in the batch
+change the rounding of some layers."""
 
 
 def forked_random(device: torch.device) -> Any:
-    """A context in which random numbers are drawn, on the host and on a device, that are drawn again after it."""
+    """Return a context that restores the random state of the host, and of a GPU, when it ends."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 @contextmanager
 def as_in_training(network: Any) -> Iterator[None]:
-    """Let a network run as it does in training while the block runs, but for gradients."""
+    """Put a network in training mode while the block runs, without gradients; restore mode and random state."""
     was_training = network.training
     try:
         with without_compiler(), torch.no_grad(), forked_random(network.device):
@@ -39,7 +41,7 @@ def as_in_training(network: Any) -> Iterator[None]:
 
 @contextmanager
 def exchanged(module: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Let a module have other parts of these names while the block runs."""
+    """Replace submodules of a module while the block runs."""
     before = {name: module._modules[name] for name in parts}
     module._modules.update(parts)
     try:
@@ -50,13 +52,13 @@ def exchanged(module: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[Non
 
 @torch.no_grad()
 def require_causal(network: Any) -> None:
-    """Make sure that no token sees what it is to foretell: the second one may change nothing for the first.
+    """Check that a network is causal: changing the second token must not change the first one's logits.
 
     Raises:
-        UsageError: it does, as in BERT, which is no decoder unless it is told to be one.
+        UsageError: it does, as in BERT, unless its configuration makes it a decoder.
     """
     said = {getattr(module, "is_causal", None) for module in network.modules()} - {None}
-    if said == {True}:  # of all its attention; to ask a large model takes seconds
+    if said == {True}:  # all attention modules declare it; probing a large model takes seconds
         return
     known = network.get_input_embeddings().weight.shape[0]
     ids = torch.tensor([[known // 3, known // 2], [known // 3, known // 4]], device=network.device)
@@ -70,13 +72,13 @@ def require_causal(network: Any) -> None:
 
 @torch.no_grad()
 def check_packing(network: Any) -> None:
-    """Make sure that a model keeps packed samples apart: nothing may change for one when another does.
+    """Check that a model keeps packed samples apart: changing one must not change the logits of another.
 
     Args:
-        network: transformers' model.
+        network: transformers model.
 
     Raises:
-        UsageError: something does.
+        UsageError: it does.
     """
     device = next(network.parameters()).device
     known = network.get_input_embeddings().weight.shape[0]
@@ -96,5 +98,5 @@ def check_packing(network: Any) -> None:
 
 
 def _differ(one: Tensor, two: Tensor) -> bool:
-    """Whether logits are others, beyond rounding."""
+    """Return whether logits differ by more than rounding."""
     return float((one - two).abs().max()) > _TOLERANCE * float(one.std())

@@ -1,12 +1,12 @@
-"""Activations that are dropped after the forward pass, and made again in the backward pass.
+"""Activations that are not saved by the forward pass, but recomputed in the backward pass.
 
-A norm keeps its input for its own backward pass, and a gate its two. The linear layers that read what these give would
-keep that too, in all their sizes. Instead they keep what it was made of, which is there anyway, and have it made again,
-to the same bits, once for all of them. What is worth that travels with its recipe:
+A norm saves its input for its backward pass, and a gate its two inputs. The linear layers that read the output would
+save that output as well. Instead they save the norm's or gate's inputs, which are saved anyway, and the output is
+recomputed from them, bit for bit, once for all layers that read it. The output carries a recipe for that:
 
-    norm, gate     y = made(recipe, ..., x)      y carries the recipe, and x
-    linear         keeps x instead of y, and asks the recipe for y in its backward pass; y is held for those that will
-    norm, gate     forgets y in its own backward pass, which comes after those of all that read y: some may have none
+    norm, gate     y = f(x)      the recipe and x are attached to y as an attribute
+    linear         saves x instead of y; its backward pass calls the recipe, which caches y for the remaining readers
+    norm, gate     its backward pass drops the cached y: it runs after those of all readers, some of which may have none
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ _ATTRIBUTE = "_adaptkit_source"
 
 
 class Recipe:
-    """Makes a tensor again.
+    """Recomputes a tensor.
 
     Args:
-        make: of what it was made of.
+        make: computes the tensor from its inputs.
     """
 
     def __init__(self, make: Callable[..., Tensor]) -> None:
@@ -30,37 +30,37 @@ class Recipe:
         self._readers = 0
 
     def attach(self, result: Tensor, *inputs: Tensor) -> Tensor:
-        """Let a tensor that was made of ``inputs`` say so to whom it is given, while nobody changes any of them."""
+        """Attach this recipe and ``inputs`` to their ``result``; valid until one of these tensors is modified."""
         setattr(result, _ATTRIBUTE, (self, inputs, _versions(result, *inputs)))
         return result
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        """The tensor; it is held while others will ask for it, until it is forgotten."""
+        """Return the tensor; it stays cached while further readers are expected, or until ``forget``."""
         made = self._make(*inputs) if self._made is None else self._made
         self._readers -= 1
         self._made = made if self._readers > 0 else None
         return made
 
     def read(self) -> "Recipe":
-        """Itself, for somebody who will ask for the tensor once."""
+        """Register a reader that will call the recipe once; return the recipe."""
         self._readers += 1
         return self
 
     def hold(self, result: Tensor) -> None:
-        """Do not let go of the tensor before somebody has asked for it."""
+        """Keep the tensor for its readers, instead of recomputing it."""
         self._made = result.detach()
 
     def forget(self) -> None:
-        """Nobody needs it any more."""
+        """Drop the cached tensor: all readers are done."""
         self._made = None
 
 
 def source_of(x: Tensor, is_next: bool = False) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
-    """What to keep of a tensor for the backward pass: a function that gives it, and what that is to be called with.
+    """Return what to save of a tensor for the backward pass: a function that returns it, and the function's inputs.
 
     Args:
         x: the tensor.
-        is_next: whether that pass begins with who asks, so that letting go of the tensor would free nothing.
+        is_next: whether the backward pass begins with the caller, so that freeing the tensor in between gains nothing.
     """
     recipe, inputs, versions = getattr(x, _ATTRIBUTE, (None, (), []))
     if recipe is None or _versions(x, *inputs) != versions:

@@ -1,8 +1,8 @@
-"""Rotary positions in one pass over queries and keys, where transformers takes seven and keeps their results.
+"""Fused rotary position embedding: one pass over queries and keys, where transformers takes seven and saves results.
 
-Architectures have a function of their own for it, under one name in their modules; one that gives to the bit what the
-formula gives is replaced there by one that looks who calls. For the attention of a network that was asked for, it is
-one pass; for everybody else in the process it stays what it was.
+Each architecture's Python module has its own function for this, always under the same name. If its result equals the
+formula bit for bit, it is replaced in that module by a wrapper. The wrapper uses the fused kernel only when called from
+the attention of a network that was passed to ``fuse_rotary``; for all other callers it calls the original function.
 
     y = x ∘ cos + h(x) ∘ sin        h([a | b]) = [-b | a]; both products are rounded, as transformers rounds them
 
@@ -29,10 +29,10 @@ Rotary = Callable[..., tuple[Tensor, Tensor]]
 
 
 def fuse_rotary(network: nn.Module) -> None:
-    """Let the attention of a network rotate its queries and keys in one pass, where it is known what it does.
+    """Make a network's attention layers use the fused kernel, where their rotary function equals the formula.
 
     Args:
-        network: of transformers.
+        network: transformers model.
     """
     for module in network.modules():
         home: Any = sys.modules.get(type(module).__module__)
@@ -42,7 +42,7 @@ def fuse_rotary(network: nn.Module) -> None:
 
 
 _caller = threading.local()
-"""Whether what runs now is the attention of such a network."""
+"""``is_known``: whether this thread is inside the attention of such a network."""
 
 
 def _calling(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,7 +59,7 @@ def _calling(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _replace(home: Any) -> bool:
-    """Replace a module's function if it is the formula; whether it is."""
+    """Wrap the rotary function of a Python module if it equals the formula; return whether it does."""
     function = getattr(home, _NAME, None)
     if hasattr(function, _MARK):
         return True
@@ -70,7 +70,7 @@ def _replace(home: Any) -> bool:
 
 
 def _known(function: Rotary) -> Rotary:
-    """What takes a function's place."""
+    """Return the wrapper of a rotary function."""
 
     @functools.wraps(function)
     def rotated(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,11 @@ def _known(function: Rotary) -> Rotary:
 
 
 def _is_plain(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether this is what is computed here: heads side by side in the rows of (batch, tokens), one type and device."""
+    """Return whether the fused kernel supports these arguments.
+
+    Queries and keys must be (batch, heads, tokens, dim) transposed from (batch, tokens, heads, dim) in memory, and all
+    tensors of one dtype and device.
+    """
     if any(side.dim() != 4 for side in (query, key)) or query.dtype not in (torch.bfloat16, torch.float32):
         return False
     batch, _, tokens, dim = query.shape
@@ -101,7 +105,10 @@ def _is_plain(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
 
 
 def _lies_in_rows(side: Tensor) -> bool:
-    """Whether heads, (batch, tokens, heads, dim), lie one after the other; a GPU's rows may be of a wider matrix."""
+    """Return whether the heads of each row of (batch, tokens, heads, dim) are contiguous in memory.
+
+    On a CPU the whole tensor must be contiguous; on a GPU its rows may be slices of a wider matrix.
+    """
     if not side.is_cuda:
         return side.is_contiguous()
     _, tokens, _, dim = side.shape
@@ -110,7 +117,7 @@ def _lies_in_rows(side: Tensor) -> bool:
 
 @torch.no_grad()
 def _is_formula(function: Rotary) -> bool:
-    """Whether a function is the formula of this module's docstring, to the bit."""
+    """Return whether a function equals the formula of this module's docstring, bit for bit."""
     generator = torch.Generator().manual_seed(0)
     query, key, cos, sin = (
         torch.randn(shape, generator=generator).to(torch.bfloat16)
@@ -120,7 +127,7 @@ def _is_formula(function: Rotary) -> bool:
     try:
         found = function(query, key, cos, sin)
         return len(found) == 2 and all(map(torch.equal, found, expected))
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it wants other shapes
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):  # it needs other shapes
         return False
 
 
@@ -148,7 +155,10 @@ def _both_rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bo
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    """Queries or keys, (batch, heads, tokens, dim), rotated or their gradients rotated back; in memory tokens first."""
+    """Rotate queries or keys, (batch, heads, tokens, dim), or rotate their gradients back.
+
+    The result is a transposed view of a contiguous (batch, tokens, heads, dim) tensor.
+    """
     batch, heads, tokens, dim = x.shape
     flat = x.detach().transpose(1, 2).contiguous()
     result = torch.empty_like(flat)

@@ -1,8 +1,8 @@
-"""Frozen weights divided among processes, for bases that do not fit one device.
+"""Frozen weights sharded across processes, for bases that do not fit one device.
 
-Every layer is a unit of FSDP2: its packed codes and constants lie in equal shares on all processes, and are put
-together before the layer runs, forward or backward, and dropped after it. Packed bytes travel, not 16-bit weights.
-What is trained is whole in every process, and so are embeddings, the output layer and norms outside of the layers.
+Every layer is a unit of FSDP2: its packed codes and constants are sharded evenly across all processes, gathered before
+the layer runs, forward or backward, and freed after it. Packed bytes are transferred, not 16-bit weights. Trained
+parameters are replicated in every process, and so are embeddings, the output layer and norms outside of the layers.
 """
 
 from typing import Any
@@ -19,14 +19,14 @@ from adaptkit.training.network.linear import PackedWeight, PlainWeight
 
 
 def shard_frozen(network: Any, world: World) -> None:
-    """Divide the frozen weights of a network's layers among the processes.
+    """Shard the frozen weights of a network's layers across the processes.
 
     Args:
-        network: with its adapter, in host memory; every layer is moved to the device as it is divided.
+        network: transformers model with its adapter, in host memory; each layer is moved to the device as it is sharded.
         world: the processes.
 
     Raises:
-        UsageError: there is but one process, or the network has nothing that can be divided.
+        UsageError: there is only one process, or the network's layers have no weights that can be sharded.
     """
     if world.size == 1:
         raise UsageError(
@@ -38,7 +38,7 @@ def shard_frozen(network: Any, world: World) -> None:
         raise UsageError(
             f"shard_base: the layers in {path} have no linear layers to shard", hint="leave out --shard-base"
         )
-    others = set(network.parameters())  # what is frozen is no parameter yet
+    others = set(network.parameters())  # frozen linear weights are still buffers here
     network.base_model.register_forward_hook(_give_no_view)
     mesh = init_device_mesh(world.device.type, (world.size,))
     for layer in layers:
@@ -50,22 +50,23 @@ def shard_frozen(network: Any, world: World) -> None:
 
 
 def _make_divisible(module: nn.Module) -> None:
-    """Make parameters of what FSDP is to divide of a module, if it is a frozen weight."""
+    """Turn the buffers of a frozen weight that FSDP should shard into parameters; ignore other modules."""
     if not isinstance(module, PackedWeight | PlainWeight):
         return
-    for name in ("codes", "absmax", "weight"):  # the other constants are some bytes
+    for name in ("codes", "absmax", "weight"):  # the other buffers are small
         part = dict(module.named_buffers()).get(name)
         part = None if part is None else _as_floats(part)
         if part is not None:
             delattr(module, name)
-            # A Conv1D's weight is a view of the file's, the other way round, and such FSDP does not take.
+            # A Conv1D's weight is a transposed view of the file's, and FSDP accepts only contiguous tensors.
             module.register_parameter(name, nn.Parameter(part.contiguous(), requires_grad=False))
 
 
 def _as_floats(part: Tensor) -> Tensor | None:
-    """The same bytes as floats, since before 2.12 torch divides nothing else; None of an odd number, which stays whole.
+    """Reinterpret bytes as floats, since torch before 2.12 shards nothing else; None for an odd number of bytes.
 
-    Nobody computes with them; but ``TORCH_NCCL_NAN_CHECK``, which is for finding bugs, would find NaN among them.
+    A part with an odd number of bytes is replicated. The floats are never computed with, but the debugging option
+    ``TORCH_NCCL_NAN_CHECK`` would find NaN among them.
     """
     if part.is_floating_point():
         return part
@@ -77,8 +78,8 @@ def _as_floats(part: Tensor) -> Tensor | None:
 
 
 def _give_no_view(module: nn.Module, args: Any, output: Any) -> Any:
-    """FSDP warns of outputs that are views, whose hooks an operation in place would lose."""
-    for name, value in output.items():  # hidden states; logits of a network that has no other model inside
+    """Clone outputs that are views: FSDP warns about them, because an in-place operation would lose its hooks."""
+    for name, value in output.items():  # hidden states; or logits, if the network is its own base model
         if isinstance(value, Tensor) and value._base is not None:
             output[name] = value.clone()
     return output

@@ -1,6 +1,6 @@
-"""Which keys the queries of an attention see, where each sees one run of them, and how that is cut into blocks.
+"""The contiguous run of keys that each query attends to, divided into blocks.
 
-The layers of a network ask the same, or in turn one of two or three things, so answers are kept.
+Results are cached, since all layers of a network use the same mask, or alternate between two or three.
 """
 
 from collections.abc import Iterator, MutableMapping
@@ -16,16 +16,16 @@ _ROWS = 256
 """Queries in a block."""
 
 _SCORES = 1 << 20
-"""Scores in a block: what a processor's cache holds."""
+"""Scores in a block: as many as fit a CPU's cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class Spans:
-    """The run of keys that every query sees.
+    """The run of keys that each query attends to.
 
     Attributes:
-        first: (batch, queries) int32, the first key that a query sees.
-        last: (batch, queries) int32, one past the last; at most the first for a query that sees nothing.
+        first: (batch, queries) int32, index of a query's first key.
+        last: (batch, queries) int32, one past its last key; not above ``first`` for a query that attends to nothing.
     """
 
     first: Tensor
@@ -33,11 +33,11 @@ class Spans:
     _cut: dict[tuple[int, ...], tuple["Block", ...]] = field(default_factory=dict, init=False, repr=False)
 
     def blocks(self, heads: int, key_heads: int) -> tuple["Block", ...]:
-        """The blocks that hold all that is seen.
+        """Return blocks that together cover all attended keys.
 
         Args:
-            heads: of the queries.
-            key_heads: each of which serves heads / key_heads of them, one after the other.
+            heads: number of query heads.
+            key_heads: number of key heads; each serves heads / key_heads consecutive query heads.
         """
         sizes = heads, key_heads, _ROWS, _SCORES
         if sizes not in self._cut:
@@ -59,16 +59,16 @@ class Spans:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some queries of some heads, and the keys that any of them sees.
+    """Some queries of some heads, and the keys that any of them attends to.
 
     Attributes:
-        sample: of the batch.
+        sample: index in the batch.
         rows: the queries.
-        heads: of the keys; the queries are those of the heads that they serve.
-        keys: what any of the queries sees.
-        first: (rows · group,) int32, the first key that a query sees, counted from the block's first; the heads that
-            one key head serves follow each other.
-        last: (rows · group,) int32, one past the last.
+        heads: the key heads; the block has the queries of all query heads that these serve.
+        keys: smallest range that has all keys of these queries.
+        first: (rows · group,) int32, a query's first key relative to the block's first; per query, the heads of the
+            group are consecutive.
+        last: (rows · group,) int32, one past its last key.
     """
 
     sample: int
@@ -79,11 +79,11 @@ class Block:
     last: Any
 
     def of_queries(self, tensor: Tensor) -> Tensor:
-        """(heads, rows · group, …) of (batch, key_heads, queries, group, …): a view if that is contiguous."""
+        """Select (heads, rows · group, …) of (batch, key_heads, queries, group, …): a view if that is contiguous."""
         return tensor[self.sample, self.heads, self.rows].flatten(1, 2)
 
     def of_keys(self, tensor: Tensor) -> Tensor:
-        """(heads, keys, dim) of (batch, key_heads, keys, dim)."""
+        """Select (heads, keys, dim) of (batch, key_heads, keys, dim)."""
         return tensor[self.sample, self.heads, self.keys]
 
     def put(self, found: Tensor, result: Tensor) -> None:
@@ -94,18 +94,18 @@ class Block:
 
 @lru_cache(maxsize=8)
 def causal_spans(batch: int, queries: int) -> Spans:
-    """Every query sees itself and what is before it."""
+    """Return the spans in which every query attends to itself and all earlier positions."""
     last = torch.arange(1, queries + 1, dtype=torch.int32).expand(batch, -1)
     return Spans(torch.zeros_like(last), last)
 
 
 def mask_spans(mask: Tensor) -> Spans | None:
-    """The runs of keys of a mask; None if some query sees more than one run.
+    """Return the spans of a mask; None if a query attends to more than one run of keys.
 
     Args:
-        mask: (batch, 1, queries, keys) bool, True for what is seen.
+        mask: (batch, 1, queries, keys) bool, True for attended keys.
     """
-    if mask.is_inference():  # nobody would say that it was changed
+    if mask.is_inference():  # no version counter, so a cached result could be stale
         return _runs(mask)
     version, answer = _answers.get(mask, (None, None))
     if version != mask._version:
@@ -115,7 +115,7 @@ def mask_spans(mask: Tensor) -> Spans | None:
 
 
 _answers: MutableMapping[Tensor, tuple[int | None, Spans | None]] = WeakTensorKeyDictionary()
-"""By mask that was asked about: its version then, and the answer."""
+"""Cache of ``mask_spans``: maps a mask to its version at that time and the result."""
 
 
 def _runs(mask: Tensor) -> Spans | None:

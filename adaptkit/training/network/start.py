@@ -1,4 +1,4 @@
-"""What a run trains, and what that begins as: fresh matrices, an adapter that is there already, or the base itself."""
+"""What a run trains, and its initial values: new matrices, an existing adapter, or the base itself."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,10 +41,10 @@ from adaptkit.training.settings import refuse
 
 
 def resolve_method(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
-    """Say which method a run uses: ``qlora`` on a quantized base, ``lora`` on another, unless it is told ``full``.
+    """Set a run's method: ``full`` if requested, else ``qlora`` on a quantized base and ``lora`` on any other.
 
     Raises:
-        UsageError: the base is quantized in a way that is not ours, or the method does not go with it.
+        UsageError: the base is quantized in another tool's format, or the requested method does not support the base.
     """
     ours, root = bool(quantized_names(checkpoint)), checkpoint.root
     found = quantization_found(checkpoint)
@@ -67,16 +67,16 @@ def resolve_method(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
 
 
 def read_start(config: TrainConfig, base: Manifest | None) -> Adapter | None:
-    """Read the adapter that a run is to begin with, if it is to.
+    """Read the adapter that a run starts from; None if ``init`` names an initialization instead.
 
     Args:
-        config: of the run.
-        base: the manifest of the base.
+        config: options of the run.
+        base: manifest of the base, if it has one.
 
     Raises:
-        BaseMismatchError: that adapter belongs to another base.
+        BaseMismatchError: the adapter belongs to another base.
         AdapterError: it cannot be read.
-        UsageError: what the run shall add does not go with what it has.
+        UsageError: it cannot be combined with what the run adds.
     """
     if config.init in INITS:
         return None
@@ -95,7 +95,7 @@ def read_start(config: TrainConfig, base: Manifest | None) -> Adapter | None:
 
 
 def _check_additions(adapter: Adapter, config: TrainConfig) -> None:
-    """Refuse what no adapter may have together; see ``TrainConfig`` for the same of a fresh one."""
+    """Refuse options that cannot be combined with the given adapter; ``TrainConfig`` checks this for new adapters."""
     for name, other, there in (
         ("dora", "lora_bias", adapter.config.get("lora_bias")),
         ("lora_bias", "dora", adapter.magnitudes),
@@ -111,22 +111,22 @@ def _check_additions(adapter: Adapter, config: TrainConfig) -> None:
 
 
 def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: Any) -> None:
-    """Make everything in a model trainable that a run trains, as it begins.
+    """Add everything that a run trains to a model, with initial values.
 
     Args:
-        model: as it was loaded.
-        config: of the run, its method resolved.
-        start: the adapter to begin with, if not fresh matrices.
-        tokenizer: of the base; knows ``trainable_tokens`` by their text.
+        model: the model as it was loaded; modified in place.
+        config: options of the run, with the method resolved.
+        start: the adapter to start from; None for new matrices.
+        tokenizer: tokenizer of the base, to look up ``trainable_tokens``.
 
     Raises:
-        UsageError: a pattern matches nothing, a token is unknown, or what shall be trained whole is quantized.
-        BaseMismatchError: the adapter to begin with does not fit the model, or the base's files have no
-            place for what is trained.
+        UsageError: a pattern matches nothing, a token is unknown, or a parameter to be trained in full is quantized.
+        BaseMismatchError: ``start`` does not fit the model, or a trained parameter cannot be stored in the base's
+            files.
     """
     if config.method == "full":
         train_whole(model, set(parameter_places(model)))
-        find_addresses(model.checkpoint, model.whole, "training")  # or there would be no place for it in the end
+        find_addresses(model.checkpoint, model.whole, "training")  # fail now, rather than when the result is saved
         return
     saved = saved_names(model, config.modules_to_save)
     if start is not None:
@@ -147,12 +147,12 @@ def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: A
 
 
 def foretold(model: Model, config: TrainConfig) -> tuple[str, ...]:
-    """What is known of an adapter before it is trained, a line each, some of them empty."""
+    """Return warnings about an adapter that are known before training: three lines, empty where there is none."""
     return left_out(model, config), cannot_be_merged(model, config), peft_drops(model)
 
 
 def left_out(model: Model, config: TrainConfig) -> str:
-    """What fresh adapters for every linear layer leave out, in a line; see ``matching_targets``. Empty if nothing."""
+    """Return a line on what new adapters for all linear layers leave out, empty if nothing; see ``matching_targets``."""
     if config.method == "full" or config.init not in INITS or EVERYTHING not in config.targets:
         return ""
     excluded = matching("exclude pattern", config.exclude, model.linears, "linear layer")
@@ -181,7 +181,7 @@ def _layers_left(model: Model, left: Sequence[str]) -> str:
 
 
 def _stacks_left(model: Model) -> str:
-    """Most of a model of experts is no linear layer, but in stacks."""
+    """Return a line on expert stacks without an adapter, which are most of an MoE model's weights; empty if none."""
     left = [name for name, module in model.stacks().items() if name not in model.whole and is_expert(name, module)]
     if not left:
         return ""
@@ -190,10 +190,10 @@ def _stacks_left(model: Model) -> str:
 
 
 def cannot_be_merged(model: Model, config: TrainConfig) -> str:
-    """Why the base could not take up the adapter, in a line; empty if it can.
+    """Return a line on why the adapter cannot be merged into the base; empty if it can.
 
-    A bias of B is added to the layer's own, and a checkpoint that has none has no place for one. Nor has it places for
-    several changes of a weight that layers share.
+    A bias of B is merged into the layer's own bias, which the checkpoint may lack. A weight that several layers share
+    cannot take a different update for each of them.
     """
     if config.method == "full":
         return ""
@@ -212,7 +212,7 @@ def cannot_be_merged(model: Model, config: TrainConfig) -> str:
 
 
 def peft_drops(model: Model) -> str:
-    """What of a finished adapter peft will not find, in a line; empty if it finds all."""
+    """Return a line on which layers' adapters peft will not load; empty if it loads all."""
     kind, adapted = model.network.config.model_type, model.adapted()
     others = {*renamed_in_peft(model.network, adapted), *taken_for_experts(kind, adapted)}
     if not others:
@@ -222,7 +222,7 @@ def peft_drops(model: Model) -> str:
 
 
 def shortened(names: Sequence[str]) -> str:
-    """The first of some names, and that there are more."""
+    """Return the first two names, with an ellipsis if there are more."""
     return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
@@ -242,10 +242,10 @@ def _begin_fresh(model: Model, config: TrainConfig, saved: set[str]) -> None:
 
 
 def _token(text: str, tokenizer: Any) -> int:
-    """The id of a token that is given by its text, or as a number.
+    """Return the ID of a token that is given by its text, or as a number.
 
     Raises:
-        UsageError: the vocabulary does not have it, or has one that is called like another's number.
+        UsageError: the vocabulary lacks the token, or the number is the ID of one token and the text of another.
     """
     found = tokenizer.get_vocab().get(text)
     if text.isdecimal():

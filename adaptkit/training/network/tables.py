@@ -1,7 +1,7 @@
-"""Frozen tables of embeddings in pinned host memory, from which a GPU reads the rows of a batch by itself.
+"""Frozen embedding tables in pinned host memory, from which a GPU kernel reads the rows of a batch directly.
 
-A lookup of 2048 tokens moves 16 MiB of Llama 3 8B's table over the bus, half a millisecond, and a gigabyte of the
-device's memory is free for activations.
+With Llama 3 8B, a lookup of 2048 tokens transfers 16 MiB over the bus, which takes half a millisecond, and frees a
+gigabyte of device memory for activations.
 """
 
 from typing import Any, cast
@@ -16,13 +16,13 @@ from adaptkit.training.network.pinned import pinned
 
 
 def keep_in_host_memory(network: Any, dtype: torch.dtype) -> None:
-    """Move the large tables that a network only looks up, and does not train, off its GPU, where Triton is there.
+    """Move a network's large frozen tables that are used only for lookups off its GPU, if Triton is available.
 
-    Where so much host memory cannot be pinned, a table stays.
+    A table stays on the GPU if host memory for it cannot be pinned.
 
     Args:
-        network: with its adapter, on its device.
-        dtype: that its embeddings are held in.
+        network: transformers model with its adapter, on its device.
+        dtype: dtype of its embeddings.
     """
     for module in host_tables(network, dtype).values():
         table = module.weight.detach()
@@ -33,17 +33,18 @@ def keep_in_host_memory(network: Any, dtype: torch.dtype) -> None:
 
 
 def hold_in_host_memory(module: nn.Embedding, table: Tensor, device: torch.device) -> None:
-    """Make an embedding look its rows up in a tensor, which is none of its parameters and stays where it is.
+    """Make an embedding look up its rows in a tensor that is not a parameter and is not moved with the module.
 
     Args:
-        module: to change.
+        module: modified in place.
         table: (entries, dim).
-        device: that rows go to, wherever the tokens are: Llama 4 sends them to where it believes the table to be.
+        device: device of the result, independent of the token IDs' device: Llama 4 moves the IDs to the device of
+            ``weight``, which is now the host.
     """
     del module._parameters["weight"]
     module.weight = table
     kind, name = type(module), type(module).__name__
-    # It takes the place of torch's own lookup, below whatever a model's class does with the rows.
+    # _HostTable precedes nn.Embedding in the MRO, but follows the model's class, which may postprocess the rows.
     module.__class__ = type(name, (_HostTable,) if kind is nn.Embedding else (kind, _HostTable), {})
     cast(_HostTable, module).rows_device = device
 
@@ -52,7 +53,7 @@ class _HostTable(nn.Embedding):
     rows_device: torch.device
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(…) to (…, dim)."""
+        """Map (…) to (…, dim)."""
         if self.rows_device.type != "cuda":
             return functional.embedding(ids, self.weight)
         from adaptkit.numerics.kernels import _gpu_layers

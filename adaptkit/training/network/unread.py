@@ -1,14 +1,15 @@
-"""Linear layers whose results no gradient reads, so that they are left out where a layer runs again.
+"""Linear layers whose results no gradient depends on, so that recomputation of a checkpointed layer skips them.
 
     h' = h + W x + s B (A x)           x = silu(gate) · up
 
-A layer that is checkpointed runs a second time, for what its backward pass reads. That is x and A x, and never the sum:
-in most architectures the last product of a layer need not be made again, which is a quarter of its work.
+A checkpointed layer runs a second time to recompute what its backward pass reads. That is x and A x, but not the sum:
+in most architectures the last product of a layer need not be recomputed, which is a quarter of its work.
 
-Which layers they are is asked of the network, not told by names. With NaN in the place of what a linear layer gives,
-all of the output has to be NaN: so it is added there, and is nothing that only more tokens would make use of, as an
-index of those to attend to. And with NaN, infinities and zero every gradient has to be what it is with the result: so a
-result that a norm reads, or a bound, or a router, is found out.
+These linear layers are found by probing the network, not by name. A linear layer's result is replaced by constants:
+    NaN                    the whole output must become NaN: the result is added to it, and is not something that would
+                           only matter with more tokens, such as an index of the tokens to attend to
+    NaN, ±infinity, 0      every gradient must stay the same: this excludes results that a norm, a clamp or a router
+                           reads
 """
 
 import math
@@ -33,23 +34,23 @@ _NUMBERS = (math.nan, math.inf, -math.inf, 0.0)
 def mark_unread(network: Any) -> None:
     """Set ``LoraLinear.is_unread`` in a network's layers.
 
-    The network runs once, on two tokens, and in it one layer of every kind some times.
+    The network runs once, on two tokens; meanwhile one layer of each kind is probed by running it several times.
 
     Args:
-        network: of transformers, ready to train, before its layers are checkpointed or divided.
+        network: transformers model, ready to train, before its layers are checkpointed or sharded.
     """
     try:
         layers: list[nn.Module] = list(find_stack(network)[1])
-    except UsageError:  # nothing will be checkpointed
+    except UsageError:  # no stack of layers, so nothing will be checkpointed
         return
     kinds = [(kind_of(layer), [parameter.requires_grad for parameter in layer.parameters()]) for layer in layers]
     first = [kinds.index(kind) for kind in kinds]
     found: dict[int, set[str]] = {}
 
     def ask(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = tree_map(_with_gradient, (args, kwargs))  # so that gradients by all that it is given are compared
+        given = tree_map(_with_gradient, (args, kwargs))  # so that the gradients of all inputs are compared
         names = _unread(layers[index], LayerCall(layers[index].forward, *given))
-        found[index] = found.get(index, names) & names  # of one that is called several times
+        found[index] = found.get(index, names) & names  # a layer may be called several times
 
     hooks = [
         layers[index].register_forward_pre_hook(lambda _, *given, index=index: ask(index, *given), with_kwargs=True)
@@ -61,7 +62,7 @@ def mark_unread(network: Any) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    told: dict[LoraLinear, list[bool]] = {}  # by all the layers that it is in
+    told: dict[LoraLinear, list[bool]] = {}  # one answer per layer that contains the linear layer
     for layer, index in zip(layers, first, strict=True):
         for path, linear in _linears(layer).items():
             told.setdefault(linear, []).append(path in found.get(index, ()))
@@ -71,7 +72,7 @@ def mark_unread(network: Any) -> None:
 
 @contextmanager
 def standing_in(linears: Sequence[LoraLinear], number: float = 0.0) -> Iterator[None]:
-    """Let linear layers give a number in every place of their results; gradients go through them as before."""
+    """Make linear layers return a constant instead of their product while the block runs; gradients are unchanged."""
     for linear in linears:
         linear.stand_in = number
     try:
@@ -82,7 +83,7 @@ def standing_in(linears: Sequence[LoraLinear], number: float = 0.0) -> Iterator[
 
 
 def _unread(layer: nn.Module, call: LayerCall) -> set[str]:
-    """The linear layers of a layer, by path, whose results it adds to what it gives, and its gradients do not read."""
+    """Return the paths of linear layers whose results a layer adds to its output and no gradient depends on."""
     hidden, others = call.take()
     given = [side.detach() for side in (hidden, *others)]
     linears = {path: linear for path, linear in _linears(layer).items() if linear.can_stand_in}
@@ -103,7 +104,7 @@ def _unread(layer: nn.Module, call: LayerCall) -> set[str]:
 
 
 def _gradients(layer: nn.Module, call: LayerCall, given: Sequence[Tensor]) -> tuple[Tensor, list[Tensor | None]]:
-    """The output, and gradients by what the layer is given and what is trained in it; with the same random numbers."""
+    """Return the output, and the gradients of inputs and trained parameters; always with the same random numbers."""
     with torch.enable_grad(), forked_random(given[0].device):
         leaves = [side.clone().requires_grad_() for side in given]
         output, *more = call(leaves[0], leaves[1:])

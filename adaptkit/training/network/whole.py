@@ -1,7 +1,7 @@
-"""What is trained other than by low-rank changes: whole parameters, and chosen rows of the vocabulary.
+"""Parameters trained in full, and trained rows of embeddings and output layers.
 
-A whole parameter is held in float32, where small updates are not lost, and its module sees it in the type that it
-computes in. Rows of the vocabulary are held the same way beside the frozen table, which is not copied.
+A parameter that is trained in full is held in float32, so that small updates are not lost; its module sees it cast to
+the compute dtype. Trained rows are also float32, and stored separately from the frozen table, which is not copied.
 """
 
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from torch.nn.utils import parametrize
 
 @dataclass(frozen=True)
 class Whole:
-    """A parameter that takes the place of the base's.
+    """A parameter that replaces the base's.
 
     Attributes:
         parameter: float32.
-        transposed: whether the base's own is this one transposed, as Conv1D's weight is.
+        transposed: whether it is the transpose of the base's parameter, as for Conv1D.
     """
 
     parameter: nn.Parameter
     transposed: bool = False
 
     def value(self) -> Tensor:
-        """As the base has it, float32."""
+        """Return the value in the base's orientation, float32."""
         value = self.parameter.detach()
         return value.T.contiguous() if self.transposed else value
 
 
 class TrainedWeight(nn.Module):
-    """A linear layer's weight that is trained itself: (out, in) float32."""
+    """A linear layer's weight that is trained in full: (out, in) float32."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class TrainedWeight(nn.Module):
         self.weight = nn.Parameter(weight)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight in ``dtype``; gradients go through."""
+        """Return the weight in ``dtype``, differentiably."""
         return self.weight.to(dtype)
 
 
@@ -54,22 +54,22 @@ class _Cast(nn.Module):
 
 
 def hold(module: nn.Module, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-    """Put a float32 parameter in the place of a module's own; the module sees it in ``dtype``."""
+    """Replace a module's parameter by a float32 one, which the module sees cast to ``dtype``."""
     module._parameters[name] = parameter
     if dtype != parameter.dtype:
         parametrize.register_parametrization(module, name, _Cast(dtype), unsafe=True)  # unsafe: it changes the type
 
 
 class TrainedRows(nn.Module):
-    """Rows of a table that replace the base's.
+    """Trained rows that replace rows of the base's table.
 
     Args:
-        indices: which rows, (n,) int64.
+        indices: indices of the replaced rows, (n,) int64.
         rows: (n, dim) float32.
-        entries: of the table.
+        entries: number of rows of the table.
 
     Attributes:
-        position: for every entry of the table, which of the rows it is; -1 for none.
+        position: (entries,) int64, the index in ``rows`` of each row of the table; -1 if it is not replaced.
     """
 
     position: Tensor
@@ -85,7 +85,7 @@ class TrainedRows(nn.Module):
 
 
 def replace_rows(module: nn.Module, rows: TrainedRows) -> None:
-    """Make an embedding or output layer use trained rows of its table."""
+    """Make an embedding or output layer use trained rows in place of its table's."""
     kind = _TokenEmbedding if isinstance(module, nn.Embedding) else _TokenHead
     module.add_module("trained_rows", rows)
     module.__class__ = type(type(module).__name__, (kind, type(module)), {})
@@ -95,11 +95,11 @@ class _TokenEmbedding:
     trained_rows: TrainedRows
 
     def forward(self, ids: Tensor) -> Tensor:
-        """(…) to (…, dim)."""
+        """Map (…) to (…, dim)."""
         found: Tensor = super().forward(ids)  # type: ignore[misc]
         position = self.trained_rows.position[ids]
         rows = functional.embedding(position.clamp(min=0), self.trained_rows.rows).to(found.dtype)
-        scale: Any = getattr(self, "embed_scale", 1.0)  # of an embedding that multiplies what it finds
+        scale: Any = getattr(self, "embed_scale", 1.0)  # some embeddings scale their output
         return torch.where((position >= 0)[..., None], rows * scale, found)
 
 
@@ -108,7 +108,7 @@ class _TokenHead:
     bias: Tensor | None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(…, dim) to (…, entries)."""
+        """Map (…, dim) to (…, entries)."""
         logits: Tensor = super().forward(hidden)  # type: ignore[misc]
         rows = self.trained_rows
         bias = None if self.bias is None else self.bias[rows.indices]
