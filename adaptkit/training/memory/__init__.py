@@ -1,1 +1,1 @@
-"""What a run holds in memory: activations, and the optimizer's state in pages."""
+"""A run's memory: activations, and paged optimizer state."""

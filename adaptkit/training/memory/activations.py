@@ -1,4 +1,4 @@
-"""Which activations a run keeps, what it needs of memory, and what it was seen to need."""
+"""Which activations a run keeps, its predicted memory, and its measured peak memory."""
 
 import contextlib
 from dataclasses import dataclass
@@ -26,15 +26,15 @@ _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass
 class Activations:
-    """What a network keeps of a batch.
+    """How a network keeps activations, and the memory that it needs for them.
 
     Attributes:
         checkpointing: which of its layers are checkpointed.
-        bytes: what the layers keep and need at the largest batch; 0 if nobody can tell:
-            the network has no stack of layers, or one that cannot be followed, or is divided among processes.
-        logits_bytes: of a chunk of logits.
-        shelf: where inputs of layers wait in host memory, if they do.
-        network: whose layers are checkpointed when memory runs short, if they are not; None if that was not asked for.
+        bytes: memory that the layers need for the largest batch, saved and temporary; 0 if unknown: the network has no
+            stack of layers, its layers cannot be measured, or the base is sharded.
+        logits_bytes: bytes of a chunk of logits.
+        shelf: holds the inputs of segments in host memory; None if they stay on the device.
+        network: network that ``shrink`` may checkpoint; None unless the policy is ``auto``.
     """
 
     checkpointing: Checkpointing
@@ -44,9 +44,9 @@ class Activations:
     network: Any = None
 
     def shrink(self) -> bool:
-        """Checkpoint every layer that is not, where that is allowed; whether there was one. No gradient changes a bit.
+        """Checkpoint all layers that are not yet; return whether any was. Gradients stay the same, bit for bit.
 
-        What was predicted stays: so much was asked for.
+        ``bytes`` keeps the prediction for the original choice.
         """
         before = self.checkpointing
         if self.network is None or not before.whole:
@@ -57,17 +57,17 @@ class Activations:
 
 
 def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int], device: torch.device) -> Activations:
-    """Make a network keep the activations that the run's policy says.
+    """Apply the run's checkpointing policy to a network, and predict the memory for activations.
 
     Args:
-        network: with its adapter.
-        config: of the run.
-        largest: rows and length of the run's largest batch; a batch of this shape goes through a layer of every kind.
-        device: of the network.
+        network: transformers model with its adapter.
+        config: options of the run.
+        largest: rows and length of the run's largest batch; one layer of each kind is measured with this shape.
+        device: device of the network.
 
     Raises:
-        ConfigError: no such policy.
-        UsageError: the budget is too small, or this network or device cannot do it.
+        ConfigError: unknown policy.
+        UsageError: the budget is too small, or the network does not support the policy.
     """
     offloaded = config.offload_checkpoints
     head = network.get_output_embeddings()
@@ -77,14 +77,14 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     if head:
         vocabulary = network.config.get_text_config().vocab_size
         logits = logits_bytes(rows * (length - 1), vocabulary, dtype.itemsize, in_place)
-    if device.type == "cuda" and not in_place:  # the whole chunk in float32 beside it; a CPU does that in small blocks
+    if device.type == "cuda" and not in_place:  # plus a float32 copy of the chunk; a CPU works in small blocks
         logits += logits * 4 // dtype.itemsize
     measured = cache(partial(layer_sizes, network, largest, device))
     room = _room(network, config, device, logits)
     found = choose_checkpointing(network, config.checkpointing, measured, offloaded, room)
     needed = 0
-    if found.layers and not config.shard_base:  # measuring ends in the middle of a pass, for which others would wait
-        with contextlib.suppress(UsageError):  # of layers that cannot be followed, which is no reason not to train
+    if found.layers and not config.shard_base:  # measuring stops a pass halfway: processes would wait for each other
+        with contextlib.suppress(UsageError):  # layers that cannot be measured can still be trained
             needed = found.bytes_needed(measured(), offloaded)
     shelf = Shelf(device) if offloaded else None
     checkpoint_layers(network, found, shelf)
@@ -92,35 +92,35 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
 
 
 def _room(network: Any, config: TrainConfig, device: torch.device, logits: int) -> int | None:
-    """What a GPU has left for activations, below zero if too little is there for the rest.
+    """Return the bytes that a GPU has left for activations; negative if the rest does not fit.
 
-    None where layers are not measured, and on a CPU, whose memory is there for other programs, too. A tenth of the
-    memory stays free, for what kernels take for themselves and for what lies between tensors.
+    None with a sharded base, where layers are not measured, and on a CPU, whose memory other programs need, too. A
+    tenth of the GPU's memory stays free, for kernel workspaces and fragmentation.
     """
     if device.type != "cuda" or config.shard_base:
         return None
     free, total = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's, but no tensor's
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by torch, but unused
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     moments = moment_bytes(trained, STATE_BITS[config.optimizer])
     if config.optimizer_pages_mib is not None:
         moments = min(moments, int(config.optimizer_pages_mib * 2**20))
-    beside = 8 * trained + moments + logits  # parameters in one vector, and their gradients
+    beside = 8 * trained + moments + logits  # 8: the float32 vectors of parameters and gradients, allocated later
     room: int = free + unused - total // 10 - beside
     return room
 
 
 def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device) -> list[LayerSize]:
-    """Measure a network's layers with a batch of a shape; must come before ``checkpoint_layers``.
+    """Measure a network's layers for a batch shape; must be called before ``checkpoint_layers``.
 
     Args:
-        network: ready to train.
-        shape: rows and length.
-        device: of the network.
+        network: transformers model, ready to train.
+        shape: rows and length of the batch.
+        device: device of the network.
     """
     inputs = {"input_ids": torch.zeros(shape, dtype=torch.int64, device=device)}
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    if context and shape[1] > context:  # samples packed into a row: positions begin again in each
+    if context and shape[1] > context:  # a packed row: positions restart in each sample
         inputs["position_ids"] = (torch.arange(shape[1], device=device) % context).expand(shape)
     layers: list[nn.Module] = list(find_stack(network)[1])
     with as_in_training(network):
@@ -128,18 +128,18 @@ def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device) -> l
 
 
 def predicted_memory(network: Any, trainable: int, optimizer: int, activations: Activations) -> Memory:
-    """What a run will need.
+    """Return the memory that a run will need on the device.
 
     Args:
-        network: ready to train.
-        trainable: number of parameters.
-        optimizer: bytes of its state that are resident.
-        activations: what it keeps.
+        network: transformers model, ready to train.
+        trainable: number of trained parameters.
+        optimizer: bytes of optimizer state on the device.
+        activations: result of ``save_activations``.
     """
     frozen: dict[int, int] = {}
     for tensor in (*network.parameters(), *network.buffers()):
         if not tensor.requires_grad:
-            held = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # this process's share
+            held = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # this process's shard
             frozen[held.data_ptr()] = held.nbytes
     return Memory(
         weights=sum(frozen.values()),
@@ -152,10 +152,10 @@ def predicted_memory(network: Any, trainable: int, optimizer: int, activations: 
 
 
 class PeakMemory:
-    """Measures by how much a process's memory grows from here on: on a GPU what torch allocates there, else RSS.
+    """Measures how much a process's memory grows after construction: torch's allocations on a GPU, otherwise RSS.
 
     Args:
-        device: that computes.
+        device: training device.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -165,13 +165,13 @@ class PeakMemory:
             self._before = torch.cuda.memory_allocated(device)
             return
         try:
-            _RESET.write_text("5")  # the mark of the highest memory begins anew
+            _RESET.write_text("5")  # resets VmHWM, the peak RSS
             self._before = _kib("VmRSS:")
         except OSError:
             self._before = -1
 
     def growth(self) -> int | None:
-        """Bytes; None where the operating system does not tell."""
+        """Return the growth in bytes up to the peak; None where the operating system does not report it."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) - self._before
         return None if self._before < 0 else 1024 * (_kib("VmHWM:") - self._before)

@@ -1,11 +1,10 @@
-"""AdamW's two moments of every parameter, in pages.
+"""Paged first and second moments of AdamW. Layout of a page:
 
     32 bits    first (E,) float32 | second (E,) float32
     8 bits     first codes (E,) uint8 | second codes | first absmax (E / 256,) float32 | second absmax
 
-E parameters share a page, whatever matrices they belong to, and one visit brings both moments. In 8 bits a page is
-decoded when it is visited and encoded afterwards; blocks never straddle pages, so that neither their size nor their
-number decides about a bit.
+A page holds both moments of E consecutive parameters, regardless of matrix boundaries. An 8-bit page is decoded when it
+is visited and encoded afterwards. Blocks never straddle pages, so results do not depend on the size or number of pages.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,21 +24,21 @@ _SIGNED = (True, False)
 
 
 def page_elements(page_bytes: int, bits: int) -> int:
-    """How many parameters' moments fit into a page: whole blocks, at least one."""
+    """Return how many parameters' moments fit into a page: whole blocks, at least one."""
     blocks = page_bytes // (8 * BLOCK if bits == 32 else 2 * BLOCK + 8)
     return max(1, blocks) * BLOCK
 
 
 class PagedState:
-    """Two moments for each of ``count`` parameters, zero at first.
+    """Two moments for each of ``count`` parameters, initially zero.
 
     Args:
         count: number of parameters.
-        elements: parameters that a page holds the moments of; in 8 bits whole blocks.
+        elements: number of parameters per page; with 8 bits a whole number of blocks.
         budget_bytes: see ``Pages``.
         device: see ``Pages``.
         file: see ``Pages``.
-        bits: of a moment: 32 or 8.
+        bits: bits per moment: 32 or 8.
     """
 
     def __init__(
@@ -53,24 +52,24 @@ class PagedState:
     ) -> None:
         self.count, self._elements, self._bits = count, elements, bits
         page_bytes = moment_bytes(elements, bits)
-        if bits == 8:  # whole pages of the operating system's, so that it can take them back one by one
+        if bits == 8:  # rounded up to whole OS pages, so that the OS can reclaim each page separately
             page_bytes = -(-page_bytes // PAGESIZE) * PAGESIZE
         self.pages = Pages(-(-count // elements), page_bytes, budget_bytes, device, file)
         scratch = (2, elements) if bits == 8 else (0,)
         self._scratch = torch.empty(scratch, device=device)
 
     def stays(self, page: int) -> bool:
-        """Whether the moments of a page may still be used after ``sweep`` went on to the next one, on a GPU.
+        """Return whether a page's moments stay valid after ``sweep`` continues, so that pages can be updated together.
 
-        There all such pages are updated at once. On a CPU one after the other is in its caches.
+        True for resident 32-bit pages on a GPU, to save launches. On a CPU each page is updated while in its caches.
         """
         return self._bits == 32 and page < self.pages.resident and self._scratch.is_cuda
 
     def sweep(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Visit every page in order; what is written to the moments is kept, in 8 bits after rounding.
+        """Visit every page in order; writes to the moments are kept, with 8 bits after rounding.
 
         Yields:
-            Which parameters, and their first and second moments: float32 on the training device.
+            Range of the parameters, and their first and second moments: float32 on the training device.
         """
         for page, content in enumerate(self.pages.sweep()):
             span = self._span(page)
@@ -87,7 +86,7 @@ class PagedState:
                 encode(moment, parts[f"{name}_codes"], parts[f"{name}_absmax"], signed=signed)
 
     def vectors(self) -> dict[str, Vector]:
-        """The state, by name: what a checkpoint keeps. Its bytes depend on neither pages nor budget."""
+        """Return the state by name, as a checkpoint stores it. Its bytes depend on neither page size nor budget."""
         kinds = {name: (torch.float32, 1) for name in _NAMES}
         if self._bits == 8:
             kinds = {f"{name}_codes": (torch.uint8, 1) for name in _NAMES}
@@ -98,7 +97,7 @@ class PagedState:
         }
 
     def load(self, vectors: Mapping[str, Vector]) -> None:
-        """Set the whole state to what ``vectors`` gave, in whatever pages."""
+        """Set the whole state from the result of ``vectors``, possibly of a state with another page size."""
         for page in range(self.pages.count):
             span = self._span(page)
             content = torch.zeros(self.pages.page_bytes, dtype=torch.uint8)
@@ -108,7 +107,7 @@ class PagedState:
             self.pages.write(page, content)
 
     def _read(self, name: str, scale: int, start: int, count: int) -> Tensor:
-        """See ``Vector.read``: mostly of one page."""
+        """Read part of a vector, see ``Vector.read``; usually from one page."""
         parts = []
         while count:
             page, offset = divmod(start, self._elements // scale)
@@ -122,7 +121,7 @@ class PagedState:
         return slice(page * self._elements, min((page + 1) * self._elements, self.count))
 
     def _parts(self, content: Tensor, size: int) -> dict[str, Tensor]:
-        """A page's parts, by name: views, as long as ``size`` parameters need."""
+        """Return views of a page's parts by name, with the lengths for ``size`` parameters."""
         elements, blocks = self._elements, -(-size // BLOCK)
         if self._bits == 32:
             numbers = content.view(torch.float32)

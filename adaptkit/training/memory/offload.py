@@ -1,11 +1,11 @@
-"""Tensors that wait in host memory until they are needed again.
+"""Tensors that are offloaded to host memory until they are needed again.
 
     forward     put: GPU ──side stream──▶ pinned host memory     all but the last two leave the GPU
-    backward    take: the last one is still there, and the one put before it is fetched while it is used
+    backward    take: the last one is still on the GPU; while it is used, the one put before it is fetched
 
-The host runs far ahead of a GPU, and the allocator keeps memory that another stream uses until the GPU is done. So
-memory is handed over by events alone: a tensor goes as soon as the current stream was told to wait for its copy, and
-what is fetched lies in memory of the current stream's. Pinned memory is torch's to use again.
+The host runs far ahead of a GPU. With ``record_stream``, the allocator would hold memory that a side stream uses until
+the GPU has finished with it. Instead, streams are ordered by events: a tensor is freed as soon as the current stream
+has queued a wait for its copy, and fetched tensors are allocated on the current stream. torch reuses pinned memory.
 """
 
 import weakref
@@ -20,7 +20,7 @@ from torch import Tensor
 from adaptkit.training.network.pinned import HostMemory
 
 _STAYING = 2
-"""Tensors that have not left the GPU, or not yet: those that are needed first."""
+"""Number of last tensors that stay on the GPU, at least until more are put: the backward pass needs them first."""
 
 
 @dataclass(eq=False)
@@ -28,9 +28,9 @@ class _Item:
     """A tensor on the shelf.
 
     Attributes:
-        host: its bytes; None once it was taken.
-        before: what was put before it, if that is still wanted.
-        device: the tensor, while it is on the device or on its way there.
+        host: host copy; None once the tensor was taken.
+        before: the item that was put before it, if there was one.
+        device: the tensor, while it is on the device or being copied there.
     """
 
     host: Tensor | None
@@ -42,27 +42,27 @@ class Shelf:
     """Keeps tensors of one device in host memory.
 
     Args:
-        device: where they come from. On a CPU they are copied there and back, which saves nothing; tests do that.
+        device: device of the tensors. On a CPU they are copied back and forth, which saves nothing; used in tests.
 
     Attributes:
-        memory: that they wait in.
+        memory: host memory that holds them.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.memory = device, HostMemory(device)
         self._last: weakref.ref[_Item] | None = None
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        # What is being copied: the tensor on the device, when that is done, and whose it is.
+        # Copies in flight: the tensor on the device, kept alive until the event after the copy, and its item.
         self._moving: deque[tuple[Tensor, Any, weakref.ref[_Item]]] = deque()
 
     def put(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Move a tensor to host memory.
 
         Returns:
-            A function that gives it back, once.
+            A function that returns the tensor on the device; may be called once.
         """
         if self._last is None or self._last() is None:
-            self._settle(0, leave=True)  # of a pass that nobody went back through
+            self._settle(0, leave=True)  # copies of a forward pass without a backward pass
         host = self.memory.make(torch.empty_like, tensor, device="cpu")
         item = _Item(host, self._last)
         self._last = weakref.ref(item)
@@ -97,7 +97,7 @@ class Shelf:
             self._copy(item.host, item.device, item)
 
     def _copy(self, source: Tensor, target: Tensor, item: _Item) -> None:
-        """Begin to copy on the side stream, behind all that the current one was told to do so far."""
+        """Queue a copy on the side stream, after all work queued on the current stream so far."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
@@ -106,11 +106,11 @@ class Shelf:
         self._moving.append((target if target.is_cuda else source, done, weakref.ref(item)))
 
     def _settle(self, most: int, leave: bool) -> None:
-        """Let all that comes next on the current stream wait for the copies, but for so many of the last.
+        """Make the current stream wait for all copies in flight but the last ``most``.
 
         Args:
-            most: copies that may still be under way.
-            leave: whether the others' tensors go from the device. Their memory is then the current stream's to use.
+            most: number of copies that may stay in flight.
+            leave: whether to free the device tensors of the others; the current stream may then reuse their memory.
         """
         while len(self._moving) > most:
             _, done, owner = self._moving.popleft()

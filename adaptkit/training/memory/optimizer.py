@@ -1,4 +1,4 @@
-"""AdamW over one flat vector of parameters, its state in pages."""
+"""AdamW over one flat vector of parameters, with paged state."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -16,8 +16,8 @@ from adaptkit.training.memory.parameters import Group, Trainable
 from adaptkit.training.shortage import is_out_of_memory
 
 PAGE_KIB = {"cpu": 2048, "cuda": 8192}
-"""Size of a page, by the kind of device: on a GPU a page costs the host some launches, whatever its size, a tenth of a
-millisecond; to copy it should take longer than that, or the bus waits for the host."""
+"""Page size by device type. On a GPU a page costs the host a few launches (a tenth of a millisecond) regardless of its
+size; copying a page should take longer than that, or the bus idles while the host launches."""
 
 
 class PagedAdamW:
@@ -25,10 +25,10 @@ class PagedAdamW:
 
     Args:
         parameters: (N,) float32; updated in place.
-        gradients: (N,) float32; read.
-        groups: cover them, in order; say what the learning rate is multiplied by, and whether weights decay.
-        state: the moments of N parameters.
-        weight_decay: decoupled from the gradient.
+        gradients: (N,) float32; only ``clip`` changes them.
+        groups: parameter groups, which cover the vector in order.
+        state: moments of the N parameters.
+        weight_decay: decoupled weight decay, for groups that decay.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class PagedAdamW:
         self.steps = 0
 
     def clip(self, max_norm: float) -> float:
-        """Scale the gradients down to a norm, and return the norm that they had; 0 leaves them as they are."""
+        """Clip the gradients to a total norm, and return their norm before clipping; ``max_norm`` 0: do not clip."""
         norm = torch.linalg.vector_norm(self._gradients)
         found = float(norm)
         if 0 < max_norm < found + 1e-6:  # otherwise the factor is 1
@@ -56,7 +56,8 @@ class PagedAdamW:
         """Update all parameters, page by page.
 
         Returns:
-            The page table, and what moved in this step, under ``paging``; nothing if everything is resident.
+            Under ``paging`` the metrics of ``Pages``, with faults and write-backs of this step only; empty if all pages
+            are resident.
         """
         self.steps += 1
         before = self.state.pages.metrics()
@@ -84,16 +85,16 @@ class PagedAdamW:
 
 
 def make_optimizer(trainable: Trainable, config: TrainConfig, file: Path, note: Callable[[str], None]) -> PagedAdamW:
-    """The optimizer of a run. Pages that the device has no room for are not resident, whatever was asked for.
+    """Create a run's optimizer. If allocating the resident pages runs out of memory, all state is kept on the host.
 
     Args:
-        trainable: what it changes, on its device.
-        config: says how large pages are and how many may be resident.
+        trainable: parameters and gradients, on the training device.
+        config: options of the run, with page size and budget.
         file: backs the pages that are not resident, on a CPU.
-        note: told, in a line for people, if there is no room.
+        note: called with a one-line message if the device is out of memory.
 
     Raises:
-        RuntimeError: there is no room for a page either.
+        RuntimeError: out of memory even with a single page on the device.
     """
     bits = STATE_BITS[config.optimizer]
     page_kib = config.page_kib or PAGE_KIB[trainable.values.device.type]
@@ -107,7 +108,7 @@ def make_optimizer(trainable: Trainable, config: TrainConfig, file: Path, note: 
         if needs_one_page or not is_out_of_memory(error):
             raise
         state = None
-    if state is None:  # only here, where nothing refers to the pages that were made, is their memory free
+    if state is None:  # outside the except block: its traceback keeps the already allocated pages alive
         gc.collect()
         state = make(0)
         note("warning: out of memory beside the base; optimizer state is kept in host memory")

@@ -1,7 +1,7 @@
-"""Everything that is trained, as one vector: the modules hold views of it.
+"""All trained parameters in one vector; the modules hold views of it.
 
-The optimizer then works on long contiguous pages, whatever the sizes of the matrices, and a checkpoint of a run is
-this vector beside the optimizer's state.
+The optimizer works on long contiguous pages, whatever the sizes of the matrices, and a run's checkpoint consists of
+this vector and the optimizer's state.
 
     values     [ group 0 | group 1 | ... ]     a group holds whole parameters, in the model's order
 """
@@ -21,11 +21,11 @@ from adaptkit.training.network.model import Model
 
 @dataclass(frozen=True)
 class Group:
-    """A run of parameters that learn alike.
+    """A contiguous range of parameters with the same learning rate and weight decay.
 
     Attributes:
-        span: where it is in the vector.
-        rate: what the learning rate is multiplied by.
+        span: range in the vector.
+        rate: factor of the learning rate.
         decay: whether weight decay applies.
     """
 
@@ -36,12 +36,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Trainable:
-    """What is trained.
+    """All trained parameters.
 
     Attributes:
         values: (N,) float32.
-        gradients: (N,) float32; the backward pass adds to them.
-        groups: cover the vector, in order.
+        gradients: (N,) float32; the backward pass accumulates into them.
+        groups: parameter groups, which cover the vector in order.
     """
 
     values: Tensor
@@ -50,13 +50,14 @@ class Trainable:
 
     @classmethod
     def of(cls, model: Model, lora_plus_ratio: float = 1.0) -> Self:
-        """Move a model's trainable parameters, and their gradients, into one vector each.
+        """Move a model's trainable parameters into one vector, and allocate one for their gradients.
+
+        Weight decay applies only to matrices that text reaches: torch's AdamW skips parameters without a gradient.
 
         Args:
-            model: its parameters become views.
-            lora_plus_ratio: how much faster B learns than A (LoRA+, arXiv:2402.12354). As in PEFT's optimizer, what is
-                no matrix (a bias, a magnitude) goes with B. Only matrices decay, and of them only those that text
-                reaches: torch's AdamW leaves alone what has no gradient.
+            model: the model; its parameters become views of the vector.
+            lora_plus_ratio: factor of the learning rate of B (LoRA+, arXiv:2402.12354). As in PEFT's optimizer, it
+                also applies to parameters that are not matrices (biases, magnitudes).
         """
         text = _reached_by_text(model.network)
         kinds: dict[tuple[float, bool], list[nn.Parameter]] = {}

@@ -22,7 +22,7 @@ def shard_frozen(network: Any, world: World) -> None:
     """Shard the frozen weights of a network's layers across the processes.
 
     Args:
-        network: transformers model with its adapter, in host memory; each layer is moved to the device as it is sharded.
+        network: transformers model with its adapter, in host memory; each layer is moved to the device when sharded.
         world: the processes.
 
     Raises:
