@@ -1,4 +1,4 @@
-"""Paged first and second moments of AdamW. Layout of a page:
+"""Paged first and second moments of AdamW.
 
     32 bits    first (E,) float32 | second (E,) float32
     8 bits     first codes (E,) uint8 | second codes | first absmax (E / 256,) float32 | second absmax

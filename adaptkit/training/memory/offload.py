@@ -29,7 +29,7 @@ class _Item:
 
     Attributes:
         host: host copy; None once the tensor was taken.
-        before: the item that was put before it, if there was one.
+        before: weak reference to the item that was put before it; None for the first.
         device: the tensor, while it is on the device or being copied there.
     """
 
@@ -42,7 +42,7 @@ class Shelf:
     """Keeps tensors of one device in host memory.
 
     Args:
-        device: device of the tensors. On a CPU they are copied back and forth, which saves nothing; used in tests.
+        device: device of the tensors. With a CPU they are only copied back and forth, which tests use.
 
     Attributes:
         memory: host memory that holds them.
@@ -52,7 +52,7 @@ class Shelf:
         self._device, self.memory = device, HostMemory(device)
         self._last: weakref.ref[_Item] | None = None
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        # Copies in flight: the tensor on the device, kept alive until the event after the copy, and its item.
+        # Copies in flight: the device tensor (kept alive until then), the event that ends the copy, and the item.
         self._moving: deque[tuple[Tensor, Any, weakref.ref[_Item]]] = deque()
 
     def put(self, tensor: Tensor) -> Callable[[], Tensor]:

@@ -1,19 +1,19 @@
 """Fixed-size pages, some resident on the training device, the others in host memory.
 
-    page          0 .. resident - 1    resident: each in a slot of its own, for good
-                  resident .. pages    home is the host; visits the device in a streaming slot, once a sweep
-    host          a file on a CPU, pinned memory beside a GPU; made when a page first needs it
-    slots         resident ones + streaming ones: as many as the budget holds, at least one
+    page          0 .. resident - 1    resident: permanently in a device slot of its own
+                  resident .. pages    stored on the host; copied to a streaming slot once per sweep
+    host          a file on a CPU, pinned memory for a GPU; allocated when first needed
+    slots         resident + streaming: as many as the budget holds, at least one
 
-An optimizer step sweeps over all pages in order, every time. Under such a cyclic sweep "least recently used" evicts
-each page just before it is needed; so a fixed subset stays, and the others stream.
+Every optimizer step sweeps over all pages in order. Under such a cyclic sweep, LRU would evict each page just before it
+is needed; so a fixed subset stays resident, and the others stream.
 
     host ──fetch──▶ streaming slot ──update──▶ streaming slot ──write back──▶ host
           inward stream           current stream             outward stream
 
-On a GPU the three run at the same time for different pages. A fetch waits until the slot's last page is written back;
-the update waits for the fetch; writing back waits for the update. All three are ordered by events: the host waits only
-where it reads a page itself. On a CPU a copy is a copy: a thread that fetches ahead was measured to gain nothing.
+On a GPU the three overlap for different pages. A fetch waits until the slot's previous page is written back; the update
+waits for the fetch; the write-back waits for the update. All three are ordered by events: the host waits only where it
+reads a page itself. On a CPU copies are synchronous: a prefetching thread was measured to gain nothing.
 """
 
 import os
@@ -30,21 +30,23 @@ from adaptkit.training.network.pinned import HostMemory
 
 _ZEROS = bytes(1 << 20)
 _PIECE = 64 << 20
-"""Of pinned memory, which torch takes in powers of two: of one piece of all pages up to a half would go unused."""
+"""Size of one pinned allocation. torch rounds these up to powers of two, so a single one for all pages could waste up
+to half."""
 
 STREAMING = {"cpu": 1, "cuda": 3}
-"""Streaming slots: on a GPU one is fetched, one updated and one written back at a time."""
+"""Streaming slots by device type: on a GPU, one page each is being fetched, updated and written back."""
 
 
 @dataclass
 class PagingCounters:
-    """What paging did so far.
+    """Paging events since the start.
 
     Attributes:
-        faults: pages copied from host to a streaming slot, for a sweep.
-        write_backs: pages copied from a streaming slot to host, after their visit.
-        evictions: pages that lost their residence.
-        retries: what ran out of memory, mostly batches, and was tried again with more room; not only that of pages.
+        faults: pages copied from the host to a streaming slot for a sweep.
+        write_backs: pages copied from a streaming slot to the host after their visit.
+        evictions: resident pages moved to the host.
+        retries: computations, mostly batches, that ran out of memory and were retried after freeing memory, whether or
+            not by evicting pages.
     """
 
     faults: int = 0
@@ -54,19 +56,19 @@ class PagingCounters:
 
 
 class Pages:
-    """Pages of bytes, all zero at first.
+    """Pages of bytes, initially zero.
 
     Args:
         count: number of pages, at least one.
         page_bytes: size of each.
-        budget_bytes: how much may be on the device; one page always is. None: everything.
-        device: where pages are used.
-        file: backs the host side on a CPU, without a name once it is open. None: ordinary memory.
+        budget_bytes: limit for pages on the device, where one page always fits; None: no limit.
+        device: device that pages are used on.
+        file: backs the host side on a CPU; unlinked once it is open. None: ordinary memory.
 
     Attributes:
-        budget_bytes: as it was given last.
-        counters: of what moved.
-        memory: of the pages that are on the host, but for those in a file.
+        budget_bytes: current budget.
+        counters: paging events.
+        memory: host memory of pages on the host, unless they are in a file.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class Pages:
 
     @property
     def resident(self) -> int:
-        """Number of pages that stay on the device."""
+        """Number of pages that are resident on the device."""
         return len(self._resident)
 
     @property
@@ -98,15 +100,15 @@ class Pages:
         return self.slots > 1
 
     def set_budget(self, budget_bytes: int | None) -> None:
-        """Change how much may be on the device: pages move at once, and keep their bytes."""
+        """Change the budget: pages move immediately and keep their contents."""
         self.budget_bytes = budget_bytes
         self._fit(budget_bytes, new=False)
 
     def sweep(self) -> Iterator[Tensor]:
-        """Visit every page in order; what is written to it is kept.
+        """Visit every page in order; writes to a page are kept.
 
         Yields:
-            (page_bytes,) uint8 on the device, to be used on its current stream before the next one is asked for.
+            (page_bytes,) uint8 on the device, valid on its current stream until the next page is requested.
         """
         yield from self._resident
         host, first = self._host, self.resident
@@ -122,10 +124,10 @@ class Pages:
             self.counters.write_backs += 1
         if self._device.type == "cuda":
             for page in range(first, min(first + ahead + 1, self.count)):
-                self._stream.fetch(page, host)  # on their way while the next step's gradients are computed
+                self._stream.fetch(page, host)  # prefetched while the next step's gradients are computed
 
     def read(self, page: int) -> Tensor:
-        """(page_bytes,) uint8, on the device if the page is resident, else on the host."""
+        """Return a page, (page_bytes,) uint8: on the device if it is resident, else on the host."""
         if page < self.resident:
             return self._resident[page]
         self._stream.synchronize()
@@ -134,7 +136,7 @@ class Pages:
         return content
 
     def write(self, page: int, content: Tensor) -> None:
-        """Replace a page's bytes by those of a tensor on the host."""
+        """Overwrite a page with a tensor on the host."""
         if page < self.resident:
             self._resident[page].copy_(content)
         else:
@@ -142,7 +144,7 @@ class Pages:
             self._hosted().put(page, content)
 
     def metrics(self) -> dict[str, int]:
-        """The page table's shape, and the counters."""
+        """Return the page counts, the page size, and the counters."""
         shape = {"pages": self.count, "resident": self.resident, "slots": self.slots, "page_bytes": self.page_bytes}
         return shape | asdict(self.counters)
 
@@ -151,7 +153,7 @@ class Pages:
         slots = max(1, min(self.count, fit))
         streaming = 0 if slots == self.count else min(slots, STREAMING[self._device.type])
         wanted = slots - streaming
-        self._stream.resize(0)  # first, so that there is room; its pages are at home on the host
+        self._stream.resize(0)  # first, to free memory; pages in streaming slots are also stored on the host
         while self.resident > wanted:
             self._hosted().put(self.resident - 1, self._resident[-1])
             self._resident.pop()
@@ -172,7 +174,7 @@ class Pages:
 
 
 def _reserve(file: int, nbytes: int) -> None:
-    """Give a file its bytes now, so that no write in it can fail later on."""
+    """Allocate a file's blocks now, so that no later write can run out of disk space."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, nbytes)
         return
@@ -182,10 +184,10 @@ def _reserve(file: int, nbytes: int) -> None:
 
 
 class _Host:
-    """The host's side of every page.
+    """Host storage of all pages.
 
-    A file is read and written, not mapped into memory: a mapping takes a fault for every 4 KiB, which was measured to
-    be four times slower, and what is mapped counts as the process's memory.
+    The file is read and written, not memory-mapped: a mapping takes a fault for every 4 KiB, which was measured to be
+    four times slower, and mapped pages count as the process's memory.
     """
 
     def __init__(self, count: int, page_bytes: int, memory: HostMemory, path: Path | None) -> None:
@@ -195,7 +197,7 @@ class _Host:
             with disk_errors(path):
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
                 weakref.finalize(self, os.close, self._file)
-                path.unlink()  # nobody else opens it, and of a process that is killed nothing is left
+                path.unlink()  # no other process can open it, and a killed process leaves no file behind
                 _reserve(self._file, count * page_bytes)
             return
         pages = max(1, _PIECE // page_bytes)
@@ -204,14 +206,14 @@ class _Host:
         self._pages = [page for piece in pieces for page in piece]
 
     def get(self, page: int, slot: Tensor) -> None:
-        """Copy a page to a slot. On a GPU this is queued on the current stream, as is ``put``."""
+        """Copy a page to a slot. On a GPU the copy is queued on the current stream, as in ``put``."""
         if self._file < 0:
             slot.copy_(self._pages[page], non_blocking=True)
         else:
             self._transfer(os.preadv, page, slot)
 
     def put(self, page: int, slot: Tensor) -> None:
-        """Copy a slot to its page; whoever reads the page waits for the stream first."""
+        """Copy a slot to its page. Synchronize with the stream before reading the page."""
         if self._file < 0:
             self._pages[page].copy_(slot, non_blocking=True)
         else:
@@ -225,7 +227,7 @@ class _Host:
 
 
 class _Stream:
-    """Slots through which pages pass, and on a GPU the two streams that copy."""
+    """Streaming slots, and on a GPU the two CUDA streams that copy pages."""
 
     def __init__(self, device: torch.device, page_bytes: int) -> None:
         self._device, self._page_bytes = device, page_bytes
@@ -237,17 +239,18 @@ class _Stream:
             self._ready: list[torch.cuda.Event] = []
 
     def resize(self, slots: int) -> None:
-        """Change the number of slots; afterwards all are empty. Nothing is still being copied when this returns."""
+        """Wait for all copies, and change the number of slots; afterwards all are empty."""
         self.synchronize()
         self.slots = []
         self.slots = [torch.empty(self._page_bytes, dtype=torch.uint8, device=self._device) for _ in range(slots)]
         self._held = [None] * slots
         if self._cuda:
             self._ready = [torch.cuda.Event() for _ in range(slots)]  # type: ignore[no-untyped-call]
-            self._inward.wait_stream(torch.cuda.current_stream(self._device))  # the slots' memory may just be freed
+            # The slots' memory may have just been freed, with work still queued on the current stream.
+            self._inward.wait_stream(torch.cuda.current_stream(self._device))
 
     def fetch(self, page: int, host: _Host) -> None:
-        """Begin to copy a page to its slot, unless it is there or on its way."""
+        """Start copying a page to its slot, unless it is there or being copied."""
         slot = page % len(self.slots)
         if self._held[slot] == page:
             return
@@ -255,21 +258,21 @@ class _Stream:
         if not self._cuda:
             host.get(page, self.slots[slot])
             return
-        # The outward stream ran behind every update so far; when it is done, so are the slot and the page.
+        # Write-backs are queued after all updates so far: once the outward stream is done, slot and page can be used.
         self._inward.wait_stream(self._outward)
         with torch.cuda.stream(self._inward):
             host.get(page, self.slots[slot])
             self._ready[slot].record(self._inward)
 
     def begin(self, page: int) -> Tensor:
-        """The slot of a page that was fetched; what comes next on the current stream waits for the copy."""
+        """Return the slot of a fetched page; make the current stream wait for the copy."""
         slot = page % len(self.slots)
         if self._cuda:
             torch.cuda.current_stream(self._device).wait_event(self._ready[slot])
         return self.slots[slot]
 
     def write_back(self, page: int, host: _Host) -> None:
-        """Begin to copy a page home, behind all that the current stream was told to do so far."""
+        """Start copying a page back to the host, after all work queued on the current stream so far."""
         slot = page % len(self.slots)
         self._held[slot] = None
         if not self._cuda:
@@ -280,7 +283,7 @@ class _Stream:
             host.put(page, self.slots[slot])
 
     def forget(self) -> None:
-        """Take no page for fetched any more."""
+        """Invalidate all slots, so that pages are fetched again."""
         self.synchronize()
         self._held = [None] * len(self.slots)
 

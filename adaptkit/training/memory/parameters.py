@@ -76,10 +76,10 @@ class Trainable:
         for parameter in everything:
             spans.append(slice(start, start + parameter.numel()))
             values[spans[-1]] = parameter.detach().reshape(-1)
-            parameter.data = values[spans[-1]].view(parameter.shape)  # what it held before is free from here on
+            parameter.data = values[spans[-1]].view(parameter.shape)  # frees the old tensor
             start = spans[-1].stop
-        return_freed_memory()  # of which the small blocks left much
-        gradients = torch.zeros_like(values)  # after that, so that never three copies of a whole model exist
+        return_freed_memory()  # the heap may still hold the freed small blocks
+        gradients = torch.zeros_like(values)  # only now, so that a full model never exists three times
         for parameter, span in zip(everything, spans, strict=True):
             parameter.grad = gradients[span].view(parameter.shape)
         groups, start = [], 0
@@ -92,6 +92,6 @@ class Trainable:
 
 
 def _reached_by_text(network: Any) -> set[int]:
-    """The parameters that read text or make words, by identity: all, but where a model sees images, too."""
+    """Return the ids of the parameters that process text or compute logits: all, except in a multimodal model."""
     parts = network.get_submodule(language_part(network)), network.get_output_embeddings()
     return {id(parameter) for part in parts if part is not None for parameter in part.parameters()}

@@ -1,15 +1,15 @@
-"""Room for long batches: layers keep less, and pages of optimizer state leave the device, when memory runs out.
+"""Recover when a batch runs out of memory: checkpoint more layers, then move optimizer pages to the host.
 
-    a batch runs out of memory    layers that keep everything, though nobody asked for it, are checkpointed from here
-                                  on; if there is none, or that is not enough, all pages go to host memory. Then the
-                                  batch is computed once more, from its beginning
-    later batches as large        begin with the pages gone
-    smaller ones                  the pages come back, up to the budget
-    a measurement, answers        the same; the pages come back when it is done, and leave before the next of its kind
+    a batch runs out of memory    with policy ``auto``, layers that are not checkpointed are from now on; if there are
+                                  none, or if that is not enough, all pages are evicted to host memory. After each of
+                                  these steps the batch is retried from its beginning
+    later batches as large        pages are evicted before the batch starts
+    smaller batches               pages are brought back, up to the budget
+    evaluation, generation        pages are evicted likewise, brought back afterwards, and evicted before the next one
 
-Computing a batch is a function of seed and step, so that trying again changes no bit. It begins again from the first
-micro-batch of the step, since the one that failed may have added half of its gradients. Processes that share a base
-exchange its layers while they compute, so that none of them can begin again alone; there a batch fails.
+A batch's result depends only on seed and step, so a retry gives the same bits. It starts from the first micro-batch of
+the step, since the failed one may have accumulated part of its gradients. With a sharded base, processes exchange
+layers while they compute, so one cannot retry without the others; there the batch fails.
 """
 
 import gc
@@ -31,12 +31,12 @@ _SMALLER = "use a smaller --micro-batch-size or --max-length, --checkpointing sq
 
 @dataclass(frozen=True)
 class _Task:
-    """What may run out of memory.
+    """A computation that may run out of memory.
 
     Attributes:
-        where: that is: a phrase.
-        hint: what would take less.
-        tokens: of the largest micro-batch, if it is a batch.
+        where: phrase that says where it happens, for error messages.
+        hint: what would need less memory, for error messages.
+        tokens: size of the largest micro-batch; None if the task is not a batch.
     """
 
     where: str
@@ -45,14 +45,14 @@ class _Task:
 
 
 class Pressure:
-    """Watches for batches, and tasks between them, that run out of memory.
+    """Retries batches, and tasks between them, that run out of memory, after freeing some.
 
     Args:
-        pages: of optimizer state, give way.
-        note: told, in a line for people, when it does; and once if copies to and from host memory have to wait.
+        pages: pages of optimizer state, to be evicted.
+        note: called with a one-line message when memory is freed, and once if host memory cannot be pinned.
         others: further host memory that a device copies from.
-        is_alone: whether a process can compute something once more without the others.
-        keep_less: lets a batch keep less than it did; whether it could.
+        is_alone: whether a process can retry without the others.
+        keep_less: reduces the activations that batches keep; returns whether it could.
     """
 
     def __init__(
@@ -70,14 +70,14 @@ class Pressure:
         self._short: set[str] = set()
 
     def relieve(self, tokens: int, compute: Callable[[], Result]) -> Result:
-        """Compute a batch; if it runs out of memory, make room and compute it once more.
+        """Compute a batch; if it runs out of memory, free some and retry.
 
         Args:
-            tokens: of the largest micro-batch, padding included.
-            compute: can be called again.
+            tokens: size of the largest micro-batch, padding included.
+            compute: computes the batch; may be called repeatedly.
 
         Raises:
-            UsageError: there is nothing to give way, or it did not help.
+            UsageError: out of memory, and no more could be freed.
         """
         task = _Task(f"in a micro-batch of {counted(tokens, 'token')}", _SMALLER, tokens)
         if any(memory.is_short for memory in self._memories):
@@ -87,15 +87,15 @@ class Pressure:
         return self._compute(compute, task)
 
     def make_room(self, where: str, hint: str, compute: Callable[[], Result]) -> Result:
-        """Compute what is no batch; pages that leave for it come back when it is done, if there is room then.
+        """Compute a task other than a batch; pages evicted for it come back afterwards, if they fit.
 
         Args:
-            where: memory may run out: a phrase.
-            hint: what would take less.
-            compute: can be called again.
+            where: phrase that says where it happens, for error messages; also identifies tasks of the same kind.
+            hint: what would need less memory, for error messages.
+            compute: computes the task; may be called repeatedly.
 
         Raises:
-            UsageError: there is nothing to give way, or it did not help.
+            UsageError: out of memory, and no more could be freed.
         """
         task, before = _Task(where, hint), self._pages.budget_bytes
         if where in self._short:
@@ -113,7 +113,7 @@ class Pressure:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error)
-            # Only here, where nothing refers to the failed computation any more, is its memory free.
+            # Outside the except block: its traceback keeps the failed computation's tensors alive.
             gc.collect()
             done = next(ways, "")
             if not done:
@@ -124,7 +124,7 @@ class Pressure:
             self._note(f"warning: out of memory {task.where}; {done}, trying again")
 
     def _ways(self, task: _Task) -> Iterator[str]:
-        """Make room in one way after the other, and say what was done."""
+        """Free memory in one way after the other; yield a phrase after each."""
         if not self._is_alone:
             return
         if task.tokens is not None and self._keep_less():
@@ -141,7 +141,7 @@ class Pressure:
         reason = ""
         if self._pages.budget_bytes == budget_bytes:
             return
-        for budget in dict.fromkeys((budget_bytes, 0)):  # they come back before a later batch, if there is room then
+        for budget in dict.fromkeys((budget_bytes, 0)):  # if they do not fit, evict all; a later batch tries again
             try:
                 self._pages.set_budget(budget)
                 return

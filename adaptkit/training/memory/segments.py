@@ -1,14 +1,14 @@
 """Gradient checkpointing in segments.
 
-A segment is a run of consecutive layers. The forward pass keeps one tensor a segment, the input of its first layer.
-The backward pass recomputes the inputs of the segment's layers from it, once, and then each layer's inside, one layer
-at a time:
+A segment is a range of consecutive layers. The forward pass keeps one tensor per segment, the input of its first layer.
+The backward pass recomputes the inputs of the segment's other layers from it, once, and then the activations inside
+each layer, one layer at a time:
 
-    memory   layers / length segment inputs + length layer inputs + the inside of one layer
-    work     one more forward pass, and nearly another one for segments longer than one layer
+    memory   layers / length segment inputs + length layer inputs + activations inside one layer
+    work     one more forward pass, and nearly a second one for segments longer than one layer
 
-With segments of √n layers both sums of inputs grow as √n (Chen et al., arXiv:1604.06174), and the inside of only one
-layer is alive at a time, which flat segments do not give. ``networks.activations`` has the arithmetic.
+With segments of √n layers both numbers of inputs grow as √n (Chen et al., arXiv:1604.06174). Unlike in plain segment
+checkpointing, activations inside only one layer are alive at a time. ``networks.activations`` computes the sizes.
 """
 
 import contextlib
@@ -42,17 +42,17 @@ def choose_checkpointing(
     offloaded: bool = False,
     room: int | None = None,
 ) -> Checkpointing:
-    """What a policy means for a network.
+    """Resolve a checkpointing policy for a network.
 
     Args:
-        network: of any kind if nothing is checkpointed, else with a stack of layers.
+        network: any network for ``auto`` and ``none``; otherwise it must have a stack of layers.
         policy: see ``networks.activations.parse_policy``.
-        measure: gives the sizes of the layers; asked only where there is a budget or a room to keep to.
-        offloaded: whether the inputs of segments will wait in host memory.
-        room: bytes that ``auto`` may fill, if that is known.
+        measure: returns the sizes of the layers; called only for a budget, or for ``auto`` with ``room``.
+        offloaded: whether the inputs of segments will be offloaded to host memory.
+        room: bytes that ``auto`` may use; None if unknown.
 
     Raises:
-        ConfigError: no such policy.
+        ConfigError: unknown policy.
         UsageError: the network has no stack of layers, or the budget is too small.
     """
     try:
@@ -63,7 +63,7 @@ def choose_checkpointing(
         raise UsageError(error.message, hint="use --checkpointing none") from error
     found = parse_policy(policy, len(layers))
     if policy == AUTO and room is not None:
-        with contextlib.suppress(UsageError):  # of layers that cannot be followed
+        with contextlib.suppress(UsageError):  # layers that cannot be measured: use the default
             return fit_room(room, measure(), offloaded)
     return found if isinstance(found, Checkpointing) else fit_budget(found, measure(), offloaded)
 
@@ -71,15 +71,15 @@ def choose_checkpointing(
 def checkpoint_layers(
     network: nn.Module, checkpointing: Checkpointing, shelf: Shelf | None = None, done: int = 0
 ) -> None:
-    """Make a network's layers keep only what is said. Takes effect wherever gradients are recorded.
+    """Checkpoint a network's layers; takes effect wherever gradients are recorded.
 
-    Nor do the packed weights of those layers stay resident between the passes.
+    The mapped pages of these layers' packed weights are also released after each decoding.
 
     Args:
-        network: to change.
-        checkpointing: what ``choose_checkpointing`` gave.
-        shelf: where the inputs of segments wait; None: where they are.
-        done: of how many layers that is said already.
+        network: modified in place.
+        checkpointing: result of ``choose_checkpointing``.
+        shelf: holds the inputs of segments in host memory; None: they stay on the device.
+        done: number of first layers that are checkpointed already.
     """
     checked = checkpointing.layers - checkpointing.whole
     if checked <= done:
@@ -91,7 +91,7 @@ def checkpoint_layers(
         layer.forward = _checkpointed(layer, layer.forward, place)
         for weight in (module for module in layer.modules() if isinstance(module, PackedWeight)):
             weight.is_transient = True
-            weight.was_decoded()  # by whatever looked at the network before
+            weight.was_decoded()  # release pages that earlier probes of the network touched
 
 
 @dataclass
@@ -99,12 +99,12 @@ class _Segment:
     """What one forward pass through one segment keeps.
 
     Attributes:
-        number: of the segment.
-        start: gives the first layer's input.
-        calls: of the layers so far.
+        number: index of the segment.
+        start: returns the first layer's input.
+        calls: the calls of the layers so far.
         random: the random state before each layer.
-        unread: the linear layers of each that need not run again.
-        inputs: of the layers, while the backward pass is in this segment.
+        unread: for each layer, the linear layers that recomputation skips; see ``network.unread``.
+        inputs: recomputed inputs of the layers, while the backward pass is in this segment.
     """
 
     number: int
@@ -115,7 +115,10 @@ class _Segment:
     inputs: list[Tensor] = field(default_factory=list)
 
     def input_of(self, index: int) -> Tensor:
-        """The input of a layer, recomputed if need be."""
+        """Return the input of a layer, recomputing the inputs of all layers up to it if needed.
+
+        Layers must request their inputs in reverse order.
+        """
         if not self.inputs:
             self.inputs = [self.start()]
             with torch.no_grad():
@@ -127,7 +130,7 @@ class _Segment:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a layer is: in which segment, and whether it begins or ends it; the segment being run, and the shelf."""
+    """A layer's place: its segment, and whether it is first or last there; also the running segment and the shelf."""
 
     segment: int
     is_first: bool
@@ -136,28 +139,28 @@ class _Place:
     shelf: Shelf | None
 
     def enter(self, hidden: Tensor) -> _Segment:
-        """The segment of a layer that is about to run."""
+        """Return the segment of a layer that is about to run, created if the layer is the segment's first to run."""
         if self.is_first or not self.current or self.current[0].number != self.segment:
             kept = hidden.detach()
             self.current[:] = [_Segment(self.segment, self.shelf.put(kept) if self.shelf else lambda: kept)]
         segment = self.current[0]
         if self.is_last:
-            self.current.clear()  # from here on only the graph keeps it
+            self.current.clear()  # from now on only the graph keeps it alive
         return segment
 
 
 class _Layer(torch.autograd.Function):
-    """One layer of a segment: forward without a graph, backward by running it again."""
+    """One layer of a segment: forward without a graph, recomputed with one in the backward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, trigger: Tensor, segment: _Segment, index: int, *others: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.segment, ctx.index, ctx.device, ctx.others = segment, index, hidden.device, len(others)
-        ctx.set_materialize_grads(False)  # mostly nobody asks for other outputs than the first
+        ctx.set_materialize_grads(False)  # usually only the first output gets a gradient
         with torch.no_grad():
             first, *rest = segment.calls[index](hidden)
-        return first, *(output.detach() for output in rest)  # one may be what the layer was given
+        return first, *(output.detach() for output in rest)  # detached, since a layer may return one of its inputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -165,7 +168,7 @@ class _Layer(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return tuple(None for _ in range(4 + ctx.others))
         before = _random(device)
-        # As many gradients as without checkpointing: there are other products for fewer, which round otherwise.
+        # Request the same gradients as without checkpointing: for fewer, torch may use products that round differently.
         hidden = ctx.segment.input_of(ctx.index).detach().requires_grad_(ctx.needs_input_grad[0])
         _set_random(ctx.segment.random[ctx.index], device)
         with torch.enable_grad(), standing_in(ctx.segment.unread[ctx.index]):
@@ -192,7 +195,8 @@ def _checkpointed(layer: nn.Module, forward: Callable[..., Any], place: _Place) 
         segment.calls.append(call)
         segment.random.append(_random(hidden.device))
         segment.unread.append(unread)
-        # The embeddings are frozen, so the first input needs no gradient; what is trained in the layer does.
+        # With frozen embeddings the first layer's input needs no gradient, so an empty tensor that requires grad makes
+        # autograd run the backward pass for the layer's trained parameters.
         is_trained = any(parameter.requires_grad for parameter in layer.parameters())
         trigger = torch.empty(0, device=hidden.device, requires_grad=is_trained)
         outputs = _Layer.apply(hidden, trigger, segment, index, *others)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Vectors that need not be anywhere as a whole: in pages, in a file, on a device."""
+"""Vectors that are read piece by piece and need not exist as one tensor: in pages, in a file, or on a device."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,10 +15,10 @@ class Vector:
     """A vector that is read piece by piece.
 
     Attributes:
-        dtype: of its elements.
-        count: of them.
-        read: gives the elements from a start on, so many, on the host; to be used before others are asked for.
-        piece: how many are best read at a time.
+        dtype: dtype of its elements.
+        count: number of elements.
+        read: called with start and count; returns these elements on the host, valid until the next call.
+        piece: preferred number of elements per read.
     """
 
     dtype: torch.dtype
@@ -28,20 +28,20 @@ class Vector:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Self:
-        """One that is a tensor: (N,), on any device."""
+        """Wrap a tensor: (N,), on any device."""
         return cls(tensor.dtype, tensor.numel(), lambda start, count: tensor.detach()[start : start + count].cpu())
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """All of it, in order: where each piece begins, and the piece."""
+        """Iterate over all pieces in order: the start of each, and its elements."""
         for start in range(0, self.count, self.piece):
             yield start, self.read(start, min(self.piece, self.count - start))
 
     def copy_to(self, tensor: Tensor) -> Tensor:
-        """Write it to a tensor: (N,), on any device, which is returned."""
+        """Copy all elements to a tensor, (N,), on any device, and return the tensor."""
         for start, piece in self.pieces():
             tensor[start : start + len(piece)].copy_(piece)
         return tensor
 
     def whole(self) -> Tensor:
-        """A copy on the host: (N,)."""
+        """Return a copy on the host: (N,)."""
         return self.copy_to(torch.empty(self.count, dtype=self.dtype))

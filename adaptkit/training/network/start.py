@@ -152,7 +152,7 @@ def foretold(model: Model, config: TrainConfig) -> tuple[str, ...]:
 
 
 def left_out(model: Model, config: TrainConfig) -> str:
-    """Return a line on what new adapters for all linear layers leave out (see ``matching_targets``); empty if nothing."""
+    """Return a line on what new adapters for all linear layers omit (see ``matching_targets``); empty if nothing."""
     if config.method == "full" or config.init not in INITS or EVERYTHING not in config.targets:
         return ""
     excluded = matching("exclude pattern", config.exclude, model.linears, "linear layer")
