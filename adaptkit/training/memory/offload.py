@@ -19,7 +19,7 @@ from torch import Tensor
 
 from adaptkit.training.network.pinned import HostMemory
 
-_STAYING = 2
+_KEPT_ON_DEVICE = 2
 """Number of last tensors that stay on the GPU, at least until more are put: the backward pass needs them first."""
 
 
@@ -53,7 +53,7 @@ class Shelf:
         self._last: weakref.ref[_Item] | None = None
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         # Copies in flight: the device tensor (kept alive until then), the event that ends the copy, and the item.
-        self._moving: deque[tuple[Tensor, Any, weakref.ref[_Item]]] = deque()
+        self._in_flight: deque[tuple[Tensor, Any, weakref.ref[_Item]]] = deque()
 
     def put(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Move a tensor to host memory.
@@ -62,7 +62,7 @@ class Shelf:
             A function that returns the tensor on the device; may be called once.
         """
         if self._last is None or self._last() is None:
-            self._settle(0, leave=True)  # copies of a forward pass without a backward pass
+            self._wait_for_copies(0, free=True)  # copies of a forward pass without a backward pass
         host = self.memory.make(torch.empty_like, tensor, device="cpu")
         item = _Item(host, self._last)
         self._last = weakref.ref(item)
@@ -71,14 +71,14 @@ class Shelf:
         else:
             item.device = tensor
             self._copy(tensor, host, item)
-            self._settle(_STAYING, leave=True)
+            self._wait_for_copies(_KEPT_ON_DEVICE, free=True)
         return lambda: self._take(item)
 
     def _take(self, item: _Item) -> Tensor:
         if item.host is None:
             raise RuntimeError("this tensor was taken from the shelf before")
         self._fetch(item)
-        self._settle(0, leave=False)
+        self._wait_for_copies(0, free=False)
         before = item.before() if item.before else None
         if before is not None:
             self._fetch(before)
@@ -103,18 +103,18 @@ class Shelf:
             target.copy_(source, non_blocking=True)
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record(self._stream)
-        self._moving.append((target if target.is_cuda else source, done, weakref.ref(item)))
+        self._in_flight.append((target if target.is_cuda else source, done, weakref.ref(item)))
 
-    def _settle(self, most: int, leave: bool) -> None:
+    def _wait_for_copies(self, most: int, free: bool) -> None:
         """Make the current stream wait for all copies in flight but the last ``most``.
 
         Args:
             most: number of copies that may stay in flight.
-            leave: whether to free the device tensors of the others; the current stream may then reuse their memory.
+            free: whether to free the device tensors of the others; the current stream may then reuse their memory.
         """
-        while len(self._moving) > most:
-            _, done, owner = self._moving.popleft()
+        while len(self._in_flight) > most:
+            _, done, owner = self._in_flight.popleft()
             torch.cuda.current_stream(self._device).wait_event(done)
             item = owner()
-            if leave and item is not None:
+            if free and item is not None:
                 item.device = None

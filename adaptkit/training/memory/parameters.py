@@ -61,14 +61,14 @@ class Trainable:
         """
         text = _reached_by_text(model.network)
         kinds: dict[tuple[float, bool], list[nn.Parameter]] = {}
-        still = set()
+        no_decay = set()
         for name, parameter in model.network.named_parameters():
             if parameter.requires_grad:
                 is_matrix = parameter.dim() > 1
                 fast = name.endswith("lora_b") or not is_matrix
                 kinds.setdefault((lora_plus_ratio if fast else 1.0, is_matrix), []).append(parameter)
                 if not is_matrix or id(parameter) not in text or is_indexer(name):
-                    still.add(id(parameter))
+                    no_decay.add(id(parameter))
         everything = [parameter for kind in kinds.values() for parameter in kind]
         count = sum(parameter.numel() for parameter in everything)
         values, start = torch.empty(count, device=everything[0].device), 0
@@ -84,7 +84,7 @@ class Trainable:
             parameter.grad = gradients[span].view(parameter.shape)
         groups, start = [], 0
         for (rate, _), kind in kinds.items():
-            for decay, alike in groupby(kind, key=lambda parameter: id(parameter) not in still):
+            for decay, alike in groupby(kind, key=lambda parameter: id(parameter) not in no_decay):
                 end = start + sum(parameter.numel() for parameter in alike)
                 groups.append(Group(slice(start, end), rate, decay))
                 start = end

@@ -51,7 +51,7 @@ class Pressure:
         pages: pages of optimizer state, to be evicted.
         note: called with a one-line message when memory is freed, and once if host memory cannot be pinned.
         others: further host memory that a device copies from.
-        is_alone: whether a process can retry without the others.
+        can_retry: whether a process can retry without the others.
         keep_less: reduces the activations that batches keep; returns whether it could.
     """
 
@@ -60,14 +60,14 @@ class Pressure:
         pages: Pages,
         note: Callable[[str], None],
         others: Iterable[HostMemory] = (),
-        is_alone: bool = True,
+        can_retry: bool = True,
         keep_less: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._pages, self._note, self._is_alone, self._keep_less = pages, note, is_alone, keep_less
+        self._pages, self._note, self._can_retry, self._keep_less = pages, note, can_retry, keep_less
         self._memories = [pages.memory, *others]
         self._budget_bytes = self._pages.budget_bytes
-        self._limit: int | None = None
-        self._short: set[str] = set()
+        self._failed_tokens: int | None = None
+        self._failed_tasks: set[str] = set()
 
     def relieve(self, tokens: int, compute: Callable[[], Result]) -> Result:
         """Compute a batch; if it runs out of memory, free some and retry.
@@ -83,7 +83,9 @@ class Pressure:
         if any(memory.is_short for memory in self._memories):
             self._memories = []
             self._note("warning: no more host memory can be pinned, so copies to and from the GPU are slower")
-        self._hold(0 if self._limit is not None and tokens >= self._limit else self._budget_bytes, task)
+        self._set_budget(
+            0 if self._failed_tokens is not None and tokens >= self._failed_tokens else self._budget_bytes, task
+        )
         return self._compute(compute, task)
 
     def make_room(self, where: str, hint: str, compute: Callable[[], Result]) -> Result:
@@ -98,14 +100,14 @@ class Pressure:
             UsageError: out of memory, and no more could be freed.
         """
         task, before = _Task(where, hint), self._pages.budget_bytes
-        if where in self._short:
-            self._hold(0, task)
+        if where in self._failed_tasks:
+            self._set_budget(0, task)
         result = self._compute(compute, task)
-        self._hold(before, task)
+        self._set_budget(before, task)
         return result
 
     def _compute(self, compute: Callable[[], Result], task: _Task) -> Result:
-        ways = self._ways(task)
+        steps = self._free_memory(task)
         while True:
             try:
                 return compute()
@@ -115,7 +117,7 @@ class Pressure:
                 reason = str(error)
             # Outside the except block: its traceback keeps the failed computation's tensors alive.
             gc.collect()
-            done = next(ways, "")
+            done = next(steps, "")
             if not done:
                 raise shortage(task.where, reason, task.hint)
             self._pages.counters.retries += 1
@@ -123,21 +125,21 @@ class Pressure:
                 torch.cuda.empty_cache()
             self._note(f"warning: out of memory {task.where}; {done}, trying again")
 
-    def _ways(self, task: _Task) -> Iterator[str]:
+    def _free_memory(self, task: _Task) -> Iterator[str]:
         """Free memory in one way after the other; yield a phrase after each."""
-        if not self._is_alone:
+        if not self._can_retry:
             return
         if task.tokens is not None and self._keep_less():
             yield "checkpointed all layers"
         if self._pages.can_shrink:
             if task.tokens is None:
-                self._short.add(task.where)
+                self._failed_tasks.add(task.where)
             else:
-                self._limit = min(task.tokens, self._limit or task.tokens)
-            self._hold(0, task)
+                self._failed_tokens = min(task.tokens, self._failed_tokens or task.tokens)
+            self._set_budget(0, task)
             yield "paged out optimizer state"
 
-    def _hold(self, budget_bytes: int | None, task: _Task) -> None:
+    def _set_budget(self, budget_bytes: int | None, task: _Task) -> None:
         reason = ""
         if self._pages.budget_bytes == budget_bytes:
             return

@@ -91,7 +91,7 @@ def checkpoint_layers(
         layer.forward = _checkpointed(layer, layer.forward, place)
         for weight in (module for module in layer.modules() if isinstance(module, PackedWeight)):
             weight.is_transient = True
-            weight.was_decoded()  # release pages that earlier probes of the network touched
+            weight.release_pages()  # earlier probes of the network may have touched them
 
 
 @dataclass

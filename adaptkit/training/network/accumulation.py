@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from adaptkit.numerics.kernels._cpu_joined import add_scaled
 
-_adds = False
+_accumulates = False
 """Process-wide, not thread-local: autograd runs a GPU's backward pass in a thread of its own. The process runs one
 backward pass at a time (see ``networks.alone``)."""
 
@@ -20,15 +20,15 @@ backward pass at a time (see ``networks.alone``)."""
 @contextmanager
 def adding_up() -> Iterator[None]:
     """Let layers add to the ``grad`` of their parameters; for a backward pass that reaches all of these parameters."""
-    global _adds
-    before, _adds = _adds, True
+    global _accumulates
+    before, _accumulates = _accumulates, True
     try:
         yield
     finally:
-        _adds = before
+        _accumulates = before
 
 
-def give(parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor | None:
+def accumulate(parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor | None:
     """Accumulate a gradient inside ``adding_up`` if the parameter has a ``grad``; otherwise return it for autograd.
 
     Hooks of the parameter do not see a gradient that is accumulated here.
@@ -41,7 +41,7 @@ def give(parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor | 
     Returns:
         The gradient to return to autograd; None if it was accumulated.
     """
-    if parameter.grad is None or not _adds:
+    if parameter.grad is None or not _accumulates:
         return grad.to(parameter.dtype).mul(scale)
     if parameter.device.type == "cpu":
         add_scaled(parameter.grad, grad, scale)

@@ -64,7 +64,7 @@ def saved_names(model: Model, endings: Sequence[str]) -> set[str]:
     found: set[str] = set()
     places = parameter_places(model)
     for ending in endings:
-        inside = {name for name in places if ending and any(path.endswith(ending) for path in _around(name))}
+        inside = {name for name in places if ending and any(path.endswith(ending) for path in _enclosing_paths(name))}
         if not inside:
             known = sorted({name.split(".")[-2] for name in places if name.count(".")} - {""})
             raise UsageError(f"modules_to_save: no module is called {ending!r}", hint=f"available: {', '.join(known)}")
@@ -72,7 +72,7 @@ def saved_names(model: Model, endings: Sequence[str]) -> set[str]:
     return found
 
 
-def _around(name: str) -> list[str]:
+def _enclosing_paths(name: str) -> list[str]:
     """Return the paths of all modules that contain a parameter, outermost first."""
     parts = name.split(".")[:-1]
     return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
@@ -136,11 +136,11 @@ def train_whole(
         for other, at in places.items():
             is_tied = at.module._parameters.get(at.child) is old
             given = values.get(other)
-            apart = given is not None and not torch.equal(given, value)
-            if other == name or (is_tied and not apart and (together or other in names)):
+            differs = given is not None and not torch.equal(given, value)
+            if other == name or (is_tied and not differs and (together or other in names)):
                 hold(at.module, at.child, parameter, model.dtype)
                 model.whole[other] = Whole(parameter)
-                if _is_of_tokens(at.module, model.network):
+                if _is_token_embedding(at.module, model.network):
                     # torch gives the row of padding_idx no gradient, but that token may also be the end token of an
                     # answer. Padding positions get no gradient anyway: they carry no loss.
                     at.module.padding_idx = None
@@ -168,7 +168,7 @@ def _train_linear(model: Model, name: str, place: Place, value: Tensor, tied: Wh
     return Whole(layer.base.weight, transposed)
 
 
-def _is_of_tokens(module: nn.Module, network: Any) -> TypeGuard[nn.Embedding]:
+def _is_token_embedding(module: nn.Module, network: Any) -> TypeGuard[nn.Embedding]:
     """Return whether an embedding has one row per token; position embeddings may need their ``padding_idx``."""
     tokens = network.get_input_embeddings()
     are_embeddings = isinstance(module, nn.Embedding) and isinstance(tokens, nn.Embedding)

@@ -105,7 +105,7 @@ class StackLora(nn.Module):
         return torch.baddbmm(stack, left, right, alpha=self.scaling)
 
 
-class _Changed(torch.autograd.Function):
+class _StackWithLora(torch.autograd.Function):
     """An unpacked stack with LoRA, differentiable with respect to A and B; saves only A and B."""
 
     @staticmethod
@@ -177,7 +177,7 @@ class PackedModule(nn.Module):
         for name, stack in stacks.items():
             change = self.change_of(name)
             if change is not None and torch.is_grad_enabled():
-                value = _Changed.apply(change.lora_a, change.lora_b, stack, change, self._compute_dtype)  # type: ignore[no-untyped-call]
+                value = _StackWithLora.apply(change.lora_a, change.lora_b, stack, change, self._compute_dtype)  # type: ignore[no-untyped-call]
             else:
                 value = _unpack(stack, change, self._compute_dtype)
             self._unpacked[name] = value

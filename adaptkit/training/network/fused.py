@@ -38,7 +38,7 @@ def fuse_layers(network: nn.Module, on_gpu: bool = False) -> None:
     for module in network.modules():
         weight, eps = _norm_parts(module)
         if weight is not None and not weight.requires_grad:
-            plus_one = _which(module, weight, eps)
+            plus_one = _norm_has_offset(module, weight, eps)
             if plus_one is not None and not on_gpu:
                 module.forward = _norm(weight, eps, plus_one)
             elif plus_one is False:
@@ -59,7 +59,7 @@ def _torch_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
 
 
 _GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
-_FEW = 8
+_PROBE_ROWS = 8
 """Rows of the small random matrices that replace a gate's weights in a probe: decoding all weights of a model would
 take longer than a training step."""
 
@@ -80,7 +80,7 @@ def _takes_one(module: nn.Module) -> bool:
     return len(inspect.signature(module.forward).parameters) == 1
 
 
-def _asked(module: nn.Module, x: Tensor) -> Tensor | None:
+def _probe_output(module: nn.Module, x: Tensor) -> Tensor | None:
     """Return a module's output for (rows, size); None if it needs another shape, as xLSTM's multi-head norms do."""
     try:
         result: Tensor = module(x)
@@ -96,12 +96,12 @@ def _probe(size: int, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def _which(module: nn.Module, weight: Tensor, eps: float) -> bool | None:
+def _norm_has_offset(module: nn.Module, weight: Tensor, eps: float) -> bool | None:
     """Return True for an RMS norm with factor 1 + w, False for factor w, None for any other module."""
     if weight.dtype not in (torch.bfloat16, torch.float32):
         return None
     x = _probe(len(weight), weight.dtype).to(weight.device)
-    found, wide = _asked(module, x), x.float()
+    found, wide = _probe_output(module, x), x.float()
     if found is None:
         return None
     quotient = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -121,12 +121,12 @@ def _is_gated(module: Any) -> bool:
         return False
     device, size = module.gate_proj.device, module.gate_proj.base.shape[1]
     x = _probe(size, torch.float32).to(device)
-    shapes = ((size, _FEW), (size, _FEW), (_FEW, size))
+    shapes = ((size, _PROBE_ROWS), (size, _PROBE_ROWS), (_PROBE_ROWS, size))
     gate, up, down = (_stand_in(*shape, seed).to(device) for seed, shape in enumerate(shapes))
     expected = down(functional.silu(gate(x)) * up(x))
     linears = dict(zip(_GATED, (gate, up, down), strict=False))
     with _training(module), exchanged(module, linears), forked_random(device):  # some have dropout: no match
-        found = _asked(module, x)
+        found = _probe_output(module, x)
     return found is not None and torch.equal(found, expected)
 
 
@@ -167,7 +167,7 @@ def _norm(weight: Tensor, eps: float, plus_one: bool) -> Callable[[Tensor], Tens
 
 def _gated(module: Any) -> Callable[[Tensor], Tensor]:
     def forward(x: Tensor) -> Tensor:
-        gate, up = (_one_after_the_other(side(x)) for side in (module.gate_proj, module.up_proj))
+        gate, up = (_contiguous_on_cpu(side(x)) for side in (module.gate_proj, module.up_proj))
         inner = _product(gate, up) if not torch.is_grad_enabled() else _kept_product(gate, up)
         result: Tensor = module.down_proj(inner)
         return result
@@ -175,7 +175,7 @@ def _gated(module: Any) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def _one_after_the_other(side: Tensor) -> Tensor:
+def _contiguous_on_cpu(side: Tensor) -> Tensor:
     """Return a tensor contiguous for the CPU kernel; the GPU kernel accepts column slices of a matrix."""
     return side if side.is_cuda else side.contiguous()
 

@@ -58,7 +58,7 @@ def join(
     layers: Sequence[LoraLinear],
     members: Sequence[Member],
     compute: Callable[[tuple[Member, ...], Tensor], Sequence[Tensor]],
-    alone: Callable[[Member, Tensor, Tensor], Tensor],
+    compute_one: Callable[[Member, Tensor, Tensor], Tensor],
 ) -> None:
     """Replace ``LoraLinear.multiply`` of layers that are called with the same input.
 
@@ -66,12 +66,12 @@ def join(
         layers: modified in place.
         members: one handle per layer. Must not hold a strong reference to its layer: every layer holds all handles.
         compute: called with all members and an input; returns the result of each.
-        alone: called with one member, an input, and the input after dropout; returns the member's result.
+        compute_one: called with one member, an input, and the input after dropout; returns the member's result.
     """
     joined = _Joined(tuple(members), compute)
     for index, (layer, member) in enumerate(zip(layers, members, strict=True)):
         replaced: Any = layer
-        replaced.multiply = _Multiplication(joined, index, partial(alone, member))
+        replaced.multiply = _Multiplication(joined, index, partial(compute_one, member))
 
 
 class _Joined:
@@ -109,10 +109,10 @@ class _Multiplication:
 
     joined: _Joined
     index: int
-    alone: Callable[[Tensor, Tensor], Tensor]
+    compute_one: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, x: Tensor, dropped: Tensor) -> Tensor:
-        return self.joined.take(self.index, x) if dropped is x else self.alone(x, dropped)
+        return self.joined.take(self.index, x) if dropped is x else self.compute_one(x, dropped)
 
 
 def forget(network: nn.Module) -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.numerics.kernels._cpu_joined import beside, stacked, widen
-from adaptkit.training.network.accumulation import give
+from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.groups import groups, join
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.packed_rows import packed_rows
@@ -43,7 +43,7 @@ def join_layers(network: Any) -> None:
     """
     layers = [layer for layer in network.modules() if isinstance(layer, LoraLinear) and _can_join(layer)]
     for group in groups(network, layers):
-        join(group, [_Member(layer) for layer in group], lambda members, x: multiplied(members, x, x), _alone)
+        join(group, [_Member(layer) for layer in group], lambda members, x: multiplied(members, x, x), _compute_one)
 
 
 def _can_join(layer: LoraLinear) -> bool:
@@ -75,11 +75,11 @@ class _Member:
         self._rows = None if layer.base.is_divided else rows
         matrix = torch.empty((len(lora_b), columns), dtype=dtype)
         widen(rows, lora_b, layer.scaling, first, matrix)
-        layer.base.was_decoded()
+        layer.base.release_pages()
         return matrix
 
 
-def _alone(member: _Member, x: Tensor, dropped: Tensor) -> Tensor:
+def _compute_one(member: _Member, x: Tensor, dropped: Tensor) -> Tensor:
     """Return the result of one layer whose adapter input ``dropped`` is not shared."""
     return multiplied((member,), x, dropped)[0]
 
@@ -140,8 +140,8 @@ class _Product(torch.autograd.Function):
         for member, grad in zip(members, flat, strict=True):
             lora_a, lora_b = member.layer.lora_a, member.layer.lora_b
             span = slice(first, first + len(lora_a))
-            by_factors.append(give(lora_a, grad_a[span]))
-            by_factors.append(give(lora_b, (inner[:, span].T @ grad).T, member.layer.scaling))
+            by_factors.append(accumulate(lora_a, grad_a[span]))
+            by_factors.append(accumulate(lora_b, (inner[:, span].T @ grad).T, member.layer.scaling))
             first = span.stop
         if direct is None:
             return None, None, None, *by_factors

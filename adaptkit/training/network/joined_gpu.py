@@ -22,7 +22,7 @@ from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.numerics.formats._double_quant import GROUP, DoubleQuantized
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels.codebook import BOOKS
-from adaptkit.training.network.accumulation import give
+from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.groups import groups, join
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.narrow import narrowed, narrowed_below
@@ -48,7 +48,9 @@ def join_on_gpu(network: Any) -> list[list[nn.Parameter]]:
         bases: list[Any] = [layer.base for layer in group]
         if len(group) > 1 and _are_alike(bases) and joined_bases.isdisjoint(bases):
             joined_bases.update(bases)
-            join(group, [weakref.ref(layer) for layer in group], partial(_multiplied, JoinedWeight(bases)), _alone)
+            join(
+                group, [weakref.ref(layer) for layer in group], partial(_multiplied, JoinedWeight(bases)), _compute_one
+            )
             together.append([layer.lora_a for layer in group if layer.lora_a is not None])
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()  # release the parts that were copied
@@ -137,7 +139,7 @@ def _starts(counts: Sequence[int]) -> list[int]:
     return [sum(counts[:index]) for index in range(len(counts))]
 
 
-def _alone(layer: Callable[[], Any], x: Tensor, dropped: Tensor) -> Tensor:
+def _compute_one(layer: Callable[[], Any], x: Tensor, dropped: Tensor) -> Tensor:
     """Return the result of one layer whose adapter input ``dropped`` is not shared."""
     return LoraLinear.multiply(layer(), x, dropped)
 
@@ -184,9 +186,9 @@ class _Product(torch.autograd.Function):
         by_b, columns = [], (torch.split(side, ranks, 1) for side in (grad_inner, inner))
         for to, part, grad, b, scale in zip(*columns, flat, lora_b, ctx.scales, strict=True):
             to.addmm_(grad, narrowed(b, grad.dtype), beta=0, alpha=scale)
-            by_b.append(give(b, grad.T @ part, scale))
+            by_b.append(accumulate(b, grad.T @ part, scale))
         grad_a = grad_inner.T @ ctx.make(*kept).reshape(-1, ctx.shape[-1])
-        by_a = [give(a, grad) for a, grad in zip(lora_a, torch.split(grad_a, ranks), strict=True)]
+        by_a = [accumulate(a, grad) for a, grad in zip(lora_a, torch.split(grad_a, ranks), strict=True)]
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_inner @ narrowed_below(lora_a, inner.dtype)

@@ -173,15 +173,15 @@ def base_of(adapter: Adapter, bases: Sequence[Weights]) -> Weights:
     named = parent_among(adapter.manifest, bases)
     if named is not None:
         return named
-    told = ", ".join(str(base.root) for base in bases)
+    listed = ", ".join(str(base.root) for base in bases)
     fits = [(base, fit) for base in bases if not (fit := _fit(adapter, base)).differs]
     if not fits:
-        raise BaseMismatchError(f"{adapter.root}: belongs to none of {told}", hint="add its base: --base BASE")
+        raise BaseMismatchError(f"{adapter.root}: belongs to none of {listed}", hint="add its base: --base BASE")
     same = [base for base, fit in fits if fit.compared and fit.is_same]
     chosen = same or [base for base, fit in fits if fit.compared]
     if len(chosen) != 1:
         raise UsageError(
-            f"{adapter.root}: cannot tell which of {told} it belongs to", hint="evaluate it with its base alone"
+            f"{adapter.root}: cannot tell which of {listed} it belongs to", hint="evaluate it with its base alone"
         )
     return chosen[0]
 

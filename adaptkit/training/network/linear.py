@@ -20,7 +20,7 @@ from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.numerics.formats._double_quant import DoubleQuantized
 from adaptkit.numerics.lora import LowRank
-from adaptkit.training.network.accumulation import give
+from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
 from adaptkit.training.network.narrow import narrowed
 from adaptkit.training.network.packed_rows import decoded
@@ -67,7 +67,7 @@ class PackedWeight(nn.Module):
 
     def quantized(self) -> QuantizedWeight:
         """Return the weight as the file holds it; shares this module's buffers."""
-        codes, absmax = (_own(*part) for part in zip((self.codes, self.absmax), self._types, strict=True))
+        codes, absmax = (_in_dtype(*part) for part in zip((self.codes, self.absmax), self._types, strict=True))
         constants: DoubleQuantized | Tensor = absmax
         if self._offset is not None:
             constants = DoubleQuantized(absmax, self.nested_absmax, self._offset)
@@ -76,10 +76,10 @@ class PackedWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in its shape, in ``dtype``."""
         weight = decoded(self.quantized(), dtype)
-        self.was_decoded()
+        self.release_pages()
         return weight
 
-    def was_decoded(self) -> None:
+    def release_pages(self) -> None:
         """Release the codes' mapped pages if transient; call after decoding the result of ``quantized``."""
         if self.is_transient and self._give_back is not None:
             self._give_back(self.codes)
@@ -100,7 +100,7 @@ class PlainWeight(nn.Module):
         return self.weight.to(dtype)
 
 
-def _own(part: Tensor, dtype: torch.dtype) -> Tensor:
+def _in_dtype(part: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a part in its original dtype; FSDP gathers parts as floats.
 
     On a CPU a copy: kernels view tensors as numpy arrays, after which FSDP could not free the gathered memory.
@@ -149,9 +149,9 @@ class _Linear(torch.autograd.Function):
         a, b = narrowed(lora_a, grad.dtype), narrowed(lora_b, grad.dtype)
         dropped = ctx.make(*kept).reshape(-1, ctx.shape[-1])
         grad_inner = grad @ b
-        grad_a = give(lora_a, grad_inner.T @ dropped, ctx.scale)
+        grad_a = accumulate(lora_a, grad_inner.T @ dropped, ctx.scale)
         del dropped  # free it before W is dequantized
-        grad_b = give(lora_b, grad.T @ inner, ctx.scale)
+        grad_b = accumulate(lora_b, grad.T @ inner, ctx.scale)
         grad_x = grad_dropped = None
         if ctx.needs_input_grad[0]:
             grad_x = grad.new_empty(ctx.shape)

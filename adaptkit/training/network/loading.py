@@ -36,7 +36,7 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
         BaseMismatchError: the adapter does not fit the model.
     """
     older = _older_names(model, adapter)
-    adapter = _in_todays_names(adapter, older)
+    adapter = _with_current_names(adapter, older)
     _check_supported(model, adapter, older)
     attach_adapter(model, adapter.modules, str(adapter.root), dropout)
     for name, magnitude in adapter.magnitudes.items():
@@ -98,23 +98,23 @@ def _older_names(model: Model, adapter: Adapter) -> dict[str, Place]:
     return {name.removesuffix(".weight"): place for name, place in found.items()}
 
 
-def _in_todays_names(adapter: Adapter, older: Mapping[str, Place]) -> Adapter:
+def _with_current_names(adapter: Adapter, older: Mapping[str, Place]) -> Adapter:
     moved = {n: p.parameters[0].removesuffix(".weight") for n, p in older.items() if not p.pattern}
 
-    def today(name: str) -> str:
+    def current(name: str) -> str:
         module, _, kind = name.rpartition(".")
         return moved[name] if name in moved else f"{moved[module]}.{kind}" if module in moved else name
 
     renamed: dict[str, Any] = {}
     for part in ("modules", "magnitudes", "biases", "tokens", "replaced", "begins") if moved else ():
         before = getattr(adapter, part)
-        renamed[part] = {today(name): value for name, value in before.items()}
+        renamed[part] = {current(name): value for name, value in before.items()}
         if len(renamed[part]) < len(before):
             raise AdapterError(
                 f"{adapter.root}: changes one module under names of several releases of transformers",
                 hint="save each adapter on its own; to combine several, give them to one merge",
             )
-    return replace(adapter, embeddings=frozenset(map(today, adapter.embeddings)), **renamed)
+    return replace(adapter, embeddings=frozenset(map(current, adapter.embeddings)), **renamed)
 
 
 def _check_supported(model: Model, adapter: Adapter, older: Mapping[str, Place]) -> None:
@@ -130,7 +130,7 @@ def _check_supported(model: Model, adapter: Adapter, older: Mapping[str, Place])
         "a low-rank change of an embedding": next(iter(sorted(adapter.embeddings)), None),
         "a low-rank change of the output layer": head,
         "a change of a weight that differs from the base's": next(
-            (name for name, key in adapter.begins.items() if not _is_the_bases(model, name, adapter.files.read(key))),
+            (name for name, key in adapter.begins.items() if not _equals_base(model, name, adapter.files.read(key))),
             None,
         ),
     }
@@ -149,7 +149,7 @@ def _check_supported(model: Model, adapter: Adapter, older: Mapping[str, Place])
             )
 
 
-def _is_the_bases(model: Model, name: str, value: Tensor) -> bool:
+def _equals_base(model: Model, name: str, value: Tensor) -> bool:
     if model.assembly.is_quantized(name) or name not in model.assembly.sources:
         return False
     return torch.equal(model.assembly.read(name).to(value.dtype), value)

@@ -81,7 +81,7 @@ class OutputLayer:
                 hidden = hidden.to(head.weight.dtype)  # Mamba's hidden states are always float32
             return head(hidden)  # type: ignore[no-any-return]
         body = self._network.base_model_prefix
-        given = _Given(self._network._modules[body], hidden[None])
+        given = _FixedBody(self._network._modules[body], hidden[None])
         with exchanged(self._network, {body: given}):
             ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
             logits: Tensor = self._network(input_ids=ids, use_cache=False).logits
@@ -105,7 +105,7 @@ def find_output_layer(network: Any) -> OutputLayer | None:
     return head if torch.equal(logits, head(hidden)) else run
 
 
-class _Given(nn.Module):
+class _FixedBody(nn.Module):
     """Replaces a network's body, which does not run: returns the given hidden states, (1, rows, dim)."""
 
     def __init__(self, body: nn.Module, hidden: Tensor) -> None:
@@ -142,7 +142,7 @@ class _Loss(torch.autograd.Function):
                 logits = output(part)
             # Copied unless from a plain head: the network may have saved its logits for its backward pass.
             chunk = logits.detach() if output.is_head else logits.detach().clone()
-            total += _fold(chunk, wanted[start : start + len(part)], wants)
+            total += _chunk_loss(chunk, wanted[start : start + len(part)], wants)
             if wants:
                 found = torch.autograd.grad(logits, (part, *trained), chunk)
                 grads[0][start : start + len(part)] = found[0]
@@ -188,7 +188,7 @@ def _trained(model: Any, output: OutputLayer, rows: Tensor) -> list[Tensor]:
     return found
 
 
-def _fold(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
+def _chunk_loss(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
     """Return the summed loss of a chunk; with ``keep``, overwrite its logits with their gradient.
 
     Args:
@@ -212,13 +212,13 @@ def _fold(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
     for start in range(0, len(logits), size):
         block, target = logits[start : start + size], wanted[start : start + size, None]
         work = block.to(torch.float32, copy=True)
-        said = work.gather(1, target)
+        label_logits = work.gather(1, target)
         largest = work.amax(1, keepdim=True)
         sums = work.sub_(largest).exp_().sum(1, keepdim=True)
-        total += (sums.log() + largest - said).sum()
+        total += (sums.log() + largest - label_logits).sum()
         if keep:
             work.mul_(1 / sums)
-            block.copy_(work.scatter_add_(1, target, torch.full_like(said, -1.0)))
+            block.copy_(work.scatter_add_(1, target, torch.full_like(label_logits, -1.0)))
     return total
 
 

@@ -23,7 +23,7 @@ from adaptkit.numerics.kernels import has_triton
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_rotary import rotate
 
-_NAME, _MARK = "apply_rotary_pos_emb", "_adaptkit_looks_who_calls"
+_NAME, _MARK = "apply_rotary_pos_emb", "_adaptkit_wrapped_rotary"
 
 Rotary = Callable[..., tuple[Tensor, Tensor]]
 
@@ -37,17 +37,17 @@ def fuse_rotary(network: nn.Module) -> None:
     for module in network.modules():
         home: Any = sys.modules.get(type(module).__module__)
         code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-        if code is not None and _NAME in code.co_names and _replace(home):
-            module.forward = _calling(module.forward)
+        if code is not None and _NAME in code.co_names and _wrap_rotary(home):
+            module.forward = _mark_caller(module.forward)
 
 
 _caller = threading.local()
 """``is_known``: whether this thread is inside the attention of such a network."""
 
 
-def _calling(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _mark_caller(forward: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(forward)
-    def known(*args: Any, **kwargs: Any) -> Any:
+    def marked(*args: Any, **kwargs: Any) -> Any:
         before = getattr(_caller, "is_known", False)
         _caller.is_known = True
         try:
@@ -55,21 +55,21 @@ def _calling(forward: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _caller.is_known = before
 
-    return known
+    return marked
 
 
-def _replace(home: Any) -> bool:
+def _wrap_rotary(home: Any) -> bool:
     """Wrap the rotary function of a Python module if it equals the formula; return whether it does."""
     function = getattr(home, _NAME, None)
     if hasattr(function, _MARK):
         return True
     if function is None or not _is_formula(function):
         return False
-    setattr(home, _NAME, _known(function))
+    setattr(home, _NAME, _wrapper(function))
     return True
 
 
-def _known(function: Rotary) -> Rotary:
+def _wrapper(function: Rotary) -> Rotary:
     """Return the wrapper of a rotary function."""
 
     @functools.wraps(function)

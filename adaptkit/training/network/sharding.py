@@ -39,17 +39,17 @@ def shard_frozen(network: Any, world: World) -> None:
             f"shard_base: the layers in {path} have no linear layers to shard", hint="leave out --shard-base"
         )
     others = set(network.parameters())  # frozen linear weights are still buffers here
-    network.base_model.register_forward_hook(_give_no_view)
+    network.base_model.register_forward_hook(_clone_views)
     mesh = init_device_mesh(world.device.type, (world.size,))
     for layer in layers:
         for module in layer.modules():
-            _make_divisible(module)
+            _make_shardable(module)
         fully_shard(layer, mesh=mesh, ignored_params=others)
     fully_shard(network.base_model, mesh=mesh, ignored_params=others)
     network.to(world.device)
 
 
-def _make_divisible(module: nn.Module) -> None:
+def _make_shardable(module: nn.Module) -> None:
     """Turn the buffers of a frozen weight that FSDP should shard into parameters; ignore other modules."""
     if not isinstance(module, PackedWeight | PlainWeight):
         return
@@ -77,7 +77,7 @@ def _as_floats(part: Tensor) -> Tensor | None:
     return None
 
 
-def _give_no_view(module: nn.Module, args: Any, output: Any) -> Any:
+def _clone_views(module: nn.Module, args: Any, output: Any) -> Any:
     """Clone outputs that are views: FSDP warns about them, because an in-place operation would lose its hooks."""
     for name, value in output.items():  # hidden states; or logits, if the network is its own base model
         if isinstance(value, Tensor) and value._base is not None:

@@ -161,8 +161,8 @@ def left_out(model: Model, config: TrainConfig) -> str:
         for name, layer in model.linears.items()
         if layer.lora_a is None and name not in excluded and not isinstance(layer.base, TrainedWeight)
     ]
-    told = [*filter(None, (_layers_left(model, left), _stacks_left(model) if not config.target_parameters else ""))]
-    return "; ".join(told)
+    notes = [*filter(None, (_layers_left(model, left), _stacks_left(model) if not config.target_parameters else ""))]
+    return "; ".join(notes)
 
 
 def _layers_left(model: Model, left: Sequence[str]) -> str:
@@ -200,7 +200,7 @@ def cannot_be_merged(model: Model, config: TrainConfig) -> str:
     no_bias = [name for name, layer in model.linears.items() if layer.lora_bias is not None and layer.bias is None]
     trained = [*model.adapted(), *(name.rpartition(".")[0] for name in model.whole)]
     shared = [name for name in trained if is_shared_by_layers(model.network.config.model_type, f"{name}.")]
-    told = [
+    notes = [
         f"{len(names)} of its layers {one if len(names) == 1 else some}: {shortened(names)}"
         for names, one, some in (
             (no_bias, "has no bias to add B's to", "have no bias to add B's to"),
@@ -208,7 +208,7 @@ def cannot_be_merged(model: Model, config: TrainConfig) -> str:
         )
         if names
     ]
-    return f"the adapter cannot be merged: {'; '.join(told)}" if told else ""
+    return f"the adapter cannot be merged: {'; '.join(notes)}" if notes else ""
 
 
 def peft_drops(model: Model) -> str:

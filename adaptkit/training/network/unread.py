@@ -62,11 +62,11 @@ def mark_unread(network: Any) -> None:
     finally:
         for hook in hooks:
             hook.remove()
-    told: dict[LoraLinear, list[bool]] = {}  # one answer per layer that contains the linear layer
+    votes: dict[LoraLinear, list[bool]] = {}  # one answer per layer that contains the linear layer
     for layer, index in zip(layers, first, strict=True):
         for path, linear in _linears(layer).items():
-            told.setdefault(linear, []).append(path in found.get(index, ()))
-    for linear, answers in told.items():
+            votes.setdefault(linear, []).append(path in found.get(index, ()))
+    for linear, answers in votes.items():
         linear.is_unread = all(answers)
 
 

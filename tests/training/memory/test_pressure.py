@@ -141,7 +141,7 @@ def test_pages_that_the_host_has_no_room_for_are_an_error_with_a_way_out(tmp_pat
 
 def test_a_process_that_shares_its_base_does_not_begin_again_alone(tmp_path):
     """The others would be waiting for its part of another layer."""
-    pressure, calls = Pressure(state(tmp_path).pages, lambda line: None, is_alone=False), []
+    pressure, calls = Pressure(state(tmp_path).pages, lambda line: None, can_retry=False), []
     with pytest.raises(UsageError, match="micro-batch of 60 tokens"):
         pressure.relieve(60, lambda: [calls.append(1), torch.empty(MORE_THAN_THERE_IS)])
     assert (len(calls), pressure._pages.counters.retries) == (1, 0)

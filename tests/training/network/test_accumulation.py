@@ -7,7 +7,7 @@ import torch
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.network import joined
-from adaptkit.training.network.accumulation import adding_up, give
+from adaptkit.training.network.accumulation import accumulate, adding_up
 from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.linear import LoraLinear, PlainWeight
@@ -41,7 +41,7 @@ def test_a_pass_that_adds_up_gives_what_autograd_gives(made, monkeypatch):
     for parameter, grad in zip(trained, kept, strict=True):
         parameter.grad = grad
     given = []
-    monkeypatch.setattr(joined, "give", lambda *args: given.append(give(*args)))
+    monkeypatch.setattr(joined, "accumulate", lambda *args: given.append(accumulate(*args)))
     for loss in losses(model):
         with adding_up():
             torch.autograd.backward(loss)
@@ -76,7 +76,7 @@ def test_an_error_ends_the_adding():
             raise RuntimeError
     except RuntimeError:
         pass
-    assert torch.equal(give(parameter, torch.ones(3, 1), 2.0), torch.full((3, 1), 2.0))
+    assert torch.equal(accumulate(parameter, torch.ones(3, 1), 2.0), torch.full((3, 1), 2.0))
     assert not parameter.grad.any()
 
 
@@ -85,10 +85,10 @@ def test_a_gradient_of_another_type_is_widened_before_it_is_scaled():
     parameter = torch.nn.Parameter(torch.zeros(3, 1))
     grad = torch.tensor([[1.0], [1.0078125], [-3.0]], dtype=torch.bfloat16)
     expected = grad.float() * 1.01
-    torch.testing.assert_close(give(parameter, grad, 1.01), expected, rtol=1e-7, atol=0)
+    torch.testing.assert_close(accumulate(parameter, grad, 1.01), expected, rtol=1e-7, atol=0)
     parameter.grad = torch.zeros(3, 1)
     with adding_up():
-        assert give(parameter, grad, 1.01) is None
+        assert accumulate(parameter, grad, 1.01) is None
     torch.testing.assert_close(parameter.grad, expected, rtol=1e-7, atol=0)
 
 

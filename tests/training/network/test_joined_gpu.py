@@ -263,7 +263,7 @@ def launches(layers, monkeypatch):
     for owner in (PackedWeight, JoinedWeight):
         monkeypatch.setattr(owner, "dequantize", decode)
     for module in (joined_gpu, linear):  # as accumulation does on a GPU
-        monkeypatch.setattr(module, "give", lambda to, grad, scale=1.0: void(to.grad.add_(grad, alpha=scale)))
+        monkeypatch.setattr(module, "accumulate", lambda to, grad, scale=1.0: void(to.grad.add_(grad, alpha=scale)))
     for layer in layers:
         layer.lora_a.grad, layer.lora_b.grad = torch.zeros_like(layer.lora_a), torch.zeros_like(layer.lora_b)
     x = torch.randn(5, 64).bfloat16().requires_grad_()

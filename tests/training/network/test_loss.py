@@ -228,10 +228,12 @@ def test_logits_become_the_gradient_of_their_loss(shape, dtype, threads, monkeyp
     expected = functional.cross_entropy(exact, wanted, reduction="sum")
     expected.backward()
     before, strided = logits.clone(), logits.T.contiguous().T
-    assert float(loss._fold(logits, wanted, False)) == pytest.approx(float(expected.detach()), rel=1e-6, abs=1e-6)
+    assert float(loss._chunk_loss(logits, wanted, False)) == pytest.approx(float(expected.detach()), rel=1e-6, abs=1e-6)
     assert torch.equal(logits, before)
     for given in (logits, strided):
-        assert float(loss._fold(given, wanted, True)) == pytest.approx(float(expected.detach()), rel=1e-6, abs=1e-6)
+        assert float(loss._chunk_loss(given, wanted, True)) == pytest.approx(
+            float(expected.detach()), rel=1e-6, abs=1e-6
+        )
         unit = torch.finfo(dtype).eps
         torch.testing.assert_close(given.double(), exact.grad, rtol=unit, atol=2 * torch.finfo(torch.float32).eps)
 
@@ -245,7 +247,7 @@ def test_a_logit_that_is_no_number_is_seen_in_the_loss(dtype, threads, monkeypat
         logits[1, 7] = bad
         wanted = torch.tensor([1, 2, 3])
         expected = functional.cross_entropy(logits.double(), wanted, reduction="sum")
-        found = loss._fold(logits, wanted, True)
+        found = loss._chunk_loss(logits, wanted, True)
         assert bool(found.isnan()) == bool(expected.isnan()) == is_seen
         assert bool(logits[1].isnan().all()) == is_seen
         assert logits[0].isfinite().all()

@@ -118,7 +118,7 @@ def test_what_is_not_known_goes_to_transformers(changed, made, calls):
     function = modeling_llama.apply_rotary_pos_emb
     given = changed(*inputs(torch.float32))
     expected = function.__wrapped__(*given)
-    found = rotary._calling(function)(*given)
+    found = rotary._mark_caller(function)(*given)
     assert all(map(torch.equal, found, expected))
     assert not calls
 
@@ -135,14 +135,14 @@ def test_what_transformers_refuses_is_refused(changed, made, calls):
     """And no kernel reads beside what it was given."""
     fuse_rotary(adapted(made, "llama", torch.float32).network)
     with pytest.raises(RuntimeError, match="size"):
-        rotary._calling(modeling_llama.apply_rotary_pos_emb)(*changed(*inputs(torch.float32)))
+        rotary._mark_caller(modeling_llama.apply_rotary_pos_emb)(*changed(*inputs(torch.float32)))
     assert not calls
 
 
 def test_heads_of_an_odd_size_go_to_transformers(made, calls):
     fuse_rotary(adapted(made, "llama", torch.float32).network)
     function, given = modeling_llama.apply_rotary_pos_emb, inputs(torch.float32, dim=7)
-    assert all(map(torch.equal, rotary._calling(function)(*given), function.__wrapped__(*given)))
+    assert all(map(torch.equal, rotary._mark_caller(function)(*given), function.__wrapped__(*given)))
     assert not calls
 
 
@@ -151,7 +151,7 @@ def test_another_place_of_the_heads_goes_to_transformers(made, calls):
     function, (query, key, cos, sin) = modeling_llama.apply_rotary_pos_emb, inputs(torch.float32)
     given = query.transpose(1, 2), key.transpose(1, 2), cos, sin
     for more, named in (((2,), {}), ((), {"unsqueeze_dim": 2})):
-        found = rotary._calling(function)(*given, *more, **named)
+        found = rotary._mark_caller(function)(*given, *more, **named)
         assert all(map(torch.equal, found, function.__wrapped__(*given, 2)))
     assert not calls
 
@@ -159,7 +159,7 @@ def test_another_place_of_the_heads_goes_to_transformers(made, calls):
 def test_an_attention_within_another_does_not_end_it(made, calls):
     fuse_rotary(adapted(made, "llama", torch.float32).network)
     function, given = modeling_llama.apply_rotary_pos_emb, inputs(torch.float32)
-    rotary._calling(lambda: (rotary._calling(lambda: None)(), function(*given)))()
+    rotary._mark_caller(lambda: (rotary._mark_caller(lambda: None)(), function(*given)))()
     assert len(calls) == 2
 
 
