@@ -33,7 +33,7 @@ class PackedWeight(nn.Module):
 
     Args:
         weight: the weight as it was read.
-        give_back: releases the resident pages of a memory-mapped tensor; None if nothing is mapped.
+        give_back: releases the resident pages of a memory-mapped tensor, ignores others; None if nothing is mapped.
 
     Attributes:
         is_transient: whether the mapped pages of its codes are released after each decoding, so that only few weights
