@@ -1,1 +1,1 @@
-"""What ``diff`` compares: adapters, checkpoints, and what lies beside them."""
+"""Comparisons behind ``diff``: adapters, checkpoints, and their side files."""

@@ -1,4 +1,4 @@
-"""Compare two adapters: low-rank changes in factored form, everything else that they hold as plain tensors."""
+"""Compare two adapters: low-rank changes in factored form, all other tensors as plain tensors."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -37,29 +37,30 @@ _UNORDERED = ("target_modules", "modules_to_save", "exclude_modules", "target_pa
 
 @dataclass(frozen=True)
 class AdapterDiffReport:
-    """How two adapters compare; all tensors of both were read.
+    """Comparison of two adapters; all tensors of both were read.
 
     Attributes:
-        kind: ``adapter``.
-        first: folder.
-        second: folder.
-        same: whether they change a base in the same way, to the last bit, and bring the same files beside it.
-        tensors_roots: of both, computed.
-        manifests: sha256 of both; None where there is none.
-        total: over all modules together.
-        layers: the same by layer.
-        types: the same by type of module.
-        modules: one by one, those that differ most first.
+        kind: always ``adapter``.
+        first: folder of the first adapter.
+        second: folder of the second adapter.
+        same: whether both change a base bitwise identically and have the same side files.
+        tensors_roots: ``tensors_root`` of each, computed from its tensors.
+        manifests: sha256 of each manifest; None if there is no manifest.
+        total: all modules together.
+        layers: modules grouped by layer.
+        types: modules grouped by type.
+        modules: each module, largest relative difference first.
         only_in_first: modules that only the first adapter changes.
         only_in_second: modules that only the second adapter changes.
-        tensors_equal: tensors that are no low-rank change and are the same: DoRA magnitudes, biases, replaced tensors.
-        tensors: such tensors that are not the same.
-        tensors_only_in_first: such tensors of the first alone.
-        tensors_only_in_second: such tensors of the second alone.
-        config: keys of the configuration with two values. What they do to the tensors is in the figures; they do not
-            count.
-        beside: tokenizer, chat template and other files beside the adapter.
-        remarks: what else a reader has to know.
+        tensors_equal: number of identical tensors that are not low-rank changes, such as DoRA magnitudes, biases and
+            replaced tensors.
+        tensors: such tensors that differ.
+        tensors_only_in_first: such tensors that only the first adapter has.
+        tensors_only_in_second: such tensors that only the second adapter has.
+        config: configuration keys with different values. They do not affect ``same``: the figures already include
+            their effect on the tensors.
+        beside: differences in the tokenizer, chat templates and other side files.
+        remarks: warnings and further notes for the reader.
     """
 
     kind: str
@@ -84,10 +85,10 @@ class AdapterDiffReport:
 
 
 def diff_adapters(first: Path, second: Path, *, threads: int) -> AdapterDiffReport:
-    """Compare two adapters, without ever forming a matrix of a change.
+    """Compare two adapters without materializing any full ΔW.
 
     Raises:
-        AdapterError: one of them is not a LoRA adapter that can be read.
+        AdapterError: one of them is not a readable LoRA adapter.
     """
     one, two = each(partial(read_adapter, changed=True), (first, second), threads)
     changes = (changes_of(one), changes_of(two))
@@ -127,7 +128,7 @@ def diff_adapters(first: Path, second: Path, *, threads: int) -> AdapterDiffRepo
 
 
 def differ_in_module(name: str, first: LowRank | None, second: LowRank | None) -> ModuleDifference:
-    """Compare two changes of one module; where one is absent it is zero, where shapes differ they share nothing."""
+    """Compare two changes of one module; None counts as zero, and changes of different shapes as orthogonal."""
     found = compare(first, second) if first and second and first.shape == second.shape else None
     sigmas = found.sigmas if found else tuple(singular_values(term) if term else None for term in (first, second))
     norms = (_norm(sigmas[0]), _norm(sigmas[1]))
@@ -187,7 +188,7 @@ def _manifest_sha256(adapter: Adapter) -> str | None:
 
 
 def _config(adapter: Adapter) -> Mapping[str, Any]:
-    """The configuration, with lists whose order means nothing in one order: peft writes sets."""
+    """Return the configuration with its unordered lists sorted: peft writes sets."""
     return {
         key: sorted(value, key=str) if key in _UNORDERED and isinstance(value, list) else value
         for key, value in adapter.config.items()
@@ -195,7 +196,7 @@ def _config(adapter: Adapter) -> Mapping[str, Any]:
 
 
 def _of_other_ways(first: Adapter, second: Adapter) -> bool:
-    """Whether the releases of peft that wrote two adapters may take input and output of stacks for each other's."""
+    """Return whether the two peft releases that wrote the adapters may swap input and output of expert stacks."""
     both = bool(first.experts and second.experts)
     return both and turns_stacks(first.config, False) != turns_stacks(second.config, False)
 
@@ -220,6 +221,6 @@ def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
 
 
 def _trained_on(adapter: Adapter) -> dict[str, str]:
-    """By module, the fingerprints of the weights that an adapter was trained on, quantized or not, as far as known."""
+    """Map each module to the fingerprint of its base weight before any quantization, where known."""
     targets = adapter.manifest.targets if adapter.manifest else ()
     return {target.module: target.base_xxh3_128 for target in targets if target.base_xxh3_128 is not None}

@@ -1,4 +1,4 @@
-"""Compare two checkpoints: tensors by fingerprint, those that differ by their values, then what lies beside them."""
+"""Compare two checkpoints: tensors by fingerprint, differing tensors by value, then the side files."""
 
 import math
 from collections.abc import Sequence
@@ -22,31 +22,33 @@ BY_MANIFEST, COMPUTED = "manifest", "computed"
 
 @dataclass(frozen=True)
 class CheckpointDiffReport:
-    """How two checkpoints compare.
+    """Comparison of two checkpoints.
 
     Attributes:
-        kind: ``checkpoint``.
-        first: folder.
-        second: folder.
-        same: whether all tensors, the configuration, and the files beside them are the same.
-        fingerprints: of both: ``manifest`` where they are those that the manifest records, whose files have the right
-            sizes and headers but were not read; ``computed`` where every byte was read.
-        tensors_roots: of both, from these fingerprints.
-        manifests: sha256 of both; None where there is none.
-        quantizations: how each is quantized; such tensors are compared as they are stored, codes as whole numbers.
-        equal: tensors of the same type, shape and fingerprint.
-        equal_bytes: of these tensors.
-        tensors: those that are in both and not the same, by how much they differ.
-        only_in_first: tensors of the first alone.
-        only_in_second: tensors of the second alone.
-        norms: of all tensors in ``tensors`` that have norms, as one vector, of both.
+        kind: always ``checkpoint``.
+        first: folder of the first checkpoint.
+        second: folder of the second checkpoint.
+        same: whether all tensors, the configuration and the side files are the same.
+        fingerprints: where the fingerprints of each come from: ``manifest`` if the manifest records them and its files
+            have the right sizes and headers, without reading the tensors; ``computed`` if every byte was read.
+        tensors_roots: ``tensors_root`` of each, from these fingerprints.
+        manifests: sha256 of each manifest; None if there is no manifest.
+        quantizations: quantization method of each; None if it is not quantized. Quantized tensors are compared as
+            stored, their codes as integers.
+        equal: number of tensors with the same dtype, shape and fingerprint.
+        equal_bytes: total size of these tensors.
+        tensors: tensors of both that differ: first those that cannot be measured, then largest relative difference
+            first.
+        only_in_first: tensors that only the first checkpoint has.
+        only_in_second: tensors that only the second checkpoint has.
+        norms: norm of each side, over all tensors in ``tensors`` that have norms, concatenated into one vector.
         difference: norm of the difference of these vectors.
-        relative: ``difference`` over the larger norm; 0 where both are zero, None where some tensor has no norm.
-        energy: share of the squares of the changes of all matrices in the 8, 16, 32 and 64 largest singular values of
-            each: what adapters of that rank could hold, at least; empty if no matrix changed.
-        config: keys of ``config.json`` with two values.
-        beside: tokenizer, chat template, generation configuration and other files beside the weights.
-        remarks: what else a reader has to know.
+        relative: ``difference`` / the larger norm; 0 if both are zero, None if some tensor has no norm.
+        energy: maps the ranks 8, 16, 32 and 64 to the share of Σ‖W₁ − W₂‖² over all changed matrices that the largest
+            singular values hold: a lower bound of what adapters of that rank could hold. Empty if no matrix changed.
+        config: keys of ``config.json`` with different values.
+        beside: differences in the tokenizer, chat templates, generation configuration and other side files.
+        remarks: warnings and further notes for the reader.
     """
 
     kind: str
@@ -73,7 +75,14 @@ class CheckpointDiffReport:
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two: its tensors, and how their fingerprints are known."""
+    """One of the two checkpoints.
+
+    Attributes:
+        checkpoint: its tensors.
+        manifest: its manifest; None if there is none.
+        recorded: fingerprints from the manifest by tensor name; None if they must be computed.
+        remark: why the manifest is ignored; empty if it is not.
+    """
 
     checkpoint: Checkpoint
     manifest: Manifest | None
@@ -128,7 +137,7 @@ def diff_checkpoints(
 
 
 def _open(root: Path, recompute: bool) -> _Side:
-    """Read the headers, and decide whether the manifest's fingerprints may stand for the tensors."""
+    """Read the headers, and decide whether the manifest's fingerprints can be used instead of reading the tensors."""
     checkpoint, manifest = Checkpoint(root), read_manifest(root)
     if manifest is None or recompute:
         return _Side(checkpoint, manifest, None, "")
@@ -140,7 +149,7 @@ def _open(root: Path, recompute: bool) -> _Side:
 
 
 def _contradiction(checkpoint: Checkpoint, manifest: Manifest) -> str:
-    """In what files and headers are not those of the manifest, as far as can be seen without reading tensors."""
+    """Return the first mismatch between the manifest and the file sizes and headers; empty if there is none."""
     sizes = {record.path: record.size for record in manifest.files}
     for file in checkpoint.headers:
         if sizes.get(file) != resolve_inside(checkpoint.root, file).stat().st_size:
@@ -151,7 +160,7 @@ def _contradiction(checkpoint: Checkpoint, manifest: Manifest) -> str:
 
 
 def _records(sides: Sequence[_Side], threads: int, progress: Progress) -> list[dict[str, TensorRecord]]:
-    """Fingerprints of both, read from the files where no manifest knows them."""
+    """Return the tensor records of each side; fingerprints that no manifest records are computed."""
     total = sum(t.spec.nbytes for side in sides if side.recorded is None for t in side.checkpoint.tensors.values())
     before, found = 0, []
     for side in sides:
@@ -167,7 +176,7 @@ def _records(sides: Sequence[_Side], threads: int, progress: Progress) -> list[d
 def _measure(
     first: Checkpoint, second: Checkpoint, names: Sequence[str], threads: int, progress: Progress
 ) -> tuple[TensorDifference, ...]:
-    """By how much tensors differ, those that differ most first; what cannot be measured comes before them."""
+    """Measure the tensors: first those without a norm, then largest relative difference first."""
     found, done = [], 0
     total = sum(first.spec(name).nbytes for name in names)
     for name, difference in zip(names, each(partial(_differ, first, second), names, threads), strict=True):

@@ -1,4 +1,4 @@
-"""Compare what lies beside the weights: configuration by key, tokens and chat templates by name, the rest by hash."""
+"""Compare side files: JSON by key, added tokens and chat templates by name, everything else by hash."""
 
 import difflib
 import hashlib
@@ -23,13 +23,13 @@ _MOST_KEYED_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class ValueDifference:
-    """A key of a JSON file with two values.
+    """A key of a JSON file whose two values differ.
 
     Attributes:
-        file: which.
-        key: dotted path in it.
-        first: the value as JSON; None where the key is absent.
-        second: of the other.
+        file: name of the file.
+        key: dotted path of the key.
+        first: the first folder's value as JSON; None if the key is absent.
+        second: the second folder's value, likewise.
     """
 
     file: str
@@ -43,8 +43,8 @@ class FileDifference:
     """A file that is not the same in both folders.
 
     Attributes:
-        file: which.
-        sha256: of both; None where it is absent.
+        file: name of the file.
+        sha256: hash in each folder; None if the file is absent.
     """
 
     file: str
@@ -53,12 +53,12 @@ class FileDifference:
 
 @dataclass(frozen=True)
 class TemplateDifference:
-    """A chat template that is not the same.
+    """A chat template that differs.
 
     Attributes:
-        name: ``default``, or its own.
-        files: where it is; None where it is absent.
-        lines: what changed, as a unified diff.
+        name: ``default``, or the template's own name.
+        files: file that holds it in each folder; None if it is absent.
+        lines: unified diff.
     """
 
     name: str
@@ -68,13 +68,13 @@ class TemplateDifference:
 
 @dataclass(frozen=True)
 class FilesDifference:
-    """What lies beside the weights and is not the same.
+    """Side files that differ.
 
     Attributes:
-        compared: how many files, of both folders together.
-        values: keys of JSON files, of the tokenizer too.
-        files: that differ in another way, or are in one folder only.
-        templates: chat templates, wherever they are.
+        compared: number of files in both folders together.
+        values: differing keys of JSON files, including the tokenizer's.
+        files: files that differ but cannot be compared by key, or that only one folder has.
+        templates: differing chat templates, in whatever file they are.
     """
 
     compared: int
@@ -84,15 +84,15 @@ class FilesDifference:
 
     @property
     def same(self) -> bool:
-        """Whether nothing differs."""
+        """Return whether nothing differs."""
         return not (self.values or self.files or self.templates)
 
 
 def differ_in_files_beside(first: Path, second: Path) -> FilesDifference:
-    """Compare the side files of two folders, and their undo records.
+    """Compare the side files of two folders, their undo records and their embedded adapters.
 
-    Files of JSON objects count as the same where all their values are. Chat templates are compared as such, wherever
-    they are kept.
+    Two JSON objects with equal values count as the same file. Chat templates are compared by name, whichever file they
+    are in.
     """
     found = [_beside(root) for root in (first, second)]
     templates = _differ_in_templates(*(templates_in(root, _document, _text) for root in (first, second)))
@@ -107,7 +107,7 @@ def differ_in_files_beside(first: Path, second: Path) -> FilesDifference:
         if name == TOKENIZER_CONFIG and documents[0] and documents[1]:
             documents = _without_templates(documents[0], documents[1], told=bool(templates))
         if documents[0] is not None and documents[0] == documents[1]:
-            continue  # they are written in different ways
+            continue  # only the formatting differs
         told = _differ_in_documents(name, documents[0], documents[1])
         values += told
         files += [] if told else [FileDifference(name, (digests[0], digests[1]))]
@@ -115,33 +115,37 @@ def differ_in_files_beside(first: Path, second: Path) -> FilesDifference:
 
 
 def differ_in_values(file: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> list[ValueDifference]:
-    """Compare two JSON objects key by key, and objects in them alike; lists are compared whole."""
+    """Compare two JSON objects key by key, recursing into nested objects; lists are compared whole."""
     return [ValueDifference(file, key, one, two) for key, one, two in _unlike(dict(_flat(first)), dict(_flat(second)))]
 
 
 def _differ_in_documents(
     name: str, first: Mapping[str, Any] | None, second: Mapping[str, Any] | None
 ) -> list[ValueDifference]:
-    """Keys with two values; none where that is not how these files can be told apart."""
+    """Return the keys whose values differ; empty if one of the files cannot be compared by key."""
     if first is None or second is None:
         return []
     return _tokenizer(first, second) if name == TOKENIZER_NAME else differ_in_values(name, first, second)
 
 
 def _without_templates(first: dict[str, Any], second: dict[str, Any], told: bool) -> list[dict[str, Any] | None]:
-    """Leave chat templates to their own comparison, unless a file of their own hides them on both sides."""
+    """Remove the chat templates, which are compared separately.
+
+    They stay if both documents have one and that comparison found no difference: a template file overrides the key, so
+    only this comparison sees it.
+    """
     hidden = not told and TEMPLATE_KEY in first and TEMPLATE_KEY in second
     return [{k: v for k, v in document.items() if hidden or k != TEMPLATE_KEY} for document in (first, second)]
 
 
 def _beside(root: Path) -> dict[str, Path]:
-    """What is compared, by name; a folder of undo records or embedded adapters is one thing."""
+    """Map names to the paths to compare; the folders of undo records and embedded adapters count as one item each."""
     folders = (undo.ADAPTERS_PREFIX, f"{undo.FOLDER}/")
     return side_files(root) | {name: root / name for name in folders if (root / name).is_dir()}
 
 
 def _sha256(path: Path) -> str:
-    """Of a file's bytes, or over the names and digests of a folder's files."""
+    """Return the sha256 of a file, or of the names and digests of a folder's files."""
     try:
         if not path.is_dir():
             return file_sha256(path)
@@ -153,12 +157,12 @@ def _sha256(path: Path) -> str:
 
 
 def _document(path: Path) -> dict[str, Any] | None:
-    """A JSON object to be compared key by key; None for anything else, which its hash stands for."""
+    """Return the JSON object to compare key by key; None for any other file, which is compared by hash."""
     if path.suffix != ".json" or (path.name != TOKENIZER_NAME and path.stat().st_size > _MOST_KEYED_BYTES):
         return None
     try:
         return strict_json(read_small(path), path.name, infinities=True)
-    except CheckpointError:  # another tool's file, perhaps a list; that it differs is told all the same
+    except CheckpointError:  # another tool's file, perhaps a list: compared by hash
         return None
 
 
@@ -176,7 +180,7 @@ def _unlike(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple[s
 
 
 def _tokenizer(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[ValueDifference]:
-    """Compare two ``tokenizer.json``: added tokens by name, vocabulary and merges by number, the rest by key."""
+    """Compare two ``tokenizer.json``: added tokens by name, vocabulary and merges by entry counts, the rest by key."""
     documents = [_summarized(mine, other) for mine, other in ((first, second), (second, first))]
     return [ValueDifference(TOKENIZER_NAME, *found) for found in _unlike(*documents)]
 
@@ -201,7 +205,7 @@ def _summarized(mine: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, 
 
 
 def _counted(mine: Any, other: Any) -> str:
-    """A vocabulary or a list of merges in a few words, the same only for the same."""
+    """Summarize how a vocabulary or list of merges differs from the other one."""
     if mine == other:
         return "the same"
     entries = [_entries(part) for part in (mine, other)]
@@ -232,7 +236,7 @@ def _differ_in_templates(
         one, two = first.get(name), second.get(name)
         texts = [template[1] if template else "" for template in (one, two)]
         if one is None or two is None or texts[0] != texts[1]:
-            old, new = (text.split("\n") for text in texts)  # a last newline counts
+            old, new = (text.split("\n") for text in texts)  # unlike splitlines(), shows a missing final newline
             lines = difflib.unified_diff(old, new, "first", "second", lineterm="", n=1)
             found.append(TemplateDifference(name, (one and one[0], two and two[0]), tuple(lines)))
     return tuple(found)

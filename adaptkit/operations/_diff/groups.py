@@ -1,4 +1,4 @@
-"""What the modules of two adapters have in common one by one, by layer, by type, and together."""
+"""Comparison of two adapters' modules: each module, by layer, by module type, and all together."""
 
 import math
 from collections import defaultdict
@@ -10,12 +10,13 @@ Pair = tuple[float, float]
 
 @dataclass(frozen=True)
 class OverlapReport:
-    """How far two subspaces lie in each other; see ``numerics.comparison.Overlap``.
+    """Overlap of two subspaces; see ``numerics.comparison.Overlap``.
 
     Attributes:
-        cosines: of the principal angles, descending.
+        cosines: cosines of the principal angles, descending.
         rms: root mean square of the cosines.
-        random: what ``rms`` would be for random subspaces of these dimensions: √(r/m), r being the larger one.
+        random: expected ``rms`` of random subspaces of these dimensions: √(r/m), r being the larger dimension and m
+            that of the whole space.
     """
 
     cosines: tuple[float, ...]
@@ -25,26 +26,28 @@ class OverlapReport:
 
 @dataclass(frozen=True)
 class ModuleDifference:
-    """How two changes Δ₁ and Δ₂ of one weight compare.
+    """Comparison of two changes Δ₁ and Δ₂ of one weight. Pairs hold the first adapter's value, then the second's.
 
     Attributes:
         module: dotted path.
-        shapes: (out, in) of both; None where an adapter does not change the module.
-        ranks: of both; 0 where an adapter does not change the module.
-        norms: ‖Δ‖ of both.
-        inner: ⟨Δ₁, Δ₂⟩; 0 where shapes differ.
-        difference: ‖Δ₁ − Δ₂‖; where shapes differ, as if they had nothing in common.
-        cosine: of the angle between them as vectors; 0 where one is zero, and where shapes differ.
-        relative: ‖Δ₁ − Δ₂‖ / max(‖Δ₁‖, ‖Δ₂‖); 0 where both are zero.
-        spectra: singular values of both, descending.
-        difference_spectrum: of Δ₁ − Δ₂; empty where one is absent or shapes differ.
-        effective_ranks: of both; exp of the entropy of σ / Σσ.
-        stable_ranks: of both; ‖Δ‖² / σ₁².
-        columns: of the column spaces, on the side of outputs; None where one is zero or absent, or shapes differ.
-        rows: of the row spaces, on the side of inputs.
-        sign_agreement: share of elements with the same sign, measured on 64 rows; None as ``columns``.
-        interference: ‖(UᵀU − I) Σ (VᵀV − I)‖₁; None as ``columns``.
-        interference_share: ``interference`` / Σσ of both; 0 for orthogonal changes, 1 for a change and itself.
+        shapes: (out, in) of each change; None if the adapter does not change the module.
+        ranks: rank of each change; 0 if the adapter does not change the module.
+        norms: ‖Δ‖ of each.
+        inner: ⟨Δ₁, Δ₂⟩; 0 if the shapes differ.
+        difference: ‖Δ₁ − Δ₂‖; if the shapes differ, that of orthogonal changes.
+        cosine: ⟨Δ₁, Δ₂⟩ / (‖Δ₁‖ ‖Δ₂‖); 0 if one is zero or the shapes differ.
+        relative: ‖Δ₁ − Δ₂‖ / max(‖Δ₁‖, ‖Δ₂‖); 0 if both are zero.
+        spectra: singular values of each, descending.
+        difference_spectrum: singular values of Δ₁ − Δ₂; empty if one change is absent or the shapes differ.
+        effective_ranks: exp of the entropy of σ / Σσ, of each.
+        stable_ranks: ‖Δ‖² / σ₁² of each.
+        columns: overlap of the column spaces (output side); None if a change is zero or absent, or the shapes differ.
+        rows: overlap of the row spaces (input side); None likewise.
+        sign_agreement: share of elements with the same sign, measured on at most 64 rows; None likewise, or if no
+            element is nonzero in both.
+        interference: ‖(UᵀU − I) Σ (VᵀV − I)‖₁; None as for ``columns``.
+        interference_share: ``interference`` / Σσ of both; 0 for orthogonal changes, 1 for identical ones. None as for
+            ``columns``.
     """
 
     module: str
@@ -68,24 +71,24 @@ class ModuleDifference:
 
 @dataclass(frozen=True)
 class GroupDifference:
-    """How the changes of several modules compare, taken together.
+    """Comparison of the changes of several modules together. Pairs hold the first adapter's value, then the second's.
 
     Attributes:
-        name: of the layer, or of the type with ``*`` for its numbers.
-        modules: how many.
-        norms: of both, all changes as one vector.
+        name: path of the layer, path of the module type with ``*`` for its numbers, or ``all``.
+        modules: number of modules.
+        norms: norm of each side, all its changes concatenated into one vector.
         difference: norm of the difference of these vectors.
-        cosine: of the angle between these vectors; 0 where one is zero.
-        relative: ``difference`` over the larger norm; 0 where both are zero.
-        effective_ranks: mean over the modules that the adapter changes, of both.
+        cosine: cosine of the angle between these vectors; 0 if one is zero.
+        relative: ``difference`` / the larger norm; 0 if both are zero.
+        effective_ranks: mean over the modules that the adapter changes, for each adapter.
         stable_ranks: likewise.
-        columns: root mean square of the cosines of all principal angles of the column spaces; None without any.
-        columns_random: what that would be for random subspaces.
-        rows: of the row spaces.
-        rows_random: what that would be for random subspaces.
-        sign_agreement: mean over the modules, weighted by their sizes; None where none has any.
-        interference: sum over the modules.
-        interference_share: of Σσ over the modules that have one.
+        columns: root mean square of the cosines of all principal angles of the column spaces; None if there are none.
+        columns_random: expected value of ``columns`` for random subspaces.
+        rows: likewise of the row spaces.
+        rows_random: expected value of ``rows`` for random subspaces.
+        sign_agreement: mean over the modules that have one, weighted by number of elements; None if no module has one.
+        interference: sum over the modules that have one; None if no module has one.
+        interference_share: ``interference`` / Σσ over these modules; None if no module has one.
     """
 
     name: str
@@ -106,27 +109,27 @@ class GroupDifference:
 
 
 def total(modules: Sequence[ModuleDifference]) -> GroupDifference:
-    """All modules together."""
+    """Return the comparison of all modules together."""
     return _group("all", modules)
 
 
 def by_layer(modules: Iterable[ModuleDifference]) -> tuple[GroupDifference, ...]:
-    """Modules with the same path up to its first number, in the order of these numbers; those without one are last."""
+    """Group modules by their path up to its first number, in the order of these numbers; modules without one last."""
     return _grouped(modules, _layer)
 
 
 def by_type(modules: Iterable[ModuleDifference]) -> tuple[GroupDifference, ...]:
-    """Modules whose paths differ in their numbers alone."""
+    """Group modules whose paths differ only in their numbers."""
     return _grouped(modules, _type)
 
 
 def cosine(inner: float, norms: Pair) -> float:
-    """⟨Δ₁, Δ₂⟩ / (‖Δ₁‖ ‖Δ₂‖), within [−1, 1]; 0 where one is zero."""
+    """Return ⟨Δ₁, Δ₂⟩ / (‖Δ₁‖ ‖Δ₂‖), clamped to [−1, 1]; 0 if one is zero."""
     return max(-1.0, min(1.0, inner / norms[0] / norms[1])) if all(norms) else 0.0
 
 
 def relative(difference: float, norms: Pair) -> float:
-    """Over the larger norm; 0 where both are zero."""
+    """Return ``difference`` / the larger norm; 0 if both are zero."""
     return difference / max(norms) if max(norms) else 0.0
 
 
@@ -184,7 +187,7 @@ def _share(interference: float, measured: Sequence[ModuleDifference]) -> float |
 
 
 def _overlap(overlaps: Iterable[OverlapReport | None]) -> tuple[float | None, float | None]:
-    """Root mean square over all angles, and over what it would be for random subspaces."""
+    """Return the root mean square of the cosines of all angles, and its expected value for random subspaces."""
     found = [(len(overlap.cosines), overlap) for overlap in overlaps if overlap is not None]
     angles = sum(count for count, _ in found)
     if not angles:

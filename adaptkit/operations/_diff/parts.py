@@ -1,4 +1,4 @@
-"""What an adapter holds besides low-rank changes: compared as plain tensors, and never left out."""
+"""Comparison of everything in an adapter besides its low-rank changes, as plain tensors."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ from adaptkit.operations._diff.tensors import Source, TensorDifference, differ_i
 
 @dataclass(frozen=True)
 class Held:
-    """One thing that an adapter holds.
+    """One item of an adapter that is not a low-rank change of a module.
 
     Attributes:
-        role: what it is, for people.
-        value: in memory, or where it is in the file.
-        digest: fingerprint of what is in the file.
+        role: what it is, as the report shows it.
+        value: the item in memory, or its location in the file.
+        digest: fingerprint of the tensor if ``value`` is its location in the file; otherwise empty.
     """
 
     role: str
@@ -29,7 +29,7 @@ class Held:
 
 
 def changes_of(adapter: Adapter) -> dict[str, LowRank]:
-    """The low-rank changes by dotted path; each matrix of a stack of experts is a module of its own number."""
+    """Return the low-rank changes by dotted path; expert ``i`` of a stacked parameter is ``<parameter>.i``."""
     found = dict(adapter.modules)
     for parameter, terms in adapter.experts.items():
         found |= {f"{parameter}.{number}": term for number, term in enumerate(terms)}
@@ -37,7 +37,7 @@ def changes_of(adapter: Adapter) -> dict[str, LowRank]:
 
 
 def held_by(adapter: Adapter) -> dict[str, Held]:
-    """Everything else, by name."""
+    """Return everything that ``changes_of`` does not, by name."""
     found = {f"{module}.lora_magnitude_vector": Held("DoRA magnitude", m) for module, m in adapter.magnitudes.items()}
     found |= {f"{module}.lora_B.bias": Held("bias", bias) for module, bias in adapter.biases.items()}
     for role, of, keys in (("replaced tensor", "", adapter.replaced), ("begins with", " of the base", adapter.begins)):
@@ -50,7 +50,7 @@ def held_by(adapter: Adapter) -> dict[str, Held]:
 
 
 def differ_in_part(name: str, first: Held, second: Held) -> TensorDifference | None:
-    """Compare two things of one name; None if they are the same."""
+    """Compare two items of the same name; None if they are the same."""
     one, two, role = first.value, second.value, first.role
     if isinstance(one, Source) and isinstance(two, Source):
         alike = (one.spec.dtype, one.spec.shape, first.digest) == (two.spec.dtype, two.spec.shape, second.digest)
@@ -78,7 +78,7 @@ def _differ_in_rows(name: str, role: str, first: TokenRows, second: TokenRows) -
 
 
 def _differ_in_change(name: str, role: str, first: LowRank, second: LowRank) -> TensorDifference:
-    """A low-rank change that is told in one line: how it began is no part of what an adapter does."""
+    """Compare two compensation terms by norm only: they are initial values, not part of what an adapter changes."""
     alike = first.shape == second.shape
     norms = (lora.norm(first), lora.norm(second))
     distance = difference_norm(first, second) if alike else None

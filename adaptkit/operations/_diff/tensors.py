@@ -1,4 +1,4 @@
-"""Compare two plain tensors, of files piece by piece: norms in float64, and how low-rank the change is."""
+"""Compare two plain tensors, those in files piece by piece: norms in float64, and how low-rank the change is."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from adaptkit.numerics.randomized import Sketching, sketch_for_rank
 from adaptkit.operations._diff.groups import relative
 
 DIRECTIONS = (8, 16, 32, 64)
-"""Ranks for which it is told how much of a change they hold."""
+"""Ranks for which the report gives the share of a change's squared norm that they hold."""
 _SKETCHING = Sketching(oversampling=8, iterations=1)
 _PIECE_ELEMENTS = 1 << 20
 
@@ -23,10 +23,12 @@ class ChangeSpectrum:
     """How low-rank the change of a matrix is, by a randomized decomposition with one power iteration.
 
     Attributes:
-        sigma: the largest singular values of W₁ − W₂, at most 64, descending; estimates from below.
-        energy: share of ‖W₁ − W₂‖² in the 8, 16, 32 and 64 largest: what an adapter of that rank could hold, at least.
+        sigma: the (at most 64) largest singular values of W₁ − W₂, descending, each estimated from below.
+        energy: maps the ranks 8, 16, 32 and 64 to the share of ‖W₁ − W₂‖² in as many of the largest singular values: a
+            lower bound of what an adapter of that rank could hold.
         stable_rank: ‖W₁ − W₂‖² / σ₁².
-        effective_rank: exp of the entropy of σ / Σσ, what is not in the largest 64 counted as spread evenly.
+        effective_rank: exp of the entropy of σ / Σσ, assuming that the part of ‖W₁ − W₂‖² outside the computed singular
+            values is spread evenly over the others.
     """
 
     sigma: tuple[float, ...]
@@ -37,20 +39,22 @@ class ChangeSpectrum:
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """Two tensors of one name that are not the same.
+    """Two tensors of the same name that differ.
 
     Attributes:
-        name: of both.
-        role: what it is in an adapter: DoRA magnitude, bias, replaced tensor, ...; empty in a checkpoint.
-        dtypes: of both, as safetensors calls them.
-        shapes: of both.
-        changed: elements whose bits differ, or whose values do where the types are not the same.
-        compared: elements; fewer than there are where the shapes differ, none where they have nothing in common.
-        norms: of both, as far as compared; None for whole numbers, and where there is NaN or infinity.
-        difference: ‖W₁ − W₂‖; None as ``norms``.
-        relative: ‖W₁ − W₂‖ / max(‖W₁‖, ‖W₂‖); None as ``norms``.
-        change: how low-rank the difference is; None unless both are matrices of one shape.
-        remark: what else there is to say; mostly empty.
+        name: name of both.
+        role: what the tensor is in an adapter: DoRA magnitude, bias, replaced tensor, ...; empty in a checkpoint.
+        dtypes: safetensors dtype of each.
+        shapes: shape of each.
+        changed: number of elements whose bits differ, or whose values differ if the dtypes are not the same.
+        compared: number of elements compared: fewer than all if only the first dimension differs, 0 if more does.
+        norms: norm of each over the compared elements; None for integers, and if an element is NaN, infinite or too
+            large to square in float64.
+        difference: ‖W₁ − W₂‖; None as for ``norms``.
+        relative: ‖W₁ − W₂‖ / max(‖W₁‖, ‖W₂‖); None as for ``norms``.
+        change: how low-rank the difference is; None unless both are matrices of the same shape in a checkpoint, with a
+            nonzero difference.
+        remark: further note; usually empty.
     """
 
     name: str
@@ -68,28 +72,28 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of a file."""
+    """Location of a tensor in files."""
 
     files: TensorFiles
     key: str
 
     @property
     def spec(self) -> TensorSpec:
-        """Its name in the file, type and shape."""
+        """Return its name in the file, dtype and shape."""
         return self.files.spec(self.key)
 
 
 def differ_in_files(name: str, first: Source, second: Source, role: str = "", ranks: bool = False) -> TensorDifference:
-    """Compare two tensors that are not the same, reading a piece of each at a time.
+    """Compare two tensors that differ, reading one piece of each at a time.
 
-    Tensors whose first dimension alone differs, such as vocabularies, are compared as far as the shorter one goes.
+    If only the first dimension differs, as of resized vocabularies, the rows of the shorter tensor are compared.
 
     Args:
-        name: what to call them.
-        first: one.
-        second: the other.
-        role: for the report.
-        ranks: estimate how low-rank the change is, which reads the tensors twice more.
+        name: name for the report.
+        first: first tensor.
+        second: second tensor.
+        role: role for the report.
+        ranks: estimate how low-rank the change is, which reads the tensors two more times.
     """
     one, two = first.spec, second.spec
     shared = one.shape[1:] == two.shape[1:] and len(one.shape) == len(two.shape)
@@ -104,7 +108,7 @@ def differ_in_files(name: str, first: Source, second: Source, role: str = "", ra
 
 
 def differ_in_memory(name: str, role: str, first: Tensor, second: Tensor, remark: str = "") -> TensorDifference:
-    """Compare two small tensors of one shape that are not the same; of others only types and shapes are told."""
+    """Compare two small tensors that differ; if their shapes do, report only dtypes and shapes."""
     specs = [TensorSpec(name, dtype_name(t.dtype), tuple(t.shape)) for t in (first, second)]
     pairs = [(first, second)] if first.shape == second.shape else []
     return _measured(name, role, (specs[0], specs[1]), pairs, remark if pairs else "shapes differ")
