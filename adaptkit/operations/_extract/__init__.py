@@ -1,1 +1,1 @@
-"""What ``extract`` does: its plan, the comparison of tensors, the names in the adapter, its report."""
+"""Parts of ``extract``: its plan, the comparison of tensors, the names in the adapter, its report."""

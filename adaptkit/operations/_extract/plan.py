@@ -1,4 +1,4 @@
-"""What ``extract`` may do with each tensor, decided before any weight is read."""
+"""Plan of ``extract``: how the adapter may store each tensor, decided before any weight is read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from adaptkit.operations._threads import check_threads
 from adaptkit.operations._tying import is_shared
 
 LOW_RANK, SAVED, LEFT_OUT, IMPOSSIBLE = "low rank", "saved", "left out", "impossible"
-"""What becomes of a tensor if it differs: A and B, a whole tensor, nothing, an error."""
+"""Fates of a tensor that differs: stored as A and B, stored whole, not stored, or an error."""
 
 _VOCABULARY = ("embedding", "head")
 _LARGEST_RANK = 256
@@ -31,15 +31,15 @@ class ExtractOptions:
     """How to extract.
 
     Attributes:
-        rank: of every low-rank change.
-        energy: instead of a rank, the share of each change's square norm to keep, in (0, 1].
-        max_rank: where the search for a rank that keeps the energy ends; 256 if None.
-        target: shell patterns of module paths; what no pattern matches is left out. All modules if empty.
-        only_linear: leave out what is no linear layer's weight: embeddings, head, norms, biases.
+        rank: rank of every low-rank change.
+        energy: instead of a rank, the share of each change's squared norm to keep, in (0, 1].
+        max_rank: largest rank tried to keep that energy; 256 if None.
+        target: shell patterns of module paths; modules that match none are left out. All modules if empty.
+        only_linear: store only weights of linear layers; leave out embeddings, head, norms and biases.
         oversampling: columns of the sketch beyond the rank.
-        iterations: passes over a matrix that turn the sketch towards its leading singular vectors.
-        seed: of the sketch.
-        threads: number of tensors at a time; one per processor if None. Not part of the result.
+        iterations: power iterations, one pass over the matrix each.
+        seed: seed of the sketch.
+        threads: number of tensors processed at a time; one per processor if None. Does not affect the result.
     """
 
     rank: int | None = None
@@ -65,16 +65,16 @@ class ExtractOptions:
 
     @property
     def largest_rank(self) -> int:
-        """Where the search for a rank that keeps the energy ends."""
+        """Largest rank tried to keep the energy."""
         return _LARGEST_RANK if self.max_rank is None else self.max_rank
 
     @property
     def sketching(self) -> Sketching:
-        """How closely singular vectors are found."""
+        """Accuracy settings of the randomized decomposition."""
         return Sketching(self.oversampling, self.iterations, self.seed)
 
     def recorded(self) -> dict[str, Any]:
-        """What the result depends on."""
+        """Return the options that affect the result, for the manifest."""
         values = asdict(self) | {"max_rank": None if self.energy is None else self.largest_rank}
         values["target"] = sorted(set(self.target))
         return {name: value for name, value in values.items() if name != "threads" and value is not None}
@@ -85,12 +85,12 @@ class Part:
     """One tensor that both checkpoints hold.
 
     Attributes:
-        spec: in the base.
-        tuned: in the tuned checkpoint; its shape differs only in the number of words of a vocabulary.
-        kind: what it is; see ``Role``.
-        fate: what becomes of it if it differs.
-        why: its kind, or why it is left out.
-        paths: dotted paths by which the module is known; the running model's last, if that is known.
+        spec: its header entry in the base.
+        tuned: its header entry in the tuned checkpoint; the shape can differ only in the vocabulary size.
+        kind: see ``Role.kind``.
+        fate: how the adapter stores it if it differs.
+        why: its kind, or why it is left out or cannot be stored.
+        paths: dotted paths of its module: in the files first, in the running model last if that is known.
     """
 
     spec: TensorSpec
@@ -102,29 +102,29 @@ class Part:
 
     @property
     def name(self) -> str:
-        """In both checkpoints."""
+        """Its name in both checkpoints."""
         return self.spec.name
 
     @property
     def module(self) -> str:
-        """Dotted path, in the files, of the module that it belongs to."""
+        """Dotted path of its module in the files."""
         return module_of(self.spec.name)
 
     @property
     def resized(self) -> bool:
-        """Whether the vocabulary changed."""
+        """Whether the vocabulary size changed."""
         return self.spec.shape != self.tuned.shape
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What may become of all tensors.
+    """How the adapter may store each tensor.
 
     Attributes:
-        tuned: the checkpoint to explain.
-        base: what it was made from.
-        parts: in the order of the base's files.
-        roles: what the tensors of the base are.
+        tuned: the tuned checkpoint.
+        base: the checkpoint that it was tuned from.
+        parts: all tensors, in the order of the base's files.
+        roles: roles of the base's tensors.
     """
 
     tuned: Checkpoint
@@ -134,22 +134,22 @@ class Plan:
 
     @property
     def transposed(self) -> bool:
-        """Whether the files keep the weights of linear layers as (in, out)."""
+        """Whether the files store the weights of linear layers as (in, out)."""
         return any(part.kind == "conv1d" for part in self.parts)
 
 
 def module_of(name: str) -> str:
-    """The module of ``<module>.weight`` and ``<module>.bias``; the name itself for anything else."""
+    """Return the module of ``<module>.weight`` or ``<module>.bias``; for any other name, the name itself."""
     module, _, kind = name.rpartition(".")
     return module if module and kind in ("weight", "bias") else name
 
 
 def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> Plan:
-    """Decide for every tensor, from headers alone, and refuse checkpoints that do not belong together.
+    """Plan every tensor from headers alone, and refuse checkpoints that do not belong together.
 
     Raises:
         CheckpointError: one of them is quantized.
-        BaseMismatchError: names, shapes or types of tensors differ.
+        BaseMismatchError: names, shapes or dtypes of tensors differ.
         UsageError: a pattern matches no module.
     """
     for checkpoint in (tuned, base):
@@ -204,7 +204,7 @@ def _check_specs(tuned: Checkpoint, base: Checkpoint, what: str, roles: Mapping[
 
 
 def _is_resized(before: TensorSpec, after: TensorSpec, roles: Mapping[str, Role]) -> bool:
-    """Whether a tensor may differ in its first dimension: it has an entry for every word of the vocabulary."""
+    """Return whether only the vocabulary size differs: the first dimension of an embedding or head."""
     weight = roles.get(f"{module_of(before.name)}.weight")
     is_table = weight is not None and weight.kind in _VOCABULARY
     return is_table and before.shape[1:] == after.shape[1:] and len(before.shape) > 0
@@ -213,7 +213,7 @@ def _is_resized(before: TensorSpec, after: TensorSpec, roles: Mapping[str, Role]
 def _part(spec: TensorSpec, tuned: TensorSpec, role: Role, options: ExtractOptions, transposes: bool) -> Part:
     is_weight = spec.name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in FLOATS
     linear = is_weight and spec.shape == tuned.shape and role.kind in ("linear", "conv1d", "expert")
-    fits = linear and (role.kind == "conv1d") == transposes  # one flag says for all whether they are transposed
+    fits = linear and (role.kind == "conv1d") == transposes  # one fan_in_fan_out flag covers all modules
     paths = tuple(dict.fromkeys([module_of(spec.name), *(module_of(path) for path in role.paths)]))
     if options.target and not any(_matches(paths, pattern) for pattern in options.target):
         fate, why = LEFT_OUT, "not in --target"

@@ -1,4 +1,4 @@
-"""What ``extract`` found in a tuned checkpoint, and what of it the adapter holds."""
+"""Report of ``extract``: how the tuned checkpoint differs from its base, and how much of that the adapter holds."""
 
 import math
 from collections.abc import Sequence
@@ -9,23 +9,23 @@ from adaptkit.operations._extract.plan import LOW_RANK, Plan
 from adaptkit.operations._extract.tensors import Finding
 
 LITTLE = 0.9
-"""A module that keeps less of its change than this is counted as one that is not low-rank."""
+"""A module whose low-rank change keeps a smaller share of ‖D‖² than this is counted in ``below_90``."""
 
 
 @dataclass(frozen=True)
 class ExtractedModule:
-    """One linear layer whose weight differs. D is tuned − base, Δ what the adapter adds.
+    """One linear layer whose weight differs. D is tuned − base, Δ is the low-rank change.
 
     Attributes:
         module: dotted path in the files.
-        shape: of the weight as the files hold it.
-        rank: of Δ.
+        shape: shape of the weight in the files.
+        rank: rank of Δ.
         norm: ‖D‖.
-        relative_norm: ‖D‖ / ‖W‖, W being the base's.
+        relative_norm: ‖D‖ / ‖W‖, W being the base's weight.
         energy_kept: ‖Δ‖² / ‖D‖².
         relative_error: ‖D − Δ‖ / ‖D‖.
-        rank_99: the rank that would keep 99 % of ‖D‖²; None if it is larger than what was looked at.
-        rounding: the share of ‖D‖² that rounding the tuned weights to their type accounts for, estimated.
+        rank_99: smallest rank that keeps 99 % of ‖D‖²; None if it is beyond the computed singular values.
+        rounding: estimated share of ‖D‖² due to rounding the tuned weights to their dtype.
     """
 
     module: str
@@ -41,14 +41,14 @@ class ExtractedModule:
 
 @dataclass(frozen=True)
 class OtherTensor:
-    """A tensor that differs and is no low-rank change: it is in the adapter whole, or not at all.
+    """A tensor that differs and is stored whole or left out.
 
     Attributes:
-        name: in the files.
-        shape: in the tuned checkpoint.
-        base_shape: in the base; another one if the vocabulary was resized.
+        name: its name in the files.
+        shape: its shape in the tuned checkpoint.
+        base_shape: its shape in the base; a different one if the vocabulary was resized.
         why: its kind, or why it is left out.
-        relative_norm: ‖D‖ / ‖W‖; None if the shapes differ, or W is zero.
+        relative_norm: ‖D‖ / ‖W‖; None if the shapes differ, if D or W is zero, or for integers.
     """
 
     name: str
@@ -60,33 +60,34 @@ class OtherTensor:
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """What was done; of a dry run, what would be compared.
+    """Result of ``extract``; after a dry run, only what the headers tell.
 
     Attributes:
-        output: folder.
-        tensors: in either checkpoint.
-        candidates: weights of linear layers among them, which may become low-rank changes.
-        equal: tensors that do not differ.
-        read_from: how it was found out which weights are those of linear layers.
-        modules: low-rank changes, one each.
-        experts: how many of them are of single experts, whose names peft knows for some models only.
-        placeholder: module with a change of nothing, if no other has one: peft loads no adapter without.
-        saved: tensors that are in the adapter whole.
-        left_out: tensors that differ and are not in the adapter.
-        resized: whether the vocabulary has another size, so that readers must resize the base first.
-        ranks: smallest and largest rank of a low-rank change; 0 if there is none.
-        parameters: in A and B of all modules, and in the saved tensors.
-        energy_kept: share of Σ ‖D‖² over the low-rank changes that they keep; 1 if there is none.
-        relative_error: of all of them together.
-        below_90: number of modules that keep less than 90 %.
-        unreached: number of modules that keep less energy than was asked for, since the largest rank was reached.
-        rounding: share of Σ ‖D‖² that rounding accounts for, estimated.
-        left_out_energy: share of Σ ‖D‖² over everything that differs, but resized tensors, which is left out.
-        config_differs: keys of ``config.json`` that differ and that an adapter cannot hold.
-        tokenizer: files of the tuned checkpoint's tokenizer, and its generation config, that go along, since the base's
-            differ.
-        tensors_root: binds the result's tensors; None for a dry run.
-        manifest_sha256: None for a dry run.
+        output: folder of the adapter.
+        tensors: number of tensors in each checkpoint.
+        candidates: number of linear layers' weights, which may become low-rank changes.
+        equal: number of tensors that do not differ.
+        read_from: how the linear layers were identified.
+        modules: the low-rank changes.
+        experts: number of low-rank changes of single experts' matrices, whose module names peft has only in some
+            models.
+        placeholder: module that got a zero change because there is no other low-rank change: peft cannot load an
+            adapter without one. None if not needed.
+        saved: tensors that differ and are stored whole.
+        left_out: tensors that differ and are not stored.
+        resized: whether the vocabulary size differs, so that the base must be resized before loading the adapter.
+        ranks: smallest and largest rank of a low-rank change; (0, 0) if there is none.
+        parameters: number of elements in A and B of all ``modules`` and in the ``saved`` tensors.
+        energy_kept: Σ‖Δ‖² / Σ‖D‖² over all low-rank changes; 1 if there is none.
+        relative_error: √(1 − ``energy_kept``).
+        below_90: number of low-rank changes that keep less than 90 % of ‖D‖².
+        unreached: number of low-rank changes that keep less energy than requested because of ``max_rank``.
+        rounding: estimated share of Σ‖D‖² over all low-rank changes that is due to rounding.
+        left_out_energy: share of Σ‖D‖² that is left out, over all tensors that differ, without resized ones.
+        config_differs: keys of ``config.json`` that differ, which an adapter cannot express.
+        tokenizer: tokenizer files and generation config copied from the tuned checkpoint because the base's differ.
+        tensors_root: ``tensors_root`` of the adapter; None for a dry run.
+        manifest_sha256: sha256 of the adapter's manifest; None for a dry run.
     """
 
     output: str
@@ -115,7 +116,7 @@ class ExtractReport:
 
 
 def plan_report(output: Path, plan: Plan, config_differs: tuple[str, ...]) -> ExtractReport:
-    """What is known before any weight is read."""
+    """Return the part of the report that is known before any weight is read."""
     return ExtractReport(
         output=str(output),
         tensors=len(plan.parts),
@@ -127,7 +128,7 @@ def plan_report(output: Path, plan: Plan, config_differs: tuple[str, ...]) -> Ex
 
 
 def module_report(finding: Finding) -> ExtractedModule:
-    """What is said of a low-rank change."""
+    """Return the report of a low-rank change."""
     return ExtractedModule(
         module=finding.part.module,
         shape=finding.part.spec.shape,
@@ -142,17 +143,17 @@ def module_report(finding: Finding) -> ExtractedModule:
 
 
 def other_report(finding: Finding) -> OtherTensor:
-    """What is said of any other tensor that differs."""
+    """Return the report of any other tensor that differs."""
     part = finding.part
     return OtherTensor(part.name, part.tuned.shape, part.spec.shape, part.why, relative_norm(finding))
 
 
 def relative_norm(finding: Finding) -> float | None:
-    """‖D‖ / ‖W‖."""
+    """Return ‖D‖ / ‖W‖; None if either is zero or was not computed."""
     return math.sqrt(finding.square / finding.base_square) if finding.square and finding.base_square else None
 
 
 def weighted(findings: Sequence[Finding], share: str) -> float:
-    """The share of Σ ‖D‖² that an attribute of the findings, a share of each ‖D‖², amounts to."""
+    """Return the mean of an attribute of the findings that is a share of ‖D‖², weighted by ‖D‖²."""
     total = sum(finding.square for finding in findings)
     return sum(finding.square * getattr(finding, share) for finding in findings) / total if total else 0.0

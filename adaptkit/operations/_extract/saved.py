@@ -1,15 +1,15 @@
-"""Names in an adapter, whole tensors in it, and what peft must be told of them.
+"""Tensors that the adapter stores whole, names of modules in it, and the peft configuration that these need.
 
-Names are those of the model that ``architectures`` in the base's ``config.json`` says, which may be one without a head.
+Names are those of the model class in ``architectures`` of the base's ``config.json``, which may have no head.
 
-modules_to_save        modules that are replaced, with all of their tensors: base_model.model.<module>.weight, .bias
-bias: all              biases of modules that are not: <module>.bias, or <module>.base_layer.bias beside A and B
-ensure_weight_tying    the embedding is replaced and the head is tied to it; peft ties no other names than embed_tokens
+modules_to_save        modules that peft replaces with all their tensors: base_model.model.<module>.weight, .bias
+bias: all              biases of other modules: <module>.bias, or <module>.base_layer.bias beside A and B
+ensure_weight_tying    the embedding is replaced and the head is tied to it; peft ties only modules named embed_tokens
 
-A head that is tied is written too, as peft does: it would stay what it was otherwise.
+A tied head is written too, as peft does; otherwise it would keep the base's value.
 
-peft takes every module for one of ``modules_to_save`` whose path ends as a name does, with all that is in it: ``norm``
-is also ``layers.0.input_layernorm``. So what a name means besides is written, too.
+peft applies ``modules_to_save`` to every module whose path ends with one of the names, and to everything inside it:
+``norm`` also matches ``layers.0.input_layernorm``. So the tensors of all matching modules are written.
 """
 
 import importlib.util
@@ -34,12 +34,12 @@ _TIED_BY_PEFT = "embed_tokens"
 
 @dataclass(frozen=True)
 class Saved:
-    """Whole tensors of the adapter.
+    """Tensors that the adapter stores whole.
 
     Attributes:
-        parts: by their name in the model.
-        config: what the configuration says of them.
-        also: names in the files of tensors that are among them only because peft takes their modules for saved ones.
+        parts: maps names in the model to tensors.
+        config: keys of ``adapter_config.json`` that they need.
+        also: names in the files of tensors stored only because ``modules_to_save`` also matches their modules.
     """
 
     parts: dict[str, Part]
@@ -47,11 +47,11 @@ class Saved:
     also: frozenset[str] = frozenset()
 
     def source(self, plan: Plan, part: Part) -> Checkpoint:
-        """Where a tensor is read: what is to be left out stays as it was."""
+        """Return the checkpoint to read a tensor from: the base if it is left out but must be stored."""
         return plan.base if part.fate == LEFT_OUT and part.name in self.also else plan.tuned
 
     def seen(self, finding: Finding) -> Finding:
-        """A finding without its low-rank change, if the tensor is there whole."""
+        """Return the finding, without its low-rank change if the tensor is in ``also`` and so stored whole."""
         if finding.part.name not in self.also or finding.part.fate != LOW_RANK:
             return finding
         why = f"{finding.part.why}, matched by modules_to_save"
@@ -60,11 +60,11 @@ class Saved:
 
 @dataclass(frozen=True)
 class Running:
-    """The model that an adapter is for.
+    """The model that the adapter is for.
 
     Attributes:
-        network: without weights; None if transformers does not know it, whose names are then the files'.
-        places: of the base's tensors in it.
+        network: transformers' model without weights; None if it is unknown, and then names are those of the files.
+        places: maps the base's tensors to their places in ``network``.
         config: ``config.json``.
     """
 
@@ -74,12 +74,12 @@ class Running:
 
     @property
     def has_vocabulary_head(self) -> bool:
-        """Whether it tells words, as far as is known."""
+        """Whether it has an output layer for the vocabulary; assumed if ``network`` is None."""
         return self.network is None or self.network.get_output_embeddings() is not None
 
     @property
     def task(self) -> str | None:
-        """What peft calls what it is for; None loads anything."""
+        """Return peft's ``task_type``; None if no type fits, with which peft loads any model."""
         config = self.config if self.network is None else self.network.config.to_dict()
         if config.get("is_encoder_decoder"):
             is_text = self.network is not None and self.network.main_input_name == "input_ids"
@@ -89,30 +89,30 @@ class Running:
         return "FEATURE_EXTRACTION" if has_no_head(self.network) else None
 
     def module(self, part: Part) -> str:
-        """What the model calls a linear layer.
+        """Return the model's path of a linear layer.
 
         Raises:
-            UsageError: it has none of its own there, but the tensor is cut up for several.
+            UsageError: transformers splits its weight or joins it with others.
         """
         if part.kind == "expert":
             return part.module
         return module_of(self.tensor(part.name)) if part.name in self.places else part.paths[-1]
 
     def path(self, name: str) -> str:
-        """What the model calls what a tensor of the files is, or is a piece of."""
+        """Return the model's name of a tensor of the files; the first one if the tensor is split or joined."""
         place = self.places.get(name)
         return place.parameters[0] if place else name
 
     def aliases(self, name: str) -> list[str]:
-        """All names of a parameter or buffer of the model: several if it is tied."""
+        """Return all names of a parameter or buffer of the model: several if it is tied."""
         state = {} if self.network is None else self.network.state_dict(keep_vars=True)
         return [other for other, value in state.items() if name in state and value is state[name]] or [name]
 
     def tensor(self, name: str) -> str:
-        """What the model calls a tensor of the files.
+        """Return the model's name of a tensor of the files.
 
         Raises:
-            UsageError: it has no place there by itself.
+            UsageError: transformers splits it or joins it with others.
         """
         place = self.places.get(name)
         if place and place.pattern:
@@ -125,7 +125,7 @@ class Running:
 
 
 def running_model(base: Checkpoint) -> Running:
-    """Ask transformers for it, if it is installed and knows the architecture."""
+    """Build the base's model without weights, if transformers is installed and knows the architecture."""
     if importlib.util.find_spec("transformers") is None:
         return Running(None, {}, base.config)
     network = named_network(base)
@@ -135,10 +135,10 @@ def running_model(base: Checkpoint) -> Running:
 
 
 def whole_tensors(plan: Plan, findings: Sequence[Finding], running: Running) -> Saved:
-    """Choose them. peft replaces a module as a whole, with the bias that belongs to a weight.
+    """Choose the tensors to store whole. peft replaces whole modules, so a weight takes its module's bias along.
 
     Raises:
-        UsageError: one of them has no place in the model by itself.
+        UsageError: transformers splits one of them or joins it with others, or the name of a tied head is unknown.
     """
     differ = [finding.part for finding in findings if finding.differs and finding.part.fate == SAVED]
     whole = {part.module for part in differ if part.name.endswith(".weight")}
@@ -155,7 +155,7 @@ def whole_tensors(plan: Plan, findings: Sequence[Finding], running: Running) -> 
             config["ensure_weight_tying"] = True
     saved = {
         name for name in saved if not any(name.startswith(f"{around}.") for around in saved)
-    }  # peft takes all in one
+    }  # peft saves the inner modules too
     asked = {"modules_to_save": sorted(saved)}
     inside = {part.name for part in plan.parts if is_saved(asked, running.path(part.name).rpartition(".")[0])}
     also = {name for name in inside if name not in parts}
@@ -169,10 +169,10 @@ def whole_tensors(plan: Plan, findings: Sequence[Finding], running: Running) -> 
 
 
 def _head(plan: Plan, running: Running, vocabulary: Vocabulary) -> str:
-    """The path of the head that is tied.
+    """Return the path of the tied head.
 
     Raises:
-        UsageError: it cannot be known.
+        UsageError: the path is unknown.
     """
     head = head_path(running.network) if running.network is not None else ""
     if not head and not vocabulary.is_known:
@@ -187,7 +187,7 @@ def _head(plan: Plan, running: Running, vocabulary: Vocabulary) -> str:
 def _in_common(
     plan: Plan, running: Running, vocabulary: Vocabulary, module: str, named: Mapping[str, Part]
 ) -> dict[str, Part]:
-    """What a module holds that the files have under the name of another: a tied head's weight, its bias."""
+    """Return a saved module's tensors that the files store under another module's name, as a tied head's weight."""
     if running.network is None:
         other = {vocabulary.head: vocabulary.embedding} | dict([vocabulary.bias] if vocabulary.bias else [])
         pairs = {name: [held] for name, held in other.items() if module_of(name) == module}
@@ -203,12 +203,12 @@ def _in_common(
 
 
 def placeholder_part(plan: Plan, saved: Saved) -> Part | None:
-    """The linear layer that gets a change of nothing where no other has one: peft loads no adapter without."""
+    """Return a linear layer to give a zero change: peft cannot load an adapter without any low-rank change."""
     free = (part for part in plan.parts if part.name not in saved.also)
     return next((part for part in free if part.kind in ("linear", "conv1d")), None)
 
 
 def nothing(part: Part) -> LowRank:
-    """A change of rank 1 that is zero."""
+    """Return a zero change of rank 1."""
     rows, columns = part.spec.shape[::-1] if part.kind == "conv1d" else part.spec.shape
     return LowRank(torch.zeros(1, columns), torch.zeros(rows, 1), 1.0)

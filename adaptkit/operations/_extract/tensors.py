@@ -1,4 +1,4 @@
-"""Compare two tensors piece by piece, and find the low-rank part of what differs, without ever holding it whole."""
+"""Compare two tensors piece by piece, and find the low-rank part of the difference without holding it whole."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,33 +16,33 @@ from adaptkit.numerics.randomized import sketch_for_energy, sketch_for_rank
 from adaptkit.operations._extract.plan import LOW_RANK, ExtractOptions, Part, Plan
 from adaptkit.operations._shards import cut
 
-_EXPONENT_BITS = {  # where a type keeps its exponent, and the bits of its fraction
+_EXPONENT_BITS = {  # integer type of the same width, mask of the exponent, number of fraction bits
     torch.float32: (torch.int32, 0x7F800000, 23),
     torch.bfloat16: (torch.int16, 0x7F80, 7),
     torch.float16: (torch.int16, 0x7C00, 10),
 }
 _ENERGY_ASKED = 0.99
 _AT_ONCE = 1 << 18
-"""Elements that are in float64 at a time: few enough for a processor's cache."""
+"""Elements converted to float64 at a time: few enough for a processor's cache."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was learnt of one tensor.
+    """Comparison of one tensor of the two checkpoints.
 
     Attributes:
         part: the tensor.
         base_digest: fingerprint in the base.
         tuned_digest: fingerprint in the tuned checkpoint.
-        differs: whether any number does.
-        square: ‖D‖², D being tuned − base; 0 if the shapes differ.
-        base_square: the same of the base's tensor.
-        rounding: the share of ‖D‖² that rounding each tuned number once to its type makes up, if its errors are evenly
-            spread over a step; at most 1.
-        term: the low-rank change, as adapters hold it; None if there is none.
-        energy_kept: share of ‖D‖² in it.
-        rank_99: the rank that keeps 99 %, if the sketch knows it.
-        reached: whether the energy that was asked for is kept; true if a rank was.
+        differs: whether any element differs.
+        square: ‖D‖², D being tuned − base; 0 if the shapes differ or the tensor holds integers.
+        base_square: ‖W‖² of the base's tensor; 0 as for ``square``.
+        rounding: share of ‖D‖² due to rounding each tuned element once to its dtype, assuming that rounding errors are
+            uniform over a step; at most 1.
+        term: the low-rank change as an adapter stores it; None if there is none.
+        energy_kept: share of ‖D‖² in ``term``.
+        rank_99: smallest rank that keeps 99 % of ‖D‖²; None if the sketch is too small.
+        reached: whether the requested energy is kept; True if a rank was requested instead.
     """
 
     part: Part
@@ -59,11 +59,11 @@ class Finding:
 
 
 def examine(plan: Plan, part: Part, options: ExtractOptions) -> Finding:
-    """Compare a tensor of the two checkpoints, and decompose the change if that is its fate.
+    """Compare a tensor of the two checkpoints, and decompose the difference if its fate is low rank.
 
     Raises:
-        NonFiniteError: a number of either is NaN or infinite; names the tensor.
-        IntegrityError: a file cannot be read any more.
+        NonFiniteError: an element of either is NaN or infinite; names the tensor.
+        IntegrityError: a file can no longer be read.
     """
     if part.resized:
         return Finding(part, _digest(plan.base, part.name), _digest(plan.tuned, part.name), differs=True)
@@ -114,7 +114,7 @@ def _compare(plan: Plan, part: Part) -> Finding:
 
 
 def _square_steps(values: Tensor) -> float:
-    """Σ step², step being the distance from a number to the next one of its type; 0 for those below all exponents."""
+    """Return Σ step², step being the spacing of the dtype at each element; 0 for subnormals and for other dtypes."""
     if values.dtype not in _EXPONENT_BITS:
         return 0.0
     integers, mask, fraction = _EXPONENT_BITS[values.dtype]
