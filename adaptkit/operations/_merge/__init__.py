@@ -1,1 +1,1 @@
-"""What ``merge`` and ``unmerge`` do: which adapter changes which tensor, applied and taken back piece by piece."""
+"""Parts of ``merge`` and ``unmerge``: which adapter changes which tensor, applied and undone piece by piece."""

@@ -1,4 +1,4 @@
-"""The base of a merge: what may be merged onto, and the 16-bit parent of what may not."""
+"""The base of a merge: a 16- or 32-bit checkpoint, or the 16-bit parent of a quantized one."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,20 +18,20 @@ from adaptkit.operations._merge.edits import Edits
 from adaptkit.operations._terms import expected_fingerprints
 
 _EARLY = 3
-"""How many of the smallest weights are compared before anything is written."""
+"""Number of smallest weights that are compared before anything is written."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """What is merged onto.
+    """The checkpoint that adapters are merged into.
 
     Attributes:
-        checkpoint: 16- or 32-bit.
-        manifest: of it.
-        expected: by tensor name, (fingerprint, who says so).
-        found_for: the quantized base that was given instead; None if this one was given.
-        root: what its tensors' root must be, by its own manifest or that of the quantized base; None if nobody says.
-        given_root: of the quantized base's own tensors.
+        checkpoint: the 16- or 32-bit checkpoint.
+        manifest: its manifest; None if there is none.
+        expected: maps tensor names to (fingerprint, folder whose manifest records it).
+        found_for: the quantized base whose parent ``checkpoint`` is; None if ``checkpoint`` itself was given.
+        root: required ``tensors_root``, from its own manifest or the quantized base's; None if neither records it.
+        given_root: ``tensors_root`` of the quantized base; None if ``checkpoint`` itself was given.
     """
 
     checkpoint: Checkpoint
@@ -43,13 +43,14 @@ class Base:
 
 
 def open_base(path: Path, adapters: Sequence[Adapter], allow_mismatch: bool) -> Base:
-    """Open the base of a merge, and compare a little of it.
+    """Open the base of a merge, and compare its smallest weights with those that the adapters were trained on.
 
-    Of a quantized base the 16-bit parent is looked for in the folders beside it, by its tensors' fingerprints.
+    For a quantized base, search the sibling folders for its 16-bit parent by the fingerprints of its tensors.
 
     Raises:
-        BaseMismatchError: an adapter was trained on other weights; or on one that was quantized in between.
-        CheckpointError: malformed, or quantized and the parent is not there.
+        BaseMismatchError: an adapter was trained on other weights; or the base was quantized and dequantized, and no
+            manifest shows that the adapter was trained on the result.
+        CheckpointError: malformed, or quantized and the parent was not found.
     """
     checkpoint = Checkpoint(path)
     expected = {} if allow_mismatch else expected_fingerprints(adapters)
@@ -83,7 +84,7 @@ def check_early(base: Base) -> None:
 
 
 def check_fingerprint(base: Base, name: str, found: str) -> None:
-    """Compare one weight with what the adapters were trained on.
+    """Compare a tensor's fingerprint with the expected one, if there is one.
 
     Raises:
         BaseMismatchError: names the tensor.
@@ -92,7 +93,7 @@ def check_fingerprint(base: Base, name: str, found: str) -> None:
         who = base.expected[name][1]
         came, hint = "trained on", "give the right base, or add --allow-base-mismatch"
         if base.found_for is not None and who == str(base.found_for):
-            came, hint = "quantized from", _give_it(base)  # which no option does without
+            came, hint = "quantized from", _give_it(base)  # --allow-base-mismatch does not skip this
         elif _is_turned_back(base.manifest):
             hint = "merge into the original 16-bit checkpoint, or add --allow-base-mismatch"
         raise BaseMismatchError(f"{base.checkpoint.root}: {name} is not the tensor that {who} was {came}", hint=hint)
@@ -101,10 +102,10 @@ def check_fingerprint(base: Base, name: str, found: str) -> None:
 def merge_parents(
     base: Base, adapters: Sequence[Adapter], weights: Sequence[float], records: Sequence[TensorRecord]
 ) -> tuple[Parent, ...]:
-    """What a merged model names as its parents; ``records`` are the base's tensors.
+    """Return the parents to record for a merged model; ``records`` are the base's tensors.
 
     Raises:
-        IntegrityError: they are not those that the base's own manifest speaks of.
+        IntegrityError: the base's tensors do not match its own manifest.
         BaseMismatchError: they are not those that the quantized base was made from.
     """
     if base.root is not None and tensors_root(records) != base.root:
@@ -125,7 +126,7 @@ def merge_parents(
 
 
 def with_addresses(base: Base, edits: Edits) -> Base:
-    """The same base, with what adapters expect of weights that its files call by other names.
+    """Return the base with the names in ``expected`` translated to those of its files.
 
     Raises:
         BaseMismatchError: an adapter was trained on a weight that the base does not have.
@@ -140,7 +141,7 @@ def with_addresses(base: Base, edits: Edits) -> Base:
 
 
 def changed_are_known(base: Base, edits: Edits, adapters: Sequence[Adapter]) -> bool:
-    """Whether every adapter says itself what each weight was that it changes, and these are what is compared."""
+    """Return whether each adapter's manifest records fingerprints of all weights it changes, and all are compared."""
     for number, adapter in enumerate(adapters):
         sources = {e.source for e in edits.of.values() if any(step.adapter == number for step in e.steps)}
         named = _by_tensor(base.checkpoint, _said(adapter.manifest, adapter.root))
@@ -152,12 +153,12 @@ def changed_are_known(base: Base, edits: Edits, adapters: Sequence[Adapter]) -> 
 
 
 def is_theirs(base: Base, root: str, adapters: Sequence[Adapter]) -> bool:
-    """Whether all adapters name this base, or the quantized one that was given, as what they were trained on.
+    """Return whether every adapter's manifest names this base, or the quantized one that was given, as its base.
 
     Args:
-        base: what is merged onto.
-        root: of its tensors as they were read.
-        adapters: with or without manifests.
+        base: base of the merge.
+        root: ``tensors_root`` of the base.
+        adapters: adapters with or without manifests.
     """
     named = [adapter.manifest.parents if adapter.manifest else () for adapter in adapters]
     roots = [{parent.tensors_root for parent in parents if parent.role == "base"} for parents in named]
@@ -174,7 +175,7 @@ def _is_turned_back(manifest: Manifest | None) -> bool:
 
 
 def _said(manifest: Manifest | None, root: Path) -> dict[str, tuple[str, str]]:
-    """By module, the fingerprints that a manifest names of the weights before, and whose manifest it is."""
+    """Map modules to (fingerprint of the original weight in the manifest, folder of the manifest)."""
     targets = manifest.targets if manifest else ()
     return {t.module: (t.base_xxh3_128, str(root)) for t in targets if t.base_xxh3_128 is not None}
 
@@ -190,7 +191,11 @@ def _by_tensor(checkpoint: Checkpoint, expected: Mapping[str, tuple[str, str]]) 
 def _in_files(
     base: Base, named: Mapping[str, tuple[str, str]], addresses: Sequence[Mapping[str, tuple[Slice, ...]]]
 ) -> tuple[dict[str, tuple[str, str]], list[str]]:
-    """What is expected, by the names of the base's files; and the names that have no place in them."""
+    """Translate names of expected tensors to those of the base's files.
+
+    Returns:
+        The expected fingerprints, without those of parameters that are not exactly one tensor; and the names not found.
+    """
     expected, missing = dict(named), []
     for name in [name for name in named if name not in base.checkpoint.tensors]:
         digest = expected.pop(name)
@@ -204,7 +209,7 @@ def _in_files(
 
 
 def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Checkpoint, dict[str, tuple[str, str]]]:
-    """The checkpoint that a quantized one was made from, and what its weights must be."""
+    """Find the checkpoint that a quantized one was made from, and the fingerprints that its weights must have."""
     root = quantized.root
     why = (
         f"{root}: quantized with {quantization_found(quantized)}; merging into so few bits would erase most of the "
@@ -215,10 +220,10 @@ def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Chec
     parent, wanted = _parent_root(manifest), _said(manifest, root)
     folders = [path for path in sorted(root.resolve().parent.iterdir()) if path != root.resolve()]
     fitting = [found for path in folders if wanted and (found := _fitting(path, wanted, parent)) is not None]
-    if parent is None:  # of what was pulled without some of its files: what was not quantized is known as well
+    if parent is None:  # a partial pull, whose manifest names no base: also compare the tensors left unquantized
         kept = {tensor.name: (tensor.xxh3_128, str(root)) for tensor in manifest.tensors}
         fitting = [(c, {name: kept[name] for name in c.tensors if name in kept} | named) for c, named in fitting]
-    if len(fitting) > 1:  # such as a model and what was tuned from it: now all tensors count
+    if len(fitting) > 1:  # e.g. a model and its fine-tune, which can share tensors: compare all tensors
         fitting = [(c, named) for c, named in fitting if _is_parent(c, named, parent)]
     if fitting:
         return fitting[0]
@@ -231,14 +236,17 @@ def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Chec
 def _fitting(
     folder: Path, wanted: Mapping[str, tuple[str, str]], root: str | None
 ) -> tuple[Checkpoint, dict[str, tuple[str, str]]] | None:
-    """A checkpoint with its smallest weight as wanted, and another root than the wanted one nowhere; else None."""
+    """Return the checkpoint in a folder and its expected fingerprints; None if it cannot be the parent.
+
+    Only the smallest expected weight is compared, and ``tensors_root`` if the folder has a manifest.
+    """
     try:
         if is_unfinished(folder) or not (folder / CONFIG_NAME).is_file():
             return None
         candidate, manifest = Checkpoint(folder), read_manifest(folder)
         if quantization_found(candidate) is not None:
             return None
-    except (AdaptkitError, OSError):  # some other folder, not ours to judge, nor perhaps to read
+    except (AdaptkitError, OSError):  # an unrelated folder, perhaps malformed or unreadable
         return None
     named = _by_tensor(candidate, wanted)
     if not set(named) <= set(candidate.tensors) or (manifest and root not in (None, manifest.tensors_root)):
@@ -248,14 +256,14 @@ def _fitting(
 
 
 def _is_parent(checkpoint: Checkpoint, named: Mapping[str, tuple[str, str]], root: str | None) -> bool:
-    """Whether all tensors are those of what was quantized; without its root, all of which anything is known."""
+    """Return whether all tensors match the parent's root; if that is unknown, all tensors with a known fingerprint."""
     if root is not None:
         return Candidate(checkpoint.root, read_manifest(checkpoint.root)).root == root
     return all(fingerprint_in_pieces(checkpoint, name) == digest for name, (digest, _) in named.items())
 
 
 def _parent_root(manifest: Manifest | None) -> str | None:
-    """Of what was quantized: after a merge in the same go, that is the merged model."""
+    """Return the ``tensors_root`` of what was quantized; after merging and quantizing in one run, the merged model."""
     parents = manifest.parents if manifest else ()
     roots = {parent.role: parent.tensors_root for parent in parents}
     return roots.get("merged", roots.get("base"))

@@ -1,4 +1,4 @@
-"""What fits together: changes of one tensor, sizes of a vocabulary, an adapter's copy of a tensor and the base's."""
+"""Checks of planned edits: shapes, sums of changes, vocabulary sizes, an adapter's copies of the base's tensors."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,14 +16,14 @@ from adaptkit.operations._vocabulary import find_vocabulary
 
 
 def check_shape(who: str, root: Path, spec: TensorSpec, name: str, shape: tuple[int, ...]) -> None:
-    """Refuse a change of another shape than the tensor's.
+    """Refuse a change whose shape is not the tensor's.
 
     Args:
-        who: changes it, for messages.
-        root: of the base.
-        spec: of the tensor in the result.
-        name: of the tensor in the base.
-        shape: of the change.
+        who: adapter that changes the tensor, for messages.
+        root: folder of the base.
+        spec: header entry of the tensor in the result.
+        name: name of the tensor in the base.
+        shape: shape of the change.
 
     Raises:
         BaseMismatchError: names the tensor.
@@ -37,7 +37,7 @@ def check_shape(who: str, root: Path, spec: TensorSpec, name: str, shape: tuple[
 
 
 def check_sums(checkpoint: Checkpoint, edits: Edits) -> None:
-    """Refuse combinations that are no sum of changes of the same base.
+    """Refuse combinations of changes that cannot be summed.
 
     Raises:
         UsageError: several adapters change a tensor in ways that cannot be summed.
@@ -65,10 +65,10 @@ def check_sums(checkpoint: Checkpoint, edits: Edits) -> None:
 
 
 def check_effects(adapters: Sequence[Adapter], weights: Sequence[float], edits: Edits) -> None:
-    """Refuse an adapter that changes nothing, though its weight is not 0.
+    """Refuse an adapter that changes nothing although its weight is not 0.
 
     Raises:
-        UsageError: names it.
+        UsageError: names the adapter.
     """
     for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         steps = (step for edit in edits.of.values() for step in edit.steps if step.adapter == number)
@@ -80,7 +80,10 @@ def check_effects(adapters: Sequence[Adapter], weights: Sequence[float], edits: 
 
 
 def _changes_something(step: Step) -> bool:
-    """Whether it may: what takes the place of something counts, and so does a sum, as with what an adapter began as."""
+    """Return whether a step may change its tensor.
+
+    Replacements and sums of several low-rank terms (as with compensation) count without looking at their values.
+    """
     if step.magnitude is not None or step.whole is not None or step.tokens is not None:
         return True
     if step.bias is not None and bool(step.bias.any()):
@@ -89,10 +92,10 @@ def _changes_something(step: Step) -> bool:
 
 
 def check_quantizable(edits: Edits) -> None:
-    """Refuse what changes more than values.
+    """Refuse a merge that adds tensors or changes the configuration.
 
     Raises:
-        UsageError: names it.
+        UsageError: names the first addition or change.
     """
     if edits.added or edits.config:
         what = edits.added[0] if edits.added else next(iter(edits.config))
@@ -103,10 +106,11 @@ def check_quantizable(edits: Edits) -> None:
 
 
 def is_same(checkpoint: Checkpoint, name: str, files: TensorFiles, key: str) -> bool:
-    """Whether a tensor of an adapter is the base's, up to a coarser type; read piece by piece.
+    """Return whether an adapter's copy of a tensor equals the base's after rounding to one dtype; read piece by piece.
 
-    That is the adapter's own; or one in which the model was loaded before peft's ``prepare_model_for_kbit_training``
-    made float32 of it, as a base in bfloat16 is in float16 where a GPU has no bfloat16.
+    That dtype is the copy's own, or the one in which the model was loaded before peft's
+    ``prepare_model_for_kbit_training`` cast it to float32: a bfloat16 base is loaded in float16 where the GPU lacks
+    bfloat16.
     """
     ours, theirs = checkpoint.spec(name), files.spec(key)
     if ours.shape != theirs.shape:

@@ -1,7 +1,7 @@
-"""What adapters do to the tensors of a checkpoint; every part of every adapter finds its tensor or is refused.
+"""Plan what adapters do to the tensors of a checkpoint; every part of every adapter finds its tensor or is refused.
 
-What an adapter began with to make up for the quantization of its base is taken off again: the base here has lost
-nothing.
+Compensation, the change that an adapter was initialized with to offset its base's quantization error, is subtracted:
+the base of a merge is not quantized.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,25 +25,26 @@ from adaptkit.operations._tying import VocabularyChange, vocabulary_changes
 from adaptkit.operations._vocabulary import Vocabulary, find_vocabulary, require_head
 
 Begins = Callable[[str, TensorFiles, str], bool]
-"""Asked with the tensor's name, the adapter's files, and the key in them."""
+"""Called with the tensor's name, the adapter's files and the key of its copy; returns whether to use the copy."""
 
 
 def plan_edits(
     checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], begins: Begins, untie: bool
 ) -> Edits:
-    """Say what adapters do to each tensor of a checkpoint.
+    """Plan what adapters do to each tensor of a checkpoint.
 
     Args:
         checkpoint: the base.
-        adapters: in order.
-        weights: one each.
-        begins: whether an adapter's copy of what it is added to takes the place of the base's tensor.
-        untie: give the head a tensor of its own where it would no longer be the embedding.
+        adapters: the adapters, in order.
+        weights: weight of each adapter.
+        begins: decides whether an adapter's own copy of a base tensor replaces it.
+        untie: store a tied head as a separate tensor if it would differ from the embedding.
 
     Raises:
-        BaseMismatchError: an adapter changes what the checkpoint lacks, or has in another shape.
-        UsageError: an adapter does nothing but make up for quantization; a tied head would no longer be the embedding;
-            or changes that cannot be summed.
+        BaseMismatchError: an adapter changes a tensor that the checkpoint lacks or has in another shape; or a tied head
+            would differ from the embedding and ``untie`` is not set.
+        UsageError: an adapter only compensates for quantization, resizes the vocabulary with a weight other than 1, or
+            makes changes that cannot be summed with another's.
         AdapterError: parts of an adapter contradict each other.
     """
     edits = Edits()
@@ -64,10 +65,10 @@ def plan_edits(
             )
         edits.told += [f"{adapter.root}: {change.told_by}"] if change.told_by else []
         _Planner(checkpoint, vocabulary, edits, change, adapter, number, weight, begins).plan()
-    if separate and vocabulary.head not in edits.of:  # it stays what the embedding was
+    if separate and vocabulary.head not in edits.of:  # it keeps the embedding's values
         spec = checkpoint.spec(vocabulary.stored(vocabulary.head))
         edits.of[vocabulary.head] = Edit(replace(spec, name=vocabulary.head), spec.name, spec.shape)
-    if separate and vocabulary.bias is not None:  # which was tied with the weight
+    if separate and vocabulary.bias is not None:  # the bias was tied along with the weight
         own, outer = vocabulary.bias
         spec = checkpoint.spec(outer)
         edit = edits.of.get(outer, Edit(spec, outer, spec.shape))
@@ -78,7 +79,7 @@ def plan_edits(
 
 
 class _Planner:
-    """Adds what one adapter does to the edits."""
+    """Adds the changes of one adapter to the edits."""
 
     def __init__(
         self,
@@ -98,7 +99,7 @@ class _Planner:
         self._experts = Experts(checkpoint, adapter, self._spec)
 
     def plan(self) -> None:
-        """Go through all parts of the adapter."""
+        """Plan all parts of the adapter."""
         adapter, addresses, repeated = self._adapter, self._change.addresses, self._change.repeated
         for module, term in adapter.modules.items():
             if f"{module}.weight" not in repeated:
@@ -120,7 +121,7 @@ class _Planner:
         self._edits.told += trained_otherwise(self._checkpoint, adapter, addresses)
 
     def _check_saved(self) -> None:
-        """Refuse an adapter that lacks a part of what ``modules_to_save`` names."""
+        """Refuse an adapter that lacks a tensor of a module in ``modules_to_save``."""
         for name in self._checkpoint.tensors:
             if is_saved(self._adapter.config, name.rpartition(".")[0]):
                 steps = self._edits.of[name].steps if name in self._edits.of else ()
@@ -161,10 +162,10 @@ class _Planner:
             self._put(output, tokens=tokens)
 
     def _is_transposed(self, module: str, term: LowRank, spec: TensorSpec) -> bool:
-        """Whether the base keeps this weight as (in, out).
+        """Return whether the base stores this weight as (in, out).
 
-        Among models that may, the shapes say it, unless the matrix is square; the adapter's ``fan_in_fan_out`` alone
-        does not, since peft sets it by whichever layer came last. In others a turned matrix is another model's.
+        Shapes decide, unless the matrix is square. ``fan_in_fan_out`` alone does not decide, since peft sets it by
+        whichever layer came last. A transposed shape in a model without transposed layers belongs to another model.
         """
         kind = self._checkpoint.config.get("model_type")
         turned = stores_transposed(self._checkpoint, module)
@@ -174,13 +175,16 @@ class _Planner:
         return may_be and spec.shape == term.shape[::-1]
 
     def _plan_begin(self, module: str, name: str) -> None:
-        """What a change is added to comes with the adapter: usually the base's own tensor, and then no news."""
+        """Plan the adapter's own copies of the module's base tensors; usually they equal the base's."""
         self._begin(f"{module}.weight", name)
         if f"{module}.bias" in self._adapter.begins:
             self._begin(f"{module}.bias", self._change.addresses[f"{module}.bias"][0].name)
 
     def _begin(self, parameter: str, name: str) -> None:
-        """If it is no copy of the base's, it is the base of the running model, and so of a tied head and embedding."""
+        """Use the adapter's copy of a base tensor if it differs, for a tied head or embedding too.
+
+        The running model had the copy as its base weight.
+        """
         key = self._adapter.begins.get(parameter)
         source = self._vocabulary.stored(name)
         if key is None or not self._begins(source, self._adapter.files, key):
@@ -201,14 +205,14 @@ class _Planner:
             self._put(name, whole=Stored(self._adapter.files, key, first_row))
 
     def _replace(self, output: str, key: str, first_row: int) -> None:
-        """Let a tensor of the adapter take the place of one of the result."""
+        """Replace a tensor of the result by one of the adapter."""
         files, spec = self._adapter.files, self._edit(output).spec
         if files.spec(key).shape != spec.shape:
             self._resize(output, files.spec(key), spec)
         self._put(output, whole=Stored(files, key, first_row))
 
     def _resize(self, output: str, found: TensorSpec, spec: TensorSpec) -> None:
-        """Let an embedding or head, or its bias, have another number of rows."""
+        """Change the number of rows of an embedding or head, or of its bias."""
         vocabulary, module = self._vocabulary, output.rpartition(".")[0]
         is_table = vocabulary.is_head(f"{module}.weight") or vocabulary.is_embedding(f"{module}.weight")
         if not is_table or len(found.shape) != len(spec.shape) or found.shape[1:] != spec.shape[1:]:
@@ -233,16 +237,20 @@ class _Planner:
         return edit.spec if edit is not None else self._checkpoint.spec(self._vocabulary.stored(name))
 
     def _outputs(self, name: str) -> list[str]:
-        """The tensors of the result that a change of one goes to: tied ones change together, unless they part."""
+        """Return the tensors of the result that a change applies to: embedding and head, if tied.
+
+        If the merge unties them, only if this adapter changes both alike.
+        """
         vocabulary = self._vocabulary
         if self._separate and self._change.together and name == vocabulary.embedding:
             return [vocabulary.embedding, vocabulary.head]
         return vocabulary.outputs(name, together=not self._separate)
 
     def _outputs_of_tokens(self, name: str) -> list[str]:
-        """The tensors whose rows are replaced: peft lets a head follow its embedding, unless it has rows of its own.
+        """Return the tensors whose rows trained tokens replace.
 
-        That holds whatever else happens to either of them; the embedding never follows the head.
+        In peft a tied head follows its embedding unless it has trained tokens of its own, even if the merge unties
+        them; the embedding never follows the head.
         """
         vocabulary, addresses = self._vocabulary, self._change.addresses
         changed = [addresses[f"{module}.weight"][0].name for module in self._adapter.tokens]
@@ -258,12 +266,12 @@ class _Planner:
         return self._edits.of[output]
 
     def _extend(self, name: str, **what: Any) -> None:
-        """Note a change of a tensor, wherever it goes."""
+        """Add a change to every tensor of the result that it applies to."""
         for output in self._outputs(name):
             self._put(output, **what)
 
     def _put(self, output: str, **what: Any) -> None:
-        """Note a change of one tensor of the result."""
+        """Add a change to one tensor of the result."""
         edit = self._edit(output)
         if edit.spec.dtype not in FLOATS:
             raise BaseMismatchError(
@@ -288,6 +296,6 @@ class _Planner:
         self._edits.of[output] = replace(edit, steps=tuple(steps))
 
     def _is_alike(self, one: Stored, other: Stored) -> bool:
-        """Whether two tensors of the adapter are the same, as a bias is that two modules have in common."""
+        """Return whether two tensors of the adapter are the same, such as a bias that two modules share."""
         digests = self._adapter.digests
         return one.first_row == other.first_row and digests[one.key] == digests[other.key]

@@ -1,4 +1,4 @@
-"""What is done to the tensors of a checkpoint when adapters are merged into it."""
+"""Planned changes of a checkpoint's tensors when adapters are merged into it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stored:
-    """Rows of a tensor of an adapter, taken as a matrix: those from ``first_row`` on."""
+    """An adapter's tensor in its files, viewed as a matrix and used from ``first_row`` on."""
 
     files: TensorFiles
     key: str
@@ -28,17 +28,17 @@ class Stored:
 
 @dataclass(frozen=True)
 class Step:
-    """What one adapter does to one tensor, taken as a matrix (rows, columns); see ``Edit.matrix``.
+    """Change of one tensor by one adapter. The tensor is viewed as a matrix (rows, columns); see ``Edit.matrix``.
 
     Attributes:
-        adapter: its number.
-        weight: with which it counts.
-        panels: low-rank changes, without the weight, of each matrix of the tensor: one, or one an expert.
+        adapter: number of the adapter.
+        weight: weight of the adapter.
+        panels: for each matrix of the tensor (one, or one per expert) its low-rank changes, not yet times ``weight``.
         bias: (rows,) float64 to add to a vector.
-        magnitude: DoRA's lengths; of columns if ``per_column``, else of rows.
-        per_column: whether the tensor is stored transposed.
-        whole: what takes the tensor's place before anything is added.
-        tokens: rows that take the place of the tensor's.
+        magnitude: DoRA magnitudes of the columns if ``per_column``, else of the rows.
+        per_column: whether the tensor is stored transposed or is an embedding, so that DoRA scales columns.
+        whole: tensor of the adapter that replaces the base's before anything is added.
+        tokens: rows of the adapter that replace the base's.
     """
 
     adapter: int
@@ -52,19 +52,19 @@ class Step:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it only adds low-rank changes."""
+        """Whether the step only adds low-rank changes."""
         return self.bias is None and self.magnitude is None and self.whole is None and self.tokens is None
 
 
 @dataclass(frozen=True)
 class Edit:
-    """Everything that happens to one tensor.
+    """All changes of one tensor.
 
     Attributes:
-        spec: in the result.
-        source: the tensor of the base that it begins as.
-        base_shape: of that.
-        steps: one an adapter that changes it, in order.
+        spec: header entry of the tensor in the result.
+        source: name of the base's tensor that the changes are applied to.
+        base_shape: shape of ``source``.
+        steps: one step per adapter that changes it, in order.
     """
 
     spec: TensorSpec
@@ -74,7 +74,7 @@ class Edit:
 
     @property
     def is_plain(self) -> bool:
-        """Whether low-rank changes are added, and nothing else happens."""
+        """Whether the edit only adds low-rank changes."""
         return bool(self.steps) and all(step.is_plain for step in self.steps)
 
     @property
@@ -84,25 +84,25 @@ class Edit:
 
     @property
     def panel_rows(self) -> int:
-        """Rows of each matrix that a change of low rank belongs to; a stack has several."""
+        """Rows of each panel, a matrix with its own low-rank changes; a stack of experts has one panel per expert."""
         return self.spec.shape[-2] if len(self.spec.shape) > 2 else self.matrix[0]
 
     def terms(self, panel: int) -> list[LowRank]:
-        """The low-rank changes of a matrix with the adapters' weights, in order; only of a plain edit."""
+        """Return the low-rank changes of a panel times the adapters' weights, in order; only for a plain edit."""
         return [term.weighted(step.weight) for step in self.steps for term in step.panels[panel]]
 
 
 @dataclass
 class Edits:
-    """What becomes of a checkpoint.
+    """All changes of a checkpoint.
 
     Attributes:
-        of: by name of the result's tensor.
-        added: the names that the base does not have: an untied head.
-        config: what changes in ``config.json``.
-        begun: names of tensors that an adapter's own copy of the same shape takes the place of.
-        told: for people: how names were found, what was untied.
-        addresses: of every adapter in order, where the files keep the parameters that it changes.
+        of: maps names of the result's tensors to their edits.
+        added: names of tensors that the base does not have, such as an untied head.
+        config: new values in ``config.json``.
+        begun: names of base tensors that an adapter's own copy of the same shape replaces.
+        told: notes for the report: how names were found, what was untied.
+        addresses: for each adapter in order, maps the parameters that it changes to where the base's files store them.
     """
 
     of: dict[str, Edit] = field(default_factory=dict)
@@ -114,5 +114,5 @@ class Edits:
 
 
 def matrix_of(shape: Sequence[int]) -> tuple[int, int]:
-    """(rows, columns) of a tensor as a matrix: all dimensions but the last are rows; a vector is one column."""
+    """Return (rows, columns) of a tensor viewed as a matrix: the last dimension is columns; a vector is one column."""
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)

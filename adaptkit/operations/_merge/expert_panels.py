@@ -1,4 +1,4 @@
-"""Changes of stacks of experts, brought to the tensors that a checkpoint's files keep them in."""
+"""Map changes of stacked experts to the tensors in which a checkpoint's files store the experts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,17 +18,17 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._merge.edit_checks import check_shape
 
 Panels = tuple[tuple[LowRank, ...], ...]
-"""The changes of each matrix of a tensor."""
+"""For each matrix of a tensor, its low-rank changes."""
 
 
 @dataclass(frozen=True)
 class Experts:
-    """The experts of a checkpoint as one adapter changes them.
+    """One adapter's changes of a checkpoint's experts.
 
     Attributes:
         checkpoint: the base.
-        adapter: whose changes they are.
-        spec: of a tensor of the result.
+        adapter: the adapter.
+        spec: returns the header entry of a tensor of the result by its name in the base.
     """
 
     checkpoint: Checkpoint
@@ -37,18 +37,18 @@ class Experts:
 
     @property
     def who(self) -> str:
-        """The adapter, for messages."""
+        """Folder of the adapter, for messages."""
         return str(self.adapter.root)
 
     def of_stack(self, parameter: str, slices: Sequence[Slice]) -> Iterator[tuple[str, Panels]]:
-        """The change of a stacked parameter, by the names of the tensors that hold it.
+        """Yield the change of a stacked parameter, as (name, change) of each tensor that holds a part of it.
 
         Args:
-            parameter: the running model's.
-            slices: where the files keep it.
+            parameter: name of the parameter in the running model.
+            slices: where the files store it.
 
         Raises:
-            BaseMismatchError: other shapes, or another number of experts.
+            BaseMismatchError: shapes or numbers of experts differ.
         """
         if slices[0].expert is None:
             yield slices[0].name, self._whole(parameter, slices[0].name)
@@ -70,10 +70,10 @@ class Experts:
             yield piece.name, ((replace(whole, b=part),),)
 
     def of_one(self, module: str, term: LowRank, place: Slice) -> Panels:
-        """The change of one expert's matrix, a run of rows of one in a stack, as changes of the stack.
+        """Return the change of one expert's linear layer as a change of the stacked tensor that holds its rows.
 
         Raises:
-            BaseMismatchError: it is no such run.
+            BaseMismatchError: its shape does not fit the stack.
         """
         spec, (number, count) = self.spec(place.name), place.part
         experts, height, width = (*spec.shape, 0, 0, 0)[:3]
@@ -91,15 +91,15 @@ class Experts:
         return tuple((padded,) if expert == place.expert else () for expert in range(experts))
 
     def rows_of(self, parameter: str, shape: Sequence[int], slices: Sequence[Slice]) -> Iterator[tuple[str, int]]:
-        """For each tensor that holds a part of a stack, the row of the stack, as one matrix, where that part begins.
+        """Yield (name, first row) of each tensor that holds a part of a stack, its rows counted over all experts.
 
         Args:
-            parameter: the running model's.
-            shape: of what takes its place, (experts, out, in).
-            slices: where the files keep it.
+            parameter: name of the parameter in the running model.
+            shape: shape of its replacement, (experts, out, in).
+            slices: where the files store it.
 
         Raises:
-            BaseMismatchError: other shapes, or another number of experts.
+            BaseMismatchError: shapes or numbers of experts differ.
         """
         experts, height, width = (*shape, 0, 0, 0)[:3]
         for piece in slices:
@@ -116,7 +116,7 @@ class Experts:
     def _whole(self, parameter: str, name: str) -> Panels:
         stack = self.adapter.experts[parameter]
         spec, (out, into) = self.spec(name), stack[0].shape
-        if len(spec.shape) == 2 and len(stack) == 1:  # a parameter of experts that is one matrix, such as a bias
+        if len(spec.shape) == 2 and len(stack) == 1:  # one matrix for all experts, such as a bias
             self._check(name, (out, into))
             return (stack,)
         flip = spec.shape == (len(stack), into, out)
@@ -127,7 +127,7 @@ class Experts:
         return tuple((lora.transposed(term) if flip else term,) for term in stack)
 
     def _keeps_transposed(self, parameter: str) -> bool:
-        """Whether a stack of square matrices is (experts, in, out); only the model's own code says it."""
+        """Return whether a stack of square matrices is stored as (experts, in, out); only the model's code says so."""
         why = why_unknown(self.checkpoint)
         if why:
             raise BaseMismatchError(

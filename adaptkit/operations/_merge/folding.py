@@ -1,4 +1,4 @@
-"""Apply edits to tensors piece by piece, and take them back: the same pieces, the same arithmetic."""
+"""Apply edits to tensors piece by piece, and undo them with the same pieces and the same arithmetic."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 RUN_BYTES = 1 << 20
-"""Size of a run of rows. The undo record has a frame for each, and DoRA's squares are summed run by run, so it must not
-change."""
+"""Bytes per run of rows. Must not change: the undo record has one frame per run, and DoRA sums squares run by run."""
 
 _WIDE_RUN_BYTES = 2 << 20
-"""The same where no byte depends on it: twice as much is handed over at a time, and still lies near the processor."""
+"""Bytes per run when no undo record is written, so that no result depends on it: fewer calls, and still in cache."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A run of rows of a tensor as a matrix, all of one panel."""
+    """A run of consecutive rows of a tensor viewed as a matrix, all in one panel."""
 
     start: int
     count: int
@@ -44,12 +43,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Folded:
-    """A run of rows before and after.
+    """A run of rows before and after an edit.
 
     Attributes:
-        raw: of the base, as its file holds it.
-        merged: of the result, and what the addition did.
-        frame: what undoing it needs; empty if it was not asked for.
+        raw: rows of the base as stored.
+        merged: rows of the result, with statistics of the addition.
+        frame: frame of the undo record; empty if not requested.
     """
 
     raw: Array
@@ -58,11 +57,11 @@ class Folded:
 
 
 class Fold:
-    """One edit, ready to be applied to rows of the base or to be taken back from rows of the result.
+    """One edit, ready to be applied to rows of the base or undone on rows of the result.
 
     Args:
-        edit: what happens.
-        lengths: by number of the adapter, DoRA's lengths of the rows (or columns) of W + Δ, float64.
+        edit: the edit.
+        lengths: maps adapter numbers to DoRA's norms of the rows (or columns) of W + Δ, float64.
     """
 
     def __init__(self, edit: Edit, lengths: Mapping[int, Tensor]) -> None:
@@ -70,14 +69,14 @@ class Fold:
         self._prepared: dict[int, Prepared | None] = {}
 
     def pieces(self, run_bytes: int = RUN_BYTES) -> list[Rows]:
-        """Cut the result's rows into runs of about so many bytes."""
+        """Split the result's rows into runs of at most about ``run_bytes``, at least one row each."""
         return _cut(self.edit.matrix, self.edit.panel_rows, run_bytes // ITEM_BYTES[self.edit.spec.dtype])
 
     def apply(self, checkpoint: Checkpoint, rows: Rows, with_undo: bool) -> Folded:
-        """Make rows of the result.
+        """Compute rows of the result.
 
         Raises:
-            NonFiniteError: the base is not finite, or the sum overflows; names the tensor, and the index in the base.
+            NonFiniteError: the base is not finite, or the sum overflows; names the tensor, and for the base the index.
         """
         held = self._base_rows(rows)
         raw = read_rows(checkpoint, self.edit.source, held)
@@ -88,7 +87,7 @@ class Fold:
             else:
                 gain, change = self._sum(rows)
                 merged = exact.merge_affine(raw, change[: held.count], _first(gain, held.count), with_undo)
-                if held.count < rows.count:  # more rows than the base has
+                if held.count < rows.count:  # the result has more rows than the base
                     nothing = np.zeros((rows.count - held.count, raw.shape[1]), raw.dtype)
                     more = exact.merge_affine(nothing, change[held.count :], None, False)
                     merged = replace(merged, weight=torch.cat([merged.weight, more.weight]))
@@ -99,7 +98,7 @@ class Fold:
         return Folded(raw, merged, frame)
 
     def take_back(self, values: Array, rows: Rows, stream: Array) -> Values:
-        """Restore rows of the base; fewer than there are of the result, if the result has more.
+        """Restore rows of the base: fewer than ``rows`` where the result has more rows than the base.
 
         Raises:
             IntegrityError: the stream belongs to another merge.
@@ -116,7 +115,7 @@ class Fold:
             raise IntegrityError(f"the undo record does not match the tensor ({error})") from error
 
     def exact_change(self, weight: Array, rows: Rows) -> Tensor:
-        """What the edit adds to rows of the base, before rounding: float64."""
+        """Return what the edit adds to rows of the base before rounding, (rows, columns) float64."""
         gain, change = self._sum(rows)
         return change if gain is None else change + (gain - 1.0) * as_tensor(weight).double()
 
@@ -128,9 +127,9 @@ class Fold:
         return Rows(rows.start, max(0, min(rows.count, there - rows.start)))
 
     def _terms(self, rows: Rows) -> Prepared | None:
-        """The changes of a plain edit's rows; None if there are none, as of one expert among others."""
+        """Return the low-rank changes of a plain edit's rows; None if their panel has none, as an unchanged expert."""
         panel = rows.start // self.edit.panel_rows
-        known = self._prepared  # of the last panel only, to keep memory flat; threads may replace it meanwhile
+        known = self._prepared  # holds only the last panel, to bound memory; other threads may replace the dict
         if panel not in known:
             terms = self.edit.terms(panel)
             known = self._prepared = {panel: exact.prepare(terms) if terms else None}
@@ -142,15 +141,21 @@ class Fold:
 
 
 def step_effect(step: Step, edit: Edit, rows: Rows, lengths: Tensor | None) -> Effect:
-    """What a step does to a run of rows; ``lengths`` are DoRA's, None while they are being found.
+    """Return the effect of a step on a run of rows.
+
+    Args:
+        step: the step.
+        edit: the edit that it belongs to.
+        rows: the run.
+        lengths: DoRA's norms; None while they are computed.
 
     Raises:
-        NonFiniteError: a length is 0.
+        NonFiniteError: a norm is 0.
     """
     panel, first = divmod(rows.start, edit.panel_rows)
     inside = slice(first, first + rows.count)
     only_adds = step.magnitude is None and step.whole is None and step.tokens is None
-    weight = step.weight if only_adds else 1.0  # which then counts for all that the adapter does
+    weight = step.weight if only_adds else 1.0  # otherwise Effect.weight scales everything
     delta: Tensor | None = None
     if step.panels and step.panels[panel]:
         delta = lora.delta([term.weighted(weight) for term in step.panels[panel]], inside)
@@ -180,10 +185,10 @@ def step_effect(step: Step, edit: Edit, rows: Rows, lengths: Tensor | None) -> E
 
 
 def find_lengths(checkpoint: Checkpoint, edit: Edit, threads: int) -> dict[int, Tensor]:
-    """DoRA's lengths of the rows (or columns) of W + Δ, by the number of every adapter that has magnitudes.
+    """Return DoRA's norms of the rows (or columns) of W + Δ, by number of each adapter that has magnitudes.
 
-    Reads the tensor once for each of them. The bits do not depend on the number of threads: squares of columns are
-    added run by run, in order.
+    Reads the tensor once per such adapter. The result does not depend on the number of threads: squares of columns are
+    summed run by run, in order.
     """
     found: dict[int, Tensor] = {}
     for step in edit.steps:
@@ -206,7 +211,7 @@ def _row_squares(checkpoint: Checkpoint, edit: Edit, step: Step, rows: Rows) -> 
 
 
 def _changed(checkpoint: Checkpoint, edit: Edit, step: Step, rows: Rows) -> Tensor:
-    """Rows of W + Δ, which DoRA then scales: (rows, columns) float64."""
+    """Return rows of W + Δ before DoRA scales them, (rows, columns) float64."""
     effect = step_effect(step, edit, rows, None)
     weight = effect.instead
     if weight is None or effect.where is not None:
@@ -222,7 +227,7 @@ def read_rows(checkpoint: Checkpoint, name: str, rows: Rows) -> Array:
 
 
 def cut_frames(record: Array, edit: Edit) -> Iterator[tuple[Rows, Array]]:
-    """The runs of rows that a record speaks of, each with its stream.
+    """Yield the runs of rows of an undo record, each with its stream.
 
     Raises:
         IntegrityError: they are not the rows of this tensor.
@@ -238,13 +243,13 @@ def cut_frames(record: Array, edit: Edit) -> Iterator[tuple[Rows, Array]]:
 
 
 def jobs_of(fold: Fold, checkpoint: Checkpoint, with_undo: bool) -> Sequence[Callable[[], Folded]]:
-    """What to do for an edit, in order."""
+    """Return the jobs that apply an edit, in the order of rows."""
     runs = fold.pieces(RUN_BYTES if with_undo else _WIDE_RUN_BYTES)
     return [partial(fold.apply, checkpoint, rows, with_undo) for rows in runs]
 
 
 def _first(gain: Tensor | None, count: int) -> Tensor | None:
-    """A gain for the first rows of those that it is for."""
+    """Return the gain of the first ``count`` rows."""
     return gain if gain is None or gain.shape[0] == 1 else gain[:count]
 
 

@@ -1,4 +1,4 @@
-"""A merged checkpoint and its undo record, opened for taking the adapters out again."""
+"""A merged checkpoint and its undo record, opened to unmerge it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Array
 
 AGAIN = "restore the merged model from a good copy, or merge again from the base"
-"""A hint."""
+"""Hint of errors about a damaged merged model."""
 
 
 class BaseOutline(Checkpoint):
-    """The base of a merge as its headers and configuration were; its weights are not there.
+    """The base of a merge from its headers and configuration, without weights.
 
     Args:
-        root: of the merged checkpoint, for messages.
-        headers: by file.
-        config: ``config.json``.
+        root: folder of the merged checkpoint, for messages.
+        headers: maps file names to the base's headers.
+        config: the base's ``config.json``.
     """
 
     def __init__(self, root: Path, headers: Mapping[str, Header], config: dict[str, Any]) -> None:
@@ -48,11 +48,11 @@ class BaseOutline(Checkpoint):
 
 @dataclass(frozen=True)
 class MergedModel:
-    """What ``merge`` made.
+    """Output of ``merge``.
 
     Attributes:
         root: its folder.
-        manifest: of it.
+        manifest: its manifest.
         checkpoint: its weights.
         has_record: whether it has an undo record.
     """
@@ -64,7 +64,7 @@ class MergedModel:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the merge was asked for."""
+        """Options of the merge."""
         found: dict[str, Any] = self.manifest.operation["options"]
         return found
 
@@ -74,10 +74,10 @@ class MergedModel:
         return {record.path: record.sha256 for record in self.manifest.files}
 
     def record(self, number: int) -> TensorFiles:
-        """What was lost of the number-th shard (from 1); nothing without a record.
+        """Return the undo record of a shard, numbered from 1; without tensors if the model has no record.
 
         Raises:
-            IntegrityError: the file changed, or is not there.
+            IntegrityError: the file changed or is missing.
         """
         name = undo.record_name(number, len(self.checkpoint.headers))
         if self.has_record:
@@ -85,7 +85,11 @@ class MergedModel:
         return TensorFiles(self.root, [name] if self.has_record else [])
 
     def read_all(self, name: str) -> dict[str, Array]:
-        """Read a safetensors file of the record whose bytes are still those of the merge."""
+        """Read all tensors of a safetensors file in the undo record.
+
+        Raises:
+            IntegrityError: the file changed or is missing, or holds something other than bytes.
+        """
         self.require_unchanged(name)
         files = TensorFiles(self.root, [name])
         for key, located in files.tensors.items():
@@ -97,7 +101,7 @@ class MergedModel:
         """Compare a file with the manifest.
 
         Raises:
-            IntegrityError: it changed, or is not there.
+            IntegrityError: it changed or is missing.
         """
         path = resolve_inside(self.root, name)
         if not path.is_file():
@@ -106,10 +110,10 @@ class MergedModel:
             raise IntegrityError(f"{self.root}: {name} changed since the merge", hint=AGAIN)
 
     def small_file(self, name: str) -> bytes:
-        """The content of a small file, if it is still that of the merge.
+        """Return the content of a small file.
 
         Raises:
-            IntegrityError: it is not.
+            IntegrityError: it changed since the merge or is missing.
         """
         path = resolve_inside(self.root, name)
         if not path.is_file():
@@ -121,13 +125,13 @@ class MergedModel:
 
     @cached_property
     def lost_files(self) -> dict[str, bytes]:
-        """Small files of the base that the result has not, or has changed; and the list of those that it added."""
+        """The base's small files that the merge removed or changed, and the list of those that it added."""
         if undo.FILES_NAME not in self.digests:
             return {}
         return {undo.file_name(key): tensor.tobytes() for key, tensor in self.read_all(undo.FILES_NAME).items()}
 
     def restored_files(self) -> dict[str, bytes]:
-        """The base's small files, by name, without a model card: no merge writes one, so that here is publish's.
+        """Return the base's small files by name, without a model card: merge writes none, so one here is publish's.
 
         Raises:
             IntegrityError: one changed since the merge.
@@ -144,15 +148,15 @@ class MergedModel:
         return found | {name: content for name, content in self.lost_files.items() if name != undo.ADDED}
 
     def outline(self, headers: Mapping[str, Header]) -> BaseOutline:
-        """The base as its headers and configuration were."""
+        """Return the base without weights."""
         text = self.lost_files.get(CONFIG_NAME) or self.small_file(CONFIG_NAME)
         return BaseOutline(self.root, headers, strict_json(text, CONFIG_NAME, infinities=True))
 
     def header(self, file: str, record: TensorFiles) -> Header:
-        """The header of the base's shard.
+        """Return the header of the base's shard.
 
         Raises:
-            IntegrityError: the record's is damaged.
+            IntegrityError: the header in the undo record is damaged.
         """
         if undo.HEADER not in record.tensors:
             return self.checkpoint.headers[file]
@@ -171,27 +175,27 @@ class MergedModel:
         return header
 
     def base_manifest(self) -> Manifest | None:
-        """The manifest of the base, if it was an artifact."""
+        """Return the base's manifest; None if it had none."""
         name = f"{undo.BASE_PREFIX}{MANIFEST_NAME}"
         return Manifest.from_bytes(self.small_file(name)) if name in self.digests else None
 
     def base_signature(self) -> bytes | None:
-        """What signed that manifest, if it was signed; older versions did not keep it."""
+        """Return the signature of the base's manifest; None if it had none, or an older version did not keep it."""
         name = f"{undo.BASE_PREFIX}{SIGNATURE_NAME}"
         return self.small_file(name) if name in self.digests else None
 
     def adapters(self, given: Sequence[Path]) -> tuple[list[Adapter], list[float], list[Path]]:
-        """The adapters of the merge in their order, with their weights: those given, or the copies in the folder.
+        """Read the merged adapters: those given, or the copies in the folder.
 
         Returns:
             adapters: in the order of the merge.
-            weights: one for each.
-            resaved: folders of those that have the tensors and another configuration. It may say the same, as after
-                peft has saved an adapter again: what becomes of the weights tells, if there is a record.
+            weights: weight of each.
+            resaved: folders of adapters with the same tensors but a different configuration. It may be equivalent, as
+                after peft has saved an adapter again: if there is a record, restoring the weights shows it.
 
         Raises:
-            UsageError: another number of them, or none and no copies.
-            BaseMismatchError: others than those that were merged.
+            UsageError: the number of adapters differs, or none is given and there are no copies.
+            BaseMismatchError: not the adapters that were merged.
         """
         recorded = [parent for parent in self.manifest.parents if parent.role == "adapter"]
         paths = list(given) or self._embedded(len(recorded))
@@ -236,7 +240,7 @@ class MergedModel:
 
 
 def other_configuration(adapters: Sequence[Path]) -> BaseMismatchError:
-    """The error for adapters of which only the tensors are those of the merge, all or one of them."""
+    """Return the error for adapters whose tensors match the merge, but at least one has another configuration."""
     return BaseMismatchError(
         f"{' or '.join(map(str, adapters))}: has the tensors of an adapter that was merged, but a different "
         "adapter_config.json",
@@ -246,10 +250,10 @@ def other_configuration(adapters: Sequence[Path]) -> BaseMismatchError:
 
 
 def open_merged(root: Path) -> MergedModel:
-    """Open what ``merge`` made.
+    """Open the output of ``merge``.
 
     Raises:
-        IntegrityError: it is something else, or its files are not those of its manifest.
+        IntegrityError: it is something else, or its tensors do not match its manifest.
     """
     manifest = require_manifest(root)
     if any(parent.role == "whole" for parent in manifest.parents):
@@ -278,19 +282,19 @@ def open_merged(root: Path) -> MergedModel:
 
 
 def _beside_shards(name: str) -> str:
-    """A small file's name without the one folder that such a file may lie in."""
+    """Return a small file's name without the folder of chat templates, the only folder that may hold one."""
     return name.removeprefix(f"{TEMPLATES_FOLDER}/")
 
 
 def _is_small_file(name: str) -> bool:
-    """Whether a name that a record gives to a file is one that travels with weights, and nothing else."""
+    """Return whether a file name from an undo record is a safe name of a side file."""
     own = _beside_shards(name)
     plain = name.isprintable() and not set(own) & set("/\\:") and not own.startswith((".", "~", "adaptkit-"))
     return plain and own not in ("", MANIFEST_NAME) and not name.endswith(".safetensors")
 
 
 def target_names(manifest: Manifest, tensors: Container[str]) -> dict[str, str | None]:
-    """By name of the tensor, the fingerprint that each changed one had before."""
+    """Map each changed tensor to its fingerprint before the merge; None if it is not recorded."""
     named = {}
     for target in manifest.targets:
         weight = f"{target.module}.weight"

@@ -1,4 +1,4 @@
-"""One merge at work: pieces in threads, shards in order, and what is lost of each kept beside it."""
+"""Run one merge: pieces in threads, shards in order, each with its undo record."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 class Merging:
-    """One merge: what it knows before it begins, and the records that it collects on its way."""
+    """One merge: its inputs and plan, and the undo records collected while it runs."""
 
     def __init__(
         self,
@@ -73,13 +73,13 @@ class Merging:
         self.recorded = recorded
 
     def identity(self) -> list[Any]:
-        """What, beside the base, decides the bytes of the result."""
+        """Return everything but the base that determines the bytes of the result."""
         roots = [[tensors_root(adapter.records), adapter_identity(adapter)] for adapter in self.adapters]
         side = [[name, fingerprint(undo.as_bytes(content))] for name, content in sorted(self.side.contents.items())]
         return [roots, side, self.recorded, {name: digest for name, (digest, _) in self.base.expected.items()}]
 
     def run(self, output: Path, force: bool, progress: Progress) -> MergeReport:
-        """Write everything."""
+        """Write the merged checkpoint."""
         checkpoint, state = self.checkpoint, self.checkpoint.state()
         plan = [checkpoint.outline(), self.identity()]
         with Output(output, plan, force, inputs=[[str(checkpoint.root.resolve()), state]]) as out, discarding(out):
@@ -103,12 +103,12 @@ class Merging:
             return self.report(output, out, manifest)
 
     def check_base(self) -> None:
-        """Refuse a base of which ``unmerge`` could not give back each file that its manifest lists.
+        """Refuse a base with files that do not match its manifest, if ``unmerge`` would have to restore them.
 
-        Its shards, and what else holds tensors, are compared as they are read.
+        Shards are compared when they are read; of other safetensors files only the size is compared here.
 
         Raises:
-            IntegrityError: names a file that changed, or is not there.
+            IntegrityError: names a file that changed or is missing.
         """
         root, listed = self.checkpoint.root, self.base.manifest.files if self.base.manifest else ()
         for record in listed if self.recorded["undo"] else ():
@@ -117,7 +117,7 @@ class Merging:
                 raise IntegrityError(f"{root}: {problem}", hint=f"restore the file, or remove {MANIFEST_NAME}")
 
     def require_adapters(self) -> None:
-        """Refuse adapters that changed since: what takes the place of the base's tensors is read as it is written.
+        """Refuse adapters whose files changed: tensors that replace the base's are read only when they are written.
 
         Raises:
             IntegrityError: names the file.
@@ -126,17 +126,17 @@ class Merging:
             adapter.files.require_state(adapter.state)
 
     def names(self, file: str) -> list[str]:
-        """The undo record that belongs to a shard."""
+        """Return the name of a shard's undo record, as a list."""
         return [undo.record_name([name for name, _ in self.shards].index(file) + 1, len(self.shards))]
 
     def write(self, file: str) -> None:
-        """Write the undo record that belongs to a shard."""
+        """Write a shard's undo record."""
         self._records[undo.HEADER] = undo.as_bytes(self.checkpoint.headers[file].raw)
         self._out.write_tensors(self.names(file)[0], self._records, listed=False)
         self._records = {}
 
     def _plan_shards(self) -> list[tuple[str, list[Group]]]:
-        """The base's shards; a tensor that it does not have follows the one that it begins as."""
+        """Return the base's shards; an added tensor follows its source."""
         shards = []
         for file in sorted(self.checkpoint.headers):
             groups = []
@@ -149,7 +149,7 @@ class Merging:
         return shards
 
     def _headers(self) -> dict[str, bytes]:
-        """The headers of the base's shards that fit the result's."""
+        """Return the raw headers of the base's shards that are also valid for the result."""
         kept = {}
         for file, groups in self.shards:
             header = self.checkpoint.headers[file]
@@ -190,7 +190,7 @@ class Merging:
             ):
                 sums[place] += value
         (height, _), (before, _) = edit.matrix, matrix_of(edit.base_shape)
-        if before > height:  # the base has rows that the result has not
+        if before > height:  # the base has more rows than the result
             rest = read_rows(self.checkpoint, edit.source, Rows(height, before - height))
             digest.update(bytes_of(rest))
             self._records |= {undo.rest_name(name): rest} if self.options.undo else {}
@@ -204,7 +204,7 @@ class Merging:
         return {"base": digest.hexdigest(), "moved": moved, "sums": sums}
 
     def _write_others(self, out: Output) -> None:
-        """Everything but the weights and what was lost of them."""
+        """Write everything but the shards and their undo records."""
         files = {tensor.name: tensor.file for tensor in out.tensors}
         index = plan_index(self.checkpoint, files, sum(g.nbytes for _, groups in self.shards for g in groups))
         contents = dict(self.side.contents)
@@ -256,7 +256,7 @@ class Merging:
         )
 
     def report(self, output: Path, out: Output | None = None, manifest: Manifest | None = None) -> MergeReport:
-        """What was done, or would be."""
+        """Return the report; that of a dry run without ``out`` or ``manifest``."""
         changed = [edit for edit in self.edits.of.values() if edit.steps]
         told = [*self.edits.told, *self.side.told, *untargeted(self.adapters)]
         if self.base.found_for is not None:

@@ -1,4 +1,4 @@
-"""Merge on the 16-bit weights and quantize the result in one go, and say what 4 bits left of the change."""
+"""Merge the 16-bit weights and quantize the result in one run, and measure how much of the change 4 bits keep."""
 
 import json
 from dataclasses import replace
@@ -19,17 +19,17 @@ from adaptkit.operations.quantize import quantize_checkpoint
 
 
 def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progress) -> MergeReport:
-    """Quantize a merged model that is in no file.
+    """Quantize the merged model without writing its 16-bit weights.
 
     Args:
-        merging: what is merged.
-        output: folder to make.
+        merging: the merge.
+        output: folder to create.
         force: replace an existing output.
-        progress: told of bytes of the base that are read for their fingerprints, then of bytes written.
+        progress: called with bytes of the base read for fingerprints, then with bytes written.
 
     Raises:
         BaseMismatchError: the base is not what the adapters were trained on.
-        IntegrityError: the base or an adapter changed meanwhile, or the base is not the one of its manifest.
+        IntegrityError: the base or an adapter changed meanwhile, or the base does not match its manifest.
     """
     base, checkpoint, plain = merging.base, merging.checkpoint, merging.report(output)
     state, threads = checkpoint.state(), thread_count(merging.options.threads)

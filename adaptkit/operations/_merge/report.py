@@ -1,4 +1,4 @@
-"""What a merge is asked for, and what it tells."""
+"""Options and report of ``merge``."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from adaptkit.operations._threads import check_threads
 
 FORMATS = ("keep", "nf4")
 LITTLE_KEPT = 0.9
-"""Of the change: with less than that after rounding, the merged model is noticeably not the base with the adapter."""
+"""If rounding keeps less of the change than this, the merged model noticeably differs from base plus adapter."""
 
 
 @dataclass(frozen=True)
@@ -18,13 +18,13 @@ class MergeOptions:
 
     Attributes:
         weights: one per adapter; empty means 1 for each.
-        undo: write the record that makes ``unmerge`` exact.
-        allow_base_mismatch: merge onto a base that the adapter was not trained on; recorded in the manifest.
-        untie: give the head a tensor of its own where a change would make it differ from the embedding.
-        format: ``keep`` the base's types; or ``nf4``: quantize the merged weights, which are then never written in 16
-            bits, and cannot be unmerged.
-        embed_adapter: put copies of the adapters into the result, so that ``unmerge`` needs nothing else.
-        threads: number of pieces merged at a time; one per processor if None. Not part of the result.
+        undo: write the undo record that makes ``unmerge`` exact.
+        allow_base_mismatch: merge into a base that the adapter was not trained on; recorded in the manifest.
+        untie: store a tied head as a separate tensor if it would differ from the embedding.
+        format: ``keep`` the base's dtypes; or ``nf4``: quantize the merged weights without writing them in 16 bits,
+            which cannot be unmerged.
+        embed_adapter: copy the adapters into the result, so that ``unmerge`` needs nothing else.
+        threads: number of pieces merged at a time; one per processor if None. Does not affect the result.
     """
 
     weights: tuple[float, ...] = ()
@@ -52,16 +52,15 @@ class MergeOptions:
 
 @dataclass(frozen=True)
 class TensorChange:
-    """What merging did to one tensor.
+    """Effect of merging on one tensor.
 
     Attributes:
-        name: of the tensor.
-        elements: number of them.
-        moved: share of them whose value changed.
-        delta_norm: ‖Δ‖, of the exact change.
-        weight_norm: ‖W‖, of the base.
-        effect: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩, where effect is what the rounded addition, or the requantized weight, really
-            changed; 1 where nothing is lost.
+        name: name of the tensor.
+        elements: number of elements.
+        moved: share of elements whose value changed.
+        delta_norm: ‖Δ‖ of the exact change.
+        weight_norm: ‖W‖ of the base's tensor.
+        effect: ⟨E, Δ⟩ / ⟨Δ, Δ⟩, where E is the actual change after rounding or requantizing; 1 if nothing is lost.
     """
 
     name: str
@@ -73,13 +72,13 @@ class TensorChange:
 
 
 def change_of(name: str, elements: int, moved: float, sums: Sequence[float]) -> TensorChange:
-    """Say what merging did to a tensor.
+    """Return the effect of merging on a tensor.
 
     Args:
-        name: of it.
-        elements: number of them.
-        moved: how many of them.
-        sums: Σ Δ², Σ W² and Σ effect · Δ.
+        name: name of the tensor.
+        elements: number of elements.
+        moved: number of elements whose value changed.
+        sums: Σ Δ², Σ W² and Σ E · Δ; see ``TensorChange``.
     """
     squares, weights, overlap = sums
     effect = overlap / squares if squares else 1.0
@@ -88,27 +87,28 @@ def change_of(name: str, elements: int, moved: float, sums: Sequence[float]) -> 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What was done, or would be.
+    """Result of ``merge``, or of a dry run.
 
     Attributes:
-        output: folder.
-        base: folder that was merged onto.
-        merged: number of tensors changed.
+        output: folder of the merged model.
+        base: folder of the base.
+        merged: number of changed tensors.
         added: names of tensors that the base does not have.
-        tensors: in the result.
-        base_verified: whether all changed weights were compared with those that every adapter was trained on; of a dry
+        tensors: number of tensors in the result.
+        base_verified: whether all changed weights were compared with those that every adapter was trained on; in a dry
             run, whether they will be.
-        same_base: whether all of the base's tensors, and not just these, are those that every adapter was trained on;
-            a dry run has not read them.
-        told: what people should know: how names were found, what was untied, whose tokenizer it is.
-        moved: share of the changed tensors' elements whose value moved.
-        relative_delta: ‖Δ‖ / ‖W‖ over all changed tensors.
-        effect: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩ over all of them; what rounding left of the change.
-        undo_bits: size of the undo record, in bits per element of the changed tensors; 0 without one. Like the three
-            before it None for a dry run.
-        changes: tensor by tensor, those of which least was left first.
-        tensors_root: binds the result's tensors; None for a dry run.
-        manifest_sha256: None for a dry run.
+        same_base: whether all of the base's tensors are those that every adapter was trained on; False for a dry run,
+            which does not read them.
+        told: notes: how names were found, what was untied, where the tokenizer comes from.
+        moved: share of the changed tensors' elements whose value changed; None for a dry run.
+        relative_delta: ‖Δ‖ / ‖W‖ over all changed tensors; None for a dry run.
+        effect: ⟨E, Δ⟩ / ⟨Δ, Δ⟩ over all changed tensors, the share of the change left after rounding; None for a dry
+            run. See ``TensorChange``.
+        undo_bits: size of the undo record in bits per element of the changed tensors; 0 if there is none, None for a
+            dry run.
+        changes: each changed tensor, smallest ``effect`` first.
+        tensors_root: ``tensors_root`` of the result; None for a dry run.
+        manifest_sha256: sha256 of the result's manifest; None for a dry run.
     """
 
     output: str
@@ -129,7 +129,7 @@ class MergeReport:
 
 
 def with_changes(report: MergeReport, changes: Sequence[TensorChange]) -> MergeReport:
-    """A report that tells what was done to each tensor, and to all of them together."""
+    """Return the report with the effect on each changed tensor, and on all of them together."""
     elements = sum(change.elements for change in changes)
     squares = sum(change.delta_norm**2 for change in changes)
     weights = sum(change.weight_norm**2 for change in changes)

@@ -1,4 +1,4 @@
-"""The small files of a merged checkpoint: the base's, but for what the adapters bring or change."""
+"""Small files of a merged checkpoint: the base's, except those that the adapters bring or change."""
 
 import hashlib
 import json
@@ -38,10 +38,10 @@ class SideFiles:
     """Small files of the result.
 
     Attributes:
-        contents: by name.
-        lost: by name, what the base had and the result has not, or has changed.
-        added: names that the base does not have.
-        told: for people.
+        contents: maps names to contents.
+        lost: maps names to the base's contents, for files that the result does not have or has changed.
+        added: names of files that the base does not have.
+        told: notes for the report.
     """
 
     contents: dict[str, bytes] = field(default_factory=dict)
@@ -53,20 +53,20 @@ class SideFiles:
 def plan_side_files(
     checkpoint: Checkpoint, manifest: Manifest | None, adapters: Sequence[Adapter], edits: Edits
 ) -> SideFiles:
-    """Collect the small files of a merged checkpoint, but for its index.
+    """Collect the small files of a merged checkpoint, except its index.
 
-    A tokenizer that comes with an adapter takes the place of the base's, all of it, since the adapter was trained with
-    it; so does a chat template alone, and a configuration of generation.
+    An adapter's tokenizer replaces all of the base's tokenizer files, since the adapter was trained with it. A chat
+    template without a tokenizer, and a generation config, replace the base's too.
 
     Args:
         checkpoint: the base.
-        manifest: of it, if it is an artifact.
-        adapters: in order.
-        edits: what they change.
+        manifest: its manifest; None if it has none.
+        adapters: the adapters, in order.
+        edits: their changes.
 
     Raises:
-        UsageError: two adapters bring different ones.
-        IntegrityError: a file of the base is not the one of its manifest.
+        UsageError: two adapters bring different versions of a file.
+        IntegrityError: a file of the base does not match its manifest.
     """
     root = checkpoint.root
     check_side_files(root)
@@ -83,7 +83,7 @@ def plan_side_files(
         files.told.append(f"{GENERATION_NAME}: taken from the adapter")
     if any(map(is_vocabulary, brought)):
         for name in [name for name in before if is_of_tokenizer(name) and name not in brought]:
-            if not name.endswith(CODE_SUFFIX):  # which the model's own may import
+            if not name.endswith(CODE_SUFFIX):  # the model's code may import it
                 del files.contents[name]
         files.told.append(f"tokenizer: taken from {min(str(adapter.root) for _, adapter in brought.values())}")
         files.contents |= {name: content for name, (content, _) in brought.items()}
@@ -98,7 +98,7 @@ def plan_side_files(
 
 
 def _templates(brought: Mapping[str, tuple[bytes, Adapter]]) -> dict[str, bytes]:
-    """The chat templates of adapters that bring no tokenizer, by name of the file; some have it in a configuration."""
+    """Return the chat templates of adapters without a tokenizer, by file name; one may be in a tokenizer config."""
     found = {name: content for name, (content, _) in brought.items() if is_template(name)}
     if not TEMPLATES & set(found) and TOKENIZER_CONFIG in brought:
         template = template_beside(brought[TOKENIZER_CONFIG][1].root)
@@ -107,15 +107,15 @@ def _templates(brought: Mapping[str, tuple[bytes, Adapter]]) -> dict[str, bytes]
 
 
 def plan_index(checkpoint: Checkpoint, files: Mapping[str, str], total_bytes: int) -> bytes | None:
-    """The index of the result: the base's own bytes unless tensors were added or resized.
+    """Return the index of the result: the base's own bytes unless tensors were added or resized.
 
     Args:
         checkpoint: the base.
-        files: by name, the file of every tensor of the result.
-        total_bytes: of its tensors.
+        files: maps the result's tensors to their files.
+        total_bytes: total size of the result's tensors.
 
     Returns:
-        None if the base has none.
+        Bytes of the index; None if the base has no index.
     """
     path = checkpoint.root / INDEX_NAME
     if not path.exists():
@@ -141,9 +141,10 @@ def _check_unchanged(root: Path, manifest: Manifest | None, contents: Mapping[st
 
 
 def _changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
-    """The configuration with other values, in the order that it had; where a model's text part has them, there too.
+    """Return the configuration with new values in the same key order; ``text_config`` is changed where it has the key.
 
-    That a head is tied transformers 5 reads from the whole, and 4 from the part, whose class may say it unasked.
+    ``tie_word_embeddings`` is written to both: transformers 5 reads it at the top level, 4 in ``text_config``, whose
+    class may default to True.
     """
     text = config.get("text_config")
     nested = text if isinstance(text, dict) else {}

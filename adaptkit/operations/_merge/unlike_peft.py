@@ -1,4 +1,4 @@
-"""Where what is merged is not what peft trained, or not what it would merge; a sentence for each such thing."""
+"""Notes on where the merge differs from what peft trained or would merge itself."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -13,12 +13,12 @@ from adaptkit.operations.targets._target import some
 def trained_otherwise(
     checkpoint: Checkpoint, adapter: Adapter, addresses: Mapping[str, tuple[Slice, ...]]
 ) -> Iterator[str]:
-    """What older releases of peft left out of an adapter's file, or computed otherwise.
+    """Yield a note on what older peft releases left out of the adapter's file, or computed differently in training.
 
     Args:
         checkpoint: the base.
-        adapter: what is merged into it.
-        addresses: where the base keeps the parameters that it changes.
+        adapter: the adapter.
+        addresses: where the base's files store the parameters that it changes.
     """
     modules = adapter.modules if adapter.config.get("bias") == "lora_only" else ()
     owners = {m: addresses[f"{m}.weight"][0].name.rpartition(".")[0] for m in modules if f"{m}.weight" in addresses}
@@ -40,11 +40,11 @@ def trained_otherwise(
 
 
 def untargeted(adapters: Sequence[Adapter]) -> Iterator[str]:
-    """What adapters hold and their configuration does not ask for, so that peft itself would leave it out."""
+    """Yield a note on modules that an adapter holds but its configuration does not select: peft ignores them."""
     for adapter in adapters:
         config = adapter.config
         if config.get("target_modules") in (None, _peft_config.SHORTHAND) or adapter.ties_weights:
-            continue  # peft asks the architecture, or adds what is tied
+            continue  # peft selects by architecture, or adds tied modules
         found = _peft_config.untargeted(config, adapter.modules)
         if found:
             yield (

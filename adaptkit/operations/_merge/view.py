@@ -1,6 +1,6 @@
-"""A merged model that is in no file: its weights are made from the base's when they are read.
+"""A merged model without files: its weights are computed from the base's when they are read.
 
-So it can be quantized without being written in 16 bits, and what is left of the adapters in 4 bits can be measured.
+So it can be quantized without being written in 16 bits, and the share of the change left in 4 bits can be measured.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from adaptkit.operations._merge.report import TensorChange, change_of
 
 
 class MergedView(Checkpoint):
-    """A checkpoint with edits applied to whatever is read of it.
+    """A checkpoint that applies edits to the tensors read from it.
 
     Args:
-        base: plain.
-        edits: that add, remove and resize nothing.
+        base: unquantized checkpoint.
+        edits: edits that do not add, remove or resize tensors.
         contents: small files of the result, by name.
-        identity: what tells these edits from others.
-        threads: runs of rows at a time, where lengths are needed.
+        identity: identifies the edits, for ``outline``.
+        threads: number of runs of rows processed at a time to compute DoRA's norms.
     """
 
     def __init__(
@@ -42,11 +42,11 @@ class MergedView(Checkpoint):
         self.folds = {name: Fold(edit, find_lengths(base, edit, threads)) for name, edit in edits.of.items()}
 
     def outline(self) -> str:
-        """sha256 over the base's outline and what is done to it."""
+        """Return the sha256 over the base's outline and the identity of the edits."""
         return hashlib.sha256(f"{self.base.outline()} {self._identity}".encode()).hexdigest()
 
     def side_contents(self) -> dict[str, bytes]:
-        """The small files of the result but for its configuration, which is the base's."""
+        """Return the small files of the result except ``config.json``, which is the base's."""
         return {name: content for name, content in self._contents.items() if name != CONFIG_NAME}
 
     def _read(self, located: Located, offset: int, size: int) -> Array:
@@ -62,18 +62,18 @@ class MergedView(Checkpoint):
 
 
 def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: Encoding, flip: bool) -> TensorChange:
-    """What is left of the change of a weight in its quantized form.
+    """Measure how much of the change of a weight is left after quantization.
 
     Args:
         view: the merged model.
-        output: quantized from it.
-        name: of the weight.
-        encoding: of it.
-        flip: whether the plain weight is stored transposed.
+        output: the checkpoint quantized from it.
+        name: name of the weight.
+        encoding: its encoding.
+        flip: whether the unquantized weight is stored transposed.
 
     Returns:
-        ``effect`` is ⟨Q(W + Δ) - Q(W), Δ⟩ / ⟨Δ, Δ⟩ and ``moved`` the share of elements for which the two differ. Q(W)
-        is computed with constants that are not quantized themselves, which Δ knows nothing of.
+        ``effect`` is ⟨Q(W + Δ) - Q(W), Δ⟩ / ⟨Δ, Δ⟩, ``moved`` the share of elements in which Q(W + Δ) and Q(W) differ.
+        Q(W) is computed without double quantization, whose error does not depend on Δ.
     """
     fold = view.folds[name]
     stored = quantized.read_quantized(output, name).dequantize(torch.float32)
@@ -104,7 +104,7 @@ def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: 
 
 
 def plain_change(view: MergedView, name: str) -> TensorChange:
-    """What was done to a weight that is not quantized."""
+    """Return the change of a weight that is not quantized."""
     fold, total = view.folds[name], np.zeros(4)
     for job in jobs_of(fold, view.base, False):
         merged = job().merged
