@@ -1,1 +1,1 @@
-"""Programs that read what adaptkit writes: one file a program, ``TARGET`` in it says what that program takes."""
+"""Programs that read what adaptkit writes: one module per program, whose ``TARGET`` checks what it accepts."""

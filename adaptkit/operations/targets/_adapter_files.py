@@ -1,7 +1,7 @@
-"""An adapter's files as other programs see them: names, shapes and configuration, nothing refused and no weights read.
+"""An adapter's files as other programs see them: names, shapes and configuration; no weights are read.
 
-``checkpoint.adapter`` reads an adapter that is right, whatever its names look like; here even one that is not gets a
-verdict, and a name is what is written in the file.
+``checkpoint.adapter`` reads valid adapters only, and normalizes names. Here an invalid adapter is read too, so that it
+can be judged, and names are those in the file.
 """
 
 import re
@@ -35,7 +35,7 @@ _ROLES = (
 _NAMED = re.compile(
     r"(\.lora_(?:[AB]|magnitude_vector))\.default(?=\.(?:weight|bias)$)|(\.lora_embedding_[AB])\.default$"
 )
-"""Where the name that peft gives an adapter by itself may be left in."""
+"""Names that still contain ``default``, the name that peft gives an adapter."""
 _COPY = re.compile(r"(.+)\.(?:modules_to_save(?:\.default)?|original_module)\.(.+)")
 _WRAPPED = re.compile(
     r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model)\.|^module\."
@@ -48,10 +48,10 @@ class Key:
     """A tensor of the file.
 
     Attributes:
-        name: in the file.
-        module: what it belongs to, without peft's prefix.
+        name: its name in the file.
+        module: path of its module, without peft's prefix.
         role: A, B, embedding A, embedding B, bias of B, magnitude, token rows, wrapped weight, weight, bias, or other.
-        shape: of the tensor.
+        shape: its shape.
     """
 
     name: str
@@ -68,11 +68,11 @@ class Pair:
         module: dotted path.
         a: (rank, in); of an embedding (rank, entries); of stacked experts (experts · rank, in).
         b: (out, rank); of an embedding (dim, rank); of stacked experts (out, rank · experts).
-        embedding: whether the module is looked up in.
+        embedding: whether the module is an embedding.
         stacked: whether it is a stack of experts.
-        asked: the rank that the configuration gives it, whatever that is.
-        alpha: the same of its alpha; None if the configuration is none to find it by.
-        scaling: what B A is multiplied by according to peft's rules; None if the configuration makes no sense.
+        asked: the rank that the configuration gives it, valid or not.
+        alpha: the alpha that the configuration gives it, valid or not; None if the patterns or the number are unusable.
+        scaling: factor of B A by peft's rules; None if the configuration is invalid.
     """
 
     module: str
@@ -86,24 +86,24 @@ class Pair:
 
     @property
     def rank(self) -> int | None:
-        """What the shape of A says; None without A, and for stacks, where the number of experts is in it too."""
+        """Rank from the shape of A; None without A, and for stacks, whose A has a multiple of the rank."""
         return self.a.shape[0] if self.a and len(self.a.shape) == 2 and not self.stacked else None
 
     @property
     def is_convolution(self) -> bool:
-        """Whether A and B have the shapes that peft gives those of a convolution in one to three dimensions."""
+        """Whether A and B have the shapes of peft's LoRA for a convolution in one to three dimensions."""
         return bool(self.a and self.b and 3 <= len(self.a.shape) == len(self.b.shape) <= 5)
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """What an adapter's folder holds.
+    """Contents of an adapter's folder.
 
     Attributes:
         root: the folder.
         config: ``adapter_config.json``.
-        keys: tensors, in the order of their names; none if there is no safetensors file.
-        pickle: name of a pickled file of weights, if that is all there is.
+        keys: tensors sorted by name; empty if there is no safetensors file.
+        pickle: name of a pickled weight file if there is no safetensors file; otherwise None.
         beside: names of other safetensors files in the folder.
     """
 
@@ -114,13 +114,14 @@ class AdapterFiles:
     beside: tuple[str, ...] = ()
 
     def named(self, *roles: str) -> list[str]:
-        """The names of the tensors that have one of these roles."""
+        """Return the names of the tensors that have one of these roles."""
         return [key.name for key in self.keys if key.role in roles]
 
     def as_peft_reads(self) -> "AdapterFiles":
-        """The same for a reader that takes ``lora_A.default.weight``, and knows which copies are of no account.
+        """Return the files as peft reads them: it accepts ``lora_A.default.weight``, and redundant copies are dropped.
 
-        Those are of modules that are saved whole: peft puts them where the tensors themselves go, if these are there.
+        Copies of modules that are saved whole are redundant if the file also has the tensors under their plain names:
+        peft loads both into the same place.
         """
         names = {key.name for key in self.keys}
         copies = {name for name in names if (match := _COPY.fullmatch(name)) and f"{match[1]}.{match[2]}" in names}
@@ -129,12 +130,12 @@ class AdapterFiles:
 
     @property
     def wrapped(self) -> list[str]:
-        """The names of tensors in which wrappers of modules have left theirs."""
+        """Names of tensors that contain the name of a module wrapper, such as ``_orig_mod``."""
         return [key.name for key in self.keys if _WRAPPED.search(key.name.removeprefix(PREFIX))]
 
     @cached_property
     def pairs(self) -> tuple[Pair, ...]:
-        """What is changed by a product of two matrices, by module."""
+        """Pairs of A and B, sorted by module."""
         found: dict[str, dict[str, Key]] = {}
         for key in self.keys:
             if key.role in ("A", "B", "embedding A", "embedding B"):
@@ -143,22 +144,22 @@ class AdapterFiles:
 
     @cached_property
     def is_flat(self) -> bool:
-        """Whether all modules have one rank and one scaling."""
+        """Whether all modules have the same rank and the same scaling."""
         return len({(pair.rank, pair.scaling) for pair in self.pairs}) == 1
 
     def merge(self) -> str:
-        """The command that makes a model that needs no adapter of it; ``--untie`` does nothing to what is not tied."""
+        """Return the advice to merge the adapter; ``--untie`` has no effect if the head is not tied."""
         is_vocabulary = any(is_usual_head(key.module) or is_usual_table(key.module) for key in self.keys)
         untie = " --untie" if is_vocabulary else ""
         return f"run adaptkit merge BASE {self.root} -o MERGED{untie}, and load MERGED instead"
 
     def merge_elsewhere(self) -> str:
-        """What to do with what adaptkit does not read either."""
+        """Return the advice for adapters that adaptkit cannot read either."""
         return "use it with peft; or, if peft can merge_and_unload it, load the merged model instead"
 
     @property
     def saved(self) -> list[str]:
-        """What ``modules_to_save`` names."""
+        """Names in ``modules_to_save``."""
         given = self.config.get("modules_to_save")
         return [str(name) for name in given] if isinstance(given, list) else []
 
@@ -172,7 +173,7 @@ class AdapterFiles:
         return Pair(module, a, b, embedding, stacked, rank, alpha, factor)
 
     def _has_stack_of_weights(self, module: str, a: Key | None) -> bool:
-        """Whether the parameter ``weight`` is a stack of experts, as JetMoE's are: A is longer than a matrix has it."""
+        """Return whether the parameter ``weight`` is a stack of experts, as JetMoE's: A has more rows than the rank."""
         targets, rank = self.config.get("target_parameters"), self._numbers(f"{module}.weight")[0]
         named = isinstance(targets, list) and any(f".{module}.weight".endswith(f".{name}") for name in targets)
         return bool(named and a and is_positive(rank) and len(a.shape) == 2 and a.shape[0] > rank)
@@ -186,7 +187,7 @@ class AdapterFiles:
         return FirstMatch(self.config.get("alpha_pattern") or {})
 
     def _numbers(self, module: str) -> tuple[Any, Any, float | None]:
-        """Rank, alpha and scaling by peft's rules: the first pattern that matches the path's end, else the default."""
+        """Return rank, alpha and scaling by peft's rules: the first pattern matching the path's end, or the default."""
         rank, alpha = self.config.get("r"), self.config.get("lora_alpha")
         try:
             rank = self._ranks.value(module, rank)
@@ -197,15 +198,15 @@ class AdapterFiles:
             return rank, alpha, None
         try:
             return rank, alpha, scaling(float(alpha), rank, bool(self.config.get("use_rslora")))
-        except OverflowError:  # a whole number that no float holds
+        except OverflowError:  # an integer too large for a float
             return rank, None, None
 
 
 def read_adapter_files(root: Path) -> AdapterFiles:
-    """Look into an adapter's folder.
+    """Read the configuration and headers in an adapter's folder.
 
     Raises:
-        CheckpointError: no configuration, or a file that is no JSON or no safetensors file.
+        CheckpointError: no configuration, or a file that is not valid JSON or safetensors.
     """
     config = read_json(root / ADAPTER_CONFIG_NAME)
     files = sorted(path.name for path in root.glob("*.safetensors"))
@@ -223,7 +224,7 @@ def read_adapter_files(root: Path) -> AdapterFiles:
 
 
 def _key(name: str, shape: tuple[int, ...], meant: str) -> Key:
-    """A tensor called ``name``, which is what one called ``meant`` would be."""
+    """Return the tensor ``name``, with module and role taken from ``meant``."""
     inner = meant.removeprefix(PREFIX)
     for pattern, role in _ROLES:
         match = pattern.fullmatch(inner)
@@ -233,11 +234,11 @@ def _key(name: str, shape: tuple[int, ...], meant: str) -> Key:
 
 
 def _parameter(module: str) -> str:
-    """What peft matches its patterns with: its outer wrapper of a stack is the last parameter, the inner the first."""
+    """Return the parameter that peft matches its patterns with: the outer wrapper of a stack has the last parameter."""
     inner = module.removesuffix(".base_layer")
     return f"{inner}.down_proj" if inner == module else f"{inner}.gate_up_proj"
 
 
 def is_positive(value: Any) -> bool:
-    """Whether it is a number above zero."""
+    """Return whether a value is a number above zero."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0

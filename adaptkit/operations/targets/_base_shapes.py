@@ -1,7 +1,7 @@
-"""What the base's headers say: which weights it has and of which shapes, decoded if they are quantized.
+"""Names and shapes of a base's weights from its headers; for quantized weights, the shapes after decoding.
 
-Adapters call modules as the running model does, whose names transformers knows. Of an architecture that it does not
-know the files' names count, which may lack what the model puts before all of them.
+Adapters name modules as in the running model, which transformers can build. For an architecture that transformers does
+not know, the names of the files are used, which may lack the model's common prefix.
 """
 
 import re
@@ -22,7 +22,7 @@ from adaptkit.operations._vocabulary import find_vocabulary
 
 _SUFFIX = ".weight"
 _OF_MODELS = {"backbone", "model", "transformer"}
-"""What models put before all names, and files may leave off."""
+"""Prefixes that models put before all names, and that files may omit."""
 _ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 _LOADED_BY = {
     "FEATURE_EXTRACTION": "AutoModel",
@@ -30,7 +30,7 @@ _LOADED_BY = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
 }
-"""The class that loads a base by an adapter's task; of the others the base's own."""
+"""Class that loads the base, by the adapter's task; for other tasks it is the base's own class."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ class BaseShapes:
 
     Attributes:
         checkpoint: its headers.
-        quantization: by which method it is quantized; None if it is not.
-        shapes: of weights, by module as the files call it.
-        classes: of models, whose first that transformers has is what the adapter is for; the base's own if none is.
-        modules: that the adapter adapts; if a base that is a language model has them by itself alone, it is for that.
+        quantization: quantization method; None if it is not quantized.
+        shapes: maps module names in the files to weight shapes.
+        classes: names of model classes; the adapter is for the first that transformers has, or for the base's own class
+            if it has none.
+        modules: modules that the adapter changes; if only the base's own language model class has them, the adapter is
+            for that class.
     """
 
     checkpoint: Checkpoint
@@ -53,7 +55,7 @@ class BaseShapes:
 
     @property
     def root(self) -> Path:
-        """The folder."""
+        """Folder of the base."""
         return self.checkpoint.root
 
     @property
@@ -63,33 +65,33 @@ class BaseShapes:
 
     @property
     def model_type(self) -> str | None:
-        """What the configuration calls the architecture, if that is a name."""
+        """``model_type`` of the configuration; None if it is not a string."""
         kind = self.config.get("model_type")
         return kind if isinstance(kind, str) else None
 
     @property
     def is_composed(self) -> bool:
-        """Whether it is a language model inside another one, where programs differ on the names of modules."""
+        """Whether it is a multimodal model around a language model, whose module names differ between programs."""
         return any(key in self.config for key in ("text_config", "vision_config", "audio_config"))
 
     @property
     def is_transposed(self) -> bool:
-        """Whether its linear layers keep (in, out)."""
+        """Whether its linear layers store weights as (in, out)."""
         return self.model_type in CONV1D_MODELS
 
     @property
     def has_numbered_experts(self) -> bool:
-        """Whether its files hold one matrix an expert."""
+        """Whether its files hold one matrix per expert."""
         return any(".experts.0." in f"{name}." for name in self.shapes)
 
     @cached_property
     def is_tied(self) -> bool:
-        """Whether its head is its embedding."""
+        """Whether its head is tied to its embedding."""
         return find_vocabulary(self.checkpoint).tied
 
     @property
     def vocabulary(self) -> int | None:
-        """Number of entries of the embedding, if the configuration has it."""
+        """Number of entries of the embedding; None if the configuration does not say."""
         size = self.config.get("vocab_size", text_config(self.config).get("vocab_size"))
         return size if isinstance(size, int) else None
 
@@ -114,26 +116,26 @@ class BaseShapes:
 
     @property
     def title(self) -> str:
-        """What it is called: its folder, and the class of the model if that is known."""
+        """Its folder, and the model class if that is known, for messages."""
         return f"{self.root}" if self.network is None else f"{self.root} ({type(self.network).__name__})"
 
     @cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of all that the model has, by its names; empty if transformers does not know it."""
+        """Shapes of all tensors in the model's state dict; empty if transformers does not know the model."""
         if self.network is None:
             return {}
         return {name: tuple(tensor.shape) for name, tensor in self.network.state_dict().items()}
 
     def may_have_stack(self, module: str) -> bool:
-        """Whether a stack of experts is there, or nobody knows; ``.base_layer`` in its path is peft's."""
+        """Return whether the model has a stack of experts, or is unknown; peft's ``.base_layer`` is ignored."""
         path = module.replace(".base_layer", "")
         return not self.tensors or any(name.startswith(f"{path}.") for name in self.tensors)
 
     def shape(self, module: str) -> tuple[int, ...] | None:
-        """The shape of a module's weight, in the files if it is there; None if nothing is called like it.
+        """Return the shape of a module's weight, from the files if they have it; None if nothing has this name.
 
-        Files may leave off what a model puts before all names: ``h.0.…`` of the Hub's GPT-2 is ``transformer.h.0.…``.
-        Files' own names count too where the model has one stack of experts and they have many matrices.
+        Files may omit the model's prefix: ``h.0.…`` of the Hub's GPT-2 is ``transformer.h.0.…``. Names in the files are
+        also accepted for single experts, which the model may store in one stack.
         """
         known = self.tensors.get(f"{module}{_SUFFIX}")
         if self.tensors and known is None and not self.is_composed and not is_single_expert(module):
@@ -149,7 +151,7 @@ class BaseShapes:
 
 
 def is_single_expert(module: str) -> bool:
-    """Whether a module is, by its dotted path, of one of several experts."""
+    """Return whether a module belongs to one of several experts, by its dotted path."""
     return bool(_ONE_EXPERT.search(module))
 
 
@@ -158,8 +160,8 @@ def read_base_shapes(root: Path, adapter: Mapping[str, Any], modules: tuple[str,
 
     Args:
         root: the checkpoint's folder.
-        adapter: its configuration, which may say in which class of models the base is loaded.
-        modules: that it adapts.
+        adapter: configuration of the adapter, which may name the model class that the base is loaded with.
+        modules: modules that the adapter changes.
 
     Raises:
         UsageError, CheckpointError: not a checkpoint, or a broken one.
@@ -169,7 +171,7 @@ def read_base_shapes(root: Path, adapter: Mapping[str, Any], modules: tuple[str,
     shapes = {
         name.removesuffix(_SUFFIX): located.spec.shape
         for name, located in checkpoint.tensors.items()
-        if name.endswith(_SUFFIX) and not (quantization and located.spec.dtype == "U8")  # several codes a byte
+        if name.endswith(_SUFFIX) and not (quantization and located.spec.dtype == "U8")  # several codes per byte
     }
     return BaseShapes(
         checkpoint,

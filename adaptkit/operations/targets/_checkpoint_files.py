@@ -1,4 +1,4 @@
-"""A checkpoint's folder as other programs see it: which files they would open, and how weights are quantized."""
+"""A checkpoint's folder as other programs see it: which files they open, and how weights are quantized."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +20,11 @@ class Packed:
     """A quantized weight.
 
     Attributes:
-        name: in the file.
+        name: its name in the file.
         format: nf4, fp4 or int8.
-        is_expert: whether it is one of several experts' matrices, or a stack of them.
-        shape: of the weight that it decodes to.
-        block_size: weights sharing one constant.
+        is_expert: whether it is the matrix of one expert, or a stack of experts.
+        shape: shape of the dequantized weight.
+        block_size: number of weights that share one constant.
     """
 
     name: str
@@ -35,27 +35,27 @@ class Packed:
 
     @property
     def is_stack(self) -> bool:
-        """Whether it is a stack of experts' matrices."""
+        """Whether it is a stack of experts."""
         return len(self.shape) == 3
 
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """What a checkpoint's folder holds.
+    """Contents of a checkpoint's folder.
 
     Attributes:
         root: the folder.
         config: ``config.json``.
-        quantization: by which method it is quantized, told by configuration or tensors; None if it is not.
-        says_so: whether ``config.json`` names a method.
-        packed: weights in the layout of bitsandbytes or of adaptkit.
-        has_index: whether an index says which files hold the weights.
+        quantization: quantization method, from the configuration or the tensors; None if it is not quantized.
+        says_so: whether ``config.json`` names the method.
+        packed: quantized weights in the layout of bitsandbytes or of adaptkit.
+        has_index: whether there is an index of the weight files.
         is_bare: whether that index has no metadata.
-        beside: names of safetensors files in the folder that do not.
-        has_tokenizer: whether there is one.
-        architecture: transformers' class, whose model was compared with the files; empty if none was.
+        beside: names of safetensors files in the folder that are not weight files of the checkpoint.
+        has_tokenizer: whether the folder has a tokenizer.
+        architecture: transformers' model class that the files were compared with; empty if there was no comparison.
         absent: parameters of that model that the files lack.
-        misshapen: tensors that it has in another shape, with both.
+        misshapen: tensors whose shape differs from the model's, with both shapes, for messages.
     """
 
     root: Path
@@ -73,13 +73,13 @@ class CheckpointFiles:
 
     @property
     def storage(self) -> str:
-        """The type that bitsandbytes' configuration gives to the tensors of codes."""
+        """Dtype that bitsandbytes' configuration gives the tensors of codes."""
         given = self.config.get("quantization_config")
         return str(given.get("bnb_4bit_quant_storage") or "uint8") if isinstance(given, dict) else "uint8"
 
 
 def read_checkpoint_files(root: Path) -> CheckpointFiles:
-    """Look into a checkpoint's folder.
+    """Read the configuration and headers in a checkpoint's folder.
 
     Raises:
         UsageError, CheckpointError: not a checkpoint, or a broken one.
@@ -117,15 +117,15 @@ def _packed(checkpoint: Checkpoint) -> Iterator[Packed]:
 def _beside_model(
     checkpoint: Checkpoint, packed: Sequence[Packed], quantization: str | None
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The class of the model that transformers builds for a checkpoint, and where the files differ from it."""
-    if why_unknown(checkpoint) or (quantization and not packed):  # tensors of methods that only others know
+    """Compare the files with the model that transformers builds: return its class, absent and misshapen tensors."""
+    if why_unknown(checkpoint) or (quantization and not packed):  # the tensors of other methods are not decoded here
         return "", (), ()
     try:
         network = named_network(checkpoint) or empty_network(checkpoint)
-    except UsageError:  # a configuration that it cannot build: what other programs make of it is not known
+    except UsageError:  # transformers cannot build this configuration; other programs may
         return "", (), ()
     shapes = {name: located.spec.shape for name, located in checkpoint.tensors.items()}
-    for weight in packed:  # of a Conv1D, too, as (out, in)
+    for weight in packed:  # (out, in), also for Conv1D
         shapes[weight.name] = weight.shape[::-1] if stores_transposed(checkpoint, weight.name) else weight.shape
     found = places(network, shapes)
     wanted = {name: shape_in(network, place) for name, place in found.items()}

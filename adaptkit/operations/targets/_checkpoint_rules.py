@@ -1,4 +1,4 @@
-"""What several programs trip over in a checkpoint's folder."""
+"""Rules about a checkpoint's folder that several programs share."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from adaptkit.operations.targets._target import Finding, some
 
 
 def quantization(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
-    """A method that only adaptkit has, or none in the configuration though the tensors are quantized."""
+    """Find a quantization method that only adaptkit supports, or that ``config.json`` does not name."""
     plain = f"run adaptkit dequantize {files.root} -o OUT, or quantize the original with --format nf4"
     if files.quantization == "adaptkit" or any(packed.format == "int8" for packed in files.packed):
         yield Finding(
@@ -28,7 +28,7 @@ def quantization(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
 
 
 def storage(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
-    """Codes of 4 bits that say they were floats."""
+    """Find 4-bit codes that are stored as floats."""
     if files.storage != "uint8":
         yield Finding(
             "error",
@@ -39,7 +39,7 @@ def storage(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
 
 
 def stacks(files: CheckpointFiles, effect: str) -> Iterator[Finding]:
-    """Quantized stacks of experts, which only adaptkit packs."""
+    """Find quantized stacks of experts, which only adaptkit writes."""
     names = [packed.name for packed in files.packed if packed.is_stack]
     if names:
         yield Finding(
@@ -51,7 +51,7 @@ def stacks(files: CheckpointFiles, effect: str) -> Iterator[Finding]:
 
 
 def beside(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
-    """Safetensors files that are no weights, in a folder without an index that says so."""
+    """Find safetensors files that are not weights, in a folder without an index that tells them from weights."""
     if files.beside and not files.has_index:
         yield Finding(
             "error",
@@ -62,13 +62,13 @@ def beside(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
 
 
 def tokenizer(files: CheckpointFiles, effect: str, change: str) -> Iterator[Finding]:
-    """No tokenizer in the folder."""
+    """Find a folder without a tokenizer."""
     if not files.has_tokenizer:
         yield Finding("warning", "no tokenizer found in the folder", effect, change)
 
 
 def model(files: CheckpointFiles, effect_of_absence: str, effect_of_shape: str) -> Iterator[Finding]:
-    """Tensors that the architecture has and the files lack, or hold in another shape."""
+    """Find tensors of the architecture that the files lack, or hold in another shape."""
     if files.absent:
         yield Finding(
             "error",

@@ -1,6 +1,6 @@
-"""What peft 0.21.2 reads in ``adapter_config.json``: values that it fails on, and which modules get a LoRA.
+"""How peft 0.21.2 reads ``adapter_config.json``: values that it fails on, and which modules get a LoRA.
 
-Checked are ``LoraConfig.__post_init__``, ``LoraLayer.update_layer`` and ``check_target_module_exists``.
+Sources: ``LoraConfig.__post_init__``, ``LoraLayer.update_layer`` and ``check_target_module_exists``.
 """
 
 import math
@@ -20,7 +20,7 @@ _BY_LIST = "list the modules in target_modules, or remove this key"
 
 
 def values(files: AdapterFiles) -> Iterator[Finding]:
-    """Values that peft refuses, whatever the tensors are."""
+    """Find values that peft refuses regardless of the tensors."""
     config = files.config
     task, bias, dropout = config.get("task_type"), config.get("bias", "none"), config.get("lora_dropout", 0.0)
     initial, pattern = config.get("init_lora_weights", True), config.get("target_modules")
@@ -101,12 +101,12 @@ def _is_bias(value: Any) -> bool:
 
 
 def _is_initial(value: Any) -> bool:
-    """CorDA's is none, which asks for statistics that are not saved."""
+    """Return whether peft accepts ``init_lora_weights``; CorDA fails, since it needs statistics that are not saved."""
     return value is True or not value or (isinstance(value, str) and _INITIAL.fullmatch(value) is not None)
 
 
 def _are_patterns(names: Any) -> bool:
-    """Whether peft can compile the texts in a list that it takes for patterns."""
+    """Return whether all strings in a list of patterns compile."""
     try:
         for name in names if isinstance(names, list) else ():
             re.compile(name if isinstance(name, str) else "")
@@ -116,12 +116,12 @@ def _are_patterns(names: Any) -> bool:
 
 
 def _is_share(value: Any) -> bool:
-    """What is not above zero is no dropout, and taken."""
+    """Return whether peft accepts a dropout; values up to 0 mean no dropout."""
     return isinstance(value, int | float) and not value > 1
 
 
 def numbers(files: AdapterFiles) -> Iterator[Finding]:
-    """Ranks that no matrix can have, and alphas that nothing can be multiplied by, or that change nothing."""
+    """Find unusable ranks and alphas, and alphas that are zero, negative or not finite."""
     rank, alpha = files.config.get("r"), files.config.get("lora_alpha")
     wrong = [pair.module for pair in files.pairs if not (_rules.is_rank(pair.asked) and _is_number(pair.alpha))]
     plain = _rules.is_rank(rank) and _is_number(alpha)
@@ -154,12 +154,12 @@ def _small(pairs: list[Pair], what: str, effect: str) -> Iterator[Finding]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether peft can divide it by a rank: a whole number must not be too large for that."""
+    """Return whether peft can divide a value by a rank; an integer must fit a float."""
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 1e300)
 
 
 def is_target(config: Mapping[str, Any], module: str) -> bool:
-    """Whether peft makes a LoRA of a module that the model has."""
+    """Return whether peft creates a LoRA for a module, if the model has it."""
     saved = config.get("modules_to_save")
     around = saved if isinstance(saved, list) else []
     if any(_is_whole(rf"(.*\.)?{name}(\..*)?", module) for name in around):
@@ -168,9 +168,9 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
 
 
 def untargeted(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
-    """The modules that peft makes no LoRA of.
+    """Return the modules that peft creates no LoRA for.
 
-    Where all are in ``target_modules`` by their whole paths, each is compared with its own alone, and not with all.
+    A module whose whole path is in ``target_modules`` is compared with that entry only, to avoid quadratic time.
     """
     targets = config.get("target_modules")
     whole = {name for name in targets if isinstance(name, str)} if isinstance(targets, list) else set()
@@ -178,12 +178,12 @@ def untargeted(config: Mapping[str, Any], modules: Iterable[str]) -> list[str]:
 
 
 def is_parameter(config: Mapping[str, Any], module: str) -> bool:
-    """Whether the weight of a module is among the target_parameters."""
+    """Return whether ``target_parameters`` selects the weight of a module."""
     return _matches(config.get("target_parameters"), f"{module}.weight")
 
 
 def is_module(config: Mapping[str, Any], module: str) -> bool:
-    """Whether a module is among the target_modules, as far as they are named."""
+    """Return whether ``target_modules`` selects a module by name."""
     targets: Any = config.get("target_modules")
     if _matches(config.get("exclude_modules"), module) or not _matches(targets, module):
         return False
@@ -191,7 +191,7 @@ def is_module(config: Mapping[str, Any], module: str) -> bool:
 
 
 def _is_in_layers(config: Mapping[str, Any], module: str) -> bool:
-    """Whether a module is in one of the layers to transform; a whole path in target_modules is past this."""
+    """Return whether a module is in ``layers_to_transform``; whole paths in ``target_modules`` skip this check."""
     layers = config.get("layers_to_transform")
     if layers is None or layers == []:
         return True
@@ -200,9 +200,9 @@ def _is_in_layers(config: Mapping[str, Any], module: str) -> bool:
 
 
 def _layer(patterns: Any, segments: list[str]) -> int | None:
-    """The number of the layer that a path leads into: the first behind one of the names that a list of layers has.
+    """Return the layer number in a path: the first number after one of the names in ``layers_pattern``.
 
-    Without such names any will do, but not at the beginning of the path.
+    Without a pattern it is the first number after at least two other segments.
     """
     places = [place for place, segment in enumerate(segments[:-1]) if segment.isdecimal()]
     if not patterns:
@@ -215,7 +215,7 @@ def _layer(patterns: Any, segments: list[str]) -> int | None:
 
 
 def _matches(names: Any, module: str) -> bool:
-    """The rule of peft: a string is a pattern for the whole path, a list has ends of paths."""
+    """Return whether names select a module by peft's rule: a string is a regex for the path, a list has suffixes."""
     if isinstance(names, str):
         return _is_whole(names, module)
     return isinstance(names, list) and any(f".{module}".endswith(f".{name}") for name in names)

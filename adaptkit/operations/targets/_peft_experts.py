@@ -1,7 +1,7 @@
-"""Adapters of single experts, of which peft 0.21.2 makes stacks, as transformers 5 keeps them.
+"""Adapters of single experts, which peft 0.21.2 stacks because transformers 5 stores experts in stacks.
 
-The stacks of gate and up are one, ``gate_up_proj``; peft gives each stack one rank and one alpha, those of the whole
-configuration, and loads a stack only with a matrix for every expert.
+Gate and up share one stack, ``gate_up_proj``. peft gives each stack the rank and alpha of the whole configuration, and
+loads a stack only if every expert has its matrices.
 """
 
 import re
@@ -17,15 +17,15 @@ from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._target import Finding, some
 
 ONE_EXPERT = re.compile(r"(?P<stack>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<part>\w+)")
-"""A matrix of one of several experts."""
+"""Module path of a single expert's matrix."""
 
 
 def turned(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    """Stacks in which peft takes A for B, since an older release wrote them.
+    """Find stacks in which current peft swaps input and output, since an older release wrote them.
 
     Args:
-        files: of the adapter.
-        base: whose code decides it for the oldest; without it these are not found.
+        files: the adapter's files.
+        base: its model code decides for releases before 0.19.0; without it only stacks of 0.19.0 are found.
     """
     network = base.network if base else None
     modules = dict(network.named_modules()) if network is not None else {}
@@ -45,12 +45,12 @@ def turned(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
 
 
 def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
-    """What peft fails on, scales otherwise, or drops.
+    """Find single experts that peft fails on, scales differently, or drops.
 
     Args:
-        files: of the adapter.
-        base: without it every model is taken to have stacks.
-        drops: what peft does with what it drops.
+        files: the adapter's files.
+        base: without it the model is assumed to store experts in stacks.
+        drops: effect text for dropped tensors.
     """
     found = [(pair, match) for pair in files.pairs if (match := ONE_EXPERT.fullmatch(pair.module))]
     modules = [pair.module for pair, _ in found]
@@ -102,7 +102,7 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
 
 
 def beside(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
-    """Modules that are no experts and are called as these are: peft takes their targets for the stacks'."""
+    """Find modules that are not experts but are named like their matrices: peft takes them for parts of stacks."""
     family = (base.model_type if base else None) or ""
     modules = [pair.module for pair in files.pairs if not pair.stacked and not ONE_EXPERT.fullmatch(pair.module)]
     taken = taken_for_experts(family, modules)
@@ -116,7 +116,7 @@ def beside(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
 
 
 def _parts(files: AdapterFiles, numbers: defaultdict[tuple[str, str], set[int]], drops: str) -> Iterator[Finding]:
-    """Halves of ``gate_up_proj`` without the other, and both without any ``down_proj`` in the file."""
+    """Find experts with only gate or only up, and experts with both if the file has no ``down_proj`` at all."""
     halves = {
         stack: [any(s == stack and part in names for s, part in numbers) for names in (GATES, UPS)]
         for stack, _ in numbers
@@ -135,7 +135,7 @@ def _parts(files: AdapterFiles, numbers: defaultdict[tuple[str, str], set[int]],
 
 
 def _has_stacks(base: BaseShapes | None, modules: list[str]) -> bool:
-    """Whether the model has stacks where the file has single experts, or nobody knows."""
+    """Return whether the model stacks experts that the file has one by one; True if that is unknown."""
     return base is None or not any(f"{module}.weight" in base.tensors for module in modules)
 
 

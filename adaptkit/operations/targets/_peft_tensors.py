@@ -1,7 +1,7 @@
-"""Whole tensors in an adapter and trained rows, beside the tensors that the model has with peft 0.21.2.
+"""Compare an adapter's whole tensors and trained rows with the tensors that the model has under peft 0.21.2.
 
-A module with a LoRA keeps what it had as ``base_layer``; one of ``modules_to_save`` is replaced with all that it has,
-and peft asks for every tensor of it. Anything else goes where its name leads, if that is anywhere.
+A module with a LoRA has its original tensors in ``base_layer``. A module in ``modules_to_save`` is replaced with all
+its tensors, and peft requires each of them. Any other tensor is loaded by its name, if the model has that name.
 """
 
 import re
@@ -16,25 +16,25 @@ from adaptkit.operations.targets._target import Finding, some
 
 _HEADS = ("score", "classifier")
 _BY_TASK = {"SEQ_CLS": _HEADS, "TOKEN_CLS": _HEADS, "QUESTION_ANS": ("qa_outputs",)}
-"""What peft adds to ``modules_to_save``."""
+"""Names that peft adds to ``modules_to_save``, by task."""
 LEFT = re.compile(r"\.(modules_to_save|original_module)\.")
-"""What peft has around modules that are saved whole, in names of which it reads none."""
+"""peft's wrappers of modules that are saved whole; peft does not load tensors with these in their names."""
 _GENERATE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _WHOLE = ("weight", "bias", "wrapped weight", "token rows", "other")
 
 
 def within(name: str, path: str) -> bool:
-    """Whether ``name`` is the end of a path, or of one around it."""
+    """Return whether ``name`` ends a path or the path of a module around it."""
     return f".{path}.".find(f".{name}.") >= 0
 
 
 def strays(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
-    """Whole tensors for which the model has no place, or another shape.
+    """Find whole tensors that the model does not have, or has in another shape.
 
     Args:
-        files: of the adapter.
-        base: without it only what the file itself tells is found.
-        drops: what peft does with them.
+        files: the adapter's files.
+        base: without it only problems visible in the file are found.
+        drops: effect text for dropped tensors.
     """
     whole = [key for key in files.keys if key.role in _WHOLE and key.name.startswith(PREFIX)]
     whole = [key for key in whole if not LEFT.search(key.name)]
@@ -49,7 +49,7 @@ def strays(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
             "remove it, or remove .base_layer from its name",
         )
     under = [key for key in whole if key.role in ("weight", "bias") and _is_under(files, key) and key.module in lora]
-    for is_table in (False, True):  # of an embedding it may be a copy of the base's, which older versions wrote
+    for is_table in (False, True):  # for an embedding it may be a copy of the base's, which older versions wrote
         names = [key.name for key in under if lora[key.module] is is_table]
         if names:
             yield Finding(
@@ -85,14 +85,14 @@ def _is_under(files: AdapterFiles, key: Key) -> bool:
 
 
 def _in_base(key: Key) -> str:
-    """What a tensor is called in the model without peft; for trained rows, what these are rows of."""
+    """Return the name of a tensor in the model without peft; for trained rows, that of their table."""
     if key.role == "token rows":
         return f"{key.module}.weight"
     return key.name.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".token_adapter.", ".")
 
 
 def _has(base: BaseShapes, name: str) -> bool:
-    """Whether the model has a tensor; of biases nothing is known where transformers does not know the model."""
+    """Return whether the model has a tensor; assumed for all but weights if transformers does not know the model."""
     if name in base.tensors or (not base.tensors and not name.endswith(".weight")):
         return True
     module, _, leaf = name.rpartition(".")
@@ -100,7 +100,7 @@ def _has(base: BaseShapes, name: str) -> bool:
 
 
 def _is_unlike(base: BaseShapes, key: Key) -> bool:
-    """Whether the model has another shape there; of a vocabulary with another number of entries ``tables`` speaks."""
+    """Return whether the shape differs from the model's; ``_rules.tables`` reports a different vocabulary size."""
     shape = base.tensors.get(_in_base(key))
     if shape is None or shape == key.shape:
         return False
@@ -108,7 +108,7 @@ def _is_unlike(base: BaseShapes, key: Key) -> bool:
 
 
 def saved_modules(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    """Tensors of ``modules_to_save`` that the file does not have."""
+    """Find tensors of ``modules_to_save`` that the file lacks."""
     if base is not None and base.network is not None:
         yield from _lacking(files, base)
         return
@@ -143,7 +143,7 @@ def _lacking(files: AdapterFiles, base: BaseShapes) -> Iterator[Finding]:
 
 
 def trained_rows(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    """Rows of a vocabulary: as many as the configuration names, and of entries that there are."""
+    """Find trained rows whose number differs from the configuration's, or whose indices the vocabulary lacks."""
     rows = [key for key in files.keys if key.role == "token rows"]
     if files.config.get("trainable_token_indices") and files.keys and not rows:
         yield Finding(
@@ -176,7 +176,10 @@ def trained_rows(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Findi
 
 
 def _entries(files: AdapterFiles, base: BaseShapes | None, key: Key) -> int | None:
-    """Of the table that rows are of: as the file has it, if it does, since the model must then be resized to that."""
+    """Return the number of entries in the table of trained rows.
+
+    If the file has the table, it is the file's number, since the model must then be resized to it.
+    """
     own = [k.shape[0] for k in files.keys if k.role == "wrapped weight" and k.module.startswith(key.module) and k.shape]
     shape = base.shape(key.module) if base else None
     return own[0] if own else shape[0] if shape else base.vocabulary if base else None
@@ -191,7 +194,7 @@ def _indices(files: AdapterFiles, key: Key) -> list[Any] | None:
 
 
 def generates(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    """An adapter for a model that writes text, on a base that is none."""
+    """Find an adapter for text generation on a base that cannot generate text."""
     task, network = files.config.get("task_type"), base.network if base else None
     if task in _GENERATE and network is not None and not hasattr(network, "prepare_inputs_for_generation"):
         yield Finding(

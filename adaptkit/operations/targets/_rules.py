@@ -1,4 +1,4 @@
-"""What several programs trip over; each says itself what it then does."""
+"""Rules about adapters that several programs share; each program supplies the effects."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -23,11 +23,11 @@ VARIANTS = {
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA",
 }
-"""Keys of the configuration that make something else of an adapter than s · B A, and what that is called."""
+"""Configuration keys that make an adapter something other than s · B A, and the names of these variants."""
 
 
 def weights(files: AdapterFiles, reader: str) -> Iterator[Finding]:
-    """No file of weights, or one that nothing is known of."""
+    """Find a missing or empty weight file, or a pickled one, which is not read."""
     if files.pickle:
         yield Finding(
             "warning",
@@ -46,25 +46,25 @@ def weights(files: AdapterFiles, reader: str) -> Iterator[Finding]:
 
 
 def is_lora(files: AdapterFiles) -> bool:
-    """Whether the configuration says LoRA, in whatever case."""
+    """Return whether ``peft_type`` is LoRA, in upper or lower case."""
     return str(files.config.get("peft_type", "")).upper() == "LORA"
 
 
 def kind(files: AdapterFiles, effect: str) -> Iterator[Finding]:
-    """A kind of adapter that is none of LoRA's."""
+    """Find an adapter that is not a LoRA."""
     if not is_lora(files):
         found = f"peft_type is {files.config.get('peft_type')!r} in adapter_config.json"
         yield Finding("error", found, effect, files.merge_elsewhere())
 
 
 def variants(files: AdapterFiles, keys: Collection[str], effect: str, change: str) -> Iterator[Finding]:
-    """Keys of ``VARIANTS`` that are set.
+    """Find keys of ``VARIANTS`` that are set.
 
     Args:
-        files: of the adapter.
-        keys: which of them matter.
-        effect: with {what} for what the key asks for.
-        change: what to do.
+        files: the adapter's files.
+        keys: the keys to check.
+        effect: what the program does, with {what} for the name of the variant.
+        change: what to do about it.
     """
     for key in sorted(keys):
         if files.config.get(key):
@@ -72,7 +72,7 @@ def variants(files: AdapterFiles, keys: Collection[str], effect: str, change: st
 
 
 def begun(files: AdapterFiles, effect: str, refusal: str = "") -> Iterator[Finding]:
-    """An initialization that changes the base, or one that is not known, which a program with a ``refusal`` refuses."""
+    """Find an initialization that changes the base, or an unknown one, an error for programs with a ``refusal``."""
     how: Any = files.config.get("init_lora_weights")
     if changes_base(how):
         yield Finding(
@@ -88,7 +88,7 @@ def begun(files: AdapterFiles, effect: str, refusal: str = "") -> Iterator[Findi
 
 
 def unknown_keys(files: AdapterFiles, effect: str) -> Iterator[Finding]:
-    """Keys of the configuration that peft does not have, or did not have when this was written."""
+    """Find configuration keys that adaptkit does not know from peft."""
     unknown = {key for key, value in files.config.items() if value} - KNOWN_KEYS
     if unknown and is_lora(files):
         yield Finding(
@@ -100,7 +100,7 @@ def unknown_keys(files: AdapterFiles, effect: str) -> Iterator[Finding]:
 
 
 def numbers(files: AdapterFiles, effect: str) -> Iterator[Finding]:
-    """Rank and alpha that are no positive numbers, or patterns that are no patterns."""
+    """Find ranks and alphas that are not positive numbers, and invalid patterns."""
     wrong = [pair for pair in files.pairs if pair.scaling is None]
     config = files.config
     plain = is_rank(config.get("r")) and is_positive(config.get("lora_alpha"))
@@ -116,14 +116,14 @@ def numbers(files: AdapterFiles, effect: str) -> Iterator[Finding]:
 
 
 def halves(files: AdapterFiles, effect: str) -> Iterator[Finding]:
-    """A without B, or B without A."""
+    """Find A without B, or B without A."""
     alone = [half.name for pair in files.pairs for half in (pair.a, pair.b) if half and not (pair.a and pair.b)]
     if alone:
         yield Finding("error", f"{some(alone)}: the other half of its lora_A/lora_B pair is missing", effect, ONE_SAVE)
 
 
 def convolutions(files: AdapterFiles, program: str) -> Iterator[Finding]:
-    """Modules whose A and B are those of a convolution."""
+    """Find LoRA of convolutions."""
     found = [pair.module for pair in files.pairs if pair.is_convolution]
     if found:
         effect = f"{program} supports LoRA only for matrices"
@@ -131,7 +131,7 @@ def convolutions(files: AdapterFiles, program: str) -> Iterator[Finding]:
 
 
 def wrapped(files: AdapterFiles, effect: str) -> Iterator[Finding]:
-    """Names as ``torch.compile``, data parallelism, sharding, or a second wrapper of peft leave them."""
+    """Find names changed by ``torch.compile``, data parallelism, sharding, or a second peft wrapper."""
     if files.wrapped:
         yield Finding(
             "error",
@@ -142,7 +142,7 @@ def wrapped(files: AdapterFiles, effect: str) -> Iterator[Finding]:
 
 
 def ranks(files: AdapterFiles, effect: str) -> Iterator[Finding]:
-    """Tensors that do not have the rank that the configuration says, or are no matrices."""
+    """Find pairs whose shapes do not match the configuration's rank, or that are not matrices."""
     wrong = [pair for pair in files.pairs if is_rank(pair.asked) and pair.a and pair.b and not _fits(pair)]
     if wrong:
         first = min(wrong, key=lambda pair: pair.module)
@@ -157,13 +157,13 @@ def ranks(files: AdapterFiles, effect: str) -> Iterator[Finding]:
 
 
 def on_base(files: AdapterFiles, base: BaseShapes | None, missing: str, other: str) -> Iterator[Finding]:
-    """Modules that the base does not have, or has in another shape; ``tables`` looks at the size of the vocabulary.
+    """Find modules that the base lacks, or has in another shape; ``tables`` compares the vocabulary size.
 
     Args:
-        files: of the adapter.
+        files: the adapter's files.
         base: nothing is found without it.
-        missing: what the program does with tensors of a module that is not there.
-        other: the same with matrices that do not fit.
+        missing: what the program does with tensors of a missing module.
+        other: what the program does with matrices that do not fit.
     """
     if base is None:
         return
@@ -194,14 +194,14 @@ def on_base(files: AdapterFiles, base: BaseShapes | None, missing: str, other: s
 def tables(
     files: AdapterFiles, base: BaseShapes | None, level: Literal["error", "warning"], effect: str, change: str
 ) -> Iterator[Finding]:
-    """Embeddings and heads with another number of entries than the base's, whose vocabulary was resized in between.
+    """Find embeddings and heads whose number of entries differs from the base's: the vocabulary was resized.
 
     Args:
-        files: of the adapter.
+        files: the adapter's files.
         base: nothing is found without it.
-        level: of the finding.
+        level: level of the finding.
         effect: what the program does.
-        change: what to do, with {entries} for the adapter's number.
+        change: what to do about it, with {entries} for the adapter's number of entries.
     """
     found = _tables(files, base) if base else []
     if found and base is not None:
@@ -212,23 +212,23 @@ def tables(
 
 
 def tied_head(files: AdapterFiles, base: BaseShapes | None) -> str | None:
-    """The name of the head if the adapter changes it and the base has it in common with the embedding."""
+    """Return the name of the head if the adapter changes it and the base ties it to the embedding; otherwise None."""
     heads = [pair.module for pair in files.pairs if _is_head(pair)]
     return min(heads) if heads and base is not None and base.is_tied else None
 
 
 def experts(files: AdapterFiles) -> list[str]:
-    """The names of tensors that change stacks of experts."""
+    """Return the names of tensors that change stacks of experts."""
     return [half.name for pair in files.pairs if pair.stacked for half in (pair.a, pair.b) if half]
 
 
 def single_experts(files: AdapterFiles) -> list[str]:
-    """Modules that are one of several experts."""
+    """Return the modules that belong to one of several experts."""
     return [pair.module for pair in files.pairs if is_single_expert(pair.module)]
 
 
 def is_table(module: str) -> bool:
-    """Whether a module has, by its name, an entry for every word of a vocabulary."""
+    """Return whether a module's name is that of an embedding or head of the vocabulary."""
     return bool(_TABLE.search(module))
 
 
@@ -248,7 +248,7 @@ def _fits(pair: Pair) -> bool:
 def _fits_base(files: AdapterFiles, base: BaseShapes, pair: Pair) -> bool:
     expected = base.shape(pair.module)
     if expected is None or not pair.a or not pair.b or len(pair.a.shape) != 2 or len(pair.b.shape) != 2:
-        return True  # found by another rule
+        return True  # reported by another rule
     made = (pair.b.shape[0], pair.a.shape[1])
     if pair.embedding:
         return expected == made[::-1]
@@ -257,14 +257,14 @@ def _fits_base(files: AdapterFiles, base: BaseShapes, pair: Pair) -> bool:
 
 
 def _is_comparable(pair: Pair, base: BaseShapes) -> bool:
-    """Not stacks, nor one expert of a base that keeps stacks, nor a head that is the embedding."""
+    """Return False for stacks, for single experts if the base stores stacks, and for a tied head."""
     if pair.stacked or (_is_head(pair) and base.is_tied):
         return False
     return base.has_numbered_experts or not is_single_expert(pair.module)
 
 
 def _tables(files: AdapterFiles, base: BaseShapes) -> list[tuple[str, int]]:
-    """Modules whose first dimension is a vocabulary of another size than the base's, and that size."""
+    """Return embeddings and heads whose vocabulary size differs from the base's, with the adapter's size."""
     found = []
     for pair in files.pairs:
         if pair.embedding and pair.a and len(pair.a.shape) == 2:
@@ -287,7 +287,7 @@ def _is_head(pair: Pair) -> bool:
 
 
 def is_rank(value: Any) -> bool:
-    """Whether it is a whole number above zero."""
+    """Return whether a value is an integer above zero."""
     return isinstance(value, int) and is_positive(value)
 
 

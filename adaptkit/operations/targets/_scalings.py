@@ -1,4 +1,4 @@
-"""By which factors programs scale what an adapter adds, where these are not the ones that it was trained with."""
+"""Factors by which programs scale an adapter's change, where they differ from those of training."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -15,12 +15,12 @@ _LOW_RANK = ("A", "B", "embedding A", "embedding B", "wrapped weight")
 
 
 def meant_otherwise(files: AdapterFiles, reader: str) -> Iterator[Finding]:
-    """Patterns for rank and alpha by which an older release meant something else."""
+    """Find rank and alpha patterns that meant something else in the peft release that wrote them."""
     scalings = Scalings(files.root, files.config)
     pairs = [pair for pair in files.pairs if pair.scaling is not None] if age_of_patterns(files.config) else []
     try:
         found = [pair.module for pair in pairs if scalings.of(pair.module) != (pair.asked, pair.scaling)]
-    except AdapterError:  # of numbers that are none, or patterns
+    except AdapterError:  # invalid numbers or patterns, which other rules report
         return
     if found:
         yield Finding(
@@ -33,7 +33,7 @@ def meant_otherwise(files: AdapterFiles, reader: str) -> Iterator[Finding]:
 
 
 def flat_change(files: AdapterFiles) -> str:
-    """How to get rid of rsLoRA and patterns: another α where one number will do, else a merged model."""
+    """Return the advice to get rid of rsLoRA and patterns: change α if one value suffices, otherwise merge."""
     low_rank = all(key.role in _LOW_RANK for key in files.keys) and all(pair.rank for pair in files.pairs)
     if files.is_flat and low_rank:
         return f"run adaptkit resize {files.root} -o OUT --rank {files.pairs[0].rank}, which changes only lora_alpha"
@@ -41,24 +41,24 @@ def flat_change(files: AdapterFiles) -> str:
 
 
 def flat_scaling(alpha: Any, rank: Any, rslora: Any = False) -> float | None:
-    """What a program multiplies by that knows one rank and one alpha; None if these are no numbers for that."""
+    """Return the factor of a program that knows only one rank and one alpha; None if they are invalid."""
     if not is_rank(rank) or not isinstance(alpha, int | float):
         return None
     try:
         return scaling(float(alpha), rank, bool(rslora))
-    except OverflowError:  # a whole number that no float holds
+    except OverflowError:  # an integer too large for a float
         return None
 
 
 def scaled_wrongly(files: AdapterFiles, used: Mapping[str, float | None]) -> list[tuple[str, float, float]]:
-    """Modules that a program would scale by another factor than peft does.
+    """Return the modules that a program scales by a different factor than peft.
 
     Args:
-        files: of the adapter.
-        used: the program's factor by module; None where it has none.
+        files: the adapter's files.
+        used: maps modules to the program's factor; None if it has none.
 
     Returns:
-        (module, peft's factor, the program's).
+        Tuples (module, peft's factor, the program's factor).
     """
     found = []
     for pair in files.pairs:

@@ -1,4 +1,4 @@
-"""Experts that are adapted one by one, for programs that put those of a layer together."""
+"""Experts adapted one by one, for programs that join the experts of a layer."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from adaptkit.operations.targets._target import Finding, some
 
 
 def all_or_none(files: AdapterFiles, base: BaseShapes | None, effect: str) -> Iterator[Finding]:
-    """Layers of which some experts, or some of their matrices, have no pair, or another rank than the others.
+    """Find layers in which only some experts, or some of their matrices, have pairs, or in which ranks differ.
 
     Args:
-        files: of the adapter.
-        base: without it there are as many experts as the files count, and a gate if the files have one.
+        files: the adapter's files.
+        base: without it the number of experts, and whether they have gates, is taken from the files.
         effect: what the program does.
     """
     stacks: defaultdict[str, dict[tuple[int, int], Pair]] = defaultdict(dict)

@@ -1,4 +1,4 @@
-"""What a target is: a program, and what it makes of an adapter's or a checkpoint's files."""
+"""A target: a program, and how it handles an adapter's or a checkpoint's files."""
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
@@ -11,13 +11,14 @@ from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a program refuses, gets wrong, or takes on a condition.
+    """One thing that a program refuses, gets wrong, or accepts only under a condition.
 
     Attributes:
-        level: ``error`` if it refuses the files or computes something else, ``warning`` if it needs a flag or differs.
-        found: what, with the name of a tensor or of a key.
+        level: ``error`` if the program refuses the files or computes something else; ``warning`` if it needs a flag, or
+            handles the files differently in some versions or cases.
+        found: what was found, with the name of a tensor or key.
         effect: what the program does with it.
-        change: what to do about it: a command, or the program's flag.
+        change: what to do about it: a command, or a flag of the program.
     """
 
     level: Literal["error", "warning"]
@@ -31,9 +32,9 @@ class Target:
     """A program.
 
     Attributes:
-        reader: its name and the version whose source the rules were read from.
-        adapter: what it makes of an adapter, with the base's shapes if those are known.
-        checkpoint: what it makes of a checkpoint.
+        reader: its name, and the version whose source the rules were read from.
+        adapter: returns findings about an adapter; called with the base's shapes, or None if no base is given.
+        checkpoint: returns findings about a checkpoint.
     """
 
     reader: str
@@ -42,6 +43,6 @@ class Target:
 
 
 def some(names: Collection[str]) -> str:
-    """One of some names, the first in their order, and how many more there are."""
+    """Return the first of some names in sorted order, and how many more there are."""
     first = min(names)
     return first if len(names) == 1 else f"{first} and {len(names) - 1} more"

@@ -1,9 +1,10 @@
 """GGUF: llama.cpp's converters and its reader of adapters, as of autumn 2026.
 
-``convert_lora_to_gguf.py`` sorts an adapter's tensors by their names and writes A, B and one alpha. Of what it wrote,
-``src/llama-adapter.h`` computes alpha / rank with each tensor's own rank, and ``src/llama-adapter.cpp`` compares shapes
-with the base and skips norms. ``conversion/base.py`` (before that ``convert_hf_to_gguf.py``) reads checkpoints, and
-``conversion/gpt2.py`` turns matrices round; ``conversion/gemma.py`` and ``phi.py`` read tokenizers of one kind.
+``convert_lora_to_gguf.py`` sorts an adapter's tensors by their names and writes A, B and one alpha. When the result is
+loaded, ``src/llama-adapter.h`` computes alpha / rank with each tensor's own rank, and ``src/llama-adapter.cpp``
+compares shapes with the base and skips norms. ``conversion/base.py`` (formerly ``convert_hf_to_gguf.py``) reads
+checkpoints, ``conversion/gpt2.py`` transposes matrices, and ``conversion/gemma.py`` and ``phi.py`` read tokenizers
+only from SentencePiece files.
 """
 
 import re
@@ -25,7 +26,7 @@ _BY_CHANNEL = {"float-quantized", "int-quantized", "naive-quantized"}
 _OF_SENTENCEPIECE = {"GemmaForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM", "PhiMoEForCausalLM"}
 _PLAIN = {"A", "B", "embedding A", "embedding B", "wrapped weight"}
 _NORM = re.compile(r"_layernorm|\.norm")
-_TAKES = ("use_dora", "lora_bias", "alora_invocation_tokens")  # the first two are told by their tensors
+_TAKES = ("use_dora", "lora_bias", "alora_invocation_tokens")  # the first two are reported by their tensors
 
 
 def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
@@ -145,7 +146,7 @@ def _modules(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
             merge_apart if head else f"give --base to find out whether they are tied; if so, {merge_apart}",
         )
     tables = [pair.module for pair in files.pairs if pair.embedding and _rules.is_table(pair.module)]
-    if tables and (base is None or base.is_tied):  # the head then has the embedding's A, which is turned round
+    if tables and (base is None or base.is_tied):  # the head then uses the embedding's A, which is transposed
         yield Finding(
             "warning" if base is None else "error",
             f"{some(tables)} is changed{', but the base ties it to the head' if base else ''}",
@@ -187,7 +188,7 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
 
 
 def _vocabulary(files: CheckpointFiles) -> Iterator[Finding]:
-    """A tokenizer that is there, but not as the file of SentencePiece's that is read of some architectures."""
+    """Find a tokenizer without the SentencePiece file that is required for some architectures."""
     named, config = class_names(files.config)[:1], files.root / "tokenizer_config.json"
     is_there = (files.root / "tokenizer.model").is_file()
     if is_there or not files.has_tokenizer or not _OF_SENTENCEPIECE.intersection(named):
@@ -204,7 +205,7 @@ def _vocabulary(files: CheckpointFiles) -> Iterator[Finding]:
 
 
 def _unread(config: Mapping[str, Any]) -> str:
-    """What the converters do not read of compressed-tensors, one method with many formats; empty if nothing."""
+    """Return which format of compressed-tensors the converters do not read; empty if they read it."""
     given = config.get("quantization_config")
     if not isinstance(given, dict) or given.get("quant_method") != "compressed-tensors":
         return ""

@@ -1,9 +1,9 @@
-"""peft 0.21.2 with transformers 5, as their sources and trials have it.
+"""peft 0.21.2 with transformers 5; the rules come from their sources and from trying them.
 
 ``peft/peft_model.py`` and ``utils/save_and_load.py`` build the modules that ``adapter_config.json`` asks for, and then
-load tensors with ``load_state_dict(strict=False)``: what has no place is dropped without a word, and what is missing
-keeps its initial value, after one warning. A checkpoint is read by transformers: ``model.safetensors`` or what the
-index names, and nothing beside them.
+load tensors with ``load_state_dict(strict=False)``: unexpected tensors are dropped silently, and missing ones keep
+their initial value, after one warning. A checkpoint is read by transformers: ``model.safetensors`` or the files that
+the index names, and no others.
 """
 
 from collections.abc import Iterator
@@ -28,9 +28,9 @@ _TYPES = {
     "VBLORA", "VERA", "WAVEFT", "XLORA",
 }  # fmt: skip
 _MORE_TENSORS = ("kasa_config", "velora_config", "monteclora_config")
-"""Variants whose tensors have names of their own."""
+"""Keys of variants that have further tensors, with ``.lora_`` in their names."""
 _BY_DEFAULT = {"c_attn", "q", "q_proj", "query", "query_key_value", "v", "v_proj", "value"}
-"""Names that peft takes for most types of models where the configuration has none."""
+"""Modules that peft targets for most model types if ``target_modules`` is not set."""
 _DROPS = "peft silently drops it, so it changes nothing"
 
 
@@ -130,7 +130,7 @@ def _targeted(files: AdapterFiles) -> Iterator[Finding]:
             "remove it from one of them",
         )
     if targets in (None, _peft_config.SHORTHAND) or config.get("ensure_weight_tying"):
-        return  # peft then asks the architecture, or adds what is tied
+        return  # peft then selects by architecture, or adds tied modules
     unmatched = _peft_config.untargeted(config, [p.module for p in files.pairs if not p.stacked])
     if unmatched:
         yield Finding(
@@ -143,7 +143,7 @@ def _targeted(files: AdapterFiles) -> Iterator[Finding]:
 
 
 def _asked(files: AdapterFiles) -> Iterator[Finding]:
-    """What the configuration asks for and the file does not have."""
+    """Find tensors that the configuration asks for and the file lacks."""
     plain = [pair.module for pair in files.pairs if not pair.embedding and not pair.stacked]
     for key, role, initial in (
         ("use_dora", "magnitude", "the norms of the base's rows"),
@@ -181,7 +181,7 @@ def _kernels(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
 
 
 def _wrapped_by_none(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    """Modules of kinds that peft's LoRA has no layer for, as the routers of transformers 5."""
+    """Find modules of types that peft has no LoRA layer for, such as the routers of transformers 5."""
     if base is None or base.network is None:
         return
     nn = torch.nn

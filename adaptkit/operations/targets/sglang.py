@@ -1,8 +1,9 @@
-"""SGLang, whose LoRA code is that of version 0.5.23 (November 2026).
+"""SGLang 0.5.23 (November 2026): its LoRA code.
 
 ``sglang/srt/lora/lora_config.py`` and ``lora.py`` read the configuration and sort tensors by substrings of their names,
-``lora_manager.py`` refuses, ``mem_pool.py`` copies into buffers that all have the configuration's rank, ``utils.py``
-knows the modules. Newer sources than that release also keep ``rank_pattern`` and ``alpha_pattern``.
+``lora_manager.py`` refuses adapters, ``mem_pool.py`` copies tensors into buffers that all have the configuration's
+rank, and ``utils.py`` has the names of modules. Sources after that release also read ``rank_pattern`` and
+``alpha_pattern``.
 """
 
 import json
@@ -29,7 +30,7 @@ _TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv
     "up_proj": "gate_up",
     "gate_up_proj": "gate_up",
 }
-"""Projections that SGLang has in one matrix."""
+"""Projections that SGLang fuses into one matrix, and the name of that matrix."""
 
 
 def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
@@ -169,11 +170,11 @@ def _unnamed_tables(files: AdapterFiles) -> list[str]:
 
 
 def _fused(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    """Projections that SGLang has in one matrix, of which it wants certain ones together."""
+    """Find projections that SGLang fuses into one matrix, adapted without the others that it then requires."""
     blocks: dict[str, set[str]] = defaultdict(set)
     for pair in files.pairs:
         block, _, leaf = pair.module.rpartition(".")
-        if _LAYER.search(f"{pair.module}."):  # of single experts, too, whose w1 and w3 SGLang calls gate and up
+        if _LAYER.search(f"{pair.module}."):  # single experts too: SGLang renames their w1 and w3
             blocks[block].add("gate_proj" if leaf in GATES else "up_proj" if leaf in UPS else leaf)
     for needed, has in (("v_proj", {"q_proj"}), ("q_proj", {"k_proj", "v_proj"}), ("gate_proj", {"up_proj"})):
         alone = [block for block, leaves in blocks.items() if leaves & has and needed not in leaves]
@@ -181,7 +182,7 @@ def _fused(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
             names = GATES if needed == "gate_proj" else {needed}
             alone = [block for block in alone if any(base.shape(f"{block}.{name}") for name in names)]
         if alone:
-            sure = needed != "gate_proj" or base is not None  # a layer without a gate has up_proj alone, rightly
+            sure = needed != "gate_proj" or base is not None  # layers without a gate need only up_proj
             yield Finding(
                 "error" if sure else "warning",
                 f"{some(alone)}: {' or '.join(sorted(has))} without {needed}",
@@ -236,7 +237,7 @@ def _added_tokens(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Find
 
 
 def _read_added(path: Path) -> dict[str, int]:
-    """Token -> number; empty if there is no such file, or one that SGLang ignores, too."""
+    """Map added tokens to their indices; empty if there is no such file, or if SGLang ignores it too."""
     try:
         found = json.loads(read_small(path))
     except (CheckpointError, OSError, ValueError, RecursionError):

@@ -1,9 +1,9 @@
-"""vLLM, whose LoRA loader and model loader are those of version 0.33.0 (November 2026).
+"""vLLM 0.33.0 (November 2026): its LoRA loader and model loader.
 
-``vllm/lora/peft_helper.py`` judges the configuration, ``lora_model.py`` and ``utils.py`` the names of tensors,
-``config/lora.py`` the ranks, ``model_manager.py`` what becomes of experts, ``model_loader/default_loader.py`` which
-files a checkpoint has. What is older or newer here: patterns of ranks and alphas are heeded from 0.32 on, the check for
-initial adapters that change the base is as new, and bitsandbytes left vLLM for a plugin in 0.28.
+``vllm/lora/peft_helper.py`` checks the configuration, ``lora_model.py`` and ``utils.py`` the names of tensors, and
+``config/lora.py`` the ranks; ``model_manager.py`` handles experts; ``model_loader/default_loader.py`` finds the files
+of a checkpoint. Version differences: from 0.32 on, rank and alpha patterns apply, and initializations that change the
+base are rejected; in 0.28, bitsandbytes moved to a plugin.
 """
 
 import re
@@ -67,7 +67,7 @@ def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Fin
     )
     refuses = "vLLM rejects initializations that change the base (before 0.32 it wrongly accepted them)"
     takes = "vLLM ignores this, and applies the adapter to a base that it does not fit"
-    is_lora_ga = str(config.get("init_lora_weights")).lower() == "lora_ga"  # peft changes the base in training alone
+    is_lora_ga = str(config.get("init_lora_weights")).lower() == "lora_ga"  # peft changes the base only in training
     yield from _rules.begun(files, takes if is_lora_ga else refuses, "vLLM rejects unknown values from 0.32 on")
     yield from _rules.unknown_keys(files, "vLLM ignores unknown keys")
     if config.get("fan_in_fan_out") or (base is not None and base.is_transposed):
@@ -99,7 +99,7 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
         what = some(rest) if rest else f"modules_to_save is {asked} in adapter_config.json"
         yield Finding("error", what, "vLLM rejects tensors that replace the base's", files.merge())
     for role, what in (("magnitude", "DoRA"), ("token rows", "trained token rows")):
-        if files.named(role) and not (role == "magnitude" and files.config.get("use_dora")):  # then it is said already
+        if files.named(role) and not (role == "magnitude" and files.config.get("use_dora")):  # reported by use_dora
             yield Finding("error", some(files.named(role)), f"vLLM rejects {what}", files.merge())
     other = [*files.named("other"), *(n for n in files.named("wrapped weight") if not _EMBEDDED.search(n))]
     if other:
@@ -112,7 +112,7 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
 
 
 def _is_head(module: str) -> bool:
-    """Whether vLLM puts the module, bias and all, in the place of its classification head."""
+    """Return whether vLLM loads the module, including its bias, as its classification head."""
     return module.rpartition(".")[2] in _HEADS
 
 
@@ -133,7 +133,7 @@ def _patterns(files: AdapterFiles) -> Iterator[Finding]:
 def _largest_rank(files: AdapterFiles) -> Iterator[Finding]:
     known = [pair.rank for pair in files.pairs if pair.rank]
     pattern = files.config.get("rank_pattern")
-    asked = [files.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]  # whoever has them
+    asked = [files.config.get("r"), *(pattern.values() if isinstance(pattern, dict) else ())]  # also without tensors
     largest = max([0, *known, *(rank for rank in asked if isinstance(rank, int))])
     if largest > _RANKS[-1]:
         yield Finding(
