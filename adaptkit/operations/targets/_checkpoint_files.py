@@ -106,7 +106,7 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
 
 
 def _packed(checkpoint: Checkpoint) -> Iterator[Packed]:
-    from adaptkit.checkpoint.quantized import quantized_names, read_outline  # here, since they wait for numpy
+    from adaptkit.checkpoint.quantized import quantized_names, read_outline  # imported here: loads numpy
 
     for name in quantized_names(checkpoint):
         outline = read_outline(checkpoint, name)
