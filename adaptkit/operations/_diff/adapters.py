@@ -100,15 +100,17 @@ def diff_adapters(first: Path, second: Path, *, threads: int) -> AdapterDiffRepo
     held = (held_by(one), held_by(two))
     shared = sorted(held[0].keys() & held[1].keys())
     tensors = [found for name in shared if (found := differ_in_part(name, held[0][name], held[1][name]))]
-    lonely = [tuple(sorted(held[i].keys() - held[1 - i].keys())) for i in (0, 1)]
+    unmatched = [tuple(sorted(held[i].keys() - held[1 - i].keys())) for i in (0, 1)]
     beside = differ_in_files_beside(first, second)
-    turned = one.fan_in_fan_out != two.fan_in_fan_out or one.embeddings != two.embeddings
-    turned = turned or (_of_other_ways(one, two) and any(len(set(s[0].shape)) == 1 for s in one.experts.values()))
+    orientation_differs = one.fan_in_fan_out != two.fan_in_fan_out or one.embeddings != two.embeddings
+    orientation_differs = orientation_differs or (
+        _may_orient_stacks_differently(one, two) and any(len(set(s[0].shape)) == 1 for s in one.experts.values())
+    )
     return AdapterDiffReport(
         kind="adapter",
         first=str(first),
         second=str(second),
-        same=alike and not turned and not tensors and lonely == [(), ()] and beside.same,
+        same=alike and not orientation_differs and not tensors and unmatched == [(), ()] and beside.same,
         tensors_roots=(tensors_root(one.records), tensors_root(two.records)),
         manifests=(_manifest_sha256(one), _manifest_sha256(two)),
         total=total(modules),
@@ -119,8 +121,8 @@ def diff_adapters(first: Path, second: Path, *, threads: int) -> AdapterDiffRepo
         only_in_second=tuple(sorted(changes[1].keys() - changes[0].keys())),
         tensors_equal=len(shared) - len(tensors),
         tensors=tuple(sorted(tensors, key=lambda t: (-(t.relative or 0.0), t.name))),
-        tensors_only_in_first=lonely[0],
-        tensors_only_in_second=lonely[1],
+        tensors_only_in_first=unmatched[0],
+        tensors_only_in_second=unmatched[1],
         config=tuple(differ_in_values(ADAPTER_CONFIG_NAME, _config(one), _config(two))),
         beside=beside,
         remarks=tuple(_remarks(one, two)),
@@ -195,14 +197,14 @@ def _config(adapter: Adapter) -> Mapping[str, Any]:
     }
 
 
-def _of_other_ways(first: Adapter, second: Adapter) -> bool:
+def _may_orient_stacks_differently(first: Adapter, second: Adapter) -> bool:
     """Return whether the two peft releases that wrote the adapters may swap input and output of expert stacks."""
     both = bool(first.experts and second.experts)
     return both and turns_stacks(first.config, False) != turns_stacks(second.config, False)
 
 
 def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
-    if _of_other_ways(first, second):
+    if _may_orient_stacks_differently(first, second):
         yield (
             "stacks of experts are compared as stored, but the two peft releases that wrote them order input and "
             "output differently unless the model declares its stacks transposed"

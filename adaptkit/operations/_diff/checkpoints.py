@@ -107,7 +107,7 @@ def diff_checkpoints(
     tensors = _measure(one, two, unlike, threads, progress)
     config = tuple(differ_in_values(CONFIG_NAME, one.config, two.config))
     beside = differ_in_files_beside(first, second)
-    lonely = [tuple(sorted(a.tensors.keys() - b.tensors.keys())) for a, b in ((one, two), (two, one))]
+    unmatched = [tuple(sorted(a.tensors.keys() - b.tensors.keys())) for a, b in ((one, two), (two, one))]
     measured = [t.norms for t in tensors if t.norms is not None]
     norms = (math.hypot(*(norm for norm, _ in measured)), math.hypot(*(norm for _, norm in measured)))
     difference = math.hypot(*(t.difference for t in tensors if t.difference is not None))
@@ -116,7 +116,7 @@ def diff_checkpoints(
         kind="checkpoint",
         first=str(first),
         second=str(second),
-        same=not (unlike or lonely[0] or lonely[1] or config) and beside.same,
+        same=not (unlike or unmatched[0] or unmatched[1] or config) and beside.same,
         fingerprints=(_basis(sides[0]), _basis(sides[1])),
         tensors_roots=(tensors_root(records[0].values()), tensors_root(records[1].values())),
         manifests=(_sha256(sides[0]), _sha256(sides[1])),
@@ -124,8 +124,8 @@ def diff_checkpoints(
         equal=len(equal),
         equal_bytes=sum(one.spec(name).nbytes for name in equal),
         tensors=tensors,
-        only_in_first=lonely[0],
-        only_in_second=lonely[1],
+        only_in_first=unmatched[0],
+        only_in_second=unmatched[1],
         norms=norms,
         difference=difference,
         relative=relative(difference, norms) if len(measured) == len(tensors) else None,
@@ -166,8 +166,8 @@ def _records(sides: Sequence[_Side], threads: int, progress: Progress) -> list[d
     for side in sides:
         tensors, digests = side.checkpoint.tensors, side.recorded
         if digests is None:
-            told = partial(lambda before, done, _: progress(before + done, total), before)
-            digests = fingerprints(side.checkpoint, threads, told)
+            report_read = partial(lambda before, done, _: progress(before + done, total), before)
+            digests = fingerprints(side.checkpoint, threads, report_read)
             before += sum(at.spec.nbytes for at in tensors.values())
         found.append({name: TensorRecord.of(at.spec, digests[name], at.file) for name, at in tensors.items()})
     return found

@@ -94,7 +94,7 @@ def differ_in_files_beside(first: Path, second: Path) -> FilesDifference:
     Two JSON objects with equal values count as the same file. Chat templates are compared by name, whichever file they
     are in.
     """
-    found = [_beside(root) for root in (first, second)]
+    found = [_items_beside(root) for root in (first, second)]
     templates = _differ_in_templates(*(templates_in(root, _document, _text) for root in (first, second)))
     values: list[ValueDifference] = []
     files: list[FileDifference] = []
@@ -105,18 +105,20 @@ def differ_in_files_beside(first: Path, second: Path) -> FilesDifference:
             continue
         documents = [None if path is None else _document(path) for path in (one, two)]
         if name == TOKENIZER_CONFIG and documents[0] and documents[1]:
-            documents = _without_templates(documents[0], documents[1], told=bool(templates))
+            documents = _without_templates(documents[0], documents[1], templates_differ=bool(templates))
         if documents[0] is not None and documents[0] == documents[1]:
             continue  # only the formatting differs
-        told = _differ_in_documents(name, documents[0], documents[1])
-        values += told
-        files += [] if told else [FileDifference(name, (digests[0], digests[1]))]
+        by_key = _differ_in_documents(name, documents[0], documents[1])
+        values += by_key
+        files += [] if by_key else [FileDifference(name, (digests[0], digests[1]))]
     return FilesDifference(sum(map(len, found)), tuple(values), tuple(files), templates)
 
 
 def differ_in_values(file: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> list[ValueDifference]:
     """Compare two JSON objects key by key, recursing into nested objects; lists are compared whole."""
-    return [ValueDifference(file, key, one, two) for key, one, two in _unlike(dict(_flat(first)), dict(_flat(second)))]
+    return [
+        ValueDifference(file, key, one, two) for key, one, two in _differing(dict(_flat(first)), dict(_flat(second)))
+    ]
 
 
 def _differ_in_documents(
@@ -128,17 +130,19 @@ def _differ_in_documents(
     return _tokenizer(first, second) if name == TOKENIZER_NAME else differ_in_values(name, first, second)
 
 
-def _without_templates(first: dict[str, Any], second: dict[str, Any], told: bool) -> list[dict[str, Any] | None]:
+def _without_templates(
+    first: dict[str, Any], second: dict[str, Any], templates_differ: bool
+) -> list[dict[str, Any] | None]:
     """Remove the chat templates, which are compared separately.
 
     They stay if both documents have one and that comparison found no difference: a template file overrides the key, so
     only this comparison sees it.
     """
-    hidden = not told and TEMPLATE_KEY in first and TEMPLATE_KEY in second
+    hidden = not templates_differ and TEMPLATE_KEY in first and TEMPLATE_KEY in second
     return [{k: v for k, v in document.items() if hidden or k != TEMPLATE_KEY} for document in (first, second)]
 
 
-def _beside(root: Path) -> dict[str, Path]:
+def _items_beside(root: Path) -> dict[str, Path]:
     """Map names to the paths to compare; the folders of undo records and embedded adapters count as one item each."""
     folders = (undo.ADAPTERS_PREFIX, f"{undo.FOLDER}/")
     return side_files(root) | {name: root / name for name in folders if (root / name).is_dir()}
@@ -174,7 +178,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-def _unlike(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple[str, str | None, str | None]]:
+def _differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple[str, str | None, str | None]]:
     keys = sorted({*first, *second})
     return [(key, first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)]
 
@@ -182,7 +186,7 @@ def _unlike(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple[s
 def _tokenizer(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[ValueDifference]:
     """Compare two ``tokenizer.json``: added tokens by name, vocabulary and merges by entry counts, the rest by key."""
     documents = [_summarized(mine, other) for mine, other in ((first, second), (second, first))]
-    return [ValueDifference(TOKENIZER_NAME, *found) for found in _unlike(*documents)]
+    return [ValueDifference(TOKENIZER_NAME, *found) for found in _differing(*documents)]
 
 
 def _summarized(mine: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:
@@ -209,11 +213,11 @@ def _counted(mine: Any, other: Any) -> str:
     if mine == other:
         return "the same"
     entries = [_entries(part) for part in (mine, other)]
-    told = f"{counted(len(entries[0]), 'entry')}, {len(entries[0] - entries[1]):,} of them only here"
+    summary = f"{counted(len(entries[0]), 'entry')}, {len(entries[0] - entries[1]):,} of them only here"
     if not isinstance(mine, list) or not isinstance(other, list):
-        return told
+        return summary
     common = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(mine, other, strict=False)))
-    return f"{told}, entry {common:,} is {mine[common] if common < len(mine) else 'absent'!r}"
+    return f"{summary}, entry {common:,} is {mine[common] if common < len(mine) else 'absent'!r}"
 
 
 def _entries(part: Any) -> set[str]:

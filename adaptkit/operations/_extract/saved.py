@@ -39,20 +39,20 @@ class Saved:
     Attributes:
         parts: maps names in the model to tensors.
         config: keys of ``adapter_config.json`` that they need.
-        also: names in the files of tensors stored only because ``modules_to_save`` also matches their modules.
+        matched: names in the files of tensors stored only because ``modules_to_save`` also matches their modules.
     """
 
     parts: dict[str, Part]
     config: dict[str, Any]
-    also: frozenset[str] = frozenset()
+    matched: frozenset[str] = frozenset()
 
     def source(self, plan: Plan, part: Part) -> Checkpoint:
         """Return the checkpoint to read a tensor from: the base if it is left out but must be stored."""
-        return plan.base if part.fate == LEFT_OUT and part.name in self.also else plan.tuned
+        return plan.base if part.fate == LEFT_OUT and part.name in self.matched else plan.tuned
 
     def seen(self, finding: Finding) -> Finding:
-        """Return the finding, without its low-rank change if the tensor is in ``also`` and so stored whole."""
-        if finding.part.name not in self.also or finding.part.fate != LOW_RANK:
+        """Return the finding, without its low-rank change if the tensor is in ``matched`` and so stored whole."""
+        if finding.part.name not in self.matched or finding.part.fate != LOW_RANK:
             return finding
         why = f"{finding.part.why}, matched by modules_to_save"
         return replace(finding, term=None, part=replace(finding.part, fate=SAVED, why=why))
@@ -158,14 +158,14 @@ def whole_tensors(plan: Plan, findings: Sequence[Finding], running: Running) -> 
     }  # peft saves the inner modules too
     asked = {"modules_to_save": sorted(saved)}
     inside = {part.name for part in plan.parts if is_saved(asked, running.path(part.name).rpartition(".")[0])}
-    also = {name for name in inside if name not in parts}
-    parts |= {part.name: part for part in plan.parts if part.name in also}
+    matched = {name for name in inside if name not in parts}
+    parts |= {part.name: part for part in plan.parts if part.name in matched}
     if any(part.name not in inside for part in differ):
         config["bias"] = "all"
     named = {running.tensor(name): part for name, part in parts.items()}
     for module in sorted(saved):
-        named |= _in_common(plan, running, vocabulary, module, named)
-    return Saved(dict(sorted(named.items())), config | {"modules_to_save": sorted(saved) or None}, frozenset(also))
+        named |= _tied_parts(plan, running, vocabulary, module, named)
+    return Saved(dict(sorted(named.items())), config | {"modules_to_save": sorted(saved) or None}, frozenset(matched))
 
 
 def _head(plan: Plan, running: Running, vocabulary: Vocabulary) -> str:
@@ -184,7 +184,7 @@ def _head(plan: Plan, running: Running, vocabulary: Vocabulary) -> str:
     return head or module_of(vocabulary.head)
 
 
-def _in_common(
+def _tied_parts(
     plan: Plan, running: Running, vocabulary: Vocabulary, module: str, named: Mapping[str, Part]
 ) -> dict[str, Part]:
     """Return a saved module's tensors that the files store under another module's name, as a tied head's weight."""
@@ -204,7 +204,7 @@ def _in_common(
 
 def placeholder_part(plan: Plan, saved: Saved) -> Part | None:
     """Return a linear layer to give a zero change: peft cannot load an adapter without any low-rank change."""
-    free = (part for part in plan.parts if part.name not in saved.also)
+    free = (part for part in plan.parts if part.name not in saved.matched)
     return next((part for part in free if part.kind in ("linear", "conv1d")), None)
 
 

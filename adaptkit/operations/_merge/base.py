@@ -62,8 +62,8 @@ def open_base(path: Path, adapters: Sequence[Adapter], allow_mismatch: bool) -> 
         base = Base(parent, read_manifest(parent.root), wanted, path, _parent_root(manifest), root)
     else:
         base = Base(checkpoint, manifest, _by_tensor(checkpoint, expected), root=root)
-        say_it = all(_said(a.manifest, a.root) or is_theirs(base, root or "", [a]) for a in adapters)
-        if _is_turned_back(manifest) and not say_it and not allow_mismatch:
+        is_recorded = all(_recorded(a.manifest, a.root) or is_their_base(base, root or "", [a]) for a in adapters)
+        if _was_dequantized(manifest) and not is_recorded and not allow_mismatch:
             raise BaseMismatchError(
                 f"{path}: was quantized and dequantized; nothing says that the adapter was trained on these weights",
                 hint="merge into the original 16-bit checkpoint, or add --allow-base-mismatch",
@@ -90,13 +90,13 @@ def check_fingerprint(base: Base, name: str, found: str) -> None:
         BaseMismatchError: names the tensor.
     """
     if name in base.expected and base.expected[name][0] != found:
-        who = base.expected[name][1]
+        source = base.expected[name][1]
         came, hint = "trained on", "give the right base, or add --allow-base-mismatch"
-        if base.found_for is not None and who == str(base.found_for):
-            came, hint = "quantized from", _give_it(base)  # --allow-base-mismatch does not skip this
-        elif _is_turned_back(base.manifest):
+        if base.found_for is not None and source == str(base.found_for):
+            came, hint = "quantized from", _parent_hint(base)  # --allow-base-mismatch does not skip this
+        elif _was_dequantized(base.manifest):
             hint = "merge into the original 16-bit checkpoint, or add --allow-base-mismatch"
-        raise BaseMismatchError(f"{base.checkpoint.root}: {name} is not the tensor that {who} was {came}", hint=hint)
+        raise BaseMismatchError(f"{base.checkpoint.root}: {name} is not the tensor that {source} was {came}", hint=hint)
 
 
 def merge_parents(
@@ -112,7 +112,7 @@ def merge_parents(
         if base.found_for is not None:
             raise BaseMismatchError(
                 f"{base.checkpoint.root}: not all of its tensors are those that {base.found_for} was quantized from",
-                hint=_give_it(base),
+                hint=_parent_hint(base),
             )
         raise IntegrityError(
             f"{base.checkpoint.root}: its tensors do not match its manifest",
@@ -144,7 +144,7 @@ def changed_are_known(base: Base, edits: Edits, adapters: Sequence[Adapter]) -> 
     """Return whether each adapter's manifest records fingerprints of all weights it changes, and all are compared."""
     for number, adapter in enumerate(adapters):
         sources = {e.source for e in edits.of.values() if any(step.adapter == number for step in e.steps)}
-        named = _by_tensor(base.checkpoint, _said(adapter.manifest, adapter.root))
+        named = _by_tensor(base.checkpoint, _recorded(adapter.manifest, adapter.root))
         own, _ = _in_files(base, named, [edits.addresses[number]])
         compared = {name for name in own if own[name][0] == base.expected.get(name, ("",))[0]}
         if not sources or not sources <= compared:
@@ -152,7 +152,7 @@ def changed_are_known(base: Base, edits: Edits, adapters: Sequence[Adapter]) -> 
     return True
 
 
-def is_theirs(base: Base, root: str, adapters: Sequence[Adapter]) -> bool:
+def is_their_base(base: Base, root: str, adapters: Sequence[Adapter]) -> bool:
     """Return whether every adapter's manifest names this base, or the quantized one that was given, as its base.
 
     Args:
@@ -165,16 +165,16 @@ def is_theirs(base: Base, root: str, adapters: Sequence[Adapter]) -> bool:
     return all(found & {root, base.given_root} for found in roots)
 
 
-def _give_it(base: Base) -> str:
+def _parent_hint(base: Base) -> str:
     which = f", whose tensors_root is {base.root}" if base.root else ""
     return f"give the 16-bit checkpoint that it was quantized from{which}"
 
 
-def _is_turned_back(manifest: Manifest | None) -> bool:
+def _was_dequantized(manifest: Manifest | None) -> bool:
     return manifest is not None and manifest.operation.get("name") == "dequantize"
 
 
-def _said(manifest: Manifest | None, root: Path) -> dict[str, tuple[str, str]]:
+def _recorded(manifest: Manifest | None, root: Path) -> dict[str, tuple[str, str]]:
     """Map modules to (fingerprint of the original weight in the manifest, folder of the manifest)."""
     targets = manifest.targets if manifest else ()
     return {t.module: (t.base_xxh3_128, str(root)) for t in targets if t.base_xxh3_128 is not None}
@@ -217,9 +217,9 @@ def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Chec
     )
     if manifest is None:
         raise CheckpointError(why, hint="merge into the 16-bit checkpoint that it was quantized from")
-    parent, wanted = _parent_root(manifest), _said(manifest, root)
+    parent, wanted = _parent_root(manifest), _recorded(manifest, root)
     folders = [path for path in sorted(root.resolve().parent.iterdir()) if path != root.resolve()]
-    fitting = [found for path in folders if wanted and (found := _fitting(path, wanted, parent)) is not None]
+    fitting = [found for path in folders if wanted and (found := _possible_parent(path, wanted, parent)) is not None]
     if parent is None:  # a partial pull, whose manifest names no base: also compare the tensors left unquantized
         kept = {tensor.name: (tensor.xxh3_128, str(root)) for tensor in manifest.tensors}
         fitting = [(c, {name: kept[name] for name in c.tensors if name in kept} | named) for c, named in fitting]
@@ -233,7 +233,7 @@ def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Chec
     )
 
 
-def _fitting(
+def _possible_parent(
     folder: Path, wanted: Mapping[str, tuple[str, str]], root: str | None
 ) -> tuple[Checkpoint, dict[str, tuple[str, str]]] | None:
     """Return the checkpoint in a folder and its expected fingerprints; None if it cannot be the parent.

@@ -19,17 +19,17 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._merge.edit_checks import check_shape, check_sums
 from adaptkit.operations._merge.edits import Edit, Edits, Step, Stored
 from adaptkit.operations._merge.expert_panels import Experts
-from adaptkit.operations._merge.unlike_peft import trained_otherwise
+from adaptkit.operations._merge.unlike_peft import trained_differently
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._tying import VocabularyChange, vocabulary_changes
 from adaptkit.operations._vocabulary import Vocabulary, find_vocabulary, require_head
 
-Begins = Callable[[str, TensorFiles, str], bool]
+UsesCopy = Callable[[str, TensorFiles, str], bool]
 """Called with the tensor's name, the adapter's files and the key of its copy; returns whether to use the copy."""
 
 
 def plan_edits(
-    checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], begins: Begins, untie: bool
+    checkpoint: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], uses_copy: UsesCopy, untie: bool
 ) -> Edits:
     """Plan what adapters do to each tensor of a checkpoint.
 
@@ -37,7 +37,7 @@ def plan_edits(
         checkpoint: the base.
         adapters: the adapters, in order.
         weights: weight of each adapter.
-        begins: decides whether an adapter's own copy of a base tensor replaces it.
+        uses_copy: decides whether an adapter's own copy of a base tensor replaces it.
         untie: store a tied head as a separate tensor if it would differ from the embedding.
 
     Raises:
@@ -55,7 +55,7 @@ def plan_edits(
     if separate:
         vocabulary = require_head(checkpoint, vocabulary)
         edits.config["tie_word_embeddings"] = False
-        edits.told.append(f"untied: {vocabulary.head} is now a separate tensor")
+        edits.notes.append(f"untied: {vocabulary.head} is now a separate tensor")
     for number, (adapter, weight, change) in enumerate(zip(adapters, weights, changes, strict=True)):
         if adapter.only_compensates:
             raise UsageError(
@@ -63,8 +63,8 @@ def plan_edits(
                 f"{checkpoint.root} has not lost",
                 hint=f"train it first: adaptkit train --init {adapter.root}",
             )
-        edits.told += [f"{adapter.root}: {change.told_by}"] if change.told_by else []
-        _Planner(checkpoint, vocabulary, edits, change, adapter, number, weight, begins).plan()
+        edits.notes += [f"{adapter.root}: {change.told_by}"] if change.told_by else []
+        _Planner(checkpoint, vocabulary, edits, change, adapter, number, weight, uses_copy).plan()
     if separate and vocabulary.head not in edits.of:  # it keeps the embedding's values
         spec = checkpoint.spec(vocabulary.stored(vocabulary.head))
         edits.of[vocabulary.head] = Edit(replace(spec, name=vocabulary.head), spec.name, spec.shape)
@@ -90,9 +90,9 @@ class _Planner:
         adapter: Adapter,
         number: int,
         weight: float,
-        begins: Begins,
+        uses_copy: UsesCopy,
     ) -> None:
-        self._begins = begins
+        self._uses_copy = uses_copy
         self._checkpoint, self._vocabulary, self._edits = checkpoint, vocabulary, edits
         self._change, self._adapter, self._number, self._weight = change, adapter, number, weight
         self._separate = "tie_word_embeddings" in edits.config
@@ -118,7 +118,7 @@ class _Planner:
             if parameter not in repeated:
                 self._plan_replaced(parameter, key, addresses[parameter])
         self._check_saved()
-        self._edits.told += trained_otherwise(self._checkpoint, adapter, addresses)
+        self._edits.notes += trained_differently(self._checkpoint, adapter, addresses)
 
     def _check_saved(self) -> None:
         """Refuse an adapter that lacks a tensor of a module in ``modules_to_save``."""
@@ -137,7 +137,7 @@ class _Planner:
         if place.of_tensor:
             self._extend(name, panels=self._experts.of_one(module, term, place))
             return
-        self._plan_begin(module, name)
+        self._plan_copies(module, name)
         is_table = module in adapter.embeddings
         flip = not is_table and self._is_transposed(module, term, self._spec(name))
         terms = [term]
@@ -150,7 +150,7 @@ class _Planner:
             self._extend(name, magnitude=adapter.magnitudes[module], per_column=flip or is_table)
 
     def _plan_tokens(self, module: str, tokens: TokenRows, name: str) -> None:
-        self._plan_begin(module, name)
+        self._plan_copies(module, name)
         spec = self._spec(name)
         if len(spec.shape) != 2 or tokens.rows.shape[1] != spec.shape[1] or max(tokens.indices) >= spec.shape[0]:
             raise BaseMismatchError(
@@ -174,23 +174,23 @@ class _Planner:
         may_be = turned or self._adapter.fan_in_fan_out or not isinstance(kind, str)
         return may_be and spec.shape == term.shape[::-1]
 
-    def _plan_begin(self, module: str, name: str) -> None:
+    def _plan_copies(self, module: str, name: str) -> None:
         """Plan the adapter's own copies of the module's base tensors; usually they equal the base's."""
-        self._begin(f"{module}.weight", name)
+        self._plan_copy(f"{module}.weight", name)
         if f"{module}.bias" in self._adapter.begins:
-            self._begin(f"{module}.bias", self._change.addresses[f"{module}.bias"][0].name)
+            self._plan_copy(f"{module}.bias", self._change.addresses[f"{module}.bias"][0].name)
 
-    def _begin(self, parameter: str, name: str) -> None:
+    def _plan_copy(self, parameter: str, name: str) -> None:
         """Use the adapter's copy of a base tensor if it differs, for a tied head or embedding too.
 
         The running model had the copy as its base weight.
         """
         key = self._adapter.begins.get(parameter)
         source = self._vocabulary.stored(name)
-        if key is None or not self._begins(source, self._adapter.files, key):
+        if key is None or not self._uses_copy(source, self._adapter.files, key):
             return
         if self._adapter.files.spec(key).shape == self._checkpoint.spec(source).shape:
-            self._edits.begun.append(source)
+            self._edits.copies.append(source)
         vocabulary = self._vocabulary
         for output in vocabulary.both(name) if self._separate else vocabulary.outputs(name, together=True):
             self._replace(output, key, 0)

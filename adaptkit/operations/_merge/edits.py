@@ -100,16 +100,16 @@ class Edits:
         of: maps names of the result's tensors to their edits.
         added: names of tensors that the base does not have, such as an untied head.
         config: new values in ``config.json``.
-        begun: names of base tensors that an adapter's own copy of the same shape replaces.
-        told: notes for the report: how names were found, what was untied.
+        copies: names of base tensors that an adapter's own copy of the same shape replaces.
+        notes: lines for the report: how names were found, what was untied.
         addresses: for each adapter in order, maps the parameters that it changes to where the base's files store them.
     """
 
     of: dict[str, Edit] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
-    begun: list[str] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
+    copies: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     addresses: list[Mapping[str, tuple[Slice, ...]]] = field(default_factory=list)
 
 

@@ -27,7 +27,7 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import IntegrityError
 from adaptkit.operations._discarding import discarding
-from adaptkit.operations._merge.base import Base, changed_are_known, check_fingerprint, is_theirs, merge_parents
+from adaptkit.operations._merge.base import Base, changed_are_known, check_fingerprint, is_their_base, merge_parents
 from adaptkit.operations._merge.edits import Edit, Edits, matrix_of
 from adaptkit.operations._merge.folding import Fold, Folded, Rows, find_lengths, jobs_of, read_rows
 from adaptkit.operations._merge.report import MergeOptions, MergeReport, change_of, with_changes
@@ -66,8 +66,8 @@ class Merging:
         for key in ("allow_base_mismatch", "untie", "format", "embed_adapter"):
             recorded[key] = getattr(options, key)
         recorded["adapters"] = [adapter_identity(adapter) for adapter in adapters]
-        if edits.begun:
-            recorded["begun"] = sorted(edits.begun)
+        if edits.copies:
+            recorded["begun"] = sorted(edits.copies)
         if side.lost or side.added:
             recorded["small_files"] = sorted({*side.lost, *side.added})
         self.recorded = recorded
@@ -258,13 +258,13 @@ class Merging:
     def report(self, output: Path, out: Output | None = None, manifest: Manifest | None = None) -> MergeReport:
         """Return the report; that of a dry run without ``out`` or ``manifest``."""
         changed = [edit for edit in self.edits.of.values() if edit.steps]
-        told = [*self.edits.told, *self.side.told, *untargeted(self.adapters)]
+        notes = [*self.edits.notes, *self.side.notes, *untargeted(self.adapters)]
         if self.base.found_for is not None:
-            told.insert(
+            notes.insert(
                 0,
                 f"{self.base.found_for} is quantized; merged into {self.checkpoint.root}, which it was quantized from",
             )
-        same = manifest is not None and is_theirs(self.base, manifest.parents[0].tensors_root, self.adapters)
+        same = manifest is not None and is_their_base(self.base, manifest.parents[0].tensors_root, self.adapters)
         plain = MergeReport(
             output=str(output),
             base=str(self.checkpoint.root),
@@ -273,9 +273,9 @@ class Merging:
             tensors=sum(len(groups) for _, groups in self.shards),
             base_verified=same
             or changed_are_known(self.base, self.edits, self.adapters)
-            or (manifest is None and is_theirs(self.base, self.base.root or "", self.adapters)),
+            or (manifest is None and is_their_base(self.base, self.base.root or "", self.adapters)),
             same_base=same,
-            told=tuple(told),
+            told=tuple(notes),
         )
         if out is None or manifest is None:
             return plain

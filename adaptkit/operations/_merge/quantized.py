@@ -8,7 +8,7 @@ from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord
 from adaptkit.checkpoint.progress import Progress, counted
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.operations._merge.base import check_fingerprint, is_theirs, merge_parents
+from adaptkit.operations._merge.base import check_fingerprint, is_their_base, merge_parents
 from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import MergeReport, with_changes
 from adaptkit.operations._merge.view import MergedView, plain_change, quantized_change
@@ -63,10 +63,10 @@ def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progr
     ]
     left = sorted(set(view.folds) - stored)
     stay = f"{counted(len(left), 'changed tensor', 'stay')} in 16 bits, such as {left[0]}" if left else ""
-    told = (*plain.told, *([stay] if stay else []))
-    same = is_theirs(base, parents[0].tensors_root, merging.adapters)
+    notes = (*plain.told, *([stay] if stay else []))
+    same = is_their_base(base, parents[0].tensors_root, merging.adapters)
     return replace(
-        with_changes(replace(plain, told=told, undo_bits=0.0), changes),
+        with_changes(replace(plain, told=notes, undo_bits=0.0), changes),
         base_verified=same or plain.base_verified,
         same_base=same,
         tensors_root=report.tensors_root,

@@ -41,13 +41,13 @@ class SideFiles:
         contents: maps names to contents.
         lost: maps names to the base's contents, for files that the result does not have or has changed.
         added: names of files that the base does not have.
-        told: notes for the report.
+        notes: lines for the report.
     """
 
     contents: dict[str, bytes] = field(default_factory=dict)
     lost: dict[str, bytes] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def plan_side_files(
@@ -80,15 +80,15 @@ def plan_side_files(
     generation = brought.pop(GENERATION_NAME, (None, None))[0]
     if generation is not None and generation != before.get(GENERATION_NAME):
         files.contents[GENERATION_NAME] = generation
-        files.told.append(f"{GENERATION_NAME}: taken from the adapter")
+        files.notes.append(f"{GENERATION_NAME}: taken from the adapter")
     if any(map(is_vocabulary, brought)):
         for name in [name for name in before if is_of_tokenizer(name) and name not in brought]:
             if not name.endswith(CODE_SUFFIX):  # the model's code may import it
                 del files.contents[name]
-        files.told.append(f"tokenizer: taken from {min(str(adapter.root) for _, adapter in brought.values())}")
+        files.notes.append(f"tokenizer: taken from {min(str(adapter.root) for _, adapter in brought.values())}")
         files.contents |= {name: content for name, (content, _) in brought.items()}
     elif templates := _templates(brought):
-        files.told.append("chat template: taken from the adapter")
+        files.notes.append("chat template: taken from the adapter")
         for name in list(filter(is_template, files.contents)) if TEMPLATES & set(templates) else ():
             del files.contents[name]
         files.contents |= templates

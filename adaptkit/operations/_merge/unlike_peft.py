@@ -10,7 +10,7 @@ from adaptkit.operations.targets import _peft_config
 from adaptkit.operations.targets._target import some
 
 
-def trained_otherwise(
+def trained_differently(
     checkpoint: Checkpoint, adapter: Adapter, addresses: Mapping[str, tuple[Slice, ...]]
 ) -> Iterator[str]:
     """Yield a note on what older peft releases left out of the adapter's file, or computed differently in training.

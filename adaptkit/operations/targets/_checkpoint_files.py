@@ -47,10 +47,10 @@ class CheckpointFiles:
         root: the folder.
         config: ``config.json``.
         quantization: quantization method, from the configuration or the tensors; None if it is not quantized.
-        says_so: whether ``config.json`` names the method.
+        names_method: whether ``config.json`` names the method.
         packed: quantized weights in the layout of bitsandbytes or of adaptkit.
         has_index: whether there is an index of the weight files.
-        is_bare: whether that index has no metadata.
+        lacks_metadata: whether that index has no metadata.
         beside: names of safetensors files in the folder that are not weight files of the checkpoint.
         has_tokenizer: whether the folder has a tokenizer.
         architecture: transformers' model class that the files were compared with; empty if there was no comparison.
@@ -61,10 +61,10 @@ class CheckpointFiles:
     root: Path
     config: Mapping[str, Any]
     quantization: str | None
-    says_so: bool
+    names_method: bool
     packed: tuple[Packed, ...]
     has_index: bool
-    is_bare: bool
+    lacks_metadata: bool
     beside: tuple[str, ...]
     has_tokenizer: bool
     architecture: str
@@ -93,10 +93,10 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
         root=root,
         config=checkpoint.config,
         quantization=quantization,
-        says_so=checkpoint.quantization_method is not None,
+        names_method=checkpoint.quantization_method is not None,
         packed=packed,
         has_index=has_index,
-        is_bare=has_index and "metadata" not in read_json(root / INDEX_NAME),
+        lacks_metadata=has_index and "metadata" not in read_json(root / INDEX_NAME),
         beside=tuple(sorted(path.name for path in root.glob("*.safetensors") if path.name not in checkpoint.headers)),
         has_tokenizer=brings_tokenizer(root),
         architecture=architecture,

@@ -16,7 +16,7 @@ def quantization(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
             f"{reader} does not support this layout, which only adaptkit loads",
             plain,
         )
-    elif files.quantization is not None and not files.says_so:
+    elif files.quantization is not None and not files.names_method:
         names = [packed.name for packed in files.packed]
         yield Finding(
             "error",

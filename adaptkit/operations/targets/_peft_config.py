@@ -41,7 +41,7 @@ def values(files: AdapterFiles) -> Iterator[Finding]:
             "ValueError without loftq_config",
             "set it to true, since loading replaces the initial weights",
         ),
-        (not _is_share(dropout), "lora_dropout", "ValueError or TypeError", "set it to a number from 0 to 1"),
+        (not _is_dropout(dropout), "lora_dropout", "ValueError or TypeError", "set it to a number from 0 to 1"),
         (is_pattern and has_layers, "layers_to_transform", "ValueError if target_modules is a pattern", _BY_LIST),
         (
             is_pattern and config.get("layers_pattern") is not None,
@@ -115,7 +115,7 @@ def _are_patterns(names: Any) -> bool:
     return True
 
 
-def _is_share(value: Any) -> bool:
+def _is_dropout(value: Any) -> bool:
     """Return whether peft accepts a dropout; values up to 0 mean no dropout."""
     return isinstance(value, int | float) and not value > 1
 
@@ -135,15 +135,17 @@ def numbers(files: AdapterFiles) -> Iterator[Finding]:
             _rules.ONE_SAVE,
         )
     taken = [pair for pair in files.pairs if _is_number(pair.alpha) and not pair.alpha > 0]
-    yield from _small([pair for pair in taken if pair.alpha == 0], "0", "peft loads it, but it changes nothing there")
+    yield from _unusual_alphas(
+        [pair for pair in taken if pair.alpha == 0], "0", "peft loads it, but it changes nothing there"
+    )
     below = [pair for pair in taken if pair.alpha < 0]
-    yield from _small(below, "negative", "peft loads it, but subtracts what was learned there")
+    yield from _unusual_alphas(below, "negative", "peft loads it, but subtracts what was learned there")
     endless = [pair.module for pair in files.pairs if _is_number(pair.alpha) and not math.isfinite(pair.alpha)]
     if endless:
         yield Finding("error", f"alpha of {some(endless)} is not finite", "peft then computes NaN", _rules.ONE_SAVE)
 
 
-def _small(pairs: list[Pair], what: str, effect: str) -> Iterator[Finding]:
+def _unusual_alphas(pairs: list[Pair], what: str, effect: str) -> Iterator[Finding]:
     if pairs:
         yield Finding(
             "warning",
@@ -162,7 +164,7 @@ def is_target(config: Mapping[str, Any], module: str) -> bool:
     """Return whether peft creates a LoRA for a module, if the model has it."""
     saved = config.get("modules_to_save")
     around = saved if isinstance(saved, list) else []
-    if any(_is_whole(rf"(.*\.)?{name}(\..*)?", module) for name in around):
+    if any(_matches_path(rf"(.*\.)?{name}(\..*)?", module) for name in around):
         return False
     return is_parameter(config, module) or is_module(config, module)
 
@@ -209,7 +211,7 @@ def _layer(patterns: Any, segments: list[str]) -> int | None:
         return next((int(segments[place]) for place in places if place >= 2), None)
     for pattern in patterns if isinstance(patterns, list) else [patterns]:
         for place in places:
-            if _is_whole(rf"(.*\.)?{pattern}", ".".join(segments[:place])):
+            if _matches_path(rf"(.*\.)?{pattern}", ".".join(segments[:place])):
                 return int(segments[place])
     return None
 
@@ -217,11 +219,11 @@ def _layer(patterns: Any, segments: list[str]) -> int | None:
 def _matches(names: Any, module: str) -> bool:
     """Return whether names select a module by peft's rule: a string is a regex for the path, a list has suffixes."""
     if isinstance(names, str):
-        return _is_whole(names, module)
+        return _matches_path(names, module)
     return isinstance(names, list) and any(f".{module}".endswith(f".{name}") for name in names)
 
 
-def _is_whole(pattern: str, path: str) -> bool:
+def _matches_path(pattern: str, path: str) -> bool:
     try:
         return matches_whole(pattern, path)
     except re.error:

@@ -20,7 +20,7 @@ ONE_EXPERT = re.compile(r"(?P<stack>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<part
 """Module path of a single expert's matrix."""
 
 
-def turned(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+def swapped(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     """Find stacks in which current peft swaps input and output, since an older release wrote them.
 
     Args:

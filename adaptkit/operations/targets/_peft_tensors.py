@@ -17,7 +17,7 @@ from adaptkit.operations.targets._target import Finding, some
 _HEADS = ("score", "classifier")
 _BY_TASK = {"SEQ_CLS": _HEADS, "TOKEN_CLS": _HEADS, "QUESTION_ANS": ("qa_outputs",)}
 """Names that peft adds to ``modules_to_save``, by task."""
-LEFT = re.compile(r"\.(modules_to_save|original_module)\.")
+SAVED_WRAPPER = re.compile(r"\.(modules_to_save|original_module)\.")
 """peft's wrappers of modules that are saved whole; peft does not load tensors with these in their names."""
 _GENERATE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _WHOLE = ("weight", "bias", "wrapped weight", "token rows", "other")
@@ -37,7 +37,7 @@ def strays(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
         drops: effect text for dropped tensors.
     """
     whole = [key for key in files.keys if key.role in _WHOLE and key.name.startswith(PREFIX)]
-    whole = [key for key in whole if not LEFT.search(key.name)]
+    whole = [key for key in whole if not SAVED_WRAPPER.search(key.name)]
     lora = {pair.module: pair.embedding for pair in files.pairs}
     rows = {f"{key.module}.token_adapter" for key in files.keys if key.role == "token rows"}
     beside = [key for key in whole if ".base_layer." in key.name and key.module not in {*lora, *rows}]
@@ -113,7 +113,7 @@ def saved_modules(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Find
         yield from _lacking(files, base)
         return
     paths = [key.module for key in files.keys if key.role in ("weight", "bias", "other")]
-    paths = [path for path in paths if not LEFT.search(f"{path}.")]
+    paths = [path for path in paths if not SAVED_WRAPPER.search(f"{path}.")]
     absent = [name for name in files.saved if name not in _HEADS and not any(within(name, path) for path in paths)]
     if absent and files.keys:
         yield Finding(

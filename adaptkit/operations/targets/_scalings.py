@@ -14,7 +14,7 @@ from adaptkit.operations.targets._target import Finding, some
 _LOW_RANK = ("A", "B", "embedding A", "embedding B", "wrapped weight")
 
 
-def meant_otherwise(files: AdapterFiles, reader: str) -> Iterator[Finding]:
+def reinterpreted_patterns(files: AdapterFiles, reader: str) -> Iterator[Finding]:
     """Find rank and alpha patterns that meant something else in the peft release that wrote them."""
     scalings = Scalings(files.root, files.config)
     pairs = [pair for pair in files.pairs if pair.scaling is not None] if age_of_patterns(files.config) else []

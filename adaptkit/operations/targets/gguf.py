@@ -32,7 +32,7 @@ _TAKES = ("use_dora", "lora_bias", "alora_invocation_tokens")  # the first two a
 def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _rules.weights(files, "convert_lora_to_gguf.py")
     yield from _configuration(files, base)
-    yield from _scalings.meant_otherwise(files, "llama.cpp")
+    yield from _scalings.reinterpreted_patterns(files, "llama.cpp")
     yield from _scaling(files)
     yield from _names(files)
     yield from _rules.halves(files, "convert_lora_to_gguf.py fails on the half that is missing")
@@ -158,7 +158,7 @@ def _modules(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
 
 def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
     yield from _checkpoint_rules.quantization(files, "convert_hf_to_gguf.py")
-    if files.quantization not in (None, "adaptkit", *_METHODS) and files.says_so:
+    if files.quantization not in (None, "adaptkit", *_METHODS) and files.names_method:
         yield Finding(
             "error",
             f"quant_method is {files.quantization} in config.json",

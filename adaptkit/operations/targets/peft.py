@@ -49,13 +49,13 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         return
     yield from _peft_config.values(files)
     yield from _peft_config.numbers(files)
-    yield from _scalings.meant_otherwise(files, "peft")
+    yield from _scalings.reinterpreted_patterns(files, "peft")
     yield from _rules.unknown_keys(files, "peft ignores unknown keys, with a warning")
     yield from _names(files)
     yield from _rules.halves(files, "peft keeps the initial value of the other half, which is random or zero")
     yield from _rules.ranks(files, "peft fails: size mismatch")
     yield from _targeted(files)
-    yield from _asked(files)
+    yield from _missing(files)
     yield from _peft_tensors.saved_modules(files, base)
     yield from _peft_tensors.trained_rows(files, base)
     yield from _peft_tensors.generates(files, base)
@@ -71,10 +71,10 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         "call model.resize_token_embeddings({entries}) before the adapter is loaded",
     )
     yield from _kernels(files, base)
-    yield from _wrapped_by_none(files, base)
+    yield from _unsupported(files, base)
     yield from _renamed(files, base)
     yield from _tied(files, base)
-    yield from _peft_experts.turned(files, base)
+    yield from _peft_experts.swapped(files, base)
     yield from _peft_experts.single(files, base, _DROPS)
     yield from _peft_experts.beside(files, base, _DROPS)
 
@@ -92,7 +92,11 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
     unread = [key for key in files.keys if key.role == "other" and key.name not in foreign]
     unread = [key for key in unread if not (has_more and ".lora_" in key.name)]
     other = [key.name for key in unread if not any(_peft_tensors.within(name, key.module) for name in files.saved)]
-    other += [key.name for key in files.keys if key.role in ("weight", "bias") and _peft_tensors.LEFT.search(key.name)]
+    other += [
+        key.name
+        for key in files.keys
+        if key.role in ("weight", "bias") and _peft_tensors.SAVED_WRAPPER.search(key.name)
+    ]
     if other:
         yield Finding("error", some(other), _DROPS, "remove it, or load it with the program that wrote it")
     for role, key, what in (
@@ -142,7 +146,7 @@ def _targeted(files: AdapterFiles) -> Iterator[Finding]:
         )
 
 
-def _asked(files: AdapterFiles) -> Iterator[Finding]:
+def _missing(files: AdapterFiles) -> Iterator[Finding]:
     """Find tensors that the configuration asks for and the file lacks."""
     plain = [pair.module for pair in files.pairs if not pair.embedding and not pair.stacked]
     for key, role, initial in (
@@ -180,7 +184,7 @@ def _kernels(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         )
 
 
-def _wrapped_by_none(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+def _unsupported(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     """Find modules of types that peft has no LoRA layer for, such as the routers of transformers 5."""
     if base is None or base.network is None:
         return
@@ -233,7 +237,7 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
             "transformers needs bitsandbytes to load it",
             "pip install bitsandbytes",
         )
-    if files.is_bare:
+    if files.lacks_metadata:
         yield Finding(
             "error",
             f"{INDEX_NAME} has no metadata",

@@ -36,7 +36,7 @@ _TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv
 def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _rules.weights(files, "SGLang")
     yield from _configuration(files)
-    yield from _scalings.meant_otherwise(files, "SGLang")
+    yield from _scalings.reinterpreted_patterns(files, "SGLang")
     yield from _scaling(files)
     yield from _names(files)
     yield from _rules.halves(files, "SGLang fails, or silently leaves the module unchanged")
