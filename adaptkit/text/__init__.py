@@ -1,1 +1,1 @@
-"""From rows, conversations and text to the tokens that a model reads of them."""
+"""Conversion of rows, conversations and text to a model's tokens."""

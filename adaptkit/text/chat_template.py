@@ -1,4 +1,4 @@
-"""A chat template as a text: read, checked, and given variables; ``rendering`` runs it."""
+"""Reading and checking chat templates, and setting their variables; ``rendering`` runs them."""
 
 import json
 import re
@@ -13,51 +13,51 @@ TEMPLATE_NAME = "chat_template.jinja"
 HINT = "use another chat template (train: --chat-template FILE)"
 ADD_ONE = "give the model a chat template (train: --chat-template FILE)"
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
-"""Marks of transformers' own around answers."""
+"""Tags that transformers adds to Jinja, around answers."""
 _OURS = {
     "messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "bos_token", "eos_token",
     "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens", "raise_exception",
     "strftime_now", "range", "namespace", "dict", "lipsum", "cycler", "joiner",
 }  # fmt: skip
-"""What a template gets in any case."""
+"""Variables and functions that every template is given."""
 
 
 def read_template(path: Path) -> str:
     """Read a file that holds a chat template; see ``check_template``.
 
     Raises:
-        CheckpointError: it is absent, or no regular file.
-        DataError: it is no text.
+        CheckpointError: the file is absent or not a regular file.
+        DataError: it is not UTF-8 text.
     """
     try:
-        return read_small(path).decode("utf-8-sig")  # the mark of some editors is no part of a conversation
+        return read_small(path).decode("utf-8-sig")  # some editors add a byte order mark
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8", hint="save it as UTF-8; a chat template is a Jinja text file") from error
 
 
 def check_template(text: str, where: str) -> str:
-    """The text, if it is a chat template.
+    """Return the text unchanged if it is a valid chat template.
 
     Raises:
-        DataError: it is not.
+        DataError: it is not valid.
     """
     _variables_in(text, f"{where}: invalid chat template")
     return text
 
 
 def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool] | None) -> None:
-    """Give a chat template variables that it asks for, as transformers' and vLLM's ``chat_template_kwargs`` do.
+    """Set variables of a chat template, as ``chat_template_kwargs`` of transformers and vLLM do.
 
-    They become the template's first lines, so that whoever renders with this tokenizer has them; those of each, where
-    there are several.
+    They become the first lines of the tokenizer's template (of each template, if it has several), so they hold for all
+    later rendering with this tokenizer.
 
     Args:
-        tokenizer: of a checkpoint.
-        values: of the variables; numbers, texts and booleans.
+        tokenizer: tokenizer of a checkpoint.
+        values: maps variable names to numbers, strings or booleans.
 
     Raises:
-        UsageError: there is no template, or it asks for no such variable.
-        DataError: it cannot be read.
+        UsageError: there is no template, or it does not use one of the variables.
+        DataError: the template cannot be parsed.
     """
     if not values:
         return
@@ -78,10 +78,10 @@ def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool]
 
 
 def known_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool]) -> dict[str, str | float | bool]:
-    """Those of the variables that a tokenizer's chat template asks for.
+    """Return the variables that a tokenizer's chat template uses.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the template cannot be parsed.
     """
     if not values or tokenizer.chat_template is None:
         return {}
@@ -90,10 +90,10 @@ def known_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | boo
 
 
 def template_of(tokenizer: Any, tools: Any = None) -> str:
-    """The template of conversations with or without tools; some tokenizers have one for each.
+    """Return the template for conversations with or without tools; some tokenizers have one for each.
 
     Raises:
-        DataError: there are several, and none is the one to take.
+        DataError: there are several, and neither a default nor one for tools.
     """
     try:
         return str(tokenizer.get_chat_template(tools=tools))
@@ -102,13 +102,13 @@ def template_of(tokenizer: Any, tools: Any = None) -> str:
 
 
 def _asked_by(tokenizer: Any) -> set[str]:
-    """What the templates of conversations with and without tools ask for."""
+    """Return the variables that the templates for conversations with and without tools use."""
     used = {template_of(tokenizer, tools) for tools in (None, ())}
     return {name for text in used for name in _variables_in(text, "invalid chat template")} - _OURS
 
 
 def _variables_in(template: str, problem: str) -> set[str]:
-    """What a template asks whoever renders it for."""
+    """Return the undeclared variables of a template."""
     from jinja2 import TemplateSyntaxError, meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -117,5 +117,5 @@ def _variables_in(template: str, problem: str) -> set[str]:
         return meta.find_undeclared_variables(parser.parse(_GENERATION.sub("", template)))
     except TemplateSyntaxError as error:
         raise DataError(f"{problem} (line {error.lineno}: {error.message})", hint=HINT) from error
-    except (RecursionError, ValueError) as error:  # nested beyond reason, or a number of thousands of digits
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number with thousands of digits
         raise DataError(f"{problem} ({error})", hint=HINT) from error

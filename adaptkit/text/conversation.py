@@ -1,20 +1,20 @@
-"""The layouts of rows, the conversation or text in a row, and what a model's chat template makes of a conversation.
+"""Layouts of rows, reading the conversation or text in a row, and rendering conversations for a model.
 
     instruction    {"instruction", "output"}            a question and an answer. The answer's column may also be named
-    question       {"question", "answer"}               output, response, completion or answer. Beside them: context
-    prompt         {"prompt", "completion"}             or input, which follows the question, system, history
-                                                        of earlier turns, and the answer's thoughts, named as in
-                                                        messages. A prompt and its completion may be lists of
-                                                        messages.
-    messages       {"messages": [{"role", "content"}, ...]}         also from and value; marks such as "weight": 0 on
-    conversations  {"conversations": [{"from", "value"}, ...]}      an answer take it out of the loss; thoughts may be
-                                                                    apart, as reasoning_content, reasoning or thinking;
-                                                                    calls of tools are too, and the tools are the row's
+    question       {"question", "answer"}               output, response, completion or answer. Optional: context or
+    prompt         {"prompt", "completion"}             input, appended to the question; system; history, the earlier
+                                                        turns; the answer's thoughts, named as in messages. Prompt and
+                                                        completion may also be lists of messages.
+    messages       {"messages": [{"role", "content"}, ...]}         from and value are read too. Marks such as
+    conversations  {"conversations": [{"from", "value"}, ...]}      "weight": 0 exclude an answer from the loss.
+                                                                    Thoughts may be in reasoning_content, reasoning or
+                                                                    thinking, tool calls in tool_calls; the row lists
+                                                                    the tools.
     text           {"text"}
 
-``layouts`` has other names of columns with a question, an answer or a conversation.
+``layouts`` has further column names for questions, answers and conversations.
 
-A row has to be of exactly one layout, unless one is asked for by name.
+A row must have exactly one layout, unless the caller names one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ from adaptkit.text.tool_calls import (
 
 _CONTEXTS = ("context", "input")
 _ONE_CALL = "tool_call"
-"""A role of ms-swift's: those that follow each other, or an answer, are one turn."""
+"""A role of ms-swift; such a message joins the answer or call before it into one turn."""
 _WRITE = 'write messages as {"role": ..., "content": ...} or {"from": ..., "value": ...}'
 _MESSAGE_KEYS = {"role", "from", "content", "value"}
 _ROLES = {
@@ -59,16 +59,16 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Example:
-    """What a row holds.
+    """The conversation or text of a row.
 
     Attributes:
         layout: one of ``LAYOUTS``.
-        messages: of the conversation; none if the row holds text.
-        tools: that the assistant may call.
-        learned: which of them the model shall learn to say, ascending.
-        text: None if the row holds a conversation.
-        columns: of the row that were used.
-        ignored: what messages have beside that, by key.
+        messages: the conversation's messages; empty if the row holds text.
+        tools: tools that the assistant may call.
+        learned: indices of the messages that the model learns, ascending.
+        text: the text; None if the row holds a conversation.
+        columns: columns of the row that were used.
+        ignored: keys of messages that were not used.
     """
 
     layout: str
@@ -81,15 +81,15 @@ class Example:
 
 
 def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) -> Example:
-    """The conversation or text in a row.
+    """Read the conversation or text in a row.
 
     Args:
-        row: columns that are None are taken for absent; parquet has them.
-        where: it came from.
-        layout: it has; None to find out.
+        row: columns that are None, as in Parquet, count as absent.
+        where: place of the row, for error messages.
+        layout: layout of the row; None to detect it.
 
     Raises:
-        DataError: the row has none of the layouts, or more than one, or a column holds something else than it should.
+        DataError: the row has none of the layouts or more than one, or a column's value is invalid.
     """
     row = {name: value for name, value in row.items() if value is not None}
     layout = layout or layout_of(row, where)
@@ -127,18 +127,18 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
 
 
 def render(conversations: Sequence[Conversation], tokenizer: Any) -> Iterator[str]:
-    """What the model reads of conversations; without a template, messages follow each other on lines of their own.
+    """Render conversations; without a chat template, messages are joined by line breaks and answers end with EOS.
 
     Args:
-        conversations: what the model shall read.
-        tokenizer: with a chat template or an end token.
+        conversations: the conversations to render.
+        tokenizer: a tokenizer with a chat template or an end token.
 
-    Returns:
-        The text of each, in order.
+    Yields:
+        The text of each conversation, in order.
 
     Raises:
-        DataError: the template refuses a conversation or takes too much time or memory for it, or there is neither
-            template nor end token.
+        DataError: the template refuses a conversation or takes too much time or memory for it, or there is neither a
+            template nor an end token.
     """
     if tokenizer.chat_template is not None:
         given = [_forms_of(tokenizer, conversation.tools).given(conversation) for conversation in conversations]
@@ -161,25 +161,25 @@ def render(conversations: Sequence[Conversation], tokenizer: Any) -> Iterator[st
 
 
 class _Forms:
-    """How a tokenizer's template takes messages; it is asked once, and of tools only if there are some.
+    """How a tokenizer's template takes messages; found out once by probes, for tools only when a conversation has them.
 
     Args:
-        tokenizer: with a chat template.
-        among: tools that it is asked with; some tokenizers have a template for these.
+        tokenizer: a tokenizer with a chat template.
+        among: tools given with every probe; some tokenizers have a separate template for conversations with tools.
     """
 
     def __init__(self, tokenizer: Any, among: Tools) -> None:
         def written(messages: Sequence[Message], tools: Tools = ()) -> str:
             try:
                 return next(apply_template(tokenizer, [Conversation(messages, False, tools or among)]))
-            except DataError:  # of such messages; each row tells what it is refused for
+            except DataError:  # the template refuses the probe; errors of rows are reported for each row
                 return ""
 
         self._written, self._thoughts = written, ThoughtFields(written)
         self._tools: ToolForm | None = None
 
     def given(self, conversation: Conversation) -> Conversation | DataError:
-        """A conversation as the template takes it; or, to be raised when it is its turn, what it would lose of it."""
+        """Return a conversation as the template takes it; if the template leaves something out, an error to raise later."""
         messages, _, tools = conversation
         if tools or any(CALLS in message or message["role"] == "tool" for message in messages):
             self._tools = self._tools or ToolForm(self._written, self._thoughts.message)
@@ -214,7 +214,7 @@ class _Turn:
 
     @property
     def message(self) -> Message:
-        """Without what is empty."""
+        """The message, without empty fields."""
         return {
             "role": self.role,
             "content": self.content,
@@ -223,7 +223,7 @@ class _Turn:
 
 
 def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn], set[str]]:
-    """The conversation in columns of their own for question, context and answer; and the columns."""
+    """Return the conversation in separate columns for question, context and answer, and the columns used."""
     answers, others = answers_in(row, layout), [name for name in _CONTEXTS if name in row and name != layout]
     contexts = [name for name in others if row[name] != ""]
     if not answers:
@@ -237,15 +237,15 @@ def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn]
         return before + _turns(row, answers[0], where), columns - set(others)
     question = "\n\n".join(filter(None, (_text(row, name, where) for name in (layout, *contexts))))
     answer = _text(row, answers[0], where)
-    apart = {name: row[name] for name in NAMES if is_text(row.get(name))}  # a flag or a score is something else
+    apart = {name: row[name] for name in NAMES if is_text(row.get(name))}  # not flags or scores
     said = _Turn("assistant", answer, True, {FIELD: read_thoughts(apart, answer, where)})
     earlier = _earlier(row.get("history", []), where)
     return [*earlier, _Turn("user", question), said], columns | apart.keys() | ({"history"} & row.keys())
 
 
 def _earlier(history: Any, where: str) -> list[_Turn]:
-    """The turns before a question, as LLaMA-Factory has them; it learns these answers, too."""
-    pairs = [] if history in ("", "[]") else history  # a cell of csv, too
+    """Return the turns of a LLaMA-Factory ``history``; as there, its answers are learned too."""
+    pairs = [] if history in ("", "[]") else history  # also from a CSV cell
     if not isinstance(pairs, list) or not all(
         isinstance(pair, list) and len(pair) == 2 and all(map(is_text, pair)) for pair in pairs
     ):
@@ -269,7 +269,7 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[_Turn]:
 
 
 def _with_call(before: _Turn, call: _Turn, where: str) -> _Turn:
-    """An answer with one more call, as ms-swift joins them."""
+    """Append a call to the answer or call before it, as ms-swift does."""
     own = call.others[FIELD] not in ("", before.others[FIELD])
     if own or before.learned != call.learned:
         said = "only the call has this reasoning" if own else "only one of them is learned"

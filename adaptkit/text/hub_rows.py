@@ -1,4 +1,4 @@
-"""Rows of data sets on the Hugging Face Hub, by way of the package ``datasets`` and its cache."""
+"""Rows of datasets on the Hugging Face Hub, read with the package ``datasets`` and its cache."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -10,23 +10,23 @@ from adaptkit.errors import AdaptkitError, AuthenticationError, DataError, Netwo
 def read_hub_rows(
     name: str, config: str | None = None, revision: str | None = None, split: str | None = None
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Read a data set; it is downloaded once, and read from the cache after that, if the Hub has no other by then.
+    """Read a dataset; it is downloaded once, then read from the cache until it changes on the Hub.
 
     Args:
         name: org/name.
-        config: one of its configurations; it may be left out where there is one.
-        revision: branch, tag or commit; its main branch if None.
+        config: one of the dataset's configurations; None if it has only one.
+        revision: branch, tag or commit; the main branch if None.
         split: ``train`` if None.
 
     Yields:
-        Where a row is (name and row), and the row.
+        The place of a row (name and row number), and the row.
 
     Raises:
-        UsageError: ``datasets`` is not installed, or there is no such data set, configuration or split.
-        AuthenticationError: it wants a token, or a better one.
-        NetworkError: the Hub did not answer, or with a passing failure; that the cache holds one is no help, since
-            nobody knows which.
-        DataError: it cannot be read.
+        UsageError: ``datasets`` is not installed, or there is no such dataset, configuration or split.
+        AuthenticationError: the dataset needs a token, or one with more permissions.
+        NetworkError: the Hub did not answer, or reported a temporary failure. A cached copy is not used then, since it
+            may be another version.
+        DataError: the dataset cannot be read.
     """
     split = split or "train"
     whole = "/".join(filter(None, (name, config))) + (f"@{revision}" if revision else "") + f":{split}"
@@ -55,12 +55,12 @@ def read_hub_rows(
                                hint="try again, or use a local file") from error  # fmt: skip
         except OSError as error:
             status = _status(error)
-            if status is None and isinstance(error, datasets.exceptions.DatasetsError):  # nothing that can be read
+            if status is None and isinstance(error, datasets.exceptions.DatasetsError):  # no readable files
                 raise DataError(f"{whole}: cannot be read ({error})", hint="use a local file instead") from error
-            if status is None and error.errno is not None:  # the disk's
+            if status is None and error.errno is not None:  # a local error, as of the disk
                 raise
             raise _refusal(name, status) from error
-        except ValueError as error:  # what it says of configurations and splits that are not there
+        except ValueError as error:  # no such configuration or split
             raise UsageError(f"{whole}: {error}", hint="write it as org/name/config@revision:split") from error
         except datasets.exceptions.DatasetsError as error:
             raise DataError(f"{whole}: cannot be read ({error})", hint="use a local file instead") from error
@@ -69,7 +69,7 @@ def read_hub_rows(
 
 
 def _status(error: BaseException | None) -> int | None:
-    """What the Hub answered, which datasets may have wrapped in an error of files that are not there."""
+    """Return the Hub's HTTP status from a chain of exceptions: datasets may report it as missing files."""
     while error is not None:
         response = getattr(error, "response", None)
         if response is not None:
@@ -91,7 +91,7 @@ def _refusal(name: str, status: int | None) -> AdaptkitError:
 
 @contextlib.contextmanager
 def _quiet_datasets() -> Iterator[Any]:
-    """The package, without progress bars, and as it was afterwards."""
+    """Import ``datasets`` with progress bars and warnings off; restore its settings afterwards."""
     try:
         import datasets
     except ImportError as error:

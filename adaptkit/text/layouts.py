@@ -1,7 +1,7 @@
-"""Which layout a row has, by the names of its columns.
+"""Detection of a row's layout from its column names.
 
-Some names mean other things beside a layout of another name (an ``input`` beside an instruction, a ``query`` of a data
-base beside a question), so they count where a row has none of those.
+Some names are ambiguous: beside the columns of another layout they mean something else (an ``input`` beside an
+instruction, a database ``query`` beside a question). They count only if the row has no unambiguous layout.
 """
 
 from collections.abc import Mapping
@@ -16,25 +16,25 @@ LAYOUTS = (*_CERTAIN, "conversation", *_OTHER_QUESTIONS)
 ANSWERS = ("output", "response", "completion", "answer")
 _OTHER_ANSWERS = {"problem": ("solution",), "inputs": ("targets",)}
 _OF_TREES = ("message_id", "parent_id")
-"""Columns of OASST1, whose rows are single messages."""
+"""Columns of OASST1, where each row is a single message of a conversation tree."""
 _KNOWN = "instruction and output, question and answer, prompt and completion, messages, conversations, or text"
 
 
 def has_question(layout: str) -> bool:
-    """Whether rows of a layout have a column for the question, and one for the answer."""
+    """Return whether rows of a layout have separate columns for question and answer."""
     return layout in (*QUESTIONS, *_OTHER_QUESTIONS)
 
 
 def answers_in(row: Mapping[str, Any], layout: str) -> list[str]:
-    """Columns that may have the answer to the question in a column."""
+    """Return the columns of a row that may hold the answer, where column ``layout`` holds the question."""
     return [name for name in (*ANSWERS, *_OTHER_ANSWERS.get(layout, ())) if name in row]
 
 
 def layout_of(row: Mapping[str, Any], where: str) -> str:
-    """The layout of a row.
+    """Return the layout of a row.
 
     Raises:
-        DataError: it has none, or more than one, or is a message of a conversation.
+        DataError: the row has no layout or more than one, or is a single message of a conversation.
     """
     fitting = [name for name in LAYOUTS if name in row and (answers_in(row, name) or not has_question(name))]
     found = [name for name in fitting if name in _CERTAIN] or fitting
@@ -64,5 +64,5 @@ def layout_of(row: Mapping[str, Any], where: str) -> str:
 
 
 def names_in(row: Mapping[str, Any]) -> str:
-    """The columns of a row, for people."""
+    """Return the column names of a row as one string, for messages."""
     return ", ".join(map(str, row)) or "none"

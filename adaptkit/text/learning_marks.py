@@ -1,4 +1,4 @@
-"""What rows of many trainers say of which answers are to be learned, and after which prompt."""
+"""Marks in rows, in the formats of several trainers, that say which answers to learn and how to prompt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,31 +7,38 @@ from adaptkit.errors import DataError
 from adaptkit.text.thoughts import Message
 
 _MARKS = {"weight": 0, "loss": 0, "loss_scale": 0, "train": 0, "training": 0, "masked": 1}
-"""Of a message, and what takes it out of the loss; OpenAI's, ms-swift's two, axolotl's two, and torchtune's."""
+"""Fields of a message, each with the value that excludes it from the loss.
+
+``weight`` is OpenAI's, ``loss`` and ``loss_scale`` are ms-swift's, ``train`` and ``training`` axolotl's, ``masked``
+torchtune's.
+"""
 _UNCLEAR = "mask"
-"""Takes a message out of the loss in some data; in others all without it, as masks of the loss do."""
+"""Ambiguous: true excludes a message from the loss in some data and includes it in others, as a loss mask does."""
 _SPANS = "train_detail"
-"""Axolotl's, of characters."""
+"""Axolotl's: spans of characters to learn."""
 
 _PREFERENCE = ("chosen", "rejected")
 _UNWANTED = ("label", "kto_tag", "desirable")
-"""TRL's, LLaMA-Factory's and others': booleans. Texts and numbers under these names are classes of something else."""
+"""Boolean columns of TRL, LLaMA-Factory and others; texts and numbers under these names are other class labels."""
 _VARIABLES = "chat_template_kwargs"
 _PLACED = [(f"<{kind}>", column) for kind in ("image", "video", "audio") for column in (kind, f"{kind}s")]
-"""What LLaVA, LLaMA-Factory and ms-swift write into a text where something comes in, and the column that has it."""
+"""Placeholders that LLaVA, LLaMA-Factory and ms-swift put into a text, each with the column of what they stand for."""
 
 
 def check_wanted(row: Mapping[str, Any], where: str, layout: str, messages: Sequence[Message]) -> None:
-    """Refuse a conversation whose answer is somewhere else than in it, or is not wanted, or whose prompt is another.
+    """Refuse a row if the conversation alone does not say what to learn.
+
+    That is so if the answer is in another column, is marked as unwanted, or if the prompt also depends on template
+    variables or on images, video or audio.
 
     Args:
-        row: without columns that are None.
-        where: it came from.
-        layout: of the conversation.
-        messages: of it; rows whose conversation has the chosen answer, too, are read.
+        row: a row without columns that are None.
+        where: place of the row, for error messages.
+        layout: layout of the conversation.
+        messages: the conversation; if it already ends with an answer, ``chosen`` and ``rejected`` are ignored.
 
     Raises:
-        DataError: as it says.
+        DataError: the row is refused.
     """
     if messages[-1]["role"] != "assistant" and all(name in row for name in _PREFERENCE):
         raise DataError(
@@ -39,7 +46,7 @@ def check_wanted(row: Mapping[str, Any], where: str, layout: str, messages: Sequ
             hint=f"append the chosen answer to {layout}; preference training is not supported",
         )
     variables = row.get(_VARIABLES)
-    if isinstance(variables, dict):  # in parquet each has the keys of all
+    if isinstance(variables, dict):  # Parquet gives every row the keys of all rows
         variables = [value for value in variables.values() if value is not None]
     if variables:
         raise DataError(
@@ -61,11 +68,11 @@ def check_wanted(row: Mapping[str, Any], where: str, layout: str, messages: Sequ
 
 
 def is_marked_out(message: Mapping[str, Any], where: str) -> bool:
-    """Whether a message is taken out of the loss.
+    """Return whether a message is excluded from the loss.
 
     Raises:
-        DataError: what says so is neither 0, 1, false nor true, two say different things, one speaks of parts, or it
-            does not say which way it is meant.
+        DataError: a mark is neither 0, 1, false nor true, two marks contradict each other, or one marks parts of a
+            message or is ambiguous.
     """
     given = {name: message[name] for name in _MARKS if message.get(name) is not None}
     for name, value in given.items():
@@ -94,5 +101,5 @@ def is_marked_out(message: Mapping[str, Any], where: str) -> bool:
 
 
 def obeyed_marks(message: Mapping[str, Any], is_answer: bool) -> set[str]:
-    """The marks in a message that are done as they say: what is no answer is not learned, whatever they say."""
+    """Return the marks that hold: on an answer all; elsewhere those that exclude, since only answers are learned."""
     return {name for name, out in _MARKS.items() if is_answer or message.get(name) == out}

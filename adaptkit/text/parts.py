@@ -1,7 +1,7 @@
-"""Content in parts, ``[{"type": "text", "text": ...}]``, as models that see or hear have it, and others in their way.
+"""Message content as a list of parts, ``[{"type": "text", "text": ...}]``, as multimodal models have it.
 
-Parts of text become one text without anything between them, which is what nearly all chat templates that take parts
-make of them; many templates take none.
+Text parts are joined without a separator, as nearly all chat templates that accept parts do; many templates accept
+only strings.
 """
 
 from typing import Any
@@ -12,15 +12,15 @@ _KEYS = {"type", "text"}
 
 
 def are_of_text(content: Any) -> bool:
-    """Whether a content is of parts, all of which are text."""
+    """Return whether a content is a non-empty list of text parts."""
     return isinstance(content, list) and bool(content) and all(_kind(part) == "text" for part in content)
 
 
 def joined(content: Any, where: str) -> tuple[Any, frozenset[str]]:
-    """A content as one text, if it is of parts, and what these have beside their text, by key.
+    """Join the parts of a content; return the text and the parts' other keys. Any other content is returned unchanged.
 
     Raises:
-        DataError: a part is no text.
+        DataError: a part is not text.
     """
     if not isinstance(content, list) or not content:
         return content, frozenset()

@@ -1,7 +1,7 @@
-"""What a model's chat template makes of a conversation, in a process of its own.
+"""Rendering of conversations with a model's chat template, in a separate process.
 
-A template is a program that came with a model. The sandbox that transformers runs it in keeps it from files, but not
-from looping for hours or from multiplying a string until no memory is left. Apart, it can be stopped.
+A template is a program that comes with a model. The sandbox in which transformers runs it protects files, but does not
+stop it from looping for hours or from multiplying a string until memory is exhausted. A separate process can be killed.
 """
 
 import contextlib
@@ -23,12 +23,12 @@ from adaptkit.text.tool_calls import Tools
 
 
 class Conversation(NamedTuple):
-    """What a template is given.
+    """Input of a template.
 
     Attributes:
-        messages: ``role`` and ``content`` of each, and what else the template knows of.
-        opening: whether the opening of the assistant's next turn follows them.
-        tools: that the assistant may call; see ``tool_calls``.
+        messages: ``role`` and ``content`` of each, and other fields that the template reads.
+        opening: whether to append the opening of the assistant's next turn (``add_generation_prompt``).
+        tools: tools that the assistant may call; see ``tool_calls``.
     """
 
     messages: Sequence[Message]
@@ -37,9 +37,9 @@ class Conversation(NamedTuple):
 
 
 DAY = datetime(2024, 7, 26)
-"""What templates are told that ask for the date; it is what Llama 3's say if nobody tells them.
+"""The date given to templates that ask for it; Llama 3's templates have it as their default.
 
-With today's, samples would be others every day: a killed run could not go on after midnight.
+Today's date would change the samples every day, so a killed run could not resume after midnight.
 """
 
 _DIRECTIVES = (*"aAbBcCdDefFgGhHIjklmMnpPrRStTuUVwWxXyYzZ", *(f"-{letter}" for letter in "deHIjmMSy"))
@@ -50,30 +50,30 @@ _MEMORY = 1 << 28
 _SIZE = Path("/proc/self/statm")
 _LONGEST_MESSAGE = 1000
 _LONGEST_FRAME, _LONGEST_GROWTH = 1 << 20, 8
-"""Characters that a template may add to a conversation, and what it may multiply it by: JSON's escapes are 6 to 1."""
+"""Limit on a rendered text: this many characters plus this factor times the conversation; JSON escapes take up to 6."""
 _PORTION = 1 << 20
-"""Characters of conversations in one question."""
+"""Characters of conversations in one request to the process."""
 _TOO_MUCH, _NO_MEMORY = "takes too much memory", 12
-"""What is said of a template, and the code that the process ends with where it can't say so itself."""
+"""The message, and the exit code of the process if it runs out of memory before it can report an error."""
 
 
 def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Iterator[str]:
     """Render conversations.
 
-    The process is a fork that stays for the next conversations, and ends when none came for a while. There is none
-    where a fork is not safe (other threads, other systems than Linux) or not allowed (a daemonic process): then the
-    template is not bounded in time, nor in memory.
+    The process is a fork that is kept for further calls and exits after some idle seconds. If forking is not safe
+    (other threads, a system other than Linux) or not allowed (a daemonic process), the template runs in this process
+    without limits on time and memory.
 
     Args:
-        tokenizer: with a chat template.
-        conversations: what it makes texts of.
+        tokenizer: a tokenizer with a chat template.
+        conversations: the conversations to render.
 
     Returns:
-        The text of each, as it is needed.
+        An iterator over the texts, rendered lazily.
 
     Raises:
-        DataError: the template refuses a conversation, takes more than 10 seconds of a processor or 256 MiB for it, or
-            writes far more than is in it.
+        DataError: the template refuses a conversation, takes more than 10 seconds of CPU time or 256 MiB of memory for
+            it, or its output is far longer than the conversation.
     """
     if not can_fork():
         for conversation in conversations:
@@ -87,7 +87,7 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
 
 
 def _length(conversation: Conversation) -> int:
-    """Characters of what is said in a conversation."""
+    """Return the number of characters in a conversation's messages, without roles, and tools."""
     said = [value for message in conversation.messages for key, value in message.items() if key != "role"]
     return sum(
         len(value) if isinstance(value, str) else len(json.dumps(value)) for value in (*said, *conversation.tools)
@@ -95,14 +95,15 @@ def _length(conversation: Conversation) -> int:
 
 
 def asks_for_the_date(tokenizer: Any) -> bool:
-    """Whether a tokenizer's chat template does; it is told ``DAY``."""
+    """Return whether a tokenizer's chat template asks for the date; it is given ``DAY``."""
     return "strftime_now" in str(tokenizer.chat_template)
 
 
 def _of_a_day(template: str) -> str:
-    """A chat template that is told ``DAY``: data that transformers hands to a template may not be functions.
+    """Return a chat template with ``strftime_now`` defined as a macro that formats ``DAY``.
 
-    It begins a line, as it did without what is put before it: transformers trims the line break behind a block.
+    It is a macro because callers cannot pass functions through transformers. The template still begins on a line of its
+    own; transformers trims the line break after a block.
     """
     words = "".join(f"|replace('%{letter}','{DAY.strftime('%' + letter)}')" for letter in _DIRECTIVES)
     told = f"format|replace('%%','\\0'){words}|replace('\\0','%')"
@@ -110,7 +111,7 @@ def _of_a_day(template: str) -> str:
 
 
 def _ask(tokenizer: Any, conversations: Sequence[Conversation]) -> list[dict[str, str]]:
-    """The answers to a question, all of them: one that nobody took would be another question's."""
+    """Return all answers to a request; one left unread would be taken for an answer to the next request."""
     try:
         answers = None
         while answers is None:
@@ -122,7 +123,7 @@ def _ask(tokenizer: Any, conversations: Sequence[Conversation]) -> list[dict[str
 
 
 def _portions(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conversation]]:
-    """Divide conversations, so that a question is of a few megabytes, or of one conversation."""
+    """Split conversations into requests of a few megabytes each, or of a single larger conversation."""
     begin, size = 0, 0
     for number, conversation in enumerate(conversations):
         said = _length(conversation)
@@ -135,7 +136,7 @@ def _portions(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conver
 
 
 class _Process:
-    """Renders with one tokenizer."""
+    """The child process that renders with one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._template = tokenizer, tokenizer.chat_template
@@ -143,12 +144,12 @@ class _Process:
         self._process, self._connection = start_child(_serve, tokenizer)
 
     def is_of(self, tokenizer: Any) -> bool:
-        """Whether it renders with this tokenizer, and is there."""
+        """Return whether it is alive, was started by this process, and renders with this tokenizer and template."""
         same = self._tokenizer is tokenizer and self._template == tokenizer.chat_template
         return same and self._asker == os.getpid() and self._process.is_alive()
 
     def ask(self, conversations: Sequence[Conversation]) -> list[dict[str, str]] | None:
-        """A text for each conversation, or an error for the first that has none; None if the process had left."""
+        """Return a text per conversation, up to the first error; None if the process had exited because it was idle."""
         answers: list[dict[str, str]] = []
         try:
             self._connection.send_bytes(_packed([list(conversation) for conversation in conversations]))
@@ -167,7 +168,7 @@ class _Process:
         return answers
 
     def end(self) -> None:
-        """Whatever it is doing; but one that a fork inherited is its parent's."""
+        """Kill the process and close the connection; a copy inherited through a fork only closes its connection."""
         if self._asker == os.getpid():
             self._process.kill()
             self._process.join()
@@ -193,7 +194,7 @@ def _end_process() -> None:
 
 
 def _limit_memory() -> None:
-    """Allow this process so much more than it has; where the system can be told so, as Linux can."""
+    """Limit this process's address space to ``_MEMORY`` bytes more than it has now; do nothing if not on Linux."""
     try:
         pages = int(_SIZE.read_text().split()[0])
     except FileNotFoundError:
@@ -204,10 +205,10 @@ def _limit_memory() -> None:
 
 
 def _serve(connection: Connection, tokenizer: Any) -> None:
-    """In the process: one JSON document for each that is read."""
+    """Run in the child process: read requests and send one JSON document per conversation."""
     _limit_memory()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    with contextlib.suppress(EOFError):  # whoever asks is gone
+    with contextlib.suppress(EOFError):  # the parent has exited
         while connection.poll(_IDLE_SECONDS):
             for answer in _answers(tokenizer, connection):
                 connection.send_bytes(_packed(answer))
@@ -217,12 +218,12 @@ def _serve(connection: Connection, tokenizer: Any) -> None:
 def _answers(tokenizer: Any, connection: Connection) -> Iterator[dict[str, str]]:
     try:
         for conversation in _unpacked(connection.recv_bytes()):
-            signal.setitimer(signal.ITIMER_PROF, _SECONDS)  # of its own time: a machine may be busy, or stopped
+            signal.setitimer(signal.ITIMER_PROF, _SECONDS)  # CPU time, since the machine may be busy or suspended
             yield {"text": _render(tokenizer, Conversation(*conversation))}
     except DataError as error:
         yield {"error": error.message[:_LONGEST_MESSAGE], "hint": error.hint}
     except MemoryError:
-        os._exit(_NO_MEMORY)  # part of the question may lie unread
+        os._exit(_NO_MEMORY)  # the request may be half read: the connection is unusable
 
 
 def _packed(document: Any) -> bytes:
@@ -234,7 +235,7 @@ def _unpacked(content: bytes) -> Any:
 
 
 def _render(tokenizer: Any, conversation: Conversation) -> str:
-    """A text that is not far longer than the conversation in it: somebody has to tokenize it."""
+    """Render one conversation; refuse a text far longer than it, since the text is tokenized later."""
     from jinja2 import TemplateError
 
     try:

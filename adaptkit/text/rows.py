@@ -1,15 +1,16 @@
-"""Rows of data files, each with the place it came from.
+"""Rows of data files, each with its place for error messages.
 
-    .jsonl, .ndjson      one JSON object a line                          file, line N
+    source               content                                         place
+    .jsonl, .ndjson      one JSON object per line                        file, line N
     .json                a list of objects, or {"data": [...]}           file, row N
-    .csv, .tsv           a header, then cells, all of them text          file, line N
-    .parquet             pyarrow reads it                                file, row N
-    .jsonl.gz            each but parquet, compressed by gzip            as without
-    org/name             a data set of the Hub, by way of datasets       name, row N
-    org/name/config@revision:split                                       the last three may be left out
+    .csv, .tsv           a header, then cells, all read as text          file, line N
+    .parquet             read with pyarrow                               file, row N
+    .jsonl.gz            any of these but Parquet, gzip-compressed       the same
+    org/name             a dataset on the Hub, read with datasets        name, row N
+    org/name/config@revision:split                                       config, revision and split are optional
 
-Cells of csv stay what is written, "NA" and "007" too, and a missing cell is an error;
-readers that guess types lose all three.
+CSV cells are kept as written, including "NA" and "007", and a missing cell is an error; readers that infer types would
+change or hide these.
 """
 
 import codecs
@@ -35,7 +36,7 @@ Located = tuple[str, Row]
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _PACKED = ".gz"
 _BROKEN = (OSError, EOFError, zlib.error)
-"""What reading raises, of a file that is compressed, too."""
+"""Exceptions raised by reading a file, compressed or not."""
 _HUB = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<config>[\w.-]+))?"
     r"(?:@(?P<revision>[\w./+-]+))?(?::(?P<split>[\w.-]+))?",
@@ -46,14 +47,14 @@ _BATCH_ROWS = 1024
 
 
 def read_rows(source: Path | str) -> Iterator[Located]:
-    """Read the rows of a file or of a data set on the Hub.
+    """Read the rows of a file or of a dataset on the Hub.
 
     Yields:
-        Where a row is, and the row.
+        The place of a row, and the row.
 
     Raises:
-        DataError: it cannot be read, or a row is no row; names the line or row.
-        UsageError: a package that it needs is not installed, or the Hub has no such data set.
+        DataError: the source cannot be read, or a row is not an object; names the line or row.
+        UsageError: a required package is not installed, or the Hub has no such dataset.
         AuthenticationError, NetworkError: the Hub refused or did not answer.
     """
     if is_on_hub(source):
@@ -67,19 +68,19 @@ def read_rows(source: Path | str) -> Iterator[Located]:
     if kind is None:
         known = ", ".join(_SUFFIXES)
         raise DataError(f"{file}: expected a data file ({known}) or org/name on the Hub", hint="rename or convert it")
-    if file.is_fifo():  # it is hashed, too, and would be that of nothing, or waited for
+    if file.is_fifo():  # it is hashed too: a second read would find nothing, or block
         raise DataError(f"{file}: is a pipe, which can be read only once", hint="save it in a file")
     readers = dict(zip(_SUFFIXES, (_lines, _lines, _document, _cells, _cells, _parquet), strict=True))
     return readers[kind](file)
 
 
 def holds_rows(file: Path | str) -> bool:
-    """Whether a name is that of a file of rows, in capitals, too."""
+    """Return whether a file name has a suffix of a data file; case is ignored."""
     return _kind(file) is not None
 
 
 def _kind(file: Path | str) -> str | None:
-    """The last part of a data file's name, or the last but one of a compressed one's; None of any other."""
+    """Return the suffix of a data file's name, without a final ``.gz``; None if it is not a data file."""
     inner, packed = os.path.splitext(str(file).lower())
     kind = os.path.splitext(inner)[1] if packed == _PACKED else packed
     return kind if kind in _SUFFIXES and (packed, kind) != (_PACKED, ".parquet") else None
@@ -90,13 +91,13 @@ def _opened(file: Path) -> io.BufferedIOBase:
 
 
 def is_on_hub(source: Path | str) -> bool:
-    """Whether a source names a data set on the Hub, and no file: what exists, or ends as data files do, is a file."""
+    """Return whether a source names a dataset on the Hub; an existing path or a data file's suffix means a file."""
     text = str(source)
     return not os.path.exists(text) and not holds_rows(text) and _HUB.fullmatch(text) is not None
 
 
 def read_text(file: Path) -> str:
-    """Read a UTF-8 file, without the mark that Windows editors begin files with.
+    """Read a UTF-8 file, without a byte order mark.
 
     Raises:
         DataError: it cannot be read, or is not UTF-8; names the line.
@@ -105,11 +106,11 @@ def read_text(file: Path) -> str:
 
 
 def read_pieces(file: Path, size: int) -> Iterator[tuple[str, bool]]:
-    """Read a text as ``read_text`` does, piece by piece, each twice as long as the one before.
+    """Read a text as ``read_text`` does, in pieces, each twice as long as the one before.
 
     Args:
-        file: the text.
-        size: of the first piece, in bytes; more than a mark has, or -1 for everything at once.
+        file: a text file.
+        size: size of the first piece in bytes, larger than a byte order mark; -1 to read everything at once.
 
     Yields:
         A piece, and whether it is the last one.
@@ -146,7 +147,7 @@ def _lines(file: Path) -> Iterator[Located]:
 
 
 def _text_lines(file: Path) -> Iterator[str]:
-    """Lines end with line feeds only: JSON strings may hold the other separators as they are."""
+    """Split at line feeds only, since JSON strings may contain other line separators unescaped."""
     number = 0
     try:
         with _opened(file) as lines:
@@ -170,7 +171,7 @@ def _document(file: Path) -> Iterator[Located]:
             f"{file}: not JSON ({error})", hint="write a list of objects, or one object per line"
         ) from error
     is_object = isinstance(document, dict) and not isinstance(document.get("data"), list)
-    if is_object and "\n" not in text.strip():  # JSON lines, of which there is one
+    if is_object and "\n" not in text.strip():  # JSON lines with a single line
         yield from _lines(file)
         return
     found = document.get("data") if isinstance(document, dict) else document
@@ -222,7 +223,7 @@ def _cells(file: Path) -> Iterator[Located]:
 
 
 def _records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Every record that is not empty, with the line it begins in."""
+    """Yield every non-empty record with the number of its first line."""
     lines = (part for line in _text_lines(file) for part in io.StringIO(line, newline=""))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     numbered = ((reader.line_num, cells) for cells in reader)
@@ -235,7 +236,7 @@ def _records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _batch(records: Iterator[tuple[int, list[str]]], file: Path) -> list[tuple[int, list[str]]]:
-    before = csv.field_size_limit(_LARGEST_CELL)  # the whole process's, so it is set for no longer than this
+    before = csv.field_size_limit(_LARGEST_CELL)  # a global setting, so restored below
     try:
         return list(islice(records, _BATCH_ROWS))
     except csv.Error as error:
@@ -269,7 +270,7 @@ def _parquet(file: Path) -> Iterator[Located]:
 
 
 def without_fills(value: Any) -> Any:
-    """A row of a table, without the keys that its objects lack: where they differ, a column has all keys in each."""
+    """Return a table's row without None fields: a column's objects all have the same keys, with None where absent."""
     if isinstance(value, dict):
         return {key: without_fills(inner) for key, inner in value.items() if inner is not None}
     return [without_fills(inner) for inner in value] if isinstance(value, list) else value

@@ -1,7 +1,7 @@
-"""An answer's thoughts: where data have them, and where a chat template looks for them.
+"""An answer's reasoning ("thoughts"): where data have it, and where a chat template reads it.
 
-Data have them in the content, as ``<think>...</think>`` before the answer, or in a field of their own. Templates take
-them from the content, from a field, or from both; some put other marks around them, and some know of none.
+Data have it in the content, as ``<think>...</think>`` before the answer, or in a separate field. Templates read it from
+the content, from a field, or from both; some write other tags around it, and some do not support it.
 """
 
 import re
@@ -11,22 +11,22 @@ from typing import Any
 from adaptkit.errors import DataError
 
 Message = dict[str, Any]
-"""``role`` and ``content``, text both; of an answer ``reasoning_content`` where its thoughts are apart, and its
-``tool_calls``; of a tool its ``name`` and ``tool_call_id``. See ``tool_calls``."""
+"""``role`` and ``content``, both strings; in an answer also ``reasoning_content`` if its thoughts are separate, and
+``tool_calls``; in a tool's message also ``name`` and ``tool_call_id``. See ``tool_calls``."""
 
 FIELD = "reasoning_content"
 NAMES = (FIELD, "reasoning", "thinking")
-"""What data and templates call the field."""
+"""Names of the field in data and templates."""
 _IN_CONTENT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _QUESTION = {"role": "user", "content": "question"}
 _THOUGHT, _ANSWER = "inkling", "answer"
 
 
 def read_thoughts(message: Mapping[str, Any], content: str, where: str) -> str:
-    """The thoughts in the fields of a message in data; empty if there are none, or they are in the content too.
+    """Return the thoughts in the fields of a message; empty if there are none, or if the content has them too.
 
     Raises:
-        DataError: they are no text, or differ.
+        DataError: they are not text, or the fields and the content differ.
     """
     given = {name: message[name] for name in NAMES if message.get(name)}
     for name, thoughts in given.items():
@@ -42,29 +42,29 @@ def read_thoughts(message: Mapping[str, Any], content: str, where: str) -> str:
 
 
 def words_of(message: Message) -> str:
-    """What a message says, its thoughts in the content."""
+    """Return a message's content, with thoughts of a separate field put before it as ``<think>...</think>``."""
     said: str = message["content"]
     return _in_content(message[FIELD], said) if FIELD in message else said.strip()
 
 
 def without_thoughts(content: str) -> str:
-    """A content without the thoughts that are in it."""
+    """Return a content without its ``<think>...</think>``."""
     inline = _IN_CONTENT.fullmatch(content)
     return inline[2].strip() if inline else content
 
 
 class ThoughtFields:
-    """Where one chat template looks for thoughts.
+    """Where one chat template reads thoughts; found out by rendering probes.
 
     Args:
-        render: a conversation to the text that the template makes of it; to nothing where it refuses it.
+        render: returns the rendered text of a conversation; "" if the template refuses it.
     """
 
     def __init__(self, render: Callable[[Sequence[Message]], str]) -> None:
         def written(**answer: str) -> str:
             return render([_QUESTION, {"role": "assistant", **answer}])
 
-        names = NAMES if written(content=_ANSWER) else ()  # a template that loops is waited for once
+        names = NAMES if written(content=_ANSWER) else ()  # so that a template that loops times out only once
         self._names = tuple(name for name in names if _THOUGHT in written(content=_ANSWER, **{name: _THOUGHT}))
         self._knows_content = True
         if not self._names:
@@ -74,7 +74,7 @@ class ThoughtFields:
         self._knows_content = "".join(apart.split()) == "".join(inline.split())
 
     def message(self, message: Message) -> Message:
-        """A message as the template takes it."""
+        """Return a message with its thoughts where the template reads them."""
         if message["role"] != "assistant":
             return message
         others = {name: value for name, value in message.items() if name not in (FIELD, "content")}

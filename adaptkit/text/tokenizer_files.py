@@ -1,4 +1,4 @@
-"""Which small files say how a model is asked, and the tokenizer that they make, those beside an adapter included."""
+"""Tokenizer files and chat templates of a checkpoint or adapter, and loading the tokenizer from them."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_temp
 TOKENIZER_CONFIG, TEMPLATE_KEY = "tokenizer_config.json", "chat_template"
 _WITHIN_JSON = "chat_template.json"
 TEMPLATES = {TEMPLATE_NAME, _WITHIN_JSON}
-"""Files that hold the chat template and nothing else; others lie in a folder of their own."""
+"""Files that hold only the default chat template; further templates are in ``TEMPLATES_FOLDER``."""
 _VOCABULARY = r"tokenizer\.json|tekken\.json|vocab.*|.*\.(model|tiktoken)"
 _TOKENIZER = re.compile(
     rf"{_VOCABULARY}|tokeniz.*|special_tokens_map.*|added_tokens.*|merges\.txt|chat_template\..*|{TEMPLATES_FOLDER}/.*"
@@ -23,22 +23,22 @@ _TOKENIZER = re.compile(
 
 
 def is_vocabulary(name: str) -> bool:
-    """Whether a small file of this name makes a tokenizer: where there is one, there is the other."""
+    """Return whether a file of this name holds a vocabulary; a folder has a tokenizer if and only if it has one."""
     return re.fullmatch(_VOCABULARY, name) is not None
 
 
 def is_of_tokenizer(name: str) -> bool:
-    """Whether a small file is of a tokenizer or its templates, which go together from folder to folder."""
+    """Return whether a file belongs to a tokenizer or its chat templates; these files are copied together."""
     return _TOKENIZER.fullmatch(name) is not None
 
 
 def is_template(name: str) -> bool:
-    """Whether a small file is a chat template and nothing else."""
+    """Return whether a file holds chat templates and nothing else."""
     return name in TEMPLATES or name.startswith(f"{TEMPLATES_FOLDER}/")
 
 
 def brings_tokenizer(folder: Path) -> bool:
-    """Whether a folder has a tokenizer; an adapter's own takes the place of the base's, all of it."""
+    """Return whether a folder has a tokenizer; an adapter's own replaces the base's entirely."""
     return any(map(is_vocabulary, side_files(folder)))
 
 
@@ -47,12 +47,15 @@ def templates_in(
     read_object: Callable[[Path], Mapping[str, Any] | None] = read_json,
     read_text: Callable[[Path], str] = read_template,
 ) -> dict[str, tuple[str, str]]:
-    """The chat templates in a folder, by name: the file, and the text. What a later file says goes before an earlier.
+    """Return the chat templates in a folder, as name to (file, text).
+
+    Files are read in order of increasing precedence: tokenizer_config.json, chat_template.json, chat_template.jinja,
+    then the folder of further templates.
 
     Args:
-        folder: of a checkpoint, a tokenizer or an adapter.
-        read_object: a JSON file; None where it cannot be read as one.
-        read_text: a template's file.
+        folder: folder of a checkpoint, a tokenizer or an adapter.
+        read_object: reads a JSON file; returns None if it is not a JSON object.
+        read_text: reads a template file.
     """
     found: dict[str, tuple[str, str]] = {}
     for path in (folder / TOKENIZER_CONFIG, folder / _WITHIN_JSON):
@@ -62,7 +65,7 @@ def templates_in(
         elif kept is not None:
             found["default"] = (path.name, kept if isinstance(kept, str) else json.dumps(kept))
     path = folder / TEMPLATE_NAME
-    if path.is_file() or path.is_symlink():  # one that leads nowhere is told
+    if path.is_file() or path.is_symlink():  # a dangling link is an error, not skipped
         found["default"] = (TEMPLATE_NAME, read_text(path))
     for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja")):
         found[path.stem] = (f"{TEMPLATES_FOLDER}/{path.name}", read_text(path))
@@ -70,20 +73,21 @@ def templates_in(
 
 
 def template_beside(folder: Path) -> str | None:
-    """The chat template that lies in an adapter's folder, which it was trained with; None if there is none.
+    """Return the chat template in an adapter's folder, with which it was trained; None if there is none.
 
     Raises:
-        CheckpointError, DataError: one cannot be read.
+        CheckpointError, DataError: a template cannot be read.
     """
     found = templates_in(folder).get("default")
     return found and found[1]
 
 
 def load_tokenizer(root: Path) -> Any:
-    """Load a checkpoint's tokenizer; never runs code from the folder.
+    """Load a checkpoint's tokenizer without running code from the folder.
 
     Raises:
-        UsageError: there is none, or one without a vocabulary, which transformers makes where that file is missing.
+        UsageError: there is no tokenizer, or it has no vocabulary, as transformers makes it if the vocabulary file is
+            missing.
     """
     from huggingface_hub.errors import StrictDataclassError
 
@@ -96,30 +100,30 @@ def load_tokenizer(root: Path) -> Any:
         except (*REFUSALS, OSError, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")
             pieces = sorted(path.name for path in root.glob("*.model"))
-            if pieces and not (root / "tokenizer.json").exists():  # transformers asks for tiktoken, whatever it is
+            if pieces and not (root / "tokenizer.json").exists():  # transformers always suggests tiktoken
                 hint = f"pip install sentencepiece protobuf if {pieces[0]} is SentencePiece's, or {hint}"
             raise UsageError(f"{root}: no tokenizer that transformers can load ({reason})", hint=hint) from error
-        added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()  # mistral-common's has no such list
-    if len(tokenizer) - len(added) <= 1 and not _are_words(tokenizer, root):  # some begin with "▁" of their own
+        added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()  # absent in mistral-common's
+    if len(tokenizer) - len(added) <= 1 and not _are_words(tokenizer, root):  # some tokenizers always have "▁"
         raise UsageError(f"{root}: its tokenizer has no vocabulary, only special tokens", hint=hint)
     return tokenizer
 
 
 def _are_words(tokenizer: Any, root: Path) -> bool:
-    """Whether added tokens are all the vocabulary, as letters or amino acids may be, and not <think> and the like."""
+    """Return whether the added tokens are the vocabulary (letters, amino acids) rather than markers such as <think>."""
     added = tokenizer.added_tokens_decoder.values() if (root / "tokenizer.json").exists() else ()
     return any(not token.special for token in added)
 
 
 def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:
-    """A base's tokenizer, or that of an adapter that brings one, with the chat templates that an adapter brings.
+    """Load the adapter's tokenizer if it has one, else the base's, with the adapter's chat templates if it has any.
 
     Args:
         base: folder of a checkpoint.
-        adapter: folder of what was trained on it, if there is such.
+        adapter: folder of an adapter trained on it, or None.
 
     Raises:
-        UsageError: transformers cannot load it.
+        UsageError: transformers cannot load the tokenizer.
         CheckpointError, DataError: a chat template cannot be read.
     """
     if adapter is None:
@@ -132,9 +136,9 @@ def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:
 
 
 def first_tokens(tokenizer: Any) -> list[int]:
-    """What a tokenizer puts before a text: mostly one token, or none."""
+    """Return the tokens that a tokenizer puts before a text: usually none or one."""
     text = "a"
     marked, plain = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not plain:  # some know no Latin letters, and make nothing of them
+    if not plain:  # no Latin letters in the vocabulary, and no unknown token
         return [int(token) for token in marked if token != tokenizer.eos_token_id]
     return [int(token) for token in marked[: marked.index(plain[0])]]

@@ -1,11 +1,11 @@
-"""Tools in conversations: what data have of them, what a chat template takes, and what has to be in its text.
+"""Tools in conversations: how data represent them, how a chat template takes them, and what its text must contain.
 
-    row        "tools": functions, each with its JSON schema; a list, or the JSON text of one; or "functions", a list
-    assistant  "tool_calls": [{"type": "function", "function": {"name", "arguments"}}, ...], with content or without;
-               also {"name", "arguments"} alone, or one as "function_call"; arguments are an object or its JSON text
-    tool       what a call gave: its content, with its name and tool_call_id if there are such
+    row        "tools": functions with their JSON schemas, as a list or its JSON text; or "functions", a list
+    assistant  "tool_calls": [{"type": "function", "function": {"name", "arguments"}}, ...], with or without content;
+               also just {"name", "arguments"}, or one call as "function_call"; arguments are an object or its JSON text
+    tool       result of a call: its content, optionally with name and tool_call_id
 
-The assistant learns to make the calls; what tools give is read, as a question is.
+The model learns the assistant's calls; tool results are input only, like questions.
 """
 
 import json
@@ -20,24 +20,24 @@ from adaptkit.text.parts import are_of_text, joined
 from adaptkit.text.thoughts import FIELD
 
 Tools = tuple[Mapping[str, Any], ...]
-"""Of a row, each {"type": "function", "function": {"name", ...}}."""
+"""Tools of a row, each {"type": "function", "function": {"name", ...}}."""
 
 CALLS = "tool_calls"
 WHOLE = "write characters beyond U+FFFF whole, or as surrogate pairs"
-"""A hint."""
+"""Hint for errors about surrogates."""
 _GIVEN = ("name", "tool_call_id")
-"""What a tool's message has beside its content."""
+"""Fields of a tool's message besides its content."""
 _DEEPEST = 64
 _HALF = re.compile("[\ud800-\udfff]")
 _FORMS: tuple[tuple[bool, str | None], ...] = ((False, ""), (False, None), (True, ""), (True, None))
-"""Whether arguments are text, and what no content is; transformers (5.24) leaves out what is None."""
+"""Forms of a call: (whether arguments are JSON text, the value of empty content); transformers 5.24 omits None."""
 
 
 def read_tools(value: Any, where: str, column: str = "tools") -> Tools:
-    """The tools of a row.
+    """Return the tools of a row, normalized.
 
     Raises:
-        DataError: it is no list of functions.
+        DataError: the value is not a list of functions.
     """
     if isinstance(value, str):
         value = _parsed(value, f"{where}: {column}") if value.strip() else None
@@ -53,10 +53,10 @@ def read_tools(value: Any, where: str, column: str = "tools") -> Tools:
 
 
 def read_calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """The calls in a message of the assistant's; empty if there are none.
+    """Return the calls in an assistant's message; empty if there are none.
 
     Raises:
-        DataError: one has no name, or arguments that are no object.
+        DataError: a call has no name, or its arguments are not an object.
     """
     given = message.get(CALLS) or []
     if isinstance(given, str):
@@ -70,10 +70,10 @@ def read_calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def calls_in(value: Any, where: str) -> list[dict[str, Any]]:
-    """The calls in a message that is nothing else, as ShareGPT's ``function_call`` has them.
+    """Return the calls in a message that holds nothing else, as ShareGPT's ``function_call``.
 
     Raises:
-        DataError: it is no JSON of calls.
+        DataError: the value is not calls, or their JSON text.
     """
     found = _parsed(value, where) if isinstance(value, str) else value
     calls = [_call(call, where) for call in (found if isinstance(found, list) else [found])]
@@ -83,10 +83,10 @@ def calls_in(value: Any, where: str) -> list[dict[str, Any]]:
 
 
 def read_given(message: Mapping[str, Any], where: str) -> tuple[Any, dict[str, str]]:
-    """What a tool's message says, parts of text joined, objects as their JSON text, and which call it answers.
+    """Return a tool's result as text, and its name and call id; text parts are joined, objects and lists become JSON.
 
     Raises:
-        DataError: it holds what is no text.
+        DataError: the message holds a value that is not JSON, or an unpaired surrogate.
     """
     content = message.get("content", message.get("value"))
     content = joined(content, where)[0] if are_of_text(content) else content
@@ -96,44 +96,45 @@ def read_given(message: Mapping[str, Any], where: str) -> tuple[Any, dict[str, s
 
 
 def is_text(value: Any) -> bool:
-    """Whether this is a string that tokenizers take: JSON's escapes can write half a character."""
+    """Return whether a value is a string that tokenizers accept: JSON escapes can encode unpaired surrogates."""
     return isinstance(value, str) and _HALF.search(value) is None
 
 
 def found_in(value: Any) -> str:
-    """What stands where a text should, for people."""
+    """Describe a value that was found instead of text, for error messages."""
     return "an unpaired surrogate" if isinstance(value, str) else type(value).__name__
 
 
 def names_of(tools: Tools) -> list[str]:
-    """What the tools are called."""
+    """Return the names of tools."""
     return [str(tool["function"]["name"]) for tool in tools]
 
 
 def missing_in(calls: Sequence[Mapping[str, Any]], text: str) -> str:
-    """The first of the calls' names, keys and words that a text does not have; empty if all are there."""
+    """Return the first name, key or string of calls that is missing in a text; empty if all are there."""
     return next((word for call in calls for word in _words(call["function"]) if not is_written(word, text)), "")
 
 
 def end_of_words(calls: Sequence[Mapping[str, Any]], text: str) -> int:
-    """Where the last word of calls ends that a text ends with."""
+    """Return the end offset of the last name, key or string of calls in a text; 0 if there is none."""
     forms = [form for call in calls for word in _words(call["function"]) for form in _forms(word)]
     return max((at + len(form) for form in forms if (at := text.rfind(form)) >= 0), default=0)
 
 
 def is_written(word: str, text: str) -> bool:
-    """Whether a text has a word as it is, or as JSON writes it."""
+    """Return whether a text contains a word, as it is or escaped for JSON."""
     return any(form in text for form in _forms(word))
 
 
 class ToolForm:
-    """How one chat template takes tools and calls, and what it loses of them; it is asked once.
+    """How one chat template takes tools and calls, and what it leaves out; found out once, by rendering probes.
 
-    Arguments are an object or its text, beside empty content or none: transformers asks for the first of these.
+    Arguments are an object or JSON text, with empty content or None; the form that transformers documents, an object
+    with empty content, is tried first.
 
     Args:
-        render: a conversation with tools to the text that the template makes of it; to nothing where it refuses it.
-        prepare: a message to what the template takes but for its calls.
+        render: returns the rendered text of a conversation with tools; "" if the template refuses it.
+        prepare: converts a message for the template, except for its calls.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class ToolForm:
         self._as_text, self._nothing = next(filter(self._is_taken, _FORMS), _FORMS[0])
 
     def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message as the template takes it."""
+        """Return a message in the form that the template takes."""
         message = self._prepare(message)
         if CALLS not in message:
             return message
@@ -158,7 +159,7 @@ class ToolForm:
         return message | {"content": message["content"] or self._nothing, CALLS: calls}
 
     def lost(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> DataError | None:
-        """What the template loses of a conversation, whatever its words are; None if nothing."""
+        """Return an error if the template leaves out a kind of content that the conversation has, else None."""
         for kind in sorted(_kinds(messages, tools)):
             if self._loses(kind):
                 return DataError(
@@ -169,7 +170,7 @@ class ToolForm:
     def _is_taken(self, form: tuple[bool, str | None]) -> bool:
         self._as_text, self._nothing = form
         text = self._written([_answer()])
-        return _WORD in text and f"'{_WORD}'" not in text  # which is how Python writes it
+        return _WORD in text and f"'{_WORD}'" not in text  # quotes of a Python repr: an object that should be text
 
     def _loses(self, kind: str) -> bool:
         if kind not in self._answers:
@@ -184,7 +185,7 @@ class ToolForm:
 
 
 def _kinds(messages: Sequence[Mapping[str, Any]], tools: Tools) -> set[str]:
-    """What a conversation has that a template may lose."""
+    """Return the kinds of content in a conversation that a template may leave out."""
     found = {_TOOLS} if tools else set()
     for message in messages:
         if message["role"] == "tool":
@@ -199,7 +200,7 @@ def _kinds(messages: Sequence[Mapping[str, Any]], tools: Tools) -> set[str]:
 
 
 def _answer(content: str = "", count: int = 1, **arguments: Any) -> dict[str, Any]:
-    """An assistant's message with calls that no data have."""
+    """Return an assistant's message with made-up calls, for probes."""
     calls = [
         {"type": "function", "id": f"call0000{number}", "function": {"name": f"probe{number}", "arguments": given}}
         for number, given in enumerate([{"key": _WORD, **arguments}, {"key": f"{_WORD}ed"}][:count])
@@ -211,7 +212,7 @@ _WORD = "inkling"
 _QUESTION = {"role": "user", "content": "question"}
 _TOOL = {"name": "probe0", "description": "", "parameters": {"type": "object", "properties": {"key": {}}}}
 OTHER_TOOLS: Tools = ({"type": "function", "function": _TOOL | {"name": "sundial"}},)
-"""What no probe calls."""
+"""Tools that no probe calls."""
 _TOOLS, _RESULTS, _ALONE = "the list of tools", "tool results", "tool calls"
 _SEVERAL, _BESIDE, _AFTER = "tool calls after the first", "tool calls beside content", "tool calls after reasoning"
 _NUMBERS, _TRUTHS, _NOTHING = (
@@ -232,7 +233,7 @@ _PROBES: dict[str, tuple[list[dict[str, Any]], Tools, tuple[str, ...]]] = {
     _TRUTHS: ([_answer(flag=True)], (), ("true|True",)),
     _NOTHING: ([_answer(nothing=None)], (), ("null|None",)),
 }
-"""A conversation after a question, its tools, and what has to be in the text of them."""
+"""For each kind: messages after a question, tools, and words that must be in the text (``|`` separates variants)."""
 
 
 def _call(given: Any, where: str) -> dict[str, Any]:
@@ -271,7 +272,7 @@ def _words(function: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """Keys, and what is neither object nor list."""
+    """Yield all keys, and all values that are neither objects nor lists."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield str(key)
@@ -284,7 +285,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _check(value: Any, what: str, depth: int = 0) -> None:
-    """Refuse what no tokenizer and no template can take."""
+    """Refuse a value that is nested too deeply, is not JSON, or has unpaired surrogates."""
     if depth > _DEEPEST:
         raise DataError(f"{what}: nested more than {_DEEPEST} levels deep", hint="leave such conversations out")
     if isinstance(value, dict | list):
@@ -298,7 +299,7 @@ def _check(value: Any, what: str, depth: int = 0) -> None:
 
 
 def _forms(word: str) -> tuple[str, ...]:
-    """A word as a text may have it: as it is, or as JSON writes it."""
+    """Return the forms that a word may have in a text: as it is, or escaped for JSON (ASCII only, or not)."""
     bare = word.strip()
     return (bare, *(json.dumps(some, ensure_ascii=ascii)[1:-1] for some in (bare, word) for ascii in (False, True)))
 

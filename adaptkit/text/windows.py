@@ -1,4 +1,4 @@
-"""Text as windows of tokens, for what measures a model on text: calibration, perplexity, divergence."""
+"""Text as fixed-length windows of tokens, for calibration, perplexity and divergence."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""The names that configurations have for the longest sequence."""
+"""Configuration keys for the maximum sequence length."""
 _BYTES_PER_TOKEN, _LEAST_BYTES = 16, 4096
 _BEHIND = 16
-"""Tokens behind those that are wanted which have to be the same, too, in a longer beginning of a text."""
+"""Number of tokens beyond the wanted ones that must also agree with the tokens of a longer prefix."""
 
 
 def read_tokens(
@@ -35,26 +35,26 @@ def read_tokens(
 ) -> Tensor:
     """Tokenize text files with a checkpoint's tokenizer and cut them into windows.
 
-    The rows of a file of ``text.rows`` hold ``text``, or a conversation in a layout of ``text.conversation``, which
-    goes through the chat template; every other file is one text. The texts follow each other, an end token between
-    them.
-    If the tokenizer begins texts with a token, every window begins with it, as whatever the model was trained on did.
+    A file in a format of ``text.rows`` has rows with a ``text``, or with a conversation in a layout of
+    ``text.conversation``, which the chat template renders; any other file is one text. The texts are concatenated with
+    end tokens between them. If the tokenizer begins texts with a token, every window begins with it, as the model's
+    training data did.
 
     Args:
-        files: one after the other.
+        files: files to read, in order.
         root: folder of the checkpoint.
-        window: tokens in a window; at least 2.
-        max_tokens: make no more windows than this many tokens fill, one at least. Files are read little further than
-            these need; a row is read whole.
-        template_kwargs: variables of chat templates; those that this one asks for count.
+        window: tokens per window; at least 2.
+        max_tokens: limit on the tokens in all windows; at least one window is made. Files are read little further than
+            needed, but rows are read whole.
+        template_kwargs: variables of the chat template; those that it does not use are ignored.
 
     Returns:
-        (windows, window) int64. What is left over at the end and fills no window is dropped, unless it is all there
-        is: then there is one window, shorter.
+        (windows, window) int64. Tokens at the end that do not fill a window are dropped; if there are not enough for
+        even one, the result is a single shorter window.
 
     Raises:
-        DataError: a file that cannot be read or is no text, a row that is no JSON or lacks its fields (with file and
-            line), or nothing to read.
+        DataError: a file cannot be read or is not text, a row is not JSON or lacks fields (names file and line), or
+            there is no text at all.
         UsageError: the window is longer than the model allows, or there is no tokenizer.
     """
     for name, given in (("window", window), ("max_tokens", max_tokens)):
@@ -73,7 +73,7 @@ def read_tokens(
     for ids, ends_itself in _texts(files, tokenizer, limit):
         if ids:
             stream += ids if ended else [*end, *ids]
-            ended = ends_itself or ids[-1:] == end  # some tokenizers end every text
+            ended = ends_itself or ids[-1:] == end  # some tokenizers append an end token to every text
         if limit is not None and len(stream) >= limit:
             break
     windows = _cut(stream, window, first_tokens(tokenizer)[:1])
@@ -85,10 +85,10 @@ def read_tokens(
 
 
 def check_window(root: Path, window: int) -> None:
-    """Refuse windows that a checkpoint's model cannot read.
+    """Refuse windows that are longer than a checkpoint's model allows.
 
     Raises:
-        UsageError: they are longer than it allows, or there is no such folder.
+        UsageError: they are longer, or there is no such folder.
     """
     longest = longest_sequence(require_folder(root))
     if longest is not None and window > longest:
@@ -99,16 +99,16 @@ def check_window(root: Path, window: int) -> None:
 
 
 def check_prompt(root: Path, prompt: str, length: int, new_tokens: int) -> None:
-    """Refuse a prompt after which a checkpoint's model has no room for an answer.
+    """Refuse a prompt that leaves no room for the answer in the model's context.
 
     Args:
-        root: the checkpoint.
-        prompt: as it was given.
-        length: of it, in tokens.
-        new_tokens: of the answer.
+        root: folder of the checkpoint.
+        prompt: the prompt's text, for the message.
+        length: length of the prompt, in tokens.
+        new_tokens: length of the answer, in tokens.
 
     Raises:
-        UsageError: both together are longer than the model allows.
+        UsageError: prompt and answer together are longer than the model allows.
     """
     longest = longest_sequence(root)
     if longest is not None and length + new_tokens > longest:
@@ -120,7 +120,7 @@ def check_prompt(root: Path, prompt: str, length: int, new_tokens: int) -> None:
 
 
 def longest_sequence(root: Path) -> int | None:
-    """The most tokens that a checkpoint's model reads at once, or None if its configuration does not say."""
+    """Return the context length of a checkpoint's model; None if its configuration does not say."""
     config = read_config(root / CONFIG_NAME)
     for values in (config, text_config(config)):
         for name in _LENGTHS:
@@ -130,7 +130,7 @@ def longest_sequence(root: Path) -> int | None:
 
 
 def known_tokens(root: Path) -> int | None:
-    """How many tokens a checkpoint's model knows, or None if its configuration does not say."""
+    """Return the vocabulary size of a checkpoint's model; None if its configuration does not say."""
     config = read_config(root / CONFIG_NAME)
     for values in (text_config(config), config):
         if isinstance(values.get("vocab_size"), int) and values["vocab_size"] > 0:
@@ -139,19 +139,19 @@ def known_tokens(root: Path) -> int | None:
 
 
 def pad_id(tokenizer: Any, base: Path) -> int:
-    """The token to pad with; masks tell what is padding, so any does where there is none, or the model has no row."""
+    """Return the pad token, else the end token; 0 if there is neither or the model lacks it. Masks hide it anyway."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     known = known_tokens(base)
     return 0 if pad is None or (known is not None and pad >= known) else int(pad)
 
 
 def check_known(ids: Sequence[int], known: int | None, where: str) -> None:
-    """Refuse tokens that a model does not know.
+    """Refuse token ids beyond a model's vocabulary.
 
     Args:
-        ids: of tokens.
-        known: see ``known_tokens``; None is no limit.
-        where: they came from.
+        ids: token ids.
+        known: the vocabulary size, see ``known_tokens``; None for no limit.
+        where: source of the tokens, for the message.
 
     Raises:
         UsageError: the tokenizer has more tokens than the model's embedding has rows.
@@ -164,7 +164,7 @@ def check_known(ids: Sequence[int], known: int | None, where: str) -> None:
 
 
 def _texts(files: Sequence[Path], tokenizer: Any, limit: int | None) -> Iterator[tuple[list[int], bool]]:
-    """The tokens of every text, of a long one so many at least, and whether it ends with an end token of its own."""
+    """Yield the tokens of each text (of a long one at least ``limit``), and whether it has its own end token."""
     for file in files:
         if holds_rows(file):
             for where, row in read_rows(file):
@@ -176,11 +176,11 @@ def _texts(files: Sequence[Path], tokenizer: Any, limit: int | None) -> Iterator
 
 
 def _beginning_of(tokenizer: Any, file: Path, limit: int) -> list[int]:
-    """The first tokens of a long text, all of a short one, as if it were tokenized whole.
+    """Return the first tokens of a text, at least ``limit`` if it has them, as if it were tokenized whole.
 
-    A text's beginning has other tokens than the text has where it was cut, and before that only as far back as tokens
-    hang together, which is rarely further than a word. So it is cut before white space, and its tokens count if those
-    of a longer beginning are the same, and some behind them.
+    The tokens of a prefix may differ from the whole text's near the cut, rarely by more than a word. So prefixes are
+    cut before white space, and accepted if the first ``limit + _BEHIND`` tokens equal those of the previous, shorter
+    prefix.
     """
     text, compared = "", limit + _BEHIND
     known: list[int] = []
@@ -207,7 +207,7 @@ def _row_tokens(row: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[lis
 
 
 def _tokens(tokenizer: Any, text: str, add_special_tokens: bool) -> list[int]:
-    # verbose=False: transformers would warn of texts longer than the model, which are about to be cut
+    # verbose=False: no warning of texts longer than the model's context, since they are cut into windows
     ids = tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] if text.strip() else []
     return [int(token) for token in ids]
 
