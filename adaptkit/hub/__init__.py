@@ -1,4 +1,4 @@
-"""To and from the Hugging Face Hub: the only importer of huggingface_hub.
+"""Publishing to and downloading from the Hugging Face Hub; the only package that imports huggingface_hub.
 
-Tokens come from the environment or from huggingface_hub's own login, and appear in no message.
+Tokens come from the environment or from huggingface_hub's own login, and never appear in messages.
 """

@@ -1,8 +1,8 @@
-"""The client, and patience with the Hub.
+"""The Hub client, and retries of its calls.
 
-What may be asked twice is asked again after a while when the Hub fails in passing: half a second, then twice as long
-each time, or what its answer says. The client does the same for some of its requests; a call in which it was
-patient already is not repeated. A commit is never simply asked for again, see ``_commit``.
+Calls that can be repeated safely are retried after temporary failures: after half a second, then twice as long each
+time, or after the time that the Hub's answer asks for. The client itself retries some requests; a call in which it has
+done so is not retried here. A commit is not retried this way, see ``_commit``.
 """
 
 import logging
@@ -19,46 +19,46 @@ from adaptkit.errors import NetworkError
 from adaptkit.hub._errors import hub_errors, is_passing, retry_after_s, setting_errors
 
 WAITS_S = (0.5, 1.0, 2.0, 4.0)
-"""Between tries."""
+"""Seconds between tries."""
 _LONGEST_WAIT_S = 60.0
 SILENCE_S = 120.0
-"""How long a connection may be silent; the client itself would wait for ever."""
+"""Timeout of a silent connection; the client itself has none."""
 _CLIENT_WAITED_S = 10.0
-"""After that long in one call, the client has tried itself."""
+"""If a failed call took longer than this, the client has already retried it."""
 
 Answer = TypeVar("Answer")
 Note = Callable[[str], None]
 
 
 def no_note(text: str) -> None:
-    """Tell nobody."""
+    """Ignore the message."""
 
 
 @dataclass(frozen=True)
 class Hub:
-    """The client; where it goes and with which token is the environment's affair.
+    """The client; it takes the Hub's address and the token from the environment.
 
     Attributes:
         api: the client.
-        note: told in a line for people what is waited for, or left out.
+        note: called with a one-line message when something is waited for or left out.
     """
 
     api: HfApi
     note: Note = no_note
 
     def once(self, what: str, call: Callable[[HfApi], Answer]) -> Answer:
-        """Make a call of the client, with its errors as ours.
+        """Make one call of the client, and translate its exceptions.
 
         Args:
-            what: it is about.
-            call: that call and nothing else.
+            what: what the call is about, for messages.
+            call: makes the call and nothing else.
         """
         get_session().timeout = SILENCE_S
         with hub_errors(what), _told(lambda text: self.note(f"{what}: {text}")):
             return call(self.api)
 
     def ask(self, what: str, call: Callable[[HfApi], Answer]) -> Answer:
-        """Make a call that changes nothing when it is repeated, until it succeeds or patience ends."""
+        """Make an idempotent call, and retry it after temporary failures as often as ``WAITS_S`` says."""
         for wait_s in WAITS_S:
             started = time.monotonic()
             try:
@@ -70,7 +70,7 @@ class Hub:
         return self.once(what, call)
 
     def wait(self, error: NetworkError, wait_s: float) -> None:
-        """Wait before another try, or raise the error if none would help."""
+        """Wait before a retry; raise the error if a retry cannot help or the wait would be too long."""
         asked_s = retry_after_s(error)
         wait_s = max(wait_s, asked_s)
         if not is_passing(error) or wait_s > _LONGEST_WAIT_S:
@@ -81,7 +81,7 @@ class Hub:
 
 @contextmanager
 def _told(note: Note) -> Iterator[None]:
-    """Say in our way that the client is patient while the block runs; it logs two lines for every try."""
+    """While the block runs, suppress the warnings that the client logs, and report its retries to ``note``."""
 
     def tell(record: logging.LogRecord) -> bool:
         text = record.getMessage()
@@ -98,15 +98,15 @@ def _told(note: Note) -> Iterator[None]:
 
 
 def model_info(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo:
-    """Ask what a repository is; for this the client has a patience of its own, which is endless unless told."""
+    """Fetch a repository's metadata; this call of the client has its own timeout, infinite by default."""
     return api.model_info(repo_id, revision=revision, timeout=SILENCE_S)
 
 
 def connect(note: Note = no_note) -> Hub:
-    """Make a client.
+    """Create a client.
 
     Raises:
-        UsageError: none can be made with the address, the proxies and the certificates that the environment names.
+        UsageError: the Hub's address, the proxies or the certificates in the environment are invalid.
     """
     api = HfApi(library_name=adaptkit.__name__, library_version=adaptkit.__version__)
     with setting_errors(api.endpoint):

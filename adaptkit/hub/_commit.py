@@ -1,11 +1,11 @@
-"""Make one commit, and know afterwards whether it was made.
+"""Making one commit, with retries that cannot commit twice.
 
-The client never repeats the request, and neither does this module without having looked:
+The client never repeats the request. This module does so only after it has read the repository again:
 
-    412, or a head that moved            somebody else's commit, unless the head holds exactly what was sent
-    409, 429, 5xx, a lost answer         the branch is looked at: the commit landed; or its head has not moved, and then
-                                         another try can at worst be refused as stale, since each names its parent
-    the same for a pull request          which no parent guards: tried again only where the Hub said that it refused
+    412, or the head moved               another commit was made first, unless the head holds exactly what was sent
+    409, 429, 5xx, a lost answer         either the commit is at the branch's head, or the head has not moved; then a
+                                         retry can at worst be refused as stale, since each request names its parent
+    the same for a pull request          no parent protects it: retry only if the Hub said that it refused the request
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +20,12 @@ from adaptkit.hub._errors import status_of
 from adaptkit.hub._remote import Content, Repository, differences, list_tree, look_up
 
 _PULL_REQUESTS = 10
-"""How many of the latest are looked at for one that holds the artifact already."""
+"""Number of latest pull requests that are searched for one that already holds the artifact."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a commit goes: on top of ``head``, or into a pull request for it."""
+    """Where a commit goes: onto ``head`` of the branch, or into a pull request against it."""
 
     hub: Hub
     repo_id: str
@@ -36,7 +36,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Landed:
-    """A commit on the Hub, and the number of the pull request that it is in, if it is in one."""
+    """A commit on the Hub, and the number of its pull request; None if it is on a branch."""
 
     commit: str
     pull_request: int | None = None
@@ -45,18 +45,18 @@ class Landed:
 def send(
     target: Target, contents: Sequence[Content], added: Sequence[str], deleted: Sequence[str], message: str
 ) -> Landed:
-    """Make the commit, once.
+    """Make the commit exactly once.
 
     Args:
-        target: where.
-        contents: everything that the commit is to hold.
-        added: paths of what is to be sent.
-        deleted: paths of what is to go.
-        message: of the commit.
+        target: where the commit goes.
+        contents: all files of the commit.
+        added: paths of files to send.
+        deleted: paths of files to delete.
+        message: commit message.
 
     Raises:
-        ConflictError: somebody else was there meanwhile.
-        NetworkError: it was not made, or nobody can say; run it again.
+        ConflictError: the branch moved meanwhile.
+        NetworkError: the commit was not made, or that cannot be determined; run it again.
         AuthenticationError, UsageError: the Hub refused.
     """
     for wait_s in (*_client.WAITS_S, None):
@@ -75,7 +75,7 @@ def send(
 
 
 def find(target: Target, repository: Repository, contents: Sequence[Content]) -> Landed | None:
-    """Look for exactly these contents at the branch's head, or in an open pull request if that is where they go."""
+    """Return the commit with exactly these contents: the branch's new head or, if wanted, an open pull request."""
     head = repository.branches.get(target.branch)
     if head not in (None, target.head) and _holds(target, head, contents):
         return Landed(str(head))
@@ -95,7 +95,7 @@ def _commit(
     def commit(api: HfApi) -> Landed:
         made = api.create_commit(
             target.repo_id,
-            # The client changes the operations; every try has its own.
+            # Built anew for every try, since the client modifies the operations.
             [CommitOperationAdd(path, sources[path].source) for path in added]
             + [CommitOperationDelete(path, is_folder=False) for path in deleted],
             commit_message=message,
@@ -109,7 +109,7 @@ def _commit(
 
 
 def _look_again(target: Target) -> Repository | None:
-    """The repository as it is now; None if the Hub does not say."""
+    """Return the current state of the repository; None if the Hub does not answer."""
     try:
         return look_up(target.hub, target.repo_id, target.pull_request)
     except NetworkError:
@@ -117,7 +117,7 @@ def _look_again(target: Target) -> Repository | None:
 
 
 def _may_repeat(target: Target, repository: Repository, error: AdaptkitError) -> bool:
-    """Whether another try cannot do anything twice."""
+    """Return whether a retry cannot commit twice."""
     if repository.branches.get(target.branch) != target.head or status_of(error) == 412:
         return False
     return not target.pull_request or status_of(error) in (409, 429, 503)

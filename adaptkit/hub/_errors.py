@@ -1,13 +1,14 @@
-"""What huggingface_hub raises, as adaptkit's errors.
+"""Translation of huggingface_hub's exceptions to adaptkit's errors.
 
     401, 403                          AuthenticationError
     404, 410                          UsageError: no such repository, revision or file
-    409, 412                          ConflictError: somebody else was there meanwhile
+    409, 412                          ConflictError: the repository changed meanwhile
     408, 425, 429, 5xx                NetworkError
-    no answer, or one without what the client looks for in it    NetworkError
-    another 4xx, a value the client refuses    UsageError
+    no answer, or a malformed one     NetworkError
+    another 4xx                       UsageError
+    a value that the client refuses   UsageError
 
-The client wraps some of these: a failed upload in a RuntimeError, a failed download in a LocalEntryNotFoundError.
+The client wraps some causes: a failed upload in a RuntimeError, a failed download in a LocalEntryNotFoundError.
 """
 
 import errno
@@ -38,13 +39,13 @@ from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import DISK_HINTS, AdaptkitError, AuthenticationError, ConflictError, NetworkError, UsageError
 from adaptkit.hub.secrets import redact
 
-_InvalidURL = import_module(TransportError.__module__).InvalidURL  # which has no parent among the others
+_InvalidURL = import_module(TransportError.__module__).InvalidURL  # not a subclass of TransportError
 _NONSENSE = (LookupError, TypeError, AttributeError)
-"""What the client raises when it looks into an answer for what is not there: it takes any JSON for a good one."""
+"""Exceptions of the client if fields are missing in an answer: it does not validate the JSON."""
 _TRANSLATED = (TransportError, OSError, ValueError, RuntimeError, OIDCError, *_NONSENSE)
 _XET_REFUSAL = re.compile(r"HTTP status client error \((401|403)\b")
 _XET_SYSTEM = re.compile(r"\(os error (\d+)\)")
-"""In a RuntimeError of hf_xet, which has no field for it."""
+"""The errno in the message of hf_xet's RuntimeError, which has no field for it."""
 LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that has the permission for this"
 _SETTINGS = "check HF_ENDPOINT, HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE, if they are set"
 _AGAIN = "run the same command again; what is done is not repeated"
@@ -53,10 +54,10 @@ _PASSING = {408, 425, 429}
 
 @contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Translate the errors of the client calls inside the block, and of nothing else: put only such calls there.
+    """Translate the errors of client calls; the block must contain nothing else.
 
     Args:
-        what: the repository that they are about.
+        what: the repository that the calls are about, for messages.
     """
     try:
         yield
@@ -68,7 +69,7 @@ def hub_errors(what: str) -> Iterator[None]:
 
 @contextmanager
 def setting_errors(endpoint: str) -> Iterator[None]:
-    """Translate the errors of making a client from the environment inside the block.
+    """Translate the errors of creating a client from the environment's settings.
 
     Args:
         endpoint: the Hub's address.
@@ -77,7 +78,7 @@ def setting_errors(endpoint: str) -> Iterator[None]:
         if not constants.HF_HUB_OFFLINE and not endpoint.startswith(("http://", "https://")):
             raise ValueError(f"{endpoint!r} is not an http or https address")
         yield
-    except (*_TRANSLATED, ImportError, _InvalidURL) as error:  # that of an import: socksio, for a SOCKS proxy
+    except (*_TRANSLATED, ImportError, _InvalidURL) as error:  # ImportError: socksio, for a SOCKS proxy
         raise UsageError(f"cannot connect to the Hub: {_line(error)}", hint=_SETTINGS) from error
 
 
@@ -91,8 +92,8 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
     if isinstance(error, LocalTokenNotFoundError | OIDCError) or (
         isinstance(error, PermissionError) and error.errno is None
     ):
-        return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)  # the second is hf_xet's
-    if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":  # of a header, and the others are
+        return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)  # a PermissionError without errno is hf_xet's
+    if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":  # of a header; the other headers are ASCII
         return AuthenticationError(f"{what}: the token contains invalid characters", hint=LOGIN)
     if _XET_REFUSAL.search(str(error)):
         return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)
@@ -130,25 +131,25 @@ def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:
 
 
 def is_passing(error: AdaptkitError) -> bool:
-    """Whether another try may succeed: the Hub said so, or did not answer; being offline on purpose does not pass."""
+    """Return whether a retry may succeed: a network error, unless offline mode is set."""
     return isinstance(error, NetworkError) and not any(
         isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)
     )
 
 
 def is_no_repository(error: AdaptkitError) -> bool:
-    """Whether the Hub has no such repository, as far as it says."""
+    """Return whether the Hub answered that there is no such repository."""
     return status_of(error) == 404 and any(isinstance(cause, RepositoryNotFoundError) for cause in _causes(error))
 
 
 def status_of(error: AdaptkitError) -> int | None:
-    """The status that the Hub answered with, if an answer is what the error is about."""
+    """Return the HTTP status of the answer behind an error; None if there was no answer."""
     response = _response(error)
     return None if response is None else int(response.status_code)
 
 
 def retry_after_s(error: AdaptkitError) -> float:
-    """How many seconds the Hub asked to wait; 0 if it did not. Who asked too often is told by ``RateLimit`` instead."""
+    """Return the seconds that the Hub asked to wait, else 0; for a 429, ``RateLimit`` overrides ``Retry-After``."""
     response = _response(error)
     if response is None:
         return 0.0
@@ -170,6 +171,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _line(error: BaseException) -> str:
-    """The first line that says something."""
+    """Return the first non-empty line of an error's message, redacted."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return redact(lines[0] if lines else type(error).__name__)

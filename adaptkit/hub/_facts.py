@@ -1,9 +1,9 @@
-"""The card that publishing adds: what it says is in the artifact's files, and the licence in its base's card.
+"""The model card that publishing adds, from facts in the artifact's files and the licence in its base's card.
 
-What a training run measured is in ``metrics.jsonl``:
+Measurements of a training run are in ``metrics.jsonl``:
 
-    {"step": 3, "loss": …, "learning_rate": …, …}     a step
-    {"step": 3, "held_out_loss": …}                   a measurement, 0 before the first step
+    {"step": 3, "loss": …, "learning_rate": …, …}     a training step
+    {"step": 3, "held_out_loss": …}                   an evaluation; step 0 is before training
 """
 
 import json
@@ -35,17 +35,17 @@ from adaptkit.hub.secrets import redact
 
 
 def with_card(hub: Hub, path: Path, manifest: Manifest, base: str | None, will_sign: bool) -> Artifact:
-    """Add a card to an artifact that has none, and bring the signature that its folder has.
+    """List an artifact's files with a card, generated if it has none, and with its folder's signature if there is one.
 
     Args:
-        hub: where the card of the base is.
+        hub: the Hub client, for the base's card.
         path: the artifact's folder.
         manifest: its manifest.
-        base: name of the base on the Hub, for the card.
-        will_sign: whether what is published is signed; the folder's signature then stays behind.
+        base: name of the base on the Hub, for the card; None for the one that the configuration names.
+        will_sign: whether publishing makes a new signature; the folder's signature is then left out.
 
     Raises:
-        UsageError: there is a card already, which a base cannot be added to; or a signature, which a card would break.
+        UsageError: ``base`` is given but the artifact has a card, or a generated card would invalidate the signature.
     """
     signature = path / SIGNATURE_NAME
     if has_card(manifest):
@@ -68,17 +68,17 @@ def with_card(hub: Hub, path: Path, manifest: Manifest, base: str | None, will_s
 
 
 def _card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> CardFacts:
-    """Gather what the card of an artifact says.
+    """Collect the facts for an artifact's card, and note those that are missing.
 
     Args:
-        hub: where the base's card is, and who is told of what the card lacks.
+        hub: the Hub client, for the base's card and for notes.
         root: the artifact's folder.
         manifest: its manifest.
-        base: name of the base on the Hub; None for what the configuration names.
+        base: name of the base on the Hub; None for the one that the configuration names.
 
     Raises:
         CheckpointError: a file of the artifact is malformed.
-        NetworkError: the base's card is not to be had just now.
+        NetworkError: the Hub did not answer for the base's card.
     """
     names = {record.path for record in manifest.files}
     config_name = ADAPTER_CONFIG_NAME if manifest.kind == "adapter" else CONFIG_NAME
@@ -90,7 +90,7 @@ def _card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> C
         why = f"{named}, as {config_name} calls it, is not on the Hub" if named else "the artifact names none"
         hub.note(f"the model card names no base model: {why}; name it with --base-model ORG/NAME")
     elif manifest.kind == "adapter" and named is None:
-        found = config.get("base_model_name_or_path")  # 'gpt2' is one of old, and found
+        found = config.get("base_model_name_or_path")  # peft finds names without an owner, as 'gpt2'
         hub.note(f"{config_name} calls the base {found!r}, a name that peft may not find on the Hub")
     return CardFacts(
         config=config,
@@ -102,9 +102,15 @@ def _card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> C
 
 
 def _licence(hub: Hub, base: str, names: Collection[str], is_sure: bool) -> dict[str, str | list[str]] | None:
-    """What the base's card says of its licence, for an artifact of these files; None if there is no such base.
+    """Return the licence fields of the base's card; None if the Hub has no such base and ``is_sure`` is False.
 
-    A folder's path may look like a repository's name, so one that the Hub does not know is none unless it is sure.
+    A folder's path may look like a repository name, so a name from a configuration may not be a repository.
+
+    Args:
+        hub: the Hub client.
+        base: name of the base.
+        names: files of the artifact; a link to any other file is made absolute.
+        is_sure: whether the caller named the base, so that it must be a repository.
     """
     with TemporaryDirectory(prefix="adaptkit-base-") as folder:
         try:
@@ -119,22 +125,22 @@ def _licence(hub: Hub, base: str, names: Collection[str], is_sure: bool) -> dict
         hub.note(f"the model card names no licence: the card of {base} names none")
     link = licence.get("license_link")
     if isinstance(link, str) and link.removeprefix("./") not in names:
-        # It may be a file of the base's, which this artifact does not have.
+        # It may be a relative link to a file in the base's repository.
         licence["license_link"] = urljoin(redact(f"{hub.api.endpoint}/{base}/blob/main/"), link)
     return licence
 
 
 def read_figures(path: Path) -> list[tuple[str, str]]:
-    """Read what a run measured.
+    """Read the measurements of a training run.
 
     Args:
-        path: of ``metrics.jsonl``.
+        path: path of ``metrics.jsonl``.
 
     Returns:
         Label and value of each figure.
 
     Raises:
-        CheckpointError: a line is not what a run writes.
+        CheckpointError: a line is malformed.
     """
     lines = [_line(path, number, text) for number, text in enumerate(path.read_bytes().splitlines(), 1)]
     losses, held_out = _measured(lines, "loss"), _measured(lines, "held_out_loss")
@@ -165,6 +171,6 @@ def _line(path: Path, number: int, text: bytes) -> dict[str, Any]:
 
 
 def _measured(lines: list[dict[str, Any]], name: str) -> dict[int, float]:
-    """Step -> what was measured; a step whose loss was no number has none."""
+    """Return step -> value, without steps whose value is not a finite number."""
     found = {line["step"]: line[name] for line in lines if isinstance(line.get(name), int | float)}
     return {step: float(value) for step, value in found.items() if math.isfinite(value)}

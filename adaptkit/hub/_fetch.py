@@ -1,4 +1,4 @@
-"""Fetch single files of a commit, and believe none of them before it was compared."""
+"""Fetching files of a commit, each verified before it is used."""
 
 import hashlib
 import os
@@ -29,25 +29,25 @@ from adaptkit.hub._staging import in_memory
 _HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _SHA256_DIGITS = 64
 _LONG_BYTES = 10**9
-"""More than this takes a second or more to hash, which is said."""
+"""Hashing more than this takes seconds, so a note is printed."""
 DOWNLOADS = ".download"
-"""Where files arrive, in the unfinished folder: the client finds there what an earlier run fetched of them."""
+"""Subfolder of the unfinished output for downloads; the client resumes partial files that it finds there."""
 
 
 class Silent(tqdm):
-    """The client's progress bar without a bar, which would be there on a terminal whatever was asked for."""
+    """The client's progress bar, always disabled; the client would show one on any terminal."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
 
 
 class _Stop(BaseException):
-    """Whoever is told of bytes raised something: no error of the client's, nor one that passes."""
+    """Stops the client after a progress callback raised; a BaseException, so it is neither translated nor retried."""
 
 
 @contextmanager
 def _telling(told: Callable[..., None]) -> Iterator[Callable[..., None]]:
-    """Tell of bytes from within the client; what that raises comes out of the block as it is."""
+    """Wrap a progress callback for use inside the client; an exception that it raises leaves the block unchanged."""
     raised: list[BaseException] = []
 
     def tell(*counts: int) -> None:
@@ -62,31 +62,31 @@ def _telling(told: Callable[..., None]) -> Iterator[Callable[..., None]]:
     try:
         yield tell
     finally:
-        if raised:  # hf_xet goes on all the same
+        if raised:  # raised here, since hf_xet ignores _Stop and continues
             raise raised[0] from None
 
 
 def fetch_into_cache(
     hub: Hub, what: str, repo_id: str, revision: str | None, wanted: list[str], unwanted: list[str], told: Progress
 ) -> Path:
-    """Fetch what the shared cache lacks of a revision, and compare it with the hashes that it is called by there.
+    """Fetch the files of a revision that the shared cache lacks, and compare them with the hashes that name them there.
 
     Args:
-        hub: where from.
-        what: it is about, for errors.
+        hub: the Hub client.
+        what: what is fetched, for error messages.
         repo_id: org/name.
         revision: branch, tag or commit, or None for main.
-        wanted: patterns of files.
-        unwanted: patterns of those that are left out all the same.
-        told: of bytes that arrived, of how many; that number grows while the client asks for one file after another.
+        wanted: patterns of files to fetch.
+        unwanted: patterns of files to leave out; they have precedence over ``wanted``.
+        told: called with (bytes received, total bytes); the total grows while the client starts further files.
 
     Raises:
-        IntegrityError: one was damaged on the way; it is not kept.
+        IntegrityError: a file was damaged in transit; it is removed from the cache.
     """
     lock = threading.Lock()
 
     class Counter(Silent):
-        """The one of the client's bars that counts the bytes of all files."""
+        """Reports the one progress bar of the client that counts the bytes of all files."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             self._is_wanted = kwargs.get("name") == "huggingface_hub.snapshot_download"
@@ -114,10 +114,10 @@ def fetch_into_cache(
 
 
 def _check_cached(hub: Hub, what: str, folder: Path, links: Mapping[str, Path]) -> None:
-    """Compare files of a snapshot with the names of what they are links to, which are the Hub's hashes.
+    """Compare a snapshot's files with the Hub's hashes, which are the names of the blobs that the files link to.
 
-    The client compares sizes only. Where a system has no links, nothing can be compared; what was compared once is not
-    again.
+    The client compares only sizes. Without symbolic links (some systems) nothing is compared. Files already compared
+    are skipped while their size and modification time stay the same.
     """
     remembered = Remembered({"compared with the Hub's hashes": str(folder)})
     before = remembered.read() or {}
@@ -139,7 +139,7 @@ def _check_cached(hub: Hub, what: str, folder: Path, links: Mapping[str, Path]) 
 
 
 def _state(path: Path) -> list[Any] | None:
-    """What a file is called by its link, and whether it is still as it was; None if there is nothing to compare."""
+    """Return [blob name, size, mtime] of a linked file; None if the name is not a hash or the file is absent."""
     called = os.path.basename(os.readlink(path))
     if not _HASH.fullmatch(called) or not path.exists():
         return None
@@ -148,16 +148,16 @@ def _state(path: Path) -> list[Any] | None:
 
 
 def _hashes(path: Path, called: str) -> set[str]:
-    """What the Hub, or a mirror, may call a file's content by, of the length of what it is called."""
+    """Return the hashes by which the Hub or a mirror may name a file, of the kind that ``called`` has by its length."""
     if len(called) == _SHA256_DIGITS:
         return {file_sha256(path)}
-    content = path.read_bytes()  # a small file: git holds it itself
+    content = path.read_bytes()  # small: only files stored in git have a sha1
     blob = b"blob %d\0" % len(content) + content
     return {hashlib.sha1(data, usedforsecurity=False).hexdigest() for data in (blob, content)}
 
 
 def _remove_cached(path: Path) -> None:
-    """Remove a file from a snapshot, and all that its link leads to: that may be a link, too, to what caches share."""
+    """Remove a file from a snapshot with all that it links to; the blob may itself link to storage shared by caches."""
     for part in (path.resolve(), path.parent.joinpath(os.readlink(path)), path):
         part.unlink(missing_ok=True)
 
@@ -165,11 +165,11 @@ def _remove_cached(path: Path) -> None:
 def fetch_files(
     hub: Hub, repo_id: str, commit: str, manifest: Manifest, records: Sequence[FileRecord], out: Output, told: Progress
 ) -> None:
-    """Fetch files of an artifact; each moves into the output only when it is what the manifest says, tensors and all.
+    """Fetch files of an artifact; each moves into the output only after its hash and tensors match the manifest.
 
     Raises:
-        IntegrityError: one was damaged on the way, or is not what was published.
-        DiskError: there is no room for them.
+        IntegrityError: a file was damaged in transit, or is not the published one.
+        DiskError: there is not enough disk space.
     """
     total, done, there = sum(record.size for record in records), 0, 0
     out.require_space(total)
@@ -191,10 +191,10 @@ def fetch_files(
 
 
 def fetch_small(hub: Hub, repo_id: str, commit: str, name: str, remote: RemoteFile) -> bytes:
-    """Fetch a file that no manifest lists, and compare it with the Hub's own hash: nothing else vouches for it.
+    """Fetch a file that no manifest lists, and compare it with the Hub's hash.
 
     Raises:
-        IntegrityError: it was damaged on the way.
+        IntegrityError: the file was damaged in transit.
     """
     with TemporaryDirectory(prefix="adaptkit-pull-") as folder:
         content = download(hub, repo_id, commit, name, Path(folder)).read_bytes()
@@ -211,19 +211,19 @@ def download(
     folder: Path,
     arrived: Callable[[int], None] = lambda count: None,
 ) -> Path:
-    """Download one file. The shared cache is left out: what is wrong in it would be taken for the Hub's.
+    """Download one file, bypassing the shared cache, whose content may be damaged.
 
     Args:
-        hub: where from.
+        hub: the Hub client.
         repo_id: org/name.
         revision: commit, or None for main.
-        name: of the file.
-        folder: where to; what an earlier try left there is gone on from.
-        arrived: told of bytes, a negative number if they have to be fetched again.
+        name: path of the file.
+        folder: target folder; a partial file of an earlier try there is resumed.
+        arrived: called with the number of bytes received since the last call; negative if bytes must be fetched again.
     """
 
     class Counter(Silent):
-        """Hands on what it is told."""
+        """Reports the bytes of the file."""
 
         def update(self, n: float | None = 1) -> None:
             tell(int(n or 0))
@@ -250,7 +250,7 @@ def _move_if_right(source: str, record: FileRecord, tensors: Sequence[TensorReco
     arrived = resolve_inside(folder / DOWNLOADS, record.path)
     problem = file_problem(folder / DOWNLOADS, record, tensors)
     if problem:
-        arrived.unlink(missing_ok=True)  # or the next run would find it and believe it
+        arrived.unlink(missing_ok=True)  # or the next run would take it for a finished download
         raise IntegrityError(
             f"{source}: {problem}; it was damaged in transit, or is not what was published",
             hint="run the same command again",

@@ -1,7 +1,7 @@
-"""What a repository on the Hub holds, and whether it is what a manifest says.
+"""References and files of a repository on the Hub, and their comparison with an artifact.
 
-A tree names every file by the sha1 that git gives it; for a large file, that is the sha1 of a pointer, and the
-content's own sha256 stands beside it.
+A tree lists every file with its git sha1; for a large file, that is the sha1 of an LFS pointer, and the tree also has
+the content's sha256.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from adaptkit.hub._client import Hub, model_info
 from adaptkit.hub.secrets import looks_like_a_token
 
 GITATTRIBUTES = ".gitattributes"
-"""The Hub's own file, in every repository; no part of an artifact unless its manifest says so."""
+"""A file that the Hub puts into every repository; not part of an artifact unless its manifest lists it."""
 
 REPO_ID = re.compile(
     r"(?![\w./-]*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII
@@ -32,7 +32,7 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of a tree; ``sha256`` is None for a small one, which git holds itself."""
+    """A file of a tree; ``sha256`` is None for a small file, which is stored in git rather than LFS."""
 
     size: int
     git_sha1: str
@@ -41,7 +41,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Content:
-    """A file that should be there: its record, and where its bytes are."""
+    """A file of an artifact: its record, and its path or bytes."""
 
     record: FileRecord
     source: Path | bytes
@@ -49,7 +49,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository's references when it was looked at: name (or number of a pull request) -> commit."""
+    """A snapshot of a repository's references: name (or number of a pull request) -> commit."""
 
     repo_id: str
     branches: Mapping[str, str]
@@ -58,15 +58,15 @@ class Repository:
     pull_requests: Mapping[int, str]
 
     def head(self, branch: str, private: bool) -> str:
-        """The commit to build on.
+        """Return the commit to build on: the branch's head, or main's if the branch is absent.
 
         Args:
-            branch: to commit to; made from main if absent.
-            private: whether nobody else may see what is published.
+            branch: branch to commit to.
+            private: whether the repository must be private.
 
         Raises:
-            ConflictError: everybody may.
-            UsageError: the name is a tag's, or there is no main.
+            ConflictError: it must be private but is public.
+            UsageError: ``branch`` names a tag, or there is no main.
         """
         if private and not self.private:
             raise ConflictError(
@@ -82,16 +82,16 @@ class Repository:
         return head
 
     def check_tag(self, tag: str, branch: str, commit: str | None) -> None:
-        """Refuse a tag that is on another commit than the one it is wanted for; better to know before sending.
+        """Refuse, before anything is sent, a tag that exists on another commit.
 
         Args:
-            tag: wanted.
-            branch: of the commit.
-            commit: its head; None if it is still to be made.
+            tag: the wanted tag.
+            branch: branch of the commit, for the message.
+            commit: the commit to tag; None if it is yet to be made.
 
         Raises:
-            ConflictError: it is.
-            UsageError: the name is a branch's.
+            ConflictError: the tag is on another commit.
+            UsageError: ``tag`` names a branch.
         """
         found = self.tags.get(tag)
         if tag in self.branches:
@@ -104,10 +104,10 @@ class Repository:
 
 
 def check_repo_id(repo_id: str) -> None:
-    """Refuse what cannot be a repository's name, or holds a token, which must not become one.
+    """Refuse an invalid repository name, or one that contains a token, which must not be sent as a name.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the name is refused.
     """
     if looks_like_a_token(repo_id):
         raise UsageError("the repository's name contains a token", hint="use org/name, and put the token into HF_TOKEN")
@@ -116,21 +116,21 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision is a whole commit, which never moves."""
+    """Return whether a revision is a full commit hash."""
     return _COMMIT.fullmatch(revision) is not None
 
 
 def commit_of(hub: Hub, repo_id: str, revision: str | None, what: str = "") -> str:
-    """Find the commit of a revision; a name that is a branch and a tag of different commits names neither.
+    """Ask the Hub for the commit of a revision.
 
     Args:
-        hub: where the repository is.
+        hub: the Hub client.
         repo_id: org/name.
         revision: branch, tag or commit, or None for main.
-        what: it is about, for errors; the repository and its revision if empty.
+        what: what is looked up, for error messages; the repository and its revision if empty.
 
     Raises:
-        ConflictError: a name of two commits.
+        ConflictError: the revision names both a branch and a tag, of different commits.
         UsageError, AuthenticationError, NetworkError: there is no such revision, or the Hub refused or did not answer.
     """
     if revision and not is_commit(revision):
@@ -149,14 +149,14 @@ def commit_of(hub: Hub, repo_id: str, revision: str | None, what: str = "") -> s
 
 
 def look_up(hub: Hub, repo_id: str, pull_requests: bool = False) -> Repository | None:
-    """Read a repository's references, those of pull requests on demand; None if there is no such repository."""
+    """Read a repository's references, optionally with pull requests; return None if there is no such repository."""
 
     def read(api: HfApi) -> Repository | None:
         try:
             info = model_info(api, repo_id)
             refs = api.list_repo_refs(repo_id, include_pull_requests=pull_requests)
         except RepositoryNotFoundError as error:
-            if error.response.status_code != 404:  # 401 and 403 say that we may not know
+            if error.response.status_code != 404:  # 401 or 403: it may exist
                 raise
             return None
         return Repository(
@@ -174,8 +174,8 @@ def list_tree(hub: Hub, repo_id: str, commit: str) -> dict[str, RemoteFile]:
     """List the files of a commit by path.
 
     Raises:
-        NetworkError: no answer, or one that is no tree.
-        UnsafeInputError: a path that no repository has.
+        NetworkError: the Hub did not answer, or with a malformed tree.
+        UnsafeInputError: a path is invalid.
     """
 
     def read(api: HfApi) -> dict[str, RemoteFile]:
@@ -197,7 +197,7 @@ def list_tree(hub: Hub, repo_id: str, commit: str) -> dict[str, RemoteFile]:
 
 
 def _is_path(path: object) -> bool:
-    """Whether git could have a file of this name, and it stays in its folder on every system."""
+    """Return whether a path is possible in git and stays inside its folder on every operating system."""
     return (
         isinstance(path, str)
         and path.isprintable()
@@ -207,7 +207,7 @@ def _is_path(path: object) -> bool:
 
 
 def matches(remote: RemoteFile, content: Content) -> bool:
-    """Whether the Hub holds exactly these bytes."""
+    """Return whether the Hub has exactly these bytes."""
     record = content.record
     if remote.size != record.size:
         return False
@@ -217,10 +217,10 @@ def matches(remote: RemoteFile, content: Content) -> bool:
 
 
 def differences(tree: Mapping[str, RemoteFile], contents: Iterable[Content]) -> tuple[list[str], list[str]]:
-    """Compare a tree with what should be in it.
+    """Compare a tree with the files that it should have.
 
     Returns:
-        The paths to add or replace, and those that should not be there; both sorted.
+        The paths to add or replace, and the paths to delete; both sorted.
     """
     wanted = {content.record.path: content for content in contents}
     add = [path for path, content in wanted.items() if path not in tree or not matches(tree[path], content)]
@@ -228,9 +228,9 @@ def differences(tree: Mapping[str, RemoteFile], contents: Iterable[Content]) -> 
 
 
 def git_sha1(source: Path | bytes, record: FileRecord) -> str:
-    """Git's name for a file's content; empty if the content is no longer what the record says.
+    """Return the git blob sha1 of a file; empty if its content no longer matches the record.
 
-    Both digests come from the same read, so that a file that is being rewritten cannot show one face to each.
+    Both digests are computed in one read, so that a concurrent rewrite cannot give them different contents.
     """
     sha1 = hashlib.sha1(b"blob %d\0" % record.size, usedforsecurity=False)
     sha256 = hashlib.sha256()

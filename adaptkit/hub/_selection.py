@@ -1,9 +1,9 @@
-"""Part of an artifact: which files, and a manifest that says so.
+"""Selecting part of an artifact, and the manifest of the part.
 
-A part is an artifact of its own. Its manifest lists what is there, so that it can be verified; its operation is
-``pull`` with what was chosen, its one parent, in the role ``whole``, is the artifact that it is a part of, by the
-sha256 of its manifest. What the whole was made from, and how, is told by the whole alone. The targets stay: an adapter
-still knows the base that it belongs to.
+A part is itself an artifact. Its manifest lists the files of the part, so that they can be verified. Its operation is
+``pull`` with the chosen parts, and its only parent, in the role ``whole``, is the complete artifact, identified by the
+sha256 of its manifest. The inputs and options of the whole are only in the whole's manifest. The targets are kept, so
+an adapter still identifies its base.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from adaptkit.hub.parts import PARTS
 
 
 def select(manifest: Manifest, parts: Sequence[str]) -> tuple[FileRecord, ...]:
-    """Choose files; all of them without parts.
+    """Return the files of the given parts; all files if no parts are given.
 
     Raises:
-        UsageError: an unknown part, or one that the artifact has no file of.
+        UsageError: a part is unknown, or the artifact has no file of it.
     """
     if not parts:
         return manifest.files
@@ -33,7 +33,7 @@ def select(manifest: Manifest, parts: Sequence[str]) -> tuple[FileRecord, ...]:
 
 
 def part_of(manifest: Manifest, files: Sequence[FileRecord], parts: Sequence[str]) -> Manifest:
-    """Describe some files of an artifact as an artifact; all of its files are the artifact itself."""
+    """Return a manifest of these files of an artifact; the artifact's own if they are all of its files."""
     names = {record.path for record in files}
     if names == {record.path for record in manifest.files}:
         return manifest

@@ -1,4 +1,4 @@
-"""The signature of what is published, and the one that is on the Hub already."""
+"""Signing the manifest to publish, and the signature that is already on the Hub."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,15 +17,15 @@ from adaptkit.hub._staging import Artifact, in_memory
 def with_signature(
     hub: Hub, repo_id: str, head: str | None, tree: Mapping[str, RemoteFile], artifact: Artifact, signer: Signer | None
 ) -> Artifact:
-    """Sign the manifest; without a signer keep the signature on the Hub if it can be one of this manifest.
+    """Add a signature: sign the manifest or, without a signer, keep the Hub's signature if its manifest is the same.
 
     Args:
-        hub: where the signature is.
+        hub: the Hub client.
         repo_id: org/name.
-        head: commit to build on; None for an empty repository.
-        tree: its files.
-        artifact: with the manifest as published.
-        signer: who signs, if anybody does.
+        head: commit to build on; None if the repository does not exist yet.
+        tree: files of that commit.
+        artifact: the artifact, with the manifest as published.
+        signer: key or identity that signs; None for no new signature.
     """
     named = {content.record.path: content for content in artifact.contents}
     if SIGNATURE_NAME in named:
@@ -45,7 +45,7 @@ def fetch_signature(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, Remo
     """Fetch the signature of a commit; None if it has none.
 
     Raises:
-        IntegrityError: it is too large for one, or was damaged on the way.
+        IntegrityError: the file is too large for a signature, or was damaged in transit.
     """
     remote = tree.get(SIGNATURE_NAME)
     if remote is None:
@@ -58,17 +58,17 @@ def fetch_signature(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, Remo
 
 
 def _signature_of(manifest: bytes, signer: Signer, there: bytes | None) -> Content:
-    """Sign a manifest; but keep the signature on the Hub if it is the same signer's, since no two are alike.
+    """Sign a manifest, but keep the Hub's signature if it was made with the same key, since signatures are randomized.
 
     Args:
-        manifest: its content.
-        signer: a key's holder; whose identity a provider vouches for, signs anew each time.
-        there: the signature on the Hub.
+        manifest: content of the manifest.
+        signer: key or identity; an identity always makes a new signature.
+        there: the signature on the Hub, or None.
 
     Raises:
         UsageError, AuthenticationError, NetworkError: see ``sign_manifest``.
     """
-    made = sign_manifest(manifest, signer)  # first: it says in good words what is wrong with a key
+    made = sign_manifest(manifest, signer)  # first, for its error messages about an unusable key
     if there is not None and signer.private_key is not None and _is_by(there, manifest, signer):
         made = there
     return in_memory(SIGNATURE_NAME, made)

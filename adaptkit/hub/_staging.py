@@ -1,4 +1,4 @@
-"""What is to be published, and the private copy that it is sent from."""
+"""The files to publish, and the private copy from which they are sent."""
 
 import shutil
 from collections.abc import Collection
@@ -17,11 +17,11 @@ from adaptkit.hub.secrets import holds_token
 
 @dataclass(frozen=True)
 class Artifact:
-    """Everything that a branch is to hold.
+    """All files that the published branch will hold.
 
     Attributes:
-        root: the folder that it comes from.
-        manifest: as published.
+        root: the artifact's folder.
+        manifest: the manifest as published.
         contents: the files of the manifest, the manifest, and its signature if there is one.
     """
 
@@ -31,17 +31,17 @@ class Artifact:
 
 
 def has_card(manifest: Manifest) -> bool:
-    """Whether an artifact brings its own card."""
+    """Return whether an artifact has its own card."""
     return CARD_NAME.casefold() in {record.path.casefold() for record in manifest.files}
 
 
 def gather(root: Path, manifest: Manifest, card: str | None = None) -> Artifact:
-    """List what a branch is to hold.
+    """List the files to publish.
 
     Args:
-        root: the artifact's folder, which stays as it is.
+        root: the artifact's folder, which is not changed.
         manifest: its manifest.
-        card: to add to it; None for an artifact that has one.
+        card: card to add to the files and the manifest; None if the artifact has one.
     """
     contents = [Content(record, resolve_inside(root, record.path)) for record in manifest.files]
     if card is not None:
@@ -52,10 +52,12 @@ def gather(root: Path, manifest: Manifest, card: str | None = None) -> Artifact:
 
 
 def refuse_secrets(artifact: Artifact) -> None:
-    """Refuse an artifact with a file that is hidden, as ``.env`` is, or that holds a token; weights are no text.
+    """Refuse an artifact with a hidden file such as ``.env``, except ``.gitattributes``, or with a token in a file.
+
+    Of weights, only the safetensors header is searched.
 
     Raises:
-        UnsafeInputError: names the file, and shows nothing of it.
+        UnsafeInputError: there is one; the message names the file and shows none of its content.
     """
     for content in artifact.contents:
         path = content.record.path
@@ -76,15 +78,15 @@ def _is_secret(content: Content) -> bool:
 
 
 def stage(folder: Path, artifact: Artifact, names: Collection[str]) -> tuple[Content, ...]:
-    """Copy files that are to be sent, and compare the copies with their records.
+    """Copy the files to send, and compare the copies with their records.
 
     Args:
-        folder: empty and nobody else's.
-        artifact: where from.
+        folder: an empty private folder.
+        artifact: the artifact to copy from.
         names: paths of the files.
 
     Returns:
-        The artifact's contents, those in ``names`` with their bytes in the folder or in memory.
+        The artifact's contents; those in ``names`` refer to the copies, or are in memory.
 
     Raises:
         IntegrityError: a file changed while it was copied.
@@ -101,7 +103,7 @@ def _copied(folder: Path, artifact: Artifact, content: Content) -> Content:
     copy = resolve_inside(folder, content.record.path)
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(content.source, copy)  # never a link: whoever writes to the original must not reach the copy
+        shutil.copyfile(content.source, copy)  # not a hard link, so that writes to the original do not reach the copy
     except OSError as error:
         raise DiskError(f"{content.record.path}: cannot be copied: {error.strerror}", hint=_SPACE) from error
     problem = file_problem(folder, content.record)
@@ -114,7 +116,7 @@ def _copied(folder: Path, artifact: Artifact, content: Content) -> Content:
 
 
 def in_memory(name: str, content: bytes) -> Content:
-    """A file that is in no folder."""
+    """Return the content of a file that exists only in memory."""
     return Content(FileRecord(name, len(content), sha256(content).hexdigest()), content)
 
 

@@ -1,7 +1,7 @@
-"""The model card of an artifact: what it is, what it was made from, what was measured, and how to check it.
+"""The model card of an artifact: its kind, its inputs, measurements, options, and how to verify it.
 
-Only facts from the artifact's own files and from the card of its base, in a fixed order: the same artifact gives the
-same card. The front matter's ``base_model`` and ``base_model_relation`` are what the Hub draws its model tree from.
+It holds only facts from the artifact's own files and from its base's card, in a fixed order, so the same artifact gives
+the same card. The Hub builds its model tree from ``base_model`` and ``base_model_relation`` in the front matter.
 """
 
 import json
@@ -23,14 +23,14 @@ _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says beside what the manifest does.
+    """Facts for a card that are not in the manifest.
 
     Attributes:
         config: ``adapter_config.json`` of an adapter, ``config.json`` of a model.
         base: name of the base on the Hub, if known.
-        licence: front matter of the base's card that is about its licence.
-        figures: label and value of what training measured.
-        picture: file that shows its course.
+        licence: licence fields in the front matter of the base's card.
+        figures: label and value of each training measurement.
+        picture: file name of the training curves, if there is one.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -41,11 +41,11 @@ class CardFacts:
 
 
 def make_card(manifest: Manifest, facts: CardFacts) -> str:
-    """Write the card.
+    """Return the text of a card.
 
     Args:
-        manifest: of the artifact, without the card.
-        facts: the rest.
+        manifest: manifest of the artifact, without the card.
+        facts: facts that are not in the manifest.
 
     Returns:
         Markdown, with YAML front matter.
@@ -63,7 +63,7 @@ def make_card(manifest: Manifest, facts: CardFacts) -> str:
 
 
 def base_model(config: Mapping[str, Any]) -> str | None:
-    """The base's name on the Hub, if the configuration holds one; a path on somebody's disk is none."""
+    """Return the base's name in a configuration if it has the form of a Hub name rather than a path; else None."""
     for key in ("base_model_name_or_path", "_name_or_path"):
         name = config.get(key)
         if isinstance(name, str) and REPO_ID.fullmatch(name):
@@ -72,14 +72,14 @@ def base_model(config: Mapping[str, Any]) -> str | None:
 
 
 def relation(manifest: Manifest) -> str | None:
-    """How an artifact relates to its base, in the Hub's words; None where it has no word for it."""
+    """Return the Hub's ``base_model_relation`` of an artifact; None if the Hub has no term for it."""
     if manifest.kind == "checkpoint":
         return "finetune" if manifest.operation.get("name") == "train" else None
     return {"adapter": "adapter", "merged": "merge", "quantized": "quantized"}.get(manifest.kind)
 
 
 def read_licence(card: str) -> dict[str, str | list[str]]:
-    """The front matter of somebody's card that is about the licence; empty if there is none that can be read."""
+    """Return the licence fields in a card's front matter; empty if there are none or it cannot be parsed."""
     found = re.match(r"\ufeff?\s*---\r?\n(.{0,65536}?)\r?\n---\s*(?:\n|$)", card, re.DOTALL)
     try:
         front = yaml.safe_load(found[1]) if found else None
@@ -146,7 +146,7 @@ def _operation(manifest: Manifest) -> str:
     options = manifest.operation.get("options") or {}
     if not options:
         return ""
-    # Indented, not fenced: no value can end such a block, since JSON puts no line break into a string.
+    # Indented, not fenced: no value can end such a block, since JSON escapes line breaks in strings.
     lines = [f"    {json.dumps(key)}: {json.dumps(options[key], sort_keys=True)}" for key in sorted(options)]
     return "## Options\n\n" + "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """Download an artifact with its manifest, verified before it appears.
 
-The client compares sizes only. ``pull`` therefore trusts nothing but the manifest's hashes: every file arrives in
-``<out>.partial/.download/``, is compared there, and moves beside the others only when it is right.
+The client compares only sizes, so ``pull`` trusts only the manifest's hashes: every file is downloaded to
+``<out>.partial/.download/``, compared there, and moved beside the others only if it matches.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,13 +24,13 @@ from adaptkit.hub._signature import fetch_signature
 
 @dataclass(frozen=True)
 class PullOptions:
-    """What of an artifact is wanted, and what it has to be.
+    """What to download of an artifact, and what to require of it.
 
     Attributes:
         revision: branch, tag or commit; main if None.
-        only: parts of the artifact, see ``_selection``; all of it if empty.
-        manifest_sha256: what the manifest's sha256 must be, in lower-case hexadecimal.
-        trust: whose signature it must have.
+        only: parts of the artifact, see ``_selection``; the whole artifact if empty.
+        manifest_sha256: required sha256 of the manifest, in lower-case hexadecimal; None for any.
+        trust: key or identity whose signature is required; None for no check.
     """
 
     revision: str | None = None
@@ -47,20 +47,20 @@ class PullOptions:
 
 @dataclass(frozen=True)
 class PullReport:
-    """What arrived, every byte of it verified.
+    """The downloaded artifact, every byte of it verified.
 
     Attributes:
         repo_id: the repository.
-        commit: it came from, 40 hexadecimal digits.
-        output: folder.
-        files: besides the manifest.
-        bytes: in them.
-        left_out: files of the artifact that were not asked for; the folder then has a manifest of its own.
-        kind: of artifact.
-        signed: whether it has a signature.
-        signed_by: whose signature was found right, if that was asked for.
-        manifest_sha256: names the artifact as published; compare it with one from a source that you trust.
-        tensors_root: binds the tensors that arrived.
+        commit: commit of the files, 40 hexadecimal digits.
+        output: the folder made.
+        files: number of files, without the manifest.
+        bytes: total size of these files.
+        left_out: files of the artifact that were not requested; if there are any, the folder has its own manifest.
+        kind: kind of artifact.
+        signed: whether the published artifact has a signature.
+        signed_by: the key or identity whose signature was verified, if required.
+        manifest_sha256: identifies the artifact as published; compare it with a value from a source that you trust.
+        tensors_root: hash over the downloaded tensors.
     """
 
     repo_id: str
@@ -89,17 +89,17 @@ def pull(
 
     Args:
         repo_id: org/name.
-        output: folder to make; a killed run goes on where it stopped.
-        options: what is wanted.
+        output: folder to make; a killed run resumes where it stopped.
+        options: what to download and to require.
         force: replace an existing output that adaptkit made.
-        progress: told of bytes that arrived.
-        note: told in a line for people what is waited for.
+        progress: called with bytes received.
+        note: called with a one-line message before a wait.
 
     Raises:
-        IntegrityError: there is no manifest, it is another one, or something is not what it says.
-        UnsafeInputError: the manifest names files that no artifact has.
+        IntegrityError: there is no manifest, it is not the required one, or a file or signature does not match it.
+        UnsafeInputError: the manifest lists paths that no artifact may contain.
         OutputExistsError: the output exists.
-        DiskError: its disk has no room for it.
+        DiskError: there is not enough disk space.
         AuthenticationError, NetworkError, UsageError: the Hub refused, did not answer, or has no such revision.
     """
     output = Path(output)
@@ -148,9 +148,9 @@ def _fetch_manifest(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, Remo
 
 
 def _check_paths(manifest: Manifest, repo_id: str) -> None:
-    """Refuse what would get in the way of the download itself.
+    """Refuse paths that collide with the download's own files or with each other.
 
-    ``Manifest`` refuses paths out of the folder.
+    ``Manifest`` refuses paths outside the folder.
     """
     paths = {PurePosixPath(record.path) for record in manifest.files}
     for path in sorted(paths):
@@ -167,7 +167,7 @@ def _check_signature(what: str, manifest: Manifest, signature: bytes | None, tru
 
 
 def _check_tree(manifest: Manifest, tree: Mapping[str, RemoteFile], repo_id: str) -> None:
-    """Compare what the Hub says of its files with the manifest, before gigabytes are fetched in vain."""
+    """Compare the Hub's sizes and hashes with the manifest before fetching anything."""
     for record in manifest.files:
         remote = tree.get(record.path)
         if remote is None:

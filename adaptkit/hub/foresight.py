@@ -1,4 +1,4 @@
-"""What stands against publishing whatever the artifact is; asked before the work that makes one. Only reads."""
+"""Read-only checks of whether an artifact can be published, made before the work of creating it."""
 
 import os
 from contextlib import suppress
@@ -12,20 +12,20 @@ from adaptkit.hub.publish import PublishOptions, refuse_absent
 
 
 def foresee(repo_id: str, options: PublishOptions, note: Note) -> None:
-    """Refuse what ``publish`` would refuse if there were an artifact that the repository does not hold yet.
+    """Refuse what ``publish`` would refuse for an artifact that the repository does not hold yet.
 
-    Whether a repository that is absent may be made under that name is not known before it is.
+    Whether an absent repository may be created under this name cannot be known before trying.
 
     Args:
         repo_id: org/name.
         options: branch, tag, visibility, signature.
-        note: told what is waited for, and of a tag that only one artifact can have.
+        note: called with a one-line message before a wait, and if the tag exists already.
 
     Raises:
-        AuthenticationError: no token, or one that may not write; nobody to sign.
+        AuthenticationError: there is no token, it may not write, or there is no identity to sign with.
         ConflictError: the tag is on a commit that is not the branch's head, or the repository is not private.
-        NetworkError: no answer; run it again.
-        UsageError: an unusable name or key, or a pull request to a repository that is absent.
+        NetworkError: the Hub did not answer; run it again.
+        UsageError: a name or key is invalid, or a pull request is wanted in an absent repository.
     """
     check_repo_id(repo_id)
     if options.signer is not None:
@@ -38,7 +38,7 @@ def foresee(repo_id: str, options: PublishOptions, note: Note) -> None:
         _check_token(hub, repo_id)
         return
     head = repository.head(options.branch, options.private)
-    with suppress(UsageError):  # of a Hub that has no such question: its answer comes with the commit
+    with suppress(UsageError):  # a Hub without this endpoint refuses at the commit instead
         hub.ask(repo_id, lambda api: api.auth_check(repo_id, write=True))
     if options.tag is not None:
         repository.check_tag(options.tag, options.branch, head)
@@ -47,9 +47,9 @@ def foresee(repo_id: str, options: PublishOptions, note: Note) -> None:
 
 
 def _check_token(hub: Hub, repo_id: str) -> None:
-    """Refuse to go on without a token, or with one that may write nowhere."""
+    """Refuse a missing or read-only token."""
     if os.environ.get("HF_OIDC_RESOURCE"):
-        return  # the identity of a CI job, which is nobody's account
+        return  # a CI job's identity has no account to ask about
     account = hub.ask(repo_id, lambda api: api.whoami())
     token = account.get("auth", {}).get("accessToken", {})
     if token.get("role") == "read":

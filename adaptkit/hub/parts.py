@@ -1,4 +1,4 @@
-"""The parts of an artifact that can be pulled alone."""
+"""The parts of an artifact that can be pulled separately."""
 
 PARTS = {
     "adapter": ("adapter_config.json", "adapter_model*.safetensors", "adaptkit-compensation.safetensors"),
@@ -10,4 +10,4 @@ PARTS = {
     "weights": ("*.safetensors", "*.safetensors.index.json"),
     "card": ("README.md", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 }
-"""Name of a part -> patterns of its files, in the artifact's own folder unless a pattern names another."""
+"""Name of a part -> patterns of its files, relative to the artifact's folder; ``*`` does not match ``/``."""

@@ -1,13 +1,13 @@
-"""Publish an artifact: one commit that holds exactly what the manifest lists, compared afterwards, then tagged.
+"""Publish an artifact as one commit that holds exactly what the manifest lists, verify the commit, then tag it.
 
-1. The folder must be what its manifest says; a stray file, a ``.env`` say, is refused, and so is a token in a file.
-2. What the Hub lacks is copied to a private folder and the copy compared with the manifest, so that a file rewritten
-   meanwhile cannot be sent under a hash that it no longer has.
-3. One commit, which the Hub refuses if the branch has moved since it was looked at; see ``_commit`` for lost answers.
+1. The folder must match its manifest; stray or hidden files such as ``.env`` are refused, and so are tokens in files.
+2. Files that the Hub lacks are copied to a private folder, and the copies are compared with the manifest, so that a
+   file rewritten meanwhile is not sent under its old hash.
+3. One commit is made, which the Hub refuses if the branch has moved meanwhile; see ``_commit`` for lost answers.
 4. The commit's tree is compared with the manifest; only then is it tagged.
-5. On demand, the commit is downloaded into a fresh folder and every byte compared.
+5. On demand, the commit is downloaded into a fresh folder and every byte is compared.
 
-Each step finds what an earlier run did, so that the same command can be run until it succeeds.
+Each step detects what an earlier run did, so the same command can be repeated until it succeeds.
 """
 
 import os
@@ -37,15 +37,15 @@ _REF = re.compile(r"(?!refs/|-)(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)))[\w./+@-]*[\w+
 
 @dataclass(frozen=True)
 class PublishOptions:
-    """Where in the repository, and what to make if it is absent.
+    """Where to publish in the repository, and how.
 
     Attributes:
-        branch: to commit to; made from main if absent.
-        tag: for the commit.
-        private: who may see a repository that is created; an existing public one is then refused.
-        pull_request: do not commit to the branch, but ask its owners to take the commit.
-        base_model: name of the base on the Hub, for the card; what the artifact's configuration names if None.
-        signer: who signs the manifest, if anybody does.
+        branch: branch to commit to; created from main if absent.
+        tag: tag for the commit.
+        private: create an absent repository as private, and refuse an existing public one.
+        pull_request: open a pull request instead of committing to the branch.
+        base_model: name of the base on the Hub, for the card; None for the one that the artifact's configuration names.
+        signer: key or identity that signs the manifest; None for no signature.
         check: download the commit afterwards and compare every byte.
     """
 
@@ -78,19 +78,19 @@ class PublishReport:
 
     Attributes:
         repo_id: the repository.
-        commit: that holds the artifact, 40 hexadecimal digits; None for a dry run with something to send.
-        branch: of the commit, or that the pull request is for.
-        tag: of the commit, if asked for.
-        pull_request: number of the one that holds the commit, if it is in one.
-        files_added: new or changed, sorted.
-        files_deleted: that are no part of the artifact, sorted.
-        bytes_sent: size of the files added, but for a signature that a dry run does not make; the Hub may know some of
+        commit: the commit that holds the artifact, 40 hexadecimal digits; None for a dry run with files to send.
+        branch: branch of the commit, or the target of the pull request.
+        tag: tag of the commit, if requested.
+        pull_request: number of the pull request that holds the commit, or None.
+        files_added: new or changed files, sorted.
+        files_deleted: files that do not belong to the artifact, sorted.
+        bytes_sent: size of the files added, without a signature that a dry run does not make; the Hub may have some of
             the bytes already.
-        already_there: exactly this artifact was there, and nothing was sent.
+        already_there: whether the Hub had exactly this artifact, so that nothing was sent.
         signed: whether the commit holds a signature.
-        checked: whether it was downloaded afterwards, and found right.
-        manifest_sha256: of the published manifest, which lists the generated card too.
-        url: of the commit, or of the repository for a dry run.
+        checked: whether the commit was downloaded afterwards and verified.
+        manifest_sha256: sha256 of the published manifest, which also lists the generated card.
+        url: URL of the commit or pull request; of the repository for a dry run that finds no pull request.
     """
 
     repo_id: str
@@ -123,17 +123,17 @@ def publish(
         path: the artifact's folder; nothing in it is changed.
         repo_id: org/name; created if absent.
         options: branch, tag, visibility, signature.
-        dry_run: check everything and say what would be sent; write nothing here or there.
-        progress: told of bytes checked, before anything is sent and when it has arrived again.
-        note: told in a line for people what is waited for, or what the card lacks.
+        dry_run: check everything and report what would be sent, but write nothing, locally or on the Hub.
+        progress: called with bytes checked, before sending and during the final download.
+        note: called with a one-line message before a wait, and about facts that the card lacks.
 
     Raises:
-        IntegrityError: the folder, or what arrived on the Hub, is not what the manifest says.
-        UnsafeInputError: a file is hidden or holds a token, or the Hub lists impossible names.
-        AuthenticationError: no token, or one that may not do this.
+        IntegrityError: the folder, or the commit on the Hub, does not match the manifest.
+        UnsafeInputError: a file is hidden or holds a token, or the Hub lists invalid paths.
+        AuthenticationError: there is no token, or its permissions do not suffice.
         ConflictError: the branch moved meanwhile, the tag is on another commit, or the repository is not private.
-        NetworkError: no answer; run it again.
-        UsageError: not a folder, an unusable name, or a pull request to a repository that is absent.
+        NetworkError: the Hub did not answer; run it again.
+        UsageError: the path is not a folder, a name is invalid, or a pull request is wanted in an absent repository.
     """
     path = Path(path)
     options = options or PublishOptions()
@@ -150,7 +150,7 @@ def publish(
     head = repository.head(options.branch, options.private) if repository is not None else None
     tree = list_tree(hub, repo_id, head) if head else {}
     keyless = options.signer is not None and options.signer.private_key is None
-    foretold = {SIGNATURE_NAME} if dry_run and keyless else set()  # each such signature goes into a public log
+    foretold = {SIGNATURE_NAME} if dry_run and keyless else set()  # keyless signatures are logged publicly
     artifact = with_signature(hub, repo_id, head, tree, artifact, None if foretold else options.signer)
     added, deleted = differences(tree, artifact.contents)
     added, deleted = sorted(foretold.union(added)), sorted(set(deleted) - foretold)
@@ -179,10 +179,10 @@ def publish(
 
 
 def refuse_absent(repo_id: str, options: PublishOptions) -> None:
-    """Refuse to ask the owners of a repository that is absent.
+    """Refuse a pull request in a repository that does not exist.
 
     Raises:
-        UsageError: that was asked for.
+        UsageError: a pull request is wanted.
     """
     if options.pull_request:
         raise UsageError(
@@ -202,7 +202,7 @@ def _create(hub: Hub, repo_id: str, options: PublishOptions) -> Repository:
 def _look_for_request(
     target: Target, repository: Repository, artifact: Artifact, report: PublishReport
 ) -> PublishReport:
-    """Find the open pull request that asks for this very artifact, if there is one."""
+    """Update the report if an open pull request holds exactly this artifact."""
     found = find(target, repository, artifact.contents) if target.pull_request and not report.already_there else None
     return report if found is None else _found(target, report, found, nothing_sent=True)
 
@@ -228,7 +228,7 @@ def _carry_out(
     options: PublishOptions,
     progress: Progress,
 ) -> PublishReport:
-    """Send what is missing, remove what is stale, compare, tag, and check."""
+    """Commit the differences if there are any, then tag and check the commit."""
     if report.commit is None:
         report = _found(target, report, _commit(target, repository, artifact, report))
     elif report.pull_request is None:
@@ -257,7 +257,7 @@ def _commit(target: Target, repository: Repository, artifact: Artifact, report: 
 
 
 def _ensure_branch(target: Target, repository: Repository) -> None:
-    """Make the branch if it is absent; the commit names its parent, so one that somebody else made does no harm."""
+    """Create the branch if absent; the commit names its parent, so a branch created meanwhile does no harm."""
     if target.branch not in repository.branches:
         target.hub.ask(
             target.repo_id,
@@ -266,7 +266,7 @@ def _ensure_branch(target: Target, repository: Repository) -> None:
 
 
 def _tag(hub: Hub, repo_id: str, tag: str, commit: str) -> None:
-    """Tag a commit. The client's own ``exist_ok`` would silently leave a tag on another commit."""
+    """Tag a commit; not with the client's ``exist_ok``, which would silently accept a tag on another commit."""
     try:
         hub.ask(repo_id, lambda api: api.create_tag(repo_id, tag=tag, revision=commit))
     except (ConflictError, NetworkError):
@@ -281,7 +281,7 @@ def _tag(hub: Hub, repo_id: str, tag: str, commit: str) -> None:
 
 
 def _check(target: Target, commit: str, artifact: Artifact, progress: Progress) -> None:
-    """Download the commit as anybody would, and compare every byte."""
+    """Download the commit into a fresh folder and compare every byte."""
     expected = PullOptions(revision=commit, manifest_sha256=artifact.manifest.sha256)
     with TemporaryDirectory(prefix="adaptkit-check-") as folder:
         pull(target.repo_id, Path(folder) / "fresh", expected, progress=progress, note=target.hub.note)

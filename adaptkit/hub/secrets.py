@@ -1,6 +1,7 @@
-"""Tokens: kept out of every message, and found in files before they are published.
+"""Tokens: redacted from messages, and detected in files before publishing.
 
-Light on purpose: the command line redacts whatever it prints about a failure, and must not import the client for that.
+This module imports little on purpose: the command line redacts every error message and must not import huggingface_hub
+for that.
 """
 
 import contextlib
@@ -20,31 +21,31 @@ _VARIABLES = (
     *("ACTIONS_ID_TOKEN_REQUEST_TOKEN", "ADAPTKIT_KEY_PASSWORD", "WANDB_API_KEY"),
 )
 _SHORTEST = 8
-"""Characters of a secret that is looked for: a shorter one would be found in ordinary words."""
+"""Minimum length of a secret to search for: a shorter one would match ordinary words."""
 _PIECE_BYTES, _OVERLAP_BYTES = 1 << 20, 256
 
 
 def redact(text: str) -> str:
-    """Replace every token in a text: those that this process could use, what looks like one, and logins in URLs."""
+    """Replace in a text the tokens available to this process, strings that look like tokens, and logins in URLs."""
     for secret in sorted(_known(), key=len, reverse=True):
         text = text.replace(secret, "(token)")
     return _LOGIN_IN_A_URL.sub("(token)", _LIKE_A_TOKEN.sub("(token)", text))
 
 
 def looks_like_a_token(text: str) -> bool:
-    """Whether a text holds what ``redact`` would replace."""
+    """Return whether ``redact`` would change a text."""
     return redact(text) != text
 
 
 def holds_token(source: Path | bytes, limit_bytes: int | None = None) -> bool:
-    """Whether a file holds a token that this process could use, or what is shaped like one of the Hub's.
+    """Return whether a file holds a token available to this process, or a string that looks like a Hub token.
 
     Args:
-        source: a regular file, read piece by piece, or its content.
-        limit_bytes: how much of it is text, from its start; all if None.
+        source: a regular file, read in pieces, or its content.
+        limit_bytes: search only this many bytes from the start; the whole file if None.
     """
     secrets, rest = [secret.encode() for secret in _known()], b""
-    overlap = max([_OVERLAP_BYTES, *map(len, secrets)])  # the identity of a job is longer
+    overlap = max([_OVERLAP_BYTES, *map(len, secrets)])  # a CI job's identity token may be longer than _OVERLAP_BYTES
     with BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file:
         left = sys.maxsize if limit_bytes is None else limit_bytes
         while piece := file.read(min(_PIECE_BYTES, left)):
@@ -57,11 +58,11 @@ def holds_token(source: Path | bytes, limit_bytes: int | None = None) -> bool:
 
 
 def _known() -> set[str]:
-    """The tokens in the environment and in the file that huggingface_hub's login keeps."""
+    """Return the tokens in the environment and in the file that huggingface_hub's login writes."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    # Of os.path, since pathlib raises where nobody has a home.
+    # os.path, since pathlib raises if there is no home folder.
     file = Path(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token"))
     found = {os.environ.get(name, "").strip() for name in _VARIABLES}
-    with contextlib.suppress(OSError):  # what cannot be read cannot be shown either
+    with contextlib.suppress(OSError):  # a token that cannot be read cannot be printed either
         found.add(file.read_text(errors="replace").strip() if file.is_file() and file.stat().st_size < 1 << 16 else "")
     return {secret for secret in found if len(secret) >= _SHORTEST}

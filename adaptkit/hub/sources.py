@@ -1,7 +1,7 @@
-"""Repositories that something is made from, in huggingface_hub's cache, found by the commit that a revision is.
+"""Input repositories in huggingface_hub's cache, resolved to commits.
 
-The client takes what its cache holds where the Hub refuses or does not answer. So the Hub is asked for the commit and
-its files first, and what is in the cache counts only if it is all of that; offline, the cache is what was asked for.
+If the Hub refuses or does not answer, the client silently falls back to its cache. So the Hub is asked for the commit
+and its files first, and a cached copy is accepted only if it has all of them. In offline mode the cache is used as is.
 """
 
 import glob
@@ -41,34 +41,34 @@ __all__ = [
 
 _SOURCE = re.compile(rf"({REPO_ID.pattern})(?:@([\w./+-]+))?", re.ASCII)
 _BY_SUFFIX = [f"*{suffix}" for suffix in sorted({*READ_SUFFIXES, CODE_SUFFIX})]
-_WANTED = [*_BY_SUFFIX, *(f"{name}*" for name in LICENCES), CARD_NAME, *WEIGHTS_BESIDE]  # the last to be refused
-# Checkpoints lie at the root; below it are other formats' copies of the same weights, as consolidated files are.
+_WANTED = [*_BY_SUFFIX, *(f"{name}*" for name in LICENCES), CARD_NAME, *WEIGHTS_BESIDE]  # the last are refused later
+# Checkpoints are at the root; consolidated files and subfolders hold copies of the same weights in other formats.
 _UNWANTED = ["consolidated*.safetensors", *(f"{name}*/*" for name in LICENCES)]
 _UNWANTED += [f"*/{pattern}" for pattern in _BY_SUFFIX if pattern != "*.jinja"]
 _SILENT = "the Hub stopped answering, and huggingface_hub fell back to an older or incomplete copy"
 
 
 def resolve_source(source: AnyPath, progress: Progress = no_progress, note: Note = no_note) -> Path:
-    """Turn what a command line names into a local folder.
+    """Resolve a command-line input to a local folder.
 
     Args:
-        source: a local path, or ``org/name[@revision]``, which is downloaded into huggingface_hub's cache. A local path
-            that exists goes first.
-        progress: told of bytes that arrived.
-        note: told in a line for people what is waited for.
+        source: a local path, or ``org/name[@revision]``, which is downloaded into huggingface_hub's cache. An existing
+            local path has precedence.
+        progress: called with bytes received.
+        note: called with a one-line message before a wait.
 
     Raises:
-        UsageError: neither, or there is nothing in it that is read.
-        CheckpointError: its weights are of a format that is not read.
-        ConflictError: the revision is a branch and a tag, of different commits.
-        IntegrityError: something was damaged on the way, or the manifest is malformed.
-        UnsafeInputError: the Hub lists a path that no repository has.
-        AuthenticationError, NetworkError: the Hub refused or did not answer, whatever the cache holds; offline,
-            the cache does not hold it.
+        UsageError: the source is neither, or the repository has nothing that adaptkit reads.
+        CheckpointError: the weights are in an unsupported format.
+        ConflictError: the revision names both a branch and a tag, of different commits.
+        IntegrityError: a file was damaged in transit, or the manifest is malformed.
+        UnsafeInputError: the Hub lists an invalid path.
+        AuthenticationError, NetworkError: the Hub refused or did not answer, even if the cache has a copy; in offline
+            mode, the cache has none.
     """
     text, path = os.fspath(source), Path(source)
     named = _named(text)
-    if os.path.exists(text):  # Path.exists raises where a name is too long, and takes none for the current folder
+    if os.path.exists(text):  # Path.exists raises if a name is too long, and takes "" for the current folder
         return path
     if named is None:
         hint = "pass a local folder, or org/name[@revision] on the Hub"
@@ -78,20 +78,20 @@ def resolve_source(source: AnyPath, progress: Progress = no_progress, note: Note
 
 
 def _fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, progress: Progress) -> Path:
-    """Bring what operations read of a repository into huggingface_hub's cache.
+    """Fetch the files of a repository that operations read into huggingface_hub's cache.
 
-    That is all that its manifest lists; without one, what a checkpoint or an adapter consists of.
+    These are the files of a checkpoint or an adapter and, if there is a manifest, all that it lists.
 
     Args:
-        hub: where from.
-        what: it is about, for errors.
+        hub: the Hub client.
+        what: what is fetched, for error messages.
         repo_id: org/name.
         revision: branch, tag or commit, or None for main.
-        progress: told of bytes that arrived.
+        progress: called with bytes received.
 
     Raises:
-        UsageError: there is no such revision, or nothing in it that is read.
-        CheckpointError, ConflictError, IntegrityError, UnsafeInputError, AuthenticationError, NetworkError: as of
+        UsageError: there is no such revision, or it has nothing that adaptkit reads.
+        CheckpointError, ConflictError, IntegrityError, UnsafeInputError, AuthenticationError, NetworkError: see
             ``resolve_source``.
     """
     commit = _asked_commit(hub, what, repo_id, revision)
@@ -112,9 +112,9 @@ def _fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, p
 
 
 def tell_of_parts(repo_id: str, folder: Path, note: Note) -> None:
-    """Say of a cached commit that it may be a part, if nothing there tells what is all of it.
+    """Note that a cached commit may be incomplete, unless the cache shows which files it has.
 
-    That is a manifest, or the list that the client keeps when it fetches more than a file.
+    A manifest shows that, or the file list that the client stores when it fetches a whole snapshot.
     """
     if read_manifest(folder) is None and not (folder.parents[1] / "trees" / f"{folder.name}.json").exists():
         note(
@@ -123,7 +123,7 @@ def tell_of_parts(repo_id: str, folder: Path, note: Note) -> None:
 
 
 def _check_weights(what: str, tree: Mapping[str, RemoteFile]) -> None:
-    """Refuse a commit that holds nothing to read, or weights of another format, which nobody fetches to look at."""
+    """Refuse, before fetching, a commit without readable files or with weights in an unsupported format or place."""
     beside = [path for path in tree if "/" not in path]
     if not any(path.endswith(".safetensors") for path in beside):
         refuse_other_weights(what, beside)
@@ -136,7 +136,7 @@ def _check_weights(what: str, tree: Mapping[str, RemoteFile]) -> None:
 
 
 def _missing_files(folder: Path, tree: Mapping[str, RemoteFile]) -> list[str]:
-    """What a folder lacks of the files of a commit that operations read."""
+    """Return the files of a commit that operations read and a folder lacks, sorted."""
     manifest = read_manifest(folder)
     listed = {record.path for record in manifest.files} & set(tree) if manifest is not None else set()
     return sorted(path for path in {*_wanted(tree), *listed} if not (folder / path).exists())
@@ -147,11 +147,11 @@ def _wanted(tree: Mapping[str, RemoteFile]) -> list[str]:
 
 
 def resolve_config(text: str, note: Note = no_note) -> Path:
-    """As ``resolve_source``, but of a repository only ``config.json`` is downloaded.
+    """Resolve as ``resolve_source`` does, but download only ``config.json`` of a repository.
 
     Raises:
-        UsageError: neither a local folder nor a repository.
-        ConflictError, AuthenticationError, NetworkError: as ``resolve_source``.
+        UsageError: the text is neither a local folder nor a repository.
+        ConflictError, AuthenticationError, NetworkError: see ``resolve_source``.
     """
     named = _named(text)
     if os.path.exists(text) or named is None:
@@ -169,9 +169,10 @@ def resolve_config(text: str, note: Note = no_note) -> Path:
 
 
 def _asked_commit(hub: Hub, what: str, repo_id: str, revision: str | None) -> str | None:
-    """The commit that the Hub gives for a revision, since the client would silently do with an older one in its cache.
+    """Ask the Hub for a revision's commit, since the client could silently use an older one in its cache.
 
-    None where the cache is what was asked for.
+    Returns:
+        The commit; None in offline mode.
     """
     return None if constants.HF_HUB_OFFLINE else commit_of(hub, repo_id, revision, what)
 
@@ -182,7 +183,7 @@ def _absent(text: str) -> str:
 
 @contextmanager
 def _or_here(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Where the Hub does not answer, a folder may have been meant, or what is in the cache may do."""
+    """Extend the hint of a NetworkError: a local folder may have been meant, or a cached copy may suffice."""
     try:
         yield
     except NetworkError as error:
@@ -193,41 +194,41 @@ def _or_here(repo_id: str, revision: str | None) -> Iterator[None]:
 
 
 def _named(text: str) -> re.Match[str] | None:
-    """Repository and revision, if a text has their form; a token in it must not become a name in a request."""
+    """Match ``org/name[@revision]``; None for a text with a token, which must not be sent as part of a name."""
     return None if looks_like_a_token(text) else _SOURCE.fullmatch(text)
 
 
 def find_commit(repo_id: str, revision: str, note: Note) -> str:
-    """Ask the Hub which commit a branch or tag stands for; ``note`` is told what is waited for, as in all of these.
+    """Ask the Hub for the commit of a branch or tag; ``note`` is called with a one-line message before a wait.
 
     Raises:
-        ConflictError: it is both, of different commits.
+        ConflictError: the name is both a branch and a tag, of different commits.
         UsageError, AuthenticationError, NetworkError: there is no such revision, or the Hub refused or did not answer.
     """
     return commit_of(connect(note), repo_id, revision)
 
 
 def size_of(repo_id: str, commit: str, note: Note) -> int:
-    """The bytes of a commit's files at its root."""
+    """Return the size in bytes of the files at a commit's root."""
     tree = list_tree(connect(note), repo_id, commit)
     return sum(file.size for path, file in tree.items() if "/" not in path)
 
 
 def download(repo_id: str, commit: str, progress: Progress, note: Note) -> Path:
-    """A commit's files, in huggingface_hub's cache; what is there already is not fetched again.
+    """Fetch a commit's files into huggingface_hub's cache, except those already there; return the folder.
 
     Raises:
-        UsageError: there is no such commit.
-        IntegrityError, UnsafeInputError, AuthenticationError, NetworkError: as ``resolve_source``.
+        UsageError: there is no such commit, or it has nothing that adaptkit reads.
+        CheckpointError, IntegrityError, UnsafeInputError, AuthenticationError, NetworkError: see ``resolve_source``.
     """
     return _fetch_repository(connect(note), f"{repo_id}@{commit}", repo_id, commit, progress)
 
 
 def find_whole(repo_id: str, commit: str, note: Note) -> Path | None:
-    """What huggingface_hub's cache holds of a commit, if nothing of it would have to be fetched.
+    """Return the folder of a commit in huggingface_hub's cache if it has all files that operations read, else None.
 
     Raises:
-        AuthenticationError, NetworkError, UsageError: as ``size_of``.
+        AuthenticationError, NetworkError, UsageError: the Hub refused, did not answer, or has no such commit.
     """
     found = find_cached(repo_id, commit)
     if found is None or _missing_files(found, list_tree(connect(note), repo_id, commit)):
@@ -236,7 +237,7 @@ def find_whole(repo_id: str, commit: str, note: Note) -> Path | None:
 
 
 def find_cached(repo_id: str, revision: str | None) -> Path | None:
-    """What huggingface_hub's cache holds of a revision, without asking the Hub; its name is the commit."""
+    """Return a revision's folder in huggingface_hub's cache, which is named by its commit; None if it is absent."""
     try:
         return Path(
             snapshot_download(

@@ -179,7 +179,7 @@ class _Forms:
         self._tools: ToolForm | None = None
 
     def given(self, conversation: Conversation) -> Conversation | DataError:
-        """Return a conversation as the template takes it; if the template leaves something out, an error to raise later."""
+        """Return a conversation as the template takes it; if something would be left out, an error to raise later."""
         messages, _, tools = conversation
         if tools or any(CALLS in message or message["role"] == "tool" for message in messages):
             self._tools = self._tools or ToolForm(self._written, self._thoughts.message)
