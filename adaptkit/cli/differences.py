@@ -1,4 +1,4 @@
-"""What ``diff`` says of two adapters or checkpoints as a whole: the terminal and the page draw the same."""
+"""Summary rows of ``diff`` for two adapters or checkpoints, shared by the terminal and the HTML page."""
 
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def adapter_rows(total: "GroupDifference") -> list[Row]:
-    """Label and value of how two adapters differ, all their modules together."""
+    """Return labels and values on how two adapters differ over all modules."""
     rows = [
         ("norms", f"{total.norms[0]:.6g} and {total.norms[1]:.6g}"),
         ("cosine", f"{total.cosine:+.6f}"),
@@ -32,7 +32,7 @@ def adapter_rows(total: "GroupDifference") -> list[Row]:
 
 
 def checkpoint_rows(report: "CheckpointDiffReport") -> list[Row]:
-    """Label and value of what differs between two checkpoints, and how that is known."""
+    """Return labels and values on how two checkpoints differ, and where their fingerprints come from."""
     rows = [
         ("tensors", f"{report.equal:,} equal ({size(report.equal_bytes)}), {len(report.tensors):,} differ"),
         ("fingerprints", _fingerprints(report.fingerprints)),

@@ -1,7 +1,7 @@
-"""Pictures for a report: matplotlib draws them as SVG, and they take the page's colour of ink in light and dark.
+"""Figures for HTML reports: SVG drawn by matplotlib, in the page's text colour for light and dark mode.
 
-The same values give the same bytes: no date, identifiers from a fixed salt, matplotlib's defaults whatever the user's
-``matplotlibrc`` says. Coordinates are in points, 72 to an inch.
+The same values give the same bytes: there is no date, identifiers have a fixed salt, and the user's ``matplotlibrc`` is
+ignored. Coordinates are in points, 72 per inch.
 """
 
 import io
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _SVG = "http://www.w3.org/2000/svg"
-_PREFIXES = {"": _SVG, "xlink": "http://www.w3.org/1999/xlink"}  # a browser knows these two inside HTML and no others
-_INK = "#010203"  # stands for the page's colour of ink, which matplotlib cannot name
-_CELL_WIDTH, _CELL_HEIGHT = 0.44, 0.22  # inches; a cell of this height holds its number
-_LONGEST_COLUMN = 12.0  # inches; more rows than fit are drawn flatter, down to
+_PREFIXES = {"": _SVG, "xlink": "http://www.w3.org/1999/xlink"}  # the only prefixes that browsers resolve inside HTML
+_INK = "#010203"  # placeholder that _svg replaces by the CSS keyword currentColor
+_CELL_WIDTH, _CELL_HEIGHT = 0.44, 0.22  # inches; this height has room for the number
+_LONGEST_COLUMN = 12.0  # inches; with more rows, cells are flatter, at least _FLATTEST_CELL
 _FLATTEST_CELL = 0.08
 _LABEL_LETTERS = 30
 _SHADES = 32
 
 
 def require_matplotlib() -> None:
-    """Ask before work whose picture could not be drawn after it.
+    """Check, before a command's work, that figures can be drawn after it.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -47,14 +47,14 @@ def require_matplotlib() -> None:
 def heat_map(
     grid: Grid, what: str, limits: tuple[float, float], shown: Callable[[float], str], *, diverging: bool = False
 ) -> Html:
-    """Colour by layer and module; every cell names its value in a tooltip.
+    """Draw a heat map of layers and modules; every cell has its value as a tooltip.
 
     Args:
-        grid: finite values by place; at least one. Means are drawn where several share a place.
-        what: the values' name and unit, for the scale.
-        limits: values of the first and the last colour, the same for all grids that are looked at together.
-        shown: how a value is written, without its unit.
-        diverging: the colours are of two hues, pale in the middle; otherwise they go from dark to bright.
+        grid: the values, at least one; cells show the mean of values that share them.
+        what: name and unit of the values, for the scale.
+        limits: values of the first and the last colour; grids to be compared need the same limits.
+        shown: formats a value, without its unit.
+        diverging: use a colour map of two hues that is pale in the middle, instead of one from dark to bright.
     """
     with _figure() as figure:
         from matplotlib import colormaps
@@ -73,12 +73,12 @@ def heat_map(
 
 
 def histogram(values: Sequence[float], what: str, things: str) -> Html:
-    """How many values lie where.
+    """Draw a histogram.
 
     Args:
-        values: finite, at least one.
-        what: their name and unit.
-        things: what is counted.
+        values: finite values, at least one.
+        what: name and unit of the values.
+        things: name of the things counted, in the plural.
     """
     with _figure() as figure:
         from matplotlib.ticker import MaxNLocator
@@ -101,16 +101,16 @@ def curves(
     bands: Mapping[str, Sequence[tuple[float, float, float]]] | None = None,
     levels: Mapping[str, float] | None = None,
 ) -> Html:
-    """Lines over a common axis.
+    """Draw lines over a common axis.
 
     Args:
-        series: name -> points, finite, in the order of the line.
-        horizontal: name and unit of the first number.
-        vertical: of the second.
-        logarithmic: the vertical axis is.
-        title: over the picture; those of one page must differ if their vertical axes do not.
-        bands: name of a line -> the same first numbers, and what is shaded around the line: from, to.
-        levels: name -> height of a dotted line across, in the colour of the line of that name.
+        series: name of a line -> finite points (x, y), in drawing order.
+        horizontal: name and unit of x.
+        vertical: name and unit of y.
+        logarithmic: whether the vertical axis is logarithmic.
+        title: title above the figure; figures on one page with the same ``vertical`` need different titles.
+        bands: name of a line -> points (x, low, high) of the band shaded around it.
+        levels: name of a line -> height of a dotted horizontal line in its colour.
     """
     with _figure() as figure:
         from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
@@ -119,7 +119,7 @@ def curves(
         axes = _plain_axes(figure, horizontal, vertical)
         lines = []
         for points in series.values():
-            seen = "." if len(points) == 1 else ""  # a line of one point has no length
+            seen = "." if len(points) == 1 else ""  # a line of one point would be invisible
             lines += axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1.2, marker=seen)
         colours = {name: line.get_color() for name, line in zip(series, lines, strict=True)}
         for name, band in (bands or {}).items():
@@ -135,7 +135,7 @@ def curves(
             axes.yaxis.set_minor_formatter(NullFormatter())
         if len(series) > 1:
             place: dict[str, Any] = {}
-            if title:  # the legend is between title and axes, where no line can be
+            if title:  # the legend is between title and axes, to cover no line
                 place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": len(series), "borderaxespad": 0.2}
             names = [_label(name) for name in series]
             axes.legend(lines, names, fontsize=8, frameon=False, labelcolor=_INK, **place)
@@ -147,7 +147,7 @@ def curves(
 
 @contextmanager
 def _figure() -> Iterator["Figure"]:
-    """An empty figure, drawn with fixed settings while the block runs."""
+    """Yield an empty figure, with fixed matplotlib settings during the block."""
     require_matplotlib()
     import matplotlib
     from matplotlib.figure import Figure
@@ -162,7 +162,7 @@ def _figure() -> Iterator["Figure"]:
 
 
 def _grid_axes(figure: "Figure", grid: Grid) -> "Axes":
-    """Axes on which the cell (row, column) is the unit square there, sized so that a phone shows seven columns."""
+    """Add axes on which cell (row, column) is a unit square, sized so that a phone shows seven columns."""
     rows, columns = len(grid.rows), len(grid.columns)
     height = max(_FLATTEST_CELL, min(_CELL_HEIGHT, _LONGEST_COLUMN / rows))
     figure.set_size_inches(columns * _CELL_WIDTH, rows * height)
@@ -203,7 +203,7 @@ def _draw_scale(
     what: str,
     shown: Callable[[float], str],
 ) -> None:
-    """A bar of the colours under the grid, two inches long whatever the grid's size."""
+    """Draw a colour bar under the grid, two inches long for any grid size."""
     from matplotlib.cm import ScalarMappable
 
     height = figure.get_size_inches()[1]
@@ -230,7 +230,7 @@ def _title(grid: Grid, row: int, column: int, entry: Entry, shown: Callable[[flo
 
 
 def _label(name: str) -> str:
-    """What a picture has room for, in letters that every font has; the whole name is in the tooltips and tables."""
+    """Shorten a name to fit a figure and escape non-ASCII characters; tooltips and tables have the full name."""
     plain = name.encode("ascii", "backslashreplace").decode()
     plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)
     half = _LABEL_LETTERS // 2
@@ -238,13 +238,13 @@ def _label(name: str) -> str:
 
 
 def _svg(figure: "Figure", salt: str, label: str, titles: Mapping[str, str]) -> Html:
-    """Draw, and make of the file an element of a page.
+    """Draw a figure as an SVG element of a page.
 
     Args:
-        figure: to draw.
-        salt: for identifiers; the pictures of one page need different ones.
-        label: the picture in words, for those who do not see it.
-        titles: identifier of a drawn cell -> its tooltip.
+        figure: figure to draw.
+        salt: salt of the SVG's identifiers; figures on one page need different salts.
+        label: text alternative, for screen readers.
+        titles: identifier of a cell -> its tooltip.
     """
     import matplotlib
 
@@ -261,7 +261,7 @@ def _svg(figure: "Figure", salt: str, label: str, titles: Mapping[str, str]) -> 
             name = element.get("id", "")
             if name in titles:
                 parent[index] = _cell(element, titles[name])
-            elif f"#{name}" not in used:  # matplotlib numbers its groups alike in every figure
+            elif f"#{name}" not in used:  # matplotlib gives groups the same ids in every figure
                 element.attrib.pop("id", None)
     root.set("role", "img")
     root.set("aria-label", visible(label))
@@ -271,7 +271,7 @@ def _svg(figure: "Figure", salt: str, label: str, titles: Mapping[str, str]) -> 
 
 
 def _cell(group: ElementTree.Element, title: str) -> ElementTree.Element:
-    """The cell's shape alone, coloured, with a tooltip: a tenth of the bytes of what matplotlib wrote."""
+    """Return only the cell's coloured shape with a tooltip: a tenth of the bytes that matplotlib writes."""
     drawn = group.find(f"{{{_SVG}}}path")
     if drawn is None:
         raise ValueError("matplotlib drew a cell without a shape")

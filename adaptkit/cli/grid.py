@@ -1,24 +1,24 @@
-"""From dotted names to a picture's rows and columns: layer by module.
+"""Mapping of dotted module names to the rows (layers) and columns (modules) of a heat map.
 
-``model.layers.7.mlp.down_proj.weight`` is row 7, column ``mlp.down_proj`` of the grid ``model.layers``. Further numbers
-are counters of one kind of module, such as experts, and share a column: ``block_sparse_moe.experts.*.w1``.
+``model.layers.7.mlp.down_proj.weight`` is row 7, column ``mlp.down_proj`` of the grid ``model.layers``. Modules that
+differ only in further numbers, such as experts, share a column: ``block_sparse_moe.experts.*.w1``.
 """
 
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-_UNNUMBERED_SHOWN = 48  # names without a layer make a row each; more rows than this are no picture
+_UNNUMBERED_SHOWN = 48  # maximum number of rows for names without a layer
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a name belongs.
+    """Position of a module's name in the grids.
 
     Attributes:
-        stack: what the layers are numbered in, such as ``model.layers``; empty for a name without a number.
-        layer: the first number of the name; 0 without one.
-        module: the rest, with ``*`` for further numbers; the whole name without a number.
+        stack: prefix of the layer number, such as ``model.layers``; empty for a name without a number.
+        layer: first number in the name; 0 if there is none.
+        module: rest of the name, with ``*`` for further numbers; the whole name if it has no number.
     """
 
     stack: str
@@ -28,12 +28,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Entry:
-    """One cell.
+    """One cell of a grid.
 
     Attributes:
-        mean: of the values that share the cell.
-        largest: of them.
-        count: how many share it.
+        mean: mean of the values that share the cell.
+        largest: largest of these values.
+        count: number of these values.
     """
 
     mean: float
@@ -46,11 +46,11 @@ class Grid:
     """Values by layer and module.
 
     Attributes:
-        stack: what the rows are numbered in; empty for names without a layer, which have a row each.
-        rows: labels, by number.
-        columns: labels, sorted; one empty label for names without a layer.
-        entries: (row, column) -> what is there; a place that is absent has no value.
-        left_out: names without a layer that found no room.
+        stack: stack whose layers are the rows; empty for names without a layer, which have one row each.
+        rows: row labels: layer numbers ascending, or names with the largest values first.
+        columns: column labels, sorted; one empty label for names without a layer.
+        entries: (row, column) -> entry; cells without a value are absent.
+        left_out: number of names without a layer that are not shown for lack of room.
     """
 
     stack: str
@@ -61,7 +61,7 @@ class Grid:
 
 
 def place(name: str) -> Place:
-    """Take a dotted name apart; a final ``.weight`` is dropped."""
+    """Return the place of a dotted name; a final ``.weight`` is dropped."""
     parts = name.removesuffix(".weight").split(".")
     numbered = [position for position, part in enumerate(parts) if _is_number(part)]
     if not numbered:
@@ -72,15 +72,15 @@ def place(name: str) -> Place:
 
 
 def starred(name: str) -> str:
-    """A dotted name with ``*`` for its numbers: the same for a module of every layer."""
+    """Replace the numbers in a dotted name by ``*``, so that a module has the same name in every layer."""
     return ".".join("*" if _is_number(part) else part for part in name.split("."))
 
 
 def grids(values: Mapping[str, float]) -> tuple[Grid, ...]:
-    """Arrange named values for heat maps, one for each numbered stack, the names without a number last.
+    """Arrange named values in grids, one per stack, with names without a number in the last one.
 
     Args:
-        values: finite, by dotted name.
+        values: dotted name -> finite value.
     """
     stacks: dict[str, dict[Place, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, value in values.items():

@@ -1,8 +1,8 @@
-"""The parts of a report for a browser: one file, no network, light and dark, readable on a phone.
+"""Building blocks of HTML reports: one file, no network, light and dark mode, readable on a phone.
 
-Everything that takes ``str`` escapes it: names of tensors come from files that nobody vouches for. What is markup
-already has the type ``Html``, so that the type checker finds text that went around ``text``. A content security policy
-that allows this module's script alone, by its hash, and no request of any kind is the second line of defence.
+Functions that take ``str`` escape it, since tensor names come from untrusted files. Markup has the type ``Html``, so
+the type checker finds text that was not escaped by ``text``. As a second defence, a content security policy allows only
+this module's script, by its hash, and no network requests.
 """
 
 import base64
@@ -17,7 +17,7 @@ from adaptkit import __version__
 Html = NewType("Html", str)
 
 DOCTYPE = "<!doctype html>"
-"""What a page begins with."""
+"""First characters of every page."""
 
 _STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #1b1f24; --faint: #5c6670; --line: #d5dae0; --band: #f4f6f8; }
@@ -59,7 +59,7 @@ figure output { display: block; position: sticky; bottom: 0; min-height: 1.5em; 
 .cell:hover, .cell.chosen { stroke: currentColor; stroke-width: 1.5; }
 """
 
-# A heading's button sorts its table; a touched cell of a picture is spelt out below it, since phones do not hover.
+# A heading's button sorts its table; clicking a cell of a figure shows its tooltip below, since phones do not hover.
 _SCRIPT = """
 addEventListener("click", function (event) {
   const button = event.target.closest("th button");
@@ -91,11 +91,11 @@ function sort(heading) {
 
 @dataclass(frozen=True)
 class Number:
-    """A number of a table: sorted by its value, whatever is shown.
+    """A number in a table, sorted by its value.
 
     Attributes:
-        value: what it is sorted by; None where there is none, which sorts last.
-        shown: for people; a dash is shown where there is no value.
+        value: sort key; None for a missing number, which sorts last and is shown as a dash.
+        shown: displayed text.
     """
 
     value: float | None
@@ -103,7 +103,7 @@ class Number:
 
 
 def visible(value: str) -> str:
-    """Spell out characters that would not be seen, by their code: controls, directions, lone surrogates."""
+    """Replace invisible characters (controls, text directions, unpaired surrogates) by escape sequences."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in value)
 
 
@@ -113,11 +113,11 @@ def text(value: str) -> Html:
 
 
 def page(title: str, *parts: Html) -> str:
-    """A whole document.
+    """Return a whole document.
 
     Args:
-        title: of the window and of the first heading.
-        parts: what ``paragraph``, ``facts``, ``table``, ``figure`` and ``section`` made.
+        title: title of the window and first heading.
+        parts: results of ``paragraph``, ``facts``, ``table``, ``figure`` and ``section``.
     """
     script = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{script}'; base-uri 'none'"
@@ -132,7 +132,7 @@ def page(title: str, *parts: Html) -> str:
 
 
 def section(heading: str, *parts: Html, collapsed: bool = False) -> Html:
-    """Parts under a heading; ``collapsed`` ones open when the heading is chosen."""
+    """Return parts under a heading; ``collapsed`` ones open when the heading is clicked."""
     inside = "\n".join(parts)
     if collapsed:
         return Html(f"<details>\n<summary>{text(heading)}</summary>\n{inside}\n</details>")
@@ -140,24 +140,24 @@ def section(heading: str, *parts: Html, collapsed: bool = False) -> Html:
 
 
 def paragraph(value: str) -> Html:
-    """A remark."""
+    """Return a paragraph of text."""
     return Html(f"<p>{text(value)}</p>")
 
 
 def facts(rows: Iterable[tuple[str, str]]) -> Html:
-    """Labels and values."""
+    """Return a list of labels and values."""
     return Html("<dl>\n" + "".join(f"<dt>{text(k)}</dt><dd>{text(v)}</dd>\n" for k, v in rows) + "</dl>")
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str | Number]]) -> Html:
-    """A table that its headings sort.
+    """Return a table that can be sorted by clicking its headings.
 
     Args:
         columns: headings.
-        rows: a cell for each heading; a column holds either text or numbers.
+        rows: rows with a cell for each heading; a column holds either text or numbers.
 
     Raises:
-        ValueError: a row has another number of cells than there are headings.
+        ValueError: the number of cells in a row differs from the number of headings.
     """
     body = [tuple(row) for row in rows]
     if any(len(row) != len(columns) for row in body):
@@ -174,12 +174,12 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str | Number]]) -> Htm
 
 
 def figure(caption: str, *pictures: Html, abreast: bool = False) -> Html:
-    """Pictures from ``adaptkit.cli.figures`` over a caption; what is chosen in them is spelt out between.
+    """Return pictures over a caption, with a line between them that shows the tooltip of a clicked cell.
 
     Args:
-        caption: below.
-        pictures: one below the other, or
-        abreast: beside each other as far as there is room.
+        caption: text below the pictures.
+        pictures: results of ``adaptkit.cli.figures``.
+        abreast: place the pictures side by side if there is room, instead of one below the other.
     """
     framed = [Html(f'<div class="scroll">{picture}</div>') for picture in pictures]
     drawn = side_by_side(*framed) if abreast else "\n".join(framed)
@@ -187,14 +187,14 @@ def figure(caption: str, *pictures: Html, abreast: bool = False) -> Html:
 
 
 def side_by_side(*parts: Html) -> Html:
-    """Parts beside each other as far as there is room."""
+    """Return parts side by side, wrapped if there is no room."""
     inside = "\n".join(parts)
     return Html(f'<div class="abreast">\n{inside}\n</div>')
 
 
 def _cell(cell: str | Number) -> str:
     if isinstance(cell, str):
-        breakable = text(cell).replace(".", ".<wbr>")  # a dotted name breaks at its dots
+        breakable = text(cell).replace(".", ".<wbr>")  # lines may break after the dots of a name
         return f"<td>{breakable}</td>"
     if cell.value is None:
         return '<td class="number">–</td>'

@@ -1,4 +1,4 @@
-"""What an artifact was made from, drawn: as a tree of lines, and as a Mermaid flow chart."""
+"""Drawing an artifact's lineage, as a text tree or a Mermaid flow chart."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from adaptkit.operations._lineage.tree import Ancestor
 
 _SHOWN = 16
-"""Digits of a hash that tell it from others."""
+"""Number of hash digits shown."""
 
 
 def tree(parents: Sequence["Ancestor"], indent: str = "") -> Iterator[str]:
-    """One line for each ancestor, below what was made from it."""
+    """Yield a line for each ancestor, below the artifact that was made from it."""
     for number, parent in enumerate(parents, 1):
         last = number == len(parents)
         yield f"{indent}{'└── ' if last else '├── '}{_line(parent)}"
@@ -21,11 +21,11 @@ def tree(parents: Sequence["Ancestor"], indent: str = "") -> Iterator[str]:
 
 
 def mermaid(root: str, parents: Sequence["Ancestor"]) -> str:
-    """A flow chart in Mermaid's language, from what came first to the artifact; each artifact is in it once.
+    """Return a Mermaid flow chart from the oldest ancestors to the artifact, in which each artifact appears once.
 
     Args:
         root: lines that describe the artifact.
-        parents: of it.
+        parents: parents of the artifact.
     """
     lines = ["flowchart TD", f'    a0["{_escaped(root)}"]']
     _draw("a0", parents, lines, {})

@@ -1,4 +1,4 @@
-"""The ``adaptkit`` program: finds commands, and is the one place where errors become messages and exit codes."""
+"""The ``adaptkit`` program: dispatches commands and converts errors to messages and exit codes."""
 
 import atexit
 import gc
@@ -27,19 +27,19 @@ INTERRUPTED = 130
 TERMINATED = 143
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _KEEP_NOTHING = {"check", "diff", "evaluate", "inspect", "plan", "verify"}
-"""Commands that begin anew, since they write nothing but what they have found."""
+"""Commands that cannot resume: they write only their report."""
 
 _UNWINDING_SECONDS = 30.0
 _SWITCH_SECONDS = 0.0005
-"""How long a thread waits for one that holds the interpreter: those that read, write and hash do so between kernels."""
+"""Python's thread switch interval, shortened because threads that read, write and hash need the GIL between kernels."""
 
 _OLD_COLLECTIONS = 100
-"""Ten times what Python begins with: how rarely the collector looks for garbage among all that there is, which is what
-libraries hold for good. Importing them takes a fifth less time so."""
+"""Threshold of full garbage collections, ten times Python's default: most old objects belong to libraries and are never
+freed. This makes importing the libraries a fifth faster."""
 
 
 class _Commands(click.Group):
-    """Loads a command's module only when it is asked for."""
+    """Loads a command's module only when that command is used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return names(commands)
@@ -79,7 +79,7 @@ def cli() -> None:
 
 
 class _Stopped(BaseException):
-    """A signal arrived; unwinds, so that locks and files are closed. click would add a line to a KeyboardInterrupt."""
+    """Raised by a signal, to close locks and files; not a KeyboardInterrupt, to which click would add a line."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -87,9 +87,10 @@ class _Stopped(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Unwind; but leave at once from the middle of an import, which some modules would go on with half done.
+    """Handle a signal: unwind, or exit at once during an import, since some modules would continue half imported.
 
-    A signal in the wrong moment leaves a lock of Python's own threading held, and what unwinds may wait for that.
+    A timer bounds the unwinding: a signal at the wrong moment leaves a lock of Python's threading held, for which the
+    unwinding may wait. A second signal exits at once.
     """
     for again in _SIGNALS:
         signal.signal(again, _leave)
@@ -102,14 +103,14 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """Unwind no further, whatever it waits for, were it a reader of what it says."""
+    """Exit at once with the signal's message and code, even if unwinding or an output stream is blocked."""
     for name in ("stdout", "stderr"):
         setattr(sys, name, _unwaiting(getattr(sys, name)))
     os._exit(_say_stopped(number))
 
 
 def _unwaiting(stream: TextIO) -> TextIO:
-    """Another stream to the same file, since this one may be in the middle of a write; to none if it takes nothing."""
+    """Return a new stream to the same file, since this one may be inside a write; /dev/null if a write would block."""
     number = stream.fileno()
     takes = bool(select.select([], [number], [], 0)[1])
     return open(number if takes else os.devnull, "w", errors="backslashreplace", closefd=not takes)
@@ -122,20 +123,20 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 def _say_stopped(number: int) -> int:
-    """Say how to go on, and return the exit code."""
+    """Print that the command was stopped and how to resume, and return the exit code."""
     code, word = (INTERRUPTED, "interrupted") if number == signal.SIGINT else (TERMINATED, "terminated")
     goes_on = not _KEEP_NOTHING.intersection(sys.argv[1:2])
     return _fail(code, word, word, "run the same command again to resume" if goes_on else "", True)
 
 
 def program() -> None:
-    """Be a process, from its entry point to its end, with the command line's code.
+    """Run the command line as a process, and exit without Python's teardown.
 
-    Python would take everything apart first, which takes a third of a second where torch is loaded, and more after work
-    in threads. What is asked for at exit is done all the same: who asks first is served last, and that is this.
+    The teardown takes a third of a second if torch is loaded, and more after work in threads. Other atexit callbacks
+    still run: callbacks run in reverse order of registration, and the one that exits is registered first.
     """
     ended: list[int] = []
-    if not atexit._ncallbacks():  # else somebody watches this process who would not be served
+    if not atexit._ncallbacks():  # else an earlier callback, such as a coverage tool's, would be skipped
         atexit.register(_leave_whole, ended)
     try:
         main()
@@ -150,8 +151,8 @@ def _leave_whole(ended: list[int]) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
     except (OSError, ValueError):
-        return  # Python says so, in its own way
-    if ended and not hasattr(sys, "last_value"):  # of an error that nobody caught
+        return  # the normal teardown reports it
+    if ended and not hasattr(sys, "last_value"):  # set by an uncaught error
         os._exit(ended[0])
 
 
@@ -159,11 +160,11 @@ def main() -> None:
     """Run the command line and exit with its code."""
     sys.excepthook = _show_unknown_error
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # whoever started this has closed it
+        if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files may hold what no encoding has
+            stream.reconfigure(errors="backslashreplace")  # file names may contain undecodable bytes
     keep_freed_memory()
     keep_few_products()
     take_large_pages()
@@ -172,7 +173,7 @@ def main() -> None:
     gc.set_threshold(young, middle, max(old, _OLD_COLLECTIONS))
     try:
         for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as in the background of a shell
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored for background jobs of a shell
                 signal.signal(number, _stop)
         code = _run()
     except AdaptkitError as error:
@@ -189,7 +190,7 @@ def main() -> None:
     except click.ClickException as error:
         code = _fail(error.exit_code, "usage", error.format_message(), "", False)
     except click.Abort as abort:
-        if isinstance(abort.__cause__, EOFError):  # which nobody types here: it is a mistake of ours
+        if isinstance(abort.__cause__, EOFError):  # nothing reads typed input: it is a bug of adaptkit
             raise abort.__cause__ from None
         code = _say_stopped(signal.SIGINT)
     except _Stopped as stopped:
@@ -198,7 +199,7 @@ def main() -> None:
 
 
 def _run() -> Any:
-    """Run the command; what it made is whole when this returns, and a signal may then end the process at once."""
+    """Run the command; afterwards its outputs are complete, so signals may end the process at once."""
     try:
         return cli.main(standalone_mode=False)
     finally:
@@ -208,7 +209,7 @@ def _run() -> Any:
 
 
 def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print a traceback, without the tokens that a library may have put into a message."""
+    """Print a traceback with tokens redacted, since libraries may put them into messages."""
     print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
@@ -223,22 +224,22 @@ def _as_typed(text: str) -> str:
 def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -> int:
     message, hint = redact(message), redact(hint)
     rank = told_rank()
-    # One document, however many processes there are.
+    # In train and evaluate, only rank 0 prints the JSON document.
     has_speaker = rank != "0" and sys.argv[1:2] in (["train"], ["evaluate"])
     if "--json" in sys.argv[1:] and not has_speaker:
         error: dict[str, Any] = {"code": code, "message": message, "hint": hint, "retryable": retryable}
         _say(json.dumps({"error": error}), sys.stdout)
     else:
         of = f"process {rank}: " if rank != "0" else ""
-        hint = hint and f"\n{of}hint: {' '.join(hint.splitlines())}"  # a path may have several
+        hint = hint and f"\n{of}hint: {' '.join(hint.splitlines())}"  # a path may contain line breaks
         _say(f"{of}error: {' '.join(message.split())}{hint}", sys.stderr)
     return exit_code
 
 
 def _say(text: str, stream: TextIO) -> None:
-    """Print at once; where nobody reads, the exit code is what is left to tell."""
+    """Print at once; if the stream cannot be written, only the exit code reports the result."""
     try:
-        print(f"{text}\n", end="", file=stream, flush=True)  # in one piece, which no other process writes into
+        print(f"{text}\n", end="", file=stream, flush=True)  # one write: other processes print too
     except OSError:
         silence(stream)
 

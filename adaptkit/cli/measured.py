@@ -1,4 +1,4 @@
-"""What ``adaptkit evaluate`` shows of several models, as columns: the terminal and the page draw the same."""
+"""Results of ``adaptkit evaluate`` as columns and remarks, shared by the terminal and the HTML page."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,11 +32,11 @@ NONE = {
     "NIST": "none: no answer, or no reference, contains a word",
     "CIDEr": "none: there is only one question, or no reference contains a word",
 }
-"""Why answers may be without a score."""
+"""Reasons why answers may have no score."""
 
 
 def columns(comparison: "Comparison") -> list[Column]:
-    """One for each measure that some model has; the first names the models."""
+    """Return the models' names, then a column for each measure that some model has."""
     made: list[Column] = [("model", [short_label(report, comparison) for report in comparison.models])]
     for heading, form, value_of in _COLUMNS:
         values = [value_of(report) for report in comparison.models]
@@ -46,7 +46,7 @@ def columns(comparison: "Comparison") -> list[Column]:
 
 
 def short_label(report: "EvaluateReport", comparison: "Comparison") -> str:
-    """The names of a model's folders; their paths where two of the same name were measured."""
+    """Return the names of a model's folders; their paths if another evaluated folder has the same name."""
     folders = {folder for other in comparison.models for folder in (other.base, other.adapter) if folder}
     names = [Path(folder).name for folder in folders]
 
@@ -59,12 +59,12 @@ def short_label(report: "EvaluateReport", comparison: "Comparison") -> str:
 
 
 def answer_to(prompt: str, report: "EvaluateReport") -> str:
-    """What a model said, and whether it would have gone on."""
+    """Return a model's answer, with a note if it was cut."""
     return report.answers[prompt] + (" … (cut at --max-new-tokens)" if prompt in report.cut_answers else "")
 
 
 def forgetting(found: "Forgetting", comparison: "Comparison") -> str:
-    """A line: how a model's perplexity on general text changed."""
+    """Return one line on how a model's perplexity on general text changed."""
     by_label = {report.label: short_label(report, comparison) for report in comparison.models}
     before, after = found.perplexity_before, found.perplexity_after
     if before is None or after is None:
@@ -75,7 +75,7 @@ def forgetting(found: "Forgetting", comparison: "Comparison") -> str:
 
 
 def remarks(comparison: "Comparison") -> list[str]:
-    """What has to be said beside the numbers."""
+    """Return notes that the numbers need."""
     models, said = comparison.models, []
     said.append(f"computed in {' and '.join(sorted({report.compute_dtype for report in models}))}")
     if len({report.answer_tokens for report in models}) > 1:
@@ -97,7 +97,7 @@ def remarks(comparison: "Comparison") -> list[str]:
 
 
 def _left_out(comparison: "Comparison") -> dict[str, list[str]]:
-    """What was cut, and in which models."""
+    """Return remark -> labels of the models: cut or dropped samples, prompts and answers, and template remarks."""
     found: dict[str, list[str]] = {}
     for report in comparison.models:
         counts = (

@@ -30,23 +30,23 @@ class ArtifactPath(click.ParamType[Path]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """See ``click.ParamType``."""
-        if not str(value):  # of a shell's variable that is not set; pathlib takes it for the current folder
+        if not str(value):  # from an unset shell variable; pathlib would take it for the current folder
             self.fail("the path is empty", param, ctx)
         asked = ctx.params if ctx else {}
         return self._found(str(value), bool(asked.get("as_json") or asked.get("quiet")))
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """See ``click.ParamType``."""
-        return [CompletionItem(incomplete, type="file")]  # which there are, the shell knows
+        return [CompletionItem(incomplete, type="file")]  # the shell completes file names
 
     def _found(self, text: str, is_silent: bool) -> Path:
         return fetched(text, is_silent)
 
 
 def fetched(text: str, is_silent: bool) -> Path:
-    """The local path that a text names; ``org/name[@revision]`` is downloaded first."""
+    """Return the local path of an argument; ``org/name[@revision]`` is downloaded first."""
     if not _is_on_the_hub(text):
-        return Path(text)  # whoever opens it says what is wrong with it
+        return Path(text)  # if it does not exist, the command says so
     from adaptkit.hub.sources import resolve_source
 
     with byte_progress("fetch", is_silent) as progress:
@@ -68,12 +68,12 @@ class ConfigPath(ArtifactPath):
 
 
 def one_of(choices: Iterable[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """Complete a value that has been begun in a shell, of an option that is checked by what it is for."""
+    """Return a shell completion for an option whose values the operation, not click, checks."""
     return lambda context, option, begun: [choice for choice in choices if choice.startswith(begun)]
 
 
 def _is_on_the_hub(text: str) -> bool:
-    """Whether a text has the form of ``org/name[@revision]``, and nothing here has that name."""
+    """Return whether a text has the form of ``org/name[@revision]`` and is not an existing local path."""
     is_local = text.startswith((".", "/", "~")) or os.path.exists(text)
     return not is_local and text.partition("@")[0].count("/") == 1
 
@@ -116,7 +116,7 @@ def _together(*options: Callable[[Function], Function]) -> Callable[[Function], 
     return decorate
 
 
-report_options = _together(  # known before any path is, which may have to be fetched
+report_options = _together(  # eager: paths may be fetched while they are converted, and need to know these
     click.option("--json", "as_json", is_flag=True, is_eager=True, help="Print one JSON document on stdout."),
     click.option("--quiet", is_flag=True, is_eager=True, help="Print only errors."),
 )
@@ -151,7 +151,7 @@ weight_option = click.option(
 
 
 def signer_with(key: Path) -> "Signer":
-    """Who holds a key; its password comes from the environment."""
+    """Return the signer for a key; its password comes from the environment."""
     from adaptkit.checkpoint.signing import Signer
 
     password = os.environ.get("ADAPTKIT_KEY_PASSWORD")
@@ -159,7 +159,7 @@ def signer_with(key: Path) -> "Signer":
 
 
 def trust_in(public_key: Path | None, identity: str | None, identity_provider: str | None) -> "Trust | None":
-    """Whose signature counts; nobody's if nothing is given, but not if what is given is empty."""
+    """Return the required signer; None if no option is given. An empty option counts as given."""
     from adaptkit.checkpoint.signing import Trust
 
     if public_key is None and identity is None and identity_provider is None:
@@ -184,7 +184,7 @@ class NamedNumber(click.ParamType[tuple[str, float]]):
 
 
 class NamedValue(click.ParamType[tuple[str, str | float | bool]]):
-    """A name and its value, a text if JSON has no other scalar in it: enable_thinking=false."""
+    """A name and its value, read as a JSON scalar if it is one, else as text: enable_thinking=false."""
 
     name = "name=value"
 
@@ -203,7 +203,7 @@ class NamedValue(click.ParamType[tuple[str, str | float | bool]]):
 
 
 def by_name(context: click.Context, option: click.Parameter, pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """What a repeated option names; a name that comes twice is refused, as a key of a file that does."""
+    """Collect a repeated option in a dict; refuse a name given twice, as is done for a key of a file."""
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
@@ -217,7 +217,7 @@ def _is_finite(value: Any) -> bool:
 
 
 class _SettingOption(click.Option):
-    """An option with the heading under which it stands, if it begins one."""
+    """An option that may begin a section of the help, with this heading."""
 
     def __init__(self, *args: Any, section: str | None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -225,7 +225,7 @@ class _SettingOption(click.Option):
 
 
 class InSections(click.Command):
-    """A command whose help has its settings under headings."""
+    """A command whose help groups its settings under headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """See ``click.Command``."""
@@ -242,11 +242,11 @@ class InSections(click.Command):
 
 
 def settings_options(kind: type, **types: click.ParamType[Any]) -> Callable[[Function], Function]:
-    """An option for every setting of a dataclass; what is not given is not passed on.
+    """Add an option for every setting of a dataclass; the values of absent options are empty, see ``given``.
 
     Args:
-        kind: see ``training.settings``.
-        types: of options, where another than the field's is wanted.
+        kind: dataclass of settings, see ``training.settings``.
+        types: option types that differ from the field's type, by name.
     """
     from adaptkit.training.settings import settings
 
@@ -305,7 +305,7 @@ def as_options(text: str, command: click.Command, arguments: Iterable[str]) -> s
 
 
 def given(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that the command line gave, in the types of a file's."""
+    """Return the settings that were given on the command line."""
     from adaptkit.training.settings import settings
 
     found = {}

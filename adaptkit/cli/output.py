@@ -1,4 +1,4 @@
-"""Reports for programs (one JSON document) and for people (a short table)."""
+"""Printing and writing reports, as a JSON document or a short table."""
 
 import json
 import math
@@ -18,20 +18,20 @@ from adaptkit.hub.secrets import redact
 
 Row = tuple[str, str]
 WORST = 3
-"""How many a table names of many: those that lose most."""
+"""Number of entries that a table lists of many: those that lose most."""
 _BEGINNING = 1 << 20
 _KEYS = re.compile(rb'^  "(\w+)": ', re.MULTILINE)
-"""Of a report as it is written: the outermost."""
+"""The outermost keys of a written report."""
 
 
 def show(report: Any, rows: Iterable[Row], *, as_json: bool, quiet: bool) -> None:
     """Print a report on stdout.
 
     Args:
-        report: a dataclass; what ``--json`` prints.
-        rows: what people get: label and value.
-        as_json: print the document.
-        quiet: print nothing.
+        report: a dataclass, printed by ``--json``.
+        rows: labels and values of the table that is printed otherwise.
+        as_json: print the JSON document.
+        quiet: print no table.
     """
     if as_json:
         say(_document(report))
@@ -47,7 +47,7 @@ def _document(report: Any) -> str:
 
 
 def _jsonable(value: Any) -> Any:
-    """A report's values; numbers that JSON does not have, of sums that overflow, are null."""
+    """Return a report's values with NaN and infinities, from overflowing sums, as null: JSON does not have them."""
     if isinstance(value, dict):
         return {key: _jsonable(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -58,14 +58,14 @@ def _jsonable(value: Any) -> Any:
 def show_table(
     report: Any, columns: Sequence[tuple[str, Sequence[str]]], rows: Iterable[Row], *, as_json: bool, quiet: bool
 ) -> None:
-    """Print a report on several things on stdout, a line each.
+    """Print a report on several items on stdout, one line per item.
 
     Args:
-        report: a dataclass; what ``--json`` prints.
-        columns: heading and cells; all but the first are set to the right.
-        rows: label and value of what follows the table.
-        as_json: print the document.
-        quiet: print nothing.
+        report: a dataclass, printed by ``--json``.
+        columns: heading and cells of each column; all but the first are right-aligned.
+        rows: labels and values printed below the table.
+        as_json: print the JSON document.
+        quiet: print no table.
     """
     if not as_json and not quiet:
         widths = [max(map(len, (heading, *cells))) for heading, cells in columns]
@@ -80,27 +80,27 @@ def show_table(
 
 
 def notes(quiet: bool) -> Callable[[str], None]:
-    """What tells people on stderr, in a line each, what is waited for or left out."""
+    """Return a function that prints one-line notes on stderr; one that does nothing if quiet."""
     return (lambda text: None) if quiet else (lambda text: print(f"note: {redact(text)}", file=sys.stderr, flush=True))
 
 
 def told_rank() -> str:
-    """Which of torchrun's processes this is, in whose name the first one speaks; 0 where there is but one."""
+    """Return the rank that torchrun gave this process; "0" without torchrun. Rank 0 reports for all processes."""
     return os.environ.get("RANK", "0") if "MASTER_ADDR" in os.environ else "0"
 
 
 def check_place(path: Path, option: str, what: str = "", is_ours: Callable[[bytes], bool] | None = None) -> None:
-    """Refuse a place for a file that a command writes when its work is done, before that begins.
+    """Refuse, before a command's work, a path at which it cannot write a file afterwards.
 
     Args:
-        path: of the file.
-        option: that names it.
-        what: it is.
-        is_ours: whether what begins so, and is no longer than ``_BEGINNING`` or cut there, is such a file, which may be
-            replaced; None if the command adds to whatever is there.
+        path: path of the file.
+        option: option that names it, for messages.
+        what: kind of file, for messages.
+        is_ours: called with the first ``_BEGINNING`` bytes of an existing file; returns whether it is of this kind and
+            may be replaced. None if the command appends to any file.
 
     Raises:
-        UsageError: no file can be written there, or there is one of something else.
+        UsageError: no file can be written there, or a file of another kind exists.
     """
     is_written_to = path.exists() and (is_ours is None or not _is_replaced(path))
     folder = Path(os.path.realpath(path)).parent
@@ -118,11 +118,11 @@ def _takes_files(folder: Path) -> bool:
 
 
 def check_report_file(path: Path, kind: type) -> None:
-    """Refuse a place for a report where no file can be made, or where something else is than such a report.
+    """Refuse a path at which a report cannot be written, or at which another kind of file exists.
 
     Args:
-        path: of the file.
-        kind: of report.
+        path: path of the file.
+        kind: class of the report.
 
     Raises:
         UsageError: see ``check_place``.
@@ -132,22 +132,22 @@ def check_report_file(path: Path, kind: type) -> None:
 
 
 def in_turn(*actions: Callable[[], None]) -> None:
-    """Do one thing after another, each of them whatever becomes of those before it."""
+    """Call the actions in order, each of them even if earlier ones raise."""
     with ExitStack() as stack:
         for action in reversed(actions):
             stack.callback(action)
 
 
 def write_report(report: Any, path: Path) -> None:
-    """Write what ``--json`` prints into a file."""
+    """Write the document that ``--json`` prints to a file."""
     write_whole(path, _document(report) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that appears whole or not at all; what is there and no plain file (a pipe, a link) is written to.
+    """Write a file atomically; an existing pipe, link or other special file is written to instead of being replaced.
 
     Raises:
-        DiskError: it cannot be written.
+        DiskError: the file cannot be written.
     """
     from adaptkit.checkpoint.writer import DiskError, replace_file
 
@@ -168,7 +168,7 @@ def _is_replaced(path: Path) -> bool:
 
 
 def say(*lines: str) -> None:
-    """Print lines on stdout at once; click ends a command whose reader has gone.
+    """Print lines on stdout at once; click handles a BrokenPipeError.
 
     Raises:
         DiskError: they cannot be written.
@@ -185,16 +185,16 @@ def say(*lines: str) -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Send what a stream still holds nowhere: Python would try once more at its end, and complain."""
+    """Redirect a stream to /dev/null; else Python would flush its buffer at exit, fail, and print an error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def span(ends: tuple[int, int]) -> str:
-    """The lowest and the highest of some numbers, for people: 8, or 4 to 8."""
+    """Format the lowest and the highest of some numbers: 8, or 4 to 8."""
     low, high = ends
     return f"{low}" if low == high else f"{low} to {high}"
 
 
 def percent(fraction: float) -> str:
-    """A fraction for people: 12.3 %."""
+    """Format a fraction: 12.3 %."""
     return f"{100 * fraction:.3g} %"

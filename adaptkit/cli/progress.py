@@ -1,4 +1,4 @@
-"""Progress bars on stderr, when it is a terminal."""
+"""Progress bars on stderr if it is a terminal."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,27 +17,27 @@ Told = AbstractContextManager[Callable[[int, int], None]]
 
 
 def byte_progress(label: str, hidden: bool = False) -> Told:
-    """Show bytes, rate and time left while the block runs, from when there are any until all are done.
+    """Show a bar with bytes, rate and time left, from the first update in the block until all bytes are done.
 
     Args:
         label: what is happening.
         hidden: show nothing.
 
     Yields:
-        A function that is told how many bytes are done, of how many.
+        A function to call with (bytes done, total bytes).
     """
     return _bar(label, ("DownloadColumn", "TransferSpeedColumn"), hidden)
 
 
 def count_progress(label: str, hidden: bool = False) -> Told:
-    """Show how many of some things are done, and the time left, as ``byte_progress`` does.
+    """Show a bar as ``byte_progress`` does, with a count and time left.
 
     Args:
         label: what is happening.
         hidden: show nothing.
 
     Yields:
-        A function that is told how many are done, of how many.
+        A function to call with (items done, total items).
     """
     return _bar(label, ("MofNCompleteColumn",), hidden)
 
@@ -56,7 +56,7 @@ def _bar(label: str, figures: Sequence[str], hidden: bool) -> Iterator[Callable[
     task = bar.add_task(label, total=None)
 
     def show(done: int, total: int) -> None:
-        bar.start()  # not before there is something to show, nor for longer: two bars cannot live at once
+        bar.start()  # started late and stopped early, since rich shows only one bar at a time
         bar.update(task, completed=done, total=total)
         if done == total:
             bar.stop()
@@ -69,11 +69,11 @@ def _bar(label: str, figures: Sequence[str], hidden: bool) -> Iterator[Callable[
 
 @dataclass(frozen=True)
 class TrainingProgress:
-    """Where a training run is shown.
+    """Callbacks that show a training run.
 
     Attributes:
-        step: told of every step.
-        note: told of everything else, in a line for people.
+        step: called with the report of every step.
+        note: called with one-line messages about everything else.
     """
 
     step: Callable[["StepReport"], None]
@@ -82,11 +82,11 @@ class TrainingProgress:
 
 @contextmanager
 def training_progress(hidden: bool, quiet: bool) -> Iterator[TrainingProgress]:
-    """Show step, loss, tokens per second and time left of a training run while the block runs; notes stay.
+    """Show a training run's step, loss, tokens per second and time left during the block; notes stay on the terminal.
 
     Args:
-        hidden: show no progress.
-        quiet: show no notes either, but for warnings.
+        hidden: show no bar.
+        quiet: of the notes, show only warnings.
     """
     if hidden or not sys.stderr.isatty():
         yield TrainingProgress(lambda report: None, partial(_note, quiet, partial(print, file=sys.stderr, flush=True)))
@@ -120,10 +120,10 @@ def _note(quiet: bool, show: Callable[[str], None], text: str) -> None:
 
 
 class StepBar:
-    """A bar for one thing after another, on a terminal; elsewhere none.
+    """A bar for a sequence of tasks; shown only on a terminal.
 
     Args:
-        hidden: show none.
+        hidden: show no bar.
     """
 
     def __init__(self, hidden: bool) -> None:
@@ -137,7 +137,7 @@ class StepBar:
         self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
 
     def start(self, label: str) -> bool:
-        """Begin something; returns whether it is shown."""
+        """Start the bar of a task; return whether it is shown."""
         if self._bar is None:
             return False
         self._bar.add_task(label, total=None)
@@ -145,19 +145,19 @@ class StepBar:
         return True
 
     def update(self, done: int, total: int) -> None:
-        """Show how much of it is done."""
+        """Show how much of the task is done."""
         if self._bar is not None and self._bar.tasks:
             self._bar.update(self._bar.task_ids[-1], completed=done, total=total)
 
     def stop(self) -> None:
-        """Take it away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.stop()
             for task in self._bar.task_ids:
                 self._bar.remove_task(task)
 
     def print(self, text: str) -> None:
-        """A line on stderr, above the bar."""
+        """Print a line on stderr, above the bar."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -166,7 +166,7 @@ class StepBar:
 
 @contextmanager
 def step_bar(hidden: bool) -> Iterator[StepBar]:
-    """A ``StepBar`` that is taken away when the block ends, however it does."""
+    """Yield a ``StepBar`` that is removed at the end of the block, even after an error."""
     bar = StepBar(hidden)
     try:
         yield bar

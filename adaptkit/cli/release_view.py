@@ -1,4 +1,4 @@
-"""A run of a recipe for people: lines while it goes on, a table, a tree of what would be done, and a page for CI."""
+"""Display of a recipe's run: progress lines, a result table, the tree of a dry run, and a Markdown page for CI."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -12,19 +12,19 @@ _HEADINGS = ("step", "kind", "state", "seconds", "result")
 
 
 def source_text(source: "SourceReport") -> str:
-    """A source in a few words."""
+    """Describe a source in a few words."""
     commit = f", commit {source.commit[:12]}" if source.commit else ""
     return f"{source.what}{commit}, {size(source.bytes)}" + ("" if source.is_here else ", not downloaded yet")
 
 
 def step_text(step: "StepReport") -> str:
-    """What became of a step, in a line."""
+    """Describe a step's result in one line."""
     took = f" in {step.seconds:.1f} s" if step.state == "done" else ""
     return f"{step.kind}: {step.state}{took}" + (f", {step.figure}" if step.figure else "")
 
 
 def table(steps: Sequence["StepReport"]) -> Iterator[str]:
-    """A line for each step, below headings."""
+    """Yield a table with a line for each step."""
     rows = [_HEADINGS, *(_cells(step) for step in steps)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -38,7 +38,7 @@ def _cells(step: "StepReport") -> tuple[str, str, str, str, str]:
 
 
 def tree(report: "RunReport") -> Iterator[str]:
-    """What would be done: every step that nothing waits for, and below it what it is made from."""
+    """Yield the lines of a dry run's tree: the steps that no other step needs, with their inputs below them."""
     lines = dict(_descriptions(report))
     makers = {name: step.name for step in report.steps for name in step.makes}
     below = {
@@ -78,13 +78,13 @@ def _descriptions(report: "RunReport") -> Iterator[tuple[str, str]]:
 
 
 def summary(name: str, sources: Sequence["SourceReport"], steps: Sequence["StepReport"], ending: str) -> str:
-    """A page in Markdown.
+    """Return a Markdown page on a run.
 
     Args:
-        name: of the release.
-        sources: what it is made from.
-        steps: that were done or kept so far.
-        ending: how it ended, in a sentence.
+        name: name of the release.
+        sources: its sources.
+        steps: the steps done or kept so far.
+        ending: one sentence on how the run ended.
     """
     rows = [_HEADINGS, ("---", "---", "---", "---:", "---"), *(_cells(step) for step in steps)]
     lines = [f"## {_cell(name)}", "", _cell(ending), "", *(_row(row) for row in rows)]
@@ -111,6 +111,6 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Text that cannot leave its cell, nor be anything but text."""
+    """Escape text so that it stays in its table cell and is not interpreted as markup."""
     plain = " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|")
     return plain.replace("<", "&lt;").replace("[", "\\[").replace("@", "&#64;")

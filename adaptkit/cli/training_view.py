@@ -1,4 +1,4 @@
-"""A run's data for people: rows of its table, and a batch in which what carries loss is marked."""
+"""Display of a training run's data: table rows, and a batch with its learned tokens marked."""
 
 import os
 import sys
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from adaptkit.training.preview import Preview
 
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32)} | {0x7F: "\u2421", ord("\n"): "↵\n"}
-"""Control characters of data would move the cursor, or worse."""
+"""Visible replacements of control characters, which would act on the terminal."""
 
 
 def data_rows(data: "DataReport") -> Iterator[Row]:
-    """One row for each source, and one for whatever was not as one might think."""
+    """Yield a row for each source, and one for each thing that the user may not expect."""
     whole = sum(data.epoch_tokens) or 1
     for source, tokens in zip(data.sources, data.epoch_tokens, strict=True):
         share = f"; {percent(tokens / whole)} of an epoch's tokens" if len(data.sources) > 1 else ""
@@ -55,7 +55,7 @@ def data_rows(data: "DataReport") -> Iterator[Row]:
 
 
 def cut_rows(data: "DataReport", truncated: int, dropped: int) -> Iterator[Row]:
-    """What was cut or left out, if something was."""
+    """Yield rows on samples that were cut or left out, if there are any."""
     yield from _cut("sample", truncated, dropped, data)
     if data.held_out_cut is not None:
         yield from _cut("held-out sample", data.held_out_cut.truncated, data.held_out_cut.dropped, data.held_out_cut)
@@ -81,12 +81,12 @@ def _not_used(columns: Sequence[str]) -> str:
 
 
 def has_colour() -> bool:
-    """Whether stdout is a terminal that wants colour."""
+    """Return whether stdout is a terminal and ``NO_COLOR`` is not set."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def batch_lines(preview: "Preview", colour: bool) -> Iterator[str]:
-    """What to print of a batch; what carries loss is in colour, or in brackets where there is none."""
+    """Yield the lines that show a batch; learned text is coloured, or in brackets without colour."""
     for number, sample in enumerate(preview.samples):
         is_new = number == 0 or preview.samples[number - 1].row != sample.row
         title = f"{sample.source}: {counted(sample.tokens, 'token')}, {sample.learned} learned"

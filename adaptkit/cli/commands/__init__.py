@@ -1,1 +1,1 @@
-"""One command a module, found by its file name; each defines ``command``."""
+"""Commands, one module each, found by file name; each defines ``command``."""

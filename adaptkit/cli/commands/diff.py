@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adaptkit.operations.diff import AdapterDiffReport, CheckpointDiffReport
 
 SHOWN = 8
-"""How many modules, tensors or keys the table names."""
+"""Maximum number of modules, tensors or keys that the table lists."""
 _LONGEST_VALUE = 60
 
 
@@ -49,7 +49,7 @@ def command(
     if html is not None:
         try:
             write_whole(html, diff_page(report))
-        except DiskError as error:  # whose exit code would say that they differ
+        except DiskError as error:  # its exit code 1 would mean that they differ
             raise UsageError(error.message, hint=error.hint) from error
     rows = _adapters(report) if isinstance(report, AdapterDiffReport) else _checkpoints(report)
     show(report, rows, as_json=as_json, quiet=quiet)

@@ -93,7 +93,7 @@ def command(
     from adaptkit.training.evaluation.report import EvaluateOptions
 
     chosen = EvaluateOptions(**options)
-    if told_rank() != "0":  # each of torchrun's processes measures everything, and the first one tells
+    if told_rank() != "0":  # every process of torchrun measures everything; rank 0 reports
         as_json, quiet, samples_file, html = False, True, None, None
     if samples_file is not None:
         _check_samples_file(samples_file, chosen.generate, html)
@@ -118,7 +118,7 @@ def command(
 
 
 def _table(comparison: "Comparison") -> tuple[list[tuple[str, list[str]]], list[Row]]:
-    """The cells of a table of models, and what is said below it."""
+    """Return the columns of a table of models, and the rows below it."""
     cells = [
         (heading, [cell if isinstance(cell, str) else cell.shown or "–" for cell in column])
         for heading, column in columns(comparison)
@@ -197,7 +197,7 @@ def _score_rows(generated: "GenerationReport") -> list[Row]:
 
 
 def _check_samples_file(path: Path, generate: bool, html: Path | None) -> None:
-    """Ask before the work whether its answers can be written, in place of nothing but such answers."""
+    """Refuse, before the work, a path at which the answers cannot be written or another kind of file exists."""
     if not generate:
         raise click.UsageError("--samples-file needs --generate")
     if html is not None and path.absolute() == html.absolute():

@@ -104,7 +104,7 @@ def _low_rank(report: "ExtractReport") -> list[Row]:
 
 
 def _kept(share: float) -> str:
-    """A share for people that does not say 100 % where something is missing."""
+    """Format a share, rounding down near 100 % so that an incomplete one is not shown as 100 %."""
     is_close = 0.9995 <= share < 1 - 1e-6
     return f"{math.floor(1e4 * share) / 100} %" if is_close else percent(share)
 

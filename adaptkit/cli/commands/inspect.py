@@ -67,7 +67,7 @@ def _row(key: str, value: Any) -> Row:
 
 
 def _words(value: Any) -> str:
-    if isinstance(value, dict):  # value -> how often it is there
+    if isinstance(value, dict):  # value -> count
         return ", ".join(f"{item} ({count})" if len(value) > 1 else str(item) for item, count in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))

@@ -64,7 +64,7 @@ def command(
         ("base", "to be compared while merging" if dry_run and report.base_verified else verified),
         *(("note", told) for told in report.told),
     ]
-    if report.relative_delta is not None and report.moved is not None and report.effect is not None:  # no dry run
+    if report.relative_delta is not None and report.moved is not None and report.effect is not None:  # not a dry run
         quantized = options["format"] != "keep"
         least = f"; least in {report.changes[0].name}, {percent(report.changes[0].effect)}" if report.changes else ""
         record = f"{report.undo_bits:.3f} bits per parameter" if options["undo"] and not quantized else "none"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from adaptkit.operations.quantize import QuantizeReport
 
 _OF_CALIBRATION = ("calibration_tokens", "window", "compensate", "init_adapter", "bits_budget")
-"""Options that mean nothing without text."""
+"""Options that need --calibrate."""
 
 
 @click.command()

@@ -64,7 +64,7 @@ def command(
         check_place(page, "--summary" if summary_file else "$GITHUB_STEP_SUMMARY")
     if options["offline"]:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
-    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # there is one of ours
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # adaptkit shows its own
     from adaptkit.pipeline.run import RunOptions, RunReport, run
 
     if output_file:
@@ -103,7 +103,7 @@ def _from_environment() -> Path | None:
 
 @contextmanager
 def _failure_added(recipe: Path, page: Path | None, watch: "_Watch") -> Iterator[None]:
-    """Add a page to a file if the block does not come to its end, whatever the reason."""
+    """Append a summary page to a file if the block fails for any reason."""
     try:
         yield
     except BaseException as error:
@@ -112,7 +112,7 @@ def _failure_added(recipe: Path, page: Path | None, watch: "_Watch") -> Iterator
             ending = f"Stopped: {said}" if said else "Stopped."
             try:
                 _add(page, summary(watch.name or recipe.name, watch.sources, watch.steps, ending))
-            except AdaptkitError as also:  # which must not hide what stopped the run
+            except AdaptkitError as also:  # it must not hide the error that stopped the run
                 watch.note(f"warning: {also.message}")
         raise
 
@@ -129,7 +129,7 @@ def _add(page: Path, text: str) -> None:
 
 
 class _Watch:
-    """Tells on stderr what a run does, and remembers it for the summary."""
+    """Reports a run's progress on stderr, and records it for the summary."""
 
     def __init__(self, hidden: bool, quiet: bool) -> None:
         self._hidden, self._quiet = hidden, quiet
@@ -140,7 +140,7 @@ class _Watch:
 
     @contextmanager
     def listening(self) -> "Iterator[Listener]":
-        """Show a bar for the source that is looked for and the step at work, on a terminal, while the block runs."""
+        """Yield a listener; during the block, a terminal shows a bar for the current source or step."""
         from adaptkit.pipeline.run import Listener
 
         with step_bar(self._hidden) as bar:
@@ -181,7 +181,7 @@ class _Watch:
         self._say(f"{step.name}: {step_text(step)}")
 
     def note(self, text: str) -> None:
-        """A line on stderr; without notes, only if it is a warning."""
+        """Print a line on stderr; if quiet, only warnings."""
         if not self._quiet or text.startswith("warning"):
             self._bar.print(text)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _WithMethods(click.Command):
-    """Its help lists the methods by the first line of each one's file, and imports none: that would take torch."""
+    """A command whose help lists each method with its module's first line, read without importing it (and torch)."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """See ``click.Command``."""

@@ -68,7 +68,7 @@ def command(
     for name in ("base", "data"):
         if document is None and name not in chosen:
             raise UsageError(f"--{name} is missing", hint=f"give --{name}, or a --config FILE with {name}")
-    if {"steps", "epochs"} & set(chosen):  # either takes the place of the file's
+    if {"steps", "epochs"} & set(chosen):  # either replaces both of the file's
         values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
     config = build(TrainConfig, values, Place(document), chosen)
     written = {name: getattr(config, name) for name in ("base", "init") if name in set(values) - set(chosen)}
@@ -137,7 +137,7 @@ def _rows(report: "TrainReport") -> Iterator[Row]:
         yield "kept", f"the adapter after step {report.kept_step}; the last one is in last/"
     if report.skipped:
         yield "skipped", f"{counted(report.skipped, 'step')} with a NaN or infinite loss or gradient"
-    if report.tokens_per_second:  # none of a run whose steps were all taken before it was killed
+    if report.tokens_per_second:  # 0 if all steps were done before this run resumed
         yield "speed", f"{report.tokens_per_second:.0f} tokens/s"
     yield "activations", f"{report.compute_dtype}; {report.checkpointing}"
     measured = report.memory["measured"]

@@ -1,4 +1,4 @@
-"""Pages for a browser, one module a command: a report in, one self-contained HTML document out."""
+"""HTML pages, one module per command: each converts a report to a self-contained document."""
 
 from pathlib import Path
 
@@ -8,14 +8,14 @@ from adaptkit.cli.output import check_place
 
 
 def prepare(path: Path | None, pictures: bool = True) -> None:
-    """Ask before hours of work whether the page about it can be drawn and written.
+    """Check, before a command's work, that its page can be drawn and written afterwards.
 
     Args:
-        path: of the page; None if there will be none.
-        pictures: whether it has some.
+        path: path of the page; None if no page is wanted.
+        pictures: whether the page has figures.
 
     Raises:
-        UsageError: matplotlib is missing, no file can be written there, or there is one that is no page.
+        UsageError: matplotlib is missing, no file can be written there, or there is a file that is not such a page.
     """
     if path is None:
         return

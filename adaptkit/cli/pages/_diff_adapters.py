@@ -1,4 +1,4 @@
-"""The page of two adapters."""
+"""The ``diff`` page of two adapters."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ _OUT, _IN = "outputs", "inputs"
 
 
 def adapters_page(report: "AdapterDiffReport") -> str:
-    """One HTML document, self-contained."""
+    """Return a self-contained HTML document."""
     types = largest_types((m.module, m.difference) for m in report.modules)
     others = [section("Other tensors", tensors(report.tensors, roles=True))] if report.tensors else []
     return page(

@@ -1,4 +1,4 @@
-"""The page of two checkpoints."""
+"""The ``diff`` page of two checkpoints."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -17,7 +17,7 @@ _DIRECTIONS = "16"
 
 
 def checkpoints_page(report: "CheckpointDiffReport") -> str:
-    """One HTML document, self-contained."""
+    """Return a self-contained HTML document."""
     heading = f"All {counted(len(report.tensors), 'tensor')} that differ{'s' if len(report.tensors) == 1 else ''}"
     return page(
         f"{folder_name(report.first)} and {folder_name(report.second)}",

@@ -1,4 +1,4 @@
-"""What pages share: maps, curves by type of module, and tables."""
+"""Parts that several pages use: heat maps, curves by module type, and tables."""
 
 import statistics
 from collections import Counter, defaultdict
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
     from adaptkit.operations._diff.tensors import TensorDifference
 
 TYPES_DRAWN = 12
-"""How many types of modules have pictures of their own, those with the largest differences."""
+"""Maximum number of module types with figures; those with the largest differences are shown."""
 
 Lines = Mapping[str, Mapping[str, Sequence[float]]]
-"""Name of a line -> name of a module -> its numbers."""
+"""Name of a line -> name of a module -> its values."""
 
 
 def maps(
     values: Mapping[str, float], what: str, caption: str, limits: tuple[float, float], *, diverging: bool = False
 ) -> Html:
-    """A heat map for each stack of layers, and a remark on what found no room in them.
+    """Return a heat map for each stack of layers; the caption says how many values are left out.
 
     Args:
-        values: finite, by dotted name.
-        what: they are, with their unit.
-        caption: below.
+        values: dotted name -> finite value.
+        what: name and unit of the values.
+        caption: text below the maps.
         limits: values of the first and the last colour.
-        diverging: values have a sign.
+        diverging: whether values are signed.
     """
     made = grids(values)
     left_out = sum(grid.left_out for grid in made)
@@ -51,15 +51,15 @@ def curves_by_type(
     logarithmic: bool = False,
     levels: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[Html]:
-    """A picture for each type of module: the median over its modules, and everything between the extremes shaded.
+    """Return a figure for each type of module: the median over its modules, with the range shaded.
 
     Args:
-        lines: the numbers of each module, in the order of the horizontal axis, which counts from 1.
-        types: which to draw, in this order; names with ``*`` for numbers.
-        horizontal: name of the axis.
-        vertical: name of the axis, and unit.
-        logarithmic: the vertical axis is; what is not above zero has no point.
-        levels: type -> line -> height of a dotted line.
+        lines: values of each module at the positions 1, 2, ... of the horizontal axis.
+        types: module types to draw, in order; names with ``*`` for numbers.
+        horizontal: name of the horizontal axis.
+        vertical: name and unit of the vertical axis.
+        logarithmic: whether the vertical axis is logarithmic; values that are zero up to rounding are left out.
+        levels: type -> name of a line -> height of a dotted horizontal line.
     """
     made = []
     titles = Counter(map(shortened, types))
@@ -90,10 +90,10 @@ def curves_by_type(
 
 
 def largest_types(sizes: Iterable[tuple[str, float]]) -> list[str]:
-    """The types of the modules with the largest sizes, by name.
+    """Return the ``TYPES_DRAWN`` module types with the largest sizes, sorted by name.
 
     Args:
-        sizes: name of a module, and how large it is.
+        sizes: (name of a module, its size).
     """
     largest: dict[str, float] = defaultdict(float)
     for name, size in sizes:
@@ -102,17 +102,17 @@ def largest_types(sizes: Iterable[tuple[str, float]]) -> list[str]:
 
 
 def shortened(kind: str) -> str:
-    """A type without what its layers are numbered in."""
+    """Return a module type without the prefix up to its first number."""
     return kind.split("*.", 1)[-1]
 
 
 def beside(values: Sequence["ValueDifference"], found: "FilesDifference", uncounted: bool = False) -> list[Html]:
-    """Configuration, tokenizer, chat templates and other files.
+    """Return sections on differences in configuration, chat templates and other files.
 
     Args:
-        values: of the configuration.
-        found: in other files.
-        uncounted: the configuration's differences do not make the two different.
+        values: differences in the configuration.
+        found: differences in other files.
+        uncounted: whether differences in the configuration do not count as a difference of the two.
     """
     made = []
     keys = [*values, *found.values]
@@ -134,7 +134,7 @@ def beside(values: Sequence["ValueDifference"], found: "FilesDifference", uncoun
 
 
 def tensors(found: Sequence["TensorDifference"], roles: bool = False) -> Html:
-    """A table of tensors that differ."""
+    """Return a table of the tensors that differ."""
     rows: list[tuple[str | Number, ...]] = [
         (
             t.name,
@@ -155,44 +155,44 @@ def tensors(found: Sequence["TensorDifference"], roles: bool = False) -> Html:
 
 
 def names(heading: str, first: Sequence[str], second: Sequence[str]) -> list[Html]:
-    """What one of the two has alone."""
+    """Return a section with the names that only one of the two has; none if there are no such names."""
     rows = [*((name, "first") for name in first), *((name, "second") for name in second)]
     return [section(f"{heading} in one only", table(("name", "only in"), rows))] if rows else []
 
 
 def folder_name(path: str) -> str:
-    """The last part of a path, or of a name on the Hub."""
+    """Return the last part of a path or of a name on the Hub."""
     return path.rstrip("/").rpartition("/")[2]
 
 
 def share(value: float | None) -> Number:
-    """A fraction as a cell."""
+    """Return a fraction as a table cell."""
     return Number(value, "" if value is None else percent(value))
 
 
 def number(value: float | None, form: str = ".3g") -> Number:
-    """A number as a cell."""
+    """Return a number as a table cell."""
     return Number(value, "" if value is None else format(value, form))
 
 
 def three_digits(value: float) -> str:
-    """141, 12.0, 0.521, 2e-05: what a cell has room for."""
+    """Format a value to fit a cell: 141, 12.0, 0.521, 2e-05."""
     return f"{value:.0e}" if 0 < abs(value) < 0.01 else f"{value:#.3g}".rstrip(".")
 
 
 def signed(value: float) -> str:
-    """A cosine: +0.52."""
+    """Format a signed value such as a cosine: +0.52."""
     return f"{value:+.2f}" if abs(value) >= 0.005 else "0.00"
 
 
 def _columns(rows: Sequence[Sequence[float]]) -> list[list[float]]:
-    """The first numbers of all rows, then the second ones, and so on; rows may end before others."""
+    """Transpose rows of different lengths: return the first values of all rows, then the second ones, and so on."""
     longest = max(map(len, rows), default=0)
     return [[row[place] for row in rows if place < len(row)] for place in range(longest)]
 
 
 def _above_zero(columns: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Up to where nothing is above rounding, which a logarithm would make a cliff of."""
+    """Drop values that are zero up to rounding, and all columns from the first empty one, for a logarithmic axis."""
     top = max((value for column in columns for value in column), default=0.0)
     kept = [[value for value in column if value > 1e-9 * top] for column in columns]
     return kept[: next((place for place, column in enumerate(kept) if not column), len(kept))]

@@ -1,4 +1,4 @@
-"""The page of ``adaptkit diff --html``: where two adapters or checkpoints differ, how much, in which directions."""
+"""The page of ``adaptkit diff --html``: where, how much and in which directions two adapters or checkpoints differ."""
 
 from typing import TYPE_CHECKING
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def diff_page(report: "AdapterDiffReport | CheckpointDiffReport") -> str:
-    """One HTML document, self-contained.
+    """Return a self-contained HTML document.
 
     Raises:
-        UsageError: matplotlib, which draws the pictures, is not installed.
+        UsageError: matplotlib is not installed.
     """
     from adaptkit.operations.diff import AdapterDiffReport
 

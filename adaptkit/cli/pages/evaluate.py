@@ -1,4 +1,4 @@
-"""The page of ``adaptkit evaluate --html``: models side by side, what they forgot, and what they say."""
+"""The page of ``adaptkit evaluate --html``: measures of all models, forgetting, and answers."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,11 +15,11 @@ _SHOWN_QUESTIONS = 20
 
 
 def evaluate_page(comparison: "Comparison", answers: Sequence["Answer"] = ()) -> str:
-    """One HTML document, self-contained.
+    """Return a self-contained HTML document.
 
     Args:
-        comparison: of one model or several.
-        answers: to the data's questions.
+        comparison: results of one or more models.
+        answers: the models' answers to the data's questions.
     """
     names = {report.label: short_label(report, comparison) for report in comparison.models}
     parts = [facts(_summary(comparison)), section("Models", _models(comparison))]
@@ -58,7 +58,7 @@ def _models(comparison: "Comparison") -> Html:
 
 
 def _answers(answers: Sequence["Answer"], names: dict[str, str]) -> Html:
-    """The first questions, what every model answered, and the references."""
+    """Return the first questions with every model's answer and the references."""
     asked: dict[tuple[str, ...], list[Answer]] = {}
     for answer in answers:
         asked.setdefault(tuple(message["content"] for message in answer.messages), []).append(answer)

@@ -1,4 +1,4 @@
-"""The page of ``adaptkit quantize --html``: where the error is, what each part costs, what was kept and why."""
+"""The page of ``adaptkit quantize --html``: errors, sizes, and which tensors were kept and why."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from adaptkit.operations.quantize import QuantizeReport, TensorReport
 
 _WORST = 10
-_SAME_BITS = 0.05  # constants of a short last block move a tensor's bits by less
+_SAME_BITS = 0.05  # a short last block changes a tensor's bits per weight by less than this
 
 
 def quantize_page(report: "QuantizeReport") -> str:
-    """One HTML document, self-contained.
+    """Return a self-contained HTML document.
 
     Raises:
-        UsageError: matplotlib, which draws the pictures, is not installed.
+        UsageError: matplotlib is not installed.
     """
     quantized = [t for t in report.tensors if t.relative_error is not None]
     calibrated = any(t.weighted_error is not None for t in quantized)
@@ -86,7 +86,7 @@ def _pictures(tensors: Sequence["TensorReport"]) -> list[Html]:
 
 
 def _maps(values: Mapping[str, float], what: str, caption: str) -> Html:
-    """A heat map for each stack of layers, its colours from the least to the greatest value."""
+    """Return a heat map for each stack of layers, with colours from the smallest to the largest value."""
     made = grids(values)
     means = [entry.mean for grid in made for entry in grid.entries.values()]
     if any(len(grid.entries) < len(grid.rows) * len(grid.columns) for grid in made):
@@ -95,14 +95,14 @@ def _maps(values: Mapping[str, float], what: str, caption: str) -> Html:
 
 
 def _bits(tensors: Sequence["TensorReport"]) -> dict[str, float]:
-    """Of the modules that were quantized in at least one layer: a norm's 16 bits are nobody's choice."""
+    """Return bits per weight of modules that are quantized in at least one layer; norms, for example, never are."""
     where = {t.name: place(t.name) for t in tensors}
     kinds = {(where[t.name].stack, where[t.name].module) for t in tensors if t.format}
     return {t.name: t.bits for t in tensors if (where[t.name].stack, where[t.name].module) in kinds}
 
 
 def _worst(quantized: Sequence["TensorReport"], calibrated: bool) -> Html:
-    """The largest errors: weighted, where the inputs were seen."""
+    """Return a table of the largest errors, weighted if the quantization was calibrated."""
 
     def error(tensor: "TensorReport") -> float:
         return (tensor.weighted_error if calibrated else tensor.relative_error) or 0.0
@@ -112,7 +112,7 @@ def _worst(quantized: Sequence["TensorReport"], calibrated: bool) -> Html:
 
 
 def _upgrades(report: "QuantizeReport") -> Html:
-    """What a budget bought, in the order in which it was spent."""
+    """Return a table of the upgrades that a bits budget paid for, in order."""
     rows = [
         (u.module, u.to, Number(u.extra_bytes, f"{u.extra_bytes:,}"), Number(u.gain, f"{u.gain:.3g}"))
         for u in report.upgrades
