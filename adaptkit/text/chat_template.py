@@ -93,7 +93,7 @@ def template_of(tokenizer: Any, tools: Any = None) -> str:
     """Return the template for conversations with or without tools; some tokenizers have one for each.
 
     Raises:
-        DataError: there are several, and neither a default nor one for tools.
+        DataError: there are several, but no default and, with tools, none for tools.
     """
     try:
         return str(tokenizer.get_chat_template(tools=tools))

@@ -107,7 +107,8 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
             raise DataError(f"{where}: has both a column {system} and a system message", hint="remove one of them")
         messages, columns = [_Turn("system", _text(row, system, where)), *messages], {*columns, system}
     check_wanted(row, where, layout, [turn.message for turn in messages])
-    is_older = layout == "messages" and isinstance(row.get("functions"), list) and not row.get("tools")  # OpenAI's
+    # OpenAI's older format.
+    is_older = layout == "messages" and isinstance(row.get("functions"), list) and not row.get("tools")
     offered = {"functions" if is_older else "tools"} & row.keys()
     tools = tuple(tool for name in offered for tool in read_tools(row[name], where, name))
     learned = tuple(number for number, turn in enumerate(messages) if turn.learned)
@@ -172,7 +173,7 @@ class _Forms:
         def written(messages: Sequence[Message], tools: Tools = ()) -> str:
             try:
                 return next(apply_template(tokenizer, [Conversation(messages, False, tools or among)]))
-            except DataError:  # the template refuses the probe; errors of rows are reported for each row
+            except DataError:  # the template refuses the probe; each row reports its own errors
                 return ""
 
         self._written, self._thoughts = written, ThoughtFields(written)
@@ -288,7 +289,7 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     is_answer = _ROLES[role] == "assistant"
     others: dict[str, Any] = {}
     unread = frozenset[str]()
-    if role in (_ONE_CALL, "function_call"):  # ShareGPT's
+    if role in (_ONE_CALL, "function_call"):  # function_call as a role is ShareGPT's
         content, others = "", {CALLS: calls_in(content, f"{where}, its value")}
     elif _ROLES[role] == "tool":
         content, others = read_given(message, where)

@@ -73,7 +73,7 @@ def calls_in(value: Any, where: str) -> list[dict[str, Any]]:
     """Return the calls in a message that holds nothing else, as ShareGPT's ``function_call``.
 
     Raises:
-        DataError: the value is not calls, or their JSON text.
+        DataError: the value is neither calls nor their JSON text.
     """
     found = _parsed(value, where) if isinstance(value, str) else value
     calls = [_call(call, where) for call in (found if isinstance(found, list) else [found])]
@@ -170,7 +170,7 @@ class ToolForm:
     def _is_taken(self, form: tuple[bool, str | None]) -> bool:
         self._as_text, self._nothing = form
         text = self._written([_answer()])
-        return _WORD in text and f"'{_WORD}'" not in text  # quotes of a Python repr: an object that should be text
+        return _WORD in text and f"'{_WORD}'" not in text  # a Python repr: the template wants JSON text
 
     def _loses(self, kind: str) -> bool:
         if kind not in self._answers:
