@@ -17,7 +17,7 @@ import click
 
 from adaptkit import __version__
 from adaptkit.cli import commands
-from adaptkit.cli.output import silence, told_rank
+from adaptkit.cli.output import silence, torchrun_rank
 from adaptkit.discovery import closest, load, names
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
 from adaptkit.heap import keep_few_products, keep_freed_memory, take_large_pages
@@ -26,7 +26,7 @@ from adaptkit.hub.secrets import redact
 INTERRUPTED = 130
 TERMINATED = 143
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_KEEP_NOTHING = {"check", "diff", "evaluate", "inspect", "plan", "verify"}
+_NOT_RESUMABLE = {"check", "diff", "evaluate", "inspect", "plan", "verify"}
 """Commands that cannot resume: they write only their report."""
 
 _UNWINDING_SECONDS = 30.0
@@ -93,16 +93,16 @@ def _stop(number: int, frame: FrameType | None) -> None:
     unwinding may wait. A second signal exits at once.
     """
     for again in _SIGNALS:
-        signal.signal(again, _leave)
+        signal.signal(again, _exit_at_once)
     if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, lambda *_: _leave(number, None))
+        signal.signal(signal.SIGALRM, lambda *_: _exit_at_once(number, None))
         signal.setitimer(signal.ITIMER_REAL, _UNWINDING_SECONDS)
     if _is_importing(frame):
-        _leave(number, frame)
+        _exit_at_once(number, frame)
     raise _Stopped(number)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _exit_at_once(number: int, frame: FrameType | None) -> None:
     """Exit at once with the signal's message and code, even if unwinding or an output stream is blocked."""
     for name in ("stdout", "stderr"):
         setattr(sys, name, _unwaiting(getattr(sys, name)))
@@ -125,7 +125,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 def _say_stopped(number: int) -> int:
     """Print that the command was stopped and how to resume, and return the exit code."""
     code, word = (INTERRUPTED, "interrupted") if number == signal.SIGINT else (TERMINATED, "terminated")
-    goes_on = not _KEEP_NOTHING.intersection(sys.argv[1:2])
+    goes_on = not _NOT_RESUMABLE.intersection(sys.argv[1:2])
     return _fail(code, word, word, "run the same command again to resume" if goes_on else "", True)
 
 
@@ -137,7 +137,7 @@ def program() -> None:
     """
     ended: list[int] = []
     if not atexit._ncallbacks():  # else an earlier callback, such as a coverage tool's, would be skipped
-        atexit.register(_leave_whole, ended)
+        atexit.register(_exit_without_teardown, ended)
     try:
         main()
     except SystemExit as leaving:
@@ -146,7 +146,7 @@ def program() -> None:
         raise
 
 
-def _leave_whole(ended: list[int]) -> None:
+def _exit_without_teardown(ended: list[int]) -> None:
     try:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -223,7 +223,7 @@ def _as_typed(text: str) -> str:
 
 def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -> int:
     message, hint = redact(message), redact(hint)
-    rank = told_rank()
+    rank = torchrun_rank()
     # In train and evaluate, only rank 0 prints the JSON document.
     has_speaker = rank != "0" and sys.argv[1:2] in (["train"], ["evaluate"])
     if "--json" in sys.argv[1:] and not has_speaker:

@@ -84,7 +84,7 @@ def notes(quiet: bool) -> Callable[[str], None]:
     return (lambda text: None) if quiet else (lambda text: print(f"note: {redact(text)}", file=sys.stderr, flush=True))
 
 
-def told_rank() -> str:
+def torchrun_rank() -> str:
     """Return the rank that torchrun gave this process; "0" without torchrun. Rank 0 reports for all processes."""
     return os.environ.get("RANK", "0") if "MASTER_ADDR" in os.environ else "0"
 

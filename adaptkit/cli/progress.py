@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from adaptkit.training.report import StepReport
 
 
-Told = AbstractContextManager[Callable[[int, int], None]]
+ProgressContext = AbstractContextManager[Callable[[int, int], None]]
 
 
-def byte_progress(label: str, hidden: bool = False) -> Told:
+def byte_progress(label: str, hidden: bool = False) -> ProgressContext:
     """Show a bar with bytes, rate and time left, from the first update in the block until all bytes are done.
 
     Args:
@@ -29,7 +29,7 @@ def byte_progress(label: str, hidden: bool = False) -> Told:
     return _bar(label, ("DownloadColumn", "TransferSpeedColumn"), hidden)
 
 
-def count_progress(label: str, hidden: bool = False) -> Told:
+def count_progress(label: str, hidden: bool = False) -> ProgressContext:
     """Show a bar as ``byte_progress`` does, with a count and time left.
 
     Args:

@@ -41,8 +41,8 @@ def data_rows(data: "DataReport") -> Iterator[Row]:
         yield "empty", f"{empty} an empty answer, which the model learns to give (the first: {data.empty_at})"
     if data.twice:
         twice = counted(data.twice, "row", "have")
-        told = f"{twice} an answer with an end token, and the model learns another after it"
-        yield "twice", f"{told} (the first: {data.twice_at})"
+        text = f"{twice} an answer with an end token, and the model learns another after it"
+        yield "twice", f"{text} (the first: {data.twice_at})"
     if data.chat_template is not None:
         yield "template", f"from {data.chat_template}; it is saved with the output"
     if data.without_template:

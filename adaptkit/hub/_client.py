@@ -16,7 +16,7 @@ from huggingface_hub import HfApi, ModelInfo, get_session
 
 import adaptkit
 from adaptkit.errors import NetworkError
-from adaptkit.hub._errors import hub_errors, is_passing, retry_after_s, setting_errors
+from adaptkit.hub._errors import hub_errors, is_temporary, retry_after_s, setting_errors
 
 WAITS_S = (0.5, 1.0, 2.0, 4.0)
 """Seconds between tries."""
@@ -54,7 +54,7 @@ class Hub:
             call: makes the call and nothing else.
         """
         get_session().timeout = SILENCE_S
-        with hub_errors(what), _told(lambda text: self.note(f"{what}: {text}")):
+        with hub_errors(what), _noting_retries(lambda text: self.note(f"{what}: {text}")):
             return call(self.api)
 
     def ask(self, what: str, call: Callable[[HfApi], Answer]) -> Answer:
@@ -73,14 +73,14 @@ class Hub:
         """Wait before a retry; raise the error if a retry cannot help or the wait would be too long."""
         asked_s = retry_after_s(error)
         wait_s = max(wait_s, asked_s)
-        if not is_passing(error) or wait_s > _LONGEST_WAIT_S:
+        if not is_temporary(error) or wait_s > _LONGEST_WAIT_S:
             raise error
         self.note(f"{error.message}; trying again in {wait_s:g} s")
         time.sleep(wait_s)
 
 
 @contextmanager
-def _told(note: Note) -> Iterator[None]:
+def _noting_retries(note: Note) -> Iterator[None]:
     """While the block runs, suppress the warnings that the client logs, and report its retries to ``note``."""
 
     def tell(record: logging.LogRecord) -> bool:

@@ -40,16 +40,16 @@ from adaptkit.errors import DISK_HINTS, AdaptkitError, AuthenticationError, Conf
 from adaptkit.hub.secrets import redact
 
 _InvalidURL = import_module(TransportError.__module__).InvalidURL  # not a subclass of TransportError
-_NONSENSE = (LookupError, TypeError, AttributeError)
+_MALFORMED = (LookupError, TypeError, AttributeError)
 """Exceptions of the client if fields are missing in an answer: it does not validate the JSON."""
-_TRANSLATED = (TransportError, OSError, ValueError, RuntimeError, OIDCError, *_NONSENSE)
+_TRANSLATED = (TransportError, OSError, ValueError, RuntimeError, OIDCError, *_MALFORMED)
 _XET_REFUSAL = re.compile(r"HTTP status client error \((401|403)\b")
 _XET_SYSTEM = re.compile(r"\(os error (\d+)\)")
 """The errno in the message of hf_xet's RuntimeError, which has no field for it."""
 LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that has the permission for this"
 _SETTINGS = "check HF_ENDPOINT, HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE, if they are set"
 _AGAIN = "run the same command again; what is done is not repeated"
-_PASSING = {408, 425, 429}
+_TEMPORARY = {408, 425, 429}
 
 
 @contextmanager
@@ -104,7 +104,7 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
         return _of_disk(what, error.errno, error.filename)
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         return UsageError(f"{what}: {_line(error)}")
-    said = "malformed" if isinstance(error, _NONSENSE) else _line(error)
+    said = "malformed" if isinstance(error, _MALFORMED) else _line(error)
     return NetworkError(f"{what}: no usable answer from the Hub: {said}", hint=_AGAIN)
 
 
@@ -125,12 +125,12 @@ def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:
         return UsageError(said, hint="check the name; a private repository also needs a token that may read it")
     if status in (409, 412):
         return ConflictError(said, hint="check what changed in the repository, then run the same command again")
-    if status in _PASSING or status >= 500:
+    if status in _TEMPORARY or status >= 500:
         return NetworkError(said, hint=_AGAIN)
     return UsageError(said)
 
 
-def is_passing(error: AdaptkitError) -> bool:
+def is_temporary(error: AdaptkitError) -> bool:
     """Return whether a retry may succeed: a network error, unless offline mode is set."""
     return isinstance(error, NetworkError) and not any(
         isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)

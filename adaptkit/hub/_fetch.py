@@ -34,7 +34,7 @@ DOWNLOADS = ".download"
 """Subfolder of the unfinished output for downloads; the client resumes partial files that it finds there."""
 
 
-class Silent(tqdm):
+class HiddenBar(tqdm):
     """The client's progress bar, always disabled; the client would show one on any terminal."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -46,28 +46,28 @@ class _Stop(BaseException):
 
 
 @contextmanager
-def _telling(told: Callable[..., None]) -> Iterator[Callable[..., None]]:
+def _forwarding(progress: Callable[..., None]) -> Iterator[Callable[..., None]]:
     """Wrap a progress callback for use inside the client; an exception that it raises leaves the block unchanged."""
     raised: list[BaseException] = []
 
-    def tell(*counts: int) -> None:
+    def forward(*counts: int) -> None:
         try:
             if not raised:
-                told(*counts)
+                progress(*counts)
         except BaseException as error:
             raised.append(error)
         if raised:
             raise _Stop
 
     try:
-        yield tell
+        yield forward
     finally:
         if raised:  # raised here, since hf_xet ignores _Stop and continues
             raise raised[0] from None
 
 
 def fetch_into_cache(
-    hub: Hub, what: str, repo_id: str, revision: str | None, wanted: list[str], unwanted: list[str], told: Progress
+    hub: Hub, what: str, repo_id: str, revision: str | None, wanted: list[str], unwanted: list[str], progress: Progress
 ) -> Path:
     """Fetch the files of a revision that the shared cache lacks, and compare them with the hashes that name them there.
 
@@ -78,14 +78,14 @@ def fetch_into_cache(
         revision: branch, tag or commit, or None for main.
         wanted: patterns of files to fetch.
         unwanted: patterns of files to leave out; they have precedence over ``wanted``.
-        told: called with (bytes received, total bytes); the total grows while the client starts further files.
+        progress: called with (bytes received, total bytes); the total grows while the client starts further files.
 
     Raises:
         IntegrityError: a file was damaged in transit; it is removed from the cache.
     """
     lock = threading.Lock()
 
-    class Counter(Silent):
+    class Counter(HiddenBar):
         """Reports the one progress bar of the client that counts the bytes of all files."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -96,7 +96,7 @@ def fetch_into_cache(
             if self._is_wanted:
                 with lock:
                     self.n += int(n or 0)
-                    tell(self.n, max(self.n, int(self.total or 0)))
+                    forward(self.n, max(self.n, int(self.total or 0)))
 
     def fetch(api: HfApi) -> str:
         return str(
@@ -105,7 +105,7 @@ def fetch_into_cache(
             )
         )
 
-    with _telling(told) as tell:
+    with _forwarding(progress) as forward:
         folder = Path(hub.ask(what, fetch))
     links = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_symlink()}
     names = filter_repo_objects(links, allow_patterns=wanted, ignore_patterns=unwanted)
@@ -163,7 +163,13 @@ def _remove_cached(path: Path) -> None:
 
 
 def fetch_files(
-    hub: Hub, repo_id: str, commit: str, manifest: Manifest, records: Sequence[FileRecord], out: Output, told: Progress
+    hub: Hub,
+    repo_id: str,
+    commit: str,
+    manifest: Manifest,
+    records: Sequence[FileRecord],
+    out: Output,
+    progress: Progress,
 ) -> None:
     """Fetch files of an artifact; each moves into the output only after its hash and tensors match the manifest.
 
@@ -177,17 +183,17 @@ def fetch_files(
     def arrived(count: int) -> None:
         nonlocal there
         there += count
-        told(min(there, total), total)
+        progress(min(there, total), total)
 
     for record in records:
         there = done
         if not out.finished(record.path):
             tensors = [tensor for tensor in manifest.tensors if tensor.file == record.path]
             download(hub, repo_id, commit, record.path, out.folder / DOWNLOADS, arrived)
-            _move_if_right(f"{repo_id}@{commit}", record, tensors, out.folder)
+            _move_if_valid(f"{repo_id}@{commit}", record, tensors, out.folder)
             out.add(record, tensors)
         done += record.size
-        told(done, total)
+        progress(done, total)
 
 
 def fetch_small(hub: Hub, repo_id: str, commit: str, name: str, remote: RemoteFile) -> bytes:
@@ -222,11 +228,11 @@ def download(
         arrived: called with the number of bytes received since the last call; negative if bytes must be fetched again.
     """
 
-    class Counter(Silent):
+    class Counter(HiddenBar):
         """Reports the bytes of the file."""
 
         def update(self, n: float | None = 1) -> None:
-            tell(int(n or 0))
+            forward(int(n or 0))
 
     def fetch(api: HfApi) -> Path:
         return Path(
@@ -242,11 +248,11 @@ def download(
             )
         )
 
-    with _telling(arrived) as tell:
+    with _forwarding(arrived) as forward:
         return hub.ask(f"{repo_id}@{revision}: {name}" if revision else f"{repo_id}: {name}", fetch)
 
 
-def _move_if_right(source: str, record: FileRecord, tensors: Sequence[TensorRecord], folder: Path) -> None:
+def _move_if_valid(source: str, record: FileRecord, tensors: Sequence[TensorRecord], folder: Path) -> None:
     arrived = resolve_inside(folder / DOWNLOADS, record.path)
     problem = file_problem(folder / DOWNLOADS, record, tensors)
     if problem:

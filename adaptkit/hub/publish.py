@@ -150,10 +150,10 @@ def publish(
     head = repository.head(options.branch, options.private) if repository is not None else None
     tree = list_tree(hub, repo_id, head) if head else {}
     keyless = options.signer is not None and options.signer.private_key is None
-    foretold = {SIGNATURE_NAME} if dry_run and keyless else set()  # keyless signatures are logged publicly
-    artifact = with_signature(hub, repo_id, head, tree, artifact, None if foretold else options.signer)
+    planned = {SIGNATURE_NAME} if dry_run and keyless else set()  # keyless signatures are logged publicly
+    artifact = with_signature(hub, repo_id, head, tree, artifact, None if planned else options.signer)
     added, deleted = differences(tree, artifact.contents)
-    added, deleted = sorted(foretold.union(added)), sorted(set(deleted) - foretold)
+    added, deleted = sorted(planned.union(added)), sorted(set(deleted) - planned)
     report = PublishReport(
         repo_id=repo_id,
         commit=None if added or deleted else head,
@@ -164,7 +164,7 @@ def publish(
         files_deleted=tuple(deleted),
         bytes_sent=sum(content.record.size for content in artifact.contents if content.record.path in added),
         already_there=not added and not deleted,
-        signed=bool(foretold) or any(content.record.path == SIGNATURE_NAME for content in artifact.contents),
+        signed=bool(planned) or any(content.record.path == SIGNATURE_NAME for content in artifact.contents),
         checked=False,
         manifest_sha256=artifact.manifest.sha256,
         url=redact(f"{hub.api.endpoint}/{repo_id}"),
@@ -251,8 +251,8 @@ def _commit(target: Target, repository: Repository, artifact: Artifact, report: 
         landed = send(target, contents, report.files_added, report.files_deleted, message)
         missing, extra = differences(list_tree(target.hub, target.repo_id, landed.commit), contents)
     if missing or extra:
-        told = [f"{path} is not as it was sent" for path in missing] + [f"{path} should not be there" for path in extra]
-        raise IntegrityError(f"{target.repo_id}@{landed.commit}: {'; '.join(told[:5])}", hint="publish it again")
+        bad = [f"{path} is not as it was sent" for path in missing] + [f"{path} should not be there" for path in extra]
+        raise IntegrityError(f"{target.repo_id}@{landed.commit}: {'; '.join(bad[:5])}", hint="publish it again")
     return landed
 
 

@@ -22,7 +22,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import NetworkError, UsageError
 from adaptkit.hub._client import Hub, Note, connect, no_note
-from adaptkit.hub._fetch import Silent, fetch_into_cache
+from adaptkit.hub._fetch import HiddenBar, fetch_into_cache
 from adaptkit.hub._remote import REPO_ID, RemoteFile, check_repo_id, commit_of, is_commit, list_tree
 from adaptkit.hub.secrets import looks_like_a_token
 
@@ -45,7 +45,7 @@ _WANTED = [*_BY_SUFFIX, *(f"{name}*" for name in LICENCES), CARD_NAME, *WEIGHTS_
 # Checkpoints are at the root; consolidated files and subfolders hold copies of the same weights in other formats.
 _UNWANTED = ["consolidated*.safetensors", *(f"{name}*/*" for name in LICENCES)]
 _UNWANTED += [f"*/{pattern}" for pattern in _BY_SUFFIX if pattern != "*.jinja"]
-_SILENT = "the Hub stopped answering, and huggingface_hub fell back to an older or incomplete copy"
+_STALE_CACHE = "the Hub stopped answering, and huggingface_hub fell back to an older or incomplete copy"
 
 
 def resolve_source(source: AnyPath, progress: Progress = no_progress, note: Note = no_note) -> Path:
@@ -73,7 +73,7 @@ def resolve_source(source: AnyPath, progress: Progress = no_progress, note: Note
     if named is None:
         hint = "pass a local folder, or org/name[@revision] on the Hub"
         raise UsageError(f"{text or repr(text)}: does not exist", hint=hint)
-    with _or_here(named[1], named[2]):
+    with _local_copy_hint(named[1], named[2]):
         return _fetch_repository(connect(note), _absent(text), named[1], named[2], progress)
 
 
@@ -105,7 +105,7 @@ def _fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, p
         # The folder's name is its commit.
         fetch_into_cache(hub, what, repo_id, folder.name, listed, [], progress)
     if commit not in (None, folder.name) or _missing_files(folder, tree):
-        raise NetworkError(f"{what}: {_SILENT}", hint="run the same command again")
+        raise NetworkError(f"{what}: {_STALE_CACHE}", hint="run the same command again")
     if commit is None:
         tell_of_parts(repo_id, folder, hub.note)
     return folder
@@ -157,14 +157,14 @@ def resolve_config(text: str, note: Note = no_note) -> Path:
     if os.path.exists(text) or named is None:
         return resolve_source(text)
     hub, what = connect(note), _absent(text)
-    with _or_here(named[1], named[2]):
+    with _local_copy_hint(named[1], named[2]):
         commit = _asked_commit(hub, what, named[1], named[2])
         config = hub.ask(
-            what, lambda api: api.hf_hub_download(named[1], "config.json", revision=named[2], tqdm_class=Silent)
+            what, lambda api: api.hf_hub_download(named[1], "config.json", revision=named[2], tqdm_class=HiddenBar)
         )
         folder = Path(config).parent
         if commit not in (None, folder.name):
-            raise NetworkError(f"{what}: {_SILENT}", hint="run the same command again")
+            raise NetworkError(f"{what}: {_STALE_CACHE}", hint="run the same command again")
     return folder
 
 
@@ -182,7 +182,7 @@ def _absent(text: str) -> str:
 
 
 @contextmanager
-def _or_here(repo_id: str, revision: str | None) -> Iterator[None]:
+def _local_copy_hint(repo_id: str, revision: str | None) -> Iterator[None]:
     """Extend the hint of a NetworkError: a local folder may have been meant, or a cached copy may suffice."""
     try:
         yield

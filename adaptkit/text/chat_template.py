@@ -14,7 +14,7 @@ HINT = "use another chat template (train: --chat-template FILE)"
 ADD_ONE = "give the model a chat template (train: --chat-template FILE)"
 _GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 """Tags that transformers adds to Jinja, around answers."""
-_OURS = {
+_PREDEFINED = {
     "messages", "add_generation_prompt", "continue_final_message", "tools", "documents", "bos_token", "eos_token",
     "pad_token", "unk_token", "sep_token", "cls_token", "mask_token", "additional_special_tokens", "raise_exception",
     "strftime_now", "range", "namespace", "dict", "lipsum", "cycler", "joiner",
@@ -104,7 +104,7 @@ def template_of(tokenizer: Any, tools: Any = None) -> str:
 def _asked_by(tokenizer: Any) -> set[str]:
     """Return the variables that the templates for conversations with and without tools use."""
     used = {template_of(tokenizer, tools) for tools in (None, ())}
-    return {name for text in used for name in _variables_in(text, "invalid chat template")} - _OURS
+    return {name for text in used for name in _variables_in(text, "invalid chat template")} - _PREDEFINED
 
 
 def _variables_in(template: str, problem: str) -> set[str]:

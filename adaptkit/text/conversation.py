@@ -34,7 +34,7 @@ from adaptkit.text.thoughts import FIELD, NAMES, Message, ThoughtFields, read_th
 from adaptkit.text.tool_calls import (
     CALLS,
     OTHER_TOOLS,
-    WHOLE,
+    SURROGATE_HINT,
     ToolForm,
     Tools,
     calls_in,
@@ -240,11 +240,11 @@ def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn]
     answer = _text(row, answers[0], where)
     apart = {name: row[name] for name in NAMES if is_text(row.get(name))}  # not flags or scores
     said = _Turn("assistant", answer, True, {FIELD: read_thoughts(apart, answer, where)})
-    earlier = _earlier(row.get("history", []), where)
+    earlier = _history_turns(row.get("history", []), where)
     return [*earlier, _Turn("user", question), said], columns | apart.keys() | ({"history"} & row.keys())
 
 
-def _earlier(history: Any, where: str) -> list[_Turn]:
+def _history_turns(history: Any, where: str) -> list[_Turn]:
     """Return the turns of a LLaMA-Factory ``history``; as there, its answers are learned too."""
     pairs = [] if history in ("", "[]") else history  # also from a CSV cell
     if not isinstance(pairs, list) or not all(
@@ -308,12 +308,12 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     ignored = frozenset(str(key) for key, value in message.items() if key not in known and value is not None)
     thoughts = read_thoughts(message, str(content), where) if is_answer else ""
     if not is_text(thoughts):
-        raise DataError(f"{where}: reasoning: expected text, found {found_in(thoughts)}", hint=WHOLE)
+        raise DataError(f"{where}: reasoning: expected text, found {found_in(thoughts)}", hint=SURROGATE_HINT)
     return _Turn(_ROLES[role], str(content), is_learned, {FIELD: thoughts} | others, ignored | unread)
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     if not is_text(row[name]):
-        hint = WHOLE if isinstance(row[name], str) else f"write {name} as a string"
+        hint = SURROGATE_HINT if isinstance(row[name], str) else f"write {name} as a string"
         raise DataError(f"{where}: {name}: expected text, found {found_in(row[name])}", hint=hint)
     return str(row[name])

@@ -12,7 +12,7 @@ _MARKS = {"weight": 0, "loss": 0, "loss_scale": 0, "train": 0, "training": 0, "m
 ``weight`` is OpenAI's, ``loss`` and ``loss_scale`` are ms-swift's, ``train`` and ``training`` axolotl's, ``masked``
 torchtune's.
 """
-_UNCLEAR = "mask"
+_AMBIGUOUS = "mask"
 """Ambiguous: true excludes a message from the loss in some data and includes it in others, as a loss mask does."""
 _SPANS = "train_detail"
 """Axolotl's: spans of characters to learn."""
@@ -21,7 +21,7 @@ _PREFERENCE = ("chosen", "rejected")
 _UNWANTED = ("label", "kto_tag", "desirable")
 """Boolean columns of TRL, LLaMA-Factory and others; texts and numbers under these names are other class labels."""
 _VARIABLES = "chat_template_kwargs"
-_PLACED = [(f"<{kind}>", column) for kind in ("image", "video", "audio") for column in (kind, f"{kind}s")]
+_PLACEHOLDERS = [(f"<{kind}>", column) for kind in ("image", "video", "audio") for column in (kind, f"{kind}s")]
 """Placeholders that LLaVA, LLaMA-Factory and ms-swift put into a text, each with the column of what they stand for."""
 
 
@@ -53,7 +53,7 @@ def check_wanted(row: Mapping[str, Any], where: str, layout: str, messages: Sequ
             f"{where}: {_VARIABLES} cannot be set for a single row",
             hint="remove the column; --chat-template-kwargs NAME=VALUE of train and evaluate sets them for all rows",
         )
-    for mark, column in _PLACED:
+    for mark, column in _PLACEHOLDERS:
         if row.get(column) and any(mark in message["content"] for message in messages):
             raise DataError(
                 f"{where}: has {mark} in its text, but {column} is not read: only text is supported",
@@ -83,9 +83,9 @@ def is_marked_out(message: Mapping[str, Any], where: str) -> bool:
                 hint=f"use {out} or {str(bool(out)).lower()} to exclude an answer from the loss, "
                 f"{1 - out} or {str(not out).lower()} to include it",
             )
-    if message.get(_UNCLEAR) in (0, 1):
+    if message.get(_AMBIGUOUS) in (0, 1):
         raise DataError(
-            f"{where}: has {_UNCLEAR}, which excludes an answer from the loss in some data and includes it in others",
+            f"{where}: has {_AMBIGUOUS}, which excludes an answer from the loss in some data and includes it in others",
             hint='remove it; "train": false excludes an answer',
         )
     out_of_it = {value == _MARKS[name] for name, value in given.items()}

@@ -49,9 +49,9 @@ _IDLE_SECONDS = 10
 _MEMORY = 1 << 28
 _SIZE = Path("/proc/self/statm")
 _LONGEST_MESSAGE = 1000
-_LONGEST_FRAME, _LONGEST_GROWTH = 1 << 20, 8
+_MAX_ADDED_CHARACTERS, _MAX_GROWTH = 1 << 20, 8
 """Limit on a rendered text: this many characters plus this factor times the conversation; JSON escapes take up to 6."""
-_PORTION = 1 << 20
+_REQUEST_CHARACTERS = 1 << 20
 """Characters of conversations in one request to the process."""
 _TOO_MUCH, _NO_MEMORY = "takes too much memory", 12
 """The message, and the exit code of the process if it runs out of memory before it can report an error."""
@@ -79,8 +79,8 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
         for conversation in conversations:
             yield _render(tokenizer, conversation)
         return
-    for some in _portions(conversations):
-        for answer in _ask(tokenizer, some):
+    for some in _requests(conversations):
+        for answer in _render_in_process(tokenizer, some):
             if "error" in answer:
                 raise DataError(answer["error"], answer["hint"])
             yield answer["text"]
@@ -99,18 +99,18 @@ def asks_for_the_date(tokenizer: Any) -> bool:
     return "strftime_now" in str(tokenizer.chat_template)
 
 
-def _of_a_day(template: str) -> str:
+def _with_fixed_date(template: str) -> str:
     """Return a chat template with ``strftime_now`` defined as a macro that formats ``DAY``.
 
     It is a macro because callers cannot pass functions through transformers. The template still begins on a line of its
     own; transformers trims the line break after a block.
     """
     words = "".join(f"|replace('%{letter}','{DAY.strftime('%' + letter)}')" for letter in _DIRECTIVES)
-    told = f"format|replace('%%','\\0'){words}|replace('\\0','%')"
-    return f"{{% macro strftime_now(format) %}}{{{{ {told} }}}}{{% endmacro %}}\n{template}"
+    formatted = f"format|replace('%%','\\0'){words}|replace('\\0','%')"
+    return f"{{% macro strftime_now(format) %}}{{{{ {formatted} }}}}{{% endmacro %}}\n{template}"
 
 
-def _ask(tokenizer: Any, conversations: Sequence[Conversation]) -> list[dict[str, str]]:
+def _render_in_process(tokenizer: Any, conversations: Sequence[Conversation]) -> list[dict[str, str]]:
     """Return all answers to a request; one left unread would be taken for an answer to the next request."""
     try:
         answers = None
@@ -122,12 +122,12 @@ def _ask(tokenizer: Any, conversations: Sequence[Conversation]) -> list[dict[str
     return answers
 
 
-def _portions(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conversation]]:
+def _requests(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conversation]]:
     """Split conversations into requests of a few megabytes each, or of a single larger conversation."""
     begin, size = 0, 0
     for number, conversation in enumerate(conversations):
         said = _length(conversation)
-        if number > begin and size + said > _PORTION:
+        if number > begin and size + said > _REQUEST_CHARACTERS:
             yield conversations[begin:number]
             begin, size = number, 0
         size += said
@@ -140,13 +140,13 @@ class _Process:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._template = tokenizer, tokenizer.chat_template
-        self._asker = os.getpid()
+        self._owner = os.getpid()
         self._process, self._connection = start_child(_serve, tokenizer)
 
     def is_of(self, tokenizer: Any) -> bool:
         """Return whether it is alive, was started by this process, and renders with this tokenizer and template."""
         same = self._tokenizer is tokenizer and self._template == tokenizer.chat_template
-        return same and self._asker == os.getpid() and self._process.is_alive()
+        return same and self._owner == os.getpid() and self._process.is_alive()
 
     def ask(self, conversations: Sequence[Conversation]) -> list[dict[str, str]] | None:
         """Return a text per conversation, up to the first error; None if the process had exited because it was idle."""
@@ -169,7 +169,7 @@ class _Process:
 
     def end(self) -> None:
         """Kill the process and close the connection; a copy inherited through a fork only closes its connection."""
-        if self._asker == os.getpid():
+        if self._owner == os.getpid():
             self._process.kill()
             self._process.join()
         self._connection.close()
@@ -240,7 +240,7 @@ def _render(tokenizer: Any, conversation: Conversation) -> str:
 
     try:
         tools = list(conversation.tools) or None
-        template = _of_a_day(template_of(tokenizer, tools)) if asks_for_the_date(tokenizer) else None
+        template = _with_fixed_date(template_of(tokenizer, tools)) if asks_for_the_date(tokenizer) else None
         text = str(
             tokenizer.apply_chat_template(
                 list(conversation.messages),
@@ -257,6 +257,6 @@ def _render(tokenizer: Any, conversation: Conversation) -> str:
     except MemoryError as error:
         raise DataError(f"the chat template {_TOO_MUCH}", hint=HINT) from error
     said = _length(conversation)
-    if len(text) > _LONGEST_FRAME + _LONGEST_GROWTH * said:
+    if len(text) > _MAX_ADDED_CHARACTERS + _MAX_GROWTH * said:
         raise DataError(f"the chat template turns {said:,} characters into {len(text):,}", hint=HINT)
     return text

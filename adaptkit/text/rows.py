@@ -34,8 +34,8 @@ Row = Mapping[str, Any]
 Located = tuple[str, Row]
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_PACKED = ".gz"
-_BROKEN = (OSError, EOFError, zlib.error)
+_GZIP_SUFFIX = ".gz"
+_READ_ERRORS = (OSError, EOFError, zlib.error)
 """Exceptions raised by reading a file, compressed or not."""
 _HUB = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/(?P<config>[\w.-]+))?"
@@ -82,12 +82,12 @@ def holds_rows(file: Path | str) -> bool:
 def _kind(file: Path | str) -> str | None:
     """Return the suffix of a data file's name, without a final ``.gz``; None if it is not a data file."""
     inner, packed = os.path.splitext(str(file).lower())
-    kind = os.path.splitext(inner)[1] if packed == _PACKED else packed
-    return kind if kind in _SUFFIXES and (packed, kind) != (_PACKED, ".parquet") else None
+    kind = os.path.splitext(inner)[1] if packed == _GZIP_SUFFIX else packed
+    return kind if kind in _SUFFIXES and (packed, kind) != (_GZIP_SUFFIX, ".parquet") else None
 
 
 def _opened(file: Path) -> io.BufferedIOBase:
-    return gzip.open(file) if file.suffix.lower() == _PACKED else file.open("rb")
+    return gzip.open(file) if file.suffix.lower() == _GZIP_SUFFIX else file.open("rb")
 
 
 def is_on_hub(source: Path | str) -> bool:
@@ -128,7 +128,7 @@ def read_pieces(file: Path, size: int) -> Iterator[tuple[str, bool]]:
                 text = decoder.decode(raw, is_last).removeprefix(mark)
                 yield text, is_last
                 mark, line, size = "", line + text.count("\n"), 2 * size
-    except _BROKEN as error:
+    except _READ_ERRORS as error:
         raise _unreadable(file, error) from error
     except UnicodeDecodeError as error:
         raise _not_utf8(file, line + error.object[: error.start].count(b"\n"), error) from error
@@ -153,7 +153,7 @@ def _text_lines(file: Path) -> Iterator[str]:
         with _opened(file) as lines:
             for number, line in enumerate(lines, 1):
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except _BROKEN as error:
+    except _READ_ERRORS as error:
         raise _unreadable(file, error) from error
     except UnicodeDecodeError as error:
         raise _not_utf8(file, number, error) from error

@@ -23,9 +23,9 @@ Tools = tuple[Mapping[str, Any], ...]
 """Tools of a row, each {"type": "function", "function": {"name", ...}}."""
 
 CALLS = "tool_calls"
-WHOLE = "write characters beyond U+FFFF whole, or as surrogate pairs"
+SURROGATE_HINT = "write characters beyond U+FFFF whole, or as surrogate pairs"
 """Hint for errors about surrogates."""
-_GIVEN = ("name", "tool_call_id")
+_RESULT_FIELDS = ("name", "tool_call_id")
 """Fields of a tool's message besides its content."""
 _DEEPEST = 64
 _HALF = re.compile("[\ud800-\udfff]")
@@ -90,7 +90,7 @@ def read_given(message: Mapping[str, Any], where: str) -> tuple[Any, dict[str, s
     """
     content = message.get("content", message.get("value"))
     content = joined(content, where)[0] if are_of_text(content) else content
-    others = {name: message[name] for name in _GIVEN if isinstance(message.get(name), str)}
+    others = {name: message[name] for name in _RESULT_FIELDS if isinstance(message.get(name), str)}
     _check([content, others], where)
     return (_json(content) if isinstance(content, dict | list) else content), others
 
@@ -221,10 +221,10 @@ _NUMBERS, _TRUTHS, _NOTHING = (
     "tool arguments that are null",
 )
 _KINDS = {str: "", int: _NUMBERS, float: _NUMBERS, bool: _TRUTHS, type(None): _NOTHING}
-_GIVEN_BACK = {"role": "tool", "content": "murmur", "name": "probe0", "tool_call_id": "call00000"}
+_TOOL_RESULT = {"role": "tool", "content": "murmur", "name": "probe0", "tool_call_id": "call00000"}
 _PROBES: dict[str, tuple[list[dict[str, Any]], Tools, tuple[str, ...]]] = {
     _TOOLS: ([], ({"type": "function", "function": _TOOL},), ("probe0",)),
-    _RESULTS: ([_answer(), _GIVEN_BACK], (), ("murmur",)),
+    _RESULTS: ([_answer(), _TOOL_RESULT], (), ("murmur",)),
     _ALONE: ([_answer()], (), ("probe0", _WORD)),
     _SEVERAL: ([_answer(count=2)], (), ("probe0", "probe1", f"{_WORD}ed")),
     _BESIDE: ([_answer("murmur")], (), (_WORD, "murmur")),
@@ -293,7 +293,7 @@ def _check(value: Any, what: str, depth: int = 0) -> None:
             _check(inner, what, depth + 1)
     elif isinstance(value, str):
         if not is_text(value):
-            raise DataError(f"{what}: expected text, found {found_in(value)}", hint=WHOLE)
+            raise DataError(f"{what}: expected text, found {found_in(value)}", hint=SURROGATE_HINT)
     elif type(value) not in _KINDS or (isinstance(value, float) and not math.isfinite(value)):
         raise DataError(f"{what}: {value!r} is not a JSON value", hint="write it as a string")
 

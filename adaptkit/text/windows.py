@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Configuration keys for the maximum sequence length."""
 _BYTES_PER_TOKEN, _LEAST_BYTES = 16, 4096
-_BEHIND = 16
+_EXTRA_TOKENS = 16
 """Number of tokens beyond the wanted ones that must also agree with the tokens of a longer prefix."""
 
 
@@ -172,17 +172,17 @@ def _texts(files: Sequence[Path], tokenizer: Any, limit: int | None) -> Iterator
         elif limit is None:
             yield _tokens(tokenizer, read_text(file), True), False
         else:
-            yield _beginning_of(tokenizer, file, limit), False
+            yield _prefix_tokens(tokenizer, file, limit), False
 
 
-def _beginning_of(tokenizer: Any, file: Path, limit: int) -> list[int]:
+def _prefix_tokens(tokenizer: Any, file: Path, limit: int) -> list[int]:
     """Return the first tokens of a text, at least ``limit`` if it has them, as if it were tokenized whole.
 
     The tokens of a prefix may differ from the whole text's near the cut, rarely by more than a word. So prefixes are
-    cut before white space, and accepted if the first ``limit + _BEHIND`` tokens equal those of the previous, shorter
-    prefix.
+    cut before white space, and accepted if the first ``limit + _EXTRA_TOKENS`` tokens equal those of the previous,
+    shorter prefix.
     """
-    text, compared = "", limit + _BEHIND
+    text, compared = "", limit + _EXTRA_TOKENS
     known: list[int] = []
     for piece, is_whole in read_pieces(file, max(_LEAST_BYTES, _BYTES_PER_TOKEN * limit)):
         text += piece

@@ -86,7 +86,7 @@ def test_one_process_renders_many_conversations(tokenizer):
 
 @pytest.mark.parametrize("portion", [1, 40, 1 << 20])
 def test_conversations_are_rendered_in_order_up_to_the_first_that_is_refused(tokenizer, monkeypatch, portion):
-    monkeypatch.setattr(rendering, "_PORTION", portion)
+    monkeypatch.setattr(rendering, "_REQUEST_CHARACTERS", portion)
     asked = [
         rendering.Conversation([{"role": "user", "content": str(number)}], number % 2 == 0) for number in range(500)
     ]

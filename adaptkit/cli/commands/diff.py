@@ -64,14 +64,14 @@ def _adapters(report: "AdapterDiffReport") -> list[Row]:
         ("adapters", "the same" if report.same else "different"),
         ("modules", f"{counts[0]:,} of rank {ranks[0]} and {counts[1]:,} of rank {ranks[1]}"),
         *adapter_rows(report.total),
-        *_lonely("module", report.only_in_first, report.only_in_second),
+        *_only_in("module", report.only_in_first, report.only_in_second),
     ]
     others = report.tensors_equal + len(report.tensors)
-    lonely = len(report.tensors_only_in_first), len(report.tensors_only_in_second)
-    if others or any(lonely):
-        told = f"{report.tensors_equal:,} equal, {len(report.tensors):,} differ, {sum(lonely):,} only in one"
+    in_one = len(report.tensors_only_in_first), len(report.tensors_only_in_second)
+    if others or any(in_one):
+        text = f"{report.tensors_equal:,} equal, {len(report.tensors):,} differ, {sum(in_one):,} only in one"
         roles = Counter(t.role for t in report.tensors)
-        rows.append(("other tensors", told + "".join(f"\n{count:,} × {role}" for role, count in sorted(roles.items()))))
+        rows.append(("other tensors", text + "".join(f"\n{count:,} × {role}" for role, count in sorted(roles.items()))))
     rows += [*_values("configuration", report.config), *_beside(report.beside)]
     rows += [("remark", remark) for remark in report.remarks]
     if not report.same:
@@ -82,7 +82,7 @@ def _adapters(report: "AdapterDiffReport") -> list[Row]:
 
 def _checkpoints(report: "CheckpointDiffReport") -> list[Row]:
     rows = [("checkpoints", "the same" if report.same else "different"), *checkpoint_rows(report)]
-    rows += _lonely("tensor", report.only_in_first, report.only_in_second)
+    rows += _only_in("tensor", report.only_in_first, report.only_in_second)
     rows += [*_values("config.json", report.config), *_beside(report.beside)]
     rows += [("remark", remark) for remark in report.remarks]
     return rows + [(t.name, _tensor(t)) for t in report.tensors[:SHOWN]] + _more(report.tensors)
@@ -99,18 +99,18 @@ def _module(module: "ModuleDifference") -> str:
 
 
 def _tensor(tensor: "TensorDifference") -> str:
-    told = []
+    parts = []
     if tensor.shapes[0] != tensor.shapes[1]:
-        told.append(f"{_shape(tensor.shapes[0])} and {_shape(tensor.shapes[1])}")
+        parts.append(f"{_shape(tensor.shapes[0])} and {_shape(tensor.shapes[1])}")
     if tensor.dtypes[0] != tensor.dtypes[1]:
-        told.append(f"{tensor.dtypes[0]} and {tensor.dtypes[1]}")
+        parts.append(f"{tensor.dtypes[0]} and {tensor.dtypes[1]}")
     if tensor.relative is not None:
-        told.append(f"difference {percent(tensor.relative)}")
+        parts.append(f"difference {percent(tensor.relative)}")
     if tensor.compared:
-        told.append(f"{percent(tensor.changed / tensor.compared)} of the elements")
+        parts.append(f"{percent(tensor.changed / tensor.compared)} of the elements")
     if tensor.change is not None:
-        told.append(f"{percent(tensor.change.energy['16'])} of it in 16 directions")
-    return ", ".join([*told, *([tensor.remark] if tensor.remark else [])])
+        parts.append(f"{percent(tensor.change.energy['16'])} of it in 16 directions")
+    return ", ".join([*parts, *([tensor.remark] if tensor.remark else [])])
 
 
 def _beside(beside: "FilesDifference") -> list[Row]:
@@ -142,7 +142,7 @@ def _short(value: str | None) -> str:
     return value if len(value) <= _LONGEST_VALUE else f"{value[: _LONGEST_VALUE - 2]} …"
 
 
-def _lonely(kind: str, first: Sequence[str], second: Sequence[str]) -> list[Row]:
+def _only_in(kind: str, first: Sequence[str], second: Sequence[str]) -> list[Row]:
     rows = []
     for side, names in (("first", first), ("second", second)):
         if names:

@@ -11,7 +11,17 @@ import click
 
 from adaptkit.cli.measured import CUT, NONE, answer_to, columns, forgetting, remarks, short_label
 from adaptkit.cli.options import ArtifactPath, NamedValue, by_name, html_option, report_options
-from adaptkit.cli.output import Row, check_place, counted, in_turn, percent, show, show_table, told_rank, write_whole
+from adaptkit.cli.output import (
+    Row,
+    check_place,
+    counted,
+    in_turn,
+    percent,
+    show,
+    show_table,
+    torchrun_rank,
+    write_whole,
+)
 from adaptkit.cli.progress import count_progress
 from adaptkit.text.conversation import LAYOUTS
 from adaptkit.torch_compiler import leave_compiler_out
@@ -93,7 +103,7 @@ def command(
     from adaptkit.training.evaluation.report import EvaluateOptions
 
     chosen = EvaluateOptions(**options)
-    if told_rank() != "0":  # every process of torchrun measures everything; rank 0 reports
+    if torchrun_rank() != "0":  # every process of torchrun measures everything; rank 0 reports
         as_json, quiet, samples_file, html = False, True, None, None
     if samples_file is not None:
         _check_samples_file(samples_file, chosen.generate, html)
@@ -179,14 +189,14 @@ def _text_rows(text: "TextReport") -> list[Row]:
 def _score_rows(generated: "GenerationReport") -> list[Row]:
     scores = generated.scores
     count = f"{counted(generated.questions, 'question')} with {counted(generated.references, 'reference answer')}"
-    told = [
+    parts = [
         count,
         *([f"{generated.too_long:,} left out: longer than the context"] if generated.too_long else []),
         *([f"{counted(generated.unfinished, 'answer')} cut at --max-new-tokens"] if generated.unfinished else []),
         *([counted(generated.empty, "empty answer")] if generated.empty else []),
     ]
     return [
-        ("answered", "; ".join(told)),
+        ("answered", "; ".join(parts)),
         ("BLEU", f"{scores.bleu:.2f}"),
         ("NIST", NONE["NIST"] if scores.nist is None else f"{scores.nist:.3f}"),
         ("METEOR", f"{scores.meteor:.4f} ({scores.meteor_variant})"),

@@ -62,7 +62,7 @@ def command(
         ("would write" if dry_run else "wrote", report.output),
         ("merged", f"{report.merged} of {counted(report.tensors, 'tensor')}"),
         ("base", "to be compared while merging" if dry_run and report.base_verified else verified),
-        *(("note", told) for told in report.told),
+        *(("note", text) for text in report.told),
     ]
     if report.relative_delta is not None and report.moved is not None and report.effect is not None:  # not a dry run
         quantized = options["format"] != "keep"

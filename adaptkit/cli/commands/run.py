@@ -148,10 +148,10 @@ class _Watch:
             yield Listener(
                 begun=self._begun,
                 sought=self._sought,
-                source_progress=self._tell,
+                source_progress=self._progressed,
                 found=self._found,
                 started=self._started,
-                progress=self._tell,
+                progress=self._progressed,
                 note=self.note,
                 ended=self._ended,
             )
@@ -172,7 +172,7 @@ class _Watch:
         if not self._bar.start(label):
             self._say(f"{label}: running")
 
-    def _tell(self, done: int, total: int) -> None:
+    def _progressed(self, done: int, total: int) -> None:
         self._bar.update(done, total)
 
     def _ended(self, step: "StepReport") -> None:

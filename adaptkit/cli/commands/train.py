@@ -18,7 +18,7 @@ from adaptkit.cli.options import (
     output_options,
     settings_options,
 )
-from adaptkit.cli.output import Row, counted, say, show, size, told_rank
+from adaptkit.cli.output import Row, counted, say, show, size, torchrun_rank
 from adaptkit.cli.progress import training_progress
 from adaptkit.cli.training_view import batch_lines, cut_rows, data_rows, has_colour
 from adaptkit.errors import UsageError
@@ -73,7 +73,7 @@ def command(
     config = build(TrainConfig, values, Place(document), chosen)
     written = {name: getattr(config, name) for name in ("base", "init") if name in set(values) - set(chosen)}
     config = replace(config, **{name: str(fetched(path, as_json or quiet)) for name, path in written.items()})
-    is_first = told_rank() == "0"
+    is_first = torchrun_rank() == "0"
     if not is_first:
         as_json, quiet = False, True
     leave_compiler_out()
