@@ -107,7 +107,7 @@ class Output:
             self._resume()
         except BaseException as error:
             own = self.folder / self._journal
-            if self.part is not None and len(self._locks) > 1 and own.stat().st_size == 0:
+            if self.part is not None and len(self._locks) > 1 and own.is_file() and own.stat().st_size == 0:
                 own.unlink()
             if is_new and not isinstance(error, ConflictError):
                 with contextlib.suppress(OSError):  # not empty any more

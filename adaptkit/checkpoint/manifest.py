@@ -187,8 +187,7 @@ class Manifest:
             for name, record in parts.items():
                 document[name] = tuple(typed(record(**entry)) for entry in document[name])
             manifest = cls(**document)
-            if not isinstance(manifest.operation.get("options", {}), dict):
-                raise TypeError("operation.options is not an object")
+            _check_head(manifest)
             canonical = root == manifest.tensors_root and manifest.to_bytes() == text
         except (CheckpointError, TypeError, KeyError, ValueError, AttributeError, RecursionError) as error:
             detail = reason(error).removeprefix(f"{MANIFEST_NAME}: ")
@@ -293,6 +292,26 @@ def typed(record: Any) -> Any:
         if not fits:
             raise TypeError(f"{name} is {value!r}")
     return record
+
+
+def _check_head(manifest: Manifest) -> None:
+    """Check the types of what is not in a record.
+
+    Raises:
+        TypeError: names the field.
+    """
+    for name in ("operation", "tool"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise TypeError(f"{name} is not an object")
+    texts = {"kind": manifest.kind, "operation.name": manifest.operation["name"]}
+    texts |= {f"tool.{name}": manifest.tool[name] for name in ("name", "version")}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{name} is {value!r}")
+    if not isinstance(manifest.operation.get("options", {}), dict):
+        raise TypeError("operation.options is not an object")
+    if manifest.schema is True:
+        raise TypeError("schema is True")
 
 
 @cache

@@ -293,6 +293,9 @@ def _check_counts(checkpoint: Checkpoint | Description, value: Any, key: str = "
     if isinstance(value, dict):
         for name, item in value.items():
             _check_counts(checkpoint, item, name)
+    elif isinstance(value, list):
+        for item in value:
+            _check_counts(checkpoint, item, key)
     elif isinstance(value, int):
         most = math.inf
         if _LAYERS.search(key):

@@ -93,7 +93,7 @@ def extract(
         running = running_model(plan.base)
         saved = whole_tensors(plan, findings, running)
         findings = [saved.seen(finding) for finding in findings]
-        placeholder = None if any(f.term for f in findings) else placeholder_part(plan, saved)
+        placeholder = None if any(f.term for f in findings) else placeholder_part(plan, saved, running)
         tokenizer = _write(out, plan, findings, running, saved, placeholder)
         manifest = _manifest(out, plan, findings, saved, recorded)
         out.publish(manifest)

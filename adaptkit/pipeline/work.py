@@ -9,6 +9,7 @@
 Everything in it can be made again, so it may be deleted at any time.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -22,7 +23,7 @@ from adaptkit.checkpoint.integrity import check_artifact, check_names
 from adaptkit.checkpoint.layout import resolve_inside, write_json
 from adaptkit.checkpoint.manifest import Manifest, require_manifest
 from adaptkit.checkpoint.writer import disk_errors, make_folder, replace_file
-from adaptkit.errors import ConflictError, IntegrityError
+from adaptkit.errors import ConflictError, IntegrityError, UsageError
 from adaptkit.pipeline.recipe import Step
 from adaptkit.pipeline.steps._kind import Facts
 
@@ -67,6 +68,7 @@ class WorkFolder:
 
         Raises:
             ConflictError: another run holds the lock.
+            UsageError: the file system does not support locks.
         """
         with disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
@@ -74,10 +76,16 @@ class WorkFolder:
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise ConflictError(
-                    f"{self.root}: another run is using this work folder",
-                    hint="wait for it to end, or choose another --work",
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise ConflictError(
+                        f"{self.root}: another run is using this work folder",
+                        hint="wait for it to end, or choose another --work",
+                    ) from error
+                raise UsageError(
+                    f"{self.root}: cannot be locked on its disk ({error.strerror}), so two runs that use it at once "
+                    "would not notice each other",
+                    hint="choose a --work on another disk, or enable file locks (flock) on this one",
                 ) from error
             yield
         finally:

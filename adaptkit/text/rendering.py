@@ -4,7 +4,6 @@ A template is a program that comes with a model. The sandbox in which transforme
 stop it from looping for hours or from multiplying a string until memory is exhausted. A separate process can be killed.
 """
 
-import contextlib
 import json
 import os
 import resource
@@ -208,11 +207,15 @@ def _serve(connection: Connection, tokenizer: Any) -> None:
     """Run in the child process: read requests and send one JSON document per conversation."""
     _limit_memory()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    with contextlib.suppress(EOFError):  # the parent has exited
+    try:
         while connection.poll(_IDLE_SECONDS):
             for answer in _answers(tokenizer, connection):
                 connection.send_bytes(_packed(answer))
             signal.setitimer(signal.ITIMER_PROF, 0)
+    except EOFError:  # the parent has exited
+        pass
+    except MemoryError:
+        os._exit(_NO_MEMORY)  # a message may be half read or half sent: the connection is unusable
 
 
 def _answers(tokenizer: Any, connection: Connection) -> Iterator[dict[str, str]]:
@@ -222,8 +225,6 @@ def _answers(tokenizer: Any, connection: Connection) -> Iterator[dict[str, str]]
             yield {"text": _render(tokenizer, Conversation(*conversation))}
     except DataError as error:
         yield {"error": error.message[:_LONGEST_MESSAGE], "hint": error.hint}
-    except MemoryError:
-        os._exit(_NO_MEMORY)  # the request may be half read: the connection is unusable
 
 
 def _packed(document: Any) -> bytes:

@@ -396,6 +396,24 @@ def test_what_another_machine_is_writing_is_left_alone(tmp_path, journal, part):
         pass
 
 
+def test_a_journal_that_another_share_removed_meanwhile_is_a_conflict_and_no_lock_stays(tmp_path, monkeypatch):
+    """As between opening and locking, when the other one could not go on and its journal was still empty."""
+    output = Output(tmp_path / "out", PLAN, part=Part(1, 2))
+    journal = tmp_path / "out.partial" / "adaptkit-journal-1-of-2.jsonl"
+    take = fcntl.flock
+
+    def flock(handle, operation):
+        take(handle, operation)
+        journal.unlink(missing_ok=True)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", flock)
+        with pytest.raises(ConflictError, match="another process"), output:
+            pass
+    with Output(tmp_path / "out", PLAN):  # takes every lock
+        pass
+
+
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_a_disk_without_locks_is_told_and_left_as_it_was(tmp_path, monkeypatch, code):
     def fail(*_):

@@ -208,6 +208,15 @@ def test_a_report_does_not_take_the_place_of_recipe_or_lock(copied, option, name
     assert {path.name: path.read_bytes() for path in copied.folder.glob("recipe.*")} == before
 
 
+def test_one_file_is_not_made_of_two_reports(copied):
+    done = copied.run("--output-file", "both.md", "--summary", "data/../both.md")
+    assert (done.code, done.stderr.splitlines()[0]) == (
+        2,
+        "error: both.md: cannot hold both the report and the summary",
+    )
+    assert not (copied.folder / "both.md").exists()
+
+
 @pytest.mark.parametrize("recipe", [".", "/", "absent.yaml"])
 def test_what_is_no_recipe_is_said_with_a_place_for_a_report_too(run_cli, tmp_path, recipe):
     done = run_cli("run", recipe, "--summary", tmp_path / "s.md", cwd=tmp_path)

@@ -195,7 +195,8 @@ def test_a_dry_run_writes_no_output_file_and_a_bad_place_is_refused_first(
     assert not (tmp_path / "r.json").exists()
     hub.requests.clear()
     before = {path.name: path.read_bytes() for path in artifact.iterdir()}
-    for place in (tmp_path / "absent" / "r.json", tmp_path, artifact / "adapter_config.json", artifact / MANIFEST_NAME):
+    inside = [artifact / name for name in ("adapter_config.json", MANIFEST_NAME, "report.json", ".cache")]
+    for place in (tmp_path / "absent" / "r.json", tmp_path, *inside):
         assert cli("publish", artifact, "me/model", "--output-file", place).code == 2
     assert hub.requests == []
     assert {path.name: path.read_bytes() for path in artifact.iterdir()} == before

@@ -268,6 +268,29 @@ def test_an_adapter_without_low_rank_changes_still_loads(tmp_path, plain, only):
     assert all(torch.equal(merged[name], wanted[name]) for name in wanted)
 
 
+def test_a_layer_that_the_model_splits_is_not_taken_for_the_change_that_peft_needs(tmp_path):
+    """As the first linear layer of NomicBert is."""
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        "nomic_bert", hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=64,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "base")
+    folder = tuned_from(tmp_path / "base", tmp_path / "tuned", noise(only="norm"))
+    report = extract(folder, tmp_path / "base", tmp_path / "out", ExtractOptions(rank=4))
+    assert report.modules == ()
+    assert "Wqkv" not in report.placeholder
+    base, wanted = (transformers.AutoModel.from_pretrained(tmp_path / name).eval() for name in ("base", "tuned"))
+    tokens = torch.arange(12).reshape(2, 6)
+    before = base(tokens).last_hidden_state
+    found = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()(tokens).last_hidden_state
+    assert (found - wanted(tokens).last_hidden_state).abs().max() < 1e-6
+    assert (before - found).abs().max() > 1e-3
+
+
 def test_a_module_is_replaced_with_all_of_its_tensors(tmp_path, gpt2):
     """peft looks for the bias of a norm whose weight is there."""
     folder = tuned_from(gpt2, tmp_path / "tuned", noise(only="ln_1.weight"))

@@ -1,5 +1,7 @@
 """What was made is kept as long as it is what it was made from; the lock says what all of it was."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -553,6 +555,16 @@ def test_two_runs_do_not_share_a_work_folder(recipe, release):
                 run(recipe)
 
     run(recipe, listener=Listener(started=start_another))
+
+
+def test_a_disk_without_locks_is_told(recipe, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(UsageError, match="cannot be locked on its disk") as caught:
+        run(recipe)
+    assert "--work" in caught.value.hint
 
 
 def test_what_blocks_in_a_run_is_not_taken_for_another_run(recipe):

@@ -165,6 +165,12 @@ def test_a_conversation_that_is_too_large_is_said_to_be(tokenizer):
         apply_template(tokenizer, large, False)
 
 
+def test_a_text_that_is_too_large_to_send_back_is_said_to_be(tokenizer):
+    tokenizer.chat_template = "{{ messages[0]['content'] * 5 }}"
+    with pytest.raises(DataError, match="too much memory"):
+        apply_template(tokenizer, [{"role": "user", "content": "x" * (20 << 20)}], False)
+
+
 def test_texts_that_nobody_took_are_nobody_elses(tokenizer):
     texts = rendering.apply_template(tokenizer, [rendering.Conversation(ASKED, False)] * 5)
     next(texts)

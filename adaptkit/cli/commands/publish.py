@@ -10,6 +10,7 @@ import click
 from adaptkit.cli.options import report_file_option, report_options, signer_with
 from adaptkit.cli.output import Row, check_report_file, counted, notes, show, size, write_report
 from adaptkit.cli.progress import byte_progress
+from adaptkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adaptkit.checkpoint.signing import Signer
@@ -57,6 +58,11 @@ def command(
     from adaptkit.hub.publish import PublishOptions, PublishReport, publish
 
     if output_file:
+        if output_file.resolve().is_relative_to(path.resolve()):
+            raise UsageError(
+                f"{output_file}: is inside the artifact, which has to stay as it is",
+                hint="choose another --output-file",
+            )
         check_report_file(output_file, PublishReport)
     wanted = PublishOptions(**options, signer=_signer(key, sign_keyless))
     with byte_progress("check", as_json or quiet) as progress:

@@ -60,6 +60,8 @@ def command(
     for place in (output_file, summary_file) if recipe.is_file() else ():
         if place is not None and place.resolve() in (recipe.resolve(), recipe.with_suffix(".lock").resolve()):
             raise UsageError(f"{place}: is the recipe or its lock", hint="choose another file for the report")
+    if output_file is not None and page is not None and output_file.resolve() == page.resolve():
+        raise UsageError(f"{output_file}: cannot hold both the report and the summary", hint="choose two files")
     if page is not None:
         check_place(page, "--summary" if summary_file else "$GITHUB_STEP_SUMMARY")
     if options["offline"]:

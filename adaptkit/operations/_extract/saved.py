@@ -98,6 +98,10 @@ class Running:
             return part.module
         return module_of(self.tensor(part.name)) if part.name in self.places else part.paths[-1]
 
+    def has_module(self, part: Part) -> bool:
+        """Return whether the model has a linear layer with just this weight, neither split nor joined with others."""
+        return part.name not in self.places or not self.places[part.name].pattern
+
     def path(self, name: str) -> str:
         """Return the model's name of a tensor of the files; the first one if the tensor is split or joined."""
         place = self.places.get(name)
@@ -202,10 +206,10 @@ def _tied_parts(
     }
 
 
-def placeholder_part(plan: Plan, saved: Saved) -> Part | None:
+def placeholder_part(plan: Plan, saved: Saved, running: Running) -> Part | None:
     """Return a linear layer to give a zero change: peft cannot load an adapter without any low-rank change."""
-    free = (part for part in plan.parts if part.name not in saved.matched)
-    return next((part for part in free if part.kind in ("linear", "conv1d")), None)
+    linear = (part for part in plan.parts if part.kind in ("linear", "conv1d") and part.name not in saved.matched)
+    return next((part for part in linear if running.has_module(part)), None)
 
 
 def nothing(part: Part) -> LowRank:

@@ -246,13 +246,13 @@ def _possible_parent(
         candidate, manifest = Checkpoint(folder), read_manifest(folder)
         if quantization_found(candidate) is not None:
             return None
+        named = _by_tensor(candidate, wanted)
+        if not set(named) <= set(candidate.tensors) or (manifest and root not in (None, manifest.tensors_root)):
+            return None
+        smallest = min(named, key=lambda name: (candidate.spec(name).nbytes, name))
+        return (candidate, named) if fingerprint_in_pieces(candidate, smallest) == named[smallest][0] else None
     except (AdaptkitError, OSError):  # an unrelated folder, perhaps malformed or unreadable
         return None
-    named = _by_tensor(candidate, wanted)
-    if not set(named) <= set(candidate.tensors) or (manifest and root not in (None, manifest.tensors_root)):
-        return None
-    smallest = min(named, key=lambda name: (candidate.spec(name).nbytes, name))
-    return (candidate, named) if fingerprint_in_pieces(candidate, smallest) == named[smallest][0] else None
 
 
 def _is_parent(checkpoint: Checkpoint, named: Mapping[str, tuple[str, str]], root: str | None) -> bool:

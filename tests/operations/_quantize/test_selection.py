@@ -314,6 +314,7 @@ def test_a_float_of_another_type_stays_and_says_so(families, copy_of):
         {"num_labels": 10**9},
         {"num_experts": 10**9},
         {"nested": {"n_layer": 10**9}},
+        {"nested": {"depths": [2, 10**9]}},
         {"vocab_size": 10**30},
         {"vocab_size": -3},
         {"hidden_size": [64]},
