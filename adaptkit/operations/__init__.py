@@ -1,1 +1,1 @@
-"""One operation a module: options, function and report. All go plan, validate, stream, manifest, rename."""
+"""One operation per module: options, function, report. Each plans, validates, streams, writes a manifest, renames."""

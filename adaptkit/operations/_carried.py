@@ -1,7 +1,7 @@
-"""What lies beside the changes in adapters' folders, and has to stay with whatever is made of the adapters.
+"""Files and tensors in adapters' folders that anything made from the adapters must keep, besides their changes.
 
-That is a tokenizer or a chat template that they were trained with, the configuration of generation that names their end
-token, and peft's copies of tensors of the base, which hold the rows of new words where the vocabulary grew.
+These are the tokenizer and chat template that they were trained with, the generation config that names their end token,
+and peft's copies of the base's tensors, which hold the rows of new tokens if the vocabulary grew.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Carried:
-    """What comes along.
+    """Files and tensors to keep.
 
     Attributes:
-        files: of tokenizer, chat template and generation, by name.
-        copies: by name of the base's tensor, the adapter that has one, and its key there.
+        files: maps name to content: tokenizer, chat template and generation config.
+        copies: maps the name of a base tensor to the adapter that has a copy of it and the copy's key there.
     """
 
     files: Mapping[str, bytes]
     copies: Mapping[str, tuple[Adapter, str]]
 
     def identity(self) -> list[list[str]]:
-        """What of it is not among the adapters' tensors."""
+        """Return (name, fingerprint) of each file; the copies are among the adapters' tensors."""
         return [[name, fingerprint(as_bytes(content))] for name, content in sorted(self.files.items())]
 
     def tensors(self) -> dict[str, Tensor]:
-        """The copies."""
+        """Read the copies, by name of the base's tensor."""
         return {name: adapter.files.read(key) for name, (adapter, key) in self.copies.items()}
 
 
 def carried(adapters: Sequence[Adapter]) -> Carried:
-    """Collect what comes along with adapters.
+    """Collect the files and tensors to keep from several adapters.
 
     Raises:
-        UsageError: two bring different tokenizers.
-        AdapterError: two have different copies of one tensor.
+        UsageError: two adapters contain different tokenizers.
+        AdapterError: two adapters contain different copies of one tensor.
     """
     files = {name: content for name, (content, _) in tokenizer_files(adapters).items()}
     copies: dict[str, tuple[Adapter, str]] = {}
@@ -63,15 +63,15 @@ def carried(adapters: Sequence[Adapter]) -> Carried:
 
 
 def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, tuple[bytes, Adapter]]:
-    """The files of tokenizers, templates and generation in adapters' folders, by name, and where each was found first.
+    """Map the names of tokenizer, template and generation files to (content, first adapter that has the file).
 
     Raises:
-        UsageError: two bring different ones.
+        UsageError: two adapters contain different versions of a file.
     """
     brought: dict[str, tuple[bytes, Adapter]] = {}
     for adapter in adapters:
         ours = {record.path for record in adapter.manifest.files} if adapter.manifest else set()
-        # Where nobody says that it was made, a configuration of generation is a copy that trainers leave there.
+        # A generation config that no manifest lists is only a copy of the base's, which trainers leave in the folder.
         kept = {GENERATION_NAME} & ours
         beside = side_files(adapter.root)
         own = {name: read_small(path) for name, path in beside.items() if name in kept or is_of_tokenizer(name)}

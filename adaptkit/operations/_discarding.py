@@ -1,4 +1,4 @@
-"""What was written before an input turned out to be bad."""
+"""Removal of partial output when the inputs turn out to be bad."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,14 +7,14 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.errors import AdaptkitError
 
 _OF_INPUTS = (2, 3, 4, 5)
-"""Exit codes that say that an input, or what is asked of it, has to be another before this can work."""
+"""Exit codes of errors that only other inputs or other options can fix."""
 
 
 @contextmanager
 def discarding(output: Output) -> Iterator[None]:
-    """Remove an output if the block finds its input bad, or of no use: nothing of it would belong to what comes next.
+    """Discard a partial output if the block fails because of its inputs or options, since no later run can reuse it.
 
-    It stays after a disk's error, an interruption or a kill, from which the same command goes on.
+    Keep it after a disk error, an interruption or a kill, so that the same command can resume.
     """
     try:
         yield

@@ -1,10 +1,10 @@
-"""Ask transformers what the tensors of a checkpoint are, in a process of its own.
+"""Ask transformers, in a child process, what each tensor of a checkpoint is.
 
-Loaded here it would stay in memory for good, with nearly as much as everything else together, and nothing could stop
-it from working for hours on a hostile configuration. Apart, it answers in one line of JSON while others go on.
+Imported into this process, transformers would stay in memory, which it would nearly double, and nothing could stop it
+from working for hours on a hostile configuration. A child process sends one JSON document while this process continues.
 
-The answer depends on the configuration, on names and shapes, and on the code of transformers and of this package; so it
-is kept for the next time.
+The answer depends only on the configuration, on names and shapes, and on the code of transformers and of this package,
+so it is cached on disk.
 """
 
 import gc
@@ -35,10 +35,10 @@ _VERSION = re.compile(r"""^__version__ = ["']([^"']+)["']""", re.MULTILINE)
 
 
 class Inquiry:
-    """A question that is answered when somebody waits for it; ends its process when it is left.
+    """A question to transformers that a forked child process answers; a context manager that kills the process on exit.
 
-    The process is a fork. There is none where the answer is known, where that is not safe or not allowed, where
-    transformers is loaded already, which makes asking it cheap, or where it is not installed.
+    No process is forked if the answer is cached, if forking is unsafe or not allowed, if transformers is not installed,
+    or if it is imported already, so that asking it here is cheap.
 
     Args:
         checkpoint: unquantized.
@@ -64,21 +64,21 @@ class Inquiry:
 
     @property
     def takes_long(self) -> bool:
-        """Whether there is a process to wait for."""
+        """Whether a child process was started to find the answer."""
         return self._process is not None
 
     def end(self) -> None:
-        """End the process; an answer that somebody waits for is then an error."""
+        """Kill the process; a thread that waits in ``answer`` then gets an error."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
 
     def answer(self) -> Roles:
-        """Wait for what every tensor of the checkpoint is; once.
+        """Wait for the roles of the checkpoint's tensors; call this once.
 
         Raises:
             UsageError: ``config.json`` describes a model that cannot be built.
-            CheckpointError: it describes none that could be this one, or none within minutes.
+            CheckpointError: its model cannot be this checkpoint's, or transformers crashes or takes over 5 minutes.
         """
         root = self._checkpoint.root
         if self._known is not None:
@@ -101,20 +101,20 @@ class Inquiry:
             ) from error
         answer = json.loads(text)
         roles = _read(answer, root)
-        if answer.pop("to") == self._remembered.name:  # or the folder has changed meanwhile
+        if answer.pop("to") == self._remembered.name:  # differs if the folder changed meanwhile
             self._remembered.keep(answer)
         return roles
 
 
 def find_roles(checkpoint: Checkpoint) -> Roles:
-    """Ask and wait."""
+    """Return the roles of a checkpoint's tensors; see ``Inquiry``."""
     with Inquiry(checkpoint) as inquiry:
         return inquiry.answer()
 
 
 def _answer(connection: Connection, root: Path) -> None:
-    """In the process: send one JSON document."""
-    gc.disable()  # a quarter of the time that importing transformers takes; this process does not get old
+    """Send the answer, or an error, as one JSON document; runs in the child process."""
+    gc.disable()  # collecting takes a quarter of the time of importing transformers; this process is short-lived
     leave_compiler_out()
     answer: dict[str, Any]
     try:
@@ -129,14 +129,14 @@ def _answer(connection: Connection, root: Path) -> None:
 
 
 def _is_worth_a_process() -> bool:
-    is_loaded = "transformers" in sys.modules  # as None, where it must not be
+    is_loaded = "transformers" in sys.modules  # its entry is None if importing it is blocked
     return not is_loaded and can_fork() and importlib.util.find_spec("transformers") is not None
 
 
 def _question(checkpoint: Checkpoint) -> list[Any] | None:
-    """All that decides the answer: the configuration, what the tensors are like, and whose rules are followed.
+    """Return everything that determines the answer: the configuration, shapes, versions and hashes of the code.
 
-    None if there is more that decides it: transformers is no release, or cannot be looked at.
+    None, which disables the cache, if transformers is a development version or its files cannot be read.
     """
     spec = importlib.util.find_spec("transformers")
     package = Path(spec.origin).parent if spec and spec.origin else Path()
@@ -153,14 +153,14 @@ def _question(checkpoint: Checkpoint) -> list[Any] | None:
 
 
 def _modelling_files(package: Path, checkpoint: Checkpoint) -> list[Path]:
-    """The code in transformers that says what a model of this kind is made of."""
+    """Return the files of transformers that define this type of model."""
     kind = str(checkpoint.config.get("model_type")).replace("-", "_")
     own = sorted((package / "models" / kind).glob("*.py")) if kind.isidentifier() else []
     return [package / "modeling_utils.py", package / "models" / "auto" / "modeling_auto.py", *own]
 
 
 def _as_known(answer: dict[str, Any] | None, checkpoint: Checkpoint) -> Roles | None:
-    """What was kept, unless something happened to it."""
+    """Parse a cached answer; None if it is absent, malformed or about other tensors."""
     try:
         roles = _read(answer or {}, checkpoint.root)
     except (LookupError, TypeError, ValueError, AttributeError, AdaptkitError):

@@ -1,8 +1,8 @@
 """What each tensor of a checkpoint is: a linear layer's weight, a norm, an embedding, an expert.
 
-Where transformers knows the architecture, the model is built without weights and its modules say which tensors are
-the weights of linear layers. Elsewhere names and shapes do: a matrix of the numbered layers (``….layers.7.….weight``)
-that no name gives away as something else. Names also say what the tensors are that are no linear layer's.
+If transformers knows the architecture, the model is built without weights, and its modules determine which tensors are
+the weights of linear layers. Otherwise names and shapes do: a matrix in a numbered layer (``….layers.7.….weight``) is
+linear unless its name says otherwise. Names also determine the kinds of all other tensors.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ _LOOKED_UP = re.compile(
 )
 _NORM = re.compile(r"(^|\.)(ln_[^.]*|[^.]*norm[^.]*)$", re.IGNORECASE)
 _FLOAT32 = re.compile(r"\.(indexer\.weights_proj|DenseReluDense\.wo)$")
-_OWN_LINEAR_MODELS = {"falcon"}  # their layers are a subclass of nn.Linear, which bitsandbytes leaves alone
+_OWN_LINEAR_MODELS = {"falcon"}  # their layers are a subclass of nn.Linear that bitsandbytes does not quantize
 _CONV1D = re.compile(r"\.(c_attn|c_proj|c_fc|q_attn)$")
 CONV1D_MODELS = {"gpt2", "openai-gpt"}
-"""Models whose linear layers are Conv1D, which keep (in, out)."""
+"""Types of models whose linear layers are Conv1D, which stores its weight as (in, out)."""
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""The names that configurations have for the number of experts in a layer."""
+"""Keys of configurations for the number of experts in a layer."""
 _LINEAR_BY_NAME = {
     "linear",
     "conv1d",
@@ -56,9 +56,9 @@ class Role:
     """What a tensor is.
 
     Attributes:
-        kind: ``linear``, ``conv1d``, ``head``, ``expert``, or in a few words why it is none of these.
-        is_linear: whether some reader of the file may have a linear layer for it.
-        paths: by which readers know the tensor's module.
+        kind: ``linear``, ``conv1d``, ``head``, ``expert``, or a phrase that says why it is none of these.
+        is_linear: whether some program that loads the file may use a linear layer for it.
+        paths: dotted paths that such programs may use for the tensor's module.
     """
 
     kind: str
@@ -71,8 +71,8 @@ class Roles:
     """What the tensors of a checkpoint are.
 
     Attributes:
-        of: by the tensor's name.
-        read_from: how that was found out.
+        of: maps the name of each tensor to its role.
+        read_from: phrase that says how the roles were determined.
         head: path of the output layer in the model.
         tied: whether the head is the embedding.
     """
@@ -84,27 +84,27 @@ class Roles:
 
 
 def roles_here(checkpoint: Checkpoint) -> Roles:
-    """Tell what every tensor of a checkpoint is; loads transformers if it is installed.
+    """Determine the roles of a checkpoint's tensors in this process; imports transformers if it is installed.
 
     Raises:
         UsageError: ``config.json`` describes a model that cannot be built.
-        CheckpointError: it speaks of more layers than there are tensors.
+        CheckpointError: it describes more layers than there are tensors.
     """
     unknown = why_unknown(checkpoint)
     return roles_by_name(checkpoint, unknown) if unknown else _from_architecture(checkpoint)
 
 
 def _is_conv1d(model_type: str, module: str) -> bool:
-    """Whether a module is, by its name, one of the GPT-2 family's that keep their weight as (in, out)."""
+    """Whether a module is, by its name, a Conv1D of the GPT-2 family, whose weight is stored as (in, out)."""
     return model_type in CONV1D_MODELS and bool(_CONV1D.search(module))
 
 
 def roles_by_name(checkpoint: Checkpoint, reason: str) -> Roles:
-    """Tell by names and shapes what every tensor of a checkpoint is.
+    """Determine the roles of a checkpoint's tensors from names and shapes.
 
     Args:
         checkpoint: unquantized.
-        reason: why the architecture is not asked, in a few words.
+        reason: phrase that says why the architecture was not used.
     """
     model_type = str(checkpoint.config.get("model_type"))
     roles = {name: _by_name(located.spec, model_type) for name, located in checkpoint.tensors.items()}
@@ -169,9 +169,9 @@ def _from_architecture(checkpoint: Checkpoint) -> Roles:
 
 
 def _lacking(checkpoint: Checkpoint, network: Any, found: Mapping[str, Place]) -> tuple[list[str], str]:
-    """What the class that ``architectures`` names has and the files lack, and its name.
+    """Return the parameters that the class named in ``architectures`` has but the files lack, and the class's name.
 
-    The language model's head is nothing that they lack if they say that they are another class.
+    If transformers cannot build that class, the language model is compared instead, but its head is not reported.
     """
     name = type(network).__name__
     said = class_names(checkpoint.config)
@@ -186,7 +186,7 @@ def _lacking(checkpoint: Checkpoint, network: Any, found: Mapping[str, Place]) -
 
 
 def _shared_modules(network: Any) -> dict[str, list[str]]:
-    """By a module's path, the paths of all that have the same weight; the ones of a tied head and embedding too."""
+    """Map the path of each module with a tied weight to the paths of all that share it, head and embedding included."""
     groups: dict[str, list[str]] = {}
     for name, source in network.all_tied_weights_keys.items():
         groups.setdefault(source.removesuffix(".weight"), []).append(name.removesuffix(".weight"))
@@ -196,7 +196,7 @@ def _shared_modules(network: Any) -> dict[str, list[str]]:
 def _in_network(
     network: Any, head: nn.Module | None, place: Place, role: Role, shared: Mapping[str, list[str]]
 ) -> Role:
-    """The role of a tensor whose place in the model is known; ``role`` is what its name says."""
+    """Return the role of a tensor whose place in the model is known; ``role`` is the one that its name suggests."""
     modules = [name.removesuffix(".weight") for name in place.parameters if name.endswith(".weight")]
     owners = [network.get_submodule(module) for module in modules]
     if not any(is_linear(owner) for owner in owners):
@@ -217,17 +217,17 @@ def _in_network(
 
 
 def _stays_in_float32(network: Any, module: str) -> bool:
-    """Whether transformers leaves a linear layer alone whatever the list of modules to skip says."""
+    """Whether transformers keeps a linear layer in float32 even if the list of modules to skip does not name it."""
     patterns = getattr(network, "_keep_in_fp32_modules", None) or ()
     return any(re.match(rf"(?:{pattern})(?:\.|$)", module) or module.endswith(pattern) for pattern in patterns)
 
 
 def expert_count(config: Mapping[str, Any]) -> int | None:
-    """How many experts a layer has, if a configuration says so."""
+    """Return the number of experts in a layer; None if the configuration does not say."""
     said = [config.get(name) for name in _EXPERT_COUNTS]
     return next((count for count in said if isinstance(count, int)), None)
 
 
 def stores_transposed(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a weight, or a module's, is (in, out) in the plain checkpoint: that of the Conv1D of the GPT-2 family."""
+    """Whether a plain checkpoint stores a weight (or a module's weight) as (in, out): Conv1D in the GPT-2 family."""
     return _is_conv1d(str(checkpoint.config.get("model_type")), name.removesuffix(".weight"))

@@ -1,7 +1,7 @@
-"""Write a checkpoint of known tensors in shards, each shard once, whatever happens in between.
+"""Write a checkpoint of known tensors in shards; a resumed run skips the shards that are finished.
 
-What a shard holds is made in jobs, some threads at a time, and put together in order by one; jobs run ahead into the
-next tensor and the next shard, but only a few of their results exist at a time.
+Jobs compute the content in several threads, and one thread assembles their results in order. Jobs run ahead into the
+next tensor and the next shard, but only a few results exist at a time.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Array
 
 PIECE_BYTES = 4 << 20
-"""How much of a tensor of the source a job handles; with the number of threads, what memory depends on."""
+"""Size of the piece of a source tensor that one job handles; peak memory grows with it and the number of threads."""
 
 Result = TypeVar("Result")
 Shards = Sequence[tuple[str, Sequence["Group"]]]
-"""File names and what is in the files."""
+"""(file name, groups in the file) pairs."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Tensors that belong together in one shard, made from one tensor of the source."""
+    """Tensors that are made from one tensor of the source and lie in the same shard."""
 
     source: str
     specs: tuple[TensorSpec, ...]
@@ -45,14 +45,14 @@ class Group:
 
 
 class Beside(Protocol):
-    """Files that are written with a shard, which is not finished without them."""
+    """Additional files that are written with each shard; a shard counts as finished only with them."""
 
     def names(self, file: str) -> list[str]:
-        """Which belong to a shard."""
+        """Return the names of the files that belong to a shard."""
         ...
 
     def write(self, file: str) -> None:
-        """Write them; the shard's tensors are all there."""
+        """Write the files of a shard; called when all its tensors are written."""
         ...
 
 
@@ -82,7 +82,7 @@ def plan_shards(groups: Sequence[Group], max_shard_bytes: int) -> list[tuple[str
 
 
 def cut(spec: TensorSpec, multiple: int = 1) -> list[Piece]:
-    """Cut a tensor into pieces of about ``PIECE_BYTES``, all but the last a multiple of so many elements long."""
+    """Cut a tensor into pieces of about ``PIECE_BYTES``, each but the last a multiple of ``multiple`` elements long."""
     itemsize = spec.nbytes // spec.count if spec.count else 1
     step = max(1, PIECE_BYTES // itemsize // multiple) * multiple
     return [Piece(start, min(step, spec.count - start)) for start in range(0, spec.count, step)] or [Piece(0, 0)]
@@ -91,12 +91,12 @@ def cut(spec: TensorSpec, multiple: int = 1) -> list[Piece]:
 def reading(
     files: TensorFiles, spec: TensorSpec, check: Callable[[Array, int], None] | None = None
 ) -> list[Callable[[], Array]]:
-    """Jobs that read a tensor as it is, piece by piece.
+    """Return jobs that read a tensor unchanged, piece by piece.
 
     Args:
-        files: where it is.
-        spec: which.
-        check: what to ask of every piece, if anything; is told where it starts.
+        files: that hold the tensor.
+        spec: of the tensor.
+        check: called with each piece and the index of its first element, to raise if it is bad; None for no check.
     """
 
     def read(piece: Piece) -> Array:
@@ -118,19 +118,18 @@ def write_shards(
     headers: Mapping[str, bytes] | None = None,
     beside: Beside | None = None,
 ) -> None:
-    """Write all shards that an earlier run did not finish; of a part, those that are its share.
-
-    What ``assemble`` returns of a group ends up in ``output.notes``, by the name of its source.
+    """Write all shards that an earlier run did not finish; if the output is a part, only those of its share.
 
     Args:
-        output: where.
-        shards: what.
-        jobs: what to do for a group; at least one.
-        assemble: take the results of a group's jobs, in order, and write its tensors.
+        output: folder being written.
+        shards: to write.
+        jobs: called with a group; returns its jobs, at least one.
+        assemble: called with a group, the results of its jobs in order, and the writer for its tensors; the value that
+            it returns is stored in ``output.notes`` under the name of the group's source.
         threads: jobs at a time.
-        progress: told of bytes written.
-        headers: by file name, first bytes to begin with instead of those that are made from the specs.
-        beside: other files that belong to the shards.
+        progress: called with bytes written.
+        headers: maps file name to the header bytes to write instead of a header made from the specs.
+        beside: writes additional files for each shard.
     """
     part = output.part
     share = [shard for position, shard in enumerate(shards) if part is None or part.holds(position)]
@@ -147,7 +146,7 @@ def write_shards(
             todo.append(shard)
     ahead = (numbered for _, groups in todo for group in groups for numbered in _with_last(jobs(group)))
     results = in_order(lambda job: (job[0], job[1]()), ahead, threads)
-    with contextlib.closing(results):  # so that no job runs on after an error
+    with contextlib.closing(results):  # cancels pending jobs after an error
         _write_each(output, todo, results, assemble, (done, total), progress, headers or {}, beside)
 
 
@@ -176,7 +175,7 @@ def _write_each(
 
 
 def write_index(output: Output, shards: Shards) -> None:
-    """Write the index of a checkpoint that has several shards."""
+    """Write the index file if the checkpoint has several shards."""
     if len(shards) > 1:
         total = sum(group.nbytes for _, groups in shards for group in groups)
         output.write(INDEX_NAME, index_bytes(((t.name, t.file) for t in output.tensors), total))

@@ -1,4 +1,4 @@
-"""What adapters say of themselves before anything is read of a base: their weights, and which base they expect."""
+"""What can be checked about several adapters before a base is read: their weights, and the base that they expect."""
 
 import sys
 from collections.abc import Sequence
@@ -8,20 +8,20 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import BaseMismatchError, UsageError
 
 KEPT_KEYS = ("revision", "ensure_weight_tying")
-"""What the configuration of an adapter that is made of others says as theirs do, if they agree, beside what it must."""
+"""Optional configuration keys that an adapter made from others copies from them if they agree."""
 
 
 def expected_fingerprints(
     adapters: Sequence[Adapter], hint: str = "merge each into its own base, or add --allow-base-mismatch"
 ) -> dict[str, tuple[str, str]]:
-    """The fingerprints of the base's weights according to the adapters' manifests.
+    """Return the fingerprints of the base's weights that the adapters' manifests record.
 
     Args:
         adapters: in order.
-        hint: what to do where they disagree.
+        hint: of the error if they disagree.
 
     Returns:
-        Module, or tensor that is no module's weight -> (fingerprint, folder of the adapter that says so).
+        Maps module, or name of a tensor that is not a module's weight, to (fingerprint, adapter that records it).
 
     Raises:
         BaseMismatchError: two adapters were trained on different bases.
@@ -40,10 +40,10 @@ def expected_fingerprints(
 
 
 def weights_of(adapters: Sequence[Adapter], weights: tuple[float, ...]) -> tuple[float, ...]:
-    """One finite weight for each of at least one adapter: 1 if none is given.
+    """Return one weight per adapter, each 1 if no weights are given.
 
     Raises:
-        UsageError: says which it is.
+        UsageError: there is no adapter, the number of weights differs, or a weight is not finite.
     """
     if not adapters:
         raise UsageError("no adapter given", hint="give at least one adapter folder")

@@ -1,4 +1,4 @@
-"""Work on several items at once, deliver in order, hold few."""
+"""Process items in threads, yield the results in order, and keep few of them in memory."""
 
 import os
 from collections import deque
@@ -17,14 +17,14 @@ Result = TypeVar("Result")
 
 
 def thread_count(threads: int | None) -> int:
-    """The number of threads to use: as asked, or one per processor."""
+    """Return the number of threads to use: one per processor if None."""
     return threads or os.cpu_count() or 1
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result, None, None]:
     """Apply ``work`` in threads, and yield the results in the order of the items.
 
-    At most ``threads + 1`` results exist at a time, so that memory stays flat however many items there are.
+    At most ``threads + 1`` results exist at a time, so memory does not grow with the number of items.
     """
     with ThreadPoolExecutor(threads) as pool:
         running: deque[Future[Result]] = deque()
@@ -41,7 +41,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int
 
 
 def fingerprints(checkpoint: Checkpoint, threads: int, progress: Progress) -> dict[str, str]:
-    """The fingerprints of all tensors by name; ``progress`` is told of bytes read."""
+    """Return the fingerprints of all tensors by name; ``progress`` is called with bytes read."""
     names, found, done = list(checkpoint.tensors), {}, 0
     total = sum(checkpoint.spec(name).nbytes for name in names)
     digests = in_order(partial(fingerprint_in_pieces, checkpoint), names, threads)
@@ -53,25 +53,24 @@ def fingerprints(checkpoint: Checkpoint, threads: int, progress: Progress) -> di
 
 
 def check_threads(threads: int | None) -> None:
-    """Refuse a number of threads that cannot work.
+    """Check a number of threads; None is allowed.
 
     Raises:
-        UsageError: it is less than one.
+        UsageError: it is less than 1.
     """
     if threads is not None and threads < 1:
         raise UsageError(f"threads: must be at least 1, found {threads}", hint="leave it out to use every processor")
 
 
 def each(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
-    """Apply ``work`` to several items at once, and yield the results in the order of the items.
+    """Apply ``work`` in threads, with one torch thread each, and yield the results in the order of the items.
 
-    The matrix library is kept to one thread an item while the results are taken: with more, the order of its sums, and
-    so the last bits, would depend on how many there are.
+    With more torch threads, the order of sums, and so the last bits of results, would depend on their number.
     """
-    import torch  # here, so that what computes nothing need not wait for it
+    import torch  # here, so that operations without tensor arithmetic do not load it
 
     def alone(item: Item) -> Result:
-        torch.set_num_threads(1)  # holds for the calling thread, whatever it holds for in others
+        torch.set_num_threads(1)  # takes effect at least for the calling thread
         return work(item)
 
     before = torch.get_num_threads()

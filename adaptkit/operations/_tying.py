@@ -1,7 +1,7 @@
-"""What becomes of a checkpoint's embedding and head, which may be one tensor, when an adapter changes one.
+"""How an adapter's changes affect a checkpoint's embedding and head, which may be one tied tensor.
 
-In the running model peft wraps modules, not tensors: a change of the embedding leaves a tied head as it was, and the
-other way round. Rows of trained tokens, and what ``ensure_weight_tying`` is set for, change both.
+In the running model peft wraps modules, not tensors: changing the embedding leaves a tied head unchanged, and vice
+versa. Both change if the adapter trains single token rows or sets ``ensure_weight_tying``.
 """
 
 import re
@@ -23,14 +23,14 @@ _USES = re.compile(r"(^|\.)(shared|embed_tokens|lm_head)\.weight$")
 
 @dataclass(frozen=True)
 class VocabularyChange:
-    """What an adapter means for the vocabulary's tensors, and where its parameters are.
+    """How an adapter affects embedding and head, and where the files hold the parameters that it changes.
 
     Attributes:
-        addresses: of every parameter that it changes, but those in ``repeated``.
-        told_by: how they were found, if the names differ.
-        together: embedding and head change alike.
-        separate: they would no longer be the same tensor.
-        repeated: parameters whose change only repeats that of the embedding.
+        addresses: maps every parameter that the adapter changes to the tensors that hold it.
+        told_by: phrase that says how they were found; empty if the names are the same.
+        together: whether embedding and head change in the same way.
+        separate: whether a tied head needs a tensor of its own after the change.
+        repeated: parameters of a tied head whose change only repeats that of the embedding.
     """
 
     addresses: Mapping[str, tuple[Slice, ...]]
@@ -43,11 +43,11 @@ class VocabularyChange:
 def vocabulary_changes(
     checkpoint: Checkpoint, vocabulary: Vocabulary, adapter: Adapter, untie: bool
 ) -> VocabularyChange:
-    """Find an adapter's parameters in the files, and what its changes mean for a tied head.
+    """Find an adapter's parameters in the files, and decide whether a tied head stays tied.
 
     Raises:
-        BaseMismatchError: the checkpoint lacks one; or a tied head would no longer be the embedding, and that is not
-            asked for.
+        BaseMismatchError: the checkpoint lacks a parameter; or head and embedding would differ, and ``untie`` is False.
+        AdapterError: the adapter changes only one use of a shared tensor, or contradicts ``ensure_weight_tying``.
     """
     names = _parameters(adapter)
     _refuse_shared(checkpoint, adapter, names)
@@ -78,7 +78,7 @@ def vocabulary_changes(
 
 
 def is_shared(name: str) -> bool:
-    """Whether a tensor is a table that encoder, decoder and maybe head use, as T5's and BART's."""
+    """Whether a tensor is, by its name, an embedding shared by encoder, decoder and maybe the head, as in T5 and BART."""
     return bool(_SHARED.search(name))
 
 
@@ -94,7 +94,7 @@ def _refuse_shared(checkpoint: Checkpoint, adapter: Adapter, names: Collection[s
 
 
 def _refuse_unknown(checkpoint: Checkpoint, vocabulary: Vocabulary, adapter: Adapter) -> None:
-    """Refuse a change of a table that may be the head, too, where it cannot be told which one is."""
+    """Refuse a changed embedding if the head is tied to an embedding but it is unknown to which one."""
     tables = sorted({*adapter.embeddings, *adapter.tokens})
     if tables and not vocabulary.embedding and says_tied(checkpoint.config) and not tells_no_words(checkpoint):
         raise BaseMismatchError(
@@ -105,7 +105,7 @@ def _refuse_unknown(checkpoint: Checkpoint, vocabulary: Vocabulary, adapter: Ada
 
 
 def _refuse_uses(checkpoint: Checkpoint, adapter: Adapter, found: Addresses) -> None:
-    """Refuse a change of one use of a tensor that a model has for several, other than of its head."""
+    """Refuse a change to one use of a tensor that the model uses several times, except for the head."""
     for name in sorted(found.of):
         in_layers = is_shared_by_layers(checkpoint.config.get("model_type"), name)
         if in_layers or (name in found.uses and name.endswith(".weight")):
@@ -126,7 +126,7 @@ def _parameters(adapter: Adapter) -> set[str]:
 def _change_alike(
     adapter: Adapter, tables: list[str], heads: list[str], vocabulary: Vocabulary, checkpoint: Checkpoint
 ) -> bool:
-    """Whether embedding and head stay the same tensor in the running model."""
+    """Whether embedding and head have the same values in the running model after the change."""
     if adapter.ties_weights:
         return _repeats(adapter, tables, heads)
     kinds = [_kinds(adapter, name) for name in (*tables, *heads)]
@@ -135,7 +135,8 @@ def _change_alike(
         shape = adapter.files.spec(adapter.replaced[tables[0]]).shape
         resized = shape != checkpoint.spec(vocabulary.embedding).shape
         apart = is_saved(adapter.config, tables[0].removesuffix(".weight")) and release(adapter.config) < (14, 0)
-        # a head that is apart and not there was resized by itself, and lost: peft up to 0.11 did not write it
+        # Up to 0.11 peft resized a head beside a saved embedding separately, and did not write it; up to 0.13 a
+        # configuration does not say which release wrote it.
         return len(values) == 1 and (bool(heads) or (resized and not apart))
     if all(kind == {"tokens"} for kind in kinds) and tables:
         tokens = [adapter.tokens[name.removesuffix(".weight")] for name in (*tables, *heads)]
@@ -144,13 +145,13 @@ def _change_alike(
 
 
 def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
-    """Whether the head's change, if there is one beside that of the embedding, is the same.
+    """Whether an adapter with ``ensure_weight_tying`` changes embedding and head in the same way.
 
-    With DoRA it is none: A and B are tied, but the embedding's magnitudes are those of its columns, the head's of rows.
-    Nor is it where ``alpha_pattern`` scales one of them by another number.
+    It does not with DoRA, which ties A and B, but has magnitudes of the embedding's columns and of the head's rows; nor
+    if ``alpha_pattern`` gives the two different scalings.
 
     Raises:
-        AdapterError: it is not, though they are said to be tied.
+        AdapterError: the stored changes contradict ``ensure_weight_tying``.
     """
     changed = [name.removesuffix(".weight") for name in (*tables, *heads)]
     scaled = [module for module in changed if module in adapter.magnitudes]

@@ -1,4 +1,4 @@
-"""Where a checkpoint keeps embedding and head, and whether they are one, from names, shapes and configuration."""
+"""Where a checkpoint stores embedding and head, and whether they are tied, from names, shapes and configuration."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -28,14 +28,14 @@ _TELLS_NO_WORDS = re.compile(
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Where a checkpoint keeps what depends on its vocabulary.
+    """The tensors of embedding and output layer.
 
     Attributes:
         embedding: name of the tensor; empty if none is known.
-        head: name of the output layer's tensor, in the files or not; a guess if not ``is_known``.
+        head: name of the output layer's tensor, in the files or not; a guess unless ``is_known``.
         tied: whether the head is the embedding.
-        tensors: names in the files.
-        is_known: whether that is the head's name.
+        tensors: names of all tensors in the files.
+        is_known: whether ``head`` is certainly the head's name.
     """
 
     embedding: str
@@ -54,24 +54,25 @@ class Vocabulary:
 
     @property
     def bias(self) -> tuple[str, str] | None:
-        """The head's bias, and the tensor of the files that it is while embedding and head are one; None if it is none.
+        """The name of a tied head's bias, and of the tensor in the files that holds it; None unless these differ.
 
-        BERT and its kin give the bias to what is around the head, too, and tie the two if they tie the weights.
+        BERT and similar models also register the bias in the module around the head, and tie the two biases if they tie
+        the weights.
         """
         module = self.head.removesuffix(".weight")
         own, outer = f"{module}.bias", f"{module.rpartition('.')[0]}.bias"
         return (own, outer) if self.tied and outer in self.tensors and own not in self.tensors else None
 
     def stored(self, name: str) -> str:
-        """The tensor of the files that a tensor of the result begins as."""
+        """Return the tensor of the files that holds a tensor's values: for a head that is not in them, the embedding."""
         return self.embedding if name == self.head and name not in self.tensors else name
 
     def both(self, name: str) -> list[str]:
-        """Embedding and head if they are one and a tensor is that; else only the tensor."""
+        """Return embedding and head if they are tied and the tensor is one of them, otherwise only the tensor."""
         return [self.embedding, self.head] if self.tied and name in (self.embedding, self.head) else [name]
 
     def outputs(self, name: str, together: bool) -> list[str]:
-        """The tensors that a change of one goes to.
+        """Return the tensors to which a change of a tensor applies.
 
         Args:
             name: of the tensor.
@@ -83,7 +84,7 @@ class Vocabulary:
 
 
 def find_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
-    """Find embedding and head, from names, shapes and configuration."""
+    """Find embedding and head from names, shapes and configuration."""
     weights = {name.removesuffix(".weight"): name for name in checkpoint.tensors if name.endswith(".weight")}
     shortest_first = sorted(weights, key=lambda module: (len(module), module))
     known = known_head(checkpoint.config)
@@ -107,10 +108,10 @@ def find_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
 
 
 def require_head(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Vocabulary:
-    """Make sure of the head's name, where it is to be a tensor of its own; may have to ask transformers.
+    """Determine the head's name, which untying it requires; asks transformers if no table has the name.
 
     Raises:
-        BaseMismatchError: it cannot be known; or it is not all that the setting which unties it would part.
+        BaseMismatchError: the name is unknown; or untying the head in ``config.json`` would untie other tensors too.
     """
     if shares_more(checkpoint.config):
         raise BaseMismatchError(
@@ -131,9 +132,10 @@ def require_head(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Vocabulary:
 
 
 def tells_no_words(checkpoint: Checkpoint) -> bool:
-    """Whether files are of a class without an output layer, which some say they are whose names are a language model's.
+    """Whether the checkpoint is of a class without an output layer, by ``architectures`` in its configuration.
 
-    Those have one word before all names (``transformer.h.0.…``), which ``GPT2Model`` by itself does not have.
+    Some language models wrongly name such a class there. Their tensor names have a common first component
+    (``transformer.h.0.…``), which those of a bare ``GPT2Model`` do not have.
     """
     name = next(iter(class_names(checkpoint.config)), "")
     outer = {tensor.partition(".")[0] for tensor in checkpoint.tensors}
@@ -141,14 +143,14 @@ def tells_no_words(checkpoint: Checkpoint) -> bool:
 
 
 def says_tied(config: Mapping[str, Any]) -> Any:
-    """Whether head and embedding are one, in the words of a configuration; None if it does not say."""
+    """Return ``tie_word_embeddings`` of a configuration; None if it is absent."""
     return config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
 
 
 def _only_of_its_shape(checkpoint: Checkpoint, table: str) -> list[str]:
-    """The module of the only other tensor outside the layers that is like the embedding: a head that is not tied to it.
+    """Return the module of the only other tensor outside the layers with the embedding's shape: an untied head.
 
-    Files may call it otherwise than the model does: DeepSeek-V4's ``head.weight`` is ``lm_head.weight`` there.
+    Files may name it differently than the model: DeepSeek-V4's ``head.weight`` is ``lm_head.weight`` in the model.
     """
     shape = checkpoint.spec(table).shape
     found = [
@@ -160,7 +162,7 @@ def _only_of_its_shape(checkpoint: Checkpoint, table: str) -> list[str]:
 
 
 def _only_of_its_height(checkpoint: Checkpoint) -> list[str]:
-    """The module of the only matrix outside the layers with a row for every word, which must be embedding and head."""
+    """Return the module of the only matrix outside the layers with a row per token: embedding and head in one."""
     values = [source.get("vocab_size") for source in (checkpoint.config, text_config(checkpoint.config))]
     found = [
         name.removesuffix(".weight")
