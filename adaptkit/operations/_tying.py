@@ -78,7 +78,7 @@ def vocabulary_changes(
 
 
 def is_shared(name: str) -> bool:
-    """Whether a tensor is, by its name, an embedding shared by encoder, decoder and maybe the head, as in T5 and BART."""
+    """Whether a tensor is, by its name, an embedding shared by encoder, decoder and maybe head, as in T5 and BART."""
     return bool(_SHARED.search(name))
 
 

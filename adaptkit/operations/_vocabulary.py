@@ -64,7 +64,7 @@ class Vocabulary:
         return (own, outer) if self.tied and outer in self.tensors and own not in self.tensors else None
 
     def stored(self, name: str) -> str:
-        """Return the tensor of the files that holds a tensor's values: for a head that is not in them, the embedding."""
+        """Return the tensor of the files that holds a tensor's values: for a head that they lack, the embedding."""
         return self.embedding if name == self.head and name not in self.tensors else name
 
     def both(self, name: str) -> list[str]:

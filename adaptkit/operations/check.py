@@ -1,4 +1,4 @@
-"""Say whether other programs would take an adapter or a checkpoint, and what to change if not."""
+"""Predict whether other programs would accept an adapter or a checkpoint, and what to change if not."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from adaptkit.operations.targets._target import Finding, Target
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one program makes of the files.
+    """Whether one program accepts the files.
 
     Attributes:
         target: name.
-        reader: the program and the version whose source the rules were read from; others may differ.
-        taken: whether it takes them and computes what is meant; warnings say on which conditions.
+        reader: the program and the version whose source code the rules come from; other versions may differ.
+        taken: whether it accepts the files and computes what they mean; warnings state conditions.
         findings: errors first.
     """
 
@@ -37,15 +37,15 @@ class Verdict:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What several programs make of the files.
+    """Whether several programs accept the files.
 
     Attributes:
         path: folder.
         kind: adapter, quantized or checkpoint.
-        taken: whether all of them take it.
-        verdicts: one a program.
-        examined: what the verdicts rest on.
-        unknown: what they cannot know.
+        taken: whether all of them accept it.
+        verdicts: one per program.
+        examined: what the verdicts are based on.
+        unknown: what they do not cover.
     """
 
     path: str
@@ -57,15 +57,15 @@ class CheckReport:
 
 
 def check(path: AnyPath, targets: str | Sequence[str] = (), base: AnyPath | None = None) -> CheckReport:
-    """Judge an adapter or a checkpoint by its configuration, names and shapes; no weight is read.
+    """Judge an adapter or a checkpoint by its configuration, names and shapes; no weights are read.
 
     Args:
-        path: folder, of any adapter or checkpoint, whoever wrote it.
-        targets: names of programs; all that are known if there are none.
+        path: folder of an adapter or checkpoint that any tool wrote.
+        targets: names of programs; all known ones if empty.
         base: folder of an adapter's base, to compare modules and shapes with.
 
     Raises:
-        UsageError: not a folder, no such target, or a base for something that is no adapter.
+        UsageError: not a folder, no such target, or a base given for a checkpoint.
         CheckpointError: neither an adapter nor a checkpoint, or a file that cannot be read at all.
     """
     path = Path(path)
@@ -93,7 +93,7 @@ def _verdict(name: str, target: Target, findings: Iterable[Finding]) -> Verdict:
 
 
 def _of_mlx(files: AdapterFiles) -> tuple[Finding, ...]:
-    """The one thing to be said of an adapter of MLX's, which none of the programs is made for."""
+    """Return the only finding for an adapter in MLX's format, which no target supports; empty for other adapters."""
     way = way_from_mlx(files.root, files.config)
     found = "adapter_config.json is in MLX's format (lora_parameters, but no peft_type)"
     return (Finding("error", found, "only adapters in peft's layout are supported", way),) if way else ()

@@ -42,10 +42,10 @@ class DequantizeOptions:
     """How to dequantize.
 
     Attributes:
-        dtype: bfloat16, float16 or float32; None is the type recorded with each weight: of float32 ``quantize``
-            records bfloat16.
-        max_shard_bytes: no shard grows larger, unless one tensor is.
-        threads: number of pieces decoded at a time; one per processor if None. Not part of the result.
+        dtype: bfloat16, float16 or float32; None for the dtype recorded with each weight, where ``quantize`` records
+            bfloat16 for a float32 weight.
+        max_shard_bytes: largest size of a shard, unless a single tensor is larger.
+        threads: number of pieces decoded at a time; one per processor if None. The result does not depend on it.
     """
 
     dtype: str | None = None
@@ -70,8 +70,8 @@ class DequantizeReport:
     Attributes:
         output: folder.
         dequantized: number of matrices.
-        bytes_after: of tensors.
-        tensors_root: binds the result's tensors.
+        bytes_after: size of all tensors.
+        tensors_root: hash of the result's tensors.
         manifest_sha256: of the result's manifest.
     """
 
@@ -84,7 +84,7 @@ class DequantizeReport:
 
 @dataclass(frozen=True)
 class _Decoded:
-    """A piece of a tensor, and the bytes that the source has for it."""
+    """A piece of a plain tensor, and the elements of the source that it was made from."""
 
     values: Array
     raw: Array
@@ -98,20 +98,20 @@ def dequantize(
     force: bool = False,
     progress: Progress = no_progress,
 ) -> DequantizeReport:
-    """Write a plain checkpoint with every quantized weight in the type that it had, or another.
+    """Write a plain checkpoint with every quantized weight in its original dtype, or in another.
 
-    What was never quantized stays as it is, whatever the type asked for.
+    Tensors that are not quantized keep their dtype, whatever ``options.dtype`` is.
 
     Args:
-        source: folder of a quantized checkpoint, ours or bitsandbytes' 4-bit ones.
+        source: folder of a checkpoint quantized by adaptkit, or to 4 bits by bitsandbytes.
         output: folder to make.
-        options: how.
+        options: see ``DequantizeOptions``.
         force: replace an existing output.
-        progress: told of bytes written.
+        progress: called with bytes written.
 
     Raises:
-        CheckpointError: the source is malformed, or not in one of these formats.
-        NonFiniteError: a weight is NaN, or too large for its type; names the tensor.
+        CheckpointError: the source is malformed, or in another format.
+        NonFiniteError: a weight is NaN, or too large for its dtype; names the tensor.
         OutputExistsError: the output exists.
     """
     source, output = Path(source), Path(output)
@@ -165,16 +165,16 @@ def dequantize(
 
 
 def _group(checkpoint: Checkpoint, name: str, is_quantized: bool, options: DequantizeOptions) -> Group:
-    """The plain tensor that a tensor becomes; a quantized one's shape and type are in its state."""
+    """Return the plain tensor that a tensor becomes; a quantized weight's shape and dtype are in its state."""
     if not is_quantized:
         return Group(name, (checkpoint.spec(name),))
-    weight = quantized.read_constants(checkpoint, name)  # all of it, so that what does not fit is found now
+    weight = quantized.read_constants(checkpoint, name)  # reads all parts, to find inconsistent ones before writing
     shape = weight.shape[::-1] if stores_transposed(checkpoint, name) else weight.shape
     return Group(name, (TensorSpec(name, dtype_name(options.dtype or weight.dtype), shape),))
 
 
 def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], _Decoded]]:
-    """Jobs that decode a weight."""
+    """Return jobs that decode a weight."""
     weight = quantized.read_constants(checkpoint, spec.name)
     absmax = weight.absmax
 
@@ -194,7 +194,7 @@ def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], _De
         found = decoded(Piece(0, spec.count))
         return _Decoded(np.ascontiguousarray(found.values.reshape(weight.shape).T), found.raw)
 
-    if stores_transposed(checkpoint, spec.name):  # in the GPT-2 family alone, whose matrices are small
+    if stores_transposed(checkpoint, spec.name):  # only in the GPT-2 family, whose matrices are small
         return [decoded_whole]
     return [partial(decoded, piece) for piece in cut(spec, weight.block_size * GROUP)]
 

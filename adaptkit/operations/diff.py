@@ -22,21 +22,21 @@ def diff(
     threads: int | None = None,
     progress: Progress = no_progress,
 ) -> AdapterDiffReport | CheckpointDiffReport:
-    """Compare two artifacts of one kind; the other way round it gives the mirror image.
+    """Compare two artifacts of the same kind; swapping them mirrors the report.
 
-    Adapters are read whole and compared module by module in factored form. Tensors of checkpoints are compared by
-    fingerprint; those that differ are read, piece by piece, to say how much and in how many directions.
+    Adapters are loaded and compared module by module in factored form. Tensors of checkpoints are compared by
+    fingerprint; those that differ are read piece by piece to measure the difference and its rank.
 
     Args:
         first: folder of an adapter or a checkpoint.
         second: folder of another.
-        recompute: read all tensors of checkpoints even where their manifests say what they are.
-        threads: modules or tensors compared at a time, which changes nothing else; one per processor if None.
-        progress: told of bytes of checkpoints, read or compared.
+        recompute: read all tensors of checkpoints, even if their manifests contain fingerprints.
+        threads: modules or tensors compared at a time; one per processor if None. The report does not depend on it.
+        progress: called with bytes of checkpoints, read or compared.
 
     Raises:
-        UsageError: one is an adapter, and the other a checkpoint; or not a folder; or less than one thread.
-        AdapterError: one of them is not a LoRA adapter that can be read.
+        UsageError: only one is an adapter, one is not a folder, or ``threads`` is less than 1.
+        AdapterError: an adapter is malformed or is not a LoRA adapter.
         CheckpointError: one of them is not a checkpoint.
     """
     first, second = Path(first), Path(second)
@@ -44,7 +44,7 @@ def diff(
     kinds = [is_adapter(require_folder(path)) for path in (first, second)]
     if kinds[0] != kinds[1]:
         adapter, other = (first, second) if kinds[0] else (second, first)
-        weight_files(other)  # says what is wrong with what is neither
+        weight_files(other)  # raises if it is not a checkpoint either
         raise UsageError(
             f"{adapter} is an adapter, but {other} is not",
             hint="merge the adapter and compare the result, or extract an adapter from the other and compare that",

@@ -1,4 +1,4 @@
-"""Find the adapter in a tuned checkpoint: what it adds to its base, as low-rank matrices and a few whole tensors."""
+"""Extract an adapter from a tuned checkpoint: its difference from the base, as low-rank matrices and whole tensors."""
 
 import math
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", 
 _OF_NO_ACCOUNT = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
 }  # fmt: skip
-"""Keys of ``config.json`` that change nothing that the model computes, or that the report says by itself."""
+"""Keys of ``config.json`` that do not affect what the model computes, or that other fields of the report cover."""
 
 
 def extract(
@@ -50,25 +50,25 @@ def extract(
     dry_run: bool = False,
     progress: Progress = no_progress,
 ) -> ExtractReport:
-    """Write the adapter that turns a base into a tuned checkpoint, as nearly as its rank allows.
+    """Write the adapter that turns a base into a tuned checkpoint, as closely as its rank allows.
 
-    A weight of a linear layer becomes the best low-rank approximation of its change, by a randomized decomposition that
-    reads the two files in row blocks. Everything else that differs is saved whole.
+    For a linear layer's weight, store a low-rank approximation of its change, by a randomized decomposition that reads
+    both files in row blocks. Save every other tensor that differs whole.
 
     Args:
         tuned: folder of a plain checkpoint.
         base: folder of the plain checkpoint that it was made from.
         output: folder of the adapter to make.
-        options: how.
+        options: see ``ExtractOptions``.
         force: replace an existing output.
         dry_run: plan and validate only.
-        progress: told of bytes read for the first time, of both checkpoints.
+        progress: called with bytes of both checkpoints, each counted when it is first read.
 
     Raises:
-        BaseMismatchError: names, shapes or types of tensors differ.
+        BaseMismatchError: names, shapes or dtypes of tensors differ.
         CheckpointError: malformed or quantized input.
         NonFiniteError: a weight is NaN or infinite; names the tensor.
-        UsageError: nothing differs, or something does that an adapter cannot hold.
+        UsageError: nothing differs, or a tensor differs that an adapter cannot store.
         OutputExistsError: the output exists.
 
     Source: Halko, Martinsson and Tropp (arXiv:0909.4061); see ``numerics.randomized`` for the variant.
@@ -107,7 +107,7 @@ def extract(
 
 
 def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> list[Finding]:
-    """Look at every tensor, and refuse what makes no adapter."""
+    """Compare every tensor, and refuse differences that no adapter can store."""
     total = sum(part.spec.nbytes + part.tuned.nbytes for part in plan.parts)
     done, findings = 0, []
     progress(done, total)
@@ -138,7 +138,7 @@ def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> lis
 def _write(
     out: Output, plan: Plan, findings: Sequence[Finding], running: Running, saved: Saved, placeholder: Part | None
 ) -> tuple[str, ...]:
-    """Write the adapter, and tokenizer and generation config where they are others; returns the names of those."""
+    """Write the adapter, and the tuned tokenizer and generation config if they differ; return these files' names."""
     terms = {running.module(finding.part): finding.term for finding in findings if finding.term is not None}
     if placeholder is not None:
         terms[running.module(placeholder)] = nothing(placeholder)

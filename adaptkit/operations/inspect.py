@@ -1,4 +1,4 @@
-"""Say what a folder is: checkpoint, quantized base, adapter or merged model; sizes, types, where it comes from."""
+"""Describe a folder: checkpoint, quantized base, adapter or merged model; its sizes, dtypes and origin."""
 
 import math
 from collections import Counter
@@ -31,16 +31,16 @@ class InspectReport:
     Attributes:
         path: folder.
         kind: checkpoint, quantized, adapter or merged.
-        tensors: number of them.
-        parameters: of the model, or of the adapter; None if another tool's format hides how many there are.
-        bytes: of tensors.
-        dtypes: type -> number of tensors.
-        details: facts of this kind: architecture, formats and block sizes; ranks, scalings and what else an adapter
-            changes; what a merged model has for taking its adapters out again.
+        tensors: number of tensors.
+        parameters: number of the model's or adapter's parameters; None if another tool's format does not show it.
+        bytes: size of all tensors.
+        dtypes: dtype -> number of tensors.
+        details: facts that depend on the kind: architecture, formats and block sizes of a checkpoint; ranks, scalings
+            and other changes of an adapter; what ``unmerge`` needs and finds in a merged model.
         manifest_sha256: None without a manifest.
         tensors_root: None without a manifest.
         parents: as the manifest names them.
-        lineage: what it was made from, and what that was made from, as far as that is at hand; empty if not asked.
+        lineage: parents and their ancestors, as far as they were found; empty unless asked for.
     """
 
     path: str
@@ -57,7 +57,7 @@ class InspectReport:
 
 
 def inspect(path: AnyPath) -> InspectReport:
-    """Describe a folder from headers, quantization states and manifest; only an adapter's weights are read.
+    """Describe a folder from headers, quantization states and manifest; weights are read only from an adapter.
 
     Raises:
         UsageError: not a folder.
@@ -89,12 +89,14 @@ def inspect(path: AnyPath) -> InspectReport:
 def trace(
     path: AnyPath, parents: AnyPath | Sequence[AnyPath], progress: Progress = no_progress
 ) -> tuple[Ancestor, ...]:
-    """Find out what an artifact was made from, by hashes; what has no manifest is read for that, nothing else is.
+    """Find the ancestors of an artifact by their hashes.
+
+    Weights are read only from folders without a manifest, and from adapters that their hashes do not tell apart.
 
     Args:
         path: folder.
-        parents: folders in which to look, each an artifact or a folder of several.
-        progress: told of bytes read.
+        parents: folders to search, each an artifact or a folder of several.
+        progress: called with bytes read.
 
     Raises:
         UsageError: a folder holds no artifacts.
@@ -166,7 +168,7 @@ def _checkpoint(checkpoint: Checkpoint) -> _Found:
 
 
 def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
-    """Facts of an adapter, in the order in which people read them; None for what it does not have."""
+    """Return facts about an adapter in display order; None for what it does not have."""
     terms = [*adapter.modules.values(), *(term for stack in adapter.experts.values() for term in stack)]
     config = adapter.config
     return {
@@ -190,12 +192,12 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
 
 
 def _counts(values: Iterable[str | int]) -> dict[str, int]:
-    """How often each is there; the keys are strings, as JSON has them."""
+    """Count each value, sorted; keys become strings, as JSON requires."""
     return {str(value): count for value, count in sorted(Counter(values).items())}
 
 
 def _describe_merged(root: Path, manifest: Manifest) -> dict[str, Any]:
-    """Facts of a merged model; nothing is hashed, which is what ``verify`` is for.
+    """Return facts about the result of a merge; nothing is hashed, since ``verify`` does that.
 
     Raises:
         UnsafeInputError: the manifest names a file outside the folder.

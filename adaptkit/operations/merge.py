@@ -1,7 +1,7 @@
-"""Fold adapters into a 16- or 32-bit checkpoint, piece by piece, keeping what is needed to take them out again.
+"""Merge adapters into a 16- or 32-bit checkpoint, piece by piece, with a record of what ``unmerge`` needs.
 
-Shards whose tensors keep their shapes keep the header of the base's, byte for byte, so that ``unmerge`` gives back the
-very same files.
+A shard whose tensors keep their shapes keeps the base's header byte for byte, so that ``unmerge`` restores identical
+files.
 """
 
 from collections.abc import Sequence
@@ -39,20 +39,20 @@ def merge(
     """Write base + Σ weight · change, every sum exact and rounded once.
 
     Args:
-        base: folder of a plain checkpoint; or of a quantized one, if the one that it was made from lies beside it.
+        base: folder of a plain checkpoint; or of a quantized one, if its 16-bit parent lies beside it.
         adapters: folders of LoRA adapters, in the order in which they are summed.
         output: folder to make.
-        options: how.
+        options: see ``MergeOptions``.
         force: replace an existing output.
         dry_run: plan and validate only.
-        progress: told of bytes written; where the result is quantized, before that of bytes read of the base.
+        progress: called with bytes written; if the result is quantized, first with bytes read from the base.
 
     Raises:
         BaseMismatchError: an adapter was trained on other tensors, does not fit the base, or would untie its head.
-        CheckpointError, AdapterError: malformed input, or a quantized base.
-        UsageError: base and adapter changed places, or an adapter changes nothing.
-        NonFiniteError: the base is not finite, or the result would not be; names the tensor.
-        IntegrityError: the base or an adapter is not the one of its manifest, or changed meanwhile.
+        CheckpointError, AdapterError: malformed input, or a quantized base whose 16-bit parent was not found.
+        UsageError: base and adapter are swapped, or an adapter changes nothing.
+        NonFiniteError: a weight of the base or of the result is NaN or infinite; names the tensor.
+        IntegrityError: the base or an adapter does not match its manifest, or changed during the merge.
         OutputExistsError: the output exists.
     """
     base, output = Path(base), Path(output)
@@ -67,7 +67,7 @@ def merge(
     edits = plan_edits(opened.checkpoint, read, weights, begins, options.untie)
     check_effects(read, weights, edits)
     opened = with_addresses(opened, edits)
-    check_output(output, force, [base, opened.checkpoint.root, *adapters])  # the base may be one that was found
+    check_output(output, force, [base, opened.checkpoint.root, *adapters])  # open_base may have found another folder
     merging = Merging(
         opened, read, weights, options, edits, plan_side_files(opened.checkpoint, opened.manifest, read, edits)
     )
@@ -78,13 +78,13 @@ def merge(
         return merging.report(output)
     if options.format == "keep":
         return merging.run(output, force, progress)
-    from adaptkit.operations._merge.quantized import merge_quantized  # with all of quantize
+    from adaptkit.operations._merge.quantized import merge_quantized  # here, since it imports all of quantize
 
     return merge_quantized(merging, output, force, progress)
 
 
 def _check_order(base: Path, adapters: Sequence[Path]) -> None:
-    """Say what is wrong where a base stands among the adapters: each alone would be called broken.
+    """Detect swapped base and adapter, which would otherwise each be reported as malformed.
 
     Raises:
         UsageError: the base is an adapter, and one of the adapters a checkpoint.

@@ -1,17 +1,18 @@
-"""Predict what fine-tuning a model needs, from its configuration alone: memory by part, parameters by rank.
+"""Predict the memory and the trainable parameters of fine-tuning a model, from its configuration only.
 
-    weights      full: none that are frozen; lora: as in the checkpoint; qlora: 4 bits, an 8-bit constant for 64 of
-                 them, and a float32 constant for 256 of those; experts only if they are quantized too
-    trainable    4 bytes a parameter: full training and adapters are held in float32
-    gradients    4 bytes a parameter
-    optimizer    8 bytes a parameter, or 2.03 in 8 bits
-    activations  measured on a network without memory, by the arithmetic of ``networks.activations``
-    logits       one chunk, as large as the device's
+    weights      frozen weights. full: none; lora: linear layers as in the checkpoint; qlora: 4 bits per weight, an
+                 8-bit constant per 64 weights and a float32 constant per 256 of these, experts only with
+                 ``moe="quantize"``; everything else in the compute dtype
+    trainable    4 bytes per parameter: full training and adapters hold them in float32
+    gradients    4 bytes per parameter
+    optimizer    8 bytes per parameter, or 2.03 in 8 bits
+    activations  measured on a network of fake tensors, by the arithmetic of ``networks.activations``
+    logits       one chunk, whose size depends on the device
 
-On a GPU adapters have copies in the compute dtype beside them, which count as weights, and tables that are only looked
-up do not count: see ``networks.tables``.
+On a GPU, copies of the adapter in the compute dtype count as weights, and embedding tables that stay in host memory do
+not; see ``networks.tables``.
 
-Full fine-tuning thus needs 16 bytes a parameter beside activations and logits: 160 GB for 10 billion.
+So full fine-tuning needs 16 bytes per parameter plus activations and logits: 160 GB for 10 billion.
 """
 
 import math
@@ -45,20 +46,20 @@ _BLOCK, _GROUP, _LEVELS_BYTES = 64, 256, 4 * 256
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is planned.
+    """The training run to plan.
 
     Attributes:
         method: ``full``, ``lora`` or ``qlora``.
         rank: of the adapter.
-        targets: shell patterns of module paths, as the trainer takes them.
-        moe: ``keep`` if experts are in 16 bits, as ``quantize`` leaves them, or ``quantize``.
-        seq_len: tokens of a row.
-        batch: rows that go through the model at a time.
-        checkpointing: a policy of ``networks.activations``; of ``auto`` what it needs at least, which is ``layer``.
+        targets: shell patterns of module paths, as for the trainer.
+        moe: ``keep`` experts in 16 bits, the default of ``quantize``, or ``quantize`` them.
+        seq_len: tokens per row.
+        batch: rows per forward pass.
+        checkpointing: a policy of ``networks.activations``; ``auto`` is planned as ``layer``, the least that it needs.
         optimizer: ``adamw`` or ``adamw8bit``.
         compute_dtype: ``bfloat16`` or ``float32``.
-        offload_checkpoints: whether the inputs of segments wait in host memory, which is for GPUs.
-        device: ``cpu``, ``cuda``, or ``auto``: a GPU if there is one here, or if checkpoints are offloaded.
+        offload_checkpoints: keep the inputs of checkpointed segments in host memory; only for GPUs.
+        device: ``cpu``, ``cuda``, or ``auto``: a GPU if this machine has one, or if checkpoints are offloaded.
     """
 
     method: str = "qlora"
@@ -103,7 +104,7 @@ class PlanOptions:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the run that is planned has a GPU."""
+        """Whether the planned run uses a GPU."""
         if self.device == "auto":
             return self.offload_checkpoints or torch.cuda.is_available()
         return self.device == "cuda"
@@ -111,13 +112,13 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class RankRow:
-    """What an adapter of one rank trains.
+    """Trainable parameters of an adapter of one rank.
 
     Attributes:
         rank: of the adapter.
         parameters: that it trains on the chosen targets.
-        fraction: of the model's.
-        one_square: 2 · rank · √N: were the model one square matrix of its N parameters.
+        fraction: the same as a share of the model's parameters.
+        one_square: 2 · rank · √N, the count if the model were a single square matrix of its N parameters.
     """
 
     rank: int
@@ -128,21 +129,21 @@ class RankRow:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What was predicted.
+    """The prediction.
 
     Attributes:
         model: folder.
-        architecture: transformers' class.
-        parameters: of the model.
+        architecture: class in transformers.
+        parameters: number of the model's parameters.
         method: of training.
-        device: that it was planned for, ``cpu`` or ``cuda``.
-        trainable_parameters: of that method.
-        checkpointing: which layers are checkpointed, in words.
+        device: for which it was planned, ``cpu`` or ``cuda``.
+        trainable_parameters: number of parameters that the method trains.
+        checkpointing: phrase that says which layers are checkpointed.
         memory: bytes by part; see ``networks.memory.Memory``.
         total_bytes: of all parts.
-        context: tokens of a row that the model was made for; None if its configuration does not say.
-        notes: what such a run would refuse, leave out or do worse, a line each.
-        ranks: what adapters of other ranks would train.
+        context: the model's longest sequence in tokens; None if its configuration does not say.
+        notes: one-line warnings about what such a run would refuse, leave out or do badly.
+        ranks: trainable parameters of adapters of other ranks.
     """
 
     model: str
@@ -164,12 +165,13 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
     """Predict memory and trainable parameters of a fine-tuning run.
 
     Args:
-        model: folder with a ``config.json``; weights need not be there.
-        options: what to plan.
+        model: folder with a ``config.json``; it need not contain weights.
+        options: the run to plan.
 
     Raises:
-        UsageError: transformers does not know the architecture, a target matches nothing, or a budget is too small.
-        CheckpointError: the configuration cannot be read or is beyond reason.
+        UsageError: transformers does not know the architecture, a target matches nothing, the rank is too large, or a
+            budget is too small.
+        CheckpointError: the configuration cannot be read, or its sizes are implausible.
     """
     model = Path(model)
     options = options or PlanOptions()
@@ -262,7 +264,7 @@ def _activations(network: Any, options: PlanOptions, ranks: dict[str, int]) -> t
 def _frozen_bytes(
     network: Any, shapes: dict[str, Shape], options: PlanOptions, dtype: torch.dtype, stored: torch.dtype
 ) -> int:
-    """Bytes of the frozen weights: linear layers as they are stored or quantized, everything else in ``dtype``."""
+    """Return the bytes of the frozen weights: linear layers as stored or quantized, everything else in ``dtype``."""
     packed = set(expert_stacks(network)) if options.moe == "quantize" else set()
     if options.method == "qlora":
         packed |= {f"{name}.weight" for name in shapes if not is_router(name)}

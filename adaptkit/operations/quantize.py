@@ -1,6 +1,6 @@
 """Quantize a checkpoint to 4 or 8 bits, shard by shard and piece by piece.
 
-What only calibration needs is imported where it is used: it takes as long to load as a small checkpoint to quantize.
+Modules for calibration are imported where they are used: loading them takes as long as quantizing a small checkpoint.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def quantize(
     progress: Progress = no_progress,
     calibration_progress: Progress = no_progress,
 ) -> QuantizeReport:
-    """Write a quantized copy of a checkpoint that transformers with bitsandbytes, and adaptkit's trainer, load.
+    """Write a quantized copy of a checkpoint, for transformers with bitsandbytes and for adaptkit's trainer.
 
     Args:
         source: folder of a 16- or 32-bit safetensors checkpoint, one file or sharded.
         output: folder to make.
-        options: how.
+        options: see ``QuantizeOptions``.
         force: replace an existing output.
         dry_run: plan and validate only.
         companion: folder of the companion adapter to make, if the options ask for one; ``<output>-init`` if None.
-        progress: told of bytes written.
-        calibration_progress: told how much of the model's run is done, in batches of layers.
+        progress: called with bytes written.
+        calibration_progress: called with steps of the calibration done, each one batch through one layer.
 
     Raises:
         CheckpointError: the source is malformed, quantized already, or has nothing to quantize.
@@ -92,15 +92,15 @@ def quantize_checkpoint(
     progress: Progress,
     describe: Callable[[Manifest], Manifest],
 ) -> QuantizeReport:
-    """Quantize what may be no folder by itself, such as a merged model that is never written in 16 bits.
+    """Quantize a checkpoint that need not be a folder, such as a merged model that is never written in 16 bits.
 
     Args:
-        checkpoint: what to read.
+        checkpoint: the source.
         output: folder to make.
-        options: how, without calibration.
+        options: see ``QuantizeOptions``; without calibration.
         force: replace an existing output.
-        progress: told of bytes written.
-        describe: what to say of it instead of what ``quantize`` would say.
+        progress: called with bytes written.
+        describe: called with the manifest that ``quantize`` would write; returns the one to write instead.
     """
     return _plan_and_run(
         _Run(checkpoint, output, options, force, None, None, progress, no_progress, describe), dry_run=False
@@ -113,7 +113,7 @@ def _plan_and_run(run: _Run, dry_run: bool) -> QuantizeReport:
         if dry_run:
             return make_report(output, early.plan(), {})
         if options.calibration is not None or options.part is not None or partial_folder(output).exists():
-            # Shares must agree on the plan, and a wrong one would throw away what an earlier run has done.
+            # Shares must agree on the plan, and resuming with a wrong guess would discard an earlier run's work.
             return run.finish(early.plan(), early)
         try:
             return run.finish(early.guess(), early)
@@ -123,7 +123,7 @@ def _plan_and_run(run: _Run, dry_run: bool) -> QuantizeReport:
 
 @dataclass(frozen=True)
 class _Run:
-    """What stays the same if the plan changes."""
+    """The parameters of a run; they stay the same if the plan changes."""
 
     checkpoint: Checkpoint
     output: Path
@@ -136,10 +136,10 @@ class _Run:
     describe: Callable[[Manifest], Manifest] | None = None
 
     def finish(self, begun: Plan, early: EarlyPlan) -> QuantizeReport:
-        """Do all that a plan says.
+        """Execute a plan.
 
         Raises:
-            PlanChanged: it was not the right one.
+            PlanChanged: the architecture requires another plan.
         """
         options, recorded = self.options, self.options.recorded()
         key = [self.checkpoint.outline(), recorded, begun.outline()]
@@ -166,7 +166,7 @@ class _Run:
                 own = sum(part.holds(position) for position in range(len(plan.shards)))
                 return replace(report(), part=(part.number, part.total), shards=own)
             _write_others(out, plan, options)
-            source = None if self.describe else self.checkpoint.root  # what is no folder has no manifest
+            source = None if self.describe else self.checkpoint.root  # a source that is not a folder has no manifest
             manifest = _manifest(out, plan, recorded, source)
             manifest = self.describe(manifest) if self.describe else manifest
             if self.init is None:
@@ -181,7 +181,7 @@ class _Run:
         )
 
     def _keeps(self, folder: Path) -> bool:
-        """Whether what is unfinished must not be thrown away: its companion adapter is published already."""
+        """Whether the unfinished output must be kept, because its companion adapter is published already."""
         if self.init is None:
             return False
         from adaptkit.operations._calibrate.companion import is_waiting
@@ -189,7 +189,7 @@ class _Run:
         return is_waiting(self.init, self.output)
 
     def _room(self, plan: Plan) -> int:
-        """The bytes that the work takes on the disk, if this run is to do all of it."""
+        """Return the disk space that the whole output needs, in bytes; 0 for a part, which is not checked for space."""
         calibration = self.options.calibration
         if self.options.part is not None:
             return 0
@@ -200,7 +200,7 @@ class _Run:
         return plan.nbytes() + scratch_bytes(plan.tensors.values(), calibration.init_rank)
 
     def _check_finite(self, out: Output, plan: Plan) -> None:
-        """Before hours of calibration, unless they are over."""
+        """Look for NaN and infinity before a calibration that may take hours, unless it is already done."""
         if self.tokens is None:
             return
         from adaptkit.operations._calibrate.calibrated import is_calibrated
@@ -209,10 +209,10 @@ class _Run:
             check_finite(self.checkpoint, plan.tensors.values(), thread_count(self.options.threads))
 
     def _check_shares(self, out: Output) -> None:
-        """Compare what shares read elsewhere with the checkpoint here, of which it has to be a copy.
+        """Check that shares made from a checkpoint at another path read the same tensors as are here.
 
         Raises:
-            BaseMismatchError: it is none; names the tensor.
+            BaseMismatchError: a tensor differs; names it.
         """
         for file, notes in out.elsewhere.items():
             for name, note in notes.items():
@@ -276,7 +276,7 @@ def _read_tokens(source: Path, calibration: Calibration | None) -> Tensor | None
     if calibration is None:
         return None
     for file in calibration.files:
-        if file.is_fifo():  # its hash, which the manifest names, would be that of nothing
+        if file.is_fifo():  # it is read twice: for the tokens, and for the hash in the manifest
             raise DataError(f"{file}: is a pipe, which can be read only once", hint="save it in a file")
     from adaptkit.text.windows import read_tokens
 
@@ -291,7 +291,7 @@ def _companion_folder(output: Path, companion: Path | None, options: QuantizeOpt
 
 
 def _write_others(out: Output, plan: Plan, options: QuantizeOptions) -> None:
-    """Everything but the weights."""
+    """Write everything but the weights and the manifest."""
     write_index(out, plan.shards)
     kept = skip_modules(plan.selection)
     config = plan.checkpoint.config | {"quantization_config": quantization_config(kept, options.encoding)}

@@ -1,4 +1,4 @@
-"""Give an adapter another, smaller rank: the best approximation of every module's change."""
+"""Reduce the rank of an adapter to the best approximation of each module's change."""
 
 import math
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from adaptkit.operations._threads import check_threads, each, thread_count
 
 @dataclass(frozen=True)
 class ResizeOptions:
-    """How small.
+    """How to resize.
 
     Attributes:
-        rank: of every module; one that has less keeps its own.
-        energy: instead of a rank, the share of each module's square norm that is kept, in (0, 1].
-        threads: number of modules at a time; one per processor if None. Not part of the result.
+        rank: of every module; a module with a smaller rank keeps it.
+        energy: instead of a rank, the share of each module's squared norm to keep, in (0, 1].
+        threads: number of modules at a time; one per processor if None. The result does not depend on it.
     """
 
     rank: int | None = None
@@ -41,20 +41,20 @@ class ResizeOptions:
         check_threads(self.threads)
 
     def recorded(self) -> dict[str, Any]:
-        """What the result depends on."""
+        """Return the options that affect the result, for the manifest."""
         return {name: value for name, value in asdict(self).items() if name != "threads" and value is not None}
 
 
 @dataclass(frozen=True)
 class ResizedModule:
-    """What became of one module.
+    """The result for one module.
 
     Attributes:
         module: dotted path.
         rank_before: in the adapter.
         rank: in the result.
-        norm: ‖Δ‖ of the adapter.
-        energy_kept: share of ‖Δ‖² that is left.
+        norm: ‖Δ‖ in the adapter.
+        energy_kept: share of ‖Δ‖² in the result.
         relative_error: ‖Δ − result‖ / ‖Δ‖.
     """
 
@@ -68,22 +68,23 @@ class ResizedModule:
 
 @dataclass(frozen=True)
 class ResizeReport:
-    """What was done, or would be.
+    """What was done, or would be in a dry run.
 
     Attributes:
         output: folder.
         resized: number of modules with a smaller rank than before.
-        unchanged: number of modules left as they are, byte for byte if they were in float32.
+        unchanged: number of modules that keep their factors, byte for byte if these are in float32.
         below: number of modules whose own rank is below the one that was asked for.
-        ranks: smallest and largest rank of a module.
-        parameters_before: in A and B of all modules.
-        parameters: the same of the result.
-        energy_kept: share of Σ ‖Δ‖² that is left.
+        ranks: smallest and largest rank of a module in the result.
+        parameters_before: in A and B of all modules of the adapter.
+        parameters: the same in the result.
+        energy_kept: share of Σ ‖Δ‖² in the result.
         relative_error: of all modules together.
-        base_copies: tensors of the base that the adapter carries along, as peft does for embeddings; the result, too.
-        tokenizer: files of the adapter's tokenizer, chat template and generation config, which the result has, too.
-        modules: one each.
-        tensors_root: binds the result's tensors; None for a dry run.
+        base_copies: names of the base's tensors that the adapter, and so the result, contains copies of, as peft saves
+            embeddings.
+        tokenizer: names of the tokenizer, chat template and generation config files that are copied to the result.
+        modules: one per module.
+        tensors_root: hash of the result's tensors; None for a dry run.
         manifest_sha256: None for a dry run.
     """
 
@@ -106,20 +107,20 @@ class ResizeReport:
 def resize(
     adapter: AnyPath, output: AnyPath, options: ResizeOptions, *, force: bool = False, dry_run: bool = False
 ) -> ResizeReport:
-    """Write an adapter whose modules have the wanted rank, or keep the wanted share of their square norm.
+    """Write an adapter whose modules have the wanted rank, or keep the wanted share of their squared norm.
 
-    Every module's Δ = s · B A is decomposed in factored form, by two QR and one small SVD, and cut off: no other matrix
-    of that rank is closer (Eckart and Young). What need not shrink is not touched.
+    Each module's Δ = s · B A is decomposed in factored form, by two QR and one small SVD, and truncated: no other
+    matrix of that rank is closer (Eckart and Young). Modules that need not shrink are not changed.
 
     Args:
         adapter: folder.
         output: folder to make.
-        options: how.
+        options: see ``ResizeOptions``.
         force: replace an existing output.
-        dry_run: find out what would be lost, and write nothing.
+        dry_run: compute the report without writing anything.
 
     Raises:
-        AdapterError: malformed, or it does something else than adding low-rank changes.
+        AdapterError: malformed, trained from a companion adapter, or not only low-rank changes.
         OutputExistsError: the output exists.
     """
     adapter, output = Path(adapter), Path(output)
@@ -160,7 +161,7 @@ def resize(
 
 
 def _resizer(options: ResizeOptions) -> Callable[[LowRank], tuple[LowRank, tuple[float, float]]]:
-    """A function from a change to the resized one, and the square norms of it whole and of what is cut off."""
+    """Return a function from a change to (the resized change, (‖Δ‖², squared norm of what is cut off))."""
 
     def work(term: LowRank) -> tuple[LowRank, tuple[float, float]]:
         spectrum = svd(term)

@@ -34,10 +34,10 @@ class StackOptions:
         method: name of a stacking method.
         weights: one per adapter; empty means 1 for each.
         rank: largest rank of a module of the result; None leaves it to the method.
-        energy: instead of a rank, the share of each module's ‖Δ‖² that is kept, in (0, 1].
-        settings: options of the method by name (``density``, ``epsilon``, ``gamma``, ``lambda``, ``seed``); it has
-            defaults for those that are not given.
-        threads: number of modules combined at a time; one per processor if None. Not part of the result.
+        energy: instead of a rank, the share of each module's ‖Δ‖² to keep, in (0, 1].
+        settings: options of the method by name (``density``, ``epsilon``, ``gamma``, ``lambda``, ``seed``); the others
+            have the method's defaults.
+        threads: number of modules combined at a time; one per processor if None. The result does not depend on it.
     """
 
     method: str = "cat"
@@ -54,10 +54,10 @@ class StackOptions:
         self.resolved()
 
     def resolved(self) -> Any:
-        """The method's own options, with its defaults.
+        """Return the method's own options, defaults included.
 
         Raises:
-            UsageError: there is no such method, it has no such option, or a value is out of its range.
+            UsageError: there is no such method, it has no such option, or a value is out of range.
         """
         options = load(stacking, self.method, "METHOD").options
         known = {part.name.rstrip("_"): part for part in fields(options)}
@@ -75,7 +75,7 @@ class StackOptions:
         return options(**{known[name].name: _like(known[name].default, value) for name, value in self.settings.items()})
 
     def recorded(self, weights: Sequence[float]) -> dict[str, Any]:
-        """Everything that the result depends on, for its manifest."""
+        """Return the options that affect the result, for the manifest."""
         limits = {"rank": self.rank, "energy": self.energy}
         return {
             "method": self.method,
@@ -87,21 +87,21 @@ class StackOptions:
 
 
 def _like(default: Any, value: float) -> Any:
-    """A number of its option's own type: a recipe's 3.0 is the command line's 3, and draws and records the same."""
+    """Convert a number to its option's type, so that 3.0 in a recipe gives the same bytes as 3 on a command line."""
     fits = isinstance(default, float) or float(value).is_integer()
     return type(default)(value) if abs(value) < 2**53 and fits else value
 
 
 @dataclass(frozen=True)
 class StackedModule:
-    """What became of one module.
+    """The result for one module.
 
     Attributes:
         module: dotted path.
-        adapters: number of those that change it.
+        adapters: number of adapters that change it.
         rank: in the result.
-        norm: ‖Δ‖ of what the method makes of them.
-        energy_kept: share of ‖Δ‖² that is left at this rank.
+        norm: ‖Δ‖ of the method's result, before its rank is limited.
+        energy_kept: share of ‖Δ‖² that this rank keeps.
     """
 
     module: str
@@ -113,23 +113,24 @@ class StackedModule:
 
 @dataclass(frozen=True)
 class StackReport:
-    """What was done, or would be.
+    """What was done, or would be in a dry run.
 
     Attributes:
         output: folder.
-        method: that combined the adapters.
+        method: name of the stacking method.
         settings: the method's own options, defaults included.
-        adapters: number of them.
-        modules: number of them in the result.
-        partial: number of modules that not every adapter changes; it counts as a change of zero there.
-        zero: number of modules of whose changes nothing is left.
-        ranks: smallest and largest rank of a module.
-        energy_kept: share of Σ ‖Δ‖² over all modules that is left.
-        base_copies: tensors of the base that adapters carry along, as peft does for embeddings; the result, too.
-        tokenizer: files of their tokenizer, chat template and generation config, which the result has, too.
-        base_names: what the adapters call their bases.
-        per_module: one each, by name.
-        tensors_root: binds the result's tensors; None for a dry run.
+        adapters: number of adapters.
+        modules: number of modules in the result.
+        partial: number of modules that only some adapters change; the others count as a change of zero there.
+        zero: number of modules whose result is zero.
+        ranks: smallest and largest rank of a module in the result.
+        energy_kept: share of Σ ‖Δ‖² over all modules that the result keeps.
+        base_copies: names of the base's tensors that the adapters, and so the result, contain copies of, as peft saves
+            embeddings.
+        tokenizer: names of the tokenizer, chat template and generation config files that are copied to the result.
+        base_names: names of the base in the adapters' configurations.
+        per_module: one per module, sorted by name.
+        tensors_root: hash of the result's tensors; None for a dry run.
         manifest_sha256: of the result's manifest; None for a dry run.
     """
 
@@ -159,20 +160,20 @@ def stack(
     dry_run: bool = False,
     progress: Progress = no_progress,
 ) -> StackReport:
-    """Write one adapter that stands for several.
+    """Write one adapter that combines several.
 
     Args:
         adapters: folders, at least two, in order.
         output: folder to make.
-        options: how.
+        options: see ``StackOptions``.
         force: replace an existing output.
-        dry_run: find out what would be lost, and write nothing.
-        progress: told of modules combined.
+        dry_run: compute the report without writing anything.
+        progress: called with modules combined.
 
     Raises:
-        AdapterError: the adapters do not fit together, or do something else than adding low-rank changes.
+        AdapterError: the adapters do not fit together, or one contains more than low-rank changes.
         BaseMismatchError: they were trained on different bases.
-        UsageError: fewer than two, another number of weights, or nothing would be left.
+        UsageError: fewer than two adapters, a wrong number of weights, or every module's result is zero.
         NonFiniteError: the result is too large for float32.
         OutputExistsError: the output exists.
     """
@@ -217,7 +218,7 @@ def stack(
 
 
 def _combine(plan: Stackable, options: StackOptions, progress: Progress) -> dict[str, Compressed]:
-    """Each module's change, by name."""
+    """Combine the changes of each module; return the results by module name."""
     combined = {}
     for name, made in zip(
         plan.modules, each(_combiner(plan, options), plan.modules, thread_count(options.threads)), strict=True
@@ -233,7 +234,7 @@ def _combine(plan: Stackable, options: StackOptions, progress: Progress) -> dict
 
 
 def _combiner(plan: Stackable, options: StackOptions) -> Callable[[str], Compressed]:
-    """A function from a module's name to what its changes become."""
+    """Return a function from a module's name to its combined change."""
     method: Method = load(stacking, options.method, "METHOD")
     settings, limit = options.resolved(), Limit(options.rank, options.energy)
     largest = max(term.rank for terms in plan.modules.values() for term in terms)

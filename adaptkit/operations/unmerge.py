@@ -1,4 +1,4 @@
-"""Take adapters out of a merged checkpoint, back to the bytes of the base."""
+"""Remove adapters from a merged checkpoint, which restores the bytes of the base."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class UnmergeReport:
 
     Attributes:
         output: folder.
-        restored: number of tensors that were changed back.
-        tensors: in the result.
-        identical: whether the result's tensors are, to the bit, those that the merge began with.
-        same_tensors: how many of the restored ones are.
-        error_bound: of an approximate result, the most by which a weight can be off; 0 for an exact one.
-        tensors_root: binds the result's tensors.
+        restored: number of tensors that the merge had changed.
+        tensors: number of tensors in the result.
+        identical: whether all tensors of the result are bit-identical to the base's.
+        same_tensors: number of restored tensors that are bit-identical to the base's.
+        error_bound: largest possible absolute error of a weight in an approximate result; 0 in an exact one.
+        tensors_root: hash of the result's tensors.
         manifest_sha256: of the result's manifest.
     """
 
@@ -74,24 +74,24 @@ def unmerge(
     force: bool = False,
     progress: Progress = no_progress,
 ) -> UnmergeReport:
-    """Undo ``merge`` exactly; or, without its record, as nearly as subtracting can.
+    """Undo ``merge`` exactly, or approximately by subtraction if there is no undo record.
 
-    Tensors and records are compared with the fingerprints in the manifest as they are read, which finds accidents;
-    ``verify`` finds malice, too.
+    Tensors and undo records are compared with the manifest as they are read, which detects accidental changes;
+    ``verify`` also detects tampering.
 
     Args:
         merged: folder that ``merge`` made.
-        adapters: folders of the adapters that were merged, in any order; none if they are in the folder.
+        adapters: folders of the adapters that were merged, in any order; none if ``merged`` contains copies.
         output: folder to make.
-        approximate: subtract and round where there is no undo record.
+        approximate: allow subtraction, with rounding errors, if there is no undo record.
         threads: number of pieces restored at a time; one per processor if None.
         force: replace an existing output.
-        progress: told of bytes written.
+        progress: called with bytes written.
 
     Raises:
-        IntegrityError: a tensor or record changed since the merge, or there are no records; names it.
-        BaseMismatchError: other adapters than those that were merged.
-        UsageError: changes that cannot be subtracted; or not a folder, or less than one thread.
+        IntegrityError: a tensor or undo record changed since the merge, or there is no undo record; names it.
+        BaseMismatchError: these are not the adapters that were merged.
+        UsageError: a change cannot be subtracted, ``merged`` is not a folder, or ``threads`` is less than 1.
         OutputExistsError: the output exists.
     """
     merged, output = Path(merged), Path(output)
@@ -139,12 +139,12 @@ def unmerge(
 
 
 def _begins(base: BaseOutline, begun: frozenset[str], name: str, files: TensorFiles, key: str) -> bool:
-    """Whether the merge let an adapter's copy of a tensor take its place."""
+    """Whether the merge replaced a tensor of the base by the adapter's copy."""
     return name in begun or files.spec(key).shape != base.spec(name).shape
 
 
 def _check_headers(model: MergedModel, base: BaseOutline, edits: Edits) -> None:
-    """Refuse a record whose headers speak of other tensors than those that the merge left."""
+    """Refuse an undo record whose headers do not match the tensors of the merged checkpoint."""
     merged = {name: at for name, at in model.checkpoint.tensors.items() if name not in edits.added}
     for name in sorted({*merged, *base.tensors}):
         before, after = base.tensors.get(name), merged.get(name)
@@ -174,7 +174,7 @@ def _check_subtractable(merged: Path, edits: Edits, small_files: Sequence[str]) 
 
 @dataclass(frozen=True)
 class _Run:
-    """A run of rows: of the result, and of the base."""
+    """Consecutive rows of a tensor: merged, and restored with an error of at most ``bound``."""
 
     merged: Values
     values: Values
@@ -183,7 +183,7 @@ class _Run:
 
 @dataclass
 class _Restoring:
-    """Writes the base from a merged model."""
+    """Restores the base from a merged model."""
 
     model: MergedModel
     base: BaseOutline
@@ -204,7 +204,7 @@ class _Restoring:
         write_shards(out, shards, self._jobs, self._assemble, threads, progress, raw)
 
     def finish(self, out: Output) -> Manifest:
-        """Write everything but the shards, and describe it; an artifact becomes what it was, manifest and all.
+        """Write everything but the shards, and return the manifest: the base's own if it had one.
 
         Raises:
             IntegrityError: the result is not the base that was merged.
@@ -237,7 +237,7 @@ class _Restoring:
         return before
 
     def is_identical(self, out: Output) -> bool:
-        """Whether the tensors are those that the merge began with."""
+        """Whether the written tensors are those of the base, by the hash in the merged model's manifest."""
         base = next(parent for parent in self.model.manifest.parents if parent.role == "base")
         return tensors_root(out.tensors) == base.tensors_root
 
@@ -308,5 +308,5 @@ class _Restoring:
         return {"same": same, "bound": bound}
 
     def _other(self, found: str, hint: str) -> AdaptkitError:
-        """The error where the adapter does not lead back to the base: its configuration's fault, if that is another."""
+        """Return the error for adapters that do not restore the base; blames a configuration that differs, if any."""
         return other_configuration(self.resaved) if self.resaved else IntegrityError(found, hint=hint)

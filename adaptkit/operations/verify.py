@@ -1,4 +1,4 @@
-"""Check an artifact against its manifest, who signed that, and everything that it was made from."""
+"""Check an artifact against its manifest, the manifest's signature, and the artifact's ancestors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,15 +18,15 @@ from adaptkit.operations._threads import check_threads, thread_count
 
 @dataclass(frozen=True)
 class VerifyOptions:
-    """What to check beside the bytes.
+    """What to check besides the bytes.
 
     Attributes:
-        manifest_sha256: what the manifest's own sha256 must be, in lower-case hexadecimal.
-        trust: whose signature it must have; None leaves signatures alone.
+        manifest_sha256: required sha256 of the manifest, in lower-case hexadecimal.
+        trust: the required signer; None skips signatures.
         signature: file; the one beside the manifest if None.
-        parents: folders that hold what the artifact was made from, each one artifact or several; None leaves parents
-            alone.
-        recompute: make the artifact again from its parents, and those from theirs, where that can be done.
+        parents: folders to search for ancestors of the artifact, each one artifact or a folder of several; None skips
+            ancestors.
+        recompute: repeat the operations that made the artifact and its ancestors, where possible, and compare.
         threads: files read at a time; one per processor if None.
     """
 
@@ -54,20 +54,20 @@ class VerifyOptions:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was found right.
+    """What was verified.
 
     Attributes:
         path: folder.
         kind: of artifact.
-        files: compared by size and sha256.
-        tensors: compared by name, type, shape and fingerprint.
-        bytes: read.
-        tensors_root: binds the tensors.
-        manifest_sha256: names the artifact; compare it with one from a source that you trust.
-        signed_by: whose signature the manifest has; None if that was not asked.
-        signature: whether there is one beside the manifest.
-        parents: what it was made from, all of it verified; empty if that was not asked.
-        recomputed: (folder, what came of making it again), the oldest first.
+        files: number of files compared by size and sha256.
+        tensors: number of tensors compared by name, dtype, shape and fingerprint.
+        bytes: size of all files.
+        tensors_root: hash of the tensors.
+        manifest_sha256: identifies the artifact; compare it with one from a source that you trust.
+        signed_by: the signer of the manifest; None if signatures were not checked.
+        signature: whether a signature file lies beside the manifest.
+        parents: the verified parents with their ancestors; empty if these were not checked.
+        recomputed: (folder, outcome) of each recomputed artifact, the oldest first.
     """
 
     path: str
@@ -84,16 +84,16 @@ class VerifyReport:
 
 
 def verify(path: AnyPath, options: VerifyOptions | None = None, *, progress: Progress = no_progress) -> VerifyReport:
-    """Check every byte of an artifact, and if asked of everything that it was made from.
+    """Check every byte of an artifact and, if asked for, of its ancestors.
 
     Args:
         path: folder.
         options: what else to check.
-        progress: told of bytes read, folder by folder.
+        progress: called with bytes read, starting anew for each folder.
 
     Raises:
-        IntegrityError: a file or tensor is missing, extra, or changed; the signature is not the expected one; a parent
-            is missing or another than it should be; names it.
+        IntegrityError: a file or tensor is missing, extra, or changed; the signature is not the expected one; or an
+            ancestor is missing, differs, or cannot be reproduced. Names it.
         UsageError: a folder or a key cannot be read.
     """
     path = Path(path)
