@@ -1,1 +1,1 @@
-"""What ``quantize --calibrate`` does besides: what goes through a model's layers, and what is made of it."""
+"""Parts of ``quantize --calibrate``: measuring a model's layers on text, and quantizing with the measurements."""

@@ -1,7 +1,7 @@
-"""Spend a few more bits a weight where they save most: smaller blocks, or 16 bits.
+"""Spend extra bits on the linears where they help most: smaller blocks, or 16 bits.
 
-What a linear's quantization costs is the divergence that it is expected to cause, from the inputs and the gradients
-that calibration text brings. The linears are then upgraded in the order of what a byte gains, until the average is
+The cost of quantizing a linear is the divergence that it is expected to cause, estimated from the linear's inputs and
+gradients on calibration text. Linears are upgraded in the order of gain per byte, until the average number of bits is
 reached.
 """
 
@@ -32,29 +32,29 @@ if TYPE_CHECKING:
 
 _NAME = f"{SCRATCH_PREFIX}budget.json"
 SMALL_BLOCK = 32
-"""The smallest that every reader of the format takes."""
+"""The smallest block size that every loader of the format accepts."""
 
 
 def spend(
     out: Output, checkpoint: Checkpoint, plan: Plan, tokens: Tensor, bits: float, threads: int, progress: Progress
 ) -> tuple[Plan, list[Upgrade]]:
-    """Decide which linears are worth more bits.
+    """Decide which linears get more bits.
 
     Args:
-        out: the folder being written; what is decided stays there for a run that goes on.
+        out: the folder being written; stores the decision for a resumed run.
         checkpoint: the source.
         plan: with every linear in the same format.
         tokens: (windows, window) int64.
-        bits: a weight, on average over the quantized matrices, constants and headers included.
+        bits: average per weight over the quantized matrices, constants and headers included.
         threads: linears at a time.
-        progress: told how much of the model's run is done.
+        progress: called with steps done, each one batch through one layer.
 
     Returns:
-        The plan that keeps to the budget, and what differs in it, in the order in which the bits were spent.
+        The plan within the budget, and its upgrades, in the order in which the bits were spent.
 
     Raises:
-        UsageError: the budget is less than what the plan takes already.
-        DiskError: there is no room for what the layers give, which is kept for the way back.
+        UsageError: the budget is less than the size of the given plan.
+        DiskError: there is no space for the layers' outputs, which are stored for the backward pass.
     """
     linears = {choice.spec.name: plan.tensors[choice.spec.name] for choice in plan.quantized()}
     budget = int(bits / 8 * sum(tensor.spec.count for tensor in linears.values()))
@@ -67,7 +67,7 @@ def spend(
         )
     if not out.finished(_NAME):
         ways = _ways(out, checkpoint, linears, tokens, threads, progress)
-        # What was not measured, since no token reached it or it lies before the layers, stays as planned.
+        # Linears that were not measured, since no token reached them or they lie before the layers, stay as planned.
         fixed = sum(tensor.group().nbytes for name, tensor in linears.items() if name not in ways)
         steps = [asdict(step) for step in allocate(ways, budget - fixed)]
         record = write_file(out.folder, _NAME, json.dumps(steps).encode())
@@ -83,7 +83,7 @@ def spend(
 
 
 def _encodings(tensor: TensorPlan) -> list[Encoding | None]:
-    """The ways to store a linear, from the smallest on; None is as it is."""
+    """Return the encodings for a linear, the smallest first; None keeps it in 16 bits."""
     if tensor.encoding is None:
         raise ValueError(f"{tensor.spec.name} is not to be quantized")
     smaller = [replace(tensor.encoding, block_size=SMALL_BLOCK)] if tensor.encoding.block_size > SMALL_BLOCK else []
@@ -100,7 +100,7 @@ def _ways(
 ) -> dict[str, list[Way]]:
     importance: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
-    from adaptkit.operations._calibrate.gradients import layer_gradients  # here, since it waits for torch
+    from adaptkit.operations._calibrate.gradients import layer_gradients  # here, since it loads torch
 
     with out.scratch_folder() as folder:
         for layer in layer_gradients(checkpoint, tokens, folder, reserve=out.require_space, progress=progress):

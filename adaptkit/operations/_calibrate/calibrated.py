@@ -1,9 +1,9 @@
-"""Quantize the linears of a checkpoint with what goes through them in view, layer by layer, before shards are written.
+"""Quantize the linears of a checkpoint by their measured inputs, layer by layer, before the shards are written.
 
     adaptkit-scratch-calibrated-<n>.safetensors    the n-th layer's linears: their parts as the shards will have them,
                                                    and <weight>.lora_A, <weight>.lora_B of the companion adapter
 
-The scratch files are as small as the output, and are removed when it is published.
+The scratch files are no larger than the outputs, and are removed when these are published.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from adaptkit.operations._calibrate.layerwise import InputMoments
 
 _END = f"{SCRATCH_PREFIX}calibrated"
-"""Written when every layer is done; says how many there were."""
+"""File that is written after all layers; it contains the number of scratch files with layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,8 @@ class Ready(TensorPlan):
     """A linear that is quantized already.
 
     Attributes:
-        scratch: where its parts are.
-        note: what ``assemble`` returns.
+        scratch: files that contain its parts.
+        note: result of ``assemble``.
     """
 
     scratch: TensorFiles
@@ -73,20 +73,20 @@ def calibrate(
     threads: int,
     progress: Progress,
 ) -> dict[str, Ready]:
-    """Quantize all linears that the tokens reach, or find them quantized by an earlier run.
+    """Quantize all linears that the tokens reach, or use the results of an earlier run.
 
     Args:
         out: the folder being written.
         checkpoint: the source.
         plans: of every tensor, by name.
         tokens: (windows, window) int64.
-        compensate: round columns one after the other, each making up for those before it; takes E[x xᵀ].
+        compensate: round columns one after the other, each compensating for those before it; needs E[x xᵀ].
         init_rank: of the companion adapter; None for none.
         threads: linears at a time.
-        progress: told how much of the model's run is done.
+        progress: called with steps done, each one batch through one layer.
 
     Returns:
-        Linears by the name of their weight. One that no token reached, an expert for instance, is absent.
+        Linears by the name of their weight. One that no token reached, such as an expert, is absent.
 
     Raises:
         NonFiniteError: a weight or an activation is NaN or infinite.
@@ -94,7 +94,7 @@ def calibrate(
     """
     found_before = is_calibrated(out)
     if not found_before:
-        from adaptkit.operations._calibrate.layerwise import layer_moments  # here, since it waits for torch
+        from adaptkit.operations._calibrate.layerwise import layer_moments  # here, since it loads torch
 
         layers = 0
         for layer in layer_moments(checkpoint, tokens, second_moments=compensate, progress=progress):
@@ -122,19 +122,19 @@ def calibrate(
 
 
 def is_calibrated(out: Output) -> bool:
-    """Whether an earlier run quantized all linears that the tokens reach."""
+    """Whether all linears that the tokens reach are quantized already, by this run or an earlier one."""
     return out.finished(_END)
 
 
 def scratch_bytes(plans: Iterable[TensorPlan], init_rank: int | None) -> int:
-    """The size of the scratch files, which exist beside the output for a while."""
+    """Return the size of the scratch files, which exist in addition to the output until it is published."""
     linears = [plan for plan in plans if plan.encoding is not None]
     terms = [(min(init_rank, *plan.spec.shape[-2:]), sum(plan.spec.shape[-2:])) for plan in linears if init_rank]
     return sum(plan.group().nbytes for plan in linears) + sum(4 * rank * features for rank, features in terms)
 
 
 def companion_modules(ready: Mapping[str, Ready]) -> dict[str, LowRank]:
-    """The companion adapter's matrices by module."""
+    """Return the companion adapter's matrices by module."""
     found = {}
     for name, plan in ready.items():
         if f"{name}.lora_A" in plan.scratch.tensors:
@@ -173,7 +173,7 @@ def _write_layer(
 def _make(
     checkpoint: Checkpoint, plan: TensorPlan, moments: InputMoments, factor: Tensor | None, init_rank: int | None
 ) -> _Made:
-    """Quantize one linear, and measure what that lost."""
+    """Quantize one linear, and measure the error."""
     name, encoding = plan.spec.name, plan.encoding
     if encoding is None:
         raise ValueError(f"{name} is not to be quantized")
@@ -195,7 +195,7 @@ def _make(
     tensors: dict[str, Values] = {name: codes.view(quantized.code_spec(plan.linear, encoding).shape)}
     tensors |= quantized.constant_parts(plan.linear, encoding, constants)
     if init_rank is not None:
-        # All of E[x xᵀ] measures no better here than its diagonal, and takes a decomposition more.
+        # The full E[x xᵀ] measured no better here than its diagonal, and needs another decomposition.
         lora_a, lora_b = companion_adapter(lost, moments.mean_square, min(init_rank, *lost.shape))
         tensors |= {f"{name}.lora_A": lora_a.contiguous(), f"{name}.lora_B": lora_b.contiguous()}
     return _Made(tensors, note)

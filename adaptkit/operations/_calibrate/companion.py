@@ -1,4 +1,4 @@
-"""The companion adapter of a quantized base: where it goes, and how both appear together."""
+"""The companion adapter of a quantized base: where it is written, and how both are published together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adaptkit.numerics.lora import LowRank
 
 
 def check_apart(output: Path, companion: Path) -> None:
-    """Refuse a companion adapter in the folder of its base, or the other way round."""
+    """Refuse a companion adapter in the folder of its base, or vice versa."""
     one, other = (Path(os.path.realpath(folder)) for folder in (output, companion))
     for inner, outer in ((one, other), (other, one)):
         if inner.is_relative_to(outer) or inner.is_relative_to(partial_folder(outer)):
@@ -27,7 +27,7 @@ def check_apart(output: Path, companion: Path) -> None:
 
 
 def is_waiting(companion: Path, output: Path) -> bool:
-    """Whether a companion adapter is there whose base is all but published: its run was cut off between the two."""
+    """Whether the companion adapter is published but its finished base is not, since the run ended in between."""
     try:
         adapter, base = read_manifest(companion), read_manifest(partial_folder(output))
     except AdaptkitError:
@@ -38,15 +38,15 @@ def is_waiting(companion: Path, output: Path) -> bool:
 def publish_both(
     out: Output, manifest: Manifest, folder: Path, modules: dict[str, LowRank], force: bool, transposed: bool
 ) -> None:
-    """Write the companion adapter, and let both folders appear, one right after the other.
+    """Write the companion adapter, and publish both folders, one right after the other.
 
     Args:
-        out: the base, all written.
+        out: the base, completely written.
         manifest: of the base.
         folder: of the adapter.
-        modules: by dotted path.
+        modules: the adapter's matrices, by dotted path.
         force: replace an existing adapter.
-        transposed: whether the base keeps its weights as (in, out).
+        transposed: whether the base stores its weights as (in, out).
     """
     write_file(out.folder, MANIFEST_NAME, manifest.to_bytes())  # see ``is_waiting``
     with Output(folder, manifest.sha256, force or is_waiting(folder, out.final)) as adapter:

@@ -1,4 +1,4 @@
-"""How much the prediction depends on what each linear layer gives, with one layer's weights in memory at a time.
+"""How much the prediction depends on the output of each linear layer, with one layer's weights in memory at a time.
 
 With g the gradient of log p(y | x) in a linear layer's output, where y is drawn from the model's own prediction,
 E[g gᵀ] is that output's Fisher information, and a small change ΔW of its weight moves the prediction by about
@@ -8,8 +8,8 @@ E[g gᵀ] is that output's Fisher information, and a small change ΔW of its wei
 nats a token, the last step taking g and x for independent and E[g gᵀ] for its diagonal. Source: the factored Fisher
 information of K-FAC (Martens and Grosse, arXiv:1503.05671), with the diagonal of its output factor.
 
-The forward pass leaves every layer's output on disk, in a folder of the caller's, who removes it; the backward pass
-takes the layers from the last to the first.
+The forward pass stores every layer's output in a folder, which the caller provides and removes; the backward pass runs
+the layers from the last to the first.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ LOGIT_POSITIONS = 64
 
 @dataclass(frozen=True)
 class LayerGradients:
-    """What one layer's linears have to do with the prediction.
+    """Measurements of one layer's linears.
 
     Attributes:
-        gradient_square: by the linear's dotted path in the files, (out,) float32: E[g²] over the tokens that it saw,
-            in nats² by the squared unit of its output. A linear that no token reached is absent.
-        inputs: by the same paths, what entered the linear, as ``layer_moments`` measures it.
+        gradient_square: maps a linear's dotted path in the files to (out,) float32: E[g²] over the tokens that reached
+            it, in nats² per squared unit of its output. A linear that no token reached is absent.
+        inputs: by the same paths, the moments of the linear's input, as in ``layer_moments``.
     """
 
     gradient_square: Mapping[str, Tensor]
@@ -56,24 +56,24 @@ def layer_gradients(
     reserve: Callable[[int], None] = lambda nbytes: None,
     progress: Progress = no_progress,
 ) -> Iterator[LayerGradients]:
-    """Run a 16- or 32-bit checkpoint over tokens and back, and measure the gradients of its linears' outputs.
+    """Run a 16- or 32-bit checkpoint forward and backward, and measure the gradients of its linears' outputs.
 
     Args:
         checkpoint: a causal language model that transformers knows.
-        tokens: (windows, window) int64; every window is a sequence of its own.
-        folder: an empty one for what the layers give.
-        reserve: told once, early, how many bytes will be in it; may refuse.
-        progress: told how many batches of layers are done, there and back, of how many.
+        tokens: (windows, window) int64; every window is a separate sequence.
+        folder: an empty folder for the layers' outputs.
+        reserve: called once, early, with the total bytes that will be written there; may raise.
+        progress: called with steps done, each one batch forward or backward through one layer.
 
     Yields:
-        Every linear after the layers (an untied head) under its own path, then the layers from the last to the first.
-        What makes the layers' input, or a further one, is not measured.
+        Every linear after the layers (an untied head) on its own, then the layers from the last to the first. Linears
+        that only compute inputs of the layers are not measured.
 
     Raises:
-        UsageError: the checkpoint is quantized, or transformers cannot build it, or a token is none of its.
+        UsageError: the checkpoint is quantized, transformers cannot build it, or a token is not in its vocabulary.
         CheckpointError: a tensor that the architecture needs is missing, or has another shape.
         NonFiniteError: a gradient is NaN or infinite; names the linear layer.
-        DiskError: what the layers give cannot be written.
+        DiskError: a layer's output cannot be written.
     """
     replay = Replay(checkpoint, tokens)
     count, batches = len(replay.prefixes), len(replay.batches)
@@ -83,7 +83,7 @@ def layer_gradients(
             with replay.layer(index), torch.no_grad():
                 for batch in range(batches):
                     nbytes = outputs.put(index, batch, replay.run(index, batch, outputs.get(index - 1, batch)))
-                    if index == batch == 0:  # no batch has more windows, and layers of one model give alike
+                    if index == batch == 0:  # no batch is larger, and the outputs of all layers have the same size
                         reserve(count * batches * nbytes)
                     progress(index * batches + batch + 1, 2 * count * batches)
         collector, inputs = _Collector(), Collector(products=False)
@@ -108,14 +108,14 @@ def layer_gradients(
 
 
 class _Outputs:
-    """What the layers gave, on disk."""
+    """The outputs of the layers, on disk."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._others: dict[tuple[int, int], tuple[list[Any], TreeSpec]] = {}
 
     def put(self, index: int, batch: int, output: Any) -> int:
-        """Write what a layer gave, and return the size of its file.
+        """Write a layer's output, and return the size of its file.
 
         Raises:
             DiskError: it cannot be written.
@@ -133,7 +133,7 @@ class _Outputs:
             ) from error
 
     def get(self, index: int, batch: int) -> Any:
-        """None before the first layer."""
+        """Read a layer's output; None for index -1, before the first layer."""
         if index < 0:
             return None
         held, (others, shape) = load_file(self._folder / f"{index}-{batch}"), self._others[index, batch]
@@ -141,19 +141,19 @@ class _Outputs:
 
 
 def _hidden(output: Any) -> Tensor:
-    """The hidden states, in what a layer gave: alone, or before other things."""
+    """Return the hidden states in a layer's output, which is a tensor or a tuple that begins with them."""
     hidden: Tensor = output if isinstance(output, Tensor) else output[0]
     return hidden
 
 
 def _leaf(output: Any) -> tuple[Any, Tensor]:
-    """What a layer gave, with hidden states that gradients end in, and these."""
+    """Return a layer's output with its hidden states as a leaf that collects gradients, and this leaf."""
     hidden = _hidden(output).detach().requires_grad_()
     return (hidden if isinstance(output, Tensor) else (hidden, *output[1:])), hidden
 
 
 def _top(replay: Replay, batch: int, output: Any, generator: torch.Generator) -> Tensor:
-    """The gradient of the log-likelihood of drawn tokens in the last layer's output, (windows, window, hidden)."""
+    """Return the gradient of drawn tokens' log-likelihood by the last layer's output, (windows, window, hidden)."""
     before, hidden = _leaf(output)
     for positions in torch.split(torch.arange(replay.batches[batch].shape[1]), LOGIT_POSITIONS):
         predicted = replay.finish(batch, before, positions).float().log_softmax(-1).flatten(0, 1)
@@ -164,22 +164,23 @@ def _top(replay: Replay, batch: int, output: Any, generator: torch.Generator) ->
 
 
 def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
-    """One token for each distribution, (N, 1)."""
+    """Draw one token from each distribution, (N, 1)."""
     return torch.multinomial(probabilities, 1, generator=generator)
 
 
 def _back(
     replay: Replay, index: int, batch: int, output: Any, grad: Tensor, taken_over: dict[Place, list[Tensor]]
 ) -> Tensor:
-    """The gradient in a layer's input, from the one in its output; of no use before the first layer.
+    """Return the gradient by a layer's input, from that by its output; meaningless for the first layer.
 
     Args:
         replay: the model.
         index: of the layer.
-        batch: which one.
-        output: what the layer before it gave; None before the first.
-        grad: by this layer's hidden states.
-        taken_over: by place, gradients by what later layers took over from earlier ones; this layer's are added.
+        batch: its index.
+        output: of the layer before; None for the first layer.
+        grad: by the hidden states in this layer's output.
+        taken_over: by place, gradients by values that later layers read from earlier ones. Those by values that this
+            layer wrote are removed, and those by values that it read are added.
     """
     before, hidden = (None, None) if output is None else _leaf(output)
     given = _hidden(replay.run(index, batch, before))
@@ -204,7 +205,7 @@ class _Collector:
 
     @contextlib.contextmanager
     def watching(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Sum over what runs back in the block."""
+        """Sum over the backward passes in the block."""
         handles = [module.register_forward_hook(self._hook(name)) for name, module in linears.items()]
         try:
             yield
@@ -224,8 +225,8 @@ class _Collector:
             if output.requires_grad:
                 output.register_hook(add)  # type: ignore[no-untyped-call]
                 return None
-            leaf = output.requires_grad_()  # before the first layer nothing asks for gradients
+            leaf = output.requires_grad_()  # as in the first layer, where no input requires gradients
             leaf.register_hook(add)  # type: ignore[no-untyped-call]
-            return leaf.clone()  # the model may change it in place
+            return leaf.clone()  # the model may change it in place, which torch forbids for a leaf
 
         return see

@@ -1,4 +1,4 @@
-"""What enters each linear layer of a model, measured with one layer's weights in memory at a time; see ``replay``."""
+"""The inputs of a model's linear layers, measured with one layer's weights in memory at a time; see ``replay``."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -14,12 +14,12 @@ from adaptkit.errors import NonFiniteError
 from adaptkit.operations._calibrate.replay import Replay
 
 SUM_ROWS = 128
-"""Tokens whose squares are in memory in float64 at a time."""
+"""Number of tokens whose squares are in memory in float64 at a time."""
 
 
 @dataclass(frozen=True)
 class InputMoments:
-    """Second moments of one linear layer's input x, over every token that it saw.
+    """Second moments of one linear layer's input x, over every token that reached it.
 
     Attributes:
         mean_square: (in,) float32, E[x²], summed in float64.
@@ -33,21 +33,21 @@ class InputMoments:
 def layer_moments(
     checkpoint: Checkpoint, tokens: Tensor, *, second_moments: bool = False, progress: Progress = no_progress
 ) -> Iterator[dict[str, InputMoments]]:
-    """Run a 16- or 32-bit checkpoint over tokens, and measure what enters its linear layers.
+    """Run a 16- or 32-bit checkpoint over tokens, and measure the inputs of its linear layers.
 
     Args:
         checkpoint: a causal language model that transformers knows.
-        tokens: (windows, window) int64; every window is a sequence of its own.
-        second_moments: also collect E[x xᵀ], in² numbers a distinct input.
-        progress: told how many batches of layers are done, of how many.
+        tokens: (windows, window) int64; every window is a separate sequence.
+        second_moments: also collect E[x xᵀ], in² numbers per distinct input.
+        progress: called with steps done, each one batch through one layer.
 
     Yields:
         The moments of each layer's linears, in the order of the layers, then of every linear outside them (an untied
-        head): by dotted path in the files, which may lack a prefix, or hold in several matrices what the network has in
-        one. Linears that read the same tensor share one ``InputMoments``; one that no token reached is absent.
+        head): by dotted path in the files, which may lack a prefix or store one matrix of the network as several.
+        Linears that read the same tensor share one ``InputMoments``; one that no token reached is absent.
 
     Raises:
-        UsageError: the checkpoint is quantized, or transformers cannot build it, or a token is none of its.
+        UsageError: the checkpoint is quantized, transformers cannot build it, or a token is not in its vocabulary.
         CheckpointError: a tensor that the architecture needs is missing, or has another shape.
         NonFiniteError: an activation is NaN or infinite; names the linear layer.
     """
@@ -67,12 +67,12 @@ def layer_moments(
 
 
 def _outside(replay: Replay, outputs: list[Any], second_moments: bool) -> dict[str, InputMoments]:
-    """What enters the linear layers outside the layers: an untied head, a projection of embeddings."""
+    """Measure the inputs of linear layers outside the stack of layers: an untied head, a projection of embeddings."""
     linears = replay.linears(len(replay.prefixes))
     head = replay.network.get_output_embeddings()
     if not linears:
         return {}
-    if head is not None:  # its input is what is measured; logits would only take memory
+    if head is not None:  # only its input is measured; logits would waste memory
         head.forward = lambda x: x[..., :0]
     collector = Collector(second_moments)
     with collector.watching(linears), torch.no_grad():
@@ -100,10 +100,10 @@ class Sums:
         self.tokens += len(rows)
 
     def mean_square(self, what: str) -> Tensor:
-        """(features,) float32.
+        """Return the mean of x², (features,) float32.
 
         Raises:
-            NonFiniteError: it is not finite; ``what`` says of what.
+            NonFiniteError: it is not finite; ``what`` names the summed tensors in the message.
         """
         mean = (self._square / self.tokens).float()
         if not bool(mean.isfinite().all()):
@@ -111,12 +111,12 @@ class Sums:
         return mean
 
     def mean_product(self) -> Tensor | None:
-        """(features, features) float32. Ends the summing."""
+        """Return the mean of x xᵀ, (features, features) float32, or None. Nothing may be added afterwards."""
         return None if self._product is None else self._product.div_(self.tokens)
 
 
 class Collector:
-    """Sums what enters linear layers, once for those that read the same tensor."""
+    """Sums over the inputs of linear layers, once for layers that read the same tensor."""
 
     def __init__(self, products: bool) -> None:
         self._products = products
@@ -125,7 +125,7 @@ class Collector:
 
     @contextlib.contextmanager
     def watching(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
-        """Sum over what runs in the block."""
+        """Sum over the forward passes in the block."""
         handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in linears.items()]
         try:
             yield
@@ -135,7 +135,7 @@ class Collector:
                 handle.remove()
 
     def moments(self) -> dict[str, InputMoments]:
-        """By name; ends the summing."""
+        """Return the moments by layer; nothing may be added afterwards."""
         done: dict[int, InputMoments] = {}
         seen = {name: sums for name, sums in self._sums.items() if sums.tokens}
         for name, sums in seen.items():

@@ -1,16 +1,16 @@
-"""A model's forward pass, entered anew for every layer, with one layer's weights in memory at a time.
+"""A model's forward pass, restarted for every layer, with one layer's weights in memory at a time.
 
-The network is built on the meta device. To run one layer, the model's own forward pass is entered: the layers before
-that one give back at once what the last of them gave before, the layer runs with its weights read from the shards, and
-the pass ends there. So whatever the model computes before its layers (embeddings, positions, masks of several kinds)
-reaches each layer as the model itself passes it, and nothing here knows one family from another. That work outside
-the layers is small; the layers' own is done once.
+The network is built on the meta device. To run one layer, the model's own forward pass is started: the layers before
+that one immediately return the stored output of the last of them, the layer runs with its weights read from the shards,
+and an exception ends the pass. So everything that the model computes before its layers (embeddings, positions, several
+kinds of masks) reaches each layer as the model itself passes it, and no code here depends on the architecture. The
+work outside the layers is repeated, but small; the layers' own is done once.
 
-    resident   embeddings and what else lies outside the layers, one layer, and one hidden state a token; and what
-               layers take over from each other
+    in memory  weights outside the layers, such as embeddings; one layer's weights; one hidden state per token; and
+               values that layers read from earlier ones
 
-Layers that take over keys and values from earlier ones find them where those put them, in a mapping that is passed to
-all: what a layer puts there is kept, and given to the layers after it.
+Layers that reuse keys and values of earlier ones read them from a mutable mapping that the model passes to all layers.
+The entries that a layer writes are stored, and put into the mapping again when later layers run.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping
@@ -30,11 +30,11 @@ from adaptkit.networks.linears import is_linear
 
 Found = TypeVar("Found")
 Place = tuple[int, int, Any]
-"""Of an entry: the layer that put it there, into which of the mappings that it was given, and the key."""
+"""Identifies an entry: (layer that wrote it, index of the mapping among the layer's mapping arguments, key)."""
 
 _CPU = torch.device("cpu")
 BATCH_TOKENS = 1024
-"""Tokens that go through a layer at a time; fixed, so that sums over them have one order."""
+"""Tokens per batch; fixed, so that sums over tokens are always computed in the same order."""
 
 
 class Replay:
@@ -42,17 +42,17 @@ class Replay:
 
     Args:
         checkpoint: of 16- or 32-bit tensors.
-        tokens: (windows, window) int64; every window is a sequence of its own.
+        tokens: (windows, window) int64; every window is a separate sequence.
 
     Attributes:
-        network: transformers' model, on the meta device but for its buffers and what is resident.
+        network: transformers' model, on the meta device except for its buffers and the weights in memory.
         prefixes: the layers' dotted paths, in order.
         batches: of the tokens, each (windows, window).
-        read: by place, the entries of mappings that the last layer was given; tensors that gradients end in.
-        wrote: by place, those that it made.
+        read: by place, the mapping entries given to the layer that ran last; leaves that collect gradients, if enabled.
+        wrote: by place, the entries that it wrote.
 
     Raises:
-        UsageError: the checkpoint is quantized, or transformers cannot build it, or a token is none of its.
+        UsageError: the checkpoint is quantized, transformers cannot build it, or a token is not in its vocabulary.
     """
 
     def __init__(self, checkpoint: Checkpoint, tokens: Tensor) -> None:
@@ -79,22 +79,22 @@ class Replay:
             layer.forward = self._door(index, layer.forward)
 
     def outside(self) -> AbstractContextManager[None]:
-        """Hold what lies outside the layers in memory, but for a head of its own."""
+        """Keep the weights outside the layers in memory, except those of an untied head."""
         names = [name for name in self._parameters if not name.startswith((*self._dotted(), *self._head))]
         return self._assembly.resident(names, torch.float32, _CPU)
 
     def head(self) -> AbstractContextManager[None]:
-        """Hold the head in memory, if it is not the embedding."""
+        """Keep the weights of an untied head in memory."""
         names = [name for name in self._parameters if name.startswith(tuple(self._head))]
         return self._assembly.resident(names, torch.float32, _CPU)
 
     def layer(self, index: int) -> AbstractContextManager[None]:
-        """Hold one layer in memory."""
+        """Keep one layer's weights in memory."""
         names = [name for name in self._parameters if name.startswith(f"{self.prefixes[index]}.")]
         return self._assembly.resident(names, torch.float32, _CPU)
 
     def linears(self, index: int) -> dict[str, nn.Module]:
-        """A layer's linear layers by dotted path; those outside the layers if ``index`` is the number of layers."""
+        """Return a layer's linears by dotted path; those outside the layers if ``index`` is the number of layers."""
         found = {name: module for name, module in self.network.named_modules() if is_linear(module)}
         if index < len(self.prefixes):
             return {name: module for name, module in found.items() if name.startswith(f"{self.prefixes[index]}.")}
@@ -102,15 +102,15 @@ class Replay:
         return {n: module for n, module in found.items() if not n.startswith(self._dotted()) and module is not tied}
 
     def run(self, index: int, batch: int, before: Any) -> Any:
-        """Put a batch through one layer, whose weights must be resident.
+        """Run a batch through one layer, whose weights must be in memory.
 
         Args:
             index: of the layer.
-            batch: which one.
-            before: what the layer before it gave; not looked at for the first.
+            batch: its index.
+            before: output of the layer before; ignored for the first layer.
 
         Returns:
-            What the layer gave.
+            The layer's output.
 
         Raises:
             UsageError: the model does not run its layers once each, in their order.
@@ -128,12 +128,12 @@ class Replay:
         raise self._out_of_order()
 
     def finish(self, batch: int, before: Any, positions: Tensor | None = None) -> Tensor:
-        """Put a batch through what follows the layers; the head must be resident.
+        """Run a batch through the part after the layers; the head must be in memory.
 
         Args:
-            batch: which one.
-            before: what the last layer gave.
-            positions: (count,) int64, of the tokens whose logits are wanted; all of them unless given.
+            batch: its index.
+            before: output of the last layer.
+            positions: (count,) int64, of the tokens whose logits are wanted; None for all.
 
         Returns:
             (windows, count, vocabulary) logits.
@@ -148,7 +148,7 @@ class Replay:
         return logits
 
     def as_in_files(self, found: Mapping[str, Found]) -> dict[str, Found]:
-        """What was found by linear layer, by the names of the matrices that make up its weight in the files."""
+        """Convert results by linear layer to results by matrix in the files; several may make up one layer's weight."""
         return {
             file_name.removesuffix(".weight"): value
             for name, value in found.items()
@@ -159,7 +159,7 @@ class Replay:
         return tuple(f"{prefix}." for prefix in self.prefixes)
 
     def _own_head(self) -> list[str]:
-        """Prefix of the parameters of a head that is not the embedding."""
+        """Return the prefix of an untied head's parameters; empty if there is none."""
         head = self.network.get_output_embeddings()
         if head is None or head.weight is self.network.get_input_embeddings().weight:
             return []
@@ -195,7 +195,7 @@ class Replay:
 
 
 class _ReachedError(Exception):
-    """Ends a forward pass at the current layer, with what it gave."""
+    """Ends a forward pass at the current layer, with its output."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()

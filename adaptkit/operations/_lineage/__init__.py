@@ -1,1 +1,1 @@
-"""What an artifact was made from: found, walked, and made again."""
+"""The ancestors of an artifact: finding, comparing and recomputing them."""

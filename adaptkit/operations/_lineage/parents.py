@@ -1,4 +1,4 @@
-"""Find the artifacts that a manifest names as parents, by their hashes, among folders that are at hand."""
+"""Find the artifacts that a manifest names as parents, by their hashes, among given folders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,9 +26,9 @@ class Candidate:
     """A folder that may be a parent.
 
     Attributes:
-        path: of it.
-        manifest: None if another tool made it.
-        threads, progress: for reading it.
+        path: folder.
+        manifest: None if it has none.
+        threads, progress: for reading its files.
     """
 
     path: Path
@@ -38,7 +38,7 @@ class Candidate:
 
     @cached_property
     def tensors(self) -> tuple[TensorRecord, ...]:
-        """Its tensors: as its manifest lists them, or else as its files hold them, every byte of which is read once."""
+        """Its tensors from its manifest; without one, from its files, every byte of which is read once."""
         if self.manifest is not None:
             return self.manifest.tensors
         files = [ADAPTER_WEIGHTS_NAME] if self.is_adapter else weight_files(self.path)[0]
@@ -49,17 +49,17 @@ class Candidate:
 
     @cached_property
     def root(self) -> str:
-        """Binds its tensors."""
+        """Hash of its tensors; see ``tensors_root``."""
         return tensors_root(self.tensors)
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it is an adapter, and no model."""
+        """Whether it is an adapter rather than a model."""
         return (self.path / ADAPTER_CONFIG_NAME).is_file()
 
     def is_the_adapter(self, identity: object) -> bool:
-        """Whether it is the adapter of an ``adapter_identity``."""
-        from adaptkit.checkpoint.adapter import adapter_identity, read_adapter  # here, since it waits for numpy
+        """Whether it is the adapter with this ``adapter_identity``."""
+        from adaptkit.checkpoint.adapter import adapter_identity, read_adapter  # here, since it loads numpy
 
         try:
             return adapter_identity(read_adapter(self.path)) == identity
@@ -69,26 +69,26 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Candidates:
-    """Everything among which parents are looked for.
+    """The folders that are searched for parents.
 
     Attributes:
         folders: in the order in which they were given.
-        broken: what is wrong with folders whose manifests cannot be read.
+        broken: error messages for folders whose manifests cannot be read.
     """
 
     folders: tuple[Candidate, ...] = ()
     broken: tuple[str, ...] = ()
 
     def find(self, parent: Parent, line: frozenset[Path], identity: object = None) -> Candidate | None:
-        """The folder that holds a parent.
+        """Return the folder that holds a parent; None if there is none.
 
-        One with the very manifest is taken first; then one with the same tensors, since publishing adds a model card
-        and so changes the manifest. A folder without a manifest is read for that.
+        A folder with exactly the recorded manifest is preferred to one with the same tensors, which also counts because
+        publishing adds a model card and so changes the manifest. The files of a folder without a manifest are read.
 
         Args:
             parent: as its child names it.
-            line: real paths of the child and of what was made from it, none of which can be its own parent.
-            identity: ``adapter_identity``, by which one of several with the same tensors is chosen; None if not known.
+            line: real paths of the child and of its descendants, which cannot be the parent.
+            identity: ``adapter_identity`` that selects among several folders with the same tensors; None if unknown.
         """
         left = [folder for folder in self.folders if folder.path.resolve() not in line]
         if parent.manifest_sha256 is not None:
@@ -110,15 +110,15 @@ class Candidates:
 
 
 def gather(folders: Sequence[Path], threads: int = 1, progress: Progress = no_progress) -> Candidates:
-    """List artifacts, checkpoints and adapters.
+    """List the artifacts, checkpoints and adapters in folders.
 
     Args:
-        folders: each is one, or holds some.
+        folders: each is one itself, or contains some.
         threads: for reading files.
-        progress: told of bytes read.
+        progress: called with bytes read.
 
     Raises:
-        UsageError: there is nothing such in one of them.
+        UsageError: a folder contains none.
     """
     found: dict[Path, Candidate] = {}
     broken = []
@@ -142,12 +142,12 @@ def _children(folder: Path) -> list[Path]:
 
 
 def _holds_something(folder: Path) -> bool:
-    """Whether it has a manifest, or weights that are no pickles."""
+    """Whether a folder has a manifest, or weights that are not pickles."""
     try:
         if (folder / MANIFEST_NAME).is_file():
             return True
         if (folder / ADAPTER_CONFIG_NAME).is_file():
             return (folder / ADAPTER_WEIGHTS_NAME).is_file()
         return (folder / CONFIG_NAME).is_file() and bool(weight_files(folder)[0])
-    except (AdaptkitError, OSError):  # some other folder, not ours to judge, nor perhaps to read
+    except (AdaptkitError, OSError):  # an unrelated folder, which may be malformed or unreadable
         return False

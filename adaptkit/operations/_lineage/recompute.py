@@ -1,6 +1,6 @@
-"""Run the operation that made an artifact again, from its parents and the options in its manifest, and compare.
+"""Repeat the operation that made an artifact, from its parents and the options in its manifest, and compare.
 
-What cannot be run again: training, whose data are named by hash only, extract, and quantizing with calibration.
+Training and calibrated quantization cannot be repeated, since manifests name their data only by hash; nor can extract.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,20 +22,20 @@ _SIGNATURE = f"{undo.BASE_PREFIX}{SIGNATURE_NAME}"
 
 
 def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threads: int | None) -> str:
-    """Run the operation of an artifact again in a temporary folder, and compare the manifests.
+    """Repeat the operation that made an artifact in a temporary folder, and compare the manifests.
 
     Args:
-        path: of the artifact, for messages.
+        path: folder of the artifact.
         manifest: of the artifact.
         parents: verified.
         threads: pieces at a time; one per processor if None.
 
     Returns:
-        ``SAME`` or ``SAME_BUT_CARD``, perhaps with a word about a signature; or why it cannot be run again.
+        ``SAME`` or ``SAME_BUT_CARD``, perhaps with a remark about a signature; or why the operation cannot be repeated.
 
     Raises:
         IntegrityError: the result differs; names the first file that does.
-        DiskError: there is no space for the result; TMPDIR says where it goes.
+        DiskError: there is no space for the result, which is written below TMPDIR.
     """
     name, options = str(manifest.operation.get("name")), manifest.operation.get("options", {})
     run = _AGAIN.get(name)
@@ -59,9 +59,9 @@ def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threa
 
 
 def _compared(path: Path, manifest: Manifest, again: Manifest) -> str:
-    """Compare everything but the version of adaptkit, and what is added without the operation.
+    """Compare everything except the version of adaptkit and two files that the operation does not make.
 
-    That is the model card that publishing gives to what has none, and a signature of what was merged onto.
+    These are the model card that ``publish`` adds if there is none, and the signature of a merge's base.
     """
     made = replace(again, tool=manifest.tool)
     signatures = [{record for record in found.files if record.path == _SIGNATURE} for found in (manifest, again)]
@@ -162,10 +162,10 @@ _AGAIN: Mapping[str, Run] = {
 def recompute_all(
     path: Path, manifest: Manifest, parents: Sequence[Ancestor], threads: int | None
 ) -> tuple[tuple[str, str], ...]:
-    """Run again what can be of an artifact and all its ancestors, the oldest first.
+    """Repeat the operations that made an artifact and its ancestors, as far as possible, the oldest first.
 
     Returns:
-        (folder, what came of it), one each.
+        (folder, result of ``recompute``) pairs.
     """
     done: dict[str, str] = {}
 

@@ -1,4 +1,4 @@
-"""What an artifact was made from, and what that was made from: walked by hashes, and compared."""
+"""The tree of an artifact's ancestors: found by their hashes, and compared."""
 
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +21,14 @@ class Ancestor(Parent):
     """A parent, or a parent's parent, as its child names it and as it was found.
 
     Attributes:
-        state: ``verified``, ``wrong``, or ``not at hand``; ``at hand`` if nothing but its hash was to be compared;
-            ``never written`` for a merged model that was quantized in the same go.
+        state: ``verified``, ``wrong`` or ``not found``; ``found`` if only hashes were compared; ``never written`` for a
+            merged model that ``merge`` quantized without writing it.
         problem: what is wrong; empty if nothing is.
-        path: its folder, if it is at hand.
-        found_by: ``manifest``, or ``tensors``: the folder's manifest is another, or it has none.
-        operation: that made it, if its manifest says so.
-        targets: how many of its tensors the child's fingerprints were compared with.
-        parents: its own.
+        path: its folder; None if not found.
+        found_by: ``manifest`` if the folder has the recorded manifest; ``tensors`` if it has another or none.
+        operation: name of the operation that made it, by its manifest.
+        targets: number of the child's targets that were compared with it.
+        parents: its own parents.
     """
 
     state: str = MISSING
@@ -40,25 +40,25 @@ class Ancestor(Parent):
     parents: tuple["Ancestor", ...] = ()
 
     def all(self) -> Iterator["Ancestor"]:
-        """Itself and everything before it."""
+        """Yield this and all its ancestors."""
         yield self
         for parent in self.parents:
             yield from parent.all()
 
     @property
     def short(self) -> str:
-        """Its name in a line for people: role and the beginning of a hash; the same for the same artifact."""
+        """Short name for messages: role and the beginning of a hash; the same for the same artifact."""
         return f"{self.role} {(self.manifest_sha256 or self.tensors_root)[:16]}"
 
 
 class Walk:
-    """Goes from an artifact to its ancestors.
+    """Finds the ancestors of an artifact.
 
     Args:
-        candidates: among which they are looked for.
-        check: read every byte of each that is found, and compare fingerprints.
+        candidates: folders to search.
+        check: read every byte of each folder that is found, and compare fingerprints.
         threads: files read at a time.
-        progress: told of bytes read.
+        progress: called with bytes read.
     """
 
     def __init__(self, candidates: Candidates, check: bool, threads: int = 1, progress: Progress = no_progress) -> None:
@@ -66,7 +66,7 @@ class Walk:
         self._checked: dict[Path, str] = {}
 
     def ancestors(self, path: Path, manifest: Manifest) -> tuple[Ancestor, ...]:
-        """The parents of an artifact, and theirs."""
+        """Return the parents of an artifact, with their ancestors."""
         return self._parents(manifest, frozenset({path.resolve()}))
 
     def _parents(self, child: Manifest, line: frozenset[Path]) -> tuple[Ancestor, ...]:
@@ -96,14 +96,14 @@ class Walk:
             found_by="manifest" if same else "tensors",
             operation=str(manifest.operation.get("name")) if manifest else None,
             targets=compared,
-            # One that was named by its tensors alone has no line, even if a folder with these tensors has one.
+            # If the child names no manifest, the manifest of a folder with the same tensors may be unrelated to it.
             parents=self._parents(manifest, line | {found.path.resolve()})
             if manifest and parent.manifest_sha256
             else (),
         )
 
     def _problem(self, found: Candidate) -> str:
-        """What is wrong with a folder; one without a manifest has the right tensors, or it would not be found."""
+        """Return what is wrong with a folder; without a manifest it was found by its tensors, which are then right."""
         if found.path not in self._checked:
             try:
                 if found.manifest is not None:
@@ -116,15 +116,15 @@ class Walk:
 
 
 def check_own_targets(path: Path, manifest: Manifest) -> None:
-    """Compare what a quantized artifact says of its own weights with its tensors.
+    """Compare each ``quantized_root`` in the manifest of a quantized artifact with the artifact's own tensors.
 
     Raises:
-        IntegrityError: names the weight.
+        IntegrityError: one differs; names the weight.
     """
-    if manifest.kind == "adapter":  # speaks of its base's
+    if manifest.kind == "adapter":  # its targets are tensors of its base
         return
     tensors = {tensor.name: tensor for tensor in manifest.tensors}
-    names = list(tensors)  # in order
+    names = list(tensors)  # sorted by ``Manifest``
     for target in manifest.targets:
         name = _weight_name(target, tensors)
         if target.quantized_root is None or name is None:
@@ -139,16 +139,17 @@ def check_own_targets(path: Path, manifest: Manifest) -> None:
 
 
 def compare_targets(child: Manifest, parent: Parent, found: Candidate) -> tuple[int, str]:
-    """Compare what a child says of the tensors that it depends on with a parent.
+    """Compare the targets in a child's manifest with a parent.
 
-    A quantized parent and an adapter name the 16-bit weights that they were made for, as the child does, and what a
-    part was pulled from says the same as the part; what any other parent has are those weights. An adapter was trained
-    on one quantization and belongs to all others of the same weights, unless it makes up for what that one lost.
+    A quantized parent, an adapter, and the whole of which the child is a part have targets themselves, which must be
+    the same; any other parent has the target weights as its tensors. An adapter that was trained on one quantization
+    fits every other of the same weights, so its ``quantized_root`` may differ, unless it compensates for the error of
+    that one.
 
     Returns:
-        How many could be compared, and the first that differs; empty if none does.
+        Number of targets compared, and the first module that differs; empty if none does.
     """
-    between = any(other.role == "merged" for other in child.parents)  # quantized in the same go: of the merged weights
+    between = any(other.role == "merged" for other in child.parents)  # its targets are weights of the merged model
     mismatch = bool(child.operation.get("options", {}).get("allow_base_mismatch")) and parent.role == "adapter"
     if parent.role == "tuned" or (between and parent.role != "merged") or mismatch:
         return 0, ""
@@ -173,7 +174,7 @@ def _compensates(manifest: Manifest) -> bool:
 def _pairs(
     target: Target, known: Target | None, tensors: Mapping[str, TensorRecord], any_codes: bool
 ) -> list[tuple[str, str]]:
-    """What can be compared of a target; not how it was quantized, if it may be in any way."""
+    """Return the (child's, parent's) values of a target that must be equal; no ``quantized_root`` if ``any_codes``."""
     if known is not None:
         both = [(target.base_xxh3_128, known.base_xxh3_128)]
         if not any_codes:
@@ -202,7 +203,7 @@ def require_whole(path: Path, ancestors: Sequence[Ancestor], candidates: Candida
     """
     everyone = [ancestor for parent in ancestors for ancestor in parent.all()]
     bad = list({ancestor.short: ancestor for ancestor in everyone if ancestor.state in (MISSING, WRONG)}.values())
-    line = {ancestor.short: ancestor for ancestor in everyone}  # most are the ancestors of several
+    line = {ancestor.short: ancestor for ancestor in everyone}  # one may be the ancestor of several
     if not bad:
         return
     told = [f"{a.short} {a.state}" + (f" ({a.problem})" if a.problem else "") for a in bad]

@@ -1,1 +1,1 @@
-"""What ``plan`` asks: what a training run keeps, without the memory for it."""
+"""Parts of ``plan``: measuring what a training run keeps in memory, on fake tensors."""

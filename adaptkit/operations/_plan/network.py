@@ -1,7 +1,7 @@
-"""A network that needs no memory, with stand-ins for the linear layers that a training run would have.
+"""A network of fake tensors, with stand-ins for the linear layers of a training run.
 
-Its tensors are fake: they have shapes and types, and operations on them tell the shapes and types of what would come
-out. The stand-ins make and keep what the trainer's linear layers make and keep.
+Fake tensors have shapes and dtypes but no memory; operations on them only compute the shapes and dtypes of the results.
+The stand-ins allocate, and save for the backward pass, what the trainer's linear layers do.
 """
 
 import logging
@@ -23,11 +23,11 @@ from adaptkit.networks.linears import acts_as_linear
 Shape = tuple[int, int]
 
 _NAME = "adaptkit-plan"
-"""In transformers' registry of attention functions."""
+"""Name in transformers' registry of attention functions."""
 
 
 def linear_shapes(network: Any) -> dict[str, Shape]:
-    """(out, in) of every linear layer but the output layer, by dotted path."""
+    """Map the dotted path of every linear layer, except the output layer, to (out, in)."""
     head = network.get_output_embeddings()
     found = {}
     for name, module in network.named_modules():
@@ -38,7 +38,7 @@ def linear_shapes(network: Any) -> dict[str, Shape]:
 
 
 def expert_stacks(network: Any) -> dict[str, nn.Parameter]:
-    """The stacked matrices of experts, (experts, rows, columns) each, by dotted path."""
+    """Return the stacked matrices of experts, (experts, rows, columns) each, by dotted path."""
     return {
         f"{path}.{name}": parameter
         for path, module in network.named_modules()
@@ -50,17 +50,17 @@ def expert_stacks(network: Any) -> dict[str, nn.Parameter]:
 def measured_layers(
     network: Any, ranks: dict[str, int], full: bool, shape: tuple[int, int], packed_experts: bool = False
 ) -> list[LayerSize]:
-    """What the layers of such a run would keep and need; the network is of no other use afterwards.
+    """Measure what each layer keeps and needs in a training run; the network cannot be used afterwards.
 
     Args:
         network: on the meta device.
-        ranks: of the adapter, by linear layer; others are frozen.
-        full: whether everything is trained instead: weights in float32, which a layer casts for its own use.
-        shape: of a batch: rows and length.
-        packed_experts: whether experts are quantized: a layer then unpacks its own, all at a time.
+        ranks: maps the linear layers with an adapter to its rank.
+        full: whether all weights are trained: in float32, which a layer casts for its own use.
+        shape: (rows, length) of a batch.
+        packed_experts: whether experts are quantized: a layer then dequantizes all of its experts at a time.
 
     Raises:
-        UsageError: there is no stack of layers, or its forward pass cannot be followed without memory.
+        UsageError: there is no stack of layers, or its forward pass does not run on fake tensors.
     """
     layers = list(find_stack(network)[1])
     unpacked = [sum(stack.nbytes for stack in expert_stacks(layer).values()) for layer in layers]
@@ -75,9 +75,9 @@ def measured_layers(
         ids = torch.zeros(shape, dtype=torch.int64)
         told = logging.getLogger("torch._subclasses.fake_tensor")
         before = told.level
-        told.setLevel(logging.CRITICAL)  # it prints the traceback of what is raised anyway
+        told.setLevel(logging.CRITICAL)  # it logs the traceback of errors that are raised anyway
         try:
-            with warnings.catch_warnings():  # of experts, on some releases of torch; of no consequence here
+            with warnings.catch_warnings():  # from experts, on some releases of torch; harmless here
                 warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
                 sizes = measure_layers(layers, lambda: network.train().base_model(input_ids=ids, use_cache=False))
         except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
@@ -94,7 +94,7 @@ def measured_layers(
 
 
 class _Groups(TorchFunctionMode):
-    """Products of experts' stacks, as one that makes and keeps as much: of fake ones torch takes bfloat16 alone."""
+    """Replaces grouped products of experts by a product that allocates as much; torch fakes only those of bfloat16."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is getattr(torch, "_grouped_mm", None) and args[0].dtype != torch.bfloat16:
@@ -103,7 +103,7 @@ class _Groups(TorchFunctionMode):
 
 
 def _stand_in_attention(network: Any) -> None:
-    """Let attention keep what a kernel for it keeps, on a GPU or in ``network.attention``; an eager one stays."""
+    """Make attention save what a fused kernel saves; an eager implementation is not replaced."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if network.config._attn_implementation == "sdpa":
@@ -117,7 +117,7 @@ def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, 
 
 
 class _Attention(torch.autograd.Function):
-    """Keeps its inputs, its output and a number a row, as FlashAttention does; (batch, heads, rows, dim)."""
+    """Saves its (batch, heads, rows, dim) inputs, its output and one number per row, as FlashAttention does."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -139,11 +139,11 @@ class _StandIn(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """For architectures that read it themselves."""
+        """The weight, for architectures that read it directly."""
         return torch.empty(self.shape, dtype=self.dtype) if self.trained is None else self.trained.to(self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) to (…, out), of no value."""
+        """Map (…, in) to (…, out), without meaningful values."""
         if self.trained is not None:
             y = nn.functional.linear(x, self.trained.to(x.dtype))
         else:
@@ -152,7 +152,7 @@ class _StandIn(nn.Module):
 
 
 class _Frozen(torch.autograd.Function):
-    """Makes a weight in both passes and keeps neither; with an adapter it keeps x and x Aᵀ."""
+    """Allocates the weight anew in both passes, as dequantizing does; with an adapter it saves x and x Aᵀ."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: Shape, rank: int) -> Tensor:

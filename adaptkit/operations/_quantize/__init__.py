@@ -1,1 +1,1 @@
-"""What ``quantize`` does: which tensors, how, in which shards, and its report."""
+"""Parts of ``quantize``: the choice of tensors, the plan with its encodings and shards, and the report."""

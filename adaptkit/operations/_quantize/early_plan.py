@@ -1,7 +1,7 @@
-"""The plan of a checkpoint at once, from names and shapes, and the right one a little later, from its architecture.
+"""A provisional plan from names and shapes, checked against the plan from the architecture once that is known.
 
-Loading transformers takes seconds; for most checkpoints it says what the names say. So the work begins with what they
-say, and the answer is compared as soon as it is there.
+Loading transformers takes seconds, and for most checkpoints both plans are the same. So work starts with the
+provisional plan, which is compared with the other as soon as that is ready.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,11 +16,11 @@ from adaptkit.operations._roles import roles_by_name
 
 
 class PlanChanged(Exception):  # noqa: N818 - no error: the work begins again
-    """The architecture says something else than the plan that was begun with."""
+    """The plan from the architecture differs from the one that work started with."""
 
 
 class EarlyPlan:
-    """A context manager that plans while others work.
+    """A context manager that computes the plan from the architecture in the background.
 
     Args:
         checkpoint: unquantized.
@@ -44,7 +44,7 @@ class EarlyPlan:
         self._pool.shutdown()
 
     def guess(self) -> Plan:
-        """What names and shapes say, unless the architecture is quicker or they cannot say."""
+        """Return the plan from names and shapes; wait for ``plan`` if that is quick, or if names are not enough."""
         if not self._inquiry.takes_long:
             return self.plan()
         try:
@@ -53,30 +53,30 @@ class EarlyPlan:
             return self.plan()
 
     def plan(self) -> Plan:
-        """Wait for the right plan.
+        """Wait for the plan from the architecture.
 
         Raises:
-            AdaptkitError: whatever ``make_plan`` refuses.
+            AdaptkitError: from ``make_plan`` or the inquiry.
         """
         return self._answer.result()
 
     def check(self, begun: Plan) -> None:
-        """Compare a plan with the right one, once that is there; a call costs nothing before and after.
+        """Compare a plan with that from the architecture if it is ready; later calls with the same plan cost nothing.
 
         Raises:
-            PlanChanged: they differ in what becomes of some tensor.
-            AdaptkitError: whatever ``make_plan`` refuses.
+            PlanChanged: a tensor is handled differently.
+            AdaptkitError: see ``plan``.
         """
         if self._answer.done() and begun is not self._confirmed:
             self.confirm(begun)
             self._confirmed = begun
 
     def confirm(self, begun: Plan) -> Plan:
-        """Wait for the right plan, which does the same and also says where it comes from.
+        """Wait for the plan from the architecture; return it, since it reports where it comes from.
 
         Raises:
-            PlanChanged: it does something else.
-            AdaptkitError: whatever ``make_plan`` refuses.
+            PlanChanged: a tensor is handled differently.
+            AdaptkitError: see ``plan``.
         """
         right = self.plan()
         if right.tensors != begun.tensors:

@@ -1,4 +1,4 @@
-"""What quantizing a checkpoint will do, decided before any weight is read."""
+"""The plan for quantizing a checkpoint, made before any weight is read."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -24,16 +24,17 @@ from adaptkit.operations._threads import check_threads
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that shows what goes through a model, and what to do with that.
+    """Text to run through the model, and how to use the measurements.
 
     Attributes:
         files: text, or rows; see ``text.windows``.
-        tokens: to read of it, at most.
-        window: tokens of a sequence.
-        init_rank: of a companion adapter, which makes up for some of what quantization lost; None for none.
-        bits_budget: a weight, on average over the quantized matrices: spend what is left on those where it saves most.
-        compensate: round columns one after the other, each making up for what those before it lost, instead of each
-            weight to the nearest level; takes more time, and memory for the square of a layer's inputs.
+        tokens: largest number of tokens to read.
+        window: tokens per sequence.
+        init_rank: rank of a companion adapter that offsets part of the quantization error; None for no adapter.
+        bits_budget: average bits per weight over the quantized matrices; bits beyond the plan's go where they save
+            most. None for no upgrades.
+        compensate: round columns one after the other, each compensating for the error of those before it, instead of
+            each weight to the nearest level; takes more time, and memory quadratic in the number of a layer's inputs.
     """
 
     files: tuple[Path, ...]
@@ -61,7 +62,7 @@ class Calibration:
             )
 
     def recorded(self) -> dict[str, Any]:
-        """What the result depends on."""
+        """Return the options that affect the result, for the manifest."""
         return asdict(self) | {"files": [file_sha256(file) for file in self.files]}
 
 
@@ -76,10 +77,11 @@ class QuantizeOptions:
         skip: shell patterns of module paths that stay in 16 bits.
         include_head: quantize the output layer too.
         moe: ``keep`` experts in 16 bits, or ``quantize`` them for adaptkit's own trainer.
-        max_shard_bytes: no shard grows larger, unless one tensor is.
-        threads: number of pieces encoded at a time; one per processor if None. Not part of the result.
-        part: write only a share of the shards; the same call without it joins them. Not part of the result.
-        calibration: choose constants and codes by what goes through the model; nf4 alone.
+        max_shard_bytes: largest size of a shard, unless a single tensor is larger.
+        threads: number of pieces encoded at a time; one per processor if None. The result does not depend on it.
+        part: write only this share of the shards; the same call without it joins all shares. The result does not
+            depend on it.
+        calibration: choose constants and codes from the inputs of linear layers on a text; only for nf4.
     """
 
     format: str = "nf4"
@@ -115,7 +117,7 @@ class QuantizeOptions:
         return Encoding(self.format, self.block_size, self.double_quant)
 
     def recorded(self) -> dict[str, Any]:
-        """What the result depends on."""
+        """Return the options that affect the result, for the manifest."""
         values = {name: value for name, value in asdict(self).items() if name not in {"threads", "part", "calibration"}}
         values["skip"] = sorted(set(self.skip))
         return values | ({"calibration": self.calibration.recorded()} if self.calibration else {})
@@ -123,7 +125,7 @@ class QuantizeOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is decided before any weight is read."""
+    """What happens to each tensor of a checkpoint."""
 
     checkpoint: Checkpoint
     selection: Selection
@@ -132,38 +134,38 @@ class Plan:
 
     @cached_property
     def groups(self) -> dict[str, Group]:
-        """By name of a tensor, what it becomes."""
+        """Maps the name of each source tensor to the tensors that it becomes."""
         return {name: tensor.group() for name, tensor in self.tensors.items()}
 
     @cached_property
     def shards(self) -> Shards:
-        """In which files these lie."""
+        """The output files with their groups."""
         return plan_shards(list(self.groups.values()), self.max_shard_bytes)
 
     def quantized(self) -> list[Choice]:
-        """The tensors that do not stay as they are."""
+        """Return the choices of the tensors that are quantized."""
         return [choice for choice in self.selection.choices if not choice.kept_because]
 
     def outline(self) -> list[Any]:
-        """What tells this plan from others for the same checkpoint."""
+        """Return what distinguishes this plan from others for the same checkpoint, as JSON."""
         return [[name, asdict(p.encoding) if p.encoding else None, p.transposed] for name, p in self.tensors.items()]
 
     def nbytes(self) -> int:
-        """Of all tensors of the output."""
+        """Return the size of all tensors of the output in bytes."""
         return sum(group.nbytes for group in self.groups.values())
 
 
 def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles) -> Plan:
-    """Decide for every tensor, and refuse what cannot be done.
+    """Decide what happens to each tensor, and refuse what cannot be done.
 
     Args:
         checkpoint: the source.
-        options: how.
-        roles: what its tensors are.
+        options: see ``QuantizeOptions``.
+        roles: of its tensors.
 
     Raises:
         CheckpointError: the source is quantized already, or has nothing to quantize.
-        UsageError: a pattern matches nothing, or the head cannot be included.
+        UsageError: a pattern matches nothing, or the head cannot be quantized.
     """
     method = quantization_found(checkpoint)
     if method is not None:
@@ -189,11 +191,11 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles) ->
 
 
 WORTH_16_BITS = "worth 16 bits"
-"""Why a linear stays that a budget has room for."""
+"""Reason for keeping a linear in 16 bits because the bits budget allows it."""
 
 
 def with_encodings(plan: Plan, encodings: Mapping[str, Encoding | None]) -> Plan:
-    """The same plan with other ways to store some linears; None leaves a linear in 16 bits."""
+    """Return the plan with other encodings for some linears; None keeps a linear in 16 bits."""
     choices = tuple(
         replace(choice, kept_because=WORTH_16_BITS) if encodings.get(choice.spec.name, choice) is None else choice
         for choice in plan.selection.choices
@@ -234,7 +236,7 @@ def _check_selection(checkpoint: Checkpoint, selection: Selection, options: Quan
 
 
 def _check_names(checkpoint: Checkpoint, groups: dict[str, Group]) -> None:
-    """Refuse a source with a tensor that has the name of a part of a quantized weight."""
+    """Refuse a source tensor whose name would be that of a quantized weight's part."""
     for group in groups.values():
         for spec in group.specs:
             if spec.name != group.source and spec.name in groups:

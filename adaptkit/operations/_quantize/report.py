@@ -1,4 +1,4 @@
-"""What quantizing did to a checkpoint and to each of its tensors."""
+"""The report of quantizing a checkpoint and each of its tensors."""
 
 import math
 from collections import Counter
@@ -13,13 +13,13 @@ from adaptkit.operations._quantize.selection import Choice
 
 @dataclass(frozen=True)
 class Upgrade:
-    """More bits for one linear.
+    """A linear that a bits budget gave more bits.
 
     Attributes:
         module: dotted path.
-        to: what it became: ``blocks of 32`` or ``16 bits``.
-        extra_bytes: that this takes.
-        gain: of expected divergence, in nats a token.
+        to: how it is stored: ``blocks of 32`` or ``16 bits``.
+        extra_bytes: increase in size.
+        gain: reduction of the expected divergence, in nats per token.
     """
 
     module: str
@@ -30,18 +30,18 @@ class Upgrade:
 
 @dataclass(frozen=True)
 class TensorReport:
-    """What became of one tensor.
+    """The result for one tensor.
 
     Attributes:
         name: in the source.
         shape: in the source.
-        format: of its codes; empty if it stayed as it is.
+        format: of its codes; empty if it is not quantized.
         bits: per weight, constants and headers included.
-        bytes_before: in the source.
-        bytes_after: in the output.
-        relative_error: ‖W − Q‖ / ‖W‖; None if it stayed, or before the work is done.
+        bytes_before: size in the source.
+        bytes_after: size in the output.
+        relative_error: ‖W − Q‖ / ‖W‖; None if it is not quantized, or in a dry run.
         weighted_error: the same with every input weighted by its mean square; None without calibration.
-        kept_because: why it stayed.
+        kept_because: why it is not quantized; empty if it is.
     """
 
     name: str
@@ -57,28 +57,28 @@ class TensorReport:
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """What was done, or would be.
+    """What was done, or would be in a dry run.
 
     Attributes:
         output: folder.
-        quantized: number of tensors.
-        quantized_parameters: in them.
-        parameters: in the whole checkpoint.
-        kept: reason -> number of tensors left as they are.
-        read_from: how it was found out which tensors are linear.
-        bytes_before: of tensors.
-        bytes_after: of tensors.
-        bits_per_parameter: of the quantized tensors, constants and headers included, and of those that a budget left
-            in 16 bits.
-        relative_error: ‖W − Q‖ / ‖W‖ over all of them; None before the work is done.
+        quantized: number of quantized tensors.
+        quantized_parameters: number of parameters in them.
+        parameters: number of parameters in the whole checkpoint.
+        kept: reason -> number of tensors that are not quantized.
+        read_from: phrase that says how the linear layers were determined.
+        bytes_before: size of all tensors in the source.
+        bytes_after: size of all tensors in the output.
+        bits_per_parameter: average over the quantized tensors, constants and headers included, and those that a bits
+            budget kept in 16 bits.
+        relative_error: ‖W − Q‖ / ‖W‖ over all quantized tensors; None in a dry run.
         weighted_error: the same with every input weighted by its mean square; None without calibration.
-        calibrated: number of tensors whose inputs were seen.
+        calibrated: number of tensors whose inputs were measured.
         shards: number of files with tensors.
-        tensors: one each.
-        upgrades: linears that a budget gave more bits, in the order in which it was spent.
+        tensors: one per tensor.
+        upgrades: linears that a bits budget gave more bits, in the order in which it was spent.
         companion: folder of the companion adapter, if one was made.
-        part: the share that was written, as number and total; None for all.
-        tensors_root: binds the result's tensors; None for a dry run or a part.
+        part: the share that was written, as (number, total); None for all.
+        tensors_root: hash of the result's tensors; None for a dry run or a part.
         manifest_sha256: None for a dry run or a part.
     """
 
@@ -104,13 +104,13 @@ class QuantizeReport:
 
 
 def make_report(output: Path, plan: Plan, notes: dict[str, Any], upgrades: Sequence[Upgrade] = ()) -> QuantizeReport:
-    """Put together what the plan says and what was learnt while writing.
+    """Combine the plan and the measurements made while writing.
 
     Args:
         output: folder.
         plan: the plan.
-        notes: of ``TensorPlan.assemble``, by tensor; none for what is not written.
-        upgrades: what a budget gave more bits.
+        notes: maps tensor name to the result of ``TensorPlan.assemble``; lacks tensors that were not written.
+        upgrades: linears that a bits budget gave more bits.
     """
     choices = plan.selection.choices
     encoded = [choice.spec for choice in plan.quantized()]
@@ -162,7 +162,7 @@ def _total(errors: Sequence[Sequence[float]]) -> float | None:
 
 
 def _relative(error: Sequence[float]) -> float | None:
-    """‖W − Q‖ / ‖W‖ from the two sums of squares; None if a square was too large for float32."""
+    """Return ‖W − Q‖ / ‖W‖ from the two sums of squares; None if a sum is not finite."""
     if not all(map(math.isfinite, error)):
         return None
     return float((error[0] / error[1]) ** 0.5) if error[1] else 0.0

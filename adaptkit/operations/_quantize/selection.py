@@ -1,7 +1,7 @@
 """Which tensors of a checkpoint are quantized, which stay as they are, and why.
 
-What is quantized are the weights of linear layers; what stays are embeddings, norms, routers, biases, the head and
-(unless asked for) experts. ``operations._roles`` says what each tensor is; this module says what follows from it.
+The weights of linear layers are quantized; embeddings, norms, routers, biases, the head and (unless asked for) experts
+stay. ``operations._roles`` determines what each tensor is; this module decides what to do with it.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from adaptkit.operations._inquiry import find_roles
 from adaptkit.operations._roles import Role, Roles
 
 MOE = ("keep", "quantize")
-"""What can be done with experts."""
+"""What to do with experts."""
 
 _REASONS = {"linear": "", "conv1d": "", "expert": "expert: bitsandbytes cannot load it quantized"}
-"""Why a tensor stays, by its kind; the other kinds are their own reasons."""
+"""Maps the kind of a tensor to the reason why it stays; the names of all other kinds are the reasons themselves."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Choice:
 
     Attributes:
         spec: the tensor in the source.
-        kept_because: why it stays as it is, in a few words; empty if it is quantized.
-        transposed: whether the module keeps its weight as (in, out), so that it is transposed before it is quantized.
-        is_linear: whether readers take it for the weight of a linear layer.
-        paths: dotted paths by which the readers of the file know its module.
+        kept_because: phrase that says why it stays as it is; empty if it is quantized.
+        transposed: whether the source stores it as (in, out), so that it is transposed before it is quantized.
+        is_linear: whether loaders may use a linear layer for it.
+        paths: dotted paths that loaders may use for its module.
     """
 
     spec: TensorSpec
@@ -41,19 +41,19 @@ class Choice:
 
     @property
     def module(self) -> str:
-        """Dotted path, in the file, of the module whose weight this is; a stack of experts is one by itself."""
+        """Dotted path, in the file, of the module that has this weight; a stack of experts counts as a module."""
         return self.spec.name.removesuffix(".weight")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What happens to a checkpoint.
+    """What happens to the tensors of a checkpoint.
 
     Attributes:
         choices: one for every tensor, in file order.
-        read_from: how it was found out which tensors are linear.
-        head: the readers' path of the output layer, in the file or tied to the embedding.
-        head_is_quantized: whether it was asked for.
+        read_from: phrase that says how the linear layers were determined.
+        head: path of the output layer in loaders' models, even if it is tied to the embedding and in no file.
+        head_is_quantized: whether the output layer is quantized.
     """
 
     choices: tuple[Choice, ...]
@@ -71,7 +71,7 @@ def select(
     block_size: int = 64,
     roles: Roles | None = None,
 ) -> Selection:
-    """Decide for every tensor of a checkpoint that is not quantized yet.
+    """Decide for every tensor of an unquantized checkpoint whether it is quantized.
 
     Args:
         checkpoint: unquantized.
@@ -80,17 +80,17 @@ def select(
         moe: ``keep`` leaves experts as they are, since bitsandbytes cannot load them; ``quantize`` quantizes them for
             adaptkit's own trainer.
         block_size: weights sharing one constant; no block may straddle two experts.
-        roles: what the tensors are, if that is known already.
+        roles: of the tensors; None to determine them here.
 
-    The layout of a stack of experts, (experts, rows, columns), is that of a matrix: the same parts under the name of
-    the parameter, with three numbers for the shape in the state. Codes are in row-major order over (expert, row,
-    column) and a stack is chosen only if rows · columns is a multiple of ``block_size``, so that expert e has the
-    bytes [e · s / 2, (e + 1) · s / 2) and the constants [e · s / block_size, (e + 1) · s / block_size), s being
-    rows · columns. The groups of 256 constants of double quantization and their offset are the whole stack's.
+    A stack of experts, (experts, rows, columns), is stored like a matrix: the same parts under the name of the
+    parameter, with three numbers for the shape in the state. Codes are in row-major order over (expert, row, column)
+    and a stack is quantized only if rows · columns is a multiple of ``block_size``, so that expert e has the bytes
+    [e · s / 2, (e + 1) · s / 2) of 4-bit codes and the constants [e · s / block_size, (e + 1) · s / block_size), with
+    s = rows · columns. Double quantization's groups of 256 constants and its offset span the whole stack.
 
     Raises:
-        UsageError: the head is asked for but is the embedding, or is not there.
-        CheckpointError: ``config.json`` describes no model that could be this one.
+        UsageError: the head is to be quantized but is tied to the embedding, or absent.
+        CheckpointError: the model that ``config.json`` describes cannot be this checkpoint's.
     """
     if moe not in MOE:
         raise UsageError(f"moe: must be one of {', '.join(MOE)}, found {moe!r}")
@@ -111,18 +111,18 @@ def select(
 
 
 def skip_modules(selection: Selection) -> list[str]:
-    """The value of ``llm_int8_skip_modules``: readers quantize every linear layer that it does not name.
+    """Return the value of ``llm_int8_skip_modules``: loaders quantize every linear layer that it does not name.
 
-    Full dotted paths, sorted. The head is named even if it is tied and in no file, since the list replaces the one
-    that readers would make. Experts that stay are named once a layer, by the path that they have in common: readers
-    take a path for a prefix, and compare every module with every entry.
+    The entries are full dotted paths, sorted. The head is listed even if it is tied and in no file, since the list
+    replaces the loader's default. Experts that stay are listed once per layer, by their common path, since loaders
+    match entries as prefixes and compare every module with every entry.
     """
     kept = {path for choice in selection.choices if choice.kept_because and choice.is_linear for path in choice.paths}
     return sorted(kept | (set() if selection.head_is_quantized else {selection.head}))
 
 
 def matches_any(selection: Selection, pattern: str) -> bool:
-    """Whether a ``skip`` pattern means any module, by its path in the file or in the model."""
+    """Whether a ``skip`` pattern matches any module, by its path in the file or in the model."""
     return any(_matches(choice.module, choice.paths, pattern) for choice in selection.choices)
 
 
@@ -131,7 +131,7 @@ def _matches(module: str, paths: Sequence[str], pattern: str) -> bool:
 
 
 def of_type(spec: TensorSpec) -> str:
-    """Why a tensor stays whose numbers are of a type that is not quantized."""
+    """Return the reason for keeping a tensor whose dtype is not quantized."""
     return f"dtype {spec.dtype}"
 
 
@@ -150,10 +150,10 @@ def _kept_because(
 
 
 def _without_namesakes(selection: Selection, roles: Roles) -> Selection:
-    """Keep what readers would keep because its path begins or ends like that of something else that is kept.
+    """Also keep tensors that transformers would not quantize because another's entry in the skip list matches them.
 
-    transformers takes every entry of the list for the beginning of a path and for its end: ``lm_head`` is also
-    ``model.patcher.lm_head``. Experts are no linear layers to it.
+    transformers matches each entry as a prefix and as a suffix of paths: ``lm_head`` matches ``model.patcher.lm_head``.
+    Experts are exempt, since they are not linear layers in transformers.
     """
     listed = skip_modules(selection)
     begins, ends = tuple(f"{entry}." for entry in listed), tuple(listed)

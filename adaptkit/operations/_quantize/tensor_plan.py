@@ -1,4 +1,4 @@
-"""Quantize one tensor of a checkpoint, piece by piece: the jobs, and how their results become its parts."""
+"""Quantize one tensor of a checkpoint, piece by piece: the jobs, and the assembly of their results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from adaptkit.operations._threads import in_order
 
 @dataclass(frozen=True)
 class Encoded:
-    """A piece of a weight: as the file holds it, and quantized. All of a weight that stays is ``raw``."""
+    """A piece of a tensor: its elements in the file, and the quantized ones; None if it is written as it is."""
 
     raw: Array
     packed: Blockwise | None = None
@@ -34,12 +34,12 @@ class Encoded:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """What becomes of one tensor.
+    """How one tensor is written.
 
     Attributes:
         spec: in the source.
-        encoding: how it is quantized; None if it stays.
-        transposed: whether the source keeps it as (in, out).
+        encoding: how it is quantized; None if it is not.
+        transposed: whether the source stores it as (in, out).
     """
 
     spec: TensorSpec
@@ -48,38 +48,38 @@ class TensorPlan:
 
     @property
     def linear(self) -> TensorSpec:
-        """The weight as (out, in)."""
+        """The spec of the weight as (out, in)."""
         return TensorSpec(
             self.spec.name, self.spec.dtype, self.spec.shape[::-1] if self.transposed else self.spec.shape
         )
 
     def group(self) -> Group:
-        """The tensors that it becomes."""
+        """Return the tensors that it becomes."""
         specs = [self.spec] if self.encoding is None else quantized.part_specs(self.linear, self.encoding)
         return Group(self.spec.name, tuple(specs))
 
     def as_linear(self, raw: AnyValues) -> AnyValues:
-        """Turn what the source holds into the weight, (out, in)."""
+        """Convert the source's tensor to the weight as (out, in)."""
         return like(raw, np.ascontiguousarray(as_array(raw).T)) if self.transposed else raw
 
     def jobs(self, checkpoint: Checkpoint) -> Sequence[Callable[[], Encoded]]:
-        """What to do for it, in order.
+        """Return the jobs that encode the tensor, in order.
 
         Raises:
-            NonFiniteError: (a job) a weight is NaN or infinite; names its index.
+            NonFiniteError: by a job: a weight is NaN or infinite; names its index.
         """
         if self.encoding is None:
             return [partial(_as_it_is, job) for job in reading(checkpoint, self.spec, self.check)]
-        if self.transposed:  # in the GPT-2 family alone, whose matrices are small
+        if self.transposed:  # only in the GPT-2 family, whose matrices are small
             return [partial(self._encode, checkpoint, None)]
         return [partial(self._encode, checkpoint, piece) for piece in cut(self.spec, self.encoding.block_size)]
 
     def assemble(self, results: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
-        """Write its tensors.
+        """Write the results of the jobs.
 
         Returns:
             fingerprint: of the source tensor.
-            error: Σ(w − q)² and Σw² over the weights, if it was quantized.
+            error: Σ(w − q)² and Σw² over the weights, if it is quantized.
         """
         if self.encoding is None:
             for result in results:
@@ -124,7 +124,7 @@ class TensorPlan:
 
 
 def check_finite(checkpoint: Checkpoint, plans: Iterable[TensorPlan], threads: int) -> None:
-    """Read all of a checkpoint's tensors once.
+    """Read all tensors of a checkpoint once, and look for NaN and infinity.
 
     Raises:
         NonFiniteError: a weight is NaN or infinite; names tensor and index.

@@ -1,1 +1,1 @@
-"""What ``stack`` does: which changes of which adapters belong together."""
+"""Parts of ``stack``: matching the changes of several adapters."""

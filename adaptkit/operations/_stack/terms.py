@@ -1,4 +1,4 @@
-"""Which changes of which adapters are stacked: module by module, weighted, or refused because they cannot be."""
+"""The weighted changes of several adapters, matched module by module; refuses what cannot be stacked."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,15 +19,15 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class Stackable:
-    """Everything that several adapters change.
+    """The changes of several adapters.
 
     Attributes:
-        modules: by dotted path, the weighted changes in the order of the adapters, of rank 0 where one has none.
+        modules: maps dotted path to the weighted changes in the order of the adapters, of rank 0 if one has none.
         embeddings: which of the modules are embeddings.
-        partial: number of modules that not every adapter changes.
+        partial: number of modules that only some adapters change.
         config: keys of the result's configuration.
-        base_names: what they call their bases, each name once.
-        targets: what the result needs of a base; empty unless every adapter says what it was trained on.
+        base_names: names of the base in the adapters' configurations, each once.
+        targets: for the result's manifest; empty unless every adapter has a manifest.
     """
 
     modules: Mapping[str, tuple[LowRank, ...]]
@@ -39,14 +39,14 @@ class Stackable:
 
 
 def stackable(adapters: Sequence[Adapter], weights: Sequence[float]) -> Stackable:
-    """Line up the changes of several adapters.
+    """Match the changes of several adapters by module.
 
     Args:
         adapters: in order.
         weights: one each, multiplied into the changes.
 
     Raises:
-        AdapterError: an adapter does something else than adding low-rank changes, or they do not fit together.
+        AdapterError: an adapter contains more than low-rank changes, or the adapters do not fit together.
         NonFiniteError: a weighted change is too large for float32.
     """
     for adapter in adapters:
@@ -81,7 +81,7 @@ def _check_alone(adapter: Adapter) -> None:
 
 def _check_beside(adapter: Adapter, first: Adapter) -> None:
     plain = first if adapter.fan_in_fan_out else adapter
-    # peft writes what held for the layer that came last: of a base with Conv1D, false if that was its head.
+    # peft writes the value of the last layer that it adapted: for a base with Conv1D, false if that was the head.
     if adapter.fan_in_fan_out != first.fan_in_fan_out and not any(map(is_head, plain.modules)):
         raise AdapterError(
             f"{adapter.root} and {first.root} are for bases that store weights differently (fan_in_fan_out)",
@@ -99,7 +99,7 @@ def _check_beside(adapter: Adapter, first: Adapter) -> None:
 def _changes(
     name: str, adapters: Sequence[Adapter], weights: Sequence[float], is_embedding: bool
 ) -> tuple[LowRank, ...]:
-    """The weighted changes of one module by all adapters; rank 0 stands for none."""
+    """Return each adapter's weighted change of one module, of rank 0 if it has none."""
     known = next(adapter for adapter in adapters if name in adapter.modules)
     shape, dtype = known.modules[name].shape, torch.float32
     none = LowRank(torch.zeros(0, shape[1], dtype=dtype), torch.zeros(shape[0], 0, dtype=dtype), 1.0)
@@ -117,7 +117,7 @@ def _changes(
                 hint="stack adapters of the same base",
             )
         weighted = term.weighted(weight)
-        if not lora.norm(weighted) <= _FLOAT32_MAX:  # nor is NaN
+        if not lora.norm(weighted) <= _FLOAT32_MAX:  # also true if it is NaN
             raise NonFiniteError(
                 f"{name}: the change of {adapter.root}, times {weight:g}, is too large for float32",
                 hint="use a smaller --weight",
@@ -127,13 +127,13 @@ def _changes(
 
 
 def _agreed(adapters: Sequence[Adapter], key: str) -> Any:
-    """What all configurations say; None if they differ."""
+    """Return the value that all configurations have for a key; None if they differ."""
     values = [adapter.config.get(key) for adapter in adapters]
     return values[0] if all(value == values[0] for value in values) else None
 
 
 def _targets(adapters: Sequence[Adapter]) -> tuple[Target, ...]:
-    """What any of them knows of each module's weight."""
+    """Combine the adapters' targets by module; empty if an adapter has no manifest."""
     if any(adapter.manifest is None for adapter in adapters):
         return ()
     found: dict[str, list[Target]] = {}
@@ -151,6 +151,6 @@ def _targets(adapters: Sequence[Adapter]) -> tuple[Target, ...]:
 
 
 def _only(values: Iterable[str | None]) -> str | None:
-    """The one value that is known; None if none is, or they differ, as those of two quantizations of a base do."""
+    """Return the only known value; None if there is none, or they differ, as for two quantizations of a base."""
     known = set(values) - {None}
     return known.pop() if len(known) == 1 else None
