@@ -36,7 +36,7 @@ class InspectReport:
         bytes: size of all tensors.
         dtypes: dtype -> number of tensors.
         details: facts that depend on the kind: architecture, formats and block sizes of a checkpoint; ranks, scalings
-            and other changes of an adapter; what ``unmerge`` needs and finds in a merged model.
+            and other changes of an adapter; what ``unmerge`` needs for a merged model.
         manifest_sha256: None without a manifest.
         tensors_root: None without a manifest.
         parents: as the manifest names them.

@@ -5,7 +5,7 @@ E[g gᵀ] is that output's Fisher information, and a small change ΔW of its wei
 
     KL ≈ ½ · E[(gᵀ ΔW x)²]  ≈  ½ · Σᵢ E[gᵢ²] · ΔWᵢ E[x xᵀ] ΔWᵢᵀ
 
-nats a token, the last step taking g and x for independent and E[g gᵀ] for its diagonal. Source: the factored Fisher
+nats per token; the last step assumes independent g and x, and a diagonal E[g gᵀ]. Source: the factored Fisher
 information of K-FAC (Martens and Grosse, arXiv:1503.05671), with the diagonal of its output factor.
 
 The forward pass stores every layer's output in a folder, which the caller provides and removes; the backward pass runs

@@ -129,7 +129,7 @@ def check_own_targets(path: Path, manifest: Manifest) -> None:
         name = _weight_name(target, tensors)
         if target.quantized_root is None or name is None:
             continue
-        below = names[bisect_left(names, f"{name}.") : bisect_left(names, f"{name}/")]  # "/" is what follows "."
+        below = names[bisect_left(names, f"{name}.") : bisect_left(names, f"{name}/")]  # "/" is the character after "."
         parts = [tensors[part] for part in (name, *below)]
         if tensors_root(parts) != target.quantized_root:
             raise IntegrityError(
