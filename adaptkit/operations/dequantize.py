@@ -168,7 +168,7 @@ def _group(checkpoint: Checkpoint, name: str, is_quantized: bool, options: Dequa
     """Return the plain tensor that a tensor becomes; a quantized weight's shape and dtype are in its state."""
     if not is_quantized:
         return Group(name, (checkpoint.spec(name),))
-    weight = quantized.read_constants(checkpoint, name)  # reads all parts, to find inconsistent ones before writing
+    weight = quantized.read_constants(checkpoint, name)  # all parts but codes: finds inconsistent ones before writing
     shape = weight.shape[::-1] if stores_transposed(checkpoint, name) else weight.shape
     return Group(name, (TensorSpec(name, dtype_name(options.dtype or weight.dtype), shape),))
 
