@@ -42,7 +42,7 @@ class Carried:
         return {name: adapter.files.read(key) for name, (adapter, key) in self.copies.items()}
 
 
-def carried(adapters: Sequence[Adapter]) -> Carried:
+def collect_carried(adapters: Sequence[Adapter]) -> Carried:
     """Collect the files and tensors to keep from several adapters.
 
     Raises:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from adaptkit.checkpoint.journal import Output
 from adaptkit.errors import AdaptkitError
 
-_OF_INPUTS = (2, 3, 4, 5)
+_INPUT_ERROR_CODES = (2, 3, 4, 5)
 """Exit codes of errors that only other inputs or other options can fix."""
 
 
@@ -19,6 +19,6 @@ def discarding(output: Output) -> Iterator[None]:
     try:
         yield
     except AdaptkitError as error:
-        if error.exit_code in _OF_INPUTS and not isinstance(error.__cause__, OSError):
+        if error.exit_code in _INPUT_ERROR_CODES and not isinstance(error.__cause__, OSError):
             output.discard()
         raise

@@ -30,7 +30,7 @@ from adaptkit.operations import _roles, _vocabulary
 from adaptkit.operations._roles import Role, Roles, roles_here
 from adaptkit.torch_compiler import leave_compiler_out
 
-_PATIENCE_SECONDS = 300
+_TIMEOUT_SECONDS = 300
 _VERSION = re.compile(r"""^__version__ = ["']([^"']+)["']""", re.MULTILINE)
 
 
@@ -47,11 +47,11 @@ class Inquiry:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._process, self._connection = None, None
-        self._known: Roles | None = None
-        if _is_worth_a_process():
-            self._remembered = Remembered(_question(checkpoint))
-            self._known = _as_known(self._remembered.read(), checkpoint)
-            if self._known is None:
+        self._cached: Roles | None = None
+        if _should_fork():
+            self._remembered = Remembered(_cache_key(checkpoint))
+            self._cached = _parse_cached(self._remembered.read(), checkpoint)
+            if self._cached is None:
                 self._process, self._connection = start_child(_answer, checkpoint.root.resolve())
 
     def __enter__(self) -> Self:
@@ -81,13 +81,13 @@ class Inquiry:
             CheckpointError: its model cannot be this checkpoint's, or transformers crashes or takes over 5 minutes.
         """
         root = self._checkpoint.root
-        if self._known is not None:
-            return self._known
+        if self._cached is not None:
+            return self._cached
         if self._process is None or self._connection is None:
             return roles_here(self._checkpoint)
-        if not self._connection.poll(_PATIENCE_SECONDS):
+        if not self._connection.poll(_TIMEOUT_SECONDS):
             raise CheckpointError(
-                f"{root}: transformers did not finish building the model from config.json within {_PATIENCE_SECONDS} s",
+                f"{root}: transformers did not finish building the model from config.json within {_TIMEOUT_SECONDS} s",
                 hint="check the sizes in config.json",
             )
         try:
@@ -124,16 +124,16 @@ def _answer(connection: Connection, root: Path) -> None:
         answer = {"error": error.code, "message": error.message, "hint": error.hint}
     else:
         of = {name: [role.kind, role.is_linear, role.paths] for name, role in roles.of.items()}
-        answer = asdict(roles) | {"of": of, "to": Remembered(_question(checkpoint)).name}
+        answer = asdict(roles) | {"of": of, "to": Remembered(_cache_key(checkpoint)).name}
     connection.send_bytes(json.dumps(answer).encode())
 
 
-def _is_worth_a_process() -> bool:
+def _should_fork() -> bool:
     is_loaded = "transformers" in sys.modules  # its entry is None if importing it is blocked
     return not is_loaded and can_fork() and importlib.util.find_spec("transformers") is not None
 
 
-def _question(checkpoint: Checkpoint) -> list[Any] | None:
+def _cache_key(checkpoint: Checkpoint) -> list[Any] | None:
     """Return everything that determines the answer: the configuration, shapes, versions and hashes of the code.
 
     None, which disables the cache, if transformers is a development version or its files cannot be read.
@@ -159,7 +159,7 @@ def _modelling_files(package: Path, checkpoint: Checkpoint) -> list[Path]:
     return [package / "modeling_utils.py", package / "models" / "auto" / "modeling_auto.py", *own]
 
 
-def _as_known(answer: dict[str, Any] | None, checkpoint: Checkpoint) -> Roles | None:
+def _parse_cached(answer: dict[str, Any] | None, checkpoint: Checkpoint) -> Roles | None:
     """Parse a cached answer; None if it is absent, malformed or about other tensors."""
     try:
         roles = _read(answer or {}, checkpoint.root)

@@ -147,28 +147,28 @@ def _from_architecture(checkpoint: Checkpoint) -> Roles:
     found = places(network, checkpoint.tensors)
     shared = _shared_modules(network)
     model_type = str(checkpoint.config.get("model_type"))
-    roles, strangers = {}, 0
+    roles, unplaced = {}, 0
     for name, located in checkpoint.tensors.items():
         role = _by_name(located.spec, model_type)
         if name in found and shape_in(network, found[name]) in (None, located.spec.shape):
             role = _in_network(network, head, found[name], role, shared)
         else:
-            strangers += 1
+            unplaced += 1
         roles[name] = role
     read_from = f"architecture {type(network).__name__} (transformers {transformers_version()})"
-    if strangers:
+    if unplaced:
         read_from += (
-            f"; names and shapes for {counted(strangers, 'tensor')} that it does not have, or has in another shape"
+            f"; names and shapes for {counted(unplaced, 'tensor')} that it does not have, or has in another shape"
         )
-    lacking, named = _lacking(checkpoint, network, found)
-    if lacking:
-        absent = f"{counted(len(lacking), 'tensor')} of {named}, such as {lacking[0]}"
+    missing, named = _missing_parameters(checkpoint, network, found)
+    if missing:
+        absent = f"{counted(len(missing), 'tensor')} of {named}, such as {missing[0]}"
         read_from += f"; the files lack {absent}, which loaders initialize at random"
     tied = head is not None and head.weight is network.get_input_embeddings().weight
     return Roles(roles, read_from, head_path(network) or "lm_head", tied)
 
 
-def _lacking(checkpoint: Checkpoint, network: Any, found: Mapping[str, Place]) -> tuple[list[str], str]:
+def _missing_parameters(checkpoint: Checkpoint, network: Any, found: Mapping[str, Place]) -> tuple[list[str], str]:
     """Return the parameters that the class named in ``architectures`` has but the files lack, and the class's name.
 
     If transformers cannot build that class, the language model is compared instead, but its head is not reported.

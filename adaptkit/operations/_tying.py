@@ -15,7 +15,7 @@ from adaptkit.errors import AdapterError, BaseMismatchError
 from adaptkit.lazy import torch
 from adaptkit.networks.addressing import Addresses, Slice, find_addresses
 from adaptkit.networks.kinds import is_shared_by_layers
-from adaptkit.operations._vocabulary import Vocabulary, says_tied, tells_no_words
+from adaptkit.operations._vocabulary import Vocabulary, lacks_head, tying_setting
 
 _SHARED = re.compile(r"(^|\.)shared\.weight$")
 _USES = re.compile(r"(^|\.)(shared|embed_tokens|lm_head)\.weight$")
@@ -66,7 +66,7 @@ def vocabulary_changes(
     heads = [name for name in names if vocabulary.is_head(name)]
     if not tables and not heads:
         return plain
-    if _change_alike(adapter, tables, heads, vocabulary, checkpoint):
+    if _stay_equal(adapter, tables, heads, vocabulary, checkpoint):
         return VocabularyChange(addresses, found.told_by, True, False, frozenset(heads) if tables else frozenset())
     if not untie:
         raise BaseMismatchError(
@@ -96,7 +96,7 @@ def _refuse_shared(checkpoint: Checkpoint, adapter: Adapter, names: Collection[s
 def _refuse_unknown(checkpoint: Checkpoint, vocabulary: Vocabulary, adapter: Adapter) -> None:
     """Refuse a changed embedding if the head is tied to an embedding but it is unknown to which one."""
     tables = sorted({*adapter.embeddings, *adapter.tokens})
-    if tables and not vocabulary.embedding and says_tied(checkpoint.config) and not tells_no_words(checkpoint):
+    if tables and not vocabulary.embedding and tying_setting(checkpoint.config) and not lacks_head(checkpoint):
         raise BaseMismatchError(
             f"{adapter.root}: changes {tables[0]}, but {checkpoint.root} ties its head to its embedding, and which "
             "table that is cannot be determined",
@@ -123,28 +123,28 @@ def _parameters(adapter: Adapter) -> set[str]:
     return {*weights, *biases, *adapter.experts, *adapter.replaced}
 
 
-def _change_alike(
+def _stay_equal(
     adapter: Adapter, tables: list[str], heads: list[str], vocabulary: Vocabulary, checkpoint: Checkpoint
 ) -> bool:
     """Whether embedding and head have the same values in the running model after the change."""
     if adapter.ties_weights:
-        return _repeats(adapter, tables, heads)
+        return _tied_changes_agree(adapter, tables, heads)
     kinds = [_kinds(adapter, name) for name in (*tables, *heads)]
     if all(kind == {"replaced"} for kind in kinds) and tables:
         values = {adapter.digests[adapter.replaced[name]] for name in (*tables, *heads)}
         shape = adapter.files.spec(adapter.replaced[tables[0]]).shape
         resized = shape != checkpoint.spec(vocabulary.embedding).shape
-        apart = is_saved(adapter.config, tables[0].removesuffix(".weight")) and release(adapter.config) < (14, 0)
+        head_lost = is_saved(adapter.config, tables[0].removesuffix(".weight")) and release(adapter.config) < (14, 0)
         # Up to 0.11 peft resized a head beside a saved embedding separately, and did not write it; up to 0.13 a
         # configuration does not say which release wrote it.
-        return len(values) == 1 and (bool(heads) or (resized and not apart))
+        return len(values) == 1 and (bool(heads) or (resized and not head_lost))
     if all(kind == {"tokens"} for kind in kinds) and tables:
         tokens = [adapter.tokens[name.removesuffix(".weight")] for name in (*tables, *heads)]
         return all(t.indices == tokens[0].indices and t.rows.equal(tokens[0].rows) for t in tokens)
     return False
 
 
-def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
+def _tied_changes_agree(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
     """Whether an adapter with ``ensure_weight_tying`` changes embedding and head in the same way.
 
     It does not with DoRA, which ties A and B, but has magnitudes of the embedding's columns and of the head's rows; nor
@@ -161,7 +161,7 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
             f"of the {'head' if tables else 'embedding'}",
             hint="save the adapter again with peft",
         )
-    repeats = not scaled
+    agree = not scaled
     for table, head in ((table, head) for table in tables for head in heads):
         one, other = (adapter.modules.get(name.removesuffix(".weight")) for name in (table, head))
         if one and other and not (torch.equal(one.lora_a, other.lora_a) and torch.equal(one.lora_b, other.lora_b)):
@@ -169,7 +169,7 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
                 f"{adapter.root}: ensure_weight_tying is set, but {table} and {head} change differently",
                 hint="save the adapter again with peft",
             )
-        repeats &= not (one and other and one.scaling != other.scaling)
+        agree &= not (one and other and one.scaling != other.scaling)
         for stored in (adapter.begins, adapter.replaced):
             keys = [stored.get(name) for name in (table, head)]
             values = [None if key is None else adapter.digests[key] for key in keys]
@@ -178,7 +178,7 @@ def _repeats(adapter: Adapter, tables: list[str], heads: list[str]) -> bool:
                     f"{adapter.root}: ensure_weight_tying is set, but {keys[0]!r} and {keys[1]!r} differ",
                     hint="save the adapter again with peft",
                 )
-    return repeats
+    return agree
 
 
 def _kinds(adapter: Adapter, name: str) -> set[str]:

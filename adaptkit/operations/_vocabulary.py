@@ -19,7 +19,7 @@ from adaptkit.checkpoint.vocabulary import (
 from adaptkit.errors import BaseMismatchError
 from adaptkit.networks.architecture import asked_head
 
-_TELLS_NO_WORDS = re.compile(
+_HEADLESS_CLASS = re.compile(
     r"(?<!LMHead)(?<!DoubleHeads)(?<!EncoderDecoder)(?<!MarianMT)Model$|For\w*Classification$|ForQuestionAnswering\w*$"
     r"|For(MultipleChoice|NextSentencePrediction)$|^(Electra|Funnel|Splinter)ForPreTraining$"
 )
@@ -89,15 +89,15 @@ def find_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
     shortest_first = sorted(weights, key=lambda module: (len(module), module))
     known = known_head(checkpoint.config)
     heads = [module for module in shortest_first if module == known or is_usual_head(module)]
-    says = says_tied(checkpoint.config)
-    says = is_tied_by_default(checkpoint.config) if says is None else says
+    setting = tying_setting(checkpoint.config)
+    setting = is_tied_by_default(checkpoint.config) if setting is None else setting
     tables = [module for module in shortest_first if is_usual_table(module)]
     tables = tables or [module for module in shortest_first if is_rare_table(module) and module not in heads]
     if not tables and not heads:
-        tables = _only_of_its_height(checkpoint)
-    if tables and not heads and says is False:
-        heads = _only_of_its_shape(checkpoint, weights[tables[0]])
-    tied = bool(tables) and (says is True if heads else not tells_no_words(checkpoint))
+        tables = _table_by_height(checkpoint)
+    if tables and not heads and setting is False:
+        heads = _untied_head_by_shape(checkpoint, weights[tables[0]])
+    tied = bool(tables) and (setting is True if heads else not lacks_head(checkpoint))
     return Vocabulary(
         weights[tables[0]] if tables else "",
         weights[heads[0]] if heads else f"{known or 'lm_head'}.weight",
@@ -131,7 +131,7 @@ def require_head(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Vocabulary:
     return replace(vocabulary, head=f"{head}.weight", is_known=True)
 
 
-def tells_no_words(checkpoint: Checkpoint) -> bool:
+def lacks_head(checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint is of a class without an output layer, by ``architectures`` in its configuration.
 
     Some language models wrongly name such a class there. Their tensor names have a common first component
@@ -139,15 +139,15 @@ def tells_no_words(checkpoint: Checkpoint) -> bool:
     """
     name = next(iter(class_names(checkpoint.config)), "")
     outer = {tensor.partition(".")[0] for tensor in checkpoint.tensors}
-    return _TELLS_NO_WORDS.search(name) is not None and not (name.endswith("Model") and len(outer) == 1)
+    return _HEADLESS_CLASS.search(name) is not None and not (name.endswith("Model") and len(outer) == 1)
 
 
-def says_tied(config: Mapping[str, Any]) -> Any:
+def tying_setting(config: Mapping[str, Any]) -> Any:
     """Return ``tie_word_embeddings`` of a configuration; None if it is absent."""
     return config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
 
 
-def _only_of_its_shape(checkpoint: Checkpoint, table: str) -> list[str]:
+def _untied_head_by_shape(checkpoint: Checkpoint, table: str) -> list[str]:
     """Return the module of the only other tensor outside the layers with the embedding's shape: an untied head.
 
     Files may name it differently than the model: DeepSeek-V4's ``head.weight`` is ``lm_head.weight`` in the model.
@@ -161,7 +161,7 @@ def _only_of_its_shape(checkpoint: Checkpoint, table: str) -> list[str]:
     return found if len(found) == 1 else []
 
 
-def _only_of_its_height(checkpoint: Checkpoint) -> list[str]:
+def _table_by_height(checkpoint: Checkpoint) -> list[str]:
     """Return the module of the only matrix outside the layers with a row per token: embedding and head in one."""
     values = [source.get("vocab_size") for source in (checkpoint.config, text_config(checkpoint.config))]
     found = [

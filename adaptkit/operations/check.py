@@ -76,7 +76,7 @@ def check(path: AnyPath, targets: str | Sequence[str] = (), base: AnyPath | None
     if is_adapter(path) or (path / ADAPTER_WEIGHTS_NAME).exists():
         files = read_adapter_files(path)
         shapes = read_base_shapes(base, files.config, tuple(pair.module for pair in files.pairs)) if base else None
-        other = _of_mlx(files)
+        other = _mlx_findings(files)
         verdicts = [_verdict(name, target, other or target.adapter(files, shapes)) for name, target in loaded]
         return _report(path, "adapter", verdicts, _examined(files, shapes), _unknown(files, shapes))
     if base is not None:
@@ -84,7 +84,7 @@ def check(path: AnyPath, targets: str | Sequence[str] = (), base: AnyPath | None
     checkpoint = read_checkpoint_files(path)
     verdicts = [_verdict(name, target, target.checkpoint(checkpoint)) for name, target in loaded]
     kind = "quantized" if checkpoint.quantization else "checkpoint"
-    return _report(path, kind, verdicts, _seen(checkpoint), _unseen(checkpoint))
+    return _report(path, kind, verdicts, _examined_checkpoint(checkpoint), _unknown_checkpoint(checkpoint))
 
 
 def _verdict(name: str, target: Target, findings: Iterable[Finding]) -> Verdict:
@@ -92,7 +92,7 @@ def _verdict(name: str, target: Target, findings: Iterable[Finding]) -> Verdict:
     return Verdict(name, target.reader, all(finding.level != "error" for finding in ordered), ordered)
 
 
-def _of_mlx(files: AdapterFiles) -> tuple[Finding, ...]:
+def _mlx_findings(files: AdapterFiles) -> tuple[Finding, ...]:
     """Return the only finding for an adapter in MLX's format, which no target supports; empty for other adapters."""
     way = way_from_mlx(files.root, files.config)
     found = "adapter_config.json is in MLX's format (lora_parameters, but no peft_type)"
@@ -130,12 +130,12 @@ def _unknown(files: AdapterFiles, base: BaseShapes | None) -> tuple[str, ...]:
     return tuple(unknown)
 
 
-def _seen(files: CheckpointFiles) -> tuple[str, ...]:
+def _examined_checkpoint(files: CheckpointFiles) -> tuple[str, ...]:
     packed = (f"quantization states of {counted(len(files.packed), 'quantized weight')}",) if files.packed else ()
     compared = (f"names and shapes of all tensors of {files.architecture}",) if files.architecture else ()
     return ("config.json", "names of files and tensors", *packed, *compared)
 
 
-def _unseen(files: CheckpointFiles) -> tuple[str, ...]:
+def _unknown_checkpoint(files: CheckpointFiles) -> tuple[str, ...]:
     name = next(iter(class_names(files.config)), "of an unnamed class")
     return (f"whether the program supports the architecture {name}", "the weights' values")

@@ -34,7 +34,7 @@ from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]
 
-_OF_NO_ACCOUNT = {
+_IGNORED_KEYS = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
 }  # fmt: skip
 """Keys of ``config.json`` that do not affect what the model computes, or that other fields of the report cover."""
@@ -203,7 +203,7 @@ def _with_findings(report: ExtractReport, findings: Sequence[Finding]) -> Extrac
 
 def _config_differs(plan: Plan) -> tuple[str, ...]:
     before, after = plan.base.config, plan.tuned.config
-    keys = sorted((set(before) | set(after)) - _OF_NO_ACCOUNT)
+    keys = sorted((set(before) | set(after)) - _IGNORED_KEYS)
     return tuple(key for key in keys if before.get(key) != after.get(key))
 
 

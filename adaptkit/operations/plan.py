@@ -192,7 +192,7 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
             f"{options.rank}",
             hint=f"give --rank {most} or less, or leave that module out of --targets",
         )
-    trainable = parameters if full else _low_rank(shapes, targets, options.rank)
+    trainable = parameters if full else _adapter_parameters(shapes, targets, options.rank)
     weights = 0 if full else _frozen_bytes(network, shapes, options, dtype, description.dtype)
     if options.on_gpu and not full:
         weights -= sum(module.weight.numel() * dtype.itemsize for module in host_tables(network, dtype).values())
@@ -224,7 +224,7 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
             RankRow(rank, count, count / parameters, round(2 * rank * math.sqrt(parameters)))
             for rank in RANKS
             if rank <= most
-            for count in [_low_rank(shapes, targets, rank)]
+            for count in [_adapter_parameters(shapes, targets, rank)]
         ),
     )
 
@@ -246,7 +246,7 @@ def _notes(network: Any, description: Description, options: PlanOptions) -> Iter
         yield f"no adapter for {counted(len(stacks), 'stack')} of expert matrices{also}"
 
 
-def _low_rank(shapes: dict[str, Shape], targets: list[str], rank: int) -> int:
+def _adapter_parameters(shapes: dict[str, Shape], targets: list[str], rank: int) -> int:
     return rank * sum(sum(shapes[name]) for name in targets)
 
 

@@ -146,11 +146,11 @@ class _Run:
         state = self.checkpoint.state()
         inputs = [[str(self.checkpoint.root.resolve()), state]]
         with Output(self.output, key, self.force, self._keeps, inputs, options.part) as out, discarding(out):
-            out.require_space(self._room(begun))
+            out.require_space(self._required_bytes(begun))
             self._check_finite(out, begun)
             self._check_shares(out)
             plan, upgrades = self._spend(out, begun)
-            out.require_space(self._room(plan))
+            out.require_space(self._required_bytes(plan))
             ready = self._calibrate(out, plan)
             if self.init is not None and not ready:
                 raise UsageError(
@@ -188,7 +188,7 @@ class _Run:
 
         return is_waiting(self.init, self.output)
 
-    def _room(self, plan: Plan) -> int:
+    def _required_bytes(self, plan: Plan) -> int:
         """Return the disk space that the whole output needs, in bytes; 0 for a part, which is not checked for space."""
         calibration = self.options.calibration
         if self.options.part is not None:
@@ -250,7 +250,7 @@ class _Run:
         )
 
     def _write(self, out: Output, plan: Plan, ready: Mapping[str, Ready], check: Callable[[], None]) -> None:
-        def tell(done: int, total: int) -> None:
+        def report_progress(done: int, total: int) -> None:
             check()
             self.progress(done, total)
 
@@ -261,7 +261,7 @@ class _Run:
             jobs=lambda group: tensors[group.source].jobs(self.checkpoint),
             assemble=lambda group, results, writer: tensors[group.source].assemble(results, writer),
             threads=thread_count(self.options.threads),
-            progress=tell,
+            progress=report_progress,
         )
 
     def _publish_both(self, out: Output, manifest: Manifest, companion: Path, ready: Mapping[str, Ready]) -> None:

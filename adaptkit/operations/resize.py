@@ -15,7 +15,7 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd
-from adaptkit.operations._carried import Carried, carried
+from adaptkit.operations._carried import Carried, collect_carried
 from adaptkit.operations._discarding import discarding
 from adaptkit.operations._terms import KEPT_KEYS
 from adaptkit.operations._threads import check_threads, each, thread_count
@@ -132,21 +132,23 @@ def resize(
             hint="merge it into the 16-bit base, then extract an adapter from the result",
         )
     check_output(output, force, [adapter])
-    along = carried([read])
+    carried = collect_carried([read])
     threads = thread_count(options.threads)
     found = dict(zip(read.modules, each(_resizer(options), read.modules.values(), threads), strict=True))
     modules = {module: term for module, (term, _) in found.items()}
-    report = _report(read, along, output, options, modules, {module: squares for module, (_, squares) in found.items()})
+    report = _report(
+        read, carried, output, options, modules, {module: squares for module, (_, squares) in found.items()}
+    )
     if dry_run:
         return report
     recorded = options.recorded()
-    plan = [tensors_root(read.records), dict(read.config), along.identity(), recorded]
+    plan = [tensors_root(read.records), dict(read.config), carried.identity(), recorded]
     with Output(output, plan, force) as out, discarding(out):
         kept = {key: read.config[key] for key in KEPT_KEYS if read.config.get(key)}
         kept |= {"fan_in_fan_out": read.fan_in_fan_out, "task_type": read.config.get("task_type")}
         name = str(read.config.get("base_model_name_or_path") or "")
-        write_adapter(out, modules, name, read.embeddings, copies=along.tensors(), **kept)
-        for file, content in along.files.items():
+        write_adapter(out, modules, name, read.embeddings, copies=carried.tensors(), **kept)
+        for file, content in carried.files.items():
             out.write(file, content)
         manifest = Manifest(
             kind="adapter",
@@ -177,7 +179,7 @@ def _resizer(options: ResizeOptions) -> Callable[[LowRank], tuple[LowRank, tuple
 
 def _report(
     read: Adapter,
-    along: Carried,
+    carried: Carried,
     output: Path,
     options: ResizeOptions,
     modules: dict[str, LowRank],
@@ -201,8 +203,8 @@ def _report(
         parameters=sum(_parameters(term) for term in modules.values()),
         energy_kept=1 - _share(lost, total),
         relative_error=_error(lost, total),
-        base_copies=tuple(sorted(along.copies)),
-        tokenizer=tuple(sorted(along.files)),
+        base_copies=tuple(sorted(carried.copies)),
+        tokenizer=tuple(sorted(carried.files)),
         modules=entries,
     )
 

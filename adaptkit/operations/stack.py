@@ -19,7 +19,7 @@ from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.numerics import stacking
 from adaptkit.numerics.stacking._compress import Compressed, Limit, compress
 from adaptkit.numerics.stacking._method import Method
-from adaptkit.operations._carried import Carried, carried
+from adaptkit.operations._carried import Carried, collect_carried
 from adaptkit.operations._discarding import discarding
 from adaptkit.operations._stack.terms import Stackable, stackable
 from adaptkit.operations._terms import expected_fingerprints, weights_of
@@ -187,20 +187,20 @@ def stack(
     expected_fingerprints(read, hint="stack adapters of the same base")
     plan = stackable(read, weights)
     check_output(output, force, adapters)
-    along = carried(read)
+    carried = collect_carried(read)
     combined = _combine(plan, options, progress)
-    report = _report(output, options, plan, along, combined, len(adapters))
+    report = _report(output, options, plan, carried, combined, len(adapters))
     if dry_run:
         return report
     recorded = options.recorded(weights)
     with (
-        Output(output, [[tensors_root(a.records) for a in read], along.identity(), recorded], force) as out,
+        Output(output, [[tensors_root(a.records) for a in read], carried.identity(), recorded], force) as out,
         discarding(out),
     ):
         modules = {name: made.term for name, made in combined.items()}
         base_name = plan.base_names[0] if len(plan.base_names) == 1 else ""
-        write_adapter(out, modules, base_name, plan.embeddings, copies=along.tensors(), **plan.config)
-        for file, content in along.files.items():
+        write_adapter(out, modules, base_name, plan.embeddings, copies=carried.tensors(), **plan.config)
+        for file, content in carried.files.items():
             out.write(file, content)
         manifest = Manifest(
             kind="adapter",
@@ -253,7 +253,7 @@ def _report(
     output: Path,
     options: StackOptions,
     plan: Stackable,
-    along: Carried,
+    carried: Carried,
     combined: Mapping[str, Compressed],
     adapters: int,
 ) -> StackReport:
@@ -274,8 +274,8 @@ def _report(
         zero=sum(made.is_zero for made in combined.values()),
         ranks=(min(ranks), max(ranks)),
         energy_kept=1 - lost / total if total else 1.0,
-        base_copies=tuple(sorted(along.copies)),
-        tokenizer=tuple(sorted(along.files)),
+        base_copies=tuple(sorted(carried.copies)),
+        tokenizer=tuple(sorted(carried.files)),
         base_names=plan.base_names,
         per_module=entries,
     )

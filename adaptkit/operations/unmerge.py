@@ -108,7 +108,7 @@ def unmerge(
     records = {file: model.record(n) for n, file in enumerate(sorted(model.checkpoint.headers), 1)}
     base = model.outline({file: model.header(file, found) for file, found in records.items()})
     options = model.options
-    begins = partial(_begins, base, frozenset(options.get("begun", ())))
+    begins = partial(_copy_replaced_base, base, frozenset(options.get("begun", ())))
     edits = plan_edits(base, read, weights, begins, bool(options.get("untie")))
     _check_headers(model, base, edits)
     originals = target_names(model.manifest, base.tensors)
@@ -138,7 +138,7 @@ def unmerge(
     )
 
 
-def _begins(base: BaseOutline, begun: frozenset[str], name: str, files: TensorFiles, key: str) -> bool:
+def _copy_replaced_base(base: BaseOutline, begun: frozenset[str], name: str, files: TensorFiles, key: str) -> bool:
     """Whether the merge replaced a tensor of the base by the adapter's copy."""
     return name in begun or files.spec(key).shape != base.spec(name).shape
 
@@ -272,7 +272,7 @@ class _Restoring:
         try:
             return _Run(merged, fold.take_back(merged, rows, stream))
         except IntegrityError as error:
-            raise self._other(
+            raise self._mismatch_error(
                 f"{name}: {error.message}", hint="run adaptkit verify on the merged model and on the adapters"
             ) from error
 
@@ -301,12 +301,12 @@ class _Restoring:
             writer.write(name, self._record(name).read_array(undo.rest_name(name)))
         same = writer.tensors[-1].xxh3_128 == self.originals[name]
         if self.model.has_record and not same:
-            raise self._other(
+            raise self._mismatch_error(
                 f"{name}: the undo record or the adapter does not belong to this merge",
                 hint="run adaptkit verify on the merged model and on the adapters",
             )
         return {"same": same, "bound": bound}
 
-    def _other(self, found: str, hint: str) -> AdaptkitError:
+    def _mismatch_error(self, found: str, hint: str) -> AdaptkitError:
         """Return the error for adapters that do not restore the base; blames a configuration that differs, if any."""
         return other_configuration(self.resaved) if self.resaved else IntegrityError(found, hint=hint)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
-from adaptkit.operations._inquiry import Inquiry, _question
+from adaptkit.operations._inquiry import Inquiry, _cache_key
 from adaptkit.operations._roles import roles_here
 
 IMPORTS = """
@@ -150,7 +150,7 @@ def test_the_code_of_the_architecture_is_part_of_the_question(llama):
     import transformers
 
     package = Path(transformers.__file__).parent
-    rules = [Path(path) for path, _ in _question(Checkpoint(llama))[-1]]
+    rules = [Path(path) for path, _ in _cache_key(Checkpoint(llama))[-1]]
     assert package / "models" / "llama" / "modeling_llama.py" in rules
     assert all(path.is_file() for path in rules)
 

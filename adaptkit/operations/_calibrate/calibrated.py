@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from adaptkit.operations._calibrate.layerwise import InputMoments
 
-_END = f"{SCRATCH_PREFIX}calibrated"
+_DONE_NAME = f"{SCRATCH_PREFIX}calibrated"
 """File that is written after all layers; it contains the number of scratch files with layers."""
 
 
@@ -106,8 +106,8 @@ def calibrate(
             if wanted:
                 _write_layer(out, checkpoint, layers, wanted, init_rank, threads)
                 layers += 1
-        out.add(write_file(out.folder, _END, str(layers).encode()), [])
-    count = int((out.folder / _END).read_text())
+        out.add(write_file(out.folder, _DONE_NAME, str(layers).encode()), [])
+    count = int((out.folder / _DONE_NAME).read_text())
     names = [_layer_name(number) for number in range(count)]
     if found_before and not out.finished(*names):
         raise IntegrityError(
@@ -123,7 +123,7 @@ def calibrate(
 
 def is_calibrated(out: Output) -> bool:
     """Whether all linears that the tokens reach are quantized already, by this run or an earlier one."""
-    return out.finished(_END)
+    return out.finished(_DONE_NAME)
 
 
 def scratch_bytes(plans: Iterable[TensorPlan], init_rank: int | None) -> int:

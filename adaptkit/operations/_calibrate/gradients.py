@@ -90,18 +90,20 @@ def layer_gradients(
         linears = replay.linears(count)
         with replay.head(), collector.watching(linears), inputs.watching(linears):
             generator = torch.Generator().manual_seed(0)
-            grads = [_top(replay, batch, outputs.get(count - 1, batch), generator) for batch in range(batches)]
+            grads = [
+                _head_backward(replay, batch, outputs.get(count - 1, batch), generator) for batch in range(batches)
+            ]
         for name, square in collector.mean_squares().items():
             entered = {name: inputs.moments()[name]}
             yield LayerGradients(replay.as_in_files({name: square}), replay.as_in_files(entered))
-        taken_over: list[dict[Place, list[Tensor]]] = [{} for _ in range(batches)]
+        shared_grads: list[dict[Place, list[Tensor]]] = [{} for _ in range(batches)]
         for index in reversed(range(count)):
             collector, inputs = _Collector(), Collector(products=False)
             linears = replay.linears(index)
             with replay.layer(index), collector.watching(linears), inputs.watching(linears):
                 for batch in range(batches):
-                    before, owed = outputs.get(index - 1, batch), taken_over[batch]
-                    grads[batch] = _back(replay, index, batch, before, grads[batch], owed)
+                    before, owed = outputs.get(index - 1, batch), shared_grads[batch]
+                    grads[batch] = _layer_backward(replay, index, batch, before, grads[batch], owed)
                     progress((2 * count - 1 - index) * batches + batch + 1, 2 * count * batches)
             squares, entered = collector.mean_squares(), inputs.moments()
             yield LayerGradients(replay.as_in_files(squares), replay.as_in_files(entered))
@@ -152,7 +154,7 @@ def _leaf(output: Any) -> tuple[Any, Tensor]:
     return (hidden if isinstance(output, Tensor) else (hidden, *output[1:])), hidden
 
 
-def _top(replay: Replay, batch: int, output: Any, generator: torch.Generator) -> Tensor:
+def _head_backward(replay: Replay, batch: int, output: Any, generator: torch.Generator) -> Tensor:
     """Return the gradient of drawn tokens' log-likelihood by the last layer's output, (windows, window, hidden)."""
     before, hidden = _leaf(output)
     for positions in torch.split(torch.arange(replay.batches[batch].shape[1]), LOGIT_POSITIONS):
@@ -168,8 +170,8 @@ def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
     return torch.multinomial(probabilities, 1, generator=generator)
 
 
-def _back(
-    replay: Replay, index: int, batch: int, output: Any, grad: Tensor, taken_over: dict[Place, list[Tensor]]
+def _layer_backward(
+    replay: Replay, index: int, batch: int, output: Any, grad: Tensor, shared_grads: dict[Place, list[Tensor]]
 ) -> Tensor:
     """Return the gradient by a layer's input, from that by its output; meaningless for the first layer.
 
@@ -179,17 +181,17 @@ def _back(
         batch: its index.
         output: of the layer before; None for the first layer.
         grad: by the hidden states in this layer's output.
-        taken_over: by place, gradients by values that later layers read from earlier ones. Those by values that this
+        shared_grads: by place, gradients by values that later layers read from earlier ones. Those by values that this
             layer wrote are removed, and those by values that it read are added.
     """
     before, hidden = (None, None) if output is None else _leaf(output)
     given = _hidden(replay.run(index, batch, before))
-    owed = [pair for place, value in replay.wrote.items() for pair in _pairs(value, taken_over.pop(place, []))]
+    owed = [pair for place, value in replay.wrote.items() for pair in _pairs(value, shared_grads.pop(place, []))]
     torch.autograd.backward([given, *(tensor for tensor, _ in owed)], [grad, *(more for _, more in owed)])
     for place, value in replay.read.items():
         found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in tree_leaves(value)]
-        earlier = taken_over.get(place)
-        taken_over[place] = found if earlier is None else [a + b for a, b in zip(earlier, found, strict=True)]
+        earlier = shared_grads.get(place)
+        shared_grads[place] = found if earlier is None else [a + b for a, b in zip(earlier, found, strict=True)]
     return grad if hidden is None or hidden.grad is None else hidden.grad
 
 

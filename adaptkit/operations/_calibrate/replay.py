@@ -70,13 +70,13 @@ class Replay:
         size = max(1, BATCH_TOKENS // tokens.shape[1])
         self.batches = [tokens[start : start + size] for start in range(0, len(tokens), size)]
         self._parameters = [name for name, _ in self.network.named_parameters()]
-        self._head = self._own_head()
+        self._head = self._untied_head()
         self._current, self._calls, self._before = 0, 0, None
         self._entries: list[dict[Place, Any]] = [{} for _ in self.batches]
         self.read: dict[Place, Any] = {}
         self.wrote: dict[Place, Any] = {}
         for index, layer in enumerate(layers):
-            layer.forward = self._door(index, layer.forward)
+            layer.forward = self._replaying(index, layer.forward)
 
     def outside(self) -> AbstractContextManager[None]:
         """Keep the weights outside the layers in memory, except those of an untied head."""
@@ -158,14 +158,14 @@ class Replay:
     def _dotted(self) -> tuple[str, ...]:
         return tuple(f"{prefix}." for prefix in self.prefixes)
 
-    def _own_head(self) -> list[str]:
+    def _untied_head(self) -> list[str]:
         """Return the prefix of an untied head's parameters; empty if there is none."""
         head = self.network.get_output_embeddings()
         if head is None or head.weight is self.network.get_input_embeddings().weight:
             return []
         return [f"{name}." for name, module in self.network.named_modules() if module is head]
 
-    def _door(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def _replaying(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if index != self._calls:
                 raise self._out_of_order()

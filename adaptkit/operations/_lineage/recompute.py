@@ -38,7 +38,7 @@ def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threa
         DiskError: there is no space for the result, which is written below TMPDIR.
     """
     name, options = str(manifest.operation.get("name")), manifest.operation.get("options", {})
-    run = _AGAIN.get(name)
+    run = _OPERATIONS.get(name)
     if run is None:
         return f"{name} cannot be run again"
     if "calibration" in options:
@@ -149,7 +149,7 @@ def _resize(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], 
 
 
 Run = Callable[[Path, Mapping[str, Any], Sequence[Ancestor], int | None], None]
-_AGAIN: Mapping[str, Run] = {
+_OPERATIONS: Mapping[str, Run] = {
     "dequantize": _dequantize,
     "merge": _merge,
     "quantize": _quantize,

@@ -154,9 +154,9 @@ def compare_targets(child: Manifest, parent: Parent, found: Candidate) -> tuple[
     if parent.role == "tuned" or (between and parent.role != "merged") or mismatch:
         return 0, ""
     manifest = found.manifest
-    relays = parent.role == "whole" or (manifest is not None and manifest.kind in ("quantized", "adapter"))
-    known = {target.module: target for target in manifest.targets} if manifest and relays else {}
-    tensors = {tensor.name: tensor for tensor in found.tensors} if not relays else {}
+    has_targets = parent.role == "whole" or (manifest is not None and manifest.kind in ("quantized", "adapter"))
+    known = {target.module: target for target in manifest.targets} if manifest and has_targets else {}
+    tensors = {tensor.name: tensor for tensor in found.tensors} if not has_targets else {}
     any_codes = manifest is not None and manifest.kind == "adapter" and not _compensates(manifest)
     compared = 0
     for target in child.targets:

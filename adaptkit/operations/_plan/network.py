@@ -73,9 +73,9 @@ def measured_layers(
             stand_in = _StandIn((rows, columns), ranks.get(name, 0), full, linear.bias, linear.weight.dtype)
             setattr(network.get_submodule(parent), child, stand_in)
         ids = torch.zeros(shape, dtype=torch.int64)
-        told = logging.getLogger("torch._subclasses.fake_tensor")
-        before = told.level
-        told.setLevel(logging.CRITICAL)  # it logs the traceback of errors that are raised anyway
+        logger = logging.getLogger("torch._subclasses.fake_tensor")
+        before = logger.level
+        logger.setLevel(logging.CRITICAL)  # it logs the traceback of errors that are raised anyway
         try:
             with warnings.catch_warnings():  # from experts, on some releases of torch; harmless here
                 warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
@@ -87,7 +87,7 @@ def measured_layers(
                 hint="try another --seq-len",
             ) from error
         finally:
-            told.setLevel(before)
+            logger.setLevel(before)
     if not packed_experts:
         return sizes
     return [replace(one, peak_bytes=one.peak_bytes + more) for one, more in zip(sizes, unpacked, strict=True)]

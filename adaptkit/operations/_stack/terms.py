@@ -50,8 +50,8 @@ def stackable(adapters: Sequence[Adapter], weights: Sequence[float]) -> Stackabl
         NonFiniteError: a weighted change is too large for float32.
     """
     for adapter in adapters:
-        _check_alone(adapter)
-        _check_beside(adapter, adapters[0])
+        _check_supported(adapter)
+        _check_compatible(adapter, adapters[0])
     embeddings = frozenset().union(*(adapter.embeddings for adapter in adapters))
     names = sorted({name for adapter in adapters for name in adapter.modules})
     modules = {name: _changes(name, adapters, weights, name in embeddings) for name in names}
@@ -70,7 +70,7 @@ def stackable(adapters: Sequence[Adapter], weights: Sequence[float]) -> Stackabl
     )
 
 
-def _check_alone(adapter: Adapter) -> None:
+def _check_supported(adapter: Adapter) -> None:
     require_plain(adapter, "stack")
     if adapter.compensation:
         raise AdapterError(
@@ -79,7 +79,7 @@ def _check_alone(adapter: Adapter) -> None:
         )
 
 
-def _check_beside(adapter: Adapter, first: Adapter) -> None:
+def _check_compatible(adapter: Adapter, first: Adapter) -> None:
     plain = first if adapter.fan_in_fan_out else adapter
     # peft writes the value of the last layer that it adapted: for a base with Conv1D, false if that was the head.
     if adapter.fan_in_fan_out != first.fan_in_fan_out and not any(map(is_head, plain.modules)):
