@@ -1,7 +1,7 @@
 """adaptkit: quantize, fine-tune, merge, unmerge and publish language-model adapters, on checkpoint files.
 
 The public names below load on first use, so that ``import adaptkit`` does not import torch. Every operation is a
-function with a report, and options that are a frozen dataclass; ``adaptkit.errors`` has what they raise.
+function that returns a report; its options are a frozen dataclass. Exceptions are defined in ``adaptkit.errors``.
 """
 
 from importlib import import_module

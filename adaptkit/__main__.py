@@ -1,4 +1,4 @@
-"""``python -m adaptkit``, which is also how torchrun starts it."""
+"""Entry point of ``python -m adaptkit``, which torchrun uses too."""
 
 from adaptkit.cli.main import program
 

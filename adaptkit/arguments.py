@@ -1,4 +1,4 @@
-"""What callers give to functions: text for paths, one for several, numbers of any kind; a hint for a wrong path."""
+"""Normalization of arguments: paths given as text, a single value where several are accepted, numbers of any type."""
 
 from collections.abc import Callable, Iterable
 from numbers import Real
@@ -12,33 +12,33 @@ AnyPath: TypeAlias = str | PathLike[str]
 
 
 def several(paths: AnyPath | Iterable[AnyPath]) -> tuple[Path, ...]:
-    """The paths of a sequence, or of a single one: text is a sequence too, of letters."""
+    """Return one path or several as a tuple; a str is one path, not a sequence of characters."""
     return (Path(paths),) if isinstance(paths, (str, PathLike)) else tuple(map(Path, paths))
 
 
 def optional(path: AnyPath | None) -> Path | None:
-    """The path, if there is one."""
+    """Return the path as a ``Path``; None if it is None."""
     return None if path is None else Path(path)
 
 
 def texts(given: str | Iterable[str]) -> tuple[str, ...]:
-    """The texts of a sequence, or a single one."""
+    """Return one text or several as a tuple."""
     return (given,) if isinstance(given, str) else tuple(given)
 
 
 def look_again(path: AnyPath) -> str:
-    """A hint for a path that leads nowhere."""
+    """Return a hint for a path that does not exist."""
     of_a_shell = str(path).startswith("~")
     return "write the full path: only a shell expands ~" if of_a_shell else "check the path"
 
 
 def typed_fields(options: Any) -> None:
-    """Give numbers, and yes or no, among options, a frozen dataclass, the types of their fields, as a command does.
+    """Convert the numbers and booleans in a frozen dataclass of options to their fields' types, as the CLI does.
 
-    Manifests tell 1 from 1.0, and cannot tell what is numpy's.
+    A manifest distinguishes 1 from 1.0, and cannot hold numpy's scalars.
 
     Raises:
-        UsageError: one is something else, too large, or has a fraction where none can be.
+        UsageError: a value has another type, is too large, or is a fraction where an integer is required.
     """
     for name, hint in get_type_hints(type(options)).items():
         given = getattr(options, name)
@@ -60,7 +60,7 @@ def _whole(given: int) -> int:
 
 def _flag(given: bool) -> bool:
     found = bool(given)
-    if found != given:  # "no" would be true
+    if found != given:  # bool("no") is True
         raise ValueError(given)
     return found
 
@@ -77,4 +77,4 @@ _CONVERT: dict[Any, tuple[Callable[[Any], Any], str]] = {
     float | None: (float, "a number"),
     tuple[float, ...]: (_reals, "numbers"),
 }
-"""By the type of a field, what gives a value that type, and what the value must be."""
+"""Maps the type of a field to (conversion function, description for the error message)."""

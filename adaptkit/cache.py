@@ -1,6 +1,7 @@
-"""Where a user's programs keep what they can make again.
+"""The user's cache folder, for data that can be regenerated.
 
-$ADAPTKIT_CACHE, or ~/.cache/adaptkit (under $XDG_CACHE_HOME if set); nothing is kept if ADAPTKIT_CACHE is empty
+It is $ADAPTKIT_CACHE, or else ~/.cache/adaptkit (under $XDG_CACHE_HOME if set). If ADAPTKIT_CACHE is set but empty,
+nothing is cached.
 """
 
 import os
@@ -8,11 +9,11 @@ from pathlib import Path
 
 
 def cache_folder() -> Path | None:
-    """The folder, which may be emptied anytime and need not exist; None if nothing is to be kept."""
+    """Return the cache folder, which may not exist and may be emptied at any time; None if nothing is to be cached."""
     chosen = os.environ.get("ADAPTKIT_CACHE")
     if chosen is not None:
         return Path(chosen) if chosen else None
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adaptkit"
-    except RuntimeError:  # nobody's home
+    except RuntimeError:  # the user has no home folder
         return None

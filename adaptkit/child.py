@@ -1,4 +1,4 @@
-"""A fork of this process for what may take for ever, or all memory: it can be ended, and ends when its parent does."""
+"""A forked child process for work that may hang or use up memory: it can be killed, and dies with its parent."""
 
 import ctypes
 import multiprocessing
@@ -18,27 +18,27 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def can_fork() -> bool:
-    """Whether a fork is safe (no other threads, no other system than Linux) and allowed (no daemonic process)."""
+    """Return whether forking is safe (Linux, a single thread) and allowed (this process is not daemonic)."""
     alone = threading.active_count() == 1 and not multiprocessing.current_process().daemon
     return sys.platform == "linux" and alone
 
 
 def start_child(work: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:
-    """Fork, and let the fork call ``work(connection, *arguments)``.
+    """Fork a child process that calls ``work(connection, *arguments)``.
 
-    What it prints goes nowhere, signals that are meant for the parent leave it alone, and of the parent's open files it
-    has none: locks and sockets stay open, whoever closes them, as long as a fork has them.
+    The child's stdout and stderr are discarded. It ignores SIGINT, which is meant for the parent; SIGTERM kills it.
+    It closes all files inherited from the parent: otherwise locks and sockets that the parent closes would stay open.
 
     Returns:
-        The process, and the end of its connection that is the parent's.
+        The process, and the parent's end of the connection.
     """
     context = multiprocessing.get_context("fork")
     mine, theirs = context.Pipe()
     process = context.Process(target=_begin, args=(theirs, os.getpid(), work, arguments), daemon=True)
-    # A signal that reaches the fork before it has its own ways with signals would run the parent's code there.
+    # A signal that reaches the child before it sets its own handlers would run the parent's handlers there.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
-        with warnings.catch_warnings():  # Python warns of threads that torch's libraries may have; the fork runs none
+        with warnings.catch_warnings():  # Python warns if torch's libraries have threads; the child uses none
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
     finally:
@@ -51,9 +51,9 @@ def _begin(connection: Connection, parent: int, work: Callable[..., None], argum
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
-    if sys.platform == "linux":  # elsewhere it ends when it finds that nobody reads what it says
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the parent may be killed, too
-    if os.getppid() != parent:  # and was, before that
+    if sys.platform == "linux":  # elsewhere it ends when its connection breaks
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # die even if the parent is killed
+    if os.getppid() != parent:  # the parent died before the call to prctl
         os._exit(1)
     nowhere, kept = os.open(os.devnull, os.O_WRONLY), connection.fileno()
     os.dup2(nowhere, 1)

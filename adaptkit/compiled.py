@@ -1,12 +1,12 @@
-"""Loops that numba compiles, kept as machine code and loaded without numba.
+"""Kernels that numba compiles, cached as machine code and loaded without numba.
 
-numba and what it loads take longer than many a command needs for a gigabyte, and most of that is for compiling. So what
-it made of a kernel is kept beside Python's bytecode (or in the user's cache folder, where that cannot be written), for
-each list of argument types, and the next process needs nothing but LLVM's loader. ``compiler`` has the other half.
+Importing numba and compiling takes longer than many commands need to process a gigabyte. So the machine code of a
+kernel is cached for each list of argument types, beside Python's bytecode or, if that folder is not writable, in the
+user's cache folder. The next process needs only LLVM's loader. ``compiler`` has the part that needs numba.
 
-A kernel takes numpy arrays, numbers, None and tuples of those, and gives nothing, a number, or a tuple of numbers. It
-allocates nothing. Arguments are passed in cells of eight bytes: an array as where its object is, a number as itself,
-None as nothing. Results come back in the first cells.
+A kernel takes numpy arrays, numbers, None and tuples of those, and returns nothing, a number, or a tuple of numbers. It
+allocates nothing. Arguments are passed in cells of eight bytes: for an array the address of its numpy object, for a
+number its value; None takes no cell, and a tuple the cells of its elements. Results are written to the first cells.
 """
 
 import contextlib
@@ -24,25 +24,25 @@ import numpy as np
 from adaptkit.kept import Kept, Kind, sources_of
 
 _CONTIGUOUS, _ALIGNED, _WRITEABLE = 0x1, 0x100, 0x400
-"""Bits of numpy's flags."""
+"""Bits of ``ndarray.flags.num``."""
 
 INLINED = {"forceinline": True}
-"""Options of what is small, and called where a call would keep the compiler from making vectors."""
+"""Options for small functions called in loops that would not be vectorized around a real call."""
 
 _lock = threading.RLock()
 _after_loading: list[Callable[[], None]] = []
 untold: "list[Overload | Written]" = []
-"""What numba has to be told of before it compiles a kernel."""
+"""What must be registered with numba before it compiles the next kernel."""
 
 
 class Kernel:
-    """A function of arrays, in machine code from when it is called first.
+    """A function that is compiled, or loaded from the cache, when it is first called with arguments of some types.
 
-    Called by another kernel, it is compiled into that one.
+    If another kernel calls it, it is compiled into that kernel.
 
     Args:
-        function: what is compiled.
-        options: of ``numba.njit``.
+        function: the Python function to compile.
+        options: options of ``numba.njit``.
     """
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
@@ -52,12 +52,12 @@ class Kernel:
         sources_of(function)
 
     def __call__(self, *arguments: Any) -> Any:
-        """Run it, while other threads go on."""
+        """Run the kernel without holding the GIL."""
         entry, cells = self._prepare(arguments)
         return entry(cells)
 
     def _prepare(self, arguments: tuple[Any, ...]) -> tuple["_Entry", list[Any]]:
-        """The machine code for arguments of such kinds, and what is passed of them."""
+        """Return the machine code for arguments of these kinds, and the values of their cells."""
         cells: list[Any] = []
         kinds = tuple([_kind(argument, cells) for argument in arguments])
         return self._entries.get(kinds) or self._load(kinds), cells
@@ -78,7 +78,7 @@ class Kernel:
 
 
 class Written:
-    """Stands in kernels for what another module writes in LLVM's own instructions; loaded when one is compiled."""
+    """A reference to a numba intrinsic for use in kernels; its module is imported only to compile a kernel."""
 
     def __init__(self, module: str, name: str) -> None:
         self._module, self._name = module, name
@@ -86,12 +86,12 @@ class Written:
 
     @property
     def intrinsic(self) -> Any:
-        """What the module has."""
+        """The intrinsic, from its module, which imports numba."""
         return getattr(import_module(self._module), self._name)
 
 
 class Overload(NamedTuple):
-    """A function, and what chooses the one that kernels run in its place."""
+    """A function, and ``choose``, which returns the implementation that kernels run instead; see ``overload``."""
 
     of: Callable[..., Any]
     choose: Callable[..., Any]
@@ -101,13 +101,16 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Kernel]:
     """Decorate a kernel.
 
     Args:
-        options: of ``numba.njit``, beside those that all kernels have.
+        options: options of ``numba.njit``, in addition to those of all kernels.
     """
     return lambda function: Kernel(function, options)
 
 
 def overload(of: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorate what chooses, by numba's types of the arguments, what kernels that call a function run in its place."""
+    """Decorate a function that returns the implementation of ``of`` in kernels for numba's types of its arguments.
+
+    numba's decorator of that name does the same, but needs numba when the module is imported.
+    """
 
     def register(choose: Callable[..., Any]) -> Callable[..., Any]:
         untold.append(Overload(of, choose))
@@ -117,13 +120,13 @@ def overload(of: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[
 
 
 def written(module: str, name: str) -> Any:
-    """Stand for an intrinsic of a module that needs numba."""
+    """Refer to an intrinsic of a module that imports numba; see ``Written``."""
     return Written(module, name)
 
 
 @functools.cache
 def processor_features() -> frozenset[str] | None:
-    """What the processor for which kernels are compiled is known to have; None if numba is told of another one."""
+    """Return LLVM's names of the features of this processor; None if numba is set to compile for another one."""
     if os.environ.get("NUMBA_CPU_NAME") or "NUMBA_CPU_FEATURES" in os.environ:
         return None
     from llvmlite import binding
@@ -134,7 +137,7 @@ def processor_features() -> frozenset[str] | None:
 
 
 def after_loading(callback: Callable[[], None]) -> None:
-    """Have something called whenever a kernel was loaded or compiled."""
+    """Register a callback that is called after each kernel that is loaded or compiled."""
     _after_loading.append(callback)
 
 
@@ -143,7 +146,7 @@ inlined = compiled(**INLINED)
 
 
 def _kind(argument: Any, cells: list[Any]) -> Kind:
-    """Say of what kind an argument is, and append what is passed of it."""
+    """Return the kind of an argument (see ``kept.Kind``), and append the values of its cells to ``cells``."""
     if isinstance(argument, np.ndarray):
         flags = argument.flags.num & (_CONTIGUOUS | _ALIGNED | _WRITEABLE)
         cells.append(id(argument))
@@ -159,11 +162,11 @@ def _kind(argument: Any, cells: list[Any]) -> Kind:
 
 
 _OF_NUMBERS = {bool: "?", int: "q", float: "d"}
-"""The letters that numpy and ``struct`` have for them."""
+"""Maps Python's number types to format characters, which are the same in numpy and ``struct``."""
 
 
 def _formats(kind: Kind) -> Iterator[str]:
-    """How ``struct`` packs what is passed of an argument."""
+    """Yield the ``struct`` formats of the cells of an argument."""
     if isinstance(kind, str):
         yield f"{kind}{8 - struct.calcsize(kind)}x"
     elif kind is not None and isinstance(kind[0], type):
@@ -177,12 +180,12 @@ class _Entry:
     """Machine code for arguments of some kinds.
 
     Args:
-        kinds: of the arguments.
-        content: a line that says what it is called and what it gives, and an object file.
+        kinds: kinds of the arguments.
+        content: a header line (name of the function, "tuple" or "single", formats of the results), then an object file.
 
     Attributes:
-        address: of the function.
-        pack: makes bytes of what is passed of the arguments.
+        address: address of the function.
+        pack: packs the values of the cells into bytes.
     """
 
     def __init__(self, kinds: tuple[Kind, ...], content: bytes) -> None:
@@ -210,16 +213,16 @@ class _Entry:
 
 DATA = object.__basicsize__
 EXTENTS, STRIDES = DATA + 16, DATA + 24
-"""Where an array of numpy has the addresses of its data, extents and strides; C programs are compiled to that, too."""
+"""Offsets in a numpy array object of its pointers to data, shape and strides; part of numpy's C ABI."""
 
 _memory = ctypes.create_string_buffer(8)
 _unused = ctypes.addressof(_memory)
-"""Where numba would put a result, or an exception."""
+"""Address passed for the result and the exception in numba's calling convention; kernels use neither."""
 
 
 @functools.cache
 def _check_layout() -> None:
-    """Refuse a numpy whose arrays have something else there."""
+    """Raise ``SystemError`` if numpy's arrays do not have this layout."""
     array = np.zeros((3, 5), np.int32)[::2, ::3]
     data, *axes = (ctypes.c_void_p.from_address(id(array) + place).value for place in (DATA, EXTENTS, STRIDES))
     found = [tuple((ctypes.c_ssize_t * 2).from_address(address or id(array))) for address in axes]
@@ -228,7 +231,7 @@ def _check_layout() -> None:
 
 
 def _load_object(code: bytes, name: str) -> tuple[Any, int]:
-    """Link an object file into this process; what keeps it there, and where a function is."""
+    """Link an object file into this process; return the engine that keeps it loaded, and the address of a function."""
     from llvmlite import binding
 
     engine = binding.create_mcjit_compiler(binding.parse_assembly(""), _machine())
@@ -238,7 +241,7 @@ def _load_object(code: bytes, name: str) -> tuple[Any, int]:
 
 
 def load_text(text: str, name: str) -> tuple[Any, int]:
-    """Compile a module in LLVM's language into this process; what keeps it there, and where a function is."""
+    """Compile LLVM IR into this process; return the engine that keeps it loaded, and the address of a function."""
     from llvmlite import binding
 
     machine = _machine()
@@ -250,7 +253,7 @@ def load_text(text: str, name: str) -> tuple[Any, int]:
 def _machine() -> Any:
     from llvmlite import binding
 
-    with contextlib.suppress(RuntimeError):  # newer versions do so by themselves
+    with contextlib.suppress(RuntimeError):  # newer versions of llvmlite initialize LLVM themselves
         binding.initialize()
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()

@@ -1,4 +1,4 @@
-"""Kernels into machine code, by numba: needed once for every list of argument types, see ``compiled``."""
+"""Compilation of kernels by numba, needed once for every list of argument types; see ``compiled``."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 from typing import Any
@@ -43,18 +43,19 @@ _OPTIONS = {
     **{"error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True},
     **{"fastmath": False, "forceinline": False},
 }
-"""Of all kernels: no exceptions for a division by zero, no memory that is counted, no doors to Python.
+"""Options of all kernels: no exception for a division by zero, no reference counting, no wrappers for Python or C.
 
-And nothing of whoever happens to have a function compiled first: what is not said, numba takes from the caller, and a
-sum that may be reordered would have the exponential in it reordered for everybody, in that process alone.
+``fastmath`` and ``forceinline`` are set explicitly because a function inherits options it does not set from the caller
+that has it compiled first. If a sum that may be reordered called ``exponential`` first, the exponential would be
+reordered for every caller in that process, and results would differ between processes.
 """
 
 _FROM_OUTSIDE = {"memcpy", "memmove", "memset", "sqrt", "sqrtf", "log", "logf"}
-"""Functions of the C library, which every process has."""
+"""Functions of the C library, which kernels may call since they are in every process."""
 
 
 def compile_kernel(kernel: Kernel, kinds: tuple[Kind, ...]) -> bytes:
-    """The machine code of a kernel for arguments of some kinds, as ``compiled`` reads it."""
+    """Compile a kernel for arguments of some kinds; return the content that ``compiled._Entry`` reads."""
     _tell_numba()
     dispatcher = _dispatcher(kernel)
     arguments = tuple(map(_type_of, kinds))
@@ -78,7 +79,7 @@ def compile_kernel(kernel: Kernel, kinds: tuple[Kind, ...]) -> bytes:
 
 
 def _emit(module: Any, library: Any) -> bytes:
-    """An object file of a module that numba optimized, for the processor that numba compiles for."""
+    """Return an object file of a module that numba optimized, for numba's target processor."""
     triple, processor, features = library.codegen.magic_tuple()
     static = {"reloc": "static"} if triple.startswith("x86") else {}
     machine = llvm.Target.from_triple(triple).create_target_machine(
@@ -89,21 +90,21 @@ def _emit(module: Any, library: Any) -> bytes:
 
 
 def _dispatcher(kernel: Kernel) -> Any:
-    """What numba has for a kernel."""
+    """Return numba's dispatcher for a kernel, made on first use."""
     if "dispatcher" not in vars(kernel):
         vars(kernel)["dispatcher"] = numba.njit(**{**_OPTIONS, **kernel.options})(kernel.function)
     return vars(kernel)["dispatcher"]
 
 
 def _tell_numba() -> None:
-    """Of all that kernels may call and that it was not told of before; what it hears while it compiles comes late."""
+    """Register new overloads and intrinsics with numba, which ignores those registered while it compiles."""
     while untold:
         found = untold[0]
         if isinstance(found, Overload):
             overload(found.of, jit_options={**_OPTIONS, **INLINED})(found.choose)
         else:
-            _ = found.intrinsic  # which numba hears of when its module is loaded
-        del untold[0]  # not before: somebody may interrupt it
+            _ = found.intrinsic  # importing its module registers it
+        del untold[0]  # only now: an interrupt may come before it is registered
 
 
 @typeof_impl.register(Kernel)
@@ -117,7 +118,7 @@ def _typeof_written(found, context):
 
 
 def _type_of(kind: Kind) -> Any:
-    """Numba's type for an argument."""
+    """Return numba's type for an argument."""
     if kind is None:
         return types.none
     if isinstance(kind, str):
@@ -130,7 +131,7 @@ def _type_of(kind: Kind) -> Any:
 
 
 def _entry(dispatcher: Any, arguments: tuple[Any, ...]) -> Any:
-    """A function of cells that calls a kernel; see ``compiled`` for what they hold."""
+    """Make a function that takes cells and calls a kernel; see ``compiled`` for the cells."""
     whole = types.Tuple(arguments)
 
     @intrinsic
@@ -161,14 +162,14 @@ def _entry(dispatcher: Any, arguments: tuple[Any, ...]) -> Any:
 
 
 class _Reader:
-    """Reads arguments from cells, one after the other."""
+    """Emits code that reads arguments from cells, in order."""
 
     def __init__(self, context, builder, cells):
         self._context, self._builder, self._cells = context, builder, cells
         self._place = 0
 
     def read(self, kind):
-        """The next argument, of a type of numba's."""
+        """Read the next argument, given its numba type."""
         if isinstance(kind, types.BaseTuple):
             return self._context.make_tuple(self._builder, kind, [self.read(part) for part in kind])
         if isinstance(kind, types.NoneType):
@@ -182,13 +183,13 @@ class _Reader:
         return self._context.unpack_value(self._builder, kind, self._builder.bitcast(cell, data))
 
     def _field(self, place, offset):
-        """A word of an object, or of what is anywhere else."""
+        """Load the 64-bit word at an address plus an offset."""
         builder = self._builder
         at = builder.add(place, cgutils.intp_t(offset))
         return builder.load(builder.inttoptr(at, cgutils.intp_t.as_pointer()))
 
     def _fields(self, place, offset, count):
-        """The first words of the memory whose address an object has."""
+        """Load the first ``count`` words of the memory that an object's field points to."""
         memory = self._field(place, offset)
         return [self._field(memory, 8 * number) for number in range(count)]
 

@@ -1,7 +1,7 @@
 """A folder is a registry: one file is one entry, and the file's name is the entry's public name.
 
 Adding a format, a stacking method or a command means adding a file. Modules whose name begins with ``_`` are
-private helpers and no entries. Underscores in file names are dashes on the command line only.
+private helpers, not entries. Underscores in file names are dashes on the command line only.
 """
 
 import difflib
@@ -22,10 +22,10 @@ def names(package: ModuleType) -> list[str]:
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that somebody may have meant who wrote another; None if none is like it.
+    """Return the known name that a mistyped one most likely means; None if none is similar.
 
-    Of those that are equally like it, the one that begins as it does, since ends are what is left out: ``bas`` is
-    ``base`` rather than ``bias``.
+    Among equally similar names, prefer the longest common prefix, since the end of a name is what people leave out:
+    ``bas`` means ``base`` rather than ``bias``.
     """
     alike = difflib.get_close_matches(name, sorted(known), n=5)
 

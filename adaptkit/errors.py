@@ -1,7 +1,7 @@
-"""Everything adaptkit raises on purpose.
+"""The exceptions that adaptkit raises deliberately.
 
 Each error carries one clear message, a hint (the next thing to try), the exit code of the command line, and whether
-trying again unchanged may succeed.
+retrying unchanged may succeed.
 
     AdaptkitError
     ├── UsageError            2   the request itself cannot be carried out
@@ -69,7 +69,7 @@ class DriftError(IntegrityError):
 
 
 class BaseMismatchError(AdaptkitError):
-    """An adapter, or a record, was made for other tensors than these."""
+    """An adapter or a record was made for other tensors."""
 
     exit_code = 4
 
@@ -103,24 +103,24 @@ class AuthenticationError(AdaptkitError):
 
 
 class NetworkError(AdaptkitError):
-    """The Hub could not be reached, or answered with a passing failure."""
+    """The Hub could not be reached, or returned a temporary error."""
 
     exit_code = 7
     retryable = True
 
 
 class ConflictError(AdaptkitError):
-    """Something is there already, or has moved meanwhile."""
+    """The output already exists, or the remote was changed in the meantime."""
 
     exit_code = 8
 
 
 class OutputExistsError(ConflictError):
-    """The output folder exists; nothing is replaced without being told to."""
+    """The output folder exists; nothing is overwritten unless asked for."""
 
 
 class GateError(AdaptkitError):
-    """A release stops here: a figure is out of its limits, or a program would not take what was made."""
+    """A release is stopped: a metric is outside its limits, or another program would not accept the output."""
 
     exit_code = 9
 
@@ -137,4 +137,4 @@ DISK_HINTS = {
     errno.ENOENT: "make sure that nothing deletes files meanwhile, and that the temporary folder (TMPDIR) exists",
     errno.ESTALE: "check the network file system",
 }
-"""What to do about an error of the disk, which may befall any file; others are mistakes of adaptkit's."""
+"""Hints for I/O errors that can happen to any file; any other ``OSError`` is a bug in adaptkit."""

@@ -1,4 +1,4 @@
-"""The machine code of kernels on the disk, for the next process; see ``compiled``."""
+"""On-disk cache of the machine code of kernels; see ``compiled``."""
 
 import contextlib
 import functools
@@ -13,17 +13,21 @@ from typing import Any
 from adaptkit.cache import cache_folder
 
 Kind = Any
-"""Of an argument, all that its machine code depends on; the same for all arrays of a type and a number of axes."""
+"""What the machine code depends on for one argument.
+
+For an array (dtype, number of axes, flags), for a number the format character of its type, for a tuple (its type, kinds
+of its elements), for None None.
+"""
 
 _OF_NO_CONSEQUENCE = ("NUMBA_NUM_THREADS=", "NUMBA_THREADING_LAYER", "NUMBA_CACHE_")
-"""Settings of numba's that change no machine code of ours."""
+"""Environment variables of numba that do not affect the machine code."""
 
 
 class Kept:
-    """What the disk has of a kernel for arguments of some kinds.
+    """The cache entry of a kernel for arguments of some kinds.
 
-    Behind it stands a hash of it and of all that it was made from: it is written without a sync, and what a power cut
-    left of it, or another version wrote, must not be run.
+    The file ends with a SHA-256 of its content and of everything it was made from: it is written without fsync, and a
+    file that a power cut truncated or another version wrote must not be run.
     """
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any], kinds: tuple[Kind, ...]) -> None:
@@ -38,7 +42,7 @@ class Kept:
         self._made_from = (digest or b"") + made_for.encode()
 
     def read(self) -> bytes | None:
-        """What was kept, whole; None if nothing was."""
+        """Return the cached content; None if there is no valid file."""
         for folder in self._folders:
             with contextlib.suppress(OSError):
                 content = (folder / self._name).read_bytes()
@@ -48,7 +52,7 @@ class Kept:
         return None
 
     def write(self, content: bytes) -> None:
-        """Keep it in the first folder that can be written, if there is one with room."""
+        """Write the content, atomically, to the first folder where that succeeds, if there is one."""
         if self._sources is None or self._sources.digest() is None:  # they changed while it was compiled
             return
         for folder in self._folders:
@@ -67,11 +71,11 @@ class Kept:
 
 
 class Sources:
-    """All that kernels of a folder are made from: its modules, and those that make them.
+    """The source files of the kernels in a folder: its modules, and the modules that compile them.
 
-    What is compiled is what was imported. A new version may be installed meanwhile: its files must neither choose what
-    is run in this process, nor be taken for what this process keeps. So they are looked at when the first kernel is
-    defined, and nothing is read or kept once they are others.
+    A kernel is compiled from the imported module, but a new version may be installed while the process runs. Then this
+    process must not load code cached for the new files, nor cache its own code under their hash. So the files are
+    stat'ed when the first kernel is defined, and the cache is not used once they differ.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,7 +83,7 @@ class Sources:
         self._stamps = self._look()
 
     def digest(self) -> bytes | None:
-        """A hash of them; None where they cannot be read, as in an archive, or are no more what was imported."""
+        """Return a hash of the files; None if they have changed or cannot be read (in an archive, for example)."""
         try:
             digest = self._digest
         except OSError:
@@ -94,7 +98,7 @@ class Sources:
         return digest.digest()
 
     def _look(self) -> list[tuple[Any, ...]]:
-        """What tells one version of a file from another; nothing if one cannot be asked."""
+        """Return name, inode, modification time and size of each file; an empty list if one cannot be stat'ed."""
         try:
             stats = [(path.name, path.stat()) for path in self._paths()]
         except OSError:
@@ -108,10 +112,10 @@ class Sources:
 
 
 def sources_of(function: Callable[..., Any]) -> Sources | None:
-    """What a kernel is made from; None if it is not to be kept.
+    """Return the source files of a kernel; None if it must not be cached.
 
-    What a function of another package calls may lie elsewhere, and change there; and functions that are defined in
-    another one may be several of one name.
+    Those are kernels of other packages, which may call functions from files not hashed here, and functions defined
+    inside another function, which may share a qualified name.
     """
     if not function.__module__.startswith("adaptkit.") or "<locals>" in function.__qualname__:
         return None
@@ -125,9 +129,9 @@ def _sources(folder: str) -> Sources:
 
 @functools.cache
 def _folders(source: Path) -> list[Path]:
-    """Where kernels of a folder are kept, in the order in which they are looked for."""
+    """Return the folders where kernels of a source folder are cached, in the order in which they are searched."""
     folders = []
-    with contextlib.suppress(NotImplementedError):  # Python itself keeps no bytecode
+    with contextlib.suppress(NotImplementedError):  # this Python has no bytecode cache
         folders.append(Path(cache_from_source(str(source / "kernels.py"))).parent)
     folder = cache_folder()
     return [*folders, folder / "kernels"] if folder else folders
@@ -135,10 +139,10 @@ def _folders(source: Path) -> list[Path]:
 
 @functools.cache
 def _processor() -> str:
-    """What the machine code depends on beside its source: the processor, what numba was told, and who loads it.
+    """Describe what the machine code depends on besides its source.
 
-    And how long the head of every object is, behind which an array has its fields: a Python without its global lock has
-    a longer one, and may share the folders.
+    That is llvmlite's version, the processor, numba's environment variables, and the size of a Python object's header,
+    which precedes an array's fields: free-threaded Python has a larger header and may share the folders.
     """
     import llvmlite
     from llvmlite import binding
@@ -151,11 +155,11 @@ def _processor() -> str:
 
 
 def _described(kind: Kind) -> str:
-    """The same in every process, and another one for another kind."""
+    """Return a text that is the same in every process and unique to the kind."""
     if kind is None or isinstance(kind, str):
         return str(kind)
     if isinstance(kind[0], type):
         fields = getattr(kind[0], "_fields", "")
         return f"{kind[0].__qualname__}{fields}({', '.join(map(_described, kind[1]))})"
     dtype, axes, flags = kind
-    return f"{dtype}:{axes}:{flags}"  # dtype.str is that of every structure of its size
+    return f"{dtype}:{axes}:{flags}"  # dtype.str is the same for all structures of one size

@@ -1,7 +1,7 @@
-"""torch, and modules that load a compiler: loaded when something of them is first asked for.
+"""Lazy imports of torch and of modules that load a compiler, on first access to one of their attributes.
 
 Most commands read files, run compiled loops over arrays and write files; importing torch would take longer than all of
-that for an adapter. A module that may need torch, or names it in annotations only, takes it from here.
+that for an adapter. A module that only sometimes needs torch, or only in annotations, imports it from here.
 """
 
 from importlib import import_module
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 
 class _Late:
-    """Stands for a module; what was once asked for is an attribute of its own."""
+    """A proxy for a module, which caches the attributes that were accessed."""
 
     def __init__(self, name: str) -> None:
         self.__dict__["__name__"] = name
@@ -21,7 +21,7 @@ class _Late:
 
 
 def late(name: str) -> Any:
-    """Stand for a module, by its full name, until something of it is asked for."""
+    """Return a proxy that imports a module, given its full name, on first access to an attribute."""
     return _Late(name)
 
 

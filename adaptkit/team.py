@@ -1,19 +1,19 @@
 """Kernels whose rows are divided among the threads in which torch multiplies matrices.
 
-Threads of our own would wait for a processor: for some time after a product, torch's keep theirs and look out for the
-next one. They are OpenMP's, and in torch's builds for Linux those of GNU's library. That has a function which lets all
-threads run another one; this one gets an address, and what is there are 64-bit numbers:
+Threads of our own would have to wait for a processor: after a product, torch's threads spin for a while, waiting for
+the next one. They belong to OpenMP; torch's builds for Linux use GNU's library, whose ``GOMP_parallel`` calls a
+function in all threads of the team with one address. There it finds these 64-bit numbers:
 
-    number, count    addresses of OpenMP's functions that say which thread of how many this is
-    kernel           address of a kernel's machine code
-    rows             that are to be divided
-    useful           how many threads get some; it is the whole team that runs, since one of another size would end
-                     threads, or make some, and so would torch's next product
-    size             of the cells of a thread
-    failed           not zero if a kernel said so
-    cells            for each useful thread what the kernel is passed (see ``compiled``), at the end its ``Part``
+    number, count    addresses of omp_get_thread_num and omp_get_num_threads
+    kernel           address of the kernel's machine code
+    rows             number of rows to divide
+    useful           number of threads that get rows. The whole team runs regardless: a team of another size would end
+                     or start threads, and so would torch's next product
+    size             number of cells per thread
+    failed           nonzero if a kernel failed
+    cells            for each useful thread the kernel's arguments (see ``compiled``), the last of which is its ``Part``
 
-Where there is no such library, and in a fork, which has no threads but its own, the thread that calls a kernel runs it.
+Without GNU's library, and in a forked process, which has no OpenMP threads, the calling thread runs the whole kernel.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ _HEAD = ("number", "count", "kernel", "rows", "useful", "size", "failed")
 _FUNCTIONS = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel")
 
 _WORTH, _LEAST = 1 << 18, 1 << 14
-"""Elements that are worth a team, and a thread of one: where others want the processors, a team waits for its last."""
+"""Elements required to use a team, and for each of its threads: on a busy machine a team waits for its last thread."""
 
 _lock = threading.Lock()
 _made: list[tuple[Any, int]] = []
@@ -40,11 +40,11 @@ _process = {"is_fork": False}
 
 
 class Part(NamedTuple):
-    """Of the rows, what one thread computes.
+    """The range of rows that one thread computes.
 
     Attributes:
-        thread: its number, from 0.
-        first: row.
+        thread: number of the thread, from 0.
+        first: first row.
         last: one past the last row.
     """
 
@@ -54,13 +54,13 @@ class Part(NamedTuple):
 
 
 class Shared(Kernel):
-    """A kernel that gives nothing, and of which no part reads or writes what another one writes.
+    """A kernel that returns nothing and is run in parts; no part may read or write what another part writes.
 
-    Its function has one argument more than it is called with, the last one: the ``Part`` that it computes.
+    The function takes one more argument than its callers pass: the last one is the ``Part`` to compute.
 
     Args:
-        function: what is compiled.
-        divided: the name of the argument whose first axis has the rows.
+        function: the Python function to compile.
+        divided: name of the argument whose first axis is the rows.
     """
 
     def __init__(self, function: Callable[..., Any], divided: str) -> None:
@@ -68,11 +68,11 @@ class Shared(Kernel):
         self._divided = list(inspect.signature(function).parameters).index(divided)
 
     def __call__(self, *arguments: Any, threads: int | None = None) -> None:
-        """Run it, in as many threads as the rows are worth.
+        """Run the kernel, with a number of threads that depends on the number of elements.
 
         Args:
-            arguments: all but the part.
-            threads: at most; None: as many as torch's products have.
+            arguments: all arguments but the part.
+            threads: maximum number of threads, at most ``team_size()``; None for ``team_size()``.
         """
         array = arguments[self._divided]
         rows = len(array)
@@ -92,43 +92,43 @@ def shared(divided: str) -> Callable[[Callable[..., Any]], Shared]:
 
 
 def run(kernel: int, cells: bytes, rows: int, useful: int) -> None:
-    """Let torch's threads run a kernel, so many of them for a part of the rows each.
+    """Run a kernel in torch's threads; the rows are divided among the first ``useful`` threads.
 
     Args:
-        kernel: address of its machine code.
-        cells: what it is passed, with room for a ``Part`` at the end.
-        rows: to divide.
-        useful: at most ``team_size``.
+        kernel: address of the kernel's machine code.
+        cells: packed arguments, with space for a ``Part`` at the end.
+        rows: number of rows.
+        useful: number of threads that get rows, at most ``team_size()``.
 
     Raises:
-        SystemError: the kernel says that it failed.
+        SystemError: the kernel failed.
     """
     number, count, parallel = _openmp()
     head = struct.pack(f"{len(_HEAD)}Q", number, count, kernel, rows, useful, len(cells) // 8, 0)
     data = ctypes.create_string_buffer(head + cells * useful, len(head) + len(cells) * useful)
     _, share = _share()
-    parallel(share, data, 0, 0)  # as many threads as the calling one was told to have
+    parallel(share, data, 0, 0)  # 0: as many threads as OpenMP is set to use
     status = struct.unpack_from(f"{len(_HEAD)}Q", data)[_HEAD.index("failed")]
     if status:
         raise SystemError(f"a kernel failed ({status})")
 
 
 def team_size() -> int:
-    """How many threads kernels may be divided among: those of torch's products, where that can be done; else one."""
+    """Return the number of threads that kernels can use: that of torch's products, or 1 where they cannot be shared."""
     threads = getattr(sys.modules.get("torch"), "get_num_threads", None)
     return 1 if threads is None or _process["is_fork"] or _openmp() is None else int(threads())
 
 
 def keeps_up() -> bool:
-    """Whether a kernel's one pass is faster than several of torch's: it has their threads, or they are few."""
+    """Return whether one pass of a kernel beats several of torch: kernels use torch's threads, or it has at most 2."""
     return team_size() > 1 or sys.modules["torch"].get_num_threads() <= 2
 
 
 @functools.cache
 def _openmp() -> Any:
-    """Addresses of the first two of ``_FUNCTIONS``, and the third to be called; None if they are not loaded.
+    """Return the addresses of the first two ``_FUNCTIONS``, and the third as a callable; None if they are not loaded.
 
-    Looked for once torch is.
+    Call it only after torch is loaded, since the result is cached.
     """
     loaded = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not all(hasattr(loaded, name) for name in _FUNCTIONS):
@@ -140,7 +140,7 @@ def _openmp() -> Any:
 
 
 def _share() -> tuple[Any, int]:
-    """What keeps in this process what every thread of a team runs, and the address of that."""
+    """Return the engine that keeps the function of ``_text`` loaded, and its address; compiled on first use."""
     with _lock:
         if not _made:
             _made.append(load_text(_text(), "share"))
@@ -148,7 +148,7 @@ def _share() -> tuple[Any, int]:
 
 
 def _text() -> str:
-    """What every thread of a team runs, in LLVM's language."""
+    """Return the LLVM IR of the function that every thread of a team runs."""
     from llvmlite import ir
 
     whole, status = ir.IntType(64), ir.IntType(32)
@@ -169,7 +169,7 @@ def _text() -> str:
 
     thread, team = called("number"), called("count")
     rows, useful, size = (builder.load(cell(name)) for name in ("rows", "useful", "size"))
-    useful = builder.select(builder.icmp_unsigned("<", team, useful), team, useful)  # a library may give fewer
+    useful = builder.select(builder.icmp_unsigned("<", team, useful), team, useful)  # OpenMP may start fewer threads
     with builder.if_then(builder.icmp_unsigned("<", thread, useful)):
         own = builder.add(whole(len(_HEAD)), builder.mul(thread, size))
         next_first = builder.mul(rows, builder.add(thread, whole(1)))

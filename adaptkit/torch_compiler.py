@@ -1,10 +1,10 @@
-"""Torch's compiler, left where it is: it takes 95 MB and half a second, and nothing here is compiled.
+"""Avoid loading torch's compiler (``torch._dynamo``): it takes 95 MB and half a second, and adaptkit compiles nothing.
 
-torch loads it when something is compiled, or marked for it. transformers marks some of its functions, takes a class
-from one of its modules, and builds models on the meta device, where torch marks its own functions when they are first
-called; so every process that builds a model has it loaded. Here that module is loaded by itself, and a function that is
-marked before the compiler is there stays as it is: without the compiler a mark means nothing. Whoever asks for more
-loads it, in the ordinary way.
+torch loads it when a function is compiled or decorated for it (with ``torch.compiler.disable``, for example).
+transformers decorates some of its functions, imports a class from one of the compiler's modules, and builds models on
+the meta device, where torch decorates its own functions on their first call. So every process that builds a model would
+load the compiler. Here that one module is loaded separately, and the decorators return functions unchanged until the
+compiler is loaded: without it they have no effect. Any other access loads the compiler normally.
 """
 
 import functools
@@ -21,18 +21,20 @@ from typing import Any
 
 _COMPILER = "torch._dynamo"
 _MARKS = ("disable", "assume_constant_result", "allow_in_graph")
-"""Of ``torch.compiler`` and of the compiler itself."""
+"""Decorators that both ``torch.compiler`` and the compiler itself have."""
 _TAKEN = "_trace_wrapped_higher_order_op"
+"""The module from which transformers imports a class."""
 
 
 def leave_compiler_out() -> None:
-    """Do so from here on.
+    """Avoid loading the compiler from now on.
 
-    For processes of adaptkit's own: who imports it as a library may compile what transformers meant to be marked.
+    Call it only in adaptkit's own processes: a program that imports adaptkit as a library may compile functions that
+    transformers decorates.
     """
     import torch
 
-    if "_dynamo" in vars(torch):  # it is there, or this was asked for before
+    if "_dynamo" in vars(torch):  # the compiler is loaded, or this was called before
         return
     absent = _Absent(_COMPILER)
     absent.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
@@ -40,20 +42,20 @@ def leave_compiler_out() -> None:
         mark = _mark_late(getattr(torch.compiler, name))
         setattr(torch.compiler, name, mark)
         setattr(absent, name, mark)
-    torch._dynamo = absent  # until somebody imports the module, which then stands here
+    torch._dynamo = absent  # importing the real module replaces it
     _load_alone(PathFinder.find_spec(f"{_COMPILER}.{_TAKEN}", absent.__path__))
 
 
 @contextmanager
 def without_compiler() -> Iterator[None]:
-    """Let torch's own functions stay unmarked while the block runs, if the compiler is left out."""
+    """Leave torch's own functions undecorated while the block runs, if ``leave_compiler_out`` was called."""
     import torch
 
     absent = vars(torch).get("_dynamo")
     if not isinstance(absent, _Absent) or _COMPILER in sys.modules:
         yield
         return
-    sys.modules[_COMPILER] = absent  # what they import before they mark themselves
+    sys.modules[_COMPILER] = absent  # torch's functions import it to decorate themselves
     finder = _Finder(absent)
     sys.meta_path.insert(0, finder)
     try:
@@ -64,22 +66,22 @@ def without_compiler() -> Iterator[None]:
 
 
 class _Absent(ModuleType):
-    """What torch has in the compiler's place."""
+    """A placeholder for ``torch._dynamo``."""
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what Python asks of every module
+        if name.startswith("__"):  # attributes that Python looks up in every module
             raise AttributeError(name)
         self.give_way()
         return getattr(importlib.import_module(_COMPILER), name)
 
     def give_way(self) -> None:
-        """Let the compiler be imported."""
+        """Remove the placeholder from ``sys.modules``, so that the compiler can be imported."""
         if sys.modules.get(_COMPILER) is self:
             del sys.modules[_COMPILER]
 
 
 class _Finder(MetaPathFinder):
-    """Loads the compiler before a module inside it is loaded."""
+    """Finds the compiler's submodules while the placeholder is in ``sys.modules``."""
 
     def __init__(self, absent: _Absent) -> None:
         self._absent = absent
@@ -92,7 +94,7 @@ class _Finder(MetaPathFinder):
 
 
 class _Inside(Loader):
-    """Loads a module anew, in the ordinary way, which Python allows within its own loading."""
+    """Loads a submodule by removing the placeholder and importing it normally, which Python allows inside an import."""
 
     def __init__(self, absent: _Absent) -> None:
         self._absent = absent
@@ -119,7 +121,7 @@ def _mark_late(mark: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _load_alone(spec: ModuleSpec | None) -> None:
-    """Load a module of the compiler's without the compiler, if this version has it and that can be done."""
+    """Load one of the compiler's modules without the compiler, if this version of torch has it and allows that."""
     if spec is None or spec.loader is None:
         return
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""What Triton needs to run a kernel, which containers that only run things lack: it compiles what launches it, in C."""
+"""What Triton needs to run a kernel: it compiles a launcher in C, for which runtime-only containers lack the tools."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @cache
 def what_triton_lacks() -> str:
-    """In words, with what to install; empty if Triton can run.
+    """Name what is missing for Triton to run, for messages; empty if nothing is.
 
     Source: ``triton/runtime/build.py``.
     """
@@ -19,7 +19,7 @@ def what_triton_lacks() -> str:
     if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
         return "a C compiler (gcc, clang, or the one that CC names)"
     scheme = sysconfig.get_default_scheme()
-    places = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)  # the former is Debian's
+    places = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)  # posix_local is Debian's
     if not (Path(places["include"]) / "Python.h").is_file():
         return "Python.h (package python3-dev on Debian and Ubuntu)"
     return ""
