@@ -1,1 +1,1 @@
-"""One quantization format a module, found by its file name; each defines ``FORMAT``."""
+"""Quantization formats: each module defines one as ``FORMAT`` and is found by its file name."""

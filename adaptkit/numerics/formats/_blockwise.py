@@ -1,6 +1,6 @@
-"""What block-wise formats share: flatten, cut into blocks, one constant (absmax) a block.
+"""Shared parts of the block-wise formats: a flattened weight is cut into blocks, each with one constant (absmax).
 
-An outlier then spoils only its own block.
+So an outlier reduces the precision of its own block only.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ class Blockwise:
     """A quantized tensor.
 
     Attributes:
-        codes: uint8 or int8; how many weights a byte holds is the format's affair.
+        codes: uint8 or int8; how many weights a byte holds depends on the format.
         absmax: (ceil(N / block_size),) float32, in the weight's units.
-        shape: of the weight, N elements in row-major order.
-        block_size: weights sharing one absmax.
-        moments: (ceil(N / block_size), 3) float32 if asked for. With x a weight and l the level of its code, each
-            block's Σ x², Σ x l and Σ l²: its squared error under any constant a is Σ x² - 2 a Σ x l + a² Σ l².
-            Meaningless where the squares leave float32, that is for weights beyond 1e18 or all below 1e-18.
+        shape: shape of the weight, which has N elements in row-major order.
+        block_size: number of weights that share one absmax.
+        moments: (ceil(N / block_size), 3) float32, or None if not requested. With x a weight and l the level of its
+            code, each block's Σ x², Σ x l and Σ l²: its squared error with any constant a is
+            Σ x² - 2 a Σ x l + a² Σ l². Meaningless where the squares overflow or underflow float32, that is for
+            weights beyond 1e18 or all below 1e-18.
     """
 
     codes: Any
@@ -49,7 +50,7 @@ class Quantize(Protocol):
     """Encodes a weight."""
 
     def __call__(self, weight: Values, block_size: int = 64, measure: bool = False) -> Blockwise:
-        """Raises ``NonFiniteError`` or ``UsageError``; ``measure`` fills in the moments."""
+        """Encode a weight, with its moments if ``measure``; may raise ``NonFiniteError`` or ``UsageError``."""
         ...
 
 
@@ -57,7 +58,7 @@ class Dequantize(Protocol):
     """Decodes a weight."""
 
     def __call__(self, quantized: Blockwise, dtype: DType) -> Any:
-        """The weight in its shape, rounded once to bfloat16, float16 or float32; array or tensor, as its codes are."""
+        """Return the weight in its shape, rounded once to bfloat16, float16 or float32; an array if the codes are."""
         ...
 
 
@@ -66,11 +67,12 @@ class Format:
     """A quantization format: how to encode a weight, and how to decode it.
 
     Attributes:
-        name: in file names and on the command line.
-        bits: of a code.
-        levels: of each 4-bit code, before its block's constant: the ``quant_map`` of a file. None if codes are numbers.
-        quantize: encodes.
-        dequantize: decodes.
+        name: name in files and on the command line.
+        bits: bits per code.
+        levels: level of each 4-bit code, to be multiplied by the block's constant (``quant_map`` in files); None if
+            codes are integers.
+        quantize: encodes a weight.
+        dequantize: decodes a weight.
     """
 
     name: str
@@ -81,18 +83,18 @@ class Format:
 
 
 def squared_errors(squares: float, moments: Array, absmax: Array) -> float:
-    """Σ (w - q)² over the weights of some blocks; at least 0, whatever was rounded.
+    """Return Σ (w - q)² over the weights of M blocks; never negative, despite rounding.
 
     Args:
-        squares: Σ w² over them.
-        moments: (M, 2), the other moments of the blocks, see ``Blockwise``; contiguous.
-        absmax: (M,) float32, the constants that the blocks have in the end.
+        squares: Σ w² over these weights.
+        moments: (M, 2), contiguous: the other two moments of each block, see ``Blockwise``.
+        absmax: (M,) float32, the final constants of the blocks.
     """
     return max(0.0, squares + float(_loops.sum_errors(moments, absmax)))
 
 
 def check_block_size(block_size: int) -> None:
-    """Refuse a block size that no reader of the format takes.
+    """Raise an error for a block size that readers of the format do not accept.
 
     Raises:
         UsageError: not a power of two from 32 to 4096.
@@ -104,10 +106,10 @@ def check_block_size(block_size: int) -> None:
 
 
 def check_blocks_finite(weight: Values, absmax: Values) -> None:
-    """Refuse a weight that was not finite, as its constants tell; only then are the weights looked at one by one.
+    """Raise an error if a weight has elements that are not finite; elements are searched only if a constant is not.
 
     Raises:
-        NonFiniteError: names the first bad weight's index.
+        NonFiniteError: names the index of the first such element.
     """
     if not all_finite(absmax):
         check_finite(cast(as_array(weight), np.float32))

@@ -3,8 +3,8 @@
     absmax (M,) float32  ->  codes (M,) uint8, nested_absmax (ceil(M / 256),) float32, offset: one float32
 
 The 256 levels are the signed dynamic map of Dettmers (arXiv:1511.04561): a decimal exponent and a linear fraction.
-bitsandbytes 0.50 finds a level through a table of 65,536 entries, which is off the nearest one for some values;
-this module does the same, so that the bytes agree.
+bitsandbytes 0.50 finds a level in a table of 65,536 entries, which for some values does not give the nearest level;
+this module does the same to produce the same bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DoubleQuantized:
     Attributes:
         codes: (M,) uint8.
         nested_absmax: (ceil(M / GROUP),) float32.
-        offset: a float32 value, the mean of the constants.
+        offset: mean of the constants, a float32 value.
     """
 
     codes: Any
@@ -42,10 +42,10 @@ class DoubleQuantized:
 
 @cache
 def dynamic_levels(signed: bool = True) -> Array:
-    """The 256 levels: (256,) float32, ascending; level 127 is 0 and level 255 is 1.
+    """Return the 256 levels, (256,) float32, ascending; level 127 is 0 and level 255 is 1.
 
     Args:
-        signed: otherwise there are twice as many fractions and no sign, and level 0 is 0.
+        signed: whether there are negative levels; if not, there are twice as many fractions and level 0 is 0.
     """
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -58,12 +58,12 @@ def dynamic_levels(signed: bool = True) -> Array:
 
 @cache
 def dynamic_map(signed: bool = True) -> Tensor:
-    """The same levels for torch."""
+    """Return ``dynamic_levels`` as a tensor."""
     return as_tensor(dynamic_levels(signed))
 
 
 def _edges(count: int) -> Array:
-    """0.1 to 1 in equal steps, counted from the nearer end and rounded once, as ``torch.linspace`` does in float32."""
+    """Return 0.1 to 1 in equal steps, each counted from the nearer end and rounded once, as in ``torch.linspace``."""
     first, last = np.float32(0.1), np.float32(1)
     step, places = np.float64((last - first) / np.float32(count)), np.arange(count + 1)
     return np.where(places < (count + 1) // 2, first + step * places, last - step * (count - places)).astype(np.float32)
@@ -71,7 +71,7 @@ def _edges(count: int) -> Array:
 
 @cache
 def _lookup() -> Array:
-    """The level chosen for each of 65,536 evenly spaced values in [-1, 1]."""
+    """Return the code for each of 65,536 evenly spaced values in [-1, 1]: (65536,) uint8."""
     levels = dynamic_levels()
     middles = (levels[:-1] + levels[1:]) * np.float32(0.5)
     values = np.arange(65536, dtype=np.float32) * np.float32(2.0 / 65535) - np.float32(1)
@@ -92,8 +92,8 @@ def dequantize_absmax(quantized: DoubleQuantized, levels: Values | None = None) 
     """Undo ``quantize_absmax`` up to rounding: (M,) float32.
 
     Args:
-        quantized: the constants.
-        levels: (256,) float32 map to use instead of the usual one; files may bring their own.
+        quantized: the quantized constants.
+        levels: (256,) float32 levels from a file that has its own; None for ``dynamic_levels``.
     """
     codes = quantized.codes
     levels = _beside(codes, dynamic_levels() if levels is None else levels)
@@ -101,5 +101,5 @@ def dequantize_absmax(quantized: DoubleQuantized, levels: Values | None = None) 
 
 
 def _beside(values: Values, table: Values) -> Any:
-    """A table of the kind of some values, and on their device."""
+    """Return a table as an array if the values are one, else as a tensor on their device."""
     return as_array(table) if isinstance(values, np.ndarray) else as_tensor(table).to(values.device)

@@ -1,4 +1,4 @@
-"""What the 4-bit formats share: two codes a byte, and levels from a codebook."""
+"""Shared parts of the 4-bit formats: two codes per byte, and levels from a codebook."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def quantize(book: Codebook, weight: Values, block_size: int, measure: bool) -> 
 
 
 def dequantize(book: Codebook, quantized: Blockwise, dtype: DType) -> Any:
-    """Level times absmax in float32, rounded once to ``dtype``, in the weight's shape."""
+    """Return level times absmax in float32, rounded once to ``dtype``, in the weight's shape."""
     parts = quantized.codes, quantized.absmax, quantized.count, quantized.block_size
     return kernels_for(quantized.codes).decode_4bit(*parts, book, dtype).reshape(quantized.shape)

@@ -1,4 +1,4 @@
-"""4-bit floating point: a sign, two bits of exponent and one of fraction, two codes a byte."""
+"""4-bit floating point: a sign, two exponent bits and one fraction bit, two codes per byte."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from adaptkit.numerics.kernels.codebook import FP4
 def quantize(weight: Values, block_size: int = 64, measure: bool = False) -> Blockwise:
     """Map each weight to its nearest FP4 level after scaling its block to [-1, 1].
 
-    Arguments, returns and errors are those of ``nf4.quantize``. A small positive weight gets the second zero, code 8.
+    Arguments, return value and errors are those of ``nf4.quantize``. A small positive weight gets the second zero,
+    code 8.
 
-    Source: bitsandbytes 0.50, whose bytes these are; see ``kernels.reference.encode_4bit``.
+    Source: bitsandbytes 0.50, which gives the same bytes; see ``kernels.reference.encode_4bit``.
     """
     return _four_bit.quantize(FP4, weight, block_size, measure)
 
 
 def dequantize(quantized: Blockwise, dtype: DType) -> Any:
-    """Level times absmax in float32, rounded once to ``dtype``, in the weight's shape."""
+    """Return level times absmax in float32, rounded once to ``dtype``, in the weight's shape."""
     return _four_bit.dequantize(FP4, quantized, dtype)
 
 

@@ -1,4 +1,4 @@
-"""Block-wise int8 absmax: each block is scaled so that its largest magnitude becomes 127."""
+"""Block-wise int8 absmax quantization: each block is scaled so that its largest magnitude becomes 127."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def quantize(weight: Values, block_size: int = 64, measure: bool = False) -> Blo
 
     Args:
         weight: any shape, floating point, N elements, taken in row-major order.
-        block_size: weights sharing one scale, at least 1.
-        measure: whether to return the moments of each block too; a code's level is code / 127.
+        block_size: number of weights that share one scale, at least 1.
+        measure: whether to return the moments of each block too; the level of a code is code / 127.
 
     Returns:
         codes (N,) int8 and absmax (ceil(N / block_size),) float32; a zero block has absmax 0 and codes 0.
 
     Raises:
-        NonFiniteError: a weight is NaN or infinite; names its index.
+        NonFiniteError: a weight is NaN or infinite; the message has its index.
         UsageError: the block size is less than 1.
 
     Source: absmax quantization as in LLM.int8() (arXiv:2208.07339), applied to blocks instead of rows.
@@ -35,7 +35,7 @@ def quantize(weight: Values, block_size: int = 64, measure: bool = False) -> Blo
 
 
 def dequantize(quantized: Blockwise, dtype: DType) -> Any:
-    """Code times absmax / 127 in float32, rounded once to ``dtype``, in the weight's shape."""
+    """Return code times absmax / 127 in float32, rounded once to ``dtype``, in the weight's shape."""
     parts = quantized.codes, quantized.absmax, quantized.count, quantized.block_size
     return kernels_for(quantized.codes).decode_8bit(*parts, dtype).reshape(quantized.shape)
 

@@ -1,4 +1,4 @@
-"""4-bit NormalFloat: sixteen levels at the quantiles of a normal distribution, two codes a byte."""
+"""4-bit NormalFloat: sixteen levels at the quantiles of a normal distribution, two codes per byte."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def quantize(weight: Values, block_size: int = 64, measure: bool = False) -> Blo
 
     Args:
         weight: any shape, floating point, N elements, taken in row-major order.
-        block_size: weights sharing one scale; a power of two from 32 to 4096.
+        block_size: number of weights that share one scale; a power of two from 32 to 4096.
         measure: whether to return the moments of each block too.
 
     Returns:
         codes (ceil(N / 2),) uint8, the earlier weight in the high nibble, and absmax (ceil(N / block_size),) float32.
 
     Raises:
-        NonFiniteError: a weight is NaN or infinite; names its index.
-        UsageError: the block size cannot be used.
+        NonFiniteError: a weight is NaN or infinite; the message has its index.
+        UsageError: the block size is not such a power of two.
 
     Source: QLoRA (arXiv:2305.14314), as bitsandbytes 0.50 rounds it; see ``kernels.reference.encode_4bit``.
     """
@@ -31,7 +31,7 @@ def quantize(weight: Values, block_size: int = 64, measure: bool = False) -> Blo
 
 
 def dequantize(quantized: Blockwise, dtype: DType) -> Any:
-    """Level times absmax in float32, rounded once to ``dtype``, in the weight's shape."""
+    """Return level times absmax in float32, rounded once to ``dtype``, in the weight's shape."""
     return _four_bit.dequantize(NF4, quantized, dtype)
 
 
