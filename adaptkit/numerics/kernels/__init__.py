@@ -1,7 +1,7 @@
-"""The inner loops, each written more than once with the same bits.
+"""The inner loops, in several implementations that give the same bits.
 
-``reference`` (plain torch, any device) is the definition; ``cpu`` (numba) is what runs on a CPU, ``gpu`` (Triton) on a
-CUDA device. A property test holds them to the same bits. ``cpu`` also takes arrays, and then gives arrays back.
+``reference`` (plain torch, any device) is the definition; ``cpu`` (numba) runs on CPUs, ``gpu`` (Triton) on CUDA
+devices. Property tests check that the bits are the same. ``cpu`` also takes arrays, and then returns arrays.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Kernels(Protocol):
-    """What every kernel module provides; ``reference`` documents each function."""
+    """The functions that every kernel module provides; ``reference`` documents them."""
 
     def encode_4bit(
         self, weight: AnyValues, block_size: int, book: Codebook, measure: bool = False
@@ -84,7 +84,7 @@ class Kernels(Protocol):
         ...
 
     def prepare(self, lora_a: Values, lora_b: Values, ranks: list[int], scales: list[float]) -> Any:
-        """See ``reference.prepare``; what it gives is for the same module's other functions only."""
+        """See ``reference.prepare``; only functions of the same module accept the result."""
         ...
 
     def merge_rows(self, weight: Values, factors: Any, start: int, with_undo: bool) -> RowsMerged:
@@ -97,12 +97,12 @@ class Kernels(Protocol):
 
 
 def kernels_for(where: Values | device) -> Kernels:
-    """Choose the kernels for arrays, for tensors on the device of one, or for a device."""
+    """Return the kernels for numpy arrays, for tensors on the device of a given tensor, or for a given device."""
     return _kernels("cpu" if isinstance(where, np.ndarray) else getattr(where, "device", where).type)
 
 
 def has_triton(device_type: str) -> bool:
-    """Whether Triton's kernels can run on a kind of device."""
+    """Return whether the Triton kernels can run on a type of device."""
     return device_type == "cuda" and not what_triton_lacks()
 
 

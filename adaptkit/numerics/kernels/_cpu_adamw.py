@@ -1,8 +1,7 @@
-"""AdamW and its 8-bit moments in one pass over memory each; ``numerics.adamw`` says what they compute.
+"""AdamW and the coding of its 8-bit moments, in one pass over memory each; ``numerics.adamw`` defines them.
 
-A sum with a product in it is rounded once, as torch's vector instructions do it; here that is asked for by name, since
-a compiler left to itself fuses some of a loop's operations and not others, and the result would depend on where a
-vector ends.
+A product plus a term is rounded once, as in torch's vector instructions. That is requested explicitly with ``fma``: a
+compiler that may fuse does so for some operations of a loop only, and results would depend on where a vector ends.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -15,12 +14,12 @@ from adaptkit.team import shared
 
 @shared("p")
 def update(p, g, m, v, decay, weight, beta2, square_weight, root_correction, eps, step_size, part):
-    """All arrays are float32 of one length, all numbers float32; p, m and v are changed."""
+    """Update p, m and v in place; all arrays are float32 of one length, all numbers float32."""
     p, g = p[part.first : part.last], g[part.first : part.last]
     m, v = m[part.first : part.last], v[part.first : part.last]
     for i in range(p.size):
         gradient, first = g[i], m[i]
-        if weight < np.float32(0.5):  # settled before the loop; torch's lerp begins at the nearer end
+        if weight < np.float32(0.5):  # hoisted out of the loop; torch's lerp starts from the nearer end
             first = fma(weight, gradient - first, first)
         else:
             first = fma(weight - np.float32(1), gradient - first, gradient)
@@ -31,14 +30,16 @@ def update(p, g, m, v, decay, weight, beta2, square_weight, root_correction, eps
 
 @jit
 def encode(x, block_size, bounds, starts, most, codes, absmax):
-    """Number the bounds below each value, after its block was divided by its largest magnitude; above zero at least 1.
+    """Encode each value, divided by its block's largest magnitude, as the number of bounds below it.
+
+    The code of a positive value is at least 1.
 
     Args:
         x: (N,) float32.
-        block_size: values sharing one constant.
+        block_size: number of values that share one constant.
         bounds: (256,) float32, ascending, the last one infinite.
-        starts: (65536,) uint8; by the upper half of a float's bits, the bounds below all floats with it.
-        most: of the bounds that lie among such floats.
+        starts: (65536,) uint8; for each upper half of a float's bits, the number of bounds below all floats with it.
+        most: maximum number of bounds among the floats with the same upper half.
         codes: (N,) uint8, written.
         absmax: (ceil(N / block_size),) float32, written.
     """
@@ -60,7 +61,7 @@ def encode(x, block_size, bounds, starts, most, codes, absmax):
 
 @jit
 def decode(codes, absmax, block_size, levels, x):
-    """Level times constant: (N,) float32, written to ``x``."""
+    """Write level times constant to ``x``, (N,) float32."""
     for block in range(absmax.size):
         scale = absmax[block]
         for i in range(block * block_size, min((block + 1) * block_size, codes.size)):

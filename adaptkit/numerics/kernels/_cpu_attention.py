@@ -1,6 +1,6 @@
-"""What attention does to a block of scores between its matrix products, in one pass over it each way.
+"""Masked softmax of a block of attention scores and its gradient, in one pass over the block each.
 
-Scores and their gradients are bits of bfloat16 or float32 (see ``_cpu_float``); everything between is float32. A row
+Scores and their gradients are bits of bfloat16 or float32 (see ``_cpu_float``); intermediate values are float32. A row
 attends to columns ``first <= column < last``; the other columns of the block become zero.
 """
 
@@ -12,7 +12,7 @@ from adaptkit.numerics.kernels._cpu_float import in_order, rounded, value
 from adaptkit.team import shared
 
 _REORDERED = {"reassoc", "nnan", "nsz"}
-"""The sum of a row may be taken in any order, so that the compiler makes vectors of it."""
+"""Fast-math flags that let the sum of a row be vectorized, in any order."""
 
 _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -23,12 +23,12 @@ _C5, _C6, _C7 = np.float32(8.333452e-3), np.float32(1.3981999e-3), np.float32(1.
 
 @inlined
 def exponential(x):
-    """E to a float32 that is not positive, to within 2 units in the last place; below -87 it is e to -87.
+    """Return exp(x) for float32 x <= 0, to within 2 units in the last place; exp(-87) for x below -87.
 
-    The polynomial is Cephes' (expf).
+    The polynomial is that of Cephes' expf.
     """
     x = x if x > _SMALLEST else _SMALLEST
-    whole = np.int32(x * _LOG2_E - np.float32(0.5))  # rounds to the nearest, since it cuts towards zero
+    whole = np.int32(x * _LOG2_E - np.float32(0.5))  # nearest integer: the conversion truncates, x is negative
     scale = np.float32(whole)
     x = x - scale * _LN2_HIGH
     x = x - scale * _LN2_LOW
@@ -44,7 +44,7 @@ def exponential(x):
 
 @inlined
 def _scale(scores, seen, scale, work):
-    """Put the scaled scores into ``work``, and return the largest; NaN if one of them is not finite."""
+    """Write the scaled scores to ``work``, and return the largest; NaN if one is not finite."""
     largest, magnitude = np.int32(-0x80000000), np.int32(0)
     for j in range(seen.size):
         number = value(scores, seen[j]) * scale
@@ -61,7 +61,7 @@ def _scale(scores, seen, scale, work):
 
 @compiled(fastmath=_REORDERED, **INLINED)
 def _exponentials(row, largest):
-    """Put the exponentials of the differences from the largest in place, and return their sum."""
+    """Replace each element with exp(element - largest), and return the sum."""
     total = np.float32(0.0)
     for i in range(row.size):
         row[i] = exponential(row[i] - largest)
@@ -71,17 +71,19 @@ def _exponentials(row, largest):
 
 @shared("scores")
 def softmax_block(scores, first, last, scale, log_sums, room, part):
-    """Turn scores into probabilities in place, and keep the logarithm of each row's sum of exponentials.
+    """Turn scores into probabilities in place, and store the logarithm of each row's sum of exponentials.
+
+    A row without columns gets zeros. A row with a score that is not finite gets NaN, explicitly, because the maximum
+    and the exponential of this module would hide it.
 
     Args:
         scores: (heads · rows, columns) bits, products of queries and keys.
         first: (rows,) int32, the first column that a row attends to; the same for every head.
-        last: (rows,) int32, one past the last; a row without columns gets zeros, one with a score that is not finite
-            gets NaN: the maximum and the exponential of this module would hide it.
-        scale: float32, of the scores.
+        last: (rows,) int32, one past the last column.
+        scale: float32, multiplies the scores.
         log_sums: (heads · rows,) float32, written.
-        room: (threads, columns) float32, for the row that a thread is at.
-        part: of the rows.
+        room: (threads, columns) float32, scratch for one row per thread.
+        part: rows to compute.
     """
     for r in range(part.first, part.last):
         row, start, end = scores[r], first[r % first.size], last[r % first.size]
@@ -104,7 +106,7 @@ def softmax_block(scores, first, last, scale, log_sums, room, part):
 
 @shared("scores")
 def gradient_block(scores, gradients, first, last, scale, log_sums, means, part):
-    """Turn scores into probabilities again, and gradients of probabilities into those of scores, both in place.
+    """Recompute probabilities from scores, and turn gradients by probabilities into gradients by scores, in place.
 
     Args:
         scores: (heads · rows, columns) bits.
@@ -112,9 +114,9 @@ def gradient_block(scores, gradients, first, last, scale, log_sums, means, part)
         first: as for ``softmax_block``.
         last: as for ``softmax_block``.
         scale: as for ``softmax_block``.
-        log_sums: (heads · rows,) float32, what ``softmax_block`` kept.
-        means: (heads · rows,) float32, the gradient's mean under each row's probabilities.
-        part: of the rows.
+        log_sums: (heads · rows,) float32, written by ``softmax_block``.
+        means: (heads · rows,) float32, Σ probability · gradient of each row.
+        part: rows to compute.
     """
     for r in range(part.first, part.last):
         row, change, start, end = scores[r], gradients[r], first[r % first.size], last[r % first.size]
@@ -142,13 +144,13 @@ def _product(x, row, y, other):
 
 @shared("x")
 def row_products(x, y, products, part):
-    """The products of the rows of two matrices.
+    """Compute the inner product of each row of x with the same row of y.
 
     Args:
         x: (rows, size) bits.
         y: (rows, size) bits of the same type.
         products: (rows,) float32, written.
-        part: of the rows.
+        part: rows to compute.
     """
     for r in range(part.first, part.last):
         products[r] = _product(x, x[r], y, y[r])

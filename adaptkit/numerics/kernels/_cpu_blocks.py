@@ -1,10 +1,10 @@
 """The block-wise part of ``reference``, compiled.
 
-The loops over the weights of a block have no branch and no table in memory: a level is found by fifteen comparisons and
-read by fifteen selections, which the compiler turns into vector instructions of whatever width the processor has. (Most
-processors can do the reading faster still, see ``_cpu_lookup``.) The trip counts are variables on purpose: a constant
-one is unrolled before the vectorizer sees it. Tables are tuples, so that their entries are values and not memory that a
-store might change.
+The loops over the weights of a block have no branch and no table in memory: fifteen comparisons find a code and fifteen
+selections read its level, which the compiler turns into vector instructions of whatever width the processor has. (Most
+processors can read levels faster, see ``_cpu_lookup``.) Trip counts are variables on purpose: a loop with a constant
+one is unrolled before the vectorizer sees it. Tables are tuples, so that their entries are values instead of memory
+that a store might change.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from adaptkit.numerics.kernels.codebook import Codebook
 
 _TINY = np.float32(TINY)
 _ROUND = np.float32(1.5 * 2**23)
-"""Added to a small float32 it leaves the nearest integer, ties to even, in the low bits."""
+"""Adding it to a small float32 leaves the nearest integer, ties to even, in the low bits of the sum."""
 
 
 @jit
 def _find(scaled, bounds, entries):
-    """The entry of the last bound below a scaled weight."""
+    """Return ``entries[n]``, n being the number of bounds below a scaled weight; 15 bounds, 16 entries."""
     found = entries[0]
     found = entries[1] if bounds[0] < scaled else found
     found = entries[2] if bounds[1] < scaled else found
@@ -56,7 +56,7 @@ def _find(scaled, bounds, entries):
 
 @jit
 def _pick(code, t):
-    """Entry ``code`` of sixteen."""
+    """Return ``t[code]`` of sixteen entries."""
     bit0, bit1, bit2 = code & 1, code & 2, code & 4
     a0 = t[1] if bit0 else t[0]
     a1 = t[3] if bit0 else t[2]
@@ -85,7 +85,7 @@ def _absmax(x):
 
 @jit
 def _measure_scale(x, absmax, block):
-    """Note the largest magnitude of a block; what its weights are multiplied by."""
+    """Store the largest magnitude of a block; return its reciprocal, which scales the weights."""
     largest = _absmax(x)
     absmax[block] = largest
     return np.float32(1) / max(largest, _TINY)
@@ -93,7 +93,7 @@ def _measure_scale(x, absmax, block):
 
 @compiled(fastmath={"reassoc"})
 def _sum_moments(x, levels, moments):
-    """Any order of these float64 sums gives the same float32, but for a rare last bit; nothing else is reordered."""
+    """Only these float64 sums may be reordered: that changes the float32 result by a last bit at most, and rarely."""
     xx, xl, ll = 0.0, 0.0, 0.0
     for i in range(x.size):
         weight, level = np.float64(x[i]), np.float64(levels[i])
@@ -116,7 +116,7 @@ def _encode_4bit(flat, block_size, bounds, order, ascending, table, room, codes,
             high = _find(first * reciprocal, bounds, order)
             low = _find(second * reciprocal, bounds, order)
             out[i] = (high << 4) | low
-            if moments is not None and table is None:  # settled when this is compiled
+            if moments is not None and table is None:  # decided at compile time
                 levels[2 * i] = _find(first * reciprocal, bounds, ascending)
                 levels[2 * i + 1] = _find(second * reciprocal, bounds, ascending)
         if moments is not None:
@@ -134,7 +134,7 @@ def _encode_4bit_by_cells(flat, block_size, table, codes, absmax, moments):
         x = flat[block * block_size : (block + 1) * block_size]
         out = codes[block * half : (block + 1) * half]
         reciprocal = _measure_scale(x, absmax, block)
-        if moments is not None:  # settled when this is compiled
+        if moments is not None:  # decided at compile time
             encode_block(x, reciprocal, table, out, moments[block])
         else:
             encode_block(x, reciprocal, table, out, None)
@@ -221,7 +221,7 @@ def _decode_4bit_by_selection(codes, absmax, block_size, levels, out):
 
 @cache
 def _levels(book: Codebook) -> Any:
-    """(16,) float32, made once: decoding a small weight takes little longer than making them."""
+    """Return the levels, (16,) float32, cached: making them takes nearly as long as decoding a small weight."""
     return np.array(book.levels, np.float32)
 
 
@@ -246,7 +246,7 @@ def decode_4bit(
 
 
 def _empty(codes: AnyValues, count: int, dtype: DType) -> AnyValues:
-    """(count,) to decode into, of the kind of the codes."""
+    """Make an empty (count,) output: an array if the codes are one, else a tensor."""
     kind: Any = dtype
     made: Any = empty(count, kind) if isinstance(codes, np.ndarray) else torch.empty(count, dtype=kind)
     return made  # type: ignore[no-any-return]

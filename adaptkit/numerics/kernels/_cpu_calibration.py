@@ -1,7 +1,7 @@
-"""The loops of ``numerics.calibration``, compiled: how well a block fits a scale, and the search for the best one.
+"""The loops of ``numerics.calibration``, compiled: the error of a block at a scale, and the search for the best scale.
 
-Sums run over sixteen lanes that are added up in one fixed order, so that the compiler may use vectors and the bytes
-still depend neither on the machine nor on threads.
+Sums run over sixteen lanes that are added in one fixed order, so that the compiler can use vectors and the results
+depend neither on the machine nor on the number of threads.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -23,7 +23,7 @@ _LEAST, _MOST = np.float32(1e-30), np.float32(1e30)
 
 @jit
 def _level(t):
-    """The level nearest to ``t``, a tie to the lower: selections instead of a look-up, which become vectors."""
+    """Return the level nearest to ``t``, a tie to the lower; by selections, which unlike a look-up are vectorized."""
     v = _L1 if t > _B0 else _L0
     v = _L2 if t > _B1 else v
     v = _L3 if t > _B2 else v
@@ -43,7 +43,7 @@ def _level(t):
 
 @jit
 def nearest_code(t):
-    """The code of that level."""
+    """Return the code of the level nearest to ``t``."""
     code = 0
     for bound in BOUNDS:
         code += bound < t
@@ -52,7 +52,7 @@ def nearest_code(t):
 
 @jit
 def block_error(x, h, factor, lanes):
-    """Σ h (x - level·factor)², the levels being the nearest; x has a multiple of sixteen elements."""
+    """Return Σ h (x - level · factor)² for the nearest levels; x has a multiple of sixteen elements."""
     reciprocal = np.float32(1) / factor
     lanes[:] = 0
     for start in range(0, x.size, 16):
@@ -68,7 +68,7 @@ def block_error(x, h, factor, lanes):
 
 @jit
 def scale_block(weights, x):
-    """Divide a block by its largest magnitude, which is returned (at least ``TINY``), and pad it with zeros."""
+    """Write a block divided by its largest magnitude (at least ``TINY``) to ``x``, zero-padded; return the divisor."""
     largest = _TINY
     for i in range(weights.size):
         largest = max(largest, abs(weights[i]))
@@ -89,17 +89,20 @@ def _importance_of(importance, start, size, h):
 
 @jit
 def _within(factor):
-    """The factor or, where dividing by it would overflow, the nearest one of the same sign that is safe."""
+    """Clamp the magnitude of a factor so that dividing by it does not overflow; keep its sign."""
     size = min(max(abs(factor), _LEAST), _MOST)
     return -size if factor < 0 else size
 
 
 @jit
 def best_code(x, h, largest, levels, nested, offset, first, reach, signed, lanes):
-    """The nested code, at most ``reach`` away from ``first``, whose constant fits a scaled block best."""
+    """Return the nested code, at most ``reach`` away from ``first``, whose constant gives a scaled block the least error.
+
+    Unless ``signed``, codes other than ``first`` whose constant is not positive are skipped.
+    """
     best, least = first, np.float32(np.inf)
     for step in range(2 * reach + 1):
-        code = first + (step + 1) // 2 * (1 if step % 2 else -1)  # from the nearest outwards
+        code = first + (step + 1) // 2 * (1 if step % 2 else -1)  # first, first + 1, first - 1, ...
         if code < 0 or code > 255:
             continue
         factor = (np.float32(levels[code] * nested) + offset) / largest
@@ -112,14 +115,14 @@ def best_code(x, h, largest, levels, nested, offset, first, reach, signed, lanes
 
 
 def room_for(block_size: int) -> tuple[Array, Array, Array]:
-    """Room for a block and its importance, padded, and for the lanes: what the loops below work in."""
+    """Make scratch arrays for the loops below: a padded block, its importance, and the sixteen lanes."""
     width = -(-block_size // 16) * 16
     return np.empty(width, np.float32), np.empty(width, np.float32), np.empty(16, np.float32)
 
 
 @jit
 def search_scales(flat, importance, block_size, factors, room, scales):
-    """For each block the best of ``factors`` times its largest magnitude; the earlier one at a tie."""
+    """Set each block's scale to its largest magnitude times the best of ``factors``, the earlier one at a tie."""
     x, h, lanes = room
     for block in range(scales.size):
         start = block * block_size
@@ -136,7 +139,7 @@ def search_scales(flat, importance, block_size, factors, room, scales):
 
 @jit
 def choose_codes(flat, importance, block_size, levels, nested, offset, reach, signed, room, codes):
-    """Move each block's nested code to the one that fits best."""
+    """Replace each block's nested code with the one that ``best_code`` finds."""
     x, h, lanes = room
     for block in range(codes.size):
         start = block * block_size
@@ -149,7 +152,7 @@ def choose_codes(flat, importance, block_size, levels, nested, offset, reach, si
 
 @jit
 def total_error(flat, importance, block_size, scales, room):
-    """The weighted squared error of all blocks at given scales, in float64."""
+    """Return the weighted squared error of all blocks at given scales, in float64."""
     x, h, lanes = room
     total = 0.0
     for block in range(scales.size):
@@ -164,9 +167,10 @@ def total_error(flat, importance, block_size, scales, room):
 
 @jit
 def encode_at(flat, scales, block_size, codes, packed):
-    """The nearest codes at given scales, two a byte; a short last block by a true division, as plain NF4 has it.
+    """Write the nearest codes at given scales to ``packed``, two per byte.
 
-    ``codes`` is room for those of one block, and one more.
+    A short last block is scaled by a true division, as in plain NF4. ``codes`` is scratch for a block's codes and one
+    more.
     """
     for block in range(scales.size):
         start = block * block_size

@@ -1,7 +1,7 @@
-"""Encoding by look-up, where the processor has AVX-512: 32 equal cells of scaled weights.
+"""Encoding by table look-up on processors with AVX-512: the range of scaled weights is cut into 32 equal cells.
 
-No cell holds more than one of the fifteen bounds, so tables give the cell's bound and how many lie below the cell, and
-one comparison does the rest. ``_cpu_blocks`` compares with every bound.
+No cell contains more than one of the fifteen bounds. So tables give the bound in a cell and the number of bounds below
+the cell, and one comparison gives the code. ``_cpu_blocks`` compares with every bound instead.
 """
 
 from functools import cache
@@ -14,24 +14,25 @@ from adaptkit.numerics.kernels._cpu_lookup import has_avx512
 from adaptkit.numerics.kernels.codebook import Codebook
 
 CHUNK = 16
-"""Weights that are encoded at a time; a block is a multiple of it."""
+"""Number of weights encoded at a time; the block size must be a multiple of it."""
 
 CELLS = has_avx512("f")
-"""Whether the processor for which numba compiles is known to look up in two vectors at once."""
+"""Whether numba's target processor can look up in two vectors at once (vpermi2)."""
 
 SCALE, OFFSET = 15.0, 16.0
-"""A scaled weight, at most 1 but for rounding, lies in the cell that is the whole part of its product and sum."""
+"""The cell of a scaled weight x, which lies in [-1, 1] but for rounding, is the integer part of x · SCALE + OFFSET."""
 
 encode_block = written("adaptkit.numerics.kernels._llvm_cells", "encode_block")
 
 
 @cache
 def cell_tables(book: Codebook) -> Array | None:
-    """The tables of a format: 32 bounds and 32 counts of bounds below a cell, then codes and levels in their order.
+    """Return the tables of a format: for each of 32 cells its bound and the number of bounds below, codes, levels.
 
     Returns:
-        (6, 16) uint32, bounds and levels being the bits of float32. None where a cell would hold two bounds: fp4 tells
-        its two zeros apart, so three of its bounds are 0.003 from each other.
+        (6, 16) uint32, in which bounds and levels are the bits of float32, and codes and levels are sorted by level.
+        None if the processor lacks the instruction, or if a cell would contain two bounds, as for fp4: it
+        distinguishes two zeros, so three of its bounds are only 0.003 apart.
     """
     bounds = np.array(book.bounds, np.float32)
     cell_of = np.floor(bounds.astype(np.float64) * SCALE + OFFSET).astype(int)

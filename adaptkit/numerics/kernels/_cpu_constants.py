@@ -49,7 +49,7 @@ def encode_constants(absmax: AnyValues, lookup: AnyValues, levels: AnyValues) ->
 
 @jit
 def decode_groups(codes, nested, offset, levels, start, stop, absmax):
-    """``decode_constants`` of arrays, from constant ``start`` to ``stop`` - 1, into ``absmax``: (M,) float32."""
+    """Decode constants ``start`` to ``stop`` - 1 into ``absmax``, (M,) float32; see ``reference.decode_constants``."""
     for group in range(start // GROUP, (stop + GROUP - 1) // GROUP):
         scale = nested[group]
         for i in range(max(start, group * GROUP), min(stop, (group + 1) * GROUP)):

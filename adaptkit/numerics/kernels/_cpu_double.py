@@ -1,6 +1,6 @@
-"""Rounding float64 to the three float types, once, inside compiled loops: without a branch, as in ``_cpu_float``.
+"""Rounding float64 once to the three float types inside compiled loops, without a branch, as in ``_cpu_float``.
 
-As there, the integer type of an array says which float its bits are: uint16 bfloat16, int16 float16, uint32 float32.
+As there, the integer type of an array determines the float type: uint16 bfloat16, int16 float16, uint32 float32.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -17,7 +17,7 @@ _SIGN = np.int64(-1 << 63)
 
 
 def rounded_once(array, number):
-    """The bits of a float64 rounded once to an array's type, to nearest with ties to even; NaN is not finite."""
+    """Return the bits of a float64 rounded once to an array's type, ties to even; NaN gives NaN or infinity."""
     raise NotImplementedError
 
 
@@ -27,20 +27,20 @@ def _rounded_once(array, number):
     floor = np.int64((least + 1023) << 52)
     step = np.int64(((52 - mantissa) << 52) | (1 << 51))
 
-    # Adding and taking away 1.5 · 2^(52 + q) leaves a multiple of 2^q, rounded by the processor to nearest, ties to
-    # even; q is the exponent of the last place. Beyond 2^977 that fails, but there is nothing to round to.
+    # Adding and subtracting 1.5 · 2^(52 + q) leaves a multiple of 2^q, rounded by the processor to nearest, ties to
+    # even; q is the exponent of the last place. Beyond 2^977 that fails, but such numbers overflow all three types.
     def impl(array, number):
         bits = np.float64(number).view(np.int64)
         magic = np.int64(max(bits & _EXPONENT, floor) + step).view(np.float64)
         multiple = np.float64((number + magic) - magic)
-        signed = np.int64(multiple.view(np.int64) | (bits & _SIGN)).view(np.float64)  # zero has a sign too
+        signed = np.int64(multiple.view(np.int64) | (bits & _SIGN)).view(np.float64)  # restores the sign of a zero
         return _narrow(array, np.float32(signed))
 
     return impl
 
 
 def _narrow(array, number):
-    """The bits of a float32 that an array's type holds exactly, or that is too large for it."""
+    """Return the bits, in an array's type, of a float32 that the type represents exactly or that overflows it."""
     raise NotImplementedError
 
 
@@ -66,7 +66,7 @@ def _narrow_float16(number):
 
 
 def is_finite(array, bits):
-    """Whether an element's bits are those of a number."""
+    """Return whether an element's bits are finite."""
     raise NotImplementedError
 
 
@@ -77,7 +77,7 @@ def _is_finite(array, bits):
 
 
 def ordinal(array, bits):
-    """The place of an element's bits among the floats of its type, int64; see ``reference.ordinal``."""
+    """Return the position of an element's bits among the floats of its type, int64; see ``reference.ordinal``."""
     raise NotImplementedError
 
 
@@ -93,7 +93,7 @@ def _ordinal(array, bits):
 
 
 def at_ordinal(array, number):
-    """Undo ``ordinal``."""
+    """Return the bits at a position; the inverse of ``ordinal``."""
     raise NotImplementedError
 
 

@@ -1,6 +1,6 @@
-"""The loops of ``numerics.residual``, compiled: symbols and raw bits, and the range coder with four states in turn.
+"""The loops of ``numerics.residual``, compiled: symbols and raw bits, and the range coder with four interleaved states.
 
-Each loop is told how long its arrays are and never goes beyond, whatever bytes it is given.
+No loop reads or writes beyond the end of its arrays, whatever bytes it decodes.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,assignment"
@@ -18,7 +18,9 @@ def _zigzag(value):
 
 @jit
 def split(values, symbols, counts):
-    """Find the symbol of every value, and in ``counts``, (STATES, 256), how often each occurs.
+    """Write the symbol of every value, and count each symbol's occurrences in ``counts``, (STATES, 256).
+
+    Row i of ``counts`` has those at positions i modulo STATES.
 
     Returns:
         The number of raw bits.
@@ -37,12 +39,12 @@ def split(values, symbols, counts):
 
 @jit
 def put_raw(values, symbols, out):
-    """Write the bits below the first one of every value that is no symbol of its own.
+    """Write the raw bits of every value whose symbol gives only its length: the bits below its leading one.
 
     Args:
         values: int64.
-        symbols: uint8, as ``split`` found them.
-        out: uint64, zeros, one more than the bits take; filled from the lowest bit on.
+        symbols: uint8, from ``split``.
+        out: uint64 zeros, one more than the bits require; filled from the lowest bit up.
     """
     position = np.uint64(0)
     for i in range(values.size):
@@ -57,7 +59,7 @@ def put_raw(values, symbols, out):
 
 @jit
 def raw_bits(symbols):
-    """How many raw bits the symbols call for."""
+    """Return how many raw bits belong to the symbols."""
     total = 0
     for i in range(symbols.size):
         if symbols[i] >= EXACT:
@@ -67,7 +69,7 @@ def raw_bits(symbols):
 
 @jit
 def join(symbols, raw, values):
-    """Undo ``split`` and ``put_raw``; ``raw`` has one element more than the bits take, as there."""
+    """Undo ``split`` and ``put_raw``; ``raw`` has one element more than the bits require."""
     position = np.uint64(0)
     for i in range(symbols.size):
         code = np.uint64(symbols[i])
@@ -83,9 +85,9 @@ def join(symbols, raw, values):
 
 @inlined
 def _push(state, symbol, table, words, position):
-    """Put one symbol into a state: (state / f) 2^12 + state mod f + start, after making room for it."""
+    """Encode one symbol: emit a word if the state is full, then return ⌊state / f⌋ · 2^12 + state mod f + start."""
     symbol = np.uint64(symbol)
-    words[position - np.uint64(1)] = state & np.uint64(0xFFFF)  # counts only if it is full; no branch to be guessed
+    words[position - np.uint64(1)] = state & np.uint64(0xFFFF)  # kept only if the state is full; avoids a branch
     full = np.uint64(state >= table[symbol, 3])
     position -= full
     state >>= full << np.uint64(4)
@@ -95,14 +97,14 @@ def _push(state, symbol, table, words, position):
 
 @jit
 def push(symbols, table, states, words):
-    """Code the symbols from the last to the first; the words are filled from the end. Returns where they begin.
+    """Encode the symbols from last to first, filling the words from the end; return the index of the first word.
 
     Args:
         symbols: uint8.
-        table: (SYMBOLS, 4) uint64: 2^44 / f rounded up, 2^12 - f, where the slots begin, and from which state on a word
-            is to be taken out, f · 2^20. A state below that times the first, shifted down by 44, is exactly the
-            quotient: rounding adds less than f · 2^20 · f / f < 2^44 / f, and the product stays below 2^64.
-        states: STATES uint64, left as decoding is to find them.
+        table: (SYMBOLS, 4) uint64: 2^44 / f rounded up, 2^12 - f, the first slot, and f · 2^20, the least state from
+            which a word is emitted first. For a smaller state, its product with the first column, shifted right by 44,
+            is exactly ⌊state / f⌋: rounding up adds less than 2^20 · f <= 2^44 / f to the product, which is below 2^64.
+        states: STATES uint64, changed; finally the states from which decoding starts.
         words: uint16, one more than there are symbols.
     """
     position, count = np.uint64(words.size), symbols.size
@@ -121,7 +123,7 @@ def push(symbols, table, states, words):
 
 @inlined
 def _pop(state, slots, words, position):
-    """Take one symbol out of a state and refill it; a slot is frequency - 1, the slot's place within it, the symbol."""
+    """Decode one symbol and refill the state; a slot packs frequency - 1, offset and symbol at bits 20, 8 and 0."""
     slot = np.uint64(slots[state & np.uint64((1 << PRECISION) - 1)])
     state = ((slot >> np.uint64(20)) + np.uint64(1)) * (state >> np.uint64(PRECISION))
     state += (slot >> np.uint64(8)) & np.uint64((1 << PRECISION) - 1)
@@ -132,13 +134,13 @@ def _pop(state, slots, words, position):
 
 @jit
 def pop(states, slots, words, symbols):
-    """Undo ``push``. Returns how many words were used.
+    """Undo ``push``; return how many words were used.
 
     Args:
-        states: STATES uint64, left as they are at the end.
+        states: STATES uint64, changed to the final states.
         slots: 2^12 uint32, see ``_pop``.
-        words: uint16, with STATES more at the end than may be used.
-        symbols: uint8, to be filled.
+        words: uint16, padded with STATES elements that must not be used.
+        symbols: uint8, written.
     """
     position, usable = np.uint64(0), np.uint64(words.size - STATES)
     s0, s1, s2, s3 = states[0], states[1], states[2], states[3]

@@ -1,7 +1,7 @@
-"""The rounded addition and its undoing of ``reference``, compiled.
+"""The rounded addition of ``reference`` and its inverse, compiled.
 
-Weights enter and leave as bits, see ``_cpu_float``. A gain is always there, so that there is one loop for all: times 1
-and by 1 change no bit.
+Weights are passed as bits, see ``_cpu_float``. Loops always have a gain, so that one loop serves all cases: multiplying
+or dividing by 1 changes no bit.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _ONE = np.ones((1, 1))
 
 @inlined
 def result(array, bits, delta, gain):
-    """What a weight is merged to, all in bits of the array's type."""
+    """Return the bits of gain · weight + delta, rounded once to the array's type."""
     return rounded_once(array, np.float64(any_value(array, bits)) * gain + delta)
 
 
 @inlined
 def candidate(array, merged, delta, gain):
-    """The bits of ``reference._candidate``'s guess, and whether it is uncertain."""
+    """Return the bits of the guess of ``reference._candidate``, and whether it is uncertain."""
     guess = rounded_once(array, (np.float64(any_value(array, merged)) - delta) / gain)
     if not is_finite(array, guess):
         guess = merged
@@ -42,7 +42,7 @@ def candidate(array, merged, delta, gain):
 
 @jit
 def _row_of(gain, row, out):
-    """A row of a gain that may have one row, one column or one of both."""
+    """Write a row of a gain to ``out``, broadcasting a gain that has one row or one column."""
     row, step = (row if gain.shape[0] > 1 else 0), int(gain.shape[1] > 1)
     for j in range(out.size):
         out[j] = gain[row, j * step]
@@ -128,7 +128,7 @@ def addition_sums(weight: Values, merged: Values, delta: Values) -> tuple[int, f
 
 
 def _guess(merged: Values, delta: Values, gain: Values | None) -> tuple[Array, Any]:
-    """The guess at every weight, and whether it is uncertain."""
+    """Return the guess at every weight, and (flattened) whether it is uncertain."""
     after = _contiguous(merged)
     guess, doubtful = empty(after.shape, after.dtype), np.empty(after.shape, np.uint8)
     room = np.empty(after.shape[1])

@@ -1,6 +1,6 @@
-"""Low-rank factors as the compiled loops want them, and their product B A.
+"""Low-rank factors in the layout of the compiled loops, and their product B A.
 
-The columns of A are cut into tiles that stay near the processor, each rank of a tile in one piece.
+The columns of A are cut into tiles that fit the cache; within a tile each row of A is contiguous.
 """
 
 from __future__ import annotations
@@ -18,28 +18,28 @@ from adaptkit.numerics.kernels._cpu_memory import empty, zeros
 from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
 
 TILE = 768
-"""Columns of a tile."""
+"""Columns per tile."""
 
 _UNIT = 2.0**-24
-"""The most by which one float32 operation is off, relative to its result."""
+"""Maximum relative error of one float32 operation."""
 
 _HOPELESS = 3e38
-"""An error so large that nothing can be told, and float32 still holds it."""
+"""Cap of an error bound: too large for anything to be decided, but finite in float32."""
 
 _ABOVE = np.float32(1 + 2.0**-22)
-"""Times this a float32 is larger than what was rounded to it."""
+"""Multiplying a float32 by it gives more than the number that was rounded to that float32."""
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Low-rank changes of one weight; all arrays are numpy's.
+    """Low-rank changes of one weight of shape (out, in), as numpy arrays.
 
     Attributes:
-        a: (tiles, K, TILE) float32, K being the sum of the ranks; zeros fill up the last tile.
-        b: (out + ROWS, K) float32, the last rows zero.
+        a: (tiles, K, TILE) float32, K being the sum of the ranks; the last tile is padded with zeros.
+        b: (out + ROWS, K) float32, the last ROWS rows zero.
         ranks: (adapters,) int64.
         scales: (adapters,) float64.
-        columns: in.
+        columns: columns of the weight (in).
     """
 
     a: Any
@@ -50,22 +50,21 @@ class Factors:
 
     @cached_property
     def gram(self) -> Any:
-        """(K, K) float64, the inner products of the rows of A times their scales."""
+        """(K, K) float64, the inner products of the rows of A, each multiplied by its scale."""
         gram = np.empty((self._scale.size, self._scale.size))
-        _inner_products(self.a, self._scale, gram)  # infinite where a change overflows, which is found elsewhere
+        _inner_products(self.a, self._scale, gram)  # infinite if the change overflows, detected elsewhere
         return gram
 
     def scaled(self, start: int, count: int) -> tuple[Any, Any]:
-        """Some rows of B times the scales in float32, whose product with A is nearly the change; and how nearly.
+        """Return rows of B times the scales in float32, and a bound on the error of their product with A.
 
-        Every addition is off by at most a unit relative to the partial sum, which is at most the product of the norms
-        of the factors so far; so are every product and the rounding of scale · b. Where numbers are so small that they
-        lose digits, or are taken for zero, each is off by 2^-126 more. The float64 sum has an error too, which the
-        hundredth on top covers.
+        Each addition has an error of at most ``_UNIT`` times the partial sum, which is at most the product of the norms
+        of the factors so far; the same holds for each product and for rounding scale · b. Where numbers are subnormal
+        or flushed to zero, each operation adds at most 2^-126. One percent more covers the error of the float64 sum.
 
         Returns:
-            (count + ROWS, K) float32, of which the last rows are there to be multiplied, not to be used; and (count,)
-            float32, the most by which their product with A, summed rank by rank, differs from the canonical change.
+            (count + ROWS, K) float32, whose last ROWS rows are padding for ``multiply``; and (count,) float32, the
+            maximum difference between their product with A, summed rank by rank, and the canonical change.
         """
         rounded = np.empty((count + ROWS, self._scale.size), np.float32)
         errors = np.empty(count, np.float32)
@@ -76,7 +75,7 @@ class Factors:
 
     @cached_property
     def _bounds(self) -> tuple[Any, float]:
-        """(K,), the greatest norm that a column of A has in its first ranks; and Σ of the rows' largest magnitudes."""
+        """(K,), for rank k the greatest norm of a column of A up to row k; and Σ of the rows' largest magnitudes."""
         norms = np.empty(self._scale.size)
         return norms, float(_greatest(self.a, norms, np.zeros(norms.size), np.empty(self.a.shape[2])))
 
@@ -122,7 +121,7 @@ def _inner_products(a, scale, gram):
 
 @jit
 def _greatest(a, norms, largest, squares):
-    """See ``Factors._bounds``; the last two are zeros, and room for a tile."""
+    """Compute ``Factors._bounds``; ``largest`` starts as zeros, and ``squares`` is scratch for a tile."""
     norms[:] = 0
     for tile in range(a.shape[0]):
         squares[:] = 0
@@ -154,7 +153,7 @@ def _scale_rows(b, scale, norms, start, floor, rounded, errors):
 
 @jit
 def _add_scaled(inner, scale, count, delta, row, left, keep):
-    """Add one adapter's part of a tile to the change, which is 0 before the first."""
+    """Add one adapter's part of a tile to the change, or write it if not ``keep`` (for the first adapter)."""
     for i in range(min(ROWS, delta.shape[0] - row)):
         if keep:
             for j in range(count):
@@ -178,8 +177,8 @@ def _low_rank_delta(a, b, ranks, scales, start, inner, delta):
                 first = stop
 
 
-# A product of two float32 is exact in float64, so fusing it with the addition changes no bit. It may not be fused with
-# the scale; flags are a function's own.
+# A product of two float32 is exact in float64, so fusing it with the addition changes no bit. Multiplying by the scale
+# must not be fused, so it is in the caller: fast-math flags apply to one function.
 @compiled(fastmath={"contract"})
 def _inner_at(a, b, row, tile, column, first, stop):
     total = 0.0
@@ -190,7 +189,7 @@ def _inner_at(a, b, row, tile, column, first, stop):
 
 @jit
 def delta_at(factors, row, tile, column):
-    """One element of the canonical change, from the first four arrays of ``Factors``."""
+    """Return one element of the canonical change, from the first four fields of ``Factors``."""
     a, b, ranks, scales = factors
     total, first = 0.0, 0
     for adapter in range(ranks.size):
@@ -201,7 +200,7 @@ def delta_at(factors, row, tile, column):
 
 
 def delta_rows(factors: Factors, start: int, count: int) -> Array:
-    """Rows of the canonical change, (count, in) float64."""
+    """Return rows of the canonical change, (count, in) float64."""
     delta: Array = empty((count, factors.columns), np.float64)
     inner = np.empty((ROWS, factors.a.shape[2]))
     _low_rank_delta(factors.a, factors.b, factors.ranks, factors.scales, start, inner, delta)

@@ -1,12 +1,12 @@
-"""The rounded addition in float32: where that gives the exact result for certain, and where it might not.
+"""The rounded addition in float32, with a test that tells where the result is certain to be exact.
 
-Rounding W + Δ to bfloat16 asks on which side of a middle between two numbers the sum lies, and float32 can tell unless
-it is very near one. So the sum is found in float32, with a bound of its error, at half the cost; where a middle is
-within the bound, about one time in ten thousand, the element is doubtful, and the caller computes it as the definition
-says. The bits are those of the definition always. Source: the floating-point filters of Shewchuk, "Adaptive Precision
-Floating-Point Arithmetic" (1997).
+Rounding W + Δ to bfloat16 depends on which side of a midpoint between two bfloat16 numbers the sum lies, which float32
+can tell unless the sum is very close to one. So the sum is computed in float32, with an error bound, at half the cost.
+Where a midpoint is within the bound, about once in ten thousand, the element is doubtful, and the caller computes it
+as ``reference`` defines it. So the bits are always those of the definition. Source: the floating-point filters of
+Shewchuk, "Adaptive Precision Floating-Point Arithmetic" (1997).
 
-Everything is written so that NaN and infinity are doubtful: each test asks for what makes an element certain.
+All tests check what makes an element certain, so that NaN and infinity are doubtful.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -17,16 +17,16 @@ from adaptkit.numerics.kernels._cpu_float import any_value
 from adaptkit.numerics.kernels._cpu_instructions import trailing_zeros, wide
 
 CERTAIN, AMBIGUOUS, UNKNOWN = 0, 1, 2
-"""What ``find_candidates`` says: the guess is the original, or is not enough to tell, or float32 cannot decide."""
+"""States of a guess: it is the original, it may not be the original, or float32 cannot tell which of the two."""
 
 _SIZE = np.uint32(0x7FFFFFFF)
 _SIGN = np.uint32(0x80000000)
 _UNIT = np.float32(1.03 * 2.0**-24)
-"""A little more than the most by which one float32 operation is off, relative to its result."""
+"""Slightly more than the maximum relative error of one float32 operation."""
 
 
 def cell(array):
-    """How many float32 bit patterns go from one number of a 16-bit type to the next, where both are normal."""
+    """Return the distance in float32 bit patterns between neighbouring normal numbers of a 16-bit type."""
     raise NotImplementedError
 
 
@@ -37,10 +37,10 @@ def _cell(array):
 
 
 def _limits(array):
-    """What float32 can decide about a 16-bit type: least and greatest magnitude, the latter in bits, and reach.
+    """Return the range in which float32 can decide for a 16-bit type: least magnitude, bits of the greatest, and reach.
 
-    Between the two ``cell`` holds for a number and for its neighbours. A number must be ``reach`` times its error: then
-    the error is less than a quarter of a cell, and no middle but that of its own cell is within it.
+    In this range ``cell`` is correct for a number and its neighbours. A number must also be at least ``reach`` times
+    its error: then the error is less than a quarter of a cell, and only the midpoint of its own cell can be within it.
     """
     raise NotImplementedError
 
@@ -71,14 +71,14 @@ def _plus_product(total, x, y):
 
 @inlined
 def _nearest(array, number):
-    """The bits, as a float32, of the nearest number of a 16-bit type; ties to even."""
+    """Return the float32 bits of the nearest number of a 16-bit type; ties to even."""
     bits, step = _bits(number), cell(array)
     odd = np.uint32(np.uint32(bits & step) != 0)
     return np.uint32(np.uint32(bits + odd + (step >> np.uint32(1)) - np.uint32(1)) & ~np.uint32(step - np.uint32(1)))
 
 
 def _narrowed(array, bits):
-    """The bits of a 16-bit type for those of a float32 that it holds exactly as a normal number."""
+    """Convert the bits of a float32 to a 16-bit type that represents it exactly as a normal number."""
     raise NotImplementedError
 
 
@@ -96,7 +96,7 @@ def _narrowed_to(array, bits):
 
 @jit
 def trusted_range(array, error):
-    """The bits of the least magnitude that can be trusted with an error, and how many there are from there on."""
+    """Return the bits of the least magnitude that can be decided with an error, and the length of the range in bits."""
     least, most, reach = _limits(array)
     first = min(_bits(max(error * reach, least)), most)
     return np.uint32(first), np.uint32(most - first)
@@ -104,7 +104,7 @@ def trusted_range(array, error):
 
 @inlined
 def _is_certain(array, number, error, least, span):
-    """Whether all numbers within an error of this one round to the same."""
+    """Return whether all numbers within ``error`` of this one round to the same number."""
     bits = _bits(number)
     size = np.uint32(bits & _SIZE)
     half = np.uint32(cell(array) >> np.uint32(1))
@@ -113,13 +113,13 @@ def _is_certain(array, number, error, least, span):
     return far & (np.uint32(size - least) <= span)
 
 
-# The loops below first cut out the pieces that they work on: an index that is a sum might be negative, as far as the
-# compiler knows, and then it makes no vectors.
+# The loops below first slice the pieces that they work on: the compiler does not vectorize an index that is a sum,
+# which might be negative.
 
 
 @compiled(fastmath={"contract", "reassoc"})
 def square_row(weight, row, left, count):
-    """Σ W² of a piece of a row."""
+    """Return Σ W² of a piece of a row."""
     wide()
     values = weight[row, left : left + count]
     total = 0.0
@@ -134,7 +134,8 @@ def round_row(weight, row, left, count, delta, i, error, least, span, out, doubt
     """Add row i of ``delta``, (rows, TILE) float32, to a piece of a row of a weight.
 
     Returns:
-        How many values moved and Σ (result - W) · Δ, both without the doubtful ones, and how many these are.
+        The number of values that changed and Σ (result - W) · Δ, both without the doubtful ones, and the number of
+        doubtful ones.
     """
     old, new, changes = weight[row, left : left + count], out[row, left : left + count], delta[i, :count]
     moved, overlap, doubtful = np.int32(0), np.float32(0), np.int32(0)
@@ -154,10 +155,11 @@ def round_row(weight, row, left, count, delta, i, error, least, span, out, doubt
 
 @jit
 def find_candidates(merged, row, left, count, delta, i, error, least, span, guess, guess_row, guess_left, states):
-    """Guess the originals of a piece of a row that was merged, see ``reference._candidate``.
+    """Guess the originals of a piece of a merged row, see ``reference._candidate``; write the state of each guess.
 
-    For a positive result m the originals lie between two middles minus Δ: within ``half`` of ``centre`` - Δ. The guess
-    must be inside and its neighbours outside, each by more than the error. For a negative one all signs are turned.
+    The originals of a positive result lie between its two midpoints minus Δ, that is within ``half`` of ``centre`` - Δ.
+    The guess must be inside and its neighbours outside, each by more than the error. For a negative result all signs
+    are flipped.
     """
     wide()
     results, changes = merged[row, left : left + count], delta[i, :count]
@@ -174,7 +176,7 @@ def find_candidates(merged, row, left, count, delta, i, error, least, span, gues
         place = _nearest(guesses, back)
         inside = abs(_number(place) - middle)
         outside = min(abs(_number(place + step) - middle), abs(_number(place - step) - middle))
-        # ``middle`` and the distances are rounded as numbers as large as ``back``, ``half`` as one as large as a cell.
+        # ``middle`` and the distances have rounding errors relative to ``back``, ``half`` one relative to a cell.
         off = _plus_product(_plus_product(error, result, _UNIT * np.float32(2.0**-7)), abs(back), _UNIT)
         known = _is_certain(guesses, back, error, least, span) & (np.uint32(size - least) <= span)
         unique = known & (inside < half - off) & (outside > half + off)
@@ -185,19 +187,20 @@ def find_candidates(merged, row, left, count, delta, i, error, least, span, gues
 
 @jit
 def find_marks(marks, eights, count, words, found):
-    """Find the elements of ``marks`` that are not zero.
+    """Find the nonzero elements of ``marks``.
 
-    Few are, and at random, so a branch for each would often be guessed wrong; here there is one for each that is found.
+    They are few and at random places, so a branch per element would often be mispredicted; here there is one branch per
+    element found.
 
     Args:
-        marks: uint8, a multiple of eight of them.
+        marks: uint8, a multiple of eight in length.
         eights: the same memory as uint64.
-        count: how many to look at.
-        words: uint64, room for one in eight.
-        found: int64, where to put their places; room for all.
+        count: number of elements to search.
+        words: uint64, scratch, an eighth of the length.
+        found: int64, receives the indices; as long as ``marks``.
 
     Returns:
-        How many there are.
+        The number of nonzero elements.
     """
     some, total = np.uint64(0), np.uint64(0)
     for j in range(count, (count + 7) & -8):

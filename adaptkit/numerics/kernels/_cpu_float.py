@@ -1,7 +1,7 @@
-"""The bits of the three float types inside compiled loops, without a branch, so that the compiler vectorizes them.
+"""Conversions between the bits of three float types and float32 in compiled loops, branch-free to be vectorized.
 
-numpy has no bfloat16 and numba no float16, so weights enter and leave as bits, and the integer type of an array says
-which float it holds: uint16 is bfloat16, int16 is float16, uint32 is float32.
+numpy has no bfloat16 and numba no float16, so weights are passed as bits, and the integer type of an array determines
+the float type: uint16 is bfloat16, int16 is float16, uint32 is float32.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _VIEWS = {"bfloat16": "uint16", "float16": "int16", "float32": "uint32"}
 
 
 def float_bits(values: Values) -> Any:
-    """View contiguous memory as numpy bits of the type that stands for its own."""
+    """View a contiguous array or tensor as a numpy array of the integer type that represents its float type."""
     if isinstance(values, np.ndarray):
         return values.view(_VIEWS[values.dtype.name])
     return values.view(_tensor_views()[values.dtype]).numpy()
@@ -33,7 +33,7 @@ def _tensor_views() -> dict[torch.dtype, torch.dtype]:
 
 
 def magnitude(array, i):
-    """The bits of an element without its sign, signed: they order as the magnitudes do, infinity and NaN last."""
+    """Return the bits of an element without its sign, as a signed integer that sorts like magnitudes, NaN last."""
     raise NotImplementedError
 
 
@@ -45,7 +45,7 @@ def _magnitude(array, i):
 
 
 def value(array, bits):
-    """The finite float32 that an array's bits stand for."""
+    """Return the float32 value of an element's bits, which must be finite."""
     raise NotImplementedError
 
 
@@ -61,7 +61,7 @@ def _value(array, bits):
 def _value_float16(array, bits):
     half = np.uint32(np.uint16(bits))
     shifted = np.uint32((half & np.uint32(0x7FFF)) << np.uint32(13))
-    result = np.uint32(shifted + np.uint32(0x38000000)).view(np.float32)  # the exponent counts from another number
+    result = np.uint32(shifted + np.uint32(0x38000000)).view(np.float32)  # exponent bias 127 instead of 15
     denormal = np.float32(np.int32(half & np.uint32(0x3FF))) * np.float32(2.0**-24)
     if shifted < np.uint32(0x00800000):
         result = denormal
@@ -71,7 +71,7 @@ def _value_float16(array, bits):
 
 
 def any_value(array, bits):
-    """``value``, but also of infinity and NaN; float16's infinity comes back as NaN."""
+    """Return the float32 value of any element's bits; NaN for float16's infinity."""
     raise NotImplementedError
 
 
@@ -83,7 +83,7 @@ def _any_value(array, bits):
 
 
 def rounded(array, number):
-    """The bits of a float32 rounded to an array's type, to nearest with ties to even; a NaN must be ``plain``."""
+    """Return the bits of a float32 rounded to an array's type, ties to even; a NaN must come from ``plain``."""
     raise NotImplementedError
 
 
@@ -98,15 +98,15 @@ def _rounded(array, number):
 
 @inlined
 def plain(number):
-    """The number, or the usual NaN, whose low bits are zero and cannot carry into the sign when it is rounded."""
+    """Replace any NaN with the standard one, whose low bits are zero, so that rounding cannot carry into the sign."""
     return number if number == number else np.float32(np.nan)
 
 
 @inlined
 def in_order(bits):
-    """The int32 bits of a float32 as an integer that orders as the floats do; and such an integer as bits again.
+    """Map the int32 bits of a float32 to an integer that sorts like the floats; the function is its own inverse.
 
-    The compiler makes vectors of comparisons of integers, and of those of floats none.
+    The compiler vectorizes a maximum of integers, but not one of floats.
     """
     return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 

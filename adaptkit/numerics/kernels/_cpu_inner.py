@@ -1,7 +1,7 @@
-"""Inner products of two low-rank changes, compiled: what their norms and the angle between them are made of.
+"""Inner products of two low-rank changes, compiled, from which their norms and the angle between them follow.
 
-⟨Δ₁, Δ₂⟩ = Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ), so it takes the inner products of few, long lists of numbers. A matrix library would
-convert all numbers to float64 first, and takes longer to be called than to multiply so few.
+⟨Δ₁, Δ₂⟩ = Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ), so inner products of a few long vectors are needed. For a matrix library all numbers would
+have to be converted to float64 first, and the call itself would take longer than so few products.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -11,14 +11,14 @@ from adaptkit.compiled import compiled, jit
 from adaptkit.numerics.arrays import Array, Values, as_array, cast
 
 _WIDTH = 128
-"""Numbers of every list that are converted at a time: those of 32 lists stay near the processor."""
+"""Elements of every vector that are converted at a time: those of 32 vectors fit the cache."""
 _LISTS = 4
-"""Lists that others are multiplied with at a time, so that a number that is read is used more than once."""
+"""Vectors that two others are multiplied with at a time, so that each loaded element is used more than once."""
 
 
 @compiled(fastmath={"reassoc", "contract"})
 def _add_products(room, count, gram):
-    """Add the products of each list with all up to itself, and with some more: of two at a time with four."""
+    """Add to ``gram`` the lower triangle of inner products (and some above it), in tiles of two vectors by four."""
     for i in range(0, room.shape[0], 2):
         p, q, top, bottom = room[i], room[i + 1], gram[i], gram[i + 1]
         for j in range(0, i + 2, _LISTS):
@@ -84,7 +84,7 @@ def _inner_products(a, b, other_a, other_b, room, of_a, of_b, sums):
 
 
 def inner_products(a: Values, b: Values, other_a: Values, other_b: Values) -> tuple[float, float, float]:
-    """⟨Δ₁, Δ₁⟩, ⟨Δ₁, Δ₂⟩ and ⟨Δ₂, Δ₂⟩ for Δ₁ = b a and Δ₂ = other_b other_a, in float64.
+    """Return ⟨Δ₁, Δ₁⟩, ⟨Δ₁, Δ₂⟩ and ⟨Δ₂, Δ₂⟩ for Δ₁ = b a and Δ₂ = other_b other_a, in float64.
 
     Args:
         a: (K₁, in), of any float type.

@@ -1,4 +1,4 @@
-"""Single instructions that no function of numpy stands for; ``_llvm_instructions`` says what each does."""
+"""Intrinsics for instructions that numpy has no function for; documented in ``_llvm_instructions``."""
 
 from adaptkit.compiled import written
 

@@ -1,7 +1,7 @@
-"""A weight and, beside it in the same rows, a factor of its adapter: [W | 0 | s · B | 0], which one product takes.
+"""Joined matrices for CPUs: [W | 0 | s · B | 0], a decoded weight beside its adapter's B, to be used in one product.
 
-And what goes with that: what it is multiplied by, and the small matrices on their way from and to float32, which take
-torch several calls each.
+Also the matrix it is multiplied by, and conversions of the small LoRA matrices from and to float32, each of which would
+take torch several calls.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -20,17 +20,17 @@ from adaptkit.team import shared
 
 
 class PackedRows(NamedTuple):
-    """A weight, as contiguous numpy arrays.
+    """A 4-bit weight, as contiguous numpy arrays.
 
     Attributes:
         codes: (rows · width / 2,) uint8.
-        constants: (rows · width / block_size,) float32, or uint8 if they are quantized themselves.
-        nested: (groups,) float32, constants of the constants; none if these are float32.
-        offset: float32, added to each.
-        nested_levels: (256,) float32, what the constants' codes stand for.
+        constants: (rows · width / block_size,) float32, or uint8 codes if they are quantized themselves.
+        nested: (groups,) float32, constants of the quantized constants; empty if ``constants`` is float32.
+        offset: float32, added to each decoded constant.
+        nested_levels: (256,) float32, level of each code of a constant.
         width: columns of the weight.
-        block_size: weights that share a constant.
-        levels: (16,) float32, what codes stand for.
+        block_size: number of weights that share a constant.
+        levels: (16,) float32, level of each 4-bit code.
     """
 
     codes: Any
@@ -44,7 +44,7 @@ class PackedRows(NamedTuple):
 
 
 def can_decode_rows(width: int, block_size: int) -> bool:
-    """Whether a weight's blocks are whole in its rows, and the processor looks levels up."""
+    """Return whether rows consist of whole blocks and the processor has the look-up of ``_cpu_lookup``."""
     return PERMUTATION is not None and block_size % CHUNK == 0 and width % block_size == 0
 
 
@@ -78,13 +78,13 @@ def _widen_nested(weight, absmax, b, scale, first, out, part):
 
 
 def widen(weight: PackedRows, lora_b: Tensor, scale: float, first: int, out: Tensor) -> None:
-    """Decode a weight into the first columns of a matrix, and write a factor of its adapter into later ones.
+    """Decode a weight into the first columns of a matrix, and write its adapter's scaled B into later ones.
 
     Args:
-        weight: of as many rows; see ``reference.decode_4bit``.
+        weight: a weight with the rows of ``out``; decoded as in ``reference.decode_4bit``.
         lora_b: (rows, rank) float32; scaled in float32 and rounded once.
-        scale: of it.
-        first: column in which it begins; the other columns become zero.
+        scale: factor of ``lora_b``.
+        first: first column of ``lora_b`` in ``out``; all remaining columns become zero.
         out: (rows, columns) bfloat16, float16 or float32, contiguous, written.
     """
     factor = lora_b.detach().contiguous().numpy(), np.float32(scale), first, float_bits(out)
@@ -107,12 +107,12 @@ def _beside(x, inner, out, part):
 
 
 def beside(x: Tensor, inner: Tensor, columns: int) -> Tensor:
-    """[X | inner | 0], with so many columns: what a widened weight is multiplied by.
+    """Return [x | inner | 0], padded to ``columns`` columns: the other factor of the product with a widened weight.
 
     Args:
         x: (rows, width) bfloat16, float16 or float32.
         inner: (rows, ranks) of the same type.
-        columns: of the result.
+        columns: columns of the result.
 
     Returns:
         (rows, columns).
@@ -131,7 +131,7 @@ def _round(x, out, part):
 
 
 def stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Matrices one below the other, rounded.
+    """Stack matrices vertically, rounded to ``dtype``.
 
     Args:
         factors: (rank, in) float32 each.
@@ -155,11 +155,11 @@ def _add(total, x, scale, part):
 
 
 def add_scaled(total: Tensor, x: Tensor, scale: float) -> None:
-    """Add a matrix to another, scaled in float32.
+    """Add ``scale`` times x to a matrix in place, computed in float32.
 
     Args:
         total: (rows, columns) float32, contiguous, changed.
-        x: the same in bfloat16, float16 or float32, perhaps a view; float16's infinity adds NaN.
-        scale: of it.
+        x: (rows, columns) bfloat16, float16 or float32, need not be contiguous; an infinity in float16 adds NaN.
+        scale: factor of x.
     """
     _add(total.detach().numpy(), float_bits(x), np.float32(scale))

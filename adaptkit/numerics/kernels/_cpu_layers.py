@@ -1,6 +1,6 @@
-"""What a decoder layer does between its matrix products: the root-mean-square norm, and the gate of its inner layer.
+"""Element-wise parts of a decoder layer: the RMS norm, and the gate of the MLP (SwiGLU).
 
-Tensors are bits of bfloat16 or float32 (see ``_cpu_float``), rows are contiguous; everything between is float32, and
+Tensors are bits of bfloat16 or float32 (see ``_cpu_float``), rows are contiguous; intermediate values are float32,
 rounded where transformers rounds.
 """
 
@@ -26,17 +26,17 @@ def _squares(row):
 
 @shared("x")
 def norm_forward(x, weight, eps, plus_one, scales, y, part):
-    """Divide rows by their root mean square, and multiply by a weight.
+    """Divide rows by their root mean square, then multiply them by a weight.
 
     Args:
         x: (rows, size) bits.
         weight: (size,) bits of the same type.
         eps: float32, added to the mean square.
-        plus_one: whether the factor is 1 + weight, all in float32 (Gemma), or the quotient is rounded before it is
-            multiplied by the weight (Llama).
-        scales: (rows,) float32, written: what each row is multiplied by.
+        plus_one: if true, the factor is 1 + weight, all in float32 (Gemma); if not, the quotient is rounded before it
+            is multiplied by the weight (Llama).
+        scales: (rows,) float32, written: the reciprocal of each row's root mean square.
         y: (rows, size) bits, written.
-        part: of the rows.
+        part: rows to compute.
     """
     for r in range(part.first, part.last):
         row, out = x[r], y[r]
@@ -61,7 +61,7 @@ def _projection(row, change, weight, one):
 
 @shared("x")
 def norm_backward(x, weight, plus_one, scales, grad, grad_x, part):
-    """The gradient by x; the weight is a constant.
+    """Compute the gradient by x; the weight is a constant.
 
     Args:
         x: as in ``norm_forward``.
@@ -70,7 +70,7 @@ def norm_backward(x, weight, plus_one, scales, grad, grad_x, part):
         scales: (rows,) float32, from the forward pass.
         grad: (rows, size) bits.
         grad_x: (rows, size) bits, written.
-        part: of the rows.
+        part: rows to compute.
     """
     one = _ONE if plus_one else _ZERO
     for r in range(part.first, part.last):
@@ -89,7 +89,7 @@ def _sigmoid(x):
 
 @shared("gate")
 def gate_forward(gate, up, y, part):
-    """SiLU of the gate, rounded, times up: all (N,) bits of one type."""
+    """Compute SiLU of the gate, rounded, times up; all are (N,) bits of one type."""
     gate, up, y = gate[part.first : part.last], up[part.first : part.last], y[part.first : part.last]
     for i in range(gate.size):
         x = value(gate, gate[i])
@@ -98,7 +98,7 @@ def gate_forward(gate, up, y, part):
 
 @shared("gate")
 def gate_backward(gate, up, grad, grad_gate, grad_up, part):
-    """The gradients by gate and up: all (N,) bits of one type."""
+    """Compute the gradients by gate and up; all are (N,) bits of one type."""
     gate, up, grad = gate[part.first : part.last], up[part.first : part.last], grad[part.first : part.last]
     grad_gate, grad_up = grad_gate[part.first : part.last], grad_up[part.first : part.last]
     for i in range(gate.size):

@@ -1,6 +1,6 @@
-"""Decoding by a permutation: sixteen look-ups in one instruction, where the processor has one.
+"""Decoding with a permutation instruction, which does sixteen look-ups at once, on processors that have one.
 
-``_llvm_lookup`` writes it. Without such an instruction ``_cpu_blocks`` decodes with selections.
+``_llvm_lookup`` emits the code. Without such an instruction ``_cpu_blocks`` decodes with selections.
 """
 
 import platform
@@ -8,13 +8,13 @@ import platform
 from adaptkit.compiled import processor_features, written
 
 CHUNK = 32
-"""Weights that are decoded at a time; a block is a multiple of it."""
+"""Number of weights decoded at a time; the block size must be a multiple of it."""
 
 decode_block = written("adaptkit.numerics.kernels._llvm_lookup", "decode_block")
 
 
 def _permutation() -> str | None:
-    """The name of the instruction, if the processor for which kernels are compiled is known to have it."""
+    """Return LLVM's name of the instruction; None if the target processor is not known to have one."""
     features = processor_features()
     if features is None:
         return None
@@ -27,12 +27,12 @@ PERMUTATION = _permutation()
 
 
 def has_avx512(part: str) -> bool:
-    """Whether the processor for which kernels are compiled is known to have a part of AVX-512."""
+    """Return whether the target processor is known to have a subset of AVX-512, such as "bw"."""
     return f"avx512{part}" in (processor_features() or ())
 
 
 def _permutations_of_weights() -> dict[int, str]:
-    """The instruction that permutes whole weights of so many bits, where there is one."""
+    """Return, by bits per weight, the instructions that permute whole weights; empty if the processor has none."""
     if has_avx512("bw"):
         return {16: "llvm.x86.avx512.permvar.hi.512", 32: "llvm.x86.avx512.permvar.si.512"}
     return {}

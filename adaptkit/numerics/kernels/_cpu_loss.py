@@ -1,6 +1,6 @@
-"""Cross-entropy of rows of logits, which become its gradient by them in place.
+"""Cross-entropy of rows of logits, with its gradient written over the logits.
 
-Logits are bits of bfloat16 or float32 (see ``_cpu_float``); everything between is float32, and a row's sum float64.
+Logits are bits of bfloat16 or float32 (see ``_cpu_float``); intermediate values are float32, the sum of a row float64.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -12,14 +12,14 @@ from adaptkit.numerics.kernels._cpu_float import in_order, rounded, value
 from adaptkit.team import shared
 
 _PIECE = 1024
-"""Exponentials whose sum is taken in float32, in any order."""
+"""Number of exponentials that are summed in float32, in any order."""
 
 _INFINITY = np.int32(0x7F800000)
 
 
 @inlined
 def _largest(logits, row):
-    """The largest of a row; NaN if that is infinite, or anything is NaN."""
+    """Return the largest logit of a row; NaN if it is positive infinity, or if any logit is NaN."""
     largest, magnitude = np.int32(-0x80000000), np.int32(0)
     for i in range(row.size):
         bits = np.float32(value(logits, row[i])).view(np.int32)
@@ -42,14 +42,14 @@ def _piece_sum(logits, piece, largest):
 
 @shared("logits")
 def cross_entropy(logits, wanted, keep, losses, part):
-    """The rows' losses.
+    """Compute the loss of each row.
 
     Args:
         logits: (rows, vocabulary) bits; if ``keep``, overwritten with the gradient of the losses' sum.
-        wanted: (rows,) int64, the right column of each.
-        keep: whether the gradient is wanted.
-        losses: (rows,) float64, written, in nats; NaN if a row has a NaN, or no largest number.
-        part: of the rows.
+        wanted: (rows,) int64, the target column of each row.
+        keep: whether to compute the gradient.
+        losses: (rows,) float64, written, in nats; NaN if the row has a NaN or positive infinity.
+        part: rows to compute.
     """
     for r in range(part.first, part.last):
         row = logits[r]

@@ -1,4 +1,4 @@
-"""Where what the compiled kernels make lies in memory."""
+"""Aligned allocation of the arrays that compiled kernels write."""
 
 import math
 from collections.abc import Sequence
@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 _VECTOR_BYTES = 64
-"""Of the widest vectors that processors have, and of what they fetch at once."""
+"""Bytes of the widest vectors, and of a cache line."""
 
 
 def empty(shape: int | Sequence[int], dtype: Any) -> Any:
-    """An array of anything that begins where a vector does; numpy's own begin at a multiple of 16 bytes."""
+    """Return an uninitialized array aligned to ``_VECTOR_BYTES``; numpy aligns to 16 bytes only."""
     shape, dtype = (shape,) if isinstance(shape, int) else tuple(shape), np.dtype(dtype)
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _VECTOR_BYTES, np.uint8)
@@ -20,7 +20,7 @@ def empty(shape: int | Sequence[int], dtype: Any) -> Any:
 
 
 def zeros(shape: int | Sequence[int], dtype: Any) -> Any:
-    """The same, of zeros."""
+    """Return an array of zeros aligned to ``_VECTOR_BYTES``."""
     made = empty(shape, dtype)
     made.fill(0)
     return made

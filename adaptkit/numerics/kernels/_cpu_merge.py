@@ -1,8 +1,8 @@
-"""Whole rows merged and unmerged in one pass, compiled: no matrix of float64 is ever formed.
+"""Merging and unmerging of rows in one pass, compiled, without a float64 matrix of the whole change.
 
-A tile of the change is multiplied out in float32 for four rows at a time, added by ``_cpu_filter``, and the elements
-that it doubts are computed as the definition says. float32 weights, of which float32 arithmetic cannot decide anything,
-go by way of the change of a few rows.
+A tile of the change is computed in float32 for four rows at a time and added by ``_cpu_filter``; elements that are
+doubtful there are recomputed as ``reference`` defines them. For float32 weights, where float32 arithmetic can decide
+nothing, the change of a few rows at a time is computed in float64.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
 from adaptkit.numerics.kernels._reference_exact import RowsMerged, check_length
 
 _Figures = tuple[int, float, float, float]
-"""What ``reference.addition_sums`` gives."""
+"""The results of ``reference.addition_sums``."""
 
 _PANEL_ELEMENTS = 1 << 18
-"""Elements whose change is held in float64 at a time, where it is."""
+"""Number of elements whose change is held in float64 at a time."""
 
 
 @compiled(fastmath={"reassoc", "contract"})
 def _squared_norm(b, row, gram):
-    """Σ Δ² of one row, and what it would be if the rank-1 parts of the change were orthogonal."""
+    """Return Σ Δ² of one row, and its value if the rank-1 parts of the change were orthogonal."""
     squared, apart = 0.0, 0.0
     for k in range(gram.shape[0]):
         factor, inner = np.float64(b[row, k]), 0.0
@@ -55,7 +55,7 @@ def _squared_norm(b, row, gram):
 
 @jit
 def _settle(weight, row, left, factors, start, tile, delta, i, found, count, out, sums):
-    """Compute the doubtful elements of a piece of a row as the definition says; whether all of them are finite."""
+    """Recompute the doubtful elements of a piece of a row exactly; return whether all of them are finite."""
     finite = True
     for n in range(count):
         j = found[n]
@@ -71,7 +71,7 @@ def _settle(weight, row, left, factors, start, tile, delta, i, found, count, out
 
 @jit
 def _settle_guesses(merged, row, left, factors, start, tile, found, count, guess, guess_row, guess_left, states):
-    """Decide what float32 could not decide; leave where the ambiguous ones are in ``found``, and say how many."""
+    """Decide the guesses that float32 could not; keep ambiguous ones in ``found``, return their number."""
     total = 0
     for n in range(count):
         j = found[n]
@@ -87,7 +87,7 @@ def _settle_guesses(merged, row, left, factors, start, tile, found, count, guess
 
 @jit
 def _merge_rows(weight, factors, scaled, gram, errors, start, with_undo, room, out, guess, residual, sums):
-    """Merge a block of rows; how long the residual is, and whether the result is finite."""
+    """Merge a block of rows; return the length of the residual, and whether the result is finite."""
     a, columns = factors[0], weight.shape[1]
     delta, marks, eights, words, found, pending, counts = room
     finite, length = True, 0
@@ -128,7 +128,7 @@ def _merge_rows(weight, factors, scaled, gram, errors, start, with_undo, room, o
 
 @jit
 def _unmerge_rows(merged, factors, scaled, errors, start, residual, room, out):
-    """Restore a block of rows; how much of the residual that takes, which may be more than there is."""
+    """Restore a block of rows; return how much of the residual is needed, which may be more than it has."""
     a, columns = factors[0], merged.shape[1]
     delta, marks, eights, words, found, pending, counts = room
     used = 0
@@ -157,11 +157,12 @@ def _unmerge_rows(merged, factors, scaled, errors, start, residual, room, out):
 
 
 def _room(columns: int) -> tuple[Any, ...]:
-    """Scratch of the loops.
+    """Make scratch arrays for the loops.
 
     Returns:
-        The change of four rows of a tile; marks of a row of it, and the same memory as words; places of words, and of
-        marks; of each of the four rows what it adds to the residual, or where it takes from that, and how many.
+        The change of four rows of a tile; marks for one of its rows, and the same memory as 64-bit words; indices of
+        words, and of marks; for each of the four rows its residuals (merge) or the columns that need one (unmerge), and
+        their number.
     """
     marks = zeros(TILE, np.uint8)
     places = np.empty(TILE // 8, np.uint64), np.empty(TILE, np.int64)
@@ -193,7 +194,7 @@ def _merge_by_tiles(weight: Array, factors: Factors, start: int, with_undo: bool
 
 
 def _figures_hold(squared_delta: float, apart: float, overlap: float, count: int) -> bool:
-    """Whether nothing cancels in Σ Δ², and no square was too small or too large for float32."""
+    """Return whether Σ Δ² is free of cancellation, and no square underflowed or overflowed float32."""
     within = 2.0**-80 * count < squared_delta < 2.0**100
     return within and squared_delta > 1e-4 * apart and math.isfinite(overlap)
 
@@ -204,7 +205,7 @@ def _panels(rows: int, columns: int) -> list[slice]:
 
 
 def _figures(weight: Array, merged: Array, factors: Factors, start: int) -> _Figures:
-    """The figures, from the canonical change itself."""
+    """Compute the figures from the canonical change itself."""
     total = (0, 0.0, 0.0, 0.0)
     for rows in _panels(*weight.shape):
         delta = delta_rows(factors, start + rows.start, rows.stop - rows.start)
@@ -225,7 +226,7 @@ def _merge_by_panels(weight: Array, factors: Factors, start: int, with_undo: boo
         figures = _added(figures, _cpu_exact.addition_sums(before, after, delta))
         if with_undo:
             residuals.append(_cpu_exact.undo_residual(before, after, delta))
-    finite = math.isfinite(figures[3])  # an effect that is not finite makes its sum so, and no other does
+    finite = math.isfinite(figures[3])  # it is not finite exactly if some effect is not
     return RowsMerged(merged, np.concatenate(residuals), finite, *figures)
 
 

@@ -1,14 +1,14 @@
-"""Four rows of a product B A for a tile of columns, with all sums in registers; ``_llvm_product`` writes it."""
+"""Four rows of a product B A for a tile of columns, with all sums in registers; emitted by ``_llvm_product``."""
 
 from adaptkit.compiled import written
 
 ROWS = 4
-"""Rows that share one reading of A."""
+"""Rows computed together, for which A is read once."""
 
 VECTORS = 2
-"""Vectors of columns at a time; with four rows that makes eight sums, enough to hide how long an addition takes."""
+"""Vectors of columns at a time; with four rows that makes eight sums, enough to hide the latency of an addition."""
 
 STEP = VECTORS * 16
-"""Columns at a time, at most."""
+"""Maximum number of columns at a time."""
 
 multiply = written("adaptkit.numerics.kernels._llvm_product", "multiply")

@@ -1,4 +1,4 @@
-"""Rotary positions, one pass over all heads of all tokens; tensors are bits (see ``_cpu_float``)."""
+"""Rotary position embedding in one pass over all heads of all tokens; tensors are bits (see ``_cpu_float``)."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from adaptkit.compiled import inlined
@@ -8,21 +8,21 @@ from adaptkit.team import shared
 
 @inlined
 def _sum(out, x, cos, y, sin):
-    """X cos + y sin, both products rounded, and the sum."""
+    """Return x · cos + y · sin; both products are rounded, and so is the sum."""
     return rounded(out, value(out, rounded(out, x * cos)) + value(out, rounded(out, y * sin)))
 
 
 @shared("x")
 def rotate(x, cos, sin, back, out, part):
-    """Rotate pairs of elements by angles, or gradients by those rotated back: the transposed matrices.
+    """Rotate pairs of elements by angles, or, for the backward pass, gradients by the transposed matrices.
 
     Args:
-        x: (tokens, heads, dim) bits; an element's partner is half of dim away.
-        cos: (period, dim) bits: those of a token are in the row of its number modulo the period.
+        x: (tokens, heads, dim) bits; the two elements of a pair are dim / 2 apart.
+        cos: (period, dim) bits; token t uses row t modulo period.
         sin: (period, dim) bits.
-        back: whether to take the transposed matrices.
+        back: whether to use the transposed matrices.
         out: (tokens, heads, dim) bits, written.
-        part: of the tokens.
+        part: tokens to compute.
     """
     half = x.shape[2] // 2
     for t in range(part.first, part.last):

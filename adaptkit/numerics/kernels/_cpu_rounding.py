@@ -1,6 +1,6 @@
-"""The loop of ``numerics.rounding``, compiled: column by column, each error spread over the columns to come.
+"""The loop of ``numerics.rounding``, compiled: rounds column by column and spreads each error over later columns.
 
-Every product and sum has its place in one fixed order, so the codes depend neither on the machine nor on threads.
+All products and sums are computed in one fixed order, so the codes depend neither on the machine nor on threads.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
@@ -14,15 +14,15 @@ from adaptkit.numerics.kernels._cpu_calibration import LEVELS, best_code, neares
 from adaptkit.numerics.kernels._reference_blocks import GROUP, TINY
 
 ROWS = 16
-"""Rows that share one reading of the factor."""
+"""Rows processed together, for which the factor is read once."""
 
 PANEL = 64
-"""Columns whose errors are collected before the columns after them are touched."""
+"""Columns whose errors are collected before the columns after them are updated."""
 
 
 @jit
 def _choose_scales(w, left, first_block, importance, block_size, levels, nested, offset, reach, room, codes, scales):
-    """The nested codes of the blocks of a row that begin in the panel, for the weights as they are by now."""
+    """Choose the nested codes of the blocks of a row that begin in the panel, from the current weights."""
     x, _, lanes = room
     for start in range(left, min(left + PANEL, w.size), block_size):
         if start % block_size:
@@ -39,7 +39,7 @@ def _choose_scales(w, left, first_block, importance, block_size, levels, nested,
 
 @jit
 def _round_panel(w, left, right, first, scales, block_size, factor, codes, errors):
-    """Round the columns of a row in a panel; ``first`` is the row's place among all weights."""
+    """Round the columns of a row in a panel; ``first`` is the index of the row's first weight."""
     errors[:] = 0
     for j in range(left, right):
         scale = scales[(first + j) // block_size]
@@ -55,7 +55,7 @@ def _round_panel(w, left, right, first, scales, block_size, factor, codes, error
 
 @jit
 def _spread(w, errors, factor, left, right, j):
-    """Take four columns' errors out of the columns from ``right`` on."""
+    """Subtract the errors of four columns, times their factors, from the columns from ``right`` on."""
     e0, e1, e2, e3 = errors[j], errors[j + 1], errors[j + 2], errors[j + 3]
     row = left + j
     f0, f1, f2, f3 = factor[row], factor[row + 1], factor[row + 2], factor[row + 3]
@@ -64,7 +64,7 @@ def _spread(w, errors, factor, left, right, j):
 
 
 def room_for_rows(block_size: int) -> tuple[Any, Array]:
-    """What ``round_rows`` works in."""
+    """Make scratch arrays for ``round_rows``."""
     return room_for(block_size), np.empty((ROWS, PANEL), np.float32)
 
 
@@ -72,8 +72,8 @@ def room_for_rows(block_size: int) -> tuple[Any, Array]:
 def round_rows(work, factor, importance, block_size, levels, nested, offset, reach, room, nested_codes, scales, codes):
     """Round every row of ``work``, which is overwritten.
 
-    ``room`` is for a block and its importance, and for the errors of a panel, (ROWS, PANEL) float32.
-    With ``reach`` > 0, blocks that do not straddle rows choose their nested code anew when their turn comes.
+    ``room`` is scratch from ``room_for_rows``. With ``reach`` > 0, each block chooses its nested code again when its
+    first column is reached; blocks must not straddle rows then.
     """
     rows, columns = work.shape
     of_a_block, errors = room

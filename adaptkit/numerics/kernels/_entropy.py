@@ -1,16 +1,16 @@
-"""The numbers of the range coder, see ``numerics.residual``; apart from its loops, which need a compiler."""
+"""Constants of the range coder (see ``numerics.residual``), separate from its loops, which need a compiler."""
 
 EXACT = 192
-"""Zigzag values below this are symbols of their own."""
+"""Zigzag values below this are coded as themselves."""
 
 SYMBOLS = EXACT + 57
-"""The others are told by their number of bits, 8 to 64."""
+"""Number of symbols: the values below EXACT, and one for each length, 8 to 64 bits, of larger values."""
 
 PRECISION = 12
-"""Frequencies add up to two to this power."""
+"""The frequencies add up to 2^PRECISION."""
 
 LEAST = 1 << 16
-"""A state is at least this, and less than 2^32."""
+"""Least state; states are below 2^32."""
 
 STATES = 4
-"""Every so many symbols come from the same state."""
+"""Number of interleaved states; symbol i uses state i modulo STATES."""

@@ -1,8 +1,8 @@
-"""The block-wise part of ``reference`` as Triton kernels: one program does a few whole blocks.
+"""The block-wise part of ``reference`` as Triton kernels: one program computes a few whole blocks.
 
-Products are not contracted with additions (``enable_fp_fusion`` is off where these are launched) and divisions are
-rounded as IEEE 754 asks (``_quotient``), since bits matter here. Rounding to sixteen bits is done on the bits for the
-same reason. Offsets are 64-bit: a fused expert tensor may hold more than 2^31 weights.
+To give exactly the bits of ``reference``, products are not fused with additions (launches set ``enable_fp_fusion`` to
+False), divisions are rounded as IEEE 754 requires (``_quotient``), and rounding to 16 bits operates on the bits.
+Offsets are 64-bit: a fused expert tensor may have more than 2^31 weights.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -12,28 +12,28 @@ import triton.language as tl
 
 @triton.jit
 def _magnitude_bits(x):
-    """As integers magnitudes have an order in which infinity and NaN come last."""
+    """Return the magnitudes' bits as integers, which sort like magnitudes, infinity and NaN last."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit
 def _quotient(a, b):
-    """A float32 divided by another. Some of Triton's releases flush denormals in ``div_rn``, none in float64.
+    """Divide float32 numbers, in float64, since some releases of Triton flush denormals in float32's ``div_rn``.
 
-    Twice the digits and two more are enough for both roundings to give what one would.
+    float64 has more than 2 · 24 + 2 bits of precision, so rounding twice gives the same result as rounding once.
     """
     return (a.to(tl.float64) / b.to(tl.float64)).to(tl.float32)
 
 
 @triton.jit
 def _widened(x, kind: tl.constexpr):
-    """A loaded weight as float32; bfloat16 (``kind`` 1) comes as its bits."""
+    """Convert loaded weights to float32; bfloat16 (``kind`` 1) is loaded as bits."""
     return (x.to(tl.uint32) << 16).to(tl.float32, bitcast=True) if kind == 1 else x.to(tl.float32)
 
 
 @triton.jit
 def _rounded(x, kind: tl.constexpr):
-    """A float32 in ``kind``: 0 is float32 itself, 1 the bits of bfloat16, 2 those of float16."""
+    """Convert float32 to a ``kind``: 0 is float32 itself, 1 the bits of bfloat16, 2 the bits of float16."""
     if kind == 0:
         narrow = x
     elif kind == 1:
@@ -46,7 +46,7 @@ def _rounded(x, kind: tl.constexpr):
 @triton.jit
 def _bfloat16_bits(bits):
     x = bits.to(tl.float32, bitcast=True)
-    rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # the sign stays: only a NaN's digits reach it
+    rounded = bits + 0x7FFF + ((bits >> 16) & 1)  # cannot carry into the sign, except for a NaN
     return (tl.where(x == x, rounded, (bits & 0x80000000) | 0x7FC00000) >> 16).to(tl.uint16)
 
 
@@ -76,7 +76,7 @@ def encode_4bit(
     kind: tl.constexpr,
     measure: tl.constexpr,
 ):
-    """``tables`` holds 15 bounds, 16 codes and 16 levels, ascending; ``count`` is the number of blocks."""
+    """Encode ``count`` blocks; ``tables`` holds 15 bounds, 16 codes and 16 levels, in ascending order of levels."""
     half: tl.constexpr = block // 2
     rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
     inside = rows < count
@@ -108,7 +108,7 @@ def encode_4bit(
 
 @triton.jit
 def decode_4bit(codes, absmax, levels, out, count, block: tl.constexpr, group: tl.constexpr, kind: tl.constexpr):
-    """``levels`` holds the level of each code; ``out`` takes what ``_rounded`` gives."""
+    """Decode ``count`` blocks; ``levels`` holds the level of each code, ``out`` has the result type of ``_rounded``."""
     rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
     inside = rows < count
     _decode(codes, tl.load(absmax + rows, mask=inside, other=0.0), levels, out, rows, inside, block, kind)
@@ -129,7 +129,7 @@ def decode_nested_4bit(
     nest: tl.constexpr,
     kind: tl.constexpr,
 ):
-    """``decode_constants`` and ``decode_4bit`` in one: ``nest`` of ``constants`` share one of ``nested``."""
+    """Do ``decode_constants`` and ``decode_4bit`` in one; ``nest`` of ``constants`` share one element of ``nested``."""
     rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
     inside = rows < count
     scale = _nested_scale(constants, nested, nested_levels, rows, rows // nest, inside) + offset
@@ -153,9 +153,9 @@ def decode_parts_4bit(
     nest: tl.constexpr,
     kind: tl.constexpr,
 ):
-    """``decode_nested_4bit`` of weights one after the other.
+    """Do ``decode_nested_4bit`` for several concatenated weights.
 
-    ``places`` holds the first block of each, and then where its first is among ``nested``.
+    ``places`` holds the index of each weight's first block, then the index of each one's first element of ``nested``.
     """
     rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
     inside = rows < count
@@ -169,14 +169,14 @@ def decode_parts_4bit(
 
 @triton.jit
 def _nested_scale(constants, nested, nested_levels, rows, number, inside):
-    """The constants of some blocks before their offset; ``number`` is where each one's own constant is."""
+    """Decode constants, without their offset; ``number`` is the index in ``nested`` of each one's own constant."""
     code = tl.load(constants + rows, mask=inside, other=0).to(tl.int32)
     return tl.load(nested_levels + code) * tl.load(nested + number, mask=inside, other=0.0)
 
 
 @triton.jit
 def _decode(codes, scale, levels, out, rows, inside, block: tl.constexpr, kind: tl.constexpr):
-    """Both weights of a byte lie in one thread, and are written together: single ones take half of each transfer."""
+    """Decode blocks. One thread writes both weights of a byte: single ones would waste half of each transfer."""
     half: tl.constexpr = block // 2
     pair, place = tl.arange(0, half)[None, :], tl.arange(0, block)[None, :]
     byte = tl.load(codes + rows[:, None] * half + pair, mask=inside[:, None] & (pair < half), other=0).to(tl.int32)
@@ -199,7 +199,7 @@ def encode_8bit(
     kind: tl.constexpr,
     measure: tl.constexpr,
 ):
-    """``size`` weights share a scale, ``block`` is the next power of two; ``count`` is the number of blocks."""
+    """Encode ``count`` blocks of ``size`` weights; ``block`` is the next power of two of ``size``."""
     rows = tl.program_id(0).to(tl.int64) * group + tl.arange(0, group)
     inside = rows < count
     column = tl.arange(0, block)[None, :]
@@ -227,9 +227,9 @@ def encode_8bit(
 
 @triton.jit
 def decode_8bit(codes, steps, out, count, size: tl.constexpr, chunk: tl.constexpr, kind: tl.constexpr):
-    """``count`` weights, of which ``size`` share a step, also in a short last block.
+    """Decode ``count`` weights, ``size`` of which share a step; the last block may be shorter.
 
-    ``size`` is known when this is compiled, since a division of 64-bit numbers takes a hundred instructions.
+    ``size`` is a compile-time constant, since a 64-bit integer division takes a hundred instructions.
     """
     offsets = tl.program_id(0).to(tl.int64) * chunk + tl.arange(0, chunk)
     mask = offsets < count
@@ -239,7 +239,7 @@ def decode_8bit(codes, steps, out, count, size: tl.constexpr, chunk: tl.constexp
 
 @triton.jit
 def decode_constants(codes, nested, levels, out, offset, count, chunk: tl.constexpr, group: tl.constexpr):
-    """``count`` constants, of which ``group`` share one of ``nested``; ``levels`` holds the level of each code."""
+    """Decode ``count`` constants; ``group`` share one of ``nested``; ``levels`` holds the level of each code."""
     offsets = tl.program_id(0).to(tl.int64) * chunk + tl.arange(0, chunk)
     mask = offsets < count
     code = tl.load(codes + offsets, mask=mask, other=0).to(tl.int32)

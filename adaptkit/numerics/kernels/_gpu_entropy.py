@@ -1,7 +1,7 @@
-"""Cross-entropy in Triton: one program does a row of logits, which become their gradient where they lie.
+"""Cross-entropy in Triton: one program computes a row of logits and overwrites it with the gradient.
 
-A row is read twice and written once, and nothing of its size is made beside it. Exponentials are the GPU's fast ones,
-which are within two units in the last place of float32, so bits are not the CPU's.
+A row is read twice and written once, without temporary memory of its size. The GPU's fast exponential is used, which is
+accurate to two units in the last place of float32, so the bits differ from the CPU's.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -16,11 +16,11 @@ _COLUMNS_AT_A_TIME = 4096
 
 
 def cross_entropy(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
-    """The loss of some rows, and its gradient.
+    """Return the loss of some rows, and write its gradient over the logits if requested.
 
     Args:
-        logits: (rows, vocabulary) of any float type, contiguous; with ``keep`` they become the loss's gradient by them.
-        wanted: (rows,) int64.
+        logits: (rows, vocabulary) of any float type, contiguous; with ``keep`` overwritten with the loss's gradient.
+        wanted: (rows,) int64, the target column of each row.
         keep: whether to write the gradient.
 
     Returns:
@@ -30,7 +30,7 @@ def cross_entropy(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
     arguments = logits, wanted, losses, logits.shape[1], keep, _COLUMNS_AT_A_TIME
     if len(logits):
         with torch.cuda.device(logits.device) if logits.is_cuda else nullcontext():
-            _row[(len(logits),)](*arguments, num_warps=8, enable_fp_fusion=True)  # some releases warn if it is not said
+            _row[(len(logits),)](*arguments, num_warps=8, enable_fp_fusion=True)  # some releases warn if it is not set
     return losses.sum()
 
 
@@ -40,7 +40,7 @@ def _row(logits, wanted, losses, columns: tl.constexpr, keep: tl.constexpr, chun
     logits += row * columns
     target = tl.load(wanted + row)
     said = tl.load(logits + target).to(tl.float32)
-    # In every place of a chunk the largest so far, which is a number from the start, and the sum beside it.
+    # Each position of a chunk has a running maximum, finite from the start, and a running sum relative to it.
     largest, sums = tl.full((chunk,), -3.0e38, tl.float32), tl.zeros((chunk,), tl.float32)
     for start in range(0, columns, chunk):
         place = start + tl.arange(0, chunk)

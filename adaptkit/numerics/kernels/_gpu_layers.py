@@ -1,8 +1,8 @@
-"""Parts of a decoder layer in Triton, in one pass each: computed in float32, and rounded once to the type they come in.
+"""Parts of a decoder layer in Triton, in one pass each: computed in float32, then rounded once to the inputs' type.
 
 gate       y = silu(gate) · up                    silu(x) = x σ(x), σ(x) = 1 / (1 + exp(-x))
-rotary     y = x ∘ cos + h(x) ∘ sin               h([a | b]) = [-b | a]; both products are rounded, too, as torch's are
-lookup     y = table[ids]                         the table may lie in pinned host memory, which a GPU reads by itself
+rotary     y = x ∘ cos + h(x) ∘ sin               h([a | b]) = [-b | a]; both products are rounded too, as in torch
+lookup     y = table[ids]                         the table may be in pinned host memory, which the GPU reads directly
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
@@ -19,16 +19,17 @@ _ROTATED_AT_A_TIME = 2048
 
 
 def gate_forward(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, of two of one shape and type, (…, width); contiguous. They may be columns of one matrix."""
+    """Return silu(gate) · up, contiguous; both are (…, width) of one type, and may be columns of one matrix."""
     y = gate.new_empty(gate.shape)
     _launch(_gate, _rows(gate), _rows(up), y)
     return y
 
 
 def gate_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients by both, which lie where they lay; that by ``gate_forward``'s result is ``grad``, contiguous.
+    """Return the gradients by gate and up, given ``grad``, the contiguous gradient by ``gate_forward``'s result.
 
-    These are the largest tensors of a layer's backward pass, and nobody needs the inputs after it.
+    They overwrite gate and up, unless ``_rows`` has to copy those: these are the largest tensors of a layer's backward
+    pass, and the inputs are not needed after it.
     """
     sides = _rows(gate), _rows(up)
     _launch(_gate_gradients, *sides, grad)
@@ -37,11 +38,11 @@ def gate_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tenso
 
 
 def look_up(table: Tensor, ids: Tensor) -> Tensor:
-    """The rows of a table, on the device of the numbers that tell which.
+    """Return rows of a table, on the device of ``ids``.
 
     Args:
-        table: (entries, width), contiguous; on that device, or in pinned host memory: then only these rows travel.
-        ids: (…) of integers; NaN comes of what is no row.
+        table: (entries, width), contiguous; on that device, or in pinned host memory (only these rows are read).
+        ids: (…) integers; an id out of range gives a row of NaN.
 
     Returns:
         (…, width), contiguous.
@@ -56,7 +57,7 @@ def look_up(table: Tensor, ids: Tensor) -> Tensor:
 
 
 def _launch(kernel: Any, gate: Tensor, up: Tensor, other: Tensor) -> None:
-    """Run a program for each part of a row; the rows of the other lie one after the other."""
+    """Launch one program for each part of each row; ``other`` is contiguous, gate and up may have row strides."""
     (count, width), strides = gate.shape, [side.stride(0) for side in (gate, up)]
     if count and width:
         with torch.cuda.device(gate.device) if gate.is_cuda else nullcontext():
@@ -65,23 +66,23 @@ def _launch(kernel: Any, gate: Tensor, up: Tensor, other: Tensor) -> None:
 
 
 def _rows(side: Tensor) -> Tensor:
-    """(…, width) as (rows, width), copied only if a row's numbers are not beside each other."""
+    """Return (…, width) as (rows, width), copied only if rows are not contiguous or cannot be viewed as a matrix."""
     flat = side.reshape(-1, side.shape[-1])
     return flat if flat.stride(1) == 1 else flat.contiguous()
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    """Rotary positions of queries and keys, in one launch.
+    """Apply rotary position embedding to queries and keys in one launch, or compute its backward pass.
 
     Args:
-        query: (batch, tokens, heads, dim), dim even; the heads of a token one after the other.
-        key: the same with other heads.
+        query: (batch, tokens, heads, dim), dim even; the heads of a token are contiguous.
+        key: the same, with its own number of heads.
         cos: (batch or 1, tokens, dim), contiguous.
-        sin: the same.
-        back: whether these are gradients by what was rotated, and those by what it was made of are wanted.
+        sin: (batch or 1, tokens, dim), contiguous.
+        back: whether query and key are gradients by the rotated tensors, to be turned into gradients by the originals.
 
     Returns:
-        Both, contiguous.
+        Rotated query and key, contiguous.
     """
     batch, tokens, _, dim = query.shape
     results = query.new_empty(query.shape), key.new_empty(key.shape)
@@ -99,7 +100,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> 
 
 @triton.jit
 def _look_up(table, numbers, rows, entries, width, block: tl.constexpr):
-    """One part of a row."""
+    """Copy one part of a row."""
     place = tl.program_id(0).to(tl.int64)
     number = tl.load(numbers + place).to(tl.int64)
     column = tl.program_id(1) * block + tl.arange(0, block)
@@ -132,7 +133,7 @@ def _gate_gradients(gate, up, grad, gate_stride, up_stride, width, chunk: tl.con
     tl.store(up, (g * x * sigma).to(up.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["angles"])  # batches of other lengths need no other kernel
+@triton.jit(do_not_specialize=["angles"])  # avoids recompilation for batches of other lengths
 def _rotary(
     query, key, cos, sin, to_query, to_key, query_stride, key_stride, angles,
     query_heads: tl.constexpr, key_heads: tl.constexpr, dim: tl.constexpr, half: tl.constexpr, heads: tl.constexpr,

@@ -1,6 +1,6 @@
-"""Encoding by cells, see ``_cpu_cells``: the tables fit vectors, in which one instruction looks sixteen weights up.
+"""Encoding by cells, see ``_cpu_cells``: the tables fit in vector registers; one instruction does sixteen look-ups.
 
-The compiler does not find it in a loop, so this module writes LLVM's own instructions.
+The compiler does not generate that instruction from a loop, so this module emits LLVM instructions.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
@@ -21,12 +21,12 @@ _DOUBLES = ir.VectorType(ir.DoubleType(), CHUNK)
 
 
 def _load(builder, data, index, kind):
-    """A vector of an array's elements from one on."""
+    """Load a vector of an array's elements, from an index on."""
     return builder.load(builder.bitcast(builder.gep(data, [index]), kind.as_pointer()), align=1)
 
 
 def _floats(builder, data, index, element):
-    """Sixteen weights as float32; see ``_cpu_float`` for what the type of their bits says."""
+    """Load sixteen weights as float32; ``element`` is the integer type of their bits, see ``_cpu_float``."""
     if element == types.uint32:
         return _load(builder, data, index, _FLOATS)
     if element == types.int16:
@@ -36,10 +36,10 @@ def _floats(builder, data, index, element):
 
 
 def _rank(builder, scaled, table):
-    """How many bounds lie below each of sixteen scaled weights."""
+    """Return the number of bounds below each of sixteen scaled weights."""
     place = builder.fadd(builder.fmul(scaled, splat(_FLOATS, SCALE)), splat(_FLOATS, OFFSET))
     all_of_them, current_rounding = ir.Constant(ir.IntType(16), 0xFFFF), ir.Constant(_WORD, 4)
-    convert = "llvm.x86.avx512.mask.cvttps2dq.512"  # defined for NaN, too, unlike LLVM's own
+    convert = "llvm.x86.avx512.mask.cvttps2dq.512"  # defined for NaN too, unlike LLVM's fptosi
     cell = call(builder, convert, _WORDS, place, splat(_WORDS, 0), all_of_them, current_rounding)
     low, high = (builder.bitcast(part, _FLOATS) for part in table[:2])
     bound = call(builder, "llvm.x86.avx512.vpermi2var.ps.512", _FLOATS, low, cell, high)
@@ -52,7 +52,7 @@ def _look_up(builder, row, index):
 
 
 def _packed(builder, codes):
-    """Eight bytes of sixteen codes, the first of each pair in the high half."""
+    """Pack sixteen codes into eight bytes, the first of each pair in the high nibble."""
     pairs = ir.VectorType(ir.IntType(64), CHUNK // 2)
     codes = builder.bitcast(codes, pairs)
     both = builder.or_(builder.shl(codes, splat(pairs, 4)), builder.lshr(codes, splat(pairs, 32)))
@@ -60,7 +60,7 @@ def _packed(builder, codes):
 
 
 def _add_products(builder, weights, levels, sums):
-    """Add Σw², Σwl and Σl² of sixteen weights and levels to vectors of float64, in which such products are exact."""
+    """Add w², w · l and l² of sixteen weights and levels to float64 vectors, in which these products are exact."""
     w, level = (builder.fpext(values, _DOUBLES) for values in (weights, levels))
     for pointer, (one, other) in zip(sums, ((w, w), (w, level), (level, level)), strict=True):
         product = builder.fmul(one, other, flags=["contract"])
@@ -79,10 +79,11 @@ def _store_sums(builder, sums, target):
 
 @intrinsic
 def encode_block(typingctx, x, reciprocal, rows, codes, moments):
-    """Encode one block: its weights' bits, the float32 that scales them, ``cell_tables``, uint8 codes, and the moments.
+    """Encode one block.
 
-    All arrays are contiguous; ``x`` has twice as many elements as ``codes``, a multiple of ``CHUNK``; ``moments`` is
-    (3,) float32 or None.
+    ``x`` has the bits of the weights, which ``reciprocal`` (float32) scales; ``rows`` is from ``cell_tables``;
+    ``codes`` (uint8) and ``moments``, (3,) float32 or None, are written. All arrays are contiguous; ``x`` has twice as
+    many elements as ``codes``, a multiple of ``CHUNK``.
     """
     measured = not isinstance(moments, types.NoneType)
 

@@ -1,4 +1,4 @@
-"""Single instructions, by LLVM's names for them; ``_cpu_instructions`` has them for kernels."""
+"""Intrinsics for single LLVM instructions; kernels import them from ``_cpu_instructions``."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
 from llvmlite import ir
@@ -11,7 +11,7 @@ _ZERO_IS_FINE = ir.Constant(ir.IntType(1), 0)
 
 @intrinsic
 def trailing_zeros(typingctx, bits):
-    """How many bits of a uint64 are zero before the lowest that is not; 64 if none is."""
+    """Return the number of zero bits below the lowest set bit of a uint64; 64 for zero."""
 
     def codegen(context, builder, signature, arguments):
         return builder.cttz(arguments[0], _ZERO_IS_FINE)
@@ -21,7 +21,7 @@ def trailing_zeros(typingctx, bits):
 
 @intrinsic
 def leading_zeros(typingctx, bits):
-    """How many bits of a uint64 are zero above the highest that is not; 64 if none is."""
+    """Return the number of zero bits above the highest set bit of a uint64; 64 for zero."""
 
     def codegen(context, builder, signature, arguments):
         return builder.ctlz(arguments[0], _ZERO_IS_FINE)
@@ -31,7 +31,7 @@ def leading_zeros(typingctx, bits):
 
 @intrinsic
 def fma(typingctx, a, b, c):
-    """A · b + c, rounded once."""
+    """Return a · b + c, rounded once; all float32."""
 
     def codegen(context, builder, signature, arguments):
         number = ir.FloatType()
@@ -43,10 +43,10 @@ def fma(typingctx, a, b, c):
 
 @intrinsic
 def wide(typingctx):
-    """Let the function that calls this have vectors of 64 bytes where there are any.
+    """Let the compiler use 64-byte vectors in the calling function, if the processor has them.
 
-    The compiler takes half of that, as the first processors that had them ran slower meanwhile. Where much is computed
-    of few numbers from memory, the whole is a quarter faster on later ones.
+    By default it uses 32 bytes, since the first processors with wider vectors lowered their clock for them. Loops that
+    compute much per number loaded are a quarter faster with 64 bytes on later processors.
     """
 
     def codegen(context, builder, signature, arguments):

@@ -1,9 +1,9 @@
-"""Decoding by a permutation: sixteen look-ups in one instruction, where the processor has one.
+"""Decoding with a permutation instruction, which does sixteen look-ups at once, on processors that have one.
 
-The compiler does not find it in a loop, so this module writes LLVM's own instructions. The sixteen weights that a block
-may hold are rounded to the wanted type first. AVX-512 looks whole weights up in a table of them. Other x86 (SSSE3) and
-ARM (NEON) look up bytes, so their table is cut into planes: the first bytes of all weights, the second bytes, and so
-on. Each plane is looked up with the codes, and the bytes found are woven together again.
+The compiler does not generate that instruction from a loop, so this module emits LLVM instructions. The table holds the
+sixteen possible weights of a block, rounded to the output type. AVX-512 looks up whole weights. Other x86 (SSSE3) and
+ARM (NEON) processors look up bytes, so their table is cut into planes: the first bytes of all weights, the second
+bytes, and so on. Each plane is looked up with the codes, and the resulting bytes are interleaved.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
@@ -21,25 +21,25 @@ _WORDS = ir.VectorType(_WORD, 16)
 
 
 def splat(kind, value):
-    """A constant vector of one value."""
+    """Return a constant vector whose elements all have one value."""
     return ir.Constant(kind, [value] * kind.count)
 
 
 def _weave(builder, first, second):
-    """Their elements in turn."""
+    """Interleave the elements of two vectors."""
     count = first.type.count
     mask = [index // 2 + (count if index % 2 else 0) for index in range(2 * count)]
     return builder.shuffle_vector(first, second, ir.Constant(ir.VectorType(_WORD, 2 * count), mask))
 
 
 def _to_bfloat16(builder, bits):
-    """The bits of sixteen float32, rounded to bfloat16 as in ``_cpu_float``."""
+    """Round sixteen float32, given as bits, to the bits of bfloat16, as in ``_cpu_float``."""
     odd = builder.and_(builder.lshr(bits, splat(_WORDS, 16)), splat(_WORDS, 1))
     return builder.lshr(builder.add(builder.add(bits, splat(_WORDS, 0x7FFF)), odd), splat(_WORDS, 16))
 
 
 def _to_float16(builder, bits):
-    """The same for float16."""
+    """Round sixteen float32, given as bits, to the bits of float16, as in ``_cpu_float``."""
     size = builder.and_(bits, splat(_WORDS, 0x7FFFFFFF))
     odd = builder.and_(builder.lshr(size, splat(_WORDS, 13)), splat(_WORDS, 1))
     offset = splat(_WORDS, 0xFFF - 0x38000000)
@@ -54,7 +54,7 @@ def _to_float16(builder, bits):
 
 
 def _weights(builder, levels, absmax, out_type):
-    """The bits of the sixteen weights that a block may hold, each in the lowest of 32."""
+    """Return the bits of the sixteen possible weights of a block, each in the low bits of a 32-bit word."""
     bits = builder.bitcast(builder.fmul(levels, repeated(builder, absmax, levels.type)), _WORDS)
     if out_type == types.uint16:
         return _to_bfloat16(builder, bits)
@@ -62,13 +62,13 @@ def _weights(builder, levels, absmax, out_type):
 
 
 def call(builder, name, kind, *arguments):
-    """Use an instruction by LLVM's name for it; what comes out is of a kind."""
+    """Emit a call of an LLVM intrinsic by name; ``kind`` is the type of its result."""
     function = ir.FunctionType(kind, [argument.type for argument in arguments])
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
 
 
 def _by_weights(builder, table, codes, width, name):
-    """Look 32 codes up: vectors of weights, which follow one another."""
+    """Look up 32 codes; yield vectors of weights, in order."""
     size = 512 // width
     kind = ir.VectorType(ir.IntType(width), size)
     places = ir.Constant(ir.VectorType(_WORD, size), [index % 16 for index in range(size)])
@@ -81,13 +81,13 @@ def _by_weights(builder, table, codes, width, name):
 
 
 def _by_bytes(builder, table, codes, width, name):
-    """The same by planes of bytes."""
+    """Look up 32 codes in planes of bytes; yield vectors of weights, in order."""
     planes = [builder.trunc(builder.lshr(table, splat(_WORDS, 8 * n)), _BYTES) for n in range(width // 8)]
     for start in range(0, CHUNK, 16):
         mask = ir.Constant(_WORDS, list(range(start, start + 16)))
         part = builder.shuffle_vector(codes, codes, mask)
         found = [call(builder, name, _BYTES, plane, part) for plane in planes]
-        while len(found) > 1:  # bytes to words to double words
+        while len(found) > 1:  # from 8 to 16 to 32 bits
             wide = ir.VectorType(ir.IntType(2 * found[0].type.element.width), 16)
             pairs = zip(found[::2], found[1::2], strict=True)
             found = [builder.bitcast(_weave(builder, low, high), wide) for low, high in pairs]
@@ -96,7 +96,7 @@ def _by_bytes(builder, table, codes, width, name):
 
 @intrinsic
 def decode_block(typingctx, codes, absmax, levels, out):
-    """Decode one block: uint8 codes, its float32 constant, the 16 float32 levels, and where the bits go.
+    """Decode one block: uint8 codes, its float32 constant, the 16 float32 levels, and the output, bits of a float type.
 
     All arrays are contiguous; ``out`` has twice as many elements as ``codes``, a multiple of ``CHUNK``.
     """

@@ -1,8 +1,8 @@
 """Four rows of a product B A for a tile of columns, with all sums in registers.
 
-The compiler would keep the sums of a plain loop in memory, and spend as much time there as on the products; so this
-module writes the loop in LLVM's own vectors, of 64 bytes, which it maps to what the processor has. Rank follows rank:
-every sum has its terms in ascending order.
+For a plain loop the compiler would keep the sums in memory and spend as much time on them as on the products. So this
+module emits the loop with LLVM vectors of 64 bytes, which LLVM maps to the processor's own. Every sum adds its terms in
+ascending order of rank.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,misc"
@@ -15,19 +15,19 @@ from adaptkit.numerics.kernels._cpu_product import ROWS, VECTORS
 
 
 def repeated(builder, number, kind):
-    """A vector of one number."""
+    """Broadcast a number to a vector."""
     lone = builder.insert_element(ir.Constant(kind, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
     mask = ir.Constant(ir.VectorType(ir.IntType(32), kind.count), None)
     return builder.shuffle_vector(lone, lone, mask)
 
 
 class _Emitter:
-    """Writes the loops for arrays that numba passes.
+    """Emits the loops for arrays that numba passes.
 
     Args:
-        builder: where to write.
-        arrays: a, b and out, as numba's structures.
-        wide: whether the sums are float64.
+        builder: LLVM's builder, positioned in the function.
+        arrays: a, b and out, as numba's array structures.
+        wide: whether the sums are float64; if not, float32.
     """
 
     def __init__(self, builder, arrays, wide):
@@ -47,7 +47,7 @@ class _Emitter:
         return self.builder.bitcast(self.builder.gep(array.data, [index]), kind.as_pointer())
 
     def product(self, sums, row, base, k, column):
-        """Add the products of rank k to the sums; ``base`` is where the tile begins in ``a``."""
+        """Add the products of rank k to the sums; ``base`` is the index of the tile's first element in ``a``."""
         builder = self.builder
         start = builder.add(base, builder.add(builder.mul(k, self.extent(self.a, 2)), column))
         vectors = []
@@ -77,12 +77,12 @@ class _Emitter:
 
 @intrinsic
 def multiply(typingctx, a, b, row, tile, first, stop, count, out):
-    """Put B A for ``ROWS`` rows from ``row`` on and a tile's first columns into ``out``.
+    """Write B A to ``out``, for ``ROWS`` rows from ``row`` on and the first columns of a tile.
 
     ``a`` is (tiles, K, columns) float32, columns being a multiple of ``STEP``; ``b`` is (rows, K) float32. The sums run
-    over the ranks from ``first`` to ``stop`` - 1. At least ``count`` columns of ``out``, (ROWS, columns) float32 or
-    float64, are written, and at most up to the next multiple of ``STEP``. A product of two float32 is exact in float64,
-    so there it does not matter whether the processor fuses it with the addition.
+    over the ranks from ``first`` to ``stop`` - 1. ``out`` is (ROWS, columns) float32 or float64, of which ``count``
+    columns are written, rounded up to a multiple of at most ``STEP``. A product of two float32 is exact in float64, so
+    there it does not matter whether the processor fuses it with the addition.
     """
 
     def codegen(context, builder, signature, arguments):

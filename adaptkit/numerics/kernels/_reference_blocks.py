@@ -1,4 +1,4 @@
-"""The block-wise part of ``reference``: weights to codes and back, constants to codes and back."""
+"""The block-wise part of ``reference``: encoding and decoding of weights and of constants."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TINY = 1e-38
-"""Stands in for the absmax of a zero block, so that no scale is infinite."""
+"""Least divisor: replaces the absmax of a zero block, so that no scale is infinite."""
 
 GROUP = 256
-"""Constants that share one constant of their own."""
+"""Number of constants that share one nested constant."""
 
 Encoded: TypeAlias = "tuple[Any, Any, Any]"
-"""Codes, absmax, and moments if they were asked for."""
+"""Codes, absmax, and moments (None if not requested)."""
 
 
 def encode_4bit(weight: Tensor, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
@@ -27,14 +27,15 @@ def encode_4bit(weight: Tensor, block_size: int, book: Codebook, measure: bool =
 
     Args:
         weight: any shape, floating point, N elements, taken in row-major order.
-        block_size: weights sharing one scale; even.
-        book: the levels.
+        block_size: number of weights that share one scale; even.
+        book: the codebook.
         measure: whether to return the moments too.
 
     Returns:
-        codes: (ceil(N / 2),) uint8, two a byte, the earlier weight in the high nibble; a missing last one is zero's.
-        absmax: (ceil(N / block_size),) float32, in the weight's units; 0 for a zero block, ``TINY`` if it is a tail,
-            and not finite exactly where a block is not.
+        codes: (ceil(N / 2),) uint8, two per byte, the earlier weight in the high nibble; if N is odd, the last low
+            nibble is the code of zero.
+        absmax: (ceil(N / block_size),) float32, in the weight's units; for a block of zeros 0, or ``TINY`` if it is a
+            short last block; not finite exactly where the block is not.
         moments: (ceil(N / block_size), 3) float32, or None. With x a weight and l its level: Σ x², Σ x l, Σ l² of each
             block, added in float64 in no fixed order and rounded once.
 
@@ -69,16 +70,16 @@ def decode_4bit(
         codes: (ceil(count / 2),) uint8.
         absmax: (ceil(count / block_size),) float32.
         count: number of weights.
-        block_size: weights sharing one scale.
-        book: the levels.
+        block_size: number of weights that share one scale.
+        book: the codebook.
         dtype: bfloat16, float16 or float32.
 
     Returns:
         (count,) weights of ``dtype``.
     """
-    levels = torch.tensor(book.levels, dtype=torch.float32).to(codes.device, non_blocking=True)  # the host goes on
+    levels = torch.tensor(book.levels, dtype=torch.float32).to(codes.device, non_blocking=True)  # does not block
     byte = torch.arange(256, device=codes.device)
-    pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)  # one look-up gives both weights of a byte
+    pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)  # one look-up decodes both weights of a byte
     values = pairs.index_select(0, codes.reshape(-1).int()).view(-1)[:count]
     return _scale(values, absmax, block_size).to(dtype)
 
@@ -88,7 +89,7 @@ def encode_8bit(weight: Tensor, block_size: int, measure: bool = False) -> Encod
 
     Args:
         weight: any shape, floating point, N elements, taken in row-major order.
-        block_size: weights sharing one scale, at least 1.
+        block_size: number of weights that share one scale, at least 1.
         measure: whether to return the moments too.
 
     Returns:
@@ -106,27 +107,27 @@ def encode_8bit(weight: Tensor, block_size: int, measure: bool = False) -> Encod
 
 
 def int8_factors(absmax: Tensor) -> Tensor:
-    """What a block is multiplied by: 127 / absmax, 0 for a zero block, and infinite where that overflows."""
+    """Return the factor of each block: 127 / absmax, 0 for a zero block, infinity where that overflows."""
     return torch.where(absmax > 0, torch.full_like(absmax, 127) / absmax, torch.zeros_like(absmax))
 
 
 def steps_8bit(absmax: Tensor) -> Tensor:
-    """What a code of each block is multiplied by: absmax / 127, in float32."""
-    return absmax / torch.full_like(absmax, 127)  # by a tensor: torch may multiply by the reciprocal of a number
+    """Return the step of each block, by which its codes are multiplied: absmax / 127, in float32."""
+    return absmax / torch.full_like(absmax, 127)  # by a tensor: for a number torch may use the reciprocal
 
 
 def decode_8bit(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtype: torch.dtype) -> Tensor:
-    """Code times absmax / 127 in float32, rounded once to ``dtype``: (count,); arguments as in ``decode_4bit``."""
+    """Return code times absmax / 127 in float32, rounded once to ``dtype``, (count,); arguments of ``decode_4bit``."""
     step = steps_8bit(absmax)
     return _scale(codes.reshape(-1)[:count].float(), step, block_size).to(dtype)
 
 
 def encode_constants(absmax: Tensor, lookup: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Quantize absmax constants to 8 bits in groups of ``GROUP``, after taking away their mean.
+    """Quantize absmax constants to 8 bits in groups of ``GROUP``, after subtracting their mean.
 
     Args:
         absmax: (M,) float32, finite, not negative, M > 0.
-        lookup: (65536,) uint8, the code of each of as many evenly spaced values in [-1, 1].
+        lookup: (65536,) uint8, the code of each of 65,536 evenly spaced values in [-1, 1].
         levels: (256,) float32, the level of each code, ascending, the last one 1.
 
     Returns:
@@ -135,9 +136,9 @@ def encode_constants(absmax: Tensor, lookup: Tensor, levels: Tensor) -> tuple[Te
         offset: the mean, a float64 sum in ascending order rounded once to float32: torch's own mean depends on the
             number of threads.
 
-    Source: QLoRA (arXiv:2305.14314), section 3, as bitsandbytes 0.50 computes it on a CPU, except for the mean, for
-    groups that differ by less than 3e-39, and for the next larger code where a constant would decode to a negative
-    number.
+    Source: QLoRA (arXiv:2305.14314), section 3, as bitsandbytes 0.50 computes it on a CPU, with three exceptions: the
+    mean; groups whose constants are within 3e-39 of the mean; and constants that would decode to a negative number,
+    which get a larger code.
     """
     count = absmax.numel()
     offset = float(np.float32(np.cumsum(absmax.cpu().numpy(), dtype=np.float64)[-1] / count))
@@ -157,7 +158,7 @@ def encode_constants(absmax: Tensor, lookup: Tensor, levels: Tensor) -> tuple[Te
 
 
 def decode_constants(codes: Tensor, nested_absmax: Tensor, offset: float, levels: Tensor) -> Tensor:
-    """Level times nested absmax, plus the offset, each rounded to float32: (M,); arguments as ``encode_constants``'."""
+    """Return level times nested absmax plus offset, each rounded to float32: (M,); see ``encode_constants``."""
     scale = nested_absmax.repeat_interleave(GROUP)[: codes.numel()]
     return levels[codes.int()] * scale + offset
 

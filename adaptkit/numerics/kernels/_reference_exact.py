@@ -1,7 +1,8 @@
-"""The part of ``reference`` that merges and takes back: the canonical change, the rounded addition, its undoing.
+"""The part of ``reference`` that merges and unmerges: the canonical change, the rounded addition, its inverse.
 
-A merge is round(gain · W + Δ), where W and the result are of one short type and all else is float64: the product is
-rounded to float64, then the sum, and that once to the short type. The gain is 1 unless an adapter says otherwise.
+A merge is round(gain · W + Δ), where W and the result have one type of at most 32 bits and all else is float64: the
+product is rounded to float64, then the sum is, and that is rounded once to the type of W. The gain is 1 unless an
+adapter has another.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ if TYPE_CHECKING:
 
 
 def int_type(dtype: torch.dtype) -> torch.dtype:
-    """The integer type that holds the bits of a weight type."""
+    """Return the integer type that holds the bits of a weight type."""
     return {2: torch.int16, 4: torch.int32}[dtype.itemsize]
 
 
 @dataclass(frozen=True)
 class Factors:
-    """Low-rank changes of one weight, to be added to it in their order.
+    """Low-rank changes of one weight, to be added to it in this order.
 
     Attributes:
-        lora_a: (Σ ranks, in) float32, the adapters' A matrices one under the other.
-        lora_b: (out, Σ ranks) float32, their B matrices side by side.
-        ranks: one per adapter.
-        scales: weight · scaling, one per adapter.
+        lora_a: (Σ ranks, in) float32, the adapters' A matrices stacked vertically.
+        lora_b: (out, Σ ranks) float32, their B matrices stacked horizontally.
+        ranks: rank of each adapter.
+        scales: weight · scaling of each adapter.
     """
 
     lora_a: Tensor
@@ -39,16 +40,16 @@ class Factors:
 
 @dataclass(frozen=True)
 class RowsMerged:
-    """What ``merge_rows`` made of some rows.
+    """The result of ``merge_rows``.
 
     Attributes:
-        weight: (rows, in) of the weight's type; an array or a tensor, as the weight was.
-        residual: (M,) int64, what ``undo_residual`` gives; empty if it was not asked for.
-        finite: whether all of ``weight`` is; if it is not, the figures below mean nothing.
-        moved: how many values changed.
+        weight: (rows, in) of the original weight's type; an array or a tensor like the original.
+        residual: (M,) int64, as from ``undo_residual``; empty if not requested.
+        finite: whether all of ``weight`` is finite; if not, the figures below are meaningless.
+        moved: number of values that changed.
         squared_delta: Σ Δ².
         squared_weight: Σ W².
-        overlap: Σ (merged - W) · Δ, which may be off by 1e-6 · Σ Δ².
+        overlap: Σ (merged - W) · Δ, with an error of up to 1e-6 · Σ Δ².
     """
 
     weight: Any
@@ -61,10 +62,11 @@ class RowsMerged:
 
 
 def low_rank_delta(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Tensor:
-    """The canonical change of a weight: Σ over adapters of scale · (B A), the same bits on every machine.
+    """Return the canonical change of a weight: Σ over adapters of scale · (B A), the same bits on every machine.
 
-    The inner sum runs in float64 with k ascending; a product of two float32 is exact there. It is scaled, then added
-    to the sum of the adapters before it. No matrix library is involved, so neither threads nor processors matter.
+    The inner sum is computed in float64 in ascending order of rank; a product of two float32 is exact there. It is
+    scaled, then added to the sum of the adapters before it. No matrix library is used, so the bits depend neither on
+    threads nor on the processor.
 
     Args:
         lora_a: see ``Factors``.
@@ -88,10 +90,10 @@ def low_rank_delta(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: lis
 
 
 def round_to(exact: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float64 to a shorter float once, to nearest with ties to even.
+    """Round float64 once to a narrower float type, to nearest with ties to even.
 
-    torch converts by way of float32 and so rounds twice. Here the float32 step rounds to odd, which keeps enough of
-    the lost part for the second step to be right (Boldo and Melquiond, 2008).
+    torch converts through float32 and so rounds twice. Here the float32 step rounds to odd, which keeps enough
+    information for the second step to be correct (Boldo and Melquiond, 2008).
     """
     nearest = exact.to(torch.float32)
     if dtype == torch.float32:
@@ -109,17 +111,17 @@ def add_rounded(weight: Tensor, delta: Tensor, gain: Tensor | None = None) -> Te
     Args:
         weight: (out, in) bfloat16, float16 or float32.
         delta: (out, in) float64.
-        gain: float64, finite, of two dimensions that broadcast to (out, in); None for 1.
+        gain: float64, finite, two-dimensional, broadcast to (out, in); None for 1.
 
     Returns:
-        (out, in) of the weight's dtype; not finite where the sum overflows it.
+        (out, in) of the weight's dtype; not finite where the sum overflows.
     """
     exact = weight.double()
     return round_to((exact if gain is None else exact * gain) + delta, weight.dtype)
 
 
 def addition_sums(weight: Tensor, merged: Tensor, delta: Tensor) -> tuple[int, float, float, float]:
-    """What an addition did: for reports, so that here alone the order of the sums is left open.
+    """Return figures of an addition for reports; so, unlike elsewhere, the order of the sums is not fixed.
 
     Args:
         weight: (out, in), before.
@@ -127,7 +129,7 @@ def addition_sums(weight: Tensor, merged: Tensor, delta: Tensor) -> tuple[int, f
         delta: (out, in) float64.
 
     Returns:
-        How many values moved, Σ Δ², Σ W², and Σ (merged - W) · Δ.
+        The number of values that changed, Σ Δ², Σ W², and Σ (merged - W) · Δ.
     """
     exact = weight.double()
     effect = merged.double() - exact
@@ -154,12 +156,12 @@ def from_ordinal(ordinals: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _candidate(merged: Tensor, delta: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A guess at the original weight, as an ordinal, and where it is certain.
+    """Return a guess at the original weight, as an ordinal, and where it is certain.
 
-    The guess is (merged - delta) / gain, rounded; or merged itself where that is not finite, as it is for a gain of 0:
-    what replaces a weight is often near it. A weight's result rises with it, or falls if the gain is negative, or
-    stays the same if that is 0. So the weights that have one result are neighbours, and the guess is the original for
-    certain where it has the result ``merged`` and neither of its neighbours does.
+    The guess is (merged - delta) / gain, rounded, or ``merged`` where that is not finite (as for a gain of 0, where
+    merged is delta: a replacement is often close to the original). The result of a merge is monotonic in the weight:
+    it rises, falls with a negative gain, or is constant with a gain of 0. So the weights with one result are
+    neighbours, and the guess is certainly the original if its result is ``merged`` and that of neither neighbour is.
     """
     exact = merged.double() - delta
     near = round_to(exact if gain is None else exact / gain, merged.dtype)
@@ -172,7 +174,7 @@ def _candidate(merged: Tensor, delta: Tensor, gain: Tensor | None) -> tuple[Tens
 
 
 def undo_residual(weight: Tensor, merged: Tensor, delta: Tensor, gain: Tensor | None = None) -> Tensor:
-    """What must be kept so that ``undo`` restores ``weight`` to the bit.
+    """Return what must be stored so that ``undo`` restores ``weight`` bit for bit.
 
     Args:
         weight: (out, in), the original.
@@ -182,26 +184,26 @@ def undo_residual(weight: Tensor, merged: Tensor, delta: Tensor, gain: Tensor | 
 
     Returns:
         (M,) int64: for each of the M weights that ``merged``, ``delta`` and ``gain`` do not determine, in row-major
-        order, how many representable numbers the original lies above the guess.
+        order, the ordinal of the original minus that of the guess.
     """
     guess, certain = _candidate(merged, delta, gain)
     return (ordinal(weight) - guess)[~certain].long()
 
 
 def undo(merged: Tensor, delta: Tensor, residual: Tensor, gain: Tensor | None = None) -> tuple[Tensor, int]:
-    """Restore the weight from which ``add_rounded`` made ``merged``.
+    """Restore the weight that ``add_rounded`` turned into ``merged``.
 
     Args:
         merged: (out, in).
         delta: (out, in) float64, the same bits as when merging.
-        residual: (M,) int64 that begins with what ``undo_residual`` gave; more may follow.
+        residual: (M,) int64 that begins with the result of ``undo_residual``; more may follow.
         gain: the same bits as when merging.
 
     Returns:
         The weight, (out, in) of the merged dtype, and how much of the residual was used.
 
     Raises:
-        ValueError: the residual is shorter than this addition calls for.
+        ValueError: the residual is shorter than this addition requires.
     """
     guess, certain = _candidate(merged, delta, gain)
     used = int((~certain).sum())
@@ -211,13 +213,13 @@ def undo(merged: Tensor, delta: Tensor, residual: Tensor, gain: Tensor | None = 
 
 
 def check_length(used: int, length: int) -> None:
-    """Refuse a residual that is too short."""
+    """Raise ``ValueError`` if a residual is too short."""
     if used > length:
         raise ValueError(f"{used} weights are ambiguous, but it holds {length}")
 
 
 def prepare(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Factors:
-    """Bring changes into the form that ``merge_rows`` and ``unmerge_rows`` want; see ``Factors``."""
+    """Convert changes into the form that ``merge_rows`` and ``unmerge_rows`` take; see ``Factors``."""
     return Factors(lora_a, lora_b, ranks, scales)
 
 
@@ -231,8 +233,8 @@ def merge_rows(weight: Tensor, factors: Factors, start: int, with_undo: bool) ->
     Args:
         weight: (rows, in) bfloat16, float16 or float32.
         factors: from ``prepare`` of the same module.
-        start: which row of the whole weight the first one is.
-        with_undo: also find the residual.
+        start: index of the first row in the whole weight.
+        with_undo: whether to compute the residual too.
     """
     delta = _delta_rows(factors, start, weight.shape[0])
     merged = add_rounded(weight, delta)
@@ -242,12 +244,12 @@ def merge_rows(weight: Tensor, factors: Factors, start: int, with_undo: bool) ->
 
 
 def unmerge_rows(merged: Tensor, factors: Factors, start: int, residual: Tensor) -> tuple[Tensor, int]:
-    """Restore the rows that ``merge_rows`` was given; see ``undo`` for what is returned and raised.
+    """Restore the rows that ``merge_rows`` was given; see ``undo`` for the return value and errors.
 
     Args:
         merged: (rows, in).
         factors: the same changes in the same order, from ``prepare`` of the same module.
-        start: which row of the whole weight the first one is.
-        residual: (M,) int64 that begins with what ``merge_rows`` gave.
+        start: index of the first row in the whole weight.
+        residual: (M,) int64 that begins with the residual from ``merge_rows``.
     """
     return undo(merged, _delta_rows(factors, start, merged.shape[0]), residual)

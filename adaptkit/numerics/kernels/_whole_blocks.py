@@ -1,6 +1,6 @@
-"""What ``cpu`` and ``gpu`` share: their kernels do whole blocks, and the definition does a short last one.
+"""Shared by ``cpu`` and ``gpu``: their kernels encode whole blocks, and ``reference`` encodes a short last block.
 
-A last block of fewer weights is scaled by another rule, once in a tensor at most, so it is not worth a second kernel.
+A short last block is scaled by another rule. There is at most one per tensor, so it is not worth a second kernel.
 """
 
 from collections.abc import Callable
@@ -9,24 +9,24 @@ from typing import Any
 from adaptkit.numerics.kernels._reference_blocks import Encoded
 
 Encode = Callable[[Any, Any, Any, Any], None]
-"""(weights, codes, absmax, moments or None): fills all but the first."""
+"""Called with (weights, codes, absmax, moments or None); writes all but the first."""
 Empty = Callable[[tuple[int, ...], str], Any]
-"""Makes an array or a tensor of a shape and of a type, given by its name."""
+"""Called with a shape and the name of a type; returns an array or a tensor."""
 
 
 def encode(
     flat: Any, block_size: int, bits: int, measure: bool, empty: Empty, whole: Encode, definition: Encode
 ) -> Encoded:
-    """Encode the whole blocks of a weight with ``whole`` and what is left with ``definition``.
+    """Encode the whole blocks of a weight with ``whole`` and the rest with ``definition``.
 
     Args:
         flat: (N,) bfloat16, float16 or float32, contiguous.
-        block_size: weights sharing one constant.
-        bits: of a code.
+        block_size: number of weights that share one constant.
+        bits: bits per code.
         measure: whether to return the moments too.
-        empty: makes what is to be filled.
+        empty: allocates the outputs.
         whole: encodes whole blocks.
-        definition: encodes the last block.
+        definition: encodes a short last block.
     """
     count = int(flat.shape[0])
     blocks = -(-count // block_size)
@@ -43,7 +43,7 @@ def encode(
 
 
 def fill(encoded: Encoded, codes: Any, absmax: Any, moments: Any) -> None:
-    """Copy what the definition returned to where it belongs."""
+    """Copy the result of a function of ``reference`` to the outputs."""
     codes[:], absmax[:] = encoded[0], encoded[1]
     if moments is not None and encoded[2] is not None:
         moments[:] = encoded[2]

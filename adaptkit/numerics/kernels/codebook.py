@@ -1,4 +1,4 @@
-"""The sixteen levels of each 4-bit format, and how a scaled weight finds its own."""
+"""The sixteen levels of each 4-bit format, and the bounds that map a scaled weight to one of them."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,7 +28,7 @@ NF4_LEVELS = (
 _FP4_MAGNITUDES = tuple(float(np.float32(twelfths / 12)) for twelfths in (0, 0.0625, 8, 12, 4, 6, 2, 3))
 
 FP4_LEVELS = (*_FP4_MAGNITUDES, *(0.0 - level for level in _FP4_MAGNITUDES))
-"""A sign bit, then one of eight magnitudes, in the order of their bits; code 8 is a second zero.
+"""Levels in the order of their codes: bit 3 is the sign, bits 0 to 2 select the magnitude; code 8 is a second zero.
 
 Source: bitsandbytes."""
 
@@ -49,23 +49,23 @@ class Codebook:
 
     @cached_property
     def order(self) -> tuple[int, ...]:
-        """The 16 codes in the order of their levels; of equal levels the lower code is first."""
+        """The 16 codes, sorted by level; for equal levels the lower code is first."""
         return tuple(sorted(range(16), key=lambda code: self.levels[code]))
 
     @cached_property
     def ascending(self) -> tuple[float, ...]:
-        """The 16 levels in that order."""
+        """The 16 levels in ascending order."""
         return tuple(self.levels[code] for code in self.order)
 
     @cached_property
     def bounds(self) -> tuple[float, ...]:
-        """The 15 middles between neighbours, rounded to float32; a scaled weight on one of them goes to the lower."""
+        """The 15 midpoints between levels, rounded to float32; a scaled weight equal to one gets the lower level."""
         levels = np.array(self.ascending, np.float32)
         return tuple(((levels[:-1] + levels[1:]) / np.float32(2)).tolist())
 
     @property
     def zero(self) -> int:
-        """The code of a scaled weight that is 0, which also fills the last byte of an odd number of weights."""
+        """The code of a scaled weight of 0, which also fills the last byte if the number of weights is odd."""
         return self.order[sum(bound < 0 for bound in self.bounds)]
 
 
@@ -73,4 +73,4 @@ NF4 = Codebook(NF4_LEVELS)
 FP4 = Codebook(FP4_LEVELS)
 
 BOOKS = {"nf4": NF4, "fp4": FP4}
-"""By the format's name."""
+"""Maps the name of a format to its codebook."""

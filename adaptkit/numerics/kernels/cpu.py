@@ -1,6 +1,6 @@
-"""The kernels of ``reference``, compiled by numba for one CPU core each; they release the GIL.
+"""The kernels of ``reference``, compiled by numba; they run in one thread and release the GIL.
 
-Every function gives the bits of its namesake in ``reference``; read that for what they mean.
+Every function gives the same bits as the function of that name in ``reference``, which documents it.
 """
 
 from adaptkit.numerics.kernels._cpu_blocks import decode_4bit, decode_8bit, encode_4bit, encode_8bit

@@ -1,6 +1,6 @@
-"""The block-wise kernels of ``reference`` in Triton, for CUDA devices; the others are ``reference`` itself there.
+"""The block-wise kernels of ``reference`` in Triton, for CUDA devices; all other kernels are those of ``reference``.
 
-Every function gives the bits of its namesake in ``reference``; read that for what they mean.
+Every function gives the same bits as the function of that name in ``reference``, which documents it.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -53,7 +53,7 @@ _EXACT: dict[str, Any] = {"enable_fp_fusion": False}
 
 def encode_4bit(weight: Tensor, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
     """See ``reference.encode_4bit``."""
-    # A block that is no power of two is no block of any file; the definition takes it.
+    # No file has a block size that is not a power of two; ``reference`` supports it.
     if block_size & (block_size - 1):
         return reference.encode_4bit(weight, block_size, book, measure)
 
@@ -99,9 +99,9 @@ def decode_nested_4bit(
     book: Codebook,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``decode_4bit`` of what ``decode_constants`` gives for ``constants``, to the same bits, in one launch.
+    """Do ``decode_constants`` and ``decode_4bit`` in one launch, with the same bits.
 
-    A training step decodes every weight several times, and where its layers are small it waits for launches.
+    A training step decodes every weight several times, and with small layers it is bound by launches.
     """
     if count % block_size or block_size & (block_size - 1):
         return decode_4bit(codes, decode_constants(*constants), count, block_size, book, dtype)
@@ -126,16 +126,17 @@ def decode_parts_4bit(
     book: Codebook,
     dtype: torch.dtype,
 ) -> Tensor:
-    """``decode_nested_4bit`` of weights that lie one after the other, to the same bits, in one launch.
+    """Do ``decode_nested_4bit`` for several concatenated weights in one launch, with the same bits.
 
     Args:
-        codes: (count / 2,) uint8, of whole blocks.
-        constants: (blocks,) uint8; their nested constants, groups beginning anew with each weight; the offset of each
-            weight, (parts,) float32; the first block and the first group of each, (2, parts) int64; the 256 levels.
-        count: of all weights.
+        codes: (count / 2,) uint8, whole blocks.
+        constants: (blocks,) uint8 codes; their nested constants, (groups,) float32, each weight starting a new group;
+            the offset of each weight, (parts,) float32; the first block and first group of each, (2, parts) int64; the
+            256 levels, float32.
+        count: number of elements of all weights.
         block_size: a power of two.
-        book: of the codes.
-        dtype: of the result.
+        book: codebook of the codes.
+        dtype: type of the result.
     """
     small, nested, offsets, places, nested_levels = constants
     out = torch.empty(count, dtype=dtype, device=codes.device)
@@ -183,7 +184,7 @@ def decode_8bit(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtyp
     """See ``reference.decode_8bit``."""
     out = torch.empty(count, dtype=dtype, device=codes.device)
     codes = codes.reshape(-1).contiguous()
-    steps = steps_8bit(absmax.contiguous())  # here: a division a weight would take the kernel several times as long
+    steps = steps_8bit(absmax.contiguous())  # a division per weight would slow the kernel several times
     arguments = (codes, steps, _bits(out), count, block_size, _WEIGHTS_PER_PROGRAM, _KINDS[dtype])
     if count:
         with _on(codes):
@@ -192,7 +193,7 @@ def decode_8bit(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtyp
 
 
 def decode_constants(codes: Tensor, nested_absmax: Tensor, offset: float, levels: Tensor) -> Tensor:
-    """See ``reference.decode_constants``; in one launch, since a training step decodes every weight several times."""
+    """See ``reference.decode_constants``; one launch, since a training step decodes every weight several times."""
     count, out = codes.numel(), torch.empty(codes.numel(), dtype=torch.float32, device=codes.device)
     if count:
         arguments = (codes.contiguous(), nested_absmax.contiguous(), levels.contiguous(), out, offset, count)
@@ -203,7 +204,7 @@ def decode_constants(codes: Tensor, nested_absmax: Tensor, offset: float, levels
 
 
 def _on(tensor: Tensor) -> AbstractContextManager[None]:
-    """Triton launches on the current device, which need not be the tensor's."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 

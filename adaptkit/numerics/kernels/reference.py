@@ -1,6 +1,6 @@
 """The definition of every kernel, in plain torch on any device.
 
-Read ``_reference_exact`` and ``_reference_blocks`` to know what the bits mean; ``cpu`` and ``gpu`` must give the same.
+``_reference_exact`` and ``_reference_blocks`` document the functions; ``cpu`` and ``gpu`` must give the same bits.
 """
 
 from adaptkit.numerics.kernels._reference_blocks import (
