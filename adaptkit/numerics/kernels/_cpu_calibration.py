@@ -96,7 +96,7 @@ def _within(factor):
 
 @jit
 def best_code(x, h, largest, levels, nested, offset, first, reach, signed, lanes):
-    """Return the nested code, at most ``reach`` away from ``first``, whose constant gives a scaled block the least error.
+    """Return the nested code, at most ``reach`` away from ``first``, whose constant fits a scaled block best.
 
     Unless ``signed``, codes other than ``first`` whose constant is not positive are skipped.
     """

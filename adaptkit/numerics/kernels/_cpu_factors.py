@@ -63,8 +63,8 @@ class Factors:
         or flushed to zero, each operation adds at most 2^-126. One percent more covers the error of the float64 sum.
 
         Returns:
-            (count + ROWS, K) float32, whose last ROWS rows are padding for ``multiply``; and (count,) float32, the
-            maximum difference between their product with A, summed rank by rank, and the canonical change.
+            (count + ROWS, K) float32, whose last ROWS rows are padding for ``multiply``; and (count,) float32,
+            upper bounds on the difference between their product with A, summed rank by rank, and the canonical change.
         """
         rounded = np.empty((count + ROWS, self._scale.size), np.float32)
         errors = np.empty(count, np.float32)

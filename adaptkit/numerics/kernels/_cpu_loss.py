@@ -48,7 +48,8 @@ def cross_entropy(logits, wanted, keep, losses, part):
         logits: (rows, vocabulary) bits; if ``keep``, overwritten with the gradient of the losses' sum.
         wanted: (rows,) int64, the target column of each row.
         keep: whether to compute the gradient.
-        losses: (rows,) float64, written, in nats; NaN if the row has a NaN or positive infinity.
+        losses: (rows,) float64, written, in nats; NaN if the row has a NaN or positive infinity, or only negative
+            infinities.
         part: rows to compute.
     """
     for r in range(part.first, part.last):
