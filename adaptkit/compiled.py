@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adaptkit.kept import Kept, Kind, sources_of
+from adaptkit.kept import CacheEntry, Kind, sources_of
 
 _CONTIGUOUS, _ALIGNED, _WRITEABLE = 0x1, 0x100, 0x400
 """Bits of ``ndarray.flags.num``."""
@@ -31,7 +31,7 @@ INLINED = {"forceinline": True}
 
 _lock = threading.RLock()
 _after_loading: list[Callable[[], None]] = []
-untold: "list[Overload | Written]" = []
+unregistered: "list[Overload | LazyIntrinsic]" = []
 """What must be registered with numba before it compiles the next kernel."""
 
 
@@ -66,7 +66,7 @@ class Kernel:
         with _lock:
             entry = self._entries.get(kinds)
             if entry is None:
-                kept = Kept(self.function, self.options, kinds)
+                kept = CacheEntry(self.function, self.options, kinds)
                 content = kept.read()
                 if content is None:
                     content = import_module("adaptkit.compiler").compile_kernel(self, kinds)
@@ -77,12 +77,12 @@ class Kernel:
         return entry
 
 
-class Written:
+class LazyIntrinsic:
     """A reference to a numba intrinsic for use in kernels; its module is imported only to compile a kernel."""
 
     def __init__(self, module: str, name: str) -> None:
         self._module, self._name = module, name
-        untold.append(self)
+        unregistered.append(self)
 
     @property
     def intrinsic(self) -> Any:
@@ -113,15 +113,15 @@ def overload(of: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[
     """
 
     def register(choose: Callable[..., Any]) -> Callable[..., Any]:
-        untold.append(Overload(of, choose))
+        unregistered.append(Overload(of, choose))
         return choose
 
     return register
 
 
-def written(module: str, name: str) -> Any:
-    """Refer to an intrinsic of a module that imports numba; see ``Written``."""
-    return Written(module, name)
+def lazy_intrinsic(module: str, name: str) -> Any:
+    """Refer to an intrinsic of a module that imports numba; see ``LazyIntrinsic``."""
+    return LazyIntrinsic(module, name)
 
 
 @functools.cache
@@ -158,10 +158,10 @@ def _kind(argument: Any, cells: list[Any]) -> Kind:
     cells.append(argument)
     if isinstance(argument, np.generic):
         return argument.dtype.char
-    return _OF_NUMBERS[type(argument)]
+    return _NUMBER_FORMATS[type(argument)]
 
 
-_OF_NUMBERS = {bool: "?", int: "q", float: "d"}
+_NUMBER_FORMATS = {bool: "?", int: "q", float: "d"}
 """Maps Python's number types to format characters, which are the same in numpy and ``struct``."""
 
 

@@ -21,10 +21,10 @@ from adaptkit.compiled import (
     INLINED,
     STRIDES,
     Kernel,
+    LazyIntrinsic,
     Overload,
-    Written,
     processor_features,
-    untold,
+    unregistered,
 )
 from adaptkit.errors import UsageError
 from adaptkit.kept import Kind
@@ -50,13 +50,13 @@ that has it compiled first. If a sum that may be reordered called ``exponential`
 reordered for every caller in that process, and results would differ between processes.
 """
 
-_FROM_OUTSIDE = {"memcpy", "memmove", "memset", "sqrt", "sqrtf", "log", "logf"}
+_LIBC_FUNCTIONS = {"memcpy", "memmove", "memset", "sqrt", "sqrtf", "log", "logf"}
 """Functions of the C library, which kernels may call since they are in every process."""
 
 
 def compile_kernel(kernel: Kernel, kinds: tuple[Kind, ...]) -> bytes:
     """Compile a kernel for arguments of some kinds; return the content that ``compiled._Entry`` reads."""
-    _tell_numba()
+    _register_with_numba()
     dispatcher = _dispatcher(kernel)
     arguments = tuple(map(_type_of, kinds))
     entry = numba.njit(**_OPTIONS)(_entry(dispatcher, arguments))
@@ -66,7 +66,7 @@ def compile_kernel(kernel: Kernel, kinds: tuple[Kind, ...]) -> bytes:
         raise SystemError(f"{kernel.function.__qualname__} cannot be kept: addresses of this process are in its code")
     name = made.fndesc.llvm_func_name
     module = llvm.parse_assembly(made.library.get_llvm_str())
-    missing = {function.name for function in module.functions if function.is_declaration} - _FROM_OUTSIDE
+    missing = {function.name for function in module.functions if function.is_declaration} - _LIBC_FUNCTIONS
     missing = {symbol for symbol in missing if not symbol.startswith("llvm.")}
     if missing:
         raise SystemError(f"{kernel.function.__qualname__} cannot be loaded without numba: it calls {sorted(missing)}")
@@ -96,15 +96,15 @@ def _dispatcher(kernel: Kernel) -> Any:
     return vars(kernel)["dispatcher"]
 
 
-def _tell_numba() -> None:
+def _register_with_numba() -> None:
     """Register new overloads and intrinsics with numba, which ignores those registered while it compiles."""
-    while untold:
-        found = untold[0]
+    while unregistered:
+        found = unregistered[0]
         if isinstance(found, Overload):
             overload(found.of, jit_options={**_OPTIONS, **INLINED})(found.choose)
         else:
             _ = found.intrinsic  # importing its module registers it
-        del untold[0]  # only now: an interrupt may come before it is registered
+        del unregistered[0]  # only now: an interrupt may come before it is registered
 
 
 @typeof_impl.register(Kernel)
@@ -112,8 +112,8 @@ def _typeof_kernel(kernel, context):
     return numba.typeof(_dispatcher(kernel))
 
 
-@typeof_impl.register(Written)
-def _typeof_written(found, context):
+@typeof_impl.register(LazyIntrinsic)
+def _typeof_intrinsic(found, context):
     return numba.core.registry.cpu_target.typing_context.resolve_value_type(found.intrinsic)
 
 

@@ -30,12 +30,12 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     alike = difflib.get_close_matches(name, sorted(known), n=5)
 
     def likeness(other: str) -> tuple[float, int]:
-        return difflib.SequenceMatcher(None, other, name).ratio(), _begun_alike(name, other)
+        return difflib.SequenceMatcher(None, other, name).ratio(), _common_prefix_length(name, other)
 
     return max(alike, key=likeness, default=None)
 
 
-def _begun_alike(one: str, other: str) -> int:
+def _common_prefix_length(one: str, other: str) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 

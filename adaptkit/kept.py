@@ -19,11 +19,11 @@ For an array (dtype, number of axes, flags), for a number the format character o
 of its elements), for None None.
 """
 
-_OF_NO_CONSEQUENCE = ("NUMBA_NUM_THREADS=", "NUMBA_THREADING_LAYER", "NUMBA_CACHE_")
+_IRRELEVANT_SETTINGS = ("NUMBA_NUM_THREADS=", "NUMBA_THREADING_LAYER", "NUMBA_CACHE_")
 """Environment variables of numba that do not affect the machine code."""
 
 
-class Kept:
+class CacheEntry:
     """The cache entry of a kernel for arguments of some kinds.
 
     The file ends with a SHA-256 of its content and of everything it was made from: it is written without fsync, and a
@@ -32,8 +32,8 @@ class Kept:
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any], kinds: tuple[Kind, ...]) -> None:
         name = f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}"
-        told = sorted((key, sorted(value) if isinstance(value, set) else value) for key, value in options.items())
-        made_for = f"{name}:{function.__code__.co_firstlineno} {told} "
+        settings = sorted((key, sorted(value) if isinstance(value, set) else value) for key, value in options.items())
+        made_for = f"{name}:{function.__code__.co_firstlineno} {settings} "
         made_for += f"{', '.join(map(_described, kinds))} {_processor()}"
         self._name = f"{name}-{hashlib.sha256(made_for.encode()).hexdigest()[:20]}.o"
         self._sources = sources_of(function)
@@ -47,7 +47,7 @@ class Kept:
             with contextlib.suppress(OSError):
                 content = (folder / self._name).read_bytes()
                 end = len(content) - hashlib.sha256().digest_size
-                if end > 0 and self._seal(content[:end]) == content[end:]:
+                if end > 0 and self._checksum(content[:end]) == content[end:]:
                     return content[:end]
         return None
 
@@ -60,13 +60,13 @@ class Kept:
             with contextlib.suppress(OSError):
                 folder.mkdir(parents=True, exist_ok=True)
                 try:
-                    unfinished.write_bytes(content + self._seal(content))
+                    unfinished.write_bytes(content + self._checksum(content))
                     unfinished.replace(folder / self._name)
                 finally:
                     unfinished.unlink(missing_ok=True)
                 return
 
-    def _seal(self, content: bytes) -> bytes:
+    def _checksum(self, content: bytes) -> bytes:
         return hashlib.sha256(self._made_from + content).digest()
 
 
@@ -80,7 +80,7 @@ class Sources:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._stamps = self._look()
+        self._stamps = self._stat_files()
 
     def digest(self) -> bytes | None:
         """Return a hash of the files; None if they have changed or cannot be read (in an archive, for example)."""
@@ -88,7 +88,7 @@ class Sources:
             digest = self._digest
         except OSError:
             return None
-        return digest if self._stamps and self._stamps == self._look() else None
+        return digest if self._stamps and self._stamps == self._stat_files() else None
 
     @functools.cached_property
     def _digest(self) -> bytes:
@@ -97,7 +97,7 @@ class Sources:
             digest.update(path.name.encode() + path.read_bytes())
         return digest.digest()
 
-    def _look(self) -> list[tuple[Any, ...]]:
+    def _stat_files(self) -> list[tuple[Any, ...]]:
         """Return name, inode, modification time and size of each file; an empty list if one cannot be stat'ed."""
         try:
             stats = [(path.name, path.stat()) for path in self._paths()]
@@ -147,11 +147,11 @@ def _processor() -> str:
     import llvmlite
     from llvmlite import binding
 
-    told = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
-    told = [setting for setting in told if not setting.startswith(_OF_NO_CONSEQUENCE)]
+    settings = sorted(f"{name}={value}" for name, value in os.environ.items() if name.startswith("NUMBA_"))
+    settings = [setting for setting in settings if not setting.startswith(_IRRELEVANT_SETTINGS)]
     features = binding.get_host_cpu_features().flatten()
     head = f"head={object.__basicsize__}"
-    return " ".join([llvmlite.__version__, binding.get_host_cpu_name(), features, head, *told])
+    return " ".join([llvmlite.__version__, binding.get_host_cpu_name(), features, head, *settings])
 
 
 def _described(kind: Kind) -> str:

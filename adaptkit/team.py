@@ -31,7 +31,7 @@ from adaptkit.compiled import Kernel, load_text
 _HEAD = ("number", "count", "kernel", "rows", "useful", "size", "failed")
 _FUNCTIONS = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel")
 
-_WORTH, _LEAST = 1 << 18, 1 << 14
+_MIN_TEAM_ELEMENTS, _MIN_THREAD_ELEMENTS = 1 << 18, 1 << 14
 """Elements required to use a team, and for each of its threads: on a busy machine a team waits for its last thread."""
 
 _lock = threading.Lock()
@@ -77,7 +77,7 @@ class Shared(Kernel):
         array = arguments[self._divided]
         rows = len(array)
         entry, cells = self._prepare((*arguments, Part(0, 0, rows)))
-        useful = min(rows, array.size // _LEAST) if array.size >= _WORTH else 1
+        useful = min(rows, array.size // _MIN_THREAD_ELEMENTS) if array.size >= _MIN_TEAM_ELEMENTS else 1
         if useful > 1:
             useful = min(useful, team_size() if threads is None else threads)
         if useful > 1:
@@ -106,7 +106,7 @@ def run(kernel: int, cells: bytes, rows: int, useful: int) -> None:
     number, count, parallel = _openmp()
     head = struct.pack(f"{len(_HEAD)}Q", number, count, kernel, rows, useful, len(cells) // 8, 0)
     data = ctypes.create_string_buffer(head + cells * useful, len(head) + len(cells) * useful)
-    _, share = _share()
+    _, share = _thread_function()
     parallel(share, data, 0, 0)  # 0: as many threads as OpenMP is set to use
     status = struct.unpack_from(f"{len(_HEAD)}Q", data)[_HEAD.index("failed")]
     if status:
@@ -139,15 +139,15 @@ def _openmp() -> Any:
     return *(ctypes.cast(function, ctypes.c_void_p).value for function in known), parallel
 
 
-def _share() -> tuple[Any, int]:
-    """Return the engine that keeps the function of ``_text`` loaded, and its address; compiled on first use."""
+def _thread_function() -> tuple[Any, int]:
+    """Return the engine that keeps the function of ``_thread_function_ir`` loaded, and its address; cached."""
     with _lock:
         if not _made:
-            _made.append(load_text(_text(), "share"))
+            _made.append(load_text(_thread_function_ir(), "share"))
     return _made[0]
 
 
-def _text() -> str:
+def _thread_function_ir() -> str:
     """Return the LLVM IR of the function that every thread of a team runs."""
     from llvmlite import ir
 

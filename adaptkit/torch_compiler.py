@@ -20,9 +20,9 @@ from types import ModuleType
 from typing import Any
 
 _COMPILER = "torch._dynamo"
-_MARKS = ("disable", "assume_constant_result", "allow_in_graph")
+_DECORATORS = ("disable", "assume_constant_result", "allow_in_graph")
 """Decorators that both ``torch.compiler`` and the compiler itself have."""
-_TAKEN = "_trace_wrapped_higher_order_op"
+_NEEDED_MODULE = "_trace_wrapped_higher_order_op"
 """The module from which transformers imports a class."""
 
 
@@ -36,14 +36,14 @@ def leave_compiler_out() -> None:
 
     if "_dynamo" in vars(torch):  # the compiler is loaded, or this was called before
         return
-    absent = _Absent(_COMPILER)
-    absent.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
-    for name in _MARKS:
-        mark = _mark_late(getattr(torch.compiler, name))
-        setattr(torch.compiler, name, mark)
-        setattr(absent, name, mark)
-    torch._dynamo = absent  # importing the real module replaces it
-    _load_alone(PathFinder.find_spec(f"{_COMPILER}.{_TAKEN}", absent.__path__))
+    placeholder = _Placeholder(_COMPILER)
+    placeholder.__path__ = [str(Path(torch.__file__).parent / "_dynamo")]
+    for name in _DECORATORS:
+        decorator = _ignore_until_loaded(getattr(torch.compiler, name))
+        setattr(torch.compiler, name, decorator)
+        setattr(placeholder, name, decorator)
+    torch._dynamo = placeholder  # importing the real module replaces it
+    _load_separately(PathFinder.find_spec(f"{_COMPILER}.{_NEEDED_MODULE}", placeholder.__path__))
 
 
 @contextmanager
@@ -51,30 +51,30 @@ def without_compiler() -> Iterator[None]:
     """Leave torch's own functions undecorated while the block runs, if ``leave_compiler_out`` was called."""
     import torch
 
-    absent = vars(torch).get("_dynamo")
-    if not isinstance(absent, _Absent) or _COMPILER in sys.modules:
+    placeholder = vars(torch).get("_dynamo")
+    if not isinstance(placeholder, _Placeholder) or _COMPILER in sys.modules:
         yield
         return
-    sys.modules[_COMPILER] = absent  # torch's functions import it to decorate themselves
-    finder = _Finder(absent)
+    sys.modules[_COMPILER] = placeholder  # torch's functions import it to decorate themselves
+    finder = _Finder(placeholder)
     sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
-        absent.give_way()
+        placeholder.remove_placeholder()
 
 
-class _Absent(ModuleType):
+class _Placeholder(ModuleType):
     """A placeholder for ``torch._dynamo``."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # attributes that Python looks up in every module
             raise AttributeError(name)
-        self.give_way()
+        self.remove_placeholder()
         return getattr(importlib.import_module(_COMPILER), name)
 
-    def give_way(self) -> None:
+    def remove_placeholder(self) -> None:
         """Remove the placeholder from ``sys.modules``, so that the compiler can be imported."""
         if sys.modules.get(_COMPILER) is self:
             del sys.modules[_COMPILER]
@@ -83,25 +83,25 @@ class _Absent(ModuleType):
 class _Finder(MetaPathFinder):
     """Finds the compiler's submodules while the placeholder is in ``sys.modules``."""
 
-    def __init__(self, absent: _Absent) -> None:
-        self._absent = absent
+    def __init__(self, placeholder: _Placeholder) -> None:
+        self._placeholder = placeholder
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        inside = fullname.startswith(f"{_COMPILER}.") and sys.modules.get(_COMPILER) is self._absent
-        return ModuleSpec(fullname, _Inside(self._absent)) if inside else None
+        inside = fullname.startswith(f"{_COMPILER}.") and sys.modules.get(_COMPILER) is self._placeholder
+        return ModuleSpec(fullname, _Inside(self._placeholder)) if inside else None
 
 
 class _Inside(Loader):
     """Loads a submodule by removing the placeholder and importing it normally, which Python allows inside an import."""
 
-    def __init__(self, absent: _Absent) -> None:
-        self._absent = absent
+    def __init__(self, placeholder: _Placeholder) -> None:
+        self._placeholder = placeholder
         self._own: ModuleSpec | None = None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        self._absent.give_way()
+        self._placeholder.remove_placeholder()
         module = importlib.import_module(spec.name)
         self._own = module.__spec__
         return module
@@ -110,17 +110,17 @@ class _Inside(Loader):
         vars(module)["__spec__"] = self._own
 
 
-def _mark_late(mark: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(mark)
+def _ignore_until_loaded(decorator: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(decorator)
     def late(fn: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if not isinstance(sys.modules.get(_COMPILER), _Absent | None):
-            return mark(fn, *args, **kwargs)
+        if not isinstance(sys.modules.get(_COMPILER), _Placeholder | None):
+            return decorator(fn, *args, **kwargs)
         return fn if fn is not None else lambda function: late(function, *args, **kwargs)
 
     return late
 
 
-def _load_alone(spec: ModuleSpec | None) -> None:
+def _load_separately(spec: ModuleSpec | None) -> None:
     """Load one of the compiler's modules without the compiler, if this version of torch has it and allows that."""
     if spec is None or spec.loader is None:
         return

@@ -57,7 +57,7 @@ INSIDE_OPERATIONS = {
     "_stack": set(),
 }
 """What belongs to one operation; the modules that stand beside these folders are for all of them."""
-BY_NAME = ("import_module", "late", "written", "__import__")
+BY_NAME = ("import_module", "late", "lazy_intrinsic", "__import__")
 """Functions that import a module whose name they are given, some of them later."""
 MODULES = sorted(PACKAGE.rglob("*.py"))
 INSIDE_TRAINING = {

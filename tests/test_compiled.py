@@ -17,7 +17,7 @@ import pytest
 
 import adaptkit
 from adaptkit.compiled import Kernel, jit
-from adaptkit.compiler import _tell_numba, compile_kernel
+from adaptkit.compiler import _register_with_numba, compile_kernel
 from adaptkit.numerics.kernels._cpu_instructions import wide
 
 DECODE = """
@@ -424,7 +424,7 @@ def add(x, y):
 @pytest.mark.skipif(not llvmlite.binding.get_host_cpu_features().get("avx512f"), reason="no such vectors here")
 def test_wide_vectors_are_used_where_they_are_asked_for():
     """Registers of 64 bytes have names of their own."""
-    _tell_numba()
+    _register_with_numba()
     kernel = numba.njit(add)
     kernel(np.zeros(64, np.float32), np.zeros(64, np.float32))
     (text,) = kernel.inspect_asm().values()

@@ -8,7 +8,7 @@ attends to columns ``first <= column < last``; the other columns of the block be
 import numpy as np
 
 from adaptkit.compiled import INLINED, compiled, inlined
-from adaptkit.numerics.kernels._cpu_float import in_order, rounded, value
+from adaptkit.numerics.kernels._cpu_float import rounded, sortable_bits, value
 from adaptkit.team import shared
 
 _REORDERED = {"reassoc", "nnan", "nsz"}
@@ -52,11 +52,11 @@ def _scale(scores, seen, scale, work):
         bits = np.float32(number).view(np.int32)
         size = np.int32(bits & np.int32(0x7FFFFFFF))
         magnitude = size if size > magnitude else magnitude
-        ordered = in_order(bits)
+        ordered = sortable_bits(bits)
         largest = ordered if ordered > largest else largest
     if magnitude >= np.int32(0x7F800000):
         return np.float32(np.nan)
-    return np.int32(in_order(largest)).view(np.float32)
+    return np.int32(sortable_bits(largest)).view(np.float32)
 
 
 @compiled(fastmath=_REORDERED, **INLINED)

@@ -22,7 +22,7 @@ from adaptkit.numerics.kernels import _reference_blocks as reference
 from adaptkit.numerics.kernels import _whole_blocks
 from adaptkit.numerics.kernels._cpu_cells import CHUNK as CELL_CHUNK
 from adaptkit.numerics.kernels._cpu_cells import cell_tables, encode_block
-from adaptkit.numerics.kernels._cpu_float import any_value, float_bits, magnitude, plain, rounded, value
+from adaptkit.numerics.kernels._cpu_float import any_value, canonical_nan, float_bits, magnitude, rounded, value
 from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
 from adaptkit.numerics.kernels._cpu_memory import empty
 from adaptkit.numerics.kernels._reference_blocks import TINY, Encoded
@@ -186,14 +186,14 @@ def _decode_4bit_by_look_up(codes, absmax, block_size, levels, out):
     half = block_size // 2
     for block in range(absmax.size):
         packed = codes[block * half : (block + 1) * half]
-        decode_block(packed, plain(absmax[block]), levels, out[block * block_size : (block + 1) * block_size])
+        decode_block(packed, canonical_nan(absmax[block]), levels, out[block * block_size : (block + 1) * block_size])
 
 
 @jit
 def _decode_4bit_by_selection(codes, absmax, block_size, levels, out):
     half = block_size // 2
     for block in range(absmax.size):
-        a = plain(absmax[block])
+        a = canonical_nan(absmax[block])
         values = (
             rounded(out, levels[0] * a),
             rounded(out, levels[1] * a),
@@ -297,7 +297,7 @@ def encode_8bit(weight: Values, block_size: int, measure: bool = False) -> Encod
 @jit
 def _decode_8bit(codes, absmax, block_size, out):
     for block in range(absmax.size):
-        step = plain(absmax[block]) / np.float32(127)
+        step = canonical_nan(absmax[block]) / np.float32(127)
         q = codes[block * block_size : (block + 1) * block_size]
         x = out[block * block_size : (block + 1) * block_size]
         for i in range(q.size):

@@ -8,7 +8,7 @@ from functools import cache
 
 import numpy as np
 
-from adaptkit.compiled import written
+from adaptkit.compiled import lazy_intrinsic
 from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.kernels._cpu_lookup import has_avx512
 from adaptkit.numerics.kernels.codebook import Codebook
@@ -22,7 +22,7 @@ CELLS = has_avx512("f")
 SCALE, OFFSET = 15.0, 16.0
 """The cell of a scaled weight x, which lies in [-1, 1] but for rounding, is the integer part of x · SCALE + OFFSET."""
 
-encode_block = written("adaptkit.numerics.kernels._llvm_cells", "encode_block")
+encode_block = lazy_intrinsic("adaptkit.numerics.kernels._llvm_cells", "encode_block")
 
 
 @cache

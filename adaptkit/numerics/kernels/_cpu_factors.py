@@ -23,7 +23,7 @@ TILE = 768
 _UNIT = 2.0**-24
 """Maximum relative error of one float32 operation."""
 
-_HOPELESS = 3e38
+_MAX_ERROR = 3e38
 """Cap of an error bound: too large for anything to be decided, but finite in float32."""
 
 _ABOVE = np.float32(1 + 2.0**-22)
@@ -148,7 +148,7 @@ def _scale_rows(b, scale, norms, start, floor, rounded, errors):
             relative += norm * norms[k]
         if row < errors.size:
             bound = 1.01 * _UNIT * (relative + 3 * norm * norms[-1]) + floor
-            errors[row] = np.float32(min(bound, _HOPELESS)) * _ABOVE
+            errors[row] = np.float32(min(bound, _MAX_ERROR)) * _ABOVE
 
 
 @jit

@@ -186,7 +186,7 @@ def find_candidates(merged, row, left, count, delta, i, error, least, span, gues
 
 
 @jit
-def find_marks(marks, eights, count, words, found):
+def find_nonzero(marks, eights, count, words, found):
     """Find the nonzero elements of ``marks``.
 
     They are few and at random places, so a branch per element would often be mispredicted; here there is one branch per

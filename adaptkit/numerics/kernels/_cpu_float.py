@@ -83,7 +83,7 @@ def _any_value(array, bits):
 
 
 def rounded(array, number):
-    """Return the bits of a float32 rounded to an array's type, ties to even; a NaN must come from ``plain``."""
+    """Return the bits of a float32 rounded to an array's type, ties to even; a NaN must come from ``canonical_nan``."""
     raise NotImplementedError
 
 
@@ -97,13 +97,13 @@ def _rounded(array, number):
 
 
 @inlined
-def plain(number):
+def canonical_nan(number):
     """Replace any NaN with the standard one, whose low bits are zero, so that rounding cannot carry into the sign."""
     return number if number == number else np.float32(np.nan)
 
 
 @inlined
-def in_order(bits):
+def sortable_bits(bits):
     """Map the int32 bits of a float32 to an integer that sorts like the floats; the function is its own inverse.
 
     The compiler vectorizes a maximum of integers, but not one of floats.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adaptkit.compiled import inlined
 from adaptkit.numerics.kernels._cpu_constants import decode_groups
-from adaptkit.numerics.kernels._cpu_float import any_value, float_bits, plain, rounded
+from adaptkit.numerics.kernels._cpu_float import any_value, canonical_nan, float_bits, rounded
 from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
 from adaptkit.team import shared
 
@@ -54,7 +54,7 @@ def _place(b, scale, left, first, out, row):
     for j in range(written.size):
         written[j] = 0
     for k in range(inside.size):
-        inside[k] = rounded(out, plain(b[k] * scale))
+        inside[k] = rounded(out, canonical_nan(b[k] * scale))
 
 
 @shared("out")
@@ -64,7 +64,7 @@ def _widen(weight, absmax, b, scale, first, out, part):
         row = out[r]
         for start in range(0, weight.width, weight.block_size):
             codes = weight.codes[block * half : (block + 1) * half]
-            decode_block(codes, plain(absmax[block]), weight.levels, row[start : start + weight.block_size])
+            decode_block(codes, canonical_nan(absmax[block]), weight.levels, row[start : start + weight.block_size])
             block += 1
         _place(b[r], scale, weight.width, first, out, row)
 
@@ -127,7 +127,7 @@ def _round(x, out, part):
     for r in range(part.first, part.last):
         row, written = x[r], out[r]
         for i in range(row.size):
-            written[i] = rounded(out, plain(row[i]))
+            written[i] = rounded(out, canonical_nan(row[i]))
 
 
 def stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

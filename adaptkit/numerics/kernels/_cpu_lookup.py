@@ -5,12 +5,12 @@
 
 import platform
 
-from adaptkit.compiled import processor_features, written
+from adaptkit.compiled import lazy_intrinsic, processor_features
 
 CHUNK = 32
 """Number of weights decoded at a time; the block size must be a multiple of it."""
 
-decode_block = written("adaptkit.numerics.kernels._llvm_lookup", "decode_block")
+decode_block = lazy_intrinsic("adaptkit.numerics.kernels._llvm_lookup", "decode_block")
 
 
 def _permutation() -> str | None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from adaptkit.compiled import INLINED, compiled, inlined
 from adaptkit.numerics.kernels._cpu_attention import exponential
-from adaptkit.numerics.kernels._cpu_float import in_order, rounded, value
+from adaptkit.numerics.kernels._cpu_float import rounded, sortable_bits, value
 from adaptkit.team import shared
 
 _PIECE = 1024
@@ -25,11 +25,11 @@ def _largest(logits, row):
         bits = np.float32(value(logits, row[i])).view(np.int32)
         size = np.int32(bits & np.int32(0x7FFFFFFF))
         magnitude = size if size > magnitude else magnitude
-        ordered = in_order(bits)
+        ordered = sortable_bits(bits)
         largest = ordered if ordered > largest else largest
     if magnitude > _INFINITY or largest >= _INFINITY:
         return np.float32(np.nan)
-    return np.int32(in_order(largest)).view(np.float32)
+    return np.int32(sortable_bits(largest)).view(np.float32)
 
 
 @compiled(fastmath={"reassoc", "nsz"}, **INLINED)

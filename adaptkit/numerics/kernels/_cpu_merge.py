@@ -23,7 +23,7 @@ from adaptkit.numerics.kernels._cpu_factors import TILE, Factors, delta_at, delt
 from adaptkit.numerics.kernels._cpu_filter import (
     UNKNOWN,
     find_candidates,
-    find_marks,
+    find_nonzero,
     round_row,
     square_row,
     trusted_range,
@@ -43,18 +43,18 @@ _PANEL_ELEMENTS = 1 << 18
 @compiled(fastmath={"reassoc", "contract"})
 def _squared_norm(b, row, gram):
     """Return Σ Δ² of one row, and its value if the rank-1 parts of the change were orthogonal."""
-    squared, apart = 0.0, 0.0
+    squared, orthogonal = 0.0, 0.0
     for k in range(gram.shape[0]):
         factor, inner = np.float64(b[row, k]), 0.0
         for m in range(gram.shape[0]):
             inner += gram[k, m] * np.float64(b[row, m])
         squared += factor * inner
-        apart += factor * factor * gram[k, k]
-    return squared, apart
+        orthogonal += factor * factor * gram[k, k]
+    return squared, orthogonal
 
 
 @jit
-def _settle(weight, row, left, factors, start, tile, delta, i, found, count, out, sums):
+def _recompute(weight, row, left, factors, start, tile, delta, i, found, count, out, sums):
     """Recompute the doubtful elements of a piece of a row exactly; return whether all of them are finite."""
     finite = True
     for n in range(count):
@@ -70,7 +70,7 @@ def _settle(weight, row, left, factors, start, tile, delta, i, found, count, out
 
 
 @jit
-def _settle_guesses(merged, row, left, factors, start, tile, found, count, guess, guess_row, guess_left, states):
+def _decide_guesses(merged, row, left, factors, start, tile, found, count, guess, guess_row, guess_left, states):
     """Decide the guesses that float32 could not; keep ambiguous ones in ``found``, return their number."""
     total = 0
     for n in range(count):
@@ -105,12 +105,12 @@ def _merge_rows(weight, factors, scaled, gram, errors, start, with_undo, room, o
                 sums[1] += square_row(weight, row, left, count)
                 sums[2] += overlap
                 if doubts:
-                    marked = find_marks(marks, eights, count, words, found)
-                    finite &= _settle(weight, row, left, factors, start, tile, delta, i, found, marked, out, sums)
+                    marked = find_nonzero(marks, eights, count, words, found)
+                    finite &= _recompute(weight, row, left, factors, start, tile, delta, i, found, marked, out, sums)
                 if with_undo:
                     find_candidates(out, row, left, count, delta, i, error, least, span, guess, 0, 0, marks)
-                    marked = find_marks(marks, eights, count, words, found)
-                    marked = _settle_guesses(out, row, left, factors, start, tile, found, marked, guess, 0, 0, marks)
+                    marked = find_nonzero(marks, eights, count, words, found)
+                    marked = _decide_guesses(out, row, left, factors, start, tile, found, marked, guess, 0, 0, marks)
                     for n in range(marked):
                         above = ordinal(weight, weight[row, left + found[n]]) - ordinal(guess, guess[0, found[n]])
                         pending[i, counts[i] + n] = above
@@ -120,9 +120,9 @@ def _merge_rows(weight, factors, scaled, gram, errors, start, with_undo, room, o
                 residual[length + n] = pending[i, n]
             length += counts[i]
             counts[i] = 0
-            squared, apart = _squared_norm(factors[1], start + top + i, gram)
+            squared, orthogonal = _squared_norm(factors[1], start + top + i, gram)
             sums[3] += squared
-            sums[4] += apart
+            sums[4] += orthogonal
     return length, finite
 
 
@@ -142,8 +142,8 @@ def _unmerge_rows(merged, factors, scaled, errors, start, residual, room, out):
                 row, error = top + i, errors[top + i]
                 least, span = trusted_range(merged, error)
                 find_candidates(merged, row, left, count, delta, i, error, least, span, out, row, left, marks)
-                marked = find_marks(marks, eights, count, words, found)
-                marked = _settle_guesses(merged, row, left, factors, start, tile, found, marked, out, row, left, marks)
+                marked = find_nonzero(marks, eights, count, words, found)
+                marked = _decide_guesses(merged, row, left, factors, start, tile, found, marked, out, row, left, marks)
                 for n in range(marked):
                     pending[i, counts[i] + n] = left + found[n]
                 counts[i] += marked
@@ -185,18 +185,18 @@ def _merge_by_tiles(weight: Array, factors: Factors, start: int, with_undo: bool
     arrays = (factors.a, factors.b, factors.ranks, factors.scales), scaled, factors.gram, errors
     scratch = _room(weight.shape[1]), float_bits(out), float_bits(empty((1, TILE), weight.dtype))
     length, finite = _merge_rows(float_bits(weight), *arrays, start, with_undo, *scratch, residual, sums)
-    moved, squared_weight, overlap, squared_delta, apart = sums.tolist()
-    if not _figures_hold(squared_delta, apart, overlap, weight.size):
+    moved, squared_weight, overlap, squared_delta, orthogonal = sums.tolist()
+    if not _figures_hold(squared_delta, orthogonal, overlap, weight.size):
         figures = _figures(weight, out, factors, start)
     else:
         figures = int(moved), squared_delta, squared_weight, overlap
     return RowsMerged(out, residual[:length].copy(), bool(finite), *figures)
 
 
-def _figures_hold(squared_delta: float, apart: float, overlap: float, count: int) -> bool:
+def _figures_hold(squared_delta: float, orthogonal: float, overlap: float, count: int) -> bool:
     """Return whether Σ Δ² is free of cancellation, and no square underflowed or overflowed float32."""
     within = 2.0**-80 * count < squared_delta < 2.0**100
-    return within and squared_delta > 1e-4 * apart and math.isfinite(overlap)
+    return within and squared_delta > 1e-4 * orthogonal and math.isfinite(overlap)
 
 
 def _panels(rows: int, columns: int) -> list[slice]:

@@ -1,6 +1,6 @@
 """Four rows of a product B A for a tile of columns, with all sums in registers; emitted by ``_llvm_product``."""
 
-from adaptkit.compiled import written
+from adaptkit.compiled import lazy_intrinsic
 
 ROWS = 4
 """Rows computed together, for which A is read once."""
@@ -11,4 +11,4 @@ VECTORS = 2
 STEP = VECTORS * 16
 """Maximum number of columns at a time."""
 
-multiply = written("adaptkit.numerics.kernels._llvm_product", "multiply")
+multiply = lazy_intrinsic("adaptkit.numerics.kernels._llvm_product", "multiply")

@@ -358,5 +358,5 @@ def test_marks_are_found(count, seed, share):
     marks = np.random.default_rng(seed).choice(np.array([0, 1, 2], np.uint8), 512, p=[1 - share, share / 2, share / 2])
     expected = np.flatnonzero(marks[:count])
     words, found = np.empty(64, np.uint64), np.empty(512, np.int64)
-    total = _cpu_filter.find_marks(marks, marks.view(np.uint64), count, words, found)
+    total = _cpu_filter.find_nonzero(marks, marks.view(np.uint64), count, words, found)
     assert found[:total].tolist() == expected.tolist()
