@@ -15,6 +15,9 @@ from adaptkit.operations._lineage.parents import Candidate, Candidates
 
 VERIFIED, AT_HAND, MISSING, NEVER_WRITTEN, WRONG = "verified", "found", "not found", "never written", "wrong"
 
+_MOST_ANCESTORS = 10_000
+"""A few folders whose manifests name each other more than once would otherwise make a tree that never ends."""
+
 
 @dataclass(frozen=True)
 class Ancestor(Parent):
@@ -64,9 +67,14 @@ class Walk:
     def __init__(self, candidates: Candidates, check: bool, threads: int = 1, progress: Progress = no_progress) -> None:
         self._candidates, self._check, self._threads, self._progress = candidates, check, threads, progress
         self._checked: dict[Path, str] = {}
+        self._count = 0
 
     def ancestors(self, path: Path, manifest: Manifest) -> tuple[Ancestor, ...]:
-        """Return the parents of an artifact, with their ancestors."""
+        """Return the parents of an artifact, with their ancestors.
+
+        Raises:
+            IntegrityError: there are too many.
+        """
         return self._parents(manifest, frozenset({path.resolve()}))
 
     def _parents(self, child: Manifest, line: frozenset[Path]) -> tuple[Ancestor, ...]:
@@ -78,6 +86,11 @@ class Walk:
         )
 
     def _parent(self, child: Manifest, parent: Parent, line: frozenset[Path], identity: object) -> Ancestor:
+        self._count += 1
+        if self._count > _MOST_ANCESTORS:
+            raise IntegrityError(
+                f"the lineage has more than {_MOST_ANCESTORS:,} ancestors", hint="check where its artifacts came from"
+            )
         told = Ancestor(**vars(parent))
         found = self._candidates.find(parent, line, identity)
         if found is None:

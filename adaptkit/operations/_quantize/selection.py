@@ -155,18 +155,20 @@ def _without_namesakes(selection: Selection, roles: Roles) -> Selection:
     transformers matches each entry as a prefix and as a suffix of paths: ``lm_head`` matches ``model.patcher.lm_head``.
     Experts are exempt, since they are not linear layers in transformers.
     """
-    listed = skip_modules(selection)
-    begins, ends = tuple(f"{entry}." for entry in listed), tuple(listed)
-
-    def is_namesake(choice: Choice) -> bool:
-        is_open = not choice.kept_because and roles.of[choice.spec.name].kind != "expert"
-        return is_open and any(f"{path}.".startswith(begins) or path.endswith(ends) for path in choice.paths)
-
-    reason = "loaders would confuse it with another that stays"
-    choices = tuple(replace(c, kept_because=reason) if is_namesake(c) else c for c in selection.choices)
-    if choices == selection.choices:
-        return selection
-    return _without_namesakes(replace(selection, choices=choices), roles)
+    reason, compared = "loaders would confuse it with another that stays", set[str]()
+    while entries := tuple(entry for entry in skip_modules(selection) if entry not in compared):
+        compared.update(entries)
+        prefixes = tuple(f"{entry}." for entry in entries)
+        choices = tuple(
+            replace(choice, kept_because=reason)
+            if not choice.kept_because
+            and roles.of[choice.spec.name].kind != "expert"
+            and any(f"{path}.".startswith(prefixes) or path.endswith(entries) for path in choice.paths)
+            else choice
+            for choice in selection.choices
+        )
+        selection = replace(selection, choices=choices)
+    return selection
 
 
 def _expert_kept_because(spec: TensorSpec, block_size: int) -> str:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, parent_of, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, parent_of, require_manifest
 from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.hub._selection import part_of
 from adaptkit.operations.dequantize import dequantize
@@ -268,6 +268,21 @@ def test_options_that_make_no_sense_are_an_error_of_the_artifact(copied):
         (copied / "tuned" / MANIFEST_NAME).write_bytes(changed.to_bytes())
         with pytest.raises(IntegrityError, match="cannot be run again with the options of its manifest"):
             verified(copied / "tuned", copied, recompute=True)
+
+
+def test_a_tree_of_few_folders_with_endless_branches_is_refused(tmp_path):
+    """Twenty folders, each of which names the one before it twice, make a million ancestors."""
+    previous = None
+    for number in range(20):
+        parents = () if previous is None else (parent_of("adapter", previous, ()),) * 2
+        options = {"weights": [float(number)]}
+        previous = Manifest("adapter", {"name": "stack", "options": options}, files=(), parents=parents)
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / MANIFEST_NAME).write_bytes(previous.to_bytes())
+        if number == 8:
+            assert sum(1 for parent in trace(tmp_path / "8", tmp_path) for _ in parent.all()) == 2**9 - 2
+    with pytest.raises(IntegrityError, match="more than 10,000 ancestors"):
+        trace(tmp_path / "19", tmp_path)
 
 
 def test_an_artifact_is_not_its_own_ancestor(copied):

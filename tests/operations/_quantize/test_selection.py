@@ -296,6 +296,19 @@ def test_what_is_no_language_model_lacks_no_head_of_one(name, tmp_path):
     assert f"; the files lack 1 tensor of {name}, such as {lost}, which" in select(Checkpoint(base)).read_from
 
 
+def test_names_that_match_each_other_in_a_long_chain_all_stay(tmp_path):
+    """Each is one before it with something before or behind: loaders compare entries with both ends of a path."""
+    names = ["lm_head", "a.0.x_lm_head"]
+    for number in range(1500):
+        names.append(f"{names[-1]}.q" if number % 2 == 0 else f"z.{names[-1]}")
+    names.append("a.0.plain")
+    tensors = {f"{name}.weight": torch.ones(8, 8, dtype=torch.bfloat16) for name in names}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "nobody_knows", "architectures": ["X"]}')
+    selection = select(Checkpoint(tmp_path))
+    assert [c.module for c in selection.choices if not c.kept_because] == ["a.0.plain"]
+
+
 def test_a_float_of_another_type_stays_and_says_so(families, copy_of):
     name = "model.layers.0.mlp.up_proj.weight"
     doubled = changed(families / "llama", copy_of, lambda tensors: tensors | {name: tensors[name].double()})
