@@ -1,4 +1,4 @@
-"""Everything that determines a training run; each field is an option of ``adaptkit train`` and a key of its file."""
+"""Settings of a training run; each field is an option of ``adaptkit train`` and a key of its configuration file."""
 
 import re
 from collections.abc import Mapping
@@ -20,19 +20,19 @@ _ADAPTER = (
     *("init", "dropout", "dora", "lora_plus_ratio", "lora_bias", "bias", "modules_to_save", "trainable_tokens"),
     *_BEGUN,
 )
-"""What only an adapter has, and of that what another adapter decides that it begins with."""
+"""Settings that apply only to adapters. An adapter named by ``init`` determines those in ``_BEGUN``."""
 LOSS_ON = ("answers", "last_answer", "all")
 TOO_LONG = ("cut", "drop", "error")
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 _LARGEST = 1e30
-"""Of a factor: float32 holds 3.4e38, and products of factors need room."""
+"""Upper limit of factors: float32 holds 3.4e38, and products of factors need headroom."""
 _SEEDS = (1 << 40) - 1
-"""Steps are added to a million times the seed, in 64 bits."""
+"""Largest magnitude of the seed: batches add the epoch to a million times the seed, in 64 bits."""
 _MOST = 1 << 31
-"""Of steps, and of what is counted in them: far more than can be taken, and small enough to compute with."""
+"""Upper limit of steps and batch sizes: far more than a run can take, and small enough to compute with."""
 
-_SETS = ("targets", "exclude", "target_parameters", "modules_to_save")  # order and repetition say nothing
+_SETS = ("targets", "exclude", "target_parameters", "modules_to_save")  # order and duplicates have no meaning
 _PLACES = frozenset({"base", "data", "held_out_data", "chat_template", "device", "tensorboard", "wandb"})
 _FREE = frozenset(
     {
@@ -40,12 +40,12 @@ _FREE = frozenset(
         "on_non_finite",
     }
 )  # fmt: skip
-"""Change no byte of the adapter so far, so a run can go on with others."""
+"""Settings that a resumed run may change: they do not affect the bytes of the adapter trained so far."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run. What a field means is said beside it."""
+    """Settings of a training run; the text of each field documents it."""
 
     base: str = setting(
         "Base checkpoint: 16-bit, or quantized by adaptkit. A folder, or org/name[@revision] on the Hub.",
@@ -208,7 +208,7 @@ class TrainConfig:
                 conflict(name, "needs sample_prompts", f"set sample_prompts, or leave out {name}")
 
     def _check_adapter(self) -> None:
-        """Refuse settings of the adapter that do not go together.
+        """Refuse adapter settings that contradict each other.
 
         Raises:
             ConfigError: names one.
@@ -235,10 +235,10 @@ class TrainConfig:
             refuse(self, "rank_pattern", "values must be whole numbers")
 
     def mixture_weights(self) -> list[float] | None:
-        """The weight of each source, in their order: that of its name, or of its file's name; 1 if it is not mentioned.
+        """Return the weight of each source in order, looked up by source or file name; 1 if it is not given.
 
         Raises:
-            ConfigError: a name is no source's, or that of several; or two are the same one's.
+            ConfigError: a name matches no source or several, or two names match the same source.
         """
         if self.mixture is None:
             return None
@@ -255,24 +255,24 @@ class TrainConfig:
 
     @property
     def has_held_out(self) -> bool:
-        """Whether there are samples to measure on."""
+        """Whether the run has held-out samples."""
         return bool(self.held_out or self.held_out_data)
 
     def recorded(self) -> dict[str, Any]:
-        """What the manifest keeps: all of it but paths, devices and trackers, which say nothing about the result."""
+        """Return what the manifest records: all but paths, devices and trackers, which do not affect the result."""
         values = {k: v for k, v in asdict(self).items() if k not in _PLACES}
         values["epochs"] = self.epochs or 1.0
         values |= {name: sorted(set(values[name])) for name in _SETS}
         values["mixture"] = self.mixture_weights()
-        for name in ("rank_pattern", "alpha_pattern"):  # the first that matches counts, and JSON has no order
+        for name in ("rank_pattern", "alpha_pattern"):  # lists: the first match wins, and JSON objects are unordered
             values[name] = values[name] and [[pattern, number] for pattern, number in values[name].items()]
         if self.init in INITS:
             return values
-        own = {name: value for name, value in values.items() if name not in _BEGUN}  # are the adapter's, not the run's
-        return own | {"init": "adapter"}  # a parent in the manifest says which
+        own = {name: value for name, value in values.items() if name not in _BEGUN}  # the adapter's, not the run's
+        return own | {"init": "adapter"}  # the manifest names it as a parent
 
     def decisive(self) -> dict[str, Any]:
-        """What decides about the result: a run that goes on must have the same."""
+        """Return the settings that determine the result: a resumed run must have the same."""
         return {name: value for name, value in self.recorded().items() if name not in _FREE}
 
 

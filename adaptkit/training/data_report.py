@@ -1,4 +1,4 @@
-"""What a run's data are, for its report: where samples came from, what became of them, how full the batches are."""
+"""Report on a run's data: where samples came from, which were cut or dropped, how full the batches are."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from adaptkit.training.inputs import Inputs
 
 @dataclass(frozen=True)
 class CutReport:
-    """What became of samples that are too long, in the words of ``Dataset``."""
+    """Counts of samples that are too long; the fields are those of ``Dataset``."""
 
     truncated: int
     dropped: int
@@ -22,18 +22,18 @@ class CutReport:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What a run's data are: what is not said here is as in ``Dataset``.
+    """Report on a run's data; fields that are not listed here are those of ``Dataset``.
 
     Attributes:
-        sources: of all samples, held-out ones among them.
-        held_out_sources: of samples that are only measured.
-        held_out_cut: what became of those of them that are too long; None where they have no sources of their own.
-        chat_template: whose the conversations went through, if it is not the model's: a file or an adapter's folder.
-        without_template: whether there are conversations, and no chat template.
-        unnamed_end: the token that ends answers, if the base's configuration does not name it.
+        sources: sources of ``data``; their counts include the rows that were held out.
+        held_out_sources: sources of ``held_out_data``; empty without it.
+        held_out_cut: samples of ``held_out_data`` that are too long; None without it.
+        chat_template: file or adapter folder of the chat template; None if the template is the model's own.
+        without_template: whether there are conversations but no chat template.
+        unnamed_end: token that ends answers; None if the base's configuration names it.
         repeated: held-out samples that are also trained on.
-        rows: of an epoch; fewer than samples where they are packed.
-        epoch_tokens: of an epoch, by source; all of its tokens, or what a mixture draws.
+        rows: rows in the first epoch; fewer than samples if they are packed.
+        epoch_tokens: tokens of the first epoch, by source: all of its training tokens, or what a mixture draws.
     """
 
     sources: tuple[SourceReport, ...]
@@ -58,7 +58,7 @@ class DataReport:
 
 
 def report_data(inputs: Inputs, batches: Batches) -> DataReport:
-    """Sum up a run's data."""
+    """Summarize a run's data."""
     data, known = inputs.data, {_key(sample) for sample in inputs.samples} if inputs.held_out else set()
     rows, tokens = 0, [0] * len(data.sources)
     for step in range(batches.steps_per_epoch):
@@ -101,4 +101,4 @@ def _template_from(inputs: Inputs) -> str | None:
 
 
 def _key(sample: Sample) -> bytes:
-    return hashlib.blake2b(sample.content(), digest_size=16).digest()  # millions of samples are not held twice
+    return hashlib.blake2b(sample.content(), digest_size=16).digest()  # hashed, since there may be millions of samples

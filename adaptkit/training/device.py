@@ -1,4 +1,4 @@
-"""Which device a run computes on, in which type, and by which of torch's operations."""
+"""Device and dtype that a run computes with, and the torch operations that it may use."""
 
 import os
 import re
@@ -15,10 +15,10 @@ _ASKS = "_is_mkldnn_bf16_supported"
 
 
 def choose_device(name: str) -> torch.device:
-    """``auto`` is the GPU if there is one.
+    """Return the device of this name; ``auto`` is the GPU if there is one.
 
     Raises:
-        UsageError: the device is not there, or the name is that of none.
+        UsageError: the device is not available, or it is not a device name.
     """
     found = re.fullmatch(r"auto|cpu|cuda(?::([0-9]+))?", name)
     if found is None:
@@ -30,22 +30,22 @@ def choose_device(name: str) -> torch.device:
 
 
 def make_current(device: torch.device) -> None:
-    """Let pinned memory and kernels be those of a GPU that has a number; else they are the first one's."""
+    """Make a GPU with an index the current device: pinned memory and kernels would use the first GPU otherwise."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 
 def slower_without(device: torch.device) -> str:
-    """What a GPU's kernels lack, so that all takes longer, in a line; empty if nothing."""
+    """Return a one-line warning about what Triton's kernels need and a GPU machine lacks; empty if nothing."""
     lacking = what_triton_lacks() if device.type == "cuda" else ""
     return lacking and f"warning: training is slower without {lacking}, which Triton's kernels need"
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 where the device multiplies matrices of it, and float32 elsewhere.
+    """Return the dtype of this name; ``auto`` is bfloat16 if the device multiplies bfloat16 matrices, else float32.
 
-    Processors without AVX-512, which most laptops have, do so element by element: a training step takes ten times as
-    long, or more. GPUs before Ampere convert.
+    CPUs without AVX-512, as in most laptops, multiply them element by element: a training step takes ten times longer,
+    or more. GPUs before Ampere convert them first.
     """
     if name != "auto":
         return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
@@ -58,10 +58,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def attention_of_any_length() -> Iterator[None]:
-    """Keep cuDNN's attention out while the block runs; a GPU has torch's own, which takes sequences as they come.
+    """Disable cuDNN's attention while the block runs; on a GPU, torch's own kernels take any sequence length.
 
-    torch prefers cuDNN's on Hopper, which plans anew for every number and length of sequences, in every thread, and
-    keeps all plans: a run whose batches are of many lengths, or that generates, would wait for plans in every step.
+    On Hopper, torch prefers cuDNN, which makes and keeps a plan for every number and length of sequences, in every
+    thread: a run that has batches of many lengths, or that generates, would wait for plans in every step.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -73,18 +73,18 @@ def attention_of_any_length() -> Iterator[None]:
 
 @contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Let torch use only operations that give the same bits every time while the block runs.
+    """If wanted, let torch use only bitwise deterministic operations while the block runs.
 
-    An operation for which it has none is a RuntimeError that names it.
+    An operation without a deterministic implementation raises a RuntimeError that names it.
     """
     before, space = torch.get_deterministic_debug_mode(), "CUBLAS_WORKSPACE_CONFIG"
     memory: Any = torch.utils.deterministic
     fills = memory.fill_uninitialized_memory
     if wanted:
-        # Or torch writes NaN into all that is made empty, weights that are about to be decoded too.
+        # Otherwise torch fills every uninitialized tensor with NaN, even weights that are about to be decoded.
         memory.fill_uninitialized_memory = False
-        os.environ.setdefault(space, ":4096:8")  # cuBLAS reads it once, when it begins
-        # Its sister would tell the compiler, too, and so load it; nothing is compiled here.
+        os.environ.setdefault(space, ":4096:8")  # cuBLAS reads it once, at initialization
+        # use_deterministic_algorithms would also import the compiler to configure it; nothing is compiled here.
         torch.set_deterministic_debug_mode("error")
     try:
         yield
@@ -94,5 +94,5 @@ def deterministic(wanted: bool) -> Iterator[None]:
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """As it is written in options: ``bfloat16``."""
+    """Return a dtype's name as options spell it, such as ``bfloat16``."""
     return str(dtype).removeprefix("torch.")

@@ -1,12 +1,12 @@
-"""Several processes that train one adapter, as ``torchrun`` starts them: gloo on a CPU, NCCL on GPUs.
+"""Data-parallel training in the processes that ``torchrun`` starts: gloo on a CPU, NCCL on GPUs.
 
-Every process holds the model, takes its share of each step's samples, and adds its gradients to those of the others;
-all gradients are one vector, so that is one sum a step. All then make the same update of the same parameters. The
-first process alone reads and writes checkpoints and the result.
+Every process holds the model, computes its share of each step's samples, and sums its gradients with the others';
+all gradients are one vector, so this is one all-reduce per step. Every process then makes the same update to the same
+parameters. Only rank 0 reads and writes checkpoints and the result.
 
-The loss is the mean over the answer tokens of the whole step, however many processes there are. Sums of float32 are in
-another order than with one process, and dropout and NEFTune draw other numbers in each, so an adapter is the same as
-that of one process up to rounding, and without these two; with the same number of processes it is the same to the bit.
+The loss is the mean over the answer tokens of the whole step, whatever the number of processes. That number changes the
+order of float32 sums and the random numbers of dropout and NEFTune. So without dropout and NEFTune, an adapter equals
+that of one process up to rounding; with the same number of processes it is identical to the bit.
 """
 
 import os
@@ -30,17 +30,17 @@ from adaptkit.training.shortage import is_out_of_memory
 Shared = TypeVar("Shared")
 
 _PATIENCE = timedelta(hours=2)
-"""The others wait while the first process writes checkpoints and the result; of a process that died torchrun tells."""
+"""Timeout: others wait while rank 0 writes checkpoints and the result; torchrun detects a process that died."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which one this is.
+    """The processes of a run, and the rank of this one.
 
     Attributes:
-        device: of this process.
-        rank: from 0.
-        size: how many there are.
+        device: device of this process.
+        rank: rank of this process, from 0.
+        size: number of processes.
     """
 
     device: torch.device
@@ -49,23 +49,23 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that reads and writes."""
+        """Whether this is rank 0, which reads and writes."""
         return self.rank == 0
 
     def add_up(self, tensor: Tensor) -> None:
-        """Put the sum over all processes into a tensor; every process gets the same bits."""
+        """Replace a tensor, in place, by its sum over all processes; every process gets the same bits."""
         if self.size > 1:
             with _partners():
                 distributed.all_reduce(tensor)
 
     def copy_first(self, tensor: Tensor) -> None:
-        """Put the first process's values into a tensor of all."""
+        """Broadcast the values of rank 0 into the tensor of every process, in place."""
         if self.size > 1:
             with _partners():
                 distributed.broadcast(tensor, src=0)
 
     def total(self, value: float) -> float:
-        """The sum of a number over all processes, in float64."""
+        """Return the sum of a number over all processes, in float64."""
         if self.size == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
@@ -73,7 +73,7 @@ class World:
         return float(tensor)
 
     def share(self, value: Shared) -> Shared:
-        """What the first process has; the others may give anything."""
+        """Return the value of rank 0 in every process; values of other ranks are ignored."""
         if self.size == 1:
             return value
         held: list[Any] = [value if self.is_first else None]
@@ -83,7 +83,7 @@ class World:
         return shared
 
     def collect(self, values: list[Shared]) -> list[Shared]:
-        """The values of all processes, in their order."""
+        """Return the values of all processes, in rank order."""
         if self.size == 1:
             return values
         held: list[Any] = [None] * self.size
@@ -94,14 +94,14 @@ class World:
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """Join the processes that torchrun started, if it started this one, and leave them at the end.
+    """Join torchrun's process group, if it started this process, and leave it at the end.
 
     Args:
-        device: as in the configuration; on GPUs each process of a machine takes the next one.
+        device: as in the configuration; each process of a machine takes the GPU of its local rank.
 
     Raises:
-        UsageError: the device is not there, or there is not one for each process; or the environment tells a part of
-            what torchrun does.
+        UsageError: the device is not available, there is no GPU for each process, or environment variables that
+            torchrun sets are missing or malformed.
         NetworkError: the other processes cannot be reached.
     """
     size = told_size()
@@ -112,7 +112,7 @@ def join(device: str) -> Iterator[World]:
     if size == 1:
         yield World(mine)
         return
-    with _partners(), _told_whole(), _without_stdout():  # where some releases of gloo say that they are connected
+    with _partners(), _told_whole(), _without_stdout():  # some releases of gloo print that they are connected
         rank, size = _heeding_signals(lambda: _find_partners("nccl" if mine.type == "cuda" else "gloo"))
     try:
         with _partners(computing=True):
@@ -122,10 +122,10 @@ def join(device: str) -> Iterator[World]:
 
 
 def told_size() -> int:
-    """How many processes torchrun says that there are; one where it says nothing.
+    """Return the number of processes that torchrun started; 1 without torchrun.
 
     Raises:
-        UsageError: it is no number, or this one is none of them, which the others would wait for in vain.
+        UsageError: size or rank is not a number, or the rank is out of range, for which the others would wait forever.
     """
     if "MASTER_ADDR" not in os.environ:
         return 1
@@ -137,26 +137,26 @@ def told_size() -> int:
 
 
 def _find_partners(backend: str) -> tuple[int, int]:
-    """Wait until all have come; returns which process this is, and how many there are."""
+    """Wait until all processes have joined; return the rank of this one and their number."""
     store, rank, size = next(rendezvous("env://"))
-    # torchrun may keep the store when it begins again, with addresses of processes that are gone.
+    # When torchrun restarts, it may keep the store, with addresses of processes that are gone.
     attempt = distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
     distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=_PATIENCE)
     return rank, size
 
 
 def _heeding_signals(wait: Callable[[], Shared]) -> Shared:
-    """Let another thread wait in torch's own code, where signals would have to wait as well.
+    """Call a blocking torch function in another thread, so that this one can handle signals.
 
-    Else torchrun has no answer to its own, when one process is gone before the others found it, and kills after half a
-    minute.
+    Otherwise, if a process dies before the others have joined, torchrun's SIGTERM is not handled, and torchrun kills
+    them after 30 seconds.
     """
     found: Future[Shared] = Future()
 
     def fill() -> None:
         try:
             found.set_result(wait())
-        except BaseException as error:  # for the one who waits
+        except BaseException as error:  # re-raised by result()
             found.set_exception(error)
 
     Thread(target=fill, daemon=True).start()
@@ -164,14 +164,14 @@ def _heeding_signals(wait: Callable[[], Shared]) -> Shared:
 
 
 def _own_gpu(asked: torch.device, processes: int) -> torch.device:
-    """The GPU of one of several processes.
+    """Return the GPU of this one of several processes.
 
     Args:
-        asked: with or without a number.
-        processes: on this machine.
+        asked: CUDA device, with or without an index.
+        processes: number of processes on this machine.
 
     Raises:
-        UsageError: there is none for each of them.
+        UsageError: there is not one GPU for each process.
     """
     there = torch.cuda.device_count()
     if asked.index is None:
@@ -182,7 +182,7 @@ def _own_gpu(asked: torch.device, processes: int) -> torch.device:
                 hint=f"use torchrun --nproc-per-node {there}, or --device cpu",
             )
         return torch.device("cuda", number)
-    if processes > 1 and there > 1:  # of one, each process may have been given another to see
+    if processes > 1 and there > 1:  # if one is visible, it may be a different GPU in each process
         raise UsageError(
             f"device {str(asked)!r}: is one GPU, but {processes} processes on this machine need one each",
             hint="use --device cuda, which gives each process its own, or start one process",
@@ -192,7 +192,7 @@ def _own_gpu(asked: torch.device, processes: int) -> torch.device:
 
 @contextmanager
 def _told_whole() -> Iterator[None]:
-    """What schedulers leave out, or write otherwise, of what torchrun tells its processes is a mistake of a user's."""
+    """Report torchrun's environment variables as a usage error if a scheduler left some out or changed their format."""
     try:
         yield
     except ValueError as error:
@@ -204,8 +204,8 @@ def _told_whole() -> Iterator[None]:
 
 @contextmanager
 def _without_stdout() -> Iterator[None]:
-    """Drop what C++ code prints on stdout, which is for data, while the block runs."""
-    if sys.stdout is None:  # it was closed, and its number may be that of another file
+    """Discard what C++ code prints to stdout, which is reserved for data, while the block runs."""
+    if sys.stdout is None:  # it was closed, and descriptor 1 may be another file
         yield
         return
     kept = os.dup(1)
@@ -220,15 +220,15 @@ def _without_stdout() -> Iterator[None]:
 
 @contextmanager
 def _partners(computing: bool = False) -> Iterator[None]:
-    """Torch tells only by a RuntimeError that another process is gone.
+    """Turn the RuntimeError that torch raises if another process is gone into a NetworkError.
 
     Args:
-        computing: the block computes as well, as where FSDP puts a layer together, and may have errors of its own.
+        computing: whether the block also computes, as when FSDP gathers a layer, so that other errors are passed on.
     """
     try:
         yield
     except RuntimeError as error:
-        of_others = isinstance(error, distributed.DistError) or "gloo/" in str(error)  # whose errors name their file
+        of_others = isinstance(error, distributed.DistError) or "gloo/" in str(error)  # as in a source path of gloo's
         if is_out_of_memory(error) or (computing and not of_others):
             raise
         if "Duplicate GPU" in str(error):

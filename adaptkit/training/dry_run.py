@@ -1,4 +1,4 @@
-"""What a run would do: everything is read and checked, the model is built, and nothing is written."""
+"""Dry run of training: read and check everything and build the model, but write nothing."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,26 +26,26 @@ class RunPlan:
     """What a run would do.
 
     Attributes:
-        output: folder that it would make.
-        steps: of the run.
-        warmup_steps: of them.
-        resumed_from: step of the newest undamaged checkpoint of this run that lies there; 0 without one.
-        samples: to train on.
-        held_out: samples to measure on.
-        truncated: samples cut to the longest length.
-        dropped: samples left out, as too long or since the cut took their whole answer.
-        data: where samples came from, and what became of them.
-        tokens: of the samples to train on, once.
-        answer_tokens: of them, those that carry loss.
-        trainable_parameters: in the adapter.
-        left_out: what targets for every linear layer leave out, in a line; empty if nothing.
-        cannot_be_merged: why not, in a line; empty if the adapter can be.
-        peft_drops: what of the adapter peft will not find, in a line; empty if it finds all.
-        segments: that gradient checkpointing cuts the layers into; 0 if it is off.
+        output: folder that the run would create.
+        steps: number of optimizer steps.
+        warmup_steps: number of them in the learning rate warm-up.
+        resumed_from: step of this run's newest undamaged checkpoint; 0 if there is none.
+        samples: number of samples to train on.
+        held_out: number of held-out samples.
+        truncated: number of samples cut to ``max_length``.
+        dropped: number of samples left out, because they are too long or have no answer tokens after the cut.
+        data: where samples came from, and which were cut or dropped.
+        tokens: tokens of the samples to train on, each sample counted once.
+        answer_tokens: how many of these carry loss.
+        trainable_parameters: number of trained parameters.
+        left_out: one line on layers that targets for every linear layer leave out; empty if there are none.
+        cannot_be_merged: one line on why the adapter cannot be merged; empty if it can.
+        peft_drops: one line on the parts of the adapter that peft will not find; empty if it finds all.
+        segments: number of segments that activation checkpointing cuts the layers into; 0 if it is off.
         checkpointing: which layers are checkpointed, in words.
-        compute_dtype: of activations and dequantized weights.
-        checkpoint_bytes: size of one.
-        disk_bytes: of all that are there at a time.
+        compute_dtype: dtype of activations and dequantized weights.
+        checkpoint_bytes: size of one checkpoint.
+        disk_bytes: size of all checkpoints that exist at a time.
     """
 
     output: str
@@ -73,7 +73,7 @@ class RunPlan:
 @alone()
 @tells_shortage("beside the base", hint=TRAIN_LESS)
 def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: bool = False) -> RunPlan:
-    """Check a run as ``train`` would, up to its first step.
+    """Make all checks of ``train`` up to its first step, and return what it would do.
 
     Raises:
         AdaptkitError: whatever ``train`` would raise before its first step.
@@ -85,7 +85,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     if inputs.manifest is not None:
         check_tensors(inputs.base, inputs.manifest)
     device = choose_device(config.device)
-    if config.shard_base:  # of which no device need hold the whole; mapped from its files it takes no memory
+    if config.shard_base:  # the base need not fit one device; on the CPU it is memory-mapped
         inputs = replace(inputs, config=replace(inputs.config, shard_base=False, offload_checkpoints=False))
         device = torch.device("cpu")
     make_current(device)

@@ -1,4 +1,4 @@
-"""The gradients of a step, micro-batch by micro-batch."""
+"""Gradient accumulation over the micro-batches of a step."""
 
 import hashlib
 import math
@@ -18,13 +18,13 @@ from adaptkit.training.network.neftune import EmbeddingNoise
 
 
 class Gradients:
-    """Collects the gradients of a step.
+    """Accumulates the gradients of a step.
 
     Args:
-        model: whose parameters' gradients are views of ``vector``.
-        vector: (N,) float32.
-        config: of the run.
-        world: the processes among which a step is divided.
+        model: its parameters' gradients are views of ``vector``.
+        vector: (N,) float32, overwritten in place.
+        config: settings of the run.
+        world: processes that divide each step among them.
     """
 
     def __init__(self, model: Model, vector: Tensor, config: TrainConfig, world: World) -> None:
@@ -34,16 +34,16 @@ class Gradients:
         self._spoiled: list[str] = []
 
     def collect(self, batches: Sequence[Batch], answers: int, step: int) -> float:
-        """Make the vector the gradient of the loss of a step.
+        """Compute the gradient of a step's loss into the vector.
 
         Args:
             batches: this process's share of the step.
-            answers: tokens that carry loss, of the whole step: what the loss is the mean over.
-            step: from 0.
+            answers: number of tokens with loss in the whole step, over which the loss is the mean.
+            step: number of the step, from 0.
 
         Returns:
-            The loss of the whole step; no number if that of a micro-batch is none, and the gradients are then
-            incomplete. Gradients and loss are the same in all processes.
+            The loss of the whole step. It is NaN or infinite if that of any micro-batch is; the gradients are then
+            unusable. Gradients and loss are the same in all processes.
         """
         self._model.network.train()
         self._vector.zero_()
@@ -52,9 +52,9 @@ class Gradients:
         try:
             shares = [self._add(batch, answers, step, index) for index, batch in enumerate(batches)]
         except BaseException:
-            forget(self._model.network)  # or a second try would have no more room than the first
+            forget(self._model.network)  # drop its graph: a retry needs the memory
             raise
-        values = torch.stack(shares).tolist()  # only now does the host wait for the device
+        values = torch.stack(shares).tolist()  # the host waits for the device only here
         for batch, value in zip(batches, values, strict=True):
             if not math.isfinite(value):
                 self._spoiled += batch.sources
@@ -62,20 +62,20 @@ class Gradients:
         return self._world.total(sum(values))
 
     def blamed(self) -> list[str]:
-        """File and line of the samples whose loss was no number, in any process; of the whole step if it was none's."""
+        """Return file and line of the samples with non-finite loss in any process, or of all if there are none."""
         return self._world.collect(self._spoiled) or self._world.collect(self._sources)
 
     def _add(self, batch: Batch, answers: int, step: int, index: int) -> Tensor:
-        """Add a micro-batch's gradients, and return its share of the loss; the graph ends with this call."""
+        """Add a micro-batch's gradients, and return its share of the loss, detached so that the graph is freed."""
         torch.manual_seed(random_seed(self._seed, step, self._world.rank, index))
         if self._noise is not None:
             self._noise.expect(batch)
         loss = summed_loss(self._model, batch) / answers
         with adding_up():
-            torch.autograd.backward(loss)  # even if it is no number: processes that share the base need each other here
+            torch.autograd.backward(loss)  # even if it is not finite: a sharded base needs all processes here
         return loss.detach()
 
 
 def random_seed(seed: int, step: int, rank: int, index: int) -> int:
-    """The seed of a micro-batch's dropout and noise: depends on nothing before it, so a run can go on anywhere."""
+    """Return the seed of a micro-batch's dropout and noise; it has no state, so a run can resume at any step."""
     return int.from_bytes(hashlib.sha256(f"{seed} {step} {rank} {index}".encode()).digest()[:8], "little") >> 1

@@ -1,9 +1,9 @@
-"""What a run measured, line by line; the same run gives the same bytes, so nothing in it depends on the clock.
+"""Metrics of a run, one JSON object per line; the same run gives the same bytes, so nothing depends on the clock.
 
 metrics.jsonl    {"step": 3, "loss": …, "learning_rate": …, …}     a step
                  {"step": 3, "held_out_loss": …}                   a measurement
 
-Lines are in the order of the steps. A run may have millions of them, so what every step asks is kept up to date here.
+Lines are in step order. A run may have millions of them, so values that every step needs are updated incrementally.
 """
 
 import json
@@ -15,18 +15,18 @@ from adaptkit.checkpoint.writer import disk_errors
 
 
 class History:
-    """The lines so far, also in a file that can be followed while the run goes on.
+    """The lines so far, also written to a file that can be followed during the run.
 
     Args:
-        folder: of the file; None keeps none.
-        content: the lines with which to begin.
+        folder: folder of the file; None writes no file.
+        content: the lines to start with.
 
     Attributes:
-        held_out: the held-out loss, by the step after which it was measured.
-        best_step: after which it was lowest, the first of equals; None if it was not measured. That before the first
-            step does not count: that adapter is nobody's wish.
-        since_best: measurements after that one.
-        skipped_in_a_row: steps at the end that were skipped.
+        held_out: maps a step to the held-out loss that was measured after it.
+        best_step: step after which the loss was lowest, the first of equals; None if it was not measured. Step 0 does
+            not count: nobody wants the untrained adapter.
+        since_best: number of measurements after that one.
+        skipped_in_a_row: number of skipped steps at the end.
     """
 
     def __init__(self, folder: Path | None, content: bytes = b"") -> None:
@@ -43,7 +43,7 @@ class History:
                 self._path.write_bytes(self._content)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append a line."""
+        """Append a line, also to the file."""
         encoded = (json.dumps(line) + "\n").encode()
         self._content += encoded
         self._count(line)
@@ -52,15 +52,15 @@ class History:
                 file.write(encoded)
 
     def lines(self) -> list[dict[str, Any]]:
-        """All of them, read anew."""
+        """Return all lines, parsed again on every call."""
         return [json.loads(line) for line in self._content.splitlines()]
 
     def content(self) -> bytes:
-        """One JSON object a line."""
+        """Return all lines as bytes, one JSON object per line."""
         return bytes(self._content)
 
     def known(self, step: int) -> set[str]:
-        """The names of what was measured after a step, the newest one or a later one."""
+        """Return the names of what was measured after a step; only for the newest step or a later one."""
         return self._newest[1] if self._newest[0] == step else set()
 
     def _count(self, line: dict[str, Any]) -> None:

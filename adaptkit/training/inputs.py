@@ -1,4 +1,4 @@
-"""Everything that a run reads, checked before anything is written."""
+"""Inputs of a run: everything it reads, checked before anything is written."""
 
 import hashlib
 from array import array
@@ -42,20 +42,20 @@ class Inputs:
     """What a run reads.
 
     Attributes:
-        config: of the run, with its method and compute_dtype resolved.
+        config: settings of the run, with method and compute_dtype resolved.
         base: folder of the base.
-        manifest: of the base, if it has one.
-        state: of the base's files, which tells bases without a manifest apart.
-        tokenizer: of the base, or of the adapter to begin with, with the run's chat template.
-        chat_template: if it is not the base's.
-        unnamed_end: the token that ends answers, if the base does not name it.
-        side_files: small files that lie beside what is made, or take the place of the base's, by name.
-        data: every sample, and what happened on the way.
-        samples: to train on.
-        held_out: to measure on.
-        held_out_data: where the held-out samples came from, if not from the same data.
-        mixture: what an epoch draws of the samples; None is all of them.
-        start: the adapter to begin with, if not fresh matrices.
+        manifest: manifest of the base; None if it has none.
+        state: sizes and modification times of the base's files, which identify a base without a manifest.
+        tokenizer: tokenizer of the base, or of the adapter to start from, with the run's chat template.
+        chat_template: chat template of the run; None if it is the base's.
+        unnamed_end: token that ends answers; None if the base's configuration names it.
+        side_files: small files to write beside the result, where they replace those of the base, by name.
+        data: all samples of ``data``, and counts of what was cut or dropped.
+        samples: samples to train on.
+        held_out: samples to evaluate on.
+        held_out_data: dataset of the held-out samples; None if they were held out of ``data``.
+        mixture: what an epoch draws from the samples; None if it uses all of them.
+        start: adapter to start from; None if there is none.
     """
 
     config: TrainConfig
@@ -74,7 +74,7 @@ class Inputs:
     start: Adapter | None
 
     def identity(self) -> dict[str, Any]:
-        """What a run that goes on must agree in with the one that it goes on from."""
+        """Return everything that must be the same when a run is resumed."""
         template = self.chat_template
         return {
             "options": self.config.decisive(),
@@ -85,10 +85,10 @@ class Inputs:
         }
 
     def require_base(self) -> None:
-        """Refuse to go on with a base that changed since it was checked: its weights are read all the time.
+        """Refuse to continue with a base that changed since it was checked: its weights are read all the time.
 
         Raises:
-            IntegrityError: its files are not those that were there.
+            IntegrityError: the base's files changed.
         """
         Checkpoint(self.base).require_state(self.state)
 
@@ -97,9 +97,9 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     """Read and check everything but the base's weights.
 
     Args:
-        config: of the run.
-        output: folder that will be made; None if none will.
-        force: whether it may be there.
+        config: settings of the run.
+        output: folder that will be created; None if none will.
+        force: whether the output may exist.
 
     Raises:
         CheckpointError, UsageError, DataError: base, output or data cannot be used.
@@ -108,7 +108,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     checkpoint = Checkpoint(base)
     config = resolve_method(config, checkpoint)
     device = choose_device(config.device)
-    parse_policy(config.checkpointing, layers=1)  # what it means for the network is known once that is built
+    parse_policy(config.checkpointing, layers=1)  # syntax only: what it means needs the built network
     if config.offload_checkpoints and device.type != "cuda":
         raise UsageError(
             "offload_checkpoints: needs a GPU; on a CPU, checkpoints are in host memory already",
@@ -116,7 +116,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
         )
     dtype = choose_dtype(config.compute_dtype, device)
     if config.method == "full":
-        check_side_files(base)  # which lie beside what is made, too
+        check_side_files(base)  # they are copied beside the result
     config = replace(config, compute_dtype=name_of(dtype))
     require_trackers(config)
     if output is not None:
@@ -171,7 +171,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
 
 
 def _tokenizer(config: TrainConfig, start: Adapter | None) -> tuple[Any, str | None]:
-    """The tokenizer of a run, and its chat template if that is not the base's."""
+    """Return the tokenizer of a run, and its chat template if that is not the base's."""
     base = Path(config.base)
     tokenizer = load_tokenizer_of(base, start.root if start else None)
     if config.chat_template is not None:
@@ -182,7 +182,7 @@ def _tokenizer(config: TrainConfig, start: Adapter | None) -> tuple[Any, str | N
 
 
 def _side_files(config: TrainConfig, start: Adapter | None, template: str | None, end: int | None) -> dict[str, bytes]:
-    """See ``Inputs.side_files``."""
+    """Return ``Inputs.side_files``."""
     found = {}
     if start is not None and (template is not None or brings_tokenizer(start.root)):
         belongs = is_of_tokenizer if brings_tokenizer(start.root) else is_template
@@ -197,7 +197,7 @@ def _side_files(config: TrainConfig, start: Adapter | None, template: str | None
 
 
 def _digest(samples: Sequence[Sample]) -> str:
-    """Tells whether a run that goes on has the data, as tokens of the same sources, that it began with."""
+    """Return a hash of samples and their sources, which tells whether a resumed run has the same data."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(array("q", [sample.origin, len(sample.ids)]).tobytes())

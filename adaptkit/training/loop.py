@@ -1,10 +1,10 @@
-"""Training from beginning to end: inputs are checked, a run takes its steps, an adapter appears.
+"""Training from start to end: check the inputs, take the steps, publish the adapter.
 
     inputs.py     what is read        run.py          the steps              result.py     what is written
-    schedule.py   the rate            gradients.py    of a step              resume.py     checkpoints
+    schedule.py   learning rate       gradients.py    gradients of a step    resume.py     checkpoints
     history.py    metrics.jsonl       trackers.py     TensorBoard, W&B
 
-Nothing is written before everything that can be checked is.
+Everything that can be checked is checked before anything is written.
 """
 
 import contextlib
@@ -64,32 +64,32 @@ def train(
     on_step: Callable[[StepReport], None] = lambda report: None,
     note: Callable[[str], None] = to_stderr,
 ) -> TrainReport:
-    """Train an adapter, or with ``method: full`` a whole model. A run that was cut off goes on when it is called again.
+    """Train an adapter, or with ``method: full`` a whole model. An interrupted run resumes when it is called again.
 
     Args:
-        config: the run.
-        output: folder of the adapter or checkpoint to make.
-        force: replace an existing adapter, or begin anew where a run with other options stopped.
-        resume: go on, and never begin.
-        on_step: told of every step.
-        note: told, in a line for people, what else happens: answers to prompts, skipped steps, an early end.
+        config: settings of the run.
+        output: folder of the adapter or checkpoint to create.
+        force: replace an existing output, or start over where a run with other options stopped.
+        resume: resume only, do not start a run.
+        on_step: called after every step.
+        note: called with a one-line message on everything else: answers to prompts, skipped steps, early stopping.
 
     Raises:
-        CheckpointError, UsageError, DataError: base, targets or data cannot be used, there is nothing to resume, or too
-            little memory.
-        IntegrityError: the base is not what its manifest says.
-        NonFiniteError: the loss is no number; names the step and the samples.
-        ConflictError: the output exists, or unfinished work of another run lies there; names what differs.
-        DiskError: there is no room for a checkpoint; the one before it stays.
+        CheckpointError, UsageError, DataError: base, targets or data cannot be used, there is nothing to resume, or
+            memory runs out.
+        IntegrityError: the base does not match its manifest.
+        NonFiniteError: loss or gradient is NaN or infinite; names the step and the samples.
+        ConflictError: the output exists, or contains unfinished work of another run; names what differs.
+        DiskError: there is no room for a checkpoint; the previous one is kept.
 
-    Started by torchrun, every process returns the report of the first, which alone writes and tells.
+    Under torchrun, every process returns the report of rank 0, and only rank 0 writes and calls on_step and note.
 
     Source: QLoRA (arXiv:2305.14314); NF4 storage, bfloat16 compute, paged optimizer state.
     """
     output = Path(output)
     check_not_finished(output, force, resume)
     with attention_of_any_length(), deterministic(config.deterministic), join(config.device) as world:
-        # Only now, since who waits for others to join hears of no error of theirs.
+        # Read inputs only after joining: a process waiting in join() would not see another's error.
         inputs = read_inputs(config, output, force)
         identity = inputs.identity()
         check_alike(world, identity)
@@ -115,9 +115,9 @@ def _lead(
     note: Callable[[str], None],
     world: World,
 ) -> TrainReport:
-    """What the first process does, and what the only one does: see ``train``."""
+    """Train in rank 0, or in the only process; see ``train``."""
     check_unfinished(partial_folder(output), identity, force, resume)
-    if inputs.manifest is not None:  # what the result will say of its base has to be true
+    if inputs.manifest is not None:  # the result's manifest vouches for its base
         check_tensors(inputs.base, inputs.manifest)
     with Output(output, identity, force, keeps=holds_work) as out:
         remember(out.folder, identity)
@@ -135,13 +135,13 @@ def _lead(
 
 
 def _begun(inputs: Inputs, out: Output, note: Callable[[str], None], world: World) -> Run:
-    """The run; one that is refused here leaves nothing behind."""
+    """Create the run; if it is refused, discard the output folder."""
     try:
         run = Run(inputs, out.folder, note, world)
         needed = checkpoint_bytes(inputs.config, run.trainable.values.numel())
         require_room(out.folder, needed, inputs.config.keep_checkpoints)
     except AdaptkitError:
-        with contextlib.suppress(OSError):  # the reason is worth more than a clean disk
+        with contextlib.suppress(OSError):  # the original error matters more than cleaning up
             out.discard()
         raise
     return run
@@ -168,12 +168,12 @@ def _write_result(out: Output, inputs: Inputs, run: Run, records: Records) -> Ma
 
 
 def _write_beside(out: Output, inputs: Inputs, run: Run, records: Records, adapter: Chosen) -> None:
-    """Write another adapter of the run as a whole artifact in a folder of its own."""
+    """Write the other adapter of the run as a complete artifact in a subfolder."""
     inside = out.folder / adapter.name
-    shutil.rmtree(inside, ignore_errors=True)  # of a run that was killed here
+    shutil.rmtree(inside, ignore_errors=True)  # left by a run that was killed here
     values, last = run.trainable.values, None
     if adapter.parameters is not values:
-        last = values.to("cpu", copy=True)  # since the device may be full
+        last = values.to("cpu", copy=True)  # the device may be full
         values.copy_(adapter.parameters)
     with Output(inside, inputs.identity()) as nested:
         nested.publish(_write_result(nested, inputs, run, records))

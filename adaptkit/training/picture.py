@@ -1,4 +1,4 @@
-"""The course of a run as a picture; the same metrics give the same bytes."""
+"""Plot of a run's metrics; the same metrics give the same bytes."""
 
 import io
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ def draw(history: History) -> bytes:
     steps = [line for line in history.lines() if "loss" in line]
     measured = history.held_out
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's matplotlibrc says
+        matplotlib.rcdefaults()  # ignore the user's matplotlibrc
         matplotlib.rcParams.update({"svg.hashsalt": "adaptkit", "svg.fonttype": "none"})
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.add_subplot()

@@ -1,4 +1,4 @@
-"""What a run is made of before its first step: batches, model, and how many steps and bytes it takes."""
+"""Preparation of a run: its batches, its model, and how many steps and checkpoint bytes it takes."""
 
 from importlib import import_module
 from pathlib import Path
@@ -30,13 +30,13 @@ from adaptkit.training.shortage import tells_shortage
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
-    """Size of a checkpoint: parameters, two moments and, if there may be one, the best adapter's parameters."""
+    """Return the bytes of a checkpoint: parameters, two moments and, if there may be one, the best parameters."""
     vectors = 2 if config.has_held_out and config.eval_every else 1
     return 4 * parameters * vectors + moment_bytes(parameters, STATE_BITS[config.optimizer])
 
 
 def batches_of(inputs: Inputs) -> Batches:
-    """The steps' samples."""
+    """Return the batches of a run."""
     config = inputs.config
     return Batches(
         inputs.samples,
@@ -51,20 +51,20 @@ def batches_of(inputs: Inputs) -> Batches:
 
 
 def total_steps(config: TrainConfig, batches: Batches) -> int:
-    """How many steps a run takes, unless it stops early."""
+    """Return how many steps a run takes, unless it stops early."""
     return config.steps or steps_in(config.epochs or 1, batches.steps_per_epoch)
 
 
 def begin_libraries(base: Path, device: torch.device, shard_base: bool) -> None:
-    """Import what building a model imports, so that the memory of libraries is not taken for that of the run.
+    """Import and initialize the libraries of a model, so that their memory is not counted as that of the run.
 
-    A GPU's matrix library takes some of torch's memory for itself with the first product of every thread: of this one,
-    and of the one that runs backward passes.
+    cuBLAS allocates a workspace from torch's memory at the first matrix product in each thread: here, in this thread
+    and in the one that runs backward passes.
     """
     empty_network(Checkpoint(base))
     kernels_for(device)
     if shard_base:
-        import_module("torch._dynamo")  # which FSDP would do in the first step
+        import_module("torch._dynamo")  # FSDP would do so in the first step
     if device.type == "cuda":
         for dtype in (torch.float32, torch.bfloat16):
             square = torch.zeros((64, 64), dtype=dtype, device=device, requires_grad=True)
@@ -73,7 +73,7 @@ def begin_libraries(base: Path, device: torch.device, shard_base: bool) -> None:
 
 
 def make_fast(model: Model) -> None:
-    """Exchange what a model with its adapter computes step by step for what does the same in fewer, on its device."""
+    """Replace operations of a model with its adapter, in place, by equivalent fused ones for its device."""
     network = model.network
     if model.device.type == "cpu":
         fuse_layers(network)
@@ -89,18 +89,18 @@ def make_fast(model: Model) -> None:
     hint="use a base that adaptkit quantize made, several GPUs with --shard-base, or --device cpu",
 )
 def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model, Activations]:
-    """The model with the adapter that it begins with, and what it keeps of a batch.
+    """Build the model with its initial adapter, and set which activations it saves.
 
     Args:
-        inputs: of the run.
-        world: its processes.
-        largest: rows and length of its largest batch.
+        inputs: inputs of the run.
+        world: processes of the run.
+        largest: rows and length of the largest micro-batch.
 
     Raises:
-        UsageError: the device has too little memory, or what ``begin`` and ``save_activations`` refuse.
+        UsageError: the device has too little memory, or ``begin`` or ``save_activations`` refuses the settings.
     """
     device, is_shared = world.device, inputs.config.shard_base
-    held = torch.device("cpu") if is_shared else device  # the base need not fit the device before it is divided
+    held = torch.device("cpu") if is_shared else device  # unsharded, the base need not fit the device
     model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)
     begin(model, inputs.config, inputs.start, inputs.tokenizer)
     if inputs.config.pack:

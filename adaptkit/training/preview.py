@@ -1,4 +1,4 @@
-"""The first batch of a run as the model gets it: every token, what carries loss, and where samples begin."""
+"""The first batch of a run as the model gets it: every token, which tokens carry loss, and where samples begin."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,12 +15,12 @@ from adaptkit.training.preparation import batches_of
 
 @dataclass(frozen=True)
 class Stretch:
-    """Tokens next to each other that all carry loss, or none of them.
+    """Consecutive tokens that all carry loss, or all carry none.
 
     Attributes:
-        learned: whether they do.
-        ids: of the tokens.
-        text: that they are.
+        learned: whether they carry loss.
+        ids: token IDs.
+        text: the decoded tokens.
     """
 
     learned: bool
@@ -34,10 +34,10 @@ class ShownSample:
 
     Attributes:
         source: file and line.
-        row: of the batch, from 1; packed samples share one.
-        tokens: of it.
-        learned: tokens of it that carry loss.
-        stretches: all of it.
+        row: row of the step, from 1; packed samples share a row.
+        tokens: number of tokens.
+        learned: number of tokens that carry loss.
+        stretches: all tokens, in order.
     """
 
     source: str
@@ -52,11 +52,11 @@ class Preview:
     """The first step of a run.
 
     Attributes:
-        micro_batches: that it takes.
-        rows: in all of them.
-        padding: positions that hold no token.
-        samples: in their order.
-        unused: columns that no layout has, of the sources that have some.
+        micro_batches: number of micro-batches.
+        rows: number of rows in all of them.
+        padding: number of padding positions.
+        samples: samples in row order.
+        unused: maps each source that has unused columns to their names.
     """
 
     micro_batches: int
@@ -68,7 +68,7 @@ class Preview:
 
 @alone()
 def preview(config: TrainConfig) -> Preview:
-    """Read a run's data, and show its first batch; nothing is written, and no model loaded.
+    """Read a run's data and return its first batch, without writing anything or loading a model.
 
     Raises:
         CheckpointError, UsageError, DataError: base or data cannot be used.
@@ -86,7 +86,7 @@ def preview(config: TrainConfig) -> Preview:
 
 
 def _samples(batch: Batch, tokenizer: Any, before: int) -> Iterator[ShownSample]:
-    """The samples of a batch, from the tensors that the model gets."""
+    """Yield the samples of a batch, reconstructed from the tensors that the model gets."""
     sources = iter(batch.sources)
     for row in range(len(batch.ids)):
         length = int(batch.mask[row].sum())

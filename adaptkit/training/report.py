@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, and at its end."""
+"""Reports of a run: one after every step, and one at the end."""
 
 from dataclasses import dataclass
 
@@ -10,10 +10,10 @@ class StepReport:
     """One optimizer step.
 
     Attributes:
-        step: from 1.
-        steps: of the run.
-        loss: mean over the batch's answer tokens.
-        tokens_per_second: of all tokens, padding aside.
+        step: number of the step, from 1.
+        steps: number of steps of the run.
+        loss: mean over the answer tokens of the step; NaN if it was skipped.
+        tokens_per_second: mean rate since this process started, over all tokens except padding.
     """
 
     step: int
@@ -27,27 +27,27 @@ class TrainReport:
     """What a run did.
 
     Attributes:
-        output: folder of the adapter.
-        steps: taken in all.
-        kept_step: after which the adapter was as it is published.
-        skipped: steps whose loss or gradient was no number.
-        resumed_from: step at which this process began; 0 if it began the run.
-        trainable_parameters: in the adapter.
-        samples: trained on.
-        truncated: samples cut to the longest length.
-        dropped: samples left out, as too long or since the cut took their whole answer.
-        data: where samples came from, and what became of them.
-        held_out_before: mean loss per answer token on the held-out samples, before training; None without any.
-        held_out_after: the same of the published adapter; None if it was not measured.
-        segments: that gradient checkpointing cuts the layers into; 0 if it is off.
+        output: folder of the adapter or checkpoint.
+        steps: number of steps taken.
+        kept_step: step after which the published parameters were saved.
+        skipped: number of steps skipped because loss or gradient was NaN or infinite.
+        resumed_from: step at which this process resumed; 0 if it started the run.
+        trainable_parameters: number of trained parameters.
+        samples: number of samples trained on.
+        truncated: number of samples cut to ``max_length``.
+        dropped: number of samples left out, because they are too long or have no answer tokens after the cut.
+        data: where samples came from, and which were cut or dropped.
+        held_out_before: mean loss per answer token on the held-out samples before training; None without any.
+        held_out_after: the same for the published parameters; None if it was not measured.
+        segments: number of segments that activation checkpointing cuts the layers into; 0 if it is off.
         checkpointing: which layers are checkpointed, in words.
-        compute_dtype: of activations and dequantized weights.
-        memory: bytes that were predicted, by part (see ``networks.memory.Memory``) and in all, and ``measured``: by
-            how much the process's memory grew, on a GPU what was allocated there; None where nobody tells.
-        paging: the optimizer state's page table and what moved; see ``paging.Pages.metrics``.
-        tokens_per_second: of this process.
-        tensors_root: binds the adapter's tensors.
-        manifest_sha256: of the adapter's manifest.
+        compute_dtype: dtype of activations and dequantized weights.
+        memory: predicted bytes, by part (see ``networks.memory.Memory``) and in total as ``predicted``; and as
+            ``measured`` the growth of the process's memory, or on a GPU of its allocations; None if unavailable.
+        paging: page table of the optimizer state and the pages moved; see ``paging.Pages.metrics``.
+        tokens_per_second: mean rate since this process started, over all tokens except padding.
+        tensors_root: sha256 over the names and hashes of all written tensors.
+        manifest_sha256: sha256 of the manifest.
     """
 
     output: str

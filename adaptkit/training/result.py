@@ -1,4 +1,4 @@
-"""Write what a run made: an adapter or a checkpoint, and the manifest that says what it belongs to."""
+"""Write the result of a run: an adapter or a checkpoint, and the manifest that names its base."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -37,20 +37,20 @@ def write_result(
     data_sha256: list[str],
     side_files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Manifest:
-    """Write what was trained, and describe it and everything else in the folder.
+    """Write the trained weights and side files; return the manifest of everything in the folder.
 
     Args:
         out: the folder being written.
-        model: trained.
-        config: of the run, its method resolved.
-        base: manifest of the base, if it has one.
-        records: of the base: see ``records_of``.
-        start: what the run began with, if not with fresh matrices.
-        data_sha256: of the data files.
-        side_files: small files that lie beside an adapter, and take the place of a checkpoint's, by name.
+        model: the trained model.
+        config: settings of the run, with the method resolved.
+        base: manifest of the base; None if it has none.
+        records: tensors of the base; see ``records_of``.
+        start: adapter that the run started from; None if there is none.
+        data_sha256: hashes of the data files.
+        side_files: small files by name, written beside an adapter, or instead of a checkpoint's own.
 
     Raises:
-        NonFiniteError: a weight is no number, or too large for the type that it is stored in.
+        NonFiniteError: a weight is NaN, or too large for the dtype that it is stored in.
     """
     is_full = config.method == "full"
     if is_full:
@@ -81,14 +81,14 @@ def _write_adapter(out: Output, model: Model, config: TrainConfig) -> None:
     extra: dict[str, Any] = {"lora_dropout": config.dropout, "fan_in_fan_out": model.stores_transposed}
     ends = {name.rpartition(".")[2] for name in changes}
     named = {path for path, _ in model.network.named_modules() if path.rpartition(".")[2] in ends}
-    if changes and named == set(changes):  # says the same as every path, and is how people write it
+    if changes and named == set(changes):  # the usual form, equivalent to all paths
         extra["target_modules"] = sorted(ends)
     saved = {name: whole.value() for name, whole in model.whole.items()}
     biases = {n for n in saved if n.endswith(".bias") and f"{n.removesuffix('.bias')}.weight" not in saved}
     if set(saved) - biases:
         modules = {name.rpartition(".")[0] for name in set(saved) - biases}
         extra["modules_to_save"] = sorted(modules)
-        # peft replaces whole modules: a head that is tied brings its bias, a router its buffer.
+        # peft replaces whole modules, so it also needs a tied head's bias or a router's buffer.
         beside = [name for name in model.assembly.sources if name.rpartition(".")[0] in modules and name not in saved]
         saved |= {name: model.assembly.read(name) for name in beside}
     if biases:
@@ -108,7 +108,7 @@ def _write_adapter(out: Output, model: Model, config: TrainConfig) -> None:
 
 
 def _targets(model: Model, base: Manifest | None, records: Mapping[str, TensorRecord]) -> tuple[Target, ...]:
-    """The base's weights that have a low-rank change, with what tells them from others."""
+    """Return the base's weights that have a low-rank change, each with the hash that identifies it."""
     known = base.known_weights() if base else {}
     targets = []
     for name, change in model.changes().items():
@@ -123,15 +123,15 @@ def _targets(model: Model, base: Manifest | None, records: Mapping[str, TensorRe
 
 
 def write_checkpoint(out: Output, model: Model, without: Collection[str] = ()) -> None:
-    """Write the base's checkpoint with the weights that were trained, each in the base's type and place.
+    """Write the base's checkpoint with the trained weights, each in the base's dtype and file.
 
     Args:
         out: the folder being written.
-        model: every parameter of it trained whole.
-        without: small files of the base that it does not get; with one chat template, none of the others.
+        model: model with every parameter trained in full.
+        without: small files of the base not to copy; if a chat template is among them, none of the base's is copied.
 
     Raises:
-        NonFiniteError: a weight is no number, or too large for its type.
+        NonFiniteError: a weight is NaN, or too large for its dtype.
     """
     checkpoint = model.checkpoint
     addresses = find_addresses(checkpoint, model.whole, "training")
@@ -157,14 +157,14 @@ def write_checkpoint(out: Output, model: Model, without: Collection[str] = ()) -
 
 
 def _part(value: Tensor, slice_: Slice) -> Tensor:
-    """What one tensor of the files holds of a parameter."""
+    """Return the part of a parameter that one tensor in the files holds."""
     matrix = value if slice_.expert is None else value[slice_.expert]
     number, count = slice_.part
     return matrix.chunk(count)[number] if count > 1 else matrix
 
 
 def records_of(checkpoint: Checkpoint, base: Manifest | None) -> dict[str, TensorRecord]:
-    """The base's tensors by name, as its manifest has them or, without one, as they are read: all of them."""
+    """Return the base's tensors by name, from its manifest or, without one, by reading and hashing all of them."""
     if base is not None:
         return {record.name: record for record in base.tensors}
     specs = {name: located.spec for name, located in checkpoint.tensors.items()}
