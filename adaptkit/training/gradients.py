@@ -52,7 +52,7 @@ class Gradients:
         try:
             shares = [self._add(batch, answers, step, index) for index, batch in enumerate(batches)]
         except BaseException:
-            forget(self._model.network)  # drop its graph: a retry needs the memory
+            forget(self._model.network)  # drop the failed graph: a retry needs its memory
             raise
         values = torch.stack(shares).tolist()  # the host waits for the device only here
         for batch, value in zip(batches, values, strict=True):

@@ -1,12 +1,12 @@
 """Checkpoints of a training run.
 
-    run.json                              what decides about the result; a run with anything else does not go on here
-    checkpoint-<step>/state.safetensors   float32 vectors: parameters, moments, the best parameters if they are others
-    checkpoint-<step>/metrics.jsonl       everything that was measured so far
-    checkpoint-<step>/checkpoint.json     step, further values, the sha256 of both files, and its own; written last
-    optimizer-pages.bin                   of the optimizer, as older versions left it; not gone on from
+    run.json                              what determines the result; a run that differs in it does not resume here
+    checkpoint-<step>/state.safetensors   vectors: parameters, moments, and the best parameters if they differ
+    checkpoint-<step>/metrics.jsonl       all metrics so far
+    checkpoint-<step>/checkpoint.json     step, further values, the sha256 of both files and of itself; written last
+    optimizer-pages.bin                   the optimizer's pages, left by older versions; never resumed from
 
-The order of the data and all randomness are functions of seed and step, so this is all that a run consists of.
+The order of the data and all randomness are functions of seed and step, so this is the complete state of a run.
 """
 
 import hashlib
@@ -45,17 +45,17 @@ from adaptkit.training.memory.vector import Vector
 PAGES_NAME = "optimizer-pages.bin"
 _RUN, _STATE, _RECORD = "run.json", "state.safetensors", "checkpoint.json"
 _DAMAGE = (CheckpointError, IntegrityError, KeyError, TypeError, OSError)
-"""What reading a damaged checkpoint ends in."""
+"""Exceptions that reading a damaged checkpoint can raise."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything that a run needs to go on.
+    """Everything that a run needs to resume.
 
     Attributes:
-        step: steps taken.
-        vectors: by name; of one that was read in its file, which has to stay until they are.
-        values: by name; what JSON can hold.
+        step: number of steps taken.
+        vectors: vectors by name. Those of a checkpoint are read lazily: its file must exist until then.
+        values: JSON values by name.
         metrics: the content of ``metrics.jsonl``.
     """
 
@@ -66,24 +66,24 @@ class Snapshot:
 
 
 def remember(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Write down what decides about the result, so that a run that cannot go on can be told why."""
+    """Record what determines the result, so that a run that cannot resume can say why."""
     if _read_identity(folder) is None:
         replace_file(folder / _RUN, write_json(identity))
 
 
 def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, resume: bool) -> None:
-    """Refuse to mix two runs, and to begin where there was to be something to go on from.
+    """Refuse to mix two runs, or to resume without a checkpoint.
 
-    A run that came to no checkpoint, such as one that was refused, left nothing that could be mixed.
+    A run that wrote no checkpoint, such as one that was refused, left nothing that could be mixed.
 
     Args:
-        folder: where unfinished work would lie.
-        identity: of the run that is to be.
-        force: work of another run may be thrown away.
-        resume: there has to be a checkpoint.
+        folder: partial folder of the output.
+        identity: identity of this run.
+        force: allow work of another run to be discarded.
+        resume: require a checkpoint.
 
     Raises:
-        ConflictError: the work that lies there is of another run; names what differs.
+        ConflictError: the folder contains work of another run; names what differs.
         UsageError: there is nothing to resume.
     """
     known = _read_identity(folder)
@@ -99,15 +99,15 @@ def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, res
 
 
 def check_alike(world: World, identity: Mapping[str, Any]) -> None:
-    """Refuse processes that would train different things: their gradients say nothing together.
+    """Refuse processes with different inputs: the sum of their gradients would be meaningless.
 
-    Each reads files and options of its own, perhaps on another machine.
+    Each process reads its own files and options, perhaps on another machine.
 
     Raises:
-        UsageError: in all of them; names what differs.
+        UsageError: in every process; names what differs.
     """
     mine = dict(identity)
-    if not isinstance(mine["base"], str):  # of a base without a manifest: times are another machine's
+    if not isinstance(mine["base"], str):  # no manifest: drop times, which differ between machines
         mine["base"] = [[file, size] for file, size, _ in mine["base"]]
     differences = _differences(world.share(mine), mine, "{} is {} there and {} here")
     told = [f"process {world.rank} differs from the first: {'; '.join(differences)}"] if differences else []
@@ -117,10 +117,10 @@ def check_alike(world: World, identity: Mapping[str, Any]) -> None:
 
 
 def check_not_finished(output: Path, force: bool, resume: bool) -> None:
-    """Say of a run that is to go on, and whose output is there, that it came to its end.
+    """Refuse to resume a run that is finished.
 
     Raises:
-        OutputExistsError: it did.
+        OutputExistsError: the output is a trained artifact, and no partial folder exists.
     """
     if resume and not force and not partial_folder(output).exists():
         manifest = read_manifest(output) if output.is_dir() else None
@@ -132,11 +132,11 @@ def check_not_finished(output: Path, force: bool, resume: bool) -> None:
 
 
 def going_on_from(folder: Path, identity: Mapping[str, Any]) -> int:
-    """The step that a run begins after: that of the newest undamaged checkpoint, or 0.
+    """Return the step after which a run would continue: that of the newest undamaged checkpoint, or 0.
 
     Args:
-        folder: where unfinished work would lie; that of another run is thrown away, if it is not refused.
-        identity: of the run that is to be.
+        folder: partial folder of the output; work of another run in it does not count.
+        identity: identity of this run.
     """
     known = _read_identity(folder)
     if known is not None and _differences(known, json.loads(write_json(identity))):
@@ -145,15 +145,15 @@ def going_on_from(folder: Path, identity: Mapping[str, Any]) -> int:
 
 
 def holds_work(folder: Path) -> bool:
-    """Whether there is more than a run writes before its first checkpoint: that, or what is no training run's."""
+    """Whether a folder holds more than a run writes before its first checkpoint, such as a checkpoint."""
     return not all(_is_beginning(path.name) for path in folder.iterdir())
 
 
 def require_room(folder: Path, checkpoint_bytes: int, keep: int) -> None:
-    """Refuse a run whose checkpoints the disk has no room for; those that are there have theirs already.
+    """Refuse a run whose checkpoints do not fit on the disk; existing checkpoints need no further space.
 
     Raises:
-        DiskError: says how much is missing.
+        DiskError: says how much space is missing.
     """
     needed = checkpoint_bytes * max(1, keep + 1 - len(checkpoints(folder)))
     hint = "free some space, keep fewer with --keep-checkpoints 1, or choose another -o"
@@ -161,24 +161,24 @@ def require_room(folder: Path, checkpoint_bytes: int, keep: int) -> None:
 
 
 def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int = 2) -> None:
-    """Write a checkpoint, whole or not at all, and remove all but the newest ones.
+    """Write a checkpoint atomically, and delete all but the newest ones.
 
     Args:
-        folder: of the run.
-        snapshot: to write.
-        keep: how many stay.
+        folder: folder of the run.
+        snapshot: state to write.
+        keep: number of checkpoints to keep.
 
     Raises:
-        DiskError: there is no room; the checkpoints before it stay.
+        DiskError: there is no room; earlier checkpoints are kept.
     """
     final = folder / f"checkpoint-{snapshot.step}"
     partial = folder / f"checkpoint-{snapshot.step}.partial"
     try:
         _write(partial, snapshot)
     except DiskError:
-        shutil.rmtree(partial, ignore_errors=True)  # half a checkpoint is no use, and there is no room for it
+        shutil.rmtree(partial, ignore_errors=True)  # useless, and the disk is full
         raise
-    if final.exists():  # damaged, or it would have been gone on from
+    if final.exists():  # damaged, or the run would have resumed from it
         shutil.rmtree(final)
     partial.rename(final)
     sync_folder(folder)
@@ -203,7 +203,7 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
 
 
 def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Snapshot | None:
-    """Read the newest undamaged checkpoint; a damaged one is named in a note, and the one before it is taken."""
+    """Read the newest undamaged checkpoint, if any; call ``note`` for every damaged one."""
     left = checkpoints(folder)
     while left:
         step, path = left.pop()
@@ -216,7 +216,7 @@ def newest_checkpoint(folder: Path, note: Callable[[str], None]) -> Snapshot | N
 
 
 def share_snapshot(world: World, snapshot: Snapshot | None) -> Snapshot | None:
-    """Give all processes what the first one read, a tensor at a time: on GPUs it goes through their memory."""
+    """Broadcast the snapshot of rank 0, one tensor at a time, since NCCL sends it through GPU memory."""
     if world.size == 1:
         return snapshot
     shapes = {name: (vector.dtype, vector.count) for name, vector in snapshot.vectors.items()} if snapshot else {}
@@ -234,13 +234,13 @@ def share_snapshot(world: World, snapshot: Snapshot | None) -> Snapshot | None:
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints of a folder, whole or damaged: step and path, the newest last."""
+    """Return step and path of all checkpoints in a folder, also damaged ones, the newest last."""
     found = [(path.name.removeprefix("checkpoint-"), path) for path in folder.glob("checkpoint-*")]
     return sorted((int(step), path) for step, path in found if step.isdecimal())
 
 
 def _is_beginning(name: str) -> bool:
-    """Whether a run has a file of this name, whole or half, before it has a checkpoint; half a checkpoint is none."""
+    """Whether a run can have a file of this name before its first checkpoint, such as a partial checkpoint."""
     known = replaced_name(name) in {JOURNAL_NAME, _RUN, METRICS_NAME, PAGES_NAME}
     return known or (name.startswith("checkpoint-") and name.endswith(".partial"))
 
@@ -258,7 +258,7 @@ def _is_whole(path: Path, step: int) -> bool:
 
 
 def _checked(path: Path, step: int) -> dict[str, Any]:
-    """The record of a checkpoint whose files are those that were written."""
+    """Return the record of a checkpoint, after checking that no file changed since it was written."""
     record = read_json(path / _RECORD)
     is_whole = (path / _RECORD).read_bytes() == write_json(record)
     if not is_whole or record.pop("sha256") != _digest(record) or record["step"] != step:
@@ -291,7 +291,7 @@ def _read_identity(folder: Path) -> dict[str, Any] | None:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], said: str = "{} was {} and is {}") -> list[str]:
-    """What differs, for people; options by name, with both values."""
+    """Return what differs, as phrases: options by name with both values, anything else by name."""
     options = before.get("options") or {}
     others = {"base": "base", "data": "data", "init": "adapter to start from", "chat_template": "chat template"}
     found = [

@@ -1,4 +1,4 @@
-"""The steps of a run; killed and begun again, it goes on."""
+"""The steps of a run, which resumes from its newest checkpoint."""
 
 import math
 import os
@@ -38,7 +38,7 @@ from adaptkit.training.trackers import Tracker
 from adaptkit.training.uninterrupted import uninterrupted
 
 _SKIPPED_IN_A_ROW = 5
-"""More than data can explain: then the parameters themselves are no numbers any more, or soon will be."""
+"""Fail at so many skips in a row: data cannot explain them; the parameters are NaN, or soon will be."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Chosen:
 
     Attributes:
         name: ``best`` or ``last``.
-        step: after which it was so.
+        step: step after which it had these parameters.
         parameters: (N,) float32.
     """
 
@@ -60,23 +60,23 @@ class Run:
     """The state of a run: model, flat parameters, optimizer, history.
 
     Args:
-        inputs: what was read.
-        folder: for checkpoints, metrics and pages; a checkpoint in it is gone on from. Of other processes than the
-            first only for pages.
-        note: told, in a line for people, what happens besides steps.
-        world: the processes of the run.
+        inputs: inputs of the run.
+        folder: folder for checkpoints, metrics and pages; the run resumes from a checkpoint in it. Processes other
+            than rank 0 use it only for pages.
+        note: called with a one-line message on everything besides steps.
+        world: processes of the run.
 
     Attributes:
-        batches: of every step.
-        steps: in all, unless the run stops early.
-        model: being trained.
-        activations: what the model keeps of a batch.
-        trainable: all that is trained.
-        optimizer: of it.
-        history: what was measured.
-        resumed_from: step at which this process began; 0 if it began the run.
-        done: steps taken.
-        tokens_per_second: of this process, padding aside.
+        batches: batches of every step.
+        steps: number of steps, unless the run stops early.
+        model: model being trained.
+        activations: which activations the model saves.
+        trainable: all trained parameters.
+        optimizer: optimizer of ``trainable``.
+        history: metrics so far.
+        resumed_from: step at which this process resumed; 0 if it started the run.
+        done: number of steps taken.
+        tokens_per_second: mean rate since this process started, without padding.
     """
 
     def __init__(self, inputs: Inputs, folder: Path, note: Callable[[str], None], world: World) -> None:
@@ -110,11 +110,11 @@ class Run:
             self._restore(snapshot)
 
     def train(self, on_step: Callable[[StepReport], None], trackers: Sequence[Tracker] = ()) -> None:
-        """Take the steps that are left. Whatever stops it on the way, what is done is saved.
+        """Take the remaining steps; save a checkpoint whatever interrupts them.
 
         Args:
-            on_step: told of every step.
-            trackers: told of every line of the history.
+            on_step: called after every step.
+            trackers: called with every line of the history.
         """
         self._trackers = trackers
         tokens, seconds = 0, 0.0
@@ -142,13 +142,13 @@ class Run:
             self._note(f"stopped early after step {self.done}: no better held-out loss in {since}")
 
     def memory(self) -> dict[str, int | None]:
-        """What was predicted, by part and in all, and what was measured: see ``TrainReport.memory``."""
+        """Return predicted and measured bytes; see ``TrainReport.memory``."""
         pages, count = self.optimizer.state.pages, self.trainable.values.numel()
         expected = predicted_memory(self.model.network, count, pages.slots * pages.page_bytes, self.activations)
         return expected.parts() | {"predicted": expected.total, "measured": self._peak.growth()}
 
     def chosen(self) -> list[Chosen]:
-        """The adapter to publish, and then the one to keep beside it, if that is another."""
+        """Return the adapter to publish, followed by the other one if it differs."""
         best = self.history.best_step
         found = [Chosen("last", self.done, self.trainable.values)]
         if best is not None and best != self.done and self._best is not None:
@@ -163,7 +163,7 @@ class Run:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """While the block runs, the state is that of no step; if it fails, there is none to save."""
+        """Defer signals while the block changes the state; if it fails, the state is inconsistent and is not saved."""
         with uninterrupted():
             self._can_save = False
             yield
@@ -192,10 +192,10 @@ class Run:
         return line
 
     def _refused(self, loss: float, norm: float, step: int) -> str | None:
-        """What is wrong with the gradients, if something is, so that the optimizer must not see them.
+        """Return why the step must be skipped: loss or gradient is not finite. None if both are finite.
 
         Raises:
-            NonFiniteError: such steps are not to be skipped, or there were too many in a row.
+            NonFiniteError: the settings do not allow skipping, or too many steps in a row were skipped.
         """
         if math.isfinite(loss) and math.isfinite(norm):
             return None
@@ -211,10 +211,10 @@ class Run:
                 f"{message} (the last of {_SKIPPED_IN_A_ROW} such steps in a row)", hint="lower the learning rate"
             )
         self._note(f"warning: skipped step {step}: {wrong}: {samples}")
-        return f"{wrong}: {'; '.join(map(os.path.basename, sources))}"  # the metrics hold no paths
+        return f"{wrong}: {'; '.join(map(os.path.basename, sources))}"  # metrics contain no paths
 
     def _observe(self) -> None:
-        """Measure, and let the model answer, where it is time and was not done before a kill."""
+        """Evaluate and answer prompts when due, unless the history already has it from before an interruption."""
         config, is_first = self._config, self.done == 0
         known = self.history.known(self.done)
         wants_loss = bool(self._inputs.held_out) and (is_first or self._is_due(config.eval_every))
@@ -257,7 +257,7 @@ class Run:
 
     def _held_out_loss(self) -> float:
         everything = self._inputs.held_out
-        divided = self._world.size > 1 and not self._config.shard_base  # else all need each other for every batch
+        divided = self._world.size > 1 and not self._config.shard_base  # sharded: every batch needs all processes
         mine = everything[self._world.rank :: self._world.size] if divided else everything
         loss = self._pressure.make_room(
             "while held-out samples were evaluated",
@@ -265,17 +265,17 @@ class Run:
             lambda: mean_loss(self.model, mine, self._at_once, self._padding) if mine else 0.0,
         )
         if not divided:
-            return self._world.share(loss)  # of unlike devices each has its own last bit, but all must stop together
+            return self._world.share(loss)  # devices may round differently, but all must stop together
         summed = self._world.total(loss * sum(sample.answer_tokens for sample in mine))
         return summed / sum(sample.answer_tokens for sample in everything)
 
     @property
     def _at_once(self) -> int:
-        """Samples that go through the model at a time."""
+        """Number of samples per forward pass."""
         return self._config.micro_batch_size or self._config.batch_size
 
     def _remember_best(self) -> None:
-        """Keep the parameters as they are, in host memory, for as long as others may be trained."""
+        """Copy the parameters to host memory; after the last step they stay in place, so no copy is needed."""
         if not self._world.is_first or self.done == self.steps:
             self._best = None
         elif self._best is None:
@@ -284,7 +284,7 @@ class Run:
             self._best.copy_(self.trainable.values)
 
     def _tell(self, line: dict[str, Any]) -> None:
-        """Tell the trackers; what is wrong with one of them undoes no step."""
+        """Pass a line to the trackers; call this after a step is recorded, so that their errors cannot undo it."""
         for tracker in self._trackers:
             tracker(line)
 
@@ -296,7 +296,7 @@ class Run:
         try:
             save_checkpoint(self._folder, snapshot, self._config.keep_checkpoints)
         except DiskError:
-            self._can_save = False  # the disk will not take it a second time either
+            self._can_save = False  # a second attempt would fail too
             raise
         self._saved = self.done
 

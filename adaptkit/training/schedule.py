@@ -1,4 +1,4 @@
-"""How many steps a fraction of a run is, and the learning rate of every step."""
+"""Step counts of fractions of a run, and the learning rate of every step."""
 
 import math
 from fractions import Fraction
@@ -7,23 +7,23 @@ from adaptkit.training.config import TrainConfig
 
 
 def steps_in(fraction: float, steps: int) -> int:
-    """⌈fraction · steps⌉, of the decimal fraction that was written: 0.07 of 100 steps are 7.
+    """Return ⌈fraction · steps⌉, exact for the fraction as written in decimal: 0.07 of 100 steps are 7.
 
-    A float is near that fraction only, and its product may lie just above a whole number.
+    The float only approximates that fraction, and its product may lie just above a whole number.
     """
     return math.ceil(Fraction(str(fraction)) * steps)
 
 
 def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
-    """The rate of the step-th step (from 0): a linear rise over the warm-up, then the schedule.
+    """Return the learning rate of a step (from 0): a linear warm-up, then the schedule.
 
-    With w steps of warm-up, n steps, and p = (step - w) / (n - w):
+    Relative to the peak, with n steps, w of them warm-up, and p = (step - w) / (n - w):
 
         warm-up    (step + 1) / w
         constant   1
         linear     1 - p
         cosine     (1 + cos πp) / 2
-        wsd        1 until the last ``decay`` · n steps, then falling in equal parts (arXiv:2404.06395, linear decay)
+        wsd        1 until the last ``decay`` · n steps, then a linear decay (arXiv:2404.06395, linear decay)
     """
     warmup = steps_in(config.warmup, steps)
     if step < warmup:

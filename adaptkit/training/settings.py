@@ -1,11 +1,11 @@
-"""Settings: fields of a frozen dataclass that are keys of a configuration file and options of the command line at once.
+"""Settings: fields of a frozen dataclass that are both keys of a configuration file and command-line options.
 
     @dataclass(frozen=True)
     class Config:
         rank: int = setting("Rank of the adapter's matrices.", 16, at_least=1)
 
 A field's type is one of int, float, str, bool, ``tuple[str, ...]``, ``Mapping[str, float]`` or ``Mapping[str, str |
-int | float | bool]``, each with ``| None`` if it may be left open. Tuples and mappings are repeatable options
+int | float | bool]``, each with ``| None`` if it may be unset. Tuples and mappings are repeatable options
 (``NAME=NUMBER`` or ``NAME=VALUE`` for a mapping) on the command line.
 """
 
@@ -20,16 +20,16 @@ from adaptkit.errors import ConfigError
 
 @dataclass(frozen=True)
 class Setting:
-    """What a field's metadata says of it.
+    """Metadata of a field that is a setting.
 
     Attributes:
-        help: a sentence for people.
-        at_least: smallest value.
-        above: values are larger.
-        at_most: largest value.
-        below: values are smaller.
-        choices: the only values.
-        section: heading under which it and what follows stand in the help; None for that of what stands before.
+        help: one-sentence description.
+        at_least: smallest allowed value.
+        above: exclusive lower limit.
+        at_most: largest allowed value.
+        below: exclusive upper limit.
+        choices: the only allowed values.
+        section: heading in the help for this setting and those after it; None continues the previous section.
     """
 
     help: str
@@ -41,7 +41,7 @@ class Setting:
     section: str | None = None
 
     def allows(self, value: Any) -> bool:
-        """Whether a value of the right type can be used; NaN never can."""
+        """Whether a value of the right type is allowed; NaN and infinity never are."""
         if value is None or isinstance(value, bool):
             return True
         if isinstance(value, Mapping):
@@ -59,7 +59,7 @@ class Setting:
         )
 
     def range(self) -> str:
-        """What it allows, for people; empty if everything."""
+        """Return the allowed values as a phrase; empty if all are allowed."""
         if self.choices is not None:
             return f"one of {', '.join(self.choices)}"
         bounds = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
@@ -71,28 +71,28 @@ def _written(bound: float) -> str:
 
 
 def setting(help: str, default: Any = MISSING, **limits: Any) -> Any:
-    """A field that is a setting.
+    """Return a dataclass field that is a setting.
 
     Args:
-        help: a sentence for people.
-        default: MISSING if it has to be given.
-        limits: see ``Setting``.
+        help: one-sentence description.
+        default: default value; MISSING makes the setting required.
+        limits: further attributes of ``Setting``.
     """
     return field(default=default, metadata={"setting": Setting(help, **limits)})
 
 
 def settings(kind: type) -> dict[str, tuple[Field[Any], Setting]]:
-    """The settings of a dataclass, by name, in order."""
+    """Return the field and ``Setting`` of each setting of a dataclass, by name, in order."""
     return {found.name: (found, found.metadata["setting"]) for found in fields(kind) if "setting" in found.metadata}
 
 
 def check(config: Any) -> None:
-    """Give the values of a dataclass of settings the types of their fields, and hold them to their limits.
+    """Convert the values of a dataclass of settings to the types of their fields, and check their limits.
 
-    One text, or path, is a sequence of one, as for the other functions; in a file, it is written as one.
+    A single string or path is accepted for a sequence, as elsewhere in the API; in a file, it must be a list.
 
     Raises:
-        ConfigError: one cannot be used; names it.
+        ConfigError: a value is not allowed; names the setting.
     """
     for name, (found, rule) in settings(type(config)).items():
         given = getattr(config, name)
@@ -104,11 +104,11 @@ def check(config: Any) -> None:
 
 
 def refuse(config: Any, name: str, problem: str) -> NoReturn:
-    """Say that a setting's value cannot be used.
+    """Raise the error for a value that is not allowed.
 
     Args:
-        config: that holds it.
-        name: of the setting.
+        config: dataclass with the setting.
+        name: name of the setting.
         problem: what the value must be.
 
     Raises:
@@ -119,7 +119,7 @@ def refuse(config: Any, name: str, problem: str) -> NoReturn:
 
 
 def conflict(name: str, reason: str, hint: str) -> NoReturn:
-    """Say that a setting does not go with the others.
+    """Raise the error for a setting that conflicts with the others.
 
     Raises:
         ConfigError: always.

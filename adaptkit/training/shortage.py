@@ -1,4 +1,4 @@
-"""A lack of memory, for which torch has several words, as an error with a way out."""
+"""Out-of-memory errors, which torch raises in several forms, as one error with a hint."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,36 +8,36 @@ import torch
 from adaptkit.errors import UsageError
 
 TRAIN_LESS = "use a smaller --rank, fewer --targets, --optimizer adamw8bit, or --optimizer-pages-mib"
-"""What to do where parameters, gradients and moments do not fit beside the base."""
+"""Hint if parameters, gradients and moments do not fit beside the base."""
 
 _WORDS = ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "CUBLAS_STATUS_NOT_INITIALIZED", "out of memory")
-"""What torch on a CPU, cuBLAS (the third when a thread first asks it on a full device), and the driver say, who have no
-type of error for it."""
+"""Messages of torch on a CPU, of cuBLAS (the third at a thread's first use on a full device), and of the driver, which
+have no error type of their own."""
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed."""
+    """Whether an error is a failed allocation."""
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _WORDS)
 
 
 def shortage(where: str, reason: str, hint: str) -> UsageError:
-    """The error to raise.
+    """Return the error to raise if memory runs out.
 
     Args:
-        where: memory ran out: a phrase.
-        reason: what torch said; its first line is told.
-        hint: what would take less.
+        where: phrase that says where memory ran out.
+        reason: torch's message; only its first line is used.
+        hint: what would use less memory.
     """
     return UsageError(f"out of memory {where} ({reason.partition(chr(10))[0]})", hint=hint)
 
 
 @contextmanager
 def tells_shortage(where: str, hint: str) -> Iterator[None]:
-    """Say in a line that memory ran out while the block ran; of blocks inside of each other the innermost does.
+    """Turn an out-of-memory error of the block into a one-line UsageError; of nested blocks, the innermost does.
 
     Args:
-        where: a phrase.
-        hint: what would take less.
+        where: phrase that says where memory ran out.
+        hint: what would use less memory.
 
     Raises:
         UsageError: memory ran out.

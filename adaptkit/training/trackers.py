@@ -1,4 +1,4 @@
-"""What a run measures, also for TensorBoard and Weights & Biases, while it goes on.
+"""Trackers: TensorBoard and Weights & Biases, which follow the metrics during a run.
 
 Both are optional. They get the lines of ``metrics.jsonl``: numbers as scalars, answers to prompts as text.
 """
@@ -14,14 +14,14 @@ from adaptkit.errors import UsageError
 from adaptkit.training.config import TrainConfig
 
 Tracker = Callable[[dict[str, Any]], None]
-"""Told of every line of the metrics, in order."""
+"""Called with every line of the metrics, in order."""
 
 
 def require_trackers(config: TrainConfig) -> None:
-    """Ask before work whether the trackers that a run wants are installed.
+    """Check that the trackers that a run uses are installed, before it starts.
 
     Raises:
-        UsageError: one is not.
+        UsageError: a package is not installed.
     """
     for name in ("tensorboard", "wandb"):
         if getattr(config, name) is not None and find_spec(name) is None:
@@ -30,12 +30,12 @@ def require_trackers(config: TrainConfig) -> None:
 
 @contextmanager
 def trackers(config: TrainConfig, identity: Mapping[str, Any], begun: int) -> Iterator[list[Tracker]]:
-    """Open the trackers that a run wants, and close them after it.
+    """Open the trackers that a run uses, and close them after it.
 
     Args:
-        config: of the run.
-        identity: the same for a run that goes on, another for any other run.
-        begun: steps taken before; what was shown of later ones, before a kill, is replaced.
+        config: settings of the run.
+        identity: the same for a resumed run, different for any other run.
+        begun: step to resume from; what was logged for later steps before an interruption is replaced.
     """
     with ExitStack() as stack:
         opened: list[Tracker] = []
@@ -67,7 +67,7 @@ def _tensorboard(folder: str, begun: int) -> Iterator[Tracker]:
 
 @contextmanager
 def _wandb(config: TrainConfig, identity: Mapping[str, Any]) -> Iterator[Tracker]:
-    """WANDB_MODE, WANDB_DIR and its other variables mean what they always do."""
+    """Log to Weights & Biases; its environment variables, such as WANDB_MODE and WANDB_DIR, apply as usual."""
     import wandb
 
     same = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""Let what must not be left half done be finished before a signal stops the process."""
+"""Defer signals until a critical section has finished."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold SIGINT and SIGTERM back while the block runs; what handles them is called after it, and timers stand still.
+    """Defer SIGINT and SIGTERM while the block runs, and pause the interval timer; then raise the first signal.
 
     Does nothing outside of the main thread, where Python handles no signals.
     """
@@ -18,7 +18,7 @@ def uninterrupted() -> Iterator[None]:
     arrived: list[int] = []
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in handlers.items():
-        if callable(handler):  # neither ignored nor the system's own
+        if callable(handler):  # neither SIG_IGN nor SIG_DFL
             signal.signal(number, lambda number, frame: arrived.append(number))
     left = signal.setitimer(signal.ITIMER_REAL, 0)[0]
     try:

@@ -1,1 +1,1 @@
-"""Training data: what files hold, as samples, and which of them a step trains on."""
+"""Training data: samples from files, and which of them a step trains on."""

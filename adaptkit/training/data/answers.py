@@ -1,12 +1,12 @@
-"""Where the answers are in what a chat template makes of a conversation.
+"""Locate the answers in the text that a chat template makes of a conversation.
 
-What the template adds between a conversation up to the answer's opening and the conversation with the answer is the
-answer, its end of turn included. Some templates write what was asked in another way once the answer follows: they have
-the model answer after ``<think>``, and leave thoughts out of answers that are there; or they put the system's message
-before the last question, if nothing follows. Then what the model is asked comes first, as it is asked, and after it
-what the template adds to that question by itself. No word of a message may be lost on the way.
+An answer, with its end of turn, is what the template adds when it renders the conversation with the answer rather than
+the prompt: the conversation before it and the opening of the answer. Some templates render the prompt differently once
+the answer follows: they open answers with ``<think>``, but leave thoughts out of existing answers; or they put the
+system message before the last question if nothing follows it. The text is then the prompt, followed by what the
+template adds to the last question rendered by itself. No word of a message may be lost.
 
-An answer is looked for from its end, which is known: its words may be in the marks before it, too.
+An answer is searched for from its end, which is known, because the marks before it may contain the same words.
 """
 
 import re
@@ -29,12 +29,12 @@ _CLOSES = re.compile(r"/|end|^<[^|].*\|>$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Ends:
-    """Where the last answer in a text ends.
+    """Where the last answer in a text ends, as character offsets.
 
     Attributes:
-        words: the last of its words; a call has marks of the template's own after them.
-        said: its content.
-        turn: its turn: after the token that ends it, as far as the template's is known.
+        words: end of its last word; in a tool call, marks of the template follow.
+        said: end of its content.
+        turn: end of its turn, after the token that ends it if the template's is known.
     """
 
     words: int
@@ -44,13 +44,13 @@ class Ends:
 
 @dataclass(frozen=True)
 class Answer:
-    """Where a turn of the assistant is in a text.
+    """Place of an assistant turn in a text, as character offsets.
 
     Attributes:
-        start: where its opening ends.
-        words: where the last of its words ends; the token that ends its turn comes after it.
-        said: where its content ends.
-        end: where the turn ends.
+        start: end of its opening.
+        words: end of its last word; the token that ends the turn comes after it.
+        said: end of its content.
+        end: end of the turn.
     """
 
     start: int
@@ -60,13 +60,13 @@ class Answer:
 
 
 def ends_of(message: Message, text: str, closing: tuple[str, int] | None) -> Ends:
-    """Where the last answer in a text ends.
+    """Return where the last answer in a text ends.
 
     Args:
         message: the answer.
-        text: that ends with it.
-        closing: what the template puts after such an answer, and how many characters of that come after its turn;
-            None if nobody knows.
+        text: text whose last message is the answer.
+        closing: what the template puts after such an answer, and how many characters of that come after the turn;
+            None if unknown.
     """
     if closing is not None and text.endswith(closing[0]):
         said = len(text) - len(closing[0])
@@ -82,25 +82,26 @@ def ends_of(message: Message, text: str, closing: tuple[str, int] | None) -> End
 
 
 def find_answer(messages: Sequence[Message], turn: int, before: str, through: str, ends: Ends) -> Answer | None:
-    """Where an answer is in the text of a conversation up to its end.
+    """Locate an answer in the text of a conversation that ends with it.
 
     Args:
-        messages: of the conversation.
-        turn: of the answer.
-        before: the text up to where the model is to answer.
+        messages: messages of the conversation.
+        turn: index of the answer.
+        before: the prompt: the text up to where the model answers.
         through: the text up to the answer's end, and what the template puts after it.
-        ends: of the answer, in it.
+        ends: where the answer ends in ``through``.
 
     Returns:
-        None if the template rewrites what is before the answer, or leaves a part of it out.
+        The answer's place; None if the template rewrites the text before the answer, or leaves out a part of it.
 
     Raises:
-        DataError: the assistant speaks first, or is asked to think and does not, or the other way.
+        DataError: the assistant speaks first; the prompt opens a thought but the answer has none, or the reverse; or a
+            part of its tool calls is missing.
     """
     if turn == 0:
         raise DataError("the first message is the assistant's", hint="begin with a user message")
     content, opened = words_of(messages[turn]), _LAST_TAG.search(before)
-    said = content.removeprefix(opened[1]) if opened else content  # a thought's mark that the prompt has already
+    said = content.removeprefix(opened[1]) if opened else content  # a thought mark that the prompt already contains
     if not through.startswith(before) or missing(said, through[len(before) : ends.said]):
         return None
     check_calls(messages, turn, through[len(before) : ends.said])
@@ -110,10 +111,10 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
 
 
 def alone_with(messages: Sequence[Message], turn: int) -> list[Message]:
-    """An answer and what it answers, by themselves.
+    """Return an answer with only the messages that it answers.
 
-    That is the message before it; or, where a tool gave that, all from the user's question on, with calls alone: a
-    template may leave out what was thought and said beside them once an answer follows.
+    These are the message before it or, if a tool gave that, all messages from the user's question on, with tool calls
+    reduced to the calls: a template may leave out thoughts and text beside calls once an answer follows.
     """
     start = turn - 1
     while start > 0 and messages[start]["role"] == "tool":
@@ -128,22 +129,22 @@ def alone_with(messages: Sequence[Message], turn: int) -> list[Message]:
 def answer_as_asked(
     messages: Sequence[Message], turn: int, before: str, asked: str, answered: str, ends: Ends
 ) -> tuple[str, Answer]:
-    """What the model is asked, and the answer after it, for templates that write them otherwise together.
+    """Join a prompt and its answer, for templates that change the prompt once the answer follows.
 
     Args:
-        messages: of the conversation.
-        turn: of the answer.
-        before: the text up to where the model is to answer.
-        asked: the same of the last question by itself.
-        answered: that with its answer.
-        ends: of the answer, in it.
+        messages: messages of the conversation.
+        turn: index of the answer.
+        before: the prompt: the text up to where the model answers.
+        asked: the prompt of the last question by itself.
+        answered: the last question by itself, with its answer.
+        ends: where the answer ends in ``answered``.
 
     Returns:
-        The text up to the answer's end, and where the answer is in it.
+        The text up to the answer's end, and the answer's place in it.
 
     Raises:
-        DataError: the model would be asked to think and answers without, or the other way; or the template leaves a
-            part of the answer out, or has the question in it changed.
+        DataError: the prompt opens a thought but the answer has none, or the reverse; or the template leaves out a
+            part of the answer, or changes the question itself.
     """
     question, content = words_of(messages[turn - 1]), words_of(messages[turn])
     same = shared(asked, answered)
@@ -160,9 +161,9 @@ def answer_as_asked(
     if opening.strip() and not _TAG.search(opening):
         raise _otherwise(opening, turn, True)
     said, closing, mark = answered[same : ends.said], answered[ends.said :], opening.strip()
-    marks = ends.said - ends.words  # of a call, after its last word
+    marks = ends.said - ends.words  # marks of a tool call after its last word
     lost = missing(content, said)
-    if mark and content.startswith(mark) and said.rstrip().endswith(lines(content)[-1]):  # it leaves thoughts out
+    if mark and content.startswith(mark) and said.rstrip().endswith(lines(content)[-1]):  # the template leaves thoughts out
         said, lost = content[len(mark) :].lstrip(), ""
     if lost:
         raise DataError(
@@ -171,7 +172,7 @@ def answer_as_asked(
         )
     check_calls(messages, turn, said)
     lead = _lead(said, content) if content or CALLS not in messages[turn] else _overlap(opening, said)
-    if lead.strip() and mark.endswith(lead.strip()):  # both end the thought
+    if lead.strip() and mark.endswith(lead.strip()):  # prompt and answer both end the thought
         said = said[len(lead) :]
     _check_thoughts(before, said, messages, turn)
     kept = len(said.rstrip()) if content else len(said)
@@ -181,19 +182,19 @@ def answer_as_asked(
 
 
 def shared(text: str, other: str) -> int:
-    """How many characters two texts begin with alike."""
+    """Return the length of the common prefix of two texts."""
     pairs = enumerate(zip(text, other, strict=False))
     return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
 
 
 def _check_thoughts(before: str, said: str, messages: Sequence[Message], turn: int) -> None:
-    """Refuse an answer without thoughts to a prompt that has begun one, and one with thoughts where they are over.
+    """Refuse an answer without thoughts after a prompt that opens one, or with thoughts after one that closed them.
 
     Args:
-        before: what the model is asked.
-        said: what the template makes of the answer.
-        messages: of the conversation.
-        turn: of the answer.
+        before: the prompt.
+        said: the answer as the template renders it.
+        messages: messages of the conversation.
+        turn: index of the answer.
     """
     content = words_of(messages[turn])
     if content.startswith("<think>") and said.rstrip().endswith(content) and "think" in _kinds(_lead(said, content)):
@@ -209,9 +210,9 @@ def _check_thoughts(before: str, said: str, messages: Sequence[Message], turn: i
     tags = [tag for tag in _TAG.findall(said) if _kind(tag) == kind]
     leads = kind in _kinds(found[0] if found else "")
     closes = bool(tags and _CLOSES.search(tags[0]))
-    if begun:  # a thought may speak of such marks
+    if begun:  # a thought may mention such marks
         refused = not closes and not (thinks and not leads and any(map(_CLOSES.search, tags)))
-    else:  # so may an answer
+    else:  # an answer may, too
         refused = leads or closes or (thinks and bool(tags))
     if refused:
         raise _otherwise(last[0], turn, begun)
@@ -226,7 +227,7 @@ def _otherwise(opening: str, turn: int, begun: bool) -> DataError:
 
 
 def _kind(tag: str) -> str:
-    """What begin and end of a thought have in common."""
+    """Return what the tags that open and close a thought have in common."""
     return re.sub(r"start|begin|end|[^a-z]", "", tag.lower())
 
 
@@ -235,7 +236,7 @@ def _kinds(text: str) -> set[str]:
 
 
 def _lead(said: str, content: str) -> str:
-    """The template's marks before an answer."""
+    """Return the template's marks before an answer."""
     whole = said.rstrip()
     if whole.endswith(content):
         return whole[: len(whole) - len(content)] if content else said
@@ -244,5 +245,5 @@ def _lead(said: str, content: str) -> str:
 
 
 def _overlap(text: str, other: str) -> str:
-    """What one text ends with and the other begins with."""
+    """Return the longest suffix of a text that the other text begins with."""
     return next(text[place:] for place in range(len(text) + 1) if other.startswith(text[place:]))

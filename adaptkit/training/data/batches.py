@@ -1,7 +1,7 @@
-"""Which samples a step trains on, as padded tensors: a function of step and seed alone.
+"""Batches: the samples of every step as padded tensors, determined only by step and seed.
 
-A run that was killed goes on with what an uninterrupted one would have seen, and several processes divide each step
-among them without a word to each other.
+So a resumed run sees the same batches as an uninterrupted one, and several processes divide each step without
+communication.
 """
 
 import itertools
@@ -20,10 +20,10 @@ from adaptkit.training.data.packing import pack
 from adaptkit.training.data.samples import IGNORED, Sample
 
 _GROUPED_STEPS = 50
-"""Steps among which samples of like length find each other; the rest of the epoch's order stays random."""
+"""Number of consecutive steps within which rows are sorted by length; beyond that, the order stays random."""
 
 Row = tuple[Sample, ...]
-"""What goes through the model as one sequence: a sample, or several that are packed."""
+"""One sequence of the model: a sample, or several packed samples."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Batch:
         labels: (batch, length) int64, ``IGNORED`` where there is no loss; never at a sample's first token.
         mask: (batch, length) int64, 1 for tokens and 0 for padding.
         positions: (batch, length) int64, from 0 in each sample, 0 for padding; None unless rows are packed. A model
-            that gets them, and no mask, keeps packed samples apart.
+            that gets positions and no mask keeps packed samples separate.
         sources: file and line of every sample.
     """
 
@@ -49,11 +49,11 @@ class Batch:
 class Batches:
     """The steps of a run.
 
-    Each epoch is a new permutation of the samples, or of what a mixture draws of them, cut into steps whose sizes
-    differ by one at most; without a mixture every sample comes once an epoch.
+    Each epoch is a new permutation of the samples, or of what a mixture draws from them, cut into steps whose sizes
+    differ by at most one; without a mixture, every sample occurs once per epoch.
 
     Attributes:
-        steps_per_epoch: of the first epoch; packed mixtures may fill another number of rows in others.
+        steps_per_epoch: number of steps in the first epoch; later ones may differ with a packed mixture.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class Batches:
 
         Args:
             samples: at least one.
-            batch_size: most rows in a step, of all processes.
-            micro_batch_size: most rows that go through the model at a time; None is a process's whole share.
-            seed: of the order.
-            padding: id of the token to pad with.
-            group_by_length: let rows of like length share a step; the order of the steps is random still.
-            pack_length: put samples together in rows of at most so many tokens; None gives each a row of its own.
-            mixture: what an epoch draws; None is all of the samples.
+            batch_size: maximum rows in a step, over all processes.
+            micro_batch_size: maximum rows per forward pass; None for a process's whole share of the step.
+            seed: seed of the order.
+            padding: ID of the token to pad with.
+            group_by_length: put rows of similar length into the same step; the order of the steps stays random.
+            pack_length: pack samples into rows of at most this many tokens; None puts each sample in a row of its own.
+            mixture: what an epoch draws from the samples; None for all of them.
         """
         self._samples, self._seed, self._padding = samples, seed, padding
         self._batch_size, self._micro_batch_size = batch_size, micro_batch_size or batch_size
@@ -88,34 +88,34 @@ class Batches:
         self._ends = [self.steps_per_epoch]
 
     def rows(self, step: int) -> list[Row]:
-        """The rows of a step (from 0), of all processes."""
+        """Return the rows of a step (from 0), over all processes."""
         if self._pack_length is None or self._mixture is None:
             epoch, index = divmod(step, self.steps_per_epoch)
             return self._epoch(epoch)[index]
         while self._ends[-1] <= step:
             self._ends.append(self._ends[-1] + len(self._epoch(len(self._ends))))
         epoch = bisect_right(self._ends, step)
-        return self._epoch(epoch)[step - self._ends[epoch]]  # from the end
+        return self._epoch(epoch)[step - self._ends[epoch]]  # negative index
 
     def answer_tokens(self, step: int) -> int:
-        """Tokens of a step that carry loss, over all processes."""
+        """Return the number of tokens of a step that carry loss, over all processes."""
         return sum(sample.answer_tokens for row in self.rows(step) for sample in row)
 
     def tokens(self, step: int) -> int:
-        """Tokens of a step, padding aside, over all processes."""
+        """Return the number of tokens of a step without padding, over all processes."""
         return sum(len(sample.ids) for row in self.rows(step) for sample in row)
 
     def micro_batches(self, step: int, rank: int = 0, world: int = 1) -> list[Batch]:
-        """What one process puts through the model in a step.
+        """Return the micro-batches of one process in a step.
 
         Args:
-            step: from 0.
-            rank: of the process.
+            step: number of the step, from 0.
+            rank: rank of the process.
             world: number of processes.
 
         Returns:
-            Micro-batches, as many for every process, so that those that wait for each other never do so in vain. Over
-            all processes they hold the step's rows once; a process that is short of rows gets one without loss.
+            The same number of micro-batches for every process, since collectives would hang otherwise. Together they
+            hold each row of the step once; a process without enough rows gets a micro-batch without loss.
         """
         rows = self.rows(step)
         mine = rows[rank::world]
@@ -124,17 +124,17 @@ class Batches:
         return [collate(part, self._padding) if part else self._blank() for part in parts]
 
     def largest(self, world: int = 1) -> tuple[int, int]:
-        """The most rows of a micro-batch of any of so many processes, and the length of the longest row."""
-        if self._pack_length is not None and self._mixture is not None:  # no two epochs are alike
+        """Return the largest number of rows in a micro-batch of any process, and the length of the longest row."""
+        if self._pack_length is not None and self._mixture is not None:  # later epochs may have longer rows
             return min(self._micro_batch_size, math.ceil(self._batch_size / world)), self._pack_length
         steps = self._epoch(0)
         shares = {math.ceil(len(step) / world) for step in steps}
         rows = max(math.ceil(share / math.ceil(share / self._micro_batch_size)) for share in shares)
-        longest = max(len(sample.ids) for sample in self._samples)  # which a mixture may draw in a later epoch only
+        longest = max(len(sample.ids) for sample in self._samples)  # a mixture may draw it only in a later epoch
         return rows, max(longest, max(_length(row) for step in steps for row in step))
 
     def _epoch(self, epoch: int) -> list[list[Row]]:
-        """The rows of every step of an epoch."""
+        """Return the rows of every step of an epoch; the last epoch is cached."""
         if self._planned is None or self._planned[0] != epoch:
             self._planned = (epoch, self._plan(epoch))
         return self._planned[1]
@@ -161,7 +161,7 @@ class Batches:
 
 
 def collate(rows: Sequence[Row], padding: int) -> Batch:
-    """Pad rows at the end to the longest. The mask tells what is padding; its id may be the end token's."""
+    """Pad rows at the end to the longest. The mask marks the padding, whose ID may be that of the end token."""
     length = max(_length(row) for row in rows)
     ids = np.full((len(rows), length), padding, np.int64)
     labels = np.full((len(rows), length), IGNORED, np.int64)
@@ -173,7 +173,7 @@ def collate(rows: Sequence[Row], padding: int) -> Batch:
             end = start + len(sample.ids)
             ids[number, start:end] = sample.ids
             labels[number, start:end] = sample.labels
-            labels[number, start] = IGNORED  # nothing before it foretells it
+            labels[number, start] = IGNORED  # no token before it predicts it
             mask[number, start:end] = 1
             positions[number, start:end] = np.arange(end - start)
             start = end
@@ -183,7 +183,7 @@ def collate(rows: Sequence[Row], padding: int) -> Batch:
 
 
 def _cuts(count: int, parts: int) -> list[tuple[int, int]]:
-    """Where range(count) is cut into parts that differ by one at most."""
+    """Return (start, end) of parts of range(count) whose sizes differ by at most one."""
     ends = [count * part // parts for part in range(parts + 1)]
     return list(itertools.pairwise(ends))
 

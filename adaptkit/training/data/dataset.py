@@ -1,4 +1,4 @@
-"""Training data: rows become samples; what was cut, left out or not used is counted and named."""
+"""Training data: rows become samples; what was cut, dropped or not used is counted and named."""
 
 import hashlib
 import json
@@ -24,24 +24,24 @@ from adaptkit.training.data.ending import ends_after_answers
 from adaptkit.training.data.samples import Sample
 
 _TOGETHER = 1000
-"""Rows that are tokenized at a time."""
+"""Number of rows tokenized at a time."""
 _NAMED = 5
-"""Rows that a report names."""
+"""Maximum number of rows that a report names."""
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What came from one source.
+    """Samples of one source.
 
     Attributes:
         name: file, or name on the Hub.
-        sha256: of the file, or of the rows.
-        rows: in it.
-        samples: of them that can be trained on.
-        tokens: of these samples.
-        answer_tokens: of them that carry loss.
-        layouts: of the rows, with their numbers.
-        unused: columns that no layout has, and what else of the rows is not read.
+        sha256: hash of the file, or of the rows of a Hub dataset.
+        rows: number of rows.
+        samples: number of samples that can be trained on.
+        tokens: number of tokens in these samples.
+        answer_tokens: number of these tokens that carry loss.
+        layouts: maps each layout to its number of rows.
+        unused: columns that no layout has, and other parts of the rows that are not read.
     """
 
     name: str
@@ -56,23 +56,23 @@ class SourceReport:
 
 @dataclass
 class Dataset:
-    """Samples, and what happened on the way; filled row by row.
+    """Samples, and counts of what was cut or dropped; filled row by row.
 
     Attributes:
-        samples: in the order of their rows.
-        truncated: how many were cut to the longest length, and taken.
-        dropped: how many were left out: too long, or cut before anything that carries loss.
-        sources: in the order given.
+        samples: samples in the order of their rows.
+        truncated: number of samples cut to the maximum length.
+        dropped: number of samples left out: too long, or cut before any token with loss.
+        sources: reports on the sources, in the order given.
         longest: tokens of the longest sample, before any was cut.
-        longest_at: where it came from.
-        masked: where some of those that the cut left nothing to learn came from.
-        split: conversations that are a sample for each answer, since the chat template rewrites earlier turns.
-        ended: samples that were given an end token, since the chat template puts none after an answer.
-        empty: rows with an answer that is empty, and is learned.
-        empty_at: where the first of them came from.
-        twice: rows with an answer that is learned and ends with an end token, after which there is another.
-        twice_at: where the first of them came from.
-        dated: whether the chat template asks for the date, and is told the same one every day.
+        longest_at: place of the longest sample.
+        masked: places of the first few samples left out because the cut removed all tokens with loss.
+        split: number of conversations with a sample for each answer, because the chat template rewrites earlier turns.
+        ended: number of samples given an end token, because the chat template puts none after an answer.
+        empty: number of rows with an empty answer that carries loss.
+        empty_at: place of the first of them.
+        twice: number of rows with an answer that carries loss and ends with an end token, before that of the template.
+        twice_at: place of the first of them.
+        dated: whether the chat template asks for the date; it gets the same date every day.
     """
 
     samples: list[Sample] = field(default_factory=list)
@@ -92,7 +92,7 @@ class Dataset:
 
     @property
     def talks(self) -> bool:
-        """Whether there are conversations, and not text alone."""
+        """Whether there are conversations, not only text."""
         return any(set(source.layouts) - {"text"} for source in self.sources)
 
 
@@ -110,17 +110,17 @@ def load_data(
     """Read sources and tokenize their rows.
 
     Args:
-        sources: see ``text.rows``; one after the other.
-        tokenizer: of the model.
-        max_length: most tokens of a sample.
-        too_long: what becomes of longer ones: ``cut`` at the end, ``drop`` or ``error``.
+        sources: files or Hub datasets, read in order; see ``text.rows``.
+        tokenizer: tokenizer of the model.
+        max_length: maximum tokens of a sample.
+        too_long: what to do with longer samples: ``cut`` at the end, ``drop`` or ``error``.
         loss_on: see ``Encoder``.
-        layout: of all rows; None to find out for each.
-        context: most tokens that the model reads at once; None if it does not say.
-        known: number of tokens that it knows; None if it does not say.
+        layout: layout of all rows; None to detect it for each.
+        context: maximum sequence length of the model; None if unknown.
+        known: vocabulary size of the model; None if unknown.
 
     Raises:
-        UsageError: the tokenizer makes tokens that the model does not know.
+        UsageError: the tokenizer produces tokens outside of the model's vocabulary.
         DataError: an unreadable file, a row without the fields that it needs or too long for the model (with file and
             line), or nothing to learn.
     """
@@ -139,16 +139,16 @@ def load_data(
 
 
 def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Set a fraction of the rows aside, chosen by the seed; at least one on each side unless it is zero.
+    """Hold out a fraction of the rows, chosen by the seed; at least one row on each side unless the fraction is 0.
 
-    All samples of a row go to the same side: they are turns of one conversation, and the later ones hold the answers
-    of the earlier ones.
+    All samples of a row go to the same side: they are turns of one conversation, and later samples contain the answers
+    of earlier ones.
 
     Returns:
         Samples to train on, and held-out ones.
 
     Raises:
-        DataError: there are too few to split.
+        DataError: there is only one row.
     """
     if held_out == 0:
         return list(samples), []
@@ -163,7 +163,7 @@ def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[S
 
 
 def order(count: int, seed: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """A permutation of range(count) that depends on the seed alone: (count,) int64."""
+    """Return a permutation of range(count) that depends only on the seed: (count,) int64."""
     permutation: np.ndarray[Any, np.dtype[np.int64]]
     permutation = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
     return permutation
@@ -171,7 +171,7 @@ def order(count: int, seed: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
 
 @dataclass
 class _Taker:
-    """Takes samples as they may be, and counts what happens to the others."""
+    """Collects samples, cuts or drops those that are too long, and counts them."""
 
     max_length: int
     too_long: str
@@ -181,7 +181,7 @@ class _Taker:
     data: Dataset = field(default_factory=Dataset)
 
     def look_at(self, example: Example, learned: Sequence[int], where: str) -> None:
-        """Count a row that has an empty answer, or one that has its end, and learns it."""
+        """Count a row that learns an empty answer, or one that already has an end token."""
         said = [example.messages[number] for number in learned]
         if any(not message["content"].strip() and CALLS not in message for message in said):
             self.data.empty += 1
@@ -191,7 +191,7 @@ class _Taker:
             self.data.twice_at = self.data.twice_at or where
 
     def add(self, sample: Sample) -> Sample | None:
-        """Take a sample, as long as it may be, or leave it out."""
+        """Add a sample, cut if it is too long; return it, or None if it was dropped."""
         length = len(sample.ids)
         if sample.answer_tokens == 0:
             raise DataError(f"{sample.source}: nothing to learn", hint="give every row an answer, or text")
@@ -224,7 +224,7 @@ class _Taker:
 
 
 def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder, taker: _Taker) -> SourceReport:
-    """Read one source."""
+    """Read one source into ``taker``."""
     layouts: Counter[str] = Counter()
     used: set[str] = set()
     columns: dict[str, None] = {}
