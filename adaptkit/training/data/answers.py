@@ -163,7 +163,7 @@ def answer_as_asked(
     said, closing, mark = answered[same : ends.said], answered[ends.said :], opening.strip()
     marks = ends.said - ends.words  # marks of a tool call after its last word
     lost = missing(content, said)
-    if mark and content.startswith(mark) and said.rstrip().endswith(lines(content)[-1]):  # the template leaves thoughts out
+    if mark and content.startswith(mark) and said.rstrip().endswith(lines(content)[-1]):  # the template drops thoughts
         said, lost = content[len(mark) :].lstrip(), ""
     if lost:
         raise DataError(

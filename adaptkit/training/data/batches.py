@@ -125,7 +125,7 @@ class Batches:
 
     def largest(self, world: int = 1) -> tuple[int, int]:
         """Return the largest number of rows in a micro-batch of any process, and the length of the longest row."""
-        if self._pack_length is not None and self._mixture is not None:  # later epochs may have longer rows
+        if self._pack_length is not None and self._mixture is not None:  # later epochs may have larger batches
             return min(self._micro_batch_size, math.ceil(self._batch_size / world)), self._pack_length
         steps = self._epoch(0)
         shares = {math.ceil(len(step) / world) for step in steps}

@@ -1,4 +1,4 @@
-"""Examples to samples: the model's chat template, its tokenizer, and where loss is.
+"""Encoding of examples as samples: apply the chat template, tokenize, and label the tokens that carry loss.
 
 The text is tokenized in pieces that begin where answers begin (see ``answers``), because at inference the prompt is
 tokenized by itself: in one piece, a line end that ends the prompt and one that begins the answer may become one token,
@@ -30,19 +30,19 @@ from adaptkit.training.data.samples import IGNORED, Sample
 from adaptkit.training.data.written import check_answers, check_questions
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]
-"""Ids, and where each begins and ends in the text."""
+"""Token IDs, and the start and end of each in the text."""
 
 
 @dataclass(frozen=True)
 class _Text:
-    """What the tokenizer gets of a sample.
+    """The text of a sample, before tokenization.
 
     Attributes:
-        text: all of it.
-        answers: in it, ascending.
-        learned: whether all of it is, as plain text is, and not the answers alone.
-        begins: whether the tokenizer's own first token belongs before it; templates write theirs.
-        ends: whether the model shall learn to stop at its end.
+        text: the whole text.
+        answers: places of the answers in it, ascending.
+        learned: whether all of it carries loss, as in plain text, and not only the answers.
+        begins: whether to put the tokenizer's first token before it; chat templates write their own.
+        ends: whether the model learns to stop at its end.
     """
 
     text: str
@@ -57,8 +57,8 @@ class Encoded:
     """The samples of an example.
 
     Attributes:
-        samples: one; or one for each answer, where the template changes earlier turns as a conversation goes on.
-        ended: how many of them got an end token, since the template puts none after an answer.
+        samples: one, or one for each answer if the template rewrites earlier turns as a conversation continues.
+        ended: number of samples given an end token, because the template puts none after an answer.
     """
 
     samples: tuple[Sample, ...]
@@ -72,12 +72,12 @@ class Encoder:
         """See the class.
 
         Args:
-            tokenizer: a fast one of transformers; without a chat template, the messages of a conversation follow each
-                other on lines of their own, an end token after each answer.
+            tokenizer: a fast tokenizer of transformers; without a chat template, each message is put on its own lines,
+                with an end token after each answer.
             loss_on: ``answers``, ``last_answer`` of each conversation, or ``all`` tokens. Plain text is learned whole.
 
         Raises:
-            UsageError: the tokenizer is a slow one, which does not say where a token is in the text.
+            UsageError: the tokenizer is not fast, so it cannot map tokens to places in the text.
         """
         if not tokenizer.is_fast:
             raise UsageError(f"{type(tokenizer).__name__} is not a fast tokenizer", hint="add its tokenizer.json")
@@ -89,14 +89,14 @@ class Encoder:
         self._cuts = _joins(tokenizer)
 
     def encode(self, examples: Sequence[tuple[str, Example]]) -> Iterator[Encoded]:
-        """Tokenize examples, all at a time, which is what fast tokenizers are fast at.
+        """Tokenize examples in one call, at which fast tokenizers are efficient.
 
         Args:
-            examples: each with the place it came from.
+            examples: examples, each with its place in the data.
 
         Raises:
-            DataError: the template refuses a conversation, or rewrites it so that no answer has a fixed place; or
-                there is no token to end with. Names the place.
+            DataError: the template refuses a conversation, or rewrites it so that answers cannot be located; or the
+                tokenizer has no end token. Names the place.
         """
         texts: list[list[_Text]] = []
         rendered = render([part for _, example in examples for part in self._parts(example)], self._tokenizer)
@@ -111,7 +111,7 @@ class Encoder:
             yield Encoded(tuple(sample for sample, _ in made), sum(ended for _, ended in made))
 
     def _parts(self, example: Example) -> Iterator[Conversation]:
-        """What has to be rendered to find the answers of a conversation: all of it, and every answer's ends."""
+        """Yield what to render to locate the answers: the whole conversation, and the prompt and end of each answer."""
         if example.text is not None:
             return
         messages = self.read(example)
@@ -122,15 +122,15 @@ class Encoder:
                 yield Conversation(messages[: turn + 1], False, example.tools)
 
     def learned(self, example: Example) -> tuple[int, ...]:
-        """Which messages of an example carry loss."""
+        """Return the indices of the messages that carry loss."""
         return example.learned[-1:] if self._loss_on == "last_answer" else example.learned
 
     def read(self, example: Example) -> Sequence[Message]:
-        """The messages up to the last that is learned: what follows it teaches nothing."""
+        """Return the messages up to the last one that carries loss: what follows it teaches nothing."""
         return example.messages if self._loss_on == "all" else example.messages[: self.learned(example)[-1] + 1]
 
     def _texts(self, example: Example, rendered: Iterator[str]) -> list[_Text]:
-        """What the tokenizer gets of an example, whose parts come next among what was rendered."""
+        """Return the texts of an example; ``rendered`` yields its parts next, as in ``_parts``."""
         if example.text is not None:
             return [_Text(example.text, (), True, True, True)]
         messages, learned, plain = self.read(example), self.learned(example), self._tokenizer.chat_template is None
@@ -164,14 +164,14 @@ class Encoder:
         return texts
 
     def _ended(self, text: str, answer: Answer) -> str:
-        """A text without what the template puts after its last answer, if that ends with no token.
+        """Cut off what the template puts after the last answer, unless that contains an end token.
 
-        An end token comes in its place; a token may hold the last of the answer and the first of that.
+        An end token then replaces it. It is cut before tokenization, where one token may span the answer's end.
         """
         return text if self._has_end(text[answer.words : answer.end]) else text[: answer.said]
 
     def _closed(self, text: str, answer: Answer) -> Answer:
-        """An answer with the end token that the template puts after it once the next message comes, as Apertus's."""
+        """Extend an answer by an end token that the template adds only before the next message, as Apertus's does."""
         end = self._tokenizer.eos_token
         follows = bool(end) and text.startswith(end, answer.end) and not self._has_end(text[answer.words : answer.end])
         return replace(answer, end=answer.end + len(end)) if follows else answer
@@ -183,7 +183,7 @@ class Encoder:
         return self._known_ends[after]
 
     def _as_asked(self, messages: Sequence[Message], tools: Tools, turn: int, before: str) -> tuple[str, Answer]:
-        """A conversation up to an answer that the template would write in another way than it asks for it."""
+        """Return text and place of an answer whose prompt the template changes once the answer follows."""
         alone = alone_with(messages, turn)
         parts = Conversation(alone[:-1], True, tools), Conversation(alone, False, tools)
         asked, answered = render(parts, self._tokenizer)
@@ -191,9 +191,9 @@ class Encoder:
         return answer_as_asked(messages, turn, before, asked, answered, ends)
 
     def _closing(self, tools: Tools) -> tuple[str, int] | None:
-        """What the template puts after the last answer, and its characters after the last token that ends any turn.
+        """Return what the template puts after the last answer, and its number of characters after the end of the turn.
 
-        Some end the text too, with another token; some write what they want next where there are tools, whichever.
+        Some templates end the whole text with a further token; some write another text if there are tools, whichever.
         """
         if bool(tools) not in self._known_closings:
             self._known_closings[bool(tools)] = self._closing_with(tools)
@@ -202,13 +202,13 @@ class Encoder:
     def _closing_with(self, tools: Tools) -> tuple[str, int] | None:
         try:
             _, text, always, opens = around_answer(self._tokenizer, tools)
-        except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
+        except DataError:  # it refuses a plain question and answer; each row's own error says why
             return None
         ((tokens, places),) = self._tokenize([text])
         ends = [(end, token) for token, (_, end) in zip(tokens, places, strict=True) if token in self._ends]
         of_turns = [end for end, _ in ends if end <= len(always)]
         stops = [end for end, token in ends if end <= len(always) and token == self._tokenizer.eos_token_id]
-        # some write the next turn's first token, too
+        # some templates also write the first token of the next turn
         found = stops[:1] or of_turns[slice(1) if opens else slice(-1, None)] or [end for end, _ in ends[:1]]
         return text, len(text) - (found[0] if found else len(text))
 
@@ -230,12 +230,12 @@ class Encoder:
         return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
 
     def _sample(self, text: _Text, pieces: list[_Tokens], where: str) -> tuple[Sample, bool]:
-        """A sample, and whether it was given an end token."""
+        """Return a sample, and whether an end token was added after its answer."""
         ids, spans, closed = array("i"), [], False
         for number, (tokens, places) in enumerate(pieces):
             base = text.answers[number - 1].start if number else 0
             for answer in text.answers if not self._cuts else text.answers[number - 1 : number] if number else ():
-                start = bisect_right(places, answer.start - base, key=itemgetter(1))  # the space before it may be its
+                start = bisect_right(places, answer.start - base, key=itemgetter(1))  # may include the space before it
                 end, closed = self._end(tokens, places, answer, base)
                 spans.append(slice(len(ids) + start, len(ids) + end))
             ids.extend(tokens)
@@ -248,16 +248,16 @@ class Encoder:
             if eos is None:
                 raise DataError(f"{where}: the tokenizer has no end token", hint="give it an eos_token")
             last = spans[-1].stop if spans else len(ids)
-            added = labels[last - 1 : last] != array("i", [eos])  # data may have it already
+            added = labels[last - 1 : last] != array("i", [eos])  # the data may contain it already
             ids[last:] = labels[last:] = array("i", [eos] * added)
         if text.begins and ids[: len(self._begin)] != self._begin:
             ids, labels = self._begin + ids, array("i", [IGNORED]) * len(self._begin) + labels
         return Sample(ids, labels, where), added and bool(spans)
 
     def _end(self, tokens: list[int], places: list[tuple[int, int]], answer: Answer, base: int) -> tuple[int, bool]:
-        """Up to which token an answer goes, and whether that one ends the turn.
+        """Return the end of an answer's tokens (exclusive), and whether the last of them ends the turn.
 
-        What the template puts after the end of the turn is not the model's to say.
+        What the template puts after the end of the turn is not learned.
         """
         last = bisect_right(places, answer.end - base, key=itemgetter(1))
         for index in range(last - 1, -1, -1):
@@ -269,7 +269,7 @@ class Encoder:
 
 
 def as_message(prompt: str) -> Message:
-    """A prompt as the user's message.
+    """Return a prompt as a user message.
 
     Raises:
         UsageError: it is not UTF-8.
@@ -280,27 +280,27 @@ def as_message(prompt: str) -> Message:
 
 
 def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
-    """The tokens of a prompt, up to where the model answers; see ``as_message``."""
+    """Return the tokens of a prompt, up to where the model answers; see ``as_message``."""
     return conversation_ids([as_message(prompt)], tokenizer)
 
 
 def conversation_ids(messages: Sequence[Message], tokenizer: Any, tools: Tools = ()) -> list[int]:
-    """The tokens of a conversation, up to where the model answers."""
+    """Return the tokens of a conversation, up to where the model answers."""
     (text,) = render([Conversation(messages, True, tools)], tokenizer)
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     return ids if tokenizer.chat_template is not None else [*first_tokens(tokenizer), *ids]
 
 
 def around_answer(tokenizer: Any, tools: Tools = ()) -> tuple[str, str, str, bool]:
-    """What the chat template puts before an answer's words and after, and how much of the latter after every answer.
+    """Return what the chat template puts around an answer's words.
 
-    Before: after what the model is asked. After: where the conversation ends with the answer. And whether it opens the
-    next answer unasked, as Llama 3's first did.
+    That is: the text between prompt and words; the text after a final answer; the part of it that follows every answer;
+    and whether the template opens the next answer without being asked to, as Llama 3's first did.
 
     Raises:
-        DataError: it refuses a question and its answer.
+        DataError: the template refuses a question and its answer.
     """
-    word = "quokka"  # is in no template
+    word = "quokka"  # occurs in no template
     question = {"role": "user", "content": "question"}
     messages = [question, {"role": "assistant", "content": word}]
     parts = [([question], True), ([question], False), (messages, False), ([*messages, question], False)]
@@ -315,6 +315,6 @@ def around_answer(tokenizer: Any, tools: Tools = ()) -> tuple[str, str, str, boo
 
 
 def _joins(tokenizer: Any) -> bool:
-    """Whether text that is tokenized in pieces stays the same text; some tokenizers put a space before each piece."""
+    """Whether text tokenized in pieces decodes to the same text; some tokenizers put a space before each piece."""
     pieces = tokenizer(["a", "b"], add_special_tokens=False)["input_ids"]
     return bool(tokenizer.decode([*pieces[0], *pieces[1]]) == "ab")

@@ -1,7 +1,7 @@
-"""Which token ends an answer, and whether those who serve the model know of it.
+"""Which token ends an answer, and whether the checkpoint's generation configuration names it.
 
-Templates end a turn with a token of their own, as ``<|im_end|>``. Where ``generation_config.json`` does not name it, as
-that of many base models does not, transformers and what builds on it would go on after every answer.
+Templates end a turn with a token of their own, such as ``<|im_end|>``. If ``generation_config.json`` does not name it,
+as in many base models, transformers and tools based on it would not stop after an answer.
 """
 
 import json
@@ -14,11 +14,11 @@ from adaptkit.errors import DataError
 from adaptkit.training.data.encoding import around_answer
 
 _OF_THE_MODEL = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""What transformers takes from ``config.json`` where there is no configuration of generation."""
+"""Keys that transformers takes from ``config.json`` if there is no ``generation_config.json``."""
 
 
 def turn_end(tokenizer: Any) -> int | None:
-    """The first special token that the chat template puts after an answer, and not within it; or None.
+    """Return the first special token that the chat template puts after an answer but not before it; None if none.
 
     Kimi K3 closes thoughts, answers and messages with one token, and the turn with another.
     """
@@ -26,7 +26,7 @@ def turn_end(tokenizer: Any) -> int | None:
         return None
     try:
         within, after, *_ = around_answer(tokenizer)
-    except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
+    except DataError:  # it refuses a plain question and answer; each row's own error says why
         return None
     ends = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     begun, ended = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (within, after))
@@ -34,13 +34,13 @@ def turn_end(tokenizer: Any) -> int | None:
 
 
 def ends_after_answers(tokenizer: Any) -> tuple[str, ...]:
-    """The tokens, as text, after which an answer in the data ends twice: the template puts an end after each."""
+    """Return the end tokens, as text, that an answer in the data would duplicate, since the template adds one."""
     is_put = tokenizer.chat_template is None or turn_end(tokenizer) is not None
     return _ends(tokenizer) if is_put else ()
 
 
 def without_ends(answers: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
-    """Answers in data without the end token that some have, once each: what a model says is read without its."""
+    """Strip end tokens from answers in the data, as from generated ones, and remove duplicates."""
     ends = _ends(tokenizer)
     found = [next((end for end in ends if answer.rstrip().endswith(end)), "") for answer in answers]
     pairs = zip(answers, found, strict=True)
@@ -53,17 +53,17 @@ def _ends(tokenizer: Any) -> tuple[str, ...]:
 
 
 def named_ends(root: Path) -> list[int]:
-    """The end tokens that a checkpoint's configuration of generation names."""
+    """Return the end tokens that a checkpoint's generation configuration names."""
     named = _generation(root).get("eos_token_id")
     return [token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)]
 
 
 def unnamed_end(root: Path, tokenizer: Any) -> int | None:
-    """The token that ends an answer, if a checkpoint does not name it.
+    """Return the token that ends an answer; None if the checkpoint names it.
 
     Args:
         root: folder of the checkpoint.
-        tokenizer: with the chat template; where that puts no token after an answer, the end token comes there.
+        tokenizer: tokenizer with the chat template; if that puts no token after an answer, its end token counts.
     """
     end = turn_end(tokenizer)
     end = tokenizer.eos_token_id if end is None else end
@@ -71,7 +71,7 @@ def unnamed_end(root: Path, tokenizer: Any) -> int | None:
 
 
 def generation_naming(root: Path, end: int) -> bytes:
-    """A checkpoint's ``generation_config.json`` that names another end token, too."""
+    """Return a checkpoint's ``generation_config.json`` with one more end token."""
     config = _generation(root) | {"eos_token_id": [*named_ends(root), end]}
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 

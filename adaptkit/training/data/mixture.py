@@ -1,8 +1,8 @@
 """Mixtures: how much of each source an epoch draws.
 
-An epoch has as many samples as there are. Each source gives its share of them, from a stream that goes through all of
-its samples, in a new order each time; the next epoch goes on where this one stopped. So a source's samples are drawn
-equally often, to within one, whatever its share.
+An epoch has the same number of samples as the data. Each source contributes its share from a stream that repeats all
+of its samples, in a new order each time; the next epoch continues where this one stopped. So the samples of a source
+are drawn equally often, to within one, whatever its share.
 """
 
 from collections.abc import Sequence
@@ -16,10 +16,10 @@ from adaptkit.training.data.samples import Sample
 
 @dataclass(frozen=True)
 class Mixture:
-    """What an epoch draws.
+    """What an epoch draws from each source.
 
     Attributes:
-        members: for each source, the numbers of its samples.
+        members: for each source, the indices of its samples.
         counts: for each source, how many samples an epoch draws.
     """
 
@@ -28,15 +28,15 @@ class Mixture:
 
     @classmethod
     def of(cls, samples: Sequence[Sample], weights: Sequence[float], sources: Sequence[str]) -> Self:
-        """Share an epoch among sources.
+        """Divide an epoch among sources.
 
         Args:
-            samples: to draw from.
-            weights: of the sources, relative to each other.
-            sources: their names.
+            samples: samples to draw from.
+            weights: relative weights of the sources.
+            sources: names of the sources.
 
         Raises:
-            ConfigError: a share is not one sample, or there is nothing to draw from.
+            ConfigError: a share is less than one sample, or a source has no samples.
         """
         members: list[list[int]] = [[] for _ in sources]
         for number, sample in enumerate(samples):
@@ -57,7 +57,7 @@ class Mixture:
         return cls(tuple(map(tuple, members)), tuple(counts))
 
     def draw(self, epoch: int, seed: int) -> list[int]:
-        """The numbers of an epoch's samples, source by source."""
+        """Return the indices of an epoch's samples, source by source."""
         drawn = []
         for members, count in zip(self.members, self.counts, strict=True):
             start, end, size = epoch * count, (epoch + 1) * count, len(members)

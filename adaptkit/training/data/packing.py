@@ -1,23 +1,23 @@
-"""Packing: several samples in one sequence, which ``network.probing`` makes sure that a model keeps apart."""
+"""Packing: several samples in one sequence; ``network.probing`` checks that a model keeps them separate."""
 
 from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Put samples into as few rows as best-fit decreasing needs: each into the fullest row that has room for it.
+    """Pack samples into rows by best-fit decreasing: each into the fullest row that has room for it.
 
     Args:
-        lengths: of the samples, at most ``capacity`` each; equally long ones keep their order.
+        lengths: tokens of each sample, at most ``capacity``; samples of equal length keep their order.
         capacity: tokens of a row.
 
     Returns:
-        The samples' numbers in each row. How many rows there are does not depend on the order of the samples.
+        The indices of the samples in each row. The number of rows does not depend on the order of the samples.
 
     Source: best-fit packing (arXiv:2404.10830), for samples that are cut already.
     """
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit n: there is a row with room for n
+    rooms = 0  # bit n: a row has room for exactly n
     for sample in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
         length = lengths[sample]
         fitting = rooms >> length

@@ -1,4 +1,4 @@
-"""Samples: token ids, with a label wherever there is loss."""
+"""Samples: token IDs, and labels for the tokens that carry loss."""
 
 from array import array
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ class Sample:
     """One conversation or text.
 
     Attributes:
-        ids: token ids.
-        labels: the same, or ``IGNORED`` where there is no loss.
-        source: file and line, or name and row: of one row alone.
-        origin: number of the source that it came from.
+        ids: token IDs.
+        labels: the same IDs, or ``IGNORED`` where there is no loss.
+        source: file and line, or name and row; unique to a row of the data.
+        origin: index of the source.
     """
 
     ids: Sequence[int]
@@ -27,7 +27,7 @@ class Sample:
     origin: int = 0
 
     def content(self) -> bytes:
-        """All of it but where it came from: two samples that teach the same have the same."""
+        """Return IDs and labels as bytes, without the source: equal for samples that teach the same."""
         return array("i", self.ids).tobytes() + array("i", self.labels).tobytes()
 
     @property

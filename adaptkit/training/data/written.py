@@ -1,4 +1,4 @@
-"""Whether what a chat template makes of a conversation has every word of it: none may be lost on the way."""
+"""Checks that the text that a chat template makes of a conversation contains every word of it."""
 
 import re
 from collections.abc import Sequence
@@ -10,15 +10,15 @@ from adaptkit.text.tool_calls import CALLS, Tools, is_written, missing_in, names
 
 _BETWEEN_LINES = re.compile(r"\n|</?think>")
 _SWITCH = re.compile(r"(?<!\S)/\w+")
-"""Some templates take ``/no_think`` out of a message, and do as it says."""
+"""Some templates remove switches such as ``/no_think`` from a message and obey them."""
 
 
 def check_questions(messages: Sequence[Message], tools: Tools, text: str) -> None:
-    """Refuse a text that lacks what the user, the system or a tool says, or which tools there are.
+    """Refuse a text that lacks a word of the user, the system or a tool, or the name of a tool.
 
     Raises:
-        DataError: some templates leave the system's message out, or text that is not in a list of parts; many know of
-            no tools.
+        DataError: something is missing. Some templates leave out the system message, or content that is not a list of
+            parts; many do not support tools.
     """
     for number, message in enumerate(messages, 1):
         said, role = message["content"], message["role"]
@@ -33,10 +33,10 @@ def check_questions(messages: Sequence[Message], tools: Tools, text: str) -> Non
 
 
 def check_answers(messages: Sequence[Message], text: str) -> None:
-    """Refuse a text that lacks what the assistant says.
+    """Refuse a text that lacks a word of the assistant.
 
     Raises:
-        DataError: many templates leave the thoughts of earlier answers out.
+        DataError: something is missing. Many templates leave out the thoughts of earlier answers.
     """
     at = 0
     for number, message in enumerate(messages, 1):
@@ -52,15 +52,15 @@ def check_answers(messages: Sequence[Message], text: str) -> None:
 
 
 def check_calls(messages: Sequence[Message], turn: int, said: str) -> None:
-    """Refuse an answer that lacks a part of its calls.
+    """Refuse an answer that lacks a part of its tool calls.
 
     Args:
-        messages: of the conversation.
-        turn: of the answer.
-        said: what the template makes of it.
+        messages: messages of the conversation.
+        turn: index of the answer.
+        said: the answer as the template renders it.
 
     Raises:
-        DataError: many templates know of none, or of one at a time.
+        DataError: something is missing. Many templates support no tool calls, or only one at a time.
     """
     missing = missing_in(messages[turn].get(CALLS, ()), said)
     if missing:
@@ -77,12 +77,12 @@ def _is_in(content: str, text: str) -> bool:
 
 
 def missing(content: str, text: str) -> str:
-    """The first line of a content that a text does not have after the others; empty if all are there."""
+    """Return the first line of a content that a text does not contain after the others; empty if none is missing."""
     return _search(content, text, 0)[1]
 
 
 def _search(content: str, text: str, at: int) -> tuple[int, str]:
-    """Where a content ends in a text, looked for from a place on; and the first line that is not there, or nothing."""
+    """Return where a content ends in a text, searching from ``at``, and the first missing line or an empty string."""
     content = content.strip()
     found = text.find(content, at)
     if found >= 0:
@@ -96,5 +96,5 @@ def _search(content: str, text: str, at: int) -> tuple[int, str]:
 
 
 def lines(content: str) -> list[str]:
-    """The lines of a content that hold something, thoughts' marks aside; at least one."""
+    """Return the non-empty lines of a content, without thought marks; at least one."""
     return [line for part in _BETWEEN_LINES.split(content) if (line := part.strip())] or [content]

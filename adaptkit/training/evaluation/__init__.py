@@ -1,1 +1,1 @@
-"""Measuring models: loss, text, generated answers, and one model beside another."""
+"""Evaluation of models: loss, text, generated answers, and comparisons of models."""

@@ -1,4 +1,4 @@
-"""Several models on the same data and text: bases, examples in the prompt, adapters, fully trained checkpoints."""
+"""Comparison of models on the same data and text: bases, few-shot prompts, adapters, fully trained checkpoints."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,15 +18,15 @@ from adaptkit.training.network.lineage import Weights, base_of, check_whole, par
 
 @dataclass(frozen=True)
 class Forgetting:
-    """What training did to a model's general text.
+    """How training changed a model's loss on general text.
 
     Attributes:
-        model: label of the trained one.
-        before: label of what it was made from.
+        model: label of the trained model.
+        before: label of the model that it is compared with.
         loss_before: mean cross-entropy of ``before`` on the text, in nats.
-        loss_after: of the trained one.
-        perplexity_before: the exponential; None where that is no number.
-        perplexity_after: of the trained one.
+        loss_after: the same for the trained model.
+        perplexity_before: exponential of ``loss_before``; None if it is too large.
+        perplexity_after: the same for the trained model.
     """
 
     model: str
@@ -39,12 +39,12 @@ class Forgetting:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was measured.
+    """Measurements of several models.
 
     Attributes:
         models: every base, then every base with examples, then every adapter on its base, each in the order given.
-        forgetting: for each model but the first that was made from another of them; empty without text.
-        same_text: whether the text is the same tokens for all; perplexities of others cannot be compared.
+        forgetting: one entry for each model that is compared with another of them; empty without text.
+        same_text: whether the text has the same tokens for all models; perplexities are not comparable otherwise.
     """
 
     models: tuple[EvaluateReport, ...]
@@ -54,7 +54,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model to measure, and the number of the one that it is compared with."""
+    """A model to measure, and the index of the model that it is compared with."""
 
     base: Path
     adapter: Adapter | None
@@ -63,7 +63,7 @@ class _Subject:
 
     @property
     def asked(self) -> Asked:
-        """How it is asked."""
+        """Where its tokenizer and chat template come from."""
         return Asked.of(self.base, self.adapter.root if self.adapter is not None else None)
 
 
@@ -81,25 +81,24 @@ def compare(
 ) -> Comparison:
     """Measure models one after the other on the same data, text and questions.
 
-    Every base is measured; with examples too, if the options have some; and with every adapter that belongs to it.
-    A base that names another of them as what it was made from is compared with that one on the text, and with the
-    first otherwise.
+    Every base is measured by itself; also with examples, if the options have some; and with every adapter that belongs
+    to it. On the text, a base is compared with the one that its manifest names as parent, or else with the first.
 
     Args:
-        bases: folders of NF4 or plain checkpoints; fully trained ones among them.
+        bases: folders of NF4 or plain checkpoints, including fully trained ones.
         adapters: folders of LoRA adapters.
-        data: rows with answers.
-        options: how.
-        text: files.
+        data: files of rows with answers.
+        options: how to evaluate.
+        text: text files.
         reference: folder of a checkpoint that all models are compared with on the text.
-        on_answer: told of every answer to the data's questions.
-        progress: told how many models are measured, of how many.
+        on_answer: called with every answer to the data's questions.
+        progress: called with the number of models measured so far and in total.
 
     Raises:
-        UsageError: nothing to measure, nothing says which of several bases an adapter belongs to, or too little memory.
-        BaseMismatchError: an adapter belongs to none of the bases; or another vocabulary than the reference's.
+        UsageError: nothing to measure, it is unknown which of several bases an adapter belongs to, or memory runs out.
+        BaseMismatchError: an adapter belongs to none of the bases, or a vocabulary differs from the reference's.
         DataError: data or text cannot be used.
-        IntegrityError: a base, an adapter or the reference is not what its manifest says.
+        IntegrityError: a base, an adapter or the reference does not match its manifest.
     """
     bases = several(bases)
     adapters = several(adapters)
@@ -135,7 +134,7 @@ def compare(
 
 
 def _subjects(bases: Sequence[Path], adapters: Sequence[Adapter], shots: bool) -> list[_Subject]:
-    """The models in the order of the table."""
+    """Return the models in the order of ``Comparison.models``."""
     for option, given in (("--base", bases), ("--adapter", [adapter.root for adapter in adapters])):
         for root in given:
             if given.count(root) > 1:

@@ -1,4 +1,4 @@
-"""One model measured: loss on held-out answers, text, answers of its own, and how near they are to references."""
+"""Evaluation of one model: loss on held-out answers and on text, generated answers and their scores."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -50,18 +50,18 @@ def evaluate(
     Args:
         base: folder of an NF4 or plain checkpoint.
         adapter: folder of a LoRA adapter.
-        data: rows with answers; see ``training.data.dataset``.
-        options: how.
-        text: files; see ``text.windows``.
-        reference: folder of a checkpoint that the model shall resemble on the text: the one that it was made from.
-        on_answer: told of every answer to the data's questions.
+        data: files of rows with answers; see ``training.data.dataset``.
+        options: how to evaluate.
+        text: text files; see ``text.windows``.
+        reference: folder of the checkpoint that the model was made from, to compare it with on the text.
+        on_answer: called with every answer to the data's questions.
 
     Raises:
-        UsageError: neither data, nor text, nor prompts; a reference without text; a metric package is missing; or too
-            little memory.
+        UsageError: neither data, nor text, nor prompts; a reference without text; a metric package is missing; or
+            memory runs out.
         BaseMismatchError: the adapter does not belong to the base, or the reference has another vocabulary.
         DataError: data or text cannot be used.
-        IntegrityError: base, adapter or reference is not what its manifest says.
+        IntegrityError: base, adapter or reference does not match its manifest.
     """
     base = Path(base)
     adapter = optional(adapter)
@@ -82,10 +82,10 @@ def evaluate(
 
 
 def read_own(adapter: Path) -> Adapter:
-    """Read an adapter whose tensors are those that its manifest speaks of, if it has one.
+    """Read an adapter, and check its tensors against its manifest, if it has one.
 
     Raises:
-        IntegrityError: they are others.
+        IntegrityError: the tensors do not match the manifest.
     """
     read = read_adapter(adapter)
     parent_of("adapter", read.manifest, read.records, root=read.root)
@@ -93,7 +93,7 @@ def read_own(adapter: Path) -> Adapter:
 
 
 def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateOptions, reference: Path | None) -> None:
-    """Refuse what cannot be carried out, before anything is read.
+    """Refuse arguments that do not go together, before anything is read.
 
     Raises:
         UsageError: says what is missing.
@@ -114,10 +114,10 @@ def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateO
 
 @tells_shortage("while the model was loaded", hint="use a base that adaptkit quantize made, or --device cpu")
 def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -> Model:
-    """Load a checkpoint, and an adapter on it.
+    """Load a checkpoint, and an adapter on it if one is given.
 
     Raises:
-        UsageError: there is no such device, or it has too little memory.
+        UsageError: the device is not available, or has too little memory.
     """
     device = choose_device(options.device)
     make_current(device)
@@ -144,7 +144,7 @@ def measure(
     reference: Model | None,
     on_answer: Callable[[Answer], None],
 ) -> EvaluateReport:
-    """Measure one model on what was read for it; see ``evaluate``."""
+    """Measure one model on its material; see ``evaluate``."""
     model = load(base, options, adapter)
     samples, sources = (material.dataset.samples, material.dataset.sources) if material.dataset else ((), ())
     loss = mean_loss(model, samples, options.batch_size, pad_id(material.tokenizer, base)) if samples else None
@@ -180,16 +180,16 @@ def measure(
 
 
 def _other_template(base: Path, adapter: Adapter | None, options: EvaluateOptions) -> dict[str, Any] | None:
-    """What the chat template was told when the model was trained, if it is told something else now."""
+    """Return the chat template's variables of the training run if they differ from the present ones, else None."""
     trained = template_kwargs(base, adapter)
     return None if trained == options.chat_template_kwargs else trained
 
 
 def _require_numbers(base: Path, losses: Mapping[str, float | None]) -> None:
-    """Refuse to report a loss that is no number.
+    """Refuse to report a loss that is NaN or infinite.
 
     Raises:
-        NonFiniteError: names what it was measured on.
+        NonFiniteError: names what the loss was measured on.
     """
     for what, loss in losses.items():
         if loss is not None and not math.isfinite(loss):
@@ -243,7 +243,7 @@ def _with_answers(
 
 @torch.no_grad()
 def mean_loss(model: Model, samples: Sequence[Sample], batch_size: int, padding: int) -> float:
-    """Mean cross-entropy per answer token, in nats. Samples of like length go together, to pad little."""
+    """Return the mean cross-entropy per answer token, in nats. Samples of similar length are batched, to pad little."""
     model.network.eval()
     by_length = sorted(samples, key=lambda sample: len(sample.ids))
     total = 0.0

@@ -1,7 +1,7 @@
-"""What a model says in the end: its answer, without its thoughts and what the chat template puts around an answer.
+"""The final answer in a model's output, without thoughts and the marks that the chat template puts around it.
 
-Which marks those are the template itself shows: gpt-oss's puts ``<|channel|>final<|message|>`` between thoughts and an
-answer, others ``</think>``. Special tokens alone tell nothing of it, since there are words among them.
+The marks are read from the template itself: gpt-oss's puts ``<|channel|>final<|message|>`` between thoughts and answer,
+others ``</think>``. Special tokens do not suffice to find them, since marks also contain ordinary words.
 """
 
 from bisect import bisect_left
@@ -15,17 +15,17 @@ from adaptkit.text.thoughts import FIELD
 from adaptkit.training.data.encoding import around_answer
 
 _BEGIN, _UNTOLD = "<think>", "</think>"
-"""What is around thoughts where the template has nothing of its own, or leaves them out of what is there."""
+"""Marks around thoughts if the template has none of its own, or leaves thoughts out of existing answers."""
 
 
 @dataclass(frozen=True)
 class Marks:
-    """What stands around an answer's words.
+    """Marks around an answer's words.
 
     Attributes:
-        opening: of an answer without thoughts, after what the model is asked; may be empty.
-        end: of thoughts; empty if the template knows of none.
-        closing: the token that comes after the words, if they end with one; it need not end the turn.
+        opening: text between the prompt and an answer without thoughts; may be empty.
+        end: text that ends thoughts; empty if the template has none.
+        closing: added token right after the words, if there is one; it need not end the turn.
     """
 
     opening: str = ""
@@ -34,19 +34,19 @@ class Marks:
 
     @classmethod
     def of(cls, tokenizer: Any) -> "Marks":
-        """Those of a tokenizer's chat template."""
+        """Return the marks of a tokenizer's chat template."""
         if tokenizer.chat_template is None:
             return cls()
         untold = _UNTOLD if any(mark in str(tokenizer.chat_template) for mark in (_BEGIN, _UNTOLD)) else ""
-        words, thoughts = "quokka", "lemur"  # are in no template
+        words, thoughts = "quokka", "lemur"  # occur in no template
         answer = {"role": "assistant", "content": words, FIELD: thoughts}
         try:
             opening, after, *_ = around_answer(tokenizer)
             (text,) = render([Conversation([{"role": "user", "content": "question"}, answer], False)], tokenizer)
-        except DataError:  # it refuses a plain question and answer; each row tells what it is refused for
+        except DataError:  # it refuses a plain question and answer; each row's own error says why
             return cls(end=untold)
         _, found, end = text.rpartition(words)[0].rpartition(thoughts)
-        end = end if found and end.strip() not in ("", _UNTOLD) else untold  # those may be of the content
+        end = end if found and end.strip() not in ("", _UNTOLD) else untold  # may be part of the content
         end = opening if opening.strip() and end.endswith(opening) else end
         closing = next(iter(tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]), None)
         return cls(
@@ -56,13 +56,13 @@ class Marks:
         )
 
     def answer_in(self, tokens: Sequence[int], tokenizer: Any) -> str:
-        """The text of an answer in a model's tokens, without special ones; all of it where thoughts have no end."""
+        """Return the answer's text in a model's tokens, without special tokens; all text if thoughts have no end."""
         begun, rest, is_open = "", list(tokens), False
         if self.opening and str(tokenizer.decode(rest)).lstrip().startswith(self.opening):
             begun, rest, is_open = *_after(self.opening, rest, tokenizer), True
         text = str(tokenizer.decode(rest))
         end = self.end or (_UNTOLD if text.lstrip().startswith(_BEGIN) else "")
-        if end and not (is_open and end in self.opening) and end in text:  # or it is a word of the answer
+        if end and not (is_open and end in self.opening) and end in text:  # else it is part of the answer
             begun, rest, is_open = *_after(end, rest, tokenizer), True
         if is_open and self.closing in rest:
             rest = rest[: rest.index(self.closing)]
@@ -70,7 +70,7 @@ class Marks:
 
 
 def _after(mark: str, tokens: list[int], tokenizer: Any) -> tuple[str, list[int]]:
-    """What follows a mark: the rest of the token that it ends in, and the tokens after that."""
+    """Return what follows a mark: the rest of the token that it ends in, and the tokens after that."""
     cut = bisect_left(range(len(tokens)), True, key=lambda count: mark in tokenizer.decode(tokens[:count]))
     return str(tokenizer.decode(tokens[:cut])).partition(mark)[2], tokens[cut:]
 

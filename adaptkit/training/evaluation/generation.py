@@ -1,11 +1,11 @@
-"""Answers by greedy decoding, many at a time, with the key-value cache: the same text as one at a time.
+"""Greedy decoding in batches, with the key-value cache: the same answers as for one prompt at a time.
 
-That is so up to rounding: in bfloat16 two tokens that are nearly as likely may change places with the size of a batch.
+This holds up to rounding: in bfloat16, two nearly equally likely tokens may swap ranks with the batch size.
 
-Prompts of one batch are padded at the left, where the mask hides the padding and positions do not count it. Some models
-count it all the same, or mix the rows of a batch: they are asked before, and get one prompt at a time. An answer
-ends at the first token that ends a turn: the tokenizer's end token, those of ``generation_config.json`` (where there is
-none, of ``config.json``), or what the chat template puts right after an answer, which is another token in some models.
+Prompts of one batch are padded on the left, where the mask hides the padding and positions do not count it. Some models
+count it nevertheless, or mix the rows of a batch: these are detected first, and get one prompt at a time. An answer
+ends at the first token that ends a turn: the tokenizer's end token, those of ``generation_config.json`` (or, without
+it, of ``config.json``), or what the chat template puts after an answer, which is another token in some models.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,9 +22,9 @@ from adaptkit.training.evaluation.final import Marks
 from adaptkit.training.network.model import Model
 
 _STEPS = 3
-"""Tokens that are made to see whether a batch changes them: the first is of the prompt, the others of the cache."""
+"""Tokens generated to detect whether batching changes them: the first from the prompt, the others from the cache."""
 _TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-"""Of the deviation of the logits. In bfloat16 rounding alone makes a twentieth of it; what padding shifts, a fifth."""
+"""Limit of logit changes, in standard deviations of the logits. In bfloat16, rounding reaches 0.05; padding, 0.2."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Generated:
     """One answer.
 
     Attributes:
-        text: without thoughts, special tokens, and white space around it.
-        ended: whether the model ended it; otherwise the limit of new tokens did.
+        text: answer without thoughts, special tokens and surrounding white space.
+        ended: whether the model ended it, rather than the limit of new tokens.
     """
 
     text: str
@@ -41,7 +41,7 @@ class Generated:
 
 
 def stop_tokens(model: Model, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer, sorted."""
+    """Return every token that ends an answer, sorted."""
     found = {tokenizer.eos_token_id, turn_end(tokenizer), *named_ends(model.checkpoint.root)}
     return sorted(token for token in found if isinstance(token, int))
 
@@ -54,14 +54,14 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Generated]:
-    """Answer prompts, likeliest token by likeliest token.
+    """Answer prompts by greedy decoding.
 
     Args:
-        model: on its device.
-        tokenizer: of the model.
-        prompts: tokens of each, at least one; those of like length go together.
-        max_new_tokens: of an answer.
-        batch_size: prompts at a time, if the model takes several.
+        model: model on its device.
+        tokenizer: tokenizer of the model.
+        prompts: token IDs of each prompt, at least one; prompts of similar length are batched.
+        max_new_tokens: maximum tokens of an answer.
+        batch_size: prompts at a time, if batching does not change the model's answers.
 
     Returns:
         The answers, in the order of the prompts.
@@ -83,7 +83,7 @@ def generate(
 def _decode(
     prompts: Sequence[Sequence[int]], model: Model, stops: Sequence[int], max_new_tokens: int, padding: int
 ) -> Iterator[tuple[list[int], bool]]:
-    """The new tokens of each prompt before the one that ends them, and whether there was one."""
+    """Yield, for each prompt, the new tokens before the first stop token, and whether there was one."""
     tails, _ = _continue(model, prompts, max_new_tokens, padding, eos_token_id=list(stops) or None)
     for row in tails.tolist():
         end = next((place for place, token in enumerate(row) if token in stops), None)
@@ -91,12 +91,12 @@ def _decode(
 
 
 def _takes_batches(model: Model, prompt: Sequence[int], steps: int, padding: int) -> bool:
-    """Whether a prompt's beginning is continued beside the longer whole as it is alone.
+    """Whether the beginning of a prompt gets the same continuation in a batch with the whole prompt as by itself.
 
-    It is not where positions are counted from the padding on, as in BART's decoder, or where what a layer remembers is
-    made of the padding too, as in RecurrentGemma, or of other rows, as in transformers' RWKV.
+    It does not if positions count the padding, as in BART's decoder, or if a layer's state includes the padding, as in
+    RecurrentGemma, or other rows, as in transformers' RWKV.
     """
-    padded = (len(prompt) // 2 - 1) | 1  # an odd number, since some layers put tokens together by fours
+    padded = (len(prompt) // 2 - 1) | 1  # odd, because some layers group tokens by four
     part = prompt[: len(prompt) - padded] or prompt
     (alone,), first = _continue(model, [part], steps, padding, output_logits=True)
     (_, beside), second = _continue(model, [prompt, part], steps, padding, output_logits=True)
@@ -104,7 +104,7 @@ def _takes_batches(model: Model, prompt: Sequence[int], steps: int, padding: int
         expected, found = one[0].float(), other[1].float()
         if float((found - expected).std()) > _TOLERANCES[model.dtype] * float(expected.std()):
             return False
-        if alone[step] != beside[step]:  # what follows is of other tokens
+        if alone[step] != beside[step]:  # later logits follow different tokens
             break
     return True
 
@@ -113,9 +113,9 @@ def _takes_batches(model: Model, prompt: Sequence[int], steps: int, padding: int
 def _continue(
     model: Model, prompts: Sequence[Sequence[int]], new_tokens: int, padding: int, **more: Any
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """The tokens that follow each prompt, likeliest by likeliest, and each step's logits if these are asked for.
+    """Continue each prompt greedily; return the new tokens, and each step's logits if requested.
 
-    What else a configuration says of generation, as BART's of the last token, is forgotten.
+    The model's own generation configuration, such as BART's forced last token, is discarded.
     """
     model.network.eval()
     length = max(map(len, prompts))

@@ -1,4 +1,4 @@
-"""What models are measured on, read in the tokens of each before any of them is loaded."""
+"""Material that models are measured on, tokenized for each before any model is loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -37,11 +37,11 @@ from adaptkit.training.evaluation.report import EvaluateOptions
 
 @dataclass(frozen=True)
 class Asked:
-    """How a model is asked.
+    """Where a model's tokenizer and chat template come from.
 
     Attributes:
         base: folder of its checkpoint.
-        adapter: folder of its adapter, if that brings a tokenizer or a chat template.
+        adapter: folder of its adapter, if that has a tokenizer or a chat template of its own; else None.
     """
 
     base: Path
@@ -49,7 +49,7 @@ class Asked:
 
     @classmethod
     def of(cls, base: Path, adapter: Path | None) -> Self:
-        """As a base is asked, or its adapter."""
+        """Return this for a base, or for a base with an adapter."""
         brings = adapter is not None and (brings_tokenizer(adapter) or template_beside(adapter) is not None)
         return cls(base, adapter if brings else None)
 
@@ -59,16 +59,16 @@ class Material:
     """What one model is measured on.
 
     Attributes:
-        tokenizer: of the model.
-        own_template: whether it has another chat template than the checkpoint's.
+        tokenizer: tokenizer of the model.
+        own_template: whether its chat template differs from the checkpoint's.
         dataset: samples with answers; None without data.
-        windows: (windows, window) int64 of text; None without text.
+        windows: (windows, window) int64, token IDs of text; None without text.
         shots: examples before every question and sample.
-        fewer_shots: samples, questions and prompts that had room for fewer.
+        fewer_shots: number of rows, questions and prompts without room for all examples.
         prompts: tokens of each of the options' prompts.
-        questions: of the data, that are to be answered.
-        question_prompts: tokens of each.
-        too_long: questions that were left out, since they and an answer are longer than some model's context.
+        questions: questions of the data to answer.
+        question_prompts: tokens of each question.
+        too_long: number of questions left out, because one with an answer exceeds some model's context.
     """
 
     tokenizer: Any
@@ -84,7 +84,7 @@ class Material:
 
     @property
     def talks(self) -> bool:
-        """Whether there are conversations in the data."""
+        """Whether the data contains conversations."""
         return self.dataset is not None and (bool(self.shots) or self.dataset.talks)
 
 
@@ -99,15 +99,15 @@ def read_material(
     """Read everything that models are measured on.
 
     Args:
-        models: all get the same questions, each as it is asked.
-        data: rows with answers.
-        text: files.
-        options: how.
+        models: models to read for; all get the same questions, each with its own tokenizer and chat template.
+        data: files of rows with answers.
+        text: text files.
+        options: how to evaluate.
         reference: folder of the checkpoint that the models are compared with on the text.
-        others: models that are measured on the same questions, read apart.
+        others: further models that questions must fit, because they get the same ones in another call.
 
     Returns:
-        One for each of them.
+        The material of each of ``models``.
 
     Raises:
         DataError: a file that cannot be used, or no question fits a model's context.
@@ -133,12 +133,12 @@ def read_material(
 
 
 class _Reader:
-    """Reads for one model."""
+    """Reads the material of one model."""
 
     def __init__(self, model: Asked, data: Sequence[Path], text: Sequence[Path], options: EvaluateOptions) -> None:
         base = model.base
         self._base, self._data, self._text, self._options = base, data, text, options
-        Checkpoint(base)  # first, since what is no checkpoint has no tokenizer either
+        Checkpoint(base)  # first, or the error would be about the tokenizer
         self._tokenizer = load_tokenizer_of(base, model.adapter)
         own = None if model.adapter is None else load_tokenizer(base).chat_template
         self._own_template = model.adapter is not None and self._tokenizer.chat_template != own
@@ -147,7 +147,7 @@ class _Reader:
         self._max_length = min(options.max_length, self._context or options.max_length)
 
     def has_room(self, question: Question) -> bool:
-        """Whether a question and an answer to it fit the context."""
+        """Whether a question and an answer to it fit in the context."""
         room = self._room
         return room is None or len(self._prompt(question, ())[0]) <= room
 

@@ -1,4 +1,4 @@
-"""Perplexity on windows of text, and how far a model's next-token distributions are from a reference's."""
+"""Perplexity on windows of text, and divergence of a model's next-token distributions from a reference's."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,23 +12,23 @@ from adaptkit.text.windows import check_known
 from adaptkit.training.network.model import Model
 
 POSITIONS = 64
-"""Tokens whose log-probabilities over the vocabulary are in memory at a time."""
+"""Number of tokens whose log-probabilities over the vocabulary are in memory at a time."""
 
 
 @dataclass(frozen=True)
 class TextReport:
-    """What was measured on text, over every token of every window but its first.
+    """Measurements on text, over every token of every window except its first.
 
     Attributes:
-        windows: number of them.
-        tokens: that were predicted.
+        windows: number of windows.
+        tokens: number of predicted tokens.
         loss: mean cross-entropy, in nats.
-        perplexity: its exponential; None where that is no number.
-        reference: folder of the reference, or None; what follows is None without one.
-        reference_loss: the reference's own.
-        reference_perplexity: the reference's own.
+        perplexity: exponential of the loss; None if it is too large.
+        reference: folder of the reference; None without one, as are the following.
+        reference_loss: loss of the reference.
+        reference_perplexity: perplexity of the reference.
         kl_divergence: mean over the tokens of KL(reference ‖ model) over the whole vocabulary, in nats.
-        same_top_token: fraction of the tokens for which both think the same token likeliest.
+        same_top_token: fraction of the tokens for which both models have the same most likely token.
     """
 
     windows: int
@@ -49,12 +49,12 @@ def measure_text(model: Model, windows: Tensor, reference: Model | None = None) 
     Log-probabilities are float32, from logits of the compute dtype; their sums are float64.
 
     Args:
-        model: to measure.
+        model: model to measure.
         windows: (windows, window) int64.
-        reference: of the same vocabulary.
+        reference: model with the same vocabulary to compare with.
 
     Raises:
-        BaseMismatchError: it has another vocabulary.
+        BaseMismatchError: the reference has another vocabulary size.
         UsageError: a token is not in the model's vocabulary.
     """
     _check_vocabulary(model, windows, reference)
@@ -88,7 +88,7 @@ def _check_vocabulary(model: Model, windows: Tensor, reference: Model | None) ->
 
 
 def _window_sums(model: Model, window: Tensor, reference: Model | None) -> Tensor:
-    """``_text_sums`` of a window, whose logits are gone before those of the next are made."""
+    """Return ``_text_sums`` of a window; its logits are freed before the next window."""
     sums = torch.zeros(4, dtype=torch.float64)
     logits = _next_token_logits(model, window)
     others = None if reference is None else _next_token_logits(reference, window)
@@ -100,14 +100,14 @@ def _window_sums(model: Model, window: Tensor, reference: Model | None) -> Tenso
 
 
 def _next_token_logits(model: Model, window: Tensor) -> Tensor:
-    """(window - 1, vocabulary), in the compute dtype."""
+    """Return (window - 1, vocabulary) logits in the compute dtype."""
     model.network.eval()
     logits: Tensor = model.network(input_ids=window[None].to(model.device), use_cache=False).logits
     return logits[0, :-1]
 
 
 def _text_sums(logits: Tensor, wanted: Tensor, others: Tensor | None) -> Tensor:
-    """(4,) float64: sums over positions of loss, the reference's loss, divergence, and equal likeliest tokens."""
+    """Return (4,) float64: sums over positions of loss, reference loss, divergence, and equal most likely tokens."""
     found = logits.float().log_softmax(-1)
     sums = torch.zeros(4, dtype=torch.float64)
     sums[0] = -found.gather(-1, wanted[:, None]).double().sum()
@@ -122,5 +122,5 @@ def _text_sums(logits: Tensor, wanted: Tensor, others: Tensor | None) -> Tensor:
 
 
 def perplexity_of(loss: float) -> float | None:
-    """The exponential of a mean cross-entropy in nats; None where that is no number."""
+    """Return the exponential of a mean cross-entropy in nats; None if it is NaN or at least 700, near float64's limit."""
     return math.exp(loss) if loss < 700 else None

@@ -1,7 +1,7 @@
-"""What a model is asked: the questions of data files, each with all of its reference answers, and examples before them.
+"""Questions in data files, each with all of its reference answers, and few-shot examples to put before them.
 
-A question is a row's conversation up to its last answer; rows that ask the same are one question with several
-references. Examples (few-shot prompting) are whole conversations that come before it as turns of the same chat.
+A question is a row's conversation up to its last answer; rows that ask the same become one question with several
+references. Examples are whole conversations that precede it as turns of the same chat.
 """
 
 import hashlib
@@ -31,9 +31,9 @@ class Question:
     """A conversation up to where the model answers.
 
     Attributes:
-        messages: the last is not the assistant's.
-        tools: that it may call.
-        references: answers that would be right, without thoughts and repetitions, in file order; at least one.
+        messages: messages; the last is not the assistant's.
+        tools: tools that the model may call.
+        references: correct answers, without thoughts and duplicates, in file order; at least one.
     """
 
     messages: Messages
@@ -45,10 +45,10 @@ def read_questions(files: Sequence[Path], layout: str | None = None, *, to_score
     """Group the rows of data files by what they ask, in the order of first appearance.
 
     Args:
-        files: of rows.
-        layout: of the rows; None to find out for each.
-        to_score: whether answers are to be scored against theirs, which an empty one or a call cannot be; their loss
-            can be measured.
+        files: files of rows.
+        layout: layout of the rows; None to detect it for each.
+        to_score: whether answers will be scored, which refuses empty references and tool calls; their loss could be
+            measured.
 
     Raises:
         DataError: an unreadable file, a row without question or answer (with file and line), or no rows.
@@ -73,7 +73,7 @@ def read_questions(files: Sequence[Path], layout: str | None = None, *, to_score
 
 
 def choose(questions: Sequence[Question], count: int | None, seed: int) -> tuple[Question, ...]:
-    """The first ``count`` of a permutation that depends on the seed, in file order; None is all of them."""
+    """Choose ``count`` questions by the seed, in file order; all if it is None."""
     if count is None or count >= len(questions):
         return tuple(questions)
     return tuple(questions[number] for number in sorted(order(len(questions), seed)[:count]))
@@ -82,11 +82,11 @@ def choose(questions: Sequence[Question], count: int | None, seed: int) -> tuple
 def read_shots(
     files: Sequence[Path], count: int, seed: int, questions: Sequence[Question] = (), layout: str | None = None
 ) -> tuple[Messages, ...]:
-    """Choose examples by the seed, none of which gives an answer to one of the questions away.
+    """Choose examples by the seed, none of which reveals an answer to one of the questions.
 
-    That is one that asks the same, on its way to another question too, or the beginning of a question: the answers
-    that a question holds are measured as well. Examples come without the system's message, so what that says is no
-    difference.
+    An example does so if it or its beginning asks the same as a question, or if it asks the same as a question's
+    beginning: answers within a question are measured, too. System messages are not compared, because examples come
+    without them.
 
     Raises:
         DataError: an unreadable file or row, or fewer examples than asked for.
@@ -116,7 +116,7 @@ def read_shots(
 
 
 def _beginnings(messages: Sequence[Message]) -> list[str]:
-    """A key for each beginning of a conversation, whatever the system says; the last is for all of it."""
+    """Return a key for each beginning of a conversation, ignoring system messages; the last is for all of it."""
     said, keys = hashlib.sha256(), []
     for message in messages:
         if message["role"] != "system":
@@ -138,17 +138,17 @@ def prompt_with_shots(
     longest: int | None,
     tools: Tools = (),
 ) -> tuple[list[int], int]:
-    """The tokens of a question after as many examples as there is room for; the first ones go first.
+    """Tokenize a question after all examples that fit; the first examples are left out first.
 
     Args:
-        messages: of the question.
+        messages: messages of the question.
         shots: examples.
-        tokenizer: of the model.
-        longest: tokens that there is room for; None is no limit.
-        tools: that the model may call.
+        tokenizer: tokenizer of the model.
+        longest: maximum number of tokens; None for no limit.
+        tools: tools that the model may call.
 
     Returns:
-        The tokens, which are too many if the question alone is too long, and the number of examples in them.
+        The tokens, more than ``longest`` if the question by itself is too long, and the number of examples in them.
     """
     for left_out in range(len(shots) + 1):
         ids = conversation_ids(with_shots(messages, shots[left_out:]), tokenizer, tools)
@@ -170,16 +170,16 @@ def load_data_with_shots(
     """Tokenize rows after examples; only the row's own answers carry loss.
 
     Args:
-        files: of rows.
-        tokenizer: of the model.
+        files: files of rows.
+        tokenizer: tokenizer of the model.
         shots: examples before each row.
-        max_length: tokens of a row without its examples; longer ones are cut at the end.
-        longest: tokens of all of it; the first examples are left out where it would be more. None is no limit.
-        layout: of the rows; None to find out for each.
-        known: number of tokens that the model knows; None is no limit.
+        max_length: maximum tokens of a row without its examples; longer ones are cut at the end.
+        longest: maximum tokens with examples, the first of which are left out if necessary; None for no limit.
+        layout: layout of the rows; None to detect it for each.
+        known: vocabulary size of the model; None for no limit.
 
     Returns:
-        The samples, and how many of them have fewer examples than all.
+        The samples, and the number of rows without room for all examples.
     """
     encoder = Encoder(tokenizer)
     samples, truncated, dropped, fewer = [], 0, 0, 0
@@ -209,7 +209,7 @@ def load_data_with_shots(
 
 
 def _encode(encoder: Encoder, example: Example, shots: Sequence[Messages], where: str) -> tuple[Sample, ...]:
-    """The samples of a conversation after examples, which carry no loss."""
+    """Return the samples of a conversation after examples, which carry no loss."""
     before = sum(len(shot) for shot in shots)
     messages = tuple(with_shots(example.messages, shots))
     learned = tuple(turn + before for turn in example.learned)
@@ -218,7 +218,7 @@ def _encode(encoder: Encoder, example: Example, shots: Sequence[Messages], where
 
 
 def _conversations(files: Sequence[Path], layout: str | None) -> Iterator[tuple[str, Example]]:
-    """The conversations in rows, up to the last answer that is learned, each with the place it came from."""
+    """Yield the place and conversation of each row, up to the last answer that carries loss."""
     for where, row in chain.from_iterable(map(read_rows, files)):
         example = read_example(row, where, layout)
         if example.text is not None:

@@ -1,4 +1,4 @@
-"""How to evaluate a model, and what was found."""
+"""Options and report of an evaluation."""
 
 import json
 from collections.abc import Mapping
@@ -20,19 +20,19 @@ class EvaluateOptions:
     """How to evaluate.
 
     Attributes:
-        prompts: user messages to answer, greedily.
-        generate: answer the questions of the data too, and score the answers against the data's.
-        samples: how many of the questions, chosen by the seed; None is all.
-        seed: of that choice, and of the choice of examples.
-        shots: examples put before every question, as turns of the chat.
-        shots_from: files that the examples are chosen from.
-        max_new_tokens: of an answer.
-        max_length: tokens of a sample; no more than the model's context.
+        prompts: user messages to answer by greedy decoding.
+        generate: whether to answer the questions of the data too, and score the answers against the references.
+        samples: number of questions, chosen by the seed; None for all.
+        seed: seed for choosing questions and examples.
+        shots: number of examples before every question, as turns of the chat.
+        shots_from: files to choose the examples from.
+        max_new_tokens: maximum tokens of an answer.
+        max_length: maximum tokens of a sample; limited by the model's context.
         batch_size: samples at a time.
         window: tokens of a window of text.
-        max_tokens: of text; None is all of it.
-        layout: of the data's rows; None to find out for each.
-        chat_template_kwargs: variables of the chat templates; those of the adapter's training run.
+        max_tokens: maximum tokens of text; None for all of it.
+        layout: layout of the data's rows; None to detect it for each.
+        chat_template_kwargs: variables of the chat templates; give those of the training run.
         compute_dtype: bfloat16, float32, or auto; see ``training.device``.
         device: cpu, cuda, or auto.
     """
@@ -82,15 +82,15 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """What was generated on the data's questions.
+    """Generated answers to the data's questions.
 
     Attributes:
-        questions: answered.
-        references: of them all.
-        too_long: questions left out since they and an answer are longer than a model's context.
-        unfinished: answers that the limit of new tokens ended.
-        empty: answers without text, which are scored as such.
-        scores: of the answers.
+        questions: number of answered questions.
+        references: number of their reference answers.
+        too_long: number of questions left out, because one with an answer exceeds a model's context.
+        unfinished: number of answers cut off by the limit of new tokens.
+        empty: number of answers without text, which are scored too.
+        scores: scores of the answers.
     """
 
     questions: int
@@ -106,10 +106,10 @@ class Answer:
     """An answer to a question of the data.
 
     Attributes:
-        model: its label; see ``EvaluateReport.label``.
+        model: label of the model; see ``EvaluateReport.label``.
         messages: the question, without examples.
-        answer: generated.
-        references: that it is scored against.
+        answer: generated answer.
+        references: answers that it is scored against.
     """
 
     model: str
@@ -120,31 +120,31 @@ class Answer:
 
 @dataclass(frozen=True)
 class EvaluateReport:
-    """What was measured.
+    """Measurements of one model.
 
     Attributes:
-        base: folder.
-        adapter: folder, or None.
-        shots: examples before every question.
-        fewer_shots: samples and questions that had room for fewer.
-        compute_dtype: of weights and activations.
-        parameters: of the base.
-        trained_parameters: of the adapter, or of the base if adaptkit trained all of it; None if nothing says.
-        samples: number of them that were measured.
-        truncated: samples cut to the longest length, and measured.
-        dropped: samples left out since the cut took their whole answer.
-        answer_tokens: that carry loss.
+        base: folder of the base.
+        adapter: folder of the adapter, or None.
+        shots: number of examples before every question.
+        fewer_shots: number of rows, questions and prompts without room for all examples.
+        compute_dtype: dtype of weights and activations.
+        parameters: number of parameters of the base.
+        trained_parameters: those of the adapter, or of the base if adaptkit trained all of it; None if unknown.
+        samples: number of samples measured.
+        truncated: number of samples cut to the maximum length, and measured.
+        dropped: number of samples left out because the cut removed their whole answer.
+        answer_tokens: number of tokens that carry loss.
         loss: mean over the answer tokens, in nats; None without data.
-        perplexity: its exponential; None without data.
-        text: what was measured on text; None without it.
-        generated: what was generated on the data's questions; None if nothing was.
-        answers: prompt -> answer.
-        cut_answers: the prompts whose answers the limit of new tokens ended.
-        own_template: whether prompts went through a chat template that came with the adapter, and is not the base's.
-        trained_template: the ``chat_template_kwargs`` of the model's training run, if prompts are others now.
-        without_template: whether there is no chat template, so that messages are lines that follow each other.
-        unused: columns that no layout has, of the files of the data that have some.
-        twice: rows with an answer that has an end token, which the template's follows; scores are without either.
+        perplexity: exponential of the loss; None without data, or if it is too large.
+        text: measurements on text; None without text.
+        generated: report on answers to the data's questions; None if none were generated.
+        answers: maps prompts to answers.
+        cut_answers: the prompts whose answers were cut off by the limit of new tokens.
+        own_template: whether prompts used a chat template of the adapter that is not the base's.
+        trained_template: ``chat_template_kwargs`` of the training run, if they differ from the present ones; else None.
+        without_template: whether there is no chat template, so that messages are joined as plain lines.
+        unused: maps each file that has columns that no layout has to their names.
+        twice: number of rows with an answer that has an end token before the template's; scores ignore both.
     """
 
     base: str
@@ -172,7 +172,7 @@ class EvaluateReport:
 
     @property
     def template_remark(self) -> str | None:
-        """What is to be said of prompts that are not those of the base, or of the training run."""
+        """Remark on prompts that differ from those of the base, or of the training run; None if they do not."""
         remarks = ["prompts use the adapter's own chat template"] if self.own_template else []
         if self.trained_template is not None:
             given = " ".join(f"{name}={json.dumps(value)}" for name, value in sorted(self.trained_template.items()))
@@ -184,7 +184,7 @@ class EvaluateReport:
 
     @property
     def unused_remarks(self) -> list[str]:
-        """What is to be said of columns that nothing was made of, for each file that has some, and of end tokens."""
+        """Remarks on unused columns, one for each file that has some, and on duplicate end tokens."""
         twice = counted(self.twice, "row", "have")
         return [
             *(
@@ -196,6 +196,6 @@ class EvaluateReport:
 
     @property
     def label(self) -> str:
-        """The model in a few words."""
+        """Short name of the model: base, adapter and number of examples."""
         shots = f", {counted(self.shots, 'shot')}" if self.shots else ""
         return (f"{self.base} + {self.adapter}" if self.adapter else self.base) + shots

@@ -1,4 +1,4 @@
-"""Generated answers against reference answers, by the metric packages: BLEU, NIST, METEOR, ROUGE-L and CIDEr.
+"""Scores of generated answers against references, from the metric packages: BLEU, NIST, METEOR, ROUGE-L and CIDEr.
 
 | metric  | package      | variant                                                                                     |
 |---------|--------------|---------------------------------------------------------------------------------------------|
@@ -8,8 +8,8 @@
 | ROUGE-L | rouge-score  | F1 of the longest common subsequence, Porter stemmer, the best reference; mean              |
 | CIDEr   | pycocoevalcap| what it calls CIDEr, which is CIDEr-D (clipped, length penalty σ 6), times 10; mean         |
 
-NIST, METEOR and CIDEr get lower-case words of sacrebleu's tokenizer 13a; ROUGE-L has a tokenizer of its own. Numbers of
-another METEOR (the Java program 1.5 with its paraphrases, which papers on E2E use) are not comparable with this one's.
+NIST, METEOR and CIDEr get lower-case words of sacrebleu's tokenizer 13a; ROUGE-L has its own tokenizer. Scores of the
+other METEOR (the Java program 1.5 with paraphrases, which papers on E2E use) are not comparable with this one's.
 """
 
 import warnings
@@ -25,16 +25,16 @@ _NIST_ORDER = 5
 
 @dataclass(frozen=True)
 class Scores:
-    """How near answers come to their references; see the module's docstring for the variants.
+    """Scores of answers against their references; see the module's docstring for the variants.
 
     Attributes:
         bleu: 0 to 100.
-        nist: at least 0, without an upper end; None where no answer, or no reference, has a word.
+        nist: at least 0, without an upper limit; None if no answer, or no reference, has a word.
         meteor: 0 to 1.
         rouge_l: 0 to 1.
-        cider: 0 to 10; None for a single question, whose words are all equally rare, and where no reference has one.
-        meteor_variant: which matches METEOR counted.
-        signature: sacrebleu's, of BLEU, and the versions of the other packages.
+        cider: 0 to 10; None for a single question, whose words are all equally rare, or if no reference has a word.
+        meteor_variant: kinds of matches that METEOR counted.
+        signature: sacrebleu's signature of BLEU, and the versions of the other packages.
     """
 
     bleu: float
@@ -47,10 +47,10 @@ class Scores:
 
 
 def require_metrics() -> None:
-    """Ask before hours of work whether its answers can be scored.
+    """Check that answers can be scored, before hours are spent on generating them.
 
     Raises:
-        UsageError: a metric package is not installed, or nltk's WordNet is there and cannot be read.
+        UsageError: a metric package is not installed, or nltk's WordNet exists but cannot be read.
     """
     try:
         import nltk  # noqa: F401
@@ -69,12 +69,12 @@ def score(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Scores
     """Score answers, each against all of its references.
 
     Args:
-        answers: at least one; an empty one counts as an answer without words.
-        references: of each answer, at least one.
+        answers: at least one answer; an empty one counts as an answer without words.
+        references: references of each answer, at least one.
 
     Raises:
-        ImportError: a metric package is not installed; ask ``require_metrics`` before.
-        UsageError: nltk's WordNet is there and cannot be read.
+        ImportError: a metric package is not installed; call ``require_metrics`` first.
+        UsageError: nltk's WordNet exists but cannot be read.
         ValueError: there is nothing to score, or an answer has no reference.
     """
     if not answers or len(answers) != len(references) or not all(references):
@@ -113,7 +113,7 @@ def _bleu(answers: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[
 
 
 def _nist(answers: Sequence[list[str]], references: Sequence[Sequence[list[str]]]) -> float | None:
-    """It divides by the number of n-grams of each order, so it gets the longest order that some answer has."""
+    """Use no order longer than all answers: nltk divides by the number of n-grams of each order."""
     from nltk.translate.nist_score import corpus_nist
 
     order = min(_NIST_ORDER, max(len(words) for words in answers))
@@ -129,16 +129,16 @@ def _meteor(answers: Sequence[list[str]], references: Sequence[Sequence[list[str
 
 
 class _NoSynonyms:
-    """In WordNet's place where there is none: METEOR's third stage then matches nothing."""
+    """Replaces WordNet if there is none: METEOR's third stage then matches nothing."""
 
     def synsets(self, word: str) -> tuple[()]:
-        """None."""
+        """Return no synonyms."""
         return ()
 
 
 @lru_cache(maxsize=1)  # it takes seconds to read
 def _wordnet() -> tuple[Any, str]:
-    """WordNet, if nltk finds it in its own places, which the variable NLTK_DATA can add to."""
+    """Return WordNet, if nltk finds it in its search path, which NLTK_DATA extends; and METEOR's variant."""
     import nltk
     from nltk.corpus.reader.wordnet import WordNetCorpusReader
 
@@ -148,7 +148,7 @@ def _wordnet() -> tuple[Any, str]:
         return _NoSynonyms(), "exact and stem (nltk finds no WordNet)"
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that there are no other languages
+            warnings.simplefilter("ignore")  # about missing languages
             wordnet = WordNetCorpusReader(root, None)
     except (OSError, LookupError, ValueError) as error:
         raise UsageError(f"{root}: nltk cannot read this WordNet ({error})", hint="remove or replace it") from error
@@ -167,7 +167,7 @@ def _rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> flo
 
 
 def _cider(answers: Sequence[list[str]], references: Sequence[Sequence[list[str]]]) -> float | None:
-    """None for one question: the logarithm of the number of questions weighs every n-gram with zero."""
+    """Return None for one question: the logarithm of the number of questions gives every n-gram a weight of zero."""
     from pycocoevalcap.cider.cider import Cider
 
     if len(answers) < 2 or not _have_words(references):
@@ -178,5 +178,5 @@ def _cider(answers: Sequence[list[str]], references: Sequence[Sequence[list[str]
 
 
 def _have_words(references: Sequence[Sequence[list[str]]]) -> bool:
-    """Sacrebleu's tokenizer takes some texts, as ``<skipped>``, for none."""
+    """Whether any reference has words: sacrebleu's tokenizer reduces some texts, such as ``<skipped>``, to nothing."""
     return any(words for of_one in references for words in of_one)
