@@ -94,10 +94,10 @@ class World:
 
 @contextmanager
 def join(device: str) -> Iterator[World]:
-    """Join torchrun's process group, if it started this process, and leave it at the end.
+    """Join the process group if torchrun started this process, and leave it at the end.
 
     Args:
-        device: as in the configuration; each process of a machine takes the GPU of its local rank.
+        device: as in the configuration; on GPUs, each process of a machine takes that of its local rank.
 
     Raises:
         UsageError: the device is not available, there is no GPU for each process, or environment variables that
@@ -125,7 +125,7 @@ def told_size() -> int:
     """Return the number of processes that torchrun started; 1 without torchrun.
 
     Raises:
-        UsageError: size or rank is not a number, or the rank is out of range, for which the others would wait forever.
+        UsageError: size or rank is not a number, or the rank is not below the size.
     """
     if "MASTER_ADDR" not in os.environ:
         return 1
@@ -224,11 +224,15 @@ def _partners(computing: bool = False) -> Iterator[None]:
 
     Args:
         computing: whether the block also computes, as when FSDP gathers a layer, so that other errors are passed on.
+
+    Raises:
+        UsageError: two processes use the same GPU.
+        NetworkError: another process cannot be reached.
     """
     try:
         yield
     except RuntimeError as error:
-        of_others = isinstance(error, distributed.DistError) or "gloo/" in str(error)  # as in a source path of gloo's
+        of_others = isinstance(error, distributed.DistError) or "gloo/" in str(error)  # a source path in gloo's errors
         if is_out_of_memory(error) or (computing and not of_others):
             raise
         if "Duplicate GPU" in str(error):

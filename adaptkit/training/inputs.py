@@ -39,7 +39,7 @@ from adaptkit.training.trackers import require_trackers
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run reads.
+    """Inputs of a run.
 
     Attributes:
         config: settings of the run, with method and compute_dtype resolved.

@@ -145,7 +145,7 @@ def going_on_from(folder: Path, identity: Mapping[str, Any]) -> int:
 
 
 def holds_work(folder: Path) -> bool:
-    """Whether a folder holds more than a run writes before its first checkpoint, such as a checkpoint."""
+    """Whether a folder holds a checkpoint, or anything else that a run does not write before its first checkpoint."""
     return not all(_is_beginning(path.name) for path in folder.iterdir())
 
 

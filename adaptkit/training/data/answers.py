@@ -1,10 +1,11 @@
 """Locate the answers in the text that a chat template makes of a conversation.
 
-An answer, with its end of turn, is what the template adds when it renders the conversation with the answer rather than
-the prompt: the conversation before it and the opening of the answer. Some templates render the prompt differently once
-the answer follows: they open answers with ``<think>``, but leave thoughts out of existing answers; or they put the
-system message before the last question if nothing follows it. The text is then the prompt, followed by what the
-template adds to the last question rendered by itself. No word of a message may be lost.
+The prompt of an answer is the conversation before it, up to and including the opening of the answer. The answer, with
+its end of turn, is what the template adds to the prompt when it renders the conversation with the answer. Some
+templates render the prompt differently once the answer follows: they open answers with ``<think>``, but leave thoughts
+out of existing answers; or they put the system message before the last question if nothing follows it. The text is then
+the prompt, followed by what the template adds to the last question rendered by itself. No word of a message may be
+lost.
 
 An answer is searched for from its end, which is known, because the marks before it may contain the same words.
 """

@@ -193,7 +193,7 @@ class Encoder:
     def _closing(self, tools: Tools) -> tuple[str, int] | None:
         """Return what the template puts after the last answer, and its number of characters after the end of the turn.
 
-        Some templates end the whole text with a further token; some write another text if there are tools, whichever.
+        Some templates end the whole text with a further token; some write another text if there are any tools.
         """
         if bool(tools) not in self._known_closings:
             self._known_closings[bool(tools)] = self._closing_with(tools)

@@ -82,7 +82,8 @@ def compare(
     """Measure models one after the other on the same data, text and questions.
 
     Every base is measured by itself; also with examples, if the options have some; and with every adapter that belongs
-    to it. On the text, a base is compared with the one that its manifest names as parent, or else with the first.
+    to it. On the text, an adapter is compared with its base, and a base with the one that its manifest names as parent,
+    or else with the first.
 
     Args:
         bases: folders of NF4 or plain checkpoints, including fully trained ones.

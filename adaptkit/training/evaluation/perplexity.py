@@ -122,5 +122,5 @@ def _text_sums(logits: Tensor, wanted: Tensor, others: Tensor | None) -> Tensor:
 
 
 def perplexity_of(loss: float) -> float | None:
-    """Return the exponential of a mean cross-entropy in nats; None if it is NaN or at least 700, near float64's limit."""
+    """Return the exponential of a mean cross-entropy in nats; None if it is NaN or at least 700, near overflow."""
     return math.exp(loss) if loss < 700 else None

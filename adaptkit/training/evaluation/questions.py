@@ -47,8 +47,7 @@ def read_questions(files: Sequence[Path], layout: str | None = None, *, to_score
     Args:
         files: files of rows.
         layout: layout of the rows; None to detect it for each.
-        to_score: whether answers will be scored, which refuses empty references and tool calls; their loss could be
-            measured.
+        to_score: whether answers will be scored, not only their loss measured; refuses empty references and tool calls.
 
     Raises:
         DataError: an unreadable file, a row without question or answer (with file and line), or no rows.
