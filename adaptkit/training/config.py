@@ -15,26 +15,26 @@ COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 METHODS = ("auto", "lora", "qlora", "full")
 BIASES = ("none", "all", "lora_only")
 INITS = ("kaiming", "normal")
-_BEGUN = ("rank", "alpha", "targets", "exclude", "target_parameters", "rslora", "rank_pattern", "alpha_pattern")
+_SET_BY_INIT = ("rank", "alpha", "targets", "exclude", "target_parameters", "rslora", "rank_pattern", "alpha_pattern")
 _ADAPTER = (
     *("init", "dropout", "dora", "lora_plus_ratio", "lora_bias", "bias", "modules_to_save", "trainable_tokens"),
-    *_BEGUN,
+    *_SET_BY_INIT,
 )
-"""Settings that apply only to adapters. An adapter named by ``init`` determines those in ``_BEGUN``."""
+"""Settings that apply only to adapters. An adapter named by ``init`` determines those in ``_SET_BY_INIT``."""
 LOSS_ON = ("answers", "last_answer", "all")
 TOO_LONG = ("cut", "drop", "error")
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
-_LARGEST = 1e30
+_MAX_FACTOR = 1e30
 """Upper limit of factors: float32 holds 3.4e38, and products of factors need headroom."""
 _SEEDS = (1 << 40) - 1
 """Largest magnitude of the seed: batches add the epoch to a million times the seed, in 64 bits."""
-_MOST = 1 << 31
+_MAX_COUNT = 1 << 31
 """Upper limit of steps and batch sizes: far more than a run can take, and small enough to compute with."""
 
 _SETS = ("targets", "exclude", "target_parameters", "modules_to_save")  # order and duplicates have no meaning
-_PLACES = frozenset({"base", "data", "held_out_data", "chat_template", "device", "tensorboard", "wandb"})
-_FREE = frozenset(
+_NOT_RECORDED = frozenset({"base", "data", "held_out_data", "chat_template", "device", "tensorboard", "wandb"})
+_CHANGEABLE_ON_RESUME = frozenset(
     {
         "save_every", "keep_checkpoints", "optimizer_pages_mib", "page_kib", "checkpointing", "offload_checkpoints",
         "on_non_finite",
@@ -61,7 +61,7 @@ class TrainConfig:
                           "weight and write a checkpoint.", "auto", choices=METHODS)  # fmt: skip
 
     rank: int = setting("Rank of the adapter's matrices.", 16, at_least=1, at_most=1 << 16, section="Adapter")
-    alpha: float = setting("The adapter's change is scaled by alpha / rank.", 32.0, above=0, at_most=_LARGEST)
+    alpha: float = setting("The adapter's change is scaled by alpha / rank.", 32.0, above=0, at_most=_MAX_FACTOR)
     targets: tuple[str, ...] = setting("Shell pattern of module paths that get an adapter; * matches every linear "
                                        "layer that processes text, except routers and the output layer.",
                                        ("*",))  # fmt: skip
@@ -75,9 +75,9 @@ class TrainConfig:
                                                        "the path, as in PEFT.", None, at_least=1,
                                                        at_most=1 << 16)  # fmt: skip
     alpha_pattern: Mapping[str, float] | None = setting("Alpha of matching modules, in the same way.", None, above=0,
-                                                        at_most=_LARGEST)  # fmt: skip
+                                                        at_most=_MAX_FACTOR)  # fmt: skip
     lora_plus_ratio: float = setting("Learning rate of B relative to A; LoRA+ suggests 16.", 1.0, above=0,
-                                     at_most=_LARGEST)  # fmt: skip
+                                     at_most=_MAX_FACTOR)  # fmt: skip
     lora_bias: bool = setting("Also train a bias on B; can be merged only into layers that have a bias.", False)
     bias: str = setting("Biases to train; lora_only: those of layers with an adapter.", "none",
                         choices=BIASES)  # fmt: skip
@@ -96,19 +96,19 @@ class TrainConfig:
     max_length: int = setting("Maximum tokens per sample.", 1024, at_least=2)
     too_long: str = setting("What to do with longer samples.", "cut", choices=TOO_LONG)
     mixture: Mapping[str, float] | None = setting("Weight of a data file in an epoch, relative to the others; 1 if "
-                                                  "not given.", None, above=0, at_most=_LARGEST)  # fmt: skip
+                                                  "not given.", None, above=0, at_most=_MAX_FACTOR)  # fmt: skip
     pack: bool = setting("Pack samples into rows of max_length tokens; a step then has batch_size rows.", False)
     held_out: float = setting("Fraction of the rows to evaluate on instead of training on; ignored with "
                               "held_out_data.", 0.1, at_least=0, below=1)  # fmt: skip
     held_out_data: tuple[str, ...] = setting("File or Hub dataset to evaluate on instead.", ())
 
     steps: int | None = setting("Optimizer steps.  [default: determined by epochs]", None, at_least=1,
-                               at_most=_MOST, section="Steps")  # fmt: skip
+                               at_most=_MAX_COUNT, section="Steps")  # fmt: skip
     epochs: float | None = setting("Passes over the data, instead of steps.  [default: 1]", None, above=0,
                                    at_most=1e6)  # fmt: skip
-    batch_size: int = setting("Samples per step.", 8, at_least=1, at_most=_MOST)
+    batch_size: int = setting("Samples per step.", 8, at_least=1, at_most=_MAX_COUNT)
     micro_batch_size: int | None = setting("Samples per forward pass.  [default: the whole batch]", None, at_least=1,
-                                           at_most=_MOST)  # fmt: skip
+                                           at_most=_MAX_COUNT)  # fmt: skip
     group_by_length: bool = setting("Group samples of similar length into steps, to reduce padding.", False)
     on_non_finite: str = setting("If the loss or a gradient is NaN or infinite: stop, or skip the step and count it.",
                                  "stop", choices=("stop", "skip"))  # fmt: skip
@@ -124,14 +124,14 @@ class TrainConfig:
     save_every: int = setting("Steps between checkpoints; 0: only at the end or on interruption.", 50, at_least=0)
     keep_checkpoints: int = setting("Number of checkpoints to keep; older ones are deleted.", 2, at_least=1)
 
-    learning_rate: float = setting("Peak learning rate.", 2e-4, above=0, at_most=_LARGEST, section="Optimizer")
+    learning_rate: float = setting("Peak learning rate.", 2e-4, above=0, at_most=_MAX_FACTOR, section="Optimizer")
     schedule: str = setting("Learning rate schedule after the warm-up.", "constant", choices=SCHEDULES)
     decay: float = setting("Fraction of the steps over which wsd decays the learning rate.", 0.2, above=0, at_most=1)
     warmup: float = setting("Fraction of the steps used for learning rate warm-up.", 0.03, at_least=0, below=1)
-    weight_decay: float = setting("Weight decay of AdamW.", 0.0, at_least=0, at_most=_LARGEST)
+    weight_decay: float = setting("Weight decay of AdamW.", 0.0, at_least=0, at_most=_MAX_FACTOR)
     max_grad_norm: float = setting("Clip gradients to this norm; 0: no clipping.", 1.0, at_least=0)
     neftune_alpha: float = setting("NEFTune noise on the embeddings during training; 5 is usual, 0 is off.", 0.0,
-                                   at_least=0, at_most=_LARGEST)  # fmt: skip
+                                   at_least=0, at_most=_MAX_FACTOR)  # fmt: skip
 
     sample_prompts: tuple[str, ...] = setting("Prompt to answer during training.", (), section="Answers and trackers")
     sample_every: int = setting("Steps between answers to the prompts; 0: only after the last step.", 0, at_least=0)
@@ -147,7 +147,7 @@ class TrainConfig:
     offload_checkpoints: bool = setting("Keep the inputs of segments in host memory; GPU only.", False)
     optimizer_pages_mib: float | None = setting("MiB of optimizer state to keep resident; the rest is paged to host "
                                                 "memory, or on a CPU to a file.  [default: all of it]", None, above=0,
-                                                at_most=_LARGEST)  # fmt: skip
+                                                at_most=_MAX_FACTOR)  # fmt: skip
     page_kib: int | None = setting(
         "Size of a page of optimizer state, in KiB.  [default: 2048 on a CPU, 8192 on a GPU]",
         None,
@@ -220,9 +220,9 @@ class TrainConfig:
                 "does not apply to method full, which makes no adapter",
                 f"leave out {given[0]}, or use method lora or qlora",
             )
-        begun = next((name for name in given if name in _BEGUN), None)
-        if self.init not in INITS and begun:
-            conflict(begun, "is determined by the adapter to start from", f"leave out {begun}, or init")
+        set_by_init = next((name for name in given if name in _SET_BY_INIT), None)
+        if self.init not in INITS and set_by_init:
+            conflict(set_by_init, "is determined by the adapter to start from", f"leave out {set_by_init}, or init")
         if self.dora and self.lora_bias:
             conflict("lora_bias", "cannot be combined with dora", "leave out one of the two")
         for name in ("dora", "dropout", "lora_bias"):
@@ -260,7 +260,7 @@ class TrainConfig:
 
     def recorded(self) -> dict[str, Any]:
         """Return what the manifest records: all but paths, devices and trackers, which do not affect the result."""
-        values = {k: v for k, v in asdict(self).items() if k not in _PLACES}
+        values = {k: v for k, v in asdict(self).items() if k not in _NOT_RECORDED}
         values["epochs"] = self.epochs or 1.0
         values |= {name: sorted(set(values[name])) for name in _SETS}
         values["mixture"] = self.mixture_weights()
@@ -268,12 +268,12 @@ class TrainConfig:
             values[name] = values[name] and [[pattern, number] for pattern, number in values[name].items()]
         if self.init in INITS:
             return values
-        own = {name: value for name, value in values.items() if name not in _BEGUN}  # the adapter's, not the run's
+        own = {name: value for name, value in values.items() if name not in _SET_BY_INIT}  # they are the adapter's
         return own | {"init": "adapter"}  # the manifest names it as a parent
 
     def decisive(self) -> dict[str, Any]:
         """Return the settings that determine the result: a resumed run must have the same."""
-        return {name: value for name, value in self.recorded().items() if name not in _FREE}
+        return {name: value for name, value in self.recorded().items() if name not in _CHANGEABLE_ON_RESUME}
 
 
 def _is_expression(text: str) -> bool:

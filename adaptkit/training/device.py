@@ -11,7 +11,7 @@ import torch
 from adaptkit.errors import UsageError
 from adaptkit.triton_needs import what_triton_lacks
 
-_ASKS = "_is_mkldnn_bf16_supported"
+_BFLOAT16_CHECK = "_is_mkldnn_bf16_supported"
 
 
 def choose_device(name: str) -> torch.device:
@@ -52,7 +52,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         has_products = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        has_products = hasattr(torch.ops.mkldnn, _ASKS) and getattr(torch.ops.mkldnn, _ASKS)()
+        has_products = hasattr(torch.ops.mkldnn, _BFLOAT16_CHECK) and getattr(torch.ops.mkldnn, _BFLOAT16_CHECK)()
     return torch.bfloat16 if has_products else torch.float32
 
 

@@ -29,7 +29,7 @@ from adaptkit.training.shortage import is_out_of_memory
 
 Shared = TypeVar("Shared")
 
-_PATIENCE = timedelta(hours=2)
+_TIMEOUT = timedelta(hours=2)
 """Timeout: others wait while rank 0 writes checkpoints and the result; torchrun detects a process that died."""
 
 
@@ -52,16 +52,16 @@ class World:
         """Whether this is rank 0, which reads and writes."""
         return self.rank == 0
 
-    def add_up(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """Replace a tensor, in place, by its sum over all processes; every process gets the same bits."""
         if self.size > 1:
-            with _partners():
+            with _peer_errors():
                 distributed.all_reduce(tensor)
 
-    def copy_first(self, tensor: Tensor) -> None:
+    def broadcast(self, tensor: Tensor) -> None:
         """Broadcast the values of rank 0 into the tensor of every process, in place."""
         if self.size > 1:
-            with _partners():
+            with _peer_errors():
                 distributed.broadcast(tensor, src=0)
 
     def total(self, value: float) -> float:
@@ -69,25 +69,25 @@ class World:
         if self.size == 1:
             return value
         tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
-        self.add_up(tensor)
+        self.all_reduce(tensor)
         return float(tensor)
 
-    def share(self, value: Shared) -> Shared:
+    def broadcast_object(self, value: Shared) -> Shared:
         """Return the value of rank 0 in every process; values of other ranks are ignored."""
         if self.size == 1:
             return value
         held: list[Any] = [value if self.is_first else None]
-        with _partners():
+        with _peer_errors():
             distributed.broadcast_object_list(held, src=0, device=self.device)
         shared: Shared = held[0]
         return shared
 
-    def collect(self, values: list[Shared]) -> list[Shared]:
+    def gather(self, values: list[Shared]) -> list[Shared]:
         """Return the values of all processes, in rank order."""
         if self.size == 1:
             return values
         held: list[Any] = [None] * self.size
-        with _partners():
+        with _peer_errors():
             distributed.all_gather_object(held, values)
         return [value for part in held for value in part]
 
@@ -104,7 +104,7 @@ def join(device: str) -> Iterator[World]:
             torchrun sets are missing or malformed.
         NetworkError: the other processes cannot be reached.
     """
-    size = told_size()
+    size = world_size()
     mine = choose_device(device)
     if size > 1 and mine.type == "cuda":
         mine = _own_gpu(mine, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
@@ -112,16 +112,16 @@ def join(device: str) -> Iterator[World]:
     if size == 1:
         yield World(mine)
         return
-    with _partners(), _told_whole(), _without_stdout():  # some releases of gloo print that they are connected
-        rank, size = _heeding_signals(lambda: _find_partners("nccl" if mine.type == "cuda" else "gloo"))
+    with _peer_errors(), _environment_errors(), _without_stdout():  # gloo may print that it is connected
+        rank, size = _interruptible(lambda: _init_process_group("nccl" if mine.type == "cuda" else "gloo"))
     try:
-        with _partners(computing=True):
+        with _peer_errors(computing=True):
             yield World(mine, rank, size)
     finally:
         distributed.destroy_process_group()
 
 
-def told_size() -> int:
+def world_size() -> int:
     """Return the number of processes that torchrun started; 1 without torchrun.
 
     Raises:
@@ -129,23 +129,23 @@ def told_size() -> int:
     """
     if "MASTER_ADDR" not in os.environ:
         return 1
-    with _told_whole():
+    with _environment_errors():
         size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
         if not 0 <= rank < size:
             raise ValueError(f"RANK is {rank}, but WORLD_SIZE is {size}")
     return size
 
 
-def _find_partners(backend: str) -> tuple[int, int]:
+def _init_process_group(backend: str) -> tuple[int, int]:
     """Wait until all processes have joined; return the rank of this one and their number."""
     store, rank, size = next(rendezvous("env://"))
     # When torchrun restarts, it may keep the store, with addresses of processes that are gone.
     attempt = distributed.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
-    distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=_PATIENCE)
+    distributed.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=_TIMEOUT)
     return rank, size
 
 
-def _heeding_signals(wait: Callable[[], Shared]) -> Shared:
+def _interruptible(wait: Callable[[], Shared]) -> Shared:
     """Call a blocking torch function in another thread, so that this one can handle signals.
 
     Otherwise, if a process dies before the others have joined, torchrun's SIGTERM is not handled, and torchrun kills
@@ -191,7 +191,7 @@ def _own_gpu(asked: torch.device, processes: int) -> torch.device:
 
 
 @contextmanager
-def _told_whole() -> Iterator[None]:
+def _environment_errors() -> Iterator[None]:
     """Report torchrun's environment variables as a usage error if a scheduler left some out or changed their format."""
     try:
         yield
@@ -219,7 +219,7 @@ def _without_stdout() -> Iterator[None]:
 
 
 @contextmanager
-def _partners(computing: bool = False) -> Iterator[None]:
+def _peer_errors(computing: bool = False) -> Iterator[None]:
     """Turn the RuntimeError that torch raises if another process is gone into a NetworkError.
 
     Args:

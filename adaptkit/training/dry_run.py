@@ -11,14 +11,14 @@ from adaptkit.networks.alone import alone
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import DataReport, report_data
 from adaptkit.training.device import choose_device, make_current
-from adaptkit.training.distributed import World, told_size
+from adaptkit.training.distributed import World, world_size
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.start import cannot_be_merged, left_out, peft_drops
 from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
-from adaptkit.training.resume import check_not_finished, check_unfinished, going_on_from, require_room
+from adaptkit.training.resume import check_not_finished, check_unfinished, require_room, resume_step
 from adaptkit.training.schedule import steps_in
-from adaptkit.training.shortage import TRAIN_LESS, tells_shortage
+from adaptkit.training.shortage import TRAIN_LESS, reports_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class RunPlan:
 
 
 @alone()
-@tells_shortage("beside the base", hint=TRAIN_LESS)
+@reports_out_of_memory("beside the base", hint=TRAIN_LESS)
 def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: bool = False) -> RunPlan:
     """Make all checks of ``train`` up to its first step, and return what it would do.
 
@@ -90,7 +90,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         device = torch.device("cpu")
     make_current(device)
     batches = batches_of(inputs)
-    model, activations = build(inputs, World(device), batches.largest(told_size()))
+    model, activations = build(inputs, World(device), batches.largest(world_size()))
     parameters = Trainable.of(model).values.numel()
     steps = total_steps(config, batches)
     one = checkpoint_bytes(config, parameters)
@@ -99,7 +99,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         output=str(output),
         steps=steps,
         warmup_steps=steps_in(config.warmup, steps),
-        resumed_from=going_on_from(work, identity),
+        resumed_from=resume_step(work, identity),
         samples=len(inputs.samples),
         held_out=len(inputs.held_out),
         truncated=inputs.data.truncated,

@@ -31,7 +31,7 @@ class Gradients:
         self._model, self._vector, self._seed, self._world = model, vector, config.seed, world
         self._noise = EmbeddingNoise(model.network, config.neftune_alpha) if config.neftune_alpha else None
         self._sources: list[str] = []
-        self._spoiled: list[str] = []
+        self._non_finite: list[str] = []
 
     def collect(self, batches: Sequence[Batch], answers: int, step: int) -> float:
         """Compute the gradient of a step's loss into the vector.
@@ -48,7 +48,7 @@ class Gradients:
         self._model.network.train()
         self._vector.zero_()
         self._sources = [source for batch in batches for source in batch.sources]
-        self._spoiled = []
+        self._non_finite = []
         try:
             shares = [self._add(batch, answers, step, index) for index, batch in enumerate(batches)]
         except BaseException:
@@ -57,13 +57,13 @@ class Gradients:
         values = torch.stack(shares).tolist()  # the host waits for the device only here
         for batch, value in zip(batches, values, strict=True):
             if not math.isfinite(value):
-                self._spoiled += batch.sources
-        self._world.add_up(self._vector)
+                self._non_finite += batch.sources
+        self._world.all_reduce(self._vector)
         return self._world.total(sum(values))
 
     def blamed(self) -> list[str]:
         """Return file and line of the samples with non-finite loss in any process, or of all if there are none."""
-        return self._world.collect(self._spoiled) or self._world.collect(self._sources)
+        return self._world.gather(self._non_finite) or self._world.gather(self._sources)
 
     def _add(self, batch: Batch, answers: int, step: int, index: int) -> Tensor:
         """Add a micro-batch's gradients, and return its share of the loss, detached so that the graph is freed."""

@@ -34,15 +34,15 @@ from adaptkit.training.preparation import checkpoint_bytes
 from adaptkit.training.report import StepReport, TrainReport
 from adaptkit.training.result import records_of, write_result
 from adaptkit.training.resume import (
-    check_alike,
     check_not_finished,
+    check_same_inputs,
     check_unfinished,
     holds_work,
-    remember,
+    record_identity,
     require_room,
 )
 from adaptkit.training.run import Chosen, Run
-from adaptkit.training.shortage import TRAIN_LESS, tells_shortage
+from adaptkit.training.shortage import TRAIN_LESS, reports_out_of_memory
 from adaptkit.training.trackers import trackers
 
 Records = Mapping[str, TensorRecord]
@@ -54,7 +54,7 @@ def to_stderr(text: str) -> None:
 
 
 @alone()
-@tells_shortage("beside the base", hint=TRAIN_LESS)
+@reports_out_of_memory("beside the base", hint=TRAIN_LESS)
 def train(
     config: TrainConfig,
     output: AnyPath,
@@ -92,20 +92,20 @@ def train(
         # Read inputs only after joining: a process waiting in join() would not see another's error.
         inputs = read_inputs(config, output, force)
         identity = inputs.identity()
-        check_alike(world, identity)
+        check_same_inputs(world, identity)
         if world.is_first:
-            report = _lead(inputs, identity, output, force, resume, on_step, note, world)
+            report = _train_on_rank_zero(inputs, identity, output, force, resume, on_step, note, world)
         else:
             with tempfile.TemporaryDirectory(prefix="adaptkit-") as pages:
                 Run(inputs, Path(pages), lambda text: None, world).train(lambda step: None)
             report = None
-        shared = world.share(report)
+        shared = world.broadcast_object(report)
     if shared is None:
         raise ValueError("the first process made no report")
     return shared
 
 
-def _lead(
+def _train_on_rank_zero(
     inputs: Inputs,
     identity: Mapping[str, Any],
     output: Path,
@@ -120,8 +120,8 @@ def _lead(
     if inputs.manifest is not None:  # the result's manifest vouches for its base
         check_tensors(inputs.base, inputs.manifest)
     with Output(output, identity, force, keeps=holds_work) as out:
-        remember(out.folder, identity)
-        run = _begun(inputs, out, note, world)
+        record_identity(out.folder, identity)
+        run = _create_run(inputs, out, note, world)
         with trackers(inputs.config, identity, run.resumed_from) as opened:
             run.train(on_step, opened)
         inputs.require_base()
@@ -134,7 +134,7 @@ def _lead(
     return _report(output, inputs, run, kept.step, manifest)
 
 
-def _begun(inputs: Inputs, out: Output, note: Callable[[str], None], world: World) -> Run:
+def _create_run(inputs: Inputs, out: Output, note: Callable[[str], None], world: World) -> Run:
     """Create the run; if it is refused, discard the output folder."""
     try:
         run = Run(inputs, out.folder, note, world)

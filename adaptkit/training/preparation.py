@@ -26,7 +26,7 @@ from adaptkit.training.network.start import begin
 from adaptkit.training.network.tables import keep_in_host_memory
 from adaptkit.training.network.unread import mark_unread
 from adaptkit.training.schedule import steps_in
-from adaptkit.training.shortage import tells_shortage
+from adaptkit.training.shortage import reports_out_of_memory
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
@@ -84,7 +84,7 @@ def make_fast(model: Model) -> None:
         keep_narrow(network, model.dtype, join_on_gpu(network))
 
 
-@tells_shortage(
+@reports_out_of_memory(
     "while the model was loaded",
     hint="use a base that adaptkit quantize made, several GPUs with --shard-base, or --device cpu",
 )

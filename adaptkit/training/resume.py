@@ -65,7 +65,7 @@ class Snapshot:
     metrics: bytes
 
 
-def remember(folder: Path, identity: Mapping[str, Any]) -> None:
+def record_identity(folder: Path, identity: Mapping[str, Any]) -> None:
     """Record what determines the result, so that a run that cannot resume can say why."""
     if _read_identity(folder) is None:
         replace_file(folder / _RUN, write_json(identity))
@@ -98,7 +98,7 @@ def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, res
         raise UsageError(f"{folder}: no checkpoint to resume from", hint="leave out --resume to start a run")
 
 
-def check_alike(world: World, identity: Mapping[str, Any]) -> None:
+def check_same_inputs(world: World, identity: Mapping[str, Any]) -> None:
     """Refuse processes with different inputs: the sum of their gradients would be meaningless.
 
     Each process reads its own files and options, perhaps on another machine.
@@ -109,11 +109,11 @@ def check_alike(world: World, identity: Mapping[str, Any]) -> None:
     mine = dict(identity)
     if not isinstance(mine["base"], str):  # no manifest: drop times, which differ between machines
         mine["base"] = [[file, size] for file, size, _ in mine["base"]]
-    differences = _differences(world.share(mine), mine, "{} is {} there and {} here")
-    told = [f"process {world.rank} differs from the first: {'; '.join(differences)}"] if differences else []
-    told = world.collect(told)
-    if told:
-        raise UsageError(". ".join(told), hint="start all processes with the same options, base and data")
+    differences = _differences(world.broadcast_object(mine), mine, "{} is {} there and {} here")
+    reports = [f"process {world.rank} differs from the first: {'; '.join(differences)}"] if differences else []
+    reports = world.gather(reports)
+    if reports:
+        raise UsageError(". ".join(reports), hint="start all processes with the same options, base and data")
 
 
 def check_not_finished(output: Path, force: bool, resume: bool) -> None:
@@ -131,7 +131,7 @@ def check_not_finished(output: Path, force: bool, resume: bool) -> None:
             )
 
 
-def going_on_from(folder: Path, identity: Mapping[str, Any]) -> int:
+def resume_step(folder: Path, identity: Mapping[str, Any]) -> int:
     """Return the step after which a run would continue: that of the newest undamaged checkpoint, or 0.
 
     Args:
@@ -220,7 +220,7 @@ def share_snapshot(world: World, snapshot: Snapshot | None) -> Snapshot | None:
     if world.size == 1:
         return snapshot
     shapes = {name: (vector.dtype, vector.count) for name, vector in snapshot.vectors.items()} if snapshot else {}
-    outline = world.share((replace(snapshot, vectors={}), shapes) if snapshot else None)
+    outline = world.broadcast_object((replace(snapshot, vectors={}), shapes) if snapshot else None)
     if outline is None:
         return None
     vectors = {}
@@ -228,7 +228,7 @@ def share_snapshot(world: World, snapshot: Snapshot | None) -> Snapshot | None:
         moved = torch.empty(count, dtype=dtype, device=world.device)
         if snapshot is not None:
             snapshot.vectors[name].copy_to(moved)
-        world.copy_first(moved)
+        world.broadcast(moved)
         vectors[name] = Vector.of(moved.cpu())
     return replace(outline[0], vectors=vectors)
 

@@ -90,8 +90,8 @@ class Run:
         self._peak = PeakMemory(world.device)
         self.model, self.activations = build(inputs, world, self.batches.largest(world.size))
         inputs.require_base()
-        told = (*foretold(self.model, inputs.config), slower_without(world.device))
-        for line in filter(None, told if world.is_first else ()):
+        notes = (*foretold(self.model, inputs.config), slower_without(world.device))
+        for line in filter(None, notes if world.is_first else ()):
             note(line)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
@@ -178,20 +178,20 @@ class Run:
         largest = max(batch.ids.numel() for batch in batches)
         loss = self._pressure.relieve(largest, lambda: self._gradients.collect(batches, answers, step))
         norm = self.optimizer.clip(config.max_grad_norm)
-        refused = self._refused(loss, norm, step + 1)
+        reason = self._skip_reason(loss, norm, step + 1)
         with self._changing():
-            if refused is None:
+            if reason is None:
                 paging = self.optimizer.step(rate)
                 line = {"loss": loss, "learning_rate": rate, "grad_norm": norm} | line | paging
             else:
-                line = {"skipped": refused} | line
+                line = {"skipped": reason} | line
             line = {"step": step + 1} | line
             self.history.add(line)
             self.done = step + 1
         self._tell(line)
         return line
 
-    def _refused(self, loss: float, norm: float, step: int) -> str | None:
+    def _skip_reason(self, loss: float, norm: float, step: int) -> str | None:
         """Return why the step must be skipped: loss or gradient is not finite. None if both are finite.
 
         Raises:
@@ -247,7 +247,7 @@ class Run:
 
     def _answers(self, prompts: Sequence[str]) -> dict[str, str]:
         asked = [prompt_ids(prompt, self._inputs.tokenizer) for prompt in prompts]
-        options = {"max_new_tokens": self._config.sample_tokens, "batch_size": self._at_once}
+        options = {"max_new_tokens": self._config.sample_tokens, "batch_size": self._forward_batch_size}
         found = self._pressure.make_room(
             "while prompts were answered",
             "use a smaller --micro-batch-size or --sample-tokens",
@@ -262,15 +262,15 @@ class Run:
         loss = self._pressure.make_room(
             "while held-out samples were evaluated",
             "use a smaller --micro-batch-size or --max-length",
-            lambda: mean_loss(self.model, mine, self._at_once, self._padding) if mine else 0.0,
+            lambda: mean_loss(self.model, mine, self._forward_batch_size, self._padding) if mine else 0.0,
         )
         if not divided:
-            return self._world.share(loss)  # devices may round differently, but all must stop together
+            return self._world.broadcast_object(loss)  # devices may round differently, but all must stop together
         summed = self._world.total(loss * sum(sample.answer_tokens for sample in mine))
         return summed / sum(sample.answer_tokens for sample in everything)
 
     @property
-    def _at_once(self) -> int:
+    def _forward_batch_size(self) -> int:
         """Number of samples per forward pass."""
         return self._config.micro_batch_size or self._config.batch_size
 

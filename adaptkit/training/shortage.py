@@ -32,7 +32,7 @@ def shortage(where: str, reason: str, hint: str) -> UsageError:
 
 
 @contextmanager
-def tells_shortage(where: str, hint: str) -> Iterator[None]:
+def reports_out_of_memory(where: str, hint: str) -> Iterator[None]:
     """Turn an out-of-memory error of the block into a one-line UsageError; of nested blocks, the innermost does.
 
     Args:

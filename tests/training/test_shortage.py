@@ -17,7 +17,7 @@ from adaptkit.training.evaluation.report import EvaluateOptions
 from adaptkit.training.loop import train
 from adaptkit.training.memory import moments, paging
 from adaptkit.training.memory.optimizer import PagedAdamW
-from adaptkit.training.shortage import tells_shortage
+from adaptkit.training.shortage import reports_out_of_memory
 
 
 def full(*arguments, **named):
@@ -111,9 +111,9 @@ def test_so_do_an_evaluation_and_a_comparison(llama_nf4, instructions, monkeypat
 
 
 def test_a_real_allocation_that_fails_is_known_and_other_errors_are_not():
-    with pytest.raises(UsageError, match="out of memory here"), tells_shortage("here", hint=""):
+    with pytest.raises(UsageError, match="out of memory here"), reports_out_of_memory("here", hint=""):
         torch.empty(1 << 60)
-    with pytest.raises(RuntimeError, match="size of tensor"), tells_shortage("here", hint=""):
+    with pytest.raises(RuntimeError, match="size of tensor"), reports_out_of_memory("here", hint=""):
         torch.ones(2) + torch.ones(3)
 
 

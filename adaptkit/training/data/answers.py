@@ -111,7 +111,7 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
     return Answer(len(before), min(ends.words, said_to), said_to, ends.turn)
 
 
-def alone_with(messages: Sequence[Message], turn: int) -> list[Message]:
+def with_question(messages: Sequence[Message], turn: int) -> list[Message]:
     """Return an answer with only the messages that it answers.
 
     These are the message before it or, if a tool gave that, all messages from the user's question on, with tool calls

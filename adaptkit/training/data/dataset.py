@@ -124,9 +124,9 @@ def load_data(
         DataError: an unreadable file, a row without the fields that it needs or too long for the model (with file and
             line), or nothing to learn.
     """
-    taker = _Taker(max_length, too_long, context, known, ends_after_answers(tokenizer))
-    encoder, data = Encoder(tokenizer, loss_on), taker.data
-    data.sources = tuple(_read(source, number, layout, encoder, taker) for number, source in enumerate(sources))
+    collector = _Collector(max_length, too_long, context, known, ends_after_answers(tokenizer))
+    encoder, data = Encoder(tokenizer, loss_on), collector.data
+    data.sources = tuple(_read(source, number, layout, encoder, collector) for number, source in enumerate(sources))
     if not data.samples:
         dropped = counted(data.dropped, "sample")
         reason = f"no samples left; dropped {dropped} (too long, or answer cut off, at max_length {max_length})"
@@ -170,7 +170,7 @@ def order(count: int, seed: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
 
 
 @dataclass
-class _Taker:
+class _Collector:
     """Collects samples, cuts or drops those that are too long, and counts them."""
 
     max_length: int
@@ -180,7 +180,7 @@ class _Taker:
     ends: tuple[str, ...]
     data: Dataset = field(default_factory=Dataset)
 
-    def look_at(self, example: Example, learned: Sequence[int], where: str) -> None:
+    def count_flaws(self, example: Example, learned: Sequence[int], where: str) -> None:
         """Count a row that learns an empty answer, or one that already has an end token."""
         said = [example.messages[number] for number in learned]
         if any(not message["content"].strip() and CALLS not in message for message in said):
@@ -223,8 +223,8 @@ class _Taker:
         return sample
 
 
-def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder, taker: _Taker) -> SourceReport:
-    """Read one source into ``taker``."""
+def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder, collector: _Collector) -> SourceReport:
+    """Read one source into ``collector``."""
     layouts: Counter[str] = Counter()
     used: set[str] = set()
     columns: dict[str, None] = {}
@@ -236,7 +236,7 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
             if digest is not None:
                 digest.update(json.dumps(row, sort_keys=True, default=str).encode())
             example = read_example(row, where, layout)
-            taker.look_at(example, encoder.learned(example), where)
+            collector.count_flaws(example, encoder.learned(example), where)
             layouts[example.layout] += 1
             used.update(example.columns)
             columns.update((name, None) for name, value in row.items() if value is not None)
@@ -247,10 +247,10 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
 
     for some in _batched(examples(), _TOGETHER):
         for encoded in encoder.encode(some):
-            taker.data.split += len(encoded.samples) > 1
-            taker.data.ended += encoded.ended
+            collector.data.split += len(encoded.samples) > 1
+            collector.data.ended += encoded.ended
             for sample in encoded.samples:
-                taken = taker.add(Sample(sample.ids, sample.labels, sample.source, number))
+                taken = collector.add(Sample(sample.ids, sample.labels, sample.source, number))
                 if taken is not None:
                     samples += 1
                     tokens += len(taken.ids)

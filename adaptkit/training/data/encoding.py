@@ -20,11 +20,11 @@ from adaptkit.text.tokenizer_files import first_tokens
 from adaptkit.text.tool_calls import Tools, is_text
 from adaptkit.training.data.answers import (
     Answer,
-    alone_with,
     answer_as_asked,
     ends_of,
     find_answer,
     shared,
+    with_question,
 )
 from adaptkit.training.data.samples import IGNORED, Sample
 from adaptkit.training.data.written import check_answers, check_questions
@@ -184,7 +184,7 @@ class Encoder:
 
     def _as_asked(self, messages: Sequence[Message], tools: Tools, turn: int, before: str) -> tuple[str, Answer]:
         """Return text and place of an answer whose prompt the template changes once the answer follows."""
-        alone = alone_with(messages, turn)
+        alone = with_question(messages, turn)
         parts = Conversation(alone[:-1], True, tools), Conversation(alone, False, tools)
         asked, answered = render(parts, self._tokenizer)
         ends = ends_of(messages[turn], answered, self._closing(tools))

@@ -31,7 +31,7 @@ from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.narrow import keep_narrow
 from adaptkit.training.network.tables import keep_in_host_memory
-from adaptkit.training.shortage import tells_shortage
+from adaptkit.training.shortage import reports_out_of_memory
 
 
 @alone()
@@ -112,7 +112,7 @@ def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateO
         require_metrics()
 
 
-@tells_shortage("while the model was loaded", hint="use a base that adaptkit quantize made, or --device cpu")
+@reports_out_of_memory("while the model was loaded", hint="use a base that adaptkit quantize made, or --device cpu")
 def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -> Model:
     """Load a checkpoint, and an adapter on it if one is given.
 
@@ -133,7 +133,7 @@ def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -
 
 
 @attention_of_any_length()
-@tells_shortage(
+@reports_out_of_memory(
     "while the model was evaluated", hint="use a smaller --batch-size, --max-length or --window, or --device cpu"
 )
 def measure(

@@ -14,7 +14,7 @@ from adaptkit.text.conversation import Conversation, render
 from adaptkit.text.thoughts import FIELD
 from adaptkit.training.data.encoding import around_answer
 
-_BEGIN, _UNTOLD = "<think>", "</think>"
+_THINK_BEGIN, _THINK_END = "<think>", "</think>"
 """Marks around thoughts if the template has none of its own, or leaves thoughts out of existing answers."""
 
 
@@ -37,16 +37,18 @@ class Marks:
         """Return the marks of a tokenizer's chat template."""
         if tokenizer.chat_template is None:
             return cls()
-        untold = _UNTOLD if any(mark in str(tokenizer.chat_template) for mark in (_BEGIN, _UNTOLD)) else ""
+        default_end = (
+            _THINK_END if any(mark in str(tokenizer.chat_template) for mark in (_THINK_BEGIN, _THINK_END)) else ""
+        )
         words, thoughts = "quokka", "lemur"  # occur in no template
         answer = {"role": "assistant", "content": words, FIELD: thoughts}
         try:
             opening, after, *_ = around_answer(tokenizer)
             (text,) = render([Conversation([{"role": "user", "content": "question"}, answer], False)], tokenizer)
         except DataError:  # it refuses a plain question and answer; each row's own error says why
-            return cls(end=untold)
+            return cls(end=default_end)
         _, found, end = text.rpartition(words)[0].rpartition(thoughts)
-        end = end if found and end.strip() not in ("", _UNTOLD) else untold  # may be part of the content
+        end = end if found and end.strip() not in ("", _THINK_END) else default_end  # may be part of the content
         end = opening if opening.strip() and end.endswith(opening) else end
         closing = next(iter(tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]), None)
         return cls(
@@ -61,7 +63,7 @@ class Marks:
         if self.opening and str(tokenizer.decode(rest)).lstrip().startswith(self.opening):
             begun, rest, is_open = *_after(self.opening, rest, tokenizer), True
         text = str(tokenizer.decode(rest))
-        end = self.end or (_UNTOLD if text.lstrip().startswith(_BEGIN) else "")
+        end = self.end or (_THINK_END if text.lstrip().startswith(_THINK_BEGIN) else "")
         if end and not (is_open and end in self.opening) and end in text:  # else it is part of the answer
             begun, rest, is_open = *_after(end, rest, tokenizer), True
         if is_open and self.closing in rest:
