@@ -35,7 +35,7 @@ def trackers(config: TrainConfig, identity: Mapping[str, Any], begun: int) -> It
     Args:
         config: settings of the run.
         identity: the same for a resumed run, different for any other run.
-        begun: step to resume from; what was logged for later steps before an interruption is replaced.
+        begun: step to resume from; TensorBoard discards what was logged for later steps before an interruption.
     """
     with ExitStack() as stack:
         opened: list[Tracker] = []
