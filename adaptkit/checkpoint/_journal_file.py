@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint._parsed_records import reason, typed
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import size_problem
 from adaptkit.checkpoint.layout import read_small, resolve_inside
-from adaptkit.checkpoint.manifest import FileRecord, TensorRecord, reason, typed
+from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
 from adaptkit.checkpoint.writer import disk_errors, sync_folder
 from adaptkit.errors import AdaptkitError, CheckpointError, ConflictError
 

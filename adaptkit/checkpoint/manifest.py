@@ -19,11 +19,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import adaptkit
+from adaptkit.checkpoint._parsed_records import reason, typed
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.header import TensorSpec, strict_json
 from adaptkit.checkpoint.layout import read_small, resolve_inside
@@ -268,32 +269,6 @@ def parent_of(
     return Parent(role, manifest.kind, manifest.tensors_root, manifest.sha256, weight)
 
 
-def reason(error: Exception) -> str:
-    """Describe an error from building a record of a document's entries, without names from the Python code."""
-    if isinstance(error, KeyError):
-        return f"{error} is missing"
-    unknown = re.search("unexpected keyword argument (.*)", str(error))
-    missing = re.search("missing .* arguments?: (.*)", str(error))
-    return f"unknown key {unknown[1]}" if unknown else f"missing: {missing[1]}" if missing else str(error)
-
-
-def typed(record: Any) -> Any:
-    """Return the record if its fields have their declared types, which parsed JSON does not guarantee.
-
-    Raises:
-        TypeError: names the field.
-    """
-    for name, kind in _types(record.__class__):
-        value = getattr(record, name)
-        if kind == tuple[int, ...]:
-            fits = isinstance(value, tuple) and all(type(item) is int and item >= 0 for item in value)
-        else:
-            fits = isinstance(value, kind) and not isinstance(value, bool)
-        if not fits:
-            raise TypeError(f"{name} is {value!r}")
-    return record
-
-
 def _check_head(manifest: Manifest) -> None:
     """Check the types of what is not in a record.
 
@@ -312,11 +287,6 @@ def _check_head(manifest: Manifest) -> None:
         raise TypeError("operation.options is not an object")
     if manifest.schema is True:
         raise TypeError("schema is True")
-
-
-@cache
-def _types(record: type) -> tuple[tuple[str, Any], ...]:
-    return tuple((part.name, part.type) for part in fields(record))
 
 
 def _check_paths(files: tuple[FileRecord, ...]) -> None:
