@@ -11,22 +11,22 @@ from adaptkit.errors import UsageError
 AnyPath: TypeAlias = str | PathLike[str]
 
 
-def several(paths: AnyPath | Iterable[AnyPath]) -> tuple[Path, ...]:
+def as_paths(paths: AnyPath | Iterable[AnyPath]) -> tuple[Path, ...]:
     """Return one path or several as a tuple; a str is one path, not a sequence of characters."""
     return (Path(paths),) if isinstance(paths, (str, PathLike)) else tuple(map(Path, paths))
 
 
-def optional(path: AnyPath | None) -> Path | None:
+def as_path_or_none(path: AnyPath | None) -> Path | None:
     """Return the path as a ``Path``; None if it is None."""
     return None if path is None else Path(path)
 
 
-def texts(given: str | Iterable[str]) -> tuple[str, ...]:
+def as_texts(given: str | Iterable[str]) -> tuple[str, ...]:
     """Return one text or several as a tuple."""
     return (given,) if isinstance(given, str) else tuple(given)
 
 
-def look_again(path: AnyPath) -> str:
+def path_hint(path: AnyPath) -> str:
     """Return a hint for a path that does not exist."""
     of_a_shell = str(path).startswith("~")
     return "write the full path: only a shell expands ~" if of_a_shell else "check the path"

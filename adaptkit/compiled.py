@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from adaptkit.kept import CacheEntry, Kind, sources_of
+from adaptkit.kernel_cache import CacheEntry, Kind, sources_of
 
 _CONTIGUOUS, _ALIGNED, _WRITEABLE = 0x1, 0x100, 0x400
 """Bits of ``ndarray.flags.num``."""

@@ -27,7 +27,7 @@ from adaptkit.compiled import (
     unregistered,
 )
 from adaptkit.errors import UsageError
-from adaptkit.kept import Kind
+from adaptkit.kernel_cache import Kind
 
 if numba.config.DISABLE_JIT:
     raise UsageError("NUMBA_DISABLE_JIT is set: kernels cannot run uncompiled", hint="unset NUMBA_DISABLE_JIT")

@@ -20,7 +20,7 @@ class _Late:
         return value
 
 
-def late(name: str) -> Any:
+def lazy_module(name: str) -> Any:
     """Return a proxy that imports a module, given its full name, on first access to an attribute."""
     return _Late(name)
 
@@ -28,4 +28,4 @@ def late(name: str) -> Any:
 if TYPE_CHECKING:
     import torch as torch
 else:
-    torch = late("torch")
+    torch = lazy_module("torch")

@@ -186,7 +186,7 @@ def measure_long(folder: Path, size: Size, device: Device, rounds: int) -> Itera
     import torch
 
     from adaptkit.training.memory.pressure import Pressure
-    from adaptkit.training.shortage import is_out_of_memory
+    from adaptkit.training.out_of_memory import is_out_of_memory
 
     step = bench_training.AdaptkitStep(
         folder / "nf4", size.long_length, 1.0, "layer",
@@ -279,10 +279,10 @@ _PART = "measured: "
 
 def work(job: dict[str, Any]) -> None:
     """What such a process does; adaptkit's steps with the attention that ``adaptkit train`` chooses."""
-    from adaptkit.training.device import attention_of_any_length
+    from adaptkit.training.device import without_cudnn_attention
 
     size, is_peer = Size(**job["size"]), job["what"] == "peer"
-    with contextlib.nullcontext() if is_peer else attention_of_any_length():
+    with contextlib.nullcontext() if is_peer else without_cudnn_attention():
         for part in MEASUREMENTS[job["what"]](Path(job["folder"]), size, Device(job["device"]), job["rounds"]):
             print(_PART + json.dumps(part), flush=True)
 

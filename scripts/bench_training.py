@@ -87,8 +87,8 @@ class AdaptkitStep:
         from adaptkit.training.memory.activations import save_activations
         from adaptkit.training.memory.optimizer import make_optimizer
         from adaptkit.training.memory.parameters import Trainable
-        from adaptkit.training.network.fresh import AdapterShape, new_adapter
         from adaptkit.training.network.model import load_model
+        from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
         from adaptkit.training.network.unread import mark_unread
         from adaptkit.training.preparation import begin_libraries, make_fast
 

@@ -15,7 +15,7 @@ from adaptkit.discovery import names
 
 PACKAGE = Path(adaptkit.__file__).parent
 GROUND = {
-    *{"errors", "discovery", "lazy", "cache", "kept", "compiled", "team", "child", "heap", "arguments"},
+    *{"errors", "discovery", "lazy", "cache", "kernel_cache", "compiled", "team", "child", "heap", "arguments"},
     *{"torch_compiler", "triton_needs"},
 }
 ON_THE_GROUND = {
@@ -29,9 +29,9 @@ ON_THE_GROUND = {
     "torch_compiler": set(),
     "triton_needs": set(),
     "discovery": {"errors"},
-    "kept": {"cache"},
-    "compiled": {"kept", "compiler"},
-    "compiler": {"compiled", "kept", "errors"},
+    "kernel_cache": {"cache"},
+    "compiled": {"kernel_cache", "compiler"},
+    "compiler": {"compiled", "kernel_cache", "errors"},
     "team": {"compiled"},
 }
 MAY_IMPORT = {
@@ -57,7 +57,7 @@ INSIDE_OPERATIONS = {
     "_stack": set(),
 }
 """What belongs to one operation; the modules that stand beside these folders are for all of them."""
-BY_NAME = ("import_module", "late", "lazy_intrinsic", "__import__")
+BY_NAME = ("import_module", "lazy_module", "lazy_intrinsic", "__import__")
 """Functions that import a module whose name they are given, some of them later."""
 MODULES = sorted(PACKAGE.rglob("*.py"))
 INSIDE_TRAINING = {
@@ -68,7 +68,7 @@ INSIDE_TRAINING = {
 }
 """Beside what all of its rooms may import: the settings, which device and processes there are, and what too little
 memory is."""
-FOR_ALL = {"config", "settings", "device", "distributed", "shortage"}
+FOR_ALL = {"config", "settings", "device", "distributed", "out_of_memory"}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

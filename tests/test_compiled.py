@@ -409,7 +409,7 @@ def test_kernels_for_another_processor_are_others(package):
 
 def test_kernels_for_a_python_whose_objects_begin_otherwise_are_others(package):
     """Where an array has its fields is in their code; one without a global lock has longer heads."""
-    other = "import adaptkit.kept as k, types; k.object = types.SimpleNamespace(__basicsize__=32)\n" + DECODE
+    other = "import adaptkit.kernel_cache as k, types; k.object = types.SimpleNamespace(__basicsize__=32)\n" + DECODE
     assert decode(package) == MADE
     assert decode(package, other) == MADE
     assert [decode(package), decode(package, other)] == [KEPT, KEPT]

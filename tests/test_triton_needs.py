@@ -8,7 +8,7 @@ import torch
 
 from adaptkit import triton_needs
 from adaptkit.numerics.kernels import has_triton
-from adaptkit.training.device import slower_without
+from adaptkit.training.device import triton_warning
 from adaptkit.triton_needs import what_triton_lacks
 
 
@@ -39,7 +39,7 @@ def test_it_is_there_where_it_can_compile(machine, monkeypatch):
     what_triton_lacks.cache_clear()
     assert has_triton("cuda")
     assert not has_triton("cpu")
-    assert slower_without(torch.device("cuda")) == slower_without(torch.device("cpu")) == ""
+    assert triton_warning(torch.device("cuda")) == triton_warning(torch.device("cpu")) == ""
 
 
 @pytest.mark.parametrize("lacking", ["a C compiler", "Python.h", "the package triton"])
@@ -52,5 +52,5 @@ def test_what_is_lacking_is_told(machine, monkeypatch, tmp_path, lacking):
         monkeypatch.setattr(triton_needs, "find_spec", lambda name: None)
     what_triton_lacks.cache_clear()
     assert not has_triton("cuda")
-    assert f"slower without {lacking}" in slower_without(torch.device("cuda"))
-    assert slower_without(torch.device("cpu")) == ""
+    assert f"slower without {lacking}" in triton_warning(torch.device("cuda"))
+    assert triton_warning(torch.device("cpu")) == ""

@@ -21,7 +21,7 @@ from adaptkit.checkpoint.adapter_config import (
 from adaptkit.checkpoint.manifest import TensorRecord
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import TensorFiles
-from adaptkit.checkpoint.vocabulary import is_head, is_table
+from adaptkit.checkpoint.vocabulary import is_embedding_name, is_head
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.arrays import Array, as_tensor
 from adaptkit.numerics.lora import LowRank, transposed
@@ -57,7 +57,7 @@ class Parts:
         read: flat arrays of tensors that were already read for their fingerprints; entries are removed when used.
 
     Attributes:
-        modules, embeddings, magnitudes, biases, replaced, begins, tokens, experts: see ``Adapter``.
+        modules, embeddings, magnitudes, biases, replaced, base_copies, tokens, experts: see ``Adapter``.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Parts:
         self.magnitudes: dict[str, Tensor] = {}
         self.biases: dict[str, Tensor] = {}
         self.replaced: dict[str, str] = {}
-        self.begins: dict[str, str] = {}
+        self.base_copies: dict[str, str] = {}
         self.tokens: dict[str, TokenRows] = {}
         self.experts: dict[str, tuple[LowRank, ...]] = {}
 
@@ -141,17 +141,17 @@ class Parts:
         return lora_a, lora_b
 
     def _take_module(self, module: str) -> None:
-        is_table = Part(module, "embedding_A") in self._left or Part(module, "embedding_B") in self._left
-        lora_a, lora_b = self._take_halves(module, "embedding" if is_table else "lora")
+        is_embedding_name = Part(module, "embedding_A") in self._left or Part(module, "embedding_B") in self._left
+        lora_a, lora_b = self._take_halves(module, "embedding" if is_embedding_name else "lora")
         rank, factor = self._scalings.of(module)
         self._check_rank(module, rank, rank, lora_a, lora_b)
         term = LowRank(lora_a, lora_b, factor)
-        self.modules[module] = transposed(term) if is_table else term
-        if is_table:
+        self.modules[module] = transposed(term) if is_embedding_name else term
+        if is_embedding_name:
             self.embeddings.add(module)
         self._take_magnitude(module, lora_b.shape[0])
         bias = self._take(module, "lora_bias", 1)
-        if bias is None and self._config.get("lora_bias") and not is_table:
+        if bias is None and self._config.get("lora_bias") and not is_embedding_name:
             self._refuse(f"{module} has no lora_B.bias, but lora_bias is set")
         if bias is not None and not self._config.get("lora_bias"):
             self._refuse(f"{module} has a lora_B.bias, but lora_bias is not set")
@@ -225,16 +225,16 @@ class Parts:
     def _take_replaced(self) -> None:
         whole = [part for part in self._left if part.role in ("weight", "base_weight")]
         # peft saves embedding and head whole, without being asked, if the vocabulary was resized.
-        resized = any(is_table(part.module) for part in whole)
+        resized = any(is_embedding_name(part.module) for part in whole)
         for part in list(self._left):
             kind = part.role.removeprefix("base_")
             name = f"{part.module}.{kind}"
             wrapped = part.role.startswith("base_")
-            unasked = resized and (is_table(part.module) or is_head(part.module))
+            unasked = resized and (is_embedding_name(part.module) or is_head(part.module))
             trained = kind == "bias" and self._config.get("bias", "none") != "none"
             copies = kind in ("weight", "bias") and wrapped and not trained
             if copies and (part.module in self.modules or part.module in self.tokens):
-                self.begins[name] = self._left.pop(part)
+                self.base_copies[name] = self._left.pop(part)
             elif (
                 trained
                 or (not wrapped and is_saved(self._config, part.module))

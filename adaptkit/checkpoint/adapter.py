@@ -29,7 +29,7 @@ from adaptkit.checkpoint.adapter_config import (
     check_config,
     is_saved,
     names_tied,
-    turns_stacks,
+    writes_transposed_experts,
 )
 from adaptkit.checkpoint.compensation import read_compensation
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
@@ -44,7 +44,7 @@ from adaptkit.checkpoint.layout import (
 )
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.reader import TensorFiles
-from adaptkit.checkpoint.vocabulary import is_head, is_table
+from adaptkit.checkpoint.vocabulary import is_embedding_name, is_head
 from adaptkit.errors import AdapterError, IntegrityError
 from adaptkit.numerics import lora
 from adaptkit.numerics.finite import all_finite
@@ -83,7 +83,7 @@ class Adapter:
         magnitudes: maps a module to DoRA's (out,) norms of the rows of W + Δ.
         biases: maps a module to what is added to its bias: (out,) float64, scaling included.
         replaced: maps a base tensor's name to the name in ``files`` of the tensor that replaces it.
-        begins: maps a base tensor's name to the name in ``files`` of the copy that its change is added to; the copy
+        base_copies: maps a base tensor's name to the name in ``files`` of the copy that its change is added to, which
             usually equals the base's tensor.
         tokens: maps a module to the replaced rows of its weight.
         experts: maps a stacked parameter's path to the change of each expert's matrix, oriented as in the files; see
@@ -104,7 +104,7 @@ class Adapter:
     magnitudes: Mapping[str, Tensor]
     biases: Mapping[str, Tensor]
     replaced: Mapping[str, str]
-    begins: Mapping[str, str]
+    base_copies: Mapping[str, str]
     tokens: Mapping[str, TokenRows]
     experts: Mapping[str, tuple[LowRank, ...]]
     fan_in_fan_out: bool
@@ -137,7 +137,7 @@ class Adapter:
         """
         stack = self.experts[parameter]
         shape = stack[0].shape
-        if shape[::-1] == matrix and (shape != matrix or turns_stacks(self.config, is_transposed)):
+        if shape[::-1] == matrix and (shape != matrix or writes_transposed_experts(self.config, is_transposed)):
             return tuple(lora.transposed(term) for term in stack)
         return stack
 
@@ -152,7 +152,7 @@ class Adapter:
             and all(is_equal(begun, self.modules[name]) for name, begun in self.compensation.items())
         )
 
-    def changed_beside(self) -> str:
+    def manifest_mismatch(self) -> str:
         """Return what differs from the manifest in the configuration or compensation file; empty if nothing does."""
         listed = [record for record in (self.manifest.files if self.manifest else ()) if record.path in _CHECKED_FILES]
         return next(filter(None, (file_problem(self.root, record) for record in listed)), "")
@@ -169,7 +169,8 @@ class Adapter:
         for name, key in self.replaced.items():
             module, _, kind = name.rpartition(".")
             if is_saved(self.config, module) or (kind == "bias" and self.config.get("bias", "none") != "none"):
-                whole[self.digests[key] if is_table(module) or is_head(module) else name] = self.files.spec(key).count
+                in_vocabulary = is_embedding_name(module) or is_head(module)
+                whole[self.digests[key] if in_vocabulary else name] = self.files.spec(key).count
         return (
             sum(math.prod(term.a.shape) + math.prod(term.b.shape) for term in terms)
             + sum(math.prod(other.shape) for other in others)
@@ -219,7 +220,7 @@ def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
         magnitudes=found.magnitudes,
         biases=found.biases,
         replaced=found.replaced,
-        begins=found.begins,
+        base_copies=found.base_copies,
         tokens=found.tokens,
         experts=found.experts,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
@@ -228,7 +229,7 @@ def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
         records=records,
         state=state,
     )
-    if not changed and (problem := adapter.changed_beside()):
+    if not changed and (problem := adapter.manifest_mismatch()):
         raise IntegrityError(
             f"{root}: {problem}",
             hint=f"restore it; or, to use it as it is now, copy the folder without {MANIFEST_NAME}",
@@ -250,7 +251,7 @@ def _differing_rules(adapter: Adapter) -> list[str]:
     """Return which rules of the peft release that wrote an adapter yield other changes than today's rules."""
     config, names = adapter.config, (*adapter.experts, *adapter.modules)
     is_square = any(len(set(stack[0].shape)) == 1 for stack in adapter.experts.values())
-    found = ["turned"] if is_square and turns_stacks(config, False) else []
+    found = ["turned"] if is_square and writes_transposed_experts(config, False) else []
     then, now = (Scalings(adapter.root, config, age) for age in (None, ""))
     try:
         is_same = all(then.of(name) == now.of(name) for name in names)

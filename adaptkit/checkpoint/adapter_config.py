@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
-from adaptkit.checkpoint.mlx import way_from_mlx
+from adaptkit.checkpoint.mlx import mlx_hint
 from adaptkit.checkpoint.patterns import FirstMatch, matches_behind_dot, matches_whole
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.scaling import scaling
@@ -63,7 +63,7 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
     Raises:
         AdapterError: names the key.
     """
-    kind, way = config.get("peft_type"), way_from_mlx(root, config)
+    kind, way = config.get("peft_type"), mlx_hint(root, config)
     if kind is None:
         what = "an MLX adapter" if way else "not a peft adapter"
         raise AdapterError(
@@ -205,7 +205,7 @@ def age_of_patterns(config: Mapping[str, Any]) -> str:
     return "behind dots" if release(config) >= (14, 0) else "joint"
 
 
-def turns_stacks(config: Mapping[str, Any], is_transposed: bool) -> bool:
+def writes_transposed_experts(config: Mapping[str, Any], is_transposed: bool) -> bool:
     """Return whether peft wrote the changes of stacked experts transposed: A (r, out) and B (in, r).
 
     peft up to 0.18 did so unless the model's experts module says ``is_transposed``; 0.19.0 always did. Needed for

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from adaptkit.arguments import look_again
+from adaptkit.arguments import path_hint
 from adaptkit.checkpoint.header import check_regular, strict_json
 from adaptkit.checkpoint.progress import first_few
 from adaptkit.errors import CheckpointError, UnsafeInputError, UsageError
@@ -92,7 +92,7 @@ def require_folder(path: Path) -> Path:
     """
     if not os.path.isdir(path):  # Path.is_dir raises if a name is too long
         found = "is a file" if os.path.exists(path) else "does not exist"
-        raise UsageError(f"{path}: {found}; expected a checkpoint or adapter folder", hint=look_again(path))
+        raise UsageError(f"{path}: {found}; expected a checkpoint or adapter folder", hint=path_hint(path))
     return path
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 
-def way_from_mlx(root: Path, config: Mapping[str, Any]) -> str:
+def mlx_hint(root: Path, config: Mapping[str, Any]) -> str:
     """Return a hint for converting an MLX adapter; empty if the configuration is not MLX's.
 
     MLX's lora_a is (in, rank) and lora_b (rank, out); their product is multiplied by ``scale``.

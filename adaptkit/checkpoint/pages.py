@@ -13,7 +13,7 @@ from typing import Any
 _COMPILER = b"libllvmlite"
 
 
-def give_back(start: int, size: int) -> None:
+def release_pages(start: int, size: int) -> None:
     """Release the whole pages in a range of a mapped file (``MADV_DONTNEED``); the next access reads them again.
 
     Args:
@@ -41,7 +41,7 @@ def give_back_kernel_compiler() -> None:
 
     def release() -> None:
         for place in places:
-            give_back(*place)
+            release_pages(*place)
 
     after_loading(release)
 

@@ -85,7 +85,7 @@ class QuantizedWeight:
     @property
     def absmax(self) -> Any:
         """The constants in float32, (M,)."""
-        return unnest(self.constants, self.levels)
+        return dequantize_constants(self.constants, self.levels)
 
     def dequantize(self, dtype: DType | None = None) -> Any:
         """Return the dequantized weight in its shape; ``dtype`` overrides the type given by the state."""
@@ -99,7 +99,9 @@ class QuantizedWeight:
         return self.encoding.numerics.dequantize(packed, dtype or self.dtype)
 
 
-def lost(weight: Tensor, encoding: Encoding, codes: Tensor, constants: DoubleQuantized | Tensor) -> Tensor:
+def quantization_error(
+    weight: Tensor, encoding: Encoding, codes: Tensor, constants: DoubleQuantized | Tensor
+) -> Tensor:
     """Return the quantization error W − Q in float32, in the weight's shape; Q is the dequantized weight.
 
     Args:
@@ -173,12 +175,12 @@ def constant_parts(weight: TensorSpec, encoding: Encoding, constants: DoubleQuan
     return {spec.name: named[spec.name] for spec in specs}
 
 
-def nest(absmax: Values, encoding: Encoding) -> DoubleQuantized | Values:
+def quantize_constants(absmax: Values, encoding: Encoding) -> DoubleQuantized | Values:
     """Quantize the constants if the encoding uses double quantization."""
     return quantize_absmax(absmax) if encoding.double_quant else absmax
 
 
-def unnest(constants: DoubleQuantized | Values, levels: Values | None = None) -> Any:
+def dequantize_constants(constants: DoubleQuantized | Values, levels: Values | None = None) -> Any:
     """Return the dequantized constants, (M,) float32."""
     return dequantize_absmax(constants, levels) if isinstance(constants, DoubleQuantized) else constants
 

@@ -175,7 +175,7 @@ class Checkpoint(TensorFiles):
         """Read the small files that are copied along with the weights, by name; see ``layout.side_files``."""
         return {name: read_small(path) for name, path in side_files(self.root).items()}
 
-    def give_back(self, tensor: "Tensor") -> None:
+    def release_pages(self, tensor: "Tensor") -> None:
         """Release the pages of a memory-mapped tensor; does nothing here, since no tensor is mapped."""
 
     def outline(self) -> str:
@@ -210,7 +210,7 @@ class MappedCheckpoint(Checkpoint):
             raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}", hint=_CHANGED_HINT)
         return whole[start : start + size]
 
-    def give_back(self, tensor: "Tensor") -> None:
+    def release_pages(self, tensor: "Tensor") -> None:
         """Release the pages of a tensor that is a view of a mapped file; the next access reads them again.
 
         Args:
@@ -221,7 +221,7 @@ class MappedCheckpoint(Checkpoint):
         start = tensor.data_ptr()
         for whole in self._maps.values():
             if 0 <= start - whole.ctypes.data <= len(whole) - tensor.nbytes:
-                pages.give_back(start, tensor.nbytes)
+                pages.release_pages(start, tensor.nbytes)
 
     @cached_property
     def _maps(self) -> dict[str, Any]:

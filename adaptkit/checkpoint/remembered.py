@@ -16,7 +16,7 @@ from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import AdaptkitError
 
 
-class Remembered:
+class CachedAnswer:
     """The cache entry of one question.
 
     Args:

@@ -95,7 +95,7 @@ embedding is called ``shared`` are not listed, since the name identifies them.""
 _HEAD_OF = {kind: head for head, kinds in _HEADS.items() for kind in kinds.split()}
 
 
-def is_table(module: str) -> bool:
+def is_embedding_name(module: str) -> bool:
     """Return whether a dotted path has the name of a token embedding, usual or rare."""
     return bool(_TABLE.search(module)) or is_rare_table(module)
 

@@ -19,7 +19,7 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.progress import Progress, size
-from adaptkit.checkpoint.remembered import Remembered
+from adaptkit.checkpoint.remembered import CachedAnswer
 from adaptkit.checkpoint.writer import sync_file
 from adaptkit.errors import IntegrityError
 from adaptkit.hub._client import Hub
@@ -119,7 +119,7 @@ def _check_cached(hub: Hub, what: str, folder: Path, links: Mapping[str, Path]) 
     The client compares only sizes. Without symbolic links (some systems) nothing is compared. Files already compared
     are skipped while their size and modification time stay the same.
     """
-    remembered = Remembered({"compared with the Hub's hashes": str(folder)})
+    remembered = CachedAnswer({"compared with the Hub's hashes": str(folder)})
     before = remembered.read() or {}
     states = {name: state for name, path in links.items() if (state := _state(path)) is not None}
     todo = {name: state for name, state in states.items() if before.get(name) != state}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from adaptkit.arguments import AnyPath, texts
+from adaptkit.arguments import AnyPath, as_texts
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, check_sha256
 from adaptkit.checkpoint.place import check_output
@@ -39,7 +39,7 @@ class PullOptions:
     trust: Trust | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "only", texts(self.only))
+        object.__setattr__(self, "only", as_texts(self.only))
         check_sha256(self.manifest_sha256)
         if self.revision == "":
             raise UsageError("revision: is empty", hint="use a branch, tag or commit, or leave it out for main")

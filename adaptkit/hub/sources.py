@@ -31,12 +31,12 @@ __all__ = [
     "download",
     "find_cached",
     "find_commit",
-    "find_whole",
+    "find_complete",
     "is_commit",
+    "note_if_incomplete",
     "resolve_config",
     "resolve_source",
     "size_of",
-    "tell_of_parts",
 ]
 
 _SOURCE = re.compile(rf"({REPO_ID.pattern})(?:@([\w./+-]+))?", re.ASCII)
@@ -107,11 +107,11 @@ def _fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, p
     if commit not in (None, folder.name) or _missing_files(folder, tree):
         raise NetworkError(f"{what}: {_STALE_CACHE}", hint="run the same command again")
     if commit is None:
-        tell_of_parts(repo_id, folder, hub.note)
+        note_if_incomplete(repo_id, folder, hub.note)
     return folder
 
 
-def tell_of_parts(repo_id: str, folder: Path, note: Note) -> None:
+def note_if_incomplete(repo_id: str, folder: Path, note: Note) -> None:
     """Note that a cached commit may be incomplete, unless the cache shows which files it has.
 
     A manifest shows that, or the file list that the client stores when it fetches a whole snapshot.
@@ -224,7 +224,7 @@ def download(repo_id: str, commit: str, progress: Progress, note: Note) -> Path:
     return _fetch_repository(connect(note), f"{repo_id}@{commit}", repo_id, commit, progress)
 
 
-def find_whole(repo_id: str, commit: str, note: Note) -> Path | None:
+def find_complete(repo_id: str, commit: str, note: Note) -> Path | None:
     """Return the folder of a commit in huggingface_hub's cache if it has all files that operations read, else None.
 
     Raises:

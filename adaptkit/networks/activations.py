@@ -145,7 +145,7 @@ def fit_budget(
     Raises:
         UsageError: no checkpointing fits; the message says how much the smallest needs.
     """
-    found = fit_room(budget_bytes, sizes, offloaded)
+    found = fit_memory(budget_bytes, sizes, offloaded)
     needed = found.bytes_needed(sizes, offloaded)
     if needed <= budget_bytes:
         return found
@@ -156,7 +156,7 @@ def fit_budget(
     )
 
 
-def fit_room(room_bytes: int, sizes: Sequence[LayerSize], offloaded: bool = False) -> Checkpointing:
+def fit_memory(room_bytes: int, sizes: Sequence[LayerSize], offloaded: bool = False) -> Checkpointing:
     """Return the checkpointing that recomputes least within ``room_bytes``; if none fits, the one that needs least."""
     count = len(sizes)
     choices = [Checkpointing(count, 1, whole) for whole in range(count, -1, -1)]

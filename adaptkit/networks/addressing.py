@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError
-from adaptkit.networks.architecture import empty_network, named_network, why_unknown
+from adaptkit.networks.architecture import empty_network, named_network, why_unsupported
 from adaptkit.networks.naming import Place, places
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ class Addresses:
 
     Attributes:
         of: maps the name of each parameter to the tensors that hold it.
-        told_by: short note on how the names were mapped, for reports; empty if they are the same.
+        mapping_note: short note on how the names were mapped, for reports; empty if they are the same.
         uses: parameters that are tied to others and that the files hold only under another parameter's name.
     """
 
     of: dict[str, tuple[Slice, ...]]
-    told_by: str = ""
+    mapping_note: str = ""
     uses: frozenset[str] = frozenset()
 
 
@@ -91,13 +91,13 @@ def find_addresses(checkpoint: Checkpoint, names: Iterable[str], subject: str) -
     for in_model, in_files in _PREFIXES:
         moved = {name: in_files + name[len(in_model) :] for name in wanted if name.startswith(in_model)}
         if all(moved.get(name) in checkpoint.tensors for name in wanted):
-            told_by = (
+            mapping_note = (
                 f"names begin with {_shown(in_files)} instead of {_shown(in_model)}" if in_model != in_files else ""
             )
             found: dict[str, tuple[Slice, ...]] = {
                 name: (Slice(file),) for name, file in moved.items() if file in checkpoint.tensors
             }
-            return Addresses(found, told_by)
+            return Addresses(found, mapping_note)
     return _find_by_architecture(checkpoint, wanted, subject)
 
 
@@ -115,7 +115,7 @@ def _find_by_architecture(checkpoint: Checkpoint, wanted: list[str], subject: st
     from adaptkit.networks.assembly import Assembly  # imported here since it imports torch
 
     absent = missing
-    for build in (named_network,) if why_unknown(checkpoint) else (empty_network, named_network):
+    for build in (named_network,) if why_unsupported(checkpoint) else (empty_network, named_network):
         network = build(checkpoint)  # the second may include the vision part when the first has text only (Mllama)
         if network is not None:
             found = _addresses_in(Assembly(network, checkpoint), wanted, subject)
@@ -155,8 +155,8 @@ def _addresses_in(assembly: Assembly, wanted: list[str], subject: str) -> Addres
             found[name] = (inside,)
         else:
             return name
-    told_by = f"names mapped as transformers does for {type(assembly.network).__name__}"
-    return Addresses(found, told_by, frozenset(uses))
+    mapping_note = f"names mapped as transformers does for {type(assembly.network).__name__}"
+    return Addresses(found, mapping_note, frozenset(uses))
 
 
 def _find_in_stack(assembly: Assembly, name: str, place: Place | None) -> Slice | None:

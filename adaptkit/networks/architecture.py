@@ -28,7 +28,7 @@ _MANY = re.compile(r"experts$|^num_labels$")
 """Keys of ``config.json`` whose integers are numbers of modules to build, or of entries of a list."""
 _MOST = {"layers": 1_024, "others": 65_536}
 """Numbers that are accepted whatever the files hold, since so many are built in a second."""
-REFUSALS = (
+BUILD_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, AssertionError, ImportError,
 )  # fmt: skip
 """Errors that transformers raises for unusable input, besides a ``StrictDataclassError`` for a value of wrong type."""
@@ -98,7 +98,7 @@ class Description:
         return torch.bfloat16
 
 
-def why_unknown(checkpoint: Checkpoint) -> str:
+def why_unsupported(checkpoint: Checkpoint) -> str:
     """Return a short reason why transformers cannot build a checkpoint's architecture; empty if it can."""
     try:
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -235,7 +235,7 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
                 network.tie_weights()  # transformers 5.0 does this only when it loads weights
                 network.base_model.warn_if_padding_and_no_attention_mask = _skip_padding_warning
             return network
-        except (*REFUSALS, StrictDataclassError) as error:
+        except (*BUILD_ERRORS, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture
             raise UsageError(
                 f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})",
@@ -262,7 +262,7 @@ def path_of(network: Any, module: Any) -> str:
     return next((path for path, found in network.named_modules() if found is module), "")
 
 
-def asked_head(checkpoint: Checkpoint) -> str:
+def find_head_path(checkpoint: Checkpoint) -> str:
     """Return the dotted path of a checkpoint's output layer; empty if transformers is absent or does not know it.
 
     For models whose output layer is not in the tables of ``checkpoint.vocabulary``. Imports transformers.
@@ -270,7 +270,7 @@ def asked_head(checkpoint: Checkpoint) -> str:
     Raises:
         UsageError, CheckpointError: ``config.json`` describes a model that cannot be built.
     """
-    return "" if why_unknown(checkpoint) else head_path(named_network(checkpoint) or empty_network(checkpoint))
+    return "" if why_unsupported(checkpoint) else head_path(named_network(checkpoint) or empty_network(checkpoint))
 
 
 def _plain(value: Any) -> Any:

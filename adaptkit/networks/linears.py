@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.lazy import torch
-from adaptkit.networks.architecture import REFUSALS
+from adaptkit.networks.architecture import BUILD_ERRORS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,5 +42,5 @@ def _only_multiplies(kind: Any) -> bool:
 
     try:
         return gives(None) and gives(bias)
-    except REFUSALS:  # it needs other attributes, as routers and decoupled layers do, or other shapes
+    except BUILD_ERRORS:  # it needs other attributes, as routers and decoupled layers do, or other shapes
         return False

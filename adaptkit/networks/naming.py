@@ -69,7 +69,7 @@ def places(network: Any, names: Iterable[str], known: Mapping[str, Any] | None =
     return found
 
 
-def absent(network: Any, found: Mapping[str, Place]) -> list[str]:
+def missing_parameters(network: Any, found: Mapping[str, Place]) -> list[str]:
     """Return the parameters of a model that no tensor of the files is loaded into, under any of their names.
 
     Args:

@@ -19,7 +19,7 @@ STACKED = _AS_MIXTRAL | _AS_QWEN2_MOE
 """Model types whose experts peft stacks, recognizing them by these names (qwen2_moe itself is not one)."""
 
 
-def taken_for_experts(model_type: str, modules: Iterable[str]) -> list[str]:
+def mistaken_for_experts(model_type: str, modules: Iterable[str]) -> list[str]:
     """Return the modules that are not experts but have the name of one: peft mistakes their targets for the stacks'.
 
     Args:

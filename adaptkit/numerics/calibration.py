@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from adaptkit.errors import UsageError
-from adaptkit.lazy import late, torch
+from adaptkit.lazy import lazy_module, torch
 from adaptkit.numerics.finite import check_finite
 from adaptkit.numerics.formats import nf4
 from adaptkit.numerics.formats._blockwise import check_block_size
@@ -30,7 +30,7 @@ from adaptkit.numerics.formats._double_quant import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_loops = late("adaptkit.numerics.kernels._cpu_calibration")
+_loops = lazy_module("adaptkit.numerics.kernels._cpu_calibration")
 
 Constants: TypeAlias = "DoubleQuantized | Tensor"
 """A weight's scales as stored in a file: doubly quantized, or (M,) float32."""
@@ -80,7 +80,7 @@ def weighted_nf4(
         plain = quantize_absmax(absmax)
     # In a group with very unequal blocks, quantizing the searched scales may lose more than the search gained.
     flat, important = _flat(weight), normalized_importance(weight, importance)
-    room = _loops.room_for(block_size)
+    room = _loops.scratch_for(block_size)
     errors = [_loops.total_error(flat, important, block_size, decoded(c).numpy(), room) for c in (constants, plain)]
     constants = constants if errors[0] <= errors[1] else plain
     return encode_at(weight, decoded(constants), block_size), constants
@@ -99,7 +99,7 @@ def search_scales(weight: Tensor, importance: Tensor, block_size: int = 64) -> T
     check_finite(weight)
     flat, important = _flat(weight), normalized_importance(weight, importance)
     scales = np.empty(-(-flat.size // block_size), np.float32)
-    _loops.search_scales(flat, important, block_size, FACTORS, _loops.room_for(block_size), scales)
+    _loops.search_scales(flat, important, block_size, FACTORS, _loops.scratch_for(block_size), scales)
     return torch.from_numpy(scales)
 
 
@@ -118,7 +118,7 @@ def nest_scales(weight: Tensor, scales: Tensor, importance: Tensor, block_size: 
     _loops.choose_codes(
         _flat(weight), normalized_importance(weight, importance), block_size, dynamic_map().numpy(),
         nested.nested_absmax.numpy(), np.float32(nested.offset), REACH, signed,
-        _loops.room_for(block_size), codes,
+        _loops.scratch_for(block_size), codes,
     )  # fmt: skip
     return DoubleQuantized(torch.from_numpy(codes), nested.nested_absmax, nested.offset)
 

@@ -32,11 +32,11 @@ from typing import Any
 
 import numpy as np
 
-from adaptkit.lazy import late
+from adaptkit.lazy import lazy_module
 from adaptkit.numerics.arrays import Array, Values, as_array
 from adaptkit.numerics.kernels._entropy import LEAST, PRECISION, STATES, SYMBOLS
 
-_loops = late("adaptkit.numerics.kernels._cpu_entropy")
+_loops = lazy_module("adaptkit.numerics.kernels._cpu_entropy")
 
 _TOTAL = 1 << PRECISION
 _LARGEST_VARINT = 10

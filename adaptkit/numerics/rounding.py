@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptkit.errors import UsageError
-from adaptkit.lazy import late, torch
+from adaptkit.lazy import lazy_module, torch
 from adaptkit.numerics.calibration import (
     Constants,
     decoded,
@@ -28,7 +28,7 @@ from adaptkit.numerics.formats._double_quant import DoubleQuantized, dynamic_map
 if TYPE_CHECKING:
     from torch import Tensor
 
-_loops = late("adaptkit.numerics.kernels._cpu_rounding")
+_loops = lazy_module("adaptkit.numerics.kernels._cpu_rounding")
 
 DAMPING = 0.2
 """Share of the mean second moment added to the diagonal of H. With less, rounding overfits the calibration data."""
@@ -106,7 +106,7 @@ def compensated_nf4(
     _loops.round_rows(
         weight.float().contiguous().clone().numpy(), factor.float().contiguous().numpy(),
         normalized_importance(weight, importance), block_size, dynamic_map().numpy(), nested, np.float32(offset),
-        REACH if again else 0, _loops.room_for_rows(block_size), nested_codes, scales, codes,
+        REACH if again else 0, _loops.scratch_for_rows(block_size), nested_codes, scales, codes,
     )  # fmt: skip
     if isinstance(constants, DoubleQuantized):
         constants = replace(constants, codes=torch.from_numpy(nested_codes))

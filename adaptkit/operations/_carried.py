@@ -52,7 +52,7 @@ def collect_carried(adapters: Sequence[Adapter]) -> Carried:
     files = {name: content for name, (content, _) in tokenizer_files(adapters).items()}
     copies: dict[str, tuple[Adapter, str]] = {}
     for adapter in adapters:
-        for name, key in sorted(adapter.begins.items()):
+        for name, key in sorted(adapter.base_copies.items()):
             other, other_key = copies.setdefault(name, (adapter, key))
             if other.digests[other_key] != adapter.digests[key]:
                 raise AdapterError(

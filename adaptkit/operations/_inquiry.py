@@ -22,12 +22,12 @@ from adaptkit import __version__
 from adaptkit.checkpoint import vocabulary
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.remembered import Remembered
+from adaptkit.checkpoint.remembered import CachedAnswer
 from adaptkit.child import can_fork, start_child
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
 from adaptkit.networks import architecture, naming
 from adaptkit.operations import _roles, _vocabulary
-from adaptkit.operations._roles import Role, Roles, roles_here
+from adaptkit.operations._roles import Role, Roles, determine_roles
 from adaptkit.torch_compiler import leave_compiler_out
 
 _TIMEOUT_SECONDS = 300
@@ -49,7 +49,7 @@ class Inquiry:
         self._process, self._connection = None, None
         self._cached: Roles | None = None
         if _should_fork():
-            self._remembered = Remembered(_cache_key(checkpoint))
+            self._remembered = CachedAnswer(_cache_key(checkpoint))
             self._cached = _parse_cached(self._remembered.read(), checkpoint)
             if self._cached is None:
                 self._process, self._connection = start_child(_answer, checkpoint.root.resolve())
@@ -84,7 +84,7 @@ class Inquiry:
         if self._cached is not None:
             return self._cached
         if self._process is None or self._connection is None:
-            return roles_here(self._checkpoint)
+            return determine_roles(self._checkpoint)
         if not self._connection.poll(_TIMEOUT_SECONDS):
             raise CheckpointError(
                 f"{root}: transformers did not finish building the model from config.json within {_TIMEOUT_SECONDS} s",
@@ -119,12 +119,12 @@ def _answer(connection: Connection, root: Path) -> None:
     answer: dict[str, Any]
     try:
         checkpoint = Checkpoint(root)
-        roles = roles_here(checkpoint)
+        roles = determine_roles(checkpoint)
     except AdaptkitError as error:
         answer = {"error": error.code, "message": error.message, "hint": error.hint}
     else:
         of = {name: [role.kind, role.is_linear, role.paths] for name, role in roles.of.items()}
-        answer = asdict(roles) | {"of": of, "to": Remembered(_cache_key(checkpoint)).name}
+        answer = asdict(roles) | {"of": of, "to": CachedAnswer(_cache_key(checkpoint)).name}
     connection.send_bytes(json.dumps(answer).encode())
 
 

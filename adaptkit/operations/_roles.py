@@ -18,10 +18,16 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import is_in_layers, is_usual_head
 from adaptkit.lazy import torch
-from adaptkit.networks.architecture import empty_network, head_path, named_network, transformers_version, why_unknown
+from adaptkit.networks.architecture import (
+    empty_network,
+    head_path,
+    named_network,
+    transformers_version,
+    why_unsupported,
+)
 from adaptkit.networks.kinds import is_router
 from adaptkit.networks.linears import is_linear
-from adaptkit.networks.naming import Place, absent, places, shape_in
+from adaptkit.networks.naming import Place, missing_parameters, places, shape_in
 from adaptkit.operations._vocabulary import find_vocabulary
 
 if TYPE_CHECKING:
@@ -83,14 +89,14 @@ class Roles:
     tied: bool
 
 
-def roles_here(checkpoint: Checkpoint) -> Roles:
+def determine_roles(checkpoint: Checkpoint) -> Roles:
     """Determine the roles of a checkpoint's tensors in this process; imports transformers if it is installed.
 
     Raises:
         UsageError: ``config.json`` describes a model that cannot be built.
         CheckpointError: it describes more layers than there are tensors.
     """
-    unknown = why_unknown(checkpoint)
+    unknown = why_unsupported(checkpoint)
     return roles_by_name(checkpoint, unknown) if unknown else _from_architecture(checkpoint)
 
 
@@ -176,13 +182,13 @@ def _missing_parameters(checkpoint: Checkpoint, network: Any, found: Mapping[str
     name = type(network).__name__
     said = class_names(checkpoint.config)
     if not said or name in said:
-        return absent(network, found), name
+        return missing_parameters(network, found), name
     named = named_network(checkpoint)
     if named is not None:
-        return absent(named, places(named, checkpoint.tensors)), type(named).__name__
+        return missing_parameters(named, places(named, checkpoint.tensors)), type(named).__name__
     head = network.get_output_embeddings()
     parameters = set() if head is None else {id(parameter) for parameter in head.parameters()}
-    return [n for n in absent(network, found) if id(network.get_parameter(n)) not in parameters], name
+    return [n for n in missing_parameters(network, found) if id(network.get_parameter(n)) not in parameters], name
 
 
 def _shared_modules(network: Any) -> dict[str, list[str]]:

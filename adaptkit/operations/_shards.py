@@ -44,7 +44,7 @@ class Group:
         return sum(spec.nbytes for spec in self.specs)
 
 
-class Beside(Protocol):
+class ExtraFiles(Protocol):
     """Additional files that are written with each shard; a shard counts as finished only with them."""
 
     def names(self, file: str) -> list[str]:
@@ -81,14 +81,14 @@ def plan_shards(groups: Sequence[Group], max_shard_bytes: int) -> list[tuple[str
     return [(shard_name(number, len(shards)), shard) for number, shard in enumerate(shards, 1)]
 
 
-def cut(spec: TensorSpec, multiple: int = 1) -> list[Piece]:
+def cut_pieces(spec: TensorSpec, multiple: int = 1) -> list[Piece]:
     """Cut a tensor into pieces of about ``PIECE_BYTES``, each but the last a multiple of ``multiple`` elements long."""
     itemsize = spec.nbytes // spec.count if spec.count else 1
     step = max(1, PIECE_BYTES // itemsize // multiple) * multiple
     return [Piece(start, min(step, spec.count - start)) for start in range(0, spec.count, step)] or [Piece(0, 0)]
 
 
-def reading(
+def read_jobs(
     files: TensorFiles, spec: TensorSpec, check: Callable[[Array, int], None] | None = None
 ) -> list[Callable[[], Array]]:
     """Return jobs that read a tensor unchanged, piece by piece.
@@ -105,7 +105,7 @@ def reading(
             check(values, piece.start)
         return values
 
-    return [partial(read, piece) for piece in cut(spec)]
+    return [partial(read, piece) for piece in cut_pieces(spec)]
 
 
 def write_shards(
@@ -116,7 +116,7 @@ def write_shards(
     threads: int,
     progress: Progress,
     headers: Mapping[str, bytes] | None = None,
-    beside: Beside | None = None,
+    beside: ExtraFiles | None = None,
 ) -> None:
     """Write all shards that an earlier run did not finish; if the output is a part, only those of its share.
 
@@ -158,7 +158,7 @@ def _write_each(
     begun: tuple[int, int],
     progress: Progress,
     headers: Mapping[str, bytes],
-    beside: Beside | None,
+    beside: ExtraFiles | None,
 ) -> None:
     done, total = begun
     for file, groups in todo:

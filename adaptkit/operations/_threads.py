@@ -62,7 +62,7 @@ def check_threads(threads: int | None) -> None:
         raise UsageError(f"threads: must be at least 1, found {threads}", hint="leave it out to use every processor")
 
 
-def each(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
+def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Iterator[Result]:
     """Apply ``work`` in threads, with one torch thread each, and yield the results in the order of the items.
 
     With more torch threads, the order of sums, and so the last bits of results, would depend on their number.

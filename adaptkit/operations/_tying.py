@@ -27,14 +27,14 @@ class VocabularyChange:
 
     Attributes:
         addresses: maps every parameter that the adapter changes to the tensors that hold it.
-        told_by: phrase that says how they were found; empty if the names are the same.
+        mapping_note: phrase that says how they were found; empty if the names are the same.
         together: whether embedding and head change in the same way.
         separate: whether a tied head needs a tensor of its own after the change.
         repeated: parameters of a tied head whose change only repeats that of the embedding.
     """
 
     addresses: Mapping[str, tuple[Slice, ...]]
-    told_by: str
+    mapping_note: str
     together: bool
     separate: bool
     repeated: frozenset[str]
@@ -59,7 +59,7 @@ def vocabulary_changes(
     found = find_addresses(checkpoint, names - elsewhere.keys(), str(adapter.root))
     _refuse_uses(checkpoint, adapter, found)
     addresses = dict(found.of) | elsewhere
-    plain = VocabularyChange(addresses, found.told_by, True, False, frozenset())
+    plain = VocabularyChange(addresses, found.mapping_note, True, False, frozenset())
     if not vocabulary.tied:
         return plain
     tables = [name for name, slices in found.of.items() if vocabulary.is_embedding(slices[0].name)]
@@ -67,14 +67,14 @@ def vocabulary_changes(
     if not tables and not heads:
         return plain
     if _stay_equal(adapter, tables, heads, vocabulary, checkpoint):
-        return VocabularyChange(addresses, found.told_by, True, False, frozenset(heads) if tables else frozenset())
+        return VocabularyChange(addresses, found.mapping_note, True, False, frozenset(heads) if tables else frozenset())
     if not untie:
         raise BaseMismatchError(
             f"{adapter.root}: changes {(tables + heads)[0]}, but {checkpoint.root} ties its head to its embedding, and "
             "the two would differ",
             hint="add --untie to store the head as a separate tensor",
         )
-    return VocabularyChange(addresses, found.told_by, False, True, frozenset())
+    return VocabularyChange(addresses, found.mapping_note, False, True, frozenset())
 
 
 def is_shared(name: str) -> bool:
@@ -119,7 +119,7 @@ def _refuse_uses(checkpoint: Checkpoint, adapter: Adapter, found: Addresses) -> 
 
 def _parameters(adapter: Adapter) -> set[str]:
     weights = {f"{module}.weight" for module in (*adapter.modules, *adapter.tokens)}
-    biases = {f"{module}.bias" for module in adapter.biases} | {n for n in adapter.begins if n.endswith(".bias")}
+    biases = {f"{module}.bias" for module in adapter.biases} | {n for n in adapter.base_copies if n.endswith(".bias")}
     return {*weights, *biases, *adapter.experts, *adapter.replaced}
 
 
@@ -170,7 +170,7 @@ def _tied_changes_agree(adapter: Adapter, tables: list[str], heads: list[str]) -
                 hint="save the adapter again with peft",
             )
         agree &= not (one and other and one.scaling != other.scaling)
-        for stored in (adapter.begins, adapter.replaced):
+        for stored in (adapter.base_copies, adapter.replaced):
             keys = [stored.get(name) for name in (table, head)]
             values = [None if key is None else adapter.digests[key] for key in keys]
             if None not in values and values[0] != values[1]:

@@ -17,7 +17,7 @@ from adaptkit.checkpoint.vocabulary import (
     shares_more,
 )
 from adaptkit.errors import BaseMismatchError
-from adaptkit.networks.architecture import asked_head
+from adaptkit.networks.architecture import find_head_path
 
 _HEADLESS_CLASS = re.compile(
     r"(?<!LMHead)(?<!DoubleHeads)(?<!EncoderDecoder)(?<!MarianMT)Model$|For\w*Classification$|ForQuestionAnswering\w*$"
@@ -121,7 +121,7 @@ def require_head(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Vocabulary:
         )
     if vocabulary.is_known:
         return vocabulary
-    head = asked_head(checkpoint)
+    head = find_head_path(checkpoint)
     if not head:
         raise BaseMismatchError(
             f"{checkpoint.root}: the name of the tied head in models of type {checkpoint.config.get('model_type')!r} "

@@ -39,8 +39,8 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.writer import copy_file
 from adaptkit.errors import CheckpointError, UsageError
-from adaptkit.operations._discarding import discarding
-from adaptkit.operations._merge.edit_checks import begins_with_its_own
+from adaptkit.operations._discard import discard_on_bad_input
+from adaptkit.operations._merge.edit_checks import copy_replaces_base
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._threads import check_threads, fingerprints, in_order, thread_count
 from adaptkit.text.tokenizer_files import is_of_tokenizer
@@ -144,7 +144,7 @@ def adopt(
     before = parent.bytes if parent else 0
     total = before + report.bytes
     inputs = [[str(source.resolve()), state]]
-    with Output(output, [report.kind], force, inputs=inputs) as out, discarding(out):
+    with Output(output, [report.kind], force, inputs=inputs) as out, discard_on_bad_input(out):
         out.require_space(report.bytes)
         of_base = parent.fingerprints(threads, lambda done, _: progress(done, total)) if parent else {}
         _copy_weights(out, files, threads, lambda done: progress(before + done, total))
@@ -173,7 +173,7 @@ class _Base:
             self.checkpoint,
             [adapter],
             [1.0],
-            partial(begins_with_its_own, self.checkpoint, False, otherwise="leave out --base"),
+            partial(copy_replaces_base, self.checkpoint, False, otherwise="leave out --base"),
             True,
         )
         self.changed = sorted({edit.source for edit in edits.of.values() if edit.steps})

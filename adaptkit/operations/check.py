@@ -4,10 +4,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptkit.arguments import AnyPath, optional, texts
+from adaptkit.arguments import AnyPath, as_path_or_none, as_texts
 from adaptkit.checkpoint.adapter_config import is_adapter, weights_beside
 from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, require_folder
-from adaptkit.checkpoint.mlx import way_from_mlx
+from adaptkit.checkpoint.mlx import mlx_hint
 from adaptkit.checkpoint.progress import counted
 from adaptkit.discovery import load, names
 from adaptkit.errors import UsageError
@@ -69,9 +69,9 @@ def check(path: AnyPath, targets: str | Sequence[str] = (), base: AnyPath | None
         CheckpointError: neither an adapter nor a checkpoint, or a file that cannot be read at all.
     """
     path = Path(path)
-    base = optional(base)
+    base = as_path_or_none(base)
     require_folder(path)
-    chosen = list(dict.fromkeys(texts(targets))) or names(registry)
+    chosen = list(dict.fromkeys(as_texts(targets))) or names(registry)
     loaded: list[tuple[str, Target]] = [(name, load(registry, name, "TARGET")) for name in chosen]
     if is_adapter(path) or (path / ADAPTER_WEIGHTS_NAME).exists():
         files = read_adapter_files(path)
@@ -94,7 +94,7 @@ def _verdict(name: str, target: Target, findings: Iterable[Finding]) -> Verdict:
 
 def _mlx_findings(files: AdapterFiles) -> tuple[Finding, ...]:
     """Return the only finding for an adapter in MLX's format, which no target supports; empty for other adapters."""
-    way = way_from_mlx(files.root, files.config)
+    way = mlx_hint(files.root, files.config)
     found = "adapter_config.json is in MLX's format (lora_parameters, but no peft_type)"
     return (Finding("error", found, "only adapters in peft's layout are supported", way),) if way else ()
 

@@ -29,9 +29,9 @@ from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import GROUP
-from adaptkit.operations._discarding import discarding
+from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._roles import stores_transposed
-from adaptkit.operations._shards import Group, Piece, cut, plan_shards, reading, write_index, write_shards
+from adaptkit.operations._shards import Group, Piece, cut_pieces, plan_shards, read_jobs, write_index, write_shards
 from adaptkit.operations._threads import check_threads, thread_count
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -135,7 +135,7 @@ def dequantize(
     def jobs(group: Group) -> Sequence[Callable[[], _Decoded]]:
         if group.source in parts:
             return _decoding(checkpoint, group.specs[0])
-        return [partial(_as_it_is, job) for job in reading(checkpoint, group.specs[0])]
+        return [partial(_as_it_is, job) for job in read_jobs(checkpoint, group.specs[0])]
 
     def assemble(group: Group, results: Iterator[_Decoded], writer: TensorWriter) -> dict[str, str]:
         digest = xxhash.xxh3_128()
@@ -149,7 +149,7 @@ def dequantize(
     state = checkpoint.state()
     with (
         Output(output, [checkpoint.outline(), recorded], force, inputs=[[str(source.resolve()), state]]) as out,
-        discarding(out),
+        discard_on_bad_input(out),
     ):
         out.require_space(sum(group.nbytes for group in groups))
         write_shards(out, shards, jobs, assemble, thread_count(options.threads), progress)
@@ -196,7 +196,7 @@ def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], _De
 
     if stores_transposed(checkpoint, spec.name):  # only in the GPT-2 family, whose matrices are small
         return [decoded_whole]
-    return [partial(decoded, piece) for piece in cut(spec, weight.block_size * GROUP)]
+    return [partial(decoded, piece) for piece in cut_pieces(spec, weight.block_size * GROUP)]
 
 
 def _refuse(spec: TensorSpec, constants: Array) -> NoReturn:

@@ -15,10 +15,10 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, counted, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
-from adaptkit.operations._discarding import discarding
+from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._extract.plan import IMPOSSIBLE, LEFT_OUT, SAVED, ExtractOptions, Part, Plan, make_plan
 from adaptkit.operations._extract.report import (
-    LITTLE,
+    LOW_ENERGY,
     ExtractedModule,
     ExtractReport,
     OtherTensor,
@@ -27,9 +27,16 @@ from adaptkit.operations._extract.report import (
     plan_report,
     weighted,
 )
-from adaptkit.operations._extract.saved import Running, Saved, nothing, placeholder_part, running_model, whole_tensors
+from adaptkit.operations._extract.saved import (
+    Running,
+    Saved,
+    placeholder_part,
+    running_model,
+    whole_tensors,
+    zero_change,
+)
 from adaptkit.operations._extract.tensors import Finding, examine
-from adaptkit.operations._threads import each, thread_count
+from adaptkit.operations._threads import map_in_threads, thread_count
 from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]
@@ -85,7 +92,7 @@ def extract(
     inputs = [[str(source.root.resolve()), state] for source, state in zip(sources, states, strict=True)]
     with (
         Output(output, [[source.outline() for source in sources], recorded], force, inputs=inputs) as out,
-        discarding(out),
+        discard_on_bad_input(out),
     ):
         findings = _examine_all(plan, options, progress)
         for source, state in zip(sources, states, strict=True):
@@ -111,7 +118,7 @@ def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> lis
     total = sum(part.spec.nbytes + part.tuned.nbytes for part in plan.parts)
     done, findings = 0, []
     progress(done, total)
-    for finding in each(lambda part: examine(plan, part, options), plan.parts, thread_count(options.threads)):
+    for finding in map_in_threads(lambda part: examine(plan, part, options), plan.parts, thread_count(options.threads)):
         if finding.differs and finding.part.fate == IMPOSSIBLE:
             raise UsageError(
                 f"{plan.tuned.root}: {finding.part.name} ({finding.part.why}) differs, but an adapter cannot store "
@@ -141,7 +148,7 @@ def _write(
     """Write the adapter, and the tuned tokenizer and generation config if they differ; return these files' names."""
     terms = {running.module(finding.part): finding.term for finding in findings if finding.term is not None}
     if placeholder is not None:
-        terms[running.module(placeholder)] = nothing(placeholder)
+        terms[running.module(placeholder)] = zero_change(placeholder)
     config = saved.config | {"fan_in_fan_out": plan.transposed, "task_type": running.task}
     tensors = {name: saved.source(plan, part).read(part.name) for name, part in saved.parts.items()}
     write_adapter(out, terms, name_of(plan.base.root), saved=tensors, **config)
@@ -194,7 +201,7 @@ def _with_findings(report: ExtractReport, findings: Sequence[Finding]) -> Extrac
         parameters=factors + sum(finding.part.tuned.count for finding in saved),
         energy_kept=kept,
         relative_error=math.sqrt(max(0.0, 1 - kept)),
-        below_90=sum(finding.energy_kept < LITTLE for finding in low_rank),
+        below_90=sum(finding.energy_kept < LOW_ENERGY for finding in low_rank),
         unreached=sum(not finding.reached for finding in low_rank),
         rounding=weighted(low_rank, "rounding"),
         left_out_energy=sum(finding.square for finding in left_out) / total if total else 0.0,

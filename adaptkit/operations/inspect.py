@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath, several
+from adaptkit.arguments import AnyPath, as_paths
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
@@ -103,7 +103,7 @@ def trace(
         IntegrityError: the artifact has no manifest, or a malformed one.
     """
     path = Path(path)
-    parents = several(parents)
+    parents = as_paths(parents)
     manifest = require_manifest(require_folder(path))
     return Walk(gather(parents, thread_count(None), progress), check=False).ancestors(path, manifest)
 
@@ -183,7 +183,7 @@ def _describe_adapter(adapter: Adapter) -> dict[str, Any]:
         "replaced_tensors": _counts(".".join(name.split(".")[-2:]) for name in adapter.replaced) or None,  # norm.weight
         "replaced_rows": {module: len(rows.indices) for module, rows in sorted(adapter.tokens.items())} or None,
         "expert_stacks": _counts(len(stack) for stack in adapter.experts.values()) or None,
-        "own_copies_of_the_base": len(adapter.begins) or None,
+        "own_copies_of_the_base": len(adapter.base_copies) or None,
         "compensated_modules": len(adapter.compensation) or None,
         "base_model_name_or_path": config.get("base_model_name_or_path"),
         "task_type": config.get("task_type"),

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from adaptkit.arguments import AnyPath, several
+from adaptkit.arguments import AnyPath, as_paths
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.layout import CONFIG_NAME
@@ -16,7 +16,7 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError
 from adaptkit.operations._merge.base import open_base, with_addresses
-from adaptkit.operations._merge.edit_checks import begins_with_its_own, check_effects, check_quantizable
+from adaptkit.operations._merge.edit_checks import check_effects, check_quantizable, copy_replaces_base
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import LITTLE_KEPT, MergeOptions, MergeReport, TensorChange
@@ -56,15 +56,15 @@ def merge(
         OutputExistsError: the output exists.
     """
     base, output = Path(base), Path(output)
-    adapters = several(adapters)
+    adapters = as_paths(adapters)
     options = options or MergeOptions()
     _check_order(base, adapters)
     read = [read_adapter(path) for path in adapters]
     weights = weights_of(read, options.weights)
     check_output(output, force, [base, *adapters])
     opened = open_base(base, read, options.allow_base_mismatch)
-    begins = partial(begins_with_its_own, opened.checkpoint, options.allow_base_mismatch)
-    edits = plan_edits(opened.checkpoint, read, weights, begins, options.untie)
+    uses_copy = partial(copy_replaces_base, opened.checkpoint, options.allow_base_mismatch)
+    edits = plan_edits(opened.checkpoint, read, weights, uses_copy, options.untie)
     check_effects(read, weights, edits)
     opened = with_addresses(opened, edits)
     check_output(output, force, [base, opened.checkpoint.root, *adapters])  # open_base may have found another folder

@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 
-from adaptkit.arguments import AnyPath, texts, typed_fields
+from adaptkit.arguments import AnyPath, as_texts, typed_fields
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
-from adaptkit.networks.alone import alone
 from adaptkit.networks.architecture import Description, empty_network, language_part
 from adaptkit.networks.kinds import is_router
 from adaptkit.networks.linears import is_linear
 from adaptkit.networks.matching import matching_targets
 from adaptkit.networks.memory import Memory, logits_bytes
+from adaptkit.networks.model_lock import model_lock
 from adaptkit.networks.tables import host_tables
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.operations._plan.network import Shape, expert_stacks, linear_shapes, measured_layers
@@ -76,7 +76,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         typed_fields(self)
-        object.__setattr__(self, "targets", texts(self.targets))
+        object.__setattr__(self, "targets", as_texts(self.targets))
         choices = {
             "method": METHODS,
             "moe": MOE,
@@ -160,7 +160,7 @@ class PlanReport:
     ranks: tuple[RankRow, ...]
 
 
-@alone()
+@model_lock()
 def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
     """Predict memory and trainable parameters of a fine-tuning run.
 

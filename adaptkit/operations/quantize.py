@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.arguments import AnyPath, optional
+from adaptkit.arguments import AnyPath, as_path_or_none
 from adaptkit.checkpoint.encoding import quantization_config
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.journal import Output
@@ -22,7 +22,7 @@ from adaptkit.checkpoint.place import check_output, partial_folder
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, DataError, UsageError
-from adaptkit.operations._discarding import discarding
+from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._quantize.early_plan import EarlyPlan, PlanChanged
 from adaptkit.operations._quantize.plan import Calibration, Plan, QuantizeOptions
 from adaptkit.operations._quantize.report import QuantizeReport, TensorReport, Upgrade, make_report
@@ -71,7 +71,7 @@ def quantize(
     """
     source, output, options = Path(source), Path(output), options or QuantizeOptions()
     check_output(output, force, [source])
-    if (init := _companion_folder(output, optional(companion), options)) is not None:
+    if (init := _companion_folder(output, as_path_or_none(companion), options)) is not None:
         from adaptkit.operations._calibrate.companion import check_apart, is_waiting
 
         check_apart(output, init)
@@ -145,7 +145,7 @@ class _Run:
         key = [self.checkpoint.outline(), recorded, begun.outline()]
         state = self.checkpoint.state()
         inputs = [[str(self.checkpoint.root.resolve()), state]]
-        with Output(self.output, key, self.force, self._keeps, inputs, options.part) as out, discarding(out):
+        with Output(self.output, key, self.force, self._keeps, inputs, options.part) as out, discard_on_bad_input(out):
             out.require_space(self._required_bytes(begun))
             self._check_finite(out, begun)
             self._check_shares(out)

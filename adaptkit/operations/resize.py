@@ -16,9 +16,9 @@ from adaptkit.errors import AdapterError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd
 from adaptkit.operations._carried import Carried, collect_carried
-from adaptkit.operations._discarding import discarding
+from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._terms import KEPT_KEYS
-from adaptkit.operations._threads import check_threads, each, thread_count
+from adaptkit.operations._threads import check_threads, map_in_threads, thread_count
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def resize(
     check_output(output, force, [adapter])
     carried = collect_carried([read])
     threads = thread_count(options.threads)
-    found = dict(zip(read.modules, each(_resizer(options), read.modules.values(), threads), strict=True))
+    found = dict(zip(read.modules, map_in_threads(_resizer(options), read.modules.values(), threads), strict=True))
     modules = {module: term for module, (term, _) in found.items()}
     report = _report(
         read, carried, output, options, modules, {module: squares for module, (_, squares) in found.items()}
@@ -143,7 +143,7 @@ def resize(
         return report
     recorded = options.recorded()
     plan = [tensors_root(read.records), dict(read.config), carried.identity(), recorded]
-    with Output(output, plan, force) as out, discarding(out):
+    with Output(output, plan, force) as out, discard_on_bad_input(out):
         kept = {key: read.config[key] for key in KEPT_KEYS if read.config.get(key)}
         kept |= {"fan_in_fan_out": read.fan_in_fan_out, "task_type": read.config.get("task_type")}
         name = str(read.config.get("base_model_name_or_path") or "")

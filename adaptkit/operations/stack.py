@@ -7,7 +7,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath, several, typed_fields
+from adaptkit.arguments import AnyPath, as_paths, typed_fields
 from adaptkit.checkpoint.adapter import read_adapter, write_adapter
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
@@ -20,10 +20,10 @@ from adaptkit.numerics import stacking
 from adaptkit.numerics.stacking._compress import Compressed, Limit, compress
 from adaptkit.numerics.stacking._method import Method
 from adaptkit.operations._carried import Carried, collect_carried
-from adaptkit.operations._discarding import discarding
+from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._stack.terms import Stackable, stackable
 from adaptkit.operations._terms import expected_fingerprints, weights_of
-from adaptkit.operations._threads import check_threads, each, thread_count
+from adaptkit.operations._threads import check_threads, map_in_threads, thread_count
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def stack(
         OutputExistsError: the output exists.
     """
     output = Path(output)
-    adapters = several(adapters)
+    adapters = as_paths(adapters)
     options = options or StackOptions()
     if len(adapters) < 2:
         raise UsageError("stack needs at least two adapters", hint="adaptkit stack ADAPTER ADAPTER... -o OUT")
@@ -195,7 +195,7 @@ def stack(
     recorded = options.recorded(weights)
     with (
         Output(output, [[tensors_root(a.records) for a in read], carried.identity(), recorded], force) as out,
-        discarding(out),
+        discard_on_bad_input(out),
     ):
         modules = {name: made.term for name, made in combined.items()}
         base_name = plan.base_names[0] if len(plan.base_names) == 1 else ""
@@ -221,7 +221,7 @@ def _combine(plan: Stackable, options: StackOptions, progress: Progress) -> dict
     """Combine the changes of each module; return the results by module name."""
     combined = {}
     for name, made in zip(
-        plan.modules, each(_combiner(plan, options), plan.modules, thread_count(options.threads)), strict=True
+        plan.modules, map_in_threads(_combiner(plan, options), plan.modules, thread_count(options.threads)), strict=True
     ):
         combined[name] = made
         progress(len(combined), len(plan.modules))

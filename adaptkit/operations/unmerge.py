@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from adaptkit.arguments import AnyPath, several
+from adaptkit.arguments import AnyPath, as_paths
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import bytes_of, tensors_root
 from adaptkit.checkpoint.journal import Output
@@ -23,7 +23,7 @@ from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import AdaptkitError, BaseMismatchError, IntegrityError, UsageError
 from adaptkit.numerics.approximate import ErrorBound, subtract
 from adaptkit.numerics.arrays import Array, Values, as_tensor
-from adaptkit.operations._discarding import discarding
+from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.edits import Edit, Edits, matrix_of
 from adaptkit.operations._merge.folding import Fold, Rows, cut_frames, read_rows
@@ -31,11 +31,11 @@ from adaptkit.operations._merge.merged_model import (
     AGAIN,
     BaseOutline,
     MergedModel,
+    different_configuration_error,
     open_merged,
-    other_configuration,
     target_names,
 )
-from adaptkit.operations._shards import Group, reading, write_shards
+from adaptkit.operations._shards import Group, read_jobs, write_shards
 from adaptkit.operations._threads import check_threads, thread_count
 
 
@@ -95,7 +95,7 @@ def unmerge(
         OutputExistsError: the output exists.
     """
     merged, output = Path(merged), Path(output)
-    adapters = several(adapters)
+    adapters = as_paths(adapters)
     check_threads(threads)
     model = open_merged(require_folder(merged))
     check_output(output, force, [merged, *adapters])
@@ -108,8 +108,8 @@ def unmerge(
     records = {file: model.record(n) for n, file in enumerate(sorted(model.checkpoint.headers), 1)}
     base = model.outline({file: model.header(file, found) for file, found in records.items()})
     options = model.options
-    begins = partial(_copy_replaced_base, base, frozenset(options.get("begun", ())))
-    edits = plan_edits(base, read, weights, begins, bool(options.get("untie")))
+    uses_copy = partial(_copy_replaced_base, base, frozenset(options.get("begun", ())))
+    edits = plan_edits(base, read, weights, uses_copy, bool(options.get("untie")))
     _check_headers(model, base, edits)
     originals = target_names(model.manifest, base.tensors)
     if set(originals) != set(edits.of) - set(edits.added):
@@ -120,7 +120,7 @@ def unmerge(
     if not model.has_record:
         _check_subtractable(merged, edits, options.get("small_files", ()))
     plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256, approximate]
-    with Output(output, plan, force) as out, discarding(out):
+    with Output(output, plan, force) as out, discard_on_bad_input(out):
         out.require_space(sum(at.spec.nbytes for at in base.tensors.values()))
         restoring = _Restoring(model, base, edits, records, originals, resaved)
         restoring.write(out, thread_count(threads), progress)
@@ -251,7 +251,7 @@ class _Restoring:
         name, checkpoint = group.source, self.model.checkpoint
         edit = self.edits.of.get(name)
         if edit is None or name in self.edits.added:
-            return reading(checkpoint, checkpoint.spec(name))
+            return read_jobs(checkpoint, checkpoint.spec(name))
         record = self._record(name)
         lengths = {step.adapter: undo.lengths_name(name, step.adapter) for step in edit.steps}
         held = {adapter: record.read(key) for adapter, key in lengths.items() if key in record.tensors}
@@ -264,13 +264,13 @@ class _Restoring:
             runs = list(cut_frames(record.read_array(name), edit))
         except IntegrityError as error:
             raise IntegrityError(f"{name}: {error.message}", hint=AGAIN) from error
-        return [partial(self._take_back, fold, rows, stream) for rows, stream in runs]
+        return [partial(self._restore, fold, rows, stream) for rows, stream in runs]
 
-    def _take_back(self, fold: Fold, rows: Rows, stream: Array) -> _Run:
+    def _restore(self, fold: Fold, rows: Rows, stream: Array) -> _Run:
         name = fold.edit.spec.name
         merged = read_rows(self.model.checkpoint, name, rows)
         try:
-            return _Run(merged, fold.take_back(merged, rows, stream))
+            return _Run(merged, fold.restore(merged, rows, stream))
         except IntegrityError as error:
             raise self._mismatch_error(
                 f"{name}: {error.message}", hint="run adaptkit verify on the merged model and on the adapters"
@@ -309,4 +309,4 @@ class _Restoring:
 
     def _mismatch_error(self, found: str, hint: str) -> AdaptkitError:
         """Return the error for adapters that do not restore the base; blames a configuration that differs, if any."""
-        return other_configuration(self.resaved) if self.resaved else IntegrityError(found, hint=hint)
+        return different_configuration_error(self.resaved) if self.resaved else IntegrityError(found, hint=hint)

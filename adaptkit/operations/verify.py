@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptkit.arguments import AnyPath, optional, several, typed_fields
+from adaptkit.arguments import AnyPath, as_path_or_none, as_paths, typed_fields
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, check_sha256, require_manifest
@@ -39,8 +39,8 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         typed_fields(self)
-        object.__setattr__(self, "signature", optional(self.signature))
-        object.__setattr__(self, "parents", None if self.parents is None else several(self.parents))
+        object.__setattr__(self, "signature", as_path_or_none(self.signature))
+        object.__setattr__(self, "parents", None if self.parents is None else as_paths(self.parents))
         check_threads(self.threads)
         check_sha256(self.manifest_sha256)
         if self.signature is not None and self.trust is None:

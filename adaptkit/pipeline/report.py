@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adaptkit.arguments import optional
+from adaptkit.arguments import as_path_or_none
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.pipeline.recipe import Recipe, Source, Step
@@ -32,7 +32,7 @@ class RunOptions:
     signer: Signer | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "work", optional(self.work))
+        object.__setattr__(self, "work", as_path_or_none(self.work))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,15 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import IntegrityError
-from adaptkit.hub.sources import download, find_cached, find_commit, find_whole, is_commit, size_of, tell_of_parts
+from adaptkit.hub.sources import (
+    download,
+    find_cached,
+    find_commit,
+    find_complete,
+    is_commit,
+    note_if_incomplete,
+    size_of,
+)
 from adaptkit.operations._threads import fingerprints
 from adaptkit.pipeline.recipe import Source
 
@@ -155,11 +163,11 @@ def resolve(
                 hint="run it once without --offline",
             )
         if not files:
-            tell_of_parts(repo, found, note)
+            note_if_incomplete(repo, found, note)
         return _material(source, found, {"commit": found.name}, hashes, progress)
     now = source.revision if is_commit(source.revision) else find_commit(repo, source.revision, note)
     on_commit(now)
-    here = download(repo, now, progress, note) if fetch else find_whole(repo, now, note)
+    here = download(repo, now, progress, note) if fetch else find_complete(repo, now, note)
     if here is None:
         return Material(None, None, size_of(repo, now, note), source.written() | {"commit": now})
     return _material(source, here, {"commit": now}, hashes, progress)

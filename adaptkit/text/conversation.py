@@ -27,10 +27,10 @@ from adaptkit.text.layouts import ANSWERS, answers_in, has_question, layout_of, 
 from adaptkit.text.layouts import LAYOUTS as LAYOUTS
 from adaptkit.text.learning_marks import check_wanted, is_marked_out, obeyed_marks
 from adaptkit.text.parts import joined
+from adaptkit.text.reasoning import FIELD, NAMES, Message, ReasoningFields, content_with_reasoning, read_reasoning
 from adaptkit.text.rendering import Conversation as Conversation
 from adaptkit.text.rendering import apply_template
 from adaptkit.text.rendering import asks_for_the_date as asks_for_the_date
-from adaptkit.text.thoughts import FIELD, NAMES, Message, ThoughtFields, read_thoughts, words_of
 from adaptkit.text.tool_calls import (
     CALLS,
     OTHER_TOOLS,
@@ -156,7 +156,8 @@ def render(conversations: Sequence[Conversation], tokenizer: Any) -> Iterator[st
             raise DataError("the tokenizer has neither a chat template nor an end token", hint=ADD_ONE)
         ends = {"assistant": tokenizer.eos_token}
         said = (
-            (words_of(turn) if FIELD in turn else turn["content"]) + ends.get(turn["role"], "\n") for turn in messages
+            (content_with_reasoning(turn) if FIELD in turn else turn["content"]) + ends.get(turn["role"], "\n")
+            for turn in messages
         )
         yield "".join(said)
 
@@ -176,7 +177,7 @@ class _Forms:
             except DataError:  # the template refuses the probe; each row reports its own errors
                 return ""
 
-        self._written, self._thoughts = written, ThoughtFields(written)
+        self._written, self._thoughts = written, ReasoningFields(written)
         self._tools: ToolForm | None = None
 
     def given(self, conversation: Conversation) -> Conversation | DataError:
@@ -239,7 +240,7 @@ def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn]
     question = "\n\n".join(filter(None, (_text(row, name, where) for name in (layout, *contexts))))
     answer = _text(row, answers[0], where)
     apart = {name: row[name] for name in NAMES if is_text(row.get(name))}  # not flags or scores
-    said = _Turn("assistant", answer, True, {FIELD: read_thoughts(apart, answer, where)})
+    said = _Turn("assistant", answer, True, {FIELD: read_reasoning(apart, answer, where)})
     earlier = _history_turns(row.get("history", []), where)
     return [*earlier, _Turn("user", question), said], columns | apart.keys() | ({"history"} & row.keys())
 
@@ -306,7 +307,7 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     known = _MESSAGE_KEYS | set(others) | ({*NAMES, "function_call"} if is_answer else set())
     known |= obeyed_marks(message, is_answer)
     ignored = frozenset(str(key) for key, value in message.items() if key not in known and value is not None)
-    thoughts = read_thoughts(message, str(content), where) if is_answer else ""
+    thoughts = read_reasoning(message, str(content), where) if is_answer else ""
     if not is_text(thoughts):
         raise DataError(f"{where}: reasoning: expected text, found {found_in(thoughts)}", hint=SURROGATE_HINT)
     return _Turn(_ROLES[role], str(content), is_learned, {FIELD: thoughts} | others, ignored | unread)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptkit.errors import DataError
-from adaptkit.text.thoughts import Message
+from adaptkit.text.reasoning import Message
 
 _MARKS = {"weight": 0, "loss": 0, "loss_scale": 0, "train": 0, "training": 0, "masked": 1}
 """Fields of a message, each with the value that excludes it from the loss.

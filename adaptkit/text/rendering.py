@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from adaptkit.child import can_fork, start_child
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import HINT, template_of
-from adaptkit.text.thoughts import Message
+from adaptkit.text.reasoning import Message
 from adaptkit.text.tool_calls import Tools
 
 

@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import look_again
+from adaptkit.arguments import path_hint
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError, UsageError
 
@@ -287,4 +287,4 @@ def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
 
 
 def _unreadable(file: Path, error: Exception) -> DataError:
-    return DataError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})", hint=look_again(file))
+    return DataError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})", hint=path_hint(file))

@@ -9,7 +9,7 @@ from typing import Any
 
 from adaptkit.checkpoint.layout import TEMPLATES_FOLDER, read_json, side_files
 from adaptkit.errors import UsageError
-from adaptkit.networks.architecture import REFUSALS, quiet_transformers
+from adaptkit.networks.architecture import BUILD_ERRORS, quiet_transformers
 from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template
 
 TOKENIZER_CONFIG, TEMPLATE_KEY = "tokenizer_config.json", "chat_template"
@@ -37,7 +37,7 @@ def is_template(name: str) -> bool:
     return name in TEMPLATES or name.startswith(f"{TEMPLATES_FOLDER}/")
 
 
-def brings_tokenizer(folder: Path) -> bool:
+def has_tokenizer(folder: Path) -> bool:
     """Return whether a folder has a tokenizer; an adapter's own replaces the base's entirely."""
     return any(map(is_vocabulary, side_files(folder)))
 
@@ -97,7 +97,7 @@ def load_tokenizer(root: Path) -> Any:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(root), trust_remote_code=False, local_files_only=True
             )
-        except (*REFUSALS, OSError, StrictDataclassError) as error:
+        except (*BUILD_ERRORS, OSError, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")
             pieces = sorted(path.name for path in root.glob("*.model"))
             if pieces and not (root / "tokenizer.json").exists():  # transformers always suggests tiktoken
@@ -128,14 +128,14 @@ def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:
     """
     if adapter is None:
         return load_tokenizer(base)
-    tokenizer = load_tokenizer(adapter if brings_tokenizer(adapter) else base)
+    tokenizer = load_tokenizer(adapter if has_tokenizer(adapter) else base)
     found = {name: check_template(text, str(adapter)) for name, (_, text) in templates_in(adapter).items()}
     if "default" in found:
         tokenizer.chat_template = found if len(found) > 1 else found["default"]
     return tokenizer
 
 
-def first_tokens(tokenizer: Any) -> list[int]:
+def leading_special_tokens(tokenizer: Any) -> list[int]:
     """Return the tokens that a tokenizer puts before a text: usually none or one."""
     text = "a"
     marked, plain = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]

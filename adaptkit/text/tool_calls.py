@@ -17,7 +17,7 @@ from typing import Any
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import HINT
 from adaptkit.text.parts import are_of_text, joined
-from adaptkit.text.thoughts import FIELD
+from adaptkit.text.reasoning import FIELD
 
 Tools = tuple[Mapping[str, Any], ...]
 """Tools of a row, each {"type": "function", "function": {"name", ...}}."""
@@ -110,7 +110,7 @@ def names_of(tools: Tools) -> list[str]:
     return [str(tool["function"]["name"]) for tool in tools]
 
 
-def missing_in(calls: Sequence[Mapping[str, Any]], text: str) -> str:
+def first_missing_word(calls: Sequence[Mapping[str, Any]], text: str) -> str:
     """Return the first name, key or string of calls that is missing in a text; empty if all are there."""
     return next((word for call in calls for word in _words(call["function"]) if not is_written(word, text)), "")
 

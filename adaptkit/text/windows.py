@@ -13,7 +13,7 @@ from adaptkit.lazy import torch
 from adaptkit.text.chat_template import known_template_kwargs, set_template_kwargs
 from adaptkit.text.conversation import Conversation, read_example, render
 from adaptkit.text.rows import holds_rows, read_pieces, read_rows, read_text
-from adaptkit.text.tokenizer_files import first_tokens, load_tokenizer
+from adaptkit.text.tokenizer_files import leading_special_tokens, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ def read_tokens(
             ended = ends_itself or ids[-1:] == end  # some tokenizers append an end token to every text
         if limit is not None and len(stream) >= limit:
             break
-    windows = _cut(stream, window, first_tokens(tokenizer)[:1])
+    windows = _cut(stream, window, leading_special_tokens(tokenizer)[:1])
     if not windows or len(windows[0]) < 2:
         raise DataError(
             f"{', '.join(map(str, files)) or 'no files'}: no text to read", hint="give files that contain text"
@@ -90,7 +90,7 @@ def check_window(root: Path, window: int) -> None:
     Raises:
         UsageError: they are longer, or there is no such folder.
     """
-    longest = longest_sequence(require_folder(root))
+    longest = context_length(require_folder(root))
     if longest is not None and window > longest:
         raise UsageError(
             f"{root}: windows of {window} tokens are longer than the model's context of {longest}",
@@ -110,7 +110,7 @@ def check_prompt(root: Path, prompt: str, length: int, new_tokens: int) -> None:
     Raises:
         UsageError: prompt and answer together are longer than the model allows.
     """
-    longest = longest_sequence(root)
+    longest = context_length(root)
     if longest is not None and length + new_tokens > longest:
         raise UsageError(
             f"{root}: the prompt {prompt[:40]!r} and {counted(new_tokens, 'new token')} are longer than the model's "
@@ -119,7 +119,7 @@ def check_prompt(root: Path, prompt: str, length: int, new_tokens: int) -> None:
         )
 
 
-def longest_sequence(root: Path) -> int | None:
+def context_length(root: Path) -> int | None:
     """Return the context length of a checkpoint's model; None if its configuration does not say."""
     config = read_config(root / CONFIG_NAME)
     for values in (config, text_config(config)):
@@ -129,7 +129,7 @@ def longest_sequence(root: Path) -> int | None:
     return None
 
 
-def known_tokens(root: Path) -> int | None:
+def vocabulary_size(root: Path) -> int | None:
     """Return the vocabulary size of a checkpoint's model; None if its configuration does not say."""
     config = read_config(root / CONFIG_NAME)
     for values in (text_config(config), config):
@@ -141,16 +141,16 @@ def known_tokens(root: Path) -> int | None:
 def pad_id(tokenizer: Any, base: Path) -> int:
     """Return the pad token, else the end token; 0 if there is neither or the model lacks it. Masks hide it anyway."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    known = known_tokens(base)
+    known = vocabulary_size(base)
     return 0 if pad is None or (known is not None and pad >= known) else int(pad)
 
 
-def check_known(ids: Sequence[int], known: int | None, where: str) -> None:
+def check_vocabulary(ids: Sequence[int], known: int | None, where: str) -> None:
     """Refuse token ids beyond a model's vocabulary.
 
     Args:
         ids: token ids.
-        known: the vocabulary size, see ``known_tokens``; None for no limit.
+        known: the vocabulary size, see ``vocabulary_size``; None for no limit.
         where: source of the tokens, for the message.
 
     Raises:

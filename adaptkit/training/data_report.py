@@ -82,7 +82,7 @@ def report_data(inputs: Inputs, batches: Batches) -> DataReport:
         twice_at=data.twice_at,
         dated=data.dated,
         chat_template=_template_from(inputs),
-        without_template=data.talks and tokenizer.chat_template is None,
+        without_template=data.has_conversations and tokenizer.chat_template is None,
         unnamed_end=None if end is None else str(tokenizer.convert_ids_to_tokens(end)),
         repeated=sum(_key(sample) in known for sample in inputs.held_out),
         rows=rows,

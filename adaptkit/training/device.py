@@ -35,7 +35,7 @@ def make_current(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def slower_without(device: torch.device) -> str:
+def triton_warning(device: torch.device) -> str:
     """Return a one-line warning about what Triton's kernels need and a GPU machine lacks; empty if nothing."""
     lacking = what_triton_lacks() if device.type == "cuda" else ""
     return lacking and f"warning: training is slower without {lacking}, which Triton's kernels need"
@@ -57,7 +57,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 @contextmanager
-def attention_of_any_length() -> Iterator[None]:
+def without_cudnn_attention() -> Iterator[None]:
     """Disable cuDNN's attention while the block runs; on a GPU, torch's own kernels take any sequence length.
 
     On Hopper, torch prefers cuDNN, which makes and keeps a plan for every number and length of sequences, in every

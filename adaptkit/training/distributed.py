@@ -25,7 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from adaptkit.errors import NetworkError, UsageError
 from adaptkit.training.device import choose_device, make_current
-from adaptkit.training.shortage import is_out_of_memory
+from adaptkit.training.out_of_memory import is_out_of_memory
 
 Shared = TypeVar("Shared")
 

@@ -7,7 +7,7 @@ import torch
 
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.place import partial_folder
-from adaptkit.networks.alone import alone
+from adaptkit.networks.model_lock import model_lock
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import DataReport, report_data
 from adaptkit.training.device import choose_device, make_current
@@ -15,10 +15,10 @@ from adaptkit.training.distributed import World, world_size
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.start import cannot_be_merged, left_out, peft_drops
+from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory
 from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
 from adaptkit.training.resume import check_not_finished, check_unfinished, require_room, resume_step
 from adaptkit.training.schedule import steps_in
-from adaptkit.training.shortage import TRAIN_LESS, reports_out_of_memory
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class RunPlan:
     disk_bytes: int
 
 
-@alone()
+@model_lock()
 @reports_out_of_memory("beside the base", hint=TRAIN_LESS)
 def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: bool = False) -> RunPlan:
     """Make all checks of ``train`` up to its first step, and return what it would do.

@@ -10,7 +10,7 @@ from torch import Tensor
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.distributed import World
-from adaptkit.training.network.accumulation import adding_up
+from adaptkit.training.network.accumulation import accumulating
 from adaptkit.training.network.groups import forget
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model
@@ -71,7 +71,7 @@ class Gradients:
         if self._noise is not None:
             self._noise.expect(batch)
         loss = summed_loss(self._model, batch) / answers
-        with adding_up():
+        with accumulating():
             torch.autograd.backward(loss)  # even if it is not finite: a sharded base needs all processes here
         return loss.detach()
 

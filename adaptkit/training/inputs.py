@@ -18,13 +18,13 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.activations import parse_policy
 from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs, template_of
 from adaptkit.text.tokenizer_files import (
-    brings_tokenizer,
+    has_tokenizer,
     is_of_tokenizer,
     is_template,
     load_tokenizer,
     load_tokenizer_of,
 )
-from adaptkit.text.windows import check_known, check_prompt, known_tokens, longest_sequence
+from adaptkit.text.windows import check_prompt, check_vocabulary, context_length, vocabulary_size
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.data.dataset import Dataset, load_data, split
 from adaptkit.training.data.encoding import prompt_ids
@@ -132,11 +132,11 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     start = read_start(config, manifest)
     tokenizer, template = _tokenizer(config, start)
     set_template_kwargs(tokenizer, config.chat_template_kwargs)
-    known = known_tokens(base)
+    known = vocabulary_size(base)
     for prompt in config.sample_prompts:
         ids = prompt_ids(prompt, tokenizer)
         check_prompt(base, prompt, len(ids), config.sample_tokens)
-        check_known(ids, known, f"the prompt {prompt[:40]!r}")
+        check_vocabulary(ids, known, f"the prompt {prompt[:40]!r}")
     weights = config.mixture_weights()
     load = partial(
         load_data,
@@ -145,13 +145,13 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
         too_long=config.too_long,
         loss_on=config.loss_on,
         layout=config.layout,
-        context=longest_sequence(base),
+        context=context_length(base),
         known=known,
     )
     data = load(config.data)
     other = load(config.held_out_data) if config.held_out_data else None
     samples, held_out = split(data.samples, 0 if other else config.held_out, config.seed)
-    end = unnamed_end(base, tokenizer) if data.talks else None
+    end = unnamed_end(base, tokenizer) if data.has_conversations else None
     return Inputs(
         config=config,
         base=base,
@@ -184,8 +184,8 @@ def _tokenizer(config: TrainConfig, start: Adapter | None) -> tuple[Any, str | N
 def _side_files(config: TrainConfig, start: Adapter | None, template: str | None, end: int | None) -> dict[str, bytes]:
     """Return ``Inputs.side_files``."""
     found = {}
-    if start is not None and (template is not None or brings_tokenizer(start.root)):
-        belongs = is_of_tokenizer if brings_tokenizer(start.root) else is_template
+    if start is not None and (template is not None or has_tokenizer(start.root)):
+        belongs = is_of_tokenizer if has_tokenizer(start.root) else is_template
         found = {name: read_small(path) for name, path in side_files(start.root).items() if belongs(name)}
     if config.chat_template is not None:
         found = {name: content for name, content in found.items() if not is_template(name)}

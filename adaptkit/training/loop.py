@@ -23,12 +23,13 @@ from adaptkit.checkpoint.layout import METRICS_NAME, PICTURE_NAME
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.errors import AdaptkitError
-from adaptkit.networks.alone import alone
+from adaptkit.networks.model_lock import model_lock
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data
-from adaptkit.training.device import attention_of_any_length, deterministic
+from adaptkit.training.device import deterministic, without_cudnn_attention
 from adaptkit.training.distributed import World, join
 from adaptkit.training.inputs import Inputs, read_inputs
+from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory
 from adaptkit.training.picture import can_draw, draw
 from adaptkit.training.preparation import checkpoint_bytes
 from adaptkit.training.report import StepReport, TrainReport
@@ -42,7 +43,6 @@ from adaptkit.training.resume import (
     require_room,
 )
 from adaptkit.training.run import Chosen, Run
-from adaptkit.training.shortage import TRAIN_LESS, reports_out_of_memory
 from adaptkit.training.trackers import trackers
 
 Records = Mapping[str, TensorRecord]
@@ -53,7 +53,7 @@ def to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-@alone()
+@model_lock()
 @reports_out_of_memory("beside the base", hint=TRAIN_LESS)
 def train(
     config: TrainConfig,
@@ -88,7 +88,7 @@ def train(
     """
     output = Path(output)
     check_not_finished(output, force, resume)
-    with attention_of_any_length(), deterministic(config.deterministic), join(config.device) as world:
+    with without_cudnn_attention(), deterministic(config.deterministic), join(config.device) as world:
         # Read inputs only after joining: a process waiting in join() would not see another's error.
         inputs = read_inputs(config, output, force)
         identity = inputs.identity()

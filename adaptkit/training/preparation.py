@@ -22,11 +22,11 @@ from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.narrow import keep_narrow
 from adaptkit.training.network.probing import check_packing
 from adaptkit.training.network.sharding import shard_frozen
-from adaptkit.training.network.start import begin
+from adaptkit.training.network.start import add_trainable
 from adaptkit.training.network.tables import keep_in_host_memory
 from adaptkit.training.network.unread import mark_unread
+from adaptkit.training.out_of_memory import reports_out_of_memory
 from adaptkit.training.schedule import steps_in
-from adaptkit.training.shortage import reports_out_of_memory
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
@@ -102,7 +102,7 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
     device, is_shared = world.device, inputs.config.shard_base
     held = torch.device("cpu") if is_shared else device  # unsharded, the base need not fit the device
     model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)
-    begin(model, inputs.config, inputs.start, inputs.tokenizer)
+    add_trainable(model, inputs.config, inputs.start, inputs.tokenizer)
     if inputs.config.pack:
         check_packing(model.network)
     if device.type == "cpu" or not is_shared:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from adaptkit.networks.alone import alone
+from adaptkit.networks.model_lock import model_lock
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.data.samples import IGNORED
@@ -66,7 +66,7 @@ class Preview:
     unused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-@alone()
+@model_lock()
 def preview(config: TrainConfig) -> Preview:
     """Read a run's data and return its first batch, without writing anything or loading a model.
 

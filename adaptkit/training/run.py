@@ -16,7 +16,7 @@ from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError
 from adaptkit.text.windows import pad_id
 from adaptkit.training.data.encoding import prompt_ids
-from adaptkit.training.device import slower_without
+from adaptkit.training.device import triton_warning
 from adaptkit.training.distributed import World
 from adaptkit.training.evaluation.evaluate import mean_loss
 from adaptkit.training.evaluation.generation import generate
@@ -29,7 +29,7 @@ from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.pressure import Pressure
 from adaptkit.training.memory.vector import Vector
 from adaptkit.training.network.model import free_former_network
-from adaptkit.training.network.start import foretold, shortened
+from adaptkit.training.network.start import early_warnings, first_names
 from adaptkit.training.preparation import batches_of, begin_libraries, build, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
@@ -90,7 +90,7 @@ class Run:
         self._peak = PeakMemory(world.device)
         self.model, self.activations = build(inputs, world, self.batches.largest(world.size))
         inputs.require_base()
-        notes = (*foretold(self.model, inputs.config), slower_without(world.device))
+        notes = (*early_warnings(self.model, inputs.config), triton_warning(world.device))
         for line in filter(None, notes if world.is_first else ()):
             note(line)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
@@ -136,7 +136,7 @@ class Run:
         idle = [name for name, change in self.model.changes().items() if not bool(change.lora_b.any())]
         if idle and self._world.is_first:
             named = f"{counted(len(idle), 'adapter')} never received a gradient and did not change"
-            self._note(f"{named}: {shortened(idle)}")
+            self._note(f"{named}: {first_names(idle)}")
         if self.done < self.steps:
             since = counted(self._config.patience, "evaluation")
             self._note(f"stopped early after step {self.done}: no better held-out loss in {since}")

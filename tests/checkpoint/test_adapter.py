@@ -23,7 +23,7 @@ from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
-from adaptkit.checkpoint.mlx import way_from_mlx
+from adaptkit.checkpoint.mlx import mlx_hint
 from adaptkit.errors import AdapterError, CheckpointError, IntegrityError, UnsafeInputError, UsageError
 from adaptkit.numerics.lora import LowRank
 
@@ -428,7 +428,7 @@ def test_an_adapter_in_mlx_layout_is_not_said_to_be_no_lora(changed):
     assert f"mlx_lm.fuse --model BASE --adapter-path {changed}" in caught.value.hint
     of_peft = {"peft_type": "IA3", "lora_parameters": {"rank": 8}}
     (changed / "adapter_config.json").write_text(json.dumps(of_peft))
-    assert way_from_mlx(changed, of_peft) == ""
+    assert mlx_hint(changed, of_peft) == ""
     with pytest.raises(AdapterError, match="unsupported kind of adapter: IA3"):
         read_adapter(changed)
     (changed / "adapter_config.json").write_text("{}")
@@ -531,7 +531,7 @@ def test_what_decides_beside_the_tensors_is_as_the_manifest_says_or_refused(comp
     with pytest.raises(IntegrityError, match=f"{name} (changed|has)") as caught:
         read_adapter(complete)
     assert MANIFEST_NAME in caught.value.hint
-    assert read_adapter(complete, changed=True).changed_beside().startswith(name)
+    assert read_adapter(complete, changed=True).manifest_mismatch().startswith(name)
     (complete / MANIFEST_NAME).unlink()
     assert read_adapter(complete).manifest is None
 

@@ -101,7 +101,7 @@ def test_every_tensor_is_used_exactly_once(changed, name):
     _, adapter = changed(name)
     read = read_adapter(adapter)
     used = 2 * len(read.modules) + 2 * len(read.experts)
-    used += sum(map(len, (read.magnitudes, read.biases, read.replaced, read.begins, read.tokens)))
+    used += sum(map(len, (read.magnitudes, read.biases, read.replaced, read.base_copies, read.tokens)))
     assert used == len([key for key in keys_of(adapter) if not key.endswith(COPIES)])
 
 

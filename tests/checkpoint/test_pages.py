@@ -68,7 +68,7 @@ def test_a_mapped_tensor_is_read_again(checkpoint):
     tensor = mapped.read("first")
     total = int(tensor.sum())
     held = resident(tensor.data_ptr())
-    mapped.give_back(tensor)
+    mapped.release_pages(tensor)
     assert resident(tensor.data_ptr()) < held - 4000
     assert int(tensor.sum()) == total == 2**19 * (2**20 - 1)
     assert torch.equal(tensor, torch.arange(2**20, dtype=torch.int32))
@@ -81,7 +81,7 @@ def test_what_is_beside_a_tensor_stays(given, beside, checkpoint):
     tensor, other = mapped.read(given), mapped.read(beside)
     assert abs(tensor.data_ptr() - other.data_ptr()) == tensor.nbytes
     other[0], other[-1] = 7, 8
-    mapped.give_back(tensor)
+    mapped.release_pages(tensor)
     assert (int(other[0]), int(other[-1])) == (7, 8)
 
 
@@ -90,16 +90,16 @@ def test_a_tensor_of_a_process_s_own_memory_stays(opened, checkpoint):
     files = opened(checkpoint)
     files.read("first")
     own = torch.ones(2**20, dtype=torch.int32)
-    files.give_back(own)
+    files.release_pages(own)
     assert int(own.sum()) == 2**20
     copy = files.read("first").clone()
-    files.give_back(copy)
+    files.release_pages(copy)
     assert torch.equal(copy, torch.arange(2**20, dtype=torch.int32))
 
 
 def test_less_than_a_page_is_left_alone():
     values = np.ones(100, np.uint8)
-    pages.give_back(values.ctypes.data, 100)
+    pages.release_pages(values.ctypes.data, 100)
     assert values.sum() == 100
 
 

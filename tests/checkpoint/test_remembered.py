@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from adaptkit.checkpoint.remembered import Remembered
+from adaptkit.checkpoint.remembered import CachedAnswer
 
 
 @pytest.fixture
@@ -14,16 +14,16 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_an_answer_belongs_to_its_question(cache):
-    assert Remembered(["a", 1]).read() is None
-    Remembered(["a", 1]).keep({"answer": [1, 2.5, None]})
-    assert Remembered(["a", 1]).read() == {"answer": [1, 2.5, None]}
-    assert Remembered(["a", 2]).read() is None
-    assert Remembered({"x": 1, "y": 2})._path == Remembered({"y": 2, "x": 1})._path
+    assert CachedAnswer(["a", 1]).read() is None
+    CachedAnswer(["a", 1]).keep({"answer": [1, 2.5, None]})
+    assert CachedAnswer(["a", 1]).read() == {"answer": [1, 2.5, None]}
+    assert CachedAnswer(["a", 2]).read() is None
+    assert CachedAnswer({"x": 1, "y": 2})._path == CachedAnswer({"y": 2, "x": 1})._path
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"a": ', b"\xff", b"[" * 100_000])
 def test_a_damaged_file_is_no_answer_and_is_replaced(cache, content):
-    question = Remembered("q")
+    question = CachedAnswer("q")
     question.keep({"a": 1})
     question._path.write_bytes(content)
     assert question.read() is None
@@ -36,21 +36,21 @@ def test_nothing_is_kept_where_it_must_not_or_cannot(cache, tmp_path, monkeypatc
     (tmp_path / "file").touch()
     for place in ("", str(tmp_path / "file"), "/proc/nowhere"):
         monkeypatch.setenv("ADAPTKIT_CACHE", place)
-        Remembered("q").keep({"a": 1})
-        assert Remembered("q").read() is None
+        CachedAnswer("q").keep({"a": 1})
+        assert CachedAnswer("q").read() is None
     monkeypatch.setenv("ADAPTKIT_CACHE", str(cache))
-    Remembered(None).keep({"a": 1})
-    assert Remembered(None).read() is None
+    CachedAnswer(None).keep({"a": 1})
+    assert CachedAnswer(None).read() is None
     assert not cache.exists()
 
 
 def test_what_lies_in_its_place_is_left_alone(cache, tmp_path):
     """And is neither waited for, as a pipe would be, nor written through."""
     for make in (lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to(tmp_path)):
-        question = Remembered(str(make))
+        question = CachedAnswer(str(make))
         question._path.parent.mkdir(parents=True, exist_ok=True)
         make(question._path)
-        again = Remembered(str(make))
+        again = CachedAnswer(str(make))
         assert again.read() is None
         again.keep({"a": 1})
         assert again.read() in (None, {"a": 1})
@@ -60,6 +60,6 @@ def test_what_lies_in_its_place_is_left_alone(cache, tmp_path):
 def test_it_lies_in_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.delenv("ADAPTKIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    question = Remembered("q")
+    question = CachedAnswer("q")
     question.keep({"a": 1})
     assert question._path.parent == tmp_path / "adaptkit" / "answers"

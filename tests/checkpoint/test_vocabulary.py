@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from adaptkit.checkpoint import vocabulary
-from adaptkit.checkpoint.vocabulary import is_table, is_tied_by_default, known_head
+from adaptkit.checkpoint.vocabulary import is_embedding_name, is_tied_by_default, known_head
 from adaptkit.networks.architecture import head_path
 
 AUTO = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSpeechSeq2Seq)
@@ -29,7 +29,7 @@ def test_a_head_that_is_known_is_what_transformers_ties(kind):
         assert head in names or not names, model.__name__
         if head in names:
             source = tied[f"{head}.weight"].removesuffix("$").removesuffix(".weight")
-            assert is_table(source) or source.endswith("shared"), f"{model.__name__}: {source}"
+            assert is_embedding_name(source) or source.endswith("shared"), f"{model.__name__}: {source}"
 
 
 BUILT = {
@@ -53,7 +53,7 @@ def test_what_is_known_of_a_type_is_so_in_every_model_of_it(kind):
         tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
         assert tied == is_tied_by_default({"model_type": kind})
         table = network.get_input_embeddings()
-        assert is_table(next(path for path, module in network.named_modules() if module is table))
+        assert is_embedding_name(next(path for path, module in network.named_modules() if module is table))
 
 
 def test_what_is_not_known_is_not_guessed():

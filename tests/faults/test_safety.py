@@ -30,7 +30,7 @@ JOINS = {
         "path / name",
     },
     # names of kernels, and digests
-    "kept.py": {"folder / self._name", "folder / f'{self._name}.{os.getpid()}.{threading.get_ident()}'"},
+    "kernel_cache.py": {"folder / self._name", "folder / f'{self._name}.{os.getpid()}.{threading.get_ident()}'"},
     # names of entries of a folder that was listed
     "operations/extract.py": {"plan.base.root / name"},
     "pipeline/sources.py": {"path / name", "folder / source.path"},  # the second is what the user's recipe says
@@ -130,7 +130,7 @@ def test_few_modules_remove_anything():
         if "os.remove" in names or {name.rpartition(".")[2] for name in names} & removers:
             found.add(module)
     assert found == {
-        "checkpoint/_clearing.py", "checkpoint/journal.py", "checkpoint/writer.py", "kept.py", "hub/_fetch.py",
+        "checkpoint/_clearing.py", "checkpoint/journal.py", "checkpoint/writer.py", "kernel_cache.py", "hub/_fetch.py",
         "pipeline/work.py", "training/loop.py", "training/memory/paging.py", "training/resume.py",
     }  # fmt: skip
 

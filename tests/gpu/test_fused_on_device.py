@@ -7,11 +7,11 @@ import torch
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import rotary
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 from adaptkit.training.network.unread import mark_unread
 from adaptkit.triton_needs import what_triton_lacks
 

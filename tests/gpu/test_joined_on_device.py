@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from adaptkit.operations.quantize import quantize
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined_gpu import JoinedWeight, join_on_gpu
 from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)

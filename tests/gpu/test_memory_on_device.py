@@ -12,7 +12,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.memory import paging
 from adaptkit.training.memory.moments import PagedState
-from adaptkit.training.memory.offload import Shelf
+from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.memory.optimizer import PagedAdamW
 from adaptkit.training.memory.paging import Pages
 from adaptkit.training.memory.parameters import Group
@@ -97,7 +97,7 @@ def active_bytes(kind):
 
 def test_a_shelf_gives_back_what_was_put_on_it_and_frees_the_gpu_however_far_it_is_behind():
     """With the GPU asleep the host is always ahead; nothing waits for it before the end."""
-    shelf, size = Shelf(GPU), 1 << 22
+    shelf, size = OffloadedTensors(GPU), 1 << 22
     for _ in range(3):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

@@ -6,8 +6,8 @@ import torch
 
 from adaptkit.networks import tables
 from adaptkit.numerics.kernels import _gpu_layers
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 from adaptkit.training.network.tables import keep_in_host_memory
 from adaptkit.triton_needs import what_triton_lacks
 

@@ -10,7 +10,7 @@ from adaptkit.networks.activations import (
     Checkpointing,
     LayerSize,
     fit_budget,
-    fit_room,
+    fit_memory,
     measure_layers,
     parse_policy,
 )
@@ -95,8 +95,8 @@ def test_a_budget_gets_what_recomputes_least_within_it():
 
 
 def test_a_room_that_nothing_fits_into_gets_what_needs_least():
-    assert fit_room(0, sizes()) == fit_room(32 * MIB, sizes()) == fit_budget(32 * MIB, sizes())
-    assert fit_room(1 << 40, sizes()).recomputed == 0
+    assert fit_memory(0, sizes()) == fit_memory(32 * MIB, sizes()) == fit_budget(32 * MIB, sizes())
+    assert fit_memory(1 << 40, sizes()).recomputed == 0
 
 
 def test_a_budget_that_nothing_fits_into_is_refused_with_the_least_that_would_do():

@@ -19,7 +19,7 @@ NAMES = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj
 def test_the_same_names_are_found_without_a_word(llama):
     found = find_addresses(Checkpoint(llama), NAMES, "a")
     assert found.of == {name: (Slice(name),) for name in NAMES}
-    assert found.told_by == ""
+    assert found.mapping_note == ""
 
 
 @pytest.mark.parametrize("said", ["", "model.language_model.", "language_model.model."])
@@ -27,7 +27,7 @@ def test_another_beginning_of_all_names_is_found_and_told(llama, said):
     asked = {said + name.removeprefix("model."): name for name in NAMES}
     found = find_addresses(Checkpoint(llama), asked, "a")
     assert found.of == {name: (Slice(held),) for name, held in asked.items()}
-    assert "'model.'" in found.told_by
+    assert "'model.'" in found.mapping_note
 
 
 def test_gpt2_of_the_hub_lacks_the_prefix_of_the_model(tmp_path, gpt2, copy_of):

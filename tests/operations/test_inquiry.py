@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.operations._inquiry import Inquiry, _cache_key
-from adaptkit.operations._roles import roles_here
+from adaptkit.operations._roles import determine_roles
 
 IMPORTS = """
 import torch, adaptkit.checkpoint.reader, adaptkit.operations._inquiry
@@ -72,11 +72,11 @@ def test_the_answer_is_the_one_given_here(llama, copy_of, tmp_path):
     done = _succeeded(subprocess.run(command, capture_output=True, text=True))
     (found, *others), loaded = json.loads(done.stdout)
     for folder, answer in zip((llama, mixtral), (found, others[0]), strict=True):
-        roles = roles_here(Checkpoint(folder))
+        roles = determine_roles(Checkpoint(folder))
         of = {name: [role.kind, role.is_linear, list(role.paths)] for name, role in roles.of.items()}
         assert answer == [of, roles.read_from, roles.head, roles.tied]
     with pytest.raises(UsageError) as caught:
-        roles_here(Checkpoint(broken))
+        determine_roles(Checkpoint(broken))
     assert others[1] == caught.value.message
     assert not loaded
 

@@ -19,9 +19,9 @@ from adaptkit.training.memory import activations
 from adaptkit.training.memory.activations import Activations, layer_sizes, predicted_memory
 from adaptkit.training.memory.moments import PagedState
 from adaptkit.training.memory.parameters import Trainable
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.narrow import keep_narrow
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 CPU = torch.device("cpu")
 

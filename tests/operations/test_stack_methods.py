@@ -315,7 +315,7 @@ def test_embeddings_stay_embeddings(tmp_path, method):
     ]
     report = stack(parts, tmp_path / "out", StackOptions(method, energy=None if method == "cat" else 1.0))
     assert report.base_copies == ("model.embed_tokens.weight",)
-    assert read_adapter(tmp_path / "out").begins.keys() == read_adapter(parts[0]).begins.keys()
+    assert read_adapter(tmp_path / "out").base_copies.keys() == read_adapter(parts[0]).base_copies.keys()
     assert read_adapter(tmp_path / "out").embeddings == frozenset({"model.embed_tokens"})
     keys = load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert f"{PREFIX}model.embed_tokens.lora_embedding_A" in keys

@@ -21,11 +21,11 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.dry_run import plan_run
 from adaptkit.training.loop import train
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 IDS = torch.arange(3, 27)[None]
 

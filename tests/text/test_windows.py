@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from adaptkit.errors import DataError, UsageError
 from adaptkit.text.tokenizer_files import load_tokenizer
-from adaptkit.text.windows import longest_sequence, read_tokens
+from adaptkit.text.windows import context_length, read_tokens
 
 PROSE = "the rivers in the north are quiet and the metals at night are not. " * 20
 
@@ -215,7 +215,7 @@ def test_files_that_hold_nothing_or_no_text_are_refused(llama, tmp_path):
 def test_a_window_longer_than_the_model_allows_is_refused(llama, gpt2, tmp_path):
     path = write(tmp_path, "prose.txt", PROSE)
     for folder, longest in ((llama, 512), (gpt2, 128)):
-        assert longest_sequence(folder) == longest
+        assert context_length(folder) == longest
         assert read_tokens([path], folder, window=longest).shape[0] > 0
         with pytest.raises(UsageError, match=f"windows of {longest + 1} tokens are longer") as caught:
             read_tokens([path], folder, window=longest + 1)

@@ -11,7 +11,7 @@ import torch
 
 from adaptkit.errors import UsageError
 from adaptkit.training import distributed
-from adaptkit.training.device import attention_of_any_length, choose_device, choose_dtype
+from adaptkit.training.device import choose_device, choose_dtype, without_cudnn_attention
 from adaptkit.training.distributed import join
 from adaptkit.training.evaluation import evaluate as evaluation
 
@@ -46,7 +46,7 @@ def test_the_report_and_the_manifest_name_the_type_and_not_auto(llama_nf4, instr
 
 def test_attention_of_any_length_leaves_torch_as_it_was():
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    with attention_of_any_length():
+    with without_cudnn_attention():
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 

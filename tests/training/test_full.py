@@ -18,7 +18,7 @@ from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.model import load_model
-from adaptkit.training.network.start import begin, resolve_method
+from adaptkit.training.network.start import add_trainable, resolve_method
 from adaptkit.training.result import records_of, write_result
 
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ FAMILIES = ["tied", "untied", "gpt2", "experts", "fused", "phi"]
 def begun(base, dtype="float32"):
     config = resolve_method(TrainConfig(base=str(base), data=("none",), method="full"), Checkpoint(base))
     model = load_model(base, getattr(torch, dtype), CPU)
-    begin(model, config, None, load_tokenizer(base))
+    add_trainable(model, config, None, load_tokenizer(base))
     return model, config, Trainable.of(model)
 
 

@@ -12,11 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from adaptkit.errors import UsageError
-from adaptkit.lazy import late
+from adaptkit.lazy import lazy_module
 from adaptkit.numerics.arrays import Array, DType, Values, as_array, cast
 from adaptkit.numerics.finite import all_finite, check_finite
 
-_loops = late("adaptkit.numerics.kernels._cpu_blocks")
+_loops = lazy_module("adaptkit.numerics.kernels._cpu_blocks")
 
 
 @dataclass(frozen=True)

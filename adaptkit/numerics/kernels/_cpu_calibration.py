@@ -114,7 +114,7 @@ def best_code(x, h, largest, levels, nested, offset, first, reach, signed, lanes
     return best
 
 
-def room_for(block_size: int) -> tuple[Array, Array, Array]:
+def scratch_for(block_size: int) -> tuple[Array, Array, Array]:
     """Make scratch arrays for the loops below: a padded block, its importance, and the sixteen lanes."""
     width = -(-block_size // 16) * 16
     return np.empty(width, np.float32), np.empty(width, np.float32), np.empty(16, np.float32)

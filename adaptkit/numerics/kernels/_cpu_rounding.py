@@ -10,7 +10,7 @@ import numpy as np
 
 from adaptkit.compiled import jit
 from adaptkit.numerics.arrays import Array
-from adaptkit.numerics.kernels._cpu_calibration import LEVELS, best_code, nearest_code, room_for, scale_block
+from adaptkit.numerics.kernels._cpu_calibration import LEVELS, best_code, nearest_code, scale_block, scratch_for
 from adaptkit.numerics.kernels._reference_blocks import GROUP, TINY
 
 ROWS = 16
@@ -63,16 +63,16 @@ def _spread(w, errors, factor, left, right, j):
         w[k] = (((w[k] - e0 * f0[k]) - e1 * f1[k]) - e2 * f2[k]) - e3 * f3[k]
 
 
-def room_for_rows(block_size: int) -> tuple[Any, Array]:
+def scratch_for_rows(block_size: int) -> tuple[Any, Array]:
     """Make scratch arrays for ``round_rows``."""
-    return room_for(block_size), np.empty((ROWS, PANEL), np.float32)
+    return scratch_for(block_size), np.empty((ROWS, PANEL), np.float32)
 
 
 @jit
 def round_rows(work, factor, importance, block_size, levels, nested, offset, reach, room, nested_codes, scales, codes):
     """Round every row of ``work``, which is overwritten.
 
-    ``room`` is scratch from ``room_for_rows``. With ``reach`` > 0, each block chooses its nested code again when its
+    ``room`` is scratch from ``scratch_for_rows``. With ``reach`` > 0, each block chooses its nested code again when its
     first column is reached; blocks must not straddle rows then.
     """
     rows, columns = work.shape

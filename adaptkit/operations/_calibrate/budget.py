@@ -25,7 +25,7 @@ from adaptkit.numerics.sensitivity import allocate, divergence_cost
 from adaptkit.operations._quantize.plan import Plan, with_encodings
 from adaptkit.operations._quantize.report import Upgrade
 from adaptkit.operations._quantize.tensor_plan import TensorPlan
-from adaptkit.operations._threads import each
+from adaptkit.operations._threads import map_in_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,9 +121,9 @@ def _ways(
             found.append(Way(nbytes, cost))
         return found
 
-    return dict(zip(reached, each(ways, reached, threads), strict=True))
+    return dict(zip(reached, map_in_threads(ways, reached, threads), strict=True))
 
 
 def _lost(weight: Tensor, importance: Tensor, encoding: Encoding) -> Tensor:
     codes, constants = weighted_nf4(weight, importance, encoding.block_size, encoding.double_quant)
-    return quantized.lost(weight, encoding, codes, constants)
+    return quantized.quantization_error(weight, encoding, codes, constants)

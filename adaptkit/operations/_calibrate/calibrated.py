@@ -20,14 +20,14 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter, write_file
 from adaptkit.errors import IntegrityError
-from adaptkit.networks.alone import alone
+from adaptkit.networks.model_lock import model_lock
 from adaptkit.numerics.arrays import Values, as_array
 from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.compensation import companion_adapter
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor
 from adaptkit.operations._quantize.tensor_plan import Encoded, TensorPlan
-from adaptkit.operations._threads import each
+from adaptkit.operations._threads import map_in_threads
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +61,7 @@ class Ready(TensorPlan):
         return dict(self.note)
 
 
-@alone()
+@model_lock()
 def calibrate(
     out: Output,
     checkpoint: Checkpoint,
@@ -158,13 +158,13 @@ def _write_layer(
     threads: int,
 ) -> None:
     products = {id(m): m.second_moment for m in wanted.values() if m.second_moment is not None}
-    factors = dict(zip(products, each(compensation_factor, products.values(), threads), strict=True))
+    factors = dict(zip(products, map_in_threads(compensation_factor, products.values(), threads), strict=True))
 
     def make(item: tuple[TensorPlan, InputMoments]) -> _Made:
         plan, moments = item
         return _make(checkpoint, plan, moments, factors.get(id(moments)), init_rank)
 
-    made = dict(zip((plan.spec.name for plan in wanted), each(make, wanted.items(), threads), strict=True))
+    made = dict(zip((plan.spec.name for plan in wanted), map_in_threads(make, wanted.items(), threads), strict=True))
     tensors = {name: tensor for result in made.values() for name, tensor in result.tensors.items()}
     notes = {_layer_name(number): {name: dict(result.note) for name, result in made.items()}}
     out.write_tensors(_layer_name(number), tensors, listed=False, notes=notes)
@@ -185,7 +185,7 @@ def _make(
         codes, constants = weighted_nf4(weight, moments.mean_square, *arguments)
     else:
         codes, constants = compensated_nf4(weight, moments.mean_square, factor, *arguments)
-    lost, wide = quantized.lost(weight, encoding, codes, constants), weight.float()
+    lost, wide = quantized.quantization_error(weight, encoding, codes, constants), weight.float()
     importance = moments.mean_square.double()
     note = {
         "fingerprint": fingerprint(raw),

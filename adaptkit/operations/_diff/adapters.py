@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.adapter_config import turns_stacks
+from adaptkit.checkpoint.adapter_config import writes_transposed_experts
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
 from adaptkit.checkpoint.progress import counted
@@ -30,7 +30,7 @@ from adaptkit.operations._diff.groups import (
 )
 from adaptkit.operations._diff.parts import changes_of, differ_in_part, held_by
 from adaptkit.operations._diff.tensors import TensorDifference
-from adaptkit.operations._threads import each
+from adaptkit.operations._threads import map_in_threads
 
 _UNORDERED = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
 
@@ -90,11 +90,11 @@ def diff_adapters(first: Path, second: Path, *, threads: int) -> AdapterDiffRepo
     Raises:
         AdapterError: one of them is not a readable LoRA adapter.
     """
-    one, two = each(partial(read_adapter, changed=True), (first, second), threads)
+    one, two = map_in_threads(partial(read_adapter, changed=True), (first, second), threads)
     changes = (changes_of(one), changes_of(two))
     names = sorted({*changes[0], *changes[1]})
     modules = list(
-        each(lambda name: differ_in_module(name, changes[0].get(name), changes[1].get(name)), names, threads)
+        map_in_threads(lambda name: differ_in_module(name, changes[0].get(name), changes[1].get(name)), names, threads)
     )
     alike = changes[0].keys() == changes[1].keys() and all(_is_same(changes[0][n], changes[1][n]) for n in names)
     held = (held_by(one), held_by(two))
@@ -200,7 +200,7 @@ def _config(adapter: Adapter) -> Mapping[str, Any]:
 def _may_orient_stacks_differently(first: Adapter, second: Adapter) -> bool:
     """Return whether the two peft releases that wrote the adapters may swap input and output of expert stacks."""
     both = bool(first.experts and second.experts)
-    return both and turns_stacks(first.config, False) != turns_stacks(second.config, False)
+    return both and writes_transposed_experts(first.config, False) != writes_transposed_experts(second.config, False)
 
 
 def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
@@ -214,7 +214,7 @@ def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
     for adapter in (first, second):
         if adapter.manifest is not None and adapter.manifest.tensors_root != tensors_root(adapter.records):
             yield f"{adapter.root}: its tensors do not match its manifest; run adaptkit verify {adapter.root}"
-        if problem := adapter.changed_beside():
+        if problem := adapter.manifest_mismatch():
             yield f"{adapter.root}: {problem} according to its manifest; run adaptkit verify {adapter.root}"
     one, two = (_trained_on(adapter) for adapter in (first, second))
     other = sorted(module for module in one.keys() & two.keys() if one[module] != two[module])

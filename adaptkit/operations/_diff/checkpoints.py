@@ -15,7 +15,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations._diff.files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
 from adaptkit.operations._diff.groups import relative
 from adaptkit.operations._diff.tensors import DIRECTIONS, Source, TensorDifference, differ_in_files
-from adaptkit.operations._threads import each, fingerprints
+from adaptkit.operations._threads import fingerprints, map_in_threads
 
 BY_MANIFEST, COMPUTED = "manifest", "computed"
 
@@ -179,7 +179,7 @@ def _measure(
     """Measure the tensors: first those without a norm, then largest relative difference first."""
     found, done = [], 0
     total = sum(first.spec(name).nbytes for name in names)
-    for name, difference in zip(names, each(partial(_differ, first, second), names, threads), strict=True):
+    for name, difference in zip(names, map_in_threads(partial(_differ, first, second), names, threads), strict=True):
         found.append(difference)
         done += first.spec(name).nbytes
         progress(done, total)

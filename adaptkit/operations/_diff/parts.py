@@ -40,7 +40,8 @@ def held_by(adapter: Adapter) -> dict[str, Held]:
     """Return everything that ``changes_of`` does not, by name."""
     found = {f"{module}.lora_magnitude_vector": Held("DoRA magnitude", m) for module, m in adapter.magnitudes.items()}
     found |= {f"{module}.lora_B.bias": Held("bias", bias) for module, bias in adapter.biases.items()}
-    for role, of, keys in (("replaced tensor", "", adapter.replaced), ("begins with", " of the base", adapter.begins)):
+    kinds = (("replaced tensor", "", adapter.replaced), ("begins with", " of the base", adapter.base_copies))
+    for role, of, keys in kinds:
         found |= {
             f"{n}{of}": Held(role, Source(adapter.files, key), adapter.digests[key][0]) for n, key in keys.items()
         }

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from adaptkit.arguments import texts, typed_fields
+from adaptkit.arguments import as_texts, typed_fields
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.progress import first_few
@@ -53,7 +53,7 @@ class ExtractOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target", texts(self.target))
+        object.__setattr__(self, "target", as_texts(self.target))
         typed_fields(self)
         check_size(self.rank, self.energy)
         check_threads(self.threads)

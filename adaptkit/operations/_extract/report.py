@@ -8,7 +8,7 @@ from pathlib import Path
 from adaptkit.operations._extract.plan import LOW_RANK, Plan
 from adaptkit.operations._extract.tensors import Finding
 
-LITTLE = 0.9
+LOW_ENERGY = 0.9
 """A module whose low-rank change keeps a smaller share of ‖D‖² than this is counted in ``below_90``."""
 
 

@@ -22,7 +22,7 @@ import torch
 from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
-from adaptkit.networks.architecture import empty_network, has_no_head, head_path, named_network, why_unknown
+from adaptkit.networks.architecture import empty_network, has_no_head, head_path, named_network, why_unsupported
 from adaptkit.networks.naming import Place, places
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._extract.plan import LEFT_OUT, LOW_RANK, SAVED, Part, Plan, module_of
@@ -133,7 +133,7 @@ def running_model(base: Checkpoint) -> Running:
     if importlib.util.find_spec("transformers") is None:
         return Running(None, {}, base.config)
     network = named_network(base)
-    if network is None and not why_unknown(base):
+    if network is None and not why_unsupported(base):
         network = empty_network(base)
     return Running(network, places(network, base.tensors) if network is not None else {}, base.config)
 
@@ -212,7 +212,7 @@ def placeholder_part(plan: Plan, saved: Saved, running: Running) -> Part | None:
     return next((part for part in linear if running.has_module(part)), None)
 
 
-def nothing(part: Part) -> LowRank:
+def zero_change(part: Part) -> LowRank:
     """Return a zero change of rank 1."""
     rows, columns = part.spec.shape[::-1] if part.kind == "conv1d" else part.spec.shape
     return LowRank(torch.zeros(1, columns), torch.zeros(rows, 1), 1.0)

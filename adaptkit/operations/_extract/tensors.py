@@ -14,7 +14,7 @@ from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank, transposed
 from adaptkit.numerics.randomized import sketch_for_energy, sketch_for_rank
 from adaptkit.operations._extract.plan import LOW_RANK, ExtractOptions, Part, Plan
-from adaptkit.operations._shards import cut
+from adaptkit.operations._shards import cut_pieces
 
 _EXPONENT_BITS = {  # integer type of the same width, mask of the exponent, number of fraction bits
     torch.float32: (torch.int32, 0x7F800000, 23),
@@ -75,7 +75,7 @@ def examine(plan: Plan, part: Part, options: ExtractOptions) -> Finding:
 
 def _digest(checkpoint: Checkpoint, name: str) -> str:
     digest, spec = xxhash.xxh3_128(), checkpoint.spec(name)
-    for piece in cut(spec):
+    for piece in cut_pieces(spec):
         values = checkpoint.read_flat(name, piece.start, piece.count)
         _require_finite(checkpoint, name, values)
         digest.update(bytes_of(values))
@@ -92,7 +92,7 @@ def _require_finite(checkpoint: Checkpoint, name: str, values: Tensor) -> None:
 def _compare(plan: Plan, part: Part) -> Finding:
     digests = (xxhash.xxh3_128(), xxhash.xxh3_128())
     differs, square, base_square, steps = False, 0.0, 0.0, 0.0
-    for piece in cut(part.spec):
+    for piece in cut_pieces(part.spec):
         both = []
         for checkpoint, digest in zip((plan.base, plan.tuned), digests, strict=True):
             values = checkpoint.read_flat(part.name, piece.start, piece.count)
@@ -126,7 +126,7 @@ def _decompose(plan: Plan, finding: Finding, options: ExtractOptions) -> Finding
     part, (height, columns) = finding.part, finding.part.spec.shape
 
     def blocks() -> Iterator[Tensor]:
-        for piece in cut(part.spec, columns):
+        for piece in cut_pieces(part.spec, columns):
             both = [one.read_flat(part.name, piece.start, piece.count) for one in (plan.base, plan.tuned)]
             rows = (torch.split(values.view(-1, columns), max(1, _AT_ONCE // columns)) for values in both)
             for before, after in zip(*rows, strict=True):

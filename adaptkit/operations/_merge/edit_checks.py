@@ -125,7 +125,7 @@ def is_same(checkpoint: Checkpoint, name: str, files: TensorFiles, key: str) -> 
     return True
 
 
-def begins_with_its_own(
+def copy_replaces_base(
     checkpoint: Checkpoint,
     allowed: bool,
     name: str,

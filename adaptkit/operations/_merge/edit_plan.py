@@ -63,7 +63,7 @@ def plan_edits(
                 f"{checkpoint.root} has not lost",
                 hint=f"train it first: adaptkit train --init {adapter.root}",
             )
-        edits.notes += [f"{adapter.root}: {change.told_by}"] if change.told_by else []
+        edits.notes += [f"{adapter.root}: {change.mapping_note}"] if change.mapping_note else []
         _Planner(checkpoint, vocabulary, edits, change, adapter, number, weight, uses_copy).plan()
     if separate and vocabulary.head not in edits.of:  # it keeps the embedding's values
         spec = checkpoint.spec(vocabulary.stored(vocabulary.head))
@@ -177,7 +177,7 @@ class _Planner:
     def _plan_copies(self, module: str, name: str) -> None:
         """Plan the adapter's own copies of the module's base tensors; usually they equal the base's."""
         self._plan_copy(f"{module}.weight", name)
-        if f"{module}.bias" in self._adapter.begins:
+        if f"{module}.bias" in self._adapter.base_copies:
             self._plan_copy(f"{module}.bias", self._change.addresses[f"{module}.bias"][0].name)
 
     def _plan_copy(self, parameter: str, name: str) -> None:
@@ -185,7 +185,7 @@ class _Planner:
 
         The running model had the copy as its base weight.
         """
-        key = self._adapter.begins.get(parameter)
+        key = self._adapter.base_copies.get(parameter)
         source = self._vocabulary.stored(name)
         if key is None or not self._uses_copy(source, self._adapter.files, key):
             return

@@ -11,7 +11,7 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError
 from adaptkit.networks.addressing import OTHER_MODEL, Slice
-from adaptkit.networks.architecture import empty_network, why_unknown
+from adaptkit.networks.architecture import empty_network, why_unsupported
 from adaptkit.numerics import lora
 from adaptkit.numerics.arrays import as_array
 from adaptkit.numerics.lora import LowRank
@@ -128,7 +128,7 @@ class Experts:
 
     def _keeps_transposed(self, parameter: str) -> bool:
         """Return whether a stack of square matrices is stored as (experts, in, out); only the model's code says so."""
-        why = why_unknown(self.checkpoint)
+        why = why_unsupported(self.checkpoint)
         if why:
             raise BaseMismatchError(
                 f"{self.who}: cannot tell whether {parameter} stores its square matrices transposed: {why}",

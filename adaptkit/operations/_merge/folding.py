@@ -97,7 +97,7 @@ class Fold:
         frame = undo.pack_frame(rows.count, merged.residual) if with_undo else b""
         return Folded(raw, merged, frame)
 
-    def take_back(self, values: Array, rows: Rows, stream: Array) -> Values:
+    def restore(self, values: Array, rows: Rows, stream: Array) -> Values:
         """Restore rows of the base: fewer than ``rows`` where the result has more rows than the base.
 
         Raises:

@@ -214,7 +214,7 @@ class MergedModel:
             exact = [a for a in same if adapter_identity(a) == identity]
             if same and not exact:
                 if not self.has_record:
-                    raise other_configuration([same[0].root])
+                    raise different_configuration_error([same[0].root])
                 resaved.append(same[0].root)
             if not same:
                 raise BaseMismatchError(
@@ -239,7 +239,7 @@ class MergedModel:
         return [self.root / undo.ADAPTERS_PREFIX / str(number) for number in range(1, count + 1)]
 
 
-def other_configuration(adapters: Sequence[Path]) -> BaseMismatchError:
+def different_configuration_error(adapters: Sequence[Path]) -> BaseMismatchError:
     """Return the error for adapters whose tensors match the merge, but at least one has another configuration."""
     return BaseMismatchError(
         f"{' or '.join(map(str, adapters))}: has the tensors of an adapter that was merged, but a different "

@@ -26,14 +26,14 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import IntegrityError
-from adaptkit.operations._discarding import discarding
+from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._merge.base import Base, changed_are_known, check_fingerprint, is_their_base, merge_parents
 from adaptkit.operations._merge.edits import Edit, Edits, matrix_of
 from adaptkit.operations._merge.folding import Fold, Folded, Rows, find_lengths, jobs_of, read_rows
 from adaptkit.operations._merge.report import MergeOptions, MergeReport, change_of, with_changes
 from adaptkit.operations._merge.side_files import SideFiles, plan_index
 from adaptkit.operations._merge.unlike_peft import untargeted
-from adaptkit.operations._shards import Group, reading, write_shards
+from adaptkit.operations._shards import Group, read_jobs, write_shards
 from adaptkit.operations._threads import thread_count
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ class Merging:
         """Write the merged checkpoint."""
         checkpoint, state = self.checkpoint, self.checkpoint.state()
         plan = [checkpoint.outline(), self.identity()]
-        with Output(output, plan, force, inputs=[[str(checkpoint.root.resolve()), state]]) as out, discarding(out):
+        inputs = [[str(checkpoint.root.resolve()), state]]
+        with Output(output, plan, force, inputs=inputs) as out, discard_on_bad_input(out):
             out.require_space(sum(group.nbytes for _, groups in self.shards for group in groups))
             self._out = out
             write_shards(
@@ -160,7 +161,7 @@ class Merging:
     def _jobs(self, group: Group) -> Sequence[Callable[[], Any]]:
         edit = self.edits.of.get(group.source)
         if edit is None:
-            return reading(self.checkpoint, group.specs[0])
+            return read_jobs(self.checkpoint, group.specs[0])
         lengths = self._lengths[edit.spec.name] = find_lengths(self.checkpoint, edit, self._threads)
         return jobs_of(Fold(edit, lengths), self.checkpoint, self.options.undo and not self._is_new(edit))
 

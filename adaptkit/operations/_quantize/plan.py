@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import several, texts, typed_fields
+from adaptkit.arguments import as_paths, as_texts, typed_fields
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.hashing import file_sha256
@@ -45,7 +45,7 @@ class Calibration:
     compensate: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "files", several(self.files))
+        object.__setattr__(self, "files", as_paths(self.files))
         typed_fields(self)
         if not self.files:
             raise UsageError("calibration: no text given", hint="add --calibrate FILE")
@@ -97,7 +97,7 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         typed_fields(self)
-        object.__setattr__(self, "skip", texts(self.skip))
+        object.__setattr__(self, "skip", as_texts(self.skip))
         if self.max_shard_bytes < 1:
             raise UsageError(
                 f"max_shard_bytes: must be at least 1, found {self.max_shard_bytes}", hint="give a size such as 5GB"

@@ -20,7 +20,7 @@ from adaptkit.errors import NonFiniteError
 from adaptkit.numerics import finite
 from adaptkit.numerics.arrays import AnyValues, Array, as_array, like
 from adaptkit.numerics.formats._blockwise import Blockwise, squared_errors
-from adaptkit.operations._shards import Group, Piece, cut, reading
+from adaptkit.operations._shards import Group, Piece, cut_pieces, read_jobs
 from adaptkit.operations._threads import in_order
 
 
@@ -69,10 +69,10 @@ class TensorPlan:
             NonFiniteError: by a job: a weight is NaN or infinite; names its index.
         """
         if self.encoding is None:
-            return [partial(_as_it_is, job) for job in reading(checkpoint, self.spec, self.check)]
+            return [partial(_as_it_is, job) for job in read_jobs(checkpoint, self.spec, self.check)]
         if self.transposed:  # only in the GPT-2 family, whose matrices are small
             return [partial(self._encode, checkpoint, None)]
-        return [partial(self._encode, checkpoint, piece) for piece in cut(self.spec, self.encoding.block_size)]
+        return [partial(self._encode, checkpoint, piece) for piece in cut_pieces(self.spec, self.encoding.block_size)]
 
     def assemble(self, results: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
         """Write the results of the jobs.
@@ -97,10 +97,10 @@ class TensorPlan:
                 absmax[these], moments[these] = result.packed.absmax, sums[:, 1:]
                 squares += float(sums[:, 0].sum(dtype=np.float64))
                 blocks += len(sums)
-        constants = quantized.nest(absmax, self.encoding)
+        constants = quantized.quantize_constants(absmax, self.encoding)
         for name, part in quantized.constant_parts(self.linear, self.encoding, constants).items():
             writer.write(name, part)
-        lost = squared_errors(squares, moments, quantized.unnest(constants))
+        lost = squared_errors(squares, moments, quantized.dequantize_constants(constants))
         return {"fingerprint": digest.hexdigest(), "error": [lost, squares]}
 
     def _encode(self, checkpoint: Checkpoint, piece: Piece | None) -> Encoded:
@@ -129,7 +129,7 @@ def check_finite(checkpoint: Checkpoint, plans: Iterable[TensorPlan], threads: i
     Raises:
         NonFiniteError: a weight is NaN or infinite; names tensor and index.
     """
-    jobs = (job for plan in plans for job in reading(checkpoint, plan.spec, plan.check))
+    jobs = (job for plan in plans for job in read_jobs(checkpoint, plan.spec, plan.check))
     for _ in in_order(lambda job: job(), jobs, threads):
         pass
 

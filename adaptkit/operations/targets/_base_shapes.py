@@ -16,7 +16,7 @@ from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import class_names, text_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
-from adaptkit.networks.architecture import empty_network, named_network, why_unknown
+from adaptkit.networks.architecture import empty_network, named_network, why_unsupported
 from adaptkit.operations._roles import CONV1D_MODELS
 from adaptkit.operations._vocabulary import find_vocabulary
 
@@ -101,7 +101,7 @@ class BaseShapes:
         if find_spec("transformers") is None:
             return None
         named = named_network(self.checkpoint, self.classes)
-        if (named is not None and self._has_modules(named)) or why_unknown(self.checkpoint):
+        if (named is not None and self._has_modules(named)) or why_unsupported(self.checkpoint):
             return named
         try:
             model = empty_network(self.checkpoint)

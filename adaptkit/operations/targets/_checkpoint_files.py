@@ -9,10 +9,10 @@ from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import INDEX_NAME, read_json
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
-from adaptkit.networks.architecture import empty_network, named_network, why_unknown
-from adaptkit.networks.naming import absent, places, shape_in
+from adaptkit.networks.architecture import empty_network, named_network, why_unsupported
+from adaptkit.networks.naming import missing_parameters, places, shape_in
 from adaptkit.operations._roles import stores_transposed
-from adaptkit.text.tokenizer_files import brings_tokenizer
+from adaptkit.text.tokenizer_files import has_tokenizer
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
         has_index=has_index,
         lacks_metadata=has_index and "metadata" not in read_json(root / INDEX_NAME),
         beside=tuple(sorted(path.name for path in root.glob("*.safetensors") if path.name not in checkpoint.headers)),
-        has_tokenizer=brings_tokenizer(root),
+        has_tokenizer=has_tokenizer(root),
         architecture=architecture,
         absent=lacking,
         misshapen=misshapen,
@@ -118,7 +118,7 @@ def _beside_model(
     checkpoint: Checkpoint, packed: Sequence[Packed], quantization: str | None
 ) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
     """Compare the files with the model that transformers builds: return its class, absent and misshapen tensors."""
-    if why_unknown(checkpoint) or (quantization and not packed):  # the tensors of other methods are not decoded here
+    if why_unsupported(checkpoint) or (quantization and not packed):  # other methods' tensors are not decoded here
         return "", (), ()
     try:
         network = named_network(checkpoint) or empty_network(checkpoint)
@@ -134,4 +134,4 @@ def _beside_model(
         for name, shape in wanted.items()
         if shape is not None and shape != shapes[name]
     )
-    return type(network).__name__, tuple(absent(network, found)), misshapen
+    return type(network).__name__, tuple(missing_parameters(network, found)), misshapen

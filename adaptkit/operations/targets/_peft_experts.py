@@ -8,8 +8,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 
-from adaptkit.checkpoint.adapter_config import turns_stacks
-from adaptkit.networks.peft_names import DOWNS, GATES, STACKED, UPS, taken_for_experts
+from adaptkit.checkpoint.adapter_config import writes_transposed_experts
+from adaptkit.networks.peft_names import DOWNS, GATES, STACKED, UPS, mistaken_for_experts
 from adaptkit.operations._roles import expert_count
 from adaptkit.operations.targets import _peft_config, _scalings
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
@@ -34,7 +34,8 @@ def swapped(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         module = modules.get(pair.module.replace(".base_layer", ""))
         return module is None or bool(getattr(module, "is_transposed", False))
 
-    found = [pair.module for pair in files.pairs if pair.stacked and turns_stacks(files.config, is_transposed(pair))]
+    stacked = (pair for pair in files.pairs if pair.stacked)
+    found = [pair.module for pair in stacked if writes_transposed_experts(files.config, is_transposed(pair))]
     if found:
         yield Finding(
             "error",
@@ -105,7 +106,7 @@ def beside(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
     """Find modules that are not experts but are named like their matrices: peft takes them for parts of stacks."""
     family = (base.model_type if base else None) or ""
     modules = [pair.module for pair in files.pairs if not pair.stacked and not ONE_EXPERT.fullmatch(pair.module)]
-    taken = taken_for_experts(family, modules)
+    taken = mistaken_for_experts(family, modules)
     if taken:
         yield Finding(
             "error",

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 
 from adaptkit.checkpoint.progress import counted, size
 from adaptkit.checkpoint.signing import Signer
-from adaptkit.hub.foresight import foresee
+from adaptkit.hub.preflight import check_publishable
 from adaptkit.hub.publish import PublishOptions, PublishReport, publish
 from adaptkit.hub.sources import check_repo_id
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
@@ -29,7 +29,7 @@ class PublishStep(PublishOptions):
 
 
 def _precheck(options: PublishStep, signer: Signer, note: Callable[[str], None]) -> None:
-    foresee(options.repo, _signed_by(options, signer), note)
+    check_publishable(options.repo, _signed_by(options, signer), note)
 
 
 def _signed_by(options: PublishStep, signer: Signer) -> PublishStep:

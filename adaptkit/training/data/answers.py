@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import HINT
-from adaptkit.text.thoughts import Message, words_of
+from adaptkit.text.reasoning import Message, content_with_reasoning
 from adaptkit.text.tool_calls import CALLS, end_of_words, is_written
-from adaptkit.training.data.written import check_calls, lines, missing
+from adaptkit.training.data.completeness import check_calls, lines, missing
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _HALF_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
@@ -76,7 +76,7 @@ def ends_of(message: Message, text: str, closing: tuple[str, int] | None) -> End
         after = closing[0][len(closing[0]) - closing[1] :] if closing is not None else ""
         turn = text.removesuffix(after)
         return Ends(end_of_words(message[CALLS], turn), len(turn.rstrip()), len(turn))
-    last = lines(words_of(message))[-1]
+    last = lines(content_with_reasoning(message))[-1]
     at = text.rfind(last)
     said = len(text) if at < 0 else at + len(last)
     return Ends(said, said, len(text))
@@ -101,7 +101,7 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
     """
     if turn == 0:
         raise DataError("the first message is the assistant's", hint="begin with a user message")
-    content, opened = words_of(messages[turn]), _LAST_TAG.search(before)
+    content, opened = content_with_reasoning(messages[turn]), _LAST_TAG.search(before)
     said = content.removeprefix(opened[1]) if opened else content  # a thought mark that the prompt already contains
     if not through.startswith(before) or missing(said, through[len(before) : ends.said]):
         return None
@@ -147,7 +147,7 @@ def answer_as_asked(
         DataError: the prompt opens a thought but the answer has none, or the reverse; or the template leaves out a
             part of the answer, or changes the question itself.
     """
-    question, content = words_of(messages[turn - 1]), words_of(messages[turn])
+    question, content = content_with_reasoning(messages[turn - 1]), content_with_reasoning(messages[turn])
     same = shared(asked, answered)
     same -= len(half.group()) if (half := _HALF_TAG.search(asked[:same])) else 0
     opening = asked[same:]
@@ -197,7 +197,7 @@ def _check_thoughts(before: str, said: str, messages: Sequence[Message], turn: i
         messages: messages of the conversation.
         turn: index of the answer.
     """
-    content = words_of(messages[turn])
+    content = content_with_reasoning(messages[turn])
     if content.startswith("<think>") and said.rstrip().endswith(content) and "think" in _kinds(_lead(said, content)):
         raise DataError(
             f"the chat template adds reasoning of its own before that of message {turn + 1}",
@@ -205,7 +205,7 @@ def _check_thoughts(before: str, said: str, messages: Sequence[Message], turn: i
         )
     last = _LAST_TAG.search(before)
     kind = _kind(last[1]) if last else ""
-    if last is None or not _OF_THOUGHTS.search(kind) or words_of(messages[turn - 1]).endswith(last[1]):
+    if last is None or not _OF_THOUGHTS.search(kind) or content_with_reasoning(messages[turn - 1]).endswith(last[1]):
         return
     begun, thinks, found = not _CLOSES.search(last[1]), content.startswith("<think>"), _LEADING_TAGS.match(said)
     tags = [tag for tag in _TAG.findall(said) if _kind(tag) == kind]

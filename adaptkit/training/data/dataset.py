@@ -18,7 +18,7 @@ from adaptkit.errors import DataError
 from adaptkit.text.conversation import Example, asks_for_the_date, read_example
 from adaptkit.text.rows import is_on_hub, read_rows
 from adaptkit.text.tool_calls import CALLS
-from adaptkit.text.windows import check_known
+from adaptkit.text.windows import check_vocabulary
 from adaptkit.training.data.encoding import Encoder
 from adaptkit.training.data.ending import ends_after_answers
 from adaptkit.training.data.samples import Sample
@@ -91,7 +91,7 @@ class Dataset:
     dated: bool = False
 
     @property
-    def talks(self) -> bool:
+    def has_conversations(self) -> bool:
         """Whether there are conversations, not only text."""
         return any(set(source.layouts) - {"text"} for source in self.sources)
 
@@ -134,7 +134,7 @@ def load_data(
             f"{', '.join(map(str, sources))}: {reason if data.dropped else 'no rows'}",
             hint="raise --max-length" if data.dropped else "give a file with rows",
         )
-    data.dated = asks_for_the_date(tokenizer) and data.talks
+    data.dated = asks_for_the_date(tokenizer) and data.has_conversations
     return data
 
 
@@ -218,7 +218,7 @@ class _Collector:
                 f"{sample.source}: {len(sample.ids)} tokens are longer than the model's context of {self.context}",
                 hint=f"use --max-length {self.context}",
             )
-        check_known(sample.ids, self.known, sample.source)
+        check_vocabulary(sample.ids, self.known, sample.source)
         self.data.samples.append(sample)
         return sample
 

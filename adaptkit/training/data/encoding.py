@@ -15,8 +15,8 @@ from typing import Any
 
 from adaptkit.errors import DataError, UsageError
 from adaptkit.text.conversation import Conversation, Example, render
-from adaptkit.text.thoughts import Message
-from adaptkit.text.tokenizer_files import first_tokens
+from adaptkit.text.reasoning import Message
+from adaptkit.text.tokenizer_files import leading_special_tokens
 from adaptkit.text.tool_calls import Tools, is_text
 from adaptkit.training.data.answers import (
     Answer,
@@ -26,8 +26,8 @@ from adaptkit.training.data.answers import (
     shared,
     with_question,
 )
+from adaptkit.training.data.completeness import check_answers, check_questions
 from adaptkit.training.data.samples import IGNORED, Sample
-from adaptkit.training.data.written import check_answers, check_questions
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]
 """Token IDs, and the start and end of each in the text."""
@@ -85,7 +85,7 @@ class Encoder:
         self._ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
         self._known_ends = dict[str, bool]()
         self._known_closings = dict[bool, tuple[str, int] | None]()
-        self._begin = array("i", first_tokens(tokenizer))
+        self._begin = array("i", leading_special_tokens(tokenizer))
         self._cuts = _joins(tokenizer)
 
     def encode(self, examples: Sequence[tuple[str, Example]]) -> Iterator[Encoded]:
@@ -288,7 +288,7 @@ def conversation_ids(messages: Sequence[Message], tokenizer: Any, tools: Tools =
     """Return the tokens of a conversation, up to where the model answers."""
     (text,) = render([Conversation(messages, True, tools)], tokenizer)
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
-    return ids if tokenizer.chat_template is not None else [*first_tokens(tokenizer), *ids]
+    return ids if tokenizer.chat_template is not None else [*leading_special_tokens(tokenizer), *ids]
 
 
 def around_answer(tokenizer: Any, tools: Tools = ()) -> tuple[str, str, str, bool]:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from adaptkit.arguments import AnyPath, optional, several
+from adaptkit.arguments import AnyPath, as_path_or_none, as_paths
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import UsageError
-from adaptkit.networks.alone import alone
+from adaptkit.networks.model_lock import model_lock
 from adaptkit.training.evaluation.evaluate import check_request, load, measure, read_own
 from adaptkit.training.evaluation.material import Asked, read_material
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport
@@ -67,7 +67,7 @@ class _Subject:
         return Asked.of(self.base, self.adapter.root if self.adapter is not None else None)
 
 
-@alone()
+@model_lock()
 def compare(
     bases: AnyPath | Sequence[AnyPath],
     adapters: AnyPath | Sequence[AnyPath] = (),
@@ -101,11 +101,11 @@ def compare(
         DataError: data or text cannot be used.
         IntegrityError: a base, an adapter or the reference does not match its manifest.
     """
-    bases = several(bases)
-    adapters = several(adapters)
-    data = several(data)
-    text = several(text)
-    reference = optional(reference)
+    bases = as_paths(bases)
+    adapters = as_paths(adapters)
+    data = as_paths(data)
+    text = as_paths(text)
+    reference = as_path_or_none(reference)
     options = options or EvaluateOptions()
     check_request(data, text, options, reference)
     if not bases:

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from adaptkit.arguments import AnyPath, optional, several
+from adaptkit.arguments import AnyPath, as_path_or_none, as_paths
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.manifest import parent_of
 from adaptkit.errors import NonFiniteError, UsageError
-from adaptkit.networks.alone import alone
 from adaptkit.networks.architecture import empty_network
+from adaptkit.networks.model_lock import model_lock
 from adaptkit.text.windows import pad_id
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
-from adaptkit.training.device import attention_of_any_length, choose_device, choose_dtype, make_current, name_of
+from adaptkit.training.device import choose_device, choose_dtype, make_current, name_of, without_cudnn_attention
 from adaptkit.training.evaluation.generation import Generated, generate
 from adaptkit.training.evaluation.material import Asked, Material, read_material
 from adaptkit.training.evaluation.perplexity import measure_text, perplexity_of
@@ -31,10 +31,10 @@ from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.narrow import keep_narrow
 from adaptkit.training.network.tables import keep_in_host_memory
-from adaptkit.training.shortage import reports_out_of_memory
+from adaptkit.training.out_of_memory import reports_out_of_memory
 
 
-@alone()
+@model_lock()
 def evaluate(
     base: AnyPath,
     adapter: AnyPath | None = None,
@@ -64,10 +64,10 @@ def evaluate(
         IntegrityError: base, adapter or reference does not match its manifest.
     """
     base = Path(base)
-    adapter = optional(adapter)
-    data = several(data)
-    text = several(text)
-    reference = optional(reference)
+    adapter = as_path_or_none(adapter)
+    data = as_paths(data)
+    text = as_paths(text)
+    reference = as_path_or_none(reference)
     options = options or EvaluateOptions()
     check_request(data, text, options, reference)
     read = None if adapter is None else read_own(adapter)
@@ -132,7 +132,7 @@ def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -
     return model
 
 
-@attention_of_any_length()
+@without_cudnn_attention()
 @reports_out_of_memory(
     "while the model was evaluated", hint="use a smaller --batch-size, --max-length or --window, or --device cpu"
 )
@@ -172,7 +172,8 @@ def measure(
         answers={},
         own_template=material.own_template and bool(samples or options.prompts),
         trained_template=_other_template(base, adapter, options) if samples or options.prompts else None,
-        without_template=material.tokenizer.chat_template is None and (material.talks or bool(options.prompts)),
+        without_template=material.tokenizer.chat_template is None
+        and (material.has_conversations or bool(options.prompts)),
         unused={source.name: source.unused for source in sources if source.unused},
         twice=material.dataset.twice if material.dataset else 0,
     )

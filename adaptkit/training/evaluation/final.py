@@ -11,7 +11,7 @@ from typing import Any
 
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Conversation, render
-from adaptkit.text.thoughts import FIELD
+from adaptkit.text.reasoning import FIELD
 from adaptkit.training.data.encoding import around_answer
 
 _THINK_BEGIN, _THINK_END = "<think>", "</think>"

@@ -11,14 +11,14 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import set_template_kwargs
-from adaptkit.text.tokenizer_files import brings_tokenizer, load_tokenizer, load_tokenizer_of, template_beside
+from adaptkit.text.tokenizer_files import has_tokenizer, load_tokenizer, load_tokenizer_of, template_beside
 from adaptkit.text.windows import (
-    check_known,
     check_prompt,
+    check_vocabulary,
     check_window,
-    known_tokens,
-    longest_sequence,
+    context_length,
     read_tokens,
+    vocabulary_size,
 )
 from adaptkit.training.data.dataset import Dataset, load_data
 from adaptkit.training.data.encoding import as_message
@@ -50,7 +50,7 @@ class Asked:
     @classmethod
     def of(cls, base: Path, adapter: Path | None) -> Self:
         """Return this for a base, or for a base with an adapter."""
-        brings = adapter is not None and (brings_tokenizer(adapter) or template_beside(adapter) is not None)
+        brings = adapter is not None and (has_tokenizer(adapter) or template_beside(adapter) is not None)
         return cls(base, adapter if brings else None)
 
 
@@ -83,9 +83,9 @@ class Material:
     too_long: int
 
     @property
-    def talks(self) -> bool:
+    def has_conversations(self) -> bool:
         """Whether the data contains conversations."""
-        return self.dataset is not None and (bool(self.shots) or self.dataset.talks)
+        return self.dataset is not None and (bool(self.shots) or self.dataset.has_conversations)
 
 
 def read_material(
@@ -143,7 +143,7 @@ class _Reader:
         own = None if model.adapter is None else load_tokenizer(base).chat_template
         self._own_template = model.adapter is not None and self._tokenizer.chat_template != own
         set_template_kwargs(self._tokenizer, options.chat_template_kwargs)
-        self._context, self._known = longest_sequence(base), known_tokens(base)
+        self._context, self._known = context_length(base), vocabulary_size(base)
         self._max_length = min(options.max_length, self._context or options.max_length)
 
     def has_room(self, question: Question) -> bool:
@@ -176,7 +176,7 @@ class _Reader:
             check_prompt(self._base, prompt, len(ids), options.max_new_tokens)
         asked = [self._prompt(question, shots) for question in questions]
         for what, (ids, _) in zip((*options.prompts, *questions), (*prompts, *asked), strict=True):
-            check_known(ids, self._known, f"{self._base}: {'a prompt' if isinstance(what, str) else 'a question'}")
+            check_vocabulary(ids, self._known, f"{self._base}: {'a prompt' if isinstance(what, str) else 'a question'}")
         ended = (replace(one, references=without_ends(one.references, self._tokenizer)) for one in questions)
         questions = tuple(ended)
         if not all(answer.strip() for question in questions for answer in question.references):

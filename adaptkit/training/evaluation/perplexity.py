@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adaptkit.errors import BaseMismatchError
-from adaptkit.text.windows import check_known
+from adaptkit.text.windows import check_vocabulary
 from adaptkit.training.network.model import Model
 
 POSITIONS = 64
@@ -78,7 +78,7 @@ def measure_text(model: Model, windows: Tensor, reference: Model | None = None) 
 
 def _check_vocabulary(model: Model, windows: Tensor, reference: Model | None) -> None:
     known = model.network.get_input_embeddings().weight.shape[0]
-    check_known([int(windows.max())], known, str(model.checkpoint.root))
+    check_vocabulary([int(windows.max())], known, str(model.checkpoint.root))
     others = known if reference is None else reference.network.get_input_embeddings().weight.shape[0]
     if reference is not None and others != known:
         raise BaseMismatchError(

@@ -15,10 +15,10 @@ from typing import Any
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Example, read_example
+from adaptkit.text.reasoning import Message, without_reasoning
 from adaptkit.text.rows import read_rows
-from adaptkit.text.thoughts import Message, without_thoughts
 from adaptkit.text.tool_calls import CALLS, Tools
-from adaptkit.text.windows import check_known
+from adaptkit.text.windows import check_vocabulary
 from adaptkit.training.data.dataset import Dataset, order
 from adaptkit.training.data.encoding import Encoder, conversation_ids
 from adaptkit.training.data.samples import Sample
@@ -60,7 +60,7 @@ def read_questions(files: Sequence[Path], layout: str | None = None, *, to_score
             raise DataError(f"{where}: an answer without a question", hint="put a user message before it")
         if to_score and CALLS in answer:
             raise DataError(f"{where}: the answer calls a tool, which cannot be scored", hint="leave out --generate")
-        said = without_thoughts(answer["content"])
+        said = without_reasoning(answer["content"])
         if to_score and not said.strip():
             raise DataError(f"{where}: the answer is empty", hint="give every row a reference answer")
         key = json.dumps([before, example.tools], sort_keys=True)
@@ -194,7 +194,7 @@ def load_data_with_shots(
             length = len(sample.ids) - excess
             cut = Sample(sample.ids[:length], sample.labels[:length], where)
             if cut.answer_tokens:
-                check_known(cut.ids, known, where)
+                check_vocabulary(cut.ids, known, where)
                 samples.append(cut)
                 truncated += excess > 0
             else:

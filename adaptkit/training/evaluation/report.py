@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import several, texts, typed_fields
+from adaptkit.arguments import as_paths, as_texts, typed_fields
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.text.conversation import LAYOUTS
@@ -55,8 +55,8 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         typed_fields(self)
-        object.__setattr__(self, "shots_from", several(self.shots_from))
-        object.__setattr__(self, "prompts", texts(self.prompts))
+        object.__setattr__(self, "shots_from", as_paths(self.shots_from))
+        object.__setattr__(self, "prompts", as_texts(self.prompts))
         for name, least in (
             ("samples", 1),
             ("shots", 0),

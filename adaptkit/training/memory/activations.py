@@ -16,7 +16,7 @@ from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.memory import Memory, logits_bytes
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.memory.offload import Shelf
+from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.loss import works_in_place
 from adaptkit.training.network.probing import as_in_training
@@ -40,7 +40,7 @@ class Activations:
     checkpointing: Checkpointing
     bytes: int
     logits_bytes: int
-    shelf: Shelf | None = None
+    shelf: OffloadedTensors | None = None
     network: Any = None
 
     def shrink(self) -> bool:
@@ -86,7 +86,7 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     if found.layers and not config.shard_base:  # measuring stops a pass halfway: processes would wait for each other
         with contextlib.suppress(UsageError):  # layers that cannot be measured can still be trained
             needed = found.bytes_needed(measured(), offloaded)
-    shelf = Shelf(device) if offloaded else None
+    shelf = OffloadedTensors(device) if offloaded else None
     checkpoint_layers(network, found, shelf)
     return Activations(found, needed, logits, shelf, network if config.checkpointing == AUTO else None)
 

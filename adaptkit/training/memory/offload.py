@@ -38,7 +38,7 @@ class _Item:
     device: Tensor | None = None
 
 
-class Shelf:
+class OffloadedTensors:
     """Keeps tensors of one device in host memory.
 
     Args:

@@ -13,7 +13,7 @@ from adaptkit.numerics.adamw import STATE_BITS, AdamW
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory.moments import PagedState, page_elements
 from adaptkit.training.memory.parameters import Group, Trainable
-from adaptkit.training.shortage import is_out_of_memory
+from adaptkit.training.out_of_memory import is_out_of_memory
 
 PAGE_KIB = {"cpu": 2048, "cuda": 8192}
 """Page size by device type. On a GPU a page costs the host a few launches (a tenth of a millisecond) regardless of its

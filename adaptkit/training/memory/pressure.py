@@ -22,7 +22,7 @@ import torch
 from adaptkit.checkpoint.progress import counted
 from adaptkit.training.memory.paging import Pages
 from adaptkit.training.network.pinned import HostMemory
-from adaptkit.training.shortage import is_out_of_memory, shortage
+from adaptkit.training.out_of_memory import is_out_of_memory, out_of_memory_error
 
 Result = TypeVar("Result")
 
@@ -119,7 +119,7 @@ class Pressure:
             gc.collect()
             done = next(steps, "")
             if not done:
-                raise shortage(task.where, reason, task.hint)
+                raise out_of_memory_error(task.where, reason, task.hint)
             self._pages.counters.retries += 1
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -151,4 +151,4 @@ class Pressure:
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error)
-        raise shortage(task.where, reason, task.hint)
+        raise out_of_memory_error(task.where, reason, task.hint)

@@ -25,12 +25,12 @@ from adaptkit.networks.activations import (
     Checkpointing,
     LayerSize,
     fit_budget,
-    fit_room,
+    fit_memory,
     parse_policy,
 )
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.layer_call import LayerCall
-from adaptkit.training.memory.offload import Shelf
+from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.unread import standing_in
 
@@ -64,12 +64,12 @@ def choose_checkpointing(
     found = parse_policy(policy, len(layers))
     if policy == AUTO and room is not None:
         with contextlib.suppress(UsageError):  # layers that cannot be measured: use the default
-            return fit_room(room, measure(), offloaded)
+            return fit_memory(room, measure(), offloaded)
     return found if isinstance(found, Checkpointing) else fit_budget(found, measure(), offloaded)
 
 
 def checkpoint_layers(
-    network: nn.Module, checkpointing: Checkpointing, shelf: Shelf | None = None, done: int = 0
+    network: nn.Module, checkpointing: Checkpointing, shelf: OffloadedTensors | None = None, done: int = 0
 ) -> None:
     """Checkpoint a network's layers; takes effect wherever gradients are recorded.
 
@@ -136,7 +136,7 @@ class _Place:
     is_first: bool
     is_last: bool
     current: list[_Segment]
-    shelf: Shelf | None
+    shelf: OffloadedTensors | None
 
     def enter(self, hidden: Tensor) -> _Segment:
         """Return the segment of a layer that is about to run, created if the layer is the segment's first to run."""

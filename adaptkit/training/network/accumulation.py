@@ -1,8 +1,8 @@
 """Gradients that a layer accumulates into ``parameter.grad`` itself, instead of returning them to autograd.
 
 Autograd casts each gradient to the parameter's type and accumulates it in a separate node; for the small factors of an
-adapter that takes longer than computing the gradient. Inside ``adding_up``, a layer casts, scales and adds in one pass,
-and returns None to autograd.
+adapter that takes longer than computing the gradient. Inside ``accumulating``, a layer casts, scales and adds in one
+pass, and returns None to autograd.
 """
 
 from collections.abc import Iterator
@@ -14,11 +14,11 @@ from adaptkit.numerics.kernels._cpu_joined import add_scaled
 
 _accumulates = False
 """Process-wide, not thread-local: autograd runs a GPU's backward pass in a thread of its own. The process runs one
-backward pass at a time (see ``networks.alone``)."""
+backward pass at a time (see ``networks.model_lock``)."""
 
 
 @contextmanager
-def adding_up() -> Iterator[None]:
+def accumulating() -> Iterator[None]:
     """Let layers add to the ``grad`` of their parameters; for a backward pass that reaches all of these parameters."""
     global _accumulates
     before, _accumulates = _accumulates, True
@@ -29,7 +29,7 @@ def adding_up() -> Iterator[None]:
 
 
 def accumulate(parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Tensor | None:
-    """Accumulate a gradient inside ``adding_up`` if the parameter has a ``grad``; otherwise return it for autograd.
+    """Accumulate a gradient inside ``accumulating`` if the parameter has a ``grad``; otherwise return it for autograd.
 
     Hooks of the parameter do not see a gradient that is accumulated here.
 

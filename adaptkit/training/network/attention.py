@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaptkit.numerics.kernels._cpu_attention import gradient_block, row_products, softmax_block
 from adaptkit.numerics.kernels._cpu_float import float_bits
-from adaptkit.team import keeps_up, team_size
+from adaptkit.team import is_faster_than_torch, team_size
 from adaptkit.training.network.spans import Spans, causal_spans, mask_spans
 
 NAME = "adaptkit"
@@ -110,7 +110,7 @@ def use_own_attention(network: Any) -> None:
 
     if any(_asks_for_sdpa(module) for module in network.modules()):
         return
-    if network.config._attn_implementation == "sdpa" and keeps_up():
+    if network.config._attn_implementation == "sdpa" and is_faster_than_torch():
         AttentionInterface.register(NAME, _forward)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         network.set_attn_implementation(NAME)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.training.network.narrow import narrowed
-from adaptkit.training.network.remade import source_of
+from adaptkit.training.network.recompute import source_of
 
 
 def squared_rows(weight: Any) -> Tensor:
@@ -49,7 +49,7 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, squa
 
 
 class DoraProduct(torch.autograd.Function):
-    """The formula of the module's docstring; saves its input's source (see ``remade``), the adapter and X'Vᵀ, not W."""
+    """The formula of the module's docstring; saves its input's source (see ``recompute``), adapter and X'Vᵀ, not W."""
 
     @staticmethod
     def forward(

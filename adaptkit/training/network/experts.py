@@ -77,7 +77,7 @@ def _read_piece(assembly: Assembly, file_name: str) -> FrozenWeight:
     if file_name in assembly.quantized:
         checkpoint = assembly.checkpoint
         # Not a bound method: deepcopy of the network would then copy the checkpoint, too.
-        return PackedWeight(read_quantized(checkpoint, file_name), lambda tensor: checkpoint.give_back(tensor))
+        return PackedWeight(read_quantized(checkpoint, file_name), lambda tensor: checkpoint.release_pages(tensor))
     return PlainWeight(assembly.checkpoint.read(file_name))
 
 

@@ -2,7 +2,7 @@
 
 A module is recognized by what it computes, not by its name: it is run on a probe, and replaced only if its output
 equals the formula's bit for bit. The fused forward pass saves only its input, where torch's own saves three or four
-tensors of that size. The output is recomputed instead of saved: see ``remade``.
+tensors of that size. The output is recomputed instead of saved: see ``recompute``.
 
     norm       y = x / √(mean x² + eps) · w, or · (1 + w)          needs a frozen w
     gate       y = silu(gate) · up          in a module that computes down(silu(gate(x)) · up(x))
@@ -23,7 +23,7 @@ from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_layers import gate_backward, gate_forward, norm_backward, norm_forward
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.probing import exchanged, forked_random
-from adaptkit.training.network.remade import Recipe
+from adaptkit.training.network.recompute import Recipe
 from adaptkit.training.network.rotary import fuse_rotary
 
 

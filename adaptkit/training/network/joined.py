@@ -26,7 +26,7 @@ from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.groups import groups, join
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.packed_rows import packed_rows
-from adaptkit.training.network.remade import source_of
+from adaptkit.training.network.recompute import source_of
 
 _ALIGNED = 32
 """Columns are padded to a multiple of this; otherwise products take up to a fifth longer."""
@@ -101,7 +101,7 @@ def multiplied(members: tuple[_Member, ...], x: Tensor, dropped: Tensor) -> tupl
 
 
 class _Product(torch.autograd.Function):
-    """The formulas of the module's docstring; saves its input's source (see ``remade``), X' Aᵀ and adapter, not W."""
+    """The module docstring's formulas; saves its input's source (see ``recompute``), X' Aᵀ and adapter, not W."""
 
     @staticmethod
     def forward(

@@ -26,7 +26,7 @@ from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.groups import groups, join
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.narrow import narrowed, narrowed_below
-from adaptkit.training.network.remade import source_of
+from adaptkit.training.network.recompute import source_of
 
 
 def join_on_gpu(network: Any) -> list[list[nn.Parameter]]:
@@ -157,7 +157,7 @@ def _multiplied(weight: JoinedWeight, members: tuple[Callable[[], Any], ...], x:
 
 
 class _Product(torch.autograd.Function):
-    """The formulas of the module's docstring; saves its input's source (see ``remade``), X Aᵀ and adapters, not W."""
+    """The module docstring's formulas; saves its input's source (see ``recompute``), X Aᵀ and adapters, not W."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: JoinedWeight, scales: list[float], *factors: Tensor) -> tuple[Tensor, ...]:

@@ -24,7 +24,7 @@ from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
 from adaptkit.training.network.narrow import narrowed
 from adaptkit.training.network.packed_rows import decoded
-from adaptkit.training.network.remade import source_of
+from adaptkit.training.network.recompute import source_of
 from adaptkit.training.network.whole import TrainedWeight
 
 
@@ -33,7 +33,7 @@ class PackedWeight(nn.Module):
 
     Args:
         weight: the weight as it was read.
-        give_back: releases the resident pages of a memory-mapped tensor, ignores others; None if nothing is mapped.
+        release_pages: releases the resident pages of a memory-mapped tensor, ignores others; None if nothing is mapped.
 
     Attributes:
         is_transient: whether the mapped pages of its codes are released after each decoding, so that only few weights
@@ -45,10 +45,10 @@ class PackedWeight(nn.Module):
     nested_absmax: Tensor
     levels: Tensor
 
-    def __init__(self, weight: QuantizedWeight, give_back: Callable[[Tensor], None] | None = None) -> None:
+    def __init__(self, weight: QuantizedWeight, release_pages: Callable[[Tensor], None] | None = None) -> None:
         super().__init__()
         self.shape, self._encoding, self._dtype = weight.shape, weight.encoding, weight.dtype
-        self._give_back, self.is_transient = give_back, False
+        self._give_back, self.is_transient = release_pages, False
         self._offset: float | None = None
         constants, nested_absmax = weight.constants, torch.empty(0)
         if isinstance(constants, DoubleQuantized):
@@ -114,7 +114,7 @@ FrozenWeight = PackedWeight | PlainWeight
 
 
 class _Linear(torch.autograd.Function):
-    """The formula of the module's docstring; saves its input's source (see ``remade``) and the adapter, not W."""
+    """The formula of the module's docstring; saves its input's source (see ``recompute``) and the adapter, not W."""
 
     @staticmethod
     def forward(

@@ -93,7 +93,7 @@ def _older_names(model: Model, adapter: Adapter) -> dict[str, Place]:
     """Map the adapter's modules that the model lacks to their places, where an older transformers used that name."""
     known = parameter_places(model)
     weights = {f"{module}.weight" for module in (*adapter.modules, *adapter.tokens)}
-    weights |= {f"{name.rpartition('.')[0]}.weight" for name in (*adapter.replaced, *adapter.begins)}
+    weights |= {f"{name.rpartition('.')[0]}.weight" for name in (*adapter.replaced, *adapter.base_copies)}
     found = places(model.network, sorted(weights - known.keys()), known)
     return {name.removesuffix(".weight"): place for name, place in found.items()}
 
@@ -106,7 +106,7 @@ def _with_current_names(adapter: Adapter, older: Mapping[str, Place]) -> Adapter
         return moved[name] if name in moved else f"{moved[module]}.{kind}" if module in moved else name
 
     renamed: dict[str, Any] = {}
-    for part in ("modules", "magnitudes", "biases", "tokens", "replaced", "begins") if moved else ():
+    for part in ("modules", "magnitudes", "biases", "tokens", "replaced", "base_copies") if moved else ():
         before = getattr(adapter, part)
         renamed[part] = {current(name): value for name, value in before.items()}
         if len(renamed[part]) < len(before):
@@ -130,7 +130,7 @@ def _check_supported(model: Model, adapter: Adapter, older: Mapping[str, Place])
         "a low-rank change of an embedding": next(iter(sorted(adapter.embeddings)), None),
         "a low-rank change of the output layer": head,
         "a change of a weight that differs from the base's": next(
-            (name for name, key in adapter.begins.items() if not _equals_base(model, name, adapter.files.read(key))),
+            (n for n, key in adapter.base_copies.items() if not _equals_base(model, n, adapter.files.read(key))),
             None,
         ),
     }

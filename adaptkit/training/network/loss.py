@@ -18,7 +18,7 @@ from adaptkit.networks.memory import rows_at_a_time
 from adaptkit.numerics.kernels import has_triton
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_loss import cross_entropy
-from adaptkit.team import keeps_up
+from adaptkit.team import is_faster_than_torch
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.data.samples import IGNORED
 from adaptkit.training.network.linear import LoraLinear
@@ -225,7 +225,7 @@ def _chunk_loss(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
 def _has_kernel(logits: Tensor) -> bool:
     """Return whether to use the fused CPU kernel: where its one pass is faster than several of torch's."""
     is_known = logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous()
-    return logits.device.type == "cpu" and is_known and keeps_up()
+    return logits.device.type == "cpu" and is_known and is_faster_than_torch()
 
 
 def works_in_place(device: torch.device) -> bool:

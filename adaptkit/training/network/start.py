@@ -23,7 +23,7 @@ from adaptkit.networks.kinds import (
     is_shared_by_layers,
 )
 from adaptkit.networks.matching import EVERYTHING, matching
-from adaptkit.networks.peft_names import renamed_in_peft, taken_for_experts
+from adaptkit.networks.peft_names import mistaken_for_experts, renamed_in_peft
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.network.adapt import (
     bias_names,
@@ -32,10 +32,10 @@ from adaptkit.training.network.adapt import (
     train_rows,
     train_whole,
 )
-from adaptkit.training.network.fresh import AdapterShape, new_adapter, new_stack_adapters
 from adaptkit.training.network.lineage import Weights, check_base
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import Model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter, new_stack_adapters
 from adaptkit.training.network.whole import TrainedWeight
 from adaptkit.training.settings import refuse
 
@@ -110,7 +110,7 @@ def _check_additions(adapter: Adapter, config: TrainConfig) -> None:
         )
 
 
-def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: Any) -> None:
+def add_trainable(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: Any) -> None:
     """Add everything that a run trains to a model, with initial values.
 
     Args:
@@ -146,7 +146,7 @@ def begin(model: Model, config: TrainConfig, start: Adapter | None, tokenizer: A
         train_rows(model, path, list(dict.fromkeys(_token(text, tokenizer) for text in config.trainable_tokens)))
 
 
-def foretold(model: Model, config: TrainConfig) -> tuple[str, ...]:
+def early_warnings(model: Model, config: TrainConfig) -> tuple[str, ...]:
     """Return warnings about an adapter that are known before training: three lines, empty where there is none."""
     return left_out(model, config), cannot_be_merged(model, config), peft_drops(model)
 
@@ -177,7 +177,7 @@ def _layers_left(model: Model, left: Sequence[str]) -> str:
     ]
     found.append((len(left) - sum(count for count, *_ in found), "layer", " outside the language model"))
     kinds = " and ".join(f"{counted(count, noun)}{which}" for count, noun, which in found if count)
-    return f"no adapter, unless targeted by name, for {kinds}: {shortened(left)}"
+    return f"no adapter, unless targeted by name, for {kinds}: {first_names(left)}"
 
 
 def _stacks_left(model: Model) -> str:
@@ -186,7 +186,7 @@ def _stacks_left(model: Model) -> str:
     if not left:
         return ""
     stacks = counted(len(left), "stack")
-    return f"no adapter, without target_parameters, for {stacks} of expert matrices: {shortened(left)}"
+    return f"no adapter, without target_parameters, for {stacks} of expert matrices: {first_names(left)}"
 
 
 def cannot_be_merged(model: Model, config: TrainConfig) -> str:
@@ -201,7 +201,7 @@ def cannot_be_merged(model: Model, config: TrainConfig) -> str:
     trained = [*model.adapted(), *(name.rpartition(".")[0] for name in model.whole)]
     shared = [name for name in trained if is_shared_by_layers(model.network.config.model_type, f"{name}.")]
     notes = [
-        f"{len(names)} of its layers {one if len(names) == 1 else some}: {shortened(names)}"
+        f"{len(names)} of its layers {one if len(names) == 1 else some}: {first_names(names)}"
         for names, one, some in (
             (no_bias, "has no bias to add B's to", "have no bias to add B's to"),
             (shared, "shares a weight with other layers", "share weights with other layers"),
@@ -214,14 +214,14 @@ def cannot_be_merged(model: Model, config: TrainConfig) -> str:
 def peft_drops(model: Model) -> str:
     """Return a line on which layers' adapters peft will not load; empty if it loads all."""
     kind, adapted = model.network.config.model_type, model.adapted()
-    others = {*renamed_in_peft(model.network, adapted), *taken_for_experts(kind, adapted)}
+    others = {*renamed_in_peft(model.network, adapted), *mistaken_for_experts(kind, adapted)}
     if not others:
         return ""
     named = f"peft drops {counted(len(others), 'adapter')}, mistaking them for other modules'; merge does not"
-    return f"{named}: {shortened(sorted(others))}"
+    return f"{named}: {first_names(sorted(others))}"
 
 
-def shortened(names: Sequence[str]) -> str:
+def first_names(names: Sequence[str]) -> str:
     """Return the first two names, with an ellipsis if there are more."""
     return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
 

@@ -22,7 +22,7 @@ from adaptkit.checkpoint.layout import index_bytes
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
 from adaptkit.operations._quantize.selection import matches_any, select, skip_modules
-from adaptkit.operations._roles import roles_by_name, roles_here, stores_transposed
+from adaptkit.operations._roles import determine_roles, roles_by_name, stores_transposed
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 
@@ -236,7 +236,7 @@ def test_readers_convert_what_is_chosen_in_any_architecture(model_type, tmp_path
     config.save_pretrained(tmp_path)
     checkpoint = Checkpoint(tmp_path)
     always = list(network._keep_in_fp32_modules or [])
-    answers = [roles_here(checkpoint)]
+    answers = [determine_roles(checkpoint)]
     if not model_type.startswith("zamba"):  # names do not tell which layers share a weight
         answers.append(roles_by_name(checkpoint, "asked to"))
     for roles in answers:

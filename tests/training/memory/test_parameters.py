@@ -5,8 +5,8 @@ import torch
 
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.adapt import parameter_places, train_whole
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 23).view(1, 20)

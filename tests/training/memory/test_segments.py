@@ -12,12 +12,12 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing
 from adaptkit.training.memory import segments
 from adaptkit.training.memory.activations import Activations
-from adaptkit.training.memory.offload import Shelf
+from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 
 def checkpoint(network, policy, shelf=None):
@@ -92,7 +92,7 @@ def test_no_more_gradients_are_asked_for_than_without_checkpointing(deep_nf4, po
 def test_neither_a_shelf_nor_whole_last_layers_change_a_bit(deep_nf4, unsegmented):
     """Twice: the second step takes the shelf's buffers again."""
     expected, _, random_after = unsegmented(0.1)
-    shelf = Shelf(torch.device("cpu"))
+    shelf = OffloadedTensors(torch.device("cpu"))
     for checkpointing in ("segments:3", Checkpointing(7, 2, whole=2)):
         found, count, random_found = gradients(deep_nf4, checkpointing, 0.1, twice=True, shelf=shelf)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -327,7 +327,7 @@ def test_layers_that_do_not_return_hidden_states_first_are_refused():
 @pytest.mark.parametrize(("policy", "checked"), [("none", 0), ("layer", 7), ("sqrt", 7), (Checkpointing(7, 2, 3), 4)])
 def test_checkpointed_layers_let_the_pages_of_their_packed_weights_go(deep_nf4, policy, checked, joined, monkeypatch):
     given = []
-    monkeypatch.setattr(pages, "give_back", lambda start, size: given.append((start, size)))
+    monkeypatch.setattr(pages, "release_pages", lambda start, size: given.append((start, size)))
     model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     if joined:

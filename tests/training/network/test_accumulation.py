@@ -7,11 +7,11 @@ import torch
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.network import joined
-from adaptkit.training.network.accumulation import accumulate, adding_up
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
+from adaptkit.training.network.accumulation import accumulate, accumulating
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.linear import LoraLinear, PlainWeight
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 
 def loaded(made):
@@ -43,7 +43,7 @@ def test_a_pass_that_adds_up_gives_what_autograd_gives(made, monkeypatch):
     given = []
     monkeypatch.setattr(joined, "accumulate", lambda *args: given.append(accumulate(*args)))
     for loss in losses(model):
-        with adding_up():
+        with accumulating():
             torch.autograd.backward(loss)
     assert given == [None] * 2 * len(trained), "autograd has nothing to add"
     for parameter, grad, first, second in zip(trained, kept, *expected, strict=True):
@@ -57,11 +57,11 @@ def test_whoever_asks_for_gradients_has_them_and_nothing_is_added(made):
     model = loaded(made)
     trained = [p for p in model.network.parameters() if p.requires_grad]
     loss, again = losses(model)
-    with adding_up():
+    with accumulating():
         found = torch.autograd.grad(loss, trained)
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
-    with adding_up():
+    with accumulating():
         pass
     asked = torch.autograd.grad(again, trained)
     assert all(grad.abs().max() > 0 for grad in (*found, *asked))
@@ -72,7 +72,7 @@ def test_an_error_ends_the_adding():
     parameter = torch.nn.Parameter(torch.ones(3, 1))
     parameter.grad = torch.zeros(3, 1)
     try:
-        with adding_up():
+        with accumulating():
             raise RuntimeError
     except RuntimeError:
         pass
@@ -87,7 +87,7 @@ def test_a_gradient_of_another_type_is_widened_before_it_is_scaled():
     expected = grad.float() * 1.01
     torch.testing.assert_close(accumulate(parameter, grad, 1.01), expected, rtol=1e-7, atol=0)
     parameter.grad = torch.zeros(3, 1)
-    with adding_up():
+    with accumulating():
         assert accumulate(parameter, grad, 1.01) is None
     torch.testing.assert_close(parameter.grad, expected, rtol=1e-7, atol=0)
 
@@ -105,7 +105,7 @@ def test_a_layer_by_itself_adds_up_too(dropped):
     expected = torch.autograd.grad(loss(), [x, layer.lora_a, layer.lora_b])
     for parameter in (layer.lora_a, layer.lora_b):
         parameter.grad = torch.ones_like(parameter)
-    with adding_up():
+    with accumulating():
         torch.autograd.backward(loss())
     torch.testing.assert_close(x.grad, expected[0])
     for parameter, grad in zip((layer.lora_a, layer.lora_b), expected[1:], strict=True):

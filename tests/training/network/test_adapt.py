@@ -31,7 +31,7 @@ from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model
-from adaptkit.training.network.start import begin, resolve_method
+from adaptkit.training.network.start import add_trainable, resolve_method
 from adaptkit.training.result import records_of, write_result
 
 CPU = torch.device("cpu")
@@ -94,7 +94,7 @@ def begun(base, settings, noise=0.05):
     config = TrainConfig(base=str(base), data=("none",), **{"rank": 4, "compute_dtype": "float32"} | settings)
     config = resolve_method(config, Checkpoint(base))
     model = load_model(base, torch.float32, CPU)
-    begin(model, config, None, load_tokenizer(base))
+    add_trainable(model, config, None, load_tokenizer(base))
     trainable = Trainable.of(model, config.lora_plus_ratio)
     generator = torch.Generator().manual_seed(7)
     trainable.values.add_(torch.randn(trainable.values.shape, generator=generator), alpha=noise)
@@ -326,7 +326,7 @@ def test_in_bfloat16_a_fresh_adapter_changes_no_logit(bases):
     settings = {"dora": True, "modules_to_save": ("norm",), "trainable_tokens": ("%",), "compute_dtype": "bfloat16"}
     config = TrainConfig(base=str(base), data=("none",), rank=4, **settings)
     model, plain = (load_model(base, torch.bfloat16, CPU) for _ in range(2))
-    begin(model, config, None, load_tokenizer(base))
+    add_trainable(model, config, None, load_tokenizer(base))
     Trainable.of(model)
     assert all(p.dtype == torch.float32 for p in model.network.parameters() if p.requires_grad)
     assert torch.equal(logits(model.network), logits(plain.network))

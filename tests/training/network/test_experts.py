@@ -22,9 +22,9 @@ from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.experts import ExpertList, read_weight
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.linear import PackedWeight, PlainWeight
 from adaptkit.training.network.model import _decoded_bytes, load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 43).view(2, 20)
@@ -130,7 +130,7 @@ def test_the_graph_keeps_no_unpacked_experts(folders, implementation, monkeypatc
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_pages_of_packed_experts_go_where_layers_are_checkpointed(folders, family, monkeypatch):
     given = set()
-    monkeypatch.setattr(pages, "give_back", lambda start, size: given.add((start, size)))
+    monkeypatch.setattr(pages, "release_pages", lambda start, size: given.add((start, size)))
     model = load_model(folders[family].packed, torch.float32, CPU)
     checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", measure=None))
     model.network.eval()(IDS, use_cache=False)

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 REPLACED = {"llama": (5, 2), "qwen3": (9, 2), "gemma": (5, 0), "phi": (0, 0), "mixtral": (5, 0)}
 """Norms and gates: qwen3 norms queries and keys too, gemma's gate is no SiLU, phi has neither, mixtral has stacks."""

@@ -21,11 +21,11 @@ from adaptkit.training.data.batches import Batch
 from adaptkit.training.distributed import World
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.memory.parameters import Trainable
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.joined import _can_join, _Member, join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 LLAMA = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
 GROUPS = {

@@ -24,11 +24,11 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import joined_gpu, linear
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.joined_gpu import JoinedWeight, join_on_gpu
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.narrow import keep_narrow
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
 

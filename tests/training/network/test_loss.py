@@ -11,9 +11,9 @@ from adaptkit.networks.activations import Checkpointing
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network import loss
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 VOCABULARY = 320
 
@@ -172,7 +172,7 @@ class Largest(TorchDispatchMode):
 
 def test_no_more_logits_exist_than_a_chunk_has(llama, monkeypatch):
     monkeypatch.setattr(loss, "_rows", lambda hidden, head: 8)
-    monkeypatch.setattr(loss, "keeps_up", lambda: True)  # else a copy in float32 lies beside them
+    monkeypatch.setattr(loss, "is_faster_than_torch", lambda: True)  # else a copy in float32 lies beside them
     model = loaded(llama)
     batch = batch_of((60, 60), model.network.config.vocab_size)
     with Largest(model.network.config.vocab_size) as seen:

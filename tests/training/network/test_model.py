@@ -21,10 +21,10 @@ from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.device import choose_device
 from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network import model
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.loading import attach_adapter
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 33, 71, 100, 7, 12, 64]])

@@ -10,11 +10,11 @@ from adaptkit.training.loop import train
 from adaptkit.training.memory.activations import layer_sizes
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.narrow import keep_narrow, narrowed, narrowed_below
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
 BFLOAT16 = torch.bfloat16

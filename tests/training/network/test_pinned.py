@@ -7,7 +7,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.memory import paging
 from adaptkit.training.memory.moments import PagedState
-from adaptkit.training.memory.offload import Shelf
+from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.network.pinned import HostMemory, pinned
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -53,7 +53,7 @@ def test_pages_and_shelves_do_without_pinned_memory():
     assert state.pages.memory.is_short
     state.pages.set_budget(None)
     assert state.vectors()["first_moment"].whole().tolist() == list(range(1000))
-    shelf = Shelf(CPU)
+    shelf = OffloadedTensors(CPU)
     shelf.memory._pins = True
     assert torch.equal(shelf.put(torch.arange(5))(), torch.arange(5))
     assert shelf.memory.is_short

@@ -10,8 +10,8 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 
 from adaptkit.training.network import rotary
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 from adaptkit.training.network.rotary import fuse_rotary
 
 TYPES = [torch.bfloat16, torch.float32]

@@ -23,7 +23,7 @@ from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.lineage import Weights, check_base
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import load_model
-from adaptkit.training.network.start import begin, read_start, resolve_method
+from adaptkit.training.network.start import add_trainable, read_start, resolve_method
 from adaptkit.training.result import records_of, write_result
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ def begun(base, dtype=torch.float32, **settings):
     config = resolve_method(TrainConfig(base=str(base), data=("none",), **RUN | own | settings), Checkpoint(base))
     model = load_model(base, dtype, CPU)
     start = read_start(config, None)
-    begin(model, config, start, load_tokenizer(base))
+    add_trainable(model, config, start, load_tokenizer(base))
     return model, config, start
 
 

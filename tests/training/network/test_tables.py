@@ -9,8 +9,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from adaptkit.networks import tables
 from adaptkit.networks.tables import host_tables
 from adaptkit.training.network.adapt import train_rows, train_whole
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 from adaptkit.training.network.tables import hold_in_host_memory, keep_in_host_memory
 
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ from transformers import CONFIG_MAPPING
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import fused as fused_layers
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.model import load_model
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 from adaptkit.training.network.unread import mark_unread, standing_in
 
 CPU = torch.device("cpu")

@@ -6,12 +6,12 @@ import pytest
 import tiny
 import torch
 
-from adaptkit.training.network import dora, joined, linear, remade
-from adaptkit.training.network.fresh import AdapterShape, new_adapter
+from adaptkit.training.network import dora, joined, linear, recompute
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.model import load_model
-from adaptkit.training.network.remade import Recipe, source_of
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
+from adaptkit.training.network.recompute import Recipe, source_of
 
 
 def model_of(made, dtype, uses_dora=False, joins=False):
@@ -127,4 +127,4 @@ def test_nothing_travels_where_no_gradients_are_recorded(made):
     model.linears["model.layers.0.mlp.down_proj"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     with torch.no_grad():
         model.network(input_ids=torch.arange(8)[None], use_cache=False)
-    assert not hasattr(seen[0], remade._ATTRIBUTE)
+    assert not hasattr(seen[0], recompute._ATTRIBUTE)

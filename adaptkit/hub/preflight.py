@@ -11,7 +11,7 @@ from adaptkit.hub._remote import check_repo_id, look_up
 from adaptkit.hub.publish import PublishOptions, refuse_absent
 
 
-def foresee(repo_id: str, options: PublishOptions, note: Note) -> None:
+def check_publishable(repo_id: str, options: PublishOptions, note: Note) -> None:
     """Refuse what ``publish`` would refuse for an artifact that the repository does not hold yet.
 
     Whether an absent repository may be created under this name cannot be known before trying.

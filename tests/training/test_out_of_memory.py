@@ -17,7 +17,7 @@ from adaptkit.training.evaluation.report import EvaluateOptions
 from adaptkit.training.loop import train
 from adaptkit.training.memory import moments, paging
 from adaptkit.training.memory.optimizer import PagedAdamW
-from adaptkit.training.shortage import reports_out_of_memory
+from adaptkit.training.out_of_memory import reports_out_of_memory
 
 
 def full(*arguments, **named):

@@ -11,7 +11,7 @@ _INPUT_ERROR_CODES = (2, 3, 4, 5)
 
 
 @contextmanager
-def discarding(output: Output) -> Iterator[None]:
+def discard_on_bad_input(output: Output) -> Iterator[None]:
     """Discard a partial output if the block fails because of its inputs or options, since no later run can reuse it.
 
     Keep it after a disk error, an interruption or a kill, so that the same command can resume.

@@ -13,7 +13,7 @@ _LOCK = threading.RLock()
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def model_lock() -> Iterator[None]:
     """Hold the lock, which is reentrant, while the block or the decorated function runs.
 
     Raises:

@@ -22,7 +22,7 @@ _QUESTION = {"role": "user", "content": "question"}
 _THOUGHT, _ANSWER = "inkling", "answer"
 
 
-def read_thoughts(message: Mapping[str, Any], content: str, where: str) -> str:
+def read_reasoning(message: Mapping[str, Any], content: str, where: str) -> str:
     """Return the thoughts in the fields of a message; empty if there are none, or if the content has them too.
 
     Raises:
@@ -41,19 +41,19 @@ def read_thoughts(message: Mapping[str, Any], content: str, where: str) -> str:
     return "" if inline else "".join(found)
 
 
-def words_of(message: Message) -> str:
+def content_with_reasoning(message: Message) -> str:
     """Return a message's content, with thoughts of a separate field put before it as ``<think>...</think>``."""
     said: str = message["content"]
     return _in_content(message[FIELD], said) if FIELD in message else said.strip()
 
 
-def without_thoughts(content: str) -> str:
+def without_reasoning(content: str) -> str:
     """Return a content without its ``<think>...</think>``."""
     inline = _IN_CONTENT.fullmatch(content)
     return inline[2].strip() if inline else content
 
 
-class ThoughtFields:
+class ReasoningFields:
     """Where one chat template reads thoughts; found out by rendering probes.
 
     Args:

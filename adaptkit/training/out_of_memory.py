@@ -20,7 +20,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in _WORDS)
 
 
-def shortage(where: str, reason: str, hint: str) -> UsageError:
+def out_of_memory_error(where: str, reason: str, hint: str) -> UsageError:
     """Return the error to raise if memory runs out.
 
     Args:
@@ -47,4 +47,4 @@ def reports_out_of_memory(where: str, hint: str) -> Iterator[None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        raise shortage(where, str(error), hint) from error
+        raise out_of_memory_error(where, str(error), hint) from error

@@ -106,7 +106,7 @@ class Sources:
         return [(name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
 
     def _paths(self) -> Iterator[Path]:
-        for name in ("compiled.py", "compiler.py", "kept.py"):
+        for name in ("compiled.py", "compiler.py", "kernel_cache.py"):
             yield Path(__file__).with_name(name)
         yield from sorted(self._folder.glob("[!.]*.py"))  # an editor's lock is a link to nowhere, .#name.py
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import HINT
-from adaptkit.text.thoughts import Message, words_of
-from adaptkit.text.tool_calls import CALLS, Tools, is_written, missing_in, names_of
+from adaptkit.text.reasoning import Message, content_with_reasoning
+from adaptkit.text.tool_calls import CALLS, Tools, first_missing_word, is_written, names_of
 
 _BETWEEN_LINES = re.compile(r"\n|</?think>")
 _SWITCH = re.compile(r"(?<!\S)/\w+")
@@ -42,7 +42,7 @@ def check_answers(messages: Sequence[Message], text: str) -> None:
     for number, message in enumerate(messages, 1):
         if message["role"] != "assistant":
             continue
-        at, missing = _search(words_of(message), text, at)
+        at, missing = _search(content_with_reasoning(message), text, at)
         if missing:
             raise DataError(
                 f"the chat template leaves out a part of message {number}: {missing[:60]!r}",
@@ -62,7 +62,7 @@ def check_calls(messages: Sequence[Message], turn: int, said: str) -> None:
     Raises:
         DataError: something is missing. Many templates support no tool calls, or only one at a time.
     """
-    missing = missing_in(messages[turn].get(CALLS, ()), said)
+    missing = first_missing_word(messages[turn].get(CALLS, ()), said)
     if missing:
         raise DataError(
             f"the chat template leaves out a part of the tool calls in message {turn + 1}: {missing[:60]!r}",
