@@ -16,7 +16,8 @@ def what_triton_lacks() -> str:
     """
     if find_spec("triton") is None:
         return "the package triton"
-    if "CC" not in os.environ and not any(map(shutil.which, ("gcc", "clang"))):
+    named = os.environ.get("CC")
+    if not any(map(shutil.which, ("gcc", "clang") if named is None else (named,))):
         return "a C compiler (gcc, clang, or the one that CC names)"
     scheme = sysconfig.get_default_scheme()
     places = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)  # posix_local is Debian's

@@ -36,7 +36,9 @@ def test_it_is_there_where_it_can_compile(machine, monkeypatch):
     machine()
     assert not has_triton("cuda")
     monkeypatch.setenv("CC", "/opt/cc")
-    what_triton_lacks.cache_clear()
+    machine("gcc")
+    assert not has_triton("cuda")  # Triton runs what CC names, or nothing
+    machine("/opt/cc")
     assert has_triton("cuda")
     assert not has_triton("cpu")
     assert triton_warning(torch.device("cuda")) == triton_warning(torch.device("cpu")) == ""

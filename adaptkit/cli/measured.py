@@ -103,7 +103,7 @@ def _left_out(comparison: "Comparison") -> dict[str, list[str]]:
         counts = (
             (report.truncated, "sample", f" {CUT}"),
             (report.dropped, "sample", " dropped: no answer left after the cut"),
-            (report.fewer_shots, "prompt", " with room for fewer examples than --shots"),
+            (report.fewer_shots, "question", " with room for fewer examples than --shots"),
             (report.generated.unfinished if report.generated else 0, "answer", " cut at --max-new-tokens"),
             (report.generated.empty if report.generated else 0, "empty answer", ""),
         )

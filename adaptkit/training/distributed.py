@@ -107,7 +107,8 @@ def join(device: str) -> Iterator[World]:
     size = world_size()
     mine = choose_device(device)
     if size > 1 and mine.type == "cuda":
-        mine = _own_gpu(mine, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        with _environment_errors():
+            mine = _own_gpu(mine, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
     make_current(mine)
     if size == 1:
         yield World(mine)

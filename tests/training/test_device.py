@@ -105,6 +105,14 @@ def test_more_processes_than_gpus_are_told_how_many_there_are(gpus, torchrun, as
     assert "--nproc-per-node 2" in caught.value.hint
 
 
+@pytest.mark.parametrize("name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_a_number_of_torchruns_that_is_none_is_named(gpus, torchrun, monkeypatch, name):
+    torchrun(0, 2)
+    monkeypatch.setenv(name, "first")
+    with pytest.raises(UsageError, match=r"which of several processes this is: .*'first'"), join("cuda"):
+        pass
+
+
 def test_one_gpu_is_not_for_several_processes_of_a_machine(gpus, torchrun, monkeypatch):
     torchrun(0, 2)
     with pytest.raises(UsageError, match="'cuda:1': is one GPU, but 2 processes"), join("cuda:1"):

@@ -85,7 +85,7 @@ class Material:
     @property
     def has_conversations(self) -> bool:
         """Whether the data contains conversations."""
-        return self.dataset is not None and (bool(self.shots) or self.dataset.has_conversations)
+        return self.dataset is not None and self.dataset.has_conversations
 
 
 def read_material(

@@ -6,9 +6,10 @@ references. Examples are whole conversations that precede it as turns of the sam
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from adaptkit.text.reasoning import Message, without_reasoning
 from adaptkit.text.rows import read_rows
 from adaptkit.text.tool_calls import CALLS, Tools
 from adaptkit.text.windows import check_vocabulary
-from adaptkit.training.data.dataset import Dataset, order
+from adaptkit.training.data.dataset import Dataset, load_data, order
 from adaptkit.training.data.encoding import Encoder, conversation_ids
 from adaptkit.training.data.samples import Sample
 
@@ -178,18 +179,21 @@ def load_data_with_shots(
         known: vocabulary size of the model; None for no limit.
 
     Returns:
-        The samples, and the number of rows without room for all examples.
+        The samples, with reports on the sources that count samples before any cut; and the number of rows without room
+        for all examples.
     """
+    conversations = list(_conversations(files, layout))
+    plain = load_data(files, tokenizer, sys.maxsize, layout=layout)
+    without_shots = {where: list(found) for where, found in groupby(plain.samples, lambda sample: sample.source)}
     encoder = Encoder(tokenizer)
     samples, truncated, dropped, fewer = [], 0, 0, 0
-    for where, example in _conversations(files, layout):
-        alone = _encode(encoder, example, (), where)
+    for where, example in conversations:
         for left_out in range(len(shots) + 1):
             whole = _encode(encoder, example, shots[left_out:], where)
             if longest is None or all(len(sample.ids) <= longest for sample in whole):
                 break
         fewer += left_out > 0
-        for shorter, sample in zip(alone, whole, strict=True):
+        for shorter, sample in zip(without_shots[where], whole, strict=True):
             excess = max(0, len(shorter.ids) - max_length)
             length = len(sample.ids) - excess
             cut = Sample(sample.ids[:length], sample.labels[:length], where)
@@ -204,7 +208,7 @@ def load_data_with_shots(
             f"{', '.join(map(str, files))}: no row has an answer within max_length {max_length}",
             hint="raise --max-length",
         )
-    return Dataset(samples, truncated, dropped), fewer
+    return replace(plain, samples=samples, truncated=truncated, dropped=dropped), fewer
 
 
 def _encode(encoder: Encoder, example: Example, shots: Sequence[Messages], where: str) -> tuple[Sample, ...]:

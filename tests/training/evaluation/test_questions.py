@@ -159,6 +159,25 @@ def test_loss_with_examples_is_on_the_same_tokens_as_without(llama, tmp_path):
     assert all(len(sample.ids) <= room for sample in tight.samples)
 
 
+@pytest.mark.parametrize("max_length", [1024, 40])
+def test_examples_change_nothing_about_what_is_said_of_the_rows(llama, tmp_path, max_length):
+    """How many answers bring an end token, what is not used, how long samples are, and how many are cut or dropped."""
+    tokenizer = load_tokenizer(llama)
+    path = write(tmp_path / "rows.jsonl", [
+        {"instruction": "one", "output": f"first{tokenizer.eos_token}", "topic": "numbers"},
+        {"instruction": "two", "output": "second " * 30},
+        {"messages": [user("why " * 60), said("third")]},
+        {"messages": [user("four"), said("fourth"), user("unanswered")]},
+    ])  # fmt: skip
+    alone = load_data([path], tokenizer, max_length)
+    found, _ = load_data_with_shots([path], tokenizer, [(user("0"), said("zero"))], max_length, None)
+    for name in ("truncated", "dropped", "longest", "longest_at", "twice", "twice_at", "empty", "split"):
+        assert getattr(found, name) == getattr(alone, name), name
+    assert [(s.name, s.unused) for s in found.sources] == [(s.name, s.unused) for s in alone.sources]
+    assert (found.twice, bool(found.sources[0].unused)) == (1, True)
+    assert found.has_conversations
+
+
 def test_a_question_is_asked_with_its_tools_and_a_call_is_no_reference(llama, tmp_path):
     tool = {"name": "depth", "parameters": {"type": "object", "properties": {}}}
     call = {"role": "assistant", "tool_calls": [{"name": "depth", "arguments": {"of": "Rhine"}}]}
