@@ -1,4 +1,4 @@
-"""One layer at a time gives the gradients that autograd gives on the whole model."""
+"""Gradients measured layer by layer equal those that autograd computes on the whole model."""
 
 import errno
 from functools import partial
@@ -46,12 +46,12 @@ def layer_gradients(tmp_path):
 
 
 def windows(count=5, length=20):
-    """Without the padding token, whose embedding is zero: there the norms' gradients are huge."""
+    """Return random tokens without padding, whose embedding is zero: there the norms' gradients are huge."""
     return torch.randint(3, 90, (count, length), generator=torch.Generator().manual_seed(0))
 
 
 def by_autograd(folder, tokens):
-    """Of every linear, the gradients of `TOKEN`'s log-likelihood in its output, by transformers and autograd alone."""
+    """Compute E[g²] of linears' outputs for `TOKEN`'s log-likelihood, with transformers and autograd alone."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     head, outputs = model.get_output_embeddings(), {}
     tied = head.weight is model.get_input_embeddings().weight
@@ -73,12 +73,12 @@ def of_all(layers):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_gradients_are_those_of_autograd_on_the_whole_model(name, family, monkeypatch, layer_gradients):
+def test_gradients_equal_those_of_autograd_on_the_whole_model(name, family, monkeypatch, layer_gradients):
     monkeypatch.setattr(replay, "BATCH_TOKENS", 40)  # batches of 2, 2 and 1 windows
     monkeypatch.setattr(gradients, "LOGIT_POSITIONS", 8)
     monkeypatch.setattr(gradients, "_drawn", lambda probabilities, _: torch.full((len(probabilities), 1), TOKEN))
     expected = by_autograd(family(name), windows())
-    expected.pop("model.per_layer_model_projection", None)  # outside the layers, which take no gradient there
+    expected.pop("model.per_layer_model_projection", None)  # outside the layers, so not measured
     found = of_all(layer_gradients(Checkpoint(family(name)), windows()))
     assert set(found) == set(expected)
     for path, square in expected.items():
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_autograd_on_the_whole_model(name, family, monkey
 
 
 def test_drawn_tokens_follow_the_prediction(family, layer_gradients):
-    """E over drawn tokens of the squared gradient in the logits is p (1 - p)."""
+    """The squared gradient by the logits, averaged over drawn tokens, is p (1 - p)."""
     tokens = windows(60, 40)
     model = transformers.AutoModelForCausalLM.from_pretrained(family("llama"), dtype=torch.float32).eval()
     with torch.no_grad():
@@ -100,7 +100,7 @@ def test_drawn_tokens_follow_the_prediction(family, layer_gradients):
     assert float((found / variance)[likely].std()) < 0.6
 
 
-def test_the_draw_is_the_same_every_time(family, layer_gradients):
+def test_the_draw_does_not_depend_on_the_global_seed(family, layer_gradients):
     checkpoint, tokens = Checkpoint(family("llama")), windows(1)
     first = of_all(layer_gradients(checkpoint, tokens))
     torch.manual_seed(5)
@@ -108,7 +108,7 @@ def test_the_draw_is_the_same_every_time(family, layer_gradients):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_the_head_comes_first_and_layers_from_the_last_and_one_is_in_memory(family, monkeypatch, layer_gradients):
+def test_head_and_layers_are_measured_last_to_first_with_one_layer_in_memory(family, monkeypatch, layer_gradients):
     networks, loaded = [], []
     build = replay.empty_network
     monkeypatch.setattr(replay, "empty_network", lambda *given: networks.append(build(*given)) or networks[-1])
@@ -124,8 +124,8 @@ def test_the_head_comes_first_and_layers_from_the_last_and_one_is_in_memory(fami
     assert loaded == [(1, 4, ["0"]), (2, 4, ["1"]), (3, 4, ["1"]), (4, 4, ["0"])]
 
 
-def test_the_second_order_estimate_is_near_the_divergence_of_a_small_change(family, layer_gradients):
-    """The formula of the module's docstring, against KL measured on two models, both factors from here."""
+def test_the_second_order_estimate_is_close_to_the_kl_divergence_of_a_small_change(family, layer_gradients):
+    """The formula in the docstring of ``gradients``, with both factors measured, against KL between two models."""
     from adaptkit.operations._calibrate.layerwise import layer_moments
 
     folder, tokens = family("llama"), windows(60, 40)
@@ -148,7 +148,7 @@ def test_the_second_order_estimate_is_near_the_divergence_of_a_small_change(fami
             assert 0.6 < estimate / divergence < 1.6, (name, estimate, divergence)
 
 
-def test_a_prediction_that_is_not_finite_is_named(family, copy_of, layer_gradients):
+def test_nan_predictions_are_reported(family, copy_of, layer_gradients):
     from safetensors.torch import load_file, save_file
 
     folder = copy_of(family("llama"))
@@ -160,7 +160,7 @@ def test_a_prediction_that_is_not_finite_is_named(family, copy_of, layer_gradien
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_inputs_measured_on_the_way_are_those_of_the_forward_pass(name, family, layer_gradients):
+def test_input_moments_equal_those_of_layer_moments(name, family, layer_gradients):
     checkpoint = Checkpoint(family(name))
     forward = {n: m for layer in layer_moments(checkpoint, windows()) for n, m in layer.items()}
     found = {n: m for layer in layer_gradients(checkpoint, windows()) for n, m in layer.inputs.items()}
@@ -170,7 +170,7 @@ def test_inputs_measured_on_the_way_are_those_of_the_forward_pass(name, family, 
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma4_text"])
-def test_the_size_of_what_the_layers_give_is_known_early(name, family, tmp_path, monkeypatch):
+def test_the_total_size_of_all_outputs_is_reserved_after_the_first_is_written(name, family, tmp_path, monkeypatch):
     monkeypatch.setattr(replay, "BATCH_TOKENS", 40)
     told = []
 
@@ -181,7 +181,7 @@ def test_the_size_of_what_the_layers_give_is_known_early(name, family, tmp_path,
     assert told == [(sum(path.stat().st_size for path in tmp_path.iterdir()), 1)]
 
 
-def test_a_disk_that_is_full_meanwhile_says_where_and_what_to_do(family, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_the_folder_and_a_hint(family, tmp_path, monkeypatch):
     def full(path, content):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""One layer at a time gives the moments that hooks on the whole model give."""
+"""Moments measured layer by layer equal those that hooks measure on the whole model."""
 
 import json
 
@@ -66,7 +66,7 @@ def windows(count=5, length=24, seed=0):
 
 
 def by_hooks(folder, tokens):
-    """E[x xᵀ] of every linear's input in float64, from transformers' own model with all its weights."""
+    """Map every linear to its inputs, (tokens, in) in float64, collected by hooks on transformers' whole model."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     head, seen = model.get_output_embeddings(), {}
     tied = head.weight is model.get_input_embeddings().weight
@@ -85,7 +85,7 @@ def by_hooks(folder, tokens):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_moments_are_those_of_hooks_on_the_whole_model(name, family, monkeypatch):
+def test_moments_equal_those_from_hooks_on_the_whole_model(name, family, monkeypatch):
     monkeypatch.setattr(replay, "BATCH_TOKENS", 48)  # batches of 2, 2 and 1 windows
     folder, tokens = family(name), windows()
     layers = list(layer_moments(Checkpoint(folder), tokens, second_moments=True))
@@ -109,7 +109,7 @@ def test_layers_come_in_order_and_an_untied_head_comes_last(family):
     assert prefixes("qwen3") == inside
 
 
-def test_linears_that_read_one_tensor_share_its_moments_and_products_are_only_made_when_asked_for(family):
+def test_linears_with_the_same_input_share_moments_and_second_moments_are_optional(family):
     layer = next(layer_moments(Checkpoint(family("llama")), windows()))
     attention = {name: layer[f"model.layers.0.self_attn.{name}_proj"] for name in "qkvo"}
     assert attention["q"] is attention["k"] is attention["v"]
@@ -127,7 +127,7 @@ def test_only_the_current_layer_has_its_weights_in_memory(family, monkeypatch):
         loaded.append({name for name, parameter in network.named_parameters() if not parameter.is_meta})
 
     for _ in layer_moments(Checkpoint(family("llama")), windows(), progress=watch):
-        assert torch.is_grad_enabled()  # whoever reads the moments keeps the modes that they had
+        assert torch.is_grad_enabled()  # the caller's mode is unchanged
     outside = {"model.embed_tokens.weight", "model.norm.weight"}
     assert [{name.split(".")[2] for name in names - outside} for names in loaded] == [{"0"}, {"1"}, {"2"}]
     assert all(outside <= names for names in loaded)
@@ -147,7 +147,7 @@ def test_the_same_tokens_give_the_same_bits(family):
         assert torch.equal(moments.second_moment, second[name].second_moment)
 
 
-def test_tokens_that_the_model_cannot_take_are_refused(family):
+def test_tokens_outside_the_vocabulary_or_of_wrong_shape_are_refused(family):
     checkpoint = Checkpoint(family("llama"))
     for tokens, message in (
         (torch.tensor([[1, 90]]), "token id 90 is outside the model's vocabulary of 90"),
@@ -175,7 +175,7 @@ def rewritten(folder, change):
     return Checkpoint(folder)
 
 
-def test_a_missing_or_infinite_weight_is_named(family, copy_of):
+def test_a_missing_weight_and_the_layer_with_an_infinite_input_are_named(family, copy_of):
     name = "model.layers.1.mlp.up_proj.weight"
     without = rewritten(copy_of(family("llama"), "without"), lambda tensors: tensors.pop(name))
     with pytest.raises(CheckpointError, match=r"has no model\.layers\.1\.mlp\.up_proj\.weight"):
@@ -185,7 +185,7 @@ def test_a_missing_or_infinite_weight_is_named(family, copy_of):
         list(layer_moments(infinite, windows()))
 
 
-def test_a_model_without_layers_or_that_skips_one_is_refused(family, copy_of, monkeypatch):
+def test_a_model_without_layers_or_that_runs_them_in_reverse_is_refused(family, copy_of, monkeypatch):
     from transformers.models.llama.modeling_llama import LlamaModel
 
     forward = LlamaModel.forward
@@ -208,8 +208,8 @@ def test_a_model_without_layers_or_that_skips_one_is_refused(family, copy_of, mo
         next(layer_moments(Checkpoint(empty), windows()))
 
 
-def test_moments_go_by_the_names_of_the_files(gpt2, copy_of):
-    """The Hub's GPT-2 lacks the prefix of the model around it."""
+def test_moments_use_the_names_in_the_files(gpt2, copy_of):
+    """The names in the Hub's GPT-2 lack the prefix ``transformer.``."""
 
     def strip(tensors):
         for name in list(tensors):

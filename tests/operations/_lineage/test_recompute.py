@@ -1,4 +1,4 @@
-"""What made an artifact is run again: of what was published, too, which has a model card more."""
+"""``verify --recompute`` repeats the operation that made an artifact; publishing may have added a model card."""
 
 import json
 import shutil
@@ -17,13 +17,13 @@ from adaptkit.operations.verify import VerifyOptions, verify
 
 
 def add(folder, name):
-    """As publishing adds a card."""
+    """Add a file to an artifact and to its manifest, as publish adds a model card."""
     manifest = require_manifest(folder)
     files = (*manifest.files, write_file(folder, name, b"# A model"))
     (folder / MANIFEST_NAME).write_bytes(replace(manifest, files=files).to_bytes())
 
 
-def test_a_card_is_no_forgery_and_another_file_is_one(llama, tmp_path):
+def test_an_added_model_card_is_accepted_and_any_other_added_file_is_rejected(llama, tmp_path):
     base = shutil.copytree(llama, tmp_path / "base")
     quantize(base, tmp_path / "nf4")
     options = VerifyOptions(parents=(base,), recompute=True)
@@ -35,7 +35,7 @@ def test_a_card_is_no_forgery_and_another_file_is_one(llama, tmp_path):
         verify(tmp_path / "nf4", options)
 
 
-def test_without_room_the_temporary_folder_is_what_to_change(llama, tmp_path, monkeypatch):
+def test_without_disk_space_the_error_suggests_setting_tmpdir(llama, tmp_path, monkeypatch):
     base = shutil.copytree(llama, tmp_path / "base")
     quantize(base, tmp_path / "nf4")
     monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=0))
@@ -44,15 +44,15 @@ def test_without_room_the_temporary_folder_is_what_to_change(llama, tmp_path, mo
     assert caught.value.hint == "free some space, or set TMPDIR to a folder on a disk with more space"
 
 
-def test_a_copy_of_the_parent_in_other_shards_is_thought_of(llama, llama_sharded, tmp_path):
-    """Of a parent without a manifest the tensors are bound, and not in which files they lie."""
+def test_a_parent_in_different_shards_gives_a_different_result_and_a_hint(llama, llama_sharded, tmp_path):
+    """The record of a parent without a manifest covers its tensors, but not their split into files."""
     quantize(llama, tmp_path / "nf4")
     with pytest.raises(IntegrityError, match="gives a different result") as caught:
         verify(tmp_path / "nf4", VerifyOptions(parents=(llama_sharded,), recompute=True))
     assert "give the original folders of its parents with --parents" in caught.value.hint
 
 
-def test_of_two_parents_with_the_same_tensors_the_one_that_was_merged_is_taken(llama, adapter, copy_of, tmp_path):
+def test_among_parents_with_equal_tensors_the_ones_that_were_merged_are_found(llama, adapter, copy_of, tmp_path):
     twins = [copy_of(adapter, name) for name in ("first", "second")]
     config = json.loads((adapter / ADAPTER_CONFIG_NAME).read_text())
     (twins[1] / ADAPTER_CONFIG_NAME).write_text(json.dumps(config | {"lora_alpha": 3}))

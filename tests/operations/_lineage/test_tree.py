@@ -1,4 +1,4 @@
-"""The chain from an artifact to what it was made from is found by hashes alone, and nothing in it can be exchanged."""
+"""An artifact's ancestors are found by hash alone, and a replaced or changed ancestor is detected."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from adaptkit.operations.verify import VerifyOptions, verify
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory, llama, adapter, second_adapter):
-    """Every operation's artifact, made from the two plain ones ``base`` and ``tuner``, in one folder."""
+    """A folder of artifacts of many operations, all made from ``base``, ``tuner`` and ``other-tuner``."""
     root = tmp_path_factory.mktemp("family")
     shutil.copytree(llama, root / "base")
     shutil.copytree(adapter, root / "tuner")
@@ -48,7 +48,7 @@ def family(tmp_path_factory, llama, adapter, second_adapter):
 
 @pytest.fixture
 def copied(family, tmp_path):
-    """The family where a test may change it."""
+    """A copy of the family that a test may change."""
     return shutil.copytree(family, tmp_path / "family")
 
 
@@ -102,12 +102,12 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
-def test_the_whole_line_is_found_and_verified(family, name):
+def test_all_ancestors_are_found_and_verified(family, name):
     assert states(verified(family / name, family)) == EXPECTED[name]
 
 
 @pytest.mark.parametrize("name", ["tuned", "both", "small", "merged", "merged-nf4", "back", "nf4", "plain"])
-def test_what_made_an_artifact_makes_the_same_bytes_again(family, name):
+def test_recomputing_an_artifact_gives_the_same_bytes(family, name):
     done = dict(verified(family / name, family, recompute=True, threads=1).recomputed)
     assert done[str(family / name)] == "same bytes"
     assert all("extract cannot" in told for path, told in done.items() if path.endswith(("one", "two")))
@@ -124,7 +124,7 @@ def test_fingerprints_are_compared_with_the_parents(family):
     assert one.parents[0].targets == len(require_manifest(family / "one").targets) > 0
 
 
-def test_where_the_folders_are_and_in_which_order_does_not_matter(family, tmp_path):
+def test_location_and_order_of_the_parent_folders_do_not_matter(family, tmp_path):
     shutil.copytree(family / "base", tmp_path / "x" / "y")
     shutil.copytree(family / "tuner", tmp_path / "z")
     for folders in ([tmp_path / "z", tmp_path / "x"], [tmp_path / "x" / "y", tmp_path / "z"]):
@@ -138,10 +138,10 @@ def test_a_missing_parent_is_named_by_its_hash(family, copied):
         verified(copied / "both", copied)
     assert caught.value.exit_code == 3
     assert "--parents" in caught.value.hint
-    assert "tuned" in caught.value.message  # what was found is told too
+    assert "tuned" in caught.value.message  # ancestors that were found are listed too
 
 
-def test_a_changed_byte_of_any_ancestor_is_found(family, copied):
+def test_a_changed_byte_in_any_ancestor_is_detected(family, copied):
     shutil.rmtree(copied / "back")  # has the base's tensors
     for number, path in enumerate(sorted(copied.glob("[bot]*/*.safetensors"))):
         before = path.read_bytes()
@@ -152,7 +152,7 @@ def test_a_changed_byte_of_any_ancestor_is_found(family, copied):
     verified(copied / "merged", copied)
 
 
-def test_a_parent_of_the_same_shapes_is_not_taken_for_the_right_one(copied):
+def test_a_checkpoint_with_the_parents_shapes_but_other_weights_is_not_accepted(copied):
     other = tiny.write_llama(copied / "other-base")
     tensors = load_file(other / "model.safetensors")
     tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"] * 1.5
@@ -163,7 +163,7 @@ def test_a_parent_of_the_same_shapes_is_not_taken_for_the_right_one(copied):
         verified(copied / "tuned", copied)
 
 
-def test_an_artifact_with_another_manifest_and_the_same_tensors_is_the_parent(copied):
+def test_an_artifact_with_the_same_tensors_but_a_different_manifest_is_the_parent(copied):
     """Publishing adds a model card, and so changes the manifest."""
     manifest = require_manifest(copied / "one")
     card = copied / "one" / "README.md"
@@ -176,7 +176,7 @@ def test_an_artifact_with_another_manifest_and_the_same_tensors_is_the_parent(co
 
 
 @pytest.mark.parametrize("name", ["merged", "nf4", "one"])
-def test_a_child_that_claims_other_fingerprints_is_refused(copied, name):
+def test_wrong_fingerprints_or_shapes_in_a_manifest_are_refused(copied, name):
     manifest = require_manifest(copied / name)
     first, *rest = manifest.targets
     for wrong in (replace(first, base_xxh3_128="00" * 16), replace(first, shape=(*first.shape, 1))):
@@ -187,7 +187,7 @@ def test_a_child_that_claims_other_fingerprints_is_refused(copied, name):
 
 
 @pytest.mark.parametrize("name", ["merged", "nf4"])
-def test_a_part_is_vouched_for_by_the_whole(copied, name):
+def test_a_partial_copy_is_verified_against_the_whole_artifact(copied, name):
     whole = require_manifest(copied / name)
     some = [file for file in whole.files if not file.path.startswith("tokenizer")]
     part = copied / "part"
@@ -206,7 +206,7 @@ def test_a_part_is_vouched_for_by_the_whole(copied, name):
 
 
 def trained_on(folder, quantization, extra=(), parents=()):
-    """Give an adapter's folder the manifest of one that was trained on a base's weights quantized in some way."""
+    """Rewrite an adapter's manifest as if it was trained on its base quantized in the given way."""
     manifest = require_manifest(folder)
     targets = tuple(replace(target, quantized_root=quantization * 64) for target in manifest.targets)
     for name in extra:
@@ -218,8 +218,8 @@ def trained_on(folder, quantization, extra=(), parents=()):
     return manifest
 
 
-def test_an_adapter_may_go_on_with_one_that_was_trained_on_another_quantization_of_the_base(certified, copied):
-    """They share the 16-bit weights; only what makes up for one quantization belongs to no other."""
+def test_training_may_continue_an_adapter_trained_on_a_different_quantization(certified, copied):
+    """Both have the same 16-bit base; only a compensation file is specific to one quantization."""
     first, second = (certified(copied / "tuner", copied / "base", f"family/{name}") for name in ("first", "second"))
     begun = trained_on(first, "1")
     trained_on(second, "2", parents=(parent_of("init", begun, ()),))
@@ -231,7 +231,7 @@ def test_an_adapter_may_go_on_with_one_that_was_trained_on_another_quantization_
         verified(second, copied)
 
 
-def test_adapters_of_two_quantizations_of_a_base_are_stacked_and_vouched_for(certified, copied):
+def test_a_stack_of_adapters_trained_on_two_quantizations_of_a_base_is_verified(certified, copied):
     parents = [certified(copied / name, copied / "base", f"family/{name}-on") for name in ("tuner", "other-tuner")]
     for folder, quantization in zip(parents, "12", strict=True):
         trained_on(folder, quantization)
@@ -239,7 +239,7 @@ def test_adapters_of_two_quantizations_of_a_base_are_stacked_and_vouched_for(cer
     assert {parent.state for parent in verified(copied / "stacked", copied).parents} == {"verified"}
 
 
-def test_a_quantized_artifact_that_contradicts_itself_is_refused(copied):
+def test_a_quantized_artifact_that_does_not_match_its_quantized_root_is_refused(copied):
     manifest = require_manifest(copied / "nf4")
     first, *rest = manifest.targets
     changed = replace(manifest, targets=(replace(first, quantized_root="00" * 32), *rest))
@@ -248,8 +248,8 @@ def test_a_quantized_artifact_that_contradicts_itself_is_refused(copied):
         verify(copied / "nf4")
 
 
-def test_an_artifact_that_is_not_what_its_operation_makes_is_found(copied):
-    """Every hash in it is right, and its parents are; only doing it again shows that it is something else."""
+def test_recomputing_detects_an_artifact_that_its_operation_does_not_produce(copied):
+    """Its hashes and parents are correct; only repeating the operation shows that its options are not."""
     merge(copied / "base", [copied / "tuner"], copied / "twice", MergeOptions(weights=(2.0,)))
     manifest = require_manifest(copied / "twice")
     options = manifest.operation["options"] | {"weights": [1.0]}
@@ -261,7 +261,7 @@ def test_an_artifact_that_is_not_what_its_operation_makes_is_found(copied):
         verified(copied / "twice", copied, recompute=True)
 
 
-def test_options_that_make_no_sense_are_an_error_of_the_artifact(copied):
+def test_invalid_options_in_a_manifest_are_an_integrity_error(copied):
     manifest = require_manifest(copied / "tuned")
     for options in ({}, {"weights": [1.0]}, manifest.operation["options"] | {"format": "gguf"}):
         changed = replace(manifest, operation={"name": "merge", "options": options})
@@ -270,8 +270,8 @@ def test_options_that_make_no_sense_are_an_error_of_the_artifact(copied):
             verified(copied / "tuned", copied, recompute=True)
 
 
-def test_a_tree_of_few_folders_with_endless_branches_is_refused(tmp_path):
-    """Twenty folders, each of which names the one before it twice, make a million ancestors."""
+def test_a_lineage_with_too_many_ancestors_is_refused(tmp_path):
+    """Twenty folders, each with the previous one as its parent twice, make a million ancestors."""
     previous = None
     for number in range(20):
         parents = () if previous is None else (parent_of("adapter", previous, ()),) * 2
@@ -286,7 +286,7 @@ def test_a_tree_of_few_folders_with_endless_branches_is_refused(tmp_path):
 
 
 def test_an_artifact_is_not_its_own_ancestor(copied):
-    """``back`` has the tensors of ``base``: without that one it must not stand in for it in its own line."""
+    """``back`` has the tensors of ``base``: if that is missing, ``back`` replaces it, but not in its own lineage."""
     assert require_manifest(copied / "back").tensors_root == require_manifest(copied / "tuned").parents[0].tensors_root
     shutil.rmtree(copied / "base")
     with pytest.raises(IntegrityError, match=r"base [0-9a-f]{16} not found"):
@@ -294,7 +294,7 @@ def test_an_artifact_is_not_its_own_ancestor(copied):
     assert states(verified(copied / "tuned", copied)) == [(0, "base", "back"), (0, "adapter", "tuner")]
 
 
-def test_tracing_reads_no_more_than_it_needs(family, copied):
+def test_tracing_finds_ancestors_without_verifying_their_weights(family, copied):
     flip(copied / "tuned" / "model.safetensors")
     assert {found.state for found in trace(copied / "one", [copied])} == {"found"}
     assert {found.state for found in trace(copied / "one", [])} == {"not found"}
@@ -302,7 +302,7 @@ def test_tracing_reads_no_more_than_it_needs(family, copied):
         trace(copied / "base", [])
 
 
-def test_folders_without_artifacts_are_an_error(family, tmp_path):
+def test_parents_without_artifacts_and_recompute_without_parents_are_errors(family, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in (tmp_path / "empty", tmp_path / "absent"):
         with pytest.raises(UsageError):
@@ -311,14 +311,14 @@ def test_folders_without_artifacts_are_an_error(family, tmp_path):
         VerifyOptions(recompute=True)
 
 
-def test_a_damaged_manifest_beside_the_parents_is_told(copied):
+def test_a_damaged_manifest_is_reported_only_if_its_artifact_is_needed(copied):
     (copied / "two" / MANIFEST_NAME).write_text("{}")
     verified(copied / "tuned", copied)
     with pytest.raises(IntegrityError, match=r"two: adaptkit-manifest\.json: malformed|two: .*schema None"):
         verified(copied / "both", copied)
 
 
-def test_the_command_line_draws_and_refuses(run_cli, family, copied):
+def test_verify_prints_the_tree_and_fails_if_an_ancestor_is_missing(run_cli, family, copied):
     done = run_cli("verify", family / "merged", "--parents", family, "--recompute")
     assert done.code == 0, done.stderr
     assert f"{family / 'small'}, verified, " in done.stdout
@@ -333,7 +333,7 @@ def test_the_command_line_draws_and_refuses(run_cli, family, copied):
     assert hint.startswith("hint: give the folders")
 
 
-def test_inspect_draws_the_tree_three_ways(run_cli, family):
+def test_inspect_prints_the_lineage_as_text_json_and_mermaid(run_cli, family):
     root = tensors_root(require_manifest(family / "tuned").tensors)
     bare = run_cli("inspect", family / "both", "--lineage")
     assert bare.code == 0, bare.stderr
@@ -353,7 +353,7 @@ def test_inspect_draws_the_tree_three_ways(run_cli, family):
     assert run_cli("inspect", family / "both", "--mermaid", "--json").code == 2
 
 
-def test_merge_refuses_a_parent_of_the_same_shapes(run_cli, copied, tmp_path):
+def test_merge_refuses_a_different_base_of_the_same_shapes(run_cli, copied, tmp_path):
     other = tiny.write_llama(tmp_path / "other-base", seed=9)
     done = run_cli("merge", other, copied / "one", "-o", tmp_path / "out")
     assert done.code == 4, done.stderr

@@ -1,4 +1,4 @@
-"""The work begins with what names say, and ends with what the architecture says, in processes of their own."""
+"""Quantizing starts with a plan from names and ends with that from the architecture; tests run subprocesses."""
 
 import json
 import subprocess
@@ -37,7 +37,7 @@ def tree(folder):
 
 
 @pytest.mark.parametrize(("guess", "first"), [("truth", "14"), ("lie", "12")])
-def test_a_wrong_guess_costs_time_and_changes_nothing(llama, tmp_path, guess, first):
+def test_a_wrong_early_plan_does_not_change_the_result(llama, tmp_path, guess, first):
     quantize(llama, tmp_path / "here", QuantizeOptions(max_shard_bytes=40_000))
     command = [sys.executable, "-c", LIE, str(llama), str(tmp_path / "out"), guess]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -48,7 +48,7 @@ def test_a_wrong_guess_costs_time_and_changes_nothing(llama, tmp_path, guess, fi
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_what_the_architecture_refuses_is_refused_though_names_would_do(llama, copy_of, tmp_path):
+def test_an_invalid_config_is_refused_although_names_would_suffice(llama, copy_of, tmp_path):
     source = copy_of(llama)
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps(config | {"num_attention_heads": "four"}))

@@ -1,4 +1,4 @@
-"""What is chosen is what bitsandbytes would choose, whether the architecture says so or names and shapes do."""
+"""Selected modules are those that bitsandbytes converts, whether found by architecture or by names and shapes."""
 
 import json
 import subprocess
@@ -53,7 +53,7 @@ CHOSEN = {"mistral": 14, "qwen3": 14, "phi": 12, "phi3": 8, "gpt2": 8, "mixtral"
 
 @pytest.fixture(scope="module")
 def families(tmp_path_factory):
-    """A folder of every family."""
+    """One folder per family."""
     root = tmp_path_factory.mktemp("families")
     for name in [*UNTIED, *FUSED]:
         family, _, fused = name.partition("-")
@@ -70,7 +70,7 @@ def families(tmp_path_factory):
 
 
 def summary(folder, **options):
-    """What a selection says, in JSON's types."""
+    """Return a selection in JSON's types."""
     selection = select(Checkpoint(Path(folder)), **options)
     return {
         "choices": [[c.spec.name, c.kept_because, c.transposed] for c in selection.choices],
@@ -103,7 +103,7 @@ def load(folder, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_chosen_are_those_that_bitsandbytes_converts_but_for_routers(families, family):
+def test_selected_modules_are_those_that_bitsandbytes_converts_except_routers(families, family):
     model = load(families / family, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     theirs = {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     if family.startswith("qwen2_moe"):
@@ -116,7 +116,7 @@ def test_the_chosen_are_those_that_bitsandbytes_converts_but_for_routers(familie
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_names_and_shapes_choose_the_same_for_the_same_reasons(families, family, without_transformers):
+def test_selection_by_names_and_shapes_gives_the_same_choices_and_reasons(families, family, without_transformers):
     for found, options in zip(without_transformers[family], ({}, {"moe": "quantize"}), strict=True):
         expected = summary(families / family, **options)
         assert found["choices"] == expected["choices"]
@@ -125,7 +125,7 @@ def test_names_and_shapes_choose_the_same_for_the_same_reasons(families, family,
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_reasons_count_every_tensor_that_stays(families, family):
+def test_every_tensor_that_stays_has_the_expected_reason(families, family):
     selection = select(Checkpoint(families / family))
     kept = Counter(choice.kept_because for choice in selection.choices if choice.kept_because)
     experts = {"mixtral": 24, "qwen2_moe": 24, "qwen3_moe": 24}.get(family, 4 * family.endswith("-fused"))
@@ -142,8 +142,8 @@ def test_the_reasons_count_every_tensor_that_stays(families, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("include_head", [False, True])
-def test_bitsandbytes_loads_it_without_a_key_to_spare_and_computes_the_same(families, family, include_head, tmp_path):
-    """In training mode, where bitsandbytes' linear layer is the plain one on the dequantized weight, bit by bit."""
+def test_bitsandbytes_loads_all_keys_and_gives_the_dequantized_logits(families, family, include_head, tmp_path):
+    """In training mode, where bitsandbytes' layer computes exactly a linear layer with the dequantized weight."""
     options = QuantizeOptions(include_head=include_head)
     if include_head and family in TIED:
         with pytest.raises(UsageError, match="the head is tied to the embedding"):
@@ -160,11 +160,11 @@ def test_bitsandbytes_loads_it_without_a_key_to_spare_and_computes_the_same(fami
 
 
 @pytest.mark.parametrize("family", TIED)
-def test_a_tied_head_is_named_for_readers_though_no_file_holds_it(families, family):
+def test_the_skip_list_has_a_tied_head_although_no_file_contains_it(families, family):
     assert skip_modules(select(Checkpoint(families / family))) == ["lm_head"]
 
 
-def test_routers_and_experts_are_named_for_readers_once_a_layer(families):
+def test_the_skip_list_has_routers_and_experts_once_per_layer(families):
     layers = [f"model.layers.{number}.block_sparse_moe" for number in (0, 1)]
     expected = ["lm_head", *(f"{layer}.{part}" for layer in layers for part in ("experts", "gate"))]
     assert skip_modules(select(Checkpoint(families / "mixtral"))) == expected
@@ -173,7 +173,7 @@ def test_routers_and_experts_are_named_for_readers_once_a_layer(families):
     ]
 
 
-def test_a_skipped_module_is_named_as_the_file_and_as_the_model_call_it(families):
+def test_a_skipped_module_is_listed_by_its_path_in_the_file_and_in_the_model(families):
     selection = select(Checkpoint(families / "gpt2-of-the-hub"), skip=("*.0.mlp.c_fc",))
     assert skip_modules(selection) == ["h.0.mlp.c_fc", "lm_head", "transformer.h.0.mlp.c_fc"]
     assert matches_any(selection, "transformer.h.0.mlp.c_fc")
@@ -181,13 +181,13 @@ def test_a_skipped_module_is_named_as_the_file_and_as_the_model_call_it(families
     assert [c.spec.name for c in selection.choices if c.kept_because == "skipped by --skip"] == ["h.0.mlp.c_fc.weight"]
 
 
-def test_what_stays_anyway_keeps_its_reason_when_it_is_skipped(families):
+def test_tensors_that_stay_anyway_keep_their_reason_when_skipped(families):
     selection = select(Checkpoint(families / "llama"), skip=("*",))
     assert {choice.kept_because for choice in selection.choices} == {"skipped by --skip", "head", "norm", "embedding"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_a_conv1d_is_transposed_and_dequantize_knows_which(families, family):
+def test_only_conv1d_weights_are_transposed_and_dequantize_recognizes_them(families, family):
     checkpoint = Checkpoint(families / family)
     chosen = [choice for choice in select(checkpoint).choices if not choice.kept_because]
     assert {choice.transposed for choice in chosen} == {family.startswith("gpt2")}
@@ -195,7 +195,7 @@ def test_only_a_conv1d_is_transposed_and_dequantize_knows_which(families, family
 
 
 @pytest.mark.parametrize("family", ["mixtral", *FUSED])
-def test_experts_are_chosen_when_asked_for(families, family):
+def test_experts_are_selected_on_request(families, family):
     chosen = {c.module for c in select(Checkpoint(families / family), moe="quantize").choices if not c.kept_because}
     experts = {name for name in chosen if ".experts." in name}
     plain = {c.module for c in select(Checkpoint(families / family)).choices if not c.kept_because}
@@ -203,7 +203,7 @@ def test_experts_are_chosen_when_asked_for(families, family):
     assert len(experts) == (24 if family == "mixtral" else 4)
 
 
-def test_a_stack_stays_if_a_block_would_straddle_two_experts(families):
+def test_a_stack_of_experts_stays_if_a_block_would_straddle_two_experts(families):
     sizes = {"gate_up_proj": 128 * 64, "down_proj": 64 * 64}
     checkpoint = Checkpoint(families / "qwen3_moe-fused")
     for block_size in (4096, 8192):
@@ -213,14 +213,14 @@ def test_a_stack_stays_if_a_block_would_straddle_two_experts(families):
                 assert choice.kept_because == ("" if fits else "expert: size is not a multiple of the block size")
 
 
-def test_an_unknown_way_with_experts_is_refused(families):
+def test_an_unknown_moe_option_is_refused(families):
     with pytest.raises(UsageError, match="'int3'"):
         select(Checkpoint(families / "mixtral"), moe="int3")
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_readers_convert_what_is_chosen_in_any_architecture(model_type, tmp_path):
-    """transformers' own rule for our list, on the model that it builds; the files have headers and holes."""
+def test_transformers_converts_the_selected_modules_in_every_architecture(model_type, tmp_path):
+    """transformers' own rule is applied to our skip list and to its model; the files are headers and sparse data."""
     config = AutoConfig.for_model(model_type)
     with torch.device("meta"):
         network = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -237,7 +237,7 @@ def test_readers_convert_what_is_chosen_in_any_architecture(model_type, tmp_path
     checkpoint = Checkpoint(tmp_path)
     always = list(network._keep_in_fp32_modules or [])
     answers = [determine_roles(checkpoint)]
-    if not model_type.startswith("zamba"):  # names do not tell which layers share a weight
+    if not model_type.startswith("zamba"):  # names do not show which layers share a weight
         answers.append(roles_by_name(checkpoint, "asked to"))
     for roles in answers:
         selection = select(checkpoint, roles=roles)
@@ -281,7 +281,7 @@ def test_tensors_that_the_files_lack_are_counted(families, copy_of):
 
 
 @pytest.mark.parametrize("name", tiny.OTHER_CLASSES)
-def test_what_is_no_language_model_lacks_no_head_of_one(name, tmp_path):
+def test_models_other_than_language_models_are_not_reported_to_lack_a_head(name, tmp_path):
     base = tiny.write_class(tmp_path / "base", name)
     assert "lack" not in select(Checkpoint(base)).read_from
     config = json.loads((base / "config.json").read_text())
@@ -296,8 +296,8 @@ def test_what_is_no_language_model_lacks_no_head_of_one(name, tmp_path):
     assert f"; the files lack 1 tensor of {name}, such as {lost}, which" in select(Checkpoint(base)).read_from
 
 
-def test_names_that_match_each_other_in_a_long_chain_all_stay(tmp_path):
-    """Each is one before it with something before or behind: loaders compare entries with both ends of a path."""
+def test_a_long_chain_of_names_that_match_each_other_stays(tmp_path):
+    """Each extends the one before it at its start or end; loaders match entries as prefixes and as suffixes."""
     names = ["lm_head", "a.0.x_lm_head"]
     for number in range(1500):
         names.append(f"{names[-1]}.q" if number % 2 == 0 else f"z.{names[-1]}")
@@ -309,7 +309,7 @@ def test_names_that_match_each_other_in_a_long_chain_all_stay(tmp_path):
     assert [c.module for c in selection.choices if not c.kept_because] == ["a.0.plain"]
 
 
-def test_a_float_of_another_type_stays_and_says_so(families, copy_of):
+def test_a_weight_of_an_unsupported_dtype_stays_with_that_reason(families, copy_of):
     name = "model.layers.0.mlp.up_proj.weight"
     doubled = changed(families / "llama", copy_of, lambda tensors: tensors | {name: tensors[name].double()})
     selection = select(doubled)
@@ -345,7 +345,7 @@ def test_a_float_of_another_type_stays_and_says_so(families, copy_of):
     ],
     ids=str,
 )
-def test_a_configuration_that_makes_no_model_is_one_line_at_once(families, copy_of, config):
+def test_an_invalid_configuration_is_a_one_line_error_within_seconds(families, copy_of, config):
     checkpoint = changed(families / "llama", copy_of, **config)
     started = time.monotonic()
     with pytest.raises(AdaptkitError) as caught:
@@ -357,19 +357,19 @@ def test_a_configuration_that_makes_no_model_is_one_line_at_once(families, copy_
 
 
 @pytest.mark.parametrize("config", [{"vocab_size": 10**12}, {"max_position_embeddings": 10**15}], ids=str)
-def test_a_size_that_no_machine_holds_costs_nothing(families, copy_of, config):
+def test_huge_sizes_in_a_configuration_allocate_nothing(families, copy_of, config):
     checkpoint = changed(families / "llama", copy_of, **config)
     assert sum(not choice.kept_because for choice in select(checkpoint).choices) == 14
 
 
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
-def test_no_configuration_has_code_fetched(families, copy_of, key):
-    """transformers takes ``owner/name`` there for a kernel on the Hub."""
+def test_kernels_named_in_a_configuration_are_not_fetched(families, copy_of, key):
+    """transformers treats ``owner/name`` in these keys as a kernel on the Hub."""
     selection = select(changed(families / "mixtral", copy_of, **{key: "someone/kernel"}))
     assert sum(not choice.kept_because for choice in selection.choices) == 8
 
 
-def test_eighty_layers_are_read_in_a_moment(families, copy_of):
+def test_eighty_layers_are_selected_within_seconds(families, copy_of):
     def deepen(tensors):
         layer = {n: t for n, t in tensors.items() if n.startswith("model.layers.1.")}
         copies = {n.replace(".1.", f".{k}.", 1): t.clone() for n, t in layer.items() for k in range(2, 80)}
