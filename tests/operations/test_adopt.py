@@ -1,4 +1,4 @@
-"""What another tool made is copied byte for byte, and its manifest says what it is and which base it changes."""
+"""adopt copies another tool's artifact byte for byte, with a manifest that records its kind and its base."""
 
 import json
 import shutil
@@ -35,14 +35,14 @@ def tensors_of(folder):
 
 
 def raw(folder):
-    """By tensor name, the bytes in the files of a checkpoint."""
+    """Map the names of a checkpoint's tensors to their bytes."""
     return {
         name: tensor.contiguous().view(torch.uint8).numpy().tobytes() for name, tensor in tensors_of(folder).items()
     }
 
 
 def with_a_change(base, folder, name):
-    """The same checkpoint, one number of a tensor another."""
+    """Copy a checkpoint and change one number of a tensor."""
     shutil.copytree(base, folder)
     for path in folder.glob("model*.safetensors"):
         tensors = load_file(path)
@@ -87,7 +87,7 @@ def test_a_checkpoint_is_copied_and_can_be_verified(tmp_path, shards):
     assert found == {name: xxhash.xxh3_128_hexdigest(content) for name, content in raw(base).items()}
 
 
-def test_a_merge_of_what_was_adopted_has_the_weights_of_a_merge_of_the_original(tmp_path, llama, adapter):
+def test_merging_an_adopted_adapter_gives_the_same_weights_as_the_original(tmp_path, llama, adapter):
     adopt(adapter, tmp_path / "ours", base=llama)
     merge(llama, [adapter], tmp_path / "one")
     merge(llama, [tmp_path / "ours"], tmp_path / "other")
@@ -95,7 +95,7 @@ def test_a_merge_of_what_was_adopted_has_the_weights_of_a_merge_of_the_original(
 
 
 @pytest.mark.parametrize("name", OF_EVERY_KIND)
-def test_the_fingerprints_are_those_of_the_tensors_that_a_merge_changes(tmp_path, made, name):
+def test_the_manifest_has_fingerprints_of_all_base_tensors_that_a_merge_changes(tmp_path, made, name):
     case = peft_adapters.make(made, name)
     report = adopt(case.adapter, tmp_path / "ours", base=case.base)
     targets = require_manifest(tmp_path / "ours").targets
@@ -110,14 +110,14 @@ def test_the_fingerprints_are_those_of_the_tensors_that_a_merge_changes(tmp_path
     assert merged.same_base
 
 
-def test_only_another_base_is_rejected(tmp_path, llama, adapter):
+def test_a_different_base_is_rejected_only_if_the_adapter_records_its_base(tmp_path, llama, adapter):
     adopt(adapter, tmp_path / "ours", base=llama)
     changed = "model.layers.1.self_attn.k_proj.weight"
     other = with_a_change(llama, tmp_path / "other", changed)
     with pytest.raises(BaseMismatchError, match=changed):
         merge(other, [tmp_path / "ours"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    merge(other, [adapter], tmp_path / "out")  # nothing says that this one was trained on another
+    merge(other, [adapter], tmp_path / "out")  # this one does not record its base
     assert (tmp_path / "out").exists()
 
 
@@ -129,14 +129,14 @@ def test_the_base_is_found_as_the_parent(tmp_path, llama, adapter):
     assert trace(tmp_path / "ours", other)[0].path is None
 
 
-def test_a_base_with_a_manifest_is_named_by_it(tmp_path, llama, adapter):
+def test_a_base_with_a_manifest_is_recorded_by_the_manifests_hash(tmp_path, llama, adapter):
     adopted = adopt(llama, tmp_path / "base")
     adopt(adapter, tmp_path / "ours", base=tmp_path / "base")
     (parent,) = require_manifest(tmp_path / "ours").parents
     assert (parent.role, parent.manifest_sha256) == ("base", adopted.manifest_sha256)
 
 
-def test_what_a_trainer_leaves_is_not_copied_and_said(tmp_path, adapter):
+def test_other_files_of_a_training_run_are_listed_and_not_copied(tmp_path, adapter):
     source = tmp_path / "source"
     shutil.copytree(adapter, source)
     for name in ("optimizer.pt", "trainer_state.json", "training_args.bin", "generation_config.json"):
@@ -157,21 +157,21 @@ def test_what_a_trainer_leaves_is_not_copied_and_said(tmp_path, adapter):
     assert set(tree(tmp_path / "out")) == {*report.files, MANIFEST_NAME}
 
 
-def test_a_card_that_somebody_wrote_is_copied(tmp_path, adapter):
+def test_a_filled_in_model_card_is_copied(tmp_path, adapter):
     source = tmp_path / "source"
     shutil.copytree(adapter, source)
     (source / "README.md").write_text("# Answers to questions about whales\n")
     assert "README.md" in adopt(source, tmp_path / "out").files
 
 
-def test_a_dry_run_writes_nothing_and_says_the_same(tmp_path, llama, adapter):
+def test_a_dry_run_writes_nothing_and_reports_the_same(tmp_path, llama, adapter):
     dry = adopt(adapter, tmp_path / "out", base=llama, dry_run=True)
     assert list(tmp_path.iterdir()) == []
     done = adopt(adapter, tmp_path / "out", base=llama)
     assert (dry.files, dry.bytes, dry.base_fingerprints) == (done.files, done.bytes, done.base_fingerprints)
 
 
-def test_progress_ends_at_everything_that_is_read(tmp_path, llama, adapter):
+def test_progress_never_decreases_and_nearly_reaches_the_total(tmp_path, llama, adapter):
     told = []
     report = adopt(adapter, tmp_path / "out", base=llama, progress=lambda done, total: told.append((done, total)))
     assert [done for done, _ in told] == sorted(done for done, _ in told)
@@ -204,8 +204,8 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path, llama, gpt2, adapter
     assert tree(work) == before
 
 
-def test_a_tensor_of_the_base_in_the_adapter_must_be_the_base_s(tmp_path, made):
-    """With ``save_embedding_layers``, peft copies the tensors that are trained beside their changes."""
+def test_a_copy_of_a_base_tensor_in_the_adapter_must_equal_the_bases(tmp_path, made):
+    """With ``save_embedding_layers``, peft saves the base's tensors of adapted embeddings, too."""
     case = peft_adapters.make(made, next(name for name in OF_EVERY_KIND if has_copies(made, name)))
     copied = next(key for key in load_file(case.adapter / WEIGHTS) if ".base_layer." in key)
     name = copied.removeprefix("base_model.model.").replace(".base_layer.", ".")

@@ -1,4 +1,4 @@
-"""The verdict on an adapter is what its reader makes of it: peft is asked, the others' rules are written out."""
+"""Verdicts on adapters are compared with what peft does, and with written-out rules of the other programs."""
 
 import contextlib
 import json
@@ -75,7 +75,7 @@ def with_peft(folder, base, vocabulary=None):
 
 
 def peft_takes(folder, base, vocabulary=None):
-    """Whether every tensor of the file arrives in the model, and no LoRA is there that the file does not have."""
+    """Whether peft loads every tensor of the file, and adds no LoRA that the file does not have."""
     from peft import get_peft_model_state_dict
 
     try:
@@ -95,7 +95,7 @@ def peft_takes(folder, base, vocabulary=None):
 
 
 def scalings(folder, base):
-    """By module, what peft itself multiplies B A by, and the rank of its A."""
+    """Map modules to the factor by which peft multiplies B A, and to the rank of A."""
     return {
         name: (layer.scaling["default"], layer.lora_A["default"].weight.shape[0])
         for name, layer in with_peft(folder, base).named_modules()
@@ -123,11 +123,11 @@ KINDS = [
     "saved_both_tied", "tokens_both", "experts_patterns", "experts_up_only", "experts_weight", "experts_saved",
     "router", "everything", "everything_phi",
 ]  # fmt: skip
-"""What peft can write: every kind of tensor, and names that a base's files do not have."""
+"""Cases as peft writes them: every kind of tensor, and names that the base's files do not have."""
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_peft_takes_back_all_that_it_wrote(kind, made):
+def test_adapters_that_peft_wrote_load_and_get_at_most_warnings(kind, made):
     case = peft_adapters.make(made, kind)
     assert peft_takes(case.adapter, case.base)
     for base in (None, case.base):
@@ -135,7 +135,7 @@ def test_peft_takes_back_all_that_it_wrote(kind, made):
 
 
 @pytest.mark.parametrize("kind", ["resized", "resized_embedding", "resized_tied", "resized_head_tied"])
-def test_a_resized_vocabulary_must_be_resized_again(kind, made):
+def test_an_adapter_of_a_resized_vocabulary_needs_a_resized_base(kind, made):
     case = peft_adapters.make(made, kind)
     entries = case.case.vocabulary
     assert not peft_takes(case.adapter, case.base)
@@ -155,8 +155,8 @@ def test_a_resized_vocabulary_must_be_resized_again(kind, made):
         ("experts_one_by_one_qwen2", False),
     ],
 )
-def test_experts_one_by_one(kind, loads, made):
-    """Whether peft loads these was tried where the cases are made: ``loads``."""
+def test_adapters_of_single_experts_are_judged_as_each_program_loads_them(kind, loads, made):
+    """``loads``, from the fixture, is whether peft loads all of it."""
     case = peft_adapters.make(made, kind)
     assert case.case.loads == loads
     found = verdicts(case.adapter, case.base)
@@ -168,7 +168,7 @@ def test_experts_one_by_one(kind, loads, made):
 @pytest.mark.parametrize(
     "kind", ["AdaLoRA", "IA3", "VeRA", "LoHa", "a prompt", "trainable tokens alone", "KaSA", "aLoRA"]
 )
-def test_what_is_no_lora_gets_a_verdict(kind, llama, tmp_path):
+def test_other_adapter_types_and_lora_variants_get_a_verdict(kind, llama, tmp_path):
     folder = peft_adapters.write_refused(tmp_path / "adapter", kind, llama)
     found = verdicts(folder, llama)
     assert found["peft"].taken
@@ -178,7 +178,7 @@ def test_what_is_no_lora_gets_a_verdict(kind, llama, tmp_path):
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_convolutions_are_for_peft_alone(dims, tmp_path):
+def test_only_peft_accepts_lora_of_convolutions(dims, tmp_path):
     layer = getattr(torch.nn, f"Conv{dims}d")(8, 6, 3)
     model = peft.get_peft_model(torch.nn.ModuleDict({"conv": layer}), peft.LoraConfig(target_modules=["conv"], r=4))
     model.save_pretrained(tmp_path / "adapter")
@@ -190,7 +190,7 @@ def test_convolutions_are_for_peft_alone(dims, tmp_path):
 
 
 def within(wrapper, tensors):
-    """Tensors called as those of a model inside a wrapper are."""
+    """Rename tensors as if the model was inside a wrapper."""
     return {name.replace("base_model.model.", f"base_model.model.{wrapper}."): v for name, v in tensors.items()}
 
 
@@ -276,7 +276,7 @@ MISCONFIGURED = {
         {"target_parameters": ["down.weight"]},
     ],
 )
-def test_modules_that_are_named_by_their_whole_paths_are_not_compared_with_each_other(others, monkeypatch):
+def test_modules_targeted_by_full_path_are_not_compared_with_each_other(others, monkeypatch):
     """There may be tens of thousands of them."""
     modules = [f"model.{layer}.{name}" for layer in range(4) for name in ("up", "down", "gate")]
     named = [module for module in modules if "gate" not in module]
@@ -292,7 +292,7 @@ def test_modules_that_are_named_by_their_whole_paths_are_not_compared_with_each_
 
 
 @pytest.mark.parametrize("case", [*BROKEN, *MISCONFIGURED])
-def test_peft_drops_or_refuses_what_the_verdict_says_it_does(case, make, untied):
+def test_adapters_that_peft_refuses_or_loads_only_in_part_are_rejected(case, make, untied):
     folder = make()
     if case in BROKEN:
         rewrite(folder, BROKEN[case])
@@ -319,14 +319,14 @@ LOADED = {
 
 
 @pytest.mark.parametrize("case", LOADED)
-def test_peft_takes_what_looks_strange_as_the_verdict_says(case, make, untied):
+def test_unusual_configurations_that_peft_loads_are_accepted(case, make, untied):
     folder = make()
     configure(folder, **LOADED[case])
     assert peft_takes(folder, untied)
     assert verdicts(folder, untied)["peft"].taken
 
 
-def test_an_alpha_of_zero_is_said_to_change_nothing(make, untied):
+def test_an_alpha_of_zero_or_below_is_a_warning_that_says_its_effect(make, untied):
     folder = make()
     configure(folder, lora_alpha=0)
     assert {scaling for scaling, _ in scalings(folder, untied).values()} == {0}
@@ -353,7 +353,7 @@ NAMED = {
 
 
 @pytest.mark.parametrize("case", NAMED)
-def test_names_with_the_adapters_own_in_them_count_where_peft_reads_them(case, make, untied):
+def test_tensor_names_with_the_adapters_name_are_accepted_where_peft_loads_them(case, make, untied):
     lora_config, names = NAMED[case]
     folder = make(**lora_config)
 
@@ -370,7 +370,7 @@ def test_names_with_the_adapters_own_in_them_count_where_peft_reads_them(case, m
 
 
 @pytest.mark.parametrize("module", ["lm_head", "model.norm", "model.layers.1.input_layernorm"])
-def test_peft_wants_every_module_that_a_name_stands_for(module, make, untied):
+def test_every_module_that_modules_to_save_matches_must_be_in_the_file(module, make, untied):
     folder = make(modules_to_save=["lm_head", "norm"])
     assert verdicts(folder, untied)["peft"].taken
     rewrite(folder, lambda t: {name: v for name, v in t.items() if name != f"base_model.model.{module}.weight"})
@@ -382,8 +382,8 @@ def test_peft_wants_every_module_that_a_name_stands_for(module, make, untied):
     ("index", "loads", "runs"),
     [(300, True, True), (-1, True, False), (-301, True, False), (301, False, False), (-302, False, False)],
 )
-def test_trained_rows_are_of_entries_that_there_are(index, loads, runs, make, untied):
-    """peft loads numbers from the end, and fails when the model runs."""
+def test_trained_token_indices_must_be_valid_for_loading_and_for_running(index, loads, runs, make, untied):
+    """peft loads negative indices, but then fails when the model runs."""
     folder = make(trainable_token_indices=[1, 5])
     configure(folder, trainable_token_indices=[1, index])
     assert peft_takes(folder, untied) == loads
@@ -394,15 +394,15 @@ def test_trained_rows_are_of_entries_that_there_are(index, loads, runs, make, un
 
 
 @pytest.mark.parametrize("case", ["a compiled model", "data parallelism", "a doubled prefix"])
-def test_what_wrappers_leave_in_names_is_said_with_or_without_the_base(case, make, untied):
+def test_name_prefixes_left_by_wrappers_are_rejected_with_and_without_the_base(case, make, untied):
     folder = make()
     rewrite(folder, BROKEN[case])
     for base in (None, untied):
         assert not {"peft", "vllm"} & taken(folder, base)
 
 
-def test_files_that_lack_the_models_prefix_make_no_names_without_it_right(tmp_path, gpt2):
-    """The Hub's GPT-2 holds ``h.0.…``, which transformers calls ``transformer.h.0.…``."""
+def test_adapter_names_need_the_models_prefix_even_if_the_bases_files_lack_it(tmp_path, gpt2):
+    """The Hub's GPT-2 has ``h.0.…``, which transformers names ``transformer.h.0.…``."""
     folder, bare = tiny.write_peft_adapter(tmp_path / "of-gpt2", gpt2), shutil.copytree(gpt2, tmp_path / "bare")
     tensors = load_file(gpt2 / "model.safetensors")
     tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
@@ -415,7 +415,7 @@ def test_files_that_lack_the_models_prefix_make_no_names_without_it_right(tmp_pa
 
 
 def lost_in(model, folder):
-    """The tensors of an adapter that peft does not put into a model; None if it fails."""
+    """Return the tensors of an adapter that peft does not load into a model; None if it fails."""
     from peft import PeftModel
 
     try:
@@ -432,8 +432,8 @@ def lost_in(model, folder):
 @pytest.mark.parametrize("name", tiny.OTHER_CLASSES)
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM", "FEATURE_EXTRACTION"])
 @pytest.mark.parametrize("inner", ["", "model.", "bert."])
-def test_a_base_counts_as_the_class_that_it_was_saved_as(name, task, inner, tmp_path):
-    """An adapter of ``AutoModel`` is one of a classifier too, but for the names."""
+def test_the_verdict_is_for_the_model_class_that_base_and_task_imply(name, task, inner, tmp_path):
+    """Adapters of ``AutoModel`` and of a classifier differ only in their tensors' names."""
     import transformers
 
     base = tiny.write_class(tmp_path / "base", name)
@@ -454,8 +454,8 @@ def test_a_base_counts_as_the_class_that_it_was_saved_as(name, task, inner, tmp_
 
 
 @pytest.mark.parametrize("has_head", [True, False])
-def test_a_classifier_comes_with_its_head(has_head, tmp_path, untied):
-    """peft adds it to modules_to_save by itself, and a language model as the base has none."""
+def test_a_classifiers_adapter_must_contain_the_classification_head(has_head, tmp_path, untied):
+    """peft adds the head to modules_to_save by itself, and a base that is a language model does not have one."""
     import transformers
     from peft import LoraConfig, get_peft_model
 
@@ -474,14 +474,14 @@ def test_a_classifier_comes_with_its_head(has_head, tmp_path, untied):
 
 
 @pytest.mark.parametrize("rows", [[1, 5, 7], {"embed_tokens": [1]}])
-def test_peft_wants_a_row_for_every_trained_token(rows, make, untied):
+def test_the_number_of_trained_tokens_must_match_the_rows_in_the_file(rows, make, untied):
     folder = make(trainable_token_indices=[1, 5])
     configure(folder, trainable_token_indices=rows)
     assert not peft_takes(folder, untied)
     assert not verdicts(folder)["peft"].taken
 
 
-def test_a_verdict_names_the_tensor_and_what_to_do(make):
+def test_an_error_names_the_tensor_and_suggests_a_change(make):
     folder = make()
     rewrite(folder, BROKEN["one key more"])
     for name, verdict in verdicts(folder).items():
@@ -492,14 +492,14 @@ def test_a_verdict_names_the_tensor_and_what_to_do(make):
 
 
 @pytest.mark.parametrize("case", ["one key more", "half of a pair", "another rank", "no matrix"])
-def test_nobody_takes_what_does_not_fit_together(case, make):
+def test_no_program_accepts_tensors_that_do_not_fit_together(case, make):
     folder = make()
     rewrite(folder, BROKEN[case])
     assert taken(folder) == set()
 
 
-# What the other readers make of peft's own adapters. They cannot be run here, so that their rules are written out;
-# for scaling they are formulas, whose other side peft computes.
+# The programs that refuse each of peft's own adapters. They cannot be run here, so their rules are written out; their
+# formulas for scaling are compared with what peft computes.
 REFUSED = {
     "plain": set(),
     "rslora": {"sglang", "gguf"},
@@ -515,13 +515,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", GOOD)
-def test_who_refuses_what(case, make):
+def test_the_expected_programs_refuse_each_kind_of_adapter(case, make):
     found = verdicts(make(**GOOD[case]))
     assert {name for name, verdict in found.items() if not verdict.taken} == REFUSED[case]
 
 
 @pytest.mark.parametrize("case", ["plain", "rslora", "rank pattern", "alpha pattern"])
-def test_whoever_scales_otherwise_than_peft_is_found_out(case, make, untied):
+def test_programs_that_scale_differently_from_peft_are_reported(case, make, untied):
     folder = make(**GOOD[case])
     config = json.loads((folder / "adapter_config.json").read_text())
     meant = scalings(folder, untied)
@@ -536,8 +536,8 @@ def test_whoever_scales_otherwise_than_peft_is_found_out(case, make, untied):
     assert found["vllm"].taken
 
 
-def test_resizing_to_its_own_rank_makes_rslora_plain(make, tmp_path, untied):
-    """The command that the verdict gives does what the verdict says."""
+def test_the_suggested_resize_turns_rslora_into_plain_lora(make, tmp_path, untied):
+    """After resizing to the adapter's own rank, all programs accept it, and its scaling is the same."""
     folder = make(use_rslora=True)
     assert f"run adaptkit resize {folder} -o OUT --rank 4," in words(verdicts(folder)["sglang"])
     resize(folder, tmp_path / "plain", ResizeOptions(rank=4))
@@ -545,7 +545,7 @@ def test_resizing_to_its_own_rank_makes_rslora_plain(make, tmp_path, untied):
     assert scalings(tmp_path / "plain", untied) == scalings(folder, untied)
 
 
-def test_what_resizing_cannot_mend_is_merged(make):
+def test_a_merge_is_suggested_where_resizing_does_not_help(make):
     for folder in (make(name="a", alpha_pattern={"q_proj": 3}), make(name="b", use_rslora=True, use_dora=True)):
         assert f"adaptkit merge BASE {folder}" in words(verdicts(folder)["gguf"])
         assert "resize" not in words(verdicts(folder)["gguf"])
@@ -555,8 +555,8 @@ def test_what_resizing_cannot_mend_is_merged(make):
     "change",
     [{"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
 )
-def test_the_merge_that_a_verdict_names_can_be_run_where_the_head_is_tied(change, make, llama, run_cli, tmp_path):
-    """It refused without ``--untie``, which only the verdict on llama.cpp had."""
+def test_the_suggested_merge_command_works_on_a_base_with_a_tied_head(change, make, llama, run_cli, tmp_path):
+    """It needs ``--untie``, which once only the verdict on llama.cpp had."""
     folder = make(llama, **change)
     changes = {f.change for v in verdicts(folder, llama).values() for f in v.findings if "adaptkit merge" in f.change}
     assert changes
@@ -567,14 +567,14 @@ def test_the_merge_that_a_verdict_names_can_be_run_where_the_head_is_tied(change
 
 
 @pytest.mark.parametrize(("rank", "flag"), [(16, None), (17, 32), (64, 64), (400, 512), (513, None)])
-def test_ranks_that_vllm_takes(rank, flag, make):
+def test_vllm_accepts_ranks_up_to_512_and_needs_max_lora_rank_above_16(rank, flag, make):
     verdict = verdicts(make(rank=rank))["vllm"]
     assert verdict.taken == (rank <= 512)
     assert (f"--max-lora-rank {flag}," in words(verdict)) == (flag is not None)
     assert ("resize" in words(verdict)) == (rank > 16)
 
 
-def test_vllm_counts_ranks_that_no_module_has(make):
+def test_vllm_limits_ranks_in_rank_pattern_that_match_no_module(make):
     folder = make(rank_pattern={"k_proj": 2})
     assert levels(verdicts(folder)["vllm"], "ranks up to") == set()
     for rank, level in ((64, "warning"), (1024, "error")):
@@ -602,20 +602,20 @@ def test_vllm_counts_ranks_that_no_module_has(make):
         ({"peft_type": "IA3"}, {"vllm", "sglang", "gguf"}),
     ],
 )
-def test_what_the_configuration_says_counts(config, refusing, make):
+def test_configuration_keys_determine_which_programs_refuse(config, refusing, make):
     folder = make()
     configure(folder, **config)
     assert set(verdicts(folder)) - taken(folder) == refusing
 
 
-def test_weights_that_no_program_reads_are_told(make):
+def test_weights_that_no_program_reads_are_reported(make):
     folder = make()
     assert not any("which none of these programs reads" in text for text in check(folder).unknown)
     (folder / "non_lora_trainables.bin").write_bytes(b"")
     assert "the contents of non_lora_trainables.bin, which none of these programs reads" in check(folder).unknown
 
 
-def test_a_beginning_that_is_not_known_is_told_by_all(make):
+def test_an_unknown_init_lora_weights_is_reported_for_every_program(make):
     folder = make()
     configure(folder, init_lora_weights="milora")
     assert taken(folder) == set(verdicts(folder)) - {"peft", "vllm"}
@@ -623,14 +623,14 @@ def test_a_beginning_that_is_not_known_is_told_by_all(make):
         assert "init_lora_weights is 'milora'" in words(verdict)
 
 
-def test_vllm_refuses_beginnings_that_change_the_base_when_it_is_loaded(make):
+def test_initializations_that_change_the_base_are_errors_for_vllm(make):
     folder = make()
     for begun, phrase in (("olora", "vLLM rejects"), ("lora_ga", "vLLM ignores this"), ("milora", "vLLM rejects")):
         configure(folder, init_lora_weights=begun)
         assert levels(verdicts(folder)["vllm"], phrase) == {"error"}
 
 
-def test_a_key_of_the_future_is_a_warning(make):
+def test_an_unknown_configuration_key_is_a_warning(make):
     folder = make()
     configure(folder, future_config={"x": 1})
     for verdict in verdicts(folder).values():
@@ -648,7 +648,7 @@ def test_a_key_of_the_future_is_a_warning(make):
         (["up_proj", "down_proj"], "warning"),
     ],
 )
-def test_sglang_wants_certain_projections_together(modules, level, make, untied):
+def test_sglang_needs_certain_projections_adapted_together(modules, level, make, untied):
     folder = make(target_modules=modules)
     found = [f.level for f in verdicts(folder)["sglang"].findings if "without" in f.found]
     assert found == ([level] if level else [])
@@ -656,7 +656,7 @@ def test_sglang_wants_certain_projections_together(modules, level, make, untied)
     assert with_base == (["error"] if level else [])
 
 
-def test_stacks_of_experts(made):
+def test_only_peft_and_vllm_with_a_flag_accept_stacks_of_experts(made):
     both, one = (peft_adapters.make(made, kind) for kind in ("experts_patterns", "experts_up_only"))
     found = verdicts(both.adapter, both.base)
     assert {name for name, verdict in found.items() if verdict.taken} == {"peft", "vllm"}
@@ -664,18 +664,18 @@ def test_stacks_of_experts(made):
     assert taken(one.adapter, one.base) == {"peft"}
 
 
-def test_stacks_of_experts_on_a_base_that_has_none(made, untied):
+def test_stacks_of_experts_are_an_error_on_a_base_without_experts(made, untied):
     both = peft_adapters.make(made, "experts_patterns")
     assert not peft_takes(both.adapter, untied)
     assert levels(verdicts(both.adapter, untied)["peft"], "experts and 3 more: no tensor of this name in") == {"error"}
 
 
 def levels(verdict, phrase):
-    """Of the findings that have a phrase in them."""
+    """Return the levels of the findings that contain a phrase."""
     return {f.level for f in verdict.findings if phrase in f.found + f.effect}
 
 
-def test_sglang_sorts_by_names_and_has_one_rank(make, untied, made, tmp_path, gpt2):
+def test_sglang_sorts_tensors_by_name_and_supports_one_rank(make, untied, made, tmp_path, gpt2):
     folder = make()
     configure(folder, target_modules=[name for name in LINEARS if name != "o_proj"])
     assert levels(verdicts(folder)["sglang"], "does not name model.layers.0.self_attn.o_proj and 1 more") == {"error"}
@@ -694,14 +694,14 @@ def test_sglang_sorts_by_names_and_has_one_rank(make, untied, made, tmp_path, gp
     assert levels(verdicts(stacks.adapter)["sglang"], "stack of experts") == {"error"}
 
 
-def test_what_sglang_would_load_by_mistake(make, tmp_path):
+def test_a_compensation_file_that_sglang_would_load_is_an_error(make, tmp_path):
     folder = make()
     shutil.copy(folder / PLAIN_NAME, folder / "adaptkit-compensation.safetensors")
     assert "sglang" not in taken(folder)
     assert "adaptkit-compensation.safetensors" in words(verdicts(folder)["sglang"])
 
 
-def test_added_tokens(make, untied):
+def test_tokens_added_to_the_vocabulary_are_an_error_for_sglang(make, untied):
     folder = make()
     size = json.loads((untied / "config.json").read_text())["vocab_size"]
     (folder / "added_tokens.json").write_text(json.dumps({"<old>": size - 1}))
@@ -713,7 +713,7 @@ def test_added_tokens(make, untied):
 
 
 @pytest.mark.parametrize("kind", ["text", "nested", "pipe", "folder"])
-def test_added_tokens_that_nobody_can_read_are_none(make, kind):
+def test_an_unreadable_added_tokens_file_is_ignored(make, kind):
     folder = make()
     path = folder / "added_tokens.json"
     if kind == "pipe":
@@ -725,7 +725,7 @@ def test_added_tokens_that_nobody_can_read_are_none(make, kind):
     assert verdicts(folder)["sglang"].findings == ()
 
 
-def test_the_base_tells_modules_and_shapes(make, untied, tmp_path, gpt2):
+def test_modules_and_shapes_are_compared_with_the_base(make, untied, tmp_path, gpt2):
     folder = make()
     assert taken(folder, untied) == {"gguf", "peft", "sglang", "vllm"}
     wide = tiny.write_llama(tmp_path / "wide", hidden=128)
@@ -736,7 +736,7 @@ def test_the_base_tells_modules_and_shapes(make, untied, tmp_path, gpt2):
     assert verdicts(tiny.write_peft_adapter(tmp_path / "of-gpt2", gpt2), gpt2)["peft"].findings == ()
 
 
-def test_a_base_inside_another_model_may_call_its_modules_otherwise(make, untied, copy_of):
+def test_missing_modules_are_only_a_warning_if_the_base_has_a_text_config(make, untied, copy_of):
     folder, base = make(), copy_of(untied)
     rewrite(folder, lambda t: {name.replace("model.layers", "decoder.layers"): tensor for name, tensor in t.items()})
     for inner, level in ((None, "error"), ({}, "warning")):
@@ -748,7 +748,7 @@ def test_a_base_inside_another_model_may_call_its_modules_otherwise(make, untied
         assert [finding.level for finding in found] == [level]
 
 
-def test_gguf_needs_the_name_of_the_base_and_drops_norms(make, untied):
+def test_gguf_warns_of_a_missing_base_name_and_rejects_norms(make, untied):
     folder = make(modules_to_save=["norm"])
     configure(folder, base_model_name_or_path=None)
     levels = {finding.found.split()[0]: finding.level for finding in verdicts(folder)["gguf"].findings}
@@ -757,13 +757,13 @@ def test_gguf_needs_the_name_of_the_base_and_drops_norms(make, untied):
     assert "base_model_name_or_path" not in words(verdicts(folder, untied)["gguf"])
 
 
-def test_heads_that_vllm_takes(make, untied, copy_of):
+def test_vllm_accepts_classification_heads_and_limits_the_vocabulary_of_lm_head(make, untied, copy_of):
     classifier = make()
     rewrite(classifier, lambda t: t | {"base_model.model.score.weight": torch.ones(3, 64)})
     configure(classifier, modules_to_save=["score"], task_type="SEQ_CLS")
     assert levels(verdicts(classifier)["vllm"], "classification head") == {"warning"}
     assert taken(classifier) == {"peft", "vllm"}
-    rewrite(classifier, lambda t: t | {"base_model.model.score.bias": torch.ones(3)})  # as BERT's has, peft saves both
+    rewrite(classifier, lambda t: t | {"base_model.model.score.bias": torch.ones(3)})  # as in BERT; peft saves both
     assert "vllm" in taken(classifier)
     rewrite(classifier, lambda t: t | {"base_model.model.model.layers.0.mlp.up_proj.bias": torch.ones(3)})
     assert levels(verdicts(classifier)["vllm"], "up_proj.bias") == {"error"}
@@ -775,7 +775,7 @@ def test_heads_that_vllm_takes(make, untied, copy_of):
 
 
 @pytest.mark.parametrize("method", ["modelopt", "bitnet"])
-def test_codes_of_other_methods_are_not_taken_for_the_shapes_of_weights(make, untied, copy_of, method):
+def test_shapes_of_quantized_codes_are_not_compared_with_the_adapter(make, untied, copy_of, method):
     base = copy_of(untied)
     tensors = load_file(base / "model.safetensors")
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
@@ -788,14 +788,14 @@ def test_codes_of_other_methods_are_not_taken_for_the_shapes_of_weights(make, un
     assert verdicts(make(), base, ["peft"])["peft"].taken
 
 
-def test_a_quantized_base_has_the_shapes_of_its_weights(make, untied, tmp_path):
+def test_a_quantized_base_is_compared_by_the_shapes_of_its_original_weights(make, untied, tmp_path):
     quantize(untied, tmp_path / "nf4")
     found = verdicts(make(), tmp_path / "nf4")
     assert {name for name, verdict in found.items() if verdict.taken} == {"peft", "sglang", "vllm"}
     assert "16-bit checkpoint" in words(found["gguf"])
 
 
-def test_a_tied_head(make, llama, untied):
+def test_lora_of_a_tied_head_is_reported_for_llama_cpp_and_peft(make, llama, untied):
     folder = make(llama, target_modules=["lm_head", "q_proj", "v_proj"])
     assert [f.level for f in verdicts(folder)["gguf"].findings] == ["warning"]
     assert verdicts(folder, llama)["gguf"].taken is False
@@ -804,8 +804,8 @@ def test_a_tied_head(make, llama, untied):
 
 
 @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
-def test_llama_cpp_has_one_tensor_for_a_tied_embedding_and_its_head(module, make, llama, untied):
-    """Asked of llama.cpp: it refuses the head, and aborts on the embedding when it computes the head."""
+def test_llama_cpp_rejects_lora_of_a_tied_head_or_embedding_and_suggests_a_merge(module, make, llama, untied):
+    """Tried with llama.cpp: it refuses LoRA of the head, and with LoRA of the embedding it aborts at the head."""
     folder = make(llama, target_modules=[module, "q_proj", "v_proj"])
     assert [f.level for f in verdicts(folder)["gguf"].findings] == ["warning"]
     (finding,) = verdicts(folder, llama)["gguf"].findings
@@ -818,7 +818,7 @@ def test_llama_cpp_has_one_tensor_for_a_tied_embedding_and_its_head(module, make
 
 
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt"])
-def test_pickles_are_taken_but_not_looked_into(name, make):
+def test_pickled_weights_are_accepted_but_not_read(name, make):
     folder = make()
     (folder / PLAIN_NAME).rename(folder / name)
     report = check(folder)
@@ -832,7 +832,7 @@ def test_pickles_are_taken_but_not_looked_into(name, make):
 STRANGE = [None, 0, -1.5, "(", ["x"], {"(": 1}, {"q_proj": "x"}, [[1]], True]
 
 
-def test_no_configuration_is_too_strange_for_a_verdict(make, untied):
+def test_strange_configuration_values_still_get_a_verdict(make, untied):
     folder = make()
     original = json.loads((folder / "adapter_config.json").read_text())
     for key in original:
@@ -841,7 +841,7 @@ def test_no_configuration_is_too_strange_for_a_verdict(make, untied):
             assert len(check(folder, base=untied).verdicts) == 4, (key, value)
 
 
-def test_no_shape_is_too_strange_for_a_verdict(make, untied):
+def test_impossible_tensor_shapes_are_rejected(make, untied):
     folder = make()
     whole = load_file(folder / PLAIN_NAME)
     for name in (f"{UP}.lora_A.weight", f"{UP}.lora_B.weight"):
@@ -850,14 +850,14 @@ def test_no_shape_is_too_strange_for_a_verdict(make, untied):
             assert not verdicts(folder, untied)["peft"].taken, (name, shape)
 
 
-def test_a_target_is_a_file(make):
+def test_every_file_in_targets_defines_a_target(make):
     assert discovery.names(targets) == ["gguf", "peft", "sglang", "vllm"]
     for name in discovery.names(targets):
         assert isinstance(discovery.load(targets, name, "TARGET"), Target)
     assert [v.target for v in check(make(), ["vllm", "gguf", "vllm"]).verdicts] == ["vllm", "gguf"]
 
 
-def test_bad_requests(tmp_path, llama, make):
+def test_invalid_paths_targets_and_configurations_are_refused(tmp_path, llama, make):
     with pytest.raises(UsageError, match="does not exist"):
         check(tmp_path / "absent")
     with pytest.raises(UsageError, match="'tgi'"):
@@ -875,7 +875,7 @@ def test_bad_requests(tmp_path, llama, make):
         check(folder)
 
 
-def test_an_adapter_that_names_another_task_is_judged_by_the_model_whose_modules_it_has(llama, adapter, copy_of):
+def test_an_adapter_with_a_wrong_task_type_is_judged_by_its_modules(llama, adapter, copy_of):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -887,11 +887,11 @@ def test_an_adapter_that_names_another_task_is_judged_by_the_model_whose_modules
 
 
 ODD = (5, 10**400, "((", [[5]], {"a": [1]}, {".*": 10**400})
-"""Values of every kind, of which most are of the wrong one wherever they stand."""
+"""Values of many types, most of which are wrong for any key."""
 
 
 def judged_with_odd_values(folder, name, more, judge):
-    """Put every odd value at every key of a configuration: whoever judges gives a verdict, or refuses in words."""
+    """Set every key of a configuration to every odd value: ``judge`` must return or raise an ``AdaptkitError``."""
     path = folder / name
     plain = json.loads(path.read_text())
     for key in (*plain, *more):
@@ -902,13 +902,13 @@ def judged_with_odd_values(folder, name, more, judge):
     path.write_text(json.dumps(plain))
 
 
-def test_whatever_an_adapters_configuration_says_gets_a_verdict(make, untied):
+def test_odd_values_in_an_adapters_configuration_never_crash_check(make, untied):
     folder = make(modules_to_save=["lm_head"], rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 2})
     more = ("use_rslora", "unknown")
     judged_with_odd_values(folder, "adapter_config.json", more, lambda: check(folder))
 
 
-def test_whatever_a_checkpoints_configuration_says_gets_a_verdict(make, untied, copy_of):
+def test_odd_values_in_a_checkpoints_configuration_never_crash_check(make, untied, copy_of):
     folder, base = make(), copy_of(untied)
     more = ("text_config", "vision_config", "quantization_config", "num_experts")
     judged_with_odd_values(base, "config.json", more, lambda: check(base))
@@ -916,8 +916,8 @@ def test_whatever_a_checkpoints_configuration_says_gets_a_verdict(make, untied, 
 
 
 @pytest.mark.parametrize("write", [tiny.write_gpt2, tiny.write_llama])
-def test_a_head_in_the_files_is_tied_where_transformers_and_merge_tie_it(tmp_path, write):
-    """A configuration that does not say leaves it to the architecture: GPT-2's head is tied, Llama's is not."""
+def test_a_stored_head_counts_as_tied_where_transformers_and_merge_tie_it(tmp_path, write):
+    """Without ``tie_word_embeddings`` the architecture decides: GPT-2's head is tied, Llama's is not."""
     base = write(tmp_path / "base")
     path = base / "model.safetensors"
     tensors = load_file(path)
@@ -936,8 +936,8 @@ def test_a_head_in_the_files_is_tied_where_transformers_and_merge_tie_it(tmp_pat
         merge(base, [folder], tmp_path / "merged")
 
 
-def test_an_adapter_of_mlx_gets_one_finding_whose_two_ways_both_hold(tmp_path, untied):
-    """Its configuration and its tensors, as mlx-lm 0.32 writes them, and what the hint makes of them."""
+def test_an_mlx_adapter_gets_one_finding_whose_conversion_equals_fusing_in_mlx(tmp_path, untied):
+    """An adapter as mlx-lm 0.32 writes it, and the same one converted as the hint says."""
     generator, name, rank, scale = torch.Generator().manual_seed(0), "model.layers.0.mlp.up_proj", 8, 20.0
     weight = load_file(untied / "model.safetensors")[f"{name}.weight"].float()
     out, into = weight.shape

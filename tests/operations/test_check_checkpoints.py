@@ -1,4 +1,4 @@
-"""The verdict on a checkpoint: transformers is asked, the others' rules are written out."""
+"""Verdicts on checkpoints are compared with what transformers does, and with rules of the other programs."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def words(verdict):
     return " ".join(f"{f.level}: {f.found}. {f.effect}. {f.change}." for f in verdict.findings)
 
 
-def test_a_merged_model_is_a_plain_checkpoint_whatever_is_beside_it(llama, llama_sharded, adapter, tmp_path):
+def test_a_merged_checkpoint_gets_no_findings_with_or_without_an_undo_record(llama, llama_sharded, adapter, tmp_path):
     merge(llama, [adapter], tmp_path / "merged")
     merge(llama_sharded, [adapter], tmp_path / "sharded")
     merge(llama, [adapter], tmp_path / "without", MergeOptions(undo=False))
@@ -34,8 +34,8 @@ def test_a_merged_model_is_a_plain_checkpoint_whatever_is_beside_it(llama, llama
         assert all(verdict.findings == () for verdict in report.verdicts)
 
 
-def test_a_safetensors_file_that_is_no_weights(llama, llama_sharded, adapter, copy_of):
-    """A reader that globs takes it for weights, unless an index says what weights are; transformers does not glob."""
+def test_without_an_index_vllm_and_sglang_reject_an_extra_safetensors_file(llama, llama_sharded, adapter, copy_of):
+    """They load all ``*.safetensors``, unless an index lists the files; transformers and llama.cpp do not."""
     from transformers import AutoModelForCausalLM
 
     for base, takers in ((llama, {"gguf", "peft"}), (llama_sharded, {"gguf", "peft", "sglang", "vllm"})):
@@ -47,7 +47,7 @@ def test_a_safetensors_file_that_is_no_weights(llama, llama_sharded, adapter, co
 
 
 @pytest.mark.parametrize("metadata", [{}, {"metadata": {}}, {"metadata": {"total_size": "7", "by": "hand"}}])
-def test_transformers_wants_metadata_in_an_index(metadata, llama_sharded, copy_of):
+def test_transformers_needs_metadata_in_an_index(metadata, llama_sharded, copy_of):
     from transformers import AutoModelForCausalLM
 
     folder = copy_of(llama_sharded)
@@ -70,7 +70,7 @@ def test_transformers_wants_metadata_in_an_index(metadata, llama_sharded, copy_o
         ({"format": "int8"}, set()),
     ],
 )
-def test_quantized_checkpoints(options, takers, llama, tmp_path):
+def test_all_programs_but_llama_cpp_accept_4_bit_and_none_accepts_int8(options, takers, llama, tmp_path):
     quantize(llama, tmp_path / "out", QuantizeOptions(**options))
     report = check(tmp_path / "out")
     assert report.kind == "quantized"
@@ -79,8 +79,8 @@ def test_quantized_checkpoints(options, takers, llama, tmp_path):
 
 
 @pytest.mark.parametrize(("block_size", "first"), [(32, None), (64, "up_proj"), (128, "down_proj")])
-def test_rows_that_are_no_whole_number_of_blocks_are_named(block_size, first, tmp_path):
-    """bitsandbytes' decoder on a CPU goes wrong there; its encoder, and ours, know of no rows."""
+def test_a_weight_whose_row_length_is_not_a_multiple_of_the_block_size_is_named(block_size, first, tmp_path):
+    """bitsandbytes' CPU decoder is wrong for these; its encoder and ours ignore row boundaries."""
     source = tiny.write_llama(tmp_path / "source", hidden=96)
     quantize(source, tmp_path / "out", QuantizeOptions(block_size=block_size, skip=("*self_attn*", "*gate_proj")))
     verdict = verdicts(tmp_path / "out")["peft"]
@@ -89,7 +89,7 @@ def test_rows_that_are_no_whole_number_of_blocks_are_named(block_size, first, tm
     assert verdict.taken
 
 
-def test_codes_that_say_they_are_floats(llama, tmp_path):
+def test_only_peft_accepts_a_quant_storage_of_bfloat16(llama, tmp_path):
     quantize(llama, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["quantization_config"]["bnb_4bit_quant_storage"] = "bfloat16"
@@ -98,7 +98,7 @@ def test_codes_that_say_they_are_floats(llama, tmp_path):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_packed_experts(fused, tmp_path):
+def test_only_vllm_and_sglang_accept_quantized_experts_and_only_unfused_ones(fused, tmp_path):
     source = tiny.write_family(tmp_path / "source", "mixtral", fused_experts=fused)
     quantize(source, tmp_path / "out", QuantizeOptions(moe="quantize"))
     assert taken(tmp_path / "out") == (set() if fused else {"sglang", "vllm"})
@@ -106,7 +106,7 @@ def test_packed_experts(fused, tmp_path):
     assert taken(tmp_path / "kept") == {"peft", "sglang", "vllm"}
 
 
-def test_transformers_agrees_on_packed_experts_and_int8(tmp_path, llama):
+def test_transformers_fails_to_load_quantized_experts_and_int8(tmp_path, llama):
     from transformers import AutoModelForCausalLM
 
     source = tiny.write_family(tmp_path / "source", "mixtral")
@@ -119,7 +119,7 @@ def test_transformers_agrees_on_packed_experts_and_int8(tmp_path, llama):
                 AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_configuration_that_hides_the_quantization_and_an_absent_tokenizer(llama, tmp_path):
+def test_a_missing_quantization_config_is_an_error_and_a_missing_tokenizer_a_warning(llama, tmp_path):
     quantize(llama, tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
@@ -133,7 +133,7 @@ def test_a_configuration_that_hides_the_quantization_and_an_absent_tokenizer(lla
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_tensors_that_the_architecture_has_and_the_files_lack(packed, llama, copy_of, tmp_path):
+def test_a_tensor_that_the_files_lack_is_an_error_for_every_program(packed, llama, copy_of, tmp_path):
     from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
@@ -149,10 +149,10 @@ def test_tensors_that_the_architecture_has_and_the_files_lack(packed, llama, cop
     assert all(f"the files lack {lost}, which LlamaForCausalLM has" in words(verdict) for verdict in found.values())
     if not packed:
         _, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-        assert set(told["missing_keys"]) == {lost}  # of which it makes a tensor of ones
+        assert set(told["missing_keys"]) == {lost}  # which it fills with ones
 
 
-def test_tensors_in_another_shape_than_the_configuration_has(llama, copy_of):
+def test_tensors_whose_shapes_differ_from_the_configuration_are_an_error(llama, copy_of):
     from transformers import AutoModelForCausalLM
 
     folder = copy_of(llama)
@@ -166,7 +166,7 @@ def test_tensors_in_another_shape_than_the_configuration_has(llama, copy_of):
 
 
 def compared(base, packed):
-    """Quantize a base that is whole; what it and that were compared with, of which nothing may be missed."""
+    """Quantize a complete base, check both, and return what they were compared with."""
     quantize(base, packed)
     reports = [check(folder, ["peft"]) for folder in (base, packed)]
     for report in reports:
@@ -193,13 +193,13 @@ def test_a_checkpoint_is_compared_with_the_class_that_it_was_saved_as(name, tmp_
 
 
 @pytest.mark.parametrize("name", sorted(tiny.ARCHITECTURES))
-def test_nothing_is_missed_in_what_transformers_wrote(name, tmp_path):
+def test_no_tensor_is_reported_missing_from_what_transformers_wrote(name, tmp_path):
     base = tiny.write_architecture(tmp_path / "base", name)
     (what,) = compared(base, tmp_path / "nf4")
     assert what.startswith("names and shapes of all tensors of ")
 
 
-def test_nothing_is_missed_in_transposed_matrices(gpt2, tmp_path):
+def test_transposed_matrices_are_accepted(gpt2, tmp_path):
     quantize(gpt2, tmp_path / "nf4")
     assert "gguf" in taken(gpt2)
     assert "peft" in taken(tmp_path / "nf4")
@@ -232,7 +232,7 @@ NVFP4 = "nvfp4-pack-quantized"
     ],
 )
 def test_llama_cpp_reads_some_formats_of_compressed_tensors(form, groups, unread, llama, adapter, copy_of):
-    """Compared with what conversion/base.py of llama-cpp-python 0.3.36 raises, for all products of these values."""
+    """Compared with what conversion/base.py of llama-cpp-python 0.3.36 raises, for all combinations of these values."""
     base = copy_of(llama)
     named = {f"group_{number}": group for number, group in enumerate(groups)}
     quantization = {"quant_method": "compressed-tensors", "format": form, "config_groups": named}
@@ -260,8 +260,8 @@ def test_llama_cpp_reads_some_formats_of_compressed_tensors(form, groups, unread
         ("Phi3ForCausalLM", "GPT2Tokenizer", False),  # Phi-4, as it is published
     ],
 )
-def test_llama_cpp_reads_some_tokenizers_from_tokenizer_model_alone(architecture, tokenizer, needs, llama, copy_of):
-    """Whoever tunes such a model, and saves its fast tokenizer, has no such file any more."""
+def test_llama_cpp_needs_tokenizer_model_for_some_architectures(architecture, tokenizer, needs, llama, copy_of):
+    """After tuning such a model and saving its fast tokenizer, that file is missing."""
     base = copy_of(llama)
     for name, change in (
         ("config", {"architectures": [architecture]}),
@@ -275,7 +275,7 @@ def test_llama_cpp_reads_some_tokenizers_from_tokenizer_model_alone(architecture
 
 
 @pytest.mark.parametrize("missing", ["tokenizer_config.json", "tokenizer*"])
-def test_llama_cpp_is_said_to_need_a_tokenizer_or_its_model_and_not_both(missing, llama, copy_of):
+def test_a_missing_tokenizer_model_is_not_reported_if_all_tokenizer_files_are_missing(missing, llama, copy_of):
     base = copy_of(llama)
     config = json.loads((base / "config.json").read_text()) | {"architectures": ["Phi3ForCausalLM"]}
     (base / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""The verdict on adapters of single experts, which peft makes stacks of: peft itself is asked."""
+"""Verdicts on adapters of single experts, which peft converts to stacks, are compared with what peft does."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ SINGLE = {
 def write_single_experts(
     folder, base, family, parts="gate up down", without=r"(?!)", ranks=(), alpha=None, targets=None
 ):
-    """What training single experts left: a pair for each, and what is unlike r and lora_alpha by its whole path."""
+    """Write an adapter of single experts; ranks and alphas other than r and lora_alpha are listed by full path."""
     names = ("gate_proj", "up_proj", "down_proj") if family == "qwen3_moe" else ("w1", "w3", "w2")
     config = json.loads((base / "config.json").read_text())
     hidden, inter = config["hidden_size"], config.get("moe_intermediate_size") or config["intermediate_size"]
@@ -78,8 +78,8 @@ def moe(tmp_path_factory):
 
 @pytest.mark.parametrize("case", SINGLE)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_peft_makes_stacks_of_single_experts_only_as_the_verdict_says(case, family, moe, tmp_path):
-    """What peft merges is compared with what the file says, which is what merge makes of it."""
+def test_single_experts_are_accepted_for_peft_only_if_it_merges_them_correctly(case, family, moe, tmp_path):
+    """What peft merges is compared with what ``merge`` makes of the same adapter."""
     from peft import PeftModel
 
     base = moe[family]
@@ -99,8 +99,8 @@ def test_peft_makes_stacks_of_single_experts_only_as_the_verdict_says(case, fami
 
 @pytest.mark.parametrize("case", SINGLE)
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_vllm_and_llama_cpp_put_all_experts_of_a_layer_together(case, family, moe, tmp_path):
-    """vLLM's ``PackedLoRALayerWeights.pack_moe`` asserts that all are there, llama.cpp's converter counts them."""
+def test_vllm_and_llama_cpp_need_all_experts_of_a_layer(case, family, moe, tmp_path):
+    """vLLM's ``PackedLoRALayerWeights.pack_moe`` asserts that all are present; llama.cpp's converter counts them."""
     folder = write_single_experts(tmp_path / "adapter", moe[family], family, **SINGLE[case])
     layers = [name.split(".")[4] for name in load_file(folder / "adapter_model.safetensors") if "lora_A" in name]
     whole = all(layers.count(layer) == 4 * 3 for layer in set(layers))
@@ -111,8 +111,8 @@ def test_vllm_and_llama_cpp_put_all_experts_of_a_layer_together(case, family, mo
 
 @pytest.mark.parametrize(("parts", "level"), [("gate up", None), ("gate down", None), ("up down", "error")])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_sglang_wants_an_experts_gate_with_its_up(parts, level, family, moe, tmp_path):
-    """It makes up for an up that is not there with zeros; an up alone is called as nothing that it has."""
+def test_sglang_needs_an_experts_gate_if_its_up_is_adapted(parts, level, family, moe, tmp_path):
+    """It replaces a missing up by zeros, but does not recognize an up without a gate."""
     folder = write_single_experts(tmp_path / "adapter", moe[family], family, parts=parts)
     for base, found in ((moe[family], level), (None, level and "warning")):  # a model may have no gate
         (verdict,) = check(folder, ["sglang"], base).verdicts
@@ -120,7 +120,7 @@ def test_sglang_wants_an_experts_gate_with_its_up(parts, level, family, moe, tmp
 
 
 @pytest.mark.parametrize("target", ["gguf", "vllm"])
-def test_experts_of_several_ranks_cannot_be_put_together(target, moe, tmp_path):
+def test_experts_of_different_ranks_are_an_error(target, moe, tmp_path):
     folder = write_single_experts(tmp_path / "adapter", moe["mixtral"], "mixtral")
     config = json.loads((folder / "adapter_config.json").read_text()) | {"rank_pattern": {r"0\.w1": 2}}
     (folder / "adapter_config.json").write_text(json.dumps(config))
@@ -137,8 +137,8 @@ def test_experts_of_several_ranks_cannot_be_put_together(target, moe, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "loads"), [("gate", False), ("shared_expert_gate", True)])
-def test_peft_has_no_layer_for_routers(name, loads, tmp_path):
-    """Those of transformers 5; under 4 they were linear layers, as what weighs the shared expert still is."""
+def test_peft_does_not_support_lora_of_routers(name, loads, tmp_path):
+    """Since transformers 5 routers are not linear layers; the shared expert's gate still is."""
     from peft import PeftModel
 
     base = tiny.write_family(tmp_path / "base", "qwen2_moe", dtype="float32")
@@ -160,8 +160,8 @@ def test_peft_has_no_layer_for_routers(name, loads, tmp_path):
 
 
 @pytest.mark.parametrize("parts", ["gate up down", "down"])
-def test_a_dense_layer_beside_experts_is_not_reached(parts, moe, tmp_path):
-    """peft takes the names of its modules for those of the experts' stacks."""
+def test_lora_of_a_dense_mlp_together_with_experts_is_an_error_for_peft(parts, moe, tmp_path):
+    """peft mistakes the names of its modules for those of the stacks of experts."""
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""What comes out is what every reader of the quantized folder sees."""
+"""Dequantized weights are those that other readers of the quantized folder compute."""
 
 import json
 
@@ -28,7 +28,7 @@ def quantized(tmp_path_factory, llama):
     return out
 
 
-def test_weights_are_those_of_bitsandbytes(llama, quantized, tmp_path):
+def test_weights_are_within_one_percent_of_those_of_bitsandbytes(llama, quantized, tmp_path):
     report = dequantize(quantized, tmp_path / "out")
     source, plain = load_file(llama / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert set(source) == set(plain)
@@ -39,7 +39,7 @@ def test_weights_are_those_of_bitsandbytes(llama, quantized, tmp_path):
         if name in names:
             packed = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
             expected = bnb.functional.dequantize_4bit(*packed)
-            # without double quantization; with it a constant is off by one part in a hundred or so
+            # without double quantization, which changes a constant by about one percent
             assert (plain[name].float() - expected.float()).norm() < 0.01 * expected.float().norm()
             assert not torch.equal(plain[name], weight)
         else:
@@ -47,7 +47,7 @@ def test_weights_are_those_of_bitsandbytes(llama, quantized, tmp_path):
         assert plain[name].dtype == weight.dtype
 
 
-def test_without_double_quantization_they_are_so_to_the_bit(llama, tmp_path):
+def test_without_double_quantization_weights_equal_those_of_bitsandbytes(llama, tmp_path):
     quantize(llama, tmp_path / "q", QuantizeOptions(double_quant=False))
     dequantize(tmp_path / "q", tmp_path / "out")
     source, plain = load_file(llama / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
@@ -57,8 +57,8 @@ def test_without_double_quantization_they_are_so_to_the_bit(llama, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_what_transformers_saved_is_read_too(llama, tmp_path, dtype):
-    """transformers quantizes and saves; adaptkit decodes to the weights that bitsandbytes sees, in their type."""
+def test_models_that_transformers_quantized_are_dequantized_exactly(llama, tmp_path, dtype):
+    """transformers quantizes and saves; adaptkit decodes the same weights as bitsandbytes, in the same dtype."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -76,7 +76,7 @@ def test_what_transformers_saved_is_read_too(llama, tmp_path, dtype):
     assert all(torch.equal(plain[name], weight) for name, weight in expected.items())
 
 
-def test_the_configuration_is_plain_again(llama, quantized, tmp_path):
+def test_configuration_and_tokenizer_are_those_of_the_original(llama, quantized, tmp_path):
     dequantize(quantized, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((llama / "config.json").read_text())
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
@@ -93,7 +93,7 @@ def test_threads_and_shards_do_not_change_the_tensors(quantized, tmp_path, threa
 
 
 def test_quantizing_again_gives_the_same_codes(quantized, tmp_path):
-    """Every level is its own nearest level, and the largest weight of a block is its constant again."""
+    """Every level is its own nearest level, and a block's largest weight is its constant again."""
     dequantize(quantized, tmp_path / "plain")
     quantize(tmp_path / "plain", tmp_path / "again", QuantizeOptions(double_quant=False))
     first, second = Checkpoint(quantized), Checkpoint(tmp_path / "again")
@@ -108,13 +108,13 @@ def test_the_manifest_names_its_parent(quantized, tmp_path):
     verify(tmp_path / "out")
 
 
-def test_what_is_not_quantized_is_refused(llama, tmp_path):
+def test_an_unquantized_checkpoint_is_refused(llama, tmp_path):
     with pytest.raises(CheckpointError, match="no quantized weights"):
         dequantize(llama, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_quantized_by_another_method_is_said_to_be(llama, copy_of, tmp_path):
+def test_an_unsupported_quantization_method_is_named(llama, copy_of, tmp_path):
     folder = copy_of(llama)
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (folder / "config.json").write_text(json.dumps(config))
@@ -122,14 +122,14 @@ def test_what_is_quantized_by_another_method_is_said_to_be(llama, copy_of, tmp_p
         dequantize(folder, tmp_path / "out")
 
 
-def test_an_existing_output_is_left_alone(quantized, copy_of):
+def test_an_existing_output_is_refused(quantized, copy_of):
     out = copy_of(quantized)
     with pytest.raises(OutputExistsError):
         dequantize(quantized, out)
 
 
 @pytest.mark.parametrize(("had", "comes"), [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16")])
-def test_the_type_is_the_weights_own_or_bfloat16_for_float32(tmp_path, had, comes):
+def test_the_dtype_is_the_original_one_or_bfloat16_for_float32(tmp_path, had, comes):
     quantize(tiny.write_llama(tmp_path / "model", dtype=had), tmp_path / "q")
     dequantize(tmp_path / "q", tmp_path / "out")
     kept, made = (load_file(tmp_path / folder / "model.safetensors") for folder in ("model", "out"))
@@ -140,8 +140,8 @@ def test_the_type_is_the_weights_own_or_bfloat16_for_float32(tmp_path, had, come
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("format", ["nf4", "fp4"])
-def test_what_transformers_saved_comes_out_in_any_type(llama, tmp_path, dtype, format):
-    """Without double quantization bitsandbytes' own decoder, asked for that type, gives the same bits."""
+def test_models_that_transformers_quantized_are_dequantized_to_any_dtype(llama, tmp_path, dtype, format):
+    """Without double quantization, bitsandbytes' own decoder gives the same bits in that dtype."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=format, bnb_4bit_use_double_quant=False)
@@ -161,15 +161,15 @@ def test_what_transformers_saved_comes_out_in_any_type(llama, tmp_path, dtype, f
 
 
 @pytest.mark.parametrize("options", [{"dtype": "int8"}, {"max_shard_bytes": 0}, {"threads": 0}])
-def test_options_that_make_no_sense_are_refused(options):
+def test_invalid_options_are_refused(options):
     with pytest.raises(UsageError):
         DequantizeOptions(**options)
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("name", ["q_proj", "lm_head"])
-def test_what_is_too_large_for_the_type_is_refused_by_name(tmp_path, format, name, run_cli):
-    """Not what is kept as it is, which no type is asked for."""
+def test_a_quantized_weight_that_is_too_large_for_the_dtype_is_named(tmp_path, format, name, run_cli):
+    """Tensors that are not quantized are copied as they are, since --dtype does not apply to them."""
     base = tiny.write_llama(tmp_path / "base", tied=False)
     tensors = load_file(base / "model.safetensors")
     key = next(key for key in tensors if name in key)

@@ -1,4 +1,4 @@
-"""Factored comparisons are those of the dense matrices, and nothing that two artifacts hold goes without comparison."""
+"""Comparisons of factors equal those of dense matrices, and everything in two artifacts is compared."""
 
 import dataclasses
 import json
@@ -53,7 +53,7 @@ def other(tmp_path, llama):
     return tiny.write_peft_adapter(tmp_path / "other", llama, rank=6, seed=3, use_rslora=True)
 
 
-def test_figures_are_those_of_the_dense_matrices(adapter, other):
+def test_figures_equal_those_of_the_dense_matrices(adapter, other):
     report, one, two = diff(adapter, other), dense(adapter), dense(other)
     assert {m.module for m in report.modules} == set(one) == set(two)
     for found in report.modules:
@@ -81,7 +81,7 @@ def stacked(changes, names):
     return torch.cat([changes[m].reshape(-1) for m in names])
 
 
-def test_groups_are_their_modules_as_one_vector(adapter, other):
+def test_figures_of_groups_treat_their_modules_as_one_vector(adapter, other):
     report, one, two = diff(adapter, other), dense(adapter), dense(other)
     groups = {
         "all": (report.total, set(one)),
@@ -107,7 +107,7 @@ def test_groups_are_their_modules_as_one_vector(adapter, other):
         assert group.effective_ranks[1] == pytest.approx(sum(m.effective_ranks[1] for m in inside) / len(inside))
 
 
-def test_an_adapter_is_the_same_as_itself(adapter, copy_of):
+def test_an_adapter_is_the_same_as_its_copy(adapter, copy_of):
     report = diff(adapter, copy_of(adapter))
     assert report.same
     assert (report.total.relative, report.total.difference) == (0, 0)
@@ -126,7 +126,7 @@ SIDES = {"first": "second", "only_in_first": "only_in_second", "tensors_only_in_
 
 
 def plain(report):
-    """As JSON has it, with modules and tensors by name: equal differences have no order."""
+    """Return a report as JSON, with modules and tensors sorted by name: equal differences have no order."""
     made = json.loads(json.dumps(dataclasses.asdict(report)))
     for name in {"modules", "tensors"} & made.keys():
         made[name].sort(key=lambda found: found.get("module") or found["name"])
@@ -134,7 +134,7 @@ def plain(report):
 
 
 def mirrored(found):
-    """A report as JSON with its sides exchanged."""
+    """Return a report as JSON with its sides exchanged."""
     if isinstance(found, list):
         return [mirrored(item) for item in found]
     if not isinstance(found, dict):
@@ -145,7 +145,7 @@ def mirrored(found):
 
 
 def close(one, two, path=""):
-    """Numbers alike to rounding, all else equal."""
+    """Assert that numbers are equal up to rounding, and all else exactly."""
     if isinstance(one, dict):
         assert one.keys() == two.keys(), path
         for key in one:
@@ -160,12 +160,12 @@ def close(one, two, path=""):
         assert one == two, path
 
 
-def test_comparing_the_other_way_round_gives_the_mirror_image(adapter, second_adapter, other):
+def test_exchanging_the_adapters_mirrors_the_report(adapter, second_adapter, other):
     for first, second in ((adapter, second_adapter), (adapter, other)):
         close(mirrored(plain(diff(first, second))), plain(diff(second, first)))
 
 
-def test_modules_of_one_adapter_only_are_told_and_count(adapter, second_adapter):
+def test_modules_in_only_one_adapter_are_listed_and_count(adapter, second_adapter):
     report, one, two = diff(adapter, second_adapter), dense(adapter), dense(second_adapter)
     assert set(report.only_in_first) == set(one) - set(two)
     assert report.only_in_second == ()
@@ -176,7 +176,7 @@ def test_modules_of_one_adapter_only_are_told_and_count(adapter, second_adapter)
     assert (lonely.columns, lonely.sign_agreement, lonely.interference, lonely.shapes[1]) == (None, None, None, None)
 
 
-def test_those_that_differ_most_come_first(adapter, other):
+def test_modules_that_differ_most_come_first(adapter, other):
     found = [module.relative for module in diff(adapter, other).modules]
     assert found == sorted(found, reverse=True)
     assert len(set(found)) > 1
@@ -192,7 +192,7 @@ def test_one_unit_in_the_last_place_is_a_difference(adapter, copy_of):
     assert report.modules[0].module == "model.layers.0.mlp.up_proj"
 
 
-def test_another_scaling_of_the_same_tensors_is_a_difference(adapter, copy_of):
+def test_a_different_scaling_of_the_same_tensors_is_a_difference(adapter, copy_of):
     folder = copy_of(adapter)
     config = json.loads((folder / "adapter_config.json").read_text())
     edit_json(folder / "adapter_config.json", lora_alpha=2 * config["lora_alpha"])
@@ -204,7 +204,7 @@ def test_another_scaling_of_the_same_tensors_is_a_difference(adapter, copy_of):
     assert [(v.key, v.first, v.second) for v in report.config] == [("lora_alpha", "8", "16")]
 
 
-def test_the_same_change_in_other_factors_differs_in_tensors_but_not_in_effect(adapter, copy_of):
+def test_different_factors_of_the_same_change_differ_as_tensors_but_not_in_effect(adapter, copy_of):
     def change(tensors):
         tensors.update({k: t * (2.0 if "lora_A" in k else 0.5) for k, t in tensors.items()})
 
@@ -213,7 +213,7 @@ def test_the_same_change_in_other_factors_differs_in_tensors_but_not_in_effect(a
     assert report.total.relative < 1e-14
 
 
-def test_the_same_numbers_of_another_type_are_a_difference(adapter, copy_of):
+def test_the_same_numbers_in_a_different_dtype_are_a_difference(adapter, copy_of):
     folders = [copy_of(adapter, name) for name in ("one", "two")]
     edit(folders[0], lambda tensors: tensors.update({k: t.bfloat16().float() for k, t in tensors.items()}))
     edit(folders[1], lambda tensors: tensors.update({k: t.bfloat16() for k, t in tensors.items()}))
@@ -221,7 +221,7 @@ def test_the_same_numbers_of_another_type_are_a_difference(adapter, copy_of):
     assert (report.same, report.total.relative) == (False, 0)
 
 
-def test_what_says_nothing_about_the_change_is_told_but_does_not_count(adapter, copy_of):
+def test_configuration_without_effect_on_the_change_is_listed_but_does_not_count(adapter, copy_of):
     folder = copy_of(adapter)
     config = json.loads((folder / "adapter_config.json").read_text())
     changes = {"peft_version": "0.0", "base_model_name_or_path": "a/b", "target_modules": ["zzz", "aaa"]}
@@ -235,7 +235,7 @@ def test_what_says_nothing_about_the_change_is_told_but_does_not_count(adapter, 
     assert diff(folder, twin).config == (), "peft writes sets, in any order"
 
 
-def test_another_layout_of_the_base_is_a_difference(adapter, copy_of):
+def test_a_different_fan_in_fan_out_is_a_difference(adapter, copy_of):
     folder = copy_of(adapter)
     edit_json(folder / "adapter_config.json", fan_in_fan_out=True)
     report = diff(adapter, folder)
@@ -254,7 +254,7 @@ def test_changes_of_zero_are_compared_without_dividing_by_zero(adapter, copy_of)
     assert (against.cosine, against.relative) == (0.0, pytest.approx(1.0, rel=1e-12))
 
 
-def test_modules_of_different_shapes_count_as_altogether_different(adapter, copy_of):
+def test_modules_of_different_shapes_count_as_entirely_different(adapter, copy_of):
     def change(tensors):
         tensors[f"{UP}.lora_B.weight"] = tensors[f"{UP}.lora_B.weight"][:64].clone()
 
@@ -295,7 +295,7 @@ def test_no_tensor_of_any_kind_of_adapter_is_ignored(name, made, tmp_path):
             assert report.total.relative > 0, key
 
 
-def test_what_is_no_low_rank_change_has_the_figures_of_its_tensors(made, tmp_path):
+def test_tensors_that_are_not_low_rank_changes_are_compared_directly(made, tmp_path):
     folder = peft_adapters.make(made, "dora").adapter
     twin = shutil.copytree(folder, tmp_path / "twin")
     key = next(k for k in load_file(folder / WEIGHTS) if "magnitude" in k)
@@ -310,7 +310,7 @@ def test_what_is_no_low_rank_change_has_the_figures_of_its_tensors(made, tmp_pat
     assert report.tensors_equal == len([k for k in load_file(folder / WEIGHTS) if "magnitude" in k]) - 1
 
 
-def test_what_one_adapter_alone_holds_is_told(made, adapter):
+def test_tensors_in_only_one_adapter_are_listed(made, adapter):
     dora = peft_adapters.make(made, "dora").adapter
     report = diff(dora, adapter)
     assert not report.same
@@ -319,7 +319,7 @@ def test_what_one_adapter_alone_holds_is_told(made, adapter):
     assert len(report.tensors_only_in_first) == 6
 
 
-def test_trained_rows_of_different_tokens_are_compared_where_both_have_them(made, tmp_path):
+def test_trained_token_rows_are_compared_for_tokens_in_both_adapters(made, tmp_path):
     folder = peft_adapters.make(made, next(n for n in peft_adapters.CASES if n.startswith("tokens"))).adapter
     twin = shutil.copytree(folder, tmp_path / "twin")
     config = json.loads((twin / "adapter_config.json").read_text())
@@ -330,7 +330,7 @@ def test_trained_rows_of_different_tokens_are_compared_where_both_have_them(made
     assert (found.remark, found.relative) == ("3 and 3 tokens, 2 in both", 0)
 
 
-def test_other_names_of_the_same_tensors_are_the_same(adapter, copy_of):
+def test_equivalent_tensor_names_are_not_a_difference(adapter, copy_of):
     folder = copy_of(adapter)
     peft_adapters.rename_keys(folder, lambda key: key.replace("lora_A.weight", "lora_A.default.weight"))
     report = diff(adapter, folder)
@@ -338,7 +338,7 @@ def test_other_names_of_the_same_tensors_are_the_same(adapter, copy_of):
     assert report.tensors_roots[0] != report.tensors_roots[1]
 
 
-def test_manifests_that_do_not_fit_and_other_bases_are_remarked(certified, adapter, llama, tmp_path, copy_of):
+def test_mismatched_manifests_and_different_bases_are_remarked(certified, adapter, llama, tmp_path, copy_of):
     base = edit(copy_of(llama), lambda t: t["model.layers.1.mlp.up_proj.weight"].mul_(2), MODEL)
     first, second = certified(adapter, llama, "first"), certified(adapter, base, "second")
     report = diff(first, second)
@@ -350,7 +350,7 @@ def test_manifests_that_do_not_fit_and_other_bases_are_remarked(certified, adapt
 
 
 @pytest.mark.parametrize("silent", [{"base_xxh3_128": None}, {"base_xxh3_128": None, "quantized_root": "11" * 32}])
-def test_a_manifest_that_does_not_know_the_bases_weights_tells_of_no_other_base(certified, adapter, llama, silent):
+def test_a_manifest_without_base_fingerprints_causes_no_remark_about_different_bases(certified, adapter, llama, silent):
     first, second = certified(adapter, llama, "first"), certified(adapter, llama, "second")
     manifest = require_manifest(second)
     targets = tuple(dataclasses.replace(target, **silent) for target in manifest.targets)
@@ -358,7 +358,7 @@ def test_a_manifest_that_does_not_know_the_bases_weights_tells_of_no_other_base(
     assert diff(first, second).remarks == diff(second, first).remarks == ()
 
 
-def test_how_an_adapter_began_is_compared_too(made, llama, tmp_path, copy_of):
+def test_compensation_files_are_compared_too(made, llama, tmp_path, copy_of):
     source = peft_adapters.make(made, "saved_norms").adapter
     tensors = {}
     for module, t in read_adapter(source).modules.items():
@@ -388,7 +388,7 @@ def tuned(llama, copy_of):
     return edit(copy_of(llama, "tuned"), change, MODEL)
 
 
-def test_checkpoints_the_other_way_round_are_the_mirror_image(llama, tuned):
+def test_exchanging_the_checkpoints_mirrors_the_report(llama, tuned):
     edit_json(tuned / "config.json", extra=1)
     close(mirrored(plain(diff(llama, tuned))), plain(diff(tuned, llama)))
 
@@ -405,7 +405,7 @@ def test_less_than_one_thread_is_refused(llama, adapter, threads):
             diff(folder, folder, threads=threads)
 
 
-def test_two_kinds_are_not_compared(adapter, llama, tmp_path):
+def test_an_adapter_is_compared_only_with_an_adapter(adapter, llama, tmp_path):
     for pair in ((adapter, llama), (llama, adapter)):
         with pytest.raises(UsageError, match="is an adapter, but") as caught:
             diff(*pair)
@@ -424,7 +424,7 @@ def test_reports_are_json_of_finite_numbers(adapter, second_adapter, llama, tune
         assert json.loads(json.dumps(dataclasses.asdict(report), allow_nan=False))["same"] is False
 
 
-def test_files_beside_an_adapter_count_since_merge_takes_its_tokenizer(adapter, llama, copy_of):
+def test_a_tokenizer_in_the_adapters_folder_counts_since_merge_copies_it(adapter, llama, copy_of):
     folder = copy_of(adapter)
     assert diff(adapter, folder).same
     shutil.copy(llama / "tokenizer.json", folder)
@@ -433,15 +433,15 @@ def test_files_beside_an_adapter_count_since_merge_takes_its_tokenizer(adapter, 
     assert [f.file for f in report.beside.files] == ["tokenizer.json"]
 
 
-def test_no_compiler_is_loaded_to_compare():
-    """It would take longer than the comparison."""
+def test_importing_diff_does_not_load_numba():
+    """Loading a compiler would take longer than the comparison."""
     code = "import adaptkit.operations.diff, sys; print('numba' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
 
-def test_an_adapter_whose_configuration_was_edited_can_still_be_looked_at(tmp_path, llama, adapter):
-    """Who wants to know what changed has no other means; nothing is made of it."""
+def test_adapters_with_an_edited_configuration_can_still_be_compared_and_inspected(tmp_path, llama, adapter):
+    """Comparing shows what was edited, and makes no artifact."""
     merge(llama, [adapter], tmp_path / "tuned")
     extract(tmp_path / "tuned", llama, tmp_path / "one", ExtractOptions(rank=2))
     shutil.copytree(tmp_path / "one", tmp_path / "two")

@@ -1,4 +1,4 @@
-"""Checkpoints: figures against the tensors themselves, manifests believed only as far as they can be, every file."""
+"""Comparing checkpoints: figures of tensors, when manifests are trusted, and all other files."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ def tuned(llama, copy_of):
     return edit(copy_of(llama, "tuned"), change)
 
 
-def test_the_figures_of_checkpoints_are_those_of_their_tensors(llama, tuned):
+def test_figures_equal_those_computed_from_the_tensors(llama, tuned):
     report = diff(llama, tuned)
     one, two = load_file(llama / MODEL), load_file(tuned / MODEL)
     unlike = {name for name in one if not torch.equal(one[name], two[name])}
@@ -95,8 +95,8 @@ def test_the_figures_of_checkpoints_are_those_of_their_tensors(llama, tuned):
     assert low_rank.change.energy["8"] > 0.99 > full_rank.change.energy["16"]
 
 
-def test_changes_too_large_to_hold_are_estimated_from_below_and_closely(tmp_path, llama, copy_of):
-    """A matrix that is wider and longer than the sketch, in several pieces: against the dense decomposition."""
+def test_estimated_spectra_of_large_changes_are_close_lower_bounds(tmp_path, llama, copy_of):
+    """A matrix wider and longer than the sketch, read in several pieces, is compared with a dense decomposition."""
     generator = torch.Generator().manual_seed(0)
     out, into = 1500, 1100
     base = torch.randn(out, into, generator=generator)
@@ -121,14 +121,14 @@ def test_changes_too_large_to_hold_are_estimated_from_below_and_closely(tmp_path
     assert found.change.stable_rank == pytest.approx(float(sigma.square().sum() / sigma[0] ** 2), rel=1e-6)
 
 
-def test_a_checkpoint_is_the_same_as_itself_in_other_shards(llama, llama_sharded):
+def test_a_checkpoint_is_the_same_in_different_shards(llama, llama_sharded):
     report = diff(llama, llama_sharded)
     assert report.same
     assert report.fingerprints == ("computed", "computed")
     assert report.tensors_roots[0] == report.tensors_roots[1]
 
 
-def test_tensors_of_one_only_other_types_and_other_shapes(llama, copy_of):
+def test_missing_tensors_different_dtypes_and_different_shapes_are_reported(llama, copy_of):
     def change(tensors):
         del tensors["model.norm.weight"]
         tensors["new.weight"] = torch.ones(3)
@@ -153,7 +153,7 @@ def test_tensors_of_one_only_other_types_and_other_shapes(llama, copy_of):
     assert (turned_round.compared, turned_round.remark) == (resized.compared, resized.remark)
 
 
-def test_the_same_bytes_as_another_type_are_a_difference(llama, copy_of):
+def test_the_same_bytes_in_a_different_dtype_are_a_difference(llama, copy_of):
     name = "model.layers.0.mlp.up_proj.weight"
     other = edit(copy_of(llama), lambda tensors: tensors.update({name: tensors[name].view(torch.float16)}))
     (found,) = diff(llama, other).tensors
@@ -161,7 +161,7 @@ def test_the_same_bytes_as_another_type_are_a_difference(llama, copy_of):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_tensors_that_are_not_finite_are_remarked_and_come_first(bad, llama, tuned):
+def test_tensors_that_are_not_finite_get_a_remark_and_come_first(bad, llama, tuned):
     edit(tuned, lambda tensors: tensors["model.layers.1.self_attn.v_proj.weight"].view(-1)[5].fill_(bad))
     report = diff(llama, tuned)
     found = report.tensors[0]
@@ -193,14 +193,14 @@ def test_quantized_checkpoints_are_compared_as_they_are_stored(quantized, llama)
     assert any("quant_state" in name for name in against.only_in_first)
 
 
-def test_manifests_speak_for_tensors_unless_they_cannot_be_right(quantized, copy_of):
+def test_fingerprints_come_from_manifests_unless_these_cannot_be_right(quantized, copy_of):
     one, two = copy_of(quantized / "nf4", "one"), copy_of(quantized / "nf4", "two")
     report = diff(one, two)
     assert report.same
     assert report.fingerprints == ("manifest", "manifest")
     assert report.manifests[0] == report.manifests[1] is not None
     names = [name for name in load_file(two / MODEL) if name.endswith("up_proj.weight")]
-    with (two / MODEL).open("r+b") as file:  # one bit of a tensor, in place
+    with (two / MODEL).open("r+b") as file:  # flip one bit of a tensor in place
         position = Checkpoint(two).tensors[names[0]].position
         file.seek(position)
         code = file.read(1)[0]
@@ -218,7 +218,7 @@ def test_manifests_speak_for_tensors_unless_they_cannot_be_right(quantized, copy
     assert (disbelieved.only_in_first, len(disbelieved.tensors)) == ((names[1],), 1)
 
 
-def test_a_manifest_with_other_tensors_than_the_headers_is_not_believed(quantized, copy_of):
+def test_a_manifest_whose_tensors_differ_from_the_headers_is_ignored(quantized, copy_of):
     folder = copy_of(quantized / "nf4")
     manifest = read_manifest(folder)
     fewer = dataclasses.replace(manifest, tensors=manifest.tensors[1:])
@@ -229,7 +229,7 @@ def test_a_manifest_with_other_tensors_than_the_headers_is_not_believed(quantize
     assert report.same
 
 
-def test_a_manifest_of_files_of_other_sizes_is_not_believed(quantized, copy_of):
+def test_a_manifest_whose_file_sizes_differ_is_ignored(quantized, copy_of):
     folder = copy_of(quantized / "nf4")
     save_file(load_file(folder / MODEL), folder / MODEL, {"format": "pt", "more": "metadata"})
     report = diff(quantized / "nf4", folder)
@@ -238,7 +238,7 @@ def test_a_manifest_of_files_of_other_sizes_is_not_believed(quantized, copy_of):
     assert report.same
 
 
-def test_a_manifest_and_computed_fingerprints_are_the_same_language(quantized, copy_of, tmp_path):
+def test_fingerprints_in_manifests_and_computed_ones_are_comparable(quantized, copy_of, tmp_path):
     folder = copy_of(quantized / "nf4")
     (folder / MANIFEST_NAME).unlink()
     report = diff(quantized / "nf4", folder)
@@ -285,7 +285,7 @@ def test_configuration_is_compared_key_by_key(llama, copy_of):
     ]
 
 
-def test_the_same_values_written_otherwise_are_the_same(llama, copy_of):
+def test_json_formatting_and_key_order_do_not_matter(llama, copy_of):
     folder = copy_of(llama)
     for file in folder.glob("*.json"):
         value = json.loads(file.read_text())
@@ -293,7 +293,7 @@ def test_the_same_values_written_otherwise_are_the_same(llama, copy_of):
     assert diff(llama, folder).same
 
 
-def test_tokens_vocabulary_and_merges_are_told_by_name_and_number(llama, copy_of):
+def test_differences_in_added_tokens_vocabulary_and_merges_are_described(llama, copy_of):
     folder = copy_of(llama)
     file = folder / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
@@ -322,13 +322,13 @@ TEMPLATE = "{{ messages }}"
 
 
 def moved(folder):
-    """Keep the template in the configuration of the tokenizer instead of a file of its own."""
+    """Move the chat template from its own file into the tokenizer's configuration."""
     template = (folder / "chat_template.jinja").read_text()
     edit_json(folder / "tokenizer_config.json", chat_template=template)
     (folder / "chat_template.jinja").unlink()
 
 
-def test_chat_templates_are_compared_wherever_they_are(llama, copy_of):
+def test_chat_templates_are_compared_wherever_they_are_stored(llama, copy_of):
     folder = copy_of(llama)
     moved(folder)
     assert diff(llama, folder).same, "it is another place alone"
@@ -341,7 +341,7 @@ def test_chat_templates_are_compared_wherever_they_are(llama, copy_of):
     assert not report.beside.values
 
 
-def test_templates_of_other_names_and_in_other_files(llama, copy_of):
+def test_named_chat_templates_are_compared_across_files(llama, copy_of):
     one, two = copy_of(llama, "one"), copy_of(llama, "two")
     (one / "additional_chat_templates").mkdir()
     (one / "additional_chat_templates" / "tools.jinja").write_text(TEMPLATE)
@@ -356,7 +356,7 @@ def test_templates_of_other_names_and_in_other_files(llama, copy_of):
     assert f"-{TEMPLATE}" in found.lines
 
 
-def test_a_template_that_a_file_hides_is_told_as_a_key(llama, copy_of):
+def test_a_chat_template_that_a_file_overrides_is_reported_as_a_key(llama, copy_of):
     folders = [copy_of(llama, name) for name in ("one", "two")]
     for number, folder in enumerate(folders):
         edit_json(folder / "tokenizer_config.json", chat_template=f"hidden {number}")
@@ -382,7 +382,7 @@ def test_other_files_are_compared_by_hash(llama, copy_of):
     assert not report.same
 
 
-def test_progress_reaches_its_end(llama, tuned):
+def test_progress_reaches_its_total(llama, tuned):
     told = []
     diff(llama, tuned, progress=lambda done, total: told.append((done, total)))
     assert told[-1][0] == told[-1][1] > 0

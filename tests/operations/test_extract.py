@@ -1,4 +1,4 @@
-"""Base + extracted adapter is the tuned checkpoint, as nearly as the rank allows, and what is lost is said."""
+"""Base + extracted adapter is the tuned checkpoint as closely as the rank allows, and the loss is reported."""
 
 import json
 import math
@@ -46,7 +46,7 @@ def tensors_of(folder):
 
 
 def tuned_from(base, folder, change):
-    """A copy of a checkpoint in which ``change(name, tensor)`` takes a tensor's place, unless it is None."""
+    """Copy a checkpoint, with ``change(name, tensor)`` in place of each tensor, unless that is None."""
     shutil.copytree(base, folder)
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
@@ -58,7 +58,7 @@ def tuned_from(base, folder, change):
 
 
 def noise(scale=0.1, only="", rank=None, seed=0):
-    """Changes every float tensor with ``only`` in its name, or matrices by a matrix of low rank."""
+    """Return a random change of float tensors with ``only`` in their names, or one of low rank of linear layers."""
     generator = torch.Generator().manual_seed(seed)
 
     def change(name, tensor):
@@ -90,24 +90,24 @@ def dense(folder):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A float32 Llama whose head is a tensor of its own."""
+    """A float32 Llama with an untied head."""
     return tiny.write_llama(tmp_path_factory.mktemp("plain") / "base", dtype="float32", tied=False)
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, plain):
-    """Every tensor of it changed, and nothing of low rank."""
+    """A copy of ``plain`` with a full-rank change of every tensor."""
     return tuned_from(plain, tmp_path_factory.mktemp("tuned") / "tuned", noise())
 
 
 @pytest.fixture(scope="module")
 def falling(tmp_path_factory, plain):
-    """Its linear layers changed by matrices of rank 12 with falling singular values."""
+    """A copy of ``plain`` whose linear layers have a change of rank 12 with decreasing singular values."""
     return tuned_from(plain, tmp_path_factory.mktemp("falling") / "tuned", noise(rank=12))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_at_full_rank_the_change_is_all_there(tmp_path, dtype):
+def test_at_full_rank_the_whole_change_is_extracted(tmp_path, dtype):
     base = tiny.write_llama(tmp_path / "base", dtype=dtype)
     folder = tuned_from(base, tmp_path / "tuned", noise(only="_proj"))
     report = extract(folder, base, tmp_path / "out", WHOLE)
@@ -121,8 +121,8 @@ def test_at_full_rank_the_change_is_all_there(tmp_path, dtype):
     verify(tmp_path / "out")
 
 
-def test_of_a_merge_in_bfloat16_the_adapter_comes_back_but_for_the_rounding(tmp_path, llama, adapter):
-    """The noise of rounding is spread over all dimensions; a rank-4 matrix catches the part in its tangent space."""
+def test_extracting_from_a_bfloat16_merge_recovers_the_adapter_up_to_rounding(tmp_path, llama, adapter):
+    """Rounding noise is spread over all dimensions; a rank-4 approximation contains the part in its tangent space."""
     merge(llama, [adapter], tmp_path / "merged")
     report = extract(tmp_path / "merged", llama, tmp_path / "out", ExtractOptions(rank=4))
     found, truth, merged = dense(tmp_path / "out"), dense(adapter), changes(tmp_path / "merged", llama)
@@ -139,7 +139,7 @@ def test_of_a_merge_in_bfloat16_the_adapter_comes_back_but_for_the_rounding(tmp_
 
 
 @pytest.mark.parametrize("rank", [1, 5, 20])
-def test_the_report_says_what_a_dense_decomposition_says(tmp_path, plain, falling, rank):
+def test_the_report_agrees_with_a_dense_decomposition(tmp_path, plain, falling, rank):
     report = extract(falling, plain, tmp_path / "out", ExtractOptions(rank=rank))
     truth, base, found = changes(falling, plain), tensors_of(plain), dense(tmp_path / "out")
     assert (len(report.modules), report.equal, report.ranks) == (14, 7, (rank, rank))
@@ -165,7 +165,7 @@ def test_the_report_says_what_a_dense_decomposition_says(tmp_path, plain, fallin
 
 
 @pytest.mark.parametrize("energy", [0.6, 0.95, 0.9999])
-def test_every_module_keeps_the_energy_with_no_more_rank_than_that_takes(tmp_path, plain, falling, energy):
+def test_every_module_reaches_the_energy_with_the_smallest_possible_rank(tmp_path, plain, falling, energy):
     report = extract(falling, plain, tmp_path / "out", ExtractOptions(energy=energy))
     truth = changes(falling, plain)
     for entry in report.modules:
@@ -179,14 +179,14 @@ def test_every_module_keeps_the_energy_with_no_more_rank_than_that_takes(tmp_pat
     }
 
 
-def test_the_largest_rank_ends_the_search_and_that_is_said(tmp_path, plain, tuned):
+def test_max_rank_ends_the_search_and_unreached_energy_is_reported(tmp_path, plain, tuned):
     report = extract(tuned, plain, tmp_path / "out", ExtractOptions(energy=0.99, max_rank=6, only_linear=True))
     assert report.ranks == (6, 6)
     assert report.unreached == report.below_90 == 14
     assert all(entry.energy_kept < 0.6 and entry.rank_99 is None for entry in report.modules)
 
 
-def test_rounding_is_about_what_it_is_said_to_be(tmp_path):
+def test_the_reported_rounding_is_close_to_the_actual_rounding(tmp_path):
     base = tiny.write_llama(tmp_path / "base", dtype="bfloat16")
     change = noise(0.02, rank=3)
     folder = tuned_from(base, tmp_path / "tuned", change)
@@ -268,8 +268,8 @@ def test_an_adapter_without_low_rank_changes_still_loads(tmp_path, plain, only):
     assert all(torch.equal(merged[name], wanted[name]) for name in wanted)
 
 
-def test_a_layer_that_the_model_splits_is_not_taken_for_the_change_that_peft_needs(tmp_path):
-    """As the first linear layer of NomicBert is."""
+def test_the_placeholder_is_not_a_layer_that_the_model_splits(tmp_path):
+    """peft needs some low-rank change; the first linear layer of NomicBert cannot be it, since it is split."""
     import peft
     import transformers
 
@@ -291,8 +291,8 @@ def test_a_layer_that_the_model_splits_is_not_taken_for_the_change_that_peft_nee
     assert (before - found).abs().max() > 1e-3
 
 
-def test_a_module_is_replaced_with_all_of_its_tensors(tmp_path, gpt2):
-    """peft looks for the bias of a norm whose weight is there."""
+def test_a_module_is_saved_with_all_of_its_tensors(tmp_path, gpt2):
+    """peft looks for the bias of a norm whose weight is in the file."""
     folder = tuned_from(gpt2, tmp_path / "tuned", noise(only="ln_1.weight"))
     report = extract(folder, gpt2, tmp_path / "out", ExtractOptions(rank=2))
     assert [tensor.name for tensor in report.saved] == [f"transformer.h.{n}.ln_1.weight" for n in (0, 1)]
@@ -301,8 +301,8 @@ def test_a_module_is_replaced_with_all_of_its_tensors(tmp_path, gpt2):
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_files_that_lack_the_models_prefix_make_adapters_that_have_it(tmp_path, gpt2):
-    """As GPT-2 on the Hub."""
+def test_the_adapter_has_the_models_prefix_even_if_the_files_lack_it(tmp_path, gpt2):
+    """As those of GPT-2 on the Hub do."""
     base = tmp_path / "base"
     shutil.copytree(gpt2, base)
     bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(gpt2).items()}
@@ -318,8 +318,8 @@ def test_files_that_lack_the_models_prefix_make_adapters_that_have_it(tmp_path, 
 
 @pytest.mark.parametrize("name", tiny.OTHER_CLASSES)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-def test_what_is_no_language_model_gets_an_adapter_for_its_own_class(tmp_path, name):
-    """``AutoModel`` saves no head, and calls the layers otherwise than a language model does."""
+def test_models_other_than_language_models_get_an_adapter_for_their_own_class(tmp_path, name):
+    """``AutoModel`` saves no head, and its layers have different names than a language model's."""
     import transformers
     from peft import PeftModel
 
@@ -369,12 +369,12 @@ NAMED_ALIKE = {
         "model.layers.1.mlp.gate.e_score_correction_bias",
     ),
 }
-"""A class, its configuration, tensors that differ, and one that peft takes for a part of what is saved for them."""
+"""A class, its configuration, tensors that differ, and a tensor that peft matches by a name saved for them."""
 
 
 @pytest.mark.parametrize("case", NAMED_ALIKE)
-def test_what_a_saved_name_means_besides_is_saved_too(tmp_path, case):
-    """peft compares ends of paths and then misses whatever the file lacks."""
+def test_other_tensors_that_a_saved_name_matches_are_saved_too(tmp_path, case):
+    """peft matches names with the ends of paths, and then expects every matching tensor in the file."""
     import transformers
     from peft import PeftModel
 
@@ -405,7 +405,7 @@ def test_what_a_saved_name_means_besides_is_saved_too(tmp_path, case):
     assert (outputs(tmp_path / "merged") - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
-def test_a_tensor_that_is_left_out_stays_the_bases_though_a_saved_name_means_it(tmp_path):
+def test_a_tensor_that_is_left_out_stays_the_bases_even_if_a_saved_name_matches_it(tmp_path):
     base = tiny.write_class(tmp_path / "base", "LlamaModel")
     folder = tuned_from(base, tmp_path / "tuned", noise(only="norm"))
     extract(folder, base, tmp_path / "out", ExtractOptions(rank=2, target=("norm",)))
@@ -415,7 +415,7 @@ def test_a_tensor_that_is_left_out_stays_the_bases_though_a_saved_name_means_it(
         assert torch.equal(merged[name], (wanted if name == "norm.weight" else before)[name]), name
 
 
-def test_a_tied_base_without_a_head_gets_no_head(tmp_path, llama):
+def test_the_adapter_of_a_tied_base_without_a_head_has_no_head(tmp_path, llama):
     from transformers import AutoModel
 
     base = tmp_path / "base"
@@ -427,14 +427,14 @@ def test_a_tied_base_without_a_head_gets_no_head(tmp_path, llama):
 
 
 def more_words(tensor, count=5):
-    """The same with rows for more words, and the others changed."""
+    """Add rows for more tokens, and change the existing ones."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(count, *tensor.shape[1:], generator=generator)
     return torch.cat([tensor.float() * 1.1, rows * tensor.float().std()])
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_resized_vocabulary_is_saved_whole_and_said(tmp_path, tied):
+def test_a_resized_vocabulary_is_saved_whole_and_reported(tmp_path, tied):
     base = tiny.write_llama(tmp_path / "base", dtype="float32", tied=tied)
     folder = tuned_from(base, tmp_path / "tuned", lambda n, t: more_words(t) if "embed" in n or "head" in n else None)
     words = Checkpoint(folder).spec("model.embed_tokens.weight").shape[0]
@@ -454,7 +454,7 @@ def test_a_resized_vocabulary_is_saved_whole_and_said(tmp_path, tied):
     assert (logits(tmp_path / "merged") - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
-def test_only_linear_leaves_the_rest_out_and_says_how_much_that_is(tmp_path, plain, tuned):
+def test_only_linear_leaves_the_rest_out_and_reports_its_energy(tmp_path, plain, tuned):
     report = extract(tuned, plain, tmp_path / "out", ExtractOptions(rank=4096, only_linear=True))
     assert report.saved == ()
     assert {tensor.name for tensor in report.left_out} == {
@@ -469,7 +469,7 @@ def test_only_linear_leaves_the_rest_out_and_says_how_much_that_is(tmp_path, pla
     assert read.config["modules_to_save"] is None
 
 
-def test_patterns_restrict_everything_and_the_rest_is_said(tmp_path, plain, tuned):
+def test_target_patterns_apply_to_all_tensors_and_the_rest_is_reported(tmp_path, plain, tuned):
     patterns = ("*.q_proj", "model.norm")
     report = extract(tuned, plain, tmp_path / "out", ExtractOptions(rank=2, target=patterns))
     assert [entry.module for entry in report.modules] == [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
@@ -480,10 +480,10 @@ def test_patterns_restrict_everything_and_the_rest_is_said(tmp_path, plain, tune
         extract(tuned, plain, tmp_path / "none", ExtractOptions(rank=2, target=("*.q_proj", "*.z_proj")))
     assert (
         caught.value.hint == "patterns match whole module paths, such as 'model.layers.0.mlp.down_proj'"
-    )  # which has a rank
+    )  # an example with a low-rank change
 
 
-def test_what_is_equal_is_counted_and_not_in_the_adapter(tmp_path, plain):
+def test_equal_tensors_are_counted_and_not_in_the_adapter(tmp_path, plain):
     folder = tuned_from(plain, tmp_path / "tuned", noise(only="q_proj"))
     report = extract(folder, plain, tmp_path / "out", ExtractOptions(rank=2))
     assert report.equal == report.tensors - 2
@@ -491,7 +491,7 @@ def test_what_is_equal_is_counted_and_not_in_the_adapter(tmp_path, plain):
     assert len(report.modules) == 2
 
 
-def test_what_is_refused_after_a_look_at_the_weights_leaves_nothing(tmp_path, plain, copy_of):
+def test_refusal_after_reading_the_weights_leaves_no_files(tmp_path, plain, copy_of):
     copy, before = copy_of(plain), sorted(path.name for path in tmp_path.iterdir())
     with pytest.raises(UsageError, match="hold the same weights"):
         extract(copy, plain, tmp_path / "out", ExtractOptions(rank=2))
@@ -518,7 +518,7 @@ def rewritten(folder, change):
     return folder
 
 
-def test_checkpoints_that_do_not_belong_together_are_refused_by_name(tmp_path, plain, tuned, copy_of):
+def test_mismatched_checkpoints_are_refused_naming_a_tensor(tmp_path, plain, tuned, copy_of):
     def refused(folder, base, message):
         with pytest.raises(BaseMismatchError, match=message):
             extract(folder, base, tmp_path / "out", ExtractOptions(rank=2))
@@ -544,7 +544,7 @@ def test_a_quantized_checkpoint_is_refused_with_the_reason(tmp_path, plain, tune
 
 
 @pytest.mark.parametrize("ours", [True, False])
-def test_only_what_can_be_dequantized_is_advised_to_be(tmp_path, plain, tuned, copy_of, ours):
+def test_dequantize_is_suggested_only_for_supported_quantization(tmp_path, plain, tuned, copy_of, ours):
     other = copy_of(tuned, "other")
     config = json.loads((other / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
     (other / "config.json").write_text(json.dumps(config))
@@ -557,7 +557,7 @@ def test_only_what_can_be_dequantized_is_advised_to_be(tmp_path, plain, tuned, c
 @pytest.mark.parametrize("where", ["tuned", "base"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", [f"{UP}.weight", "model.norm.weight"])
-def test_what_is_no_number_is_refused_by_name(tmp_path, plain, tuned, copy_of, where, value, name):
+def test_a_tensor_with_nan_or_infinity_is_named(tmp_path, plain, tuned, copy_of, where, value, name):
     def spoil(tensors):
         tensors[name].view(-1)[-1] = value
 
@@ -568,7 +568,7 @@ def test_what_is_no_number_is_refused_by_name(tmp_path, plain, tuned, copy_of, w
     assert not (tmp_path / "out").exists()
 
 
-def test_a_stack_of_experts_is_no_tensor_of_an_adapter_and_left_out_only_aloud(tmp_path):
+def test_a_changed_stack_of_experts_is_refused_unless_only_linear_leaves_it_out(tmp_path):
     base = tiny.write_family(tmp_path / "base", "qwen3_moe", dtype="float32", fused_experts=True)
     folder = tuned_from(base, tmp_path / "tuned", noise(only="layers.0"))
     with pytest.raises(UsageError, match=r"layers\.0\.mlp\.experts\.down_proj \(expert\) differs"):
@@ -577,7 +577,7 @@ def test_a_stack_of_experts_is_no_tensor_of_an_adapter_and_left_out_only_aloud(t
     assert {t.name.rpartition(".")[2] for t in report.left_out if t.why == "expert"} == {"gate_up_proj", "down_proj"}
 
 
-def test_shards_and_pieces_and_threads_are_no_part_of_the_result(tmp_path, plain, tuned, monkeypatch):
+def test_shards_pieces_and_threads_do_not_change_the_result(tmp_path, plain, tuned, monkeypatch):
     pieces = tiny.write_llama(tmp_path / "pieces", dtype="float32", tied=False, shards=3)
     before = torch.get_num_threads()
     extract(tuned, plain, tmp_path / "one", ExtractOptions(rank=3, threads=1))
@@ -594,7 +594,7 @@ def test_shards_and_pieces_and_threads_are_no_part_of_the_result(tmp_path, plain
     assert all((one[key] - small[key]).abs().max() <= 1e-5 * one[key].abs().max() for key in one)
 
 
-def test_seeds_and_passes_are_part_of_the_result(tmp_path, plain, tuned):
+def test_the_seed_changes_the_result_and_more_iterations_keep_more_energy(tmp_path, plain, tuned):
     usual = {"rank": 3, "only_linear": True}
     report = extract(tuned, plain, tmp_path / "usual", ExtractOptions(**usual))
     extract(tuned, plain, tmp_path / "seed", ExtractOptions(**usual, seed=1))
@@ -636,14 +636,14 @@ def test_the_manifest_names_both_checkpoints_and_every_tensor_that_is_changed(tm
     verify(tmp_path / "out")
 
 
-def test_merging_onto_another_base_is_refused(tmp_path, plain, tuned, copy_of):
+def test_merging_onto_a_different_base_is_refused(tmp_path, plain, tuned, copy_of):
     extract(tuned, plain, tmp_path / "out", ExtractOptions(rank=2))
     other = rewritten(copy_of(plain, "other"), lambda tensors: tensors["model.norm.weight"].mul_(1.001))
     with pytest.raises(BaseMismatchError, match=r"model\.norm\.weight"):
         merge(other, [tmp_path / "out"], tmp_path / "merged")
 
 
-def test_the_tokenizer_goes_along_if_it_is_another_and_the_configuration_cannot(tmp_path, plain, tuned, copy_of):
+def test_a_changed_tokenizer_is_copied_and_a_changed_configuration_only_reported(tmp_path, plain, tuned, copy_of):
     report = extract(tuned, plain, tmp_path / "same", ExtractOptions(rank=2))
     assert (report.tokenizer, report.config_differs) == ((), ())
     folder = copy_of(tuned, "changed")
@@ -660,9 +660,7 @@ def test_the_tokenizer_goes_along_if_it_is_another_and_the_configuration_cannot(
 @pytest.mark.parametrize(
     "name", ["sentencepiece.bpe.model", "spm.model", "tekken.json", "its.tiktoken", "vocab-src.json"]
 )
-def test_a_vocabulary_of_any_name_goes_from_the_tuned_checkpoint_into_the_merged_one(
-    tmp_path, plain, tuned, copy_of, name
-):
+def test_a_vocabulary_file_of_any_name_reaches_the_merged_checkpoint(tmp_path, plain, tuned, copy_of, name):
     base, other = copy_of(plain, "base"), copy_of(tuned, "other")
     (base / name).write_text("old")
     (other / name).write_text("new")
@@ -680,7 +678,7 @@ def test_a_dry_run_reads_no_weight_and_writes_nothing(tmp_path, plain, tuned):
     assert [path.name for path in tmp_path.iterdir()] == ["hollow"]
 
 
-def test_an_existing_output_is_left_alone(tmp_path, plain, tuned):
+def test_an_existing_output_is_replaced_only_with_force(tmp_path, plain, tuned):
     extract(tuned, plain, tmp_path / "out", ExtractOptions(rank=2))
     with pytest.raises(OutputExistsError):
         extract(tuned, plain, tmp_path / "out", ExtractOptions(rank=3))
@@ -690,7 +688,7 @@ def test_an_existing_output_is_left_alone(tmp_path, plain, tuned):
         extract(tuned, plain, tuned / "out", ExtractOptions(rank=2))
 
 
-def test_a_source_that_changes_meanwhile_is_refused(tmp_path, plain, tuned, copy_of):
+def test_a_source_that_changes_during_extraction_is_refused(tmp_path, plain, tuned, copy_of):
     folder = copy_of(tuned, "moving")
 
     def touch(done, total):
@@ -730,13 +728,13 @@ def test_progress_ends_at_the_bytes_of_both_checkpoints(tmp_path, plain, tuned):
         {"rank": 2, "threads": 0},
     ],
 )
-def test_options_that_make_no_sense_are_refused(options):
+def test_invalid_options_are_refused(options):
     with pytest.raises(UsageError):
         ExtractOptions(**options)
 
 
 def write_matrix(folder, rows, columns, seed):
-    """A checkpoint of one linear layer, bfloat16, that no architecture knows."""
+    """Write a bfloat16 checkpoint of one linear layer, without an architecture."""
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     generator = torch.Generator().manual_seed(seed)
@@ -755,7 +753,7 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
 """
 
 
-def test_memory_grows_with_the_sketch_and_not_with_the_matrix(tmp_path):
+def test_peak_memory_grows_by_less_than_the_size_of_the_matrix(tmp_path):
     columns, peaks = 2048, []
     for rows in (2048, 8192):
         for number, name in enumerate(("base", "tuned")):
@@ -768,8 +766,8 @@ def test_memory_grows_with_the_sketch_and_not_with_the_matrix(tmp_path):
 
 
 @pytest.mark.parametrize("named", ["GPT2Model", "GPT2DoubleHeadsModel"])
-def test_files_of_a_language_model_that_call_themselves_a_part_of_it(named, gpt2, copy_of, tmp_path):
-    """Their names count: peft runs the language model on them, evaluate does, and a tied head is one."""
+def test_language_model_files_count_as_such_if_their_config_names_a_different_class(named, gpt2, copy_of, tmp_path):
+    """Tensor names decide: peft and evaluate run the language model on them, and its head counts as tied."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -791,8 +789,8 @@ def test_files_of_a_language_model_that_call_themselves_a_part_of_it(named, gpt2
         merge(base, [both], tmp_path / "merged")
 
 
-def test_what_the_running_model_has_in_pieces_is_refused(tmp_path):
-    """No language model, so that names tell what is linear; in peft the model has no module of the files' name."""
+def test_a_changed_layer_that_transformers_splits_is_refused(tmp_path):
+    """Not a language model, so names determine what is linear; peft's model has no module named as in the files."""
     import transformers
 
     if "nomic_bert" not in transformers.CONFIG_MAPPING:
