@@ -1,4 +1,4 @@
-"""transformers answers from a process of its own as it would from this one, and is not loaded here."""
+"""A child process asks transformers, which is not imported here; the answer is the same as in this process."""
 
 import json
 import os
@@ -54,7 +54,7 @@ with Inquiry(Checkpoint(Path(sys.argv[1]))) as inquiry:
 
 @pytest.fixture(scope="module")
 def run():
-    """Runs code where transformers is not loaded, and takes no time to load."""
+    """Run code in a forked process in which transformers is not imported yet, but importing it takes no time."""
     with Forks(IMPORTS) as forks:
         yield lambda *words: _succeeded(forks(*words)).stdout
 
@@ -64,7 +64,7 @@ def _succeeded(done):
     return done
 
 
-def test_the_answer_is_the_one_given_here(llama, copy_of, tmp_path):
+def test_the_child_process_gives_the_same_answer_as_this_process(llama, copy_of, tmp_path):
     mixtral, broken = tiny.write_family(tmp_path / "mixtral", "mixtral"), copy_of(llama)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "2"}))
@@ -81,13 +81,13 @@ def test_the_answer_is_the_one_given_here(llama, copy_of, tmp_path):
     assert not loaded
 
 
-def test_whoever_leaves_before_the_answer_leaves_no_process(run, llama):
+def test_leaving_the_context_before_the_answer_ends_the_process(run, llama):
     number = int(run(LEAVE, llama))
     with pytest.raises(ProcessLookupError):
         os.kill(number, 0)
 
 
-def test_transformers_is_asked_here_where_it_is_loaded(llama):
+def test_no_process_is_started_if_transformers_is_imported_already(llama):
     import transformers
 
     with Inquiry(Checkpoint(llama)) as inquiry:
@@ -114,13 +114,15 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "answers"
 
 
-def test_an_answer_is_known_the_next_time_and_is_the_same(run, llama, copy_of, cache):
+def test_cached_answers_are_reused_and_identical(run, llama, copy_of, cache):
     first, second, elsewhere = (json.loads(run(KNOW, folder)) for folder in (llama, llama, copy_of(llama)))
     assert [first[0], second[0], elsewhere[0]] == [True, False, False]
     assert first[1] == second[1] == elsewhere[1]
 
 
-def test_another_configuration_or_other_tensors_are_asked_for_anew(run, llama, llama_sharded, gpt2, copy_of, cache):
+def test_different_configurations_or_tensors_are_not_answered_from_the_cache(
+    run, llama, llama_sharded, gpt2, copy_of, cache
+):
     assert json.loads(run(KNOW, llama))[0]
     assert not json.loads(run(KNOW, llama_sharded))[0]  # the same tensors in other files
     assert json.loads(run(KNOW, gpt2))[0]
@@ -140,13 +142,13 @@ def test_another_configuration_or_other_tensors_are_asked_for_anew(run, llama, l
     ],
     ids=["adaptkit", "the code that is asked", "transformers"],
 )
-def test_the_same_question_to_somebody_else_is_another_one(run, llama, cache, change):
+def test_cached_answers_of_different_versions_of_the_code_are_not_used(run, llama, cache, change):
     assert json.loads(run(KNOW, llama))[0]
     assert json.loads(run(f"from adaptkit.operations import _inquiry; {change}\n{KNOW}", llama))[0]
     assert len(list(cache.iterdir())) == 2
 
 
-def test_the_code_of_the_architecture_is_part_of_the_question(llama):
+def test_the_cache_key_includes_the_code_of_the_architecture(llama):
     import transformers
 
     package = Path(transformers.__file__).parent
@@ -155,7 +157,7 @@ def test_the_code_of_the_architecture_is_part_of_the_question(llama):
     assert all(path.is_file() for path in rules)
 
 
-def test_tensors_of_other_shapes_are_asked_for_anew(run, llama, copy_of, cache):
+def test_tensors_of_different_shapes_are_not_answered_from_the_cache(run, llama, copy_of, cache):
     assert json.loads(run(KNOW, llama))[0]
     changed = copy_of(llama)
     (file,) = changed.glob("*.safetensors")
@@ -180,7 +182,7 @@ path.write_text(before)
 """
 
 
-def test_the_answer_for_a_configuration_that_changed_meanwhile_is_not_kept(run, llama, copy_of, cache):
+def test_an_answer_is_not_cached_if_the_configuration_changed_meanwhile(run, llama, copy_of, cache):
     folder = copy_of(llama)
     assert "nonsense" in run(CHANGE, folder)
     takes_long, answer = json.loads(run(KNOW, folder))
@@ -189,7 +191,7 @@ def test_the_answer_for_a_configuration_that_changed_meanwhile_is_not_kept(run, 
 
 
 @pytest.mark.parametrize("failure", ["OSError", "ValueError", "AdaptkitError"])
-def test_a_question_that_cannot_be_made_is_asked_without(run, llama, cache, failure):
+def test_the_cache_is_not_used_if_its_key_cannot_be_computed(run, llama, cache, failure):
     broken = f"""
 from adaptkit.errors import AdaptkitError
 from adaptkit.operations import _inquiry
@@ -210,7 +212,7 @@ _inquiry.file_sha256 = fail
         lambda answer: {"error": "usage", "message": "no", "hint": ""},
     ],
 )
-def test_a_kept_answer_that_something_happened_to_is_asked_for_again(run, llama, cache, damage):
+def test_damaged_cached_answers_are_computed_again_and_replaced(run, llama, cache, damage):
     found = json.loads(run(KNOW, llama))
     (kept,) = cache.iterdir()
     kept.write_text(json.dumps(damage(json.loads(kept.read_text()))))
@@ -218,7 +220,7 @@ def test_a_kept_answer_that_something_happened_to_is_asked_for_again(run, llama,
     assert json.loads(run(KNOW, llama)) == [False, found[1]]
 
 
-def test_a_refusal_is_not_kept(run, llama, copy_of, cache):
+def test_errors_are_not_cached(run, llama, copy_of, cache):
     broken = copy_of(llama)
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "2"}))
@@ -226,7 +228,7 @@ def test_a_refusal_is_not_kept(run, llama, copy_of, cache):
     assert not cache.exists()
 
 
-def test_an_unreleased_transformers_is_always_asked(run, llama, cache):
+def test_answers_of_a_development_version_of_transformers_are_not_cached(run, llama, cache):
     code = """
 from pathlib import Path
 from adaptkit.operations import _inquiry
@@ -241,7 +243,7 @@ Path.read_text = unreleased
     assert not cache.exists()
 
 
-def test_quantizing_with_a_known_answer_gives_the_same_bytes(llama, cache, tmp_path, run_cli):
+def test_quantizing_with_a_cached_answer_gives_the_same_bytes(llama, cache, tmp_path, run_cli):
     for name in ("asked", "known"):
         run_cli("quantize", llama, "-o", tmp_path / name)
     assert len(list(cache.iterdir())) == 1

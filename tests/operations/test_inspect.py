@@ -1,4 +1,4 @@
-"""A description says what is in the files."""
+"""The report of inspect agrees with the files."""
 
 import peft_adapters
 import pytest
@@ -24,10 +24,10 @@ KINDS = [
     "linear_patterns", "conv1d", "embedding", "dora_embedding", "lora_bias", "biases_all", "saved_norms", "resized",
     "tokens_both", "experts_mixtral", "experts_up_only", "everything",
 ]  # fmt: skip
-"""One adapter of every kind of tensor."""
+"""Adapters that together contain every kind of tensor."""
 
 
-def test_a_checkpoint(llama, llama_sharded):
+def test_a_checkpoint_is_described(llama, llama_sharded):
     tensors = load_file(llama / "model.safetensors")
     for folder, files in ((llama, 1), (llama_sharded, 3)):
         report = inspect(folder)
@@ -45,7 +45,7 @@ def test_a_checkpoint(llama, llama_sharded):
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_a_quantized_base_counts_the_parameters_of_the_model(llama, tmp_path, double_quant):
+def test_a_quantized_base_has_the_parameter_count_of_the_model(llama, tmp_path, double_quant):
     quantize(llama, tmp_path / "out", QuantizeOptions(block_size=128, double_quant=double_quant))
     report, plain = inspect(tmp_path / "out"), inspect(llama)
     assert report.kind == "quantized"
@@ -62,8 +62,8 @@ def test_a_quantized_base_counts_the_parameters_of_the_model(llama, tmp_path, do
 
 
 @pytest.mark.parametrize("format_name", ["nf4", "fp4", "int8"])
-def test_weights_of_odd_number_and_mixed_encodings_are_counted(tmp_path, format_name):
-    """A byte of 4-bit codes may hold but one."""
+def test_weights_with_odd_element_counts_and_mixed_encodings_are_counted(tmp_path, format_name):
+    """The last byte of 4-bit codes may contain only one."""
     weights = {"model.layers.0.q_proj.weight": torch.randn(33, 65), "model.layers.0.k_proj.weight": torch.randn(8, 64)}
     tensors = {"model.layers.0.norm.weight": torch.ones(65)}
     for (name, weight), block_size in zip(weights.items(), (64, 32), strict=True):
@@ -83,7 +83,7 @@ def test_weights_of_odd_number_and_mixed_encodings_are_counted(tmp_path, format_
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_packed_experts_count_like_plain_ones(tmp_path, fused):
+def test_quantized_experts_are_counted_like_unquantized_ones(tmp_path, fused):
     source = tiny.write_family(tmp_path / "source", "mixtral", fused_experts=fused)
     quantize(source, tmp_path / "out", QuantizeOptions(moe="quantize"))
     report, plain = inspect(tmp_path / "out"), inspect(source)
@@ -92,14 +92,14 @@ def test_packed_experts_count_like_plain_ones(tmp_path, fused):
     assert report.details["quantized_stacks"] == (4 if fused else None)
 
 
-def test_what_another_tools_format_hides_is_not_guessed(tmp_path):
+def test_parameters_in_formats_of_other_tools_are_not_counted(tmp_path):
     save_file({"model.layers.0.q_proj.qweight": torch.ones(8, 8, dtype=torch.int32)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     report = inspect(tmp_path)
     assert (report.kind, report.parameters, report.details["quantization"]) == ("quantized", None, "gptq")
 
 
-def test_an_adapter(adapter, tmp_path, llama):
+def test_an_adapter_is_described(adapter, tmp_path, llama):
     report, tensors = inspect(adapter), load_file(adapter / "adapter_model.safetensors")
     assert report.kind == "adapter"
     assert report.tensors == len(tensors)
@@ -115,7 +115,7 @@ def test_an_adapter(adapter, tmp_path, llama):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_adapter_is_counted(kind, made):
-    """Against the names of its tensors, in which peft says what they are."""
+    """Compare with the names of its tensors, by which peft identifies their kinds."""
     case = peft_adapters.make(made, kind)
     report, tensors = inspect(case.adapter), load_file(case.adapter / "adapter_model.safetensors")
     details = report.details
@@ -142,7 +142,7 @@ def test_every_kind_of_adapter_is_counted(kind, made):
     assert sum(details["ranks"].values()) == sum(details["scalings"].values())
 
 
-def test_a_stack_counts_its_experts(made):
+def test_every_expert_of_a_stack_is_counted(made):
     details = inspect(peft_adapters.make(made, "experts_patterns").adapter).details
     assert details["expert_stacks"] == {"4": 4}
     assert details["ranks"] == {"3": 8, "4": 10}  # two q_proj, and four experts of two stacks in each of two layers
@@ -176,7 +176,7 @@ def test_an_adapter_that_cannot_be_read_is_an_error(llama, adapter, copy_of, tmp
         inspect(folder)
 
 
-def test_a_merged_model_names_what_it_was_made_from(llama, adapter, tmp_path):
+def test_a_merged_model_reports_its_parents_and_undo_record(llama, adapter, tmp_path):
     merge(llama, [adapter], tmp_path / "out", MergeOptions(weights=(0.5,)))
     report = inspect(tmp_path / "out")
     assert report.kind == "merged"
@@ -187,8 +187,8 @@ def test_a_merged_model_names_what_it_was_made_from(llama, adapter, tmp_path):
     assert (report.details["merged_adapters"], report.details["changed_tensors"]) == (1, 14)
 
 
-def test_what_is_there_for_taking_adapters_out_again(llama, adapter, second_adapter, tmp_path):
-    """As unmerge then finds out."""
+def test_the_report_predicts_whether_and_how_unmerge_works(llama, adapter, second_adapter, tmp_path):
+    """Compare with what unmerge then does."""
     for name, options, given, phrase in (
         ("with", MergeOptions(), [adapter, second_adapter], "exactly; needs 2 merged adapters"),
         ("copies", MergeOptions(embed_adapter=True), [], "exactly; needs nothing else"),
@@ -210,7 +210,7 @@ def test_what_is_there_for_taking_adapters_out_again(llama, adapter, second_adap
         unmerge(tmp_path / "with", [adapter, second_adapter], tmp_path / "x")
 
 
-def test_what_it_is_not_is_said(tmp_path, llama, copy_of):
+def test_folders_without_valid_content_are_errors(tmp_path, llama, copy_of):
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         inspect(tmp_path)
     with pytest.raises(UsageError, match="does not exist"):

@@ -1,4 +1,4 @@
-"""A merge is base + Σ weight · Δ, rounded once, on the base that the adapter was made for, or an error."""
+"""A merge is base + Σ weight · Δ, rounded once; a base that the adapter was not trained on is an error."""
 
 import hashlib
 import json
@@ -54,7 +54,7 @@ def tensors_of(folder):
 
 
 def rounded_once(values, dtype):
-    """float64 to the nearest number of a shorter format, ties to even, by exact scaling and ``rint``."""
+    """Round float64 to the nearest number of a shorter format, ties to even, by exact scaling and ``rint``."""
     precision, least = FORMATS[dtype]
     _, exponent = np.frexp(values)  # |value| lies in [2^(exponent - 1), 2^exponent)
     shift = precision - np.maximum(exponent, least + 1)
@@ -62,7 +62,7 @@ def rounded_once(values, dtype):
 
 
 def expected_merge(base, adapters, weights):
-    """The definition, from the files alone and in numpy: float64 sums in order, one rounding."""
+    """Compute the definition from the files in numpy: float64 sums in order, one rounding."""
     deltas = {}
     for folder, weight in zip(adapters, weights, strict=True):
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -111,7 +111,7 @@ def test_every_element_is_the_float64_result_rounded_once(tmp_path, adapter, sec
     assert 0 < report.moved <= 1
 
 
-def test_rounding_of_this_test_agrees_with_numpy():
+def test_rounded_once_agrees_with_numpy():
     values = np.random.default_rng(0).standard_normal(10_000) * 10.0 ** np.arange(-8, 2).repeat(1000)
     assert (rounded_once(values, torch.float16) == values.astype(np.float16)).all()
     assert (rounded_once(values, torch.float32) == values.astype(np.float32)).all()
@@ -135,17 +135,17 @@ def merged_by_peft(base, adapters):
         {"rank_pattern": {"q_proj": 2, r"layers\.1\.mlp\.\w+_proj": 3}, "alpha_pattern": {"q_proj": 16, ".*v_proj": 1}},
     ],
 )
-def test_weights_are_those_of_peft_up_to_one_rounding(tmp_path, llama, options):
+def test_weights_match_peft_up_to_one_rounding(tmp_path, llama, options):
     folder = tiny.write_peft_adapter(tmp_path / "a", llama, **options)
     merge(llama, [folder], tmp_path / "out")
     theirs, ours = merged_by_peft(llama, [folder]), tensors_of(tmp_path / "out")
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
-        half_ulp = 2.0**-8 * tensor.abs()  # of bfloat16, and what peft's float32 sum may be off
+        half_ulp = 2.0**-8 * tensor.abs()  # of bfloat16; 1.001 and 1e-7 allow for the error of peft's float32 sum
         assert ((ours[name].float() - tensor).abs() <= half_ulp * 1.001 + 1e-7).all(), name
 
 
-def test_gpt2_is_merged_transposed(tmp_path, gpt2):
+def test_gpt2_weights_are_merged_transposed(tmp_path, gpt2):
     folder = tiny.write_peft_adapter(tmp_path / "a", gpt2)
     merge(gpt2, [folder], tmp_path / "out")
     expected, changed = expected_merge(gpt2, [folder], [1.0])
@@ -156,7 +156,7 @@ def test_gpt2_is_merged_transposed(tmp_path, gpt2):
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
 
 
-def test_logits_are_those_of_the_adapter_on_the_base(tmp_path, adapter):
+def test_logits_match_those_of_the_adapter_on_the_base(tmp_path, adapter):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -172,7 +172,7 @@ def test_logits_are_those_of_the_adapter_on_the_base(tmp_path, adapter):
     assert (ours - without).abs().max() > 0.01 * without.abs().max()
 
 
-def test_everything_else_travels_unchanged(tmp_path, llama_sharded, adapter):
+def test_headers_and_files_without_weights_are_copied_unchanged(tmp_path, llama_sharded, adapter):
     merge(llama_sharded, [adapter], tmp_path / "out")
     before, after = tree(llama_sharded), tree(tmp_path / "out")
     changed = {name for name, content in before.items() if after.get(name) != content}
@@ -181,13 +181,13 @@ def test_everything_else_travels_unchanged(tmp_path, llama_sharded, adapter):
         "adaptkit-manifest.json",
         *(f"adaptkit-undo/shard-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)),
     }
-    for name in changed:  # headers are kept byte by byte
+    for name in changed:  # headers are copied byte by byte
         size = 8 + int.from_bytes(before[name][:8], "little")
         assert before[name][:size] == after[name][:size]
     verify(tmp_path / "out")
 
 
-def test_shards_and_threads_and_processes_do_not_change_the_bytes(tmp_path, llama, llama_sharded, adapter):
+def test_threads_processes_and_shards_do_not_change_the_result(tmp_path, llama, llama_sharded, adapter):
     merge(llama, [adapter], tmp_path / "one", MergeOptions(threads=1))
     merge(llama, [adapter], tmp_path / "two", MergeOptions(threads=2))
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
@@ -212,7 +212,7 @@ def test_without_undo_there_is_no_record_and_the_weights_are_the_same(tmp_path, 
     assert one[WEIGHTS] == two[WEIGHTS]
 
 
-def test_the_manifest_binds_base_adapters_weights_and_result(tmp_path, llama, adapter, second_adapter):
+def test_the_manifest_records_parents_weights_and_fingerprints_but_no_paths(tmp_path, llama, adapter, second_adapter):
     merge(llama, [adapter, second_adapter], tmp_path / "out", MergeOptions(weights=(1.0, 0.25)))
     manifest, base = require_manifest(tmp_path / "out"), tensors_of(llama)
     assert manifest.kind == "merged"
@@ -229,7 +229,7 @@ def test_the_manifest_binds_base_adapters_weights_and_result(tmp_path, llama, ad
     assert str(adapter) not in text
 
 
-def test_a_dry_run_refuses_the_same_and_writes_nothing(tmp_path, llama, gpt2, adapter):
+def test_a_dry_run_raises_the_same_errors_and_writes_nothing(tmp_path, llama, gpt2, adapter):
     report = merge(llama, [adapter], tmp_path / "out", dry_run=True)
     assert {report.moved, report.relative_delta, report.effect, report.undo_bits} == {None}  # nothing was measured
     assert (report.merged, report.tensors_root) == (14, None)
@@ -238,7 +238,7 @@ def test_a_dry_run_refuses_the_same_and_writes_nothing(tmp_path, llama, gpt2, ad
     assert not list(tmp_path.iterdir())
 
 
-def test_figures_say_what_rounding_left_of_the_change(tmp_path, llama, adapter):
+def test_reported_figures_show_the_share_of_the_change_left_by_rounding(tmp_path, llama, adapter):
     strong = merge(llama, [adapter], tmp_path / "strong")
     weak = merge(llama, [adapter], tmp_path / "weak", MergeOptions(weights=(0.01,)))
     assert weak.relative_delta == pytest.approx(0.01 * strong.relative_delta, rel=1e-9)
@@ -247,13 +247,13 @@ def test_figures_say_what_rounding_left_of_the_change(tmp_path, llama, adapter):
     assert 0 < weak.undo_bits < strong.undo_bits
 
 
-def test_the_base_that_the_adapter_was_trained_on_is_verified(tmp_path, llama, adapter, certified):
+def test_the_base_is_verified_if_the_adapter_records_what_it_was_trained_on(tmp_path, llama, adapter, certified):
     assert merge(llama, [certified(adapter, llama)], tmp_path / "out").base_verified
     assert not merge(llama, [adapter], tmp_path / "unknown").base_verified
 
 
 @pytest.mark.parametrize("form", ["keep", "nf4"])
-def test_a_base_is_the_one_of_the_adapters_if_all_of_its_tensors_are_and_not_just_those_that_change(
+def test_same_base_requires_all_tensors_to_match_not_only_the_changed_ones(
     form, tmp_path, llama, adapter, copy_of, certified, run_cli
 ):
     known, other = certified(adapter, llama), copy_of(llama)
@@ -271,19 +271,19 @@ def test_a_base_is_the_one_of_the_adapters_if_all_of_its_tensors_are_and_not_jus
     assert (report.base_verified, report.same_base) == (True, False)
     told = run_cli("merge", other, known, "-o", tmp_path / "told", "--format", form).stdout
     assert "the changed weights match those that the adapters were trained on" in told
-    quantize(llama, tmp_path / "quantized")  # beside the right one and the other
+    quantize(llama, tmp_path / "quantized")  # merge looks for its 16-bit parent in the same folder
     of_quantized = parent_of("base", require_manifest(tmp_path / "quantized"), ())
     (known / MANIFEST_NAME).write_bytes(replace(manifest, parents=(of_quantized,)).to_bytes())
     copy_of(llama, "original")
     assert merge(tmp_path / "quantized", [known], tmp_path / "onto quantized", options).same_base
     assert not merge(tmp_path / "quantized", [known, adapter], tmp_path / "both", options).same_base
-    # Of an adapter of other kinds of changes the manifest names the base, and none of its weights.
+    # The manifest of an adapter with only other kinds of changes names the base but no targets.
     (known / MANIFEST_NAME).write_bytes(replace(manifest, targets=()).to_bytes())
     assert merge(llama, [known], tmp_path / "no targets", options).base_verified
     assert not merge(other, [known], tmp_path / "unknown", options).base_verified
 
 
-def test_a_base_of_the_same_shape_is_refused_by_tensor(tmp_path, llama, adapter, certified):
+def test_a_different_base_of_the_same_shape_is_refused_and_a_tensor_named(tmp_path, llama, adapter, certified):
     known, other = certified(adapter, llama), tiny.write_llama(tmp_path / "other", seed=9)
     with pytest.raises(BaseMismatchError, match=r"model\.layers\.\d\..*_proj\.weight") as caught:
         merge(other, [known], tmp_path / "out")
@@ -295,7 +295,7 @@ def test_a_base_of_the_same_shape_is_refused_by_tensor(tmp_path, llama, adapter,
 
 
 @pytest.mark.parametrize(("dtype", "hint"), [("float64", "save the base in float32"), ("int32", "quantized from")])
-def test_a_base_of_another_type_is_refused_with_what_helps(tmp_path, llama, adapter, copy_of, dtype, hint):
+def test_a_base_of_an_unsupported_dtype_is_refused_with_a_fitting_hint(tmp_path, llama, adapter, copy_of, dtype, hint):
     other = copy_of(llama)
     tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(other / WEIGHTS).items()}
     save_file(tensors, other / WEIGHTS, metadata={"format": "pt"})
@@ -304,7 +304,7 @@ def test_a_base_of_another_type_is_refused_with_what_helps(tmp_path, llama, adap
     assert hint in caught.value.hint
 
 
-def test_one_changed_bit_of_the_base_is_noticed(tmp_path, llama, adapter, certified, copy_of):
+def test_one_changed_bit_of_the_base_is_detected(tmp_path, llama, adapter, certified, copy_of):
     known, other = certified(adapter, llama), copy_of(llama)
     tensors = load_file(other / WEIGHTS)
     tensors["model.layers.1.mlp.gate_proj.weight"].view(torch.int16)[3, 3] ^= 1
@@ -313,16 +313,14 @@ def test_one_changed_bit_of_the_base_is_noticed(tmp_path, llama, adapter, certif
         merge(other, [known], tmp_path / "out")
 
 
-def test_adapters_of_different_bases_are_refused_before_anything_is_read(
-    tmp_path, llama, adapter, second_adapter, certified
-):
+def test_adapters_of_different_bases_are_refused_in_a_dry_run(tmp_path, llama, adapter, second_adapter, certified):
     other = tiny.write_llama(tmp_path / "other", seed=9)
     known = [certified(adapter, llama), certified(second_adapter, other)]
     with pytest.raises(BaseMismatchError, match="different bases"):
         merge(llama, known, tmp_path / "out", dry_run=True)
 
 
-def test_an_adapter_whose_manifest_names_no_base_verifies_nothing(tmp_path, llama, adapter, certified):
+def test_a_manifest_that_names_no_base_does_not_verify_the_base(tmp_path, llama, adapter, certified):
     from adaptkit.operations.stack import stack
 
     stack([adapter, adapter], tmp_path / "stacked")
@@ -338,7 +336,7 @@ def edit_adapter(folder, change):
 KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 
 
-def test_a_module_that_the_base_lacks_is_refused_by_name(tmp_path, llama, adapter, copy_of):
+def test_a_module_missing_in_the_base_is_named_in_the_error(tmp_path, llama, adapter, copy_of):
     folder = copy_of(adapter)
     edit_adapter(folder, lambda t: t.update({KEY.format(7, h): t[KEY.format(0, h)].clone() for h in "AB"}))
     with pytest.raises(BaseMismatchError, match=r"model\.layers\.7\.self_attn\.q_proj\.weight"):
@@ -346,14 +344,14 @@ def test_a_module_that_the_base_lacks_is_refused_by_name(tmp_path, llama, adapte
     assert not list(tmp_path.glob("out*"))
 
 
-def test_a_tied_head_is_not_merged_into_thin_air(tmp_path, llama, adapter, copy_of):
-    """peft merges it and leaves the configuration tied; the file has no such tensor."""
+def test_changes_of_a_tied_head_alone_are_refused(tmp_path, llama, adapter, copy_of):
+    """peft would merge them and leave the configuration tied, though the file has no such tensor."""
     folder, key = copy_of(adapter), "base_model.model.lm_head.lora_{}.weight"
     head = {key.format("A"): torch.ones(4, 64), key.format("B"): torch.ones(301, 4)}
     edit_adapter(folder, lambda t: t.update(head))
     with pytest.raises(BaseMismatchError, match="lm_head"):
         merge(llama, [folder], tmp_path / "out")
-    base = copy_of(llama)  # now a file that has one, which transformers would not look at
+    base = copy_of(llama)  # now with a tensor for the head, which transformers would ignore
     tensors = load_file(base / WEIGHTS)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / WEIGHTS)
     with pytest.raises(BaseMismatchError, match="tied"):
@@ -361,14 +359,14 @@ def test_a_tied_head_is_not_merged_into_thin_air(tmp_path, llama, adapter, copy_
 
 
 @pytest.mark.parametrize(("half", "cut"), [("A", (slice(None), slice(0, 32))), ("B", (slice(0, 32), slice(None)))])
-def test_another_shape_is_refused_with_both_shapes(tmp_path, llama, adapter, copy_of, half, cut):
+def test_a_shape_mismatch_is_refused_and_both_shapes_are_named(tmp_path, llama, adapter, copy_of, half, cut):
     folder = copy_of(adapter)
     edit_adapter(folder, lambda t: t.update({KEY.format(0, half): t[KEY.format(0, half)][cut].clone()}))
     with pytest.raises(BaseMismatchError, match=r"32.*\[64, 64\]"):
         merge(llama, [folder], tmp_path / "out")
 
 
-def test_a_change_is_not_turned_round_to_fit_another_models_matrix(tmp_path, llama, adapter, copy_of):
+def test_a_change_is_not_transposed_to_fit_a_base(tmp_path, llama, adapter, copy_of):
     base = copy_of(llama)
     tensors = load_file(base / "model.safetensors")
     name = "model.layers.0.mlp.down_proj.weight"
@@ -380,21 +378,21 @@ def test_a_change_is_not_turned_round_to_fit_another_models_matrix(tmp_path, lla
 
 
 @pytest.mark.parametrize("kind", [["llama"], {"llama": 1}, None])
-def test_a_model_type_that_is_no_text_says_nothing(tmp_path, llama, adapter, copy_of, kind):
+def test_a_model_type_that_is_not_a_string_is_ignored(tmp_path, llama, adapter, copy_of, kind):
     base = copy_of(llama)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"model_type": kind}))
     assert merge(base, [adapter], tmp_path / "merged").merged
 
 
-def test_a_quantized_base_is_refused(tmp_path, llama, adapter):
+def test_a_quantized_base_without_its_16_bit_parent_is_refused(tmp_path, llama, adapter):
     quantize(llama, tmp_path / "quantized")
     with pytest.raises(CheckpointError, match=r"quantized with bitsandbytes.*16-bit") as caught:
         merge(tmp_path / "quantized", [adapter], tmp_path / "out")
     assert require_manifest(tmp_path / "quantized").parents[0].tensors_root in caught.value.hint
 
 
-def test_a_base_that_is_not_finite_is_refused_by_name(tmp_path, llama, adapter, copy_of):
+def test_a_nan_in_the_base_is_refused_and_located(tmp_path, llama, adapter, copy_of):
     base = copy_of(llama)
     tensors = load_file(base / WEIGHTS)
     tensors["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
@@ -404,25 +402,25 @@ def test_a_base_that_is_not_finite_is_refused_by_name(tmp_path, llama, adapter, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_sum_that_overflows_is_refused_by_name(tmp_path, adapter):
+def test_a_sum_that_overflows_is_refused_and_its_tensor_named(tmp_path, adapter):
     base = tiny.write_llama(tmp_path / "base", dtype="float16")
     with pytest.raises(NonFiniteError, match=r"_proj\.weight: the merged weight overflows"):
         merge(base, [adapter], tmp_path / "out", MergeOptions(weights=(1e9,)))
 
 
-def test_a_whole_number_as_weight_is_that_number(tmp_path, llama, adapter):
+def test_an_integer_weight_gives_the_same_result_as_a_float(tmp_path, llama, adapter):
     one = merge(llama, [adapter], tmp_path / "one", MergeOptions(weights=(2,)))
     two = merge(llama, [adapter], tmp_path / "two", MergeOptions(weights=(2.0,)))
     assert one.manifest_sha256 == two.manifest_sha256 == verify(tmp_path / "one").manifest_sha256
 
 
 @pytest.mark.parametrize("weights", [(1.0, 2.0), (float("nan"),), (float("inf"),), (10**400,)])
-def test_weights_that_make_no_sense_are_refused(tmp_path, llama, adapter, weights):
+def test_invalid_weights_are_refused(tmp_path, llama, adapter, weights):
     with pytest.raises(UsageError):
         merge(llama, [adapter], tmp_path / "out", MergeOptions(weights=weights))
 
 
-def test_no_adapter_is_refused(tmp_path, llama):
+def test_merging_without_adapters_is_refused(tmp_path, llama):
     with pytest.raises(UsageError, match="no adapter"):
         merge(llama, [], tmp_path / "out")
 
@@ -438,13 +436,13 @@ LORA_BIAS = {"lora_bias": True, "target_modules": ["q_proj"]}
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory):
-    """It has biases, and a head of its own."""
+    """A Qwen2 with biases and an untied head."""
     return tiny.write_family(tmp_path_factory.mktemp("qwen") / "qwen", "qwen2")
 
 
 @pytest.mark.parametrize("form", ["keep", "nf4"])
 @pytest.mark.parametrize("features", [{}, LORA_BIAS, {"target_modules": ["embed_tokens"]}])
-def test_an_adapter_that_changes_nothing_is_refused_unless_its_weight_says_so(tmp_path, qwen, features, form):
+def test_an_adapter_that_changes_nothing_is_refused_unless_its_weight_is_zero(tmp_path, qwen, features, form):
     with quiet():
         folder = tiny.write_peft_adapter(tmp_path / "a", qwen, **features)
     edit_adapter(folder, lambda t: [t[key].zero_() for key in t if "lora_B" in key or "lora_embedding_B" in key])
@@ -468,8 +466,8 @@ def test_an_adapter_that_changes_nothing_is_refused_unless_its_weight_says_so(tm
     ],
     ids=str,
 )
-def test_one_effect_is_enough(tmp_path, qwen, features):
-    """A single number of B if there is nothing else."""
+def test_an_adapter_with_one_nonzero_kind_of_change_is_merged(tmp_path, qwen, features):
+    """Without other features, a single element of B is nonzero."""
     with quiet():
         folder = tiny.write_peft_adapter(tmp_path / "a", qwen, **features)
     edit_adapter(folder, lambda t: [t[key].zero_() for key in t if "lora_B.weight" in key])
@@ -478,7 +476,7 @@ def test_one_effect_is_enough(tmp_path, qwen, features):
     merge(qwen, [folder], tmp_path / "out")
 
 
-def test_a_row_of_zeros_that_dora_cannot_scale_is_told_once(tmp_path, llama, copy_of):
+def test_a_zero_row_that_dora_cannot_scale_is_reported_once(tmp_path, llama, copy_of):
     name, base = "model.layers.0.self_attn.q_proj", copy_of(llama)
     tensors = load_file(base / WEIGHTS)
     tensors[f"{name}.weight"][3] = 0
@@ -499,21 +497,21 @@ def test_of_several_adapters_the_one_that_changes_nothing_is_named(tmp_path, lla
         merge(llama, [adapter, empty], tmp_path / "out")
 
 
-def test_the_same_adapter_twice_is_twice_the_adapter(tmp_path, adapter):
+def test_merging_an_adapter_twice_equals_a_weight_of_two(tmp_path, adapter):
     base = tiny.write_llama(tmp_path / "base", dtype="float32")
     merge(base, [adapter, adapter], tmp_path / "twice")
     merge(base, [adapter], tmp_path / "double", MergeOptions(weights=(2.0,)))
     assert_equal(tensors_of(tmp_path / "twice"), tensors_of(tmp_path / "double"))
 
 
-def test_an_empty_tensor_of_the_base_travels(tmp_path, llama, adapter, copy_of):
+def test_an_empty_tensor_of_the_base_is_copied(tmp_path, llama, adapter, copy_of):
     base = copy_of(llama)
     save_file(load_file(base / WEIGHTS) | {"nothing": torch.empty(0, 3)}, base / WEIGHTS)
     merge(base, [adapter], tmp_path / "out")
     assert tensors_of(tmp_path / "out")["nothing"].shape == (0, 3)
 
 
-def test_an_existing_output_is_left_alone(tmp_path, llama, adapter, copy_of):
+def test_an_existing_output_is_replaced_only_with_force(tmp_path, llama, adapter, copy_of):
     merge(llama, [adapter], tmp_path / "out")
     before = tree(tmp_path / "out")
     with pytest.raises(OutputExistsError):
@@ -532,14 +530,14 @@ def test_an_existing_output_is_left_alone(tmp_path, llama, adapter, copy_of):
     ids=["saved alone", "tokens alone"],
 )
 def test_an_adapter_without_low_rank_changes_is_merged(tmp_path, llama, adapter, copy_of, features):
-    """peft cannot make one without a target; others do, and what is left of one of peft's is the same."""
+    """peft cannot write one, but other tools do; removing the LoRA tensors of peft's gives the same."""
     folder = tiny.write_peft_adapter(tmp_path / "a", llama, **(features | {"target_modules": ["q_proj"]}))
     edit_adapter(folder, lambda t: [t.pop(key) for key in list(t) if "lora_" in key])
     report = merge(llama, [folder], tmp_path / "out")
     assert report.merged == (5 if "modules_to_save" in features else 1)
 
 
-def test_a_base_whose_weights_are_not_those_of_its_manifest_is_refused(tmp_path, llama, adapter, second_adapter):
+def test_a_base_whose_weights_do_not_match_its_manifest_is_refused(tmp_path, llama, adapter, second_adapter):
     merge(llama, [adapter], tmp_path / "base")
     located = Checkpoint(tmp_path / "base").tensors["model.norm.weight"]
     content = bytearray((tmp_path / "base" / WEIGHTS).read_bytes())
@@ -550,9 +548,7 @@ def test_a_base_whose_weights_are_not_those_of_its_manifest_is_refused(tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_with_a_side_file_that_is_not_the_one_of_its_manifest_is_refused(
-    tmp_path, llama, adapter, second_adapter
-):
+def test_a_base_with_a_side_file_that_does_not_match_its_manifest_is_refused(tmp_path, llama, adapter, second_adapter):
     merge(llama, [adapter], tmp_path / "base")
     with (tmp_path / "base" / "tokenizer_config.json").open("a") as file:
         file.write(" ")
@@ -565,10 +561,10 @@ def test_a_base_with_a_side_file_that_is_not_the_one_of_its_manifest_is_refused(
     [(name, gone) for name in ("README.md", RECORD, "adaptkit-undo/base/README.md") for gone in (True, False)]
     + [("model.safetensors.index.json", False)],
 )
-def test_a_base_that_could_not_come_back_whole_is_refused_before_anything_is_written(
+def test_a_base_that_could_not_be_fully_restored_is_refused_before_writing(
     name, gone, tmp_path, llama_sharded, adapter, second_adapter
 ):
-    """As of an artifact that was published, pulled, and has another card since."""
+    """E.g. an artifact that was published and pulled, and whose card was edited since."""
     with_card(tmp_path / "first", merge(llama_sharded, [adapter], tmp_path / "first"))
     with_card(tmp_path / "base", merge(tmp_path / "first", [second_adapter], tmp_path / "base"))
     path, seen = tmp_path / "base" / name, []
@@ -587,14 +583,14 @@ def test_a_base_that_could_not_come_back_whole_is_refused_before_anything_is_wri
 
 
 def with_card(folder, _):
-    """What publishing adds."""
+    """Add a model card and list it in the manifest, as publishing does."""
     (folder / "README.md").write_text("a card")
     manifest = require_manifest(folder)
     card = FileRecord("README.md", 6, hashlib.sha256(b"a card").hexdigest())
     (folder / MANIFEST_NAME).write_bytes(replace(manifest, files=(*manifest.files, card)).to_bytes())
 
 
-def test_a_parent_that_was_found_is_not_replaced_by_the_result(tmp_path, llama, adapter, second_adapter):
+def test_the_result_cannot_replace_the_16_bit_parent_of_a_quantized_base(tmp_path, llama, adapter, second_adapter):
     merge(llama, [adapter], tmp_path / "parent")
     quantize(tmp_path / "parent", tmp_path / "quantized")
     before = tree(tmp_path / "parent")
@@ -603,7 +599,7 @@ def test_a_parent_that_was_found_is_not_replaced_by_the_result(tmp_path, llama, 
     assert tree(tmp_path / "parent") == before
 
 
-def test_the_base_is_verified_only_if_every_adapter_says_what_it_was_trained_on(
+def test_the_base_is_verified_only_if_all_adapters_record_what_they_were_trained_on(
     tmp_path, llama, adapter, second_adapter, certified
 ):
     one, two = certified(adapter, llama), certified(second_adapter, llama)
@@ -612,17 +608,17 @@ def test_the_base_is_verified_only_if_every_adapter_says_what_it_was_trained_on(
 
 
 def test_the_runs_of_an_undo_record_are_the_same_in_every_version():
-    """Others would be another record, and what verifies by merging again would refuse those of before."""
+    """With different runs, verifying an older merge by recomputing it would fail: its record would differ."""
     spec = TensorSpec("w", "BF16", (1024, 1536))
     fold = Fold(Edit(spec, "w", spec.shape), {})
     assert [(run.start, run.count) for run in fold.pieces()] == [(0, 341), (341, 341), (682, 341), (1023, 1)]
-    checkpoint = None  # no job is done here
+    checkpoint = None  # no job is run here
     assert len(jobs_of(fold, checkpoint, with_undo=True)) == 4
     assert len(jobs_of(fold, checkpoint, with_undo=False)) == 2
 
 
-def test_a_tensor_of_several_runs_has_their_frames_and_comes_back(tmp_path):
-    """2.25 MiB in bfloat16, whatever the runs of a merge without a record are."""
+def test_a_tensor_of_several_runs_has_a_frame_for_each_and_is_restored(tmp_path):
+    """It has 2.25 MiB in bfloat16. A merge without a record uses longer runs."""
     base = tiny.write_llama(tmp_path / "base", hidden=768, layers=1)
     adapter = tiny.write_peft_adapter(tmp_path / "adapter", base, target_modules=["down_proj"])
     merge(base, [adapter], tmp_path / "with")
@@ -638,8 +634,8 @@ def test_a_tensor_of_several_runs_has_their_frames_and_comes_back(tmp_path):
 
 
 @pytest.mark.parametrize("per_column", [False, True])
-def test_lengths_are_measured_by_several_threads_and_are_those_of_one(tmp_path, monkeypatch, per_column):
-    """Of four runs, two are at work at once; each length is √Σ (W + Δ)², added in order."""
+def test_dora_lengths_computed_by_two_threads_equal_those_of_one(tmp_path, monkeypatch, per_column):
+    """Two of four runs are computed at once; each length is √Σ (W + Δ)², added in order."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1100, 1536, generator=generator).bfloat16()
     save_file({"w": weight}, tmp_path / WEIGHTS)
