@@ -1,4 +1,4 @@
-"""Whatever peft can write merges to what the running model computes, every element rounded once, or is refused."""
+"""Adapters of every kind that peft writes are merged to what the running model computes, rounded once, or refused."""
 
 import json
 import logging
@@ -36,15 +36,15 @@ def options_for(case: peft_adapters.Case, **options) -> MergeOptions:
 
 
 def steps_apart(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """How many numbers of their type lie between two tensors of one sign."""
+    """Distance between two tensors of equal signs, counted in representable numbers of their dtype."""
     integers = torch.int32 if one.dtype == torch.float32 else torch.int16
     return (one.view(integers).long() - other.view(integers).long()).abs()
 
 
 def assert_rounded_once(found, exact, files, by_norm=frozenset()):
-    """Every element is the float64 result rounded to the base's type.
+    """Check that every element is the float64 result rounded to the base's dtype.
 
-    A norm's last bits in float64 depend on the order of its sum, which may turn over an element in very many.
+    A norm's last bits in float64 depend on the order of its sum, which may change how very few elements are rounded.
     """
     assert set(found) == set(exact)
     for name, values in exact.items():
@@ -53,7 +53,9 @@ def assert_rounded_once(found, exact, files, by_norm=frozenset()):
         assert found[name].shape == values.shape, name
         wanted = rounded_once(values, dtype)
         if name in by_norm:
-            apart = steps_apart(found[name] + 0.0, wanted + 0.0)  # which is 0 for -0, of a row whose magnitude is 0
+            apart = steps_apart(
+                found[name] + 0.0, wanted + 0.0
+            )  # + 0.0 turns -0, of a row whose magnitude is 0, into 0
             assert apart.max() <= 1, name
             assert int(apart.sum()) <= 2, name
         else:
@@ -73,7 +75,7 @@ def shards_of(folder):
 
 
 def assert_kept_but_for_weights(out, base, case: peft_adapters.Case):
-    """Files, shards, tokenizer and configuration are the base's, and what had to change is right."""
+    """Check that files, shards, tokenizer and configuration are the base's, except for the required changes."""
     before, after = ({path.name for path in folder.iterdir()} for folder in (base, out))
     assert {name for name in after - before if not name.startswith("adaptkit-")} == set()
     assert before <= after
@@ -101,7 +103,7 @@ def assert_kept_but_for_weights(out, base, case: peft_adapters.Case):
 
 
 def assert_right(out, case, judgement):
-    """Tensors, files and configuration of a merge are what they must be."""
+    """Check tensors, files and configuration of a merge."""
     found, exact = tensors_of(out), peft_formulas.merged(judgement.files, [judgement.changes])
     assert_rounded_once(found, exact, judgement.files, by_norm(judgement))
     untouched = set(judgement.files) - set(judgement.changes)
@@ -110,7 +112,7 @@ def assert_right(out, case, judgement):
 
 
 class Said(logging.Handler):
-    """What transformers says while it loads."""
+    """Collects warnings that transformers logs while it loads."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -121,7 +123,7 @@ class Said(logging.Handler):
 
 
 def loaded(folder):
-    """A checkpoint as transformers loads it, without a word on missing, unexpected or tied weights."""
+    """Load a checkpoint with transformers; check that it warns of no missing, unexpected or tied weights."""
     from transformers import AutoModelForCausalLM
 
     said, logger = Said(), logging.getLogger("transformers")
@@ -136,9 +138,9 @@ def loaded(folder):
 
 
 def assert_computes(out, case, judgement, tolerance, measure=torch.max):
-    """transformers loads a merge without complaint, tied as it should be, to the logits of the running adapter.
+    """Check that transformers loads a merge, tied as it should be, and computes the logits of the running adapter.
 
-    Not to those of peft's own merge, which changes a tied head along with its embedding.
+    Those of peft's own merge may differ, since it changes a tied head along with its embedding.
     """
     model = loaded(out)
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -157,14 +159,16 @@ def test_every_element_is_the_float64_result_rounded_once(tmp_path, judged, name
     report = merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
     assert not any("does not select" in told for told in report.told)
     assert_right(tmp_path / "out", case, judgement)
-    # So much comes of rounding to bfloat16; here and there a token goes to another expert.
+    # The tolerance is for rounding to bfloat16, which routes a few tokens to different experts.
     assert_computes(tmp_path / "out", case, judgement, 0.05, torch.mean)
     verify(tmp_path / "out")
 
 
 @pytest.mark.parametrize("change", [{"target_modules": ["q_proj"]}, {"exclude_modules": ["up_proj"]}])
-def test_what_the_configuration_does_not_ask_for_is_told(change, llama, adapter, copy_of, tmp_path):
-    """peft drops it without a word; what the file holds is merged, as ever."""
+def test_tensors_that_the_configuration_does_not_select_are_merged_and_reported(
+    change, llama, adapter, copy_of, tmp_path
+):
+    """peft drops them silently."""
     other = copy_of(adapter)
     for name in (MANIFEST, MANIFEST + ".sig"):
         (other / name).unlink(missing_ok=True)
@@ -179,7 +183,7 @@ def test_what_the_configuration_does_not_ask_for_is_told(change, llama, adapter,
 
 
 @pytest.mark.parametrize("name", OF_EVERY_KIND)
-def test_in_float32_the_logits_are_those_of_the_running_adapter(tmp_path, judged, name):
+def test_float32_logits_match_those_of_the_running_adapter(tmp_path, judged, name):
     case, judgement = judged(name, "float32")
     merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
     assert_right(tmp_path / "out", case, judgement)
@@ -187,14 +191,14 @@ def test_in_float32_the_logits_are_those_of_the_running_adapter(tmp_path, judged
 
 
 @pytest.mark.parametrize("name", ["experts_mixtral", "tokens_resized_tied", "everything_phi", "embedding_tied_ensured"])
-def test_half_precision_too(tmp_path, judged, name):
+def test_float16_elements_are_the_float64_result_rounded_once(tmp_path, judged, name):
     case, judgement = judged(name, "float16")
     merge(case.base, [case.adapter], tmp_path / "out", options_for(case.case))
     assert_right(tmp_path / "out", case, judgement)
 
 
-def test_every_tensor_keeps_its_own_type(tmp_path, made):
-    """A base whose norms and head are in float32 and the rest in bfloat16."""
+def test_every_tensor_keeps_its_own_dtype(tmp_path, made):
+    """The base's norms and head are in float32, the rest in bfloat16."""
     case = peft_adapters.make(made, "everything_phi")
     base = tmp_path / "base"
     shutil.copytree(case.base, base)
@@ -227,7 +231,7 @@ def assert_nothing_written(tmp_path):
 
 @pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize("name", UNTIED)
-def test_what_would_part_a_tied_head_from_its_embedding_is_refused(tmp_path, judged, name, dry_run):
+def test_changes_that_would_untie_the_head_are_refused_without_the_option(tmp_path, judged, name, dry_run):
     case, _ = judged(name)
     with pytest.raises(AdaptkitError, match=r"lm_head|embed_tokens|wte") as caught:
         merge(case.base, [case.adapter], tmp_path / "out", dry_run=dry_run)
@@ -235,7 +239,7 @@ def test_what_would_part_a_tied_head_from_its_embedding_is_refused(tmp_path, jud
     assert_nothing_written(tmp_path)
 
 
-def test_the_command_line_unties_when_told_to(tmp_path, judged, run_cli):
+def test_the_command_line_unties_the_head_only_with_the_option(tmp_path, judged, run_cli):
     case, judgement = judged("head_tied")
     refused = run_cli("merge", case.base, case.adapter, "-o", tmp_path / "out")
     assert refused.code in (2, 4)
@@ -252,8 +256,8 @@ def test_the_command_line_unties_when_told_to(tmp_path, judged, run_cli):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_an_adapter_that_is_untied_by_its_weight_alone_is_refused(tmp_path, judged):
-    """Both change alike, but the second adapter's change is the embedding's only."""
+def test_a_second_adapter_that_changes_only_the_tied_embedding_is_refused(tmp_path, judged):
+    """The first one changes embedding and head alike."""
     one, other = judged("embedding_tied_ensured")[0], judged("embedding_tied")[0]
     with pytest.raises(AdaptkitError) as caught:
         merge(one.base, [one.adapter, other.adapter], tmp_path / "out")
@@ -272,8 +276,8 @@ def test_an_adapter_that_is_untied_by_its_weight_alone_is_refused(tmp_path, judg
         ("tokens_resized_tied", "lm_head.token_adapter.trainable_tokens_delta"),
     ],
 )
-def test_a_head_that_should_repeat_its_embedding_and_does_not_is_refused(tmp_path, judged, copy_of, name, key):
-    """The two are one tensor in the running model, which of them it keeps depends on the order of loading."""
+def test_a_tied_head_that_differs_from_its_embedding_in_the_adapter_is_refused(tmp_path, judged, copy_of, name, key):
+    """In the running model they are one tensor; the order of loading decides which of the two it gets."""
     case, _ = judged(name)
     adapter = copy_of(case.adapter)
     peft_adapters.change_tensors(adapter, lambda tensors: tensors[PREFIX + key].mul_(1.5))
@@ -283,7 +287,7 @@ def test_a_head_that_should_repeat_its_embedding_and_does_not_is_refused(tmp_pat
 
 
 @pytest.mark.parametrize("half", ["lm_head", "model.embed_tokens"])
-def test_magnitudes_of_one_end_alone_are_refused_where_both_are_tied(tmp_path, judged, copy_of, half):
+def test_dora_changes_of_only_one_of_embedding_and_tied_head_are_refused(tmp_path, judged, copy_of, half):
     case, _ = judged("dora_tied_ensured")
     adapter = copy_of(case.adapter)
     peft_adapters.change_tensors(adapter, lambda t: [t.pop(key) for key in list(t) if f".{half}." in key])
@@ -303,16 +307,16 @@ def test_equal_replacements_of_embedding_and_head_need_no_untying(tmp_path, judg
     assert torch.equal(found["model.embed_tokens.weight"], rounded_once(same.double(), torch.bfloat16))
 
 
-# Names in the wild
+# Names that other trainers write
 
 
 def in_layers(word: str) -> Callable[[str], str]:
-    """A wrapper around every layer."""
+    """Add the name of a wrapper around every layer."""
     return lambda key: key.replace(".layers.0.", f".layers.0.{word}.").replace(".layers.1.", f".layers.1.{word}.")
 
 
 def with_name(adapter: str) -> Callable[[str], str]:
-    """The adapter's name left in, as the running model's state has it."""
+    """Insert the adapter's name, as in the running model's state dict."""
 
     def rename(key: str) -> str:
         for word in ("lora_A", "lora_B"):
@@ -361,7 +365,7 @@ def weights_of(folder):
 
 @pytest.mark.parametrize("name", ["linear", "everything"])
 @pytest.mark.parametrize("naming", NAMES)
-def test_names_that_other_trainers_leave_mean_the_same(tmp_path, judged, copy_of, plain, naming, name):
+def test_tensor_names_of_other_trainers_are_understood(tmp_path, judged, copy_of, plain, naming, name):
     case, _ = judged(name)
     adapter = copy_of(case.adapter)
     peft_adapters.rename_keys(adapter, NAMES[naming])
@@ -372,7 +376,7 @@ def test_names_that_other_trainers_leave_mean_the_same(tmp_path, judged, copy_of
 
 @pytest.fixture
 def plain(made):
-    """The weight files of a merge of a case's own adapter, made once."""
+    """Return the weight files of a merge of a case's unchanged adapter; merge each only once."""
 
     def merged(case):
         out = made / f"merged-{case.name}"
@@ -384,7 +388,7 @@ def plain(made):
 
 
 def refusal_of(base, adapter, out):
-    """Merge, and return the error if it is one that is meant for people."""
+    """Merge, and return the AdapterError or BaseMismatchError, if any."""
     try:
         merge(base, [adapter], out)
     except (AdapterError, BaseMismatchError) as error:
@@ -393,7 +397,7 @@ def refusal_of(base, adapter, out):
 
 
 def merged_alike_or_refused(case, adapter, plain, tmp_path, *names):
-    """Either what the case's own adapter merges to, or an error that names one of ``names`` and writes nothing."""
+    """Check for the result of the case's unchanged adapter, or an error that names one of ``names`` and no output."""
     error = refusal_of(case.base, adapter, tmp_path / "out")
     if error is None:
         assert weights_of(tmp_path / "out") == plain(case)
@@ -404,7 +408,7 @@ def merged_alike_or_refused(case, adapter, plain, tmp_path, *names):
 
 
 @pytest.mark.parametrize("naming", MAY_BE_REFUSED)
-def test_other_names_mean_the_same_or_are_refused(tmp_path, judged, copy_of, plain, naming):
+def test_uncommon_tensor_names_are_understood_or_refused(tmp_path, judged, copy_of, plain, naming):
     case, _ = judged("linear")
     adapter = copy_of(case.adapter)
     peft_adapters.rename_keys(adapter, MAY_BE_REFUSED[naming])
@@ -412,8 +416,8 @@ def test_other_names_mean_the_same_or_are_refused(tmp_path, judged, copy_of, pla
 
 
 @pytest.mark.parametrize("prefix", ["model.", "transformer."])
-def test_a_base_saved_without_the_name_of_its_body_is_the_same_base(tmp_path, judged, copy_of, prefix):
-    """GPT-2 lies so on the Hub."""
+def test_a_base_saved_without_the_prefix_of_its_body_is_accepted(tmp_path, judged, copy_of, prefix):
+    """As GPT-2 is on the Hub."""
     case, _ = judged({"model.": "linear_patterns", "transformer.": "conv1d"}[prefix])
     base = copy_of(case.base, "base")
     for path in base.glob("model*.safetensors"):
@@ -435,8 +439,8 @@ def test_a_base_saved_without_the_name_of_its_body_is_the_same_base(tmp_path, ju
     ("name", "says"),
     [
         ("linear_mica", {"fan_in_fan_out": True}),  # square matrices; peft warns and sets it back
-        ("conv1d_square", {"fan_in_fan_out": False}),  # and here
-        ("biases_lora_only", {"bias": "none"}),  # peft loads what is there
+        ("conv1d_square", {"fan_in_fan_out": False}),  # likewise
+        ("biases_lora_only", {"bias": "none"}),  # peft loads the biases that the file contains
     ],
 )
 def test_a_configuration_that_peft_corrects_is_corrected_or_refused(tmp_path, judged, copy_of, plain, name, says):
@@ -446,8 +450,8 @@ def test_a_configuration_that_peft_corrects_is_corrected_or_refused(tmp_path, ju
     merged_alike_or_refused(case, adapter, plain, tmp_path, *says, "proj")
 
 
-def test_an_embedding_whose_base_differs_is_never_passed_over(tmp_path, judged, copy_of):
-    """The file carries the embedding that A and B belong to; peft puts it in the base's place."""
+def test_an_embedding_copied_from_a_different_base_is_used_or_refused(tmp_path, judged, copy_of):
+    """The file contains the embedding that A and B were trained on; peft replaces the base's with it."""
     case, _ = judged("embedding_rslora")
     adapter, key = copy_of(case.adapter), f"{PREFIX}model.embed_tokens.base_layer.weight"
     peft_adapters.change_tensors(adapter, lambda t: t[key].mul_(1.25))
@@ -463,15 +467,15 @@ def test_an_embedding_whose_base_differs_is_never_passed_over(tmp_path, judged, 
 
 @pytest.mark.parametrize("loaded", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16, torch.float32])
-def test_an_embeddings_base_in_a_type_that_the_model_was_loaded_in_is_the_bases(
+def test_a_copied_embedding_that_differs_only_by_conversion_of_dtypes_is_the_bases(
     tmp_path, judged, copy_of, loaded, saved
 ):
-    """A base in bfloat16 is loaded in float16 on older GPUs, and peft makes float32 of it before training."""
+    """On older GPUs a bfloat16 base is loaded in float16, which peft converts to float32 before training."""
     case, _ = judged("embedding_rslora")
     base, adapter, name = copy_of(case.base, "loaded"), copy_of(case.adapter), "model.embed_tokens"
     files = {path: load_file(path) for path in base.glob("*.safetensors")}
     path = next(path for path, tensors in files.items() if f"{name}.weight" in tensors)
-    files[path][f"{name}.weight"][::3] *= 2.0**-22  # below what float16 has digits for
+    files[path][f"{name}.weight"][::3] *= 2.0**-22  # too small for float16 to represent exactly
     save_file(files[path], path, metadata={"format": "pt"})
     copy = files[path][f"{name}.weight"].to(loaded).to(saved)
     peft_adapters.change_tensors(adapter, lambda t: t.update({f"{PREFIX}{name}.base_layer.weight": copy}))
@@ -481,8 +485,8 @@ def test_an_embeddings_base_in_a_type_that_the_model_was_loaded_in_is_the_bases(
     assert weights_of(tmp_path / "out") == weights_of(tmp_path / "other")
 
 
-def test_an_adapter_without_its_embeddings_base_uses_the_bases(tmp_path, judged, copy_of, plain):
-    """As peft wrote it before it saved embeddings along."""
+def test_an_adapter_without_a_copy_of_the_embedding_uses_the_bases(tmp_path, judged, copy_of, plain):
+    """Older releases of peft did not save a copy."""
     case, _ = judged("embedding_rslora")
     adapter = copy_of(case.adapter)
     peft_adapters.change_tensors(adapter, lambda t: t.pop(f"{PREFIX}model.embed_tokens.base_layer.weight"))
@@ -494,7 +498,7 @@ def test_an_adapter_without_its_embeddings_base_uses_the_bases(tmp_path, judged,
 
 
 def give_tokenizer(adapter, tokens=("<|tool|>", "<|result|>")):
-    """A tokenizer with more tokens and another template, as trainers save it beside an adapter."""
+    """Save a tokenizer with more tokens and a different template in an adapter's folder, as trainers do."""
     import tiny
 
     tokenizer = tiny.write_tokenizer(adapter)
@@ -504,7 +508,7 @@ def give_tokenizer(adapter, tokens=("<|tool|>", "<|result|>")):
     return len(tokenizer)
 
 
-def test_the_adapters_tokenizer_comes_first(tmp_path, judged, copy_of):
+def test_the_adapters_tokenizer_replaces_the_bases(tmp_path, judged, copy_of):
     from transformers import AutoTokenizer
 
     case, _ = judged("resized")
@@ -529,12 +533,12 @@ def test_the_adapters_tokenizer_comes_first(tmp_path, judged, copy_of):
 # Several adapters
 
 PAIRS = [
-    ("linear_patterns", "linear_rslora"),  # other ranks, rsLoRA, and tensors in common with the next
+    ("linear_patterns", "linear_rslora"),  # different ranks, rsLoRA, and the same tensors
     ("linear_rslora", "dora"),  # LoRA and DoRA on down_proj and k_proj
     ("dora", "dora_rslora"),
-    ("saved_mlp", "linear_patterns"),  # replaced and added to
+    ("saved_mlp", "linear_patterns"),  # tensors replaced by one and changed by the other
     ("saved_norms", "tokens_tied"),
-    ("tokens_tied", "embedding_tied_ensured"),  # rows replaced, and added to
+    ("tokens_tied", "embedding_tied_ensured"),  # rows replaced by one and changed by the other
     ("head", "saved_head"),
     ("embedding", "tokens"),
     ("lora_bias", "biases_lora_only"),
@@ -548,8 +552,8 @@ PAIRS = [
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (1.0, 1.0), (-1.3, 0.25)])
 @pytest.mark.parametrize("names", PAIRS, ids="+".join)
-def test_two_adapters_sum_to_what_each_makes_of_the_base_alone(tmp_path, judged, names, weights):
-    """W + Σ weight · (what the adapter makes of W, less W), rounded once."""
+def test_two_adapters_add_the_changes_that_each_makes_to_the_base_alone(tmp_path, judged, names, weights):
+    """W + Σ weight · (W merged with the adapter alone, minus W), rounded once."""
     first, _ = judged(names[0])
     adapters = [judged(name)[0].adapter for name in names]
     judgements = [peft_formulas.judge(first.base, a, name) for a, name in zip(adapters, names, strict=True)]
@@ -565,7 +569,7 @@ def test_two_adapters_sum_to_what_each_makes_of_the_base_alone(tmp_path, judged,
 @pytest.mark.parametrize(
     "name", ["linear_rslora", "dora", "saved_both", "tokens_tied", "biases_all", "lora_bias", "experts_qwen2", "router"]
 )
-def test_one_adapter_counts_by_its_weight(tmp_path, judged, name, weight):
+def test_the_change_of_an_adapter_is_scaled_by_its_weight(tmp_path, judged, name, weight):
     case, judgement = judged(name)
     merge(case.base, [case.adapter], tmp_path / "out", MergeOptions(weights=(weight,)))
     exact = peft_formulas.merged(judgement.files, [judgement.changes], (weight,))
@@ -582,8 +586,8 @@ def test_a_weight_of_zero_gives_the_base(tmp_path, judged, name):
 
 @pytest.mark.parametrize("weights", [(0.5,), (0.0,), (2.0,)])
 @pytest.mark.parametrize("name", ["resized", "resized_embedding", "tokens_resized_tied"])
-def test_a_resized_vocabulary_has_no_half(tmp_path, judged, name, weights):
-    """There are no rows of the base that half of the new ones could be added to."""
+def test_a_resized_vocabulary_is_refused_with_a_weight_other_than_one(tmp_path, judged, name, weights):
+    """The base has no rows that a share of the new ones could be added to."""
     case, _ = judged(name)
     with pytest.raises(AdaptkitError, match=r"embed_tokens|lm_head|vocab") as caught:
         merge(case.base, [case.adapter], tmp_path / "out", MergeOptions(weights=weights))
@@ -600,7 +604,7 @@ def test_vocabularies_of_different_sizes_are_refused(tmp_path, judged, others):
 
 
 @pytest.mark.parametrize(("name", "weights"), [("everything", (1.0, 2.0)), ("experts_qwen3", ()), ("dora", (1.0,) * 3)])
-def test_the_number_of_weights_is_that_of_the_adapters(tmp_path, judged, name, weights):
+def test_the_number_of_weights_must_equal_that_of_the_adapters(tmp_path, judged, name, weights):
     case, _ = judged(name)
     adapters = [case.adapter] * (2 if not weights else 1)
     if not weights:
@@ -612,8 +616,8 @@ def test_the_number_of_weights_is_that_of_the_adapters(tmp_path, judged, name, w
 
 @pytest.mark.parametrize("name", ["resized", next(iter(UNTIED))])
 @pytest.mark.parametrize("levels", [["top"], ["text_config"], ["top", "text_config"], []], ids=str)
-def test_every_level_of_the_configuration_that_has_a_value_gets_the_new_one(tmp_path, judged, copy_of, name, levels):
-    """A model that reads more than text may say its vocabulary's size twice; its text is told of an untied head."""
+def test_every_level_of_the_configuration_that_has_a_value_is_updated(tmp_path, judged, copy_of, name, levels):
+    """Multimodal configurations may have a value twice; an untied head is always recorded in text_config too."""
     case, _ = judged(name)
     base = copy_of(case.base, "base")
     config = json.loads((base / "config.json").read_text())
@@ -633,8 +637,8 @@ def test_every_level_of_the_configuration_that_has_a_value_gets_the_new_one(tmp_
     assert found["text_config"]["other"] == 1
 
 
-def test_a_head_of_its_own_is_told_to_every_release_of_transformers(tmp_path):
-    """Release 5 asks the whole configuration whether a head is tied, 4 that of the text, whose class may say so."""
+def test_an_untied_head_is_recorded_where_every_release_of_transformers_looks(tmp_path):
+    """Release 5 reads whether a head is tied from the top level, 4 from text_config, whose default may be tied."""
     base, adapter = tiny.write_llava(tmp_path / "base", older=False), tmp_path / "adapter"
     tensors = load_file(base / "model.safetensors")
     del tensors["language_model.lm_head.weight"]

@@ -1,6 +1,6 @@
-"""Adapters of older releases of peft that mean something else by the same words, or lack what was trained.
+"""Adapters of older releases of peft, in which the same options mean something else or trained tensors are missing.
 
-What those releases write is made from what today's does.
+They are made by changing what the current release writes.
 """
 
 import peft
@@ -16,7 +16,7 @@ from adaptkit.operations.merge import MergeOptions, merge
 TABLE = {"target_modules": ["embed_tokens", "q_proj"]}
 
 
-def test_0_18_tied_no_changes_of_embeddings_whatever_was_asked_for(tmp_path):
+def test_ensure_weight_tying_is_ignored_for_embeddings_trained_with_peft_0_18(tmp_path):
     base = tiny.write_llama(tmp_path / "base", tied=True)
     adapter = peft_adapters.write_adapter(tmp_path / "adapter", Case(tied=True, lora=TABLE), base)
     merge(base, [adapter], tmp_path / "expected", MergeOptions(untie=True))
@@ -28,8 +28,8 @@ def test_0_18_tied_no_changes_of_embeddings_whatever_was_asked_for(tmp_path):
     assert expected == found
 
 
-def test_biases_that_older_releases_left_out_are_spoken_of(tmp_path):
-    case = peft_adapters.CASES["biases_lora_only"]  # of which one module has a bias, and the other has none
+def test_biases_that_older_releases_did_not_save_are_reported(tmp_path):
+    case = peft_adapters.CASES["biases_lora_only"]  # one of its two modules has a bias
     base = peft_adapters.write_base(tmp_path / "base", case)
     adapter = peft_adapters.write_adapter(tmp_path / "adapter", case, base)
     report = merge(base, [adapter], tmp_path / "whole")
@@ -48,7 +48,7 @@ def test_biases_that_older_releases_left_out_are_spoken_of(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_head_that_only_another_adapter_of_the_model_changed_stays_as_it_is(tied, tmp_path):
+def test_a_head_changed_only_by_the_other_adapter_of_the_model_is_unchanged(tied, tmp_path):
     base = tiny.write_llama(tmp_path / "base", tied=tied)
     with peft_adapters.quiet():
         usual = {"r": 4, "task_type": "CAUSAL_LM", "init_lora_weights": False}
@@ -65,7 +65,7 @@ def test_a_head_that_only_another_adapter_of_the_model_changed_stays_as_it_is(ti
 
 
 @pytest.mark.parametrize("lora", [TABLE, {"trainable_token_indices": peft_adapters.TOKENS}])
-def test_what_was_trained_without_gemma_3s_scale_is_spoken_of(lora, tmp_path):
+def test_embeddings_trained_without_gemma_3s_scale_are_reported(lora, tmp_path):
     case = Case(family="gemma3_text", tied=True, lora=lora)
     base = peft_adapters.write_base(tmp_path / "base", case)
     adapter = peft_adapters.write_adapter(tmp_path / "adapter", case, base)
@@ -77,7 +77,7 @@ def test_what_was_trained_without_gemma_3s_scale_is_spoken_of(lora, tmp_path):
     assert said == [True, False]
 
 
-def test_a_resized_head_that_older_releases_lost_is_not_the_embedding(tmp_path):
+def test_a_resized_head_that_older_releases_did_not_save_is_refused(tmp_path):
     case = peft_adapters.CASES["resized_saved_embedding_tied"]
     base = peft_adapters.write_base(tmp_path / "base", case)
     adapter = peft_adapters.write_adapter(tmp_path / "adapter", case, base)

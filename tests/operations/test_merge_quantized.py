@@ -1,4 +1,4 @@
-"""Merging for 4 bits: on the 16-bit weights, never on what quantization left of them."""
+"""Merging to 4 bits changes the 16-bit weights and then quantizes; quantized weights are never merged into."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def weights(folder):
 
 
 @pytest.mark.parametrize("scale", [(1.0,), (0.3,)])
-def test_it_is_the_merge_quantized_byte_by_byte(tmp_path, llama_sharded, adapter, scale):
+def test_merging_to_nf4_equals_merging_then_quantizing(tmp_path, llama_sharded, adapter, scale):
     merge(llama_sharded, [adapter], tmp_path / "merged", MergeOptions(weights=scale))
     quantize(tmp_path / "merged", tmp_path / "two steps")
     merge(llama_sharded, [adapter], tmp_path / "one step", MergeOptions(weights=scale, format="nf4"))
@@ -43,7 +43,7 @@ def test_it_is_the_merge_quantized_byte_by_byte(tmp_path, llama_sharded, adapter
 @pytest.mark.parametrize(
     "features", [{"use_dora": True}, {"modules_to_save": ["q_proj"], "target_modules": ["v_proj"]}]
 )
-def test_other_changes_too(tmp_path, llama, features):
+def test_merging_dora_and_replaced_tensors_to_nf4_equals_two_steps(tmp_path, llama, features):
     folder = tiny.write_peft_adapter(tmp_path / "a", llama, **features)
     merge(llama, [folder], tmp_path / "merged")
     quantize(tmp_path / "merged", tmp_path / "two steps")
@@ -51,7 +51,7 @@ def test_other_changes_too(tmp_path, llama, features):
     assert weights(tmp_path / "one step") == weights(tmp_path / "two steps")
 
 
-def test_gpt2_too_whose_weights_are_transposed(tmp_path, gpt2):
+def test_merging_gpt2s_transposed_weights_to_nf4_equals_two_steps(tmp_path, gpt2):
     folder = tiny.write_peft_adapter(tmp_path / "a", gpt2)
     merge(gpt2, [folder], tmp_path / "merged")
     quantize(tmp_path / "merged", tmp_path / "two steps")
@@ -60,8 +60,8 @@ def test_gpt2_too_whose_weights_are_transposed(tmp_path, gpt2):
     assert len(report.changes) == 8
 
 
-def test_what_is_left_of_the_change_is_told_by_tensor(tmp_path, llama, adapter):
-    """⟨Q(W + Δ) - Q(W), Δ⟩ / ⟨Δ, Δ⟩ with both from files."""
+def test_the_share_of_the_change_left_is_reported_by_tensor(tmp_path, llama, adapter):
+    """⟨Q(W + Δ) - Q(W), Δ⟩ / ⟨Δ, Δ⟩, with both Q read from files."""
     report = merge(llama, [adapter], tmp_path / "out", NF4)
     quantize(llama, tmp_path / "base")
     read, plain = read_adapter(adapter), load_file(llama / "model.safetensors")
@@ -75,7 +75,9 @@ def test_what_is_left_of_the_change_is_told_by_tensor(tmp_path, llama, adapter):
             for name in ("out", "base")
         )
         expected = float(((after - before) * delta).sum() / (delta * delta).sum())
-        assert change.effect == pytest.approx(expected, abs=0.03)  # Q(W) is told without quantizing its constants
+        assert change.effect == pytest.approx(
+            expected, abs=0.03
+        )  # merge computes Q(W) without quantizing its constants
         assert change.delta_norm == pytest.approx(float(delta.norm()), rel=1e-9)
         assert change.weight_norm == pytest.approx(float(plain[change.name].double().norm()), rel=1e-6)
         overlap += change.effect * change.delta_norm**2
@@ -84,7 +86,7 @@ def test_what_is_left_of_the_change_is_told_by_tensor(tmp_path, llama, adapter):
     assert 0.8 < report.effect < 1.2
 
 
-def test_the_manifest_names_base_and_adapters_and_what_was_quantized(tmp_path, llama, adapter, certified):
+def test_the_manifest_names_the_merged_model_its_base_and_adapters(tmp_path, llama, adapter, certified):
     folder = certified(adapter, llama)
     merge(llama, [folder], tmp_path / "merged")
     merge(llama, [folder], tmp_path / "out", NF4)
@@ -100,7 +102,7 @@ def test_the_manifest_names_base_and_adapters_and_what_was_quantized(tmp_path, l
         unmerge(tmp_path / "out", [folder], tmp_path / "back")
 
 
-def test_of_a_quantized_base_the_one_that_it_was_made_from_is_found_beside_it(
+def test_the_16_bit_parent_of_a_quantized_base_is_found_in_the_same_folder(
     tmp_path, llama, adapter, copy_of, certified
 ):
     base = copy_of(llama, "original")
@@ -116,10 +118,10 @@ def test_of_a_quantized_base_the_one_that_it_was_made_from_is_found_beside_it(
 
 
 @pytest.mark.parametrize("form", ["keep", "nf4"])
-def test_what_a_quantized_base_says_of_its_weights_verifies_no_adapter(
+def test_fingerprints_of_a_quantized_base_alone_do_not_verify_it_for_an_adapter(
     form, tmp_path, llama, adapter, second_adapter, certified
 ):
-    """Not one of another base, nor one without a manifest, nor one whose manifest has no fingerprints."""
+    """The adapter has a different base, no manifest, or a manifest without fingerprints."""
     base, allowed = tmp_path / "base", MergeOptions(format=form, allow_base_mismatch=True)
     merge(llama, [second_adapter], base)
     quantize(base, tmp_path / "quantized")
@@ -139,8 +141,8 @@ def test_what_a_quantized_base_says_of_its_weights_verifies_no_adapter(
 
 @pytest.mark.parametrize("changed", ["model.embed_tokens.weight", "model.norm.weight"])
 @pytest.mark.parametrize("name", ["alike", "zalike"])
-def test_of_several_beside_it_all_tensors_count(changed, name, tmp_path, llama, adapter, copy_of):
-    """One that differs in a tensor that was not quantized; before and after the right one by name."""
+def test_all_tensors_are_compared_to_choose_among_possible_parents(changed, name, tmp_path, llama, adapter, copy_of):
+    """The wrong one differs in a tensor that is not quantized; its name sorts before or after the right one's."""
     base, alike = copy_of(llama, "original"), copy_of(llama, name)
     located = Checkpoint(alike).tensors[changed]
     content = bytearray((alike / located.file).read_bytes())
@@ -154,8 +156,8 @@ def test_of_several_beside_it_all_tensors_count(changed, name, tmp_path, llama, 
 
 
 @pytest.mark.parametrize("changed", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
-def test_of_a_pulled_part_the_parent_is_found_by_all_that_it_knows(changed, tmp_path, llama, adapter, copy_of):
-    """It does not name the root of its parent's tensors, and several beside it begin alike."""
+def test_the_parent_of_a_partial_pull_is_found_by_all_known_fingerprints(changed, tmp_path, llama, adapter, copy_of):
+    """It does not record its parent's tensors_root, and the smallest weight of both candidates is the same."""
     base, alike = copy_of(llama, "original"), copy_of(llama, "alike")
     located = Checkpoint(alike).tensors[changed]
     content = bytearray((alike / located.file).read_bytes())
@@ -168,7 +170,7 @@ def test_of_a_pulled_part_the_parent_is_found_by_all_that_it_knows(changed, tmp_
     (tmp_path / "quantized" / MANIFEST_NAME).write_bytes(part.to_bytes())
     assert merge(tmp_path / "quantized", [adapter], tmp_path / "out").base == str(base)
     shutil.rmtree(base)
-    with pytest.raises((BaseMismatchError, CheckpointError)):  # the one that is left is not it
+    with pytest.raises((BaseMismatchError, CheckpointError)):  # the remaining candidate is not the parent
         merge(tmp_path / "quantized", [adapter], tmp_path / "again")
     shutil.rmtree(alike)
     with pytest.raises(CheckpointError, match="was not found beside it") as caught:
@@ -176,8 +178,8 @@ def test_of_a_pulled_part_the_parent_is_found_by_all_that_it_knows(changed, tmp_
     assert "None" not in caught.value.hint
 
 
-def test_what_was_merged_and_quantized_in_one_go_was_made_from_the_merged_model(tmp_path, llama, adapter, copy_of):
-    """Not from the base that was merged onto, which has most of its weights, the smallest one among them."""
+def test_the_parent_of_a_model_merged_and_quantized_at_once_is_the_merged_model(tmp_path, llama, adapter, copy_of):
+    """The base of that merge is not, though most weights are the same, including the smallest."""
     base = copy_of(llama, "a base")
     first = tiny.write_peft_adapter(tmp_path / "first", llama, seed=5, target_modules=["q_proj", "v_proj"])
     merge(base, [first], tmp_path / "merged")
@@ -185,7 +187,7 @@ def test_what_was_merged_and_quantized_in_one_go_was_made_from_the_merged_model(
     assert merge(tmp_path / "quantized", [adapter], tmp_path / "out").base == str(tmp_path / "merged")
     root = require_manifest(tmp_path / "merged").tensors_root
     shutil.rmtree(tmp_path / "merged")
-    for allow in (False, True):  # whatever an adapter was trained on, the merged model is not there
+    for allow in (False, True):  # allowing mismatches of adapters does not replace the missing merged model
         with pytest.raises(BaseMismatchError, match=r": .* is not the tensor that .* was quantized from") as found:
             merge(tmp_path / "quantized", [adapter], tmp_path / "again", MergeOptions(allow_base_mismatch=allow))
         assert root in found.value.hint
@@ -196,15 +198,15 @@ def test_what_was_merged_and_quantized_in_one_go_was_made_from_the_merged_model(
     assert root in caught.value.hint
 
 
-def test_a_folder_beside_it_with_a_malformed_manifest_is_passed_over(tmp_path, llama, adapter, copy_of):
+def test_candidates_with_a_malformed_manifest_are_skipped(tmp_path, llama, adapter, copy_of):
     base, broken = copy_of(llama, "original"), copy_of(llama, "broken")
     (broken / MANIFEST_NAME).write_text("{}")
     quantize(base, tmp_path / "quantized")
     assert merge(tmp_path / "quantized", [adapter], tmp_path / "out").base == str(base)
 
 
-def test_a_folder_beside_it_that_cannot_be_read_is_passed_over(tmp_path, llama, adapter, copy_of):
-    """As somebody else's private one; root may read that, but nobody can follow a link to so long a name."""
+def test_candidates_that_cannot_be_read_are_skipped(tmp_path, llama, adapter, copy_of):
+    """E.g. a different user's private folder. Root can read that, but nobody can follow a link to so long a name."""
     base = copy_of(llama, "original")
     quantize(base, tmp_path / "quantized")
     (tmp_path / "a link").symlink_to("x" * 300)
@@ -215,8 +217,8 @@ def test_a_folder_beside_it_that_cannot_be_read_is_passed_over(tmp_path, llama, 
     assert report.parents[0].path == str(base)
 
 
-def test_a_base_beside_it_with_one_weight_changed_is_not_taken(tmp_path, llama, adapter, copy_of):
-    """Whatever is compared to find it, the merge compares everything."""
+def test_a_candidate_with_one_changed_weight_is_refused(tmp_path, llama, adapter, copy_of):
+    """The search compares only some weights, but the merge compares all."""
     base = copy_of(llama, "original")
     quantize(base, tmp_path / "quantized")
     located = Checkpoint(base).tensors["model.layers.1.mlp.down_proj.weight"]
@@ -228,7 +230,7 @@ def test_a_base_beside_it_with_one_weight_changed_is_not_taken(tmp_path, llama, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_that_was_quantized_and_turned_back_is_refused_unless_told(tmp_path, llama, adapter):
+def test_a_dequantized_base_is_refused_unless_mismatches_are_allowed(tmp_path, llama, adapter):
     quantize(llama, tmp_path / "quantized")
     dequantize(tmp_path / "quantized", tmp_path / "back")
     with pytest.raises(BaseMismatchError, match="was quantized and dequantized") as caught:
@@ -238,7 +240,7 @@ def test_a_base_that_was_quantized_and_turned_back_is_refused_unless_told(tmp_pa
     assert require_manifest(tmp_path / "out").operation["options"]["allow_base_mismatch"]
 
 
-def test_an_adapter_that_was_trained_on_what_was_turned_back_is_merged_onto_it(tmp_path, llama, adapter, certified):
+def test_an_adapter_trained_on_a_dequantized_base_is_merged_into_it(tmp_path, llama, adapter, certified):
     quantize(llama, tmp_path / "quantized")
     dequantize(tmp_path / "quantized", tmp_path / "back")
     of_back, of_llama = certified(adapter, tmp_path / "back"), certified(adapter, llama)
@@ -246,7 +248,7 @@ def test_an_adapter_that_was_trained_on_what_was_turned_back_is_merged_onto_it(t
     with pytest.raises(BaseMismatchError, match=r"is not the tensor that .*adapter-of-llama was trained on") as caught:
         merge(tmp_path / "back", [of_llama], tmp_path / "other", dry_run=True)
     assert "into the original 16-bit checkpoint" in caught.value.hint
-    with pytest.raises(BaseMismatchError, match="was quantized and dequantized"):  # the second says nothing
+    with pytest.raises(BaseMismatchError, match="was quantized and dequantized"):  # the second has no manifest
         merge(tmp_path / "back", [of_back, adapter], tmp_path / "other", dry_run=True)
     manifest = require_manifest(of_back)
     parent = parent_of("base", require_manifest(tmp_path / "back"), ())
@@ -255,11 +257,11 @@ def test_an_adapter_that_was_trained_on_what_was_turned_back_is_merged_onto_it(t
 
 
 @pytest.mark.parametrize("features", [{}, {"modules_to_save": ["norm"]}])
-def test_what_stays_in_16_bits_is_told_as_of_a_plain_merge(tmp_path, features):
+def test_tensors_left_in_16_bits_are_reported_as_in_a_plain_merge(tmp_path, features):
     base = tiny.write_llama(tmp_path / "base", tied=False)
     with quiet():
         folder = tiny.write_peft_adapter(tmp_path / "a", base, target_modules=["lm_head"], **features)
-    if features:  # or the saved norms are the base's own
+    if features:  # otherwise the saved norms equal the base's
         saved = load_file(folder / "adapter_model.safetensors")
         save_file({k: v * 1.5 if "norm" in k else v for k, v in saved.items()}, folder / "adapter_model.safetensors")
     plain = merge(base, [folder], tmp_path / "plain")
@@ -272,7 +274,7 @@ def test_what_stays_in_16_bits_is_told_as_of_a_plain_merge(tmp_path, features):
     assert 0 < report.effect == pytest.approx(plain.effect)
 
 
-def test_tensors_in_16_and_in_4_bits_are_told_together(tmp_path):
+def test_tensors_in_16_and_in_4_bits_are_reported_together(tmp_path):
     base = tiny.write_llama(tmp_path / "base", tied=False)
     with quiet():
         folder = tiny.write_peft_adapter(tmp_path / "a", base, target_modules=["lm_head", "q_proj"])
@@ -284,8 +286,8 @@ def test_tensors_in_16_and_in_4_bits_are_told_together(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["keep", "nf4"])
-def test_an_adapter_or_base_that_changes_meanwhile_is_noticed(tmp_path, llama, copy_of, form):
-    """What takes the place of a whole tensor is read as it is written, and not before."""
+def test_an_adapter_or_base_that_changes_during_the_merge_is_detected(tmp_path, llama, copy_of, form):
+    """Tensors that replace whole ones are read only when they are written."""
     folder = tiny.write_peft_adapter(tmp_path / "a", llama, modules_to_save=["norm"])
     for changing in (folder / "adapter_model.safetensors", copy_of(llama, "base") / "model.safetensors"):
 
@@ -299,7 +301,7 @@ def test_an_adapter_or_base_that_changes_meanwhile_is_noticed(tmp_path, llama, c
         assert not list(tmp_path.glob("out*"))
 
 
-def test_what_changes_more_than_values_takes_two_steps(tmp_path, llama):
+def test_untying_and_quantizing_in_one_merge_is_refused(tmp_path, llama):
     with quiet():
         folder = tiny.write_peft_adapter(tmp_path / "a", llama, target_modules=["q_proj", "lm_head"])
     with pytest.raises(UsageError, match=r"lm_head\.weight") as caught:
@@ -307,8 +309,8 @@ def test_what_changes_more_than_values_takes_two_steps(tmp_path, llama):
     assert "then quantize" in caught.value.hint
 
 
-def test_a_killed_run_with_another_adapter_left_nothing_that_is_used(tmp_path, llama, adapter, second_adapter):
-    """The work in the partial folder belongs to one set of adapters."""
+def test_a_partial_folder_from_a_different_adapter_is_not_used(tmp_path, llama, adapter, second_adapter):
+    """Work in a partial folder is valid for only one set of adapters."""
     merge(llama, [second_adapter], tmp_path / "other", NF4)
     partial = tmp_path / "out.partial"
     (tmp_path / "other").rename(partial)
@@ -319,7 +321,7 @@ def test_a_killed_run_with_another_adapter_left_nothing_that_is_used(tmp_path, l
     assert weights(tmp_path / "out") == weights(tmp_path / "clean")
 
 
-def test_the_command_line_says_what_is_left(tmp_path, llama, adapter, run_cli):
+def test_the_command_line_prints_the_share_of_the_change_left(tmp_path, llama, adapter, run_cli):
     done = run_cli("merge", llama, adapter, "-o", tmp_path / "out", "--format", "nf4")
     assert done.code == 0, done.stderr
     assert "after quantizing; least in model.layers." in done.stdout
@@ -327,8 +329,8 @@ def test_the_command_line_says_what_is_left(tmp_path, llama, adapter, run_cli):
 
 
 @pytest.mark.parametrize("is_restored", [True, False])
-def test_a_base_with_a_manifest_of_its_own_is_merged_and_quantized_as_any(is_restored, llama, adapter, tmp_path):
-    """One that unmerge restored, with the bytes of the base; or a merged one, as of another adapter."""
+def test_a_base_with_a_manifest_is_merged_and_quantized_like_any_other(is_restored, llama, adapter, tmp_path):
+    """The base was restored by unmerge, with the original bytes, or is itself a merged model."""
     merge(llama, [adapter], tmp_path / "merged")
     unmerge(tmp_path / "merged", [adapter], tmp_path / "restored")
     base = tmp_path / ("restored" if is_restored else "merged")
@@ -344,7 +346,7 @@ def test_a_base_with_a_manifest_of_its_own_is_merged_and_quantized_as_any(is_res
         assert manifest.tensors_root == require_manifest(tmp_path / "plain").tensors_root
 
 
-def test_reading_the_base_for_its_fingerprints_is_progress_too(tmp_path, llama, adapter):
+def test_progress_includes_reading_the_base_for_its_fingerprints(tmp_path, llama, adapter):
     told = []
     merge(llama, [adapter], tmp_path / "out", NF4, progress=lambda done, total: told.append((done, total)))
     sizes = [located.spec.nbytes for located in Checkpoint(llama).tensors.values()]

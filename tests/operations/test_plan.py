@@ -1,4 +1,4 @@
-"""What plan predicts from a configuration is what the trainer's tensors then take."""
+"""The memory that plan predicts from a configuration is what the trainer's tensors take."""
 
 import json
 import math
@@ -47,8 +47,8 @@ def loaded(folder, targets=("*",)):
 
 
 @pytest.mark.parametrize(("tied", "method"), [(False, "qlora"), (True, "qlora"), (False, "full")])
-def test_a_gpu_does_not_hold_a_table_that_is_only_looked_up(models, tmp_path, tied, method):
-    """The trainer moves the same ones: see ``networks.tables``."""
+def test_large_untied_embeddings_of_qlora_are_not_counted_in_gpu_memory(models, tmp_path, tied, method):
+    """The trainer leaves the same ones on the host; see ``networks.tables``."""
     config = json.loads((models["llama"][0] / "config.json").read_text())
     vocabulary = 32 * 2**20 // (2 * config["hidden_size"])
     config |= {"vocab_size": vocabulary, "tie_word_embeddings": tied}
@@ -61,8 +61,8 @@ def test_a_gpu_does_not_hold_a_table_that_is_only_looked_up(models, tmp_path, ti
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_on_a_gpu_logits_are_a_larger_chunk_and_adapters_have_copies(models, dtype, monkeypatch):
-    """What the trainer then reckons with: see ``training.memory.activations``."""
+def test_gpus_use_larger_chunks_of_logits_and_copies_of_adapters(models, dtype, monkeypatch):
+    """Compare with the trainer's own estimates; see ``training.memory.activations``."""
     rows, length = 256, 1025
     shape = {"rank": 4, "batch": rows, "seq_len": length, "compute_dtype": str(dtype).removeprefix("torch.")}
     found = {device: plan(models["llama"][0], PlanOptions(device=device, **shape)) for device in ("cpu", "cuda")}
@@ -81,7 +81,7 @@ def test_on_a_gpu_logits_are_a_larger_chunk_and_adapters_have_copies(models, dty
     assert found["cuda"].memory["weights"] == expected.weights
 
 
-def test_without_a_word_it_plans_for_what_is_here(models, monkeypatch):
+def test_the_default_device_is_the_gpu_if_there_is_one(models, monkeypatch):
     for there in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda found=there: found)
         assert PlanOptions().on_gpu is there
@@ -150,8 +150,8 @@ def ten_billion(tmp_path):
     return tmp_path
 
 
-def test_ten_billion_parameters_take_what_the_lecture_says(ten_billion):
-    """Full: 16 bytes a parameter, about 160 GB. LoRA: about 40 GB at 4 bytes a frozen one; half of it in 16 bits."""
+def test_memory_for_ten_billion_parameters_matches_the_usual_estimates(ten_billion):
+    """Full: 16 bytes per parameter, about 160 GB. LoRA: 4 bytes per frozen one, about 40 GB; in 16 bits half."""
     full = plan(ten_billion, PlanOptions(method="full", seq_len=512))
     assert full.parameters == pytest.approx(10e9, rel=0.02)
     steady = sum(full.memory[part] for part in ("weights", "trainable", "gradients", "optimizer"))
@@ -167,7 +167,7 @@ def test_ten_billion_parameters_take_what_the_lecture_says(ten_billion):
     assert qlora.memory["weights"] < 0.36 * lora.memory["weights"]
 
 
-def test_parameters_grow_with_the_rank_on_the_chosen_layers(models):
+def test_trainable_parameters_are_reported_for_several_ranks(models):
     report = plan(models["llama"][0], PlanOptions(targets=("q_proj",), rank=8, seq_len=16))
     assert [row.rank for row in report.ranks] == [4, 8, 16, 32, 64]
     assert all(row.parameters == row.rank * 2 * (64 + 64) for row in report.ranks)
@@ -176,7 +176,7 @@ def test_parameters_grow_with_the_rank_on_the_chosen_layers(models):
     assert report.ranks[0].fraction == report.ranks[0].parameters / report.parameters
 
 
-def test_a_rank_above_that_of_a_target_is_refused_and_not_listed(models):
+def test_a_rank_above_the_largest_of_a_target_is_refused_and_not_listed(models):
     with pytest.raises(
         UsageError, match=r"rank: must be at most 32, since model\.layers\.0\.self_attn\.k_proj is 32 x 64; found 33"
     ):
@@ -186,7 +186,7 @@ def test_a_rank_above_that_of_a_target_is_refused_and_not_listed(models):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "phi3", "gemma"])
-def test_other_architectures_are_followed_too(made, family):
+def test_checkpointing_reduces_predicted_activations_of_other_architectures(made, family):
     folder = tiny.write_family(made / f"plan-{family}", family)
     peaks = [
         plan(folder, PlanOptions(seq_len=64, checkpointing=policy)).memory["activations"]
@@ -197,7 +197,7 @@ def test_other_architectures_are_followed_too(made, family):
 
 @pytest.mark.parametrize(("moe", "dtype"), [("keep", "bfloat16"), ("quantize", "bfloat16"), ("keep", "float32")])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
-def test_experts_are_predicted_in_sixteen_bits_or_in_four(made, tmp_path, family, moe, dtype):
+def test_experts_are_predicted_unquantized_and_in_4_bits(made, tmp_path, family, moe, dtype):
     folder, packed = made / f"plan-{family}-stacks", tmp_path / "packed"
     if not folder.is_dir():
         tiny.write_family(folder, family, fused_experts=True)
@@ -212,7 +212,7 @@ def test_experts_are_predicted_in_sixteen_bits_or_in_four(made, tmp_path, family
     assert ("--moe quantize" in note) == (moe == "keep")
 
 
-def test_what_such_a_run_would_refuse_is_noted(models, run_cli):
+def test_settings_that_training_would_refuse_are_noted(models, run_cli):
     plain, packed = models["llama"]
     assert not plan(packed, PlanOptions(seq_len=16)).notes
     assert not plan(plain, PlanOptions(method="full", seq_len=16)).notes
@@ -222,7 +222,7 @@ def test_what_such_a_run_would_refuse_is_noted(models, run_cli):
     assert "longer than the model's context" in note
 
 
-def test_a_budget_is_kept_or_refused(models):
+def test_an_activation_budget_reduces_activations_or_is_refused(models):
     folder = models["llama"][0]
     options = {"seq_len": 512, "batch": 64}
     none = plan(folder, PlanOptions(checkpointing="none", **options)).memory["activations"]
@@ -232,7 +232,7 @@ def test_a_budget_is_kept_or_refused(models):
         plan(folder, PlanOptions(checkpointing="budget:1", **options))
 
 
-def test_linear_layers_that_quantize_leaves_alone_can_be_planned_as_they_are(tmp_path, monkeypatch):
+def test_linear_layers_that_quantize_does_not_support_can_be_planned_with_lora(tmp_path, monkeypatch):
     monkeypatch.setitem(tiny.ARCHITECTURES, "falcon", {})
     folder = tiny.write_architecture(tmp_path / "falcon", "falcon")
     with pytest.raises(UsageError, match="does not support any") as caught:
@@ -252,17 +252,17 @@ def test_linear_layers_that_quantize_leaves_alone_can_be_planned_as_they_are(tmp
         (["--method", "lora", "--moe", "quantize"], 2, "or use --method qlora"),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(run_cli, llama, arguments, code, said):
+def test_invalid_arguments_are_errors_without_a_traceback(run_cli, llama, arguments, code, said):
     done = run_cli("plan", llama, *arguments)
     assert (done.code, said in done.stderr, "Traceback" in done.stderr) == (code, True, False)
 
 
-def test_no_targets_are_refused():
+def test_empty_targets_are_refused():
     with pytest.raises(UsageError, match="targets"):
         PlanOptions(targets=())
 
 
-def test_folders_that_hold_no_model_are_refused(run_cli, tmp_path):
+def test_folders_without_a_valid_configuration_are_refused(run_cli, tmp_path):
     assert "has no config.json" in run_cli("plan", tmp_path).stderr
     for content, code in (
         ("{", 5),
@@ -274,7 +274,7 @@ def test_folders_that_hold_no_model_are_refused(run_cli, tmp_path):
         assert (done.code, "Traceback" in done.stderr) == (code, False), done.stderr
 
 
-def test_the_command_prints_a_table_and_a_document(run_cli, llama):
+def test_the_command_prints_a_table_or_a_json_document(run_cli, llama):
     table = run_cli("plan", llama, "--seq-len", 64)
     assert all(word in table.stdout for word in ("device", "activations", "total", "2 r √N"))
     document = json.loads(run_cli("plan", llama, "--seq-len", 64, "--json").stdout)
