@@ -1,4 +1,4 @@
-"""A quantized folder is what bitsandbytes would make, loads unchanged in its readers, and is the same every time."""
+"""A quantized folder equals what bitsandbytes makes, loads in its readers, and is the same every time."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def load(folder):
     return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").eval()
 
 
-def test_packed_bytes_are_those_of_bitsandbytes(llama, quantized):
+def test_packed_bytes_match_bitsandbytes(llama, quantized):
     source, made = load_file(llama / "model.safetensors"), tensors_of(quantized)
     names = quantized_names(Checkpoint(quantized))
     assert len(names) == 14
@@ -63,7 +63,7 @@ def test_packed_bytes_are_those_of_bitsandbytes(llama, quantized):
         assert float((made[f"{name}.absmax"] != state.absmax).float().mean()) < 0.01  # the offset may be one ulp off
 
 
-def test_transformers_loads_it_unchanged_and_sees_our_weights(quantized):
+def test_transformers_loads_it_and_dequantizes_to_the_same_weights(quantized):
     model, checkpoint = load(quantized), Checkpoint(quantized)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert {f"{name}.weight" for name in layers} == set(quantized_names(checkpoint))
@@ -73,8 +73,8 @@ def test_transformers_loads_it_unchanged_and_sees_our_weights(quantized):
         assert torch.equal(theirs, ours), name
 
 
-def test_logits_are_those_of_the_dequantized_model(quantized, tmp_path):
-    """The same weights through two programs: bitsandbytes' kernel sums in another order, in bfloat16."""
+def test_logits_match_those_of_the_dequantized_model(quantized, tmp_path):
+    """They are not equal, since bitsandbytes' kernel sums in a different order, in bfloat16."""
     dequantize(quantized, tmp_path / "plain")
     tokens = torch.arange(3, 43).view(2, 20)
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_logits_are_those_of_the_dequantized_model(quantized, tmp_path):
     assert (plain - packed).norm() <= 0.01 * plain.norm()
 
 
-def test_everything_else_is_kept_bit_by_bit(llama, quantized):
+def test_other_tensors_and_files_are_unchanged(llama, quantized):
     source, made = load_file(llama / "model.safetensors"), tensors_of(quantized)
     kept = set(source) - set(quantized_names(Checkpoint(quantized)))
     assert kept == {
@@ -100,7 +100,7 @@ def test_everything_else_is_kept_bit_by_bit(llama, quantized):
     assert config == json.loads((llama / "config.json").read_text())
 
 
-def test_gpt2_is_transposed_before_it_is_quantized_and_back_after(gpt2, tmp_path):
+def test_gpt2_weights_are_transposed_to_quantize_and_back_to_dequantize(gpt2, tmp_path):
     quantize(gpt2, tmp_path / "out")
     dequantize(tmp_path / "out", tmp_path / "plain")
     source, plain = load_file(gpt2 / "model.safetensors"), load_file(tmp_path / "plain" / "model.safetensors")
@@ -122,7 +122,7 @@ def test_gpt2_is_transposed_before_it_is_quantized_and_back_after(gpt2, tmp_path
     assert (packed - unpacked.float()).norm() <= 0.02 * unpacked.float().norm()
 
 
-def test_shards_of_the_source_do_not_show_in_the_tensors(llama, llama_sharded, quantized, tmp_path):
+def test_shards_of_the_source_do_not_change_the_tensors(llama, llama_sharded, quantized, tmp_path):
     report = quantize(llama_sharded, tmp_path / "out")
     whole, parts = tensors_of(quantized), tensors_of(tmp_path / "out")
     assert set(whole) == set(parts)
@@ -130,7 +130,7 @@ def test_shards_of_the_source_do_not_show_in_the_tensors(llama, llama_sharded, q
     assert report.tensors_root == require_manifest(quantized).tensors_root
 
 
-def test_shards_of_the_output_are_no_larger_than_asked_and_keep_a_weight_together(llama, quantized, tmp_path):
+def test_output_shards_respect_the_size_limit_and_do_not_split_a_weight(llama, quantized, tmp_path):
     limit = 40_000
     report = quantize(llama, tmp_path / "out", QuantizeOptions(max_shard_bytes=limit))
     checkpoint = Checkpoint(tmp_path / "out")
@@ -147,12 +147,12 @@ def test_shards_of_the_output_are_no_larger_than_asked_and_keep_a_weight_togethe
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_threads_are_no_part_of_the_result(llama, quantized, tmp_path, threads):
+def test_threads_do_not_change_the_result(llama, quantized, tmp_path, threads):
     quantize(llama, tmp_path / "out", QuantizeOptions(threads=threads))
     assert tree(tmp_path / "out") == tree(quantized)
 
 
-def test_processes_are_no_part_of_the_result(llama, quantized, tmp_path):
+def test_processes_and_hash_seeds_do_not_change_the_result(llama, quantized, tmp_path):
     code = (
         "import sys; from pathlib import Path; from adaptkit.operations.quantize import quantize;"
         "quantize(Path(sys.argv[1]), Path(sys.argv[2]))"
@@ -163,7 +163,7 @@ def test_processes_are_no_part_of_the_result(llama, quantized, tmp_path):
         assert tree(tmp_path / seed) == tree(quantized)
 
 
-def test_the_manifest_binds_source_and_result(llama, quantized):
+def test_the_manifest_records_fingerprints_of_source_and_result(llama, quantized):
     manifest, source = require_manifest(quantized), load_file(llama / "model.safetensors")
     assert manifest.kind == "quantized"
     assert "threads" not in manifest.operation["options"]
@@ -175,7 +175,7 @@ def test_the_manifest_binds_source_and_result(llama, quantized):
     verify(quantized)
 
 
-def test_what_is_reported_is_what_is_there(llama, quantized, tmp_path):
+def test_the_report_matches_the_files(llama, quantized, tmp_path):
     planned = quantize(llama, tmp_path / "out", dry_run=True)
     assert not list(tmp_path.iterdir())
     report = quantize(llama, tmp_path / "out")
@@ -192,7 +192,7 @@ def test_what_is_reported_is_what_is_there(llama, quantized, tmp_path):
     assert (planned.bytes_after, planned.bits_per_parameter) == (report.bytes_after, report.bits_per_parameter)
 
 
-def test_skipped_modules_stay_and_readers_are_told(llama, tmp_path):
+def test_skipped_modules_stay_unquantized_and_are_listed_for_readers(llama, tmp_path):
     quantize(llama, tmp_path / "out", QuantizeOptions(skip=("*.self_attn.o_proj", "model.layers.0.mlp.*")))
     source, made = load_file(llama / "model.safetensors"), tensors_of(tmp_path / "out")
     skipped = {f"model.layers.{n}.self_attn.o_proj" for n in (0, 1)}
@@ -206,15 +206,15 @@ def test_skipped_modules_stay_and_readers_are_told(llama, tmp_path):
         assert torch.isfinite(model(torch.arange(3, 13).view(1, 10)).logits).all()
 
 
-def test_a_pattern_that_matches_nothing_is_refused_beside_one_that_would(llama, tmp_path):
+def test_a_pattern_that_matches_nothing_is_refused_with_a_matching_example(llama, tmp_path):
     with pytest.raises(UsageError, match=r"--skip '\*\.z_proj' matches no module") as caught:
         quantize(llama, tmp_path / "out", QuantizeOptions(skip=("*.z_proj",)))
     named = re.fullmatch(r"patterns match whole module paths, such as '(.+_proj)'", caught.value.hint)
-    assert named is not None  # of a layer that is quantized
+    assert named is not None  # the example is a layer that would be quantized
     assert quantize(llama, tmp_path / "out", QuantizeOptions(skip=(named[1],))).quantized == 13
 
 
-def test_an_untied_head_stays_and_readers_are_told(tmp_path):
+def test_an_untied_head_stays_unquantized_also_in_readers(tmp_path):
     source = tiny.write_llama(tmp_path / "source", tied=False, dtype="float16")
     quantize(source, tmp_path / "out")
     head = load_file(source / "model.safetensors")["lm_head.weight"]
@@ -225,7 +225,7 @@ def test_an_untied_head_stays_and_readers_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"double_quant": False}, {"block_size": 128}, {"block_size": 32}])
-def test_other_options_still_load(llama, tmp_path, options):
+def test_transformers_loads_other_block_sizes_and_unnested_constants(llama, tmp_path, options):
     quantize(llama, tmp_path / "out", QuantizeOptions(**options))
     checkpoint, model = Checkpoint(tmp_path / "out"), load(tmp_path / "out")
     layer = model.model.layers[0].mlp.down_proj
@@ -240,19 +240,19 @@ def refusal(kind, source, out, **options):
     return caught.value
 
 
-def test_where_every_weight_stays_one_is_named_with_the_reason(llama, tmp_path):
-    """It said that there was no weight that may be quantized, though all of them were skipped."""
+def test_if_every_weight_is_skipped_one_is_named_with_the_reason(llama, tmp_path):
+    """Regression: the error said that no weight may be quantized."""
     error = refusal(CheckpointError, llama, tmp_path / "out", skip=("*",))
     assert re.search(r"such as \S+_proj\.weight \(skipped by --skip\)$", error.message)
     assert "--skip" in error.hint
 
 
-def test_what_is_quantized_already_is_refused(quantized, tmp_path):
+def test_an_already_quantized_checkpoint_is_refused(quantized, tmp_path):
     assert "bitsandbytes" in refusal(CheckpointError, quantized, tmp_path / "out").message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_a_weight_that_is_not_finite_is_refused_by_tensor_and_index(llama, copy_of, tmp_path, value):
+def test_a_nonfinite_weight_is_refused_with_its_tensor_and_index(llama, copy_of, tmp_path, value):
     source = copy_of(llama)
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][100, 7] = value
@@ -262,7 +262,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_tensor_and_index(llama, copy_
     assert "[100, 7]" in error.message
 
 
-def test_the_index_of_a_transposed_weight_is_that_in_the_file(gpt2, copy_of, tmp_path):
+def test_the_index_in_a_transposed_weight_is_that_in_the_file(gpt2, copy_of, tmp_path):
     source = copy_of(gpt2)
     tensors = load_file(source / "model.safetensors")
     tensors["transformer.h.0.attn.c_attn.weight"][5, 150] = float("nan")
@@ -270,7 +270,7 @@ def test_the_index_of_a_transposed_weight_is_that_in_the_file(gpt2, copy_of, tmp
     assert "[5, 150]" in refusal(NonFiniteError, source, tmp_path / "out").message
 
 
-def test_a_repaired_source_is_begun_anew_and_nothing_stale_remains(llama, quantized, copy_of, tmp_path):
+def test_a_repaired_source_is_quantized_anew_and_nothing_stale_remains(llama, quantized, copy_of, tmp_path):
     source = copy_of(llama)
     good = (source / "model.safetensors").read_bytes()
     tensors = load_file(source / "model.safetensors")
@@ -283,7 +283,7 @@ def test_a_repaired_source_is_begun_anew_and_nothing_stale_remains(llama, quanti
     assert not (tmp_path / "out.partial").exists()
 
 
-def test_an_empty_tensor_is_refused_by_name(llama, copy_of, tmp_path):
+def test_an_empty_tensor_is_refused_and_named(llama, copy_of, tmp_path):
     source = copy_of(llama)
     tensors = load_file(source / "model.safetensors")
     save_file(tensors | {"model.layers.0.self_attn.bonus.weight": torch.empty(0, 64)}, source / "model.safetensors")
@@ -307,7 +307,7 @@ def test_a_checkpoint_without_layers_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "int32"])
-def test_numbers_of_a_type_that_is_not_taken_are_named(llama, copy_of, tmp_path, dtype):
+def test_tensors_of_an_unsupported_dtype_are_named(llama, copy_of, tmp_path, dtype):
     source = copy_of(llama)
     tensors = load_file(source / "model.safetensors")
     save_file(
@@ -326,12 +326,12 @@ def test_a_checkpoint_without_a_configuration_is_refused(llama, copy_of, tmp_pat
 
 
 @pytest.mark.parametrize("options", [{"block_size": 48}, {"block_size": 16}, {"max_shard_bytes": 0}])
-def test_options_that_make_no_sense_are_refused(options):
+def test_invalid_options_are_refused(options):
     with pytest.raises(UsageError):
         QuantizeOptions(**options)
 
 
-def test_an_existing_output_is_left_alone(llama, quantized, copy_of):
+def test_an_existing_output_is_replaced_only_with_force(llama, quantized, copy_of):
     out = copy_of(quantized)
     before = tree(out)
     for dry_run in (False, True):
@@ -342,7 +342,7 @@ def test_an_existing_output_is_left_alone(llama, quantized, copy_of):
     assert tree(out) != before
 
 
-def test_experts_and_routers_stay(tmp_path):
+def test_experts_and_routers_stay_unquantized(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text('{"model_type": "mixtral"}')
@@ -359,7 +359,7 @@ def test_experts_and_routers_stay(tmp_path):
     assert {"model.layers.0.mlp.gate", "model.layers.0.mlp.experts", "lm_head"} <= set(skip)
 
 
-def test_a_matrix_that_is_no_float_stays(tmp_path):
+def test_an_integer_matrix_is_copied_unchanged(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text("{}")
@@ -370,7 +370,7 @@ def test_a_matrix_that_is_no_float_stays(tmp_path):
     assert torch.equal(tensors_of(tmp_path / "out")[names[1]], tensors[names[1]])
 
 
-def test_fp4_is_that_of_bitsandbytes_and_its_readers_load_it(llama, tmp_path):
+def test_fp4_matches_bitsandbytes_and_loads_in_its_readers(llama, tmp_path):
     quantize(llama, tmp_path / "out", QuantizeOptions(format="fp4"))
     source, checkpoint, model = (
         load_file(llama / "model.safetensors"),
@@ -386,7 +386,7 @@ def test_fp4_is_that_of_bitsandbytes_and_its_readers_load_it(llama, tmp_path):
         assert torch.equal(theirs, read_quantized(checkpoint, name).dequantize()), name
 
 
-def test_int8_is_near_is_named_as_ours_and_is_refused_by_readers_that_do_not_know_it(llama, tmp_path):
+def test_int8_is_accurate_marked_as_adaptkits_and_refused_by_transformers(llama, tmp_path):
     report = quantize(llama, tmp_path / "out", QuantizeOptions(format="int8"))
     assert 8 < report.bits_per_parameter < 10.5
     assert report.relative_error < 0.01
@@ -403,7 +403,7 @@ def test_int8_is_near_is_named_as_ours_and_is_refused_by_readers_that_do_not_kno
         load(tmp_path / "out")
 
 
-def test_a_bad_weight_in_a_later_piece_is_named_by_its_place_in_the_tensor():
+def test_the_index_of_a_nonfinite_weight_in_a_later_piece_is_that_in_the_tensor():
     plan = TensorPlan(TensorSpec("x", "F32", (4, 5)), None)
     values = np.zeros(8, np.float32)
     plan.check(values, 10)
@@ -412,8 +412,8 @@ def test_a_bad_weight_in_a_later_piece_is_named_by_its_place_in_the_tensor():
         plan.check(values, 10)
 
 
-def test_an_error_that_cannot_be_measured_is_none_in_the_document(llama, copy_of, tmp_path, run_cli):
-    """Squares of weights near the end of float32 are no float32, nor is NaN a number that JSON has."""
+def test_an_error_that_overflows_is_null_in_the_json_report(llama, copy_of, tmp_path, run_cli):
+    """Squares of weights near the float32 limit overflow, and JSON has no NaN."""
     source = copy_of(llama)
     tensors = load_file(source / "model.safetensors")
     name = "model.layers.0.mlp.up_proj.weight"
@@ -428,7 +428,7 @@ def test_an_error_that_cannot_be_measured_is_none_in_the_document(llama, copy_of
     assert "nan" not in run_cli("quantize", source, "-o", tmp_path / "shown").stdout
 
 
-def test_a_share_says_how_much_it_wrote(llama, tmp_path, run_cli):
+def test_a_share_reports_how_many_shards_it_wrote(llama, tmp_path, run_cli):
     before = 0
     for number in (1, 2):
         done = run_cli("quantize", llama, "-o", tmp_path / "out", "--max-shard-size", "40KB", "--part", f"{number}/2")

@@ -1,4 +1,4 @@
-"""Calibration: the same layout, fewer lost outputs; a companion adapter that is this base's alone; a bits budget."""
+"""Calibration: the same layout, smaller output errors; a companion adapter bound to its base; a bits budget."""
 
 import shutil
 import tempfile
@@ -55,10 +55,10 @@ def calibrated(tmp_path_factory, llama, text):
 
 
 @pytest.mark.parametrize("whose", ["its own", "another's"])
-def test_a_run_cut_off_between_companion_and_base_goes_on_by_the_same_command(
+def test_a_run_interrupted_between_companion_and_base_resumes_with_the_same_command(
     whose, llama, text, calibrated, tmp_path, monkeypatch
 ):
-    """The companion is there, and the base that it names is not yet; another's companion stays what it is."""
+    """The companion exists before the base that it names; the companion of a different run is left unchanged."""
     publish = Output.publish
 
     def cut_off(self, manifest, signature=None):
@@ -87,7 +87,7 @@ def test_a_run_cut_off_between_companion_and_base_goes_on_by_the_same_command(
 
 
 def inputs_of_linears(llama, text):
-    """What enters every linear layer, by plain hooks on transformers' own model."""
+    """Record the inputs of every linear layer by hooks on transformers' model."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32).eval()
@@ -116,7 +116,7 @@ def lost_outputs(inputs, source, plain, adapter=None):
     return lost
 
 
-def test_outputs_suffer_less_and_least_with_the_companion(llama, text, calibrated, tmp_path):
+def test_calibration_reduces_output_errors_and_the_companion_reduces_them_further(llama, text, calibrated, tmp_path):
     folder, companion, report = calibrated
     quantize(llama, tmp_path / "plain-nf4")
     dequantize(tmp_path / "plain-nf4", tmp_path / "absmax")
@@ -143,7 +143,7 @@ def test_compensated_rounding_loses_less_than_rounding_to_the_nearest(llama, tex
     assert lost[0] < 0.95 * lost[1]
 
 
-def test_readers_of_the_layout_see_no_difference(llama, calibrated):
+def test_transformers_reads_a_calibrated_base_like_a_plain_one(llama, calibrated):
     from transformers import AutoModelForCausalLM
 
     folder, _, report = calibrated
@@ -158,7 +158,7 @@ def test_readers_of_the_layout_see_no_difference(llama, calibrated):
     verify(folder)
 
 
-def test_the_reported_errors_are_those_of_the_file(llama, text, calibrated, tmp_path):
+def test_the_reported_errors_match_the_file(llama, text, calibrated, tmp_path):
     folder, _, report = calibrated
     dequantize(folder, tmp_path / "plain")
     source, plain = load_file(llama / "model.safetensors"), load_file(tmp_path / "plain" / "model.safetensors")
@@ -167,19 +167,19 @@ def test_the_reported_errors_are_those_of_the_file(llama, text, calibrated, tmp_
         weight, lost = source[tensor.name].double(), source[tensor.name].double() - plain[tensor.name].double()
         importance = inputs[tensor.name.removesuffix(".weight")].square().mean(0)
         expected = ((lost.square() @ importance).sum() / (weight.square() @ importance).sum()).sqrt()
-        assert tensor.weighted_error == pytest.approx(float(expected), rel=0.02)  # a bfloat16 of Q is what was read
+        assert tensor.weighted_error == pytest.approx(float(expected), rel=0.02)  # the file was dequantized to bfloat16
         assert tensor.relative_error == pytest.approx(float(lost.norm() / weight.norm()), rel=0.02)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_are_no_part_of_the_result(llama, text, calibrated, tmp_path, threads):
+def test_threads_do_not_change_the_result(llama, text, calibrated, tmp_path, threads):
     quantize(llama, tmp_path / "llama", options(text, init_rank=4, threads=threads))
     assert tree(tmp_path / "llama") == tree(calibrated[0])
     assert tree(tmp_path / "llama-init") == tree(calibrated[1])
 
 
-def test_a_killed_run_goes_on_without_calibrating_again(llama, text, calibrated, tmp_path):
-    """Stopped while it writes shards: the scratch files are there, and are all that is needed."""
+def test_a_run_interrupted_while_writing_shards_resumes_without_calibrating_again(llama, text, calibrated, tmp_path):
+    """The scratch files contain all that is needed."""
 
     def stop(done, total):
         if done:
@@ -249,7 +249,7 @@ def trained(tmp_path_factory, calibrated, instructions):
     return out
 
 
-def test_training_begins_with_the_companion_and_merging_takes_it_off_again(llama, calibrated, trained, tmp_path):
+def test_training_starts_from_the_companion_and_merging_subtracts_it(llama, calibrated, trained, tmp_path):
     adapter, companion = read_adapter(trained), read_adapter(calibrated[1])
     assert not adapter.only_compensates
     merge(llama, [trained], tmp_path / "merged")
@@ -269,7 +269,7 @@ def test_training_begins_with_the_companion_and_merging_takes_it_off_again(llama
     assert (tmp_path / "restored" / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
 
 
-def test_the_trained_adapter_says_what_it_began_with(calibrated, trained):
+def test_the_trained_adapter_names_its_base_and_companion(calibrated, trained):
     manifest = require_manifest(trained)
     assert {parent.role: parent.manifest_sha256 for parent in manifest.parents} == {
         "base": require_manifest(calibrated[0]).sha256,
@@ -279,19 +279,19 @@ def test_the_trained_adapter_says_what_it_began_with(calibrated, trained):
     verify(trained)
 
 
-def test_beginning_with_the_companion_of_another_base_is_refused(llama, calibrated, instructions, tmp_path):
+def test_training_from_the_companion_of_a_different_base_is_refused(llama, calibrated, instructions, tmp_path):
     quantize(llama, tmp_path / "other")
     with pytest.raises(BaseMismatchError, match="belongs to another base"):
         train(config(tmp_path / "other", calibrated[1], instructions), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_stacking_what_began_with_a_companion_is_refused(trained, tmp_path):
+def test_stacking_adapters_trained_from_a_companion_is_refused(trained, tmp_path):
     with pytest.raises(AdapterError, match="must not be added twice"):
         stack([trained, trained], tmp_path / "out")
 
 
-def test_a_budget_is_kept_and_says_what_it_bought(llama, text, tmp_path):
+def test_a_bits_budget_is_met_and_its_upgrades_are_reported(llama, text, tmp_path):
     plain = quantize(llama, tmp_path / "plain", dry_run=True).bits_per_parameter
     report = quantize(llama, tmp_path / "out", options(text, bits_budget=plain + 1.5))
     assert plain < report.bits_per_parameter <= plain + 1.5
@@ -319,8 +319,8 @@ def test_a_budget_is_kept_and_says_what_it_bought(llama, text, tmp_path):
         assert torch.equal(model(tokens).logits, reference(tokens).logits)
 
 
-def test_a_budget_needs_room_before_it_measures_and_leaves_nothing_of_it(llama, text, tmp_path, monkeypatch):
-    """What the layers give lies in the folder that is being written, and no run, cut off or not, leaves it there."""
+def test_a_budget_checks_disk_space_before_measuring_and_removes_layer_outputs(llama, text, tmp_path, monkeypatch):
+    """Layer outputs are written to the partial folder, and removed even if the run is interrupted."""
     chosen, free = options(text, bits_budget=7.5), [10**12]
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(path)._replace(free=free[0]))
@@ -336,7 +336,7 @@ def test_a_budget_needs_room_before_it_measures_and_leaves_nothing_of_it(llama, 
     with pytest.raises(DiskError, match="more bytes"):
         quantize(llama, tmp_path / "out", chosen, calibration_progress=lambda *now: told.append(now))
     assert not told
-    free[0] = 250_000  # enough for them, not for the second of two layers that give 1,024 tokens of 64 units in float32
+    free[0] = 250_000  # enough for them, not for the second of two layers' outputs of 1,024 tokens x 64 float32 values
     with pytest.raises(DiskError, match="more bytes"):
         quantize(llama, tmp_path / "out", chosen, calibration_progress=lambda *now: told.append(now))
     assert not told
@@ -353,10 +353,8 @@ def test_a_budget_needs_room_before_it_measures_and_leaves_nothing_of_it(llama, 
 
 
 @pytest.mark.parametrize("budget", [None, 7.5])
-def test_the_matrix_library_has_one_thread_where_several_linears_are_at_work(
-    budget, llama, text, tmp_path, monkeypatch
-):
-    """With more, the last bits would depend on how many there are."""
+def test_the_matrix_library_uses_one_thread_while_linears_run_in_parallel(budget, llama, text, tmp_path, monkeypatch):
+    """With more, the last bits would depend on their number."""
     seen = set()
 
     def watched(module, name):
@@ -398,7 +396,7 @@ def test_the_matrix_library_has_one_thread_where_several_linears_are_at_work(
         (lambda text: options(text, part=Part(1, 2)), UsageError, "cannot be written in shares"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(text, make, kind, words):
+def test_invalid_options_are_refused(text, make, kind, words):
     with pytest.raises(kind, match=words):
         make(text)
 
@@ -410,7 +408,7 @@ def refusal(kind, llama, tmp_path, chosen, **more):
     return caught.value.message
 
 
-def test_text_that_cannot_serve_is_refused(llama, text, tmp_path):
+def test_empty_text_too_long_windows_and_too_small_budgets_are_refused(llama, text, tmp_path):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
     assert "no text" in refusal(DataError, llama, tmp_path, options(empty))
@@ -419,7 +417,7 @@ def test_text_that_cannot_serve_is_refused(llama, text, tmp_path):
     assert "bits" in refusal(UsageError, llama, tmp_path, options(text, bits_budget=4.01))
 
 
-def test_a_companion_folder_without_a_companion_or_in_the_way_is_refused(llama, text, tmp_path):
+def test_a_companion_folder_that_is_unneeded_or_exists_is_refused(llama, text, tmp_path):
     assert "no companion adapter to write" in refusal(
         UsageError, llama, tmp_path, options(text), companion=tmp_path / "x"
     )

@@ -1,4 +1,4 @@
-"""How the work is cut up (pieces, threads, shards, shares, kills) is no part of the result."""
+"""The result does not depend on how the work is divided: pieces, shards, shares and interrupted runs."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ def sharded(tmp_path_factory, llama):
 
 @pytest.mark.parametrize("piece", [130, 8200])
 @pytest.mark.parametrize("options", [{}, {"double_quant": False}, {"block_size": 128}])
-def test_pieces_are_no_part_of_the_result(llama, tmp_path, monkeypatch, piece, options):
+def test_pieces_do_not_change_the_result(llama, tmp_path, monkeypatch, piece, options):
     quantize(llama, tmp_path / "whole", QuantizeOptions(**options))
     dequantize(tmp_path / "whole", tmp_path / "plain")
     monkeypatch.setattr(_shards, "PIECE_BYTES", piece)
@@ -47,8 +47,10 @@ def test_pieces_are_no_part_of_the_result(llama, tmp_path, monkeypatch, piece, o
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_a_large_and_odd_number_of_weights_is_cut_as_well(tmp_path, monkeypatch, format, double_quant):
-    """Large enough for several pieces of dequantize, too, which hold whole groups of constants."""
+def test_pieces_of_a_weight_with_an_odd_element_count_do_not_change_the_result(
+    tmp_path, monkeypatch, format, double_quant
+):
+    """Large enough for several pieces of dequantize, too, which contain whole groups of constants."""
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text("{}")
@@ -67,7 +69,7 @@ def test_a_large_and_odd_number_of_weights_is_cut_as_well(tmp_path, monkeypatch,
     assert 0.001 < float((back - weight).norm() / weight.norm()) < 0.12
 
 
-def test_the_reported_error_is_that_of_what_is_in_the_file(llama, tmp_path, monkeypatch):
+def test_the_reported_error_matches_the_file(llama, tmp_path, monkeypatch):
     monkeypatch.setattr(_shards, "PIECE_BYTES", 5000)
     report = quantize(llama, tmp_path / "out")
     dequantize(tmp_path / "out", tmp_path / "plain", DequantizeOptions(dtype="float32"))
@@ -90,7 +92,7 @@ def share(llama, out, number, total, **options):
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2), (2, 2, 1, 3)])
-def test_shares_join_to_what_one_run_makes(llama, sharded, tmp_path, order):
+def test_joined_shares_equal_the_result_of_one_run(llama, sharded, tmp_path, order):
     for number in order:
         report = share(llama, tmp_path / "out", number, 3)
         assert (report.part, report.manifest_sha256) == ((number, 3), None)
@@ -111,7 +113,7 @@ def test_a_share_writes_its_shards_and_no_others(llama, sharded, tmp_path):
     assert sum(len(names) for names in made) == len(every)
 
 
-def test_joining_writes_nothing_twice(llama, sharded, tmp_path):
+def test_joining_does_not_rewrite_shards(llama, sharded, tmp_path):
     for number in (1, 2):
         share(llama, tmp_path / "out", number, 2)
     shards = sorted((tmp_path / "out.partial").glob("*.safetensors"))
@@ -121,24 +123,22 @@ def test_joining_writes_nothing_twice(llama, sharded, tmp_path):
     assert {path.name: path.stat().st_ino for path in (tmp_path / "out").glob("*.safetensors")} == before
 
 
-def test_what_a_share_did_not_make_is_made_when_joining(llama, sharded, tmp_path):
+def test_missing_shares_are_made_when_joining(llama, sharded, tmp_path):
     share(llama, tmp_path / "out", 2, 3)
     quantize(llama, tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
     assert tree(tmp_path / "out") == tree(sharded)
 
 
-def test_shares_from_a_copy_of_the_source_join_too(llama, sharded, copy_of, tmp_path):
-    """As on several machines, where paths and times differ."""
+def test_shares_from_copies_of_the_source_can_be_joined(llama, sharded, copy_of, tmp_path):
+    """On several machines, paths and times differ."""
     share(copy_of(llama, "elsewhere"), tmp_path / "out", 1, 2)
     share(llama, tmp_path / "out", 2, 2)
     quantize(copy_of(llama, "third"), tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
     assert tree(tmp_path / "out") == tree(sharded)
 
 
-def test_what_was_made_of_another_checkpoint_of_the_same_shapes_is_never_gone_on_from(
-    llama, sharded, copy_of, tmp_path
-):
-    """As when a damaged download is replaced by a good one somewhere else: the same command, another path."""
+def test_work_from_a_different_checkpoint_of_the_same_shapes_is_not_reused(llama, sharded, copy_of, tmp_path):
+    """E.g. the same command after a damaged download was replaced by a good one at a different path."""
     other, options = copy_of(llama, "other"), QuantizeOptions(max_shard_bytes=SMALL)
     tensors = {name: value * 3 for name, value in load_file(other / "model.safetensors").items()}
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
@@ -149,15 +149,15 @@ def test_what_was_made_of_another_checkpoint_of_the_same_shapes_is_never_gone_on
 
     with pytest.raises(KeyboardInterrupt):
         quantize(other, tmp_path / "out", options, progress=interrupt)
-    assert list((tmp_path / "out.partial").glob("*.safetensors"))  # so there is something to go on from
+    assert list((tmp_path / "out.partial").glob("*.safetensors"))  # so there is work that could be reused
     quantize(llama, tmp_path / "out", options)
     assert tree(tmp_path / "out") == tree(sharded)
 
 
-def test_of_a_bad_checkpoint_nothing_stays_but_the_shares_that_others_made(llama, copy_of, tmp_path):
+def test_a_nonfinite_checkpoint_leaves_nothing_but_earlier_shares(llama, copy_of, tmp_path):
     bad, options = copy_of(llama, "bad"), QuantizeOptions(max_shard_bytes=SMALL)
     tensors = load_file(bad / "model.safetensors")
-    for name in sorted(tensors)[len(tensors) // 2 :]:  # so that both shares meet one
+    for name in sorted(tensors)[len(tensors) // 2 :]:  # so that both shares contain one
         tensors[name].view(-1)[7] = float("nan")
     save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NonFiniteError):
@@ -173,7 +173,7 @@ def test_of_a_bad_checkpoint_nothing_stays_but_the_shares_that_others_made(llama
     assert all(after[name] == before[name] for name in before)
 
 
-def test_a_disk_that_fails_to_read_leaves_what_there_is_to_go_on_from(tmp_path, monkeypatch):
+def test_a_read_error_leaves_finished_shards_to_resume_from(tmp_path, monkeypatch):
     source = tiny.write_llama(tmp_path / "source", shards=3, layers=4)
     quantize(source, tmp_path / "expected")
     last, partial, real = max(source.glob("*.safetensors")).name, tmp_path / "out.partial", os.open
@@ -225,7 +225,7 @@ def test_shares_of_a_source_that_changed_meanwhile_are_not_joined(llama, copy_of
     assert tree(tmp_path / "out") == tree(tmp_path / "fresh")
 
 
-def test_shares_with_other_options_or_of_another_number_are_refused(llama, tmp_path):
+def test_shares_with_different_options_or_totals_are_refused(llama, tmp_path):
     share(llama, tmp_path / "out", 1, 2)
     before = tree(tmp_path / "out.partial")
     with pytest.raises(ConflictError):
@@ -241,7 +241,7 @@ def test_shares_with_other_options_or_of_another_number_are_refused(llama, tmp_p
         assert tree(tmp_path / "out.partial") == both
 
 
-def test_a_share_leaves_a_foreign_folder_alone(llama, tmp_path):
+def test_a_share_does_not_change_a_folder_that_adaptkit_did_not_make(llama, tmp_path):
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "thesis.txt").write_text("mine")
     with pytest.raises(ConflictError, match="in the way, and adaptkit did not make it"):
@@ -251,36 +251,36 @@ def test_a_share_leaves_a_foreign_folder_alone(llama, tmp_path):
 
 @pytest.fixture
 def begun_beside(tmp_path):
-    """What is there of a share that begins at the same moment, or was killed there."""
+    """The partial folder of a share that starts at the same moment, or was killed then: an empty journal."""
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "adaptkit-journal-2-of-2.jsonl").touch()
     return tmp_path / "out.partial"
 
 
-def test_a_share_begins_while_another_has_only_its_empty_journal(begun_beside, llama, sharded, tmp_path):
+def test_a_share_starts_while_the_other_has_only_an_empty_journal(begun_beside, llama, sharded, tmp_path):
     share(llama, tmp_path / "out", 1, 2)
     share(llama, tmp_path / "out", 2, 2)
     quantize(llama, tmp_path / "out", QuantizeOptions(max_shard_bytes=SMALL))
     assert tree(tmp_path / "out") == tree(sharded)
 
 
-def test_an_empty_journal_makes_no_folder_adaptkits(begun_beside, llama, tmp_path):
+def test_an_empty_journal_does_not_identify_a_folder_as_adaptkits(begun_beside, llama, tmp_path):
     (begun_beside / "thesis.txt").touch()
     with pytest.raises(ConflictError, match="in the way, and adaptkit did not make it"):
         share(llama, tmp_path / "out", 1, 2)
 
 
-def test_a_journal_that_was_just_taken_away_holds_nothing(tmp_path):
+def test_a_missing_journal_is_read_as_none(tmp_path):
     assert read_journal(tmp_path / "adaptkit-journal-2-of-2.jsonl", repair=False) is None
 
 
 @pytest.mark.parametrize(("number", "total"), [(0, 2), (3, 2), (-1, 2), (1, 0)])
-def test_a_share_that_there_is_not_is_refused(number, total):
+def test_invalid_share_numbers_are_refused(number, total):
     with pytest.raises(UsageError):
         Part(number, total)
 
 
-def test_shares_can_be_made_at_once(llama, sharded, tmp_path, run_cli):
+def test_shares_can_be_made_concurrently(llama, sharded, tmp_path, run_cli):
     def share_apart(number):
         return run_cli("quantize", llama, "-o", tmp_path / "out", "--part", f"{number}/2", "--max-shard-size", SMALL)
 
@@ -290,7 +290,7 @@ def test_shares_can_be_made_at_once(llama, sharded, tmp_path, run_cli):
     assert tree(tmp_path / "out") == tree(sharded)
 
 
-def test_too_little_space_is_said_before_anything_is_written(llama, tmp_path, monkeypatch):
+def test_too_little_disk_space_is_reported_before_any_shard_is_written(llama, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
     with pytest.raises(Exception, match="10,000 free") as caught:
@@ -299,5 +299,5 @@ def test_too_little_space_is_said_before_anything_is_written(llama, tmp_path, mo
     assert not list((tmp_path / "out.partial").glob("*.safetensors"))
 
 
-def test_the_manifest_does_not_tell_shares_apart(sharded):
+def test_the_manifest_records_neither_shares_nor_threads(sharded):
     assert not {"part", "threads"} & set(require_manifest(sharded).operation["options"])

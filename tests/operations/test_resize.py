@@ -1,4 +1,4 @@
-"""A resized adapter is the best approximation of its rank, and what need not shrink is not touched."""
+"""A resized adapter is the best approximation of its rank; modules that are small enough are unchanged."""
 
 import json
 
@@ -23,7 +23,7 @@ def tree(folder):
 
 
 def dense(folder):
-    """Module -> its change in float64, from the files alone."""
+    """Map each module to its change in float64, computed from the files alone."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
     found = {}
@@ -40,7 +40,7 @@ def dense(folder):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory, llama):
-    """Rank 8, rsLoRA, and singular values that fall."""
+    """A rank-8 rsLoRA adapter with decreasing singular values."""
     folder = tiny.write_peft_adapter(
         tmp_path_factory.mktemp("wide") / "adapter", llama, rank=8, seed=7, use_rslora=True, lora_alpha=3
     )
@@ -53,7 +53,7 @@ def wide(tmp_path_factory, llama):
 
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
-def test_every_module_is_the_best_of_its_rank(tmp_path, wide, rank):
+def test_every_module_is_the_best_approximation_of_its_rank(tmp_path, wide, rank):
     report = resize(wide, tmp_path / "out", ResizeOptions(rank=rank))
     before, after = dense(wide), dense(tmp_path / "out")
     assert (report.resized, report.unchanged, report.ranks) == (14, 0, (rank, rank))
@@ -74,7 +74,7 @@ def test_every_module_is_the_best_of_its_rank(tmp_path, wide, rank):
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.999])
-def test_every_module_keeps_at_least_the_energy_and_needs_its_rank_for_that(tmp_path, wide, energy):
+def test_every_module_has_the_smallest_rank_that_retains_the_energy(tmp_path, wide, energy):
     report = resize(wide, tmp_path / "out", ResizeOptions(energy=energy))
     before = dense(wide)
     for entry in report.modules:
@@ -83,11 +83,11 @@ def test_every_module_keeps_at_least_the_energy_and_needs_its_rank_for_that(tmp_
         assert entry.energy_kept >= energy
     assert report.energy_kept >= energy
     assert {entry.rank for entry in report.modules} <= set(range(1, 9))
-    assert dense(tmp_path / "out").keys() == before.keys()  # with patterns that fit the tensors
+    assert dense(tmp_path / "out").keys() == before.keys()  # dense compares ranks in patterns with the tensors
 
 
 @pytest.mark.parametrize("options", [{"rank": 8}, {"rank": 64}, {"energy": 1.0}])
-def test_nothing_that_is_small_enough_is_touched(tmp_path, wide, options):
+def test_modules_that_are_small_enough_are_unchanged(tmp_path, wide, options):
     report = resize(wide, tmp_path / "out", ResizeOptions(**options))
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (wide, tmp_path / "out"))
     assert before.keys() == after.keys()
@@ -98,7 +98,7 @@ def test_nothing_that_is_small_enough_is_touched(tmp_path, wide, options):
     assert report.below == (14 if options.get("rank") == 64 else 0)
 
 
-def test_ranks_that_differ_are_cut_or_kept_one_by_one(tmp_path, llama):
+def test_different_ranks_are_reduced_only_where_they_are_larger(tmp_path, llama):
     parts = {"r": 6, "lora_alpha": 6, "rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 1}}
     mixed = tiny.write_peft_adapter(tmp_path / "mixed", llama, **parts)
     report = resize(mixed, tmp_path / "out", ResizeOptions(rank=4))
@@ -114,11 +114,11 @@ def dense_by_reading(folder):
     return {module: term.scaling * term.lora_b.double() @ term.lora_a.double() for module, term in terms.items()}
 
 
-def test_the_energy_that_is_all_drops_only_what_is_nothing(tmp_path, wide, copy_of):
+def test_an_energy_of_one_drops_only_zero_singular_values(tmp_path, wide, copy_of):
     folder = copy_of(wide)
     tensors = load_file(folder / "adapter_model.safetensors")
     key = f"{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight"
-    tensors[key][5:] = tensors[key][:3]  # three rows that others have already
+    tensors[key][5:] = tensors[key][:3]  # three duplicate rows
     save_file(tensors, folder / "adapter_model.safetensors")
     report = resize(folder, tmp_path / "out", ResizeOptions(energy=1.0))
     assert {entry.module: entry.rank for entry in report.modules if entry.rank < 8} == {"model.layers.0.mlp.up_proj": 5}
@@ -126,7 +126,7 @@ def test_the_energy_that_is_all_drops_only_what_is_nothing(tmp_path, wide, copy_
     assert all((before[module] - after[module]).norm() < 2e-7 * before[module].norm() for module in before)
 
 
-def test_an_adapter_that_does_nothing_yet_can_be_resized(tmp_path, adapter, copy_of):
+def test_an_adapter_without_effect_can_be_resized(tmp_path, adapter, copy_of):
     folder = copy_of(adapter)
     tensors = load_file(folder / "adapter_model.safetensors")
     zeroed = {key: tensor * 0 if ".lora_B." in key else tensor for key, tensor in tensors.items()}
@@ -147,7 +147,7 @@ def logits(base, adapter):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_peft_computes_the_same_when_only_nothing_was_dropped(tmp_path, family, request):
+def test_peft_computes_the_same_if_only_zero_singular_values_were_dropped(tmp_path, family, request):
     base = request.getfixturevalue(family)
     adapter = tiny.write_peft_adapter(tmp_path / "adapter", base, rank=6, seed=3)
     tensors = load_file(adapter / "adapter_model.safetensors")
@@ -178,7 +178,7 @@ def test_embeddings_stay_embeddings(tmp_path):
     assert (kept - (u[:, :2] * sigma[:2]) @ vt[:2]).norm() < 1e-6 * sigma[0]
 
 
-def test_threads_and_repetition_change_no_byte(tmp_path, wide):
+def test_threads_and_repetition_do_not_change_the_bytes(tmp_path, wide):
     before = torch.get_num_threads()
     for name, threads in (("one", 1), ("two", 2), ("three", 3), ("again", 1)):
         resize(wide, tmp_path / name, ResizeOptions(rank=3, threads=threads))
@@ -186,7 +186,7 @@ def test_threads_and_repetition_change_no_byte(tmp_path, wide):
     assert torch.get_num_threads() == before
 
 
-def test_the_base_stays_known(tmp_path, llama, wide, certified):
+def test_the_result_still_names_its_base(tmp_path, llama, wide, certified):
     known = certified(wide, llama)
     resize(known, tmp_path / "out", ResizeOptions(rank=2))
     manifest = require_manifest(tmp_path / "out")
@@ -202,7 +202,7 @@ def test_the_base_stays_known(tmp_path, llama, wide, certified):
     assert require_manifest(tmp_path / "unknown").targets == ()
 
 
-def test_what_is_not_low_rank_is_refused_by_name(tmp_path, llama):
+def test_dora_magnitudes_and_replaced_tensors_are_refused(tmp_path, llama):
     dora = tiny.write_peft_adapter(tmp_path / "dora", llama, use_dora=True)
     with pytest.raises(AdapterError, match="cannot resize a DoRA magnitude"):
         resize(dora, tmp_path / "out", ResizeOptions(rank=2))
@@ -227,7 +227,7 @@ def test_a_companion_of_a_quantized_base_is_refused(tmp_path, adapter, copy_of):
         resize(tmp_path / "companion", tmp_path / "out", ResizeOptions(rank=2))
 
 
-def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path, wide):
+def test_a_dry_run_reports_the_same_and_writes_nothing(tmp_path, wide):
     dry = resize(wide, tmp_path / "out", ResizeOptions(rank=3), dry_run=True)
     assert not list(tmp_path.iterdir())
     report = resize(wide, tmp_path / "out", ResizeOptions(rank=3))
@@ -235,7 +235,7 @@ def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path, wide):
     assert (dry.manifest_sha256, report.manifest_sha256) == (None, require_manifest(tmp_path / "out").sha256)
 
 
-def test_an_existing_output_is_left_alone(tmp_path, wide):
+def test_an_existing_output_is_replaced_only_with_force(tmp_path, wide):
     resize(wide, tmp_path / "out", ResizeOptions(rank=2))
     with pytest.raises(OutputExistsError):
         resize(wide, tmp_path / "out", ResizeOptions(rank=3))
@@ -256,13 +256,13 @@ def test_an_existing_output_is_left_alone(tmp_path, wide):
         {"rank": 2, "threads": 0},
     ],
 )
-def test_sizes_that_make_no_sense_are_refused(options):
+def test_invalid_options_are_refused(options):
     with pytest.raises(UsageError):
         ResizeOptions(**options)
 
 
-def test_what_lies_beside_the_changes_goes_along(made, tmp_path, copy_of):
-    """New words' rows are in peft's copy of the embedding alone, and the tokenizer that knows them in the folder."""
+def test_copies_of_the_base_and_the_tokenizer_are_copied(made, tmp_path, copy_of):
+    """Rows of new tokens are only in peft's copy of the embedding, and their tokenizer is in the adapter's folder."""
     case = peft_adapters.make(made, "resized_embedding")
     base, whole = case.base, case.adapter
     adapter = copy_of(whole)
@@ -286,7 +286,7 @@ def test_what_lies_beside_the_changes_goes_along(made, tmp_path, copy_of):
 
 
 @pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION", "CAUSAL_LM"])
-def test_the_task_stays_what_it_is_even_none(task, wide, tmp_path, copy_of):
+def test_the_task_type_is_unchanged_even_if_it_is_none(task, wide, tmp_path, copy_of):
     adapter = copy_of(wide)
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"task_type": task}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
