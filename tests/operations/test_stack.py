@@ -1,4 +1,4 @@
-"""A stacked adapter stands for the weighted sum of its parts, in adaptkit and in peft."""
+"""A stacked adapter equals the weighted sum of its parts, in adaptkit and in peft."""
 
 import json
 from dataclasses import replace
@@ -23,7 +23,7 @@ def tree(folder):
 
 
 def dense(folder):
-    """Module -> its change in float64, from the files alone."""
+    """Map each module to its change in float64, computed from the files alone."""
     read = read_adapter(folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     return {
@@ -52,7 +52,7 @@ def test_the_change_is_the_weighted_sum(tmp_path, adapter, second_adapter, weigh
     verify(tmp_path / "out")
 
 
-def test_rslora_keeps_its_scaling(tmp_path, adapter, rslora):
+def test_rslora_adapters_are_stacked_with_their_own_scaling(tmp_path, adapter, rslora):
     """peft's own ``add_weighted_adapter`` makes such an adapter √r too strong."""
     stack([adapter, rslora], tmp_path / "out")
     one, two, both = dense(adapter), dense(rslora), dense(tmp_path / "out")
@@ -62,7 +62,7 @@ def test_rslora_keeps_its_scaling(tmp_path, adapter, rslora):
 
 
 def logits(base, adapters):
-    """peft's own: each adapter merged in turn, in float32."""
+    """Compute logits with peft in float32; all adapters but the last are merged first."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -74,7 +74,7 @@ def logits(base, adapters):
         return model(torch.arange(3, 43).view(2, 20)).logits
 
 
-def test_peft_loads_it_and_computes_what_it_computes_with_both(tmp_path, llama, adapter, second_adapter, rslora):
+def test_peft_computes_the_same_with_the_stack_as_with_its_parts(tmp_path, llama, adapter, second_adapter, rslora):
     parts = [adapter, second_adapter, rslora]
     stack(parts, tmp_path / "out")
     ours, theirs = logits(llama, [tmp_path / "out"]), logits(llama, parts)
@@ -82,7 +82,7 @@ def test_peft_loads_it_and_computes_what_it_computes_with_both(tmp_path, llama, 
     assert (ours - logits(llama, parts[:2])).abs().max() > 0.01 * theirs.abs().max()
 
 
-def test_gpt2_adapters_stay_gpt2_adapters(tmp_path, gpt2):
+def test_peft_computes_the_same_with_a_stack_of_gpt2_adapters(tmp_path, gpt2):
     parts = [tiny.write_peft_adapter(tmp_path / name, gpt2, seed=seed) for name, seed in (("a", 1), ("b", 2))]
     stack(parts, tmp_path / "out")
     ours, theirs = logits(gpt2, [tmp_path / "out"]), logits(gpt2, parts)
@@ -90,8 +90,8 @@ def test_gpt2_adapters_stay_gpt2_adapters(tmp_path, gpt2):
 
 
 @pytest.mark.parametrize("head_first", [False, True])
-def test_a_head_among_the_targets_makes_no_other_base(tmp_path, gpt2, head_first):
-    """peft then writes fan_in_fan_out: false, for the head's sake, of the very same Conv1D."""
+def test_gpt2_adapters_with_and_without_a_head_can_be_stacked(tmp_path, gpt2, head_first):
+    """With a head among the targets, peft writes fan_in_fan_out: false, though the other layers are still Conv1D."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -111,7 +111,7 @@ def test_a_head_among_the_targets_makes_no_other_base(tmp_path, gpt2, head_first
     assert (logits(gpt2, [plain]) - theirs).abs().max() > 0.01 * theirs.abs().max()
 
 
-def test_merging_the_stack_is_merging_the_parts(tmp_path, llama, adapter, second_adapter):
+def test_merging_the_stack_equals_merging_the_parts(tmp_path, llama, adapter, second_adapter):
     base = tiny.write_llama(tmp_path / "base", dtype="float32")
     stack([adapter, second_adapter], tmp_path / "stacked", StackOptions(weights=(2.0, 0.5)))
     merge(base, [tmp_path / "stacked"], tmp_path / "one")
@@ -158,7 +158,7 @@ def test_adapters_of_different_bases_are_refused(tmp_path, llama, adapter, secon
 
 
 @pytest.mark.parametrize("knowing_first", [False, True])
-def test_what_one_adapter_alone_knows_of_the_base_is_kept_in_either_order(
+def test_base_fingerprints_that_only_one_adapter_records_are_copied_in_either_order(
     tmp_path, llama, adapter, certified, knowing_first
 ):
     knowing, silent = (certified(adapter, llama, name) for name in ("knowing", "silent"))
@@ -170,7 +170,7 @@ def test_what_one_adapter_alone_knows_of_the_base_is_kept_in_either_order(
     assert require_manifest(tmp_path / "out").targets == require_manifest(knowing).targets
 
 
-def test_of_two_quantizations_of_the_base_the_stack_names_none(tmp_path, llama, adapter, certified):
+def test_no_quantized_base_is_recorded_if_adapters_name_different_ones(tmp_path, llama, adapter, certified):
     known = [certified(adapter, llama, name) for name in "123"]
     for folder in known:
         manifest = require_manifest(folder)
@@ -180,7 +180,7 @@ def test_of_two_quantizations_of_the_base_the_stack_names_none(tmp_path, llama, 
     assert {target.quantized_root for target in require_manifest(tmp_path / "out").targets} == {None}
 
 
-def test_shapes_that_differ_are_refused_by_module(tmp_path, adapter, copy_of):
+def test_different_shapes_of_a_module_are_refused(tmp_path, adapter, copy_of):
     folder = copy_of(adapter)
     tensors = load_file(folder / "adapter_model.safetensors")
     key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
@@ -190,7 +190,7 @@ def test_shapes_that_differ_are_refused_by_module(tmp_path, adapter, copy_of):
         stack([adapter, folder], tmp_path / "out")
 
 
-def test_layouts_that_differ_are_refused(tmp_path, adapter, gpt2):
+def test_different_layouts_are_refused(tmp_path, adapter, gpt2):
     other = tiny.write_peft_adapter(tmp_path / "gpt2", gpt2)
     with pytest.raises(AdapterError, match="store weights differently"):
         stack([adapter, other], tmp_path / "out")
@@ -208,13 +208,13 @@ def test_layouts_that_differ_are_refused(tmp_path, adapter, gpt2):
         (2, {"method": "_method"}),
     ],
 )
-def test_requests_that_make_no_sense_are_refused(tmp_path, adapter, count, options):
+def test_invalid_arguments_are_refused(tmp_path, adapter, count, options):
     with pytest.raises(UsageError):
         stack([adapter] * count, tmp_path / "out", StackOptions(**options))
     assert not list(tmp_path.glob("out*"))
 
 
-def test_an_existing_output_is_left_alone(tmp_path, adapter, second_adapter):
+def test_an_existing_output_is_replaced_only_with_force(tmp_path, adapter, second_adapter):
     stack([adapter, second_adapter], tmp_path / "out")
     with pytest.raises(OutputExistsError):
         stack([adapter, adapter], tmp_path / "out")

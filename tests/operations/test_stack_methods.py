@@ -1,4 +1,4 @@
-"""Every method of stacking, from adapters that peft wrote to one that peft loads."""
+"""Every stacking method, from adapters that peft writes to one that peft loads."""
 
 import json
 import math
@@ -27,7 +27,7 @@ PREFIX = "base_model.model."
 EMBEDDING_ADVICE = pytest.mark.filterwarnings(
     "ignore:Setting .save_embedding_layers", "ignore:Model has .tie_word_embeddings"
 )
-"""What peft says of adapters for embeddings."""
+"""Ignores peft's warnings about adapters for embeddings."""
 
 
 def tree(folder):
@@ -41,7 +41,7 @@ def change_tensors(folder, change):
 
 
 def dense(folder):
-    """Module -> its change in float64, from files alone, as PEFT's documentation has it."""
+    """Map each module to its change in float64, computed from the files as PEFT's documentation defines it."""
     tensors, config = load_file(folder / "adapter_model.safetensors"), read_adapter(folder).config
     found = {}
     for key in tensors:
@@ -56,7 +56,7 @@ def dense(folder):
 
 
 def as_matrix(made):
-    """What a method returned, in whatever form."""
+    """Convert a method's result, which may be a spectrum, a matrix or factors, to a matrix."""
     if isinstance(made, Spectrum):
         return made.u * made.sigma @ made.vt
     return made if isinstance(made, torch.Tensor) else made.lora_b.double() @ made.lora_a.double()
@@ -67,7 +67,7 @@ def matches(pattern, module):
 
 
 def through_peft(base, folder):
-    """Module -> what peft adds to its weight, in float32."""
+    """Map each module to what peft adds to its weight, computed in float32."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -75,7 +75,7 @@ def through_peft(base, folder):
 
 
 def deltas(model):
-    """The same of a model that peft has made."""
+    """Do the same for a model that peft has loaded adapters into."""
     from peft.tuners.lora import LoraLayer
 
     return {
@@ -105,7 +105,7 @@ def parts(tmp_path_factory, llama, adapter):
 
 @pytest.fixture(scope="module")
 def expected(parts):
-    """Method -> module -> what the method makes of the weighted dense changes, each as factors I · Δ."""
+    """A function that applies a method to the weighted dense changes of each module, each as factors I · Δ."""
     changes = [dense(folder) for folder in parts]
 
     def whole(method, **settings):
@@ -123,8 +123,8 @@ def expected(parts):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_adapter_says_what_the_method_makes_of_the_dense_changes(tmp_path, parts, expected, method):
-    """At full rank. The factors of the expected ones are other factors: only the matrices matter."""
+def test_the_adapter_equals_the_method_applied_to_dense_changes(tmp_path, parts, expected, method):
+    """At full rank. The expected changes have different factors, but only the matrices matter."""
     limit = {} if method == "cat" else {"energy": 1.0}
     report = stack(parts, tmp_path / "out", StackOptions(method, WEIGHTS, **limit))
     found, wanted = dense(tmp_path / "out"), expected(method)
@@ -139,10 +139,10 @@ def test_the_adapter_says_what_the_method_makes_of_the_dense_changes(tmp_path, p
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_a_rank_loses_is_reported_by_module_and_in_all(tmp_path, parts, expected, method):
+def test_the_energy_left_by_truncation_is_reported_by_module_and_in_total(tmp_path, parts, expected, method):
     report = stack(parts, tmp_path / "out", StackOptions(method, WEIGHTS, rank=2))
     found, wanted = dense(tmp_path / "out"), expected(method)
-    strongest = expected("linear")  # by which iso, whose singular values are all equal, says what comes first
+    strongest = expected("linear")  # iso, whose singular values are all equal, truncates by these
     assert report.ranks == (2, 2)
     kept = whole = 0.0
     for entry in report.per_module:
@@ -158,7 +158,7 @@ def test_what_a_rank_loses_is_reported_by_module_and_in_all(tmp_path, parts, exp
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_peft_adds_to_its_weights_what_the_adapter_says(tmp_path, llama, parts, method):
+def test_peft_computes_the_changes_that_the_files_define(tmp_path, llama, parts, method):
     stack(parts, tmp_path / "out", StackOptions(method, WEIGHTS))
     found = through_peft(llama, tmp_path / "out")
     assert len(found) == 14
@@ -166,8 +166,8 @@ def test_peft_adds_to_its_weights_what_the_adapter_says(tmp_path, llama, parts, 
         assert (found[module] - matrix).norm() <= 1e-6 * matrix.norm()
 
 
-def test_the_sum_is_that_of_what_peft_adds_for_each_part(tmp_path, llama, parts):
-    """peft's own arithmetic on both sides: rsLoRA and patterns included."""
+def test_sums_equal_the_sum_of_what_peft_computes_for_each_part(tmp_path, llama, parts):
+    """peft computes both sides, including rsLoRA and patterns."""
     each = [through_peft(llama, folder) for folder in parts]
     for method in SUMS:
         stack(parts, tmp_path / method, StackOptions(method, WEIGHTS, **({"rank": 64} if method == "svd" else {})))
@@ -177,8 +177,8 @@ def test_the_sum_is_that_of_what_peft_adds_for_each_part(tmp_path, llama, parts)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_readers_that_know_one_scaling_read_it_right(tmp_path, parts, method):
-    """vLLM multiplies every module by lora_alpha / r of the configuration, and takes ranks from the tensors."""
+def test_the_configuration_suits_readers_that_know_only_one_scaling(tmp_path, parts, method):
+    """vLLM scales every module by the configuration's lora_alpha / r, and takes ranks from the tensors."""
     report = stack(parts, tmp_path / "out", StackOptions(method, WEIGHTS))
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -201,14 +201,14 @@ def test_readers_that_know_one_scaling_read_it_right(tmp_path, parts, method):
 @pytest.mark.parametrize(
     ("method", "ranks"), [("cat", (6, 12)), ("linear", (6, 12)), ("svd", (6, 6)), ("ties", (6, 12))]
 )
-def test_unless_told_ranks_are_those_of_the_method(tmp_path, parts, method, ranks):
+def test_default_ranks_depend_on_the_method(tmp_path, parts, method, ranks):
     report = stack(parts, tmp_path / "out", StackOptions(method, WEIGHTS))
     assert report.ranks == ranks
     assert (report.energy_kept == pytest.approx(1.0, abs=1e-12)) is (method in {"cat", "linear"})
 
 
-def test_unless_told_svd_has_the_rank_and_the_result_of_peft(tmp_path, llama):
-    """Modules in which the adapters have smaller ranks lost what the rank of another module had room for."""
+def test_svd_by_default_has_the_rank_and_the_result_of_peft(tmp_path, llama):
+    """Regression: modules with smaller ranks were truncated to less than the largest rank of any module."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -227,14 +227,14 @@ def test_unless_told_svd_has_the_rank_and_the_result_of_peft(tmp_path, llama):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_threads_change_no_byte(tmp_path, parts, method):
+def test_threads_do_not_change_the_bytes(tmp_path, parts, method):
     for threads in (1, 2):
         stack(parts, tmp_path / str(threads), StackOptions(method, WEIGHTS, rank=3, threads=threads))
     assert tree(tmp_path / "1") == tree(tmp_path / "2")
 
 
 @pytest.mark.parametrize("method", ["dare", "dare_ties", "della"])
-def test_a_module_s_random_numbers_do_not_depend_on_the_others(tmp_path, parts, copy_of, method):
+def test_a_modules_random_numbers_do_not_depend_on_other_modules(tmp_path, parts, copy_of, method):
     fewer = [copy_of(folder) for folder in parts]
     for folder in fewer:
         change_tensors(folder, lambda t: [t.pop(key) for key in list(t) if "down_proj" not in key])
@@ -246,7 +246,7 @@ def test_a_module_s_random_numbers_do_not_depend_on_the_others(tmp_path, parts, 
     assert all(torch.equal(tensor, everything[key]) for key, tensor in some.items())
 
 
-def test_a_seed_makes_another_result_and_is_recorded(tmp_path, parts):
+def test_different_seeds_give_different_results_and_are_recorded(tmp_path, parts):
     roots = {
         stack(parts, tmp_path / str(seed), StackOptions("dare", settings={"seed": seed})).tensors_root
         for seed in (0, 1, 2)
@@ -255,8 +255,8 @@ def test_a_seed_makes_another_result_and_is_recorded(tmp_path, parts):
     assert require_manifest(tmp_path / "2").operation["options"]["seed"] == 2
 
 
-def test_a_number_is_the_same_however_it_is_written(tmp_path, parts):
-    """A recipe's numbers are floats."""
+def test_integers_and_equal_floats_give_the_same_result(tmp_path, parts):
+    """Numbers from a recipe are floats."""
     settings = ({"seed": 3, "density": 1}, {"seed": 3.0, "density": 1.0})
     written = [stack(parts, tmp_path / str(n), StackOptions("dare", settings=each)) for n, each in enumerate(settings)]
     assert written[0].manifest_sha256 == written[1].manifest_sha256
@@ -265,7 +265,7 @@ def test_a_number_is_the_same_however_it_is_written(tmp_path, parts):
             StackOptions("dare", settings={"seed": seed})
 
 
-def test_the_manifest_says_everything_that_the_result_depends_on(tmp_path, parts):
+def test_the_manifest_records_everything_that_the_result_depends_on(tmp_path, parts):
     settings = {"density": 0.3, "lambda": 2.0}
     report = stack(parts, tmp_path / "out", StackOptions("ties", WEIGHTS, energy=0.9, settings=settings, threads=1))
     options = require_manifest(tmp_path / "out").operation["options"]
@@ -279,7 +279,7 @@ def test_the_manifest_says_everything_that_the_result_depends_on(tmp_path, parts
     assert report.settings == settings
 
 
-def test_a_dry_run_says_the_same_and_writes_nothing(tmp_path, parts):
+def test_a_dry_run_reports_the_same_and_writes_nothing(tmp_path, parts):
     options = StackOptions("ties", WEIGHTS, rank=2)
     told = stack(parts, tmp_path / "out", options, dry_run=True)
     assert list(tmp_path.iterdir()) == []
@@ -295,7 +295,7 @@ def test_progress_counts_modules(tmp_path, parts):
     assert told == [(number, 14) for number in range(1, 15)]
 
 
-def test_gpt2_adapters_are_read_as_gpt2_keeps_its_weights(tmp_path, gpt2):
+def test_sums_of_gpt2_adapters_equal_the_sum_of_what_peft_computes(tmp_path, gpt2):
     parts = [tiny.write_peft_adapter(tmp_path / name, gpt2, seed=seed) for name, seed in (("a", 1), ("b", 2))]
     each = [through_peft(gpt2, folder) for folder in parts]
     stack(parts, tmp_path / "out", StackOptions("linear", (2.0, 0.5)))
@@ -333,7 +333,7 @@ def test_embeddings_stay_embeddings(tmp_path, method):
         assert (found["model.embed_tokens"] - wanted).norm() <= 1e-5 * wanted.norm()
 
 
-def test_half_precision_is_taken_for_what_it_says(tmp_path, parts, copy_of):
+def test_bfloat16_adapters_are_read_exactly(tmp_path, parts, copy_of):
     halves = [copy_of(folder) for folder in parts]
     for folder in halves:
         change_tensors(folder, lambda t: t.update({key: tensor.bfloat16() for key, tensor in t.items()}))
@@ -344,7 +344,7 @@ def test_half_precision_is_taken_for_what_it_says(tmp_path, parts, copy_of):
         assert (matrix - wanted).norm() <= 1e-6 * wanted.norm()
 
 
-def test_a_module_that_was_not_trained_is_a_change_of_zero_and_counted(tmp_path, parts, copy_of):
+def test_a_module_without_any_change_stays_zero_and_is_counted(tmp_path, parts, copy_of):
     idle = [copy_of(folder) for folder in parts[:2]]
     key = f"{PREFIX}model.layers.0.mlp.up_proj.lora_B.weight"
     for folder in idle:
@@ -357,7 +357,7 @@ def test_a_module_that_was_not_trained_is_a_change_of_zero_and_counted(tmp_path,
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_weights_of_zero_leave_nothing_and_are_refused(tmp_path, parts, method):
+def test_weights_that_are_all_zero_are_refused(tmp_path, parts, method):
     with pytest.raises(UsageError, match="nothing is left of any module") as caught:
         stack(parts, tmp_path / "out", StackOptions(method, (0.0, 0.0, 0.0)))
     assert caught.value.hint
@@ -375,8 +375,8 @@ def test_weights_of_zero_leave_nothing_and_are_refused(tmp_path, parts, method):
         ("dare", {"density": 1.0}),
     ],
 )
-def test_changes_that_cancel_leave_nothing_and_are_refused(tmp_path, adapter, method, settings):
-    """The other methods choose between what is opposed, and have something left."""
+def test_changes_that_cancel_completely_are_refused(tmp_path, adapter, method, settings):
+    """The other methods do not subtract opposite changes, but concatenate them or choose among them."""
     with pytest.raises(UsageError, match="nothing is left"):
         stack([adapter, adapter], tmp_path / "out", StackOptions(method, (1.0, -1.0), settings=settings))
 
@@ -403,14 +403,14 @@ def test_weights_too_large_for_float32_are_refused(tmp_path, parts, method):
         ("dare", {"seed": None}, "seed: must be a number, found None", "the default is 0"),
     ],
 )
-def test_options_that_a_method_does_not_use_are_refused_with_those_that_it_does(method, settings, message, hint):
+def test_unused_or_invalid_options_of_a_method_are_refused_with_a_fitting_hint(method, settings, message, hint):
     with pytest.raises(UsageError, match=message) as caught:
         StackOptions(method, settings=settings)
     assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize("options", [{"rank": 4, "energy": 0.9}, {"rank": 0}, {"energy": 1.1}, {"threads": 0}])
-def test_limits_that_make_no_sense_are_refused(options):
+def test_invalid_limits_are_refused(options):
     with pytest.raises(UsageError):
         StackOptions(**options)
 
@@ -424,7 +424,7 @@ def test_limits_that_make_no_sense_are_refused(options):
         ("rows", {"trainable_token_indices": [3, 4]}),
     ],
 )
-def test_what_is_more_than_a_low_rank_change_is_refused_by_name(tmp_path, adapter, kind, lora):
+def test_changes_that_are_not_low_rank_are_refused_and_named(tmp_path, adapter, kind, lora):
     base = tiny.write_family(tmp_path / "base", "qwen2")
     special = tiny.write_peft_adapter(tmp_path / "special", base, **lora)
     with pytest.raises(AdapterError, match=f"cannot stack .*{kind}") as caught:
@@ -434,7 +434,7 @@ def test_what_is_more_than_a_low_rank_change_is_refused_by_name(tmp_path, adapte
 
 
 @EMBEDDING_ADVICE
-def test_an_embedding_and_a_linear_layer_of_one_name_are_refused(tmp_path):
+def test_an_embedding_and_a_linear_layer_of_the_same_name_are_refused(tmp_path):
     base = tiny.write_llama(tmp_path / "base", tied=False)
     parts = [tiny.write_peft_adapter(tmp_path / n, base, target_modules=["embed_tokens"]) for n in ("a", "b")]
 
@@ -450,7 +450,7 @@ def test_an_embedding_and_a_linear_layer_of_one_name_are_refused(tmp_path):
 
 
 @EMBEDDING_ADVICE
-def test_a_tied_head_is_tied_in_all_or_none(tmp_path, llama, copy_of):
+def test_different_values_of_ensure_weight_tying_are_refused(tmp_path, llama, copy_of):
     parts = [tiny.write_peft_adapter(tmp_path / n, llama, target_modules=["embed_tokens"]) for n in ("a", "b")]
     config = json.loads((parts[1] / "adapter_config.json").read_text()) | {"ensure_weight_tying": True}
     (parts[1] / "adapter_config.json").write_text(json.dumps(config))
@@ -458,7 +458,7 @@ def test_a_tied_head_is_tied_in_all_or_none(tmp_path, llama, copy_of):
         stack(parts, tmp_path / "out")
 
 
-def test_what_all_configurations_say_is_said_again(tmp_path, parts, copy_of):
+def test_the_task_type_is_copied_if_all_adapters_have_the_same(tmp_path, parts, copy_of):
     classifiers = [copy_of(folder) for folder in parts]
     for folder in classifiers:
         config = json.loads((folder / "adapter_config.json").read_text()) | {"task_type": "SEQ_CLS"}
@@ -490,7 +490,7 @@ def test_different_copies_of_the_base_and_different_tokenizers_are_refused(tmp_p
     assert {path.name for path in tmp_path.glob("t*")} == set()
 
 
-def test_adapters_that_name_different_bases_make_one_that_names_none_and_it_is_said(tmp_path, parts, copy_of, run_cli):
+def test_a_stack_of_adapters_that_name_different_bases_names_none_and_reports_it(tmp_path, parts, copy_of, run_cli):
     other = copy_of(parts[1])
     config = json.loads((other / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/other"}
     (other / "adapter_config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Unmerging gives back the base's files byte by byte, or says which part is not the one of the merge."""
+"""Unmerging restores the base's files byte by byte, or names the part that does not belong to the merge."""
 
 import filecmp
 import hashlib
@@ -55,11 +55,11 @@ def test_files_are_identical_to_those_of_the_base(tmp_path, adapter, second_adap
     verify(tmp_path / "out")
 
 
-def test_code_licences_and_more_templates_come_along_and_back(tmp_path, llama, adapter, copy_of):
+def test_code_licences_and_chat_templates_are_copied_and_restored(tmp_path, llama, adapter, copy_of):
     base, brings = copy_of(llama), copy_of(adapter, "brings")
     config = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling_x.Model"}}
     (base / "config.json").write_text(json.dumps(config))
-    (brings / "tokenizer.json").write_text("{}")  # takes the place of the base's tokenizer, all of it
+    (brings / "tokenizer.json").write_text("{}")  # replaces all files of the base's tokenizer
     more = ("modeling_x.py", "LICENSE-MODEL", "USE_POLICY.md", "additional_chat_templates/tool.jinja")
     (base / "additional_chat_templates").mkdir()
     for name in more:
@@ -79,14 +79,14 @@ def test_code_licences_and_more_templates_come_along_and_back(tmp_path, llama, a
     assert all((tmp_path / folder / name).read_text() == name for folder in ("nf4", "plain") for name in more)
 
 
-def test_gpt2_too(tmp_path, gpt2):
+def test_files_of_gpt2_are_restored(tmp_path, gpt2):
     folder = tiny.write_peft_adapter(tmp_path / "a", gpt2)
     merge(gpt2, [folder], tmp_path / "merged")
     unmerge(tmp_path / "merged", [folder], tmp_path / "out")
     assert_same_files(tmp_path / "out", gpt2)
 
 
-def test_signed_zeros_denormals_and_extremes_come_back(tmp_path, llama, adapter, copy_of):
+def test_signed_zeros_denormals_and_extremes_are_restored(tmp_path, llama, adapter, copy_of):
     base = copy_of(llama)
     tensors = load_file(base / WEIGHTS)
     weight = tensors["model.layers.0.mlp.up_proj.weight"]
@@ -105,13 +105,13 @@ def test_adapters_may_be_given_in_any_order(tmp_path, llama, adapter, second_ada
     assert_same_files(tmp_path / "out", llama)
 
 
-def test_the_same_adapter_with_two_weights(tmp_path, llama, adapter):
+def test_an_adapter_merged_twice_with_different_weights_can_be_unmerged(tmp_path, llama, adapter):
     merge(llama, [adapter, adapter], tmp_path / "merged", MergeOptions(weights=(0.3, 0.9)))
     unmerge(tmp_path / "merged", [adapter, adapter], tmp_path / "out")
     assert_same_files(tmp_path / "out", llama)
 
 
-def test_merges_of_merges_unwind_in_order(tmp_path, llama_sharded, adapter, second_adapter):
+def test_merges_of_merges_are_unmerged_in_reverse_order(tmp_path, llama_sharded, adapter, second_adapter):
     merge(llama_sharded, [adapter], tmp_path / "first")
     merge(tmp_path / "first", [second_adapter], tmp_path / "second")
     with pytest.raises(BaseMismatchError):
@@ -125,7 +125,7 @@ def test_merges_of_merges_unwind_in_order(tmp_path, llama_sharded, adapter, seco
     assert_same_files(tmp_path / "back twice", llama_sharded)
 
 
-def test_no_folder_and_less_than_one_thread_are_refused_as_elsewhere(tmp_path, llama, adapter):
+def test_a_missing_folder_and_less_than_one_thread_are_refused(tmp_path, llama, adapter):
     with pytest.raises(UsageError, match="does not exist"):
         unmerge(tmp_path / "nowhere", [adapter], tmp_path / "out")
     for threads in (0, -1):
@@ -140,7 +140,7 @@ def test_threads_do_not_change_the_bytes(tmp_path, llama_sharded, adapter, threa
     assert_same_files(tmp_path / "out", llama_sharded)
 
 
-def test_the_result_names_what_it_came_from(tmp_path, llama, adapter):
+def test_the_result_names_the_merged_model_as_its_parent(tmp_path, llama, adapter):
     merge(llama, [adapter], tmp_path / "merged")
     report = unmerge(tmp_path / "merged", [adapter], tmp_path / "out")
     manifest, merged = require_manifest(tmp_path / "out"), require_manifest(tmp_path / "merged")
@@ -164,16 +164,16 @@ def flip(path, position, bit=0):
     "name", ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
 )
 @pytest.mark.parametrize("bit", [0, 7])
-def test_one_changed_bit_of_a_merged_weight_is_named(merged, adapter, tmp_path, name, bit):
+def test_a_merged_weight_with_one_changed_bit_is_named(merged, adapter, tmp_path, name, bit):
     located = Checkpoint(merged).tensors[name]
     flip(merged / WEIGHTS, located.position + located.spec.nbytes // 2, bit)
     with pytest.raises(IntegrityError, match=name.replace(".", r"\.")):
         unmerge(merged, [adapter], tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))  # nor what was written before it was found
+    assert not list(tmp_path.glob("out*"))  # not even what was written before the error
 
 
 @pytest.mark.parametrize("where", [0.0, 0.2, 0.5, 0.9, 1.0])
-def test_one_changed_byte_of_the_undo_record_is_named(merged, adapter, tmp_path, where):
+def test_one_changed_byte_of_the_undo_record_is_detected(merged, adapter, tmp_path, where):
     from adaptkit.checkpoint.reader import TensorFiles
 
     name = "model.layers.1.mlp.down_proj.weight"
@@ -181,10 +181,10 @@ def test_one_changed_byte_of_the_undo_record_is_named(merged, adapter, tmp_path,
     flip(merged / RECORD, located.position + int(where * (located.spec.nbytes - 1)), 4)
     with pytest.raises(IntegrityError, match=r"adaptkit-undo/shard-00001-of-00001\.safetensors changed"):
         unmerge(merged, [adapter], tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))  # nor what was written before it was found
+    assert not list(tmp_path.glob("out*"))  # not even what was written before the error
 
 
-def test_a_damaged_header_of_the_undo_record_is_named(merged, adapter, tmp_path):
+def test_a_damaged_header_of_the_undo_record_is_detected(merged, adapter, tmp_path):
     flip(merged / RECORD, 9)
     with pytest.raises((IntegrityError, UnsafeInputError), match=r"adaptkit-undo/shard-00001"):
         unmerge(merged, [adapter], tmp_path / "out")
@@ -198,7 +198,7 @@ def test_one_changed_byte_of_the_adapter_is_refused(merged, adapter, copy_of, tm
 
 
 @pytest.mark.parametrize("changes", [{"lora_alpha": 9}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 9}}])
-def test_another_scaling_of_the_same_tensors_is_refused(merged, adapter, copy_of, tmp_path, changes):
+def test_a_different_scaling_of_the_same_tensors_is_refused(merged, adapter, copy_of, tmp_path, changes):
     folder = copy_of(adapter)
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | changes))
@@ -208,7 +208,7 @@ def test_another_scaling_of_the_same_tensors_is_refused(merged, adapter, copy_of
 
 
 def saved_again(folder):
-    """As peft writes what it has read: sets in another order, and keys that say nothing."""
+    """Change a configuration as peft does when it saves it again: sets in a different order, keys without effect."""
     config = json.loads((folder / "adapter_config.json").read_text())
     config["target_modules"] = config["target_modules"][::-1]
     changes = {"lora_dropout": 0.5, "exclude_modules": ["x"], "arrow_config": None, "ensure_weight_tying": False}
@@ -216,14 +216,14 @@ def saved_again(folder):
     return folder
 
 
-def test_an_adapter_that_was_saved_again_is_the_same(second_adapter, llama, copy_of, tmp_path):
+def test_an_adapter_that_was_saved_again_is_accepted(second_adapter, llama, copy_of, tmp_path):
     merge(llama, [second_adapter], tmp_path / "merged")
     report = unmerge(tmp_path / "merged", [saved_again(copy_of(second_adapter))], tmp_path / "out")
     assert report.identical
     assert_same_files(tmp_path / "out", llama)
 
 
-def test_of_several_that_were_saved_again_all_are_named_if_one_says_something_else(
+def test_all_adapters_that_were_saved_again_are_named_if_one_means_something_else(
     adapter, second_adapter, llama, copy_of, tmp_path
 ):
     merge(llama, [adapter, second_adapter], tmp_path / "merged")
@@ -236,15 +236,13 @@ def test_of_several_that_were_saved_again_all_are_named_if_one_says_something_el
     assert all(str(folder) in caught.value.message for folder in folders)
 
 
-def test_without_a_record_nothing_shows_that_an_adapter_that_was_saved_again_is_the_same(
-    second_adapter, llama, copy_of, tmp_path
-):
+def test_without_an_undo_record_an_adapter_that_was_saved_again_is_refused(second_adapter, llama, copy_of, tmp_path):
     merge(llama, [second_adapter], tmp_path / "merged", MergeOptions(undo=False))
     with pytest.raises(BaseMismatchError, match=r"a different adapter_config\.json"):
         unmerge(tmp_path / "merged", [saved_again(copy_of(second_adapter))], tmp_path / "out", approximate=True)
 
 
-def test_another_adapter_is_refused(merged, second_adapter, llama, tmp_path):
+def test_a_different_adapter_is_refused(merged, second_adapter, llama, tmp_path):
     with pytest.raises(BaseMismatchError, match="tensors_root"):
         unmerge(merged, [second_adapter], tmp_path / "out")
     other = tiny.write_peft_adapter(tmp_path / "other", llama, seed=77)
@@ -252,14 +250,14 @@ def test_another_adapter_is_refused(merged, second_adapter, llama, tmp_path):
         unmerge(merged, [other], tmp_path / "out")
 
 
-def test_another_number_of_adapters_is_refused(merged, adapter, tmp_path):
+def test_a_wrong_number_of_adapters_is_refused(merged, adapter, tmp_path):
     with pytest.raises(UsageError, match="expected 1 merged adapter, found 2"):
         unmerge(merged, [adapter, adapter], tmp_path / "out")
     with pytest.raises(UsageError, match="none is given and none is stored"):
         unmerge(merged, [], tmp_path / "out")
 
 
-def test_a_merge_without_a_record_is_refused(llama, adapter, tmp_path, merged):
+def test_a_merge_without_an_undo_record_is_refused(llama, adapter, tmp_path, merged):
     merge(llama, [adapter], tmp_path / "no undo", MergeOptions(undo=False))
     with pytest.raises(IntegrityError, match="no undo record") as caught:
         unmerge(tmp_path / "no undo", [adapter], tmp_path / "out")
@@ -269,7 +267,7 @@ def test_a_merge_without_a_record_is_refused(llama, adapter, tmp_path, merged):
         unmerge(merged, [adapter], tmp_path / "out")
 
 
-def test_the_record_of_another_merge_is_refused(llama, adapter, merged, tmp_path):
+def test_the_undo_record_of_a_different_merge_is_refused(llama, adapter, merged, tmp_path):
     merge(llama, [adapter], tmp_path / "stronger", MergeOptions(weights=(1.5,)))
     shutil.copy(tmp_path / "stronger" / RECORD, merged / RECORD)
     with pytest.raises(IntegrityError, match="shard-00001"):
@@ -277,7 +275,7 @@ def test_the_record_of_another_merge_is_refused(llama, adapter, merged, tmp_path
 
 
 def rehash(folder, name):
-    """Let the manifest say that a changed file is right; all else in it stays."""
+    """Record a changed file's size and hash in the manifest, and change nothing else there."""
     manifest = require_manifest(folder)
     content = (folder / name).read_bytes()
     changed = FileRecord(name, len(content), hashlib.sha256(content).hexdigest())
@@ -285,8 +283,8 @@ def rehash(folder, name):
     (folder / MANIFEST).write_bytes(replace(manifest, files=files).to_bytes())
 
 
-def test_a_record_with_another_residual_is_refused_by_tensor_even_if_its_hash_is_right(merged, adapter, tmp_path):
-    """Right length, right hash, wrong value: only the fingerprint of the original can tell."""
+def test_a_record_with_a_wrong_residual_is_refused_even_if_its_hash_is_right(merged, adapter, tmp_path):
+    """The length is right, too: only the fingerprint of the original weight differs."""
     name = "model.layers.0.mlp.gate_proj.weight"
     records = load_arrays(merged / RECORD)
     ((rows, stream),) = undo.frames(records[name])
@@ -298,11 +296,11 @@ def test_a_record_with_another_residual_is_refused_by_tensor_even_if_its_hash_is
         IntegrityError, match=r"gate_proj\.weight: the undo record or the adapter does not belong to this merge"
     ):
         unmerge(merged, [adapter], tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))  # nor what was written before it was found
+    assert not list(tmp_path.glob("out*"))  # not even what was written before the error
 
 
 @pytest.mark.parametrize("rows", [0, 1, 64, 127, 129, 2**32 - 1])
-def test_a_record_of_other_rows_is_refused_even_if_its_hash_is_right(merged, adapter, tmp_path, rows):
+def test_a_record_with_a_wrong_number_of_rows_is_refused_even_if_its_hash_is_right(merged, adapter, tmp_path, rows):
     name = "model.layers.0.mlp.gate_proj.weight"
     records = load_arrays(merged / RECORD)
     ((_, stream),) = undo.frames(records[name])
@@ -311,10 +309,10 @@ def test_a_record_of_other_rows_is_refused_even_if_its_hash_is_right(merged, ada
     rehash(merged, RECORD)
     with pytest.raises(IntegrityError, match="undo record"):
         unmerge(merged, [adapter], tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))  # nor what was written before it was found
+    assert not list(tmp_path.glob("out*"))  # not even what was written before the error
 
 
-def test_the_middle_of_two_merges_comes_back_whole_and_can_be_unmerged_itself(tmp_path, llama, adapter, second_adapter):
+def test_the_first_of_two_merges_is_restored_whole_and_can_be_unmerged_itself(tmp_path, llama, adapter, second_adapter):
     merge(llama, [adapter], tmp_path / "first")
     merge(tmp_path / "first", [second_adapter], tmp_path / "second")
     before = {p.relative_to(tmp_path / "first").as_posix(): p.read_bytes() for p in (tmp_path / "first").rglob("*.*")}
@@ -328,7 +326,7 @@ def test_the_middle_of_two_merges_comes_back_whole_and_can_be_unmerged_itself(tm
 
 
 def with_card(folder, text):
-    """What publishing makes of an artifact: a model card is added, which its manifest lists."""
+    """Add a model card and list it in the manifest, as publishing does."""
     manifest, card = require_manifest(folder), folder / "README.md"
     card.write_text(text)
     files = (*manifest.files, FileRecord(card.name, len(text), file_sha256(card)))
@@ -336,7 +334,7 @@ def with_card(folder, text):
 
 
 @pytest.mark.parametrize("base", ["plain", "plain with a card", "artifact", "published artifact"])
-def test_a_published_merge_gives_the_same_base_as_one_that_was_not_published(
+def test_publishing_a_merge_does_not_change_the_base_that_unmerging_restores(
     base, tmp_path, llama, adapter, second_adapter, copy_of
 ):
     if "artifact" in base:
@@ -357,13 +355,13 @@ def test_a_published_merge_gives_the_same_base_as_one_that_was_not_published(
         {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.*")}
         for name in ("before", "after")
     )
-    if "artifact" not in base:  # the manifest names another manifest of the merged model
+    if "artifact" not in base:  # it names the merged model's manifest, which publishing changed
         assert before.pop(Path(MANIFEST)) != after.pop(Path(MANIFEST))
     assert before == after
     verify(tmp_path / "after")
 
 
-def test_a_merge_that_holds_its_adapters_needs_nothing_else(tmp_path, llama, adapter, second_adapter, copy_of):
+def test_a_merge_with_embedded_adapters_can_be_unmerged_alone(tmp_path, llama, adapter, second_adapter, copy_of):
     one, two = copy_of(adapter, "one"), copy_of(second_adapter, "two")
     merge(llama, [one, two], tmp_path / "merged", MergeOptions(weights=(0.5, 2.0), embed_adapter=True))
     verify(tmp_path / "merged")
@@ -377,7 +375,7 @@ def test_a_merge_that_holds_its_adapters_needs_nothing_else(tmp_path, llama, ada
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_without_a_record_an_approximation_says_how_far_off_it_may_be_and_is_right(tmp_path, adapter, dtype):
+def test_approximate_unmerging_stays_within_the_error_bound_that_it_reports(tmp_path, adapter, dtype):
     base = tiny.write_llama(tmp_path / "base", dtype=dtype)
     merge(base, [adapter], tmp_path / "merged", MergeOptions(undo=False))
     report = unmerge(tmp_path / "merged", [adapter], tmp_path / "out", approximate=True)
@@ -391,7 +389,7 @@ def test_without_a_record_an_approximation_says_how_far_off_it_may_be_and_is_rig
     verify(tmp_path / "out")
 
 
-def test_what_was_replaced_cannot_be_subtracted(tmp_path, llama):
+def test_a_replaced_tensor_cannot_be_unmerged_approximately(tmp_path, llama):
     folder = tiny.write_peft_adapter(tmp_path / "a", llama, modules_to_save=["input_layernorm"])
     merge(llama, [folder], tmp_path / "merged", MergeOptions(undo=False))
     with pytest.raises(UsageError, match=r"input_layernorm\.weight was replaced"):
@@ -406,7 +404,7 @@ def test_a_changed_side_file_is_named(merged, adapter, tmp_path, name):
         unmerge(merged, [adapter], tmp_path / "out")
 
 
-def test_what_was_not_merged_is_refused(llama, adapter, merged, tmp_path):
+def test_a_folder_that_is_not_a_merged_model_is_refused(llama, adapter, merged, tmp_path):
     with pytest.raises(IntegrityError, match=MANIFEST):
         unmerge(llama, [adapter], tmp_path / "out")
     unmerge(merged, [adapter], tmp_path / "out")
@@ -414,8 +412,8 @@ def test_what_was_not_merged_is_refused(llama, adapter, merged, tmp_path):
         unmerge(tmp_path / "out", [adapter], tmp_path / "again")
 
 
-def test_a_part_that_was_pulled_is_called_one(adapter, merged, tmp_path):
-    """Of kind merged, as the whole is; it was "merged, not merged"."""
+def test_a_partial_pull_of_a_merged_model_is_reported_as_such(adapter, merged, tmp_path):
+    """Regression: the message was "merged, not merged", since a part has the kind of the whole."""
     manifest = require_manifest(merged)
     part = part_of(manifest, select(manifest, ["weights", "config"]), ["weights", "config"])
     (merged / MANIFEST).write_bytes(part.to_bytes())
@@ -424,7 +422,7 @@ def test_a_part_that_was_pulled_is_called_one(adapter, merged, tmp_path):
     assert "--only" in caught.value.hint
 
 
-def test_an_edited_manifest_is_refused(merged, adapter, tmp_path):
+def test_a_manifest_with_an_edited_weight_is_refused(merged, adapter, tmp_path):
     text = (merged / MANIFEST).read_bytes()
     (merged / MANIFEST).write_bytes(text.replace(b'"weight":1.0', b'"weight":1.5'))
     assert text != (merged / MANIFEST).read_bytes()
@@ -432,23 +430,21 @@ def test_an_edited_manifest_is_refused(merged, adapter, tmp_path):
         unmerge(merged, [adapter], tmp_path / "out")
 
 
-def test_an_existing_output_is_left_alone(merged, adapter, tmp_path, copy_of):
+def test_a_merge_cannot_be_its_own_output(merged, adapter, tmp_path, copy_of):
     with pytest.raises(OutputExistsError):
         unmerge(merged, [adapter], merged)
     verify(merged)
 
 
-def test_an_existing_output_is_found_before_anything_is_read(merged, tmp_path, copy_of):
-    """An adapter that is not there would be noticed next."""
+def test_the_output_is_checked_before_any_adapter_is_read(merged, tmp_path, copy_of):
+    """The missing adapter would be the next error."""
     with pytest.raises(OutputExistsError):
         unmerge(merged, [tmp_path / "nowhere"], copy_of(merged, "out"))
     with pytest.raises(UsageError, match="would change its own input"):
         unmerge(merged, [tmp_path / "nowhere"], merged / "inside")
 
 
-def test_two_adapters_with_equal_tensors_and_other_scalings_may_be_given_in_any_order(
-    tmp_path, llama, adapter, copy_of
-):
+def test_adapters_that_differ_only_in_scaling_may_be_given_in_any_order(tmp_path, llama, adapter, copy_of):
     other = copy_of(adapter)
     config = json.loads((other / "adapter_config.json").read_text())
     (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3}))
@@ -464,8 +460,8 @@ def test_two_adapters_with_equal_tensors_and_other_scalings_may_be_given_in_any_
         *("a:b", "additional_chat_templates:..:x", "additional_chat_templates:", "additional_chat_templates:a:b"),
     ],
 )
-def test_a_record_that_would_write_other_files_is_refused_even_if_its_hash_is_right(tmp_path, llama, name):
-    """A record that a stranger made: the hashes are right, the names of files are not."""
+def test_a_record_with_unsafe_file_names_is_refused_even_if_its_hash_is_right(tmp_path, llama, name):
+    """An attacker's record may have correct hashes, but names of files that it must not write."""
     with quiet():
         folder = tiny.write_peft_adapter(tmp_path / "a", llama, target_modules=["lm_head", "q_proj"])
     merge(llama, [folder], tmp_path / "merged", MergeOptions(untie=True))
@@ -485,7 +481,7 @@ def test_a_deleted_side_file_is_named(merged, adapter, tmp_path, name):
         unmerge(merged, [adapter], tmp_path / "out")
 
 
-def test_copies_of_adapters_are_of_their_own_files_alone(tmp_path, llama, adapter, copy_of):
+def test_embedded_adapters_contain_no_unrelated_files(tmp_path, llama, adapter, copy_of):
     folder = copy_of(adapter)
     (folder / ".env").write_text("HF_TOKEN=secret")
     (folder / "checkpoint-5").mkdir()
@@ -513,7 +509,9 @@ def test_a_damaged_list_of_added_files_is_refused(tmp_path, llama, content):
 
 
 @pytest.mark.parametrize("how", ["two dimensions", "float64", "bfloat16", "absent"])
-def test_a_record_of_another_type_is_refused_even_if_its_hash_is_right(merged, adapter, tmp_path, how):
+def test_a_record_with_a_missing_or_malformed_tensor_is_refused_even_if_its_hash_is_right(
+    merged, adapter, tmp_path, how
+):
     name, records = "model.layers.0.mlp.gate_proj.weight", load_file(merged / RECORD)
     changed = {
         "two dimensions": records[name][None],
@@ -528,7 +526,7 @@ def test_a_record_of_another_type_is_refused_even_if_its_hash_is_right(merged, a
 
 
 @pytest.mark.parametrize("how", ["one more", "one less", "another type", "another shape", "no header", "empty"])
-def test_a_recorded_header_of_other_tensors_is_refused_even_if_its_hash_is_right(merged, adapter, tmp_path, how):
+def test_a_wrong_header_in_a_record_is_refused_even_if_its_hash_is_right(merged, adapter, tmp_path, how):
     records = load_arrays(merged / RECORD)
     specs = {name: at.spec for name, at in Checkpoint(merged).tensors.items()}
     norm = "model.norm.weight"
@@ -545,11 +543,11 @@ def test_a_recorded_header_of_other_tensors_is_refused_even_if_its_hash_is_right
     rehash(merged, RECORD)
     with pytest.raises((IntegrityError, BaseMismatchError)):
         unmerge(merged, [adapter], tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))  # nor what was written before it was found
+    assert not list(tmp_path.glob("out*"))  # not even what was written before the error
 
 
 @pytest.mark.parametrize("options", [[], {"begun": 3}, {"begun": [[1]]}, {"adapters": 1}, {"small_files": [2]}])
-def test_a_manifest_that_describes_no_merge_is_refused(merged, adapter, tmp_path, options):
+def test_a_manifest_with_malformed_merge_options_is_refused(merged, adapter, tmp_path, options):
     manifest = require_manifest(merged)
     given = manifest.operation["options"] | options if options else options
     changed = replace(manifest, operation={"name": "merge", "options": given})

@@ -1,4 +1,4 @@
-"""Whatever can be merged comes out again: every file of the base, byte by byte."""
+"""Unmerging restores every file of the base byte by byte, for every kind of adapter that can be merged."""
 
 import json
 import shutil
@@ -33,14 +33,14 @@ def options_for(*names, **options):
 
 
 def files_of(folder):
-    """Every file by its relative path, but for what is adaptkit's own."""
+    """Map the relative path of every file, except adaptkit's own, to its content."""
     paths = (path for path in folder.rglob("*") if path.is_file())
     named = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
     return {name: content for name, content in named.items() if not name.startswith("adaptkit-")}
 
 
 def assert_same_files(found, base):
-    """Every file of ``base`` and no other, but for the manifest."""
+    """Check that the files are those of ``base``, and only the manifest is added."""
     ours, theirs = files_of(found), files_of(base)
     assert set(ours) == set(theirs)
     assert [name for name, content in theirs.items() if ours[name] != content] == []
@@ -57,7 +57,7 @@ def assert_comes_back(tmp_path, base, adapters, options):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_files_of_the_base_come_back(tmp_path, case_of, name):
+def test_the_files_of_the_base_are_restored(tmp_path, case_of, name):
     case = case_of(name)
     assert_comes_back(tmp_path, case.base, [case.adapter], options_for(name))
 
@@ -65,7 +65,7 @@ def test_the_files_of_the_base_come_back(tmp_path, case_of, name):
 @pytest.mark.parametrize(
     ("name", "dtype"), [(name, "float32") for name in OF_EVERY_KIND] + [(name, "float16") for name in HALF]
 )
-def test_in_other_types_too(tmp_path, case_of, name, dtype):
+def test_bases_of_other_dtypes_are_restored(tmp_path, case_of, name, dtype):
     case = case_of(name, dtype)
     assert_comes_back(tmp_path, case.base, [case.adapter], options_for(name))
 
@@ -76,7 +76,7 @@ def test_in_other_types_too(tmp_path, case_of, name, dtype):
     ["linear", "embedding_tied", "dora", "dora_conv1d", "biases_all", "lora_bias", "saved_mlp", "saved_both_tied",
      "tokens_both_tied", "experts_mixtral", "everything_phi"],
 )  # fmt: skip
-def test_with_another_weight_too(tmp_path, case_of, name, weight):
+def test_bases_merged_with_other_weights_are_restored(tmp_path, case_of, name, weight):
     case = case_of(name)
     assert_comes_back(tmp_path, case.base, [case.adapter], options_for(name, weights=(weight,)))
 
@@ -89,14 +89,14 @@ def test_with_another_weight_too(tmp_path, case_of, name, weight):
      ("experts_mixtral", "experts_up_only"), ("embedding_tied", "saved_head_tied"), ("conv1d", "tokens_conv1d")],
     ids="+".join,
 )  # fmt: skip
-def test_two_adapters_come_out_together(tmp_path, case_of, names, dtype):
+def test_two_adapters_are_unmerged_together(tmp_path, case_of, names, dtype):
     base = case_of(names[0], dtype).base
     adapters = [case_of(name, dtype).adapter for name in names]
     assert_comes_back(tmp_path, base, adapters, options_for(*names, weights=(0.7, 0.3)))
 
 
 @pytest.mark.parametrize("name", ["saved_both_tied", "resized_embedding", "dora", "tokens_tied", "experts_qwen2"])
-def test_signed_zeros_and_extremes_of_what_is_replaced_come_back(tmp_path, case_of, name):
+def test_signed_zeros_and_extremes_of_changed_tensors_are_restored(tmp_path, case_of, name):
     case = case_of(name)
     base = tmp_path / "base"
     shutil.copytree(case.base, base)
@@ -119,7 +119,7 @@ def test_threads_do_not_change_the_bytes(tmp_path, case_of, name):
         assert_same_files(tmp_path / str(threads), case.base)
 
 
-def test_the_bases_tokenizer_comes_back(tmp_path, case_of, copy_of):
+def test_the_bases_tokenizer_is_restored(tmp_path, case_of, copy_of):
     import tiny
 
     case = case_of("resized_tied")
@@ -128,7 +128,7 @@ def test_the_bases_tokenizer_comes_back(tmp_path, case_of, copy_of):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     tokenizer.save_pretrained(adapter)
-    (adapter / "added_tokens.json").write_text("{}")  # which the base has not
+    (adapter / "added_tokens.json").write_text("{}")  # which the base does not have
     merge(case.base, [adapter], tmp_path / "merged")
     assert (tmp_path / "merged" / "tokenizer.json").read_bytes() == (adapter / "tokenizer.json").read_bytes()
     unmerge(tmp_path / "merged", [adapter], tmp_path / "out")
@@ -148,7 +148,7 @@ STEPS = [
 
 
 @pytest.mark.parametrize("names", STEPS, ids=" then ".join)
-def test_merges_of_merges_unwind_in_order_from_the_last_alone(tmp_path, case_of, names):
+def test_merges_of_merges_are_unmerged_in_reverse_order_from_the_last_alone(tmp_path, case_of, names):
     first, second = (case_of(name) for name in names)
     base = tmp_path / "base"
     shutil.copytree(first.base, base)
@@ -165,7 +165,7 @@ def test_merges_of_merges_unwind_in_order_from_the_last_alone(tmp_path, case_of,
     assert_same_files(tmp_path / "out", tmp_path / "gone")
 
 
-# What cannot come back says so
+# Bases that cannot be restored
 
 
 def flip(folder, name, byte=3):
@@ -193,7 +193,7 @@ def flip(folder, name, byte=3):
         ("experts_mixtral_fused", "model.layers.0.mlp.experts.gate_up_proj"),
     ],
 )
-def test_one_changed_bit_is_named(tmp_path, case_of, name, tensor):
+def test_a_tensor_with_one_changed_bit_is_named(tmp_path, case_of, name, tensor):
     case = case_of(name)
     merge(case.base, [case.adapter], tmp_path / "merged", options_for(name))
     flip(tmp_path / "merged", tensor)
@@ -203,7 +203,7 @@ def test_one_changed_bit_is_named(tmp_path, case_of, name, tensor):
 
 
 @pytest.mark.parametrize("name", ["resized", "saved_both_tied", "tokens_tied", "dora", "biases_all", "experts_mixtral"])
-def test_every_part_of_the_record_is_watched(tmp_path, case_of, name):
+def test_changes_to_any_part_of_the_undo_record_are_detected(tmp_path, case_of, name):
     case = case_of(name)
     merge(case.base, [case.adapter], tmp_path / "merged", options_for(name))
     records = sorted((tmp_path / "merged").rglob("*undo*/*.safetensors"))
@@ -238,7 +238,7 @@ def test_every_part_of_the_record_is_watched(tmp_path, case_of, name):
         ("embedding", "model.embed_tokens.lora_embedding_B"),
     ],
 )
-def test_another_adapter_of_the_same_shape_is_refused(tmp_path, case_of, copy_of, name, key):
+def test_a_different_adapter_of_the_same_shape_is_refused(tmp_path, case_of, copy_of, name, key):
     case = case_of(name)
     merge(case.base, [case.adapter], tmp_path / "merged", options_for(name))
     other = copy_of(case.adapter)
@@ -258,7 +258,7 @@ def test_another_adapter_of_the_same_shape_is_refused(tmp_path, case_of, copy_of
         ("embedding", {"lora_alpha": 1}),
     ],
 )
-def test_the_same_tensors_with_another_meaning_are_refused(tmp_path, case_of, copy_of, name, changes):
+def test_the_same_tensors_with_a_different_configuration_are_refused(tmp_path, case_of, copy_of, name, changes):
     case = case_of(name)
     merge(case.base, [case.adapter], tmp_path / "merged", options_for(name))
     other = copy_of(case.adapter)
@@ -269,7 +269,7 @@ def test_the_same_tensors_with_another_meaning_are_refused(tmp_path, case_of, co
 
 
 @pytest.mark.parametrize("name", ["saved_mlp", "resized", "tokens", "dora", "experts_mixtral", "biases_lora_only"])
-def test_without_a_record_there_is_no_way_back(tmp_path, case_of, name):
+def test_a_merge_without_an_undo_record_is_refused(tmp_path, case_of, name):
     case = case_of(name)
     merge(case.base, [case.adapter], tmp_path / "merged", options_for(name, undo=False))
     with pytest.raises(IntegrityError, match="undo record"):
@@ -277,7 +277,7 @@ def test_without_a_record_there_is_no_way_back(tmp_path, case_of, name):
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_line_does_it_too(tmp_path, case_of, run_cli):
+def test_the_command_line_restores_the_base(tmp_path, case_of, run_cli):
     case = case_of("resized_embedding_tied")
     merged = run_cli("merge", case.base, case.adapter, "-o", tmp_path / "merged", "--untie")
     assert merged.code == 0, merged.stderr

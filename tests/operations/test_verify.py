@@ -1,4 +1,4 @@
-"""Whatever changed in an artifact is found and named."""
+"""Every change to an artifact is detected and named."""
 
 import ctypes
 import os
@@ -45,7 +45,7 @@ def flip(path, position):
     path.write_bytes(content)
 
 
-def test_an_untouched_artifact_is_right(artifact):
+def test_an_unchanged_artifact_passes_and_the_report_matches_it(artifact):
     report, manifest = verify(artifact), require_manifest(artifact)
     files = [path for path in artifact.iterdir() if path.name != MANIFEST]
     assert report.kind == "quantized"
@@ -64,7 +64,7 @@ def test_every_kind_of_artifact_can_be_verified(tmp_path, llama, adapter, second
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_a_flipped_bit_is_found_in_every_file(artifact, copy_of, threads):
+def test_a_flipped_bit_is_detected_in_every_file(artifact, copy_of, threads):
     for number, name in enumerate(sorted(path.name for path in artifact.iterdir() if path.name != MANIFEST)):
         folder = copy_of(artifact, f"copy-{number}")
         flip(folder / name, (folder / name).stat().st_size // 2)
@@ -78,7 +78,7 @@ def test_every_changed_file_is_named(folder):
     refuses(folder, r"config\.json changed.*tokenizer\.json changed")
 
 
-def test_of_many_problems_the_first_are_named_and_the_others_counted(folder):
+def test_the_first_of_many_problems_are_named_and_the_others_counted(folder):
     for number in range(7):
         (folder / f"extra-{number}.txt").write_text("")
     refuses(folder, r"extra-4\.txt is not in the manifest; and 2 more$")
@@ -88,7 +88,7 @@ def test_of_many_problems_the_first_are_named_and_the_others_counted(folder):
     refuses(folder, rf"; and {several - 5} more$")
 
 
-def test_files_of_the_same_size_that_changed_places_are_found(tmp_path, folder):
+def test_swapped_files_are_detected(tmp_path, folder):
     shards = sorted(folder.glob("*.safetensors"))
     sizes = {}
     for shard in shards:
@@ -100,7 +100,7 @@ def test_files_of_the_same_size_that_changed_places_are_found(tmp_path, folder):
     refuses(folder, rf"{one.name}.*{two.name}")
 
 
-def test_a_truncated_and_a_longer_file_are_found_by_size(folder):
+def test_a_truncated_and_a_longer_file_are_detected_by_size(folder):
     os.truncate(folder / "config.json", 10)
     refuses(folder, r"config\.json has 10 bytes instead of")
     with (folder / "tokenizer.json").open("ab") as file:
@@ -111,13 +111,13 @@ def test_a_truncated_and_a_longer_file_are_found_by_size(folder):
 @pytest.mark.parametrize(
     "name", ["extra.txt", ".hidden", "deeper/x.py", ".github/workflows/x.yml", "deeper/.gitattributes"]
 )
-def test_an_extra_file_is_found(folder, name):
+def test_an_extra_file_is_detected(folder, name):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text("")
     refuses(folder, rf"{name} is not in the manifest")
 
 
-def test_what_download_tools_leave_behind_does_not_count(folder):
+def test_files_that_download_tools_leave_at_the_top_level_are_ignored(folder):
     (folder / ".cache" / "huggingface").mkdir(parents=True)
     (folder / ".cache" / "huggingface" / "x.lock").write_text("")
     verify(folder)
@@ -126,24 +126,24 @@ def test_what_download_tools_leave_behind_does_not_count(folder):
     refuses(folder, "is not in the manifest")
 
 
-def test_what_git_and_the_hub_keep_beside_an_artifact_does_not_count(folder):
+def test_files_of_git_and_the_hub_are_ignored(folder):
     (folder / ".gitattributes").write_text("*.safetensors filter=lfs diff=lfs merge=lfs -text\n")
     (folder / ".git" / "objects").mkdir(parents=True)
     (folder / ".git" / "HEAD").write_text("ref: refs/heads/main\n")
     verify(folder)
     shutil.rmtree(folder / ".git")
-    (folder / ".git").write_text("gitdir: ../.git/modules/model\n")  # as a submodule has it
+    (folder / ".git").write_text("gitdir: ../.git/modules/model\n")  # as in a submodule
     verify(folder)
 
 
-def test_a_missing_file_is_found(folder):
+def test_a_missing_file_is_detected(folder):
     (folder / "generation_config.json").unlink()
     refuses(folder, r"generation_config\.json is missing")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere root may read everything")
-def test_of_a_folder_that_may_not_be_read_nothing_is_said_to_be_missing(folder):
-    def as_others():  # root without the right to read everything, which another user never had
+def test_an_unreadable_folder_is_reported_as_such_and_not_as_missing_files(folder):
+    def as_others():  # drop root's right to read everything, which other users do not have
         for capability in (1, 2):
             ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)
 
@@ -155,13 +155,13 @@ def test_of_a_folder_that_may_not_be_read_nothing_is_said_to_be_missing(folder):
     assert done.stderr.startswith(f"error: {folder / MANIFEST_NAME}: Permission denied\nhint: ")
 
 
-def test_a_renamed_file_is_both(folder):
+def test_a_renamed_file_is_reported_as_both_missing_and_extra(folder):
     (folder / "tokenizer.json").rename(folder / "tokenizer2.json")
     refuses(folder, r"tokenizer\.json is missing; tokenizer2\.json is not in the manifest")
 
 
 @pytest.mark.parametrize("kind", ["folder", "fifo", "dangling link"])
-def test_a_file_that_became_something_else_is_found(tmp_path, folder, kind):
+def test_a_file_replaced_by_a_folder_fifo_or_dangling_link_is_detected(tmp_path, folder, kind):
     path = folder / "config.json"
     path.unlink()
     if kind == "folder":
@@ -175,8 +175,8 @@ def test_a_file_that_became_something_else_is_found(tmp_path, folder, kind):
     assert getattr(caught.value, "exit_code", 0) in {3, 5}
 
 
-def test_links_to_the_right_bytes_are_right(tmp_path, folder):
-    """The Hub's cache is made of them."""
+def test_links_to_unchanged_files_pass(tmp_path, folder):
+    """The Hub's cache consists of such links."""
     blobs = tmp_path / "blobs"
     blobs.mkdir()
     for path in list(folder.iterdir()):
@@ -185,7 +185,7 @@ def test_links_to_the_right_bytes_are_right(tmp_path, folder):
     verify(folder)
 
 
-def test_a_changed_manifest_is_found(folder):
+def test_a_changed_or_missing_manifest_is_detected(folder):
     text = (folder / MANIFEST).read_bytes()
     (folder / MANIFEST).write_bytes(text.replace(b'"F32"', b'"U8"', 1))
     refuses(folder, "changed after it was written")
@@ -195,8 +195,8 @@ def test_a_changed_manifest_is_found(folder):
     refuses(folder, MANIFEST)
 
 
-def test_a_manifest_whose_tensors_do_not_match_its_files_is_found(folder):
-    """Someone who rewrites files and their sha256 forgets the fingerprints, or cannot match them."""
+def test_a_manifest_whose_tensors_do_not_match_its_files_is_detected(folder):
+    """A file and its sha256 in the manifest were changed, but not the fingerprint of the tensor."""
     manifest, shard = require_manifest(folder), sorted(folder.glob("model-*.safetensors"))[0]
     tensors = load_file(shard)
     name = next(name for name, tensor in tensors.items() if tensor.dtype == torch.uint8)
@@ -216,7 +216,7 @@ def test_a_manifest_whose_tensors_do_not_match_its_files_is_found(folder):
 
 
 @pytest.mark.parametrize("change", ["another file", "left out"])
-def test_a_manifest_that_places_or_forgets_a_tensor_is_found(folder, change):
+def test_a_manifest_that_misplaces_or_omits_a_tensor_is_detected(folder, change):
     from dataclasses import replace
 
     manifest = require_manifest(folder)
@@ -240,7 +240,7 @@ def test_an_expected_digest_pins_the_artifact(artifact, tmp_path, llama):
             VerifyOptions(manifest_sha256=wrong)
 
 
-def test_what_has_no_manifest_cannot_be_verified(llama, tmp_path):
+def test_paths_without_a_manifest_are_refused(llama, tmp_path):
     with pytest.raises(IntegrityError, match=MANIFEST):
         verify(llama)
     with pytest.raises(UsageError, match="does not exist"):

@@ -1,4 +1,4 @@
-"""Who vouches for an artifact: the signature beside its manifest, through the command line too."""
+"""Signatures of artifacts are verified, in Python and on the command line."""
 
 import shutil
 
@@ -40,7 +40,7 @@ def copied(pair, tmp_path):
     return shutil.copytree(pair, tmp_path / "signed")
 
 
-def test_the_signed_artifact_is_right_and_one_line_says_by_whom(run_cli, pair):
+def test_a_signed_artifact_passes_and_its_signer_is_printed(run_cli, pair):
     done = run_cli("verify", pair / "artifact", "--public-key", pair / "mine.pub")
     assert done.code == 0, done.stderr
     assert f"signed           by the key in {pair / 'mine.pub'}" in done.stdout
@@ -48,7 +48,7 @@ def test_the_signed_artifact_is_right_and_one_line_says_by_whom(run_cli, pair):
     assert "signature" not in run_cli("verify", pair / "other").stdout
 
 
-def test_signing_changes_nothing_but_the_one_file(pair):
+def test_signing_adds_only_the_signature_file(pair):
     manifest = require_manifest(pair / "artifact")
     assert {path.name for path in (pair / "artifact").iterdir()} == {
         MANIFEST_NAME, SIGNATURE_NAME, *(record.path for record in manifest.files)
@@ -68,7 +68,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_anything_else_ends_in_one_line(run_cli, copied, case):
+def test_changed_files_and_wrong_signatures_print_one_error_and_one_hint(run_cli, copied, case):
     folder, key, code = copied / "artifact", copied / "mine.pub", 3
     shards = sorted(folder.glob("*.safetensors"))
     arguments = ["verify", folder, "--public-key", key]
@@ -90,7 +90,7 @@ def test_anything_else_ends_in_one_line(run_cli, copied, case):
     elif case == "cut":
         (folder / SIGNATURE_NAME).write_bytes((folder / SIGNATURE_NAME).read_bytes()[:200])
     elif case == "none":
-        (folder / SIGNATURE_NAME).unlink()  # 3, as of pull: whoever took it away must not look like a slip of ours
+        (folder / SIGNATURE_NAME).unlink()  # 3, as for pull: a removed signature must not look like a usage error
     else:
         arguments[-1] = copied / "absent.pub"
         code = 2
@@ -101,14 +101,14 @@ def test_anything_else_ends_in_one_line(run_cli, copied, case):
     assert hint.startswith("hint: ")
 
 
-def test_a_signature_may_lie_elsewhere(copied):
+def test_a_signature_may_be_in_a_different_folder(copied):
     shutil.move(copied / "artifact" / SIGNATURE_NAME, copied / "detached.sig")
     trust = Trust(copied / "mine.pub")
     report = verify(copied / "artifact", VerifyOptions(trust=trust, signature=copied / "detached.sig"))
     assert (report.signature, report.signed_by) == (False, str(trust))
 
 
-def test_the_signature_is_the_only_file_that_a_manifest_need_not_list(copied):
+def test_files_with_names_similar_to_the_signatures_are_refused(copied):
     for name in ("adaptkit-manifest.sig.bak", "model.sig", "x/adaptkit-manifest.sig"):
         path = copied / "artifact" / name
         path.parent.mkdir(exist_ok=True)
@@ -118,7 +118,7 @@ def test_the_signature_is_the_only_file_that_a_manifest_need_not_list(copied):
         path.unlink()
 
 
-def test_a_signature_without_a_signer_to_compare_with_is_no_use(copied, run_cli):
+def test_incomplete_descriptions_of_the_expected_signer_are_refused(copied, run_cli):
     with pytest.raises(UsageError, match="needs a public key or an identity"):
         VerifyOptions(signature=copied / "artifact" / SIGNATURE_NAME)
     done = run_cli("verify", copied / "artifact", "--identity", "me@example.org")
@@ -126,7 +126,7 @@ def test_a_signature_without_a_signer_to_compare_with_is_no_use(copied, run_cli)
     assert "--identity-provider" in done.stderr
 
 
-def test_verifying_without_a_signature_waits_for_no_heavy_package(pair):
+def test_verifying_without_checking_a_signature_imports_no_heavy_package(pair):
     import subprocess
     import sys
 
@@ -140,7 +140,7 @@ def test_verifying_without_a_signature_waits_for_no_heavy_package(pair):
 
 
 @pytest.mark.parametrize("signed_before", [True, False])
-def test_a_signed_base_comes_back_signed(signed_before, tmp_path, llama, adapter, second_adapter, run_cli):
+def test_a_signed_base_is_restored_with_its_signature(signed_before, tmp_path, llama, adapter, second_adapter, run_cli):
     private, public = write_keys(tmp_path, "mine")
     merge(llama, [second_adapter], tmp_path / "base")
     if signed_before:
@@ -152,7 +152,7 @@ def test_a_signed_base_comes_back_signed(signed_before, tmp_path, llama, adapter
     trust = ["--public-key", public]
     assert run_cli("verify", tmp_path / "out", *(trust if signed_before else [])).code == 0
     assert (tmp_path / "out" / SIGNATURE_NAME).exists() == signed_before
-    # Whether it is signed is not up to the merge: it would be the same of a base that was signed since, or no more.
+    # The merge does not depend on the signature: recomputed from a base signed or unsigned since, it is the same.
     if signed_before:
         (tmp_path / "base" / SIGNATURE_NAME).unlink()
     else:
@@ -162,7 +162,7 @@ def test_a_signed_base_comes_back_signed(signed_before, tmp_path, llama, adapter
     assert "same bytes; its base's signature differs" in done.stdout, done.stderr
 
 
-def test_a_changed_signature_of_the_base_is_named(tmp_path, llama, adapter, second_adapter):
+def test_a_changed_signature_of_the_base_is_detected(tmp_path, llama, adapter, second_adapter):
     merge(llama, [second_adapter], tmp_path / "base")
     sign(tmp_path / "base", Signer(write_keys(tmp_path, "mine")[0]))
     merge(tmp_path / "base", [adapter], tmp_path / "merged")
