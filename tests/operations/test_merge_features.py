@@ -53,9 +53,7 @@ def assert_rounded_once(found, exact, files, by_norm=frozenset()):
         assert found[name].shape == values.shape, name
         wanted = rounded_once(values, dtype)
         if name in by_norm:
-            apart = steps_apart(
-                found[name] + 0.0, wanted + 0.0
-            )  # + 0.0 turns -0, of a row whose magnitude is 0, into 0
+            apart = steps_apart(found[name] + 0.0, wanted + 0.0)  # -0 becomes 0; it occurs if a row's magnitude is 0
             assert apart.max() <= 1, name
             assert int(apart.sum()) <= 2, name
         else:
@@ -231,7 +229,7 @@ def assert_nothing_written(tmp_path):
 
 @pytest.mark.parametrize("dry_run", [False, True])
 @pytest.mark.parametrize("name", UNTIED)
-def test_changes_that_would_untie_the_head_are_refused_without_the_option(tmp_path, judged, name, dry_run):
+def test_changes_that_would_untie_the_head_are_refused_without_untie(tmp_path, judged, name, dry_run):
     case, _ = judged(name)
     with pytest.raises(AdaptkitError, match=r"lm_head|embed_tokens|wte") as caught:
         merge(case.base, [case.adapter], tmp_path / "out", dry_run=dry_run)
@@ -467,7 +465,7 @@ def test_an_embedding_copied_from_a_different_base_is_used_or_refused(tmp_path, 
 
 @pytest.mark.parametrize("loaded", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("saved", [torch.float16, torch.bfloat16, torch.float32])
-def test_a_copied_embedding_that_differs_only_by_conversion_of_dtypes_is_the_bases(
+def test_a_copied_embedding_that_differs_only_by_dtype_conversions_is_accepted(
     tmp_path, judged, copy_of, loaded, saved
 ):
     """On older GPUs a bfloat16 base is loaded in float16, which peft converts to float32 before training."""

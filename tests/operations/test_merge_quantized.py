@@ -75,9 +75,7 @@ def test_the_share_of_the_change_left_is_reported_by_tensor(tmp_path, llama, ada
             for name in ("out", "base")
         )
         expected = float(((after - before) * delta).sum() / (delta * delta).sum())
-        assert change.effect == pytest.approx(
-            expected, abs=0.03
-        )  # merge computes Q(W) without quantizing its constants
+        assert change.effect == pytest.approx(expected, abs=0.03)  # merge's Q(W) has unquantized constants
         assert change.delta_norm == pytest.approx(float(delta.norm()), rel=1e-9)
         assert change.weight_norm == pytest.approx(float(plain[change.name].double().norm()), rel=1e-6)
         overlap += change.effect * change.delta_norm**2

@@ -74,7 +74,7 @@ def test_transformers_loads_it_and_dequantizes_to_the_same_weights(quantized):
 
 
 def test_logits_match_those_of_the_dequantized_model(quantized, tmp_path):
-    """They are not equal, since bitsandbytes' kernel sums in a different order, in bfloat16."""
+    """The logits differ slightly, since bitsandbytes' kernel sums in a different order, in bfloat16."""
     dequantize(quantized, tmp_path / "plain")
     tokens = torch.arange(3, 43).view(2, 20)
     with torch.no_grad():
