@@ -1,4 +1,4 @@
-"""A quantized tiny model for the trainer."""
+"""Quantized tiny models for the trainer."""
 
 import pytest
 import tiny

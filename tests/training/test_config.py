@@ -15,7 +15,7 @@ GOOD = {"base": "b", "data": ["d.jsonl"]}
 
 
 def config_of(values):
-    """As a file's values are read."""
+    """Build a configuration from a file's values."""
     return build(TrainConfig, values, Place(Document(Path("t.yaml"), values, {})))
 
 
@@ -53,7 +53,7 @@ def test_an_unusable_value_is_refused_by_name(key, value):
         config_of(GOOD | {key: value})
 
 
-def test_what_is_wrong_in_a_file_is_told_with_its_line(tmp_path):
+def test_errors_in_a_file_name_the_line(tmp_path):
     path = tmp_path / "train.yaml"
     for line, problem in (
         ("rank: '4'", "rank: is '4'; expected a whole number"),
@@ -70,7 +70,7 @@ def test_what_is_wrong_in_a_file_is_told_with_its_line(tmp_path):
         with pytest.raises(ConfigError) as caught:
             build(TrainConfig, document.values, Place(document))
         assert caught.value.message == f"{path}, line 3: {problem}"
-    with pytest.raises(ConfigError) as caught:  # the command line's goes before the file's, and stands in no line
+    with pytest.raises(ConfigError) as caught:  # the command line takes precedence, and has no line number
         build(TrainConfig, document.values, Place(document), {"rank": -1, "sample_every": 0})
     assert caught.value.message == "rank: must be at least 1 and at most 65,536, found -1"
 
@@ -83,31 +83,31 @@ def test_values_from_python_have_the_types_of_their_fields():
         TrainConfig(base="b", data=("d.jsonl",), rank="4")
 
 
-def test_steps_and_epochs_are_two_answers_to_one_question():
+def test_steps_and_epochs_cannot_be_combined():
     with pytest.raises(ConfigError, match=r"^t\.yaml: epochs: cannot be combined with steps$") as caught:
         config_of({k: v for k, v in GOOD.items() if k != "steps"} | {"steps": 5, "epochs": 2.0})
     assert caught.value.hint == "leave out one of the two"
 
 
-def test_the_record_is_that_of_earlier_versions_which_had_an_epoch_by_default():
+def test_epochs_are_recorded_as_one_by_default_as_in_earlier_versions():
     config = config_of({k: v for k, v in GOOD.items() if k != "steps"} | {"steps": 5})
     assert config.decisive()["epochs"] == config.recorded()["epochs"] == 1.0
 
 
-def test_a_number_is_recorded_the_same_however_it_was_written():
-    """The command line makes floats of what a file may write as whole numbers."""
+def test_whole_numbers_and_equal_floats_are_recorded_alike():
+    """The command line parses as floats what a file may write as whole numbers."""
     whole = {"alpha": 32, "warmup": 0, "epochs": 2, "alpha_pattern": {"q_proj": 8}, "mixture": {"d.jsonl": 3}}
     records = [
         json.dumps(config_of({k: v for k, v in GOOD.items() if k != "steps"} | values).recorded())
         for values in (whole, json.loads(json.dumps(whole), parse_int=float))
     ]
     assert records[0] == records[1]
-    kwargs = {"chat_template_kwargs": {"n": 1}}  # a template may print it
+    kwargs = {"chat_template_kwargs": {"n": 1}}  # not a float, since a template may print it
     assert json.dumps(config_of(GOOD | kwargs).recorded()["chat_template_kwargs"]) == '{"n": 1}'
 
 
-def test_the_order_of_patterns_is_a_part_of_the_record():
-    """The first that matches counts."""
+def test_the_order_of_patterns_is_recorded():
+    """The first pattern that matches applies."""
     patterns = {"self_attn.q_proj": 8, "q_proj": 64}
     turned = dict(reversed(patterns.items()))
     one, other = (config_of(GOOD | {"alpha_pattern": given}) for given in (patterns, turned))
@@ -115,7 +115,7 @@ def test_the_order_of_patterns_is_a_part_of_the_record():
 
 
 @pytest.mark.parametrize("missing", ["base", "data"])
-def test_what_is_required_is_asked_for(missing):
+def test_a_missing_required_option_is_named(missing):
     with pytest.raises(ConfigError, match=f"{missing} is missing"):
         config_of({k: v for k, v in GOOD.items() if k != missing})
 

@@ -1,7 +1,4 @@
-"""The type that a run computes in: bfloat16 only where it is fast, and said in the report and the manifest.
-
-And on which device: of several processes each has a GPU of its own.
-"""
+"""Compute type and device: bfloat16 only where it is fast, named in report and manifest; one GPU per process."""
 
 import json
 import platform
@@ -18,7 +15,7 @@ from adaptkit.training.evaluation import evaluate as evaluation
 CPU = torch.device("cpu")
 
 
-def test_a_type_that_is_asked_for_is_taken():
+def test_a_requested_compute_type_is_used():
     assert choose_dtype("bfloat16", CPU) == torch.bfloat16
     assert choose_dtype("float32", CPU) == torch.float32
 
@@ -30,7 +27,7 @@ def test_processors_without_avx512_compute_in_float32():
 
 
 @pytest.mark.parametrize("asked", ["auto", "bfloat16", "float32"])
-def test_the_report_and_the_manifest_name_the_type_and_not_auto(llama_nf4, instructions, tmp_path, run_cli, asked):
+def test_report_and_manifest_name_the_compute_type_instead_of_auto(llama_nf4, instructions, tmp_path, run_cli, asked):
     out = tmp_path / "out"
     arguments = ["--steps", 1, "--batch-size", 1, "--rank", 2, "--device", "cpu", "--compute-dtype", asked, "--json"]
     done = run_cli("train", "--base", llama_nf4, "--data", instructions, "-o", out, *arguments)
@@ -44,7 +41,7 @@ def test_the_report_and_the_manifest_name_the_type_and_not_auto(llama_nf4, instr
     assert f"computed in  {expected}\n" in found.stdout
 
 
-def test_attention_of_any_length_leaves_torch_as_it_was():
+def test_cudnn_attention_is_disabled_only_within_the_context():
     before = torch.backends.cuda.cudnn_sdp_enabled()
     with without_cudnn_attention():
         assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -52,7 +49,7 @@ def test_attention_of_any_length_leaves_torch_as_it_was():
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_only_devices_that_are_there_are_taken(monkeypatch, count):
+def test_only_available_devices_are_accepted(monkeypatch, count):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     assert (choose_device("auto").type, choose_device("cpu")) == ("cuda" if count else "cpu", CPU)
@@ -66,7 +63,7 @@ def test_only_devices_that_are_there_are_taken(monkeypatch, count):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A machine that has two, as far as is asked; which of them was made the current one."""
+    """Pretend to have two GPUs; return the list of devices that were made current."""
     current = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -76,7 +73,7 @@ def gpus(monkeypatch):
 
 @pytest.fixture
 def torchrun(monkeypatch):
-    """Be one of several processes on this machine."""
+    """Return a function that pretends that torchrun started this process, with a given rank and number of processes."""
 
     def begin(rank, size):
         started = {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "WORLD_SIZE": size}
@@ -91,14 +88,14 @@ def torchrun(monkeypatch):
 
 
 @pytest.mark.parametrize("asked", ["auto", "cuda"])
-def test_every_process_takes_the_next_gpu(gpus, torchrun, asked):
+def test_each_process_uses_the_gpu_of_its_local_rank(gpus, torchrun, asked):
     torchrun(1, 2)
     with join(asked) as world:
         assert world.device == gpus[0] == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize("asked", ["auto", "cuda"])
-def test_more_processes_than_gpus_are_told_how_many_there_are(gpus, torchrun, asked):
+def test_more_processes_than_gpus_are_refused_with_the_number_of_gpus(gpus, torchrun, asked):
     torchrun(2, 3)
     with pytest.raises(UsageError, match=r"3 processes .* a GPU each, but it has 2") as caught, join(asked):
         pass
@@ -106,14 +103,14 @@ def test_more_processes_than_gpus_are_told_how_many_there_are(gpus, torchrun, as
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE"])
-def test_a_number_of_torchruns_that_is_none_is_named(gpus, torchrun, monkeypatch, name):
+def test_a_malformed_torchrun_variable_is_quoted_in_the_error(gpus, torchrun, monkeypatch, name):
     torchrun(0, 2)
     monkeypatch.setenv(name, "first")
     with pytest.raises(UsageError, match=r"which of several processes this is: .*'first'"), join("cuda"):
         pass
 
 
-def test_one_gpu_is_not_for_several_processes_of_a_machine(gpus, torchrun, monkeypatch):
+def test_one_gpu_is_refused_for_several_processes_of_a_machine(gpus, torchrun, monkeypatch):
     torchrun(0, 2)
     with pytest.raises(UsageError, match="'cuda:1': is one GPU, but 2 processes"), join("cuda:1"):
         pass
@@ -122,7 +119,7 @@ def test_one_gpu_is_not_for_several_processes_of_a_machine(gpus, torchrun, monke
         assert world.device == torch.device("cuda", 1)
 
 
-def test_processes_that_find_themselves_on_one_gpu_are_not_told_of_the_network(monkeypatch):
+def test_processes_on_the_same_gpu_are_not_reported_as_a_network_error(monkeypatch):
     def refuse(*arguments):
         raise RuntimeError("ncclInvalidUsage\nLast error:\nDuplicate GPU detected : rank 0 and rank 1 both on CUDA 50")
 
@@ -131,8 +128,8 @@ def test_processes_that_find_themselves_on_one_gpu_are_not_told_of_the_network(m
         distributed.World(CPU, size=2).total(1.0)
 
 
-def test_the_gpu_that_a_model_is_measured_on_is_the_current_one(gpus, llama_nf4, monkeypatch):
-    """Else pinned memory would make room for itself on the first one, too."""
+def test_evaluation_makes_its_gpu_the_current_one(gpus, llama_nf4, monkeypatch):
+    """Pinned memory would use memory of the first GPU otherwise."""
 
     def stop(*arguments):
         raise InterruptedError

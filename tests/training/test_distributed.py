@@ -1,6 +1,7 @@
-"""Two real processes train what one does, agree on everything, and go on when one of them is killed.
+"""Two real processes train the same adapter as one, stop on disagreement, and resume after one is killed.
 
-Children of one helper process, which imports torch once, are told what torchrun tells; one test uses torchrun itself.
+A helper process imports torch once and forks them with the environment that torchrun sets; one test uses torchrun
+itself.
 """
 
 import json
@@ -134,7 +135,7 @@ def tree(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_two_processes_measure_the_losses_and_gradients_of_one(runs):
+def test_two_processes_report_the_same_losses_and_gradient_norms_as_one(runs):
     """Steps have four or five samples, so the processes' shares of samples and tokens differ."""
     one, two = metrics(runs / "one"), metrics(runs / "two")
     assert [sorted(line) for line in one] == [sorted(line) for line in two]
@@ -143,7 +144,7 @@ def test_two_processes_measure_the_losses_and_gradients_of_one(runs):
             assert theirs[name] == pytest.approx(value, rel=1e-5), (name, mine["step"])
 
 
-def test_two_processes_train_the_adapter_of_one(runs):
+def test_two_processes_train_the_same_adapter_as_one(runs):
     one, two = (read_adapter(runs / name).modules for name in ("one", "two"))
     assert one.keys() == two.keys()
     for module, term in one.items():
@@ -152,7 +153,7 @@ def test_two_processes_train_the_adapter_of_one(runs):
         assert torch.isfinite(change).all()
 
 
-def test_a_divided_base_trains_the_same_bits(runs):
+def test_a_sharded_base_trains_the_same_bits(runs):
     name = "adapter_model.safetensors"
     assert (runs / "sharded" / name).read_bytes() == (runs / "two" / name).read_bytes()
     for mine, theirs in zip(metrics(runs / "sharded"), metrics(runs / "two"), strict=True):
@@ -161,21 +162,21 @@ def test_a_divided_base_trains_the_same_bits(runs):
 
 
 @pytest.mark.parametrize("base", ["gpt2", "llama4"])
-def test_so_does_one_of_transposed_weights_and_one_without_a_model_inside(runs, base):
-    """GPT-2's weights are (in, out) in their file; Llama 4's text model is its own body, and gives logits."""
+def test_sharded_gpt2_and_llama4_train_the_same_bits(runs, base):
+    """GPT-2 stores its weights as (in, out); Llama 4's text model has no inner body that returns hidden states."""
     name = "adapter_model.safetensors"
     assert (runs / f"{base}-sharded" / name).read_bytes() == (runs / base / name).read_bytes()
 
 
-def test_every_process_holds_its_share_of_the_frozen_weights(runs):
+def test_frozen_weights_are_sharded_evenly(runs):
     first, second = (json.loads((runs / f"shares-{rank}.log").read_text()) for rank in range(2))
-    assert len(first) == 2 * 2 * 7  # codes and constants of the linear layers of two layers
+    assert len(first) == 2 * 2 * 7  # codes and constants of seven linear layers in each of two blocks
     for name, (here, whole) in first.items():
         assert here + second[name][0] == whole, name
         assert abs(here - second[name][0]) <= 0.1 * whole, name
 
 
-def test_a_base_cannot_be_divided_by_one_process(run_cli, llama_nf4, instructions, tmp_path):
+def test_shard_base_is_refused_for_one_process_or_with_checkpointing_sqrt(run_cli, llama_nf4, instructions, tmp_path):
     shown = ["train", "--base", llama_nf4, "--data", instructions, "-o", tmp_path / "a", "--shard-base"]
     done = run_cli(*shown)
     assert done.code == 2
@@ -185,7 +186,7 @@ def test_a_base_cannot_be_divided_by_one_process(run_cli, llama_nf4, instruction
     assert "works only with checkpointing auto, layer or none" in done.stderr
 
 
-def test_an_environment_that_says_half_of_what_torchrun_does_is_named(run_cli, llama_nf4, instructions, tmp_path):
+def test_incomplete_or_inconsistent_torchrun_variables_are_refused(run_cli, llama_nf4, instructions, tmp_path):
     given = ["train", "--base", llama_nf4, "--data", instructions, "-o", tmp_path / "a"]
     for environment, missing in (({"WORLD_SIZE": "2"}, "RANK"), ({"WORLD_SIZE": "2", "RANK": "0"}, "MASTER_PORT")):
         done = run_cli(*given, MASTER_ADDR="127.0.0.1", **environment)
@@ -200,7 +201,9 @@ def test_an_environment_that_says_half_of_what_torchrun_does_is_named(run_cli, l
     assert (done.code, "'two'" in done.stderr) == (2, True)
 
 
-def test_a_process_that_torchrun_did_not_start_speaks_for_itself(run_cli, llama_nf4, instructions, tmp_path):
+def test_a_process_with_rank_1_that_torchrun_did_not_start_prints_its_output(
+    run_cli, llama_nf4, instructions, tmp_path
+):
     given = ["train", "--base", llama_nf4, "--data", instructions, "-o", tmp_path / "a", "--dry-run", "--json"]
     done = run_cli(*given, RANK="1")
     assert json.loads(done.stdout)["samples"] > 0
@@ -218,7 +221,7 @@ def test_a_signal_ends_a_process_that_waits_for_others_to_join(llama_nf4, instru
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, env=os.environ | told) as process:
         try:
             with socket.socket() as other:
-                while other.connect_ex(("127.0.0.1", port)):  # it waits soon after it listens
+                while other.connect_ex(("127.0.0.1", port)):  # it starts waiting soon after it listens
                     assert process.poll() is None
                     time.sleep(0.01)
             time.sleep(0.5)
@@ -230,13 +233,13 @@ def test_a_signal_ends_a_process_that_waits_for_others_to_join(llama_nf4, instru
     assert json.loads(output)["error"]["retryable"]
 
 
-def test_only_the_first_process_writes_and_speaks(runs):
+def test_only_the_first_process_writes_and_prints(runs):
     assert (runs / "two-0.log").read_text().startswith("wrote")
     assert (runs / "two-1.log").read_text() == ""
     assert sorted(path.name for path in runs.glob("*.partial")) == ["broken.partial"]
 
 
-def test_when_one_is_killed_the_other_says_so_and_the_same_command_ends_in_the_same_bytes(runs):
+def test_after_a_process_is_killed_the_other_reports_it_and_a_rerun_gives_the_same_bytes(runs):
     first = (runs / "killed-0.log").read_text()
     assert first.startswith("error: another process of this run cannot be reached")
     assert "hint: see its own message for the cause; the same command resumes the run" in first
@@ -245,7 +248,7 @@ def test_when_one_is_killed_the_other_says_so_and_the_same_command_ends_in_the_s
     assert tree(runs / "killed") == tree(runs / "noisy")
 
 
-def test_so_it_is_where_layers_are_exchanged_while_they_compute(runs):
+def test_after_a_process_is_killed_a_sharded_run_reports_it_and_resumes_to_the_same_bytes(runs):
     first = (runs / "parted-0.log").read_text()
     assert first.startswith("error: another process of this run cannot be reached")
     assert "Traceback" not in first
@@ -255,7 +258,7 @@ def test_so_it_is_where_layers_are_exchanged_while_they_compute(runs):
     assert (runs / "parted" / name).read_bytes() == (runs / "sharded" / name).read_bytes()
 
 
-def test_processes_that_would_train_different_things_are_refused(runs):
+def test_processes_with_different_options_or_data_are_refused(runs):
     for rank, of in enumerate(("", "process 1: ")):
         message, hint = (runs / f"unlike-{rank}.log").read_text().splitlines()
         assert message == f"{of}error: process 1 differs from the first: rank is 4 there and 8 here; another data"
@@ -263,19 +266,19 @@ def test_processes_that_would_train_different_things_are_refused(runs):
     assert not (runs / "unlike.partial").exists()
 
 
-def test_nobody_waits_for_a_process_that_cannot_read_its_data(runs):
+def test_no_process_waits_for_one_that_cannot_read_its_data(runs):
     assert (runs / "absent-0.log").read_text().startswith("error: another process of this run cannot be reached")
     assert "absent.jsonl: cannot be read" in (runs / "absent-1.log").read_text()
 
 
-def test_all_processes_stop_at_the_same_step_and_name_the_samples_of_all(runs):
+def test_processes_stop_at_the_same_step_and_name_the_samples_of_all_processes(runs):
     messages = [(runs / f"broken-{rank}.log").read_text().splitlines() for rank in range(2)]
     assert messages[0][0].startswith("error: the loss is nan at step")
     assert messages[1] == [f"process 1: {line}" for line in messages[0]]
     assert messages[0][0].count("line ") in (4, 5)  # all of a step, not one process's half
 
 
-def test_torchrun_begins_again_when_a_process_is_killed(runs, llama_nf4, instructions, tmp_path):
+def test_torchrun_restarts_a_run_after_a_process_is_killed(runs, llama_nf4, instructions, tmp_path):
     output = tmp_path / "adapter"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
@@ -297,7 +300,7 @@ def test_torchrun_begins_again_when_a_process_is_killed(runs, llama_nf4, instruc
 
 
 def worker_of(parent, rank):
-    """The child of a process that has a rank."""
+    """Return the ID of the child process that has a given rank."""
     with open(f"/proc/{parent}/task/{parent}/children") as file:
         for child in file.read().split():
             with open(f"/proc/{child}/environ", "rb") as environment:

@@ -1,4 +1,4 @@
-"""Full fine-tuning trains transformers' own model, and writes the base's checkpoint with other numbers."""
+"""Full fine-tuning trains transformers' own model, and writes a checkpoint with the layout of its base."""
 
 import peft_adapters
 import pytest
@@ -54,7 +54,7 @@ def written(folder, model, config):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_gradient_is_that_of_transformers_model(bases, family):
+def test_gradients_equal_those_of_the_transformers_model(bases, family):
     model, _, trainable = begun(bases / family)
     plain = AutoModelForCausalLM.from_pretrained(bases / family, dtype=torch.float32).train()
     model.network.train()(IDS, labels=IDS, use_cache=False).loss.backward()
@@ -68,7 +68,7 @@ def test_every_gradient_is_that_of_transformers_model(bases, family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_untrained_it_writes_the_bases_own_bytes(bases, family, tmp_path):
+def test_an_untrained_model_is_written_with_the_bytes_of_its_base(bases, family, tmp_path):
     model, config, _ = begun(bases / family, "bfloat16")
     folder = written(tmp_path / "tuned", model, config)
     for path in (bases / family).iterdir():
@@ -77,7 +77,7 @@ def test_untrained_it_writes_the_bases_own_bytes(bases, family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_trained_it_writes_what_transformers_loads_to_the_same_logits(bases, family, tmp_path):
+def test_transformers_computes_the_same_logits_from_a_written_checkpoint(bases, family, tmp_path):
     model, config, trainable = begun(bases / family)
     generator = torch.Generator().manual_seed(3)
     trainable.values.add_(torch.randn(trainable.values.shape, generator=generator), alpha=0.02)
@@ -93,7 +93,7 @@ def test_trained_it_writes_what_transformers_loads_to_the_same_logits(bases, fam
         assert float((before(IDS).logits - expected).abs().max()) > 1e-2
 
 
-def test_in_bfloat16_it_computes_what_a_bfloat16_model_does(bases):
+def test_logits_in_bfloat16_equal_those_of_a_frozen_bfloat16_model(bases):
     model, _, trainable = begun(bases / "tied", "bfloat16")
     assert trainable.values.dtype == torch.float32
     frozen = load_model(bases / "tied", torch.bfloat16, CPU).network
@@ -104,7 +104,7 @@ def test_in_bfloat16_it_computes_what_a_bfloat16_model_does(bases):
         assert float((found - plain(IDS).logits).abs().max()) < 0.05
 
 
-def test_a_run_learns_and_keeps_the_layout(bases, instructions, tmp_path):
+def test_a_run_lowers_the_loss_and_preserves_the_file_layout(bases, instructions, tmp_path):
     base = bases / "tied"
     config = TrainConfig(
         base=str(base), data=(str(instructions),), method="full", steps=12, batch_size=4, learning_rate=2e-3,
@@ -123,20 +123,20 @@ def test_a_run_learns_and_keeps_the_layout(bases, instructions, tmp_path):
             ]
 
 
-def test_a_quantized_base_is_refused_with_what_to_do(llama_nf4):
+def test_a_quantized_base_is_refused_with_a_hint_to_dequantize(llama_nf4):
     config = TrainConfig(base=str(llama_nf4), data=("none",), method="full")
     with pytest.raises(UsageError, match="is quantized; method full") as caught:
         resolve_method(config, Checkpoint(llama_nf4))
     assert "dequantize" in caught.value.hint
 
 
-def test_what_only_an_adapter_has_is_refused():
+def test_options_that_apply_only_to_adapters_are_refused():
     for name, value in (("dora", True), ("rank", 4), ("modules_to_save", ("lm_head",)), ("bias", "all")):
         with pytest.raises(ConfigError, match=f"^{name}: does not apply to method full, which makes no adapter"):
             TrainConfig(base="base", data=("none",), method="full", **{name: value})
 
 
-def test_a_weight_that_its_type_cannot_hold_is_an_error(bases, tmp_path):
+def test_a_weight_too_large_for_its_stored_type_is_an_error(bases, tmp_path):
     model, config, trainable = begun(bases / "tied")
     trainable.values[5] = float("inf")
     with pytest.raises(NonFiniteError, match="too large for BF16"):
@@ -144,8 +144,8 @@ def test_a_weight_that_its_type_cannot_hold_is_an_error(bases, tmp_path):
     assert not (tmp_path / "tuned").exists()
 
 
-def test_a_weight_that_could_not_be_written_in_the_end_is_refused_in_the_beginning(tmp_path, monkeypatch):
-    """The files of HRM hold gate and up as one matrix, which its layers have as two."""
+def test_weights_that_could_not_be_written_back_are_refused_before_training(tmp_path, monkeypatch):
+    """HRM's files store gate and up as one matrix, its layers as two."""
     monkeypatch.setitem(tiny.ARCHITECTURES, "hrm_text", {"num_key_value_heads": 4, "head_dim": 16})
     base = tiny.write_architecture(tmp_path / "base", "hrm_text")
     data = tiny.write_instructions(tmp_path / "rows.jsonl")

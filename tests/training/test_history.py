@@ -1,4 +1,4 @@
-"""What every step asks of the history is what all of its lines say, however many they are."""
+"""The history's properties, which are updated with each line, equal those computed from all lines."""
 
 import json
 
@@ -12,7 +12,7 @@ STEPS = st.lists(st.tuples(st.booleans(), LOSSES), max_size=30)
 
 
 def lines_of(steps, first):
-    """A measurement before the first step, if there is one, and steps with a measurement after some of them."""
+    """Return the lines of an optional measurement at step 0, and of steps, some followed by a measurement."""
     found = [] if first is None else [{"step": 0, "held_out_loss": first}]
     for number, (skipped, loss) in enumerate(steps, 1):
         found.append(
@@ -23,8 +23,8 @@ def lines_of(steps, first):
 
 
 @given(STEPS, LOSSES, st.integers(0, 60))
-def test_it_knows_the_best_step_and_what_came_after_it(steps, first, cut):
-    """Half of the lines are read from a checkpoint, the others are added."""
+def test_properties_equal_those_computed_from_all_lines(steps, first, cut):
+    """The first lines are read from a checkpoint, the others are added."""
     lines = lines_of(steps, first)
     history = History(None, b"".join((json.dumps(line) + "\n").encode() for line in lines[:cut]))
     for line in lines[cut:]:

@@ -1,4 +1,4 @@
-"""A run goes on only with the inputs that it began with."""
+"""A run resumes only with the inputs that it began with."""
 
 import peft_adapters
 import pytest
@@ -9,7 +9,7 @@ from adaptkit.training.loop import train
 
 
 @pytest.mark.parametrize(("changes", "goes_on"), [({"lora_alpha": 999}, False), ({"inference_mode": False}, True)])
-def test_a_run_does_not_go_on_from_an_adapter_that_scales_otherwise(
+def test_resuming_is_refused_if_the_scale_of_the_initial_adapter_changed(
     changes, goes_on, llama, adapter, instructions, copy_of, tmp_path
 ):
     start = copy_of(adapter)

@@ -1,4 +1,4 @@
-"""A training run learns, is the same whatever pages or segments it uses, and goes on after a kill."""
+"""A training run lowers the loss, gives the same result with any paging or checkpointing, and resumes after a kill."""
 
 import hashlib
 import json
@@ -68,7 +68,7 @@ def test_the_metrics_hold_every_step(trained):
 
 
 def test_peft_loads_the_adapter_and_measures_the_same_loss(trained, llama, instructions):
-    """The 16-bit base in peft, against our own evaluation of base and adapter."""
+    """Both use the 16-bit base, although the adapter was trained on the quantized one."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -90,8 +90,8 @@ def test_peft_loads_the_adapter_and_measures_the_same_loss(trained, llama, instr
     assert found.loss < 0.9 * without.loss
 
 
-def test_the_first_loss_is_that_of_the_dequantized_model(config, llama_nf4, tmp_path, instructions):
-    """A fresh adapter changes nothing, so step 1 is transformers' own loss on the same batch, token-weighted."""
+def test_the_first_loss_equals_that_of_the_dequantized_model(config, llama_nf4, tmp_path, instructions):
+    """A fresh adapter changes nothing, so step 1 has transformers' loss on the same batch, weighted by tokens."""
     from transformers import AutoModelForCausalLM
 
     from adaptkit.operations.dequantize import dequantize
@@ -119,7 +119,7 @@ def test_the_first_loss_is_that_of_the_dequantized_model(config, llama_nf4, tmp_
     ],
     ids=["paged", "sqrt", "none", "segments", "budget"],
 )
-def test_neither_pages_nor_segments_change_a_byte(config, trained, change, tmp_path):
+def test_paging_and_checkpointing_do_not_change_the_adapter(config, trained, change, tmp_path):
     report = train(replace(config, **change), tmp_path / "adapter")
     assert report.tensors_root == trained[1].tensors_root
     if "page_kib" in change:
@@ -127,11 +127,11 @@ def test_neither_pages_nor_segments_change_a_byte(config, trained, change, tmp_p
         assert report.paging["write_backs"] > 0
 
 
-def test_another_seed_gives_another_adapter(config, trained, tmp_path):
+def test_a_different_seed_gives_a_different_adapter(config, trained, tmp_path):
     assert train(replace(config, seed=1), tmp_path / "adapter").tensors_root != trained[1].tensors_root
 
 
-def test_the_manifest_names_the_base_by_its_tensors(trained, llama_nf4):
+def test_the_manifest_identifies_the_base_by_its_tensors(trained, llama_nf4):
     base, adapter = require_manifest(llama_nf4), require_manifest(trained[0])
     assert adapter.parents[0].tensors_root == base.tensors_root
     assert adapter.parents[0].manifest_sha256 == base.sha256
@@ -148,7 +148,7 @@ def arguments(config, output):
     return [sys.executable, "-m", "adaptkit.cli.main", *shown]
 
 
-def test_killed_runs_go_on_to_the_same_bytes(config, trained, tmp_path):
+def test_killed_runs_resume_to_the_same_bytes(config, trained, tmp_path):
     output = tmp_path / "adapter"
     partial = output.with_name("adapter.partial")
     for wanted in (2, 6, 10):
@@ -168,7 +168,7 @@ def test_killed_runs_go_on_to_the_same_bytes(config, trained, tmp_path):
         assert (output / name).read_bytes() == (trained[0] / name).read_bytes()
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config, trained, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(config, trained, tmp_path, monkeypatch, capsys):
     output = tmp_path / "adapter"
     saving = replace(config, save_every=4)
     steps = []
@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(config, traine
     assert "checkpoint-10 is damaged" in capsys.readouterr().err
 
 
-def test_a_run_that_was_killed_after_its_last_step_tells_no_speed(config, trained, tmp_path):
+def test_a_run_resumed_after_its_last_step_reports_no_speed(config, trained, tmp_path):
     def stop(report):
         if report.step == report.steps:
             raise KeyboardInterrupt
@@ -201,7 +201,7 @@ def test_a_run_that_was_killed_after_its_last_step_tells_no_speed(config, traine
     assert "speed" in dict(train_command._rows(trained[1]))
 
 
-def test_a_budget_says_what_it_chose_or_what_the_least_would_be(config, run_cli, tmp_path):
+def test_a_budget_reports_its_choice_or_the_smallest_sufficient_budget(config, run_cli, tmp_path):
     arguments = ["train", "--base", config.base, "--data", config.data[0], "-o", tmp_path / "out", "--dry-run"]
     done = run_cli(*arguments, "--checkpointing", "budget:64")
     assert "0 of 2 layers checkpointed" in done.stdout
@@ -212,12 +212,12 @@ def test_a_budget_says_what_it_chose_or_what_the_least_would_be(config, run_cli,
     assert (done.code, "the first of 2 layers checkpointed" in done.stdout) == (0, True), done.stderr
 
 
-def test_offloading_where_there_is_no_gpu_is_refused_with_the_reason(config, tmp_path):
+def test_offloading_without_a_gpu_is_refused_with_the_reason(config, tmp_path):
     with pytest.raises(UsageError, match="needs a GPU; on a CPU, checkpoints are in host memory already"):
         train(replace(config, offload_checkpoints=True), tmp_path / "adapter")
 
 
-def test_unfinished_work_of_another_run_is_not_thrown_away(config, tmp_path):
+def test_unfinished_work_of_a_different_run_is_not_discarded(config, tmp_path):
     def stop(report):
         raise KeyboardInterrupt
 
@@ -227,7 +227,7 @@ def test_unfinished_work_of_another_run_is_not_thrown_away(config, tmp_path):
         train(replace(config, rank=8), tmp_path / "adapter")
 
 
-def test_a_run_that_was_refused_is_in_nobodys_way(config, tmp_path):
+def test_a_refused_run_leaves_no_files_and_does_not_block_the_next(config, tmp_path):
     for wrong in ({"targets": ("nope",)}, {"rank": 999}):
         with pytest.raises(UsageError):
             train(replace(config, **wrong), tmp_path / "adapter")
@@ -235,8 +235,8 @@ def test_a_run_that_was_refused_is_in_nobodys_way(config, tmp_path):
     train(replace(config, steps=1), tmp_path / "adapter")
 
 
-def test_a_run_that_made_no_checkpoint_holds_up_no_other(config, tmp_path):
-    """As one that was killed before its first; what it measured is not taken for the other's."""
+def test_a_run_without_a_checkpoint_does_not_block_a_different_run(config, tmp_path):
+    """It was killed before its first checkpoint; its metrics are not mistaken for those of the next run."""
     work = tmp_path / "adapter.partial"
 
     def kill(report):
@@ -258,8 +258,8 @@ def test_a_run_that_made_no_checkpoint_holds_up_no_other(config, tmp_path):
 @pytest.mark.parametrize(
     "name", ["checkpoint-3", "keep-3", "model-00001-of-00009.safetensors", "notes/a.txt", "model.partial"]
 )
-def test_what_no_run_begins_with_is_not_thrown_away(name, config, tmp_path):
-    """Neither by a run with other options nor by one that is refused: a checkpoint, another command's work, a note."""
+def test_checkpoints_and_foreign_files_in_the_work_folder_are_not_discarded(name, config, tmp_path):
+    """Neither by a run with a different plan nor by one that is refused for its own options."""
     work = tmp_path / "adapter.partial"
     with Output(tmp_path / "adapter", ["another plan"]):
         (work / name).parent.mkdir(exist_ok=True)
@@ -271,7 +271,7 @@ def test_what_no_run_begins_with_is_not_thrown_away(name, config, tmp_path):
         assert sorted(work.rglob("*")) == before
 
 
-def test_the_reason_of_a_refusal_outlives_a_folder_that_cannot_be_removed(config, tmp_path, monkeypatch):
+def test_the_reason_of_a_refusal_is_reported_even_if_cleanup_fails(config, tmp_path, monkeypatch):
     def busy(output):
         raise OSError(16, "Device or resource busy")
 
@@ -280,7 +280,7 @@ def test_the_reason_of_a_refusal_outlives_a_folder_that_cannot_be_removed(config
         train(replace(config, targets=("nope",)), tmp_path / "adapter")
 
 
-def test_a_plain_base_and_an_existing_output_are_refused(config, llama, trained, tmp_path):
+def test_an_unquantized_base_for_qlora_and_an_existing_output_are_refused(config, llama, trained, tmp_path):
     with pytest.raises(UsageError, match="is not quantized, which method qlora requires") as caught:
         train(replace(config, base=str(llama), method="qlora"), tmp_path / "adapter")
     assert "adaptkit quantize" in caught.value.hint
@@ -289,13 +289,13 @@ def test_a_plain_base_and_an_existing_output_are_refused(config, llama, trained,
     assert not (tmp_path / "adapter").exists()
 
 
-def test_a_loss_that_is_no_number_stops_the_run(config, tmp_path):
+def test_a_non_finite_loss_stops_the_run(config, tmp_path):
     with pytest.raises(NonFiniteError, match="at step"):
         train(replace(config, learning_rate=1e30, max_grad_norm=0.0), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 
 
-def test_micro_batches_add_up_to_the_batch(config, tmp_path):
+def test_micro_batches_give_the_result_of_the_whole_batch(config, tmp_path):
     plain = replace(config, dropout=0.0, steps=3)
     train(plain, tmp_path / "whole")
     train(replace(plain, micro_batch_size=1), tmp_path / "parts")
@@ -311,7 +311,7 @@ def test_micro_batches_add_up_to_the_batch(config, tmp_path):
 
 
 def stopped(config, output, step):
-    """Begin a run, and end it after a step."""
+    """Start a run, and interrupt it after a step."""
 
     def stop(report):
         if report.step == step:
@@ -321,7 +321,7 @@ def stopped(config, output, step):
         train(config, output, on_step=stop)
 
 
-def test_a_run_that_is_refused_before_it_goes_on_keeps_what_there_is(config, tmp_path):
+def test_a_run_refused_before_resuming_does_not_discard_its_checkpoint(config, tmp_path):
     run, output = replace(config, steps=4, save_every=1), tmp_path / "adapter"
     stopped(run, output, 2)
     for ask in (train, plan_run):
@@ -334,8 +334,8 @@ def test_a_run_that_is_refused_before_it_goes_on_keeps_what_there_is(config, tmp
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_a_paged_run_goes_on_with_another_budget_to_the_same_bytes(config, optimizer, tmp_path):
-    """The whole state is resident, then one page is, and a run that was never stopped has something in between."""
+def test_a_paged_run_resumes_with_a_different_budget_to_the_same_adapter(config, optimizer, tmp_path):
+    """First the whole state is resident, then no page; in the uninterrupted run some of the pages are."""
     run = replace(config, optimizer=optimizer, steps=4, page_kib=4, optimizer_pages_mib=0.012)
     whole = train(run, tmp_path / "whole")
     assert 0 < whole.paging["resident"] < whole.paging["pages"]
@@ -345,8 +345,8 @@ def test_a_paged_run_goes_on_with_another_budget_to_the_same_bytes(config, optim
     assert report.tensors_root == whole.tensors_root
 
 
-def test_metrics_show_the_page_table_and_what_moved_in_every_step(config, tmp_path):
-    """Of a run that was stopped, too: what moves in a step does not depend on where the process began."""
+def test_metrics_report_resident_pages_and_page_transfers_of_every_step(config, tmp_path):
+    """Also in a resumed run: the transfers of a step do not depend on where the process started."""
     run = replace(config, steps=4, page_kib=4, optimizer_pages_mib=0.02)
     whole = train(run, tmp_path / "whole")
     stopped(run, tmp_path / "adapter", 2)
@@ -360,7 +360,7 @@ def test_metrics_show_the_page_table_and_what_moved_in_every_step(config, tmp_pa
         assert paging["faults"] == paging["write_backs"] == paging["pages"] - paging["resident"] > 0
 
 
-def test_metrics_that_were_cut_off_are_made_whole_from_the_checkpoint(config, trained, tmp_path):
+def test_truncated_metrics_are_restored_from_the_checkpoint(config, trained, tmp_path):
     output, saving = tmp_path / "adapter", replace(config, save_every=4)
     stopped(saving, output, 6)
     live = tmp_path / "adapter.partial" / "metrics.jsonl"
@@ -369,7 +369,7 @@ def test_metrics_that_were_cut_off_are_made_whole_from_the_checkpoint(config, tr
     assert (output / "metrics.jsonl").read_bytes() == (trained[0] / "metrics.jsonl").read_bytes()
 
 
-def test_gradients_that_are_no_numbers_stop_the_run_before_they_are_used(config, tmp_path, monkeypatch):
+def test_non_finite_gradients_stop_the_run_at_their_step(config, tmp_path, monkeypatch):
     def spoil(model, batch):
         loss = summed_loss(model, batch)
         loss.register_hook(lambda grad: grad * float("inf"))
@@ -381,12 +381,12 @@ def test_gradients_that_are_no_numbers_stop_the_run_before_they_are_used(config,
     assert not (tmp_path / "adapter").exists()
 
 
-def test_the_manifest_names_the_data(trained, instructions):
+def test_the_manifest_records_the_hash_of_the_data(trained, instructions):
     expected = hashlib.sha256(instructions.read_bytes()).hexdigest()
     assert require_manifest(trained[0]).operation["options"]["data_sha256"] == [expected]
 
 
-def test_a_base_without_a_manifest_is_named_by_its_tensors(config, llama_nf4, copy_of, tmp_path):
+def test_a_base_without_a_manifest_is_identified_by_its_tensors(config, llama_nf4, copy_of, tmp_path):
     base = copy_of(llama_nf4)
     (base / MANIFEST_NAME).unlink()
     train(replace(config, base=str(base), steps=1), tmp_path / "adapter")
@@ -397,8 +397,8 @@ def test_a_base_without_a_manifest_is_named_by_its_tensors(config, llama_nf4, co
     assert manifest.targets == tuple(replace(target, base_xxh3_128=None) for target in known.targets)
 
 
-def test_an_adapter_trained_on_conv1d_layers_merges_the_way_it_was_trained(config, gpt2, instructions, tmp_path):
-    """c_proj of the attention is square, so that nothing but the result tells a transposed change."""
+def test_a_merged_adapter_of_conv1d_layers_has_the_loss_of_the_unmerged_one(config, gpt2, instructions, tmp_path):
+    """The attention's c_proj is square, so only the loss reveals a transposed change."""
     quantize(gpt2, tmp_path / "nf4")
     on_gpt2 = replace(config, base=str(tmp_path / "nf4"), targets=("*.attn.c_proj",), steps=8)
     train(on_gpt2, tmp_path / "adapter")
@@ -410,7 +410,7 @@ def test_an_adapter_trained_on_conv1d_layers_merges_the_way_it_was_trained(confi
     assert merged == pytest.approx(adapted, abs=1e-4)
 
 
-def test_a_base_that_is_not_what_its_manifest_says_is_refused_before_anything_is_written(config, copy_of, tmp_path):
+def test_a_base_that_differs_from_its_manifest_is_refused_before_anything_is_written(config, copy_of, tmp_path):
     base = copy_of(Path(config.base))
     weights = base / "model.safetensors"
     content = bytearray(weights.read_bytes())
@@ -421,7 +421,7 @@ def test_a_base_that_is_not_what_its_manifest_says_is_refused_before_anything_is
     assert [path.name for path in tmp_path.iterdir()] == [base.name]
 
 
-def test_the_adapter_that_a_run_begins_with_is_not_its_output(config, trained, copy_of):
+def test_the_initial_adapter_cannot_be_the_output_or_contain_it(config, trained, copy_of):
     first = copy_of(trained[0])
     on_it = replace(config, init=str(first), rank=16)
     for output in (first, first / "second"):
@@ -438,7 +438,7 @@ def test_the_base_is_never_replaced_by_its_adapter(config, llama_nf4, copy_of):
     assert sorted((path.name, path.read_bytes()) for path in base.iterdir()) == before
 
 
-def test_layers_add_up_their_gradients_while_a_step_is_taken(config, tmp_path, monkeypatch):
+def test_layers_accumulate_their_gradients_instead_of_autograd(config, tmp_path, monkeypatch):
     added, add = [], accumulation.add_scaled
     monkeypatch.setattr(accumulation, "add_scaled", lambda *args: added.append(add(*args)))
     report = train(replace(config, steps=1, micro_batch_size=2), tmp_path / "out")
@@ -446,7 +446,7 @@ def test_layers_add_up_their_gradients_while_a_step_is_taken(config, tmp_path, m
     assert report.trainable_parameters > 0
 
 
-def test_the_command_gives_the_compiler_of_kernels_back(config, tmp_path, monkeypatch):
+def test_the_command_releases_the_memory_of_the_kernel_compiler(config, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(train_command, "give_back_kernel_compiler", lambda: asked.append(True))
     arguments = ["train", "--base", config.base, "--data", *config.data, "-o", str(tmp_path / "out"), "--dry-run"]

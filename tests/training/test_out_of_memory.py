@@ -1,4 +1,4 @@
-"""Wherever memory runs out, the error is one line that says where, with what would take less."""
+"""Wherever memory runs out, the error is one line that says where, with a hint at what needs less."""
 
 from dataclasses import replace
 
@@ -42,7 +42,9 @@ def config(llama_nf4, instructions):
         (run, "generate", "while prompts were answered", "--sample-tokens"),
     ],
 )
-def test_training_says_where_and_what_takes_less(config, tmp_path, monkeypatch, owner, name, where, hint):
+def test_training_reports_where_memory_ran_out_and_what_needs_less(
+    config, tmp_path, monkeypatch, owner, name, where, hint
+):
     monkeypatch.setattr(owner, name, full)
     with pytest.raises(UsageError) as caught:
         train(config, tmp_path / "out", note=lambda line: None)
@@ -51,7 +53,7 @@ def test_training_says_where_and_what_takes_less(config, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("pages_mib", [None, 0.05])
-def test_optimizer_state_that_finds_no_room_beside_the_base_waits_in_host_memory(
+def test_optimizer_state_that_does_not_fit_with_the_base_is_stored_in_host_memory(
     config, tmp_path, monkeypatch, pages_mib
 ):
     config = replace(config, steps=3, page_kib=4, optimizer_pages_mib=pages_mib, sample_prompts=())
@@ -72,7 +74,7 @@ def test_optimizer_state_that_finds_no_room_beside_the_base_waits_in_host_memory
 
 
 @pytest.mark.parametrize("change", [{"page_kib": 1 << 20}, {"optimizer_pages_mib": 0.001}], ids=["all", "budget"])
-def test_one_page_that_finds_no_room_is_not_tried_again(config, tmp_path, monkeypatch, change):
+def test_allocation_is_not_retried_if_a_single_page_does_not_fit(config, tmp_path, monkeypatch, change):
     made = []
 
     def no_room(*arguments, **named):
@@ -86,7 +88,7 @@ def test_one_page_that_finds_no_room_is_not_tried_again(config, tmp_path, monkey
     assert (len(made), notes) == (1, [])
 
 
-def test_so_does_a_dry_run(config, tmp_path, monkeypatch):
+def test_a_dry_run_reports_where_memory_ran_out(config, tmp_path, monkeypatch):
     monkeypatch.setattr(preparation, "load_model", full)
     with pytest.raises(UsageError, match="out of memory while the model was loaded"):
         plan_run(config, tmp_path / "out")
@@ -100,7 +102,7 @@ def test_so_does_a_dry_run(config, tmp_path, monkeypatch):
         ("generate", "while the model was evaluated", "--batch-size"),
     ],
 )
-def test_so_do_an_evaluation_and_a_comparison(llama_nf4, instructions, monkeypatch, name, where, hint):
+def test_evaluation_and_comparison_report_where_memory_ran_out(llama_nf4, instructions, monkeypatch, name, where, hint):
     monkeypatch.setattr(evaluation, name, full)
     options = EvaluateOptions(prompts=("Hello",), device="cpu")
     for measured in (lambda: evaluate(llama_nf4, None, [instructions], options),
@@ -110,14 +112,14 @@ def test_so_do_an_evaluation_and_a_comparison(llama_nf4, instructions, monkeypat
         assert hint in caught.value.hint
 
 
-def test_a_real_allocation_that_fails_is_known_and_other_errors_are_not():
+def test_a_real_allocation_failure_is_recognized_and_other_errors_are_not():
     with pytest.raises(UsageError, match="out of memory here"), reports_out_of_memory("here", hint=""):
         torch.empty(1 << 60)
     with pytest.raises(RuntimeError, match="size of tensor"), reports_out_of_memory("here", hint=""):
         torch.ones(2) + torch.ones(3)
 
 
-def test_a_device_that_is_full_is_not_taken_for_a_process_that_is_gone(monkeypatch):
+def test_out_of_memory_is_not_mistaken_for_a_lost_process(monkeypatch):
     world = World(torch.device("cpu"), size=2)
     monkeypatch.setattr(distributed.distributed, "all_reduce", full)
     with pytest.raises(torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""What a run does besides steps: it stops early, skips, answers, tells trackers, draws, plans."""
+"""What a run does besides steps: early stopping, skipping, sampling, tracking, plotting, planning, resuming."""
 
 import json
 import math
@@ -86,11 +86,11 @@ def test_any_micro_batch_size_gives_the_same_loss_and_gradient(gradient_of, size
     assert torch.equal(gradient_of(size)[1], parts)
 
 
-# What is no number
+# Non-finite values
 
 
 def confirm(base, digest):
-    """Make the manifest say that the base was so from the beginning; a changed one is refused."""
+    """Update the manifest to a changed base, which would be refused otherwise."""
     manifest = require_manifest(base)
     files = [
         replace(record, size=(base / record.path).stat().st_size, sha256=file_sha256(base / record.path))
@@ -106,7 +106,7 @@ def confirm(base, digest):
 
 @pytest.fixture(scope="module")
 def poisoned(tmp_path_factory):
-    """A model for which one letter is infinite, and data of which one line has it."""
+    """A model with an infinite embedding of one letter, and data with that letter in one line."""
     folder = tmp_path_factory.mktemp("poisoned")
     quantize(tiny.write_llama(folder / "plain", tied=False), folder / "nf4")
     (letter,) = load_tokenizer(folder / "plain")("Z")["input_ids"]
@@ -127,7 +127,7 @@ def on_poisoned(config, poisoned):
     )
 
 
-def test_a_loss_that_is_no_number_is_named_by_step_file_and_line(on_poisoned, tmp_path):
+def test_a_non_finite_loss_is_reported_with_step_file_and_line(on_poisoned, tmp_path):
     with pytest.raises(NonFiniteError, match=r"the loss is nan at step \d: .*rows.jsonl, line 8") as caught:
         train(replace(on_poisoned, micro_batch_size=1), tmp_path / "adapter")
     assert caught.value.message.count("rows.jsonl") == 1  # the micro-batch, not the whole batch
@@ -136,7 +136,7 @@ def test_a_loss_that_is_no_number_is_named_by_step_file_and_line(on_poisoned, tm
 
 
 def test_the_optimizer_never_sees_a_skipped_step(on_poisoned, tmp_path):
-    """A run that ends with the skipped step is the run that ends before it."""
+    """A run that ends with the skipped step gives the same adapter as one that ends before it."""
     skipping, notes = replace(on_poisoned, on_non_finite="skip"), []
     report = train(skipping, tmp_path / "whole", note=notes.append)
     (step,) = metrics(tmp_path / "whole", "skipped")
@@ -152,13 +152,13 @@ def test_the_optimizer_never_sees_a_skipped_step(on_poisoned, tmp_path):
     assert through.tensors_root == before.tensors_root
 
 
-def test_skipping_gives_up_when_every_step_is_no_number(on_poisoned, tmp_path):
+def test_skipping_stops_after_five_non_finite_steps_in_a_row(on_poisoned, tmp_path):
     broken = replace(on_poisoned, on_non_finite="skip", learning_rate=1e30, max_grad_norm=0.0, steps=20)
     with pytest.raises(NonFiniteError, match="the last of 5 such steps in a row"):
         train(broken, tmp_path / "adapter", note=lambda text: None)
 
 
-def test_a_run_that_stopped_there_goes_on_without_that_step_when_told_so(on_poisoned, tmp_path):
+def test_a_run_that_stopped_at_a_non_finite_loss_can_resume_and_skip_it(on_poisoned, tmp_path):
     with pytest.raises(NonFiniteError):
         train(replace(on_poisoned, save_every=1), tmp_path / "stopped")
     skipping = replace(on_poisoned, save_every=1, on_non_finite="skip")
@@ -168,10 +168,10 @@ def test_a_run_that_stopped_there_goes_on_without_that_step_when_told_so(on_pois
     assert report.tensors_root == whole.tensors_root
 
 
-# What is measured beside the steps
+# Measurements between steps
 
 
-def test_no_more_samples_are_measured_at_a_time_than_are_trained_on(config, tmp_path):
+def test_evaluation_batches_are_no_larger_than_micro_batches(config, tmp_path):
     seen = []
 
     def look(module, inputs):
@@ -187,13 +187,13 @@ def test_no_more_samples_are_measured_at_a_time_than_are_trained_on(config, tmp_
 
 
 @pytest.mark.parametrize("asked", [{"sample_tokens": 10_000}, {"sample_prompts": ("word " * 3000,)}])
-def test_a_sample_that_the_model_cannot_read_is_refused_before_the_first_step(config, tmp_path, asked):
+def test_sample_prompts_longer_than_the_context_are_refused_before_the_first_step(config, tmp_path, asked):
     with pytest.raises(UsageError, match="are longer than the model's context of "):
         train(replace(config, **{"sample_prompts": ("hi",), **asked}), tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
 
 
-# The best, the last, and an early end
+# Best and last adapter, early stopping
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +207,7 @@ def stopped(overshooting, tmp_path_factory):
     return output, train(overshooting, output, note=lambda text: None)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_named_before_the_first_step(
+def test_tokens_outside_the_models_vocabulary_are_refused_before_the_first_step(
     config, llama, copy_of, instructions, run_cli, tmp_path
 ):
     model = copy_of(llama)
@@ -231,10 +231,10 @@ def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_named_before_the_f
         assert f"the tokenizer produces token {known}, but the model's vocabulary has {known}" in done.stderr
     told = evaluate(model, None, (instructions,), EvaluateOptions(device="cpu", compute_dtype="float32"))
     same = evaluate(llama, None, (instructions,), EvaluateOptions(device="cpu", compute_dtype="float32"))
-    assert told.loss == same.loss  # although the token to pad with is none that the model knows
+    assert told.loss == same.loss  # although the padding token is not in the model's vocabulary
 
 
-def test_a_run_ends_when_patience_does(stopped):
+def test_a_run_stops_after_patience_measurements_without_improvement(stopped):
     output, report = stopped
     losses = metrics(output, "held_out_loss")
     del losses[0]
@@ -245,7 +245,7 @@ def test_a_run_ends_when_patience_does(stopped):
     assert report.held_out_after == losses[best]
 
 
-def test_the_best_adapter_is_published_and_the_last_lies_beside_it(stopped, overshooting, tmp_path):
+def test_the_best_and_the_last_adapter_are_published(stopped, overshooting, tmp_path):
     output, report = stopped
     plain = replace(overshooting, patience=0, eval_every=0, keep="last")
     best = train(replace(plain, steps=report.kept_step), tmp_path / "best")
@@ -259,7 +259,7 @@ def test_the_best_adapter_is_published_and_the_last_lies_beside_it(stopped, over
 
 
 class FullDevice(torch.Tensor):
-    """Numbers on a device that has no room for a second copy of them."""
+    """Values on a device without memory for a second copy of them."""
 
     def clone(self, *arguments, **named):
         raise torch.OutOfMemoryError
@@ -273,7 +273,7 @@ class FullDevice(torch.Tensor):
 
 
 @pytest.mark.parametrize(("keep", "beside", "copies"), [("best", "last", 0), ("last", "best", 1)])
-def test_a_full_device_holds_no_second_copy_of_what_was_trained(
+def test_trained_values_are_not_copied_on_a_full_device(
     stopped, overshooting, tmp_path, monkeypatch, keep, beside, copies
 ):
     class Ending(loop.Run):
@@ -290,8 +290,8 @@ def test_a_full_device_holds_no_second_copy_of_what_was_trained(
     assert FullDevice.copies == copies
 
 
-def test_a_run_that_is_cut_off_anywhere_stops_at_the_same_step(stopped, overshooting, tmp_path):
-    """After every single step: best adapter, patience and history go on from the checkpoint."""
+def test_a_run_interrupted_after_every_step_gives_the_same_result(stopped, overshooting, tmp_path):
+    """Best adapter, patience and history are restored from the checkpoint."""
     output = tmp_path / "adapter"
 
     def cut(report):
@@ -313,15 +313,15 @@ def test_a_run_that_is_cut_off_anywhere_stops_at_the_same_step(stopped, overshoo
         {"sample_every": 1},
     ],
 )
-def test_options_that_need_others_say_so(config, change):
+def test_options_that_require_others_are_refused_without_them(config, change):
     with pytest.raises(ConfigError, match=f"^{next(iter(change))}: needs "):
         replace(config, **change)
 
 
-# What is shown
+# Samples, trackers and plots
 
 
-def test_answers_are_those_of_the_adapter(config, llama_nf4, tmp_path):
+def test_sampled_answers_equal_those_of_an_evaluation_of_the_adapter(config, llama_nf4, tmp_path):
     prompts, notes = ("Tell me about birds.", "hello"), []
     shown = replace(config, sample_prompts=prompts, sample_every=3, sample_tokens=6, learning_rate=0.02)
     train(shown, tmp_path / "adapter", note=notes.append)
@@ -332,7 +332,7 @@ def test_answers_are_those_of_the_adapter(config, llama_nf4, tmp_path):
     assert notes[-1] == f"step 8: 'hello' -> {answers[8]['hello']!r}"
 
 
-def test_tensorboard_has_every_number_of_the_metrics(config, tmp_path):
+def test_tensorboard_receives_the_numbers_of_the_metrics(config, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     shown = replace(config, tensorboard=str(tmp_path / "board"), eval_every=4)
@@ -354,7 +354,7 @@ def command(config, output, *more):
     return [*shown, *more]
 
 
-def test_weights_and_biases_gets_every_line_offline(config, run_cli, tmp_path):
+def test_weights_and_biases_receives_every_loss_offline(config, run_cli, tmp_path):
     from wandb.proto.wandb_internal_pb2 import Record
 
     done = run_cli(*command(config, tmp_path / "adapter", "--wandb", "p"), cwd=tmp_path, WANDB_MODE="offline")
@@ -369,7 +369,7 @@ def test_weights_and_biases_gets_every_line_offline(config, run_cli, tmp_path):
 
 
 def log_records(content):
-    """Of LevelDB's log format, after W&B's header: blocks of 32 KiB of crc (4), length (2), type (1), data."""
+    """Yield records of LevelDB's log format, after W&B's header: 32 KiB blocks: crc (4), length (2), type (1), data."""
     position, parts = 7, b""
     while position + 7 <= len(content):
         if 32768 - position % 32768 < 7:
@@ -382,8 +382,8 @@ def log_records(content):
             parts = b""
 
 
-def test_a_folder_that_appears_meanwhile_costs_no_work(config, run_cli, tmp_path):
-    """The run's checkpoints stay, and the same command takes the last step's when that folder has gone."""
+def test_an_output_folder_that_appears_during_a_run_loses_no_work(config, run_cli, tmp_path):
+    """Checkpoints stay; once that folder is removed, the same command publishes from that of the last step."""
     out = tmp_path / "adapter"
     with pytest.raises(OutputExistsError, match="already exists"):
         train(config, out, on_step=lambda step: out.mkdir(exist_ok=True))
@@ -391,7 +391,7 @@ def test_a_folder_that_appears_meanwhile_costs_no_work(config, run_cli, tmp_path
     assert train(config, out).resumed_from == config.steps
 
 
-def test_tensorboard_does_not_go_into_the_folder_that_is_made(config, tmp_path):
+def test_a_tensorboard_folder_inside_the_output_is_refused(config, tmp_path):
     for folder in ("adapter", "adapter/logs"):
         with pytest.raises(UsageError, match="is inside the output folder"):
             train(replace(config, tensorboard=str(tmp_path / folder)), tmp_path / "adapter")
@@ -399,7 +399,7 @@ def test_tensorboard_does_not_go_into_the_folder_that_is_made(config, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_tracker_that_is_not_installed_is_asked_for(config, name, tmp_path):
+def test_a_missing_tracker_package_is_reported_with_how_to_install_it(config, name, tmp_path):
     code = f"import sys; sys.modules[{name!r}] = None; from adaptkit.cli.main import main; main()"
     shown = command(config, tmp_path / "adapter", f"--{name}", "x")
     done = subprocess.run([sys.executable, "-c", code, *shown], capture_output=True, text=True, cwd=tmp_path)
@@ -408,7 +408,7 @@ def test_a_tracker_that_is_not_installed_is_asked_for(config, name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_tracker_that_cannot_begin_ends_in_one_line(config, run_cli, tmp_path):
+def test_a_tracker_that_cannot_start_is_reported_without_a_traceback(config, run_cli, tmp_path):
     (tmp_path / "file").write_text("")
     done = run_cli(*command(config, tmp_path / "a", "--tensorboard", tmp_path / "file"))
     assert (done.code, len(done.stderr.splitlines())) == (2, 2)
@@ -419,7 +419,7 @@ def test_a_tracker_that_cannot_begin_ends_in_one_line(config, run_cli, tmp_path)
     assert "Traceback" not in done.stderr
 
 
-def test_the_picture_has_the_curves_and_is_left_out_aloud_without_matplotlib(config, tmp_path):
+def test_the_plot_has_all_labels_and_is_omitted_with_a_note_without_matplotlib(config, tmp_path):
     train(replace(config, eval_every=4), tmp_path / "adapter")
     texts = "".join(ElementTree.parse(tmp_path / "adapter" / "loss.svg").getroot().itertext())
     assert all(word in texts for word in ("training", "held out", "step", "learning rate"))
@@ -431,10 +431,10 @@ def test_the_picture_has_the_curves_and_is_left_out_aloud_without_matplotlib(con
     assert not (tmp_path / "plain" / "loss.svg").exists()
 
 
-# What it would do, and what it resumes from
+# Plans and resuming
 
 
-def test_a_plan_is_what_the_run_then_does_and_writes_nothing(config, run_cli, tmp_path):
+def test_a_plan_predicts_the_run_and_writes_nothing(config, run_cli, tmp_path):
     planned = replace(config, eval_every=3, steps=None, epochs=2.0)
     plan = plan_run(planned, tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
@@ -449,11 +449,11 @@ def test_a_plan_is_what_the_run_then_does_and_writes_nothing(config, run_cli, tm
     assert not (tmp_path / "other.partial").exists()
 
 
-def test_a_plan_of_a_divided_base_does_not_put_the_whole_on_one_gpu(config, tmp_path, monkeypatch):
+def test_planning_a_sharded_base_does_not_load_it_onto_one_gpu(config, tmp_path, monkeypatch):
     for module in (dry_run, inputs_module):
         monkeypatch.setattr(module, "choose_device", lambda name: torch.device("cuda"))
     divided = replace(config, shard_base=True, checkpointing="layer", offload_checkpoints=True)
-    plan = plan_run(divided, tmp_path / "adapter")  # where there is no GPU, whatever went to one would fail
+    plan = plan_run(divided, tmp_path / "adapter")  # without a GPU, moving anything to one would fail
     monkeypatch.undo()
     assert plan.trainable_parameters == plan_run(config, tmp_path / "adapter").trainable_parameters
     with pytest.raises(UsageError, match="offload_checkpoints"):  # a CPU refuses, as it will when the run begins
@@ -469,8 +469,8 @@ def cut_after(config, output, step):
         train(config, output, on_step=cut)
 
 
-def test_a_plan_goes_on_from_where_the_run_then_does(config, run_cli, tmp_path):
-    """Whatever is damaged, and whosever the work is."""
+def test_a_plan_resumes_from_the_same_checkpoint_as_the_run(config, run_cli, tmp_path):
+    """Also if checkpoints are damaged or belong to a different run."""
     saving, output = replace(config, save_every=1, keep_checkpoints=3), tmp_path / "adapter"
     assert plan_run(saving, output).resumed_from == 0
     cut_after(saving, output, 4)
@@ -485,7 +485,7 @@ def test_a_plan_goes_on_from_where_the_run_then_does(config, run_cli, tmp_path):
     assert train(saving, output, note=lambda text: None).resumed_from == 2
 
 
-def test_a_plan_begins_anew_where_every_checkpoint_is_damaged(config, run_cli, tmp_path):
+def test_a_plan_starts_over_if_every_checkpoint_is_damaged(config, run_cli, tmp_path):
     cut_after(config, tmp_path / "adapter", 2)
     (state,) = (tmp_path / "adapter.partial").glob("checkpoint-*/state.safetensors")
     state.unlink()
@@ -493,14 +493,14 @@ def test_a_plan_begins_anew_where_every_checkpoint_is_damaged(config, run_cli, t
     assert "resumes from" not in run_cli(*command(config, tmp_path / "adapter", "--dry-run")).stdout
 
 
-def test_the_size_of_a_checkpoint_is_foretold(config, tmp_path):
+def test_a_plan_predicts_the_size_of_a_checkpoint(config, tmp_path):
     plan = plan_run(config, tmp_path / "adapter")
     cut_after(config, tmp_path / "adapter", 3)
     state = tmp_path / "adapter.partial" / "checkpoint-3" / "state.safetensors"
     assert plan.checkpoint_bytes <= state.stat().st_size <= plan.checkpoint_bytes + 1000
 
 
-def test_checkpoints_that_will_not_fit_are_refused_before_the_first_step(tmp_path):
+def test_checkpoints_that_do_not_fit_on_the_disk_are_refused(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     require_room(tmp_path, free // 4, 2)
     with pytest.raises(DiskError, match="its checkpoints need") as caught:
@@ -511,7 +511,7 @@ def test_checkpoints_that_will_not_fit_are_refused_before_the_first_step(tmp_pat
     require_room(tmp_path, free // 2, 2)  # two are there already: only the next one needs room
 
 
-def test_another_run_is_told_what_differs(config, copy_of, llama_nf4, tmp_path):
+def test_a_conflict_with_a_different_run_names_the_differences(config, copy_of, llama_nf4, tmp_path):
     output = tmp_path / "adapter"
     cut_after(config, output, 2)
     for change, words in (
@@ -529,8 +529,8 @@ def test_another_run_is_told_what_differs(config, copy_of, llama_nf4, tmp_path):
     assert train(config, output).resumed_from == 2
 
 
-def test_a_template_that_changed_is_another_run_though_the_tokens_are_the_same(config, tmp_path):
-    """It is saved beside the adapter."""
+def test_a_changed_chat_template_prevents_resuming_even_if_the_tokens_are_the_same(config, tmp_path):
+    """The template is saved with the adapter."""
     output, template = tmp_path / "adapter", tmp_path / "template.jinja"
     with_template = replace(config, chat_template=str(template))
     said = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
@@ -543,7 +543,7 @@ def test_a_template_that_changed_is_another_run_though_the_tokens_are_the_same(c
     assert train(with_template, output).resumed_from == 2
 
 
-def test_a_tracker_that_fails_undoes_no_step(config, tmp_path, monkeypatch):
+def test_a_failing_tracker_loses_no_step(config, tmp_path, monkeypatch):
     def add(line):
         if line["step"] == 3:
             raise OSError("the tracker's disk is full")
@@ -575,8 +575,8 @@ def test_a_tracker_that_fails_undoes_no_step(config, tmp_path, monkeypatch):
         ({"offload_checkpoints": True}, "offload_checkpoints: needs a GPU"),
     ],
 )
-def test_what_the_settings_tell_is_said_before_the_base_is_read(config, tmp_path, changes, message):
-    """Of a base whose weights are damaged, which is found by reading all of them."""
+def test_option_errors_are_reported_before_the_base_is_read(config, tmp_path, changes, message):
+    """The base's weights are damaged, which is found only by reading all of them."""
     shutil.copytree(config.base, tmp_path / "base")
     shard = next((tmp_path / "base").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-1] + b"\0")
@@ -584,10 +584,8 @@ def test_what_the_settings_tell_is_said_before_the_base_is_read(config, tmp_path
         train(replace(config, base=str(tmp_path / "base"), **changes), tmp_path / "adapter")
 
 
-def test_the_weights_of_a_base_without_a_manifest_are_read_once_for_what_is_recorded(
-    llama, config, tmp_path, monkeypatch
-):
-    """With the best and the last adapter to write."""
+def test_weights_of_a_base_without_a_manifest_are_fingerprinted_once(llama, config, tmp_path, monkeypatch):
+    """Even if both the best and the last adapter are written."""
     read = Counter()
 
     def counted(checkpoint, name):
@@ -610,8 +608,8 @@ def rows_of(path, *lines):
     return str(path)
 
 
-def test_the_same_rows_elsewhere_are_other_data(config, instructions, tmp_path):
-    """The border between what is learned and what is measured moves, or that between two files of a mixture."""
+def test_the_same_rows_divided_differently_between_files_are_different_data(config, instructions, tmp_path):
+    """Rows move between training and held-out data, or between two files of a mixture."""
     lines = instructions.read_text().splitlines(keepends=True)
 
     def files(border):
@@ -627,8 +625,8 @@ def test_the_same_rows_elsewhere_are_other_data(config, instructions, tmp_path):
             train(replace(config, **made(*files(22))), tmp_path / name)
 
 
-def test_a_configuration_that_is_not_the_manifests_is_refused(config, copy_of, llama_nf4, tmp_path, run_cli):
-    """The tensors are right, and the result would name a base that computes something else."""
+def test_a_config_json_that_differs_from_the_manifest_is_refused(config, copy_of, llama_nf4, tmp_path, run_cli):
+    """The tensors match, but the result would name a base that computes something different."""
     base = copy_of(llama_nf4)
     path = base / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
@@ -639,7 +637,7 @@ def test_a_configuration_that_is_not_the_manifests_is_refused(config, copy_of, l
     assert not list(tmp_path.glob("adapter*"))
 
 
-def test_what_changes_no_byte_may_change_on_the_way(config, tmp_path):
+def test_options_that_do_not_affect_the_result_may_change_on_resuming(config, tmp_path):
     whole = train(config, tmp_path / "whole")
     cut_after(config, tmp_path / "adapter", 3)
     other = replace(
@@ -650,7 +648,7 @@ def test_what_changes_no_byte_may_change_on_the_way(config, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["default", "warn", "error"])
-def test_within_it_an_operation_without_an_order_is_refused_and_then_the_callers_mode_is_back(mode):
+def test_deterministic_refuses_nondeterministic_operations_and_restores_the_mode(mode):
     pooled, places = torch.nn.functional.max_pool2d(torch.rand(1, 1, 4, 4), 2, return_indices=True)
     before = torch.get_deterministic_debug_mode()
     try:
@@ -669,7 +667,7 @@ def test_within_it_an_operation_without_an_order_is_refused_and_then_the_callers
         torch.set_deterministic_debug_mode(before)
 
 
-def test_deterministic_operations_are_asked_for_during_the_run_only(config, tmp_path):
+def test_deterministic_algorithms_are_enabled_only_during_the_run(config, tmp_path):
     seen = []
     for wanted in (True, False):
         train(
@@ -681,7 +679,7 @@ def test_deterministic_operations_are_asked_for_during_the_run_only(config, tmp_
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_resuming_nothing_is_an_error(config, tmp_path):
+def test_resuming_without_a_checkpoint_is_an_error(config, tmp_path):
     with pytest.raises(UsageError, match="no checkpoint to resume from"):
         train(config, tmp_path / "adapter", resume=True)
     assert not list(tmp_path.iterdir())
@@ -689,7 +687,7 @@ def test_resuming_nothing_is_an_error(config, tmp_path):
     assert train(config, tmp_path / "adapter", resume=True).resumed_from == 1
 
 
-def test_checkpoints_that_are_all_damaged_are_nothing_to_resume(config, tmp_path):
+def test_if_every_checkpoint_is_damaged_resume_fails_and_a_plain_run_starts_over(config, tmp_path):
     cut_after(config, tmp_path / "adapter", 2)
     (state,) = (tmp_path / "adapter.partial").glob("checkpoint-*/state.safetensors")
     state.write_bytes(state.read_bytes()[:-1] + b"\xff")
@@ -700,14 +698,14 @@ def test_checkpoints_that_are_all_damaged_are_nothing_to_resume(config, tmp_path
     assert [note for note in notes if "checkpoint-2 is damaged" in note and note.endswith("starts over")]
 
 
-def test_samples_are_packed_beyond_the_positions_that_a_model_learned(config, gpt2, tmp_path):
+def test_packed_rows_may_be_longer_than_the_models_context(config, gpt2, tmp_path):
     quantize(gpt2, tmp_path / "nf4")
     longest = json.loads((gpt2 / "config.json").read_text())["n_positions"]
     packing = replace(config, base=str(tmp_path / "nf4"), steps=1, pack=True, max_length=2 * longest)
     assert train(packing, tmp_path / "adapter").steps == 1
 
 
-def test_only_the_newest_checkpoints_stay(config, tmp_path):
+def test_only_the_newest_checkpoints_are_retained(config, tmp_path):
     cut_after(replace(config, save_every=1, keep_checkpoints=3), tmp_path / "adapter", 7)
     assert sorted(path.name for path in (tmp_path / "adapter.partial").glob("checkpoint-*")) == [
         f"checkpoint-{step}" for step in (5, 6, 7)

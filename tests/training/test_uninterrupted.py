@@ -1,4 +1,4 @@
-"""A signal waits for the end of the block, and arrives then."""
+"""Signals are deferred until the block has finished."""
 
 import os
 import signal
@@ -32,12 +32,12 @@ def test_a_signal_arrives_after_the_block(number):
         assert done
         assert signal.getsignal(number) is stop
         with uninterrupted():
-            pass  # nothing arrived
+            pass  # no signal is left
     finally:
         signal.signal(number, before)
 
 
-def test_a_timer_goes_on_after_the_block():
+def test_an_interval_timer_is_paused_during_the_block():
     rang = []
     before = signal.signal(signal.SIGALRM, lambda *_: rang.append(True))
     try:
@@ -52,7 +52,7 @@ def test_a_timer_goes_on_after_the_block():
         signal.signal(signal.SIGALRM, before)
 
 
-def test_what_is_ignored_stays_ignored():
+def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
         with uninterrupted():
@@ -62,7 +62,7 @@ def test_what_is_ignored_stays_ignored():
         signal.signal(signal.SIGTERM, before)
 
 
-def test_other_threads_may_use_it_too():
+def test_uninterrupted_works_in_other_threads():
     done = []
 
     def work():

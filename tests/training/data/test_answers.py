@@ -1,4 +1,4 @@
-"""Templates that ask for an answer in another way than they write it, and answers with thoughts."""
+"""Chat templates whose prompt for an answer differs from how they render it, and answers with reasoning."""
 
 import pytest
 
@@ -14,43 +14,43 @@ MARKS = (
 )  # fmt: skip
 TURNS = "{% for m in messages %}"
 LAST_TURN = "{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }}\n{% endif %}"
-OWN_MARKS = (  # thoughts in the content, between other marks than the data's, and no end of turn: GLM 4.6
+OWN_MARKS = (  # reasoning in the content, between other marks than the data's, and no end of turn: GLM 4.6
     TURNS + "{% set parts = m.content.split('</think>') %}<|{{ m.role }}|>\n{% if m.role == 'assistant' %}"
     "<think>{{ parts[0].split('<think>')[-1].strip() if '</think>' in m.content }}</think>\n{{ parts[-1].strip() }}"
     "{% else %}{{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-SYSTEM_LAST = (  # the system's message stands before the last turn, if that is a question: Mistral Nemo
+SYSTEM_LAST = (  # puts the system message before the last turn, if that is a question: Mistral Nemo
     TURNS + "{% if m.role == 'assistant' %} {{ m.content + eos_token }}{% elif m.role == 'user' %}[INST]"
     + LAST_TURN + "{{ m.content }}[/INST]{% endif %}{% endfor %}"
 )  # fmt: skip
-NO_THOUGHTS = (  # asks with a thought that is empty, which is not in what it writes: Gemma 4
+NO_THOUGHTS = (  # the prompt ends in empty reasoning, which rendered answers lack: Gemma 4
     TURNS + "<|{{ m.role }}|>{{ m.content }}<turn|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><|channel>thought\n<channel|>{% endif %}"
 )
-CLOSING = (  # asks with a thought begun; an answer without ends it at once: GLM 4.7
+CLOSING = (  # the prompt opens reasoning; an answer without reasoning closes it: GLM 4.7
     TURNS + "<|{{ m.role }}|>{% if m.role == 'assistant' %}{{ '' if '</think>' in m.content else '</think>' }}"
     "{% endif %}{{ m.content + eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|><think>{% endif %}"
 )
-ANSWER_CLOSES = (  # both end the thought: DeepSeek V3.2
+ANSWER_CLOSES = (  # prompt and answer both close reasoning: DeepSeek V3.2
     TURNS + "<|{{ m.role }}|>{{ '</think>' if m.role == 'assistant' }}{{ m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think></think>{% endif %}"
 )
-CHANNELS = (  # takes thoughts from a field alone, and writes the last answer's: gpt-oss
+CHANNELS = (  # takes reasoning only from a field, and renders only the last answer's: gpt-oss
     TURNS + "{% if m.role == 'assistant' %}{% if m.thinking and loop.last %}<|start|>assistant<|channel|>analysis"
     "<|message|>{{ m.thinking }}<|end|>{% endif %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}"
     "{{ '<|return|>' if loop.last else '<|end|>' }}{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
-BOTH = (  # takes them from a field, or leaves them in the content: Nemotron 3
+BOTH = (  # takes reasoning from a field, or leaves it in the content: Nemotron 3
     TURNS + "<|{{ m.role }}|>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% elif '</think>' "
     "in m.content %}{% endif %}{{ m.content + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-NEXT_TURN = (  # begins the next turn, whoever's it is: Command A
+NEXT_TURN = (  # always opens the assistant's next turn at the end: Command A
     TURNS + "<|TURN|>{{ '<|USER|>' if m.role == 'user' else '<|BOT|>' }}{{ m.content }}<|END|>{% endfor %}"
     "<|TURN|><|BOT|>"
 )
-BEGUN = (  # asks with a thought begun, and leaves thoughts out of what is there: DeepSeek R1
+BEGUN = (  # the prompt opens reasoning, which rendered answers omit: DeepSeek R1
     TURNS + "<|{{ m.role }}|>{{ m.content.split('</think>')[-1] + eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
 )
@@ -60,7 +60,7 @@ THOUGHTFUL = "<think>\nlong\nand wide\n</think>\n\nthe Rhine"
 
 @pytest.fixture
 def make(llama):
-    """A tokenizer with a template."""
+    """Return a function that makes a tokenizer with a given template."""
 
     def tokenizer_with(template, eos="<|end|>"):
         tokenizer = load_tokenizer(llama)
@@ -87,7 +87,7 @@ def learned(sample, tokenizer):
 
 
 def check_asked(samples, messages, tokenizer):
-    """What comes before each answer are the tokens of its prompt at inference."""
+    """Check that the tokens before each answer are those of its prompt at inference."""
     turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
     for sample, turn in zip(samples, turns, strict=True):
         asked = tokenizer.apply_chat_template(messages[:turn], add_generation_prompt=True, return_dict=True)
@@ -95,15 +95,15 @@ def check_asked(samples, messages, tokenizer):
         assert list(sample.ids[:begin]) == asked["input_ids"]
 
 
-def test_an_answer_after_thoughts_is_learned_whatever_the_template_puts_around_them(make):
-    """The mark that ends the thoughts is a token like those that end turns."""
+def test_reasoning_and_answer_are_learned_with_the_marks_of_the_template(make):
+    """The mark that closes reasoning is an added token, as are those that end turns."""
     tokenizer = make(OWN_MARKS)
     (sample,) = encode(chat("Name a river", THOUGHTFUL), tokenizer)
     assert learned(sample, tokenizer) == "<think>long\nand wide</think>\nthe Rhine<|end|>"
     check_asked([sample], chat("Name a river", THOUGHTFUL), tokenizer)
 
 
-def test_the_system_is_heard_where_the_template_puts_it_before_the_last_question(make):
+def test_the_system_message_is_included_if_the_template_moves_it_to_the_last_question(make):
     tokenizer = make(SYSTEM_LAST)
     messages = chat("Name a river", "the Rhine", "And another", "the Po", system="Be kind")
     samples = encode(messages, tokenizer)
@@ -111,7 +111,7 @@ def test_the_system_is_heard_where_the_template_puts_it_before_the_last_question
     check_asked(samples, messages, tokenizer)
     assert all("Be kind\n" in tokenizer.decode(sample.ids) for sample in samples)
     written = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert "Be kind" not in written  # so that the text of the conversation would not do
+    assert "Be kind" not in written  # so the rendered conversation alone would not contain it
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_the_system_is_heard_where_the_template_puts_it_before_the_last_question
     [(NO_THOUGHTS, "the Rhine<turn|>"), (CLOSING, "</think>the Rhine<|end|>"), (ANSWER_CLOSES, "the Rhine<|end|>")],
     ids=["empty", "begun", "ended twice"],
 )
-def test_an_answer_without_thoughts_follows_what_the_model_is_asked(make, template, said):
+def test_an_answer_without_reasoning_follows_the_prompt_at_inference(make, template, said):
     tokenizer = make(template)
     messages = chat("Name a lake", "none", "Name a river", "the Rhine", system="Be kind")
     samples = encode(messages, tokenizer)
@@ -128,7 +128,7 @@ def test_an_answer_without_thoughts_follows_what_the_model_is_asked(make, templa
 
 
 @pytest.mark.parametrize("answer", ["", " ", "n", "think", ">", "<", "/", "end", "e", "<|", "x\n\nd", "<b>so</b>"])
-def test_an_answer_whose_words_are_in_the_marks_around_it_is_found(make, answer):
+def test_an_answer_whose_text_also_occurs_in_the_marks_around_it_is_found(make, answer):
     said = answer.strip()
     (sample,) = encode(chat("Name a river", answer), make(OWN_MARKS))
     assert learned(sample, make(OWN_MARKS)).split("</think>")[1].strip() == f"{said}<|end|>"
@@ -139,7 +139,7 @@ def test_an_answer_whose_words_are_in_the_marks_around_it_is_found(make, answer)
         assert learned(sample, make(BEGUN)) == f"long\n</think>\n\n{said}<|end|>"
 
 
-def test_thoughts_that_the_template_leaves_out_go_on_from_the_one_that_it_begins(make):
+def test_reasoning_that_the_template_omits_is_learned_after_the_prompts_opening_mark(make):
     tokenizer = make(BEGUN)
     for answer in ({"content": THOUGHTFUL}, {"content": "the Rhine", "reasoning_content": "long\nand wide"}):
         messages = [*chat("zero", "<think>\nno\n</think>\n\nnil", "Name a river"), {"role": "assistant"} | answer]
@@ -154,7 +154,7 @@ def test_thoughts_that_the_template_leaves_out_go_on_from_the_one_that_it_begins
         encode(chat("Name a river", "the Rhine"), tokenizer)
 
 
-def test_the_end_token_follows_the_last_word_where_the_template_has_none(make):
+def test_the_end_token_follows_the_last_word_if_the_template_has_none(make):
     tokenizer = make(
         TURNS + "{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
     )
@@ -162,7 +162,7 @@ def test_the_end_token_follows_the_last_word_where_the_template_has_none(make):
     assert learned(sample, tokenizer) == "the Rhine<|end|>"
 
 
-def test_an_empty_thought_ends_the_one_that_the_model_is_asked_after(make):
+def test_empty_reasoning_closes_the_reasoning_that_the_prompt_opens(make):
     (sample,) = encode(chat("Name a river", "<think>\n\n</think>\n\nthe Rhine"), make(BEGUN))
     assert learned(sample, make(BEGUN)) == "</think>\n\nthe Rhine<|end|>"
 
@@ -170,7 +170,7 @@ def test_an_empty_thought_ends_the_one_that_the_model_is_asked_after(make):
 @pytest.mark.parametrize(
     ("opening", "mark", "answer", "after"),
     [
-        ("<|START_THINKING|>", "<|START_TEXT|>", "the Rhine", "<|START_THINKING|>"),  # Cohere's: another mark ends none
+        ("<|START_THINKING|>", "<|START_TEXT|>", "the Rhine", "<|START_THINKING|>"),  # Cohere's: text does not close it
         ("</think>", "", THOUGHTFUL, "</think>"),  # Laguna's
         ("<think>\n", "<think>\n", THOUGHTFUL, "<think>\n"),
         (
@@ -178,11 +178,11 @@ def test_an_empty_thought_ends_the_one_that_the_model_is_asked_after(make):
             "<think>\n",
             "the Rhine",
             "<think>\n",
-        ),  # Nemotron Nano's: what it writes begins one and ends none
+        ),  # Nemotron Nano's: the rendered answer opens reasoning, too, and does not close it
         ("Here are my thoughts:\n", "", "the Rhine", "Here are my thoughts:\n"),
     ],
 )
-def test_thoughts_begin_and_end_in_prompt_and_answer_together(make, opening, mark, answer, after):
+def test_an_answer_that_does_not_continue_the_prompts_reasoning_mark_is_refused(make, opening, mark, answer, after):
     tokenizer = make(
         f"{TURNS}<|{{{{ m.role }}}}|>{{{{ '{mark}' if m.role == 'assistant' }}}}{{{{ m.content + eos_token }}}}"
         "{% endfor %}"
@@ -205,7 +205,7 @@ def test_thoughts_begin_and_end_in_prompt_and_answer_together(make, opening, mar
         ("<|START_THINKING|>", "<|START_THINKING|>hm<|END_THINKING|>four", "hm<|END_THINKING|>four"),
     ],
 )
-def test_answers_and_thoughts_may_speak_of_such_marks(make, opening, answer, said):
+def test_answers_and_reasoning_may_contain_reasoning_marks(make, opening, answer, said):
     tokenizer = make(
         TURNS + "<|{{ m.role }}|>{{ m.content + eos_token }}{% endfor %}"
         f"{{% if add_generation_prompt %}}<|assistant|>{opening}{{% endif %}}"
@@ -215,7 +215,7 @@ def test_answers_and_thoughts_may_speak_of_such_marks(make, opening, answer, sai
     check_asked([sample], chat("Name them", answer), tokenizer)
 
 
-def test_a_question_that_ends_in_such_a_mark_asks_for_no_thought(make):
+def test_a_reasoning_mark_at_the_end_of_a_question_is_ordinary_text(make):
     tokenizer = make(SYSTEM_LAST.replace("[/INST]", "").replace("[INST]", ""))
     for template in (tokenizer.chat_template, None):
         tokenizer.chat_template = template
@@ -223,8 +223,8 @@ def test_a_question_that_ends_in_such_a_mark_asks_for_no_thought(make):
         assert learned(sample, tokenizer).strip() == "four<|end|>"
 
 
-def test_a_thought_of_the_template_before_those_of_the_data_is_refused(make):
-    """As Kimi K2 Thinking writes one."""
+def test_reasoning_that_the_template_adds_before_that_of_the_data_is_refused(make):
+    """As by Kimi K2 Thinking's template."""
     tokenizer = make(TURNS + "<|{{ m.role }}|>{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"
                      "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
     assert learned(encode(chat("Name a river", "the Rhine"), tokenizer)[0], tokenizer).startswith("<think></think>the")
@@ -232,20 +232,20 @@ def test_a_thought_of_the_template_before_those_of_the_data_is_refused(make):
         encode(chat("Name a river", THOUGHTFUL), tokenizer)
 
 
-def test_an_answer_that_follows_an_answer_is_no_answer_to_it(make):
+def test_an_answer_directly_after_an_answer_is_refused_if_prompts_end_in_extra_text(make):
     messages = [*chat("Name a river", "the Rhine"), {"role": "assistant", "content": "the Po"}]
     with pytest.raises(DataError, match="rewrites the conversation around message 3"):
         encode(messages, make(NO_THOUGHTS))
 
 
-def test_everything_is_learned_with_every_word_or_not_at_all(make):
+def test_with_loss_on_all_a_template_that_omits_words_is_refused(make):
     with pytest.raises(DataError, match="leaves out a part of message 2: 'long'"):
         encode(chat("Name a river", THOUGHTFUL), make(BEGUN), loss_on="all")
     forgets = make(TURNS + "<|{{ m.role }}|>{{ m.content if loop.last else m.content.split('</think>')[-1] }}"
                    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
     for last in ("the Po", THOUGHTFUL):
         messages = chat("Name a river", THOUGHTFUL, "And another", last)
-        messages[1]["weight"] = 0  # so that all answers that are learned are found
+        messages[1]["weight"] = 0  # so that every learned answer is found
         with pytest.raises(DataError, match=r"leaves out a part of message [24]: '(long|and wide|the Rhine)'"):
             encode(messages, forgets, loss_on="all")
         assert len(encode(messages, forgets)) == 1
@@ -253,8 +253,8 @@ def test_everything_is_learned_with_every_word_or_not_at_all(make):
     assert THOUGHTFUL in learned(sample, make(NEXT_TURN))
 
 
-def test_a_switch_that_the_template_obeys_is_not_missed(make):
-    """As SmolLM3's takes it out of the system's message."""
+def test_a_switch_that_the_template_removes_is_not_reported_as_omitted(make):
+    """SmolLM3's template removes it from the system message."""
     tokenizer = make(TURNS + "<|{{ m.role }}|>{{ m.content.replace('/no_think', '').rstrip() + eos_token }}{% endfor %}"
                      "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
     for system in ("Be kind. /no_think", "Type /help for help. /no_think", "See /usr/bin."):
@@ -267,8 +267,8 @@ def test_a_switch_that_the_template_obeys_is_not_missed(make):
         encode(chat("Name a river", "the Rhine", system="Be kind. /no_think"), tokenizer)
 
 
-def test_a_template_that_names_a_field_but_never_reads_it_gets_thoughts_in_the_content(make):
-    """As Ministral's, which looks for blocks of that type in lists."""
+def test_a_template_that_names_but_never_reads_a_field_gets_reasoning_in_the_content(make):
+    """As Ministral's, which only looks for blocks of that type in lists."""
     tokenizer = make(TURNS + "<|{{ m.role }}|>{% if m.content is not string %}{% for b in m.content %}"
                      "{{ b['thinking'] }}{% endfor %}{% else %}{{ m.content }}{% endif %}{{ eos_token }}{% endfor %}"
                      "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
@@ -280,12 +280,12 @@ def test_a_template_that_names_a_field_but_never_reads_it_gets_thoughts_in_the_c
         assert learned(sample, tokenizer) == f"{THOUGHTFUL}<|end|>"
 
 
-def test_thoughts_are_refused_where_the_model_is_asked_for_an_answer_without(make):
+def test_reasoning_is_refused_if_the_prompt_closes_it(make):
     with pytest.raises(DataError, match=r"answers with '</think>', but message 2, an answer, does not continue"):
         encode(chat("Name a river", THOUGHTFUL), make(ANSWER_CLOSES))
 
 
-def test_a_template_with_a_field_for_thoughts_gets_them_there_wherever_the_data_have_them(make):
+def test_a_template_with_a_reasoning_field_gets_reasoning_there_from_any_place_in_the_data(make):
     tokenizer = make(CHANNELS)
     apart = [*chat("Name a lake", "none", "Name a river"), {"role": "assistant", "content": "the Rhine"}]
     apart[-1]["thinking"] = "long\nand wide"
@@ -298,7 +298,7 @@ def test_a_template_with_a_field_for_thoughts_gets_them_there_wherever_the_data_
         assert learned(samples[1], tokenizer) == written[written.index("<|channel|>analysis") :]
 
 
-def test_a_template_that_takes_thoughts_both_ways_gets_them_as_the_data_have_them(make):
+def test_a_template_that_takes_reasoning_both_ways_gets_it_as_in_the_data(make):
     tokenizer = make(BOTH)
     apart = [*chat("Name a river"), {"role": "assistant", "content": "the Rhine", "reasoning_content": "long"}]
     for messages in (apart, chat("Name a river", THOUGHTFUL)):
@@ -307,7 +307,7 @@ def test_a_template_that_takes_thoughts_both_ways_gets_them_as_the_data_have_the
 
 
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
-def test_a_template_without_such_a_field_gets_thoughts_in_the_content(make, name):
+def test_a_template_without_a_reasoning_field_gets_reasoning_in_the_content(make, name):
     tokenizer = make(NEXT_TURN)
     apart = [*chat("Name a river"), {"role": "assistant", "content": "the Rhine", name: "long\nand wide"}]
     (sample,) = encode(apart, tokenizer)
@@ -317,13 +317,13 @@ def test_a_template_without_such_a_field_gets_thoughts_in_the_content(make, name
     assert learned(encode(apart, tokenizer)[0], tokenizer) == f"{THOUGHTFUL}<|end|>"
 
 
-def test_an_answer_that_is_cut_with_its_thoughts_is_not_made_up_for(make):
+def test_omitted_reasoning_is_refused_if_a_part_of_the_answer_is_omitted_too(make):
     tokenizer = make(BEGUN.replace("[-1] + eos_token", "[-1].replace('Rhine', '') + eos_token"))
     with pytest.raises(DataError, match="leaves out a part of message 2: 'long'"):
         encode(chat("Name a river", THOUGHTFUL), tokenizer)
 
 
-def test_a_line_that_is_said_twice_is_missed_once(make):
+def test_the_omission_of_a_repeated_line_is_found(make):
     tokenizer = make(TURNS + "<|{{ m.role }}|>{{ m.content.removesuffix('\n\nyes') + eos_token }}{% endfor %}"
                      "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
     assert learned(encode(chat("Sure?", "yes\n\nno"), tokenizer)[0], tokenizer) == "yes\n\nno<|end|>"
@@ -331,7 +331,7 @@ def test_a_line_that_is_said_twice_is_missed_once(make):
         encode(chat("Sure?", "yes\n\nyes"), tokenizer)
 
 
-def test_thoughts_that_the_template_leaves_out_are_not_lost_without_a_word(make):
+def test_reasoning_that_the_template_omits_is_an_error(make):
     tokenizer = make(TURNS + "<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}"
                      "{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
     with pytest.raises(DataError, match="here: the chat template leaves out a part of message 2: 'long'"):
@@ -339,11 +339,11 @@ def test_thoughts_that_the_template_leaves_out_are_not_lost_without_a_word(make)
     (sample,) = encode(chat("Name a river", "the Rhine"), tokenizer)
     assert learned(sample, tokenizer) == "the Rhine<|end|>"
     tokenizer.chat_template = tokenizer.chat_template.replace("<|assistant|>", "<|assistant|><|channel|>")
-    with pytest.raises(DataError, match="leaves out a part of message 2: 'long'"):  # begins with no thought like these
+    with pytest.raises(DataError, match="leaves out a part of message 2: 'long'"):  # opens no reasoning of this kind
         encode(chat("Name a river", THOUGHTFUL), tokenizer)
 
 
-def test_a_template_that_asks_otherwise_later_in_a_conversation_is_refused(make):
+def test_a_template_whose_prompt_depends_on_the_length_of_the_conversation_is_refused(make):
     tokenizer = make(CLOSING.replace("<think>{% endif %}", "<think>{{ messages | length }}{% endif %}"))
     with pytest.raises(DataError, match="rewrites the conversation around message 4"):
         encode(chat("Name a lake", "none", "Name a river", "the Rhine"), tokenizer, loss_on="last_answer")
@@ -360,7 +360,7 @@ def test_a_template_that_leaves_a_message_out_is_refused(make, what, loss_on):
         encode(chat("Name a river", "the Rhine", system="Be kind"), tokenizer, loss_on=loss_on)
 
 
-def test_the_token_that_begins_every_next_turn_is_no_part_of_the_answer(make):
+def test_the_token_that_opens_the_next_turn_is_not_part_of_the_answer(make):
     tokenizer = make(NEXT_TURN, eos="<|END|>")
     (sample,) = encode(chat("Name a river", "the Rhine", "And another", "the Po"), tokenizer)
     assert learned(sample, tokenizer) == "the Rhine<|END|>the Po<|END|>"
@@ -376,12 +376,12 @@ def test_the_token_that_begins_every_next_turn_is_no_part_of_the_answer(make):
         ({"content": "<think>\n\n</think>\n\nso", "reasoning": "c"}, "has reasoning in more than one place"),
     ],
 )
-def test_thoughts_that_are_no_text_or_in_two_places_are_refused(answer, what):
+def test_reasoning_that_is_not_text_or_in_two_places_is_refused(answer, what):
     with pytest.raises(DataError, match=f"here: message 2 of messages.* {what}|here: message 2 of messages: {what}"):
         read_example({"messages": [*chat("q"), {"role": "assistant"} | answer]}, "here")
 
 
-def test_thoughts_said_twice_alike_and_empty_ones_are_fine():
+def test_identical_duplicate_reasoning_and_empty_reasoning_are_accepted():
     answer = {"role": "assistant", "content": "a", "thinking": "b", "reasoning_content": "b", "reasoning": None}
     example = read_example({"messages": [*chat("q"), answer]}, "here")
     assert example.messages[1] == {"role": "assistant", "content": "a", "reasoning_content": "b"}
@@ -392,7 +392,7 @@ def test_thoughts_said_twice_alike_and_empty_ones_are_fine():
     assert read_example({"messages": [*chat("q"), twice]}, "").messages[1]["content"] == THOUGHTFUL
 
 
-def test_thoughts_of_a_prompt_s_answers_are_read_and_those_of_users_are_told():
+def test_reasoning_of_answers_in_a_prompt_is_read_and_that_of_users_is_reported_as_ignored():
     asked = [
         {"role": "user", "content": "q", "thinking": "why"},
         {"role": "assistant", "content": "a", "thinking": "b"},

@@ -1,4 +1,4 @@
-"""Every sample comes once an epoch, whatever the batch size, the order and the number of processes."""
+"""Every sample occurs once per epoch with any batch size, order and number of processes."""
 
 import math
 from collections import Counter
@@ -25,18 +25,18 @@ counts = st.integers(1, 60)
 
 
 def samples(count, seed=0):
-    """Sample n is made of the token n + 1 alone; lengths from 2 to 30."""
+    """Make samples of 2 to 30 tokens; all tokens of sample n are n + 1."""
     lengths = torch.randint(2, 31, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
     return [Sample((n + 1,) * length, (IGNORED,) + (n + 1,) * (length - 1)) for n, length in enumerate(lengths)]
 
 
 def numbers(batches):
-    """Which samples are in the rows of batches, in order; a row of padding is none."""
+    """Return the samples in the rows of batches, in order, as the first token of each; rows of padding are left out."""
     return [row[0] for batch in batches for row in batch.ids.tolist() if row[0] != PAD]
 
 
 @given(counts, plans)
-def test_an_epoch_shows_every_sample_once_in_steps_of_equal_size(count, plan):
+def test_an_epoch_contains_every_sample_once_in_steps_of_nearly_equal_size(count, plan):
     batches = Batches(samples(count), **plan)
     assert batches.steps_per_epoch == math.ceil(count / plan["batch_size"])
     for epoch in range(3):
@@ -50,7 +50,7 @@ def test_an_epoch_shows_every_sample_once_in_steps_of_equal_size(count, plan):
 
 
 @given(counts, plans, st.integers(1, 5), st.integers(0, 99))
-def test_processes_share_a_step_whatever_their_number(count, plan, world, step):
+def test_any_number_of_processes_divide_the_samples_of_a_step(count, plan, world, step):
     batches = Batches(samples(count), **plan)
     whole = batches.micro_batches(step)
     parts = [batches.micro_batches(step, rank, world) for rank in range(world)]
@@ -65,15 +65,15 @@ def test_processes_share_a_step_whatever_their_number(count, plan, world, step):
 
 
 @given(counts, plans, st.integers(1, 5))
-def test_the_largest_batch_is_of_what_a_process_gets(count, plan, world):
-    """Checkpointing is chosen by it, and the memory predicted."""
+def test_the_largest_batch_has_as_many_rows_as_one_process_gets(count, plan, world):
+    """It determines checkpointing and the predicted memory."""
     batches = Batches(samples(count), **plan)
     parts = [batches.micro_batches(n, 0, world) for n in range(batches.steps_per_epoch)]
     assert batches.largest(world)[0] == max(len(batch.ids) for part in parts for batch in part)
 
 
 @given(counts, plans, st.lists(st.integers(0, 99), min_size=1, max_size=5))
-def test_a_step_does_not_depend_on_the_steps_that_were_asked_for_before(count, plan, before):
+def test_a_step_does_not_depend_on_steps_requested_before(count, plan, before):
     asked, fresh = Batches(samples(count), **plan), Batches(samples(count), **plan)
     for step in before:
         asked.micro_batches(step)
@@ -104,7 +104,7 @@ def test_grouping_pads_less_and_does_not_sort_the_epoch():
     assert lengths != sorted(lengths)
 
 
-def test_padding_is_masked_though_its_id_is_the_end_token(llama):
+def test_padding_is_masked_even_if_its_id_is_the_end_token(llama):
     tokenizer = load_tokenizer(llama)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
     short, long = Sample((5, 6, 2), (-100, 6, 2)), Sample((5, 6, 7, 8, 2), (-100, -100, 7, 8, 2))

@@ -1,4 +1,4 @@
-"""What is cut, left out or not used is counted and named."""
+"""Truncated, dropped and unused data are counted and named; rows are split as a whole."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ LONG_ANSWER = {"instruction": "x", "output": "y " * 200}
 SHORT = {"instruction": "x", "output": "y"}
 
 
-def test_long_samples_are_cut_and_counted_and_the_lost_ones_named(tokenizer, tmp_path):
+def test_long_samples_are_truncated_and_counted_and_dropped_ones_named(tokenizer, tmp_path):
     path = write(tmp_path, LONG_QUESTION, LONG_ANSWER, SHORT)
     dataset = load_data([path], tokenizer, 100)
     assert (len(dataset.samples), dataset.truncated, dataset.dropped) == (2, 1, 1)
@@ -49,7 +49,7 @@ def test_long_samples_are_dropped_or_refused_on_demand(tokenizer, tmp_path):
         load_data([path], tokenizer, 100, too_long="error")
 
 
-def test_what_the_model_cannot_read_is_refused(tokenizer, tmp_path):
+def test_samples_longer_than_the_models_context_are_refused(tokenizer, tmp_path):
     path = write(tmp_path, SHORT, LONG_ANSWER)
     with pytest.raises(DataError, match=r"line 2: \d+ tokens are longer than the model\'s context of 128") as raised:
         load_data([path], tokenizer, 1024, context=128)
@@ -83,7 +83,7 @@ def test_samples_do_not_depend_on_how_many_are_tokenized_at_a_time(tokenizer, tm
     assert together[1000].source.endswith("line 1001")
 
 
-def test_a_layout_and_what_is_learned_can_be_asked_for(tokenizer, tmp_path):
+def test_layout_and_loss_on_are_applied(tokenizer, tmp_path):
     path = write(tmp_path, SHORT | {"text": "plain"})
     (sample,) = load_data([path], tokenizer, 99, layout="text").samples
     assert tokenizer.decode(list(sample.ids)) == "plain<|im_end|>"
@@ -91,7 +91,7 @@ def test_a_layout_and_what_is_learned_can_be_asked_for(tokenizer, tmp_path):
     assert list(sample.ids) == list(sample.labels)
 
 
-def test_an_empty_answer_teaches_to_end_the_turn(tokenizer, tmp_path):
+def test_an_empty_answer_is_learned_as_an_end_token(tokenizer, tmp_path):
     (sample,) = load_data([write(tmp_path, {"instruction": "x", "output": ""})], tokenizer, 99).samples
     assert [label for label in sample.labels if label != IGNORED] == [tokenizer.eos_token_id]
 
@@ -112,7 +112,7 @@ def test_rows_with_an_empty_answer_are_counted_and_the_first_is_named(tokenizer,
                         min_size=1, max_size=4),
        template=st.sampled_from(["own", "none", "without ends"]))  # fmt: skip
 def test_rows_whose_answers_end_twice_are_counted_and_the_first_is_named(llama, tmp_path_factory, answers, template):
-    """transformers writes both ends, and says nothing."""
+    """transformers renders both end tokens without a warning."""
     tokenizer = load_tokenizer(llama)
     if template != "own":
         tokenizer.chat_template = None if template == "none" else "{% for m in messages %}{{ m.content }} {% endfor %}"
@@ -124,7 +124,7 @@ def test_rows_whose_answers_end_twice_are_counted_and_the_first_is_named(llama, 
     assert (data.twice, data.twice_at) == (len(twice), twice[0] if twice else "")
 
 
-def test_ends_in_what_is_not_learned_are_none_of_answers_that_end_twice(tokenizer, tmp_path):
+def test_end_tokens_in_messages_that_are_not_learned_are_not_counted(tokenizer, tmp_path):
     asked, said = {"role": "user", "content": "a<|im_end|>"}, {"role": "assistant", "content": "a<|im_end|>"}
     fine = {"role": "assistant", "content": "a"}
     path = write(tmp_path, {"messages": [asked, said | {"weight": 0}, asked, fine]}, {"messages": [asked, said]})
@@ -134,7 +134,7 @@ def test_ends_in_what_is_not_learned_are_none_of_answers_that_end_twice(tokenize
     assert [load_data([last], tokenizer, 99, loss_on=on).twice for on in ("answers", "last_answer")] == [1, 0]
 
 
-def test_no_rows_no_text_and_no_room_are_refused(tokenizer, tmp_path):
+def test_data_without_rows_without_text_or_without_fitting_samples_are_refused(tokenizer, tmp_path):
     with pytest.raises(DataError, match="no rows"):
         load_data([write(tmp_path)], tokenizer, 99)
     with pytest.raises(DataError, match=r"line 1: nothing to learn"):
@@ -145,7 +145,7 @@ def test_no_rows_no_text_and_no_room_are_refused(tokenizer, tmp_path):
         load_data([write(tmp_path, LONG_QUESTION)], tokenizer, 10)
 
 
-def test_what_messages_have_beside_what_is_read_is_told(tokenizer, tmp_path):
+def test_unused_fields_of_rows_and_messages_are_reported(tokenizer, tmp_path):
     answer = {"role": "assistant", "content": "fine", "mood": False, "name": None, "thinking": "so"}
     path = write(tmp_path, {"messages": [{"role": "user", "content": "well?", "id": 7}, answer], "source": "me"})
     (report,) = load_data([path], tokenizer, 99).sources
@@ -154,7 +154,7 @@ def test_what_messages_have_beside_what_is_read_is_told(tokenizer, tmp_path):
 
 @given(st.lists(st.sampled_from(["user", "assistant", "unlearned"]), max_size=3),
        st.sampled_from(["answers", "last_answer", "all"]))  # fmt: skip
-def test_what_follows_the_last_answer_that_is_learned_is_told_unless_it_is_read(
+def test_messages_after_the_last_learned_answer_are_reported_unless_they_are_read(
     llama, tmp_path_factory, roles, loss_on
 ):
     marked = {"unlearned": {"role": "assistant", "content": "so", "weight": 0}}
@@ -167,8 +167,8 @@ def test_what_follows_the_last_answer_that_is_learned_is_told_unless_it_is_read(
     assert data.sources[0].unused == (() if is_read else ("messages after the last learned answer",))
 
 
-def test_a_template_that_writes_what_is_said_alone_gives_prompts_and_completions_as_they_are(llama, tmp_path):
-    """Which is what TRL makes of strings, end tokens in them included, and what docs/data.md says."""
+def test_a_template_that_renders_only_contents_leaves_prompts_and_completions_unchanged(llama, tmp_path):
+    """As TRL treats strings, including end tokens in them, and as docs/data.md says."""
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     prompts = "a", "a\n", " a. b: ", "\n\na\n", " ", "a<|im_end|>"
@@ -190,13 +190,13 @@ def test_a_template_that_refuses_is_named_with_file_and_line(llama, tmp_path):
 
 
 @given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 5))
-def test_a_split_loses_and_repeats_nothing(count, fraction, seed):
+def test_a_split_contains_every_sample_once(count, fraction, seed):
     samples = [Sample((i,), (i,), f"rows.jsonl, line {i}") for i in range(count)]
     train, held_out = split(samples, fraction, seed)
     assert sorted(s.ids[0] for s in train + held_out) == list(range(count))
     assert train
     assert held_out
-    chosen = set(order(count, seed)[: len(held_out)])  # a row that is one sample: drawn as samples are
+    chosen = set(order(count, seed)[: len(held_out)])  # with one sample per row, rows are drawn in the order of samples
     assert [s.ids[0] for s in held_out] == sorted(chosen)
     assert [s.ids[0] for s in train] == [i for i in range(count) if i not in chosen]
 
@@ -215,8 +215,8 @@ def test_no_row_is_on_both_sides_of_a_split(answers, fraction, seed):
     assert len(rows) == min(len(answers) - 1, max(1, round(len(answers) * fraction)))
 
 
-def test_what_a_held_out_answer_was_is_in_no_sample_that_is_trained_on(llama, tmp_path):
-    """Under a template that takes thoughts out of all answers but the last, a conversation is a sample an answer."""
+def test_a_row_that_gives_several_samples_is_not_on_both_sides_of_a_split(llama, tmp_path):
+    """If the template omits reasoning from all answers but the last, a conversation gives one sample per answer."""
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
@@ -238,15 +238,15 @@ def test_what_a_held_out_answer_was_is_in_no_sample_that_is_trained_on(llama, tm
         assert not {s.source for s in train} & {s.source for s in held_out}
 
 
-def test_one_row_cannot_be_split_however_many_samples_it_is():
+def test_a_single_row_cannot_be_split_even_if_it_gives_several_samples():
     samples = [Sample((turn,), (turn,), "chat.jsonl, line 1") for turn in range(3)]
     with pytest.raises(DataError, match="a single row cannot be split"):
         split(samples, 0.5, 0)
     assert split(samples, 0, 0) == (samples, [])
 
 
-def test_every_row_has_a_source_of_its_own(tokenizer, tmp_path):
-    """Which is what a split goes by: in files of every kind, and in several of them."""
+def test_every_row_has_a_unique_source(tokenizer, tmp_path):
+    """A split depends on it, for files of every kind and several files."""
     lines = write(tmp_path, *[SHORT] * 3)
     other = write(tmp_path, *[SHORT] * 3, name="other.jsonl")
     table = tmp_path / "rows.csv"

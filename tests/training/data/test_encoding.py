@@ -1,4 +1,4 @@
-"""Loss is on what the model shall say, its end included, and on nothing else, whatever the chat template does."""
+"""Loss is on answers and their end tokens, and on nothing else, for any chat template."""
 
 import json
 from types import SimpleNamespace
@@ -29,25 +29,25 @@ MISTRAL = (  # no opening: the answer follows [/INST]
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
     "{% else %}[INST] {{ m.content }} [/INST]{% endif %}{% endfor %}"
 )
-ALPACA = (  # puts no token after an answer, and text of its own
+ALPACA = (  # puts text instead of an end token after an answer
     "{% for m in messages %}### {{ 'Response' if m.role == 'assistant' else 'Instruction' }}:\n{{ m.content }}\n\n"
     "{% endfor %}{% if add_generation_prompt %}### Response:\n{% endif %}"
 )
-QWEN3 = (  # takes the thoughts out of all answers but the last
+QWEN3 = (  # omits reasoning from all answers but the last
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
     "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-PHI3 = (  # ends the text too, where nothing is asked for
+PHI3 = (  # also ends the text if no answer is asked for
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% else %}{{ eos_token }}{% endif %}"
 )
-HARMONY = (  # opens an answer with tokens and words that its prompt does not have
+HARMONY = (  # opens an answer with tokens and words that the prompt lacks
     "{% for m in messages %}<|start|>{{ m.role }}{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>"
     "{{ m.content }}{{ '<|return|>' if m.role == 'assistant' and loop.last else '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
-FAMILIES = {  # template; begin, end of a text; what ends a turn
+FAMILIES = {  # template; first and end token of a text; token that ends a turn
     "chatml": (None, "<|im_start|>", "<|im_end|>", "<|im_end|>"),
     "llama3": (LLAMA3, "<|begin_of_text|>", "<|eot_id|>", "<|eot_id|>"),
     "gemma": (GEMMA, "<bos>", "<eos>", "<end_of_turn>"),
@@ -55,7 +55,7 @@ FAMILIES = {  # template; begin, end of a text; what ends a turn
     "alpaca": (ALPACA, None, "</s>", "</s>"),
     "phi3": (PHI3, None, "<|endoftext|>", "<|end|>"),
 }
-ONCE = {  # the same, and what the template puts after that
+ONCE = {  # the same, and what the template puts after the end of a turn
     **{
         name: (*family, {"chatml": "\n", "gemma": "\n", "phi3": "\n<|endoftext|>"}.get(name, ""))
         for name, family in FAMILIES.items()
@@ -75,7 +75,7 @@ def tokenizer(llama):
 
 @pytest.fixture(scope="module")
 def families(llama):
-    """A tokenizer for each family; its first token comes by itself wherever the text does not have it already."""
+    """A tokenizer for each family, which adds its first token to a text by itself."""
     from tokenizers import processors
 
     made = {}
@@ -101,13 +101,13 @@ def conversation(*contents):
 
 
 def encode_row(row, tokenizer, **options):
-    """The samples of a row, and how many were given an end token."""
+    """Return the samples of a row, and how many were given an end token."""
     (encoded,) = Encoder(tokenizer, **options).encode([("here", read_example(row, "here"))])
     return encoded.samples, encoded.ended
 
 
 def encode(messages, tokenizer, **options):
-    """The one sample of a conversation."""
+    """Return the only sample of a conversation."""
     ((sample,), _) = encode_row({"messages": messages}, tokenizer, **options)
     return sample
 
@@ -134,12 +134,12 @@ def test_answers_and_their_ends_are_learned_under_every_template(name, families)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_tokens_are_those_that_transformers_makes_of_the_conversation(name, families):
-    """So there is one first token, and the prompt is what the model gets when it is asked."""
+def test_tokens_equal_those_of_transformers_for_the_conversation(name, families):
+    """So there is only one first token, and the prompt is that at inference."""
     tokenizer = families[name]
     sample = encode(CHAT, tokenizer)
     whole = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True)["input_ids"]
-    if name == "alpaca":  # the end token stands where the template has line ends
+    if name == "alpaca":  # an end token replaces the template's line ends
         assert list(sample.ids[-1:]) == [tokenizer.eos_token_id]
         whole, sample_ids = whole[: len(sample.ids) - 1], list(sample.ids[:-1])
     else:
@@ -153,8 +153,8 @@ def test_the_tokens_are_those_that_transformers_makes_of_the_conversation(name, 
     assert sample_ids[:start] == prompt["input_ids"] == prompt_ids("Name a river", tokenizer)
 
 
-def test_labels_are_those_of_a_template_that_marks_what_is_generated(families):
-    """transformers' own mask, which needs the marks; SmolLM2's template has none."""
+def test_labels_equal_the_assistant_mask_of_transformers(families):
+    """That mask requires generation tags in the template; SmolLM2's has none."""
     tokenizer = families["llama3"]
     marked = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     sample = encode(CHAT, tokenizer)
@@ -163,7 +163,7 @@ def test_labels_are_those_of_a_template_that_marks_what_is_generated(families):
     assert "{% generation %}" not in families["chatml"].chat_template
 
 
-def test_the_last_answer_alone_or_everything_can_be_learned(tokenizer):
+def test_loss_can_be_on_the_last_answer_only_or_on_everything(tokenizer):
     assert learned(encode(CHAT, tokenizer, loss_on="last_answer"), tokenizer) == "the Po<|im_end|>"
     everything = encode(CHAT, tokenizer, loss_on="all")
     assert list(everything.labels) == list(everything.ids)
@@ -174,7 +174,7 @@ def test_an_answer_of_weight_zero_is_not_learned(tokenizer):
     assert learned(encode(messages, tokenizer), tokenizer) == "the Po<|im_end|>"
 
 
-def test_samples_that_were_given_an_end_are_counted(families):
+def test_samples_that_were_given_an_end_token_are_counted(families):
     row = {"prompt": "Name a river", "completion": "the Rhine"}
     assert {name: encode_row(row, families[name])[1] for name in FAMILIES} == {
         "chatml": 0, "llama3": 0, "gemma": 0, "mistral": 0, "alpaca": 1, "phi3": 0,
@@ -182,7 +182,7 @@ def test_samples_that_were_given_an_end_are_counted(families):
 
 
 @given(st.text(min_size=1).filter(lambda t: t.strip()), st.text(min_size=1).filter(lambda t: t.strip()))
-def test_labels_are_a_suffix_of_the_ids_for_any_text(tokenizer, question, answer):
+def test_labels_are_one_range_from_the_prompt_to_the_end_token_for_any_text(tokenizer, question, answer):
     sample = encode(conversation(question, answer), tokenizer)
     marked = [i for i, label in enumerate(sample.labels) if label != IGNORED]
     assert marked == list(range(marked[0], marked[-1] + 1))
@@ -212,8 +212,8 @@ def unnamed(tmp_path_factory):
 
 @given(SPOKEN)
 @pytest.mark.parametrize("name", [name for name in ONCE if name != "alpaca"])
-def test_nothing_after_the_end_of_the_turn_is_learned_whatever_the_answer_says(families, unnamed, name, answer):
-    """And the end is what an answer of the model is ended by."""
+def test_nothing_after_the_end_of_the_turn_is_learned_for_any_answer(families, unnamed, name, answer):
+    """The token that ends the turn is also a stop token in generation."""
     tokenizer, (*_, end, after) = families[name], ONCE[name]
     ((sample,), ended) = encode_row({"prompt": "Name a river", "completion": answer}, tokenizer)
     marked = [i for i, label in enumerate(sample.labels) if label != IGNORED]
@@ -223,8 +223,8 @@ def test_nothing_after_the_end_of_the_turn_is_learned_whatever_the_answer_says(f
     assert sample.ids[marked[-1]] in stop_tokens(unnamed, tokenizer)
 
 
-def test_a_template_that_refuses_a_plain_question_is_learned_from_all_the_same(llama):
-    """What it puts after an answer cannot be asked for then."""
+def test_a_template_that_requires_a_system_message_can_be_learned_from(llama):
+    """It refuses the probe for what it puts after an answer."""
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = (
         "{% if messages[0].role != 'system' %}{{ raise_exception('who am I?') }}{% endif %}" + tokenizer.chat_template
@@ -236,14 +236,14 @@ def test_a_template_that_refuses_a_plain_question_is_learned_from_all_the_same(l
 
 
 @given(SPOKEN)
-def test_an_answer_under_a_template_without_ends_is_followed_by_one_and_nothing(families, answer):
+def test_an_end_token_is_added_last_if_the_template_has_none(families, answer):
     tokenizer = families["alpaca"]
     ((sample,), _) = encode_row({"prompt": "Name a river", "completion": answer}, tokenizer)
     assert sample.ids[-1] == sample.labels[-1] == tokenizer.eos_token_id
 
 
 @given(SPOKEN.map(str.rstrip).filter(lambda text: not text.endswith("</s>")))
-def test_an_answer_that_has_the_end_token_already_is_given_no_other_under_a_template_without(families, answer):
+def test_no_end_token_is_added_to_an_answer_that_ends_with_it_already(families, answer):
     row = {"prompt": "Name a river</s>", "completion": answer}
     ended, added = encode_row(row | {"completion": f"{answer}</s>"}, families["alpaca"])
     assert (ended, added) == (encode_row(row, families["alpaca"])[0], 0)
@@ -251,7 +251,7 @@ def test_an_answer_that_has_the_end_token_already_is_given_no_other_under_a_temp
 
 @pytest.fixture(scope="module")
 def merging(tokenizer):
-    """Has a token for two line ends, as real tokenizers do."""
+    """A tokenizer with a token for two line ends, as real ones have."""
     from tokenizers import Tokenizer
 
     values = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -262,7 +262,7 @@ def merging(tokenizer):
     return copied
 
 
-def test_a_token_never_holds_the_end_of_the_prompt_and_the_start_of_the_answer(merging):
+def test_no_token_spans_the_end_of_the_prompt_and_the_start_of_the_answer(merging):
     messages = conversation("Write a poem", "\nOh", "More", "\n\nAh")
     whole = merging.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
     sample = encode(messages, merging)
@@ -274,7 +274,7 @@ def test_a_token_never_holds_the_end_of_the_prompt_and_the_start_of_the_answer(m
 
 
 @pytest.mark.parametrize("loss_on", ["answers", "last_answer", "all"])
-def test_no_token_holds_the_end_of_the_answer_and_what_the_template_puts_after_it(tokenizer, loss_on):
+def test_no_token_spans_the_end_of_the_answer_and_what_the_template_puts_after_it(tokenizer, loss_on):
     from tokenizers import Tokenizer
 
     values = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -290,7 +290,7 @@ def test_no_token_holds_the_end_of_the_answer_and_what_the_template_puts_after_i
     assert learned(sample, merging).endswith("The Rhine.<|im_end|>")
 
 
-def test_a_tokenizer_that_puts_a_space_before_every_text_is_not_given_pieces(llama):
+def test_text_is_tokenized_as_a_whole_if_the_tokenizer_puts_a_space_before_it(llama):
     from tokenizers import pre_tokenizers
 
     tokenizer = load_tokenizer(llama)
@@ -302,8 +302,8 @@ def test_a_tokenizer_that_puts_a_space_before_every_text_is_not_given_pieces(lla
     assert learned(sample, tokenizer).endswith("two<|im_end|>")
 
 
-def test_the_first_word_is_learned_if_its_token_begins_with_the_space_of_the_opening(llama):
-    """As the tokenizers do that come from SentencePiece, under Vicuna's template."""
+def test_the_first_word_is_learned_if_its_token_includes_the_prompts_last_space(llama):
+    """As with tokenizers converted from SentencePiece and Vicuna's template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -321,8 +321,8 @@ def test_the_first_word_is_learned_if_its_token_begins_with_the_space_of_the_ope
     assert learned(sample, tokenizer) == "hello world</s> two</s>"
 
 
-def test_what_follows_the_last_answer_that_is_learned_is_not_read(families):
-    """So that it gets the end token where the template has none, too."""
+def test_messages_after_the_last_learned_answer_are_not_read(families):
+    """So the answer gets an end token even if the template has none."""
     asked = [*conversation("Name a river", "the Rhine"), {"role": "user", "content": "Thanks"}]
     for name in ("alpaca", "chatml"):
         sample = encode(asked, families[name])
@@ -332,8 +332,8 @@ def test_what_follows_the_last_answer_that_is_learned_is_not_read(families):
     assert "Thanks" in families["chatml"].decode(everything.ids)
 
 
-def test_where_the_template_changes_earlier_turns_every_answer_is_a_sample(tokenizer, llama):
-    """Each is what the model sees when it is asked for that answer."""
+def test_every_answer_is_a_sample_if_the_template_changes_earlier_turns(tokenizer, llama):
+    """Each begins with the prompt of that answer at inference."""
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = QWEN3
     messages = conversation("one", "<think>long</think>first", "two", "second")
@@ -349,7 +349,7 @@ def test_where_the_template_changes_earlier_turns_every_answer_is_a_sample(token
     assert list(last.ids) == list(samples[1].ids)
 
 
-def test_an_answer_that_stays_as_it_was_beside_one_that_does_not_is_not_followed_by_what_came_later(llama):
+def test_each_sample_ends_with_its_answer_if_the_template_changes_some_earlier_turns(llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = QWEN3
     messages = conversation("one", "plain", "two", "<think>long</think>second", "three", "third")
@@ -359,7 +359,7 @@ def test_an_answer_that_stays_as_it_was_beside_one_that_does_not_is_not_followed
         assert tokenizer.decode(sample.ids) == whole
 
 
-def test_a_template_that_opens_an_answer_otherwise_than_it_writes_it_is_refused(llama):
+def test_a_template_that_opens_an_answer_unlike_it_renders_it_is_refused(llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
@@ -369,7 +369,7 @@ def test_a_template_that_opens_an_answer_otherwise_than_it_writes_it_is_refused(
 
 
 @pytest.mark.parametrize("question", ["one", "one" * 99], ids=["short", "long"])
-def test_a_template_that_rewrites_what_was_asked_is_refused(llama, question):
+def test_a_template_that_rewrites_the_question_is_refused(llama, question):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     with pytest.raises(DataError, match="here: the chat template rewrites the conversation around message 2"):
@@ -383,7 +383,7 @@ def test_a_conversation_that_the_assistant_begins_is_refused(tokenizer):
 
 @pytest.mark.parametrize("name", ["chatml", "mistral"])
 @pytest.mark.parametrize("marks", [0, 1], ids=["plain", "with its marks"])
-def test_plain_text_is_learned_whole_between_one_first_and_one_last_token(name, marks, families):
+def test_plain_text_is_learned_whole_between_one_first_token_and_one_end_token(name, marks, families):
     tokenizer = families[name]
     begin, end = (FAMILIES[name][1], FAMILIES[name][2]) if marks else ("", "")
     ((sample,), _) = encode_row({"text": f"{begin}Call me Ishmael.{end}"}, tokenizer)
@@ -393,8 +393,8 @@ def test_plain_text_is_learned_whole_between_one_first_and_one_last_token(name, 
     assert list(sample.labels[1:]) == list(sample.ids[1:])
 
 
-def test_a_template_without_the_tokenizers_first_token_is_given_none(families, llama):
-    """As transformers does it: the template decides."""
+def test_the_tokenizers_first_token_is_not_added_to_a_template_without_it(families, llama):
+    """As in transformers, the template decides."""
     tokenizer = load_tokenizer(llama)
     tokenizer.backend_tokenizer.post_processor = families["mistral"].backend_tokenizer.post_processor
     assert tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -403,7 +403,7 @@ def test_a_template_without_the_tokenizers_first_token_is_given_none(families, l
     assert list(encode(CHAT, tokenizer).ids[:-1]) == whole[: len(encode(CHAT, tokenizer).ids) - 1]
 
 
-def test_without_a_template_messages_follow_each_other_after_the_first_token(families, llama):
+def test_without_a_template_messages_are_joined_after_the_first_token(families, llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.backend_tokenizer.post_processor = families["mistral"].backend_tokenizer.post_processor
     tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
@@ -416,7 +416,7 @@ def test_without_a_template_messages_follow_each_other_after_the_first_token(fam
     ) == prompt_ids("Name a river", tokenizer)
 
 
-def test_without_any_end_token_nothing_can_be_learned_to_end(llama):
+def test_a_tokenizer_without_an_end_token_is_refused_if_the_template_has_none(llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template, tokenizer.eos_token = ALPACA, None
     with pytest.raises(DataError, match="here: the tokenizer has no end token"):
@@ -429,8 +429,8 @@ def test_a_prompt_that_is_not_utf8_is_refused(tokenizer):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_all_tokens_that_a_template_ends_every_turn_with_are_learned(llama, count):
-    """As in Command R7B, of whose two the last one is the end token; those at the end of the text alone are not."""
+def test_all_tokens_that_end_every_turn_are_learned(llama, count):
+    """Command R7B has two, the last of which is the end token. A token only at the end of the text is not learned."""
     tokenizer = load_tokenizer(llama)
     ends, last = ["<|im_end|>", "<|endoftext|>"][:count], {1: "<|endoftext|>", 2: ""}[count]
     tokenizer.eos_token = ends[-1]
@@ -444,8 +444,8 @@ def test_all_tokens_that_a_template_ends_every_turn_with_are_learned(llama, coun
 
 
 @pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
-def test_an_answer_of_the_model_is_not_ended_by_what_is_within_it(llama, unnamed, eos):
-    """As in Kimi K3, which closes thought, answer and message with one token, and the turn with another."""
+def test_tokens_within_an_answer_are_not_stop_tokens(llama, unnamed, eos):
+    """As in Kimi K3, which closes reasoning, answer and message with one token, and the turn with a different one."""
     tokenizer = load_tokenizer(llama)
     tokenizer.add_special_tokens({"eos_token": eos, "additional_special_tokens": ["<|close|>"]})
     tokenizer.chat_template = (
@@ -459,8 +459,8 @@ def test_an_answer_of_the_model_is_not_ended_by_what_is_within_it(llama, unnamed
     assert [token for token in labels if token in stops] == labels[-1:] == tokenizer.encode("<|im_end|>")
 
 
-def test_an_answer_ends_before_an_opening_that_is_always_there(llama, unnamed):
-    """As in the first template of Llama 3, which asks for an answer unasked."""
+def test_an_answer_ends_before_an_opening_that_is_always_rendered(llama, unnamed):
+    """As in Llama 3's first template, which opens the next answer without being asked to."""
     tokenizer = load_tokenizer(llama)
     tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
     tokenizer.chat_template = (
@@ -470,13 +470,13 @@ def test_an_answer_ends_before_an_opening_that_is_always_there(llama, unnamed):
     assert learned(encode(CHAT, tokenizer), tokenizer) == "the Rhine<|im_end|>the Po<|im_end|>"
 
 
-def test_an_answer_that_ends_once_the_next_message_comes_is_learned_with_its_end(families):
+def test_an_end_token_that_the_template_adds_before_the_next_message_is_learned(families):
     tokenizer = families["alpaca"]
     own, tokenizer.chat_template = tokenizer.chat_template, CLOSED_LATE
     try:
         ((sample,), ended) = encode_row({"messages": CHAT}, tokenizer)
         assert (learned(sample, tokenizer), ended) == ("the Rhine</s>the Po</s>", 1)
-        tokenizer.chat_template = CLOSED_LATE.replace("'</s>'", "'<|end|>'")  # no end token: who knows whose it is
+        tokenizer.chat_template = CLOSED_LATE.replace("'</s>'", "'<|end|>'")  # no end token: may be the next message's
         assert learned(encode(CHAT, tokenizer), tokenizer) == "the Rhinethe Po</s>"
     finally:
         tokenizer.chat_template = own

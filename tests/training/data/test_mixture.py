@@ -1,4 +1,4 @@
-"""An epoch draws the shares that were asked for, and each source's samples equally often."""
+"""An epoch draws the requested shares, and each source's samples equally often."""
 
 from collections import Counter
 
@@ -17,17 +17,17 @@ sizes = st.lists(st.integers(1, 30), min_size=1, max_size=4)
 
 
 def samples(counts):
-    """Sample n of source s, in no order of sources."""
+    """Make samples (s, n, 0), with n from 0 for each source s, not sorted by source."""
     made = [Sample((s, n, 0), (s, n, 0), origin=s) for s, count in enumerate(counts) for n in range(count)]
     return made[::2] + made[1::2]
 
 
 @given(sizes, st.lists(st.floats(0.2, 5), min_size=4, max_size=4), st.integers(0, 3))
-def test_shares_are_met_and_every_sample_comes_equally_often(counts, weights, seed):
+def test_shares_are_met_and_samples_of_a_source_are_drawn_equally_often(counts, weights, seed):
     some, weights = samples(counts), weights[: len(counts)]
     try:
         mixture = Mixture.of(some, weights, ["a", "b", "c", "d"][: len(counts)])
-    except ConfigError:  # a share of less than a sample
+    except ConfigError:  # a share is less than a sample
         assert min(weights) / sum(weights) * len(some) < 1
         return
     assert sum(mixture.counts) == len(some)
@@ -42,7 +42,7 @@ def test_shares_are_met_and_every_sample_comes_equally_often(counts, weights, se
 
 
 @pytest.mark.parametrize("pack_length", [None, 7])
-def test_every_step_of_an_epoch_is_there_packed_or_not(pack_length):
+def test_steps_contain_the_drawn_samples_in_shuffled_order_packed_or_not(pack_length):
     some = samples([12, 30])
     mixture = Mixture.of(some, [3, 1], ["a", "b"])
     batches = Batches(some, batch_size=2, mixture=mixture, pack_length=pack_length)
@@ -57,8 +57,8 @@ def test_every_step_of_an_epoch_is_there_packed_or_not(pack_length):
     assert Counter(first) == {0: mixture.counts[0], 1: mixture.counts[1]} == {0: 32, 1: 10}
 
 
-def test_the_largest_batch_is_of_what_any_epoch_draws():
-    """Checkpointing is chosen by it, and the memory predicted; here the first epoch does not draw the long sample."""
+def test_the_largest_batch_covers_the_samples_of_all_epochs():
+    """It determines checkpointing and the predicted memory. Here the first epoch may not draw the long sample."""
     sizes = [(9 if s and n == 7 else 2, s) for s in (0, 1) for n in range(20)]
     some = [Sample((1,) * size, (1,) * size, origin=s) for size, s in sizes]
     for seed in range(9):
@@ -68,7 +68,7 @@ def test_the_largest_batch_is_of_what_any_epoch_draws():
         assert batches.largest() == (4, longest) == (4, 9)
 
 
-def test_no_batch_of_a_packed_mixture_is_larger_than_said():
+def test_no_batch_of_a_packed_mixture_is_larger_than_the_largest():
     for seed in range(30):
         random = torch.Generator().manual_seed(seed)
         sizes = torch.randint(2, 12, (30,), generator=random).tolist()
@@ -86,7 +86,7 @@ def weights_of(mixture, data):
     return TrainConfig(base="base", data=tuple(data), mixture=mixture).mixture_weights()
 
 
-def test_weights_go_by_name_or_file_name_and_are_one_otherwise():
+def test_weights_are_given_by_path_or_file_name_and_default_to_one():
     sources = ["data/task.jsonl", "data/general.jsonl", "org/name:train"]
     assert weights_of({"general.jsonl": 0.5, "org/name:train": 2}, sources) == [1.0, 0.5, 2]
     assert weights_of(None, sources) is None
@@ -99,12 +99,12 @@ def test_weights_go_by_name_or_file_name_and_are_one_otherwise():
         weights_of({"a.jsonl": 1}, ["x/a.jsonl", "y/a.jsonl"])
 
 
-def test_files_of_one_name_have_a_weight_each_in_what_is_recorded():
+def test_files_of_the_same_name_have_separate_weights_in_the_record():
     config = TrainConfig(base="base", data=("x/a.jsonl", "y/a.jsonl"), mixture={"x/a.jsonl": 9, "y/a.jsonl": 1})
     assert config.recorded()["mixture"] == config.decisive()["mixture"] == [9, 1]
 
 
-def test_a_source_that_would_give_nothing_is_refused():
+def test_a_source_of_which_no_sample_would_be_drawn_is_refused():
     with pytest.raises(ConfigError, match="mixture: b: no sample would be drawn"):
         Mixture.of(samples([5, 5]), [1, 0.001], ["a", "b"])
     with pytest.raises(ConfigError, match="mixture: b: no sample would be drawn") as raised:

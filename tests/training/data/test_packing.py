@@ -1,4 +1,4 @@
-"""Packed samples know nothing of each other, and rows are few."""
+"""Packed samples do not affect each other, and fit into few rows."""
 
 import json
 
@@ -31,7 +31,7 @@ def samples(lengths, seed=0):
 
 
 @given(st.lists(st.integers(1, 40), max_size=80), st.integers(40, 64), st.randoms())
-def test_rows_hold_every_sample_once_and_no_more_than_they_may(lengths, capacity, chance):
+def test_rows_contain_every_sample_once_and_do_not_exceed_the_capacity(lengths, capacity, chance):
     rows = pack(lengths, capacity)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     assert all(sum(lengths[i] for i in row) <= capacity for row in rows)
@@ -42,7 +42,7 @@ def test_rows_hold_every_sample_once_and_no_more_than_they_may(lengths, capacity
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=60))
 def test_each_sample_goes_into_the_fullest_row_that_has_room(lengths):
-    """The same in the obvious way, that looks at every row."""
+    """Compare with a simple implementation that looks at every row."""
     expected: list[list[int]] = []
     for sample in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         filled = [(sum(lengths[i] for i in row), n) for n, row in enumerate(expected)]
@@ -59,7 +59,7 @@ def test_each_sample_goes_into_the_fullest_row_that_has_room(lengths):
 
 @pytest.fixture(scope="module")
 def folders(made, llama, gpt2):
-    """Mistral attends within windows, of four tokens here."""
+    """Mistral's attention has a sliding window, here of four tokens."""
     found = {"llama": llama, "gpt2": gpt2}
     for family in ("qwen2", "qwen3", "mistral", "gemma"):
         found[family] = tiny.write_family(made / f"packed-{family}", family)
@@ -70,7 +70,7 @@ def folders(made, llama, gpt2):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gpt2", "mistral", "gemma"])
-def test_a_packed_sample_has_the_logits_that_it_has_alone(family, attention, folders):
+def test_a_packed_sample_has_the_same_logits_as_alone(family, attention, folders):
     model = load_model(folders[family], torch.float32, CPU)
     model.network.set_attn_implementation(attention)
     row = samples([9, 1, 14, 2, 5])
@@ -86,7 +86,7 @@ def test_a_packed_sample_has_the_logits_that_it_has_alone(family, attention, fol
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
-def test_the_loss_of_packed_samples_is_the_sum_of_theirs(family, folders):
+def test_the_loss_of_packed_samples_is_the_sum_of_their_losses_alone(family, folders):
     model = load_model(folders[family], torch.float32, CPU)
     some = samples([9, 1, 14, 2, 5, 3, 11])
     batches = Batches(some, batch_size=2, pack_length=16)
@@ -98,7 +98,7 @@ def test_the_loss_of_packed_samples_is_the_sum_of_theirs(family, folders):
     assert packed == pytest.approx(alone, rel=1e-5)
 
 
-def test_nothing_foretells_the_first_token_of_a_packed_sample():
+def test_the_first_token_of_a_packed_sample_carries_no_loss():
     plain = [Sample((5, 6), (5, 6)), Sample((7, 8, 9), (7, 8, 9))]
     batch = collate([tuple(plain)], 0)
     assert batch.labels.tolist() == [[IGNORED, 6, IGNORED, 8, 9]]
@@ -106,7 +106,7 @@ def test_nothing_foretells_the_first_token_of_a_packed_sample():
     assert int((batch.labels != IGNORED).sum()) == sum(sample.answer_tokens for sample in plain)
 
 
-def test_packing_and_grouping_exclude_each_other():
+def test_packing_cannot_be_combined_with_grouping_by_length():
     with pytest.raises(ConfigError, match="group_by_length: cannot be combined with pack"):
         TrainConfig(base="b", data=("d",), pack=True, group_by_length=True)
 
@@ -114,12 +114,12 @@ def test_packing_and_grouping_exclude_each_other():
 @pytest.mark.parametrize(
     ("family", "values"),
     [
-        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "num_attention_heads": 4}),  # positions of its own counting
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "num_attention_heads": 4}),  # counts positions itself
         ("bloom", {"n_layer": 2, "n_head": 4}),  # distances instead of positions
         ("mamba", {"state_size": 4}),  # a state instead of attention
     ],
 )
-def test_architectures_that_do_not_go_by_positions_are_refused(family, values):
+def test_architectures_that_ignore_position_ids_are_refused(family, values):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     values |= {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "initializer_range": 0.2}
@@ -129,8 +129,8 @@ def test_architectures_that_do_not_go_by_positions_are_refused(family, values):
         check_packing(network)
 
 
-def test_a_model_that_lets_samples_see_each_other_is_refused(llama):
-    """Here one that is given a mask of ones, which is what makes transformers forget the positions."""
+def test_a_model_in_which_packed_samples_attend_to_each_other_is_refused(llama):
+    """Given an attention mask of ones, transformers ignores the positions."""
     model = load_model(llama, torch.float32, CPU)
     forward = model.network.forward
     model.network.forward = lambda input_ids, **kwargs: forward(

@@ -1,4 +1,4 @@
-"""Calls of tools are learned as the model is asked to make them, and nothing of them is lost on the way."""
+"""Tool calls are learned after their prompt at inference, and templates that omit a part of them are refused."""
 
 import json
 
@@ -11,7 +11,7 @@ from adaptkit.training.data.dataset import load_data
 from adaptkit.training.data.encoding import Encoder, conversation_ids
 from adaptkit.training.data.samples import IGNORED
 
-CHATML = (  # Hermes' and Qwen's way
+CHATML = (  # as in Hermes and Qwen
     "{% if tools %}<|im_start|>system\nTools: {% for t in tools %}{{ t | tojson }}{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
     "{% if m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>{% else %}{{ m.content }}"
@@ -19,7 +19,7 @@ CHATML = (  # Hermes' and Qwen's way
     '{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}\n</tool_call>{% endfor %}{% endif %}'
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LLAMA = (  # one call, beside nothing; what a tool gives as JSON
+LLAMA = (  # one call without content; tool results as JSON
     "{{ bos_token }}{% if tools %}{% for t in tools %}{{ t | tojson(indent=4) }}\n\n{% endfor %}{% endif %}"
     "{% for m in messages %}{% if m.role == 'tool' %}<|start_header_id|>ipython<|end_header_id|>\n\n"
     "{{ m.content | tojson }}<|eot_id|>{% elif m.tool_calls is defined %}"
@@ -54,7 +54,7 @@ XML = (  # arguments one by one, as they are
     "<parameter={{ k }}>{{ v if v is string else v | tojson }}</parameter>{% endfor %}</function>{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-FAMILIES = {  # template, end of the text, what is learned of the call
+FAMILIES = {  # template, end token, learned text of the call
     "chatml": (
         CHATML,
         "<|im_end|>",
@@ -102,7 +102,7 @@ def encode(row, tokenizer, **options):
 
 
 def stretches(samples, tokenizer):
-    """What is learned, stretch by stretch."""
+    """Return the text of each contiguous range of learned tokens."""
     found = []
     for sample in samples:
         current = []
@@ -116,7 +116,7 @@ def stretches(samples, tokenizer):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_call_and_the_answer_are_learned_and_what_the_tool_gave_is_not(llama, name):
+def test_the_call_and_the_answer_are_learned_and_the_tool_result_is_not(llama, name):
     tokenizer = tokenizer_of(llama, name)
     said = "" if name in ("llama", "deepseek", "harmony") else "Let me look."
     encoded = encode(row(said), tokenizer)
@@ -128,7 +128,7 @@ def test_the_call_and_the_answer_are_learned_and_what_the_tool_gave_is_not(llama
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_comes_before_a_call_is_what_transformers_asks(llama, name):
+def test_the_tokens_before_a_call_are_those_of_the_prompt_in_transformers(llama, name):
     tokenizer = tokenizer_of(llama, name)
     example = row()
     sample = encode(example, tokenizer).samples[0]
@@ -141,7 +141,7 @@ def test_what_comes_before_a_call_is_what_transformers_asks(llama, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_all_of_a_conversation_can_be_learned(llama, name):
+def test_all_of_a_conversation_or_only_its_last_answer_can_be_learned(llama, name):
     tokenizer = tokenizer_of(llama, name)
     (sample,) = encode(row(), tokenizer, loss_on="all").samples
     assert list(sample.labels) == list(sample.ids)
@@ -151,7 +151,7 @@ def test_all_of_a_conversation_can_be_learned(llama, name):
     assert "depth" not in answer
 
 
-def test_thoughts_and_calls_go_together(llama):
+def test_reasoning_before_a_call_is_learned(llama):
     tokenizer = tokenizer_of(llama, "chatml")
     tokenizer.chat_template = CHATML.replace(
         "{{ m.content }}{% for c", "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
@@ -182,7 +182,7 @@ NO_KEYS = CHATML.replace("f.arguments | tojson", "f.arguments.values() | list | 
     ],
 )
 @pytest.mark.parametrize("loss_on", ["answers", "all"])
-def test_a_template_that_loses_something_is_refused(llama, template, message, loss_on):
+def test_a_template_that_omits_tools_calls_arguments_or_results_is_refused(llama, template, message, loss_on):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = template
     example = row(tools=(TOOL,) if template is NO_TOOLS else ({"name": "other"},) if template is None else ())
@@ -192,8 +192,8 @@ def test_a_template_that_loses_something_is_refused(llama, template, message, lo
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_conversation_that_ends_with_a_call_ends_as_one_that_goes_on(llama, name):
-    """With the token that ends it there, and no other."""
+def test_a_call_ends_with_the_same_token_last_as_within_a_conversation(llama, name):
+    """No other end token is added."""
     tokenizer = tokenizer_of(llama, name)
     example = row()
     whole, _ = stretches(encode(example, tokenizer).samples, tokenizer)
@@ -202,7 +202,7 @@ def test_a_conversation_that_ends_with_a_call_ends_as_one_that_goes_on(llama, na
     assert (stretches(encoded.samples, tokenizer), encoded.ended) == ([whole], 0)
 
 
-def test_a_call_that_no_token_ends_gets_one_after_all_of_it(llama):
+def test_an_end_token_is_added_after_a_whole_call_that_has_none(llama):
     tokenizer = tokenizer_of(llama, "chatml")
     tokenizer.chat_template = CHATML.replace(
         "<|im_end|>\n{% endfor %}{% if add", "{{ '' if m.tool_calls else '<|im_end|>\n' }}{% endfor %}{% if add"
@@ -222,8 +222,8 @@ EARLIER = (
 
 
 @pytest.mark.parametrize("said", ["", "Let me look."])
-def test_where_earlier_thoughts_are_dropped_every_call_is_a_sample_as_it_is_asked(llama, said):
-    """As in gpt-oss: what was thought before a call goes once an answer follows."""
+def test_every_call_is_a_sample_if_the_template_omits_earlier_reasoning(llama, said):
+    """As in gpt-oss, which omits reasoning before a call once an answer follows."""
     tokenizer = tokenizer_of(llama, "chatml")
     template = CHATML.replace("{{ m.content }}{% for c", EARLIER + "{{ m.content }}{% for c")
     template = template.replace("<tool_response>{{ m.content }}", "<tool_response>{{ m.content | tojson }}")
@@ -246,7 +246,7 @@ def test_where_earlier_thoughts_are_dropped_every_call_is_a_sample_as_it_is_aske
         assert tokenizer.decode(sample.ids[:first]) == asked
 
 
-ASKED_OTHERWISE = (  # the model answers after a mark that no answer has, and a call ends with a token of its own
+ASKED_OTHERWISE = (  # the prompt ends in a mark that rendered answers lack, and a call ends with a token of its own
     CHATML.replace(
         "<|im_end|>\n{% endfor %}{% if add", "{{ '<|call|>' if m.tool_calls else '<|im_end|>\n' }}{% endfor %}{% if add"
     )
@@ -254,7 +254,7 @@ ASKED_OTHERWISE = (  # the model answers after a mark that no answer has, and a 
 )  # fmt: skip
 
 
-def test_a_call_that_is_asked_for_otherwise_than_written_is_learned_after_what_is_asked(llama):
+def test_a_call_is_learned_after_its_prompt_even_if_the_template_renders_it_differently(llama):
     tokenizer = tokenizer_of(llama, "chatml")
     tokenizer.chat_template = ASKED_OTHERWISE
     encoded = encode(row(), tokenizer)
@@ -269,7 +269,7 @@ def test_a_call_that_is_asked_for_otherwise_than_written_is_learned_after_what_i
         encode(row(), tokenizer)
 
 
-def test_where_all_is_learned_a_call_without_weight_is_not_lost_either(llama):
+def test_with_loss_on_all_omitted_arguments_of_a_call_with_weight_zero_are_refused(llama):
     tokenizer = tokenizer_of(llama, "chatml")
     tokenizer.chat_template = CHATML.replace("f.arguments | tojson", "f.arguments | tojson | replace('<b>', '')")
     example = row()
@@ -278,7 +278,7 @@ def test_where_all_is_learned_a_call_without_weight_is_not_lost_either(llama):
         encode(example, tokenizer, loss_on="all")
 
 
-def test_every_tool_has_to_be_there(llama):
+def test_a_template_that_omits_a_single_tool_is_refused(llama):
     tokenizer = tokenizer_of(llama, "chatml")
     example = row(tools=(TOOL, {"name": "width"}))
     assert encode(example, tokenizer)
@@ -287,7 +287,7 @@ def test_every_tool_has_to_be_there(llama):
         encode(example, tokenizer)
 
 
-def test_calls_at_once_are_all_learned_and_lists_in_arguments_too(llama):
+def test_parallel_calls_and_nested_arguments_are_learned(llama):
     tokenizer = tokenizer_of(llama, "chatml")
     example = row()
     example["messages"][1]["tool_calls"] = [
@@ -303,7 +303,7 @@ def test_calls_at_once_are_all_learned_and_lists_in_arguments_too(llama):
         encode(example, lost)
 
 
-LOSSES = {  # template, content, thought, calls
+LOSSES = {  # template, content, reasoning, number of calls
     "tool calls after the first": (CHATML.replace("m.tool_calls", "(m.tool_calls or [])[:1]"), "", "", 2),
     "tool calls beside content": (
         CHATML.replace("in m.tool_calls", "in ([] if m.content else m.tool_calls)"), "x", "", 1,
@@ -318,7 +318,7 @@ LOSSES = {  # template, content, thought, calls
 
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("weight", [1, 0])
-def test_what_a_template_loses_is_found_though_its_words_are_elsewhere(llama, kind, weight):
+def test_omissions_are_found_even_if_the_same_words_occur_elsewhere(llama, kind, weight):
     template, said, thought, count = LOSSES[kind]
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = template
@@ -332,14 +332,14 @@ def test_what_a_template_loses_is_found_though_its_words_are_elsewhere(llama, ki
     assert raised.value.hint
 
 
-def test_a_template_that_prints_arguments_gets_their_text_and_not_pythons(llama):
+def test_a_template_that_prints_arguments_directly_prints_json(llama):
     tokenizer = tokenizer_of(llama, "chatml")
     tokenizer.chat_template = CHATML.replace("f.arguments | tojson", "f.arguments")
     call, _ = stretches(encode(row(arguments={"of": "Rhine", "now": True}), tokenizer).samples, tokenizer)
     assert '"arguments": {"of": "Rhine", "now": true}}' in call
 
 
-def test_a_row_that_is_refused_is_the_one_that_is_named(llama):
+def test_the_row_that_is_refused_is_named(llama):
     tokenizer = load_tokenizer(llama)
     plain = {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]}
     rows = [("first", read_example(plain, "first")), ("second", read_example(row(), "second"))]
@@ -348,8 +348,8 @@ def test_a_row_that_is_refused_is_the_one_that_is_named(llama):
         list(encoded)
 
 
-def test_columns_of_a_table_fill_no_arguments(llama, tmp_path):
-    """In parquet every object of a column has the keys of all."""
+def test_missing_arguments_in_a_table_are_not_filled_in(llama, tmp_path):
+    """In Parquet, every object of a column has the keys of all its objects."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -361,13 +361,13 @@ def test_columns_of_a_table_fill_no_arguments(llama, tmp_path):
     assert ['"arguments": {"of": "Rhine"}}' in calls[0], '"arguments": {"at": "Köln"}}' in calls[1]] == [True, True]
 
 
-def test_a_call_is_no_empty_answer(llama, tmp_path):
+def test_a_call_is_not_counted_as_an_empty_answer(llama, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row()))
     assert load_data([path], tokenizer_of(llama, "chatml"), 900).empty == 0
 
 
-def test_a_template_of_one_call_refuses_two(llama):
+def test_a_templates_refusal_of_parallel_calls_is_reported(llama):
     example = row()
     example["messages"][1]["tool_calls"] *= 2
     with pytest.raises(DataError, match=r"here: the chat template refuses .*one call at a time"):
@@ -385,8 +385,8 @@ def test_rows_with_and_without_tools_are_read_from_a_file(llama, tmp_path):
     assert len(data.samples[2].ids) > len(data.samples[1].ids)
 
 
-def test_a_template_for_tools_is_asked_how_it_takes_calls_and_not_the_one_without(llama):
-    """As in Hermes 2 Pro; its other template knows of no calls."""
+def test_a_separate_template_for_tools_is_used_for_rows_with_tools(llama):
+    """As in Hermes 2 Pro, whose default template ignores calls."""
     tokenizer = tokenizer_of(llama, "chatml")
     plain = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -401,8 +401,8 @@ def test_a_template_for_tools_is_asked_how_it_takes_calls_and_not_the_one_withou
 
 
 @pytest.mark.parametrize("is_alone", [True, False])
-def test_what_a_template_for_tools_writes_after_every_answer_is_not_learned(llama, is_alone):
-    """As Command R+'s, which ends no call, and cannot be asked without tools."""
+def test_instructions_that_a_template_for_tools_puts_after_answers_are_not_learned(llama, is_alone):
+    """As Command R+'s, which puts no end token after calls, and cannot be rendered without tools."""
     tokenizer = tokenizer_of(llama, "chatml")
     plain, instructions = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}", "Answer, or call depth of:"
     template = (

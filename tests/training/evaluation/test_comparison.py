@@ -1,4 +1,4 @@
-"""A comparison's rows are what each model alone measures; adapters go to their bases, and strangers are refused."""
+"""A comparison equals separate evaluations; adapters are matched to their bases, and refused without one."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def stranger(made):
     return tiny.write_llama(made / "stranger", seed=11, tied=False)
 
 
-def test_rows_are_what_each_model_alone_measures(llama, adapter, second_adapter, instructions, prose, made):
+def test_reports_equal_those_of_separate_evaluations(llama, adapter, second_adapter, instructions, prose, made):
     more = tiny.write_instructions(made / "more.jsonl", seed=9)
     options = EvaluateOptions(shots=2, shots_from=(more,), generate=True, samples=3, max_new_tokens=4, **FLOAT32)
     plain = EvaluateOptions(generate=True, samples=3, max_new_tokens=4, **FLOAT32)
@@ -50,7 +50,7 @@ def test_rows_are_what_each_model_alone_measures(llama, adapter, second_adapter,
     assert one.perplexity_after == pytest.approx(math.exp(one.loss_after))
 
 
-def test_parameters_are_those_that_transformers_counts(llama, adapter, instructions):
+def test_parameter_counts_equal_those_of_transformers(llama, adapter, instructions):
     report = evaluate(llama, adapter, [instructions], EvaluateOptions(**FLOAT32))
     assert report.parameters == AutoModelForCausalLM.from_pretrained(llama).num_parameters()
     shapes = [layer.shape for layer in AutoModelForCausalLM.from_pretrained(llama).parameters() if layer.dim() == 2]
@@ -58,7 +58,7 @@ def test_parameters_are_those_that_transformers_counts(llama, adapter, instructi
     assert evaluate(llama, None, [instructions], EvaluateOptions(**FLOAT32)).trained_parameters is None
 
 
-def test_a_tied_table_that_was_trained_counts_once_as_in_the_run(llama, instructions, tmp_path):
+def test_a_trained_tied_embedding_is_counted_once_as_in_the_run(llama, instructions, tmp_path):
     config = TrainConfig(
         base=str(llama), data=(str(instructions),), steps=1, batch_size=2, rank=2, device="cpu",
         modules_to_save=("lm_head", "norm"),
@@ -68,7 +68,7 @@ def test_a_tied_table_that_was_trained_counts_once_as_in_the_run(llama, instruct
     assert report.trained_parameters == trained
 
 
-def test_an_adapter_goes_to_the_base_that_its_manifest_names(llama, stranger, instructions, tmp_path, made):
+def test_an_adapter_is_evaluated_on_the_base_that_its_manifest_names(llama, stranger, instructions, tmp_path, made):
     quantize(llama, tmp_path / "nf4")
     config = TrainConfig(
         base=str(tmp_path / "nf4"), data=(str(instructions),), steps=2, batch_size=2, device="cpu",
@@ -80,7 +80,7 @@ def test_an_adapter_goes_to_the_base_that_its_manifest_names(llama, stranger, in
     assert [(report.base, report.adapter) for report in found.models[3:]] == [
         (str(tmp_path / "nf4"), str(tmp_path / "trained"))
     ]
-    without = compare([stranger, llama], [tmp_path / "trained"], [instructions], options)  # the 16-bit parent's too
+    without = compare([stranger, llama], [tmp_path / "trained"], [instructions], options)  # its 16-bit parent fits, too
     assert without.models[2].base == str(llama)
     other = tiny.write_llama(tmp_path / "other", seed=12)
     with pytest.raises(BaseMismatchError, match="belongs to none of"):
@@ -93,12 +93,12 @@ def test_an_adapter_goes_to_the_base_that_its_manifest_names(llama, stranger, in
         evaluate(tmp_path / "other-nf4", tmp_path / "trained", [instructions], options)
 
 
-def test_an_adapter_without_manifest_needs_its_base_alone(llama, stranger, adapter, instructions):
+def test_an_adapter_without_a_manifest_is_refused_if_there_are_several_bases(llama, stranger, adapter, instructions):
     with pytest.raises(UsageError, match="unknown which of the 2 bases"):
         compare([llama, stranger], [adapter], [instructions], EvaluateOptions(**FLOAT32))
 
 
-def test_a_base_is_compared_with_the_one_that_it_was_made_from(llama, stranger, prose, tmp_path):
+def test_a_quantized_base_is_compared_with_its_source_and_others_with_the_first(llama, stranger, prose, tmp_path):
     quantize(llama, tmp_path / "nf4")
     found = compare([stranger, llama, tmp_path / "nf4"], text=[prose], options=EvaluateOptions(**FLOAT32))
     assert [(line.model, line.before) for line in found.forgetting] == [
@@ -106,8 +106,8 @@ def test_a_base_is_compared_with_the_one_that_it_was_made_from(llama, stranger, 
     ]  # fmt: skip
 
 
-def test_questions_that_do_not_fit_every_context_are_left_out_for_all(llama, gpt2, tmp_path):
-    """GPT-2 here reads 128 tokens, the Llama 512."""
+def test_questions_that_do_not_fit_every_context_are_left_out_for_all_models(llama, gpt2, tmp_path):
+    """Here GPT-2's context is 128 tokens, and Llama's 512."""
     rows = [{"instruction": "a " * 120, "output": "x"}, {"instruction": "short", "output": "y"},
             {"instruction": "brief", "output": "z"}]  # fmt: skip
     path = tmp_path / "rows.jsonl"
@@ -119,7 +119,7 @@ def test_questions_that_do_not_fit_every_context_are_left_out_for_all(llama, gpt
     assert compare([llama], data=[path], options=options).models[0].generated.questions == 3
 
 
-def test_an_answer_that_no_score_compares_has_a_loss_with_examples_as_without(llama, instructions, tmp_path):
+def test_an_empty_answer_has_a_loss_with_and_without_examples_but_no_score(llama, instructions, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"instruction": f"ask {n}", "output": n * "x"}) + "\n" for n in (0, 1)))
     options = {"shots": 2, "shots_from": (instructions,), **FLOAT32}
@@ -137,6 +137,6 @@ def test_an_answer_that_no_score_compares_has_a_loss_with_examples_as_without(ll
         ({"generate": True}, "generate: needs data"),
     ],
 )
-def test_requests_that_lack_something_are_refused(options, message, llama, prose):
+def test_incomplete_options_are_refused(options, message, llama, prose):
     with pytest.raises(UsageError, match=message):
         compare([llama], text=[prose], options=EvaluateOptions(**options, **FLOAT32))

@@ -1,4 +1,4 @@
-"""Evaluation measures what a formula says, refuses what means nothing, pads as told, and says what it left out."""
+"""Evaluation equals formulas, refuses meaningless requests, and reports what it left out."""
 
 import json
 from dataclasses import replace
@@ -25,7 +25,7 @@ from adaptkit.training.loop import train
     [("batch_size", 0), ("max_length", 1), ("max_new_tokens", 0), ("window", 1), ("max_tokens", 1),
      ("compute_dtype", "float16")],
 )  # fmt: skip
-def test_options_that_cannot_be_used_are_refused_by_name(name, value):
+def test_unusable_options_are_refused_by_name(name, value):
     with pytest.raises(UsageError, match=name):
         EvaluateOptions(**{name: value})
 
@@ -33,11 +33,11 @@ def test_options_that_cannot_be_used_are_refused_by_name(name, value):
 @pytest.mark.parametrize(
     ("pad", "end", "expected"), [(0, 5, 0), (3, 5, 3), (None, 5, 5), (None, None, 0), (9999, 5, 0), (None, 9999, 0)]
 )
-def test_padding_is_the_pad_token_even_if_it_is_zero_but_none_that_the_model_has_no_row_for(pad, end, expected, llama):
+def test_padding_is_the_pad_or_end_token_or_zero_if_the_model_lacks_that_token(pad, end, expected, llama):
     assert pad_id(SimpleNamespace(pad_token_id=pad, eos_token_id=end), llama) == expected
 
 
-def test_samples_that_were_cut_or_left_out_are_counted(llama, instructions):
+def test_truncated_and_dropped_samples_are_counted(llama, instructions):
     whole = load_data([instructions], load_tokenizer(llama), 1024)
     length = sorted(len(sample.ids) for sample in whole.samples)[len(whole.samples) // 2]
     options = EvaluateOptions(max_length=length, compute_dtype="float32", device="cpu")
@@ -46,8 +46,8 @@ def test_samples_that_were_cut_or_left_out_are_counted(llama, instructions):
     assert report.samples + report.dropped == len(whole.samples)
 
 
-def test_answers_with_an_end_token_are_told_and_scored_as_those_without(llama, tmp_path):
-    """What a model generates is read without special tokens."""
+def test_answers_with_an_end_token_are_noted_and_scored_as_those_without(llama, tmp_path):
+    """Generated answers are decoded without special tokens."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "well?", "completion": "fine"}\n')
     (tmp_path / "ended.jsonl").write_text('{"prompt": "well?", "completion": "fine<|im_end|>"}\n')
     options = EvaluateOptions(generate=True, max_new_tokens=4, compute_dtype="float32", device="cpu")
@@ -66,7 +66,7 @@ def test_answers_with_an_end_token_are_told_and_scored_as_those_without(llama, t
     ]
 
 
-def test_answers_that_differ_by_an_end_token_are_one_and_one_that_is_nothing_else_is_refused(llama, tmp_path):
+def test_references_equal_but_for_end_tokens_count_once_and_an_end_token_alone_is_refused(llama, tmp_path):
     options = EvaluateOptions(generate=True, max_new_tokens=4, compute_dtype="float32", device="cpu")
     path, reports = tmp_path / "rows.jsonl", []
     for answers in ["fine"], ["fine", "fine<|im_end|>", "fine<|im_end|>\n"]:
@@ -91,13 +91,13 @@ def prose(tmp_path):
 
 
 def log_probabilities(folder, windows):
-    """Of every next token, (tokens, vocabulary) in float64, by transformers."""
+    """Return transformers' log-probabilities of all next tokens, (tokens, vocabulary), in float64."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
     with torch.no_grad():
         return model(windows).logits[:, :-1].reshape(-1, model.config.vocab_size).log_softmax(-1)
 
 
-def test_perplexity_and_divergence_are_those_of_a_formula_on_transformers_models(llama, made, prose):
+def test_perplexity_and_divergence_equal_formulas_on_transformers_models(llama, made, prose):
     other = tiny.write_llama(made / "other-seed", seed=3)
     ids = load_tokenizer(llama)(PROSE)["input_ids"]
     windows = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
@@ -113,7 +113,7 @@ def test_perplexity_and_divergence_are_those_of_a_formula_on_transformers_models
     assert report.same_top_token == pytest.approx(float((found.argmax(1) == expected.argmax(1)).double().mean()))
     assert divergence > 0.01
     reverse = (found.exp() * (found - expected)).sum(1).mean()
-    assert abs(float(reverse - divergence)) > 1e-3 * float(divergence)  # which the measurement tells apart
+    assert abs(float(reverse - divergence)) > 1e-3 * float(divergence)  # so the test distinguishes both directions
 
 
 def test_a_model_does_not_diverge_from_itself(llama, prose):
@@ -126,12 +126,12 @@ def test_a_model_does_not_diverge_from_itself(llama, prose):
     assert alone.text.reference is alone.text.kl_divergence is alone.loss is None
 
 
-def test_an_adapter_moves_the_model_away_from_its_base(llama, adapter, prose):
+def test_a_model_with_an_adapter_diverges_from_its_base(llama, adapter, prose):
     options = EvaluateOptions(window=48, **FLOAT32)
     assert evaluate(llama, adapter, (), options, text=[prose], reference=llama).text.kl_divergence > 1e-3
 
 
-def test_a_reference_of_another_vocabulary_or_without_text_is_refused(llama, copy_of, prose):
+def test_a_reference_with_a_different_vocabulary_or_without_text_is_refused(llama, copy_of, prose):
     from safetensors.torch import load_file, save_file
 
     smaller = copy_of(llama)
@@ -152,7 +152,7 @@ def test_a_reference_of_another_vocabulary_or_without_text_is_refused(llama, cop
         evaluate(llama)
 
 
-def test_a_token_that_the_model_does_not_know_is_refused(llama, copy_of, tmp_path):
+def test_a_token_outside_the_models_vocabulary_is_refused(llama, copy_of, tmp_path):
     folder = copy_of(llama)
     tokenizer = load_tokenizer(folder)
     tokenizer.add_tokens(["unheard"])
@@ -164,9 +164,7 @@ def test_a_token_that_the_model_does_not_know_is_refused(llama, copy_of, tmp_pat
 
 @pytest.mark.parametrize("measured", ["data", "text", "reference"])
 @pytest.mark.parametrize("matrix", ["layers.1.self_attn.q_proj", "layers.0.mlp.down_proj"])
-def test_a_model_that_gives_no_numbers_is_not_reported_as_one_that_does(
-    llama, copy_of, instructions, prose, measured, matrix
-):
+def test_a_non_finite_loss_is_an_error_that_names_the_model(llama, copy_of, instructions, prose, measured, matrix):
     from safetensors.torch import load_file, save_file
 
     base = copy_of(llama)
@@ -180,7 +178,7 @@ def test_a_model_that_gives_no_numbers_is_not_reported_as_one_that_does(
         evaluate(model, options=options, reference=reference, **given)
 
 
-def test_the_table_shows_text_and_what_was_left_out(llama, instructions, prose, run_cli):
+def test_the_table_shows_text_measurements_and_the_number_of_truncated_samples(llama, instructions, prose, run_cli):
     lengths = sorted(len(s.ids) for s in load_data([instructions], load_tokenizer(llama), 1024).samples)
     done = run_cli(
         "evaluate", "--base", llama, "--reference", llama, "--text", prose, "--window", 64, "--data", instructions,
@@ -198,9 +196,7 @@ def test_the_table_shows_text_and_what_was_left_out(llama, instructions, prose, 
     assert wrong.stderr.endswith("--window 512\n")
 
 
-def test_other_variables_of_the_chat_template_than_in_training_are_told(
-    llama, copy_of, instructions, tmp_path, run_cli
-):
+def test_chat_template_variables_that_differ_from_training_are_noted(llama, copy_of, instructions, tmp_path, run_cli):
     base = copy_of(llama)
     template = base / "chat_template.jinja"
     template.write_text("{% if mood %}{{ mood }}{% endif %}" + template.read_text())
@@ -242,7 +238,7 @@ def test_other_variables_of_the_chat_template_than_in_training_are_told(
     ids=["base", "reference", "one of several", "reference of several"],
 )
 @pytest.mark.parametrize("swapped", ["model.safetensors", "config.json"])
-def test_a_checkpoint_with_other_files_than_its_manifest_speaks_of_is_not_measured(
+def test_a_checkpoint_whose_files_differ_from_its_manifest_is_refused(
     measure, swapped, llama, llama_nf4, prose, tmp_path, copy_of
 ):
     hidden = 32 if swapped == "config.json" else 64
@@ -254,7 +250,7 @@ def test_a_checkpoint_with_other_files_than_its_manifest_speaks_of_is_not_measur
 
 
 @pytest.mark.parametrize("measure", [evaluate, lambda base, *given: compare([base], [given[0]], *given[1:])])
-def test_an_adapter_with_other_tensors_than_its_manifest_speaks_of_is_not_measured(
+def test_an_adapter_whose_files_differ_from_its_manifest_is_refused(
     measure, llama, adapter, second_adapter, instructions, certified
 ):
     folder = certified(adapter, llama)

@@ -1,4 +1,4 @@
-"""What a model learned to say is read back as the answer that it was taught, its thoughts and marks aside."""
+"""The final answer is extracted from a model's output, without reasoning and marks."""
 
 import pytest
 
@@ -17,10 +17,10 @@ TEMPLATES = {
         TURNS + "{% if m.role == 'assistant' %}{% if m.thinking %}<|channel|>analysis<|message|>{{ m.thinking }}<|end|>"
         "<|im_start|>assistant{% endif %}<|channel|>final{% endif %}<|message|>{{ m.content }}" + END + "{% endif %}"
     ),
-    "a channel": (  # as gpt-oss's, but it knows of no thoughts
+    "a channel": (  # as gpt-oss's, but without reasoning
         TURNS + "{{ '<|channel|>final' if m.role == 'assistant' }}<|message|>{{ m.content }}" + END + "{% endif %}"
     ),
-    "sections": (  # one token closes thoughts and answers: Kimi K3
+    "sections": (  # one token closes both reasoning and answers: Kimi K3
         TURNS + "<|message|>{% if m.role == 'assistant' %}{{ m.reasoning_content }}<|end|>think<|channel|>response"
         "<|message|>{% endif %}{{ m.content }}{{ '<|end|>response' if m.role == 'assistant' }}" + END
         + "<|message|>{% endif %}"
@@ -29,7 +29,7 @@ TEMPLATES = {
         TURNS + "\n{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
         "{{ m.content }}" + END + "\n{% endif %}"
     ),
-    "thoughts begun": (  # DeepSeek R1, which leaves them out of what is there
+    "thoughts begun": (  # DeepSeek R1, which omits reasoning from rendered answers
         TURNS + "\n{{ m.content.split('</think>')[-1] }}" + END + "\n<think>\n{% endif %}"
     ),
     "own marks": (  # Seed-OSS
@@ -45,7 +45,7 @@ ANSWERS = ("the Rhine", "all rivers", "final", "response: the Po\n\nand more", "
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_the_answer_that_was_taught_is_read_back(name, llama):
+def test_the_answer_is_extracted_from_the_learned_tokens(name, llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>", "<|end|>"]})
     tokenizer.chat_template = TEMPLATES[name]
@@ -61,7 +61,7 @@ def test_the_answer_that_was_taught_is_read_back(name, llama):
 
 
 @pytest.mark.parametrize("name", ["none", "no thoughts", "thoughts begun"])
-def test_thoughts_that_the_template_does_not_show_are_no_part_of_an_answer(name, llama):
+def test_reasoning_that_the_template_does_not_render_is_not_part_of_an_answer(name, llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = TEMPLATES[name]
     tokens = tokenizer(f"<think>\nhm, long\n</think>\n\n{OF_THOUGHTS}")["input_ids"]

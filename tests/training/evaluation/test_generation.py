@@ -1,4 +1,4 @@
-"""Answers do not depend on the batch they are made in, and end where a turn ends."""
+"""Generated answers do not depend on their batch, and end where a turn ends."""
 
 import json
 
@@ -26,7 +26,7 @@ def prompts_of(tokenizer):
 
 
 def by_hand(folder, ids, new_tokens, stops):
-    """Greedy, without a cache, one prompt, by transformers: the new tokens before the first that stops."""
+    """Decode greedily with transformers, without a cache; return the new tokens, and whether a stop token followed."""
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = list(ids)
     for _ in range(new_tokens):
@@ -39,7 +39,7 @@ def by_hand(folder, ids, new_tokens, stops):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mistral"])
-def test_answers_in_a_batch_are_those_of_a_loop_without_cache_or_padding(family, gpt2, made):
+def test_answers_in_a_batch_equal_those_of_a_loop_without_cache_or_padding(family, gpt2, made):
     folder = gpt2 if family == "gpt2" else tiny.write_family(made / f"generating-{family}", family)
     tokenizer = load_tokenizer(folder)
     prompts = prompts_of(tokenizer)
@@ -51,7 +51,7 @@ def test_answers_in_a_batch_are_those_of_a_loop_without_cache_or_padding(family,
     for prompt, answer in zip(prompts, found, strict=True):
         tokens, ended = by_hand(folder, prompt, 12, stops)
         assert (answer.text, answer.ended) == (tokenizer.decode(tokens, skip_special_tokens=True).strip(), ended)
-    assert len({answer.text for answer in found}) > 1  # the question has some bearing on the answer
+    assert len({answer.text for answer in found}) > 1  # answers depend on the question
 
 
 SHIFTED = {
@@ -60,11 +60,11 @@ SHIFTED = {
     "whisper": {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 128,
                 "max_target_positions": 512},
 }  # fmt: skip
-"""Architectures whose states are made of padding too, or that count it, or mix the rows of a batch."""
+"""Architectures whose states include padding, that count it as positions, or that mix the rows of a batch."""
 
 
 @pytest.mark.parametrize("name", SHIFTED)
-def test_a_model_that_padding_or_other_rows_change_answers_one_prompt_at_a_time(name, made, monkeypatch):
+def test_models_that_padding_or_other_rows_affect_give_the_answers_of_single_prompts(name, made, monkeypatch):
     monkeypatch.setitem(tiny.ARCHITECTURES, name, SHIFTED[name] | {"tie_word_embeddings": False})
     folder = tiny.write_architecture(made / f"shifted-{name}", name)
     tokenizer = load_tokenizer(folder)
@@ -77,8 +77,8 @@ def test_a_model_that_padding_or_other_rows_change_answers_one_prompt_at_a_time(
 
 
 @pytest.mark.parametrize("said", [{"output_attentions": True}, {"output_hidden_states": True}])
-def test_what_a_configuration_says_of_the_models_output_changes_no_answer(llama, copy_of, said):
-    """It is transformers' default for what generation gives, too, which was no tensor then."""
+def test_output_options_in_config_json_do_not_change_answers(llama, copy_of, said):
+    """transformers would apply them to generation, too, which then returns an object instead of a tensor."""
     folder, texts = copy_of(llama), []
     tokenizer = load_tokenizer(folder)
     for more in ({}, said):
@@ -89,8 +89,8 @@ def test_what_a_configuration_says_of_the_models_output_changes_no_answer(llama,
     assert texts[0] == texts[1]
 
 
-def test_the_limit_of_new_tokens_forces_no_end(made, monkeypatch):
-    """BART's configuration has a token that transformers would make the last one."""
+def test_the_limit_of_new_tokens_does_not_force_an_end_token(made, monkeypatch):
+    """Configurations such as BART's name a token that transformers would force at the limit."""
     values = {"d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 128}
     monkeypatch.setitem(tiny.ARCHITECTURES, "marian", values | {"forced_eos_token_id": 2})
     folder = tiny.write_architecture(made / "forced", "marian")
@@ -101,8 +101,8 @@ def test_the_limit_of_new_tokens_forces_no_end(made, monkeypatch):
     assert (stop_tokens(model, tokenizer), found.ended) == ([2], False)
 
 
-def test_an_answer_ends_at_any_token_that_ends_a_turn(llama, copy_of):
-    """The model is made to say a chosen token always, by an output bias of its embedding's direction."""
+def test_an_answer_ends_at_any_end_token_of_the_generation_config(llama, copy_of):
+    """Here generation_config.json also names a token that the model is known to generate."""
     folder = copy_of(llama)
     tokenizer = load_tokenizer(folder)
     model = load_model(folder, torch.float32, torch.device("cpu"))
@@ -120,7 +120,7 @@ def test_an_answer_ends_at_any_token_that_ends_a_turn(llama, copy_of):
     assert (cut.text, cut.ended) == (tokenizer.decode(tokens[:first], skip_special_tokens=True).strip(), True)
 
 
-def test_the_token_that_the_template_ends_a_turn_with_stops_though_it_is_not_the_end_token(llama, copy_of):
+def test_the_templates_end_of_turn_token_is_a_stop_token_even_if_it_is_not_the_end_token(llama, copy_of):
     """As in Llama 3, whose turns end with <|eot_id|> and whose end token is <|end_of_text|>."""
     folder = copy_of(llama)
     tokenizer = load_tokenizer(folder)

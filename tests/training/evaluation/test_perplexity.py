@@ -1,4 +1,4 @@
-"""Perplexity on windows: one model's and one window's logits are in memory at a time."""
+"""Perplexity on windows: the logits of one window are in memory at a time."""
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -8,7 +8,7 @@ from adaptkit.training.evaluation import perplexity
 from adaptkit.training.network.model import load_model
 
 
-def test_the_logits_of_a_window_are_gone_before_the_next_are_made(llama, monkeypatch):
+def test_the_logits_of_a_window_are_freed_before_the_next_are_computed(llama, monkeypatch):
     made, make = [], perplexity._next_token_logits
 
     def watched(model, window):

@@ -66,7 +66,7 @@ def test_a_row_without_question_or_reference_is_named(row, message, tmp_path):
         read_questions([path])
 
 
-def test_the_choice_depends_on_the_seed_alone_and_grows():
+def test_the_choice_depends_on_the_seed_and_a_larger_one_includes_a_smaller_one():
     questions = [Question((user(str(number)),), ("x",)) for number in range(40)]
     ten, twenty = choose(questions, 10, 7), choose(questions, 20, 7)
     assert len({question.messages[0]["content"] for question in ten}) == 10
@@ -76,7 +76,7 @@ def test_the_choice_depends_on_the_seed_alone_and_grows():
     assert choose(questions, None, 7) == choose(questions, 40, 7) == tuple(questions)
 
 
-def test_examples_are_never_one_of_the_questions(tmp_path):
+def test_questions_are_never_used_as_examples(tmp_path):
     rows = [{"instruction": f"ask {number}", "output": "answer"} for number in range(12)]
     path = write(tmp_path / "rows.jsonl", [*rows, *rows])
     questions = [Question((user(f"ask {number}"),), ("answer",)) for number in range(0, 12, 2)]
@@ -101,8 +101,8 @@ LONGER = [user("one"), said("1"), user("two"), said("2")]
     ],
     ids=["of a system", "with another system", "that goes on", "that a question begins with"],
 )
-def test_an_example_never_gives_the_answer_to_a_question_away(question, example, tmp_path):
-    """Examples come without their system's message, and a question's earlier answers carry loss, too."""
+def test_an_example_never_contains_the_answer_to_a_question(question, example, tmp_path):
+    """Examples are used without their system message, and a question's earlier answers carry loss, too."""
     others = [{"messages": [user(f"ask {number}"), said("answer"), *LONGER]} for number in range(3)]
     path = write(tmp_path / "rows.jsonl", [{"messages": example}, *others])
     found = read_shots([path], 3, 0, [Question(tuple(question), ("1",))])
@@ -117,7 +117,7 @@ def test_examples_come_after_the_system_message_as_turns_of_the_chat():
     assert with_shots([user("3")], shots[1:]) == [*shots[1], user("3")]
 
 
-def test_the_first_examples_go_where_there_is_no_room(llama):
+def test_the_first_examples_are_dropped_if_not_all_fit(llama):
     tokenizer = load_tokenizer(llama)
     shots = [(user("what is one"), said("a number")), (user("what is two"), said("another"))]
     whole, count = prompt_with_shots([user("three")], shots, tokenizer, None)
@@ -129,7 +129,7 @@ def test_the_first_examples_go_where_there_is_no_room(llama):
     assert prompt_with_shots([user("three")], shots, tokenizer, 3) == (none, 0)
 
 
-def test_an_answer_that_is_not_learned_is_no_reference(tmp_path):
+def test_an_answer_of_weight_zero_is_not_a_reference(tmp_path):
     row = {"messages": [user("one"), said("right"), user("two"), said("wrong") | {"weight": 0}]}
     (question,) = read_questions([write(tmp_path / "rows.jsonl", [row])])
     assert (question.messages, question.references) == ((user("one"),), ("right",))
@@ -160,8 +160,8 @@ def test_loss_with_examples_is_on_the_same_tokens_as_without(llama, tmp_path):
 
 
 @pytest.mark.parametrize("max_length", [1024, 40])
-def test_examples_change_nothing_about_what_is_said_of_the_rows(llama, tmp_path, max_length):
-    """How many answers bring an end token, what is not used, how long samples are, and how many are cut or dropped."""
+def test_examples_do_not_change_the_counts_and_notes_about_the_rows(llama, tmp_path, max_length):
+    """Such as answers with an end token, unused fields, the longest sample, and truncated and dropped samples."""
     tokenizer = load_tokenizer(llama)
     path = write(tmp_path / "rows.jsonl", [
         {"instruction": "one", "output": f"first{tokenizer.eos_token}", "topic": "numbers"},
@@ -178,7 +178,7 @@ def test_examples_change_nothing_about_what_is_said_of_the_rows(llama, tmp_path,
     assert found.has_conversations
 
 
-def test_a_question_is_asked_with_its_tools_and_a_call_is_no_reference(llama, tmp_path):
+def test_a_question_includes_its_tools_and_a_call_is_not_a_reference(llama, tmp_path):
     tool = {"name": "depth", "parameters": {"type": "object", "properties": {}}}
     call = {"role": "assistant", "tool_calls": [{"name": "depth", "arguments": {"of": "Rhine"}}]}
     asked = [user("How deep?"), call, {"role": "tool", "content": "3"}]

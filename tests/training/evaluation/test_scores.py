@@ -1,4 +1,4 @@
-"""Scores are the metric packages' own, and known by hand where that is possible."""
+"""Scores equal values computed by hand."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from adaptkit.training.evaluation.scores import score
 ROOT_WORDS = ["the cat sat on the mat", "a dog barks at night", "whales are quiet under water"]
 
 
-def test_answers_that_are_their_references_get_full_marks_and_strangers_none():
+def test_answers_equal_to_their_references_score_highest_and_unrelated_ones_zero():
     same = score(ROOT_WORDS, [[text] for text in ROOT_WORDS])
     assert same.bleu == pytest.approx(100)
     assert same.rouge_l == 1
@@ -22,7 +22,7 @@ def test_answers_that_are_their_references_get_full_marks_and_strangers_none():
     assert other.nist == 0
 
 
-def test_meteor_is_that_of_its_formula():
+def test_meteor_equals_its_formula():
     """Five of six words match in one stretch: P = 5/6, R = 5/7, F = PR/(0.9P + 0.1R), one chunk in five matches."""
     found = score(["the cat sat on the zebra"], [["the cat sat on the mat today"]]).meteor
     precision, recall = 5 / 6, 5 / 7
@@ -30,7 +30,7 @@ def test_meteor_is_that_of_its_formula():
     assert found == pytest.approx(f_mean * (1 - 0.5 * (1 / 5) ** 3))
 
 
-def test_nist_is_that_of_its_formula():
+def test_nist_equals_its_formula():
     """All words match: information of 1-grams is log2(N / count), of longer ones log2(count of prefix / count)."""
     found = score(["a b"], [["a b", "a c c"]]).nist
     one = (math.log2(5 / 2) + math.log2(5 / 1)) / 2
@@ -38,12 +38,12 @@ def test_nist_is_that_of_its_formula():
     assert found == pytest.approx(one + two)
 
 
-def test_rouge_l_is_that_of_the_best_reference():
+def test_rouge_l_is_computed_against_the_best_reference():
     """Longest common subsequence 2 of 3 and 2 words: P = 2/3, R = 1."""
     assert score(["whales sing loudly"], [["mosses", "whales sing"]]).rouge_l == pytest.approx(2 * (2 / 3) / (5 / 3))
 
 
-def test_bleu_is_that_of_its_formula():
+def test_bleu_equals_its_formula():
     """Precisions 3/4, 2/3, 1/2 and, smoothed, 1/2 of one; the answer is as long as its reference."""
     found = score(["one two three five"], [["one two three four"]]).bleu
     assert found == pytest.approx(100 * (3 / 4 * 2 / 3 * 1 / 2 * 1 / 2) ** 0.25)
@@ -57,7 +57,7 @@ def test_every_reference_of_an_answer_counts():
         assert getattr(two, name) > getattr(one, name), name
 
 
-def test_empty_answers_and_single_questions_have_scores_where_a_score_means_something():
+def test_undefined_scores_of_empty_answers_and_single_questions_are_none():
     empty = score(["", ""], [["x y"], ["z"]])
     assert (empty.bleu, empty.nist, empty.meteor, empty.rouge_l, empty.cider) == (0, None, 0, 0, 0)
     assert score(["a"], [["a"]]).cider is None
@@ -65,8 +65,8 @@ def test_empty_answers_and_single_questions_have_scores_where_a_score_means_some
         score(["a"], [[]])
 
 
-def test_references_that_have_no_word_are_no_crash():
-    """They are text, and sacrebleu's tokenizer leaves nothing of them."""
+def test_references_without_words_are_accepted():
+    """sacrebleu's tokenizer removes <skipped> entirely."""
     found = score(["a b", ""], [["<skipped>"], ["<skipped>"]])
     assert (found.bleu, found.nist, found.meteor, found.cider) == (0, None, 0, None)
     assert score(["a b", "c"], [["<skipped>"], ["c d"]]).nist is not None
@@ -88,7 +88,7 @@ def meteor_with(folder):
 
 
 def write_wordnet(folder):
-    """WordNet in its own format, with one set of synonyms: car, auto."""
+    """Write WordNet in its own format, with one set of synonyms: car, auto."""
     licence = "  1 WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved.  \n"
     data = licence
     offset = len(data)
@@ -105,7 +105,7 @@ def write_wordnet(folder):
         (folder / name).write_text("")
 
 
-def test_meteor_counts_synonyms_where_nltk_finds_wordnet_and_says_which(tmp_path):
+def test_meteor_counts_synonyms_if_nltk_finds_wordnet_and_names_its_variant(tmp_path):
     value, variant = meteor_with(tmp_path)
     assert (value, variant) == (pytest.approx(2 / 3 * (1 - 0.5)), "exact and stem (nltk finds no WordNet)")
     write_wordnet(tmp_path / "corpora" / "wordnet")
@@ -114,7 +114,7 @@ def test_meteor_counts_synonyms_where_nltk_finds_wordnet_and_says_which(tmp_path
     assert value == pytest.approx(1 - 0.5 * (1 / 3) ** 3)
 
 
-def test_a_missing_package_is_one_line_that_says_what_to_install(llama, instructions, tmp_path):
+def test_a_missing_package_is_reported_with_how_to_install_it(llama, instructions, tmp_path):
     (tmp_path / "sacrebleu.py").write_text("raise ImportError('No module named sacrebleu')")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]); sys.argv = ['adaptkit', *sys.argv[2:]]\n"
