@@ -163,7 +163,7 @@ def test_a_sharded_base_trains_the_same_bits(runs):
 
 @pytest.mark.parametrize("base", ["gpt2", "llama4"])
 def test_sharded_gpt2_and_llama4_train_the_same_bits(runs, base):
-    """GPT-2 stores its weights as (in, out); Llama 4's text model has no inner body that returns hidden states."""
+    """GPT-2 stores weights as (in, out); the ``base_model`` of Llama 4's text model is the whole network."""
     name = "adapter_model.safetensors"
     assert (runs / f"{base}-sharded" / name).read_bytes() == (runs / base / name).read_bytes()
 

@@ -259,7 +259,7 @@ def test_a_run_without_a_checkpoint_does_not_block_a_different_run(config, tmp_p
     "name", ["checkpoint-3", "keep-3", "model-00001-of-00009.safetensors", "notes/a.txt", "model.partial"]
 )
 def test_checkpoints_and_foreign_files_in_the_work_folder_are_not_discarded(name, config, tmp_path):
-    """Neither by a run with a different plan nor by one that is refused for its own options."""
+    """Neither a run with different options nor one that is refused discards them."""
     work = tmp_path / "adapter.partial"
     with Output(tmp_path / "adapter", ["another plan"]):
         (work / name).parent.mkdir(exist_ok=True)

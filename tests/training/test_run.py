@@ -585,7 +585,7 @@ def test_option_errors_are_reported_before_the_base_is_read(config, tmp_path, ch
 
 
 def test_weights_of_a_base_without_a_manifest_are_fingerprinted_once(llama, config, tmp_path, monkeypatch):
-    """Even if both the best and the last adapter are written."""
+    """Here both the best and the last adapter are written."""
     read = Counter()
 
     def counted(checkpoint, name):

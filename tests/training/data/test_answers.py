@@ -111,7 +111,7 @@ def test_the_system_message_is_included_if_the_template_moves_it_to_the_last_que
     check_asked(samples, messages, tokenizer)
     assert all("Be kind\n" in tokenizer.decode(sample.ids) for sample in samples)
     written = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert "Be kind" not in written  # so the rendered conversation alone would not contain it
+    assert "Be kind" not in written  # so rendering the whole conversation would lose it
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_reasoning_mark_at_the_end_of_a_question_is_ordinary_text(make):
 
 
 def test_reasoning_that_the_template_adds_before_that_of_the_data_is_refused(make):
-    """As by Kimi K2 Thinking's template."""
+    """Kimi K2 Thinking's template adds it."""
     tokenizer = make(TURNS + "<|{{ m.role }}|>{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}"
                      "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")  # fmt: skip
     assert learned(encode(chat("Name a river", "the Rhine"), tokenizer)[0], tokenizer).startswith("<think></think>the")
@@ -285,7 +285,7 @@ def test_reasoning_is_refused_if_the_prompt_closes_it(make):
         encode(chat("Name a river", THOUGHTFUL), make(ANSWER_CLOSES))
 
 
-def test_a_template_with_a_reasoning_field_gets_reasoning_there_from_any_place_in_the_data(make):
+def test_a_template_with_a_reasoning_field_gets_reasoning_there_from_anywhere_in_a_row(make):
     tokenizer = make(CHANNELS)
     apart = [*chat("Name a lake", "none", "Name a river"), {"role": "assistant", "content": "the Rhine"}]
     apart[-1]["thinking"] = "long\nand wide"
@@ -392,7 +392,7 @@ def test_identical_duplicate_reasoning_and_empty_reasoning_are_accepted():
     assert read_example({"messages": [*chat("q"), twice]}, "").messages[1]["content"] == THOUGHTFUL
 
 
-def test_reasoning_of_answers_in_a_prompt_is_read_and_that_of_users_is_reported_as_ignored():
+def test_reasoning_of_answers_in_a_prompt_is_read_and_that_of_users_reported_as_ignored():
     asked = [
         {"role": "user", "content": "q", "thinking": "why"},
         {"role": "assistant", "content": "a", "thinking": "b"},

@@ -66,7 +66,7 @@ def test_any_number_of_processes_divide_the_samples_of_a_step(count, plan, world
 
 @given(counts, plans, st.integers(1, 5))
 def test_the_largest_batch_has_as_many_rows_as_one_process_gets(count, plan, world):
-    """It determines checkpointing and the predicted memory."""
+    """The largest batch determines checkpointing and the predicted memory."""
     batches = Batches(samples(count), **plan)
     parts = [batches.micro_batches(n, 0, world) for n in range(batches.steps_per_epoch)]
     assert batches.largest(world)[0] == max(len(batch.ids) for part in parts for batch in part)

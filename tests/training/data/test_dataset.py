@@ -1,4 +1,4 @@
-"""Truncated, dropped and unused data are counted and named; rows are split as a whole."""
+"""Truncated, dropped and unused data are counted and named; no row is on both sides of a split."""
 
 import hashlib
 import json
@@ -246,7 +246,7 @@ def test_a_single_row_cannot_be_split_even_if_it_gives_several_samples():
 
 
 def test_every_row_has_a_unique_source(tokenizer, tmp_path):
-    """A split depends on it, for files of every kind and several files."""
+    """Splitting depends on it, also with several files of different kinds."""
     lines = write(tmp_path, *[SHORT] * 3)
     other = write(tmp_path, *[SHORT] * 3, name="other.jsonl")
     table = tmp_path / "rows.csv"

@@ -58,7 +58,7 @@ def test_steps_contain_the_drawn_samples_in_shuffled_order_packed_or_not(pack_le
 
 
 def test_the_largest_batch_covers_the_samples_of_all_epochs():
-    """It determines checkpointing and the predicted memory. Here the first epoch may not draw the long sample."""
+    """It determines checkpointing and predicted memory. Here the first epoch may not draw the long sample."""
     sizes = [(9 if s and n == 7 else 2, s) for s in (0, 1) for n in range(20)]
     some = [Sample((1,) * size, (1,) * size, origin=s) for size, s in sizes]
     for seed in range(9):
