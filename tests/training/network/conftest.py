@@ -1,4 +1,4 @@
-"""A quantized tiny model of a family, for what layers of a GPU do."""
+"""A quantized tiny model, for tests of layers for a GPU."""
 
 import pytest
 import tiny

@@ -1,4 +1,4 @@
-"""What layers add by themselves is what autograd would have added."""
+"""Gradients that layers accumulate themselves are those that autograd would accumulate."""
 
 import pytest
 import tiny
@@ -33,7 +33,7 @@ def losses(model):
         yield model.network.train()(input_ids=ids, use_cache=False).logits.square().mean()
 
 
-def test_a_pass_that_adds_up_gives_what_autograd_gives(made, monkeypatch):
+def test_accumulated_gradients_equal_those_of_autograd(made, monkeypatch):
     model = loaded(made)
     trained = [p for p in model.network.parameters() if p.requires_grad]
     expected = [torch.autograd.grad(loss, trained) for loss in losses(model)]
@@ -52,8 +52,8 @@ def test_a_pass_that_adds_up_gives_what_autograd_gives(made, monkeypatch):
         assert grad.abs().max() > 0
 
 
-def test_whoever_asks_for_gradients_has_them_and_nothing_is_added(made):
-    """While nothing adds up, and for parameters that have no gradient yet, autograd is given them as ever."""
+def test_gradients_go_to_autograd_where_none_are_accumulated(made):
+    """Outside of ``accumulating``, and for parameters without ``grad``."""
     model = loaded(made)
     trained = [p for p in model.network.parameters() if p.requires_grad]
     loss, again = losses(model)
@@ -68,7 +68,7 @@ def test_whoever_asks_for_gradients_has_them_and_nothing_is_added(made):
     assert not any(parameter.grad.any() for parameter in trained)
 
 
-def test_an_error_ends_the_adding():
+def test_an_error_ends_accumulation():
     parameter = torch.nn.Parameter(torch.ones(3, 1))
     parameter.grad = torch.zeros(3, 1)
     try:
@@ -80,8 +80,8 @@ def test_an_error_ends_the_adding():
     assert not parameter.grad.any()
 
 
-def test_a_gradient_of_another_type_is_widened_before_it_is_scaled():
-    """1.01 has more digits than bfloat16: the product is rounded in float32 alone."""
+def test_a_bfloat16_gradient_is_cast_to_float32_before_it_is_scaled():
+    """Neither the factor 1.01 nor the product may be rounded to bfloat16."""
     parameter = torch.nn.Parameter(torch.zeros(3, 1))
     grad = torch.tensor([[1.0], [1.0078125], [-3.0]], dtype=torch.bfloat16)
     expected = grad.float() * 1.01
@@ -93,7 +93,7 @@ def test_a_gradient_of_another_type_is_widened_before_it_is_scaled():
 
 
 @pytest.mark.parametrize("dropped", [False, True])
-def test_a_layer_by_itself_adds_up_too(dropped):
+def test_a_layer_that_is_not_joined_accumulates_too(dropped):
     generator = torch.Generator().manual_seed(0)
     layer = LoraLinear(PlainWeight(torch.randn(6, 8, generator=generator)), None)
     layer.attach(LowRank(torch.randn(3, 8, generator=generator), torch.randn(6, 3, generator=generator), 0.7))

@@ -1,4 +1,4 @@
-"""Everything that an adapter can be: peft, the merge and a second run read it as the model that was trained."""
+"""Adapters of every kind give the trained model again: in peft, after a merge, and when they are loaded."""
 
 from dataclasses import dataclass, field
 from functools import cache
@@ -45,7 +45,7 @@ class Case:
     family: str = "tied"
     settings: dict = field(default_factory=dict)
     trained: str = ""
-    """A word in the name of something that this case alone trains."""
+    """Part of the name of a parameter that is trained because of these settings."""
 
 
 CASES = {
@@ -77,7 +77,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """By family: plain in float32, quantized, and that dequantized in float32."""
+    """Folder with each family plain in float32, quantized (``-nf4``), and dequantized to float32 (``-again``)."""
     root = tmp_path_factory.mktemp("bases")
     tiny.write_llama(root / "tied", dtype="float32")
     tiny.write_llama(root / "untied", dtype="float32", tied=False, shards=2)
@@ -90,7 +90,7 @@ def bases(tmp_path_factory):
 
 
 def begun(base, settings, noise=0.05):
-    """A model at the beginning of a run, then with random values in everything that is trained."""
+    """Return a model as a run begins with it, but with noise in all trained parameters; and its configuration."""
     config = TrainConfig(base=str(base), data=("none",), **{"rank": 4, "compute_dtype": "float32"} | settings)
     config = resolve_method(config, Checkpoint(base))
     model = load_model(base, torch.float32, CPU)
@@ -157,7 +157,7 @@ def test_loading_and_merging_give_the_logits_of_the_trained_model(bases, name, t
 
 
 def test_a_tied_head_is_saved_with_its_bias(tmp_path):
-    """peft replaces modules as a whole, and the bias belongs to the head alone."""
+    """peft replaces whole modules, and only the head has the bias."""
     base = tiny.write_architecture(tmp_path / "base", "modernbert-decoder")
     model, config = begun(base, {"modules_to_save": ("tok_embeddings",), "targets": ("q_proj",)})
     adapter = written(tmp_path / "adapter", model, config, base)
@@ -170,7 +170,7 @@ def test_a_tied_head_is_saved_with_its_bias(tmp_path):
 
 
 def formula(model, plain):
-    """The plain model's parameters as written out here, from leaves that get gradients; and these with the trained."""
+    """Write out the trained model's parameters as functions of leaves; also return pairs of leaf and parameter."""
     leaves = []
 
     def leaf(parameter):
@@ -192,7 +192,7 @@ def formula(model, plain):
         if change is not None:
             delta = torch.einsum("eor,eri->eoi", leaf(change.lora_b), leaf(change.lora_a))
             values[name] = plain.get_parameter(name).detach() + change.scaling * delta
-    shared = {}  # of tied names
+    shared = {}  # one leaf for tied names
     for name, whole in model.whole.items():
         if id(whole.parameter) not in shared:
             shared[id(whole.parameter)] = values[name] = leaf(whole.parameter)
@@ -210,7 +210,7 @@ def test_gradients_are_those_of_the_formula_on_the_dequantized_model(bases, name
     case = CASES[name]
     model, _ = begun(bases / f"{case.family}-nf4", case.settings)
     plain = peft_adapters.load_float32(bases / f"{case.family}-again").train()
-    plain.get_input_embeddings().padding_idx = None  # torch gives that row no gradient, even where it ends an answer
+    plain.get_input_embeddings().padding_idx = None  # otherwise torch gives that row no gradient, even as an end token
     values, leaves = formula(model, plain)
     ids = IDS[:2]
     inputs = {"input_ids": ids, "labels": ids, "use_cache": False}
@@ -235,8 +235,8 @@ WAYS = {
 @given(st.lists(st.lists(st.integers(3, 290), min_size=3, max_size=9), min_size=2, max_size=4))
 @pytest.mark.parametrize("family", ["tied", "untied"])
 @pytest.mark.parametrize("way", WAYS)
-def test_the_paddings_row_learns_where_it_ends_an_answer_and_nothing_of_padding(ends_and_pads, family, way, texts):
-    """It gets the gradient that the samples give it one by one, and loss and logits are those of the base."""
+def test_the_padding_tokens_row_learns_from_end_tokens_but_not_from_padding(ends_and_pads, family, way, texts):
+    """The row's gradient and the loss are the sums over the samples, computed one by one in transformers."""
     model, plain = ends_and_pads(family, way)
     end = model.network.config.pad_token_id
     samples = [Sample((*text, end, *text[::-1], end), (*text, end, *text[::-1], end)) for text in texts]
@@ -260,7 +260,7 @@ def test_the_paddings_row_learns_where_it_ends_an_answer_and_nothing_of_padding(
 
 @pytest.fixture(scope="module")
 def ends_and_pads(bases):
-    """By family and way: a model, and transformers' own whose padding is a token as others are."""
+    """Make a model of a family, and transformers' own without special treatment of the padding token's row."""
 
     @cache
     def make(family, way):
@@ -280,8 +280,8 @@ def padding_gradient(model):
 
 
 @pytest.mark.parametrize(("architecture", "options"), [("roberta", {"is_decoder": True}), ("opt", {"ffn_dim": 128})])
-def test_tables_of_positions_stay_as_they_are(architecture, options, tmp_path, monkeypatch):
-    """Some count from the padding's row on."""
+def test_position_tables_keep_their_padding_index(architecture, options, tmp_path, monkeypatch):
+    """Some architectures count positions from the padding index on."""
     monkeypatch.setitem(tiny.ARCHITECTURES, architecture, options)
     base = tiny.write_architecture(tmp_path / "base", architecture)
     plain = load_model(base, torch.float32, CPU)
@@ -302,8 +302,8 @@ def test_tables_of_positions_stay_as_they_are(architecture, options, tmp_path, m
 
 
 @pytest.mark.parametrize("name", ["rslora", "dora", "tokens of a tied vocabulary", "experts"])
-def test_no_unpacked_weight_outlives_the_forward_pass(bases, name, monkeypatch):
-    """Of any layer: with an adapter, without one, or of experts."""
+def test_no_dequantized_weight_outlives_a_forward_or_backward_pass(bases, name, monkeypatch):
+    """In layers with an adapter, layers without one, and experts."""
     model, _ = begun(bases / f"{CASES[name].family}-nf4", CASES[name].settings)
     unpacked, dequantize_really = [], PackedWeight.dequantize
 
@@ -321,7 +321,7 @@ def test_no_unpacked_weight_outlives_the_forward_pass(bases, name, monkeypatch):
 
 
 def test_in_bfloat16_a_fresh_adapter_changes_no_logit(bases):
-    """A DoRA's magnitudes begin as the very norms that it divides by."""
+    """DoRA's magnitudes are initialized to the same norms that it divides by."""
     base = bases / "tied-nf4"
     settings = {"dora": True, "modules_to_save": ("norm",), "trainable_tokens": ("%",), "compute_dtype": "bfloat16"}
     config = TrainConfig(base=str(base), data=("none",), rank=4, **settings)
@@ -333,8 +333,8 @@ def test_in_bfloat16_a_fresh_adapter_changes_no_logit(bases):
 
 
 @pytest.mark.parametrize("name", ["a tied head", "a head", "tokens of a tied vocabulary", "all biases", "all of it"])
-def test_the_trainers_loss_has_the_gradients_of_the_whole_logits(bases, name):
-    """Though it never makes them: what is trained in the output layer gets its gradient all the same."""
+def test_the_trainers_loss_has_the_gradients_of_a_loss_from_all_logits(bases, name):
+    """It never computes all logits at once, but trained parts of the output layer still get their gradient."""
     case = CASES[name]
     ids = IDS[:3]
     labels = ids.clone()
@@ -367,8 +367,8 @@ def test_checkpointing_with_dropout_changes_no_bit_of_a_gradient(bases, name):
         assert all(torch.equal(others[n], gradient) for n, gradient in gradients[0].items())
 
 
-def test_a_linear_weight_that_layers_share_is_trained_as_one(tmp_path, monkeypatch):
-    """Zamba's attention is the same in all of its hybrid layers, and the files hold it once."""
+def test_a_linear_weight_shared_by_layers_is_trained_as_one_parameter(tmp_path, monkeypatch):
+    """Zamba's hybrid layers share one attention, and the files hold it once."""
     values = {
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "n_mamba_heads": 2,
         "num_key_value_heads": 4, "attention_head_dim": 32, "mamba_dt_rank": 4, "use_mamba_kernels": False,

@@ -1,4 +1,4 @@
-"""Attention agrees with its formula in float64, and models that use it with models that use torch's."""
+"""Attention agrees with its formula in float64, and models that use it agree with models that use torch's."""
 
 import pytest
 import tiny
@@ -13,13 +13,13 @@ from adaptkit.training.network.spans import Spans, causal_spans, mask_spans
 
 
 def seen_by(runs, keys):
-    """The mask that spans stand for: (batch, 1, queries, keys)."""
+    """Return spans as a mask: (batch, 1, queries, keys)."""
     place = torch.arange(keys)
     return ((place >= runs.first[..., None]) & (place < runs.last[..., None]))[:, None]
 
 
 def formula(query, key, value, scale, mask):
-    """Softmax of scaled products, written out; a query that sees nothing gets zeros."""
+    """Softmax of scaled products, written out; a query that attends to nothing gets zeros."""
     group = query.shape[1] // key.shape[1]
     key, value = (side.repeat_interleave(group, 1) for side in (key, value))
     scores = (query @ key.transpose(2, 3) * scale).masked_fill(~mask, -1e30)
@@ -48,7 +48,7 @@ CASES = {
 @pytest.mark.parametrize(("heads", "key_heads", "dim", "value_dim"), [(4, 4, 16, 16), (6, 2, 8, 8), (3, 1, 32, 24)])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("length", [1, 9, 40])
-def test_result_and_gradients_are_the_formulas(case, length, heads, key_heads, dim, value_dim, monkeypatch):
+def test_result_and_gradients_agree_with_the_formula(case, length, heads, key_heads, dim, value_dim, monkeypatch):
     monkeypatch.setattr(spans, "_ROWS", 16)
     monkeypatch.setattr(spans, "_SCORES", 700)
     generator = torch.Generator().manual_seed(length)
@@ -68,8 +68,8 @@ def test_result_and_gradients_are_the_formulas(case, length, heads, key_heads, d
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), 3e38])
 @pytest.mark.parametrize("side", [0, 1])
-def test_what_is_no_number_is_not_hidden(side, wrong, dtype):
-    """The maximum of a row and the clamped exponential would turn it into some number, and the loss would look well."""
+def test_nan_infinity_and_overflow_in_an_input_give_nan(side, wrong, dtype):
+    """Otherwise the row's maximum and the clamped exponential would turn them into a finite number."""
     inputs = [torch.ones(1, 2, 9, 16, dtype=dtype) for _ in range(3)]
     inputs[side][0, 1, 5, 3] = wrong
     inputs[1 - side][0, 1] *= 2
@@ -80,8 +80,8 @@ def test_what_is_no_number_is_not_hidden(side, wrong, dtype):
     assert found[0, :, 0].isfinite().all()
 
 
-def test_tensors_of_another_device_go_to_torchs_own_attention(llama):
-    """A model that is loaded on the host, and divided among GPUs then, keeps the name of this attention."""
+def test_tensors_on_a_different_device_use_torchs_attention(llama):
+    """A model that is loaded on the host and then sharded across GPUs keeps the name of this attention."""
     model = load_model(llama, torch.bfloat16, torch.device("cpu"))
     assert model.network.config._attn_implementation == attention.NAME
     layer = model.network.model.layers[0].self_attn
@@ -90,8 +90,8 @@ def test_tensors_of_another_device_go_to_torchs_own_attention(llama):
     assert (result.shape, result.device.type) == ((1, 9, 4, 16), "meta")
 
 
-def test_bfloat16_is_as_near_as_transformers_own_arithmetic():
-    """Relative errors against float64, beside those of the eager attention that rounds at the same places."""
+def test_bfloat16_is_about_as_accurate_as_transformers_eager_attention():
+    """Compare relative errors against float64; eager attention rounds at the same places."""
     generator = torch.Generator().manual_seed(0)
     sizes = ((1, 6, 100, 32), (1, 2, 100, 32), (1, 2, 100, 32))
     inputs = [torch.randn(size, generator=generator).bfloat16().requires_grad_() for size in sizes]
@@ -115,16 +115,16 @@ def test_bfloat16_is_as_near_as_transformers_own_arithmetic():
         assert own < 1.3 * theirs < 0.02
 
 
-def test_its_kernels_compute_in_float32():
+def test_the_kernels_compute_in_float32():
     query = torch.randn(1, 2, 9, 8).bfloat16().requires_grad_()
     attend(query, query, query, 0.3, causal_spans(1, 9)).float().sum().backward()
     for kernel in (softmax_block, gradient_block):
         kinds = [kind for entry in kernel._entries for kind in entry if isinstance(kind, str)]
         assert kinds
-        assert set(kinds) == {"f"}  # of the numbers among its arguments
+        assert set(kinds) == {"f"}  # types of the scalar arguments
 
 
-def test_masks_of_one_run_a_query_are_understood_and_others_refused():
+def test_masks_are_converted_to_spans_unless_a_query_attends_to_several_runs():
     generator = torch.Generator().manual_seed(2)
     runs = random_spans(2, 12, 12, generator)
     mask = seen_by(runs, 12)
@@ -146,7 +146,7 @@ FAMILIES = ("llama", "mistral", "qwen3", "gpt2", "gemma")
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["padded", "packed", "alone"])
-def test_a_model_gives_the_logits_and_gradients_that_it_gives_with_torchs_attention(family, kind, made):
+def test_logits_and_gradients_of_a_model_equal_those_with_torchs_attention(family, kind, made):
     folder = made / f"attention-{family}"
     if not folder.exists():
         tiny.write_gpt2(folder) if family == "gpt2" else tiny.write_family(folder, family)
@@ -175,7 +175,7 @@ def test_a_model_gives_the_logits_and_gradients_that_it_gives_with_torchs_attent
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
 
 
-def test_a_model_still_generates(llama):
+def test_a_model_generates_the_same_tokens(llama):
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32, attn_implementation="sdpa")
     ids = torch.arange(2, 12)[None]
     plain = model.generate(ids, max_new_tokens=8, do_sample=False)
@@ -183,7 +183,7 @@ def test_a_model_still_generates(llama):
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False), plain)
 
 
-def test_masks_that_are_asked_about_in_turn_have_their_own_answers():
+def test_alternating_masks_get_their_own_spans():
     masks = [seen_by(window(12), 12), seen_by(causal_spans(2, 12), 12)]
     for _ in range(2):
         for mask in masks:
@@ -191,16 +191,16 @@ def test_masks_that_are_asked_about_in_turn_have_their_own_answers():
     assert mask_spans(masks[0]) is mask_spans(masks[0])
 
 
-def test_spans_are_cut_for_the_heads_that_ask():
+def test_the_same_spans_work_for_different_numbers_of_heads():
     generator = torch.Generator().manual_seed(3)
-    for heads, key_heads in ((4, 2), (6, 2), (6, 6), (4, 2)):  # the same spans all the time
+    for heads, key_heads in ((4, 2), (6, 2), (6, 6), (4, 2)):  # causal_spans returns the same object each time
         sizes = ((1, heads, 9, 8), (1, key_heads, 9, 8), (1, key_heads, 9, 8))
         inputs = [torch.randn(size, generator=generator) for size in sizes]
         wanted = formula(*(side.double() for side in inputs), 0.3, seen_by(causal_spans(1, 9), 9))
         torch.testing.assert_close(attend(*inputs, 0.3, causal_spans(1, 9)), wanted.float(), rtol=2e-6, atol=2e-6)
 
 
-def test_one_mask_for_all_rows_of_a_batch(llama):
+def test_one_mask_may_apply_to_all_rows_of_a_batch(llama):
     model = load_model(llama, torch.float32, torch.device("cpu"))
     ids = torch.randint(0, 300, (3, 20), generator=torch.Generator().manual_seed(1))
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
@@ -210,7 +210,7 @@ def test_one_mask_for_all_rows_of_a_batch(llama):
 
 
 @pytest.mark.parametrize("name", ["deepseek_v32", "glm_moe_dsa"])
-def test_a_model_that_masks_under_the_name_of_sdpa_only_keeps_it(name, tmp_path, monkeypatch):
+def test_a_model_whose_masking_depends_on_the_name_sdpa_keeps_that_attention(name, tmp_path, monkeypatch):
     if name not in transformers.CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {name}")
     values = {
@@ -227,7 +227,7 @@ def test_a_model_that_masks_under_the_name_of_sdpa_only_keeps_it(name, tmp_path,
 
 
 def test_a_mask_with_a_gradient_gives_the_bits_of_one_without():
-    """As in a layer that makes its mask itself: when it has a checkpoint, its first pass is one without gradients."""
+    """A layer may compute its mask itself; if it is checkpointed, its first forward pass records no gradients."""
     generator = torch.Generator().manual_seed(7)
     query, key, value = torch.randn(3, 2, 4, 40, 16, generator=generator)
     made = torch.randn(2, 4, 40, 40, generator=generator)

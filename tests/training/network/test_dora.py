@@ -1,4 +1,4 @@
-"""A DoRA layer is peft's, and keeps no weight."""
+"""A DoRA layer computes what peft computes, and saves no weight for the backward pass."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from adaptkit.training.network.linear import LoraLinear, PlainWeight
 
 
 def layers(dropout=0.0, seed=0):
-    """Ours and peft's, with the same weights, all in float32."""
+    """Return our layer and peft's, with the same weights, in float32."""
     torch.manual_seed(seed)
     plain = nn.Linear(48, 32)
     a, b = torch.randn(4, 48) * 0.3, torch.randn(32, 4) * 0.3
@@ -30,7 +30,7 @@ def layers(dropout=0.0, seed=0):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_value_and_gradients_are_those_of_peft_with_the_same_mask(dropout):
+def test_value_and_gradients_equal_those_of_peft_with_the_same_dropout_mask(dropout):
     ours, theirs = layers(dropout)
     inputs = [torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
     upstream = torch.randn(2, 9, 32)
@@ -50,7 +50,7 @@ def test_value_and_gradients_are_those_of_peft_with_the_same_mask(dropout):
         assert float((found - expected).detach().norm()) <= 1e-5 * float(expected.detach().norm())
 
 
-def test_norms_are_those_of_the_summed_matrix_and_the_magnitudes_begin_as_them():
+def test_norms_are_those_of_weight_plus_adapter_and_initialize_the_magnitudes():
     ours, _ = layers()
     weight, a, b = ours.base.weight.double(), ours.lora_a.detach().double(), ours.lora_b.detach().double()
     expected = (weight + 1.5 * b @ a).norm(dim=1)
@@ -63,7 +63,7 @@ def test_norms_are_those_of_the_summed_matrix_and_the_magnitudes_begin_as_them()
     assert torch.allclose(ours(x).double(), plain, atol=1e-5)
 
 
-def test_the_graph_holds_what_goes_in_and_out_and_the_adapter():
+def test_the_graph_saves_only_input_output_and_adapter():
     ours, _ = layers()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):

@@ -1,4 +1,4 @@
-"""Packed experts compute what transformers computes with the dequantized ones, and nothing keeps them unpacked."""
+"""Packed experts compute what transformers computes with dequantized ones, and are never kept unpacked."""
 
 import math
 from dataclasses import replace
@@ -33,7 +33,7 @@ FAMILIES = ["mixtral", "mixtral-fused", "qwen2_moe", "qwen3_moe", "qwen3_moe-fus
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """By family, a checkpoint with packed experts, and its dequantized copy in float32."""
+    """By family: a source, the checkpoint with packed experts, and its dequantized copy in float32."""
     root = tmp_path_factory.mktemp("experts")
     made = {}
     for family in FAMILIES:
@@ -67,7 +67,7 @@ def test_logits_are_those_of_transformers_with_the_dequantized_experts(folders, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_experts_that_stay_plain_are_loaded_too(folders, family):
+def test_unquantized_experts_are_loaded_too(folders, family):
     plain = AutoModelForCausalLM.from_pretrained(folders[family].source, dtype=torch.float32)
     model = load_model(folders[family].source, torch.float32, CPU)
     with torch.no_grad():
@@ -123,12 +123,12 @@ def test_the_graph_keeps_no_unpacked_experts(folders, implementation, monkeypatc
     assert len(unpacked) == 4
     assert all(storage.expired() for storage in unpacked)
     loss.backward()
-    assert len(unpacked) == 8  # once more a stack, however many of its experts were used
+    assert len(unpacked) == 8  # each stack once more, however many of its experts were used
     assert all(storage.expired() for storage in unpacked)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_pages_of_packed_experts_go_where_layers_are_checkpointed(folders, family, monkeypatch):
+def test_checkpointed_layers_release_the_mapped_pages_of_packed_experts(folders, family, monkeypatch):
     given = set()
     monkeypatch.setattr(pages, "release_pages", lambda start, size: given.add((start, size)))
     model = load_model(folders[family].packed, torch.float32, CPU)
@@ -139,7 +139,7 @@ def test_the_pages_of_packed_experts_go_where_layers_are_checkpointed(folders, f
     assert {(part.data_ptr(), part.nbytes) for part in codes} <= given
 
 
-def test_a_list_of_experts_is_the_stack_of_its_matrices_in_their_order():
+def test_a_list_of_experts_dequantizes_to_its_matrices_stacked_in_order():
     matrices = [[torch.randn(3, 4), torch.randn(2, 4)] for _ in range(11)]
     experts = ExpertList([[PlainWeight(matrix) for matrix in row] for row in matrices])
     expected = torch.stack([torch.cat(row) for row in matrices])
@@ -147,7 +147,7 @@ def test_a_list_of_experts_is_the_stack_of_its_matrices_in_their_order():
     assert torch.equal(experts.dequantize(torch.float32), expected)
 
 
-def test_packed_experts_are_ordered_by_number_and_not_by_letter(tmp_path, monkeypatch):
+def test_packed_experts_are_ordered_by_number_and_not_alphabetically(tmp_path, monkeypatch):
     monkeypatch.setitem(tiny.FAMILIES["mixtral"], "num_local_experts", 12)
     source = tiny.write_family(tmp_path / "source", "mixtral")
     quantize(source, tmp_path / "nf4", QuantizeOptions(moe="quantize"))
@@ -158,8 +158,8 @@ def test_packed_experts_are_ordered_by_number_and_not_by_letter(tmp_path, monkey
     assert torch.equal(stack.dequantize(torch.float32), expected)
 
 
-def test_experts_of_which_some_are_packed_make_one_stack(folders, tmp_path):
-    """As ``--skip`` leaves them."""
+def test_packed_and_plain_experts_form_one_stack(folders, tmp_path):
+    """``--skip`` can leave some experts plain."""
     skipped = QuantizeOptions(moe="quantize", skip=("*.experts.1.*",))
     quantize(folders["mixtral"].source, tmp_path / "nf4", skipped)
     dequantize(tmp_path / "nf4", tmp_path / "plain", DequantizeOptions(dtype="float32"))
@@ -169,7 +169,7 @@ def test_experts_of_which_some_are_packed_make_one_stack(folders, tmp_path):
         assert torch.allclose(model.network(IDS).logits, plain.network(IDS).logits, rtol=0, atol=1e-5)
 
 
-def test_an_expert_that_is_missing_is_an_error(folders, copy_of):
+def test_an_expert_that_is_missing_or_of_the_wrong_shape_is_an_error(folders, copy_of):
     folder = copy_of(folders["mixtral"].source)
     tensors = load_file(folder / "model.safetensors")
     removed = tensors.pop("model.layers.1.block_sparse_moe.experts.3.w3.weight")
@@ -194,8 +194,8 @@ def test_packed_experts_that_transformers_would_rebuild_are_refused_by_name(fold
         read_weight(assembly, name)
 
 
-def test_freed_memory_is_kept_for_matrices_and_not_for_stacks(folders):
-    """Of which what is free between two of unlike sizes would add up to a large one more."""
+def test_the_size_of_retained_memory_does_not_include_expert_stacks(folders):
+    """Retained memory of stacks of different sizes would add up to one more large stack."""
     network = load_model(folders["qwen3_moe-fused"].packed, torch.float32, CPU).network
     packed = [part for part in network.modules() if isinstance(part, PackedWeight)]
     sizes = {len(part.shape): 4 * math.prod(part.shape) for part in sorted(packed, key=lambda p: math.prod(p.shape))}

@@ -1,4 +1,4 @@
-"""Fused norms and gates compute what the modules compute that they replace, and keep less."""
+"""Fused norms and gates compute the same as the modules that they replace, and save less."""
 
 import pytest
 import tiny
@@ -11,7 +11,8 @@ from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 REPLACED = {"llama": (5, 2), "qwen3": (9, 2), "gemma": (5, 0), "phi": (0, 0), "mixtral": (5, 0)}
-"""Norms and gates: qwen3 norms queries and keys too, gemma's gate is no SiLU, phi has neither, mixtral has stacks."""
+"""Numbers of replaced norms and gates: qwen3 also norms queries and keys, gemma's gate is not SiLU, phi has neither,
+and mixtral has expert stacks."""
 
 
 def loaded(made, family, dtype=torch.float32):
@@ -30,7 +31,7 @@ def loaded(made, family, dtype=torch.float32):
 
 
 def fused(network):
-    """How many modules have another forward pass than their class's, by kind."""
+    """Return how many norms and how many gates have a forward pass other than their class's."""
     changed = [type(m).__name__ for m in network.modules() if "forward" in vars(m)]
     return sum("Norm" in name for name in changed), sum("MLP" in name for name in changed)
 
@@ -44,7 +45,7 @@ def run(model):
 
 
 @pytest.mark.parametrize("family", REPLACED)
-def test_results_and_gradients_stay_what_they_were(family, made):
+def test_fusing_does_not_change_results_or_gradients(family, made):
     model = loaded(made, family)
     before = run(model)
     fuse_layers(model.network)
@@ -53,7 +54,7 @@ def test_results_and_gradients_stay_what_they_were(family, made):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
 
 
-def test_in_bfloat16_gradients_are_as_near_to_exact_ones_as_before(made):
+def test_gradients_in_bfloat16_are_as_accurate_as_before(made):
     exact = run(loaded(made, "llama"))
     model = loaded(made, "llama", torch.bfloat16)
 
@@ -68,8 +69,8 @@ def test_in_bfloat16_gradients_are_as_near_to_exact_ones_as_before(made):
 
 
 @pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("qwen3", 9), ("gemma", 0), ("phi", 0)])
-def test_torchs_own_norm_computes_the_same(family, norms, made):
-    """It is for GPUs, and there is a slower one for a CPU."""
+def test_torchs_rms_norm_computes_the_same(family, norms, made):
+    """It is used on GPUs; torch also has a slower one for CPUs."""
     model = loaded(made, family)
     before = run(model)
     fuse_layers(model.network, on_gpu=True)
@@ -87,7 +88,7 @@ def test_a_norm_that_is_trained_is_left_alone(made):
 
 
 class Other(nn.Module):
-    """Looks like a norm, and is none."""
+    """Has a norm's attributes, but a different formula."""
 
     def __init__(self):
         super().__init__()
@@ -97,13 +98,13 @@ class Other(nn.Module):
         return functional.normalize(x, dim=-1) * self.weight
 
 
-def test_what_only_looks_like_a_norm_is_left_alone():
+def test_a_module_that_only_looks_like_a_norm_is_left_alone():
     network = nn.Sequential(Other())
     fuse_layers(network)
     assert "forward" not in vars(network[0])
 
 
-def test_less_is_kept_for_the_backward_pass(made):
+def test_less_is_saved_for_the_backward_pass(made):
     def kept(network):
         known = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
         storages = {}
@@ -123,7 +124,7 @@ def test_less_is_kept_for_the_backward_pass(made):
 
 
 class Gated(nn.Module):
-    """A norm of one tensor times a gate, which may be left out, as Qwen3.5's linear attention has it."""
+    """A norm times the gate that its forward pass also takes, as in Qwen3.5's linear attention."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +141,7 @@ def test_a_norm_with_a_gate_is_left_alone():
 
 
 class ManyHeads(nn.Module):
-    """A norm that wants its heads apart, as xLSTM's."""
+    """A norm whose input has a dimension for heads, as in xLSTM."""
 
     def __init__(self):
         super().__init__()
@@ -151,13 +152,13 @@ class ManyHeads(nn.Module):
         return functional.rms_norm(x, (size,)).reshape(batch, length, heads * size) * self.weight
 
 
-def test_a_norm_of_another_shape_is_left_alone():
+def test_a_norm_that_changes_the_shape_is_left_alone():
     network = nn.Sequential(ManyHeads())
     fuse_layers(network)
     assert "forward" not in vars(network[0])
 
 
-def test_a_network_may_change_what_a_norm_gave_in_place(made):
+def test_the_output_of_a_norm_may_be_modified_in_place(made):
     model = loaded(made, "llama")
     fuse_layers(model.network)
     norm = model.network.model.norm
@@ -166,8 +167,8 @@ def test_a_network_may_change_what_a_norm_gave_in_place(made):
     assert torch.equal(*found)
 
 
-def test_an_inner_layer_that_drops_a_part_of_its_output_is_left_alone(made):
-    """As seed_oss's does while it is trained. An adapter's own dropout is none of the layer's."""
+def test_a_gated_layer_with_dropout_on_its_output_is_left_alone(made):
+    """seed_oss has such a layer. The adapter's dropout does not count."""
     model = loaded(made, "llama")
     first, second = (layer.mlp for layer in model.network.model.layers)
     for layer in model.adapted().values():
@@ -188,7 +189,7 @@ def test_an_inner_layer_that_drops_a_part_of_its_output_is_left_alone(made):
 
 
 class OtherGate(nn.Module):
-    """A gated layer with a formula of its own."""
+    """A gated layer with a given formula."""
 
     def __init__(self, layer, formula):
         super().__init__()
@@ -213,7 +214,7 @@ FORMULAS = {
 
 
 @pytest.mark.parametrize(("formula", "is_known"), FORMULAS.values(), ids=FORMULAS)
-def test_only_the_gate_that_is_known_is_replaced(formula, is_known, made):
+def test_only_gates_with_the_known_formula_are_replaced(formula, is_known, made):
     layer = next(m for m in loaded(made, "llama").network.modules() if type(m).__name__ == "LlamaMLP")
     network = nn.Sequential(OtherGate(layer, formula))
     fuse_layers(network)
@@ -221,8 +222,8 @@ def test_only_the_gate_that_is_known_is_replaced(formula, is_known, made):
     assert network[0].up_proj is layer.up_proj
 
 
-def test_no_weight_is_decoded_to_see_what_a_gate_computes(made):
-    """In float32, of a large model that takes longer than a step."""
+def test_recognizing_a_gate_decodes_no_weight(made):
+    """For a large model, decoding in float32 would take longer than a training step."""
     layer = next(m for m in loaded(made, "llama").network.modules() if type(m).__name__ == "LlamaMLP")
     for name in ("gate_proj", "up_proj", "down_proj"):
         getattr(layer, name).multiply = None

@@ -1,4 +1,4 @@
-"""Layers that are multiplied together give what each gives by itself, and round a sum once."""
+"""Joined layers give the results of separate ones, and round each sum only once."""
 
 import gc
 import weakref
@@ -39,7 +39,7 @@ GROUPS = {
 
 @pytest.fixture(params=[join_layers, join_on_gpu], ids=["cpu", "gpu"])
 def join(request):
-    """Both ways; that of a GPU is right here too."""
+    """Both implementations; the one for a GPU also runs on a CPU."""
     return request.param
 
 
@@ -72,7 +72,7 @@ def run(model):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", GROUPS)
-def test_results_and_gradients_stay_what_they_were(join, family, dropout, made):
+def test_joining_does_not_change_results_or_gradients(join, family, dropout, made):
     model = loaded(made, family, dropout=dropout)
     before = run(model)
     join(model.network)
@@ -80,8 +80,8 @@ def test_results_and_gradients_stay_what_they_were(join, family, dropout, made):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
 
 
-def test_nothing_of_a_pass_that_failed_stays(join, made):
-    """Or a second try after running out of memory would have no more room than the first."""
+def test_a_failed_pass_leaves_no_tensors_in_memory(join, made):
+    """Otherwise their memory would be missing when a batch is retried after running out of memory."""
     model = loaded(made, "llama")
     join(model.network)
     config = TrainConfig(base="base", data=("rows",))
@@ -103,7 +103,7 @@ def test_nothing_of_a_pass_that_failed_stays(join, made):
 
 
 @pytest.mark.parametrize("family", GROUPS)
-def test_what_reads_the_same_input_is_one_product(family, made, monkeypatch):
+def test_layers_that_read_the_same_input_are_one_product(family, made, monkeypatch):
     from adaptkit.training.network import joined
 
     model = loaded(made, family)
@@ -116,7 +116,7 @@ def test_what_reads_the_same_input_is_one_product(family, made, monkeypatch):
 
 
 def effects(layers, xs, forward=lambda layer, x: layer(x)):
-    """How much of what adapters add to their layers' output arrives there, on average: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩."""
+    """Return the average share of the adapters' changes that reaches their layers' output: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩."""
     found = []
     for layer, x in zip(layers, xs, strict=True):
         with torch.no_grad():
@@ -131,14 +131,14 @@ def effects(layers, xs, forward=lambda layer, x: layer(x)):
 
 
 def as_peft(layer, x):
-    """The product is rounded, and the adapter's share added to it."""
+    """Add the adapter's share to the rounded product."""
     product = x @ layer.base.dequantize(x.dtype).T
     return product + layer.scaling * (x @ layer.lora_a.to(x.dtype).T) @ layer.lora_b.to(x.dtype).T
 
 
 @pytest.mark.parametrize("join", [None, join_layers, join_on_gpu], ids=["alone", "joined", "joined for a GPU"])
 def test_a_small_change_is_not_lost_to_rounding(join, made):
-    """As PEFT adds it, to what is rounded already, most of it vanishes."""
+    """PEFT adds it to the rounded product, where a large part is lost."""
     model = loaded(made, "llama", torch.bfloat16)
     layers = list(model.adapted().values())
     for layer in layers:
@@ -170,7 +170,7 @@ def layer_of(format_name, shape=(24, 128), block_size=32, double_quant=True, ran
     ("format_name", "shape", "block_size", "double_quant"),
     [("nf4", (24, 128), 32, True), ("nf4", (24, 128), 128, False), ("fp4", (400, 64), 64, True)],
 )
-def test_a_weight_with_a_factor_beside_it(format_name, shape, block_size, double_quant, dtype):
+def test_widening_puts_the_scaled_b_beside_the_decoded_weight(format_name, shape, block_size, double_quant, dtype):
     layer = layer_of(format_name, shape, block_size, double_quant)
     assert _can_join(layer)
     width = shape[1]
@@ -182,13 +182,13 @@ def test_a_weight_with_a_factor_beside_it(format_name, shape, block_size, double
 
 
 @pytest.mark.parametrize(("format_name", "width"), [("nf4", 96), ("int8", 128), ("plain", 128)])
-def test_what_would_have_to_be_copied_is_left_alone(format_name, width):
-    """A block that lies in two rows, codes that are numbers, and 16-bit weights, which are there already."""
+def test_weights_that_are_not_decoded_by_rows_are_not_joined(format_name, width):
+    """4-bit weights with blocks that span two rows, 8-bit weights, and unquantized ones."""
     assert not _can_join(layer_of(format_name, (24, width), 64))
 
 
 class Twins(nn.Module):
-    """Two layers that may or may not be given the same."""
+    """Two layers that may or may not get the same input."""
 
     def __init__(self, use):
         super().__init__()
@@ -210,7 +210,7 @@ USES = {
 
 
 @pytest.mark.parametrize("name", USES)
-def test_layers_give_what_they_would_alone_however_they_are_called(join, name):
+def test_joined_layers_give_the_same_results_however_they_are_called(join, name):
     use, size = USES[name]
     twins = Twins(use)
     ids = torch.arange(7)[None]
@@ -229,13 +229,13 @@ def test_layers_give_what_they_would_alone_however_they_are_called(join, name):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
 
 
-def test_who_asks_for_some_of_what_was_computed_gets_gradients_of_that(join):
-    """The way of a token may pass by a layer that was seen when the layers were joined."""
+def test_gradients_are_correct_if_only_one_of_the_joined_layers_is_called(join):
+    """A later pass may skip a layer that ran in the probe."""
     twins = Twins(USES["both"][0])
     join(twins)
     x = torch.randn(3, 64, requires_grad=True)
     with torch.no_grad():
-        twins.one(x)  # and what is left of a pass without gradients is not taken in one with them
+        twins.one(x)  # results of a pass without gradients must not be used in one with gradients
     y = twins.two(x)
     grads = torch.autograd.grad(y.square().sum(), (x, twins.one.lora_b, twins.two.lora_b))
     assert not grads[1].any()
@@ -245,7 +245,7 @@ def test_who_asks_for_some_of_what_was_computed_gets_gradients_of_that(join):
     torch.testing.assert_close(grads[0], expected[0], rtol=1e-4, atol=1e-5 * float(expected[0].abs().max()))
 
 
-def test_an_input_that_was_changed_since_is_another_input(join):
+def test_an_input_that_was_modified_in_place_is_a_new_input(join):
     twins = Twins(USES["both"][0])
     join(twins)
     x = torch.randn(3, 64)
@@ -255,7 +255,7 @@ def test_an_input_that_was_changed_since_is_another_input(join):
         torch.testing.assert_close(twins.two(x.mul_(2)), expected)
 
 
-def test_nothing_waits_once_all_layers_were_called(join):
+def test_no_results_are_cached_once_all_layers_were_called(join):
     twins = Twins(USES["both"][0])
     join(twins)
     x = torch.randn(3, 64)
@@ -263,7 +263,7 @@ def test_nothing_waits_once_all_layers_were_called(join):
     assert twins.one.multiply.joined._waiting == {}
 
 
-def test_no_rows_give_no_rows(join):
+def test_an_empty_input_gives_empty_or_zero_gradients(join):
     twins = Twins(USES["both"][0])
     join(twins)
     x = torch.randn(0, 64, requires_grad=True)
@@ -272,7 +272,7 @@ def test_no_rows_give_no_rows(join):
     assert not twins.one.lora_a.grad.any()
 
 
-def test_an_input_without_a_gradient_costs_no_product_with_the_weight(monkeypatch):
+def test_an_input_without_a_gradient_needs_no_backward_product_with_the_weight(monkeypatch):
     from adaptkit.training.network import joined
 
     twins = Twins(USES["both"][0])
@@ -294,8 +294,8 @@ def test_an_input_without_a_gradient_costs_no_product_with_the_weight(monkeypatc
     assert len(decoded) == 6
 
 
-def test_nothing_is_held_by_a_cycle(join):
-    """What is large goes at once, and does not wait for the collector."""
+def test_inputs_and_layers_are_freed_without_the_garbage_collector(join):
+    """No reference cycle may keep large tensors alive until it runs."""
     gc.collect()
     gc.disable()
     try:
@@ -314,7 +314,7 @@ def test_nothing_is_held_by_a_cycle(join):
         gc.enable()
 
 
-def test_inference_mode(join, made):
+def test_inference_mode_gives_the_logits_of_no_grad(join, made):
     model = loaded(made, "llama")
     join(model.network)
     with torch.inference_mode():

@@ -1,6 +1,6 @@
-"""What a GPU joins is held once, decoded at once, and keeps its names, its files and its bits.
+"""Weights joined for a GPU are stored once, decoded together, and keep their names, files and bits.
 
-All of it but the kernel runs on a CPU too; results and gradients are in ``test_joined``.
+All but the kernel also runs on a CPU; ``test_joined`` compares results and gradients.
 """
 
 from collections import Counter
@@ -74,8 +74,8 @@ def base_of(format_name, rows, seed, block_size=64, double_quant=True, width=64)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize(("format_name", "block_size"), [("nf4", 64), ("fp4", 32)])
-def test_all_rows_are_decoded_to_the_bits_of_each_and_are_held_once(format_name, block_size, double_quant, dtype):
-    """300 blocks: the groups of 256 constants of one begin in the middle of those of another."""
+def test_joined_weights_are_decoded_to_the_same_bits_and_stored_once(format_name, block_size, double_quant, dtype):
+    """300 rows do not fill whole groups of 256 constants, so the next weight's groups begin inside one."""
     bases = [base_of(format_name, rows, rows, block_size, double_quant) for rows in (300, 7, 512)]
     expected = torch.cat([base.dequantize(dtype) for base in bases])
     shapes = [{name: part.shape for name, part in base.named_buffers()} for base in bases]
@@ -88,8 +88,8 @@ def test_all_rows_are_decoded_to_the_bits_of_each_and_are_held_once(format_name,
     assert bases[0].codes.untyped_storage().nbytes() == sum(base.codes.nbytes for base in bases)
 
 
-def test_where_triton_is_missing_the_host_asks_the_gpu_for_no_value(monkeypatch):
-    """A wait for every weight that is decoded would keep a GPU idle; tensors without values have none to give."""
+def test_decoding_without_triton_does_not_synchronize_with_the_gpu(monkeypatch):
+    """Synchronizing for every weight would keep a GPU idle. Reading a value of a fake tensor fails."""
     monkeypatch.setattr(joined_gpu, "kernels_for", lambda codes: reference)
     joined = JoinedWeight([base_of("nf4", rows, rows) for rows in (300, 7)])
     mode, weight = FakeTensorMode(), joined._weight
@@ -105,7 +105,7 @@ def test_where_triton_is_missing_the_host_asks_the_gpu_for_no_value(monkeypatch)
     assert found.shape == (307, 64)
 
 
-def test_names_values_and_files_stay_what_they_were(packed):
+def test_joining_does_not_change_the_state_dict_or_parameter_names(packed):
     model = loaded(packed)
     before = {name: part.clone() for name, part in model.network.state_dict().items()}
     parameters = [name for name, _ in model.network.named_parameters()]
@@ -117,7 +117,7 @@ def test_names_values_and_files_stay_what_they_were(packed):
     assert joined_names(model) == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 
 
-def test_a_layer_reads_its_own_weight_as_before(packed):
+def test_the_weight_attribute_of_a_joined_layer_stays_the_same(packed):
     model = loaded(packed)
     before = {name: layer.weight.detach().clone() for name, layer in model.linears.items()}
     join_on_gpu(model.network)
@@ -141,7 +141,7 @@ def test_only_layers_with_a_plain_adapter_are_joined(packed, options, names):
     near(gradients(model), before)
 
 
-def test_a_layer_with_dora_does_not_keep_the_others_apart(packed):
+def test_a_layer_with_dora_does_not_prevent_joining_the_others(packed):
     model = loaded(packed)
     for name, layer in model.adapted().items():
         layer.scaling = 0.5 if name.endswith("v_proj") else layer.scaling
@@ -156,7 +156,7 @@ def test_a_layer_with_dora_does_not_keep_the_others_apart(packed):
 
 
 def unlike(first, second):
-    """What two layers of one input are joined to."""
+    """Return whether each of two layers with the same input is joined; check that results stay the same."""
 
     class Both(torch.nn.Module):
         def __init__(self):
@@ -178,7 +178,7 @@ def unlike(first, second):
     return is_joined(both.one), is_joined(both.two)
 
 
-def test_weights_that_are_not_alike_or_are_the_same_are_left_alone():
+def test_only_distinct_4_bit_weights_of_the_same_encoding_are_joined():
     assert unlike(base_of("nf4", 8, 0), base_of("nf4", 16, 1)) == (True, True)
     assert unlike(base_of("nf4", 8, 0), base_of("fp4", 8, 1)) == (False, False)
     assert unlike(base_of("nf4", 8, 0), base_of("nf4", 8, 1, block_size=32)) == (False, False)
@@ -206,7 +206,7 @@ def gradients_of_all(model):
     return [parameter.grad for parameter in model.network.parameters() if parameter.requires_grad]
 
 
-def test_a_run_that_was_cut_off_ends_in_the_same_bytes(packed, tmp_path, monkeypatch):
+def test_a_run_that_was_interrupted_and_resumed_ends_with_the_same_bytes(packed, tmp_path, monkeypatch):
     data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
     config = TrainConfig(
         base=str(packed), data=(str(data),), steps=4, rank=4, max_length=64, device="cpu", save_every=2,
@@ -232,7 +232,7 @@ def test_a_run_that_was_cut_off_ends_in_the_same_bytes(packed, tmp_path, monkeyp
 
 
 class Launches(TorchDispatchMode):
-    """Counts what a GPU would be asked to do: operations that are no views and allocate nothing only."""
+    """Counts the operations that would launch a kernel on a GPU: all but views and allocations."""
 
     HOST = ("aten.view", "aten.t.", "aten.transpose", "aten.split", "aten.unsafe_split", "aten.slice", "aten.detach",
             "aten.empty", "aten.new_empty", "aten.alias", "aten._unsafe_view", "aten.unsqueeze", "aten.expand",
@@ -249,11 +249,11 @@ class Launches(TorchDispatchMode):
 
 
 def void(result):
-    """As an accumulated gradient is not handed to autograd."""
+    """Return None, as for an accumulated gradient, which autograd does not get."""
 
 
 def launches(layers, monkeypatch):
-    """Operations of a step of layers of one input, forward and backward; decoding counts as one, as it is on a GPU."""
+    """Return the launches of layers with the same input, forward and backward; decoding is one, as on a GPU."""
     decoded = []
 
     def decode(self, dtype):

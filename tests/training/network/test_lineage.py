@@ -1,4 +1,4 @@
-"""An adapter is told from those of other bases by every weight that it was trained on, with manifests and without."""
+"""An adapter's base is recognized by every weight that the adapter was trained on, with and without manifests."""
 
 import shutil
 
@@ -18,7 +18,7 @@ from adaptkit.training.network.lineage import Weights, base_of, check_base
 
 @pytest.fixture(scope="module")
 def family(made, instructions):
-    """A base, what it was quantized to, adapters of both, and what the base was merged to."""
+    """A base, its quantized versions, adapters of both, and models merged from them."""
     root = made / "family"
     base = tiny.write_llama(root / "base", tied=False)
     quantize(base, root / "nf4")
@@ -49,14 +49,14 @@ def unsigned(family, tmp_path):
 
 @pytest.mark.parametrize("adapter", ["of-base", "of-nf4"])
 @pytest.mark.parametrize("has_manifest", [True, False])
-def test_a_base_whose_largest_weights_alone_changed_is_another(family, unsigned, adapter, has_manifest):
+def test_a_base_in_which_only_down_proj_changed_is_a_different_base(family, unsigned, adapter, has_manifest):
     merged = family / "merged-mlp" if has_manifest else unsigned("merged-mlp")
     check_base(read_adapter(family / adapter), Weights(family / "base"))
     with pytest.raises(BaseMismatchError, match=r"belongs to another base than .*down_proj differs"):
         check_base(read_adapter(family / adapter), Weights(merged))
 
 
-def test_a_quantized_base_without_a_manifest_is_known_by_the_parts_of_its_weights(family, unsigned):
+def test_a_quantized_base_without_a_manifest_is_recognized_by_its_packed_weights(family, unsigned):
     adapter = read_adapter(family / "of-nf4")
     check_base(adapter, Weights(unsigned("nf4")))
     with pytest.raises(BaseMismatchError, match="belongs to another base"):
@@ -72,22 +72,22 @@ def test_a_quantized_base_without_a_manifest_is_known_by_the_parts_of_its_weight
         ("of-nf4", ("base", "merged-nf4"), "base"),
     ],
 )
-def test_an_adapter_goes_to_the_base_whose_weights_it_was_trained_on(family, adapter, bases, own):
+def test_an_adapter_is_matched_to_the_base_whose_weights_it_was_trained_on(family, adapter, bases, own):
     found = base_of(read_adapter(family / adapter), [Weights(family / base) for base in bases])
     assert found.root == family / own
 
 
-def test_an_adapter_goes_to_its_quantized_base_without_manifests_too(family, unsigned):
+def test_an_adapter_is_matched_to_its_quantized_base_without_manifests_too(family, unsigned):
     bases = [Weights(unsigned(name)) for name in ("merged-nf4", "nf4")]
     assert base_of(read_adapter(family / "of-nf4"), bases) is bases[1]
     assert base_of(read_adapter(family / "resized"), bases) is bases[1]
 
 
-def test_where_nothing_says_which_base_is_an_adapters_none_is_guessed(family, unsigned):
+def test_an_ambiguous_or_missing_base_is_an_error(family, unsigned):
     resized, of_base = read_adapter(family / "resized"), read_adapter(family / "of-base")
     for adapter, bases in (
-        (resized, [family / "base", family / "int8"]),  # of the same 16-bit weights, and neither its own
-        (of_base, [unsigned("merged-nf4"), unsigned("nf4")]),  # packed, and it knows the 16-bit weights alone
+        (resized, [family / "base", family / "int8"]),  # the same 16-bit weights, and neither is its own base
+        (of_base, [unsigned("merged-nf4"), unsigned("nf4")]),  # packed, and the adapter records only 16-bit weights
         (of_base, [family / "merged", unsigned("int8")]),
     ):
         with pytest.raises(UsageError, match=r"cannot tell which of .* it belongs to") as caught:

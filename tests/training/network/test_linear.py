@@ -49,7 +49,7 @@ def test_value_and_gradients_are_those_of_the_dequantized_weight(double_quant):
         assert float(error) < 2e-6
 
 
-def test_gradients_hold_by_finite_differences():
+def test_gradients_agree_with_finite_differences():
     layer, weight = nf4_layer(out_features=8, in_features=64, rank=2)
     plain = LoraLinear(PlainWeight(weight.double()), None)
     plain.attach(LowRank(layer.lora_a.detach(), layer.lora_b.detach(), 0.5))
@@ -74,7 +74,7 @@ def test_the_graph_holds_no_copy_of_the_weight():
     assert sum(saved) < 512 * 512 / 16
 
 
-def test_dropout_touches_only_the_adapter():
+def test_dropout_affects_only_the_adapter():
     layer, _ = nf4_layer()
     layer.dropout = 0.5
     x = torch.randn(64, 128)
@@ -90,7 +90,7 @@ def test_dropout_touches_only_the_adapter():
         assert torch.equal(one, layer(x))
 
 
-def test_gradients_with_dropout_are_those_of_the_same_mask():
+def test_gradients_with_dropout_equal_the_formula_with_the_same_mask():
     layer, weight = nf4_layer()
     layer.dropout = 0.3
     layer.train()
@@ -105,14 +105,14 @@ def test_gradients_with_dropout_are_those_of_the_same_mask():
     assert torch.allclose(x.grad, reference.grad, rtol=1e-4, atol=1e-4)
 
 
-def test_an_adapter_of_another_shape_is_refused():
+def test_an_adapter_of_the_wrong_shape_is_refused():
     layer, _ = nf4_layer()
     with pytest.raises(BaseMismatchError, match=r"expected shape .*, as in the base, found "):
         layer.attach(LowRank(torch.zeros(4, 64), torch.zeros(96, 4), 1.0))
 
 
-def test_no_rows_give_no_rows():
-    """As a router may send them to an expert."""
+def test_an_empty_input_gives_an_empty_output():
+    """A router may send no tokens to an expert."""
     layer, _ = nf4_layer()
     x = torch.randn(0, 128, requires_grad=True)
     y = layer(x)
@@ -120,7 +120,7 @@ def test_no_rows_give_no_rows():
     assert (y.shape, x.grad.shape) == ((0, 96), (0, 128))
 
 
-def test_a_weight_that_an_architecture_reads_itself_is_what_the_layer_computes_with():
+def test_the_weight_attribute_is_the_matrix_that_the_layer_multiplies_by():
     layer, weight = nf4_layer()
     torch.testing.assert_close(layer.weight, weight + 0.5 * layer.lora_b @ layer.lora_a)
     x, grad = torch.randn(5, 128), torch.randn(5, 96)
@@ -131,7 +131,7 @@ def test_a_weight_that_an_architecture_reads_itself_is_what_the_layer_computes_w
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
-def test_a_weight_that_is_read_where_it_would_not_be_all_is_refused():
+def test_reading_the_weight_attribute_is_refused_with_dora():
     layer, _ = nf4_layer()
     layer._path = "model.layers.0.mixer.dt_proj"
     layer.attach_magnitude()
@@ -143,7 +143,7 @@ def test_a_weight_that_is_read_where_it_would_not_be_all_is_refused():
 @pytest.mark.parametrize("uses_dora", [False, True])
 @pytest.mark.parametrize("shape", [(7, 128), (2, 5, 128)])
 def test_a_network_may_change_the_result_in_place(shape, uses_dora):
-    """As Llama 4 does with its experts' inputs."""
+    """Llama 4 does so with its experts' inputs."""
     layer, _ = nf4_layer()
     if uses_dora:
         layer.attach_magnitude()

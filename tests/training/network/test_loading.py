@@ -1,4 +1,4 @@
-"""An adapter is put into a model by the names of its time, or refused in words that say why."""
+"""An adapter with module names of older transformers releases is loaded, or refused with the reason."""
 
 import json
 
@@ -19,7 +19,7 @@ TEXT = "model.language_model.layers.1.self_attn.q_proj"
 
 
 def written(folder, shapes):
-    """An adapter of rank 2 for modules of (out, in), without what says which peft wrote it."""
+    """Write an adapter of rank 2 for modules of shape (out, in), without the version of peft that wrote it."""
     folder.mkdir()
     tensors = {}
     for module, (rows, columns) in shapes.items():
@@ -31,7 +31,7 @@ def written(folder, shapes):
     return read_adapter(folder)
 
 
-def test_modules_that_transformers_4_called_otherwise_get_their_changes(tmp_path):
+def test_an_adapter_with_module_names_of_transformers_4_is_loaded(tmp_path):
     model = load_model(tiny.write_llava(tmp_path / "base", older=True), torch.float32, CPU)
     adapter = written(tmp_path / "adapter", {TOWER: (32, 32), TEXT: (64, 64)})
     load_adapter(model, adapter)
@@ -40,14 +40,14 @@ def test_modules_that_transformers_4_called_otherwise_get_their_changes(tmp_path
         assert torch.equal(model.linears[today].lora_a, adapter.modules[said].lora_a)
 
 
-def test_changes_of_one_module_by_two_names_are_refused(tmp_path):
+def test_an_adapter_that_names_one_module_in_two_ways_is_refused(tmp_path):
     model = load_model(tiny.write_llava(tmp_path / "base", older=True), torch.float32, CPU)
     adapter = written(tmp_path / "adapter", {TOWER: (32, 32), TOWER_TODAY: (32, 32)})
     with pytest.raises(AdapterError, match="names of several releases"):
         load_adapter(model, adapter)
 
 
-def test_a_change_of_one_expert_is_said_to_be_for_merging(tmp_path):
+def test_the_error_for_an_adapter_on_a_single_expert_suggests_merging(tmp_path):
     """transformers 4 had a linear layer for every expert's matrix, as the files have."""
     model = load_model(tiny.write_family(tmp_path / "base", "mixtral"), torch.float32, CPU)
     adapter = written(tmp_path / "adapter", {"model.layers.0.block_sparse_moe.experts.1.w1": (128, 64)})

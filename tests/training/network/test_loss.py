@@ -1,4 +1,4 @@
-"""The loss is the plain cross-entropy, its gradients too, and no matrix of logits is ever made."""
+"""Loss and gradients are those of plain cross-entropy, without the full matrix of logits."""
 
 import pytest
 import tiny
@@ -29,7 +29,7 @@ def batch_of(lengths, vocabulary):
 
 
 def plain_loss(model, batch):
-    """What transformers itself would compute, padding masked, in float64 from its logits on."""
+    """Return the loss from the full logits of the network, with padding masked; in float64 after the logits."""
     logits = model.network(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1].double()
     flat = logits.reshape(-1, logits.shape[-1])
     return functional.cross_entropy(flat, batch.labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum")
@@ -59,8 +59,8 @@ def families(made):
 
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 @pytest.mark.parametrize("family", ["llama", "phi", "gpt2", "qwen3_moe"])
-def test_loss_and_gradients_are_those_of_the_whole_matrix(family, rows, families, llama, monkeypatch):
-    """With a head that is tied, one with a bias, and experts; in one chunk and in many."""
+def test_loss_and_gradients_are_those_of_the_full_matrix_of_logits(family, rows, families, llama, monkeypatch):
+    """With a tied head, a head with a bias, and experts; in one chunk and in many."""
     monkeypatch.setattr(loss, "_rows", lambda hidden, head: rows)
     monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * 3 * VOCABULARY)
     model = loaded(families.get(family, llama))
@@ -85,7 +85,7 @@ def test_a_trained_output_layer_gets_its_gradient(families, monkeypatch):
         torch.testing.assert_close(found[name], gradient.float(), rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
 
 
-def test_without_gradients_it_is_the_same_number(llama):
+def test_without_gradients_the_loss_is_reproducible_and_has_no_graph(llama):
     model = loaded(llama)
     batch = batch_of((20, 13), model.network.config.vocab_size)
     with torch.no_grad():
@@ -111,7 +111,7 @@ BOUNDED = {"gemma2": {"head_dim": 16, "final_logit_softcapping": 2.0}, "granite"
 
 
 @pytest.mark.parametrize("name", BOUNDED)
-def test_logits_that_are_scaled_or_bounded_after_the_output_layer_are_made_in_chunks_too(name, made, monkeypatch):
+def test_logits_scaled_or_bounded_after_the_output_layer_are_computed_in_chunks_too(name, made, monkeypatch):
     monkeypatch.setattr(loss, "_rows", lambda hidden, head: 4)
     model = loaded(family(made, name, **BOUNDED[name]))
     assert not model.output_layer.is_head
@@ -126,7 +126,7 @@ def test_logits_that_are_scaled_or_bounded_after_the_output_layer_are_made_in_ch
         torch.testing.assert_close(found[key], gradient.float(), rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
 
 
-def test_a_network_that_runs_its_body_by_parts_gets_its_loss_from_all_logits(made):
+def test_a_network_that_bypasses_its_base_model_gets_its_loss_from_all_logits(made):
     model = loaded(family(made, "opt", ffn_dim=64, word_embed_proj_dim=64))
     assert model.output_layer is None
     batch = batch_of((20, 13), VOCABULARY)
@@ -135,10 +135,10 @@ def test_a_network_that_runs_its_body_by_parts_gets_its_loss_from_all_logits(mad
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_nothing_is_asked_of_the_device_while_it_computes(name, llama, made, monkeypatch):
-    """Tensors without content have no answer to give; on a GPU each answer would be a wait.
+def test_computing_the_loss_does_not_synchronize_with_the_device(name, llama, made, monkeypatch):
+    """Reading a value, which would synchronize with a GPU, fails for meta tensors.
 
-    But for transformers, which asks the positions whether rows are packed before it begins.
+    The exception is patched: transformers reads the positions, before the first layer, to see whether rows are packed.
     """
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda positions: None)
     folder = llama if name == "llama" else family(made, name, **BOUNDED[name])
@@ -152,8 +152,8 @@ def test_nothing_is_asked_of_the_device_while_it_computes(name, llama, made, mon
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the most rows that results with the vocabulary as their last dimension had, one of them and all that
-    existed at a time; a transpose is no result."""
+    """Records the most rows of matrices with a column per vocabulary entry: of a single one, and of all that exist at a
+    time. Transposes are not counted."""
 
     def __init__(self, vocabulary):
         super().__init__()
@@ -170,9 +170,9 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def test_no_more_logits_exist_than_a_chunk_has(llama, monkeypatch):
+def test_only_one_chunk_of_logits_exists_at_a_time(llama, monkeypatch):
     monkeypatch.setattr(loss, "_rows", lambda hidden, head: 8)
-    monkeypatch.setattr(loss, "is_faster_than_torch", lambda: True)  # else a copy in float32 lies beside them
+    monkeypatch.setattr(loss, "is_faster_than_torch", lambda: True)  # otherwise there is a float32 copy, too
     model = loaded(llama)
     batch = batch_of((60, 60), model.network.config.vocab_size)
     with Largest(model.network.config.vocab_size) as seen:
@@ -180,8 +180,8 @@ def test_no_more_logits_exist_than_a_chunk_has(llama, monkeypatch):
     assert (seen.rows, seen.rows_alive) == (8, 8)
 
 
-def test_hidden_states_that_stay_in_float32_reach_a_head_in_bfloat16(made):
-    """As Mamba's do."""
+def test_float32_hidden_states_work_with_a_bfloat16_head(made):
+    """Mamba's hidden states stay in float32."""
     folder = tiny.write_architecture(made / "loss-mamba", "mamba")
     model = load_model(folder, torch.bfloat16, torch.device("cpu"))
     assert model.output_layer.is_head
@@ -191,8 +191,8 @@ def test_hidden_states_that_stay_in_float32_reach_a_head_in_bfloat16(made):
     assert found == pytest.approx(exact, rel=0.01)
 
 
-def test_a_head_that_reads_something_narrower_than_the_hidden_states_is_run_with_what_makes_it(made):
-    """Electra's head follows another layer, and a norm."""
+def test_modules_between_the_hidden_states_and_the_head_are_run_too(made):
+    """Electra's head reads narrower states, which a linear layer and a norm compute."""
     values = {"embedding_size": 32, "is_decoder": True}
     model = loaded(family(made, "electra", **values))
     assert not model.output_layer.is_head
@@ -202,7 +202,7 @@ def test_a_head_that_reads_something_narrower_than_the_hidden_states_is_run_with
 
 
 @pytest.mark.parametrize("name", ["bert", "electra"])
-def test_an_adapter_between_the_body_and_the_output_layer_gets_its_gradient(name, made):
+def test_an_adapter_between_the_base_model_and_the_output_layer_gets_its_gradient(name, made):
     model = loaded(family(made, name, is_decoder=True))
     between = [n for n in model.adapted() if not n.startswith(f"{model.network.base_model_prefix}.")]
     factors = [factor for n in between for factor in (model.linears[n].lora_a, model.linears[n].lora_b)]
@@ -217,7 +217,7 @@ def test_an_adapter_between_the_body_and_the_output_layer_gets_its_gradient(name
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 5000)])
-def test_logits_become_the_gradient_of_their_loss(shape, dtype, threads, monkeypatch):
+def test_logits_are_overwritten_with_the_gradient_of_their_loss(shape, dtype, threads, monkeypatch):
     """By the kernel, or in blocks by torch."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * 3 * VOCABULARY)
@@ -240,7 +240,7 @@ def test_logits_become_the_gradient_of_their_loss(shape, dtype, threads, monkeyp
 
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_logit_that_is_no_number_is_seen_in_the_loss(dtype, threads, monkeypatch):
+def test_a_nan_or_infinite_logit_makes_the_loss_nan_unless_it_is_minus_infinity(dtype, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for bad, is_seen in ((float("nan"), True), (-float("nan"), True), (float("inf"), True), (-float("inf"), False)):
         logits = torch.randn(3, 40).to(dtype)

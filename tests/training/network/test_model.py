@@ -1,4 +1,4 @@
-"""The packed model is the model that transformers loads."""
+"""A loaded model computes what transformers computes; checkpoints and adapters that do not fit are refused."""
 
 import gc
 import json
@@ -72,7 +72,7 @@ def test_an_adapter_gives_the_logits_of_peft(llama, adapter):
     assert not torch.allclose(without, expected, atol=1e-3)
 
 
-def test_a_fresh_adapter_changes_nothing_and_follows_its_seed(llama_nf4):
+def test_a_fresh_adapter_changes_no_logit_and_is_reproducible_by_its_seed(llama_nf4):
     model = load_model(llama_nf4, torch.float32, CPU)
     before = logits(model.network)
     new_adapter(model, ("*",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=3)
@@ -87,14 +87,14 @@ def test_a_fresh_adapter_changes_nothing_and_follows_its_seed(llama_nf4):
     assert len(model.adapted()) == len(model.linears)
 
 
-def test_the_normal_start_has_the_deviation_one_over_rank(llama_nf4):
+def test_normal_initialization_has_a_standard_deviation_of_one_over_rank(llama_nf4):
     model = load_model(llama_nf4, torch.float32, CPU)
     new_adapter(model, ("*",), AdapterShape(8, 8.0), "normal", 0.0, seed=0)
     values = torch.cat([layer.lora_a.detach().reshape(-1) for layer in model.adapted().values()])
     assert float(values.std()) == pytest.approx(1 / 8, rel=0.05)
 
 
-def test_targets_choose_layers_by_last_part_or_path(llama_nf4):
+def test_targets_match_layers_by_last_part_or_path(llama_nf4):
     model = load_model(llama_nf4, torch.float32, CPU)
     new_adapter(model, ("q_proj", "model.layers.1.mlp.*"), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     expected = {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
@@ -121,7 +121,7 @@ def test_an_adapter_for_another_model_is_refused(llama_nf4):
         attach_adapter(model, {"model.layers.0.mlp.gate_proj": change}, "adapter")
 
 
-def test_a_checkpoint_of_other_layers_than_its_configuration_is_refused(llama_nf4, copy_of):
+def test_a_checkpoint_with_a_different_number_of_layers_than_its_config_is_refused(llama_nf4, copy_of):
     import json
 
     folder = copy_of(llama_nf4)
@@ -163,8 +163,8 @@ def test_a_bias_that_is_missing_or_unknown_is_refused(llama, gpt2, copy_of):
         ("gpt_neox", "gpt_neox.layers.{}.attention"),
     ],
 )
-def test_buffers_that_older_transformers_saved_are_left_over(name, layer, tmp_path):
-    """Causal masks, what they mask with, positions and rotary frequencies: Pythia's files hold them, and Llama 1's."""
+def test_buffers_that_older_transformers_saved_are_ignored(name, layer, tmp_path):
+    """Causal masks, masking values, positions and rotary frequencies, as in the files of Pythia and Llama 1."""
     values = tiny._DECODER | {"vocab_size": 301, "pad_token_id": 0}
     config = AutoConfig.for_model(name, **values)
     folder = tiny._save(tmp_path / name, lambda: AutoModelForCausalLM.from_config(config), "float32", 1, 0)
@@ -180,7 +180,7 @@ def test_buffers_that_older_transformers_saved_are_left_over(name, layer, tmp_pa
 
 
 @pytest.mark.parametrize("config", [{}, {"quantization_config": {"quant_method": "gptq"}}])
-def test_a_checkpoint_of_another_method_is_refused_as_that(llama, copy_of, config):
+def test_the_error_for_a_checkpoint_quantized_with_gptq_names_the_method(llama, copy_of, config):
     def quantized(tensors):
         del tensors["model.layers.0.mlp.up_proj.weight"]
         tensors["model.layers.0.mlp.up_proj.qweight"] = torch.zeros(8, 128, dtype=torch.int32)
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_another_method_is_refused_as_that(llama, copy_of, confi
         load_model(folder, torch.float32, CPU)
 
 
-def test_a_weight_of_another_shape_is_refused(llama, copy_of):
+def test_a_weight_of_the_wrong_shape_is_refused(llama, copy_of):
     name = "model.layers.1.mlp.up_proj.weight"
     changed = rewritten(copy_of(llama), lambda tensors: tensors.update({name: torch.zeros(64, 64)}))
     with pytest.raises(
@@ -202,14 +202,14 @@ def test_a_weight_of_another_shape_is_refused(llama, copy_of):
         load_model(changed, torch.float32, CPU)
 
 
-def test_a_buffer_that_the_architecture_does_not_compute_is_refused(llama, monkeypatch):
+def test_a_missing_buffer_that_the_architecture_does_not_compute_is_refused(llama, monkeypatch):
     monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", lambda self, module: None)
     with pytest.raises(CheckpointError, match=r"^model\.rotary_emb\.\w*inv_freq: missing in the files"):
         load_model(llama, torch.float32, CPU)
 
 
-def test_a_buffer_that_the_model_around_its_module_computes_is_computed(tmp_path, monkeypatch):
-    """Falcon H1's factors of what its state space layers are given, which no file holds."""
+def test_a_buffer_that_an_enclosing_module_computes_is_initialized(tmp_path, monkeypatch):
+    """Falcon H1 scales the inputs of its state space layers by factors that no file holds."""
     values = {
         "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1,
         "head_dim": 16, "ssm_multipliers": [0.5, 1.5, 0.7, 1.2, 0.8],
@@ -223,8 +223,8 @@ def test_a_buffer_that_the_model_around_its_module_computes_is_computed(tmp_path
 
 
 @pytest.mark.parametrize("name", ["bert", "cpmant"])
-def test_a_model_whose_tokens_see_those_that_follow_is_refused(name, tmp_path, monkeypatch):
-    """Batches are padded without a mask, and the loss would be that of copying."""
+def test_a_model_that_is_not_causal_is_refused(name, tmp_path, monkeypatch):
+    """Batches are padded without a mask, and predicting a token that is visible would mean copying it."""
     monkeypatch.setitem(tiny.ARCHITECTURES, name, {"num_key_value_heads": 4, "dim_head": 16, "dim_ff": 128})
     folder = tiny.write_architecture(tmp_path / "base", name)
     with pytest.raises(UsageError, match="is not causal"):
@@ -235,7 +235,7 @@ def test_a_model_whose_tokens_see_those_that_follow_is_refused(name, tmp_path, m
         load_model(folder, torch.float32, CPU)
 
 
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+def test_a_missing_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("cuda:1") == torch.device("cuda:1")
@@ -244,14 +244,14 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", ""])
-def test_a_device_that_is_none_is_not_said_to_be_elsewhere(name):
+def test_a_malformed_device_name_is_not_reported_as_a_missing_device(name):
     with pytest.raises(UsageError, match=f"^device: must be auto, cpu, cuda or cuda:N, found '{name}'$") as caught:
         choose_device(name)
     assert "cuda" in caught.value.hint
 
 
-def test_a_file_without_the_models_prefix_is_loaded_by_it(gpt2, copy_of):
-    """As the Hub's GPT-2, with the causal masks that older versions of transformers wrote."""
+def test_a_file_without_the_models_name_prefix_is_loaded(gpt2, copy_of):
+    """Such as the Hub's GPT-2, which also has causal masks that older versions of transformers wrote."""
     expected = logits(load_model(gpt2, torch.float32, CPU).network)
 
     def bare(tensors):
@@ -264,7 +264,7 @@ def test_a_file_without_the_models_prefix_is_loaded_by_it(gpt2, copy_of):
     assert "transformer.h.0.attn.c_attn" in model.linears
 
 
-def test_a_quantized_head_is_used_and_is_no_target(tmp_path):
+def test_a_quantized_output_layer_is_used_but_is_not_a_target(tmp_path):
     source = tiny.write_llama(tmp_path / "source", tied=False)
     quantize(source, tmp_path / "nf4", QuantizeOptions(include_head=True))
     model = load_model(tmp_path / "nf4", torch.float32, CPU)
@@ -277,7 +277,7 @@ def test_a_quantized_head_is_used_and_is_no_target(tmp_path):
 
 
 def mapped(address):
-    """The file that memory at an address is a view of; empty for ordinary memory."""
+    """Return the file that is mapped at an address; empty for ordinary memory."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, *_, name = line.split(maxsplit=5) if line.count("/") else (line.split()[0], "")
         start, end = (int(edge, 16) for edge in span.split("-"))
@@ -298,11 +298,13 @@ def test_weights_are_views_of_the_files(family, request):
 
 
 @pytest.mark.parametrize("is_small", [False, True])
-def test_a_network_that_nothing_uses_is_gone_before_the_next_is_loaded_unless_it_is_small(
+def test_an_unused_network_is_freed_before_the_next_is_loaded_unless_it_is_small(
     llama, llama_nf4, monkeypatch, is_small
 ):
     held = sum(item.spec.nbytes for item in Checkpoint(llama_nf4).tensors.values())
-    monkeypatch.setattr(model, "_SMALL_BYTES", 1 << 62 if is_small else held - 1)  # other tests' may be there, too
+    monkeypatch.setattr(
+        model, "_SMALL_BYTES", 1 << 62 if is_small else held - 1
+    )  # networks of other tests may exist, too
     gc.collect()
     gc.disable()
     try:
@@ -310,14 +312,14 @@ def test_a_network_that_nothing_uses_is_gone_before_the_next_is_loaded_unless_it
         checkpoint_layers(network, Checkpointing(2, 1))
         former = weakref.ref(network.model.layers[1])
         del network
-        assert former() is not None  # what calls it now refers to it
+        assert former() is not None  # its new forward function refers to it
         load_model(llama, torch.float32, CPU)
         assert (former() is None) != is_small
     finally:
         gc.enable()
 
 
-def test_what_is_written_to_a_mapped_tensor_stays_out_of_the_file(llama):
+def test_writing_to_a_mapped_tensor_does_not_change_the_file(llama):
     before = (llama / "model.safetensors").read_bytes()
     checkpoint = MappedCheckpoint(llama)
     for name in checkpoint.tensors:

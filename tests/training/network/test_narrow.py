@@ -1,4 +1,4 @@
-"""Copies of the adapter are what rounding it each time gives, whenever it changed."""
+"""16-bit copies of the adapter equal casting it at each use, also after it changed."""
 
 import pytest
 import tiny
@@ -38,7 +38,7 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_results_and_gradients_keep_every_bit_after_every_change(packed, dora):
+def test_results_and_gradients_are_bit_identical_after_every_update(packed, dora):
     one, two = (loaded(packed, dora=dora) for _ in range(2))
     join_on_gpu(one.network)
     keep_narrow(two.network, BFLOAT16, join_on_gpu(two.network))
@@ -50,7 +50,7 @@ def test_results_and_gradients_keep_every_bit_after_every_change(packed, dora):
             vector.mul_(1.1).add_(0.001)
 
 
-def test_nothing_is_rounded_in_a_layer(packed, monkeypatch):
+def test_layers_do_not_cast_the_adapter(packed, monkeypatch):
     model = loaded(packed)
     keep_narrow(model.network, BFLOAT16, join_on_gpu(model.network))
     halves = {p.data_ptr() for p in model.network.parameters() if p.requires_grad}
@@ -64,7 +64,7 @@ def test_nothing_is_rounded_in_a_layer(packed, monkeypatch):
     assert not casts
 
 
-def test_copies_of_joined_layers_lie_one_below_the_other(packed):
+def test_copies_of_joined_layers_are_concatenated_along_rows(packed):
     model = loaded(packed)
     keep_narrow(model.network, BFLOAT16, join_on_gpu(model.network))
     halves = [model.linears[f"model.layers.1.self_attn.{name}_proj"].lora_a for name in "qkv"]
@@ -78,14 +78,14 @@ def test_copies_of_joined_layers_lie_one_below_the_other(packed):
             assert narrowed(half, torch.float32) is half
 
 
-def test_what_is_not_joined_is_put_below_each_other_when_it_is_asked_for(packed):
+def test_copies_of_layers_that_are_not_joined_are_concatenated_on_request(packed):
     model = loaded(packed)
     keep_narrow(model.network, BFLOAT16)
     halves = [model.linears[f"model.layers.1.self_attn.{name}_proj"].lora_a for name in "kv"]
     assert torch.equal(narrowed_below(halves, BFLOAT16), torch.cat([half.detach() for half in halves]).to(BFLOAT16))
 
 
-def test_copies_are_in_no_file_and_none_are_kept_in_float32(packed):
+def test_copies_are_not_in_the_state_dict_and_not_made_for_float32(packed):
     model = loaded(packed)
     names = list(model.network.state_dict())
     keep_narrow(model.network, torch.float32)
@@ -95,8 +95,8 @@ def test_copies_are_in_no_file_and_none_are_kept_in_float32(packed):
     assert model.network.narrow_adapters.dtype == BFLOAT16
 
 
-def test_they_are_no_activations_of_a_layer(packed):
-    """They count once, beside the weights; each layer uses parts of the one buffer."""
+def test_copies_are_not_measured_as_activations_of_a_layer(packed):
+    """They are counted once, with the weights; all layers use parts of one buffer."""
     one, two = (loaded(packed) for _ in range(2))
     join_on_gpu(one.network)
     keep_narrow(two.network, BFLOAT16, join_on_gpu(two.network))
@@ -105,7 +105,7 @@ def test_they_are_no_activations_of_a_layer(packed):
     assert all(less.peak_bytes <= more.peak_bytes for less, more in zip(narrow, plain, strict=True))
 
 
-def test_they_are_made_anew_whether_the_network_is_called_or_its_body(packed):
+def test_copies_are_updated_whether_the_network_or_its_base_model_is_called(packed):
     from adaptkit.training.data.batches import Batch
 
     model = loaded(packed)
@@ -133,7 +133,7 @@ def test_gradients_do_not_depend_on_checkpointing(packed):
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 
 
-def test_a_run_ends_in_the_same_bytes(packed, tmp_path, monkeypatch):
+def test_a_run_with_copies_ends_with_the_same_bytes(packed, tmp_path, monkeypatch):
     data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
     config = TrainConfig(
         base=str(packed), data=(str(data),), steps=4, rank=4, max_length=64, device="cpu", save_every=2,

@@ -1,4 +1,4 @@
-"""The noise is that of the paper, for each sample by its own length, and only while training."""
+"""The noise follows the paper's formula, with each sample's own length, and only in training."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_noise_is_uniform_within_the_bound_of_the_formula():
     assert (found[:, 1, 4:] == 0).all()  # padding
 
 
-def test_noise_depends_on_the_seed_alone_and_is_none_in_evaluation():
+def test_noise_depends_only_on_the_seed_and_is_not_added_in_evaluation():
     batch = collate([(sample(6),)], 0)
     assert torch.equal(noise_of(batch, 5.0, 1), noise_of(batch, 5.0, 1))
     assert not torch.equal(noise_of(batch, 5.0, 1), noise_of(batch, 5.0, 2))

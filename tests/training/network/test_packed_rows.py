@@ -1,4 +1,4 @@
-"""Frozen weights decoded by all threads have the bits that the format's definition gives, whatever their rows."""
+"""Frozen weights, decoded by rows or as a whole, by one thread or several, have the bits of the definition."""
 
 import pytest
 import torch
@@ -39,7 +39,9 @@ def packed(shape, encoding):
         ((64, 256), "int8", 64, False),
     ],
 )
-def test_every_weight_is_what_the_definition_gives(threads, shape, name, block_size, by_rows, double_quant, dtype):
+def test_decoded_weights_equal_the_formats_definition_bit_for_bit(
+    threads, shape, name, block_size, by_rows, double_quant, dtype
+):
     weight = packed(shape, Encoding(name, block_size, double_quant and name != "int8"))
     assert (packed_rows(weight) is not None) == by_rows
     assert torch.equal(decoded(weight, dtype), weight.dequantize(dtype))

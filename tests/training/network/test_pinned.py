@@ -1,4 +1,4 @@
-"""Where a system pins no more memory, what leaves a GPU lies in other memory, and that is told once."""
+"""If no more host memory can be pinned, pageable memory is used instead, and the run warns once."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 @pytest.fixture
 def nothing_is_pinned(monkeypatch):
-    """As torch says it; the memory of what computes on a CPU here is that of a GPU."""
+    """Make torch fail to pin memory, with its own error message."""
     for name in ("zeros", "empty_like"):
         plain = getattr(torch, name)
 
@@ -27,7 +27,7 @@ def nothing_is_pinned(monkeypatch):
         monkeypatch.setattr(torch, name, refuse)
 
 
-def test_memory_beside_a_gpu_is_pinned_and_beside_a_cpu_it_is_not():
+def test_host_memory_is_pinned_for_a_gpu_and_not_for_a_cpu():
     asked = []
 
     def make(size, **named):
@@ -43,7 +43,7 @@ def test_memory_beside_a_gpu_is_pinned_and_beside_a_cpu_it_is_not():
 
 
 @pytest.mark.usefixtures("nothing_is_pinned")
-def test_pages_and_shelves_do_without_pinned_memory():
+def test_paging_and_offloading_work_without_pinned_memory():
     assert pinned(torch.zeros, 3) is None
     state = PagedState(1000, 100, None, CPU)
     state.pages.memory._pins = True
@@ -59,7 +59,7 @@ def test_pages_and_shelves_do_without_pinned_memory():
     assert shelf.memory.is_short
 
 
-def test_a_run_whose_copies_wait_says_so_once(llama_nf4, instructions, tmp_path, monkeypatch):
+def test_a_run_warns_once_if_host_memory_cannot_be_pinned(llama_nf4, instructions, tmp_path, monkeypatch):
     class Short(HostMemory):
         def __init__(self, device):
             super().__init__(device)

@@ -1,4 +1,4 @@
-"""What is made again in the backward pass has the bits that it had, is made once, and is held no longer than needed."""
+"""Recomputed activations keep their bits, are computed once per backward pass, and are freed after the last reader."""
 
 import weakref
 
@@ -37,12 +37,14 @@ def gradients(model):
 
 
 KINDS = [(False, False), (True, False), (False, True)]
-"""DoRA, and whether layers are joined."""
+"""Pairs: whether adapters are DoRA, and whether layers are joined."""
 
 
 @pytest.mark.parametrize(("uses_dora", "joins"), KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_to_the_bit_those_of_a_model_that_keeps_everything(dtype, uses_dora, joins, made, monkeypatch):
+def test_gradients_are_bit_identical_to_those_of_a_model_that_saves_all_activations(
+    dtype, uses_dora, joins, made, monkeypatch
+):
     model = model_of(made, dtype, uses_dora, joins)
     found = gradients(model)
     for module in (linear, dora, joined):
@@ -52,7 +54,7 @@ def test_gradients_are_to_the_bit_those_of_a_model_that_keeps_everything(dtype, 
 
 
 @pytest.mark.parametrize(("uses_dora", "joins"), KINDS)
-def test_no_output_of_a_norm_or_a_gate_is_kept(uses_dora, joins, made, monkeypatch):
+def test_outputs_of_norms_and_gates_are_not_saved(uses_dora, joins, made, monkeypatch):
     model = model_of(made, torch.float32, uses_dora, joins)
     outputs, attach = [], Recipe.attach
 
@@ -62,12 +64,12 @@ def test_no_output_of_a_norm_or_a_gate_is_kept(uses_dora, joins, made, monkeypat
 
     monkeypatch.setattr(Recipe, "attach", note)
     hidden = model.network.model(input_ids=torch.arange(8)[None], use_cache=False).last_hidden_state
-    assert len(outputs) == 7  # of two layers: two norms and a gate each, and the last norm, whose output is the result
+    assert len(outputs) == 7  # two norms and a gate in each of two layers, and the final norm, whose output is returned
     assert [ref() is None for ref in outputs] == [True] * 6 + [False]
     assert hidden.requires_grad
 
 
-def test_a_tensor_is_made_once_for_all_that_read_it_and_forgotten_after_that(made, monkeypatch):
+def test_a_tensor_is_recomputed_once_for_all_its_readers_and_then_dropped(made, monkeypatch):
     model = model_of(made, torch.float32)
     calls, held = [], []
     call, forget = Recipe.__call__, Recipe.forget
@@ -84,10 +86,10 @@ def test_a_tensor_is_made_once_for_all_that_read_it_and_forgotten_after_that(mad
     assert len(calls) == 2 * (3 + 2 + 1)  # q, k and v; gate and up; down
     assert sum(is_first for _, is_first in calls) == 2 * 3
     assert all(recipe._made is None for recipe in held)
-    assert len({id(recipe) for recipe in held} - set(forgotten)) <= 1  # the first norm, whose input has no gradient
+    assert len({id(recipe) for recipe in held} - set(forgotten)) <= 1  # the first norm's, whose input needs no gradient
 
 
-def test_it_is_held_while_somebody_will_ask_for_it():
+def test_a_recomputed_tensor_is_cached_until_its_last_reader():
     x, made = torch.ones(3), []
     y = Recipe(lambda x: made.append(x) or -x).attach(-x, x)
     readers = [source_of(y) for _ in range(3)]
@@ -96,10 +98,10 @@ def test_it_is_held_while_somebody_will_ask_for_it():
     assert results[0] is results[1] is recipe._made
     assert readers[2][0](*readers[2][1]) is results[0]
     assert (len(made), recipe._made) == (1, None)
-    assert torch.equal(recipe(x), y)  # and made again for who asks more often
+    assert torch.equal(recipe(x), y)  # a further call recomputes it
 
 
-def test_it_is_held_for_who_asks_next():
+def test_the_tensor_itself_is_cached_for_a_reader_that_runs_next():
     x, made = torch.ones(3), []
     y = Recipe(lambda x: made.append(x) or -x).attach(-x, x)
     make, kept = source_of(y, is_next=True)
@@ -107,7 +109,7 @@ def test_it_is_held_for_who_asks_next():
     assert (made, make._made) == ([], None)
 
 
-def test_a_tensor_that_was_changed_since_is_kept_itself():
+def test_a_tensor_is_saved_itself_if_it_or_its_input_was_modified():
     x = torch.ones(3)
     y = Recipe(torch.neg).attach(-x, x)
     make, kept = source_of(y)
@@ -121,7 +123,7 @@ def test_a_tensor_that_was_changed_since_is_kept_itself():
         assert make(*kept) is y
 
 
-def test_nothing_travels_where_no_gradients_are_recorded(made):
+def test_no_recipe_is_attached_if_no_gradients_are_recorded(made):
     model = model_of(made, torch.float32)
     seen = []
     model.linears["model.layers.0.mlp.down_proj"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))

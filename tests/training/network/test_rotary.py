@@ -1,4 +1,4 @@
-"""Fused rotary positions give the bits of transformers' function, both ways, to networks that asked for them."""
+"""The fused rotary embedding has the bits of transformers' function and gradient; only fused networks use it."""
 
 import pickle
 
@@ -43,7 +43,7 @@ def both_ways(function, query, key, cos, sin):
 
 @pytest.mark.parametrize("angles", [1, 2])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_bits_are_those_of_transformers(dtype, angles):
+def test_results_and_gradients_have_the_bits_of_transformers(dtype, angles):
     given = inputs(dtype, angles=angles)
     own = getattr(modeling_llama.apply_rotary_pos_emb, "__wrapped__", modeling_llama.apply_rotary_pos_emb)
     expected, found = both_ways(own, *given), both_ways(rotary._Rotary.apply, *given)
@@ -72,7 +72,7 @@ def run(network):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "mixtral"])
-def test_a_network_computes_the_same_bits(family, dtype, made, calls):
+def test_a_fused_network_computes_the_same_bits(family, dtype, made, calls):
     model = adapted(made, family, dtype)
     before = run(model.network)
     assert not calls
@@ -82,8 +82,8 @@ def test_a_network_computes_the_same_bits(family, dtype, made, calls):
     assert len(calls) == 4 * layers, "queries and keys, forward and back"
 
 
-def test_a_network_that_rotates_otherwise_is_left_alone(made, calls):
-    model = adapted(made, "phi", torch.float32)  # only a part of each head is rotated: not the shape that is known
+def test_a_network_with_a_different_rotation_is_left_alone(made, calls):
+    model = adapted(made, "phi", torch.float32)  # rotates only a part of each head, which the kernel does not support
     before = run(model.network)
     fuse_rotary(model.network)
     assert all(map(torch.equal, run(model.network), before))
@@ -113,7 +113,7 @@ def test_other_networks_of_the_process_are_left_alone(made, calls):
         lambda q, k, cos, sin: (q, k, cos.clone().requires_grad_(), sin),
     ],
 )
-def test_what_is_not_known_goes_to_transformers(changed, made, calls):
+def test_unsupported_inputs_use_transformers_function(changed, made, calls):
     fuse_rotary(adapted(made, "llama", torch.float32).network)
     function = modeling_llama.apply_rotary_pos_emb
     given = changed(*inputs(torch.float32))
@@ -131,22 +131,22 @@ def test_what_is_not_known_goes_to_transformers(changed, made, calls):
         lambda q, k, cos, sin: (q, k, cos, sin[..., :8]),
     ],
 )
-def test_what_transformers_refuses_is_refused(changed, made, calls):
-    """And no kernel reads beside what it was given."""
+def test_inputs_that_transformers_refuses_are_refused(changed, made, calls):
+    """The kernel, which would read out of bounds, is not called."""
     fuse_rotary(adapted(made, "llama", torch.float32).network)
     with pytest.raises(RuntimeError, match="size"):
         rotary._mark_caller(modeling_llama.apply_rotary_pos_emb)(*changed(*inputs(torch.float32)))
     assert not calls
 
 
-def test_heads_of_an_odd_size_go_to_transformers(made, calls):
+def test_heads_of_an_odd_size_use_transformers_function(made, calls):
     fuse_rotary(adapted(made, "llama", torch.float32).network)
     function, given = modeling_llama.apply_rotary_pos_emb, inputs(torch.float32, dim=7)
     assert all(map(torch.equal, rotary._mark_caller(function)(*given), function.__wrapped__(*given)))
     assert not calls
 
 
-def test_another_place_of_the_heads_goes_to_transformers(made, calls):
+def test_a_different_position_of_the_head_dimension_uses_transformers_function(made, calls):
     fuse_rotary(adapted(made, "llama", torch.float32).network)
     function, (query, key, cos, sin) = modeling_llama.apply_rotary_pos_emb, inputs(torch.float32)
     given = query.transpose(1, 2), key.transpose(1, 2), cos, sin
@@ -156,14 +156,14 @@ def test_another_place_of_the_heads_goes_to_transformers(made, calls):
     assert not calls
 
 
-def test_an_attention_within_another_does_not_end_it(made, calls):
+def test_a_nested_attention_does_not_end_the_outer_one(made, calls):
     fuse_rotary(adapted(made, "llama", torch.float32).network)
     function, given = modeling_llama.apply_rotary_pos_emb, inputs(torch.float32)
     rotary._mark_caller(lambda: (rotary._mark_caller(lambda: None)(), function(*given)))()
     assert len(calls) == 2
 
 
-def test_transformers_function_can_still_be_named(made):
+def test_transformers_function_can_still_be_pickled(made):
     fuse_rotary(adapted(made, "llama", torch.float32).network)
     assert pickle.loads(pickle.dumps(modeling_llama.apply_rotary_pos_emb)) is modeling_llama.apply_rotary_pos_emb
 
@@ -183,7 +183,7 @@ def test_angles_are_not_copied_for_every_layer(made, monkeypatch):
     assert len(kept) == 2, "cosine and sine"
 
 
-def test_a_function_of_another_formula_is_left_alone():
+def test_functions_with_a_different_formula_are_not_recognized():
     own = modeling_gemma2.apply_rotary_pos_emb
     assert rotary._is_formula(own)
     assert not rotary._is_formula(lambda q, k, cos, sin: own(q, k, sin, cos))

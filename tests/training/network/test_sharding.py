@@ -1,4 +1,4 @@
-"""What is divided among processes comes back as the bytes that it was (``test_distributed`` divides for real)."""
+"""Packed bytes are unchanged after their sharding as floats; ``test_distributed`` shards across processes."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from adaptkit.training.network.sharding import _as_floats
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 @pytest.mark.parametrize("offset", range(5))
 @pytest.mark.parametrize("size", [2, 4, 6, 510, 1024])
-def test_bytes_travel_as_floats_and_come_back(size, offset, dtype):
-    memory = torch.randint(0, 256, (size + offset,), dtype=torch.uint8)  # among them are NaNs of every kind
+def test_bytes_are_reinterpreted_as_floats_and_restored(size, offset, dtype):
+    memory = torch.randint(0, 256, (size + offset,), dtype=torch.uint8)  # includes NaN bit patterns
     part = memory[offset:].view(dtype)
     floats = _as_floats(part)
     assert floats.is_floating_point()
@@ -20,6 +20,6 @@ def test_bytes_travel_as_floats_and_come_back(size, offset, dtype):
     assert torch.equal(_in_dtype(nn.Parameter(floats, requires_grad=False), dtype), part)
 
 
-def test_an_odd_number_of_bytes_stays_whole():
+def test_an_odd_number_of_bytes_is_not_reinterpreted():
     assert _as_floats(torch.zeros(7, dtype=torch.uint8)) is None
     assert _as_floats(torch.zeros(7)).dtype == torch.float32

@@ -1,4 +1,4 @@
-"""What a run begins as, and what it refuses to begin with, through the library and through the command."""
+"""How runs start, with or without an initial adapter, and which settings they refuse; in library and command."""
 
 import shutil
 from dataclasses import replace
@@ -32,7 +32,7 @@ RUN = {"rank": 4, "compute_dtype": "float32", "device": "cpu"}
 
 
 def begun(base, dtype=torch.float32, **settings):
-    own = {"rank": 16} if "init" in settings else {}  # the default: nothing was said
+    own = {"rank": 16} if "init" in settings else {}  # the default: as if the option was not given
     config = resolve_method(TrainConfig(base=str(base), data=("none",), **RUN | own | settings), Checkpoint(base))
     model = load_model(base, dtype, CPU)
     start = read_start(config, None)
@@ -54,7 +54,7 @@ BEGUN = [
 
 
 @pytest.mark.parametrize("name", BEGUN)
-def test_a_run_begins_as_what_peft_makes_of_its_adapter_and_writes_the_same_again(name, made, tmp_path):
+def test_a_run_starts_as_the_model_that_peft_loads_and_writes_an_equal_adapter(name, made, tmp_path):
     from peft import PeftModel
 
     case = peft_adapters.make(made, name)
@@ -84,14 +84,14 @@ def test_a_run_begins_as_what_peft_makes_of_its_adapter_and_writes_the_same_agai
         ("experts_one_by_one_qwen3", BaseMismatchError, r"experts\.0\.down_proj"),
     ],
 )
-def test_an_adapter_that_cannot_be_run_is_refused_by_name(name, error, message, made):
+def test_an_adapter_that_cannot_be_trained_is_refused_with_the_reason(name, error, message, made):
     case = peft_adapters.make(made, name)
     with pytest.raises(error, match=message):
         begun(case.base, init=str(case.adapter))
 
 
-def test_a_companion_can_become_a_dora_with_more_beside_it(llama, adapter):
-    """The magnitudes begin as the norms that the rows have with the adapter, so that nothing changes."""
+def test_a_run_can_continue_lora_as_dora_and_train_further_parameters(llama, adapter):
+    """Magnitudes are initialized to the row norms of weight plus adapter, so that no logit changes."""
     model, _, _ = begun(llama, init=str(adapter), dora=True, modules_to_save=("norm",), trainable_tokens=("%",))
     plain, _, _ = begun(llama, init=str(adapter))
     assert float((logits(model.network) - logits(plain.network)).abs().max()) < 1e-5
@@ -121,7 +121,7 @@ def test_a_companion_can_become_a_dora_with_more_beside_it(llama, adapter):
         ({"target_parameters": ("*.experts.*",)}, "'[*].experts.[*]' matches no stack", "has none"),
     ],
 )  # fmt: skip
-def test_what_means_nothing_in_the_model_is_refused_with_a_hint(llama, settings, message, hint):
+def test_settings_that_do_not_fit_the_model_are_refused_with_a_hint(llama, settings, message, hint):
     with pytest.raises(UsageError, match=message) as caught:
         begun(llama, **settings)
     assert hint in caught.value.hint
@@ -129,14 +129,14 @@ def test_what_means_nothing_in_the_model_is_refused_with_a_hint(llama, settings,
 
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_a_table_that_is_trained_whole_are_refused_in_every_type(llama, name, dtype):
-    """In bfloat16 the whole table is no parameter of its module any more, which is no reason to blame the base."""
+def test_training_rows_of_a_table_that_is_trained_in_full_is_refused_in_every_dtype(llama, name, dtype):
+    """In bfloat16 such a table is no longer a parameter of its module; the error must not blame the base for that."""
     with pytest.raises(UsageError, match=r"embed_tokens\.weight: is already trained in full"):
         begun(llama, dtype, trainable_tokens=("%",), modules_to_save=(name,))
 
 
 @pytest.mark.parametrize("name", ["q_proj", "down_proj"])
-def test_what_is_quantized_is_not_trained_whole(llama_nf4, name):
+def test_quantized_weights_cannot_be_trained_in_full(llama_nf4, name):
     with pytest.raises(UsageError, match=rf"{name}\.weight: is quantized") as caught:
         begun(llama_nf4, modules_to_save=(name,))
     assert "--skip 'model.layers.0" in caught.value.hint
@@ -157,14 +157,14 @@ def test_what_is_quantized_is_not_trained_whole(llama_nf4, name):
         ({"method": "dora"}, "qlora"),
     ],
 )
-def test_settings_that_cannot_be_are_refused_before_anything_is_read(settings, told):
+def test_invalid_settings_are_refused_before_any_file_is_read(settings, told):
     with pytest.raises(ConfigError) as caught:
         TrainConfig(base="nowhere", data=("none",), **settings)
     assert told in f"{caught.value.message}\n{caught.value.hint}"
 
 
 @pytest.mark.parametrize(("name", "value"), [("rslora", True), ("rank", 2), ("alpha", 3.0), ("targets", ("q_proj",))])
-def test_what_the_adapter_to_begin_with_decides_cannot_be_given(adapter, name, value):
+def test_settings_that_the_initial_adapter_determines_cannot_be_given(adapter, name, value):
     with pytest.raises(ConfigError, match=f"^{name}: is determined by the adapter to start from"):
         TrainConfig(base="nowhere", data=("none",), init=str(adapter), **{name: value})
     assert name not in TrainConfig(base="nowhere", data=("none",), init=str(adapter)).recorded()
@@ -183,8 +183,8 @@ def test_what_the_adapter_to_begin_with_decides_cannot_be_given(adapter, name, v
         ("tokens_tied", {"modules_to_save": ("lm_head",)}, "some of its rows are already trained"),
     ],
 )
-def test_what_does_not_go_with_the_adapter_to_begin_with_is_refused(name, added, what, made):
-    """Before a step is taken: neither adaptkit nor peft would read what the run made."""
+def test_settings_that_conflict_with_the_initial_adapter_are_refused(name, added, what, made):
+    """Before the first step, since neither adaptkit nor peft could load the result."""
     case = peft_adapters.make(made, name)
     with pytest.raises(UsageError, match=what) as caught:
         begun(case.base, init=str(case.adapter), **added)
@@ -202,7 +202,7 @@ def test_a_token_that_is_named_twice_is_trained_once(llama, instructions, tmp_pa
     assert list(rows.indices) == [number]
 
 
-def test_a_base_that_others_quantized_is_refused_with_what_to_do(llama, copy_of):
+def test_a_base_that_another_tool_quantized_is_refused_with_a_hint(llama, copy_of):
     import json
 
     folder = copy_of(llama)
@@ -213,7 +213,9 @@ def test_a_base_that_others_quantized_is_refused_with_what_to_do(llama, copy_of)
     assert "adaptkit quantize" in caught.value.hint
 
 
-def test_a_run_of_many_kinds_learns_and_its_result_is_read_by_everything(llama_nf4, llama, instructions, tmp_path):
+def test_a_run_with_many_options_learns_and_verify_inspect_and_check_accept_it(
+    llama_nf4, llama, instructions, tmp_path
+):
     settings = {"dora": True, "rslora": True, "modules_to_save": ("norm",), "trainable_tokens": ("<|im_start|>",)}
     config = TrainConfig(
         base=str(llama_nf4), data=(str(instructions),), steps=8, batch_size=4, learning_rate=5e-3, dropout=0.1,
@@ -231,14 +233,14 @@ def test_a_run_of_many_kinds_learns_and_its_result_is_read_by_everything(llama_n
     assert {verdict.taken for verdict in check(tmp_path / "adapter", ["peft"], llama).verdicts} == {True}
 
 
-def test_magnitudes_that_were_learned_are_gone_on_with(made):
+def test_training_continues_with_the_magnitudes_that_were_learned(made):
     case = peft_adapters.make(made, "dora_rslora")
     models = [begun(case.base, init=str(case.adapter), **said)[0] for said in ({}, {"dora": True})]
     for name, layer in models[0].adapted().items():
         assert torch.equal(layer.magnitude, models[1].linears[name].magnitude)
 
 
-def test_lora_on_a_plain_base_names_its_tensors(llama, instructions, tmp_path):
+def test_lora_on_a_plain_base_records_the_fingerprints_of_its_weights(llama, instructions, tmp_path):
     from adaptkit.checkpoint.hashing import fingerprint
 
     config = TrainConfig(base=str(llama), data=(str(instructions),), steps=2, batch_size=2, **RUN)
@@ -250,8 +252,8 @@ def test_lora_on_a_plain_base_names_its_tensors(llama, instructions, tmp_path):
         assert target.base_xxh3_128 == fingerprint(checkpoint.read(f"{target.module}.weight"))
 
 
-def test_an_adapter_names_its_base_as_others_can_find_it(llama, instructions, tmp_path):
-    """A folder of huggingface_hub's cache is called by a commit, which nobody can load."""
+def test_an_adapter_names_its_base_by_hub_name_or_folder_name(llama, instructions, tmp_path):
+    """A folder in huggingface_hub's cache is named by a commit, which is useless as a name."""
     copied = shutil.copytree(llama, tmp_path / "models--org--copy" / "snapshots" / ("b" * 40))
     for folder, name in ((copied, "org/copy"), (llama, llama.name)):
         config = TrainConfig(base=str(folder), data=(str(instructions),), steps=1, batch_size=2, **RUN)
@@ -259,7 +261,7 @@ def test_an_adapter_names_its_base_as_others_can_find_it(llama, instructions, tm
         assert read_adapter(tmp_path / "adapter").config["base_model_name_or_path"] == name
 
 
-def test_the_command_says_in_one_line_what_is_wrong(run_cli, llama, llama_nf4, instructions, tmp_path):
+def test_the_command_reports_errors_in_one_line_with_a_hint(run_cli, llama, llama_nf4, instructions, tmp_path):
     def train_with(base, *options):
         done = run_cli("train", "--base", base, "--data", instructions, "-o", tmp_path / "out", *options)
         error, hint = done.stderr.strip().splitlines()[-2:]
@@ -285,7 +287,7 @@ def test_the_command_says_in_one_line_what_is_wrong(run_cli, llama, llama_nf4, i
     ],
     ids=["full", "dora", "tokens"],
 )
-def test_a_run_that_was_stopped_ends_in_the_same_bytes(llama, instructions, settings, tmp_path):
+def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bytes(llama, instructions, settings, tmp_path):
     config = TrainConfig(
         base=str(llama), data=(str(instructions),), steps=6, batch_size=4, compute_dtype="bfloat16", device="cpu",
         **settings,
@@ -305,7 +307,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_bytes(llama, instructions, sett
         assert path.read_bytes() == (tmp_path / "stopped" / path.name).read_bytes()
 
 
-def test_an_adapter_for_another_plain_base_is_refused_and_one_for_its_quantized_twin_is_not(
+def test_an_adapter_of_a_quantized_base_can_start_on_its_plain_base_but_on_no_other(
     llama, llama_nf4, instructions, tmp_path
 ):
     import tiny
@@ -318,7 +320,7 @@ def test_an_adapter_for_another_plain_base_is_refused_and_one_for_its_quantized_
         begun(other, init=str(tmp_path / "adapter"))
 
 
-def test_an_adapter_of_a_checkpoint_with_a_manifest_goes_on(llama, instructions, tmp_path):
+def test_a_run_can_start_from_an_adapter_of_a_checkpoint_with_a_manifest(llama, instructions, tmp_path):
     config = TrainConfig(base=str(llama), data=(str(instructions),), steps=1, batch_size=2, device="cpu")
     train(replace(config, method="full"), tmp_path / "tuned")
     on_tuned = replace(config, base=str(tmp_path / "tuned"))
@@ -328,7 +330,7 @@ def test_an_adapter_of_a_checkpoint_with_a_manifest_goes_on(llama, instructions,
     assert roles == {"base": "checkpoint", "init": "adapter"}
 
 
-def test_a_merged_model_is_another_base_than_the_one_that_it_was_made_from(llama, instructions, tmp_path):
+def test_a_merged_model_is_a_different_base_than_its_source(llama, instructions, tmp_path):
     config = TrainConfig(base=str(llama), data=(str(instructions),), steps=1, learning_rate=5e-2, device="cpu")
     train(config, tmp_path / "first")
     merge(llama, [tmp_path / "first"], tmp_path / "merged")

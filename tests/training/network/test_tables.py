@@ -1,4 +1,4 @@
-"""Tables that lie elsewhere are looked up as if they did not, and only those that nothing else needs do."""
+"""Tables in host memory give the same results, and only tables that are used for nothing but lookups are moved."""
 
 import pytest
 import tiny
@@ -34,12 +34,12 @@ def move(network, dtype=torch.float32):
         hold_in_host_memory(module, module.weight.detach().clone(), CPU)
 
 
-def test_a_table_with_a_head_beside_it_is_one_and_a_tied_one_is_none(made):
+def test_an_untied_table_can_be_moved_and_a_tied_one_cannot(made):
     assert list(host_tables(loaded(made).network, torch.float32)) == ["model.embed_tokens"]
     assert not host_tables(loaded(made, tied=True).network, torch.float32)
 
 
-def test_a_small_table_is_none(made, monkeypatch):
+def test_a_small_table_is_not_moved(made, monkeypatch):
     network = loaded(made).network
     size = network.get_input_embeddings().weight.numel()
     for dtype in (torch.float32, torch.bfloat16):
@@ -49,18 +49,18 @@ def test_a_small_table_is_none(made, monkeypatch):
         assert not host_tables(network, dtype)
 
 
-def test_a_table_that_changes_as_it_is_read_is_none():
+def test_a_table_that_lookups_modify_is_not_moved():
     assert not host_tables(nn.Sequential(nn.Embedding(9, 4, max_norm=1.0)), torch.float32)
 
 
-def test_a_cpu_keeps_its_tables(made):
+def test_tables_are_not_moved_on_a_cpu(made):
     network = loaded(made).network
     keep_in_host_memory(network, torch.float32)
     assert "model.embed_tokens.weight" in dict(network.named_parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_and_gradients_are_the_same_to_the_bit(made, dtype):
+def test_logits_and_gradients_are_bit_identical(made, dtype):
     def run(moved):
         model = loaded(made, dtype=dtype)
         new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0)
@@ -74,7 +74,7 @@ def test_logits_and_gradients_are_the_same_to_the_bit(made, dtype):
         assert torch.equal(one, two)
 
 
-def test_a_table_that_lies_elsewhere_does_not_travel_or_count(made):
+def test_a_table_in_host_memory_is_not_a_parameter_and_stays_there(made):
     model = loaded(made)
     table = model.network.get_input_embeddings().weight
     move(model.network)
@@ -85,7 +85,7 @@ def test_a_table_that_lies_elsewhere_does_not_travel_or_count(made):
     assert torch.equal(held, table)
 
 
-def test_what_a_class_does_with_the_rows_is_done():
+def test_a_subclass_still_postprocesses_the_rows():
     embedding = Gemma3TextScaledWordEmbedding(50, 8, 0, embed_scale=3.0)
     expected = embedding(IDS % 50)
     hold_in_host_memory(embedding, embedding.weight.detach().clone(), CPU)
@@ -93,7 +93,7 @@ def test_what_a_class_does_with_the_rows_is_done():
     assert isinstance(embedding, Gemma3TextScaledWordEmbedding)
 
 
-def test_rows_that_are_trained_are_trained_beside_it(made):
+def test_rows_of_a_table_in_host_memory_can_be_trained(made):
     def run(moved):
         model = loaded(made)
         new_adapter(model, ("q_proj",), AdapterShape(4, 8.0), "normal", 0.0, 0)
@@ -110,7 +110,7 @@ def test_rows_that_are_trained_are_trained_beside_it(made):
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_a_table_that_is_trained_stays(made, monkeypatch, trained):
+def test_only_a_frozen_table_is_moved(made, monkeypatch, trained):
     from adaptkit.training.network import tables as moving
 
     monkeypatch.setattr(moving, "has_triton", lambda device_type: True)
@@ -125,7 +125,7 @@ def test_a_table_that_is_trained_stays(made, monkeypatch, trained):
     assert ("rows_device" in vars(model.network.get_input_embeddings())) != trained
 
 
-def test_a_table_stays_where_nothing_can_be_pinned(made, monkeypatch):
+def test_a_table_is_not_moved_if_host_memory_cannot_be_pinned(made, monkeypatch):
     from adaptkit.training.network import tables as moving
 
     def refuse(*_, **__):

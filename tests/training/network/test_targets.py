@@ -1,4 +1,4 @@
-"""What ``*`` leaves out is said, and what was chosen once is what a run goes on with."""
+"""Layers that ``*`` leaves out are reported, and a run is resumed only with the layers it was started with."""
 
 from dataclasses import replace
 
@@ -66,7 +66,7 @@ STACKS = (
         ("bloom", {"targets": ("dense",)}, ""),
     ],
 )
-def test_what_is_left_out_is_said(name, values, said, bases, instructions, tmp_path):
+def test_layers_that_get_no_adapter_are_reported(name, values, said, bases, instructions, tmp_path):
     notes = []
     settings = config(bases(name), instructions, **values)
     told = plan_run(settings, tmp_path / "adapter").left_out
@@ -94,12 +94,12 @@ def test_indexers_of_sparse_attention_are_left_out(instructions, tmp_path, monke
     assert not any("never received a gradient" in note for note in notes)
 
 
-def test_filters_of_convolutions_are_no_stacks_of_experts(bases, instructions, tmp_path):
+def test_convolution_filters_are_not_stacks_of_experts(bases, instructions, tmp_path):
     with pytest.raises(UsageError, match=r"'\*' matches no stacked expert matrix"):
         plan_run(config(bases("mamba"), instructions, target_parameters=("*",)), tmp_path / "adapter")
 
 
-def test_adapters_that_text_never_reaches_are_named(bases, instructions, tmp_path):
+def test_adapters_that_get_no_gradient_from_text_are_reported(bases, instructions, tmp_path):
     notes = []
     train(config(bases("gemma3"), instructions, targets=("q_proj",)), tmp_path / "adapter", note=notes.append)
     idle = [note for note in notes if "never received a gradient" in note]
@@ -108,8 +108,8 @@ def test_adapters_that_text_never_reaches_are_named(bases, instructions, tmp_pat
     assert "vision" in idle[0]
 
 
-def test_a_run_that_chose_other_layers_is_not_gone_on_with(bases, instructions, tmp_path, monkeypatch):
-    """As one that another version began, whose ``*`` meant more."""
+def test_a_run_that_was_started_with_other_layers_is_not_resumed(bases, instructions, tmp_path, monkeypatch):
+    """For example, if an older version started it, in which ``*`` matched more layers."""
     settings = config(bases("qwen2_moe"), instructions, steps=3, save_every=1)
 
     class Stop(Exception):  # noqa: N818
@@ -133,7 +133,9 @@ def test_a_run_that_chose_other_layers_is_not_gone_on_with(bases, instructions, 
 
 
 @pytest.mark.parametrize("targets", [("*",), ("*", "out_proj")])
-def test_peft_loads_what_everything_means_in_mamba_and_refuses_the_rest(targets, bases, instructions, tmp_path):
+def test_peft_loads_an_adapter_on_the_default_targets_of_mamba_and_refuses_others(
+    targets, bases, instructions, tmp_path
+):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""What a layer leaves out when it runs again changes no bit of a gradient, and is left out."""
+"""Recomputation skips linear layers whose results no gradient depends on, and changes no bit of a gradient."""
 
 import pytest
 import tiny
@@ -21,7 +21,7 @@ IDS = torch.arange(3, 45).view(2, 21)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Gives a packed model by its family or architecture."""
+    """Return a function that writes a quantized model of a family or architecture."""
     root = tmp_path_factory.mktemp("unread")
 
     def packed(name):
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
 
 
 def ready(folder, targets=("*",), dropout=0.0, fused=True, dora=False):
-    """With an adapter whose B is not zero."""
+    """Load a model with an adapter whose B is not zero."""
     model = load_model(folder, torch.float32, CPU)
     new_adapter(model, targets, AdapterShape(4, 8.0), "normal", dropout, 0)
     for number, layer in enumerate(model.adapted().values()):
@@ -49,7 +49,7 @@ def ready(folder, targets=("*",), dropout=0.0, fused=True, dora=False):
 
 
 def unread(model):
-    """The ends of the paths of what is left out, of all layers."""
+    """Return the paths of the linear layers that recomputation skips."""
     named = model.network.named_modules()
     return [path for path, module in named if isinstance(module, LoraLinear) and module.is_unread]
 
@@ -69,15 +69,15 @@ def gradients(model, ids=IDS):
         "qwen3": ["mlp.down_proj"],
         "gpt2": ["mlp.c_proj"],
         "phi3": ["mlp.down_proj"],
-        "phi": ["self_attn.dense", "mlp.fc2"],  # attention and gate beside each other
+        "phi": ["self_attn.dense", "mlp.fc2"],  # attention and MLP are parallel
         "gemma": ["mlp.down_proj"],
         "bloom": ["mlp.dense_4h_to_h"],
-        "gemma3n_text": [],  # norms after both
-        "mixtral": [],  # what a router reads, and experts, which are no linear layers
-        "qwen2_moe": [],  # a gate beside the shared expert reads what it gives
+        "gemma3n_text": [],  # norms follow both
+        "mixtral": [],  # a router reads the attention's result, and experts are not linear layers
+        "qwen2_moe": [],  # the gate's gradient depends on the shared expert's result
     }.items(),
 )
-def test_it_is_what_the_architecture_adds_last(folder, name, ends, fused):
+def test_the_last_products_that_an_architecture_adds_are_found(folder, name, ends, fused):
     model = ready(folder(name), fused=fused)
     mark_unread(model.network)
     layers = model.network.config.get_text_config().num_hidden_layers
@@ -87,8 +87,8 @@ def test_it_is_what_the_architecture_adds_last(folder, name, ends, fused):
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("policy", ["layer", "segments:1", "segments:2"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "qwen2", "gemma4_text", "llama4_text"])
-def test_gradients_are_the_same_bits(folder, name, policy, dropout):
-    targets = ("*",) if name != "qwen2" else ("*q_proj", "*up_proj")  # what is left out has no adapter, too
+def test_gradients_are_bit_identical(folder, name, policy, dropout):
+    targets = ("*",) if name != "qwen2" else ("*q_proj", "*up_proj")  # a skipped layer without an adapter, too
     expected = gradients(ready(folder(name), targets, dropout))
     model = ready(folder(name), targets, dropout)
     mark_unread(model.network)
@@ -96,7 +96,7 @@ def test_gradients_are_the_same_bits(folder, name, policy, dropout):
     assert all(torch.equal(one, two) for one, two in zip(gradients(model), expected, strict=True))
 
 
-def test_nothing_is_multiplied_there_when_a_layer_runs_again(folder, monkeypatch):
+def test_recomputation_does_not_decode_the_skipped_weights(folder, monkeypatch):
     model = ready(folder("llama"), fused=False)
     mark_unread(model.network)
     checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", list))
@@ -108,15 +108,15 @@ def test_nothing_is_multiplied_there_when_a_layer_runs_again(folder, monkeypatch
     for path, linear in model.linears.items():
         monkeypatch.setattr(linear.base, "dequantize", watched(path, linear.base.dequantize))
     gradients(model)
-    for path in (path for path in model.linears if "layers.1." in path):  # forward, again, and backward
+    for path in (path for path in model.linears if "layers.1." in path):  # forward, recomputation and backward
         assert decoded.count(path) == (2 if path.endswith("down_proj") else 3), path
 
 
-def test_a_gate_is_made_once_when_a_layer_runs_again(folder, monkeypatch):
-    """Its product is all that the layer left out there will ask for, at once."""
+def test_recomputation_computes_a_gate_only_once(folder, monkeypatch):
+    """The skipped layer, whose backward pass comes next, uses the product that was just computed."""
     expected = gradients(ready(folder("llama"), fused=False))
     model = ready(folder("llama"), fused=False)
-    fuse_layers(model.network)  # layers that read the same input are not joined as on a CPU
+    fuse_layers(model.network)  # without joining layers as on a CPU
     mark_unread(model.network)
     checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", list))
     made, product = [], fused_layers._product
@@ -127,8 +127,8 @@ def test_a_gate_is_made_once_when_a_layer_runs_again(folder, monkeypatch):
         torch.testing.assert_close(one, two)
 
 
-def test_of_what_does_not_run_nothing_is_known(folder):
-    """As of an expert that no token of the probe is sent to."""
+def test_layers_that_do_not_run_in_the_probe_are_not_skipped(folder):
+    """Such as an expert that no token of the probe is sent to."""
     model = ready(folder("llama"))
     for layer in model.network.model.layers:
         forward = layer.mlp.forward
@@ -143,7 +143,7 @@ SPARSE = {
     "glm_moe_dsa": {"index_topk": 4, "num_key_value_heads": 4},
     "deepseek_v4": {},
 }
-"""What attends to some tokens only, if there are more than the probe has."""
+"""Architectures that attend to only some tokens if there are more than the probe has."""
 USUAL = {
     "head_dim": 16, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
     "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 16,
@@ -152,7 +152,7 @@ USUAL = {
 
 
 @pytest.mark.parametrize("name", SPARSE)
-def test_what_only_more_tokens_make_use_of_is_read(name, tmp_path, monkeypatch):
+def test_results_that_matter_only_for_more_tokens_than_the_probes_are_not_skipped(name, tmp_path, monkeypatch):
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {name}")
     monkeypatch.setitem(tiny.ARCHITECTURES, name, USUAL | SPARSE[name])
@@ -167,8 +167,8 @@ def test_what_only_more_tokens_make_use_of_is_read(name, tmp_path, monkeypatch):
     assert not [path for path in unread(model) if "down_proj" not in path]
 
 
-def test_what_lies_beside_a_layer_and_is_trained_is_asked_too(folder):
-    """A factor of what the layer adds, given to it by the network, reads what the layer adds."""
+def test_gradients_of_trained_tensors_that_a_layer_is_given_are_compared_too(folder):
+    """The network passes a trained scale to its layers, and its gradient depends on the scaled result."""
     model = ready(folder("llama"))
     scale = torch.nn.Parameter(torch.ones(64))
     for layer in model.network.model.layers:
@@ -188,7 +188,7 @@ def scaled(layer):
     return forward
 
 
-def test_what_is_trained_in_one_layer_only_is_asked_there(folder):
+def test_layers_with_different_trained_parameters_are_probed_separately(folder):
     model = ready(folder("llama"))
     for number, layer in enumerate(model.network.model.layers):
         layer.gamma = torch.nn.Parameter(torch.ones(64), requires_grad=number == 1)
@@ -196,12 +196,12 @@ def test_what_is_trained_in_one_layer_only_is_asked_there(folder):
     mark_unread(model.network)
     assert unread(model) == ["model.layers.0.mlp.down_proj"]
     first, second = model.network.model.layers
-    first.mlp.down_proj = second.mlp.down_proj  # where layers share it, none may need it
+    first.mlp.down_proj = second.mlp.down_proj  # skip a shared linear layer only if no layer needs it
     mark_unread(model.network)
     assert not unread(model)
 
 
-def test_asking_leaves_no_trace(folder):
+def test_probing_leaves_the_model_and_the_random_state_unchanged(folder):
     model = ready(folder("llama"), dropout=0.3)
     model.network.eval()
     before = torch.get_rng_state()
@@ -213,7 +213,7 @@ def test_asking_leaves_no_trace(folder):
     assert all(parameter.grad is None for parameter in model.network.parameters())
 
 
-def test_what_it_gives_for_a_while_is_the_number_everywhere(folder):
+def test_standing_in_makes_a_linear_layer_return_a_constant_for_a_while(folder):
     for fused in (True, False):
         model = ready(folder("llama"), fused=fused)
         linear = model.linears["model.layers.0.mlp.down_proj"]
@@ -224,14 +224,14 @@ def test_what_it_gives_for_a_while_is_the_number_everywhere(folder):
         assert torch.equal(linear(x), before)
 
 
-def test_a_dora_needs_its_product(folder):
+def test_layers_with_dora_are_not_skipped(folder):
     model = ready(folder("llama"), dora=True)
     mark_unread(model.network)
     assert not unread(model)
 
 
 class Bounded(torch.nn.Module):
-    """Adds what is below a bound that no probe reaches."""
+    """Limits a result to a bound that usual values do not reach."""
 
     def __init__(self, inner, bound):
         super().__init__()
@@ -242,7 +242,7 @@ class Bounded(torch.nn.Module):
 
 
 @pytest.mark.parametrize("bound", [1e6, 3e38])
-def test_what_is_bounded_is_read_though_nothing_reaches_the_bound(folder, bound):
+def test_a_result_with_a_bound_is_not_skipped_even_if_no_value_reaches_it(folder, bound):
     model = ready(folder("llama"))
     for layer in model.network.model.layers:
         layer.mlp.forward = Bounded(layer.mlp.forward, bound).forward
