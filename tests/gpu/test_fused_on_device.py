@@ -1,4 +1,4 @@
-"""On a GPU fused norms, gates and rotations give what transformers' own layers give; what is left out is nothing."""
+"""On a GPU, fused norms, gates and rotary embeddings agree with transformers, also in checkpointed layers."""
 
 import pytest
 import tiny
@@ -20,7 +20,7 @@ if not torch.cuda.is_available():
 
 GPU = torch.device("cuda")
 ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15}
-"""Of gradients, by their norm: a GPU may multiply float32 with fewer digits, and both sides round to bfloat16."""
+"""Largest relative error, by norm: a GPU may multiply float32 with fewer digits, and both sides round to bfloat16."""
 
 
 @pytest.fixture(params=["llama", "qwen3", "gemma"])
@@ -48,7 +48,7 @@ def step(network):
 
 
 @pytest.mark.parametrize("dtype", ERROR)
-def test_it_computes_what_transformers_computes(folder, dtype, monkeypatch):
+def test_fused_layers_compute_what_transformers_computes(folder, dtype, monkeypatch):
     expected = step(adapted(folder, dtype).network)
     model, rotations = adapted(folder, dtype), []
     apply = rotary._Rotary.apply
@@ -62,7 +62,7 @@ def test_it_computes_what_transformers_computes(folder, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", ["layer", "segments:1"])
-def test_checkpointed_gradients_are_those_of_layers_that_keep_everything(folder, policy):
+def test_checkpointed_gradients_equal_those_without_checkpointing(folder, policy):
     found = []
     for how in ("none", policy):
         model = adapted(folder, torch.bfloat16)

@@ -1,4 +1,4 @@
-"""On a GPU joined layers give what each gives by itself, and hold nothing twice."""
+"""On a GPU, joined layers give the results of separate ones, and their weights decode to the same bits."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
 
 GPU = torch.device("cuda")
 ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.05}
-"""Of gradients, by their norm; a GPU may multiply float32 with fewer digits."""
+"""Largest relative error, by norm; a GPU may multiply float32 with fewer digits."""
 
 
 def step(network):
@@ -31,7 +31,7 @@ def step(network):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("dtype", ERROR)
-def test_results_and_gradients_stay_what_they_were(made, llama, dtype, dropout):
+def test_joining_does_not_change_results_or_gradients(made, llama, dtype, dropout):
     if not (made / "joined-on-gpu").exists():
         quantize(llama, made / "joined-on-gpu")
     model = load_model(made / "joined-on-gpu", dtype, GPU)
@@ -51,7 +51,7 @@ def decoded_weights(model):
     return [layer.base.dequantize(torch.bfloat16) for layer in model.linears.values()]
 
 
-def test_every_row_is_decoded_to_the_bits_it_has_alone(made, llama):
+def test_joined_weights_decode_to_the_bits_of_separate_ones(made, llama):
     if not (made / "joined-on-gpu").exists():
         quantize(llama, made / "joined-on-gpu")
     model = load_model(made / "joined-on-gpu", torch.bfloat16, GPU)

@@ -23,7 +23,7 @@ INTS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: 
 
 
 @pytest.mark.skipif(bool(what_triton_lacks()), reason="needs Triton")
-def test_the_kernels_for_a_gpu_are_triton():
+def test_a_gpu_uses_the_triton_kernels():
     assert kernels_for(torch.device("cuda")).__name__.endswith(".gpu")
 
 
@@ -49,7 +49,7 @@ def test_bytes_do_not_depend_on_the_device(name, dtype, scale, count):
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 100_001])
-def test_constants_do_not_depend_on_the_device(count):
+def test_double_quantized_constants_do_not_depend_on_the_device(count):
     absmax = torch.rand(count, generator=torch.Generator().manual_seed(count))
     absmax[::97] *= 100
     expected, found = quantize_absmax(absmax), quantize_absmax(absmax.cuda())

@@ -1,6 +1,6 @@
-"""What needs a GPU is run on a device that is none, with CUDA's rules of devices, streams and memory.
+"""Tests that need a GPU run on a simulated device, with CUDA's rules for devices, streams and memory.
 
-``stand_in/device.cpp`` says what that shows, and what only a GPU does.
+``stand_in/device.cpp`` says what that can show, and what only a real GPU can.
 """
 
 import fcntl
@@ -62,15 +62,15 @@ def compile_to(library):
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_what_needs_a_gpu_passes(forks, suite, monkeypatch):
-    """Its tests, each with nothing used that was not waited for."""
+def test_gpu_tests_pass_on_the_simulated_device(forks, suite, monkeypatch):
+    """Also without misuse, for which ``stand_in.py`` checks after each test."""
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     code = "import pytest, stand_in, sys; sys.exit(pytest.main(sys.argv[1:], plugins=[stand_in]))"
     done = forks(
         code, "-q", "-p", "no:cacheprovider", "-n", "0", "-W", "ignore::pytest.PytestAssertRewriteWarning", HERE / suite
     )
     needs_triton = suite == "test_tables_on_device.py"
-    assert done.returncode == (5 if needs_triton else 0), done.stdout[-5000:] + done.stderr  # 5: none was run
+    assert done.returncode == (5 if needs_triton else 0), done.stdout[-5000:] + done.stderr  # 5: no test ran
     counted = {what: int(number) for number, what in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
     assert needs_triton or counted["passed"] > 4 * counted.get("skipped", 0)
 
@@ -111,13 +111,13 @@ def run(forks, lines):
 
 
 @pytest.mark.parametrize("what", MISUSE)
-def test_misuse_is_noticed(forks, what):
+def test_misuse_is_reported(forks, what):
     lines, told = MISUSE[what]
     assert told in run(forks, lines)
 
 
 @pytest.mark.parametrize("what", WAITED)
-def test_whoever_waits_is_told_nothing(forks, what):
+def test_proper_synchronization_reports_no_misuse(forks, what):
     assert run(forks, WAITED[what]) == ""
 
 
@@ -126,7 +126,7 @@ def test_a_copy_to_pinned_memory_arrives_when_the_host_waits(forks):
     assert run(forks, lines).splitlines() == ["[nan, nan, nan]", "[1.0, 1.0, 1.0]"]
 
 
-def test_memory_runs_out_at_its_limit_and_is_no_number_at_first(forks):
+def test_memory_runs_out_at_its_limit_and_is_nan_at_first(forks):
     lines = """
 print(torch.empty(2, device='cuda').tolist())
 torch.cuda.set_per_process_memory_fraction(2**20 / torch.cuda.mem_get_info()[1])
@@ -138,7 +138,7 @@ except torch.OutOfMemoryError as error:
     assert run(forks, lines).splitlines() == ["[nan, nan]", "CUDA out of memory"]
 
 
-def test_random_numbers_are_the_devices_own(forks):
+def test_the_device_has_its_own_random_state(forks):
     lines = """
 state, drawn = torch.cuda.get_rng_state(), []
 for draw in range(2):

@@ -1,4 +1,4 @@
-"""A GPU reads rows of tables that lie in pinned host memory, to the bit, and holds none of the rest."""
+"""A GPU reads rows of tables in pinned host memory bit for bit, and holds no copy of a table."""
 
 import pytest
 import tiny
@@ -21,7 +21,7 @@ GPU = torch.device("cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_come_from_pinned_host_memory(dtype):
+def test_rows_are_read_from_pinned_host_memory(dtype):
     table = torch.randn(30000, 1500).to(dtype).pin_memory()
     ids = torch.randint(0, 30000, (3, 700))
     before = torch.cuda.memory_allocated()
@@ -32,8 +32,8 @@ def test_rows_come_from_pinned_host_memory(dtype):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "llama4_text"])
-def test_a_model_computes_the_same_without_its_table(architecture, made, monkeypatch):
-    """Llama 4 sends tokens to where it believes the table to be."""
+def test_a_model_computes_the_same_with_its_table_in_host_memory(architecture, made, monkeypatch):
+    """Llama 4 moves token IDs to the device of its table."""
     monkeypatch.setattr(tables, "LEAST_BYTES", 1)
     folder = made / f"tables-on-gpu-{architecture}"
     if not folder.exists():

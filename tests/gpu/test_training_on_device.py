@@ -1,4 +1,4 @@
-"""On a GPU every kind of training learns what it learns on a CPU, and the host waits for it seldom."""
+"""On a GPU, all kinds of training have the losses of a CPU, and the host rarely waits for the GPU."""
 
 import json
 import warnings
@@ -43,7 +43,7 @@ def config(instructions):
 
 @pytest.fixture
 def base(made):
-    """Makes a network once, quantized or plain; the path of its folder."""
+    """Return a function that writes a network once, and returns its quantized or plain folder."""
 
     def path(name, layers=2, packed=True):
         plain, quantized = made / f"{name}-{layers}-on-gpu", made / f"{name}-{layers}-on-gpu-nf4"
@@ -66,14 +66,14 @@ def losses(config, output, device):
 
 def agrees_with_a_cpu(config, tmp_path):
     found = losses(config, tmp_path / "gpu", "cuda")
-    config.pop("offload_checkpoints", None)  # where a CPU has them already
+    config.pop("offload_checkpoints", None)  # on a CPU they are in host memory anyway
     expected = losses(config, tmp_path / "cpu", "cpu")
     assert found == pytest.approx(expected, rel=1e-3)
     assert len(found) > 3
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_options_learn_what_they_learn_on_a_cpu(base, config, option, tmp_path):
+def test_losses_with_each_option_are_those_of_a_cpu(base, config, option, tmp_path):
     has_adapter = OPTIONS[option].get("method") != "full"
     if not has_adapter:
         config.pop("rank")
@@ -81,12 +81,12 @@ def test_options_learn_what_they_learn_on_a_cpu(base, config, option, tmp_path):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_networks_learn_what_they_learn_on_a_cpu(base, config, name, tmp_path):
+def test_losses_of_each_network_are_those_of_a_cpu(base, config, name, tmp_path):
     agrees_with_a_cpu(config | {"base": base(name)} | PAGED | OFFLOADED, tmp_path)
 
 
 def waits(config, output):
-    """How often the host waited for the device, by the steps of a run."""
+    """Return how often the host waits for the device in a step."""
     counted = []
     for steps in (1, 3):
         with warnings.catch_warnings(record=True) as caught:
@@ -101,7 +101,7 @@ def waits(config, output):
     return (counted[1] - counted[0]) / 2
 
 
-def test_the_host_waits_for_a_step_as_often_whatever_its_layers(base, config, tmp_path):
-    """For the losses, the norm, and in transformers for the mask of both micro-batches."""
+def test_the_number_of_waits_in_a_step_does_not_depend_on_the_number_of_layers(base, config, tmp_path):
+    """The host waits for the losses, the norm, and in transformers for the mask of both micro-batches."""
     found = [waits(config | {"base": base("llama", layers)}, tmp_path / str(layers)) for layers in (2, 6)]
     assert found[0] == found[1] <= 4

@@ -1,4 +1,4 @@
-"""What layers keep is measured by what is alive, and policies and budgets do the arithmetic that they say."""
+"""Activations are measured as the memory that stays alive; policies and budgets follow the documented formulas."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ MIB = 1 << 20
     ("policy", "length", "whole"),
     [("none", 1, 30), ("layer", 1, 0), ("auto", 1, 0), ("sqrt", 5, 0), ("segments:4", 8, 0), ("segments:40", 1, 0)],
 )
-def test_policies_give_their_segments(policy, length, whole):
+def test_policies_are_parsed(policy, length, whole):
     assert parse_policy(policy, 30) == Checkpointing(30, length, whole)
     assert parse_policy("budget:12", 30) == 12 * MIB
 
@@ -30,7 +30,7 @@ def test_policies_give_their_segments(policy, length, whole):
 @pytest.mark.parametrize(
     "policy", ["", "segments:0", "segments:²", "segments:x", "layers", "segments", "budget", "budget:0", "budget:1.5"]
 )
-def test_other_policies_are_refused(policy):
+def test_invalid_policies_are_refused(policy):
     with pytest.raises(ConfigError, match="sqrt, segments:K or budget:MIB"):
         parse_policy(policy, 30)
 
@@ -47,7 +47,7 @@ def test_other_policies_are_refused(policy):
         (Checkpointing(6, 3), "6 of 6 layers checkpointed in segments of 3"),
     ],
 )
-def test_what_is_checkpointed_is_said_in_words(checkpointing, said):
+def test_a_checkpointing_is_described_in_words(checkpointing, said):
     assert str(checkpointing) == said
 
 
@@ -70,7 +70,7 @@ def test_the_peak_is_the_sum_of_what_is_alive_at_once(checkpointing, expected):
     assert checkpointing.bytes_needed(sizes()) == expected * MIB
 
 
-def test_offloaded_inputs_of_segments_leave_two_behind():
+def test_offloading_leaves_two_inputs_of_segments_on_the_device():
     assert Checkpointing(16, 1).bytes_needed(sizes(), offloaded=True) == (2 + 25) * MIB
 
 
@@ -81,7 +81,7 @@ def test_recomputation_is_counted_in_forward_passes():
     assert Checkpointing(16, 1, 4).recomputed == 0.75
 
 
-def test_a_budget_gets_what_recomputes_least_within_it():
+def test_a_budget_is_used_to_recompute_as_little_as_possible():
     seen = []
     for budget in range(32, 345):
         found = fit_budget(budget * MIB, sizes())
@@ -94,12 +94,12 @@ def test_a_budget_gets_what_recomputes_least_within_it():
     assert fit_budget(40 * MIB, sizes()).length > 1
 
 
-def test_a_room_that_nothing_fits_into_gets_what_needs_least():
+def test_where_memory_is_too_small_the_checkpointing_that_needs_least_is_chosen():
     assert fit_memory(0, sizes()) == fit_memory(32 * MIB, sizes()) == fit_budget(32 * MIB, sizes())
     assert fit_memory(1 << 40, sizes()).recomputed == 0
 
 
-def test_a_budget_that_nothing_fits_into_is_refused_with_the_least_that_would_do():
+def test_a_budget_that_is_too_small_is_refused_with_the_smallest_that_suffices():
     with pytest.raises(
         UsageError,
         match=r"budget:31 is not enough: .* at least 32 MiB \(16 of 16 layers checkpointed in segments of 4\)",
@@ -109,7 +109,7 @@ def test_a_budget_that_nothing_fits_into_is_refused_with_the_least_that_would_do
 
 
 class Layer(nn.Module):
-    """Keeps x for the weight, and the product for the square: two float32 matrices; makes one more for a while."""
+    """Saves x for the weight's gradient, and the product for the square's; also makes a temporary matrix."""
 
     def __init__(self, width):
         super().__init__()
@@ -140,7 +140,7 @@ def test_layers_are_measured_by_what_stays_alive():
     assert wider[1] == wider[0] == LayerSize(256, 256, wider[0].peak_bytes)
 
 
-def test_memory_that_is_given_back_is_not_alive():
+def test_freed_memory_is_not_alive():
     with Alive() as alive:
         kept = torch.ones(1000)
         for _ in range(5):
@@ -152,7 +152,7 @@ def test_memory_that_is_given_back_is_not_alive():
     assert alive.total() == 0
 
 
-def test_the_peak_counts_what_came_since_the_last_count():
+def test_the_peak_includes_tensors_that_were_made_after_the_last_total():
     with Alive() as alive:
         first = torch.empty(1000, dtype=torch.uint8)
         del first
@@ -162,7 +162,7 @@ def test_the_peak_counts_what_came_since_the_last_count():
     assert alive.peak == second.nbytes + third.nbytes
 
 
-def test_the_peak_of_very_many_tensors_is_near():
+def test_the_peak_of_very_many_tensors_is_approximately_right():
     with Alive() as alive:
         held = [torch.empty(16) for _ in range(2000)]
         del held[:1000]
@@ -173,7 +173,7 @@ def test_the_peak_of_very_many_tensors_is_near():
     assert 2500 * 64 * (1 - 2**-6) <= alive.peak <= 2501 * 64
 
 
-def test_layers_that_do_not_run_are_told():
+def test_layers_that_do_not_run_are_an_error():
     network = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     with pytest.raises(UsageError, match="does not run all of its layers"):
         measure_layers(list(network), lambda: None)

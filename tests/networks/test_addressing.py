@@ -1,4 +1,4 @@
-"""Parameters are found under the names that files use, or named as missing."""
+"""Parameters are found under the names that files use, or reported as missing."""
 
 import json
 import re
@@ -16,21 +16,21 @@ from adaptkit.networks.addressing import Slice, find_addresses
 NAMES = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"]
 
 
-def test_the_same_names_are_found_without_a_word(llama):
+def test_identical_names_are_found_without_a_note(llama):
     found = find_addresses(Checkpoint(llama), NAMES, "a")
     assert found.of == {name: (Slice(name),) for name in NAMES}
     assert found.mapping_note == ""
 
 
 @pytest.mark.parametrize("said", ["", "model.language_model.", "language_model.model."])
-def test_another_beginning_of_all_names_is_found_and_told(llama, said):
+def test_a_different_prefix_of_all_names_is_found_and_noted(llama, said):
     asked = {said + name.removeprefix("model."): name for name in NAMES}
     found = find_addresses(Checkpoint(llama), asked, "a")
     assert found.of == {name: (Slice(held),) for name, held in asked.items()}
     assert "'model.'" in found.mapping_note
 
 
-def test_gpt2_of_the_hub_lacks_the_prefix_of_the_model(tmp_path, gpt2, copy_of):
+def test_the_hubs_gpt2_is_found_without_the_prefix_of_the_model(tmp_path, gpt2, copy_of):
     folder = copy_of(gpt2)
     tensors = load_file(folder / "model.safetensors")
     save_file({k.removeprefix("transformer."): v for k, v in tensors.items()}, folder / "model.safetensors")
@@ -39,14 +39,14 @@ def test_gpt2_of_the_hub_lacks_the_prefix_of_the_model(tmp_path, gpt2, copy_of):
 
 
 @pytest.mark.parametrize("name", ["model.layers.2.mlp.down_proj.weight", "model.layers.0.mlp.down_proj.bias", "x"])
-def test_what_is_not_there_is_named(llama, name):
+def test_missing_parameters_are_named_in_the_error(llama, name):
     with pytest.raises(BaseMismatchError, match=re.escape(name)):
         find_addresses(Checkpoint(llama), [*NAMES, name], "a")
 
 
 @pytest.mark.parametrize("layer", ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj"])
-def test_a_bias_of_a_layer_without_one_is_not_laid_to_another_model_alone(llama, layer):
-    """An adapter with lora_bias trains one wherever it is."""
+def test_the_hint_for_a_bias_that_an_existing_layer_lacks_mentions_lora_bias(llama, layer):
+    """An adapter with lora_bias trains a bias in all of its layers."""
     with pytest.raises(BaseMismatchError, match=rf"changes {layer}\.bias, which .* does not have") as caught:
         find_addresses(Checkpoint(llama), [f"{layer}.weight", f"{layer}.bias"], "x")
     assert caught.value.hint.startswith("if the adapter has lora_bias, load it with peft")
@@ -55,14 +55,14 @@ def test_a_bias_of_a_layer_without_one_is_not_laid_to_another_model_alone(llama,
     assert caught.value.hint.startswith("use the model that the adapter was trained on")
 
 
-def test_one_name_of_another_scheme_does_not_change_that_of_the_others(llama):
+def test_a_single_name_with_a_different_prefix_is_not_found(llama):
     with pytest.raises(BaseMismatchError, match=r"layers\.0\.mlp\.wrong"):
         find_addresses(Checkpoint(llama), [*NAMES, "layers.0.mlp.wrong.weight"], "a")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_a_stack_of_experts_is_found_in_one_matrix_an_expert(tmp_path, family):
-    """Put together by the slices, the files' matrices are the parameter that transformers loads."""
+def test_a_stack_of_experts_is_found_in_files_with_a_matrix_per_expert(tmp_path, family):
+    """Each matrix of the files is the part of transformers' parameter that its slice says."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -80,7 +80,7 @@ def test_a_stack_of_experts_is_found_in_one_matrix_an_expert(tmp_path, family):
             assert torch.equal(checkpoint.read(piece.name), expected)
 
 
-def test_an_architecture_that_nobody_knows_is_no_traceback(llama, copy_of):
+def test_an_unknown_architecture_gives_a_base_mismatch_error(llama, copy_of):
     folder = copy_of(llama)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "nobodys"}))
@@ -88,8 +88,8 @@ def test_an_architecture_that_nobody_knows_is_no_traceback(llama, copy_of):
         find_addresses(Checkpoint(folder), ["model.layers.0.mlp.experts.down_proj"], "a")
 
 
-def test_a_model_that_hears_is_asked_for_by_the_name_of_its_class(tmp_path):
-    """transformers counts it among no language models, and its files call the tower and the text differently."""
+def test_an_audio_model_is_built_by_the_name_of_its_class(tmp_path):
+    """transformers does not list it as a language model, and its files name audio tower and text part differently."""
     import torch
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
@@ -109,8 +109,8 @@ def test_a_model_that_hears_is_asked_for_by_the_name_of_its_class(tmp_path):
         assert torch.equal(checkpoint.read(place.name), model.get_parameter(name))
 
 
-def test_a_tower_for_images_is_found_where_the_language_model_alone_has_none(tmp_path):
-    """Of Mllama's configuration transformers builds a model that only reads, unless it is asked by the class's name."""
+def test_a_vision_tower_is_found_though_the_language_model_has_none(tmp_path):
+    """From Mllama's configuration transformers builds a text-only model, unless the class is given by name."""
     import torch
     from transformers import MllamaConfig, MllamaForConditionalGeneration
 
@@ -131,8 +131,8 @@ def test_a_tower_for_images_is_found_where_the_language_model_alone_has_none(tmp
         find_addresses(checkpoint, [*names, "model.nobodys.weight"], "a")
 
 
-def test_threads_may_ask_at_once_and_leave_torch_as_it_was(llama):
-    """In a process of its own, in which transformers is not loaded yet."""
+def test_threads_can_build_networks_at_once_and_torchs_default_dtype_is_unchanged(llama):
+    """In a separate process, in which transformers is not imported yet."""
     code = """
 import sys, torch
 from concurrent.futures import ThreadPoolExecutor
@@ -151,8 +151,8 @@ assert torch.get_default_dtype() == torch.float32, torch.get_default_dtype()
 
 
 @pytest.mark.parametrize("writer", ["transformers 4", "transformers 5"])
-def test_modules_that_transformers_4_called_otherwise_are_found_by_these_names(tmp_path, writer):
-    """It had a ``vision_model`` in LLaVA's tower, in its files and with ``model.`` before it in the running model."""
+def test_parameters_are_found_by_their_names_in_transformers_4(tmp_path, writer):
+    """LLaVA's tower had a ``vision_model`` then: in files, and with the prefix ``model.`` in the running model."""
     import torch
     from transformers import LlavaForConditionalGeneration
 

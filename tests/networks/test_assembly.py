@@ -1,4 +1,4 @@
-"""What is put together from the files is what transformers loads from them."""
+"""Parameters and buffers assembled from the files are those that transformers loads."""
 
 import pytest
 import tiny
@@ -58,8 +58,8 @@ def test_parameters_and_buffers_are_those_that_transformers_loads(name, family):
         assert torch.allclose(buffers[path], buffer), path
 
 
-def test_the_trainers_model_of_a_family_that_scales_its_embeddings_gives_the_logits_of_transformers(family):
-    """The scale is a buffer beside the embedding, whose computation would draw the embedding anew."""
+def test_a_model_that_scales_its_embeddings_gives_the_logits_of_transformers(family):
+    """The scale is a buffer of the embedding; computing it must not initialize the embedding again."""
     from adaptkit.training.network.model import load_model
 
     ids = torch.arange(1, 30)[None]
@@ -69,7 +69,7 @@ def test_the_trainers_model_of_a_family_that_scales_its_embeddings_gives_the_log
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-def test_parameters_are_in_memory_while_the_block_runs_under_all_their_names(llama):
+def test_parameters_are_resident_under_all_their_names_while_the_block_runs(llama):
     assembly = assembled(llama)
     embedding, head = assembly.network.get_input_embeddings(), assembly.network.get_output_embeddings()
     other = "model.layers.0.mlp.up_proj.weight"
@@ -81,7 +81,7 @@ def test_parameters_are_in_memory_while_the_block_runs_under_all_their_names(lla
     assert head.weight is embedding.weight
 
 
-def test_a_parameter_that_is_missing_or_of_another_shape_is_refused_and_leaves_nothing_behind(llama, copy_of):
+def test_a_missing_or_misshapen_parameter_is_refused_and_nothing_stays_resident(llama, copy_of):
     name = "model.layers.1.mlp.up_proj.weight"
 
     def spoil(tensors):
@@ -99,7 +99,7 @@ def test_a_parameter_that_is_missing_or_of_another_shape_is_refused_and_leaves_n
         assert all(parameter.is_meta for parameter in assembly.network.parameters())
 
 
-def test_the_stack_is_the_heaviest_outermost_list():
+def test_the_stack_is_the_outermost_list_with_the_most_weights():
     layers = nn.ModuleList(nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(4, 4) for _ in range(9))}) for _ in "ab")
     model = nn.ModuleDict({"few": nn.ModuleList([nn.Linear(2, 2)]), "inner": nn.ModuleDict({"layers": layers})})
     assert find_stack(model) == ("inner.layers", layers)
@@ -107,8 +107,8 @@ def test_the_stack_is_the_heaviest_outermost_list():
         find_stack(nn.ModuleDict({"empty": nn.ModuleList()}))
 
 
-def test_the_stack_is_found_too_where_its_weights_are_packed():
-    """As buffers; a longer list inside a layer is not it."""
+def test_the_stack_is_found_if_its_weights_are_packed():
+    """Packed weights are buffers. A longer list inside a layer is not the stack."""
     few, many = nn.ModuleList([nn.Linear(9, 9)]), nn.ModuleList(nn.Module() for _ in "abc")
     for layer in many:
         layer.experts = nn.ModuleList(nn.Module() for _ in range(9))
@@ -118,7 +118,7 @@ def test_the_stack_is_found_too_where_its_weights_are_packed():
 
 @pytest.fixture(scope="module")
 def deepseek(made):
-    """A DeepSeek whose routers have a bias, in a buffer that files hold."""
+    """A DeepSeek whose routers have a bias, in a buffer that the files contain."""
     sizes = {
         **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1},
         **{"moe_intermediate_size": 64, "n_shared_experts": 1, "kv_lora_rank": 16, "q_lora_rank": 16},
@@ -133,7 +133,7 @@ ROUTER_BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_the_trainer_reads_the_buffers_that_files_hold(deepseek, packed, tmp_path):
+def test_the_trainer_loads_buffers_that_the_files_contain(deepseek, packed, tmp_path):
     from adaptkit.operations.quantize import quantize
     from adaptkit.training.network.model import load_model
 
@@ -156,7 +156,7 @@ def test_two_tensors_for_one_parameter_are_refused(gpt2, copy_of):
         assembled(folder)
 
 
-def test_of_a_network_that_sees_images_the_stack_is_the_one_that_reads_text():
+def test_in_a_network_with_a_vision_part_the_stack_is_that_of_the_text_part():
     class Sees(nn.Module):
         def __init__(self):
             super().__init__()
@@ -167,14 +167,14 @@ def test_of_a_network_that_sees_images_the_stack_is_the_one_that_reads_text():
         def get_decoder(self):
             return self.language_model
 
-        def __setattr__(self, name, value):  # a model that is its own body has no further module for it
+        def __setattr__(self, name, value):  # do not register the model as a module of itself
             object.__setattr__(self, name, value) if name == "base_model" else super().__setattr__(name, value)
 
     network = Sees()
     assert find_stack(network) == ("language_model.layers", network.language_model["layers"])
 
 
-def test_what_trains_a_parameter_whole_is_no_stack_of_layers():
+def test_a_parametrization_is_not_a_stack_of_layers():
     class Twice(nn.Module):
         def forward(self, weight):
             return 2 * weight
@@ -184,8 +184,8 @@ def test_what_trains_a_parameter_whole_is_no_stack_of_layers():
     assert find_stack(network) == ("layers", network["layers"])
 
 
-def test_what_is_cut_from_one_tensor_is_read_whatever_was_replaced_before(tmp_path):
-    """LARA-mini's files hold two linear layers in one matrix; transformers asks the network for their shapes."""
+def test_layers_stored_in_one_tensor_are_read_after_some_were_replaced(tmp_path):
+    """LARA-mini's files have two linear layers in one matrix; transformers takes their shapes from the network."""
     tokenizer = tiny.write_tokenizer(tmp_path)
     values = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     config = AutoConfig.for_model("lara_mini", vocab_size=len(tokenizer), **tiny._DECODER | values)
@@ -199,8 +199,8 @@ def test_what_is_cut_from_one_tensor_is_read_whatever_was_replaced_before(tmp_pa
     torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
 
 
-def test_what_is_tied_is_one_parameter_whoever_ties_it(llama, monkeypatch):
-    """transformers 5.0 leaves that to whoever loads the weights."""
+def test_tied_weights_are_one_parameter_even_if_transformers_does_not_tie_them(llama, monkeypatch):
+    """transformers 5.0 leaves tying to the code that loads the weights."""
     monkeypatch.setattr(PreTrainedModel, "init_weights", lambda network: None)
     network = empty_network(Checkpoint(llama))
     assert network.lm_head.weight is network.model.embed_tokens.weight

@@ -1,4 +1,4 @@
-"""What acts as a linear layer is asked of a module's class, not told by its name."""
+"""Linear layers are recognized by what their class computes, not by its name."""
 
 import importlib
 
@@ -45,13 +45,13 @@ class OfTwo(nn.Linear):
 
 
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D, FalconLinear])
-def test_what_multiplies_and_adds_a_bias_acts_as_a_linear_layer(kind):
+def test_modules_that_multiply_and_add_a_bias_act_as_linear_layers(kind):
     assert acts_as_linear(kind(3, 2))
     assert is_linear(kind(3, 2)) == (kind in (nn.Linear, Conv1D))
 
 
 @pytest.mark.parametrize("kind", [Scaled, Twice, Without, Also, InPairs, OfTwo, IdeficsDecoupledLinear, nn.Embedding])
-def test_what_does_more_or_less_does_not(kind):
+def test_modules_that_do_more_or_less_do_not_act_as_linear_layers(kind):
     assert not acts_as_linear(kind(3, 2))
 
 
@@ -59,7 +59,7 @@ def test_what_does_more_or_less_does_not(kind):
     ("of", "name"),
     [("deepseek_v4", "DeepseekV4GroupedLinear"), ("llama4", "Llama4Router"), ("phimoe", "PhimoeTopKRouter")],
 )
-def test_nor_do_routers_and_layers_of_groups(of, name):
+def test_routers_and_grouped_layers_do_not_act_as_linear_layers(of, name):
     if of not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {of}")
     kind = getattr(importlib.import_module(f"transformers.models.{of}.modeling_{of}"), name)
@@ -68,5 +68,5 @@ def test_nor_do_routers_and_layers_of_groups(of, name):
     assert not acts_as_linear(module)
 
 
-def test_nor_does_what_attention_reads_the_weight_of():
+def test_a_layer_whose_weight_attention_reads_directly_does_not_act_as_linear():
     assert not acts_as_linear(nn.MultiheadAttention(4, 2).out_proj)

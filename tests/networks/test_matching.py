@@ -1,4 +1,4 @@
-"""Shell patterns mean whole paths or last parts; everything is all but routers."""
+"""Shell patterns match whole paths or last parts; ``*`` matches everything but routers."""
 
 import pytest
 
@@ -14,12 +14,12 @@ NAMES = (
 )
 
 
-def test_a_pattern_means_a_path_or_its_last_part():
+def test_a_pattern_matches_a_path_or_its_last_part():
     assert matching("target", ["q_proj"], NAMES, "layer") == {NAMES[0]}
     assert matching("target", ["model.layers.1.*", "gate_*"], NAMES, "layer") == {NAMES[1], *NAMES[3:]}
 
 
-def test_everything_is_all_but_routers():
+def test_an_asterisk_matches_everything_but_routers():
     assert matching_targets(["*"], NAMES) == set(NAMES[:2])
 
 

@@ -1,6 +1,6 @@
-"""Puts ``device.cpp`` under ``torch.cuda``, as a plugin of pytest or by an import before that of torch.
+"""Implements ``torch.cuda`` with ``device.cpp``; use it as a plugin of pytest, or import it before torch.
 
-STAND_IN_LIBRARY names the compiled library. Triton's kernels are left out, since there is no device that runs them.
+STAND_IN_LIBRARY names the compiled library. Triton is disabled, since no device can run its kernels.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Stream:
 
 
 class Event:
-    """As ``torch.cuda.Event``; one that was never recorded is waited for in no time."""
+    """As ``torch.cuda.Event``; waiting for one that was never recorded returns at once."""
 
     def __init__(self, **options):
         self._event = device.Event()
@@ -136,6 +136,6 @@ triton_needs.what_triton_lacks = lambda: "a device"
 @pytest.fixture(autouse=True)
 def nothing_is_used_without_waiting():
     yield
-    gc.collect()  # what is freed may still be in use
+    gc.collect()  # freeing memory that is still in use is misuse, too
     device.wait_for_all()
     assert sorted(set(device.misuse())) == []

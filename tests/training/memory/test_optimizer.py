@@ -1,4 +1,4 @@
-"""Paged AdamW is torch's AdamW to the bit, whatever is resident; 8-bit moments depend on no budget either."""
+"""Paged AdamW equals torch's bit for bit with any pages resident; with 8-bit moments the budget has no effect either."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def moments(state):
 
 
 def run(count, state, budgets, weight_decay=0.01):
-    """Parameters and state after as many steps as there are budgets."""
+    """Return parameters and state after a step per budget."""
     values, gradients = torch.randn(count, generator=torch.Generator().manual_seed(99)), torch.zeros(count)
     optimizer = PagedAdamW(values, gradients, [Group(slice(0, count))], state, weight_decay)
     for step, (rate, budget) in enumerate(zip(RATES, budgets, strict=True)):
@@ -50,8 +50,8 @@ budgets = st.lists(st.one_of(st.none(), st.integers(1, 6000)), min_size=len(RATE
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 130), budgets, st.sampled_from([0.0, 0.01]))
-def test_updates_are_those_of_torch_with_any_budget_changed_at_any_step(vectors, page, budgets, weight_decay):
-    """Of as many parameters as fill torch's vectors: elsewhere torch rounds what is left over in another way."""
+def test_updates_equal_those_of_torch_with_any_budget_changed_at_any_step(vectors, page, budgets, weight_decay):
+    """For multiples of torch's vector size: torch rounds the remaining elements differently."""
     count = 64 * vectors
     found = run(count, PagedState(count, page, budgets[0], CPU), budgets, weight_decay)
     start = torch.randn(count, generator=torch.Generator().manual_seed(99))
@@ -60,8 +60,8 @@ def test_updates_are_those_of_torch_with_any_budget_changed_at_any_step(vectors,
 
 
 @pytest.mark.parametrize("resident", [0, 1, 4, 7])
-def test_pages_that_stay_are_updated_at_once_to_the_same_bits(resident, monkeypatch):
-    """As on a GPU; with groups whose borders lie in pages, the last of them in the last page that stays."""
+def test_resident_pages_are_updated_together_with_the_same_bits(resident, monkeypatch):
+    """As on a GPU. Groups end inside pages; with four resident pages, one ends inside the last of these."""
     count, calls, update = 700, [], AdamW.update
 
     def steps():
@@ -92,8 +92,8 @@ def test_8_bit_moments_depend_on_neither_pages_nor_budget(count, blocks, budgets
     assert found["first_moment_codes"].dtype == torch.uint8
 
 
-def test_8_bit_adamw_is_its_formula_written_out():
-    """Decode, AdamW in torch, encode by the nearest of bitsandbytes' levels: block-wise AdamW of arXiv:2110.02861."""
+def test_8_bit_adamw_equals_its_formula():
+    """Decode, AdamW in torch, encode as the nearest of bitsandbytes' levels: block-wise AdamW of arXiv:2110.02861."""
     count = 1024
     found = run(count, PagedState(count, BLOCK, None, CPU, bits=8), [None] * len(RATES))
     values = torch.randn(count, generator=torch.Generator().manual_seed(99))
@@ -111,7 +111,7 @@ def test_8_bit_adamw_is_its_formula_written_out():
             blocks, levels = moments[index].view(-1, BLOCK), dynamic_map(signed=index == 0)
             absmax = blocks.abs().amax(1, keepdim=True)
             codes[name] = torch.bucketize(blocks / absmax, (levels[:-1] + levels[1:]) / 2)
-            if index == 1:  # never zero for what is above
+            if index == 1:  # a positive value is never encoded as zero
                 codes[name].clamp_(min=1)
             moments[index] = (levels[codes[name]] * absmax).view(-1)
     assert torch.equal(found["parameters"], values)
@@ -136,7 +136,7 @@ def test_8_bit_adamw_learns_what_32_bit_adamw_learns():
 
 @pytest.mark.parametrize("sizes", [(512, 256), (256, 512)], ids=["smaller", "larger"])
 @pytest.mark.parametrize("bits", [32, 8])
-def test_a_state_that_is_loaded_into_other_pages_goes_on_to_the_same_bits(bits, sizes, tmp_path):
+def test_a_state_loaded_into_pages_of_a_different_size_continues_with_the_same_bits(bits, sizes, tmp_path):
     expected = run(900, PagedState(900, BLOCK, None, CPU, bits=bits), [None] * len(RATES))
     halves = [
         PagedState(900, size, budget, CPU, tmp_path / f"{size}", bits)
@@ -163,8 +163,8 @@ def test_a_page_holds_whole_blocks():
 
 
 @pytest.mark.parametrize("page", [7, 64, 500])
-def test_groups_learn_at_their_own_rates_and_decay_as_they_say(page):
-    """Two of torch's groups, whose border no page keeps to."""
+def test_groups_have_their_own_learning_rates_and_weight_decay(page):
+    """As two of torch's groups have; a page may contain parts of both."""
     start = torch.randn(256, generator=torch.Generator().manual_seed(5))
     torch_groups = [
         {"params": [torch.nn.Parameter(start[:128].clone())], "weight_decay": 0.1},

@@ -1,4 +1,4 @@
-"""Pages keep their bytes wherever they are, and the counters say what moved."""
+"""Pages keep their bytes wherever they are stored, and the counters record their moves."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ def test_a_cyclic_sweep_reuses_the_resident_subset():
 
 @pytest.mark.parametrize("budget", [1, 170, 800, None])
 @pytest.mark.parametrize("backed", [True, False])
-def test_what_is_written_in_a_sweep_is_there_in_the_next(budget, backed, tmp_path):
+def test_pages_written_in_a_sweep_are_read_back_in_the_next(budget, backed, tmp_path):
     pages = Pages(10, 80, budget, CPU, tmp_path / "pages.bin" if backed else None)
     for number, page in enumerate(pages.sweep()):
         assert not page.any()
@@ -43,10 +43,10 @@ def test_what_is_written_in_a_sweep_is_there_in_the_next(budget, backed, tmp_pat
     assert [set(pages.read(page).tolist()) for page in range(10)] == [{number} for number in range(10)]
 
 
-def test_what_backs_pages_is_a_file_of_which_nothing_is_left_when_its_process_is_killed(tmp_path):
-    """A process other than the first has it in a temporary folder, which nobody looks into again."""
+def test_the_file_that_backs_pages_is_unlinked_so_that_a_killed_process_leaves_none(tmp_path):
+    """Processes other than the first have it in a temporary folder, which no later run cleans up."""
 
-    open_files = Path("/proc/self/fd")  # of Linux
+    open_files = Path("/proc/self/fd")  # on Linux
 
     def held():
         return [os.readlink(link) for link in open_files.iterdir() if link.is_symlink()]
@@ -59,7 +59,7 @@ def test_what_backs_pages_is_a_file_of_which_nothing_is_left_when_its_process_is
     assert pages.read(9).tolist() == [2] * 80
 
 
-def test_pages_that_lose_or_gain_their_place_keep_their_bytes(tmp_path):
+def test_pages_keep_their_bytes_when_the_budget_changes(tmp_path):
     pages = Pages(9, 4096, None, CPU, tmp_path / "pages.bin")
     for number, page in enumerate(pages.sweep()):
         page[:] = number
@@ -74,12 +74,12 @@ def test_pages_that_lose_or_gain_their_place_keep_their_bytes(tmp_path):
     assert pages.read(3).tolist() == [77] * 4096
 
 
-def test_a_disk_without_room_is_an_error_before_the_first_step(tmp_path):
+def test_too_little_disk_space_is_an_error_before_the_first_step(tmp_path):
     with pytest.raises(DiskError, match=r"pages\.bin"):
         Pages(1 << 40, 1 << 20, 1, CPU, tmp_path / "pages.bin")
 
 
-def test_a_visit_of_the_moments_looks_at_every_page_once():
+def test_a_sweep_of_the_moments_visits_every_page_once():
     state = PagedState(60_000, 1, 8 * 30_000, CPU)
     assert sum(1 for _ in state.sweep()) == 60_000
     assert state.pages.counters.faults == 30_001

@@ -1,4 +1,4 @@
-"""What is trained lies in one vector, whose groups say what learns how."""
+"""All trained parameters are in one vector; its groups set learning rates and weight decay."""
 
 import tiny
 import torch
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 IDS = torch.arange(3, 23).view(1, 20)
 
 
-def test_parameters_are_views_of_one_vector_and_the_backward_pass_fills_the_other(llama_nf4):
+def test_parameters_are_views_of_one_vector_and_their_gradients_of_another(llama_nf4):
     model = load_model(llama_nf4, torch.float32, CPU)
     new_adapter(model, ("*",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
     before = {name: p.detach().clone() for name, p in model.network.named_parameters() if p.requires_grad}
@@ -27,7 +27,7 @@ def test_parameters_are_views_of_one_vector_and_the_backward_pass_fills_the_othe
     assert all(bool((p == 0.25).all()) for name, p in model.network.named_parameters() if name in before)
 
 
-def test_b_learns_faster_by_the_ratio_of_lora_plus(llama_nf4):
+def test_lora_plus_multiplies_the_learning_rate_of_b(llama_nf4):
     model = load_model(llama_nf4, torch.float32, CPU)
     new_adapter(model, ("*",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
     (alone,) = Trainable.of(model).groups
@@ -42,14 +42,14 @@ def test_b_learns_faster_by_the_ratio_of_lora_plus(llama_nf4):
             assert bool((parameter == (16.0 if name.endswith("lora_b") else 1.0)).all())
 
 
-def test_what_no_text_reaches_does_not_decay(tmp_path):
-    """Gemma 3's layers for images get no gradient from text, and torch's AdamW would leave them as they are."""
+def test_parameters_that_text_does_not_reach_do_not_decay(tmp_path):
+    """Gemma 3's vision layers get no gradient from text, so torch's AdamW would not change them either."""
     model = load_model(tiny.write_architecture(tmp_path / "gemma3", "gemma3"), torch.float32, CPU)
     train_whole(model, set(parameter_places(model)))
     trained = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
     in_order = torch.cat([p.detach().flatten() for p in sorted(trained, key=lambda p: p.dim() < 2)])
     trainable = Trainable.of(model)
-    assert torch.equal(trainable.values, in_order)  # that of checkpoints, whatever decays
+    assert torch.equal(trainable.values, in_order)  # the order in run checkpoints, whatever decays
     decays = torch.zeros_like(trainable.values)
     for group in trainable.groups:
         decays[group.span] = group.decay

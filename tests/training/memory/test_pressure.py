@@ -1,4 +1,4 @@
-"""A batch that runs out of memory is computed again with the optimizer's pages gone, to the same bits."""
+"""A batch that runs out of memory is retried without resident optimizer pages, and gives the same bits."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ def state(tmp_path, budget=None):
     return made
 
 
-def test_pages_leave_for_a_batch_that_needs_their_room_and_come_back_for_a_smaller_one(tmp_path):
+def test_pages_are_evicted_for_a_large_batch_and_brought_back_for_a_smaller_one(tmp_path):
     notes, resident = [], []
 
     def compute(size):
         resident.append(pages.resident)
         if size >= 50 and pages.resident:
-            torch.empty(MORE_THAN_THERE_IS)  # a real allocation, which really fails
+            torch.empty(MORE_THAN_THERE_IS)  # a real allocation, which fails
         return size
 
     held = state(tmp_path)
@@ -44,7 +44,7 @@ def test_pages_leave_for_a_batch_that_needs_their_room_and_come_back_for_a_small
     assert held.vectors()["first_moment"].whole().tolist() == list(range(1000))
 
 
-def test_pages_leave_for_what_is_no_batch_too_and_come_back_when_it_is_done(tmp_path):
+def test_pages_are_evicted_for_tasks_other_than_batches_and_brought_back_afterwards(tmp_path):
     notes = []
     held = state(tmp_path)
     pages = held.pages
@@ -68,7 +68,7 @@ def test_pages_leave_for_what_is_no_batch_too_and_come_back_when_it_is_done(tmp_
     assert held.vectors()["first_moment"].whole().tolist() == list(range(1000))
 
 
-def test_layers_are_not_asked_to_keep_less_for_what_is_no_batch(tmp_path):
+def test_tasks_other_than_batches_do_not_checkpoint_more_layers(tmp_path):
     pages, asked = state(tmp_path).pages, []
     pressure = Pressure(pages, lambda line: None, keep_less=lambda: asked.append(True) or True)
     short = lambda: torch.empty(MORE_THAN_THERE_IS) if pages.resident else "measured"  # noqa: E731
@@ -77,7 +77,7 @@ def test_layers_are_not_asked_to_keep_less_for_what_is_no_batch(tmp_path):
 
 
 @pytest.mark.parametrize("needed", [1, 2])
-def test_layers_keep_less_before_pages_leave(tmp_path, needed):
+def test_layers_are_checkpointed_before_pages_are_evicted(tmp_path, needed):
     pages, done, notes = state(tmp_path).pages, [], []
 
     def keep_less():
@@ -95,7 +95,7 @@ def test_layers_keep_less_before_pages_leave(tmp_path, needed):
     assert (pages.resident, pages.counters.retries) == (10 if needed == 1 else 0, needed)
 
 
-def test_pages_that_find_no_room_when_they_come_back_stay_away_for_now(tmp_path, monkeypatch):
+def test_pages_that_do_not_fit_when_brought_back_stay_evicted_for_one_batch(tmp_path, monkeypatch):
     held = state(tmp_path)
     pages = held.pages
     pressure = Pressure(pages, lambda line: None)
@@ -115,19 +115,19 @@ def test_pages_that_find_no_room_when_they_come_back_stay_away_for_now(tmp_path,
     assert held.vectors()["first_moment"].whole().tolist() == list(range(1000))
 
 
-def test_what_runs_out_of_memory_without_pages_too_is_an_error_with_a_way_out(tmp_path):
+def test_running_out_of_memory_after_all_evictions_is_an_error_with_a_hint(tmp_path):
     pressure = Pressure(state(tmp_path).pages, lambda line: None)
     with pytest.raises(UsageError, match="micro-batch of 60 tokens") as caught:
         pressure.relieve(60, lambda: torch.empty(MORE_THAN_THERE_IS))
     assert "--micro-batch-size" in caught.value.hint
     assert pressure._pages.counters.retries == 1
-    with pytest.raises(UsageError, match="out of memory"):  # nothing is left to move: no second attempt
+    with pytest.raises(UsageError, match="out of memory"):  # nothing is left to evict: no second attempt
         pressure.relieve(60, lambda: torch.empty(MORE_THAN_THERE_IS))
     assert pressure._pages.counters.retries == 1
 
 
-def test_pages_that_the_host_has_no_room_for_are_an_error_with_a_way_out(tmp_path, monkeypatch):
-    """As where little memory can be pinned."""
+def test_running_out_of_host_memory_for_evicted_pages_is_an_error(tmp_path, monkeypatch):
+    """For example, where little memory can be pinned."""
     held = state(tmp_path)
     pressure = Pressure(held.pages, lambda line: None)
 
@@ -139,15 +139,15 @@ def test_pages_that_the_host_has_no_room_for_are_an_error_with_a_way_out(tmp_pat
         pressure.relieve(60, lambda: torch.empty(MORE_THAN_THERE_IS))
 
 
-def test_a_process_that_shares_its_base_does_not_begin_again_alone(tmp_path):
-    """The others would be waiting for its part of another layer."""
+def test_a_process_with_a_sharded_base_does_not_retry_alone(tmp_path):
+    """The other processes would be waiting for its part of a different layer."""
     pressure, calls = Pressure(state(tmp_path).pages, lambda line: None, can_retry=False), []
     with pytest.raises(UsageError, match="micro-batch of 60 tokens"):
         pressure.relieve(60, lambda: [calls.append(1), torch.empty(MORE_THAN_THERE_IS)])
     assert (len(calls), pressure._pages.counters.retries) == (1, 0)
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):
+def test_other_errors_are_not_mistaken_for_out_of_memory(tmp_path):
     pressure = Pressure(state(tmp_path).pages, lambda line: None)
     with pytest.raises(RuntimeError, match="size of tensor"):
         pressure.relieve(1, lambda: torch.ones(2) + torch.ones(3))
@@ -155,9 +155,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(tmp_path):
 
 
 @pytest.mark.parametrize("room", [None, 1 << 40])
-def test_a_run_that_was_short_of_memory_gives_the_bytes_of_one_that_was_not(
-    llama_nf4, instructions, tmp_path, monkeypatch, room
-):
+def test_a_run_that_ran_out_of_memory_ends_with_the_same_bytes(llama_nf4, instructions, tmp_path, monkeypatch, room):
     config = TrainConfig(
         base=str(llama_nf4), data=(str(instructions),), rank=4, steps=4, batch_size=4, micro_batch_size=2,
         compute_dtype="float32", dropout=0.1, save_every=0, held_out=0.0, page_kib=4, device="cpu",
@@ -166,7 +164,7 @@ def test_a_run_that_was_short_of_memory_gives_the_bytes_of_one_that_was_not(
     collect, calls = run_module.Gradients._add, []
 
     def short(self, *arguments):
-        """Fails in the second micro-batch of the third step, after the first one's gradients were added."""
+        """Fail in the second micro-batch of the third step, after the first one's gradients were added."""
         calls.append(arguments)
         value = collect(self, *arguments)
         if len(calls) == 6:
@@ -174,7 +172,7 @@ def test_a_run_that_was_short_of_memory_gives_the_bytes_of_one_that_was_not(
         return value
 
     monkeypatch.setattr(run_module.Gradients, "_add", short)
-    monkeypatch.setattr(activations, "_room", lambda *_: room)  # a GPU's: then all layers keep everything at first
+    monkeypatch.setattr(activations, "_room", lambda *_: room)  # a GPU's; with it no layer is checkpointed at first
     notes = []
     report = train(config, tmp_path / "short", note=notes.append)
     assert (len(calls), report.paging["retries"]) == (4 * 2 + 2, 1)
@@ -184,7 +182,7 @@ def test_a_run_that_was_short_of_memory_gives_the_bytes_of_one_that_was_not(
     assert report.tensors_root == plain.tensors_root
 
 
-def test_measurements_and_answers_that_are_short_of_memory_make_room_and_change_no_byte(
+def test_evaluation_and_generation_that_run_out_of_memory_retry_and_change_no_byte(
     llama_nf4, instructions, tmp_path, monkeypatch
 ):
     config = TrainConfig(
@@ -194,7 +192,7 @@ def test_measurements_and_answers_that_are_short_of_memory_make_room_and_change_
     plain = train(config, tmp_path / "plain", note=lambda line: None)
 
     def short_once(compute):
-        """Of memory, at its second call."""
+        """Run out of memory in the second call."""
         calls = []
 
         def call(*arguments, **named):

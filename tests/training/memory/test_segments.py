@@ -1,4 +1,4 @@
-"""Every checkpointing policy gives the same bits, and keeps less."""
+"""Every checkpointing policy gives the same bits, and saves less for the backward pass."""
 
 from collections import UserDict
 from functools import cache
@@ -54,7 +54,7 @@ def unsegmented(deep_nf4):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_gradients_are_bit_equal_to_none(deep_nf4, unsegmented, policy, dropout):
+def test_gradients_are_bit_identical_to_those_without_checkpointing(deep_nf4, unsegmented, policy, dropout):
     expected, _, random_after = unsegmented(dropout)
     found, count, random_found = gradients(deep_nf4, policy, dropout, twice=True)
     assert set(found) == set(expected)
@@ -66,8 +66,8 @@ def test_gradients_are_bit_equal_to_none(deep_nf4, unsegmented, policy, dropout)
 
 @pytest.mark.parametrize("policy", ["none", *POLICIES])
 @pytest.mark.parametrize(("targets", "first"), [(("*",), 0), (("model.layers.4.*", "model.layers.5.*"), 4)])
-def test_no_more_gradients_are_asked_for_than_without_checkpointing(deep_nf4, policy, targets, first):
-    """Layers multiply otherwise, and on some processors round otherwise, where their input needs a gradient, too."""
+def test_layer_inputs_require_gradients_only_where_they_do_without_checkpointing(deep_nf4, policy, targets, first):
+    """A layer whose input needs a gradient uses different products, which round differently on some processors."""
     model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
     new_adapter(model, targets, AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     checkpoint(model.network, policy)
@@ -89,8 +89,8 @@ def test_no_more_gradients_are_asked_for_than_without_checkpointing(deep_nf4, po
     }
 
 
-def test_neither_a_shelf_nor_whole_last_layers_change_a_bit(deep_nf4, unsegmented):
-    """Twice: the second step takes the shelf's buffers again."""
+def test_offloading_and_last_layers_without_checkpoints_change_no_bit(deep_nf4, unsegmented):
+    """With two steps that use the same shelf."""
     expected, _, random_after = unsegmented(0.1)
     shelf = OffloadedTensors(torch.device("cpu"))
     for checkpointing in ("segments:3", Checkpointing(7, 2, whole=2)):
@@ -100,7 +100,7 @@ def test_neither_a_shelf_nor_whole_last_layers_change_a_bit(deep_nf4, unsegmente
 
 
 def saved_bytes(folder, policy, by=checkpoint):
-    """What autograd saves in the forward pass through the layers."""
+    """Return the bytes that autograd saves in a forward pass through the layers."""
     model = load_model(folder, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     by(model.network, policy)
@@ -117,7 +117,7 @@ def test_checkpointing_saves_less_for_the_backward_pass(deep_nf4):
 
 
 @pytest.mark.parametrize("whole", [7, 3])
-def test_what_kept_everything_keeps_its_inputs_when_memory_runs_short(deep_nf4, unsegmented, whole):
+def test_shrinking_checkpoints_all_layers_and_changes_no_bit(deep_nf4, unsegmented, whole):
     everything, least = (saved_bytes(deep_nf4, policy) for policy in ("none", "layer"))
     expected, _, _ = unsegmented(0.1)
 
@@ -139,7 +139,7 @@ def test_what_kept_everything_keeps_its_inputs_when_memory_runs_short(deep_nf4, 
     assert not ready(load_model(deep_nf4, torch.float32, torch.device("cpu")).network, allowed=False).shrink()
 
 
-def test_what_cannot_be_measured_has_a_checkpoint_a_layer(deep_nf4):
+def test_auto_checkpoints_every_layer_if_layers_cannot_be_measured(deep_nf4):
     def measure():
         raise UsageError("this network cannot be followed")
 
@@ -149,7 +149,7 @@ def test_what_cannot_be_measured_has_a_checkpoint_a_layer(deep_nf4):
 
 
 def kept_inputs(folder, policy):
-    """How many layer inputs stay alive until the backward pass."""
+    """Return how many layer inputs stay alive until the backward pass."""
     import weakref
 
     model = load_model(folder, torch.float32, torch.device("cpu"))
@@ -164,7 +164,7 @@ def kept_inputs(folder, policy):
     return alive
 
 
-def test_only_the_inputs_of_segments_are_kept(deep_nf4):
+def test_only_the_inputs_of_segments_stay_alive(deep_nf4):
     assert kept_inputs(deep_nf4, "layer") == 7
     assert kept_inputs(deep_nf4, "sqrt") == 3
 
@@ -176,7 +176,7 @@ def test_a_model_without_a_stack_of_layers_trains_without_checkpointing():
     assert "none" in caught.value.hint
 
 
-def test_nothing_but_the_graph_keeps_a_segment(deep_nf4):
+def test_no_layer_input_outlives_the_graph(deep_nf4):
     import gc
     import weakref
 
@@ -193,7 +193,7 @@ def test_nothing_but_the_graph_keeps_a_segment(deep_nf4):
     assert [reference for reference in inputs if reference() is not None] == []
 
 
-def test_the_random_state_of_a_second_gpu_goes_back_to_it(monkeypatch):
+def test_the_random_state_of_a_second_gpu_is_restored_on_that_gpu(monkeypatch):
     states = {}
     monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device="cuda": f"of {device}")
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device="cuda": states.update({str(device): state}))
@@ -203,7 +203,7 @@ def test_the_random_state_of_a_second_gpu_goes_back_to_it(monkeypatch):
 
 
 class Weighing(nn.Module):
-    """A layer that returns, beside the hidden states, a number for each of them and what it was told."""
+    """A layer that returns hidden states, a number for each of them, None, and its second argument."""
 
     def __init__(self):
         super().__init__()
@@ -233,8 +233,8 @@ class Stack(nn.Module):
 
 @pytest.mark.parametrize("uses_others", [0.0, 1.0])
 @pytest.mark.parametrize("policy", ["layer", "sqrt"])
-def test_what_layers_return_beside_hidden_states_keeps_its_gradient(policy, uses_others):
-    """Bloom's and MPT's layers return attention weights, whether anybody asks or not."""
+def test_further_outputs_of_layers_keep_their_gradient(policy, uses_others):
+    """Bloom's and MPT's layers always return attention weights, too."""
     found = []
     for chosen in ("none", policy):
         network = Stack(uses_others)
@@ -246,7 +246,7 @@ def test_what_layers_return_beside_hidden_states_keeps_its_gradient(policy, uses
 
 
 class Sharing(Weighing):
-    """A layer that finds what others left in a mapping, and does something to that."""
+    """A layer with a given function of its result and a mapping that all layers share."""
 
     def __init__(self, act):
         super().__init__()
@@ -290,7 +290,7 @@ def ignored(x, shared):
 
 @pytest.mark.parametrize("policy", ["layer", "sqrt", "segments:1"])
 @pytest.mark.parametrize("acts", [(left, taken, replaced, taken, taken), (left, ignored, taken)])
-def test_what_layers_leave_for_others_in_a_mapping_keeps_its_gradient(policy, acts):
+def test_tensors_that_layers_pass_on_in_a_shared_mapping_keep_their_gradient(policy, acts):
     found = []
     for chosen in ("none", policy):
         network = Sharers(*acts)
@@ -304,7 +304,7 @@ def test_what_layers_leave_for_others_in_a_mapping_keeps_its_gradient(policy, ac
 
 
 @pytest.mark.parametrize("act", [lambda x, m: m["a"].append(x) or x, lambda x, m: m.pop("a")[0]])
-def test_a_layer_that_changes_what_others_left_is_refused(act):
+def test_a_layer_that_modifies_entries_of_other_layers_is_refused(act):
     network = Sharers(left, act, ignored)
     checkpoint(network, "layer")
     with pytest.raises(UsageError, match="modify a mapping that other layers share"):
@@ -325,7 +325,9 @@ def test_layers_that_do_not_return_hidden_states_first_are_refused():
 
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize(("policy", "checked"), [("none", 0), ("layer", 7), ("sqrt", 7), (Checkpointing(7, 2, 3), 4)])
-def test_checkpointed_layers_let_the_pages_of_their_packed_weights_go(deep_nf4, policy, checked, joined, monkeypatch):
+def test_checkpointed_layers_release_the_mapped_pages_of_their_packed_weights(
+    deep_nf4, policy, checked, joined, monkeypatch
+):
     given = []
     monkeypatch.setattr(pages, "release_pages", lambda start, size: given.append((start, size)))
     model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
@@ -334,7 +336,7 @@ def test_checkpointed_layers_let_the_pages_of_their_packed_weights_go(deep_nf4, 
         join_layers(model.network)
     assert not given
     checkpoint(model.network, policy)
-    before, given[:] = set(given), []  # those that were decoded until now
+    before, given[:] = set(given), []  # released when the layers were checkpointed
     model.network.train()(input_ids=IDS, use_cache=False).logits.sum().backward()
     layers = model.network.model.layers[:checked]
     codes = [m.codes for layer in layers for m in layer.modules() if isinstance(m, PackedWeight)]
