@@ -1,20 +1,19 @@
-// A CUDA device that is none: torch's CUDA tensors in host memory, computed by torch's CPU kernels, with CUDA's rules.
+// A simulated CUDA device: torch's CUDA tensors in host memory, computed by torch's CPU kernels, with CUDA's rules.
 //
-//     operator      its CUDA tensors are seen as CPU tensors of the same memory, the CPU's kernel runs, and what it
-//                   made becomes a CUDA tensor. A CPU tensor beside CUDA tensors is an error, as on a device.
-//     stream        everything runs at once, and what a device may do later or earlier is held against a clock: a
-//                   stream knows of other streams, and the host of all, only what they waited for (vector clocks). An
-//                   access that comes after another one by luck alone is noted as misuse.
+//     operator      its CUDA tensors are viewed as CPU tensors of the same memory, the CPU kernel runs, and its results
+//                   become CUDA tensors. Mixing CPU and CUDA tensors is an error, as on a real device.
+//     stream        everything runs at once, but vector clocks track the order that a real device guarantees: a stream
+//                   is ordered after operations of other streams, and the host after those of any stream, only if it
+//                   waited for them. An access that depends on an earlier one without such a wait is noted as misuse.
 //     pinned        a copy to pinned memory arrives when the host waits for it; until then all bits there are ones,
 //                   which is NaN. What a copy from pinned memory may still have to read must not change before that.
-//     memory        is counted, runs out at a limit, begins as NaN, and must not go back to the allocator of its stream
-//                   while another stream may still use it.
+//     memory        is counted, runs out at a limit, is NaN at first, and must not be returned to the allocator of its
+//                   stream while a different stream may still use it.
+//     random        numbers are drawn from the device's own generator.
 //
-//     numbers       random ones are drawn from the device's own generator.
-//
-// Shows control flow, devices, types, values, allocations, waits and missing waits; nothing of time, of CUDA's kernels,
-// or of an allocator's fragments. Streams that share a tensor's memory but not its elements are noted all the same, and
-// copies that overlap in pinned memory are told apart by where they begin.
+// Shows control flow, devices, types, values, allocations, waits and missing waits; nothing about time, CUDA's kernels
+// or fragmentation. Streams that use different elements of the same memory are noted as misuse, too, and copies that
+// overlap in pinned memory are distinguished only by their start addresses.
 
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -44,13 +43,13 @@ using c10::Stream;
 using Lock = std::lock_guard<std::recursive_mutex>;
 
 static const Device GPU(DeviceType::CUDA, 0);
-static std::recursive_mutex mutex;  // autograd has a thread of its own for a device
+static std::recursive_mutex mutex;  // autograd runs a device's backward pass in a separate thread
 
 // ---- streams
 
 using Clock = std::vector<uint64_t>;  // by stream: how many of its operations have been waited for
 
-static std::vector<Clock> clocks(1, Clock(1, 0));  // of every stream
+static std::vector<Clock> clocks(1, Clock(1, 0));  // by stream
 static Clock host_clock;
 static thread_local int current = 0;
 static bool tells_waits = false;
@@ -63,14 +62,14 @@ static void join(Clock& clock, const Clock& other) {
   for (size_t i = 0; i < other.size(); i++) clock[i] = std::max(clock[i], other[i]);
 }
 
-static void tick(int stream) {  // an operation is queued: behind all that the host waited for before
+static void tick(int stream) {  // queue an operation, after all that the host has waited for
   Lock lock(mutex);
   join(clocks[stream], host_clock);
   if ((int)clocks[stream].size() <= stream) clocks[stream].resize(stream + 1, 0);
   clocks[stream][stream]++;
 }
 
-static Clock now() {  // what the current stream knows
+static Clock now() {  // clock of the current stream
   Lock lock(mutex);
   return clocks[current];
 }
@@ -89,7 +88,7 @@ struct Access {
   std::string by;
 };
 
-struct Block {  // what is known of a storage's memory, or of a part of pinned memory that was copied
+struct Block {  // accesses to a storage's memory, or to a part of pinned memory that was copied
   size_t nbytes = 0;
   int home = 0;                 // the stream whose allocator it belongs to
   int writer = -1;
@@ -159,17 +158,17 @@ static Block* block_of(const c10::Storage& storage) {
 
 // ---- pinned memory
 
-struct Pending {  // a copy that the host has not waited for
+struct Pending {  // a copy that the host has not waited for yet
   int stream;
   uint64_t clock;
-  bool arrives;             // in pinned memory; else it reads there
+  bool arrives;             // in pinned memory; otherwise it reads there
   char* place;
-  std::vector<char> bytes;  // what it brings, or what it read
+  std::vector<char> bytes;  // what it writes there, or has read there
 };
 
 static std::deque<Pending> pending;
 static std::map<char*, size_t> pinned;
-static std::map<char*, Block> copied;  // of pinned memory, by where a copy began
+static std::map<char*, Block> copied;  // parts of pinned memory, by the start address of a copy
 
 static bool overlap(const Pending& copy, const char* place, size_t nbytes) {
   return copy.place < place + nbytes && place < copy.place + copy.bytes.size();
@@ -195,7 +194,7 @@ static void settle_where(Which which, bool may_arrive = true) {
   }
 }
 
-static void wait(Clock clock) {  // the host, for what a stream knows
+static void wait(Clock clock) {  // let the host wait for all operations in a stream's clock
   if (tells_waits) TORCH_WARN("called a synchronizing CUDA operation");
   Lock lock(mutex);
   join(host_clock, clock);
@@ -240,7 +239,7 @@ struct PinnedAllocator final : c10::Allocator {
 };
 static PinnedAllocator pinned_allocator;
 
-// ---- what torch asks of a device
+// ---- torch's interface to a device
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   DeviceType type() const override { return DeviceType::CUDA; }
@@ -318,7 +317,7 @@ static c10::Storage seen_from_host(const c10::Storage& gpu) {
   return storage_of({gpu.mutable_data(), Device(DeviceType::CPU)}, gpu.nbytes());
 }
 
-class Views {  // of the device's tensors, for one call of a CPU kernel; there and back
+class Views {  // CPU views of the device's tensors, and back, for one call of a CPU kernel
  public:
   explicit Views(std::string by) : by(std::move(by)) {}
 
@@ -332,7 +331,7 @@ class Views {  // of the device's tensors, for one call of a CPU kernel; there a
     tensors.emplace_back(gpu, tensor_like(gpu, host(gpu.storage()), DispatchKey::CPU));
     return tensors.back().second;
   }
-  void adopt() {  // what the kernel gave another size or other memory
+  void adopt() {  // sizes and memory that the kernel changed
     for (auto& [tensor, view] : tensors) {
       auto found = gpus.find(view.storage().unsafeGetStorageImpl());
       auto impl = tensor.unsafeGetTensorImpl();
@@ -461,7 +460,7 @@ static at::Tensor& copy_(at::Tensor& target, const at::Tensor& source, bool non_
   auto behind = [&](const Pending& copy) { return seen(known, copy.stream) >= copy.clock; };
   auto place = (char*)(to ? source : target).data_ptr();
   auto nbytes = (to ? source : target).nbytes();
-  if (to && !from)  // what was queued before has arrived when this is read
+  if (to && !from)  // copies that were queued earlier arrive before this one reads
     settle_where([&](const Pending& copy) { return copy.arrives && behind(copy) && overlap(copy, place, nbytes); });
   auto result = to ? views.host(target) : target;
   auto given = from ? views.host(source) : source;
@@ -485,13 +484,13 @@ static at::Tensor& copy_(at::Tensor& target, const at::Tensor& source, bool non_
 }
 
 static at::Tensor histc(const at::Tensor& values, int64_t bins, const at::Scalar& low, const at::Scalar& high) {
-  auto host = values.to(at::kCPU, at::kFloat);  // the CPU counts no integers
+  auto host = values.to(at::kCPU, at::kFloat);  // the CPU's kernel does not accept integers
   return at::histc(host, bins, low, high).to(values.options());
 }
 
 static int64_t plain_attention(const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                const std::optional<at::Tensor>&, double, bool, std::optional<double>, bool) {
-  return 0;  // by products and a softmax: a CPU has not CUDA's other ways
+  return 0;  // products and a softmax: CUDA's other implementations are missing
 }
 
 TORCH_LIBRARY_IMPL(_, CUDA, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&compute>()); }
@@ -499,11 +498,11 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("copy_", copy_);
   m.impl("histc", histc);
   m.impl("_fused_sdp_choice", plain_attention);
-  for (auto name : {"convolution", "convolution_backward", "_convolution"})  // else they choose a way of CUDA's
+  for (auto name : {"convolution", "convolution_backward", "_convolution"})  // otherwise CUDA's would be chosen
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&compute>());
 }
 
-// ---- what Python asks
+// ---- Python's interface
 
 struct Event {
   Clock clock;

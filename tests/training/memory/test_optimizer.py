@@ -1,4 +1,4 @@
-"""Paged AdamW equals torch's bit for bit with any pages resident; with 8-bit moments the budget has no effect either."""
+"""Paged AdamW equals torch's bit for bit with any budget; results with 8-bit moments do not depend on it either."""
 
 import pytest
 import torch
