@@ -49,8 +49,8 @@ def slowed(function):
 
 @pytest.mark.parametrize("bits", [32, 8])
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 12])
-def test_updates_are_the_same_bits_with_any_budget(bits, slots, monkeypatch):
-    """With slow fetches, slow updates, or slow write-backs."""
+def test_updates_are_bit_identical_with_any_budget(bits, slots, monkeypatch):
+    """Also if fetches, updates or write-backs are slow."""
     count = 20 * PAGE - 1000
     expected, whole = updates(count, [None] * len(RATES), bits)
     page = whole.pages.page_bytes

@@ -63,7 +63,7 @@ def compile_to(library):
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_gpu_tests_pass_on_the_simulated_device(forks, suite, monkeypatch):
-    """Also without misuse, for which ``stand_in.py`` checks after each test."""
+    """``stand_in.py`` also checks for misuse after each test."""
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     code = "import pytest, stand_in, sys; sys.exit(pytest.main(sys.argv[1:], plugins=[stand_in]))"
     done = forks(

@@ -30,7 +30,7 @@ def test_a_different_prefix_of_all_names_is_found_and_noted(llama, said):
     assert "'model.'" in found.mapping_note
 
 
-def test_the_hubs_gpt2_is_found_without_the_prefix_of_the_model(tmp_path, gpt2, copy_of):
+def test_the_hubs_gpt2_files_without_the_models_prefix_are_found(tmp_path, gpt2, copy_of):
     folder = copy_of(gpt2)
     tensors = load_file(folder / "model.safetensors")
     save_file({k.removeprefix("transformer."): v for k, v in tensors.items()}, folder / "model.safetensors")

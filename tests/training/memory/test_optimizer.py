@@ -51,7 +51,7 @@ budgets = st.lists(st.one_of(st.none(), st.integers(1, 6000)), min_size=len(RATE
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 12), st.integers(1, 130), budgets, st.sampled_from([0.0, 0.01]))
 def test_updates_equal_those_of_torch_with_any_budget_changed_at_any_step(vectors, page, budgets, weight_decay):
-    """For multiples of torch's vector size: torch rounds the remaining elements differently."""
+    """Counts are multiples of torch's vector size, since torch rounds remaining elements differently."""
     count = 64 * vectors
     found = run(count, PagedState(count, page, budgets[0], CPU), budgets, weight_decay)
     start = torch.randn(count, generator=torch.Generator().manual_seed(99))
@@ -164,7 +164,7 @@ def test_a_page_holds_whole_blocks():
 
 @pytest.mark.parametrize("page", [7, 64, 500])
 def test_groups_have_their_own_learning_rates_and_weight_decay(page):
-    """As two of torch's groups have; a page may contain parts of both."""
+    """Compare with two of torch's groups; a page may contain parts of both."""
     start = torch.randn(256, generator=torch.Generator().manual_seed(5))
     torch_groups = [
         {"params": [torch.nn.Parameter(start[:128].clone())], "weight_decay": 0.1},

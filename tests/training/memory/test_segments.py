@@ -90,7 +90,7 @@ def test_layer_inputs_require_gradients_only_where_they_do_without_checkpointing
 
 
 def test_offloading_and_last_layers_without_checkpoints_change_no_bit(deep_nf4, unsegmented):
-    """With two steps that use the same shelf."""
+    """Two steps use the same shelf."""
     expected, _, random_after = unsegmented(0.1)
     shelf = OffloadedTensors(torch.device("cpu"))
     for checkpointing in ("segments:3", Checkpointing(7, 2, whole=2)):

@@ -53,7 +53,7 @@ def test_accumulated_gradients_equal_those_of_autograd(made, monkeypatch):
 
 
 def test_gradients_go_to_autograd_where_none_are_accumulated(made):
-    """Outside of ``accumulating``, and for parameters without ``grad``."""
+    """Outside of ``accumulating``, and for parameters without ``grad``, layers return their gradients."""
     model = loaded(made)
     trained = [p for p in model.network.parameters() if p.requires_grad]
     loss, again = losses(model)

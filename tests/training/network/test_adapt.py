@@ -303,7 +303,7 @@ def test_position_tables_keep_their_padding_index(architecture, options, tmp_pat
 
 @pytest.mark.parametrize("name", ["rslora", "dora", "tokens of a tied vocabulary", "experts"])
 def test_no_dequantized_weight_outlives_a_forward_or_backward_pass(bases, name, monkeypatch):
-    """In layers with an adapter, layers without one, and experts."""
+    """Covers layers with an adapter, layers without one, and experts."""
     model, _ = begun(bases / f"{CASES[name].family}-nf4", CASES[name].settings)
     unpacked, dequantize_really = [], PackedWeight.dequantize
 

@@ -175,7 +175,7 @@ def test_logits_and_gradients_of_a_model_equal_those_with_torchs_attention(famil
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
 
 
-def test_a_model_generates_the_same_tokens(llama):
+def test_generated_tokens_are_those_with_torchs_attention(llama):
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32, attn_implementation="sdpa")
     ids = torch.arange(2, 12)[None]
     plain = model.generate(ids, max_new_tokens=8, do_sample=False)

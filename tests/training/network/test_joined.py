@@ -295,7 +295,7 @@ def test_an_input_without_a_gradient_needs_no_backward_product_with_the_weight(m
 
 
 def test_inputs_and_layers_are_freed_without_the_garbage_collector(join):
-    """No reference cycle may keep large tensors alive until it runs."""
+    """A reference cycle would keep large tensors alive until the collector runs."""
     gc.collect()
     gc.disable()
     try:

@@ -253,7 +253,7 @@ def void(result):
 
 
 def launches(layers, monkeypatch):
-    """Return the launches of layers with the same input, forward and backward; decoding is one, as on a GPU."""
+    """Return the launches of layers with the same input, forward and backward; decoding counts as one, as on a GPU."""
     decoded = []
 
     def decode(self, dtype):

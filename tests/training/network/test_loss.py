@@ -29,7 +29,7 @@ def batch_of(lengths, vocabulary):
 
 
 def plain_loss(model, batch):
-    """Return the loss from the full logits of the network, with padding masked; in float64 after the logits."""
+    """Return the loss of the network's full logits, with padding masked, computed in float64."""
     logits = model.network(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1].double()
     flat = logits.reshape(-1, logits.shape[-1])
     return functional.cross_entropy(flat, batch.labels[:, 1:].reshape(-1), ignore_index=-100, reduction="sum")
@@ -60,7 +60,7 @@ def families(made):
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 @pytest.mark.parametrize("family", ["llama", "phi", "gpt2", "qwen3_moe"])
 def test_loss_and_gradients_are_those_of_the_full_matrix_of_logits(family, rows, families, llama, monkeypatch):
-    """With a tied head, a head with a bias, and experts; in one chunk and in many."""
+    """Covers a tied head, a head with a bias, and experts; in one chunk and in many."""
     monkeypatch.setattr(loss, "_rows", lambda hidden, head: rows)
     monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * 3 * VOCABULARY)
     model = loaded(families.get(family, llama))
@@ -97,7 +97,7 @@ def test_without_gradients_the_loss_is_reproducible_and_has_no_graph(llama):
 
 
 def family(made, name, **values):
-    """A model of another family, with random weights."""
+    """Write a model of any family, with random weights; return its folder."""
     import transformers
 
     config = transformers.AutoConfig.for_model(name, **tiny._DECODER, vocab_size=VOCABULARY, pad_token_id=0, **values)
@@ -218,7 +218,7 @@ def test_an_adapter_between_the_base_model_and_the_output_layer_gets_its_gradien
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 5000)])
 def test_logits_are_overwritten_with_the_gradient_of_their_loss(shape, dtype, threads, monkeypatch):
-    """By the kernel, or in blocks by torch."""
+    """Computed by the kernel, or by torch in blocks."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * 3 * VOCABULARY)
     generator = torch.Generator().manual_seed(2)

@@ -251,7 +251,7 @@ def test_a_malformed_device_name_is_not_reported_as_a_missing_device(name):
 
 
 def test_a_file_without_the_models_name_prefix_is_loaded(gpt2, copy_of):
-    """Such as the Hub's GPT-2, which also has causal masks that older versions of transformers wrote."""
+    """The Hub's GPT-2 is such a file; it also has causal masks that older versions of transformers wrote."""
     expected = logits(load_model(gpt2, torch.float32, CPU).network)
 
     def bare(tensors):
@@ -302,9 +302,7 @@ def test_an_unused_network_is_freed_before_the_next_is_loaded_unless_it_is_small
     llama, llama_nf4, monkeypatch, is_small
 ):
     held = sum(item.spec.nbytes for item in Checkpoint(llama_nf4).tensors.values())
-    monkeypatch.setattr(
-        model, "_SMALL_BYTES", 1 << 62 if is_small else held - 1
-    )  # networks of other tests may exist, too
+    monkeypatch.setattr(model, "_SMALL_BYTES", 1 << 62 if is_small else held - 1)  # other tests' networks may exist
     gc.collect()
     gc.disable()
     try:

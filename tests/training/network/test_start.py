@@ -1,4 +1,4 @@
-"""How runs start, with or without an initial adapter, and which settings they refuse; in library and command."""
+"""How runs start, with or without an initial adapter, and which settings the library and the command refuse."""
 
 import shutil
 from dataclasses import replace
@@ -253,7 +253,7 @@ def test_lora_on_a_plain_base_records_the_fingerprints_of_its_weights(llama, ins
 
 
 def test_an_adapter_names_its_base_by_hub_name_or_folder_name(llama, instructions, tmp_path):
-    """A folder in huggingface_hub's cache is named by a commit, which is useless as a name."""
+    """A folder in huggingface_hub's cache is named after a commit, which does not identify the model."""
     copied = shutil.copytree(llama, tmp_path / "models--org--copy" / "snapshots" / ("b" * 40))
     for folder, name in ((copied, "org/copy"), (llama, llama.name)):
         config = TrainConfig(base=str(folder), data=(str(instructions),), steps=1, batch_size=2, **RUN)

@@ -72,12 +72,12 @@ def gradients(model, ids=IDS):
         "phi": ["self_attn.dense", "mlp.fc2"],  # attention and MLP are parallel
         "gemma": ["mlp.down_proj"],
         "bloom": ["mlp.dense_4h_to_h"],
-        "gemma3n_text": [],  # norms follow both
+        "gemma3n_text": [],  # norms follow attention and MLP
         "mixtral": [],  # a router reads the attention's result, and experts are not linear layers
         "qwen2_moe": [],  # the gate's gradient depends on the shared expert's result
     }.items(),
 )
-def test_the_last_products_that_an_architecture_adds_are_found(folder, name, ends, fused):
+def test_the_layers_to_skip_are_those_whose_result_is_added_last(folder, name, ends, fused):
     model = ready(folder(name), fused=fused)
     mark_unread(model.network)
     layers = model.network.config.get_text_config().num_hidden_layers
@@ -88,7 +88,7 @@ def test_the_last_products_that_an_architecture_adds_are_found(folder, name, end
 @pytest.mark.parametrize("policy", ["layer", "segments:1", "segments:2"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi", "qwen2", "gemma4_text", "llama4_text"])
 def test_gradients_are_bit_identical(folder, name, policy, dropout):
-    targets = ("*",) if name != "qwen2" else ("*q_proj", "*up_proj")  # a skipped layer without an adapter, too
+    targets = ("*",) if name != "qwen2" else ("*q_proj", "*up_proj")  # in qwen2 the skipped layer has no adapter
     expected = gradients(ready(folder(name), targets, dropout))
     model = ready(folder(name), targets, dropout)
     mark_unread(model.network)
@@ -128,7 +128,7 @@ def test_recomputation_computes_a_gate_only_once(folder, monkeypatch):
 
 
 def test_layers_that_do_not_run_in_the_probe_are_not_skipped(folder):
-    """Such as an expert that no token of the probe is sent to."""
+    """For example, experts that no token of the probe is sent to."""
     model = ready(folder("llama"))
     for layer in model.network.model.layers:
         forward = layer.mlp.forward
@@ -213,7 +213,7 @@ def test_probing_leaves_the_model_and_the_random_state_unchanged(folder):
     assert all(parameter.grad is None for parameter in model.network.parameters())
 
 
-def test_standing_in_makes_a_linear_layer_return_a_constant_for_a_while(folder):
+def test_standing_in_makes_a_linear_layer_return_a_constant_temporarily(folder):
     for fused in (True, False):
         model = ready(folder("llama"), fused=fused)
         linear = model.linears["model.layers.0.mlp.down_proj"]
