@@ -1,4 +1,4 @@
-"""An adapter is read completely or refused by the name of what stands in the way."""
+"""An adapter is read completely, or refused with an error that names the reason."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def scalings_of_peft(folder, base):
     }
 
 
-def test_what_peft_wrote_is_read_completely(adapter, llama):
+def test_an_adapter_of_peft_is_read_completely(adapter, llama):
     read = read_adapter(adapter)
     tensors = load_file(adapter / "adapter_model.safetensors")
     assert is_adapter(adapter)
@@ -97,7 +97,7 @@ def test_ranks_and_scalings_are_those_of_peft(tmp_path, llama, options):
     }
 
 
-def test_a_conv1d_adapter_says_that_its_base_is_transposed(tmp_path, gpt2):
+def test_fan_in_fan_out_is_read_from_an_adapter_of_conv1d(tmp_path, gpt2):
     read = read_adapter(tiny.write_peft_adapter(tmp_path / "a", gpt2))
     assert read.fan_in_fan_out
     assert read.modules["transformer.h.0.attn.c_attn"].shape == (192, 64)
@@ -124,7 +124,7 @@ def test_an_unsupported_feature_is_refused_by_name(changed, feature):
 
 
 @pytest.mark.parametrize(("feature", "merges"), [("kasa_config", True), ("use_bdlora", True), ("arrow_config", False)])
-def test_peft_is_advised_for_what_it_can_do(changed, feature, merges):
+def test_the_hint_suggests_peft_only_for_features_that_it_can_merge(changed, feature, merges):
     configure(changed, **{feature: UNSUPPORTED[feature]})
     with pytest.raises(AdapterError) as caught:
         read_adapter(changed)
@@ -132,7 +132,7 @@ def test_peft_is_advised_for_what_it_can_do(changed, feature, merges):
 
 
 def test_peft_really_refuses_to_merge_activated_adapters(tmp_path, llama):
-    """Why the hint is not to merge it there."""
+    """Hence the hint says that peft cannot merge it."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -156,7 +156,7 @@ ABSENT = {
 
 
 @pytest.mark.parametrize("feature", sorted(ABSENT))
-def test_a_feature_whose_tensors_are_not_there_is_refused_by_name(changed, feature):
+def test_a_feature_whose_tensors_are_missing_is_refused_by_name(changed, feature):
     configure(changed, **{feature: ABSENT[feature]})
     with pytest.raises(AdapterError, match=feature):
         read_adapter(changed)
@@ -170,21 +170,21 @@ def test_an_unknown_kind_of_biases_is_refused(changed, bias):
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "ADALORA", "IA3", "PROMPT_TUNING", None])
-def test_another_kind_of_adapter_is_refused_by_name(changed, kind):
+def test_other_kinds_of_adapters_are_refused_by_name(changed, kind):
     configure(changed, peft_type=kind)
     with pytest.raises(AdapterError, match=kind or "has no peft_type"):
         read_adapter(changed)
 
 
 @pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
-def test_an_adapter_that_belongs_to_a_changed_base_is_refused(changed, begun):
+def test_initializations_that_change_the_base_are_refused(changed, begun):
     configure(changed, init_lora_weights=begun)
     with pytest.raises(AdapterError, match=begun):
         read_adapter(changed)
 
 
 @pytest.mark.parametrize("begun", ["milora", "lora-ga", "lora_one"])
-def test_a_beginning_that_is_not_known_is_refused(changed, begun):
+def test_an_unknown_initialization_is_refused(changed, begun):
     """ms-swift writes lora-ga, which changes the base; forks of peft have others that do."""
     configure(changed, init_lora_weights=begun)
     with pytest.raises(AdapterError, match=f"{begun}.*may have changed the base"):
@@ -192,7 +192,7 @@ def test_a_beginning_that_is_not_known_is_refused(changed, begun):
 
 
 @pytest.mark.parametrize(("begun", "advice"), [("pissa", "path_initial_model"), ("loftq", "merge it with peft")])
-def test_the_advice_for_a_changed_base_is_what_peft_can_do(changed, begun, advice):
+def test_the_hint_for_a_changed_base_is_what_peft_supports(changed, begun, advice):
     configure(changed, init_lora_weights=begun)
     with pytest.raises(AdapterError) as caught:
         read_adapter(changed)
@@ -215,28 +215,28 @@ def test_pissa_really_changes_the_base(tmp_path, llama):
 
 
 @pytest.mark.parametrize("begun", [True, False, None, "gaussian", "Gaussian", "eva", "orthogonal", "mica"])
-def test_an_initial_adapter_that_leaves_the_base_alone_is_read(changed, begun):
+def test_initializations_that_leave_the_base_unchanged_are_read(changed, begun):
     configure(changed, init_lora_weights=begun)
     assert len(read_adapter(changed).modules) == 14
 
 
 @pytest.mark.parametrize("rank", [2, 8, 0, -4, 4.0, "4", None, True])
-def test_a_rank_that_is_not_that_of_the_tensors_is_refused(changed, rank):
+def test_a_rank_that_differs_from_the_tensors_is_refused(changed, rank):
     configure(changed, r=rank)
     with pytest.raises(AdapterError, match=r"says rank .*lora_A has 4 rows"):
         read_adapter(changed)
 
 
-def test_halves_of_different_ranks_are_refused(changed):
+def test_lora_a_and_lora_b_of_different_ranks_are_refused(changed):
     edit(changed, lambda t: t.update({f"{KEY}.lora_B.weight": t[f"{KEY}.lora_B.weight"][:, :3].clone()}))
     with pytest.raises(AdapterError, match=rf"{MODULE}.*lora_B has 3 columns"):
         read_adapter(changed)
 
 
 @pytest.mark.parametrize("alpha", [0, -1, None, "8", True, 10**400])
-def test_a_scaling_that_is_no_positive_number_is_refused(changed, alpha):
+def test_a_scaling_that_is_not_a_positive_number_is_refused(changed, alpha):
     configure(changed, lora_alpha=alpha)
-    first = "model.layers.0.mlp.down_proj.weight"  # of all of them, in every run
+    first = "model.layers.0.mlp.down_proj.weight"  # the first by name, in every run
     with pytest.raises(AdapterError, match=f"{first}: lora_alpha is {re.escape(repr(alpha)[:20])}"):
         read_adapter(changed)
 
@@ -261,7 +261,7 @@ def test_a_malformed_pattern_is_refused(changed, key, patterns):
 
 
 @pytest.mark.parametrize("half", ["A", "B"])
-def test_half_a_module_is_refused(changed, half):
+def test_a_module_without_lora_a_or_lora_b_is_refused(changed, half):
     edit(changed, lambda t: t.pop(f"{KEY}.lora_{half}.weight"))
     with pytest.raises(AdapterError, match=f"{MODULE} has no lora_{half}"):
         read_adapter(changed)
@@ -283,7 +283,7 @@ def test_half_a_module_is_refused(changed, half):
         "stray",
     ],
 )
-def test_a_key_that_is_not_understood_is_refused_by_name(changed, key):
+def test_an_unknown_key_is_refused_by_name(changed, key):
     edit(changed, lambda t: t.update({key: torch.ones(4, 64)}))
     with pytest.raises(AdapterError, match=key.replace(".", r"\.")):
         read_adapter(changed)
@@ -292,29 +292,29 @@ def test_a_key_that_is_not_understood_is_refused_by_name(changed, key):
 @pytest.mark.parametrize(
     "tensor", [torch.ones(4), torch.ones(4, 8, 8), torch.ones(4, 64, dtype=torch.int32), torch.ones(4, 64).double()]
 )
-def test_a_half_of_another_shape_or_type_is_refused(changed, tensor):
+def test_lora_a_of_an_unsupported_shape_or_dtype_is_refused(changed, tensor):
     edit(changed, lambda t: t.update({f"{KEY}.lora_A.weight": tensor}))
     with pytest.raises(AdapterError, match=r"q_proj\.lora_A\.weight"):
         read_adapter(changed)
 
 
 @pytest.mark.parametrize("part", ["weight.quant_state.bitsandbytes__nf4", "SCB"])
-def test_a_copy_of_a_quantized_head_is_refused_as_that(changed, part):
-    codes = torch.full((8, 1), torch.nan, dtype=torch.bfloat16)  # bytes of codes that a float type stores
+def test_the_error_for_a_copy_of_a_quantized_head_says_so(changed, part):
+    codes = torch.full((8, 1), torch.nan, dtype=torch.bfloat16)  # codes stored as a float dtype
     head = {"lm_head.base_layer.weight": codes, f"lm_head.base_layer.{part}": torch.ones(4, dtype=torch.uint8)}
     edit(changed, lambda t: t.update({f"base_model.model.{name}": tensor for name, tensor in head.items()}))
     with pytest.raises(AdapterError, match="quantized weights that lm_head was trained on"):
         read_adapter(changed)
 
 
-def test_a_half_of_rank_zero_is_refused_as_that(changed):
+def test_lora_a_of_rank_zero_is_refused(changed):
     edit(changed, lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(0, 64)}))
     with pytest.raises(AdapterError, match=r"has shape \[0, 64\]; expected 2 dimensions, none of them 0"):
         read_adapter(changed)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_numbers_that_are_not_finite_are_refused_by_name(changed, value):
+def test_a_tensor_that_holds_nan_or_infinity_is_refused_by_name(changed, value):
     edit(changed, lambda t: t[f"{KEY}.lora_B.weight"].view(-1).__setitem__(7, value))
     with pytest.raises(AdapterError, match=r"q_proj\.lora_B\.weight holds NaN or infinity"):
         read_adapter(changed)
@@ -340,7 +340,7 @@ def in_shards(tensors, folder):
     [lambda tensors, folder: torch.save(tensors, folder / "adapter_model.bin"), in_shards],
     ids=["bin", "shards"],
 )
-def test_the_hint_for_a_pickle_or_shards_makes_the_same_adapter_of_it(changed, write):
+def test_the_hinted_command_converts_a_pickle_or_shards_to_the_same_adapter(changed, write):
     before = read_adapter(changed)
     write(load_file(changed / "adapter_model.safetensors"), changed)
     (changed / "adapter_model.safetensors").unlink()
@@ -352,8 +352,8 @@ def test_the_hint_for_a_pickle_or_shards_makes_the_same_adapter_of_it(changed, w
     assert read_adapter(changed).digests == before.digests
 
 
-def test_adapters_inside_the_folder_are_named(changed, tmp_path):
-    """TRL saves ``train`` and ``reference`` like that, and trainers their checkpoints."""
+def test_adapters_in_subfolders_are_named_in_the_hint(changed, tmp_path):
+    """TRL saves ``train`` and ``reference`` like this, and trainers their checkpoints."""
     outer = tmp_path / "outer"
     for name in ("train", "reference"):
         shutil.copytree(changed, outer / name)
@@ -370,7 +370,7 @@ HALF = {"lora_unet_blocks_0_q_proj.lora_down.weight": torch.ones(2, 4)}
     [("lit_model.pth.lora", "LitGPT"), ("pytorch_lora_weights.safetensors", "diffusers"),
      ("pytorch_lora_weights.bin", "diffusers"), ("style.safetensors", "kohya")],
 )  # fmt: skip
-def test_an_adapter_of_another_format_is_refused_by_its_name(tmp_path, file, writer):
+def test_an_adapter_in_a_different_format_is_refused_with_the_name_of_its_writer(tmp_path, file, writer):
     if file.endswith(".safetensors"):
         save_file(HALF, tmp_path / file)
     else:
@@ -384,7 +384,7 @@ def test_an_adapter_of_another_format_is_refused_by_its_name(tmp_path, file, wri
         read_adapter(tmp_path)
 
 
-def test_names_of_kohya_in_a_folder_of_peft_are_refused_with_those_of_peft_which_are_read(changed):
+def test_kohya_keys_are_refused_with_a_hint_to_rename_them_which_works(changed):
     before = read_adapter(changed)
 
     def renamed(tensors, *pairs):
@@ -408,18 +408,18 @@ def test_names_of_kohya_in_a_folder_of_peft_are_refused_with_those_of_peft_which
 
 
 @pytest.mark.parametrize("name", WEIGHTS_BESIDE)
-def test_weights_that_a_trainer_put_beside_are_not_passed_over(changed, name):
+def test_further_trained_weights_in_the_folder_are_refused(changed, name):
     (changed / name).write_bytes(b"a pickle, or not")
     with pytest.raises(AdapterError, match=f"{name} contains further trained weights"):
         read_adapter(changed)
 
 
-def test_a_value_head_beside_is_of_no_language_model(changed):
+def test_a_value_head_in_the_folder_is_ignored(changed):
     shutil.copy(changed / "adapter_model.safetensors", changed / "value_head.safetensors")
     assert len(read_adapter(changed).modules) == 14
 
 
-def test_an_adapter_in_mlx_layout_is_not_said_to_be_no_lora(changed):
+def test_an_mlx_adapter_is_recognized_and_refused(changed):
     config = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20.0}}
     (changed / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(AdapterError, match=r"an MLX adapter: adapter_config\.json has no peft_type") as caught:
@@ -436,7 +436,7 @@ def test_an_adapter_in_mlx_layout_is_not_said_to_be_no_lora(changed):
         read_adapter(changed)
 
 
-def test_what_is_no_adapter_is_refused(tmp_path, llama, changed):
+def test_folders_that_are_not_adapters_are_refused(tmp_path, llama, changed):
     with pytest.raises(AdapterError, match="not an adapter"):
         read_adapter(llama)
     with pytest.raises(UsageError, match="does not exist"):
@@ -449,7 +449,7 @@ def test_what_is_no_adapter_is_refused(tmp_path, llama, changed):
         read_adapter(changed)
 
 
-def test_configurations_that_readers_disagree_about_are_refused(changed):
+def test_a_configuration_with_a_duplicate_key_is_refused(changed):
     (changed / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "r": 8, "lora_alpha": 8}')
     with pytest.raises(CheckpointError, match="'r' appears twice"):
         read_adapter(changed)
@@ -468,7 +468,7 @@ def written(folder, modules, base=""):
     return folder
 
 
-def test_what_is_written_comes_back_and_is_what_peft_loads(tmp_path, llama):
+def test_a_written_adapter_is_read_back_and_peft_computes_the_same_scalings(tmp_path, llama):
     modules = {
         "model.layers.0.self_attn.q_proj": low_rank(64, 4, 64, 2.0, 1),
         "model.layers.1.self_attn.q_proj": low_rank(64, 2, 64, 1.0, 2),
@@ -486,7 +486,7 @@ def test_what_is_written_comes_back_and_is_what_peft_loads(tmp_path, llama):
     assert read.manifest is not None
 
 
-def test_writing_is_deterministic_whatever_the_order_of_the_modules(tmp_path):
+def test_written_bytes_do_not_depend_on_the_order_of_modules(tmp_path):
     modules = {f"model.layers.{n}.mlp.up_proj": low_rank(64, 2 + n % 2, 64, 1.5, n) for n in range(4)}
     one = written(tmp_path / "one", modules)
     two = written(tmp_path / "two", dict(reversed(modules.items())))
@@ -495,7 +495,7 @@ def test_writing_is_deterministic_whatever_the_order_of_the_modules(tmp_path):
     assert (one / "adapter_config.json").read_bytes() == (two / "adapter_config.json").read_bytes()
 
 
-def test_an_adapter_that_changes_between_its_fingerprints_and_its_changes_is_refused(adapter, copy_of, monkeypatch):
+def test_an_adapter_that_changes_while_it_is_read_is_refused(adapter, copy_of, monkeypatch):
     folder = copy_of(adapter)
     take_all = adapter_module.Parts.take_all
 
@@ -510,7 +510,7 @@ def test_an_adapter_that_changes_between_its_fingerprints_and_its_changes_is_ref
 
 @pytest.fixture
 def complete(tmp_path):
-    """An adapter with a manifest that lists all of it, and with what it began with."""
+    """An adapter with its initial value in a compensation file, and a manifest that lists all files."""
     term = LowRank(torch.ones(2, 8), torch.ones(6, 2), 0.5)
     with Output(tmp_path / "written", "plan") as out:
         write_adapter(out, {MODULE: term}, "base")
@@ -520,8 +520,8 @@ def complete(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", COMPENSATION_NAME])
-def test_what_decides_beside_the_tensors_is_as_the_manifest_says_or_refused(complete, name):
-    """Or what is made of the adapter would name one that nobody had."""
+def test_config_and_compensation_files_that_differ_from_the_manifest_are_refused(complete, name):
+    """Otherwise an artifact made from the adapter would record a parent that never existed."""
     assert read_adapter(complete).compensation
     if name == COMPENSATION_NAME:
         tensors = load_file(complete / name)

@@ -1,4 +1,4 @@
-"""Every tensor of an adapter is used exactly once, whatever it is part of, or the error names what is wrong."""
+"""Every tensor of an adapter is used exactly once, or the error names the problem."""
 
 import contextlib
 import re
@@ -23,12 +23,12 @@ KINDS = [
     "experts_transposed", "experts_weight", "experts_saved", "experts_one_by_one_qwen3", "router", "router_saved",
     "everything", "everything_phi", "everything_qwen2_moe",
 ]  # fmt: skip
-"""Every kind of tensor, and the kinds that stand beside each other."""
+"""Cases that cover every kind of tensor, and combinations of kinds."""
 LAYER = "model.layers.0"
 Q = f"{LAYER}.self_attn.q_proj"
 EXPERTS = f"{LAYER}.mlp.experts"
 COPIES = (".original_module.weight", ".modules_to_save.weight", ".original_module.bias", ".modules_to_save.bias")
-"""peft saves these beside the module's own where it saves embeddings, or all biases, as well."""
+"""peft saves these copies in addition where it also saves embeddings, or all biases."""
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def changed(made, copy_of):
 
 @contextlib.contextmanager
 def kept(adapter):
-    """Put an adapter's files back afterwards."""
+    """Restore an adapter's files afterwards."""
     before = {path: path.read_bytes() for path in (adapter / CONFIG, adapter / WEIGHTS)}
     yield
     for path, content in before.items():
@@ -64,21 +64,21 @@ def refuse(case, adapter, tmp_path, *names):
 
 
 def module_of(key):
-    """The module that a tensor belongs to, dotted, without what peft puts around it."""
+    """Return the path of the module that a tensor belongs to, without peft's prefix and suffix."""
     parts = r"\.(lora_|base_layer|token_adapter|modules_to_save|original_module|weight$|bias$|gate_up_proj$|down_proj$)"
     return re.split(parts, key.removeprefix(PREFIX))[0]
 
 
 def names_of(key):
-    """What a message may call a tensor: its module, or that module as transformers names it."""
+    """Return what a message may call a tensor: its module, or that module as transformers names it."""
     module = module_of(key)
-    vocabulary = {"vocab", "embedding", "embed_tokens", "lm_head"}  # they are missed by each other
+    vocabulary = {"vocab", "embedding", "embed_tokens", "lm_head"}  # if one is missing, the message may name the other
     sizes = vocabulary if "embed" in module or "lm_head" in module else set()
     return {module, module.replace(".mlp.", ".block_sparse_moe.")} | sizes
 
 
 def one_of_each_kind(adapter):
-    """The first key of every kind of tensor: parts of LoRA, their neighbours, what is saved; the head's for itself."""
+    """Return the first key of every kind of tensor; those of the head, embeddings and norms are separate kinds."""
     found = {}
     for key in keys_of(adapter):
         part = key.removeprefix(PREFIX).removeprefix(module_of(key))
@@ -86,7 +86,7 @@ def one_of_each_kind(adapter):
     return list(found.values())
 
 
-# Nothing is passed over
+# No tensor is ignored
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -97,7 +97,7 @@ def test_every_tensor_is_recorded(changed, name):
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("everything_phi", "tokens_resized_tied")])
 def test_every_tensor_is_used_exactly_once(changed, name):
-    """By counting them: two a LoRA, one of everything else; but for copies, which must be the same."""
+    """They are counted: two per LoRA, one of everything else; copies do not count."""
     _, adapter = changed(name)
     read = read_adapter(adapter)
     used = 2 * len(read.modules) + 2 * len(read.experts)
@@ -106,7 +106,7 @@ def test_every_tensor_is_used_exactly_once(changed, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_stray_tensor_is_named(changed, tmp_path, name):
+def test_a_stray_tensor_is_named_in_the_error(changed, tmp_path, name):
     case, adapter = changed(name)
     module = f"{PREFIX}{module_of(next(key for key in keys_of(adapter) if 'lora_' in key))}"
     for stray in (f"{module}.lora_C.weight", f"{PREFIX}model.stray.weight", f"{module}.lora_A.weight.again"):
@@ -131,7 +131,7 @@ def test_a_stray_tensor_is_named(changed, tmp_path, name):
         ("embedding", "model.embed_tokens.lora_A.weight", "square"),
     ],
 )
-def test_a_tensor_that_the_configuration_knows_nothing_of_is_named(changed, tmp_path, name, stray, like):
+def test_a_tensor_that_the_configuration_does_not_imply_is_named_in_the_error(changed, tmp_path, name, stray, like):
     case, adapter = changed(name)
     tensor = torch.ones(64) if like == "rows" else torch.ones(64, 64)
     change_tensors(adapter, lambda tensors: tensors.update({PREFIX + stray: tensor}))
@@ -139,19 +139,19 @@ def test_a_tensor_that_the_configuration_knows_nothing_of_is_named(changed, tmp_
 
 
 def is_needed(name, key):
-    """Whether an adapter without this tensor is no whole one."""
+    """Return whether an adapter without this tensor is incomplete."""
     case = CASES[name]
     if key.endswith(COPIES):
         return False
     if key.endswith("base_layer.weight"):  # the base has the same
         return case.vocabulary is not None
-    if key.endswith(".bias") and ".lora_B." not in key:  # peft cannot say which biases there are to be
+    if key.endswith(".bias") and ".lora_B." not in key:  # the configuration does not say which biases there are
         return name in ("saved_head_phi", "resized_phi")
     return True
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_missing_tensor_is_named(changed, tmp_path, name):
+def test_a_missing_tensor_is_named_in_the_error(changed, tmp_path, name):
     case, adapter = changed(name)
     keys = [key for key in one_of_each_kind(adapter) if is_needed(name, key)]
     assert len(keys) >= 2
@@ -162,7 +162,7 @@ def test_a_missing_tensor_is_named(changed, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_another_shape_is_named(changed, tmp_path, name):
+def test_a_tensor_of_wrong_shape_is_named_in_the_error(changed, tmp_path, name):
     case, adapter = changed(name)
     for key in one_of_each_kind(adapter):
         if key.endswith(COPIES):
@@ -176,7 +176,7 @@ def test_another_shape_is_named(changed, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_another_number_of_dimensions_is_named(changed, tmp_path, name):
+def test_a_tensor_with_a_wrong_number_of_dimensions_is_named_in_the_error(changed, tmp_path, name):
     case, adapter = changed(name)
     for key in one_of_each_kind(adapter):
         for change in (lambda tensor: tensor[None], lambda tensor: tensor.reshape(-1)):
@@ -189,7 +189,7 @@ def test_another_number_of_dimensions_is_named(changed, tmp_path, name):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_value_that_is_not_finite_is_named(changed, tmp_path, name, value):
+def test_a_tensor_that_holds_nan_or_infinity_is_named_in_the_error(changed, tmp_path, name, value):
     case, adapter = changed(name)
     for key in one_of_each_kind(adapter):
         with kept(adapter):
@@ -198,7 +198,7 @@ def test_a_value_that_is_not_finite_is_named(changed, tmp_path, name, value):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_type_that_is_no_floating_point_is_named(changed, tmp_path, name):
+def test_a_tensor_of_integers_is_named_in_the_error(changed, tmp_path, name):
     case, adapter = changed(name)
     for key in one_of_each_kind(adapter):
         with kept(adapter):
@@ -209,7 +209,7 @@ def test_a_type_that_is_no_floating_point_is_named(changed, tmp_path, name):
 @pytest.mark.parametrize(
     "name", ["linear", "dora", "embedding", "tokens", "saved_head", "experts_mixtral", "lora_bias"]
 )
-def test_the_same_tensor_under_two_names_is_named(changed, tmp_path, name):
+def test_a_tensor_under_two_names_is_named_in_the_error(changed, tmp_path, name):
     case, adapter = changed(name)
     for key in one_of_each_kind(adapter):
         for other in (key.removeprefix(PREFIX), f"module.{key}"):
@@ -231,8 +231,8 @@ def test_two_adapters_in_one_file_are_refused(changed, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resized_saved", "resized_saved_embedding_tied", "everything_phi"])
-def test_copies_that_differ_are_named(changed, tmp_path, name):
-    """peft writes a replaced tensor two times; which of them was trained cannot be known."""
+def test_copies_that_differ_are_named_in_the_error(changed, tmp_path, name):
+    """peft writes a replaced tensor twice; which copy was trained cannot be known."""
     case, adapter = changed(name)
     copies = [key for key in keys_of(adapter) if ".modules_to_save." in key]
     assert copies
@@ -242,13 +242,13 @@ def test_copies_that_differ_are_named(changed, tmp_path, name):
             refuse(case, adapter, tmp_path, module_of(key))
 
 
-# Configuration and tensors belong together
+# Configuration and tensors must agree
 
 
 @pytest.mark.parametrize("rank", [2, 5, 8, 16])
 @pytest.mark.parametrize("name", KINDS)
-def test_another_rank_is_refused(changed, tmp_path, name, rank):
-    """Of experts too, where twice the rank would be half the experts."""
+def test_a_rank_that_differs_from_the_tensors_is_refused(changed, tmp_path, name, rank):
+    """Also for experts, whose tensors would fit twice the rank and half as many experts."""
     case, adapter = changed(name)
     change_config(adapter, r=rank)
     modules = {name for key in keys_of(adapter) if "lora_" in key for name in names_of(key)}
@@ -259,7 +259,7 @@ def test_another_rank_is_refused(changed, tmp_path, name, rank):
 @pytest.mark.parametrize(
     "name", ["dora", "embedding", "lora_bias", "experts_mixtral", "router", "experts_one_by_one_qwen3"]
 )
-def test_a_scaling_that_is_no_positive_number_is_refused(changed, tmp_path, name, alpha):
+def test_a_scaling_that_is_not_a_positive_number_is_refused(changed, tmp_path, name, alpha):
     case, adapter = changed(name)
     change_config(adapter, lora_alpha=alpha)
     refuse(case, adapter, tmp_path, "lora_alpha")
@@ -305,14 +305,14 @@ def test_a_scaling_that_is_not_finite_is_refused(changed, tmp_path, name, alpha)
         ("experts_patterns", {"alpha_pattern": {"gate_up_proj": 0}}, ("lora_alpha",)),
     ],
 )
-def test_a_configuration_of_another_adapter_is_refused(changed, tmp_path, name, says, names):
+def test_a_configuration_that_does_not_match_the_tensors_is_refused(changed, tmp_path, name, says, names):
     case, adapter = changed(name)
     change_config(adapter, **says)
     refuse(case, adapter, tmp_path, *names)
 
 
-def test_one_of_two_stacks_is_not_taken_for_the_other(changed, tmp_path):
-    """Without the inner one the outer one's names are those of a sole one."""
+def test_an_inner_or_outer_lora_of_experts_that_is_missing_is_noticed(changed, tmp_path):
+    """Without the inner one, the outer one has the names of a single one."""
     case, adapter = changed("experts_mixtral")
     for half in ("inner", "outer"):
         with kept(adapter):
@@ -321,8 +321,8 @@ def test_one_of_two_stacks_is_not_taken_for_the_other(changed, tmp_path):
             refuse(case, adapter, tmp_path, "experts")
 
 
-def test_biases_that_the_base_does_not_have_are_named(made, tmp_path):
-    """peft runs them; no checkpoint of this architecture can hold them."""
+def test_biases_that_the_base_does_not_have_are_named_in_the_error(made, tmp_path):
+    """peft computes with them; no checkpoint of this architecture can hold them."""
     case = peft_adapters.make(made, "linear_orthogonal")
     lora = {"target_modules": ["q_proj"], "lora_bias": True}
     adapter = peft_adapters.write_adapter(tmp_path / "adapter", peft_adapters.Case(tied=True, lora=lora), case.base)
@@ -331,18 +331,18 @@ def test_biases_that_the_base_does_not_have_are_named(made, tmp_path):
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
 def test_half_a_resized_vocabulary_is_refused(made, tmp_path, target):
-    """peft saves the one that has a LoRA, and not the other, which was resized too."""
+    """peft saves the table that has a LoRA, but not the other one, which was resized too."""
     case = peft_adapters.make(made, "head")
     wanted = peft_adapters.Case(lora={"target_modules": [target]}, vocabulary=peft_adapters.GREATER_VOCABULARY)
     adapter = peft_adapters.write_adapter(tmp_path / "adapter", wanted, case.base)
     refuse(case, adapter, tmp_path, "embed_tokens", "lm_head", "embedding", "head")
 
 
-# What is not supported
+# Unsupported features
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_not_supported_is_refused_by_name(made, tmp_path, name):
+def test_unsupported_features_are_refused_by_name(made, tmp_path, name):
     case = peft_adapters.make(made, "head")
     adapter = peft_adapters.write_refused(tmp_path / "adapter", name, case.base)
     refuse(case, adapter, tmp_path, REFUSED[name][0])
@@ -366,14 +366,14 @@ def test_what_is_not_supported_is_refused_by_name(made, tmp_path, name):
     ids=lambda says: next(iter(says)),
 )
 @pytest.mark.parametrize("name", ["linear", "dora", "experts_mixtral", "resized"])
-def test_a_word_of_the_configuration_is_enough(changed, tmp_path, name, says):
+def test_a_configuration_that_names_an_unsupported_feature_is_refused(changed, tmp_path, name, says):
     case, adapter = changed(name)
     change_config(adapter, **says)
     refuse(case, adapter, tmp_path, *says, *(str(value) for value in says.values()))
 
 
-def test_magnitudes_without_use_dora_are_refused_with_what_torchtune_lacks(changed):
-    """Setting use_dora would not do: torchtune 0.6.1 permutes B of q_proj and k_proj for peft, not the magnitudes."""
+def test_magnitudes_without_use_dora_are_refused_with_a_hint_for_torchtune(changed):
+    """Setting use_dora would not help: torchtune 0.6.1 permutes B of q_proj and k_proj for peft, not the magnitudes."""
     _, adapter = changed("dora")
     change_config(adapter, use_dora=None)
     with pytest.raises(AdapterError, match="has a lora_magnitude_vector, but use_dora is not set") as caught:
@@ -382,7 +382,7 @@ def test_magnitudes_without_use_dora_are_refused_with_what_torchtune_lacks(chang
 
 
 @pytest.mark.parametrize(("name", "part"), [("dora", ".lora_magnitude_vector"), ("lora_bias", ".lora_B.bias")])
-def test_what_is_not_one_number_for_each_row_is_refused(changed, tmp_path, name, part):
+def test_a_magnitude_or_bias_that_is_not_one_number_per_row_is_refused(changed, tmp_path, name, part):
     case, adapter = changed(name)
 
     def longer(tensors):
@@ -394,7 +394,7 @@ def test_what_is_not_one_number_for_each_row_is_refused(changed, tmp_path, name,
 
 
 def test_dora_with_lora_bias_is_refused(changed, tmp_path):
-    """peft does not make it, and has no formula for it."""
+    """peft does not write it and defines no formula for it."""
     case, adapter = changed("lora_bias")
     change_config(adapter, use_dora=True)
     tensors = load_file(adapter / WEIGHTS)
@@ -422,7 +422,7 @@ def test_a_pickle_is_refused_and_not_loaded(changed, tmp_path, name):
     refuse(case, adapter, tmp_path, ".bin")
 
 
-# Another base
+# Wrong base
 
 
 @pytest.mark.parametrize(
@@ -442,7 +442,7 @@ def test_a_pickle_is_refused_and_not_loaded(changed, tmp_path, name):
         ("experts_transposed", "experts_mixtral"),
     ],
 )
-def test_an_adapter_for_another_model_is_refused(made, tmp_path, name, other):
+def test_an_adapter_for_a_different_model_is_refused(made, tmp_path, name, other):
     adapter, base = peft_adapters.make(made, name).adapter, peft_adapters.make(made, other).base
     with pytest.raises((BaseMismatchError, UsageError)) as caught:
         merge(base, [adapter], tmp_path / "out")
@@ -451,7 +451,7 @@ def test_an_adapter_for_another_model_is_refused(made, tmp_path, name, other):
     assert list(tmp_path.glob("out*")) == []
 
 
-def test_another_number_of_experts_is_refused(made, changed, tmp_path):
+def test_an_adapter_for_a_different_number_of_experts_is_refused(made, changed, tmp_path):
     case, adapter = changed("experts_up_only")
     for layer in (0, 1):
         name = f"{PREFIX}model.layers.{layer}.mlp.experts.lora_"
@@ -493,7 +493,9 @@ def spoil(adapter, how):
         ("head", "shape", 4, Q),
     ],
 )
-def test_the_command_line_says_it_in_one_line_with_a_hint(changed, run_cli, tmp_path, name, how, code, phrase):
+def test_the_command_line_reports_a_bad_adapter_in_one_line_with_a_hint(
+    changed, run_cli, tmp_path, name, how, code, phrase
+):
     case, adapter = changed(name)
     spoil(adapter, how)
     done = run_cli("merge", case.base, adapter, "-o", tmp_path / "out")
@@ -507,7 +509,7 @@ def test_the_command_line_says_it_in_one_line_with_a_hint(changed, run_cli, tmp_
     assert list(tmp_path.glob("out*")) == []
 
 
-def test_inputs_are_left_as_they_were(changed, tmp_path):
+def test_merging_leaves_its_inputs_unchanged(changed, tmp_path):
     case, adapter = changed("everything")
     before = {path.name: path.read_bytes() for path in adapter.iterdir()}
     shutil.copytree(case.base, tmp_path / "base")
@@ -522,7 +524,7 @@ def test_inputs_are_left_as_they_were(changed, tmp_path):
      "resized", "resized_saved_embedding_tied", "embeddings_saved", "embeddings_saved_tied", "embedding_tied",
      "tokens_both", "tokens_resized_tied", "experts_qwen3", "everything"],
 )  # fmt: skip
-def test_the_trained_parameters_are_those_that_peft_counts(name, made):
+def test_the_number_of_trained_parameters_is_that_of_peft(name, made):
     case = peft_adapters.make(made, name)
     with peft_adapters.quiet():
         base = peft_adapters.load_float32(case.base, case.case.vocabulary)

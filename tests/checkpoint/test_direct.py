@@ -1,4 +1,4 @@
-"""What is written past the page cache is what was given, whole, whatever the disk does with single writes."""
+"""Writes that bypass the page cache give the complete content, even if the disk cuts single writes short."""
 
 import errno
 import hashlib
@@ -16,12 +16,12 @@ from adaptkit.checkpoint import direct
 from adaptkit.checkpoint.direct import DirectFile
 
 PIECE = 8192
-"""Small, so that a few kilobytes take all the ways there are."""
+"""Small, so that a few kilobytes cover every code path."""
 SIZES = [0, 1, 4095, 4096, 4097, PIECE - 1, PIECE, PIECE + 1, 4 * PIECE, 9 * PIECE + 17]
 
 
 class CutShort(io.FileIO):
-    """A file that once takes less than it was given, as a disk may."""
+    """A file that cuts its first write short, as a disk may."""
 
     taken: int | None = 1000
 
@@ -55,7 +55,7 @@ def written(file, content, cuts=(), nbytes=None):
         for start, end in itertools.pairwise(edges):
             scratch[: end - start] = content[start:end]
             out.append(memoryview(scratch)[: end - start])
-            scratch[: end - start] = bytes(end - start)  # the caller's memory is the caller's again
+            scratch[: end - start] = bytes(end - start)  # the caller may reuse its memory
         out.finish()
     finally:
         out.close()
@@ -64,7 +64,7 @@ def written(file, content, cuts=(), nbytes=None):
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.sampled_from(SIZES), st.lists(st.integers(0, 1 << 20), max_size=5), st.integers(0, 99))
-def test_any_size_in_any_portions_is_the_same_file(tmp_path, size, cuts, seed):
+def test_any_size_in_any_portions_gives_the_same_file(tmp_path, size, cuts, seed):
     content = random.Random(seed).randbytes(size)
     out = written(io.FileIO(tmp_path / "x", "w"), content, cuts)
     assert (tmp_path / "x").read_bytes() == content
@@ -72,7 +72,7 @@ def test_any_size_in_any_portions_is_the_same_file(tmp_path, size, cuts, seed):
 
 
 @pytest.mark.parametrize("nbytes", [0, 100, 1 << 20])
-def test_a_length_that_was_announced_wrongly_changes_nothing(tmp_path, nbytes):
+def test_a_wrong_announced_length_changes_nothing(tmp_path, nbytes):
     content = os.urandom(5 * PIECE + 3)
     written(io.FileIO(tmp_path / "x", "w"), content, nbytes=nbytes)
     assert (tmp_path / "x").read_bytes() == content
@@ -86,14 +86,14 @@ def test_a_write_that_is_cut_short_is_completed(tmp_path, size):
     assert out.sha256() == hashlib.sha256(content).hexdigest()
 
 
-def test_an_error_of_the_disk_reaches_the_caller_and_leaves_no_thread(tmp_path):
+def test_a_disk_error_reaches_the_caller_and_leaves_no_thread(tmp_path):
     before = threading.active_count()
     with pytest.raises(OSError, match="Input/output error"):
         written(Refusing(tmp_path / "x", "w"), os.urandom(64 * PIECE), range(0, 64 * PIECE, 1000))
     assert threading.active_count() == before
 
 
-def test_an_error_is_not_forgotten(tmp_path):
+def test_after_an_error_all_further_calls_fail(tmp_path):
     out = DirectFile(Refusing(tmp_path / "x", "w"), 64 * PIECE)
     refusals = 0
     for _ in range(64):
@@ -101,21 +101,21 @@ def test_an_error_is_not_forgotten(tmp_path):
             out.append(memoryview(bytes(PIECE)))
         except OSError:
             refusals += 1
-    assert refusals > 50  # all but what was taken over before the third was written
+    assert refusals > 50  # all but those accepted before the third write failed
     with pytest.raises(OSError, match="Input/output error"):
         out.finish()
     out.close()
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk to write to")
-def test_a_full_disk_is_told_of(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     with pytest.raises(OSError, match="No space left") as caught:
         written(io.FileIO("/dev/full", "w"), os.urandom(64 * PIECE))
     assert caught.value.errno == errno.ENOSPC
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="nobody here says what is in the page cache")
-def test_nothing_of_it_stays_in_the_page_cache(tmp_path):
+def test_written_content_does_not_stay_in_the_page_cache(tmp_path):
     size = 64 * PIECE
     written(io.FileIO(tmp_path / "x", "w"), os.urandom(size))
     (tmp_path / "cached").write_bytes(bytes(size))
@@ -125,5 +125,5 @@ def test_nothing_of_it_stays_in_the_page_cache(tmp_path):
             assert os.preadv(cached.fileno(), [buffer], 0, os.RWF_NOWAIT) == len(buffer)
         except OSError:
             pytest.skip("this file system does not say what is in the page cache")
-        with pytest.raises(BlockingIOError):  # asked once: the kernel begins to read ahead then
+        with pytest.raises(BlockingIOError):  # only once: this makes the kernel read ahead
             os.preadv(file.fileno(), [buffer], size // 2, os.RWF_NOWAIT)

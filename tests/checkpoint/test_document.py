@@ -1,4 +1,4 @@
-"""Files that people write are read strictly, and every value's line is known."""
+"""Files that people write are parsed strictly, and every value's line is known."""
 
 import math
 
@@ -8,7 +8,7 @@ from adaptkit.checkpoint.document import read_document
 from adaptkit.errors import ConfigError
 
 
-def test_every_value_has_its_line(tmp_path):
+def test_the_line_of_every_value_is_known(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("a: 1\n\nb:\n  c: {d: 2,\n      e: 3}\n  f:\n    - x\n    - y: 4\n")
     document = read_document(path)
@@ -45,7 +45,7 @@ def test_every_value_has_its_line(tmp_path):
         ("v1e5", "v1e5"),
     ],
 )
-def test_numbers_dates_and_words_are_read_as_people_mean_them(tmp_path, text, value):
+def test_numbers_dates_and_words_are_read_as_intended(tmp_path, text, value):
     path = tmp_path / "a.yaml"
     path.write_text(f"a: {text}\n")
     found = read_document(path).values
@@ -82,7 +82,7 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("a
         ("a: '" + "x" * (1 << 20) + "'\n", "larger than a megabyte"),
     ],
 )
-def test_what_readers_differ_on_or_suffer_from_is_refused(tmp_path, text, expected):
+def test_malformed_ambiguous_or_dangerous_yaml_is_refused(tmp_path, text, expected):
     path = tmp_path / "a.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -91,7 +91,7 @@ def test_what_readers_differ_on_or_suffer_from_is_refused(tmp_path, text, expect
     assert caught.value.message.startswith(str(path))
 
 
-def test_json_is_read_by_its_suffix_and_as_strictly(tmp_path):
+def test_files_with_the_suffix_json_are_read_as_json_and_as_strictly(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{\n\t"a": {"b": 1}\n}')
     assert read_document(path).values == {"a": {"b": 1}}

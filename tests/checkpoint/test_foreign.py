@@ -1,4 +1,4 @@
-"""A quantized checkpoint is known by its configuration, and by its tensors where that is silent."""
+"""Quantization is recognized by a checkpoint's configuration, or else by its tensors."""
 
 import json
 
@@ -41,18 +41,18 @@ def folder_of(path, tensors, config=None):
 
 
 @pytest.mark.parametrize("method", MADE)
-def test_the_parts_of_a_method_give_it_away(tmp_path, method):
+def test_a_method_is_recognized_by_its_tensors(tmp_path, method):
     assert quantization_found(Checkpoint(folder_of(tmp_path, MADE[method]))) == method
 
 
-def test_quanto_s_4_bits_give_it_away(tmp_path):
+def test_4_bit_quanto_is_recognized(tmp_path):
     parts = {"_data._data": BYTES, "_scale": FLOATS, "_shift": FLOATS}
     folder = folder_of(tmp_path, {f"{LINEAR}.weight.{part}": tensor for part, tensor in parts.items()})
     assert quantization_found(Checkpoint(folder)) == "quanto"
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_bitsandbytes_own_state_gives_it_away(tmp_path, kind):
+def test_4_bit_bitsandbytes_is_recognized_by_its_state(tmp_path, kind):
     import bitsandbytes as bnb
 
     layer = bnb.nn.Linear4bit(64, 64, bias=False, quant_type=kind)
@@ -61,8 +61,8 @@ def test_bitsandbytes_own_state_gives_it_away(tmp_path, kind):
 
 
 @pytest.mark.parametrize("says_so", [True, False])
-def test_the_8_bits_of_bitsandbytes_are_named_where_they_are_refused(tmp_path, says_so):
-    """Its 4 bits are read, so its name alone would mislead."""
+def test_errors_about_8_bit_bitsandbytes_name_llm_int8(tmp_path, says_so):
+    """Its 4-bit formats are supported, so the name bitsandbytes alone would mislead."""
     quantization = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
     config = {"model_type": "llama"} | ({"quantization_config": quantization} if says_so else {})
     folder = folder_of(tmp_path / "base", MADE["bitsandbytes (LLM.int8())"], config)
@@ -75,8 +75,8 @@ def test_the_8_bits_of_bitsandbytes_are_named_where_they_are_refused(tmp_path, s
     assert ("quant_method is bitsandbytes in config.json" in {finding.found for finding in verdict.findings}) == says_so
 
 
-def test_so_do_weights_of_8_bits_of_compressed_tensors(tmp_path):
-    """Some layers may be plain, so that there was something to quantize, and shapes are those of a plain checkpoint."""
+def test_8_bit_compressed_tensors_are_recognized_and_refused(tmp_path):
+    """Some layers may be plain, so there is something to quantize, and shapes are those of a plain checkpoint."""
     tensors = {f"{LINEAR}.weight": BYTES.to(torch.int8), f"{LINEAR}.weight_scale": FLOATS, "lm_head.weight": FLOATS}
     folder = folder_of(tmp_path / "base", tensors)
     assert quantization_found(Checkpoint(folder)) == "compressed-tensors"
@@ -85,18 +85,18 @@ def test_so_do_weights_of_8_bits_of_compressed_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_8_bit_floats_give_it_away(tmp_path, dtype):
+def test_8_bit_floats_are_recognized_as_fp8(tmp_path, dtype):
     folder = folder_of(tmp_path, {f"{LINEAR}.weight": FLOATS.to(dtype)})
     assert quantization_found(Checkpoint(folder)) == "fp8"
 
 
-def test_the_configuration_is_believed_first(tmp_path):
+def test_the_configuration_takes_precedence_over_tensors(tmp_path):
     config = {"model_type": "llama", "quantization_config": {"quant_method": "hqq"}}
     assert quantization_found(Checkpoint(folder_of(tmp_path, MADE["GPTQ"], config))) == "hqq"
 
 
-def test_a_gguf_file_beside_the_weights_says_nothing_of_them(tmp_path):
-    """Repositories hold a model in both forms, of which only one is fetched."""
+def test_a_gguf_file_does_not_make_other_weights_quantized(tmp_path):
+    """Some repositories hold a model in both formats."""
     folder = folder_of(tmp_path, {f"{LINEAR}.weight": FLOATS})
     (folder / "model-q4_k_m.gguf").write_bytes(b"GGUF")
     assert quantization_found(Checkpoint(folder)) is None
@@ -110,17 +110,17 @@ def test_a_plain_checkpoint_is_not_taken_for_quantized(llama, gpt2):
 @pytest.mark.parametrize(
     "tensors",
     [
-        {"quantizer.codebooks": FLOATS},  # of sound, without codes
+        {"quantizer.codebooks": FLOATS},  # of an audio model, without codes
         {f"{LINEAR}.mask": BYTES, f"{LINEAR}.weight": FLOATS},
         {f"{LINEAR}.weight": FLOATS, f"{LINEAR}.weight_scale": FLOATS},
         {f"{LINEAR}.ids": BYTES.to(torch.int8), f"{LINEAR}.weight_scale": FLOATS},
     ],
 )
-def test_plain_weights_beside_bytes_codebooks_or_scales_are_not_quantized(tmp_path, tensors):
+def test_plain_weights_with_bytes_codebooks_or_scales_are_not_quantized(tmp_path, tensors):
     assert quantization_found(Checkpoint(folder_of(tmp_path, tensors))) is None
 
 
-def test_one_plain_weight_with_a_scale_does_not_hide_the_others(tmp_path):
+def test_a_plain_weight_with_a_scale_does_not_hide_quantized_ones(tmp_path):
     plain = {f"a.weight{part}": FLOATS for part in ("", "_scale")}
     folder = folder_of(tmp_path, plain | MADE["BitNet"])
     assert quantization_found(Checkpoint(folder)) == "BitNet"

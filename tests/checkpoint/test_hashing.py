@@ -1,4 +1,4 @@
-"""Digests are those of the whole, however it is read."""
+"""Digests do not depend on the pieces in which a file is read."""
 
 import hashlib
 import itertools
@@ -31,7 +31,7 @@ def test_a_file_and_its_ranges_are_hashed_in_one_pass(tmp_path_factory, content,
     assert digests == [xxhash.xxh3_128_hexdigest(content[start : start + size]) for start, size in parts]
 
 
-def test_a_file_that_ends_early_gives_the_digest_of_what_there_is(tmp_path):
+def test_ranges_that_exceed_the_file_are_hashed_up_to_its_end(tmp_path):
     (tmp_path / "file").write_bytes(b"abcdef")
     _, _, digests = file_digests(tmp_path / "file", [(1, 2), (4, 10), (20, 3)], lambda count: None)
     assert digests == [xxhash.xxh3_128_hexdigest(part) for part in (b"bc", b"ef", b"")]

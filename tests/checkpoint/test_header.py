@@ -1,4 +1,4 @@
-"""Headers are those of safetensors, and what readers disagree about is refused."""
+"""Headers are those of safetensors; malformed and ambiguous ones are refused."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def entry(start: int, end: int, dtype: str = "U8", shape: str | None = None) -> 
     return f'{{"dtype":"{dtype}","shape":{shape or [end - start]},"data_offsets":[{start},{end}]}}'
 
 
-def test_sizes_of_elements_are_those_of_torch():
+def test_sizes_of_dtypes_are_those_of_torch():
     assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEM_BYTES
 
 
@@ -42,7 +42,7 @@ def test_sizes_of_elements_are_those_of_torch():
         max_size=6,
     )
 )
-def test_a_written_header_is_what_safetensors_and_we_read(tensors):
+def test_a_written_header_is_read_by_safetensors(tensors):
     specs = [TensorSpec(name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()]
     header = write_header(specs)
     assert header == write_header(specs)
@@ -53,7 +53,7 @@ def test_a_written_header_is_what_safetensors_and_we_read(tensors):
     }
 
 
-def test_the_header_of_a_file_from_safetensors_is_read_in_the_order_of_its_bytes(tmp_path):
+def test_tensors_in_a_header_of_safetensors_are_read_in_the_order_of_positions(tmp_path):
     tensors = {"b": torch.arange(6.0).view(2, 3), "a": torch.zeros(5, dtype=torch.bfloat16), "c": torch.tensor(7)}
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     content = (tmp_path / "x.safetensors").read_bytes()
@@ -113,8 +113,8 @@ def test_a_malformed_file_is_refused_by_name(tmp_path, name):
         read_header(path)
 
 
-def test_the_base_of_those_malformed_files_is_sound(tmp_path):
-    """Else the test above would pass for the wrong reason."""
+def test_a_sound_file_of_the_same_layout_is_read(tmp_path):
+    """Otherwise the test above could pass for the wrong reason."""
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw(f'{{"__metadata__":{{"f":"1"}},"a":{entry(0, 4)},"b":{entry(4, 10)}}}', TEN))
     assert [spec.name for spec, _ in read_header(path).tensors] == ["a", "b"]
@@ -128,7 +128,7 @@ def test_the_base_of_those_malformed_files_is_sound(tmp_path):
 )
 @example([[0, 1 << 40, 1 << 40]], 0)
 @example([[0, 1 << 63]], 0)
-def test_what_is_laid_out_as_ours_is_accepted_only_if_the_library_accepts_it(tmp_path_factory, shapes, change):
+def test_a_header_that_is_accepted_is_accepted_by_safetensors_too(tmp_path_factory, shapes, change):
     specs = [TensorSpec(f"t{number}", "U8", tuple(shape)) for number, shape in enumerate(shapes)]
     nbytes = int(sum(spec.nbytes for spec in specs)) + change
     content = write_header(specs) + bytes(nbytes if 0 <= nbytes < 1000 else 0)
@@ -142,7 +142,7 @@ def test_what_is_laid_out_as_ours_is_accepted_only_if_the_library_accepts_it(tmp
     assert found == specs
 
 
-def test_many_tensors_are_no_trouble(tmp_path):
+def test_a_header_of_20000_tensors_is_read(tmp_path):
     specs = [TensorSpec(f"t{number}", "U8", (1,)) for number in range(20_000)]
     (tmp_path / "x.safetensors").write_bytes(write_header(specs) + bytes(20_000))
     assert [spec for spec, _ in read_header(tmp_path / "x.safetensors").tensors] == specs
@@ -152,7 +152,7 @@ def test_many_tensors_are_no_trouble(tmp_path):
 def test_only_regular_files_are_opened(tmp_path, kind):
     path = tmp_path / "x.safetensors"
     if kind == "fifo":
-        os.mkfifo(path)  # opening it would wait for ever
+        os.mkfifo(path)  # opening it would block forever
     elif kind == "folder":
         path.mkdir()
     elif kind == "dangling link":
@@ -180,17 +180,17 @@ def test_only_regular_files_are_opened(tmp_path, kind):
         pytest.param(b'{"a":' + b"1" * 5000 + b"}", id="a number of 5000 digits"),
     ],
 )
-def test_json_that_readers_disagree_about_is_refused(text):
+def test_malformed_or_ambiguous_json_is_refused(text):
     with pytest.raises(CheckpointError, match=r"^config\.json: "):
         strict_json(text, "config.json")
 
 
 @given(st.dictionaries(st.text(), st.recursive(st.none() | st.integers(-9, 9) | st.text(), st.lists), max_size=4))
-def test_ordinary_json_is_read_as_it_is(value):
+def test_ordinary_json_is_read_unchanged(value):
     assert strict_json(json.dumps(value).encode(), "x") == value
 
 
-def test_the_codes_of_mlx_are_refused_with_the_way_out(tmp_path):
+def test_mlx_quantized_weights_are_refused_with_a_hint(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"lm_head.weight": torch.zeros(4, 8, dtype=torch.uint32)}, path)
     with pytest.raises(CheckpointError, match="U32") as caught:
@@ -198,7 +198,7 @@ def test_the_codes_of_mlx_are_refused_with_the_way_out(tmp_path):
     assert "the checkpoint that it was made from" in caught.value.hint
 
 
-def test_a_pointer_of_git_lfs_is_refused_with_the_way_to_the_file(tmp_path):
+def test_a_git_lfs_pointer_is_refused_with_a_hint(tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n")
     with pytest.raises(CheckpointError, match="a Git LFS pointer") as refused:
