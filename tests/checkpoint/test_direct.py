@@ -93,7 +93,7 @@ def test_a_disk_error_reaches_the_caller_and_leaves_no_thread(tmp_path):
     assert threading.active_count() == before
 
 
-def test_after_an_error_all_further_calls_fail(tmp_path):
+def test_after_an_error_further_calls_fail(tmp_path):
     out = DirectFile(Refusing(tmp_path / "x", "w"), 64 * PIECE)
     refusals = 0
     for _ in range(64):

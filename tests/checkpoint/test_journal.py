@@ -1,4 +1,4 @@
-"""An output appears whole or not at all, once, and never in place of something that is not adaptkit's."""
+"""An output appears whole or not at all, and never replaces something that adaptkit did not make."""
 
 import contextlib
 import errno
@@ -60,7 +60,7 @@ def test_nothing_is_visible_before_it_is_published(tmp_path):
     assert read_manifest(final) == manifest
 
 
-def test_an_error_publishes_nothing_and_keeps_what_is_done(tmp_path):
+def test_after_an_error_nothing_is_published_and_finished_files_are_reused(tmp_path):
     def fail():
         with Output(tmp_path / "out", PLAN) as output:
             add(output, "a", b"first")
@@ -80,7 +80,7 @@ def test_an_error_publishes_nothing_and_keeps_what_is_done(tmp_path):
     assert set(tree(tmp_path / "out")) == {"a", "b", MANIFEST_NAME}
 
 
-def test_going_on_gives_the_manifest_of_an_uninterrupted_run(tmp_path):
+def test_a_resumed_run_gives_the_same_files_as_an_uninterrupted_one(tmp_path):
     with Output(tmp_path / "interrupted", PLAN) as output:
         add(output, "a", b"first")
     for name, resumed in (("interrupted", True), ("straight", False)):
@@ -94,7 +94,7 @@ def test_going_on_gives_the_manifest_of_an_uninterrupted_run(tmp_path):
 
 
 @pytest.mark.parametrize("listed", [True, False])
-def test_tensors_are_aligned_in_their_file_and_listed_if_readers_of_models_see_them(tmp_path, listed):
+def test_written_tensors_are_aligned_and_in_the_manifest_only_if_listed(tmp_path, listed):
     tensors = {"a": np.arange(3, dtype=np.uint8), "b": np.ones(1), "c": np.ones((1, 3), np.float32)}
     with Output(tmp_path / "out", PLAN) as output:
         output.write_tensors("x.safetensors", tensors, listed=listed, notes={"x": 1})
@@ -108,7 +108,7 @@ def test_tensors_are_aligned_in_their_file_and_listed_if_readers_of_models_see_t
 
 
 @pytest.mark.parametrize("damage", ["shorter", "changed", "absent", "a folder"])
-def test_a_finished_file_that_is_no_longer_there_is_made_again(tmp_path, damage):
+def test_a_finished_file_that_was_changed_or_removed_counts_as_unfinished(tmp_path, damage):
     with Output(tmp_path / "out", PLAN) as output:
         add(output, "a", b"first")
     path = tmp_path / "out.partial" / "a"
@@ -123,7 +123,7 @@ def test_a_finished_file_that_is_no_longer_there_is_made_again(tmp_path, damage)
         assert not output.finished("a")
 
 
-def test_a_group_of_files_is_finished_only_together(tmp_path):
+def test_a_group_of_files_is_finished_only_if_each_of_them_is(tmp_path):
     with Output(tmp_path / "out", PLAN) as output:
         add(output, "a", b"first")
     with Output(tmp_path / "out", PLAN) as output:
@@ -132,7 +132,7 @@ def test_a_group_of_files_is_finished_only_together(tmp_path):
 
 
 @pytest.mark.parametrize("cut", range(1, 60, 7))
-def test_a_journal_that_a_kill_cut_off_loses_only_its_last_line(tmp_path, cut):
+def test_a_truncated_journal_loses_only_its_last_line(tmp_path, cut):
     with Output(tmp_path / "out", PLAN) as output:
         add(output, "a", b"first")
         add(output, "b", b"second")
@@ -147,7 +147,7 @@ def test_a_journal_that_a_kill_cut_off_loses_only_its_last_line(tmp_path, cut):
     assert [len(json.loads(line)) for line in journal.read_text().splitlines()] == [2, 3, 3]
 
 
-def test_a_journal_cut_off_in_its_first_line_begins_anew(tmp_path):
+def test_work_starts_over_if_the_journal_is_truncated_in_its_first_line(tmp_path):
     with Output(tmp_path / "out", PLAN):
         pass
     journal = tmp_path / "out.partial" / JOURNAL_NAME
@@ -157,7 +157,7 @@ def test_a_journal_cut_off_in_its_first_line_begins_anew(tmp_path):
 
 
 @pytest.mark.parametrize("damage", [bytes(50), b"[" * 100_000, b"[]", b"{}"])
-def test_a_damaged_journal_is_named_and_nothing_is_lost(tmp_path, damage):
+def test_a_damaged_journal_is_named_in_the_error_and_no_file_is_lost(tmp_path, damage):
     with Output(tmp_path / "out", PLAN) as output:
         add(output, "a", b"first")
     journal = tmp_path / "out.partial" / JOURNAL_NAME
@@ -168,7 +168,7 @@ def test_a_damaged_journal_is_named_and_nothing_is_lost(tmp_path, damage):
     assert tree(tmp_path) == before
 
 
-def test_other_inputs_begin_anew(tmp_path):
+def test_work_starts_over_if_the_plan_changed(tmp_path):
     with Output(tmp_path / "out", PLAN) as output:
         add(output, "a", b"first")
         add(output, "of the old plan", b"")
@@ -177,12 +177,12 @@ def test_other_inputs_begin_anew(tmp_path):
         assert set(tree(output.folder)) == {JOURNAL_NAME}
 
 
-def test_work_that_took_long_is_not_thrown_away_for_other_options(tmp_path):
+def test_work_that_must_be_kept_is_deleted_for_a_different_plan_only_with_force(tmp_path):
     seen = []
 
     def keeps(folder):
         with pytest.raises(ConflictError, match="another process"), Output(tmp_path / "out", PLAN):
-            pass  # nobody can add to it while it is looked at
+            pass  # no process can add to the folder while keeps() reads it
         seen.append(sorted(path.name for path in folder.iterdir()))
         return "a" in seen[-1]
 
@@ -232,7 +232,7 @@ def test_force_replaces_nothing_that_adaptkit_did_not_make(tmp_path, kind):
 
 
 @pytest.mark.parametrize("name", ["notes.txt", ".git/HEAD", ".gitattributes", "deeper/notes.txt", "link"])
-def test_force_removes_no_file_that_somebody_put_into_an_output(tmp_path, name):
+def test_force_removes_no_file_that_a_user_put_into_an_output(tmp_path, name):
     final = tmp_path / "out"
     make(final)
     own = final / name
@@ -250,7 +250,7 @@ def test_force_removes_no_file_that_somebody_put_into_an_output(tmp_path, name):
     assert set(tree(tmp_path)) == {"out/a", "out/x.json", f"out/{MANIFEST_NAME}"}
 
 
-def test_a_file_that_is_put_into_an_output_meanwhile_is_left_alone(tmp_path):
+def test_a_file_that_a_user_puts_into_an_output_meanwhile_is_left_alone(tmp_path):
     final = tmp_path / "out"
     make(final)
 
@@ -267,7 +267,7 @@ def test_a_file_that_is_put_into_an_output_meanwhile_is_left_alone(tmp_path):
 
 
 def test_force_replaces_no_folder_whose_manifest_cannot_be_read(tmp_path):
-    """Nobody can tell then which of its files are the user's."""
+    """Which of its files are the user's is unknown then."""
     final = tmp_path / "out"
     make(final)
     (final / MANIFEST_NAME).write_text("{}")
@@ -330,7 +330,7 @@ with Output(Path(sys.argv[1]), ["source"]) as output:
 """
 
 
-def test_a_second_writer_is_told_and_disturbs_nothing(tmp_path):
+def test_a_second_writer_fails_and_changes_nothing(tmp_path):
     final = tmp_path / "out"
     arguments = [sys.executable, "-c", HOLDER, str(final)]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
@@ -345,7 +345,7 @@ def test_a_second_writer_is_told_and_disturbs_nothing(tmp_path):
 
 
 def is_locked(path):
-    """As another machine asks, which sees locks of regular files only."""
+    """Return whether a file is locked, as seen by another machine, which sees locks of regular files only."""
     handle = os.open(path, os.O_RDWR)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -357,7 +357,7 @@ def is_locked(path):
 
 
 @pytest.mark.parametrize("before", ["nothing", "the same", "another plan", "an empty journal"])
-def test_other_machines_see_that_somebody_writes(tmp_path, before):
+def test_other_machines_see_that_an_output_is_being_written(tmp_path, before):
     journal = tmp_path / "out.partial" / JOURNAL_NAME
     if before != "nothing":
         with Output(tmp_path / "out", ["other"] if before == "another plan" else PLAN) as output:
@@ -377,7 +377,7 @@ def test_other_machines_see_that_somebody_writes(tmp_path, before):
         *((JOURNAL_NAME, part) for part in (None, Part(1, 2), Part(2, 2))),
     ],
 )
-def test_what_another_machine_is_writing_is_left_alone(tmp_path, journal, part):
+def test_an_output_that_another_machine_is_writing_is_left_alone(tmp_path, journal, part):
     with Output(tmp_path / "out", PLAN, part=Part(1, 2)) as output:
         add(output, "a", b"first")
     path = tmp_path / "out.partial" / journal
@@ -392,12 +392,12 @@ def test_what_another_machine_is_writing_is_left_alone(tmp_path, journal, part):
             ):
                 pass
         assert tree(tmp_path) == before
-    with Output(tmp_path / "out", PLAN, part=part):  # now it is not
+    with Output(tmp_path / "out", PLAN, part=part):  # the other machine is done
         pass
 
 
-def test_a_journal_that_another_share_removed_meanwhile_is_a_conflict_and_no_lock_stays(tmp_path, monkeypatch):
-    """As between opening and locking, when the other one could not go on and its journal was still empty."""
+def test_a_journal_that_another_share_removed_is_a_conflict_and_locks_are_released(tmp_path, monkeypatch):
+    """It is removed between opening and locking, as by a share that failed while its journal was still empty."""
     output = Output(tmp_path / "out", PLAN, part=Part(1, 2))
     journal = tmp_path / "out.partial" / "adaptkit-journal-1-of-2.jsonl"
     take = fcntl.flock
@@ -415,7 +415,7 @@ def test_a_journal_that_another_share_removed_meanwhile_is_a_conflict_and_no_loc
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
-def test_a_disk_without_locks_is_told_and_left_as_it_was(tmp_path, monkeypatch, code):
+def test_a_disk_without_locks_is_reported_and_left_unchanged(tmp_path, monkeypatch, code):
     def fail(*_):
         raise OSError(code, os.strerror(code))
 
@@ -427,7 +427,7 @@ def test_a_disk_without_locks_is_told_and_left_as_it_was(tmp_path, monkeypatch, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_finished_is_read_when_it_is_asked_for_and_once(tmp_path, monkeypatch):
+def test_finished_files_are_hashed_only_on_request_and_once(tmp_path, monkeypatch):
     with Output(tmp_path / "out", PLAN) as output:
         add(output, "a", b"first")
         add(output, "b", b"second")
@@ -443,7 +443,7 @@ def test_what_is_finished_is_read_when_it_is_asked_for_and_once(tmp_path, monkey
     assert read == ["a", "b"]
 
 
-def test_what_is_no_part_of_the_artifact_is_not_published(tmp_path):
+def test_files_that_were_not_added_are_not_published(tmp_path):
     with Output(tmp_path / "out", PLAN) as output:
         add(output, "a", b"first")
         (output.folder / "stray").write_text("")
@@ -454,7 +454,7 @@ def test_what_is_no_part_of_the_artifact_is_not_published(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["before the rename", "between two renames", "after the rename"])
-def test_a_kill_while_publishing_leaves_the_old_or_the_new_and_the_next_run_cleans_up(tmp_path, stage):
+def test_the_run_after_a_kill_while_publishing_leaves_only_the_output(tmp_path, stage):
     final = tmp_path / "out"
     make(final)
     expected = tree(final)
@@ -471,7 +471,7 @@ def test_a_kill_while_publishing_leaves_the_old_or_the_new_and_the_next_run_clea
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])
-def test_what_is_no_folder_is_not_taken_for_unfinished_work(tmp_path, kind):
+def test_a_file_or_link_is_not_taken_for_unfinished_work(tmp_path, kind):
     (tmp_path / "other").mkdir()
     if kind == "file":
         (tmp_path / "out.partial").write_text("mine")
@@ -483,7 +483,7 @@ def test_what_is_no_folder_is_not_taken_for_unfinished_work(tmp_path, kind):
     assert list((tmp_path / "other").iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_a_usage_error(tmp_path):
+def test_an_output_that_cannot_be_written_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="cannot be written"):
         make(tmp_path / "file" / "out")
@@ -504,7 +504,7 @@ def test_an_input_is_never_taken_for_unfinished_work(tmp_path, suffix):
     assert tree(source) == before
 
 
-def test_what_lies_where_a_replaced_output_would_is_kept_unless_forced(tmp_path):
+def test_an_artifact_in_place_of_the_replaced_output_stays_without_force(tmp_path):
     make(tmp_path / "old")
     aside = (tmp_path / "old").rename(tmp_path / "out.replaced")
     before = tree(aside)
@@ -512,8 +512,8 @@ def test_what_lies_where_a_replaced_output_would_is_kept_unless_forced(tmp_path)
     assert tree(aside) == before
 
 
-def test_what_a_full_disk_cut_off_is_room_for_the_same_file(tmp_path):
-    """It is written over; a disk that holds just the output would be too small for good otherwise."""
+def test_the_space_of_an_unfinished_file_counts_as_free(tmp_path):
+    """It is overwritten; otherwise a disk with just enough room for the output would stay too small."""
     half = 128 << 20
     with Output(tmp_path / "out", PLAN) as output:
         add(output, "a", b"first")
@@ -526,20 +526,20 @@ def test_what_a_full_disk_cut_off_is_room_for_the_same_file(tmp_path):
             output.require_space(free + 3 * half)
 
 
-def test_a_scratch_folder_begins_empty_and_goes_however_its_block_ends(tmp_path):
+def test_a_scratch_folder_starts_empty_and_is_removed_even_after_an_interrupt(tmp_path):
     with Output(tmp_path / "out", PLAN) as output:
         left = output.folder / "adaptkit-scratch"
         left.mkdir()
         with (left / "by a kill").open("wb") as file:
             os.posix_fallocate(file.fileno(), 0, 256 << 20)
-        output.require_space(shutil.disk_usage(tmp_path).free + (128 << 20))  # since that makes room
+        output.require_space(shutil.disk_usage(tmp_path).free + (128 << 20))  # the scratch folder's space will be free
         with contextlib.suppress(KeyboardInterrupt), output.scratch_folder() as folder:
             assert (folder, list(folder.iterdir())) == (left, [])
             raise KeyboardInterrupt
         assert not left.exists()
 
 
-def test_a_name_that_leaves_no_room_for_unfinished_work_is_refused(tmp_path):
+def test_a_name_that_is_too_long_for_the_unfinished_folder_is_refused(tmp_path):
     with pytest.raises(UsageError, match="the name is too long"), Output(tmp_path / ("x" * 247), PLAN):
         pass
     assert list(tmp_path.iterdir()) == []
@@ -550,7 +550,7 @@ def test_a_name_that_leaves_no_room_for_unfinished_work_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("keeps", "part", "stays"), [(False, None, False), (True, None, True), (False, Part(1, 2), True)]
 )
-def test_what_is_thrown_away_is_no_work_that_must_stay_and_no_share(tmp_path, keeps, part, stays):
+def test_discard_deletes_neither_work_that_must_be_kept_nor_a_share(tmp_path, keeps, part, stays):
     with Output(tmp_path / "out", PLAN, keeps=lambda folder: keeps, part=part) as output:
         add(output, "a", b"first")
         output.discard()

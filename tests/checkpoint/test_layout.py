@@ -47,13 +47,13 @@ HOSTILE_PATHS = [
 
 
 @pytest.mark.parametrize("name", HOSTILE_PATHS)
-def test_a_path_that_leaves_its_folder_or_is_written_oddly_is_refused(tmp_path, name):
+def test_a_path_that_leaves_its_folder_or_is_not_plain_is_refused(tmp_path, name):
     with pytest.raises(UnsafeInputError, match="is not a plain path inside its folder"):
         resolve_inside(tmp_path, name)
 
 
 @given(st.text(min_size=1, max_size=20).map(lambda text: text.replace("ł", "../")))
-def test_whatever_is_not_refused_lies_inside(name):
+def test_a_path_that_is_accepted_is_inside_the_folder(name):
     root = Path("/nowhere/root")
     try:
         found = resolve_inside(root, name)
@@ -63,7 +63,7 @@ def test_whatever_is_not_refused_lies_inside(name):
 
 
 def test_links_to_files_are_followed_and_links_to_folders_are_not(tmp_path):
-    """The Hub's cache is made of links to files."""
+    """The Hub's cache consists of links to files."""
     root, other = tmp_path / "root", tmp_path / "other"
     root.mkdir()
     other.mkdir()
@@ -78,22 +78,22 @@ def test_links_to_files_are_followed_and_links_to_folders_are_not(tmp_path):
             resolve_inside(root, name)
 
 
-def test_one_file_or_an_index(llama, llama_sharded):
+def test_weights_are_in_a_single_file_or_in_the_shards_of_an_index(llama, llama_sharded):
     assert weight_files(llama) == (["model.safetensors"], None)
     files, weight_map = weight_files(llama_sharded)
     assert files == [shard_name(number, 3) for number in (1, 2, 3)]
     assert set(weight_map.values()) == set(files)
 
 
-def test_pickles_are_refused_with_the_way_out(tmp_path):
+def test_pickles_are_refused_with_a_hint(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin") as caught:
         weight_files(tmp_path)
     assert "safe_serialization" in caught.value.hint
 
 
-def test_hqq_s_pickle_is_named_as_what_it_is(tmp_path):
-    """The hint was to save it again by transformers, which does not find such a file."""
+def test_the_hint_for_a_pickle_of_hqq_names_hqq(tmp_path):
+    """transformers, which the usual hint suggests, does not find such a file."""
     (tmp_path / "qmodel.pt").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"qmodel\.pt") as caught:
         weight_files(tmp_path)
@@ -103,8 +103,8 @@ def test_hqq_s_pickle_is_named_as_what_it_is(tmp_path):
 @pytest.mark.parametrize(
     "name", ["training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state_0.pth", "adapter_model.bin"]
 )
-def test_what_trainers_put_beside_is_not_taken_for_the_weights(tmp_path, name):
-    """An adapter, or a folder of checkpoints, was said to be a model to convert."""
+def test_other_pickles_of_trainers_are_not_taken_for_weights(tmp_path, name):
+    """So an adapter or a folder of checkpoints is not reported as a model to convert."""
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         weight_files(tmp_path)
@@ -113,7 +113,7 @@ def test_what_trainers_put_beside_is_not_taken_for_the_weights(tmp_path, name):
         weight_files(tmp_path)
 
 
-def test_gguf_is_refused_as_that_and_not_for_a_wrong_folder(tmp_path):
+def test_gguf_is_refused_as_gguf_and_not_as_a_wrong_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"GGUF \(model-Q4_K_M\.gguf\)") as caught:
@@ -124,7 +124,7 @@ def test_gguf_is_refused_as_that_and_not_for_a_wrong_folder(tmp_path):
 @pytest.mark.parametrize(
     "name", ["model.fp16.safetensors", "consolidated.safetensors", "model-00001-of-00002.safetensors"]
 )
-def test_weights_of_another_name_are_told_from_a_wrong_folder(name, tmp_path):
+def test_weights_with_unexpected_names_are_named_in_the_error(name, tmp_path):
     for file in ("config.json", name, "adaptkit-undo-00001-of-00001.safetensors"):
         (tmp_path / file).write_bytes(b"{}")
     with pytest.raises(CheckpointError, match=f"neither model.safetensors nor .*, but {name}") as caught:
@@ -132,7 +132,7 @@ def test_weights_of_another_name_are_told_from_a_wrong_folder(name, tmp_path):
     assert "config.json" not in caught.value.hint
 
 
-def test_checkpoints_inside_the_folder_are_named(tmp_path):
+def test_checkpoints_in_subfolders_are_named_in_the_hint(tmp_path):
     for number, file in ((9, "config.json"), (10, "adapter_config.json"), (11, "config.json"), (12, "config.json")):
         (tmp_path / f"checkpoint-{number}").mkdir()
         (tmp_path / f"checkpoint-{number}" / file).write_text("{}")
@@ -146,7 +146,7 @@ def test_checkpoints_inside_the_folder_are_named(tmp_path):
     assert caught.value.hint == "pass a folder inside it: checkpoint-10, checkpoint-11, checkpoint-12"
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_paths_that_are_not_checkpoints_are_refused(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UsageError, match="is a file"):
         weight_files(tmp_path / "file")
@@ -181,15 +181,15 @@ def test_a_malformed_index_is_refused(tmp_path, index):
         weight_files(tmp_path)
 
 
-def test_weights_that_are_there_twice_are_refused(llama, llama_sharded, copy_of):
-    """transformers would load the single file, and others the shards."""
+def test_a_single_weight_file_next_to_shards_is_refused(llama, llama_sharded, copy_of):
+    """transformers would load the single file, and other programs the shards."""
     folder = copy_of(llama_sharded)
     (folder / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match="as well as"):
         weight_files(folder)
 
 
-def test_side_files_are_what_travels_and_nothing_else(tmp_path):
+def test_side_files_are_the_files_that_outputs_copy_and_no_others(tmp_path):
     travels = ["LICENSE", "chat_template.jinja", "generation_config.json", "merges.txt", "tokenizer.json"]
     travels += ["spiece.model", "vocab.tiktoken", "NOTICE", "LICENSE-MODEL", "LICENCE.md", "USE_POLICY.md"]
     stays = ["config.json", "model.safetensors", "model.safetensors.index.json", "adaptkit-manifest.json", ".env"]
@@ -204,7 +204,7 @@ def test_side_files_are_what_travels_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
-def test_code_that_a_configuration_names_travels(tmp_path, name):
+def test_code_is_a_side_file_only_if_a_configuration_refers_to_it(tmp_path, name):
     for file in ("modeling_x.py", "configuration_x.py", "helpers.py"):
         (tmp_path / file).write_text("raise RuntimeError('run')")
     (tmp_path / "deeper.py").mkdir()
@@ -215,7 +215,7 @@ def test_code_that_a_configuration_names_travels(tmp_path, name):
     assert code == ["configuration_x.py", "helpers.py", "modeling_x.py"]
 
 
-def test_more_chat_templates_travel_in_their_folder(tmp_path):
+def test_additional_chat_templates_are_side_files_in_their_folder(tmp_path):
     for name in ("additional_chat_templates/tool_use.jinja", "additional_chat_templates/x.txt", "more/y.jinja"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{{ messages }}")
@@ -224,7 +224,7 @@ def test_more_chat_templates_travel_in_their_folder(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("LICENSE.txt", "license.txt"), ("Config.json",), ("a.json", "A.json")])
-def test_small_files_whose_names_differ_only_in_case_are_refused(tmp_path, names):
+def test_side_files_whose_names_differ_only_in_case_are_refused(tmp_path, names):
     (tmp_path / "config.json").write_text("{}")
     check_side_files(tmp_path)
     for name in names:
@@ -233,7 +233,7 @@ def test_small_files_whose_names_differ_only_in_case_are_refused(tmp_path, names
         check_side_files(tmp_path)
 
 
-def test_json_files_are_deterministic_and_come_back(tmp_path):
+def test_json_files_are_deterministic_and_read_back_unchanged(tmp_path):
     value = {"b": [1, None], "a": {"z": "é", "y": 0.1}}
     assert write_json(value) == write_json(dict(reversed(value.items())))
     (tmp_path / "x.json").write_bytes(write_json(value))
@@ -248,12 +248,12 @@ def test_an_index_is_the_one_that_transformers_writes(llama_sharded):
     assert ours["metadata"]["total_size"] == total
 
 
-def test_every_refusal_is_an_error_of_ours():
+def test_unsafe_input_errors_are_adaptkit_errors_with_exit_code_5():
     assert issubclass(UnsafeInputError, AdaptkitError)
     assert UnsafeInputError("x").exit_code == 5
 
 
-def test_infinities_are_taken_in_a_configuration_and_nowhere_else(tmp_path):
+def test_infinities_are_accepted_in_a_configuration_and_nowhere_else(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"time_step_limit": [0.0, Infinity], "low": -Infinity}')
     assert read_config(path) == {"time_step_limit": [0.0, float("inf")], "low": float("-inf")}
@@ -266,7 +266,7 @@ def test_infinities_are_taken_in_a_configuration_and_nowhere_else(tmp_path):
             read_config(path)
 
 
-def test_a_folder_of_the_hubs_cache_is_called_by_its_repository(tmp_path, monkeypatch):
+def test_a_folder_of_the_hubs_cache_is_named_after_its_repository(tmp_path, monkeypatch):
     cached = tmp_path / "hub" / "models--org--a--name" / "snapshots" / ("0" * 40)
     cached.mkdir(parents=True)
     (tmp_path / "link").symlink_to(cached)

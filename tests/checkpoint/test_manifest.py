@@ -45,12 +45,12 @@ def canonical(value: dict) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode() + b"\n"
 
 
-def test_it_comes_back_as_it_was():
+def test_a_manifest_is_read_back_unchanged():
     assert Manifest.from_bytes(MANIFEST.to_bytes()) == MANIFEST
     assert MANIFEST.sha256 == hashlib.sha256(MANIFEST.to_bytes()).hexdigest()
 
 
-def test_its_form_is_that_of_its_documentation():
+def test_the_form_of_a_manifest_is_the_documented_one():
     found = document()
     assert canonical(found) == MANIFEST.to_bytes()
     assert found["schema"] == 1
@@ -63,7 +63,7 @@ def test_its_form_is_that_of_its_documentation():
     assert found["tensors_root"] == hashlib.sha256(lines.encode()).hexdigest()
 
 
-def test_the_order_in_which_it_was_gathered_does_not_matter():
+def test_the_order_of_records_does_not_matter():
     shuffled = replace(
         MANIFEST, files=MANIFEST.files[::-1], tensors=MANIFEST.tensors[::-1], targets=MANIFEST.targets[::-1]
     )
@@ -85,7 +85,7 @@ TENSORS = st.lists(
 
 
 @given(TENSORS, TENSORS)
-def test_the_root_is_equal_exactly_where_the_tensors_are(one, two):
+def test_roots_are_equal_exactly_if_the_tensors_are(one, two):
     facts = [{(t.name, t.dtype, t.shape, t.xxh3_128) for t in tensors} for tensors in (one, two)]
     assert (tensors_root(one) == tensors_root(two)) == (facts[0] == facts[1])
     assert tensors_root(one) == tensors_root([replace(t, file="another") for t in reversed(one)])
@@ -111,7 +111,7 @@ def test_tensors_that_do_not_match_their_root_are_refused(name):
 
 
 @pytest.mark.parametrize("name", ["one digit of a digest", "a size"])
-def test_what_the_root_does_not_bind_still_changes_the_name_of_the_artifact(name):
+def test_changes_that_the_root_does_not_cover_change_the_manifest_digest(name):
     edited = document()
     EDITS[name](edited)
     assert Manifest.from_bytes(canonical(edited)).sha256 != MANIFEST.sha256
@@ -165,7 +165,7 @@ STRUCTURE = {
         ("a path outside", r"^adaptkit-manifest\.json: the path '\.\./x' is not a plain path"),
     ],
 )
-def test_what_is_wrong_with_a_manifest_is_told_without_names_of_pythons(name, said):
+def test_errors_about_a_manifest_do_not_mention_python_types(name, said):
     edited = document()
     STRUCTURE[name](edited)
     with pytest.raises((IntegrityError, UnsafeInputError), match=said) as caught:
@@ -174,7 +174,7 @@ def test_what_is_wrong_with_a_manifest_is_told_without_names_of_pythons(name, sa
 
 
 @pytest.mark.parametrize("name", sorted(STRUCTURE))
-def test_a_manifest_of_another_structure_is_refused(name):
+def test_a_manifest_of_wrong_structure_is_refused(name):
     edited = document()
     STRUCTURE[name](edited)
     with pytest.raises((IntegrityError, UnsafeInputError)):
@@ -197,30 +197,30 @@ def test_a_manifest_of_another_structure_is_refused(name):
         b"{}",
     ],
 )
-def test_another_form_of_the_same_facts_is_refused(text):
+def test_a_manifest_that_is_not_in_canonical_form_is_refused(text):
     with pytest.raises(IntegrityError):
         Manifest.from_bytes(text)
 
 
 @pytest.mark.parametrize("depth", [100, 700, 100_000])
-def test_what_nests_beyond_reason_is_read_or_refused(depth):
+def test_deeply_nested_options_are_read_or_refused(depth):
     text = MANIFEST.to_bytes().replace(b'"options":{', b'"options":{"deep":' + b"[" * depth + b"]" * depth + b",")
     with contextlib.suppress(IntegrityError):
         assert Manifest.from_bytes(text).to_bytes() == text
 
 
-def test_a_number_that_is_not_json_cannot_be_written():
+def test_a_manifest_that_holds_nan_cannot_be_written():
     with pytest.raises(ValueError, match="Out of range"):
         replace(MANIFEST, operation={"x": float("nan")}).to_bytes()
 
 
 @pytest.mark.parametrize("paths", [("a", "a"), ("LICENSE.txt", "license.txt"), ("Adaptkit-Manifest.json",)])
-def test_what_nobody_could_read_cannot_be_described(paths):
+def test_a_manifest_with_colliding_paths_cannot_be_made(paths):
     with pytest.raises(ValueError, match="a path appears twice"):
         Manifest("checkpoint", {"name": "x", "options": {}}, tuple(FileRecord(path, 0, "0" * 64) for path in paths))
 
 
-def test_a_folder_without_a_manifest_says_so(tmp_path):
+def test_a_required_manifest_that_is_missing_is_an_error(tmp_path):
     assert read_manifest(tmp_path) is None
     with pytest.raises(IntegrityError, match=MANIFEST_NAME):
         require_manifest(tmp_path)
@@ -228,12 +228,12 @@ def test_a_folder_without_a_manifest_says_so(tmp_path):
     assert require_manifest(tmp_path) == MANIFEST
 
 
-def test_every_refusal_has_an_exit_code_of_its_own():
+def test_a_malformed_manifest_has_exit_code_3():
     with pytest.raises(AdaptkitError) as caught:
         Manifest.from_bytes(b"{}")
     assert caught.value.exit_code == 3
 
 
-def test_what_is_no_folder_and_what_is_not_there_have_no_manifest(tmp_path):
+def test_a_file_and_a_missing_path_have_no_manifest(tmp_path):
     (tmp_path / "file").touch()
     assert [read_manifest(tmp_path / name) for name in ("file", "nothing", "")] == [None] * 3

@@ -1,4 +1,4 @@
-"""The JSON Schema says what the dataclasses do, accepts what is written, and refuses what the parser refuses."""
+"""The JSON Schema agrees with the dataclasses, accepts released manifests, and rejects malformed ones."""
 
 import copy
 import dataclasses
@@ -24,27 +24,27 @@ MANIFESTS = sorted(GOLDEN.glob("*/*/adaptkit-manifest.json"))
 RECORDS = {"file": FileRecord, "tensor": TensorRecord, "parent": Parent, "target": Target}
 
 
-def test_the_schema_is_one():
+def test_the_schema_is_a_valid_json_schema():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert SCHEMA["$schema"] == "https://json-schema.org/draft/2020-12/schema"
 
 
 @pytest.mark.parametrize("name", sorted(RECORDS))
-def test_records_have_the_fields_of_their_classes(name):
+def test_the_schema_of_a_record_has_the_fields_of_its_class(name):
     fields, definition = dataclasses.fields(RECORDS[name]), SCHEMA["$defs"][name]
     assert set(definition["properties"]) == {field.name for field in fields}
     assert definition["required"] == sorted(field.name for field in fields if field.default is dataclasses.MISSING)
     assert definition["additionalProperties"] is False
 
 
-def test_the_document_has_the_fields_of_the_manifest():
+def test_the_schema_of_a_manifest_has_the_fields_of_its_class():
     expected = {field.name for field in dataclasses.fields(Manifest)} | {"tensors_root"}
     assert set(SCHEMA["properties"]) == set(SCHEMA["required"]) == expected
     assert SCHEMA["$defs"]["tensor"]["properties"]["dtype"]["enum"] == sorted(ITEM_BYTES)
 
 
 @pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.parent.name)
-def test_every_released_manifest_fits(path):
+def test_every_released_manifest_matches_the_schema(path):
     CHECK.validate(json.loads(path.read_bytes()))
 
 
@@ -71,7 +71,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("name", sorted(EDITS))
-def test_other_documents_do_not_fit(name):
+def test_malformed_documents_do_not_match_the_schema(name):
     found = document()
     CHECK.validate(found)
     edited = copy.deepcopy(found)
@@ -80,7 +80,7 @@ def test_other_documents_do_not_fit(name):
         CHECK.validate(edited)
 
 
-def test_the_example_of_the_documentation_computes_the_root_without_adaptkit(tmp_path):
+def test_the_documented_example_computes_the_root_without_adaptkit(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     assert "adaptkit." not in code
     assert len(code.strip().splitlines()) <= 10

@@ -1,6 +1,6 @@
-"""Patterns for ranks and alphas mean what the release of peft that wrote them took them for.
+"""Patterns for ranks and alphas are matched by the rule of the peft release that wrote them.
 
-The rules are written here as those releases have them; their adapters name no release, but have the keys of theirs.
+The rules are written out here as in those releases. Adapters that name no release have the keys of theirs.
 """
 
 import itertools
@@ -61,13 +61,13 @@ RULES = [
     (OF_13, of_13),
     (OF_14, of_14),
     (OF_15, of_today),
-    (OF_18, of_today),  # somebody took the release out
-    ({}, of_today),  # no peft wrote it
+    (OF_18, of_today),  # the release was removed
+    ({}, of_today),  # not written by peft
     (OF_18 | {"peft_version": "0.18.1"}, of_today),
-    ({"peft_version": "0.14.0"}, of_14),  # somebody says so
+    ({"peft_version": "0.14.0"}, of_14),  # the release is given by hand
     ({"peft_version": "0.13.2"}, of_13),
     ({"peft_version": "0.15.0.dev0"}, of_today),
-    (OF_14 | {"peft_version": "1.0.0"}, of_today),  # its keys may be others
+    (OF_14 | {"peft_version": "1.0.0"}, of_today),  # its keys may differ
 ]
 
 
@@ -77,7 +77,7 @@ def values(numbers):
 
 
 TELLING = {"layers.1.attn.q_proj": 1}, {"q_proj|up": 5}
-"""Patterns by which every rule means something else."""
+"""Patterns that the three rules match differently."""
 
 
 @pytest.mark.parametrize(("keys", "meant"), RULES)
@@ -100,7 +100,7 @@ def test_the_rules_differ():
 
 @pytest.fixture
 def adapters(tmp_path):
-    """A base, and an adapter with patterns as 0.13 wrote it and as today's peft does."""
+    """A base, and an adapter with patterns, as written by peft 0.13 and by the current peft."""
     base = tiny.write_llama(tmp_path / "base")
     patterns = {"rank_pattern": {"layers.1.self_attn.q_proj": 2}, "alpha_pattern": {"q_proj": 9}}
     case = peft_adapters.Case(lora=patterns)
@@ -110,15 +110,15 @@ def adapters(tmp_path):
     return base, *folders
 
 
-def test_an_older_adapter_is_another_than_one_of_the_same_words_today(adapters):
+def test_the_same_patterns_from_an_older_release_make_a_different_adapter(adapters):
     _, old, today = adapters
     found = [[term.scaling for term in read_adapter(folder).modules.values()] for folder in (old, today)]
     assert found == [[9 / 4, 6 / 2], [9 / 4, 9 / 2]]
     assert adapter_identity(read_adapter(old)) != adapter_identity(read_adapter(today))
 
 
-def test_an_older_adapter_is_the_same_as_today_where_its_patterns_mean_the_same(adapters):
-    """So that what was merged, or begun, before releases were told apart is still known by it."""
+def test_adapters_of_different_releases_are_the_same_if_their_patterns_mean_the_same(adapters):
+    """So that adapters recorded before releases were distinguished are still recognized."""
     _, old, _ = adapters
     name = "model.layers.1.self_attn.q_proj"
     config = read_json(old / CONFIG) | {"rank_pattern": {name: 2}, "alpha_pattern": {name: 9}}
@@ -129,7 +129,7 @@ def test_an_older_adapter_is_the_same_as_today_where_its_patterns_mean_the_same(
     assert len(found) == 1
 
 
-def test_an_older_adapter_comes_out_again(adapters, tmp_path):
+def test_an_adapter_of_an_older_release_can_be_unmerged_exactly(adapters, tmp_path):
     base, old, today = adapters
     for adapter in (old, today):
         merge(base, [adapter], tmp_path / f"{adapter.name}-merged")
@@ -142,7 +142,7 @@ def test_an_older_adapter_comes_out_again(adapters, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["peft", "vllm", "sglang", "gguf"])
-def test_what_programs_of_today_make_of_it_is_said(target, adapters):
+def test_check_reports_that_current_programs_match_older_patterns_differently(target, adapters):
     base, old, today = adapters
     said = [[f.found for f in check(folder, target, base).verdicts[0].findings] for folder in (old, today)]
     assert [any("follow the matching rule of peft up to 0.14" in what for what in found) for found in said] == [

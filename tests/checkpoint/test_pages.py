@@ -1,4 +1,4 @@
-"""Pages that were given back are read again, and only those of files are given back."""
+"""Released pages are read from their file again, and only unmodified pages of files are released."""
 
 import subprocess
 import sys
@@ -41,7 +41,7 @@ assert double(np.float32(2)) == 4
 
 
 def resident(address):
-    """KiB of the mapping that an address is in."""
+    """Return the resident KiB of the mapping that contains an address."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         key = line.split()[0]
@@ -63,7 +63,7 @@ def checkpoint(tmp_path):
     return tmp_path
 
 
-def test_a_mapped_tensor_is_read_again(checkpoint):
+def test_released_pages_of_a_mapped_tensor_are_read_again(checkpoint):
     mapped = MappedCheckpoint(checkpoint)
     tensor = mapped.read("first")
     total = int(tensor.sum())
@@ -75,8 +75,8 @@ def test_a_mapped_tensor_is_read_again(checkpoint):
 
 
 @pytest.mark.parametrize(("given", "beside"), [("first", "second"), ("second", "first")])
-def test_what_is_beside_a_tensor_stays(given, beside, checkpoint):
-    """The two share a page, which was written to."""
+def test_an_adjacent_tensor_keeps_its_modified_values(given, beside, checkpoint):
+    """The two tensors share a page, which was written to."""
     mapped = MappedCheckpoint(checkpoint)
     tensor, other = mapped.read(given), mapped.read(beside)
     assert abs(tensor.data_ptr() - other.data_ptr()) == tensor.nbytes
@@ -86,7 +86,7 @@ def test_what_is_beside_a_tensor_stays(given, beside, checkpoint):
 
 
 @pytest.mark.parametrize("opened", [Checkpoint, MappedCheckpoint])
-def test_a_tensor_of_a_process_s_own_memory_stays(opened, checkpoint):
+def test_a_tensor_that_is_not_mapped_from_a_file_stays(opened, checkpoint):
     files = opened(checkpoint)
     files.read("first")
     own = torch.ones(2**20, dtype=torch.int32)
@@ -97,7 +97,7 @@ def test_a_tensor_of_a_process_s_own_memory_stays(opened, checkpoint):
     assert torch.equal(copy, torch.arange(2**20, dtype=torch.int32))
 
 
-def test_less_than_a_page_is_left_alone():
+def test_less_than_a_page_is_not_released():
     values = np.ones(100, np.uint8)
     pages.release_pages(values.ctypes.data, 100)
     assert values.sum() == 100
@@ -129,11 +129,11 @@ Swap: 0 kB
 """.strip()
 
 
-def test_only_what_is_as_the_library_s_file_has_it_is_given_back():
+def test_only_unmodified_read_only_mappings_of_the_library_are_released():
     assert pages._unchanged(b"libllvmlite", SMAPS) == [(0x7F00, 0x10), (0x7F10, 0x20)]
 
 
-def test_where_the_system_does_not_tell_nothing_is_given_back():
+def test_an_unreadable_smaps_is_not_an_error():
     code = (
         "import pathlib\n"
         "def refuse(path): raise PermissionError(13, 'no')\n"
@@ -145,7 +145,7 @@ def test_where_the_system_does_not_tell_nothing_is_given_back():
     assert done.returncode == 0, done.stderr
 
 
-def test_asking_twice_changes_nothing():
+def test_repeated_calls_register_a_single_callback():
     code = (
         "from adaptkit.checkpoint.pages import give_back_kernel_compiler\n"
         "from adaptkit.compiled import _after_loading\n"
@@ -156,7 +156,7 @@ def test_asking_twice_changes_nothing():
     assert done.stdout.strip() == "1", done.stderr
 
 
-def test_the_compiler_of_kernels_goes_and_works_again():
+def test_the_kernel_compiler_is_released_and_still_works():
     def measured(given):
         code = LOADED.format(given=given)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)

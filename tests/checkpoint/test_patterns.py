@@ -1,4 +1,4 @@
-"""Patterns mean what they mean to Python, and cannot take for ever."""
+"""Patterns match as in Python's re, and in bounded time."""
 
 import re
 import time
@@ -40,7 +40,7 @@ NAMES = [
 
 @pytest.mark.parametrize("pattern", USUAL)
 @pytest.mark.parametrize("name", NAMES)
-def test_usual_patterns_match_what_they_match_in_python(pattern, name):
+def test_usual_patterns_match_as_in_python(pattern, name):
     assert matches_whole(pattern, name) == (re.fullmatch(pattern, name) is not None)
     theirs = re.match(rf"(.*\.)?({pattern})$", name) is not None
     assert matches_whole(pattern, name, after=".") == theirs
@@ -62,8 +62,8 @@ PATTERNS = st.recursive(
 )
 
 
-@given(PATTERNS, st.text("ab.", min_size=1, max_size=7))  # \B at no text differs between Pythons
-def test_any_pattern_matches_what_it_matches_in_python(pattern, text):
+@given(PATTERNS, st.text("ab.", min_size=1, max_size=7))  # \B in empty text differs between Python versions
+def test_any_pattern_matches_as_in_python(pattern, text):
     with warnings.catch_warnings(action="ignore"):
         theirs = re.fullmatch(pattern, text) is not None
     try:
@@ -74,7 +74,7 @@ def test_any_pattern_matches_what_it_matches_in_python(pattern, text):
 
 
 @pytest.mark.parametrize("pattern", [r"([a-z]|.)*!", r"(a|a)*b", r"((a+)+)+b", r"(.*.*.*.*.*)*!", r"(a?){60}a{60}!"])
-def test_what_would_take_python_for_ever_is_over_at_once(pattern):
+def test_patterns_that_take_python_exponential_time_are_matched_at_once(pattern):
     began = time.monotonic()
     assert not matches_whole(pattern, "a" * 60)
     assert time.monotonic() - began < 5, "not the age of the universe"
@@ -83,7 +83,7 @@ def test_what_would_take_python_for_ever_is_over_at_once(pattern):
 @pytest.mark.parametrize(
     "pattern", ["(", "*", "[", r"(a)\1", "(?<=a)b", "(?i)a", "a" * 3000, "(" * 900, "((((a*)*)*)*)*"]
 )
-def test_what_is_not_supported_is_refused(pattern):
+def test_unsupported_patterns_are_refused(pattern):
     with pytest.raises(re.error):
         check_pattern(pattern)
     with pytest.raises(re.error):
@@ -96,7 +96,7 @@ MAPPED = st.one_of(PATTERNS, NAMED, NAMED.map(lambda p: f"^{p}$"), st.sampled_fr
 
 
 def of_the_first(patterns, text):
-    """What ``FirstMatch`` finds, or the error, by trying one after the other."""
+    """Return what ``FirstMatch`` should find, or the error, by trying one pattern after the other."""
     try:
         return next((value for pattern, value in patterns.items() if matches_whole(pattern, text, after=".")), None)
     except re.error as error:
@@ -104,8 +104,8 @@ def of_the_first(patterns, text):
 
 
 @given(st.lists(st.one_of(MAPPED, st.sampled_from(["(", r"^a\d$", r"(?i)a"])), max_size=6), st.sampled_from(MODULES))
-def test_of_many_patterns_the_first_that_matches_counts(listed, text):
-    """Also where one is malformed that is tried before it, and of several that are the same name."""
+def test_the_first_pattern_that_matches_applies(listed, text):
+    """Also if an earlier one is malformed, or if several match the same name."""
     patterns = {pattern: number for number, pattern in enumerate(listed)}
     try:
         found = FirstMatch(patterns).value(text, None)
@@ -115,13 +115,13 @@ def test_of_many_patterns_the_first_that_matches_counts(listed, text):
 
 
 @pytest.mark.parametrize(("pattern", "text"), [("^b$", "a" * 2001), (f"^{'a' * 1999}$", "b")])
-def test_what_is_too_long_is_refused_among_many_too(pattern, text):
+def test_first_match_refuses_patterns_and_texts_that_are_too_long(pattern, text):
     with pytest.raises(re.error, match="2001 characters"):
         FirstMatch({pattern: 1}).value(text, None)
 
 
 def test_patterns_that_are_names_are_looked_up(monkeypatch):
-    """There may be one for every module, so that trying them for every module would take hours."""
+    """There may be one for every module; trying each of them for every module would take hours."""
     names = [f"model.layers.{number}.mlp.experts.{number}-up_proj" for number in range(20_000)]
     first = FirstMatch({f"^{re.escape(name)}$": number for number, name in enumerate(names)})
     monkeypatch.setattr(patterns_module, "matches_whole", None)

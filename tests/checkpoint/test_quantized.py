@@ -53,7 +53,7 @@ def test_bitsandbytes_reads_our_parts_and_gets_our_weights(double_quant, block_s
 
 
 def test_our_parts_have_the_names_types_and_shapes_of_theirs():
-    """Padding of the JSON apart: theirs is not aligned."""
+    """Except for the padding of the JSON, since theirs is not aligned."""
     spec, values = weight_of((96, 256))
     codes, state = bnb.quantize_4bit(values, blocksize=64, quant_type="nf4", compress_statistics=True)
     theirs = {f".{name}": part for name, part in state.as_dict(packed=True).items()} | {"": codes}
@@ -86,7 +86,7 @@ def test_we_read_what_bitsandbytes_writes():
     st.booleans(),
     st.sampled_from([1e-30, 1.0, 1e4]),
 )
-def test_sizes_are_known_before_the_weights_and_everything_is_aligned(shape, dtype, block_size, double_quant, size):
+def test_part_specs_predict_the_encoded_parts_and_all_parts_are_aligned(shape, dtype, block_size, double_quant, size):
     spec, values = weight_of(shape, dtype)
     values = (values.double() * size).clamp(-6e4, 6e4).to(dtype)
     planned = part_specs(spec, Encoding("nf4", block_size, double_quant))
@@ -104,12 +104,12 @@ def test_sizes_are_known_before_the_weights_and_everything_is_aligned(shape, dty
     assert back.dequantize().shape == shape
 
 
-def test_a_float32_weight_says_bfloat16_since_unsloth_reads_nothing_else():
+def test_the_state_of_a_float32_weight_says_bfloat16_for_unsloth():
     assert state_of(parts_of(dtype=torch.float32))["dtype"] == "bfloat16"
     assert state_of(parts_of(dtype=torch.float16))["dtype"] == "float16"
 
 
-def test_the_levels_of_the_file_are_honoured():
+def test_quantization_levels_stored_in_the_file_are_used():
     parts = parts_of()
     halved = parts | {".nested_quant_map": parts[".nested_quant_map"] / 2}
     assert not torch.equal(decode("x", parts).absmax, decode("x", halved).absmax)
@@ -150,7 +150,7 @@ def test_a_state_that_does_not_fit_its_parts_is_refused(changes):
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"null", b"{", b"\xff", b'"nf4"'])
-def test_a_state_that_is_no_object_is_refused(text):
+def test_a_state_that_is_not_a_json_object_is_refused(text):
     blob = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
     with pytest.raises(CheckpointError, match=r"^x\.weight: "):
         decode("x.weight", parts_of() | {STATE_SUFFIX: blob})
@@ -168,13 +168,13 @@ def test_a_state_that_is_no_object_is_refused(text):
         (".nested_quant_map", lambda t: t.double()),
     ],
 )
-def test_a_part_of_another_size_or_type_is_refused(suffix, change):
+def test_a_part_of_wrong_size_or_dtype_is_refused(suffix, change):
     parts = parts_of()
     with pytest.raises(CheckpointError, match=r"^x\.weight: "):
         decode("x.weight", parts | {suffix: change(parts[suffix])})
 
 
-def test_constants_that_do_not_fit_are_told_beside_codes_that_do():
+def test_the_error_for_constants_that_do_not_fit_gives_all_sizes():
     parts = parts_of(double_quant=False)
     parts[".absmax"] = parts[".absmax"][:-1]
     said = r"3072 bytes of codes and constants of shape \[95\] do not make \[96, 64\]"

@@ -1,4 +1,4 @@
-"""What is read is what safetensors reads, and folders whose parts disagree are refused."""
+"""Tensors are read as by safetensors, and folders whose parts disagree are refused."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ def same(one, two):
 
 @pytest.fixture
 def mixed(tmp_path):
-    """Tensors of many types and shapes; what they are, and the folder."""
+    """Tensors of many types and shapes, and the folder that holds them."""
     generator = torch.Generator().manual_seed(3)
     tensors = {
         "rows": torch.randn(37, 5, generator=generator),
@@ -40,7 +40,7 @@ def mixed(tmp_path):
     return tensors, tmp_path
 
 
-def test_tensors_are_those_of_safetensors(mixed):
+def test_tensors_are_those_written_with_safetensors(mixed):
     tensors, folder = mixed
     checkpoint = Checkpoint(folder)
     assert set(checkpoint.tensors) == set(tensors)
@@ -49,7 +49,7 @@ def test_tensors_are_those_of_safetensors(mixed):
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
-def test_pieces_together_are_the_tensor(mixed, size):
+def test_pieces_concatenate_to_the_tensor(mixed, size):
     tensors, folder = mixed
     checkpoint = Checkpoint(folder)
     for name, tensor in tensors.items():
@@ -58,7 +58,7 @@ def test_pieces_together_are_the_tensor(mixed, size):
         assert same(torch.cat(pieces) if pieces else tensor.reshape(-1), tensor.reshape(-1)), name
 
 
-def test_shards_read_as_one(llama, llama_sharded):
+def test_shards_are_read_like_a_single_file(llama, llama_sharded):
     whole, parts = Checkpoint(llama), Checkpoint(llama_sharded)
     assert len(parts.headers) == 3
     assert set(whole.tensors) == set(parts.tensors)
@@ -74,7 +74,7 @@ def edit_index(folder, change):
     (folder / INDEX_NAME).write_text(json.dumps(index))
 
 
-def test_a_ghost_tensor_in_the_index_is_refused(llama_sharded, copy_of):
+def test_a_tensor_that_only_the_index_lists_is_refused(llama_sharded, copy_of):
     folder = copy_of(llama_sharded)
     edit_index(folder, lambda m: m.update({"ghost.weight": "model-00001-of-00003.safetensors"}))
     with pytest.raises(CheckpointError, match=r"ghost\.weight"):
@@ -111,7 +111,7 @@ def test_a_tensor_in_two_shards_is_refused(llama_sharded, copy_of):
 
 
 @pytest.mark.parametrize("kind", ["missing", "fifo", "folder", "linked folder", "pickle", "truncated"])
-def test_a_shard_that_is_no_shard_is_refused_by_name(llama_sharded, copy_of, tmp_path, kind):
+def test_a_shard_that_is_missing_or_invalid_is_refused_by_name(llama_sharded, copy_of, tmp_path, kind):
     folder = copy_of(llama_sharded)
     shard = folder / "model-00002-of-00003.safetensors"
     content = shard.read_bytes()
@@ -130,7 +130,7 @@ def test_a_shard_that_is_no_shard_is_refused_by_name(llama_sharded, copy_of, tmp
         Checkpoint(folder)
 
 
-def test_an_index_that_points_elsewhere_is_refused(llama_sharded, copy_of, tmp_path):
+def test_an_index_that_points_outside_of_the_folder_is_refused(llama_sharded, copy_of, tmp_path):
     folder = copy_of(llama_sharded)
     outside = tmp_path / "outside.safetensors"
     outside.write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
@@ -149,8 +149,8 @@ def test_a_file_that_shrinks_after_it_was_opened_is_noticed(mixed):
         checkpoint.read(last.spec.name)
 
 
-def test_a_file_that_cannot_be_opened_is_said_to_be_no_worse_than_that(mixed):
-    """Nobody need download it again."""
+def test_a_file_that_cannot_be_opened_is_not_reported_as_damaged(mixed):
+    """So that nobody downloads it again."""
     _, folder = mixed
     readers, limits = [Checkpoint(folder), MappedCheckpoint(folder)], resource.getrlimit(resource.RLIMIT_NOFILE)
     reads = [lambda: Checkpoint(folder), *(lambda reader=reader: reader.read("rows") for reader in readers)]
@@ -188,13 +188,13 @@ def test_a_folder_without_tensors_is_refused(tmp_path):
         ({"quantization_config": "4bit"}, "unknown"),
     ],
 )
-def test_the_configuration_says_whether_it_is_quantized(mixed, config, method):
+def test_the_quantization_method_is_read_from_the_configuration(mixed, config, method):
     _, folder = mixed
     (folder / "config.json").write_text(json.dumps(config))
     assert Checkpoint(folder).quantization_method == method
 
 
-def test_state_changes_with_every_file_that_decides_the_output(llama_sharded, copy_of):
+def test_state_changes_with_every_file_that_affects_the_output(llama_sharded, copy_of):
     folder = copy_of(llama_sharded)
     before = Checkpoint(folder).state()
     assert Checkpoint(folder).state() == before

@@ -1,4 +1,4 @@
-"""What is kept is what is read again, for this question alone, and a damaged or missing file is no answer."""
+"""A cached answer is read back for its question only; damaged and missing files are ignored."""
 
 import os
 
@@ -13,7 +13,7 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache"
 
 
-def test_an_answer_belongs_to_its_question(cache):
+def test_an_answer_is_read_back_for_its_question_only(cache):
     assert CachedAnswer(["a", 1]).read() is None
     CachedAnswer(["a", 1]).keep({"answer": [1, 2.5, None]})
     assert CachedAnswer(["a", 1]).read() == {"answer": [1, 2.5, None]}
@@ -22,7 +22,7 @@ def test_an_answer_belongs_to_its_question(cache):
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b'{"a": ', b"\xff", b"[" * 100_000])
-def test_a_damaged_file_is_no_answer_and_is_replaced(cache, content):
+def test_a_damaged_file_is_ignored_and_replaced(cache, content):
     question = CachedAnswer("q")
     question.keep({"a": 1})
     question._path.write_bytes(content)
@@ -32,7 +32,7 @@ def test_a_damaged_file_is_no_answer_and_is_replaced(cache, content):
     assert [path.name for path in question._path.parent.iterdir()] == [question._path.name]
 
 
-def test_nothing_is_kept_where_it_must_not_or_cannot(cache, tmp_path, monkeypatch):
+def test_nothing_is_cached_without_a_usable_folder_or_a_question(cache, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for place in ("", str(tmp_path / "file"), "/proc/nowhere"):
         monkeypatch.setenv("ADAPTKIT_CACHE", place)
@@ -44,8 +44,8 @@ def test_nothing_is_kept_where_it_must_not_or_cannot(cache, tmp_path, monkeypatc
     assert not cache.exists()
 
 
-def test_what_lies_in_its_place_is_left_alone(cache, tmp_path):
-    """And is neither waited for, as a pipe would be, nor written through."""
+def test_a_folder_pipe_or_link_at_the_path_is_not_an_answer(cache, tmp_path):
+    """A pipe does not block, and a link is not followed."""
     for make in (lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to(tmp_path)):
         question = CachedAnswer(str(make))
         question._path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def test_what_lies_in_its_place_is_left_alone(cache, tmp_path):
     assert list(tmp_path.iterdir()) == [cache]
 
 
-def test_it_lies_in_the_users_cache(tmp_path, monkeypatch):
+def test_answers_are_stored_in_the_users_cache_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("ADAPTKIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     question = CachedAnswer("q")

@@ -1,4 +1,4 @@
-"""A signature says who vouches for an artifact; nothing else passes for one."""
+"""Only valid signatures of a trusted key for the same manifest are accepted."""
 
 import io
 import json
@@ -31,7 +31,7 @@ def write_keys(folder, name, key, password=None):
 
 @pytest.fixture(scope="module")
 def keys(tmp_path_factory):
-    """name -> (private, public)."""
+    """Map of names to the paths of a private and a public key."""
     folder = tmp_path_factory.mktemp("keys")
     made = {
         "p256": ec.generate_private_key(ec.SECP256R1()),
@@ -63,15 +63,15 @@ def edited(path, change):
 
 
 @pytest.mark.parametrize("name", ["p256", "p384", "p521"])
-def test_what_was_signed_is_accepted(tmp_path, keys, name):
+def test_a_valid_signature_is_accepted(tmp_path, keys, name):
     private, public = keys[name]
     path = tmp_path / "x.sig"
     path.write_bytes(sign_manifest(CONTENT, Signer(private)))
     check_signature(CONTENT, path, Trust(public))
 
 
-def test_the_signature_is_what_the_formats_say(keys, signed):
-    """DSSE, in-toto and ECDSA written out, without model-signing."""
+def test_a_signature_conforms_to_dsse_in_toto_and_ecdsa(keys, signed):
+    """The formats are written out here, without model-signing."""
     envelope = json.loads(signed.read_bytes())["dsseEnvelope"]
     payload, kind = b64decode(envelope["payload"]), envelope["payloadType"].encode()
     message = b"DSSEv1 %d %s %d %s" % (len(kind), kind, len(payload), payload)
@@ -87,7 +87,7 @@ def test_the_signature_is_what_the_formats_say(keys, signed):
     assert statement["predicate"]["resources"] == [expected]
 
 
-def test_others_can_check_it_without_adaptkit(tmp_path, keys, signed):
+def test_model_signing_verifies_a_signature_without_adaptkit(tmp_path, keys, signed):
     (tmp_path / MANIFEST_NAME).write_bytes(CONTENT)
     command = [sys.executable, "-m", "model_signing", "verify", "key", tmp_path / MANIFEST_NAME]
     command += ["--signature", signed, "--public_key", keys["p256"][1]]
@@ -105,13 +105,13 @@ def test_a_locked_key_opens_with_its_password(keys, tmp_path):
         with pytest.raises(UsageError, match="password missing or incorrect") as caught:
             sign_manifest(CONTENT, Signer(private, password))
         assert "wrong" not in str(caught.value)
-        assert "openssl" not in caught.value.hint  # which, obeyed, would make another key in the place of this one
+        assert "openssl" not in caught.value.hint  # its command would overwrite this key
     with pytest.raises(UsageError, match="needs no password") as caught:
         sign_manifest(CONTENT, Signer(keys["p256"][0], b"secret"))
     assert "openssl" not in caught.value.hint
 
 
-def test_how_to_make_a_key_is_told_with_names_that_nothing_has(tmp_path, monkeypatch):
+def test_the_hint_to_make_a_key_uses_names_of_files_that_do_not_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for there, name in ((None, "key"), ("key.pem", "key-2"), ("key-2.pub", "key-3")):
         if there:
@@ -121,7 +121,7 @@ def test_how_to_make_a_key_is_told_with_names_that_nothing_has(tmp_path, monkeyp
         assert f"-out {name}.pem; openssl ec -in {name}.pem -pubout -out {name}.pub" in caught.value.hint
 
 
-def test_another_key_and_another_manifest_are_refused(keys, signed):
+def test_a_signature_by_a_different_key_or_of_a_different_manifest_is_refused(keys, signed):
     with pytest.raises(IntegrityError, match="not made by the key in") as caught:
         check_signature(CONTENT, signed, Trust(keys["stranger"][1]))
     assert caught.value.exit_code == 3
@@ -132,7 +132,7 @@ def test_another_key_and_another_manifest_are_refused(keys, signed):
 
 
 def statement_of(digest):
-    """Put another digest into what was signed."""
+    """Return a change that replaces the digest in the signed payload."""
 
     def change(bundle):
         statement = json.loads(b64decode(bundle["dsseEnvelope"]["payload"]))
@@ -171,14 +171,14 @@ def test_a_forged_bundle_is_refused(keys, signed, name):
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"[]", b"null", b"\xff", b"{" * 5000, b"[" * 100_000, b" " * (2 << 20)])
-def test_what_is_no_bundle_is_refused(keys, tmp_path, content):
+def test_a_file_that_is_not_a_bundle_is_refused(keys, tmp_path, content):
     (tmp_path / "x.sig").write_bytes(content)
     with pytest.raises(IntegrityError):
         check_signature(CONTENT, tmp_path / "x.sig", Trust(keys["p256"][1]))
 
 
-def test_a_signature_of_a_folder_does_not_pass_for_one_of_a_manifest(keys, tmp_path):
-    """The key's holder signed something else that happens to hold the manifest, under rules of its own."""
+def test_a_signature_of_a_folder_is_not_accepted_for_its_manifest(keys, tmp_path):
+    """The holder of the key signed a folder that contains the manifest, with or without ignoring it."""
     from model_signing import hashing, signing
 
     folder = tmp_path / "folder"
@@ -195,7 +195,7 @@ def test_a_signature_of_a_folder_does_not_pass_for_one_of_a_manifest(keys, tmp_p
 
 
 @pytest.mark.parametrize("name", ["k256", "rsa", "ed25519"])
-def test_keys_that_the_format_does_not_know_are_refused(keys, signed, name):
+def test_unsupported_kinds_of_keys_are_refused(keys, signed, name):
     with pytest.raises(UsageError, match="P-256"):
         sign_manifest(CONTENT, Signer(keys[name][0]))
     with pytest.raises(UsageError, match="P-256"):
@@ -217,7 +217,7 @@ def test_files_that_hold_no_key_are_refused(keys, signed, tmp_path):
         check_signature(CONTENT, tmp_path / "absent", Trust(public))
 
 
-def test_who_signs_and_who_counts_is_one_of_two():
+def test_missing_empty_or_conflicting_arguments_of_trust_and_signer_are_refused():
     for arguments in ({}, {"identity": "x"}, {"identity_provider": "x"}, {"public_key": "x", "identity": "y"}):
         with pytest.raises(UsageError, match="public key, or an identity"):
             Trust(**arguments)
@@ -230,11 +230,11 @@ def test_who_signs_and_who_counts_is_one_of_two():
         Signer(password=b"x")
 
 
-def test_secrets_are_in_no_representation():
+def test_repr_contains_no_secrets():
     assert "hidden" not in repr(Signer(identity_token="hidden")) + repr(Signer("key", b"hidden"))
 
 
-def test_without_an_identity_nothing_is_asked_of_nobody(monkeypatch):
+def test_signing_without_a_key_or_an_identity_is_an_authentication_error(monkeypatch):
     for name in ("GITHUB_ACTIONS", "GITLAB_CI", "CIRCLECI", "BUILDKITE", "ACTIONS_ID_TOKEN_REQUEST_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("sys.stdin", io.StringIO())
@@ -243,7 +243,7 @@ def test_without_an_identity_nothing_is_asked_of_nobody(monkeypatch):
     assert caught.value.exit_code == 6
 
 
-def test_a_folder_is_signed_beside_its_manifest(keys, tmp_path):
+def test_signing_a_folder_writes_or_replaces_its_signature_file(keys, tmp_path):
     (tmp_path / MANIFEST_NAME).write_bytes(CONTENT)
     assert sign(tmp_path, Signer(keys["stranger"][0])) == tmp_path / SIGNATURE_NAME
     assert sign(tmp_path, Signer(keys["p256"][0])) == tmp_path / SIGNATURE_NAME
@@ -251,7 +251,7 @@ def test_a_folder_is_signed_beside_its_manifest(keys, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [MANIFEST_NAME, SIGNATURE_NAME]
 
 
-def test_without_the_extra_the_command_to_install_it_is_given(keys, tmp_path):
+def test_without_model_signing_the_hint_is_the_command_to_install_it(keys, tmp_path):
     code = (
         "import sys; sys.modules['model_signing'] = None\n"
         "from pathlib import Path\n"

@@ -1,4 +1,4 @@
-"""The undo record: frames come back in order, and no other bytes are taken for them."""
+"""Undo records are read back in order; truncated and malformed ones are refused."""
 
 import contextlib
 import struct
@@ -19,7 +19,7 @@ FRAMES = st.lists(st.tuples(st.integers(1, 2**32 - 1), RESIDUALS), max_size=5)
 
 
 @given(FRAMES, st.integers(0, 5))
-def test_frames_come_back_in_order(values, more):
+def test_frames_are_read_back_in_order(values, more):
     record = undo.packed(undo.pack_frame(rows, np.array(v, np.int64)) for rows, v in values)
     assert record.dtype == np.uint8
     found = [(rows, undo.unpack(stream, len(v) + more).tolist()) for (rows, stream), (_, v) in
@@ -27,7 +27,7 @@ def test_frames_come_back_in_order(values, more):
     assert found == values
 
 
-def test_the_layout_is_the_one_that_is_documented():
+def test_the_layout_is_the_documented_one():
     streams = [undo.residual.encode(np.array(v)).tobytes() for v in ([0, 1], [5, -700])]
     record = undo.packed([undo.pack_frame(3, np.array([0, 1])), undo.pack_frame(4, np.array([5, -700]))])
     expected = b"".join(struct.pack("<II", rows, len(s)) + s for rows, s in zip((3, 4), streams, strict=True))
@@ -35,7 +35,7 @@ def test_the_layout_is_the_one_that_is_documented():
 
 
 @given(FRAMES.filter(bool), st.data())
-def test_a_record_that_is_cut_short_is_refused(values, data):
+def test_a_record_that_is_truncated_inside_a_frame_is_refused(values, data):
     record = undo.packed(undo.pack_frame(rows, np.array(v, np.int64)) for rows, v in values)
     whole = {0}
     for _, stream in undo.frames(record):
@@ -46,7 +46,7 @@ def test_a_record_that_is_cut_short_is_refused(values, data):
 
 
 @given(st.binary(max_size=200))
-def test_other_bytes_are_refused_or_make_frames_that_lie_inside(content):
+def test_other_bytes_are_refused_or_read_as_frames_within_them(content):
     record = undo.as_bytes(content)
     try:
         found = list(undo.frames(record))
@@ -70,7 +70,7 @@ def test_small_residuals_take_less_than_two_bits_each():
     assert len(undo.pack_frame(1, residual)) * 8 < 1.7 * residual.size  # log2(3) = 1.585
 
 
-def test_names_sort_like_the_shards_and_lie_in_a_folder_of_their_own():
+def test_records_are_named_after_shards_in_a_folder_of_their_own():
     assert undo.record_name(3, 12) == "adaptkit-undo/shard-00003-of-00012.safetensors"
 
 

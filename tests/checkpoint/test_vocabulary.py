@@ -1,4 +1,4 @@
-"""The tables of embeddings and output layers say what transformers says."""
+"""The tables of embeddings and output layers agree with transformers."""
 
 import pytest
 from peft_adapters import quiet
@@ -14,14 +14,14 @@ UNCOMMON = [kind for head, kinds in vocabulary._HEADS.items() if head != "lm_hea
 
 
 def classes(kind):
-    """Those of a type of models that tell words."""
+    """Return the classes of a model type that predict tokens."""
     config = CONFIG_MAPPING[kind]
     found = [auto._model_mapping[config] for auto in AUTO if config in auto._model_mapping]
     return [one for classes in found for one in (classes if isinstance(classes, tuple) else (classes,))]
 
 
 @pytest.mark.parametrize("kind", CONFIG_MAPPING)
-def test_a_head_that_is_known_is_what_transformers_ties(kind):
+def test_a_known_head_is_the_one_that_transformers_ties(kind):
     head = known_head({"model_type": kind})
     for model in classes(kind) if head else ():
         tied = model._tied_weights_keys or {}
@@ -42,7 +42,7 @@ BUILT = {
 
 
 @pytest.mark.parametrize("kind", BUILT)
-def test_what_is_known_of_a_type_is_so_in_every_model_of_it(kind):
+def test_the_tables_are_right_for_every_model_class_of_a_type(kind):
     import torch
 
     values = BUILT[kind] or {"num_hidden_layers": 1}
@@ -56,5 +56,5 @@ def test_what_is_known_of_a_type_is_so_in_every_model_of_it(kind):
         assert is_embedding_name(next(path for path, module in network.named_modules() if module is table))
 
 
-def test_what_is_not_known_is_not_guessed():
+def test_unknown_model_types_have_no_known_head():
     assert known_head({"model_type": "of_my_own"}) == known_head({}) == ""

@@ -1,4 +1,4 @@
-"""Files written front to back are what safetensors writes, and their digests are right."""
+"""Files are written sequentially as safetensors would write them, with correct digests."""
 
 import hashlib
 import itertools
@@ -30,7 +30,7 @@ TENSORS = {
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.integers(1, 5), max_size=5))
-def test_pieces_of_any_size_make_the_same_file(tmp_path, cuts):
+def test_pieces_of_any_size_give_the_same_file(tmp_path, cuts):
     edges = sorted({0, 6, *cuts})
     with TensorWriter(tmp_path, "x.safetensors", SPECS) as writer:
         for start, end in itertools.pairwise(edges):
@@ -48,7 +48,7 @@ def test_pieces_of_any_size_make_the_same_file(tmp_path, cuts):
         assert (record.file, record.shape) == ("x.safetensors", tuple(TENSORS[record.name].shape))
 
 
-def test_a_file_keeps_the_header_of_another(tmp_path):
+def test_a_given_header_is_written_unchanged(tmp_path):
     save_file(TENSORS, tmp_path / "theirs.safetensors", metadata={"format": "pt", "made by": "another tool"})
     header = read_header(tmp_path / "theirs.safetensors")
     specs = [spec for spec, _ in header.tensors]
@@ -58,7 +58,7 @@ def test_a_file_keeps_the_header_of_another(tmp_path):
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 
-def test_whoever_replaces_a_file_at_the_same_time_leaves_one_of_both_whole(tmp_path):
+def test_concurrent_replacements_of_a_file_always_leave_a_whole_one(tmp_path):
     path, contents, seen = tmp_path / "x.json", [bytes([number]) * (200_000 + number) for number in range(4)], []
 
     def replace(content):
@@ -76,8 +76,8 @@ def test_whoever_replaces_a_file_at_the_same_time_leaves_one_of_both_whole(tmp_p
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_half_files_that_kills_left_are_cleared_and_no_others(tmp_path):
-    """Whoever writes one now may be on another machine, where processes have other numbers."""
+def test_old_partial_files_of_killed_processes_are_removed_and_no_others(tmp_path):
+    """Another machine, whose process numbers are unrelated, may be writing recent ones."""
     names, others = (
         [f".x.json.{process}.7.partial" for process in (5, 6)],
         [".x.json.notes.partial", ".y.json.5.7.partial"],
@@ -92,7 +92,7 @@ def test_half_files_that_kills_left_are_cleared_and_no_others(tmp_path):
     assert replaced_name("x.json") == "x.json"
 
 
-def test_a_tensor_that_is_not_contiguous_is_written_in_its_own_order(tmp_path):
+def test_a_tensor_that_is_not_contiguous_is_written_in_the_order_of_its_elements(tmp_path):
     square = torch.arange(9.0).view(3, 3)
     with TensorWriter(tmp_path, "x.safetensors", [TensorSpec("t", "F32", (3, 3))]) as writer:
         writer.write("t", square.T)
@@ -112,7 +112,7 @@ def test_a_tensor_that_is_not_contiguous_is_written_in_its_own_order(tmp_path):
         ([], "'b' was not written"),
     ],
 )
-def test_a_caller_that_writes_something_else_is_told(tmp_path, writes, complaint):
+def test_writes_that_do_not_match_the_specs_are_errors(tmp_path, writes, complaint):
     specs = [TensorSpec("b", "F32", (6,)), TensorSpec("a", "F32", (5,))]
 
     def write():
@@ -124,19 +124,19 @@ def test_a_caller_that_writes_something_else_is_told(tmp_path, writes, complaint
         write()
 
 
-def test_an_error_of_the_caller_is_not_covered_by_one_of_ours(tmp_path):
+def test_an_error_of_the_caller_is_not_replaced_by_one_of_the_writer(tmp_path):
     with pytest.raises(KeyError), TensorWriter(tmp_path, "x.safetensors", SPECS):
         raise KeyError("the caller's own")
 
 
-def test_a_small_file_is_recorded_as_it_is(tmp_path):
+def test_the_record_of_a_small_file_has_its_size_and_digest(tmp_path):
     record = write_file(tmp_path, "x.json", b"{}\n")
     assert (tmp_path / "x.json").read_bytes() == b"{}\n"
     assert record == FileRecord("x.json", 3, hashlib.sha256(b"{}\n").hexdigest())
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk to write to")
-def test_a_full_disk_is_one_line_with_a_way_out(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_a_hint(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "resolve_inside", lambda folder, name: Path("/dev/full"))
     with pytest.raises(DiskError, match=r"full: cannot write") as caught:
         write_file(tmp_path, "x.json", b"x" * 100)
@@ -158,7 +158,7 @@ def test_a_disk_that_is_full_before_the_first_tensor_leaves_no_thread(tmp_path, 
     assert threading.active_count() == before
 
 
-def test_a_source_that_cannot_be_read_is_not_told_as_a_copy_that_cannot_be_written(tmp_path):
+def test_an_unreadable_source_is_not_reported_as_a_copy_that_cannot_be_written(tmp_path):
     (tmp_path / "source").mkdir()
     with pytest.raises(CheckpointError, match=r"/source: cannot be read: Is a directory"):
         copy_file(tmp_path / "source", tmp_path, "copy")
