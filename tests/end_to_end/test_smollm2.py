@@ -1,4 +1,4 @@
-"""The main job on SmolLM2-135M-Instruct, through the command line, against transformers, bitsandbytes and peft."""
+"""The main workflow on SmolLM2-135M-Instruct, through the command line, against transformers, bitsandbytes and peft."""
 
 import filecmp
 import json
@@ -85,7 +85,7 @@ def test_transformers_and_bitsandbytes_load_the_shards_and_give_our_logits(quant
         assert torch.equal(ours(ids).logits, theirs(ids).logits)
 
 
-def test_the_adapter_changes_what_the_model_answers(quantized, adapter, run_cli):
+def test_the_adapter_changes_the_answer_of_the_model(quantized, adapter, run_cli):
     question = "What country won the very first FIFA World Cup in 1930?"
     answers = []
     for more in ([], ["--adapter", adapter]):
@@ -123,7 +123,7 @@ def test_the_merged_model_gives_the_logits_of_peft(model, adapter, work):
     assert float((plain - expected).norm() / expected.norm()) > 3 * error
 
 
-def test_an_adapter_trained_on_this_base_is_refused_by_another(model, adapter, work, run_cli):
+def test_an_adapter_is_refused_on_a_different_base_unless_that_is_allowed(model, adapter, work, run_cli):
     from safetensors.torch import load_file, save_file
 
     other = work / "other"

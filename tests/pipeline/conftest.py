@@ -1,4 +1,4 @@
-"""A release folder on a tiny model, without training: quick enough to be run many times."""
+"""A release folder with a tiny model and without training, quick enough to run many times."""
 
 import shutil
 
@@ -20,7 +20,7 @@ steps:
 
 @pytest.fixture
 def release(tmp_path, llama, adapter):
-    """The folder of a recipe, its sources in it."""
+    """A folder that holds a recipe and its sources."""
     folder = tmp_path / "release"
     folder.mkdir()
     shutil.copytree(llama, folder / "model")

@@ -1,4 +1,4 @@
-"""A recipe that is wrong is refused before anything is read, by file, line, place and the nearest name."""
+"""An invalid recipe is refused before its sources are read; the error names file, line, place and nearest name."""
 
 import textwrap
 
@@ -48,7 +48,7 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
     options = recipe.steps["adapter"].options
     assert isinstance(options, TrainConfig)
     assert (options.rank, options.alpha) == (4, 32.0)
-    assert options.base == "."  # the keys of steps hold it: another one, and every release would train anew
+    assert options.base == "."  # part of the steps' keys: if it changed, every release would train again
     assert recipe.steps["adapter"].inputs == {"train": ("small",), "data": ("rows",)}
     assert recipe.before(recipe.steps["release"]) == ["merged", "judged", "loads"]
     assert [step.name for step in recipe.until("adapter")] == ["small", "adapter"]
@@ -116,7 +116,7 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("name: release", "nam: release", "line 1: nam: unknown key", "did you mean 'name'?"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_named_with_its_line(write, old, new, message, hint):
+def test_an_error_names_the_problem_and_its_place(write, old, new, message, hint):
     with pytest.raises(ConfigError) as caught:
         read_recipe(write(GOOD, old, new))
     assert message in caught.value.message
@@ -124,7 +124,7 @@ def test_what_is_wrong_is_named_with_its_line(write, old, new, message, hint):
     assert caught.value.exit_code == 2
 
 
-def test_two_steps_do_not_tag_one_repository_alike(write):
+def test_two_steps_that_publish_to_the_same_tag_or_branch_are_refused(write):
     text = GOOD + "  again: {publish: merged, repo: Org/Name, tag: v1}\n"
     with pytest.raises(ConfigError, match=r"steps\.again\.tag: 'release' already publishes to the tag v1 of Org/Name"):
         read_recipe(write(text))
@@ -145,19 +145,19 @@ def test_a_companion_adapter_is_named_after_its_base(write):
         read_recipe(write(text, "  merged:", "  small-init:"))
 
 
-def test_whole_numbers_are_numbers_too(write):
-    """A manifest tells 1 from 1.0, as reports on the command line do not."""
+def test_whole_numbers_are_accepted_where_floats_are_expected(write):
+    """They become floats, since a manifest distinguishes 1 from 1.0."""
     options = read_recipe(write(GOOD, "rank: 4", "alpha: 8, mixture: {rows: 1}")).steps["adapter"].options
     assert (repr(options.alpha), repr(options.mixture)) == ("8.0", "{'rows': 1.0}")
 
 
-def test_a_word_of_an_option_is_no_name(write):
+def test_a_predefined_value_of_an_option_is_not_taken_for_a_name(write):
     recipe = read_recipe(write(GOOD, "rank: 4", "init: normal"))
     assert recipe.steps["adapter"].options.init == "normal"
     assert "init" not in recipe.steps["adapter"].inputs
 
 
-def test_steps_that_wait_for_themselves_are_named(write):
+def test_a_cycle_of_steps_is_named_in_the_error(write):
     path = write(GOOD, "{merge: base, adapters: [adapter]}", "{merge: base, adapters: [adapter], needs: [loads]}")
     with pytest.raises(ConfigError, match=r"line 13: steps.merged: waits for itself: merged -> loads -> merged"):
         read_recipe(path)
@@ -181,7 +181,7 @@ def test_steps_run_in_their_order_as_far_as_inputs_allow_and_publish_last(write)
     assert "checked" in [step.name for step in recipe.until("out")]
 
 
-def test_a_step_to_end_with_has_to_be_there(write):
+def test_an_unknown_step_to_stop_after_is_an_error(write):
     recipe = read_recipe(write(GOOD))
     with pytest.raises(UsageError, match="no step named 'adaptor'") as caught:
         recipe.until("adaptor")

@@ -1,4 +1,4 @@
-"""What was made is kept as long as it is what it was made from; the lock says what all of it was."""
+"""Artifacts are kept while their inputs are unchanged, and the lock records sources and artifacts."""
 
 import errno
 import fcntl
@@ -59,7 +59,7 @@ def recipe(release):
     return release / "recipe.yaml"
 
 
-def test_a_release_is_what_the_operations_make_one_by_one(release, recipe, tmp_path):
+def test_a_release_has_the_same_files_as_its_operations_run_one_by_one(release, recipe, tmp_path):
     made = outputs(run(recipe))
     resize(release / "lora", tmp_path / "lighter", ResizeOptions(rank=2))
     merge(release / "model", [tmp_path / "lighter"], tmp_path / "merged", MergeOptions())
@@ -69,7 +69,7 @@ def test_a_release_is_what_the_operations_make_one_by_one(release, recipe, tmp_p
         assert verify(release / output.path).manifest_sha256 == output.manifest_sha256
 
 
-def test_what_is_done_is_kept_and_a_second_run_writes_nothing(release, recipe):
+def test_a_second_run_keeps_everything_and_writes_nothing(release, recipe):
     first = run(recipe)
     assert (done(first), first.lock_state) == (ALL, "written")
     os.utime(release / "recipe.lock", ns=(1, 1))
@@ -80,7 +80,7 @@ def test_what_is_done_is_kept_and_a_second_run_writes_nothing(release, recipe):
     assert outputs(again) == outputs(first)
 
 
-def test_the_lock_names_sources_and_artifacts_by_hash(release, recipe):
+def test_the_lock_identifies_sources_and_artifacts_by_hash(release, recipe):
     made = outputs(run(recipe))
     lock = lock_of(release)
     base = lock["sources"]["base"]
@@ -95,7 +95,7 @@ def test_the_lock_names_sources_and_artifacts_by_hash(release, recipe):
     assert lock["steps"]["loads"].keys() == {"recipe", "key"}
 
 
-def test_the_lock_is_the_same_wherever_it_is_written(release, recipe, tmp_path):
+def test_the_lock_does_not_depend_on_where_it_is_written(release, recipe, tmp_path):
     run(recipe)
     elsewhere = tmp_path / "elsewhere" / "release"
     shutil.copytree(release, elsewhere, ignore=shutil.ignore_patterns(".adaptkit", "recipe.lock"))
@@ -109,7 +109,7 @@ def test_the_lock_is_the_same_wherever_it_is_written(release, recipe, tmp_path):
     assert content == json.dumps(json.loads(content), indent=2, sort_keys=True).encode() + b"\n"
 
 
-def test_what_a_source_is_called_behind_a_link_is_of_no_account(release, recipe, tmp_path):
+def test_a_source_may_be_a_link_to_a_folder_of_a_different_name(release, recipe, tmp_path):
     run(recipe)
     content = (release / "recipe.lock").read_bytes()
     for name in ("model", "lora"):
@@ -120,7 +120,7 @@ def test_what_a_source_is_called_behind_a_link_is_of_no_account(release, recipe,
 
 
 @pytest.mark.parametrize("before", ["small", "merged"])
-def test_a_source_that_changes_while_others_are_at_work_is_not_taken_for_what_it_was(release, recipe, before):
+def test_a_source_that_changes_before_its_step_runs_is_an_error(release, recipe, before):
     weights = release / "model" / "model.safetensors"
 
     def write(step):
@@ -135,8 +135,8 @@ def test_a_source_that_changes_while_others_are_at_work_is_not_taken_for_what_it
     assert before not in {path.stem for path in (release / ".adaptkit").glob("*/*.json")}
 
 
-def test_a_source_that_changes_during_its_own_step_is_not_taken_for_what_it_was(release, recipe, edit):
-    """In something that the operation itself has no eye on."""
+def test_a_source_that_changes_while_its_step_runs_is_an_error(release, recipe, edit):
+    """The change is in a file that the operation itself does not check."""
     edit("adapters: [lighter]", "adapters: [lighter, lora]")
 
     def write(done, total):
@@ -148,7 +148,7 @@ def test_a_source_that_changes_during_its_own_step_is_not_taken_for_what_it_was(
     assert "merged" in done(run(recipe, until))
 
 
-def test_what_was_made_of_a_source_that_had_changed_is_not_taken_once_that_is_as_it_was(release, recipe):
+def test_an_artifact_made_from_a_changed_source_is_not_kept_once_the_source_is_restored(release, recipe):
     template, until = release / "model" / "chat_template.jinja", RunOptions(until="small")
     before = template.read_bytes()
     with pytest.raises(IntegrityError, match="small: the source base changed during the run"):
@@ -159,7 +159,7 @@ def test_what_was_made_of_a_source_that_had_changed_is_not_taken_once_that_is_as
     assert (Path(report.steps[-1].outputs[0].path) / template.name).read_bytes() == before
 
 
-def test_only_what_depends_on_a_change_is_done_again(recipe, edit):
+def test_only_steps_that_depend_on_a_change_run_again(recipe, edit):
     run(recipe)
     edit("rank: 2", "rank: 3")
     assert done(run(recipe)) == ["lighter", "merged", "loads"]
@@ -169,17 +169,17 @@ def test_only_what_depends_on_a_change_is_done_again(recipe, edit):
     assert done(run(recipe)) == ["plain"]
 
 
-def test_an_option_that_changes_nothing_does_nothing(recipe, edit):
+def test_options_that_do_not_affect_the_output_run_no_step_again(recipe, edit):
     run(recipe)
     edit("{quantize: base}", "{quantize: base, threads: 1, block_size: 64}")
     edit("target: [peft]", "target: [peft], needs: [plain]")
     assert done(run(recipe)) == []
 
 
-def test_dependents_are_kept_if_the_same_bytes_come_out(release, recipe):
-    """A source that changed in a file that quantizing leaves out of its output: other key, same bytes."""
+def test_dependents_are_kept_if_a_step_that_ran_again_made_the_same_bytes(release, recipe):
+    """A file was added to a source that no output copies: steps get different keys, but make the same bytes."""
     first = outputs(run(recipe))
-    index = release / "model" / "adaptkit-note.json"  # read with the folder, copied by nobody
+    index = release / "model" / "adaptkit-note.json"  # part of the source, but not copied into outputs
     index.write_text("{}")
     report = run(recipe)
     assert done(report) == ["small", "merged"]
@@ -188,9 +188,9 @@ def test_dependents_are_kept_if_the_same_bytes_come_out(release, recipe):
     }
 
 
-def test_a_source_that_changed_is_noticed_whatever_its_size_and_time(release, recipe):
+def test_a_source_that_changed_with_the_same_size_and_time_is_noticed(release, recipe):
     path = release / "lora" / "adapter_model.safetensors"
-    time.sleep(2.1)  # before that, nothing is remembered of a file
+    time.sleep(2.1)  # hashes of files that changed more recently are not cached
     run(recipe)
     assert str(path.resolve()) in json.loads((release / ".adaptkit" / "hashes.json").read_text())["files"]
     content, status = bytearray(path.read_bytes()), path.stat()
@@ -200,13 +200,13 @@ def test_a_source_that_changed_is_noticed_whatever_its_size_and_time(release, re
     assert done(run(recipe)) == ["lighter", "merged", "loads"]
 
 
-# Damage to what was made
+# Damaged artifacts
 
 
 @pytest.mark.parametrize(
     "how", ["gone", "cut", "extra", "no manifest", "changed manifest", "a file", "a link", "another"]
 )
-def test_damage_is_seen_and_what_is_damaged_is_made_again(release, recipe, how):
+def test_a_damaged_artifact_is_noticed_and_made_again(release, recipe, how):
     first = run(recipe)
     folder = release / outputs(first)["lighter"].path
     expected, weights, manifest = tree(folder), folder / "adapter_model.safetensors", folder / MANIFEST_NAME
@@ -235,14 +235,14 @@ def test_damage_is_seen_and_what_is_damaged_is_made_again(release, recipe, how):
     assert tree(folder) == expected
 
 
-def test_what_a_step_has_to_say_is_told_under_its_name(recipe):
+def test_notes_of_a_step_begin_with_its_name(recipe):
     notes = []
     listener = Listener(started=lambda step: listener.note_of(step)("waits"), note=notes.append)
     run(recipe, listener=listener)
     assert notes == [f"{name}: waits" for name in ALL]
 
 
-def test_what_somebody_put_there_is_not_kept_by_a_run_that_was_interrupted(release, recipe):
+def test_a_foreign_artifact_is_not_kept_after_an_interrupted_run(release, recipe):
     first = outputs(run(recipe))
     folder = release / first["merged"].path
     expected = tree(folder)
@@ -258,7 +258,7 @@ def test_what_somebody_put_there_is_not_kept_by_a_run_that_was_interrupted(relea
     assert tree(folder) == expected
 
 
-def test_a_flipped_bit_is_seen_when_all_bytes_are_read(release, recipe):
+def test_a_flipped_bit_is_noticed_only_if_verify_is_set(release, recipe):
     first = run(recipe)
     path = release / outputs(first)["lighter"].path / "adapter_model.safetensors"
     expected = path.read_bytes()
@@ -268,7 +268,7 @@ def test_a_flipped_bit_is_seen_when_all_bytes_are_read(release, recipe):
     assert path.read_bytes() == expected
 
 
-def test_what_was_whole_when_the_run_was_killed_is_kept(release, recipe):
+def test_a_whole_artifact_is_kept_although_the_run_was_killed_before_recording_it(release, recipe):
     first = run(recipe)
     record = (release / outputs(first)["lighter"].path).with_suffix(".json")
     known = json.loads(record.read_bytes())
@@ -282,7 +282,7 @@ NOTHING_SAID = [b"", b"[]", b"{}", b"\xff", b'{"outputs": {}}', b"[" * 100_000, 
 
 
 @pytest.mark.parametrize("content", NOTHING_SAID, ids=lambda content: repr(content)[:20])
-def test_a_record_that_says_nothing_costs_only_its_step(release, recipe, content):
+def test_a_damaged_record_makes_only_its_own_step_run_again(release, recipe, content):
     first = run(recipe)
     record = (release / outputs(first)["lighter"].path).with_suffix(".json")
     if isinstance(content, dict):
@@ -293,7 +293,7 @@ def test_a_record_that_says_nothing_costs_only_its_step(release, recipe, content
     assert done(run(recipe)) == []
 
 
-def test_sources_tell_how_much_of_them_was_read(recipe):
+def test_progress_of_reading_sources_is_reported(recipe):
     told = []
     listener = Listener(
         sought=lambda source: told.append([source.name]),
@@ -310,11 +310,11 @@ def test_sources_tell_how_much_of_them_was_read(recipe):
 # The lock
 
 
-def test_what_was_hashed_is_remembered_however_the_search_ends(recipe, release):
+def test_hashes_are_cached_even_if_a_source_differs_from_the_lock(recipe, release):
     run(recipe)
     shutil.rmtree(release / ".adaptkit")
     change_lock(release, "sources", "lora", "tensors_root", value="0" * 64)
-    time.sleep(2.1)  # before that, nothing is remembered of a file
+    time.sleep(2.1)  # hashes of files that changed more recently are not cached
     with pytest.raises(DriftError):
         run(recipe, RunOptions(locked=True))
     known = json.loads((release / ".adaptkit" / "hashes.json").read_text())["files"]
@@ -323,7 +323,7 @@ def test_what_was_hashed_is_remembered_however_the_search_ends(recipe, release):
     }
 
 
-def test_locked_is_content_with_what_it_describes(recipe, release):
+def test_a_locked_run_succeeds_if_everything_matches_the_lock(recipe, release):
     run(recipe)
     before = (release / "recipe.lock").read_bytes()
     shutil.rmtree(release / ".adaptkit")
@@ -343,7 +343,7 @@ def test_locked_is_content_with_what_it_describes(recipe, release):
         ("peft]", "vllm]", "steps.loads.target is ['vllm'], but ['peft'] in the lock"),
     ],
 )
-def test_a_recipe_that_is_not_the_locked_one_is_refused_before_anything_is_read(recipe, release, edit, old, new, named):
+def test_a_recipe_that_differs_from_the_lock_is_refused_before_sources_are_read(recipe, release, edit, old, new, named):
     run(recipe)
     edit(old, new)
     shutil.rmtree(release / "model")
@@ -353,7 +353,7 @@ def test_a_recipe_that_is_not_the_locked_one_is_refused_before_anything_is_read(
     assert caught.value.exit_code == 3
 
 
-def test_sources_that_are_not_the_locked_ones_are_named_by_file(recipe, release):
+def test_files_of_sources_that_differ_from_the_lock_are_named_in_the_error(recipe, release):
     run(recipe)
     config = release / "lora" / "adapter_config.json"
     config.write_text(config.read_text() + "\n")
@@ -375,14 +375,14 @@ def change_lock(release, *keys, value):
     (release / "recipe.lock").write_text(json.dumps(lock))
 
 
-def test_an_artifact_with_other_bytes_is_named(recipe, release):
+def test_an_artifact_that_differs_from_the_lock_is_named_in_the_error(recipe, release):
     run(recipe)
     change_lock(release, "steps", "lighter", "outputs", "lighter", value="0" * 64)
     with pytest.raises(DriftError, match=r"steps\.lighter\.outputs\.lighter is \w{12}…, but 000000000000… in the lock"):
         run(recipe, RunOptions(locked=True))
 
 
-def test_another_version_of_adaptkit_is_named(recipe, release):
+def test_a_different_version_of_adaptkit_is_named_in_the_error(recipe, release):
     run(recipe)
     change_lock(release, "tool", "version", value="0.0.1")
     with pytest.raises(DriftError, match=r"tool\.version is 0\.1\.0, but 0\.0\.1 in the lock"):
@@ -390,7 +390,7 @@ def test_another_version_of_adaptkit_is_named(recipe, release):
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b'{"schema":1}', b"<<<<<<< HEAD\n", b'{"schema":2}'])
-def test_a_lock_that_is_none_is_refused_and_can_be_written_again(recipe, release, content):
+def test_a_missing_or_invalid_lock_is_refused_and_can_be_written_again(recipe, release, content):
     with pytest.raises(UsageError, match=r"recipe\.lock: lock not found"):
         run(recipe, RunOptions(locked=True, until="small"))
     (release / "recipe.lock").write_bytes(content)
@@ -399,7 +399,7 @@ def test_a_lock_that_is_none_is_refused_and_can_be_written_again(recipe, release
     assert run(recipe, RunOptions(until="small")).lock_state == "written"
 
 
-def test_steps_that_were_not_asked_for_are_locked_as_far_as_they_are_known(recipe, release):
+def test_steps_that_until_excludes_are_locked_as_far_as_they_are_known(recipe, release):
     report = run(recipe, RunOptions(until="merged"))
     assert list(states(report)) == ["lighter", "merged"]
     lock = lock_of(release)["steps"]
@@ -409,7 +409,7 @@ def test_steps_that_were_not_asked_for_are_locked_as_far_as_they_are_known(recip
         run(recipe, RunOptions(locked=True))
 
 
-def test_what_an_earlier_run_made_stays_locked_when_it_is_not_asked_for(recipe, release):
+def test_artifacts_of_an_earlier_run_stay_locked_if_until_excludes_them(recipe, release):
     run(recipe)
     content = (release / "recipe.lock").read_bytes()
     assert run(recipe, RunOptions(until="lighter")).lock_state == "unchanged"
@@ -424,7 +424,7 @@ def test_what_an_earlier_run_made_stays_locked_when_it_is_not_asked_for(recipe, 
         (("more",), 1, "more is in the lock, but not here"),
     ],
 )
-def test_a_lock_that_says_more_than_was_found_is_refused(recipe, release, keys, value, named):
+def test_a_lock_with_additional_entries_is_refused(recipe, release, keys, value, named):
     run(recipe)
     change_lock(release, *keys, value=value)
     with pytest.raises(DriftError, match=re.escape(named)):
@@ -435,7 +435,7 @@ OTHER_LOCKS = ["# poetry\n[[package]]\n", '{"_meta": {}, "default": {}}', "12345
 
 
 @pytest.mark.parametrize("content", OTHER_LOCKS, ids=lambda content: content[:20])
-def test_the_lock_of_another_program_is_not_replaced(recipe, release, content):
+def test_the_lock_of_a_different_program_is_not_replaced(recipe, release, content):
     (release / "recipe.lock").write_text(content)
     with pytest.raises(UsageError, match=r"recipe\.lock: is not a lock of adaptkit"):
         run(recipe)
@@ -444,8 +444,8 @@ def test_the_lock_of_another_program_is_not_replaced(recipe, release, content):
 
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "folder"])
 @pytest.mark.parametrize("locked", [False, True])
-def test_what_is_no_file_is_no_lock(recipe, release, make, locked):
-    make(release / "recipe.lock")  # nobody would ever write into the pipe
+def test_a_pipe_or_folder_in_place_of_the_lock_is_refused(recipe, release, make, locked):
+    make(release / "recipe.lock")  # reading the pipe would block forever
     with pytest.raises(UsageError, match=r"recipe\.lock: is not a lock of adaptkit"):
         run(recipe, RunOptions(locked=locked))
     assert not (release / ".adaptkit").exists()
@@ -459,10 +459,10 @@ def test_a_recipe_is_not_replaced_by_its_lock(recipe, release):
     assert other.read_text() == text
 
 
-# Gates, plans, and what goes wrong
+# Gates, dry runs and errors
 
 
-def test_a_gate_that_is_not_passed_stops_what_follows(recipe, release, edit):
+def test_a_failed_gate_stops_the_steps_that_need_it(recipe, release, edit):
     edit("{check: merged, target: [peft]}", "{check: small, target: [gguf]}")
     edit("  loads:", "  after: {check: lighter, needs: [loads]}\n  loads:")
     seen = []
@@ -491,7 +491,7 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(recipe, release, e
     assert tree(release) == before
 
 
-def test_a_source_that_is_not_there_or_of_the_wrong_kind_is_named_with_its_line(recipe, release, edit):
+def test_a_source_that_is_missing_or_of_the_wrong_kind_is_named_with_its_line(recipe, release, edit):
     shutil.rmtree(release / "lora")
     with pytest.raises(ConfigError, match=r"recipe\.yaml, line 4: sources\.lora\.path: does not exist"):
         run(recipe)
@@ -521,7 +521,7 @@ def test_an_error_of_an_operation_names_the_step(recipe, edit):
     assert "16-bit" in caught.value.hint
 
 
-def test_a_place_that_cannot_be_written_to_is_changed_by_an_option_that_a_run_has(recipe, release):
+def test_the_hint_for_a_foreign_folder_in_the_work_folder_is_to_change_work(recipe, release):
     (key,) = {step.key[:12] for step in run(recipe, dry_run=True).steps if step.name == "small"}
     aside = release / ".adaptkit" / key / "small.partial"
     aside.mkdir(parents=True)
@@ -541,7 +541,7 @@ def test_a_work_folder_in_a_source_is_refused_before_anything_is_written_there(r
     assert sorted((release / "model").rglob("*")) == before
 
 
-def test_hashes_that_cannot_be_kept_are_named(recipe, release):
+def test_a_file_of_hashes_that_cannot_be_written_is_named_in_the_error(recipe, release):
     (release / ".adaptkit" / "hashes.json").mkdir(parents=True)
     with pytest.raises(DiskError, match=r"^hashes\.json: cannot write: "):
         run(recipe)
@@ -557,7 +557,7 @@ def test_two_runs_do_not_share_a_work_folder(recipe, release):
     run(recipe, listener=Listener(started=start_another))
 
 
-def test_a_disk_without_locks_is_told(recipe, monkeypatch):
+def test_a_disk_without_locks_is_reported(recipe, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -567,8 +567,8 @@ def test_a_disk_without_locks_is_told(recipe, monkeypatch):
     assert "--work" in caught.value.hint
 
 
-def test_what_blocks_in_a_run_is_not_taken_for_another_run(recipe):
-    """As a full pipe that does not wait does."""
+def test_a_blocking_io_error_of_a_step_is_not_taken_for_a_second_run(recipe):
+    """Writing to a full non-blocking pipe raises it."""
 
     def full_pipe(step):
         raise BlockingIOError(11, "Resource temporarily unavailable")

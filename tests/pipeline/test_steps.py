@@ -1,4 +1,4 @@
-"""Every kind of step does what its operation does, and has the figures that a gate can ask for."""
+"""Every kind of step runs its operation and reports the figures that a gate can check."""
 
 import re
 import shutil
@@ -72,7 +72,7 @@ def ran(tmp_path_factory, llama, adapter, instructions):
     return folder, run(folder / "recipe.yaml")
 
 
-def test_every_kind_that_makes_something_was_run(ran):
+def test_every_kind_of_step_but_publish_runs_and_makes_its_artifacts(ran):
     folder, report = ran
     assert {step.kind for step in report.steps} == set(names(registry)) - {"publish"}
     outputs = {output.name: output for step in report.steps for output in step.outputs}
@@ -88,7 +88,7 @@ def test_an_adapter_has_the_chat_template_of_its_step(ran):
     assert (folder / begun.path / "chat_template.jinja").read_text() == TEMPLATE
 
 
-def test_a_gate_sees_every_figure(ran):
+def test_a_gate_reports_its_figures(ran):
     _, report = ran
     facts = next(step.facts for step in report.steps if step.name == "measured")
     assert 0 < facts["text.kl_divergence"] < 1
@@ -96,7 +96,7 @@ def test_a_gate_sees_every_figure(ran):
     assert facts["text.tokens"] > 0
 
 
-def test_a_limit_that_is_changed_is_judged_by_what_was_measured(ran):
+def test_a_figure_beyond_a_changed_limit_fails_the_gate(ran):
     folder, _ = ran
     path = folder / "strict.yaml"
     path.write_text(RECIPE.replace("text.kl_divergence: {max: 1}", "text.kl_divergence: {max: 0}"))
@@ -104,7 +104,7 @@ def test_a_limit_that_is_changed_is_judged_by_what_was_measured(ran):
         run(path)
 
 
-def test_two_artifacts_of_which_one_is_there_are_made_again(ran):
+def test_a_step_runs_again_if_one_of_its_two_artifacts_is_missing(ran):
     folder, report = ran
     base, companion = next(step.outputs for step in report.steps if step.name == "small")
     shutil.rmtree(folder / base.path)
@@ -114,7 +114,7 @@ def test_two_artifacts_of_which_one_is_there_are_made_again(ran):
 
 
 def test_the_docs_list_every_key_of_every_step():
-    """But train's, which has a page of its own."""
+    """Except for train, which is documented on a separate page."""
     rows = [line for line in (ROOT / "docs" / "release.md").read_text().splitlines() if line.startswith("| `")]
     listed = {row.split("`")[1]: set(re.findall(r"[`{]([a-z_]+)[`:]", row)) for row in rows}
     assert set(listed) == set(names(registry))

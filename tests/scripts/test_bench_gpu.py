@@ -1,4 +1,4 @@
-"""What scripts/bench_gpu.py does on a GPU it does here at a size that a CPU can do; the table says what was met."""
+"""scripts/bench_gpu.py runs here at a size that a CPU can handle; its table says which targets were met."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def bases(tmp_path_factory):
 
 
 def test_both_sides_train_the_same_model_on_the_same_tokens(bases):
-    """Before an adapter has learned anything, and up to the rounding of bfloat16."""
+    """Their losses before any update are equal up to the rounding of bfloat16."""
     ours = bench_gpu.bench_training.AdaptkitStep(bases / "nf4", TINY.length, 1.0, "layer", vocabulary=TINY.vocabulary)
     theirs = bench_gpu.bench_training.peft_step(
         bases / "plain", TINY.length, 1.0, True, True, vocabulary=TINY.vocabulary
@@ -43,14 +43,14 @@ def test_pages_are_timed_with_a_quarter_of_them_resident(bases):
     assert min(first["seconds"], first["peak"], found["resident"], found["paged"]) > 0
 
 
-def test_a_sequence_that_fits_is_said_to_fit(bases):
-    """A CPU gives what there is, so nothing runs out; what is left of the scenario is the same."""
+def test_a_sequence_that_fits_is_reported_as_fitting(bases):
+    """A CPU's memory is not limited, so nothing runs out; the rest of the scenario is the same."""
     (found,) = bench_gpu.measure_long(bases, TINY, CPU, 3)
     assert (found["failed"], found["finished"], found["same"], found["retries"]) == (False, True, True, 0)
     assert bench_gpu.lines(TINY, {"ours": {"error": "x"}, "peer": {"error": "x"}, "long": found})[-1].endswith("| no |")
 
 
-def test_the_table_says_what_was_met():
+def test_the_table_says_which_targets_were_met():
     ours = {"seconds": 0.1, "peak": 3 << 20, "resident": 0.1, "paged": 0.104, "pages": {"slots": 3, "pages": 19}}
     peer = {"seconds": 0.16, "peak": 4 << 20}
     long = {"limit": 1 << 30, "failed": True, "finished": True, "same": True}
@@ -63,7 +63,7 @@ def test_the_table_says_what_was_met():
     assert [row.split("|")[-2].strip() for row in missed] == ["", "", "no", "no", "no"]
 
 
-def test_what_failed_is_named_and_the_rest_is_still_there(tmp_path):
+def test_measurements_that_failed_are_named_in_the_table(tmp_path):
     clock = bench_gpu.Clock(100)
     found = bench_gpu.run("ours", tmp_path / "nothing", TINY, "cpu", 1, clock)
     assert "nf4" in found["error"]
@@ -74,7 +74,7 @@ def test_what_failed_is_named_and_the_rest_is_still_there(tmp_path):
     assert rows[1] == "| tiny | transformers + peft + bitsandbytes | not measured: the time was up | | |"
 
 
-def test_what_was_measured_before_a_failure_or_the_end_of_the_time_is_kept(tmp_path, monkeypatch):
+def test_figures_measured_before_a_failure_or_timeout_are_in_the_table(tmp_path, monkeypatch):
     script = tmp_path / "half.py"
     script.write_text(
         "import sys, time\n"
@@ -92,7 +92,7 @@ def test_what_was_measured_before_a_failure_or_the_end_of_the_time_is_kept(tmp_p
     assert "nothing else measured: no more" in rows[0]
 
 
-def test_every_figure_is_given_as_soon_as_it_is_known(tmp_path, monkeypatch):
+def test_every_figure_is_reported_as_soon_as_it_is_known(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(bench_gpu, "make_bases", lambda *_: "")
     monkeypatch.setattr(bench_gpu, "run", lambda what, *_: asked.append(what) or {"error": what})
@@ -101,7 +101,7 @@ def test_every_figure_is_given_as_soon_as_it_is_known(tmp_path, monkeypatch):
     assert asked == ["ours", "peer", "long"]
 
 
-def test_a_base_that_cannot_be_made_is_told_for_each_figure(tmp_path, monkeypatch):
+def test_a_base_that_cannot_be_made_is_reported_for_each_figure(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
@@ -111,12 +111,12 @@ def test_a_base_that_cannot_be_made_is_told_for_each_figure(tmp_path, monkeypatc
     assert len(bench_gpu.lines(TINY, found)) == 3
 
 
-def test_a_library_that_is_not_there_is_named_in_the_table(monkeypatch):
+def test_a_missing_library_is_named_in_the_table(monkeypatch):
     monkeypatch.setattr(bench_gpu, "LIBRARIES", ("torch", "no-such-library"))
     assert "no no-such-library" in bench_gpu.table("cpu", {"tiny": ["| row |"]})
 
 
-def test_without_a_gpu_it_says_so_and_does_nothing():
+def test_without_a_gpu_the_script_says_so_and_measures_nothing():
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, ROOT / "scripts" / "bench_gpu.py"]
     done = subprocess.run(command, capture_output=True, text=True, env=hidden)

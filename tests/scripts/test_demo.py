@@ -14,7 +14,7 @@ import demo  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "merged"])
-def test_a_folder_of_somebody_elses_is_refused_as_it_is_before_anything_is_fetched(tmp_path, name):
+def test_a_folder_with_other_files_is_refused_unchanged_before_any_download(tmp_path, name):
     theirs, cache = tmp_path / "theirs", tmp_path / "cache"
     theirs.mkdir()
     (theirs / name).write_text("years of work")
@@ -27,7 +27,7 @@ def test_a_folder_of_somebody_elses_is_refused_as_it_is_before_anything_is_fetch
     assert not cache.exists()
 
 
-def test_a_file_is_no_folder_for_artifacts(tmp_path):
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("kept")
     with pytest.raises(SystemExit, match="2"):
@@ -35,7 +35,7 @@ def test_a_file_is_no_folder_for_artifacts(tmp_path):
     assert file.read_text() == "kept"
 
 
-def test_a_second_demo_replaces_what_the_first_made_and_nothing_else(tmp_path):
+def test_a_second_demo_removes_only_what_the_first_made(tmp_path):
     folder = tmp_path / "new" / "demo"
     demo.prepare(folder, is_own=False)
     elsewhere = tmp_path / "elsewhere"
@@ -51,12 +51,12 @@ def test_a_second_demo_replaces_what_the_first_made_and_nothing_else(tmp_path):
     assert (elsewhere / "kept").exists()
 
 
-def test_the_folder_in_the_cache_is_the_demos_even_if_an_earlier_version_left_no_mark(tmp_path):
+def test_the_folder_in_the_cache_is_cleared_even_without_a_marker(tmp_path):
     (tmp_path / "base-nf4").mkdir()
     demo.prepare(tmp_path, is_own=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [demo.MARKER]
 
 
-def test_an_empty_folder_is_taken(tmp_path):
+def test_an_empty_folder_is_accepted(tmp_path):
     demo.prepare(tmp_path, is_own=False)
     assert [path.name for path in tmp_path.iterdir()] == [demo.MARKER]

@@ -1,4 +1,4 @@
-"""A row is of one layout, or it is refused by name."""
+"""Rows of every layout are read; others are refused with an error that names the problem."""
 
 import functools
 import json
@@ -50,7 +50,7 @@ SHARED = [{"from": "human", "value": "Name it\n\na river"}, {"from": "gpt", "val
         ("inputs", {"inputs": "Name it\n\na river", "targets": "the Rhine"}),
     ],
 )
-def test_every_layout_is_the_same_conversation(layout, row):
+def test_all_layouts_give_the_same_conversation(layout, row):
     example = read_example(row, "here")
     assert (example.layout, list(example.messages), example.learned, example.text) == (layout, CHAT, (1,), None)
 
@@ -69,14 +69,14 @@ OTHERS = {
                         {"question": "x", "answer": "y"}, {"prompt": [ASKED], "completion": [ANSWERED]},
                         {"messages": CHAT}, {"conversations": SHARED}, {"text": "x"}]),
        st.sets(st.sampled_from(sorted(OTHERS))))  # fmt: skip
-def test_a_name_that_is_less_certain_is_a_column_beside_the_others(row, names):
+def test_ambiguous_layout_names_are_plain_columns_if_the_row_has_an_unambiguous_one(row, names):
     assert read_example({name: OTHERS[name] for name in names} | row, "here") == read_example(row, "here")
 
 
 @given(
     st.sets(st.sampled_from(["role", "message_id", "parent_id", "lang"])), st.sampled_from(["prompter", "assistant"])
 )
-def test_a_message_of_a_tree_is_not_learned_as_plain_text(names, role):
+def test_a_single_message_of_a_tree_is_not_read_as_plain_text(names, role):
     row = {"text": "x", **dict.fromkeys(names, role), "rank": None}  # OASST1's
     plain = read_example(row, "here", "text")
     if "role" in names and {"message_id", "parent_id"} & names:
@@ -111,7 +111,7 @@ SAID = '{"name": "depth", "arguments": {"of": "Rhine"}}'
         ({**ASSISTANT, "tool_calls": [CALL], "function_call": CALL["function"]}, {"role": "tool", "content": "3"}),
     ],
 )  # fmt: skip
-def test_calls_of_tools_are_the_same_however_they_are_written(answer, back):
+def test_all_notations_of_tool_calls_give_the_same_conversation(answer, back):
     example = read_example({"messages": [ASKED, answer, back, ANSWERED]}, "here")
     assert list(example.messages) == [
         ASKED,
@@ -123,8 +123,8 @@ def test_calls_of_tools_are_the_same_however_they_are_written(answer, back):
 
 
 @given(st.lists(st.sampled_from(["call", "said", "asked", "gave"]), max_size=6), st.booleans())
-def test_calls_of_ms_swift_are_one_turn_with_those_and_the_answer_before_them(kinds, is_learned):
-    """As its templates of transformers' kind get them."""
+def test_ms_swift_calls_are_merged_with_the_calls_and_answer_before_them(kinds, is_learned):
+    """As ms-swift passes them to templates of transformers."""
     mark = {} if is_learned else {"loss": False}
     of_its = {
         "call": {"role": "tool_call", "content": SAID} | mark,
@@ -146,7 +146,7 @@ def test_calls_of_ms_swift_are_one_turn_with_those_and_the_answer_before_them(ki
     assert read_example(row, "here") == read_example(whole, "here")
 
 
-def test_a_call_that_is_marked_otherwise_than_the_answer_before_it_is_refused():
+def test_a_call_whose_loss_mark_differs_from_the_answer_before_it_is_refused():
     for marks in ({}, {"loss": False}), ({"loss": False}, {}):
         said, call = (
             {"role": role, "content": SAID} | mark for role, mark in zip(("assistant", "tool_call"), marks, strict=True)
@@ -156,7 +156,7 @@ def test_a_call_that_is_marked_otherwise_than_the_answer_before_it_is_refused():
 
 
 @given(st.sampled_from(["assistant", "tool_call"]), st.sets(st.sampled_from("ab")), st.sets(st.sampled_from("bc")))
-def test_what_is_not_read_of_a_call_and_the_message_before_it_is_told(role, first, then):
+def test_ignored_keys_of_a_call_and_of_the_message_before_it_are_reported(role, first, then):
     said = {"role": role, "content": SAID} | dict.fromkeys(first, 1)
     call = {"role": "tool_call", "content": SAID} | dict.fromkeys(then, 1)
     assert read_example({"messages": [ASKED, said, call]}, "here").ignored == first | then
@@ -168,7 +168,7 @@ def test_what_is_not_read_of_a_call_and_the_message_before_it_is_told(role, firs
     st.sampled_from(["", "how deep?", "so deep"]),
     st.sampled_from(["reasoning_content", "reasoning", "thinking"]),
 )
-def test_reasoning_of_a_call_that_is_one_turn_with_the_message_before_it_is_not_lost(role, first, then, name):
+def test_reasoning_of_a_call_that_is_merged_with_the_message_before_it_is_not_lost(role, first, then, name):
     said, call = {"role": role, "content": SAID, name: first}, {"role": "tool_call", "content": SAID, name: then}
     row = {"messages": [ASKED, said, call]}
     if then in ("", first):
@@ -179,7 +179,7 @@ def test_reasoning_of_a_call_that_is_one_turn_with_the_message_before_it_is_not_
 
 
 @given(st.sampled_from([("developer", "system"), ("model", "assistant")]))
-def test_roles_of_openai_and_gemma_are_those_of_the_others(names):
+def test_roles_developer_and_model_mean_system_and_assistant(names):
     name, role = names
     chat = [{"role": "system", "content": "Be brief."}, *CHAT]
     renamed = [message | {"role": name} if message["role"] == role else message for message in chat]
@@ -190,7 +190,7 @@ FUNCTION = {"name": "depth", "description": "of a river", "parameters": {"type":
 
 
 @pytest.mark.parametrize("tools", [[FUNCTION], [{"type": "function", "function": FUNCTION}], json.dumps([FUNCTION])])
-def test_tools_are_the_rows(tools):
+def test_tools_of_a_row_are_read(tools):
     example = read_example({"messages": CHAT, "tools": tools, "id": 1}, "here")
     assert example.tools == ({"type": "function", "function": FUNCTION},)
     assert example.columns == {"messages", "tools"}
@@ -199,7 +199,7 @@ def test_tools_are_the_rows(tools):
 
 
 @given(st.sampled_from([{}, {"tools": None}, {"tools": []}]), st.booleans())
-def test_functions_beside_messages_are_its_tools_as_openai_had_them_first(more, is_wrapped):
+def test_functions_next_to_messages_are_read_as_tools(more, is_wrapped):
     functions = [{"type": "function", "function": FUNCTION} if is_wrapped else FUNCTION]
     row = {"messages": CHAT, "functions": functions, "parallel_tool_calls": False} | more
     example = read_example(row, "here")
@@ -213,19 +213,19 @@ def test_functions_beside_messages_are_its_tools_as_openai_had_them_first(more, 
     assert (with_both.tools, "functions" in with_both.columns) == (example.tools, False)
 
 
-def test_an_object_that_a_tool_gives_is_its_json_text():
+def test_an_object_as_the_result_of_a_tool_becomes_json_text():
     back = {"role": "tool", "content": {"depth": [3, "Köln"]}}
     example = read_example({"messages": [ASKED, ASSISTANT | {"tool_calls": [CALL]}, back, ANSWERED]}, "here")
     assert example.messages[2] == {"role": "tool", "content": '{"depth": [3, "Köln"]}'}
 
 
-def test_no_calls_are_none():
+def test_empty_tool_calls_are_ignored():
     for none in ([], None, "", "null", "[]"):
         example = read_example({"messages": [ASKED, ANSWERED | {"tool_calls": none}]}, "here")
         assert list(example.messages) == CHAT
 
 
-def test_what_templates_want_of_calls_and_results_goes_along():
+def test_ids_names_and_reasoning_of_calls_and_results_are_read():
     call, back = (
         CALL | {"id": "abcdefghi"},
         {"role": "tool", "content": "3", "tool_call_id": "abcdefghi", "name": "depth"},
@@ -239,7 +239,7 @@ def test_what_templates_want_of_calls_and_results_goes_along():
 
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant", "system", "tool"]),
                           st.lists(st.text(st.characters(codec="utf-8")), min_size=1))))  # fmt: skip
-def test_parts_of_text_are_the_text_of_them(turns):
+def test_text_parts_are_joined(turns):
     turns = [*turns, ("assistant", ["<think>a</think>", "the ", "Rhine"])]
     for key, role_key in (("content", "role"), ("value", "from")):
         in_parts = [{role_key: role, key: parts_of(*said)} for role, said in turns]
@@ -251,20 +251,20 @@ def test_parts_of_text_are_the_text_of_them(turns):
         }  # fmt: skip
 
 
-def test_what_parts_have_beside_their_text_is_told_and_no_parts_beside_calls_are_no_content():
+def test_other_keys_of_text_parts_are_reported_and_calls_may_have_no_parts():
     marked = [part | {"cache_control": {}, "image": None} for part in parts_of("the ", "Rhine")]
     assert read_example({"messages": [ASKED, ANSWERED | {"content": marked}]}, "here").ignored == {"cache_control"}
-    image = [{"type": "image", "image": "x"}]  # whatever a tool gives is what it gave
+    image = [{"type": "image", "image": "x"}]  # a tool may return anything
     row = {"messages": [ASKED, {**ASSISTANT, "content": [], "tool_calls": [CALL]}, {"role": "tool", "content": image}]}
     assert [message["content"] for message in read_example(row, "here").messages[1:]] == ["", json.dumps(image)]
 
 
-def test_plain_text_is_no_conversation():
+def test_a_row_of_plain_text_has_no_messages():
     example = read_example({"text": "Call me Ishmael.", "title": "Moby-Dick"}, "here")
     assert (example.layout, example.text, example.messages) == ("text", "Call me Ishmael.", ())
 
 
-def test_the_columns_that_were_used_are_told():
+def test_the_columns_that_were_used_are_reported():
     row = {"id": 1, "system": "Be brief.", "instruction": "x", "input": "", "output": "y", "source": "web"}
     assert read_example(row, "here").columns == {"system", "instruction", "input", "output"}
 
@@ -304,13 +304,13 @@ MARKS = [
     {"loss_scale": 0.0}, {"loss_scale": 1.0}, {"training": False}, {"training": True},
 ]  # fmt: skip
 MASKED = [{"masked": True}, {"masked": 0}]
-"""The other way round; torchtune's."""
+"""Of torchtune, with the opposite meaning."""
 
 
 @given(
     st.lists(st.lists(st.sampled_from([*MARKS, *MASKED, {"loss": None, "masked": None, "weight": None}]), max_size=3))
 )
-def test_marks_of_other_trainers_take_answers_out_of_the_loss_and_never_contradict_each_other(answers):
+def test_marks_of_other_trainers_exclude_answers_and_contradictory_ones_are_refused(answers):
     messages, learned = [], []
     for marks in answers:
         said = {key: value for mark in marks for key, value in mark.items()}
@@ -325,7 +325,7 @@ def test_marks_of_other_trainers_take_answers_out_of_the_loss_and_never_contradi
     assert (example.learned, example.ignored) == ((*learned, len(messages) + 1), frozenset())
 
 
-def test_a_question_that_is_marked_to_be_learned_is_not_and_that_is_told():
+def test_a_mark_to_learn_a_question_is_ignored_and_reported():
     for mark in MARKS:
         example = read_example({"messages": [ASKED | mark, ANSWERED]}, "here")
         assert (example.learned, example.ignored) == ((1,), {name for name, value in mark.items() if value})
@@ -335,7 +335,7 @@ def test_a_question_that_is_marked_to_be_learned_is_not_and_that_is_told():
 
 
 @given(st.sampled_from([0, 1, True, False]), st.booleans())
-def test_a_mask_that_may_mean_either_is_refused_and_one_of_something_else_is_told(value, is_answer):
+def test_a_mask_is_refused_as_ambiguous_if_boolean_and_otherwise_reported(value, is_answer):
     def row(mask):
         asked, answered = (ASKED, ANSWERED | {"mask": mask}) if is_answer else (ASKED | {"mask": mask}, ANSWERED)
         return {"messages": [asked, answered]}
@@ -350,7 +350,7 @@ PAIRS = st.lists(st.lists(st.text(st.characters(codec="utf-8")), min_size=2, max
 
 
 @given(PAIRS, st.booleans(), st.sampled_from(["instruction", "question", "prompt", "query"]))
-def test_the_history_beside_a_question_is_earlier_turns_all_of_them_learned(history, has_system, layout):
+def test_history_holds_earlier_turns_whose_answers_are_learned(history, has_system, layout):
     system = {"system": "Be brief."} if has_system else {}
     row = {layout: "x", "context": "", "output": "y", "history": history} | system
     turns = [{"role": "system", "content": "Be brief."}] * has_system
@@ -366,33 +366,33 @@ def test_the_history_beside_a_question_is_earlier_turns_all_of_them_learned(hist
 @given(st.sampled_from(["instruction", "question", "prompt", "problem"]),
        st.sampled_from(["reasoning_content", "reasoning", "thinking"]), st.text(st.characters(codec="utf-8")),
        st.sampled_from(["y", "<think>so</think>y"]))  # fmt: skip
-def test_reasoning_beside_an_answer_is_read_as_that_of_a_message_is(layout, name, reasoning, answer):
+def test_reasoning_in_a_column_is_read_like_reasoning_in_a_message(layout, name, reasoning, answer):
     row = {layout: "x", "answer": answer, name: reasoning}
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer, name: reasoning}]
     try:
         whole = read_example({"messages": messages}, "here")
-    except DataError:  # it is in the answer, too, and not the same
+    except DataError:  # the answer contains different reasoning
         with pytest.raises(DataError, match=r"^here: has reasoning in more than one place"):
             read_example(row, "here")
         return
     example = read_example(row, "here")
     assert (example.messages, example.learned, example.columns) == (whole.messages, whole.learned, row.keys())
-    for other in (True, 0.5, ["first"], None):  # a switch or a score, which the report lists
+    for other in (True, 0.5, ["first"], None):  # a flag or a score, which the report lists
         assert read_example(row | {name: other}, "here").columns == {layout, "answer"}
 
 
 @pytest.mark.parametrize("layout", ["messages", "conversations"])
 @given(turns=st.lists(st.sampled_from([ASKED, ANSWERED, SHARED[0], SHARED[1], {"role": "tool", "content": "3"}])),
        chosen=st.sampled_from([ANSWERED, SHARED[1], [ANSWERED], "the Rhine"]))  # fmt: skip
-def test_a_preference_whose_answers_are_beside_the_conversation_is_refused(layout, turns, chosen):
+def test_a_preference_whose_answers_are_outside_of_the_conversation_is_refused(layout, turns, chosen):
     row = {layout: [ASKED, ANSWERED, *turns], "chosen": chosen, "rejected": chosen, "prompt": "Name it"}
-    if row[layout][-1] in (ANSWERED, SHARED[1]):  # the chosen one is at its end, as in UltraFeedback
+    if row[layout][-1] in (ANSWERED, SHARED[1]):  # it ends with the chosen answer, as in UltraFeedback
         assert read_example(row, "here") == read_example({layout: row[layout]}, "here")
         return
     with pytest.raises(DataError, match=f"^here: {layout} does not end with an answer, and chosen and re") as raised:
         read_example(row, "here")
     assert f"append the chosen answer to {layout}" in raised.value.hint
-    for name in ("chosen", "rejected"):  # which says nothing of an answer
+    for name in ("chosen", "rejected"):  # without both, it is not a preference
         assert read_example(row | {name: None}, "here").learned
 
 
@@ -400,18 +400,18 @@ def test_a_preference_whose_answers_are_beside_the_conversation_is_refused(layou
 @given(row=st.sampled_from([{"messages": CHAT}, {"conversations": SHARED}, {"prompt": "x", "completion": "y"},
                             {"prompt": [ASKED], "completion": [ANSWERED]}, {"instruction": "x", "output": "y"}]),
        label=st.booleans() | st.none() | st.sampled_from([0, 1, 0.0, "false", "True", ""]))  # fmt: skip
-def test_an_answer_that_is_marked_as_unwanted_is_refused_and_a_class_is_a_column(name, row, label):
+def test_an_answer_marked_as_unwanted_is_refused_and_other_labels_are_columns(name, row, label):
     if label is False:
         with pytest.raises(DataError, match=f"^here: {name} is false, which marks an unwanted answer"):
             read_example(row | {name: label}, "here")
     else:
         assert read_example(row | {name: label}, "here") == read_example(row, "here")
-    assert read_example({"text": "x", name: label}, "here").text == "x"  # which answers nothing
+    assert read_example({"text": "x", name: label}, "here").text == "x"  # plain text has no answer
 
 
 @given(st.dictionaries(st.text(), st.booleans() | st.text()), st.sets(st.text()))
-def test_variables_of_the_chat_template_in_a_row_are_refused_if_there_are_some(variables, of_other_rows):
-    in_parquet = dict.fromkeys(of_other_rows) | variables  # where each has the keys of all
+def test_chat_template_variables_in_a_row_are_refused_unless_empty(variables, of_other_rows):
+    in_parquet = dict.fromkeys(of_other_rows) | variables  # where each row has the keys of all rows
     row = {"prompt": "x", "completion": "y", "chat_template_kwargs": in_parquet}
     if variables:
         with pytest.raises(DataError, match=r"^here: chat_template_kwargs cannot be set for a single row") as raised:
@@ -419,12 +419,12 @@ def test_variables_of_the_chat_template_in_a_row_are_refused_if_there_are_some(v
         assert "--chat-template-kwargs NAME=VALUE" in raised.value.hint
     else:
         assert read_example(row, "here").messages[-1]["content"] == "y"
-    assert read_example({"text": "x", "chat_template_kwargs": in_parquet}, "here").text == "x"  # goes through none
+    assert read_example({"text": "x", "chat_template_kwargs": in_parquet}, "here").text == "x"  # text is not rendered
 
 
 @given(st.sampled_from(["image", "video", "audio"]), st.sampled_from(["", "s"]), st.booleans(),
        st.sampled_from(["a.png", ["a.png"], {"bytes": b"x"}, None, [], ""]))  # fmt: skip
-def test_what_is_to_be_seen_where_a_text_marks_it_is_refused_and_a_column_alone_is_not(kind, plural, marked, value):
+def test_media_are_refused_if_the_text_refers_to_them_and_otherwise_ignored(kind, plural, marked, value):
     asked = {"from": "human", "value": f"<{kind}>\nName it" if marked else "Name it"}
     for row in ({"conversations": [asked, SHARED[1]]}, {"instruction": asked["value"], "output": "the Rhine"}):
         if marked and value:
@@ -437,7 +437,7 @@ def test_what_is_to_be_seen_where_a_text_marks_it_is_refused_and_a_column_alone_
 ALPACA = {"instruction": "x", "input": "", "output": "y", "text": "Below is an instruction. x y"}
 
 
-def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
+def test_a_row_of_two_layouts_is_refused_unless_one_is_requested():
     with pytest.raises(DataError, match="more than one layout: instruction and text") as raised:
         read_example(ALPACA, "here")
     assert raised.value.hint == "choose one, such as --layout instruction"
@@ -534,13 +534,13 @@ def test_a_row_of_two_layouts_is_refused_unless_one_is_asked_for():
          "has both a column system and a system message"),
     ],
 )  # fmt: skip
-def test_a_row_that_cannot_be_used_is_refused_by_name(row, message):
+def test_the_error_for_a_row_that_cannot_be_used_names_the_problem(row, message):
     with pytest.raises(DataError, match=re.escape(f"rows.jsonl, line 7: {message}")) as raised:
         read_example(row, "rows.jsonl, line 7")
     assert raised.value.hint
 
 
 @pytest.mark.parametrize("layout", ["instruction", "messages", "text"])
-def test_a_layout_that_is_asked_for_has_to_be_there(layout):
+def test_a_row_without_the_requested_layout_is_refused(layout):
     with pytest.raises(DataError, match=f"no column {layout}"):
         read_example({"title": "x"}, "here", layout)

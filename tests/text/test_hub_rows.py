@@ -1,4 +1,4 @@
-"""What the Hub refuses of a data set is told as what it is, and a copy of unknown age is not taken for the data set."""
+"""Refusals by the Hub are reported with their status, and a cached copy of unknown age is used only offline."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def python(code, *arguments, **environment):
 
 
 class Refusing(BaseHTTPRequestHandler):
-    """Answers everything with one status."""
+    """Answers every request with the same status."""
 
     def do_HEAD(self):
         self.send_response(self.server.status)
@@ -51,7 +51,7 @@ class Refusing(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def refusing():
-    """A hub that gives nothing."""
+    """A Hub that refuses every request."""
     pytest.importorskip("datasets")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -61,8 +61,8 @@ def refusing():
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, 6), (403, 6), (400, 2)])
-def test_a_refusal_of_the_hub_is_told(status, code, refusing, tmp_path):
-    """Of others the client tries again for half a minute."""
+def test_a_refusal_by_the_hub_is_reported(status, code, refusing, tmp_path):
+    """After other statuses, the client retries for half a minute."""
     refusing.status = status
     address = f"http://127.0.0.1:{refusing.server_port}"
     done = python(READ, HF_ENDPOINT=address, HF_HOME=str(tmp_path / "home"), HF_HUB_OFFLINE="0")
@@ -70,11 +70,11 @@ def test_a_refusal_of_the_hub_is_told(status, code, refusing, tmp_path):
 
 
 @pytest.mark.parametrize("status", [429, 500, 503, None])
-def test_a_passing_failure_may_be_tried_again(status, monkeypatch):
+def test_a_temporary_failure_of_the_hub_is_a_network_error(status, monkeypatch):
     datasets = pytest.importorskip("datasets")
 
     class Answered(OSError):  # noqa: N818 - says what it is
-        """As the client's own."""
+        """Like the client's own error."""
 
         class response:  # noqa: N801 - an attribute
             status_code = status
@@ -90,7 +90,7 @@ def test_a_passing_failure_may_be_tried_again(status, monkeypatch):
         list(read_rows("org/data"))
 
 
-def test_an_error_of_the_disk_stays_one(monkeypatch):
+def test_a_disk_error_is_not_reported_as_a_network_error(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
     def fail(*_, **__):
@@ -101,7 +101,7 @@ def test_an_error_of_the_disk_stays_one(monkeypatch):
         list(read_rows("org/data"))
 
 
-def test_a_copy_of_unknown_age_is_taken_only_where_the_hub_is_not_to_be_asked(refusing, tmp_path):
+def test_a_cached_copy_of_unknown_age_is_used_only_offline(refusing, tmp_path):
     refusing.status = 401
     home, rows = tmp_path / "home", tmp_path / "rows.jsonl"
     rows.write_text(json.dumps({"text": "an old one"}) + "\n")

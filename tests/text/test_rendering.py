@@ -1,4 +1,4 @@
-"""The process that renders chat templates: the same text as transformers', and it is there again whatever happened."""
+"""Chat templates render the same text as in transformers, in a process that is replaced after any failure."""
 
 import contextlib
 import fcntl
@@ -26,7 +26,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 
 @pytest.fixture
 def tokenizer(tmp_path, monkeypatch):
-    monkeypatch.setattr(threading, "active_count", lambda: 1)  # the test's own threads do nothing that a fork minds
+    monkeypatch.setattr(threading, "active_count", lambda: 1)  # the test's own threads do not make a fork unsafe
     yield tiny.write_tokenizer(tmp_path)
     rendering._end_process()
 
@@ -41,7 +41,7 @@ def pid():
 
 
 @pytest.mark.parametrize("opening", [False, True])
-def test_the_text_is_that_of_transformers(tokenizer, opening):
+def test_the_text_is_the_one_that_transformers_renders(tokenizer, opening):
     expected = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=opening)
     assert apply_template(tokenizer, CHAT, opening) == expected
     assert pid() != os.getpid()
@@ -51,8 +51,8 @@ DATED = "{{ strftime_now('%d %b %Y, %H:%M') }}: {% for message in messages %}{{ 
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_a_template_that_asks_for_the_date_is_told_the_same_one_every_day(tokenizer, monkeypatch, alone):
-    """Else a run that goes on tomorrow would have other samples; transformers tells it today's."""
+def test_a_template_that_asks_for_the_date_gets_the_same_one_every_day(tokenizer, monkeypatch, alone):
+    """Otherwise a run that resumes tomorrow would have other samples; transformers passes today's date."""
     assert not rendering.asks_for_the_date(tokenizer)
     tokenizer.chat_template = DATED
     monkeypatch.setattr(rendering, "can_fork", lambda: not alone)
@@ -64,7 +64,7 @@ def test_a_template_that_asks_for_the_date_is_told_the_same_one_every_day(tokeni
 @pytest.mark.parametrize(
     "start", ["", "\n", " \n", "\n\n", "{# of mine #}\n", "{%- set x = 1 %}\n", "  {% set x = 1 %}", "  {# c #}x"]
 )
-def test_nothing_but_the_date_is_another(tokenizer, start):
+def test_only_the_date_differs_from_transformers(tokenizer, start):
     rest = "{%- for message in messages %}\n{{ message['content'] }}{% endfor %}"
     tokenizer.chat_template = (
         start + "{% if strftime_now is defined %}in {{ strftime_now('%Y 100%%d %f') }}{% endif %} " + rest
@@ -85,7 +85,7 @@ def test_one_process_renders_many_conversations(tokenizer):
 
 
 @pytest.mark.parametrize("portion", [1, 40, 1 << 20])
-def test_conversations_are_rendered_in_order_up_to_the_first_that_is_refused(tokenizer, monkeypatch, portion):
+def test_conversations_are_rendered_in_order_up_to_the_first_refused_one(tokenizer, monkeypatch, portion):
     monkeypatch.setattr(rendering, "_REQUEST_CHARACTERS", portion)
     asked = [
         rendering.Conversation([{"role": "user", "content": str(number)}], number % 2 == 0) for number in range(500)
@@ -99,7 +99,7 @@ def test_conversations_are_rendered_in_order_up_to_the_first_that_is_refused(tok
         next(texts)
 
 
-def test_the_process_stays_for_whoever_renders(tokenizer):
+def test_all_callers_share_one_process(tokenizer):
     encoder, seen = Encoder(tokenizer), set()
     for number in range(5):
         row = {"instruction": f"Name river {number}", "output": "the Rhine"}
@@ -112,7 +112,7 @@ def test_the_process_stays_for_whoever_renders(tokenizer):
     assert len(seen) == 1
 
 
-def test_a_row_that_is_refused_leaves_nothing_for_the_next(tokenizer):
+def test_a_refused_row_leaves_no_answers_for_the_next_request(tokenizer):
     encoder = Encoder(tokenizer)
     first = read_example({"messages": [CHAT[1]]}, "bad")
     row, other = ({"instruction": f"Name {what}", "output": "the Rhine"} for what in ("STALE", "a river"))
@@ -123,7 +123,7 @@ def test_a_row_that_is_refused_leaves_nothing_for_the_next(tokenizer):
     assert kept.value.hint
 
 
-def test_time_is_that_of_the_template_and_not_of_the_clock(tokenizer, monkeypatch):
+def test_the_time_limit_counts_cpu_time_and_not_elapsed_time(tokenizer, monkeypatch):
     monkeypatch.setattr(rendering, "_SECONDS", 1)
     expected = apply_template(tokenizer, CHAT, False)
     os.kill(pid(), signal.SIGSTOP)
@@ -133,7 +133,7 @@ def test_time_is_that_of_the_template_and_not_of_the_clock(tokenizer, monkeypatc
     going_on.join()
 
 
-def test_the_conversation_that_takes_too_long_is_the_one_that_is_named(tokenizer, monkeypatch):
+def test_the_conversation_that_takes_too_long_is_named_in_the_error(tokenizer, monkeypatch):
     monkeypatch.setattr(rendering, "_SECONDS", 0.5)
     tokenizer.chat_template = "{% if messages[0]['content'] == 'x' %}" + LOOP + "{% endif %}"
     tokenizer.chat_template += "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -143,7 +143,7 @@ def test_the_conversation_that_takes_too_long_is_the_one_that_is_named(tokenizer
         list(Encoder(tokenizer).encode(examples))
 
 
-def test_the_process_holds_no_lock_of_the_one_who_asks(tokenizer, tmp_path):
+def test_the_process_does_not_hold_locks_of_its_parent(tokenizer, tmp_path):
     handle = os.open(tmp_path / "lock", os.O_CREAT | os.O_RDWR)
     fcntl.flock(handle, fcntl.LOCK_EX)
     assert apply_template(tokenizer, CHAT, False)
@@ -154,31 +154,31 @@ def test_the_process_holds_no_lock_of_the_one_who_asks(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["\ud800 half", "漢字" * 1_000_000, "\u2028\0\x7f"])
-def test_every_character_comes_back(tokenizer, text):
+def test_every_character_is_returned_unchanged(tokenizer, text):
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     assert apply_template(tokenizer, [{"role": "user", "content": text}], False) == text
 
 
-def test_a_conversation_that_is_too_large_is_said_to_be(tokenizer):
+def test_a_conversation_that_is_too_large_is_reported(tokenizer):
     large = [{"role": "user", "content": "漢" * 150_000_000}]
     with pytest.raises(DataError, match="too much memory"):
         apply_template(tokenizer, large, False)
 
 
-def test_a_text_that_is_too_large_to_send_back_is_said_to_be(tokenizer):
+def test_a_text_that_is_too_large_to_send_back_is_reported(tokenizer):
     tokenizer.chat_template = "{{ messages[0]['content'] * 5 }}"
     with pytest.raises(DataError, match="too much memory"):
         apply_template(tokenizer, [{"role": "user", "content": "x" * (20 << 20)}], False)
 
 
-def test_texts_that_nobody_took_are_nobody_elses(tokenizer):
+def test_texts_that_were_not_consumed_are_not_returned_for_the_next_request(tokenizer):
     texts = rendering.apply_template(tokenizer, [rendering.Conversation(ASKED, False)] * 5)
     next(texts)
     texts.close()
     assert "Rhine" in apply_template(tokenizer, CHAT, False)
 
 
-def test_an_answer_that_came_too_late_is_nobody_elses(tokenizer, monkeypatch):
+def test_after_a_timeout_the_next_request_gets_its_own_answer(tokenizer, monkeypatch):
     monkeypatch.setattr(rendering, "_SECONDS", 0.5)
     sound, tokenizer.chat_template = tokenizer.chat_template, LOOP
     with pytest.raises(DataError, match="takes longer"):
@@ -189,15 +189,15 @@ def test_an_answer_that_came_too_late_is_nobody_elses(tokenizer, monkeypatch):
     assert "Rhine" in apply_template(tokenizer, CHAT, False)
 
 
-def test_a_refusal_ends_nothing(tokenizer):
+def test_conversations_can_be_rendered_after_a_refused_one(tokenizer):
     tokenizer.chat_template = "{% if messages|length > 1 %}{{ raise_exception('too many') }}{% endif %}fine"
     with pytest.raises(DataError, match=r"refuses the conversation \(too many\)"):
         apply_template(tokenizer, CHAT, False)
     assert apply_template(tokenizer, ASKED, False) == "fine"
 
 
-def test_a_process_that_left_for_want_of_questions_is_replaced(tokenizer, monkeypatch):
-    monkeypatch.setattr(rendering, "_IDLE_SECONDS", 0)  # each leaves as soon as it has nothing to do
+def test_a_process_that_exited_when_idle_is_replaced(tokenizer, monkeypatch):
+    monkeypatch.setattr(rendering, "_IDLE_SECONDS", 0)  # each process exits as soon as it is idle
     first = apply_template(tokenizer, CHAT, False)
     for _ in range(10):
         assert apply_template(tokenizer, CHAT, False) == first
@@ -218,7 +218,7 @@ def test_a_process_that_is_killed_is_an_error_and_then_replaced(tokenizer):
     assert apply_template(tokenizer, CHAT, False) == "fine"
 
 
-def test_an_interrupted_question_ends_the_process(tokenizer):
+def test_an_interrupted_request_ends_the_process(tokenizer):
     tokenizer.chat_template = LOOP
     held = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     signal.setitimer(signal.ITIMER_REAL, 0.5)
@@ -241,7 +241,7 @@ def test_a_text_far_longer_than_the_conversation_is_refused(tokenizer, monkeypat
     assert len(apply_template(tokenizer, long, False)) == 24_000_000
 
 
-def test_a_fork_has_a_process_of_its_own(tokenizer):
+def test_a_fork_of_the_caller_has_a_process_of_its_own(tokenizer):
     expected = apply_template(tokenizer, CHAT, False)
     before = pid()
     child = os.fork()
@@ -256,7 +256,7 @@ def test_a_fork_has_a_process_of_its_own(tokenizer):
     assert pid() == before
 
 
-def test_the_process_does_not_outlive_a_killed_asker(tokenizer):
+def test_the_process_does_not_outlive_a_killed_parent(tokenizer):
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -275,7 +275,7 @@ def test_the_process_does_not_outlive_a_killed_asker(tokenizer):
     assert os.read(read, 1) == b"", "both ends of the pipe are closed once both are gone"
 
 
-def test_a_tokenizer_with_templates_for_other_things_alone_is_refused(llama):
+def test_a_tokenizer_with_only_templates_for_other_purposes_is_refused(llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
     with pytest.raises(DataError, match="multiple chat templates with no default"):
@@ -284,18 +284,18 @@ def test_a_tokenizer_with_templates_for_other_things_alone_is_refused(llama):
         set_template_kwargs(tokenizer, {"quick": True})
 
 
-def test_a_template_that_loops_is_not_asked_for_every_field_of_thoughts(tokenizer, monkeypatch):
+def test_a_template_that_loops_is_not_probed_for_every_reasoning_field(tokenizer, monkeypatch):
     monkeypatch.setattr(rendering, "_SECONDS", 0.5)
     begun, start = [], rendering.start_child
     monkeypatch.setattr(rendering, "start_child", lambda *arguments: begun.append(1) or start(*arguments))
     tokenizer.chat_template = LOOP
     with pytest.raises(DataError, match="takes longer than"):
         list(render([rendering.Conversation(CHAT, False)], tokenizer))
-    assert len(begun) == 2  # of a question and answer, and of this row
+    assert len(begun) == 2  # for one probe, and for this conversation
 
 
-def test_thoughts_count_as_what_is_said(tokenizer):
-    """A template may write a megabyte more than eight times a conversation."""
+def test_reasoning_counts_towards_the_length_of_a_conversation(tokenizer):
+    """A rendered text may have a million characters more than eight times the conversation."""
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.thinking }}{% endfor %}"
     long = "thought " * (1 << 18)
     answer = {"role": "assistant", "content": "a", "reasoning_content": long}
@@ -307,7 +307,7 @@ def test_thoughts_count_as_what_is_said(tokenizer):
     "values",
     [{"enable_thinking": False}, {"enable_thinking": True, "effort": 'as "much"\nas \\ you can ü'}, {"depth": 0.5}],
 )
-def test_variables_are_what_transformers_hands_to_the_template(llama, values):
+def test_template_variables_have_the_same_effect_as_in_transformers(llama, values):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = (
         "{% if enable_thinking is defined and not enable_thinking %}quick{% endif %}\n{{ effort }}{{ depth }}\n"
@@ -319,7 +319,7 @@ def test_variables_are_what_transformers_hands_to_the_template(llama, values):
     assert list(render([rendering.Conversation(CHAT, False)], tokenizer)) == [expected]
 
 
-def test_variables_reach_every_template_of_a_tokenizer_that_has_one_for_tools(llama):
+def test_template_variables_reach_the_default_template_and_the_one_for_tools(llama):
     tokenizer = load_tokenizer(llama)
     for asking in (("default",), ("tool_use",), ("default", "tool_use")):
         names = ("default", "tool_use", "rag")
@@ -333,7 +333,7 @@ def test_variables_reach_every_template_of_a_tokenizer_that_has_one_for_tools(ll
         set_template_kwargs(tokenizer, {"mood": " is good"})
 
 
-def test_a_variable_that_the_template_does_not_ask_for_is_refused(llama):
+def test_a_variable_that_the_template_does_not_use_is_refused(llama):
     tokenizer = load_tokenizer(llama)
     for name in ("enable_thinking", "not a name", "x %}{{ y"):
         with pytest.raises(UsageError, match=f"does not use '{re.escape(name)}'"):

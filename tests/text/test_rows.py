@@ -1,4 +1,4 @@
-"""Rows come out of every kind of file as they went in, and what is wrong is named by file and line or row."""
+"""Rows are read unchanged from every kind of file, and errors name the file and the line or row."""
 
 import csv
 import gzip
@@ -50,13 +50,13 @@ def write(path, rows):
         (".parquet", ["row 1", "row 2"]),
     ],
 )
-def test_rows_come_out_as_they_went_in_with_their_places(suffix, places, tmp_path):
+def test_rows_are_read_unchanged_with_their_places(suffix, places, tmp_path):
     path = write(tmp_path / f"rows{suffix}", ROWS)
     assert list(read_rows(path)) == [(f"{path}, {place}", row) for place, row in zip(places, ROWS, strict=True)]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".ndjson", ".csv", ".TSV"])
-def test_a_compressed_file_has_the_rows_and_places_of_the_other(suffix, tmp_path):
+def test_a_compressed_file_has_the_rows_and_places_of_the_uncompressed_one(suffix, tmp_path):
     path, many = tmp_path / f"rows{suffix}", [row | {"number": str(n)} for n in range(2000) for row in ROWS]
     content = write(path, many).read_bytes()
     rows = [(where.removeprefix(str(path)), row) for where, row in read_rows(path)]
@@ -71,12 +71,12 @@ def test_a_compressed_file_has_the_rows_and_places_of_the_other(suffix, tmp_path
 
 
 @given(st.lists(st.text(alphabet=st.characters(exclude_categories=["Cs"])), min_size=2, max_size=6))
-def test_any_text_survives_csv(tmp_path_factory, texts):
+def test_any_text_is_read_back_from_csv(tmp_path_factory, texts):
     path = write(tmp_path_factory.mktemp("csv") / "rows.csv", [{"a": text, "b": texts[0]} for text in texts])
     assert [row["a"] for _, row in read_rows(path)] == texts
 
 
-def test_long_cells_are_read_and_the_reader_of_the_process_is_left_alone(tmp_path):
+def test_long_cells_are_read_without_changing_the_global_limit_of_csv(tmp_path):
     limit = csv.field_size_limit()
     path = write(tmp_path / "rows.csv", [{"text": "x" * 200_000}])
     assert [len(row["text"]) for _, row in read_rows(path)] == [200_000]
@@ -84,7 +84,7 @@ def test_long_cells_are_read_and_the_reader_of_the_process_is_left_alone(tmp_pat
 
 
 def test_tables_are_read_row_by_row(tmp_path):
-    """Memory holds some rows, and what is wrong with a late one is told after the earlier ones."""
+    """Memory holds few rows, and an error in a late row is raised after the earlier rows are read."""
     path = write(
         tmp_path / "rows.csv", [{"text": f"a text of {number} words", "n": number} for number in range(50_000)]
     )
@@ -101,7 +101,7 @@ def test_tables_are_read_row_by_row(tmp_path):
         next(rows)
 
 
-def test_json_may_hold_its_rows_under_data_or_on_lines(tmp_path):
+def test_json_may_hold_its_rows_under_data_or_one_per_line(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"version": 1, "data": ROWS}))
     assert [row for _, row in read_rows(path)] == ROWS
@@ -116,7 +116,7 @@ def test_json_may_hold_its_rows_under_data_or_on_lines(tmp_path):
         list(read_rows(path))
 
 
-def test_a_mark_windows_line_ends_and_separators_inside_strings_are_read(tmp_path):
+def test_a_byte_order_mark_crlf_and_line_separators_in_strings_are_read(tmp_path):
     row = '{"text": "one\u2028line\u0085"}\r\n'
     path = tmp_path / "rows.jsonl"
     path.write_bytes(("\ufeff" + row + "\r\n" + row).encode())
@@ -155,7 +155,7 @@ def test_a_mark_windows_line_ends_and_separators_inside_strings_are_read(tmp_pat
         ),
     ],
 )
-def test_what_is_no_row_is_named_by_file_and_place(name, content, message, tmp_path):
+def test_a_malformed_row_or_file_is_named_by_file_and_place(name, content, message, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=re.escape(f"{tmp_path / name}{message}")) as raised:
         list(read_rows(tmp_path / name))
@@ -164,7 +164,7 @@ def test_what_is_no_row_is_named_by_file_and_place(name, content, message, tmp_p
 
 
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.json", "absent.csv", "absent.parquet", "folder.jsonl"])
-def test_a_file_that_cannot_be_opened_is_named(name, tmp_path):
+def test_a_file_that_cannot_be_opened_is_named_in_the_error(name, tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
     with pytest.raises(DataError, match=re.escape(f"{tmp_path / name}: cannot be read")):
         list(read_rows(tmp_path / name))
@@ -172,7 +172,7 @@ def test_a_file_that_cannot_be_opened_is_named(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.csv.gz", "x.parquet"])
 def test_a_pipe_is_refused_and_not_waited_for(name, tmp_path):
-    """Data is read and hashed; the second time would wait for another writer for ever."""
+    """Data is read and hashed; the second pass would wait forever for a writer."""
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=r"is a pipe, which can be read only once"):
         list(read_rows(tmp_path / name))
@@ -203,25 +203,25 @@ def test_a_damaged_parquet_file_is_refused(tmp_path):
         ("a/b/c/d", False),
     ],
 )
-def test_names_on_the_hub_are_told_from_files(source, on_hub):
+def test_names_on_the_hub_are_distinguished_from_files(source, on_hub):
     assert is_on_hub(source) is on_hub
 
 
-def test_a_folder_of_the_name_goes_before_the_hub(tmp_path, monkeypatch):
+def test_an_existing_folder_takes_precedence_over_the_hub(tmp_path, monkeypatch):
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert not is_on_hub("org/name")
 
 
-def test_a_hub_that_does_not_answer_is_an_error_that_may_pass(tmp_path):
-    """HF_HUB_OFFLINE is set for all tests, so nothing is asked."""
+def test_a_hub_that_does_not_answer_is_a_network_error(tmp_path):
+    """HF_HUB_OFFLINE is set for all tests, so no request is sent."""
     pytest.importorskip("datasets")
     with pytest.raises(NetworkError, match="org/name: no such file, and the Hub does not answer"):
         list(read_rows("org/name@v1:test"))
 
 
 def test_local_files_need_no_network_and_no_cache(tmp_path):
-    """In a process of its own, whose home is empty and stays so, and which may open no socket."""
+    """Read in a process that cannot connect sockets and whose home folder is empty and stays so."""
     for suffix in (".jsonl", ".json", ".csv", ".parquet"):
         write(tmp_path / f"rows{suffix}", ROWS)
     code = (

@@ -1,4 +1,4 @@
-"""Windows hold the tokens that the tokenizer gives, in order, and nothing that cannot be read goes unsaid."""
+"""Windows hold the tokenizer's tokens in order, and text that cannot be read is an error."""
 
 import csv
 import json
@@ -43,7 +43,7 @@ def write(tmp_path, name, *lines):
     return path
 
 
-def test_a_text_file_is_cut_in_order_and_what_is_left_over_is_dropped(llama, tokenizer, tmp_path):
+def test_a_text_file_is_cut_in_order_and_the_remainder_is_dropped(llama, tokenizer, tmp_path):
     path = write(tmp_path, "prose.txt", PROSE)
     ids = tokenizer(PROSE + "\n")["input_ids"]
     windows = read_tokens([path], llama, window=48)
@@ -59,8 +59,8 @@ def test_a_text_shorter_than_a_window_is_one_short_window(llama, tokenizer, tmp_
     assert read_tokens([path], llama, window=48).tolist() == [tokenizer("the quiet rivers")["input_ids"]]
 
 
-def test_a_text_may_come_out_of_a_pipe(llama, tmp_path):
-    """As from ``evaluate --text <(zcat brown.gz)``: unlike data, it is read once and not hashed."""
+def test_text_can_be_read_from_a_pipe(llama, tmp_path):
+    """As in ``evaluate --text <(zcat brown.gz)``; unlike data, text is read once and not hashed."""
     path = write(tmp_path, "prose.txt", PROSE)
     pipe, end = os.pipe()
     os.write(end, path.read_bytes())
@@ -70,7 +70,7 @@ def test_a_text_may_come_out_of_a_pipe(llama, tmp_path):
     assert torch.equal(found, read_tokens([path], llama, window=48, max_tokens=96))
 
 
-def test_rows_of_text_and_conversations_follow_each_other_with_one_end_each(llama, tokenizer, tmp_path):
+def test_texts_and_conversations_are_joined_with_one_end_token_each(llama, tokenizer, tmp_path):
     messages = [{"role": "user", "content": "Name it"}, {"role": "assistant", "content": "the Rhine"}]
     rows = [
         {"text": "one text"},
@@ -85,7 +85,7 @@ def test_rows_of_text_and_conversations_follow_each_other_with_one_end_each(llam
     assert tokenizer.decode(found[0]) == f"one text<|im_end|>{chat * 3}another"
 
 
-def test_without_a_template_a_conversation_is_text_that_ends(llama, copy_of, tmp_path):
+def test_without_a_template_a_conversation_is_text_with_an_end_token(llama, copy_of, tmp_path):
     folder = copy_of(llama)
     (folder / "chat_template.jinja").unlink()
     row = {"prompt": "Name it", "completion": "the Rhine"}
@@ -93,7 +93,7 @@ def test_without_a_template_a_conversation_is_text_that_ends(llama, copy_of, tmp
     assert load_tokenizer(folder).decode(found[0]) == "Name it\nthe Rhine<|im_end|>" * 2
 
 
-def test_every_window_begins_as_the_tokenizer_begins_a_text(beginning, tmp_path):
+def test_every_window_begins_with_the_token_that_the_tokenizer_prepends(beginning, tmp_path):
     tokenizer = load_tokenizer(beginning)
     begin, *content = tokenizer(PROSE + "\n")["input_ids"]
     assert begin == tokenizer.bos_token_id
@@ -102,7 +102,7 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text(beginning, tmp_path)
     assert windows[:, 1:].reshape(-1).tolist() == content[: len(windows) * 31]
 
 
-def test_a_tokenizer_that_ends_every_text_begins_no_window_with_that_end_and_ends_none_twice(copy_of, llama, tmp_path):
+def test_an_end_token_that_the_tokenizer_appends_is_neither_repeated_nor_prepended(copy_of, llama, tmp_path):
     from tokenizers.processors import TemplateProcessing
 
     folder = copy_of(llama)
@@ -117,7 +117,7 @@ def test_a_tokenizer_that_ends_every_text_begins_no_window_with_that_end_and_end
     assert windows.reshape(-1).tolist() == expected[: windows.numel()]
 
 
-def test_a_tokenizer_that_begins_a_text_with_two_tokens_leaves_room_in_the_smallest_window(copy_of, llama, tmp_path):
+def test_the_smallest_window_has_room_for_text_if_a_tokenizer_prepends_two_tokens(copy_of, llama, tmp_path):
     from tokenizers.processors import TemplateProcessing
 
     folder = copy_of(llama)
@@ -133,7 +133,7 @@ def test_a_tokenizer_that_begins_a_text_with_two_tokens_leaves_room_in_the_small
     assert len(windows) > 10
 
 
-def test_a_tokenizer_that_knows_no_latin_letter_reads_text(copy_of, llama, tmp_path):
+def test_a_tokenizer_without_latin_letters_reads_text(copy_of, llama, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -149,7 +149,7 @@ def test_a_tokenizer_that_knows_no_latin_letter_reads_text(copy_of, llama, tmp_p
 
 
 @given(texts=st.lists(st.text(), min_size=1, max_size=5), window=st.integers(2, 60), limit=st.integers(2, 200))
-def test_no_token_is_lost_or_moved_and_the_limit_holds(llama, tmp_path_factory, tokenizer, texts, window, limit):
+def test_no_token_is_lost_or_moved_and_the_limit_is_respected(llama, tmp_path_factory, tokenizer, texts, window, limit):
     path = write(tmp_path_factory.mktemp("texts"), "rows.jsonl", *({"text": text} for text in texts))
     expected = []
     for text in texts:
@@ -186,7 +186,7 @@ def test_a_bad_row_is_named_by_file_and_line(line, message, llama, tmp_path):
         read_tokens([path], llama, window=8)
 
 
-def test_a_template_that_refuses_is_named_with_file_and_line(llama, copy_of, tmp_path):
+def test_a_refusal_by_the_chat_template_is_reported_with_file_and_line(llama, copy_of, tmp_path):
     folder = copy_of(llama)
     (folder / "chat_template.jinja").write_text("{{ raise_exception('no system prompt here') }}")
     path = write(tmp_path, "rows.jsonl", {"text": "good"}, {"prompt": "x", "completion": "y"})
@@ -194,7 +194,7 @@ def test_a_template_that_refuses_is_named_with_file_and_line(llama, copy_of, tmp
         read_tokens([path], folder, window=8)
 
 
-def test_files_that_hold_nothing_or_no_text_are_refused(llama, tmp_path):
+def test_files_that_are_empty_unreadable_or_not_utf_8_are_refused(llama, tmp_path):
     for name, content in (
         ("empty.txt", b""),
         ("blank.txt", b" \n"),
@@ -225,12 +225,12 @@ def test_a_window_longer_than_the_model_allows_is_refused(llama, gpt2, tmp_path)
 @pytest.mark.parametrize(
     ("sizes", "wrong"), [({"window": 1}, "window"), ({"window": 8, "max_tokens": 1}, "max_tokens")]
 )
-def test_windows_that_predict_nothing_are_refused(sizes, wrong, llama, tmp_path):
+def test_windows_and_limits_of_fewer_than_two_tokens_are_refused(sizes, wrong, llama, tmp_path):
     with pytest.raises(UsageError, match=f"^{wrong}: must be at least 2, found 1$"):
         read_tokens([write(tmp_path, "prose.txt", PROSE)], llama, **sizes)
 
 
-def test_texts_longer_than_the_model_bring_no_warning(llama, copy_of, run_cli, tmp_path):
+def test_texts_longer_than_model_max_length_cause_no_warning(llama, copy_of, run_cli, tmp_path):
     folder = copy_of(llama)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 16}))
@@ -241,7 +241,7 @@ def test_texts_longer_than_the_model_bring_no_warning(llama, copy_of, run_cli, t
 
 
 @pytest.mark.parametrize("suffix", [".json", ".csv", ".tsv", ".NDJSON"])
-def test_rows_are_rows_in_every_kind_of_file(suffix, llama, tmp_path):
+def test_rows_are_read_from_every_kind_of_file(suffix, llama, tmp_path):
     rows = [{"instruction": "Name it", "output": "the Rhine"}, {"instruction": "Name 2", "output": 'Rhine, "Po"'}]
     expected = read_tokens([write(tmp_path, "rows.jsonl", *rows)], llama, window=500).tolist()
     path = tmp_path / f"rows{suffix}"
@@ -264,7 +264,7 @@ def test_columns_that_are_null_are_absent(llama, tmp_path):
     assert read_tokens([path], llama, window=500).tolist() == expected
 
 
-def test_no_more_of_a_text_is_read_than_is_wanted(llama, tmp_path):
+def test_no_more_of_a_text_is_read_than_needed(llama, tmp_path):
     path = tmp_path / "long.txt"
     path.write_bytes(PROSE.encode() * 400 + b"\xff")
     found = read_tokens([path], llama, window=16, max_tokens=64)
@@ -275,7 +275,7 @@ def test_no_more_of_a_text_is_read_than_is_wanted(llama, tmp_path):
 
 
 def trained(model, trainer, normalizer=None, pre_tokenizer=None):
-    """A tokenizer of a kind that is in use."""
+    """Train a small tokenizer of a common kind."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -327,7 +327,7 @@ def tokenizers_of_kinds():
     limit=st.integers(2, 60),
 )
 @example(text="the the riversthe  \n ", window=2, limit=2)  # two short beginnings agree for longer than they should
-def test_the_windows_of_a_long_text_s_beginning_are_those_of_the_whole(
+def test_the_windows_of_a_partly_read_text_are_those_of_the_whole_text(
     kind, text, window, limit, tokenizers_of_kinds, llama, tmp_path_factory
 ):
     tokenizer = tokenizers_of_kinds[kind]
