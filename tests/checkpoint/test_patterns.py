@@ -105,7 +105,7 @@ def of_the_first(patterns, text):
 
 @given(st.lists(st.one_of(MAPPED, st.sampled_from(["(", r"^a\d$", r"(?i)a"])), max_size=6), st.sampled_from(MODULES))
 def test_the_first_pattern_that_matches_applies(listed, text):
-    """Also if an earlier one is malformed, or if several match the same name."""
+    """Also if an earlier one is malformed, or if several of them are the same name."""
     patterns = {pattern: number for number, pattern in enumerate(listed)}
     try:
         found = FirstMatch(patterns).value(text, None)

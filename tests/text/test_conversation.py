@@ -207,7 +207,7 @@ def test_functions_next_to_messages_are_read_as_tools(more, is_wrapped):
     assert "functions" in example.columns
     with pytest.raises(DataError, match="functions is not a list of functions"):
         read_example(row | {"functions": ["def depth(): ..."]}, "here")
-    other = {"instruction": "x", "output": "y", "functions": ["def depth(): ..."]}  # a column of something else
+    other = {"instruction": "x", "output": "y", "functions": ["def depth(): ..."]}  # an unrelated column
     assert (read_example(other, "here").tools, read_example(other, "here").columns) == ((), {"instruction", "output"})
     with_both = read_example(row | {"tools": functions}, "here")
     assert (with_both.tools, "functions" in with_both.columns) == (example.tools, False)

@@ -326,7 +326,7 @@ def tokenizers_of_kinds():
     window=st.integers(2, 9),
     limit=st.integers(2, 60),
 )
-@example(text="the the riversthe  \n ", window=2, limit=2)  # two short beginnings agree for longer than they should
+@example(text="the the riversthe  \n ", window=2, limit=2)  # two short prefixes agree on tokens that change later
 def test_the_windows_of_a_partly_read_text_are_those_of_the_whole_text(
     kind, text, window, limit, tokenizers_of_kinds, llama, tmp_path_factory
 ):
