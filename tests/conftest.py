@@ -1,4 +1,4 @@
-"""Tiny checkpoints and adapters made once a session, and the command line as a process."""
+"""Fixtures for all tests: tiny checkpoints and adapters, made once, and the command line as a process."""
 
 import gc
 import os
@@ -11,9 +11,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["ADAPTKIT_CACHE"] = ""  # no test may depend on what another one asked
+os.environ["ADAPTKIT_CACHE"] = ""  # no test may depend on what another one cached
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:  # the waiting threads of one worker keep those of another from working
+if "PYTEST_XDIST_WORKER" in os.environ:  # waiting threads of one worker slow down the others
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,13 +29,13 @@ settings.load_profile("adaptkit")
 
 
 def pytest_collection_finish() -> None:
-    """Spare the collector the million objects that stay until the end anyway."""
+    """Exclude the million objects that live until the end from garbage collection."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_sessionfinish() -> None:
-    """Let it have them again: libraries look at the end whether anything is left."""
+    """Include them again: libraries check for leftover objects at exit."""
     gc.unfreeze()
 
 
@@ -48,7 +48,7 @@ def run_cli() -> Iterator[CommandLine]:
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the session's fixtures lie; tests must not write there."""
+    """The folder of the fixtures that are made once; tests must not write there."""
     return tmp_path_factory.mktemp("made")
 
 

@@ -1,4 +1,4 @@
-"""The rooms of the house import downwards only, and nothing is imported before it is needed."""
+"""Packages import only those below them, and large libraries are imported only when needed."""
 
 import ast
 import re
@@ -56,9 +56,9 @@ INSIDE_OPERATIONS = {
     "_quantize": set(),
     "_stack": set(),
 }
-"""What belongs to one operation; the modules that stand beside these folders are for all of them."""
+"""Folders of a single operation, and which of them each may import; modules outside of them are for all operations."""
 BY_NAME = ("import_module", "lazy_module", "lazy_intrinsic", "__import__")
-"""Functions that import a module whose name they are given, some of them later."""
+"""Functions that import a module by its name, some of them later."""
 MODULES = sorted(PACKAGE.rglob("*.py"))
 INSIDE_TRAINING = {
     "data": set(),
@@ -66,13 +66,12 @@ INSIDE_TRAINING = {
     "memory": {"data", "network"},
     "evaluation": {"data", "network"},
 }
-"""Beside what all of its rooms may import: the settings, which device and processes there are, and what too little
-memory is."""
+"""Packages of the trainer, and which of the others each may import; all may import ``FOR_ALL``."""
 FOR_ALL = {"config", "settings", "device", "distributed", "out_of_memory"}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Every module that a file imports, wherever in the file, relative imports refused."""
+    """Every module that a file imports anywhere in it; relative imports fail the test."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -92,7 +91,7 @@ def room_of(dotted: str) -> str:
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_imports_point_down_only(path):
+def test_modules_import_only_from_the_packages_below_them(path):
     parts = path.relative_to(PACKAGE).parts
     room = parts[0].removesuffix(".py")
     if room in ON_THE_GROUND:
@@ -106,13 +105,13 @@ def test_imports_point_down_only(path):
 
 
 @pytest.mark.parametrize("room", INSIDE_TRAINING)
-def test_the_rooms_of_the_trainer_import_downwards_too(room):
+def test_packages_of_the_trainer_import_only_those_below_them(room):
     for path in sorted((PACKAGE / "training" / room).glob("*.py")):
         ours = [name.split(".")[2] for name in imported(ast.parse(path.read_text())) if ".training." in name]
         assert set(ours) <= INSIDE_TRAINING[room] | {room} | FOR_ALL, path.name
 
 
-def test_what_belongs_to_one_operation_is_asked_by_few_others():
+def test_folders_of_a_single_operation_are_imported_by_few_others():
     found = {path.name: path for path in (PACKAGE / "operations").glob("_*") if path.is_dir() and "__" not in path.name}
     assert set(found) == set(INSIDE_OPERATIONS)
     for room, allowed in INSIDE_OPERATIONS.items():
@@ -122,22 +121,22 @@ def test_what_belongs_to_one_operation_is_asked_by_few_others():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_only_the_hub_talks_to_the_hub(path):
+def test_only_the_hub_package_imports_huggingface_hub(path):
     names = imported(ast.parse(path.read_text()))
-    if path.relative_to(PACKAGE).parts[0] != "hub":  # its errors are also those of transformers' configurations
+    if path.relative_to(PACKAGE).parts[0] != "hub":  # transformers raises its errors, too
         assert not [n for n in names if n.startswith("huggingface_hub") and not n.startswith("huggingface_hub.errors.")]
 
 
-def test_the_public_names_are_all_real():
-    """The lazy table in ``adaptkit/__init__.py`` is a set of imports too, which no parser sees."""
+def test_all_public_names_exist():
+    """The lazy table in ``adaptkit/__init__.py`` contains imports that the parser does not see."""
     for name in adaptkit.__all__:
         assert name == "__version__" or callable(getattr(adaptkit, name)), name
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = adaptkit.nonsense
 
 
-def test_every_command_is_a_function_too():
-    """With its options, where it has any."""
+def test_every_command_is_also_a_public_function():
+    """Its classes of options are public, too."""
     for name in names(commands):
         function = getattr(adaptkit, name)
         for annotation in function.__annotations__.values():
@@ -169,8 +168,8 @@ GOLDEN = PACKAGE.parent / "fixtures" / "golden" / "schema-1"
     ],
     ids=lambda words: " ".join(map(str, (word.name if isinstance(word, Path) else word for word in words))),
 )
-def test_what_computes_nothing_needs_neither_torch_nor_numpy(arguments):
-    """They take longer to load than a gigabyte to hash."""
+def test_verify_and_check_load_neither_torch_nor_numpy(arguments):
+    """Loading them takes longer than hashing a gigabyte."""
     code = (
         f"import sys; sys.argv[1:] = {[str(word) for word in arguments]!r}; from adaptkit.cli.main import main\n"
         "try: main()\nexcept SystemExit as end: print(end.code, set(sys.modules) & {'torch', 'numpy'})"
@@ -195,8 +194,8 @@ print(len(list(out.iterdir())), "torch" in sys.modules, "transformers" in sys.mo
 """
 
 
-def test_what_only_adds_and_quantizes_needs_no_torch(llama, adapter, tmp_path):
-    """It takes longer to load than the work on an adapter; transformers, in a process of its own, loads it."""
+def test_merging_and_quantizing_do_not_load_torch(llama, adapter, tmp_path):
+    """Loading it takes longer than work on an adapter; transformers, which loads it, runs in a separate process."""
     command = [sys.executable, "-c", COMMANDS_WITHOUT_TORCH, str(llama), str(adapter), str(tmp_path)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout == "5 False False\n"
@@ -217,11 +216,11 @@ def test_help_of_every_command_works_without_torch():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_no_module_outgrows_one_idea(path):
+def test_no_module_has_more_than_320_lines(path):
     assert len(path.read_text().splitlines()) <= 320
 
 
-def test_numerics_knows_no_files():
+def test_numerics_imports_nothing_that_handles_files():
     for path in sorted((PACKAGE / "numerics").rglob("*.py")):
         names = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
         assert not names & {"os", "pathlib", "json", "logging", "safetensors"}, path.name

@@ -1,4 +1,4 @@
-"""What a fork for dangerous work has of its parent: no handle, no voice, no signal, and no longer life."""
+"""A child forked for risky work has no files, output or signals of its parent, and does not outlive it."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from adaptkit.child import can_fork, start_child
 
 @pytest.fixture
 def children():
-    """Ends what a test has started."""
+    """Kill the children that a test has started."""
     started = []
     yield started
     for process, connection in started:
@@ -28,12 +28,12 @@ def start(children, work, *arguments):
     return children[-1]
 
 
-def test_it_works_on_what_it_is_given_and_answers(children):
+def test_the_child_gets_its_arguments_and_can_answer(children):
     _, connection = start(children, lambda connection, *given: connection.send([os.getppid(), *given]), "a", 2)
     assert connection.recv() == [os.getpid(), "a", 2]
 
 
-def test_it_has_none_of_the_open_files_of_its_parent(children, tmp_path):
+def test_the_child_has_none_of_its_parents_open_files(children, tmp_path):
     def work(connection):
         connection.send(sorted(int(name) for name in os.listdir("/proc/self/fd")))
 
@@ -44,7 +44,7 @@ def test_it_has_none_of_the_open_files_of_its_parent(children, tmp_path):
     assert len([number for number in found if number > 2]) == 2, "its connection, and the listing's own"
 
 
-def test_it_says_nothing(tmp_path):
+def test_the_output_of_the_child_is_discarded(tmp_path):
     code = (
         "import os, sys\n"
         "from adaptkit.child import start_child\n"
@@ -58,7 +58,7 @@ def test_it_says_nothing(tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_signals_for_the_parent_are_not_for_it_but_its_own_end_it(children):
+def test_the_child_ignores_sigint_and_is_ended_by_sigterm(children):
     process, connection = start(children, lambda connection: connection.send(connection.recv()))
     os.kill(process.pid, signal.SIGINT)
     connection.send("there")
@@ -70,7 +70,7 @@ def test_signals_for_the_parent_are_not_for_it_but_its_own_end_it(children):
     assert process.exitcode == -signal.SIGTERM
 
 
-def test_a_signal_just_after_the_fork_does_not_run_the_parents_code_in_it():
+def test_a_signal_right_after_the_fork_does_not_run_the_parents_handler_in_the_child():
     code = (
         "import os, signal, sys\n"
         "from adaptkit.child import start_child\n"
@@ -82,8 +82,8 @@ def test_a_signal_just_after_the_fork_does_not_run_the_parents_code_in_it():
     assert (done.returncode, done.stdout, done.stderr) == (0, "there\n", "")
 
 
-def test_one_whose_parent_is_gone_already_does_not_stay():
-    """Death's own signal comes only to those who asked for it in time."""
+def test_a_child_whose_parent_has_already_died_exits():
+    """The signal for a parent's death is sent only to processes that requested it before."""
     code = (
         "import os, sys; from multiprocessing import Pipe\n"
         "from adaptkit.child import _begin\n"
@@ -94,7 +94,7 @@ def test_one_whose_parent_is_gone_already_does_not_stay():
     assert codes == [2, 1]
 
 
-def test_there_is_no_fork_beside_other_threads(monkeypatch):
+def test_forking_is_allowed_only_on_linux_without_other_threads(monkeypatch):
     monkeypatch.setattr(threading, "active_count", lambda: 1)
     assert can_fork() == (sys.platform == "linux")
     monkeypatch.setattr(threading, "active_count", lambda: 2)

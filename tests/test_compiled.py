@@ -1,4 +1,4 @@
-"""Kernels: what they take and give, where they are kept, and when they are compiled again."""
+"""Kernels: their arguments and results, where they are cached, and when they are compiled again."""
 
 import ctypes
 import os
@@ -32,7 +32,7 @@ MADE, KEPT = "[1.0, -1.0, 0.0, 1.0] compiled", "[1.0, -1.0, 0.0, 1.0] kept"
 
 
 def decode(root, code=DECODE, **environment):
-    """What a process prints that decodes four weights with the package that lies in ``root``."""
+    """Decode four weights in a process that uses the package in ``root``; return what it prints."""
     environment = {**os.environ, "ADAPTKIT_CACHE": str(root / "cache"), "PYTHONPATH": str(root), **environment}
     command = [sys.executable, "-c", code]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
@@ -57,9 +57,9 @@ def take_everything(array, wide_one, number, real, flag, single, byte, nothing, 
     return number + 1, real * 2, flag, single, byte
 
 
-def test_arguments_and_results_of_every_kind():
+def test_arguments_and_results_of_every_kind_are_passed():
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
-    columns = np.arange(8.0).reshape(2, 4).T[::2]  # two axes of strides
+    columns = np.arange(8.0).reshape(2, 4).T[::2]  # both axes are strided
     out = np.zeros(1)
     pair = Pair(np.array([1000], np.int64), 10000)
     for array_of in (array, np.asfortranarray(array), array[:, ::-1][:, ::-1], array.astype(np.int16)):
@@ -80,14 +80,14 @@ def copy_column(array, out):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "float32", "float64"])
-def test_columns_of_an_array_are_where_its_strides_say(dtype):
+def test_columns_are_read_by_the_strides_of_an_array(dtype):
     array, out = np.arange(15, dtype=dtype).reshape(5, 3), np.zeros(5)
     for given in (array, np.asfortranarray(array), array[::-1]):
         copy_column(given, out)
         assert (out == given[:, 1]).all()
 
 
-def test_memory_that_begins_anywhere_is_read():
+def test_unaligned_arrays_are_read():
     whole = np.arange(41, dtype=np.uint8)
     crooked = whole[1:].view(np.float32)
     assert not crooked.flags.aligned
@@ -104,8 +104,8 @@ def put_nine(array):
     array[0] = 9
 
 
-def test_what_must_not_be_written_is_read_only():
-    """Of a mapped file the processor would refuse it, at which the process ends; constant bytes would change."""
+def test_read_only_arrays_cannot_be_written():
+    """Writing to a mapped file would crash the process; constant bytes would change."""
     content = b"\x01" * 8
     constant = np.frombuffer(content, np.int64)
     with pytest.raises(numba.NumbaError, match="Cannot modify readonly array"):
@@ -117,13 +117,13 @@ def test_what_must_not_be_written_is_read_only():
     assert array[0] == first_of(array) == 9
 
 
-def test_an_argument_of_another_kind_is_refused():
+def test_an_argument_of_an_unsupported_type_is_refused():
     with pytest.raises(KeyError):
         first_of([1.0])
 
 
 def test_a_kernel_that_needs_numba_when_it_runs_is_refused():
-    """It could not be loaded by a process that has not loaded numba; so it shows when it is written."""
+    """A process that has not loaded numba could not run it from the cache, so it is refused when compiled."""
 
     def needs(array):
         made = np.empty(3)
@@ -149,12 +149,12 @@ def by_a_pointer(i):
 
 @pytest.mark.parametrize("function", [of_a_table, by_a_pointer])
 def test_a_kernel_with_addresses_of_its_process_is_refused(function):
-    """They are others in the next process; numba writes them where an array is large, or a function is of ctypes."""
+    """They differ in the next process; numba embeds them for large arrays and for functions of ctypes."""
     with pytest.raises(SystemError, match="addresses of this process"):
         compile_kernel(Kernel(function, {}), ("q",))
 
 
-def test_threads_that_call_it_first_at_once_compile_it_once(monkeypatch):
+def test_threads_that_call_a_new_kernel_at_once_compile_it_once(monkeypatch):
     import adaptkit.compiler
 
     calls = []
@@ -177,8 +177,8 @@ def test_threads_that_call_it_first_at_once_compile_it_once(monkeypatch):
     assert all((array == 2 * n).all() for n, array in enumerate(arrays))
 
 
-def test_a_kernel_is_kept_until_something_that_it_calls_changes(package):
-    """Which is what happens when a new version is installed over an old one."""
+def test_a_kernel_is_cached_until_a_function_that_it_calls_changes(package):
+    """As when a new version is installed over an old one."""
     assert decode(package) == MADE
     assert decode(package) == KEPT
     called = package / "adaptkit" / "numerics" / "kernels" / "_cpu_float.py"
@@ -195,7 +195,7 @@ WAITING = DECODE.replace("out = np.zeros", "print(flush=True); sys.stdin.readlin
 
 @contextmanager
 def process_before(root):
-    """One that has imported the package, and decodes when the block ends."""
+    """A process that has imported the package, and decodes when the block ends."""
     environment = {**os.environ, "ADAPTKIT_CACHE": "", "PYTHONPATH": str(root)}
     command, pipe = [sys.executable, "-c", WAITING], subprocess.PIPE
     with subprocess.Popen(command, cwd=root, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
@@ -206,7 +206,7 @@ def process_before(root):
 
 
 def install_another(package):
-    """A version that decodes to twice as much."""
+    """Install a version that decodes to twice the values."""
     called = package / "adaptkit" / "numerics" / "kernels" / "_cpu_float.py"
     as_it_is = "lambda array, number: np.float32(number).view(np.uint32)"
     called.write_text(called.read_text().replace(as_it_is, as_it_is.replace("(number)", "(number * 2)")))
@@ -233,7 +233,7 @@ print(gates(), "compiled" if "numba" in sys.modules else "kept")
 
 
 def test_the_bits_of_a_kernel_do_not_depend_on_what_was_compiled_before_it(package):
-    """Of sums that may be reordered, say, which call what it calls."""
+    """Such as kernels with sums that may be reordered, which call the same functions."""
     found = []
     for order in ("alone", "after"):
         shutil.rmtree(package / "adaptkit/numerics/kernels/__pycache__", ignore_errors=True)
@@ -242,14 +242,14 @@ def test_the_bits_of_a_kernel_do_not_depend_on_what_was_compiled_before_it(packa
     assert found[0].endswith(" compiled")
 
 
-def test_a_process_that_outlives_an_installation_keeps_no_kernel_for_the_new_version(package):
+def test_a_process_older_than_an_installation_caches_no_kernel_for_the_new_version(package):
     with process_before(package) as said:
         install_another(package)
     assert said == [MADE]
     assert decode(package) == "[2.0, -2.0, 0.0, 2.0] compiled"
 
 
-def test_a_process_that_outlives_an_installation_runs_none_of_the_new_version_s_kernels(package):
+def test_a_process_older_than_an_installation_runs_no_kernel_of_the_new_version(package):
     with process_before(package) as said:
         install_another(package)
         assert decode(package) == "[2.0, -2.0, 0.0, 2.0] compiled"
@@ -257,14 +257,14 @@ def test_a_process_that_outlives_an_installation_runs_none_of_the_new_version_s_
     assert decode(package) == "[2.0, -2.0, 0.0, 2.0] kept"
 
 
-def test_a_lock_that_an_editor_leaves_beside_the_kernels_changes_nothing(package):
+def test_an_editors_lock_file_next_to_the_sources_is_ignored(package):
     assert decode(package) == MADE
     (package / "adaptkit" / "numerics" / "kernels" / ".#_cpu_float.py").symlink_to("somebody@somewhere.1:2")
     assert decode(package) == KEPT
 
 
 @pytest.mark.parametrize("form", ["archive", "bytecode"])
-def test_a_package_without_readable_sources_keeps_nothing_and_works(form, package):
+def test_a_package_without_readable_sources_works_and_caches_nothing(form, package):
     if form == "archive":
         shutil.make_archive(str(package / "packed"), "zip", package, "adaptkit")
         where = package / "packed.zip"
@@ -285,8 +285,8 @@ def test_a_package_without_readable_sources_keeps_nothing_and_works(form, packag
     "left", [lambda whole: b"", lambda whole: b"half", lambda whole: whole[:-1], lambda whole: whole[:-9] + b"\0" * 9,
              lambda whole: whole[: len(whole) // 2] + bytes(16) + whole[len(whole) // 2 + 16 :]]
 )  # fmt: skip
-def test_what_a_power_cut_left_of_a_kernel_is_made_again(left, package):
-    """Machine code with a page of zeros in it would be run, too."""
+def test_a_damaged_cache_file_is_compiled_again(left, package):
+    """A power cut may leave one; without a check, machine code with zeros in it would be run."""
     assert decode(package) == MADE
     kept = sorted(package.rglob("*.o"))
     assert kept
@@ -296,8 +296,8 @@ def test_what_a_power_cut_left_of_a_kernel_is_made_again(left, package):
     assert decode(package) == KEPT
 
 
-def test_a_kernel_whose_compiling_was_interrupted_can_be_compiled(package):
-    """Whatever numba was being told of; as by somebody at a notebook, who tries again."""
+def test_an_interrupted_compilation_can_be_repeated(package):
+    """Also if it was interrupted while functions were registered with numba, as in a notebook."""
     code = (
         "from adaptkit import compiler\n"
         "def interrupted(of, **options):\n"
@@ -310,8 +310,8 @@ def test_a_kernel_whose_compiling_was_interrupted_can_be_compiled(package):
     assert decode(package, code) == MADE
 
 
-def test_one_kernel_is_not_taken_for_another(package):
-    """Whatever became of their names."""
+def test_a_cached_kernel_under_the_name_of_a_different_one_is_not_used(package):
+    """The contents of two cache files are exchanged."""
     assert decode(package) == MADE
     ones = DECODE.replace("np.ones(1, np.float32), 4, out)", "np.ones(1, np.float32), 4, out.view(np.uint16)[:4])")
     assert decode(package, ones).endswith("compiled")
@@ -346,7 +346,7 @@ def first(x):
 """
 
 
-def test_kernels_of_one_name_and_arguments_of_one_size_are_told_apart(package):
+def test_kernels_with_the_same_name_and_sizes_of_arguments_are_distinguished(package):
     (package / "adaptkit" / "numerics" / "kernels" / "_several.py").write_text(SEVERAL_OF_ONE_NAME)
     code = (
         "import numpy as np; from adaptkit.numerics.kernels import _several as k\n"
@@ -359,7 +359,7 @@ def test_kernels_of_one_name_and_arguments_of_one_size_are_told_apart(package):
         assert decode(package, code) == "2.0 3.0 [1, 2] 1.0 True"
 
 
-def test_a_disk_without_room_for_kernels_stops_nothing(package):
+def test_a_full_disk_only_prevents_caching(package):
     full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     full += "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
     assert decode(package, full + DECODE) == MADE
@@ -367,15 +367,15 @@ def test_a_disk_without_room_for_kernels_stops_nothing(package):
     assert decode(package) == MADE
 
 
-def test_kernels_that_must_not_be_compiled_are_refused(package):
+def test_disabled_compilation_is_refused_with_a_hint(package):
     code = f"from adaptkit.errors import UsageError\ntry:{DECODE.replace(chr(10), chr(10) + '    ')}\n"
     code += "except UsageError as error: print(error.hint)"
     assert decode(package, code, NUMBA_DISABLE_JIT="1") == "unset NUMBA_DISABLE_JIT"
 
 
-def test_where_the_package_cannot_be_written_kernels_are_kept_in_the_users_folder(package):
+def test_kernels_are_cached_in_the_users_folder_if_the_package_is_not_writable(package):
     where = package / "adaptkit" / "numerics" / "kernels" / "__pycache__"
-    where.write_text("no folder")  # which root cannot write into either
+    where.write_text("no folder")  # root cannot write into it, either
     assert decode(package) == MADE
     assert decode(package) == KEPT
     assert list((package / "cache" / "kernels").glob("*.o"))
@@ -383,7 +383,7 @@ def test_where_the_package_cannot_be_written_kernels_are_kept_in_the_users_folde
         assert decode(package, ADAPTKIT_CACHE="") == MADE
 
 
-def test_a_processor_whose_vectors_numba_is_told_not_to_use_has_none(package):
+def test_kernels_work_with_vector_instructions_disabled_in_numba(package):
     code = "import numpy as np; from adaptkit.numerics.formats import nf4; print(nf4.quantize(np.ones(64)).codes[0])"
     assert decode(package, code) == "255"
     assert decode(package, code, NUMBA_ENABLE_AVX="0") == "255"
@@ -392,23 +392,23 @@ def test_a_processor_whose_vectors_numba_is_told_not_to_use_has_none(package):
 
 @pytest.mark.skipif(not llvmlite.binding.get_host_cpu_features().get("avx512f"), reason="no such vectors here")
 @pytest.mark.parametrize("line", ["cpu_name: generic", "cpu_features: ''", "enable_avx: 0"])
-def test_a_file_that_tells_numba_of_another_processor_is_refused(line, package):
-    """Instructions that this processor has would be asked of that one, at which LLVM ends the process."""
+def test_a_numba_file_that_sets_a_different_processor_is_refused(line, package):
+    """This processor's instructions would be requested for that one, at which LLVM ends the process."""
     (package / ".numba_config.yaml").write_text(f"{line}\n")
     code = f"from adaptkit.errors import UsageError\ntry:{DECODE.replace(chr(10), chr(10) + '    ')}\n"
     assert "in the environment" in decode(package, code + "except UsageError as error: print(error.hint)")
 
 
-def test_kernels_for_another_processor_are_others(package):
-    """As where machines of several kinds share a disk; and a setting of numba's makes others, too."""
+def test_kernels_for_different_processors_are_cached_separately(package):
+    """As where machines of several kinds share a disk; numba's number of threads makes no difference."""
     assert decode(package) == MADE
     assert decode(package, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == MADE
     assert decode(package) == KEPT
     assert decode(package, NUMBA_NUM_THREADS="1") == KEPT
 
 
-def test_kernels_for_a_python_whose_objects_begin_otherwise_are_others(package):
-    """Where an array has its fields is in their code; one without a global lock has longer heads."""
+def test_kernels_for_pythons_with_different_object_headers_are_cached_separately(package):
+    """Their code contains the offsets of an array's fields; free-threaded Python has longer object headers."""
     other = "import adaptkit.kernel_cache as k, types; k.object = types.SimpleNamespace(__basicsize__=32)\n" + DECODE
     assert decode(package) == MADE
     assert decode(package, other) == MADE
@@ -422,8 +422,8 @@ def add(x, y):
 
 
 @pytest.mark.skipif(not llvmlite.binding.get_host_cpu_features().get("avx512f"), reason="no such vectors here")
-def test_wide_vectors_are_used_where_they_are_asked_for():
-    """Registers of 64 bytes have names of their own."""
+def test_wide_vectors_are_used_where_requested():
+    """Registers of 64 bytes are called zmm."""
     _register_with_numba()
     kernel = numba.njit(add)
     kernel(np.zeros(64, np.float32), np.zeros(64, np.float32))

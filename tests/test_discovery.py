@@ -1,4 +1,4 @@
-"""A folder is a registry, and every error says what it is."""
+"""The files of a folder are the entries of a registry; errors have documented classes and codes."""
 
 import importlib
 import inspect
@@ -36,7 +36,7 @@ def test_entries_are_the_public_files_in_order_and_none_is_imported(registry):
     assert discovery.names(registry) == ["broken", "first", "second"]
 
 
-def test_an_added_file_is_an_added_entry(registry, tmp_path):
+def test_an_added_file_becomes_an_entry(registry, tmp_path):
     (tmp_path / "made_up_registry" / "third.py").write_text("ENTRY = 3\n")
     importlib.invalidate_caches()
     assert discovery.load(registry, "third", "ENTRY") == 3
@@ -44,13 +44,13 @@ def test_an_added_file_is_an_added_entry(registry, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nonsense", "_private", "", "first.x", "../first"])
-def test_an_unknown_entry_is_refused_with_the_list_of_those_that_exist(registry, name):
+def test_an_unknown_entry_is_refused_with_a_list_of_existing_ones(registry, name):
     with pytest.raises(errors.UsageError, match=re.escape(repr(name))) as caught:
         discovery.load(registry, name, "ENTRY")
     assert caught.value.hint == "choose one of: broken, first, second"
 
 
-def test_an_entry_that_fails_to_import_says_so_itself(registry):
+def test_the_error_of_an_entry_that_fails_to_import_is_raised_unchanged(registry):
     with pytest.raises(RuntimeError, match="imported"):
         discovery.load(registry, "broken", "ENTRY")
 
@@ -65,8 +65,8 @@ def test_every_entry_defines_what_its_registry_promises(package, attribute, kind
 ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
 
 
-def test_the_error_tree_is_the_one_that_is_drawn():
-    """Names, depth and exit codes of the docstring's drawing, against the classes."""
+def test_the_error_classes_match_the_tree_in_the_docstring():
+    """Names, depth and exit codes."""
     drawn = re.findall(r"^ {4}([│├└─ ]*)(\w+Error)(?: +(\d))?", errors.__doc__, re.MULTILINE)
     assert {name for _, name, _ in drawn} == {kind.__name__ for kind in ERRORS}
     stack: list[str] = []
@@ -80,7 +80,7 @@ def test_the_error_tree_is_the_one_that_is_drawn():
             assert kind.exit_code == int(code), name
 
 
-def test_exit_codes_are_those_of_the_design():
+def test_exit_codes_are_the_designed_ones():
     codes = {kind.__name__: kind.exit_code for kind in ERRORS}
     assert codes["AdaptkitError"] == 1
     assert codes["OutputExistsError"] == 8
@@ -93,7 +93,7 @@ def test_only_network_errors_are_retryable():
     assert [kind.__name__ for kind in ERRORS if kind.retryable] == ["NetworkError"]
 
 
-def test_codes_for_programs_are_unique_snake_case():
+def test_error_codes_are_unique_and_in_snake_case():
     codes = [kind("message").code for kind in ERRORS]
     assert len(set(codes)) == len(codes)
     assert all(re.fullmatch(r"[a-z]+(_[a-z]+)*", code) for code in codes)

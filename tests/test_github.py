@@ -1,4 +1,4 @@
-"""The workflows and the action say what GitHub, and adaptkit, understand."""
+"""The workflows and the action use only what GitHub and adaptkit support."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ ACTION = ROOT / ".github" / "actions" / "adaptkit-run" / "action.yml"
 
 def read(path):
     document = yaml.safe_load(path.read_text())
-    return {"on" if key is True else key: value for key, value in document.items()}  # YAML 1.1 takes "on" for a switch
+    return {"on" if key is True else key: value for key, value in document.items()}  # YAML 1.1 takes "on" for a boolean
 
 
 def steps(document):
@@ -40,7 +40,7 @@ def test_there_is_an_action_and_two_workflows():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_commands_and_files_that_are_named_exist(path):
+def test_commands_options_and_files_that_are_used_exist(path):
     document, found = read(path), 0
     for step in steps(document):
         for words in commands(step.get("run", "")):
@@ -60,7 +60,7 @@ def test_commands_and_files_that_are_named_exist(path):
     assert found == (path == ACTION)
 
 
-def test_the_options_that_the_action_gives_by_default_exist():
+def test_the_default_options_of_the_action_exist():
     command = cli.get_command(click.Context(cli), "run")
     known = {name for parameter in command.params for name in parameter.opts}
     options = read(ACTION)["inputs"]["options"]["default"].split()
@@ -69,8 +69,8 @@ def test_the_options_that_the_action_gives_by_default_exist():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_nothing_that_others_write_gets_into_a_script(path):
-    """Expressions are pasted into scripts as they are; values go there by the environment."""
+def test_scripts_contain_no_expressions(path):
+    """Expressions are pasted into scripts unescaped, so values are passed by the environment."""
     for step in steps(read(path)):
         assert "${{" not in step.get("run", "")
         if "run" in step and "runs" in read(path):
@@ -78,13 +78,13 @@ def test_nothing_that_others_write_gets_into_a_script(path):
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
-def test_foreign_actions_are_githubs_own_by_major_version(path):
+def test_external_actions_are_githubs_own_at_a_major_version(path):
     for step in steps(read(path)):
         if "uses" in step and not step["uses"].startswith("./"):
             assert re.fullmatch(r"actions/[a-z-]+(/[a-z]+)?@v\d+", step["uses"])
 
 
-def test_permissions_are_the_least_that_do():
+def test_permissions_are_minimal():
     test, release = (read(ROOT / ".github" / "workflows" / f"{name}.yml") for name in ("test", "release"))
     assert test["permissions"] == {"contents": "read"}
     assert release["permissions"] == {}
@@ -94,7 +94,7 @@ def test_permissions_are_the_least_that_do():
         assert [step["with"]["persist-credentials"] for step in checkouts] == [False]
 
 
-def test_outputs_that_are_used_are_made():
+def test_outputs_that_are_used_are_set():
     text = ACTION.read_text()
     made = set(re.findall(r'echo "(\w+)=', text))
     assert set(re.findall(r"steps\.(?:lock|run)\.outputs\.(\w+)", text)) <= made

@@ -1,7 +1,7 @@
-"""What was published stays readable, and today's code still makes the same bytes.
+"""Published artifacts stay readable, and the current code still makes the same bytes.
 
 A failure here means that an artifact made by this version differs from one made before, with the same inputs. If
-that is meant, bump the schema and run ``fixtures/make_golden.py``; the old folder stays and must stay readable.
+that is intended, bump the schema and run ``fixtures/make_golden.py``; the old folder stays and must stay readable.
 """
 
 import json
@@ -25,7 +25,7 @@ VERSIONS = sorted(path.name for path in GOLDEN.iterdir())
 
 
 def assert_same(made, golden):
-    """All bytes, but for the one fact in a manifest that is meant to change: which version of adaptkit wrote it."""
+    """Compare all bytes, except for the version of adaptkit in a manifest, which is meant to change."""
     names = [sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file()) for folder in (made, golden)]
     assert names[0] == names[1]
     for path in (golden / name for name in names[1]):
@@ -37,12 +37,12 @@ def assert_same(made, golden):
         assert found == expected, path.name
 
 
-def test_the_current_version_is_among_them_and_small():
+def test_the_current_version_has_golden_files_and_all_are_small():
     assert CURRENT.name in VERSIONS
     assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) < 300_000
 
 
-def test_inputs_come_out_the_same(tmp_path):
+def test_the_inputs_are_reproduced(tmp_path):
     make_golden.write_base(tmp_path / "base")
     assert_same(tmp_path / "base", CURRENT / "base")
     make_golden.write_golden_adapter(tmp_path / "adapter", CURRENT / "base")

@@ -1,4 +1,4 @@
-"""Freed memory: kept for the next buffer, and given back when that is asked for. Code of products: few are kept."""
+"""Freed memory is kept for the next buffer and returned on request; few compiled products are cached."""
 
 import ctypes
 import os
@@ -45,8 +45,8 @@ def test_freed_memory_is_kept_until_it_is_returned():
 
 
 @pytest.mark.parametrize("most", [32 << 20, 1 << 40], ids=["glibc 2.31", "glibc 2.41"])
-def test_an_older_glibc_keeps_as_much_as_it_can(most, monkeypatch):
-    """It refuses a larger threshold; where only the other is set, all above 128 kB is returned and fetched anew."""
+def test_an_older_glibc_keeps_blocks_up_to_the_largest_threshold_it_accepts(most, monkeypatch):
+    """It refuses larger ones; if only the other threshold is set, all above 128 kB is returned and fetched again."""
     taken = {}
 
     def mallopt(what, value):
@@ -78,8 +78,8 @@ def without_caches(**settings):
     [("", {}, 2), (FEW, {}, 1), (FEW, {CACHES[0]: "500"}, 2)],
     ids=["oneDNN by itself", "few", "as the user wants"],
 )
-def test_the_code_of_few_products_is_kept(begun, setting, again):
-    """The last one's, of a hundred, and no longer the first one's."""
+def test_only_few_compiled_products_are_cached(begun, setting, again):
+    """Of a hundred, the last one is cached, and the first one no longer."""
     environment = without_caches(ONEDNN_VERBOSE="profile_create", **setting)
     command = [sys.executable, "-c", begun + PRODUCTS]
     told = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
@@ -122,8 +122,8 @@ def test_more_lengths_take_no_more_memory():
     assert growth(FEW) < by_itself / 10
 
 
-def test_the_command_line_keeps_few():
-    """Every command does, before it loads torch."""
+def test_the_command_line_limits_cached_products():
+    """Every command does so before it loads torch."""
     code = f"""
 import os, sys
 from adaptkit.cli.main import main
@@ -158,8 +158,8 @@ print(ctypes.CDLL(None).mallopt(-3, 256 << 20))
 @pytest.mark.skipif(
     sys.platform != "linux" or "glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="of glibc, which is not here"
 )
-def test_a_pass_takes_no_fresh_memory_for_large_weights(tmp_path):
-    """Three of 80 MB a pass: of an 8 B model fetching and clearing them took as long as all else."""
+def test_a_pass_reuses_the_memory_of_large_weights(tmp_path):
+    """Three of 80 MB per pass; for an 8B model, fetching and clearing them took as long as everything else."""
     config = LlamaConfig(
         hidden_size=1024, intermediate_size=20_000, num_hidden_layers=1, num_attention_heads=8, vocab_size=64
     )
@@ -186,8 +186,8 @@ print(sum(map(int, asked)) // 1024)
 @pytest.mark.skipif(
     not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="this system knows no large pages"
 )
-def test_for_large_buffers_large_pages_are_asked():
-    """Whether there are some is the system's affair, whose memory may be in pieces."""
+def test_large_buffers_request_large_pages():
+    """Whether it gets any depends on the system, whose memory may be fragmented."""
 
     def megabytes(which):
         environment = {name: value for name, value in os.environ.items() if name != "THP_MEM_ALLOC_ENABLE"}

@@ -1,4 +1,4 @@
-"""The public functions, called as people call them in a notebook: with text for paths."""
+"""The public functions, called as in a notebook: with strings for paths."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +12,8 @@ import adaptkit
 from adaptkit.errors import UsageError
 
 
-def test_text_stands_for_a_path_in_every_function(llama, adapter, tmp_path):
-    """A release from one end to the other; the same calls with ``Path``s are what all other tests make."""
+def test_every_function_accepts_strings_for_paths(llama, adapter, tmp_path):
+    """All steps of a release; all other tests make these calls with ``Path``s."""
     base, own, out = str(llama), str(adapter), str(tmp_path)
     rows = str(tiny.write_instructions(tmp_path / "rows.jsonl", rows=8))
     calibration = adaptkit.Calibration(files=rows, tokens=64, window=16, init_rank=2)
@@ -42,8 +42,8 @@ def test_text_stands_for_a_path_in_every_function(llama, adapter, tmp_path):
     assert list((tmp_path / "work").glob("*/nf4/config.json"))
 
 
-def test_one_path_is_a_sequence_of_one(llama, adapter, tmp_path):
-    """Text is a sequence too, of letters."""
+def test_a_single_path_is_accepted_where_several_are(llama, adapter, tmp_path):
+    """A string is a sequence too, of characters."""
     options = adaptkit.MergeOptions(undo=False)
     for name, adapters in ("text", str(adapter)), ("path", adapter), ("list", [str(adapter)]), ("tuple", (adapter,)):
         adaptkit.merge(str(llama), adapters, tmp_path / name, options)
@@ -55,7 +55,7 @@ def test_one_path_is_a_sequence_of_one(llama, adapter, tmp_path):
 
 @pytest.mark.parametrize("energy", ["much", [], 10**400], ids=["text", "list", "too large"])
 @pytest.mark.parametrize("options", ["ResizeOptions", "StackOptions", "ExtractOptions"])
-def test_what_is_no_number_is_refused_as_on_the_command_line(options, energy):
+def test_an_energy_that_is_not_a_number_is_refused(options, energy):
     with pytest.raises(UsageError, match="must be a number"):
         getattr(adaptkit, options)(energy=energy)
 
@@ -76,14 +76,14 @@ def test_what_is_no_number_is_refused_as_on_the_command_line(options, energy):
         ("MergeOptions", {"undo": None}, "true or false"),
     ],
 )
-def test_what_has_another_type_is_refused_by_name(options, given, expected):
-    """Some ended in a TypeError, after work or before, and "no" was true."""
+def test_an_option_of_the_wrong_type_is_refused_by_name(options, given, expected):
+    """Some used to raise a TypeError, even after work was done, and "no" counted as true."""
     with pytest.raises(UsageError, match=rf"^{list(given)[-1]}: must be {expected}, found "):
         getattr(adaptkit, options)(**given)
 
 
-def test_numbers_of_numpy_make_the_bytes_of_the_command_line(llama, adapter, second_adapter, tmp_path):
-    """They ended in "not JSON serializable"."""
+def test_numpys_numbers_give_the_same_bytes_as_pythons(llama, adapter, second_adapter, tmp_path):
+    """They used to fail with "not JSON serializable"."""
     for name, whole, flag in ("python", int, bool), ("numpy", np.int64, np.bool_):
         out, both = tmp_path / name, [adapter, second_adapter]
         half = np.float32(0.3) if name == "numpy" else float(np.float32(0.3))
@@ -103,18 +103,18 @@ def test_numbers_of_numpy_make_the_bytes_of_the_command_line(llama, adapter, sec
 
 
 class _Path:
-    """A path of another library, whose text is not what ``str`` gives."""
+    """A path of a different library, of which ``str`` does not give the path."""
 
     def __fspath__(self):
         return "rows.jsonl"
 
 
-def test_any_path_is_one_in_a_configuration():
+def test_a_configuration_accepts_any_path_like_object():
     assert adaptkit.TrainConfig(base=_Path(), data=_Path()) == adaptkit.TrainConfig("rows.jsonl", ("rows.jsonl",))
 
 
-def test_whole_numbers_for_real_ones_make_the_bytes_of_the_command_line(llama, adapter, second_adapter, tmp_path):
-    """1 and 1.0 are the same number, and are not the same text in a manifest."""
+def test_integers_give_the_same_bytes_as_equal_floats(llama, adapter, second_adapter, tmp_path):
+    """1 and 1.0 are equal, but not the same text in a manifest."""
     merged = tmp_path / "merged"
     adaptkit.merge(llama, adapter, merged)
     for name, one in ("whole", 1), ("real", 1.0):
@@ -134,8 +134,8 @@ def test_whole_numbers_for_real_ones_make_the_bytes_of_the_command_line(llama, a
     assert len(recorded) == 1
 
 
-def test_what_computes_with_a_model_is_refused_while_another_thread_does(llama, tmp_path):
-    """Its random numbers are the process's; from within, the same thread may ask."""
+def test_computing_with_a_model_is_refused_while_another_thread_does_so(llama, tmp_path):
+    """All threads share their random numbers; the thread that computes may make such calls itself."""
     rows = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
     config = adaptkit.TrainConfig(base=str(llama), data=[rows], steps=2, rank=2, dropout=0.5)
     refused = []
@@ -179,19 +179,19 @@ def _error_of(call):
         lambda: adaptkit.publish("no/such", "org/name"),
     ],
 )  # fmt: skip
-def test_what_is_not_there_is_named(call):
+def test_missing_paths_are_reported(call):
     with pytest.raises(adaptkit.AdaptkitError, match="does not exist"):
         call()
 
 
-def test_a_source_may_be_a_path_too(llama, tmp_path):
+def test_a_source_may_be_a_string_or_a_path(llama, tmp_path):
     assert adaptkit.resolve_source(str(llama)) == adaptkit.resolve_source(llama) == llama
     with pytest.raises(adaptkit.errors.UsageError, match="does not exist"):
         adaptkit.resolve_source(tmp_path / "absent")
 
 
-def test_one_text_is_a_sequence_of_one(llama):
-    """It was one of its letters: a model was asked two questions instead of "hi"."""
+def test_a_single_string_is_accepted_where_several_are(llama):
+    """It used to be taken for its letters: a model got two prompts instead of "hi"."""
     assert adaptkit.EvaluateOptions(prompts="hi").prompts == ("hi",)
     assert adaptkit.PlanOptions(targets="q_proj").targets == ("q_proj",)
     assert adaptkit.QuantizeOptions(skip="*.0.*").skip == ("*.0.*",)
@@ -202,6 +202,6 @@ def test_one_text_is_a_sequence_of_one(llama):
     assert [verdict.target for verdict in adaptkit.check(llama, "peft").verdicts] == ["peft"]
 
 
-def test_who_signs_and_who_is_trusted_are_public():
+def test_signer_and_trust_are_exported():
     assert adaptkit.Signer(private_key="key.pem").private_key == Path("key.pem")
     assert adaptkit.Trust(public_key="key.pub").public_key == Path("key.pub")

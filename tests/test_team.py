@@ -1,4 +1,4 @@
-"""Kernels whose rows are divided among torch's threads: they give the bits that one gives, and all take part."""
+"""Kernels whose rows are divided among torch's threads give the bits of one thread, and all take part."""
 
 import ctypes
 import os
@@ -144,11 +144,11 @@ CASES = {
     _cpu_joined._widen: lambda: widening(nested=False),
     _cpu_joined._widen_nested: lambda: widening(nested=True),
 }
-"""What makes the arguments of every shared kernel."""
+"""Functions that make the arguments of every shared kernel."""
 
 
 def written(kernel, count):
-    """What a kernel leaves in its arguments, but in the room that softmax has for rows at work, its last."""
+    """The contents of a kernel's arguments after a call, except for softmax's last one, which is scratch space."""
     torch.set_num_threads(count)
     arguments = CASES[kernel]()
     before = [array.copy() for array in arguments if isinstance(array, np.ndarray)]
@@ -158,7 +158,7 @@ def written(kernel, count):
     return [array.tobytes() for array in (found[:-1] if kernel is _cpu_attention.softmax_block else found)]
 
 
-def test_every_shared_kernel_is_here():
+def test_every_shared_kernel_is_tested_here():
     names = [name for _, name, _ in pkgutil.iter_modules(kernels.__path__) if name.startswith("_cpu_")]
     modules = [import_module(f"{kernels.__name__}.{name}") for name in names]
     assert {found for module in modules for found in vars(module).values() if isinstance(found, Shared)} == set(CASES)
@@ -166,7 +166,7 @@ def test_every_shared_kernel_is_here():
 
 @needs_team
 @pytest.mark.parametrize("kernel", CASES, ids=lambda kernel: kernel.function.__name__)
-def test_parts_are_the_whole(kernel):
+def test_the_number_of_threads_does_not_change_the_bits(kernel):
     alone = written(kernel, 1)
     for count in THREADS:
         assert written(kernel, count) == alone, count
@@ -197,7 +197,7 @@ def test_few_elements_are_not_divided():
     assert not room[1:].any()
 
 
-def test_without_the_library_one_thread_does_it_all(monkeypatch):
+def test_without_openmp_one_thread_does_all_the_work(monkeypatch):
     torch.set_num_threads(3)
     monkeypatch.setattr(team, "_openmp", lambda: None)
     assert team_size() == 1
@@ -208,7 +208,7 @@ def test_without_the_library_one_thread_does_it_all(monkeypatch):
 
 
 def process(script, **variables):
-    """How another process ends, and what it says."""
+    """Run a script in a new process; return its exit code and output."""
     environment = os.environ | variables | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     command = [sys.executable, "-W", "ignore", "-c", script]
     found = subprocess.run(command, env=environment, text=True, capture_output=True, check=False, timeout=120)
@@ -219,7 +219,7 @@ KERNEL = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctyp
 
 
 def run_noting(rows, useful, status=0):
-    """What the parts of a team are given; a kernel that says its status."""
+    """Run a kernel that returns ``status``; return what each part of the team is given."""
     noted = []
 
     def note(result, failure, cells):
@@ -234,7 +234,7 @@ def run_noting(rows, useful, status=0):
 @needs_team
 @given(rows=st.integers(1, 1 << 40), useful=st.integers(1, 6), more=st.integers(0, 3))
 @settings(max_examples=50)
-def test_parts_follow_each_other_from_the_first_row_to_the_last(rows, useful, more):
+def test_parts_cover_all_rows_in_order_and_evenly(rows, useful, more):
     torch.set_num_threads(useful + more)
     *known, thread, first, last = zip(*run_noting(rows, useful), strict=True)
     assert known == [(11,) * useful, (-22,) * useful]
@@ -244,7 +244,7 @@ def test_parts_follow_each_other_from_the_first_row_to_the_last(rows, useful, mo
 
 
 @needs_team
-def test_a_library_may_give_fewer_threads_than_torch_has():
+def test_openmp_may_give_fewer_threads_than_torch_has():
     script = "import torch, test_team; torch.set_num_threads(4); print(test_team.run_noting(10, 4))"
     environment = os.environ | {
         "OMP_THREAD_LIMIT": "2",
@@ -255,7 +255,7 @@ def test_a_library_may_give_fewer_threads_than_torch_has():
 
 
 @needs_team
-def test_a_part_that_fails_is_told():
+def test_a_part_that_fails_raises_an_error():
     torch.set_num_threads(3)
     with pytest.raises(SystemError, match=r"failed \(7\)"):
         run_noting(10, 3, status=7)
@@ -299,12 +299,12 @@ print("fine")
 
 @needs_team
 @pytest.mark.parametrize("script", [RACE, FORK], ids=["threads that begin at once", "a fork"])
-def test_it_works_in(script):
+def test_teams_work_in_concurrent_threads_and_after_a_fork(script):
     assert process(script) == (0, "fine\n", "")
 
 
 @needs_team
-def test_torch_s_threads_live_on():
+def test_smaller_teams_do_not_make_torch_start_new_threads():
     torch.set_num_threads(3)
     side = torch.ones(300, 300)
 
@@ -322,7 +322,7 @@ def test_torch_s_threads_live_on():
 
 
 @pytest.mark.parametrize(("count", "has_library", "expected"), [(2, False, True), (3, False, False), (3, True, True)])
-def test_attention_and_loss_are_ours_where_they_keep_up(count, has_library, expected, llama, monkeypatch):
+def test_own_attention_and_loss_are_used_with_openmp_or_few_threads(count, has_library, expected, llama, monkeypatch):
     if has_library and team._openmp() is None:
         pytest.skip("torch's threads are not of GNU's OpenMP here")
     torch.set_num_threads(count)

@@ -1,6 +1,6 @@
-"""The compiler that is left out: nothing that does without it loads it, and who uses it has all of it, as ever.
+"""torch's compiler is left out until code uses it, and then works as usual.
 
-Most tests are a process of their own, since a module is loaded once in a process.
+Most tests run in a process of their own, since a process loads a module only once.
 """
 
 import pytest
@@ -18,7 +18,7 @@ model, ids = transformers.LlamaForCausalLM(config).eval(), torch.arange(8)[None]
 
 @pytest.fixture(scope="module")
 def run():
-    """Runs code in a process that has what transformers needs before it loads the compiler."""
+    """Run code in a process that has loaded what transformers imports before the compiler."""
     imports = "import torch.distributed.tensor, transformers.models.auto.configuration_auto, accelerate, sys"
     with Forks(f"{imports}; assert 'torch._dynamo' not in sys.modules") as forks:
         yield lambda code, begin=BEGIN: succeeds(forks(f"import sys\n{begin}\n{code}"))
@@ -44,11 +44,11 @@ def test_commands_that_compute_with_models_load_no_compiler(run_cli, command, ll
     assert not any(name.startswith("torch._dynamo") for name in loaded)
 
 
-def test_a_model_computes_without_it(run):
+def test_a_model_computes_without_the_compiler(run):
     run(f"{MODEL}\nmodel(ids).logits.sum().backward()\nassert '{INSIDE}' not in sys.modules")
 
 
-def test_without_this_transformers_loads_the_compiler(run):
+def test_without_leave_compiler_out_transformers_loads_the_compiler(run):
     run(f"import transformers.modeling_utils; assert '{INSIDE}' in sys.modules", begin="")
 
 
@@ -63,7 +63,7 @@ def test_without_this_transformers_loads_the_compiler(run):
         "import torch; assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(2)).tolist() == [2, 2]",
     ],
 )
-def test_who_uses_the_compiler_has_it(run, use):
+def test_code_that_uses_the_compiler_loads_it(run, use):
     run(
         f"import transformers.modeling_utils\nassert '{INSIDE}' not in sys.modules\n{use}\n"
         f"import torch; assert '{INSIDE}' in sys.modules and torch._dynamo is sys.modules['torch._dynamo']"
@@ -71,8 +71,8 @@ def test_who_uses_the_compiler_has_it(run, use):
 
 
 @pytest.mark.parametrize("name", ["config", "exc", "utils", "eval_frame", "_trace_wrapped_higher_order_op"])
-def test_its_modules_are_there_once(run, name):
-    """Whichever of them is asked for first, the compiler's own modules use the same one."""
+def test_each_module_of_the_compiler_exists_once(run, name):
+    """Whichever of them is imported first, the compiler's own modules use the same one."""
     run(
         f"import transformers.modeling_utils\nimport torch._dynamo.{name} as mine\nimport torch, gc, types\n"
         "torch._dynamo.reset()\n"
@@ -98,7 +98,7 @@ def test_an_exported_model_computes_the_same(run):
     )
 
 
-def test_marks_are_none_before_the_compiler_is_there_and_its_own_afterwards(run):
+def test_decorators_have_no_effect_until_the_compiler_is_loaded(run):
     run(
         "import torch\n"
         "def f(): return 1\n"
@@ -114,7 +114,7 @@ def test_marks_are_none_before_the_compiler_is_there_and_its_own_afterwards(run)
     )
 
 
-def test_threads_that_load_it_at_once_all_have_the_whole_module(run):
+def test_threads_that_load_the_compiler_at_once_all_get_the_complete_module(run):
     run(
         "import threading, torch\n"
         "gate, seen = threading.Barrier(8), []\n"
@@ -132,11 +132,11 @@ def test_threads_that_load_it_at_once_all_have_the_whole_module(run):
     )
 
 
-def test_a_library_keeps_an_ordinary_torch(run):
+def test_importing_adaptkit_as_a_library_does_not_change_torch(run):
     run(f"import adaptkit.cli.main, transformers.modeling_utils; assert '{INSIDE}' in sys.modules", begin="")
 
 
-def test_twice_is_once_and_too_late_is_nothing(run):
+def test_leaving_the_compiler_out_twice_or_too_late_has_no_effect(run):
     run("import torch; mark = torch.compiler.disable; leave_compiler_out(); assert torch.compiler.disable is mark")
     run(
         "import torch._dynamo\n"
@@ -150,7 +150,7 @@ def test_twice_is_once_and_too_late_is_nothing(run):
 WINDOW = "import torch\nfrom adaptkit.torch_compiler import without_compiler\n"
 
 
-def test_the_meta_device_does_without_it(run):
+def test_without_compiler_keeps_the_meta_device_from_loading_it(run):
     run(
         f"{WINDOW}with without_compiler(), torch.device('meta'):\n"
         "    x = torch.nn.Linear(3, 3)(1.0 / torch.arange(3, dtype=torch.float))\n"
@@ -168,7 +168,7 @@ def test_the_meta_device_does_without_it(run):
         "raise ValueError",
     ],
 )
-def test_meanwhile_it_can_be_used_too(run, use):
+def test_the_compiler_can_be_used_inside_and_after_without_compiler(run, use):
     run(
         f"{WINDOW}try:\n    with without_compiler():\n        {use}\nexcept ValueError: pass\n"
         "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(2)).tolist() == [2, 2]\n"
@@ -179,7 +179,7 @@ def test_meanwhile_it_can_be_used_too(run, use):
     )
 
 
-def test_where_it_is_not_left_out_nothing_changes(run):
+def test_without_compiler_has_no_effect_if_the_compiler_is_not_left_out(run):
     run(
         f"{WINDOW}with without_compiler():\n    assert 'torch._dynamo' not in sys.modules\n"
         f"    torch.arange(3.0, device='meta') + 1\nassert '{INSIDE}' in sys.modules\n",
@@ -187,7 +187,7 @@ def test_where_it_is_not_left_out_nothing_changes(run):
     )
 
 
-def test_a_divided_base_has_it_loaded_before_memory_is_measured(run, llama):
+def test_a_sharded_base_loads_the_compiler_before_memory_is_measured(run, llama):
     code = (
         "import torch\nfrom pathlib import Path\nfrom adaptkit.training.preparation import begin_libraries\n"
         f"begin_libraries(Path({str(llama)!r}), torch.device('cpu'), shard_base={{}})\n"

@@ -1,4 +1,4 @@
-"""Triton is left out where it could not compile what launches its kernels, and a run on a GPU says what it lacks."""
+"""Triton is not used if it could not compile its launchers, and a run on a GPU reports what it lacks."""
 
 import shutil
 import sysconfig
@@ -14,7 +14,7 @@ from adaptkit.triton_needs import what_triton_lacks
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch, tmp_path):
-    """One that has all; a function that takes something away."""
+    """Pretend that all requirements are met; return a function that sets the programs that are found."""
     (tmp_path / "Python.h").touch()
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setattr(triton_needs, "find_spec", lambda name: name)
@@ -29,7 +29,7 @@ def machine(monkeypatch, tmp_path):
     what_triton_lacks.cache_clear()
 
 
-def test_it_is_there_where_it_can_compile(machine, monkeypatch):
+def test_triton_is_available_if_a_compiler_is_found(machine, monkeypatch):
     for programs in (["gcc"], ["clang"]):
         machine(*programs)
         assert has_triton("cuda")
@@ -37,7 +37,7 @@ def test_it_is_there_where_it_can_compile(machine, monkeypatch):
     assert not has_triton("cuda")
     monkeypatch.setenv("CC", "/opt/cc")
     machine("gcc")
-    assert not has_triton("cuda")  # Triton runs what CC names, or nothing
+    assert not has_triton("cuda")  # Triton runs only what CC names
     machine("/opt/cc")
     assert has_triton("cuda")
     assert not has_triton("cpu")
@@ -45,7 +45,7 @@ def test_it_is_there_where_it_can_compile(machine, monkeypatch):
 
 
 @pytest.mark.parametrize("lacking", ["a C compiler", "Python.h", "the package triton"])
-def test_what_is_lacking_is_told(machine, monkeypatch, tmp_path, lacking):
+def test_missing_requirements_are_reported(machine, monkeypatch, tmp_path, lacking):
     if lacking == "a C compiler":
         machine("cc")  # which Triton does not look for
     elif lacking == "Python.h":

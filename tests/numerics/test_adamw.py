@@ -1,4 +1,4 @@
-"""AdamW is torch's, however its vectors are cut; 8-bit moments are bitsandbytes' levels, the nearest ones."""
+"""AdamW matches torch's, however vectors are split; 8-bit moments are the nearest of bitsandbytes' levels."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def of_torch(start, weight_decay, betas=(0.9, 0.999), **how):
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])
-def test_it_is_torchs_fused_adamw_to_the_bit_where_that_uses_whole_vectors(weight_decay, betas):
+def test_updates_match_torchs_fused_adamw_bit_for_bit_for_multiples_of_its_simd_width(weight_decay, betas):
     start = random(64 * 100, 99)
     for found, expected in zip(
         ours(start, weight_decay, betas), of_torch(start, weight_decay, betas, fused=True), strict=True
@@ -51,7 +51,7 @@ def test_it_is_torchs_fused_adamw_to_the_bit_where_that_uses_whole_vectors(weigh
 
 
 @pytest.mark.parametrize("count", [1, 7, 100, 5000])
-def test_it_is_torchs_plain_adamw_but_for_the_last_bit_of_its_root(count):
+def test_updates_match_torchs_plain_adamw_up_to_the_last_bit_of_the_square_root(count):
     start = random(count, 99)
     found, expected = ours(start, 0.01), of_torch(start, 0.01, foreach=False, fused=False)
     assert torch.equal(found[1], expected[1])
@@ -61,14 +61,14 @@ def test_it_is_torchs_plain_adamw_but_for_the_last_bit_of_its_root(count):
 
 
 @given(st.integers(1, 700), st.integers(1, 130))
-def test_how_a_vector_is_cut_changes_no_bit(count, cut):
+def test_splitting_a_vector_does_not_change_the_bits(count, cut):
     start = random(count, count)
     for whole, parts in zip(ours(start, 0.01), ours(start, 0.01, cut=cut), strict=True):
         assert torch.equal(whole, parts)
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_the_levels_are_those_of_bitsandbytes(signed):
+def test_the_levels_match_bitsandbytes(signed):
     from bitsandbytes.functional import create_dynamic_map
 
     assert torch.equal(dynamic_map(signed), create_dynamic_map(signed=signed))
@@ -85,8 +85,8 @@ def _decode_here(codes, absmax, moment, signed):
 @pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 5000])
 @pytest.mark.parametrize(("write", "read"), [(_encode_here, _decode_here), (_encode_by_torch, _decode_by_torch)])
-def test_a_moment_gets_the_nearest_level_but_none_above_zero_gets_zero(signed, count, write, read):
-    """Compiled for a CPU, and as other devices compute it."""
+def test_moments_get_the_nearest_level_except_that_positive_unsigned_ones_never_get_zero(signed, count, write, read):
+    """For the compiled CPU kernels, and for torch's operations as on other devices."""
     moment = random(count, count) * torch.logspace(-12, 0, count)
     moment = moment if signed else moment.square()
     moment[: count // 3] = 0
@@ -108,7 +108,7 @@ def test_a_moment_gets_the_nearest_level_but_none_above_zero_gets_zero(signed, c
     assert not back[: count // 3].any()
 
 
-def test_the_table_finds_what_a_search_finds_for_every_upper_half_of_a_float():
+def test_the_lookup_table_agrees_with_a_search_for_every_upper_half_of_a_float32():
     """All bounds, their neighbours, and a value in every one of the table's buckets within [-1, 1]."""
     for signed in (True, False):
         levels = dynamic_map(signed)
@@ -126,8 +126,8 @@ def test_the_table_finds_what_a_search_finds_for_every_upper_half_of_a_float():
 
 
 @pytest.mark.parametrize("bits", [32, 8])
-def test_a_gradient_that_comes_once_moves_a_parameter_by_no_more_than_the_rate_a_step(bits):
-    """As of a token that few batches have; beside large ones in its block, its second moment is nearly zero."""
+def test_a_single_gradient_moves_a_parameter_by_little_more_than_the_rate_per_step(bits):
+    """As for a token that few batches contain; next to large ones in its block, its second moment is almost zero."""
     values, gradients, absent = torch.zeros(BLOCK), torch.ones(BLOCK), torch.zeros(BLOCK)
     gradients[::2] = 1e-4
     moments = torch.zeros(BLOCK), torch.zeros(BLOCK)

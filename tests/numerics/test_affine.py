@@ -1,4 +1,4 @@
-"""Weighted sums of changes that are more than additions, against the definition written out."""
+"""Weighted sums of adapters that may also scale or replace weights, against their definition."""
 
 import numpy as np
 import torch
@@ -50,20 +50,20 @@ def test_additions_alone_need_no_gain():
     assert torch.equal(change, normal(0, ROWS, COLUMNS))
 
 
-def test_what_is_replaced_whole_is_exactly_what_takes_its_place():
+def test_a_fully_replaced_weight_equals_its_replacement_exactly():
     instead = normal(1, ROWS, COLUMNS)
     gain, change = combine([Effect(1.0, instead=instead)], ROWS, COLUMNS)
     assert torch.equal(gain * normal(2, ROWS, COLUMNS) + change, instead)
 
 
-def test_rows_that_are_not_replaced_stay_exactly():
+def test_rows_that_are_not_replaced_stay_exactly_the_same():
     where = torch.tensor([[True], [False], [False], [True], [False]])
     weights, instead = normal(1, ROWS, COLUMNS), normal(2, ROWS, COLUMNS)
     gain, change = combine([Effect(1.0, instead=instead, where=where)], ROWS, COLUMNS)
     assert torch.equal(gain * weights + change, torch.where(where, instead, weights))
 
 
-def test_squares_are_summed_one_after_the_other_in_both_directions_and_in_pieces():
+def test_squares_are_summed_in_order_along_rows_and_columns_and_across_blocks():
     values = normal(3, 7, 4)
 
     def in_order(numbers):

@@ -1,4 +1,4 @@
-"""The same memory, as an array and as a tensor."""
+"""Arrays and tensors that share memory."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def random_tensor(name, shape=(3, 5)):
 
 
 @ALL
-def test_there_and_back_is_the_same_memory(name):
+def test_conversion_to_an_array_and_back_shares_memory(name):
     tensor = random_tensor(name)
     array = as_array(tensor)
     assert (array.dtype, array.shape) == (ARRAY_DTYPES[name], (3, 5))
@@ -31,13 +31,13 @@ def test_there_and_back_is_the_same_memory(name):
 
 
 @ALL
-def test_numbers_are_the_same_numbers(name):
+def test_an_array_has_the_values_of_its_tensor(name):
     tensor = random_tensor(name)
     np.testing.assert_array_equal(as_array(tensor).astype(np.float64), tensor.double().numpy())
 
 
 @ALL
-def test_parts_transposed_and_empty_ones_too(name):
+def test_slices_and_transposed_and_empty_arrays_are_converted(name):
     array = as_array(random_tensor(name, (4, 6)))
     assert as_tensor(array.T).shape == (6, 4)
     assert as_array(as_tensor(array.T)).tobytes() == np.ascontiguousarray(array.T).tobytes()
@@ -46,7 +46,7 @@ def test_parts_transposed_and_empty_ones_too(name):
     assert as_array(torch.empty(0, 6, dtype=DTYPES[name])).shape == (0, 6)
 
 
-def test_what_comes_out_is_of_the_kind_of_what_went_in():
+def test_like_returns_the_kind_of_its_first_argument():
     array = np.ones(3, np.float32)
     assert like(np.empty(0), array) is array
     assert isinstance(like(torch.empty(0), array), torch.Tensor)

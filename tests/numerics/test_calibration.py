@@ -1,4 +1,4 @@
-"""Activation-weighted scales lose less than plain ones, and decode by the ordinary formula."""
+"""Activation-weighted scales give less error than plain ones, and decode by the ordinary formula."""
 
 import bitsandbytes.functional
 import numpy as np
@@ -71,7 +71,7 @@ def test_the_weighted_error_is_never_larger_than_that_of_plain_nf4(problem, bloc
 
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from([32, 64]))
-def test_one_candidate_is_plain_nf4(problem, block_size):
+def test_with_a_single_candidate_the_result_is_plain_nf4(problem, block_size):
     weight, _ = problem
     uniform = torch.ones(weight.shape[1])
     plain = nf4.quantize(weight, block_size)
@@ -138,7 +138,7 @@ def test_a_search_by_row_blocks_gives_the_same_scales():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_type_of_a_weight_does_not_matter(dtype):
+def test_the_dtype_of_a_weight_does_not_affect_the_result(dtype):
     weight, importance = torch.randn(8, 128).to(dtype), torch.rand(128)
     for found, expected in zip(
         weighted_nf4(weight, importance, double_quant=False),
@@ -165,7 +165,7 @@ def test_bitsandbytes_decodes_negative_scales_by_the_same_formula():
     assert torch.equal(theirs, ours)
 
 
-def test_a_negative_scale_helps_a_block_with_more_to_tell_below_zero(monkeypatch):
+def test_a_negative_scale_is_chosen_for_a_block_of_negated_levels(monkeypatch):
     monkeypatch.setattr(calibration, "FACTORS", np.array([1, -1], np.float32))
     levels = -torch.tensor(NF4_LEVELS).repeat(2)  # exact with a negative scale only
     scales = search_scales(levels.view(1, 32), torch.ones(32), 32)
@@ -182,6 +182,6 @@ def test_a_negative_scale_helps_a_block_with_more_to_tell_below_zero(monkeypatch
         (torch.full((2, 32), torch.inf), torch.ones(32), NonFiniteError),
     ],
 )
-def test_what_cannot_be_weighted_is_refused(weight, importance, error):
+def test_invalid_weights_and_importances_are_refused(weight, importance, error):
     with pytest.raises(error):
         weighted_nf4(weight, importance)

@@ -1,4 +1,4 @@
-"""Factored comparisons are those of the dense matrices, in float64; tallies are those of the whole tensors."""
+"""Factored comparisons match dense matrices in float64; tallies of pieces match whole tensors."""
 
 import math
 
@@ -30,7 +30,7 @@ def dense(change):
 
 
 def thin(matrix):
-    """Its singular vectors and values, without those that are rounding."""
+    """The singular vectors and values of a matrix, without those that are rounding errors."""
     u, sigma, vt = torch.linalg.svd(matrix, full_matrices=False)
     kept = sigma > 1e-10 * max(float(sigma[0]), 1e-300)
     return u[:, kept], sigma[kept], vt[kept]
@@ -45,7 +45,7 @@ def interference(one, two):
 
 
 def subspace_cosines(one, two):
-    """From projections onto the subspaces instead of bases of them: P₁P₂P₁ has the cosines' squares as eigenvalues."""
+    """Computed from projections instead of bases: the eigenvalues of P₁P₂P₁ are the squared cosines."""
     projections = [basis @ torch.linalg.pinv(basis) for basis in (one, two)]
     squares = torch.linalg.eigvalsh(projections[0] @ projections[1] @ projections[0])
     return squares.clamp(min=0).sqrt().flip(0)[: min(one.shape[1], two.shape[1])]
@@ -64,7 +64,7 @@ TERMS = st.builds(
 
 @settings(deadline=None, max_examples=80)
 @given(TERMS, TERMS)
-def test_every_figure_is_that_of_the_dense_matrices(first, second):
+def test_every_figure_matches_the_dense_matrices(first, second):
     found, one, two = compare(first, second), dense(first), dense(second)
     size = float(one.norm() * two.norm())
     assert found.inner == pytest.approx(float((one * two).sum()), abs=1e-12 * size)
@@ -84,13 +84,13 @@ def test_every_figure_is_that_of_the_dense_matrices(first, second):
     assert found.interference == pytest.approx(interference(one, two), abs=1e-9 * scale)
     assert found.interference_share == pytest.approx(interference(one, two) / scale, abs=1e-9)
     both = (one != 0) & (two != 0)
-    agreeing = (torch.sign(one) == torch.sign(two)) & both  # 13 rows are all sampled
+    agreeing = (torch.sign(one) == torch.sign(two)) & both  # all 13 rows are sampled
     assert found.sign_agreement == pytest.approx(int(agreeing.sum()) / int(both.sum()), abs=2 / 117)
 
 
 @settings(deadline=None, max_examples=60)
 @given(TERMS, TERMS)
-def test_the_other_way_round_is_the_mirror_image(first, second):
+def test_swapping_the_changes_mirrors_the_comparison(first, second):
     there, back = compare(first, second), compare(second, first)
     for mine, theirs in zip(there.sigmas, back.sigmas[::-1], strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-12, atol=1e-12 * float(mine[0]))
@@ -106,7 +106,7 @@ def test_the_other_way_round_is_the_mirror_image(first, second):
 
 @settings(deadline=None, max_examples=40)
 @given(TERMS)
-def test_a_change_and_itself(change):
+def test_a_change_compared_with_itself_does_not_differ(change):
     found = compare(change, LowRank(change.lora_a.clone(), change.lora_b.clone(), change.scaling))
     assert found.difference_sigma.count_nonzero() == 0, "exactly"
     assert torch.equal(*found.sigmas)
@@ -117,7 +117,7 @@ def test_a_change_and_itself(change):
     assert found.sign_agreement == 1
 
 
-def test_a_change_and_its_opposite():
+def test_a_change_and_its_negative_share_subspaces_but_no_signs():
     change = term(70, 3, 20)
     found = compare(change, change.weighted(-1))
     assert found.inner == pytest.approx(-float(dense(change).square().sum()), rel=1e-12)
@@ -134,8 +134,8 @@ def test_orthogonal_changes_do_not_interfere():
     assert found.difference_sigma[:4].tolist() == pytest.approx([3, 3, 0.5, 0.5])
 
 
-def test_one_subspace_in_another_has_only_zero_angles():
-    """Two directions of five: the cosines are two, and all one."""
+def test_a_subspace_inside_the_other_has_only_zero_angles():
+    """With two directions out of five, there are two cosines, both 1."""
     whole = term(40, 5, 30, seed=1)
     part = LowRank(whole.lora_a[:2], whole.lora_b[:, 1:3], 1.0)
     found = compare(whole, part)
@@ -144,7 +144,7 @@ def test_one_subspace_in_another_has_only_zero_angles():
     assert found.columns.random == math.sqrt(5 / 40)
 
 
-def test_a_known_angle():
+def test_a_known_angle_is_found():
     angle = 0.3
     first = LowRank(torch.tensor([[1.0, 0, 0]]), torch.tensor([[1.0], [0], [0], [0]]), 2.0)
     second = LowRank(
@@ -157,8 +157,8 @@ def test_a_known_angle():
     assert found.columns.cosines.tolist() == [0.0]
 
 
-def test_random_subspaces_overlap_as_the_baseline_says():
-    """The mean of the squares is r₁r₂/m over pairs of subspaces, so that of rms² is max(r₁, r₂)/m."""
+def test_random_subspaces_overlap_as_the_baseline_predicts():
+    """The sum of the squared cosines is r₁r₂/m on average, so the average of rms² is max(r₁, r₂)/m."""
     squares = [compare(term(60, 3, 50, seed=2 * i), term(60, 6, 50, seed=2 * i + 1)) for i in range(150)]
     for side in ("columns", "rows"):
         overlaps = [getattr(found, side) for found in squares]
@@ -166,8 +166,8 @@ def test_random_subspaces_overlap_as_the_baseline_says():
         assert mean == pytest.approx(overlaps[0].random ** 2, rel=0.05)
 
 
-def test_tiny_differences_keep_their_digits():
-    """Expanding ‖Δ₁ − Δ₂‖² would lose all of them."""
+def test_the_norm_of_a_tiny_difference_is_accurate():
+    """Expanding ‖Δ₁ − Δ₂‖² would lose all digits."""
     first = term(50, 4, 40)
     second = LowRank(first.lora_a, first.lora_b.clone(), first.scaling)
     second.lora_b[7, 2] += 1e-6
@@ -177,7 +177,7 @@ def test_tiny_differences_keep_their_digits():
     assert float(found.difference_sigma.norm()) == pytest.approx(expected, rel=1e-6)
 
 
-def test_changes_of_very_different_size_keep_their_figures():
+def test_figures_are_accurate_for_changes_of_very_different_size():
     small, large = term(50, 4, 40, scaling=1e-9, seed=3), term(50, 4, 40, scaling=1e6, seed=4)
     found = compare(large, small)
     assert torch.allclose(found.sigmas[1], torch.linalg.svdvals(dense(small))[:4], rtol=1e-10)
@@ -212,7 +212,7 @@ def test_signs_of_many_rows_are_estimated_from_the_same_rows_each_time():
     assert sampled_rows(64).tolist() == list(range(64))
 
 
-def test_equal_means_the_same_values():
+def test_is_equal_compares_scaling_and_all_values():
     change = term(5, 2, 4)
     assert is_equal(change, LowRank(change.lora_a.clone(), change.lora_b.clone(), 1.0))
     assert not is_equal(change, change.weighted(2))
@@ -227,7 +227,7 @@ DTYPES = st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.fl
 
 @settings(deadline=None, max_examples=80)
 @given(NUMBERS, DTYPES, DTYPES, st.integers(1, 9), st.randoms(use_true_random=False))
-def test_a_tally_of_pieces_is_that_of_the_whole(numbers, dtype, other_dtype, piece, random):
+def test_a_tally_of_pieces_matches_whole_tensors(numbers, dtype, other_dtype, piece, random):
     values = torch.tensor(numbers, dtype=torch.float64).clamp(-400, 400)
     first = values.to(dtype)
     second = torch.tensor([v * random.choice([1, 1, 1.5]) for v in values.tolist()]).clamp(-400, 400).to(other_dtype)
@@ -246,27 +246,27 @@ def test_a_tally_of_pieces_is_that_of_the_whole(numbers, dtype, other_dtype, pie
         assert tally.changed == sum(unlike)
 
 
-def test_a_tally_sees_bits_that_values_hide():
+def test_a_tally_counts_zeros_of_different_sign_as_changed():
     tally = Tally()
     tally.add(torch.tensor([0.0, 1.0]), torch.tensor([-0.0, 1.0]))
     assert (tally.changed, tally.norms) == (1, (1.0, 1.0, 0.0))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_tally_has_no_norms_where_there_is_no_number(bad):
+def test_a_tally_with_nan_or_infinity_has_no_norms(bad):
     tally = Tally()
     tally.add(torch.tensor([bad, 1.0]), torch.tensor([1.0, 1.0]))
     assert (tally.changed, tally.norms) == (1, None)
 
 
-def test_a_tally_counts_whole_numbers():
+def test_a_tally_counts_changed_integers_and_booleans():
     tally = Tally()
     tally.add(torch.tensor([1, 2, 3], dtype=torch.uint8), torch.tensor([1, 2, 4], dtype=torch.uint8))
     tally.add(torch.tensor([True, False]), torch.tensor([True, True]))
     assert (tally.changed, tally.compared) == (2, 5)
 
 
-def test_the_effective_rank_with_a_flat_tail_is_that_of_the_whole():
+def test_the_effective_rank_with_a_flat_tail_matches_the_whole_spectrum():
     sigma = torch.cat([torch.tensor([9.0, 5, 2]), torch.full((20,), 0.25)]).double()
     square = float(sigma.square().sum())
     assert effective_rank_with_tail(sigma[:3], square, 23) == pytest.approx(effective_rank(sigma), rel=1e-9)
@@ -275,7 +275,7 @@ def test_the_effective_rank_with_a_flat_tail_is_that_of_the_whole():
 
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.floats(0.01, 100), min_size=2, max_size=30), st.integers(1, 30))
-def test_the_effective_rank_with_a_tail_is_never_too_low(numbers, known):
+def test_the_effective_rank_with_an_unknown_tail_is_never_too_low(numbers, known):
     sigma = torch.tensor(sorted(numbers, reverse=True), dtype=torch.float64)
     found = effective_rank_with_tail(sigma[:known], float(sigma.square().sum()), len(numbers))
     assert found >= effective_rank(sigma) * (1 - 1e-9)

@@ -27,7 +27,7 @@ def loss(lost, lora_a, lora_b, weights):
 
 @pytest.mark.parametrize(("rows", "columns"), [(40, 72), (96, 48), (33, 33)])
 @pytest.mark.parametrize("rank", [1, 8, 16])
-def test_the_loss_is_that_of_the_dense_decomposition(rows, columns, rank):
+def test_the_loss_matches_that_of_a_dense_decomposition(rows, columns, rank):
     lost, mean_square = problem(rows, columns)
     weights = weighting(mean_square)
     least = float(torch.linalg.svdvals(lost.double() * weights.sqrt())[rank:].square().sum())
@@ -37,7 +37,7 @@ def test_the_loss_is_that_of_the_dense_decomposition(rows, columns, rank):
     assert loss(lost, lora_a, lora_b, weights) == pytest.approx(least, rel=1e-3)
 
 
-def test_no_perturbation_of_it_is_better():
+def test_no_perturbation_of_the_adapter_is_better():
     lost, mean_square = problem(32, 48)
     lora_a, lora_b = companion_adapter(lost, mean_square, 8)
     weights = weighting(mean_square)
@@ -50,20 +50,20 @@ def test_no_perturbation_of_it_is_better():
             assert loss(lost, a, b, weights) > least * (1 - 1e-6)
 
 
-def test_a_loss_of_low_rank_is_given_back_whole():
+def test_a_low_rank_error_is_restored_completely():
     generator = torch.Generator().manual_seed(0)
     lost = torch.randn(50, 4, generator=generator) @ torch.randn(4, 70, generator=generator)
     lora_a, lora_b = companion_adapter(lost, torch.rand(70, generator=generator), 8)
     assert torch.allclose(lora_b @ lora_a, lost, atol=1e-4)
 
 
-def test_nothing_lost_makes_an_adapter_that_does_nothing():
+def test_without_an_error_the_adapter_is_zero():
     lora_a, lora_b = companion_adapter(torch.zeros(20, 30), torch.zeros(30), 4)
     assert not (lora_b @ lora_a).any()
     assert bool(torch.isfinite(lora_a).all())
 
 
-def test_components_are_balanced_and_the_same_every_time():
+def test_components_are_balanced_and_reproducible():
     lost, mean_square = problem(30, 40)
     lora_a, lora_b = companion_adapter(lost, mean_square, 5)
     assert torch.allclose(lora_a.norm(dim=1), lora_b.norm(dim=0), rtol=1e-4)
@@ -79,6 +79,6 @@ def test_an_impossible_rank_is_refused(rank):
         companion_adapter(torch.ones(20, 30), torch.ones(30), rank)
 
 
-def test_second_moments_of_another_linear_are_refused():
+def test_second_moments_of_the_wrong_length_are_refused():
     with pytest.raises(UsageError, match="second moments"):
         companion_adapter(torch.ones(20, 30), torch.ones(20), 4)

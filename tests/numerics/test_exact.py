@@ -1,4 +1,4 @@
-"""A merge is one rounding of the exact sum, and it can be undone to the last bit."""
+"""A merge rounds each sum once, and can be undone to the last bit."""
 
 import random
 from fractions import Fraction
@@ -50,7 +50,7 @@ def rounded(value: Fraction, dtype) -> Fraction:
 
 
 def delta_of(terms, shape):
-    """The canonical delta in python floats, which are float64."""
+    """The canonical delta in float64, computed by numpy."""
     total = np.zeros(shape)
     for change in terms:
         inner = np.zeros(shape)
@@ -61,7 +61,7 @@ def delta_of(terms, shape):
 
 
 def merge(weight, terms, with_undo=True):
-    """All rows at once."""
+    """Merge all rows at once."""
     return exact.merge_rows(weight, exact.prepare(terms), 0, with_undo)
 
 
@@ -80,7 +80,7 @@ def test_every_element_is_the_sum_rounded_once(dtype, ratio):
         assert Fraction(float(merged[index])) == rounded(Fraction(total), dtype), index
 
 
-def test_the_rounding_of_this_test_is_that_of_numpy():
+def test_the_reference_rounding_matches_numpy():
     numbers = random.Random(0)
     for _ in range(500):
         value = numbers.gauss(0, 1) * 10 ** numbers.uniform(-7, 3)
@@ -97,8 +97,8 @@ def test_a_merge_is_undone_to_the_last_bit(dtype, ratio, adapters, seed):
     assert torch.equal(restored.view(BITS[dtype]), weight.view(BITS[dtype]))
 
 
-def test_subtraction_alone_would_not_do():
-    """Why there is a record at all."""
+def test_subtracting_the_delta_does_not_restore_the_weight():
+    """This is why a residual is recorded."""
     weight, terms = problem(torch.bfloat16, 0.3)
     merged = merge(weight, terms).weight
     subtracted = (merged.double() - lora.delta(terms)).to(torch.bfloat16)
@@ -112,7 +112,7 @@ def test_without_undo_the_weights_are_the_same_and_the_residual_is_empty():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_figures_are_those_of_the_dense_matrices(dtype):
+def test_reported_sums_match_dense_matrices(dtype):
     weight, terms = problem(dtype, 0.003)
     merged = merge(weight, terms)
     delta, before = torch.from_numpy(delta_of(terms, weight.shape)), weight.double()
@@ -120,27 +120,27 @@ def test_the_figures_are_those_of_the_dense_matrices(dtype):
     assert merged.moved == int((merged.weight != weight).sum())
     assert merged.squared_delta == pytest.approx(float(delta.square().sum()), rel=1e-12)
     assert merged.squared_weight == pytest.approx(float(before.square().sum()), rel=1e-12)
-    near = {"rel": 1e-9} if dtype == torch.float32 else {"abs": 1e-6}  # of 16 bits Σ effect · Δ is summed in float32
+    near = {"rel": 1e-9} if dtype == torch.float32 else {"abs": 1e-6}  # 16-bit weights: Σ effect · Δ in float32
     share = merged.overlap / merged.squared_delta
     assert share == pytest.approx(float((effect * delta).sum() / (delta * delta).sum()), **near)
 
 
-def test_a_change_of_zero_moves_nothing_but_keeps_its_bits():
+def test_a_zero_change_leaves_the_weight_unchanged():
     weight, terms = problem(torch.bfloat16)
     merged = merge(weight, [change.weighted(0.0) for change in terms])
     assert torch.equal(merged.weight, weight)
     assert (merged.moved, merged.squared_delta, merged.overlap) == (0, 0.0, 0.0)
 
 
-def test_the_order_of_the_adapters_is_part_of_the_definition():
-    """Floating-point sums do not commute; so an order has to be kept, and is."""
+def test_the_delta_is_summed_in_the_order_of_the_adapters():
+    """Floating-point addition is not associative, so the order affects the bits."""
     weight, terms = problem(torch.float32, 1.0, adapters=3)
     assert torch.equal(lora.delta(terms), torch.from_numpy(delta_of(terms, weight.shape)))
     assert not torch.equal(lora.delta(terms), lora.delta(terms[::-1]))
 
 
 @pytest.mark.parametrize("change", ["longer", "shorter"])
-def test_a_residual_of_another_length_is_refused(change):
+def test_a_residual_of_the_wrong_length_is_refused(change):
     weight, terms = problem(torch.bfloat16, 0.3)
     merged = merge(weight, terms)
     assert merged.residual.numel() > 0
@@ -168,7 +168,7 @@ def test_a_sum_that_overflows_is_refused(dtype):
 
 @pytest.mark.parametrize("step", [1, 5, 23])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_alone_are_those_of_the_whole(dtype, step):
+def test_merging_row_blocks_gives_the_bits_of_the_whole(dtype, step):
     weight, terms = problem(dtype, 0.1)
     whole, prepared = merge(weight, terms), exact.prepare(terms)
     starts = range(0, len(weight), step)
@@ -184,7 +184,7 @@ def test_rows_alone_are_those_of_the_whole(dtype, step):
 
 
 @pytest.mark.parametrize("longer", [True, False])
-def test_a_residual_of_other_rows_is_refused(longer):
+def test_a_residual_of_the_wrong_length_is_refused_for_a_row_block(longer):
     weight, terms = problem(torch.bfloat16, 0.3)
     prepared, rows = exact.prepare(terms), slice(0, 9)
     merged = exact.merge_rows(weight[rows], prepared, 0, True)
@@ -194,7 +194,7 @@ def test_a_residual_of_other_rows_is_refused(longer):
 
 
 @pytest.mark.parametrize(("rows", "columns", "start"), [(3, 40, 22), (3, 39, 0), (3, 40, -1)])
-def test_rows_that_are_not_of_this_weight_are_refused(rows, columns, start):
+def test_rows_that_do_not_fit_the_factors_are_refused(rows, columns, start):
     prepared = exact.prepare(problem(torch.bfloat16)[1])
     with pytest.raises(ValueError, match="are outside"):
         exact.merge_rows(torch.zeros(rows, columns, dtype=torch.bfloat16), prepared, start, True)
@@ -202,7 +202,7 @@ def test_rows_that_are_not_of_this_weight_are_refused(rows, columns, start):
 
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(DTYPES), st.sampled_from([0.0, 1.0, 0.98, -0.3, 1e-9]), st.booleans(), st.integers(0, 999))
-def test_scaled_rows_are_undone_to_the_last_bit(dtype, size, columns, seed):
+def test_a_merge_with_a_gain_is_undone_to_the_last_bit(dtype, size, columns, seed):
     weight, terms = problem(dtype, 0.05, seed=seed)
     gain = torch.rand((1, 40) if columns else (24, 1), dtype=torch.float64) * 0.1 + size
     change = lora.delta(terms)
@@ -216,7 +216,7 @@ def test_scaled_rows_are_undone_to_the_last_bit(dtype, size, columns, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_gain_of_one_is_an_addition(dtype):
+def test_a_gain_of_one_equals_plain_addition(dtype):
     weight, terms = problem(dtype, 0.05)
     change = lora.delta(terms)
     added = exact.merge_rows(weight, exact.prepare(terms), 0, True)
@@ -228,7 +228,7 @@ def test_a_gain_of_one_is_an_addition(dtype):
         assert merged.squared_delta == pytest.approx(added.squared_delta, rel=1e-9)
 
 
-def test_the_figures_of_a_gain_are_those_of_the_whole_change():
+def test_sums_reported_with_a_gain_cover_the_whole_change():
     weight, terms = problem(torch.float32, 0.05)
     change, gain = lora.delta(terms), torch.rand(24, 1, dtype=torch.float64) + 0.5
     merged = exact.merge_affine(weight, change, gain, False)
@@ -240,7 +240,7 @@ def test_the_figures_of_a_gain_are_those_of_the_whole_change():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_rows_that_are_not_finite_are_refused(dtype, value):
+def test_rows_with_non_finite_values_or_sums_are_refused(dtype, value):
     weight, terms = problem(dtype)
     weight[3, 4] = value
     change = lora.delta(terms)
@@ -254,8 +254,8 @@ def test_rows_that_are_not_finite_are_refused(dtype, value):
 
 
 @pytest.mark.parametrize(("dtype", "most"), [(torch.bfloat16, 0.1), (torch.float16, 0.1), (torch.float32, 0.1)])
-def test_undoing_a_change_of_one_percent_costs_a_tenth_of_a_bit(dtype, most):
-    """The figure that this was made for, on weights as models have them."""
+def test_undoing_a_one_percent_change_costs_at_most_a_tenth_of_a_bit_per_weight(dtype, most):
+    """The design target, for weights of a size that models have."""
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(256, 1024, generator=generator) * 0.02).to(dtype)
     a, b = torch.randn(16, 1024, generator=generator), torch.randn(256, 16, generator=generator)

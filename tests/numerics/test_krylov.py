@@ -1,4 +1,4 @@
-"""Leading singular values by products alone are those of a dense decomposition, for every kind of spectrum."""
+"""Leading singular values by Krylov iteration match a dense decomposition, for many kinds of spectrum."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ SPECTRA = {
 
 @pytest.mark.parametrize("sigma", SPECTRA.values(), ids=SPECTRA)
 @pytest.mark.parametrize("count", [1, 5, 8])
-def test_it_is_what_a_dense_decomposition_finds(sigma, count):
+def test_leading_values_and_vectors_match_a_dense_decomposition(sigma, count):
     matrix = with_spectrum(sigma, 500, 450)
     found = leading(matrix, count)
     assert found is not None
@@ -43,16 +43,16 @@ def test_it_is_what_a_dense_decomposition_finds(sigma, count):
     assert kept == pytest.approx((expected**2).sum(), rel=1e-11)
 
 
-def test_of_noise_it_gives_up():
-    """Without a gap anywhere it has not found all when it has to stop, and what it has is not passed off as that."""
+def test_noise_gives_none():
+    """Without a gap in the spectrum the iteration does not converge, and returns no unconverged values."""
     matrix = torch.randn(400, 350, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert leading(matrix, 4) is None
 
 
-def test_zero_has_values_of_zero():
+def test_a_zero_matrix_has_zero_singular_values():
     values, _ = leading(torch.zeros(500, 450, dtype=torch.float64), 4)
     assert not values.any()
 
 
-def test_of_a_small_matrix_nothing_is_gained():
+def test_a_small_matrix_gives_none():
     assert leading(torch.ones(500, 100, dtype=torch.float64), 4) is None

@@ -51,13 +51,13 @@ def test_delta_is_the_sum_of_the_dense_changes(terms):
 @settings(deadline=None, max_examples=40)
 @given(st.lists(TERMS, min_size=1, max_size=3), st.integers(0, 12), st.integers(0, 13))
 def test_rows_of_delta_have_the_bits_of_the_whole(terms, start, count):
-    """Blocks are an affair of memory, never of the result."""
+    """Row blocks save memory and do not affect the result."""
     rows = slice(start, start + count)
     assert torch.equal(lora.delta(terms, rows), lora.delta(terms)[rows])
 
 
-def test_one_element_of_delta_by_rational_arithmetic():
-    """Four products, exact; three roundings of their sum; one of the scaling."""
+def test_an_element_of_delta_matches_rational_arithmetic():
+    """Four exact products; three roundings while they are added; one for the scaling."""
     change = term(2, 4, 3, scaling=0.3, seed=5)
     total = 0.0
     for k in range(4):
@@ -68,7 +68,7 @@ def test_one_element_of_delta_by_rational_arithmetic():
 
 
 @given(TERMS)
-def test_weighting_scales_and_a_weight_of_zero_changes_nothing(change):
+def test_weighting_scales_a_change_and_a_weight_of_zero_gives_a_delta_of_zero(change):
     assert torch.allclose(dense(change.weighted(-2.5)), -2.5 * dense(change), atol=1e-12)
     assert not lora.delta([change.weighted(0.0)]).any()
 
@@ -83,7 +83,7 @@ def test_the_transposed_change_is_the_change_of_the_transposed_weight(change):
 
 @settings(deadline=None, max_examples=60)
 @given(TERMS, TERMS)
-def test_inner_products_and_norms_are_those_of_the_dense_matrices(one, two):
+def test_inner_products_and_norms_match_dense_matrices(one, two):
     between, expected = lora.inner_products(one, two)[1], float((dense(one) * dense(two)).sum())
     size = float(dense(one).norm() * dense(two).norm())
     assert between == pytest.approx(expected, abs=1e-12 * size + 1e-300)
@@ -96,7 +96,7 @@ def test_inner_products_and_norms_are_those_of_the_dense_matrices(one, two):
     ("out", "into", "ranks"), [(515, 300, (3, 16)), (129, 1, (1, 2)), (1, 128, (4, 4)), (40, 700, (7, 0))]
 )
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "float64")])
-def test_inner_products_of_matrices_of_any_size_and_type(out, into, ranks, dtypes):
+def test_inner_products_are_right_for_all_sizes_and_dtypes(out, into, ranks, dtypes):
     one, two = (
         term(out, rank, into, scale, seed, getattr(torch, dtype))
         for rank, scale, seed, dtype in zip(ranks, (0.5, -3.0), (1, 2), dtypes, strict=True)
@@ -110,21 +110,21 @@ def test_inner_products_of_matrices_of_any_size_and_type(out, into, ranks, dtype
 
 
 @pytest.mark.parametrize("nudge", [1e-3, 1e-6])
-def test_a_small_difference_keeps_its_digits(nudge):
-    """Expanding the square loses the digits: at 1e-6 nothing but noise of the size 1e-8 · ‖Δ‖ would be left of it."""
+def test_the_norm_of_a_small_difference_is_accurate(nudge):
+    """Expanding the square would lose the digits: at 1e-6 only noise of about 1e-8 · ‖Δ‖ would remain."""
     one = term(40, 6, 30, 1.0, 1)
     two = LowRank(one.lora_a.clone(), one.lora_b.double() * (1 + nudge), 1.0)
     found = difference_norm(one, two)
     assert found == pytest.approx(nudge * lora.norm(one), rel=1e-7)
 
 
-def test_the_norm_of_a_change_with_itself_taken_away_is_nothing():
+def test_the_difference_of_a_change_from_itself_has_a_norm_of_almost_zero():
     one = term(40, 6, 30, 1.7, 1)
     assert difference_norm(one, one) <= 1e-13 * lora.norm(one)
 
 
 @pytest.mark.parametrize(("out", "into", "ranks"), [(4, 3, (8, 8)), (1, 1, (1, 1)), (30, 2, (2, 5)), (2, 30, (5, 1))])
-def test_ranks_beyond_the_shape_are_no_trouble(out, into, ranks):
+def test_norms_are_right_for_ranks_larger_than_the_matrix(out, into, ranks):
     one, two = term(out, ranks[0], into, 0.5, 1), term(out, ranks[1], into, 2.0, 2)
     assert difference_norm(one, two) == pytest.approx(float((dense(one) - dense(two)).norm()), rel=1e-10)
     assert lora.norm(one) == pytest.approx(float(dense(one).norm()), rel=1e-10)

@@ -1,4 +1,4 @@
-"""A sketch that sees a matrix in row blocks finds what a dense decomposition finds, and knows what it misses."""
+"""A sketch made from row blocks is close to a dense decomposition, and reports its loss exactly."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def matrix(sigma, out=90, columns=60, seed=0):
 
 
 class Rows:
-    """Gives a matrix out in row blocks and counts how often."""
+    """Yields a matrix in row blocks and counts the passes."""
 
     def __init__(self, dense, rows=7):
         self.dense, self.rows, self.passes = dense, rows, 0
@@ -50,7 +50,7 @@ FALLING = [0.9**k for k in range(60)]
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
-def test_a_matrix_of_low_rank_is_found_whole(scale):
+def test_a_low_rank_matrix_is_found_completely(scale):
     sigma = [5.0, 3.0, 1.0, 0.01]
     dense = matrix(sigma) * scale
     sketch = by_rank(dense, 4)
@@ -66,7 +66,7 @@ def test_a_matrix_of_low_rank_is_found_whole(scale):
 
 @pytest.mark.parametrize("shape", [(90, 60), (60, 90)])
 @pytest.mark.parametrize("rank", [1, 8, 30])
-def test_the_rank_keeps_nearly_what_the_best_one_keeps(shape, rank):
+def test_a_rank_keeps_nearly_the_energy_of_the_best_approximation(shape, rank):
     dense = matrix(FALLING, *shape)
     sketch = by_rank(dense, rank)
     best = float(torch.linalg.svdvals(dense)[:rank].square().sum()) / square_norm(dense)
@@ -74,7 +74,7 @@ def test_the_rank_keeps_nearly_what_the_best_one_keeps(shape, rank):
 
 
 @pytest.mark.parametrize("sigma", [FALLING, [1.0] * 60, [1.0] * 3 + [0.3] * 57])
-def test_what_is_lost_is_known_exactly_though_the_subspace_is_not(sigma):
+def test_the_reported_loss_is_exact_even_if_the_subspace_is_approximate(sigma):
     dense = matrix(sigma)
     for how in (Sketching(0, 1), Sketching(5, 1), Sketching()):
         sketch = by_rank(dense, 6, how)
@@ -82,7 +82,7 @@ def test_what_is_lost_is_known_exactly_though_the_subspace_is_not(sigma):
         assert float(lost) == pytest.approx((1 - sketch.energy_kept(6)) ** 0.5, rel=1e-6)
 
 
-def test_more_iterations_come_closer():
+def test_more_iterations_keep_more_energy():
     dense = matrix([1.0] * 10 + [0.8] * 50)
     kept = [by_rank(dense, 10, Sketching(0, count)).energy_kept(10) for count in (1, 2, 4, 8, 16)]
     assert kept == sorted(kept)
@@ -90,14 +90,14 @@ def test_more_iterations_come_closer():
     assert kept[-1] == pytest.approx(10 / (10 + 50 * 0.64), rel=1e-3)
 
 
-def test_a_pass_for_each_iteration_and_one_at_last():
+def test_there_is_one_pass_more_than_iterations():
     rows = Rows(matrix(FALLING))
     sketch_for_rank(rows, (90, 60), square_norm(rows.dense), 8, Sketching(4, 2))
     assert rows.passes == 3
 
 
 @pytest.mark.parametrize("rank", [50, 60, 500])
-def test_a_sketch_as_large_as_the_matrix_is_a_dense_decomposition(rank):
+def test_a_sketch_as_large_as_the_matrix_equals_a_dense_decomposition(rank):
     dense = torch.randn(90, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     sketch = by_rank(dense, rank)
     assert torch.allclose(sketch.spectrum.sigma, torch.linalg.svdvals(dense), rtol=1e-12)
@@ -105,7 +105,7 @@ def test_a_sketch_as_large_as_the_matrix_is_a_dense_decomposition(rank):
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 0.999999])
-def test_the_smallest_rank_that_keeps_enough_is_found_by_widening(energy):
+def test_widening_finds_nearly_the_smallest_rank_that_keeps_an_energy(energy):
     dense = matrix(FALLING)
     sketch, rank = by_energy(dense, energy)
     shares = torch.linalg.svdvals(dense).square().cumsum(0) / square_norm(dense)
@@ -115,7 +115,7 @@ def test_the_smallest_rank_that_keeps_enough_is_found_by_widening(energy):
     assert sketch.energy_kept(rank - 1) < energy
 
 
-def test_the_cap_ends_the_search():
+def test_the_search_stops_at_the_maximum_rank():
     dense = matrix([1.0] * 60)
     sketch, rank = by_energy(dense, 0.9, max_rank=20)
     assert rank == 20
@@ -124,19 +124,19 @@ def test_the_cap_ends_the_search():
     assert by_energy(dense, 0.9, max_rank=1)[1] == 1
 
 
-def test_all_of_the_energy_is_what_float64_can_tell_from_nothing():
+def test_an_energy_of_one_keeps_every_nonzero_singular_value():
     assert by_energy(matrix([3.0, 2.0, 1.0]), 1.0)[1] == 3
     assert by_energy(matrix([1.0] * 60), 1.0)[1] == 60
 
 
-def test_a_zero_matrix_is_kept_by_any_rank():
+def test_rank_one_keeps_all_of_a_zero_matrix():
     dense = torch.zeros(40, 30, dtype=torch.float64)
     sketch, rank = by_energy(dense, 0.99)
     assert (rank, sketch.energy_kept(1), sketch.rank_for(0.99)) == (1, 1.0, 1)
     assert torch.equal(product(sketch.spectrum.truncated(1)), dense)
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not():
+def test_the_same_seed_gives_the_same_bits_and_a_different_seed_does_not():
     dense = matrix(FALLING)
     one, again, other = (by_rank(dense, 8, Sketching(seed=seed)).spectrum for seed in (1, 1, 2))
     assert torch.equal(one.u, again.u)
@@ -144,7 +144,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not():
     assert not torch.equal(one.vt, other.vt)
 
 
-def test_the_height_of_the_blocks_is_no_part_of_the_result_but_for_rounding():
+def test_the_block_height_affects_only_rounding():
     dense = matrix(FALLING)
     for rows in (1, 13, 90):
         assert torch.allclose(
@@ -154,7 +154,7 @@ def test_the_height_of_the_blocks_is_no_part_of_the_result_but_for_rounding():
 
 @settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 12), st.integers(0, 4), st.integers(0, 10**6))
-def test_never_better_than_the_best_and_never_more_than_all(out, columns, rank, oversampling, seed):
+def test_singular_values_and_energy_never_exceed_those_of_a_dense_decomposition(out, columns, rank, oversampling, seed):
     dense = torch.randn(out, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     sketch = by_rank(dense, rank, Sketching(oversampling, seed=seed))
     sigma = torch.linalg.svdvals(dense)
@@ -164,6 +164,6 @@ def test_never_better_than_the_best_and_never_more_than_all(out, columns, rank, 
 
 
 @pytest.mark.parametrize("values", [(-1, 2, 0), (10, 0, 0), (10, -3, 0), (10, 2, -1), (10, 2, 2**63)])
-def test_settings_that_make_no_sense_are_refused(values):
+def test_settings_out_of_range_are_refused(values):
     with pytest.raises(UsageError):
         Sketching(*values)

@@ -1,4 +1,4 @@
-"""The coder of residuals: every value comes back, the bytes are those of the layout, and no bytes do harm."""
+"""The residual coder: values round-trip, bytes follow the layout, and no input crashes the decoder."""
 
 import math
 import struct
@@ -17,7 +17,7 @@ def array(values):
     return np.array(values, np.int64)
 
 
-# The layout once more, in plain python, from the docstring of the module.
+# The layout of the module's docstring, implemented again in plain Python.
 
 
 def fold(value):
@@ -70,7 +70,7 @@ def plain_encode(values):
     head, before = varint(len(values)) + varint(len(frequencies)), -1
     for symbol, frequency in frequencies.items():
         head, before = head + varint(symbol - before - 1) + varint(frequency), symbol
-    raw = "".join(bin(z)[:2:-1] for z in folded if z >= 192)  # all but the first bit, the lowest first
+    raw = "".join(bin(z)[:2:-1] for z in folded if z >= 192)  # all but the leading bit, lowest first
     packed = b"".join(int(raw[i : i + 8][::-1], 2).to_bytes(1) for i in range(0, len(raw), 8))
     return head + struct.pack("<4I", *states) + varint(len(words)) + struct.pack(f"<{len(words)}H", *words) + packed
 
@@ -127,7 +127,7 @@ def residuals(draw):
 @settings(max_examples=300, deadline=None)
 @given(residuals())
 @example([-(2**63), 2**63 - 1, 0, -1, 95, 96, -96, -97, 127, 128])
-def test_every_value_comes_back_and_the_bytes_are_those_of_the_layout(values):
+def test_values_round_trip_and_bytes_follow_the_layout(values):
     stream = residual.encode(array(values))
     assert stream.dtype == np.uint8
     content = stream.tobytes()
@@ -136,7 +136,7 @@ def test_every_value_comes_back_and_the_bytes_are_those_of_the_layout(values):
     assert np.array_equal(residual.decode(stream, len(values)), array(values))
 
 
-def test_these_bytes_are_never_to_change():
+def test_the_encoding_of_a_fixed_sample_never_changes():
     stream = residual.encode(array([1, -1, 1, 1, -2, 0, 3, -1, 1, 70_000]))
     assert stream.tobytes().hex() == (
         "0a0600990300b30600e90c009903029903c3019903a9093e007292f70181171900d67a0c0000e02200"
@@ -147,21 +147,21 @@ def bits_each(values):
     return 8 * residual.encode(values).size / values.size
 
 
-def test_a_constant_stream_costs_almost_nothing():
+def test_a_constant_stream_takes_a_few_bytes():
     for value in (0, 1, -3, 95, -96):
         assert residual.encode(np.full(1_000_000, value)).size < 32
     assert residual.encode(array([])).size == 1
 
 
 @pytest.mark.parametrize("spread", [0.5, 2.0, 20.0])
-def test_near_values_cost_what_shannon_says(spread):
+def test_small_values_take_about_their_entropy(spread):
     values = np.random.default_rng(0).normal(0, spread, 200_000).round().astype(np.int64)
     share = np.unique(values, return_counts=True)[1] / values.size
     entropy = -(share * np.log2(share)).sum()
     assert entropy <= bits_each(values) <= 1.01 * entropy + 0.01
 
 
-def test_numbers_of_sixteen_bits_cost_seventeen_at_most():
+def test_differences_of_16_bit_numbers_take_about_17_bits_at_most():
     rng = np.random.default_rng(1)
     assert bits_each(rng.integers(-65535, 65536, 200_000)) < 17.1
     ordinals = rng.normal(0, 0.02, (2, 200_000)).astype(np.float32).view(np.int32) >> 16  # of bfloat16 weights
@@ -169,20 +169,20 @@ def test_numbers_of_sixteen_bits_cost_seventeen_at_most():
     assert bits_each((places[0] - places[1]).astype(np.int64)) < 15
 
 
-def test_a_skewed_stream_costs_less_than_a_bit():
+def test_a_skewed_stream_takes_less_than_a_bit_per_value():
     values = (np.random.default_rng(2).random(200_000) < 0.01).astype(np.int64)
     assert bits_each(values) < 1.05 * -(0.01 * math.log2(0.01) + 0.99 * math.log2(0.99))
 
 
 @pytest.mark.parametrize("count", range(10))
-def test_more_values_than_wanted_are_refused(count):
+def test_a_stream_with_more_values_than_the_limit_is_refused(count):
     stream = residual.encode(np.arange(count + 1))
     with pytest.raises(ValueError, match="at most"):
         residual.decode(stream, count)
 
 
 def decode_whatever(content, most):
-    """What comes of any bytes: at most so many values, or a ``ValueError``, never anything else."""
+    """Decode at most ``most`` values; return None after a ``ValueError``, and fail for anything else."""
     try:
         values = residual.decode(np.frombuffer(content, np.uint8), most)
     except ValueError:
@@ -204,7 +204,7 @@ STREAMS = [
 
 
 @pytest.mark.parametrize("stream", STREAMS)
-def test_a_stream_cut_short_or_continued_is_refused(stream):
+def test_truncated_and_extended_streams_are_refused(stream):
     for length in range(1, len(stream)):
         assert decode_whatever(stream[:length], 2000) is None
     for more in (b"\x00", b"\xff", b"\x00" * 9):
@@ -213,7 +213,7 @@ def test_a_stream_cut_short_or_continued_is_refused(stream):
 
 @settings(max_examples=600, deadline=None)
 @given(st.sampled_from(STREAMS), st.data())
-def test_changed_bytes_never_crash(stream, data):
+def test_corrupted_streams_never_crash_the_decoder(stream, data):
     changed = bytearray(stream)
     for place in data.draw(st.lists(st.integers(0, min(len(stream) - 1, 80)), min_size=1, max_size=4)):
         changed[place] = data.draw(st.integers(0, 255))
@@ -222,7 +222,7 @@ def test_changed_bytes_never_crash(stream, data):
 
 @settings(max_examples=400, deadline=None)
 @given(st.binary(min_size=1, max_size=60))
-def test_bytes_of_another_origin_never_crash(content):
+def test_arbitrary_bytes_never_crash_the_decoder(content):
     decode_whatever(content, 1000)
     table = b"\x02\x00\x80\x10\x00\x80\x10"  # two symbols that share the slots
     decode_whatever(varint(900) + table + content, 1000)
@@ -243,13 +243,13 @@ def test_bytes_of_another_origin_never_crash(content):
         (b"\x00\x00", "left over"),
     ],
 )
-def test_what_is_wrong_is_said(content, message):
+def test_the_error_says_what_is_wrong_with_a_stream(content, message):
     with pytest.raises(ValueError, match=message):
         residual.decode(np.frombuffer(content, np.uint8), 10)
 
 
-def test_memory_is_not_taken_for_what_a_stream_only_claims():
-    """A million million values would be, if the number were believed."""
+def test_claimed_sizes_are_checked_before_memory_is_allocated():
+    """10¹² values, or 2⁶⁰ words, would otherwise exhaust memory."""
     claims = varint(10**12) + b"\x01\x00\x80\x20" + struct.pack("<4I", *[65536] * 4) + b"\x00"
     with pytest.raises(ValueError, match="at most"):
         residual.decode(np.frombuffer(claims, np.uint8), 10**6)

@@ -1,4 +1,4 @@
-"""Rounding that compensates its errors loses less of a linear's outputs when inputs are correlated."""
+"""Error-compensating rounding changes the outputs of a linear less if its inputs are correlated."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def output_loss(weight, codes, constants, second_moment, block_size=64):
 
 @pytest.mark.parametrize(("columns", "block_size"), [(128, 64), (128, 32), (256, 128), (100, 64), (72, 32)])
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_less_of_the_outputs_is_lost(columns, block_size, double_quant):
+def test_outputs_change_less_than_with_rounding_to_nearest(columns, block_size, double_quant):
     second_moment = correlated(columns)
     weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
     importance = second_moment.diagonal()
@@ -48,7 +48,7 @@ def test_less_of_the_outputs_is_lost(columns, block_size, double_quant):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([48, 64, 96, 130]), st.integers(1, 20))
-def test_codes_are_those_of_the_plain_recursion_in_float64(seed, columns, rows):
+def test_codes_match_the_plain_recursion_in_float64(seed, columns, rows):
     second_moment = correlated(columns, seed % 1000)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     importance = second_moment.diagonal()
@@ -72,7 +72,7 @@ def test_codes_are_those_of_the_plain_recursion_in_float64(seed, columns, rows):
     assert close_calls <= 2
 
 
-def test_uncorrelated_inputs_leave_nothing_to_compensate(monkeypatch):
+def test_uncorrelated_inputs_give_the_codes_of_weighted_nf4(monkeypatch):
     monkeypatch.setattr(calibration, "REACH", 0)
     monkeypatch.setattr(rounding, "REACH", 0)
     weight, importance = torch.randn(9, 128), torch.rand(128) + 0.1
@@ -90,11 +90,11 @@ def test_an_odd_number_of_weights_is_padded_like_plain_nf4():
     assert int(codes[-1]) & 15 == 7
 
 
-def test_inputs_that_are_all_zero_are_as_good_as_uncorrelated():
+def test_all_zero_inputs_count_as_uncorrelated():
     assert torch.equal(compensation_factor(torch.zeros(5, 5)), torch.eye(5))
 
 
-def test_second_moments_of_another_linear_are_refused():
+def test_second_moments_of_the_wrong_shape_are_refused():
     with pytest.raises(UsageError, match="factor"):
         compensated_nf4(torch.ones(2, 64), torch.ones(64), torch.eye(32))
     with pytest.raises(UsageError, match="square"):

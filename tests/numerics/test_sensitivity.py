@@ -1,4 +1,4 @@
-"""The cost of an error predicts the divergence, and a budget goes where a byte saves most."""
+"""The cost of an error predicts the divergence, and a budget is spent where a byte saves most."""
 
 from itertools import product
 
@@ -11,8 +11,8 @@ from adaptkit.errors import UsageError
 from adaptkit.numerics.sensitivity import Choice, allocate, divergence_cost
 
 
-def test_the_cost_is_the_divergence_of_a_softmax_regression():
-    """Independent inputs and random errors make the Fisher matrix nearly the assumed one."""
+def test_the_cost_approximates_the_divergence_of_a_softmax_regression():
+    """With independent inputs and random errors, the Fisher matrix is nearly the assumed one."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(12, 40, generator=generator, dtype=torch.float64) * 0.05
     lost = torch.randn(12, 40, generator=generator, dtype=torch.float64) * 1e-3
@@ -63,7 +63,7 @@ def test_the_allocation_is_within_one_step_of_the_best(problem):
     assert gains == sorted(gains, reverse=True)
 
 
-def test_a_budget_that_ends_with_a_step_is_spent_in_the_best_way():
+def test_steps_with_the_largest_gain_per_byte_come_first():
     choices = {
         "a": [Choice(10, 8.0), Choice(11, 7.0), Choice(40, 0.0)],
         "b": [Choice(10, 90.0), Choice(11, 80.0), Choice(40, 0.0)],
@@ -72,7 +72,7 @@ def test_a_budget_that_ends_with_a_step_is_spent_in_the_best_way():
     assert [(step.name, step.choice, step.gain) for step in steps] == [("b", 1, 10.0), ("b", 2, 80.0), ("a", 1, 1.0)]
 
 
-def test_the_order_does_not_depend_on_that_of_the_linears():
+def test_steps_do_not_depend_on_the_order_of_the_linears():
     choices = {name: [Choice(1, 2.0), Choice(2, 1.0)] for name in "cab"}
     assert [step.name for step in allocate(choices, 5)] == ["a", "b"]
     assert allocate(dict(sorted(choices.items())), 5) == allocate(choices, 5)
@@ -82,7 +82,7 @@ def test_a_larger_choice_that_saves_nothing_is_never_made():
     assert allocate({"a": [Choice(1, 1.0), Choice(2, 1.0), Choice(3, 2.0)]}, 100) == []
 
 
-def test_a_budget_below_the_least_is_refused():
+def test_a_budget_below_the_smallest_encoding_is_refused():
     with pytest.raises(UsageError, match="budget"):
         allocate({"a": [Choice(5, 1.0)]}, 4)
     with pytest.raises(UsageError, match="no choice of encoding"):

@@ -1,4 +1,4 @@
-"""Architectures that do something of their own: what is quantized, trained and merged is what transformers computes."""
+"""Unusual architectures: quantized, trained and merged models compute what transformers does."""
 
 import warnings
 from dataclasses import replace
@@ -57,7 +57,7 @@ def difference(found, expected):
 
 
 def short_run(base, folder):
-    """Enough steps to change what a model says."""
+    """A training run of enough steps to change a model's output."""
     data = tiny.write_instructions(folder / "rows.jsonl", rows=8)
     return TrainConfig(
         base=str(base), data=(str(data),), steps=3, rank=4, max_length=64, device="cpu", learning_rate=3e-3,
@@ -65,7 +65,7 @@ def short_run(base, folder):
     )  # fmt: skip
 
 
-def test_the_packed_model_computes_what_transformers_does_with_its_weights(packed, tmp_path):
+def test_a_quantized_model_computes_what_transformers_does_with_its_dequantized_weights(packed, tmp_path):
     assert inspect(packed).details["quantized_matrices"] > 0
     dequantize(packed, tmp_path / "plain", DequantizeOptions(dtype="float32"))
     model = load_model(packed, torch.float32, torch.device("cpu"))
@@ -73,8 +73,8 @@ def test_the_packed_model_computes_what_transformers_does_with_its_weights(packe
     assert difference(logits(model.network), in_transformers(tmp_path / "plain")) < 1e-4
 
 
-def test_a_trained_adapter_merged_is_what_it_was_trained_as(base, tmp_path):
-    """On the plain base, so that nothing but rounding lies between the two."""
+def test_a_merged_model_computes_what_the_trained_adapter_does(base, tmp_path):
+    """On the base that is not quantized, so that the two differ only by rounding."""
     config = short_run(base, tmp_path)
     train(config, tmp_path / "adapter")
     merge(base, [tmp_path / "adapter"], tmp_path / "merged")
@@ -88,9 +88,9 @@ def test_a_trained_adapter_merged_is_what_it_was_trained_as(base, tmp_path):
 
 @pytest.mark.parametrize("name", ["gemma3n_text", "mamba", "falcon"])
 def test_peft_computes_what_was_trained(name, tmp_path, monkeypatch):
-    """Gemma 3n calls linear layers 0, 1 and 2, as decoder layers are called; Mamba has one that is never called.
+    """Gemma 3n names linear layers 0, 1 and 2, like decoder layers; Mamba has one that is never called.
 
-    Falcon's are a subclass, which quantize leaves alone.
+    Falcon's are of a subclass, which quantize does not quantize.
     """
     monkeypatch.setitem(tiny.ARCHITECTURES, "falcon", {"bias": True, "alibi": True})
     base = tiny.write_architecture(tmp_path / "base", name)
@@ -103,8 +103,8 @@ def test_peft_computes_what_was_trained(name, tmp_path, monkeypatch):
     assert difference(logits(in_peft), logits(model.network)) < 1e-5
 
 
-def test_an_adapter_of_what_layers_share_is_not_merged_which_is_known_before(tmp_path, monkeypatch):
-    """Every use of Zamba's attention gets one of its own, as in peft, and the files hold the weight once."""
+def test_adapters_of_shared_layers_cannot_be_merged_and_train_warns_of_that(tmp_path, monkeypatch):
+    """Every use of Zamba's attention gets its own adapter, as in peft, but the files hold the weight once."""
     values = {
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "n_mamba_heads": 2,
         "num_key_value_heads": 4, "attention_head_dim": 32, "mamba_dt_rank": 4,
@@ -141,10 +141,10 @@ SHARING = {
         ("deepseek_v3", SHARING, "*.mlp.*", 6),
     ],
 )
-def test_what_peft_takes_for_another_module_is_told(name, values, others, count, tmp_path, monkeypatch):
-    """Of Laguna's shared experts, by a rule for the names of older checkpoints, which has a dot that matches an s.
+def test_adapters_that_peft_drops_are_reported(name, values, others, count, tmp_path, monkeypatch):
+    """It drops Laguna's shared experts: a dot in its rule for the names of older checkpoints matches an s.
 
-    And of what DeepSeek has beside its experts, by the names that those have, too.
+    And layers of DeepSeek's that are no experts, since their names are like those of experts.
     """
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {name}")
@@ -190,7 +190,7 @@ def test_gradients_do_not_depend_on_checkpointing(packed):
             assert grad is None or torch.equal(grad, other[name])
 
 
-def test_everything_means_what_reads_text_but_routers_and_what_peft_refuses(packed):
+def test_the_target_star_means_text_layers_except_routers_and_what_peft_refuses(packed):
     model = load_model(packed, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, 0)
     left = set(model.linears) - set(model.adapted())

@@ -1,4 +1,4 @@
-"""T5: a table that encoder, decoder and head share, and layers that transformers leaves in float32."""
+"""T5: encoder, decoder and head share an embedding, and transformers leaves some layers in float32."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def t5(tmp_path_factory):
 
 
 def adapted(base, folder, targets, saved=None):
-    """An adapter of peft's with nothing zero in it; the running model's logits."""
+    """Write a peft adapter without zero tensors; return the logits of its unmerged model."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=2, target_modules=targets, modules_to_save=saved, task_type="SEQ_2_SEQ_LM")
@@ -41,7 +41,7 @@ def logits(model):
         return model.eval()(input_ids=IDS, decoder_input_ids=IDS).logits
 
 
-def test_transformers_loads_what_was_quantized(t5, tmp_path):
+def test_transformers_loads_a_quantized_t5_with_its_float32_layers(t5, tmp_path):
     import bitsandbytes
 
     report = quantize(t5, tmp_path / "nf4")
@@ -53,7 +53,7 @@ def test_transformers_loads_what_was_quantized(t5, tmp_path):
     assert torch.equal(feed_forward.wo.weight.float(), kept)
 
 
-def test_what_leaves_the_table_alone_is_merged_to_what_peft_runs(t5, tmp_path):
+def test_an_adapter_that_leaves_the_embedding_unchanged_merges_to_what_peft_computes(t5, tmp_path):
     expected = adapted(t5, tmp_path / "lora", ["q", "v", "wi"])
     merge(t5, [tmp_path / "lora"], tmp_path / "merged")
     found = logits(T5ForConditionalGeneration.from_pretrained(tmp_path / "merged"))
@@ -65,7 +65,7 @@ def test_what_leaves_the_table_alone_is_merged_to_what_peft_runs(t5, tmp_path):
     ("targets", "saved", "name"),
     [(["q", "shared"], None, "shared"), (["q"], ["shared"], "shared"), (["q", "lm_head"], None, "lm_head")],
 )
-def test_what_peft_does_to_one_use_of_the_table_is_refused(t5, targets, saved, name, tmp_path):
+def test_an_adapter_of_a_single_use_of_the_shared_embedding_is_refused(t5, targets, saved, name, tmp_path):
     adapted(t5, tmp_path / "lora", targets, saved)
     for untie in (False, True):
         with pytest.raises(AdapterError, match=rf"changes {name}\.weight, but encoder, decoder or head"):
@@ -73,8 +73,8 @@ def test_what_peft_does_to_one_use_of_the_table_is_refused(t5, targets, saved, n
     assert not (tmp_path / "merged").exists()
 
 
-def test_an_extracted_adapter_is_one_for_an_encoder_decoder(t5, tmp_path):
-    """peft's class for language models without an encoder would not take the decoder's words."""
+def test_an_extracted_adapter_has_the_task_type_of_an_encoder_decoder(t5, tmp_path):
+    """peft's class for decoder-only language models would not accept the decoder's input."""
     from peft import PeftModelForSeq2SeqLM
 
     adapted(t5, tmp_path / "lora", ["q"])
@@ -86,7 +86,7 @@ def test_an_extracted_adapter_is_one_for_an_encoder_decoder(t5, tmp_path):
     assert (logits(model) - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
-def test_a_table_that_differs_is_in_no_extracted_adapter(t5, tmp_path):
+def test_extract_refuses_or_leaves_out_a_shared_embedding_that_differs(t5, tmp_path):
     T5ForConditionalGeneration.from_pretrained(t5).save_pretrained(tmp_path / "tuned")
     weights = tmp_path / "tuned" / "model.safetensors"
     tensors = load_file(weights)

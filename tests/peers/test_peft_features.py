@@ -1,6 +1,6 @@
-"""The other side of the comparison, judged first: what the fixtures hold, and what peft makes of it.
+"""Checks of the reference that others are compared with: what the fixtures contain, and what peft computes.
 
-Nothing of adaptkit is used here. These tests fail if peft or transformers begin to mean something else by their files.
+adaptkit is not used here. These tests fail if peft or transformers change the meaning of their files.
 """
 
 import functools
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 LOADED = [name for name, case in CASES.items() if case.loads]
 TOLERANCE = 2e-6
-"""Of the greatest logit or weight; peft computes in float32."""
+"""Relative to the largest logit or weight; peft computes in float32."""
 
 
 @pytest.fixture(scope="session")
@@ -30,13 +30,13 @@ def judged(made):
 
 
 def keys_of_first_layer(case):
-    """Its keys, without the prefix and without the layers after the first."""
+    """The keys of an adapter, without their prefix and without those of later layers."""
     keys = (key.removeprefix(PREFIX) for key in peft_adapters.keys_of(case.adapter))
     return {key for key in keys if ".layers.1." not in key and ".h.1." not in key}
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_nothing_in_an_adapter_is_zero(judged, name):
+def test_no_tensor_of_an_adapter_is_zero(judged, name):
     case, _ = judged(name)
     for key, tensor in load_file(case.adapter / WEIGHTS).items():
         assert tensor.dtype == getattr(torch, case.case.dtype)
@@ -46,7 +46,7 @@ def test_nothing_in_an_adapter_is_zero(judged, name):
 @pytest.mark.parametrize("name", LOADED)
 def test_peft_loads_every_tensor_of_an_adapter(judged, name):
     _, judgement = judged(name)
-    tied = r"lm_head\.(base_layer\.)?token_adapter\.trainable_tokens_delta"  # of a head that follows the embedding
+    tied = r"lm_head\.(base_layer\.)?token_adapter\.trainable_tokens_delta"  # of a tied head
     assert [key for key in judgement.missing if not re.search(tied, key)] == []
     copies = tuple(f".{copy}.{kind}" for copy in ("original_module", "modules_to_save") for kind in ("weight", "bias"))
     assert [key for key in judgement.unexpected if not re.search(tied, key) and not key.endswith(copies)] == []
@@ -59,7 +59,7 @@ def logits_of_base(base):
 
 
 @pytest.mark.parametrize("name", LOADED)
-def test_the_formulas_give_the_logits_of_the_running_model(tmp_path, judged, name):
+def test_the_formulas_give_the_logits_of_the_unmerged_model(tmp_path, judged, name):
     from transformers import AutoModelForCausalLM
 
     case, judgement = judged(name)
@@ -86,8 +86,8 @@ def test_the_formulas_give_the_logits_of_the_running_model(tmp_path, judged, nam
 
 
 @pytest.mark.parametrize("name", [name for name in LOADED if not CASES[name].tied and CASES[name].family != "gpt2"])
-def test_the_formulas_give_the_weights_of_peft_where_no_head_is_tied(judged, name):
-    """Its merge adds to a tied embedding what belongs to the head, and the other way round; see the next test."""
+def test_the_formulas_give_the_weights_that_peft_merges_if_no_head_is_tied(judged, name):
+    """peft's merge adds a tied head's change to the embedding, and the other way round; see the next test."""
     case, judgement = judged(name)
     expected = peft_formulas.merged(judgement.files, [judgement.changes])
     model = peft_formulas.running(case.base, case.adapter, case.case.vocabulary)
@@ -105,7 +105,7 @@ def test_the_formulas_give_the_weights_of_peft_where_no_head_is_tied(judged, nam
 @pytest.mark.parametrize(
     "name", ["embedding_tied", "head_tied", "embedding_tied_ensured", "tokens_head_tied", "tokens_both_tied"]
 )
-def test_merging_by_peft_is_not_what_its_running_model_does_where_the_head_is_tied(judged, name):
+def test_with_a_tied_head_pefts_merged_and_unmerged_models_differ(judged, name):
     case, judgement = judged(name)
     model = peft_formulas.running(case.base, case.adapter)
     with peft_adapters.quiet(), torch.no_grad():
@@ -113,7 +113,7 @@ def test_merging_by_peft_is_not_what_its_running_model_does_where_the_head_is_ti
     assert (logits - judgement.logits).abs().max() > 0.01 * judgement.logits.abs().max()
 
 
-def test_rounding_once_agrees_with_torch_where_it_rounds_once():
+def test_rounded_once_agrees_with_torch_where_torch_rounds_once():
     generator = torch.Generator().manual_seed(0)
     exponents = torch.arange(-46, 16, dtype=torch.float64).repeat_interleave(200)
     values = torch.randn(exponents.shape, dtype=torch.float64, generator=generator) * torch.pow(2.0, exponents)
@@ -199,7 +199,7 @@ def test_peft_writes_this_configuration(judged, name, says):
     assert {key: config[key] for key in says} == says
 
 
-def test_a_rank_of_experts_is_that_of_each(judged):
+def test_the_rank_of_an_experts_adapter_is_per_expert(judged):
     case, _ = judged("experts_patterns")
     tensors = load_file(case.adapter / WEIGHTS)
     inner = tensors[f"{PREFIX}{EXPERTS}.base_layer.lora_A.weight"]  # gate_up_proj, rank 3, 4 experts
@@ -207,15 +207,15 @@ def test_a_rank_of_experts_is_that_of_each(judged):
     assert (inner.shape[0], outer.shape[0]) == (3 * 4, 4 * 4)
 
 
-def test_peft_loses_experts_that_were_saved_one_by_one_for_some_models(judged):
-    """So that only their keys can judge them."""
+def test_peft_does_not_load_experts_saved_one_by_one_for_some_models(judged):
+    """So their meaning can be checked only by their keys."""
     case, judgement = judged("experts_one_by_one_qwen2")
     model = peft_formulas.running(case.base, case.adapter)
     assert len(peft_formulas.changes(model, judgement.files)) == 2
     assert len(judgement.changes) == 2 + 2 * 4 * 3
 
 
-def test_peft_scales_such_experts_by_too_much_with_rslora(judged):
+def test_with_rslora_peft_scales_experts_saved_one_by_one_by_too_much(judged):
     case, judgement = judged("experts_one_by_one_rslora")
     theirs = peft_formulas.changes(peft_formulas.running(case.base, case.adapter), judgement.files)
     assert set(theirs) == set(judgement.changes)

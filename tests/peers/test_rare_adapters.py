@@ -1,4 +1,4 @@
-"""Adapters that peft writes otherwise than usual: what is made of them is what its running model computes."""
+"""Adapters that peft writes in unusual forms: merged or extracted ones give what peft's model computes."""
 
 import peft_adapters
 import pytest
@@ -30,7 +30,7 @@ def outputs(model):
 
 
 def randomize(model, scale):
-    """Change what is trained; magnitudes stay above zero."""
+    """Change all trainable parameters; magnitudes stay above zero."""
     for parameter in (p for p in model.parameters() if p.requires_grad):
         draw = torch.rand if parameter.dim() < 2 and bool((parameter > 0).all()) else torch.randn
         parameter.data += draw(parameter.shape) * scale
@@ -39,7 +39,7 @@ def randomize(model, scale):
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 @pytest.mark.parametrize("kind", ["roberta", "electra"])
 def test_a_saved_head_of_several_layers_is_read_with_its_biases(tmp_path, kind, bias):
-    """peft then saves the biases that lie inside it three times: as its own, as the copy's, and as the base's."""
+    """peft saves the biases inside such a head three times: as biases, in the trained copy and in the original."""
     values = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 48, "num_labels": 3}
     config = AutoConfig.for_model(kind, num_attention_heads=4, embedding_size=32, pad_token_id=0, **values)
     kinds = AutoModelForSequenceClassification
@@ -80,8 +80,8 @@ STACKS = {
 
 
 @pytest.mark.parametrize("kind", STACKS)
-def test_stacks_of_gate_and_up_apart_are_told_apart(tmp_path, kind):
-    """All of them square here, so that no shape tells which tensors belong to which."""
+def test_separate_stacks_of_gate_and_up_are_distinguished(tmp_path, kind):
+    """All are square here, so shapes do not show which tensors belong to which stack."""
     if kind not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {kind}")
 
@@ -102,7 +102,7 @@ def test_stacks_of_gate_and_up_apart_are_told_apart(tmp_path, kind):
 
 
 def test_magnitudes_that_peft_writes_twice_are_read_once(tmp_path):
-    """It does so for the embedding of a vocabulary that was resized, unless that is called ``embed_tokens``."""
+    """It does so for the embedding of a resized vocabulary, unless that is called ``embed_tokens``."""
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     with peft_adapters.quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -125,7 +125,7 @@ def test_magnitudes_that_peft_writes_twice_are_read_once(tmp_path):
 
 
 def test_an_extracted_norm_inside_an_extracted_embedding_is_saved_with_it(tmp_path):
-    """peft does not find what is inside of one of ``modules_to_save`` if that is another of them."""
+    """peft does not find a module of ``modules_to_save`` that is inside another of them."""
     if "inkling_text" not in CONFIG_MAPPING:
         pytest.skip("this transformers has no inkling_text")
 

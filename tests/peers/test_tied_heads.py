@@ -1,4 +1,4 @@
-"""Embedding and head that are one tensor under names of all kinds: a merge computes what peft does, or is refused.
+"""Tied embeddings and heads under various names: a merge computes what peft does, or is refused.
 
 Each architecture is built tiny by transformers, adapted by peft, merged, loaded by transformers, and unmerged.
 """
@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], str, str, str]] = {
     "ctrl": (TEXT, "ctrl", OLD | {"dff": 48}, "Wq", "lm_head", "w"),
     "xlnet": (TEXT, "xlnet", OLD, "ff.layer_1", "lm_loss", "word_embedding"),
 }  # fmt: skip
-"""The automatic class, the type, its configuration, a linear layer, the head, the embedding."""
+"""The auto class, the model type, its configuration, and the names of a linear layer, the head and the embedding."""
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -77,7 +77,7 @@ def load(name: str, folder: Path) -> Any:
 
 
 def adapted(name: str, base: Path, folder: Path, **lora: Any) -> Path:
-    """An adapter of which every tensor has been trained."""
+    """Write an adapter with peft after changing every trainable tensor."""
     from peft import LoraConfig, get_peft_model
 
     with quiet(), torch.random.fork_rng(devices=[]):
@@ -99,7 +99,7 @@ def logits(name: str, model: Any) -> torch.Tensor:
 
 
 def running(name: str, base: Path, adapter: Path) -> torch.Tensor:
-    """What peft computes with an adapter that is not merged."""
+    """The logits of peft's model with an adapter that is not merged."""
     from peft import PeftModel
 
     with quiet():
@@ -107,7 +107,7 @@ def running(name: str, base: Path, adapter: Path) -> torch.Tensor:
 
 
 def assert_merges(name: str, base: Path, adapter: Path, out: Path, untie: bool) -> None:
-    """The merge computes what the running adapter does, and every byte comes back."""
+    """Check that the merged model computes what the unmerged adapter does, and that unmerge restores every byte."""
     wanted, before = running(name, base, adapter), logits(name, load(name, base))
     merge(base, [adapter], out, MergeOptions(untie=untie))
     found = logits(name, load(name, out))
@@ -119,7 +119,7 @@ def assert_merges(name: str, base: Path, adapter: Path, out: Path, untie: bool) 
 
 
 @pytest.mark.parametrize("end", ["head", "embedding", "both whole"])
-def test_one_end_alone_parts_the_two_only_when_told_to(model, tmp_path, end):
+def test_changing_tied_embedding_and_head_differently_needs_untie(model, tmp_path, end):
     name, base = model
     *_, linear, head, embedding = MODELS[name]
     lora = {
@@ -135,7 +135,7 @@ def test_one_end_alone_parts_the_two_only_when_told_to(model, tmp_path, end):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
 
 
-def test_trained_tokens_reach_both_ends(model, tmp_path):
+def test_trained_tokens_change_both_embedding_and_tied_head(model, tmp_path):
     name, base = model
     *_, linear, _, embedding = MODELS[name]
     adapter = adapted(
@@ -146,8 +146,8 @@ def test_trained_tokens_reach_both_ends(model, tmp_path):
 
 @pytest.mark.parametrize("kind", ["target_modules", "modules_to_save"])
 @pytest.mark.parametrize("model", ["whisper", "biogpt"], indirect=True)
-def test_an_embedding_that_peft_ties_changes_once(model, kind, tmp_path):
-    """Its change is in the file twice, for the head, too."""
+def test_a_change_that_peft_ties_is_applied_once(model, kind, tmp_path):
+    """The file holds the change twice: for the embedding and for the head."""
     name, base = model
     *_, linear, _, embedding = MODELS[name]
     lora = {"target_modules": [linear]}
@@ -157,7 +157,7 @@ def test_an_embedding_that_peft_ties_changes_once(model, kind, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["mamba"], indirect=True)
-def test_a_head_that_is_saved_with_its_embedding_is_read(model, tmp_path):
+def test_a_head_saved_with_its_embedding_is_merged(model, tmp_path):
     name, base = model
     *_, linear, head, _ = MODELS[name]
     adapter = adapted(
@@ -167,8 +167,8 @@ def test_a_head_that_is_saved_with_its_embedding_is_read(model, tmp_path):
 
 
 @pytest.mark.parametrize("model", ["mamba"], indirect=True)
-def test_the_embedding_is_found_by_its_height_where_no_name_tells(model, tmp_path):
-    """And no tensor is written whose name nobody can know."""
+def test_an_embedding_of_unknown_name_is_found_by_its_number_of_rows(model, tmp_path):
+    """Untying is refused, since the head's name in the files is unknown."""
     name, base = model
     adapter = adapted(name, base, tmp_path / "adapter", target_modules=["in_proj", "embeddings"])
     other = tmp_path / "other"
@@ -201,8 +201,8 @@ def tuned_from(name: str, base: Path, folder: Path) -> Path:
     return folder
 
 
-def test_an_extracted_adapter_is_the_tuned_model_in_peft_and_merged(model, tmp_path):
-    """Both ends are in it, with the bias of the head."""
+def test_an_extracted_adapter_reproduces_the_tuned_model_in_peft_and_merged(model, tmp_path):
+    """It contains embedding and head, with the head's bias."""
     name, base = model
     tuned = tuned_from(name, base, tmp_path / "tuned")
     extract(tuned, base, tmp_path / "adapter", ExtractOptions(rank=32))
@@ -216,20 +216,20 @@ def test_an_extracted_adapter_is_the_tuned_model_in_peft_and_merged(model, tmp_p
 
 
 @pytest.mark.parametrize("model", ["biogpt"], indirect=True)
-def test_a_head_of_a_type_that_is_in_no_table_is_asked_for(model, tmp_path, monkeypatch):
+def test_the_head_of_an_unlisted_model_type_is_looked_up_in_transformers(model, tmp_path, monkeypatch):
     name, base = model
     monkeypatch.setattr(vocabulary, "_HEAD_OF", {})
     adapter = adapted(name, base, tmp_path / "adapter", target_modules=["q_proj", "embed_tokens"])
     assert_merges(name, base, adapter, tmp_path / "out", untie=True)
-    for part in ("transformers", "transformers.models.auto.configuration_auto"):  # as if neither was installed
+    for part in ("transformers", "transformers.models.auto.configuration_auto"):  # as if transformers was not installed
         monkeypatch.setitem(sys.modules, part, None)
     with pytest.raises(BaseMismatchError, match=r"name of the tied head in models of type 'biogpt' is not known"):
         merge(base, [adapter], tmp_path / "other", MergeOptions(untie=True))
 
 
 @pytest.mark.parametrize("model", ["whisper"], indirect=True)
-def test_a_head_that_no_name_tells_is_not_taken_for_the_embedding(model, tmp_path, monkeypatch):
-    """transformers says that both are one tensor; a change of one use of it is no change of both."""
+def test_a_head_of_unknown_name_is_not_taken_for_the_embedding(model, tmp_path, monkeypatch):
+    """transformers reports both as one tensor, but an adapter of one use must not change the other."""
     name, base = model
     monkeypatch.setattr(vocabulary, "_HEAD_OF", {})
     adapter = adapted(name, base, tmp_path / "adapter", target_modules=["q_proj", "proj_out"])
@@ -246,8 +246,8 @@ ZAMBA = DECODER | {
 }  # fmt: skip
 
 
-def test_a_head_is_not_untied_where_that_would_part_layers_too(tmp_path, monkeypatch):
-    """Files hold the layers that Zamba repeats once; transformers makes up the others if embedding and head part."""
+def test_a_head_is_not_untied_where_that_would_also_untie_layers(tmp_path, monkeypatch):
+    """Files hold Zamba's shared layers once; if the head is untied, transformers initializes the copies randomly."""
     import transformers
 
     monkeypatch.setitem(MODELS, "zamba", (TEXT, "zamba", ZAMBA, "in_proj", "lm_head", "embed_tokens"))
@@ -274,8 +274,8 @@ DEEPSEEK = DECODER | {
 
 
 @pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
-def test_a_head_of_its_own_is_found_under_the_name_of_the_files(tmp_path, monkeypatch, end):
-    """Nothing is called ``lm_head`` in DeepSeek-V4's, so that the embedding was taken for its head, too."""
+def test_an_untied_head_is_found_under_its_name_in_the_files(tmp_path, monkeypatch, end):
+    """DeepSeek-V4's files have no ``lm_head``, so the embedding used to be taken for the head, too."""
     import transformers
 
     if "deepseek_v4" not in transformers.CONFIG_MAPPING:

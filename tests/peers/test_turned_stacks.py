@@ -1,8 +1,8 @@
-"""Stacks of experts that older releases of peft wrote the other way: what is made of them is the same change.
+"""Stacks of experts that older releases of peft wrote transposed are read as the same change.
 
-The matrices of a stack are (out, in), or (in, out) where the model's own code says ``is_transposed``. Up to 0.18 peft
-took the first dimension for the input in any case, and 0.19.0 the wrong one in any case. Such adapters are written here
-by the formula of the change; the numbers are those of an adapter that today's peft writes and runs.
+The matrices of a stack are (out, in), or (in, out) if the model's own code says ``is_transposed``. Up to 0.18, peft
+always took the first dimension for the input, and 0.19.0 always took the wrong one. The tests make such adapters from
+one that the installed peft writes and runs, by exchanging its factors.
 """
 
 import json
@@ -69,7 +69,7 @@ def stacks_of(folder):
 
 
 def turn(tensors):
-    """Let A have B's place, expert by expert: A is (experts · rank, in), and in B the expert's number runs fastest."""
+    """Exchange A and B of every expert: A is (experts · rank, in), and in B the expert's index varies fastest."""
     for key in [key for key in tensors if ".experts." in key and key.endswith("lora_A.weight")]:
         other = key.replace("lora_A", "lora_B")
         a, b = tensors[key], tensors[other]
@@ -85,7 +85,7 @@ def without_the_square(tensors):
 def written(folder, adapter, version, turned):
     shutil.copytree(adapter, folder)
     peft_adapters.change_config(folder, peft_version=version)
-    if version == "0.17":  # which does not say so
+    if version == "0.17":  # which does not record its version
         config = read_json(folder / CONFIG)
         kept = {key: value for key, value in config.items() if key not in NEW_IN_18}
         (folder / CONFIG).write_text(json.dumps(kept), encoding="utf-8")
@@ -116,7 +116,7 @@ def test_the_merged_model_has_the_same_bytes(name, version, turned, peers, tmp_p
 
 
 @pytest.mark.parametrize(("name", "version", "turned"), CASES)
-def test_the_running_model_computes_the_same(name, version, turned, peers, tmp_path):
+def test_the_loaded_model_computes_the_same(name, version, turned, peers, tmp_path):
     base, today = peers[name]
     found = []
     for adapter in (today, written(tmp_path / "adapter", today, version, turned)):
@@ -127,15 +127,15 @@ def test_the_running_model_computes_the_same(name, version, turned, peers, tmp_p
     assert torch.equal(found[0], found[1])
 
 
-def test_the_release_is_a_part_of_what_an_adapter_is_where_it_decides(peers, tmp_path):
+def test_the_release_is_part_of_an_adapters_identity_if_matrices_are_square(peers, tmp_path):
     _, today = peers["stacks"]
     old = [written(tmp_path / version, today, version, False) for version in ("0.18.0", "0.18.1", "0.20.0")]
     identities = [adapter_identity(read_adapter(folder)) for folder in (today, *old)]
     assert identities[0] == identities[3] != identities[1] == identities[2]
 
 
-def test_it_is_none_where_the_shapes_decide(peers, tmp_path):
-    """So that what was merged, or begun, before releases were told apart is still known by it."""
+def test_the_release_is_not_part_of_the_identity_if_shapes_decide(peers, tmp_path):
+    """So merges and runs from before releases were distinguished still match their adapter."""
     _, today = peers["stacks"]
     found = set()
     for version in ("0.18.0", "0.20.0"):
@@ -147,8 +147,8 @@ def test_it_is_none_where_the_shapes_decide(peers, tmp_path):
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_diff_says_that_it_compares_the_files(turned, peers, tmp_path):
-    """It has no base; the same numbers are another change where matrices are square."""
+def test_diff_notes_that_stacks_are_compared_as_stored(turned, peers, tmp_path):
+    """It reads no base; if matrices are square, the same numbers may be a different change."""
     _, today = peers["stacks"]
     old, new = (written(tmp_path / version, today, version, turned) for version in ("0.18.1", "0.20.0"))
     assert diff(today, new, threads=1).same != turned
@@ -159,7 +159,7 @@ def test_diff_says_that_it_compares_the_files(turned, peers, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "version", "turned"), CASES)
-def test_what_todays_peft_does_with_them_is_said(name, version, turned, peers, tmp_path):
+def test_check_reports_stacks_that_the_installed_peft_cannot_load(name, version, turned, peers, tmp_path):
     base, today = peers[name]
     adapter = written(tmp_path / "adapter", today, version, turned)
     found = [finding.found for finding in check(adapter, "peft", base).verdicts[0].findings]
@@ -169,7 +169,7 @@ def test_what_todays_peft_does_with_them_is_said(name, version, turned, peers, t
         PeftModel.from_pretrained(peft_adapters.load_float32(base), adapter)
 
 
-def test_an_adapter_that_fits_neither_way_is_refused(peers, tmp_path):
+def test_an_adapter_that_fits_in_neither_layout_is_refused(peers, tmp_path):
     base, today = peers["one by one"]
     adapter = written(tmp_path / "adapter", today, "0.18.1", True)
     narrow = {key: t[:, :-1] for key, t in stacks_of(adapter).items() if key.endswith("lora_A.weight")}

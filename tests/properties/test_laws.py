@@ -1,10 +1,10 @@
-"""What holds for every model and every adapter, in bytes where bytes are promised."""
+"""Properties that hold for every model and adapter, byte for byte where that is promised."""
 
 from dataclasses import asdict
 
 import pytest
 import torch
-import transformers  # noqa: F401 - quantize asks it about a model in a process of its own where it is not loaded
+import transformers  # noqa: F401 - if it is not loaded, quantize asks it about a model in a separate process
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import ARCHITECTURES, LORAS, WEIGHTS, scratch
@@ -30,7 +30,7 @@ def tree(folder):
 
 
 def _codes(packed, kind):
-    """One a weight; fp4 has two for zero, and what was quantized again has the first."""
+    """One code per weight; fp4 has two for zero, of which quantizing again writes the first."""
     codes = torch.stack([packed >> 4, packed & 15])
     return codes.where(codes != 8, 0) if kind == "fp4" else codes
 
@@ -71,7 +71,7 @@ def test_a_stack_is_the_weighted_sum_and_merges_like_its_members(architecture, o
             )
             for module in expected
         }
-        half = 2.0**-24  # of float32, in which B is stored with weight and scaling in it
+        half = 2.0**-24  # half a unit of float32, in which B times weight and scaling is stored
         for module, delta in expected.items():
             a, b = (tensors[f"base_model.model.{module}.lora_{part}.weight"].double() for part in "AB")
             assert ((b @ a - delta).abs() <= 1.01 * half * size[module]).all(), module
@@ -90,8 +90,8 @@ def test_a_stack_is_the_weighted_sum_and_merges_like_its_members(architecture, o
 
 @few
 @given(ARCHITECTURES, st.sampled_from(["nf4", "fp4", "int8"]), st.sampled_from([32, 64]))
-def test_what_was_quantized_once_is_quantized_again_without_loss(architecture, kind, block_size):
-    """With constants and weights in float32: to the bit."""
+def test_quantizing_dequantized_weights_again_loses_nothing(architecture, kind, block_size):
+    """Bit for bit, with constants and weights in float32."""
     options = QuantizeOptions(format=kind, block_size=block_size, double_quant=False)
     with scratch() as root:
         quantize(architecture.write(root / "base"), root / "first", options)
@@ -108,8 +108,8 @@ def test_what_was_quantized_once_is_quantized_again_without_loss(architecture, k
 @given(
     ARCHITECTURES, st.sampled_from(["nf4", "fp4"]), st.sampled_from([32, 64]), st.sampled_from(["float32", "bfloat16"])
 )
-def test_with_nested_constants_and_in_16_bits_the_codes_stay(architecture, kind, block_size, dtype):
-    """The constants are rounded anew, by no more than their 8 bits resolve and the 16 bits between them."""
+def test_quantizing_again_keeps_codes_with_nested_constants_and_16_bit_weights(architecture, kind, block_size, dtype):
+    """The constants are rounded again, by no more than the resolution of their 8 bits and of the dtype between."""
     options = QuantizeOptions(format=kind, block_size=block_size)
     with scratch() as root:
         quantize(architecture.write(root / "base"), root / "first", options)
@@ -130,7 +130,7 @@ def test_with_nested_constants_and_in_16_bits_the_codes_stay(architecture, kind,
 
 @few
 @given(ARCHITECTURES, st.integers(1, 4))
-def test_shares_join_to_the_whole_and_threads_change_nothing(architecture, shares):
+def test_quantizing_in_parts_gives_the_bytes_of_the_whole(architecture, shares):
     with scratch() as root:
         base = architecture.write(root / "base")
         quantize(base, root / "whole", QuantizeOptions(max_shard_bytes=SMALL_SHARDS, threads=1))
@@ -160,7 +160,7 @@ def test_any_number_of_threads_gives_the_same_bytes(architecture, one, two, thre
 
 @few
 @given(ARCHITECTURES, LORAS, LORAS)
-def test_an_adapter_does_not_differ_from_itself_and_differs_from_another_both_ways(architecture, one, two):
+def test_diff_is_zero_for_the_same_adapter_and_symmetric_for_different_ones(architecture, one, two):
     with scratch() as root:
         folders = [one.write(root / "one", architecture), two.write(root / "two", architecture)]
         same = diff(folders[0], folders[0])
@@ -173,7 +173,7 @@ def test_an_adapter_does_not_differ_from_itself_and_differs_from_another_both_wa
         for module, found in there.items():
             for figure in ("ranks", "shapes"):
                 assert found[figure] == back[module][figure][::-1], figure
-            largest = max(found["norms"])  # sums in another order end in other last places
+            largest = max(found["norms"])  # the order of a sum affects its last digits
             for figure in ("norms", "spectra"):
                 for here, mirrored in zip(found[figure], back[module][figure][::-1], strict=True):
                     assert here == pytest.approx(mirrored, rel=1e-9, abs=1e-12 * largest), figure

@@ -1,4 +1,4 @@
-"""Whatever a file holds, its parser returns a valid value or raises an error of ours, and soon; see ``fuzzing``."""
+"""For any content, a parser soon returns a valid value or raises an adaptkit error; see ``fuzzing``."""
 
 import random
 
@@ -10,15 +10,15 @@ from parsers import PARSERS
 
 
 @pytest.mark.parametrize("name", sorted(PARSERS))
-def test_its_seeds_are_accepted(name, tmp_path):
-    """Else its inputs would be refused for the wrong reason."""
+def test_the_seeds_of_every_parser_are_accepted(name, tmp_path):
+    """Otherwise inputs made from them would be refused for the wrong reason."""
     for seed in PARSERS[name].seeds:
         assert fuzzing.tried(PARSERS[name], seed, tmp_path) == fuzzing.ACCEPTED
 
 
 @pytest.mark.parametrize("name", sorted(PARSERS))
 @pytest.mark.filterwarnings("error")
-def test_random_input_is_accepted_or_refused(name, tmp_path_factory):
+def test_mutated_input_is_accepted_or_refused(name, tmp_path_factory):
     parser, folder = PARSERS[name], tmp_path_factory.mktemp("fuzz")
 
     @settings(derandomize=True, max_examples=150)
@@ -41,8 +41,8 @@ def test_any_bytes_are_accepted_or_refused(name, content):
         assert not isinstance(fuzzing.tried(PARSERS[name], content, Path(folder)), fuzzing.Failure)
 
 
-def test_what_is_looked_for_is_found(tmp_path):
-    """A parser with a defect fails, and the input that shows it becomes short."""
+def test_the_fuzzer_finds_and_shortens_failures_and_detects_hangs(tmp_path):
+    """A parser with a defect is found to fail, and the input that shows it is shortened."""
 
     def parse(content, folder):
         if b"\xff" in content:

@@ -1,4 +1,4 @@
-"""What every format promises, whichever it is."""
+"""Properties that all formats share."""
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -17,17 +17,17 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_format_goes_by_the_name_of_its_file(name):
+def test_a_format_is_named_after_its_file(name):
     assert FORMATS[name].name == name
     assert name in {"nf4", "fp4", "int8"}
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_levels_are_the_quant_map_of_bitsandbytes(name):
+def test_levels_match_bitsandbytes(name):
     assert torch.equal(torch.tensor(FORMATS[name].levels), bnb.get_4bit_type(name, device="cpu"))
 
 
-def test_codes_that_are_numbers_have_no_levels():
+def test_int8_has_no_table_of_levels():
     assert FORMATS["int8"].levels is None
 
 
@@ -35,8 +35,8 @@ def test_codes_that_are_numbers_have_no_levels():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("place", [(0, 0), (1, 30), (3, 96)])
-def test_what_is_not_finite_is_refused_by_index(name, dtype, bad, place):
-    """Also beside larger numbers, and in the short last block."""
+def test_non_finite_values_are_refused_with_their_index(name, dtype, bad, place):
+    """Also next to the largest finite numbers, and in a short last block."""
     weight = torch.full((4, 97), torch.finfo(dtype).max, dtype=dtype)
     FORMATS[name].quantize(weight, 64)
     weight[place] = bad
@@ -45,13 +45,13 @@ def test_what_is_not_finite_is_refused_by_index(name, dtype, bad, place):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_float64_beyond_float32_is_refused_too(name):
+def test_a_float64_value_beyond_float32_is_refused(name):
     with pytest.raises(NonFiniteError, match=r"\[70\] is inf"):
         FORMATS[name].quantize(torch.eye(1, 128, dtype=torch.float64)[0].roll(70) * 1e300, 64)
 
 
 @given(st.sampled_from(NAMES), st.sampled_from(DTYPES), st.integers(1, 9), st.integers(0, 200), st.integers(0, 2**31))
-def test_a_weight_may_come_in_pieces(name, dtype, pieces, rest, seed):
+def test_quantizing_in_pieces_gives_the_bytes_of_the_whole(name, dtype, pieces, rest, seed):
     weight = (torch.randn(64 * pieces + rest, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
     whole = FORMATS[name].quantize(weight, 64)
     cut = 64 * (pieces // 2)
@@ -69,7 +69,7 @@ def test_a_weight_may_come_in_pieces(name, dtype, pieces, rest, seed):
     st.floats(-1.5, 1.5),
     st.integers(0, 2**31),
 )
-def test_moments_give_the_squared_error_under_any_constant(name, dtype, count, block_size, factor, seed):
+def test_moments_give_the_squared_error_for_any_constant(name, dtype, count, block_size, factor, seed):
     weight = (torch.randn(count, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
     quantized = FORMATS[name].quantize(weight, block_size, measure=True)
     plain = FORMATS[name].quantize(weight, block_size)
@@ -86,7 +86,7 @@ def test_moments_give_the_squared_error_under_any_constant(name, dtype, count, b
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_weight_of_any_layout_is_taken_in_row_major_order(name):
+def test_a_transposed_weight_is_quantized_in_row_major_order(name):
     weight = torch.randn(96, 65).bfloat16()
     found = FORMATS[name].quantize(weight.T, 32)
     assert torch.equal(found.codes, FORMATS[name].quantize(weight.T.contiguous(), 32).codes)

@@ -1,4 +1,4 @@
-"""The lecture's worked examples, which adaptkit began from."""
+"""Worked examples of the lecture that adaptkit started from, and properties of int8."""
 
 import pytest
 import torch
@@ -12,11 +12,11 @@ from adaptkit.numerics.kernels._reference_blocks import int8_factors
 VALUES = [1.5, 2.3, 3.7, 4.1, 5.6, 6.8, 7.9, 8.4, 9.2, 10.2]
 
 
-def test_the_seed_example():
+def test_the_lectures_example_follows_its_formula():
     """The lecture prints 18 and 69 for 18.68 and 69.73; its own formula, round(127 / absmax · X), gives 19 and 70."""
     quantized = int8.quantize(torch.tensor(VALUES), block_size=len(VALUES))
     assert quantized.codes.tolist() == [19, 29, 46, 51, 70, 85, 98, 105, 115, 127]
-    assert float(int8_factors(quantized.absmax)) == pytest.approx(12.4509, abs=1e-4)  # printed cut off, not rounded
+    assert float(int8_factors(quantized.absmax)) == pytest.approx(12.4509, abs=1e-4)  # the lecture truncates it
 
 
 def test_doubly_quantized_constants_take_34_bytes_instead_of_100():
@@ -46,7 +46,7 @@ def test_an_outlier_spoils_only_its_block():
     assert float(error[64:].max()) < 1e-6
 
 
-def test_not_a_number_is_refused_by_index():
+def test_nan_is_refused_with_its_index():
     weight = torch.zeros(3, 4)
     weight[1, 2] = float("nan")
     with pytest.raises(NonFiniteError, match=r"\[1, 2\] is nan"):

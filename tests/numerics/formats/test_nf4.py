@@ -1,4 +1,4 @@
-"""Our NF4 bytes are those of bitsandbytes' CPU backend."""
+"""NF4 bytes match those of bitsandbytes' CPU backend."""
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -9,7 +9,7 @@ from adaptkit.numerics.formats import nf4
 from adaptkit.numerics.formats._double_quant import dequantize_absmax, dynamic_map, quantize_absmax
 
 
-def test_the_levels_of_the_constants_are_those_of_bitsandbytes():
+def test_the_levels_for_constants_match_bitsandbytes():
     assert torch.equal(dynamic_map(), bnb.create_dynamic_map(signed=True))
     assert float(dynamic_map()[127]) == 0
     assert float(dynamic_map()[255]) == 1
@@ -17,7 +17,7 @@ def test_the_levels_of_the_constants_are_those_of_bitsandbytes():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("shape", [(128, 192), (64, 64), (33, 65), (7, 9), (1000, 576)])
-def test_bytes_equal_bitsandbytes(shape, dtype):
+def test_bytes_match_bitsandbytes(shape, dtype):
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.03).to(dtype)
     weight[0, :5] = 0
     expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
@@ -36,26 +36,26 @@ def test_bytes_equal_bitsandbytes(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_weights_come_back_as_bitsandbytes_decodes_them(dtype):
+def test_decoded_weights_match_bitsandbytes(dtype):
     weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(3)).to(dtype)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     found = nf4.dequantize(nf4.quantize(weight, 64), dtype)
     assert torch.equal(found, bnb.dequantize_4bit(packed, state))
 
 
-def test_constants_come_back_within_a_level():
+def test_constants_round_trip_with_a_small_error():
     absmax = torch.rand(1000, generator=torch.Generator().manual_seed(5)) + 0.5
     back = dequantize_absmax(quantize_absmax(absmax))
     assert float((back - absmax).abs().max()) < 0.01
 
 
 @pytest.mark.parametrize("block_size", [0, 16, 48, 8192])
-def test_a_block_size_that_no_reader_takes_is_refused(block_size):
+def test_a_block_size_that_no_reader_supports_is_refused(block_size):
     with pytest.raises(UsageError, match="power of two"):
         nf4.quantize(torch.zeros(64, 64), block_size)
 
 
-def test_infinity_is_refused_by_index():
+def test_infinity_is_refused_with_its_index():
     weight = torch.zeros(4, 64, dtype=torch.bfloat16)
     weight[2, 5] = float("inf")
     with pytest.raises(NonFiniteError, match=r"\[2, 5\] is inf"):
@@ -63,7 +63,7 @@ def test_infinity_is_refused_by_index():
 
 
 def test_no_constant_decodes_to_a_negative_number():
-    """In groups with one outlier bitsandbytes' codes do, which flips the signs of whole blocks."""
+    """Those of bitsandbytes do in groups with one outlier, which flips the signs of whole blocks."""
     generator = torch.Generator().manual_seed(1)
     absmax = torch.rand(4096, generator=generator) * 0.02
     absmax[::97] = 20.0

@@ -1,6 +1,6 @@
-"""The Triton kernels: on the GPU if there is one, otherwise in Triton's interpreter.
+"""A fixture that runs Triton kernels: on the GPU if there is one, otherwise in Triton's interpreter.
 
-Triton decides which when it is imported, and other tests import it as it is; so the interpreter has its own process.
+Triton chooses when it is imported, and other tests import it without the interpreter, so that has its own process.
 """
 
 import os
@@ -32,7 +32,7 @@ while True:
 
 
 def on(where: str, value: Any) -> Any:
-    """Move the tensors of arguments or results to a device: what is a part of a larger one stays so."""
+    """Move the tensors of arguments or results to a device; views stay views of a larger storage."""
     if isinstance(value, tuple):
         return tuple(on(where, item) for item in value)
     if not isinstance(value, torch.Tensor) or value.device.type == where:
@@ -43,7 +43,7 @@ def on(where: str, value: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def triton_kernel() -> Iterator[Callable[..., Any]]:
-    """Call ``gpu.NAME(*arguments)`` with tensors on the CPU; of cross_entropy with what became of the logits."""
+    """Call ``gpu.NAME(*arguments)`` with tensors on the CPU; cross_entropy also returns its logits afterwards."""
     pytest.importorskip("triton", reason="Triton is for Linux")
     if torch.cuda.is_available():
         from adaptkit.numerics.kernels import _gpu_entropy, _gpu_layers, gpu

@@ -1,4 +1,4 @@
-"""What the CPU's kernels do to tensors they do to arrays, and arrays come out: torch is not needed."""
+"""CPU kernels compute the same for arrays as for tensors, and return arrays for arrays, without torch."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def same(array, tensor):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(64, 64), (3, 77), (1, 1)])
 @pytest.mark.parametrize("form", [nf4, fp4, int8], ids=lambda form: form.__name__.rpartition(".")[2])
-def test_a_weight_is_quantized_to_the_same_bytes_and_back_to_the_same_bits(form, shape, dtype):
+def test_arrays_and_tensors_quantize_and_dequantize_to_the_same_bits(form, shape, dtype):
     weight = torch.randn(shape, generator=seeded(1)).to(dtype)
     packed, again = (form.quantize(w, 64, measure=True) for w in (as_array(weight), weight))
     same(packed.codes, again.codes)
@@ -47,7 +47,7 @@ def test_a_weight_is_quantized_to_the_same_bytes_and_back_to_the_same_bits(form,
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 1000])
-def test_constants_are_quantized_to_the_same_bytes(count):
+def test_constants_quantize_to_the_same_bytes_from_arrays_and_tensors(count):
     absmax = torch.rand(count, generator=seeded(count))
     nested, again = (_double_quant.quantize_absmax(values) for values in (as_array(absmax), absmax))
     same(nested.codes, again.codes)
@@ -58,7 +58,7 @@ def test_constants_are_quantized_to_the_same_bytes(count):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("with_undo", [True, False])
-def test_changes_are_added_and_taken_back_to_the_same_bits(dtype, with_undo):
+def test_arrays_and_tensors_merge_and_unmerge_to_the_same_bits(dtype, with_undo):
     weight = (torch.randn(40, 900, generator=seeded(2)) * 0.05).to(dtype)
     tensors = [
         LowRank(
@@ -88,8 +88,8 @@ def test_changes_are_added_and_taken_back_to_the_same_bits(dtype, with_undo):
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (7, 768), (5, 2000)])
-def test_bounds_and_inner_products_of_the_factors_are_those_of_their_formulas(shape):
-    """What float32 arithmetic is trusted with rests on them."""
+def test_bounds_and_inner_products_of_the_factors_match_their_formulas(shape):
+    """The trusted range of float32 arithmetic depends on them."""
     generator = np.random.default_rng(3)
     a = (generator.standard_normal(shape) * generator.uniform(0, 2, shape[1])).astype(np.float32)
     ranks, scales = ([shape[0]], [0.7]) if shape[0] == 1 else ([2, shape[0] - 2], [0.7, -3.0])
@@ -119,6 +119,6 @@ print("torch" in sys.modules)
 """
 
 
-def test_none_of_this_loads_torch():
+def test_quantizing_and_merging_arrays_does_not_load_torch():
     done = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -1,4 +1,4 @@
-"""The small matrices of joined layers have the bits that torch's operations give."""
+"""Kernels for the small matrices of joined layers give what torch's operations give."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def matrix(rows, columns, seed, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize(("ranks", "columns"), [(3, 32), (1, 20), (12, 31), (16, 35)])
-def test_matrices_stand_beside_each_other(dtype, ranks, columns):
+def test_beside_concatenates_columns_and_pads_with_zeros(dtype, ranks, columns):
     x, inner = matrix(5, 19, 0, dtype), matrix(5, ranks, 1, dtype)
     found = beside(x, inner, columns)
     assert torch.equal(found, torch.cat((x, inner, torch.zeros(5, columns - 19 - ranks, dtype=dtype)), 1))
@@ -26,7 +26,7 @@ def test_matrices_stand_beside_each_other(dtype, ranks, columns):
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_matrices_stand_below_each_other(dtype):
+def test_stacked_concatenates_rows(dtype):
     factors = [matrix(3, 17, 0), torch.nn.Parameter(matrix(1, 17, 1)), matrix(8, 34, 2)[:, ::2]]
     found = stacked(factors, dtype)
     assert torch.equal(found.view(torch.uint8), torch.cat(factors).to(dtype).detach().view(torch.uint8))
@@ -40,13 +40,15 @@ def test_a_scaled_matrix_is_added_in_float32(dtype, view, scale):
     x = view(matrix(7, 11, 0, dtype))
     total = matrix(x.shape[0], x.shape[1], 1)
     expected = total.double() + x.double() * float(torch.tensor(scale))
-    bound = 2.0**-23 * (expected.abs() + (x.double() * scale).abs()) + 2.0**-148  # of the product and of the sum
+    bound = (
+        2.0**-23 * (expected.abs() + (x.double() * scale).abs()) + 2.0**-148
+    )  # rounding of the product and of the sum
     add_scaled(total, x, scale)
     assert ((total.double() - expected).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_what_is_no_number_stays_none(dtype):
+def test_non_finite_values_stay_non_finite(dtype):
     total = torch.zeros(1, 4)
     add_scaled(total, torch.tensor([[float("inf"), float("-inf"), float("nan"), 1.0]]).to(dtype), 2.0)
     assert not total[0, :3].isfinite().any()

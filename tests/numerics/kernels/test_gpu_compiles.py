@@ -1,4 +1,4 @@
-"""Without a GPU the Triton kernels can still be compiled for one, and their instructions read."""
+"""Triton kernels can be compiled for a GPU without having one, and their instructions checked."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The cross-entropy of a GPU is that of torch in float64, and its gradient takes the place of the logits."""
+"""The GPU's cross-entropy matches torch's in float64, and its gradient overwrites the logits."""
 
 import re
 
@@ -17,7 +17,7 @@ GRADIENT_ERROR = {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**
 
 @pytest.mark.parametrize("dtype", GRADIENT_ERROR)
 @pytest.mark.parametrize("columns", [2, 4096, 9001])
-def test_loss_and_gradient_are_those_of_torch(triton_kernel, dtype, columns):
+def test_loss_and_gradient_match_torch(triton_kernel, dtype, columns):
     generator = torch.Generator().manual_seed(columns)
     logits = (torch.randn(5, columns, generator=generator) * 8).to(dtype)
     wanted = torch.randint(0, columns, (5,), generator=generator)
@@ -33,7 +33,7 @@ def test_loss_and_gradient_are_those_of_torch(triton_kernel, dtype, columns):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_no_number_makes_no_loss(triton_kernel, bad):
+def test_non_finite_logits_give_a_loss_of_nan(triton_kernel, bad):
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
     logits[1, 4] = bad
     assert torch.isnan(triton_kernel("cross_entropy", logits, torch.tensor([1, 2, 3]), True)[0])
@@ -41,7 +41,7 @@ def test_what_is_no_number_makes_no_loss(triton_kernel, bad):
 
 @pytest.mark.parametrize("kind", ["*bf16", "*fp32", "*fp16"])
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_gpu_reads_rows_sixteen_bytes_at_a_time(kind, keep, monkeypatch, tmp_path):
+def test_a_gpu_reads_and_overwrites_rows_sixteen_bytes_at_a_time(kind, keep, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     static = {"columns": 32000, "keep": keep, "chunk": 4096}

@@ -1,4 +1,4 @@
-"""A GPU's gate and its gradients are those of torch in float64, rounded once; its rotations are torch's."""
+"""The GPU's gate and its gradients match torch's in float64, rounded once; its rotations match torch's bits."""
 
 import re
 
@@ -13,12 +13,12 @@ from triton.compiler import ASTSource, compile
 from adaptkit.numerics.kernels import _gpu_layers
 
 ERROR = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-11}
-"""Triton's interpreter cuts digits of bfloat16 off, where a GPU rounds to the nearest."""
+"""Triton's interpreter truncates to bfloat16, where a GPU rounds to nearest."""
 
 
 @pytest.mark.parametrize("dtype", ERROR)
 @pytest.mark.parametrize("shape", [(1, 3), (2, 5, 411)])
-def test_gate_and_gradients_are_those_of_torch(triton_kernel, dtype, shape):
+def test_gate_and_gradients_match_torch(triton_kernel, dtype, shape):
     generator = torch.Generator().manual_seed(0)
     gate, up, grad = (torch.randn(shape, generator=generator).mul(6).to(dtype) for _ in range(3))
     wide = [side.double().requires_grad_() for side in (gate, up)]
@@ -26,7 +26,7 @@ def test_gate_and_gradients_are_those_of_torch(triton_kernel, dtype, shape):
     expected.backward(grad.double())
     found = triton_kernel("gate_forward", gate, up), *triton_kernel("gate_backward", gate, up, grad)
     x, share = wide[0].detach(), torch.sigmoid(wide[0].detach())
-    # The gate's gradient is that of a sum, 1 + x (1 - share), which may be near zero where its terms are not.
+    # The gate's gradient has the factor 1 + x (1 - share), which may be near zero although its terms are not.
     terms = (grad.double() * wide[1].detach() * share).abs() * (1 + (x * (1 - share)).abs())
     results = expected.detach(), wide[0].grad, wide[1].grad
     for one, two, size in zip(found, results, (results[0].abs(), terms, results[2].abs()), strict=True):
@@ -34,7 +34,7 @@ def test_gate_and_gradients_are_those_of_torch(triton_kernel, dtype, shape):
         assert bool(((one.double() - two).abs() <= ERROR[dtype] * size + 1e-6).all())
 
 
-def test_far_from_zero_it_is_zero_or_the_product(triton_kernel):
+def test_far_from_zero_the_gate_gives_zero_or_the_product(triton_kernel):
     gate, up = torch.tensor([-1e4, 1e4, -100.0, 0.0]), torch.full((4,), 2.0)
     assert triton_kernel("gate_forward", gate, up).tolist() == [0.0, 2e4, 0.0, 0.0]
     by_gate, by_up = triton_kernel("gate_backward", gate, up, torch.ones(4))
@@ -42,8 +42,8 @@ def test_far_from_zero_it_is_zero_or_the_product(triton_kernel):
     assert by_up.tolist() == [0.0, 1e4, 0.0, 0.0]
 
 
-def test_columns_of_one_matrix_are_read_and_written_where_they_lie(triton_kernel):
-    """As joined layers give them, and want their gradients."""
+def test_column_slices_of_a_matrix_are_read_and_overwritten_in_place(triton_kernel):
+    """Joined layers pass such slices, and expect gradients of the same layout."""
     both = torch.randn(2, 5, 1500, generator=torch.Generator().manual_seed(0))
     gate, up, grad = both[..., :700], both[..., 700:1400], torch.randn(2, 5, 700)
     apart = gate.contiguous(), up.contiguous()
@@ -57,15 +57,15 @@ def test_columns_of_one_matrix_are_read_and_written_where_they_lie(triton_kernel
 
 
 @pytest.mark.parametrize("dtype", ERROR)
-def test_a_lookup_gives_the_rows(triton_kernel, dtype):
+def test_look_up_returns_the_rows_of_the_table(triton_kernel, dtype):
     table = torch.randn(50, 1500, generator=torch.Generator().manual_seed(0)).to(dtype)
     for ids in (torch.tensor([[3, 49, 0], [3, 7, 12]]), torch.tensor([4], dtype=torch.int32), torch.empty(0, 5).long()):
         found = triton_kernel("look_up", table, ids)
         assert torch.equal(found, table[ids.long()])
 
 
-def test_no_row_comes_of_what_is_none(triton_kernel):
-    """Where torch stops a GPU; nothing is read that is not the table's."""
+def test_look_up_returns_nan_for_ids_out_of_range(triton_kernel):
+    """torch would abort the kernel; here nothing outside the table is read."""
     found = triton_kernel("look_up", torch.ones(50, 8), torch.tensor([-1, 50, 2**40, 49]))
     assert found.isnan().all(1).tolist() == [True, True, True, False]
 
@@ -79,8 +79,8 @@ def rotated(x, cos, sin):
 @pytest.mark.parametrize("angles", [1, 2])
 @pytest.mark.parametrize("dim", [2, 12, 64])
 @pytest.mark.parametrize(("heads", "key_heads"), [(4, 2), (9, 3), (1, 1), (70, 5)])
-def test_rotations_are_those_of_torch_to_the_bit_both_ways(triton_kernel, heads, key_heads, dim, angles):
-    """Queries and keys as columns of one matrix, as joined layers give them."""
+def test_rotations_and_their_gradients_match_torch_bit_for_bit(triton_kernel, heads, key_heads, dim, angles):
+    """Queries and keys are column slices of one matrix, as joined layers pass them."""
     generator = torch.Generator().manual_seed(heads + dim)
     row = torch.randn(2, 5, (heads + key_heads) * dim + 3, generator=generator)
     query, key = (side.unflatten(-1, (-1, dim)) for side in row.split([heads * dim, key_heads * dim, 3], -1)[:2])
@@ -106,7 +106,7 @@ def test_rotations_in_sixteen_bits_are_near_those_in_float64(triton_kernel, dtyp
 
 
 @pytest.mark.parametrize("kernel", [_gpu_layers._gate, _gpu_layers._gate_gradients])
-def test_a_gpu_reads_and_writes_sixteen_bytes_at_a_time(kernel, monkeypatch, tmp_path):
+def test_gate_kernels_read_and_write_sixteen_bytes_at_a_time(kernel, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     *tensors, gate_stride, up_stride, width, chunk = kernel.arg_names
@@ -122,8 +122,8 @@ def test_a_gpu_reads_and_writes_sixteen_bytes_at_a_time(kernel, monkeypatch, tmp
     assert "cvt.rn.bf16" in ptx
 
 
-def test_a_gpu_looks_as_many_up_at_a_time(monkeypatch, tmp_path):
-    """Over the bus to host memory, too."""
+def test_look_up_reads_and_writes_sixteen_bytes_at_a_time(monkeypatch, tmp_path):
+    """This matters also for a table in host memory, which is read over the bus."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     types = {
@@ -146,7 +146,7 @@ def test_a_gpu_looks_as_many_up_at_a_time(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("back", [False, True])
-def test_a_gpu_rotates_as_many_bytes_at_a_time(back, monkeypatch, tmp_path):
+def test_rotation_writes_sixteen_bytes_at_a_time(back, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     names = _gpu_layers._rotary.arg_names
@@ -163,7 +163,7 @@ def test_a_gpu_rotates_as_many_bytes_at_a_time(back, monkeypatch, tmp_path):
     assert "fma.rn.f32" not in ptx
 
 
-def test_a_batch_of_another_length_is_rotated_by_the_same_kernel():
-    """Triton compiles anew for a number that is one, or a multiple of sixteen, unless it is told not to."""
+def test_rotation_is_not_recompiled_for_batches_of_a_different_length():
+    """By default, Triton compiles again for an argument that is 1 or a multiple of 16."""
     told = {parameter.name for parameter in _gpu_layers._rotary.params if parameter.do_not_specialize}
     assert told == {"angles"}

@@ -1,4 +1,4 @@
-"""Packed weights that lie one after the other are decoded by one launch to the bits of each."""
+"""Packed weights stored one after the other are decoded by one launch, to the bits that each gives alone."""
 
 import torch
 from hypothesis import given, settings
@@ -17,7 +17,7 @@ LEVELS = dynamic_map()
     st.sampled_from(["nf4", "fp4"]), st.lists(st.integers(1, 600), min_size=1, max_size=4),
     st.sampled_from([32, 64, 4096]), st.sampled_from(DTYPES), st.integers(0, 2**31),
 )  # fmt: skip
-def test_weights_one_after_the_other_are_decoded_to_the_bits_of_each(
+def test_consecutive_packed_weights_decode_to_the_bits_of_each_alone(
     triton_kernel, name, parts, block_size, dtype, seed
 ):
     generator, parts = torch.Generator().manual_seed(seed), [min(blocks, 1024 * 64 // block_size) for blocks in parts]

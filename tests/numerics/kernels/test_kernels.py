@@ -1,4 +1,4 @@
-"""The compiled kernels give the bits of the definition, and the definition gives those of independent formulas."""
+"""Compiled kernels give the bits of the reference kernels, which match independent formulas."""
 
 from fractions import Fraction
 from types import FunctionType
@@ -54,7 +54,7 @@ LEVELS, LOOKUP = _double_quant.dynamic_map(), torch.from_numpy(_double_quant._lo
 
 
 def encode(name, weight, block_size):
-    """The function and arguments that encode a weight, moments too."""
+    """The function and arguments that encode a weight and measure its moments."""
     if name == "int8":
         return "encode_8bit", weight, block_size, True
     return "encode_4bit", weight, block_size, BOOKS[name], True
@@ -77,7 +77,7 @@ def test_all_kernels_give_the_same_bits(triton_kernel, name, weight, block_size,
         same_bits(found[0], codes)
         same_bits(found[1], absmax)
         torch.testing.assert_close(found[2], moments, rtol=2e-7, atol=0)
-    if data.draw(st.booleans()):  # constants of any file, not only of ours
+    if data.draw(st.booleans()):  # constants as files of other tools may have them
         absmax = torch.randn(absmax.shape, generator=torch.Generator().manual_seed(weight.numel())) * (absmax.max() / 8)
         absmax[::3] = data.draw(st.sampled_from([0.0, -0.0, 1e-45, -1e-39, 6e-8, 65519.0, 65520.0, 3e38]))
     for dtype in DTYPES:
@@ -92,7 +92,7 @@ def test_all_kernels_give_the_same_bits(triton_kernel, name, weight, block_size,
     st.sampled_from(["nf4", "fp4"]), st.integers(1, 700), st.sampled_from([32, 64, 4096]), st.sampled_from(DTYPES),
     st.integers(0, 40), st.integers(0, 2**31),
 )  # fmt: skip
-def test_weights_and_nested_constants_are_decoded_to_the_bits_of_both_in_turn(
+def test_decoding_nested_constants_with_the_weights_gives_the_bits_of_two_steps(
     triton_kernel, name, blocks, block_size, dtype, less, seed
 ):
     generator, blocks = torch.Generator().manual_seed(seed), min(blocks, 2048 * 64 // block_size)
@@ -108,14 +108,14 @@ def test_weights_and_nested_constants_are_decoded_to_the_bits_of_both_in_turn(
 
 @pytest.fixture(scope="module")
 def decode_by_bytes():
-    """The loop as it is compiled for a processor that permutes bytes and no whole weights."""
+    """The loop as compiled for a processor that can permute bytes, but not whole weights."""
     if not _cpu_lookup.PERMUTATION:
         pytest.skip("this processor permutes nothing")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_llvm_lookup, "PERMUTATIONS_OF_WEIGHTS", {})
         function = _cpu_blocks._decode_4bit_by_look_up.function
         compiled = jit(FunctionType(function.__code__, function.__globals__))
-        compiled.function.__module__ = __name__  # so that it is not kept
+        compiled.function.__module__ = __name__  # so that it is not cached
         for bits in (np.uint16, np.int16, np.uint32):
             empty = np.empty(0, np.uint8), np.empty(0, np.float32), 64, np.zeros(16, np.float32), np.empty(0, bits)
             compiled(*empty)
@@ -126,7 +126,7 @@ def decode_by_bytes():
 @given(
     st.sampled_from(["nf4", "fp4"]), weights(), st.sampled_from([32, 64, 4096]), st.sampled_from(DTYPES), st.booleans()
 )
-def test_a_processor_that_permutes_bytes_or_nothing_decodes_to_the_same_bits(
+def test_processors_that_permute_only_bytes_or_nothing_decode_to_the_same_bits(
     decode_by_bytes, name, weight, block_size, dtype, bytewise
 ):
     codes, absmax, _ = cpu.encode_4bit(weight, block_size, BOOKS[name])
@@ -142,7 +142,7 @@ def test_a_processor_that_permutes_bytes_or_nothing_decodes_to_the_same_bits(
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["nf4", "fp4"]), weights(), st.sampled_from([16, 32, 64, 4096]))
-def test_a_processor_without_look_up_of_weights_encodes_to_the_same_bits(name, weight, block_size):
+def test_processors_without_cell_tables_encode_to_the_same_bits(name, weight, block_size):
     found = cpu.encode_4bit(weight, block_size, BOOKS[name], True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cpu_blocks, "cell_tables", lambda book: None)
@@ -153,8 +153,8 @@ def test_a_processor_without_look_up_of_weights_encodes_to_the_same_bits(name, w
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
-def test_a_weight_beside_a_bound_or_the_edge_of_a_cell_finds_its_code(name):
-    """Every float32 within 40 of each; a block's absmax is 1, so that weights are scaled weights."""
+def test_weights_near_bounds_and_cell_edges_get_the_right_code(name):
+    """Every float32 within 40 steps of each; the absmax of all blocks is 1, so weights equal scaled weights."""
     book = BOOKS[name]
     marks = np.array([*book.bounds, *(np.arange(-16, 17) / 15), *(np.arange(-32, 33) / 32)], np.float32)
     near = marks.view(np.int32)[:, None] + np.arange(-40, 41, dtype=np.int32)
@@ -171,7 +171,7 @@ def test_a_weight_beside_a_bound_or_the_edge_of_a_cell_finds_its_code(name):
 
 @pytest.mark.parametrize("name", ["nf4", "fp4", "int8"])
 @pytest.mark.parametrize("bits", [0x7F800000, 0x7FC00000, 0x7FFFFFFF, -1])
-def test_a_constant_that_is_no_number_decodes_to_none(triton_kernel, name, bits):
+def test_a_non_finite_constant_decodes_to_non_finite_weights(triton_kernel, name, bits):
     absmax = torch.tensor([bits], dtype=torch.int32).view(torch.float32)
     codes = torch.arange(64, dtype=torch.uint8).view(torch.int8 if name == "int8" else torch.uint8)
     for dtype in DTYPES:
@@ -184,7 +184,7 @@ def test_a_constant_that_is_no_number_decodes_to_none(triton_kernel, name, bits)
 
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(["nf4", "fp4"]), weights(), st.sampled_from([32, 64, 128]))
-def test_bytes_and_constants_are_those_of_bitsandbytes(name, weight, block_size):
+def test_codes_and_constants_match_bitsandbytes(name, weight, block_size):
     packed, state = bnb.quantize_4bit(weight, blocksize=block_size, quant_type=name)
     codes, absmax, _ = cpu.encode_4bit(weight, block_size, BOOKS[name])
     assert torch.equal(codes, packed.view(-1))
@@ -193,8 +193,8 @@ def test_bytes_and_constants_are_those_of_bitsandbytes(name, weight, block_size)
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["nf4", "fp4"]), st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**31))
-def test_weights_come_back_as_from_bitsandbytes(name, rows, blocks, seed):
-    """Its AVX-512 decoder is wrong for rows that are no multiple of 64, so these are; without, fp4's code 8 is -0."""
+def test_decoded_weights_match_bitsandbytes(name, rows, blocks, seed):
+    """Rows are multiples of 64: its AVX-512 decoder is wrong for others. Its plain one decodes fp4's code 8 to -0."""
     values = torch.randn(rows, 64 * blocks, generator=torch.Generator().manual_seed(seed)) * 0.03
     for dtype in DTYPES:
         packed, state = bnb.quantize_4bit(values.to(dtype), blocksize=64, quant_type=name)
@@ -208,7 +208,7 @@ def test_weights_come_back_as_from_bitsandbytes(name, rows, blocks, seed):
     st.integers(0, 2**31),
     st.sampled_from(["uniform", "outliers", "equal", "zeros", "tiny", "alike"]),
 )
-def test_constants_are_the_same_bits_in_all_kernels(triton_kernel, count, seed, kind):
+def test_all_kernels_give_the_same_bits_for_constants(triton_kernel, count, seed, kind):
     absmax = torch.rand(count, generator=torch.Generator().manual_seed(seed))
     if kind == "outliers":
         absmax[::97] *= 1000
@@ -218,7 +218,7 @@ def test_constants_are_the_same_bits_in_all_kernels(triton_kernel, count, seed, 
         absmax[absmax < 0.5] = 0
     elif kind == "tiny":
         absmax *= 1e-38
-    elif kind == "alike":  # apart by so little that its reciprocal is infinite, and one of them by nothing
+    elif kind == "alike":  # differences so small that the reciprocal is infinite, some of them zero
         absmax = 1e-33 + torch.arange(-(count // 2), count - count // 2).remainder(3) * 1e-39
     expected = reference.encode_constants(absmax, LOOKUP, LEVELS)
     found = cpu.encode_constants(absmax, LOOKUP, LEVELS)
@@ -234,8 +234,8 @@ def test_constants_are_the_same_bits_in_all_kernels(triton_kernel, count, seed, 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(["nf4", "fp4"]), weights())
-def test_the_nearest_level_is_taken(name, weight):
-    """Where the reciprocal of a block's absmax is a normal float32; below 1e-38 the format itself gives up."""
+def test_weights_get_the_nearest_level(name, weight):
+    """Only if the reciprocal of a block's absmax is a normal float32: below 1e-38 the format is not that exact."""
     codes, absmax, _ = cpu.encode_4bit(weight, 64, BOOKS[name])
     flat = weight.double().reshape(-1)
     q = torch.stack([codes >> 4, codes & 15], dim=1).reshape(-1)[: flat.numel()].long()
@@ -259,8 +259,8 @@ def exact_rounding(value, dtype):
 
 @settings(max_examples=200, deadline=None)
 @given(st.sampled_from(DTYPES), st.floats(-60000, 60000), st.sampled_from([0.0, 2.0**-60, -(2.0**-60), 2.0**-45]))
-def test_sums_round_once(dtype, value, nudge):
-    """Values just beside a tie are where a second rounding shows."""
+def test_sums_are_rounded_once(dtype, value, nudge):
+    """A second rounding would show at values very near a tie."""
     weight = torch.tensor([[value]], dtype=torch.float64).to(dtype)
     half_ulp = float(reference.from_ordinal(reference.ordinal(weight) + 1, dtype).double() - weight.double()) / 2
     delta = torch.tensor([[half_ulp * (1 + nudge)]], dtype=torch.float64)
@@ -319,7 +319,7 @@ def test_undo_restores_every_bit(data, ratio):
         assert used == residual.numel()
 
 
-def test_undo_refuses_a_record_of_another_length():
+def test_undo_refuses_a_residual_that_is_too_short():
     weight = torch.randn(8, 64).to(torch.bfloat16)
     delta = torch.randn(8, 64, dtype=torch.float64)
     merged = reference.add_rounded(weight, delta)

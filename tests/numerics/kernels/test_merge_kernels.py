@@ -1,4 +1,4 @@
-"""Merging in one pass gives the bits of the definition, and so does taking back; the float32 filter is never wrong."""
+"""Merging and unmerging in one pass give the bits of the definition; the float32 filter is never wrong."""
 
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -41,13 +41,13 @@ def any_numbers(shape, dtype, generator):
 
 @st.composite
 def problems(draw, columns=NARROW):
-    """A weight of any kind with changes of any size, and which rows of the whole these are."""
+    """A weight with changes of various kinds and sizes, and its first row's index in the whole weight."""
     dtype, kind = draw(st.sampled_from(DTYPES)), draw(st.sampled_from(["normal", "bits", "sparse", "integers", "tiny"]))
     rows, wide, start = draw(st.integers(1, 9)), draw(columns), draw(st.integers(0, 5))
     generator = seeded(draw(st.integers(0, 2**31)))
     size = {"tiny": 1e-38, "integers": 8.0}.get(kind, 0.05)
     weight = torch.randn(rows, wide, generator=generator) * size
-    if kind == "integers":  # whose sums are often exactly in the middle
+    if kind == "integers":  # whose sums are often exact ties
         weight = weight.round()
     weight = weight.to(dtype)
     if kind == "bits":
@@ -94,19 +94,19 @@ def check_against_definition(weight, a, b, ranks, scales, start):
 
 @settings(max_examples=300, deadline=None)
 @given(problems())
-def test_rows_are_merged_and_restored_to_the_bit(problem):
+def test_merging_and_restoring_match_the_definition_bit_for_bit(problem):
     check_against_definition(*problem)
 
 
 @settings(max_examples=25, deadline=None)
 @given(problems(WIDE))
-def test_rows_wider_than_a_tile_are_too(problem):
+def test_rows_wider_than_a_tile_match_the_definition(problem):
     check_against_definition(*problem)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("share", [2.0**-12, 2.0**-8, 0.4])
-def test_powers_of_two_and_their_neighbours_are_merged_whatever_their_size(dtype, share):
+def test_powers_of_two_and_their_neighbours_match_the_definition_at_any_magnitude(dtype, share):
     info = torch.finfo(dtype)
     exponents = torch.arange(np.log2(info.smallest_normal) + 3, np.log2(info.max))
     powers = (2.0 ** exponents.double()).to(dtype)
@@ -117,7 +117,7 @@ def test_powers_of_two_and_their_neighbours_are_merged_whatever_their_size(dtype
 
 
 def near_middles(dtype, generator, count):
-    """Weights and changes whose sum is a middle between two numbers, give or take a few units of float32."""
+    """Weights and changes whose sums are within a few units of float32 of a tie between two numbers."""
     weight = (torch.randn(1, count, generator=generator) * 0.05).to(dtype)
     below = (weight.float() * (1 + 0.2 * torch.rand(1, count, generator=generator))).to(dtype)
     above = reference.from_ordinal(reference.ordinal(below) + 1, dtype)
@@ -128,19 +128,19 @@ def near_middles(dtype, generator, count):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("scale", [1.0, 0.75, 1 / 3])
-def test_sums_beside_a_middle_are_decided_as_the_definition_does(dtype, scale):
-    """The change is the product of one row with one column, which is what float32 cannot tell from the middle."""
+def test_sums_near_ties_are_rounded_as_in_the_definition(dtype, scale):
+    """The change has rank 1; float32 cannot distinguish many of the sums from ties."""
     weight, change = near_middles(dtype, seeded(1), 20_000)
     a, b = (change.double() / scale).float(), torch.ones(5, 1)
     assert check_against_definition(weight, a, b, [1], [scale], 2) is not None
     factors = cpu.prepare(a, b, [1], [scale])
     in_float32 = (weight.float() + a * float(factors.scaled(0, 1)[0][0, 0])).to(dtype)
     wrong = in_float32 != reference.merge_rows(weight, reference.prepare(a, b, [1], [scale]), 2, False).weight
-    assert int(wrong.sum()) > 100  # so the filter had something to doubt
+    assert int(wrong.sum()) > 100  # so float32 alone would not be enough
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_guesses_beside_a_middle_are_decided_as_the_definition_does(dtype):
+def test_unmerge_guesses_near_ties_are_rounded_as_in_the_definition(dtype):
     merged, change = near_middles(dtype, seeded(2), 20_000)
     a, b = -change, torch.ones(1, 1)
     definition, compiled = reference.prepare(a, b, [1], [1.0]), cpu.prepare(a, b, [1], [1.0])
@@ -166,8 +166,8 @@ def say_which_are_certain(like, numbers, errors, out):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_what_is_called_certain_is_the_same_within_the_error(dtype):
-    """Beside middles and beside powers of two, where the cells on both sides differ, and for errors of all sizes."""
+def test_a_certain_rounding_is_the_same_anywhere_within_the_error(dtype):
+    """Numbers near ties and near powers of two, where the spacing changes, with errors of all sizes."""
     generator, count = seeded(6), 400_000
     exponents = torch.randint(-12, 12, (count,), generator=generator)
     numbers = (1 + torch.randint(0, 256, (count,), generator=generator) / 256).float() * 2.0**exponents
@@ -205,12 +205,12 @@ def test_the_float32_product_is_within_its_bound(seed, size, scale):
     exact = reference.low_rank_delta(a, b[2:], ranks, [scale, -scale]).numpy()
     fine = np.isfinite(found)
     assert (np.abs(found - exact) <= bound[:, None])[fine].all()
-    assert not fine.all() or bound.max() < 1e-3 * np.abs(exact).max() + 3e-36  # and it is not just large
+    assert not fine.all() or bound.max() < 1e-3 * np.abs(exact).max() + 3e-36  # and the bound is not just large
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_a_weight_that_is_not_finite_is_noticed_whatever_is_added(dtype, value):
+def test_a_non_finite_weight_is_detected_for_any_change(dtype, value):
     for change in (0.0, 1.0, -1e5, 1e5):
         weight = torch.zeros(3, 600, dtype=dtype)
         weight[2, 555] = value
@@ -221,7 +221,7 @@ def test_a_weight_that_is_not_finite_is_noticed_whatever_is_added(dtype, value):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_largest_numbers_overflow_exactly_where_rounding_says(dtype):
+def test_sums_overflow_from_half_a_unit_above_the_largest_number(dtype):
     largest = torch.finfo(dtype).max
     unit = largest - float(reference.from_ordinal(reference.ordinal(torch.tensor(largest, dtype=dtype)) - 1, dtype))
     for sign in (1, -1):
@@ -234,7 +234,7 @@ def test_the_largest_numbers_overflow_exactly_where_rounding_says(dtype):
                 same_bits(cpu.unmerge_rows(merged.weight, factors, 0, merged.residual)[0], weight)
 
 
-def test_threads_and_blocks_of_rows_change_nothing():
+def test_threads_and_row_blocks_do_not_affect_the_result():
     generator = seeded(3)
     a, b = torch.randn(24, 700, generator=generator), torch.randn(150, 24, generator=generator)
     weight = (torch.randn(150, 700, generator=generator) * 0.02).to(torch.bfloat16)
@@ -255,7 +255,7 @@ def test_threads_and_blocks_of_rows_change_nothing():
 
 @pytest.mark.parametrize("shape", [(0, 5), (4, 0), (1, 1)])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_no_rows_or_columns_are_merged_too(shape, dtype):
+def test_weights_without_rows_or_columns_are_merged(shape, dtype):
     weight = torch.ones(shape, dtype=dtype)
     factors = cpu.prepare(torch.ones(2, shape[1]), torch.ones(shape[0], 2), [2], [0.25])
     merged = cpu.merge_rows(weight, factors, 0, True)
@@ -265,8 +265,8 @@ def test_no_rows_or_columns_are_merged_too(shape, dtype):
 
 @settings(max_examples=60, deadline=None)
 @given(problems())
-def test_the_change_is_the_one_that_lora_gives(problem):
-    """What is merged in one pass is what ``lora.delta`` and one rounded addition give."""
+def test_one_pass_merging_equals_adding_the_delta_of_lora(problem):
+    """It gives the bits of ``lora.delta`` and one rounded addition."""
     weight, a, b, ranks, scales, start = problem
     terms = [
         LowRank(*pair, scale)
@@ -279,7 +279,7 @@ def test_the_change_is_the_one_that_lora_gives(problem):
         same_bits(merged.weight, reference.add_rounded(weight, delta))
 
 
-def test_figures_hold_where_changes_cancel_or_are_very_small():
+def test_reported_sums_are_right_for_cancelling_tiny_and_huge_changes():
     generator = seeded(4)
     a, b = torch.randn(8, 40, generator=generator), torch.randn(6, 8, generator=generator)
     weight = torch.randn(6, 40, generator=generator).to(torch.bfloat16)
@@ -309,7 +309,7 @@ def affine_problems(draw):
 
 @settings(max_examples=300, deadline=None)
 @given(affine_problems())
-def test_a_scaled_weight_is_restored_to_the_bit_whatever_the_gain(problem):
+def test_a_weight_merged_with_any_gain_is_restored_bit_for_bit(problem):
     weight, delta, gain = problem
     merged = reference.add_rounded(weight, delta, gain)
     found = cpu.add_rounded(weight, delta, gain)
@@ -330,7 +330,7 @@ def test_a_scaled_weight_is_restored_to_the_bit_whatever_the_gain(problem):
 
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(DTYPES), st.integers(0, 2**31))
-def test_a_gain_rounds_the_product_then_the_sum_then_once(dtype, seed):
+def test_with_a_gain_product_and_sum_are_float64_and_rounded_once_to_the_dtype(dtype, seed):
     generator = seeded(seed)
     weight = (torch.randn(2, 3, generator=generator)).to(dtype)
     delta, gain = torch.randn(2, 3, generator=generator).double() * 0.1, torch.randn(2, 1, generator=generator).double()
@@ -343,8 +343,8 @@ def test_a_gain_rounds_the_product_then_the_sum_then_once(dtype, seed):
         assert float(merged[i, j]) == float(best)
 
 
-def test_what_replaces_a_weight_is_its_guess():
-    """So a replacement near the original costs few bits."""
+def test_with_a_gain_of_zero_the_residual_is_the_distance_to_the_replacement():
+    """So a replacement close to the original takes few bits."""
     weight = torch.randn(4, 50, generator=seeded(5)).to(torch.bfloat16)
     instead = reference.from_ordinal(reference.ordinal(weight) + torch.randint(-3, 4, (4, 50)), torch.bfloat16)
     for gain in (torch.zeros(1, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)):
@@ -354,7 +354,7 @@ def test_what_replaces_a_weight_is_its_guess():
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 512), st.integers(0, 2**31), st.sampled_from([0.0, 0.02, 0.5, 1.0]))
-def test_marks_are_found(count, seed, share):
+def test_find_nonzero_finds_all_marks(count, seed, share):
     marks = np.random.default_rng(seed).choice(np.array([0, 1, 2], np.uint8), 512, p=[1 - share, share / 2, share / 2])
     expected = np.flatnonzero(marks[:count])
     words, found = np.empty(64, np.uint64), np.empty(512, np.int64)

@@ -1,4 +1,4 @@
-"""Changes to stack, and what they are as whole matrices."""
+"""Changes to stack, and the same changes as dense matrices."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def whole():
 
 @pytest.fixture
 def combine():
-    """A method's result as a matrix, whatever form it has."""
+    """Run a method; return its result, which may be factored, as a dense matrix."""
 
     def run(name, changes, module="model.layers.0.mlp.up_proj", **options):
         method = load(stacking, name, "METHOD")

@@ -1,4 +1,4 @@
-"""Concatenation loses nothing."""
+"""Concatenation is exact, except that B is rounded once."""
 
 import pytest
 import torch
@@ -31,8 +31,8 @@ def test_the_result_is_the_sum_up_to_one_rounding_of_b(parts):
     assert (error <= 2.0**-24 * size + 1e-40).all()
 
 
-def test_scalings_that_are_powers_of_two_lose_nothing():
-    """B is then stored exactly, so all that is left is the order of the float64 sum."""
+def test_scalings_that_are_powers_of_two_are_exact():
+    """B is then stored exactly, so only the order of the float64 sum differs."""
     terms = [term(2, 0.5, 1), term(3, 2.0, 2), term(1, -4.0, 3)]
     stacked = CAT.combine(terms, NoOptions(), "m")
     exact = torch.cat([change.lora_b.double() * change.scaling for change in terms], dim=1)
@@ -40,7 +40,7 @@ def test_scalings_that_are_powers_of_two_lose_nothing():
     assert (delta([stacked]) - delta(terms)).abs().max() < 1e-13
 
 
-def test_the_order_of_the_ranks_is_that_of_the_adapters():
+def test_ranks_are_in_the_order_of_the_adapters():
     terms = [term(2, 0.5, 1), term(3, 2.0, 2)]
     stacked = CAT.combine(terms, NoOptions(), "m")
     assert torch.equal(stacked.lora_a, torch.cat([terms[0].lora_a, terms[1].lora_a]))
@@ -48,7 +48,7 @@ def test_the_order_of_the_ranks_is_that_of_the_adapters():
     assert torch.equal(stacked.lora_b[:, 2:], terms[1].lora_b * 2.0)
 
 
-def test_inputs_are_left_as_they_were():
+def test_inputs_are_not_modified():
     change = term(2, 0.5, 1)
     before = change.lora_a.clone(), change.lora_b.clone()
     CAT.combine([change, change], NoOptions(), "m")

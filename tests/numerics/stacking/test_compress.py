@@ -1,4 +1,4 @@
-"""What is left of a result at a rank is the best of that rank, and how much it is, is what it is said to be."""
+"""A result truncated to a rank is the best approximation of that rank, and its reported energy is right."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ SHAPES = [(9, 14, 5), (14, 9, 5), (8, 8, 3), (5, 4, 9), (1, 7, 2)]
 
 @pytest.fixture(params=["factors", "matrix"])
 def form(request):
-    """A result as a method in factored form returns it, or as one that works on elements does."""
+    """A result as factors, or as the matrix that an elementwise method returns."""
 
     def give(change):
         return change.scaling * change.lora_b.double() @ change.lora_a.double() if request.param == "matrix" else change
@@ -42,8 +42,8 @@ def test_a_rank_keeps_the_best_approximation_and_its_energy(make, whole, form, o
 
 @pytest.mark.parametrize("size", [(400, 350), (350, 400)], ids=["tall", "wide"])
 @pytest.mark.parametrize("decay", [0.0, 0.02, 0.4], ids=["noise", "slow", "steep"])
-def test_of_a_large_matrix_a_rank_keeps_the_best_approximation_too(size, decay, whole):
-    """Whether its leading singular values alone are found, or all of them."""
+def test_a_rank_keeps_the_best_approximation_of_a_large_matrix(size, decay, whole):
+    """Whether only its leading singular values are computed, or all of them."""
     generator = torch.Generator().manual_seed(4)
     matrix = torch.randn(size, dtype=torch.float64, generator=generator)
     matrix *= torch.exp(-decay * torch.arange(size[1], dtype=torch.float64))
@@ -53,7 +53,7 @@ def test_of_a_large_matrix_a_rank_keeps_the_best_approximation_too(size, decay, 
     assert made.energy == pytest.approx(np.linalg.norm(expected) ** 2 / np.linalg.norm(matrix) ** 2, rel=1e-10)
 
 
-def test_of_a_large_matrix_an_energy_is_kept_however_many_it_takes():
+def test_an_energy_keeps_the_smallest_sufficient_rank_of_a_large_matrix():
     generator = torch.Generator().manual_seed(4)
     matrix = torch.randn(400, 350, dtype=torch.float64, generator=generator)
     matrix *= torch.exp(-0.02 * torch.arange(350, dtype=torch.float64))
@@ -65,7 +65,7 @@ def test_of_a_large_matrix_an_energy_is_kept_however_many_it_takes():
 
 @pytest.mark.parametrize(("out", "into", "rank"), SHAPES)
 @pytest.mark.parametrize("energy", [0.2, 0.8, 0.99, 1.0])
-def test_an_energy_keeps_the_smallest_rank_that_has_it(make, whole, form, out, into, rank, energy):
+def test_an_energy_keeps_the_smallest_sufficient_rank(make, whole, form, out, into, rank, energy):
     change = make(out, into, rank, 0.4, 5)
     made = compress(form(change), [change], "sum", Limit(energy=energy))
     sigma = np.linalg.svd(whole(change), compute_uv=False)
@@ -75,14 +75,14 @@ def test_an_energy_keeps_the_smallest_rank_that_has_it(make, whole, form, out, i
 
 
 @pytest.mark.parametrize(("length", "expected"), [("largest", 4), ("sum", 6)])
-def test_unless_told_a_result_gets_the_rank_of_its_method(make, form, length, expected):
+def test_without_a_limit_a_result_gets_the_rank_of_its_method(make, form, length, expected):
     terms = [make(20, 30, 2, 1.0, 1), make(20, 30, 4, 1.0, 2)]
     full = make(20, 30, 15, 1.0, 3)
     assert compress(form(full), terms, length, Limit()).term.rank == expected
     assert compress(form(full), terms, length, Limit(rank=9)).term.rank == 9
 
 
-def test_factors_as_given_stay_as_they_are(make):
+def test_factors_as_given_are_changed_only_by_a_limit(make):
     change = make(6, 5, 9)
     made = compress(change, [change], "as given", Limit())
     assert is_equal(made.term, change)
@@ -90,7 +90,7 @@ def test_factors_as_given_stay_as_they_are(make):
     assert compress(change, [change], "as given", Limit(rank=2)).term.rank == 2
 
 
-def test_directions_that_are_shared_are_counted_once(make, form):
+def test_shared_directions_count_once_towards_the_rank(make, form):
     change = make(12, 10, 3)
     twice = LowRank(torch.cat([change.lora_a] * 2), torch.cat([change.lora_b] * 2, dim=1), 1.0)
     made = compress(form(twice), [change, change], "sum", Limit())
@@ -98,7 +98,7 @@ def test_directions_that_are_shared_are_counted_once(make, form):
     assert made.energy == pytest.approx(1.0, rel=1e-12)
 
 
-def test_what_cancels_is_nothing_and_no_noise(make, form):
+def test_changes_that_cancel_give_exactly_zero(make, form):
     change = make(12, 10, 3, 0.3)
     both = LowRank(torch.cat([change.lora_a] * 2), torch.cat([change.lora_b, -change.lora_b], dim=1), 0.3)
     for limit in (Limit(), Limit(rank=4), Limit(energy=0.9)):
@@ -108,8 +108,8 @@ def test_what_cancels_is_nothing_and_no_noise(make, form):
         assert not made.term.lora_b.any()
 
 
-def test_what_is_left_of_changes_that_nearly_cancel_is_kept_as_any_other_result(make, form):
-    """What worked on elements lost what was small beside the changes, and kept less than the energy asked for."""
+def test_a_result_much_smaller_than_the_changes_is_kept_completely(make, form):
+    """Elementwise methods used to lose parts that were small compared with the changes, and too much energy."""
     small = make(20, 30, 5)
     parts = LowRank(small.lora_a, small.lora_b * torch.tensor([1, 0.3, 0.1, 0.05, 0.02]), 1.0)
     large = make(20, 30, 5, 1e6, 2)
@@ -119,7 +119,7 @@ def test_what_is_left_of_changes_that_nearly_cancel_is_kept_as_any_other_result(
         assert made.energy == pytest.approx(1.0, rel=1e-12)
 
 
-def test_the_factors_are_of_the_same_size_and_their_signs_are_fixed(make, form):
+def test_factors_have_equal_norms_and_determined_signs(make, form):
     change = make(12, 10, 3)
     made = compress(form(change), [change], "sum", Limit()).term
     assert torch.allclose(made.lora_b.norm(dim=0), made.lora_a.norm(dim=1), rtol=1e-5)
@@ -128,12 +128,12 @@ def test_the_factors_are_of_the_same_size_and_their_signs_are_fixed(make, form):
 
 
 @pytest.mark.parametrize("size", [1e39, float("inf"), float("nan")])
-def test_what_float32_cannot_hold_is_refused(make, form, size):
+def test_values_beyond_float32_are_refused(make, form, size):
     change = make(3, 4, 2)
     huge = LowRank(change.lora_a, torch.full_like(change.lora_b, 1.0).double() * size, 1.0)
     with pytest.raises(NonFiniteError, match="too large for float32"):
         compress(form(huge), [change], "sum", Limit(rank=1))
-    with pytest.raises(NonFiniteError, match="too large for float32"):  # not only when it is written
+    with pytest.raises(NonFiniteError, match="too large for float32"):  # before it is written, too
         compress(form(huge), [change], "as given", Limit())
 
 

@@ -1,4 +1,4 @@
-"""Methods that look at single elements, against loops over single elements written from the papers."""
+"""Elementwise methods, against loops over single elements written from the papers."""
 
 import hashlib
 from itertools import permutations
@@ -46,7 +46,7 @@ def drawn(seed, module, adapter, shape):
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-def test_ties_is_that_of_the_paper(terms, matrices, combine, close, density):
+def test_ties_matches_the_paper(terms, matrices, combine, close, density):
     trimmed = [largest(matrix, int(density * matrix.size)) for matrix in matrices]
     close(combine("ties", terms, density=density), elect_and_average(trimmed))
     close(combine("ties", terms, density=density, lambda_=-2.5), -2.5 * elect_and_average(trimmed))
@@ -60,7 +60,7 @@ def test_pruning_adds_up_the_largest_elements(terms, matrices, combine, close, d
 
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("seed", [0, 7])
-def test_dare_drops_what_its_generator_says_and_rescales(terms, matrices, combine, close, density, seed):
+def test_dare_drops_by_the_documented_random_numbers_and_rescales(terms, matrices, combine, close, density, seed):
     dropped = [
         np.where(drawn(seed, MODULE, number, matrix.shape) < density, matrix / density, 0.0)
         for number, matrix in enumerate(matrices)
@@ -91,7 +91,7 @@ def test_della_keeps_an_element_by_the_rank_of_its_magnitude_in_its_row(
 @pytest.mark.parametrize(
     ("density", "gamma"), [(0.9, 0.01), (0.5, 0.2), (0.3, 0.6), (0.6, 0.4), (0.7, 0.0), (1.0, 0.0)]
 )
-def test_breadcrumbs_drops_at_both_ends(terms, matrices, combine, close, density, gamma):
+def test_breadcrumbs_drops_the_largest_and_the_smallest_elements(terms, matrices, combine, close, density, gamma):
     expected = np.zeros_like(matrices[0])
     for matrix in matrices:
         flat = matrix.reshape(-1)
@@ -121,7 +121,7 @@ def test_sce_selects_calculates_and_erases(terms, matrices, combine, close, dens
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.4, 0.4, 0.4)])
-def test_with_equal_weights_ties_is_peft_s(make, whole, combine, close, weights):
+def test_with_equal_weights_ties_matches_peft(make, whole, combine, close, weights):
     changes = [make(9, 8, 2, weight, seed) for seed, weight in enumerate(weights)]
     deltas = [torch.from_numpy(whole(make(9, 8, 2, 1.0, seed))) for seed in range(3)]
     close(
@@ -132,7 +132,7 @@ def test_with_equal_weights_ties_is_peft_s(make, whole, combine, close, weights)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.4, -1.7)])
-def test_with_any_weights_pruning_is_peft_s(make, whole, combine, close, weights):
+def test_with_any_weights_pruning_matches_peft(make, whole, combine, close, weights):
     changes = [make(9, 8, 2, weight, seed) for seed, weight in enumerate(weights)]
     deltas = [torch.from_numpy(whole(make(9, 8, 2, 1.0, seed))) for seed in range(2)]
     expected = merge_utils.magnitude_prune(deltas, torch.tensor(weights).double(), 0.4)
@@ -140,7 +140,7 @@ def test_with_any_weights_pruning_is_peft_s(make, whole, combine, close, weights
 
 
 def test_signs_are_elected_after_weighting(make, whole, combine):
-    """peft elects before; with a weight of the other sign that makes another result."""
+    """peft elects them before, which gives a different result if a weight is negative."""
     weights, deltas = (1.0, -3.0), [torch.from_numpy(whole(make(9, 8, 2, 1.0, seed))) for seed in range(2)]
     changes = [make(9, 8, 2, weight, seed) for seed, weight in enumerate(weights)]
     found = combine("ties", changes, density=0.99)
@@ -149,7 +149,7 @@ def test_signs_are_elected_after_weighting(make, whole, combine):
     assert (found * signs >= 0).all()
 
 
-def test_a_weight_of_zero_takes_an_adapter_out_of_election_and_mean(make, combine, close):
+def test_a_weight_of_zero_excludes_an_adapter_from_election_and_mean(make, combine, close):
     changes = [make(9, 8, 2, 1.0, seed) for seed in range(3)]
     silent = [changes[0], changes[1].weighted(0.0), changes[2]]
     for method, options in [
@@ -180,7 +180,7 @@ def test_with_density_one_nothing_is_dropped(terms, matrices, combine, close):
 
 
 @pytest.mark.parametrize(("method", "density"), [("dare", 0.3), ("dare", 0.8), ("della", 0.5)])
-def test_dropping_changes_nothing_on_average(make, whole, combine, method, density):
+def test_dropping_keeps_the_expected_value(make, whole, combine, method, density):
     change = make(6, 5, 2, 1.0, 4)
     draws = np.stack([combine(method, [change], density=density, seed=seed) for seed in range(1500)])
     spread = draws.std(0) / len(draws) ** 0.5
@@ -188,7 +188,7 @@ def test_dropping_changes_nothing_on_average(make, whole, combine, method, densi
 
 
 @pytest.mark.parametrize("method", ["dare", "dare_ties", "della"])
-def test_what_is_dropped_depends_on_seed_module_and_place(make, combine, method):
+def test_dropped_elements_depend_on_seed_module_and_position_of_the_adapter(make, combine, method):
     change = make(8, 9, 2, 1.0, 4)
     first = combine(method, [change], seed=0)
     assert (combine(method, [change], seed=0) == first).all()
@@ -199,7 +199,7 @@ def test_what_is_dropped_depends_on_seed_module_and_place(make, combine, method)
 
 
 @pytest.mark.parametrize("method", ["ties", "magnitude_prune", "dare", "dare_ties", "della", "breadcrumbs", "sce"])
-def test_row_blocks_are_an_affair_of_memory(make, combine, monkeypatch, method):
+def test_row_blocks_do_not_affect_the_result(make, combine, monkeypatch, method):
     changes = [make(11, 6, 3, 1.0, seed) for seed in range(3)]
     whole_at_once = combine(method, changes, density=0.55)
     monkeypatch.setattr(_elements, "_BLOCK_ELEMENTS", 2 * 6 * 3)
@@ -207,20 +207,20 @@ def test_row_blocks_are_an_affair_of_memory(make, combine, monkeypatch, method):
     assert (combine(method, changes, density=0.55) == whole_at_once).all()
 
 
-def test_elements_of_equal_size_stay_together(combine, make):
-    """So that no order of a sort decides."""
+def test_elements_of_equal_magnitude_are_kept_together(combine, make):
+    """So that the order of a sort does not affect the result."""
     change = make(1, 1, 1)
     equal = type(change)(torch.tensor([[1.0, -1.0, 1.0, 0.5]]), torch.ones(1, 1), 1.0)
     assert combine("magnitude_prune", [equal], density=0.25).tolist() == [[1.0, -1.0, 1.0, 0.0]]
 
 
-def test_adapters_that_do_not_differ_give_sce_nothing_to_select(make, combine):
+def test_sce_of_identical_adapters_is_zero(make, combine):
     change = make(5, 6, 2)
     assert not combine("sce", [change, change], density=0.5).any()
 
 
 @pytest.mark.parametrize("method", ["ties", "magnitude_prune", "breadcrumbs", "sce", "knots"])
-def test_a_density_that_keeps_nothing_is_refused_by_module(make, combine, method):
+def test_a_density_that_keeps_nothing_is_refused_naming_the_module(make, combine, method):
     changes = [make(5, 6, 2, 1.0, seed) for seed in range(2)]
     with pytest.raises(UsageError, match=r"up_proj: density 0\.001 keeps none of \d+ elements"):
         combine(method, changes, density=0.001)
@@ -254,6 +254,6 @@ def test_options_out_of_range_are_refused_with_a_hint(combine, make, method, opt
     assert caught.value.hint
 
 
-def test_windows_that_just_fit_are_taken(combine, make):
+def test_options_at_the_end_of_their_range_are_accepted(combine, make):
     combine("della", [make(3, 3, 1)], density=0.9, epsilon=0.1)
     combine("breadcrumbs", [make(3, 3, 1)], density=0.7, gamma=0.3)

@@ -1,4 +1,4 @@
-"""Methods that work on factors, against decompositions of whole matrices written from the papers."""
+"""Factored methods, against decompositions of whole matrices written from the papers."""
 
 from itertools import permutations
 
@@ -36,7 +36,7 @@ def full_svd(matrix, most=None):
 
 
 def orthonormalized(columns):
-    """X (XᵀX)^(−1/2), the polar factor, by an eigendecomposition; directions in which X is zero stay so."""
+    """X (XᵀX)^(−1/2), the polar factor, by an eigendecomposition; directions in which X is zero stay zero."""
     values, vectors = np.linalg.eigh(columns.T @ columns)
     roots = np.array([value**-0.5 if value > 1e-10 else 0.0 for value in values])
     return columns @ vectors @ np.diag(roots) @ vectors.T
@@ -52,7 +52,7 @@ def test_cat_is_the_sum_up_to_the_rounding_of_b(terms, matrices, combine, close)
 
 
 def test_linear_is_not_the_product_of_sums(make, combine):
-    """What peft's ``linear`` computes has products of each A with each B in it."""
+    """peft's ``linear`` also contains the products of each adapter's A with the others' B."""
     changes = [make(9, 8, 2, 1.0, seed) for seed in range(2)]
     a, b = (sum(getattr(change, half) for change in changes).double() for half in ("lora_a", "lora_b"))
     assert np.abs(combine("linear", changes) - (b @ a).numpy()).max() > 0.1
@@ -76,8 +76,8 @@ def test_tsv_orthogonalizes_the_singular_vectors(terms, matrices, combine, close
 
 
 @pytest.mark.parametrize(("out", "into", "count"), [(6, 6, 2), (6, 9, 3), (12, 8, 4)])
-def test_tsv_of_full_matrices_is_that_of_its_authors(make, whole, combine, close, out, into, count):
-    """Their code, with nothing that is zero in the way: ranks are full, and T divides the number of singular values."""
+def test_tsv_of_full_rank_matrices_matches_its_authors_code(make, whole, combine, close, out, into, count):
+    """Both agree if no singular value is zero and the number of adapters divides that of singular values."""
     changes = [make(out, into, 12, 1.0, seed) for seed in range(count)]
     keep = min(out, into) // count
     u, s, v = zip(*(np.linalg.svd(whole(change), full_matrices=False) for change in changes), strict=True)
@@ -95,8 +95,8 @@ def test_tsv_of_an_adapter_with_itself_is_the_adapter(make, whole, combine, clos
     close(combine("tsv", [change]), whole(change), 1e-9)
 
 
-def test_tsv_adds_what_does_not_overlap(combine, close):
-    """Orthogonal singular vectors stay what they are."""
+def test_tsv_adds_changes_that_do_not_overlap(combine, close):
+    """Orthogonal singular vectors stay unchanged."""
     eye = torch.eye(6)
     first, second = LowRank(eye[:2], eye[:, :2], 1.5), LowRank(eye[3:5], eye[:, 2:4], -0.5)
     expected = 1.5 * (eye[:, :2] @ eye[:2]) - 0.5 * (eye[:, 2:4] @ eye[3:5])
@@ -110,20 +110,20 @@ def test_tsv_of_more_adapters_than_directions_stays_finite(make, combine, out, i
     assert found.any()
 
 
-def test_iso_gives_every_direction_of_the_sum_the_mean_strength(terms, matrices, combine, close):
+def test_iso_sets_all_singular_values_of_the_sum_to_their_mean(terms, matrices, combine, close):
     u, sigma, vt = full_svd(sum(matrices))
     close(combine("iso", terms, lambda_=1.5), 1.5 * sigma.mean() * u @ vt, 1e-9)
 
 
-def test_iso_of_a_full_sum_is_that_of_the_paper(make, whole, combine, close):
-    """Where all singular values are there, the mean over those that are not zero is that of the paper."""
+def test_iso_of_a_full_rank_sum_matches_the_paper(make, whole, combine, close):
+    """If no singular value is zero, the mean over nonzero ones is the mean of the paper."""
     changes = [make(6, 8, 3, 1.0, seed) for seed in range(2)]
     u, sigma, vt = np.linalg.svd(whole(changes[0]) + whole(changes[1]), full_matrices=False)
     close(combine("iso", changes), u @ np.diag(np.full(6, sigma.mean())) @ vt, 1e-9)
 
 
-def test_iso_cut_off_keeps_the_directions_in_which_the_sum_is_strongest(make, whole, close):
-    """All its own singular values are equal, and an SVD of it would keep any."""
+def test_truncated_iso_keeps_the_directions_of_the_sums_largest_singular_values(make, whole, close):
+    """Its own singular values are all equal, so its SVD would keep arbitrary directions."""
     changes = [make(12, 9, 3, scaling, seed) for seed, scaling in enumerate((1.0, 0.1))]
     u, sigma, vt = full_svd(whole(changes[0]) + whole(changes[1]))
     made = stacked("iso", changes, Limit(rank=2))
@@ -131,7 +131,7 @@ def test_iso_cut_off_keeps_the_directions_in_which_the_sum_is_strongest(make, wh
     assert made.energy == pytest.approx(2 / 6, rel=1e-12)
 
 
-def test_iso_of_changes_that_cancel_is_nothing(make, combine):
+def test_iso_of_changes_that_cancel_is_zero(make, combine):
     change = make(7, 6, 2)
     assert not combine("iso", [change, change.weighted(-1.0)]).any()
 
@@ -145,7 +145,7 @@ def test_the_order_of_the_adapters_does_not_matter(make, combine, close, method)
 
 
 @pytest.mark.parametrize("method", FACTORED)
-def test_a_weight_of_zero_takes_an_adapter_out(make, combine, close, method):
+def test_a_weight_of_zero_excludes_an_adapter(make, combine, close, method):
     changes = [make(9, 8, 2, 1.0, seed) for seed in range(3)]
     silent = [changes[0], changes[1].weighted(0.0), changes[2]]
     close(combine(method, silent), combine(method, [changes[0], changes[2]]), 1e-9)
@@ -153,7 +153,7 @@ def test_a_weight_of_zero_takes_an_adapter_out(make, combine, close, method):
 
 @pytest.mark.parametrize("method", FACTORED)
 @pytest.mark.parametrize("zero", ["weights", "factors", "ranks"])
-def test_changes_of_zero_are_no_trouble(make, combine, method, zero):
+def test_changes_of_zero_give_a_result_of_zero(make, combine, method, zero):
     kind = {
         "weights": [make(5, 4, 2).weighted(0.0), make(5, 4, 3, 0.0, 1)],
         "factors": [LowRank(torch.randn(2, 4), torch.zeros(5, 2), 1.0)] * 2,
@@ -162,7 +162,7 @@ def test_changes_of_zero_are_no_trouble(make, combine, method, zero):
     assert not combine(method, kind[zero]).any()
 
 
-def test_core_space_loses_nothing(terms, matrices, close):
+def test_core_space_reconstructs_all_changes(terms, matrices, close):
     core = core_of(terms)
     for found, expected in zip(core.left @ core.matrices @ core.right.T, matrices, strict=True):
         close(found.numpy(), expected, 1e-13)
@@ -171,7 +171,7 @@ def test_core_space_loses_nothing(terms, matrices, close):
 
 
 class Largest(TorchDispatchMode):
-    """The most elements of any tensor that any operation makes meanwhile."""
+    """Records the largest number of elements of a tensor that an operation returns."""
 
     elements = 0
 
@@ -191,18 +191,18 @@ def stacked(name, changes, limit):
 @pytest.mark.parametrize("method", FACTORED)
 @pytest.mark.parametrize("limit", [Limit(), Limit(rank=3), Limit(energy=0.9)], ids=["", "rank", "energy"])
 def test_no_whole_matrix_is_formed(make, method, limit):
-    """Nothing is longer than all A or all B side by side, in or out of Core Space."""
+    """No tensor is much larger than all A or all B side by side, in or out of Core Space."""
     changes = [make(300, 350, 4, 1.0, seed) for seed in range(3)]
     with Largest() as watch:
         stacked(method, changes, limit)
     assert 0 < watch.elements <= 350 * 12 * 3
     with Largest() as watch:
         stacked("magnitude_prune", changes[:1], limit)
-    assert watch.elements >= 300 * 350  # the watch sees what it should
+    assert watch.elements >= 300 * 350  # the watch does see whole matrices
 
 
 @pytest.mark.parametrize("method", FACTORED)
-def test_matrices_that_would_fill_a_terabyte_are_stacked(make, method):
+def test_matrices_that_would_take_a_terabyte_are_stacked(make, method):
     changes = [make(400_000, 300_000, 2, 1.0, seed) for seed in range(2)]
     made = stacked(method, changes, Limit(rank=2))
     assert made.term.lora_b.shape == (400_000, 2)

@@ -1,4 +1,4 @@
-"""Random numbers that belong to their row, adapter and module."""
+"""Random numbers are determined by seed, module, adapter and row."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ def test_rows_have_the_same_numbers_in_any_block(columns):
         assert torch.equal(uniform(5, "m", 1, slice(first, last), columns), whole[first:last])
 
 
-def test_they_are_uniform_and_no_two_rows_alike():
+def test_numbers_are_uniform_and_distinct():
     numbers = uniform(0, "m", 0, slice(0, 200), 101)
     assert float(numbers.min()) >= 0
     assert float(numbers.max()) < 1
@@ -25,7 +25,7 @@ def test_they_are_uniform_and_no_two_rows_alike():
     assert torch.allclose(numbers.reshape(-1).histc(10, 0, 1) / numbers.numel(), torch.tensor(0.1).double(), atol=0.01)
 
 
-def test_seed_adapter_and_module_make_other_numbers():
+def test_different_seeds_adapters_and_modules_give_different_numbers():
     seen = {
         float(uniform(seed, module, adapter, slice(0, 1), 1))
         for seed in (0, 1, 10)
@@ -35,7 +35,7 @@ def test_seed_adapter_and_module_make_other_numbers():
     assert len(seen) == 18
 
 
-def test_they_are_the_same_in_every_process_and_release():
+def test_numbers_are_the_same_in_every_process_and_release():
     expected = [0.484888292353285, 0.13250458448318359, 0.7920041703518127]
     code = (
         "from adaptkit.numerics.stacking._random import uniform\n"
