@@ -45,8 +45,8 @@ def test_freed_memory_is_kept_until_it_is_returned():
 
 
 @pytest.mark.parametrize("most", [32 << 20, 1 << 40], ids=["glibc 2.31", "glibc 2.41"])
-def test_an_older_glibc_keeps_blocks_up_to_the_largest_threshold_it_accepts(most, monkeypatch):
-    """It refuses larger ones; if only the other threshold is set, all above 128 kB is returned and fetched again."""
+def test_blocks_up_to_the_largest_threshold_that_glibc_accepts_are_kept(most, monkeypatch):
+    """Older ones accept less; if only the other threshold is set, all above 128 kB is returned and fetched again."""
     taken = {}
 
     def mallopt(what, value):
@@ -79,7 +79,7 @@ def without_caches(**settings):
     ids=["oneDNN by itself", "few", "as the user wants"],
 )
 def test_only_few_compiled_products_are_cached(begun, setting, again):
-    """Of a hundred, the last one is cached, and the first one no longer."""
+    """By default, the first of a hundred is still cached; with few, only the last one."""
     environment = without_caches(ONEDNN_VERBOSE="profile_create", **setting)
     command = [sys.executable, "-c", begun + PRODUCTS]
     told = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout

@@ -142,9 +142,9 @@ SHARING = {
     ],
 )
 def test_adapters_that_peft_drops_are_reported(name, values, others, count, tmp_path, monkeypatch):
-    """It drops Laguna's shared experts: a dot in its rule for the names of older checkpoints matches an s.
+    """peft drops Laguna's shared experts: a dot in its rule for the names of older checkpoints matches an s.
 
-    And layers of DeepSeek's that are no experts, since their names are like those of experts.
+    It also drops DeepSeek's layers next to its experts, since those have the same names.
     """
     if name not in CONFIG_MAPPING:
         pytest.skip(f"this transformers has no {name}")

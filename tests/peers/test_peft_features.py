@@ -191,7 +191,7 @@ def test_peft_writes_these_keys(judged, name):
         ("saved_tied_ensured", {"modules_to_save": ["embed_tokens", "model.embed_tokens"]}),
         ("linear_mica", {"init_lora_weights": "mica"}),
         ("experts_by_old_names", {"rank_pattern": {r".*\.gate_up_proj": 8}, "target_modules": ["q_proj"]}),
-        ("resized", {"r": 4, "modules_to_save": None}),  # nothing there says that the vocabulary was resized
+        ("resized", {"r": 4, "modules_to_save": None}),  # nothing in it shows that the vocabulary was resized
     ],
 )  # fmt: skip
 def test_peft_writes_this_configuration(judged, name, says):

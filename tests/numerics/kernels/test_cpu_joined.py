@@ -1,4 +1,4 @@
-"""Kernels for the small matrices of joined layers give what torch's operations give."""
+"""Kernels for the small matrices of joined layers match torch's operations."""
 
 import pytest
 import torch
@@ -40,9 +40,7 @@ def test_a_scaled_matrix_is_added_in_float32(dtype, view, scale):
     x = view(matrix(7, 11, 0, dtype))
     total = matrix(x.shape[0], x.shape[1], 1)
     expected = total.double() + x.double() * float(torch.tensor(scale))
-    bound = (
-        2.0**-23 * (expected.abs() + (x.double() * scale).abs()) + 2.0**-148
-    )  # rounding of the product and of the sum
+    bound = 2.0**-23 * (expected.abs() + (x.double() * scale).abs()) + 2.0**-148  # errors of product and sum
     add_scaled(total, x, scale)
     assert ((total.double() - expected).abs() <= bound).all()
 
