@@ -10,13 +10,11 @@ from adaptkit.checkpoint.hashing import file_digests
 from adaptkit.checkpoint.header import Header, read_header
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
-from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.checkpoint.progress import Progress, first_problems, no_progress
 from adaptkit.errors import CheckpointError, IntegrityError
 
 _AGAIN = "download or copy the whole artifact again (from the Hub: adaptkit pull)"
 _MOVE = "move files that are not in the manifest out of the folder"
-_MAX_LISTED = 5
-"""Maximum number of problems that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def check_artifact(root: Path, manifest: Manifest, threads: int, progress: Progr
             problems[record.path] = f"{record.path} changed (its sha256 differs)"
     found_problems = sorted(problem for problem in problems.values() if problem)
     if found_problems:
-        raise IntegrityError(f"{root}: {_first_few(found_problems)}", hint=_AGAIN)
+        raise IntegrityError(f"{root}: {first_problems(found_problems)}", hint=_AGAIN)
     _compare_tensors(root, manifest.tensors, found.values())
 
 
@@ -72,7 +70,7 @@ def check_names(root: Path, manifest: Manifest) -> None:
     missing = sorted(listed - present)
     if extra or missing:
         problems = [f"{name} is missing" for name in missing] + [f"{name} is not in the manifest" for name in extra]
-        raise IntegrityError(f"{root}: {_first_few(problems)}", hint=_AGAIN if missing else _MOVE)
+        raise IntegrityError(f"{root}: {first_problems(problems)}", hint=_AGAIN if missing else _MOVE)
 
 
 def present_names(root: Path) -> set[str]:
@@ -165,11 +163,6 @@ def measure(
     largest_first = sorted(sizes, key=lambda path: -sizes[path])
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(largest_first, pool.map(work, largest_first), strict=True))
-
-
-def _first_few(problems: Sequence[str]) -> str:
-    more = f"; and {len(problems) - _MAX_LISTED} more" if len(problems) > _MAX_LISTED else ""
-    return "; ".join(problems[:_MAX_LISTED]) + more
 
 
 def _tensor_files(manifest: Manifest) -> set[str]:

@@ -97,15 +97,15 @@ _HEAD_OF = {kind: head for head, kinds in _HEADS.items() for kind in kinds.split
 
 def is_embedding_name(module: str) -> bool:
     """Return whether a dotted path has the name of a token embedding, usual or rare."""
-    return bool(_TABLE.search(module)) or is_rare_table(module)
+    return is_usual_embedding(module) or is_rare_embedding(module)
 
 
-def is_usual_table(module: str) -> bool:
+def is_usual_embedding(module: str) -> bool:
     """Return whether a dotted path ends in a name that only token embeddings have."""
     return bool(_TABLE.search(module))
 
 
-def is_rare_table(module: str) -> bool:
+def is_rare_embedding(module: str) -> bool:
     """Return whether a dotted path ends in an ambiguous name; counts only in checkpoints without a usual name."""
     return bool(_RARE_TABLE.search(module)) and not is_in_layers(module)
 
@@ -117,7 +117,7 @@ def is_in_layers(path: str) -> bool:
 
 def is_head(module: str) -> bool:
     """Return whether a dotted path is that of an output layer in any architecture."""
-    return bool(_HEAD.search(module)) or module in _HEADS
+    return is_usual_head(module) or module in _HEADS
 
 
 def is_usual_head(module: str) -> bool:

@@ -18,6 +18,7 @@ from adaptkit.checkpoint.layout import INDEX_NAME, index_bytes, shard_name
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
+from adaptkit.errors import UsageError
 from adaptkit.operations._threads import in_order
 
 if TYPE_CHECKING:
@@ -62,6 +63,18 @@ class Piece:
 
     start: int
     count: int
+
+
+def check_shard_size(max_shard_bytes: int) -> None:
+    """Refuse a shard size below one byte.
+
+    Raises:
+        UsageError: it is.
+    """
+    if max_shard_bytes < 1:
+        raise UsageError(
+            f"max_shard_bytes: must be at least 1, found {max_shard_bytes}", hint="give a size such as 5GB"
+        )
 
 
 def plan_shards(groups: Sequence[Group], max_shard_bytes: int) -> list[tuple[str, list[Group]]]:

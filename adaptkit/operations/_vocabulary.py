@@ -9,10 +9,10 @@ from adaptkit.checkpoint.layout import class_names, text_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import (
     is_in_layers,
-    is_rare_table,
+    is_rare_embedding,
     is_tied_by_default,
+    is_usual_embedding,
     is_usual_head,
-    is_usual_table,
     known_head,
     shares_more,
 )
@@ -91,8 +91,8 @@ def find_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
     heads = [module for module in shortest_first if module == known or is_usual_head(module)]
     setting = tying_setting(checkpoint.config)
     setting = is_tied_by_default(checkpoint.config) if setting is None else setting
-    tables = [module for module in shortest_first if is_usual_table(module)]
-    tables = tables or [module for module in shortest_first if is_rare_table(module) and module not in heads]
+    tables = [module for module in shortest_first if is_usual_embedding(module)]
+    tables = tables or [module for module in shortest_first if is_rare_embedding(module) and module not in heads]
     if not tables and not heads:
         tables = _table_by_height(checkpoint)
     if tables and not heads and setting is False:

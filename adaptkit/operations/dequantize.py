@@ -31,7 +31,16 @@ from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import GROUP
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._roles import stores_transposed
-from adaptkit.operations._shards import Group, Piece, cut_pieces, plan_shards, read_jobs, write_index, write_shards
+from adaptkit.operations._shards import (
+    Group,
+    Piece,
+    check_shard_size,
+    cut_pieces,
+    plan_shards,
+    read_jobs,
+    write_index,
+    write_shards,
+)
 from adaptkit.operations._threads import check_threads, thread_count
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -56,10 +65,7 @@ class DequantizeOptions:
         typed_fields(self)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise UsageError(f"dtype: must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
-        if self.max_shard_bytes < 1:
-            raise UsageError(
-                f"max_shard_bytes: must be at least 1, found {self.max_shard_bytes}", hint="give a size such as 5GB"
-            )
+        check_shard_size(self.max_shard_bytes)
         check_threads(self.threads)
 
 

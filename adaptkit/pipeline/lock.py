@@ -17,13 +17,13 @@ from typing import Any
 
 import adaptkit
 from adaptkit.checkpoint.layout import read_json, read_small, write_json
+from adaptkit.checkpoint.progress import first_problems
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import CheckpointError, DriftError, UsageError
 from adaptkit.hub.sources import is_commit
 from adaptkit.pipeline.recipe import Recipe, Source
 
 SCHEMA = 1
-_SHOWN = 5
 _ABSENT: Any = object()
 
 
@@ -138,9 +138,8 @@ class Lock:
 
     def _refuse(self, differences: list[str]) -> None:
         if differences:
-            more = f"; and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
             raise DriftError(
-                f"{self._path}: {'; '.join(differences[:_SHOWN])}{more}",
+                f"{self._path}: {first_problems(differences)}",
                 hint="run without --locked to accept this, and review what changes in the lock",
             )
 

@@ -18,7 +18,7 @@ from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.operations._quantize.selection import Choice, Selection, matches_any, of_type, select
 from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations._roles import Roles
-from adaptkit.operations._shards import Group, Shards, plan_shards
+from adaptkit.operations._shards import Group, Shards, check_shard_size, plan_shards
 from adaptkit.operations._threads import check_threads
 
 
@@ -98,10 +98,7 @@ class QuantizeOptions:
     def __post_init__(self) -> None:
         typed_fields(self)
         object.__setattr__(self, "skip", as_texts(self.skip))
-        if self.max_shard_bytes < 1:
-            raise UsageError(
-                f"max_shard_bytes: must be at least 1, found {self.max_shard_bytes}", hint="give a size such as 5GB"
-            )
+        check_shard_size(self.max_shard_bytes)
         check_threads(self.threads)
         if self.calibration is not None and self.format != "nf4":
             raise UsageError(

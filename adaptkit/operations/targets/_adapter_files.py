@@ -15,7 +15,7 @@ from adaptkit.checkpoint._adapter_keys import PREFIX
 from adaptkit.checkpoint.header import read_header
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json
 from adaptkit.checkpoint.patterns import FirstMatch
-from adaptkit.checkpoint.vocabulary import is_usual_head, is_usual_table
+from adaptkit.checkpoint.vocabulary import is_usual_embedding, is_usual_head
 from adaptkit.numerics.scaling import scaling
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
@@ -149,7 +149,7 @@ class AdapterFiles:
 
     def merge(self) -> str:
         """Return the advice to merge the adapter; ``--untie`` has no effect if the head is not tied."""
-        is_vocabulary = any(is_usual_head(key.module) or is_usual_table(key.module) for key in self.keys)
+        is_vocabulary = any(is_usual_head(key.module) or is_usual_embedding(key.module) for key in self.keys)
         untie = " --untie" if is_vocabulary else ""
         return f"run adaptkit merge BASE {self.root} -o MERGED{untie}, and load MERGED instead"
 
