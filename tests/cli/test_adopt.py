@@ -1,4 +1,4 @@
-"""``adopt`` on the command line: what it prints, its exit codes, and what becomes possible after it."""
+"""``adopt`` on the command line: its output, its exit codes, and what can be done with the result."""
 
 import json
 import re
@@ -8,11 +8,11 @@ import pytest
 
 
 def rows(text):
-    """First column -> second, of a table without further lines."""
+    """First column -> second, of a table without continuation lines."""
     return dict(re.split("  +", line, maxsplit=1) for line in text.splitlines())
 
 
-def test_it_says_what_was_copied_and_which_base_is_recorded(run_cli, llama, adapter, tmp_path):
+def test_the_output_lists_copied_files_and_the_recorded_base(run_cli, llama, adapter, tmp_path):
     source = tmp_path / "lora"
     shutil.copytree(adapter, source)
     (source / "optimizer.pt").write_bytes(b"x")
@@ -32,7 +32,7 @@ def test_it_says_what_was_copied_and_which_base_is_recorded(run_cli, llama, adap
     assert not (tmp_path / "baseless").exists()
 
 
-def test_an_artifact_without_a_manifest_is_told_how_to_get_one(run_cli, adapter, tmp_path):
+def test_for_an_artifact_without_a_manifest_the_hint_is_an_adopt_command_that_works(run_cli, adapter, tmp_path):
     shutil.copytree(adapter, tmp_path / "lora")
     for command in (["publish", "lora", "me/lora"], ["verify", "lora"]):
         done = run_cli(*command, cwd=tmp_path)
@@ -44,10 +44,10 @@ def test_an_artifact_without_a_manifest_is_told_how_to_get_one(run_cli, adapter,
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_training_starts_from_it_on_its_base_alone(
+def test_training_starts_from_an_adopted_adapter_only_on_its_base(
     run_cli, llama, llama_sharded, adapter, instructions, tmp_path, threads
 ):
-    """The two bases have the same weights; one tensor of a third is another."""
+    """The first two bases have the same weights; the third differs from them in one tensor."""
     assert run_cli("adopt", adapter, "-o", tmp_path / "ours", "--base", llama, "--threads", threads).code == 0
     from safetensors.torch import load_file, save_file
 

@@ -1,4 +1,4 @@
-"""A chat template that a run is given goes wherever the adapter goes."""
+"""``--chat-template``: the given template is used in training and saved with the adapter and all that it becomes."""
 
 import json
 import re
@@ -38,7 +38,7 @@ def train(base, rows, name, *more):
             "--device", "cpu", *more]  # fmt: skip
 
 
-def test_samples_are_what_transformers_makes_with_it(run_cli, untemplated, rows):
+def test_samples_with_a_given_template_equal_those_of_transformers(run_cli, untemplated, rows):
     given = train(untemplated, rows, "a", "--chat-template", rows.parent / "mine.jinja", "--show-batch", "--json")
     (shown, *_) = json.loads(run_cli(*given).stdout)["samples"]
     tokenizer = AutoTokenizer.from_pretrained(untemplated)
@@ -50,7 +50,7 @@ def test_samples_are_what_transformers_makes_with_it(run_cli, untemplated, rows)
     assert learned.strip() == ROWS[number]["messages"][1]["content"] + "<|im_end|>"
 
 
-def test_it_lies_beside_the_adapter_and_is_taken_from_there(run_cli, untemplated, rows, tmp_path):
+def test_a_given_template_is_saved_with_the_adapter_and_used_by_later_commands(run_cli, untemplated, rows, tmp_path):
     mine = tmp_path / "mine.jinja"
     done = run_cli(*train(untemplated, rows, "a", "--chat-template", mine))
     assert done.code == 0, done.stderr
@@ -77,13 +77,13 @@ def test_it_lies_beside_the_adapter_and_is_taken_from_there(run_cli, untemplated
     assert (tmp_path / "b/chat_template.jinja").read_text() == TEMPLATE
 
 
-def test_the_bases_own_is_not_written_twice(run_cli, llama, rows):
+def test_a_template_equal_to_the_bases_is_not_saved_again(run_cli, llama, rows):
     done = run_cli(*train(llama, rows, "a", "--chat-template", llama / "chat_template.jinja"))
     assert (done.code, "template" in done.stdout) == (0, False)
     assert not (rows.parent / "a/chat_template.jinja").exists()
 
 
-def test_a_checkpoint_that_is_trained_whole_has_it_instead_of_the_bases(run_cli, llama, rows):
+def test_full_training_saves_the_given_template_instead_of_the_bases(run_cli, llama, rows):
     given = train(llama, rows, "full", "--method", "full", "--chat-template", rows.parent / "mine.jinja")
     done = run_cli(*given)
     assert done.code == 0, done.stderr
@@ -91,8 +91,8 @@ def test_a_checkpoint_that_is_trained_whole_has_it_instead_of_the_bases(run_cli,
     assert run_cli("verify", rows.parent / "full").code == 0
 
 
-def test_a_run_does_not_go_on_with_another(untemplated, rows, tmp_path):
-    """Even if it makes the same samples: the result has it."""
+def test_a_different_template_changes_the_identity_of_a_run(untemplated, rows, tmp_path):
+    """Even if the samples are the same, since the template is saved with the result."""
     other, same = tmp_path / "other.jinja", tmp_path / "same.jinja"
     other.write_text(TEMPLATE + "{# the same samples #}")
     same.write_text(TEMPLATE)
@@ -106,7 +106,7 @@ def test_a_run_does_not_go_on_with_another(untemplated, rows, tmp_path):
     assert [name for name in found[0] if found[0][name] != found[2][name]] == ["chat_template"]
 
 
-def test_a_file_that_held_the_bases_template_is_not_left_beside_another(run_cli, untemplated, rows, tmp_path):
+def test_full_training_with_a_given_template_drops_the_bases_chat_template_json(run_cli, untemplated, rows, tmp_path):
     (untemplated / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages }}"}))
     given = train(untemplated, rows, "full", "--method", "full", "--chat-template", tmp_path / "mine.jinja")
     assert run_cli(*given).code == 0
@@ -118,7 +118,7 @@ def templates_of(folder):
     return AutoTokenizer.from_pretrained(folder).chat_template
 
 
-def test_a_template_for_tools_goes_with_the_one_beside_it_and_with_no_other(run_cli, llama, rows, tmp_path):
+def test_a_tool_template_is_kept_with_its_default_template_and_dropped_with_it(run_cli, llama, rows, tmp_path):
     named = AutoTokenizer.from_pretrained(llama)
     named.chat_template = {
         "default": named.chat_template,
@@ -133,7 +133,7 @@ def test_a_template_for_tools_goes_with_the_one_beside_it_and_with_no_other(run_
     assert run_cli(*train(llama, rows, "refused")).code == 5, "the base's own knows of no tools"
     (tmp_path / "plain.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
     assert run_cli(*train(llama, tmp_path / "plain.jsonl", "a")).code == 0
-    for path in (tmp_path / "named").rglob("*.*"):  # as other trainers leave them beside an adapter
+    for path in (tmp_path / "named").rglob("*.*"):  # as other trainers save them with an adapter
         target = tmp_path / "a" / path.relative_to(tmp_path / "named")
         target.parent.mkdir(exist_ok=True)
         shutil.copy(path, target)
@@ -156,7 +156,9 @@ def test_a_template_for_tools_goes_with_the_one_beside_it_and_with_no_other(run_
     assert [templates_of(tmp_path / name) for name in ("d", "full", "e")] == [TEMPLATE] * 3
 
 
-def test_without_one_and_with_an_end_that_nobody_stops_at_the_report_says_so(run_cli, untemplated, rows, tmp_path):
+def test_the_report_notes_a_missing_template_and_end_tokens_that_do_not_stop_generation(
+    run_cli, untemplated, rows, tmp_path
+):
     plain = run_cli(*train(untemplated, rows, "a", "--dry-run")).stdout
     assert "none: messages are joined as plain lines" in plain
     assert "end token" not in plain
@@ -164,7 +166,7 @@ def test_without_one_and_with_an_end_that_nobody_stops_at_the_report_says_so(run
     told = run_cli(*train(untemplated, rows, "a", "--dry-run", "--chat-template", tmp_path / "mine.jinja")).stdout
     assert "answers end with <|im_end|>, which the base's generation_config.json does not name" in told
     assert "the model has none" not in told
-    (untemplated / "generation_config.json").unlink()  # then config.json counts, as in transformers
+    (untemplated / "generation_config.json").unlink()  # then config.json is used, as in transformers
     config = json.loads((untemplated / "config.json").read_text())
     end = AutoTokenizer.from_pretrained(untemplated).convert_tokens_to_ids("<|im_end|>")
     for named, is_told in ((end, False), ([0, end], False), (0, True), (None, True)):
@@ -173,7 +175,7 @@ def test_without_one_and_with_an_end_that_nobody_stops_at_the_report_says_so(run
         assert ("end token" in said) == is_told
 
 
-def test_a_template_in_the_folder_that_is_replaced_is_not_lost(run_cli, untemplated, rows, tmp_path):
+def test_a_template_in_the_folder_to_be_replaced_is_not_lost(run_cli, untemplated, rows, tmp_path):
     assert run_cli(*train(untemplated, rows, "a", "--chat-template", tmp_path / "mine.jinja")).code == 0
     mine = tmp_path / "a/chat_template.jinja"
     done = run_cli(*train(untemplated, rows, "a", "--chat-template", mine, "--force"))
@@ -181,7 +183,7 @@ def test_a_template_in_the_folder_that_is_replaced_is_not_lost(run_cli, untempla
     assert mine.read_text() == TEMPLATE
 
 
-def test_a_byte_order_mark_is_in_no_sample(run_cli, untemplated, rows, tmp_path):
+def test_a_byte_order_mark_of_the_template_does_not_reach_the_samples(run_cli, untemplated, rows, tmp_path):
     marked = tmp_path / "marked.jinja"
     marked.write_bytes(b"\xef\xbb\xbf" + TEMPLATE.encode())
     shown = [
@@ -191,8 +193,8 @@ def test_a_byte_order_mark_is_in_no_sample(run_cli, untemplated, rows, tmp_path)
     assert shown[0] == shown[1] != ""
 
 
-def test_an_end_token_that_is_only_the_tokenizers_is_named_too(run_cli, untemplated, rows, tmp_path):
-    """It comes after an answer where no template puts one, and where there is no template."""
+def test_an_end_token_known_only_from_the_tokenizer_is_reported(run_cli, untemplated, rows, tmp_path):
+    """It is appended to answers if the template appends none, and if there is no template."""
     (untemplated / "generation_config.json").write_text('{"eos_token_id": 0}')
     (tmp_path / "open.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
     for more in ((), ("--chat-template", tmp_path / "open.jinja")):
@@ -200,8 +202,8 @@ def test_an_end_token_that_is_only_the_tokenizers_is_named_too(run_cli, untempla
         assert "answers end with <|im_end|>, which the base's" in said
 
 
-def test_a_configuration_with_infinities_is_no_obstacle(run_cli, llama, copy_of, rows, tmp_path):
-    """Mamba's have them."""
+def test_configurations_that_contain_infinity_are_accepted(run_cli, llama, copy_of, rows, tmp_path):
+    """As those of Mamba models do."""
     base = copy_of(llama, "base")
     config = (base / "config.json").read_text().rstrip().removesuffix("}") + ', "time_step_limit": [0.0, Infinity]}'
     (base / "config.json").write_text(config)
@@ -224,7 +226,7 @@ def trained(run_cli, untemplated, rows, tmp_path):
     [TEMPLATE, [{"name": "rag", "template": "x"}, {"name": "default", "template": TEMPLATE}]],
     ids=["one", "named"],
 )
-def test_a_template_in_a_tokenizers_configuration_counts_everywhere(
+def test_a_template_in_the_adapters_tokenizer_config_is_used_by_all_commands(
     run_cli, untemplated, rows, trained, tmp_path, kept
 ):
     (trained / "tokenizer_config.json").write_text(json.dumps({"chat_template": kept}))
@@ -236,7 +238,7 @@ def test_a_template_in_a_tokenizers_configuration_counts_everywhere(
     assert AutoTokenizer.from_pretrained(tmp_path / "m").chat_template == TEMPLATE
 
 
-def test_merge_keeps_a_template_as_it_is_and_whoever_asks_refuses_one_that_is_none(
+def test_merge_copies_an_invalid_template_unchanged_and_evaluate_refuses_it(
     run_cli, untemplated, rows, trained, tmp_path
 ):
     (trained / "chat_template.jinja").write_bytes(b"\xef\xbb\xbf{% broken")
@@ -246,13 +248,13 @@ def test_merge_keeps_a_template_as_it_is_and_whoever_asks_refuses_one_that_is_no
     assert (tmp_path / "m/chat_template.jinja").read_bytes() == b"\xef\xbb\xbf{% broken"
 
 
-def test_a_list_of_what_are_no_templates_is_refused_by_who_asks(run_cli, untemplated, rows, trained):
+def test_evaluate_refuses_a_template_list_with_invalid_entries(run_cli, untemplated, rows, trained):
     (trained / "tokenizer_config.json").write_text('{"chat_template": ["{% for"]}')
     asked = run_cli("evaluate", "--base", untemplated, "--adapter", trained, "--data", rows, "--device", "cpu")
     assert (asked.code, "invalid chat template" in asked.stderr) == (5, True)
 
 
-def test_a_tokenizer_beside_an_adapter_is_the_one_that_counts(run_cli, untemplated, rows, trained, tmp_path):
+def test_the_adapters_tokenizer_takes_precedence_over_the_bases(run_cli, untemplated, rows, trained, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(untemplated)
     tokenizer.add_special_tokens({"additional_special_tokens": ["[user]"]})  # one token, where the base's has several
     tokenizer.chat_template = TEMPLATE
@@ -266,7 +268,7 @@ def test_a_tokenizer_beside_an_adapter_is_the_one_that_counts(run_cli, untemplat
         assert str(len(tokenizer) - 1) in done.stderr
 
 
-def test_extract_takes_the_end_token_along(run_cli, untemplated, rows, tmp_path):
+def test_extract_copies_the_template_and_the_end_token(run_cli, untemplated, rows, tmp_path):
     (untemplated / "generation_config.json").write_text('{"eos_token_id": 0}')
     assert run_cli(*train(untemplated, rows, "a", "--chat-template", tmp_path / "mine.jinja")).code == 0
     assert run_cli("merge", untemplated, tmp_path / "a", "-o", tmp_path / "m").code == 0
@@ -278,8 +280,8 @@ def test_extract_takes_the_end_token_along(run_cli, untemplated, rows, tmp_path)
     assert (tmp_path / "again/generation_config.json").read_bytes() == made.read_bytes()
 
 
-def test_all_models_of_a_table_get_the_same_questions(run_cli, untemplated, rows, tmp_path):
-    """Also where the template of one leaves less room for them."""
+def test_all_compared_models_get_the_same_questions(run_cli, untemplated, rows, tmp_path):
+    """Even if the template of one of them leaves less room for questions."""
     long = tmp_path / "long.jinja"
     long.write_text("[" * 60 + TEMPLATE)
     assert run_cli(*train(untemplated, rows, "a", "--chat-template", long)).code == 0
@@ -297,7 +299,7 @@ def test_all_models_of_a_table_get_the_same_questions(run_cli, untemplated, rows
 
 
 @pytest.mark.parametrize("has_config", [True, False])
-def test_what_is_made_names_the_end_of_its_answers_and_the_base_has_its_own_back(
+def test_results_declare_their_end_token_and_unmerge_restores_the_bases_files(
     run_cli, llama, copy_of, rows, tmp_path, has_config
 ):
     base = copy_of(llama, "base")
@@ -339,7 +341,7 @@ def test_what_is_made_names_the_end_of_its_answers_and_the_base_has_its_own_back
         (b"{{ messages[1].content }}", 5, "line 1: the chat template refuses the conversation"),
     ],
 )
-def test_what_is_no_template_is_refused(run_cli, untemplated, rows, tmp_path, content, code, said):
+def test_invalid_template_files_are_refused(run_cli, untemplated, rows, tmp_path, content, code, said):
     path = tmp_path / "bad.jinja"
     if content is not None:
         path.write_bytes(content)

@@ -1,4 +1,4 @@
-"""``adaptkit check`` as a process: exit codes, the table, the document."""
+"""``adaptkit check`` as a process: exit codes, the table, the JSON document."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ def test_the_exit_code_is_the_verdict(run_cli, rslora):
     assert run_cli("check", rslora, "--target", "vllm", "--target", "peft").code == 0
 
 
-def test_the_table_says_what_was_found_what_becomes_of_it_and_what_to_do(run_cli, rslora):
+def test_the_table_lists_each_finding_with_its_effect_and_a_remedy(run_cli, rslora):
     done = run_cli("check", rslora, "--target", "sglang")
     assert done.stderr == ""
     lines = [line.strip() for line in done.stdout.splitlines()]
@@ -30,7 +30,7 @@ def test_the_table_says_what_was_found_what_becomes_of_it_and_what_to_do(run_cli
     assert any("--base" in line for line in lines)
 
 
-def test_the_command_it_names_can_be_run(run_cli, rslora, tmp_path):
+def test_the_suggested_command_fixes_the_finding(run_cli, rslora, tmp_path):
     assert run_cli("resize", rslora, "-o", tmp_path / "out", "--rank", "4").code == 0
     assert run_cli("check", tmp_path / "out").code == 0
 
@@ -46,7 +46,7 @@ def test_the_document_has_every_target(run_cli, rslora, llama):
     assert not any("--base" in text for text in report["unknown"])
 
 
-def test_checkpoints_too(run_cli, llama):
+def test_checkpoints_can_be_checked_too(run_cli, llama):
     done = run_cli("check", llama, "--quiet")
     assert (done.code, done.stdout, done.stderr) == (0, "", "")
 
@@ -55,7 +55,7 @@ def test_help_lists_the_targets(run_cli):
     assert all(name in run_cli("check", "--help").stdout for name in TARGETS)
 
 
-def test_bad_requests(run_cli, llama, rslora, tmp_path):
+def test_bad_requests_fail_with_one_line_and_the_documented_exit_code(run_cli, llama, rslora, tmp_path):
     broken = shutil.copytree(rslora, tmp_path / "broken")
     weights = broken / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -1,4 +1,4 @@
-"""What a shell offers when its user presses Tab; the shell's own part is click's."""
+"""Completions that are offered on Tab; the scripts for each shell are click's."""
 
 import pytest
 from click.shell_completion import ShellComplete
@@ -22,7 +22,7 @@ def offered(words: str) -> list[tuple[str, str]]:
         "train --held-out-data my", "train --chat-template my", "train --tensorboard my", "train -o my", "stack -o my",
     ],
 )  # fmt: skip
-def test_a_path_is_completed_by_the_shell(words):
+def test_paths_are_left_to_the_shell_to_complete(words):
     assert [kind for kind, _ in offered(words)] in (["file"], ["dir"]), words
 
 
@@ -42,5 +42,5 @@ def test_a_path_is_completed_by_the_shell(words):
         ("evaluate --prompt ", ()),
     ],
 )
-def test_what_has_choices_offers_them(words, values):
+def test_options_with_choices_offer_them_and_free_values_offer_nothing(words, values):
     assert offered(words) == [("plain", value) for value in values]

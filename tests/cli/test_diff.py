@@ -1,4 +1,4 @@
-"""The command: what it prints, how it exits, and what it says of input that is no use."""
+"""``adaptkit diff``: its output, its exit codes, and its errors for unusable input."""
 
 import functools
 import json
@@ -31,7 +31,7 @@ def changed(tmp_path_factory, llama):
 
 @pytest.fixture(scope="module")
 def ran(run_cli, adapter, second_adapter, llama, changed):
-    """How each pair is shown, by the pair and the options; every command runs once."""
+    """A function from a pair's name and options to the finished command; each command runs once."""
     pairs = {
         "adapters": (adapter, second_adapter),
         "adapter": (adapter, adapter),
@@ -41,7 +41,7 @@ def ran(run_cli, adapter, second_adapter, llama, changed):
     return functools.cache(lambda pair, *options: run_cli("diff", *pairs[pair], *options))
 
 
-def test_exit_codes_tell_same_from_different_however_it_is_shown(ran):
+def test_exit_codes_tell_same_from_different_in_every_output_mode(ran):
     for options in ((), ("--json",), ("--quiet",)):
         done = ran("adapters", *options)
         assert (done.code, done.stderr) == (1, "")
@@ -49,7 +49,7 @@ def test_exit_codes_tell_same_from_different_however_it_is_shown(ran):
     assert [ran(pair).code for pair in ("adapter", "checkpoint", "checkpoints")] == [0, 0, 1]
 
 
-def test_json_holds_everything_once(ran):
+def test_the_json_document_has_all_modules_tensors_and_config_differences(ran):
     report = json.loads(ran("adapters", "--json").stdout)
     assert (report["kind"], report["same"], len(report["modules"])) == ("adapter", False, 14)
     assert len(report["modules"][-1]["spectra"][0]) == 4
@@ -69,7 +69,7 @@ def rows(done):
     return found
 
 
-def test_the_table_of_adapters_is_totals_then_the_most_different_modules(ran):
+def test_the_adapter_table_shows_totals_and_the_most_different_modules(ran):
     table, report = rows(ran("adapters")), json.loads(ran("adapters", "--json").stdout)
     assert table["adapters"] == "different"
     assert table["modules"] == "14 of rank 4 and 6 of rank 2"
@@ -88,7 +88,7 @@ def test_the_table_of_adapters_is_totals_then_the_most_different_modules(ran):
     assert not [label for label in same if label.startswith("model.")]
 
 
-def test_the_table_of_adapters_tells_what_is_no_low_rank_change(run_cli, made, tmp_path):
+def test_the_adapter_table_lists_differences_in_tensors_other_than_low_rank_pairs(run_cli, made, tmp_path):
     folder = peft_adapters.make(made, "dora").adapter
     twin = shutil.copytree(folder, tmp_path / "twin")
     peft_adapters.change_tensors(twin, lambda t: [v.mul_(2) for k, v in t.items() if "magnitude" in k and ".0." in k])
@@ -98,7 +98,7 @@ def test_the_table_of_adapters_tells_what_is_no_low_rank_change(run_cli, made, t
     assert "DoRA" in table["remark"]
 
 
-def test_the_table_of_checkpoints_says_what_differs(ran):
+def test_the_checkpoint_table_lists_differences(ran):
     table = rows(ran("checkpoints"))
     assert table["checkpoints"] == "different"
     assert table["tensors"].endswith(", 1 differ")
@@ -108,7 +108,7 @@ def test_the_table_of_checkpoints_says_what_differs(ran):
     assert list(rows(ran("checkpoint"))) == ["checkpoints", "tensors", "fingerprints"]
 
 
-def test_what_was_read_and_what_was_believed_is_told(run_cli, llama, tmp_path):
+def test_the_table_says_which_fingerprints_were_computed_and_which_taken_from_a_manifest(run_cli, llama, tmp_path):
     quantize(llama, tmp_path / "nf4", QuantizeOptions())
     table = rows(run_cli("diff", tmp_path / "nf4", tmp_path / "nf4"))
     assert (table["checkpoints"], "--recompute" in table["fingerprints"]) == ("the same", True)
@@ -119,7 +119,7 @@ def test_what_was_read_and_what_was_believed_is_told(run_cli, llama, tmp_path):
     assert table["fingerprints"] == "first computed from its bytes; second from its manifest, not read"
 
 
-def test_a_page_is_written_beside_what_is_printed(run_cli, adapter, second_adapter, tmp_path):
+def test_a_page_is_written_in_addition_to_the_printed_output(run_cli, adapter, second_adapter, tmp_path):
     done = run_cli("diff", adapter, second_adapter, "--json", "--html", tmp_path / "page.html")
     assert (done.code, json.loads(done.stdout)["same"]) == (1, False)
     assert "<svg" in (tmp_path / "page.html").read_text()
@@ -161,7 +161,7 @@ PAIRS = {
 
 
 @pytest.mark.parametrize("pair", PAIRS)
-def test_what_cannot_be_compared_is_refused(pair, trouble, adapter, llama):
+def test_unreadable_or_unsupported_input_is_refused_on_either_side(pair, trouble, adapter, llama):
     known = {"adapter": adapter, "llama": llama}
     paths = [known.get(name, trouble / name) for name in pair.split()]
     for first, second in (paths, paths[::-1]):
@@ -172,7 +172,7 @@ def test_what_cannot_be_compared_is_refused(pair, trouble, adapter, llama):
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
-def test_two_kinds_are_refused_in_a_line_and_a_hint(options, run_cli, adapter, llama, tmp_path):
+def test_an_adapter_and_a_checkpoint_are_refused_with_an_error_and_a_hint(options, run_cli, adapter, llama, tmp_path):
     done = run_cli("diff", adapter, llama, "--html", tmp_path / "page.html", *options)
     assert done.code == 2
     assert not (tmp_path / "page.html").exists()
@@ -185,12 +185,12 @@ def test_two_kinds_are_refused_in_a_line_and_a_hint(options, run_cli, adapter, l
         assert hint.startswith("hint: merge the adapter and compare the result")
 
 
-def test_a_page_that_cannot_be_written_is_refused_before_the_work(run_cli, adapter, tmp_path):
+def test_an_unwritable_page_path_is_refused_before_the_comparison(run_cli, adapter, tmp_path):
     done = run_cli("diff", adapter, tmp_path / "absent", "--html", tmp_path / "nowhere" / "page.html")
     assert (done.code, "cannot write a file there" in done.stderr) == (2, True)
 
 
-def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(run_cli, adapter, second_adapter, copy_of, tmp_path):
+def test_a_page_replaces_only_an_earlier_page(run_cli, adapter, second_adapter, copy_of, tmp_path):
     mine = copy_of(adapter)
     config = mine / "adapter_config.json"
     before = config.read_bytes()
@@ -202,7 +202,7 @@ def test_a_page_takes_the_place_of_a_page_and_of_nothing_else(run_cli, adapter, 
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
 
 
-def test_a_difference_that_cannot_be_measured_is_not_said_to_be_none(run_cli, llama, copy_of):
+def test_a_difference_that_cannot_be_measured_is_reported_as_unknown(run_cli, llama, copy_of):
     folder = copy_of(llama)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
@@ -214,14 +214,14 @@ def test_a_difference_that_cannot_be_measured_is_not_said_to_be_none(run_cli, ll
 
 
 def test_an_empty_path_is_not_the_current_folder(run_cli, adapter):
-    """As a variable of the shell that is not set would make it."""
+    """A path is empty, for instance, if it comes from a shell variable that is not set."""
     for arguments in (("diff", adapter, ""), ("plan", "")):
         done = run_cli(*arguments)
         assert done.code == 2
         assert "path is empty" in done.stderr
 
 
-def test_what_is_too_large_for_a_number_is_null_in_the_document(adapter, copy_of, run_cli):
+def test_numbers_too_large_for_a_float_are_null_in_the_document(adapter, copy_of, run_cli):
     huge = copy_of(adapter)
     peft_adapters.change_config(huge, lora_alpha=1e308)
     done = run_cli("diff", adapter, huge, "--json")

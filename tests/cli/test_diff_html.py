@@ -1,4 +1,4 @@
-"""The pages of diff: every number from the report, everything escaped, the same bytes each time, a browser content."""
+"""Pages of ``diff``: numbers as in the report, text escaped, bytes reproducible, no errors in a browser."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ HOSTILE = (
 
 
 class Parsed(HTMLParser):
-    """What a browser makes of a page: tags, attributes, and rows of tables under the heading before them."""
+    """A parsed page: its tags and attributes, and the rows of each table by the heading before it."""
 
     def __init__(self, document: str) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class Parsed(HTMLParser):
 
 
 def figures(document):
-    """The heat maps of a page, in order: the words under each, and what its cells say."""
+    """The heat maps of a page, in order: the caption of each, and the values of its cells."""
     found = []
     for drawn in re.findall(r"<figure>.*?</figure>", document, flags=re.DOTALL):
         cells = dict(title.rsplit(": ", 1) for title in Parsed(drawn).titles)
@@ -91,14 +91,14 @@ def figures(document):
 
 
 def strokes(svg):
-    """The heights of the points of every line in the first colour, in the order in which they are drawn."""
+    """Heights of the points of each line in the first colour, in drawing order."""
     found = re.findall(r'd="([^"]+)" clip-path="[^"]+" style="fill: none;[^"]* stroke: #1f77b4[^"]*"', svg)
     return [[float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", path)] for path in found]
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, llama):
-    """A changed copy of the checkpoint, with another configuration, template and tokenizer."""
+    """A copy of the checkpoint with changed tensors, configuration and chat template."""
     folder = Path(shutil.copytree(llama, tmp_path_factory.mktemp("tuned") / "tuned"))
     tensors = load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
@@ -118,7 +118,7 @@ def reports(adapter, second_adapter, llama, tuned):
     return {"adapters": diff(adapter, second_adapter), "checkpoints": diff(llama, tuned)}
 
 
-def test_every_module_has_a_row_and_cells_with_its_own_numbers(reports):
+def test_every_module_has_a_table_row_and_heat_map_cells_with_its_numbers(reports):
     report = reports["adapters"]
     document = diff_page(report)
     heading, *rows = Parsed(document).tables[f"All {len(report.modules)} modules"]
@@ -166,7 +166,7 @@ def test_spectra_and_angles_are_drawn_for_every_type_of_module(reports):
         assert drawn == pytest.approx([e * drawn[0] / expected[0] for e in expected], rel=1e-2, abs=0.1)
 
 
-def test_groups_have_tables(reports):
+def test_layers_and_module_types_have_tables(reports):
     tables = Parsed(diff_page(reports["adapters"])).tables
     assert [row[0] for row in tables["By layer"][1:]] == ["model.layers.0", "model.layers.1"]
     kinds = {row[0]: row[1] for row in tables["By type of module"][1:]}
@@ -174,7 +174,7 @@ def test_groups_have_tables(reports):
     assert {row[1] for row in tables["Modules in one only"][1:]} == {"first"}
 
 
-def test_every_tensor_that_differs_has_a_row_and_a_cell(reports):
+def test_every_tensor_that_differs_has_a_table_row_and_heat_map_cells(reports):
     report = reports["checkpoints"]
     document = diff_page(report)
     parsed = Parsed(document)
@@ -194,7 +194,7 @@ def test_every_tensor_that_differs_has_a_row_and_a_cell(reports):
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_names_and_values_stay_text(hostile, reports):
+def test_hostile_names_and_values_are_escaped(hostile, reports):
     beside = dataclasses.replace(
         reports["checkpoints"].beside,
         values=(ValueDifference(hostile, hostile, hostile, None),),
@@ -221,7 +221,7 @@ def test_hostile_names_and_values_stay_text(hostile, reports):
 
 
 @pytest.mark.parametrize("kind", ["adapters", "checkpoints"])
-def test_nothing_is_loaded_from_anywhere_and_identifiers_are_unique(kind, reports):
+def test_pages_load_nothing_and_their_identifiers_are_unique(kind, reports):
     document = diff_page(reports[kind])
     parsed = Parsed(document)
     assert not {"link", "img", "image", "iframe", "object", "a"} & set(parsed.tags)
@@ -233,7 +233,7 @@ def test_nothing_is_loaded_from_anywhere_and_identifiers_are_unique(kind, report
     assert len(identifiers) == len(set(identifiers))
 
 
-def test_types_of_two_stacks_with_one_name_keep_their_pictures_apart(reports):
+def test_module_types_with_the_same_name_in_two_stacks_get_separate_figures(reports):
     modules = [m for m in reports["adapters"].modules if m.module.endswith("up_proj")]
     twins = [dataclasses.replace(m, module=f"{stack}.{m.module}") for m in modules for stack in ("encoder", "decoder")]
     document = diff_page(dataclasses.replace(reports["adapters"], modules=tuple(twins)))
@@ -242,14 +242,14 @@ def test_types_of_two_stacks_with_one_name_keep_their_pictures_apart(reports):
     assert "encoder.model" in document
 
 
-def test_the_same_two_give_the_same_page(run_cli, adapter, second_adapter, tmp_path):
+def test_the_same_pair_gives_the_same_page(run_cli, adapter, second_adapter, tmp_path):
     pages = [tmp_path / name for name in ("one.html", "two.html")]
     for seed, page in enumerate(pages):
         assert run_cli("diff", adapter, second_adapter, "--html", page, PYTHONHASHSEED=str(seed)).code == 1
     assert pages[0].read_bytes() == pages[1].read_bytes()
 
 
-def test_little_to_say_makes_a_page_too(adapter, llama, reports):
+def test_empty_and_equal_reports_make_valid_pages(adapter, llama, reports):
     assert "the same" in diff_page(diff(adapter, adapter))
     document = diff_page(diff(llama, llama))
     assert "the same" in document
@@ -258,7 +258,7 @@ def test_little_to_say_makes_a_page_too(adapter, llama, reports):
     assert "<svg" not in diff_page(empty)
 
 
-def test_a_large_model_makes_a_page_that_opens(reports):
+def test_the_page_of_a_large_model_has_all_cells_and_stays_small(reports):
     modules = [m for m in reports["adapters"].modules if m.columns]
     many = tuple(
         dataclasses.replace(m, module=f"model.layers.{layer}.part_{chr(97 + i)}.{'x' * (i // 26)}w")
@@ -305,7 +305,7 @@ document.getElementById("page").onload = function () {
 
 
 def browse(folder, name):
-    """Open a file in headless Chromium: the document that it ends in, and what it logged to its console."""
+    """Open a file in headless Chromium; return the resulting document and the lines of its console."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
     if program is None:
         pytest.skip("no Chromium on this machine")
@@ -316,7 +316,7 @@ def browse(folder, name):
 
 
 @pytest.mark.parametrize("kind", ["adapters", "checkpoints"])
-def test_a_browser_shows_the_page_on_a_phone_and_has_no_complaint(kind, reports, tmp_path):
+def test_a_browser_shows_the_page_at_phone_width_without_console_messages(kind, reports, tmp_path):
     report = reports[kind]
     (tmp_path / "page.html").write_text(diff_page(report), encoding="utf-8")
     (tmp_path / "probe.html").write_text(PROBE)
@@ -335,7 +335,7 @@ def test_a_browser_shows_the_page_on_a_phone_and_has_no_complaint(kind, reports,
     assert found["down"] == pytest.approx(expected[::-1])
 
 
-def test_without_matplotlib_nothing_is_done_and_the_hint_says_what_to_install(adapter, tmp_path):
+def test_without_matplotlib_a_page_is_refused_with_a_hint_and_diff_still_works(adapter, tmp_path):
     code = (
         "import sys\n"
         "sys.modules['matplotlib'] = None\n"
@@ -353,7 +353,7 @@ def test_without_matplotlib_nothing_is_done_and_the_hint_says_what_to_install(ad
     assert done.returncode == 0, done.stderr
 
 
-def test_a_curve_is_the_median_of_its_modules_and_ends_where_they_do():
+def test_a_curve_is_the_median_of_its_modules_and_as_long_as_the_longest():
     numbers = {"layers.0.q": [4.0, 2.0, 1.0], "layers.1.q": [8.0, 2.0, 1.0], "layers.2.q": [6.0, 2.0]}
     lines = {"line": {**numbers, "layers.0.k": [9.0] * 5}}
     (svg,) = curves_by_type(lines, ["layers.*.q"], "x", "y", levels={"layers.*.q": {"line": 4.0}})
@@ -363,7 +363,7 @@ def test_a_curve_is_the_median_of_its_modules_and_ends_where_they_do():
     assert level[0] == level[1] == pytest.approx((y[0] + y[1]) / 2, rel=1e-3), "4 is between 6 and 2"
 
 
-def test_a_logarithmic_curve_ends_where_only_rounding_is_left():
+def test_a_logarithmic_curve_ends_before_values_that_are_only_rounding_errors():
     lines = {"line": {"layers.0.q": [1.0, 0.1, 1e-17], "layers.1.q": [2.0, 0.0, 0.0]}}
     (svg,) = curves_by_type(lines, ["layers.*.q"], "x", "y", logarithmic=True)
     assert [len(heights) for heights in strokes(svg)] == [2]

@@ -1,4 +1,4 @@
-"""``adaptkit evaluate`` on several models: a table, a document, a page, a file of answers; bad input in one line."""
+"""``adaptkit evaluate`` on several models: table, JSON document, page, file of answers, and errors for bad input."""
 
 import json
 import re
@@ -23,7 +23,7 @@ HOSTILE = ("<script>alert(1)</script>", "\"onmouseover='alert(1)'", "</title></s
 
 
 class Parsed(HTMLParser):
-    """The tags of a page, its attributes, and the rows of its tables under the heading before them."""
+    """A parsed page: its tags and attributes, and the rows of each table by the heading before it."""
 
     def __init__(self, document):
         super().__init__()
@@ -56,7 +56,7 @@ class Parsed(HTMLParser):
 
 @pytest.fixture(scope="module")
 def compared(llama, adapter, second_adapter, instructions, made, run_cli):
-    """One run with everything."""
+    """Folder and JSON document of a run that uses every kind of evaluation and output."""
     folder = made / "compared"
     folder.mkdir()
     (folder / "prose.txt").write_text("the rivers in the north are quiet and the metals at night are not. " * 12)
@@ -84,7 +84,7 @@ def comparison_of(first="base", second="adapter"):
     return Comparison(models, (Forgetting(models[1].label, models[0].label, 3.0, 3.1, 20.0, 22.0),))
 
 
-def test_the_document_has_a_report_for_every_model_and_what_was_forgotten(compared, llama, adapter, second_adapter):
+def test_the_document_has_a_report_for_every_model_and_its_forgetting(compared, llama, adapter, second_adapter):
     _, document = compared
     assert [(m["base"], m["adapter"], m["shots"]) for m in document["models"]] == [
         (str(llama), None, 0), (str(llama), None, 1), (str(llama), str(adapter), 0),
@@ -97,8 +97,8 @@ def test_the_document_has_a_report_for_every_model_and_what_was_forgotten(compar
     assert {"bleu", "nist", "meteor", "rouge_l", "cider"} <= document["models"][3]["generated"]["scores"].keys()
 
 
-def test_an_answer_that_the_limit_ended_is_told_from_one_that_the_model_ended(llama, run_cli, tmp_path):
-    """A random model goes on for ever; with every token an end it says nothing."""
+def test_only_answers_cut_at_the_token_limit_are_marked_as_cut(llama, run_cli, tmp_path):
+    """A random model never ends its answer; if every token is an end token, the answer is empty."""
     silent, mute = (shutil.copytree(llama, tmp_path / name) for name in ("silent", "mute"))
     config = json.loads((llama / "config.json").read_text())
     every = {"eos_token_id": list(range(config["vocab_size"]))}
@@ -116,7 +116,7 @@ def test_an_answer_that_the_limit_ended_is_told_from_one_that_the_model_ended(ll
             assert (mark in (tmp_path / "page.html").read_text()) == bool(cut)
 
 
-def test_the_file_of_answers_has_every_model_s_answer_to_every_question(compared, instructions):
+def test_the_answers_file_has_every_models_answer_to_every_question(compared, instructions):
     folder, document = compared
     lines = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
     assert len(lines) == 4 * len(document["models"])
@@ -126,7 +126,7 @@ def test_the_file_of_answers_has_every_model_s_answer_to_every_question(compared
     assert all(set(line["references"]) <= outputs and line["references"] for line in lines)
 
 
-def test_a_file_of_answers_is_replaced_and_no_other(compared, llama, instructions, run_cli, tmp_path):
+def test_only_an_earlier_answers_file_is_replaced(compared, llama, instructions, run_cli, tmp_path):
     folder, _ = compared
     answers, config = tmp_path / "answers.jsonl", tmp_path / "config.json"
     shutil.copy(folder / "answers.jsonl", answers)
@@ -139,7 +139,7 @@ def test_a_file_of_answers_is_replaced_and_no_other(compared, llama, instruction
     assert config.read_bytes() == (llama / "config.json").read_bytes()
 
 
-def test_answers_and_page_are_written_though_nobody_reads_the_table(llama, instructions, tmp_path):
+def test_answers_and_page_are_written_even_if_stdout_cannot_be(llama, instructions, tmp_path):
     answers, page = tmp_path / "answers.jsonl", tmp_path / "page.html"
     command = [sys.executable, "-m", "adaptkit", "evaluate", "--base", llama, "--data", instructions, "--generate"]
     command += ["--samples", "2", "--max-new-tokens", "2", "--samples-file", answers, "--html", page]
@@ -150,7 +150,7 @@ def test_answers_and_page_are_written_though_nobody_reads_the_table(llama, instr
     assert page.read_text().endswith("</html>\n")
 
 
-def test_of_several_processes_the_first_one_tells(llama, instructions, run_cli, tmp_path):
+def test_of_several_processes_only_the_first_prints_and_writes_answers(llama, instructions, run_cli, tmp_path):
     given = ["evaluate", "--base", llama, "--data", instructions, "--generate", "--samples", 1, "--max-new-tokens", 1]
     for rank in ("0", "1"):
         torchrun = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": rank}
@@ -162,7 +162,7 @@ def test_of_several_processes_the_first_one_tells(llama, instructions, run_cli, 
     assert failed.stderr.startswith("process 1: error: ")
 
 
-def test_the_layout_that_is_asked_for_counts(llama, run_cli, tmp_path):
+def test_the_requested_layout_is_used_for_data_and_shots(llama, run_cli, tmp_path):
     (tmp_path / "two.jsonl").write_text(json.dumps({"instruction": "a", "output": "b", "text": "a c b"}) + "\n")
     (tmp_path / "one.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n")
     given = ["evaluate", "--base", llama, "--device", "cpu", "--json", "--generate", "--max-new-tokens", 2]
@@ -174,7 +174,7 @@ def test_the_layout_that_is_asked_for_counts(llama, run_cli, tmp_path):
     assert [model["loss"] for model in both["models"]] == [model["loss"] for model in alone["models"]]
 
 
-def test_the_page_says_what_the_document_says(compared):
+def test_the_page_shows_the_numbers_of_the_document(compared):
     folder, document = compared
     tables = Parsed((folder / "page.html").read_text()).tables
     heading, *rows = tables["Models"]
@@ -186,24 +186,24 @@ def test_the_page_says_what_the_document_says(compared):
         assert row[heading.index("trained")] == ("–" if trained is None else f"{trained:,}")
 
 
-def test_empty_answers_are_counted(compared, llama, copy_of, instructions, run_cli):
+def test_empty_answers_are_counted_and_undefined_scores_are_listed(compared, llama, copy_of, instructions, run_cli):
     folder, document = compared
     said = [json.loads(line)["answer"] for line in (folder / "answers.jsonl").read_text().splitlines()]
     counts = [sum(not answer for answer in said[start : start + 4]) for start in range(0, len(said), 4)]
     assert [model["generated"]["empty"] for model in document["models"]] == counts
-    silent = copy_of(llama)  # ends every answer at once
+    silent = copy_of(llama)  # ends every answer immediately
     stops = list(range(load_tokenizer(silent).vocab_size))
     (silent / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
     for bases in (["--base", silent], ["--base", llama, "--base", silent]):
         done = run_cli("evaluate", *bases, "--data", instructions, "--generate", "--samples", 3)
         assert (done.code, "3 empty answers" in done.stdout) == (0, True)
-    for more in (), ("--compare",):  # what cannot be computed of them is not passed over
+    for more in (), ("--compare",):  # scores that cannot be computed are listed with a reason
         done = run_cli("evaluate", "--base", silent, "--data", instructions, "--generate", "--samples", 1, *more)
         for score in ("NIST", "CIDEr"):
             assert re.search(rf"{score}:? +none: ", done.stdout), done.stdout
 
 
-def test_the_chat_template_gets_the_variables_that_it_got_in_training(llama, copy_of, instructions, run_cli):
+def test_chat_template_variables_are_passed_to_the_template(llama, copy_of, instructions, run_cli):
     model = copy_of(llama)
     template = (model / "chat_template.jinja").read_text()
     (model / "chat_template.jinja").write_text("{% if quick %}Hurry! {% endif %}" + template)
@@ -216,8 +216,8 @@ def test_the_chat_template_gets_the_variables_that_it_got_in_training(llama, cop
     assert (told["loss"], told["text"]) == (quick["loss"], quick["text"])
 
 
-def test_columns_that_are_not_used_and_a_template_that_is_not_there_are_told(llama, copy_of, run_cli, tmp_path):
-    """As in training: a name that is misspelled leaves the context out."""
+def test_unused_columns_and_a_missing_chat_template_are_noted(llama, copy_of, run_cli, tmp_path):
+    """As in training: a misspelled column would otherwise leave out the context silently."""
     bare, rows = copy_of(llama), tmp_path / "rows.jsonl"
     (bare / "chat_template.jinja").unlink()
     rows.write_text(json.dumps({"instruction": "ask", "contxt": "of rivers", "output": "yes"}) + "\n")
@@ -233,8 +233,8 @@ def test_columns_that_are_not_used_and_a_template_that_is_not_there_are_told(lla
     assert not [line for line in told.splitlines() if line.startswith("note")]
 
 
-def test_text_of_other_tokens_is_told(llama, gpt2, copy_of, run_cli, tmp_path):
-    """Even where there are as many: the other tokenizer begins texts with a token."""
+def test_perplexities_over_different_tokens_are_noted(llama, gpt2, copy_of, run_cli, tmp_path):
+    """Even if the vocabularies are equally large: the other tokenizer prepends a token to texts."""
     from tokenizers.processors import TemplateProcessing
 
     other, begin = copy_of(llama), "<|im_start|>"
@@ -250,7 +250,7 @@ def test_text_of_other_tokens_is_told(llama, gpt2, copy_of, run_cli, tmp_path):
         assert ("perplexities of text are over different tokens" in done.stdout) is told
 
 
-def test_the_table_for_people_is_aligned_and_leaves_out_what_nobody_measured(llama, adapter, instructions, run_cli):
+def test_the_table_is_aligned_and_omits_columns_without_measurements(llama, adapter, instructions, run_cli):
     done = run_cli("evaluate", "--base", llama, "--adapter", adapter, "--compare", "--data", instructions)
     assert (done.code, done.stderr) == (0, "")
     heading, first, second = done.stdout.splitlines()[:3]
@@ -260,14 +260,14 @@ def test_the_table_for_people_is_aligned_and_leaves_out_what_nobody_measured(lla
     assert second.startswith("llama + adapter")
 
 
-def test_a_model_whose_end_token_pads_too_brings_no_advice_of_transformers(gpt2, instructions, run_cli):
-    """GPT-2's looks for that token at both ends of its input."""
+def test_an_end_token_that_also_pads_causes_no_warning_of_transformers(gpt2, instructions, run_cli):
+    """GPT-2 in transformers looks for that token at both ends of its input."""
     done = run_cli("evaluate", "--base", gpt2, "--data", instructions, "--text", instructions, "--window", 64)
     assert (done.code, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_names_and_answers_stay_text(hostile):
+def test_hostile_names_and_answers_are_escaped(hostile):
     answers = [Answer(hostile + " + a", ({"role": "user", "content": hostile},), hostile, (hostile,))]
     comparison = Comparison((report_of(hostile, "a"),), ())
     parsed = Parsed(evaluate_page(comparison, answers))
@@ -280,7 +280,7 @@ def test_names_and_answers_stay_text(hostile):
     assert [row[2] for row in said] == [hostile, hostile]
 
 
-def test_models_of_one_name_are_told_apart():
+def test_models_with_the_same_name_are_shown_with_their_paths():
     tables = Parsed(evaluate_page(comparison_of("runs/a/model", "runs/b/model"))).tables
     assert [row[0] for row in tables["Models"][1:]] == ["runs/a/model", "runs/a/model + runs/b/model"]
 
@@ -312,7 +312,7 @@ def test_a_browser_shows_the_page_and_sorts_it(tmp_path):
     assert found["overflow"] <= 0, "a phone scrolls the page sideways"
 
 
-def test_what_cannot_be_measured_is_one_line_with_a_hint_and_a_code(
+def test_bad_requests_end_in_an_error_and_the_documented_exit_code(
     llama, adapter, certified, instructions, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "empty.jsonl").write_text("\n")

@@ -1,4 +1,4 @@
-"""``adaptkit extract`` and ``adaptkit resize`` in a process of their own: what they print, and how they fail."""
+"""``adaptkit extract`` and ``adaptkit resize`` as processes: their output and their errors."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from adaptkit.checkpoint.manifest import require_manifest
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """A base, and a copy with matrices of rank 3 added to its linear layers and other norms."""
+    """A copy of a base with rank-3 matrices added to its linear layers and with scaled norms; and the base."""
     folder = tmp_path_factory.mktemp("pair")
     base = tiny.write_llama(folder / "base", dtype="float32")
     shutil.copytree(base, folder / "tuned")
@@ -33,11 +33,11 @@ def pair(tmp_path_factory):
 
 
 def table(text):
-    """Label -> the rest of its line; further lines of the same entry are left out."""
+    """Label -> the rest of its line; continuation lines are left out."""
     return dict(re.findall(r"^(\S.*?)  +(.*)$", text, re.MULTILINE))
 
 
-def test_extract_says_what_it_kept(run_cli, tmp_path, pair):
+def test_extract_reports_how_much_of_the_change_is_kept(run_cli, tmp_path, pair):
     done = run_cli("extract", *pair, "-o", tmp_path / "out", "--rank", 3)
     assert done.code == 0, done.stderr
     assert done.stderr == ""
@@ -54,7 +54,7 @@ def test_extract_says_what_it_kept(run_cli, tmp_path, pair):
     assert re.match(r"[\d.]+ % model\.layers\.\d\.\S+ \(rank 1; 99 % needs rank 3\)$", low["kept least"])
 
 
-def test_extract_prints_one_document_and_it_is_the_same_for_any_threads(run_cli, tmp_path, pair):
+def test_the_json_document_of_extract_does_not_depend_on_the_number_of_threads(run_cli, tmp_path, pair):
     options = ["--rank", 2, "--only-linear", "--target", "*.q_proj", "--target", "*norm"]
     runs = [run_cli("extract", *pair, "-o", tmp_path / str(n), *options, "--threads", n, "--json") for n in (1, 2)]
     report, other = (json.loads(done.stdout) for done in runs)
@@ -65,7 +65,7 @@ def test_extract_prints_one_document_and_it_is_the_same_for_any_threads(run_cli,
     assert report["left_out_energy"] > 0
 
 
-def test_a_dry_run_of_either_writes_nothing(run_cli, tmp_path, pair, adapter):
+def test_dry_runs_of_extract_and_resize_write_nothing(run_cli, tmp_path, pair, adapter):
     done = run_cli("extract", *pair, "-o", tmp_path / "out", "--rank", 2, "--dry-run")
     assert done.code == 0
     assert table(done.stdout)["would compare"] == "20 tensors, 14 of them weights of linear layers"
@@ -75,7 +75,7 @@ def test_a_dry_run_of_either_writes_nothing(run_cli, tmp_path, pair, adapter):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resize_says_what_it_kept(run_cli, tmp_path, adapter):
+def test_resize_reports_how_much_of_the_norm_is_kept(run_cli, tmp_path, adapter):
     done = run_cli("resize", adapter, "-o", tmp_path / "out", "--rank", 2)
     assert (done.code, done.stderr) == (0, "")
     rows = table(done.stdout)
@@ -125,7 +125,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_ends_in_one_line_a_hint_and_its_exit_code(case, failing, run_cli, tmp_path):
+def test_bad_input_prints_only_an_error_and_hints_and_exits_with_its_code(case, failing, run_cli, tmp_path):
     arguments, code, phrase = failing[case]
     done = run_cli(*arguments, cwd=tmp_path)
     assert done.code == code, done.stderr
@@ -137,5 +137,5 @@ def test_bad_input_ends_in_one_line_a_hint_and_its_exit_code(case, failing, run_
     assert not (tmp_path / "out").exists()
 
 
-def test_every_case_is_run(failing):
+def test_every_case_is_listed(failing):
     assert set(CASES) == set(failing)

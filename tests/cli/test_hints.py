@@ -1,4 +1,4 @@
-"""What commands say where something is not as somebody may think, and what there is to do about it."""
+"""Errors, hints and notes for common mistakes, and for results that may surprise."""
 
 import json
 import re
@@ -18,15 +18,17 @@ def train(base, instructions, output, *more):
             "--steps", 1, *more]  # fmt: skip
 
 
-def test_a_base_among_the_adapters_is_told_where_it_belongs(run_cli, llama, adapter, second_adapter, tmp_path):
+def test_a_base_given_after_the_adapters_gets_a_hint_with_the_right_order(
+    run_cli, llama, adapter, second_adapter, tmp_path
+):
     done = run_cli("merge", adapter, second_adapter, llama, "-o", tmp_path / "out")
     assert (done.code, done.stdout) == (2, "")
     said = f"{adapter} is an adapter and {llama} a checkpoint; the base comes first"
     assert done.stderr == f"error: {said}\nhint: adaptkit merge {llama} {adapter} -o OUT\n"
 
 
-def test_a_merge_that_keeps_little_says_so(run_cli, llama, adapter, tmp_path):
-    """The larger part of a change a thousandth as large is below what bfloat16 can hold."""
+def test_a_merge_that_keeps_little_of_the_change_prints_a_note(run_cli, llama, adapter, tmp_path):
+    """Most of a change scaled by 0.001 is below the precision of bfloat16."""
     for name, weight, little in (("whole", 1, False), ("weak", 0.001, True)):
         done = run_cli("merge", llama, adapter, "-o", tmp_path / name, "--weight", weight)
         assert done.code == 0
@@ -36,7 +38,7 @@ def test_a_merge_that_keeps_little_says_so(run_cli, llama, adapter, tmp_path):
     assert "last place" not in quantized.stdout
 
 
-def test_an_adapter_that_cannot_be_merged_is_known_before_it_is_trained(run_cli, llama, gpt2, instructions, tmp_path):
+def test_training_warns_beforehand_of_adapters_that_cannot_be_merged(run_cli, llama, gpt2, instructions, tmp_path):
     for base, told in ((llama, True), (gpt2, False)):
         asked = train(base, instructions, tmp_path / "trained", "--lora-bias", "--max-length", 64)
         planned = run_cli(*asked, "--dry-run")
@@ -49,7 +51,7 @@ def test_an_adapter_that_cannot_be_merged_is_known_before_it_is_trained(run_cli,
     assert "bias" in refused.stderr
 
 
-def test_a_run_that_is_finished_is_not_said_to_be_in_the_way(run_cli, llama, instructions, tmp_path):
+def test_resuming_a_finished_run_says_that_there_is_nothing_to_resume(run_cli, llama, instructions, tmp_path):
     asked = train(llama, instructions, tmp_path / "trained")
     assert run_cli(*asked).code == 0
     for more in (("--resume",), ("--resume", "--dry-run")):
@@ -60,19 +62,19 @@ def test_a_run_that_is_finished_is_not_said_to_be_in_the_way(run_cli, llama, ins
     assert "already exists" in run_cli(*asked).stderr
 
 
-def test_a_file_of_options_that_is_not_there_has_a_hint(run_cli, tmp_path):
+def test_a_missing_options_file_gets_a_hint(run_cli, tmp_path):
     for command in (("run", "nope.yaml"), ("train", "--config", "nope.yaml", "-o", "out")):
         done = run_cli(*command, cwd=tmp_path)
         assert (done.code, done.stdout) == (2, "")
         assert done.stderr.startswith("error: nope.yaml: No such file or directory\nhint: check the path")
 
 
-def test_a_plan_takes_the_configuration_itself(run_cli, llama):
+def test_plan_accepts_a_config_file_instead_of_a_folder(run_cli, llama):
     of_folder = json.loads(run_cli("plan", llama, "--rank", 2, "--json").stdout)
     assert json.loads(run_cli("plan", llama / "config.json", "--rank", 2, "--json").stdout) == of_folder
 
 
-def test_a_plan_says_where_rows_are_longer_than_the_model_takes(run_cli, llama, gpt2):
+def test_plan_notes_rows_longer_than_the_models_context(run_cli, llama, gpt2):
     for model in (llama, gpt2):
         context = json.loads((model / "config.json").read_text())
         most = context.get("max_position_embeddings") or context["n_positions"]
@@ -85,13 +87,13 @@ def test_a_plan_says_where_rows_are_longer_than_the_model_takes(run_cli, llama, 
     ("typed", "hint"),
     [("quantise", "did you mean 'quantize'?"), ("unmerg", "did you mean 'unmerge'?"), ("xyz", "see adaptkit --help")],
 )
-def test_a_mistyped_command_gets_the_nearest(run_cli, typed, hint):
+def test_a_mistyped_command_gets_the_closest_name_as_a_hint(run_cli, typed, hint):
     done = run_cli(typed, "x")
     assert (done.code, done.stdout) == (2, "")
     assert done.stderr == f"error: unknown command {typed!r}\nhint: {hint}\n"
 
 
-def test_of_names_that_are_equally_near_the_one_that_begins_alike_is_meant(run_cli, tmp_path):
+def test_of_equally_close_names_the_one_with_the_same_beginning_is_suggested(run_cli, tmp_path):
     (tmp_path / "train.yaml").write_text("bas: model")
     done = run_cli("train", "--config", tmp_path / "train.yaml", "-o", tmp_path / "out")
     assert (done.code, done.stderr.splitlines()[1]) == (2, "hint: did you mean 'base'?")
@@ -101,14 +103,14 @@ def test_of_names_that_are_equally_near_the_one_that_begins_alike_is_meant(run_c
     assert closest("xyz", NAMES) is None
 
 
-def test_a_device_that_is_none_is_refused_with_those_that_are(run_cli, llama, instructions, tmp_path):
+def test_an_unknown_device_is_refused_with_the_accepted_ones(run_cli, llama, instructions, tmp_path):
     done = run_cli("evaluate", "--base", llama, "--data", instructions, "--device", "gpu")
     assert (done.code, done.stdout) == (2, "")
     said = "--device: must be auto, cpu, cuda or cuda:N, found 'gpu'"
     assert done.stderr == f"error: {said}\nhint: cuda:1 is the second GPU\n"
 
 
-def test_one_of_something_is_not_called_several(run_cli, llama, llama_sharded, tmp_path):
+def test_a_single_shard_is_counted_in_the_singular(run_cli, llama, llama_sharded, tmp_path):
     assert "(1 shard)\n" in run_cli("quantize", llama, "-o", tmp_path / "one").stdout
     split = run_cli("quantize", llama, "-o", tmp_path / "more", "--max-shard-size", "20kB").stdout
     shards = len(list((tmp_path / "more").glob("*.safetensors")))
@@ -116,7 +118,7 @@ def test_one_of_something_is_not_called_several(run_cli, llama, llama_sharded, t
     assert f"({shards} shards)\n" in split
 
 
-def test_the_help_of_train_names_every_option_that_is_no_key_of_a_file():
+def test_the_help_of_train_names_every_option_that_is_not_a_file_key():
     others = {option.name: max(option.opts, key=len) for option in train_command.params}
     for name in settings(TrainConfig):
         del others[name]
@@ -132,7 +134,9 @@ def test_the_help_of_train_names_every_option_that_is_no_key_of_a_file():
         ("patience", 3, "--patience: needs --eval-every and held-out data"),
     ],
 )
-def test_a_setting_is_called_as_it_was_given(run_cli, instructions, tmp_path, option, value, said):
+def test_errors_name_a_setting_as_the_option_or_key_it_was_given_by(
+    run_cli, instructions, tmp_path, option, value, said
+):
     done = run_cli(
         "train", "--base", "x", "--data", instructions, "-o", tmp_path / "out", f"--{option}".replace("_", "-"), value
     )
@@ -160,19 +164,19 @@ def test_a_setting_is_called_as_it_was_given(run_cli, instructions, tmp_path, op
          "--shard-base: needs several processes, found one"),
     ],
 )  # fmt: skip
-def test_an_option_that_cannot_be_used_is_called_as_it_was_typed(run_cli, llama, instructions, tmp_path, typed, said):
+def test_errors_name_an_unusable_option_as_it_was_typed(run_cli, llama, instructions, tmp_path, typed, said):
     done = run_cli(*typed.format(base=llama, rows=instructions).split(), cwd=tmp_path)
     assert (done.code, done.stderr.splitlines()[0]) == (2, f"error: {said}")
 
 
-def test_a_setting_of_a_file_is_not_called_an_option(run_cli, llama, instructions, tmp_path):
+def test_errors_name_a_setting_of_a_file_as_its_key(run_cli, llama, instructions, tmp_path):
     settings = {"base": str(llama), "data": [str(instructions)], "shard_base": True, "device": "cpu"}
     (tmp_path / "t.json").write_text(json.dumps(settings))
     done = run_cli("train", "--config", tmp_path / "t.json", "-o", tmp_path / "out")
     assert done.stderr.startswith("error: shard_base: needs several processes, found one\n")
 
 
-def test_a_path_that_is_called_as_an_option_is_no_option(run_cli, llama, instructions, tmp_path):
+def test_a_path_named_like_an_option_is_not_renamed_in_errors(run_cli, llama, instructions, tmp_path):
     (tmp_path / "base").symlink_to(llama)
     for output, base, said in (
         ("base", "./base", "base: already exists"),
@@ -182,12 +186,12 @@ def test_a_path_that_is_called_as_an_option_is_no_option(run_cli, llama, instruc
         assert done.stderr.startswith(f"error: {said}\n")
 
 
-def test_a_setting_s_name_in_a_path_stays(run_cli, llama, instructions, tmp_path):
+def test_a_settings_name_within_a_path_is_not_renamed_in_errors(run_cli, llama, instructions, tmp_path):
     data = tmp_path / "max_length" / "page_kib.jsonl"
     done = run_cli("train", "--base", llama, "--data", data, "-o", tmp_path / "out", "--mixture", "x=1")
     assert f"hint: name one of the data: {data}" in done.stderr
 
 
-def test_an_option_of_train_that_is_not_given_is_named(run_cli, instructions):
+def test_a_missing_required_option_of_train_is_named(run_cli, instructions):
     done = run_cli("train", "--data", instructions, "-o", "out")
     assert done.stderr == "error: --base is missing\nhint: give --base, or a --config FILE with base\n"

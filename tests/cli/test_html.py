@@ -1,4 +1,4 @@
-"""Pages: everything escaped, every number from the report, the same bytes each time, and a browser that is content."""
+"""Pages of ``quantize`` and their parts: numbers as in the report, text escaped, bytes reproducible."""
 
 import dataclasses
 import json
@@ -35,7 +35,7 @@ MODULES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj
 
 
 class Parsed(HTMLParser):
-    """What a browser makes of a page: the tags, the attributes, and the text by kind of element."""
+    """A parsed page: its tags and attributes, and its text by kind of element."""
 
     def __init__(self, document: str) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def tensor(name, error=0.09, weighted=None, bits=4.127, shape=(64, 128), kept=""
 
 
 def report_of(tensors):
-    """A report on these tensors, its sums computed from them."""
+    """A report on these tensors, with sums computed from them."""
     encoded = [t for t in tensors if t.format]
     reasons = [t.kept_because for t in tensors if t.kept_because]
     return QuantizeReport(
@@ -112,7 +112,7 @@ def report_of(tensors):
 
 
 def model(layers=3, modules=MODULES, **options):
-    """A report on an ordinary model; no two errors are alike."""
+    """A report on an ordinary model; all errors are different."""
     tensors = [tensor("model.embed_tokens.weight", kept="embedding")]
     for layer in range(layers):
         tensors += [
@@ -124,11 +124,11 @@ def model(layers=3, modules=MODULES, **options):
 
 
 def cells(document):
-    """Tooltips of the heat maps: where -> what."""
+    """Tooltips of the heat maps: tensor -> value."""
     return dict(title.rsplit(": ", 1) for title in Parsed(document).titles[1:])
 
 
-def test_the_table_has_a_row_for_every_tensor_with_its_own_numbers():
+def test_the_table_has_a_row_for_every_tensor_with_its_numbers():
     report = model(weighted=0.05)
     parsed = Parsed(quantize_page(report))
     heading, *rows = parsed.tables[-1]
@@ -147,7 +147,7 @@ def test_the_table_has_a_row_for_every_tensor_with_its_own_numbers():
         assert rows[index - 1][heading.index("format")] == (t.format or f"kept: {t.kept_because}")
 
 
-def test_every_cell_of_the_heat_map_says_its_tensor_and_value():
+def test_every_heat_map_cell_names_its_tensor_and_value():
     report = model()
     said = cells(quantize_page(report))
     for t in report.tensors:
@@ -157,7 +157,7 @@ def test_every_cell_of_the_heat_map_says_its_tensor_and_value():
     assert not said, "cells that no tensor stands for"
 
 
-def test_colours_follow_the_values():
+def test_heat_map_colours_brighten_with_the_values():
     document = quantize_page(model(layers=8))
     found = re.findall(r'class="cell" d="[^"]+" fill="(#[0-9a-f]{6})"><title>[^<]*: ([0-9.]+)</title>', document)
     assert len(found) == 8 * len(MODULES)
@@ -185,19 +185,19 @@ def test_the_summary_and_the_ten_worst_come_from_the_report():
     assert [row[0] for row in parsed.tables[0][1:]] == [t.name for t in worst]
 
 
-def test_the_worst_are_chosen_by_the_weighted_error_where_there_is_one():
+def test_the_worst_tensors_are_chosen_by_the_weighted_error_if_known():
     tensors = [tensor(f"h.{i}.w", error=0.1 + i / 1000, weighted=0.2 - i / 1000) for i in range(12)]
     parsed = Parsed(quantize_page(report_of(tensors)))
     assert [row[0] for row in parsed.tables[0][1:]] == [f"h.{i}.w" for i in range(10)]
 
 
-def test_what_was_kept_is_counted_by_reason_and_named_once_for_all_layers():
+def test_unquantized_tensors_are_counted_by_reason_and_named_once_for_all_layers():
     kept = {row[0]: row[1:] for row in Parsed(quantize_page(model(layers=12))).tables[1][1:]}
     assert kept["norm"] == ["12", "1.5 kB", "model.layers.*.input_layernorm.weight"]
     assert kept["embedding"][::2] == ["1", "model.embed_tokens.weight"]
 
 
-def test_bits_get_a_picture_only_where_they_differ():
+def test_bits_get_a_figure_only_if_they_differ():
     plain, mixed = model(), model(layers=2)
     first, *others = (t for t in mixed.tensors)
     spent = tensor("model.layers.5.mlp.up_proj.weight", kept="budget")
@@ -208,7 +208,7 @@ def test_bits_get_a_picture_only_where_they_differ():
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_names_stay_text(hostile):
+def test_hostile_names_are_escaped(hostile):
     tensors = [tensor(f"model.layers.0.{hostile}.weight"), tensor(hostile), tensor(f"{hostile}.norm", kept=hostile)]
     document = quantize_page(report_of(tensors))
     parsed, tame = Parsed(document), Parsed(quantize_page(report_of([tensor("model.layers.0.a.weight"), tensor("b")])))
@@ -220,7 +220,7 @@ def test_hostile_names_stay_text(hostile):
     assert not [name for name, _ in parsed.attributes if name.startswith("on")]
 
 
-def test_characters_that_utf8_or_xml_cannot_hold_are_spelt_out():
+def test_characters_invalid_in_utf8_or_xml_are_written_as_escapes():
     document = quantize_page(report_of([tensor("model.layers.0.a\x00b\ud800c\x1b.weight")]))
     document.encode()
     assert "model.layers.0.a\\x00b\\ud800c\\x1b.weight" in [row[0] for row in Parsed(document).tables[-1]]
@@ -228,7 +228,7 @@ def test_characters_that_utf8_or_xml_cannot_hold_are_spelt_out():
         ElementTree.fromstring(svg)
 
 
-def test_parts_escape_what_they_are_given():
+def test_parts_escape_their_text():
     evil = "<i>&'\""
     made = [
         page(evil), section(evil, paragraph(evil)), facts([(evil, evil)]), table([evil], [[evil]]),
@@ -237,12 +237,12 @@ def test_parts_escape_what_they_are_given():
     assert all("<i>" not in part and str(text(evil)) in part for part in made)
 
 
-def test_a_row_of_another_length_is_no_table():
+def test_a_table_row_of_a_different_length_is_refused():
     with pytest.raises(ValueError, match="another length"):
         table(["a", "b"], [["1"]])
 
 
-def test_nothing_is_loaded_from_anywhere():
+def test_pages_load_nothing():
     document = quantize_page(model(weighted=0.05))
     parsed = Parsed(document)
     assert not {"link", "img", "image", "iframe", "object", "a"} & set(parsed.tags)
@@ -251,7 +251,7 @@ def test_nothing_is_loaded_from_anywhere():
     assert not re.search(r"url\((?!#)", document)
 
 
-def test_the_same_report_gives_the_same_bytes_whatever_the_user_has_set(tmp_path):
+def test_page_bytes_depend_on_neither_hash_seed_nor_matplotlibrc(tmp_path):
     code = (
         "import hashlib, runpy, sys\n"
         "there = runpy.run_path(sys.argv[1])\n"
@@ -269,13 +269,13 @@ def test_the_same_report_gives_the_same_bytes_whatever_the_user_has_set(tmp_path
     assert len(seen.pop().strip()) == 64
 
 
-def test_identifiers_of_a_page_with_several_pictures_are_unique():
+def test_identifiers_on_a_page_with_several_figures_are_unique():
     found = [v for k, v in Parsed(quantize_page(model(weighted=0.05))).attributes if k == "id"]
     assert found
     assert len(found) == len(set(found))
 
 
-def test_without_matplotlib_the_hint_says_what_to_install(tmp_path):
+def test_without_matplotlib_the_hint_names_the_package_to_install(tmp_path):
     code = (
         "import sys, pathlib\n"
         "sys.modules['matplotlib'] = None\n"
@@ -292,7 +292,7 @@ def test_without_matplotlib_the_hint_says_what_to_install(tmp_path):
     assert "needs matplotlib" in done.stdout
 
 
-def test_where_no_page_can_be_written_is_found_out_before_the_work(tmp_path):
+def test_unwritable_page_paths_are_refused_before_the_work(tmp_path):
     prepare(tmp_path / "page.html")
     for path in (tmp_path, tmp_path / "absent" / "page.html"):
         with pytest.raises(UsageError, match="cannot write a file there"):
@@ -302,7 +302,7 @@ def test_where_no_page_can_be_written_is_found_out_before_the_work(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_report_is_written_whole_or_not_at_all(tmp_path):
+def test_a_report_is_written_completely_or_not_at_all(tmp_path):
     (tmp_path / "report").write_text("old")
     (tmp_path / "link").symlink_to("report")
     write_whole(tmp_path / "link", "new")
@@ -349,12 +349,12 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path):
         ("layer１.²", ("", 0, "layer１.²")),
     ],
 )
-def test_places(name, expected):
+def test_stack_layer_and_module_are_parsed_from_tensor_names(name, expected):
     where = place(name)
     assert (where.stack, where.layer, where.module) == expected
 
 
-def test_experts_share_a_cell_that_holds_their_mean():
+def test_experts_share_a_cell_with_their_mean():
     errors = {f"model.layers.1.experts.{e}.w1.weight": e / 10 for e in range(5)}
     (grid,) = grids(errors)
     (entry,) = grid.entries.values()
@@ -363,7 +363,7 @@ def test_experts_share_a_cell_that_holds_their_mean():
     assert cells(document)["model.layers.1 experts.*.w1"] == "20.0 (mean of 5, at most 40.0)"
 
 
-def test_rows_are_in_numeric_order_and_stacks_apart():
+def test_rows_are_in_numeric_order_and_stacks_are_separate():
     names = [f"{stack}.{n}.q.weight" for stack in ("encoder.layers", "decoder.layers") for n in (10, 2, 0)]
     made = grids(dict.fromkeys([*names, "lm_head.weight"], 1.0))
     assert [(grid.stack, grid.rows) for grid in made] == [
@@ -371,7 +371,7 @@ def test_rows_are_in_numeric_order_and_stacks_apart():
     ]  # fmt: skip
 
 
-def test_names_without_a_layer_are_drawn_as_rows_and_those_left_out_are_counted():
+def test_names_without_a_layer_become_rows_and_omitted_ones_are_counted():
     report = report_of([tensor(f"block_{chr(97 + i % 26)}{i // 26 * 'x'}", 0.05 + i / 1000) for i in range(60)])
     document = quantize_page(report)
     largest = sorted(report.tensors, key=lambda t: -t.relative_error)[:48]
@@ -380,12 +380,12 @@ def test_names_without_a_layer_are_drawn_as_rows_and_those_left_out_are_counted(
 
 
 @pytest.mark.parametrize("tensors", [[], [tensor("n.weight", kept="norm")], [tensor("model.layers.0.q.weight", 0.0)]])
-def test_a_report_with_little_in_it_is_a_page_too(tensors):
+def test_reports_with_few_tensors_make_valid_pages(tensors):
     document = quantize_page(report_of(tensors))
     assert len(Parsed(document).tables[-1]) == 1 + len(tensors)
 
 
-def test_a_dry_run_has_no_error_and_no_picture():
+def test_the_page_of_a_dry_run_has_no_figures():
     planned = TensorReport("model.layers.0.q.weight", (64, 64), "nf4", 4.127, 8192, 2113)
     document = quantize_page(report_of([planned]))
     assert "<svg" not in document
@@ -398,7 +398,7 @@ def test_a_large_model_makes_a_small_page():
     assert len(document.encode()) < 1_000_000
 
 
-def test_curves_name_every_line_and_keep_to_the_ink_of_the_page():
+def test_curves_label_every_line_and_use_the_text_colour_of_the_page():
     names = ["train", "_hidden", "$x_1$"]
     svg = figures.curves({name: [(1, 2.0), (2, 0.5)] for name in names}, "step", "loss", logarithmic=True)
     shown = [element.text for element in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
@@ -408,7 +408,7 @@ def test_curves_name_every_line_and_keep_to_the_ink_of_the_page():
     assert not [t for t in shown if "mathdefault" in (t or "")]
 
 
-def test_a_histogram_counts_everything():
+def test_a_histogram_counts_all_values():
     svg = figures.histogram([1.0, 1.0, 2.0], "error", "tensors")
     bars = re.findall(r'd="M [\d.]+ ([\d.]+) +L [\d.]+ [\d.]+ +L [\d.]+ ([\d.]+) [^"]+"[^>]*fill: #3b6fb6', svg)
     heights = sorted(float(bottom) - float(top) for bottom, top in bars)
@@ -441,7 +441,7 @@ document.getElementById("page").onload = function () {
 
 
 def browse(folder, name):
-    """Open a file in headless Chromium: the document that it ends in, and what it logged to its console."""
+    """Open a file in headless Chromium; return the resulting document and the lines of its console."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
     if program is None:
         pytest.skip("no Chromium on this machine")
@@ -451,7 +451,7 @@ def browse(folder, name):
     return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
-def test_a_browser_shows_the_page_sorts_its_table_and_has_no_complaint(tmp_path):
+def test_a_browser_shows_the_page_and_sorts_its_table_without_console_messages(tmp_path):
     report = model(layers=12)
     write_whole(tmp_path / "page.html", quantize_page(report))
     (tmp_path / "probe.html").write_text(PROBE)
@@ -468,8 +468,8 @@ def test_a_browser_shows_the_page_sorts_its_table_and_has_no_complaint(tmp_path)
     assert [v and float(v) for v in found["down"]] == pytest.approx([*errors[::-1], *unknown])
 
 
-def test_a_browser_refuses_scripts_that_are_not_the_page_s_own(tmp_path):
-    """The second line of defence, and the proof that the test above would see a complaint."""
+def test_a_browser_blocks_scripts_and_images_that_are_not_the_pages_own(tmp_path):
+    """The second line of defence; it also shows that console messages would be seen by the test above."""
     intruder = Html('<script>document.title = "taken over"</script><img src="https://example.invalid/x.png">')
     write_whole(tmp_path / "page.html", page("safe", intruder))
     document, console = browse(tmp_path, "page.html")
@@ -477,7 +477,7 @@ def test_a_browser_refuses_scripts_that_are_not_the_page_s_own(tmp_path):
     assert sum("Content Security Policy" in line for line in console) == 2
 
 
-def test_what_a_budget_bought_is_listed_in_its_order():
+def test_upgrades_are_listed_in_their_order():
     upgrades = (
         Upgrade("model.layers.3.mlp.up_proj", "blocks of 32", 2048, 0.5),
         Upgrade("x.<y>", "16 bits", 4096, 0.25),

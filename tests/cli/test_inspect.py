@@ -1,4 +1,4 @@
-"""``adaptkit inspect`` as a process: the table is short, the document has all."""
+"""``adaptkit inspect`` as a process: the table is short, the JSON document is complete."""
 
 import json
 
@@ -12,11 +12,11 @@ def folder(made):
 
 
 def table(done):
-    """The first word of every label -> the value."""
+    """Label -> value of each line."""
     return {line[:25].strip(): line[25:].strip() for line in done.stdout.splitlines()}
 
 
-def test_the_table_of_an_adapter_that_does_everything(run_cli, folder):
+def test_the_table_of_an_adapter_with_every_feature_is_short(run_cli, folder):
     done = run_cli("inspect", folder)
     assert (done.code, done.stderr) == (0, "")
     rows = table(done)
@@ -30,14 +30,14 @@ def test_the_table_of_an_adapter_that_does_everything(run_cli, folder):
     assert len(rows) < 20
 
 
-def test_the_document_has_what_the_table_leaves_out(run_cli, folder):
+def test_the_document_has_what_the_table_omits(run_cli, folder):
     details = json.loads(run_cli("inspect", folder, "--json").stdout)["details"]
     assert details["expert_stacks"] is None
     assert details["replaced_rows"] == {"model.embed_tokens": 3}
     assert details["rslora"] is True
 
 
-def test_what_cannot_be_read_is_one_line(run_cli, llama, tmp_path):
+def test_an_unsupported_adapter_is_refused_with_an_error(run_cli, llama, tmp_path):
     done = run_cli("inspect", peft_adapters.write_refused(tmp_path / "ia3", "IA3", llama))
     assert (done.code, done.stdout) == (5, "")
     assert done.stderr.startswith("error: ")

@@ -35,7 +35,7 @@ def test_help_imports_neither_torch_nor_the_hub(arguments):
     assert "Usage: adaptkit" in done.stdout
 
 
-def test_only_what_is_there_for_good_is_searched_for_garbage_more_rarely():
+def test_main_raises_only_the_oldest_garbage_collection_threshold_and_only_once():
     code = (
         "import gc, sys\n"
         "young, middle, old = gc.get_threshold()\n"
@@ -49,7 +49,7 @@ def test_only_what_is_there_for_good_is_searched_for_garbage_more_rarely():
     assert done.returncode == 0, done.stderr
 
 
-def test_the_group_lists_every_command_with_a_whole_sentence(run_cli):
+def test_the_group_lists_every_command_with_a_complete_sentence(run_cli):
     lines = run_cli("--help").stdout.partition("Commands:\n")[2].splitlines()
     assert [line.split()[0] for line in lines] == sorted(COMMANDS)
     assert [line for line in lines if not line.endswith(".") or line.endswith("...")] == []
@@ -155,7 +155,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_ends_in_one_line_a_hint_and_its_exit_code(case, trouble, run_cli, tmp_path):
+def test_bad_input_prints_only_an_error_and_hints_and_exits_with_its_code(case, trouble, run_cli, tmp_path):
     arguments, code, phrase = trouble[case]
     done = run_cli(*arguments, cwd=tmp_path)
     assert done.code == code, done.stderr
@@ -167,11 +167,11 @@ def test_bad_input_ends_in_one_line_a_hint_and_its_exit_code(case, trouble, run_
     assert not (tmp_path / "out").exists()
 
 
-def test_every_case_is_run(trouble):
+def test_every_case_is_listed(trouble):
     assert set(CASES) == set(trouble)
 
 
-def test_the_lines_of_a_path_make_no_more_lines_of_an_error(run_cli, llama, tmp_path):
+def test_a_line_break_in_a_path_does_not_break_the_line_of_an_error(run_cli, llama, tmp_path):
     folder = tmp_path / "one\ntwo"
     folder.mkdir()
     (folder / "config.json").write_bytes((llama / "config.json").read_bytes())
@@ -182,14 +182,14 @@ def test_the_lines_of_a_path_make_no_more_lines_of_an_error(run_cli, llama, tmp_
 
 
 @pytest.mark.parametrize("key", ["base", "data"])
-def test_a_home_that_no_shell_wrote_out_is_said_to_be_none(key, run_cli, llama, instructions, tmp_path):
+def test_an_unexpanded_tilde_in_a_file_gets_a_hint(key, run_cli, llama, instructions, tmp_path):
     values = {"base": str(llama), "data": [str(instructions)]} | {key: ["~/it.jsonl"] if key == "data" else "~/it"}
     (tmp_path / "train.json").write_text(json.dumps(values))
     said = run_cli("train", "--config", "train.json", "-o", "out", cwd=tmp_path).stderr
     assert said.splitlines()[1] == "hint: write the full path: only a shell expands ~"
 
 
-def test_with_json_a_failure_is_one_document(run_cli, tmp_path):
+def test_with_json_a_failure_prints_one_document(run_cli, tmp_path):
     done = run_cli("verify", tmp_path / "absent", "--json")
     assert done.code == 2
     error = json.loads(done.stdout)["error"]
@@ -200,7 +200,7 @@ def test_with_json_a_failure_is_one_document(run_cli, tmp_path):
     assert done.stderr == ""
 
 
-def test_with_json_one_of_several_processes_prints_the_document(run_cli, tmp_path):
+def test_with_json_only_the_first_of_several_processes_prints_the_document(run_cli, tmp_path):
     asked = "train", "--base", "b", "--data", "d", "--rank", 0, "-o", tmp_path / "out", "--json"
     ends = [run_cli(*asked, MASTER_ADDR="127.0.0.1", RANK=rank) for rank in ("0", "1")]
     assert [done.code for done in ends] == [2, 2]
@@ -208,10 +208,10 @@ def test_with_json_one_of_several_processes_prints_the_document(run_cli, tmp_pat
     assert ends[1].stdout == ""
     assert ends[1].stderr.startswith("process 1: error: ")
     alone = run_cli("verify", tmp_path / "absent", "--json", MASTER_ADDR="127.0.0.1", RANK="1")
-    assert "does not exist" in json.loads(alone.stdout)["error"]["message"]  # it has no others that speak for it
+    assert "does not exist" in json.loads(alone.stdout)["error"]["message"]  # verify never runs in several processes
 
 
-def test_with_json_a_success_is_one_document_and_quiet_prints_nothing(run_cli, llama, instructions, tmp_path):
+def test_with_json_a_success_prints_one_document_and_quiet_prints_nothing(run_cli, llama, instructions, tmp_path):
     done = run_cli("quantize", llama, "-o", tmp_path / "one", "--json")
     assert json.loads(done.stdout)["quantized"] == 14
     assert done.stderr == ""
@@ -226,7 +226,7 @@ def test_with_json_a_success_is_one_document_and_quiet_prints_nothing(run_cli, l
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no disk that is always full")
 @pytest.mark.parametrize(("folder", "options", "code"), [("absent", ["--json"], 2), ("", [], 1), ("", ["--json"], 1)])
-def test_where_nothing_can_be_printed_the_code_tells_how_it_ended(llama, folder, options, code):
+def test_if_stdout_cannot_be_written_the_exit_code_is_still_right(llama, folder, options, code):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "adaptkit.cli.main", "inspect", llama / folder, *options],
@@ -236,9 +236,9 @@ def test_where_nothing_can_be_printed_the_code_tells_how_it_ended(llama, folder,
     assert (done.returncode, done.stderr.splitlines()) == (code, lines)
 
 
-def test_an_error_and_its_hint_leave_in_one_write(tmp_path):
-    """What several processes write to one stream must not meet in the middle of a line."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # which gives what was written, write by write
+def test_an_error_and_its_hint_are_written_in_one_call(tmp_path):
+    """Otherwise the lines of several processes that share a stream could be interleaved."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)  # each write arrives as a separate datagram
     with ours, theirs:
         command = [sys.executable, "-m", "adaptkit", "inspect", tmp_path / "absent"]
         assert subprocess.run(command, stderr=theirs, check=False).returncode == 2
@@ -247,7 +247,7 @@ def test_an_error_and_its_hint_leave_in_one_write(tmp_path):
 
 
 @pytest.mark.parametrize("stream", ["0<&-", "1>&-", "2>&-"])
-def test_a_stream_that_was_closed_is_one_that_nobody_reads(llama, tmp_path, stream):
+def test_closed_standard_streams_are_tolerated(llama, tmp_path, stream):
     command = [sys.executable, "-m", "adaptkit.cli.main", "quantize", llama, "-o", tmp_path / "out"]
     done = subprocess.run(["sh", "-c", f'exec "$@" {stream}', "sh", *command], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
@@ -270,7 +270,7 @@ def test_force_replaces_what_adaptkit_made(run_cli, llama, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_force_replaces_no_input(run_cli, llama, tmp_path):
+def test_force_does_not_replace_an_input(run_cli, llama, tmp_path):
     run_cli("quantize", llama, "-o", tmp_path / "base")
     before = (tmp_path / "base" / "model.safetensors").read_bytes()
     done = run_cli("dequantize", tmp_path / "base", "-o", tmp_path / "base", "--force")
@@ -287,7 +287,7 @@ def test_diff_tells_same_from_different_by_its_exit_code(run_cli, adapter, secon
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_in_the_moment_in_which_its_handler_is_there_ends_in_one_line(number, code, tmp_path):
+def test_a_signal_right_after_its_handler_is_installed_ends_the_program_cleanly(number, code, tmp_path):
     program = f"""
 import os, signal, sys
 from adaptkit.cli.main import main
@@ -308,7 +308,7 @@ main()
     assert done.stderr == f"error: {word}\nhint: run the same command again to resume\n"
 
 
-def test_what_keeps_nothing_is_not_said_to_go_on(tmp_path):
+def test_interrupted_commands_that_cannot_resume_get_no_hint_to_resume(tmp_path):
     program = """
 import os, signal, sys
 from adaptkit.cli import main as program
@@ -322,8 +322,8 @@ program.main()
         assert (done.returncode, done.stderr) == (130, f"error: interrupted\n{hint}")
 
 
-def test_a_reader_that_has_stopped_keeps_nobody_who_leaves():
-    """The first signal says its word once the reader goes on; the next one, and time, do without."""
+def test_a_full_pipe_does_not_block_a_terminated_program():
+    """The first signal's message waits for the reader; after a second one or a delay, the program ends without it."""
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     with contextlib.suppress(BlockingIOError):
@@ -344,8 +344,8 @@ def test_a_reader_that_has_stopped_keeps_nobody_who_leaves():
     assert (done.returncode, done.stderr) == (143, b"")
 
 
-def test_a_file_that_ends_too_soon_is_no_interruption(tmp_path):
-    """click takes the one for the other."""
+def test_an_unexpected_eoferror_is_not_reported_as_an_interruption(tmp_path):
+    """click treats an EOFError as an abort by the user."""
     program = """
 import click, sys
 from adaptkit.cli import main as program
@@ -365,8 +365,8 @@ program.main()
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_lock_that_a_signal_left_held_keeps_nobody_waiting(number, code, tmp_path):
-    """As when a signal comes just after a result has been locked: its thread waits for that, and who joins it, too."""
+def test_a_lock_left_held_by_a_signal_does_not_block_the_exit(number, code, tmp_path):
+    """As if a signal came just after a future was locked: its thread waits for the lock, and exit for the thread."""
     program = f"""
 import os, signal, sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -408,7 +408,7 @@ module.program()
 
 
 @pytest.mark.parametrize(("argument", "code"), [("--version", 0), ("nothing", 2), ("fail", 1)])
-def test_a_program_ends_with_its_code_once_threads_and_what_is_asked_at_exit_are_done(argument, code):
+def test_the_program_exits_with_its_code_after_threads_and_exit_handlers(argument, code):
     done = subprocess.run([sys.executable, "-c", ENDING, argument], capture_output=True, text=True, check=False)
     assert done.returncode == code
     assert done.stdout.splitlines()[-2:] == ["thread", "exit"]
@@ -416,7 +416,7 @@ def test_a_program_ends_with_its_code_once_threads_and_what_is_asked_at_exit_are
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full disk to write to")
-def test_output_that_is_left_and_cannot_be_written_is_no_success():
+def test_failing_to_write_buffered_output_at_exit_is_an_error():
     code = ENDING.replace("    whole()", "    atexit.register(sys.stdout.write, 'left'); sys.exit(0)").replace(
         "print", "id"
     )
@@ -429,7 +429,7 @@ def test_output_that_is_left_and_cannot_be_written_is_no_success():
 
 
 @pytest.mark.parametrize(("argument", "apart"), [("--version", False), ("", True)])
-def test_a_program_is_taken_apart_only_where_an_error_was_unknown(argument, apart):
+def test_the_interpreter_is_finalized_only_after_an_unexpected_error(argument, apart):
     code = (
         "import sys\nclass Last:\n    def __del__(self): print('taken apart')\nlast = Last()\n"
         "from adaptkit.cli import main as module\n"
@@ -448,7 +448,7 @@ def test_a_program_is_taken_apart_only_where_an_error_was_unknown(argument, apar
         ("", "raise RuntimeError('later')", 1, ""),
     ],
 )
-def test_whoever_watches_or_wraps_a_program_is_not_cut_off(before, after, code, said):
+def test_exit_handlers_and_code_after_the_program_still_run(before, after, code, said):
     lines = [before, "from adaptkit.cli.main import program", "try: program()", "except SystemExit: pass", after]
     command = [sys.executable, "-c", "\n".join(lines), "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -456,7 +456,7 @@ def test_whoever_watches_or_wraps_a_program_is_not_cut_off(before, after, code, 
     assert done.stdout.endswith(said)
 
 
-def test_a_table_says_names_that_no_encoding_has(llama, run_cli, tmp_path):
+def test_undecodable_file_names_are_printed_escaped(llama, run_cli, tmp_path):
     name = os.fsdecode(b"out\xff")
     done = run_cli("quantize", llama, "-o", tmp_path / name, PYTHONIOENCODING="utf-8")
     assert (done.code, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""On a POSIX system that has less than Linux everything is done all the same; on one that is none, a line says so."""
+"""POSIX systems without Linux's extras give the same results; other systems are refused with an error."""
 
 import json
 import os
@@ -22,8 +22,8 @@ def chats(tmp_path):
     return path
 
 
-def test_the_bytes_are_those_of_linux_where_the_system_has_less(run_cli, llama, chats, tmp_path):
-    """From calibration to the merged model: with a template's process, pages on the disk, and all of the writers."""
+def test_results_without_linux_extras_have_the_same_bytes(run_cli, llama, chats, tmp_path):
+    """From calibration to the unmerged model, including the chat template's process, paging, and all writers."""
     pages = ["--optimizer-pages-mib", "0.05", "--page-kib", "4", "--device", "cpu"]
     for where, environment in ("here", {"PYTHONPATH": str(ROOT)}), ("elsewhere", {"PYTHONPATH": WITHOUT_LINUX}):
         (tmp_path / where).mkdir()
@@ -35,7 +35,7 @@ def test_the_bytes_are_those_of_linux_where_the_system_has_less(run_cli, llama, 
         ):
             done = run_cli(*command, cwd=tmp_path / where, **environment)
             assert done.code == 0, done.stderr
-            if command[0] == "train":  # else the systems do not differ
+            if command[0] == "train":  # otherwise, the simulated system would not differ
                 assert ("not measured" in done.stdout) == (where == "elsewhere")
     here, elsewhere = tree(tmp_path / "here"), tree(tmp_path / "elsewhere")
     timed = {name for name in here if name.endswith("metrics.jsonl")}
@@ -43,7 +43,7 @@ def test_the_bytes_are_those_of_linux_where_the_system_has_less(run_cli, llama, 
     assert [name for name in here if name not in timed and here[name] != elsewhere[name]] == []
 
 
-def test_a_system_that_is_not_posix_is_told_so(run_cli, llama, tmp_path):
+def test_a_system_that_is_not_posix_is_refused(run_cli, llama, tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['fcntl'] = sys.modules['resource'] = None\n")
     path = os.pathsep.join([str(tmp_path), str(ROOT)])
     done = run_cli("quantize", llama, "-o", tmp_path / "out", PYTHONPATH=path)

@@ -1,4 +1,4 @@
-"""A place for what a command writes beside its work is asked about before the work, and nothing else is replaced."""
+"""Paths of additional output files are checked before the work, and only files of the same kind are replaced."""
 
 import os
 import threading
@@ -28,7 +28,7 @@ def is_ours(beginning):
     return beginning.startswith(b"ours")
 
 
-def test_only_what_is_ours_or_empty_is_replaced(tmp_path):
+def test_only_own_or_empty_files_are_replaced(tmp_path):
     path = tmp_path / "file"
     check_place(path, "--file", "page", is_ours)
     for content in (b"", b"ours\xff"):
@@ -37,10 +37,10 @@ def test_only_what_is_ours_or_empty_is_replaced(tmp_path):
     path.write_bytes(b"theirs")
     with pytest.raises(UsageError, match=r"--file .*file: already exists, and is not a page"):
         check_place(path, "--file", "page", is_ours)
-    check_place(path, "--file")  # is added to
+    check_place(path, "--file")  # to be appended to
 
 
-def test_a_report_is_told_from_other_documents(tmp_path):
+def test_a_report_is_distinguished_from_other_documents(tmp_path):
     path = tmp_path / "report.json"
     write_report(Report("one"), path)
     check_report_file(path, Report)
@@ -53,7 +53,7 @@ def test_a_report_is_told_from_other_documents(tmp_path):
         check_report_file(path, Report)
 
 
-def test_a_place_is_a_file_in_a_folder_that_can_be_written(tmp_path, monkeypatch):
+def test_unwritable_paths_are_refused(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     for place in (tmp_path, tmp_path / "absent" / "file", tmp_path / "file" / "inside"):
         with pytest.raises(UsageError, match="cannot write a file there"):
@@ -64,8 +64,8 @@ def test_a_place_is_a_file_in_a_folder_that_can_be_written(tmp_path, monkeypatch
             check_place(place, "--file", "page", is_ours)
 
 
-def test_a_pipe_is_written_to_wherever_it_lies(tmp_path, monkeypatch):
-    """Nobody but root may make files where the pipes of a shell are."""
+def test_pipes_are_written_to_even_in_unwritable_folders(tmp_path, monkeypatch):
+    """Only root may create files in the folder of a shell's pipes."""
     reading, writing = os.pipe()
     try:
         for place in (Path(f"/dev/fd/{writing}"), Path(os.devnull)):
@@ -85,7 +85,7 @@ def test_a_pipe_is_written_to_wherever_it_lies(tmp_path, monkeypatch):
         os.close(writing)
 
 
-def test_each_in_turn_is_done_and_what_failed_is_raised():
+def test_all_tasks_run_in_turn_and_a_failure_is_raised_afterwards():
     done = []
 
     def fail():

@@ -1,4 +1,4 @@
-"""One of something is told as one, by whatever command."""
+"""All commands use the singular for a count of one."""
 
 import re
 import shutil
@@ -33,13 +33,13 @@ MANY = re.compile(
         (1, "fingerprint", "agree", "1 fingerprint agrees"),
     ],
 )
-def test_a_noun_and_a_verb_go_with_their_number(count, noun, verb, said):
+def test_a_noun_and_a_verb_agree_with_their_count(count, noun, verb, said):
     assert counted(count, noun, verb) == said
 
 
 @pytest.fixture(scope="module")
 def folder(made, llama, run_cli):
-    """A run of one step on one matrix, and a base and an adapter that differ from others in one."""
+    """A base, data of one and two rows, and an adapter of rank 1 for one matrix."""
     folder = made / "one-of-each"
     folder.mkdir()
     tiny.write_instructions(folder / "rows.jsonl", rows=2, seed=3)
@@ -80,8 +80,8 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def test_no_command_tells_one_of_something_as_many(folder, run_cli):
-    """In turn, since some are of what others made."""
+def test_no_command_uses_a_plural_for_one(folder, run_cli):
+    """Commands run in order, since some use what earlier ones made."""
     for name, command in COMMANDS.items():
         done = run_cli(*command, cwd=folder)
         said = done.stdout + done.stderr

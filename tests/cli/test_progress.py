@@ -1,4 +1,4 @@
-"""A bar is shown while there is something to wait for, and no longer."""
+"""A progress bar is shown only while work is unfinished."""
 
 import io
 
@@ -15,7 +15,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def bars(monkeypatch):
-    """The bars that are made."""
+    """The bars that are created during the test."""
     made, init = [], Progress.__init__
 
     def remember(self, *columns, **options):
@@ -27,7 +27,7 @@ def bars(monkeypatch):
 
 
 @pytest.mark.parametrize("progress", [byte_progress, count_progress])
-def test_a_bar_is_there_from_the_first_news_to_the_last(progress, bars, monkeypatch):
+def test_a_bar_is_shown_from_the_first_report_until_the_work_is_complete(progress, bars, monkeypatch):
     monkeypatch.setattr("sys.stderr", Terminal())
     with progress("work") as tell:
         (bar,) = bars
@@ -40,7 +40,7 @@ def test_a_bar_is_there_from_the_first_news_to_the_last(progress, bars, monkeypa
 
 
 @pytest.mark.parametrize("progress", [byte_progress, count_progress])
-def test_nothing_is_shown_where_nobody_looks(progress, bars, monkeypatch):
+def test_no_bar_is_created_if_hidden_or_without_a_terminal(progress, bars, monkeypatch):
     monkeypatch.setattr("sys.stderr", Terminal())
     with progress("work", hidden=True) as tell:
         tell(1, 2)

@@ -1,7 +1,7 @@
-"""The same inputs give the same bytes: whatever the threads, the hash seed, the folders, and orders that say nothing.
+"""The same inputs give the same bytes, independent of threads, hash seed, folders, and the order of equivalent options.
 
-Every command that makes an artifact runs twice, in processes that differ in all of that; the manifests, which name the
-hash of every other byte, are compared.
+Every command that makes an artifact runs twice, in processes that differ in all of these; the manifests, which contain
+the hashes of all other files, are compared.
 """
 
 import json
@@ -54,7 +54,7 @@ def inputs(folder):
 
 
 def swapped(command):
-    """The same command with its repeated options in the other order, and each of them twice."""
+    """The same command with its repeated options in reverse order, and one of each, except --adapter, given again."""
     out = [*command]
     for flag in ("--skip", "--targets", "--target", "--adapter"):
         places = [place + 1 for place, word in enumerate(command) if word == flag]
@@ -80,7 +80,7 @@ def run(commands, cwd, **environment):
 
 @pytest.fixture(scope="module")
 def sides(tmp_path_factory):
-    """Two folders with everything that the commands make."""
+    """Two folders with all that the commands make."""
     one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two") / "deep" / "er"
     inputs(one)
     shutil.copytree(one, two)
@@ -100,7 +100,7 @@ def sides(tmp_path_factory):
 @pytest.mark.parametrize("name", MADE)
 def test_every_command_gives_the_same_bytes(sides, name):
     one, two = (folder / name for folder in sides)
-    if (one / MANIFEST_NAME).read_bytes() != (two / MANIFEST_NAME).read_bytes():  # say what differs
+    if (one / MANIFEST_NAME).read_bytes() != (two / MANIFEST_NAME).read_bytes():  # for a readable difference
         assert json.loads((one / MANIFEST_NAME).read_bytes()) == json.loads((two / MANIFEST_NAME).read_bytes())
     assert (one / MANIFEST_NAME).read_bytes() == (two / MANIFEST_NAME).read_bytes()
     listed = {record.path: (record.size, record.sha256) for record in require_manifest(two).files}
@@ -118,7 +118,7 @@ def test_every_manifest_fits_the_schema(sides, name):
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_no_manifest_tells_where_when_or_by_whom(sides, name):
+def test_no_manifest_contains_its_folders_or_the_host_name(sides, name):
     text = (sides[0] / name / MANIFEST_NAME).read_text()
     for folder in sides:
         assert str(folder) not in text
@@ -127,7 +127,7 @@ def test_no_manifest_tells_where_when_or_by_whom(sides, name):
     assert set(document["tool"]) == {"name", "version"}
 
 
-def test_headers_are_written_in_one_way(sides):
+def test_headers_list_tensors_in_file_order_with_at_most_one_metadata_key(sides):
     """Keys in the order of the bytes, no spaces but the padding, and one key of metadata, whose order cannot vary."""
     for path in sorted(sides[0].rglob("*.safetensors")):
         if path.is_relative_to(sides[0] / "base"):
@@ -140,11 +140,11 @@ def test_headers_are_written_in_one_way(sides):
         assert length % 8 == 0
         starts = [entry["data_offsets"][0] for entry in header.values()]
         if path.parent.name in ("merged", "back", "plain") and path.name.startswith("model"):
-            continue  # keeps the header that its base has
+            continue  # has the header of its base
         assert starts == sorted(starts), path
 
 
-def test_what_was_made_in_one_place_is_the_lineage_of_what_was_made_in_another(sides, run_cli):
+def test_artifacts_made_in_one_folder_are_accepted_as_parents_of_those_in_the_other(sides, run_cli):
     one, two = sides
     done = run_cli("verify", two / "found", "--parents", one, "--json")
     assert done.code == 0, done.stderr

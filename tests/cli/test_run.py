@@ -1,4 +1,4 @@
-"""``adaptkit run`` as a process: the recipe of docs/, on a tiny model, from a loopback Hub and back to it."""
+"""``adaptkit run`` as a process: the recipe of docs/ with a tiny model, from a local Hub and back to it."""
 
 import json
 import os
@@ -34,7 +34,7 @@ STEPS = ["base-nf4", "adapter", "judged", "merged", "loads", "release"]
 
 
 def write_recipe(folder):
-    """The recipe of the docs, made tiny."""
+    """Write the recipe of docs/, reduced to a few steps, and its data."""
     text = (ROOT / "docs" / "recipe.yaml").read_text()
     for old, new in (
         ("steps: 60", "steps: 4\n    batch_size: 4\n    learning_rate: 5e-3\n    device: cpu"),
@@ -50,7 +50,7 @@ def write_recipe(folder):
 
 
 class World:
-    """A hub that has the base, a folder with the recipe, and the command line there."""
+    """A Hub with the base, a folder with the recipe, and the command line in that folder."""
 
     def __init__(self, root, hub, model, run_cli):
         self.root, self.hub, self._run_cli = root, hub, run_cli
@@ -82,7 +82,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory, llama, run_cli):
-    """After a first run."""
+    """The world after a first run."""
     root = tmp_path_factory.mktemp("run")
     with LocalHub(root / "hub", tokens={TOKEN}, read_tokens={"reader"}) as hub:
         world = World(root, hub, llama, run_cli)
@@ -93,7 +93,7 @@ def released(tmp_path_factory, llama, run_cli):
 
 @pytest.fixture
 def copied(released, tmp_path):
-    """The same in a folder that a test may change, with the same hub."""
+    """A copy of the released folder that a test may change, with the same Hub."""
     world = object.__new__(World)
     world.__dict__.update(released.__dict__)
     world.folder = shutil.copytree(released.folder, tmp_path / "release")
@@ -105,7 +105,7 @@ def table(text):
     return {name: (kind, state, result) for name, kind, state, result in found}
 
 
-def test_a_release_is_made_from_the_hub_and_published(released):
+def test_a_release_is_made_from_a_base_on_the_hub_and_published(released):
     rows = table(released.first.stdout)
     assert list(rows) == STEPS
     assert {state for _, state, _ in rows.values()} == {"done"}
@@ -118,17 +118,17 @@ def test_a_release_is_made_from_the_hub_and_published(released):
     assert TOKEN not in released.first.stdout + released.first.stderr
 
 
-def test_what_was_published_is_what_was_merged(released, run_cli):
+def test_published_files_equal_the_merged_ones(released, run_cli):
     done = run_cli("pull", f"{RELEASE}@v1", "-o", released.root / "pulled", "--json", **released.environment)
     assert done.code == 0, done.stderr
     made = next(released.folder.glob(".adaptkit/*/merged"))
     assert file_sha256(made / MANIFEST_NAME) == released.lock["steps"]["merged"]["outputs"]["merged"]
     for path in made.rglob("*"):
-        if path.is_file() and path.name != MANIFEST_NAME:  # the published one lists the card, too
+        if path.is_file() and path.name != MANIFEST_NAME:  # the published manifest also lists the model card
             assert file_sha256(path) == file_sha256(released.root / "pulled" / path.relative_to(made))
 
 
-def test_the_lock_has_the_commit_and_no_place_of_this_machine(released):
+def test_the_lock_has_the_commit_and_no_local_paths_or_urls(released):
     source = released.lock["sources"]["base"]
     assert (source["repo"], source["revision"], source["commit"]) == (BASE, "main", released.commit)
     assert "model.safetensors" in source["files"]
@@ -148,7 +148,7 @@ def test_the_summary_has_a_table_and_the_hashes(released):
     assert TOKEN not in page
 
 
-def test_a_second_run_does_nothing_and_sends_nothing(copied):
+def test_a_second_run_repeats_no_step_and_uploads_nothing(copied):
     before, requests = copied.state(), len(copied.hub.requests)
     lock = (copied.folder / "recipe.lock").read_bytes()
     done = copied.run("--locked", "--verify")
@@ -162,7 +162,7 @@ def test_a_second_run_does_nothing_and_sends_nothing(copied):
     assert [path for path in changing if "/commit/" in path or "/lfs/" in path] == []
 
 
-def test_a_release_made_from_nothing_again_has_the_same_bytes(copied):
+def test_a_release_made_again_from_scratch_has_the_same_bytes(copied):
     shutil.rmtree(copied.folder / ".adaptkit")
     done = copied.run("--locked", "--json")
     assert done.code == 0, done.stdout
@@ -175,7 +175,7 @@ def test_a_release_made_from_nothing_again_has_the_same_bytes(copied):
     assert report["steps"][-1]["facts"]["already_there"]
 
 
-def test_offline_nothing_is_asked_of_anybody(copied):
+def test_offline_runs_send_no_requests(copied):
     requests = len(copied.hub.requests)
     for options in (("--until", "loads"), ("--until", "loads", "--locked"), ("--until", "loads", "--dry-run")):
         done = copied.run("--offline", *options)
@@ -190,7 +190,7 @@ def test_offline_nothing_is_asked_of_anybody(copied):
         "hint: run it once without --offline",
     ]
     home = shutil.copytree(copied.environment["HF_HOME"], copied.folder / "part", symlinks=True)
-    for path in (*home.rglob("tokenizer.json"), *home.rglob("trees")):  # as a download that was cut short leaves it
+    for path in (*home.rglob("tokenizer.json"), *home.rglob("trees")):  # as after an interrupted download
         path.unlink() if path.is_symlink() else shutil.rmtree(path)
     part = copied.run("--offline", "--until", "loads", HF_HOME=str(home))
     assert part.code == 2
@@ -200,7 +200,7 @@ def test_offline_nothing_is_asked_of_anybody(copied):
 
 @pytest.mark.parametrize("option", ["--output-file", "--summary"])
 @pytest.mark.parametrize("name", ["recipe.yaml", "recipe.lock", "data/../recipe.lock"])
-def test_a_report_does_not_take_the_place_of_recipe_or_lock(copied, option, name):
+def test_a_report_does_not_replace_the_recipe_or_the_lock(copied, option, name):
     before = {path.name: path.read_bytes() for path in copied.folder.glob("recipe.*")}
     done = copied.run(option, name)
     assert done.code == 2
@@ -208,7 +208,7 @@ def test_a_report_does_not_take_the_place_of_recipe_or_lock(copied, option, name
     assert {path.name: path.read_bytes() for path in copied.folder.glob("recipe.*")} == before
 
 
-def test_one_file_is_not_made_of_two_reports(copied):
+def test_report_and_summary_cannot_be_the_same_file(copied):
     done = copied.run("--output-file", "both.md", "--summary", "data/../both.md")
     assert (done.code, done.stderr.splitlines()[0]) == (
         2,
@@ -218,14 +218,14 @@ def test_one_file_is_not_made_of_two_reports(copied):
 
 
 @pytest.mark.parametrize("recipe", [".", "/", "absent.yaml"])
-def test_what_is_no_recipe_is_said_with_a_place_for_a_report_too(run_cli, tmp_path, recipe):
+def test_an_invalid_recipe_path_is_refused_with_a_summary_requested_too(run_cli, tmp_path, recipe):
     done = run_cli("run", recipe, "--summary", tmp_path / "s.md", cwd=tmp_path)
     assert done.code == 2
     assert "Traceback" not in done.stderr
 
 
 def publishing(world, new):
-    """Have the recipe publish in another way, with nothing done so far."""
+    """Change how the recipe publishes, and discard all finished steps."""
     text = (world.folder / "recipe.yaml").read_text()
     old = f"    repo: {RELEASE}\n    tag: v1\n"
     assert text.count(old) == 1
@@ -254,17 +254,17 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("new", "token", "code", "said"), REFUSED)
-def test_what_publishing_would_be_refused_for_is_said_before_anything_is_done(copied, new, token, code, said):
+def test_reasons_to_refuse_publishing_are_reported_before_any_step_runs(copied, new, token, code, said):
     subprocess.run([sys.executable, "-c", REFS, RELEASE], env=os.environ | copied.environment, check=True)
     publishing(copied, new)
     done = copied.run(*(["--sign", "nokey.pem"] if "sign" in new else []), HF_TOKEN=token)
     assert done.code == code
     assert f"error: {said}" in done.stderr
-    assert "--" not in done.stderr.rpartition("hint: ")[2]  # a recipe has keys
+    assert "--" not in done.stderr.rpartition("hint: ")[2]  # a recipe has keys instead of options
     assert [path.name for path in copied.folder.glob(".adaptkit/*")] in (["hashes.json"], ["hashes.json", "lock"], [])
 
 
-def test_a_dry_run_says_it_too_and_draws_all_the_same(copied):
+def test_a_dry_run_warns_of_a_rejected_publication_and_shows_the_tree(copied):
     publishing(copied, "repo: demo/absent")
     done = copied.run("--dry-run", HF_TOKEN="reader")
     assert done.code == 0
@@ -272,7 +272,7 @@ def test_a_dry_run_says_it_too_and_draws_all_the_same(copied):
     assert "merge: would run" in done.stdout
 
 
-def test_a_dry_run_says_what_would_be_sent_when_all_is_there(copied):
+def test_a_dry_run_with_finished_steps_says_what_would_be_uploaded(copied):
     done = copied.run("--dry-run", HF_TOKEN="")
     assert f"publish: would run, {RELEASE}@v1: already there" in done.stdout
     recipe = copied.folder / "recipe.yaml"
@@ -286,7 +286,7 @@ def test_a_dry_run_says_what_would_be_sent_when_all_is_there(copied):
     assert f"warning: this would be rejected: release: {RELEASE}: other already names a branch" in done.stderr
 
 
-def test_nothing_is_sent_if_a_later_step_would_be_refused(copied):
+def test_nothing_is_published_if_a_later_step_would_be_refused(copied):
     subprocess.run([sys.executable, "-c", REFS, RELEASE], env=os.environ | copied.environment, check=True)
     more = "  first: {publish: adapter, repo: demo/first}\n"
     more += f"  second: {{publish: adapter, repo: {RELEASE}, branch: other, tag: v0}}\n"
@@ -298,7 +298,7 @@ def test_nothing_is_sent_if_a_later_step_would_be_refused(copied):
     assert copied.state("demo/first") == {}
 
 
-def test_what_is_wrong_here_is_said_before_the_hub_is_asked(copied):
+def test_local_errors_are_reported_before_any_request_to_the_hub(copied):
     publishing(copied, "repo: demo/absent")
     text = (copied.folder / "recipe.yaml").read_text()
     (copied.folder / "recipe.yaml").write_text(text.replace(f"{{repo: {BASE}, revision: main}}", "{path: absent}"))
@@ -308,13 +308,13 @@ def test_what_is_wrong_here_is_said_before_the_hub_is_asked(copied):
     assert "sources.base.path: does not exist" in done.stderr
 
 
-def test_who_may_not_write_can_see_that_a_release_is_what_its_recipe_makes(copied):
+def test_a_release_can_be_verified_without_write_access(copied):
     done = copied.run("--locked", "--verify", HF_TOKEN="")
     assert done.code == 0, done.stderr
     assert table(done.stdout)["release"][2].endswith(": already there")
 
 
-def test_a_hub_that_does_not_say_who_may_write_is_no_reason_to_stop(copied):
+def test_a_hub_without_write_permission_checks_is_accepted(copied):
     shutil.rmtree(copied.folder / ".adaptkit")
     copied.hub.faults.append(Fault("GET", "/auth-check/write", "404"))
     done = copied.run()
@@ -322,7 +322,7 @@ def test_a_hub_that_does_not_say_who_may_write_is_no_reason_to_stop(copied):
     assert copied.hub.faults == []
 
 
-def test_a_tag_that_is_there_is_told_of_before_anything_is_done(copied):
+def test_an_existing_tag_is_noted_before_any_step_runs(copied):
     shutil.rmtree(copied.folder / ".adaptkit")
     done = copied.run()
     note = f"release: {RELEASE} already has the tag v1; only the same artifact can be published with it"
@@ -331,7 +331,7 @@ def test_a_tag_that_is_there_is_told_of_before_anything_is_done(copied):
     assert done.stderr.index(note) < done.stderr.index("base-nf4: quantize")
 
 
-def test_a_gate_keeps_what_is_not_good_enough_from_the_hub(copied):
+def test_a_failed_gate_prevents_publishing(copied):
     path = copied.folder / "recipe.yaml"
     path.write_text(path.read_text().replace("max: 6.5", "max: 0.5").replace("tag: v1", "tag: v2"))
     before, page = copied.state(), copied.folder / "summary.md"
@@ -349,8 +349,8 @@ def test_a_gate_keeps_what_is_not_good_enough_from_the_hub(copied):
     assert document["error"]["code"] == "gate"
 
 
-def test_a_summary_that_cannot_be_written_hides_nothing(copied):
-    """A full disk lets itself be opened."""
+def test_an_unwritable_summary_hides_neither_the_report_nor_another_error(copied):
+    """A file on a full disk can be opened, so the failure comes late."""
     done = copied.run("--summary", "/dev/full", "--output-file", "report.json", "--until", "base-nf4")
     assert done.code == 1
     assert "/dev/full: the summary cannot be written: No space left" in done.stderr
@@ -367,14 +367,14 @@ def test_a_summary_that_cannot_be_written_hides_nothing(copied):
 
 @pytest.mark.parametrize("place", ["absent/page.md", "."])
 @pytest.mark.parametrize("named", ["--summary", "$GITHUB_STEP_SUMMARY"])
-def test_a_bad_place_for_the_summary_is_refused_first(copied, place, named):
+def test_a_bad_path_for_the_summary_is_refused_before_any_step_runs(copied, place, named):
     given = copied.run("--summary", place) if named == "--summary" else copied.run(GITHUB_STEP_SUMMARY=place)
     assert given.code == 2
     assert "base-nf4" not in given.stderr
 
 
 @pytest.mark.parametrize("raised", [OSError("a plain one"), KeyError("unknown"), KeyboardInterrupt()])
-def test_the_summary_tells_of_whatever_stopped_the_run(raised, tmp_path):
+def test_the_summary_records_any_error_that_stopped_the_run(raised, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("of other steps\n")
     with pytest.raises(type(raised)), _failure_added(Path("recipe.yaml"), page, _Watch(hidden=True, quiet=True)):
@@ -384,7 +384,7 @@ def test_the_summary_tells_of_whatever_stopped_the_run(raised, tmp_path):
     )
 
 
-def test_a_dry_run_is_a_tree(copied):
+def test_a_dry_run_shows_the_steps_as_a_tree(copied):
     path = copied.folder / "recipe.yaml"
     path.write_text(path.read_text().replace("steps: 4", "steps: 5"))
     done = copied.run("--dry-run")
@@ -458,7 +458,7 @@ def test_bad_recipes_end_in_one_line_a_hint_and_exit_code_2(run_cli, tmp_path, t
     assert len(done.stderr.splitlines()) <= 2
 
 
-def test_at_last_a_branch_that_moved_is_drift_and_without_the_lock_is_taken(copied, llama, tmp_path):
+def test_a_moved_branch_is_drift_if_locked_and_is_followed_otherwise(copied, llama, tmp_path):
     other = shutil.copytree(llama, tmp_path / "other")
     config = json.loads((other / "generation_config.json").read_text())
     (other / "generation_config.json").write_text(json.dumps(config | {"temperature": 0.5}))

@@ -24,7 +24,7 @@ def test_help_lists_every_method_with_what_it_does(run_cli):
     assert "TIES: keep each adapter's largest elements" in listed
 
 
-def test_the_table_says_what_was_lost_and_json_says_it_by_module(run_cli, adapter, second_adapter, tmp_path):
+def test_the_table_reports_the_energy_kept_and_json_reports_it_by_module(run_cli, adapter, second_adapter, tmp_path):
     arguments = ["stack", adapter, second_adapter, "--method", "ties", "--density", "0.4", "--rank", "2"]
     done = run_cli(*arguments, "-o", tmp_path / "one")
     assert done.code == 0, done.stderr
@@ -42,9 +42,7 @@ def test_the_table_says_what_was_lost_and_json_says_it_by_module(run_cli, adapte
 
 
 @pytest.mark.parametrize("method", ["dare_ties", "tsv"])
-def test_processes_with_other_hash_seeds_and_threads_write_the_same_bytes(
-    run_cli, adapter, second_adapter, tmp_path, method
-):
+def test_output_bytes_depend_on_neither_hash_seed_nor_threads(run_cli, adapter, second_adapter, tmp_path, method):
     for number, threads in (("0", 1), ("1", 2)):
         done = run_cli(
             "stack", adapter, second_adapter, "-o", tmp_path / number, "--method", method, "--threads", threads,
@@ -72,7 +70,7 @@ def test_a_dry_run_writes_nothing(run_cli, adapter, second_adapter, tmp_path):
         (["--method", "knots", "--weight", "1e300", "--weight", "1"], 5, "too large for float32", "smaller"),
     ],
 )
-def test_bad_requests_end_in_one_line_a_hint_and_nothing_written(
+def test_bad_requests_end_in_an_error_and_a_hint_and_write_nothing(
     run_cli, adapter, second_adapter, tmp_path, options, code, message, hint
 ):
     done = run_cli("stack", adapter, second_adapter, "-o", tmp_path / "out", *options)
@@ -86,7 +84,9 @@ def test_bad_requests_end_in_one_line_a_hint_and_nothing_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_another_base_is_exit_code_4(run_cli, llama, adapter, second_adapter, certified, tmp_path):
+def test_adapters_of_different_bases_are_refused_with_exit_code_4(
+    run_cli, llama, adapter, second_adapter, certified, tmp_path
+):
     import tiny
 
     other = tiny.write_llama(tmp_path / "other", seed=9)
@@ -98,7 +98,7 @@ def test_another_base_is_exit_code_4(run_cli, llama, adapter, second_adapter, ce
 
 
 def test_the_documented_options_and_defaults_are_those_of_the_methods():
-    """docs/stack.md has a row a method: name, source, space, options, rank."""
+    """The table in docs/stack.md has one row per method: name, source, space, options, rank."""
     text = (ROOT / "docs" / "stack.md").read_text(encoding="utf-8")
     rows = {
         name: cells for name, *cells in re.findall(r"^\| `(\w+)` \|(.*?)\|(.*?)\|(.*?)\|(.*?)\|$", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""``adaptkit train`` on data of every kind: what it shows of it, and what it refuses."""
+"""``adaptkit train`` on every kind of data: previews, reports and errors."""
 
 import json
 import os
@@ -32,20 +32,20 @@ def arguments(base, files, *names, **options):
     return found
 
 
-def test_the_first_batch_is_shown_with_what_is_learned_in_brackets(run_cli, llama, files):
+def test_the_first_batch_is_shown_with_learned_tokens_in_brackets(run_cli, llama, files):
     done = run_cli(*arguments(llama, files, "chat.jsonl", "text.json", pack=True, max_length=200, show_batch=True))
     assert (done.code, done.stderr) == (0, "")
     assert f"{files}/chat.jsonl, line 1: " in done.stdout
     assert "Name a river<|im_end|>↵\n<|im_start|>assistant↵\n⟦the Rhine<|im_end|>⟧↵" in done.stdout
-    assert done.stdout.count("⟦all me Ishmael.<|im_end|>⟧") == 2  # nothing foretells the first token
+    assert done.stdout.count("⟦all me Ishmael.<|im_end|>⟧") == 2  # the first token cannot be predicted
     assert done.stdout.count("  packed  ") == 2
     assert "1 row in 1 micro-batch, 0 positions of padding\n" in done.stdout
     assert "\x1b" not in done.stdout
     assert sorted(path.name for path in files.iterdir()) == ["chat.jsonl", "short.csv", "text.json"]
 
 
-def test_the_first_batch_comes_with_what_is_not_used(run_cli, llama, files):
-    """Whoever looks at what the model will get wants to know what it will not."""
+def test_the_preview_lists_unused_columns(run_cli, llama, files):
+    """A preview of the model's input should also say what the input leaves out."""
     asked, answered = CHAT["conversations"]
     (files / "more.jsonl").write_text(json.dumps({"conversations": [asked | {"mo\x1bod": 1}, answered], "": 2}) + "\n")
     given = arguments(llama, files, "chat.jsonl", "text.json", "more.jsonl", show_batch=True)
@@ -78,7 +78,7 @@ def test_variables_of_the_chat_template_are_set(run_cli, llama, copy_of, files):
         assert said in refused.stderr
 
 
-def test_a_terminal_gets_colour(llama, files):
+def test_learned_tokens_are_coloured_on_a_terminal(llama, files):
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", "adaptkit.cli.main", *arguments(llama, files, "chat.jsonl", show_batch=True)]
     environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
@@ -95,17 +95,17 @@ def test_a_terminal_gets_colour(llama, files):
 def _read(descriptor):
     try:
         return os.read(descriptor, 4096)
-    except OSError:  # Linux says so when the other side is closed
+    except OSError:  # raised by Linux when the other side is closed
         return b""
 
 
-def test_control_characters_of_data_do_nothing():
+def test_control_characters_in_data_are_shown_as_symbols():
     part = Stretch(False, (1,), "\x1b[2J\rgone\x07")
     shown = Preview(1, 1, 0, (ShownSample("rows.jsonl, line 1", 1, 1, 0, (part,)),))
     assert "␛[2J␍gone␇" in "\n".join(batch_lines(shown, False))
 
 
-def test_programs_get_every_token(run_cli, llama, files):
+def test_the_json_preview_has_every_token(run_cli, llama, files):
     done = run_cli(*arguments(llama, files, "chat.jsonl", show_batch=True), "--json")
     (sample,) = json.loads(done.stdout)["samples"]
     assert [part["learned"] for part in sample["stretches"]] == [False, True, False]
@@ -113,7 +113,7 @@ def test_programs_get_every_token(run_cli, llama, files):
     assert sample["learned"] == len(sample["stretches"][1]["ids"])
 
 
-def test_one_of_several_processes_shows_the_batch(run_cli, llama, files):
+def test_only_the_first_of_several_processes_shows_the_batch(run_cli, llama, files):
     given = arguments(llama, files, "chat.jsonl", show_batch=True)
     assert json.loads(run_cli(*given, "--json", RANK="0").stdout)["rows"] == 1
     for more in ((), ("--json",)):
@@ -121,7 +121,7 @@ def test_one_of_several_processes_shows_the_batch(run_cli, llama, files):
         assert (other.code, other.stdout, other.stderr) == (0, "", "")
 
 
-def test_what_became_of_the_data_is_told(run_cli, llama, files):
+def test_the_report_says_how_each_data_file_is_used(run_cli, llama, files):
     given = arguments(
         llama, files, "chat.jsonl", "text.json", "short.csv", mixture="short.csv=2", pack=True,
         max_length=200, held_out_data=files / "short.csv", steps=1,
@@ -147,8 +147,8 @@ def test_what_became_of_the_data_is_told(run_cli, llama, files):
         ("drop", ["cut 0 held-out samples to max_length;", "left out 2 held-out samples, too long or without"]),
     ],
 )
-def test_what_was_cut_of_held_out_data_is_told_too(run_cli, llama, files, too_long, told):
-    """A loss on half of an answer is another loss, and the best adapter is chosen by it."""
+def test_cut_and_dropped_held_out_samples_are_reported(run_cli, llama, files, too_long, told):
+    """The best adapter is chosen by the held-out loss, which differs if answers are cut."""
     rows = [{"instruction": "x " * n, "output": "y " * m} for n, m in ((1, 60), (60, 1), (1, 1))]
     (files / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"held_out_data": files / "long.jsonl", "max_length": 60, "too_long": too_long, "steps": 1, "rank": 1}
@@ -166,7 +166,7 @@ def test_what_was_cut_of_held_out_data_is_told_too(run_cli, llama, files, too_lo
         ('{"prompt": "x", "completion": "y"}', {"mixture": "row.jsonl=2"}, 2, "'row.jsonl' is not one of the data"),
     ],
 )  # fmt: skip
-def test_bad_data_ends_in_one_line_and_a_hint(rows, options, code, message, run_cli, llama, files):
+def test_bad_data_ends_in_an_error_and_a_hint(rows, options, code, message, run_cli, llama, files):
     (files / "rows.jsonl").write_text('{"prompt": "x", "completion": "y"}\n' + rows + "\n")
     done = run_cli(*arguments(llama, files, "rows.jsonl", **options))
     assert (done.code, done.stdout) == (code, "")
@@ -177,9 +177,7 @@ def test_bad_data_ends_in_one_line_and_a_hint(rows, options, code, message, run_
 
 
 @pytest.mark.parametrize(("option", "value", "steps"), [("steps", 3, 3), ("epochs", 2, 4)])
-def test_how_long_on_the_command_line_takes_the_place_of_how_long_in_the_file(
-    run_cli, llama, files, option, value, steps
-):
+def test_steps_or_epochs_on_the_command_line_replace_either_in_the_file(run_cli, llama, files, option, value, steps):
     (files / "train.yaml").write_text("epochs: 7\n" if option == "steps" else "steps: 7\n")
     more = {option: value, "config": files / "train.yaml", "dry_run": True, "json": True, "batch_size": 1}
     done = run_cli(*arguments(llama, files, "text.json", **more))
