@@ -128,7 +128,7 @@ def test_no_manifest_contains_its_folders_or_the_host_name(sides, name):
 
 
 def test_headers_list_tensors_in_file_order_with_at_most_one_metadata_key(sides):
-    """Keys in the order of the bytes, no spaces but the padding, and one key of metadata, whose order cannot vary."""
+    """The length is a multiple of 8, and metadata, whose order could vary, has at most one key."""
     for path in sorted(sides[0].rglob("*.safetensors")):
         if path.is_relative_to(sides[0] / "base"):
             continue

@@ -1,7 +1,7 @@
-"""A loopback hub in this process, and the real command line, with the real client, in processes of their own.
+"""A local Hub in this process, and the real command line, with the real client, in processes of their own.
 
-huggingface_hub reads its environment when it is imported. So that not every call has to import torch as well, a small
-server process has done that, and forks a child for each command.
+huggingface_hub reads its environment when it is imported, so each command needs its own process. To avoid importing
+torch in each, a server process imports it once and forks a child for each command.
 """
 
 import json
@@ -68,7 +68,7 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Done:
-    """What a command did: its exit code, what it printed, and its JSON document (the error's fields if it failed)."""
+    """A finished command: its exit code, its output, and its JSON document (the error's fields if it failed)."""
 
     code: int
     stdout: str
@@ -91,7 +91,7 @@ class Cli:
         xet: bool = False,
         hurry: bool = True,
     ) -> Done:
-        """Run a command with --json, or ``code``, which prints a JSON document itself; waits are short in a hurry."""
+        """Run a command with --json, or ``code``, which itself prints a JSON document; ``hurry`` shortens all waits."""
         environment = {"HF_ENDPOINT": url or self.hub.url, "HF_HOME": str(self.folder / "home"), "HF_TOKEN": token}
         environment |= {"HF_HUB_DISABLE_XET": str(int(not xet)), "HF_HUB_DISABLE_TELEMETRY": "1"}
         listed = [] if code else [*map(str, arguments), "--json"]
@@ -103,7 +103,7 @@ class Cli:
     def run(
         self, arguments: list[str], environment: dict[str, str], code: str = "", hurry: bool = True
     ) -> tuple[int, str, str]:
-        """Run a command in this environment and no other settings of the Hub: exit code, stdout, stderr."""
+        """Run a command with no other settings of the Hub than these; return its exit code, stdout and stderr."""
         files = {name: str(self.folder / f"{name}.txt") for name in ("stdout", "stderr")}
         job = files | {"environment": environment, "arguments": arguments, "code": code, "hurry": hurry}
         assert self.server.stdin is not None
@@ -116,7 +116,7 @@ class Cli:
 
 @pytest.fixture(scope="session")
 def server() -> Iterator["subprocess.Popen[str]"]:
-    """The process that forks; without the environment's own settings and token."""
+    """The process that forks; it has none of the outer environment's Hub settings and tokens."""
     environment = {
         key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))
     }
@@ -129,14 +129,14 @@ def server() -> Iterator["subprocess.Popen[str]"]:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[LocalHub]:
-    """A hub with a token that may write and one that may read."""
+    """A Hub with a write token and a read token."""
     with LocalHub(tmp_path / "hub", tokens={TOKEN}, read_tokens={"reader"}) as hub:
         yield hub
 
 
 @pytest.fixture
 def cli(server: "subprocess.Popen[str]", hub: LocalHub, tmp_path: Path) -> Cli:
-    """The command line, in ``tmp_path``, with a token that may write."""
+    """The command line, in ``tmp_path``, with a write token."""
     return Cli(server, hub, tmp_path)
 
 
@@ -184,7 +184,7 @@ def artifact(make_artifact: Callable[..., Path]) -> Path:
 
 
 class Repository:
-    """A repository, read from the hub's folder."""
+    """A repository, read from the local Hub's folder."""
 
     def __init__(self, hub: LocalHub, repo_id: str) -> None:
         self.hub, self.folder = hub, hub.store.folder / "repos" / repo_id
@@ -201,14 +201,14 @@ class Repository:
         return str(self.state["heads"]["main"])
 
     def files(self, revision: str = "main") -> dict[str, str]:
-        """The sha256 of every file of a branch, tag or commit, but for the hub's own .gitattributes."""
+        """The sha256 of every file of a branch, tag or commit, except .gitattributes, which the Hub adds."""
         commit = self.state["heads"].get(revision) or self.state["tags"].get(revision) or revision
         listed = json.loads((self.folder / "commits" / f"{commit}.json").read_text())["files"]
         return {name: file["sha256"] for name, file in listed.items() if name != ".gitattributes"}
 
     @property
     def commits(self) -> int:
-        """How many there are."""
+        """Number of commits."""
         return len(list((self.folder / "commits").iterdir()))
 
     def writes(self) -> list[str]:
@@ -220,13 +220,13 @@ class Repository:
 
 @pytest.fixture
 def repository(hub: LocalHub) -> Repository:
-    """me/model on the hub, there or not."""
+    """The repository me/model, which may not exist."""
     return Repository(hub, "me/model")
 
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
-    """Make an elliptic-curve key: files of its private and its public half."""
+    """Make an elliptic-curve key; return the files of its private and public parts."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 

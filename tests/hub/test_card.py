@@ -1,4 +1,4 @@
-"""The card states facts of the manifest, and the same ones always."""
+"""Model cards: they state facts of the manifest, are reproducible, and carry over the base's licence."""
 
 import json
 from collections.abc import Callable
@@ -75,11 +75,11 @@ def test_a_models_card_says_how_it_relates_to_its_base(
 @pytest.mark.parametrize(
     "name", ["/home/me/base", "./base", "../a", "~/base", "base", "a/b/c", "C:\\x", "a/b\nc", "", 5]
 )
-def test_a_path_on_a_disk_is_no_base_model(name: Any) -> None:
+def test_local_paths_are_not_taken_as_names_of_base_models(name: Any) -> None:
     assert base_model({"base_model_name_or_path": name}) is None
 
 
-def test_no_option_can_leave_its_block(manifest: Manifest) -> None:
+def test_markup_in_an_option_stays_inside_its_code_block(manifest: Manifest) -> None:
     options = {"note": "``` | # heading\n---\n<script>", "key\n# heading": 1}
     card = make_card(replace(manifest, operation={"name": "train", "options": options}), CardFacts())
     lines = [line for line in card.splitlines() if "heading" in line or "script" in line]
@@ -114,7 +114,7 @@ def test_the_licence_of_the_base_is_passed_on_and_nothing_else_of_its_card() -> 
      '---\nlicense: "a\\nb"\nlicense_name: 5\n---\n', "---\n" + "[" * 5000 + "\n---\n", "---\n\x00: x\n---\n",
      "---\nlicense: !!python/object/apply:os.system [true]\n---\n", "x" * 100_000],
 )  # fmt: skip
-def test_a_base_whose_card_says_nothing_usable_has_no_licence(card: str) -> None:
+def test_unusable_card_metadata_gives_no_licence(card: str) -> None:
     found = read_licence(card)
     assert set(found) <= {"license"}
     assert all("\n" not in value for value in found.values())
@@ -130,14 +130,14 @@ def test_a_base_whose_card_says_nothing_usable_has_no_licence(card: str) -> None
         ("checkpoint", "dequantize", None),
     ],
 )
-def test_the_relation_to_the_base_is_in_the_hubs_words(
+def test_the_relation_to_the_base_uses_the_hubs_terms(
     manifest: Manifest, kind: str, operation: str, expected: str | None
 ) -> None:
     made = replace(manifest, kind=kind, operation={"name": operation})
     assert front_matter(make_card(made, CardFacts(base="org/base"))).get("base_model_relation") == expected
 
 
-def test_figures_are_those_of_the_file_and_a_line_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_figures_are_read_from_metrics_and_malformed_lines_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [
         {"step": 0, "held_out_loss": 3.5},
@@ -162,7 +162,7 @@ def test_figures_are_those_of_the_file_and_a_line_that_is_none_is_refused(tmp_pa
 
 
 def publish_base(cli: Any, folder: Path, card: str = BASE_CARD) -> None:
-    """Put a base with a card on the hub, as its makers would."""
+    """Upload a base with a card to the Hub, as its authors would."""
     (folder / "base").mkdir()
     (folder / "base" / "README.md").write_text(card)
     code = "from huggingface_hub import HfApi; import json; api = HfApi(); api.create_repo('org/base');"
@@ -189,7 +189,7 @@ def test_a_published_adapter_has_the_licence_of_its_base_and_its_own_figures(
     assert "adaptkit verify FOLDER" in card
 
 
-def test_a_base_that_nothing_names_is_named_by_an_option_and_missed_aloud(
+def test_an_unknown_base_is_noted_and_can_be_given_by_an_option(
     cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, repository: Any, tmp_path: Path
 ) -> None:
     publish_base(cli, tmp_path)
@@ -204,7 +204,7 @@ def test_a_base_that_nothing_names_is_named_by_an_option_and_missed_aloud(
     assert cli("publish", artifact, "me/model", "--base-model", "not a name").code == 2
 
 
-def test_a_card_that_the_artifact_brings_takes_no_base(cli: Any, artifact: Path, tmp_path: Path) -> None:
+def test_a_base_cannot_be_given_if_the_artifact_has_a_card(cli: Any, artifact: Path, tmp_path: Path) -> None:
     cli("publish", artifact, "me/model")
     cli("pull", "me/model", "-o", "pulled")
     done = cli("publish", "pulled", "me/other", "--base-model", "org/base")
@@ -212,7 +212,7 @@ def test_a_card_that_the_artifact_brings_takes_no_base(cli: Any, artifact: Path,
     assert "already has a model card" in done.report["message"]
 
 
-def test_a_base_that_does_not_answer_is_no_reason_for_a_card_without_its_licence(
+def test_publishing_fails_rather_than_omit_the_licence_of_an_unreachable_base(
     cli: Any, artifact: Path, hub: LocalHub, repository: Any, tmp_path: Path
 ) -> None:
     publish_base(cli, tmp_path)
@@ -221,7 +221,7 @@ def test_a_base_that_does_not_answer_is_no_reason_for_a_card_without_its_licence
     assert not repository.state or repository.files() == {}
 
 
-def test_quantized_and_merged_models_travel_with_their_cards(
+def test_quantized_and_merged_models_are_published_and_pulled_with_cards(
     cli: Any, hub: LocalHub, llama: Path, adapter: Path, tmp_path: Path
 ) -> None:
     for arguments, kind in (
@@ -242,7 +242,7 @@ def test_quantized_and_merged_models_travel_with_their_cards(
     assert cli("plan", "config").code == 0
 
 
-def test_a_link_to_a_file_of_the_base_leads_there_if_the_artifact_has_no_such_file(
+def test_a_relative_licence_link_points_to_the_base_unless_the_artifact_has_the_file(
     cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, repository: Any, tmp_path: Path
 ) -> None:
     publish_base(cli, tmp_path, BASE_CARD.replace("https://example.org/ducks", "LICENSE.md"))
@@ -254,7 +254,7 @@ def test_a_link_to_a_file_of_the_base_leads_there_if_the_artifact_has_no_such_fi
         assert front_matter(card_on(hub, repository))["license_link"] == expected
 
 
-def test_a_name_that_the_hub_does_not_know_may_be_a_folders_and_is_no_base_unless_it_was_given(
+def test_a_base_name_unknown_to_the_hub_is_omitted_from_the_card_unless_given_as_option(
     cli: Any, artifact: Path, hub: LocalHub, repository: Any
 ) -> None:
     done = cli("publish", artifact, "me/model")

@@ -1,4 +1,4 @@
-"""What the environment gives the client, and what the client raises."""
+"""Environment settings that the Hub's client cannot use, and the errors that it raises for them."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from local_hub import LocalHub
     ],
     ids=lambda setting: next(iter(setting.items())),
 )
-def test_settings_that_no_client_can_be_made_with_are_a_usage_error(cli: Any, artifact: Path, setting: Any) -> None:
+def test_unusable_connection_settings_are_a_usage_error(cli: Any, artifact: Path, setting: Any) -> None:
     own = {"HF_ENDPOINT": cli.hub.url, "HF_HOME": str(cli.folder / "home"), "NO_PROXY": "", "no_proxy": ""}
     for command in (["publish", "artifact", "me/model"], ["pull", "me/model", "-o", "out"], ["inspect", "me/model"]):
         code, stdout, stderr = cli.run(command, own | setting)
@@ -29,14 +29,14 @@ def test_settings_that_no_client_can_be_made_with_are_a_usage_error(cli: Any, ar
     assert cli.hub.requests == []
 
 
-def test_a_token_that_can_be_none_is_an_authentication_error(cli: Any, artifact: Path) -> None:
+def test_an_impossible_token_is_an_authentication_error(cli: Any, artifact: Path) -> None:
     done = cli("publish", artifact, "me/model", token="hf_\N{LATIN SMALL LETTER E WITH ACUTE}" + "x" * 30)
     assert done.code == 6
     assert "HF_TOKEN" in done.report["hint"]
 
 
 @pytest.mark.parametrize("without_xet", ["0", "1"])
-def test_a_home_of_the_client_that_cannot_be_is_an_error_of_the_disk_and_none_of_the_network(
+def test_an_unusable_hf_home_is_reported_as_a_disk_error_and_not_retried(
     cli: Any, artifact: Path, hub: LocalHub, without_xet: str
 ) -> None:
     sent = cli("publish", artifact, "me/model", xet=True)
@@ -45,7 +45,7 @@ def test_a_home_of_the_client_that_cannot_be_is_an_error_of_the_disk_and_none_of
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(cli.folder / "file" / "home"), "HF_TOKEN": "reader"}
     for command in (["inspect", "me/model"], ["pull", "me/model", "-o", "out"]):
         code, _, stderr = cli.run(command, own | {"HF_HUB_DISABLE_XET": without_xet})
-        if (command[0], without_xet) == ("pull", "1"):  # which keeps nothing there but what Xet wants
+        if (command[0], without_xet) == ("pull", "1"):  # which uses HF_HOME only for Xet
             assert code == 0, stderr
             continue
         assert code == 1, stderr

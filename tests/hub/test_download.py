@@ -1,4 +1,4 @@
-"""What is pulled is what was published, to the byte, or it does not appear."""
+"""Pulls and Hub sources: the files have the published bytes, or none appear under the final name."""
 
 import dataclasses
 import hashlib
@@ -75,7 +75,7 @@ def test_a_commit_can_be_pulled_after_the_branch_moved(
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json", MANIFEST_NAME])
-def test_same_size_corruption_is_found_and_does_not_poison_the_retry(
+def test_corruption_of_equal_size_is_detected_and_does_not_affect_a_retry(
     cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path, name: str
 ) -> None:
     cli("publish", artifact, "me/model")
@@ -89,14 +89,16 @@ def test_same_size_corruption_is_found_and_does_not_poison_the_retry(
     assert (tmp_path / "pulled" / WEIGHTS).read_bytes() == (artifact / WEIGHTS).read_bytes()
 
 
-def test_a_body_that_was_cut_short_is_fetched_to_its_end(cli: Any, artifact: Path, hub: LocalHub) -> None:
+def test_a_truncated_response_is_fetched_to_its_end(cli: Any, artifact: Path, hub: LocalHub) -> None:
     cli("publish", artifact, "me/model")
     hub.faults.append(Fault("GET", rf"/resolve/.*{WEIGHTS}", "truncate"))
     assert cli("pull", "me/model", "-o", "pulled").code == 0
     assert not hub.faults
 
 
-def test_an_interrupted_pull_keeps_the_finished_files(cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path) -> None:
+def test_an_interrupted_pull_does_not_fetch_finished_files_again(
+    cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path
+) -> None:
     cli("publish", artifact, "me/model")
     hub.faults.append(Fault("*", rf"/resolve/.*{WEIGHTS}", "404", -1))
     assert cli("pull", "me/model", "-o", "pulled").code != 0
@@ -110,7 +112,7 @@ def test_an_interrupted_pull_keeps_the_finished_files(cli: Any, artifact: Path, 
     assert cli("verify", "pulled").code == 0
 
 
-def test_a_finished_file_that_went_bad_is_fetched_again(
+def test_a_finished_file_damaged_since_is_fetched_again(
     cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path
 ) -> None:
     cli("publish", artifact, "me/model")
@@ -123,7 +125,7 @@ def test_a_finished_file_that_went_bad_is_fetched_again(
     assert (tmp_path / "pulled" / "adapter_config.json").read_bytes() == (artifact / "adapter_config.json").read_bytes()
 
 
-def test_a_pull_that_its_disk_has_no_room_for_fetches_nothing(
+def test_a_pull_without_enough_disk_space_fetches_no_large_files(
     cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, tmp_path: Path
 ) -> None:
     own = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -181,7 +183,7 @@ def test_a_hostile_path_in_the_manifest_is_refused(cli: Any, artifact: Path, tmp
     assert not list(tmp_path.glob("pulled*"))
 
 
-def test_a_size_that_is_no_number_is_refused(cli: Any, artifact: Path) -> None:
+def test_a_file_size_that_is_not_a_number_is_refused(cli: Any, artifact: Path) -> None:
     path = artifact / MANIFEST_NAME
     document = json.loads(path.read_bytes())
     document["files"][0]["size"] = "many"
@@ -204,7 +206,7 @@ def test_a_file_that_was_swapped_in_the_repository_is_refused(
     assert not (tmp_path / "pulled").exists()
 
 
-def test_fingerprints_that_the_tensors_do_not_have_are_refused(cli: Any, artifact: Path, tmp_path: Path) -> None:
+def test_wrong_tensor_fingerprints_are_refused(cli: Any, artifact: Path, tmp_path: Path) -> None:
     def lie(manifest: Manifest) -> Manifest:
         first, *rest = manifest.tensors
         return dataclasses.replace(manifest, tensors=(dataclasses.replace(first, xxh3_128="0" * 32), *rest))
@@ -217,7 +219,7 @@ def test_fingerprints_that_the_tensors_do_not_have_are_refused(cli: Any, artifac
     assert not (tmp_path / "pulled").exists()
 
 
-def test_other_files_of_the_repository_are_left_there(cli: Any, artifact: Path, tmp_path: Path) -> None:
+def test_files_not_in_the_manifest_are_not_pulled(cli: Any, artifact: Path, tmp_path: Path) -> None:
     (artifact / "stray.bin").write_bytes(b"x")
     cli(code=RAW_COMMIT % str(artifact))
     (artifact / "stray.bin").unlink()
@@ -225,7 +227,7 @@ def test_other_files_of_the_repository_are_left_there(cli: Any, artifact: Path, 
     assert contents(tmp_path / "pulled") == contents(artifact)
 
 
-def test_failures_of_the_hub_have_their_exit_codes(cli: Any, artifact: Path, hub: LocalHub) -> None:
+def test_failures_to_find_or_access_a_repository_have_their_exit_codes(cli: Any, artifact: Path, hub: LocalHub) -> None:
     cli("publish", artifact, "me/model", "--private")
     assert cli("pull", "me/model", "-o", "pulled", token="").code == 6
     assert cli("pull", "me/absent", "-o", "pulled").code == 2
@@ -237,7 +239,7 @@ def test_failures_of_the_hub_have_their_exit_codes(cli: Any, artifact: Path, hub
 @pytest.mark.parametrize(
     "what", ["/api/models/me/model/tree/", "/api/models/me/model/revision/", "/api/models/me/model$"]
 )
-def test_an_answer_that_was_damaged_is_no_crash(
+def test_a_corrupted_answer_ends_in_a_documented_exit_code(
     cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path, what: str
 ) -> None:
     commit = cli("publish", artifact, "me/model").report["commit"]
@@ -257,11 +259,11 @@ def test_a_source_on_the_hub_becomes_a_folder_of_its_checkpoint_files(cli: Any, 
     assert cli("verify", path).code == 0
 
 
-def test_of_a_repository_that_others_made_all_that_operations_read_is_fetched(
+def test_of_repositories_without_a_manifest_only_files_that_operations_read_are_fetched(
     cli: Any, make_artifact: Callable[..., Path]
 ) -> None:
     read = ["modeling_x.py", "LICENSE-MODEL", "USE_POLICY.md", "additional_chat_templates/tool.jinja"]
-    read += ["trainable_params.bin"]  # beside an adapter it is refused
+    read += ["trainable_params.bin"]  # operations refuse an adapter that has it
     unread = ["onnx/config.json", "onnx/x.py", "LICENSES/x", "pytorch_model.bin", "onnx/model.safetensors"]
     made = make_artifact(files=dict.fromkeys([*read, *unread], "{}"))
     code = (
@@ -289,7 +291,7 @@ def test_of_a_repository_that_others_made_all_that_operations_read_is_fetched(
         ([], 2, "nothing that adaptkit reads"),
     ],
 )
-def test_of_a_repository_without_weights_to_read_is_said_what_it_holds(
+def test_errors_for_repositories_without_readable_weights_say_what_they_hold(
     cli: Any, tmp_path: Path, files: list[str], code: int, says: str
 ) -> None:
     make = "from huggingface_hub import HfApi, CommitOperationAdd as Add\napi = HfApi()\napi.create_repo('me/model')\n"
@@ -306,10 +308,10 @@ def test_of_a_repository_without_weights_to_read_is_said_what_it_holds(
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json", "course.jsonl"])
-def test_what_was_damaged_on_the_way_is_not_taken_from_the_cache(
+def test_files_damaged_in_transit_are_removed_from_the_cache(
     cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, tmp_path: Path, name: str
 ) -> None:
-    """The client compares sizes, and calls what it got by the hash of what it should be."""
+    """The client only compares sizes, and stores what it received under the expected hash."""
     cli("publish", make_artifact(files={"course.jsonl": "{}"}), "me/model")
     hub.faults.append(Fault("GET", f"/resolve/.*{name}", "corrupt"))
     done = cli("diff", "me/model", tmp_path / "artifact")
@@ -320,10 +322,8 @@ def test_what_was_damaged_on_the_way_is_not_taken_from_the_cache(
     assert cli("diff", "me/model", tmp_path / "artifact").code == 0
 
 
-def test_what_is_in_the_cache_is_compared_once_and_only_if_it_is_wanted(
-    cli: Any, artifact: Path, tmp_path: Path
-) -> None:
-    """What another program put there, too; and what is a link to nothing any more is not in the way."""
+def test_only_needed_cached_files_are_checked_against_their_hashes(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    """This includes files cached by another program; dangling links do no harm."""
     commit = cli("publish", artifact, "me/model").report["commit"]
     other = "from huggingface_hub import snapshot_download\nsnapshot_download('me/model')\nprint('{}')"
     assert cli(code=other).code == 0
@@ -343,8 +343,8 @@ def test_what_is_in_the_cache_is_compared_once_and_only_if_it_is_wanted(
     assert cli("diff", "me/model", artifact).code == 0
 
 
-def test_a_dry_run_fetches_no_weights_where_a_part_is_there_already(cli: Any, artifact: Path, tmp_path: Path) -> None:
-    """As `plan org/name` leaves it."""
+def test_a_dry_run_with_a_partial_cache_fetches_no_weights(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    """`plan org/name` leaves such a cache."""
     commit = cli("publish", artifact, "me/model").report["commit"]
     code = (
         "from huggingface_hub import hf_hub_download\nprint('{}')\nhf_hub_download('me/model', 'adapter_config.json',"
@@ -371,10 +371,10 @@ print("{}")
     ("whole", "how", "code"),
     [(True, "gone", 7), (False, "gone", 7), (True, "500", 7), (False, "401", 6), (True, "403", 6)],
 )
-def test_a_hub_that_refuses_is_not_replaced_by_the_cache(
+def test_the_cache_is_not_used_if_the_hub_fails_or_refuses(
     cli: Any, artifact: Path, hub: LocalHub, whole: bool, how: str, code: int
 ) -> None:
-    """Nobody can say that the branch is still where it was; a part of it is no checkpoint either."""
+    """The branch may have moved, and the cache may hold only part of the checkpoint."""
     cli("publish", artifact, "me/model")
     assert cli(code=RESOLVE % "me/model" if whole else PART).code == 0
     if how != "gone":
@@ -386,9 +386,7 @@ def test_a_hub_that_refuses_is_not_replaced_by_the_cache(
     assert done.report["hint"].endswith(taken) == (code == 7)
 
 
-def test_a_configuration_is_not_taken_from_the_cache_if_the_hub_refuses(
-    cli: Any, hub: LocalHub, tmp_path: Path
-) -> None:
+def test_a_configuration_is_not_taken_from_the_cache_if_the_hub_fails(cli: Any, hub: LocalHub, tmp_path: Path) -> None:
     model = tmp_path / "made"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -419,25 +417,27 @@ except NetworkError as error:
 """
 
 
-def test_a_hub_that_falls_silent_in_between_is_not_replaced_by_the_cache(cli: Any, artifact: Path) -> None:
+def test_the_cache_is_not_used_if_the_hub_stops_answering_midway(cli: Any, artifact: Path) -> None:
     cli("publish", artifact, "me/model")
     assert cli(code=PART).code == 0
     assert "the Hub stopped answering" in cli(code=FALLS_SILENT).report["said"]
 
 
-def test_offline_the_cache_is_what_was_asked_for(cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path) -> None:
+def test_offline_a_complete_cache_is_used_without_requests(
+    cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path
+) -> None:
     cli("publish", artifact, "me/model", "--tag", "v1")
     for name in ("me/model", "me/model@v1"):
         assert cli(code=RESOLVE % name).code == 0
         requests = len(hub.requests)
-        for address in (hub.url, "localhost:9"):  # where nobody is asked, one that could not be is no matter
+        for address in (hub.url, "localhost:9"):  # no request is sent, so an invalid address does not matter
             environment = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
             code, *_ = cli.run([], environment, RESOLVE % name)
             assert code == 0
         assert len(hub.requests) == requests
 
 
-def test_offline_it_is_said_that_the_cache_may_hold_a_part(cli: Any, artifact: Path, tmp_path: Path) -> None:
+def test_offline_a_possibly_incomplete_cache_is_noted_once(cli: Any, artifact: Path, tmp_path: Path) -> None:
     code = f"""
 import huggingface_hub as hub
 hub.create_repo("me/model")
@@ -463,7 +463,7 @@ print("{{}}")
 
 
 def _written(theirs: int, ours: int) -> str:
-    """All that was written to one end of a terminal or pipe, read from the other; closes both."""
+    """Return all that was written to one end of a terminal or pipe, read from the other; close both."""
     os.write(theirs, b"END\n")
     told = b""
     while b"END" not in told:
@@ -473,8 +473,10 @@ def _written(theirs: int, ours: int) -> str:
     return told.decode().partition("END")[0]
 
 
-def test_a_release_says_what_its_sources_are_waiting_for(cli: Any, artifact: Path, tmp_path: Path) -> None:
-    """Its own bar on a terminal, and lines anywhere."""
+def test_run_shows_retries_and_a_progress_bar_while_it_fetches_sources(
+    cli: Any, artifact: Path, tmp_path: Path
+) -> None:
+    """Run on a terminal, where the progress bar is shown."""
     cli("publish", artifact, "me/model")
     (tmp_path / "r.yaml").write_text(
         "name: r\nsources: {lora: {repo: me/model}}\nsteps:\n  small: {resize: lora, rank: 1}\n"
@@ -491,7 +493,7 @@ def test_a_release_says_what_its_sources_are_waiting_for(cli: Any, artifact: Pat
     assert "100%" in said.partition("lora: me/model@main, commit")[0]
 
 
-def test_a_name_that_is_in_a_file_of_settings_is_fetched_too(cli: Any, artifact: Path, tmp_path: Path) -> None:
+def test_a_hub_name_in_an_options_file_is_fetched(cli: Any, artifact: Path, tmp_path: Path) -> None:
     commit = cli("publish", artifact, "me/model").report["commit"]
     (tmp_path / "t.yaml").write_text("base: me/model\ndata: [d.jsonl]\n")
     done = cli("train", "--config", "t.yaml", "-o", "out")
@@ -499,9 +501,7 @@ def test_a_name_that_is_in_a_file_of_settings_is_fetched_too(cli: Any, artifact:
     assert commit in done.report["message"] + done.report["hint"]
 
 
-def test_all_that_the_manifest_lists_comes_with_it_wherever_it_lies(
-    cli: Any, make_artifact: Callable[..., Path]
-) -> None:
+def test_all_files_of_the_manifest_are_fetched_in_any_folder(cli: Any, make_artifact: Callable[..., Path]) -> None:
     others = {"course.jsonl": "{}", "loss.svg": "<svg/>", "last/README.md": "as it ended", "odd [1]*.bin": "x"}
     made = make_artifact(files=others)
     assert cli("publish", made, "me/model", "--branch", "trained/by-hand").code == 0
@@ -511,10 +511,10 @@ def test_all_that_the_manifest_lists_comes_with_it_wherever_it_lies(
 
 
 @pytest.mark.parametrize(("asked", "shown"), [((), True), (("--quiet",), False), (("--json",), False)])
-def test_what_is_fetched_for_a_command_is_shown_as_everything_else_is(
+def test_fetching_for_a_command_shows_progress_only_on_a_terminal(
     cli: Any, artifact: Path, tmp_path: Path, asked: tuple[str, ...], shown: bool
 ) -> None:
-    """On a terminal our own bar, which goes away, and elsewhere nothing; the client's bars are never seen."""
+    """On a terminal, our own transient bar is shown, elsewhere nothing; the client's bars are never shown."""
     cli("publish", artifact, "me/model")
     command = [sys.executable, "-m", "adaptkit", "inspect", "me/model", *asked]
     own = {"HF_ENDPOINT": cli.hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -534,10 +534,8 @@ def test_what_is_fetched_for_a_command_is_shown_as_everything_else_is(
 
 
 @pytest.mark.parametrize("asked", [(), ("--quiet",)])
-def test_that_the_hub_is_waited_for_is_said_in_one_line(
-    cli: Any, hub: LocalHub, tmp_path: Path, asked: tuple[str, ...]
-) -> None:
-    """Also where it is the client that is patient, whose own lines are two for every try."""
+def test_a_retry_is_noted_in_one_line(cli: Any, hub: LocalHub, tmp_path: Path, asked: tuple[str, ...]) -> None:
+    """This holds even if it is the client that retries, which itself would print two lines per try."""
     model = tmp_path / "made"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
@@ -576,15 +574,15 @@ except Exception:
 """
 
 
-def test_the_clients_own_lines_are_a_note_for_every_try() -> None:
-    """Nobody answers, and waits are as short as they can be. Whoever uses the client beside us hears of it as ever."""
+def test_each_retry_of_the_client_becomes_one_note() -> None:
+    """There is no server, and waits are as short as possible. Outside of adaptkit, the client logs as usual."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     done = subprocess.run([sys.executable, "-c", PATIENCE], capture_output=True, text=True, env=environment, check=True)
     said = "me/model: no usable answer from the Hub; retrying in"
     assert json.loads(done.stdout) == [[f"{said} 0.01s [Retry 1/2]", f"{said} 0.02s [Retry 2/2]"], 0, 3]
 
 
-def test_who_is_offline_is_told_so_at_once(cli: Any, tmp_path: Path) -> None:
+def test_in_offline_mode_a_missing_source_is_reported_as_offline(cli: Any, tmp_path: Path) -> None:
     for command in ("inspect", "plan"):
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
         words = [sys.executable, "-m", "adaptkit", command, "me/model"]
@@ -596,7 +594,7 @@ def test_who_is_offline_is_told_so_at_once(cli: Any, tmp_path: Path) -> None:
         ]
 
 
-def test_a_configuration_alone_is_fetched_without_a_word(cli: Any, tmp_path: Path) -> None:
+def test_a_single_configuration_is_fetched_without_output(cli: Any, tmp_path: Path) -> None:
     model = tmp_path / "made"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -607,13 +605,13 @@ def test_a_configuration_alone_is_fetched_without_a_word(cli: Any, tmp_path: Pat
     assert cli(code=code).report["told"] == "END"
 
 
-def test_a_local_folder_goes_before_the_hub(cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path) -> None:
+def test_a_local_folder_takes_precedence_over_the_hub(cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path) -> None:
     (tmp_path / "me" / "model").mkdir(parents=True)
     assert cli(code=RESOLVE % "me/model").report["path"] == "me/model"
     assert hub.requests == []
 
 
-def test_a_source_that_is_neither_is_a_usage_error(cli: Any, tmp_path: Path) -> None:
+def test_a_source_neither_local_nor_on_the_hub_is_a_usage_error(cli: Any, tmp_path: Path) -> None:
     for name in ("me/absent", "me/_absent", "me/absent@a/branch--of/mine"):
         done = cli("inspect", name)
         assert done.code == 2
@@ -623,7 +621,7 @@ def test_a_source_that_is_neither_is_a_usage_error(cli: Any, tmp_path: Path) -> 
             resolve_source(text)
 
 
-def test_what_takes_a_merged_model_apart_comes_with_it(
+def test_a_merged_model_is_published_with_its_undo_record(
     cli: Any, llama: Path, adapter: Path, tmp_path: Path, repository: Any
 ) -> None:
     merge(llama, [adapter], tmp_path / "merged")
@@ -655,6 +653,8 @@ except Exception as error:
 
 @pytest.mark.parametrize("xet", [False, True])
 @pytest.mark.parametrize("call", ["pull('me/model', 'pulled'", "resolve_source('me/model'"])
-def test_what_a_callers_progress_raises_comes_out_as_it_is(cli: Any, artifact: Path, call: str, xet: bool) -> None:
+def test_exceptions_of_a_callers_progress_function_are_passed_on_unchanged(
+    cli: Any, artifact: Path, call: str, xet: bool
+) -> None:
     cli("publish", artifact, "me/model", xet=xet)
     assert cli(code=TOLD % call, xet=xet).report == {"raised": repr(RuntimeError("stop here")), "calls": 1}

@@ -1,7 +1,7 @@
-"""Whatever goes wrong, the command ends in its exit code, and the branch is as it was or holds the whole artifact.
+"""After any fault, the exit code is right, and the branch is unchanged or has the complete new artifact.
 
-One row is one run of the command line, with the unmodified client, against a hub on which something goes wrong. The
-branch held another artifact before, so that "as it was" is something too.
+Each row is one run of the command line, with the unmodified client, against a Hub with a fault. The branch holds an
+older artifact beforehand, so that an unchanged branch can be told from an empty one.
 """
 
 import json
@@ -27,15 +27,15 @@ COMMIT, TAG, PUT, PREUPLOAD, RESOLVE = "/commit/", "/tag/", "/lfs/", "/preupload
 
 @dataclass(frozen=True)
 class Row:
-    """What goes wrong, and how the command ends.
+    """A fault, and the expected outcome.
 
     Attributes:
         fault: METHOD:PATH_REGEX:KIND[:COUNT].
-        code: exit code.
-        says: in the message, or on stderr if it succeeds.
-        remote: "complete" (the artifact and its tag), "untagged" (the artifact without it), or "as it was".
-        xet: upload through Xet.
-        options: more of them.
+        code: exit code of the command.
+        says: text in the error message, or on stderr if the command succeeds.
+        remote: "complete" (the artifact and its tag), "untagged" (only the artifact), or "as it was".
+        xet: whether to upload through Xet.
+        options: further options of the command.
     """
 
     fault: str
@@ -58,7 +58,7 @@ ROWS = (
     *(Row(f"GET:{INFO}:{kind}", OK, AGAIN, "complete") for kind in ("429", "500", "503", "drop", "lost", "truncate")),
     *(Row(f"GET:{INFO}:{kind}:-1", NETWORK) for kind in ("429", "500", "503", "drop", "nonsense")),
     *(Row(f"GET:{INFO}:{status}+1", OK, "trying again in 1 s", "complete") for status in (503, 429)),
-    Row(f"GET:{INFO}:429+3600", NETWORK, "answered 429"),  # nobody waits that long
+    Row(f"GET:{INFO}:429+3600", NETWORK, "answered 429"),  # too long to wait
     Row(f"GET:{REFS}:500", OK, AGAIN, "complete"),
     Row(f"GET:{TREE}:nonsense:-1", NETWORK, "malformed"),
     Row(f"GET:{TREE}:403", AUTHENTICATION, "answered 403"),
@@ -111,7 +111,7 @@ PULLS = (
 
 @pytest.fixture(scope="module")
 def before(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
-    """Filled by the first row of each road: a hub's folder with an artifact in it."""
+    """A Hub's folder with an artifact, by whether Xet is used; filled by the first row that needs it."""
     return {}
 
 
@@ -135,17 +135,17 @@ def start(
 
 
 def check_complete(repository: Any, tagged: bool) -> None:
-    """The branch holds one artifact, every file of its manifest and nothing else."""
+    """Require that the branch holds every file of the new artifact's manifest and nothing else."""
     files = repository.files()
     manifest = Manifest.from_bytes((repository.hub.store.blob(files[MANIFEST_NAME])).read_bytes())
     assert files == {record.path: record.sha256 for record in manifest.files} | {MANIFEST_NAME: manifest.sha256}
     assert "new.txt" in files
     assert repository.state["tags"] == ({"v1": repository.head} if tagged else {})
-    assert repository.commits == 3  # the hub's own, the old artifact's, and one more however often it was tried
+    assert repository.commits == 3  # the Hub's own, the old artifact's, and one more, regardless of retries
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_publish_ends_in_its_exit_code_and_the_branch_is_never_half_new(
+def test_a_faulty_publish_has_the_right_exit_code_and_never_leaves_a_partial_artifact(
     cli: Any, start: Callable[..., None], hub: LocalHub, repository: Any, row: Row
 ) -> None:
     start(row.xet)
@@ -163,13 +163,13 @@ def test_publish_ends_in_its_exit_code_and_the_branch_is_never_half_new(
     else:
         check_complete(repository, tagged=row.remote == "complete")
     hub.faults.clear()
-    if row.code == NETWORK:  # the same command goes on where it stopped
+    if row.code == NETWORK:  # the same command resumes
         assert cli(*PUBLISH, xet=row.xet).code == OK
         check_complete(repository, tagged=True)
 
 
 @pytest.mark.parametrize("row", PULLS, ids=str)
-def test_pull_ends_in_its_exit_code_and_what_appears_is_right(
+def test_a_faulty_pull_has_the_right_exit_code_and_leaves_only_correct_output(
     cli: Any, start: Callable[..., None], hub: LocalHub, repository: Any, tmp_path: Path, row: Row
 ) -> None:
     start()
@@ -186,7 +186,7 @@ def test_pull_ends_in_its_exit_code_and_what_appears_is_right(
     assert cli("verify", "pulled").code == OK
 
 
-def test_a_tag_that_somebody_else_sets_meanwhile_stays_where_it_is(
+def test_a_tag_set_concurrently_by_another_job_is_not_moved(
     cli: Any, start: Callable[..., None], hub: LocalHub, repository: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start()
@@ -206,10 +206,10 @@ def test_a_tag_that_somebody_else_sets_meanwhile_stays_where_it_is(
     assert "new.txt" in repository.files()
 
 
-def test_somebody_elses_commit_of_the_very_same_files_counts_as_ours(
+def test_a_concurrent_commit_of_the_same_files_counts_as_success(
     cli: Any, start: Callable[..., None], hub: LocalHub, repository: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two CI jobs that publish the same artifact at once both succeed, and there is one commit."""
+    """Two CI jobs that publish the same artifact at the same time both succeed, with a single commit."""
     start()
     take_fault, begun = hub.take_fault, []
 
@@ -267,7 +267,7 @@ def test_a_hostile_name_in_the_repository_is_refused(
     assert [path for path in sorted(tmp_path.iterdir()) if path not in listed and path.suffix != ".txt"] == []
 
 
-def test_a_commit_is_asked_for_again_only_after_the_branch_was_seen_unmoved(
+def test_a_commit_is_retried_only_after_checking_that_the_branch_has_not_moved(
     cli: Any, start: Callable[..., None], hub: LocalHub
 ) -> None:
     start()
@@ -277,8 +277,8 @@ def test_a_commit_is_asked_for_again_only_after_the_branch_was_seen_unmoved(
     assert steps == ["look", *["commit", "look"] * 3, "commit"]
 
 
-def test_patience_grows_is_told_and_ends(cli: Any, start: Callable[..., None], hub: LocalHub) -> None:
-    """With the real waits."""
+def test_retries_wait_longer_each_time_are_noted_and_end(cli: Any, start: Callable[..., None], hub: LocalHub) -> None:
+    """With the real waiting times."""
     start()
     hub.faults.append(Fault("GET", REFS, "503", -1))
     done = cli(*PUBLISH, hurry=False)
@@ -303,7 +303,7 @@ except NetworkError as error:
 
 
 @pytest.mark.parametrize("revision", [None, "v1"], ids=["what it is", "its branches and tags"])
-def test_a_hub_that_takes_a_call_and_says_nothing_is_not_waited_for_for_ever(cli: Any, revision: str | None) -> None:
+def test_a_hub_that_accepts_a_connection_but_never_answers_times_out(cli: Any, revision: str | None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         done = cli(url=f"http://127.0.0.1:{silent.getsockname()[1]}", code=SILENT % revision)
     assert done.code == 0

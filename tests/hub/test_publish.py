@@ -1,4 +1,4 @@
-"""What is published is exactly what the manifest lists, in one commit; every failure leaves a state to go on from."""
+"""Publishing uploads exactly what the manifest lists, in one commit; after any failure it can be resumed."""
 
 import hashlib
 from collections.abc import Callable
@@ -25,24 +25,24 @@ def test_a_new_repository_holds_the_manifests_files_the_manifest_and_a_card(
     assert done.code == 0, done.stdout
     report, there, here = done.report, repository.files(), digests(artifact)
     assert set(there) == {*here, "README.md"}
-    assert {name for name in here if there[name] != here[name]} == {MANIFEST_NAME}  # it lists the card too
+    assert {name for name in here if there[name] != here[name]} == {MANIFEST_NAME}  # it also lists the card
     assert there[MANIFEST_NAME] == report["manifest_sha256"]
     assert repository.state["tags"] == {"v1": report["commit"]}
     assert report["commit"] == repository.head
     assert report["files_added"] == sorted(there)
     assert not report["already_there"]
     assert report["url"].endswith(f"/me/model/tree/{report['commit']}")
-    assert repository.commits == 2  # the hub's own, and ours
+    assert repository.commits == 2  # the Hub's own, and ours
     assert not repository.state["private"]
 
 
-def test_the_folder_that_was_published_is_unchanged(cli: Any, artifact: Path) -> None:
+def test_publishing_does_not_change_the_local_folder(cli: Any, artifact: Path) -> None:
     before = digests(artifact)
     assert cli("publish", artifact, "me/model").code == 0
     assert digests(artifact) == before
 
 
-def test_publishing_again_sends_nothing(cli: Any, artifact: Path, repository: Any) -> None:
+def test_publishing_again_uploads_nothing(cli: Any, artifact: Path, repository: Any) -> None:
     first = cli("publish", artifact, "me/model", "--tag", "v1").report
     sent = len(repository.writes())
     again = cli("publish", artifact, "me/model", "--tag", "v1")
@@ -54,7 +54,7 @@ def test_publishing_again_sends_nothing(cli: Any, artifact: Path, repository: An
     assert repository.commits == 2
 
 
-def test_stale_files_are_deleted_and_equal_ones_are_not_sent(
+def test_stale_files_are_deleted_and_equal_ones_are_not_uploaded(
     cli: Any, make_artifact: Callable[..., Path], repository: Any
 ) -> None:
     cli("publish", make_artifact("old", old="x"), "me/model")
@@ -77,7 +77,7 @@ def test_a_stray_file_is_refused_before_anything_is_sent(cli: Any, artifact: Pat
     assert repository.hub.requests == []
 
 
-def test_what_download_tools_leave_behind_is_never_sent(cli: Any, artifact: Path, repository: Any) -> None:
+def test_cache_folders_of_download_tools_are_never_published(cli: Any, artifact: Path, repository: Any) -> None:
     (artifact / ".cache").mkdir()
     (artifact / ".cache" / "token").write_text("SECRET=1")
     assert cli("publish", artifact, "me/model").code == 0
@@ -113,7 +113,7 @@ def test_a_folder_without_a_manifest_is_refused(cli: Any, artifact: Path) -> Non
 
 
 @pytest.mark.parametrize("exists", [False, True])
-def test_a_dry_run_writes_nothing_and_tells_what_would_be_sent(
+def test_a_dry_run_changes_nothing_and_reports_what_would_be_sent(
     cli: Any, make_artifact: Callable[..., Path], repository: Any, exists: bool
 ) -> None:
     if exists:
@@ -141,14 +141,14 @@ def test_a_tag_on_another_commit_is_a_conflict_and_nothing_is_sent(
     assert repository.head == first["commit"]
 
 
-def test_a_branch_that_moves_meanwhile_is_a_conflict_and_stays_as_it_is(
+def test_a_branch_moved_by_a_concurrent_commit_is_a_conflict_and_keeps_that_commit(
     cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, repository: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cli("publish", make_artifact("old"), "me/model")
     take_fault = hub.take_fault
 
     def commit_first(method: str, path: str) -> str | None:
-        if "/commit/" in path:  # somebody else's commit arrives between our look at the branch and our own
+        if "/commit/" in path:  # a different commit arrives after we checked the branch and before our own
             theirs = ("file", {"path": "theirs.txt", "content": "eA==", "encoding": "base64"})
             Repo(hub.store, "me/model").add_commit("main", {"summary": "theirs"}, [theirs], False)
         return take_fault(method, path)
@@ -161,7 +161,7 @@ def test_a_branch_that_moves_meanwhile_is_a_conflict_and_stays_as_it_is(
     assert repository.state["tags"] == {}
 
 
-def test_a_lost_answer_to_the_commit_is_a_success(cli: Any, artifact: Path, hub: LocalHub, repository: Any) -> None:
+def test_a_commit_whose_answer_is_lost_is_a_success(cli: Any, artifact: Path, hub: LocalHub, repository: Any) -> None:
     hub.faults.append(Fault("POST", "/commit/", "lost"))
     done = cli("publish", artifact, "me/model", "--tag", "v1")
     assert done.code == 0, done.stdout
@@ -170,21 +170,21 @@ def test_a_lost_answer_to_the_commit_is_a_success(cli: Any, artifact: Path, hub:
     assert done.report["commit"] == repository.head == repository.state["tags"]["v1"]
 
 
-def test_a_lost_answer_to_the_tag_is_a_success(cli: Any, artifact: Path, hub: LocalHub, repository: Any) -> None:
+def test_a_tag_whose_answer_is_lost_is_a_success(cli: Any, artifact: Path, hub: LocalHub, repository: Any) -> None:
     hub.faults.append(Fault("POST", "/tag/", "lost"))
     assert cli("publish", artifact, "me/model", "--tag", "v1").code == 0
     assert not hub.faults
     assert repository.state["tags"]["v1"] == repository.head
 
 
-def test_a_hub_that_is_not_there_is_a_network_error(cli: Any, artifact: Path) -> None:
+def test_an_unreachable_hub_is_a_network_error(cli: Any, artifact: Path) -> None:
     done = cli("publish", artifact, "me/model", url="http://127.0.0.1:9")
     assert done.code == 7
     assert done.report["retryable"]
 
 
 @pytest.mark.parametrize("token", ["", "reader", "hf_wrongPlantedToken000"])
-def test_without_a_token_that_may_write_it_is_an_authentication_error(
+def test_publishing_without_a_write_token_is_an_authentication_error(
     cli: Any, artifact: Path, repository: Any, token: str
 ) -> None:
     done = cli("publish", artifact, "me/model", token=token)
@@ -211,7 +211,7 @@ def test_private_makes_a_private_repository_and_refuses_a_public_one(cli: Any, a
     assert "public" in done.report["message"]
 
 
-def test_a_card_that_the_artifact_has_is_kept(cli: Any, make_artifact: Callable[..., Path], repository: Any) -> None:
+def test_an_existing_card_is_published_unchanged(cli: Any, make_artifact: Callable[..., Path], repository: Any) -> None:
     artifact = make_artifact()
     assert cli("publish", artifact, "me/model").code == 0
     assert cli("pull", "me/model", "-o", "pulled").code == 0
@@ -223,14 +223,14 @@ def test_a_card_that_the_artifact_has_is_kept(cli: Any, make_artifact: Callable[
 
 
 @pytest.mark.parametrize("repo_id", ["model", "a/b/c", "../model", "me/..", "me/a b", "-me/model", "me/m--n"])
-def test_what_is_no_repository_is_a_usage_error(cli: Any, artifact: Path, hub: LocalHub, repo_id: str) -> None:
+def test_an_invalid_repository_name_is_a_usage_error(cli: Any, artifact: Path, hub: LocalHub, repo_id: str) -> None:
     done = cli("publish", "--", artifact, repo_id) if repo_id.startswith("-") else cli("publish", artifact, repo_id)
     assert done.code == 2
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("name", ["", "a b", "-x", "refs/heads/main", "a..b", "a/", "x.lock", "0" * 40, "a\n"])
-def test_what_git_takes_for_no_name_or_for_a_commit_is_refused(name: str) -> None:
+def test_names_that_git_rejects_or_reads_as_a_commit_are_refused(name: str) -> None:
     with pytest.raises(UsageError):
         PublishOptions(tag=name)
     with pytest.raises(UsageError):
@@ -238,11 +238,11 @@ def test_what_git_takes_for_no_name_or_for_a_commit_is_refused(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", ["v1", "v1.0", "release/2024-01", "a+b", "x@y"])
-def test_usual_names_of_tags_are_taken(name: str) -> None:
+def test_usual_tag_names_are_accepted(name: str) -> None:
     assert PublishOptions(tag=name).tag == name
 
 
-def test_an_identity_that_is_not_to_be_had_is_an_authentication_error(
+def test_an_unavailable_ci_identity_is_an_authentication_error(
     cli: Any, artifact: Path, hub: LocalHub, repository: Any
 ) -> None:
     code = f"""
@@ -256,7 +256,7 @@ main()
     assert not repository.state
 
 
-def test_an_adapter_of_another_tool_is_published_once_it_is_adopted(
+def test_an_adapter_of_another_tool_can_be_published_after_adopt(
     cli: Any, llama: Path, adapter: Path, repository: Any
 ) -> None:
     assert cli("publish", adapter, "me/model").code == 3

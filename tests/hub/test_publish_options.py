@@ -1,4 +1,4 @@
-"""Pull requests, signatures, checks, reports, and what must never be published."""
+"""Pull requests, signatures, checks, reports, and content that must never be published."""
 
 import json
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from adaptkit.hub.publish import PublishOptions
 Make = Callable[..., Path]
 Keys = Callable[[str], tuple[Path, Path]]
 SHAPED = "hf_" + "aB3" * 11 + "x"
-"""Shaped like a token of the Hub, and none."""
+"""A text that looks like a token of the Hub."""
 
 
-# --- both roads
+# --- LFS and Xet
 
 
 @pytest.mark.parametrize("xet", [False, True])
-def test_either_road_ends_in_the_same_files_and_the_second_run_sends_no_content(
+def test_lfs_and_xet_publish_the_same_files_and_a_second_run_uploads_nothing(
     cli: Any, artifact: Path, hub: LocalHub, repository: Any, xet: bool
 ) -> None:
     first = cli("publish", artifact, "me/model", "--tag", "v1", xet=xet)
@@ -66,7 +66,7 @@ def test_a_pull_request_leaves_main_alone_and_is_not_opened_twice(
 
 
 @pytest.mark.parametrize(("fault", "code", "requests"), [("lost", 0, 1), ("503", 0, 1), ("drop", 7, 0), ("500", 7, 0)])
-def test_a_pull_request_whose_fate_is_unknown_is_not_opened_again_blindly(
+def test_a_pull_request_with_a_lost_answer_is_not_opened_twice(
     cli: Any, make_artifact: Make, hub: LocalHub, repository: Any, fault: str, code: int, requests: int
 ) -> None:
     cli("publish", make_artifact("old"), "me/model")
@@ -78,7 +78,7 @@ def test_a_pull_request_whose_fate_is_unknown_is_not_opened_again_blindly(
     assert len(repository.state["discussions"]) == 1
 
 
-def test_a_closed_pull_request_does_not_count(cli: Any, make_artifact: Make, hub: LocalHub, repository: Any) -> None:
+def test_a_closed_pull_request_is_not_reused(cli: Any, make_artifact: Make, hub: LocalHub, repository: Any) -> None:
     cli("publish", make_artifact("old"), "me/model")
     new = make_artifact("new", seed=1)
     cli("publish", new, "me/model", "--pr")
@@ -89,7 +89,9 @@ def test_a_closed_pull_request_does_not_count(cli: Any, make_artifact: Make, hub
     assert cli("publish", new, "me/model", "--pr").report["pull_request"] == 2
 
 
-def test_a_pull_request_needs_a_repository_and_no_tag(cli: Any, artifact: Path, repository: Any) -> None:
+def test_a_pull_request_needs_a_repository_and_excludes_other_targets(
+    cli: Any, artifact: Path, repository: Any
+) -> None:
     for options in ((), ("--dry-run",)):
         assert cli("publish", artifact, "me/model", "--pr", *options).code == 2
     assert not repository.state
@@ -101,7 +103,7 @@ def test_a_pull_request_needs_a_repository_and_no_tag(cli: Any, artifact: Path, 
 # --- signatures
 
 
-def test_a_signature_is_published_pulled_and_verified_and_a_second_run_keeps_it(
+def test_a_signature_is_published_pulled_verified_and_kept_by_a_second_run(
     cli: Any, artifact: Path, repository: Any, keys: Keys, tmp_path: Path
 ) -> None:
     (private, public), (_, stranger) = keys("mine"), keys("stranger")
@@ -113,7 +115,7 @@ def test_a_signature_is_published_pulled_and_verified_and_a_second_run_keeps_it(
     again = cli("publish", artifact, "me/model", "--sign", private).report
     assert again["already_there"]
     assert again["commit"] == first.report["commit"]
-    assert cli("publish", artifact, "me/model").report["already_there"]  # and nobody takes it away
+    assert cli("publish", artifact, "me/model").report["already_there"]  # the signature is not removed
     done = cli("pull", "me/model", "-o", "pulled", "--public-key", public)
     assert done.code == 0, done.stdout
     assert done.report["signed_by"]
@@ -124,7 +126,7 @@ def test_a_signature_is_published_pulled_and_verified_and_a_second_run_keeps_it(
     assert not (tmp_path / "other").exists()
 
 
-def test_a_dry_run_says_that_a_keyless_signature_would_be_another(cli: Any, artifact: Path, keys: Keys) -> None:
+def test_a_dry_run_says_that_a_keyless_signature_would_be_new(cli: Any, artifact: Path, keys: Keys) -> None:
     cli("publish", artifact, "me/model", "--sign", keys("mine")[0], "--tag", "v1")
     told = cli("publish", artifact, "me/model", "--sign-keyless", "--dry-run").report
     assert told["files_added"] == [SIGNATURE_NAME]
@@ -134,7 +136,7 @@ def test_a_dry_run_says_that_a_keyless_signature_would_be_another(cli: Any, arti
     assert cli("publish", artifact, "me/model", "--sign-keyless", "--tag", "v1", "--dry-run").code == 8
 
 
-def test_another_key_signs_anew_and_another_artifact_loses_the_old_signature(
+def test_a_new_key_replaces_the_signature_and_a_new_artifact_removes_it(
     cli: Any, make_artifact: Make, repository: Any, keys: Keys
 ) -> None:
     artifact = make_artifact()
@@ -157,7 +159,7 @@ def test_a_pulled_signed_artifact_is_published_with_its_signature(
     assert cli("pull", "me/mirror", "-o", "again", "--public-key", public).code == 0
 
 
-def test_a_signature_that_a_card_would_break_is_refused(cli: Any, artifact: Path, hub: LocalHub) -> None:
+def test_a_signature_that_adding_a_card_would_invalidate_is_refused(cli: Any, artifact: Path, hub: LocalHub) -> None:
     (artifact / SIGNATURE_NAME).write_text("{}")
     done = cli("publish", artifact, "me/model")
     assert done.code == 2
@@ -165,7 +167,7 @@ def test_a_signature_that_a_card_would_break_is_refused(cli: Any, artifact: Path
 
 
 @pytest.mark.parametrize("content", ["", "nonsense"])
-def test_a_key_that_is_none_is_refused_before_anything_is_sent(
+def test_an_unusable_key_is_refused_before_anything_is_uploaded(
     cli: Any, artifact: Path, repository: Any, tmp_path: Path, content: str
 ) -> None:
     cli("publish", artifact, "me/model")
@@ -188,7 +190,7 @@ def test_the_output_file_holds_what_json_prints(cli: Any, artifact: Path, tmp_pa
     assert (again.code, json.loads((tmp_path / "report.json").read_text())) == (0, again.report)
 
 
-def test_a_dry_run_writes_no_output_file_and_a_bad_place_is_refused_first(
+def test_a_dry_run_writes_no_output_file_and_a_bad_path_is_refused_first(
     cli: Any, artifact: Path, hub: LocalHub, repository: Any, tmp_path: Path
 ) -> None:
     assert cli("publish", artifact, "me/model", "--dry-run", "--output-file", tmp_path / "r.json").code == 0
@@ -202,11 +204,11 @@ def test_a_dry_run_writes_no_output_file_and_a_bad_place_is_refused_first(
     assert {path.name: path.read_bytes() for path in artifact.iterdir()} == before
 
 
-# --- what is never sent
+# --- content that is never published
 
 
 def place_in(artifact: Path, where: str) -> None:
-    """Put something shaped like a token into a file of an artifact, and into its manifest's hashes."""
+    """Put a text that looks like a token into a file of an artifact, or its manifest, and update the manifest."""
     from adaptkit.checkpoint.manifest import FileRecord, Manifest
     from adaptkit.checkpoint.writer import write_file
 
@@ -224,7 +226,7 @@ def place_in(artifact: Path, where: str) -> None:
             text = json.dumps(header).encode()
             content = len(text).to_bytes(8, "little") + text + content[8 + header_bytes :]
         else:
-            content = b"x" * ((1 << 20) - 20) + f" {SHAPED} ".encode()  # across the pieces that are read
+            content = b"x" * ((1 << 20) - 20) + f" {SHAPED} ".encode()  # across two of the pieces that are read
         records[where] = write_file(artifact, where, content)
         files: tuple[FileRecord, ...] = tuple(records.values())
         changed = Manifest(manifest.kind, manifest.operation, files, manifest.tensors)
@@ -243,7 +245,7 @@ def test_a_token_in_a_file_of_the_artifact_is_not_published(
     assert repository.hub.requests == []
 
 
-def test_the_token_in_use_is_found_whatever_it_looks_like(cli: Any, make_artifact: Make, repository: Any) -> None:
+def test_the_token_in_use_is_detected_in_any_format(cli: Any, make_artifact: Make, repository: Any) -> None:
     artifact = make_artifact(notes="the password is correcthorse")
     done = cli("publish", artifact, "me/model", token="correcthorse")
     assert done.code == 5

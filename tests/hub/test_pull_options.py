@@ -1,4 +1,4 @@
-"""Parts, pinned manifests, names that are two things, and folders inside an artifact."""
+"""Partial pulls, pinned manifests, ambiguous revisions, and folders inside an artifact."""
 
 import dataclasses
 import fnmatch
@@ -33,7 +33,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
         (["card", "config"], {"README.md", CONFIG}),
     ],
 )
-def test_a_part_holds_the_published_bytes_and_says_that_it_is_a_part(
+def test_a_partial_pull_has_the_published_bytes_and_a_manifest_that_says_it_is_partial(
     cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, tmp_path: Path, only: list[str], names: set[str]
 ) -> None:
     artifact = make_artifact(notes="x")
@@ -81,13 +81,13 @@ def test_code_licences_and_templates_belong_to_parts(
     assert cli("verify", "part").code == 0
 
 
-def test_all_parts_together_are_the_artifact_itself(cli: Any, artifact: Path, tmp_path: Path) -> None:
+def test_pulling_all_parts_gives_the_whole_artifact(cli: Any, artifact: Path, tmp_path: Path) -> None:
     sent = cli("publish", artifact, "me/model").report
     assert cli("pull", "me/model", "-o", "all", "--only", "adapter", "--only", "card").code == 0
     assert require_manifest(tmp_path / "all").sha256 == sent["manifest_sha256"]
 
 
-def test_a_part_that_is_not_there_is_a_usage_error(cli: Any, artifact: Path, tmp_path: Path) -> None:
+def test_a_missing_part_is_a_usage_error(cli: Any, artifact: Path, tmp_path: Path) -> None:
     cli("publish", artifact, "me/model")
     done = cli("pull", "me/model", "-o", "part", "--only", "tokenizer")
     assert done.code == 2
@@ -96,15 +96,17 @@ def test_a_part_that_is_not_there_is_a_usage_error(cli: Any, artifact: Path, tmp
     assert cli("pull", "me/model", "-o", "part", "--only", "nonsense").code == 2
 
 
-def test_a_signature_is_no_signature_of_a_part(cli: Any, artifact: Path, tmp_path: Path, keys: Any) -> None:
+def test_a_partial_pull_checks_the_signature_but_does_not_keep_it(
+    cli: Any, artifact: Path, tmp_path: Path, keys: Any
+) -> None:
     private, public = keys("mine")
     cli("publish", artifact, "me/model", "--sign", private)
     done = cli("pull", "me/model", "-o", "part", "--only", "adapter", "--public-key", public)
-    assert done.code == 0  # that of the whole was checked, and the part is what the whole says
+    assert done.code == 0  # the whole manifest's signature was checked, and the part agrees with that manifest
     assert not (tmp_path / "part" / SIGNATURE_NAME).exists()
 
 
-def test_a_signature_that_is_not_right_is_named_by_its_repository(cli: Any, artifact: Path, keys: Any) -> None:
+def test_a_wrong_signature_is_reported_with_its_repository(cli: Any, artifact: Path, keys: Any) -> None:
     commit = cli("publish", artifact, "me/model", "--sign", keys("mine")[0]).report["commit"]
     public = keys("other")[1]
     done = cli("pull", "me/model", "-o", "pulled", "--public-key", public)
@@ -112,8 +114,8 @@ def test_a_signature_that_is_not_right_is_named_by_its_repository(cli: Any, arti
     assert done.report["message"] == f"me/model@{commit}: {SIGNATURE_NAME}: not made by the key in {public}"
 
 
-def test_a_signer_whose_name_is_empty_is_not_taken_for_no_signer(cli: Any, artifact: Path, tmp_path: Path) -> None:
-    """As of variables of a shell that are not set."""
+def test_an_empty_signer_identity_is_refused(cli: Any, artifact: Path, tmp_path: Path) -> None:
+    """It may come from a shell variable that is not set."""
     cli("publish", artifact, "me/model")
     for command in (("pull", "me/model", "-o", "pulled"), ("verify", artifact)):
         done = cli(*command, "--identity", "", "--identity-provider", "")
@@ -121,7 +123,7 @@ def test_a_signer_whose_name_is_empty_is_not_taken_for_no_signer(cli: Any, artif
     assert not (tmp_path / "pulled").exists()
 
 
-def test_another_manifest_than_the_expected_one_is_refused_before_the_rest_is_fetched(
+def test_an_unexpected_manifest_is_refused_before_other_files_are_fetched(
     cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path
 ) -> None:
     sent = cli("publish", artifact, "me/model").report
@@ -134,7 +136,7 @@ def test_another_manifest_than_the_expected_one_is_refused_before_the_rest_is_fe
     assert not list(tmp_path.glob("other*"))
 
 
-def test_a_name_that_is_a_branch_and_a_tag_of_different_commits_is_neither(
+def test_a_name_of_a_branch_and_a_tag_on_different_commits_is_refused(
     cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, tmp_path: Path
 ) -> None:
     old = cli("publish", make_artifact("old"), "me/model").report["commit"]
@@ -155,7 +157,7 @@ def test_a_name_that_is_a_branch_and_a_tag_of_different_commits_is_neither(
 
 
 def _add(artifact: Path, *paths: str) -> None:
-    """Make files in folders of an artifact, and list them."""
+    """Create files in folders of an artifact, and add them to its manifest."""
     manifest = Manifest.from_bytes((artifact / MANIFEST_NAME).read_bytes())
     records = list(manifest.files)
     for path in paths:
@@ -165,8 +167,8 @@ def _add(artifact: Path, *paths: str) -> None:
     (artifact / MANIFEST_NAME).write_bytes(dataclasses.replace(manifest, files=tuple(records)).to_bytes())
 
 
-def test_files_in_folders_travel_too(cli: Any, artifact: Path, repository: Any, tmp_path: Path) -> None:
-    """As the undo record of a merged model, and the last adapter of a run beside its best one."""
+def test_files_in_folders_are_published_and_pulled(cli: Any, artifact: Path, repository: Any, tmp_path: Path) -> None:
+    """For example, the undo record of a merged model, and the last adapter of a run if it is not the best one."""
     _add(artifact, "last/adapter_config.json", "undo/deep/er.bin")
     assert cli("publish", artifact, "me/model", "--check").code == 0
     assert "undo/deep/er.bin" in repository.files()
@@ -192,7 +194,7 @@ def test_a_file_that_is_also_a_folder_is_refused(cli: Any, artifact: Path, tmp_p
 
 
 @pytest.mark.parametrize("given", ["abc", "0" * 63, "G" * 64, ""])
-def test_what_can_be_no_sha256_is_a_mistake_in_asking(cli: Any, artifact: Path, hub: LocalHub, given: str) -> None:
+def test_a_malformed_sha256_is_a_usage_error(cli: Any, artifact: Path, hub: LocalHub, given: str) -> None:
     for command in (("verify", artifact), ("pull", "me/model", "-o", "pulled")):
         done = cli(*command, "--manifest-sha256", given)
         assert (done.code, done.report["code"]) == (2, "usage")
@@ -200,7 +202,7 @@ def test_what_can_be_no_sha256_is_a_mistake_in_asking(cli: Any, artifact: Path, 
     assert hub.requests == []
 
 
-def test_whose_sha256_is_printed_for_a_part_is_said(cli: Any, artifact: Path) -> None:
+def test_for_a_partial_pull_the_printed_sha256_is_labelled_as_the_whole_artifacts(cli: Any, artifact: Path) -> None:
     sent = cli("publish", artifact, "me/model").report
     own = {"HF_ENDPOINT": cli.hub.url, "HF_HOME": str(cli.folder / "home"), "HF_TOKEN": "reader"}
     for only, whose in (((), ""), (("--only", "config"), " of the whole artifact")):
@@ -209,7 +211,7 @@ def test_whose_sha256_is_printed_for_a_part_is_said(cli: Any, artifact: Path) ->
         assert f"manifest sha256  {sent['manifest_sha256']}{whose}\n" in printed
 
 
-def test_a_stray_file_is_to_be_moved_away_and_a_missing_one_to_be_got_again(cli: Any, artifact: Path) -> None:
+def test_hints_say_to_move_stray_files_away_and_to_fetch_missing_ones_again(cli: Any, artifact: Path) -> None:
     (artifact / "notes.txt").write_text("mine")
     for command in (("verify", artifact), ("publish", artifact, "me/model")):
         done = cli(*command)
@@ -230,17 +232,17 @@ def test_a_stray_file_is_to_be_moved_away_and_a_missing_one_to_be_got_again(cli:
         *("chat_template.jinja", "chat_template.json", "config.json", "generation_config.json", "processor.json"),
     ],
 )
-def test_what_belongs_to_a_tokenizer_is_the_same_everywhere(name: str) -> None:
+def test_pull_parts_and_the_tokenizer_module_agree_on_tokenizer_files(name: str) -> None:
     assert any(fnmatch.fnmatch(name, pattern) for pattern in PARTS["tokenizer"]) == is_of_tokenizer(name)
     assert is_of_tokenizer(name) == (name not in ("config.json", "generation_config.json", "processor.json"))
 
 
-def test_what_an_adapter_makes_up_for_comes_with_it() -> None:
-    """Without it a merge would add all of it to weights that lack nothing."""
+def test_the_adapter_part_includes_its_compensation_record() -> None:
+    """Without that record, a merge would add the compensation to weights that were never quantized."""
     assert any(fnmatch.fnmatch(COMPENSATION_NAME, pattern) for pattern in PARTS["adapter"])
 
 
-def test_an_empty_revision_is_not_taken_for_main(cli: Any) -> None:
+def test_an_empty_revision_is_refused(cli: Any) -> None:
     with pytest.raises(UsageError, match="revision: is empty"):
         PullOptions(revision="")
     assert "revision: is empty" in cli("pull", "me/model@", "-o", "pulled").report["message"]

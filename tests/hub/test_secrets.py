@@ -1,8 +1,8 @@
-"""A token appears nowhere: in no output, message or traceback and in no file, whatever command and whatever happens.
+"""No command shows a token in its output, messages, tracebacks or files, whether it succeeds or fails.
 
-Tokens are planted in the environment, in the file of the Hub's login, in a netrc file, and in the arguments; logging is
-as loud as it gets. Commands are those in the commands folder, so that a new one is covered without being named here,
-but for the arguments with which it succeeds.
+Tokens are planted in the environment, in the Hub's login file, in a netrc file, and in the arguments; logging is at its
+most verbose. All commands of the commands folder are tested, so a new one is covered automatically, once the arguments
+with which it succeeds are listed here.
 """
 
 import os
@@ -39,7 +39,7 @@ steps:
 
 @pytest.fixture
 def loud(tmp_path: Path, hub: LocalHub) -> dict[str, str]:
-    """An environment with tokens wherever one may be, and every logger talking."""
+    """An environment with tokens in every place, and with verbose logging."""
     (tmp_path / "login").mkdir()
     (tmp_path / "login" / "token").write_text(LOGIN + "\n")
     (tmp_path / "login" / ".netrc").write_text(f"machine 127.0.0.1 login me password {PASSWORD}\n")
@@ -55,7 +55,7 @@ def loud(tmp_path: Path, hub: LocalHub) -> dict[str, str]:
 
 
 def check_nothing_shows(folder: Path, *outputs: str) -> None:
-    """Look for every secret in what was printed and in every file but those where it was planted."""
+    """Require that no secret is in these outputs or in any file other than those in which it was planted."""
     for secret in SECRETS:
         for output in outputs:
             assert secret not in output, output
@@ -104,7 +104,7 @@ def test_no_command_shows_a_token_when_it_succeeds(
 
 
 @pytest.mark.parametrize("xet", ["0", "1"])
-def test_the_token_of_the_login_is_used_and_not_shown(cli: Any, loud: dict[str, str], artifact: Path, xet: str) -> None:
+def test_the_login_token_is_used_and_not_shown(cli: Any, loud: dict[str, str], artifact: Path, xet: str) -> None:
     used = {"HF_TOKEN_PATH": str(cli.folder / "login" / "token"), "HF_TOKEN": "", "HF_HUB_DISABLE_XET": xet}
     for command in ("publish artifact me/model --private", "pull me/model -o pulled", "inspect me/model"):
         code, stdout, stderr = cli.run(command.split(), loud | used)
@@ -113,7 +113,7 @@ def test_the_token_of_the_login_is_used_and_not_shown(cli: Any, loud: dict[str, 
 
 
 def arguments_with(command: str, secret: str) -> list[str]:
-    """The secret for every required parameter of a command."""
+    """Arguments that give the secret for every required parameter of a command."""
     found = program.get_command(click.Context(program), command)
     assert found is not None
     arguments = []
@@ -129,7 +129,7 @@ def arguments_with(command: str, secret: str) -> list[str]:
 def test_no_command_shows_a_token_when_it_fails(
     cli: Any, loud: dict[str, str], artifact: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
-    """By arguments that are secrets, and by a Hub that repeats what it was sent."""
+    """The arguments are secrets, or the Hub repeats the token that it was sent."""
 
     def repeat(handler: Any) -> None:
         cli.hub.record(handler.command, handler.path, 403)
@@ -149,7 +149,7 @@ def test_no_command_shows_a_token_when_it_fails(
         check_nothing_shows(cli.folder, stdout, stderr)
 
 
-def test_an_unknown_error_keeps_its_traceback_and_loses_its_token() -> None:
+def test_tokens_are_redacted_from_the_traceback_of_an_unexpected_error() -> None:
     code = (
         "import adaptkit.cli.main as m\n"
         "def fail(**_): raise AssertionError('Authorization: Bearer " + ARGUMENT + ", " + PLANTED + "')\n"
@@ -183,21 +183,23 @@ def test_no_command_takes_a_token_as_an_option() -> None:
         ("the login file's kind", "the (token)'s kind"),
     ],
 )
-def test_what_is_redacted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, shown: str) -> None:
+def test_tokens_and_passwords_in_urls_are_redacted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str, shown: str
+) -> None:
     (tmp_path / "token").write_text("login file\n")
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("HF_TOKEN", "correct-horse")
     assert redact(text) == shown
 
 
-def test_who_has_no_home_has_no_login_to_show(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_redaction_works_if_the_home_folder_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN_PATH", "~nobody-of-this-name/token")
     assert redact("as it is") == "as it is"
 
 
 @pytest.mark.parametrize("before", [(1 << 20) - 1400, (1 << 20) - 700, (1 << 20) - 1])
-def test_a_long_token_is_found_wherever_it_lies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: int) -> None:
-    """The identity of a job has a thousand characters and more, and files are read piece by piece."""
+def test_a_long_token_is_detected_at_any_offset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, before: int) -> None:
+    """A CI job's identity token can have over a thousand characters, and files are read in pieces."""
     identity = "eyJ" + "x7Q" * 500
     monkeypatch.setenv("HF_OIDC_ID_TOKEN", identity)
     file = tmp_path / "tokenizer.json"

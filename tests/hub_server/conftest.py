@@ -1,6 +1,6 @@
-"""A hub in this process, and the unmodified huggingface_hub client in processes of its own.
+"""A local Hub in this process, and the unmodified huggingface_hub client in separate processes.
 
-The client reads its environment when it is imported, so each call of `Client` is a fresh interpreter.
+The client reads its environment when it is imported, so each call of `Client` starts a new interpreter.
 """
 
 import itertools
@@ -54,9 +54,9 @@ def answer(value):
 
 
 class Client:
-    """Runs code against a hub; what it passes to `answer` is returned.
+    """Runs code against a Hub, and returns what the code passes to `answer`.
 
-    `folder` holds the files that `add` uploads; every instance starts with an empty cache.
+    `folder` holds the files that `add` uploads; each instance starts with an empty cache.
     """
 
     def __init__(self, url: str, home: Path, folder: Path) -> None:
@@ -64,7 +64,7 @@ class Client:
         folder.mkdir(exist_ok=True)
 
     def __call__(self, code: str, *, xet: bool = False, token: str | None = "secret") -> Any:
-        offline = {"TRANSFORMERS_OFFLINE"}  # the client heeds it too
+        offline = {"TRANSFORMERS_OFFLINE"}  # the client also obeys it
         environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and k not in offline}
         environment |= {"HF_ENDPOINT": self.url, "HF_HOME": str(self.home), "CLIENT_FOLDER": str(self.folder)}
         environment |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
@@ -80,25 +80,25 @@ class Client:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[LocalHub]:
-    """A hub with a token that may write and one that may read."""
+    """A Hub with a write token and a read token."""
     with LocalHub(tmp_path / "hub", tokens={"secret"}, read_tokens={"reader"}) as hub:
         yield hub
 
 
 @pytest.fixture
 def new_client(tmp_path: Path) -> Callable[[str], Client]:
-    """Make a client of a URL, with a cache of its own; all of them upload from tmp_path / "files"."""
+    """Make a client for a URL, with its own cache; all clients upload from tmp_path / "files"."""
     numbers = itertools.count()
     return lambda url: Client(url, tmp_path / f"home-{next(numbers)}", tmp_path / "files")
 
 
 @pytest.fixture
 def client(hub: LocalHub, new_client: Callable[[str], Client]) -> Client:
-    """A client of `hub`."""
+    """A client for `hub`."""
     return new_client(hub.url)
 
 
 @pytest.fixture
 def hub_script() -> Path:
-    """The script itself."""
+    """Path of the local Hub's script."""
     return SCRIPTS / "local_hub.py"

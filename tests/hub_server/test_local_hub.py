@@ -1,4 +1,4 @@
-"""The local hub keeps the Hub's promises, as seen by the unmodified huggingface_hub client."""
+"""The local Hub behaves like the Hub, as seen by the unmodified huggingface_hub client."""
 
 import array
 import base64
@@ -26,7 +26,7 @@ BATCH = "/me/model.git/info/lfs/objects/batch"
 
 
 def some_files(folder: Path) -> dict[str, bytes]:
-    """Write files of every sort: text, floats (Xet groups their bytes), repetitions, noise, nothing."""
+    """Write files of all kinds: text, floats (Xet groups their bytes), repetitions, noise, and an empty file."""
     chance = random.Random(11)
     floats = array.array("f", (chance.gauss(0, 1) for _ in range(100_000))).tobytes()
     files = {
@@ -52,7 +52,7 @@ def some_file(client: Any, name: str = "noise.bin", size: int = 100_000) -> byte
 def send(
     hub: LocalHub, method: str, target: str, body: bytes = b"", headers: dict[str, str] | None = None
 ) -> tuple[int, http.client.HTTPMessage, bytes]:
-    """Send a request as no client would."""
+    """Send a raw request, such as no client would send."""
     connection = http.client.HTTPConnection("127.0.0.1", int(hub.url.rsplit(":", 1)[1]), timeout=20)
     try:
         connection.request(method, target.removeprefix(hub.url), body, headers or {})
@@ -68,7 +68,7 @@ def send_json(hub: LocalHub, target: str, value: Any) -> tuple[int, Any]:
 
 
 def send_commit(hub: LocalHub, *lines: tuple[str, dict[str, Any]], **header: str) -> tuple[int, Any]:
-    """Commit operations to main of me/model, without the client's checks."""
+    """Commit to main of me/model, bypassing the client's checks."""
     keyed = [("header", {"summary": "raw"} | header), *lines]
     body = b"\n".join(json.dumps({"key": key, "value": value}).encode() for key, value in keyed)
     status, _, answer = send(hub, "POST", "/api/models/me/model/commit/main", body, WRITER)
@@ -92,16 +92,16 @@ def count(hub: LocalHub, pattern: str) -> int:
 
 @pytest.fixture
 def repo(hub: LocalHub) -> str:
-    """The repository me/model, fresh; its first commit."""
+    """Create the repository me/model; return its first commit."""
     assert send_json(hub, "/api/repos/create", {"name": "model", "organization": "me"})[0] == 200
     return head(hub)
 
 
-# --- what is uploaded is what is downloaded
+# --- uploads and downloads
 
 
 @pytest.mark.parametrize("xet", [pytest.param(False, id="lfs"), pytest.param(True, id="xet", marks=needs_xet)])
-def test_what_went_up_one_road_comes_down_both_with_the_same_bytes(
+def test_files_uploaded_by_lfs_or_xet_download_identically_by_both(
     hub: LocalHub, new_client: Any, repo: str, xet: bool
 ) -> None:
     uploader = new_client(hub.url)
@@ -149,7 +149,7 @@ def test_a_large_lfs_file_is_sent_in_parts_and_joined(tmp_path: Path, new_client
     assert list((tmp_path / "hub/tmp").iterdir()) == []
 
 
-def test_a_second_run_commits_nothing_and_over_lfs_sends_nothing(hub: LocalHub, client: Any, repo: str) -> None:
+def test_a_second_run_commits_nothing_and_uploads_nothing_over_lfs(hub: LocalHub, client: Any, repo: str) -> None:
     names = sorted(some_files(client.folder))
     code = f"answer(commit(add(*{names}), parent_commit={repo!r}).oid)"
     oid = client(code)
@@ -160,7 +160,7 @@ def test_a_second_run_commits_nothing_and_over_lfs_sends_nothing(hub: LocalHub, 
     assert head(hub) == oid != repo
 
 
-def test_a_range_of_a_file_is_that_range(hub: LocalHub, client: Any, repo: str) -> None:
+def test_range_requests_return_the_requested_bytes(hub: LocalHub, client: Any, repo: str) -> None:
     content = some_file(client)
     oid = client("answer(commit(add('noise.bin')).oid)")
     target = f"/me/model/resolve/{oid}/noise.bin"
@@ -173,7 +173,7 @@ def test_a_range_of_a_file_is_that_range(hub: LocalHub, client: Any, repo: str) 
     assert (status, headers["Content-Range"]) == (416, "bytes */100000")
 
 
-def test_a_file_is_described_before_it_is_sent(hub: LocalHub, client: Any, repo: str) -> None:
+def test_head_requests_describe_a_file(hub: LocalHub, client: Any, repo: str) -> None:
     content = some_file(client)
     oid = client("answer(commit(add('noise.bin')).oid)")
     status, headers, body = send(hub, "HEAD", "/me/model/resolve/main/noise.bin")
@@ -196,7 +196,7 @@ def test_a_commit_on_a_stale_parent_is_refused_and_changes_nothing(hub: LocalHub
     assert done == [head(hub), [412, "HfHubHTTPError"], [".gitattributes", "a.txt"]]
 
 
-def test_of_many_commits_on_one_parent_exactly_one_lands(hub: LocalHub, repo: str) -> None:
+def test_of_concurrent_commits_on_one_parent_exactly_one_succeeds(hub: LocalHub, repo: str) -> None:
     answers: list[tuple[int, Any]] = []
     threads = [
         threading.Thread(target=lambda n=n: answers.append(send_commit(hub, text_file(f"{n}.txt"), parentCommit=repo)))
@@ -210,7 +210,7 @@ def test_of_many_commits_on_one_parent_exactly_one_lands(hub: LocalHub, repo: st
     assert [answer["commitOid"] for status, answer in answers if status == 200] == [head(hub)]
 
 
-def test_a_commit_is_named_by_its_content_and_its_ancestors_stay_readable(
+def test_a_commit_id_is_the_hash_of_its_content_and_ancestors_stay_readable(
     hub: LocalHub, client: Any, repo: str
 ) -> None:
     some_file(client, "a.txt"), some_file(client, "b.txt")
@@ -228,9 +228,7 @@ def test_a_commit_is_named_by_its_content_and_its_ancestors_stay_readable(
         assert hashlib.sha1(stored).hexdigest() == oid
 
 
-def test_deleting_takes_a_file_or_a_whole_folder_and_refuses_what_is_absent(
-    hub: LocalHub, client: Any, repo: str
-) -> None:
+def test_deletions_remove_files_or_folders_and_refuse_missing_paths(hub: LocalHub, client: Any, repo: str) -> None:
     assert send_commit(hub, *(text_file(path) for path in ("d/a", "d/e/b", "da", "x")))[0] == 200
     done = client(
         """
@@ -242,13 +240,13 @@ def test_deleting_takes_a_file_or_a_whole_folder_and_refuses_what_is_absent(
 
 
 @pytest.mark.parametrize("path", ["../x", "/x", "a//b", "a/./b", ".git/config", "a/.git/b", "", "a\0b", "README.md/x"])
-def test_a_path_that_git_could_not_check_out_is_refused(hub: LocalHub, repo: str, path: str) -> None:
+def test_paths_that_git_cannot_check_out_are_refused(hub: LocalHub, repo: str, path: str) -> None:
     status, answer = send_commit(hub, text_file("README.md"), text_file(path))
     assert (status, head(hub)) == (400, repo)
     assert "error" in answer
 
 
-def test_a_commit_refuses_content_that_never_arrived(hub: LocalHub, repo: str) -> None:
+def test_a_commit_refuses_content_that_was_not_uploaded(hub: LocalHub, repo: str) -> None:
     absent = {"path": "w.bin", "algo": "sha256", "oid": "ab" * 32, "size": 5}
     status, answer = send_commit(hub, ("lfsFile", absent))
     assert (status, head(hub)) == (400, repo)
@@ -256,7 +254,7 @@ def test_a_commit_refuses_content_that_never_arrived(hub: LocalHub, repo: str) -
 
 
 @needs_xet
-def test_a_commit_refuses_xet_content_that_is_not_what_was_announced(hub: LocalHub, client: Any, repo: str) -> None:
+def test_a_commit_refuses_xet_content_that_differs_from_its_hash(hub: LocalHub, client: Any, repo: str) -> None:
     some_file(client)
     code = f"""
     additions = add("noise.bin")
@@ -287,10 +285,10 @@ def test_an_lfs_upload_is_checked_on_arrival(hub: LocalHub, repo: str) -> None:
     assert send_json(hub, BATCH, asked)[1]["objects"] == [{"oid": oid, "size": len(content)}]
 
 
-# --- names for commits
+# --- tags, branches and pull requests
 
 
-def test_tags_and_branches_conflict_when_they_exist_and_keep_their_target(
+def test_creating_an_existing_tag_or_branch_conflicts_and_keeps_its_target(
     hub: LocalHub, client: Any, repo: str
 ) -> None:
     oid = send_commit(hub, text_file("a.txt"))[1]["commitOid"]
@@ -315,7 +313,7 @@ def test_tags_and_branches_conflict_when_they_exist_and_keep_their_target(
     assert done[8:] == [repo, repo, oid]
 
 
-def test_a_deleted_name_is_gone_and_main_cannot_be_deleted(client: Any, repo: str) -> None:
+def test_tags_and_branches_can_be_deleted_but_not_main(client: Any, repo: str) -> None:
     done = client(
         """
         api.create_tag(repo, tag="v1"), api.create_branch(repo, branch="b")
@@ -340,7 +338,7 @@ def test_a_deleted_name_is_gone_and_main_cannot_be_deleted(client: Any, repo: st
     ]
 
 
-def test_a_branch_and_a_tag_of_one_name_stay_apart(hub: LocalHub, client: Any, repo: str) -> None:
+def test_a_branch_and_a_tag_with_the_same_name_stay_separate(hub: LocalHub, client: Any, repo: str) -> None:
     some_file(client, "a.txt")
     done = client(
         """
@@ -376,16 +374,16 @@ def test_a_pull_request_holds_its_commits_and_leaves_main_alone(hub: LocalHub, c
     assert head(hub) == repo
 
 
-# --- repositories and who may see them
+# --- repositories and access
 
 
-def test_creating_a_repository_twice_conflicts_unless_that_is_accepted(hub: LocalHub, client: Any, repo: str) -> None:
+def test_creating_a_repository_twice_conflicts_unless_exist_ok_is_set(hub: LocalHub, client: Any, repo: str) -> None:
     done = client("answer([failure(api.create_repo, repo), api.create_repo(repo, exist_ok=True).repo_id])")
     assert done == [[409, "HfHubHTTPError"], "me/model"]
     assert head(hub) == repo
 
 
-def test_what_is_missing_is_named(client: Any, repo: str) -> None:
+def test_missing_repositories_revisions_and_entries_have_specific_errors(client: Any, repo: str) -> None:
     done = client(
         """
         answer([failure(api.model_info, "me/nothing"), failure(head, "nowhere"), failure(read, "nothing.txt", "main"),
@@ -402,7 +400,7 @@ def test_what_is_missing_is_named(client: Any, repo: str) -> None:
     ]
 
 
-def test_a_private_repository_is_closed_to_strangers_and_writing_needs_a_writer(client: Any, new_client: Any) -> None:
+def test_a_private_repository_needs_a_token_and_writing_needs_a_write_token(client: Any, new_client: Any) -> None:
     some_file(client, "a.txt")
     client("api.create_repo(repo, private=True); answer(commit(add('a.txt')).oid)")
     code = "answer([failure(read, 'a.txt', 'main'), failure(head), failure(commit, add('a.txt'))])"
@@ -423,7 +421,7 @@ def test_xet_storage_needs_a_xet_token(hub: LocalHub, repo: str) -> None:
     assert send(hub, "GET", "/api/models/me/model/xet-write-token/main")[0] == 401
 
 
-def test_a_long_tree_comes_in_pages_that_lose_nothing(tmp_path: Path, new_client: Any) -> None:
+def test_a_long_tree_is_paged_without_losing_entries(tmp_path: Path, new_client: Any) -> None:
     with LocalHub(tmp_path / "hub", tokens={"secret"}, page_size=3) as hub:
         send_json(hub, "/api/repos/create", {"name": "model", "organization": "me"})
         paths = [f"d{n % 3}/{n}.txt" for n in range(10)]
@@ -442,7 +440,7 @@ def test_a_long_tree_comes_in_pages_that_lose_nothing(tmp_path: Path, new_client
 
 
 @pytest.mark.parametrize("kind", ["503", "429", "drop"])
-def test_the_client_retries_a_passing_fault_of_an_upload(hub: LocalHub, client: Any, repo: str, kind: str) -> None:
+def test_the_client_retries_an_upload_after_a_temporary_fault(hub: LocalHub, client: Any, repo: str, kind: str) -> None:
     content = some_file(client)
     hub.faults.append(Fault("PUT", "^/lfs/", kind))
     assert bytes.fromhex(client("answer(read('noise.bin', commit(add('noise.bin')).oid).hex())")) == content
@@ -451,7 +449,7 @@ def test_the_client_retries_a_passing_fault_of_an_upload(hub: LocalHub, client: 
     assert [status for method, _, status in hub.requests if method == "PUT"] == [first, 200]
 
 
-def test_a_dropped_commit_did_not_happen_and_a_lost_one_did(hub: LocalHub, client: Any, repo: str) -> None:
+def test_drop_prevents_a_commit_and_lost_only_its_answer(hub: LocalHub, client: Any, repo: str) -> None:
     some_file(client, "a.txt")
     code = f"answer(failure(lambda: commit(add('a.txt'), parent_commit={repo!r})))"
     hub.faults.append(Fault("POST", "/commit/main", "drop"))
@@ -463,7 +461,7 @@ def test_a_dropped_commit_did_not_happen_and_a_lost_one_did(hub: LocalHub, clien
     assert client(f"answer(commit(add('a.txt'), parent_commit={repo!r}).oid)") == head(hub)
 
 
-def test_a_status_is_answered_without_acting_as_often_as_asked(hub: LocalHub, client: Any, repo: str) -> None:
+def test_a_status_fault_prevents_the_action_as_often_as_requested(hub: LocalHub, client: Any, repo: str) -> None:
     hub.faults.append(Fault("*", "/api/repos/create|/tag/", "500", 2))
     code = """
     answer([failure(api.create_tag, repo, tag=f"v{n}") for n in range(3)] + [len(api.list_repo_refs(repo).tags)])
@@ -474,7 +472,7 @@ def test_a_status_is_answered_without_acting_as_often_as_asked(hub: LocalHub, cl
 
 
 def test_a_truncated_download_is_resumed_by_range(hub: LocalHub, client: Any, repo: str) -> None:
-    content = some_file(client, size=24 << 20)  # the client keeps what it received in steps of 10 MiB
+    content = some_file(client, size=24 << 20)  # the client saves what it received in steps of 10 MiB
     oid = client("answer(commit(add('noise.bin')).oid)")
     hub.faults.append(Fault("GET", r"/resolve/.*noise\.bin", "truncate"))
     code = f"import hashlib; answer(hashlib.sha256(read('noise.bin', {oid!r})).hexdigest())"
@@ -497,14 +495,14 @@ def test_a_corrupt_download_has_the_right_size_and_one_wrong_bit(hub: LocalHub, 
 
 
 @needs_xet
-def test_faults_reach_the_xet_road_too(hub: LocalHub, client: Any, repo: str) -> None:
+def test_faults_apply_to_xet_requests_too(hub: LocalHub, client: Any, repo: str) -> None:
     content = some_file(client)
     hub.faults += [Fault("POST", "/xorbs/", "lost"), Fault("GET", "/xet/data/", "drop")]
     assert bytes.fromhex(client("answer(read('noise.bin', commit(add('noise.bin')).oid).hex())", xet=True)) == content
     assert hub.faults == []
 
 
-def test_a_status_may_say_how_long_to_wait_and_received_bytes_are_counted(hub: LocalHub) -> None:
+def test_a_status_fault_can_set_retry_after_and_received_bytes_are_counted(hub: LocalHub) -> None:
     hub.faults += [Fault("GET", "/x", "503+2"), Fault("POST", "/y", "503")]
     status, headers, _ = send(hub, "GET", "/x")
     assert (status, headers["Retry-After"]) == (503, "2")
@@ -512,7 +510,7 @@ def test_a_status_may_say_how_long_to_wait_and_received_bytes_are_counted(hub: L
     assert (status, "Retry-After" in headers, hub.bytes_received) == (503, False, 5)
 
 
-def test_a_fault_is_read_from_a_line_and_an_unknown_one_is_refused() -> None:
+def test_faults_are_parsed_from_text_and_unknown_ones_are_refused() -> None:
     assert Fault.parse("GET:^/a:b(?:c):503:4") == Fault("GET", "^/a:b(?:c)", "503", 4)
     assert Fault.parse("*:.*:truncate") == Fault("*", ".*", "truncate", 1)
     assert Fault.parse("PUT:/x:lost:-1") == Fault("PUT", "/x", "lost", -1)
@@ -528,7 +526,7 @@ def test_a_fault_is_read_from_a_line_and_an_unknown_one_is_refused() -> None:
 
 @contextmanager
 def command(script: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """Run the script; yields it and the first line it prints."""
+    """Run the script; yield its process and the first line that it prints."""
     process = subprocess.Popen(
         [sys.executable, str(script), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -572,7 +570,7 @@ def test_a_server_restarted_after_a_kill_has_the_same_repositories(
     assert bytes.fromhex(after[2]) == content
 
 
-def test_the_command_logs_only_when_asked_and_listens_only_on_loopback(tmp_path: Path, hub_script: Path) -> None:
+def test_the_command_logs_requests_if_verbose_and_listens_on_loopback(tmp_path: Path, hub_script: Path) -> None:
     with command(hub_script, str(tmp_path / "hub"), "--verbose") as (process, line):
         host, port = line.strip().removeprefix("http://").split(":")
         connection = http.client.HTTPConnection(host, int(port), timeout=20)
@@ -585,7 +583,7 @@ def test_the_command_logs_only_when_asked_and_listens_only_on_loopback(tmp_path:
     assert "GET /api/models/me/nothing" in log
 
 
-def test_a_stopped_hub_hangs_up_on_open_connections(tmp_path: Path) -> None:
+def test_a_stopped_hub_closes_open_connections(tmp_path: Path) -> None:
     with LocalHub(tmp_path) as hub:
         connection = http.client.HTTPConnection("127.0.0.1", int(hub.url.rsplit(":", 1)[1]), timeout=20)
         connection.request("GET", "/api/models/me/nothing")
