@@ -1,4 +1,4 @@
-"""The command line in forked children of a process that has imported everything once."""
+"""Runs the command line in forked children of a process that has already imported everything."""
 
 import json
 import os
@@ -17,13 +17,13 @@ from disk import WRITES, Call, Hook, Layer
 from jobs import TEMPORARY
 
 NOT_BEGUN = 99
-"""Exit code of a child that a signal met before adaptkit could handle it."""
+"""Exit code of a child that received a signal before adaptkit had installed its handlers."""
 _HANDLED = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A moment of a run: before, in the middle of (a write) or after its n-th call that changes the disk."""
+    """A moment of a run: before, within (only of a write) or after its n-th call of a kind."""
 
     number: int
     when: str
@@ -35,27 +35,27 @@ class Point:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: exit code, or minus the signal that killed it, and what it said on stderr."""
+    """How a child ended: its exit code, or minus the signal that killed it, and all that it printed."""
 
     code: int
     said: str
 
 
 def counter_of(kind: str) -> str:
-    """Under which of a layer's counts a call runs."""
+    """Return the name of the layer's counter that counts calls of a kind."""
     return "write" if kind in WRITES else kind
 
 
 def dies_at(point: Point, number: int) -> Hook:
-    """A hook that sends its own process a signal at a point."""
+    """Return a hook that sends its own process a signal at a point."""
 
     def hook(call: Call) -> int | None:
         if counter_of(call.kind) != point.counter:
             return None
-        if point.when == "in":  # a short write; what is left of it comes as the next call
+        if point.when == "in":  # a short write; the rest of the data follows in the next call
             if call.number == point.number + 1 and call.before:
                 _send(number)
-            return 7 if call.number == point.number else None  # bytes: into a line, a header, a tensor
+            return 7 if call.number == point.number else None  # bytes: within a line, a header or a tensor
         if call.number == point.number and call.before == (point.when == "before"):
             _send(number)
         return None
@@ -64,10 +64,10 @@ def dies_at(point: Point, number: int) -> Hook:
 
 
 def _send(number: int) -> None:
-    """Send this process a signal, to the thread that asks for it if that is the one that handles it.
+    """Send this process a signal; if this is the main thread, which handles signals, send it to this thread.
 
-    Sent to the process, it may reach the main thread a moment later: inside of the layer, whose write then looks to the
-    caller as if it had not been made, which no real one does.
+    A signal to the process may reach the main thread a moment later, within the layer's own code. Its write would then
+    look to the caller as if it had not happened, which cannot occur with a real write.
     """
     if threading.current_thread() is threading.main_thread():
         signal.pthread_kill(threading.get_ident(), number)
@@ -76,9 +76,9 @@ def _send(number: int) -> None:
 
 
 def records(path: Path) -> Hook:
-    """A hook that writes a line for each call that was made."""
+    """Return a hook that logs each completed call as a line."""
     log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    write = os.write  # not the layer's
+    write = os.write  # the original, not the layer's
 
     def hook(call: Call) -> None:
         if not call.before:
@@ -88,24 +88,24 @@ def records(path: Path) -> Hook:
 
 
 def recorded(path: Path) -> list[Call]:
-    """What ``records`` wrote."""
+    """Read the calls that ``records`` logged."""
     return [Call(*json.loads(line), before=False) for line in path.read_text().splitlines()]
 
 
 class Children:
-    """Forks children.
+    """Runs commands and functions in forked children.
 
     Args:
-        root: what the layer watches.
-        log: file to which a child's output goes.
+        root: folder that the layer watches.
+        log: file that receives the output of a child.
     """
 
     def __init__(self, root: Path, log: Path) -> None:
         self._root, self._log = root, log
 
     def start(self, arguments: list[str], trial: Path, hook: Hook | None = None) -> int:
-        """Start ``adaptkit`` in the folder of a trial; returns the child's id."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)  # until the child has handlers
+        """Start ``adaptkit`` in the folder of a trial; return the child's process id."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED)  # until the child has installed handlers
         child = os.fork()
         if child == 0:
             self._adaptkit(arguments, trial, hook)
@@ -113,14 +113,14 @@ class Children:
         return child
 
     def call(self, act: Callable[[], Any], trial: Path) -> Ended:
-        """Call a function in a child."""
+        """Call a function in a child, and wait for its end."""
         child = os.fork()
         if child == 0:
             self._leave(lambda: act() and None, trial)
         return self.wait(child)
 
     def run(self, arguments: list[str], trial: Path, hook: Hook | None = None) -> Ended:
-        """Run ``adaptkit`` to its end."""
+        """Run ``adaptkit`` and wait for its end."""
         return self.wait(self.start(arguments, trial, hook))
 
     def wait(self, child: int) -> Ended:
@@ -129,7 +129,7 @@ class Children:
         return Ended(code, self._log.read_text(errors="replace"))
 
     def strike(self, child: int, delay_s: float, number: int) -> Ended:
-        """Send a child a signal after a while."""
+        """Send a child a signal after a delay, and wait for its end."""
         time.sleep(delay_s)
         os.kill(child, number)
         return self.wait(child)
@@ -141,20 +141,20 @@ class Children:
             from adaptkit.checkpoint import direct
             from adaptkit.cli.main import main
 
-            direct._PIECE_BYTES = 4096  # small files are written as large ones are
-            torch.set_num_threads(1)  # of the parent's pool only the name is left; two threads must not find that out
+            direct._PIECE_BYTES = 4096  # write small files in several pieces, like large ones
+            torch.set_num_threads(1)  # the parent's thread pool does not exist after a fork, so it must not be used
             if hook is not None:
                 Layer(self._root, hook).install()
             sys.argv = ["adaptkit", *arguments]
             main()
 
-        for number in _HANDLED:  # until main() has its own
+        for number in _HANDLED:  # until main() installs its own handlers
             signal.signal(number, lambda *_: os._exit(NOT_BEGUN))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _HANDLED)
         self._leave(act, trial)
 
     def _leave(self, act: Callable[[], None], trial: Path) -> NoReturn:
-        """Act and end, as a process of its own would."""
+        """Run a function and exit like a separate process would."""
         code: Any = 70
         try:
             for stream, path in ((0, os.devnull), (1, self._log), (2, self._log)):

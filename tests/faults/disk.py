@@ -1,7 +1,7 @@
-"""A layer between this process and the files below a folder, which can disturb every call that reaches the disk.
+"""A layer between this process and the files below a folder, which can disturb each call that reaches the disk.
 
-Meant for a forked child: it takes the place of functions of ``os`` and of ``open`` and is never taken out again. A hook
-is called before and after each call, and may end the process or raise what the disk would.
+It is meant for a forked child: it replaces functions of ``os`` and ``open``, and is never removed. A hook is called
+before and after each call, and may end the process or raise an error of the disk.
 """
 
 import builtins
@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 WRITES = ("write", "fsync", "rename", "create", "mkdir", "unlink", "rmdir", "truncate")
-"""What changes a disk; beside them there are "read" and, of the network, "request"."""
+"""Kinds of calls that change a disk; the other kinds are "read", and "request" for the network."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Call:
     """A call that reaches the disk.
 
     Attributes:
-        number: from 0, in the order in which they came; those that only read have numbers of their own.
+        number: number of the call, from 0; writes, reads and requests are counted separately.
         kind: one of ``WRITES``, "read" or "request".
-        path: of the file or folder, with its links resolved; of a request, its method and address.
-        target: of a rename.
-        before: whether it is yet to be made.
+        path: path of the file or folder, with links resolved; for a request, its method and path.
+        target: new path, for a rename.
+        before: whether the call has not been made yet.
     """
 
     number: int
@@ -38,15 +38,15 @@ class Call:
 
 
 Hook = Callable[[Call], int | None]
-"""May return how many bytes of a write are to be made now, which makes it a short one."""
+"""May return how many bytes to write, which makes it a short write."""
 
 
 class Layer:
     """Watches one folder.
 
     Args:
-        root: the folder; calls for anything else pass unseen.
-        hook: told of each call before it is made, and after it was made.
+        root: the folder; calls for other paths are ignored.
+        hook: called before and after each call.
     """
 
     def __init__(self, root: Path, hook: Hook) -> None:
@@ -55,7 +55,7 @@ class Layer:
         self._numbers = {"read": 0, "request": 0, "write": 0}
 
     def around(self, kind: str, path: str, act: Callable[[int | None], Any], target: str = "") -> Any:
-        """Make a call, and tell of it."""
+        """Make a call, and call the hook before and after it."""
         counter = "write" if kind in WRITES else kind
         number = self._numbers[counter]
         self._numbers[counter] += 1
@@ -64,7 +64,7 @@ class Layer:
         return done
 
     def place(self, path: Any, dir_fd: int | None = None) -> str | None:
-        """The absolute path of what a call names, if it lies below the root."""
+        """Return the absolute path that a call refers to, if it is below the root."""
         if isinstance(path, int):
             whole = os.readlink(f"/proc/self/fd/{path}")
         elif isinstance(path, (str, bytes, os.PathLike)):
@@ -76,7 +76,7 @@ class Layer:
         return whole if (whole + os.sep).startswith(self._root) else None
 
     def install(self) -> None:
-        """Take the place of the functions that adaptkit and its libraries write with."""
+        """Replace the functions with which adaptkit and its libraries access the disk and the network."""
         self._wrap("fsync", "fsync")
         self._wrap("fdatasync", "fsync")
         self._wrap("mkdir", "mkdir")
@@ -136,7 +136,7 @@ class Layer:
         os.open = opened_low
 
     def _open(self, place: str, mode: str, buffering: int, texts: tuple[Any, ...], options: dict[str, Any]) -> Any:
-        """Build what ``open`` builds, on a raw file that tells of its calls."""
+        """Build the same objects as ``open``, on a raw file that reports its calls to the layer."""
         raw_mode = mode.replace("b", "").replace("t", "")
 
         def make(size: int | None) -> _Raw:
@@ -164,7 +164,7 @@ class Layer:
 
 
 class _Raw(io.FileIO):
-    """A file that tells a layer of what is read and written."""
+    """A raw file that reports its reads and writes to a layer."""
 
     def __init__(self, layer: Layer, path: str, mode: str) -> None:
         super().__init__(path, mode)

@@ -1,9 +1,10 @@
-"""Disturb the disk under every command, and cut its power; then give the command again and compare every byte.
+"""Simulate disk faults and power cuts during every command; then run the command again and compare every byte.
 
     disks.py [--cuts 4] [--faults 2] [--seed 1] [--only merge] [--json]
 
-A power cut keeps what was synced, and by chance more; see ``powercut.py``. Faults are raised where the disk would
-raise them. Prints a table, and exits with 1 if anything was lost, half made, different or not said in one line.
+A power cut keeps what was synced, and at random more; see ``powercut.py``. Faults are raised by the calls that would
+fail on a real disk. Prints a table, and exits with 1 if anything was lost, incomplete, different or not reported in
+one line.
 """
 
 import argparse
@@ -28,15 +29,15 @@ FAULTS = {
     "read-only": (("create", "mkdir", "rename", "unlink", "truncate"), errno.EROFS),
     "no temporary space": (("create", "mkdir"), errno.ENOSPC),
 }
-"""The calls that fail from some moment on, and how; the last only in the folder of temporary files."""
+"""Faults: the kinds of calls that fail from some moment on, and their error; the last only for temporary files."""
 TEMPORARY_ONLY = "no temporary space"
 CODES = (1, 2, 3, 5, 7)
-"""The disk, a place that cannot be written, input that cannot be read or is not whole, a Hub without an answer."""
+"""Accepted exit codes: disk error, unwritable path, damaged or unreadable input, and a Hub that does not answer."""
 
 
 @dataclass
 class Tally:
-    """What became of one command."""
+    """Results for one command."""
 
     cuts: int = 0
     faults: int = 0
@@ -47,7 +48,7 @@ class Tally:
 
 
 def fails_from(number: int, kinds: tuple[str, ...], code: int, only: str) -> Any:
-    """A hook that lets calls of some kinds fail, from the ``number``-th of them on, below a folder."""
+    """Return a hook that makes calls of some kinds below a folder fail, from the ``number``-th on."""
     seen = -1
 
     def hook(call: Any) -> None:
@@ -61,8 +62,8 @@ def fails_from(number: int, kinds: tuple[str, ...], code: int, only: str) -> Any
 
 
 def changes_at(number: int) -> Any:
-    """A hook that changes the last byte of a weights' file before the ``number``-th time that any is read."""
-    count, low, read, write = -1, os.open, os.pread, os.pwrite  # not the layer's
+    """Return a hook that changes the last byte of a weights file before the ``number``-th read of such files."""
+    count, low, read, write = -1, os.open, os.pread, os.pwrite  # the originals, not the layer's
 
     def hook(call: Any) -> None:
         nonlocal count
@@ -78,7 +79,7 @@ def changes_at(number: int) -> Any:
 
 
 class Judge:
-    """Disturbs one job and judges the end."""
+    """Disturbs one job and judges the results."""
 
     def __init__(self, ground: Range, job: Any, chance: random.Random) -> None:
         self.ground, self.job, self.chance, self.tally = ground, job, chance, Tally()
@@ -86,7 +87,7 @@ class Judge:
         self.old = ground.old(job)
 
     def cut(self, count: int) -> None:
-        """Cut the power at some moments, and when all was done, with each outcome."""
+        """Cut the power at some moments, and after the end, with each possible outcome."""
         from disk import WRITES
         from powercut import OUTCOMES, Disk, cuts_power
 
@@ -105,7 +106,7 @@ class Judge:
                 self._require_same_again(trial, where)
 
     def fail(self, count: int) -> None:
-        """Let the disk fail in each way, from some calls on."""
+        """Make the disk fail in each way, from some calls on."""
         from jobs import TEMPORARY
 
         for name, (kinds, code) in FAULTS.items():
@@ -125,7 +126,7 @@ class Judge:
                 self._require_same_again(trial, where)
 
     def change(self, count: int) -> None:
-        """Change an input while it is read: that is refused, or else the result is of the old bytes or of the new."""
+        """Change an input while it is read: the command fails, or its result is that of the old or of the new bytes."""
         for _ in range(count):
             trial = self.ground.trial(self.job)
             inputs = Path(shutil.copytree(self.ground.inputs, self.ground.scratch / f"{trial.name}-inputs"))
@@ -134,7 +135,7 @@ class Judge:
             where = f"{trial.name}: an input changed at read {at}"
             self.tally.changes += 1
             if ended.code:
-                self._require_said(ended, (*CODES, 4), where)  # what was read may now belong to something else
+                self._require_said(ended, (*CODES, 4), where)  # the changed input may no longer match the others
                 self._require_whole(trial, where)
                 continue
             again = self.ground.trial(self.job)
@@ -143,7 +144,7 @@ class Judge:
                 self.tally.problems.append(f"{where}: what was made is of neither")
 
     def meet(self) -> None:
-        """Let two processes write the same output."""
+        """Start two processes that write the same output."""
         trial = self.ground.trial(self.job)
         first = self.ground.children.start(self._argv(trial), trial, _stops_once())
         os.waitid(os.P_PID, first, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
@@ -163,7 +164,7 @@ class Judge:
         return result(self.job, trial, self.ground.hub)
 
     def _require_said(self, ended: Any, codes: tuple[int, ...], where: str) -> None:
-        said = ended.said.splitlines()  # the Hub's client warns in lines of its own
+        said = ended.said.splitlines()  # the Hub's client may print warnings before the error
         lines = said[next((n for n, line in enumerate(said) if line.startswith("error: ")), 0) :]
         one = len(lines) in (1, 2) and lines[0].startswith("error: ") and lines[-1].startswith(("error: ", "hint: "))
         if ended.code not in codes or not one or "Traceback" in ended.said:
@@ -206,10 +207,10 @@ def disturb(ground: Range, options: argparse.Namespace) -> dict[str, Tally]:
     for job in [job for job in JOBS if options.only in (None, job.name)]:
         began = time.monotonic()
         judge = Judge(ground, job, random.Random(f"{options.seed} {job.name}"))
-        if job.name != "publish":  # which writes nothing here that has to last
+        if job.name != "publish":  # which writes no local output
             judge.cut(options.cuts)
         judge.fail(options.faults)
-        if job.name not in ("pull", "run"):  # which read no weights here, or copies of their own
+        if job.name not in ("pull", "run"):  # which read no local weights, or only their own copies
             judge.change(options.faults)
         if job.name not in ("publish", "run"):
             judge.meet()
@@ -219,7 +220,7 @@ def disturb(ground: Range, options: argparse.Namespace) -> dict[str, Tally]:
 
 
 def main() -> int:
-    """Run what the command line asks for."""
+    """Run the trials that the command line requests."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--cuts", type=int, default=20, help="moments at which each command's power is cut")
     parser.add_argument("--faults", type=int, default=10, help="moments at which each fault begins")

@@ -1,9 +1,9 @@
-"""The commands that are disturbed, their tiny inputs, and how what they leave is judged.
+"""The commands that are disturbed, their tiny inputs, and checks of what they leave.
 
-A trial is a folder of its own in which one command works:
+A trial is a folder in which one command runs:
 
-    trial-17/out          what it makes; of ``run``, recipe.yaml, recipe.lock and .adaptkit/ instead
-    trial-17/temporary/   for its temporary files
+    trial-17/out          its output; for ``run``, recipe.yaml, recipe.lock and .adaptkit/ instead
+    trial-17/temporary/   its temporary files
 """
 
 import json
@@ -38,9 +38,9 @@ class Job:
     """A command.
 
     Attributes:
-        name: of the command, or of a use of it.
-        arguments: of ``adaptkit``; {in} is the folder of the inputs and {repo} a repository of the trial's own.
-        replaces: an older output stands under the final name when it begins.
+        name: name of the command, or of a use of it.
+        arguments: arguments of ``adaptkit``; {in} is the folder of the inputs, and {repo} the trial's repository.
+        replaces: whether an older output exists under the final name beforehand.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Job:
     replaces: bool = False
 
     def argv(self, inputs: Path, trial: Path) -> list[str]:
-        """What to run in the folder of a trial."""
+        """Return the arguments to run in the folder of a trial."""
         return [text.replace("{in}", str(inputs)).replace("{repo}", f"me/{trial.name}") for text in self.arguments]
 
     def prepare(self, inputs: Path, trial: Path) -> None:
@@ -85,7 +85,7 @@ INPUTS = (
     "merge {in}/base {in}/adapter -o {in}/merged",
     "stack {in}/adapter {in}/second -o {in}/stacked --method cat",
 )
-"""Made by commands, from what ``write_sources`` writes."""
+"""Commands that make further inputs from those of ``write_sources``."""
 
 
 def write_sources(inputs: Path) -> None:
@@ -97,7 +97,7 @@ def write_sources(inputs: Path) -> None:
 
 
 def tree(folder: Path) -> Tree:
-    """What a trial left: the content of all files but temporary ones and notes."""
+    """Return the content of all files of a trial, except temporary files and notes of ``run``."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -107,16 +107,16 @@ def tree(folder: Path) -> Tree:
 
 
 _IS_NOTE = re.compile(r"\.adaptkit/(hashes|[0-9a-f]+/[^/]*)\.json(\.partial)?")
-"""What ``run`` notes for itself: times of files, and of a step that was killed just after its end no figures."""
+"""Notes of ``run``: times of files, and reports of steps, which lack figures if a kill came just after the step."""
 
 
 def below(whole: Tree, name: str) -> Tree:
-    """The part of a tree in one of its folders."""
+    """Return the part of a tree in one of its folders."""
     return {path: content for path, content in whole.items() if path.startswith(f"{name}/")}
 
 
 def published(hub: Path, repository: str) -> Tree:
-    """What a hub's folder shows of a repository: files of main as hashes, and of the tag; empty if it holds none."""
+    """Return the hashes of a repository's files on main and on the tag; empty if there are none."""
     folder = hub / "repos" / repository
     if not (folder / "state.json").exists():
         return {}
@@ -131,19 +131,19 @@ def published(hub: Path, repository: str) -> Tree:
 
 
 def result(job: Job, trial: Path, hub: Path) -> Tree:
-    """Everything that a finished command made."""
+    """Return all that a finished command made."""
     return published(hub, f"me/{trial.name}") if job.name == "publish" else tree(trial)
 
 
 def too_early(job: Job, trial: Path, hub: Path, expected: Tree, old: Tree) -> list[str]:
-    """What stands under a final name and is not what a finished run leaves there.
+    """Return final names under which there is something other than a complete result.
 
     Args:
-        job: that was disturbed.
-        trial: where.
-        hub: folder of the hub.
-        expected: what an undisturbed run left.
-        old: what stood there before.
+        job: the job that was disturbed.
+        trial: folder of its trial.
+        hub: folder of the Hub.
+        expected: files that an undisturbed run leaves.
+        old: files that existed under the final name before.
     """
     found = result(job, trial, hub)
     if job.name == "publish":

@@ -1,10 +1,10 @@
-"""Kill every command at chosen and at random moments, give it again, and compare every byte with an undisturbed run.
+"""Kill every command at chosen and random moments, run it again, and compare every byte with an undisturbed run.
 
     kills.py --count 300 [--seed 1] [--only merge] [--json]
 
-Chosen moments are before, in the middle of and after any call that reaches the disk (a write, an fsync, a rename, an
-unlink) or the network; random ones are spread over the time that an undisturbed run takes. Prints a table, and exits
-with 1 if anything was lost, half made or different.
+Chosen moments are before, within and after calls that change the disk (such as a write, an fsync, a rename or an
+unlink) or reach the network; random ones are spread over the duration of an undisturbed run. Prints a table, and exits
+with 1 if anything was lost, incomplete or different.
 """
 
 import argparse
@@ -25,20 +25,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"  # a fork has none of the threads that its parent's pool had
+os.environ["OMP_NUM_THREADS"] = "1"  # the threads of a pool do not exist in a forked child
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "fixtures")]
 
 SIGNALS = {signal.SIGKILL: -9, signal.SIGINT: 130, signal.SIGTERM: 143}
-"""The exit code that each leads to."""
+"""The exit code for each signal."""
 MEMORY = "/dev/shm"
-"""A file system on which an fsync costs nothing."""
+"""A file system on which fsync is free."""
 HINT = "run the same command again to resume"
 
 
 @dataclass
 class Tally:
-    """What became of one command."""
+    """Results for one command."""
 
     kills: int = 0
     signals: Counter[str] = field(default_factory=Counter)
@@ -49,7 +49,7 @@ class Tally:
 
 
 class Range:
-    """Where trials happen: a scratch folder, tiny inputs in it, and a hub."""
+    """The place of the trials: a scratch folder with tiny inputs, and a Hub."""
 
     def __init__(self, scratch: Path, hub: Path) -> None:
         from children import Children
@@ -59,7 +59,7 @@ class Range:
         self._trials = 0
 
     def prepare(self) -> None:
-        """Make the inputs; what children then find compiled they need not load again."""
+        """Make the inputs; this also loads and compiles what the children need."""
         import jobs
 
         from adaptkit.cli.main import cli
@@ -80,7 +80,7 @@ class Range:
         return folder
 
     def undisturbed(self, job: Any) -> tuple[Any, list[Any], float]:
-        """Run a job; returns what it made, the calls that reached the disk or the network, and its seconds."""
+        """Run a job; return its result, the calls that reached the disk or the network, and its duration in seconds."""
         from children import recorded, records
         from jobs import result
 
@@ -97,7 +97,7 @@ class Range:
         return made, recorded(log), seconds
 
     def old(self, job: Any) -> Any:
-        """What stands under the final name before a job begins."""
+        """Return the files under the final name before a job begins."""
         from jobs import below, tree
 
         merged = below(tree(self.inputs), "merged") if job.replaces else {}
@@ -116,7 +116,7 @@ def attack(ground: Range, job: Any, count: int, chance: random.Random) -> Tally:
     tally, points = Tally(), _points(calls, chance)
     while tally.kills < count:
         trial = ground.trial(job)
-        for _ in range(1 + chance.randrange(2)):  # what a killed run left may be killed again
+        for _ in range(1 + chance.randrange(2)):  # a resumed run may be killed too
             number = chance.choice(list(SIGNALS))
             ended = _strike(ground, job, trial, points, seconds, number, chance, tally, expected)
             if ended.code not in SIGNALS.values() or tally.problems:
@@ -131,7 +131,7 @@ def attack(ground: Range, job: Any, count: int, chance: random.Random) -> Tally:
 
 
 def _points(calls: list[Any], chance: random.Random) -> list[Any]:
-    """All moments before, in and after calls, so ordered that every kind of call comes up soon."""
+    """Return all moments before, within and after calls, ordered so that each kind of call comes early."""
     from children import Point, counter_of
 
     found: dict[tuple[str, str], list[Any]] = {}
@@ -153,7 +153,7 @@ def _points(calls: list[Any], chance: random.Random) -> list[Any]:
 
 def _strike(ground: Range, job: Any, trial: Path, points: list[Any], seconds: float, number: int, chance: random.Random,
             tally: Tally, expected: Any) -> Any:  # fmt: skip
-    """Kill a job once, in two of three cases at a chosen point, and judge how it ended."""
+    """Kill a job once, in two of three cases at a chosen point, and check how it ended."""
     from children import NOT_BEGUN, dies_at
     from jobs import result
 
@@ -183,12 +183,12 @@ def _strike(ground: Range, job: Any, trial: Path, points: list[Any], seconds: fl
 
 
 def is_done(ended: Any) -> bool:
-    """Whether a command says that its output is there, because the one before was killed after the last rename."""
+    """Whether a command says that its output exists, since the run before was killed after the last rename."""
     return ended.code == 8 and "already exists" in ended.said
 
 
 def _resume(ground: Range, job: Any, trial: Path, expected: Any, tally: Tally) -> None:
-    """Give the command again, and compare; a run that had ended already must say so and change nothing."""
+    """Run the command again and compare; if the earlier run had completed, it must say so and change nothing."""
     from jobs import result
 
     again = ground.children.run(job.argv(ground.inputs, trial), trial)
@@ -203,7 +203,7 @@ def _resume(ground: Range, job: Any, trial: Path, expected: Any, tally: Tally) -
 
 @contextmanager
 def proving_ground() -> Iterator[Range]:
-    """Import everything, start a hub and make the inputs."""
+    """Import everything, start a Hub and make the inputs."""
     warnings.simplefilter("ignore")  # newer Pythons warn of forks
     with TemporaryDirectory(prefix="kills-", dir=MEMORY if os.path.isdir(MEMORY) else None) as folder:
         root = Path(folder)
@@ -219,7 +219,7 @@ def proving_ground() -> Iterator[Range]:
 
 
 def main() -> int:
-    """Run what the command line asks for."""
+    """Run the trials that the command line requests."""
     options = _options()
     with proving_ground() as ground:
         tallies = _attack_all(ground, options)
@@ -241,7 +241,7 @@ def _attack_all(ground: Range, options: argparse.Namespace) -> dict[str, Tally]:
 
 
 def _import(url: str, root: Path) -> None:
-    """Import what commands need, so that children have it; huggingface_hub reads its environment meanwhile."""
+    """Import all that commands need, so that children have it; huggingface_hub reads its environment when imported."""
     for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_"))]:
         del os.environ[name]
     os.environ |= {"HF_ENDPOINT": url, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_any"}

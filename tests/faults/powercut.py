@@ -1,11 +1,11 @@
-"""What a disk may hold after a power cut, from a record of what a process did to it.
+"""Simulate the contents of a disk after a power cut, from a record of a process's calls.
 
-A disk promises only what was synced: a file's bytes by an fsync of the file, its name by an fsync of the folder. What
-else reached it is chance, so several outcomes are tried:
+A disk guarantees only what was synced: a file's bytes by an fsync of the file, its name by an fsync of the folder. The
+rest may or may not have reached the disk, so several outcomes are tried:
 
-    strict   nothing but what was synced; a renaming that is not synced did not happen
-    names    every name, but of files that were not synced since they were written the bytes before, or none
-    torn     names up to some moment, in order; unsynced bytes whole, half, as zeros, or none
+    strict   only what was synced; renames that were not synced did not happen
+    names    all names, but each file has the bytes of its last fsync, or none
+    torn     names up to a random moment, in order; unsynced bytes complete, partial, zero, or as of the last fsync
 """
 
 import base64
@@ -25,7 +25,7 @@ OUTCOMES = ("strict", "names", "torn")
 
 @dataclass
 class Node:
-    """A file or a folder; its durable bytes, and those that it has now."""
+    """A file or a folder, with its durable and its current bytes."""
 
     is_folder: bool = False
     durable: bytes = b""
@@ -34,7 +34,7 @@ class Node:
 
 @dataclass
 class Act:
-    """A change of names, in the folders that have to be synced for it to last; a file moves with it."""
+    """A change of names, with the folders to be synced to make it durable, and the file that it concerns."""
 
     kind: str
     path: str
@@ -51,7 +51,7 @@ class Names:
     nodes: dict[str, Node] = field(default_factory=dict)
 
     def apply(self, act: Act) -> None:
-        """Change names; what its folder does not hold, or has no folder, is lost with it."""
+        """Change names; changes to missing paths, or in missing folders, are lost."""
         if act.kind in ("create", "mkdir"):
             if os.path.dirname(act.path) in self.nodes and act.node is not None:
                 self.nodes.setdefault(act.path, act.node)
@@ -69,9 +69,9 @@ class Names:
 
 
 def cuts_power(log: Path, at: int) -> Hook:
-    """A hook that records what changes the disk, and kills its process before the ``at``-th of these calls."""
+    """Return a hook that logs calls that change the disk, and kills its process before the ``at``-th of them."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    write, low = os.write, os.open  # not the layer's
+    write, low = os.write, os.open  # the originals, not the layer's
 
     def hook(call: Call) -> None:
         if call.kind in ("read", "request"):
@@ -94,7 +94,7 @@ class Disk:
     """The disk of one trial.
 
     Args:
-        trial: folder; what is in it when this is made is on the disk for good.
+        trial: its folder; the present contents are taken as durable.
     """
 
     def __init__(self, trial: Path) -> None:
@@ -105,7 +105,7 @@ class Disk:
             self._begin.nodes[str(path)] = Node(path.is_dir(), content, content)
 
     def after(self, log: Path, outcome: str, chance: random.Random) -> None:
-        """Leave in the folder what a power cut leaves, after what a log says."""
+        """Replace the folder's contents by what a power cut after the logged calls may leave."""
         acts, live = self._read(log)
         for path, node in live.nodes.items():
             if not node.is_folder and os.path.exists(path):
@@ -142,7 +142,7 @@ class Disk:
 
 
 def _sync(acts: list[Act], folder: str) -> None:
-    """Let what happened in a folder last; what is moved between two takes all that happened in the other with it."""
+    """Make changes in a folder durable; a move between two folders also makes the other's earlier changes durable."""
     folders = {folder}
     for act in reversed(acts):
         if act.folders & folders:

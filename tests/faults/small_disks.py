@@ -1,9 +1,9 @@
-"""Run commands on a disk that is too small, and on one that is read-only; then make it sound and run them again.
+"""Run commands on a disk that is too small, and on a read-only one; then repair the disk and run them again.
 
     unshare --user --map-root-user --mount python small_disks.py FOLDER
 
-The disk is a tmpfs, so it is the system that refuses; it is gone with the process. Prints one JSON document: for every
-command how often it was refused, and what went wrong.
+The disk is a tmpfs, so the errors are those of the system; it vanishes with the process. Prints one JSON document: for
+each command, how often it failed as expected, and a list of problems.
 """
 
 import json
@@ -18,12 +18,12 @@ from jobs import INPUTS, JOBS, Job, result, too_early, tree, write_sources
 
 ELSEWHERE = ("publish", "pull", "run")
 FRACTIONS = (0.3, 0.9)
-"""Of what the output takes."""
+"""Sizes of the disk, as fractions of the output's size."""
 PAGE, PLENTY, NO_HUB = 4096, 1 << 26, Path("nowhere")
 
 
 class Bench:
-    """Runs jobs on disks of its own."""
+    """Runs jobs on small and read-only disks."""
 
     def __init__(self, folder: Path, run: Callable[..., Any]) -> None:
         self.folder, self.run, self.inputs = folder, run, folder / "inputs"
@@ -32,7 +32,7 @@ class Bench:
             self._give(command.replace("{in}", str(self.inputs)).split(), folder)
 
     def refusals(self, job: Job) -> tuple[int, list[str]]:
-        """How often a job was refused, and what was wrong with that."""
+        """Return how often a job failed as expected, and a list of problems."""
         sound = self.folder / f"{job.name} sound"
         job.prepare(self.inputs, sound)
         old = tree(sound)

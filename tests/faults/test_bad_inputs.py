@@ -1,4 +1,4 @@
-"""Whatever is wrong with an input: one line and a hint, the right code, nothing written, and nothing else touched."""
+"""Bad inputs end in an error line and its exit code, write nothing, and change no other file."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ from bad_inputs import ROWS
 
 GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden" / "schema-1"
 MOST_ADDED_BYTES = 1 << 29
-"""Of address space on top of what the imports take; and, a little less, of memory."""
+"""Limit of the growth of data memory, and of the increase of peak memory over a run that only imports."""
 SECONDS = 300
 SOUND_AGAIN = ["NaN in a base, quantized", "merge: wrong base of the same shapes", "base: truncated"]
 FRESH = ["base: truncated", "manifest: parent folder", "verify: bit flip", "alpha NaN", "YAML that makes objects"]
@@ -27,7 +27,7 @@ def inputs(tmp_path):
 
 
 def snapshot(folder):
-    """All files, links and pipes, with their content; holes are not read."""
+    """All files, links and pipes, with their content; of large files, only time and size."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
@@ -70,7 +70,7 @@ def check(row, inputs, run_cli, **how):
     return done
 
 
-def test_names_of_rows_are_their_own():
+def test_names_of_rows_are_unique():
     assert len({row.name for row in ROWS}) == len(ROWS)
 
 
@@ -80,20 +80,20 @@ def usual_peak(run_cli):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name.replace(" ", "-"))
-def test_a_bad_input_is_refused_and_a_harmless_one_does_no_harm(row, inputs, run_cli, usual_peak):
+def test_bad_inputs_are_refused_and_harmless_ones_accepted_in_bounded_memory(row, inputs, run_cli, usual_peak):
     done = check(row, inputs, run_cli, limits={"DATA": MOST_ADDED_BYTES})
     assert done.peak_bytes < usual_peak + MOST_ADDED_BYTES
 
 
 @pytest.mark.parametrize("name", FRESH)
-def test_in_a_fresh_process_too(name, inputs, run_cli):
+def test_bad_inputs_are_refused_in_a_fresh_process_too(name, inputs, run_cli):
     (row,) = [row for row in ROWS if row.name == name]
     check(row, inputs, run_cli, fresh=True)
 
 
 @pytest.mark.parametrize("name", SOUND_AGAIN)
-def test_what_is_left_is_in_nobodys_way(name, inputs, run_cli):
-    """The same command ends well as soon as its input is sound."""
+def test_a_refused_command_succeeds_after_its_input_is_repaired(name, inputs, run_cli):
+    """A refused command leaves nothing that could get in the way."""
     (row,) = [row for row in ROWS if row.name == name]
     check(row, inputs, run_cli)
     for part in ("base", "adapter"):

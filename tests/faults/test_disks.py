@@ -1,4 +1,4 @@
-"""A disk that is full, failing or read-only ends in one line; a power cut takes nothing that was said to be done."""
+"""Full, failing or read-only disks end commands in an error; a power cut loses nothing that was reported as done."""
 
 import errno
 import json
@@ -15,14 +15,14 @@ from adaptkit.errors import DISK_HINTS
 
 @pytest.fixture(scope="module")
 def tallies():
-    """What a small run of ``scripts/kills --disks`` finds."""
+    """Results of a small run of ``scripts/kills --disks``."""
     command = [sys.executable, Path(__file__).with_name("disks.py"), "--cuts", "1", "--faults", "1", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.stdout, done.stderr
     return json.loads(done.stdout)
 
 
-def test_every_command_is_met_by_every_fault_and_loses_nothing(tallies):
+def test_disk_faults_and_power_cuts_lose_nothing_with_any_command(tallies):
     for name, tally in tallies.items():
         assert tally["problems"] == [], name
         assert tally["faults"] >= 3, name
@@ -31,7 +31,7 @@ def test_every_command_is_met_by_every_fault_and_loses_nothing(tallies):
         assert tally["identical"] == tally["cuts"] + tally["faults"] + tally["harmless"], name
 
 
-def test_disks_that_are_really_too_small_or_read_only_lose_nothing(tmp_path):
+def test_real_disks_that_are_too_small_or_read_only_lose_nothing(tmp_path):
     own = ["unshare", "--user", "--map-root-user", "--mount"]
     if shutil.which("unshare") is None or subprocess.run([*own, "mount", "-t", "tmpfs", "tmpfs", tmp_path]).returncode:
         pytest.skip("mounting a disk of one's own is not allowed here")
@@ -45,14 +45,14 @@ def test_disks_that_are_really_too_small_or_read_only_lose_nothing(tmp_path):
     assert len(found) == 9
 
 
-def test_every_fault_of_a_disk_has_a_hint():
+def test_every_disk_error_has_a_hint():
     for code in (errno.ENOSPC, errno.EIO, errno.EROFS, errno.EFBIG, errno.EDQUOT):
         assert DISK_HINTS[code]
 
 
 @pytest.mark.parametrize(("bytes_allowed", "hint"), [(4096, "ulimit -f"), (100, "ulimit -f")])
-def test_a_limit_on_the_size_of_files_is_named(llama, tmp_path, run_cli, bytes_allowed, hint):
-    """The system itself refuses here: what it says is what the tests above let the disk say."""
+def test_exceeding_the_file_size_limit_gets_a_hint_that_names_the_limit(llama, tmp_path, run_cli, bytes_allowed, hint):
+    """Here, the error comes from the system itself, unlike the simulated ones above."""
     code = (
         "import resource, sys; from adaptkit.cli.main import main;"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({bytes_allowed}, {bytes_allowed}));"

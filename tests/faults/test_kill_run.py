@@ -1,7 +1,7 @@
-"""A release that is killed at any moment goes on, and ends in the same bytes and the same lock.
+"""A killed ``run`` can be resumed, and ends with the same bytes and the same lock.
 
-The command line runs in children of one helper process, which imports torch once, and is killed from outside: when it
-begins something, in the middle of training, and once more there.
+The command line runs in children of a helper process, which imports torch once. It is killed from outside four times:
+after the first step, twice during training, and after the evaluation.
 """
 
 import json
@@ -99,7 +99,7 @@ def killed(tmp_path_factory):
 
 
 def artifacts(work):
-    """Every file of every artifact; the records beside them say when a step's figure was lost."""
+    """All files of all artifacts; not the records of steps, which lack figures if a kill came just after the step."""
     return {
         path.relative_to(work).as_posix(): path.read_bytes()
         for path in work.rglob("*")
@@ -107,7 +107,7 @@ def artifacts(work):
     }
 
 
-def test_a_release_that_is_killed_again_and_again_ends_in_the_same_bytes(killed):
+def test_a_run_killed_several_times_ends_in_the_same_bytes(killed):
     root, report = killed
     assert report["ends"] == [-signal.SIGKILL] * len(MOMENTS)
     assert report["unfinished"]
@@ -118,7 +118,7 @@ def test_a_release_that_is_killed_again_and_again_ends_in_the_same_bytes(killed)
     assert [path for path in (root / "killed").rglob("*.partial")] == []
 
 
-def test_steps_that_were_finished_are_not_done_again(killed):
+def test_finished_steps_are_not_repeated_after_a_kill(killed):
     root, _ = killed
     log = (root / "killed.log").read_text()
     assert log.count("small: quantize: done") <= 1

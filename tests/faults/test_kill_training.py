@@ -1,7 +1,7 @@
-"""A training run that is killed, interrupted or damaged at any moment ends in the same bytes.
+"""A training run that is killed or interrupted, or whose checkpoints are damaged, ends in the same bytes.
 
-The command line runs in children of one helper process, which imports torch once, and is killed from outside: at
-moments spread over the time that an undisturbed run takes, and in the middle of writing a checkpoint.
+The command line runs in children of a helper process, which imports torch once. It is killed from outside: at random
+moments of the duration of an undisturbed run, and while it writes a checkpoint.
 """
 
 import json
@@ -140,7 +140,7 @@ def inputs(tmp_path_factory):
 def killed(inputs, tmp_path_factory):
     root = tmp_path_factory.mktemp("killed")
     arguments = [sys.executable, "-c", HELPER, *inputs, root, *OPTIONS]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # a fork has none of the threads that its parent's pool had
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # the threads of a pool do not exist in a forked child
     done = subprocess.run(arguments, capture_output=True, text=True, env=alone, timeout=600)
     logs = "".join(path.read_text() for path in sorted(root.glob("*.log")))
     assert done.returncode == 0, done.stderr + logs
@@ -159,7 +159,7 @@ def test_runs_killed_at_any_moment_end_in_the_same_bytes(killed):
     assert report["halves"] >= 1
     for name in ("moment", "half", "signal"):
         found = tree(root / name)
-        if name == "signal":  # its manifests say that it made no checkpoints on the way
+        if name == "signal":  # its manifests record that it used another save_every
             assert found.keys() == expected.keys()
             found = {path: content for path, content in found.items() if "manifest" not in path}
         assert found.items() <= expected.items(), name
@@ -168,7 +168,7 @@ def test_runs_killed_at_any_moment_end_in_the_same_bytes(killed):
     assert "resumed from" in (root / "half.log").read_text()
 
 
-def test_an_interrupted_run_saves_what_it_did_and_says_how_to_go_on(killed):
+def test_an_interrupted_run_saves_a_checkpoint_and_says_how_to_resume(killed):
     root, report = killed
     assert [signal["code"] for signal in report["signals"]] == [130, 143]
     first, second = (signal["saved"] for signal in report["signals"])
@@ -192,7 +192,7 @@ def config(inputs):
 
 @pytest.fixture
 def interrupted(config, tmp_path):
-    """Work with checkpoints after steps 2, 4 and 5."""
+    """Folder of an interrupted run, with checkpoints after steps 2, 4 and 5."""
 
     def cut(report):
         if report.step == 5:
@@ -204,8 +204,8 @@ def interrupted(config, tmp_path):
     return tmp_path / "adapter.partial"
 
 
-def test_no_damage_to_a_checkpoint_goes_unnoticed(interrupted):
-    """Every file cut short, emptied, gone or with a bit flipped: every bit of the record, many of the rest."""
+def test_any_damage_to_a_checkpoint_is_detected(interrupted):
+    """Each file is truncated, emptied, extended, removed, or has a bit flipped: all bits of the record, many others."""
     for path in sorted((interrupted / "checkpoint-5").iterdir()):
         content = path.read_bytes()
         bits = 8 * len(content)
@@ -227,7 +227,7 @@ def test_no_damage_to_a_checkpoint_goes_unnoticed(interrupted):
         assert newest_checkpoint(interrupted, notes.append).step == 5
 
 
-def test_damaged_checkpoints_cost_only_their_steps(config, interrupted, tmp_path):
+def test_damaged_checkpoints_are_skipped_and_only_their_steps_repeated(config, interrupted, tmp_path):
     undisturbed = train(config, tmp_path / "undisturbed")
     for step, victim in ((5, "state.safetensors"), (4, "checkpoint.json")):
         path = interrupted / f"checkpoint-{step}" / victim
@@ -242,7 +242,7 @@ def test_damaged_checkpoints_cost_only_their_steps(config, interrupted, tmp_path
         assert report.manifest_sha256 == undisturbed.manifest_sha256
 
 
-def test_a_file_that_is_no_checkpoint_is_in_nobodys_way(config, interrupted, tmp_path):
+def test_files_and_folders_that_are_not_checkpoints_do_not_prevent_resuming(config, interrupted, tmp_path):
     (interrupted / "checkpoint-latest").mkdir()
     (interrupted / "checkpoint-9.partial").mkdir()
     (interrupted / "checkpoint-7").write_text("a file")
@@ -251,8 +251,8 @@ def test_a_file_that_is_no_checkpoint_is_in_nobodys_way(config, interrupted, tmp
     assert notes[0].startswith("warning: checkpoint-7 is damaged")
 
 
-def test_no_room_for_a_checkpoint_ends_in_one_line_and_loses_nothing(config, interrupted, tmp_path):
-    """A limit on the size of files stands for a disk that is full: the write itself fails, half way."""
+def test_a_checkpoint_without_disk_space_ends_in_an_error_and_loses_nothing(config, interrupted, tmp_path):
+    """A limit on file sizes simulates a full disk: a write fails midway."""
     expected = tree(interrupted / "checkpoint-5")
     size = (interrupted / "checkpoint-5" / "state.safetensors").stat().st_size
     arguments = [

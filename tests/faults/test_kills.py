@@ -1,4 +1,4 @@
-"""What is killed at any moment shows nothing that is not whole, and the same command ends in the same bytes."""
+"""Commands killed at any moment leave no incomplete output, and end in the same bytes when run again."""
 
 import json
 import subprocess
@@ -14,14 +14,14 @@ KILLS = 48
 
 @pytest.fixture(scope="module")
 def tallies():
-    """What a small run of ``scripts/kills`` finds."""
+    """Results of a small run of ``scripts/kills``."""
     command = [sys.executable, Path(__file__).with_name("kills.py"), "--count", str(KILLS), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.stdout, done.stderr
     return json.loads(done.stdout)
 
 
-def test_every_command_that_writes_is_killed_by_every_signal(tallies):
+def test_every_command_that_writes_is_killed_and_every_signal_is_used(tallies):
     commands = "quantize dequantize merge unmerge stack extract resize adopt train publish pull run"
     assert {*commands.split(), "merge --force"} == set(tallies)
     assert all(tally["kills"] >= KILLS // len(tallies) for tally in tallies.values())
@@ -31,14 +31,14 @@ def test_every_command_that_writes_is_killed_by_every_signal(tallies):
     assert signals == {"SIGKILL", "SIGINT", "SIGTERM"}
 
 
-def test_nothing_is_lost_half_made_or_different(tallies):
+def test_killed_commands_leave_nothing_incomplete_and_resume_to_the_same_bytes(tallies):
     for name, tally in tallies.items():
         assert tally["problems"] == [], name
         assert 0 < tally["trials"] == tally["identical"], name
 
 
 def test_finished_shards_are_not_written_again(llama_sharded, tmp_path):
-    """Going on costs only what is missing: the file that the first run finished keeps its time stamp."""
+    """Files that the first run finished keep their time stamps."""
     from adaptkit.operations.quantize import QuantizeOptions, quantize
 
     class Stop(Exception):  # noqa: N818 - not an error

@@ -1,4 +1,4 @@
-"""What a clumsy or unlucky user does to ``quantize``: one line, a hint, the right code, and nothing lost."""
+"""``quantize`` with unusual or bad input, with signals and with resuming: correct errors, and nothing is lost."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def misnamed(tmp_path_factory):
-    """A model with linear layers that their names take for something else."""
+    """A model with linear layers whose names suggest other kinds of layers."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     folder = tmp_path_factory.mktemp("misnamed") / "prophetnet"
@@ -66,7 +66,7 @@ def poisoned(folder, name):
     return folder
 
 
-def test_shares_of_a_model_that_its_names_do_not_tell_join(misnamed, tmp_path, run_cli):
+def test_parts_of_a_model_with_misleading_tensor_names_combine(misnamed, tmp_path, run_cli):
     options = QuantizeOptions(max_shard_bytes=40_000)
     report = quantize(misnamed, tmp_path / "whole", options)
     named = {t.name for t in report.tensors if t.format and "embed" in t.name}
@@ -79,7 +79,7 @@ def test_shares_of_a_model_that_its_names_do_not_tell_join(misnamed, tmp_path, r
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
-def test_going_on_throws_nothing_away_whatever_the_names_say(misnamed, tmp_path, monkeypatch, run_cli):
+def test_resuming_keeps_finished_shards_of_a_model_with_misleading_names(misnamed, tmp_path, monkeypatch, run_cli):
     class Stop(Exception):  # noqa: N818 - not an error
         pass
 
@@ -95,7 +95,7 @@ def test_going_on_throws_nothing_away_whatever_the_names_say(misnamed, tmp_path,
     finished = [json.loads(line)["file"]["path"] for line in (partial / JOURNAL_NAME).read_text().splitlines()[1:]]
     assert finished
     before = {name: (partial / name).stat().st_mtime_ns for name in finished}
-    # This time in a process that has not loaded transformers, and could begin by the names.
+    # This time in a process that has not loaded transformers, and might start from the names alone.
     done = run_cli("quantize", misnamed, "-o", tmp_path / "out", "--max-shard-size", SMALL)
     assert done.code == 0, done.stderr
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in finished} == before
@@ -103,7 +103,7 @@ def test_going_on_throws_nothing_away_whatever_the_names_say(misnamed, tmp_path,
 
 
 @pytest.mark.parametrize("where", ["out", "out/init", "out.partial/init", "."])
-def test_a_companion_in_the_folder_of_its_base_is_refused_before_the_work(llama, text, tmp_path, where):
+def test_a_companion_path_that_conflicts_with_its_base_is_refused_before_the_work(llama, text, tmp_path, where):
     options = QuantizeOptions(calibration=Calibration((text,), 128, 64, init_rank=2))
     with pytest.raises(UsageError) as caught:
         quantize(llama, tmp_path / "x" / "out", options, companion=tmp_path / "x" / where)
@@ -118,7 +118,7 @@ def test_a_companion_in_the_folder_of_its_base_is_refused_before_the_work(llama,
         ("model.embed_tokens.weight", ["--bits-budget", 8]),
     ],
 )
-def test_calibration_names_the_weight_that_is_not_finite(llama, text, copy_of, tmp_path, run_cli, name, more):
+def test_calibration_names_a_weight_that_is_not_finite(llama, text, copy_of, tmp_path, run_cli, name, more):
     source = poisoned(copy_of(llama), name)
     calibration = ["--calibrate", text, "--calibration-tokens", 128, "--window", 64, *more]
     done = run_cli("quantize", source, "-o", tmp_path / "out", *calibration)
@@ -148,7 +148,7 @@ def test_a_source_that_vanishes_while_it_is_read_is_named(llama, copy_of, monkey
         checkpoint.state()
 
 
-def test_a_disk_without_room_for_one_more_file_is_named(tmp_path):
+def test_a_file_that_cannot_be_written_is_a_disk_error(tmp_path):
     full = tmp_path / "file"
     full.write_text("")
     with pytest.raises(DiskError, match="cannot write"), TensorWriter(full, "model.safetensors", []):
@@ -156,13 +156,13 @@ def test_a_disk_without_room_for_one_more_file_is_named(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
-def test_a_journal_on_a_full_disk_is_a_message_and_a_hint():
+def test_a_journal_on_a_full_disk_is_an_error_with_a_hint_to_resume():
     with pytest.raises(DiskError, match="No space left") as caught:
         append_line(Path("/dev/full"), {"key": "value"})
     assert "same command again to resume" in caught.value.hint
 
 
-def test_calibration_asks_for_the_room_that_its_scratch_files_take(llama, text, tmp_path, monkeypatch):
+def test_the_disk_space_check_includes_calibrations_scratch_files(llama, text, tmp_path, monkeypatch):
     plain = quantize(llama, tmp_path / "plain").bytes_after
 
     class Disk:
@@ -177,7 +177,7 @@ def test_calibration_asks_for_the_room_that_its_scratch_files_take(llama, text, 
 @pytest.mark.parametrize("storage", ["bfloat16", "float32"])
 @pytest.mark.parametrize("piece", [600, 4 << 20])
 def test_codes_stored_as_floats_are_read(llama, tmp_path, monkeypatch, storage, piece):
-    """bitsandbytes gives the same bytes another type if ``bnb_4bit_quant_storage`` says so."""
+    """bitsandbytes stores the same bytes as another dtype if ``bnb_4bit_quant_storage`` says so."""
     quantize(llama, tmp_path / "packed")
     dequantize(tmp_path / "packed", tmp_path / "expected")
     file = tmp_path / "packed" / "model.safetensors"
@@ -185,7 +185,7 @@ def test_codes_stored_as_floats_are_read(llama, tmp_path, monkeypatch, storage, 
     for name in [name.partition(".quant_state.")[0] for name in tensors if ".quant_state." in name]:
         tensors[name] = tensors[name].flatten().view(getattr(torch, storage)).view(-1, 1)
     save_file(tensors, file, {"format": "pt"})
-    (tmp_path / "packed" / MANIFEST_NAME).unlink()  # that tool writes none
+    (tmp_path / "packed" / MANIFEST_NAME).unlink()  # bitsandbytes writes none
     monkeypatch.setattr(_shards, "PIECE_BYTES", piece)
     dequantize(tmp_path / "packed", tmp_path / "plain")
     before, after = (load_file(tmp_path / folder / "model.safetensors") for folder in ("expected", "plain"))
@@ -194,7 +194,7 @@ def test_codes_stored_as_floats_are_read(llama, tmp_path, monkeypatch, storage, 
 
 
 def begin(source, output, *more):
-    """Start ``adaptkit quantize`` in a process group of its own."""
+    """Start ``adaptkit quantize`` in its own process group."""
     command = [sys.executable, "-m", "adaptkit.cli.main", "quantize", source, "-o", output, *more]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
     pipe = subprocess.PIPE
@@ -219,8 +219,8 @@ def is_gone(group):
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells when what is loaded")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("when", ["_multiarray_umath", "libllvmlite", "out.partial"])
-def test_a_signal_ends_in_one_line_leaves_no_process_and_costs_nothing(llama, tmp_path, number, code, when):
-    """The first two arrive while numpy and LLVM are being loaded, the last while transformers is asked."""
+def test_a_signal_at_startup_ends_cleanly_and_the_command_can_be_repeated(llama, tmp_path, number, code, when):
+    """The signal arrives while numpy or LLVM is being loaded, or while transformers is queried in a child process."""
     process = begin(llama, tmp_path / "out", "--json")
     maps = Path(f"/proc/{process.pid}/maps")
     wait_until(lambda: (tmp_path / when).exists() or when in maps.read_text())
@@ -237,7 +237,7 @@ def test_a_signal_ends_in_one_line_leaves_no_process_and_costs_nothing(llama, tm
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells when what is loaded")
 @pytest.mark.parametrize("more", [(), ("--json",)])
-def test_a_signal_ends_the_same_where_nobody_reads_any_more(llama, tmp_path, more):
+def test_a_signal_has_the_right_exit_code_even_if_the_output_is_closed(llama, tmp_path, more):
     process = begin(llama, tmp_path / "out", *more)
     process.stdout.close()
     if not more:
@@ -252,19 +252,19 @@ def test_a_signal_ends_the_same_where_nobody_reads_any_more(llama, tmp_path, mor
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems ask transformers in the same process")
-def test_a_killed_run_takes_the_process_that_asks_transformers_with_it(llama, tmp_path):
+def test_killing_a_run_also_kills_its_child_that_queries_transformers(llama, tmp_path):
     process = begin(llama, tmp_path / "out")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     wait_until(lambda: children.read_text().split())
     (child,) = map(int, children.read_text().split())
-    wait_until(lambda: os.readlink(f"/proc/{child}/fd/1") == os.devnull)  # it has prepared itself
-    os.kill(child, signal.SIGSTOP)  # and cannot end by itself
+    wait_until(lambda: os.readlink(f"/proc/{child}/fd/1") == os.devnull)  # its setup is complete
+    os.kill(child, signal.SIGSTOP)  # so that it cannot exit by itself
     process.kill()
     process.communicate(timeout=60)
     wait_until(lambda: is_gone(process.pid))
 
 
-def test_a_share_with_a_number_of_thousands_of_digits_is_a_usage_error(llama, tmp_path, run_cli):
+def test_a_part_number_with_thousands_of_digits_is_a_usage_error(llama, tmp_path, run_cli):
     done = run_cli("quantize", llama, "-o", tmp_path / "out", "--part", "1/" + "9" * 5000)
     assert done.code == 2
     assert "Traceback" not in done.stderr
@@ -282,7 +282,7 @@ def test_a_share_with_a_number_of_thousands_of_digits_is_a_usage_error(llama, tm
     ],
     ids=" ".join,
 )
-def test_what_only_calibration_heeds_is_refused_without_it(llama, tmp_path, run_cli, options):
+def test_options_that_need_calibration_are_refused_without_it(llama, tmp_path, run_cli, options):
     done = run_cli("quantize", llama, "-o", tmp_path / "out", *options)
     assert done.code == 2
     error, hint = done.stderr.splitlines()
@@ -297,8 +297,8 @@ def test_calibration_text_from_a_pipe_is_refused(llama, tmp_path):
         quantize(llama, tmp_path / "out", QuantizeOptions(calibration=Calibration((tmp_path / "pipe",), 128, 64)))
 
 
-def test_a_companion_of_a_base_that_lost_nothing_is_refused(text, tmp_path):
-    """The stacked experts, which the calibration does not see, leave room to keep all others in 16 bits."""
+def test_a_companion_is_refused_if_there_is_no_error_to_offset(text, tmp_path):
+    """The stacked experts, which are not calibrated, leave enough of the budget to keep all others in 16 bits."""
     source = tiny.write_family(tmp_path / "source", "mixtral", fused_experts=True)
     options = QuantizeOptions(moe="quantize", calibration=Calibration((text,), 128, 64, init_rank=2, bits_budget=9))
     with pytest.raises(UsageError) as caught:
@@ -331,7 +331,7 @@ def test_a_companion_without_its_record_is_refused_by_merge_and_train(llama, wit
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_companion_that_does_not_say_its_base_is_not_trained(with_companion, copy_of):
+def test_a_companion_without_a_manifest_is_not_trained(with_companion, copy_of):
     base, companion = with_companion[0], copy_of(with_companion[1])
     config = TrainConfig(str(base), (str(base),), init=str(companion))
     assert read_start(config, require_manifest(base)) is not None

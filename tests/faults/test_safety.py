@@ -1,4 +1,4 @@
-"""What cannot happen because no code does it, and what is checked by doing it."""
+"""Safety rules, checked in the package's source code or by running commands."""
 
 import ast
 import os
@@ -12,10 +12,10 @@ import adaptkit
 PACKAGE = Path(adaptkit.__file__).parent
 TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 FOLDERS = re.compile(r"(root|folder|path|final)$")
-"""What variables that hold folders are called, at their end."""
+"""Ends of the names of variables that hold folders."""
 JOINS = {
     "checkpoint/layout.py": {"root / name"},  # resolve_inside itself
-    # names of our own
+    # our own names
     "checkpoint/adapter_config.py": {"root / name"},
     "checkpoint/journal.py": {"self.folder / self._journal"},
     "operations/_diff/files.py": {"root / name"},
@@ -31,21 +31,21 @@ JOINS = {
     },
     # names of kernels, and digests
     "kernel_cache.py": {"folder / self._name", "folder / f'{self._name}.{os.getpid()}.{threading.get_ident()}'"},
-    # names of entries of a folder that was listed
+    # names of entries of a listed folder
     "operations/extract.py": {"plan.base.root / name"},
-    "pipeline/sources.py": {"path / name", "folder / source.path"},  # the second is what the user's recipe says
-    # names in a tree of the Hub, among which ``list_tree`` refuses what leaves its folder; and nothing is read there
+    "pipeline/sources.py": {"path / name", "folder / source.path"},  # the second is given in the user's recipe
+    # names in a tree of the Hub, of which ``list_tree`` refuses those that leave the folder; nothing is read there
     "hub/sources.py": {"folder / path"},
-    # where the links of huggingface_hub's cache lead
+    # targets of links in huggingface_hub's cache
     "hub/_fetch.py": {"path.parent.joinpath(os.readlink(path))"},
-    # names of steps, which are letters and digits, and digests
+    # names of steps, which consist of letters and digits, and digests
     "pipeline/work.py": {
         "self.root / key[:_KEY_LETTERS]",
         "self.root / key[:_KEY_LETTERS] / name",
         "self.root / key[:_KEY_LETTERS] / f'{step.name}.json'",
     },
 }
-"""Where a folder is joined with something else than a constant, other than by ``resolve_inside``; each was seen."""
+"""Reviewed places where a folder is joined with a value that is not a constant, without ``resolve_inside``."""
 
 
 def calls(tree):
@@ -53,13 +53,13 @@ def calls(tree):
 
 
 def is_constant(node):
-    """A text, or a name in capitals."""
+    """Whether a node is a literal, or a name in capitals."""
     last = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
     return isinstance(node, ast.Constant) or (last.isupper() and last != "")
 
 
 def joins(tree):
-    """Folders joined with what is no constant."""
+    """Return the expressions that join a folder with a value that is not a constant."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div) and not is_constant(node.right):
@@ -73,15 +73,15 @@ def joins(tree):
     return found
 
 
-def test_paths_from_files_are_joined_in_one_place():
-    """As far as names tell: a new join of a folder with a variable has to be looked at, and listed above."""
+def test_all_joins_of_folders_with_variables_are_reviewed():
+    """Folders are recognized by their names; a new join must be reviewed and listed above."""
     assert {module: found for module, tree in TREES.items() if (found := joins(tree))} == JOINS
 
 
 def test_nothing_is_unpickled_or_executed():
     loaders = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
     runners = {"torch.load", "torch.hub.load", "eval", "exec", "os.system"}
-    runners |= {"yaml.load", "yaml.unsafe_load", "yaml.full_load"}  # our own loader is derived from the safe one
+    runners |= {"yaml.load", "yaml.unsafe_load", "yaml.full_load"}  # our own loader derives from yaml.SafeLoader
     for module, tree in TREES.items():
         imported = {str(node.module).split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         plain = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
@@ -94,7 +94,7 @@ def test_nothing_is_unpickled_or_executed():
 
 
 def test_code_of_a_model_is_never_run():
-    """Whatever loads by a name in a file is told so, and told to stay offline."""
+    """Each ``from_pretrained`` call disables remote code and network access."""
     for module, tree in TREES.items():
         for call in calls(tree):
             told = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
@@ -105,14 +105,14 @@ def test_code_of_a_model_is_never_run():
 
 
 def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
-    """``quantize --calibrate`` with conversations is the only tool beside the trainer that asks for it."""
+    """Apart from training, only ``quantize --calibrate`` with conversations renders templates."""
 
     def users(wanted):
         texts = {module: ast.unparse(tree) for module, tree in TREES.items() if not module.startswith("cli/")}
         return {module for module, text in texts.items() if wanted in text}
 
     assert users("apply_chat_template") == {"text/rendering.py"}
-    parses = "text/chat_template.py"  # and runs nothing
+    parses = "text/chat_template.py"  # runs no template
     assert users("import jinja2") | users("from jinja2") == {"text/rendering.py", parses}
     assert users("text.rendering import") == {"text/conversation.py"}
     renderers = users("text.conversation import")
@@ -121,8 +121,8 @@ def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
     assert readers == {"operations/quantize.py"}
 
 
-def test_few_modules_remove_anything():
-    """And those are tested by what lies in their way; see ``bad_inputs.outputs`` and the tests of the journal."""
+def test_only_a_few_modules_remove_files():
+    """These have tests with foreign files in their way; see ``bad_inputs.outputs`` and the tests of the journal."""
     removers = {"unlink", "rmdir", "rmtree", "removedirs"}
     found = set()
     for module, tree in TREES.items():
@@ -136,7 +136,7 @@ def test_few_modules_remove_anything():
 
 
 def test_temporary_folders_are_private_and_gone_afterwards(run_cli, llama, instructions, tmp_path, monkeypatch):
-    """Those that hold what a user works on, on a machine that others use."""
+    """They may hold a user's data on a shared machine."""
     for module, tree in TREES.items():
         for call in calls(tree):
             name = ast.unparse(call.func).rpartition(".")[2]
@@ -154,7 +154,7 @@ def test_temporary_folders_are_private_and_gone_afterwards(run_cli, llama, instr
 
 
 def test_outputs_hold_files_and_folders_only(run_cli, llama, copy_of, tmp_path):
-    """What was a link in an input, as in the Hub's cache, is a file in the output."""
+    """Links in an input, as in the Hub's cache, become files in the output."""
     base = copy_of(llama, "snapshot")
     (tmp_path / "blobs").mkdir()
     for path in list(base.iterdir()):
