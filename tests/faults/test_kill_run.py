@@ -1,7 +1,7 @@
 """A killed ``run`` can be resumed, and ends with the same bytes and the same lock.
 
 The command line runs in children of a helper process, which imports torch once. It is killed from outside four times:
-after the first step, twice during training, and after the evaluation.
+as the first step begins, twice during training, and as the evaluation begins.
 """
 
 import json
