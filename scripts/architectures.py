@@ -1,20 +1,20 @@
-"""Put a tiny random model of every architecture that transformers knows through quantize, train, merge and unmerge.
+"""Test quantize, train, merge and unmerge with a tiny random model of every architecture of transformers.
 
     .venv/bin/python scripts/architectures.py [MODEL_TYPE ...] [--jobs 2] [--json FILE]
 
-A new version of transformers brings architectures that do something that none did before: a norm with a gate, a weight
-that is read and not called, layers that share keys and values. This finds out what goes wrong with them, by comparing
+New versions of transformers bring architectures with new features, such as a norm with a gate, a weight that is read
+instead of called as a module, or layers that share keys and values. This script finds those that fail, by comparing
 with transformers and peft:
 
-    quantize      the trainer's logits, and transformers' own with the same weights dequantized
-    train         two steps, on the quantized base
-    merge         an adapter of peft's for all linear layers, merged here and by peft
-    unmerge       the base's files, byte for byte
-    check         names and shapes of the base and of its quantized files, beside what transformers builds
-    trained       the trained adapter: the trainer's logits, and those of the merged model in transformers
+    quantize      the trainer's logits with those of transformers for the same weights, dequantized
+    check         tensor names and shapes of the base and of its quantized files with those that transformers builds
+    train         two steps on the quantized base, without a comparison
+    merge         an adapter for all linear layers, merged by adaptkit, with the same merged by peft
+    unmerge       the restored files with the base's, byte for byte
+    trained       the trainer's logits with the trained adapter, with those of the merged model in transformers
 
-Prints a line for every architecture where a step does not give that, and how many give it. What cannot be built as a
-tiny model is left out, and counted: mostly such as have sizes that nothing here knows how to shrink.
+Prints a line for every step that fails, and how many architectures pass each step. Architectures that cannot be built
+as a tiny model are skipped: most of them have sizes that this script does not know how to reduce.
 """
 
 import argparse
@@ -86,22 +86,22 @@ SIGHT = {
     2: "num_hidden_layers depth num_layers num_attention_heads num_heads num_key_value_heads",
     1: "pooling_kernel_size num_global_layers",
 }  # fmt: skip
-"""What the numbers in a configuration become, by what they are called."""
+"""Small values of a configuration's numbers, by their names: ``TEXT`` for the language model, this for other parts."""
 
 
 def shrunk(config: Any, sizes: dict[int, str]) -> dict[str, int]:
-    """Those of the sizes that a configuration has."""
+    """Return those of the sizes that a configuration has."""
     found = {}
     for value, names in sizes.items():
         for name in names.split():
-            with contextlib.suppress(Exception):  # some forbid to ask
+            with contextlib.suppress(Exception):  # some raise an error on access
                 if type(getattr(config, name, None)) is int:
                     found[name] = value
     return found
 
 
 def configurations(kind: str, tokens: dict[str, int], vocabulary: int) -> Iterator[Any]:
-    """Small configurations of an architecture, one after the other until one can be built."""
+    """Yield small configurations of an architecture, to be tried until one can be built."""
     build = transformers.CONFIG_MAPPING[kind]
     default = build()
     text = default.get_text_config()
@@ -125,10 +125,10 @@ def configurations(kind: str, tokens: dict[str, int], vocabulary: int) -> Iterat
 
 
 def build_tiny(kind: str, folder: Path) -> Any:
-    """Save a small model of an architecture with a tokenizer, and return it; None if there is none."""
+    """Save a small model of an architecture with a tokenizer, and return it; None if none can be built."""
     tokenizer = tiny.write_tokenizer(folder)
     for config in configurations(kind, tiny._token_ids(tokenizer), len(tokenizer)):
-        with contextlib.suppress(Exception):  # whatever transformers says to sizes that do not go together
+        with contextlib.suppress(Exception):  # transformers raises various errors for sizes that do not fit together
             auto = tiny.auto_class(config)
             with torch.device("meta"):
                 if sum(p.numel() for p in auto.from_config(config).parameters()) > MOST_PARAMETERS:
@@ -142,37 +142,37 @@ def build_tiny(kind: str, folder: Path) -> Any:
 
 
 def logits(network: Any) -> Any:
-    """Of the same tokens always, in float64."""
+    """Return the logits for fixed tokens, in float64."""
     with torch.no_grad():
         return network(input_ids=IDS, use_cache=False).logits.double()
 
 
 def loaded(folder: Path) -> Any:
-    """A model as transformers loads it."""
+    """Load a model with transformers."""
     auto = tiny.auto_class(transformers.AutoConfig.from_pretrained(folder))
     return auto.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def require_equal(found: Any, expected: Any) -> None:
-    """Refuse logits that differ by more than rounding."""
+    """Require that logits differ only by rounding."""
     difference = float((found - expected).norm() / expected.norm())
     if not difference < 1e-3:
         raise ValueError(f"logits differ by {difference:.1e}")
 
 
 class Course:
-    """What one architecture goes through.
+    """The steps for one architecture.
 
     Args:
-        root: an empty folder.
-        model: in ``root / "base"``.
+        root: a folder with the model in ``base``.
+        model: the model.
     """
 
     def __init__(self, root: Path, model: Any) -> None:
         self._root, self._base, self._model = root, root / "base", model
 
     def quantize(self) -> None:
-        """Quantized, it computes what transformers computes with the same weights."""
+        """Require that the quantized model computes the same as transformers with the dequantized weights."""
         quantize(self._base, self._root / "nf4")
         dequantize(self._root / "nf4", self._root / "plain", DequantizeOptions(dtype="float32"))
         model = load_model(self._root / "nf4", torch.float32, CPU)
@@ -180,7 +180,7 @@ class Course:
         require_equal(logits(model.network), logits(loaded(self._root / "plain")))
 
     def check(self) -> None:
-        """What transformers wrote, and we made of it, lacks nothing of the architecture."""
+        """Require that the base and its quantized files have all tensors of the architecture."""
         for folder in (self._base, self._root / "nf4"):
             files = read_checkpoint_files(folder)
             wrong = [*files.absent, *files.misshapen]
@@ -188,7 +188,7 @@ class Course:
                 raise ValueError(f"{folder.name}: {files.architecture or 'not compared'} {wrong}")
 
     def train(self) -> None:
-        """It can be trained."""
+        """Require that the model can be trained."""
         data = tiny.write_instructions(self._root / "rows.jsonl", rows=8)
         config = TrainConfig(
             base=str(self._root / "nf4"), data=(str(data),), steps=2, rank=2, max_length=64, device="cpu"
@@ -196,7 +196,7 @@ class Course:
         train(config, self._root / "adapter", note=lambda line: None)
 
     def merge(self) -> None:
-        """An adapter of peft's is merged to what peft merges it to."""
+        """Require that merging an adapter gives the same as with peft."""
         from peft import LoraConfig, get_peft_model
 
         wrapped = get_peft_model(self._model, LoraConfig(r=2, lora_alpha=4, target_modules="all-linear"))
@@ -209,14 +209,14 @@ class Course:
         require_equal(logits(loaded(self._root / "merged")), logits(wrapped.merge_and_unload().eval()))
 
     def unmerge(self) -> None:
-        """The merge is undone to the bit."""
+        """Require that unmerge restores the base bit for bit."""
         unmerge(self._root / "merged", [self._root / "peft"], self._root / "unmerged")
         for file in self._base.glob("*.safetensors"):
             if not filecmp.cmp(file, self._root / "unmerged" / file.name, shallow=False):
                 raise ValueError(f"{file.name} is not the base's")
 
     def trained(self) -> None:
-        """What was trained is what is merged."""
+        """Require that merging the trained adapter gives the model that was trained."""
         merge(self._base, [self._root / "adapter"], self._root / "shipped")
         model = load_model(self._base, torch.float32, CPU)
         load_adapter(model, read_adapter(self._root / "adapter"))
@@ -224,7 +224,7 @@ class Course:
 
 
 def examine(kind: str) -> dict[str, str]:
-    """What becomes of an architecture: by step, an empty text or what went wrong."""
+    """Run all steps for an architecture; return for each an empty text, or what went wrong."""
     with TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         base = Path(folder) / "base"
         base.mkdir()
@@ -245,7 +245,7 @@ def examine(kind: str) -> dict[str, str]:
 
 
 def in_a_process(kind: str) -> dict[str, str]:
-    """``examine``, for no longer than is reasonable, and whatever it does to the process."""
+    """Run ``examine`` in a child process, with a time limit."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -263,7 +263,7 @@ def in_a_process(kind: str) -> dict[str, str]:
 
 
 def main() -> None:
-    """Examine architectures, and print what does not work."""
+    """Examine architectures, and print the steps that fail."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", metavar="MODEL_TYPE")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())

@@ -1,14 +1,14 @@
-"""Time adaptkit against what people use today, both sides in one go, each as a whole process.
+"""Compare time and memory of adaptkit's commands with those of common alternatives, each as a whole process.
 
     .venv/bin/python scripts/bench.py help|quantize|memory|merge|diff [--rounds 3]
 
-The checkpoint is a random Llama of 1.1 billion parameters, bfloat16, five shards, made once in the user's cache; for
-memory, one of four times that size, in matrices and in bytes, too.
-Peers: transformers + bitsandbytes (``from_pretrained(load_in_4bit)`` and ``save_pretrained``), peft
-(``merge_and_unload`` and ``save_pretrained``), and a plain copy with a sync after it. The rounds alternate; medians are
-printed with the ratio to adaptkit. Peak memory is the process's own, as the kernel accounts it.
-``diff`` compares two adapters for that checkpoint; its peer forms both changes of every weight in float32. Singular
-values of such matrices take minutes, so those of one weight of each shape are measured and counted for all of them.
+The checkpoint is a random Llama of 1.1 billion parameters, bfloat16, five shards, made once in the user's cache;
+``memory`` also uses one of four times that size, both in total and per matrix.
+Alternatives: transformers + bitsandbytes (``from_pretrained(load_in_4bit)`` and ``save_pretrained``), peft
+(``merge_and_unload`` and ``save_pretrained``), and a plain copy followed by a sync. Sides alternate in each round;
+medians are printed with the ratio to adaptkit. Peak memory is that of the process, as measured by the kernel.
+``diff`` compares two adapters for that checkpoint; its alternative forms both changes of every weight in float32.
+Singular values of such matrices take minutes, so they are measured for one weight of each shape, and scaled up.
 """
 
 import argparse
@@ -133,14 +133,14 @@ for name, value in found.items():
 
 
 def python(code: str, **names: Path) -> list[str]:
-    """A command that runs a snippet with paths filled in."""
+    """Return a command that runs a snippet with paths filled in."""
     return [sys.executable, "-c", code.format(**{name: str(path) for name, path in names.items()})]
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """Run a command; seconds, and peak resident megabytes of the process.
+    """Run a command; return its seconds, and the peak resident megabytes of the process.
 
-    Both sides run from bytecode that was written before, as what pip installs does, whatever this shell says of it.
+    All sides may use cached bytecode, as after a pip installation, even if this shell's environment disables it.
     """
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     started = time.monotonic()
@@ -171,7 +171,7 @@ def compare(sides: dict[str, list[str]], rounds: int, out: Path) -> None:
 
 
 def checkpoint(name: str = "llama-1.1b", hidden: int = 2048, intermediate: int = 5632, shard: str = "470MB") -> Path:
-    """A random checkpoint, the one of 1.1 B parameters unless said otherwise."""
+    """Make a random checkpoint once; by default, the one of 1.1 B parameters."""
     model = FOLDER / name
     if not model.exists():
         making = FOLDER / "making"
@@ -182,7 +182,7 @@ def checkpoint(name: str = "llama-1.1b", hidden: int = 2048, intermediate: int =
 
 
 def adapter() -> Path:
-    """A rank-16 adapter for all of its linear layers."""
+    """Make a rank-16 adapter for all linear layers of the default checkpoint, once."""
     folder = FOLDER / "adapter"
     if not folder.exists():
         subprocess.run(python(MAKE_ADAPTER, model=checkpoint(), adapter=FOLDER / "making-adapter"), check=True)
@@ -191,7 +191,7 @@ def adapter() -> Path:
 
 
 def random_adapter(name: str, hidden: int, intermediate: int, seed: int = 0) -> Path:
-    """A rank-16 adapter for all linear layers of a checkpoint of these sizes, without the checkpoint."""
+    """Make a rank-16 adapter for all linear layers of a checkpoint of these sizes, without that checkpoint."""
     folder = FOLDER / name
     if not (folder / "adapter_config.json").exists():
         code = MAKE_RANDOM_ADAPTER.format(folder=str(folder), hidden=hidden, intermediate=intermediate, seed=seed)
@@ -200,7 +200,7 @@ def random_adapter(name: str, hidden: int, intermediate: int, seed: int = 0) -> 
 
 
 def bench_help(rounds: int) -> None:
-    """How long ``--help`` takes."""
+    """Time ``--help``."""
     sides = {
         f"adaptkit {name} --help".replace("  ", " "): [*ADAPTKIT, *name.split(), "--help"] for name in ("", "train")
     }
@@ -208,7 +208,7 @@ def bench_help(rounds: int) -> None:
 
 
 def bench_quantize(rounds: int) -> None:
-    """16 bits to NF4 with doubly quantized constants."""
+    """Time quantizing 16 bits to NF4 with doubly quantized constants."""
     model, out, made = checkpoint(), FOLDER / "out", FOLDER / "llama-1.1b-nf4"
     ours = [*ADAPTKIT, "quantize", str(model), "-o"]
     shutil.rmtree(made, ignore_errors=True)
@@ -216,7 +216,7 @@ def bench_quantize(rounds: int) -> None:
     copy = f"mkdir '{out}' && cp -r '{model}' '{out}/input' && cp -r '{made}' '{out}/output' && sync"
     compare(
         {
-            "adaptkit quantize": [*ours, str(out)],  # which knows this architecture from the first time, above
+            "adaptkit quantize": [*ours, str(out)],  # the architecture was cached by the run above
             "the first time": ["env", "ADAPTKIT_CACHE=", *ours, str(out)],
             "transformers + bitsandbytes": python(PEER_QUANTIZE, model=model, out=out),
             "cp of input and output, and sync": ["sh", "-c", copy],
@@ -227,10 +227,10 @@ def bench_quantize(rounds: int) -> None:
 
 
 def bench_memory(rounds: int) -> None:
-    """Quantize, and merge into, two checkpoints of which one has four times the parameters and sizes of matrices."""
+    """Measure quantize and merge on two checkpoints, one with four times the parameters and matrix sizes."""
     small, large = checkpoint(), checkpoint("llama-4.1b", 4096, 11264, "1900MB")
     out = FOLDER / "out"
-    for model in (small, large):  # so that transformers, whose process would be the largest, has been asked
+    for model in (small, large):  # caches the architecture: the process that queries transformers would be the largest
         subprocess.run([*ADAPTKIT, "quantize", str(model), "-o", str(out), "--dry-run", "--quiet"], check=True)
     sides = {f"quantize {model.name}": [*ADAPTKIT, "quantize", str(model), "-o", str(out)] for model in (small, large)}
     adapters = {small: random_adapter("memory-small", 2048, 5632), large: random_adapter("memory-large", 4096, 11264)}
@@ -240,7 +240,7 @@ def bench_memory(rounds: int) -> None:
 
 
 def bench_merge(rounds: int) -> None:
-    """A rank-16 adapter on all linear layers, into 16 bits, and out again."""
+    """Time merging a rank-16 adapter for all linear layers into 16 bits, and unmerging it."""
     model, lora, out, merged = checkpoint(), adapter(), FOLDER / "out", FOLDER / "merged"
     ours = [*ADAPTKIT, "merge", str(model), str(lora), "-o"]
     shutil.rmtree(merged, ignore_errors=True)
@@ -260,12 +260,12 @@ def bench_merge(rounds: int) -> None:
 
 
 def bench_diff(rounds: int) -> None:
-    """Two rank-16 adapters on all 154 linear layers, factored and dense; and the whole command."""
+    """Time comparing two rank-16 adapters for all 154 linear layers, factored and dense, and the whole command."""
     folders = {name: random_adapter(f"diff-{name}", 2048, 5632, seed) for seed, name in enumerate(("first", "second"))}
     print(f"{'':44} {'':11} {'to all':>10} {'to norms':>10}   ratios", flush=True)
     subprocess.run(python(TIME_DIFF.replace("{rounds}", str(rounds)), **folders), check=True)
     paths = " ".join(f"'{folder}'" for folder in folders.values())
-    command = " ".join([*ADAPTKIT, "diff", paths, "--quiet"])  # it exits with 1: they differ
+    command = " ".join([*ADAPTKIT, "diff", paths, "--quiet"])  # exits with 1, since the adapters differ
     sides = {"adaptkit diff": ["sh", "-c", f"{command} || test $? -eq 1"]}
     compare(sides | {"python -c 'import torch'": [sys.executable, "-c", "import torch"]}, rounds, FOLDER / "out")
 

@@ -1,10 +1,10 @@
-"""The loss of QLoRA, step by step, beside that of transformers + peft + bitsandbytes.
+"""Compare the loss of QLoRA, step by step, with that of transformers + peft + bitsandbytes.
 
     .venv/bin/python scripts/bench_curve.py [--steps 60]
 
-Both train rank 16 on every linear layer of SmolLM2-135M-Instruct, on the same NF4 shards, from the same A and a B of
-zeros, on the same 256 tokens of the Brown corpus in each step, with AdamW, clipping and a constant rate, on the CPU in
-bfloat16.
+Both train rank-16 adapters on every linear layer of SmolLM2-135M-Instruct, on the same NF4 shards, from the same A and
+zero B, on the same 256 tokens of the Brown corpus in each step, with AdamW, clipping and a constant learning rate, on
+the CPU in bfloat16.
 """
 
 import argparse
@@ -25,7 +25,7 @@ LENGTH, RATE, RANK = 256, 2e-4, 16
 
 
 def windows(base: Path, steps: int) -> Iterator[Tensor]:
-    """(1, LENGTH) ids, one a step."""
+    """Yield (1, LENGTH) token ids for each step."""
     import transformers
 
     text = (get_real_data.make(get_real_data.default_folder()) / "brown.txt").read_text(encoding="utf-8")
@@ -36,20 +36,20 @@ def windows(base: Path, steps: int) -> Iterator[Tensor]:
 
 
 class Ours(bench_training.AdaptkitStep):
-    """Steps as ``adaptkit train`` takes them, on other tokens each."""
+    """Steps as in ``adaptkit train``, each on different tokens."""
 
     def __init__(self, base: Path) -> None:
         super().__init__(base, LENGTH, 1.0, "none", rank=RANK)
         self.factors = {name: layer.lora_a.detach().clone() for name, layer in self.model.adapted().items()}
 
     def take(self, ids: Tensor) -> float:
-        """The loss before the step."""
+        """Take a step, and return the loss before it."""
         self.batch = Batch(ids, ids.clone(), torch.ones_like(ids))
         return self()
 
 
 def peer(base: Path, factors: dict[str, Tensor]) -> Callable[[Tensor], float]:
-    """The same with peft on bitsandbytes' layers, which load the same shards."""
+    """Return a function that takes the same steps with peft on bitsandbytes' layers, which load the same shards."""
     import peft
     import transformers
 
@@ -65,7 +65,7 @@ def peer(base: Path, factors: dict[str, Tensor]) -> Callable[[Tensor], float]:
 
 
 def main() -> None:
-    """Take the steps, and print both losses and how far they are apart."""
+    """Take the steps, and print both losses and their difference."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()

@@ -1,18 +1,18 @@
-"""On a GPU: a training step against transformers + peft + bitsandbytes, and what paged optimizer state costs and saves.
+"""Compare training steps on a GPU with transformers + peft + bitsandbytes, and measure paged optimizer state.
 
     .venv/bin/python scripts/bench_gpu.py [--seconds 420] [--out table.md]
-    .venv/bin/python scripts/bench_gpu.py --tiny --device cpu          the same work at a size that a CPU can do
+    .venv/bin/python scripts/bench_gpu.py --tiny --device cpu          the same measurements at a size for a CPU
 
 Both sides train rank-16 adapters on every linear layer of a random Llama-shaped base in NF4 with double quantization,
-on one sequence of 2048 tokens that all carry loss: bfloat16 compute, a checkpoint a layer, clipping, AdamW with 32-bit
-state; bitsandbytes' in its managed memory, but for matrices below 100,000 elements. Each side is a process of its own.
-Steps are timed one by one, after some that compile and allocate; medians are compared. Peak memory is what torch
-allocated on the device from the loaded model on. State in managed memory is not in it, and all of adaptkit's is.
+on one sequence of 2048 tokens, all with loss: bfloat16 compute, each layer checkpointed, clipping, AdamW with 32-bit
+state; that of bitsandbytes is in managed memory, except for matrices below 100,000 elements. Each side runs in its own
+process. Steps are timed one by one, after some that compile and allocate; medians are compared. Peak memory is what
+torch allocated on the device after loading the model: with all of adaptkit's state, but without managed memory.
 
-    speed     tokens a second, and peak memory
-    paging    runs of such steps in turn with all pages resident and with a quarter of them; as in a run, what a step
-              leaves to be copied may still be on its way when the next one begins
-    long      a sequence whose step does not fit the memory that it is given, until the optimizer's pages give way
+    speed     tokens per second, and peak memory
+    paging    series of such steps, alternating between all pages resident and a quarter of them; as in a training run,
+              a step's copies may overlap with the next step
+    long      a sequence whose step exceeds a given memory limit until the optimizer's pages are evicted
 """
 
 import argparse
@@ -37,20 +37,20 @@ import bench_training
 
 @dataclass(frozen=True)
 class Size:
-    """A random base, and what is done with it.
+    """Sizes of a random base and of its measurements.
 
     Attributes:
-        name: for people.
-        hidden: width of a layer.
-        inner: of its gated layer.
-        layers: number of them.
-        heads: of queries.
-        key_heads: of keys and values.
+        name: name for the table.
+        hidden: width of the model.
+        inner: width of the MLP.
+        layers: number of layers.
+        heads: number of query heads.
+        key_heads: number of key and value heads.
         vocabulary: number of tokens.
         length: tokens of a sequence.
-        long_length: tokens of the one that does not fit; 0 to leave that out.
-        long_rank: of the adapter then: its state has to be worth moving.
-        page_kib: of a page of optimizer state; None: what a run has.
+        long_length: tokens of the sequence that does not fit; 0 to skip that measurement.
+        long_rank: the adapter's rank for that sequence, large enough to give much optimizer state.
+        page_kib: size of a page of optimizer state; None for the default of a run.
     """
 
     name: str
@@ -72,12 +72,12 @@ SIZES = (
 )
 TINY = (Size("tiny", 64, 160, 2, 4, 2, 512, length=64, long_length=96, long_rank=16, page_kib=4),)
 SPEED, MEMORY, PAGING = 1.5, 0.8, 0.05
-"""What is wanted: times the peer's tokens a second, of its peak, and of a step for a quarter of the pages."""
+"""Goals: speed and peak memory relative to the peer, and the additional time of a step with a quarter of the pages."""
 QUARTER = 0.25
 
 
 def make_base(folder: Path, size: Size, device: str) -> None:
-    """Write a random 16-bit checkpoint, a layer a shard."""
+    """Write a random 16-bit checkpoint with one shard per layer."""
     import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -109,13 +109,13 @@ def make_base(folder: Path, size: Size, device: str) -> None:
 
 
 class Device:
-    """What is asked of a device."""
+    """Measures memory and time on a device."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def forget_peak(self) -> None:
-        """Begin to watch the memory."""
+        """Reset the peak memory."""
         import torch
 
         if self.name == "cpu":
@@ -125,7 +125,7 @@ class Device:
             torch.cuda.reset_peak_memory_stats()
 
     def peak_bytes(self, reserved: bool = False) -> int:
-        """The most that was allocated since then, or that torch's allocator had taken; on a CPU the process's."""
+        """Return the peak of memory allocated since the reset, or reserved by torch; on a CPU, of the process."""
         import torch
 
         if self.name == "cpu":
@@ -133,7 +133,7 @@ class Device:
         return torch.cuda.max_memory_reserved() if reserved else torch.cuda.max_memory_allocated()
 
     def limit(self, limit_bytes: int) -> None:
-        """Give torch no more than this; a CPU gives what there is."""
+        """Limit torch's memory on the device; has no effect on a CPU."""
         import torch
 
         if self.name != "cpu":
@@ -141,7 +141,7 @@ class Device:
             torch.cuda.set_per_process_memory_fraction(limit_bytes / torch.cuda.mem_get_info()[1])
 
     def seconds(self, step: Callable[[], Any]) -> float:
-        """How long a step takes, with everything that it left to be done."""
+        """Return the seconds that a step takes, until all its work on the device is done."""
         import torch
 
         started = time.perf_counter()
@@ -152,7 +152,7 @@ class Device:
 
 
 def measure_peer(folder: Path, size: Size, device: Device, rounds: int) -> Iterator[dict[str, Any]]:
-    """Seconds a step and peak bytes of transformers + peft + bitsandbytes."""
+    """Measure seconds per step and peak bytes of transformers + peft + bitsandbytes."""
     step = bench_training.peft_step(
         folder / "plain", size.length, 1.0, True, True, device=device.name, vocabulary=size.vocabulary
     )
@@ -160,7 +160,7 @@ def measure_peer(folder: Path, size: Size, device: Device, rounds: int) -> Itera
 
 
 def measure_ours(folder: Path, size: Size, device: Device, rounds: int) -> Iterator[dict[str, Any]]:
-    """The same of adaptkit; then seconds a step with a quarter of the pages, in turn with steps that have them all."""
+    """Measure the same for adaptkit; then alternate between steps with all pages and with a quarter of them."""
     step = bench_training.AdaptkitStep(
         folder / "nf4", size.length, 1.0, "layer",
         device=device.name, vocabulary=size.vocabulary, page_kib=size.page_kib,
@@ -182,7 +182,7 @@ def measure_ours(folder: Path, size: Size, device: Device, rounds: int) -> Itera
 
 
 def measure_long(folder: Path, size: Size, device: Device, rounds: int) -> Iterator[dict[str, Any]]:
-    """Whether a step fails where the optimizer's state leaves too little memory, and is taken once that gives way."""
+    """Check that a step fails if the optimizer's state leaves too little memory, and succeeds once it is evicted."""
     import torch
 
     from adaptkit.training.memory.pressure import Pressure
@@ -227,26 +227,26 @@ def _steps(step: Callable[[], float], device: Device, rounds: int) -> dict[str, 
 
 
 MEASUREMENTS = {"ours": measure_ours, "peer": measure_peer, "long": measure_long}
-"""By name; each gives what it has measured as soon as it has."""
+"""Measurements by name; each yields its results as soon as they are known."""
 
 
 class Clock:
-    """How much of the time is left.
+    """The remaining time.
 
     Args:
-        seconds: in all.
+        seconds: total time.
     """
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the remaining seconds."""
         return self._end - time.monotonic()
 
 
 def run(what: str, folder: Path, size: Size, device: str, rounds: int, clock: Clock) -> dict[str, Any]:
-    """Measure something in a process of its own; what went wrong is under ``error``, beside what it had measured."""
+    """Run a measurement in a new process; return its results, also after a failure, which is added as ``error``."""
     job = {"what": what, "folder": str(folder), "size": asdict(size), "device": device, "rounds": rounds}
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     if clock.left() < 10:
@@ -266,7 +266,7 @@ def run(what: str, folder: Path, size: Size, device: str, rounds: int, clock: Cl
 
 
 def _told(output: str) -> dict[str, Any]:
-    """What such a process had printed, a line for each part."""
+    """Parse the results that such a process printed, one line each."""
     found: dict[str, Any] = {}
     for line in output.splitlines():
         if line.startswith(_PART):
@@ -278,7 +278,7 @@ _PART = "measured: "
 
 
 def work(job: dict[str, Any]) -> None:
-    """What such a process does; adaptkit's steps with the attention that ``adaptkit train`` chooses."""
+    """Run a measurement in such a process; for adaptkit, with the attention that ``adaptkit train`` chooses."""
     from adaptkit.training.device import without_cudnn_attention
 
     size, is_peer = Size(**job["size"]), job["what"] == "peer"
@@ -288,7 +288,7 @@ def work(job: dict[str, Any]) -> None:
 
 
 def make_bases(folder: Path, size: Size, device: str, clock: Clock) -> str:
-    """Write the base and its quantized counterpart; what went wrong, or nothing."""
+    """Write the base and its quantized counterpart; return what went wrong, or an empty text."""
     quantize = [sys.executable, "-m", "adaptkit", "quantize", str(folder / "plain"), "-o", str(folder / "nf4")]
     try:
         make_base(folder / "plain", size, device)
@@ -302,7 +302,7 @@ def make_bases(folder: Path, size: Size, device: str, clock: Clock) -> str:
 
 
 def compare(size: Size, device: str, rounds: int, root: Path, clock: Clock) -> Iterator[dict[str, dict[str, Any]]]:
-    """Measure everything for one size, and give all that is known each time; its bases are removed afterwards."""
+    """Run all measurements for one size, and yield all results so far after each; remove the bases afterwards."""
     folder, found = root / size.name.replace(" ", "-"), {}
     try:
         started = time.monotonic()
@@ -319,7 +319,7 @@ def compare(size: Size, device: str, rounds: int, root: Path, clock: Clock) -> I
 
 
 def lines(size: Size, found: dict[str, dict[str, Any]]) -> list[str]:
-    """The table's rows for one size."""
+    """Return the table's rows for one size."""
     ours, peer = found.get("ours", {}), found.get("peer", {})
     rows = []
     for name, side in (("adaptkit", ours), ("transformers + peft + bitsandbytes", peer)):
@@ -358,7 +358,7 @@ def _row(size: Size, what: str, value: str, wanted: str, met: bool) -> str:
 
 
 def table(device: str, found: dict[str, list[str]]) -> str:
-    """Everything that was measured, in Markdown."""
+    """Return all results as a Markdown table."""
     import torch
 
     place = "CPU" if device == "cpu" else torch.cuda.get_device_name()
@@ -378,7 +378,7 @@ def _version(name: str) -> str:
 
 
 def place_of_bases() -> str | None:
-    """A folder in memory, if there is much of it, where a disk could take minutes; None: where temporary files are."""
+    """Return a folder in memory if there is enough, since a disk could take minutes; otherwise None."""
     folder = "/dev/shm"
     return folder if os.path.isdir(folder) and shutil.disk_usage(folder).free > MEMORY_BYTES else None
 
@@ -411,7 +411,7 @@ def main() -> None:
             for measured in compare(size, options.device, options.rounds, Path(root), clock):
                 found[size.name] = lines(size, measured)
                 text = table(options.device, found)
-                if options.out:  # at once: whatever happens to the rest, this is known
+                if options.out:  # immediately, in case a later measurement fails
                     options.out.write_text(text)
     print(text, end="")
 

@@ -1,14 +1,14 @@
-"""What hashes cost: verify beside plain sha256 of the same files, and the share of hashing in quantize and merge.
+"""Measure the cost of hashing: verify against plain sha256 of the same files, and its share in quantize and merge.
 
     .venv/bin/python scripts/bench_hashing.py verify|share [--rounds 5]
 
-The checkpoint is the one of ``bench.py``: 1.1 billion parameters, bfloat16, five shards, 2.2 GB. The sides of a
-comparison take turns, each as a process, with the files in the page cache. Medians are printed, and, for machines
-that have other things to do, the best of each side and what it took of the processors.
+The checkpoint is that of ``bench.py``: 1.1 billion parameters, bfloat16, five shards, 2.2 GB. The sides of a comparison
+alternate, each as a process, with the files in the page cache. Medians are printed, and, since a machine may be busy,
+also the best times and CPU times of each side.
 
-``verify`` compares with sha256 alone in Python, one file a thread, the largest first, and with ``sha256sum``, a process
-a file; rates are of the whole process, and of its work without starting it. ``share`` runs each operation as it is and
-with every hash replaced by nothing, which leaves the manifest without sense; all else is the same.
+``verify`` compares with plain sha256 in Python, one file per thread, the largest first, and with ``sha256sum``, one
+process per file; rates are given for the whole process, and for its work without startup. ``share`` runs each operation
+unchanged, and with all hashes replaced by no-ops, which makes the manifest meaningless; all else is the same.
 """
 
 import argparse
@@ -71,7 +71,7 @@ main()
 
 
 def seconds(command: list[str]) -> tuple[float, float, float]:
-    """Run a command; seconds of the process, those that it says its work took, and those of all processors."""
+    """Run a command; return the seconds of the process, those that it reports for its work, and its CPU seconds."""
     begun = time.monotonic()
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen(command, stdout=told)
@@ -87,7 +87,7 @@ def seconds(command: list[str]) -> tuple[float, float, float]:
 
 
 def in_turn(sides: dict[str, list[str]], rounds: int, out: Path | None = None) -> dict[str, list[tuple[float, ...]]]:
-    """Run all sides in turn; the first round, which fills the page cache, does not count."""
+    """Run all sides alternately; the first round, which fills the page cache, is not counted."""
     found: dict[str, list[tuple[float, ...]]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, command in sides.items():
@@ -100,7 +100,7 @@ def in_turn(sides: dict[str, list[str]], rounds: int, out: Path | None = None) -
 
 
 def bench_verify(rounds: int) -> None:
-    """Rates of verify and of sha256 alone."""
+    """Print the rates of verify and of plain sha256."""
     artifact = bench.FOLDER / "verified"
     lora = bench.random_adapter("hashed-adapter", 2048, 5632)
     shutil.rmtree(artifact, ignore_errors=True)
@@ -139,7 +139,7 @@ def bench_verify(rounds: int) -> None:
 
 
 def bench_share(rounds: int) -> None:
-    """What hashing adds to quantize and to merge."""
+    """Print how much time hashing adds to quantize and merge."""
     model, out = str(bench.checkpoint()), bench.FOLDER / "out"
     lora = str(bench.random_adapter("hashed-adapter", 2048, 5632))
     commands = {

@@ -1,15 +1,16 @@
-"""Time the kernels on one core: every format against bitsandbytes and plain torch, then merging, undoing, the coder.
+"""Time the kernels on one core: each format against bitsandbytes and plain torch; then merge, unmerge and the coder.
 
     .venv/bin/python scripts/bench_kernels.py [--rounds 9] [--million 4] [--device cpu|cuda]
 
-The sides take turns within each round and the best is printed, in millions of weights a second, with the ratios to
-adaptkit. Blocks of 64 with float32 constants. bitsandbytes' counterpart of int8 is its 8-bit block-wise format, whose
-256 levels are others. On a GPU, memory traffic in GB/s is printed too, and the bytes are compared with the CPU's.
+Sides alternate within each round, and the best rate of each is printed, in millions of weights per second, with
+adaptkit's ratio to the others. Blocks have 64 weights and a float32 constant. bitsandbytes' counterpart of int8 is its
+8-bit block-wise format, which has 256 different levels. On a GPU, memory traffic in GB/s is printed too, and the
+bytes are compared with the CPU's.
 
-On a CPU a second table follows: a change of rank 16 and of 1 % of the weight's norm is merged and taken out again.
-Were all of it done in float64, as the definition says, nothing could be faster than the multiply-adds alone, one a rank
-and weight, with all that they need in the cache. They are timed in the same turns, as float32, of which a vector holds
-twice as many, so at half the rate; "of floor" is a rate divided by that.
+On a CPU, a second table follows: a change of rank 16, with 1 % of the weight's norm, is merged and unmerged. If all of
+it were computed in float64, as defined, the least time would be that of the multiply-adds, one per rank and weight,
+with operands in the cache. These are timed in the same rounds: twice as many in float32, of which a vector holds twice
+as many. "of floor" is a rate divided by that rate.
 """
 
 import argparse
@@ -45,7 +46,7 @@ Run = Callable[[], object]
 
 
 def encoders(form: Format, weight: Tensor) -> tuple[Run, Run, Run]:
-    """Encode a weight: adaptkit, bitsandbytes, the definition in plain torch."""
+    """Return functions that encode a weight: adaptkit, bitsandbytes, and the definition in plain torch."""
     if form.name == "int8":
         return (
             lambda: form.quantize(weight, BLOCK),
@@ -60,7 +61,7 @@ def encoders(form: Format, weight: Tensor) -> tuple[Run, Run, Run]:
 
 
 def decoders(form: Format, weight: Tensor) -> tuple[Run, Run, Run]:
-    """Decode what the encoders made."""
+    """Return functions that decode the results of the encoders."""
     ours, dtype = form.quantize(weight, BLOCK), weight.dtype
     parts = ours.codes, ours.absmax, ours.count, BLOCK
     if form.name == "int8":
@@ -79,7 +80,7 @@ def decoders(form: Format, weight: Tensor) -> tuple[Run, Run, Run]:
 
 
 def seconds(run: Run, device: str) -> float:
-    """How long one call takes."""
+    """Return the seconds of one call."""
     start = time.perf_counter()
     run()
     if device == "cuda":
@@ -88,7 +89,7 @@ def seconds(run: Run, device: str) -> float:
 
 
 def take_turns(runs: dict[str, Run], rounds: int, device: str) -> dict[str, float]:
-    """The shortest time of each, after one call that is not counted."""
+    """Call all alternately, and return the shortest time of each; the first call is not counted."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
@@ -99,7 +100,7 @@ def take_turns(runs: dict[str, Run], rounds: int, device: str) -> dict[str, floa
 
 
 def same_as_on_cpu(form: Format, weight: Tensor) -> bool:
-    """Whether codes, constants and decoded weights have the CPU's bits."""
+    """Whether codes, constants and decoded weights have the same bits as on the CPU."""
     here, there = form.quantize(weight, BLOCK), form.quantize(weight.cpu(), BLOCK)
     pairs = [(here.codes, there.codes), (here.absmax, there.absmax)]
     moved = Blockwise(there.codes.to(weight.device), there.absmax.to(weight.device), there.shape, BLOCK)
@@ -109,13 +110,13 @@ def same_as_on_cpu(form: Format, weight: Tensor) -> bool:
 
 @jit
 def products(a: np.ndarray, b: np.ndarray, out: np.ndarray, blocks: int) -> None:
-    """The products of so many blocks of four rows and 256 columns, all of the same few numbers."""
+    """Compute the products for a number of blocks of four rows and 256 columns, all with the same operands."""
     for _ in range(blocks):
         _cpu_product.multiply(a, b, 0, 0, 0, RANK, 256, out)
 
 
 def merge_runs(weight: Tensor, term: LowRank) -> tuple[dict[str, Run], dict[str, int]]:
-    """What to time of merging, and how many elements each run handles."""
+    """Return the functions of merging to be timed, and how many elements each handles."""
     prepared, rows = exact.prepare([term]), slice(0, 64)
     merged = exact.merge_rows(weight, prepared, 0, True)
     a, b = np.ones((1, RANK, 256), np.float32), np.ones((4, RANK), np.float32)
@@ -160,7 +161,7 @@ def bench_merge(values: Tensor, rounds: int) -> None:
 
 
 def keep_memory() -> None:
-    """Have the C library keep what is freed: otherwise page faults are timed, and on whose turn they fall is luck."""
+    """Let the C library keep freed memory; otherwise, page faults would add random times to some calls."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

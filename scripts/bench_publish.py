@@ -1,9 +1,9 @@
-"""Publish a checkpoint of 1.1 billion bfloat16 parameters (2.2 GB) to ``local_hub.py`` twice, and count what is sent.
+"""Publish a checkpoint of 1.1 billion bfloat16 parameters (2.2 GB) to ``local_hub.py`` twice, and count the bytes sent.
 
     .venv/bin/python scripts/bench_publish.py [--xet]
 
-The bytes are those that the server received in the bodies of requests; the seconds are of the whole command. The server
-is on the same machine, so a first upload is written to the same disk twice more. What it makes, it deletes.
+Bytes are those in the bodies of requests, as received by the server; seconds are those of the whole command. The server
+is on the same machine, so a first upload is written to the same disk twice more. All files are deleted afterwards.
 """
 
 import argparse
@@ -29,7 +29,7 @@ SHARDS, MATRICES, SHAPE = 5, 20, (5632, 1953)
 
 
 def make_artifact(folder: Path) -> Path:
-    """A checkpoint of 100 matrices of random bits in five shards, with a manifest."""
+    """Make a checkpoint of 100 matrices of random bits in five shards, with a manifest."""
     generator = torch.Generator().manual_seed(0)
     with Output(folder, []) as out:
         for number in range(1, SHARDS + 1):
@@ -48,7 +48,7 @@ def make_artifact(folder: Path) -> Path:
 
 
 def publish(artifact: Path, hub: LocalHub, xet: bool) -> None:
-    """Run the command and print what it cost."""
+    """Run the command and print its bytes and seconds."""
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(artifact.parent / "home"),

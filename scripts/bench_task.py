@@ -1,16 +1,16 @@
-"""A real task on SmolLM2-135M-Instruct: QLoRA against 16-bit LoRA and full fine-tuning, by the command line.
+"""Compare QLoRA with 16-bit LoRA and full fine-tuning on a real task with SmolLM2-135M-Instruct.
 
-The task is to define words: WordNet's glosses, as ``get_real_data.py`` makes them; no word or gloss of the test is in
-the training rows. Every method sees the same rows in the same order (same seed, steps and batch), and takes the better
-of two learning rates by the loss on rows that are set aside from the training file. Then ``adaptkit evaluate`` measures
-all models on the test: held-out loss, BLEU to CIDEr of generated answers against all of a word's glosses, and
-perplexity of the Brown corpus, before and after. Asked of QLoRA: a held-out loss within 2 % of LoRA's and within
-5 % of full fine-tuning's, at under 2 % of the parameters.
+The task is to define words: WordNet's glosses, from ``get_real_data.py``; no word or gloss of the test is in the
+training rows. Every method gets the same rows in the same order (same seed, steps and batch), and uses the better of
+two learning rates, by the loss on rows set aside from the training file. Then ``adaptkit evaluate`` measures all models
+on the test: held-out loss, BLEU to CIDEr of generated answers against all glosses of a word, and perplexity of the
+Brown corpus before and after. The goals for QLoRA are a held-out loss within 2 % of LoRA's and within 5 % of full
+fine-tuning's, with under 2 % of the parameters.
 
     .venv/bin/python scripts/bench_task.py [--steps N] [--questions N] [--rows N] [--methods METHOD...]
 
-What is finished is kept in adaptkit/bench-task in the user's cache folder, so a run that was stopped goes on. The
-base's weights have been through 4 bits once (see ``get_smollm2.py``), and plain NF4 raises this model's loss on text by
+Results are kept in adaptkit/bench-task in the user's cache folder, so that a stopped run can be resumed. The base's
+weights were quantized to 4 bits once before (see ``get_smollm2.py``), and plain NF4 raises this model's loss on text by
 a quarter of a nat: a harder case than a 16-bit release of a large model.
 """
 
@@ -36,10 +36,10 @@ METHODS = {
     "companion": (5e-4, 2e-3),
     "full": (3e-5, 1e-4),
 }
-"""Learning rates that each method may choose from. ``calibrated`` is QLoRA on a base that saw the training rows,
-``companion`` the same begun from the adapter that was made with that base."""
+"""Learning rates that each method may choose from. ``calibrated`` is QLoRA on a base calibrated with the training rows,
+``companion`` the same started from the adapter that was made with that base."""
 QUANTIZED = {"qlora": "plain", "calibrated": "calibrated", "companion": "calibrated"}
-"""The quantized base of each method that has one."""
+"""The quantized base of each method that uses one."""
 NAMES = {
     "lora": "LoRA, 16-bit base",
     "qlora": "QLoRA, plain NF4",
@@ -53,13 +53,13 @@ MOST_TRAINED = 0.02
 
 @dataclass(frozen=True)
 class Run:
-    """A training run that was kept.
+    """A finished training run.
 
     Attributes:
         rate: its learning rate.
-        folder: of what it made.
+        folder: folder of its output.
         before: loss on the rows set aside, before training.
-        after: the same after training.
+        after: loss on the same rows, after training.
     """
 
     rate: float
@@ -69,7 +69,7 @@ class Run:
 
 
 class Bench:
-    """Everything a run needs, in a folder of its own for each number of steps."""
+    """Data, bases and results, in a separate folder for each number of steps."""
 
     def __init__(self, steps: int, rows: int, questions: int) -> None:
         self.steps, self.questions = steps, questions
@@ -85,14 +85,14 @@ class Bench:
         self.bases["calibrated"] = self.folder / "smollm2-nf4-calibrated"
 
     def cut(self, source: str, name: str, rows: int) -> Path:
-        """The first rows of a file."""
+        """Write the first rows of a file."""
         lines = (self.data / source).read_text(encoding="utf-8").splitlines(keepends=True)
         path = self.folder / name
         path.write_text("".join(lines[:rows]), encoding="utf-8")
         return path
 
     def base(self, method: str) -> Path:
-        """The checkpoint that a method trains on, quantized at the first call."""
+        """Return the checkpoint that a method trains on, quantized at the first call."""
         if method not in QUANTIZED:
             return self.model
         folder = self.bases[QUANTIZED[method]]
@@ -113,14 +113,14 @@ class Bench:
         return found
 
     def train(self, method: str, rate: float) -> Run:
-        """Train once, or read what a former call kept."""
+        """Train, or read the result of an earlier call."""
         output = self.folder / f"{method}-{rate:g}"
         kept = self.folder / f"{output.name}.json"
         started = time.monotonic()
         if not kept.exists():
             base, kind = self.base(method), "qlora" if method in QUANTIZED else method
             adapter: list[object] = [] if method == "full" else ["--rank", RANK]
-            if method == "companion":  # whose rank is that of the adapter that it begins with
+            if method == "companion":  # has the rank of the adapter that it starts from
                 adapter = ["--init", base.with_name(f"{base.name}-init")]
             report = self.call(
                 "train", "--base", base, "--data", self.train_file, "-o", output, "--force", "--method", kind,
@@ -136,7 +136,7 @@ class Bench:
         return run
 
     def evaluate(self, best: dict[str, Run]) -> list[dict[str, Any]]:
-        """Bases and adapters in one run; the fully tuned checkpoint, and examples in prompts, in another."""
+        """Evaluate bases and adapters in one run; the fully tuned checkpoint, and prompts with examples, in another."""
         text = ("--text", self.data / "brown.txt", "--max-tokens", 4096)
         reports = []
         adapted = {method: run for method, run in best.items() if method != "full"}
@@ -155,7 +155,7 @@ class Bench:
         return reports
 
     def measured(self, name: str, *more: object) -> dict[str, Any]:
-        """A comparison with the 16-bit base, or what a former call kept."""
+        """Compare with the 16-bit base, or read the result of an earlier call."""
         rows = sum(1 for _ in self.test_file.open())
         kept = self.folder / f"evaluated-{name}-{self.questions}-{rows}.json"
         if not kept.exists():
@@ -169,7 +169,7 @@ class Bench:
 
 
 def label(report: dict[str, Any], best: dict[str, Run]) -> str:
-    """What a model is called in the table."""
+    """Return a model's name in the table."""
     folders = {str(run.folder): NAMES[method] for method, run in best.items()}
     base = Path(report["base"]).name
     plain = "calibrated NF4 base" if base.endswith("calibrated") else "NF4 base" if base.endswith("nf4") else "base"
@@ -178,7 +178,7 @@ def label(report: dict[str, Any], best: dict[str, Run]) -> str:
 
 
 def show(reports: list[dict[str, Any]], best: dict[str, Run]) -> None:
-    """The table, the ratios that are asked for, and what was forgotten."""
+    """Print the table, the ratios and their goals, and the forgetting."""
     print(f"\n{'':<26}{'trained':>12}{'share':>8}{'loss':>9}{'text ppl':>10}", end="")
     print(f"{'BLEU':>7}{'NIST':>7}{'METEOR':>8}{'ROUGE-L':>9}{'CIDEr':>8}")
     loss, share = {}, {}
@@ -215,12 +215,12 @@ def show(reports: list[dict[str, Any]], best: dict[str, Run]) -> None:
 
 
 def verdict(met: bool) -> str:
-    """In a word."""
+    """Return a word for whether a goal is met."""
     return "met" if met else "MISSED"
 
 
 def main() -> None:
-    """Train what is missing, evaluate, print."""
+    """Train missing models, evaluate, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=240, help=f"of {BATCH} rows")
     parser.add_argument("--rows", type=int, default=160, help="of the test, for the held-out loss")

@@ -1,19 +1,19 @@
-"""Time one training step against what people use today, on a CPU: adaptkit, and peft on two kinds of base.
+"""Compare the time and memory of one training step on a CPU: adaptkit, and peft on three kinds of base.
 
     .venv/bin/python scripts/bench_training.py [--rounds 5] [--only 256 ...] [--threads 1]
 
 All sides train rank-16 adapters on every linear layer of SmolLM2-135M-Instruct with AdamW and clipping, on the same
-tokens. Each side is a process of its own that is told when to take a step, and the sides take turns step by step, so
-that a busy machine is busy for all of them; medians are printed, with ratios to the faster peer. Peak memory is the
-process's own (the kernel's high-water mark, reset once the model is loaded), interpreter and libraries included.
+tokens. Each side is a separate process, and the sides alternate step by step, so that other load on the machine affects
+all of them; medians are printed, with ratios to the fastest peer. Peak memory is that of the process (the kernel's
+high-water mark, reset once the model is loaded), including the interpreter and libraries.
 
-    adaptkit     NF4 shards; bfloat16 compute, or float32 on a processor that has no bfloat16 products
+    adaptkit     NF4 shards; bfloat16 compute, or float32 on a processor without bfloat16 products
     peft, bnb    transformers + peft + bitsandbytes: NF4 with double quantization, bfloat16 autocast
-    peft, bf16   transformers + peft on the 16-bit model, the fastest peer where there are bfloat16 products
-    peft, f32    the same on the model in float32, the fastest peer elsewhere
+    peft, bf16   transformers + peft on the 16-bit model, the fastest peer on processors with bfloat16 products
+    peft, f32    the same on the model in float32, the fastest peer on other processors
 
-The floor is the time of nothing but the matrix products with frozen weights that a step cannot do without, forward and
-backward, in the same shapes, one after the other.
+The floor is the time of only those matrix products with frozen weights that a step needs, forward and backward, in the
+same shapes, one after the other.
 """
 
 import argparse
@@ -38,14 +38,14 @@ CASES = {
     "256, checkpointing": (256, 1.0, True),
     "1024, checkpointing": (1024, 1.0, True),
 }
-"""Tokens of the one sequence, the share of them that carries loss, and whether layers are checkpointed."""
+"""Tokens of the sequence, the share of them with loss, and whether layers are checkpointed."""
 
 SIDES = ("adaptkit", "peft, bnb", "peft, bf16", "peft, f32")
 RATE = 2e-4
 
 
 def tokens(length: int, share: float, vocabulary: int = 49152) -> tuple[Any, Any]:
-    """(1, length) ids and labels; the last ``share`` of the positions carries loss."""
+    """Return (1, length) ids and labels; the last ``share`` of the positions has loss."""
     import torch
 
     ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
@@ -55,22 +55,22 @@ def tokens(length: int, share: float, vocabulary: int = 49152) -> tuple[Any, Any
 
 
 class AdaptkitStep:
-    """Steps as ``adaptkit train`` takes them.
+    """Steps as in ``adaptkit train``.
 
     Args:
-        base: quantized.
-        length: tokens of the one sequence.
-        share: of them that carries loss.
+        base: folder of the quantized base.
+        length: tokens of the sequence.
+        share: share of the tokens that has loss.
         policy: which layers are checkpointed.
         device: cpu or cuda.
-        rank: of the adapter.
-        vocabulary: of the tokens.
-        page_kib: of a page of optimizer state; None: what a run has.
+        rank: rank of the adapter.
+        vocabulary: number of different tokens.
+        page_kib: size of a page of optimizer state; None for the default of a run.
 
     Attributes:
-        model: with the adapter.
-        optimizer: of the adapter.
-        batch: what a step is taken on.
+        model: the model with the adapter.
+        optimizer: the adapter's optimizer.
+        batch: the batch of a step.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class AdaptkitStep:
         self._answers = int((labels[:, 1:] != -100).sum())
 
     def collect(self) -> float:
-        """The loss; its gradients are kept."""
+        """Compute the loss and its gradients; return the loss."""
         return self._gradients.collect([self.batch], self._answers, 0)
 
     def __call__(self) -> float:
-        """Take a step, and give its loss."""
+        """Take a step, and return its loss."""
         loss = self.collect()
         self.optimizer.clip(1.0)
         self.optimizer.step(RATE)
@@ -128,7 +128,7 @@ def peft_step(
     source: Path, length: int, share: float, checkpointing: bool, packed: bool,
     device: str = "cpu", vocabulary: int = 49152, dtype: str = "bfloat16",
 ) -> Callable[[], float]:  # fmt: skip
-    """One step of a plain loop with peft; on a GPU with bitsandbytes' paged AdamW."""
+    """Return a step of a plain loop with peft; on a GPU, with bitsandbytes' paged AdamW."""
     import contextlib
 
     import peft
@@ -165,7 +165,7 @@ def peft_step(
 
 
 def plain_step(model: Any, optimizer: Any, ids: Any, labels: Any, context: AbstractContextManager[Any]) -> float:
-    """A step of a plain loop, its forward pass in a context, and the loss before it."""
+    """Take a step of a plain loop, with its forward pass in a context; return the loss before the step."""
     import torch
 
     with context:
@@ -178,7 +178,7 @@ def plain_step(model: Any, optimizer: Any, ids: Any, labels: Any, context: Abstr
 
 
 def floor_step(base: Path, length: int, share: float, checkpointing: bool) -> Callable[[], float]:
-    """The products with the frozen weights: forward, for the inputs' gradients, and again if it is recomputed."""
+    """Return a step of only the products with frozen weights: forward, recomputed, and for the inputs' gradients."""
     import torch
 
     from adaptkit.training.device import choose_dtype
@@ -188,7 +188,7 @@ def floor_step(base: Path, length: int, share: float, checkpointing: bool) -> Ca
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
     layers = config["num_hidden_layers"]
-    again = 2 if checkpointing else 1  # but for what a layer adds last, and for the head
+    again = 2 if checkpointing else 1  # except for the last product of a layer, and for the head
     shapes = [(out, hidden, 2 * layers, again) for out in (hidden, keys, inner)]
     shapes += [(hidden, inner, layers, 1), (config["vocab_size"], hidden, 1, 1)]
     products = []
@@ -209,7 +209,7 @@ def floor_step(base: Path, length: int, share: float, checkpointing: bool) -> Ca
 
 
 def work(side: str, case: str, threads: int) -> None:
-    """Be one side: load, say so, and take a step for every line of the input; the answer is its seconds and loss."""
+    """Run one side: load, print "ready", and take a step for each line of input; print its seconds, memory and loss."""
     import time
 
     if side == "adaptkit":  # as the command does
@@ -245,7 +245,7 @@ def work(side: str, case: str, threads: int) -> None:
 
 
 def packed_base(source: Path) -> Path:
-    """The quantized model, made once."""
+    """Return the quantized model, made once."""
     packed = source.parent / "bench-nf4"
     if not packed.exists():
         command = [sys.executable, "-m", "adaptkit.cli.main", "quantize", str(source), "-o", str(packed)]
@@ -254,7 +254,7 @@ def packed_base(source: Path) -> Path:
 
 
 def compare(case: str, rounds: int, threads: int, sides: tuple[str, ...]) -> None:
-    """Let all sides take steps in turn, and print what they took."""
+    """Let all sides take steps alternately, and print their times and memory."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     workers = {
         side: subprocess.Popen(
@@ -313,7 +313,7 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} processors, {options.threads} thread(s)")
     if (
         "adaptkit" in options.sides
-    ):  # its kernels are compiled once on a machine, which takes memory that no run then takes
+    ):  # compiles its kernels, which are then cached: compiling takes memory that later runs do not need
         once = [sys.executable, __file__, "--work", "adaptkit", "--case", "256"]
         subprocess.run(once, input="step\n", text=True, check=True, stdout=subprocess.DEVNULL)
     for case in options.only or CASES:

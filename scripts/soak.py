@@ -1,9 +1,9 @@
-"""Train for long and merge again and again, and see that memory, handles and threads stay as they are.
+"""Check that memory, handles and threads do not grow during long training and many merges.
 
     .venv/bin/python scripts/soak.py [--steps 2000] [--cycles 200] [--json]
 
 Prints a table of samples, and exits with 1 if, after the first quarter of either, resident memory grew by more than
-8 MiB, or there are more handles or threads.
+8 MiB, or the number of handles or threads grew.
 """
 
 import argparse
@@ -34,13 +34,13 @@ SAMPLES = 20
 
 @dataclass(frozen=True)
 class Sample:
-    """What this process holds.
+    """Resources that this process uses.
 
     Attributes:
         at: step or cycle.
-        resident_bytes: of memory.
-        handles: open files.
-        threads: of the process.
+        resident_bytes: resident memory.
+        handles: number of open files.
+        threads: number of threads.
     """
 
     at: int
@@ -50,14 +50,14 @@ class Sample:
 
 
 def sample(at: int) -> Sample:
-    """Look at this process."""
+    """Measure the resources of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     memory = pages * os.sysconf("SC_PAGE_SIZE")
     return Sample(at, memory, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")))
 
 
 def soak_training(root: Path, base: Path, steps: int) -> list[Sample]:
-    """Train a tiny model for many steps, with checkpoints and measurements in between."""
+    """Train a tiny model for many steps, with checkpoints and evaluations in between."""
     quantize(base, root / "nf4")
     rows = tiny.write_instructions(root / "rows.jsonl", rows=64)
     config = TrainConfig(
@@ -83,7 +83,7 @@ def _every(every: int, found: list[Sample]) -> Callable[[object], None]:
 
 
 def soak_merging(root: Path, base: Path, cycles: int) -> list[Sample]:
-    """Merge an adapter and take it out again, each time from what the last cycle gave back."""
+    """Merge and unmerge an adapter repeatedly, each time into the result of the last cycle."""
     adapter = tiny.write_peft_adapter(root / "adapter", base)
     current, found = base, list[Sample]()
     for cycle in range(1, cycles + 1):
@@ -103,7 +103,7 @@ def soak_merging(root: Path, base: Path, cycles: int) -> list[Sample]:
 
 
 def problems(found: list[Sample]) -> list[str]:
-    """What grew after the first quarter."""
+    """Return the resources that grew after the first quarter."""
     settled, last = found[len(found) // 4 :], found[-1]
     wrong = []
     grown = max(s.resident_bytes for s in settled) - settled[0].resident_bytes
@@ -117,7 +117,7 @@ def problems(found: list[Sample]) -> list[str]:
 
 
 def main() -> int:
-    """Soak, and report."""
+    """Run both, and print a report."""
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help="of training")
     parser.add_argument("--cycles", type=int, default=200, help="of merge and unmerge")
