@@ -159,7 +159,7 @@ def test_runs_killed_at_any_moment_end_in_the_same_bytes(killed):
     assert report["halves"] >= 1
     for name in ("moment", "half", "signal"):
         found = tree(root / name)
-        if name == "signal":  # its manifests record that it used another save_every
+        if name == "signal":  # its manifests record a different save_every
             assert found.keys() == expected.keys()
             found = {path: content for path, content in found.items() if "manifest" not in path}
         assert found.items() <= expected.items(), name

@@ -77,7 +77,7 @@ class Done:
 
 
 class Cli:
-    """Runs ``adaptkit`` with a hub, a token and a home of its own."""
+    """Runs ``adaptkit`` with its own Hub, token and home."""
 
     def __init__(self, server: "subprocess.Popen[str]", hub: LocalHub, folder: Path) -> None:
         self.server, self.hub, self.folder = server, hub, folder

@@ -66,7 +66,7 @@ def test_a_pull_request_leaves_main_alone_and_is_not_opened_twice(
 
 
 @pytest.mark.parametrize(("fault", "code", "requests"), [("lost", 0, 1), ("503", 0, 1), ("drop", 7, 0), ("500", 7, 0)])
-def test_a_pull_request_with_a_lost_answer_is_not_opened_twice(
+def test_a_pull_request_is_not_opened_twice_after_a_fault(
     cli: Any, make_artifact: Make, hub: LocalHub, repository: Any, fault: str, code: int, requests: int
 ) -> None:
     cli("publish", make_artifact("old"), "me/model")
