@@ -42,7 +42,7 @@ def test_real_disks_that_are_too_small_or_read_only_lose_nothing(tmp_path):
     assert done.stdout, done.stderr
     found = json.loads(done.stdout)
     assert found == {name: [3, []] for name in found}
-    assert len(found) == 9
+    assert len(found) == 10
 
 
 def test_every_disk_error_has_a_hint():

@@ -77,7 +77,7 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("{quantize: base}", "{quantize: base, block_size: 60}", "line 6: steps.small", ""),
         ("{quantize: base}", "{quantize: base, calibration: {token: 3, files: [rows]}}",
          "steps.small.calibration.token: unknown key", "did you mean 'tokens'?"),
-        ("{quantize: base}", "[]", "line 6: steps.small: expected what to do", "kinds of steps: check, dequantize,"),
+        ("{quantize: base}", "[]", "line 6: steps.small: expected what to do", "kinds of steps: adopt, check,"),
         ("data: [rows], rank", "data: rows, rank", "steps.adapter.data: expected a list of names", "write [rows]"),
         ("data: [rows], rank", "data: [], rank", "steps.adapter.data: expected a list of names", ""),
         ("data: [rows], rank", "data: [rows, rows], rank", "steps.adapter.data: 'rows' is listed twice", ""),
