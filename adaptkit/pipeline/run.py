@@ -77,6 +77,8 @@ class _Run:
         check_apart(recipe.sources.values(), self._folder, root)
         self._hashes = Hashes(self.work.root / "hashes.json", fresh=options.verify)
         self._materials: dict[str, Material] = {}
+        taken = [found for step in recipe.steps.values() for found in step.takes()]
+        self._with_card = {name for input_, name in taken if input_.with_card}
         self._lock = Lock(recipe, options.locked)
         self._signer = options.signer or Signer()
         self._foresight = Foresight(steps, dry_run, self._signer, self._listener)
@@ -130,6 +132,7 @@ class _Run:
             source,
             self._folder,
             self._hashes,
+            with_card=source.name in self._with_card,
             offline=self._options.offline,
             fetch=not self._dry_run,
             commit=self._lock.commit(source),
@@ -234,7 +237,9 @@ class _Run:
         """Check that the step's sources did not change since they were hashed, which may be hours ago."""
         for name in dict.fromkeys(name for _, name in step.takes() if name in self._recipe.sources):
             material = self._materials[name]
-            if material.path is not None and digest_of(material.path, self._hashes) != material.digest:
+            if material.path is None:
+                continue
+            if digest_of(material.path, self._hashes, with_card=name in self._with_card) != material.digest:
                 raise IntegrityError(
                     f"{step.name}: the source {name} changed during the run",
                     hint="run the same command again when nothing writes to that source",

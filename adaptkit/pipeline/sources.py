@@ -1,8 +1,8 @@
 """Find and hash the sources of a release.
 
 A file is identified by its sha256; a folder that adaptkit made by its manifest, with which all its files are compared;
-any other folder by the sha256 of every file that operations read. The work folder caches the hashes of files whose size
-and times did not change.
+any other folder by the sha256 of every file that the recipe's operations read. The work folder caches the hashes of
+files whose size and times did not change.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.hashing import file_digests, tensors_root
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.integrity import check_names
-from adaptkit.checkpoint.layout import READ_SUFFIXES, resolve_inside, side_files
+from adaptkit.checkpoint.layout import CARD_NAME, READ_SUFFIXES, resolve_inside, side_files
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
@@ -116,6 +116,7 @@ def resolve(
     folder: Path,
     hashes: Hashes,
     *,
+    with_card: bool,
     offline: bool,
     fetch: bool,
     commit: str | None,
@@ -130,6 +131,7 @@ def resolve(
         source: of a recipe.
         folder: the recipe's folder.
         hashes: cache of hashes.
+        with_card: whether an operation reads the folder's model card.
         offline: use repositories only from huggingface_hub's cache.
         fetch: download a repository that is not cached; otherwise its material stays unknown.
         commit: that the lock names for the repository; offline, it is used instead of the revision.
@@ -148,7 +150,7 @@ def resolve(
         path = folder / source.path
         if not path.exists():
             raise source.place.at("path").error("does not exist", hint=f"check the path: {path}")
-        return _material(source, path, {}, hashes, progress)
+        return _material(source, path, {}, hashes, with_card, progress)
     repo = str(source.repo)
     if offline:
         found = find_cached(repo, commit or source.revision)
@@ -164,31 +166,33 @@ def resolve(
             )
         if not files:
             note_if_incomplete(repo, found, note)
-        return _material(source, found, {"commit": found.name}, hashes, progress)
+        return _material(source, found, {"commit": found.name}, hashes, with_card, progress)
     now = source.revision if is_commit(source.revision) else find_commit(repo, source.revision, note)
     on_commit(now)
     here = download(repo, now, progress, note) if fetch else find_complete(repo, now, note)
     if here is None:
         return Material(None, None, size_of(repo, now, note), source.written() | {"commit": now})
-    return _material(source, here, {"commit": now}, hashes, progress)
+    return _material(source, here, {"commit": now}, hashes, with_card, progress)
 
 
-def _material(source: Source, path: Path, more: Mapping[str, str], hashes: Hashes, progress: Progress) -> Material:
+def _material(
+    source: Source, path: Path, more: Mapping[str, str], hashes: Hashes, with_card: bool, progress: Progress
+) -> Material:
     if path.is_dir():
-        digest, nbytes, found = _folder(path, hashes, progress)
+        digest, nbytes, found = _folder(path, hashes, with_card, progress)
     else:
         (digest,), nbytes = _sha256_of([path], hashes, progress), path.stat().st_size
         found = {"sha256": digest}
     return Material(path, digest, nbytes, {**source.written(), **more, **found})
 
 
-def digest_of(path: Path, hashes: Hashes) -> str:
+def digest_of(path: Path, hashes: Hashes, *, with_card: bool) -> str:
     """Return the digest of a source's present content; see ``Material``.
 
     Raises:
         IntegrityError, CheckpointError, AdapterError: it does not match its manifest, or does not exist any more.
     """
-    return _folder(path, hashes)[0] if path.is_dir() else hashes.sha256(path)
+    return _folder(path, hashes, with_card)[0] if path.is_dir() else hashes.sha256(path)
 
 
 def _sha256_of(files: Sequence[Path], hashes: Hashes, progress: Progress) -> list[str]:
@@ -202,7 +206,9 @@ def _sha256_of(files: Sequence[Path], hashes: Hashes, progress: Progress) -> lis
     return [hashes.sha256(file, advance) for file in files]
 
 
-def _folder(path: Path, hashes: Hashes, progress: Progress = no_progress) -> tuple[str, int, dict[str, Any]]:
+def _folder(
+    path: Path, hashes: Hashes, with_card: bool, progress: Progress = no_progress
+) -> tuple[str, int, dict[str, Any]]:
     manifest = read_manifest(path)
     if manifest is not None:
         check_names(path, manifest)
@@ -216,6 +222,8 @@ def _folder(path: Path, hashes: Hashes, progress: Progress = no_progress) -> tup
         found = {"manifest_sha256": manifest.sha256, "tensors_root": manifest.tensors_root}
         return manifest.sha256, sum(record.size for record in manifest.files), found
     found_files = {p.name: p for p in path.iterdir() if p.suffix in READ_SUFFIXES and not p.is_dir()} | side_files(path)
+    if with_card and (path / CARD_NAME).is_file():
+        found_files[CARD_NAME] = path / CARD_NAME
     others = (".", "consolidated")  # the latter are another format's copy of the same weights
     read = {name: file for name, file in sorted(found_files.items()) if not name.startswith(others)}
     files = dict(zip(read, _sha256_of(list(read.values()), hashes, progress), strict=True))

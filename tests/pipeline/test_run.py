@@ -548,6 +548,24 @@ def test_a_file_of_hashes_that_cannot_be_written_is_named_in_the_error(recipe, r
     assert [path.name for path in (release / ".adaptkit").iterdir()] == ["hashes.json"]
 
 
+def test_a_model_card_counts_where_it_is_copied_and_only_there(release, recipe, edit):
+    """What reads only weights, configuration and tokenizer is not made again for an edited card."""
+    edit("lighter: {resize: lora, rank: 2}", "ours: {adopt: lora}\n  lighter: {resize: ours, rank: 2}")
+    for folder in ("model", "lora"):
+        (release / folder / "README.md").write_text("first")
+    run(recipe)
+    assert set(lock_of(release)["sources"]["lora"]["files"]) >= {"README.md"}
+    assert "README.md" not in lock_of(release)["sources"]["base"]["files"]
+    (release / "model" / "README.md").write_text("second")
+    assert done(run(recipe)) == []
+    (release / "lora" / "README.md").write_text("second")
+    with pytest.raises(DriftError, match="README"):
+        run(recipe, RunOptions(locked=True))
+    again = run(recipe)
+    assert "ours" in done(again)
+    assert (release / outputs(again)["ours"].path / "README.md").read_text() == "second"
+
+
 def test_two_runs_do_not_share_a_work_folder(recipe, release):
     def start_another(step):
         if step.name == "plain":

@@ -24,6 +24,7 @@ class Input:
         required: whether the key must be given.
         takes: whether it takes folders (checkpoints, adapters) or files.
         words: values that the operation interprets itself, instead of as names.
+        with_card: whether the operation also reads a folder's model card.
     """
 
     key: str
@@ -31,6 +32,7 @@ class Input:
     required: bool = False
     takes: Literal["folder", "file"] = "folder"
     words: tuple[str, ...] = ()
+    with_card: bool = False
 
 
 @dataclass(frozen=True)

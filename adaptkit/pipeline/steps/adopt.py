@@ -11,4 +11,4 @@ def _run(work: Work) -> Outcome:
     return Outcome(figure, {"tensors": report.tensors, "base_fingerprints": report.base_fingerprints})
 
 
-KIND = StepKind(inputs=(Input("adopt", required=True), Input("base")), options=AdoptOptions, run=_run)
+KIND = StepKind(inputs=(Input("adopt", required=True, with_card=True), Input("base")), options=AdoptOptions, run=_run)
