@@ -55,7 +55,12 @@ def _rows(report: "AdoptReport", dry_run: bool) -> list[Row]:
     elif report.kind == "adapter":
         rows.append(("base", "unknown, so a wrong one cannot be rejected; add --base BASE to record it"))
     if report.not_copied:
-        rows.append(("not copied", ", ".join(report.not_copied)))
+        rows.append(("not copied", ", ".join(map(_printable, report.not_copied))))
     if report.manifest_sha256:
         rows.append(("manifest sha256", report.manifest_sha256))
     return rows
+
+
+def _printable(name: str) -> str:
+    """Return a file's name with control characters, which could change what a terminal shows, escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
