@@ -1,6 +1,6 @@
 """Give an adapter or a checkpoint that another tool made a manifest, so that it can be verified and published."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,14 +10,16 @@ from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
-from adaptkit.checkpoint.integrity import present_names
+from adaptkit.checkpoint.integrity import file_problem, present_names
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import (
     ADAPTER_CONFIG_NAME,
     CARD_NAME,
+    COMPENSATION_NAME,
     CONFIG_NAME,
     INDEX_NAME,
     LICENCES,
+    TEMPLATES_FOLDER,
     check_side_files,
     read_small,
     require_folder,
@@ -38,7 +40,7 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.writer import copy_file
-from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.errors import CheckpointError, IntegrityError, UsageError
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._merge.edit_checks import copy_replaces_base
 from adaptkit.operations._merge.edit_plan import plan_edits
@@ -130,27 +132,27 @@ def adopt(
     source, output = Path(source), Path(output)
     options = options or AdoptOptions()
     _refuse_manifest(require_folder(source))
+    before = _state(source)  # before anything is read, so that what is copied is what is checked
     adapter = read_adapter(source) if is_adapter(source) else None
     if adapter is None and base is not None:
         raise UsageError(f"base: applies only to adapters, but {source} is a checkpoint", hint="leave out --base")
     files = adapter.files if adapter else _plain_checkpoint(source)
-    small = _small_files(source, files, is_adapter=adapter is not None)
+    small = _small_files(source, adapter)
     parent = _Base(Path(base), adapter) if adapter and base is not None else None
     check_output(output, force, [source, *([parent.checkpoint.root] if parent else [])])
     report = _report(output, files, small, parent)
     if dry_run:
         return report
-    state, threads = files.state(), thread_count(options.threads)
-    before = parent.bytes if parent else 0
-    total = before + report.bytes
-    inputs = [[str(source.resolve()), state]]
+    threads, of_parent = thread_count(options.threads), parent.bytes if parent else 0
+    total = of_parent + report.bytes
+    inputs = [[str(source.resolve()), [[name, before.get(name)] for name in files.headers]]]
     with Output(output, [report.kind], force, inputs=inputs) as out, discard_on_bad_input(out):
         out.require_space(report.bytes)
         of_base = parent.fingerprints(threads, lambda done, _: progress(done, total)) if parent else {}
-        _copy_weights(out, files, threads, lambda done: progress(before + done, total))
+        _copy_weights(out, files, threads, lambda done: progress(of_parent + done, total))
         for name in small:
             out.copy(resolve_inside(source, name), name)
-        files.require_state(state)
+        _require_state(source, before, [*files.headers, *small])
         manifest = Manifest(
             kind=report.kind,
             operation={"name": "adopt", "options": {}},
@@ -169,6 +171,10 @@ class _Base:
     def __init__(self, root: Path, adapter: Adapter) -> None:
         self.checkpoint = _plain_checkpoint(root)
         self._state = self.checkpoint.state()
+        self._manifest = read_manifest(root)
+        for record in self._manifest.files if self._manifest else ():
+            if record.path == CONFIG_NAME and (problem := file_problem(root, record)):
+                raise IntegrityError(f"{root}: {problem}", hint=f"restore it; for details, run: adaptkit verify {root}")
         edits = plan_edits(
             self.checkpoint,
             [adapter],
@@ -196,7 +202,7 @@ class _Base:
     def parents(self, digests: Mapping[str, str]) -> tuple[Parent, ...]:
         """The base, described by all its tensors, which must be those of its manifest if it has one."""
         records = [TensorRecord.of(at.spec, digests[name]) for name, at in self.checkpoint.tensors.items()]
-        return (parent_of("base", read_manifest(self.checkpoint.root), records, root=self.checkpoint.root),)
+        return (parent_of("base", self._manifest, records, root=self.checkpoint.root),)
 
     def targets(self, digests: Mapping[str, str]) -> tuple[Target, ...]:
         """The tensors that the adapter changes."""
@@ -225,12 +231,30 @@ def _plain_checkpoint(root: Path) -> Checkpoint:
     return checkpoint
 
 
-def _small_files(source: Path, files: TensorFiles, *, is_adapter: bool) -> list[str]:
+def _state(root: Path) -> dict[str, list[int]]:
+    """Return [size, modification time in ns] of every file that may be copied, to detect that one changed."""
+    found = [*root.iterdir(), *(root / TEMPLATES_FOLDER).glob("*")]
+    states = {path.relative_to(root).as_posix(): path.stat() for path in found if path.is_file()}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in states.items()}
+
+
+def _require_state(root: Path, before: Mapping[str, list[int]], names: Iterable[str]) -> None:
+    now = _state(root)
+    for name in names:
+        if now.get(name) != before.get(name):
+            raise IntegrityError(
+                f"{root}: {name} changed while it was read",
+                hint="run the command again when nothing writes to that folder",
+            )
+
+
+def _small_files(source: Path, adapter: Adapter | None) -> list[str]:
     """The names of the files to copy beside the weights; a model card that nobody has filled in is not one of them."""
     check_side_files(source)
     beside = side_files(source)
-    if is_adapter:
+    if adapter is not None:
         names = [ADAPTER_CONFIG_NAME, *(n for n in beside if is_of_tokenizer(n) or n.startswith(LICENCES))]
+        names += [COMPENSATION_NAME] if adapter.compensation else []
     else:
         names = [CONFIG_NAME, *beside, *([INDEX_NAME] if (source / INDEX_NAME).is_file() else [])]
     card = source / CARD_NAME

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import peft_adapters
 import pytest
@@ -12,8 +13,20 @@ from peft_adapters import OF_EVERY_KIND
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.compensation import write_compensation
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
-from adaptkit.errors import AdapterError, BaseMismatchError, CheckpointError, OutputExistsError, UsageError
+from adaptkit.errors import (
+    AdapterError,
+    BaseMismatchError,
+    CheckpointError,
+    IntegrityError,
+    OutputExistsError,
+    UsageError,
+)
+from adaptkit.operations import adopt as adopting
 from adaptkit.operations.adopt import adopt
 from adaptkit.operations.inspect import trace
 from adaptkit.operations.merge import MergeOptions, merge
@@ -162,6 +175,67 @@ def test_a_filled_in_model_card_is_copied(tmp_path, adapter):
     shutil.copytree(adapter, source)
     (source / "README.md").write_text("# Answers to questions about whales\n")
     assert "README.md" in adopt(source, tmp_path / "out").files
+
+
+def test_what_an_adapter_began_with_is_copied_with_it(tmp_path, llama, adapter):
+    """As in a copy, without its manifest, of one that was trained from a companion: a merge subtracts it."""
+    source, other = tmp_path / "source", tmp_path / "other"
+    shutil.copytree(adapter, source)
+    terms = {name: replace(term, scaling=term.scaling / 2) for name, term in read_adapter(adapter).modules.items()}
+    with Output(other, []) as out:
+        write_compensation(out, terms)
+        shutil.copy(out.folder / COMPENSATION_NAME, source)
+    report = adopt(source, tmp_path / "ours", base=llama)
+    assert COMPENSATION_NAME in report.files
+    for name in (adapter, source, tmp_path / "ours"):
+        merge(llama, [name], tmp_path / f"merged-{name.name}")
+    assert raw(tmp_path / "merged-ours") == raw(tmp_path / "merged-source") != raw(tmp_path / "merged-adapter")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "chat_template.jinja", "README.md", WEIGHTS])
+def test_a_source_that_changes_while_it_is_copied_is_refused(tmp_path, adapter, name):
+    source = tmp_path / "source"
+    shutil.copytree(adapter, source)
+    for made in ("chat_template.jinja", "README.md"):
+        (source / made).write_text("as it was")
+
+    def change(done, total):
+        (source / name).write_bytes((source / name).read_bytes() + b" ")
+
+    with pytest.raises(IntegrityError, match=f"{name} changed while it was read"):
+        adopt(source, tmp_path / "out", progress=change)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
+def test_what_is_copied_is_what_was_checked(tmp_path, monkeypatch, llama, adapter, kind):
+    """Not what was written in its place between the checks and the copy, such as NaN."""
+    source, reads = tmp_path / "source", {"adapter": "read_adapter", "checkpoint": "quantization_found"}[kind]
+    shutil.copytree({"adapter": adapter, "checkpoint": llama}[kind], source)
+    (weights,) = source.glob("*.safetensors")
+    check = getattr(adopting, reads)
+
+    def changed_after(root):
+        found = check(root)
+        weights.write_bytes(weights.read_bytes()[:-8] + b"\xff" * 8)
+        return found
+
+    monkeypatch.setattr(adopting, reads, changed_after)
+    with pytest.raises(IntegrityError, match=f"{weights.name} changed while it was read"):
+        adopt(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_base_whose_configuration_is_not_its_manifest_s_is_refused(tmp_path, llama, adapter):
+    """The adapter would name a manifest that this base does not have."""
+    base = tmp_path / "base"
+    adopt(llama, base)
+    content = (base / "config.json").read_bytes()
+    (base / "config.json").write_bytes(content.replace(b"512", b"513"))
+    with pytest.raises(IntegrityError, match=r"config\.json"):
+        adopt(adapter, tmp_path / "out", base=base)
+    (base / "config.json").write_bytes(content)
+    adopt(adapter, tmp_path / "out", base=base)
 
 
 def test_a_dry_run_writes_nothing_and_reports_the_same(tmp_path, llama, adapter):
