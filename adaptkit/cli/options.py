@@ -296,10 +296,11 @@ def as_options(text: str, command: click.Command, arguments: Iterable[str]) -> s
             named[name] = typed.pop()
         if isinstance(parameter, _SettingOption) and "--config" not in given:
             settings[name] = parameter.opts[0]
+    paths = set(map(Path, given))
     head, colon, rest = text.partition(": ")
-    if colon and head in settings | named and Path(head) not in map(Path, given):
+    if colon and head in settings | named and Path(head) not in paths:
         text = f"{(settings | named)[head]}: {rest}"
-    inner = "|".join(name for name in settings if "_" in name)
+    inner = "|".join(name for name in settings if "_" in name and Path(name) not in paths)
     pattern = rf"(?<![\w./-])(?:{inner})(?![\w/-]|\.\w)"  # not in a path
     return re.sub(pattern, lambda found: settings[found[0]], text) if inner else text
 

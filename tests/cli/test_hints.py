@@ -181,6 +181,7 @@ def test_a_path_named_like_an_option_is_not_renamed_in_errors(run_cli, llama, in
     for output, base, said in (
         ("base", "./base", "base: already exists"),
         ("o", "init", "init: does not exist; expected a checkpoint or adapter folder"),
+        ("o", "max_length", "max_length: does not exist; expected a checkpoint or adapter folder"),
     ):
         done = run_cli("train", "--base", base, "--data", instructions, "-o", output, "--init", "init", cwd=tmp_path)
         assert done.stderr.startswith(f"error: {said}\n")
