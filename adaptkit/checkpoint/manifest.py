@@ -285,8 +285,8 @@ def _check_head(manifest: Manifest) -> None:
             raise TypeError(f"{name} is {value!r}")
     if not isinstance(manifest.operation.get("options", {}), dict):
         raise TypeError("operation.options is not an object")
-    if manifest.schema is True:
-        raise TypeError("schema is True")
+    if type(manifest.schema) is not int:  # True and 1.0 equal 1
+        raise TypeError(f"schema is {manifest.schema!r}")
 
 
 def _check_paths(files: tuple[FileRecord, ...]) -> None:

@@ -142,6 +142,7 @@ STRUCTURE = {
     "options that are no object": lambda d: d["operation"].update(options=[1]),
     "a kind that is a number": lambda d: d.update(kind=5),
     "a schema that is no number": lambda d: d.update(schema=True),
+    "a schema that is no integer": lambda d: d.update(schema=1.0),
     "an operation without a name": lambda d: d["operation"].pop("name"),
     "an operation whose name is a number": lambda d: d["operation"].update(name=7),
     "an operation that is a list": lambda d: d.update(operation=[]),
