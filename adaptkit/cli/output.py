@@ -102,15 +102,27 @@ def check_place(path: Path, option: str, what: str = "", is_ours: Callable[[byte
     Raises:
         UsageError: no file can be written there, or a file of another kind exists.
     """
-    is_written_to = path.exists() and (is_ours is None or not _is_replaced(path))
+    is_written_to = _exists(path) and (is_ours is None or not _is_replaced(path))
     folder = Path(os.path.realpath(path)).parent
-    if path.is_dir() or not (os.access(path, os.W_OK) if is_written_to else _takes_files(folder)):
+    takes = os.access(path, os.W_OK) if is_written_to else _takes_files(folder)
+    if _exists(path) is None or path.is_dir() or not takes:
         raise UsageError(f"{option} {path}: cannot write a file there", hint=f"choose another {option}")
     if is_ours is not None and path.is_file():
         with path.open("rb") as file:
             beginning = file.read(_BEGINNING)
         if beginning and not is_ours(beginning):
             raise UsageError(f"{option} {path}: already exists, and is not a {what}", hint=f"choose another {option}")
+
+
+def _exists(path: Path) -> bool | None:
+    """Return whether a path exists; None if nothing can: the name is too long, or leads round in links."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def _takes_files(folder: Path) -> bool:

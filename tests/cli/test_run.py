@@ -208,6 +208,16 @@ def test_a_report_does_not_replace_the_recipe_or_the_lock(copied, option, name):
     assert {path.name: path.read_bytes() for path in copied.folder.glob("recipe.*")} == before
 
 
+@pytest.mark.parametrize("option", ["--output-file", "--summary"])
+def test_a_report_that_cannot_be_written_is_refused_first(copied, option):
+    (copied.folder / "loop").symlink_to("loop")
+    requests = len(copied.hub.requests)
+    for name in ("loop", "r" * 300):
+        done = copied.run(option, name)
+        assert (done.code, done.stderr.splitlines()[0]) == (2, f"error: {option} {name}: cannot write a file there")
+    assert len(copied.hub.requests) == requests
+
+
 def test_report_and_summary_cannot_be_the_same_file(copied):
     done = copied.run("--output-file", "both.md", "--summary", "data/../both.md")
     assert (done.code, done.stderr.splitlines()[0]) == (

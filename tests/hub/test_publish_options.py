@@ -198,8 +198,10 @@ def test_a_dry_run_writes_no_output_file_and_a_bad_path_is_refused_first(
     hub.requests.clear()
     before = {path.name: path.read_bytes() for path in artifact.iterdir()}
     inside = [artifact / name for name in ("adapter_config.json", MANIFEST_NAME, "report.json", ".cache")]
-    for place in (tmp_path / "absent" / "r.json", tmp_path, *inside):
+    (tmp_path / "loop").symlink_to("loop")
+    for place in (tmp_path / "absent" / "r.json", tmp_path, tmp_path / "loop", tmp_path / ("r" * 300), *inside):
         assert cli("publish", artifact, "me/model", "--output-file", place).code == 2
+    assert cli("publish", tmp_path / "loop", "me/model", "--output-file", tmp_path / "r.json").code == 2
     assert hub.requests == []
     assert {path.name: path.read_bytes() for path in artifact.iterdir()} == before
 

@@ -58,7 +58,7 @@ def command(
     from adaptkit.hub.publish import PublishOptions, PublishReport, publish
 
     if output_file:
-        if output_file.resolve().is_relative_to(path.resolve()):
+        if Path(os.path.realpath(output_file)).is_relative_to(os.path.realpath(path)):
             raise UsageError(
                 f"{output_file}: is inside the artifact, which has to stay as it is",
                 hint="choose another --output-file",

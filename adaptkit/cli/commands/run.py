@@ -57,10 +57,11 @@ def command(
     environment, as for publish. Exits with 9 if a gate fails, and with 3 if --locked finds a difference.
     """
     page = None if dry_run else summary_file or _from_environment()
-    for place in (output_file, summary_file) if recipe.is_file() else ():
-        if place is not None and place.resolve() in (recipe.resolve(), recipe.with_suffix(".lock").resolve()):
+    own = {os.path.realpath(path) for path in (recipe, recipe.with_suffix(".lock"))} if recipe.is_file() else set()
+    for place in (output_file, summary_file):
+        if place is not None and os.path.realpath(place) in own:
             raise UsageError(f"{place}: is the recipe or its lock", hint="choose another file for the report")
-    if output_file is not None and page is not None and output_file.resolve() == page.resolve():
+    if output_file is not None and page is not None and os.path.realpath(output_file) == os.path.realpath(page):
         raise UsageError(f"{output_file}: cannot hold both the report and the summary", hint="choose two files")
     if page is not None:
         check_place(page, "--summary" if summary_file else "$GITHUB_STEP_SUMMARY")
