@@ -27,7 +27,7 @@ from adaptkit.errors import (
     UsageError,
 )
 from adaptkit.operations import adopt as adopting
-from adaptkit.operations.adopt import adopt
+from adaptkit.operations.adopt import AdoptOptions, adopt
 from adaptkit.operations.inspect import trace
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import quantize
@@ -207,6 +207,39 @@ def test_a_source_that_changes_while_it_is_copied_is_refused(tmp_path, adapter, 
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+def test_a_base_that_changes_while_it_is_hashed_is_refused(tmp_path, llama, adapter):
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+
+    def change(done, total):
+        (base / "model.safetensors").touch()
+
+    with pytest.raises(IntegrityError, match=r"model\.safetensors changed while it was read"):
+        adopt(adapter, tmp_path / "out", base=base, progress=change)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_an_interrupted_copy_goes_on_unless_the_source_changed(tmp_path, is_changed):
+    source = tiny.write_llama(tmp_path / "source", shards=3)
+    first = sorted(source.glob("*.safetensors"))[0]
+
+    def stop(done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        adopt(source, tmp_path / "out", AdoptOptions(threads=1), progress=stop)
+    written = (tmp_path / "out.partial" / first.name).stat().st_mtime_ns
+    if is_changed:
+        first.write_bytes(first.read_bytes()[:-2] + b"\0\0")
+    adopt(source, tmp_path / "out", AdoptOptions(threads=1))
+    made = tree(tmp_path / "out")
+    assert ((tmp_path / "out" / first.name).stat().st_mtime_ns == written) is not is_changed
+    del made[MANIFEST_NAME]
+    assert made == tree(source)
+    verify(tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
 def test_what_is_copied_is_what_was_checked(tmp_path, monkeypatch, llama, adapter, kind):
     """Not what was written in its place between the checks and the copy, such as NaN."""
@@ -260,6 +293,9 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path, llama, gpt2, adapter
     quantize(llama, work / "nf4")
     shutil.copytree(adapter, work / "pickled")
     (work / "pickled" / WEIGHTS).rename(work / "pickled" / "adapter_model.bin")
+    shutil.copytree(adapter, work / "cased")
+    for name in ("tokenizer.json", "Tokenizer.json"):
+        (work / "cased" / name).write_text("{}")
     before = tree(work)
     for source, base, kind, words in (
         (work / "ours", None, UsageError, "already has a manifest, made by adopt"),
@@ -270,11 +306,17 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path, llama, gpt2, adapter
         (adapter, adapter, CheckpointError, "not a checkpoint"),
         (work / "pickled", None, AdapterError, "pickle"),
         (work / "nothing", None, UsageError, "does not exist"),
+        (work / "cased", None, CheckpointError, "differ only in case"),
     ):
         with pytest.raises(kind, match=words):
             adopt(source, work / "out", base=base)
     with pytest.raises(OutputExistsError):
         adopt(adapter, work / "ours")
+    shutil.copytree(llama, work / "base")
+    before = tree(work)
+    for source, base in ((work / "base", None), (adapter, work / "base")):
+        with pytest.raises(UsageError, match="would change its own input"):
+            adopt(source, work / "base" / "out", base=base)
     assert tree(work) == before
 
 
