@@ -136,5 +136,6 @@ DISK_HINTS = {
     errno.EPERM: "check the permissions, or choose a location that you may read and write",
     errno.ENOENT: "make sure that nothing deletes files meanwhile, and that the temporary folder (TMPDIR) exists",
     errno.ESTALE: "check the network file system",
+    errno.ENAMETOOLONG: "choose a shorter path",
 }
 """Hints for I/O errors that can happen to any file; any other ``OSError`` is a bug in adaptkit."""

@@ -114,7 +114,10 @@ def _facts(manifest: Manifest, facts: CardFacts) -> str:
     elements = sum(math.prod(tensor.shape) for tensor in manifest.tensors)
     dtypes = ", ".join(sorted({tensor.dtype for tensor in manifest.tensors}))
     rows = [
-        ("Made by", f"{manifest.tool['name']} {manifest.tool['version']}, `{manifest.operation['name']}`"),
+        (
+            "Adopted by" if manifest.operation["name"] == "adopt" else "Made by",
+            f"{manifest.tool['name']} {manifest.tool['version']}, `{manifest.operation['name']}`",
+        ),
         ("Tensors", f"{len(manifest.tensors)} ({dtypes}), {elements:,} elements"),
         ("Size", f"{sum(record.size for record in manifest.files):,} bytes in {counted(len(manifest.files), 'file')}"),
         ("Tensors root", f"`{manifest.tensors_root}`"),

@@ -47,8 +47,8 @@ from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._threads import check_threads, fingerprints, in_order, thread_count
 from adaptkit.text.tokenizer_files import is_of_tokenizer
 
-_UNFILLED = b"[More Information Needed]"
-"""What the model cards contain that trainers write beside their adapters, and nobody has filled in."""
+_PLACEHOLDER, _MOST_PLACEHOLDERS = b"[More Information Needed]", 20
+"""peft's template of a model card contains 39 of these; a card with more than the maximum is not worth publishing."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _small_files(source: Path, adapter: Adapter | None) -> list[str]:
     else:
         names = [CONFIG_NAME, *beside, *([INDEX_NAME] if (source / INDEX_NAME).is_file() else [])]
     card = source / CARD_NAME
-    if card.is_file() and _UNFILLED not in read_small(card):
+    if card.is_file() and read_small(card).count(_PLACEHOLDER) <= _MOST_PLACEHOLDERS:
         names.append(CARD_NAME)
     return sorted(names)
 

@@ -156,9 +156,7 @@ def test_other_files_of_a_training_run_are_listed_and_not_copied(tmp_path, adapt
         (source / name).write_bytes(b"{}")
     (source / "checkpoint-5").mkdir()
     (source / "checkpoint-5" / WEIGHTS).write_bytes(b"")
-    (source / "README.md").write_text(
-        "---\nbase_model: x\n---\n# Model Card\n- **Developed by:** [More Information Needed]\n"
-    )
+    peft_card(source)
     for name in ("tokenizer.json", "chat_template.jinja", "LICENSE"):
         (source / name).write_text("{}")
     report = adopt(source, tmp_path / "out")
@@ -170,11 +168,19 @@ def test_other_files_of_a_training_run_are_listed_and_not_copied(tmp_path, adapt
     assert set(tree(tmp_path / "out")) == {*report.files, MANIFEST_NAME}
 
 
-def test_a_filled_in_model_card_is_copied(tmp_path, adapter):
+@pytest.mark.parametrize("missing", [0, 3])
+def test_a_filled_in_model_card_is_copied(tmp_path, adapter, missing):
     source = tmp_path / "source"
     shutil.copytree(adapter, source)
-    (source / "README.md").write_text("# Answers to questions about whales\n")
+    (source / "README.md").write_text("# Answers to questions about whales\n" + "[More Information Needed]\n" * missing)
     assert "README.md" in adopt(source, tmp_path / "out").files
+
+
+def peft_card(folder):
+    """Write the card that peft writes beside an adapter."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    ModelCard.from_template(ModelCardData(base_model="x")).save(folder / "README.md")
 
 
 def test_what_an_adapter_began_with_is_copied_with_it(tmp_path, llama, adapter):
