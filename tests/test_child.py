@@ -1,6 +1,8 @@
 """A child forked for risky work has no files, output or signals of its parent, and does not outlive it."""
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -80,6 +82,26 @@ def test_a_signal_right_after_the_fork_does_not_run_the_parents_handler_in_the_c
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "there\n", "")
+
+
+def test_killing_the_parent_kills_a_child_that_ignores_its_connection():
+    code = (
+        "import os, signal, sys\n"
+        "from adaptkit.child import start_child\n"
+        "_, connection = start_child(lambda connection: (connection.send(os.getpid()), signal.pause()))\n"
+        "print(connection.recv(), flush=True); signal.pause()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        found = os.pidfd_open(int(parent.stdout.readline()))
+        try:
+            assert not select.select([found], [], [], 0)[0]
+            parent.kill()
+            assert select.select([found], [], [], 5)[0], "the handle of a process is readable once it has exited"
+        finally:
+            parent.kill()
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(found, signal.SIGKILL)
+            os.close(found)
 
 
 def test_a_child_whose_parent_has_already_died_exits():

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import re
+import select
 import signal
 import threading
 import time
@@ -189,11 +190,13 @@ def test_after_a_timeout_the_next_request_gets_its_own_answer(tokenizer, monkeyp
     assert "Rhine" in apply_template(tokenizer, CHAT, False)
 
 
-def test_conversations_can_be_rendered_after_a_refused_one(tokenizer):
+def test_the_process_renders_more_conversations_after_a_refused_one(tokenizer):
     tokenizer.chat_template = "{% if messages|length > 1 %}{{ raise_exception('too many') }}{% endif %}fine"
     with pytest.raises(DataError, match=r"refuses the conversation \(too many\)"):
         apply_template(tokenizer, CHAT, False)
+    before = pid()
     assert apply_template(tokenizer, ASKED, False) == "fine"
+    assert pid() == before
 
 
 def test_a_process_that_exited_when_idle_is_replaced(tokenizer, monkeypatch):
@@ -256,7 +259,8 @@ def test_a_fork_of_the_caller_has_a_process_of_its_own(tokenizer):
     assert pid() == before
 
 
-def test_the_process_does_not_outlive_a_killed_parent(tokenizer):
+def test_the_process_does_not_outlive_a_killed_parent(tokenizer, monkeypatch):
+    monkeypatch.setattr(rendering, "_IDLE_SECONDS", 600)  # it must not exit because it is idle
     read, write = os.pipe()
     child = os.fork()
     if not child:
@@ -269,10 +273,16 @@ def test_the_process_does_not_outlive_a_killed_parent(tokenizer):
         finally:
             os._exit(0)
     os.close(write)
-    assert int(os.read(read, 20)) != child
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    assert os.read(read, 1) == b"", "both ends of the pipe are closed once both are gone"
+    process = os.pidfd_open(int(os.read(read, 20)))
+    os.close(read)
+    try:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert select.select([process], [], [], 5)[0], "the handle of a process is readable once it has exited"
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        os.close(process)
 
 
 def test_a_tokenizer_with_only_templates_for_other_purposes_is_refused(llama):
