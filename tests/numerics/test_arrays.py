@@ -11,10 +11,11 @@ ALL = pytest.mark.parametrize("name", sorted(ARRAY_DTYPES))
 
 
 def random_tensor(name, shape=(3, 5)):
+    generator = torch.Generator().manual_seed(0)
     if name == "BOOL":
-        return torch.rand(shape) < 0.5
+        return torch.rand(shape, generator=generator) < 0.5
     size = DTYPES[name].itemsize
-    raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * size), dtype=torch.uint8)
+    raw = torch.randint(0, 256, (*shape[:-1], shape[-1] * size), generator=generator, dtype=torch.uint8)
     return raw.view(DTYPES[name])
 
 

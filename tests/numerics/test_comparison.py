@@ -185,7 +185,7 @@ def test_figures_are_accurate_for_changes_of_very_different_size():
 
 
 def test_zero_changes_have_no_directions():
-    zero, change = LowRank(torch.randn(2, 9), torch.zeros(13, 2), 1.0), term(13, 3, 9)
+    zero, change = LowRank(torch.ones(2, 9), torch.zeros(13, 2), 1.0), term(13, 3, 9)
     for first, second in ((zero, change), (change, zero), (zero, zero), (change.weighted(0.0), change)):
         found = compare(first, second)
         assert found.columns.cosines.numel() == 0

@@ -75,7 +75,9 @@ def test_codes_match_the_plain_recursion_in_float64(seed, columns, rows):
 def test_uncorrelated_inputs_give_the_codes_of_weighted_nf4(monkeypatch):
     monkeypatch.setattr(calibration, "REACH", 0)
     monkeypatch.setattr(rounding, "REACH", 0)
-    weight, importance = torch.randn(9, 128), torch.rand(128) + 0.1
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(9, 128, generator=generator)
+    importance = torch.rand(128, generator=generator) + 0.1
     factor = compensation_factor(torch.diag(importance))
     codes, constants = compensated_nf4(weight, importance, factor)
     expected_codes, expected = weighted_nf4(weight, importance)
@@ -84,7 +86,7 @@ def test_uncorrelated_inputs_give_the_codes_of_weighted_nf4(monkeypatch):
 
 
 def test_an_odd_number_of_weights_is_padded_like_plain_nf4():
-    weight = torch.randn(3, 65)
+    weight = torch.randn(3, 65, generator=torch.Generator().manual_seed(3))
     codes, _ = compensated_nf4(weight, torch.ones(65), torch.eye(65))
     assert codes.shape == nf4.quantize(weight).codes.shape
     assert int(codes[-1]) & 15 == 7

@@ -44,8 +44,9 @@ def test_far_from_zero_the_gate_gives_zero_or_the_product(triton_kernel):
 
 def test_column_slices_of_a_matrix_are_read_and_overwritten_in_place(triton_kernel):
     """Joined layers pass such slices, and expect gradients of the same layout."""
-    both = torch.randn(2, 5, 1500, generator=torch.Generator().manual_seed(0))
-    gate, up, grad = both[..., :700], both[..., 700:1400], torch.randn(2, 5, 700)
+    generator = torch.Generator().manual_seed(0)
+    both = torch.randn(2, 5, 1500, generator=generator)
+    gate, up, grad = both[..., :700], both[..., 700:1400], torch.randn(2, 5, 700, generator=generator)
     apart = gate.contiguous(), up.contiguous()
     assert torch.equal(triton_kernel("gate_forward", gate, up), triton_kernel("gate_forward", *apart))
     pairs = triton_kernel("gate_backward", gate, up, grad), triton_kernel("gate_backward", *apart, grad)

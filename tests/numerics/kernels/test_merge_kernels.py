@@ -122,7 +122,8 @@ def near_middles(dtype, generator, count):
     below = (weight.float() * (1 + 0.2 * torch.rand(1, count, generator=generator))).to(dtype)
     above = reference.from_ordinal(reference.ordinal(below) + 1, dtype)
     change = ((below.double() + above.double()) / 2 - weight.double()).float()
-    nudged = reference.from_ordinal(reference.ordinal(change) + torch.randint(-6, 7, (1, count)), torch.float32)
+    steps = torch.randint(-6, 7, (1, count), generator=generator)
+    nudged = reference.from_ordinal(reference.ordinal(change) + steps, torch.float32)
     return weight, torch.where(torch.rand(1, count, generator=generator) < 0.8, nudged, change)
 
 
@@ -345,8 +346,10 @@ def test_with_a_gain_product_and_sum_are_float64_and_rounded_once_to_the_dtype(d
 
 def test_with_a_gain_of_zero_the_residual_is_the_distance_to_the_replacement():
     """So a replacement close to the original takes few bits."""
-    weight = torch.randn(4, 50, generator=seeded(5)).to(torch.bfloat16)
-    instead = reference.from_ordinal(reference.ordinal(weight) + torch.randint(-3, 4, (4, 50)), torch.bfloat16)
+    generator = seeded(5)
+    weight = torch.randn(4, 50, generator=generator).to(torch.bfloat16)
+    steps = torch.randint(-3, 4, (4, 50), generator=generator)
+    instead = reference.from_ordinal(reference.ordinal(weight) + steps, torch.bfloat16)
     for gain in (torch.zeros(1, 1, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.float64)):
         residual = cpu.undo_residual(weight, instead, instead.double(), gain)
         assert torch.equal(residual, (reference.ordinal(weight) - reference.ordinal(instead)).view(-1).long())

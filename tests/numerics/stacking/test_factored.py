@@ -156,7 +156,7 @@ def test_a_weight_of_zero_excludes_an_adapter(make, combine, close, method):
 def test_changes_of_zero_give_a_result_of_zero(make, combine, method, zero):
     kind = {
         "weights": [make(5, 4, 2).weighted(0.0), make(5, 4, 3, 0.0, 1)],
-        "factors": [LowRank(torch.randn(2, 4), torch.zeros(5, 2), 1.0)] * 2,
+        "factors": [LowRank(torch.ones(2, 4), torch.zeros(5, 2), 1.0)] * 2,
         "ranks": [make(5, 4, 0), make(5, 4, 0)],
     }
     assert not combine(method, kind[zero]).any()
