@@ -3,10 +3,12 @@
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,9 +40,9 @@ def publish(output: Output) -> Manifest:
     return manifest
 
 
-def make(final: Path, force: bool = False, plan: object = PLAN) -> None:
+def make(final: Path, force: bool = False, plan: object = PLAN, content: bytes = b"first") -> None:
     with Output(final, plan, force) as output:
-        add(output, "a", b"first")
+        add(output, "a", content)
         output.write_json("x.json", {"b": 1})
         publish(output)
 
@@ -289,9 +291,10 @@ def test_a_foreign_folder_in_the_way_is_left_alone(tmp_path, suffix, force):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_foreign_folder_that_appears_meanwhile_is_left_alone(tmp_path):
+@pytest.mark.parametrize("force", [False, True])
+def test_a_foreign_folder_that_appears_meanwhile_is_left_alone(tmp_path, force):
     def race():
-        with Output(tmp_path / "out", PLAN) as output:
+        with Output(tmp_path / "out", PLAN, force) as output:
             add(output, "a", b"first")
             (tmp_path / "out").mkdir()
             (tmp_path / "out" / "thesis.txt").write_text("mine")
@@ -453,21 +456,63 @@ def test_files_that_were_not_added_are_not_published(tmp_path):
     assert set(tree(tmp_path / "out")) == {"a", MANIFEST_NAME}
 
 
-@pytest.mark.parametrize("stage", ["before the rename", "between two renames", "after the rename"])
-def test_the_run_after_a_kill_while_publishing_leaves_only_the_output(tmp_path, stage):
-    final = tmp_path / "out"
-    make(final)
-    expected = tree(final)
-    if stage == "before the rename":  # the manifest is written and the journal is gone already
-        shutil.copytree(final, tmp_path / "out.partial")
-    elif stage == "between two renames":
-        shutil.copytree(final, tmp_path / "out.partial")
-        final.rename(tmp_path / "out.replaced")
-    else:
-        shutil.copytree(final, tmp_path / "out.replaced")
-    make(final, force=True)
-    assert tree(final) == expected
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
+"""Python's audit events before the file system is changed; ``open`` counts only for writing."""
+
+
+def is_killed(number, work):
+    """Run ``work`` in a fork that is killed before its change of this number; return whether it has so many."""
+    child = os.fork()
+    if not child:
+        try:
+            left = iter(range(number))
+
+            def count(event, arguments):
+                changes = event in CHANGES and (event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR))
+                if changes and next(left, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(count)
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_kill_at_any_moment_leaves_whole_artifacts_and_the_next_run_only_the_output(tmp_path, replaces):
+    def make_new(final):
+        make(final, force=replaces, plan=["other"], content=b"second")
+
+    make(tmp_path / "old")
+    make_new(tmp_path / "new")
+    old, new = tree(tmp_path / "old"), tree(tmp_path / "new")
+    states = set()
+    for number in itertools.count():
+        place = tmp_path / str(number)
+        place.mkdir()
+        final, aside = place / "out", place / "out.replaced"
+        if replaces:
+            make(final)
+        killed = is_killed(number, lambda final=final: make_new(final))
+        found = {path.name for path in place.iterdir()}
+        states.add(tuple(sorted(found)))
+        if final.exists():
+            assert tree(final) in ((old, new) if replaces else (new,))
+        elif replaces:
+            assert tree(aside) == old
+            assert tree(place / "out.partial") == new
+        if replaces or not final.exists():
+            make_new(final)
+        assert tree(place) == {f"out/{name}": content for name, content in new.items()}
+        assert [path.name for path in place.iterdir()] == ["out"]
+        if not killed:
+            break
+    finished = {("out",), ("out", "out.partial"), ("out.partial", "out.replaced"), ("out", "out.replaced")}
+    assert states == (finished if replaces else {(), ("out.partial",), ("out",)})
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])
@@ -494,22 +539,25 @@ def test_checking_an_output_creates_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("suffix", [".partial", ".replaced"])
-def test_an_input_is_never_taken_for_unfinished_work(tmp_path, suffix):
+def test_an_input_is_never_taken_for_unfinished_work(tmp_path, suffix, force):
     make(tmp_path / "source")
     source = (tmp_path / "source").rename(tmp_path / f"out{suffix}")
     before = tree(source)
     with pytest.raises(UsageError, match="unfinished work would overwrite the input"):
-        check_output(tmp_path / "out", True, [source])
+        check_output(tmp_path / "out", force, [source])
     assert tree(source) == before
 
 
-def test_an_artifact_in_place_of_the_replaced_output_stays_without_force(tmp_path):
+@pytest.mark.parametrize("force", [False, True])
+def test_an_artifact_in_place_of_the_replaced_output_is_deleted_only_with_force(tmp_path, force):
     make(tmp_path / "old")
     aside = (tmp_path / "old").rename(tmp_path / "out.replaced")
     before = tree(aside)
-    make(tmp_path / "out")
-    assert tree(aside) == before
+    make(tmp_path / "out", force)
+    assert tree(aside) == ({} if force else before)
+    assert aside.exists() != force
 
 
 def test_the_space_of_an_unfinished_file_counts_as_free(tmp_path):
