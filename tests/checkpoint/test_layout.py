@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from adaptkit.checkpoint.layout import (
     name_of,
     read_config,
     read_json,
+    read_small,
+    require_folder,
     resolve_inside,
     shard_name,
     side_files,
@@ -248,9 +251,60 @@ def test_an_index_is_the_one_that_transformers_writes(llama_sharded):
     assert ours["metadata"]["total_size"] == total
 
 
-def test_unsafe_input_errors_are_adaptkit_errors_with_exit_code_5():
-    assert issubclass(UnsafeInputError, AdaptkitError)
-    assert UnsafeInputError("x").exit_code == 5
+def holding(root, *names, text=""):
+    for name in names:
+        (root / name).write_text(text)
+    return root
+
+
+def large(path):
+    with path.open("wb") as file:
+        file.truncate((256 << 20) + 1)
+    return path
+
+
+def index_of(root, *shards):
+    (root / INDEX_NAME).write_text(json.dumps({"weight_map": {str(n): name for n, name in enumerate(shards)}}))
+    return root
+
+
+def linked(root):
+    (root / "link").symlink_to(root)
+    return root
+
+
+REFUSALS = {
+    "a path that is not plain": (lambda root: resolve_inside(root, "../x"), 5),
+    "a long path": (lambda root: resolve_inside(root, "a/" * 600 + "b"), 5),
+    "a long name": (lambda root: resolve_inside(root, "é" * 128), 5),
+    "a link to a folder": (lambda root: resolve_inside(linked(root), "link"), 5),
+    "a file for a folder": (lambda root: require_folder(holding(root, "a") / "a"), 2),
+    "a missing folder": (lambda root: require_folder(root / "absent"), 2),
+    "a missing file": (lambda root: read_small(root / "absent"), 5),
+    "a file above 256 MiB": (lambda root: read_small(large(root / "a")), 5),
+    "malformed JSON": (lambda root: read_json(holding(root, "a", text="{") / "a"), 5),
+    "a malformed configuration": (lambda root: read_config(holding(root, "a", text="{") / "a"), 5),
+    "an index without a map": (lambda root: weight_files(holding(root, INDEX_NAME, text="{}")), 5),
+    "shards that differ in case": (lambda root: weight_files(index_of(root, "a.safetensors", "A.safetensors")), 5),
+    "a shard that is no shard": (lambda root: weight_files(index_of(root, "a.bin")), 5),
+    "two sets of weights": (
+        lambda root: weight_files(index_of(holding(root, "model.safetensors"), "a.safetensors")),
+        5,
+    ),
+    "no weights": (weight_files, 5),
+    "pickles": (lambda root: weight_files(holding(root, "a.bin")), 5),
+    "GGUF": (lambda root: weight_files(holding(root, "a.gguf")), 5),
+    "side files that differ in case": (lambda root: check_side_files(holding(root, "a.json", "A.json")), 5),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_every_refusal_has_a_hint_and_exit_code_5_or_2_for_a_wrong_argument(tmp_path, name):
+    refuse, code = REFUSALS[name]
+    with pytest.raises(AdaptkitError, match=f"^{re.escape(str(tmp_path))}") as caught:
+        refuse(tmp_path)
+    assert caught.value.exit_code == code
+    assert caught.value.hint
 
 
 def test_infinities_are_accepted_in_a_configuration_and_nowhere_else(tmp_path):
