@@ -95,6 +95,11 @@ def test_permissions_are_minimal():
 
 
 def test_outputs_that_are_used_are_set():
-    text = ACTION.read_text()
-    made = set(re.findall(r'echo "(\w+)=', text))
-    assert set(re.findall(r"steps\.(?:lock|run)\.outputs\.(\w+)", text)) <= made
+    made = {
+        (step["id"], name)
+        for step in steps(read(ACTION))
+        if "id" in step
+        for name in re.findall(r'^echo "(\w+)=.*" >> "\$GITHUB_OUTPUT"$', step["run"], re.MULTILINE)
+    }
+    used = re.findall(r"steps\.([\w-]+)\.outputs\.([\w-]+)", ACTION.read_text())
+    assert set(used) == made == {("lock", "key"), ("lock", "work"), ("run", "report")}

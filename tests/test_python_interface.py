@@ -170,18 +170,21 @@ def _error_of(call):
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("call", "missing"),
     [
-        lambda: adaptkit.inspect("no/such"),
-        lambda: adaptkit.verify("no/such"),
-        lambda: adaptkit.merge("no/such", "nor/this", "out"),
-        lambda: adaptkit.quantize("no/such", "out"),
-        lambda: adaptkit.publish("no/such", "org/name"),
+        (lambda base, adapter, out: adaptkit.inspect("no/such"), "no/such"),
+        (lambda base, adapter, out: adaptkit.verify("no/such"), "no/such"),
+        (lambda base, adapter, out: adaptkit.merge("no/such", adapter, out), "no/such"),
+        (lambda base, adapter, out: adaptkit.merge(base, [adapter, "nor/this"], out), "nor/this"),
+        (lambda base, adapter, out: adaptkit.quantize("no/such", out), "no/such"),
+        (lambda base, adapter, out: adaptkit.publish("no/such", "org/name"), "no/such"),
     ],
-)  # fmt: skip
-def test_missing_paths_are_reported(call):
-    with pytest.raises(adaptkit.AdaptkitError, match="does not exist"):
-        call()
+    ids=["inspect", "verify", "base of merge", "adapter of merge", "quantize", "publish"],
+)
+def test_a_missing_path_is_named_in_the_error(llama, adapter, tmp_path, call, missing):
+    with pytest.raises(UsageError, match=f"^{missing}: does not exist"):
+        call(llama, adapter, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_source_may_be_a_string_or_a_path(llama, tmp_path):

@@ -1,5 +1,6 @@
 """Headers are those of safetensors; malformed and ambiguous ones are refused."""
 
+import itertools
 import json
 import os
 import struct
@@ -42,15 +43,24 @@ def test_sizes_of_dtypes_are_those_of_torch():
         max_size=6,
     )
 )
-def test_a_written_header_is_read_by_safetensors(tensors):
+def test_a_written_header_is_read_by_safetensors_and_by_read_header(tmp_path_factory, tensors):
     specs = [TensorSpec(name, dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()]
     header = write_header(specs)
     assert header == write_header(specs)
     assert len(header) % 8 == 0
-    found = load(header + bytes(sum(spec.nbytes for spec in specs)))
+    content = header + bytes(sum(spec.nbytes for spec in specs))
+    found = load(content)
     assert {name: (t.dtype, tuple(t.shape)) for name, t in found.items()} == {
         spec.name: (DTYPES[spec.dtype], spec.shape) for spec in specs
     }
+    path = tmp_path_factory.mktemp("written") / "x.safetensors"
+    path.write_bytes(content)
+    ends = [len(header), *itertools.accumulate((spec.nbytes for spec in specs), initial=len(header))][1:]
+    read = read_header(path)
+    assert read.raw == header
+    assert sorted(read.tensors, key=lambda item: item[0].name) == sorted(
+        zip(specs, ends[:-1], strict=True), key=lambda item: item[0].name
+    )
 
 
 def test_tensors_in_a_header_of_safetensors_are_read_in_the_order_of_positions(tmp_path):

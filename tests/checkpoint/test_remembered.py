@@ -1,6 +1,7 @@
 """A cached answer is read back for its question only; damaged and missing files are ignored."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -44,17 +45,39 @@ def test_nothing_is_cached_without_a_usable_folder_or_a_question(cache, tmp_path
     assert not cache.exists()
 
 
-def test_a_folder_pipe_or_link_at_the_path_is_not_an_answer(cache, tmp_path):
-    """A pipe does not block, and a link is not followed."""
-    for make in (lambda path: path.mkdir(), os.mkfifo, lambda path: path.symlink_to(tmp_path)):
-        question = CachedAnswer(str(make))
-        question._path.parent.mkdir(parents=True, exist_ok=True)
-        make(question._path)
-        again = CachedAnswer(str(make))
-        assert again.read() is None
-        again.keep({"a": 1})
-        assert again.read() in (None, {"a": 1})
+@pytest.mark.parametrize(
+    ("make", "kept"),
+    [
+        (Path.mkdir, None),
+        (os.mkfifo, {"a": 1}),
+        (lambda path: path.symlink_to(path.parent), None),
+        (lambda path: path.symlink_to("nowhere"), None),
+    ],
+    ids=["folder", "pipe", "link to a folder", "dangling link"],
+)
+def test_a_folder_pipe_or_link_at_the_path_is_not_an_answer(cache, tmp_path, make, kept):
+    """A pipe does not block, and an answer replaces it; the others stay."""
+    path = CachedAnswer("q")._path
+    path.parent.mkdir(parents=True)
+    make(path)
+    again = CachedAnswer("q")
+    assert again.read() is None
+    again.keep({"a": 1})
+    assert again.read() == kept
     assert list(tmp_path.iterdir()) == [cache]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_answer_replaces_a_link_and_not_the_file_that_it_points_to(cache, tmp_path):
+    other = tmp_path / "mine.json"
+    other.write_text('{"mine": 0}')
+    path = CachedAnswer("q")._path
+    path.parent.mkdir(parents=True)
+    path.symlink_to(other)
+    CachedAnswer("q").keep({"a": 1})
+    assert other.read_text() == '{"mine": 0}'
+    assert not path.is_symlink()
+    assert CachedAnswer("q").read() == {"a": 1}
 
 
 def test_answers_are_stored_in_the_users_cache_folder(tmp_path, monkeypatch):

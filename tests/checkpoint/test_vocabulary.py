@@ -5,12 +5,10 @@ from peft_adapters import quiet
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSpeechSeq2Seq
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from adaptkit.checkpoint import vocabulary
 from adaptkit.checkpoint.vocabulary import is_embedding_name, is_tied_by_default, known_head
 from adaptkit.networks.architecture import head_path
 
 AUTO = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSpeechSeq2Seq)
-UNCOMMON = [kind for head, kinds in vocabulary._HEADS.items() if head != "lm_head" for kind in kinds.split()]
 
 
 def classes(kind):

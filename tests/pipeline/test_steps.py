@@ -12,7 +12,7 @@ from adaptkit.errors import GateError
 from adaptkit.operations._quantize.plan import Calibration
 from adaptkit.operations.verify import verify
 from adaptkit.pipeline import steps as registry
-from adaptkit.pipeline.run import run
+from adaptkit.pipeline.run import Listener, run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\
@@ -96,12 +96,22 @@ def test_a_gate_reports_its_figures(ran):
     assert facts["text.tokens"] > 0
 
 
-def test_a_figure_beyond_a_changed_limit_fails_the_gate(ran):
-    folder, _ = ran
-    path = folder / "strict.yaml"
+def test_a_figure_beyond_a_changed_limit_fails_the_gate_without_being_measured_again(ran):
+    folder, report = ran
+    path, begun, ended = folder / "strict.yaml", [], []
+    listener = Listener(started=lambda step: begun.append(step.name), ended=ended.append)
+    (measured,) = (folder / ".adaptkit").glob("*/measured.json")
+    before = measured.stat()
     path.write_text(RECIPE.replace("text.kl_divergence: {max: 1}", "text.kl_divergence: {max: 0}"))
     with pytest.raises(GateError, match=r"text\.kl_divergence is 0\.\d{4}; required: at most 0"):
-        run(path)
+        run(path, listener=listener)
+    assert begun == []
+    earlier = [step.name for step in report.steps]
+    assert [step.name for step in ended] == earlier[: earlier.index("measured") + 1]
+    assert {step.state for step in ended[:-1]} == {"kept"}
+    assert (ended[-1].state, ended[-1].facts) == ("failed", report.steps[len(ended) - 1].facts)
+    (after,) = ((found, found.stat()) for found in (folder / ".adaptkit").glob("*/measured.json"))
+    assert (after[0], after[1].st_ino, after[1].st_mtime_ns) == (measured, before.st_ino, before.st_mtime_ns)
 
 
 def test_a_step_runs_again_if_one_of_its_two_artifacts_is_missing(ran):

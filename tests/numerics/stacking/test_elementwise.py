@@ -194,8 +194,8 @@ def test_dropped_elements_depend_on_seed_module_and_position_of_the_adapter(make
     assert (combine(method, [change], seed=0) == first).all()
     assert (combine(method, [change], seed=1) != first).any()
     assert (combine(method, [change], module="another", seed=0) != first).any()
-    twice = combine("dare", [change, change], seed=0)
-    assert (twice != 2 * combine("dare", [change], seed=0)).any()
+    twice = combine(method, [change, change], seed=0)
+    assert ((twice != 0) & (first == 0)).any(), "the second adapter keeps elements that the first drops"
 
 
 @pytest.mark.parametrize("method", ["ties", "magnitude_prune", "dare", "dare_ties", "della", "breadcrumbs", "sce"])
