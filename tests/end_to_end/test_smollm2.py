@@ -50,6 +50,14 @@ def adapter(quantized, sources, work, run_cli):
     return work / "adapter"
 
 
+@pytest.fixture(scope="module")
+def merge_report(model, adapter, work, run_cli):
+    """Merge the adapter into ``work / "merged"``."""
+    done = run_cli("merge", model, adapter, "-o", work / "merged", "--json")
+    assert done.code == 0, done.stderr
+    return json.loads(done.stdout)
+
+
 def load(path, **options):
     from transformers import AutoModelForCausalLM
 
@@ -96,13 +104,10 @@ def test_the_adapter_changes_the_answer_of_the_model(quantized, adapter, run_cli
     assert all(answers)
 
 
-def test_merge_and_unmerge_give_back_the_bytes_of_the_base(model, adapter, work, run_cli):
-    merged = run_cli("merge", model, adapter, "-o", work / "merged", "--json")
-    assert merged.code == 0, merged.stderr
-    report = json.loads(merged.stdout)
-    assert report["base_verified"] is True
-    assert report["merged"] == 210
-    assert report["undo_bits"] < 0.1
+def test_merge_and_unmerge_give_back_the_bytes_of_the_base(model, adapter, merge_report, work, run_cli):
+    assert merge_report["base_verified"] is True
+    assert merge_report["merged"] == 210
+    assert merge_report["undo_bits"] < 0.1
     done = run_cli("unmerge", work / "merged", "-o", work / "restored", "--adapter", adapter)
     assert done.code == 0, done.stderr
     for path in model.iterdir():
@@ -110,6 +115,7 @@ def test_merge_and_unmerge_give_back_the_bytes_of_the_base(model, adapter, work,
     assert not filecmp.cmp(model / "model.safetensors", work / "merged" / "model.safetensors", shallow=False)
 
 
+@pytest.mark.usefixtures("merge_report")
 def test_the_merged_model_gives_the_logits_of_peft(model, adapter, work):
     from peft import PeftModel
 
