@@ -3,13 +3,13 @@
     instruction    {"instruction", "output"}            a question and an answer. The answer's column may also be named
     question       {"question", "answer"}               output, response, completion or answer. Optional: context or
     prompt         {"prompt", "completion"}             input, appended to the question; system; history, the earlier
-                                                        turns; the answer's thoughts, named as in messages. Prompt and
-                                                        completion may also be lists of messages.
+                                                        turns; the answer's reasoning, named as in messages. Prompt
+                                                        and completion may also be lists of messages.
     messages       {"messages": [{"role", "content"}, ...]}         from and value are read too. Marks such as
     conversations  {"conversations": [{"from", "value"}, ...]}      "weight": 0 exclude an answer from the loss.
-                                                                    Thoughts may be in reasoning_content, reasoning or
-                                                                    thinking, tool calls in tool_calls; the row lists
-                                                                    the tools.
+                                                                    Reasoning may be in reasoning_content, reasoning
+                                                                    or thinking, tool calls in tool_calls; the row
+                                                                    lists the tools.
     text           {"text"}
 
 ``layouts`` has further column names for questions, answers and conversations.
@@ -177,19 +177,19 @@ class _Forms:
             except DataError:  # the template refuses the probe; each row reports its own errors
                 return ""
 
-        self._written, self._thoughts = written, ReasoningFields(written)
+        self._written, self._reasoning = written, ReasoningFields(written)
         self._tools: ToolForm | None = None
 
     def given(self, conversation: Conversation) -> Conversation | DataError:
         """Return a conversation as the template takes it; if something would be left out, an error to raise later."""
         messages, _, tools = conversation
         if tools or any(CALLS in message or message["role"] == "tool" for message in messages):
-            self._tools = self._tools or ToolForm(self._written, self._thoughts.message)
+            self._tools = self._tools or ToolForm(self._written, self._reasoning.message)
             lost = self._tools.lost(messages, tools)
             if lost is not None:
                 return lost
             return conversation._replace(messages=[self._tools.message(message) for message in messages])
-        return conversation._replace(messages=[self._thoughts.message(message) for message in messages])
+        return conversation._replace(messages=[self._reasoning.message(message) for message in messages])
 
 
 def _forms_of(tokenizer: Any, tools: Tools) -> _Forms:
@@ -307,10 +307,9 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     known = _MESSAGE_KEYS | set(others) | ({*NAMES, "function_call"} if is_answer else set())
     known |= obeyed_marks(message, is_answer)
     ignored = frozenset(str(key) for key, value in message.items() if key not in known and value is not None)
-    thoughts = read_reasoning(message, str(content), where) if is_answer else ""
-    if not is_text(thoughts):
-        raise DataError(f"{where}: reasoning: expected text, found {found_in(thoughts)}", hint=SURROGATE_HINT)
-    return _Turn(_ROLES[role], str(content), is_learned, {FIELD: thoughts} | others, ignored | unread)
+    fields = {name: _text(message, name, where) for name in NAMES if is_answer and message.get(name)}
+    reasoning = read_reasoning(fields, str(content), where)
+    return _Turn(_ROLES[role], str(content), is_learned, {FIELD: reasoning} | others, ignored | unread)
 
 
 def _text(row: Mapping[str, Any], name: str, where: str) -> str:

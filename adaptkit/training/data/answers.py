@@ -2,10 +2,10 @@
 
 The prompt of an answer is the conversation before it, up to and including the opening of the answer. The answer, with
 its end of turn, is what the template adds to the prompt when it renders the conversation with the answer. Some
-templates render the prompt differently once the answer follows: they open answers with ``<think>``, but leave thoughts
-out of existing answers; or they put the system message before the last question if nothing follows it. The text is then
-the prompt, followed by what the template adds to the last question rendered by itself. No word of a message may be
-lost.
+templates render the prompt differently once the answer follows: they open answers with ``<think>``, but leave
+reasoning out of existing answers; or they put the system message before the last question if nothing follows it. The
+text is then the prompt, followed by what the template adds to the last question rendered by itself. No word of a
+message may be lost.
 
 An answer is searched for from its end, which is known, because the marks before it may contain the same words.
 """
@@ -24,7 +24,7 @@ _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
 _HALF_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 _LEADING_TAGS = re.compile(rf"(?:\s|{_TAG.pattern})*")
 _LAST_TAG = re.compile(rf"({_TAG.pattern})\s*$")
-_OF_THOUGHTS = re.compile(r"think|thought|reason|channel")
+_OF_REASONING = re.compile(r"think|thought|reason|channel")
 _CLOSES = re.compile(r"/|end|^<[^|].*\|>$", re.IGNORECASE)
 
 
@@ -96,17 +96,17 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
         The answer's place; None if the template rewrites the text before the answer, or leaves out a part of it.
 
     Raises:
-        DataError: the assistant speaks first; the prompt opens a thought but the answer has none, or the reverse; or a
+        DataError: the assistant speaks first; the prompt opens reasoning but the answer has none, or the reverse; or a
             part of its tool calls is missing.
     """
     if turn == 0:
         raise DataError("the first message is the assistant's", hint="begin with a user message")
     content, opened = content_with_reasoning(messages[turn]), _LAST_TAG.search(before)
-    said = content.removeprefix(opened[1]) if opened else content  # a thought mark that the prompt already contains
+    said = content.removeprefix(opened[1]) if opened else content  # a mark that the prompt already contains
     if not through.startswith(before) or missing(said, through[len(before) : ends.said]):
         return None
     check_calls(messages, turn, through[len(before) : ends.said])
-    _check_thoughts(before, through[len(before) : ends.said], messages, turn)
+    _check_reasoning(before, through[len(before) : ends.said], messages, turn)
     said_to = len(through[: ends.said].rstrip()) if content else ends.said
     return Answer(len(before), min(ends.words, said_to), said_to, ends.turn)
 
@@ -115,7 +115,7 @@ def with_question(messages: Sequence[Message], turn: int) -> list[Message]:
     """Return an answer with only the messages that it answers.
 
     These are the message before it or, if a tool gave that, all messages from the user's question on, with tool calls
-    reduced to the calls: a template may leave out thoughts and text beside calls once an answer follows.
+    reduced to the calls: a template may leave out reasoning and text beside calls once an answer follows.
     """
     start = turn - 1
     while start > 0 and messages[start]["role"] == "tool":
@@ -144,7 +144,7 @@ def answer_as_asked(
         The text up to the answer's end, and the answer's place in it.
 
     Raises:
-        DataError: the prompt opens a thought but the answer has none, or the reverse; or the template leaves out a
+        DataError: the prompt opens reasoning but the answer has none, or the reverse; or the template leaves out a
             part of the answer, or changes the question itself.
     """
     question, content = content_with_reasoning(messages[turn - 1]), content_with_reasoning(messages[turn])
@@ -164,7 +164,7 @@ def answer_as_asked(
     said, closing, mark = answered[same : ends.said], answered[ends.said :], opening.strip()
     marks = ends.said - ends.words  # marks of a tool call after its last word
     lost = missing(content, said)
-    if mark and content.startswith(mark) and said.rstrip().endswith(lines(content)[-1]):  # the template drops thoughts
+    if mark and content.startswith(mark) and said.rstrip().endswith(lines(content)[-1]):  # the template drops reasoning
         said, lost = content[len(mark) :].lstrip(), ""
     if lost:
         raise DataError(
@@ -173,9 +173,9 @@ def answer_as_asked(
         )
     check_calls(messages, turn, said)
     lead = _lead(said, content) if content or CALLS not in messages[turn] else _overlap(opening, said)
-    if lead.strip() and mark.endswith(lead.strip()):  # prompt and answer both end the thought
+    if lead.strip() and mark.endswith(lead.strip()):  # prompt and answer both end the reasoning
         said = said[len(lead) :]
-    _check_thoughts(before, said, messages, turn)
+    _check_reasoning(before, said, messages, turn)
     kept = len(said.rstrip()) if content else len(said)
     start = len(before)
     end = start + len(said) + ends.turn - ends.said
@@ -188,8 +188,8 @@ def shared(text: str, other: str) -> int:
     return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
 
 
-def _check_thoughts(before: str, said: str, messages: Sequence[Message], turn: int) -> None:
-    """Refuse an answer without thoughts after a prompt that opens one, or with thoughts after one that closed them.
+def _check_reasoning(before: str, said: str, messages: Sequence[Message], turn: int) -> None:
+    """Refuse an answer without reasoning after a prompt that opens it, or with reasoning after one that closed it.
 
     Args:
         before: the prompt.
@@ -205,13 +205,13 @@ def _check_thoughts(before: str, said: str, messages: Sequence[Message], turn: i
         )
     last = _LAST_TAG.search(before)
     kind = _kind(last[1]) if last else ""
-    if last is None or not _OF_THOUGHTS.search(kind) or content_with_reasoning(messages[turn - 1]).endswith(last[1]):
+    if last is None or not _OF_REASONING.search(kind) or content_with_reasoning(messages[turn - 1]).endswith(last[1]):
         return
     begun, thinks, found = not _CLOSES.search(last[1]), content.startswith("<think>"), _LEADING_TAGS.match(said)
     tags = [tag for tag in _TAG.findall(said) if _kind(tag) == kind]
     leads = kind in _kinds(found[0] if found else "")
     closes = bool(tags and _CLOSES.search(tags[0]))
-    if begun:  # a thought may mention such marks
+    if begun:  # reasoning may mention such marks
         refused = not closes and not (thinks and not leads and any(map(_CLOSES.search, tags)))
     else:  # an answer may, too
         refused = leads or closes or (thinks and bool(tags))
@@ -228,7 +228,7 @@ def _otherwise(opening: str, turn: int, begun: bool) -> DataError:
 
 
 def _kind(tag: str) -> str:
-    """Return what the tags that open and close a thought have in common."""
+    """Return what the tags that open and close reasoning have in common."""
     return re.sub(r"start|begin|end|[^a-z]", "", tag.lower())
 
 

@@ -36,7 +36,7 @@ def check_answers(messages: Sequence[Message], text: str) -> None:
     """Refuse a text that lacks a word of the assistant.
 
     Raises:
-        DataError: something is missing. Many templates leave out the thoughts of earlier answers.
+        DataError: something is missing. Many templates leave out the reasoning of earlier answers.
     """
     at = 0
     for number, message in enumerate(messages, 1):
@@ -96,5 +96,5 @@ def _search(content: str, text: str, at: int) -> tuple[int, str]:
 
 
 def lines(content: str) -> list[str]:
-    """Return the non-empty lines of a content, without thought marks; at least one."""
+    """Return the non-empty lines of a content, without the marks of reasoning; at least one."""
     return [line for part in _BETWEEN_LINES.split(content) if (line := part.strip())] or [content]

@@ -20,7 +20,7 @@ _OF_THE_MODEL = ("bos_token_id", "eos_token_id", "pad_token_id")
 def turn_end(tokenizer: Any) -> int | None:
     """Return the first special token that the chat template puts after an answer but not before it; None if none.
 
-    Kimi K3 closes thoughts, answers and messages with one token, and the turn with another.
+    Kimi K3 closes reasoning, answers and messages with one token, and the turn with another.
     """
     if tokenizer.chat_template is None:
         return None

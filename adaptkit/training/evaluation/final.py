@@ -1,7 +1,8 @@
-"""The final answer in a model's output, without thoughts and the marks that the chat template puts around it.
+"""The final answer in a model's output, without reasoning and the marks that the chat template puts around it.
 
-The marks are read from the template itself: gpt-oss's puts ``<|channel|>final<|message|>`` between thoughts and answer,
-others ``</think>``. Special tokens do not suffice to find them, since marks also contain ordinary words.
+The marks are read from the template itself: between reasoning and answer, gpt-oss's puts
+``<|channel|>final<|message|>``, others ``</think>``. Special tokens do not suffice to find them, since marks also
+contain ordinary words.
 """
 
 from bisect import bisect_left
@@ -15,7 +16,7 @@ from adaptkit.text.reasoning import FIELD
 from adaptkit.training.data.encoding import around_answer
 
 _THINK_BEGIN, _THINK_END = "<think>", "</think>"
-"""Marks around thoughts if the template has none of its own, or leaves thoughts out of existing answers."""
+"""Marks around reasoning if the template has none of its own, or leaves reasoning out of existing answers."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Marks:
     """Marks around an answer's words.
 
     Attributes:
-        opening: text between the prompt and an answer without thoughts; may be empty.
-        end: text that ends thoughts; empty if the template has none.
+        opening: text between the prompt and an answer without reasoning; may be empty.
+        end: text that ends reasoning; empty if the template has none.
         closing: added token right after the words, if there is one; it need not end the turn.
     """
 
@@ -40,14 +41,14 @@ class Marks:
         default_end = (
             _THINK_END if any(mark in str(tokenizer.chat_template) for mark in (_THINK_BEGIN, _THINK_END)) else ""
         )
-        words, thoughts = "quokka", "lemur"  # occur in no template
-        answer = {"role": "assistant", "content": words, FIELD: thoughts}
+        words, reasoning = "quokka", "lemur"  # occur in no template
+        answer = {"role": "assistant", "content": words, FIELD: reasoning}
         try:
             opening, after, *_ = around_answer(tokenizer)
             (text,) = render([Conversation([{"role": "user", "content": "question"}, answer], False)], tokenizer)
         except DataError:  # it refuses a plain question and answer; each row's own error says why
             return cls(end=default_end)
-        _, found, end = text.rpartition(words)[0].rpartition(thoughts)
+        _, found, end = text.rpartition(words)[0].rpartition(reasoning)
         end = end if found and end.strip() not in ("", _THINK_END) else default_end  # may be part of the content
         end = opening if opening.strip() and end.endswith(opening) else end
         closing = next(iter(tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]), None)
@@ -58,7 +59,7 @@ class Marks:
         )
 
     def answer_in(self, tokens: Sequence[int], tokenizer: Any) -> str:
-        """Return the answer's text in a model's tokens, without special tokens; all text if thoughts have no end."""
+        """Return the answer's text in a model's tokens, without special tokens; all text if reasoning has no end."""
         begun, rest, is_open = "", list(tokens), False
         if self.opening and str(tokenizer.decode(rest)).lstrip().startswith(self.opening):
             begun, rest, is_open = *_after(self.opening, rest, tokenizer), True

@@ -32,7 +32,7 @@ class Generated:
     """One answer.
 
     Attributes:
-        text: answer without thoughts, special tokens and surrounding white space.
+        text: answer without reasoning, special tokens and surrounding white space.
         ended: whether the model ended it, rather than the limit of new tokens.
     """
 

@@ -34,7 +34,7 @@ class Question:
     Attributes:
         messages: messages; the last is not the assistant's.
         tools: tools that the model may call.
-        references: correct answers, without thoughts and duplicates, in file order; at least one.
+        references: correct answers, without reasoning and duplicates, in file order; at least one.
     """
 
     messages: Messages
