@@ -9,6 +9,7 @@ import torch
 from adaptkit.numerics.adamw import BLOCK, AdamW, decode, encode
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.dry_run import plan_run
 from adaptkit.training.loop import train
 from adaptkit.training.memory import paging
 from adaptkit.training.memory.moments import PagedState
@@ -199,6 +200,21 @@ def test_a_batch_that_runs_out_of_memory_finishes_after_evictions():
     result = pressure.relieve(1, lambda: torch.ones(100 << 20, dtype=torch.uint8, device=GPU))
     assert (int(result[-1]), len(notes), state.pages.counters.retries) == (1, 1, 1)
     del ballast
+
+
+def test_planning_a_sharded_base_does_not_load_it_onto_one_gpu(config, tmp_path):
+    """One GPU need not have room for it."""
+
+    def planned(changed):
+        before = active_bytes("current")
+        torch.cuda.reset_peak_memory_stats()
+        plan = plan_run(changed, tmp_path / "adapter")
+        return plan.trainable_parameters, active_bytes("peak") - before
+
+    divided = replace(config, shard_base=True, checkpointing="layer", offload_checkpoints=True)
+    (one, used), (other, of_whole) = planned(divided), planned(config)
+    assert (one, used) == (other, 0)
+    assert of_whole > 0
 
 
 def test_peak_memory_is_within_half_of_the_prediction(config, tmp_path):
