@@ -51,6 +51,17 @@ def trained(config, tmp_path_factory):
     return output, train(config, output)
 
 
+def stopped(config, output, step):
+    """Start a run, and interrupt it after a step."""
+
+    def stop(report):
+        if report.step == step:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, output, on_step=stop)
+
+
 def test_the_held_out_loss_falls_and_the_adapter_verifies(trained):
     output, report = trained
     assert report.held_out_after < 0.9 * report.held_out_before
@@ -168,18 +179,10 @@ def test_killed_runs_resume_to_the_same_bytes(config, trained, tmp_path):
         assert (output / name).read_bytes() == (trained[0] / name).read_bytes()
 
 
-def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(config, trained, tmp_path, monkeypatch, capsys):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(config, trained, tmp_path, capsys):
     output = tmp_path / "adapter"
     saving = replace(config, save_every=4)
-    steps = []
-
-    def stop(report):
-        steps.append(report.step)
-        if report.step == 10:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(saving, output, on_step=stop)
+    stopped(saving, output, 10)
     state = output.with_name("adapter.partial") / "checkpoint-10" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1] + b"\xff")
     report = train(saving, output)
@@ -310,17 +313,6 @@ def test_micro_batches_give_the_result_of_the_whole_batch(config, tmp_path):
     assert lines[0][1]["grad_norm"] == pytest.approx(lines[1][1]["grad_norm"], rel=1e-4)
 
 
-def stopped(config, output, step):
-    """Start a run, and interrupt it after a step."""
-
-    def stop(report):
-        if report.step == step:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, output, on_step=stop)
-
-
 def test_a_run_refused_before_resuming_does_not_discard_its_checkpoint(config, tmp_path):
     run, output = replace(config, steps=4, save_every=1), tmp_path / "adapter"
     stopped(run, output, 2)
@@ -369,8 +361,11 @@ def test_truncated_metrics_are_restored_from_the_checkpoint(config, trained, tmp
     assert (output / "metrics.jsonl").read_bytes() == (trained[0] / "metrics.jsonl").read_bytes()
 
 
-def test_non_finite_gradients_stop_the_run_at_their_step(config, tmp_path, monkeypatch):
+def test_non_finite_gradients_stop_the_run_before_any_parameter_changes(config, tmp_path, monkeypatch):
+    pairs = []
+
     def spoil(model, batch):
+        pairs.extend((value, value.detach().clone()) for value in model.network.parameters() if value.requires_grad)
         loss = summed_loss(model, batch)
         loss.register_hook(lambda grad: grad * float("inf"))
         return loss
@@ -379,6 +374,8 @@ def test_non_finite_gradients_stop_the_run_at_their_step(config, tmp_path, monke
     with pytest.raises(NonFiniteError, match=r"gradient's norm is .* at step 1"):
         train(replace(config, steps=1), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+    assert len(pairs) == 2 * 14  # A and B of seven layers in each of two blocks
+    assert all(torch.equal(value, before) for value, before in pairs)
 
 
 def test_the_manifest_records_the_hash_of_the_data(trained, instructions):

@@ -26,8 +26,7 @@ from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.text.windows import pad_id
-from adaptkit.training import dry_run, loop, result
-from adaptkit.training import inputs as inputs_module
+from adaptkit.training import loop, result
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.device import deterministic
@@ -186,6 +185,9 @@ def test_evaluation_batches_are_no_larger_than_micro_batches(config, tmp_path):
     assert max(seen) == 2
 
 
+# Inputs that are refused
+
+
 @pytest.mark.parametrize("asked", [{"sample_tokens": 10_000}, {"sample_prompts": ("word " * 3000,)}])
 def test_sample_prompts_longer_than_the_context_are_refused_before_the_first_step(config, tmp_path, asked):
     with pytest.raises(UsageError, match="are longer than the model's context of "):
@@ -193,22 +195,8 @@ def test_sample_prompts_longer_than_the_context_are_refused_before_the_first_ste
     assert not list(tmp_path.iterdir())
 
 
-# Best and last adapter, early stopping
-
-
-@pytest.fixture(scope="module")
-def overshooting(config):
-    return replace(config, learning_rate=0.05, eval_every=2, patience=2, steps=40)
-
-
-@pytest.fixture(scope="module")
-def stopped(overshooting, tmp_path_factory):
-    output = tmp_path_factory.mktemp("stopped") / "adapter"
-    return output, train(overshooting, output, note=lambda text: None)
-
-
 def test_tokens_outside_the_models_vocabulary_are_refused_before_the_first_step(
-    config, llama, copy_of, instructions, run_cli, tmp_path
+    llama, copy_of, instructions, run_cli, tmp_path
 ):
     model = copy_of(llama)
     tokenizer = load_tokenizer(llama)
@@ -232,6 +220,20 @@ def test_tokens_outside_the_models_vocabulary_are_refused_before_the_first_step(
     told = evaluate(model, None, (instructions,), EvaluateOptions(device="cpu", compute_dtype="float32"))
     same = evaluate(llama, None, (instructions,), EvaluateOptions(device="cpu", compute_dtype="float32"))
     assert told.loss == same.loss  # although the padding token is not in the model's vocabulary
+
+
+# Best and last adapter, early stopping
+
+
+@pytest.fixture(scope="module")
+def overshooting(config):
+    return replace(config, learning_rate=0.05, eval_every=2, patience=2, steps=40)
+
+
+@pytest.fixture(scope="module")
+def stopped(overshooting, tmp_path_factory):
+    output = tmp_path_factory.mktemp("stopped") / "adapter"
+    return output, train(overshooting, output, note=lambda text: None)
 
 
 def test_a_run_stops_after_patience_measurements_without_improvement(stopped):
@@ -332,15 +334,32 @@ def test_sampled_answers_equal_those_of_an_evaluation_of_the_adapter(config, lla
     assert notes[-1] == f"step 8: 'hello' -> {answers[8]['hello']!r}"
 
 
-def test_tensorboard_receives_the_numbers_of_the_metrics(config, tmp_path):
+def numbers(folder):
+    """Return every series of numbers in the metrics, by name and step."""
+    found = {}
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float):
+                found.setdefault(name, {})[line["step"]] = value
+    assert found.keys() >= {"loss", "held_out_loss", "learning_rate", "grad_norm", "tokens", "answer_tokens"}
+    return found
+
+
+def test_tensorboard_receives_the_numbers_and_answers_of_the_metrics(config, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    shown = replace(config, tensorboard=str(tmp_path / "board"), eval_every=4)
+    shown = replace(
+        config, tensorboard=str(tmp_path / "board"), eval_every=4, sample_prompts=("hello",), sample_tokens=3
+    )
     train(shown, tmp_path / "adapter", note=lambda text: None)
     events = EventAccumulator(str(tmp_path / "board")).Reload()
-    for name in ("loss", "held_out_loss", "learning_rate", "grad_norm", "tokens"):
-        found = {event.step: event.value for event in events.Scalars(name)}
-        assert found == pytest.approx(metrics(tmp_path / "adapter", name), rel=1e-6)
+    expected = numbers(tmp_path / "adapter")
+    assert sorted(events.Tags()["scalars"]) == sorted(expected)
+    for name, values in expected.items():
+        assert {event.step: event.value for event in events.Scalars(name)} == pytest.approx(values, rel=1e-6), name
+    texts = {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("hello/text_summary")}
+    answers = metrics(tmp_path / "adapter", "answers")
+    assert {step: {"hello": text} for step, text in texts.items()} == answers != {}
     plain = train(replace(shown, tensorboard=None), tmp_path / "plain", note=lambda text: None)
     assert plain.manifest_sha256 == require_manifest(tmp_path / "adapter").sha256
 
@@ -354,18 +373,23 @@ def command(config, output, *more):
     return [*shown, *more]
 
 
-def test_weights_and_biases_receives_every_loss_offline(config, run_cli, tmp_path):
+def test_weights_and_biases_receives_the_numbers_and_answers_of_the_metrics_offline(config, run_cli, tmp_path):
     from wandb.proto.wandb_internal_pb2 import Record
 
-    done = run_cli(*command(config, tmp_path / "adapter", "--wandb", "p"), cwd=tmp_path, WANDB_MODE="offline")
-    assert (done.code, done.stderr) == (0, "")
+    more = ("--wandb", "p", "--eval-every", "4", "--sample-prompts", "hello", "--sample-tokens", "3")
+    done = run_cli(*command(config, tmp_path / "adapter", *more), cwd=tmp_path, WANDB_MODE="offline")
+    assert (done.code, done.stderr.count("\n")) == (0, 1), done.stderr
+    assert done.stderr.startswith("step 8: 'hello' -> ")
     (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     found = {}
     for data in log_records(log.read_bytes()):
         items = {(i.key or i.nested_key[0]): json.loads(i.value_json) for i in Record.FromString(data).history.item}
-        if "loss" in items:
-            found[items["_step"]] = items["loss"]
-    assert found == metrics(tmp_path / "adapter", "loss")
+        for name, value in items.items():
+            if not name.startswith("_"):  # W&B's own
+                found.setdefault(name, {})[items["_step"]] = value
+    answers = metrics(tmp_path / "adapter", "answers")
+    texts = {"answer to 'hello'": {step: said["hello"] for step, said in answers.items()}}
+    assert found == numbers(tmp_path / "adapter") | texts
 
 
 def log_records(content):
@@ -382,7 +406,7 @@ def log_records(content):
             parts = b""
 
 
-def test_an_output_folder_that_appears_during_a_run_loses_no_work(config, run_cli, tmp_path):
+def test_an_output_folder_that_appears_during_a_run_loses_no_work(config, tmp_path):
     """Checkpoints stay; once that folder is removed, the same command publishes from that of the last step."""
     out = tmp_path / "adapter"
     with pytest.raises(OutputExistsError, match="already exists"):
@@ -449,15 +473,12 @@ def test_a_plan_predicts_the_run_and_writes_nothing(config, run_cli, tmp_path):
     assert not (tmp_path / "other.partial").exists()
 
 
-def test_planning_a_sharded_base_does_not_load_it_onto_one_gpu(config, tmp_path, monkeypatch):
-    for module in (dry_run, inputs_module):
-        monkeypatch.setattr(module, "choose_device", lambda name: torch.device("cuda"))
-    divided = replace(config, shard_base=True, checkpointing="layer", offload_checkpoints=True)
-    plan = plan_run(divided, tmp_path / "adapter")  # without a GPU, moving anything to one would fail
-    monkeypatch.undo()
-    assert plan.trainable_parameters == plan_run(config, tmp_path / "adapter").trainable_parameters
-    with pytest.raises(UsageError, match="offload_checkpoints"):  # a CPU refuses, as it will when the run begins
-        plan_run(divided, tmp_path / "adapter")
+def test_a_plan_for_a_sharded_base_refuses_offloading_on_a_cpu_as_the_run_does(config, tmp_path):
+    """Although the plan itself is made on the CPU, without offloading."""
+    divided = replace(config, shard_base=True, checkpointing="layer")
+    assert plan_run(divided, tmp_path / "adapter").checkpointing == "2 of 2 layers checkpointed"
+    with pytest.raises(UsageError, match=r"^offload_checkpoints: needs a GPU"):
+        plan_run(replace(divided, offload_checkpoints=True), tmp_path / "adapter")
 
 
 def cut_after(config, output, step):
@@ -511,7 +532,7 @@ def test_checkpoints_that_do_not_fit_on_the_disk_are_refused(tmp_path):
     require_room(tmp_path, free // 2, 2)  # two are there already: only the next one needs room
 
 
-def test_a_conflict_with_a_different_run_names_the_differences(config, copy_of, llama_nf4, tmp_path):
+def test_a_conflict_with_a_different_run_names_the_differences(config, tmp_path):
     output = tmp_path / "adapter"
     cut_after(config, output, 2)
     for change, words in (

@@ -302,7 +302,7 @@ def test_text_is_tokenized_as_a_whole_if_the_tokenizer_puts_a_space_before_it(ll
     assert learned(sample, tokenizer).endswith("two<|im_end|>")
 
 
-def test_the_first_word_is_learned_if_its_token_includes_the_prompts_last_space(llama):
+def test_the_first_word_is_learned_if_its_token_includes_the_prompts_last_space():
     """As with tokenizers converted from SentencePiece and Vicuna's template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -332,7 +332,7 @@ def test_messages_after_the_last_learned_answer_are_not_read(families):
     assert "Thanks" in families["chatml"].decode(everything.ids)
 
 
-def test_every_answer_is_a_sample_if_the_template_changes_earlier_turns(tokenizer, llama):
+def test_every_answer_is_a_sample_if_the_template_changes_earlier_turns(llama):
     """Each begins with the prompt of that answer at inference."""
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = QWEN3
