@@ -6,6 +6,7 @@ itself.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,7 +15,6 @@ import time
 
 import pytest
 import tiny
-import torch
 
 from adaptkit.checkpoint.adapter import read_adapter
 
@@ -150,14 +150,15 @@ def test_two_processes_train_the_same_adapter_as_one(runs):
     for module, term in one.items():
         change, other = (t.lora_b @ t.lora_a for t in (term, two[module]))
         assert (change - other).norm() < 1e-3 * change.norm(), module
-        assert torch.isfinite(change).all()
 
 
 def test_a_sharded_base_trains_the_same_bits(runs):
     name = "adapter_model.safetensors"
     assert (runs / "sharded" / name).read_bytes() == (runs / "two" / name).read_bytes()
     for mine, theirs in zip(metrics(runs / "sharded"), metrics(runs / "two"), strict=True):
-        assert mine == theirs or mine["held_out_loss"] == pytest.approx(theirs["held_out_loss"], rel=1e-6)
+        loss, expected = (line.pop("held_out_loss", 0.0) for line in (mine, theirs))
+        assert mine == theirs
+        assert loss == pytest.approx(expected, rel=1e-6)
     assert (runs / "sharded-0.log").read_text().startswith("wrote")  # and no warning before it
 
 
@@ -275,7 +276,8 @@ def test_processes_stop_at_the_same_step_and_name_the_samples_of_all_processes(r
     messages = [(runs / f"broken-{rank}.log").read_text().splitlines() for rank in range(2)]
     assert messages[0][0].startswith("error: the loss is nan at step")
     assert messages[1] == [f"process 1: {line}" for line in messages[0]]
-    assert messages[0][0].count("line ") in (4, 5)  # all of a step, not one process's half
+    named = re.findall(r"line \d+", messages[0][0])
+    assert len(named) == len(set(named)) in (4, 5)  # all of a step, not one process's half
 
 
 def test_torchrun_restarts_a_run_after_a_process_is_killed(runs, llama_nf4, instructions, tmp_path):
