@@ -60,8 +60,6 @@ def test_parameters_and_buffers_are_those_that_transformers_loads(name, family):
 
 def test_a_model_that_scales_its_embeddings_gives_the_logits_of_transformers(family):
     """The scale is a buffer of the embedding; computing it must not initialize the embedding again."""
-    from adaptkit.training.network.model import load_model
-
     ids = torch.arange(1, 30)[None]
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(family("gemma3_text"), dtype=torch.float32)(ids).logits
@@ -135,7 +133,6 @@ ROUTER_BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_trainer_loads_buffers_that_the_files_contain(deepseek, packed, tmp_path):
     from adaptkit.operations.quantize import quantize
-    from adaptkit.training.network.model import load_model
 
     ids, folder = torch.arange(1, 60)[None], deepseek
     if packed:

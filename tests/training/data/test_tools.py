@@ -281,7 +281,8 @@ def test_with_loss_on_all_omitted_arguments_of_a_call_with_weight_zero_are_refus
 def test_a_template_that_omits_a_single_tool_is_refused(llama):
     tokenizer = tokenizer_of(llama, "chatml")
     example = row(tools=(TOOL, {"name": "width"}))
-    assert encode(example, tokenizer)
+    texts = [tokenizer.decode(sample.ids) for sample in encode(example, tokenizer).samples]
+    assert ['"name": "width"' in text for text in texts] == [True]
     tokenizer.chat_template = CHATML.replace("for t in tools", "for t in tools[:1]")
     with pytest.raises(DataError, match="leaves out the tool width"):
         encode(example, tokenizer)

@@ -122,8 +122,6 @@ def test_an_adapter_for_another_model_is_refused(llama_nf4):
 
 
 def test_a_checkpoint_with_a_different_number_of_layers_than_its_config_is_refused(llama_nf4, copy_of):
-    import json
-
     folder = copy_of(llama_nf4)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))

@@ -1,10 +1,12 @@
 """How runs start, with or without an initial adapter, and which settings the library and the command refuse."""
 
+import json
 import shutil
 from dataclasses import replace
 
 import peft_adapters
 import pytest
+import tiny
 import torch
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -203,8 +205,6 @@ def test_a_token_that_is_named_twice_is_trained_once(llama, instructions, tmp_pa
 
 
 def test_a_base_that_another_tool_quantized_is_refused_with_a_hint(llama, copy_of):
-    import json
-
     folder = copy_of(llama)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
@@ -310,8 +310,6 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bytes(llama, inst
 def test_an_adapter_of_a_quantized_base_can_start_on_its_plain_base_but_on_no_other(
     llama, llama_nf4, instructions, tmp_path
 ):
-    import tiny
-
     config = TrainConfig(base=str(llama_nf4), data=(str(instructions),), steps=1, batch_size=2, **RUN)
     train(config, tmp_path / "adapter")
     begun(llama, init=str(tmp_path / "adapter"))
