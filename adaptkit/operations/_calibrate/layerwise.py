@@ -47,7 +47,8 @@ def layer_moments(
         Linears that read the same tensor share one ``InputMoments``; one that no token reached is absent.
 
     Raises:
-        UsageError: the checkpoint is quantized, transformers cannot build it, or a token is not in its vocabulary.
+        UsageError: the checkpoint is quantized, transformers cannot build it, it does not run its layers once each, in
+            order, or a token is not in its vocabulary.
         CheckpointError: a tensor that the architecture needs is missing, or has another shape.
         NonFiniteError: an activation is NaN or infinite; names the linear layer.
     """
@@ -71,6 +72,7 @@ def _outside(replay: Replay, outputs: list[Any], second_moments: bool) -> dict[s
     linears = replay.linears(len(replay.prefixes))
     head = replay.network.get_output_embeddings()
     if not linears:
+        replay.require_end(outputs[0])
         return {}
     if head is not None:  # only its input is measured; logits would waste memory
         head.forward = lambda x: x[..., :0]

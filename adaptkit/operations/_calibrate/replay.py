@@ -13,6 +13,7 @@ Layers that reuse keys and values of earlier ones read them from a mutable mappi
 The entries that a layer writes are stored, and put into the mapping again when later layers run.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -137,6 +138,9 @@ class Replay:
 
         Returns:
             (windows, count, vocabulary) logits.
+
+        Raises:
+            UsageError: the model runs a layer again after the last one.
         """
         self._current, self._calls, self._before = len(self.prefixes), 0, before
         some = {} if positions is None else {"logits_to_keep": positions}
@@ -146,6 +150,29 @@ class Replay:
             self._before = None
         logits: Tensor = output.logits
         return logits
+
+    def require_end(self, before: Any) -> None:
+        """Check that no layer runs again after the last one, by running the first batch from there up to the head.
+
+        Args:
+            before: output of the last layer for the first batch.
+
+        Raises:
+            UsageError: a layer runs again.
+        """
+
+        def reached(*_: Any) -> None:
+            raise _ReachedError(None)
+
+        head = self.network.get_output_embeddings()
+        if head is None:
+            return
+        handle = head.register_forward_pre_hook(reached)
+        try:
+            with contextlib.suppress(_ReachedError), torch.no_grad():
+                self.finish(0, before)
+        finally:
+            handle.remove()
 
     def as_in_files(self, found: Mapping[str, Found]) -> dict[str, Found]:
         """Convert results by linear layer to results by matrix in the files; several may make up one layer's weight."""

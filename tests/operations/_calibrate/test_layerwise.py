@@ -185,22 +185,31 @@ def test_a_missing_weight_and_the_layer_with_an_infinite_input_are_named(family,
         list(layer_moments(infinite, windows()))
 
 
-def test_a_model_without_layers_or_that_runs_them_in_reverse_is_refused(family, copy_of, monkeypatch):
+@pytest.mark.parametrize("tied", [True, False])  # an untied head is measured, too, after the layers
+@pytest.mark.parametrize("order", [[2, 1, 0], [0, 2], [1, 2], [0, 1], [0, 0, 1, 2], [0, 1, 1, 2], [0, 1, 2, 2]])
+def test_a_model_that_skips_repeats_or_reorders_layers_is_refused(family, copy_of, monkeypatch, order, tied):
     from transformers.models.llama.modeling_llama import LlamaModel
 
-    forward = LlamaModel.forward
+    forward, folder = LlamaModel.forward, copy_of(family("llama"))
 
-    def backwards(self, *args, **kwargs):
-        layers = self.layers
-        self.layers = layers[::-1]
+    def changed(self, *args, **kwargs):
+        layers, count = self.layers, self.config.num_hidden_layers
+        self.layers, self.config.num_hidden_layers = nn.ModuleList(layers[index] for index in order), len(order)
         try:
             return forward(self, *args, **kwargs)
         finally:
-            self.layers = layers
+            self.layers, self.config.num_hidden_layers = layers, count
 
-    monkeypatch.setattr(LlamaModel, "forward", backwards)
-    with pytest.raises(UsageError, match="does not run its layers once each"):
-        next(layer_moments(Checkpoint(family("llama")), windows()))
+    monkeypatch.setattr(LlamaModel, "forward", changed)
+    if tied:
+        rewritten(folder, lambda tensors: tensors.pop("lm_head.weight"))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(UsageError, match="does not run its layers once each, in order"):
+        list(layer_moments(Checkpoint(folder), windows(1)))
+
+
+def test_a_model_without_layers_is_refused(family, copy_of):
     config = json.loads((family("llama") / "config.json").read_text())
     empty = copy_of(family("llama"), "empty")
     (empty / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 0}))
