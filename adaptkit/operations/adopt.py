@@ -152,6 +152,7 @@ def adopt(
         _copy_weights(out, files, threads, lambda done: progress(of_parent + done, total))
         for name in small:
             out.copy(resolve_inside(source, name), name)
+        progress(total, total)
         _require_state(source, before, [*files.headers, *small])
         manifest = Manifest(
             kind=report.kind,
