@@ -179,8 +179,10 @@ def test_lora_of_a_dense_mlp_together_with_experts_is_an_error_for_peft(parts, m
     save_file(tensors, folder / "adapter_model.safetensors")
     with peft_adapters.quiet():
         merged = PeftModel.from_pretrained(model(tmp_path / "base"), folder).merge_and_unload().state_dict()
-    name = "model.layers.0.mlp.down_proj.weight"
-    assert torch.equal(merged[name], model(tmp_path / "base").state_dict()[name])
+    unchanged = model(tmp_path / "base").state_dict()
+    for part in parts.split():
+        name = f"model.layers.0.mlp.{part}_proj.weight"
+        assert torch.equal(merged[name], unchanged[name]), part
     (verdict,) = check(folder, ["peft"], tmp_path / "base").verdicts
     assert [finding.found for finding in verdict.findings if "not an expert" in finding.found]
     assert not verdict.taken

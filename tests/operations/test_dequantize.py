@@ -124,8 +124,11 @@ def test_an_unsupported_quantization_method_is_named(llama, copy_of, tmp_path):
 
 def test_an_existing_output_is_refused(quantized, copy_of):
     out = copy_of(quantized)
+    before = tree(out)
     with pytest.raises(OutputExistsError):
         dequantize(quantized, out)
+    assert tree(out) == before
+    assert list(out.parent.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(("had", "comes"), [("bfloat16",) * 2, ("float16",) * 2, ("float32", "bfloat16")])

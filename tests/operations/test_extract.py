@@ -589,9 +589,8 @@ def test_shards_pieces_and_threads_do_not_change_the_result(tmp_path, plain, tun
     weights = "adapter_model.safetensors"
     assert (tmp_path / "sharded" / weights).read_bytes() == (tmp_path / "one" / weights).read_bytes()
     monkeypatch.setattr(_shards, "PIECE_BYTES", 1000)
-    extract(tuned, plain, tmp_path / "small", ExtractOptions(rank=3))
-    one, small = load_file(tmp_path / "one" / weights), load_file(tmp_path / "small" / weights)
-    assert all((one[key] - small[key]).abs().max() <= 1e-5 * one[key].abs().max() for key in one)
+    extract(tuned, plain, tmp_path / "small", ExtractOptions(rank=3))  # sums differ only in the last bits of float64
+    assert tree(tmp_path / "small") == tree(tmp_path / "one")
 
 
 def test_the_seed_changes_the_result_and_more_iterations_keep_more_energy(tmp_path, plain, tuned):

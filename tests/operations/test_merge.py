@@ -313,11 +313,18 @@ def test_one_changed_bit_of_the_base_is_detected(tmp_path, llama, adapter, certi
         merge(other, [known], tmp_path / "out")
 
 
-def test_adapters_of_different_bases_are_refused_in_a_dry_run(tmp_path, llama, adapter, second_adapter, certified):
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_adapters_of_different_bases_are_refused_before_any_output(
+    tmp_path, llama, adapter, second_adapter, certified, dry_run
+):
     other = tiny.write_llama(tmp_path / "other", seed=9)
     known = [certified(adapter, llama), certified(second_adapter, other)]
+    before, seen = tree(tmp_path), []
     with pytest.raises(BaseMismatchError, match="different bases"):
-        merge(llama, known, tmp_path / "out", dry_run=True)
+        merge(llama, known, tmp_path / "out", dry_run=dry_run, progress=lambda *now: seen.append(now))
+    assert not seen
+    assert tree(tmp_path) == before
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_manifest_that_names_no_base_does_not_verify_the_base(tmp_path, llama, adapter, certified):

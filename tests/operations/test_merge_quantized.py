@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import tiny
@@ -11,18 +12,24 @@ from peft_adapters import quiet
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.journal import JOURNAL_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, parent_of, require_manifest
 from adaptkit.checkpoint.quantized import read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
 from adaptkit.hub._selection import part_of, select
+from adaptkit.operations._merge import quantized as _merge_quantized
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import MergeOptions, merge
-from adaptkit.operations.quantize import quantize
+from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import VerifyOptions, verify
 
 NF4 = MergeOptions(format="nf4")
+
+
+def tree(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def weights(folder):
@@ -307,16 +314,35 @@ def test_untying_and_quantizing_in_one_merge_is_refused(tmp_path, llama):
     assert "then quantize" in caught.value.hint
 
 
-def test_a_partial_folder_from_a_different_adapter_is_not_used(tmp_path, llama, adapter, second_adapter):
-    """Work in a partial folder is valid for only one set of adapters."""
-    merge(llama, [second_adapter], tmp_path / "other", NF4)
-    partial = tmp_path / "out.partial"
-    (tmp_path / "other").rename(partial)
-    files = json.loads((partial / "adaptkit-manifest.json").read_text())["files"]
-    assert files
-    merge(llama, [adapter], tmp_path / "clean", NF4)
-    merge(llama, [adapter], tmp_path / "out", NF4, force=True)
-    assert weights(tmp_path / "out") == weights(tmp_path / "clean")
+@pytest.mark.parametrize("form", ["keep", "nf4"])
+def test_a_partial_folder_from_a_different_adapter_is_not_used(
+    tmp_path, llama_sharded, adapter, copy_of, form, monkeypatch
+):
+    """The first run is interrupted after two shards; the adapters differ only in the values of their tensors."""
+    other = copy_of(adapter)
+    doubled = {name: tensor * 2 for name, tensor in load_file(other / "adapter_model.safetensors").items()}
+    save_file(doubled, other / "adapter_model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(_merge_quantized, "QuantizeOptions", partial(QuantizeOptions, max_shard_bytes=20_000))
+    options, out = MergeOptions(format=form), tmp_path / "out"
+    folder, left = tmp_path / "out.partial", {}
+
+    def stop_after_two_shards(done, total):
+        journal = folder / JOURNAL_NAME
+        lines = journal.read_text().splitlines()[1:] if journal.is_file() else []
+        names = [json.loads(line)["file"]["path"] for line in lines]
+        left.update({name: (folder / name).read_bytes() for name in names if name.startswith("model-")})
+        if len(left) == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        merge(llama_sharded, [other], out, options, progress=stop_after_two_shards)
+    assert left.items() <= weights(folder).items()
+    merge(llama_sharded, [adapter], out, options)
+    merge(llama_sharded, [adapter], tmp_path / "clean", options)
+    assert tree(out) == tree(tmp_path / "clean")
+    made = weights(out)
+    assert len(made) > 2
+    assert any(content != made[name] for name, content in left.items())  # so the two adapters' shards differ
 
 
 def test_the_command_line_prints_the_share_of_the_change_left(tmp_path, llama, adapter, run_cli):

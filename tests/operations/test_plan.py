@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import tiny
@@ -222,14 +223,28 @@ def test_settings_that_training_would_refuse_are_noted(models, run_cli):
     assert "longer than the model's context" in note
 
 
-def test_an_activation_budget_reduces_activations_or_is_refused(models):
-    folder = models["llama"][0]
-    options = {"seq_len": 512, "batch": 64}
-    none = plan(folder, PlanOptions(checkpointing="none", **options)).memory["activations"]
-    within = plan(folder, PlanOptions(checkpointing=f"budget:{none // 2**20 - 1}", **options))
-    assert within.memory["activations"] < none
-    with pytest.raises(UsageError, match="at least"):
-        plan(folder, PlanOptions(checkpointing="budget:1", **options))
+def test_planned_activations_are_within_their_budget_or_it_is_refused(models, tmp_path):
+    """The least budget that the refusal names is enough; one MiB less is not."""
+    config = json.loads((models["llama"][0] / "config.json").read_text()) | {"num_hidden_layers": 6}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def activations(checkpointing):
+        options = PlanOptions(seq_len=512, batch=64, checkpointing=checkpointing)
+        return plan(tmp_path, options).memory["activations"]
+
+    none = activations("none")
+    with pytest.raises(UsageError, match="at least") as caught:
+        activations("budget:1")
+    least = int(re.search(r"at least ([\d,]+) MiB", caught.value.message)[1].replace(",", ""))
+    with pytest.raises(UsageError, match=f"at least {least:,} MiB"):
+        activations(f"budget:{least - 1}")
+    assert (least - 1) * 2**20 < activations(f"budget:{least}") <= least * 2**20
+    budgets = [least + (none // 2**20 - 1 - least) * step // 4 for step in range(5)]
+    found = [activations(f"budget:{budget}") for budget in budgets]
+    assert all(needed <= budget * 2**20 for needed, budget in zip(found, budgets, strict=True))
+    assert found == sorted(found)
+    assert found[0] < found[-1] < none
+    assert activations(f"budget:{none // 2**20 + 1}") == none
 
 
 def test_linear_layers_that_quantize_does_not_support_can_be_planned_with_lora(tmp_path, monkeypatch):

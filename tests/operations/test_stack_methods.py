@@ -188,7 +188,10 @@ def test_the_configuration_suits_readers_that_know_only_one_scaling(tmp_path, pa
     assert config["lora_alpha"] == config["r"]
     ranks = {entry.module: entry.rank for entry in report.per_module}
     others = {module for module, rank in ranks.items() if rank != config["r"]}
-    assert len(config["rank_pattern"]) == len(config["alpha_pattern"]) == len(others)
+    assert bool(others) is (method != "svd")  # which by default gives all modules the same rank
+    assert config["rank_pattern"] == {f"^{re.escape(module)}$": ranks[module] for module in others}
+    assert config["alpha_pattern"] == config["rank_pattern"]  # so lora_alpha / r is the scaling of every module: 1
+    assert {term.scaling for term in read_adapter(tmp_path / "out").modules.values()} == {1.0}
     assert {key.rpartition(".lora_")[2] for key in tensors} == {"A.weight", "B.weight"}
     assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
     for module, rank in ranks.items():

@@ -34,6 +34,11 @@ WEIGHTS, RECORD = "model.safetensors", "adaptkit-undo/shard-00001-of-00001.safet
 MANIFEST = "adaptkit-manifest.json"
 
 
+def tree(folder):
+    """Map every path to the content of its file; None for folders."""
+    return {path.relative_to(folder): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
 def assert_same_files(found, base):
     names = {path.name for path in base.iterdir()}
     assert {path.name for path in found.iterdir()} == names | {MANIFEST}
@@ -430,10 +435,13 @@ def test_a_manifest_with_an_edited_weight_is_refused(merged, adapter, tmp_path):
         unmerge(merged, [adapter], tmp_path / "out")
 
 
-def test_a_merge_cannot_be_its_own_output(merged, adapter, tmp_path, copy_of):
-    with pytest.raises(OutputExistsError):
-        unmerge(merged, [adapter], merged)
-    verify(merged)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_merge_cannot_be_its_own_output(merged, adapter, tmp_path, copy_of, force):
+    folder = copy_of(merged)
+    before = tree(tmp_path)
+    with pytest.raises(UsageError if force else OutputExistsError):
+        unmerge(folder, [adapter], folder, force=force)
+    assert tree(tmp_path) == before
 
 
 def test_the_output_is_checked_before_any_adapter_is_read(merged, tmp_path, copy_of):

@@ -1,6 +1,7 @@
 """Every change to an artifact is detected and named."""
 
 import ctypes
+import json
 import os
 import shutil
 import subprocess
@@ -10,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from adaptkit.checkpoint.layout import shard_name
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.operations.adopt import adopt
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.stack import stack
@@ -88,16 +91,32 @@ def test_the_first_of_many_problems_are_named_and_the_others_counted(folder):
     refuses(folder, rf"; and {several - 5} more$")
 
 
-def test_swapped_files_are_detected(tmp_path, folder):
-    shards = sorted(folder.glob("*.safetensors"))
-    sizes = {}
-    for shard in shards:
-        sizes.setdefault(shard.stat().st_size, []).append(shard)
-    one, two = next((pair for pair in sizes.values() if len(pair) == 2), shards[:2])
-    one.rename(tmp_path / "aside")
-    two.rename(one)
-    (tmp_path / "aside").rename(two)
-    refuses(folder, rf"{one.name}.*{two.name}")
+def test_swapped_files_of_equal_size_are_detected(tmp_path, llama, copy_of):
+    """The two shards differ only in their weights and in one digit of the tensors' names, the two texts in a letter."""
+    base, tensors = copy_of(llama), load_file(llama / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    shards = [{}, {}, {}]
+    for name, tensor in tensors.items():
+        number = int(name.split(".")[2]) if ".layers." in name else 2
+        shards[number][name] = tensor
+    for number, part in enumerate(shards):
+        save_file(part, base / shard_name(number + 1, 3), metadata={"format": "pt"})
+    files = {name: shard_name(number + 1, 3) for number, part in enumerate(shards) for name in part}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    for name in "ab":
+        (base / f"{name}.txt").write_text(name)
+    out = tmp_path / "out"
+    adopt(base, out)
+    for one, two in ((shard_name(1, 3), shard_name(2, 3)), ("a.txt", "b.txt")):
+        before = [(out / name).read_bytes() for name in (one, two)]
+        assert len(before[0]) == len(before[1])
+        assert before[0] != before[1]
+        (out / one).write_bytes(before[1])
+        (out / two).write_bytes(before[0])
+        refuses(out, rf"{one} changed \(its sha256 differs\); {two} changed \(its sha256 differs\)$")
+        (out / one).write_bytes(before[0])
+        (out / two).write_bytes(before[1])
+    verify(out)
 
 
 def test_a_truncated_and_a_longer_file_are_detected_by_size(folder):

@@ -1,6 +1,7 @@
 """An artifact's ancestors are found by hash alone, and a replaced or changed ancestor is detected."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -142,13 +143,22 @@ def test_a_missing_parent_is_named_by_its_hash(family, copied):
 
 
 def test_a_changed_byte_in_any_ancestor_is_detected(family, copied):
-    shutil.rmtree(copied / "back")  # has the base's tensors
-    for number, path in enumerate(sorted(copied.glob("[bot]*/*.safetensors"))):
-        before = path.read_bytes()
-        flip(path, len(before) // 2 if number % 2 else -1)
-        with pytest.raises(IntegrityError, match="cannot be verified"):
-            verified(copied / "merged", copied)
-        path.write_bytes(before)
+    """Ancestors without a manifest are known by their tensors only; of others, every file counts."""
+    ancestors = {name for _, _, name in MERGED}
+    for folder in copied.iterdir():
+        if folder.name not in {"merged", *ancestors}:
+            shutil.rmtree(folder)  # so that no other folder has the same tensors
+    for name in sorted(ancestors):
+        has_manifest = (copied / name / MANIFEST_NAME).is_file()
+        found = (copied / name).rglob("*" if has_manifest else "*.safetensors")
+        files = sorted(path for path in found if path.is_file())
+        assert files
+        for number, path in enumerate(files):
+            before = path.read_bytes()
+            flip(path, len(before) // 2 if number % 2 else -1)
+            with pytest.raises(IntegrityError, match=r"1 of \d ancestors cannot be verified"):
+                verified(copied / "merged", copied)
+            path.write_bytes(before)
     verified(copied / "merged", copied)
 
 
@@ -345,11 +355,23 @@ def test_inspect_prints_the_lineage_as_text_json_and_mermaid(run_cli, family):
     assert document["lineage"][0]["parents"][1]["tensors_root"] == root
     chart = run_cli("inspect", family / "both", "--mermaid", "--parents", family).stdout.splitlines()
     assert chart[0] == "flowchart TD"
-    nodes = [line.strip() for line in chart[1:] if "-->" not in line]
-    edges = [line.split('"')[0].split()[0] + line.rsplit("--> ")[1] for line in chart if "-->" in line]
-    assert len(nodes) == 8  # both, one, two, tuned, other-tuned, base, tuner, other-tuner: each once
-    assert all(node.startswith(f'a{number}["') for number, node in enumerate(nodes) if number == 0)
-    assert len(edges) == len(set(edges)) == 10
+    nodes = [re.fullmatch(r' {4}(a\d+)\["(.*)"\]', line) for line in chart[1:] if "-->" not in line]
+    assert [node[1] for node in nodes] == [f"a{number}" for number in range(8)]
+    names = {node[1]: re.split("[/ ]", node[2].split("<br>")[-1])[-1] for node in nodes[1:]} | {"a0": "both"}
+    assert sorted(names.values()) == sorted({"both"} | {name for _, _, name in BOTH})  # each once
+    edges = [re.fullmatch(r' {4}(a\d+) -- "(\w+).*" --> (a\d+)', line) for line in chart if "-->" in line]
+    assert sorted((names[edge[1]], edge[2], names[edge[3]]) for edge in edges) == [
+        ("base", "base", "one"),
+        ("base", "base", "other-tuned"),
+        ("base", "base", "tuned"),
+        ("base", "base", "two"),
+        ("one", "adapter", "both"),
+        ("other-tuned", "tuned", "two"),
+        ("other-tuner", "adapter", "other-tuned"),
+        ("tuned", "tuned", "one"),
+        ("tuner", "adapter", "tuned"),
+        ("two", "adapter", "both"),
+    ]
     assert run_cli("inspect", family / "both", "--mermaid", "--json").code == 2
 
 
