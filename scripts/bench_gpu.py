@@ -250,23 +250,25 @@ def run(what: str, folder: Path, size: Size, device: str, rounds: int, clock: Cl
     job = {"what": what, "folder": str(folder), "size": asdict(size), "device": device, "rounds": rounds}
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     if clock.left() < 10:
-        return {"error": "the time was up"}
+        return {"error": "the time limit was reached"}
     try:
         done = subprocess.run(
             [sys.executable, __file__, "--work", json.dumps(job)],
             capture_output=True, text=True, timeout=clock.left(), env=environment,
         )  # fmt: skip
     except subprocess.TimeoutExpired as late:
-        return _told((late.stdout or b"").decode()) | {"error": "the time was up"}
-    found = _told(done.stdout)
+        return _results_in((late.stdout or b"").decode()) | {"error": "the time limit was reached"}
+    found = _results_in(done.stdout)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
-        found["error"] = (done.stderr.strip().splitlines() or ["it ended without a word"])[-1][:200]
+        found["error"] = (
+            done.stderr.strip().splitlines() or [f"exit code {done.returncode}, and no output on stderr"]
+        )[-1][:200]
     return found
 
 
-def _told(output: str) -> dict[str, Any]:
-    """Parse the results that such a process printed, one line each."""
+def _results_in(output: str) -> dict[str, Any]:
+    """Parse the results that a measuring process printed, one line each."""
     found: dict[str, Any] = {}
     for line in output.splitlines():
         if line.startswith(_PART):
@@ -278,7 +280,7 @@ _PART = "measured: "
 
 
 def work(job: dict[str, Any]) -> None:
-    """Run a measurement in such a process; for adaptkit, with the attention that ``adaptkit train`` chooses."""
+    """Run a measurement in this process; for adaptkit, with the attention that ``adaptkit train`` chooses."""
     from adaptkit.training.device import without_cudnn_attention
 
     size, is_peer = Size(**job["size"]), job["what"] == "peer"
@@ -288,16 +290,16 @@ def work(job: dict[str, Any]) -> None:
 
 
 def make_bases(folder: Path, size: Size, device: str, clock: Clock) -> str:
-    """Write the base and its quantized counterpart; return what went wrong, or an empty text."""
+    """Write the base and its quantized counterpart; return an error message, or an empty string."""
     quantize = [sys.executable, "-m", "adaptkit", "quantize", str(folder / "plain"), "-o", str(folder / "nf4")]
     try:
         make_base(folder / "plain", size, device)
         subprocess.run(quantize, check=True, stdout=subprocess.DEVNULL, timeout=max(1.0, clock.left()))
     except subprocess.TimeoutExpired:
-        return "the time was up"
+        return "the time limit was reached"
     except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
-        return f"no base, {(str(error).splitlines() or [''])[0][-200:]}"
+        return f"the base could not be made: {(str(error).splitlines() or [''])[0][-200:]}"
     return ""
 
 
@@ -324,8 +326,8 @@ def lines(size: Size, found: dict[str, dict[str, Any]]) -> list[str]:
     rows = []
     for name, side in (("adaptkit", ours), ("transformers + peft + bitsandbytes", peer)):
         if "error" in side:
-            further = "nothing else" if "seconds" in side else "not"
-            rows.append(f"| {size.name} | {name} | {further} measured: {side['error']} | | |")
+            missing = "incomplete" if "seconds" in side else "not measured"
+            rows.append(f"| {size.name} | {name} | {missing}: {side['error']} | | |")
         if "seconds" in side:
             rate = size.length / side["seconds"]
             rows.append(f"| {size.name} | {name} | {rate:,.0f} tokens/s, {side['peak'] / 2**20:,.0f} MiB | | |")
@@ -348,9 +350,9 @@ def _long_row(size: Size, found: dict[str, Any]) -> str:
     place = f"{size.long_length} tokens in {found['limit'] / 2**20:,.0f} MiB, rank {size.long_rank}"
     before = "runs out of memory" if found["failed"] else "fits"
     after = "finishes" if found["finished"] else "does not finish"
-    same = "the same loss" if found["same"] else "another loss"
-    told = f"{before} with its pages resident; {after} with paging, {same}"
-    return _row(size, place, told, "finishes", found["failed"] and found["finished"] and found["same"])
+    same = "the same loss" if found["same"] else "a different loss"
+    outcome = f"{before} with its pages resident; {after} with paging, {same}"
+    return _row(size, place, outcome, "finishes", found["failed"] and found["finished"] and found["same"])
 
 
 def _row(size: Size, what: str, value: str, wanted: str, met: bool) -> str:
@@ -374,7 +376,7 @@ def _version(name: str) -> str:
     try:
         return f"{name} {version(name)}"
     except PackageNotFoundError:
-        return f"no {name}"
+        return f"{name} not installed"
 
 
 def place_of_bases() -> str | None:
@@ -392,9 +394,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="a base that a CPU can train")
-    parser.add_argument("--seconds", type=float, default=480, help="after which nothing is begun, and all is ended")
-    parser.add_argument("--rounds", type=int, default=12, help="steps that are timed")
-    parser.add_argument("--out", type=Path, help="write the table there, too")
+    parser.add_argument("--seconds", type=float, default=480, help="time limit for all measurements")
+    parser.add_argument("--rounds", type=int, default=12, help="number of timed steps")
+    parser.add_argument("--out", type=Path, help="also write the table to this file")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -403,7 +405,7 @@ def main() -> None:
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():
-        print("bench_gpu: torch sees no CUDA device here, so nothing was measured", file=sys.stderr)
+        print("bench_gpu: torch finds no CUDA device, so nothing was measured", file=sys.stderr)
         sys.exit(2)
     clock, found = Clock(options.seconds), {}
     with tempfile.TemporaryDirectory(prefix="adaptkit-bench-", dir=place_of_bases()) as root:

@@ -57,7 +57,7 @@ class Demo:
             sys.exit(f"demo: exit code {done.returncode}, expected {expect}")
         return done.stdout
 
-    def tell(self, step: str, text: str) -> None:
+    def summarize(self, step: str, text: str) -> None:
         """Add a line to the summary."""
         self.summary.append((step, text))
 
@@ -67,7 +67,7 @@ class Demo:
         before, after = (
             sum(f.stat().st_size for f in p.glob("*.safetensors")) for p in (self.model, self.path("base-nf4"))
         )
-        self.tell("quantize", f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({before / after:.2f}x smaller)")
+        self.summarize("quantize", f"{before / 1e6:.1f} MB -> {after / 1e6:.1f} MB ({before / after:.2f}x smaller)")
 
     def train(self) -> None:
         """Train an adapter with QLoRA on trivia questions."""
@@ -76,8 +76,8 @@ class Demo:
         lines = [json.loads(line) for line in (self.path("trivia") / "metrics.jsonl").read_text().splitlines()]
         losses = [line["loss"] for line in lines if "loss" in line]
         held_out = [line["held_out_loss"] for line in lines if "held_out_loss" in line]
-        self.tell("train", f"held-out loss {held_out[0]:.3f} -> {held_out[-1]:.3f} in {STEPS} steps")
-        self.tell("loss curve", f"{curve(losses)}  {losses[0]:.2f} -> {losses[-1]:.2f}")
+        self.summarize("train", f"held-out loss {held_out[0]:.3f} -> {held_out[-1]:.3f} in {STEPS} steps")
+        self.summarize("loss curve", f"{curve(losses)}  {losses[0]:.2f} -> {losses[-1]:.2f}")
 
     def evaluate(self) -> None:
         """Evaluate on questions that were in neither training nor held-out data."""
@@ -86,23 +86,25 @@ class Demo:
             printed = self.run("evaluate", "--base", *model, "--data", test, "--prompt", QUESTION)
             losses[name] = found(r"loss +([\d.]+)", printed)
             answers[name] = found(r"\nanswer +(.*)", printed)
-        self.tell("evaluate", f"loss on unseen questions {losses['before']} -> {losses['after']}")
+        self.summarize("evaluate", f"loss on unseen questions {losses['before']} -> {losses['after']}")
         for name, answer in answers.items():
-            self.tell(f"answer {name}", textwrap.shorten(answer, 80, placeholder=" …"))
+            self.summarize(f"answer {name}", textwrap.shorten(answer, 80, placeholder=" …"))
 
     def merge(self) -> None:
         """Merge the adapter into the 16-bit base, and unmerge it."""
         self.run("merge", self.model, "trivia", "-o", "merged")
         printed = self.run("evaluate", "--base", "merged", "--data", self.data / "test.jsonl", "--prompt", QUESTION)
         loss = found(r"loss +([\d.]+)", printed)
-        self.tell("merge", f"16-bit model with the adapter inside: loss {loss}")
+        self.summarize("merge", f"16-bit model that includes the adapter: loss {loss}")
         self.run("unmerge", "merged", "-o", "restored", "--adapter", "trivia")
         name = "model.safetensors"
         same = filecmp.cmp(self.model / name, self.path("restored") / name, shallow=False)
         changed = not filecmp.cmp(self.model / name, self.path("merged") / name, shallow=False)
         if not (same and changed):
             sys.exit("demo: unmerge did not restore the base")
-        self.tell("unmerge", f"identical: {name} has the base's bytes again, all {(self.model / name).stat().st_size}")
+        self.summarize(
+            "unmerge", f"identical: {name} has the base's bytes again, all {(self.model / name).stat().st_size}"
+        )
 
     def publish(self) -> None:
         """Publish to a Hub, pull, verify and compare."""
@@ -116,13 +118,13 @@ class Demo:
             digest = found(r"manifest sha256 +(\w+)", printed)
             again = self.run("publish", "trivia", REPO, "--tag", "v1")
             if "nothing" not in again:
-                sys.exit("demo: publishing again sent something")
+                sys.exit("demo: publishing again uploaded files")
             self.run("pull", f"{REPO}@v1", "-o", "pulled")
         self.run("verify", "pulled", "--manifest-sha256", digest)
         self.run("diff", "trivia", "pulled")
-        self.tell("publish", f"commit {commit[:12]}, tag v1; publishing again sends nothing")
-        self.tell("pull, verify", f"every byte as published; manifest sha256 {digest[:16]}…")
-        self.tell("diff", "the pulled adapter is the same as the trained one")
+        self.summarize("publish", f"commit {commit[:12]}, tag v1; publishing again uploads nothing")
+        self.summarize("pull, verify", f"all bytes are as published; manifest sha256 {digest[:16]}…")
+        self.summarize("diff", "the pulled adapter is the same as the trained one")
 
     def path(self, name: str) -> Path:
         """Return the path of a folder in the work folder."""
@@ -171,12 +173,12 @@ def prepare(folder: Path, is_own: bool) -> None:
 
     Args:
         folder: folder for the artifacts.
-        is_own: whether it is the one in the user's cache, which only the demo uses. Any other folder must be new,
-            empty, or marked by an earlier demo, since it may have a ``merged`` that is not the demo's.
+        is_own: whether it is the default folder in the user's cache, which only the demo uses. Any other folder must be
+            new, empty, or marked by an earlier demo, since it may have a ``merged`` that is not the demo's.
     """
     marker = folder / MARKER
     if folder.exists() and not (is_own or marker.is_file() or (folder.is_dir() and not any(folder.iterdir()))):
-        print(f"demo: {folder}: there is something that the demo did not make", file=sys.stderr)
+        print(f"demo: {folder}: holds files that the demo did not make", file=sys.stderr)
         print("hint: give --folder a folder that is new or empty", file=sys.stderr)
         sys.exit(2)
     folder.mkdir(parents=True, exist_ok=True)

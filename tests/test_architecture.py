@@ -97,7 +97,7 @@ def test_modules_import_only_from_the_packages_below_them(path):
     if room in ON_THE_GROUND:
         allowed = ON_THE_GROUND[room]
     else:
-        assert room in MAY_IMPORT, f"{room} is no room of the design"
+        assert room in MAY_IMPORT, f"{room} is not a package of the design"
         allowed = MAY_IMPORT[room] | {room}
     ours = {name for name in imported(ast.parse(path.read_text())) if name.split(".")[0] == "adaptkit"}
     rooms = {room_of(name) for name in ours} - {""}

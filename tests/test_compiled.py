@@ -390,7 +390,7 @@ def test_kernels_work_with_vector_instructions_disabled_in_numba(package):
     assert decode(package, code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == "255"
 
 
-@pytest.mark.skipif(not llvmlite.binding.get_host_cpu_features().get("avx512f"), reason="no such vectors here")
+@pytest.mark.skipif(not llvmlite.binding.get_host_cpu_features().get("avx512f"), reason="this processor lacks AVX-512")
 @pytest.mark.parametrize("line", ["cpu_name: generic", "cpu_features: ''", "enable_avx: 0"])
 def test_a_numba_file_that_sets_a_different_processor_is_refused(line, package):
     """This processor's instructions would be requested for that one, at which LLVM ends the process."""
@@ -421,7 +421,7 @@ def add(x, y):
         x[i] += y[i]
 
 
-@pytest.mark.skipif(not llvmlite.binding.get_host_cpu_features().get("avx512f"), reason="no such vectors here")
+@pytest.mark.skipif(not llvmlite.binding.get_host_cpu_features().get("avx512f"), reason="this processor lacks AVX-512")
 def test_wide_vectors_are_used_where_requested():
     """Registers of 64 bytes are called zmm."""
     _register_with_numba()

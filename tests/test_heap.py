@@ -34,9 +34,7 @@ print(held, kept, resident())
 """
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or "glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="of glibc, which is not here"
-)
+@pytest.mark.skipif(sys.platform != "linux" or "glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="needs glibc")
 def test_freed_memory_is_kept_until_it_is_returned():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     held, kept, left = map(float, done.stdout.split())
@@ -84,7 +82,7 @@ def test_only_few_compiled_products_are_cached(begun, setting, again):
     command = [sys.executable, "-c", begun + PRODUCTS]
     told = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     if ",matmul," not in told:
-        pytest.skip("torch computes such products without oneDNN here")
+        pytest.skip("this torch does not use oneDNN for these products")
     assert told.count("create:cache_hit,cpu,matmul,") == again
 
 
@@ -109,7 +107,7 @@ print(held(range(200, 400)) - before)
 """
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="of glibc 2.33, which is not here")
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
 def test_more_lengths_take_no_more_memory():
     def growth(begun):
         command = [sys.executable, "-c", begun + GROWTH]
@@ -118,7 +116,7 @@ def test_more_lengths_take_no_more_memory():
 
     by_itself = growth("")
     if by_itself < 20:
-        pytest.skip("torch computes such products without oneDNN here")
+        pytest.skip("this torch does not use oneDNN for these products")
     assert growth(FEW) < by_itself / 10
 
 
@@ -155,9 +153,7 @@ print(ctypes.CDLL(None).mallopt(-3, 256 << 20))
 """
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux" or "glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="of glibc, which is not here"
-)
+@pytest.mark.skipif(sys.platform != "linux" or "glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="needs glibc")
 def test_a_pass_reuses_the_memory_of_large_weights(tmp_path):
     """Three of 80 MB per pass; for an 8B model, fetching and clearing them took as long as everything else."""
     config = LlamaConfig(
@@ -184,7 +180,8 @@ print(sum(map(int, asked)) // 1024)
 
 
 @pytest.mark.skipif(
-    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="this system knows no large pages"
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(),
+    reason="this system does not support transparent large pages",
 )
 def test_large_buffers_request_large_pages():
     """Whether it gets any depends on the system, whose memory may be fragmented."""

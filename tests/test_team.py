@@ -27,7 +27,7 @@ ROWS, WIDTH = 301, 1024
 THREADS = (2, 3, 7)
 
 
-needs_team = pytest.mark.skipif(team._openmp() is None, reason="torch's threads are not of GNU's OpenMP here")
+needs_team = pytest.mark.skipif(team._openmp() is None, reason="torch does not use GNU OpenMP")
 
 
 @pytest.fixture(autouse=True)
@@ -324,7 +324,7 @@ def test_smaller_teams_do_not_make_torch_start_new_threads():
 @pytest.mark.parametrize(("count", "has_library", "expected"), [(2, False, True), (3, False, False), (3, True, True)])
 def test_own_attention_and_loss_are_used_with_openmp_or_few_threads(count, has_library, expected, llama, monkeypatch):
     if has_library and team._openmp() is None:
-        pytest.skip("torch's threads are not of GNU's OpenMP here")
+        pytest.skip("torch does not use GNU OpenMP")
     torch.set_num_threads(count)
     if not has_library:
         monkeypatch.setattr(team, "_openmp", lambda: None)

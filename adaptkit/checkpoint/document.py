@@ -20,6 +20,7 @@ from adaptkit.errors import DISK_HINTS, CheckpointError, ConfigError
 _NOT_THERE = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
 _LARGEST_BYTES = 1 << 20
 _FORM = "check the path: expected a YAML or JSON file of settings"
+_LINE = "correct this line of the file"
 _SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(0|[1-9][\d_]*|0b[01_]+|0x[\da-fA-F_]+)", "-+0123456789"),
@@ -78,7 +79,7 @@ def read_document(path: Path) -> Document:
         raise ConfigError(error.message, error.hint) from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: malformed ({' '.join(str(error.problem).split())})") from error
+        raise ConfigError(f"{path}{line}: malformed ({' '.join(str(error.problem).split())})", hint=_LINE) from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: malformed ({' '.join(str(error).split())})", hint=_FORM) from error
     if not isinstance(values, dict):

@@ -51,7 +51,7 @@ class Sketching:
         if self.iterations < 1:
             raise UsageError(f"iterations: must be at least 1, found {self.iterations}", hint="3 is the default")
         if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed: must be from 0 to 2^63 - 1, found {self.seed}")
+            raise UsageError(f"seed: must be from 0 to 2^63 - 1, found {self.seed}", hint="0 is the default")
 
 
 @dataclass(frozen=True)

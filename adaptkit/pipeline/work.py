@@ -22,7 +22,7 @@ from pathlib import Path
 from adaptkit.checkpoint.integrity import check_artifact, check_names
 from adaptkit.checkpoint.layout import resolve_inside, write_json
 from adaptkit.checkpoint.manifest import Manifest, require_manifest
-from adaptkit.checkpoint.writer import disk_errors, make_folder, replace_file
+from adaptkit.checkpoint.writer import disk_errors, make_folder, replace_file, replaced_name
 from adaptkit.errors import ConflictError, IntegrityError, UsageError
 from adaptkit.pipeline.recipe import Step
 from adaptkit.pipeline.steps._kind import Facts
@@ -87,9 +87,16 @@ class WorkFolder:
                     "would not notice each other",
                     hint="choose a --work on another disk, or enable file locks (flock) on this one",
                 ) from error
+            self._clear_unfinished_records()
             yield
         finally:
             os.close(handle)
+
+    def _clear_unfinished_records(self) -> None:
+        """Delete temporary files of records that a killed run left; under the lock, no other run is writing any."""
+        for path in self.root.glob(f"{'[0-9a-f]' * _KEY_LETTERS}/.*.json.*.partial"):
+            if replaced_name(path.name) != path.name and path.is_file():
+                path.unlink()
 
     def output(self, key: str, name: str) -> Path:
         """Return the path of an artifact."""

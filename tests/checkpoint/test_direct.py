@@ -107,14 +107,14 @@ def test_after_an_error_further_calls_fail(tmp_path):
     out.close()
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk to write to")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_reported(tmp_path):
     with pytest.raises(OSError, match="No space left") as caught:
         written(io.FileIO("/dev/full", "w"), os.urandom(64 * PIECE))
     assert caught.value.errno == errno.ENOSPC
 
 
-@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="nobody here says what is in the page cache")
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="needs RWF_NOWAIT to see what is in the page cache")
 def test_written_content_does_not_stay_in_the_page_cache(tmp_path):
     size = 64 * PIECE
     written(io.FileIO(tmp_path / "x", "w"), os.urandom(size))
@@ -124,6 +124,6 @@ def test_written_content_does_not_stay_in_the_page_cache(tmp_path):
         try:
             assert os.preadv(cached.fileno(), [buffer], 0, os.RWF_NOWAIT) == len(buffer)
         except OSError:
-            pytest.skip("this file system does not say what is in the page cache")
+            pytest.skip("this file system does not support RWF_NOWAIT")
         with pytest.raises(BlockingIOError):  # only once: this makes the kernel read ahead
             os.preadv(file.fileno(), [buffer], size // 2, os.RWF_NOWAIT)

@@ -61,11 +61,11 @@ EDITS = {
     "a negative size": lambda d: d["files"][0].update(size=-1),
     "upper case": lambda d: d["files"][0].update(sha256=d["files"][0]["sha256"].upper()),
     "a short digest": lambda d: d["tensors"][0].update(xxh3_128="ab"),
-    "a type that is none": lambda d: d["tensors"][0].update(dtype="F4"),
-    "a shape of halves": lambda d: d["tensors"][0].update(shape=[0.5]),
+    "an unknown dtype": lambda d: d["tensors"][0].update(dtype="F4"),
+    "a shape with a fraction": lambda d: d["tensors"][0].update(shape=[0.5]),
     "an explicit null": lambda d: d["parents"][0].update(manifest_sha256=None),
     "a weight that is text": lambda d: d["parents"][1].update(weight="1"),
-    "a role that is none": lambda d: d["parents"][0].update(role="friend"),
+    "an unknown role": lambda d: d["parents"][0].update(role="friend"),
     "a target without a module": lambda d: d["targets"][0].pop("module"),
 }
 

@@ -11,7 +11,7 @@ import torch
 from adaptkit.checkpoint import pages
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere pages stay")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are released only on Linux")
 
 LOADED = """
 from adaptkit.checkpoint.pages import _unchanged, give_back_kernel_compiler

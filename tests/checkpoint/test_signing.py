@@ -155,7 +155,7 @@ FORGERIES = {
     "no signature": lambda b: b["dsseEnvelope"].update(signatures=[]),
     "no envelope": lambda b: b.pop("dsseEnvelope"),
     "no key": lambda b: b["verificationMaterial"].pop("publicKey"),
-    "a payload that is no statement": lambda b: b["dsseEnvelope"].update(payload=b64encode(b"{}").decode()),
+    "a payload that is not a statement": lambda b: b["dsseEnvelope"].update(payload=b64encode(b"{}").decode()),
     "another payload": statement_of(sha256(OTHER).hexdigest()),
     "another media type": lambda b: b.update(mediaType="text/plain"),
     "nothing": lambda b: b.clear(),

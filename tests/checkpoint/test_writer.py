@@ -135,7 +135,7 @@ def test_the_record_of_a_small_file_has_its_size_and_digest(tmp_path):
     assert record == FileRecord("x.json", 3, hashlib.sha256(b"{}\n").hexdigest())
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk to write to")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_full_disk_is_reported_with_a_hint(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "resolve_inside", lambda folder, name: Path("/dev/full"))
     with pytest.raises(DiskError, match=r"full: cannot write") as caught:
@@ -149,7 +149,7 @@ def test_a_full_disk_is_reported_with_a_hint(tmp_path, monkeypatch):
         w.write("t", torch.zeros(1 << 16))
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no full disk to write to")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_disk_that_is_full_before_the_first_tensor_leaves_no_thread(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "resolve_inside", lambda folder, name: Path("/dev/full"))
     before = threading.active_count()

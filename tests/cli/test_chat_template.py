@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.inputs import read_inputs
+from adaptkit.training.loop import train as train_adapter
 
 TEMPLATE = """{% for message in messages %}[{{ message.role }}] {{ message.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"""
@@ -104,6 +105,32 @@ def test_a_different_template_changes_the_identity_of_a_run(untemplated, rows, t
     ]
     assert found[0] == found[1]
     assert [name for name in found[0] if found[0][name] != found[2][name]] == ["chat_template"]
+
+
+def test_an_unfinished_run_is_not_resumed_with_a_different_template(run_cli, untemplated, rows, tmp_path):
+    other, output = tmp_path / "other.jinja", tmp_path / "a"
+    other.write_text(TEMPLATE + "{# the same samples #}")
+
+    def cut(report):
+        raise KeyboardInterrupt
+
+    config = TrainConfig(str(untemplated), (str(rows),), chat_template=str(tmp_path / "mine.jinja"), device="cpu",
+                         steps=2, save_every=1, held_out=0)  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        train_adapter(config, output, on_step=cut)
+    partial = tmp_path / "a.partial"
+    assert (partial / "checkpoint-1").is_dir()
+    before = {path: path.read_bytes() for path in partial.rglob("*") if path.is_file()}
+    command = [*train(untemplated, rows, "a"), "--steps", 2, "--save-every", 1]
+    for more in (("--chat-template", other), ()):
+        done = run_cli(*command, *more)
+        assert done.code == 8, done.stderr
+        assert "unfinished" in done.stderr
+        assert {path: path.read_bytes() for path in partial.rglob("*") if path.is_file()} == before
+    (tmp_path / "same.jinja").write_text(TEMPLATE)
+    resumed = run_cli(*command, "--chat-template", tmp_path / "same.jinja")
+    assert resumed.code == 0, resumed.stderr
+    assert (output / "chat_template.jinja").read_text() == TEMPLATE
 
 
 def test_full_training_with_a_given_template_drops_the_bases_chat_template_json(run_cli, untemplated, rows, tmp_path):

@@ -308,7 +308,7 @@ def browse(folder, name):
     """Open a file in headless Chromium; return the resulting document and the lines of its console."""
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
     if program is None:
-        pytest.skip("no Chromium on this machine")
+        pytest.skip("Chromium is not installed")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
     flags += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
     done = subprocess.run([program, *flags, (folder / name).as_uri()], capture_output=True, text=True, timeout=120)

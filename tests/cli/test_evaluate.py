@@ -288,7 +288,7 @@ def test_models_with_the_same_name_are_shown_with_their_paths():
 def test_a_browser_shows_the_page_and_sorts_it(tmp_path):
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
-        pytest.skip("no Chromium on this machine")
+        pytest.skip("Chromium is not installed")
     page = evaluate_page(comparison_of())
     (tmp_path / "page.html").write_text(page)
     probe = """<iframe id="page" src="page.html" width="375" height="800"></iframe><pre id="found"></pre><script>
@@ -312,7 +312,7 @@ def test_a_browser_shows_the_page_and_sorts_it(tmp_path):
     assert found["overflow"] <= 0, "a phone scrolls the page sideways"
 
 
-def test_bad_requests_end_in_an_error_and_the_documented_exit_code(
+def test_bad_requests_print_only_an_error_and_a_hint_and_exit_with_the_documented_code(
     llama, adapter, certified, instructions, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -335,7 +335,7 @@ def test_bad_requests_end_in_an_error_and_the_documented_exit_code(
         (["--data", instructions, "--adapter", adapter, "--adapter", adapter], 2, f"{adapter}: is given twice"),
         (["--text", tmp_path / "text.txt", "--window", 513], 2, "longer than"),
         (["--text", tmp_path / "text.txt", "--generate"], 2, "generate: needs data"),
-        (["--data", instructions, "--shots", 2], 2, "--shots-from"),
+        (["--data", instructions, "--shots", 2], 2, "shots and shots_from must be given together"),
         (["--data", instructions, "--max-tokens", 64], 2, "--max-tokens: needs text"),
         (["--data", instructions, "--shots", 99, "--shots-from", instructions, "--generate"], 5, "expected 99 exa"),
         (["--data", instructions, "--samples-file", tmp_path / "a.jsonl"], 2, "needs --generate"),
@@ -355,4 +355,7 @@ def test_bad_requests_end_in_an_error_and_the_documented_exit_code(
             main()
         said = capsys.readouterr()
         assert (stopped.value.code, said.out) == (code, ""), (arguments, said)
-        assert message in said.err, (arguments, said.err)
+        error, hint = said.err.splitlines()
+        assert error.startswith("error: "), arguments
+        assert message in error, (arguments, said.err)
+        assert re.match(r"hint: \S", hint), arguments

@@ -6,10 +6,13 @@ the hashes of all other files, are compared.
 
 import json
 import os
+import pwd
+import re
 import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jsonschema
@@ -45,6 +48,18 @@ STEPS = {
     "found": ["extract", "merged", "base", "--rank", "3", "--target", "*.q_proj", "--target", "*.v_proj", "-o"],
 }  # fmt: skip
 MADE = sorted([*STEPS, "calibrated-init"])
+USERS, HOST = ["jane-doe", "john-doe"], "host-of-john"
+USER_VARIABLES = ["LOGNAME", "USER", "LNAME", "USERNAME"]
+"""The variables that ``getpass.getuser`` reads."""
+ORIGIN_WORDS = {
+    "author", "clock", "created", "cwd", "date", "day", "directory", "duration", "elapsed", "ended", "finished",
+    "folder", "home", "host", "hostname", "machine", "modified", "node", "now", "pid", "platform", "seconds",
+    "started", "time", "timestamp", "user", "username", "when", "where", "who",
+}  # fmt: skip
+"""Words of keys that would tell where, when or by whom something was made."""
+ABSOLUTE_PATH = re.compile(r"(?:^|[\s='\":(,])(?:/|~|[A-Za-z]:[\\/]|\\\\|file:)")
+DATE_OR_TIME = re.compile(r"\d{4}-[01]\d-[0-3]\d|[0-2]\d:[0-5]\d")
+SECOND_UNITS = (1, 10**3, 10**6, 10**9)
 
 
 def inputs(folder):
@@ -92,8 +107,9 @@ def sides(tmp_path_factory):
         threads = threads and ["--threads", "3"]
         other.append([*absolute[:-1], *threads, "-o", str(two / name), "--quiet"])
     (two / "elsewhere").mkdir()
-    run(plain, one, PYTHONHASHSEED="0", TZ="UTC", OMP_NUM_THREADS="1")
-    run(other, two / "elsewhere", PYTHONHASHSEED="4711", TZ="Asia/Tokyo", HOSTNAME="x", OMP_NUM_THREADS="2")
+    run(plain, one, PYTHONHASHSEED="0", TZ="UTC", OMP_NUM_THREADS="1", **dict.fromkeys(USER_VARIABLES, USERS[0]))
+    others = {"PYTHONHASHSEED": "4711", "TZ": "Asia/Tokyo", "HOSTNAME": HOST, "OMP_NUM_THREADS": "2"}
+    run(other, two / "elsewhere", **others, **dict.fromkeys(USER_VARIABLES, USERS[1]))
     return one, two
 
 
@@ -117,31 +133,64 @@ def test_every_manifest_fits_the_schema(sides, name):
     validator.validate(json.loads((sides[0] / name / MANIFEST_NAME).read_bytes()))
 
 
+def keys_and_values(value):
+    """All keys of nested objects, and all values that are neither objects nor lists."""
+    if isinstance(value, dict):
+        parts = [keys_and_values(item) for item in value.values()]
+        return [*value, *(key for keys, _ in parts for key in keys)], [leaf for _, leaves in parts for leaf in leaves]
+    if isinstance(value, list):
+        parts = [keys_and_values(item) for item in value]
+        return [key for keys, _ in parts for key in keys], [leaf for _, leaves in parts for leaf in leaves]
+    return [], [value]
+
+
 @pytest.mark.parametrize("name", MADE)
-def test_no_manifest_contains_its_folders_or_the_host_name(sides, name):
-    text = (sides[0] / name / MANIFEST_NAME).read_text()
-    for folder in sides:
-        assert str(folder) not in text
-    assert os.uname().nodename not in text
-    document = json.loads(text)
+def test_no_manifest_says_where_when_or_by_whom_it_was_made(sides, name):
+    document = json.loads((sides[0] / name / MANIFEST_NAME).read_bytes())
     assert set(document["tool"]) == {"name", "version"}
+    keys, values = keys_and_values(document)
+    assert not {word for key in keys for word in key.casefold().split("_")} & ORIGIN_WORDS
+    texts = [value for value in values if isinstance(value, str)]
+    assert texts
+    people_and_hosts = {*USERS, pwd.getpwuid(os.getuid()).pw_name, os.uname().nodename, HOST}
+    assert not {word for text in texts for word in re.split(r"[\s@:/]", text)} & people_and_hosts
+    assert [text for text in texts if ABSOLUTE_PATH.search(text) or DATE_OR_TIME.search(text)] == []
+    assert not any(str(folder) in text for folder in sides for text in texts)
+    numbers = [value for value in values if isinstance(value, int | float)]
+    year_s, now_s = 365 * 86400, time.time()
+    assert not [value for value in numbers for unit in SECOND_UNITS if abs(value / unit - now_s) < year_s]
 
 
-def test_headers_list_tensors_in_file_order_with_at_most_one_metadata_key(sides):
-    """The length is a multiple of 8, and metadata, whose order could vary, has at most one key."""
-    for path in sorted(sides[0].rglob("*.safetensors")):
-        if path.is_relative_to(sides[0] / "base"):
-            continue
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            text = file.read(length)
-        header = json.loads(text)
+def header_of(path):
+    """The bytes of a safetensors file's header, and the number of bytes after it."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return file.read(length), path.stat().st_size - 8 - length
+
+
+def test_headers_list_tensors_in_file_order_without_gaps_and_are_padded_with_spaces(sides):
+    """Metadata, whose order could vary, has at most one key."""
+    paths = [path for path in sorted(sides[0].rglob("*.safetensors")) if not path.is_relative_to(sides[0] / "base")]
+    assert {path.relative_to(sides[0]).parts[0] for path in paths} == set(MADE)
+    for path in paths:
+        raw, content_bytes = header_of(path)
+        text = raw.decode()
+        header, end = json.JSONDecoder().raw_decode(text)
         assert len(header.pop("__metadata__", {})) <= 1, path
-        assert length % 8 == 0
-        starts = [entry["data_offsets"][0] for entry in header.values()]
-        if path.parent.name in ("merged", "back", "plain") and path.name.startswith("model"):
-            continue  # has the header of its base
-        assert starts == sorted(starts), path
+        assert len(raw) % 8 == 0, path
+        assert text[end:] == " " * (-len(text[:end].encode()) % 8), path
+        places = [entry["data_offsets"] for entry in header.values()]
+        assert [place[0] for place in places] == [0, *(place[1] for place in places[:-1])], path
+        assert places[-1][1] == content_bytes, path
+
+
+@pytest.mark.parametrize("name", ["merged", "back", "copied"])
+def test_results_with_all_tensors_of_the_base_have_the_headers_of_its_files(sides, name):
+    files = sorted(path.name for path in (sides[0] / "base").glob("*.safetensors"))
+    assert len(files) == 2
+    assert sorted(path.name for path in (sides[0] / name).glob("*.safetensors")) == files
+    for file in files:
+        assert header_of(sides[0] / name / file) == header_of(sides[0] / "base" / file)
 
 
 def test_artifacts_made_in_one_folder_are_accepted_as_parents_of_those_in_the_other(sides, run_cli):

@@ -117,7 +117,7 @@ def attack(ground: Range, job: Any, count: int, chance: random.Random) -> Tally:
     while tally.kills < count:
         trial = ground.trial(job)
         for _ in range(1 + chance.randrange(2)):  # a resumed run may be killed too
-            number = chance.choice(list(SIGNALS))
+            number = min(SIGNALS, key=lambda number: (tally.signals[number.name], chance.random()))  # in equal shares
             ended = _strike(ground, job, trial, points, seconds, number, chance, tally, expected)
             if ended.code not in SIGNALS.values() or tally.problems:
                 break

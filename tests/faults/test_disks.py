@@ -34,7 +34,7 @@ def test_disk_faults_and_power_cuts_lose_nothing_with_any_command(tallies):
 def test_real_disks_that_are_too_small_or_read_only_lose_nothing(tmp_path):
     own = ["unshare", "--user", "--map-root-user", "--mount"]
     if shutil.which("unshare") is None or subprocess.run([*own, "mount", "-t", "tmpfs", "tmpfs", tmp_path]).returncode:
-        pytest.skip("mounting a disk of one's own is not allowed here")
+        pytest.skip("mounting in a user namespace is not allowed")
     here = Path(__file__).parent
     variables = os.environ | {"PYTHONPATH": f"{here.parents[1]}:{here.parents[1] / 'fixtures'}:{here}"}
     command = [*own, sys.executable, here / "small_disks.py", tmp_path]

@@ -1,5 +1,6 @@
 """``quantize`` with unusual or bad input, with signals and with resuming: correct errors, and nothing is lost."""
 
+import errno
 import json
 import os
 import signal
@@ -148,14 +149,16 @@ def test_a_source_that_vanishes_while_it_is_read_is_named(llama, copy_of, monkey
         checkpoint.state()
 
 
-def test_a_file_that_cannot_be_written_is_a_disk_error(tmp_path):
-    full = tmp_path / "file"
-    full.write_text("")
-    with pytest.raises(DiskError, match="cannot write"), TensorWriter(full, "model.safetensors", []):
+def test_a_file_in_place_of_the_output_folder_is_a_disk_error_that_names_the_output(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    with pytest.raises(DiskError) as caught, TensorWriter(file, "model.safetensors", []):
         pass
+    assert caught.value.message == f"model.safetensors: cannot write: {os.strerror(errno.EEXIST)}"
+    assert file.read_text() == "kept"
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_a_journal_on_a_full_disk_is_an_error_with_a_hint_to_resume():
     with pytest.raises(DiskError, match="No space left") as caught:
         append_line(Path("/dev/full"), {"key": "value"})
@@ -216,7 +219,7 @@ def is_gone(group):
     return False
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells when what is loaded")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc to see what is loaded")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("when", ["_multiarray_umath", "libllvmlite", "out.partial"])
 def test_a_signal_at_startup_ends_cleanly_and_the_command_can_be_repeated(llama, tmp_path, number, code, when):
@@ -235,7 +238,7 @@ def test_a_signal_at_startup_ends_cleanly_and_the_command_can_be_repeated(llama,
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells when what is loaded")
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc to see what is loaded")
 @pytest.mark.parametrize("more", [(), ("--json",)])
 def test_a_signal_has_the_right_exit_code_even_if_the_output_is_closed(llama, tmp_path, more):
     process = begin(llama, tmp_path / "out", *more)
@@ -251,7 +254,7 @@ def test_a_signal_has_the_right_exit_code_even_if_the_output_is_closed(llama, tm
         process.stderr.close()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems ask transformers in the same process")
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux is transformers queried in a child process")
 def test_killing_a_run_also_kills_its_child_that_queries_transformers(llama, tmp_path):
     process = begin(llama, tmp_path / "out")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")

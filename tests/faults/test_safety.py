@@ -4,7 +4,6 @@ import ast
 import os
 import re
 import stat
-import tempfile
 from pathlib import Path
 
 import adaptkit
@@ -135,22 +134,12 @@ def test_only_a_few_modules_remove_files():
     }  # fmt: skip
 
 
-def test_temporary_folders_are_private_and_gone_afterwards(run_cli, llama, instructions, tmp_path, monkeypatch):
-    """They may hold a user's data on a shared machine."""
+def test_temporary_files_are_made_only_in_temporary_folders():
+    """``TemporaryDirectory`` makes private folders and removes them; see also the test of ``publish``'s folder."""
     for module, tree in TREES.items():
         for call in calls(tree):
             name = ast.unparse(call.func).rpartition(".")[2]
-            assert name not in {"mktemp", "mkstemp", "NamedTemporaryFile"}, module
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    with tempfile.TemporaryDirectory(prefix="adaptkit-") as folder:
-        assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
-    monkeypatch.undo()
-    options = ["--steps", 2, "--batch-size", 1, "--device", "cpu", "--optimizer-pages-mib", "0.01"]
-    command = ["train", "--base", llama, "--method", "lora", "--data", instructions, "-o", tmp_path / "out", *options]
-    done = run_cli(*command, TMPDIR=str(tmp_path / "temporary"))
-    assert done.code == 0, done.stderr
-    assert list((tmp_path / "temporary").iterdir()) == []
+            assert name not in {"mktemp", "mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryFile"}, module
 
 
 def test_outputs_hold_files_and_folders_only(run_cli, llama, copy_of, tmp_path):

@@ -25,7 +25,7 @@ INCLUDED = Path(sysconfig.get_paths()["include"])
 IMPORTS = "import stand_in, pytest, torch, adaptkit.training.loop, transformers.models.llama.modeling_llama"
 
 pytestmark = [
-    pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip), reason="this torch has a CUDA of its own"),
+    pytest.mark.skipif(bool(torch.version.cuda or torch.version.hip), reason="this torch is built for CUDA or ROCm"),
     pytest.mark.skipif(
         sys.platform != "linux" or not shutil.which("g++") or not (INCLUDED / "Python.h").exists(),
         reason="needs g++ and Python.h on Linux",

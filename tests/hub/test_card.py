@@ -110,14 +110,20 @@ def test_the_licence_of_the_base_is_passed_on_and_nothing_else_of_its_card() -> 
 
 @pytest.mark.parametrize(
     "card",
-    ["", "# no front matter", "---\n- a list\n---\n", "---\nlicense: {a: b}\n---\n", "---\nlicense: 'a\\nb'\n---\n",
+    ["", "# no front matter", "---\n- a list\n---\n", "---\nlicense: {a: b}\n---\n",
      '---\nlicense: "a\\nb"\nlicense_name: 5\n---\n', "---\n" + "[" * 5000 + "\n---\n", "---\n\x00: x\n---\n",
-     "---\nlicense: !!python/object/apply:os.system [true]\n---\n", "x" * 100_000],
+     "---\nlicense: !!python/object/apply:os.system [true]\n---\n", "x" * 100_000, "---\nlicense: []\n---\n",
+     "---\nlicense: ''\n---\n", "---\nlicense: " + "x" * 300 + "\n---\n", "---\nlicense: [mit, 5]\n---\n"],
 )  # fmt: skip
-def test_malformed_card_metadata_gives_at_most_a_one_line_licence(card: str) -> None:
-    found = read_licence(card)
-    assert set(found) <= {"license"}
-    assert all("\n" not in value for value in found.values())
+def test_malformed_card_metadata_gives_no_licence(card: str) -> None:
+    assert read_licence(card) == {}
+
+
+def test_a_malformed_licence_field_does_not_hide_the_others() -> None:
+    assert read_licence('---\nlicense: "a\\nb"\nlicense_name: free\nlicense_link: 5\n---\n') == {"license_name": "free"}
+    assert read_licence("---\nlicense: 'a\\nb'\nlicense_name: 5\n---\n") == {
+        "license": r"a\nb"
+    }  # quoted: no line break
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Publishing uploads exactly what the manifest lists, in one commit; after any failure it can be resumed."""
 
 import hashlib
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manife
 from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.hub._staging import gather, stage
 from adaptkit.hub.publish import PublishOptions
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -266,3 +269,39 @@ def test_an_adapter_of_another_tool_can_be_published_after_adopt(
     assert {name: there[name] for name in here} == here
     assert cli("pull", "me/model@v1", "-o", "pulled").code == 0
     assert cli("merge", llama, "pulled", "-o", "merged").code == 0
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["published", "refused"])
+def test_files_are_sent_from_a_private_temporary_folder_that_is_gone_afterwards(
+    cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path, fails: bool
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    seen: list[tuple[str, int, bool]] = []
+
+    class Requests(list[Any]):
+        """Looks at the temporary folders when a commit is sent."""
+
+        def append(self, request: Any) -> None:
+            super().append(request)
+            if "/commit/" in request[1]:
+                seen.extend(
+                    (path.name, stat.S_IMODE(path.stat().st_mode), (path / WEIGHTS).is_file())
+                    for path in temporary.glob("adaptkit-*")
+                )
+
+    hub.requests = Requests()
+    if fails:
+        hub.faults.append(Fault("POST", "/commit/", "403", -1))
+    code = f"""
+import tempfile
+tempfile.tempdir = {str(temporary)!r}  # it is cached, so TMPDIR would have no effect in a forked process
+sys.argv = ["adaptkit", "publish", {str(artifact)!r}, "me/model", "--json"]
+main()
+"""
+    done = cli(code=code)
+    assert (done.code == 0) != fails, done.stdout
+    assert seen
+    for name, mode, has_weights in seen:
+        assert (name.startswith("adaptkit-publish-"), mode, has_weights) == (True, 0o700, True)
+    assert not list(temporary.glob("adaptkit-*"))

@@ -61,7 +61,7 @@ def test_modules_that_do_more_or_less_do_not_act_as_linear_layers(kind):
 )
 def test_routers_and_grouped_layers_do_not_act_as_linear_layers(of, name):
     if of not in CONFIG_MAPPING:
-        pytest.skip(f"this transformers has no {of}")
+        pytest.skip(f"this version of transformers has no {of}")
     kind = getattr(importlib.import_module(f"transformers.models.{of}.modeling_{of}"), name)
     module = kind.__new__(kind)
     nn.Linear.__init__(module, 3, 2)

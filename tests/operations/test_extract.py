@@ -793,7 +793,7 @@ def test_a_changed_layer_that_transformers_splits_is_refused(tmp_path):
     import transformers
 
     if "nomic_bert" not in transformers.CONFIG_MAPPING:
-        pytest.skip("this transformers has no nomic_bert")
+        pytest.skip("this version of transformers has no nomic_bert")
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     config = transformers.NomicBertConfig(
         vocab_size=61, hidden_size=32, num_hidden_layers=1, intermediate_size=48, num_attention_heads=4

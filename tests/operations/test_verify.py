@@ -160,7 +160,7 @@ def test_a_missing_file_is_detected(folder):
     refuses(folder, r"generation_config\.json is missing")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere root may read everything")
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux can root give up its right to read everything")
 def test_an_unreadable_folder_is_reported_as_such_and_not_as_missing_files(folder):
     def as_others():  # drop root's right to read everything, which other users do not have
         for capability in (1, 2):

@@ -147,7 +147,7 @@ def test_adapters_that_peft_drops_are_reported(name, values, others, count, tmp_
     It also drops DeepSeek's layers next to its experts, since those have the same names.
     """
     if name not in CONFIG_MAPPING:
-        pytest.skip(f"this transformers has no {name}")
+        pytest.skip(f"this version of transformers has no {name}")
     monkeypatch.setitem(tiny.ARCHITECTURES, name, values)
     base = tiny.write_architecture(tmp_path / "base", name)
     config = short_run(base, tmp_path)

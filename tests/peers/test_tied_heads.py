@@ -279,7 +279,7 @@ def test_an_untied_head_is_found_under_its_name_in_the_files(tmp_path, monkeypat
     import transformers
 
     if "deepseek_v4" not in transformers.CONFIG_MAPPING:
-        pytest.skip("this transformers has no deepseek_v4")
+        pytest.skip("this version of transformers has no deepseek_v4")
     monkeypatch.setitem(MODELS, "deepseek_v4", (TEXT, "deepseek_v4", DEEPSEEK, "q_b_proj", "lm_head", "embed_tokens"))
     base = tmp_path / "base"
     with quiet(), torch.random.fork_rng(devices=[]):

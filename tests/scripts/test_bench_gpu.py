@@ -68,10 +68,10 @@ def test_measurements_that_failed_are_named_in_the_table(tmp_path):
     found = bench_gpu.run("ours", tmp_path / "nothing", TINY, "cpu", 1, clock)
     assert "nf4" in found["error"]
     late = bench_gpu.run("peer", tmp_path, TINY, "cpu", 1, bench_gpu.Clock(0))
-    assert late == {"error": "the time was up"}
+    assert late == {"error": "the time limit was reached"}
     rows = bench_gpu.lines(TINY, {"ours": found, "peer": late})
     assert len(rows) == 2
-    assert rows[1] == "| tiny | transformers + peft + bitsandbytes | not measured: the time was up | | |"
+    assert rows[1] == "| tiny | transformers + peft + bitsandbytes | not measured: the time limit was reached | | |"
 
 
 def test_figures_measured_before_a_failure_or_timeout_are_in_the_table(tmp_path, monkeypatch):
@@ -86,10 +86,12 @@ def test_figures_measured_before_a_failure_or_timeout_are_in_the_table(tmp_path,
     known = {"seconds": 0.5, "peak": 1 << 20}
     failed = bench_gpu.run("ours", tmp_path, TINY, "cpu", 1, bench_gpu.Clock(100))
     assert failed == known | {"error": "no more"}
-    assert bench_gpu.run("wait", tmp_path, TINY, "cpu", 1, bench_gpu.Clock(13)) == known | {"error": "the time was up"}
+    assert bench_gpu.run("wait", tmp_path, TINY, "cpu", 1, bench_gpu.Clock(13)) == known | {
+        "error": "the time limit was reached"
+    }
     rows = bench_gpu.lines(TINY, {"ours": failed, "peer": {"seconds": 1.0, "peak": 2 << 20}})
     assert [row.split("|")[-2].strip() for row in rows] == ["", "", "", "yes", "yes"]
-    assert "nothing else measured: no more" in rows[0]
+    assert "incomplete: no more" in rows[0]
 
 
 def test_every_figure_is_reported_as_soon_as_it_is_known(tmp_path, monkeypatch):
@@ -107,13 +109,15 @@ def test_a_base_that_cannot_be_made_is_reported_for_each_figure(tmp_path, monkey
 
     monkeypatch.setattr(bench_gpu, "make_base", full)
     found = list(bench_gpu.compare(TINY, "cpu", 1, tmp_path, bench_gpu.Clock(9)))[-1]
-    assert {side["error"] for side in found.values()} == {"no base, [Errno 28] No space left on device"}
+    assert {side["error"] for side in found.values()} == {
+        "the base could not be made: [Errno 28] No space left on device"
+    }
     assert len(bench_gpu.lines(TINY, found)) == 3
 
 
 def test_a_missing_library_is_named_in_the_table(monkeypatch):
     monkeypatch.setattr(bench_gpu, "LIBRARIES", ("torch", "no-such-library"))
-    assert "no no-such-library" in bench_gpu.table("cpu", {"tiny": ["| row |"]})
+    assert "no-such-library not installed" in bench_gpu.table("cpu", {"tiny": ["| row |"]})
 
 
 def test_without_a_gpu_the_script_says_so_and_measures_nothing():
@@ -121,4 +125,4 @@ def test_without_a_gpu_the_script_says_so_and_measures_nothing():
     command = [sys.executable, ROOT / "scripts" / "bench_gpu.py"]
     done = subprocess.run(command, capture_output=True, text=True, env=hidden)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "bench_gpu: torch sees no CUDA device here, so nothing was measured\n"
+    assert done.stderr == "bench_gpu: torch finds no CUDA device, so nothing was measured\n"

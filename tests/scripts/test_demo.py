@@ -21,7 +21,7 @@ def test_a_folder_with_other_files_is_refused_unchanged_before_any_download(tmp_
     command = [sys.executable, ROOT / "scripts" / "demo.py", "--folder", theirs]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"XDG_CACHE_HOME": str(cache)})
     assert (done.returncode, done.stdout) == (2, "")
-    told = f"demo: {theirs}: there is something that the demo did not make\n"
+    told = f"demo: {theirs}: holds files that the demo did not make\n"
     assert done.stderr == told + "hint: give --folder a folder that is new or empty\n"
     assert [(path.name, path.read_text()) for path in theirs.iterdir()] == [(name, "years of work")]
     assert not cache.exists()

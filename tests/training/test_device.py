@@ -20,7 +20,7 @@ def test_a_requested_compute_type_is_used():
     assert choose_dtype("float32", CPU) == torch.float32
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="says what x86 processors have")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs an x86-64 processor")
 def test_processors_without_avx512_compute_in_float32():
     has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
     assert choose_dtype("auto", CPU) == (torch.bfloat16 if has_avx512 else torch.float32)

@@ -69,7 +69,7 @@ class EvaluateOptions:
             if getattr(self, name) is not None and getattr(self, name) < least:
                 raise UsageError(f"{name}: must be at least {least}, found {getattr(self, name)}")
         if not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"seed: must be from 0 to 2^63 - 1, found {self.seed}")
+            raise UsageError(f"seed: must be from 0 to 2^63 - 1, found {self.seed}", hint="0 is the default")
         if self.layout not in (None, *LAYOUTS):
             raise UsageError(f"layout: must be one of {', '.join(LAYOUTS)}, found {self.layout!r}")
         if self.compute_dtype not in COMPUTE_DTYPES:

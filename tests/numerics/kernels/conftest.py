@@ -44,7 +44,7 @@ def on(where: str, value: Any) -> Any:
 @pytest.fixture(scope="session")
 def triton_kernel() -> Iterator[Callable[..., Any]]:
     """Call ``gpu.NAME(*arguments)`` with tensors on the CPU; cross_entropy also returns its logits afterwards."""
-    pytest.importorskip("triton", reason="Triton is for Linux")
+    pytest.importorskip("triton", reason="Triton is not installed")
     if torch.cuda.is_available():
         from adaptkit.numerics.kernels import _gpu_entropy, _gpu_layers, gpu
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is for Linux")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile

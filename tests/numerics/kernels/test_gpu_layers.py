@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is for Linux")
+pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile

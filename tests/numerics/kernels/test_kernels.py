@@ -110,7 +110,7 @@ def test_decoding_nested_constants_with_the_weights_gives_the_bits_of_two_steps(
 def decode_by_bytes():
     """The loop as compiled for a processor that can permute bytes, but not whole weights."""
     if not _cpu_lookup.PERMUTATION:
-        pytest.skip("this processor permutes nothing")
+        pytest.skip("this processor has no supported permute instruction")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_llvm_lookup, "PERMUTATIONS_OF_WEIGHTS", {})
         function = _cpu_blocks._decode_4bit_by_look_up.function

@@ -284,7 +284,9 @@ def mapped(address):
     raise ValueError(address)
 
 
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="says what memory is a view of what file")
+@pytest.mark.skipif(
+    not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps to see which memory is mapped from a file"
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "llama_nf4"])
 def test_weights_are_views_of_the_files(family, request):
     folder = request.getfixturevalue(family)

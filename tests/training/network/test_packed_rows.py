@@ -10,7 +10,9 @@ from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.numerics.kernels._cpu_lookup import PERMUTATION
 from adaptkit.training.network.packed_rows import decoded, packed_rows
 
-needs_instruction = pytest.mark.skipif(PERMUTATION is None, reason="this processor decodes weights as a whole")
+needs_instruction = pytest.mark.skipif(
+    PERMUTATION is None, reason="this processor has no supported permute instruction"
+)
 
 
 @pytest.fixture(params=[1, 3], ids=["alone", "a team"])
