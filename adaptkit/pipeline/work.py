@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -96,7 +96,8 @@ class WorkFolder:
         """Delete temporary files of records that a killed run left; under the lock, no other run is writing any."""
         for path in self.root.glob(f"{'[0-9a-f]' * _KEY_LETTERS}/.*.json.*.partial"):
             if replaced_name(path.name) != path.name and path.is_file():
-                path.unlink()
+                with suppress(OSError):  # such as on a read-only disk; it does no harm
+                    path.unlink()
 
     def output(self, key: str, name: str) -> Path:
         """Return the path of an artifact."""
