@@ -94,7 +94,7 @@ import collections, pathlib, statistics, time, torch
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.numerics import lora
 from adaptkit.operations._diff.adapters import differ_in_module
-from adaptkit.operations._threads import each
+from adaptkit.operations._threads import map_in_threads
 one, two = (read_adapter(pathlib.Path(path)).modules for path in ({first!r}, {second!r}))
 
 def dense(module, spectra):
@@ -104,10 +104,10 @@ def dense(module, spectra):
     return found + [torch.linalg.svdvals(matrix) for matrix in (x, y, x - y)] if spectra else found
 
 def figures():  # all that the command says of each module: angles, interference and signs, too
-    return list(each(lambda name: differ_in_module(name, one[name], two[name]), one, 2))
+    return list(map_in_threads(lambda name: differ_in_module(name, one[name], two[name]), one, 2))
 
 def norms():
-    return list(each(lambda module: lora.inner_products(one[module], two[module]), one, 2))
+    return list(map_in_threads(lambda module: lora.inner_products(one[module], two[module]), one, 2))
 
 def seconds(work):
     started = time.perf_counter()
