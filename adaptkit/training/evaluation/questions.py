@@ -184,16 +184,17 @@ def load_data_with_shots(
     """
     conversations = list(_conversations(files, layout))
     plain = load_data(files, tokenizer, sys.maxsize, layout=layout)
-    without_shots = {where: list(found) for where, found in groupby(plain.samples, lambda sample: sample.source)}
+    # A file of one row that is given twice has two adjacent rows of the same name, but of different origins.
+    rows = [list(found) for _, found in groupby(plain.samples, lambda sample: (sample.origin, sample.source))]
     encoder = Encoder(tokenizer)
     samples, truncated, dropped, fewer = [], 0, 0, 0
-    for where, example in conversations:
+    for (where, example), without_shots in zip(conversations, rows, strict=True):
         for left_out in range(len(shots) + 1):
             whole = _encode(encoder, example, shots[left_out:], where)
             if longest is None or all(len(sample.ids) <= longest for sample in whole):
                 break
         fewer += left_out > 0
-        for shorter, sample in zip(without_shots[where], whole, strict=True):
+        for shorter, sample in zip(without_shots, whole, strict=True):
             excess = max(0, len(shorter.ids) - max_length)
             length = len(sample.ids) - excess
             cut = Sample(sample.ids[:length], sample.labels[:length], where)

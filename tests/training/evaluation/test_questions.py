@@ -180,6 +180,12 @@ def test_examples_do_not_change_the_counts_and_notes_about_the_rows(llama, tmp_p
     assert found.has_conversations
 
 
+def test_a_file_of_one_row_can_be_given_twice(llama, tmp_path):
+    path = write(tmp_path / "row.jsonl", [{"instruction": "one", "output": "first"}])
+    found, _ = load_data_with_shots([path] * 2, load_tokenizer(llama), [(user("0"), said("zero"))], 1024, None)
+    assert len(found.samples) == 2
+
+
 def test_a_question_includes_its_tools_and_a_call_is_not_a_reference(llama, tmp_path):
     tool = {"name": "depth", "parameters": {"type": "object", "properties": {}}}
     call = {"role": "assistant", "tool_calls": [{"name": "depth", "arguments": {"of": "Rhine"}}]}
