@@ -146,7 +146,7 @@ inlined = compiled(**INLINED)
 
 
 def _kind(argument: Any, cells: list[Any]) -> Kind:
-    """Return the kind of an argument (see ``kept.Kind``), and append the values of its cells to ``cells``."""
+    """Return the kind of an argument (see ``kernel_cache.Kind``), and append the values of its cells to ``cells``."""
     if isinstance(argument, np.ndarray):
         flags = argument.flags.num & (_CONTIGUOUS | _ALIGNED | _WRITEABLE)
         cells.append(id(argument))

@@ -141,17 +141,17 @@ class Parts:
         return lora_a, lora_b
 
     def _take_module(self, module: str) -> None:
-        is_embedding_name = Part(module, "embedding_A") in self._left or Part(module, "embedding_B") in self._left
-        lora_a, lora_b = self._take_halves(module, "embedding" if is_embedding_name else "lora")
+        is_embedding = Part(module, "embedding_A") in self._left or Part(module, "embedding_B") in self._left
+        lora_a, lora_b = self._take_halves(module, "embedding" if is_embedding else "lora")
         rank, factor = self._scalings.of(module)
         self._check_rank(module, rank, rank, lora_a, lora_b)
         term = LowRank(lora_a, lora_b, factor)
-        self.modules[module] = transposed(term) if is_embedding_name else term
-        if is_embedding_name:
+        self.modules[module] = transposed(term) if is_embedding else term
+        if is_embedding:
             self.embeddings.add(module)
         self._take_magnitude(module, lora_b.shape[0])
         bias = self._take(module, "lora_bias", 1)
-        if bias is None and self._config.get("lora_bias") and not is_embedding_name:
+        if bias is None and self._config.get("lora_bias") and not is_embedding:
             self._refuse(f"{module} has no lora_B.bias, but lora_bias is set")
         if bias is not None and not self._config.get("lora_bias"):
             self._refuse(f"{module} has a lora_B.bias, but lora_bias is not set")

@@ -42,7 +42,10 @@ LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 TEMPLATES_FOLDER = "additional_chat_templates"
 CODE_SUFFIX = ".py"
 READ_SUFFIXES = {".safetensors", *_SIDE_SUFFIXES}
-"""Operations read only files with these suffixes and ``side_files`` from a checkpoint's or an adapter's folder."""
+"""Operations read only files with these suffixes and ``side_files`` from a checkpoint's or an adapter's folder.
+
+``adopt`` also reads a model card.
+"""
 _NOT_SIDE_PREFIXES = ("adaptkit-", "adapter_", "trainer_", "optimizer", ".")
 _STATES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 """Prefixes of pickles with training state, which trainers save beside weights or checkpoint folders."""
