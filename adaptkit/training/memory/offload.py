@@ -25,7 +25,7 @@ _KEPT_ON_DEVICE = 2
 
 @dataclass(eq=False)
 class _Item:
-    """A tensor on the shelf.
+    """An offloaded tensor.
 
     Attributes:
         host: host copy; None once the tensor was taken.
@@ -76,7 +76,7 @@ class OffloadedTensors:
 
     def _take(self, item: _Item) -> Tensor:
         if item.host is None:
-            raise RuntimeError("this tensor was taken from the shelf before")
+            raise RuntimeError("this tensor was already taken back")
         self._fetch(item)
         self._wait_for_copies(0, free=False)
         before = item.before() if item.before else None

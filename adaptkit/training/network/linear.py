@@ -48,7 +48,7 @@ class PackedWeight(nn.Module):
     def __init__(self, weight: QuantizedWeight, release_pages: Callable[[Tensor], None] | None = None) -> None:
         super().__init__()
         self.shape, self._encoding, self._dtype = weight.shape, weight.encoding, weight.dtype
-        self._give_back, self.is_transient = release_pages, False
+        self._release, self.is_transient = release_pages, False
         self._offset: float | None = None
         constants, nested_absmax = weight.constants, torch.empty(0)
         if isinstance(constants, DoubleQuantized):
@@ -81,8 +81,8 @@ class PackedWeight(nn.Module):
 
     def release_pages(self) -> None:
         """Release the codes' mapped pages if transient; call after decoding the result of ``quantized``."""
-        if self.is_transient and self._give_back is not None:
-            self._give_back(self.codes)
+        if self.is_transient and self._release is not None:
+            self._release(self.codes)
 
 
 class PlainWeight(nn.Module):
