@@ -213,14 +213,14 @@ def work(side: str, case: str, threads: int) -> None:
     import time
 
     if side == "adaptkit":  # as the command does
-        from adaptkit.checkpoint.pages import give_back_kernel_compiler
+        from adaptkit.checkpoint.pages import release_kernel_compiler_pages
         from adaptkit.heap import keep_few_products, keep_freed_memory
         from adaptkit.torch_compiler import leave_compiler_out
 
         keep_freed_memory()
         keep_few_products()
         leave_compiler_out()
-        give_back_kernel_compiler()
+        release_kernel_compiler_pages()
     import torch
 
     torch.set_num_threads(threads)

@@ -28,7 +28,7 @@ def release_pages(start: int, size: int) -> None:
 
 
 @cache
-def give_back_kernel_compiler() -> None:
+def release_kernel_compiler_pages() -> None:
     """Release the pages of LLVM's library (70 MB) after each kernel is loaded, since nothing else needs them."""
     import llvmlite.binding  # noqa: F401 - maps the library
 

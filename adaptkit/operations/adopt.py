@@ -53,11 +53,10 @@ _PLACEHOLDER, _MOST_PLACEHOLDERS = b"[More Information Needed]", 20
 
 @dataclass(frozen=True)
 class AdoptOptions:
-    """How.
+    """Options that do not change the result.
 
     Attributes:
-        threads: number of files, or of tensors of the base, at a time; one per processor if None. Not part of the
-            result.
+        threads: number of files, or of tensors of the base, read at a time; one per processor if None.
     """
 
     threads: int | None = None
@@ -69,18 +68,18 @@ class AdoptOptions:
 
 @dataclass(frozen=True)
 class AdoptReport:
-    """What was done, or would be.
+    """Result of an adoption, or of its dry run.
 
     Attributes:
-        output: folder.
-        kind: adapter or checkpoint.
-        files: copied, byte for byte; sorted.
-        not_copied: what else lies in the source folder, a ``/`` behind the names of folders; sorted.
+        output: output folder.
+        kind: ``adapter`` or ``checkpoint``.
+        files: names of the copied files, sorted.
+        not_copied: other names in the source folder, sorted; those of folders end with ``/``.
         bytes: size of the copied files.
         tensors: number of tensors.
         base: folder of the base; None if none was given.
-        base_fingerprints: number of tensors of the base that the adapter changes, whose fingerprints are recorded.
-        tensors_root: binds the tensors; None for a dry run.
+        base_fingerprints: number of base tensors that the adapter changes; their fingerprints are recorded.
+        tensors_root: one hash of all tensors; None for a dry run.
         manifest_sha256: None for a dry run.
     """
 
@@ -115,8 +114,8 @@ def adopt(
 
     Args:
         source: folder of a LoRA adapter, or of a 16- or 32-bit checkpoint, without a manifest; it is not changed.
-        output: folder to make.
-        options: how.
+        output: folder to create.
+        options: number of threads.
         base: folder of the 16- or 32-bit checkpoint that the adapter was trained on.
         force: replace an existing output.
         dry_run: check everything and write nothing.

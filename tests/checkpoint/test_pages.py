@@ -14,7 +14,7 @@ from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are released only on Linux")
 
 LOADED = """
-from adaptkit.checkpoint.pages import _unchanged, give_back_kernel_compiler
+from adaptkit.checkpoint.pages import _unchanged, release_kernel_compiler_pages
 
 def resident():
     found, inside = 0, False
@@ -24,7 +24,7 @@ def resident():
     return found / 1000
 
 if {given}:
-    give_back_kernel_compiler()  # before anything else has loaded it
+    release_kernel_compiler_pages()  # before anything else has loaded it
 import numpy as np
 from adaptkit.compiled import jit, _machine
 _machine()
@@ -138,8 +138,8 @@ def test_with_an_unreadable_smaps_all_pages_of_the_kernel_compiler_stay():
         "import pathlib\n"
         "def refuse(path): raise PermissionError(13, 'no')\n"
         "pathlib.Path.read_bytes = refuse\n"
-        "from adaptkit.checkpoint.pages import give_back_kernel_compiler\n"
-        "give_back_kernel_compiler()\n"
+        "from adaptkit.checkpoint.pages import release_kernel_compiler_pages\n"
+        "release_kernel_compiler_pages()\n"
         "from adaptkit.compiled import _after_loading\n"
         "print(len(_after_loading))"
     )
@@ -149,9 +149,9 @@ def test_with_an_unreadable_smaps_all_pages_of_the_kernel_compiler_stay():
 
 def test_repeated_calls_register_a_single_callback():
     code = (
-        "from adaptkit.checkpoint.pages import give_back_kernel_compiler\n"
+        "from adaptkit.checkpoint.pages import release_kernel_compiler_pages\n"
         "from adaptkit.compiled import _after_loading\n"
-        "for _ in range(3): give_back_kernel_compiler()\n"
+        "for _ in range(3): release_kernel_compiler_pages()\n"
         "print(len(_after_loading))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)

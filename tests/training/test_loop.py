@@ -445,7 +445,7 @@ def test_layers_accumulate_their_gradients_instead_of_autograd(config, tmp_path,
 
 def test_the_command_releases_the_memory_of_the_kernel_compiler(config, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(train_command, "give_back_kernel_compiler", lambda: asked.append(True))
+    monkeypatch.setattr(train_command, "release_kernel_compiler_pages", lambda: asked.append(True))
     arguments = ["train", "--base", config.base, "--data", *config.data, "-o", str(tmp_path / "out"), "--dry-run"]
     assert CliRunner().invoke(cli, [*arguments, "--steps", "1"]).exit_code == 0
     assert asked == [True]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.checkpoint.document import read_document
-from adaptkit.checkpoint.pages import give_back_kernel_compiler
+from adaptkit.checkpoint.pages import release_kernel_compiler_pages
 from adaptkit.checkpoint.typed import Place, build
 from adaptkit.cli.options import (
     ArtifactPath,
@@ -77,7 +77,7 @@ def command(
     if not is_first:
         as_json, quiet = False, True
     leave_compiler_out()
-    give_back_kernel_compiler()
+    release_kernel_compiler_pages()
     if show_batch:
         from adaptkit.training.preview import preview
 
