@@ -55,6 +55,7 @@ def make_card(manifest: Manifest, facts: CardFacts) -> str:
         f"# {_TITLES.get(manifest.kind, 'Model')}",
         _facts(manifest, facts),
         _parents(manifest),
+        _use(manifest, facts),
         _training(facts),
         _operation(manifest),
         _CHECK,
@@ -102,6 +103,8 @@ def _front_matter(manifest: Manifest, facts: CardFacts) -> dict[str, Any]:
     if isinstance(method, str):
         tags.add(method)
     front: dict[str, Any] = {"library_name": "peft" if is_adapter else "transformers", "tags": sorted(tags)}
+    if _generates_text(manifest, facts):
+        front["pipeline_tag"] = "text-generation"
     if facts.base is not None:
         front["base_model"] = facts.base
         found = relation(manifest)
@@ -138,6 +141,34 @@ def _parents(manifest: Manifest) -> str:
     return "## Made from\n\n" + _table(("Role", "Kind", "Weight", "Tensors root"), rows)
 
 
+def _use(manifest: Manifest, facts: CardFacts) -> str:
+    """Return the code that loads the artifact; empty where transformers and peft alone may not load it."""
+    is_adapter, names = manifest.kind == "adapter", {record.path for record in manifest.files}
+    quantization = facts.config.get("quantization_config", {"quant_method": "bitsandbytes"})
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    model = facts.base if is_adapter else _REPOSITORY
+    if method != "bitsandbytes" or not _generates_text(manifest, facts) or model is None:
+        return ""
+    tokenizer = _REPOSITORY if "tokenizer_config.json" in names else facts.base
+    lines = ["from peft import PeftModel"] if is_adapter else []
+    lines.append("from transformers import AutoModelForCausalLM, AutoTokenizer")
+    if tokenizer is not None:
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(tokenizer)})")
+    lines.append(f"model = AutoModelForCausalLM.from_pretrained({json.dumps(model)})")
+    if is_adapter:
+        lines.append(f"model = PeftModel.from_pretrained(model, {json.dumps(_REPOSITORY)})")
+    return "## Use it\n\n" + "\n".join(f"    {line}" for line in lines)
+
+
+def _generates_text(manifest: Manifest, facts: CardFacts) -> bool:
+    """Whether the configuration says that this is a decoder of text whose code is part of transformers."""
+    if manifest.kind == "adapter":
+        return facts.config.get("task_type") == "CAUSAL_LM"
+    architectures = facts.config.get("architectures")
+    found = architectures if isinstance(architectures, list) else []
+    return "auto_map" not in facts.config and any(str(name).endswith("ForCausalLM") for name in found)
+
+
 def _training(facts: CardFacts) -> str:
     if not facts.figures:
         return ""
@@ -159,6 +190,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
+_REPOSITORY = "ORG/NAME"
 _CHECK = """## Verify it
 
 `adaptkit-manifest.json` lists the sha256 of every file and a fingerprint of every tensor:

@@ -1,15 +1,19 @@
 """Model cards: they state facts of the manifest, are reproducible, and carry over the base's licence."""
 
 import json
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from local_hub import Fault, LocalHub
+from safetensors.torch import load_file
 
+from adaptkit import adopt, merge, quantize
 from adaptkit.checkpoint.layout import read_json
 from adaptkit.checkpoint.manifest import Manifest, require_manifest
 from adaptkit.errors import CheckpointError
@@ -44,6 +48,7 @@ def test_an_adapters_card_names_its_base_and_hashes(manifest: Manifest, artifact
         "base_model": "org/base",
         "base_model_relation": "adapter",
         "library_name": "peft",
+        "pipeline_tag": "text-generation",
         "tags": ["adaptkit", "lora"],
     }
     assert manifest.tensors_root in card
@@ -246,6 +251,61 @@ def test_quantized_and_merged_models_are_published_and_pulled_with_cards(
     only = cli("pull", "me/quantized", "-o", "config", "--only", "config", "--only", "tokenizer")
     assert only.code == 0, only.stdout
     assert cli("plan", "config").code == 0
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "stored", "loaded"),
+    [
+        (
+            "adapter",
+            ("adapter_config.json", "adapter_model.safetensors"),
+            f"base_model.model.{Q_PROJ}.lora_B.weight",
+            f"base_model.model.{Q_PROJ}.lora_B.default.weight",
+        ),
+        ("merged", ("config.json", "model.safetensors"), f"{Q_PROJ}.weight", f"{Q_PROJ}.weight"),
+        ("quantized", ("config.json", "model.safetensors"), f"{Q_PROJ}.weight", f"{Q_PROJ}.weight"),
+    ],
+)
+def test_the_code_in_a_card_loads_the_artifact(
+    kind: str, files: tuple[str, str], stored: str, loaded: str, llama: Path, adapter: Path, tmp_path: Path
+) -> None:
+    make = {
+        "adapter": lambda: adopt(adapter, tmp_path / "made"),
+        "merged": lambda: merge(llama, adapter, tmp_path / "made"),
+        "quantized": lambda: quantize(llama, tmp_path / "made"),
+    }
+    make[kind]()
+    config, weights = (tmp_path / "made" / name for name in files)
+    card = make_card(require_manifest(tmp_path / "made"), CardFacts(read_json(config), "org/base"))
+    assert front_matter(card)["pipeline_tag"] == "text-generation"
+    code = textwrap.dedent(card.split("## Use it\n\n")[1].split("\n\n")[0])
+    names: dict[str, Any] = {}
+    exec(code.replace("ORG/NAME", str(tmp_path / "made")).replace("org/base", str(llama)), names)
+    assert len(names["tokenizer"]("a dog")["input_ids"]) > 0
+    assert torch.equal(names["model"].get_parameter(loaded).data, load_file(weights)[stored])
+
+
+@pytest.mark.parametrize(
+    ("kind", "facts"),
+    [
+        ("adapter", CardFacts({"task_type": "CAUSAL_LM"})),  # nothing names the base
+        ("adapter", CardFacts({"task_type": "SEQ_CLS"}, "org/base")),
+        ("merged", CardFacts({"architectures": ["LlavaForConditionalGeneration"]}, "org/base")),
+        ("merged", CardFacts({"architectures": ["OwnForCausalLM"], "auto_map": {}}, "org/base")),
+        (
+            "quantized",
+            CardFacts({"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "adaptkit"}}),
+        ),
+        ("merged", CardFacts({"architectures": 5, "quantization_config": 5})),
+    ],
+)
+def test_a_card_shows_no_code_where_it_may_not_load_the_artifact(
+    manifest: Manifest, kind: str, facts: CardFacts
+) -> None:
+    assert "from_pretrained" not in make_card(replace(manifest, kind=kind), facts)
 
 
 def test_a_relative_licence_link_points_to_the_base_unless_the_artifact_has_the_file(
