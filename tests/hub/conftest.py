@@ -50,8 +50,9 @@ for line in sys.stdin:
                 code = 0
             else:
                 if job["hurry"]:
-                    from adaptkit.hub import _client
-                    _client.WAITS_S = tuple(wait / 50 for wait in _client.WAITS_S)
+                    import time
+                    sleep = time.sleep
+                    time.sleep = lambda wait_s: sleep(wait_s / 50)  # adaptkit's and the client's waits before retries
                 code = 1
                 main()
         except SystemExit as stop:
