@@ -47,6 +47,10 @@ def with_card(hub: Hub, path: Path, manifest: Manifest, base: str | None, will_s
     Raises:
         UsageError: ``base`` is given but the artifact has a card, or a generated card would invalidate the signature.
     """
+    config_name, config = _config(path, manifest)
+    if manifest.kind == "adapter" and base_model(config) is None:
+        named = config.get("base_model_name_or_path")  # peft finds names without an owner, as 'gpt2'
+        hub.note(f"{config_name} calls the base {named!r}, a name that peft may not find on the Hub")
     signature = path / SIGNATURE_NAME
     if has_card(manifest):
         if base is not None:
@@ -67,6 +71,13 @@ def with_card(hub: Hub, path: Path, manifest: Manifest, base: str | None, will_s
     return artifact
 
 
+def _config(root: Path, manifest: Manifest) -> tuple[str, dict[str, Any]]:
+    """Return the name of an artifact's configuration and its content; empty if the artifact has none."""
+    name = ADAPTER_CONFIG_NAME if manifest.kind == "adapter" else CONFIG_NAME
+    is_there = any(record.path == name for record in manifest.files)
+    return name, read_config(resolve_inside(root, name)) if is_there else {}
+
+
 def _card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> CardFacts:
     """Collect the facts for an artifact's card, and note those that are missing.
 
@@ -81,17 +92,13 @@ def _card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> C
         NetworkError: the Hub did not answer for the base's card.
     """
     names = {record.path for record in manifest.files}
-    config_name = ADAPTER_CONFIG_NAME if manifest.kind == "adapter" else CONFIG_NAME
-    config = read_config(resolve_inside(root, config_name)) if config_name in names else {}
+    config_name, config = _config(root, manifest)
     named = base_model(config)
     called = base or named
     licence = _licence(hub, called, names, is_sure=base is not None) if called else None
     if licence is None:
-        why = f"{named}, as {config_name} calls it, is not on the Hub" if named else "the artifact names none"
+        why = f"{named}, as {config_name} calls it, is not on the Hub" if named else "the artifact gives no ORG/NAME"
         hub.note(f"the model card names no base model: {why}; name it with --base-model ORG/NAME")
-    elif manifest.kind == "adapter" and named is None:
-        found = config.get("base_model_name_or_path")  # peft finds names without an owner, as 'gpt2'
-        hub.note(f"{config_name} calls the base {found!r}, a name that peft may not find on the Hub")
     return CardFacts(
         config=config,
         base=None if licence is None else called,

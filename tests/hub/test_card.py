@@ -215,6 +215,18 @@ def test_an_unknown_base_is_noted_and_can_be_given_by_an_option(
     assert cli("publish", artifact, "me/model", "--base-model", "not a name").code == 2
 
 
+@pytest.mark.parametrize("card", [{}, {"README.md": "written by another tool\n"}])
+def test_an_adapter_whose_base_is_a_folder_is_noted_with_and_without_a_card(
+    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, card: dict[str, str]
+) -> None:
+    words = "adapter_config.json calls the base {!r}, a name that peft may not find"
+    for base, is_noted in (("a-folder", True), ("/work/a-folder", True), ("org/base", False)):
+        artifact = make_artifact(name=base.replace("/", "-"), base=base, files=card)
+        done = cli("publish", artifact, "me/model", "--dry-run")
+        assert done.code == 0, done.stdout
+        assert (words.format(base) in done.stderr) is is_noted
+
+
 def test_a_base_cannot_be_given_if_the_artifact_has_a_card(cli: Any, artifact: Path, tmp_path: Path) -> None:
     cli("publish", artifact, "me/model")
     cli("pull", "me/model", "-o", "pulled")
