@@ -10,7 +10,7 @@ from adaptkit.checkpoint.hashing import file_digests
 from adaptkit.checkpoint.header import Header, read_header
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
-from adaptkit.checkpoint.progress import Progress, first_problems, no_progress
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import CheckpointError, IntegrityError
 
 _AGAIN = "download or copy the whole artifact again (from the Hub: adaptkit pull)"
@@ -71,6 +71,12 @@ def check_names(root: Path, manifest: Manifest) -> None:
     if extra or missing:
         problems = [f"{name} is missing" for name in missing] + [f"{name} is not in the manifest" for name in extra]
         raise IntegrityError(f"{root}: {first_problems(problems)}", hint=_AGAIN if missing else _MOVE)
+
+
+def first_problems(problems: Sequence[str]) -> str:
+    """List the first five problems, and the number of others."""
+    shown = "; ".join(problems[:5])
+    return f"{shown}; and {len(problems) - 5} more" if len(problems) > 5 else shown
 
 
 def present_names(root: Path) -> set[str]:

@@ -40,12 +40,6 @@ def first_few(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
 
 
-def first_problems(problems: Sequence[str]) -> str:
-    """List the first five problems, and the number of others."""
-    shown = "; ".join(problems[:5])
-    return f"{shown}; and {len(problems) - 5} more" if len(problems) > 5 else shown
-
-
 def size(count: float) -> str:
     """Format a number of bytes with decimal units: 269.0 MB."""
     for unit in ("B", "kB", "MB", "GB"):

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import adaptkit
+from adaptkit.checkpoint.integrity import first_problems
 from adaptkit.checkpoint.layout import read_json, read_small, write_json
-from adaptkit.checkpoint.progress import first_problems
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import CheckpointError, DriftError, UsageError
 from adaptkit.hub.sources import is_commit
