@@ -28,7 +28,7 @@ def counted(count: int, noun: str, verb: str = "") -> str:
 
 def _with_s(word: str) -> str:
     """Return the plural of a noun, or the third person singular of a verb."""
-    for end, instead in (("ix", "ices"), ("ry", "ries"), ("ch", "ches")):
+    for end, instead in (("ix", "ices"), ("ry", "ries"), ("ch", "ches"), ("s", "ses")):
         if word.endswith(end):
             return word.removesuffix(end) + instead
     return f"{word}s"

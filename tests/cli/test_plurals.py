@@ -26,6 +26,7 @@ MANY = re.compile(
         (2, "calibrated matrix", "", "2 calibrated matrices"),
         (1, "calibrated matrix", "", "1 calibrated matrix"),
         (3, "entry", "", "3 entries"),
+        (2, "bias", "", "2 biases"),
         (3, "more key", "", "3 more keys"),
         (1, "row", "have", "1 row has"),
         (2, "row", "have", "2 rows have"),

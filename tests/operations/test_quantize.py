@@ -436,3 +436,9 @@ def test_a_share_reports_how_many_shards_it_wrote(llama, tmp_path, run_cli):
         assert f"share {number} of 2 of {tmp_path / 'out'} ({counted(written - before, 'shard')})" in done.stdout
         assert ", all shares together" in done.stdout
         before = written
+
+
+def test_kinds_of_tensors_that_stay_are_counted_as_nouns_and_phrases_left_alone(llama, tmp_path, run_cli):
+    skip = [*("--skip", "*.mlp.*"), "--dry-run"]
+    told = run_cli("quantize", llama, "-o", tmp_path / "out", *skip).stdout
+    assert "1 embedding, 5 norms, 6 skipped by --skip\n" in told

@@ -141,7 +141,8 @@ def command(
 
 
 def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
-    kept = ", ".join(f"{count} {reason}" for reason, count in report.kept.items())
+    # A reason of one word is a kind of tensor; the others are phrases, such as "not a matrix".
+    kept = ", ".join(f"{n:,} {why}" if " " in why else counted(n, why) for why, n in report.kept.items())
     what = f"{report.output} ({counted(report.shards, 'shard')})"
     share = f"share {report.part[0]} of {report.part[1]} of " if report.part else ""
     of_all = ", all shares together" if report.part else ""
