@@ -96,8 +96,8 @@ class Run:
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / PAGES_NAME, note)
-        pages, shelf = self.optimizer.state.pages, self.activations.shelf
-        memories, is_alone = [shelf.memory] if shelf else [], not inputs.config.shard_base
+        pages, offloaded = self.optimizer.state.pages, self.activations.offloaded
+        memories, is_alone = [offloaded.memory] if offloaded else [], not inputs.config.shard_base
         self._pressure = Pressure(pages, note, memories, is_alone, self.activations.shrink)
         self.tokens_per_second = 0.0
         snapshot = share_snapshot(world, newest_checkpoint(folder, note) if world.is_first else None)

@@ -98,14 +98,14 @@ def active_bytes(kind):
 
 def test_offloading_frees_gpu_memory_and_keeps_values_however_far_the_gpu_is_behind():
     """The GPU sleeps, so that the host is always ahead, and the host waits for it only at the end."""
-    shelf, size = OffloadedTensors(GPU), 1 << 22
+    offloaded, size = OffloadedTensors(GPU), 1 << 22
     for _ in range(3):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before, sums = active_bytes("current"), []
         torch.cuda._sleep(1_000_000_000)
-        takes = [shelf.put(torch.full((size,), float(number), device=GPU)) for number in range(8)]
+        takes = [offloaded.put(torch.full((size,), float(number), device=GPU)) for number in range(8)]
         torch.cuda._sleep(1_000_000_000)
         while takes:
             tensor = takes.pop()()

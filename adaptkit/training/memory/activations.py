@@ -33,14 +33,14 @@ class Activations:
         bytes: memory that the layers need for the largest batch, saved and temporary; 0 if unknown: the network has no
             stack of layers, its layers cannot be measured, or the base is sharded.
         logits_bytes: bytes of a chunk of logits.
-        shelf: holds the inputs of segments in host memory; None if they stay on the device.
+        offloaded: holds the inputs of segments in host memory; None if they stay on the device.
         network: network that ``shrink`` may checkpoint; None unless the policy is ``auto``.
     """
 
     checkpointing: Checkpointing
     bytes: int
     logits_bytes: int
-    shelf: OffloadedTensors | None = None
+    offloaded: OffloadedTensors | None = None
     network: Any = None
 
     def shrink(self) -> bool:
@@ -52,7 +52,7 @@ class Activations:
         if self.network is None or not before.whole:
             return False
         self.checkpointing = Checkpointing(before.layers, 1)
-        checkpoint_layers(self.network, self.checkpointing, self.shelf, before.layers - before.whole)
+        checkpoint_layers(self.network, self.checkpointing, self.offloaded, before.layers - before.whole)
         return True
 
 
@@ -86,9 +86,9 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     if found.layers and not config.shard_base:  # measuring stops a pass halfway: processes would wait for each other
         with contextlib.suppress(UsageError):  # layers that cannot be measured can still be trained
             needed = found.bytes_needed(measured(), offloaded)
-    shelf = OffloadedTensors(device) if offloaded else None
-    checkpoint_layers(network, found, shelf)
-    return Activations(found, needed, logits, shelf, network if config.checkpointing == AUTO else None)
+    held = OffloadedTensors(device) if offloaded else None
+    checkpoint_layers(network, found, held)
+    return Activations(found, needed, logits, held, network if config.checkpointing == AUTO else None)
 
 
 def _room(network: Any, config: TrainConfig, device: torch.device, logits: int) -> int | None:

@@ -69,7 +69,7 @@ def choose_checkpointing(
 
 
 def checkpoint_layers(
-    network: nn.Module, checkpointing: Checkpointing, shelf: OffloadedTensors | None = None, done: int = 0
+    network: nn.Module, checkpointing: Checkpointing, offloaded: OffloadedTensors | None = None, done: int = 0
 ) -> None:
     """Checkpoint a network's layers; takes effect wherever gradients are recorded.
 
@@ -78,7 +78,7 @@ def checkpoint_layers(
     Args:
         network: modified in place.
         checkpointing: result of ``choose_checkpointing``.
-        shelf: holds the inputs of segments in host memory; None: they stay on the device.
+        offloaded: holds the inputs of segments in host memory; None: they stay on the device.
         done: number of first layers that are checkpointed already.
     """
     checked = checkpointing.layers - checkpointing.whole
@@ -87,7 +87,7 @@ def checkpoint_layers(
     current: list[_Segment] = []
     for index, layer in list(enumerate(find_stack(network)[1][:checked]))[done:]:
         is_last = index % checkpointing.length == checkpointing.length - 1 or index == checked - 1
-        place = _Place(index // checkpointing.length, index % checkpointing.length == 0, is_last, current, shelf)
+        place = _Place(index // checkpointing.length, index % checkpointing.length == 0, is_last, current, offloaded)
         layer.forward = _checkpointed(layer, layer.forward, place)
         for weight in (module for module in layer.modules() if isinstance(module, PackedWeight)):
             weight.is_transient = True
@@ -130,19 +130,19 @@ class _Segment:
 
 @dataclass(frozen=True)
 class _Place:
-    """A layer's place: its segment, and whether it is first or last there; also the running segment and the shelf."""
+    """A layer's segment, whether the layer is first or last in it, the running segment, and the offloaded tensors."""
 
     segment: int
     is_first: bool
     is_last: bool
     current: list[_Segment]
-    shelf: OffloadedTensors | None
+    offloaded: OffloadedTensors | None
 
     def enter(self, hidden: Tensor) -> _Segment:
         """Return the segment of a layer that is about to run, created if the layer is the segment's first to run."""
         if self.is_first or not self.current or self.current[0].number != self.segment:
             kept = hidden.detach()
-            self.current[:] = [_Segment(self.segment, self.shelf.put(kept) if self.shelf else lambda: kept)]
+            self.current[:] = [_Segment(self.segment, self.offloaded.put(kept) if self.offloaded else lambda: kept)]
         segment = self.current[0]
         if self.is_last:
             self.current.clear()  # from now on only the graph keeps it alive

@@ -20,10 +20,10 @@ from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 
-def checkpoint(network, policy, shelf=None):
+def checkpoint(network, policy, offloaded=None):
     if isinstance(policy, str):
         policy = choose_checkpointing(network, policy, measure=None)
-    checkpoint_layers(network, policy, shelf)
+    checkpoint_layers(network, policy, offloaded)
     return policy.segments
 
 
@@ -31,13 +31,13 @@ POLICIES = ["layer", "sqrt", "segments:1", "segments:2", "segments:4", "segments
 IDS = torch.arange(40).reshape(2, 20) % 50 + 3
 
 
-def gradients(folder, policy, dropout, twice=False, shelf=None, by=checkpoint):
+def gradients(folder, policy, dropout, twice=False, offloaded=None, by=checkpoint):
     model = load_model(folder, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", dropout, seed=0)
     for number, layer in enumerate(model.adapted().values()):
         generator = torch.Generator().manual_seed(number)
         layer.lora_b.data.copy_(torch.randn(layer.lora_b.shape, generator=generator) * 0.02)
-    count = by(model.network, policy, shelf)
+    count = by(model.network, policy, offloaded)
     model.network.train()
     torch.manual_seed(11)
     for _ in range(2 if twice else 1):
@@ -90,11 +90,11 @@ def test_layer_inputs_require_gradients_only_where_they_do_without_checkpointing
 
 
 def test_offloading_and_last_layers_without_checkpoints_change_no_bit(deep_nf4, unsegmented):
-    """Two steps use the same shelf."""
+    """Two steps use the same ``OffloadedTensors``."""
     expected, _, random_after = unsegmented(0.1)
-    shelf = OffloadedTensors(torch.device("cpu"))
+    offloaded = OffloadedTensors(torch.device("cpu"))
     for checkpointing in ("segments:3", Checkpointing(7, 2, whole=2)):
-        found, count, random_found = gradients(deep_nf4, checkpointing, 0.1, twice=True, shelf=shelf)
+        found, count, random_found = gradients(deep_nf4, checkpointing, 0.1, twice=True, offloaded=offloaded)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert (random_found, count) == (random_after, 3), checkpointing
 
@@ -126,7 +126,7 @@ def test_shrinking_checkpoints_all_layers_and_changes_no_bit(deep_nf4, unsegment
         checkpoint_layers(network, kept.checkpointing)
         return kept
 
-    def shrunk(network, policy, shelf=None):
+    def shrunk(network, policy, offloaded=None):
         kept = ready(network)
         assert kept.shrink()
         assert not kept.shrink()

@@ -53,10 +53,10 @@ def test_paging_and_offloading_work_without_pinned_memory():
     assert state.pages.memory.is_short
     state.pages.set_budget(None)
     assert state.vectors()["first_moment"].whole().tolist() == list(range(1000))
-    shelf = OffloadedTensors(CPU)
-    shelf.memory._pins = True
-    assert torch.equal(shelf.put(torch.arange(5))(), torch.arange(5))
-    assert shelf.memory.is_short
+    offloaded = OffloadedTensors(CPU)
+    offloaded.memory._pins = True
+    assert torch.equal(offloaded.put(torch.arange(5))(), torch.arange(5))
+    assert offloaded.memory.is_short
 
 
 def test_a_run_warns_once_if_host_memory_cannot_be_pinned(llama_nf4, instructions, tmp_path, monkeypatch):
