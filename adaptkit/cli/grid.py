@@ -12,7 +12,7 @@ _UNNUMBERED_SHOWN = 48  # maximum number of rows for names without a layer
 
 
 @dataclass(frozen=True)
-class Place:
+class GridPlace:
     """Position of a module's name in the grids.
 
     Attributes:
@@ -60,15 +60,15 @@ class Grid:
     left_out: int = 0
 
 
-def place(name: str) -> Place:
+def place(name: str) -> GridPlace:
     """Return the place of a dotted name; a final ``.weight`` is dropped."""
     parts = name.removesuffix(".weight").split(".")
     numbered = [position for position, part in enumerate(parts) if _is_number(part)]
     if not numbered:
-        return Place("", 0, ".".join(parts))
+        return GridPlace("", 0, ".".join(parts))
     first = numbered[0]
     module = starred(".".join(parts[first + 1 :])) or "weight"
-    return Place(".".join(parts[:first]) or "layers", int(parts[first]), module)
+    return GridPlace(".".join(parts[:first]) or "layers", int(parts[first]), module)
 
 
 def starred(name: str) -> str:
@@ -82,7 +82,7 @@ def grids(values: Mapping[str, float]) -> tuple[Grid, ...]:
     Args:
         values: dotted name -> finite value.
     """
-    stacks: dict[str, dict[Place, list[float]]] = defaultdict(lambda: defaultdict(list))
+    stacks: dict[str, dict[GridPlace, list[float]]] = defaultdict(lambda: defaultdict(list))
     for name, value in values.items():
         where = place(name)
         stacks[where.stack][where].append(value)
@@ -91,7 +91,7 @@ def grids(values: Mapping[str, float]) -> tuple[Grid, ...]:
     return (*made, _named(unnumbered)) if unnumbered else tuple(made)
 
 
-def _numbered(stack: str, cells: Mapping[Place, list[float]]) -> Grid:
+def _numbered(stack: str, cells: Mapping[GridPlace, list[float]]) -> Grid:
     layers = sorted({where.layer for where in cells})
     modules = sorted({where.module for where in cells})
     row, column = ({key: index for index, key in enumerate(keys)} for keys in (layers, modules))
@@ -99,7 +99,7 @@ def _numbered(stack: str, cells: Mapping[Place, list[float]]) -> Grid:
     return Grid(stack, tuple(map(str, layers)), tuple(modules), entries)
 
 
-def _named(cells: Mapping[Place, list[float]]) -> Grid:
+def _named(cells: Mapping[GridPlace, list[float]]) -> Grid:
     largest_first = sorted(cells.items(), key=lambda item: (-max(item[1]), item[0].module))
     shown = largest_first[:_UNNUMBERED_SHOWN]
     entries = {(row, 0): _entry(found) for row, (_, found) in enumerate(shown)}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError
 from adaptkit.networks.architecture import empty_network, named_network, why_unsupported
-from adaptkit.networks.naming import Place, places
+from adaptkit.networks.naming import TensorPlace, places
 
 if TYPE_CHECKING:
     from adaptkit.networks.assembly import Assembly
@@ -159,7 +159,7 @@ def _addresses_in(assembly: Assembly, wanted: list[str], subject: str) -> Addres
     return Addresses(found, mapping_note, frozenset(uses))
 
 
-def _find_in_stack(assembly: Assembly, name: str, place: Place | None) -> Slice | None:
+def _find_in_stack(assembly: Assembly, name: str, place: TensorPlace | None) -> Slice | None:
     """Find one expert's matrix, given by its older name, in a stack that the files hold as one tensor."""
     expert = re.search(r"\.experts\.(\d+)\.", name)
     if expert is None or place is None or not place.pattern or len(place.parameters) != 1:

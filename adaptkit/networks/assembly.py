@@ -14,7 +14,7 @@ from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.networks.architecture import language_part
-from adaptkit.networks.naming import Place, places
+from adaptkit.networks.naming import TensorPlace, places
 
 _GET_AGAIN = "download the checkpoint again, with its own config.json"
 _OBSOLETE_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)(attn|attention)\.masked_bias$")
@@ -106,7 +106,7 @@ class Assembly:
         """Whether any of the tensors that a parameter is made of is quantized in the files."""
         return not self.quantized.isdisjoint(self.sources.get(name, ()))
 
-    def place(self, name: str) -> Place:
+    def place(self, name: str) -> TensorPlace:
         """Return how transformers converts the tensors that a parameter or buffer is made of.
 
         Raises:

@@ -10,7 +10,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """The parameters that one tensor of a file is loaded into.
 
     Attributes:
@@ -32,7 +32,7 @@ class Place:
         return steps in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)])
 
 
-def places(network: Any, names: Iterable[str], known: Mapping[str, Any] | None = None) -> dict[str, Place]:
+def places(network: Any, names: Iterable[str], known: Mapping[str, Any] | None = None) -> dict[str, TensorPlace]:
     """Map the names of a file's tensors to places; names that the model does not have are left out.
 
     Args:
@@ -56,11 +56,11 @@ def places(network: Any, names: Iterable[str], known: Mapping[str, Any] | None =
         if renamed not in known:
             continue
         if pattern is None:
-            found[name] = Place((renamed,))
+            found[name] = TensorPlace((renamed,))
             continue
         converter = by_pattern[pattern]
         targets = converter.target_patterns
-        found[name] = Place(
+        found[name] = TensorPlace(
             tuple(renamed.replace(targets[0], target) for target in targets),
             pattern,
             tuple(converter.source_patterns),
@@ -69,7 +69,7 @@ def places(network: Any, names: Iterable[str], known: Mapping[str, Any] | None =
     return found
 
 
-def missing_parameters(network: Any, found: Mapping[str, Place]) -> list[str]:
+def missing_parameters(network: Any, found: Mapping[str, TensorPlace]) -> list[str]:
     """Return the parameters of a model that no tensor of the files is loaded into, under any of their names.
 
     Args:
@@ -80,6 +80,6 @@ def missing_parameters(network: Any, found: Mapping[str, Place]) -> list[str]:
     return [name for name, parameter in network.named_parameters() if id(parameter) not in fed]
 
 
-def shape_in(network: Any, place: Place) -> tuple[int, ...] | None:
+def shape_in(network: Any, place: TensorPlace) -> tuple[int, ...] | None:
     """Return the shape that a tensor must have for its place in a model; None if transformers converts it."""
     return None if place.pattern else tuple(network.get_parameter_or_buffer(place.parameters[0]).shape)

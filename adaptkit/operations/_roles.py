@@ -27,7 +27,7 @@ from adaptkit.networks.architecture import (
 )
 from adaptkit.networks.kinds import is_router
 from adaptkit.networks.linears import is_linear
-from adaptkit.networks.naming import Place, missing_parameters, places, shape_in
+from adaptkit.networks.naming import TensorPlace, missing_parameters, places, shape_in
 from adaptkit.operations._vocabulary import find_vocabulary
 
 if TYPE_CHECKING:
@@ -174,7 +174,9 @@ def _from_architecture(checkpoint: Checkpoint) -> Roles:
     return Roles(roles, read_from, head_path(network) or "lm_head", tied)
 
 
-def _missing_parameters(checkpoint: Checkpoint, network: Any, found: Mapping[str, Place]) -> tuple[list[str], str]:
+def _missing_parameters(
+    checkpoint: Checkpoint, network: Any, found: Mapping[str, TensorPlace]
+) -> tuple[list[str], str]:
     """Return the parameters that the class named in ``architectures`` has but the files lack, and the class's name.
 
     If transformers cannot build that class, the language model is compared instead, but its head is not reported.
@@ -200,7 +202,7 @@ def _shared_modules(network: Any) -> dict[str, list[str]]:
 
 
 def _in_network(
-    network: Any, head: nn.Module | None, place: Place, role: Role, shared: Mapping[str, list[str]]
+    network: Any, head: nn.Module | None, place: TensorPlace, role: Role, shared: Mapping[str, list[str]]
 ) -> Role:
     """Return the role of a tensor whose place in the model is known; ``role`` is the one that its name suggests."""
     modules = [name.removesuffix(".weight") for name in place.parameters if name.endswith(".weight")]

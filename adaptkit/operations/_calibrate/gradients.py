@@ -28,7 +28,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import DISK_HINTS, NonFiniteError
 from adaptkit.operations._calibrate.layerwise import Collector, InputMoments, Sums
-from adaptkit.operations._calibrate.replay import Place, Replay
+from adaptkit.operations._calibrate.replay import EntryKey, Replay
 
 LOGIT_POSITIONS = 64
 """Tokens of each window whose logits are in memory at a time."""
@@ -96,7 +96,7 @@ def layer_gradients(
         for name, square in collector.mean_squares().items():
             entered = {name: inputs.moments()[name]}
             yield LayerGradients(replay.as_in_files({name: square}), replay.as_in_files(entered))
-        shared_grads: list[dict[Place, list[Tensor]]] = [{} for _ in range(batches)]
+        shared_grads: list[dict[EntryKey, list[Tensor]]] = [{} for _ in range(batches)]
         for index in reversed(range(count)):
             collector, inputs = _Collector(), Collector(products=False)
             linears = replay.linears(index)
@@ -171,7 +171,7 @@ def _drawn(probabilities: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _layer_backward(
-    replay: Replay, index: int, batch: int, output: Any, grad: Tensor, shared_grads: dict[Place, list[Tensor]]
+    replay: Replay, index: int, batch: int, output: Any, grad: Tensor, shared_grads: dict[EntryKey, list[Tensor]]
 ) -> Tensor:
     """Return the gradient by a layer's input, from that by its output; meaningless for the first layer.
 

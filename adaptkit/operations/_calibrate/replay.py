@@ -30,7 +30,7 @@ from adaptkit.networks.assembly import Assembly, find_stack
 from adaptkit.networks.linears import is_linear
 
 Found = TypeVar("Found")
-Place = tuple[int, int, Any]
+EntryKey = tuple[int, int, Any]
 """Identifies an entry: (layer that wrote it, index of the mapping among the layer's mapping arguments, key)."""
 
 _CPU = torch.device("cpu")
@@ -73,9 +73,9 @@ class Replay:
         self._parameters = [name for name, _ in self.network.named_parameters()]
         self._head = self._untied_head()
         self._current, self._calls, self._before = 0, 0, None
-        self._entries: list[dict[Place, Any]] = [{} for _ in self.batches]
-        self.read: dict[Place, Any] = {}
-        self.wrote: dict[Place, Any] = {}
+        self._entries: list[dict[EntryKey, Any]] = [{} for _ in self.batches]
+        self.read: dict[EntryKey, Any] = {}
+        self.wrote: dict[EntryKey, Any] = {}
         for index, layer in enumerate(layers):
             layer.forward = self._replaying(index, layer.forward)
 

@@ -23,7 +23,7 @@ from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.networks.architecture import empty_network, has_no_head, head_path, named_network, why_unsupported
-from adaptkit.networks.naming import Place, places
+from adaptkit.networks.naming import TensorPlace, places
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._extract.plan import LEFT_OUT, LOW_RANK, SAVED, Part, Plan, module_of
 from adaptkit.operations._extract.tensors import Finding
@@ -69,7 +69,7 @@ class Running:
     """
 
     network: Any
-    places: Mapping[str, Place]
+    places: Mapping[str, TensorPlace]
     config: Mapping[str, Any]
 
     @property

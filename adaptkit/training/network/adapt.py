@@ -22,7 +22,7 @@ from adaptkit.training.network.whole import TrainedRows, TrainedWeight, Whole, h
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterPlace:
     """Where the model keeps a parameter of the base.
 
     Attributes:
@@ -36,23 +36,23 @@ class Place:
     is_packed: bool = False
 
 
-def parameter_places(model: Model) -> dict[str, Place]:
+def parameter_places(model: Model) -> dict[str, ParameterPlace]:
     """Return the places of the base's parameters, by their names in transformers; tied ones under all their names."""
     return {f"{path}.{place.child}".removeprefix("."): place for path, place in _places(model.network)}
 
 
-def _places(network: nn.Module) -> Iterator[tuple[str, Place]]:
+def _places(network: nn.Module) -> Iterator[tuple[str, ParameterPlace]]:
     for path, module in network.named_modules(remove_duplicate=False):
         if isinstance(module, LoraLinear):
-            yield path, Place(module, "weight", isinstance(module.base, PackedWeight))
+            yield path, ParameterPlace(module, "weight", isinstance(module.base, PackedWeight))
             if module.bias is not None:
-                yield path, Place(module, "bias")
+                yield path, ParameterPlace(module, "bias")
         elif not isinstance(module, TrainedWeight | TrainedRows | StackLora):
             if isinstance(module, PackedModule):
-                yield from ((path, Place(module, name, True)) for name in module.packed)
+                yield from ((path, ParameterPlace(module, name, True)) for name in module.packed)
             for name in module._parameters:
                 if module._parameters[name] is not None:
-                    yield path, Place(module, name)
+                    yield path, ParameterPlace(module, name)
 
 
 def saved_names(model: Model, endings: Sequence[str]) -> set[str]:
@@ -146,7 +146,7 @@ def train_whole(
                     at.module.padding_idx = None
 
 
-def _train_linear(model: Model, name: str, place: Place, value: Tensor, tied: Whole | None = None) -> Whole:
+def _train_linear(model: Model, name: str, place: ParameterPlace, value: Tensor, tied: Whole | None = None) -> Whole:
     """Train a weight or bias of a linear layer in full; ``tied`` is an already trained parameter to share."""
     layer = place.module
     if not isinstance(layer, LoraLinear):

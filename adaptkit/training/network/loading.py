@@ -10,7 +10,7 @@ from torch import Tensor
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError
 from adaptkit.networks.addressing import OTHER_MODEL
-from adaptkit.networks.naming import Place, places
+from adaptkit.networks.naming import TensorPlace, places
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.adapt import (
     is_transposed,
@@ -89,7 +89,7 @@ def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str, dro
             raise BaseMismatchError(f"{where}: {name}: {error.message}", hint=error.hint or OTHER_MODEL) from error
 
 
-def _older_names(model: Model, adapter: Adapter) -> dict[str, Place]:
+def _older_names(model: Model, adapter: Adapter) -> dict[str, TensorPlace]:
     """Map the adapter's modules that the model lacks to their places, where an older transformers used that name."""
     known = parameter_places(model)
     weights = {f"{module}.weight" for module in (*adapter.modules, *adapter.tokens)}
@@ -98,7 +98,7 @@ def _older_names(model: Model, adapter: Adapter) -> dict[str, Place]:
     return {name.removesuffix(".weight"): place for name, place in found.items()}
 
 
-def _with_current_names(adapter: Adapter, older: Mapping[str, Place]) -> Adapter:
+def _with_current_names(adapter: Adapter, older: Mapping[str, TensorPlace]) -> Adapter:
     moved = {n: p.parameters[0].removesuffix(".weight") for n, p in older.items() if not p.pattern}
 
     def current(name: str) -> str:
@@ -117,7 +117,7 @@ def _with_current_names(adapter: Adapter, older: Mapping[str, Place]) -> Adapter
     return replace(adapter, embeddings=frozenset(map(current, adapter.embeddings)), **renamed)
 
 
-def _check_supported(model: Model, adapter: Adapter, older: Mapping[str, Place]) -> None:
+def _check_supported(model: Model, adapter: Adapter, older: Mapping[str, TensorPlace]) -> None:
     """Refuse adapters with parts that cannot be loaded into a model.
 
     Raises:
