@@ -285,8 +285,8 @@ def as_options(text: str, command: click.Command, arguments: Iterable[str]) -> s
     """Name the parameters in a library's error message as the command line does: ``block_size`` is ``--block-size``.
 
     A name before the first colon counts if its option was given, unless a path of that name was. If there is no
-    ``--config`` file, whose keys have the same names, so do all settings, and elsewhere in the text those with an
-    underscore: others may be ordinary words.
+    ``--config`` file, whose keys have the same names, so do all settings. Elsewhere in the text, those with an
+    underscore count, and others after "leave out", ", or" and ", or use": otherwise they may be ordinary words.
     """
     given = {part for argument in arguments for part in argument.split("=", 1)}
     named, settings = {}, {}
@@ -300,18 +300,17 @@ def as_options(text: str, command: click.Command, arguments: Iterable[str]) -> s
     head, colon, rest = text.partition(": ")
     if colon and head in settings | named and Path(head) not in paths:
         text = f"{(settings | named)[head]}: {rest}"
-    inner = "|".join(name for name in settings if "_" in name and Path(name) not in paths)
-    pattern = rf"(?<![\w./-])(?:{inner})(?![\w/-]|\.\w)"  # not in a path
-    return re.sub(pattern, lambda found: settings[found[0]], text) if inner else text
+    known = "|".join(name for name in settings if Path(name) not in paths)
+
+    def renamed(found: re.Match[str]) -> str:
+        is_asked = text[: found.start()].endswith(("leave out ", ", or ", ", or use "))
+        return settings[found[0]] if "_" in found[0] or is_asked else found[0]
+
+    return re.sub(rf"(?<![\w./-])(?:{known})(?![\w/-]|\.\w)", renamed, text) if known else text  # not in a path
 
 
 def given(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that were given on the command line."""
     from adaptkit.training.settings import settings
 
-    found = {}
-    for name in settings(kind):
-        value = values[name]
-        if value not in (None, (), {}):
-            found[name] = value
-    return found
+    return {name: values[name] for name in settings(kind) if values[name] not in (None, (), {})}

@@ -169,6 +169,29 @@ def test_errors_name_an_unusable_option_as_it_was_typed(run_cli, llama, instruct
     assert (done.code, done.stderr.splitlines()[0]) == (2, f"error: {said}")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "hint"),
+    [
+        ("decay", "0.5", "leave out --decay, or use --schedule wsd"),
+        ("rank", "4", "leave out --rank, or --init"),
+        ("rank", "4", "leave out --rank, or use --method lora or qlora"),
+        ("sample_tokens", "4", "set --sample-prompts, or leave out --sample-tokens"),
+    ],
+)
+def test_hints_name_settings_as_options_unless_they_are_in_a_file(
+    run_cli, llama, adapter, instructions, tmp_path, option, value, hint
+):
+    also = {"init": str(adapter)} if "--init" in hint else {"method": "full"} if "--method" in hint else {}
+    typed = {option: value} | also
+    options = [text for name, given in typed.items() for text in (f"--{name.replace('_', '-')}", given)]
+    done = run_cli("train", "--base", llama, "--data", instructions, "-o", "out", *options, cwd=tmp_path)
+    assert (done.code, done.stderr.splitlines()[1]) == (2, f"hint: {hint}")
+    written = {"base": str(llama), "data": [str(instructions)]} | typed | {option: json.loads(value)}
+    (tmp_path / "t.json").write_text(json.dumps(written))
+    done = run_cli("train", "--config", "t.json", "-o", "out", cwd=tmp_path)
+    assert done.stderr.splitlines()[1] == f"hint: {re.sub('--([a-z-]+)', lambda f: f[1].replace('-', '_'), hint)}"
+
+
 def test_errors_name_a_setting_of_a_file_as_its_key(run_cli, llama, instructions, tmp_path):
     settings = {"base": str(llama), "data": [str(instructions)], "shard_base": True, "device": "cpu"}
     (tmp_path / "t.json").write_text(json.dumps(settings))
