@@ -36,6 +36,7 @@ PICTURE_NAME = "loss.svg"
 
 _LONGEST_PATH, _LONGEST_NAME_BYTES = 1024, 255
 _MAX_SMALL_FILE_BYTES = 256 << 20
+_MOST_LEVELS = 100
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 """Prefixes of the names of licence files."""
@@ -118,9 +119,9 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a regular file.
 
     Raises:
-        CheckpointError: missing, not a regular file, too large, or not a JSON object.
+        CheckpointError: missing, not a regular file, too large, nested too deeply, or not a JSON object.
     """
-    return strict_json(read_small(path), str(path))
+    return _not_deep(strict_json(read_small(path), str(path)), path)
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -129,7 +130,21 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: see ``read_json``.
     """
-    return strict_json(read_small(path), str(path), infinities=True)
+    return _not_deep(strict_json(read_small(path), str(path), infinities=True), path)
+
+
+def _not_deep(value: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return a value parsed from a file unless it is nested so deeply that recursive functions could not handle it."""
+    level: list[Any] = [value]
+    for _ in range(_MOST_LEVELS):
+        level = [part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer)]
+        level = [part for part in level if isinstance(part, dict | list)]
+    if level:
+        raise CheckpointError(
+            f"{path}: is nested more than {_MOST_LEVELS} levels deep",
+            hint="correct the file, or download or copy it again",
+        )
+    return value
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
