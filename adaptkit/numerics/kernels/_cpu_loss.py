@@ -15,11 +15,13 @@ _PIECE = 1024
 """Number of exponentials that are summed in float32, in any order."""
 
 _INFINITY = np.int32(0x7F800000)
+_LEAST = np.int32(-0x7F800001)
+"""Sortable bits of negative infinity."""
 
 
 @inlined
 def _largest(logits, row):
-    """Return the largest logit of a row; NaN if it is positive infinity, or if any logit is NaN."""
+    """Return the largest logit of a row; NaN if it is infinite, or if any logit is NaN."""
     largest, magnitude = np.int32(-0x80000000), np.int32(0)
     for i in range(row.size):
         bits = np.float32(value(logits, row[i])).view(np.int32)
@@ -27,7 +29,7 @@ def _largest(logits, row):
         magnitude = size if size > magnitude else magnitude
         ordered = sortable_bits(bits)
         largest = ordered if ordered > largest else largest
-    if magnitude > _INFINITY or largest >= _INFINITY:
+    if magnitude > _INFINITY or largest >= _INFINITY or largest <= _LEAST:
         return np.float32(np.nan)
     return np.int32(sortable_bits(largest)).view(np.float32)
 

@@ -254,3 +254,20 @@ def test_a_nan_or_infinite_logit_makes_the_loss_nan_unless_it_is_minus_infinity(
         assert logits[0].isfinite().all()
         if not is_seen:
             assert float(found) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_row_of_only_minus_infinity_has_neither_a_finite_loss_nor_a_finite_gradient(dtype, threads, monkeypatch):
+    """As in torch. A target of minus infinity beside finite logits only makes the loss infinite."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for columns in (slice(None), 2, slice(0, 39)):
+        logits = torch.randn(3, 40).to(dtype)
+        logits[1, columns] = -float("inf")
+        wanted = torch.tensor([1, 2, 3])
+        exact = logits.double().requires_grad_()
+        expected = functional.cross_entropy(exact, wanted, reduction="sum")
+        expected.backward()
+        found = loss._chunk_loss(logits, wanted, True)
+        assert torch.equal(found.double(), expected.detach()) or (found.isnan() and expected.isnan())
+        assert torch.equal(logits.isfinite(), exact.grad.isfinite())
