@@ -19,8 +19,9 @@ import adaptkit
 from adaptkit.checkpoint.integrity import first_problems
 from adaptkit.checkpoint.layout import read_json, read_small, write_json
 from adaptkit.checkpoint.writer import replace_file
-from adaptkit.errors import CheckpointError, DriftError, UsageError
+from adaptkit.errors import AdaptkitError, CheckpointError, DriftError, UsageError
 from adaptkit.hub.sources import is_commit
+from adaptkit.pipeline.reading import read_recipe
 from adaptkit.pipeline.recipe import Recipe, Source
 
 SCHEMA = 1
@@ -41,6 +42,25 @@ def lock_path(recipe: Path) -> Path:
     return lock
 
 
+def _require_alone(recipe: Path) -> None:
+    """Reject a recipe whose lock is also that of another, which each run would replace: one of another suffix.
+
+    Other files of such names, such as a report of the run, do no harm.
+    """
+    for suffix in (".yaml", ".yml", ".json"):
+        other = recipe.with_suffix(suffix)
+        if other == recipe or not other.is_file():
+            continue
+        try:
+            read_recipe(other)
+        except AdaptkitError:
+            continue
+        raise UsageError(
+            f"{recipe}: its lock, {lock_path(recipe).name}, is also that of {other.name}",
+            hint="rename one of the two recipes",
+        )
+
+
 class Lock:
     """The lock of this run, which is filled while it runs; with ``--locked``, it must equal the existing lock.
 
@@ -49,12 +69,14 @@ class Lock:
         enforced: whether any difference from the existing lock is an error.
 
     Raises:
-        UsageError: the lock is enforced, but missing or malformed; or its path is taken by a file that is not a lock.
+        UsageError: the lock is enforced, but missing or malformed; or its path is that of another recipe's lock, or is
+            taken by a file that is not a lock.
         DriftError: the lock is enforced, but belongs to another recipe.
     """
 
     def __init__(self, recipe: Recipe, enforced: bool) -> None:
         self._path = lock_path(recipe.path)
+        _require_alone(recipe.path)
         self._before = _read(self._path, enforced)
         if self._before is None:
             _require_ours(self._path)

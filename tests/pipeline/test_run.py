@@ -459,6 +459,22 @@ def test_a_recipe_is_not_replaced_by_its_lock(recipe, release):
     assert other.read_text() == text
 
 
+@pytest.mark.parametrize("locked", [False, True])
+def test_two_recipes_that_would_share_a_lock_are_refused_and_other_files_of_such_names_are_not(
+    recipe, release, edit, locked
+):
+    run(recipe)
+    before = (release / "recipe.lock").read_bytes()
+    (release / "recipe.json").write_text('{"recipe": "recipe.yaml", "name": "tiny", "steps": []}')  # a report
+    run(recipe)
+    edit("name: tiny", "name: other")
+    shutil.copy(recipe, release / "recipe.yml")
+    for one, other in (("yml", "yaml"), ("yaml", "yml")):
+        with pytest.raises(UsageError, match=rf"its lock, recipe\.lock, is also that of recipe\.{other}$"):
+            run(release / f"recipe.{one}", RunOptions(locked=locked))
+    assert (release / "recipe.lock").read_bytes() == before
+
+
 # Gates, dry runs and errors
 
 
