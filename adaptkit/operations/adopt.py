@@ -130,7 +130,7 @@ def adopt(
     """
     source, output = Path(source), Path(output)
     options = options or AdoptOptions()
-    _refuse_manifest(require_folder(source))
+    refuse_manifest(source)
     before = _state(source)  # before anything is read, so that what is copied is what is checked
     adapter = read_adapter(source) if is_adapter(source) else None
     if adapter is None and base is not None:
@@ -212,8 +212,13 @@ class _Base:
         )
 
 
-def _refuse_manifest(source: Path) -> None:
-    manifest = read_manifest(source)
+def refuse_manifest(source: Path) -> None:
+    """Refuse a folder that has a manifest.
+
+    Raises:
+        UsageError: it has one, or is not a folder.
+    """
+    manifest = read_manifest(require_folder(source))
     if manifest is not None:
         raise UsageError(
             f"{source}: already has a manifest, made by {manifest.operation.get('name')}",

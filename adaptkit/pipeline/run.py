@@ -161,6 +161,9 @@ class _Run:
             if path is not None and path.is_dir() != (taken.takes == "folder"):
                 problem = f"{name!r} is a {'folder' if path.is_dir() else 'file'}; expected a {taken.takes}"
                 raise step.place.at(*taken.key.split(".")).error(problem)
+            if path is not None:
+                with prefix_errors(step):
+                    taken.check(path)
 
     def _plan(self, step: Step) -> StepReport:
         """Return a report of what a run would do with the step."""

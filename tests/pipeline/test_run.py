@@ -25,6 +25,7 @@ from adaptkit.errors import (
     IntegrityError,
     UsageError,
 )
+from adaptkit.operations.adopt import adopt
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.resize import ResizeOptions, resize
 from adaptkit.operations.verify import verify
@@ -491,6 +492,17 @@ def test_a_failed_gate_stops_the_steps_that_need_it(recipe, release, edit):
     assert not (release / "recipe.lock").exists()
     with pytest.raises(GateError):
         run(recipe)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_source_that_adopt_would_refuse_is_refused_before_any_step_runs(recipe, release, edit, dry_run):
+    adopt(release / "lora", release / "ours")
+    edit("lora: {path: lora}", "lora: {path: ours}")
+    edit("lighter: {resize: lora, rank: 2}", "again: {adopt: lora}\n  lighter: {resize: again, rank: 2}")
+    started = []
+    with pytest.raises(UsageError, match=r"^again: .*ours: already has a manifest, made by adopt"):
+        run(recipe, dry_run=dry_run, listener=Listener(started=started.append))
+    assert started == []
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(recipe, release, edit):

@@ -25,6 +25,7 @@ class Input:
         takes: whether it takes folders (checkpoints, adapters) or files.
         words: values that the operation interprets itself, instead of as names.
         with_card: whether the operation also reads a folder's model card.
+        check: raises what the step would raise for a source, before any step is run.
     """
 
     key: str
@@ -33,6 +34,7 @@ class Input:
     takes: Literal["folder", "file"] = "folder"
     words: tuple[str, ...] = ()
     with_card: bool = False
+    check: Callable[[Path], None] = lambda path: None
 
 
 @dataclass(frozen=True)

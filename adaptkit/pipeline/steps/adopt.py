@@ -1,6 +1,6 @@
 """Give an adapter or a checkpoint that another tool made a manifest."""
 
-from adaptkit.operations.adopt import AdoptOptions, adopt
+from adaptkit.operations.adopt import AdoptOptions, adopt, refuse_manifest
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 
@@ -11,4 +11,8 @@ def _run(work: Work) -> Outcome:
     return Outcome(figure, {"tensors": report.tensors, "base_fingerprints": report.base_fingerprints})
 
 
-KIND = StepKind(inputs=(Input("adopt", required=True, with_card=True), Input("base")), options=AdoptOptions, run=_run)
+KIND = StepKind(
+    inputs=(Input("adopt", required=True, with_card=True, check=refuse_manifest), Input("base")),
+    options=AdoptOptions,
+    run=_run,
+)
