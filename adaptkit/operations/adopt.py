@@ -40,7 +40,7 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.writer import copy_file
-from adaptkit.errors import CheckpointError, IntegrityError, UsageError
+from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._merge.edit_checks import copy_replaces_base
 from adaptkit.operations._merge.edit_plan import plan_edits
@@ -116,7 +116,8 @@ def adopt(
         source: folder of a LoRA adapter, or of a 16- or 32-bit checkpoint, without a manifest; it is not changed.
         output: folder to create.
         options: number of threads.
-        base: folder of the 16- or 32-bit checkpoint that the adapter was trained on.
+        base: folder of the 16- or 32-bit checkpoint that the adapter was trained on; for an adapter that compensates
+            for the error of a quantized base, the folder of that base.
         force: replace an existing output.
         dry_run: check everything and write nothing.
         progress: called with the number of bytes read so far and in all.
@@ -124,7 +125,7 @@ def adopt(
     Raises:
         UsageError: the source has a manifest already, or a base is given for a checkpoint.
         AdapterError, CheckpointError: the source, or the base, is malformed or quantized.
-        BaseMismatchError: the adapter does not fit the base.
+        BaseMismatchError: the adapter does not fit the base, or compensates for the error of another.
         IntegrityError: the base is not what its manifest says, or a file changed while it was read.
         OutputExistsError: the output exists.
     """
@@ -169,20 +170,14 @@ class _Base:
     """The base of an adapter, and which of its tensors the adapter changes."""
 
     def __init__(self, root: Path, adapter: Adapter) -> None:
-        self.checkpoint = _plain_checkpoint(root)
+        self.checkpoint = Checkpoint(root) if adapter.compensation else _plain_checkpoint(root)
         self._state = self.checkpoint.state()
         self._manifest = read_manifest(root)
         for record in self._manifest.files if self._manifest else ():
             if record.path == CONFIG_NAME and (problem := file_problem(root, record)):
                 raise IntegrityError(f"{root}: {problem}", hint=f"restore it; for details, run: adaptkit verify {root}")
-        edits = plan_edits(
-            self.checkpoint,
-            [adapter],
-            [1.0],
-            partial(copy_replaces_base, self.checkpoint, False, otherwise="leave out --base"),
-            True,
-        )
-        self.changed = sorted({edit.source for edit in edits.of.values() if edit.steps})
+        self._compensated = _compensated(root, self._manifest, adapter) if adapter.compensation else {}
+        self.changed = sorted(self._compensated) or _changed(self.checkpoint, adapter)
 
     @property
     def bytes(self) -> int:
@@ -206,18 +201,39 @@ class _Base:
 
     def targets(self, digests: Mapping[str, str]) -> tuple[Target, ...]:
         """The tensors that the adapter changes."""
-        return tuple(
+        return tuple(self._compensated.values()) or tuple(
             Target(name.removesuffix(".weight"), self.checkpoint.spec(name).shape, digests[name])
             for name in self.changed
         )
 
 
-def refuse_manifest(source: Path) -> None:
-    """Refuse a folder that has a manifest.
+def _changed(base: Checkpoint, adapter: Adapter) -> list[str]:
+    """Return, sorted, the names of the tensors of a base that an adapter changes."""
+    replaces = partial(copy_replaces_base, base, False, otherwise="leave out --base")
+    edits = plan_edits(base, [adapter], [1.0], replaces, True)
+    return sorted({edit.source for edit in edits.of.values() if edit.steps})
+
+
+def _compensated(root: Path, base: Manifest | None, adapter: Adapter) -> dict[str, Target]:
+    """Map the modules of an adapter that compensates for the error of a quantized base to targets of that base.
 
     Raises:
-        UsageError: it has one, or is not a folder.
+        BaseMismatchError: the base has no manifest that lists such a quantized weight; names it.
     """
+    known = base.known_weights() if base else {}
+    for module, change in adapter.modules.items():
+        shape = change.shape[::-1] if adapter.fan_in_fan_out else change.shape
+        if module not in known or known[module].shape != shape:
+            raise BaseMismatchError(
+                f"{adapter.root}: compensates for the error of another base than {root}, whose manifest lists no "
+                f"quantized {module} of that shape",
+                hint="give the folder that quantize made together with this adapter, or leave out --base",
+            )
+    return {module: known[module] for module in sorted(adapter.modules)}
+
+
+def refuse_manifest(source: Path) -> None:
+    """Raise a UsageError if a path is not a folder, or has a manifest already."""
     manifest = read_manifest(require_folder(source))
     if manifest is not None:
         raise UsageError(

@@ -30,8 +30,10 @@ from adaptkit.operations import adopt as adopting
 from adaptkit.operations.adopt import AdoptOptions, adopt
 from adaptkit.operations.inspect import trace
 from adaptkit.operations.merge import MergeOptions, merge
-from adaptkit.operations.quantize import quantize
+from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.verify import VerifyOptions, verify
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.network.start import read_start
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -191,11 +193,38 @@ def test_what_an_adapter_began_with_is_copied_with_it(tmp_path, llama, adapter):
     with Output(other, []) as out:
         write_compensation(out, terms)
         shutil.copy(out.folder / COMPENSATION_NAME, source)
-    report = adopt(source, tmp_path / "ours", base=llama)
+    report = adopt(source, tmp_path / "ours")
     assert COMPENSATION_NAME in report.files
     for name in (adapter, source, tmp_path / "ours"):
         merge(llama, [name], tmp_path / f"merged-{name.name}")
     assert raw(tmp_path / "merged-ours") == raw(tmp_path / "merged-source") != raw(tmp_path / "merged-adapter")
+
+
+def test_an_adapter_that_compensates_for_quantization_is_bound_to_its_quantized_base(tmp_path, llama, adapter):
+    """And through it to the 16-bit one; without --base, or with another one, training from it is refused."""
+    source, other = tmp_path / "source", with_a_change(llama, tmp_path / "other", "model.norm.weight")
+    quantize(llama, tmp_path / "nf4")
+    quantize(llama, tmp_path / "fp4", QuantizeOptions(format="fp4"))
+    shutil.copytree(adapter, source)
+    with Output(tmp_path / "begun", []) as out:
+        write_compensation(out, read_adapter(adapter).modules)
+        shutil.copy(out.folder / COMPENSATION_NAME, source)
+    for wrong in (llama, other):
+        with pytest.raises(BaseMismatchError, match="compensates for the error of another base") as caught:
+            adopt(source, tmp_path / "out", base=wrong)
+        assert "quantize" in caught.value.hint
+    report = adopt(source, tmp_path / "ours", base=tmp_path / "nf4")
+    assert report.base_fingerprints == len(read_adapter(adapter).modules)
+    verify(tmp_path / "ours", VerifyOptions(parents=(tmp_path, llama)))
+    adopt(source, tmp_path / "unbound")
+
+    def start(base, init):
+        return read_start(TrainConfig(str(base), ("rows.jsonl",), init=str(init)), require_manifest(base))
+
+    assert start(tmp_path / "nf4", tmp_path / "ours").compensation
+    for base, init in ((tmp_path / "fp4", "ours"), (tmp_path / "nf4", "unbound")):
+        with pytest.raises(BaseMismatchError):
+            start(base, tmp_path / init)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "chat_template.jinja", "README.md", WEIGHTS])

@@ -85,10 +85,12 @@ def read_start(config: TrainConfig, base: Manifest | None) -> Adapter | None:
     adapter = read_adapter(Path(config.init))
     check_base(adapter, Weights(Path(config.base)))
     _check_additions(adapter, config)
-    if adapter.compensation and (base is None or adapter.manifest is None):
+    targets = adapter.manifest.targets if adapter.manifest else ()
+    if adapter.compensation and (base is None or not any(target.quantized_root for target in targets)):
         silent = config.base if base is None else adapter.root
         raise BaseMismatchError(
-            f"{adapter.root}: compensates for the quantization of one base, but {silent} has no manifest to tell which",
+            f"{adapter.root}: compensates for the error of one quantized base, but {silent} has no manifest that says "
+            "which",
             hint="use the folder that quantize made together with this adapter",
         )
     return adapter
