@@ -71,7 +71,7 @@ def file_digests(
         sha256: of the file.
         digests: xxh3_128 of each range, truncated where the file ends early.
     """
-    sha256, ranges, size = hashlib.sha256(), _Ranges(parts), 0
+    sha256, ranges, size = hashlib.sha256(), Ranges(parts), 0
     buffer = memoryview(bytearray(_PIECE_BYTES))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(buffer):
@@ -83,8 +83,12 @@ def file_digests(
     return size, sha256.hexdigest(), ranges.digests()
 
 
-class _Ranges:
-    """Computes xxh3_128 of ranges of a stream that arrives piece by piece."""
+class Ranges:
+    """Computes xxh3_128 of ranges of a stream that arrives piece by piece.
+
+    Args:
+        parts: (first byte, size in bytes) of each range, in order and not overlapping.
+    """
 
     def __init__(self, parts: Sequence[tuple[int, int]]) -> None:
         self._waiting = deque(parts)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 import xxhash
 
 from adaptkit.checkpoint.direct import DirectFile
-from adaptkit.checkpoint.hashing import bytes_of, file_chunks
+from adaptkit.checkpoint.hashing import Ranges, bytes_of, file_chunks
 from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
@@ -88,8 +88,14 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def copy_file(source: Path, folder: Path, name: str) -> FileRecord:
+def copy_file(source: Path, folder: Path, name: str, ranges: Ranges | None = None) -> FileRecord:
     """Copy a file piece by piece and fsync the copy.
+
+    Args:
+        source: the file.
+        folder: where the copy belongs.
+        name: path of the copy in the folder.
+        ranges: fed with the bytes that are copied; None to hash only the whole file.
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -103,6 +109,8 @@ def copy_file(source: Path, folder: Path, name: str) -> FileRecord:
             for chunk in _chunks_of(source):
                 file.write(chunk)
                 digest.update(chunk)
+                if ranges is not None:
+                    ranges.feed(size, memoryview(chunk))
                 size += len(chunk)
             file.flush()
             os.fsync(file.fileno())

@@ -9,7 +9,7 @@ from adaptkit.arguments import AnyPath, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.foreign import quantization_found
-from adaptkit.checkpoint.hashing import fingerprint_in_pieces
+from adaptkit.checkpoint.hashing import Ranges
 from adaptkit.checkpoint.integrity import file_problem, present_names
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import (
@@ -305,15 +305,14 @@ def _copy_weights(out: Output, files: TensorFiles, threads: int, progress: Calla
     def copied(file: str) -> tuple[FileRecord, list[TensorRecord]] | None:
         if out.is_whole(file):
             return None
-        record = copy_file(resolve_inside(files.root, file), out.folder, file)
-        specs = [at.spec for at in files.tensors.values() if at.file == file]
-        return record, [TensorRecord.of(spec, fingerprint_in_pieces(files, spec.name), file) for spec in specs]
+        tensors = files.headers[file].tensors
+        ranges = Ranges([(position, spec.nbytes) for spec, position in tensors])
+        record = copy_file(resolve_inside(files.root, file), out.folder, file, ranges)
+        specs = [spec for spec, _ in tensors]
+        return record, [TensorRecord.of(*found, file) for found in zip(specs, ranges.digests(), strict=True)]
 
     done = 0
     for file, made in zip(files.headers, in_order(copied, files.headers, threads), strict=True):
-        if made is None:
-            out.finished(file)
-        else:
-            out.add(*made)
+        out.finished(file) if made is None else out.add(*made)
         done += resolve_inside(files.root, file).stat().st_size
         progress(done)

@@ -1,8 +1,10 @@
 """adopt copies another tool's artifact byte for byte, with a manifest that records its kind and its base."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import peft_adapters
 import pytest
@@ -36,6 +38,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.network.start import read_start
 
 WEIGHTS = "adapter_model.safetensors"
+IO = Path("/proc/self/io")
 
 
 def tree(folder):
@@ -100,6 +103,22 @@ def test_a_checkpoint_is_copied_and_can_be_verified(tmp_path, shards):
     assert verify(tmp_path / "out").kind == "checkpoint"
     found = {tensor.name: tensor.xxh3_128 for tensor in require_manifest(tmp_path / "out").tensors}
     assert found == {name: xxhash.xxh3_128_hexdigest(content) for name, content in raw(base).items()}
+
+
+@pytest.mark.skipif(not IO.exists(), reason="needs Linux's counter of the bytes read")
+def test_each_byte_of_a_checkpoint_is_read_once(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    save_file({"weight": torch.randn(1 << 21)}, tmp_path / "model" / "model.safetensors")
+    adopt(tmp_path / "model", tmp_path / "first")  # what is imported on first use is read here
+
+    def bytes_read():
+        return int(re.search(r"rchar: (\d+)", IO.read_text())[1])
+
+    before = bytes_read()
+    adopt(tmp_path / "model", tmp_path / "out")
+    assert (1 << 23) <= bytes_read() - before < 1.5 * (1 << 23)
+    verify(tmp_path / "out")
 
 
 def test_merging_an_adopted_adapter_gives_the_same_weights_as_the_original(tmp_path, llama, adapter):
