@@ -7,6 +7,7 @@
     no answer, or a malformed one     NetworkError
     another 4xx                       UsageError
     a value that the client refuses   UsageError
+    no home folder for its cache      UsageError
 
 The client wraps some causes: a failed upload in a RuntimeError, a failed download in a LocalEntryNotFoundError.
 """
@@ -97,6 +98,9 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
         return AuthenticationError(f"{what}: the token contains invalid characters", hint=LOGIN)
     if _XET_REFUSAL.search(str(error)):
         return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, such as in a container
+        unknown = "the home folder, in which huggingface_hub keeps its cache, is unknown"
+        return UsageError(f"{what}: {unknown}", hint="set HF_HOME to the path of a folder, or set HOME")
     system = _XET_SYSTEM.search(str(error))
     if system and int(system[1]) in {*DISK_HINTS, errno.ENOTDIR}:
         return _of_disk(what, int(system[1]), None)

@@ -22,6 +22,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import NetworkError, UsageError
 from adaptkit.hub._client import Hub, Note, connect, no_note
+from adaptkit.hub._errors import hub_errors
 from adaptkit.hub._fetch import HiddenBar, fetch_into_cache
 from adaptkit.hub._remote import REPO_ID, RemoteFile, check_repo_id, commit_of, is_commit, list_tree
 from adaptkit.hub.secrets import looks_like_a_token
@@ -237,17 +238,22 @@ def find_complete(repo_id: str, commit: str, note: Note) -> Path | None:
 
 
 def find_cached(repo_id: str, revision: str | None) -> Path | None:
-    """Return a revision's folder in huggingface_hub's cache, which is named by its commit; None if it is absent."""
-    try:
-        return Path(
-            snapshot_download(
-                repo_id,
-                revision=revision,
-                allow_patterns=_WANTED,
-                ignore_patterns=_UNWANTED,
-                local_files_only=True,
-                library_name="adaptkit",
+    """Return a revision's folder in huggingface_hub's cache, which is named by its commit; None if it is absent.
+
+    Raises:
+        UsageError: the cache has no place: HF_HOME is not set, and the home folder is unknown.
+    """
+    with hub_errors(repo_id):
+        try:
+            return Path(
+                snapshot_download(
+                    repo_id,
+                    revision=revision,
+                    allow_patterns=_WANTED,
+                    ignore_patterns=_UNWANTED,
+                    local_files_only=True,
+                    library_name="adaptkit",
+                )
             )
-        )
-    except LocalEntryNotFoundError:
-        return None
+        except LocalEntryNotFoundError:
+            return None

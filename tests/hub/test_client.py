@@ -35,6 +35,23 @@ def test_an_impossible_token_is_an_authentication_error(cli: Any, artifact: Path
     assert "HF_TOKEN" in done.report["hint"]
 
 
+@pytest.mark.parametrize("offline", ["0", "1"])
+def test_an_unknown_home_folder_is_a_usage_error_and_not_retried(
+    cli: Any, artifact: Path, hub: LocalHub, offline: str
+) -> None:
+    """As in a container that runs under a number without an entry in /etc/passwd; here another user has no home."""
+    assert cli("publish", artifact, "me/model").code == 0
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": "~nobody-has-this-name/home", "HF_HUB_OFFLINE": offline}
+    recipe = cli.folder / "recipe.yaml"
+    recipe.write_text("name: x\nsources: {base: {repo: me/model}}\nsteps: {loads: {check: base}}\n")
+    release = ["run", str(recipe), *(["--offline"] if offline == "1" else [])]
+    for command in (["inspect", "me/model"], ["plan", "me/model"], release, [*release, "--dry-run"]):
+        code, _, stderr = cli.run(command, own | {"HF_TOKEN": "reader"})
+        assert code == 2, stderr
+        assert "the home folder, in which huggingface_hub keeps its cache, is unknown\nhint: set HF_HOME" in stderr
+        assert "trying again" not in stderr
+
+
 @pytest.mark.parametrize("without_xet", ["0", "1"])
 def test_an_unusable_hf_home_is_reported_as_a_disk_error_and_not_retried(
     cli: Any, artifact: Path, hub: LocalHub, without_xet: str
