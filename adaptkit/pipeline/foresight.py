@@ -1,6 +1,5 @@
 """Find out early what the Hub would reject: before the first step is run, and before anything is sent."""
 
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,8 +8,6 @@ from adaptkit.errors import AdaptkitError
 from adaptkit.pipeline.recipe import Step
 from adaptkit.pipeline.report import Listener
 from adaptkit.pipeline.steps._kind import Work
-
-_OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
 class Foresight:
@@ -85,12 +82,6 @@ def prefix_errors(step: Step) -> Iterator[None]:
     except AdaptkitError as error:
         error.message = f"{step.name}: {error.message}"
         error.args = (error.message,)
-        error.hint = _OPTION.sub(lambda found: _key_of(found[1], step), error.hint)
+        error.hint = step.how.with_keys(error.hint)
         error.hint = error.hint.replace("another -o", "another --work")  # outputs of a run go to the work folder
         raise
-
-
-def _key_of(option: str, step: Step) -> str:
-    """Return the recipe's key for an option of the step's command; the option itself if there is none."""
-    name = {"pr": "pull_request"}.get(option, option.replace("-", "_"))
-    return name if hasattr(step.options, name) else f"--{option}"

@@ -104,10 +104,11 @@ def _step(name: str, entry: Any, place: Place) -> Step:
     try:
         options = build(how.options, how.complete(values, inputs), place)
         how.check(options, inputs)
-    except ConfigError:
+    except ConfigError as error:
+        error.hint = how.with_keys(error.hint)
         raise
     except UsageError as error:
-        raise place.error(error.message, error.hint) from error
+        raise place.error(error.message, how.with_keys(error.hint)) from error
     makes = tuple(name + suffix for suffix in how.makes(options))
     return Step(name, kind, how, options, inputs, needs, makes, entry, place)
 

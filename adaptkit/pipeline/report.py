@@ -153,5 +153,5 @@ class Listener:
     ended: Callable[[StepReport], None] = lambda _: None
 
     def note_of(self, step: Step) -> Callable[[str], None]:
-        """Return a callback that prefixes messages with a step's name and passes them to ``note``."""
-        return lambda text: self.note(f"{step.name}: {text}")
+        """Return a callback that passes a step's messages to ``note``, with its name and the recipe's keys in them."""
+        return lambda text: self.note(f"{step.name}: {step.how.with_keys(text)}")

@@ -91,6 +91,8 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("loss: {max", "los: {max", "steps.judged.require: unknown figure 'los'", "did you mean 'loss'?"),
         ("loss: {max", "text.loss: {max", "require: text.loss is measured only with text", ""),
         ("loss: {max", "generated.scores.bleu: {min: 1, max", "measured only with generate", ""),
+        ("    require", "    samples: 4\n    require", "line 12: steps.judged.samples: needs generate", "add generate"),
+        ("    data: [rows]\n", "", "line 8: steps.judged: nothing to evaluate", "give data FILE, text FILE or"),
         ("target: [vllm]", "target: [vlm]", "line 14: steps.loads.target: unknown target 'vlm'", "known: gguf"),
         ("repo: org/name", "repo: org", "line 15: steps.release: org: not the name of a repository", "org/name"),
         ("tag: v1", "signer: {}", "steps.release.signer: cannot be set in a recipe", "sign: true"),

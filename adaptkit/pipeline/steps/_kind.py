@@ -1,7 +1,8 @@
 """The definition of a kind of step: its inputs, its options, and what it does."""
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,8 @@ Facts = dict[str, Any]
 """A step's results besides its artifacts, as JSON values."""
 Inputs = Mapping[str, tuple[str, ...]]
 """Maps a step's keys to names of sources and of other steps' artifacts."""
+
+_OPTION = re.compile(r"--([a-z][a-z-]*)")
 
 
 @dataclass(frozen=True)
@@ -119,3 +122,9 @@ class StepKind:
     def sends(self) -> bool:
         """Whether it publishes to the Hub."""
         return self.precheck is not None
+
+    def with_keys(self, text: str) -> str:
+        """Replace options of the command in a text, such as a hint, by the recipe's keys, if there are such keys."""
+        known = {*(option.name for option in fields(self.options)), *(taken.key for taken in self.inputs)}
+        keys = {"pr": "pull_request"} | {name.replace("_", "-"): name for name in known}
+        return _OPTION.sub(lambda found: keys.get(found[1], found[0]), text)
