@@ -55,6 +55,8 @@ def run(
             f"{sending.kind} needs the network", hint="leave out --offline, or stop before this step with --until STEP"
         )
     if options.signer is not None and not any(getattr(step.options, "sign", False) for step in steps):
+        if any(getattr(step.options, "sign", False) for step in read.steps.values()):
+            raise UsageError(f"{recipe}: no step until {options.until} signs anything", hint="leave out --sign")
         raise UsageError(f"{recipe}: no step signs anything", hint="add sign: true to the step that publishes")
     running = _Run(read, steps, options, dry_run, listener or Listener())
     if dry_run:

@@ -96,8 +96,10 @@ class Hashes:
         return str(self._known["roots"][digest])
 
     def save(self) -> None:
-        """Write the cache file."""
-        replace_file(self._file, json.dumps(self._known).encode())
+        """Write the cache file if it changes, so that a run that keeps everything may read from a read-only disk."""
+        content = json.dumps(self._known, sort_keys=True).encode()
+        if not self._file.is_file() or self._file.read_bytes() != content:
+            replace_file(self._file, content)
 
 
 def check_apart(sources: Iterable[Source], folder: Path, work: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.checkpoint.signing import Signer
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import (
     CheckpointError,
@@ -71,13 +72,16 @@ def test_a_release_has_the_same_files_as_its_operations_run_one_by_one(release, 
 
 
 def test_a_second_run_keeps_everything_and_writes_nothing(release, recipe):
+    """So a finished release can also be checked on a read-only disk."""
+    time.sleep(2.1)  # hashes of files that changed more recently are not cached
     first = run(recipe)
     assert (done(first), first.lock_state) == (ALL, "written")
     os.utime(release / "recipe.lock", ns=(1, 1))
-    before = {p: p.stat().st_mtime_ns for p in release.rglob("*") if p.is_file() and p.name != "hashes.json"}
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in release.rglob("*")}
     again = run(recipe)
     assert (states(again), again.lock_state) == (dict.fromkeys(ALL, "kept"), "unchanged")
-    assert {p: p.stat().st_mtime_ns for p in before} == before
+    assert states(run(recipe, RunOptions(locked=True, verify=True))) == states(again)
+    assert {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in release.rglob("*")} == before
     assert outputs(again) == outputs(first)
 
 
@@ -238,9 +242,12 @@ def test_a_damaged_artifact_is_noticed_and_made_again(release, recipe, how):
 
 def test_notes_of_a_step_begin_with_its_name(recipe):
     notes = []
-    listener = Listener(started=lambda step: listener.note_of(step)("waits"), note=notes.append)
+    said = "give --max-shard-bytes or --embed-adapter"
+    listener = Listener(started=lambda step: listener.note_of(step)(said), note=notes.append)
     run(recipe, listener=listener)
-    assert notes == [f"{name}: waits" for name in ALL]
+    own = dict.fromkeys(("small", "plain"), "give max_shard_bytes or --embed-adapter")
+    own |= {"merged": "give --max-shard-bytes or embed_adapter"}
+    assert notes == [f"{name}: {own.get(name, said)}" for name in ALL], "options of a step are named by their keys"
 
 
 def test_a_foreign_artifact_is_not_kept_after_an_interrupted_run(release, recipe):
@@ -621,6 +628,18 @@ def test_a_blocking_io_error_of_a_step_is_not_taken_for_a_second_run(recipe):
 
     with pytest.raises(BlockingIOError):
         run(recipe, listener=Listener(started=full_pipe))
+
+
+def test_a_key_that_no_step_of_this_run_needs_is_refused(recipe, edit, tmp_path):
+    edit("  loads:", "  out: {publish: merged, repo: a/b}\n  loads:")
+    options = {"signer": Signer(private_key=tmp_path / "key.pem"), "until": "loads"}
+    with pytest.raises(UsageError, match="no step signs anything") as caught:
+        run(recipe, RunOptions(**options))
+    assert "sign: true" in caught.value.hint
+    edit("repo: a/b", "repo: a/b, sign: true")
+    with pytest.raises(UsageError, match="no step until loads signs anything") as caught:
+        run(recipe, RunOptions(**options))
+    assert caught.value.hint == "leave out --sign"
 
 
 def test_offline_refuses_to_publish_before_anything_is_done(recipe, release, edit):
