@@ -133,7 +133,8 @@ class StepBar:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        name = TextColumn("{task.description}", markup=False)  # a path may contain brackets
+        columns = (name, BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
 
     def start(self, label: str) -> bool:

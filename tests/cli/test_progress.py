@@ -1,11 +1,11 @@
-"""A progress bar is shown only while work is unfinished."""
+"""A progress bar is shown only while work is unfinished, whatever it is called."""
 
 import io
 
 import pytest
 from rich.progress import Progress
 
-from adaptkit.cli.progress import byte_progress, count_progress
+from adaptkit.cli.progress import byte_progress, count_progress, step_bar
 
 
 class Terminal(io.StringIO):
@@ -48,3 +48,15 @@ def test_no_bar_is_created_if_hidden_or_without_a_terminal(progress, bars, monke
     with progress("work") as tell:
         tell(1, 2)
     assert bars == []
+
+
+@pytest.mark.parametrize("path", ["data[/b]/rows.jsonl", "[red]/rows.jsonl", "{a}[/rows.jsonl"])
+def test_a_name_that_looks_like_markup_is_shown_as_it_is(path, monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    with step_bar(hidden=False) as bar:
+        assert bar.start(path)
+        bar.update(1, 2)
+        bar.stop()
+        assert path in terminal.getvalue()
