@@ -237,4 +237,4 @@ class disk_errors:  # noqa: N801 - reads as a statement
         if isinstance(error, OSError):
             hint = DISK_HINTS.get(error.errno or 0, "")
             hint = hint and f"{hint}; then run the same command again to resume"
-            raise DiskError(f"{self._path.name}: cannot write: {error.strerror}", hint) from error
+            raise DiskError(f"{self._path}: cannot write: {error.strerror}", hint) from error

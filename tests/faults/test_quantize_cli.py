@@ -154,7 +154,7 @@ def test_a_file_in_place_of_the_output_folder_is_a_disk_error_that_names_the_out
     file.write_text("kept")
     with pytest.raises(DiskError) as caught, TensorWriter(file, "model.safetensors", []):
         pass
-    assert caught.value.message == f"model.safetensors: cannot write: {os.strerror(errno.EEXIST)}"
+    assert caught.value.message == f"{file}/model.safetensors: cannot write: {os.strerror(errno.EEXIST)}"
     assert file.read_text() == "kept"
 
 
