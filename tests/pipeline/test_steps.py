@@ -12,7 +12,7 @@ from adaptkit.errors import GateError
 from adaptkit.operations._quantize.plan import Calibration
 from adaptkit.operations.verify import verify
 from adaptkit.pipeline import steps as registry
-from adaptkit.pipeline.run import Listener, run
+from adaptkit.pipeline.run import Listener, OutputReport, RunReport, SourceReport, StepReport, run
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\
@@ -125,7 +125,8 @@ def test_a_step_runs_again_if_one_of_its_two_artifacts_is_missing(ran):
 
 def test_the_docs_list_every_key_of_every_step():
     """Except for train, which is documented on a separate page."""
-    rows = [line for line in (ROOT / "docs" / "release.md").read_text().splitlines() if line.startswith("| `")]
+    before_runs, _, _ = (ROOT / "docs" / "release.md").read_text().partition("\n## A run\n")
+    rows = [line for line in before_runs.splitlines() if line.startswith("| `")]
     listed = {row.split("`")[1]: set(re.findall(r"[`{]([a-z_]+)[`:]", row)) for row in rows}
     assert set(listed) == set(names(registry))
     for name in set(listed) - {"train"}:
@@ -134,3 +135,13 @@ def test_the_docs_list_every_key_of_every_step():
         assert listed[name] == {field.name for field in fields(kind.options)} - set(kind.refused) | inputs | (
             {field.name for field in fields(Calibration)} if name == "quantize" else set()
         ), name
+
+
+def test_the_docs_list_every_key_of_the_report():
+    _, _, section = (ROOT / "docs" / "release.md").read_text().partition("\n### The report\n")
+    rows = dict(re.findall(r"^\| (`[^|]*) \| (.*) \|$", section, re.MULTILINE))
+    listed = {key: value for keys, value in rows.items() for key in re.findall(r"`(\w+)`", keys)}
+    assert set(listed) == {field.name for field in fields(RunReport)}
+    for key, kinds in ("sources", (SourceReport,)), ("steps", (StepReport, OutputReport)):
+        missing = {field.name for kind in kinds for field in fields(kind)} - set(re.findall(r"`(\w+)`", listed[key]))
+        assert not missing, key
