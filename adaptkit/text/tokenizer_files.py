@@ -102,6 +102,8 @@ def load_tokenizer(root: Path) -> Any:
             pieces = sorted(path.name for path in root.glob("*.model"))
             if pieces and not (root / "tokenizer.json").exists():  # transformers always suggests tiktoken
                 hint = f"pip install sentencepiece protobuf if {pieces[0]} is SentencePiece's, or {hint}"
+            if isinstance(error, UnicodeEncodeError):
+                hint = "move the folder to a path that is valid UTF-8"
             raise UsageError(f"{root}: no tokenizer that transformers can load ({reason})", hint=hint) from error
         added: dict[str, int] = getattr(tokenizer, "get_added_vocab", dict)()  # absent in mistral-common's
     if len(tokenizer) - len(added) <= 1 and not _are_words(tokenizer, root):  # some tokenizers always have "▁"

@@ -1,6 +1,9 @@
 """Errors about a tokenizer that cannot be loaded have a hint that helps."""
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
@@ -76,6 +79,16 @@ def test_the_hint_for_a_damaged_tokenizer_json_names_no_packages(tmp_path):
     with pytest.raises(UsageError, match="no tokenizer that transformers can load") as caught:
         load_tokenizer(tmp_path)
     assert caught.value.hint == "add the model's tokenizer.json and tokenizer_config.json"
+
+
+def test_the_hint_for_a_path_that_is_not_utf8_is_to_move_the_folder(llama, tmp_path):
+    try:
+        folder = shutil.copytree(llama, os.fsdecode(os.fsencode(tmp_path) + b"/model-\xff"))
+    except OSError:
+        pytest.skip("the file system allows only UTF-8")
+    with pytest.raises(UsageError, match="no tokenizer that transformers can load") as caught:
+        load_tokenizer(Path(folder))
+    assert caught.value.hint == "move the folder to a path that is valid UTF-8"
 
 
 def test_a_tokenizer_that_does_not_list_its_added_tokens_is_accepted(tmp_path, monkeypatch):
