@@ -135,6 +135,8 @@ def publish(
         NetworkError: the Hub did not answer; run it again.
         UsageError: the path is not a folder, a name is invalid, or a pull request is wanted in an absent repository.
     """
+    if not os.fspath(path):  # Path("") is the current folder
+        raise UsageError("the path is empty", hint="give the artifact's folder")
     path = Path(path)
     options = options or PublishOptions()
     check_repo_id(repo_id)

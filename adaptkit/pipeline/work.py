@@ -68,8 +68,10 @@ class WorkFolder:
 
         Raises:
             ConflictError: another run holds the lock.
-            UsageError: the file system does not support locks.
+            UsageError: the path is taken by a file, or the file system does not support locks.
         """
+        if os.path.lexists(self.root) and not self.root.is_dir():
+            raise UsageError(f"{self.root}: is not a folder", hint="move it, or choose another --work")
         with disk_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.root, os.O_RDONLY)

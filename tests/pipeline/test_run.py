@@ -601,6 +601,14 @@ def test_a_model_card_counts_where_it_is_copied_and_only_there(release, recipe, 
     assert (release / outputs(again)["ours"].path / "README.md").read_text() == "second"
 
 
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("absent")], ids=["file", "broken link"])
+def test_a_work_folder_that_is_no_folder_is_a_usage_error(recipe, release, make):
+    make(release / ".adaptkit")
+    with pytest.raises(UsageError, match=r"\.adaptkit: is not a folder") as caught:
+        run(recipe)
+    assert "--work" in caught.value.hint
+
+
 def test_two_runs_do_not_share_a_work_folder(recipe, release):
     def start_another(step):
         if step.name == "plain":

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path())
 @click.argument("repo")
 @click.option("--branch", default="main", show_default=True, help="Branch to commit to; created from main if absent.")
 @click.option(
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 @report_file_option
 @report_options
 def command(
-    path: Path,
+    path: str,
     repo: str,
     key: Path | None,
     sign_keyless: bool,

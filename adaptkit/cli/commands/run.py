@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--work", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+@click.option("--work", type=click.Path(file_okay=False), metavar="DIR",
               help="Folder for the outputs of steps. Default: .adaptkit beside the recipe.")  # fmt: skip
 @click.option("--locked", is_flag=True, help="Fail if anything differs from recipe.lock.")
 @click.option(
