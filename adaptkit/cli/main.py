@@ -17,7 +17,7 @@ import click
 
 from adaptkit import __version__
 from adaptkit.cli import commands
-from adaptkit.cli.output import silence, torchrun_rank
+from adaptkit.cli.output import plain, silence, torchrun_rank
 from adaptkit.discovery import closest, load, names
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
 from adaptkit.heap import keep_few_products, keep_freed_memory, take_large_pages
@@ -232,7 +232,7 @@ def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -
     else:
         of = f"process {rank}: " if rank != "0" else ""
         hint = hint and f"\n{of}hint: {' '.join(hint.splitlines())}"  # a path may contain line breaks
-        _say(f"{of}error: {' '.join(message.split())}{hint}", sys.stderr)
+        _say(plain(f"{of}error: {' '.join(message.split())}{hint}"), sys.stderr)
     return exit_code
 
 

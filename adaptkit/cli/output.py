@@ -22,6 +22,13 @@ WORST = 3
 _BEGINNING = 1 << 20
 _KEYS = re.compile(rb'^  "(\w+)": ', re.MULTILINE)
 """The outermost keys of a written report."""
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+"""Characters that act on a terminal or change the order of the text, except tabs and line feeds."""
+
+
+def plain(text: str) -> str:
+    """Replace control characters by escape sequences: names in untrusted files may contain commands to the terminal."""
+    return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def show(report: Any, rows: Iterable[Row], *, as_json: bool, quiet: bool) -> None:
@@ -81,7 +88,9 @@ def show_table(
 
 def notes(quiet: bool) -> Callable[[str], None]:
     """Return a function that prints one-line notes on stderr; one that does nothing if quiet."""
-    return (lambda text: None) if quiet else (lambda text: print(f"note: {redact(text)}", file=sys.stderr, flush=True))
+    if quiet:
+        return lambda text: None
+    return lambda text: print(f"note: {plain(redact(text))}", file=sys.stderr, flush=True)
 
 
 def torchrun_rank() -> str:
@@ -179,14 +188,18 @@ def _is_replaced(path: Path) -> bool:
     return not os.path.lexists(path) or (path.is_file() and not path.is_symlink())
 
 
-def say(*lines: str) -> None:
+def say(*lines: str, styled: bool = False) -> None:
     """Print lines on stdout at once; click handles a BrokenPipeError.
+
+    Args:
+        lines: printed with their control characters escaped.
+        styled: print the lines as they are, since they contain colours.
 
     Raises:
         DiskError: they cannot be written.
     """
     try:
-        print("\n".join(lines), flush=True)
+        print("\n".join(lines if styled else map(plain, lines)), flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

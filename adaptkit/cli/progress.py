@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from adaptkit.cli.output import plain
+
 if TYPE_CHECKING:
     from rich.progress import Progress as Rich
 
@@ -116,7 +118,7 @@ def training_progress(hidden: bool, quiet: bool) -> Iterator[TrainingProgress]:
 
 def _note(quiet: bool, show: Callable[[str], None], text: str) -> None:
     if not quiet or text.startswith("warning"):
-        show(text)
+        show(plain(text))
 
 
 class StepBar:
@@ -158,7 +160,8 @@ class StepBar:
                 self._bar.remove_task(task)
 
     def print(self, text: str) -> None:
-        """Print a line on stderr, above the bar."""
+        """Print a line on stderr, above the bar, with its control characters escaped."""
+        text = plain(text)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli.output import Row, counted, percent
+from adaptkit.cli.output import Row, counted, percent, plain
 from adaptkit.text.rendering import DAY
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from adaptkit.training.preview import Preview
 
 _VISIBLE = {code: chr(0x2400 + code) for code in range(32)} | {0x7F: "\u2421", ord("\n"): "↵\n"}
+_VISIBLE |= {code: plain(chr(code)) for code in range(0x80, 0xA0)}
 """Visible replacements of control characters, which would act on the terminal."""
 
 
@@ -89,7 +90,7 @@ def batch_lines(preview: "Preview", colour: bool) -> Iterator[str]:
     """Yield the lines that show a batch; learned text is coloured, or in brackets without colour."""
     for number, sample in enumerate(preview.samples):
         is_new = number == 0 or preview.samples[number - 1].row != sample.row
-        title = f"{sample.source}: {counted(sample.tokens, 'token')}, {sample.learned} learned"
+        title = f"{plain(sample.source)}: {counted(sample.tokens, 'token')}, {sample.learned} learned"
         line = f"row {sample.row}  {title}" if is_new else f"  packed  {title}"
         yield click.style(line, bold=True) if colour else line
         yield "".join(_mark(part.text.translate(_VISIBLE), part.learned, colour) for part in sample.stretches).rstrip()

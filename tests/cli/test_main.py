@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from adaptkit.cli.output import notes
+from adaptkit.cli.progress import step_bar, training_progress
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.settings import settings
 
@@ -467,3 +469,30 @@ def test_undecodable_file_names_are_printed_escaped(llama, run_cli, tmp_path):
     assert (tmp_path / name).is_dir()
     done = run_cli("inspect", tmp_path / name, PYTHONIOENCODING="ascii")
     assert (done.code, done.stderr) == (0, "")
+
+
+HOSTILE = "a\x1b]0;title\x07\r\x9b2J\u202eb"
+"""A name that sets a terminal's title, overwrites its line, clears the screen and turns the text's direction round."""
+ESCAPED = "a\\x1b]0;title\\x07\\r\\x9b2J\\u202eb"
+
+
+def test_names_in_files_cannot_send_commands_to_the_terminal(adapter, copy_of, run_cli, tmp_path):
+    lora = copy_of(adapter)
+    config = json.loads((lora / "adapter_config.json").read_text()) | {"base_model_name_or_path": HOSTILE}
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    assert f"base model name or path  {ESCAPED}\n" in run_cli("inspect", lora).stdout
+    assert run_cli("adopt", lora, "-o", "ours", cwd=tmp_path).code == 0
+    (tmp_path / "ours" / HOSTILE).write_text("")
+    refused = run_cli("verify", "ours", cwd=tmp_path)
+    assert refused.code == 3
+    assert ESCAPED.replace("\\r", " ") + " is not in the manifest\n" in refused.stderr
+    for done in (refused, run_cli("inspect", lora, "--json")):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", done.stdout + done.stderr)
+
+
+def test_notes_and_progress_lines_are_escaped(capsys):
+    notes(quiet=False)(HOSTILE)
+    with step_bar(hidden=True) as bar, training_progress(hidden=True, quiet=False) as progress:
+        bar.print(HOSTILE)
+        progress.note(HOSTILE)
+    assert capsys.readouterr().err == f"note: {ESCAPED}\n{ESCAPED}\n{ESCAPED}\n"

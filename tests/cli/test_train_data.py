@@ -100,9 +100,11 @@ def _read(descriptor):
 
 
 def test_control_characters_in_data_are_shown_as_symbols():
-    part = Stretch(False, (1,), "\x1b[2J\rgone\x07")
-    shown = Preview(1, 1, 0, (ShownSample("rows.jsonl, line 1", 1, 1, 0, (part,)),))
-    assert "␛[2J␍gone␇" in "\n".join(batch_lines(shown, False))
+    part = Stretch(False, (1,), "\x1b[2J\rgone\x07\x9b")
+    shown = Preview(1, 1, 0, (ShownSample("ro\x1bws.jsonl, line 1", 1, 1, 0, (part,)),))
+    lines = "\n".join(batch_lines(shown, False))
+    assert "␛[2J␍gone␇\\x9b" in lines
+    assert "ro\\x1bws.jsonl, line 1" in lines
 
 
 def test_the_json_preview_has_every_token(run_cli, llama, files):

@@ -102,7 +102,7 @@ def _show_batch(batch: "Preview", as_json: bool, quiet: bool) -> None:
     if as_json:
         show(batch, (), as_json=True, quiet=False)
     elif not quiet:
-        say(*batch_lines(batch, has_colour()))
+        say(*batch_lines(batch, has_colour()), styled=True)
 
 
 def _plan_rows(plan: "RunPlan") -> Iterator[Row]:
