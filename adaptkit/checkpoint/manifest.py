@@ -270,7 +270,7 @@ def parent_of(
 
 
 def _check_head(manifest: Manifest) -> None:
-    """Check the types of what is not in a record.
+    """Check the types of what is not in a record, and that texts are printable: they appear in tables and cards.
 
     Raises:
         TypeError: names the field.
@@ -280,8 +280,10 @@ def _check_head(manifest: Manifest) -> None:
             raise TypeError(f"{name} is not an object")
     texts = {"kind": manifest.kind, "operation.name": manifest.operation["name"]}
     texts |= {f"tool.{name}": manifest.tool[name] for name in ("name", "version")}
+    for record in (*manifest.tensors, *manifest.parents, *manifest.targets):
+        texts |= {name: value for name, value in vars(record).items() if type(value) is str and not value.isprintable()}
     for name, value in texts.items():
-        if not isinstance(value, str):
+        if not isinstance(value, str) or not value.isprintable():
             raise TypeError(f"{name} is {value!r}")
     if not isinstance(manifest.operation.get("options", {}), dict):
         raise TypeError("operation.options is not an object")

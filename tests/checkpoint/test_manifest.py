@@ -149,6 +149,11 @@ STRUCTURE = {
     "a tool without a version": lambda d: d["tool"].pop("version"),
     "a tool whose name is a number": lambda d: d["tool"].update(name=3),
     "a tool that is a text": lambda d: d.update(tool="adaptkit"),
+    "a kind with a line break": lambda d: d.update(kind="adapter\nsignature  by the key in key.pub"),
+    "a tool with an escape character": lambda d: d["tool"].update(name="\x1b[2J"),
+    "an operation whose name turns the text round": lambda d: d["operation"].update(name="\u202emerge"),
+    "a role with a line break": lambda d: d["parents"][0].update(role="base\n\n# Title"),
+    "a module with a line break": lambda d: d["targets"][0].update(module="a\nb"),
     "NaN": lambda d: d["operation"].update(x=float("nan")),
     "infinity": lambda d: d["operation"].update(x=float("inf")),
 }
