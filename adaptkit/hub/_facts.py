@@ -7,7 +7,7 @@ Measurements of a training run are in ``metrics.jsonl``:
 """
 
 import json
-import math
+import sys
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -180,4 +180,4 @@ def _line(path: Path, number: int, text: bytes) -> dict[str, Any]:
 def _measured(lines: list[dict[str, Any]], name: str) -> dict[int, float]:
     """Return step -> value, without steps whose value is not a finite number."""
     found = {line["step"]: line[name] for line in lines if isinstance(line.get(name), int | float)}
-    return {step: float(value) for step, value in found.items() if math.isfinite(value)}
+    return {step: float(value) for step, value in found.items() if abs(value) <= sys.float_info.max}

@@ -19,6 +19,7 @@ from adaptkit.hub._remote import REPO_ID
 
 _TITLES = {"adapter": "LoRA adapter", "merged": "Merged model", "quantized": "Quantized model"}
 _LICENCE_KEYS = ("license", "license_name", "license_link")
+_YAML = "tag:yaml.org,2002:"
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,20 @@ def read_licence(card: str) -> dict[str, str | list[str]]:
     """Return the licence fields in a card's front matter; empty if there are none or it cannot be parsed."""
     found = re.match(r"\ufeff?\s*---\r?\n(.{0,65536}?)\r?\n---\s*(?:\n|$)", card, re.DOTALL)
     try:
-        front = yaml.safe_load(found[1]) if found else None
+        # Nodes rather than values: building values from untrusted YAML can exhaust memory or raise any error.
+        front = yaml.compose(found[1], yaml.SafeLoader) if found else None
     except (yaml.YAMLError, RecursionError, ValueError):
         return {}
-    values: dict[str, Any] = {key: front.get(key) for key in _LICENCE_KEYS} if isinstance(front, dict) else {}
+    pairs = front.value if isinstance(front, yaml.MappingNode) else []
+    values = {key.value: _texts(value) for key, value in pairs if key.value in _LICENCE_KEYS}
     return {key: value for key, value in values.items() if _is_plain(value)}
+
+
+def _texts(node: yaml.Node) -> Any:
+    """Return the text of a node, or the texts in a list; None for anything else."""
+    if node.tag == _YAML + "seq" and isinstance(node, yaml.SequenceNode):
+        return [_texts(item) if isinstance(item, yaml.ScalarNode) else None for item in node.value]
+    return node.value if node.tag == _YAML + "str" else None
 
 
 def _is_plain(value: Any) -> bool:
@@ -187,7 +197,13 @@ def _operation(manifest: Manifest) -> str:
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """Escape text so that it stays in its table cell and is not interpreted as markup: it may be of any origin."""
+    printable = "".join(c if c.isprintable() or c.isspace() else ascii(c)[1:-1] for c in text)
+    return " ".join(printable.split()).replace("|", "/").replace("<", "&lt;").replace("[", "\\[")
 
 
 _REPOSITORY = "ORG/NAME"

@@ -92,6 +92,16 @@ def test_markup_in_an_option_stays_inside_its_code_block(manifest: Manifest) -> 
     assert all(line.startswith("    ") for line in lines)
 
 
+def test_no_value_can_leave_its_cell_or_become_markup(manifest: Manifest) -> None:
+    hostile = "8\n\n# Title | <img src=x> [link](https://example.org)\u202e"
+    parents = (replace(manifest.parents[0], kind="| <b> ![x](y)"),)
+    card = make_card(replace(manifest, parents=parents), CardFacts({"r": hostile, "lora_alpha": 16}))
+    assert "| Rank, alpha | 8 # Title / &lt;img src=x> \\[link](https://example.org)\\u202e, 16 |" in card.splitlines()
+    (row,) = [line for line in card.splitlines() if "(y)" in line]
+    assert row.count("|") == 5
+    assert "| / &lt;b> !\\[x](y) |" in row
+
+
 BASE_CARD = """---
 license: other
 license_name: free-for-ducks
@@ -118,7 +128,8 @@ def test_the_licence_of_the_base_is_passed_on_and_nothing_else_of_its_card() -> 
     ["", "# no front matter", "---\n- a list\n---\n", "---\nlicense: {a: b}\n---\n",
      '---\nlicense: "a\\nb"\nlicense_name: 5\n---\n', "---\n" + "[" * 5000 + "\n---\n", "---\n\x00: x\n---\n",
      "---\nlicense: !!python/object/apply:os.system [true]\n---\n", "x" * 100_000, "---\nlicense: []\n---\n",
-     "---\nlicense: ''\n---\n", "---\nlicense: " + "x" * 300 + "\n---\n", "---\nlicense: [mit, 5]\n---\n"],
+     "---\nlicense: ''\n---\n", "---\nlicense: " + "x" * 300 + "\n---\n", "---\nlicense: [mit, 5]\n---\n",
+     *(f"---\nlicense: !!{wrong}\n---\n" for wrong in ("timestamp x", "int ''", "bool x", "float ''", "str [mit]"))],
 )  # fmt: skip
 def test_malformed_card_metadata_gives_no_licence(card: str) -> None:
     assert read_licence(card) == {}
@@ -154,6 +165,7 @@ def test_figures_are_read_from_metrics_and_malformed_lines_are_refused(tmp_path:
         {"step": 0, "held_out_loss": 3.5},
         {"step": 1, "loss": 3.25, "learning_rate": 1},
         {"step": 2, "loss": float("nan"), "skipped": 1},
+        {"step": 4, "loss": 10**400},
         {"step": 2, "held_out_loss": 2.125},
         {"step": 3, "loss": 2.5},
         {"step": 3, "held_out_loss": 2.25},
