@@ -161,7 +161,8 @@ def class_names(config: Mapping[str, Any]) -> list[str]:
 
 def write_json(value: Mapping[str, Any]) -> bytes:
     """Return the bytes of a readable JSON file: keys sorted, indented by two spaces."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace")  # an unpaired surrogate as \ud800, which is also JSON's escape
 
 
 def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:

@@ -237,7 +237,7 @@ def test_side_files_whose_names_differ_only_in_case_are_refused(tmp_path, names)
 
 
 def test_json_files_are_deterministic_and_read_back_unchanged(tmp_path):
-    value = {"b": [1, None], "a": {"z": "é", "y": 0.1}}
+    value = {"b": [1, None], "a": {"z": "é", "y": 0.1, "\ud800": "half a pair: \udfff"}}
     assert write_json(value) == write_json(dict(reversed(value.items())))
     (tmp_path / "x.json").write_bytes(write_json(value))
     assert read_json(tmp_path / "x.json") == value
