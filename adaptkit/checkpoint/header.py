@@ -33,6 +33,8 @@ FLOATS = ("F32", "F16", "BF16")
 
 _REPAIR = "correct the file, or download or copy it again"
 _MAX_HEADER_BYTES = 100_000_000
+_LONGEST_NAME = 1024
+"""Limit on a tensor's name: matching a very long name with the patterns for adapters' names takes hours."""
 _MAX_TENSOR_BYTES = 1 << 63
 """Limit on a tensor's size: strides must fit in 64 bits, even those of a tensor without elements."""
 
@@ -191,6 +193,8 @@ def strict_json(text: bytes, where: str, infinities: bool = False) -> dict[str, 
 
 
 def _spec(name: str, entry: Any, where: str) -> TensorSpec:
+    if len(name) > _LONGEST_NAME:
+        raise CheckpointError(f"{where}: a tensor's name has {len(name)} characters: {name[:40]!r}…", hint=_REPAIR)
     plain = name.isprintable() and "/" not in name and "\\" not in name and unicodedata.is_normalized("NFC", name)
     if not name or not plain:
         raise CheckpointError(f"{where}: tensor name {name!r} is empty or has invalid characters", hint=_REPAIR)
