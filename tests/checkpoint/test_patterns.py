@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adaptkit.checkpoint import patterns as patterns_module
-from adaptkit.checkpoint.patterns import FirstMatch, check_pattern, matches_whole
+from adaptkit.checkpoint.patterns import FirstMatch, check_pattern, matches_behind_dot, matches_whole
 
 USUAL = [
     r".*layers\.\d+\..*_proj",
@@ -78,6 +78,16 @@ def test_patterns_that_take_python_exponential_time_are_matched_at_once(pattern)
     began = time.monotonic()
     assert not matches_whole(pattern, "a" * 60)
     assert time.monotonic() - began < 5, "not the age of the universe"
+
+
+@pytest.mark.parametrize("pattern", ["(?:(?:.*b|a)*c|a)*", "(?=(?:.*b|a)*c|).*", "(?:(?=.*b|).)*" * 20])
+def test_patterns_that_take_the_fourth_power_of_the_texts_length_are_refused(pattern):
+    """These would take minutes to hours."""
+    with pytest.raises(re.error, match=r"too long to match 'a{40}'"):
+        matches_whole(pattern, "a" * 2000)
+    with pytest.raises(re.error, match=r"too long to match 'm\.a{38}'"):
+        matches_behind_dot(f"(?:{pattern})", "m." + "a" * 1998)
+    assert matches_whole(pattern, "a" * 10)
 
 
 @pytest.mark.parametrize(
