@@ -23,7 +23,7 @@ from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.lazy import torch
 from adaptkit.torch_compiler import without_compiler
 
-_LAYERS = re.compile(r"layers$|n_layer$|depths?$|num_blocks$")
+_LAYERS = re.compile(r"layers$|n_layer$|depths?$|num_blocks$|attention_types$")
 _MANY = re.compile(r"experts$|^num_labels$")
 """Keys of ``config.json`` whose integers are numbers of modules to build, or of entries of a list."""
 _MOST = {"layers": 1_024, "others": 65_536}

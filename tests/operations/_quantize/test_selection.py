@@ -328,6 +328,7 @@ def test_a_weight_of_an_unsupported_dtype_stays_with_that_reason(families, copy_
         {"num_experts": 10**9},
         {"nested": {"n_layer": 10**9}},
         {"nested": {"depths": [2, 10**9]}},
+        {"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]},
         {"vocab_size": 10**30},
         {"vocab_size": -3},
         {"hidden_size": [64]},
