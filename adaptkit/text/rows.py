@@ -21,7 +21,8 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ _HUB = re.compile(
     re.ASCII,
 )
 _LARGEST_CELL = (1 << 31) - 1
+_LONGEST_LINE = 1 << 28
+"""Limit on a line's bytes: a compressed file of megabytes can hold a line that exhausts memory."""
 _BATCH_ROWS = 1024
 
 
@@ -150,8 +153,10 @@ def _text_lines(file: Path) -> Iterator[str]:
     """Split at line feeds only, since JSON strings may contain other line separators unescaped."""
     number = 0
     try:
-        with _opened(file) as lines:
-            for number, line in enumerate(lines, 1):
+        with _opened(file) as opened:
+            for number, line in enumerate(iter(lambda: opened.readline(_LONGEST_LINE + 1), b""), 1):
+                if len(line) > _LONGEST_LINE:
+                    raise DataError(f"{file}, line {number}: longer than 256 MiB", hint="put each row on its own line")
                 yield line.decode("utf-8-sig" if number == 1 else "utf-8")
     except _READ_ERRORS as error:
         raise _unreadable(file, error) from error
@@ -192,9 +197,13 @@ def _parse(text: str) -> Any:
 def _mapping(pairs: list[tuple[str, Any]]) -> Row:
     found = dict(pairs)
     if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} appears twice")
+        raise ValueError(f"the key {_twice(name for name, _ in pairs)!r} appears twice")
     return found
+
+
+def _twice(names: Iterable[str]) -> str | None:
+    """Return the first name that occurs more than once, in linear time; None if there is none."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def _is_object(line: str) -> bool:
@@ -210,7 +219,7 @@ def _cells(file: Path) -> Iterator[Located]:
         where = f"{file}, line {line}"
         if not header:
             header = cells
-            twice = next((name for name in header if header.count(name) > 1), None)
+            twice = _twice(header)
             if twice is not None:
                 raise DataError(f"{where}: two columns are named {twice!r}", hint="rename one of them")
         elif len(cells) != len(header):

@@ -163,6 +163,38 @@ def test_a_malformed_row_or_file_is_named_by_file_and_place(name, content, messa
     assert "\n" not in raised.value.message
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "rows.jsonl",
+            "{" + ",".join(f'"{n}":1' for n in range(300_000)) + ',"299999":2}',
+            "key '299999' appears twice",
+        ),
+        ("rows.csv", ",".join(map(str, range(300_000))) + ",299999\n", "columns are named '299999'"),
+    ],
+    ids=["keys", "columns"],
+)
+def test_names_that_occur_twice_among_very_many_are_found_in_linear_time(name, content, message, tmp_path):
+    """Counting each name by itself would take an hour."""
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        list(read_rows(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_a_small_compressed_file_cannot_exhaust_memory_with_one_line(suffix, tmp_path):
+    path, piece = tmp_path / f"rows{suffix}.gz", b"a" * (1 << 24)
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b"text\n" if suffix == ".csv" else b'{"text": "first"}\n')
+        file.writelines(piece for _ in range(17))
+    rows = read_rows(path)
+    if suffix == ".jsonl":
+        assert next(rows)[1] == {"text": "first"}
+    with pytest.raises(DataError, match=r"gz, line 2: longer than 256 MiB"):
+        next(rows)
+
+
 @pytest.mark.parametrize("name", ["absent.jsonl", "absent.json", "absent.csv", "absent.parquet", "folder.jsonl"])
 def test_a_file_that_cannot_be_opened_is_named_in_the_error(name, tmp_path):
     (tmp_path / "folder.jsonl").mkdir()
