@@ -11,6 +11,7 @@ modeling_x.py, configuration_x.py        side files if a configuration has an au
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -51,6 +52,8 @@ _NOT_SIDE_PREFIXES = ("adaptkit-", "adapter_", "trainer_", "optimizer", ".")
 _STATES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 """Prefixes of pickles with training state, which trainers save beside weights or checkpoint folders."""
 _NAMES_CODE = b'"auto_map"'
+_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+"""The name of a file in huggingface_hub's cache, to which its folders link."""
 _GET_INDEX = "download or copy the checkpoint again"
 
 
@@ -253,6 +256,9 @@ def side_files(root: Path) -> dict[str, Path]:
 
     Returns:
         Maps each name, relative to the folder, to its path; sorted.
+
+    Raises:
+        UnsafeInputError: see ``refuse_foreign_link``.
     """
     present = [path for path in root.iterdir() if path.is_file()]
     suffixes = {*_SIDE_SUFFIXES, *([CODE_SUFFIX] if _names_code(present) else [])}
@@ -266,7 +272,24 @@ def side_files(root: Path) -> dict[str, Path]:
     }
     templates = (root / TEMPLATES_FOLDER).glob("*.jinja")
     found |= {f"{TEMPLATES_FOLDER}/{path.name}": path for path in templates if path.is_file()}
+    for path in found.values():
+        refuse_foreign_link(root, path)
     return dict(sorted(found.items()))
+
+
+def refuse_foreign_link(root: Path, path: Path) -> None:
+    """Reject a file to copy if it is a link to a file outside its folder, which may be a secret of the user's.
+
+    Raises:
+        UnsafeInputError: it is such a link, and does not lead into huggingface_hub's cache.
+    """
+    own, found = Path(os.path.realpath(root)), Path(os.path.realpath(path))
+    if own.parent.name == "snapshots":  # of a repository in the cache, whose files may have other names on a mirror
+        own = own.parents[1]
+    if not found.is_relative_to(own) and not _BLOB.fullmatch(found.name):
+        raise UnsafeInputError(
+            f"{path}: leads to {found}, outside its folder", hint="put a copy in its place if you trust this link"
+        )
 
 
 def _names_code(files: Iterable[Path]) -> bool:
@@ -281,7 +304,9 @@ def check_side_files(root: Path) -> None:
 
     Raises:
         CheckpointError: names the two files.
+        UnsafeInputError: a side file or the configuration is a link; see ``refuse_foreign_link``.
     """
+    refuse_foreign_link(root, root / CONFIG_NAME)
     seen: dict[str, str] = {}
     for name in (CONFIG_NAME, INDEX_NAME, *side_files(root)):
         other = seen.setdefault(name.casefold(), name)

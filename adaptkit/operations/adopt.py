@@ -22,6 +22,7 @@ from adaptkit.checkpoint.layout import (
     TEMPLATES_FOLDER,
     check_side_files,
     read_small,
+    refuse_foreign_link,
     require_folder,
     resolve_inside,
     side_files,
@@ -281,6 +282,8 @@ def _small_files(source: Path, adapter: Adapter | None) -> list[str]:
     card = source / CARD_NAME
     if card.is_file() and read_small(card).count(_PLACEHOLDER) <= _MOST_PLACEHOLDERS:
         names.append(CARD_NAME)
+    for name in names:
+        refuse_foreign_link(source, source / name)
     return sorted(names)
 
 

@@ -251,6 +251,27 @@ def test_an_index_is_the_one_that_transformers_writes(llama_sharded):
     assert ours["metadata"]["total_size"] == total
 
 
+def test_side_files_are_never_links_out_of_the_folder_except_into_the_hubs_cache(tmp_path):
+    cache, secret = tmp_path / "models--org--name", tmp_path / "secret"
+    snapshot, copied = cache / "snapshots" / ("0" * 40), tmp_path / "copied"
+    for folder in (snapshot, copied, cache / "blobs"):
+        folder.mkdir(parents=True)
+    secret.write_bytes(b"nobody's business")
+    for name in ("1" * 40, "2" * 64, "an etag of a mirror"):
+        (cache / "blobs" / name).write_bytes(b"x")
+        (snapshot / f"{name[:2]}.txt").symlink_to(f"../../blobs/{name}")
+    (copied / "large.json").symlink_to(cache / "blobs" / ("2" * 64))  # as older clients link into --local-dir
+    (copied / "within.txt").symlink_to("large.json")
+    assert list(side_files(snapshot)) == ["11.txt", "22.txt", "an.txt"]
+    assert list(side_files(copied)) == ["large.json", "within.txt"]
+    (copied / "LICENSE").symlink_to("../secret")
+    (tmp_path / "alias").symlink_to(copied)
+    (snapshot / "LICENSE").symlink_to(secret)
+    for folder in (copied, tmp_path / "alias", snapshot):
+        with pytest.raises(UnsafeInputError, match=r"LICENSE: leads to .*/secret, outside its folder"):
+            side_files(folder)
+
+
 def holding(root, *names, text=""):
     for name in names:
         (root / name).write_text(text)

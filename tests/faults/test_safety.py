@@ -1,6 +1,7 @@
 """Safety rules, checked in the package's source code or by running commands."""
 
 import ast
+import hashlib
 import os
 import re
 import stat
@@ -147,8 +148,9 @@ def test_outputs_hold_files_and_folders_only(run_cli, llama, copy_of, tmp_path):
     base = copy_of(llama, "snapshot")
     (tmp_path / "blobs").mkdir()
     for path in list(base.iterdir()):
-        path.rename(tmp_path / "blobs" / path.name)
-        path.symlink_to(Path("..") / "blobs" / path.name)
+        blob = tmp_path / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        path.rename(blob)
+        path.symlink_to(Path("..") / "blobs" / blob.name)
     assert run_cli("quantize", base, "-o", tmp_path / "out").code == 0
     found = list((tmp_path / "out").rglob("*"))
     assert len(found) > 4
