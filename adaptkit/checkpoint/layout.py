@@ -11,7 +11,6 @@ modeling_x.py, configuration_x.py        side files if a configuration has an au
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -19,6 +18,7 @@ from typing import Any
 
 from adaptkit.arguments import path_hint
 from adaptkit.checkpoint.header import check_regular, strict_json
+from adaptkit.checkpoint.links import refuse_foreign_link
 from adaptkit.checkpoint.progress import first_few
 from adaptkit.errors import CheckpointError, UnsafeInputError, UsageError
 
@@ -52,8 +52,6 @@ _NOT_SIDE_PREFIXES = ("adaptkit-", "adapter_", "trainer_", "optimizer", ".")
 _STATES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 """Prefixes of pickles with training state, which trainers save beside weights or checkpoint folders."""
 _NAMES_CODE = b'"auto_map"'
-_BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-"""The name of a file in huggingface_hub's cache, to which its folders link."""
 _GET_INDEX = "download or copy the checkpoint again"
 
 
@@ -275,21 +273,6 @@ def side_files(root: Path) -> dict[str, Path]:
     for path in found.values():
         refuse_foreign_link(root, path)
     return dict(sorted(found.items()))
-
-
-def refuse_foreign_link(root: Path, path: Path) -> None:
-    """Reject a file to copy if it is a link to a file outside its folder, which may be a secret of the user's.
-
-    Raises:
-        UnsafeInputError: it is such a link, and does not lead into huggingface_hub's cache.
-    """
-    own, found = Path(os.path.realpath(root)), Path(os.path.realpath(path))
-    if own.parent.name == "snapshots":  # of a repository in the cache, whose files may have other names on a mirror
-        own = own.parents[1]
-    if not found.is_relative_to(own) and not _BLOB.fullmatch(found.name):
-        raise UnsafeInputError(
-            f"{path}: leads to {found}, outside its folder", hint="put a copy in its place if you trust this link"
-        )
 
 
 def _names_code(files: Iterable[Path]) -> bool:

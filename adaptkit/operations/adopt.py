@@ -22,11 +22,11 @@ from adaptkit.checkpoint.layout import (
     TEMPLATES_FOLDER,
     check_side_files,
     read_small,
-    refuse_foreign_link,
     require_folder,
     resolve_inside,
     side_files,
 )
+from adaptkit.checkpoint.links import refuse_foreign_link
 from adaptkit.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,

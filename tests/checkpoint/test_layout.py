@@ -251,6 +251,16 @@ def test_an_index_is_the_one_that_transformers_writes(llama_sharded):
     assert ours["metadata"]["total_size"] == total
 
 
+def test_side_files_may_be_links_to_the_same_files_of_another_checkpoint(llama, tmp_path):
+    for path in llama.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    assert list(side_files(tmp_path)) == list(side_files(llama))
+    check_side_files(tmp_path)
+    (tmp_path / "LICENSE").symlink_to(llama / "tokenizer.json")
+    with pytest.raises(UnsafeInputError, match=r"LICENSE: leads to .*tokenizer\.json, outside its folder"):
+        side_files(tmp_path)
+
+
 def test_side_files_are_never_links_out_of_the_folder_except_into_the_hubs_cache(tmp_path):
     cache, secret = tmp_path / "models--org--name", tmp_path / "secret"
     snapshot, copied = cache / "snapshots" / ("0" * 40), tmp_path / "copied"
