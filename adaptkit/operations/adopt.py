@@ -2,15 +2,13 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from adaptkit.arguments import AnyPath, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
-from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.hashing import Ranges
-from adaptkit.checkpoint.integrity import file_problem, present_names
+from adaptkit.checkpoint.integrity import present_names
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import (
     ADAPTER_CONFIG_NAME,
@@ -31,21 +29,17 @@ from adaptkit.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
     Manifest,
-    Parent,
-    Target,
     TensorRecord,
-    parent_of,
     read_manifest,
 )
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.writer import copy_file
-from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
+from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.operations._adopted_base import AdoptedBase, plain_checkpoint
 from adaptkit.operations._discard import discard_on_bad_input
-from adaptkit.operations._merge.edit_checks import copy_replaces_base
-from adaptkit.operations._merge.edit_plan import plan_edits
-from adaptkit.operations._threads import check_threads, fingerprints, in_order, thread_count
+from adaptkit.operations._threads import check_threads, in_order, thread_count
 from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 _PLACEHOLDER, _MOST_PLACEHOLDERS = b"[More Information Needed]", 20
@@ -137,9 +131,9 @@ def adopt(
     adapter = read_adapter(source) if is_adapter(source) else None
     if adapter is None and base is not None:
         raise UsageError(f"base: applies only to adapters, but {source} is a checkpoint", hint="leave out --base")
-    files = adapter.files if adapter else _plain_checkpoint(source)
+    files = adapter.files if adapter else plain_checkpoint(source)
     small = _small_files(source, adapter)
-    parent = _Base(Path(base), adapter) if adapter and base is not None else None
+    parent = AdoptedBase(Path(base), adapter) if adapter and base is not None else None
     check_output(output, force, [source, *([parent.checkpoint.root] if parent else [])])
     report = _report(output, files, small, parent)
     if dry_run:
@@ -167,72 +161,6 @@ def adopt(
     return replace(report, tensors_root=manifest.tensors_root, manifest_sha256=manifest.sha256)
 
 
-class _Base:
-    """The base of an adapter, and which of its tensors the adapter changes."""
-
-    def __init__(self, root: Path, adapter: Adapter) -> None:
-        self.checkpoint = Checkpoint(root) if adapter.compensation else _plain_checkpoint(root)
-        self._state = self.checkpoint.state()
-        self._manifest = read_manifest(root)
-        for record in self._manifest.files if self._manifest else ():
-            if record.path == CONFIG_NAME and (problem := file_problem(root, record)):
-                raise IntegrityError(f"{root}: {problem}", hint=f"restore it; for details, run: adaptkit verify {root}")
-        self._compensated = _compensated(root, self._manifest, adapter) if adapter.compensation else {}
-        self.changed = sorted(self._compensated) or _changed(self.checkpoint, adapter)
-
-    @property
-    def bytes(self) -> int:
-        """Size of all tensors."""
-        return sum(at.spec.nbytes for at in self.checkpoint.tensors.values())
-
-    def fingerprints(self, threads: int, progress: Progress) -> dict[str, str]:
-        """Hash all tensors.
-
-        Raises:
-            IntegrityError: a file changed since it was opened.
-        """
-        found = fingerprints(self.checkpoint, threads, progress)
-        self.checkpoint.require_state(self._state)
-        return found
-
-    def parents(self, digests: Mapping[str, str]) -> tuple[Parent, ...]:
-        """The base, described by all its tensors, which must be those of its manifest if it has one."""
-        records = [TensorRecord.of(at.spec, digests[name]) for name, at in self.checkpoint.tensors.items()]
-        return (parent_of("base", self._manifest, records, root=self.checkpoint.root),)
-
-    def targets(self, digests: Mapping[str, str]) -> tuple[Target, ...]:
-        """The tensors that the adapter changes."""
-        return tuple(self._compensated.values()) or tuple(
-            Target(name.removesuffix(".weight"), self.checkpoint.spec(name).shape, digests[name])
-            for name in self.changed
-        )
-
-
-def _changed(base: Checkpoint, adapter: Adapter) -> list[str]:
-    """Return, sorted, the names of the tensors of a base that an adapter changes."""
-    replaces = partial(copy_replaces_base, base, False, otherwise="leave out --base")
-    edits = plan_edits(base, [adapter], [1.0], replaces, True)
-    return sorted({edit.source for edit in edits.of.values() if edit.steps})
-
-
-def _compensated(root: Path, base: Manifest | None, adapter: Adapter) -> dict[str, Target]:
-    """Map the modules of an adapter that compensates for the error of a quantized base to targets of that base.
-
-    Raises:
-        BaseMismatchError: the base has no manifest that lists such a quantized weight; names it.
-    """
-    known = base.known_weights() if base else {}
-    for module, change in adapter.modules.items():
-        shape = change.shape[::-1] if adapter.fan_in_fan_out else change.shape
-        if module not in known or known[module].shape != shape:
-            raise BaseMismatchError(
-                f"{adapter.root}: compensates for the error of another base than {root}, whose manifest lists no "
-                f"quantized {module} of that shape",
-                hint="give the folder that quantize made together with this adapter, or leave out --base",
-            )
-    return {module: known[module] for module in sorted(adapter.modules)}
-
-
 def refuse_manifest(source: Path) -> None:
     """Raise a UsageError if a path is not a folder, or has a manifest already."""
     manifest = read_manifest(require_folder(source))
@@ -241,16 +169,6 @@ def refuse_manifest(source: Path) -> None:
             f"{source}: already has a manifest, made by {manifest.operation.get('name')}",
             hint=f"use it as it is; if it was changed on purpose, adopt a copy of it without {MANIFEST_NAME}",
         )
-
-
-def _plain_checkpoint(root: Path) -> Checkpoint:
-    checkpoint = Checkpoint(root)
-    method = quantization_found(checkpoint)
-    if method is not None:
-        raise CheckpointError(
-            f"{root}: is quantized with {method}", hint="give the 16-bit checkpoint that it was made from"
-        )
-    return checkpoint
 
 
 def _state(root: Path) -> dict[str, list[int]]:
@@ -287,7 +205,7 @@ def _small_files(source: Path, adapter: Adapter | None) -> list[str]:
     return sorted(names)
 
 
-def _report(output: Path, files: TensorFiles, small: Sequence[str], base: _Base | None) -> AdoptReport:
+def _report(output: Path, files: TensorFiles, small: Sequence[str], base: AdoptedBase | None) -> AdoptReport:
     copied = {*files.headers, *small}
     others = {name.partition("/") for name in present_names(files.root) - copied}
     return AdoptReport(
