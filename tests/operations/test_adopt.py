@@ -297,7 +297,7 @@ def test_an_interrupted_copy_goes_on_unless_the_source_changed(tmp_path, is_chan
 @pytest.mark.parametrize("kind", ["adapter", "checkpoint"])
 def test_what_is_copied_is_what_was_checked(tmp_path, monkeypatch, llama, adapter, kind):
     """Not what was written in its place between the checks and the copy, such as NaN."""
-    source, reads = tmp_path / "source", {"adapter": "read_adapter", "checkpoint": "quantization_found"}[kind]
+    source, reads = tmp_path / "source", {"adapter": "read_adapter", "checkpoint": "plain_checkpoint"}[kind]
     shutil.copytree({"adapter": adapter, "checkpoint": llama}[kind], source)
     (weights,) = source.glob("*.safetensors")
     check = getattr(adopting, reads)
