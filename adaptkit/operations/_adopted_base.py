@@ -86,8 +86,8 @@ def _compensated(root: Path, base: Manifest | None, adapter: Adapter) -> dict[st
         shape = change.shape[::-1] if adapter.fan_in_fan_out else change.shape
         if module not in known or known[module].shape != shape:
             raise BaseMismatchError(
-                f"{adapter.root}: compensates for the error of another base than {root}, whose manifest lists no "
-                f"quantized {module} of that shape",
+                f"{adapter.root}: compensates for the error of another base than {root}, which has no manifest that "
+                f"lists a quantized {module} of that shape",
                 hint="give the folder that quantize made together with this adapter, or leave out --base",
             )
     return {module: known[module] for module in sorted(adapter.modules)}

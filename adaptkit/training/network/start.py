@@ -91,7 +91,8 @@ def read_start(config: TrainConfig, base: Manifest | None) -> Adapter | None:
         raise BaseMismatchError(
             f"{adapter.root}: compensates for the error of one quantized base, but {silent} has no manifest that says "
             "which",
-            hint="use the folder that quantize made together with this adapter",
+            hint="use the folders that quantize made together; if only the adapter's manifest is lost, run: adaptkit "
+            "adopt ADAPTER -o OUT --base BASE",
         )
     return adapter
 
