@@ -9,7 +9,7 @@ from pathlib import Path
 from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.layout import CARD_NAME, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
-from adaptkit.checkpoint.writer import DiskError
+from adaptkit.checkpoint.writer import DiskError, require_free
 from adaptkit.errors import IntegrityError, UnsafeInputError
 from adaptkit.hub._remote import GITATTRIBUTES, Content
 from adaptkit.hub.secrets import holds_token
@@ -93,7 +93,8 @@ def stage(folder: Path, artifact: Artifact, names: Collection[str]) -> tuple[Con
         DiskError: there is no space for the copy.
     """
     wanted = [content for content in artifact.contents if content.record.path in names]
-    _check_space(folder, sum(content.record.size for content in wanted if isinstance(content.source, Path)))
+    nbytes = sum(content.record.size for content in wanted if isinstance(content.source, Path))
+    require_free(folder, nbytes, f"{folder}: the temporary copy to publish needs", _SPACE)
     return tuple(_copied(folder, artifact, item) if item in wanted else item for item in artifact.contents)
 
 
@@ -118,14 +119,6 @@ def _copied(folder: Path, artifact: Artifact, content: Content) -> Content:
 def in_memory(name: str, content: bytes) -> Content:
     """Return the content of a file that exists only in memory."""
     return Content(FileRecord(name, len(content), sha256(content).hexdigest()), content)
-
-
-def _check_space(folder: Path, needed_bytes: int) -> None:
-    free_bytes = shutil.disk_usage(folder).free
-    if needed_bytes > free_bytes:
-        raise DiskError(
-            f"the temporary copy to publish needs {needed_bytes:,} bytes, but only {free_bytes:,} are free", hint=_SPACE
-        )
 
 
 _SPACE = "set TMPDIR to a folder on a disk with more space"
