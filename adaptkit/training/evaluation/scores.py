@@ -50,7 +50,7 @@ def require_metrics() -> None:
     """Check that answers can be scored, before hours are spent on generating them.
 
     Raises:
-        UsageError: a metric package is not installed, or nltk's WordNet exists but cannot be read.
+        UsageError: a metric package is not installed, nltk finds no home folder, or its WordNet cannot be read.
     """
     try:
         import nltk  # noqa: F401
@@ -62,6 +62,8 @@ def require_metrics() -> None:
             f"scoring answers needs the metric packages: {error}",
             hint="pip install 'adaptkit[eval]'",
         ) from error
+    except ValueError as error:  # such as in a container whose user has no home folder
+        raise UsageError(f"nltk, which scores answers, cannot be loaded: {error}", hint="set HOME") from error
     _wordnet()
 
 

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -127,3 +128,13 @@ def test_a_missing_package_is_reported_with_how_to_install_it(llama, instruction
         "error: scoring answers needs the metric packages: No module named sacrebleu",
         "hint: pip install 'adaptkit[eval]'",
     ]
+
+
+def test_a_user_without_a_home_folder_is_told_to_set_home():
+    """As in a container; Python returns "~" for a home folder that it does not know."""
+    if any(Path(prefix, "nltk_data").exists() for prefix in (sys.prefix, "/usr/share", "/usr/local/share", "/usr/lib")):
+        pytest.skip("nltk has a folder for its data, so it looks for no other")
+    code = "from adaptkit.training.evaluation.scores import require_metrics; require_metrics()"
+    environment = os.environ | {"HOME": "~", "NLTK_DATA": ""}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "UsageError: nltk, which scores answers, cannot be loaded: " in done.stderr
