@@ -40,7 +40,12 @@ class AdaptkitError(Exception):
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.message = message
+        self.advise(hint)
+
+    def advise(self, hint: str) -> None:
+        """Set the hint. A traceback shows it below the message, in a notebook too."""
         self.hint = hint
+        self.__notes__ = [f"hint: {hint}"] if hint else []
 
     @property
     def code(self) -> str:

@@ -1,6 +1,12 @@
 """The public functions, called as in a notebook: with strings for paths."""
 
+import ast
+import dataclasses
+import inspect
 import json
+import re
+import shutil
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -208,3 +214,66 @@ def test_a_single_string_is_accepted_where_several_are(llama):
 def test_signer_and_trust_are_exported():
     assert adaptkit.Signer(private_key="key.pem").private_key == Path("key.pem")
     assert adaptkit.Trust(public_key="key.pub").public_key == Path("key.pub")
+
+
+def test_the_examples_of_the_documentation_run(llama, tmp_path, monkeypatch, capsys):
+    shutil.copytree(llama, tmp_path / "SmolLM2-135M-Instruct")
+    for name in "rows.jsonl", "test.jsonl":
+        tiny.write_instructions(tmp_path / name, rows=24)
+    page = (Path(__file__).parents[1] / "docs" / "python.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec("".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), {})
+    assert capsys.readouterr().out.endswith("choose another -o, or replace it with --force\n")
+    assert (tmp_path / "merged" / "adaptkit-manifest.json").exists()
+
+
+def test_editors_and_type_checkers_find_every_public_name_where_it_is():
+    """They read ``__init__.pyi``, since ``__init__.py`` imports nothing."""
+    stub = ast.parse(Path(adaptkit.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    assert [(node.module, alias.asname) for node in imports for alias in node.names] == sorted(
+        ((module, name) for name, module in adaptkit._PUBLIC.items())
+    )
+
+
+def test_the_repr_of_a_report_does_not_grow_with_the_model(adapter, llama, tmp_path):
+    """A notebook prints it; for a model of 30 layers, that of ``diff`` had 400,000 characters."""
+    adaptkit.merge(llama, adapter, tmp_path / "merged")
+    reports = [
+        adaptkit.quantize(llama, tmp_path / "nf4"),
+        adaptkit.merge(llama, adapter, tmp_path / "again"),
+        adaptkit.diff(adapter, adapter),
+        adaptkit.diff(llama, tmp_path / "merged"),
+        adaptkit.extract(tmp_path / "merged", llama, tmp_path / "extracted", adaptkit.ExtractOptions(rank=2)),
+        adaptkit.resize(adapter, tmp_path / "resized", adaptkit.ResizeOptions(rank=2)),
+        adaptkit.stack([adapter, adapter], tmp_path / "stacked"),
+    ]
+    for report in reports:
+        assert ".layers.1." in json.dumps(dataclasses.asdict(report)), "has an entry for each"
+        assert "layers.1" not in repr(report)
+
+
+def test_a_traceback_shows_the_hint_of_an_error(tmp_path):
+    error = UsageError("a problem", hint="one thing to try")
+    assert traceback.format_exception_only(error)[1:] == ["hint: one thing to try\n"]
+    error.advise("another")
+    assert traceback.format_exception_only(error)[1:] == ["hint: another\n"]
+    assert len(traceback.format_exception_only(UsageError("a problem"))) == 1
+
+
+def test_the_documentation_of_the_configuration_describes_every_setting():
+    text = inspect.getdoc(adaptkit.TrainConfig)
+    for field in dataclasses.fields(adaptkit.TrainConfig):
+        help = field.metadata["setting"].help
+        assert f"\n    {field.name}: {help}" in re.sub(r"\n        +", " ", text), field.name
+
+
+@pytest.mark.parametrize("call", [adaptkit.inspect, adaptkit.plan, lambda name: adaptkit.merge(name, name, "out")])
+def test_the_name_of_a_repository_gets_a_hint(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="org/name@v1: does not exist") as caught:
+        call("org/name@v1")
+    assert 'adaptkit.resolve_source("org/name@v1")' in caught.value.hint
+    with pytest.raises(UsageError) as caught:
+        call(str(tmp_path / "org" / "name"))
+    assert "resolve_source" not in caught.value.hint

@@ -11,6 +11,7 @@ modeling_x.py, configuration_x.py        side files if a configuration has an au
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -89,6 +90,13 @@ def name_of(folder: Path) -> str:
     return Path(os.path.abspath(folder)).name
 
 
+def folder_hint(path: Path) -> str:
+    """Return a hint for a folder that does not exist; the command line downloads a repository before it gets here."""
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\S+)?", str(path)):
+        return f'check the path; for a repository on the Hub, Python has adaptkit.resolve_source("{path}")'
+    return path_hint(path)
+
+
 def require_folder(path: Path) -> Path:
     """Return the path if it is a folder.
 
@@ -97,7 +105,7 @@ def require_folder(path: Path) -> Path:
     """
     if not os.path.isdir(path):  # Path.is_dir raises if a name is too long
         found = "is a file" if os.path.exists(path) else "does not exist"
-        raise UsageError(f"{path}: {found}; expected a checkpoint or adapter folder", hint=path_hint(path))
+        raise UsageError(f"{path}: {found}; expected a checkpoint or adapter folder", hint=folder_hint(path))
     return path
 
 

@@ -188,9 +188,10 @@ def _local_copy_hint(repo_id: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except NetworkError as error:
-        error.hint = f"check the path if you mean a local folder; otherwise {error.hint}"
+        hint = f"check the path if you mean a local folder; otherwise {error.hint}"
         if not constants.HF_HUB_OFFLINE and find_cached(repo_id, revision) is not None:
-            error.hint += "; or set HF_HUB_OFFLINE=1 to use the copy in huggingface_hub's cache"
+            hint += "; or set HF_HUB_OFFLINE=1 to use the copy in huggingface_hub's cache"
+        error.advise(hint)
         raise
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from adaptkit.checkpoint.layout import CONFIG_NAME, class_names, read_config, text_config
+from adaptkit.checkpoint.layout import CONFIG_NAME, class_names, folder_hint, read_config, text_config
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
@@ -84,7 +84,8 @@ class Description:
         """
         if not (root / CONFIG_NAME).is_file():
             found = f"has no {CONFIG_NAME}" if root.is_dir() else "not a folder" if root.exists() else "does not exist"
-            raise UsageError(f"{root}: {found}", hint="give a checkpoint's folder, or org/name on the Hub")
+            hint = "give a checkpoint's folder, or org/name on the Hub" if root.exists() else folder_hint(root)
+            raise UsageError(f"{root}: {found}", hint=hint)
         return cls(root, read_config(root / CONFIG_NAME))
 
     @property

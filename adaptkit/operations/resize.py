@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class ResizeReport:
     relative_error: float
     base_copies: tuple[str, ...]
     tokenizer: tuple[str, ...]
-    modules: tuple[ResizedModule, ...]
+    modules: tuple[ResizedModule, ...] = field(repr=False)
     tensors_root: str | None = None
     manifest_sha256: str | None = None
 

@@ -146,7 +146,7 @@ class StackReport:
     base_copies: tuple[str, ...]
     tokenizer: tuple[str, ...]
     base_names: tuple[str, ...]
-    per_module: tuple[StackedModule, ...]
+    per_module: tuple[StackedModule, ...] = field(repr=False)
     tensors_root: str | None = None
     manifest_sha256: str | None = None
 

@@ -82,6 +82,6 @@ def prefix_errors(step: Step) -> Iterator[None]:
     except AdaptkitError as error:
         error.message = f"{step.name}: {error.message}"
         error.args = (error.message,)
-        error.hint = step.how.with_keys(error.hint)
-        error.hint = error.hint.replace("another -o", "another --work")  # outputs of a run go to the work folder
+        hint = step.how.with_keys(error.hint)
+        error.advise(hint.replace("another -o", "another --work"))  # outputs of a run go to the work folder
         raise

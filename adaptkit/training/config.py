@@ -9,7 +9,7 @@ from typing import Any
 from adaptkit.checkpoint.patterns import check_pattern
 from adaptkit.errors import ConfigError
 from adaptkit.text.conversation import LAYOUTS
-from adaptkit.training.settings import check, conflict, refuse, setting, settings
+from adaptkit.training.settings import check, conflict, documented, refuse, setting, settings
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 METHODS = ("auto", "lora", "qlora", "full")
@@ -43,9 +43,10 @@ _CHANGEABLE_ON_RESUME = frozenset(
 """Settings that a resumed run may change: they do not affect the bytes of the adapter trained so far."""
 
 
+@documented
 @dataclass(frozen=True)
 class TrainConfig:
-    """Settings of a training run; the text of each field documents it."""
+    """Settings of a training run."""
 
     base: str = setting(
         "Base checkpoint: 16-bit, or quantized by adaptkit. A folder, or org/name[@revision] on the Hub.",

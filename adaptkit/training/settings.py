@@ -9,13 +9,16 @@ int | float | bool]``, each with ``| None`` if it may be unset. Tuples and mappi
 (``NAME=NUMBER`` or ``NAME=VALUE`` for a mapping) on the command line.
 """
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from os import PathLike
-from typing import Any, NoReturn, get_origin
+from typing import Any, NoReturn, TypeVar, get_origin
 
 from adaptkit.checkpoint.typed import Place, convert
 from adaptkit.errors import ConfigError
+
+Kind = TypeVar("Kind")
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,14 @@ def setting(help: str, default: Any = MISSING, **limits: Any) -> Any:
 def settings(kind: type) -> dict[str, tuple[Field[Any], Setting]]:
     """Return the field and ``Setting`` of each setting of a dataclass, by name, in order."""
     return {found.name: (found, found.metadata["setting"]) for found in fields(kind) if "setting" in found.metadata}
+
+
+def documented(kind: type[Kind]) -> type[Kind]:
+    """Append the text of each setting to the docstring of a dataclass, for ``help``."""
+    texts = (f"{name}: {rule.help}" for name, (_, rule) in settings(kind).items())
+    lines = (textwrap.fill(text, 100, initial_indent=" " * 4, subsequent_indent=" " * 8) for text in texts)
+    kind.__doc__ = "\n".join((f"{kind.__doc__}\n\nAttributes:", *lines))
+    return kind
 
 
 def check(config: Any) -> None:

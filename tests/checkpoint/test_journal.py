@@ -244,7 +244,7 @@ def test_force_removes_no_file_that_a_user_put_into_an_output(tmp_path, name):
     else:
         own.write_text("mine")
     before = tree(tmp_path)
-    with pytest.raises(OutputExistsError, match=f"did not make, so --force does not replace it: {re.escape(name)}$"):
+    with pytest.raises(OutputExistsError, match=f"(?m)so --force does not replace it: {re.escape(name)}$"):
         make(final, force=True, plan=["other"])
     assert tree(tmp_path) == before
     own.unlink()

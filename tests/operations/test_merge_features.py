@@ -587,7 +587,7 @@ def test_the_number_of_weights_must_equal_that_of_the_adapters(tmp_path, judged,
     adapters = [case.adapter] * (2 if not weights else 1)
     if not weights:
         weights = (1.0,)
-    with pytest.raises(AdaptkitError, match=rf"^{len(weights)} weights? for {len(adapters)} adapters?$"):
+    with pytest.raises(AdaptkitError, match=rf"(?m)^{len(weights)} weights? for {len(adapters)} adapters?$"):
         merge(case.base, adapters, tmp_path / "out", MergeOptions(weights=weights))
     assert_nothing_written(tmp_path)
 

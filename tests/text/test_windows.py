@@ -226,7 +226,7 @@ def test_a_window_longer_than_the_model_allows_is_refused(llama, gpt2, tmp_path)
     ("sizes", "wrong"), [({"window": 1}, "window"), ({"window": 8, "max_tokens": 1}, "max_tokens")]
 )
 def test_windows_and_limits_of_fewer_than_two_tokens_are_refused(sizes, wrong, llama, tmp_path):
-    with pytest.raises(UsageError, match=f"^{wrong}: must be at least 2, found 1$"):
+    with pytest.raises(UsageError, match=f"(?m)^{wrong}: must be at least 2, found 1$"):
         read_tokens([write(tmp_path, "prose.txt", PROSE)], llama, **sizes)
 
 

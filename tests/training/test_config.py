@@ -79,12 +79,12 @@ def test_values_from_python_have_the_types_of_their_fields():
     config = TrainConfig(base=Path("b"), data=[Path("d.jsonl")], rank=np.int64(4), alpha=8, dropout=np.float32(0.5))
     assert (config.base, config.data, config.alpha) == ("b", ("d.jsonl",), 8.0)
     assert json.loads(json.dumps(config.recorded()))["dropout"] == 0.5
-    with pytest.raises(ConfigError, match=r"^rank: is '4'; expected a whole number$"):
+    with pytest.raises(ConfigError, match=r"(?m)^rank: is '4'; expected a whole number$"):
         TrainConfig(base="b", data=("d.jsonl",), rank="4")
 
 
 def test_steps_and_epochs_cannot_be_combined():
-    with pytest.raises(ConfigError, match=r"^t\.yaml: epochs: cannot be combined with steps$") as caught:
+    with pytest.raises(ConfigError, match=r"(?m)^t\.yaml: epochs: cannot be combined with steps$") as caught:
         config_of(GOOD | {"steps": 5, "epochs": 2.0})
     assert caught.value.hint == "leave out one of the two"
 

@@ -57,7 +57,7 @@ def test_only_available_devices_are_accepted(monkeypatch, count):
         if number < count:
             assert choose_device(name) == torch.device(name)
         else:
-            with pytest.raises(UsageError, match=r"^device: .* is not available$"):
+            with pytest.raises(UsageError, match=r"(?m)^device: .* is not available$"):
                 choose_device(name)
 
 

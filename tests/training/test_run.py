@@ -558,7 +558,7 @@ def test_a_changed_chat_template_prevents_resuming_even_if_the_tokens_are_the_sa
     template.write_text(said)
     cut_after(with_template, output, 2)
     template.write_text(said + "{% if tools %}{{ tools | tojson }}{% endif %}")
-    with pytest.raises(ConflictError, match=r"of another run: another chat template$"):
+    with pytest.raises(ConflictError, match=r"(?m)of another run: another chat template$"):
         train(with_template, output)
     template.write_text(said)
     assert train(with_template, output).resumed_from == 2

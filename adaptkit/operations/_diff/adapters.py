@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,13 @@ class AdapterDiffReport:
     tensors_roots: tuple[str, str]
     manifests: tuple[str | None, str | None]
     total: GroupDifference
-    layers: tuple[GroupDifference, ...]
-    types: tuple[GroupDifference, ...]
-    modules: tuple[ModuleDifference, ...]
+    layers: tuple[GroupDifference, ...] = field(repr=False)
+    types: tuple[GroupDifference, ...] = field(repr=False)
+    modules: tuple[ModuleDifference, ...] = field(repr=False)
     only_in_first: tuple[str, ...]
     only_in_second: tuple[str, ...]
     tensors_equal: int
-    tensors: tuple[TensorDifference, ...]
+    tensors: tuple[TensorDifference, ...] = field(repr=False)
     tensors_only_in_first: tuple[str, ...]
     tensors_only_in_second: tuple[str, ...]
     config: tuple[ValueDifference, ...]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -61,7 +61,7 @@ class CheckpointDiffReport:
     quantizations: tuple[str | None, str | None]
     equal: int
     equal_bytes: int
-    tensors: tuple[TensorDifference, ...]
+    tensors: tuple[TensorDifference, ...] = field(repr=False)
     only_in_first: tuple[str, ...]
     only_in_second: tuple[str, ...]
     norms: tuple[float, float]

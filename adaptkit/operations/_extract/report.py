@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaptkit.operations._extract.plan import LOW_RANK, Plan
@@ -96,11 +96,11 @@ class ExtractReport:
     read_from: str
     config_differs: tuple[str, ...]
     equal: int = 0
-    modules: tuple[ExtractedModule, ...] = ()
+    modules: tuple[ExtractedModule, ...] = field(default=(), repr=False)
     experts: int = 0
     placeholder: str | None = None
-    saved: tuple[OtherTensor, ...] = ()
-    left_out: tuple[OtherTensor, ...] = ()
+    saved: tuple[OtherTensor, ...] = field(default=(), repr=False)
+    left_out: tuple[OtherTensor, ...] = field(default=(), repr=False)
     resized: bool = False
     ranks: tuple[int, int] = (0, 0)
     parameters: int = 0

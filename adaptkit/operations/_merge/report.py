@@ -1,7 +1,7 @@
 """Options and report of ``merge``."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from adaptkit.arguments import typed_fields
 from adaptkit.errors import UsageError
@@ -123,7 +123,7 @@ class MergeReport:
     relative_delta: float | None = None
     effect: float | None = None
     undo_bits: float | None = None
-    changes: tuple[TensorChange, ...] = ()
+    changes: tuple[TensorChange, ...] = field(default=(), repr=False)
     tensors_root: str | None = None
     manifest_sha256: str | None = None
 

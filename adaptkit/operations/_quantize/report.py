@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +95,8 @@ class QuantizeReport:
     weighted_error: float | None
     calibrated: int
     shards: int
-    tensors: tuple[TensorReport, ...]
-    upgrades: tuple[Upgrade, ...] = ()
+    tensors: tuple[TensorReport, ...] = field(repr=False)
+    upgrades: tuple[Upgrade, ...] = field(default=(), repr=False)
     companion: str | None = None
     part: tuple[int, int] | None = None
     tensors_root: str | None = None

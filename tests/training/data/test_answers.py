@@ -377,7 +377,7 @@ def test_the_token_that_opens_the_next_turn_is_not_part_of_the_answer(make):
     ],
 )
 def test_reasoning_that_is_not_text_or_in_two_places_is_refused(answer, what):
-    with pytest.raises(DataError, match=f"^here: message 2 of messages{what}$"):
+    with pytest.raises(DataError, match=f"(?m)^here: message 2 of messages{what}$"):
         read_example({"messages": [*chat("q"), {"role": "assistant"} | answer]}, "here")
 
 

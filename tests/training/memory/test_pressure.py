@@ -135,7 +135,7 @@ def test_running_out_of_host_memory_for_evicted_pages_is_an_error(tmp_path, monk
         raise torch.OutOfMemoryError("CUDA error: out of memory\nthis and that")
 
     monkeypatch.setattr(held.pages, "_hosted", without_room)
-    with pytest.raises(UsageError, match=r"60 tokens \(CUDA error: out of memory\)$") as caught:
+    with pytest.raises(UsageError, match=r"(?m)60 tokens \(CUDA error: out of memory\)$") as caught:
         pressure.relieve(60, lambda: torch.empty(MORE_THAN_THERE_IS))
     assert "--micro-batch-size" in caught.value.hint
 

@@ -243,7 +243,7 @@ def test_a_missing_gpu_is_refused(monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", ""])
 def test_a_malformed_device_name_is_not_reported_as_a_missing_device(name):
-    with pytest.raises(UsageError, match=f"^device: must be auto, cpu, cuda or cuda:N, found '{name}'$") as caught:
+    with pytest.raises(UsageError, match=f"(?m)^device: must be auto, cpu, cuda or cuda:N, found '{name}'$") as caught:
         choose_device(name)
     assert "cuda" in caught.value.hint
 

@@ -1,0 +1,44 @@
+"""The public names of ``adaptkit/__init__.py``, for editors and type checkers."""
+
+from adaptkit.checkpoint.signing import Signer as Signer
+from adaptkit.checkpoint.signing import Trust as Trust
+from adaptkit.errors import AdaptkitError as AdaptkitError
+from adaptkit.hub.download import PullOptions as PullOptions
+from adaptkit.hub.download import pull as pull
+from adaptkit.hub.publish import PublishOptions as PublishOptions
+from adaptkit.hub.publish import publish as publish
+from adaptkit.hub.sources import resolve_source as resolve_source
+from adaptkit.operations.adopt import AdoptOptions as AdoptOptions
+from adaptkit.operations.adopt import adopt as adopt
+from adaptkit.operations.check import check as check
+from adaptkit.operations.dequantize import DequantizeOptions as DequantizeOptions
+from adaptkit.operations.dequantize import dequantize as dequantize
+from adaptkit.operations.diff import diff as diff
+from adaptkit.operations.extract import ExtractOptions as ExtractOptions
+from adaptkit.operations.extract import extract as extract
+from adaptkit.operations.inspect import inspect as inspect
+from adaptkit.operations.merge import MergeOptions as MergeOptions
+from adaptkit.operations.merge import merge as merge
+from adaptkit.operations.plan import PlanOptions as PlanOptions
+from adaptkit.operations.plan import plan as plan
+from adaptkit.operations.quantize import Calibration as Calibration
+from adaptkit.operations.quantize import Part as Part
+from adaptkit.operations.quantize import QuantizeOptions as QuantizeOptions
+from adaptkit.operations.quantize import quantize as quantize
+from adaptkit.operations.resize import ResizeOptions as ResizeOptions
+from adaptkit.operations.resize import resize as resize
+from adaptkit.operations.stack import StackOptions as StackOptions
+from adaptkit.operations.stack import stack as stack
+from adaptkit.operations.unmerge import unmerge as unmerge
+from adaptkit.operations.verify import VerifyOptions as VerifyOptions
+from adaptkit.operations.verify import verify as verify
+from adaptkit.pipeline.run import RunOptions as RunOptions
+from adaptkit.pipeline.run import run as run
+from adaptkit.training.config import TrainConfig as TrainConfig
+from adaptkit.training.evaluation.comparison import compare as compare
+from adaptkit.training.evaluation.evaluate import evaluate as evaluate
+from adaptkit.training.evaluation.report import EvaluateOptions as EvaluateOptions
+from adaptkit.training.loop import train as train
+
+__version__: str
+__all__: list[str]
