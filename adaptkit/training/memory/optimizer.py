@@ -18,6 +18,7 @@ from adaptkit.training.out_of_memory import is_out_of_memory
 PAGE_KIB = {"cpu": 2048, "cuda": 8192}
 """Page size by device type. On a GPU a page costs the host a few launches (a tenth of a millisecond) regardless of its
 size; copying a page should take longer than that, or the bus idles while the host launches."""
+_ROW = 4096
 
 
 class PagedAdamW:
@@ -45,7 +46,7 @@ class PagedAdamW:
 
     def clip(self, max_norm: float) -> float:
         """Clip the gradients to a total norm, and return their norm before clipping; ``max_norm`` 0: do not clip."""
-        norm = torch.linalg.vector_norm(self._gradients)
+        norm = _norm(self._gradients)
         found = float(norm)
         if 0 < max_norm < found + 1e-6:  # otherwise the factor is 1
             self._gradients.mul_(torch.clamp(max_norm / (norm + 1e-6), max=1.0))
@@ -82,6 +83,16 @@ class PagedAdamW:
         after = self.state.pages.metrics()
         moved = {name: after[name] - before[name] for name in ("faults", "write_backs")}
         return {"paging": after | moved} if after["resident"] < after["pages"] else {}
+
+
+def _norm(vector: Tensor) -> Tensor:
+    """Return the norm of the norms of pieces.
+
+    On a CPU, ``vector_norm`` adds all squares of a vector into a few float32 sums. Of 135 million, it loses 1.4 %.
+    """
+    pieces, rest = vector.split([vector.numel() // _ROW * _ROW, vector.numel() % _ROW])
+    norms = torch.linalg.vector_norm(pieces.view(-1, _ROW), dim=1)
+    return torch.linalg.vector_norm(torch.cat([norms, torch.linalg.vector_norm(rest).view(1)]))
 
 
 def make_optimizer(trainable: Trainable, config: TrainConfig, file: Path, note: Callable[[str], None]) -> PagedAdamW:
