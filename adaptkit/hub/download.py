@@ -5,7 +5,7 @@ The client compares only sizes, so ``pull`` trusts only the manifest's hashes: e
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from adaptkit.arguments import AnyPath, as_texts
@@ -88,7 +88,7 @@ def pull(
     """Download an artifact and verify it before it appears.
 
     Args:
-        repo_id: org/name.
+        repo_id: org/name[@revision].
         output: folder to make; a killed run resumes where it stopped.
         options: what to download and to require.
         force: replace an existing output that adaptkit made.
@@ -104,7 +104,11 @@ def pull(
     """
     output = Path(output)
     options = options or PullOptions()
+    repo_id, at, revision = repo_id.partition("@")
     check_repo_id(repo_id)
+    if at and options.revision is not None:
+        raise UsageError(f"{repo_id}: two revisions are given", hint="give one, after the @ or in the options")
+    options = replace(options, revision=revision) if at else options
     check_output(output, force)
     hub = connect(note)
     commit = commit_of(hub, repo_id, options.revision)

@@ -16,7 +16,7 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, require_manifest
 from adaptkit.errors import UsageError
-from adaptkit.hub.download import PullOptions
+from adaptkit.hub.download import PullOptions, pull
 from adaptkit.hub.parts import PARTS
 from adaptkit.text.tokenizer_files import is_of_tokenizer
 
@@ -246,3 +246,11 @@ def test_an_empty_revision_is_refused(cli: Any) -> None:
     with pytest.raises(UsageError, match="revision: is empty"):
         PullOptions(revision="")
     assert "revision: is empty" in cli("pull", "me/model@", "-o", "pulled").report["message"]
+
+
+def test_a_revision_is_given_after_the_name_or_in_the_options_but_not_in_both(tmp_path: Path) -> None:
+    """Most other tests give it after the name, to the command, which passes it on as it is."""
+    with pytest.raises(UsageError, match="me/model: two revisions are given"):
+        pull("me/model@v1", tmp_path / "out", PullOptions(revision="v1"))
+    with pytest.raises(UsageError, match="revision: is empty"):
+        pull("me/model@", tmp_path / "out")

@@ -44,11 +44,10 @@ def command(
     """
     from adaptkit.hub.download import PullOptions, pull
 
-    repo_id, at, revision = repo.partition("@")
     trust = trust_in(public_key, identity, identity_provider)
-    wanted = PullOptions(revision if at else None, only, manifest_sha256, trust)
+    wanted = PullOptions(None, only, manifest_sha256, trust)
     with byte_progress("pull", as_json or quiet) as progress:
-        report = pull(repo_id, output, wanted, force=force, progress=progress, note=notes(quiet))
+        report = pull(repo, output, wanted, force=force, progress=progress, note=notes(quiet))
     what = f"{report.kind}, {counted(report.files, 'file')}, {size(report.bytes)}, all verified"
     rows = [("pulled", f"{report.output}: {what}")]
     if report.left_out:
