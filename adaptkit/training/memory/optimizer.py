@@ -90,9 +90,11 @@ def _norm(vector: Tensor) -> Tensor:
 
     On a CPU, ``vector_norm`` adds all squares of a vector into a few float32 sums. Of 135 million, it loses 1.4 %.
     """
-    pieces, rest = vector.split([vector.numel() // _ROW * _ROW, vector.numel() % _ROW])
-    norms = torch.linalg.vector_norm(pieces.view(-1, _ROW), dim=1)
-    return torch.linalg.vector_norm(torch.cat([norms, torch.linalg.vector_norm(rest).view(1)]))
+    end = vector.numel() // _ROW * _ROW
+    norms = torch.linalg.vector_norm(vector[:end].view(-1, _ROW), dim=1)
+    last = torch.linalg.vector_norm(vector[end:]).view(1)
+    norm: Tensor = torch.linalg.vector_norm(torch.cat([norms, last]))
+    return norm
 
 
 def make_optimizer(trainable: Trainable, config: TrainConfig, file: Path, note: Callable[[str], None]) -> PagedAdamW:
