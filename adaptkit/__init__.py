@@ -7,6 +7,8 @@ function that returns a report; its options are a frozen dataclass. Exceptions a
 from importlib import import_module
 from typing import Any
 
+from adaptkit import errors as errors
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -61,4 +63,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return [*__all__, "errors"]

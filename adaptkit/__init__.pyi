@@ -1,5 +1,6 @@
 """The public names of ``adaptkit/__init__.py``, for editors and type checkers."""
 
+from adaptkit import errors as errors
 from adaptkit.checkpoint.signing import Signer as Signer
 from adaptkit.checkpoint.signing import Trust as Trust
 from adaptkit.errors import AdaptkitError as AdaptkitError

@@ -20,7 +20,7 @@ GROUND = {
 }
 ON_THE_GROUND = {
     "arguments": {"errors"},
-    "__init__": set(),
+    "__init__": {"errors"},
     "errors": set(),
     "lazy": set(),
     "cache": set(),

@@ -6,6 +6,8 @@ import inspect
 import json
 import re
 import shutil
+import subprocess
+import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -228,9 +230,9 @@ def test_the_examples_of_the_documentation_run(llama, tmp_path, monkeypatch, cap
 
 
 def test_editors_and_type_checkers_find_every_public_name_where_it_is():
-    """They read ``__init__.pyi``, since ``__init__.py`` imports nothing."""
+    """They read ``__init__.pyi``, since ``__init__.py`` imports nothing but the errors."""
     stub = ast.parse(Path(adaptkit.__file__).with_suffix(".pyi").read_text(encoding="utf-8"))
-    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom)]
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom) and node.module != "adaptkit"]
     assert [(node.module, alias.asname) for node in imports for alias in node.names] == sorted(
         ((module, name) for name, module in adaptkit._PUBLIC.items())
     )
@@ -251,6 +253,13 @@ def test_the_repr_of_a_report_does_not_grow_with_the_model(adapter, llama, tmp_p
     for report in reports:
         assert ".layers.1." in json.dumps(dataclasses.asdict(report)), "has an entry for each"
         assert "layers.1" not in repr(report)
+
+
+def test_the_errors_need_no_import_of_their_own():
+    """``except adaptkit.errors.UsageError`` used to work only once something else had loaded them."""
+    code = "import adaptkit; assert 'errors' in dir(adaptkit); print(adaptkit.errors.UsageError.exit_code)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "2\n"
 
 
 def test_a_traceback_shows_the_hint_of_an_error(tmp_path):
