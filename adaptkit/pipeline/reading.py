@@ -105,7 +105,7 @@ def _step(name: str, entry: Any, place: Place) -> Step:
         options = build(how.options, how.complete(values, inputs), place)
         how.check(options, inputs)
     except ConfigError as error:
-        error.hint = how.with_keys(error.hint)
+        error.advise(how.with_keys(error.hint))
         raise
     except UsageError as error:
         raise place.error(error.message, how.with_keys(error.hint)) from error
