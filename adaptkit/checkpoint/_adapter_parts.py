@@ -13,9 +13,8 @@ from adaptkit.checkpoint._adapter_keys import Part
 from adaptkit.checkpoint.adapter_config import (
     Scalings,
     expert_parameters,
+    is_parameter,
     is_saved,
-    token_indices,
-    untrained_tokens,
     unused_saved,
 )
 from adaptkit.checkpoint.manifest import TensorRecord
@@ -143,7 +142,7 @@ class Parts:
     def _take_module(self, module: str) -> None:
         is_embedding = Part(module, "embedding_A") in self._left or Part(module, "embedding_B") in self._left
         lora_a, lora_b = self._take_halves(module, "embedding" if is_embedding else "lora")
-        rank, factor = self._scalings.of(module)
+        rank, factor = self._scalings.of(f"{module}.weight" if is_parameter(self._config, module) else module)
         self._check_rank(module, rank, rank, lora_a, lora_b)
         term = LowRank(lora_a, lora_b, factor)
         self.modules[module] = transposed(term) if is_embedding else term
@@ -209,7 +208,7 @@ class Parts:
 
     def _take_tokens(self) -> None:
         for part in [part for part in self._left if part.role == "trainable_tokens"]:
-            indices = token_indices(self._root, self._config, part.module, self._left[part])
+            indices = _token_indices(self._root, self._config, part.module, self._left[part])
             rows = self._take(part.module, part.role, 2)
             if rows is None or rows.shape[0] != len(indices):
                 found = 0 if rows is None else rows.shape[0]
@@ -218,7 +217,7 @@ class Parts:
                     f"{counted(len(indices), 'token')}"
                 )
             self.tokens[part.module] = TokenRows(indices, as_tensor(rows))
-        missing = untrained_tokens(self._config, list(self.tokens))
+        missing = _untrained_tokens(self._config, list(self.tokens))
         if missing:
             self._refuse(f"trainable_token_indices names {missing}, but the adapter has no trained rows for it")
 
@@ -257,3 +256,33 @@ class Parts:
                 if self._digests[key] != self._digests[self._left[plain]]:
                     self._refuse(f"{key!r} and {self._left[plain]!r} should be identical, but differ")
                 del self._left[part]
+
+
+def _untrained_tokens(config: Mapping[str, Any], modules: Sequence[str]) -> str:
+    """Return a name in ``trainable_token_indices`` that matches none of the modules; empty if all match.
+
+    A name may lack its module if a name with the same indices has one: the two modules are tied.
+    """
+    given = config.get("trainable_token_indices")
+    if not given:
+        return ""
+    if not isinstance(given, dict):
+        return "" if modules else "an embedding"
+    there = {name for name in given if any(f".{module}".endswith(f".{name}") for module in modules)}
+    return next((n for n, rows in given.items() if n not in there and rows not in [given[t] for t in there]), "")
+
+
+def _token_indices(root: Path, config: Mapping[str, Any], module: str, key: str) -> tuple[int, ...]:
+    """Return the rows of a module's weight that ``trainable_token_indices`` lists.
+
+    Raises:
+        AdapterError: it lists none, or is not a list of distinct non-negative integers.
+    """
+    given = config.get("trainable_token_indices")
+    if isinstance(given, dict):
+        names = [name for name in given if f".{module}".endswith(f".{name}")]
+        given = given[max(names, key=len)] if names else None
+    fits = isinstance(given, list) and all(type(index) is int and index >= 0 for index in given)
+    if not fits or not given or len(set(given)) != len(given):
+        raise AdapterError(f"{root}: trainable_token_indices does not say which rows {key!r} replaces", hint=_ONE_SAVE)
+    return tuple(given)

@@ -285,34 +285,12 @@ def names_tied(root: Path, config: Mapping[str, Any]) -> bool:
         raise AdapterError(f"{root}: target_modules is malformed ({error})", hint=_ONE_SAVE) from error
 
 
-def untrained_tokens(config: Mapping[str, Any], modules: Sequence[str]) -> str:
-    """Return a name in ``trainable_token_indices`` that matches none of the modules; empty if all match.
+def is_parameter(config: Mapping[str, Any], module: str) -> bool:
+    """Return whether ``target_parameters`` names the weight of a module.
 
-    A name may lack its module if a name with the same indices has one: the two modules are tied.
+    peft then matches rank and alpha patterns with ``<module>.weight``, and BA has the orientation of the stored weight.
     """
-    given = config.get("trainable_token_indices")
-    if not given:
-        return ""
-    if not isinstance(given, dict):
-        return "" if modules else "an embedding"
-    there = {name for name in given if any(f".{module}".endswith(f".{name}") for module in modules)}
-    return next((n for n, rows in given.items() if n not in there and rows not in [given[t] for t in there]), "")
-
-
-def token_indices(root: Path, config: Mapping[str, Any], module: str, key: str) -> tuple[int, ...]:
-    """Return the rows of a module's weight that ``trainable_token_indices`` lists.
-
-    Raises:
-        AdapterError: it lists none, or is not a list of distinct non-negative integers.
-    """
-    given = config.get("trainable_token_indices")
-    if isinstance(given, dict):
-        names = [name for name in given if f".{module}".endswith(f".{name}")]
-        given = given[max(names, key=len)] if names else None
-    fits = isinstance(given, list) and all(type(index) is int and index >= 0 for index in given)
-    if not fits or not given or len(set(given)) != len(given):
-        raise AdapterError(f"{root}: trainable_token_indices does not say which rows {key!r} replaces", hint=_ONE_SAVE)
-    return tuple(given)
+    return any(f".{module}.weight".endswith(f".{name}") for name in config.get("target_parameters") or ())
 
 
 def _saved(config: Mapping[str, Any]) -> list[str]:

@@ -326,6 +326,15 @@ def test_unusual_configurations_that_peft_loads_are_accepted(case, make, untied)
     assert verdicts(folder, untied)["peft"].taken
 
 
+def test_patterns_of_a_weight_in_target_parameters_are_those_of_the_parameter(make, untied):
+    patterns = {"rank_pattern": {"up_proj.weight": 2}, "alpha_pattern": {"up_proj.weight": 6, "up_proj": 40}}
+    folder = make(target_modules=[], target_parameters=["up_proj.weight"], **patterns)
+    assert set(scalings(folder, untied).values()) == {(3, 2)}
+    found = verdicts(folder, untied)
+    assert found["peft"].findings == ()
+    assert "scales model.layers.0.mlp.up_proj and 1 more by 3" in words(found["sglang"])
+
+
 def test_an_alpha_of_zero_or_below_is_a_warning_that_says_its_effect(make, untied):
     folder = make()
     configure(folder, lora_alpha=0)

@@ -14,10 +14,13 @@ from transformers import (
     GPT2Config,
 )
 
+from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.errors import AdapterError
 from adaptkit.operations.extract import ExtractOptions, extract
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.unmerge import unmerge
+from adaptkit.training.network.loading import load_adapter
+from adaptkit.training.network.model import load_model
 
 
 def load(folder, kinds=AutoModelForCausalLM):
@@ -143,4 +146,29 @@ def test_an_extracted_norm_inside_an_extracted_embedding_is_saved_with_it(tmp_pa
         wanted, before = outputs(load(tuned)), outputs(begun)
         found = outputs(PeftModel.from_pretrained(begun, tmp_path / "adapter"))
     assert (before - wanted).norm() > 0.01 * wanted.norm()
+    assert (found - wanted).norm() < 5e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_weight_that_target_parameters_names_has_its_own_patterns_and_orientation(tmp_path, kind):
+    """peft matches patterns with the parameter's name, and adds BA as the weight is stored, also for a Conv1D."""
+    leaf, others = ("c_proj", {"n_head": 4}) if kind == "gpt2" else ("o_proj", {"num_attention_heads": 4})
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    with peft_adapters.quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, vocab_size=61, hidden_size=32, num_hidden_layers=1, **others)
+        AutoModelForCausalLM.from_config(config).save_pretrained(base)
+        patterns = {"rank_pattern": {f"{leaf}.weight": 3}, "alpha_pattern": {f"attn.{leaf}.weight": 30, leaf: 90}}
+        lora = LoraConfig(r=2, target_modules=[], target_parameters=[f"{leaf}.weight"], **patterns)
+        model = get_peft_model(load(base), lora)
+        randomize(model, 0.3)
+        model.save_pretrained(adapter)
+        before, wanted = outputs(load(base)), outputs(PeftModel.from_pretrained(load(base), adapter))
+        merge(base, [adapter], tmp_path / "out")
+        merged = outputs(load(tmp_path / "out"))
+        evaluated = load_model(base, torch.float32, torch.device("cpu"))
+        load_adapter(evaluated, read_adapter(adapter))
+        found = outputs(evaluated.network)
+    assert (before - wanted).norm() > 0.05 * wanted.norm()
+    assert (merged - wanted).norm() < 5e-6 * wanted.norm()
     assert (found - wanted).norm() < 5e-6 * wanted.norm()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, TokenRows
-from adaptkit.checkpoint.adapter_config import is_saved
+from adaptkit.checkpoint.adapter_config import is_parameter, is_saved
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
@@ -170,7 +170,7 @@ class _Planner:
         kind = self._checkpoint.config.get("model_type")
         turned = stores_transposed(self._checkpoint, module)
         if term.shape[0] == term.shape[1]:
-            return turned
+            return turned and not is_parameter(self._adapter.config, module)
         may_be = turned or self._adapter.fan_in_fan_out or not isinstance(kind, str)
         return may_be and spec.shape == term.shape[::-1]
 

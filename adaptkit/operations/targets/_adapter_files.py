@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint._adapter_keys import PREFIX
+from adaptkit.checkpoint.adapter_config import is_parameter
 from adaptkit.checkpoint.header import read_header
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json
 from adaptkit.checkpoint.patterns import FirstMatch
@@ -166,17 +167,19 @@ class AdapterFiles:
     def _pair(self, module: str, halves: Mapping[str, Key]) -> Pair:
         embedding = any(role.startswith("embedding") for role in halves)
         a, b = (halves.get(f"embedding {half}" if embedding else half) for half in "AB")
-        stacked, parameter = bool(_EXPERTS.search(module)) and not embedding, _parameter(module)
-        if not stacked and self._has_stack_of_weights(module, a):
-            stacked, parameter = True, f"{module}.weight"
-        rank, alpha, factor = self._numbers(parameter if stacked else module)
+        stacked, name = bool(_EXPERTS.search(module)) and not embedding, module
+        if stacked:
+            name = _parameter(module)
+        elif self._names_weight(module):
+            name = f"{module}.weight"
+        rank, alpha, factor = self._numbers(name)
+        if name == f"{module}.weight" and a and is_positive(rank):  # a stack of experts, as JetMoE's, has more rows
+            stacked = len(a.shape) == 2 and a.shape[0] > rank
         return Pair(module, a, b, embedding, stacked, rank, alpha, factor)
 
-    def _has_stack_of_weights(self, module: str, a: Key | None) -> bool:
-        """Return whether the parameter ``weight`` is a stack of experts, as JetMoE's: A has more rows than the rank."""
-        targets, rank = self.config.get("target_parameters"), self._numbers(f"{module}.weight")[0]
-        named = isinstance(targets, list) and any(f".{module}.weight".endswith(f".{name}") for name in targets)
-        return bool(named and a and is_positive(rank) and len(a.shape) == 2 and a.shape[0] > rank)
+    def _names_weight(self, module: str) -> bool:
+        """Return whether ``target_parameters``, if it is a list as peft requires, names the weight of a module."""
+        return isinstance(self.config.get("target_parameters"), list) and is_parameter(self.config, module)
 
     @cached_property
     def _ranks(self) -> FirstMatch:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.adapter_config import is_parameter
 from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError
 from adaptkit.networks.addressing import OTHER_MODEL
 from adaptkit.networks.naming import TensorPlace, places
-from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.lora import LowRank, transposed
 from adaptkit.training.network.adapt import (
     is_transposed,
     parameter_places,
@@ -36,6 +37,8 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
         BaseMismatchError: the adapter does not fit the model.
     """
     older = _older_names(model, adapter)
+    if model.stores_transposed:
+        adapter = replace(adapter, modules=_of_linear_layers(adapter))
     adapter = _with_current_names(adapter, older)
     _check_supported(model, adapter, older)
     attach_adapter(model, adapter.modules, str(adapter.root), dropout)
@@ -87,6 +90,11 @@ def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str, dro
             model.linears[name].attach(change, dropout)
         except BaseMismatchError as error:
             raise BaseMismatchError(f"{where}: {name}: {error.message}", hint=error.hint or OTHER_MODEL) from error
+
+
+def _of_linear_layers(adapter: Adapter) -> dict[str, LowRank]:
+    """Return the changes of an adapter for Conv1D layers as (out, in); those of ``target_parameters`` are (in, out)."""
+    return {n: transposed(t) if is_parameter(adapter.config, n) else t for n, t in adapter.modules.items()}
 
 
 def _older_names(model: Model, adapter: Adapter) -> dict[str, TensorPlace]:
