@@ -15,6 +15,7 @@ from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.text.windows import pad_id
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.dataset import load_data
+from adaptkit.training.evaluation import perplexity
 from adaptkit.training.evaluation.comparison import compare
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
@@ -114,6 +115,14 @@ def test_perplexity_and_divergence_equal_formulas_on_transformers_models(llama, 
     assert divergence > 0.01
     reverse = (found.exp() * (found - expected)).sum(1).mean()
     assert abs(float(reverse - divergence)) > 1e-3 * float(divergence)  # so the test distinguishes both directions
+
+
+def test_a_confident_prediction_has_the_loss_of_float64():
+    """Each of the other tokens is too improbable to be added to 1 in float32, but all together are not."""
+    logits = torch.zeros(2, 50_000).index_fill(1, torch.tensor([0]), 17.0)
+    wanted = torch.zeros(2, dtype=torch.int64)
+    expected = torch.nn.functional.cross_entropy(logits.double(), wanted, reduction="sum")
+    assert float(perplexity._text_sums(logits, wanted, None)[0]) == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_a_model_does_not_diverge_from_itself(llama, prose):
