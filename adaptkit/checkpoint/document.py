@@ -23,7 +23,7 @@ _FORM = "check the path: expected a YAML or JSON file of settings"
 _LINE = "correct this line of the file"
 _SCALARS = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?(0|[1-9][\d_]*|0b[01_]+|0x[\da-fA-F_]+)", "-+0123456789"),
+    "int": (r"[-+]?(0|[1-9][\d_]*|0b[01_]{1,99}|0x[\da-fA-F_]{1,99})", "-+0123456789"),  # longer ones cannot be printed
     "float": (
         r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\d[\d_]*(?=[eE]))([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
         "-+.0123456789",
