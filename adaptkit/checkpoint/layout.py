@@ -37,7 +37,8 @@ PICTURE_NAME = "loss.svg"
 """Files beside a training result: the run's metrics, and its loss curve."""
 
 _LONGEST_PATH, _LONGEST_NAME_BYTES = 1024, 255
-_MAX_SMALL_FILE_BYTES = 256 << 20
+MAX_SMALL_FILE_BYTES = 256 << 20
+"""Limit on a file that is read as a whole."""
 _MOST_LEVELS = 100
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -117,7 +118,7 @@ def read_small(path: Path) -> bytes:
     """
     check_regular(path)
     size = path.stat().st_size
-    if size > _MAX_SMALL_FILE_BYTES:
+    if size > MAX_SMALL_FILE_BYTES:
         raise CheckpointError(
             f"{path}: {size:,} bytes is too large for such a file", hint="download or copy it again, or remove it"
         )

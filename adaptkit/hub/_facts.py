@@ -22,6 +22,7 @@ from adaptkit.checkpoint.layout import (
     METRICS_NAME,
     PICTURE_NAME,
     read_config,
+    read_small,
     resolve_inside,
 )
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, Manifest
@@ -121,7 +122,7 @@ def _licence(hub: Hub, base: str, names: Collection[str], is_sure: bool) -> dict
     """
     with TemporaryDirectory(prefix="adaptkit-base-") as folder:
         try:
-            card = download(hub, base, None, CARD_NAME, Path(folder)).read_text("utf-8", "replace")
+            card = read_small(download(hub, base, None, CARD_NAME, Path(folder))).decode("utf-8", "replace")
         except (UsageError, AuthenticationError) as error:
             if not is_sure and isinstance(error, UsageError) and is_no_repository(error):
                 return None

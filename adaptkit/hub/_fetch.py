@@ -16,7 +16,7 @@ from huggingface_hub.utils import filter_repo_objects, tqdm  # type: ignore[attr
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import resolve_inside
+from adaptkit.checkpoint.layout import MAX_SMALL_FILE_BYTES, resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.progress import Progress, size
 from adaptkit.checkpoint.remembered import CachedAnswer
@@ -196,12 +196,18 @@ def fetch_files(
         progress(done, total)
 
 
-def fetch_small(hub: Hub, repo_id: str, commit: str, name: str, remote: RemoteFile) -> bytes:
+def fetch_small(
+    hub: Hub, repo_id: str, commit: str, name: str, remote: RemoteFile, limit_bytes: int = MAX_SMALL_FILE_BYTES
+) -> bytes:
     """Fetch a file that no manifest lists, and compare it with the Hub's hash.
 
     Raises:
-        IntegrityError: the file was damaged in transit.
+        IntegrityError: the file is larger than the limit, so it is not fetched, or it was damaged in transit.
     """
+    if remote.size > limit_bytes:
+        raise IntegrityError(
+            f"{repo_id}@{commit}: {name} has {remote.size:,} bytes, too many for such a file", hint="do not trust it"
+        )
     with TemporaryDirectory(prefix="adaptkit-pull-") as folder:
         content = download(hub, repo_id, commit, name, Path(folder)).read_bytes()
     if not matches(remote, in_memory(name, content)):

@@ -50,11 +50,7 @@ def fetch_signature(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, Remo
     remote = tree.get(SIGNATURE_NAME)
     if remote is None:
         return None
-    if remote.size > MAX_SIGNATURE_BYTES:
-        raise IntegrityError(
-            f"{repo_id}@{commit}: {SIGNATURE_NAME} is too large for a signature", hint="do not trust it"
-        )
-    return fetch_small(hub, repo_id, commit, SIGNATURE_NAME, remote)
+    return fetch_small(hub, repo_id, commit, SIGNATURE_NAME, remote, MAX_SIGNATURE_BYTES)
 
 
 def _signature_of(manifest: bytes, signer: Signer, there: bytes | None) -> Content:

@@ -16,8 +16,11 @@ from typing import Any
 import pytest
 from local_hub import Fault, LocalHub
 
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest
-from adaptkit.errors import UsageError
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
+from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.hub._fetch import fetch_small
+from adaptkit.hub._remote import RemoteFile
+from adaptkit.hub._signature import fetch_signature
 from adaptkit.hub.sources import resolve_source
 from adaptkit.operations.merge import merge
 
@@ -141,6 +144,17 @@ def test_a_pull_without_enough_disk_space_fetches_no_large_files(
     assert done.returncode == 1
     assert re.search(r"needs [\d,]+ more bytes, but its disk has [\d,]+ free", done.stderr)
     assert not any("large.txt" in path or WEIGHTS in path for _, path, _ in hub.requests)
+
+
+def test_manifests_and_signatures_that_are_too_large_are_not_fetched() -> None:
+    """They are read as a whole, so a large one would exhaust memory, and the disk before; no Hub is asked for them."""
+    nothing: Any = None
+    large = RemoteFile((256 << 20) + 1, "0" * 40, None)
+    with pytest.raises(IntegrityError, match=r"^me/model@c: adaptkit-manifest\.json has 268,435,457 bytes, too many"):
+        fetch_small(nothing, "me/model", "c", MANIFEST_NAME, large)
+    signature = RemoteFile((1 << 20) + 1, "0" * 40, None)
+    with pytest.raises(IntegrityError, match=r"^me/model@c: adaptkit-manifest\.sig has 1,048,577 bytes, too many"):
+        fetch_signature(nothing, "me/model", "c", {SIGNATURE_NAME: signature})
 
 
 def test_an_existing_output_is_refused_and_force_replaces_it(cli: Any, artifact: Path, hub: LocalHub) -> None:
