@@ -240,13 +240,13 @@ def test_a_damaged_artifact_is_noticed_and_made_again(release, recipe, how):
     assert tree(folder) == expected
 
 
-def test_notes_of_a_step_begin_with_its_name(recipe):
+def test_notes_of_a_step_begin_with_its_name_and_name_its_keys(recipe):
     notes = []
-    said = "give --max-shard-bytes or --embed-adapter"
+    said = "in/a--threads: give --max-shard-bytes or --embed-adapter"
     listener = Listener(started=lambda step: listener.note_of(step)(said), note=notes.append)
     run(recipe, listener=listener)
-    own = dict.fromkeys(("small", "plain"), "give max_shard_bytes or --embed-adapter")
-    own |= {"merged": "give --max-shard-bytes or embed_adapter"}
+    own = dict.fromkeys(("small", "plain"), said.replace("--max-shard-bytes", "max_shard_bytes"))
+    own |= {"merged": said.replace("--embed-adapter", "embed_adapter")}
     assert notes == [f"{name}: {own.get(name, said)}" for name in ALL], "options of a step are named by their keys"
 
 

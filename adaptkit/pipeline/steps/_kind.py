@@ -14,7 +14,8 @@ Facts = dict[str, Any]
 Inputs = Mapping[str, tuple[str, ...]]
 """Maps a step's keys to names of sources and of other steps' artifacts."""
 
-_OPTION = re.compile(r"--([a-z][a-z-]*)")
+_OPTION = re.compile(r"(?<![\w./-])--([a-z][a-z-]*)")
+"""An option of a command, and not a part of a path."""
 
 
 @dataclass(frozen=True)
