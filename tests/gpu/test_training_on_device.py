@@ -102,6 +102,6 @@ def waits(config, output):
 
 
 def test_the_number_of_waits_in_a_step_does_not_depend_on_the_number_of_layers(base, config, tmp_path):
-    """The host waits for the losses, the norm, and in transformers for the mask of both micro-batches."""
+    """The host waits for the losses and for the norm, and not for transformers' check of positions in a micro-batch."""
     found = [waits(config | {"base": base("llama", layers)}, tmp_path / str(layers)) for layers in (2, 6)]
-    assert found[0] == found[1] <= 4
+    assert found[0] == found[1] <= 2

@@ -7,6 +7,7 @@ computed before the next chunk: only one chunk of logits exists at a time, and t
 Source: the fused linear cross-entropy of Liger (arXiv:2410.10989), restricted to rows that carry loss.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from adaptkit.team import is_faster_than_torch
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.data.samples import IGNORED
 from adaptkit.training.network.linear import LoraLinear
+from adaptkit.training.network.positions import single_samples
 from adaptkit.training.network.probing import exchanged
 
 _BLOCK_BYTES = 2 * 2**20
@@ -31,9 +33,9 @@ _BLOCK_BYTES = 2 * 2**20
 def summed_loss(model: Any, batch: Batch) -> Tensor:
     """Return the cross-entropy summed over a batch's answer tokens.
 
-    No mask is passed: rows are padded at the end, and a causal model's other tokens do not attend to that padding. The
-    host synchronizes with the device once, before the first layer, where transformers checks whether positions restart;
-    a mask would avoid that, but make attention slower in every layer. All inputs are sent to the device before that.
+    No mask is passed: rows are padded at the end, and a causal model's other tokens do not attend to that padding. On a
+    GPU the host waits only for packed rows, once, before the first layer, where transformers checks whether positions
+    restart; a mask would avoid that, but make attention slower in every layer. All inputs are sent before that.
 
     Args:
         model: the ``Model``.
@@ -47,10 +49,12 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
     labels = batch.labels[:, 1:][places]
     ids, row, column, wanted = (side.to(device, non_blocking=True) for side in (batch.ids, *places, labels))
     positions = None if batch.positions is None else batch.positions.to(device, non_blocking=True)
+    with single_samples() if positions is None and ids.is_cuda else nullcontext():
+        body = network if output is None else network.base_model
+        found = body(input_ids=ids, position_ids=positions, use_cache=False)
     if output is None:
-        logits = network(input_ids=ids, position_ids=positions, use_cache=False).logits
-        return functional.cross_entropy(logits[row, column].float(), wanted, reduction="sum")
-    hidden = network.base_model(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+        return functional.cross_entropy(found.logits[row, column].float(), wanted, reduction="sum")
+    hidden = found.last_hidden_state
     chosen = hidden[row, column]
     total: Tensor = _Loss.apply(chosen, wanted, output, *_trained(model, output, chosen))  # type: ignore[no-untyped-call]
     return total
