@@ -17,17 +17,21 @@ torch allocated on the device after loading the model: with all of adaptkit's st
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import math
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -151,10 +155,10 @@ class Device:
         return time.perf_counter() - started
 
 
-def measure_peer(folder: Path, size: Size, device: Device, rounds: int) -> Iterator[dict[str, Any]]:
+def measure_peer(folder: Path, size: Size, device: Device, rounds: int, paged: bool = True) -> Iterator[dict[str, Any]]:
     """Measure seconds per step and peak bytes of transformers + peft + bitsandbytes."""
     step = bench_training.peft_step(
-        folder / "plain", size.length, 1.0, True, True, device=device.name, vocabulary=size.vocabulary
+        folder / "plain", size.length, 1.0, True, True, device=device.name, vocabulary=size.vocabulary, paged=paged
     )
     yield _steps(step, device, rounds)
 
@@ -226,8 +230,19 @@ def _steps(step: Callable[[], float], device: Device, rounds: int) -> dict[str, 
     return {"seconds": statistics.median(seconds), "peak": device.peak_bytes()}
 
 
-MEASUREMENTS = {"ours": measure_ours, "peer": measure_peer, "long": measure_long}
-"""Measurements by name; each yields its results as soon as they are known."""
+MEASUREMENTS: dict[str, Callable[[Path, Size, Device, int], Iterator[dict[str, Any]]]] = {
+    "ours": measure_ours,
+    "peer": measure_peer,
+    "unpaged": partial(measure_peer, paged=False),
+    "long": measure_long,
+}
+"""Measurements by name; each yields its results as soon as they are known. ``unpaged`` is the peer with its state in
+ordinary device memory, for machines whose driver lacks managed memory; it replaces a peer that failed."""
+LONGEST = 110.0
+"""Seconds after which a measurement is stopped, several times what it should take: the others still have time then."""
+LEAST = 10.0
+"""With fewer seconds left, none is started."""
+LATE = "the time limit was reached"
 
 
 class Clock:
@@ -245,45 +260,58 @@ class Clock:
         return self._end - time.monotonic()
 
 
-def run(what: str, folder: Path, size: Size, device: str, rounds: int, clock: Clock) -> dict[str, Any]:
-    """Run a measurement in a new process; return its results, also after a failure, which is added as ``error``."""
+def run(what: str, folder: Path, size: Size, device: str, rounds: int, clock: Clock) -> Iterator[dict[str, Any]]:
+    """Run a measurement in a new process.
+
+    Yields:
+        Its results so far, as soon as a part of them is known, and at the end; after a failure with ``error``.
+    """
+    seconds, found = min(clock.left(), LONGEST), {}
+    if seconds < LEAST:
+        yield {"error": LATE}
+        return
     job = {"what": what, "folder": str(folder), "size": asdict(size), "device": device, "rounds": rounds}
+    job |= {"seconds": seconds}
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-    if clock.left() < 10:
-        return {"error": "the time limit was reached"}
-    try:
-        done = subprocess.run(
-            [sys.executable, __file__, "--work", json.dumps(job)],
-            capture_output=True, text=True, timeout=clock.left(), env=environment,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as late:
-        return _results_in((late.stdout or b"").decode()) | {"error": "the time limit was reached"}
-    found = _results_in(done.stdout)
-    if done.returncode:
-        print(done.stderr, file=sys.stderr)
-        found["error"] = (
-            done.stderr.strip().splitlines() or [f"exit code {done.returncode}, and no output on stderr"]
-        )[-1][:200]
-    return found
+    command = [sys.executable, __file__, "--work", json.dumps(job)]
+    stopped = threading.Event()
+    with tempfile.TemporaryFile("w+") as messages:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=messages, text=True, env=environment) as child:
+            limit = threading.Timer(seconds, lambda: (stopped.set(), child.kill()))
+            limit.start()
+            try:
+                for line in child.stdout or ():
+                    if line.startswith(_PART):
+                        found |= json.loads(line.removeprefix(_PART))
+                        yield found
+                code = child.wait()
+            finally:
+                limit.cancel()
+                child.kill()
+        if code:
+            messages.seek(0)
+            text = messages.read()
+            print(text[-_MESSAGE_CHARACTERS:], file=sys.stderr)
+            last = (text.strip().splitlines() or [f"exit code {code}, and no output on stderr"])[-1][:200]
+            reason = last if code > 0 else f"killed by {signal.Signals(-code).name}"
+            found["error"] = LATE if stopped.is_set() else reason
+    yield found
 
 
-def _results_in(output: str) -> dict[str, Any]:
-    """Parse the results that a measuring process printed, one line each."""
-    found: dict[str, Any] = {}
-    for line in output.splitlines():
-        if line.startswith(_PART):
-            found |= json.loads(line.removeprefix(_PART))
-    return found
-
-
+_MESSAGE_CHARACTERS = 6000
 _PART = "measured: "
 
 
 def work(job: dict[str, Any]) -> None:
-    """Run a measurement in this process; for adaptkit, with the attention that ``adaptkit train`` chooses."""
+    """Run a measurement in this process; for adaptkit, with the attention that ``adaptkit train`` chooses.
+
+    If it crashes, or is about to be stopped, it prints what it is doing on stderr.
+    """
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(job["seconds"] - 2)
     from adaptkit.training.device import without_cudnn_attention
 
-    size, is_peer = Size(**job["size"]), job["what"] == "peer"
+    size, is_peer = Size(**job["size"]), job["what"] in ("peer", "unpaged")
     with contextlib.nullcontext() if is_peer else without_cudnn_attention():
         for part in MEASUREMENTS[job["what"]](Path(job["folder"]), size, Device(job["device"]), job["rounds"]):
             print(_PART + json.dumps(part), flush=True)
@@ -294,10 +322,10 @@ def make_bases(folder: Path, size: Size, device: str, clock: Clock) -> str:
     quantize = [sys.executable, "-m", "adaptkit", "quantize", str(folder / "plain"), "-o", str(folder / "nf4")]
     try:
         make_base(folder / "plain", size, device)
-        subprocess.run(quantize, check=True, stdout=subprocess.DEVNULL, timeout=max(1.0, clock.left()))
+        subprocess.run(quantize, check=True, stdout=subprocess.DEVNULL, timeout=max(1.0, min(clock.left(), LONGEST)))
     except subprocess.TimeoutExpired:
-        return "the time limit was reached"
-    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
+        return LATE
+    except Exception as error:  # whatever it is, the measurements of other sizes can go on
         print(error, file=sys.stderr)
         return f"the base could not be made: {(str(error).splitlines() or [''])[0][-200:]}"
     return ""
@@ -311,26 +339,34 @@ def compare(size: Size, device: str, rounds: int, root: Path, clock: Clock) -> I
         failed = make_bases(folder, size, device, clock)
         print(f"{size.name}: bases made in {time.monotonic() - started:.0f} s", file=sys.stderr)
         for what in MEASUREMENTS:
-            if what != "long" or size.long_length:
-                started = time.monotonic()
-                found[what] = {"error": failed} if failed else run(what, folder, size, device, rounds, clock)
-                print(f"{size.name}: {what} in {time.monotonic() - started:.0f} s", file=sys.stderr)
+            if (what == "long" and not size.long_length) or (
+                what == "unpaged" and (failed or "seconds" in found["peer"])
+            ):
+                continue
+            started = time.monotonic()
+            for results in [{"error": failed}] if failed else run(what, folder, size, device, rounds, clock):
+                found[what] = results
                 yield found
+            print(f"{size.name}: {what} in {time.monotonic() - started:.0f} s", file=sys.stderr)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+PEER = "transformers + peft + bitsandbytes"
+
+
 def lines(size: Size, found: dict[str, dict[str, Any]]) -> list[str]:
     """Return the table's rows for one size."""
-    ours, peer = found.get("ours", {}), found.get("peer", {})
+    ours, peer, unpaged = (found.get(name, {}) for name in ("ours", "peer", "unpaged"))
     rows = []
-    for name, side in (("adaptkit", ours), ("transformers + peft + bitsandbytes", peer)):
+    for name, side in (("adaptkit", ours), (PEER, peer), (f"{PEER}, its state not paged", unpaged)):
         if "error" in side:
             missing = "incomplete" if "seconds" in side else "not measured"
             rows.append(f"| {size.name} | {name} | {missing}: {side['error']} | | |")
         if "seconds" in side:
             rate = size.length / side["seconds"]
             rows.append(f"| {size.name} | {name} | {rate:,.0f} tokens/s, {side['peak'] / 2**20:,.0f} MiB | | |")
+    peer = unpaged if "seconds" in unpaged else peer
     if "seconds" in ours and "seconds" in peer:
         speed, memory = peer["seconds"] / ours["seconds"], ours["peak"] / peer["peak"]
         rows.append(_row(size, "tokens/s, ratio", f"{speed:.2f}", f"at least {SPEED}", speed >= SPEED))
@@ -359,13 +395,20 @@ def _row(size: Size, what: str, value: str, wanted: str, met: bool) -> str:
     return f"| {size.name} | {what} | {value} | {wanted} | {'yes' if met else 'no'} |"
 
 
-def table(device: str, found: dict[str, list[str]]) -> str:
-    """Return all results as a Markdown table."""
+def heading(device: str) -> str:
+    """Return the place and the libraries of the measurements, and what Triton's kernels need and the place lacks."""
     import torch
 
+    from adaptkit.training.device import triton_warning
+
     place = "CPU" if device == "cpu" else torch.cuda.get_device_name()
-    head = [f"{place}; {', '.join(map(_version, LIBRARIES))}", "",
-            "| base | what | measured | wanted | met |", "|---|---|---|---|---|"]  # fmt: skip
+    parts = f"{place}; {', '.join(map(_version, LIBRARIES))}", triton_warning(torch.device(device))
+    return "; ".join(filter(None, parts))
+
+
+def table(heading: str, found: dict[str, list[str]]) -> str:
+    """Return all results as a Markdown table."""
+    head = [heading, "", "| base | what | measured | wanted | met |", "|---|---|---|---|---|"]
     return "\n".join([*head, *(row for rows in found.values() for row in rows)]) + "\n"
 
 
@@ -407,14 +450,19 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench_gpu: torch finds no CUDA device, so nothing was measured", file=sys.stderr)
         sys.exit(2)
-    clock, found = Clock(options.seconds), {}
+    clock, head, told = Clock(options.seconds), heading(options.device), set()
+    found: dict[str, list[str]] = {}
+    text = table(head, found)
     with tempfile.TemporaryDirectory(prefix="adaptkit-bench-", dir=place_of_bases()) as root:
         for size in TINY if options.tiny else SIZES:
             for measured in compare(size, options.device, options.rounds, Path(root), clock):
-                found[size.name] = lines(size, measured)
-                text = table(options.device, found)
+                rows = found[size.name] = lines(size, measured)
+                text = table(head, found)
                 if options.out:  # immediately, in case a later measurement fails
                     options.out.write_text(text)
+                for row in (row for row in rows if row not in told):  # in case only what is printed is kept
+                    print(row, file=sys.stderr, flush=True)
+                told.update(rows)
     print(text, end="")
 
 

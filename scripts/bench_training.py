@@ -126,9 +126,9 @@ class AdaptkitStep:
 
 def peft_step(
     source: Path, length: int, share: float, checkpointing: bool, packed: bool,
-    device: str = "cpu", vocabulary: int = 49152, dtype: str = "bfloat16",
+    device: str = "cpu", vocabulary: int = 49152, dtype: str = "bfloat16", paged: bool = True,
 ) -> Callable[[], float]:  # fmt: skip
-    """Return a step of a plain loop with peft; on a GPU, with bitsandbytes' paged AdamW."""
+    """Return a step of a plain loop with peft; on a GPU, with bitsandbytes' AdamW, paged or not."""
     import contextlib
 
     import peft
@@ -157,7 +157,9 @@ def peft_step(
     else:
         import bitsandbytes
 
-        optimizer = bitsandbytes.optim.PagedAdamW32bit(trained, lr=RATE, weight_decay=0.0)
+        optimizers = bitsandbytes.optim
+        adamw = optimizers.PagedAdamW32bit if paged else optimizers.AdamW32bit
+        optimizer = adamw(trained, lr=RATE, weight_decay=0.0)
     ids, labels = (side.to(device) for side in tokens(length, share, vocabulary))
     model.train()
     context = torch.autocast(device, torch.bfloat16) if packed else contextlib.nullcontext()

@@ -65,42 +65,92 @@ def test_the_table_says_which_targets_were_met():
 
 def test_measurements_that_failed_are_named_in_the_table(tmp_path):
     clock = bench_gpu.Clock(100)
-    found = bench_gpu.run("ours", tmp_path / "nothing", TINY, "cpu", 1, clock)
+    (found,) = bench_gpu.run("ours", tmp_path / "nothing", TINY, "cpu", 1, clock)
     assert "nf4" in found["error"]
-    late = bench_gpu.run("peer", tmp_path, TINY, "cpu", 1, bench_gpu.Clock(0))
+    (late,) = bench_gpu.run("peer", tmp_path, TINY, "cpu", 1, bench_gpu.Clock(0))
     assert late == {"error": "the time limit was reached"}
     rows = bench_gpu.lines(TINY, {"ours": found, "peer": late})
     assert len(rows) == 2
     assert rows[1] == "| tiny | transformers + peft + bitsandbytes | not measured: the time limit was reached | | |"
 
 
-def test_figures_measured_before_a_failure_or_timeout_are_in_the_table(tmp_path, monkeypatch):
-    script = tmp_path / "half.py"
+ENDINGS = {
+    "fails": ("sys.exit('no more')", "no more"),
+    "crashes": ("os.kill(os.getpid(), 9)", "killed by SIGKILL"),
+    "waits": ("time.sleep(60)", "the time limit was reached"),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_figures_measured_before_a_failure_or_timeout_are_in_the_table(tmp_path, monkeypatch, ending):
+    code, said = ENDINGS[ending]
+    script, go_on = tmp_path / "half.py", tmp_path / "go-on"
     script.write_text(
-        "import sys, time\n"
+        "import os, sys, time\n"
         "print('a library says hello')\n"
         'print(\'measured: {"seconds": 0.5, "peak": 1048576}\', flush=True)\n'
-        "time.sleep(60) if 'wait' in sys.argv[2] else sys.exit('no more')\n"
+        f"while not os.path.exists({str(go_on)!r}):\n    time.sleep(0.01)\n"
+        f"{code}\n"
     )
     monkeypatch.setattr(bench_gpu, "__file__", str(script))
+    monkeypatch.setattr(bench_gpu, "LONGEST", 3.0 if ending == "waits" else 60.0)
+    monkeypatch.setattr(bench_gpu, "LEAST", 0.0)
+    results = bench_gpu.run("ours", tmp_path, TINY, "cpu", 1, bench_gpu.Clock(100))
     known = {"seconds": 0.5, "peak": 1 << 20}
-    failed = bench_gpu.run("ours", tmp_path, TINY, "cpu", 1, bench_gpu.Clock(100))
-    assert failed == known | {"error": "no more"}
-    assert bench_gpu.run("wait", tmp_path, TINY, "cpu", 1, bench_gpu.Clock(13)) == known | {
-        "error": "the time limit was reached"
-    }
+    assert next(results) == known  # the process is still running
+    go_on.touch()
+    (failed,) = results
+    assert failed == known | {"error": said}
     rows = bench_gpu.lines(TINY, {"ours": failed, "peer": {"seconds": 1.0, "peak": 2 << 20}})
     assert [row.split("|")[-2].strip() for row in rows] == ["", "", "", "yes", "yes"]
-    assert "incomplete: no more" in rows[0]
+    assert f"incomplete: {said}" in rows[0]
+
+
+def test_a_measurement_that_never_ends_leaves_time_for_the_others(tmp_path, monkeypatch, capsys):
+    """What it was doing is printed, so that the cause can be found."""
+    monkeypatch.setattr(bench_gpu, "LONGEST", 4.0)
+    monkeypatch.setattr(bench_gpu, "LEAST", 0.0)
+    script = tmp_path / "stuck.py"
+    script.write_text(
+        f"import json, sys, time\nsys.path.insert(0, {str(ROOT / 'scripts')!r})\nimport bench_gpu\n"
+        "bench_gpu.MEASUREMENTS['ours'] = lambda *_: time.sleep(60)\n"
+        "bench_gpu.work(json.loads(sys.argv[2]))\n"
+    )
+    monkeypatch.setattr(bench_gpu, "__file__", str(script))
+    clock = bench_gpu.Clock(100)
+    assert list(bench_gpu.run("ours", tmp_path, TINY, "cpu", 1, clock)) == [{"error": "the time limit was reached"}]
+    assert clock.left() > 50
+    assert "in work\n" in capsys.readouterr().err
 
 
 def test_every_figure_is_reported_as_soon_as_it_is_known(tmp_path, monkeypatch):
-    asked = []
+    def run(what, *_):
+        yield {"seconds": 1.0, "what": what}
+        yield {"seconds": 1.0, "what": what, "more": True}
+
     monkeypatch.setattr(bench_gpu, "make_bases", lambda *_: "")
-    monkeypatch.setattr(bench_gpu, "run", lambda what, *_: asked.append(what) or {"error": what})
-    known = [list(found) for found in map(dict, bench_gpu.compare(TINY, "cpu", 1, tmp_path, bench_gpu.Clock(9)))]
-    assert known == [asked[:1], asked[:2], asked]
-    assert asked == ["ours", "peer", "long"]
+    monkeypatch.setattr(bench_gpu, "run", run)
+    reported = [
+        [(results["what"], "more" in results) for results in found.values()]
+        for found in bench_gpu.compare(TINY, "cpu", 1, tmp_path, bench_gpu.Clock(9))
+    ]
+    ours, peer, long = (("ours", True), ("peer", True), ("long", True))
+    assert reported == [
+        [("ours", False)], [ours], [ours, ("peer", False)], [ours, peer], [ours, peer, ("long", False)],
+        [ours, peer, long],
+    ]  # fmt: skip
+
+
+def test_a_peer_that_fails_is_measured_without_paging_instead(tmp_path, monkeypatch):
+    ours, unpaged = {"seconds": 0.1, "peak": 3 << 20}, {"seconds": 0.16, "peak": 4 << 20}
+    results = {"ours": ours, "peer": {"error": "no managed memory"}, "unpaged": unpaged, "long": {"error": "x"}}
+    monkeypatch.setattr(bench_gpu, "make_bases", lambda *_: "")
+    monkeypatch.setattr(bench_gpu, "run", lambda what, *_: [results[what]])
+    *_, found = bench_gpu.compare(TINY, "cpu", 1, tmp_path, bench_gpu.Clock(9))
+    rows = bench_gpu.lines(TINY, found)
+    assert "not measured: no managed memory" in rows[1]
+    assert "its state not paged | 400 tokens/s" in rows[2]
+    assert ["| 1.60 |" in rows[3], "| 0.75 |" in rows[4]] == [True, True]
 
 
 def test_a_base_that_cannot_be_made_is_reported_for_each_figure(tmp_path, monkeypatch):
@@ -117,7 +167,7 @@ def test_a_base_that_cannot_be_made_is_reported_for_each_figure(tmp_path, monkey
 
 def test_a_missing_library_is_named_in_the_table(monkeypatch):
     monkeypatch.setattr(bench_gpu, "LIBRARIES", ("torch", "no-such-library"))
-    assert "no-such-library not installed" in bench_gpu.table("cpu", {"tiny": ["| row |"]})
+    assert "no-such-library not installed" in bench_gpu.heading("cpu")
 
 
 def test_without_a_gpu_the_script_says_so_and_measures_nothing():
