@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def forks(tmp_path_factory):
         if not library.exists():
             compile_to(library)
     variables = {"STAND_IN_LIBRARY": str(library), "PYTHONPATH": f"{ROOT}:{STAND_IN}"}
+    variables["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, and again for each kernel
     with Forks(IMPORTS, environment=os.environ | variables) as run:
         yield run
 
@@ -73,6 +75,23 @@ def test_gpu_tests_pass_on_the_simulated_device(forks, suite, monkeypatch):
     assert done.returncode == (5 if needs_triton else 0), done.stdout[-5000:] + done.stderr  # 5: no test ran
     counted = {what: int(number) for number, what in re.findall(r"(\d+) (passed|skipped)", done.stdout)}
     assert needs_triton or counted["passed"] > 4 * counted.get("skipped", 0)
+
+
+INTERPRETED = [
+    ("test_fused_on_device.py", "test_fused_layers_compute_what_transformers_computes[llama-dtype1]"),
+    ("test_joined_on_device.py", "test_joined_weights_decode_to_the_bits_of_separate_ones"),
+]
+
+
+@pytest.mark.skipif(not find_spec("triton"), reason="Triton is not installed")
+def test_a_network_on_the_simulated_device_calls_the_kernels_of_triton(forks):
+    """In Triton's interpreter, which is slow; the other tests on this device do without these kernels."""
+    code = "import pytest, stand_in, sys; sys.exit(pytest.main(sys.argv[1:], plugins=[stand_in]))"
+    tests = [f"{HERE / suite}::{name}" for suite, name in INTERPRETED]
+    options = "-q", "-p", "no:cacheprovider", "-n", "0", "-W", "ignore::pytest.PytestAssertRewriteWarning"
+    done = forks(code, *options, *tests, TRITON_INTERPRET="1", PYTEST_ADDOPTS="")
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr
+    assert f"{len(INTERPRETED)} passed" in done.stdout
 
 
 MISUSE = {

@@ -1,6 +1,7 @@
 """Implements ``torch.cuda`` with ``device.cpp``; use it as a plugin of pytest, or import it before torch.
 
-STAND_IN_LIBRARY names the compiled library. Triton is disabled, since no device can run its kernels.
+STAND_IN_LIBRARY names the compiled library. Triton is disabled, since no device can run its kernels, unless
+TRITON_INTERPRET=1 makes it run them in its interpreter, on copies in host memory.
 """
 
 import contextlib
@@ -130,7 +131,7 @@ _install()
 
 from adaptkit import triton_needs  # noqa: E402
 
-triton_needs.what_triton_lacks = lambda: "a device"
+triton_needs.what_triton_lacks = lambda: "" if os.environ.get("TRITON_INTERPRET") == "1" else "a device"
 
 
 @pytest.fixture(autouse=True)
