@@ -294,7 +294,7 @@ def run(what: str, folder: Path, size: Size, device: str, rounds: int, clock: Cl
             print(text[-_MESSAGE_CHARACTERS:], file=sys.stderr)
             last = (text.strip().splitlines() or [f"exit code {code}, and no output on stderr"])[-1][:200]
             reason = last if code > 0 else f"killed by {signal.Signals(-code).name}"
-            found["error"] = LATE if stopped.is_set() else reason
+            found["error"] = LATE if stopped.is_set() else found.get("error", reason)
     yield found
 
 
@@ -312,9 +312,13 @@ def work(job: dict[str, Any]) -> None:
     from adaptkit.training.device import without_cudnn_attention
 
     size, is_peer = Size(**job["size"]), job["what"] in ("peer", "unpaged")
-    with contextlib.nullcontext() if is_peer else without_cudnn_attention():
-        for part in MEASUREMENTS[job["what"]](Path(job["folder"]), size, Device(job["device"]), job["rounds"]):
-            print(_PART + json.dumps(part), flush=True)
+    try:
+        with contextlib.nullcontext() if is_peer else without_cudnn_attention():
+            for part in MEASUREMENTS[job["what"]](Path(job["folder"]), size, Device(job["device"]), job["rounds"]):
+                print(_PART + json.dumps(part), flush=True)
+    except Exception as error:  # the last line of its traceback may be a hint
+        print(_PART + json.dumps({"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}), flush=True)
+        raise
 
 
 def make_bases(folder: Path, size: Size, device: str, clock: Clock) -> str:

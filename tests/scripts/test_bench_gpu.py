@@ -65,8 +65,8 @@ def test_the_table_says_which_targets_were_met():
 
 def test_measurements_that_failed_are_named_in_the_table(tmp_path):
     clock = bench_gpu.Clock(100)
-    (found,) = bench_gpu.run("ours", tmp_path / "nothing", TINY, "cpu", 1, clock)
-    assert "nf4" in found["error"]
+    *_, found = bench_gpu.run("ours", tmp_path / "nothing", TINY, "cpu", 1, clock)
+    assert "nothing/nf4: does not exist" in found["error"]
     (late,) = bench_gpu.run("peer", tmp_path, TINY, "cpu", 1, bench_gpu.Clock(0))
     assert late == {"error": "the time limit was reached"}
     rows = bench_gpu.lines(TINY, {"ours": found, "peer": late})
