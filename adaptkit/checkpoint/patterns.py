@@ -15,7 +15,8 @@ from typing import Any
 
 _MAX_NESTED_REPEATS, _MAX_LENGTH = 3, 2000
 _MOST_WORK = 1 << 18
-"""Limit on the positions visited for one text, in a few tenths of a second; usual patterns visit some hundreds."""
+"""Limit on the items of a pattern tried at the positions of one text, a few tenths of a second of work; usual patterns
+try thousands at most."""
 _CATEGORIES = {
     _constants.CATEGORY_DIGIT: r"\d", _constants.CATEGORY_NOT_DIGIT: r"\D",
     _constants.CATEGORY_SPACE: r"\s", _constants.CATEGORY_NOT_SPACE: r"\S",
@@ -180,7 +181,7 @@ class _Matcher:
         for kind, detail in nodes:
             if not now:
                 break
-            self._left -= len(now)
+            self._left -= len(now) * _width(kind, detail)
             if self._left < 0:
                 raise re.error(f"it takes too long to match {text[:40]!r}")
             if kind in _ONE:
@@ -210,6 +211,11 @@ class _Matcher:
             found |= fresh
             count += 1
         return found
+
+
+def _width(kind: Any, detail: Any) -> int:
+    """Return the number of items of a set, or of branches, that are tried at each position."""
+    return len(detail) if kind is _constants.IN else len(detail[1]) if kind is _constants.BRANCH else 1
 
 
 def _is_edge(kind: Any, text: str, place: int) -> bool:

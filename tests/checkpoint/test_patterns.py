@@ -90,6 +90,17 @@ def test_patterns_that_take_the_fourth_power_of_the_texts_length_are_refused(pat
     assert matches_whole(pattern, "a" * 10)
 
 
+SET = "".join(map(chr, range(0x4E00, 0x4E00 + 900)))
+
+
+@pytest.mark.parametrize("pattern", [f"[{SET}a]*", f"(?:(?:{'|' * 900}b)a)*"])
+def test_sets_and_branches_count_with_all_their_items(pattern):
+    """Otherwise one of 1,900 items, tried at as many positions as are allowed, would take most of a minute."""
+    with pytest.raises(re.error, match="too long to match"):
+        matches_whole(pattern, "a" * 900)
+    assert matches_whole(pattern, "a" * 10)
+
+
 @pytest.mark.parametrize(
     "pattern", ["(", "*", "[", r"(a)\1", "(?<=a)b", "(?i)a", "a" * 3000, "(" * 900, "((((a*)*)*)*)*"]
 )
