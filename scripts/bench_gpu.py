@@ -449,6 +449,7 @@ def main() -> None:
     if options.work:
         work(json.loads(options.work))
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # delete the bases, which may be in memory, also then
     import torch
 
     if options.device == "cuda" and not torch.cuda.is_available():

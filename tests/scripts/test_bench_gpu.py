@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,27 @@ def test_a_measurement_that_never_ends_leaves_time_for_the_others(tmp_path, monk
     assert list(bench_gpu.run("ours", tmp_path, TINY, "cpu", 1, clock)) == [{"error": "the time limit was reached"}]
     assert clock.left() > 50
     assert "in work\n" in capsys.readouterr().err
+
+
+def test_after_sigterm_neither_the_bases_nor_the_measurement_remain(tmp_path):
+    """The bases may be in memory, and the measurement would keep the GPU busy."""
+    script, table, number = (tmp_path / name for name in ("waits.py", "table.md", "process"))
+    script.write_text(
+        f"import os, pathlib, sys, time\nsys.path.insert(0, {str(ROOT / 'scripts')!r})\nimport bench_gpu\n"
+        f"if '--work' in sys.argv:\n    pathlib.Path({str(number)!r}).write_text(str(os.getpid()))\n"
+        "    print('measured: {}', flush=True)\n    time.sleep(60)\n"
+        f"bench_gpu.place_of_bases = lambda: {str(tmp_path)!r}\n"
+        "bench_gpu.make_bases = lambda *_: ''\nbench_gpu.__file__ = __file__\nbench_gpu.main()\n"
+    )
+    with subprocess.Popen([sys.executable, script, "--tiny", "--device", "cpu", "--out", table]) as process:
+        while process.poll() is None and not table.exists():
+            time.sleep(0.01)
+        assert len(list(tmp_path.glob("adaptkit-bench-*"))) == 1
+        process.terminate()
+    assert process.returncode == 143
+    assert not list(tmp_path.glob("adaptkit-bench-*"))
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(number.read_text()), 0)
 
 
 def test_every_figure_is_reported_as_soon_as_it_is_known(tmp_path, monkeypatch):
