@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import pytest
 import tiny
@@ -9,7 +10,11 @@ import torch
 
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.data.batches import collate
+from adaptkit.training.data.samples import Sample
 from adaptkit.training.loop import train
+from adaptkit.training.network.loss import summed_loss
+from adaptkit.training.network.model import load_model
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -83,6 +88,14 @@ def test_losses_with_each_option_are_those_of_a_cpu(base, config, option, tmp_pa
 @pytest.mark.parametrize("name", NETWORKS)
 def test_losses_of_each_network_are_those_of_a_cpu(base, config, name, tmp_path):
     agrees_with_a_cpu(config | {"base": base(name)} | PAGED | OFFLOADED, tmp_path)
+
+
+def test_packed_samples_have_the_losses_that_they_have_alone(base):
+    """The check for packed rows is skipped for batches of single samples, and for no others."""
+    model = load_model(Path(base("llama", packed=False)), torch.float32, torch.device("cuda"))
+    samples = [Sample(ids, ids) for ids in (tuple(range(3, 40)), tuple(range(70, 90)))]
+    alone = sum(float(summed_loss(model, collate([(sample,)], 2))) for sample in samples)
+    assert float(summed_loss(model, collate([tuple(samples)], 2))) == pytest.approx(alone, rel=1e-4)
 
 
 def waits(config, output):
