@@ -125,6 +125,15 @@ def test_a_confident_prediction_has_the_loss_of_float64():
     assert float(perplexity._text_sums(logits, wanted, None)[0]) == pytest.approx(float(expected), rel=1e-3)
 
 
+def test_a_constant_added_to_all_logits_changes_no_loss_or_divergence():
+    """So large logits lose no digits of the small differences between two models."""
+    generator = torch.Generator().manual_seed(0)
+    logits, others = (torch.randint(-64, 64, (5, 300), generator=generator) / 16 for _ in range(2))
+    wanted = torch.arange(5)
+    expected = perplexity._text_sums(logits, wanted, others)
+    assert torch.equal(perplexity._text_sums(logits + 1024, wanted, others - 4096), expected)
+
+
 def test_a_model_does_not_diverge_from_itself(llama, prose):
     options = EvaluateOptions(window=48, max_tokens=96, **FLOAT32)
     report = evaluate(llama, None, (), options, text=[prose], reference=llama).text
