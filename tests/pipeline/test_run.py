@@ -478,7 +478,7 @@ def test_two_recipes_that_would_share_a_lock_are_refused_and_other_files_of_such
     edit("name: tiny", "name: other")
     shutil.copy(recipe, release / "recipe.yml")
     for one, other in (("yml", "yaml"), ("yaml", "yml")):
-        with pytest.raises(UsageError, match=rf"its lock, recipe\.lock, is also that of recipe\.{other}$"):
+        with pytest.raises(UsageError, match=rf"(?m)its lock, recipe\.lock, is also that of recipe\.{other}$"):
             run(release / f"recipe.{one}", RunOptions(locked=locked))
     assert (release / "recipe.lock").read_bytes() == before
 
