@@ -49,7 +49,7 @@ def _require_alone(recipe: Path) -> None:
     """
     for suffix in (".yaml", ".yml", ".json"):
         other = recipe.with_suffix(suffix)
-        if other == recipe or not other.is_file():
+        if not other.is_file() or other.samefile(recipe):
             continue
         try:
             read_recipe(other)

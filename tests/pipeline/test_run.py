@@ -242,11 +242,11 @@ def test_a_damaged_artifact_is_noticed_and_made_again(release, recipe, how):
 
 def test_notes_of_a_step_begin_with_its_name_and_name_its_keys(recipe):
     notes = []
-    said = "in/a--threads: give --max-shard-bytes or --embed-adapter"
+    said = "in/a--threads: give --max-shard-bytes or --embed-adapter, or run: adaptkit merge A B -o C --embed-adapter"
     listener = Listener(started=lambda step: listener.note_of(step)(said), note=notes.append)
     run(recipe, listener=listener)
     own = dict.fromkeys(("small", "plain"), said.replace("--max-shard-bytes", "max_shard_bytes"))
-    own |= {"merged": said.replace("--embed-adapter", "embed_adapter")}
+    own |= {"merged": said.replace("--embed-adapter", "embed_adapter", 1)}
     assert notes == [f"{name}: {own.get(name, said)}" for name in ALL], "options of a step are named by their keys"
 
 
@@ -474,7 +474,9 @@ def test_two_recipes_that_would_share_a_lock_are_refused_and_other_files_of_such
     run(recipe)
     before = (release / "recipe.lock").read_bytes()
     (release / "recipe.json").write_text('{"recipe": "recipe.yaml", "name": "tiny", "steps": []}')  # a report
+    (release / "recipe.yml").symlink_to("recipe.yaml")  # another name of the same recipe
     run(recipe)
+    (release / "recipe.yml").unlink()
     edit("name: tiny", "name: other")
     shutil.copy(recipe, release / "recipe.yml")
     for one, other in (("yml", "yaml"), ("yaml", "yml")):

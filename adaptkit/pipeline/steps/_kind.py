@@ -14,8 +14,8 @@ Facts = dict[str, Any]
 Inputs = Mapping[str, tuple[str, ...]]
 """Maps a step's keys to names of sources and of other steps' artifacts."""
 
-_OPTION = re.compile(r"(?<![\w./-])--([a-z][a-z-]*)")
-"""An option of a command, and not a part of a path."""
+_OPTION = re.compile(r"[:;] adaptkit [^;]*|(?<![\w./-])--([a-z][a-z-]*)")
+"""An option of a command, and not a part of a path; or a command to run, whose options stay as they are."""
 
 
 @dataclass(frozen=True)
