@@ -15,11 +15,14 @@ import yaml
 
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.progress import counted
+from adaptkit.checkpoint.vocabulary import is_usual_embedding, is_usual_head
 from adaptkit.hub._remote import REPO_ID
 
 _TITLES = {"adapter": "LoRA adapter", "merged": "Merged model", "quantized": "Quantized model"}
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _YAML = "tag:yaml.org,2002:"
+_WRAPPERS = re.compile(r"(\.token_adapter|\.modules_to_save|\.default|\.base_layer)*\.weight$")
+"""The end of the name of a whole tensor in an adapter, after its module."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +169,22 @@ def _use(manifest: Manifest, facts: CardFacts) -> str:
         lines.append(f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(tokenizer)})")
     lines.append(f"model = AutoModelForCausalLM.from_pretrained({json.dumps(model)})")
     if is_adapter:
+        entries = _entries(manifest)
+        lines += [f"model.resize_token_embeddings({entries})"] if entries else []
         lines.append(f"model = PeftModel.from_pretrained(model, {json.dumps(_REPOSITORY)})")
     return "## Use it\n\n" + "\n".join(f"    {line}" for line in lines)
+
+
+def _entries(manifest: Manifest) -> int | None:
+    """Return the entries of the embedding or head that an adapter contains; peft fails on a model with another number.
+
+    They are usually those of its base, of whose tensors nothing is known here.
+    """
+    for tensor in manifest.tensors:
+        module = _WRAPPERS.sub("", tensor.name)
+        if (is_usual_embedding(module) or is_usual_head(module)) and tensor.shape:
+            return tensor.shape[0]
+    return None
 
 
 def _generates_text(manifest: Manifest, facts: CardFacts) -> bool:

@@ -11,7 +11,9 @@ import pytest
 import torch
 import yaml
 from local_hub import Fault, LocalHub
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from adaptkit import adopt, merge, quantize
 from adaptkit.checkpoint.layout import read_json
@@ -302,14 +304,30 @@ def test_the_code_in_a_card_loads_the_artifact(
         "quantized": lambda: quantize(llama, tmp_path / "made"),
     }
     make[kind]()
-    config, weights = (tmp_path / "made" / name for name in files)
-    card = make_card(require_manifest(tmp_path / "made"), CardFacts(read_json(config), "org/base"))
+    config, weights = files
+    names = run_code(tmp_path / "made", config, llama)
+    assert len(names["tokenizer"]("a dog")["input_ids"]) > 0
+    assert torch.equal(names["model"].get_parameter(loaded).data, load_file(tmp_path / "made" / weights)[stored])
+
+
+def run_code(made: Path, config: str, base: Path) -> dict[str, Any]:
+    """Run the code in the card of an artifact, and return its variables."""
+    card = make_card(require_manifest(made), CardFacts(read_json(made / config), "org/base"))
     assert front_matter(card)["pipeline_tag"] == "text-generation"
     code = textwrap.dedent(card.split("## Use it\n\n")[1].split("\n\n")[0])
     names: dict[str, Any] = {}
-    exec(code.replace("ORG/NAME", str(tmp_path / "made")).replace("org/base", str(llama)), names)
-    assert len(names["tokenizer"]("a dog")["input_ids"]) > 0
-    assert torch.equal(names["model"].get_parameter(loaded).data, load_file(weights)[stored])
+    exec(code.replace("ORG/NAME", str(made)).replace("org/base", str(base)), names)
+    return names
+
+
+def test_the_code_in_a_card_resizes_the_vocabulary_that_the_adapter_contains(llama: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    model.resize_token_embeddings(model.config.vocab_size + 3)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    adopt(tmp_path / "theirs", tmp_path / "made")
+    names = run_code(tmp_path / "made", "adapter_config.json", llama)
+    assert names["model"].get_input_embeddings().weight.shape[0] == model.config.vocab_size
 
 
 @pytest.mark.parametrize(
