@@ -1,5 +1,6 @@
 """Normalization of arguments: paths given as text, a single value where several are accepted, numbers of any type."""
 
+import re
 from collections.abc import Callable, Iterable
 from numbers import Real
 from os import PathLike
@@ -30,6 +31,13 @@ def path_hint(path: AnyPath) -> str:
     """Return a hint for a path that does not exist."""
     of_a_shell = str(path).startswith("~")
     return "write the full path: only a shell expands ~" if of_a_shell else "check the path"
+
+
+def folder_hint(path: AnyPath) -> str:
+    """Return a hint for a folder that does not exist; the command line downloads a repository before it gets here."""
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\S+)?", str(path)):
+        return f'check the path; for a repository on the Hub, Python has adaptkit.resolve_source("{path}")'
+    return path_hint(path)
 
 
 def typed_fields(options: Any) -> None:

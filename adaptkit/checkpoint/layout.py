@@ -11,13 +11,12 @@ modeling_x.py, configuration_x.py        side files if a configuration has an au
 
 import json
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from adaptkit.arguments import path_hint
+from adaptkit.arguments import AnyPath, folder_hint
 from adaptkit.checkpoint.header import check_regular, strict_json
 from adaptkit.checkpoint.links import refuse_foreign_link
 from adaptkit.checkpoint.progress import first_few
@@ -91,22 +90,15 @@ def name_of(folder: Path) -> str:
     return Path(os.path.abspath(folder)).name
 
 
-def folder_hint(path: Path) -> str:
-    """Return a hint for a folder that does not exist; the command line downloads a repository before it gets here."""
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\S+)?", str(path)):
-        return f'check the path; for a repository on the Hub, Python has adaptkit.resolve_source("{path}")'
-    return path_hint(path)
-
-
-def require_folder(path: Path) -> Path:
+def require_folder(path: Path, hint: Callable[[AnyPath], str] = folder_hint) -> Path:
     """Return the path if it is a folder.
 
     Raises:
-        UsageError: it does not exist or is a file.
+        UsageError: it does not exist or is a file; ``hint`` makes its hint from the path.
     """
     if not os.path.isdir(path):  # Path.is_dir raises if a name is too long
         found = "is a file" if os.path.exists(path) else "does not exist"
-        raise UsageError(f"{path}: {found}; expected a checkpoint or adapter folder", hint=folder_hint(path))
+        raise UsageError(f"{path}: {found}; expected a checkpoint or adapter folder", hint=hint(path))
     return path
 
 
@@ -256,16 +248,25 @@ def refuse_other_weights(where: object, names: Iterable[str]) -> None:
         )
 
 
-def side_files(root: Path) -> dict[str, Path]:
-    """List the files to copy along with the weights: configurations, tokenizer, chat templates, licence, model code.
+def side_files(root: Path, wanted: Callable[[str], bool] = bool) -> dict[str, Path]:
+    """List those of ``find_side_files`` whose names are wanted (by default all), to copy them.
+
+    Raises:
+        UnsafeInputError: one is a link; see ``refuse_foreign_link``.
+    """
+    found = {name: path for name, path in find_side_files(root).items() if wanted(name)}
+    for path in found.values():
+        refuse_foreign_link(root, path)
+    return found
+
+
+def find_side_files(root: Path) -> dict[str, Path]:
+    """List the files beside the weights: configurations, tokenizer, chat templates, licence, model code.
 
     Excludes ``config.json`` and index files, which are written together with the weights.
 
     Returns:
         Maps each name, relative to the folder, to its path; sorted.
-
-    Raises:
-        UnsafeInputError: see ``refuse_foreign_link``.
     """
     present = [path for path in root.iterdir() if path.is_file()]
     suffixes = {*_SIDE_SUFFIXES, *([CODE_SUFFIX] if _names_code(present) else [])}
@@ -279,8 +280,6 @@ def side_files(root: Path) -> dict[str, Path]:
     }
     templates = (root / TEMPLATES_FOLDER).glob("*.jinja")
     found |= {f"{TEMPLATES_FOLDER}/{path.name}": path for path in templates if path.is_file()}
-    for path in found.values():
-        refuse_foreign_link(root, path)
     return dict(sorted(found.items()))
 
 

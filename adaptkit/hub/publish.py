@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from adaptkit.arguments import AnyPath
+from adaptkit.arguments import AnyPath, path_hint
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, require_manifest
@@ -140,7 +140,7 @@ def publish(
     path = Path(path)
     options = options or PublishOptions()
     check_repo_id(repo_id)
-    manifest = require_manifest(require_folder(path))
+    manifest = require_manifest(require_folder(path, path_hint))
     check_artifact(path, manifest, os.cpu_count() or 1, progress)
     refuse_secrets(gather(path, manifest))
     hub = connect(note)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from adaptkit.checkpoint.layout import CONFIG_NAME, class_names, folder_hint, read_config, text_config
+from adaptkit.arguments import folder_hint
+from adaptkit.checkpoint.layout import CONFIG_NAME, class_names, read_config, text_config
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError

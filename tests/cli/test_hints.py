@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from adaptkit.discovery import closest
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.settings import settings
 
+MERGED = Path(__file__).parents[2] / "fixtures" / "golden" / "schema-1" / "merged"
 NAMES = ["base", "bias", "data", "steps"]
 
 
@@ -25,6 +28,15 @@ def test_a_base_given_after_the_adapters_gets_a_hint_with_the_right_order(
     assert (done.code, done.stdout) == (2, "")
     said = f"{adapter} is an adapter and {llama} a checkpoint; the base comes first"
     assert done.stderr == f"error: {said}\nhint: adaptkit merge {llama} {adapter} -o OUT\n"
+
+
+@pytest.mark.parametrize("command", [("publish", "org/name", "org/other"), ("verify", ".", "--parents", "org/name")])
+def test_a_missing_folder_gets_no_hint_for_python(run_cli, tmp_path, command):
+    if command[0] == "verify":
+        shutil.copytree(MERGED, tmp_path, dirs_exist_ok=True)
+    done = run_cli(*command, cwd=tmp_path)
+    what = "org/name: does not exist; expected a checkpoint or adapter folder"
+    assert (done.code, done.stderr) == (2, f"error: {what}\nhint: check the path\n")
 
 
 def test_a_merge_that_keeps_little_of_the_change_prints_a_note(run_cli, llama, adapter, tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from adaptkit.arguments import path_hint
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import measure
 from adaptkit.checkpoint.layout import (
@@ -123,7 +124,7 @@ def gather(folders: Sequence[Path], threads: int = 1, progress: Progress = no_pr
     found: dict[Path, Candidate] = {}
     broken = []
     for folder in folders:
-        inside = [folder] if _holds_something(require_folder(folder)) else _children(folder)
+        inside = [folder] if _holds_something(require_folder(folder, path_hint)) else _children(folder)
         if not inside:
             raise UsageError(
                 f"{folder}: neither an artifact nor a folder of artifacts",
