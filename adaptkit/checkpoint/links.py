@@ -6,8 +6,9 @@ from pathlib import Path
 
 from adaptkit.errors import UnsafeInputError
 
-_BLOB = re.compile(r"[0-9a-f]{30,64}")
-"""The name of a file in a cache whose names are hashes (huggingface_hub's, DVC's), to which its folders link."""
+_BLOB = re.compile(r"[0-9a-f]{30,64}|[A-Z0-9]+-s\d+--[0-9a-f]{30,64}(\.\w+)*")
+"""The name of a file in a cache whose names are hashes (huggingface_hub's, DVC's, git-annex's), to which folders link.
+"""
 
 
 def refuse_foreign_link(root: Path, path: Path) -> None:

@@ -70,12 +70,7 @@ def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, tuple[bytes, Adapt
     """
     brought: dict[str, tuple[bytes, Adapter]] = {}
     for adapter in adapters:
-        ours = {record.path for record in adapter.manifest.files} if adapter.manifest else set()
-        # A generation config that no manifest lists is only a copy of the base's, which trainers leave in the folder.
-        kept = {GENERATION_NAME} & ours
-        beside = side_files(adapter.root)
-        own = {name: read_small(path) for name, path in beside.items() if name in kept or is_of_tokenizer(name)}
-        for name, content in own.items():
+        for name, content in _own_files(adapter).items():
             other = brought.setdefault(name, (content, adapter))
             if other[0] != content:
                 raise UsageError(
@@ -83,3 +78,11 @@ def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, tuple[bytes, Adapt
                     hint=f"remove {name} from a copy of one of them; of a tokenizer, remove all files",
                 )
     return brought
+
+
+def _own_files(adapter: Adapter) -> dict[str, bytes]:
+    ours = {record.path for record in adapter.manifest.files} if adapter.manifest else set()
+    # A generation config that no manifest lists is only a copy of the base's, which trainers leave in the folder.
+    kept = {GENERATION_NAME} & ours
+    found = side_files(adapter.root, lambda name: name in kept or is_of_tokenizer(name))
+    return {name: read_small(path) for name, path in found.items()}

@@ -1,7 +1,7 @@
 """Extract an adapter from a tuned checkpoint: its difference from the base, as low-rank matrices and whole tensors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ def extract(
     states = [source.state() for source in sources]
     check_output(output, force, [tuned, base])
     plan = make_plan(*sources, options)
+    beside = _files_beside(plan)
     report = plan_report(output, plan, _config_differs(plan))
     if dry_run:
         return report
@@ -101,13 +102,13 @@ def extract(
         saved = whole_tensors(plan, findings, running)
         findings = [saved.seen(finding) for finding in findings]
         placeholder = None if any(f.term for f in findings) else placeholder_part(plan, saved, running)
-        tokenizer = _write(out, plan, findings, running, saved, placeholder)
+        _write(out, plan, findings, running, saved, placeholder, beside)
         manifest = _manifest(out, plan, findings, saved, recorded)
         out.publish(manifest)
     return replace(
         _with_findings(report, findings),
         placeholder=placeholder.module if placeholder else None,
-        tokenizer=tokenizer,
+        tokenizer=tuple(beside),
         tensors_root=manifest.tensors_root,
         manifest_sha256=manifest.sha256,
     )
@@ -143,24 +144,31 @@ def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> lis
 
 
 def _write(
-    out: Output, plan: Plan, findings: Sequence[Finding], running: Running, saved: Saved, placeholder: Part | None
-) -> tuple[str, ...]:
-    """Write the adapter, and the tuned tokenizer and generation config if they differ; return these files' names."""
+    out: Output,
+    plan: Plan,
+    findings: Sequence[Finding],
+    running: Running,
+    saved: Saved,
+    placeholder: Part | None,
+    beside: Mapping[str, Path],
+) -> None:
+    """Write the adapter and the files beside it."""
     terms = {running.module(finding.part): finding.term for finding in findings if finding.term is not None}
     if placeholder is not None:
         terms[running.module(placeholder)] = zero_change(placeholder)
     config = saved.config | {"fan_in_fan_out": plan.transposed, "task_type": running.task}
     tensors = {name: saved.source(plan, part).read(part.name) for name, part in saved.parts.items()}
     write_adapter(out, terms, name_of(plan.base.root), saved=tensors, **config)
-    files = {name: path for name, path in side_files(plan.tuned.root).items() if is_of_tokenizer(name)}
-    if all(_same_bytes(path, plan.base.root / name) for name, path in files.items()):
-        files = {}
-    generation = plan.tuned.root / GENERATION_NAME
-    if generation.is_file() and not _same_bytes(generation, plan.base.root / GENERATION_NAME):
-        files[GENERATION_NAME] = generation
-    for name, path in files.items():
+    for name, path in beside.items():
         out.write(name, read_small(path))
-    return tuple(files)
+
+
+def _files_beside(plan: Plan) -> dict[str, Path]:
+    """Map names to the tuned tokenizer's files and the generation config, if they differ from the base's."""
+    found = side_files(plan.tuned.root, lambda name: is_of_tokenizer(name) or name == GENERATION_NAME)
+    changed = {name for name, path in found.items() if not _same_bytes(path, plan.base.root / name)}
+    replaces_tokenizer = any(map(is_of_tokenizer, changed))
+    return {n: path for n, path in found.items() if n in changed or (replaces_tokenizer and is_of_tokenizer(n))}
 
 
 def _manifest(out: Output, plan: Plan, findings: Sequence[Finding], saved: Saved, recorded: dict[str, Any]) -> Manifest:

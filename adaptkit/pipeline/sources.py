@@ -18,7 +18,7 @@ from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.hashing import file_digests, tensors_root
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.integrity import check_names
-from adaptkit.checkpoint.layout import CARD_NAME, READ_SUFFIXES, resolve_inside, side_files
+from adaptkit.checkpoint.layout import CARD_NAME, READ_SUFFIXES, find_side_files, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
@@ -223,7 +223,8 @@ def _folder(
             )
         found = {"manifest_sha256": manifest.sha256, "tensors_root": manifest.tensors_root}
         return manifest.sha256, sum(record.size for record in manifest.files), found
-    found_files = {p.name: p for p in path.iterdir() if p.suffix in READ_SUFFIXES and not p.is_dir()} | side_files(path)
+    found_files = {p.name: p for p in path.iterdir() if p.suffix in READ_SUFFIXES and not p.is_dir()}
+    found_files |= find_side_files(path)
     if with_card and (path / CARD_NAME).is_file():
         found_files[CARD_NAME] = path / CARD_NAME
     others = (".", "consolidated")  # the latter are another format's copy of the same weights

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.layout import TEMPLATES_FOLDER, read_json, side_files
+from adaptkit.checkpoint.layout import TEMPLATES_FOLDER, find_side_files, read_json
 from adaptkit.errors import UsageError
 from adaptkit.networks.architecture import BUILD_ERRORS, quiet_transformers
 from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template
@@ -39,7 +39,7 @@ def is_template(name: str) -> bool:
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a folder has a tokenizer; an adapter's own replaces the base's entirely."""
-    return any(map(is_vocabulary, side_files(folder)))
+    return any(map(is_vocabulary, find_side_files(folder)))
 
 
 def templates_in(

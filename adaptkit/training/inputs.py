@@ -186,7 +186,7 @@ def _side_files(config: TrainConfig, start: Adapter | None, template: str | None
     found = {}
     if start is not None and (template is not None or has_tokenizer(start.root)):
         belongs = is_of_tokenizer if has_tokenizer(start.root) else is_template
-        found = {name: read_small(path) for name, path in side_files(start.root).items() if belongs(name)}
+        found = {name: read_small(path) for name, path in side_files(start.root, belongs).items()}
     if config.chat_template is not None:
         found = {name: content for name, content in found.items() if not is_template(name)}
     if template is not None:

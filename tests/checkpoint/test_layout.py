@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from adaptkit.checkpoint.layout import (
     INDEX_NAME,
     check_side_files,
+    find_side_files,
     index_bytes,
     name_of,
     read_config,
@@ -272,14 +273,25 @@ def test_side_files_are_never_links_out_of_the_folder_except_into_the_hubs_cache
         (snapshot / f"{name[:2]}.txt").symlink_to(f"../../blobs/{name}")
     (copied / "large.json").symlink_to(cache / "blobs" / ("2" * 64))  # as older clients link into --local-dir
     (copied / "within.txt").symlink_to("large.json")
+    annexed = tmp_path / f"SHA256E-s1--{'3' * 64}.json"
+    annexed.write_bytes(b"x")
+    (copied / "annexed.json").symlink_to(annexed)
     assert list(side_files(snapshot)) == ["11.txt", "22.txt", "an.txt"]
-    assert list(side_files(copied)) == ["large.json", "within.txt"]
+    assert list(side_files(copied)) == ["annexed.json", "large.json", "within.txt"]
     (copied / "LICENSE").symlink_to("../secret")
     (tmp_path / "alias").symlink_to(copied)
     (snapshot / "LICENSE").symlink_to(secret)
     for folder in (copied, tmp_path / "alias", snapshot):
         with pytest.raises(UnsafeInputError, match=r"LICENSE: leads to .*/secret, outside its folder"):
             side_files(folder)
+        assert folder / "LICENSE" == find_side_files(folder)["LICENSE"]  # to be read, but not copied
+    for name in ("4" * 40 + ".pem", f"key-s1--{'5' * 64}"):
+        secret.rename(tmp_path / name)
+        secret = tmp_path / name
+        (copied / "LICENSE").unlink()
+        (copied / "LICENSE").symlink_to(secret)
+        with pytest.raises(UnsafeInputError, match="outside its folder"):
+            side_files(copied)
 
 
 def holding(root, *names, text=""):

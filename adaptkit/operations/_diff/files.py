@@ -12,7 +12,7 @@ from typing import Any
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import strict_json
-from adaptkit.checkpoint.layout import read_small, side_files
+from adaptkit.checkpoint.layout import find_side_files, read_small
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import CheckpointError, IntegrityError
 from adaptkit.text.tokenizer_files import TEMPLATE_KEY, TOKENIZER_CONFIG, is_template, templates_in
@@ -145,7 +145,7 @@ def _without_templates(
 def _items_beside(root: Path) -> dict[str, Path]:
     """Map names to the paths to compare; the folders of undo records and embedded adapters count as one item each."""
     folders = (undo.ADAPTERS_PREFIX, f"{undo.FOLDER}/")
-    return side_files(root) | {name: root / name for name in folders if (root / name).is_dir()}
+    return find_side_files(root) | {name: root / name for name in folders if (root / name).is_dir()}
 
 
 def _sha256(path: Path) -> str:
