@@ -220,7 +220,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 def _cell(text: str) -> str:
     """Escape text so that it stays in its table cell and is not interpreted as markup: it may be of any origin."""
     printable = "".join(c if c.isprintable() or c.isspace() else ascii(c)[1:-1] for c in text)
-    return " ".join(printable.split()).replace("|", "/").replace("<", "&lt;").replace("[", "\\[")
+    return " ".join(printable.split()).replace("|", "/").replace("<", "&lt;").replace("[", "&#91;")
 
 
 _REPOSITORY = "ORG/NAME"

@@ -95,13 +95,14 @@ def test_markup_in_an_option_stays_inside_its_code_block(manifest: Manifest) -> 
 
 
 def test_no_value_can_leave_its_cell_or_become_markup(manifest: Manifest) -> None:
-    hostile = "8\n\n# Title | <img src=x> [link](https://example.org)\u202e"
+    hostile = "8\n\n# Title | <img src=x> \\[link](https://example.org)\u202e"
     parents = (replace(manifest.parents[0], kind="| <b> ![x](y)"),)
     card = make_card(replace(manifest, parents=parents), CardFacts({"r": hostile, "lora_alpha": 16}))
-    assert "| Rank, alpha | 8 # Title / &lt;img src=x> \\[link](https://example.org)\\u202e, 16 |" in card.splitlines()
+    shown = "8 # Title / &lt;img src=x> \\&#91;link](https://example.org)\\u202e"
+    assert f"| Rank, alpha | {shown}, 16 |" in card.splitlines()
     (row,) = [line for line in card.splitlines() if "(y)" in line]
     assert row.count("|") == 5
-    assert "| / &lt;b> !\\[x](y) |" in row
+    assert "| / &lt;b> !&#91;x](y) |" in row
 
 
 BASE_CARD = """---
