@@ -224,11 +224,12 @@ def test_an_adapter_that_compensates_for_quantization_is_bound_to_its_quantized_
     source, other = tmp_path / "source", with_a_change(llama, tmp_path / "other", "model.norm.weight")
     quantize(llama, tmp_path / "nf4")
     quantize(llama, tmp_path / "fp4", QuantizeOptions(format="fp4"))
+    quantize(tiny.write_llama(tmp_path / "wide", hidden=128), tmp_path / "wide-nf4")  # the same names, other shapes
     shutil.copytree(adapter, source)
     with Output(tmp_path / "begun", []) as out:
         write_compensation(out, read_adapter(adapter).modules)
         shutil.copy(out.folder / COMPENSATION_NAME, source)
-    for wrong in (llama, other):
+    for wrong in (llama, other, tmp_path / "wide-nf4"):
         with pytest.raises(BaseMismatchError, match="compensates for the error of another base") as caught:
             adopt(source, tmp_path / "out", base=wrong)
         assert "quantize" in caught.value.hint
