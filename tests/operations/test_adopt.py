@@ -247,6 +247,17 @@ def test_an_adapter_that_compensates_for_quantization_is_bound_to_its_quantized_
             start(base, tmp_path / init)
 
 
+def test_an_adapter_that_compensates_for_the_quantization_of_a_gpt2_is_bound_to_it(tmp_path, gpt2):
+    """Its weights are stored as (in, out)."""
+    source = tiny.write_peft_adapter(tmp_path / "source", gpt2)
+    quantize(gpt2, tmp_path / "nf4")
+    with Output(tmp_path / "begun", []) as out:
+        write_compensation(out, read_adapter(source).modules)
+        shutil.copy(out.folder / COMPENSATION_NAME, source)
+    report = adopt(source, tmp_path / "ours", base=tmp_path / "nf4")
+    assert report.base_fingerprints == len(read_adapter(source).modules)
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "chat_template.jinja", "README.md", WEIGHTS])
 def test_a_source_that_changes_while_it_is_copied_is_refused(tmp_path, adapter, name):
     source = tmp_path / "source"
