@@ -297,9 +297,9 @@ def test_models_other_than_language_models_are_not_reported_to_lack_a_head(name,
 
 
 def test_a_long_chain_of_names_that_match_each_other_stays(tmp_path):
-    """Each extends the one before it at its start or end; loaders match entries as prefixes and as suffixes."""
+    """Loaders match entries as prefixes and as suffixes; the last name is almost as long as a name may be."""
     names = ["lm_head", "a.0.x_lm_head"]
-    for number in range(1500):
+    for number in range(490):
         names.append(f"{names[-1]}.q" if number % 2 == 0 else f"z.{names[-1]}")
     names.append("a.0.plain")
     tensors = {f"{name}.weight": torch.ones(8, 8, dtype=torch.bfloat16) for name in names}
