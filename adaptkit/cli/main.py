@@ -22,6 +22,7 @@ from adaptkit.discovery import closest, load, names
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
 from adaptkit.heap import keep_few_products, keep_freed_memory, take_large_pages
 from adaptkit.hub.secrets import redact
+from adaptkit.processors import share_processors
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -168,6 +169,7 @@ def main() -> None:
     keep_freed_memory()
     keep_few_products()
     take_large_pages()
+    share_processors()
     sys.setswitchinterval(_SWITCH_SECONDS)
     young, middle, old = gc.get_threshold()
     gc.set_threshold(young, middle, max(old, _OLD_COLLECTIONS))

@@ -31,6 +31,7 @@ from adaptkit.hub._signature import with_signature
 from adaptkit.hub._staging import Artifact, gather, refuse_secrets, stage
 from adaptkit.hub.download import PullOptions, pull
 from adaptkit.hub.secrets import redact
+from adaptkit.processors import processor_count
 
 _REF = re.compile(r"(?!refs/|-)(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)))[\w./+@-]*[\w+@-]", re.ASCII)
 
@@ -141,7 +142,7 @@ def publish(
     options = options or PublishOptions()
     check_repo_id(repo_id)
     manifest = require_manifest(require_folder(path, path_hint))
-    check_artifact(path, manifest, os.cpu_count() or 1, progress)
+    check_artifact(path, manifest, processor_count(), progress)
     refuse_secrets(gather(path, manifest))
     hub = connect(note)
     repository = look_up(hub, repo_id, options.pull_request)

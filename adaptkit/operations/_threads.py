@@ -1,6 +1,5 @@
 """Process items in threads, yield the results in order, and keep few of them in memory."""
 
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,14 +10,15 @@ from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
+from adaptkit.processors import processor_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def thread_count(threads: int | None) -> int:
-    """Return the number of threads to use: one per processor if None."""
-    return threads or os.cpu_count() or 1
+    """Return the number of threads to use: one per processor that the process may use if None."""
+    return threads or processor_count()
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result, None, None]:

@@ -26,6 +26,7 @@ from adaptkit.checkpoint.writer import disk_errors, make_folder, replace_file, r
 from adaptkit.errors import ConflictError, IntegrityError, UsageError
 from adaptkit.pipeline.recipe import Step
 from adaptkit.pipeline.steps._kind import Facts
+from adaptkit.processors import processor_count
 
 WORK_NAME = ".adaptkit"
 _KEY_LETTERS = 12
@@ -149,7 +150,7 @@ class WorkFolder:
             raise IntegrityError(f"{folder} is missing")
         manifest = require_manifest(folder)
         if self._verify:
-            check_artifact(folder, manifest, os.cpu_count() or 1)
+            check_artifact(folder, manifest, processor_count())
             return manifest
         check_names(folder, manifest)
         for record in manifest.files:

@@ -29,6 +29,8 @@ JOINS = {
         "folder / f'checkpoint-{snapshot.step}.partial'",
         "path / name",
     },
+    # the kernel's names of control groups
+    "processors.py": {"root / 'sys/fs/cgroup' / place", "root / 'sys/fs/cgroup/cpu' / place"},
     # names of kernels, and digests
     "kernel_cache.py": {"folder / self._name", "folder / f'{self._name}.{os.getpid()}.{threading.get_ident()}'"},
     # names of entries of a listed folder
