@@ -16,7 +16,7 @@ from adaptkit.discovery import names
 PACKAGE = Path(adaptkit.__file__).parent
 GROUND = {
     *{"errors", "discovery", "lazy", "cache", "kernel_cache", "compiled", "team", "child", "heap", "arguments"},
-    *{"processors", "torch_compiler", "triton_needs"},
+    *{"machine", "torch_compiler", "triton_needs"},
 }
 ON_THE_GROUND = {
     "arguments": {"errors"},
@@ -26,7 +26,7 @@ ON_THE_GROUND = {
     "cache": set(),
     "child": set(),
     "heap": set(),
-    "processors": set(),
+    "machine": set(),
     "torch_compiler": set(),
     "triton_needs": set(),
     "discovery": {"errors"},

@@ -22,7 +22,7 @@ from adaptkit.discovery import closest, load, names
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
 from adaptkit.heap import keep_few_products, keep_freed_memory, take_large_pages
 from adaptkit.hub.secrets import redact
-from adaptkit.processors import share_processors
+from adaptkit.machine import share_processors
 
 INTERRUPTED = 130
 TERMINATED = 143

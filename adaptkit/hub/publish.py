@@ -31,7 +31,7 @@ from adaptkit.hub._signature import with_signature
 from adaptkit.hub._staging import Artifact, gather, refuse_secrets, stage
 from adaptkit.hub.download import PullOptions, pull
 from adaptkit.hub.secrets import redact
-from adaptkit.processors import processor_count
+from adaptkit.machine import processor_count
 
 _REF = re.compile(r"(?!refs/|-)(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)))[\w./+@-]*[\w+@-]", re.ASCII)
 

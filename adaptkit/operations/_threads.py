@@ -10,7 +10,7 @@ from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
-from adaptkit.processors import processor_count
+from adaptkit.machine import processor_count
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

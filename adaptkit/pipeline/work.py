@@ -24,9 +24,9 @@ from adaptkit.checkpoint.layout import resolve_inside, write_json
 from adaptkit.checkpoint.manifest import Manifest, require_manifest
 from adaptkit.checkpoint.writer import disk_errors, make_folder, replace_file, replaced_name
 from adaptkit.errors import ConflictError, IntegrityError, UsageError
+from adaptkit.machine import processor_count
 from adaptkit.pipeline.recipe import Step
 from adaptkit.pipeline.steps._kind import Facts
-from adaptkit.processors import processor_count
 
 WORK_NAME = ".adaptkit"
 _KEY_LETTERS = 12

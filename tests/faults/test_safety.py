@@ -30,7 +30,11 @@ JOINS = {
         "path / name",
     },
     # the kernel's names of control groups
-    "processors.py": {"root / 'sys/fs/cgroup' / place", "root / 'sys/fs/cgroup/cpu' / place"},
+    "machine.py": {
+        "root / 'sys/fs/cgroup' / (controller if controllers else '')",
+        "folder / name",
+        "folder / ('memory.limit_in_bytes' if is_first_version else 'memory.max')",
+    },
     # names of kernels, and digests
     "kernel_cache.py": {"folder / self._name", "folder / f'{self._name}.{os.getpid()}.{threading.get_ident()}'"},
     # names of entries of a listed folder
