@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from adaptkit.checkpoint.progress import size
 from adaptkit.errors import UsageError
+from adaptkit.machine import available_memory
 from adaptkit.triton_needs import what_triton_lacks
 
 _BFLOAT16_CHECK = "_is_mkldnn_bf16_supported"
@@ -39,6 +41,30 @@ def triton_warning(device: torch.device) -> str:
     """Return a one-line warning about what Triton's kernels need and a GPU machine lacks; empty if nothing."""
     lacking = what_triton_lacks() if device.type == "cuda" else ""
     return lacking and f"warning: training is slower without {lacking}, which Triton's kernels need"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Return the bytes of memory that a run could use on a device now; None if the system does not say."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+
+
+def memory_warning(needed: int, free: int | None, device: torch.device) -> str:
+    """Return a one-line warning if a run needs more memory than the system has free; empty if not.
+
+    Linux kills a process that takes more, without a word. A GPU refuses instead, and the run frees memory then.
+
+    Args:
+        needed: predicted bytes.
+        free: ``free_memory`` before the model was loaded.
+        device: training device.
+    """
+    if device.type == "cuda" or free is None or needed <= free:
+        return ""
+    smaller = "--checkpointing sqrt, --micro-batch-size, --max-length, --optimizer adamw8bit or --rank"
+    return (
+        f"warning: the run needs about {size(needed)} of memory and {size(free)} are available: the system may kill it "
+        f"(less: {smaller})"
+    )
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -10,9 +10,11 @@ from adaptkit.checkpoint.place import partial_folder
 from adaptkit.networks.model_lock import model_lock
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import DataReport, report_data
-from adaptkit.training.device import choose_device, make_current
+from adaptkit.training.device import choose_device, free_memory, make_current
 from adaptkit.training.distributed import World, world_size
 from adaptkit.training.inputs import read_inputs
+from adaptkit.training.memory.activations import predicted_memory
+from adaptkit.training.memory.optimizer import state_bytes
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.start import cannot_be_merged, left_out, peft_drops
 from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory
@@ -44,6 +46,8 @@ class RunPlan:
         segments: number of segments that activation checkpointing cuts the layers into; 0 if it is off.
         checkpointing: which layers are checkpointed, in words.
         compute_dtype: dtype of activations and dequantized weights.
+        predicted_bytes: memory that the run will need on its device; None with ``shard_base``.
+        free_bytes: memory that the device has free; None with ``shard_base`` or if the system does not say.
         checkpoint_bytes: size of one checkpoint.
         disk_bytes: size of all checkpoints that exist at a time.
     """
@@ -66,6 +70,8 @@ class RunPlan:
     segments: int
     checkpointing: str
     compute_dtype: str
+    predicted_bytes: int | None
+    free_bytes: int | None
     checkpoint_bytes: int
     disk_bytes: int
 
@@ -84,14 +90,16 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     check_unfinished(work, identity, force, resume)
     if inputs.manifest is not None:
         check_tensors(inputs.base, inputs.manifest)
-    device = choose_device(config.device)
+    device, is_whole = choose_device(config.device), not config.shard_base
     if config.shard_base:  # the base need not fit one device; on the CPU it is memory-mapped
         inputs = replace(inputs, config=replace(inputs.config, shard_base=False, offload_checkpoints=False))
         device = torch.device("cpu")
     make_current(device)
-    batches = batches_of(inputs)
+    batches, free = batches_of(inputs), free_memory(device)
     model, activations = build(inputs, World(device), batches.largest(world_size()))
-    parameters = Trainable.of(model).values.numel()
+    trainable = Trainable.of(model)
+    parameters = trainable.values.numel()
+    needed = predicted_memory(model.network, parameters, state_bytes(trainable, config), activations)
     steps = total_steps(config, batches)
     one = checkpoint_bytes(config, parameters)
     require_room(work, one, config.keep_checkpoints)
@@ -114,6 +122,8 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         segments=activations.checkpointing.segments,
         checkpointing=str(activations.checkpointing),
         compute_dtype=inputs.config.compute_dtype,
+        predicted_bytes=needed.total if is_whole else None,
+        free_bytes=free if is_whole else None,
         checkpoint_bytes=one,
         disk_bytes=one * (config.keep_checkpoints + 1),
     )

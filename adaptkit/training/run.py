@@ -14,9 +14,10 @@ from torch import Tensor
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError
+from adaptkit.networks.memory import Memory
 from adaptkit.text.windows import pad_id
 from adaptkit.training.data.encoding import prompt_ids
-from adaptkit.training.device import triton_warning
+from adaptkit.training.device import free_memory, memory_warning, triton_warning
 from adaptkit.training.distributed import World
 from adaptkit.training.evaluation.evaluate import mean_loss
 from adaptkit.training.evaluation.generation import generate
@@ -24,7 +25,7 @@ from adaptkit.training.gradients import Gradients
 from adaptkit.training.history import History
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory.activations import PeakMemory, predicted_memory
-from adaptkit.training.memory.optimizer import make_optimizer
+from adaptkit.training.memory.optimizer import make_optimizer, state_bytes
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.pressure import Pressure
 from adaptkit.training.memory.vector import Vector
@@ -81,19 +82,19 @@ class Run:
 
     def __init__(self, inputs: Inputs, folder: Path, note: Callable[[str], None], world: World) -> None:
         self._config, self._inputs, self._folder, self._note = inputs.config, inputs, folder, note
-        self._world = world
-        self._padding = pad_id(inputs.tokenizer, inputs.base)
+        self._world, self._padding = world, pad_id(inputs.tokenizer, inputs.base)
         self.batches = batches_of(inputs)
         self.steps = total_steps(inputs.config, self.batches)
         begin_libraries(inputs.base, world.device, inputs.config.shard_base)
         free_former_network()
-        self._peak = PeakMemory(world.device)
+        self._peak, free = PeakMemory(world.device), free_memory(world.device)
         self.model, self.activations = build(inputs, world, self.batches.largest(world.size))
         inputs.require_base()
-        notes = (*early_warnings(self.model, inputs.config), triton_warning(world.device))
-        for line in filter(None, notes if world.is_first else ()):
-            note(line)
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
+        needed = self._predicted(state_bytes(self.trainable, inputs.config)).total
+        notes = (*early_warnings(self.model, inputs.config), memory_warning(needed, free, world.device))
+        for line in filter(None, (*notes, triton_warning(world.device)) if world.is_first else ()):
+            note(line)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / PAGES_NAME, note)
         pages, offloaded = self.optimizer.state.pages, self.activations.offloaded
@@ -143,9 +144,13 @@ class Run:
 
     def memory(self) -> dict[str, int | None]:
         """Return predicted and measured bytes; see ``TrainReport.memory``."""
-        pages, count = self.optimizer.state.pages, self.trainable.values.numel()
-        expected = predicted_memory(self.model.network, count, pages.slots * pages.page_bytes, self.activations)
+        pages = self.optimizer.state.pages
+        expected = self._predicted(pages.slots * pages.page_bytes)
         return expected.parts() | {"predicted": expected.total, "measured": self._peak.growth()}
+
+    def _predicted(self, optimizer: int) -> Memory:
+        """Return the memory that the run needs, if that many bytes of optimizer state are on the device."""
+        return predicted_memory(self.model.network, self.trainable.values.numel(), optimizer, self.activations)
 
     def chosen(self) -> list[Chosen]:
         """Return the adapter to publish, followed by the other one if it differs."""

@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.hashing import file_sha256, fingerprint, fingerprint_in_pieces
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.checkpoint.progress import size
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.text.windows import pad_id
-from adaptkit.training import loop, result
+from adaptkit.training import loop, result, run
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.device import deterministic
@@ -471,6 +472,44 @@ def test_a_plan_predicts_the_run_and_writes_nothing(config, run_cli, tmp_path):
     done = run_cli(*command(config, tmp_path / "other", "--dry-run", "--json"))
     assert json.loads(done.stdout)["steps"] == 8
     assert not (tmp_path / "other.partial").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"checkpointing": "none", "optimizer": "adamw8bit"},
+        {"checkpointing": "layer", "page_kib": 4, "optimizer_pages_mib": 0.01},
+        {"optimizer": "adamw8bit", "page_kib": 4, "optimizer_pages_mib": 0.02, "rank": 2},
+    ],
+    ids=lambda settings: " ".join(settings),
+)
+def test_a_plan_predicts_the_memory_that_the_run_reports(settings, config, tmp_path):
+    planned = replace(config, **settings)
+    plan = plan_run(planned, tmp_path / "adapter")
+    report = train(planned, tmp_path / "adapter", note=lambda text: None)
+    assert plan.predicted_bytes == report.memory["predicted"]
+    assert report.memory["optimizer"] == report.paging["slots"] * report.paging["page_bytes"]
+    assert plan.free_bytes > plan.predicted_bytes
+
+
+def test_a_plan_does_not_predict_the_memory_of_a_process_with_a_sharded_base(config, run_cli, tmp_path):
+    plan = plan_run(replace(config, shard_base=True, checkpointing="layer"), tmp_path / "adapter")
+    assert (plan.predicted_bytes, plan.free_bytes) == (None, None)
+    told = [run_cli(*command(config, tmp_path / "a", "--dry-run", *more)).stdout for more in ((), ("--shard-base",))]
+    assert [bool(re.search(r"\nmemory +[0-9.]+ [kM]B predicted, [0-9.]+ GB free\n", text)) for text in told] == [1, 0]
+
+
+def test_a_run_that_needs_more_memory_than_is_free_says_so(config, tmp_path, monkeypatch):
+    """A system that kills it would not say why. On a GPU the error names the cause."""
+    plan = plan_run(config, tmp_path / "adapter")
+    for free, warns in ((plan.predicted_bytes - 1, True), (plan.predicted_bytes, False), (None, False)):
+        notes = []
+        monkeypatch.setattr(run, "free_memory", lambda device, free=free: free)
+        train(replace(config, steps=1), tmp_path / "adapter", note=notes.append, force=True)
+        told = [note for note in notes if note.startswith("warning: the run needs about ")]
+        assert len(told) == warns
+        assert all(f"and {size(free)} are available" in note for note in told)
 
 
 def test_a_plan_for_a_sharded_base_refuses_offloading_on_a_cpu_as_the_run_does(config, tmp_path):

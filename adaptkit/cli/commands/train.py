@@ -120,6 +120,9 @@ def _plan_rows(plan: "RunPlan") -> Iterator[Row]:
     if plan.peft_drops:
         yield "peft", plan.peft_drops
     yield "activations", f"{plan.compute_dtype}; {plan.checkpointing}"
+    if plan.predicted_bytes is not None:
+        free = "" if plan.free_bytes is None else f", {size(plan.free_bytes)} free"
+        yield "memory", f"{size(plan.predicted_bytes)} predicted{free}"
     yield "checkpoints", f"{size(plan.checkpoint_bytes)} each, {size(plan.disk_bytes)} at most"
     yield from data_rows(plan.data)
     yield from cut_rows(plan.data, plan.truncated, plan.dropped)

@@ -29,6 +29,12 @@ def page_elements(page_bytes: int, bits: int) -> int:
     return max(1, blocks) * BLOCK
 
 
+def bytes_of_page(elements: int, bits: int) -> int:
+    """Return the size of a page; with 8 bits whole pages of the OS, so that it can reclaim each page separately."""
+    size = moment_bytes(elements, bits)
+    return size if bits == 32 else -(-size // PAGESIZE) * PAGESIZE
+
+
 class PagedState:
     """Two moments for each of ``count`` parameters, initially zero.
 
@@ -51,10 +57,7 @@ class PagedState:
         bits: int = 32,
     ) -> None:
         self.count, self._elements, self._bits = count, elements, bits
-        page_bytes = moment_bytes(elements, bits)
-        if bits == 8:  # rounded up to whole OS pages, so that the OS can reclaim each page separately
-            page_bytes = -(-page_bytes // PAGESIZE) * PAGESIZE
-        self.pages = Pages(-(-count // elements), page_bytes, budget_bytes, device, file)
+        self.pages = Pages(-(-count // elements), bytes_of_page(elements, bits), budget_bytes, device, file)
         scratch = (2, elements) if bits == 8 else (0,)
         self._scratch = torch.empty(scratch, device=device)
 

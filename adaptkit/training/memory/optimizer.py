@@ -11,7 +11,8 @@ from torch import Tensor
 
 from adaptkit.numerics.adamw import STATE_BITS, AdamW
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.memory.moments import PagedState, page_elements
+from adaptkit.training.memory.moments import PagedState, bytes_of_page, page_elements
+from adaptkit.training.memory.paging import slots_within
 from adaptkit.training.memory.parameters import Group, Trainable
 from adaptkit.training.out_of_memory import is_out_of_memory
 
@@ -97,6 +98,22 @@ def _norm(vector: Tensor) -> Tensor:
     return norm
 
 
+def state_bytes(trainable: Trainable, config: TrainConfig) -> int:
+    """Return the bytes of state that ``make_optimizer`` will keep on the device."""
+    bits = STATE_BITS[config.optimizer]
+    elements = page_elements(_page_kib(config, trainable.values.device) * 1024, bits)
+    size = bytes_of_page(elements, bits)
+    return size * slots_within(_budget(config), -(-trainable.values.numel() // elements), size)
+
+
+def _budget(config: TrainConfig) -> int | None:
+    return None if config.optimizer_pages_mib is None else int(config.optimizer_pages_mib * 2**20)
+
+
+def _page_kib(config: TrainConfig, device: torch.device) -> int:
+    return config.page_kib or PAGE_KIB[device.type]
+
+
 def make_optimizer(trainable: Trainable, config: TrainConfig, file: Path, note: Callable[[str], None]) -> PagedAdamW:
     """Create a run's optimizer. If allocating the resident pages runs out of memory, all state is kept on the host.
 
@@ -109,10 +126,9 @@ def make_optimizer(trainable: Trainable, config: TrainConfig, file: Path, note: 
     Raises:
         RuntimeError: out of memory even with a single page on the device.
     """
-    bits = STATE_BITS[config.optimizer]
-    page_kib = config.page_kib or PAGE_KIB[trainable.values.device.type]
-    budget = None if config.optimizer_pages_mib is None else int(config.optimizer_pages_mib * 2**20)
-    values, elements = trainable.values, page_elements(page_kib * 1024, bits)
+    values, bits, budget = trainable.values, STATE_BITS[config.optimizer], _budget(config)
+    page_kib = _page_kib(config, values.device)
+    elements = page_elements(page_kib * 1024, bits)
     make = partial(PagedState, values.numel(), elements, device=values.device, file=file, bits=bits)
     try:
         state = make(budget)

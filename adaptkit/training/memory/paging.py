@@ -55,6 +55,11 @@ class PagingCounters:
     retries: int = 0
 
 
+def slots_within(budget_bytes: int | None, count: int, page_bytes: int) -> int:
+    """Return how many of ``count`` pages the device has room for within a budget; see ``Pages``."""
+    return count if budget_bytes is None else max(1, min(count, budget_bytes // page_bytes))
+
+
 class Pages:
     """Pages of bytes, initially zero.
 
@@ -149,8 +154,7 @@ class Pages:
         return shape | asdict(self.counters)
 
     def _fit(self, budget_bytes: int | None, new: bool) -> None:
-        fit = self.count if budget_bytes is None else budget_bytes // self.page_bytes
-        slots = max(1, min(self.count, fit))
+        slots = slots_within(budget_bytes, self.count, self.page_bytes)
         streaming = 0 if slots == self.count else min(slots, STREAMING[self._device.type])
         wanted = slots - streaming
         self._stream.resize(0)  # first, to free memory; pages in streaming slots are also stored on the host
