@@ -216,11 +216,14 @@ def work(side: str, case: str, threads: int) -> None:
 
     if side == "adaptkit":  # as the command does
         from adaptkit.checkpoint.pages import release_kernel_compiler_pages
-        from adaptkit.heap import keep_few_products, keep_freed_memory
+        from adaptkit.heap import keep_few_products, keep_freed_memory, take_large_pages
+        from adaptkit.machine import share_processors
         from adaptkit.torch_compiler import leave_compiler_out
 
         keep_freed_memory()
         keep_few_products()
+        take_large_pages()
+        share_processors()
         leave_compiler_out()
         release_kernel_compiler_pages()
     import torch
