@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import click
-from click.shell_completion import CompletionItem
 
-from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.typed import declared
-from adaptkit.cli.output import notes
-from adaptkit.cli.progress import byte_progress
+from adaptkit.cli.paths import LocalPath
 
 if TYPE_CHECKING:
     from adaptkit.checkpoint.signing import Signer, Trust
@@ -23,59 +20,9 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-class ArtifactPath(click.ParamType[Path]):
-    """A local folder, or ``org/name[@revision]``, which is downloaded into the Hub's cache."""
-
-    name = "path"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """See ``click.ParamType``."""
-        if not str(value):  # from an unset shell variable; pathlib would take it for the current folder
-            self.fail("the path is empty", param, ctx)
-        asked = ctx.params if ctx else {}
-        return self._found(str(value), bool(asked.get("as_json") or asked.get("quiet")))
-
-    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """See ``click.ParamType``."""
-        return [CompletionItem(incomplete, type="file")]  # the shell completes file names
-
-    def _found(self, text: str, is_silent: bool) -> Path:
-        return fetched(text, is_silent)
-
-
-def fetched(text: str, is_silent: bool) -> Path:
-    """Return the local path of an argument; ``org/name[@revision]`` is downloaded first."""
-    if not _is_on_the_hub(text):
-        return Path(text)  # if it does not exist, the command says so
-    from adaptkit.hub.sources import resolve_source
-
-    with byte_progress("fetch", is_silent) as progress:
-        return resolve_source(text, progress, notes(is_silent))
-
-
-class ConfigPath(ArtifactPath):
-    """A local folder or its ``config.json``; or ``org/name[@revision]``, of which only that file is downloaded."""
-
-    def _found(self, text: str, is_silent: bool) -> Path:
-        path = Path(text)
-        if path.name == CONFIG_NAME and os.path.isfile(path):
-            return path.parent
-        if not _is_on_the_hub(text):
-            return path
-        from adaptkit.hub.sources import resolve_config
-
-        return resolve_config(text, notes(is_silent))
-
-
 def one_of(choices: Iterable[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
     """Return a shell completion for an option whose values the operation, not click, checks."""
     return lambda context, option, begun: [choice for choice in choices if choice.startswith(begun)]
-
-
-def _is_on_the_hub(text: str) -> bool:
-    """Return whether a text has the form of ``org/name[@revision]`` and is not an existing local path."""
-    is_local = text.startswith((".", "/", "~")) or os.path.exists(text)
-    return not is_local and text.partition("@")[0].count("/") == 1
 
 
 class Size(click.ParamType[int]):
@@ -122,20 +69,18 @@ report_options = _together(  # eager: paths may be fetched while they are conver
 )
 
 output_options = _together(
-    click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="Output folder."),
+    click.option("-o", "--output", type=LocalPath(), required=True, help="Output folder."),
     click.option("--force", is_flag=True, help="Overwrite an existing output made by adaptkit."),
     report_options,
 )
 
 report_file_option = click.option(
     "--output-file",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     help="Also write the --json document to this file; not in a dry run.",
 )
 
-html_option = click.option(
-    "--html", type=click.Path(path_type=Path, dir_okay=False), help="Also write the report as an HTML page."
-)
+html_option = click.option("--html", type=LocalPath(dir_okay=False), help="Also write the report as an HTML page.")
 
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="Number of threads. Default: one per processor."

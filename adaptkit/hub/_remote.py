@@ -112,7 +112,7 @@ def check_repo_id(repo_id: str) -> None:
     if looks_like_a_token(repo_id):
         raise UsageError("the repository's name contains a token", hint="use org/name, and put the token into HF_TOKEN")
     if not REPO_ID.fullmatch(repo_id):
-        raise UsageError(f"{repo_id}: not the name of a repository", hint="write it as org/name")
+        raise UsageError(f"{repo_id or repr(repo_id)}: not the name of a repository", hint="write it as org/name")
 
 
 def is_commit(revision: str) -> bool:

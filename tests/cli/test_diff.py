@@ -215,10 +215,22 @@ def test_a_difference_that_cannot_be_measured_is_reported_as_unknown(run_cli, ll
 
 def test_an_empty_path_is_not_the_current_folder(run_cli, adapter):
     """A path is empty, for instance, if it comes from a shell variable that is not set."""
-    for arguments in (("diff", adapter, ""), ("plan", "")):
+    for arguments in (
+        ("diff", adapter, ""),
+        ("diff", adapter, adapter, "--html", ""),
+        ("plan", ""),
+        ("run", ""),
+        ("run", "recipe.yaml", "--output-file", ""),
+        ("evaluate", "--base", adapter, "--data", ""),
+        ("quantize", adapter, "-o", ""),
+        ("quantize", adapter, "-o", "out", "--calibrate", ""),
+        ("train", "-o", "out", "--config", ""),
+        ("verify", adapter, "--parents", ""),
+        ("pull", "org/name", "-o", "out", "--public-key", ""),
+    ):
         done = run_cli(*arguments)
         assert done.code == 2
-        assert "path is empty" in done.stderr
+        assert "path is empty" in done.stderr, arguments
 
 
 def test_numbers_too_large_for_a_float_are_null_in_the_document(adapter, copy_of, run_cli):

@@ -122,6 +122,7 @@ def broken(tmp_path, llama, adapter):
         "no command": ([], 2, "Missing command"),
         "nothing to measure": (["evaluate", "--base", llama], 2, "nothing to evaluate"),
         "nothing to publish": (["publish", "", "org/name"], 2, "the path is empty"),
+        "nowhere to publish": (["publish", llama, ""], 2, "'': not the name of a repository"),
         "no work folder": (["run", "recipe.yaml", "--work", ""], 2, "--work: the path is empty"),
         "unpublishable": (["publish", llama, "org/name"], 3, "adaptkit-manifest.json not found"),
     }
@@ -154,8 +155,8 @@ CASES = [
     "no batch", "no command", "huge seed", "long row",
     "missing folder", "a file", "not a checkpoint", "bad block size", "bad shard size", "unknown option", "no adapter",
     "weights", "infinite weight", "another model", "one to stack", "no such method", "plain base", "no base",
-    "unknown key", "nothing to measure", "unpublishable", "nothing to publish", "no work folder",
-    "equal variables", *(f"{flag} twice" for flag in NAMED),
+    "unknown key", "nothing to measure", "unpublishable", "nothing to publish", "nowhere to publish",
+    "no work folder", "equal variables", *(f"{flag} twice" for flag in NAMED),
 ]  # fmt: skip
 
 

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from adaptkit.cli.options import ArtifactPath, report_options
+from adaptkit.cli.options import report_options
 from adaptkit.cli.output import Row, show
+from adaptkit.cli.paths import ArtifactPath
 from adaptkit.discovery import names
 from adaptkit.operations import targets as registry
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-from adaptkit.cli.options import ArtifactPath, Size, output_options, threads_option
+from adaptkit.cli.options import Size, output_options, threads_option
 from adaptkit.cli.output import counted, show, size
+from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import byte_progress
 
 

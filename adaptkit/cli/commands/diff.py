@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import click
 
 from adaptkit.cli.differences import adapter_rows, checkpoint_rows
-from adaptkit.cli.options import ArtifactPath, html_option, report_options, threads_option
+from adaptkit.cli.options import html_option, report_options, threads_option
 from adaptkit.cli.output import Row, counted, percent, show, span, write_whole
+from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import byte_progress
 from adaptkit.errors import UsageError
 

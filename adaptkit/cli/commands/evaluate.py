@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.measured import CUT, NONE, answer_to, columns, forgetting, remarks, short_label
-from adaptkit.cli.options import ArtifactPath, NamedValue, by_name, html_option, report_options
+from adaptkit.cli.options import NamedValue, by_name, html_option, report_options
 from adaptkit.cli.output import (
     Row,
     check_place,
@@ -22,6 +22,7 @@ from adaptkit.cli.output import (
     torchrun_rank,
     write_whole,
 )
+from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import count_progress
 from adaptkit.text.conversation import LAYOUTS
 from adaptkit.torch_compiler import leave_compiler_out
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from adaptkit.training.evaluation.perplexity import TextReport
     from adaptkit.training.evaluation.report import Answer, EvaluateReport, GenerationReport
 
-_FILE = click.Path(path_type=Path)
+_FILE = LocalPath()
 
 
 @click.command()
@@ -55,7 +56,7 @@ _FILE = click.Path(path_type=Path)
 @click.option(
     "--samples", type=click.IntRange(min=1), help="Maximum number of questions to answer, chosen by the seed."
 )
-@click.option("--samples-file", type=click.Path(path_type=Path, dir_okay=False),
+@click.option("--samples-file", type=LocalPath(dir_okay=False),
               help="Write questions, answers and references to this file, one JSON object per line.")  # fmt: skip
 @click.option("--shots", type=click.IntRange(min=0), default=0, metavar="K",
               help="Also evaluate every base with K examples before each question.")  # fmt: skip

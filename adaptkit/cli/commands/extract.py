@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import ArtifactPath, output_options, threads_option
+from adaptkit.cli.options import output_options, threads_option
 from adaptkit.cli.output import WORST, Row, counted, percent, show, span
+from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import byte_progress
 
 if TYPE_CHECKING:

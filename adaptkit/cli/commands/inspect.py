@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from adaptkit.cli.lineage import mermaid, tree
-from adaptkit.cli.options import ArtifactPath, report_options
+from adaptkit.cli.options import report_options
 from adaptkit.cli.output import Row, say, show, size
+from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import byte_progress
 
 
@@ -17,7 +18,7 @@ from adaptkit.cli.progress import byte_progress
 @click.option("--lineage", is_flag=True, help="Draw the tree of its parents, their parents, and so on.")
 @click.option(
     "--parents",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     multiple=True,
     metavar="DIR",
     help="Where to look for parents: an artifact, or a folder of artifacts. Repeatable.",

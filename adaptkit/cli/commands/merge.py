@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-from adaptkit.cli.options import ArtifactPath, output_options, threads_option, weight_option
+from adaptkit.cli.options import output_options, threads_option, weight_option
 from adaptkit.cli.output import counted, percent, show
+from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import byte_progress
 
 _CHANGED = "the changed weights match those that the adapters were trained on"

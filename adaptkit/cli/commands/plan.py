@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-from adaptkit.cli.options import ConfigPath, report_options
+from adaptkit.cli.options import report_options
 from adaptkit.cli.output import Row, counted, percent, show, size
+from adaptkit.cli.paths import ConfigPath
 
 
 @click.command()

@@ -9,6 +9,7 @@ import click
 
 from adaptkit.cli.options import report_file_option, report_options, signer_with
 from adaptkit.cli.output import Row, check_report_file, counted, notes, show, size, write_report
+from adaptkit.cli.paths import LocalPath
 from adaptkit.cli.progress import byte_progress
 from adaptkit.errors import UsageError
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--tag", help="Tag for the new commit.")
 @click.option("--private", is_flag=True, help="Create the repository as private; an existing public one is rejected.")
 @click.option("--base-model", metavar="ORG/NAME", help="Base named in the model card. Default: from the artifact.")
-@click.option("--sign", "key", type=click.Path(path_type=Path), metavar="KEY", help="Sign the manifest with this key.")
+@click.option("--sign", "key", type=LocalPath(), metavar="KEY", help="Sign the manifest with this key.")
 @click.option(
     "--sign-keyless", is_flag=True, help="Sign it with the identity of the CI job, or of the user who logs in."
 )

@@ -6,6 +6,7 @@ import click
 
 from adaptkit.cli.options import output_options, trust_in
 from adaptkit.cli.output import counted, notes, show, size
+from adaptkit.cli.paths import LocalPath
 from adaptkit.cli.progress import byte_progress
 from adaptkit.hub.parts import PARTS
 
@@ -19,7 +20,7 @@ from adaptkit.hub.parts import PARTS
     help="Part of the artifact to download. Repeatable. Default: all.",
 )
 @click.option("--manifest-sha256", metavar="HASH", help="Required sha256 of the manifest.")
-@click.option("--public-key", type=click.Path(path_type=Path), metavar="FILE", help="Require a signature by this key.")
+@click.option("--public-key", type=LocalPath(), metavar="FILE", help="Require a signature by this key.")
 @click.option("--identity", help="Require a keyless signature by this e-mail address or CI job URI.")
 @click.option("--identity-provider", metavar="URL", help="Provider of that identity.")
 @output_options

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from adaptkit.cli.options import ArtifactPath, Share, Size, html_option, output_options, threads_option
+from adaptkit.cli.options import Share, Size, html_option, output_options, threads_option
 from adaptkit.cli.output import WORST, Row, counted, percent, show, size, write_whole
+from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import byte_progress, count_progress
 from adaptkit.errors import UsageError
 
@@ -35,7 +36,7 @@ _OF_CALIBRATION = ("calibration_tokens", "window", "compensate", "init_adapter",
 )
 @click.option(
     "--calibrate",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     multiple=True,
     metavar="FILE",
     help="Text, or rows as for train: choose constants and codes by the model's activations on it. Repeatable.",
@@ -60,9 +61,7 @@ _OF_CALIBRATION = ("calibration_tokens", "window", "compensate", "init_adapter",
     metavar="RANK",
     help="With --calibrate: also write an adapter that offsets much of the loss, for train --init.",
 )
-@click.option(
-    "--init-adapter-output", type=click.Path(path_type=Path), help="Folder of that adapter.  [default: <output>-init]"
-)
+@click.option("--init-adapter-output", type=LocalPath(), help="Folder of that adapter.  [default: <output>-init]")
 @click.option(
     "--bits-budget",
     type=float,

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import ArtifactPath, output_options, threads_option
+from adaptkit.cli.options import output_options, threads_option
 from adaptkit.cli.output import WORST, Row, counted, percent, show, span
+from adaptkit.cli.paths import ArtifactPath
 
 if TYPE_CHECKING:
     from adaptkit.operations.resize import ResizeReport

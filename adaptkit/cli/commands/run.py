@@ -11,6 +11,7 @@ import click
 
 from adaptkit.cli.options import report_file_option, report_options, signer_with
 from adaptkit.cli.output import check_place, check_report_file, counted, in_turn, say, show, write_report
+from adaptkit.cli.paths import LocalPath
 from adaptkit.cli.progress import StepBar, step_bar
 from adaptkit.cli.release_view import source_text, step_text, summary, table, tree
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("recipe", type=LocalPath())
 @click.option("--work", type=click.Path(file_okay=False), metavar="DIR",
               help="Folder for the outputs of steps. Default: .adaptkit beside the recipe.")  # fmt: skip
 @click.option("--locked", is_flag=True, help="Fail if anything differs from recipe.lock.")
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 )
 @click.option("--verify", is_flag=True, help="Read every byte of sources and kept outputs again.")
 @click.option("--until", metavar="STEP", help="Run only this step and its dependencies.")
-@click.option("--sign", "key", type=click.Path(path_type=Path), metavar="KEY",
+@click.option("--sign", "key", type=LocalPath(), metavar="KEY",
               help="Key for steps with sign: true. Default: the identity of the CI job or of the user.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
-@click.option("--summary", "summary_file", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+@click.option("--summary", "summary_file", type=LocalPath(dir_okay=False), metavar="FILE",
               help="Append a Markdown summary to this file. Default: $GITHUB_STEP_SUMMARY, if set.")  # fmt: skip
 @report_file_option
 @report_options

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import ArtifactPath, one_of, output_options, threads_option, weight_option
+from adaptkit.cli.options import one_of, output_options, threads_option, weight_option
 from adaptkit.cli.output import WORST, Row, counted, percent, show, span
+from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import count_progress
 from adaptkit.discovery import names
 from adaptkit.numerics import stacking

@@ -10,15 +10,9 @@ import click
 from adaptkit.checkpoint.document import read_document
 from adaptkit.checkpoint.pages import release_kernel_compiler_pages
 from adaptkit.checkpoint.typed import Place, build
-from adaptkit.cli.options import (
-    ArtifactPath,
-    InSections,
-    fetched,
-    given,
-    output_options,
-    settings_options,
-)
+from adaptkit.cli.options import InSections, given, output_options, settings_options
 from adaptkit.cli.output import Row, counted, say, show, size, torchrun_rank
+from adaptkit.cli.paths import ArtifactPath, LocalPath, fetched
 from adaptkit.cli.progress import training_progress
 from adaptkit.cli.training_view import batch_lines, cut_rows, data_rows, has_colour
 from adaptkit.errors import UsageError
@@ -33,7 +27,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=InSections)
 @output_options
-@click.option("--config", "config_file", type=click.Path(path_type=Path), help="YAML or JSON file with these options.")
+@click.option("--config", "config_file", type=LocalPath(), help="YAML or JSON file with these options.")
 @click.option("--resume", is_flag=True, help="Resume; fail if there is no checkpoint.")
 @click.option("--dry-run", is_flag=True, help="Check everything and show what would be done; write nothing.")
 @click.option("--show-batch", is_flag=True, help="Print the first batch, with the learned tokens marked, and exit.")

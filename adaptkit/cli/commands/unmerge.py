@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
-from adaptkit.cli.options import ArtifactPath, output_options, threads_option
+from adaptkit.cli.options import output_options, threads_option
 from adaptkit.cli.output import counted, show
+from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import byte_progress
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 import click
 
 from adaptkit.cli.lineage import tree
-from adaptkit.cli.options import ArtifactPath, report_options, threads_option, trust_in
+from adaptkit.cli.options import report_options, threads_option, trust_in
 from adaptkit.cli.output import Row, counted, show, size
+from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import byte_progress
 
 if TYPE_CHECKING:
@@ -19,18 +20,14 @@ if TYPE_CHECKING:
 @click.option("--manifest-sha256", metavar="HASH", help="Required sha256 of the manifest.")
 @click.option(
     "--parents",
-    type=click.Path(path_type=Path),
+    type=LocalPath(),
     multiple=True,
     metavar="DIR",
     help="Also verify its parents, found here: an artifact, or a folder of artifacts. Repeatable.",
 )
 @click.option("--recompute", is_flag=True, help="Rebuild it and its parents from their own parents, and compare.")
-@click.option(
-    "--signature", type=click.Path(path_type=Path), help="Signature file. [default: adaptkit-manifest.sig in PATH]"
-)
-@click.option(
-    "--public-key", type=click.Path(path_type=Path), help="Require a signature by this key; PEM, P-256 and up."
-)
+@click.option("--signature", type=LocalPath(), help="Signature file. [default: adaptkit-manifest.sig in PATH]")
+@click.option("--public-key", type=LocalPath(), help="Require a signature by this key; PEM, P-256 and up.")
 @click.option("--identity", help="Require a keyless signature by this identity, such as an e-mail address.")
 @click.option("--identity-provider", metavar="URL", help="Provider of that identity.")
 @threads_option
