@@ -23,7 +23,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manif
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import replace_file
-from adaptkit.errors import IntegrityError
+from adaptkit.errors import IntegrityError, NetworkError
 from adaptkit.hub.sources import (
     download,
     find_cached,
@@ -169,12 +169,30 @@ def resolve(
         if not files:
             note_if_incomplete(repo, found, note)
         return _material(source, found, {"commit": found.name}, hashes, with_card, progress)
-    now = source.revision if is_commit(source.revision) else find_commit(repo, source.revision, note)
+    now = _revision_commit(source, commit, note)
     on_commit(now)
     here = download(repo, now, progress, note) if fetch else find_complete(repo, now, note)
     if here is None:
         return Material(None, None, size_of(repo, now, note), source.written() | {"commit": now})
     return _material(source, here, {"commit": now}, hashes, with_card, progress)
+
+
+def _revision_commit(source: Source, locked: str | None, note: Callable[[str], None]) -> str:
+    """Return the commit of a repository's revision; if the Hub does not tell, the hint says whether to use the cache.
+
+    Raises:
+        UsageError, ConflictError, AuthenticationError, NetworkError: see ``find_commit``.
+    """
+    if is_commit(source.revision):
+        return source.revision
+    repo = str(source.repo)
+    try:
+        return find_commit(repo, source.revision, note)
+    except NetworkError as error:
+        is_cached = find_cached(repo, locked or source.revision) is not None
+        offered = "or use --offline, for the copy in" if is_cached else "nothing of it is in"
+        error.advise(f"{error.hint}; {offered} huggingface_hub's cache")
+        raise
 
 
 def _material(

@@ -175,6 +175,17 @@ def test_a_release_made_again_from_scratch_has_the_same_bytes(copied):
     assert report["steps"][-1]["facts"]["already_there"]
 
 
+@pytest.mark.parametrize(
+    ("home", "offered"), [(".", "or use --offline, for the copy in"), ("other", "nothing of it is in")]
+)
+def test_in_the_clients_offline_mode_the_hint_says_whether_the_cache_would_do(copied, home, offered):
+    done = copied.run("--until", "loads", HF_HUB_OFFLINE="1", HF_HOME=str(Path(copied.environment["HF_HOME"], home)))
+    assert done.code == 7
+    hint = f"hint: unset HF_HUB_OFFLINE; {offered} huggingface_hub's cache"
+    assert done.stderr.splitlines() == [f"error: {BASE}: huggingface_hub is in offline mode", hint]
+    assert copied.run("--until", "loads", "--offline", HF_HUB_OFFLINE="1").code == 0
+
+
 def test_offline_runs_send_no_requests(copied):
     requests = len(copied.hub.requests)
     for options in (("--until", "loads"), ("--until", "loads", "--locked"), ("--until", "loads", "--dry-run")):
