@@ -76,7 +76,8 @@ def _source(name: str, entry: Any, place: Place) -> Source:
     try:
         check_repo_id(values["repo"])
     except UsageError as error:
-        raise place.at("repo").error(error.message, error.hint) from error
+        hint = "give what follows the @ under the key revision" if "@" in values["repo"] else error.hint
+        raise place.at("repo").error(error.message, hint) from error
     return Source(name, place, **values)
 
 
@@ -170,6 +171,8 @@ def _check_references(step: Step, sources: Mapping[str, Source], steps: Sequence
             raise place.error(f"the step {name!r} makes no artifact", hint=f"to wait for it, write needs: [{name}]")
         if name not in made and name not in sources:
             raise place.error(f"no source or step named {name!r}", hint=nearest(name, {*sources, *made}))
+        if name in made and not taken.made:
+            raise place.error(f"{name!r} is the output of a step, and so has a manifest", hint="use it as it is")
         if taken.takes == "file" and name in made:
             raise place.error(f"{name!r} is a folder; expected a file", hint="name a source that is a file")
     for name in step.needs:

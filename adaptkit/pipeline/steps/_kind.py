@@ -29,6 +29,7 @@ class Input:
         takes: whether it takes folders (checkpoints, adapters) or files.
         words: values that the operation interprets itself, instead of as names.
         with_card: whether the operation also reads a folder's model card.
+        made: whether it may be the output of another step.
         check: raises what the step would raise for a source, before any step is run.
     """
 
@@ -38,6 +39,7 @@ class Input:
     takes: Literal["folder", "file"] = "folder"
     words: tuple[str, ...] = ()
     with_card: bool = False
+    made: bool = True
     check: Callable[[Path], None] = lambda path: None
 
 

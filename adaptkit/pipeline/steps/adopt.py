@@ -12,7 +12,7 @@ def _run(work: Work) -> Outcome:
 
 
 KIND = StepKind(
-    inputs=(Input("adopt", required=True, with_card=True, check=refuse_manifest), Input("base")),
+    inputs=(Input("adopt", required=True, with_card=True, made=False, check=refuse_manifest), Input("base")),
     options=AdoptOptions,
     run=_run,
 )
