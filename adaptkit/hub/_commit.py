@@ -8,10 +8,16 @@ The client never repeats the request. This module does so only after it has read
     the same for a pull request          no parent protects it: retry only if the Hub said that it refused the request
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from adaptkit.errors import AdaptkitError, ConflictError, NetworkError
 from adaptkit.hub import _client
@@ -105,7 +111,21 @@ def _commit(
         )
         return Landed(str(made.oid), made.pr_num)
 
-    return target.hub.once(target.repo_id, commit)
+    with _without_bars():
+        return target.hub.once(target.repo_id, commit)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Hide the client's progress bars during the block, unless HF_HUB_DISABLE_PROGRESS_BARS asks for them."""
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not None or are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _look_again(target: Target) -> Repository | None:

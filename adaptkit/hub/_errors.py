@@ -50,6 +50,7 @@ _XET_SYSTEM = re.compile(r"\(os error (\d+)\)")
 LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that has the permission for this"
 _SETTINGS = "check HF_ENDPOINT, HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE, if they are set"
 _AGAIN = "run the same command again; what is done is not repeated"
+_UTF_8 = "use paths that are valid UTF-8, also in TMPDIR and HF_HOME, or set HF_HUB_DISABLE_XET=1"
 _TEMPORARY = {408, 425, 429}
 
 
@@ -96,6 +97,8 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
         return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)  # a PermissionError without errno is hf_xet's
     if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":  # of a header; the other headers are ASCII
         return AuthenticationError(f"{what}: the token contains invalid characters", hint=LOGIN)
+    if isinstance(error, UnicodeEncodeError):  # of a path, which hf_xet takes only as UTF-8
+        return UsageError(f"{what}: {redact(repr(error.object))} is not valid UTF-8", hint=_UTF_8)
     if _XET_REFUSAL.search(str(error)):
         return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, such as in a container

@@ -1,5 +1,6 @@
 """Environment settings that the Hub's client cannot use, and the errors that it raises for them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,40 @@ def test_an_impossible_token_is_an_authentication_error(cli: Any, artifact: Path
     done = cli("publish", artifact, "me/model", token="hf_\N{LATIN SMALL LETTER E WITH ACUTE}" + "x" * 30)
     assert done.code == 6
     assert "HF_TOKEN" in done.report["hint"]
+
+
+TOKEN = "hf_plantedTokenForTests0123"
+PUBLISHED = """
+import json
+import adaptkit
+from huggingface_hub.utils import are_progress_bars_disabled
+
+adaptkit.publish("artifact", "me/model")
+print(json.dumps({"disabled": are_progress_bars_disabled()}))
+"""
+
+
+@pytest.mark.parametrize("xet", [False, True])
+def test_the_python_function_shows_no_progress_bars_of_the_client(
+    cli: Any, artifact: Path, repository: Any, xet: bool
+) -> None:
+    done = cli(code=PUBLISHED, xet=xet)
+    assert (done.stderr, done.report) == ("", {"disabled": False})
+    assert repository.commits
+    own = {"HF_ENDPOINT": cli.hub.url, "HF_HOME": str(cli.folder / "home"), "HF_TOKEN": TOKEN}
+    asked = own | {"HF_HUB_DISABLE_XET": str(int(not xet)), "HF_HUB_DISABLE_PROGRESS_BARS": "0"}
+    assert cli.run([], asked, PUBLISHED.replace("me/model", "me/other"))[2] != ""
+
+
+def test_a_path_that_is_not_utf_8_gets_a_hint(cli: Any, artifact: Path) -> None:
+    """hf_xet refuses it."""
+    cli("publish", artifact, "me/model", xet=True)
+    name = os.fsdecode(b"pulled\xff")
+    done = cli("pull", "me/model", "-o", name, xet=True)
+    assert (done.code, "is not valid UTF-8" in done.report["message"]) == (2, True), done.report
+    assert "HF_HUB_DISABLE_XET=1" in done.report["hint"]
+    assert not (cli.folder / name).exists()
+    assert cli("pull", "me/model", "-o", name).code == 0
 
 
 @pytest.mark.parametrize("offline", ["0", "1"])

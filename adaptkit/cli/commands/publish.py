@@ -54,8 +54,9 @@ def command(
     The token comes from HF_TOKEN, from `hf auth login`, or from the identity of a CI job (HF_OIDC_RESOURCE); the
     password of a key comes from ADAPTKIT_KEY_PASSWORD.
     """
-    if as_json or quiet or not sys.stderr.isatty():  # before the import, when huggingface_hub reads it
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    is_silent = as_json or quiet or not sys.stderr.isatty()
+    # Set before the import, when huggingface_hub reads it; without it, the function shows no bars.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if is_silent else "0")
     from adaptkit.hub.publish import PublishOptions, PublishReport, publish
 
     if output_file:
