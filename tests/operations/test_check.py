@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 
 import peft
 import peft_adapters
@@ -131,7 +132,9 @@ def test_adapters_that_peft_wrote_load_and_get_at_most_warnings(kind, made):
     case = peft_adapters.make(made, kind)
     assert peft_takes(case.adapter, case.base)
     for base in (None, case.base):
-        assert {finding.level for finding in verdicts(case.adapter, base)["peft"].findings} <= {"warning"}
+        found = verdicts(case.adapter, base)["peft"]
+        assert {finding.level for finding in found.findings} <= {"warning"}
+        assert "target_parameters" not in words(found)
 
 
 @pytest.mark.parametrize("kind", ["resized", "resized_embedding", "resized_tied", "resized_head_tied"])
@@ -250,6 +253,12 @@ MISCONFIGURED = {
     "dora and lora_bias": {"use_dora": True, "lora_bias": True},
     "a name instead of a list": {"target_parameters": "up_proj.weight"},
     "a module, and its weight": {"target_parameters": ["up_proj.weight"]},
+    "a number instead of names": {"target_parameters": 3},
+    "a flag instead of names": {"target_parameters": True},
+    "a list in a list of names": {"target_parameters": [["up_proj.weight"]]},
+    "a number among names": {"target_parameters": ["nothing.weight", 1]},
+    "a vector among the matrices": {"target_parameters": ["norm.weight"]},
+    "vectors among the matrices": {"target_parameters": ["weight"], "target_modules": []},
     "no modules": {"target_modules": None},
     "alpha that is a text": {"lora_alpha": "16"},
     "an untargeted module": {"target_modules": ["q_proj"]},
@@ -315,6 +324,9 @@ LOADED = {
     "no beginnings": {"init_lora_weights": None},
     "a dropout below zero": {"lora_dropout": -1},
     "a saved module that no model has": {"modules_to_save": ["score"]},
+    "no names of parameters": {"target_parameters": {}},
+    "a name of no parameter": {"target_parameters": ["experts.nothing"]},
+    "numbers for names": {"target_parameters": [1]},
 }
 
 
@@ -324,6 +336,17 @@ def test_unusual_configurations_that_peft_loads_are_accepted(case, make, untied)
     configure(folder, **LOADED[case])
     assert peft_takes(folder, untied)
     assert verdicts(folder, untied)["peft"].taken
+
+
+def test_a_name_in_target_parameters_that_no_tensor_is_for_gets_a_warning(make, untied):
+    folder = make()
+    configure(folder, target_parameters=["experts.nothing", "nothing"])
+    for base in (None, untied):
+        assert levels(verdicts(folder, base)["peft"], "experts.nothing and 1 more, but the file has no") == {"warning"}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peft.PeftModel.from_pretrained(peft_adapters.load_float32(untied), folder)
+    assert any("no parameter was matched" in str(warning.message) for warning in caught)
 
 
 def test_patterns_of_a_weight_in_target_parameters_are_those_of_the_parameter(make, untied):

@@ -71,7 +71,7 @@ def values(files: AdapterFiles) -> Iterator[Finding]:
         (config.get("rank_pattern", {}) is None, "rank_pattern", "AttributeError", "set it to {}"),
         (config.get("alpha_pattern", {}) is None, "alpha_pattern", "AttributeError", "set it to {}"),
         (
-            isinstance(config.get("target_parameters"), str),
+            not _are_sortable(config.get("target_parameters")),
             "target_parameters",
             "TypeError",
             "set it to a list of names",
@@ -113,6 +113,14 @@ def _are_patterns(names: Any) -> bool:
     except re.error:
         return False
     return True
+
+
+def _are_sortable(names: Any) -> bool:
+    """Return whether peft can sort the distinct names in ``target_parameters``; it ignores an empty or false value."""
+    try:
+        return not isinstance(names, str) and sorted(set(names or ())) is not None
+    except TypeError:
+        return False
 
 
 def _is_dropout(value: Any) -> bool:

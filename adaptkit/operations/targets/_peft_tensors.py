@@ -28,6 +28,37 @@ def within(name: str, path: str) -> bool:
     return f".{path}.".find(f".{name}.") >= 0
 
 
+def parameters(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
+    """Find names in ``target_parameters`` that no tensor of the file is for, or that are of vectors of the model."""
+    listed = files.config.get("target_parameters")
+    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    modules = [pair.module.replace(".base_layer", "") for pair in files.pairs]
+    has_stack = any(pair.stacked for pair in files.pairs)
+
+    def is_used(name: str) -> bool:
+        owner, _, leaf = name.rpartition(".")
+        return any(f".{module}".endswith(f".{owner}") for module in modules) if owner else has_stack or leaf == "weight"
+
+    unused = [name for name in names if not is_used(name)]
+    if unused:
+        yield Finding(
+            "warning",
+            f"target_parameters in adapter_config.json names {some(unused)}, but the file has no tensor for it",
+            "peft ignores it if the model has no such parameter, and otherwise adds a LoRA with its initial values",
+            "remove it from target_parameters",
+        )
+    shapes = base.tensors if base else {}
+    vectors = [tensor for tensor, shape in shapes.items() if len(shape) not in (2, 3)]
+    vectors = [tensor for tensor in vectors if any(f".{tensor}".endswith(f".{name}") for name in names)]
+    if vectors:
+        yield Finding(
+            "error",
+            f"target_parameters in adapter_config.json names {some(vectors)}, which is neither a matrix nor a stack",
+            "peft fails with ValueError",
+            "remove it, or write a longer name that only the intended parameters end with",
+        )
+
+
 def strays(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
     """Find whole tensors that the model does not have, or has in another shape.
 

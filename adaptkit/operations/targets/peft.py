@@ -56,6 +56,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _rules.ranks(files, "peft fails: size mismatch")
     yield from _targeted(files)
     yield from _missing(files)
+    yield from _peft_tensors.parameters(files, base)
     yield from _peft_tensors.saved_modules(files, base)
     yield from _peft_tensors.trained_rows(files, base)
     yield from _peft_tensors.generates(files, base)
