@@ -2,14 +2,16 @@
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
 from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias, get_type_hints
+from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
 from adaptkit.errors import UsageError
 
 AnyPath: TypeAlias = str | PathLike[str]
+Options = TypeVar("Options")
 
 
 def as_paths(paths: AnyPath | Iterable[AnyPath]) -> tuple[Path, ...]:
@@ -25,6 +27,25 @@ def as_path_or_none(path: AnyPath | None) -> Path | None:
 def as_texts(given: str | Iterable[str]) -> tuple[str, ...]:
     """Return one text or several as a tuple."""
     return (given,) if isinstance(given, str) else tuple(given)
+
+
+def checked_options(given: Options | None, kind: type[Options], name: str = "options") -> Options:
+    """Return the options that a function was given; the defaults if None.
+
+    Args:
+        given: what was given.
+        kind: the class that is expected.
+        name: of the argument, for the message.
+
+    Raises:
+        UsageError: something else was given, such as a dict.
+    """
+    if given is None:
+        return kind()
+    if not isinstance(given, kind):
+        found = f"expected {kind.__name__}, found {type(given).__name__}"
+        raise UsageError(f"{name}: {found}", hint=f"pass adaptkit.{kind.__name__}(...)")
+    return given
 
 
 def path_hint(path: AnyPath) -> str:
@@ -43,6 +64,8 @@ def folder_hint(path: AnyPath) -> str:
 def typed_fields(options: Any) -> None:
     """Convert the numbers and booleans in a frozen dataclass of options to their fields' types, as the CLI does.
 
+    Fields that hold other options are checked.
+
     A manifest distinguishes 1 from 1.0, and cannot hold numpy's scalars.
 
     Raises:
@@ -50,6 +73,9 @@ def typed_fields(options: Any) -> None:
     """
     for name, hint in get_type_hints(type(options)).items():
         given = getattr(options, name)
+        kind, *others = get_args(hint) or (hint,)
+        if given is not None and others == [type(None)] and isinstance(kind, type) and is_dataclass(kind):
+            checked_options(given, kind, name)
         if hint not in _CONVERT or (given is None and hint not in (bool, int, float)):
             continue
         convert, kind = _CONVERT[hint]

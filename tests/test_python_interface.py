@@ -90,6 +90,66 @@ def test_an_option_of_the_wrong_type_is_refused_by_name(options, given, expected
         getattr(adaptkit, options)(**given)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("adopt", ("in", "out")),
+        ("compare", ("in", (), "rows")),
+        ("dequantize", ("in", "out")),
+        ("evaluate", ("in", None, "rows")),
+        ("extract", ("in", "base", "out")),
+        ("merge", ("in", "adapter", "out")),
+        ("plan", ("in",)),
+        ("publish", ("in", "org/name")),
+        ("pull", ("org/name", "out")),
+        ("quantize", ("in", "out")),
+        ("resize", ("in", "out")),
+        ("run", ("recipe.yaml",)),
+        ("stack", (["in", "in"], "out")),
+        ("train", ()),
+        ("verify", ("in",)),
+    ],
+)
+def test_options_of_another_class_are_refused_by_name_before_anything_is_read(name, arguments, tmp_path, monkeypatch):
+    """An empty dict used to count as no options, and others raised an AttributeError, some after work was done."""
+    monkeypatch.chdir(tmp_path)
+    function = getattr(adaptkit, name)
+    key, kind = ("config", "TrainConfig") if name == "train" else ("options", _options_of(name))
+    for given in ({}, {"rank": 2}, "text", adaptkit.DequantizeOptions if name == "dequantize" else 1):
+        with pytest.raises(UsageError, match=rf"^{key}: expected {kind}, found {type(given).__name__}\n") as caught:
+            function(given, "out") if name == "train" else function(*arguments, given)
+        assert caught.value.hint == f"pass adaptkit.{kind}(...)"
+    assert list(tmp_path.iterdir()) == []
+
+
+def _options_of(name):
+    return {"compare": "EvaluateOptions"}.get(name, f"{name.capitalize()}Options")
+
+
+def test_every_function_that_takes_options_is_in_the_test_above():
+    cases = test_options_of_another_class_are_refused_by_name_before_anything_is_read.pytestmark[0].args[1]
+    functions = {name: found for name in adaptkit._PUBLIC if inspect.isfunction(found := getattr(adaptkit, name))}
+    parameters = {name: set(inspect.signature(found).parameters) for name, found in functions.items()}
+    takes = [name for name, found in parameters.items() if found & {"options", "config"}]
+    assert sorted(takes) == [name for name, _ in cases]
+
+
+@pytest.mark.parametrize(
+    ("options", "field", "kind"),
+    [
+        ("PublishOptions", "signer", "Signer"),
+        ("PullOptions", "trust", "Trust"),
+        ("QuantizeOptions", "calibration", "Calibration"),
+        ("QuantizeOptions", "part", "Part"),
+        ("RunOptions", "signer", "Signer"),
+        ("VerifyOptions", "trust", "Trust"),
+    ],
+)
+def test_options_within_options_have_to_be_of_their_class(options, field, kind):
+    with pytest.raises(UsageError, match=rf"^{field}: expected {kind}, found dict\n"):
+        getattr(adaptkit, options)(**{field: {}})
+
+
 def test_numpys_numbers_give_the_same_bytes_as_pythons(llama, adapter, second_adapter, tmp_path):
     """They used to fail with "not JSON serializable"."""
     for name, whole, flag in ("python", int, bool), ("numpy", np.int64, np.bool_):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
-from adaptkit.arguments import AnyPath, as_texts
+from adaptkit.arguments import AnyPath, as_texts, checked_options, typed_fields
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, check_sha256
 from adaptkit.checkpoint.place import check_output
@@ -39,6 +39,7 @@ class PullOptions:
     trust: Trust | None = None
 
     def __post_init__(self) -> None:
+        typed_fields(self)
         object.__setattr__(self, "only", as_texts(self.only))
         check_sha256(self.manifest_sha256)
         if self.revision == "":
@@ -103,7 +104,7 @@ def pull(
         AuthenticationError, NetworkError, UsageError: the Hub refused, did not answer, or has no such revision.
     """
     output = Path(output)
-    options = options or PullOptions()
+    options = checked_options(options, PullOptions)
     repo_id, at, revision = repo_id.partition("@")
     check_repo_id(repo_id)
     if at and options.revision is not None:

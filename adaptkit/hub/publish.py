@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from adaptkit.arguments import AnyPath, path_hint
+from adaptkit.arguments import AnyPath, checked_options, path_hint, typed_fields
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, require_manifest
@@ -59,6 +59,7 @@ class PublishOptions:
     check: bool = False
 
     def __post_init__(self) -> None:
+        typed_fields(self)
         for kind, name in (("branch", self.branch), ("tag", self.tag)):
             if name is not None and (not _REF.fullmatch(name) or is_commit(name)):
                 raise UsageError(f"{name!r} is not a valid {kind} name", hint="use a name such as v1.0")
@@ -139,7 +140,7 @@ def publish(
     if not os.fspath(path):  # Path("") is the current folder
         raise UsageError("the path is empty", hint="give the artifact's folder")
     path = Path(path)
-    options = options or PublishOptions()
+    options = checked_options(options, PublishOptions)
     check_repo_id(repo_id)
     manifest = require_manifest(require_folder(path, path_hint))
     check_artifact(path, manifest, processor_count(), progress)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adaptkit.arguments import AnyPath, typed_fields
+from adaptkit.arguments import AnyPath, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.hashing import Ranges
@@ -125,7 +125,7 @@ def adopt(
         OutputExistsError: the output exists.
     """
     source, output = Path(source), Path(output)
-    options = options or AdoptOptions()
+    options = checked_options(options, AdoptOptions)
     refuse_manifest(source)
     before = _state(source)  # before anything is read, so that what is copied is what is checked
     adapter = read_adapter(source) if is_adapter(source) else None

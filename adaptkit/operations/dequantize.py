@@ -11,7 +11,7 @@ from typing import NoReturn
 import numpy as np
 import xxhash
 
-from adaptkit.arguments import AnyPath, typed_fields
+from adaptkit.arguments import AnyPath, checked_options, typed_fields
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, dtype_name
 from adaptkit.checkpoint.foreign import quantization_found
@@ -121,7 +121,7 @@ def dequantize(
         OutputExistsError: the output exists.
     """
     source, output = Path(source), Path(output)
-    options = options or DequantizeOptions()
+    options = checked_options(options, DequantizeOptions)
     checkpoint = Checkpoint(source)
     names = quantized.quantized_names(checkpoint)
     if not names:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath
+from adaptkit.arguments import AnyPath, checked_options
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import GENERATION_NAME, name_of, read_small, side_files
@@ -81,6 +81,7 @@ def extract(
     Source: Halko, Martinsson and Tropp (arXiv:0909.4061); see ``numerics.randomized`` for the variant.
     """
     tuned, base, output = Path(tuned), Path(base), Path(output)
+    options = checked_options(options, ExtractOptions)
     sources = (Checkpoint(tuned), Checkpoint(base))
     states = [source.state() for source in sources]
     check_output(output, force, [tuned, base])

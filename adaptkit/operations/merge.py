@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from adaptkit.arguments import AnyPath, as_paths
+from adaptkit.arguments import AnyPath, as_paths, checked_options
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.layout import CONFIG_NAME
@@ -57,7 +57,7 @@ def merge(
     """
     base, output = Path(base), Path(output)
     adapters = as_paths(adapters)
-    options = options or MergeOptions()
+    options = checked_options(options, MergeOptions)
     _check_order(base, adapters)
     read = [read_adapter(path) for path in adapters]
     weights = weights_of(read, options.weights)

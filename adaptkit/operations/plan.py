@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from adaptkit.arguments import AnyPath, as_texts, typed_fields
+from adaptkit.arguments import AnyPath, as_texts, checked_options, typed_fields
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
@@ -174,7 +174,7 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
         CheckpointError: the configuration cannot be read, or its sizes are implausible.
     """
     model = Path(model)
-    options = options or PlanOptions()
+    options = checked_options(options, PlanOptions)
     description = Description.read(model)
     dtype = getattr(torch, options.compute_dtype)
     network = empty_network(description, dtype)

@@ -7,7 +7,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath, as_paths, typed_fields
+from adaptkit.arguments import AnyPath, as_paths, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import read_adapter, write_adapter
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
@@ -179,7 +179,7 @@ def stack(
     """
     output = Path(output)
     adapters = as_paths(adapters)
-    options = options or StackOptions()
+    options = checked_options(options, StackOptions)
     if len(adapters) < 2:
         raise UsageError("stack needs at least two adapters", hint="adaptkit stack ADAPTER ADAPTER... -o OUT")
     read = [read_adapter(path) for path in adapters]

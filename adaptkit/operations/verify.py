@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptkit.arguments import AnyPath, as_path_or_none, as_paths, typed_fields
+from adaptkit.arguments import AnyPath, as_path_or_none, as_paths, checked_options, typed_fields
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, check_sha256, require_manifest
@@ -97,7 +97,7 @@ def verify(path: AnyPath, options: VerifyOptions | None = None, *, progress: Pro
         UsageError: a folder or a key cannot be read.
     """
     path = Path(path)
-    options = options or VerifyOptions()
+    options = checked_options(options, VerifyOptions)
     manifest = require_manifest(require_folder(path))
     manifest.require_sha256(options.manifest_sha256, path)
     if options.trust is not None:

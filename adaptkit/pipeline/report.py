@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adaptkit.arguments import as_path_or_none
+from adaptkit.arguments import as_path_or_none, typed_fields
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import UsageError
@@ -34,6 +34,7 @@ class RunOptions:
     signer: Signer | None = None
 
     def __post_init__(self) -> None:
+        typed_fields(self)
         if self.work is not None and not os.fspath(self.work):  # Path("") is the current folder
             raise UsageError("work: the path is empty", hint="name a folder, or leave it out")
         object.__setattr__(self, "work", as_path_or_none(self.work))

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath
+from adaptkit.arguments import AnyPath, checked_options
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError, GateError, IntegrityError, UsageError
 from adaptkit.pipeline.foresight import Foresight, prefix_errors
@@ -46,7 +46,7 @@ def run(
         AdaptkitError: any error of a step's operation, prefixed with the step's name.
     """
     recipe = Path(recipe)
-    options = options or RunOptions()
+    options = checked_options(options, RunOptions)
     read = read_recipe(recipe)
     steps = read.until(options.until) if options.until is not None else list(read.steps.values())
     sending = next((step for step in steps if step.how.sends), None)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath
+from adaptkit.arguments import AnyPath, checked_options
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import Output
@@ -86,7 +86,7 @@ def train(
 
     Source: QLoRA (arXiv:2305.14314); NF4 storage, bfloat16 compute, paged optimizer state.
     """
-    output = Path(output)
+    output, config = Path(output), checked_options(config, TrainConfig, "config")
     check_not_finished(output, force, resume)
     with without_cudnn_attention(), deterministic(config.deterministic), join(config.device) as world:
         # Read inputs only after joining: a process waiting in join() would not see another's error.

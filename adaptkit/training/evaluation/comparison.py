@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from adaptkit.arguments import AnyPath, as_path_or_none, as_paths
+from adaptkit.arguments import AnyPath, as_path_or_none, as_paths, checked_options
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import UsageError
 from adaptkit.networks.model_lock import model_lock
@@ -106,7 +106,7 @@ def compare(
     data = as_paths(data)
     text = as_paths(text)
     reference = as_path_or_none(reference)
-    options = options or EvaluateOptions()
+    options = checked_options(options, EvaluateOptions)
     check_request(data, text, options, reference)
     if not bases:
         raise UsageError("no model to evaluate", hint="give --base FOLDER")

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from adaptkit.arguments import AnyPath, as_path_or_none, as_paths
+from adaptkit.arguments import AnyPath, as_path_or_none, as_paths, checked_options
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.manifest import parent_of
 from adaptkit.errors import NonFiniteError, UsageError
@@ -68,7 +68,7 @@ def evaluate(
     data = as_paths(data)
     text = as_paths(text)
     reference = as_path_or_none(reference)
-    options = options or EvaluateOptions()
+    options = checked_options(options, EvaluateOptions)
     check_request(data, text, options, reference)
     read = None if adapter is None else read_own(adapter)
     if read is not None:
