@@ -1,4 +1,4 @@
-"""The model card that publishing adds, from facts in the artifact's files and the licence in its base's card.
+"""The model card that publishing adds, from facts in the artifact's files, and in its base's configuration and card.
 
 Measurements of a training run are in ``metrics.jsonl``:
 
@@ -103,6 +103,7 @@ def _card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> C
     return CardFacts(
         config=config,
         base=None if licence is None else called,
+        base_config=_base_config(hub, called) if called and licence is not None and manifest.kind == "adapter" else {},
         licence=licence or {},
         figures=read_figures(resolve_inside(root, METRICS_NAME)) if METRICS_NAME in names else (),
         picture=PICTURE_NAME if PICTURE_NAME in names else None,
@@ -136,6 +137,15 @@ def _licence(hub: Hub, base: str, names: Collection[str], is_sure: bool) -> dict
         # It may be a relative link to a file in the base's repository.
         licence["license_link"] = urljoin(redact(f"{hub.api.endpoint}/{base}/blob/main/"), link)
     return licence
+
+
+def _base_config(hub: Hub, base: str) -> dict[str, Any]:
+    """Return the base's ``config.json``; empty if it cannot be read."""
+    with TemporaryDirectory(prefix="adaptkit-base-") as folder:
+        try:
+            return read_config(download(hub, base, None, CONFIG_NAME, Path(folder)))
+        except (UsageError, AuthenticationError, CheckpointError):
+            return {}
 
 
 def read_figures(path: Path) -> list[tuple[str, str]]:

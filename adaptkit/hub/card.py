@@ -1,7 +1,7 @@
 """The model card of an artifact: its kind, its inputs, measurements, options, and how to verify it.
 
-It holds only facts from the artifact's own files and from its base's card, in a fixed order, so the same artifact gives
-the same card. The Hub builds its model tree from ``base_model`` and ``base_model_relation`` in the front matter.
+It holds only facts from the artifact's own files and from its base on the Hub, in a fixed order, so the same artifact
+gives the same card. The Hub builds its model tree from ``base_model`` and ``base_model_relation`` in the front matter.
 """
 
 import json
@@ -21,6 +21,8 @@ from adaptkit.hub._remote import REPO_ID
 _TITLES = {"adapter": "LoRA adapter", "merged": "Merged model", "quantized": "Quantized model"}
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 _YAML = "tag:yaml.org,2002:"
+_OTHER_KINDS = {"auto_map", "audio_config", "text_config", "vision_config"}
+"""Keys in ``config.json`` of models that ``AutoModelForCausalLM`` may not load, or not as they were trained."""
 _WRAPPERS = re.compile(r"(\.token_adapter|\.modules_to_save|\.default|\.base_layer)*\.weight$")
 """The end of the name of a whole tensor in an adapter, after its module."""
 
@@ -32,6 +34,7 @@ class CardFacts:
     Attributes:
         config: ``adapter_config.json`` of an adapter, ``config.json`` of a model.
         base: name of the base on the Hub, if known.
+        base_config: ``config.json`` of an adapter's base; empty if it is unknown.
         licence: licence fields in the front matter of the base's card.
         figures: label and value of each training measurement.
         picture: file name of the training curves, if there is one.
@@ -39,6 +42,7 @@ class CardFacts:
 
     config: Mapping[str, Any] = field(default_factory=dict)
     base: str | None = None
+    base_config: Mapping[str, Any] = field(default_factory=dict)
     licence: Mapping[str, str | list[str]] = field(default_factory=dict)
     figures: Sequence[tuple[str, str]] = ()
     picture: str | None = None
@@ -188,9 +192,12 @@ def _entries(manifest: Manifest) -> int | None:
 
 
 def _generates_text(manifest: Manifest, facts: CardFacts) -> bool:
-    """Whether the configuration says that this is a decoder of text whose code is part of transformers."""
+    """Whether the configuration says that this is a decoder of text whose code is part of transformers.
+
+    An adapter's base is of another kind if it has its own code, or configures a language model among other models.
+    """
     if manifest.kind == "adapter":
-        return facts.config.get("task_type") == "CAUSAL_LM"
+        return facts.config.get("task_type") == "CAUSAL_LM" and not _OTHER_KINDS & set(facts.base_config)
     architectures = facts.config.get("architectures")
     found = architectures if isinstance(architectures, list) else []
     return "auto_map" not in facts.config and any(str(name).endswith("ForCausalLM") for name in found)

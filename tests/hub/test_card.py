@@ -2,9 +2,10 @@
 
 import json
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -187,12 +188,38 @@ def test_figures_are_read_from_metrics_and_malformed_lines_are_refused(tmp_path:
             read_figures(path)
 
 
-def publish_base(cli: Any, folder: Path, card: str = BASE_CARD) -> None:
+def publish_base(
+    cli: Any, folder: Path, card: str = BASE_CARD, files: Mapping[str, str] = MappingProxyType({})
+) -> None:
     """Upload a base with a card to the Hub, as its authors would."""
     (folder / "base").mkdir()
-    (folder / "base" / "README.md").write_text(card)
+    for name, text in {"README.md": card, **files}.items():
+        (folder / "base" / name).write_text(text)
     code = "from huggingface_hub import HfApi; import json; api = HfApi(); api.create_repo('org/base');"
     cli(code=f"{code} print(json.dumps(api.upload_folder(repo_id='org/base', folder_path='base').oid and {{}}))")
+
+
+@pytest.mark.parametrize(
+    ("config", "is_shown"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, True),
+        ({"architectures": ["LlavaForConditionalGeneration"], "text_config": {}, "vision_config": {}}, False),
+        ({"architectures": ["OwnForCausalLM"], "auto_map": {"AutoModelForCausalLM": "own.OwnForCausalLM"}}, False),
+        (None, True),
+        ("no configuration", True),
+    ],
+    ids=["text", "images", "own code", "absent", "malformed"],
+)
+def test_the_code_is_shown_unless_the_base_is_multimodal_or_has_code_of_its_own(
+    cli: Any, artifact: Path, hub: LocalHub, repository: Any, tmp_path: Path, config: Any, is_shown: bool
+) -> None:
+    publish_base(cli, tmp_path, files={} if config is None else {"config.json": json.dumps(config)})
+    done = cli("publish", artifact, "me/model")
+    assert done.code == 0, done.stdout
+    card = card_on(hub, repository)
+    assert ("AutoModelForCausalLM" in card) is is_shown
+    assert ("pipeline_tag" in front_matter(card)) is is_shown
+    assert front_matter(card)["base_model"] == "org/base"
 
 
 def card_on(hub: LocalHub, repository: Any) -> str:
