@@ -190,7 +190,7 @@ def _revision_commit(source: Source, locked: str | None, note: Callable[[str], N
         return find_commit(repo, source.revision, note)
     except NetworkError as error:
         is_cached = find_cached(repo, locked or source.revision) is not None
-        offered = "or use --offline, for the copy in" if is_cached else "nothing of it is in"
+        offered = "or use --offline, for the copy in" if is_cached else "to use --offline, it would have to be in"
         error.advise(f"{error.hint}; {offered} huggingface_hub's cache")
         raise
 

@@ -176,7 +176,8 @@ def test_a_release_made_again_from_scratch_has_the_same_bytes(copied):
 
 
 @pytest.mark.parametrize(
-    ("home", "offered"), [(".", "or use --offline, for the copy in"), ("other", "nothing of it is in")]
+    ("home", "offered"),
+    [(".", "or use --offline, for the copy in"), ("other", "to use --offline, it would have to be in")],
 )
 def test_in_the_clients_offline_mode_the_hint_says_whether_the_cache_would_do(copied, home, offered):
     done = copied.run("--until", "loads", HF_HUB_OFFLINE="1", HF_HOME=str(Path(copied.environment["HF_HOME"], home)))

@@ -117,10 +117,13 @@ def _are_patterns(names: Any) -> bool:
 
 def _are_sortable(names: Any) -> bool:
     """Return whether peft can sort the distinct names in ``target_parameters``; it ignores an empty or false value."""
+    if isinstance(names, str):
+        return False
     try:
-        return not isinstance(names, str) and sorted(set(names or ())) is not None
+        sorted(set(names or ()))
     except TypeError:
         return False
+    return True
 
 
 def _is_dropout(value: Any) -> bool:

@@ -32,14 +32,13 @@ def parameters(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding
     """Find names in ``target_parameters`` that no tensor of the file is for, or that are of vectors of the model."""
     listed = files.config.get("target_parameters")
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
-    modules = [pair.module.replace(".base_layer", "") for pair in files.pairs]
-    has_stack = any(pair.stacked for pair in files.pairs)
-
-    def is_used(name: str) -> bool:
-        owner, _, leaf = name.rpartition(".")
-        return any(f".{module}".endswith(f".{owner}") for module in modules) if owner else has_stack or leaf == "weight"
-
-    unused = [name for name in names if not is_used(name)]
+    if not names:
+        return
+    owners = {name.rpartition(".")[0] for name in names}
+    adapted = {end for pair in files.pairs for end in _ends(pair.module.replace(".base_layer", "")) if end in owners}
+    if "weight" in names or any(pair.stacked for pair in files.pairs):
+        adapted.add("")  # the owner of a name without one
+    unused = [name for name in names if name.rpartition(".")[0] not in adapted]
     if unused:
         yield Finding(
             "warning",
@@ -47,9 +46,9 @@ def parameters(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding
             "peft ignores it if the model has no such parameter, and otherwise adds a LoRA with its initial values",
             "remove it from target_parameters",
         )
-    shapes = base.tensors if base else {}
+    shapes, chosen = base.tensors if base else {}, set(names)
     vectors = [tensor for tensor, shape in shapes.items() if len(shape) not in (2, 3)]
-    vectors = [tensor for tensor in vectors if any(f".{tensor}".endswith(f".{name}") for name in names)]
+    vectors = [tensor for tensor in vectors if not chosen.isdisjoint(_ends(tensor))]
     if vectors:
         yield Finding(
             "error",
@@ -57,6 +56,12 @@ def parameters(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding
             "peft fails with ValueError",
             "remove it, or write a longer name that only the intended parameters end with",
         )
+
+
+def _ends(path: str) -> Iterator[str]:
+    """Iterate over a dotted path and all ends of it."""
+    parts = path.split(".")
+    return (".".join(parts[number:]) for number in range(len(parts)))
 
 
 def strays(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
