@@ -21,7 +21,7 @@ class Memory:
         gradients: their gradients.
         optimizer: the optimizer moments that are resident.
         activations: activations that the layers keep, and their workspace, for the largest batch.
-        logits: one chunk of logits.
+        logits: one chunk of logits, and what the gradient of a trained output layer takes besides ``gradients``.
     """
 
     weights: int
@@ -57,3 +57,16 @@ def rows_at_a_time(vocabulary: int, itemsize: int, in_place: bool = False) -> in
 def logits_bytes(rows: int, vocabulary: int, itemsize: int, in_place: bool = False) -> int:
     """Return the bytes of one chunk of logits, for a batch with ``rows`` positions that may have a loss."""
     return min(rows, rows_at_a_time(vocabulary, itemsize, in_place)) * vocabulary * itemsize
+
+
+def head_gradient_bytes(parameters: int, itemsize: int) -> int:
+    """Return what computing the gradient of a trained output layer takes at its peak, besides ``Memory.gradients``.
+
+    These are the sum over chunks of logits and the gradient of one chunk, both in float32, and that gradient before its
+    conversion from the compute dtype.
+
+    Args:
+        parameters: trained parameters of the layer.
+        itemsize: bytes of the compute dtype.
+    """
+    return parameters * (8 if itemsize == 4 else 8 + itemsize)

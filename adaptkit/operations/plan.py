@@ -7,7 +7,8 @@
     gradients    4 bytes per parameter
     optimizer    8 bytes per parameter, or 2.03 in 8 bits
     activations  measured on a network of fake tensors, by the arithmetic of ``networks.activations``
-    logits       one chunk, whose size depends on the device
+    logits       one chunk, whose size depends on the device; full: and the sum of the output layer's gradients over
+                 chunks, and what computing it takes
 
 On a GPU, copies of the adapter in the compute dtype count as weights, and embedding tables that stay in host memory do
 not; see ``networks.tables``.
@@ -31,7 +32,7 @@ from adaptkit.networks.architecture import Description, empty_network, language_
 from adaptkit.networks.kinds import is_router
 from adaptkit.networks.linears import is_linear
 from adaptkit.networks.matching import matching_targets
-from adaptkit.networks.memory import Memory, logits_bytes
+from adaptkit.networks.memory import Memory, head_gradient_bytes, logits_bytes
 from adaptkit.networks.model_lock import model_lock
 from adaptkit.networks.tables import host_tables
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
@@ -197,7 +198,6 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
     if options.on_gpu and not full:
         weights -= sum(module.weight.numel() * dtype.itemsize for module in host_tables(network, dtype).values())
         weights += trainable * dtype.itemsize if dtype != torch.float32 else 0
-    vocabulary = network.config.get_text_config().vocab_size
     buffers = sum(buffer.nbytes for buffer in network.buffers())
     checkpointing, activations = _activations(network, options, {} if full else dict.fromkeys(targets, options.rank))
     memory = Memory(
@@ -206,7 +206,7 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
         gradients=4 * trainable,
         optimizer=moment_bytes(trainable, STATE_BITS[options.optimizer]),
         activations=activations,
-        logits=logits_bytes(options.batch * (options.seq_len - 1), vocabulary, dtype.itemsize, options.on_gpu),
+        logits=_logits(network, options, dtype),
     )
     return PlanReport(
         model=str(model),
@@ -259,6 +259,15 @@ def _activations(network: Any, options: PlanOptions, ranks: dict[str, int]) -> t
     else:
         chosen = fit_budget(found, sizes, options.offload_checkpoints, less="a smaller --batch or --seq-len")
     return chosen, chosen.bytes_needed(sizes, options.offload_checkpoints)
+
+
+def _logits(network: Any, options: PlanOptions, dtype: torch.dtype) -> int:
+    """Return the bytes of a chunk of logits, and of the output layer's gradient if it is trained."""
+    vocabulary, head = network.config.get_text_config().vocab_size, network.get_output_embeddings()
+    chunk = logits_bytes(options.batch * (options.seq_len - 1), vocabulary, dtype.itemsize, options.on_gpu)
+    if options.method != "full" or head is None:
+        return chunk
+    return chunk + head_gradient_bytes(sum(part.numel() for part in head.parameters()), dtype.itemsize)
 
 
 def _frozen_bytes(

@@ -1,5 +1,7 @@
 """Full fine-tuning trains transformers' own model, and writes a checkpoint with the layout of its base."""
 
+from dataclasses import replace
+
 import peft_adapters
 import pytest
 import tiny
@@ -10,12 +12,15 @@ from transformers import AutoModelForCausalLM
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, ConfigError, NonFiniteError, UsageError
+from adaptkit.numerics.adamw import moment_bytes
+from adaptkit.operations.plan import PlanOptions, plan
 from adaptkit.operations.verify import verify
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.dry_run import plan_run
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
+from adaptkit.training.memory.activations import predicted_memory, save_activations
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.start import add_trainable, resolve_method
@@ -51,6 +56,20 @@ def written(folder, model, config):
     with Output(folder, "plan") as out:
         out.publish(write_result(out, model, config, None, records_of(model.checkpoint, None), None, []))
     return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("family", ["tied", "untied", "phi"])
+def test_plan_and_the_run_predict_the_same_memory_beside_activations(bases, family, dtype):
+    model, config, trainable = begun(bases / family, dtype)
+    kept = save_activations(model.network, replace(config, checkpointing="layer"), (2, 64), CPU)
+    state = moment_bytes(trainable.values.numel(), 32)
+    parts = predicted_memory(model.network, trainable.values.numel(), state, kept).parts()
+    options = PlanOptions(method="full", seq_len=64, batch=2, compute_dtype=dtype, device="cpu")
+    found = dict(plan(bases / family, options).memory)
+    assert parts["logits"] > 8 * model.network.get_output_embeddings().weight.numel()
+    del parts["activations"], found["activations"]
+    assert found == parts
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import AUTO, Checkpointing, LayerSize, measure_layers
 from adaptkit.networks.assembly import find_stack
-from adaptkit.networks.memory import Memory, logits_bytes
+from adaptkit.networks.memory import Memory, head_gradient_bytes, logits_bytes
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory.offload import OffloadedTensors
@@ -32,7 +32,7 @@ class Activations:
         checkpointing: which of its layers are checkpointed.
         bytes: memory that the layers need for the largest batch, saved and temporary; 0 if unknown: the network has no
             stack of layers, its layers cannot be measured, or the base is sharded.
-        logits_bytes: bytes of a chunk of logits.
+        logits_bytes: bytes of a chunk of logits, and of the gradient of a trained output layer.
         offloaded: holds the inputs of segments in host memory; None if they stay on the device.
         network: network that ``shrink`` may checkpoint; None unless the policy is ``auto``.
     """
@@ -79,6 +79,9 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
         logits = logits_bytes(rows * (length - 1), vocabulary, dtype.itemsize, in_place)
     if device.type == "cuda" and not in_place:  # plus a float32 copy of the chunk; a CPU works in small blocks
         logits += logits * 4 // dtype.itemsize
+    if head:
+        trained = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)
+        logits += head_gradient_bytes(trained, dtype.itemsize)
     measured = cache(partial(layer_sizes, network, largest, device))
     room = _room(network, config, device, logits)
     found = choose_checkpointing(network, config.checkpointing, measured, offloaded, room)

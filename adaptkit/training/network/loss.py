@@ -7,6 +7,7 @@ computed before the next chunk: only one chunk of logits exists at a time, and t
 Source: the fused linear cross-entropy of Liger (arXiv:2410.10989), restricted to rows that carry loss.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -138,7 +139,7 @@ class _Loss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, wanted: Tensor, output: OutputLayer, *trained: Tensor) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         wants = any(ctx.needs_input_grad)
-        grads = [torch.zeros_like(side) for side in (hidden, *trained)] if wants else []
+        grads = [torch.zeros_like(hidden)] if wants else []
         rows = _rows(hidden, output.head)
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows].detach().requires_grad_(wants)
@@ -149,9 +150,8 @@ class _Loss(torch.autograd.Function):
             total += _chunk_loss(chunk, wanted[start : start + len(part)], wants)
             if wants:
                 found = torch.autograd.grad(logits, (part, *trained), chunk)
-                grads[0][start : start + len(part)] = found[0]
-                for grad, more in zip(grads[1:], found[1:], strict=True):
-                    grad += more
+                _add(grads, found, start, trained)
+                del found
             del logits, chunk  # free them before the next ones are allocated
         ctx.grads = grads
         return total
@@ -161,6 +161,18 @@ class _Loss(torch.autograd.Function):
         hidden, *trained = (grad.mul_(grads[0]) for grad in ctx.grads)
         del ctx.grads
         return hidden, None, None, *trained
+
+
+def _add(grads: list[Tensor], found: Sequence[Tensor], start: int, trained: Sequence[Tensor]) -> None:
+    """Add a chunk's gradients: those of its rows, from ``start``, and those of the trained parameters.
+
+    The sums of the latter are allocated here, since the chunk's graph has freed its copies of these parameters by now.
+    """
+    grads[0][start : start + len(found[0])] = found[0]
+    if start == 0:
+        grads += [torch.zeros_like(side) for side in trained]
+    for grad, more in zip(grads[1:], found[1:], strict=True):
+        grad += more
 
 
 def _rows(hidden: Tensor, head: Any) -> int:

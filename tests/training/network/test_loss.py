@@ -3,17 +3,20 @@
 import pytest
 import tiny
 import torch
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptkit.networks.activations import Checkpointing
+from adaptkit.networks.activations import Alive, Checkpointing
+from adaptkit.networks.memory import head_gradient_bytes
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network import loss
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
+from adaptkit.training.network.whole import hold
 
 VOCABULARY = 320
 
@@ -271,3 +274,21 @@ def test_a_row_of_only_minus_infinity_has_neither_a_finite_loss_nor_a_finite_gra
         found = loss._chunk_loss(logits, wanted, True)
         assert torch.equal(found.double(), expected.detach()) or (found.isnan() and expected.isnan())
         assert torch.equal(logits.isfinite(), exact.grad.isfinite())
+
+
+@pytest.mark.parametrize(("dtype", "chunks"), [("bfloat16", 4), ("float32", 4), ("bfloat16", 1)])
+def test_a_trained_output_layer_takes_no_more_memory_than_is_predicted(families, monkeypatch, dtype, chunks):
+    """Its gradients besides ``grad``: the sum over chunks, and what computing that of one chunk takes."""
+    rows, compute = 4, getattr(torch, dtype)
+    monkeypatch.setattr(loss, "_rows", lambda hidden, head: rows)
+    model = load_model(families["phi"], compute, torch.device("cpu"))
+    head = model.network.lm_head
+    hold(head, "weight", nn.Parameter(head.weight.detach().float()), compute)
+    hidden = torch.randn(rows * chunks, head.in_features, dtype=compute, requires_grad=True)
+    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    with Alive([hidden, *head.parameters()]) as alive:
+        loss._Loss.apply(hidden, torch.arange(len(hidden)), model.output_layer, *trained)
+    beside = 2 * hidden.nbytes + rows * VOCABULARY * compute.itemsize
+    predicted = head_gradient_bytes(sum(parameter.numel() for parameter in trained), compute.itemsize)
+    assert alive.peak <= 1.02 * predicted + beside
+    assert chunks == 1 or alive.peak > 0.9 * predicted
