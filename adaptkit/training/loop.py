@@ -23,6 +23,7 @@ from adaptkit.checkpoint.layout import METRICS_NAME, PICTURE_NAME
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.errors import AdaptkitError
+from adaptkit.heap import return_freed_memory
 from adaptkit.networks.model_lock import model_lock
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data
@@ -124,6 +125,7 @@ def _train_on_rank_zero(
         run = _create_run(inputs, out, note, world)
         with trackers(inputs.config, identity, run.resumed_from) as opened:
             run.train(on_step, opened)
+        return_freed_memory()  # of the activations: publishing then adds nothing to the peak
         inputs.require_base()
         kept, *others = run.chosen()
         records = records_of(run.model.checkpoint, inputs.manifest)
