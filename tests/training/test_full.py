@@ -1,13 +1,16 @@
 """Full fine-tuning trains transformers' own model, and writes a checkpoint with the layout of its base."""
 
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import peft_adapters
 import pytest
 import tiny
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.reader import Checkpoint
@@ -22,6 +25,7 @@ from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
 from adaptkit.training.memory.activations import predicted_memory, save_activations
 from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.network.adapt import parameter_places, train_whole
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.start import add_trainable, resolve_method
 from adaptkit.training.result import records_of, write_result
@@ -56,6 +60,18 @@ def written(folder, model, config):
     with Output(folder, "plan") as out:
         out.publish(write_result(out, model, config, None, records_of(model.checkpoint, None), None, []))
     return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_base_does_not_stay_in_memory_beside_the_trained_weights(tmp_path):
+    sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 8}
+    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=2048)).bfloat16().save_pretrained(tmp_path)
+    model = load_model(tmp_path, torch.bfloat16, CPU)
+    train_whole(model, parameter_places(model))
+    file = tmp_path / "model.safetensors"
+    found = re.findall(rf"^\S+ .* {file}\n(?:\w+:.*\n)*?Rss: *(\d+) kB", Path("/proc/self/smaps").read_text(), re.M)
+    assert found
+    assert sum(map(int, found)) * 1024 < file.stat().st_size / 10
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

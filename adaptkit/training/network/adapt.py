@@ -129,6 +129,7 @@ def train_whole(
                 is_same = torch.equal(values.get(other, value), value)
                 if other != name and is_same and (together or other in names):
                     model.whole[other] = _train_linear(model, other, places[other], value, model.whole[name])
+            model.checkpoint.release_pages(value)
             continue
         old = place.module._parameters[place.child]
         _check_shape(name, value, tuple(old.shape))  # type: ignore[union-attr]
@@ -144,6 +145,7 @@ def train_whole(
                     # torch gives the row of padding_idx no gradient, but that token may also be the end token of an
                     # answer. Padding positions get no gradient anyway: they carry no loss.
                     at.module.padding_idx = None
+        model.checkpoint.release_pages(value)  # the values of a 16-bit base were copied, and are not read again
 
 
 def _train_linear(model: Model, name: str, place: ParameterPlace, value: Tensor, tied: Whole | None = None) -> Whole:
