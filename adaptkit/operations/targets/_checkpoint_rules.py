@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
-from adaptkit.operations.targets._target import Finding, some
+from adaptkit.operations.targets._target import Finding, error_about, some
 
 
 def quantization(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
@@ -41,13 +41,12 @@ def storage(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
 def stacks(files: CheckpointFiles, effect: str) -> Iterator[Finding]:
     """Find quantized stacks of experts, which only adaptkit writes."""
     names = [packed.name for packed in files.packed if packed.is_stack]
-    if names:
-        yield Finding(
-            "error",
-            f"{some(names)}: quantized stack of experts",
-            f"{effect}; only adaptkit loads them",
-            f"quantize the original with --moe keep, or run adaptkit dequantize {files.root} -o OUT",
-        )
+    yield from error_about(
+        names,
+        "quantized stack of experts",
+        f"{effect}; only adaptkit loads them",
+        f"quantize the original with --moe keep, or run adaptkit dequantize {files.root} -o OUT",
+    )
 
 
 def beside(files: CheckpointFiles, reader: str) -> Iterator[Finding]:

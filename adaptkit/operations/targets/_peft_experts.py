@@ -14,7 +14,7 @@ from adaptkit.operations._roles import expert_count
 from adaptkit.operations.targets import _peft_config, _scalings
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
 from adaptkit.operations.targets._base_shapes import BaseShapes
-from adaptkit.operations.targets._target import Finding, some
+from adaptkit.operations.targets._target import Finding, error_about, some
 
 ONE_EXPERT = re.compile(r"(?P<stack>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<part>\w+)")
 """Module path of a single expert's matrix."""
@@ -36,13 +36,12 @@ def swapped(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
 
     stacked = (pair for pair in files.pairs if pair.stacked)
     found = [pair.module for pair in stacked if writes_transposed_experts(files.config, is_transposed(pair))]
-    if found:
-        yield Finding(
-            "error",
-            f"{some(found)}: stack of experts in the layout of peft {files.config.get('peft_version') or '0.17'}",
-            "current peft swaps input and output: it fails, or computes wrong results if the matrices are square",
-            files.merge(),
-        )
+    yield from error_about(
+        found,
+        f"stack of experts in the layout of peft {files.config.get('peft_version') or '0.17'}",
+        "current peft swaps input and output: it fails, or computes wrong results if the matrices are square",
+        files.merge(),
+    )
 
 
 def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
@@ -93,13 +92,9 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
     yield from _parts(files, numbers, drops)
     count = (expert_count(base.config) if base else None) or 1 + max(max(there) for there in numbers.values())
     lacking = [f"{stack} ({part})" for (stack, part), there in numbers.items() if len(there) < count]
-    if lacking:
-        yield Finding(
-            "error",
-            f"{some(lacking)}: not all of {count} experts have a pair of matrices",
-            "peft fails: size mismatch",
-            files.merge(),
-        )
+    yield from error_about(
+        lacking, f"not all of {count} experts have a pair of matrices", "peft fails: size mismatch", files.merge()
+    )
 
 
 def beside(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
@@ -107,13 +102,12 @@ def beside(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
     family = (base.model_type if base else None) or ""
     modules = [pair.module for pair in files.pairs if not pair.stacked and not ONE_EXPERT.fullmatch(pair.module)]
     taken = mistaken_for_experts(family, modules)
-    if taken:
-        yield Finding(
-            "error",
-            f"{some(taken)}: not an expert, but named like the experts of {family}",
-            f"peft stacks everything with such a name; {drops}",
-            files.merge(),
-        )
+    yield from error_about(
+        taken,
+        f"not an expert, but named like the experts of {family}",
+        f"peft stacks everything with such a name; {drops}",
+        files.merge(),
+    )
 
 
 def _parts(files: AdapterFiles, numbers: defaultdict[tuple[str, str], set[int]], drops: str) -> Iterator[Finding]:
@@ -123,13 +117,12 @@ def _parts(files: AdapterFiles, numbers: defaultdict[tuple[str, str], set[int]],
         for stack, _ in numbers
     }
     alone = [stack for stack, there in halves.items() if len(set(there)) > 1]
-    if alone:
-        yield Finding(
-            "error",
-            f"{some(alone)}: only one of gate and up of the experts",
-            "peft fails, since the model stores both in one matrix",
-            files.merge(),
-        )
+    yield from error_about(
+        alone,
+        "only one of gate and up of the experts",
+        "peft fails, since the model stores both in one matrix",
+        files.merge(),
+    )
     both = [stack for stack, there in halves.items() if all(there)]
     if both and not any(part in DOWNS for _, part in numbers):
         yield Finding("error", f"{some(both)}: gate and up of the experts, but no down", drops, files.merge())

@@ -12,7 +12,7 @@ from adaptkit.checkpoint._adapter_keys import PREFIX
 from adaptkit.operations.targets import _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Key
 from adaptkit.operations.targets._base_shapes import BaseShapes
-from adaptkit.operations.targets._target import Finding, some
+from adaptkit.operations.targets._target import Finding, error_about, some
 
 _HEADS = ("score", "classifier")
 _BY_TASK = {"SEQ_CLS": _HEADS, "TOKEN_CLS": _HEADS, "QUESTION_ANS": ("qa_outputs",)}
@@ -169,13 +169,12 @@ def _lacking(files: AdapterFiles, base: BaseShapes) -> Iterator[Finding]:
     names = {key.name for key in files.keys}
     wanted = [f"{PREFIX}{name}" for name in base.tensors if name.startswith(tuple(modules))]
     lacking = [name for name in wanted if name not in names] if modules else []
-    if lacking:
-        yield Finding(
-            "error",
-            f"{some(lacking)}: not in the file, although modules_to_save or task_type asks for its module",
-            "peft fails with KeyError",
-            "remove the module from modules_to_save, or save the adapter again with peft",
-        )
+    yield from error_about(
+        lacking,
+        "not in the file, although modules_to_save or task_type asks for its module",
+        "peft fails with KeyError",
+        "remove the module from modules_to_save, or save the adapter again with peft",
+    )
 
 
 def trained_rows(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
@@ -190,13 +189,12 @@ def trained_rows(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Findi
         )
     indices = {key: found for key in rows if (found := _indices(files, key)) is not None}
     wrong = [key.name for key, found in indices.items() if key.shape[:1] != (len(found),)]
-    if wrong:
-        yield Finding(
-            "error",
-            f"{some(wrong)}: the number of rows differs from trainable_token_indices in adapter_config.json",
-            "peft fails: size mismatch",
-            "save the adapter again with peft",
-        )
+    yield from error_about(
+        wrong,
+        "the number of rows differs from trainable_token_indices in adapter_config.json",
+        "peft fails: size mismatch",
+        "save the adapter again with peft",
+    )
     for key, found in indices.items():
         entries = _entries(files, base, key)
         beyond = [index for index in found if isinstance(index, int) and entries and not 0 <= index < entries]

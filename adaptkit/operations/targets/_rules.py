@@ -9,7 +9,7 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.vocabulary import is_usual_head
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair, is_positive
 from adaptkit.operations.targets._base_shapes import BaseShapes, is_single_expert
-from adaptkit.operations.targets._target import Finding, some
+from adaptkit.operations.targets._target import Finding, error_about, some
 
 ONE_SAVE = "save the adapter again with peft, so that adapter_config.json and adapter_model.safetensors match"
 _TABLE = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|wte|embed_in|word_embeddings)(\.token_adapter)?$")
@@ -118,8 +118,7 @@ def numbers(files: AdapterFiles, effect: str) -> Iterator[Finding]:
 def halves(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     """Find A without B, or B without A."""
     alone = [half.name for pair in files.pairs for half in (pair.a, pair.b) if half and not (pair.a and pair.b)]
-    if alone:
-        yield Finding("error", f"{some(alone)}: the other half of its lora_A/lora_B pair is missing", effect, ONE_SAVE)
+    yield from error_about(alone, "the other half of its lora_A/lora_B pair is missing", effect, ONE_SAVE)
 
 
 def convolutions(files: AdapterFiles, program: str) -> Iterator[Finding]:
@@ -132,13 +131,12 @@ def convolutions(files: AdapterFiles, program: str) -> Iterator[Finding]:
 
 def wrapped(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     """Find names changed by ``torch.compile``, data parallelism, sharding, or a second peft wrapper."""
-    if files.wrapped:
-        yield Finding(
-            "error",
-            f"{some(files.wrapped)}: the name contains that of a wrapper around the model",
-            effect,
-            f"run adaptkit resize {files.root} -o OUT --rank R, which writes peft's names if it recognizes these",
-        )
+    yield from error_about(
+        files.wrapped,
+        "the name contains that of a wrapper around the model",
+        effect,
+        f"run adaptkit resize {files.root} -o OUT --rank R, which writes peft's names if it recognizes these",
+    )
 
 
 def ranks(files: AdapterFiles, effect: str) -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from adaptkit.operations._roles import expert_count
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._peft_experts import ONE_EXPERT
-from adaptkit.operations.targets._target import Finding, some
+from adaptkit.operations.targets._target import Finding, error_about
 
 
 def all_or_none(files: AdapterFiles, base: BaseShapes | None, effect: str) -> Iterator[Finding]:
@@ -39,5 +39,4 @@ def all_or_none(files: AdapterFiles, base: BaseShapes | None, effect: str) -> It
         (lacking, "only some of the experts, or of their gate, up and down projections, have pairs"),
         (uneven, "experts with different ranks"),
     ):
-        if found:
-            yield Finding("error", f"{some(found)}: {what}", effect, files.merge())
+        yield from error_about(found, what, effect, files.merge())

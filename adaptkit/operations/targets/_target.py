@@ -1,6 +1,6 @@
 """A target: a program, and how it handles an adapter's or a checkpoint's files."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,6 +40,12 @@ class Target:
     reader: str
     adapter: Callable[[AdapterFiles, BaseShapes | None], Iterable[Finding]]
     checkpoint: Callable[[CheckpointFiles], Iterable[Finding]]
+
+
+def error_about(names: Collection[str], what: str, effect: str, change: str) -> Iterator[Finding]:
+    """Yield an error about tensors or modules, whose names begin its ``found``; nothing if there are no names."""
+    if names:
+        yield Finding("error", f"{some(names)}: {what}" if what else some(names), effect, change)
 
 
 def some(names: Collection[str]) -> str:

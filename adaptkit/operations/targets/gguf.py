@@ -18,7 +18,7 @@ from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
 from adaptkit.operations.targets._rules import VARIANTS
 from adaptkit.operations.targets._single_experts import all_or_none
-from adaptkit.operations.targets._target import Finding, Target, some
+from adaptkit.operations.targets._target import Finding, Target, error_about, some
 
 _METHODS = {"bitnet", "fp8", "gptq", "compressed-tensors", "modelopt", "mxfp4"}
 _NVFP4 = "nvfp4-pack-quantized"
@@ -98,18 +98,13 @@ def _scaling(files: AdapterFiles) -> Iterator[Finding]:
 def _names(files: AdapterFiles) -> Iterator[Finding]:
     others = [key.name for key in files.keys if key.role not in _PLAIN]
     norms = [name for name in others if _NORM.search(name)]
-    if norms:
-        yield Finding(
-            "error",
-            some(norms),
-            "convert_lora_to_gguf.py writes norms, but llama.cpp silently skips them",
-            files.merge(),
-        )
+    yield from error_about(
+        norms, "", "convert_lora_to_gguf.py writes norms, but llama.cpp silently skips them", files.merge()
+    )
     rest = [name for name in others if name not in norms]
-    if rest:
-        yield Finding(
-            "error", some(rest), "convert_lora_to_gguf.py fails on tensors other than lora_A and lora_B", files.merge()
-        )
+    yield from error_about(
+        rest, "", "convert_lora_to_gguf.py fails on tensors other than lora_A and lora_B", files.merge()
+    )
     if files.keys and not others and (files.config.get("use_dora") or files.saved):
         yield Finding(
             "error",
@@ -121,13 +116,9 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
 
 def _modules(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     stacked = _rules.experts(files)
-    if stacked:
-        yield Finding(
-            "error",
-            f"{some(stacked)}: stack of experts (target_parameters)",
-            "convert_lora_to_gguf.py cannot map the name",
-            files.merge(),
-        )
+    yield from error_about(
+        stacked, "stack of experts (target_parameters)", "convert_lora_to_gguf.py cannot map the name", files.merge()
+    )
     if files.config.get("fan_in_fan_out") or (base is not None and base.is_transposed):
         yield Finding(
             "error",

@@ -18,7 +18,7 @@ from adaptkit.operations.targets import _checkpoint_rules, _peft_config, _peft_e
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
-from adaptkit.operations.targets._target import Finding, Target, some
+from adaptkit.operations.targets._target import Finding, Target, error_about, some
 
 _TYPES = {
     "ADALORA", "ADAMSS", "ADAPTION_PROMPT", "BEFT", "BOFT", "C3A", "CARTRIDGE", "CPT", "DEFT", "DELORA", "FOURIERFT",
@@ -82,13 +82,12 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
 
 def _names(files: AdapterFiles) -> Iterator[Finding]:
     foreign = [key.name for key in files.keys if not key.name.startswith(PREFIX)]
-    if foreign:
-        yield Finding(
-            "error",
-            f"{some(foreign)}: the name does not begin with {PREFIX}",
-            f"{_DROPS} (if all names are like this, peft warns once and loads no tensors)",
-            f"run adaptkit resize {files.root} -o OUT --rank R, which writes peft's names if it recognizes these",
-        )
+    yield from error_about(
+        foreign,
+        f"the name does not begin with {PREFIX}",
+        f"{_DROPS} (if all names are like this, peft warns once and loads no tensors)",
+        f"run adaptkit resize {files.root} -o OUT --rank R, which writes peft's names if it recognizes these",
+    )
     has_more = any(files.config.get(key) for key in _MORE_TENSORS)
     unread = [key for key in files.keys if key.role == "other" and key.name not in foreign]
     unread = [key for key in unread if not (has_more and ".lora_" in key.name)]
@@ -98,8 +97,7 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
         for key in files.keys
         if key.role in ("weight", "bias") and _peft_tensors.SAVED_WRAPPER.search(key.name)
     ]
-    if other:
-        yield Finding("error", some(other), _DROPS, "remove it, or load it with the program that wrote it")
+    yield from error_about(other, "", _DROPS, "remove it, or load it with the program that wrote it")
     for role, key, what in (
         ("magnitude", "use_dora", "magnitudes of DoRA"),
         ("bias of B", "lora_bias", "biases of lora_B"),
@@ -168,21 +166,16 @@ def _missing(files: AdapterFiles) -> Iterator[Finding]:
 def _kernels(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     kind = (base.model_type if base else None) or ""
     refused = [pair.module for pair in files.pairs if is_read_by_kernels(kind, pair.module)]
-    if refused:
-        yield Finding(
-            "error",
-            some(refused),
-            f"peft rejects an adapter there, since kernels of {kind} read the weight directly",
-            files.merge(),
-        )
+    yield from error_about(
+        refused, "", f"peft rejects an adapter there, since kernels of {kind} read the weight directly", files.merge()
+    )
     passed = [pair.module for pair in files.pairs if is_never_called(kind, pair.module)]
-    if passed:
-        yield Finding(
-            "error",
-            some(passed),
-            f"peft's adapter there has no effect, since {kind} reads the weight directly and never calls the module",
-            files.merge(),
-        )
+    yield from error_about(
+        passed,
+        "",
+        f"peft's adapter there has no effect, since {kind} reads the weight directly and never calls the module",
+        files.merge(),
+    )
 
 
 def _unsupported(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
@@ -255,13 +248,12 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
             "quantize with a --block-size that divides the row length, or exclude these modules with --skip",
         )
     experts = [packed.name for packed in files.packed if packed.is_expert]
-    if experts:
-        yield Finding(
-            "error",
-            f"{some(experts)}: quantized expert",
-            "transformers 5 keeps experts in 16-bit stacks and fails on packed ones",
-            f"quantize the original with --moe keep, or run adaptkit dequantize {files.root} -o OUT",
-        )
+    yield from error_about(
+        experts,
+        "quantized expert",
+        "transformers 5 keeps experts in 16-bit stacks and fails on packed ones",
+        f"quantize the original with --moe keep, or run adaptkit dequantize {files.root} -o OUT",
+    )
     yield from _checkpoint_rules.model(
         files, "transformers initializes it at random, with a warning", "transformers fails: the shapes differ"
     )

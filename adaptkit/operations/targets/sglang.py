@@ -20,7 +20,7 @@ from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
 from adaptkit.operations.targets._rules import VARIANTS
-from adaptkit.operations.targets._target import Finding, Target, some
+from adaptkit.operations.targets._target import Finding, Target, error_about, some
 
 _ADDED = "added_tokens.json"
 _LAYER = re.compile(r"layers\.\d+\.")
@@ -119,41 +119,34 @@ def _scaling(files: AdapterFiles) -> Iterator[Finding]:
 
 def _names(files: AdapterFiles) -> Iterator[Finding]:
     stray = files.named("bias", "bias of B", *(() if files.config.get("use_dora") else ("magnitude",)))
-    if stray:
-        yield Finding(
-            "error",
-            some(stray),
-            "SGLang treats every tensor that is not lora_A as lora_B, and fails on the shape or computes wrong results",
-            files.merge(),
-        )
+    yield from error_about(
+        stray,
+        "",
+        "SGLang treats every tensor that is not lora_A as lora_B, and fails on the shape or computes wrong results",
+        files.merge(),
+    )
     whole = files.named("weight", "token rows")
-    if whole:
-        yield Finding(
-            "error",
-            some(whole),
-            "SGLang does not support tensors that replace the base's: it silently drops those of embeddings and heads, "
-            "and fails on others",
-            files.merge(),
-        )
+    yield from error_about(
+        whole,
+        "",
+        "SGLang does not support tensors that replace the base's: it silently drops those of embeddings and heads, "
+        "and fails on others",
+        files.merge(),
+    )
     pairs = [half.name for pair in files.pairs for half in (pair.a, pair.b) if half]
     lost = [name for name in pairs if not _LAYER.search(name) and not any(table in name for table in _TABLES)]
     lost += _unnamed_tables(files)
-    if lost:
-        yield Finding(
-            "error",
-            some(lost),
-            "SGLang silently drops it: it looks for layers.N. in names, and for embed_tokens and lm_head if "
-            "target_modules has them",
-            files.merge(),
-        )
+    yield from error_about(
+        lost,
+        "",
+        "SGLang silently drops it: it looks for layers.N. in names, and for embed_tokens and lm_head if "
+        "target_modules has them",
+        files.merge(),
+    )
     other = files.named("other")
-    if other:
-        yield Finding(
-            "error",
-            some(other),
-            "SGLang sorts tensors by parts of their names, and cannot place this one",
-            files.merge(),
-        )
+    yield from error_about(
+        other, "", "SGLang sorts tensors by parts of their names, and cannot place this one", files.merge()
+    )
 
 
 def _unnamed_tables(files: AdapterFiles) -> list[str]:
@@ -194,14 +187,12 @@ def _fused(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
 
 def _experts(files: AdapterFiles) -> Iterator[Finding]:
     stacked = _rules.experts(files)
-    if stacked:
-        yield Finding(
-            "error",
-            f"{some(stacked)}: stack of experts (target_parameters)",
-            "SGLang does not support such names: it needs one pair of matrices per expert, or three-dimensional "
-            "tensors",
-            files.merge(),
-        )
+    yield from error_about(
+        stacked,
+        "stack of experts (target_parameters)",
+        "SGLang does not support such names: it needs one pair of matrices per expert, or three-dimensional tensors",
+        files.merge(),
+    )
     single = _rules.single_experts(files)
     if single:
         yield Finding(

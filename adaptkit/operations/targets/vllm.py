@@ -15,7 +15,7 @@ from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
 from adaptkit.operations.targets._rules import VARIANTS
 from adaptkit.operations.targets._single_experts import all_or_none
-from adaptkit.operations.targets._target import Finding, Target, some
+from adaptkit.operations.targets._target import Finding, Target, error_about, some
 
 _RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _DEFAULT_RANK = 16
@@ -102,13 +102,12 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
         if files.named(role) and not (role == "magnitude" and files.config.get("use_dora")):  # reported by use_dora
             yield Finding("error", some(files.named(role)), f"vLLM rejects {what}", files.merge())
     other = [*files.named("other"), *(n for n in files.named("wrapped weight") if not _EMBEDDED.search(n))]
-    if other:
-        yield Finding(
-            "error",
-            some(other),
-            "vLLM rejects names that it cannot parse (… is unsupported LoRA weight)",
-            f"run adaptkit resize {files.root} -o OUT --rank R, which writes peft's names if it recognizes these",
-        )
+    yield from error_about(
+        other,
+        "",
+        "vLLM rejects names that it cannot parse (… is unsupported LoRA weight)",
+        f"run adaptkit resize {files.root} -o OUT --rank R, which writes peft's names if it recognizes these",
+    )
 
 
 def _is_head(module: str) -> bool:
