@@ -7,11 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import torch
+from html_pages import Parsed, browse
 from safetensors.torch import load_file, save_file
 
 from adaptkit.cli.pages._parts import curves_by_type
@@ -30,54 +30,6 @@ HOSTILE = (
     "$x_{",
     "日本",
 )
-
-
-class Parsed(HTMLParser):
-    """A parsed page: its tags and attributes, and the rows of each table by the heading before it."""
-
-    def __init__(self, document: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.text: list[str] = []
-        self.titles: list[str] = []
-        self.tables: dict[str, list[list[str]]] = {}
-        self._inside: list[str] = []
-        self._heading = ""
-        self.feed(document)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag in {"h2", "summary"}:
-            self._heading = ""
-        elif tag == "table":
-            self.tables[self._heading] = []
-        elif tag == "tr":
-            self.tables[self._heading].append([])
-        elif tag in {"td", "th"}:
-            self.tables[self._heading][-1].append("")
-        elif tag == "title":
-            self.titles.append("")
-        if tag not in {"wbr", "meta"}:
-            self._inside.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self._inside.pop() == tag, tag
-
-    def handle_data(self, data):
-        inside = self._inside[-1] if self._inside else ""
-        self.text.append(data)
-        if inside in {"td", "button"}:
-            self.tables[self._heading][-1][-1] += data
-        elif inside in {"h2", "summary"}:
-            self._heading += data
-        elif inside == "title":
-            self.titles[-1] += data
 
 
 def figures(document):
@@ -302,17 +254,6 @@ document.getElementById("page").onload = function () {
   document.getElementById("found").textContent = JSON.stringify(found);
 };
 </script>"""
-
-
-def browse(folder, name):
-    """Open a file in headless Chromium; return the resulting document and the lines of its console."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if program is None:
-        pytest.skip("Chromium is not installed")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
-    flags += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
-    done = subprocess.run([program, *flags, (folder / name).as_uri()], capture_output=True, text=True, timeout=120)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 
 @pytest.mark.parametrize("kind", ["adapters", "checkpoints"])

@@ -6,15 +6,14 @@ import math
 import os
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from html_pages import Parsed, browse
 
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.cli import figures
@@ -32,52 +31,6 @@ HOSTILE = (
     "$\\frac{x$", "\u202etxt", "日本", "_private",
 )  # fmt: skip
 MODULES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
-
-
-class Parsed(HTMLParser):
-    """A parsed page: its tags and attributes, and its text by kind of element."""
-
-    def __init__(self, document: str) -> None:
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.tables: list[list[list[str]]] = []
-        self.values: dict[str, float] = {}  # of numeric cells, by table-row-column
-        self.titles: list[str] = []
-        self.facts: list[str] = []
-        self._inside: list[str] = []
-        self.feed(document)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in {"td", "th"}:
-            self.tables[-1][-1].append("")
-            if dict(attrs).get("data-value"):
-                key = f"{len(self.tables) - 1}-{len(self.tables[-1]) - 1}-{len(self.tables[-1][-1]) - 1}"
-                self.values[key] = float(dict(attrs)["data-value"])
-        elif tag in {"title", "dd"}:
-            (self.titles if tag == "title" else self.facts).append("")
-        if tag not in {"wbr", "meta"}:
-            self._inside.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_endtag(self, tag):
-        assert self._inside.pop() == tag, tag
-
-    def handle_data(self, data):
-        inside = self._inside[-1] if self._inside else ""
-        if inside in {"td", "button"}:
-            self.tables[-1][-1][-1] += data
-        elif inside in {"title", "dd"}:
-            (self.titles if inside == "title" else self.facts)[-1] += data
 
 
 def tensor(name, error=0.09, weighted=None, bits=4.127, shape=(64, 128), kept=""):
@@ -131,9 +84,9 @@ def cells(document):
 def test_the_table_has_a_row_for_every_tensor_with_its_numbers():
     report = model(weighted=0.05)
     parsed = Parsed(quantize_page(report))
-    heading, *rows = parsed.tables[-1]
+    heading, *rows = parsed.in_order[-1]
     assert [row[0] for row in rows] == [t.name for t in report.tensors]
-    which = len(parsed.tables) - 1
+    which = len(parsed.in_order) - 1
     for index, t in enumerate(report.tensors, start=1):
         expected = {
             "relative error": t.relative_error, "weighted error": t.weighted_error, "bits per weight": t.bits,
@@ -182,17 +135,17 @@ def test_the_summary_and_the_ten_worst_come_from_the_report():
     ):
         assert value in facts_shown
     worst = sorted((t for t in report.tensors if t.format), key=lambda t: -t.relative_error)[:10]
-    assert [row[0] for row in parsed.tables[0][1:]] == [t.name for t in worst]
+    assert [row[0] for row in parsed.in_order[0][1:]] == [t.name for t in worst]
 
 
 def test_the_worst_tensors_are_chosen_by_the_weighted_error_if_known():
     tensors = [tensor(f"h.{i}.w", error=0.1 + i / 1000, weighted=0.2 - i / 1000) for i in range(12)]
     parsed = Parsed(quantize_page(report_of(tensors)))
-    assert [row[0] for row in parsed.tables[0][1:]] == [f"h.{i}.w" for i in range(10)]
+    assert [row[0] for row in parsed.in_order[0][1:]] == [f"h.{i}.w" for i in range(10)]
 
 
 def test_unquantized_tensors_are_counted_by_reason_and_named_once_for_all_layers():
-    kept = {row[0]: row[1:] for row in Parsed(quantize_page(model(layers=12))).tables[1][1:]}
+    kept = {row[0]: row[1:] for row in Parsed(quantize_page(model(layers=12))).in_order[1][1:]}
     assert kept["norm"] == ["12", "1.5 kB", "model.layers.*.input_layernorm.weight"]
     assert kept["embedding"][::2] == ["1", "model.embed_tokens.weight"]
 
@@ -213,7 +166,7 @@ def test_hostile_names_are_escaped(hostile):
     document = quantize_page(report_of(tensors))
     parsed, tame = Parsed(document), Parsed(quantize_page(report_of([tensor("model.layers.0.a.weight"), tensor("b")])))
     shown = hostile.replace("\u202e", "\\u202e")
-    assert [row[0] for row in parsed.tables[-1][1:]] == [t.name.replace("\u202e", "\\u202e") for t in tensors]
+    assert [row[0] for row in parsed.in_order[-1][1:]] == [t.name.replace("\u202e", "\\u202e") for t in tensors]
     assert any(f"model.layers.0 {shown}: " in title for title in parsed.titles)
     assert set(parsed.tags) <= {*tame.tags, "p"}
     assert parsed.tags.count("script") == 1
@@ -223,7 +176,7 @@ def test_hostile_names_are_escaped(hostile):
 def test_characters_invalid_in_utf8_or_xml_are_written_as_escapes():
     document = quantize_page(report_of([tensor("model.layers.0.a\x00b\ud800c\x1b.weight")]))
     document.encode()
-    assert "model.layers.0.a\\x00b\\ud800c\\x1b.weight" in [row[0] for row in Parsed(document).tables[-1]]
+    assert "model.layers.0.a\\x00b\\ud800c\\x1b.weight" in [row[0] for row in Parsed(document).in_order[-1]]
     for svg in re.findall(r"<svg.*?</svg>", document, flags=re.DOTALL):
         ElementTree.fromstring(svg)
 
@@ -260,7 +213,7 @@ def test_page_bytes_depend_on_neither_hash_seed_nor_matplotlibrc(tmp_path):
     (tmp_path / "matplotlibrc").write_text("font.size: 20\nsvg.fonttype: path\naxes.facecolor: red\n")
     seen = set()
     for seed, rc in (("1", ""), ("2", str(tmp_path / "matplotlibrc"))):
-        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'fixtures'}"}
         environment |= {"MATPLOTLIBRC": rc} if rc else {}
         done = subprocess.run([sys.executable, "-c", code, __file__], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -382,14 +335,14 @@ def test_names_without_a_layer_become_rows_and_omitted_ones_are_counted():
 @pytest.mark.parametrize("tensors", [[], [tensor("n.weight", kept="norm")], [tensor("model.layers.0.q.weight", 0.0)]])
 def test_reports_with_few_tensors_make_valid_pages(tensors):
     document = quantize_page(report_of(tensors))
-    assert len(Parsed(document).tables[-1]) == 1 + len(tensors)
+    assert len(Parsed(document).in_order[-1]) == 1 + len(tensors)
 
 
 def test_the_page_of_a_dry_run_has_no_figures():
     planned = TensorReport("model.layers.0.q.weight", (64, 64), "nf4", 4.127, 8192, 2113)
     document = quantize_page(report_of([planned]))
     assert "<svg" not in document
-    assert planned.name in [row[0] for row in Parsed(document).tables[-1]]
+    assert planned.name in [row[0] for row in Parsed(document).in_order[-1]]
 
 
 def test_a_large_model_makes_a_small_page():
@@ -440,17 +393,6 @@ document.getElementById("page").onload = function () {
 </script>"""
 
 
-def browse(folder, name):
-    """Open a file in headless Chromium; return the resulting document and the lines of its console."""
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-    if program is None:
-        pytest.skip("Chromium is not installed")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
-    flags += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=10000", "--dump-dom"]
-    done = subprocess.run([program, *flags, (folder / name).as_uri()], capture_output=True, text=True, timeout=120)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
 def test_a_browser_shows_the_page_and_sorts_its_table_without_console_messages(tmp_path):
     report = model(layers=12)
     write_whole(tmp_path / "page.html", quantize_page(report))
@@ -485,5 +427,5 @@ def test_upgrades_are_listed_in_their_order():
     report = dataclasses.replace(report_of([tensor("model.layers.3.mlp.up_proj.weight")]), upgrades=upgrades)
     parsed = Parsed(quantize_page(report))
     assert [["model.layers.3.mlp.up_proj", "blocks of 32", "2,048", "0.5"], ["x.<y>", "16 bits", "4,096", "0.25"]] in [
-        rows[1:] for rows in parsed.tables
+        rows[1:] for rows in parsed.in_order
     ]
