@@ -166,13 +166,3 @@ class StepBar:
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def step_bar(hidden: bool) -> Iterator[StepBar]:
-    """Yield a ``StepBar`` that is removed at the end of the block, even after an error."""
-    bar = StepBar(hidden)
-    try:
-        yield bar
-    finally:
-        bar.stop()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from adaptkit.cli.output import notes
-from adaptkit.cli.progress import step_bar, training_progress
+from adaptkit.cli.progress import StepBar, training_progress
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.settings import settings
 
@@ -493,7 +493,7 @@ def test_names_in_files_cannot_send_commands_to_the_terminal(adapter, copy_of, r
 
 def test_notes_and_progress_lines_are_escaped(capsys):
     notes(quiet=False)(HOSTILE)
-    with step_bar(hidden=True) as bar, training_progress(hidden=True, quiet=False) as progress:
-        bar.print(HOSTILE)
+    StepBar(hidden=True).print(HOSTILE)
+    with training_progress(hidden=True, quiet=False) as progress:
         progress.note(HOSTILE)
     assert capsys.readouterr().err == f"note: {ESCAPED}\n{ESCAPED}\n{ESCAPED}\n"

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.progress import Progress
 
-from adaptkit.cli.progress import byte_progress, count_progress, step_bar
+from adaptkit.cli.progress import StepBar, byte_progress, count_progress
 
 
 class Terminal(io.StringIO):
@@ -55,8 +55,8 @@ def test_a_name_that_looks_like_markup_is_shown_as_it_is(path, monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("COLUMNS", "200")
-    with step_bar(hidden=False) as bar:
-        assert bar.start(path)
-        bar.update(1, 2)
-        bar.stop()
-        assert path in terminal.getvalue()
+    bar = StepBar(hidden=False)
+    assert bar.start(path)
+    bar.update(1, 2)
+    bar.stop()
+    assert path in terminal.getvalue()

@@ -1,6 +1,7 @@
 """``adaptkit pull``."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,8 +27,6 @@ from adaptkit.hub.parts import PARTS
 @output_options
 def command(
     repo: str,
-    only: tuple[str, ...],
-    manifest_sha256: str | None,
     public_key: Path | None,
     identity: str | None,
     identity_provider: str | None,
@@ -35,6 +34,7 @@ def command(
     force: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Download the artifact REPO from the Hub and verify it.
 
@@ -45,8 +45,7 @@ def command(
     """
     from adaptkit.hub.download import PullOptions, pull
 
-    trust = trust_in(public_key, identity, identity_provider)
-    wanted = PullOptions(None, only, manifest_sha256, trust)
+    wanted = PullOptions(trust=trust_in(public_key, identity, identity_provider), **options)
     with byte_progress("pull", as_json or quiet) as progress:
         report = pull(repo, output, wanted, force=force, progress=progress, note=notes(quiet))
     what = f"{report.kind}, {counted(report.files, 'file')}, {size(report.bytes)}, all verified"

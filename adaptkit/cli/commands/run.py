@@ -12,7 +12,7 @@ import click
 from adaptkit.cli.options import report_file_option, report_options, signer_with
 from adaptkit.cli.output import check_place, check_report_file, counted, in_turn, say, show, write_report
 from adaptkit.cli.paths import LocalPath
-from adaptkit.cli.progress import StepBar, step_bar
+from adaptkit.cli.progress import StepBar
 from adaptkit.cli.release_view import source_text, step_text, summary, table, tree
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
 from adaptkit.hub.secrets import redact
@@ -137,7 +137,7 @@ class _Watch:
 
     def __init__(self, hidden: bool, quiet: bool) -> None:
         self._hidden, self._quiet = hidden, quiet
-        self._bar = StepBar(hidden=True)
+        self._bar = StepBar(hidden)
         self.name = ""
         self.sources: list[SourceReport] = []
         self.steps: list[StepReport] = []
@@ -147,8 +147,7 @@ class _Watch:
         """Yield a listener; during the block, a terminal shows a bar for the current source or step."""
         from adaptkit.pipeline.run import Listener
 
-        with step_bar(self._hidden) as bar:
-            self._bar = bar
+        try:
             yield Listener(
                 begun=self._begun,
                 sought=self._sought,
@@ -159,6 +158,8 @@ class _Watch:
                 note=self.note,
                 ended=self._ended,
             )
+        finally:
+            self._bar.stop()
 
     def _begun(self, recipe: "Recipe") -> None:
         self.name = recipe.name

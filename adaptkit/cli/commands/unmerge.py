@@ -1,6 +1,7 @@
 """``adaptkit unmerge``."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -26,19 +27,15 @@ def command(
     merged: Path,
     adapters: tuple[Path, ...],
     output: Path,
-    force: bool,
     as_json: bool,
     quiet: bool,
-    approximate: bool,
-    threads: int | None,
+    **options: Any,
 ) -> None:
     """Remove adapters from MERGED, restoring its base bit for bit."""
     from adaptkit.operations.unmerge import unmerge
 
     with byte_progress("unmerge", as_json or quiet) as progress:
-        report = unmerge(
-            merged, adapters, output, approximate=approximate, threads=threads, force=force, progress=progress
-        )
+        report = unmerge(merged, adapters, output, progress=progress, **options)
     if report.identical:
         found = f"identical: all {report.tensors} tensors have the base's fingerprints"
     else:

@@ -1,7 +1,7 @@
 """``adaptkit verify``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -34,16 +34,13 @@ if TYPE_CHECKING:
 @report_options
 def command(
     path: Path,
-    manifest_sha256: str | None,
     parents: tuple[Path, ...],
-    recompute: bool,
-    signature: Path | None,
     public_key: Path | None,
     identity: str | None,
     identity_provider: str | None,
-    threads: int | None,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Check every byte of the artifact PATH against its manifest.
 
@@ -51,16 +48,10 @@ def command(
     """
     from adaptkit.operations.verify import VerifyOptions, verify
 
-    options = VerifyOptions(
-        manifest_sha256=manifest_sha256,
-        trust=trust_in(public_key, identity, identity_provider),
-        signature=signature,
-        parents=parents or None,
-        recompute=recompute,
-        threads=threads,
-    )
+    trust = trust_in(public_key, identity, identity_provider)
+    chosen = VerifyOptions(trust=trust, parents=parents or None, **options)
     with byte_progress("verify", as_json or quiet) as progress:
-        report = verify(path, options, progress=progress)
+        report = verify(path, chosen, progress=progress)
     show(report, _rows(report), as_json=as_json, quiet=quiet)
 
 
