@@ -208,12 +208,10 @@ class _Collector:
     @contextlib.contextmanager
     def watching(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
         """Sum over the backward passes in the block."""
-        handles = [module.register_forward_hook(self._hook(name)) for name, module in linears.items()]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for name, module in linears.items():
+                hooks.enter_context(module.register_forward_hook(self._hook(name)))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def mean_squares(self) -> dict[str, Tensor]:
         return {name: sums.mean_square(f"{name}: the gradient of its output") for name, sums in self._sums.items()}

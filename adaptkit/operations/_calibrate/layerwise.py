@@ -128,13 +128,11 @@ class Collector:
     @contextlib.contextmanager
     def watching(self, linears: Mapping[str, nn.Module]) -> Iterator[None]:
         """Sum over the forward passes in the block."""
-        handles = [module.register_forward_pre_hook(self._hook(name)) for name, module in linears.items()]
-        try:
+        with contextlib.ExitStack() as hooks:
+            for name, module in linears.items():
+                hooks.enter_context(module.register_forward_pre_hook(self._hook(name)))
             yield
-        finally:
-            self._latest = None
-            for handle in handles:
-                handle.remove()
+        self._latest = None
 
     def moments(self) -> dict[str, InputMoments]:
         """Return the moments by layer; nothing may be added afterwards."""

@@ -167,12 +167,8 @@ class Replay:
         head = self.network.get_output_embeddings()
         if head is None:
             return
-        handle = head.register_forward_pre_hook(reached)
-        try:
-            with contextlib.suppress(_ReachedError), torch.no_grad():
-                self.finish(0, before)
-        finally:
-            handle.remove()
+        with head.register_forward_pre_hook(reached), contextlib.suppress(_ReachedError), torch.no_grad():
+            self.finish(0, before)
 
     def as_in_files(self, found: Mapping[str, Found]) -> dict[str, Found]:
         """Convert results by linear layer to results by matrix in the files; several may make up one layer's weight."""

@@ -5,6 +5,7 @@ With dropout the inputs X' of their adapters differ, so each layer computes its 
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -37,14 +38,11 @@ def groups(network: Any, layers: Sequence[LoraLinear]) -> Iterator[list[LoraLine
             held.append(given[0])
             seen.setdefault((id(given[0]), given[0]._version, parents[layer]), []).append(layer)
 
-    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
-    try:
-        with torch.no_grad():
-            ids = torch.zeros((1, 2), dtype=torch.int64, device=layers[0].device)
-            network(input_ids=ids, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(note))
+        ids = torch.zeros((1, 2), dtype=torch.int64, device=layers[0].device)
+        network(input_ids=ids, use_cache=False)
     left = dict.fromkeys(layers)
     for together in (*seen.values(), *([layer] for layer in layers)):
         group = [layer for layer in dict.fromkeys(together) if layer in left]

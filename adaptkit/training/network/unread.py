@@ -14,7 +14,8 @@ These linear layers are found by probing the network, not by name. A linear laye
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,21 +48,15 @@ def mark_unread(network: Any) -> None:
     first = [kinds.index(kind) for kind in kinds]
     found: dict[int, set[str]] = {}
 
-    def ask(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def ask(index: int, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = tree_map(_with_gradient, (args, kwargs))  # so that the gradients of all inputs are compared
         names = _unread(layers[index], LayerCall(layers[index].forward, *given))
         found[index] = found.get(index, names) & names  # a layer may be called several times
 
-    hooks = [
-        layers[index].register_forward_pre_hook(lambda _, *given, index=index: ask(index, *given), with_kwargs=True)
-        for index in dict.fromkeys(first)
-    ]
-    try:
-        with as_in_training(network):
-            network(input_ids=torch.arange(2, device=network.device)[None], use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, as_in_training(network):
+        for index in dict.fromkeys(first):
+            hooks.enter_context(layers[index].register_forward_pre_hook(partial(ask, index), with_kwargs=True))
+        network(input_ids=torch.arange(2, device=network.device)[None], use_cache=False)
     votes: dict[LoraLinear, list[bool]] = {}  # one answer per layer that contains the linear layer
     for layer, index in zip(layers, first, strict=True):
         for path, linear in _linears(layer).items():
