@@ -8,7 +8,7 @@ from threading import Lock
 
 from adaptkit.checkpoint.hashing import file_digests
 from adaptkit.checkpoint.header import Header, read_header
-from adaptkit.checkpoint.layout import resolve_inside
+from adaptkit.checkpoint.layout import CONFIG_NAME, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import CheckpointError, IntegrityError
@@ -118,6 +118,17 @@ def size_problem(root: Path, record: FileRecord) -> str:
         return f"{record.path} is not a regular file"
     size = path.stat().st_size
     return "" if size == record.size else f"{record.path} has {size} bytes instead of {record.size}"
+
+
+def check_config(root: Path, manifest: Manifest) -> None:
+    """Compare a base's config.json with its manifest, which the result will name as its base's; not the weights.
+
+    Raises:
+        IntegrityError: config.json differs.
+    """
+    for record in manifest.files:
+        if record.path == CONFIG_NAME and (problem := file_problem(root, record)):
+            raise IntegrityError(f"{root}: {problem}", hint=f"restore it; for details, run: adaptkit verify {root}")
 
 
 def check_tensors(root: Path, manifest: Manifest) -> None:

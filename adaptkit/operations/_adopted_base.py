@@ -6,12 +6,11 @@ from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.foreign import quantization_found
-from adaptkit.checkpoint.integrity import file_problem
-from adaptkit.checkpoint.layout import CONFIG_NAME
+from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError
+from adaptkit.errors import BaseMismatchError, CheckpointError
 from adaptkit.operations._merge.edit_checks import copy_replaces_base
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._threads import fingerprints
@@ -34,9 +33,8 @@ class AdoptedBase:
         self.checkpoint = Checkpoint(root) if adapter.compensation else plain_checkpoint(root)
         self._state = self.checkpoint.state()
         self._manifest = read_manifest(root)
-        for record in self._manifest.files if self._manifest else ():
-            if record.path == CONFIG_NAME and (problem := file_problem(root, record)):
-                raise IntegrityError(f"{root}: {problem}", hint=f"restore it; for details, run: adaptkit verify {root}")
+        if self._manifest is not None:
+            check_config(root, self._manifest)
         self._compensated = _compensated(root, self._manifest, adapter) if adapter.compensation else {}
         self.changed = sorted(self._compensated) or _changed(self.checkpoint, adapter)
 

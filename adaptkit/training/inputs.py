@@ -10,6 +10,7 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity
 from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.layout import GENERATION_NAME, check_side_files, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.place import check_output
@@ -32,7 +33,6 @@ from adaptkit.training.data.ending import generation_naming, unnamed_end
 from adaptkit.training.data.mixture import Mixture
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.device import choose_device, choose_dtype, name_of
-from adaptkit.training.network.lineage import check_config
 from adaptkit.training.network.start import read_start, resolve_method
 from adaptkit.training.trackers import require_trackers
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
-from adaptkit.checkpoint.integrity import file_problem
-from adaptkit.checkpoint.layout import CONFIG_NAME
+from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, read_manifest
 from adaptkit.checkpoint.quantized import part_names, quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
@@ -61,17 +60,6 @@ class Weights:
             spec, digest = self._checkpoint.spec(name), fingerprint_in_pieces(self._checkpoint, name)
             self._records[name] = TensorRecord.of(spec, digest)
         return self._records[name]
-
-
-def check_config(base: Path, manifest: Manifest) -> None:
-    """Compare a base's config.json with its manifest; the weights are compared later.
-
-    Raises:
-        IntegrityError: config.json differs from the manifest, which the result will name as its base's manifest.
-    """
-    for record in manifest.files:
-        if record.path == CONFIG_NAME and (problem := file_problem(base, record)):
-            raise IntegrityError(f"{base}: {problem}", hint=f"restore it; for details, run: adaptkit verify {base}")
 
 
 def check_whole(base: Path) -> None:
