@@ -272,9 +272,7 @@ class _Restoring:
         try:
             return _Run(merged, fold.restore(merged, rows, stream))
         except IntegrityError as error:
-            raise self._mismatch_error(
-                f"{name}: {error.message}", hint="run adaptkit verify on the merged model and on the adapters"
-            ) from error
+            raise self._mismatch_error(f"{name}: {error.message}") from error
 
     def _subtract(self, edit: Edit, rows: Rows) -> _Run:
         merged = read_rows(self.model.checkpoint, edit.spec.name, rows)
@@ -301,12 +299,11 @@ class _Restoring:
             writer.write(name, self._record(name).read_array(undo.rest_name(name)))
         same = writer.tensors[-1].xxh3_128 == self.originals[name]
         if self.model.has_record and not same:
-            raise self._mismatch_error(
-                f"{name}: the undo record or the adapter does not belong to this merge",
-                hint="run adaptkit verify on the merged model and on the adapters",
-            )
+            raise self._mismatch_error(f"{name}: the undo record or the adapter does not belong to this merge")
         return {"same": same, "bound": bound}
 
-    def _mismatch_error(self, found: str, hint: str) -> AdaptkitError:
+    def _mismatch_error(self, found: str) -> AdaptkitError:
         """Return the error for adapters that do not restore the base; blames a configuration that differs, if any."""
-        return different_configuration_error(self.resaved) if self.resaved else IntegrityError(found, hint=hint)
+        if self.resaved:
+            return different_configuration_error(self.resaved)
+        return IntegrityError(found, hint="run adaptkit verify on the merged model and on the adapters")

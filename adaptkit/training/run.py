@@ -30,7 +30,7 @@ from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.pressure import Pressure
 from adaptkit.training.memory.vector import Vector
 from adaptkit.training.network.model import free_former_network
-from adaptkit.training.network.start import early_warnings, first_names
+from adaptkit.training.network.start import cannot_be_merged, first_names, left_out, peft_drops
 from adaptkit.training.preparation import batches_of, begin_libraries, build, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
@@ -92,8 +92,9 @@ class Run:
         inputs.require_base()
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         needed = self._predicted(state_bytes(self.trainable, inputs.config)).total
-        notes = (*early_warnings(self.model, inputs.config), memory_warning(needed, free, world.device))
-        for line in filter(None, (*notes, triton_warning(world.device)) if world.is_first else ()):
+        told = left_out(self.model, inputs.config), cannot_be_merged(self.model, inputs.config), peft_drops(self.model)
+        notes = (*told, memory_warning(needed, free, world.device), triton_warning(world.device))
+        for line in filter(None, notes if world.is_first else ()):
             note(line)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
         self.optimizer = make_optimizer(self.trainable, inputs.config, folder / PAGES_NAME, note)

@@ -143,12 +143,6 @@ def companion_modules(ready: Mapping[str, Ready]) -> dict[str, LowRank]:
     return found
 
 
-@dataclass(frozen=True)
-class _Made:
-    tensors: Mapping[str, Values]
-    note: Mapping[str, Any]
-
-
 def _write_layer(
     out: Output,
     checkpoint: Checkpoint,
@@ -160,19 +154,19 @@ def _write_layer(
     products = {id(m): m.second_moment for m in wanted.values() if m.second_moment is not None}
     factors = dict(zip(products, map_in_threads(compensation_factor, products.values(), threads), strict=True))
 
-    def make(item: tuple[TensorPlan, InputMoments]) -> _Made:
+    def make(item: tuple[TensorPlan, InputMoments]) -> tuple[dict[str, Values], dict[str, Any]]:
         plan, moments = item
         return _make(checkpoint, plan, moments, factors.get(id(moments)), init_rank)
 
     made = dict(zip((plan.spec.name for plan in wanted), map_in_threads(make, wanted.items(), threads), strict=True))
-    tensors = {name: tensor for result in made.values() for name, tensor in result.tensors.items()}
-    notes = {_layer_name(number): {name: dict(result.note) for name, result in made.items()}}
+    tensors = {name: tensor for parts, _ in made.values() for name, tensor in parts.items()}
+    notes = {_layer_name(number): {name: note for name, (_, note) in made.items()}}
     out.write_tensors(_layer_name(number), tensors, listed=False, notes=notes)
 
 
 def _make(
     checkpoint: Checkpoint, plan: TensorPlan, moments: InputMoments, factor: Tensor | None, init_rank: int | None
-) -> _Made:
+) -> tuple[dict[str, Values], dict[str, Any]]:
     """Quantize one linear, and measure the error."""
     name, encoding = plan.spec.name, plan.encoding
     if encoding is None:
@@ -198,7 +192,7 @@ def _make(
         # The full E[x xᵀ] measured no better here than its diagonal, and needs another decomposition.
         lora_a, lora_b = companion_adapter(lost, moments.mean_square, min(init_rank, *lost.shape))
         tensors |= {f"{name}.lora_A": lora_a.contiguous(), f"{name}.lora_B": lora_b.contiguous()}
-    return _Made(tensors, note)
+    return tensors, note
 
 
 def _weighted(values: Tensor, importance: Tensor) -> float:

@@ -149,11 +149,6 @@ def add_trainable(model: Model, config: TrainConfig, start: Adapter | None, toke
         train_rows(model, path, list(dict.fromkeys(_token(text, tokenizer) for text in config.trainable_tokens)))
 
 
-def early_warnings(model: Model, config: TrainConfig) -> tuple[str, ...]:
-    """Return warnings about an adapter that are known before training: three lines, empty where there is none."""
-    return left_out(model, config), cannot_be_merged(model, config), peft_drops(model)
-
-
 def left_out(model: Model, config: TrainConfig) -> str:
     """Return a line on what new adapters for all linear layers omit (see ``matching_targets``); empty if nothing."""
     if config.method == "full" or config.init not in INITS or EVERYTHING not in config.targets:
