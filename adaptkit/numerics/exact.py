@@ -39,27 +39,6 @@ class Prepared:
     factors: Any
 
 
-@dataclass(frozen=True)
-class MergedRows:
-    """Some rows of a weight after an addition.
-
-    Attributes:
-        weight: (rows, in), rounded once; an array or a tensor.
-        residual: (M,) int64, in row-major order, needed to undo the addition; empty if not requested.
-        moved: number of elements whose value changed.
-        squared_delta: Σ Δ² of the exact change; with a gain, that change is (gain - 1) · W + Δ.
-        squared_weight: Σ W² of the weight before.
-        overlap: Σ (merged - W) · Δ, with the same exact change Δ.
-    """
-
-    weight: Any
-    residual: Any
-    moved: int
-    squared_delta: float
-    squared_weight: float
-    overlap: float
-
-
 def prepare(terms: Sequence[LowRank]) -> Prepared:
     """Prepare low-rank changes for adding to one weight; call once per weight, not once per block of rows.
 
@@ -72,7 +51,7 @@ def prepare(terms: Sequence[LowRank]) -> Prepared:
     return Prepared(terms[0].shape, kernels, kernels.prepare(lora_a, lora_b, ranks, scales))
 
 
-def merge_rows(weight: Values, prepared: Prepared, start_row: int, with_undo: bool) -> MergedRows:
+def merge_rows(weight: Values, prepared: Prepared, start_row: int, with_undo: bool) -> RowsMerged:
     """Add low-rank changes to some rows of a weight: summed in float64, rounded once.
 
     Args:
@@ -107,10 +86,11 @@ def unmerge_rows(merged: AnyValues, prepared: Prepared, start_row: int, residual
     return weight
 
 
-def merge_affine(weight: Values, change: Tensor, gain: Tensor | None, with_undo: bool) -> MergedRows:
+def merge_affine(weight: Values, change: Tensor, gain: Tensor | None, with_undo: bool) -> RowsMerged:
     """Scale rows of a weight and add a change.
 
-    gain · W is rounded to float64, the sum is rounded to float64, and then once to the weight's dtype.
+    gain · W is rounded to float64, the sum is rounded to float64, and then once to the weight's dtype. The change whose
+    squares are summed is (gain - 1) · W + Δ.
 
     Args:
         weight: (rows, in) bfloat16, float16 or float32, finite.
@@ -162,19 +142,12 @@ def _check_used(used: int, residual: Values) -> None:
         raise ValueError(f"{used} weights are ambiguous, but it holds {length}")
 
 
-def _checked(weight: Values, found: RowsMerged) -> MergedRows:
-    if not found.finite:
-        if not all_finite(weight):
-            raise NonFiniteError("the weight holds NaN or infinity", hint="download the base again")
-        raise NonFiniteError(
-            "the merged weight overflows",
-            hint="check that this is the right base, and that --weight and the adapter's lora_alpha are right",
-        )
-    return MergedRows(
-        weight=found.weight,
-        residual=found.residual,
-        moved=found.moved,
-        squared_delta=found.squared_delta,
-        squared_weight=found.squared_weight,
-        overlap=found.overlap,
+def _checked(weight: Values, found: RowsMerged) -> RowsMerged:
+    if found.finite:
+        return found
+    if not all_finite(weight):
+        raise NonFiniteError("the weight holds NaN or infinity", hint="download the base again")
+    raise NonFiniteError(
+        "the merged weight overflows",
+        hint="check that this is the right base, and that --weight and the adapter's lora_alpha are right",
     )

@@ -18,8 +18,9 @@ from adaptkit.lazy import torch
 from adaptkit.numerics import exact, lora
 from adaptkit.numerics.affine import Effect, combine, square_sums
 from adaptkit.numerics.arrays import Array, Values, as_tensor
-from adaptkit.numerics.exact import MergedRows, Prepared
+from adaptkit.numerics.exact import Prepared
 from adaptkit.numerics.finite import check_finite
+from adaptkit.numerics.kernels._reference_exact import RowsMerged
 from adaptkit.operations._merge.edits import Edit, Step, matrix_of
 from adaptkit.operations._threads import in_order
 
@@ -52,7 +53,7 @@ class Folded:
     """
 
     raw: Array
-    merged: MergedRows
+    merged: RowsMerged
     frame: bytes
 
 

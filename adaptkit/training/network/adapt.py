@@ -12,6 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.networks.addressing import OTHER_MODEL
 from adaptkit.numerics.lora import LowRank
@@ -64,18 +65,13 @@ def saved_names(model: Model, endings: Sequence[str]) -> set[str]:
     found: set[str] = set()
     places = parameter_places(model)
     for ending in endings:
-        inside = {name for name in places if ending and any(path.endswith(ending) for path in _enclosing_paths(name))}
+        config = {"modules_to_save": [ending] if ending else []}
+        inside = {name for name in places if is_saved(config, name.rpartition(".")[0])}
         if not inside:
             known = sorted({name.split(".")[-2] for name in places if name.count(".")} - {""})
             raise UsageError(f"modules_to_save: no module is called {ending!r}", hint=f"available: {', '.join(known)}")
         found |= inside
     return found
-
-
-def _enclosing_paths(name: str) -> list[str]:
-    """Return the paths of all modules that contain a parameter, outermost first."""
-    parts = name.split(".")[:-1]
-    return [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
 
 
 def bias_names(model: Model, which: str) -> set[str]:
