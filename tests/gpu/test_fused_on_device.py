@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from adapted import load_adapted
 
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
@@ -10,8 +11,6 @@ from adaptkit.training.network import rotary
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.linear import LoraLinear
-from adaptkit.training.network.model import load_model
-from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 from adaptkit.training.network.unread import mark_unread
 from adaptkit.triton_needs import what_triton_lacks
 
@@ -31,14 +30,6 @@ def folder(request, made):
     return folder
 
 
-def adapted(folder, dtype):
-    model = load_model(folder, dtype, GPU)
-    new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0)
-    for number, layer in enumerate(model.adapted().values()):
-        layer.lora_b.data.normal_(std=0.1, generator=torch.Generator(GPU).manual_seed(number))
-    return model
-
-
 def step(network):
     """Logits, and the gradients of the adapter."""
     ids = torch.randint(0, 300, (2, 65), generator=torch.Generator().manual_seed(5)).to(GPU)
@@ -49,8 +40,8 @@ def step(network):
 
 @pytest.mark.parametrize("dtype", ERROR)
 def test_fused_layers_compute_what_transformers_computes(folder, dtype, monkeypatch):
-    expected = step(adapted(folder, dtype).network)
-    model, rotations = adapted(folder, dtype), []
+    expected = step(load_adapted(folder, dtype, device=GPU).network)
+    model, rotations = load_adapted(folder, dtype, device=GPU), []
     apply = rotary._Rotary.apply
     monkeypatch.setattr(rotary._Rotary, "apply", lambda *args: rotations.append(args) or apply(*args))
     fuse_layers(model.network, on_gpu=True)
@@ -65,7 +56,7 @@ def test_fused_layers_compute_what_transformers_computes(folder, dtype, monkeypa
 def test_checkpointed_gradients_equal_those_without_checkpointing(folder, policy):
     found = []
     for how in ("none", policy):
-        model = adapted(folder, torch.bfloat16)
+        model = load_adapted(folder, torch.bfloat16, device=GPU)
         fuse_layers(model.network, on_gpu=True)
         join_on_gpu(model.network)
         mark_unread(model.network)

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from adapted import load_adapted
 
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined_gpu import JoinedWeight, join_on_gpu
 from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.model import load_model
-from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -34,10 +34,7 @@ def step(network):
 def test_joining_does_not_change_results_or_gradients(made, llama, dtype, dropout):
     if not (made / "joined-on-gpu").exists():
         quantize(llama, made / "joined-on-gpu")
-    model = load_model(made / "joined-on-gpu", dtype, GPU)
-    new_adapter(model, ("*",), AdapterShape(4, 8.0, rank_pattern={"q_proj": 3}), "normal", dropout, 0)
-    for number, layer in enumerate(model.adapted().values()):
-        layer.lora_b.data.normal_(std=0.1, generator=torch.Generator(GPU).manual_seed(number))
+    model = load_adapted(made / "joined-on-gpu", dtype, dropout=dropout, device=GPU, rank_pattern={"q_proj": 3})
     fuse_layers(model.network, on_gpu=True)
     before, decoded = step(model.network), decoded_weights(model)
     join_on_gpu(model.network)

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from adapted import load_adapted
 
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.quantize import quantize
@@ -10,8 +11,6 @@ from adaptkit.training.network import joined
 from adaptkit.training.network.accumulation import accumulate, accumulating
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.linear import LoraLinear, PlainWeight
-from adaptkit.training.network.model import load_model
-from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 
 def loaded(made):
@@ -19,10 +18,7 @@ def loaded(made):
     if not folder.exists():
         tiny.write_family(folder, "llama")
         quantize(folder, folder.with_name("accumulated-nf4"))
-    model = load_model(folder.with_name("accumulated-nf4"), torch.float32, torch.device("cpu"))
-    new_adapter(model, ("*",), AdapterShape(4, 6.0), "normal", 0.0, 0)
-    for number, layer in enumerate(model.adapted().values()):
-        layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+    model = load_adapted(folder.with_name("accumulated-nf4"))
     join_layers(model.network)
     return model
 

@@ -3,12 +3,11 @@
 import pytest
 import tiny
 import torch
+from adapted import load_adapted, logits_and_gradients
 from torch import nn
 from torch.nn import functional
 
 from adaptkit.training.network.fused import fuse_layers
-from adaptkit.training.network.model import load_model
-from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 REPLACED = {"llama": (5, 2), "qwen3": (9, 2), "gemma": (5, 0), "phi": (0, 0), "mixtral": (5, 0)}
 """Numbers of replaced norms and gates: qwen3 also norms queries and keys, gemma's gate is not SiLU, phi has neither,
@@ -19,11 +18,7 @@ def loaded(made, family, dtype=torch.float32):
     folder = made / f"fused-{family}"
     if not folder.exists():
         tiny.write_family(folder, family)
-    model = load_model(folder, dtype, torch.device("cpu"))
-    new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0)
-    generator = torch.Generator().manual_seed(1)
-    for layer in model.adapted().values():
-        layer.lora_b.data.normal_(std=0.1, generator=generator)
+    model, generator = load_adapted(folder, dtype), torch.Generator().manual_seed(1)
     for name, parameter in model.network.named_parameters():
         if "norm" in name:
             parameter.data.normal_(mean=1.0, std=0.3, generator=generator)
@@ -36,46 +31,38 @@ def fused(network):
     return sum("Norm" in name for name in changed), sum("MLP" in name for name in changed)
 
 
-def run(model):
-    """Logits, and the gradients of the adapter."""
-    ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
-    logits = model.network(input_ids=ids, use_cache=False).logits.float()
-    trained = [p for p in model.network.parameters() if p.requires_grad]
-    return [logits, *torch.autograd.grad(logits.square().mean(), trained)]
-
-
 @pytest.mark.parametrize("family", REPLACED)
 def test_fusing_does_not_change_results_or_gradients(family, made):
     model = loaded(made, family)
-    before = run(model)
+    before = logits_and_gradients(model.network)
     fuse_layers(model.network)
     assert fused(model.network) == REPLACED[family]
-    for one, two in zip(run(model), before, strict=True):
+    for one, two in zip(logits_and_gradients(model.network), before, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
 
 
 def test_gradients_in_bfloat16_are_as_accurate_as_before(made):
-    exact = run(loaded(made, "llama"))
+    exact = logits_and_gradients(loaded(made, "llama").network)
     model = loaded(made, "llama", torch.bfloat16)
 
     def error(found):
         pairs = zip(found[1:], exact[1:], strict=True)
         return sum(float((one.float() - two).norm() ** 2) for one, two in pairs) ** 0.5
 
-    before = error(run(model))
+    before = error(logits_and_gradients(model.network))
     fuse_layers(model.network)
     assert fused(model.network) == REPLACED["llama"]
-    assert error(run(model)) < 1.1 * before
+    assert error(logits_and_gradients(model.network)) < 1.1 * before
 
 
 @pytest.mark.parametrize(("family", "norms"), [("llama", 5), ("qwen3", 9), ("gemma", 0), ("phi", 0)])
 def test_torchs_rms_norm_computes_the_same(family, norms, made):
     """It is used on GPUs; torch also has a slower one for CPUs."""
     model = loaded(made, family)
-    before = run(model)
+    before = logits_and_gradients(model.network)
     fuse_layers(model.network, on_gpu=True)
     assert fused(model.network) == (norms, 0)
-    for one, two in zip(run(model), before, strict=True):
+    for one, two in zip(logits_and_gradients(model.network), before, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
 
 
@@ -84,7 +71,7 @@ def test_a_norm_that_is_trained_is_left_alone(made):
     model.network.model.norm.weight.requires_grad_()
     fuse_layers(model.network)
     assert fused(model.network) == (4, 2)
-    assert run(model)[1:][-1].abs().max() > 0
+    assert logits_and_gradients(model.network)[-1].abs().max() > 0
 
 
 class Other(nn.Module):

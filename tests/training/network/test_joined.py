@@ -7,6 +7,7 @@ from types import MethodType
 import pytest
 import tiny
 import torch
+from adapted import load_adapted, logits_and_gradients
 from packing import encode
 from torch import nn
 from torch.nn import functional
@@ -24,8 +25,6 @@ from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.joined import _can_join, _Member, join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
-from adaptkit.training.network.model import load_model
-from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
 LLAMA = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
 GROUPS = {
@@ -51,32 +50,22 @@ def loaded(made, family, dtype=torch.float32, dropout=0.0):
     if not folder.exists():
         tiny.write_gpt2(folder) if family == "gpt2" else tiny.write_family(folder, family)
         quantize(folder, folder.with_name(f"{folder.name}-nf4"))
-    model = load_model(folder.with_name(f"{folder.name}-nf4"), dtype, torch.device("cpu"))
-    new_adapter(model, ("*",), AdapterShape(4, 8.0, rank_pattern=RANKS[family]), "normal", dropout, 0)
+    packed = folder.with_name(f"{folder.name}-nf4")
+    model = load_adapted(packed, dtype, dropout=dropout, rank_pattern=RANKS[family])
     generator = torch.Generator().manual_seed(1)
     for layer in model.adapted().values():
-        layer.lora_b.data.normal_(std=0.1, generator=generator)
         if layer.bias is not None:
             layer.bias.normal_(generator=generator)
     return model
-
-
-def run(model):
-    """Logits, and the gradients of the adapter."""
-    torch.manual_seed(3)
-    ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
-    logits = model.network.train()(input_ids=ids, use_cache=False).logits.float()
-    trained = [p for p in model.network.parameters() if p.requires_grad]
-    return [logits, *torch.autograd.grad(logits.square().mean(), trained)]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("family", GROUPS)
 def test_joining_does_not_change_results_or_gradients(join, family, dropout, made):
     model = loaded(made, family, dropout=dropout)
-    before = run(model)
+    before = logits_and_gradients(model.network)
     join(model.network)
-    for one, two in zip(run(model), before, strict=True):
+    for one, two in zip(logits_and_gradients(model.network), before, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
 
 
@@ -111,7 +100,7 @@ def test_layers_that_read_the_same_input_are_one_product(family, made, monkeypat
     names = {layer: name.rpartition(".")[2] for name, layer in model.adapted().items()}
     seen, multiplied = [], joined.multiplied
     monkeypatch.setattr(joined, "multiplied", lambda group, *xs: (seen.append(group), multiplied(group, *xs))[1])
-    run(model)
+    logits_and_gradients(model.network)
     assert [{names[member.layer] for member in group} for group in seen] == GROUPS[family] * 2
 
 

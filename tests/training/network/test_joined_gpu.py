@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from adapted import IDS, load_adapted, logits_and_gradients
 from packing import encode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,22 +27,7 @@ from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpoi
 from adaptkit.training.network import joined_gpu, linear
 from adaptkit.training.network.joined_gpu import JoinedWeight, join_on_gpu
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
-from adaptkit.training.network.model import load_model
 from adaptkit.training.network.narrow import keep_narrow
-from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
-
-IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
-
-
-def loaded(packed, targets=("*",), dropout=0.0, dtype=torch.float32, dora=False):
-    model = load_model(packed, dtype, torch.device("cpu"))
-    new_adapter(model, targets, AdapterShape(4, 8.0), "normal", dropout, 0)
-    generator = torch.Generator().manual_seed(1)
-    for layer in model.adapted().values():
-        if dora:
-            layer.attach_magnitude()
-        layer.lora_b.data.normal_(std=0.1, generator=generator)
-    return model
 
 
 def is_joined(layer):
@@ -50,13 +36,6 @@ def is_joined(layer):
 
 def joined_names(model):
     return {name.rpartition(".")[2] for name, layer in model.linears.items() if is_joined(layer)}
-
-
-def gradients(model):
-    torch.manual_seed(3)
-    logits = model.network.train()(input_ids=IDS, use_cache=False).logits
-    trained = [p for p in model.network.parameters() if p.requires_grad]
-    return [logits, *torch.autograd.grad(logits.square().mean(), trained)]
 
 
 def near(found, expected):
@@ -106,7 +85,7 @@ def test_decoding_without_triton_does_not_synchronize_with_the_gpu(monkeypatch):
 
 
 def test_joining_does_not_change_the_state_dict_or_parameter_names(packed):
-    model = loaded(packed)
+    model = load_adapted(packed)
     before = {name: part.clone() for name, part in model.network.state_dict().items()}
     parameters = [name for name, _ in model.network.named_parameters()]
     join_on_gpu(model.network)
@@ -118,7 +97,7 @@ def test_joining_does_not_change_the_state_dict_or_parameter_names(packed):
 
 
 def test_the_weight_attribute_of_a_joined_layer_stays_the_same(packed):
-    model = loaded(packed)
+    model = load_adapted(packed)
     before = {name: layer.weight.detach().clone() for name, layer in model.linears.items()}
     join_on_gpu(model.network)
     assert all(torch.equal(layer.weight, before[name]) for name, layer in model.linears.items())
@@ -134,25 +113,25 @@ def test_the_weight_attribute_of_a_joined_layer_stays_the_same(packed):
     ids=["some", "one of each", "dora"],
 )
 def test_only_layers_with_a_plain_adapter_are_joined(packed, options, names):
-    model = loaded(packed, **options)
-    before = gradients(model)
+    model = load_adapted(packed, **options)
+    before = logits_and_gradients(model.network)
     join_on_gpu(model.network)
     assert joined_names(model) == names
-    near(gradients(model), before)
+    near(logits_and_gradients(model.network), before)
 
 
 def test_a_layer_with_dora_does_not_prevent_joining_the_others(packed):
-    model = loaded(packed)
+    model = load_adapted(packed)
     for name, layer in model.adapted().items():
         layer.scaling = 0.5 if name.endswith("v_proj") else layer.scaling
         if name.endswith("k_proj"):
             layer.attach_magnitude()
         if name.endswith("q_proj"):
             layer.attach_bias(torch.ones(layer.base.shape[0]))
-    before = gradients(model)
+    before = logits_and_gradients(model.network)
     join_on_gpu(model.network)
     assert joined_names(model) == {"q_proj", "v_proj", "gate_proj", "up_proj"}
-    near(gradients(model), before)
+    near(logits_and_gradients(model.network), before)
 
 
 def unlike(first, second):
@@ -193,7 +172,7 @@ def test_only_distinct_4_bit_weights_of_the_same_encoding_are_joined():
 def test_gradients_do_not_depend_on_checkpointing(packed, policy, dropout):
     found = []
     for chosen in ("none", policy):
-        model = loaded(packed, dropout=dropout)
+        model = load_adapted(packed, dropout=dropout)
         join_on_gpu(model.network)
         checkpoint_layers(model.network, choose_checkpointing(model.network, chosen, None))
         found.append(gradients_of_all(model))
@@ -283,7 +262,7 @@ def launches(layers, monkeypatch):
     ids=["qkv", "gate"],
 )
 def test_joined_layers_take_fewer_launches(packed, names, apart, joined, narrow, monkeypatch):
-    model = loaded(packed)
+    model = load_adapted(packed)
     layers = [model.linears[f"model.layers.0.{'self_attn' if len(n) == 1 else 'mlp'}.{n}_proj"] for n in names]
     with monkeypatch.context() as patch:
         assert launches(layers, patch) == apart

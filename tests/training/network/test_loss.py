@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from adapted import load_adapted
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
@@ -44,11 +45,7 @@ def gradients(model, value):
 
 
 def loaded(folder, whole=()):
-    model = load_model(folder, torch.float32, torch.device("cpu"))
-    new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0)
-    generator = torch.Generator().manual_seed(1)
-    for layer in model.adapted().values():
-        layer.lora_b.data.normal_(std=0.1, generator=generator)
+    model = load_adapted(folder)
     for part in whole:
         model.network.get_submodule(part).requires_grad_()
     return model

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from adapted import IDS, load_adapted, logits_and_gradients
 
 from adaptkit.training import preparation
 from adaptkit.training.config import TrainConfig
@@ -12,29 +13,13 @@ from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.loss import summed_loss
-from adaptkit.training.network.model import load_model
 from adaptkit.training.network.narrow import keep_narrow, narrowed, narrowed_below
-from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
-IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
 BFLOAT16 = torch.bfloat16
 
 
 def loaded(packed, dora=False):
-    model = load_model(packed, BFLOAT16, torch.device("cpu"))
-    new_adapter(model, ("*",), AdapterShape(4, 8.0, rank_pattern={"q_proj": 3, "down_proj": 5}), "normal", 0.0, 0)
-    generator = torch.Generator().manual_seed(1)
-    for layer in model.adapted().values():
-        if dora:
-            layer.attach_magnitude()
-        layer.lora_b.data.normal_(std=0.1, generator=generator)
-    return model
-
-
-def gradients(model):
-    logits = model.network.train()(input_ids=IDS, use_cache=False).logits.float()
-    trained = [p for p in model.network.parameters() if p.requires_grad]
-    return [logits.detach(), *torch.autograd.grad(logits.square().mean(), trained)]
+    return load_adapted(packed, BFLOAT16, dora=dora, rank_pattern={"q_proj": 3, "down_proj": 5})
 
 
 @pytest.mark.parametrize("dora", [False, True])
@@ -44,7 +29,7 @@ def test_results_and_gradients_are_bit_identical_after_every_update(packed, dora
     keep_narrow(two.network, BFLOAT16, join_on_gpu(two.network))
     vectors = [Trainable.of(model).values for model in (one, two)]  # which moves the parameters
     for _ in range(3):
-        found = [gradients(model) for model in (one, two)]
+        found = [logits_and_gradients(model.network) for model in (one, two)]
         assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
         for vector in vectors:
             vector.mul_(1.1).add_(0.001)
@@ -60,7 +45,7 @@ def test_layers_do_not_cast_the_adapter(packed, monkeypatch):
         "to",
         lambda t, *a, **k: (t.data_ptr() in halves and a[0] == BFLOAT16 and casts.append(t), to(t, *a, **k))[1],
     )
-    gradients(model)
+    logits_and_gradients(model.network)
     assert not casts
 
 

@@ -5,12 +5,11 @@ import weakref
 import pytest
 import tiny
 import torch
+from adapted import load_adapted, logits_and_gradients
 
 from adaptkit.training.network import dora, joined, linear, recompute
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
-from adaptkit.training.network.model import load_model
-from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 from adaptkit.training.network.recompute import Recipe, source_of
 
 
@@ -18,22 +17,11 @@ def model_of(made, dtype, uses_dora=False, joins=False):
     folder = made / "remade-llama"
     if not folder.exists():
         tiny.write_family(folder, "llama")
-    model = load_model(folder, dtype, torch.device("cpu"))
-    new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0)
-    for index, layer in enumerate(model.adapted().values()):
-        if uses_dora:
-            layer.attach_magnitude()
-        layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(index))
+    model = load_adapted(folder, dtype, dora=uses_dora)
     fuse_layers(model.network)
     if joins:
         join_layers(model.network)
     return model
-
-
-def gradients(model):
-    ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
-    loss = model.network(input_ids=ids, use_cache=False).logits.float().square().mean()
-    return torch.autograd.grad(loss, [p for p in model.network.parameters() if p.requires_grad])
 
 
 KINDS = [(False, False), (True, False), (False, True)]
@@ -46,10 +34,10 @@ def test_gradients_are_bit_identical_to_those_of_a_model_that_saves_all_activati
     dtype, uses_dora, joins, made, monkeypatch
 ):
     model = model_of(made, dtype, uses_dora, joins)
-    found = gradients(model)
+    found = logits_and_gradients(model.network)
     for module in (linear, dora, joined):
         monkeypatch.setattr(module, "source_of", lambda x, is_next=False: (lambda kept: kept, (x,)))
-    for one, two in zip(found, gradients(model), strict=True):
+    for one, two in zip(found, logits_and_gradients(model.network), strict=True):
         assert torch.equal(one, two)
 
 
@@ -82,7 +70,7 @@ def test_a_tensor_is_recomputed_once_for_all_its_readers_and_then_dropped(made, 
     monkeypatch.setattr(Recipe, "__call__", note)
     forgotten = []
     monkeypatch.setattr(Recipe, "forget", lambda recipe: (forgotten.append(id(recipe)), forget(recipe)))
-    gradients(model)
+    logits_and_gradients(model.network)
     assert len(calls) == 2 * (3 + 2 + 1)  # q, k and v; gate and up; down
     assert sum(is_first for _, is_first in calls) == 2 * 3
     assert all(recipe._made is None for recipe in held)

@@ -6,12 +6,11 @@ import pytest
 import tiny
 import torch
 import transformers
+from adapted import load_adapted, logits_and_gradients
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 
 from adaptkit.training.network import rotary
-from adaptkit.training.network.model import load_model
-from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 from adaptkit.training.network.rotary import fuse_rotary
 
 TYPES = [torch.bfloat16, torch.float32]
@@ -55,38 +54,26 @@ def adapted(made, family, dtype):
     folder = made / f"rotary-{family}"
     if not folder.exists():
         tiny.write_family(folder, family)
-    model = load_model(folder, dtype, torch.device("cpu"))
-    new_adapter(model, ("*",), AdapterShape(4, 8.0), "normal", 0.0, 0)
-    for number, layer in enumerate(model.adapted().values()):
-        layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
-    return model
-
-
-def run(network):
-    """Logits and gradients."""
-    ids = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
-    logits = network(input_ids=ids, use_cache=False).logits.float()
-    trained = [p for p in network.parameters() if p.requires_grad]
-    return [logits, *torch.autograd.grad(logits.square().mean(), trained)]
+    return load_adapted(folder, dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "mixtral"])
 def test_a_fused_network_computes_the_same_bits(family, dtype, made, calls):
     model = adapted(made, family, dtype)
-    before = run(model.network)
+    before = logits_and_gradients(model.network)
     assert not calls
     fuse_rotary(model.network)
     layers = model.network.config.num_hidden_layers
-    assert all(map(torch.equal, run(model.network), before))
+    assert all(map(torch.equal, logits_and_gradients(model.network), before))
     assert len(calls) == 4 * layers, "queries and keys, forward and back"
 
 
 def test_a_network_with_a_different_rotation_is_left_alone(made, calls):
     model = adapted(made, "phi", torch.float32)  # rotates only a part of each head, which the kernel does not support
-    before = run(model.network)
+    before = logits_and_gradients(model.network)
     fuse_rotary(model.network)
-    assert all(map(torch.equal, run(model.network), before))
+    assert all(map(torch.equal, logits_and_gradients(model.network), before))
     assert not calls
 
 
@@ -97,7 +84,7 @@ def test_other_networks_of_the_process_are_left_alone(made, calls):
             hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=300
         )
     )
-    run(other)
+    logits_and_gradients(other)
     assert not calls
 
 

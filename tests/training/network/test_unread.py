@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from adapted import load_adapted
 from transformers import CONFIG_MAPPING
 
 from adaptkit.operations.quantize import quantize
@@ -11,8 +12,6 @@ from adaptkit.training.network import fused as fused_layers
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.linear import LoraLinear
-from adaptkit.training.network.model import load_model
-from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 from adaptkit.training.network.unread import mark_unread, standing_in
 
 CPU = torch.device("cpu")
@@ -36,12 +35,7 @@ def folder(tmp_path_factory):
 
 def ready(folder, targets=("*",), dropout=0.0, fused=True, dora=False):
     """Load a model with an adapter whose B is not zero."""
-    model = load_model(folder, torch.float32, CPU)
-    new_adapter(model, targets, AdapterShape(4, 8.0), "normal", dropout, 0)
-    for number, layer in enumerate(model.adapted().values()):
-        if dora:
-            layer.attach_magnitude()
-        layer.lora_b.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
+    model = load_adapted(folder, targets=targets, dropout=dropout, dora=dora)
     if fused:
         fuse_layers(model.network)
         join_layers(model.network)
