@@ -131,11 +131,6 @@ class Demo:
         return self.folder / name
 
 
-def weight_bytes(folder: Path) -> int:
-    """Return the size of a checkpoint's shards."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-
-
 def found(pattern: str, text: str) -> str:
     """Return the first group of a pattern in a command's output."""
     match = re.search(pattern, text)
