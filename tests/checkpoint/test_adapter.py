@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from folders import edit_json, edited_tensors
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import adapter as adapter_module
@@ -33,14 +34,13 @@ MODULE = "model.layers.0.self_attn.q_proj"
 
 def configure(folder, **changes):
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edit_json(path, **changes)
 
 
 def edit(folder, change):
     path = folder / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
+    with edited_tensors(path) as tensors:
+        change(tensors)
 
 
 @pytest.fixture

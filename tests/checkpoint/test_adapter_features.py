@@ -8,6 +8,7 @@ import peft
 import peft_adapters
 import pytest
 import torch
+from folders import edited_tensors, tree
 from peft_adapters import CASES, CONFIG, PREFIX, REFUSED, WEIGHTS, change_config, change_tensors, keys_of
 from safetensors.torch import load_file, save_file
 
@@ -397,10 +398,9 @@ def test_dora_with_lora_bias_is_refused(changed, tmp_path):
     """peft does not write it and defines no formula for it."""
     case, adapter = changed("lora_bias")
     change_config(adapter, use_dora=True)
-    tensors = load_file(adapter / WEIGHTS)
-    for key in [key for key in tensors if "lora_B.weight" in key]:
-        tensors[key.replace("lora_B.weight", "lora_magnitude_vector")] = torch.ones(tensors[key].shape[0])
-    save_file(tensors, adapter / WEIGHTS)
+    with edited_tensors(adapter / WEIGHTS) as tensors:
+        for key in [key for key in tensors if "lora_B.weight" in key]:
+            tensors[key.replace("lora_B.weight", "lora_magnitude_vector")] = torch.ones(tensors[key].shape[0])
     refuse(case, adapter, tmp_path, "lora_bias", "bias")
 
 
@@ -513,12 +513,9 @@ def test_merging_leaves_its_inputs_unchanged(changed, tmp_path):
     case, adapter = changed("everything")
     base = shutil.copytree(case.base, tmp_path / "base")
 
-    def contents():
-        return [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in (base, adapter)]
-
-    before = contents()
+    before = tree(base), tree(adapter)
     merge(base, [adapter], tmp_path / "out")
-    assert contents() == before
+    assert (tree(base), tree(adapter)) == before
 
 
 @pytest.mark.parametrize(

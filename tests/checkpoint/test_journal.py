@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from folders import tree
 from safetensors.numpy import load_file
 
 from adaptkit.checkpoint import _journal_file
@@ -45,10 +46,6 @@ def make(final: Path, force: bool = False, plan: object = PLAN, content: bytes =
         add(output, "a", content)
         output.write_json("x.json", {"b": 1})
         publish(output)
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_nothing_is_visible_before_it_is_published(tmp_path):

@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+from folders import edit_json, tree
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from adaptkit.training.config import TrainConfig
@@ -121,13 +122,13 @@ def test_an_unfinished_run_is_not_resumed_with_a_different_template(run_cli, unt
         train_adapter(config, output, on_step=cut)
     partial = tmp_path / "a.partial"
     assert (partial / "checkpoint-1").is_dir()
-    before = {path: path.read_bytes() for path in partial.rglob("*") if path.is_file()}
+    before = tree(partial)
     command = [*train(untemplated, rows, "a"), "--steps", 2, "--save-every", 1]
     for more in (("--chat-template", other), ()):
         done = run_cli(*command, *more)
         assert done.code == 8, done.stderr
         assert "unfinished" in done.stderr
-        assert {path: path.read_bytes() for path in partial.rglob("*") if path.is_file()} == before
+        assert tree(partial) == before
     (tmp_path / "same.jinja").write_text(TEMPLATE)
     resumed = run_cli(*command, "--chat-template", tmp_path / "same.jinja")
     assert resumed.code == 0, resumed.stderr
@@ -331,8 +332,7 @@ def test_results_declare_their_end_token_and_unmerge_restores_the_bases_files(
     run_cli, llama, copy_of, rows, tmp_path, has_config
 ):
     base = copy_of(llama, "base")
-    config = json.loads((base / "config.json").read_text()) | {"eos_token_id": 0, "pad_token_id": 1}
-    (base / "config.json").write_text(json.dumps(config))
+    edit_json(base / "config.json", eos_token_id=0, pad_token_id=1)
     own = {"eos_token_id": 0, "temperature": 0.6, "pad_token_id": 1}
     (base / "generation_config.json").unlink(missing_ok=True)
     if has_config:

@@ -7,7 +7,7 @@ import shutil
 import peft_adapters
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from folders import edit_json, edited_tensors
 
 from adaptkit.errors import AdaptkitError
 from adaptkit.operations.diff import diff
@@ -21,11 +21,9 @@ def changed(tmp_path_factory, llama):
     """A copy of the checkpoint with one matrix and one key changed."""
     folder = tmp_path_factory.mktemp("changed") / "changed"
     shutil.copytree(llama, folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"] *= 1.25
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text()) | {"rope_theta": 7.0}
-    (folder / "config.json").write_text(json.dumps(config))
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        tensors["model.layers.1.mlp.up_proj.weight"] *= 1.25
+    edit_json(folder / "config.json", rope_theta=7.0)
     return folder
 
 
@@ -204,9 +202,8 @@ def test_a_page_replaces_only_an_earlier_page(run_cli, adapter, second_adapter, 
 
 def test_a_difference_that_cannot_be_measured_is_reported_as_unknown(run_cli, llama, copy_of):
     folder = copy_of(llama)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"][0] = float("nan")
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        tensors["model.norm.weight"][0] = float("nan")
     done = run_cli("diff", folder, llama)
     assert done.code == 1
     assert "unknown, since some tensors have no norm" in done.stdout

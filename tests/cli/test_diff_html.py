@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from folders import edit_json, edited_tensors
 from html_pages import Parsed, browse
-from safetensors.torch import load_file, save_file
 
 from adaptkit.cli.pages._parts import curves_by_type
 from adaptkit.cli.pages.diff import diff_page
@@ -52,15 +52,13 @@ def strokes(svg):
 def tuned(tmp_path_factory, llama):
     """A copy of the checkpoint with changed tensors, configuration and chat template."""
     folder = Path(shutil.copytree(llama, tmp_path_factory.mktemp("tuned") / "tuned"))
-    tensors = load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in tensors.items():
-        if "proj" in name or name == "model.norm.weight":
-            noise = torch.randn(tensor.shape, generator=generator) * 0.02
-            tensors[name] = (tensor.float() * (1 + noise)).to(tensor.dtype)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text()) | {"rope_theta": 7.0}
-    (folder / "config.json").write_text(json.dumps(config))
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        generator = torch.Generator().manual_seed(0)
+        for name, tensor in tensors.items():
+            if "proj" in name or name == "model.norm.weight":
+                noise = torch.randn(tensor.shape, generator=generator) * 0.02
+                tensors[name] = (tensor.float() * (1 + noise)).to(tensor.dtype)
+    edit_json(folder / "config.json", rope_theta=7.0)
     (folder / "chat_template.jinja").write_text("{{ changed }}\n")
     return folder
 

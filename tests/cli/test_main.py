@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from folders import edit_json
 
 from adaptkit.cli.output import notes
 from adaptkit.cli.progress import StepBar, training_progress
@@ -479,8 +480,7 @@ ESCAPED = "a\\x1b]0;title\\x07\\r\\x9b2J\\u202eb"
 
 def test_names_in_files_cannot_send_commands_to_the_terminal(adapter, copy_of, run_cli, tmp_path):
     lora = copy_of(adapter)
-    config = json.loads((lora / "adapter_config.json").read_text()) | {"base_model_name_or_path": HOSTILE}
-    (lora / "adapter_config.json").write_text(json.dumps(config))
+    edit_json(lora / "adapter_config.json", base_model_name_or_path=HOSTILE)
     assert f"base model name or path  {ESCAPED}\n" in run_cli("inspect", lora).stdout
     assert run_cli("adopt", lora, "-o", "ours", cwd=tmp_path).code == 0
     (tmp_path / "ours" / HOSTILE).write_text("")

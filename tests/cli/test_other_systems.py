@@ -5,13 +5,10 @@ import os
 from pathlib import Path
 
 import pytest
+from folders import tree
 
 ROOT = Path(__file__).parents[2]
 WITHOUT_LINUX = os.pathsep.join([str(ROOT / "fixtures" / "without_linux"), str(ROOT)])
-
-
-def tree(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture

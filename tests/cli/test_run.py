@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import yaml
+from folders import edit_json
 
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.manifest import MANIFEST_NAME
@@ -482,8 +483,7 @@ def test_bad_recipes_end_in_one_line_a_hint_and_exit_code_2(run_cli, tmp_path, t
 
 def test_a_moved_branch_is_drift_if_locked_and_is_followed_otherwise(copied, llama, tmp_path):
     other = shutil.copytree(llama, tmp_path / "other")
-    config = json.loads((other / "generation_config.json").read_text())
-    (other / "generation_config.json").write_text(json.dumps(config | {"temperature": 0.5}))
+    edit_json(other / "generation_config.json", temperature=0.5)
     moved = copied.seed(other)
     done = copied.run("--locked")
     assert done.code == 3

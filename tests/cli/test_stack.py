@@ -5,15 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from folders import tree
 
 from adaptkit.discovery import load, names
 from adaptkit.numerics import stacking
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def tree(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_help_lists_every_method_with_what_it_does(run_cli):

@@ -14,6 +14,7 @@ import sys
 
 import pytest
 import tiny
+from folders import tree
 
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
@@ -146,10 +147,6 @@ def killed(inputs, tmp_path_factory):
     logs = "".join(path.read_text() for path in sorted(root.glob("*.log")))
     assert done.returncode == 0, done.stderr + logs
     return root, json.loads(done.stdout)
-
-
-def tree(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_runs_killed_at_any_moment_end_in_the_same_bytes(killed):

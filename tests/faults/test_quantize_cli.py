@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from folders import edited_tensors, tree
+from safetensors.torch import load_file
 
 from adaptkit.checkpoint._journal_file import append_line
 from adaptkit.checkpoint.journal import JOURNAL_NAME
@@ -56,14 +57,9 @@ def misnamed(tmp_path_factory):
     return folder
 
 
-def tree(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def poisoned(folder, name):
-    tensors = load_file(folder / "model.safetensors")
-    tensors[name][3, 5] = float("nan")
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        tensors[name][3, 5] = float("nan")
     return folder
 
 
@@ -184,10 +180,9 @@ def test_codes_stored_as_floats_are_read(llama, tmp_path, monkeypatch, storage, 
     quantize(llama, tmp_path / "packed")
     dequantize(tmp_path / "packed", tmp_path / "expected")
     file = tmp_path / "packed" / "model.safetensors"
-    tensors = load_file(file)
-    for name in [name.partition(".quant_state.")[0] for name in tensors if ".quant_state." in name]:
-        tensors[name] = tensors[name].flatten().view(getattr(torch, storage)).view(-1, 1)
-    save_file(tensors, file, {"format": "pt"})
+    with edited_tensors(file) as tensors:
+        for name in [name.partition(".quant_state.")[0] for name in tensors if ".quant_state." in name]:
+            tensors[name] = tensors[name].flatten().view(getattr(torch, storage)).view(-1, 1)
     (tmp_path / "packed" / MANIFEST_NAME).unlink()  # bitsandbytes writes none
     monkeypatch.setattr(_shards, "PIECE_BYTES", piece)
     dequantize(tmp_path / "packed", tmp_path / "plain")
@@ -234,8 +229,8 @@ def test_a_signal_at_startup_ends_cleanly_and_the_command_can_be_repeated(llama,
     assert is_gone(process.pid)
     quantize(llama, tmp_path / "out")
     quantize(llama, tmp_path / "at-once")
-    files = {path.name: path.read_bytes() for path in (tmp_path / "at-once").iterdir()}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+    files = tree(tmp_path / "at-once")
+    assert tree(tmp_path / "out") == files
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc to see what is loaded")

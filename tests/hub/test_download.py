@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import flip, tree
 from local_hub import Fault, LocalHub
 
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
@@ -42,19 +43,15 @@ print(json.dumps({"path": str(resolve_source(%r))}))
 """
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("xet", [False, True])
 def test_pull_gives_the_published_bytes(cli: Any, artifact: Path, repository: Any, tmp_path: Path, xet: bool) -> None:
     sent = cli("publish", artifact, "me/model", "--tag", "v1", xet=xet).report
     done = cli("pull", "me/model@v1", "-o", "pulled", xet=xet)
     assert any("/xet/" in path for _, path, _ in repository.hub.requests) == xet
     assert done.code == 0, done.stdout
-    found = contents(tmp_path / "pulled")
+    found = tree(tmp_path / "pulled")
     assert {name: hashlib.sha256(content).hexdigest() for name, content in found.items()} == repository.files("v1")
-    ours = contents(artifact)
+    ours = tree(artifact)
     assert {name for name in found if found[name] != ours.get(name)} == {MANIFEST_NAME, "README.md"}
     report = done.report
     assert (report["commit"], report["manifest_sha256"]) == (sent["commit"], sent["manifest_sha256"])
@@ -238,7 +235,7 @@ def test_files_not_in_the_manifest_are_not_pulled(cli: Any, artifact: Path, tmp_
     cli(code=RAW_COMMIT % str(artifact))
     (artifact / "stray.bin").unlink()
     assert cli("pull", "me/model", "-o", "pulled").code == 0
-    assert contents(tmp_path / "pulled") == contents(artifact)
+    assert tree(tmp_path / "pulled") == tree(artifact)
 
 
 def test_failures_to_find_or_access_a_repository_have_their_exit_codes(cli: Any, artifact: Path, hub: LocalHub) -> None:
@@ -361,9 +358,7 @@ def test_only_needed_cached_files_are_checked_against_their_hashes(cli: Any, art
     assert (done.code, done.report["message"]) == (3, f"{snapshot}: {found}")
     assert (snapshot / "pytorch_model.bin").exists()
     weights = (snapshot / WEIGHTS).resolve()
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    flip(weights)
     done = cli("diff", "me/model", artifact)
     assert done.code == 3
     assert "was damaged in transit" in done.report["message"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import flip
 from local_hub import Fault, LocalHub, Repo
 
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
@@ -103,9 +104,7 @@ def test_a_file_that_changes_after_the_check_is_not_staged(artifact: Path, tmp_p
 
 def test_a_changed_file_is_refused(cli: Any, artifact: Path, repository: Any) -> None:
     weights = artifact / "adapter_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    flip(weights)
     assert cli("publish", artifact, "me/model").code == 3
     assert not repository.state
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import tree
 from local_hub import Fault, LocalHub, Repo
 
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME
@@ -196,14 +197,14 @@ def test_a_dry_run_writes_no_output_file_and_a_bad_path_is_refused_first(
     assert cli("publish", artifact, "me/model", "--dry-run", "--output-file", tmp_path / "r.json").code == 0
     assert not (tmp_path / "r.json").exists()
     hub.requests.clear()
-    before = {path.name: path.read_bytes() for path in artifact.iterdir()}
+    before = tree(artifact)
     inside = [artifact / name for name in ("adapter_config.json", MANIFEST_NAME, "report.json", ".cache")]
     (tmp_path / "loop").symlink_to("loop")
     for place in (tmp_path / "absent" / "r.json", tmp_path, tmp_path / "loop", tmp_path / ("r" * 300), *inside):
         assert cli("publish", artifact, "me/model", "--output-file", place).code == 2
     assert cli("publish", tmp_path / "loop", "me/model", "--output-file", tmp_path / "r.json").code == 2
     assert hub.requests == []
-    assert {path.name: path.read_bytes() for path in artifact.iterdir()} == before
+    assert tree(artifact) == before
 
 
 # --- content that is never published

@@ -1,12 +1,12 @@
 """Parameters are found under the names that files use, or reported as missing."""
 
-import json
 import re
 import subprocess
 import sys
 
 import pytest
 import tiny
+from folders import edit_json
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.reader import Checkpoint
@@ -82,8 +82,7 @@ def test_a_stack_of_experts_is_found_in_files_with_a_matrix_per_expert(tmp_path,
 
 def test_an_unknown_architecture_gives_a_base_mismatch_error(llama, copy_of):
     folder = copy_of(llama)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "nobodys"}))
+    edit_json(folder / "config.json", model_type="nobodys")
     with pytest.raises(BaseMismatchError, match="experts"):
         find_addresses(Checkpoint(folder), ["model.layers.0.mlp.experts.down_proj"], "a")
 

@@ -3,7 +3,7 @@
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from folders import rewritten
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -29,14 +29,6 @@ def family(made):
         return folder
 
     return write
-
-
-def rewritten(folder, change):
-    """Change the tensors of a folder with one weights file."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 def assembled(folder):

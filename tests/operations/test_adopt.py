@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 import xxhash
+from folders import tree
 from peft_adapters import OF_EVERY_KIND
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -39,10 +40,6 @@ from adaptkit.training.network.start import read_start
 
 WEIGHTS = "adapter_model.safetensors"
 IO = Path("/proc/self/io")
-
-
-def tree(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def tensors_of(folder):

@@ -14,6 +14,7 @@ import peft_adapters
 import pytest
 import tiny
 import torch
+from folders import edit_json, edited_tensors
 from safetensors.torch import load_file, save_file
 
 from adaptkit import discovery
@@ -809,14 +810,12 @@ def test_vllm_accepts_classification_heads_and_limits_the_vocabulary_of_lm_head(
 @pytest.mark.parametrize("method", ["modelopt", "bitnet"])
 def test_shapes_of_quantized_codes_are_not_compared_with_the_adapter(make, untied, copy_of, method):
     base = copy_of(untied)
-    tensors = load_file(base / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        rows, columns = tensors[name].shape
-        codes = (rows, columns // 2) if method == "modelopt" else (rows // 4, columns)
-        tensors[name], tensors[f"{name}_scale"] = torch.zeros(codes, dtype=torch.uint8), torch.ones(1)
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((base / "config.json").read_text()) | {"quantization_config": {"quant_method": method}}
-    (base / "config.json").write_text(json.dumps(config))
+    with edited_tensors(base / "model.safetensors") as tensors:
+        for name in [name for name in tensors if name.endswith("_proj.weight")]:
+            rows, columns = tensors[name].shape
+            codes = (rows, columns // 2) if method == "modelopt" else (rows // 4, columns)
+            tensors[name], tensors[f"{name}_scale"] = torch.zeros(codes, dtype=torch.uint8), torch.ones(1)
+    edit_json(base / "config.json", quantization_config={"quant_method": method})
     assert verdicts(make(), base, ["peft"])["peft"].taken
 
 
@@ -952,9 +951,9 @@ def test_a_stored_head_counts_as_tied_where_transformers_and_merge_tie_it(tmp_pa
     """Without ``tie_word_embeddings`` the architecture decides: GPT-2's head is tied, Llama's is not."""
     base = write(tmp_path / "base")
     path = base / "model.safetensors"
-    tensors = load_file(path)
-    table = next(value for name, value in tensors.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
-    save_file(tensors | {"lm_head.weight": table.clone()}, path, metadata={"format": "pt"})
+    with edited_tensors(path) as tensors:
+        table = next(value for name, value in tensors.items() if name.endswith(("wte.weight", "embed_tokens.weight")))
+        tensors["lm_head.weight"] = table.clone()
     config = json.loads((base / "config.json").read_text())
     config.pop("tie_word_embeddings", None)
     (base / "config.json").write_text(json.dumps(config))

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import tiny
+from folders import edit_json, edited_tensors
 
 from adaptkit.operations.check import check
 from adaptkit.operations.merge import MergeOptions, merge
@@ -121,8 +122,7 @@ def test_transformers_fails_to_load_quantized_experts_and_int8(tmp_path, llama):
 
 def test_a_missing_quantization_config_is_an_error_and_a_missing_tokenizer_a_warning(llama, tmp_path):
     quantize(llama, tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    edit_json(tmp_path / "out" / "config.json", quantization_config=None)
     assert taken(tmp_path / "out") == set()
     (tmp_path / "bare").mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -134,16 +134,15 @@ def test_a_missing_quantization_config_is_an_error_and_a_missing_tokenizer_a_war
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_tensor_that_the_files_lack_is_an_error_for_every_program(packed, llama, copy_of, tmp_path):
-    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     folder = copy_of(llama)
     if packed:
         quantize(llama, tmp_path / "nf4")
         folder = tmp_path / "nf4"
-    tensors = load_file(folder / "model.safetensors")
     lost = "model.layers.1.input_layernorm.weight"
-    save_file({name: value for name, value in tensors.items() if name != lost}, folder / "model.safetensors")
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        del tensors[lost]
     found = verdicts(folder)
     assert not any(verdict.taken for verdict in found.values())
     assert all(f"the files lack {lost}, which LlamaForCausalLM has" in words(verdict) for verdict in found.values())
@@ -156,8 +155,7 @@ def test_tensors_whose_shapes_differ_from_the_configuration_are_an_error(llama, 
     from transformers import AutoModelForCausalLM
 
     folder = copy_of(llama)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    edit_json(folder / "config.json", intermediate_size=96)
     for verdict in verdicts(folder).values():
         assert not verdict.taken
         assert "down_proj.weight (expected [64, 96], found [64, 128]) and 5 more" in words(verdict)
@@ -177,13 +175,12 @@ def compared(base, packed):
 @pytest.mark.parametrize("name", tiny.OTHER_CLASSES)
 def test_a_checkpoint_is_compared_with_the_class_that_it_was_saved_as(name, tmp_path):
     import transformers
-    from safetensors.torch import load_file, save_file
 
     base = tiny.write_class(tmp_path / "base", name)
     assert compared(base, tmp_path / "nf4") == {f"names and shapes of all tensors of {name}"}
-    tensors = load_file(base / "model.safetensors")
-    lost = next((key for key in tensors if key.startswith(("score", "classifier", "pooler"))), "norm.weight")
-    save_file({k: v for k, v in tensors.items() if k != lost}, base / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(base / "model.safetensors") as tensors:
+        lost = next((key for key in tensors if key.startswith(("score", "classifier", "pooler"))), "norm.weight")
+        tensors.pop(lost, None)
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     _, told = getattr(transformers, name).from_pretrained(base, output_loading_info=True)
@@ -267,8 +264,7 @@ def test_llama_cpp_needs_tokenizer_model_for_some_architectures(architecture, to
         ("config", {"architectures": [architecture]}),
         ("tokenizer_config", {"tokenizer_class": tokenizer}),
     ):
-        values = json.loads((base / f"{name}.json").read_text()) | change
-        (base / f"{name}.json").write_text(json.dumps(values))
+        edit_json(base / f"{name}.json", **change)
     assert ("no tokenizer.model" in words(check(base, "gguf").verdicts[0])) == needs
     (base / "tokenizer.model").write_bytes(b"x")
     assert "no tokenizer.model" not in words(check(base, "gguf").verdicts[0])
@@ -277,8 +273,7 @@ def test_llama_cpp_needs_tokenizer_model_for_some_architectures(architecture, to
 @pytest.mark.parametrize("missing", ["tokenizer_config.json", "tokenizer*"])
 def test_a_missing_tokenizer_model_is_not_reported_if_all_tokenizer_files_are_missing(missing, llama, copy_of):
     base = copy_of(llama)
-    config = json.loads((base / "config.json").read_text()) | {"architectures": ["Phi3ForCausalLM"]}
-    (base / "config.json").write_text(json.dumps(config))
+    edit_json(base / "config.json", architectures=["Phi3ForCausalLM"])
     for path in base.glob(missing):
         path.unlink()
     said = words(check(base, "gguf").verdicts[0])

@@ -8,6 +8,7 @@ import peft_adapters
 import pytest
 import tiny
 import torch
+from folders import edit_json, edited_tensors
 from safetensors.torch import load_file, save_file
 
 from adaptkit.operations.check import check
@@ -122,13 +123,11 @@ def test_sglang_needs_an_experts_gate_if_its_up_is_adapted(parts, level, family,
 @pytest.mark.parametrize("target", ["gguf", "vllm"])
 def test_experts_of_different_ranks_are_an_error(target, moe, tmp_path):
     folder = write_single_experts(tmp_path / "adapter", moe["mixtral"], "mixtral")
-    config = json.loads((folder / "adapter_config.json").read_text()) | {"rank_pattern": {r"0\.w1": 2}}
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    tensors = load_file(folder / "adapter_model.safetensors")
-    for name in [name for name in tensors if "experts.0.w1.lora_A" in name]:
-        other = name.replace("lora_A", "lora_B")
-        tensors[name], tensors[other] = tensors[name][:2].contiguous(), tensors[other][:, :2].contiguous()
-    save_file(tensors, folder / "adapter_model.safetensors")
+    edit_json(folder / "adapter_config.json", rank_pattern={r"0\.w1": 2})
+    with edited_tensors(folder / "adapter_model.safetensors") as tensors:
+        for name in [name for name in tensors if "experts.0.w1.lora_A" in name]:
+            other = name.replace("lora_A", "lora_B")
+            tensors[name], tensors[other] = tensors[name][:2].contiguous(), tensors[other][:, :2].contiguous()
     for base in (None, moe["mixtral"]):
         (verdict,) = check(folder, [target], base).verdicts
         assert [finding.found for finding in verdict.findings if finding.level == "error"] == [

@@ -6,7 +6,8 @@ import bitsandbytes as bnb
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from folders import edit_json, edited_tensors, tree
+from safetensors.torch import load_file
 
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.quantized import quantized_names
@@ -15,10 +16,6 @@ from adaptkit.errors import CheckpointError, OutputExistsError, UsageError
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.verify import verify
-
-
-def tree(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +113,7 @@ def test_an_unquantized_checkpoint_is_refused(llama, tmp_path):
 
 def test_an_unsupported_quantization_method_is_named(llama, copy_of, tmp_path):
     folder = copy_of(llama)
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
     with pytest.raises(CheckpointError, match="quantized with gptq, which is not supported"):
         dequantize(folder, tmp_path / "out")
 
@@ -174,10 +170,9 @@ def test_invalid_options_are_refused(options):
 def test_a_quantized_weight_that_is_too_large_for_the_dtype_is_named(tmp_path, format, name, run_cli):
     """Tensors that are not quantized are copied as they are, since --dtype does not apply to them."""
     base = tiny.write_llama(tmp_path / "base", tied=False)
-    tensors = load_file(base / "model.safetensors")
-    key = next(key for key in tensors if name in key)
-    tensors[key][3, 5] = -1e6
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with edited_tensors(base / "model.safetensors") as tensors:
+        key = next(key for key in tensors if name in key)
+        tensors[key][3, 5] = -1e6
     quantize(base, tmp_path / "q", QuantizeOptions(format))
     done = run_cli("dequantize", tmp_path / "q", "-o", tmp_path / "out", "--dtype", "float16")
     if name == "lm_head":

@@ -11,6 +11,7 @@ import peft_adapters
 import pytest
 import tiny
 import torch
+from folders import changes_of, edit_json, edited_tensors
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -27,25 +28,15 @@ MODEL = "model.safetensors"
 UP = "base_model.model.model.layers.0.mlp.up_proj"
 
 
-def dense(folder):
-    read = read_adapter(folder)
-    return {m: t.scaling * t.lora_b.double() @ t.lora_a.double() for m, t in read.modules.items()}
-
-
 def cosine(one, two):
     return float((one * two).sum() / (one.norm() * two.norm()))
 
 
 def edit(folder, change, file=WEIGHTS):
     """Apply a function to the tensors of a file."""
-    tensors = load_file(folder / file)
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / file, {"format": "pt"})
+    with edited_tensors(folder / file) as tensors:
+        change(tensors)
     return folder
-
-
-def edit_json(file, **changes):
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @pytest.fixture
@@ -54,7 +45,7 @@ def other(tmp_path, llama):
 
 
 def test_figures_equal_those_of_the_dense_matrices(adapter, other):
-    report, one, two = diff(adapter, other), dense(adapter), dense(other)
+    report, one, two = diff(adapter, other), changes_of(adapter), changes_of(other)
     assert {m.module for m in report.modules} == set(one) == set(two)
     for found in report.modules:
         x, y = one[found.module], two[found.module]
@@ -82,7 +73,7 @@ def stacked(changes, names):
 
 
 def test_figures_of_groups_treat_their_modules_as_one_vector(adapter, other):
-    report, one, two = diff(adapter, other), dense(adapter), dense(other)
+    report, one, two = diff(adapter, other), changes_of(adapter), changes_of(other)
     groups = {
         "all": (report.total, set(one)),
         **{g.name: (g, {m for m in one if m.startswith(f"{g.name}.")}) for g in report.layers},
@@ -166,7 +157,7 @@ def test_exchanging_the_adapters_mirrors_the_report(adapter, second_adapter, oth
 
 
 def test_modules_in_only_one_adapter_are_listed_and_count(adapter, second_adapter):
-    report, one, two = diff(adapter, second_adapter), dense(adapter), dense(second_adapter)
+    report, one, two = diff(adapter, second_adapter), changes_of(adapter), changes_of(second_adapter)
     assert set(report.only_in_first) == set(one) - set(two)
     assert report.only_in_second == ()
     squared = sum(float((one[m] - two.get(m, torch.zeros_like(one[m]))).norm() ** 2) for m in one)

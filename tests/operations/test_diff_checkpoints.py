@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from folders import changes_of, edit_json, edited_tensors
 from safetensors.torch import load_file, save_file
 
-from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations.dequantize import dequantize
@@ -19,21 +19,11 @@ from adaptkit.operations.quantize import QuantizeOptions, quantize
 MODEL = "model.safetensors"
 
 
-def dense(folder):
-    read = read_adapter(folder)
-    return {m: t.scaling * t.lora_b.double() @ t.lora_a.double() for m, t in read.modules.items()}
-
-
 def edit(folder, change):
     """Apply a function to the tensors of a checkpoint in one file."""
-    tensors = load_file(folder / MODEL)
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / MODEL, {"format": "pt"})
+    with edited_tensors(folder / MODEL) as tensors:
+        change(tensors)
     return folder
-
-
-def edit_json(file, **changes):
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def perturbed(weights, scale=0.02, seed=0):
@@ -250,7 +240,7 @@ def test_fingerprints_in_manifests_and_computed_ones_are_comparable(quantized, c
 def test_a_merged_checkpoint_differs_from_its_base_by_the_adapter(llama, adapter, tmp_path):
     merge(llama, [adapter], tmp_path / "merged")
     report = diff(llama, tmp_path / "merged")
-    changes = dense(adapter)
+    changes = changes_of(adapter)
     assert {t.name.removesuffix(".weight") for t in report.tensors} == set(changes)
     for found in report.tensors:
         change = changes[found.name.removesuffix(".weight")]

@@ -1,6 +1,5 @@
 """Base + extracted adapter is the tuned checkpoint as closely as the rank allows, and the loss is reported."""
 
-import json
 import math
 import shutil
 import subprocess
@@ -10,6 +9,8 @@ import peft_adapters
 import pytest
 import tiny
 import torch
+from folders import changes_of, edit_json, edited_tensors, rewritten, tensors_of, tree
+from peft_formulas import logits
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -36,24 +37,14 @@ UP = "model.layers.0.mlp.up_proj"
 WHOLE = ExtractOptions(rank=4096)
 
 
-def tree(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def tensors_of(folder):
-    checkpoint = Checkpoint(folder)
-    return {name: checkpoint.read(name) for name in checkpoint.tensors}
-
-
 def tuned_from(base, folder, change):
     """Copy a checkpoint, with ``change(name, tensor)`` in place of each tensor, unless that is None."""
     shutil.copytree(base, folder)
     for file in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(file)
-        for name, tensor in tensors.items():
-            new = change(name, tensor)
-            tensors[name] = tensor if new is None else new.to(tensor.dtype).contiguous()
-        save_file(tensors, file, metadata={"format": "pt"})
+        with edited_tensors(file) as tensors:
+            for name, tensor in tensors.items():
+                new = change(name, tensor)
+                tensors[name] = tensor if new is None else new.to(tensor.dtype).contiguous()
     return folder
 
 
@@ -82,12 +73,6 @@ def changes(tuned, base):
     return {name: after[name].double() - before[name].double() for name in before}
 
 
-def dense(folder):
-    """Module -> the adapter's Δ in float64, (out, in)."""
-    terms = read_adapter(folder).modules
-    return {module: term.scaling * term.lora_b.double() @ term.lora_a.double() for module, term in terms.items()}
-
-
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """A float32 Llama with an untied head."""
@@ -111,7 +96,7 @@ def test_at_full_rank_the_whole_change_is_extracted(tmp_path, dtype):
     base = tiny.write_llama(tmp_path / "base", dtype=dtype)
     folder = tuned_from(base, tmp_path / "tuned", noise(only="_proj"))
     report = extract(folder, base, tmp_path / "out", WHOLE)
-    expected, found = changes(folder, base), dense(tmp_path / "out")
+    expected, found = changes(folder, base), changes_of(tmp_path / "out")
     assert len(found) == 14
     for module, delta in found.items():
         difference = delta - expected[f"{module}.weight"]
@@ -125,7 +110,7 @@ def test_extracting_from_a_bfloat16_merge_recovers_the_adapter_up_to_rounding(tm
     """Rounding noise is spread over all dimensions; a rank-4 approximation contains the part in its tangent space."""
     merge(llama, [adapter], tmp_path / "merged")
     report = extract(tmp_path / "merged", llama, tmp_path / "out", ExtractOptions(rank=4))
-    found, truth, merged = dense(tmp_path / "out"), dense(adapter), changes(tmp_path / "merged", llama)
+    found, truth, merged = changes_of(tmp_path / "out"), changes_of(adapter), changes(tmp_path / "merged", llama)
     for entry in report.modules:
         rounding = (merged[f"{entry.module}.weight"] - truth[entry.module]).norm()
         off = (found[entry.module] - truth[entry.module]).norm()
@@ -141,7 +126,7 @@ def test_extracting_from_a_bfloat16_merge_recovers_the_adapter_up_to_rounding(tm
 @pytest.mark.parametrize("rank", [1, 5, 20])
 def test_the_report_agrees_with_a_dense_decomposition(tmp_path, plain, falling, rank):
     report = extract(falling, plain, tmp_path / "out", ExtractOptions(rank=rank))
-    truth, base, found = changes(falling, plain), tensors_of(plain), dense(tmp_path / "out")
+    truth, base, found = changes(falling, plain), tensors_of(plain), changes_of(tmp_path / "out")
     assert (len(report.modules), report.equal, report.ranks) == (14, 7, (rank, rank))
     total = lost = 0.0
     for entry in report.modules:
@@ -201,19 +186,6 @@ def test_the_reported_rounding_is_close_to_the_actual_rounding(tmp_path):
     assert 0.001 < lost / kept < 0.1
     assert report.rounding == pytest.approx(lost / kept, rel=0.15)
     assert 1 - report.energy_kept == pytest.approx(report.rounding, rel=0.3)
-
-
-def logits(base, adapter=None, words=None):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    if words is not None:
-        model.resize_token_embeddings(words)
-    if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
-    with torch.no_grad():
-        return model.eval()(torch.arange(3, 43).view(2, 20)).logits
 
 
 FAMILIES = ["tied", "untied", "gpt2", "qwen2", "phi", "mixtral"]
@@ -438,8 +410,7 @@ def test_a_resized_vocabulary_is_saved_whole_and_reported(tmp_path, tied):
     base = tiny.write_llama(tmp_path / "base", dtype="float32", tied=tied)
     folder = tuned_from(base, tmp_path / "tuned", lambda n, t: more_words(t) if "embed" in n or "head" in n else None)
     words = Checkpoint(folder).spec("model.embed_tokens.weight").shape[0]
-    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": words}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", vocab_size=words)
     tuned_from(folder, tmp_path / "more", noise(only="_proj"))
     report = extract(tmp_path / "more", base, tmp_path / "out", WHOLE)
     assert report.resized
@@ -510,14 +481,6 @@ def test_nothing_to_extract_is_an_error(tmp_path, plain, copy_of):
     assert not (tmp_path / "out").exists()
 
 
-def rewritten(folder, change):
-    """Change the tensors of a folder with one file."""
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 def test_mismatched_checkpoints_are_refused_naming_a_tensor(tmp_path, plain, tuned, copy_of):
     def refused(folder, base, message):
         with pytest.raises(BaseMismatchError, match=message):
@@ -546,8 +509,7 @@ def test_a_quantized_checkpoint_is_refused_with_the_reason(tmp_path, plain, tune
 @pytest.mark.parametrize("ours", [True, False])
 def test_dequantize_is_suggested_only_for_supported_quantization(tmp_path, plain, tuned, copy_of, ours):
     other = copy_of(tuned, "other")
-    config = json.loads((other / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
-    (other / "config.json").write_text(json.dumps(config))
+    edit_json(other / "config.json", quantization_config={"quant_method": "gptq"})
     quantize(tuned, tmp_path / "nf4")
     with pytest.raises(CheckpointError) as caught:
         extract(tmp_path / "nf4" if ours else other, plain, tmp_path / "out", ExtractOptions(rank=2))
@@ -647,8 +609,7 @@ def test_a_changed_tokenizer_is_copied_and_a_changed_configuration_only_reported
     assert (report.tokenizer, report.config_differs) == ((), ())
     folder = copy_of(tuned, "changed")
     (folder / "chat_template.jinja").write_text("{{ messages }}")
-    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 1e-3, "transformers_version": "0"}
-    (folder / "config.json").write_text(json.dumps(config))
+    edit_json(folder / "config.json", rms_norm_eps=1e-3, transformers_version="0")
     report = extract(folder, plain, tmp_path / "out", ExtractOptions(rank=2))
     assert report.config_differs == ("rms_norm_eps",)
     assert set(report.tokenizer) == {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
@@ -771,8 +732,7 @@ def test_language_model_files_count_as_such_if_their_config_names_a_different_cl
     from transformers import AutoModelForCausalLM
 
     base = copy_of(gpt2, "base")
-    config = json.loads((base / "config.json").read_text()) | {"architectures": [named]}
-    (base / "config.json").write_text(json.dumps(config))
+    edit_json(base / "config.json", architectures=[named])
     lora = tiny.write_peft_adapter(tmp_path / "lora", gpt2, target_modules=["c_attn"], fan_in_fan_out=True)
     merge(base, [lora], tmp_path / "tuned")
     extract(tmp_path / "tuned", base, tmp_path / "out", ExtractOptions(rank=4))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import tiny
+from folders import edit_json, edited_tensors
 from forks import Forks
-from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
@@ -66,8 +66,7 @@ def _succeeded(done):
 
 def test_the_child_process_gives_the_same_answer_as_this_process(llama, copy_of, tmp_path):
     mixtral, broken = tiny.write_family(tmp_path / "mixtral", "mixtral"), copy_of(llama)
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "2"}))
+    edit_json(broken / "config.json", num_hidden_layers="2")
     command = [sys.executable, "-c", ASK, llama, mixtral, broken]
     done = _succeeded(subprocess.run(command, capture_output=True, text=True))
     (found, *others), loaded = json.loads(done.stdout)
@@ -127,8 +126,7 @@ def test_different_configurations_or_tensors_are_not_answered_from_the_cache(
     assert not json.loads(run(KNOW, llama_sharded))[0]  # the same tensors in other files
     assert json.loads(run(KNOW, gpt2))[0]
     changed = copy_of(llama)
-    config = json.loads((changed / "config.json").read_text())
-    (changed / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    edit_json(changed / "config.json", rope_theta=5.0)
     assert json.loads(run(KNOW, changed))[0]
     assert len(list(cache.iterdir())) == 3
 
@@ -161,8 +159,8 @@ def test_tensors_of_different_shapes_are_not_answered_from_the_cache(run, llama,
     assert json.loads(run(KNOW, llama))[0]
     changed = copy_of(llama)
     (file,) = changed.glob("*.safetensors")
-    tensors = load_file(file)
-    save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"][:32].clone()}, file)
+    with edited_tensors(file) as tensors:
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:32]
     assert json.loads(run(KNOW, changed))[0]
 
 
@@ -222,8 +220,7 @@ def test_damaged_cached_answers_are_computed_again_and_replaced(run, llama, cach
 
 def test_errors_are_not_cached(run, llama, copy_of, cache):
     broken = copy_of(llama)
-    config = json.loads((broken / "config.json").read_text())
-    (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "2"}))
+    edit_json(broken / "config.json", num_hidden_layers="2")
     json.loads(run(ASK, broken))
     assert not cache.exists()
 

@@ -4,6 +4,7 @@ import peft_adapters
 import pytest
 import tiny
 import torch
+from folders import flip
 from packing import encode
 from safetensors.torch import load_file, save_file
 
@@ -160,9 +161,7 @@ def test_every_kind_of_adapter_can_be_verified(kind, made, copy_of):
     report = verify(folder)
     assert (report.kind, report.tensors) == ("adapter", len(load_file(folder / "adapter_model.safetensors")))
     weights = folder / "adapter_model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
+    flip(weights)
     with pytest.raises(IntegrityError, match=r"adapter_model\.safetensors changed"):
         verify(folder)
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from folders import edit_json, edited_tensors, flip, tensors_of, tree
 from peft_adapters import quiet
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
@@ -42,15 +43,6 @@ from adaptkit.operations.verify import verify
 
 WEIGHTS, RECORD = "model.safetensors", "adaptkit-undo/shard-00001-of-00003.safetensors"
 FORMATS = {torch.bfloat16: (8, -126), torch.float16: (11, -14), torch.float32: (24, -126)}
-
-
-def tree(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def tensors_of(folder):
-    checkpoint = Checkpoint(folder)
-    return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
 def rounded_once(values, dtype):
@@ -257,9 +249,8 @@ def test_same_base_requires_all_tensors_to_match_not_only_the_changed_ones(
     form, tmp_path, llama, adapter, copy_of, certified, run_cli
 ):
     known, other = certified(adapter, llama), copy_of(llama)
-    tensors = load_file(other / WEIGHTS)
-    tensors["model.norm.weight"] *= 2
-    save_file(tensors, other / WEIGHTS, metadata={"format": "pt"})
+    with edited_tensors(other / WEIGHTS) as tensors:
+        tensors["model.norm.weight"] *= 2
     options = MergeOptions(format=form)
     assert not merge(llama, [known], tmp_path / "no parent", options).same_base
     parent = require_manifest(tmp_path / "no parent").parents[form == "nf4"]
@@ -306,9 +297,8 @@ def test_a_base_of_an_unsupported_dtype_is_refused_with_a_fitting_hint(tmp_path,
 
 def test_one_changed_bit_of_the_base_is_detected(tmp_path, llama, adapter, certified, copy_of):
     known, other = certified(adapter, llama), copy_of(llama)
-    tensors = load_file(other / WEIGHTS)
-    tensors["model.layers.1.mlp.gate_proj.weight"].view(torch.int16)[3, 3] ^= 1
-    save_file(tensors, other / WEIGHTS, metadata={"format": "pt"})
+    with edited_tensors(other / WEIGHTS) as tensors:
+        tensors["model.layers.1.mlp.gate_proj.weight"].view(torch.int16)[3, 3] ^= 1
     with pytest.raises(BaseMismatchError, match=r"model\.layers\.1\.mlp\.gate_proj\.weight"):
         merge(other, [known], tmp_path / "out")
 
@@ -335,9 +325,8 @@ def test_a_manifest_that_names_no_base_does_not_verify_the_base(tmp_path, llama,
 
 
 def edit_adapter(folder, change):
-    tensors = load_file(folder / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors")
+    with edited_tensors(folder / "adapter_model.safetensors") as tensors:
+        change(tensors)
 
 
 KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
@@ -359,8 +348,8 @@ def test_changes_of_a_tied_head_alone_are_refused(tmp_path, llama, adapter, copy
     with pytest.raises(BaseMismatchError, match="lm_head"):
         merge(llama, [folder], tmp_path / "out")
     base = copy_of(llama)  # now with a tensor for the head, which transformers would ignore
-    tensors = load_file(base / WEIGHTS)
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, base / WEIGHTS)
+    with edited_tensors(base / WEIGHTS) as tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     with pytest.raises(BaseMismatchError, match="tied"):
         merge(base, [folder], tmp_path / "out")
 
@@ -375,10 +364,9 @@ def test_a_shape_mismatch_is_refused_and_both_shapes_are_named(tmp_path, llama, 
 
 def test_a_change_is_not_transposed_to_fit_a_base(tmp_path, llama, adapter, copy_of):
     base = copy_of(llama)
-    tensors = load_file(base / "model.safetensors")
-    name = "model.layers.0.mlp.down_proj.weight"
-    tensors[name] = tensors[name].T.contiguous()
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with edited_tensors(base / "model.safetensors") as tensors:
+        name = "model.layers.0.mlp.down_proj.weight"
+        tensors[name] = tensors[name].T.contiguous()
     with pytest.raises(BaseMismatchError, match=re.escape(name)):
         merge(base, [adapter], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -387,8 +375,7 @@ def test_a_change_is_not_transposed_to_fit_a_base(tmp_path, llama, adapter, copy
 @pytest.mark.parametrize("kind", [["llama"], {"llama": 1}, None])
 def test_a_model_type_that_is_not_a_string_is_ignored(tmp_path, llama, adapter, copy_of, kind):
     base = copy_of(llama)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"model_type": kind}))
+    edit_json(base / "config.json", model_type=kind)
     assert merge(base, [adapter], tmp_path / "merged").merged
 
 
@@ -401,9 +388,8 @@ def test_a_quantized_base_without_its_16_bit_parent_is_refused(tmp_path, llama, 
 
 def test_a_nan_in_the_base_is_refused_and_located(tmp_path, llama, adapter, copy_of):
     base = copy_of(llama)
-    tensors = load_file(base / WEIGHTS)
-    tensors["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
-    save_file(tensors, base / WEIGHTS)
+    with edited_tensors(base / WEIGHTS) as tensors:
+        tensors["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
     with pytest.raises(NonFiniteError, match=r"model\.layers\.0\.mlp\.up_proj\.weight: the weight at \[1, 1\] is nan"):
         merge(base, [adapter], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -485,9 +471,8 @@ def test_an_adapter_with_one_nonzero_kind_of_change_is_merged(tmp_path, qwen, fe
 
 def test_a_zero_row_that_dora_cannot_scale_is_reported_once(tmp_path, llama, copy_of):
     name, base = "model.layers.0.self_attn.q_proj", copy_of(llama)
-    tensors = load_file(base / WEIGHTS)
-    tensors[f"{name}.weight"][3] = 0
-    save_file(tensors, base / WEIGHTS, {"format": "pt"})
+    with edited_tensors(base / WEIGHTS) as tensors:
+        tensors[f"{name}.weight"][3] = 0
     with quiet():
         folder = tiny.write_peft_adapter(tmp_path / "a", llama, use_dora=True)
     edit_adapter(folder, lambda t: t[f"base_model.model.{name}.lora_B.weight"][3].zero_())
@@ -547,9 +532,7 @@ def test_an_adapter_without_low_rank_changes_is_merged(tmp_path, llama, adapter,
 def test_a_base_whose_weights_do_not_match_its_manifest_is_refused(tmp_path, llama, adapter, second_adapter):
     merge(llama, [adapter], tmp_path / "base")
     located = Checkpoint(tmp_path / "base").tensors["model.norm.weight"]
-    content = bytearray((tmp_path / "base" / WEIGHTS).read_bytes())
-    content[located.position] ^= 1
-    (tmp_path / "base" / WEIGHTS).write_bytes(content)
+    flip(tmp_path / "base" / WEIGHTS, located.position)
     with pytest.raises(IntegrityError, match="its tensors do not match its manifest"):
         merge(tmp_path / "base", [second_adapter], tmp_path / "out")
     assert not (tmp_path / "out").exists()

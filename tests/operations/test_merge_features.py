@@ -10,6 +10,7 @@ import peft_formulas
 import pytest
 import tiny
 import torch
+from folders import edited_tensors
 from peft_adapters import CASES, OF_EVERY_KIND, PREFIX, WEIGHTS
 from peft_formulas import HEAD, rounded_once, tensors_of
 from safetensors.torch import load_file, save_file
@@ -200,9 +201,8 @@ def test_every_tensor_keeps_its_own_dtype(tmp_path, made):
     case = peft_adapters.make(made, "everything_phi")
     base = tmp_path / "base"
     shutil.copytree(case.base, base)
-    tensors = load_file(base / "model.safetensors")
-    wide = {name: t.float() if "norm" in name or "lm_head" in name else t for name, t in tensors.items()}
-    save_file(wide, base / "model.safetensors", {"format": "pt"})
+    with edited_tensors(base / "model.safetensors") as wide:
+        wide |= {name: t.float() for name, t in wide.items() if "norm" in name or "lm_head" in name}
     judgement = peft_formulas.judge(base, case.adapter, case.name)
     merge(base, [case.adapter], tmp_path / "out")
     exact = peft_formulas.merged(judgement.files, [judgement.changes])
@@ -618,9 +618,8 @@ def test_every_level_of_the_configuration_that_has_a_value_is_updated(tmp_path, 
 def test_an_untied_head_is_recorded_where_every_release_of_transformers_looks(tmp_path):
     """Release 5 reads whether a head is tied from the top level, 4 from text_config, whose default may be tied."""
     base, adapter = tiny.write_llava(tmp_path / "base", older=False), tmp_path / "adapter"
-    tensors = load_file(base / "model.safetensors")
-    del tensors["language_model.lm_head.weight"]
-    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with edited_tensors(base / "model.safetensors") as tensors:
+        del tensors["language_model.lm_head.weight"]
     config = json.loads((base / "config.json").read_text())
     config.pop("tie_word_embeddings", None)
     config["text_config"].pop("tie_word_embeddings", None)

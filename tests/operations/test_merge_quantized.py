@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
+from folders import edited_tensors, flip, tree
 from peft_adapters import quiet
 from safetensors.torch import load_file, save_file
 
@@ -26,10 +27,6 @@ from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import VerifyOptions, verify
 
 NF4 = MergeOptions(format="nf4")
-
-
-def tree(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def weights(folder):
@@ -150,9 +147,7 @@ def test_all_tensors_are_compared_to_choose_among_possible_parents(changed, name
     """The wrong one differs in a tensor that is not quantized; its name sorts before or after the right one's."""
     base, alike = copy_of(llama, "original"), copy_of(llama, name)
     located = Checkpoint(alike).tensors[changed]
-    content = bytearray((alike / located.file).read_bytes())
-    content[located.position + 4] ^= 1
-    (alike / located.file).write_bytes(content)
+    flip(alike / located.file, located.position + 4)
     quantize(base, tmp_path / "quantized")
     report = merge(tmp_path / "quantized", [adapter], tmp_path / "out")
     assert report.base == str(base)
@@ -165,9 +160,7 @@ def test_the_parent_of_a_partial_pull_is_found_by_all_known_fingerprints(changed
     """It does not record its parent's tensors_root, and the smallest weight of both candidates is the same."""
     base, alike = copy_of(llama, "original"), copy_of(llama, "alike")
     located = Checkpoint(alike).tensors[changed]
-    content = bytearray((alike / located.file).read_bytes())
-    content[located.position + 4] ^= 1
-    (alike / located.file).write_bytes(content)
+    flip(alike / located.file, located.position + 4)
     quantize(base, tmp_path / "quantized")
     manifest = require_manifest(tmp_path / "quantized")
     part = part_of(manifest, select(manifest, ["weights", "config"]), ["weights", "config"])
@@ -227,9 +220,7 @@ def test_a_candidate_with_one_changed_weight_is_refused(tmp_path, llama, adapter
     base = copy_of(llama, "original")
     quantize(base, tmp_path / "quantized")
     located = Checkpoint(base).tensors["model.layers.1.mlp.down_proj.weight"]
-    content = bytearray((base / located.file).read_bytes())
-    content[located.position + 4] ^= 1
-    (base / located.file).write_bytes(content)
+    flip(base / located.file, located.position + 4)
     with pytest.raises(BaseMismatchError, match=r": .*down_proj\.weight is not the tensor that .* was quantized from"):
         merge(tmp_path / "quantized", [adapter], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -267,8 +258,8 @@ def test_tensors_left_in_16_bits_are_reported_as_in_a_plain_merge(tmp_path, feat
     with quiet():
         folder = tiny.write_peft_adapter(tmp_path / "a", base, target_modules=["lm_head"], **features)
     if features:  # otherwise the saved norms equal the base's
-        saved = load_file(folder / "adapter_model.safetensors")
-        save_file({k: v * 1.5 if "norm" in k else v for k, v in saved.items()}, folder / "adapter_model.safetensors")
+        with edited_tensors(folder / "adapter_model.safetensors") as saved:
+            saved |= {name: tensor * 1.5 for name, tensor in saved.items() if "norm" in name}
     plain = merge(base, [folder], tmp_path / "plain")
     report = merge(base, [folder], tmp_path / "out", NF4)
     assert [change.name for change in report.changes] == [change.name for change in plain.changes]

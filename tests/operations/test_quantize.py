@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from folders import edited_tensors, tensors_of, tree
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.hashing import fingerprint
@@ -25,15 +26,6 @@ from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.verify import verify
-
-
-def tree(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def tensors_of(folder):
-    checkpoint = Checkpoint(folder)
-    return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
 @pytest.fixture(scope="module")
@@ -254,9 +246,8 @@ def test_an_already_quantized_checkpoint_is_refused(quantized, tmp_path):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_nonfinite_weight_is_refused_with_its_tensor_and_index(llama, copy_of, tmp_path, value):
     source = copy_of(llama)
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][100, 7] = value
-    save_file(tensors, source / "model.safetensors")
+    with edited_tensors(source / "model.safetensors") as tensors:
+        tensors["model.layers.1.mlp.up_proj.weight"][100, 7] = value
     error = refusal(NonFiniteError, source, tmp_path / "out")
     assert "model.layers.1.mlp.up_proj.weight" in error.message
     assert "[100, 7]" in error.message
@@ -264,18 +255,16 @@ def test_a_nonfinite_weight_is_refused_with_its_tensor_and_index(llama, copy_of,
 
 def test_the_index_in_a_transposed_weight_is_that_in_the_file(gpt2, copy_of, tmp_path):
     source = copy_of(gpt2)
-    tensors = load_file(source / "model.safetensors")
-    tensors["transformer.h.0.attn.c_attn.weight"][5, 150] = float("nan")
-    save_file(tensors, source / "model.safetensors")
+    with edited_tensors(source / "model.safetensors") as tensors:
+        tensors["transformer.h.0.attn.c_attn.weight"][5, 150] = float("nan")
     assert "[5, 150]" in refusal(NonFiniteError, source, tmp_path / "out").message
 
 
 def test_a_repaired_source_is_quantized_anew_and_nothing_stale_remains(llama, quantized, copy_of, tmp_path):
     source = copy_of(llama)
     good = (source / "model.safetensors").read_bytes()
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, source / "model.safetensors")
+    with edited_tensors(source / "model.safetensors") as tensors:
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
     refusal(NonFiniteError, source, tmp_path / "out", max_shard_bytes=30_000)
     (source / "model.safetensors").write_bytes(good)
     quantize(source, tmp_path / "out")
@@ -285,8 +274,8 @@ def test_a_repaired_source_is_quantized_anew_and_nothing_stale_remains(llama, qu
 
 def test_an_empty_tensor_is_refused_and_named(llama, copy_of, tmp_path):
     source = copy_of(llama)
-    tensors = load_file(source / "model.safetensors")
-    save_file(tensors | {"model.layers.0.self_attn.bonus.weight": torch.empty(0, 64)}, source / "model.safetensors")
+    with edited_tensors(source / "model.safetensors") as tensors:
+        tensors["model.layers.0.self_attn.bonus.weight"] = torch.empty(0, 64)
     assert "model.layers.0.self_attn.bonus.weight" in refusal(CheckpointError, source, tmp_path / "out").message
 
 
@@ -309,10 +298,8 @@ def test_a_checkpoint_without_layers_is_refused(tmp_path):
 @pytest.mark.parametrize("dtype", ["float64", "int32"])
 def test_tensors_of_an_unsupported_dtype_are_named(llama, copy_of, tmp_path, dtype):
     source = copy_of(llama)
-    tensors = load_file(source / "model.safetensors")
-    save_file(
-        {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}, source / "model.safetensors"
-    )
+    with edited_tensors(source / "model.safetensors") as tensors:
+        tensors |= {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors.items()}
     error = refusal(CheckpointError, source, tmp_path / "out")
     told = {"float64": "F64", "int32": "I32"}[dtype]
     assert f"model.layers.0.mlp.down_proj.weight has dtype {told}, expected F32, F16, BF16" in error.message
@@ -415,10 +402,9 @@ def test_the_index_of_a_nonfinite_weight_in_a_later_piece_is_that_in_the_tensor(
 def test_an_error_that_overflows_is_null_in_the_json_report(llama, copy_of, tmp_path, run_cli):
     """Squares of weights near the float32 limit overflow, and JSON has no NaN."""
     source = copy_of(llama)
-    tensors = load_file(source / "model.safetensors")
-    name = "model.layers.0.mlp.up_proj.weight"
-    tensors[name] = tensors[name].sign() * 1e37
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(source / "model.safetensors") as tensors:
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = tensors[name].sign() * 1e37
     done = run_cli("quantize", source, "-o", tmp_path / "out", "--json")
     assert done.code == 0, done.stderr
     report = json.loads(done.stdout, parse_constant=lambda constant: pytest.fail(constant))

@@ -7,6 +7,7 @@ import bitsandbytes as bnb
 import pytest
 import tiny
 import torch
+from folders import tree
 from safetensors.torch import load_file
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -27,10 +28,6 @@ from adaptkit.operations.verify import verify
 from adaptkit.text.windows import read_tokens
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
-
-
-def tree(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import tiny
 import torch
+from folders import edited_tensors, tree
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint._journal_file import read_journal
@@ -20,10 +21,6 @@ from adaptkit.operations.quantize import QuantizeOptions, quantize
 
 SMALL = 40_000
 """A shard size that makes several shards of the small model."""
-
-
-def tree(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +153,9 @@ def test_work_from_a_different_checkpoint_of_the_same_shapes_is_not_reused(llama
 
 def test_a_nonfinite_checkpoint_leaves_nothing_but_earlier_shares(llama, copy_of, tmp_path):
     bad, options = copy_of(llama, "bad"), QuantizeOptions(max_shard_bytes=SMALL)
-    tensors = load_file(bad / "model.safetensors")
-    for name in sorted(tensors)[len(tensors) // 2 :]:  # so that both shares contain one
-        tensors[name].view(-1)[7] = float("nan")
-    save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(bad / "model.safetensors") as tensors:
+        for name in sorted(tensors)[len(tensors) // 2 :]:  # so that both shares contain one
+            tensors[name].view(-1)[7] = float("nan")
     with pytest.raises(NonFiniteError):
         quantize(bad, tmp_path / "out", options)
     assert not (tmp_path / "out.partial").exists()
@@ -194,10 +190,9 @@ def test_a_read_error_leaves_finished_shards_to_resume_from(tmp_path, monkeypatc
 
 def test_shares_of_different_checkpoints_are_not_joined(llama, copy_of, tmp_path):
     other = copy_of(llama, "other")
-    tensors = load_file(other / "model.safetensors")
-    for value in tensors.values():
-        value.view(-1)[5] += 1
-    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(other / "model.safetensors") as tensors:
+        for value in tensors.values():
+            value.view(-1)[5] += 1
     for number, source in ((1, llama), (2, other)):
         share(source, tmp_path / "out", number, 2)
     before = tree(tmp_path / "out.partial")
@@ -212,9 +207,8 @@ def test_shares_of_different_checkpoints_are_not_joined(llama, copy_of, tmp_path
 def test_shares_of_a_source_that_changed_meanwhile_are_not_joined(llama, copy_of, tmp_path):
     source = copy_of(llama)
     share(source, tmp_path / "out", 1, 2)
-    tensors = load_file(source / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"] *= 2
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(source / "model.safetensors") as tensors:
+        tensors["model.layers.0.mlp.up_proj.weight"] *= 2
     with pytest.raises(ConflictError, match="other options, inputs or shares"):
         share(source, tmp_path / "out", 2, 2)
     options = QuantizeOptions(max_shard_bytes=SMALL)

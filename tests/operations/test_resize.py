@@ -6,7 +6,9 @@ import peft_adapters
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from folders import changes_of, edit_json, edited_tensors, tree
+from peft_formulas import logits
+from safetensors.torch import load_file
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.manifest import require_manifest
@@ -16,10 +18,6 @@ from adaptkit.operations.resize import ResizeOptions, resize
 from adaptkit.operations.verify import verify
 
 PREFIX = "base_model.model."
-
-
-def tree(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def dense(folder):
@@ -44,11 +42,10 @@ def wide(tmp_path_factory, llama):
     folder = tiny.write_peft_adapter(
         tmp_path_factory.mktemp("wide") / "adapter", llama, rank=8, seed=7, use_rslora=True, lora_alpha=3
     )
-    tensors = load_file(folder / "adapter_model.safetensors")
-    for key, tensor in tensors.items():
-        falling = 0.6 ** torch.arange(8.0)
-        tensors[key] = tensor * (falling[:, None] if ".lora_A." in key else falling)
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    with edited_tensors(folder / "adapter_model.safetensors") as tensors:
+        for key, tensor in tensors.items():
+            falling = 0.6 ** torch.arange(8.0)
+            tensors[key] = tensor * (falling[:, None] if ".lora_A." in key else falling)
     return folder
 
 
@@ -103,23 +100,17 @@ def test_different_ranks_are_reduced_only_where_they_are_larger(tmp_path, llama)
     mixed = tiny.write_peft_adapter(tmp_path / "mixed", llama, **parts)
     report = resize(mixed, tmp_path / "out", ResizeOptions(rank=4))
     assert (report.resized, report.unchanged, report.below, report.ranks) == (12, 2, 2, (2, 4))
-    before, after = dense_by_reading(mixed), dense(tmp_path / "out")
+    before, after = changes_of(mixed), dense(tmp_path / "out")
     for module in before:
         u, sigma, vt = torch.linalg.svd(before[module])
         assert (after[module] - (u[:, :4] * sigma[:4]) @ vt[:4]).norm() < 1e-6 * sigma[0]
 
 
-def dense_by_reading(folder):
-    terms = read_adapter(folder).modules
-    return {module: term.scaling * term.lora_b.double() @ term.lora_a.double() for module, term in terms.items()}
-
-
 def test_an_energy_of_one_drops_only_zero_singular_values(tmp_path, wide, copy_of):
     folder = copy_of(wide)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    key = f"{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight"
-    tensors[key][5:] = tensors[key][:3]  # three duplicate rows
-    save_file(tensors, folder / "adapter_model.safetensors")
+    with edited_tensors(folder / "adapter_model.safetensors") as tensors:
+        key = f"{PREFIX}model.layers.0.mlp.up_proj.lora_A.weight"
+        tensors[key][5:] = tensors[key][:3]  # three duplicate rows
     report = resize(folder, tmp_path / "out", ResizeOptions(energy=1.0))
     assert {entry.module: entry.rank for entry in report.modules if entry.rank < 8} == {"model.layers.0.mlp.up_proj": 5}
     before, after = dense(folder), dense(tmp_path / "out")
@@ -128,33 +119,22 @@ def test_an_energy_of_one_drops_only_zero_singular_values(tmp_path, wide, copy_o
 
 def test_an_adapter_without_effect_can_be_resized(tmp_path, adapter, copy_of):
     folder = copy_of(adapter)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    zeroed = {key: tensor * 0 if ".lora_B." in key else tensor for key, tensor in tensors.items()}
-    save_file(zeroed, folder / "adapter_model.safetensors")
+    with edited_tensors(folder / "adapter_model.safetensors") as tensors:
+        tensors |= {key: tensor * 0 for key, tensor in tensors.items() if ".lora_B." in key}
     for number, options in enumerate([{"rank": 2}, {"energy": 0.9}]):
         report = resize(folder, tmp_path / str(number), ResizeOptions(**options))
         assert (report.energy_kept, report.relative_error) == (1.0, 0.0)
         assert all(not change.any() for change in dense(tmp_path / str(number)).values())
 
 
-def logits(base, adapter):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
-    with torch.no_grad():
-        return model(torch.arange(3, 43).view(2, 20)).logits
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_peft_computes_the_same_if_only_zero_singular_values_were_dropped(tmp_path, family, request):
     base = request.getfixturevalue(family)
     adapter = tiny.write_peft_adapter(tmp_path / "adapter", base, rank=6, seed=3)
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    for key, tensor in tensors.items():
-        if ".lora_A." in key:
-            tensor[3:] = tensor[:3]
-    save_file(tensors, adapter / "adapter_model.safetensors")
+    with edited_tensors(adapter / "adapter_model.safetensors") as tensors:
+        for key, tensor in tensors.items():
+            if ".lora_A." in key:
+                tensor[3:] = tensor[:3]
     report = resize(adapter, tmp_path / "out", ResizeOptions(rank=3))
     assert report.resized == len(report.modules)
     ours, theirs = logits(base, tmp_path / "out"), logits(base, adapter)
@@ -172,9 +152,9 @@ def test_embeddings_stay_embeddings(tmp_path):
     before, after = read_adapter(adapter), read_adapter(tmp_path / "out")
     assert after.embeddings == before.embeddings == {"model.embed_tokens"}
     assert after.modules["model.embed_tokens"].shape == before.modules["model.embed_tokens"].shape
-    change = dense_by_reading(adapter)["model.embed_tokens"]
+    change = changes_of(adapter)["model.embed_tokens"]
     u, sigma, vt = torch.linalg.svd(change, full_matrices=False)
-    kept = dense_by_reading(tmp_path / "out")["model.embed_tokens"]
+    kept = changes_of(tmp_path / "out")["model.embed_tokens"]
     assert (kept - (u[:, :2] * sigma[:2]) @ vt[:2]).norm() < 1e-6 * sigma[0]
 
 
@@ -288,7 +268,6 @@ def test_copies_of_the_base_and_the_tokenizer_are_copied(made, tmp_path, copy_of
 @pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION", "CAUSAL_LM"])
 def test_the_task_type_is_unchanged_even_if_it_is_none(task, wide, tmp_path, copy_of):
     adapter = copy_of(wide)
-    config = json.loads((adapter / "adapter_config.json").read_text()) | {"task_type": task}
-    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    edit_json(adapter / "adapter_config.json", task_type=task)
     resize(adapter, tmp_path / "out", ResizeOptions(rank=2))
     assert read_adapter(tmp_path / "out").config["task_type"] == task

@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from folders import edited_tensors, tree
 from peft_adapters import quiet
-from safetensors.torch import load_file, save_file
+from peft_formulas import running
+from safetensors.torch import load_file
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
@@ -16,10 +18,6 @@ from adaptkit.operations.diff import diff
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.stack import StackOptions, stack
 from adaptkit.operations.verify import verify
-
-
-def tree(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def dense(folder):
@@ -62,16 +60,13 @@ def test_rslora_adapters_are_stacked_with_their_own_scaling(tmp_path, adapter, r
 
 
 def logits(base, adapters):
-    """Compute logits with peft in float32; all adapters but the last are merged first."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    for folder in adapters[:-1]:
-        model = PeftModel.from_pretrained(model, folder).merge_and_unload()
-    model = PeftModel.from_pretrained(model, adapters[-1]).eval()
-    with torch.no_grad():
-        return model(torch.arange(3, 43).view(2, 20)).logits
+    """Compute logits with peft in float32, with all adapters at once."""
+    with quiet(), torch.no_grad():
+        model = running(base, adapters[0])
+        for number, folder in enumerate(adapters[1:]):
+            model.load_adapter(folder, str(number))
+        model.base_model.set_adapter(list(model.peft_config))
+        return model.eval()(torch.arange(3, 43).view(2, 20)).logits
 
 
 def test_peft_computes_the_same_with_the_stack_as_with_its_parts(tmp_path, llama, adapter, second_adapter, rslora):
@@ -92,21 +87,13 @@ def test_peft_computes_the_same_with_a_stack_of_gpt2_adapters(tmp_path, gpt2):
 @pytest.mark.parametrize("head_first", [False, True])
 def test_gpt2_adapters_with_and_without_a_head_can_be_stacked(tmp_path, gpt2, head_first):
     """With a head among the targets, peft writes fan_in_fan_out: false, though the other layers are still Conv1D."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     with quiet():
         plain = tiny.write_peft_adapter(tmp_path / "plain", gpt2, seed=1)
         headed = tiny.write_peft_adapter(tmp_path / "headed", gpt2, seed=2, target_modules=["c_attn", "lm_head"])
     flags = [json.loads((path / "adapter_config.json").read_text())["fan_in_fan_out"] for path in (plain, headed)]
     assert flags == [True, False]
     stack([headed, plain] if head_first else [plain, headed], tmp_path / "out")
-    with quiet(), torch.no_grad():
-        both = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(gpt2, dtype=torch.float32), plain)
-        both.load_adapter(headed, "headed")
-        both.base_model.set_adapter(["default", "headed"])
-        theirs = both.eval()(torch.arange(3, 43).view(2, 20)).logits
-        ours = logits(gpt2, [tmp_path / "out"])
+    ours, theirs = logits(gpt2, [tmp_path / "out"]), logits(gpt2, [plain, headed])
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
     assert (logits(gpt2, [plain]) - theirs).abs().max() > 0.01 * theirs.abs().max()
 
@@ -182,10 +169,9 @@ def test_no_quantized_base_is_recorded_if_adapters_name_different_ones(tmp_path,
 
 def test_different_shapes_of_a_module_are_refused(tmp_path, adapter, copy_of):
     folder = copy_of(adapter)
-    tensors = load_file(folder / "adapter_model.safetensors")
-    key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
-    tensors[key] = tensors[key][:64].clone()
-    save_file(tensors, folder / "adapter_model.safetensors")
+    with edited_tensors(folder / "adapter_model.safetensors") as tensors:
+        key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+        tensors[key] = tensors[key][:64].clone()
     with pytest.raises(AdapterError, match=r"model\.layers\.1\.mlp\.up_proj: shape \[128, 64\] .* \[64, 64\]"):
         stack([adapter, folder], tmp_path / "out")
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from folders import edit_json, edited_tensors, tree
+from safetensors.torch import load_file
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.manifest import require_manifest
@@ -21,7 +22,6 @@ from adaptkit.operations.stack import StackOptions, stack
 
 METHODS = names(stacking)
 SUMS = ["cat", "linear", "svd"]
-DENSE = ["ties", "magnitude_prune", "dare", "dare_ties", "della", "breadcrumbs", "sce"]
 WEIGHTS = (1.0, -0.5, 2.0)
 PREFIX = "base_model.model."
 EMBEDDING_ADVICE = pytest.mark.filterwarnings(
@@ -30,14 +30,9 @@ EMBEDDING_ADVICE = pytest.mark.filterwarnings(
 """Ignores peft's warnings about adapters for embeddings."""
 
 
-def tree(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 def change_tensors(folder, change):
-    tensors = load_file(folder / "adapter_model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    with edited_tensors(folder / "adapter_model.safetensors") as tensors:
+        change(tensors)
 
 
 def dense(folder):
@@ -455,8 +450,7 @@ def test_an_embedding_and_a_linear_layer_of_the_same_name_are_refused(tmp_path):
 @EMBEDDING_ADVICE
 def test_different_values_of_ensure_weight_tying_are_refused(tmp_path, llama, copy_of):
     parts = [tiny.write_peft_adapter(tmp_path / n, llama, target_modules=["embed_tokens"]) for n in ("a", "b")]
-    config = json.loads((parts[1] / "adapter_config.json").read_text()) | {"ensure_weight_tying": True}
-    (parts[1] / "adapter_config.json").write_text(json.dumps(config))
+    edit_json(parts[1] / "adapter_config.json", ensure_weight_tying=True)
     with pytest.raises(AdapterError, match="ensure_weight_tying"):
         stack(parts, tmp_path / "out")
 
@@ -464,8 +458,7 @@ def test_different_values_of_ensure_weight_tying_are_refused(tmp_path, llama, co
 def test_the_task_type_is_copied_if_all_adapters_have_the_same(tmp_path, parts, copy_of):
     classifiers = [copy_of(folder) for folder in parts]
     for folder in classifiers:
-        config = json.loads((folder / "adapter_config.json").read_text()) | {"task_type": "SEQ_CLS"}
-        (folder / "adapter_config.json").write_text(json.dumps(config))
+        edit_json(folder / "adapter_config.json", task_type="SEQ_CLS")
     stack(classifiers, tmp_path / "same")
     stack([classifiers[0], parts[1]], tmp_path / "mixed")
     assert read_adapter(tmp_path / "same").config["task_type"] == "SEQ_CLS"
@@ -485,9 +478,8 @@ def test_different_copies_of_the_base_and_different_tokenizers_are_refused(tmp_p
     base = tiny.write_llama(tmp_path / "base", tied=False)
     embedded = [tiny.write_peft_adapter(tmp_path / name, base, target_modules=["embed_tokens"]) for name in ("x", "y")]
     weights = embedded[1] / "adapter_model.safetensors"
-    tensors = load_file(weights)
-    tensors[f"{PREFIX}model.embed_tokens.base_layer.weight"][3, 3] += 1
-    save_file(tensors, weights, metadata={"format": "pt"})
+    with edited_tensors(weights) as tensors:
+        tensors[f"{PREFIX}model.embed_tokens.base_layer.weight"][3, 3] += 1
     with pytest.raises(AdapterError, match=r"different copies of the base's model\.embed_tokens\.weight"):
         stack(embedded, tmp_path / "three")
     assert {path.name for path in tmp_path.glob("t*")} == set()
@@ -495,8 +487,7 @@ def test_different_copies_of_the_base_and_different_tokenizers_are_refused(tmp_p
 
 def test_a_stack_of_adapters_that_name_different_bases_names_none_and_reports_it(tmp_path, parts, copy_of, run_cli):
     other = copy_of(parts[1])
-    config = json.loads((other / "adapter_config.json").read_text()) | {"base_model_name_or_path": "org/other"}
-    (other / "adapter_config.json").write_text(json.dumps(config))
+    edit_json(other / "adapter_config.json", base_model_name_or_path="org/other")
     done = run_cli("stack", parts[0], other, "-o", tmp_path / "out")
     assert done.code == 0, done.stderr
     assert "'org/other'; the result names none" in done.stdout

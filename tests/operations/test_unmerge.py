@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from folders import edit_json, edited_tensors, flip
 from peft_adapters import quiet
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
@@ -62,8 +63,7 @@ def test_files_are_identical_to_those_of_the_base(tmp_path, adapter, second_adap
 
 def test_code_licences_and_chat_templates_are_copied_and_restored(tmp_path, llama, adapter, copy_of):
     base, brings = copy_of(llama), copy_of(adapter, "brings")
-    config = json.loads((base / "config.json").read_text()) | {"auto_map": {"AutoModel": "modeling_x.Model"}}
-    (base / "config.json").write_text(json.dumps(config))
+    edit_json(base / "config.json", auto_map={"AutoModel": "modeling_x.Model"})
     (brings / "tokenizer.json").write_text("{}")  # replaces all files of the base's tokenizer
     more = ("modeling_x.py", "LICENSE-MODEL", "USE_POLICY.md", "additional_chat_templates/tool.jinja")
     (base / "additional_chat_templates").mkdir()
@@ -93,12 +93,11 @@ def test_files_of_gpt2_are_restored(tmp_path, gpt2):
 
 def test_signed_zeros_denormals_and_extremes_are_restored(tmp_path, llama, adapter, copy_of):
     base = copy_of(llama)
-    tensors = load_file(base / WEIGHTS)
-    weight = tensors["model.layers.0.mlp.up_proj.weight"]
-    top = float(torch.finfo(weight.dtype).max)
-    weight[0, :8] = torch.tensor([0.0, -0.0, 1e-40, -1e-40, top, -top, 1e30, -1e-30]).bfloat16()
-    weight[1] = -0.0
-    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+    with edited_tensors(base / WEIGHTS) as tensors:
+        weight = tensors["model.layers.0.mlp.up_proj.weight"]
+        top = float(torch.finfo(weight.dtype).max)
+        weight[0, :8] = torch.tensor([0.0, -0.0, 1e-40, -1e-40, top, -top, 1e30, -1e-30]).bfloat16()
+        weight[1] = -0.0
     merge(base, [adapter], tmp_path / "merged", MergeOptions(weights=(1e-4,)))
     unmerge(tmp_path / "merged", [adapter], tmp_path / "out")
     assert_same_files(tmp_path / "out", base)
@@ -159,19 +158,13 @@ def merged(tmp_path, llama, adapter):
     return tmp_path / "merged"
 
 
-def flip(path, position, bit=0):
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1 << bit
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize(
     "name", ["model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
 )
 @pytest.mark.parametrize("bit", [0, 7])
 def test_a_merged_weight_with_one_changed_bit_is_named(merged, adapter, tmp_path, name, bit):
     located = Checkpoint(merged).tensors[name]
-    flip(merged / WEIGHTS, located.position + located.spec.nbytes // 2, bit)
+    flip(merged / WEIGHTS, located.position + located.spec.nbytes // 2, 1 << bit)
     with pytest.raises(IntegrityError, match=name.replace(".", r"\.")):
         unmerge(merged, [adapter], tmp_path / "out")
     assert not list(tmp_path.glob("out*"))  # not even what was written before the error
@@ -183,7 +176,7 @@ def test_one_changed_byte_of_the_undo_record_is_detected(merged, adapter, tmp_pa
 
     name = "model.layers.1.mlp.down_proj.weight"
     located = TensorFiles(merged, [RECORD]).tensors[name]
-    flip(merged / RECORD, located.position + int(where * (located.spec.nbytes - 1)), 4)
+    flip(merged / RECORD, located.position + int(where * (located.spec.nbytes - 1)), 1 << 4)
     with pytest.raises(IntegrityError, match=r"adaptkit-undo/shard-00001-of-00001\.safetensors changed"):
         unmerge(merged, [adapter], tmp_path / "out")
     assert not list(tmp_path.glob("out*"))  # not even what was written before the error
@@ -205,8 +198,7 @@ def test_one_changed_byte_of_the_adapter_is_refused(merged, adapter, copy_of, tm
 @pytest.mark.parametrize("changes", [{"lora_alpha": 9}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 9}}])
 def test_a_different_scaling_of_the_same_tensors_is_refused(merged, adapter, copy_of, tmp_path, changes):
     folder = copy_of(adapter)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+    edit_json(folder / "adapter_config.json", **changes)
     with pytest.raises(BaseMismatchError, match=r"has the tensors of .* a different adapter_config\.json"):
         unmerge(merged, [folder], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -234,8 +226,7 @@ def test_all_adapters_that_were_saved_again_are_named_if_one_means_something_els
     merge(llama, [adapter, second_adapter], tmp_path / "merged")
     folders = [copy_of(folder, f"again-{folder.name}") for folder in (adapter, second_adapter)]
     for folder, changes in zip(folders, ({"lora_dropout": 0.5}, {"lora_alpha": 30}), strict=True):
-        config = json.loads((folder / "adapter_config.json").read_text())
-        (folder / "adapter_config.json").write_text(json.dumps(config | changes))
+        edit_json(folder / "adapter_config.json", **changes)
     with pytest.raises(BaseMismatchError, match=r"a different adapter_config\.json") as caught:
         unmerge(tmp_path / "merged", folders, tmp_path / "out")
     assert all(str(folder) in caught.value.message for folder in folders)
@@ -320,12 +311,10 @@ def test_a_record_with_a_wrong_number_of_rows_is_refused_even_if_its_hash_is_rig
 def test_the_first_of_two_merges_is_restored_whole_and_can_be_unmerged_itself(tmp_path, llama, adapter, second_adapter):
     merge(llama, [adapter], tmp_path / "first")
     merge(tmp_path / "first", [second_adapter], tmp_path / "second")
-    before = {p.relative_to(tmp_path / "first").as_posix(): p.read_bytes() for p in (tmp_path / "first").rglob("*.*")}
+    before = tree(tmp_path / "first")
     shutil.rmtree(tmp_path / "first")
     unmerge(tmp_path / "second", [second_adapter], tmp_path / "once")
-    assert {
-        p.relative_to(tmp_path / "once").as_posix(): p.read_bytes() for p in (tmp_path / "once").rglob("*.*")
-    } == before
+    assert tree(tmp_path / "once") == before
     unmerge(tmp_path / "once", [adapter], tmp_path / "twice")
     assert_same_files(tmp_path / "twice", llama)
 
@@ -356,10 +345,7 @@ def test_publishing_a_merge_does_not_change_the_base_that_unmerging_restores(
     verify(tmp_path / "merged")
     report = unmerge(tmp_path / "merged", [adapter], tmp_path / "after")
     assert report.identical
-    before, after = (
-        {p.relative_to(tmp_path / name): p.read_bytes() for p in (tmp_path / name).rglob("*.*")}
-        for name in ("before", "after")
-    )
+    before, after = tree(tmp_path / "before"), tree(tmp_path / "after")
     if "artifact" not in base:  # it names the merged model's manifest, which publishing changed
         assert before.pop(Path(MANIFEST)) != after.pop(Path(MANIFEST))
     assert before == after
@@ -454,8 +440,7 @@ def test_the_output_is_checked_before_any_adapter_is_read(merged, tmp_path, copy
 
 def test_adapters_that_differ_only_in_scaling_may_be_given_in_any_order(tmp_path, llama, adapter, copy_of):
     other = copy_of(adapter)
-    config = json.loads((other / "adapter_config.json").read_text())
-    (other / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3}))
+    edit_json(other / "adapter_config.json", lora_alpha=3)
     merge(llama, [adapter, other], tmp_path / "merged", MergeOptions(weights=(0.5, 2.0)))
     unmerge(tmp_path / "merged", [other, adapter], tmp_path / "out")
     assert_same_files(tmp_path / "out", llama)

@@ -7,8 +7,8 @@ import peft_adapters
 import peft_formulas
 import pytest
 import torch
+from folders import edited_tensors, tree
 from peft_adapters import CASES, OF_EVERY_KIND, PREFIX
-from safetensors.torch import load_file, save_file
 
 from adaptkit.errors import BaseMismatchError, IntegrityError
 from adaptkit.operations.merge import MergeOptions, merge
@@ -34,9 +34,7 @@ def options_for(*names, **options):
 
 def files_of(folder):
     """Map the relative path of every file, except adaptkit's own, to its content."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    named = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
-    return {name: content for name, content in named.items() if not name.startswith("adaptkit-")}
+    return {name: content for name, content in tree(folder).items() if not name.startswith("adaptkit-")}
 
 
 def assert_same_files(found, base):
@@ -103,10 +101,9 @@ def test_signed_zeros_and_extremes_of_changed_tensors_are_restored(tmp_path, cas
     changed = peft_formulas.judge(case.base, case.adapter, name).changes
     top = float(torch.finfo(torch.bfloat16).max) / 64
     for path in base.glob("model*.safetensors"):
-        tensors = load_file(path)
-        for key in set(changed) & set(tensors):
-            tensors[key].view(-1)[:6] = torch.tensor([0.0, -0.0, 1e-40, -1e-40, top, -top]).bfloat16()
-        save_file(tensors, path, {"format": "pt"})
+        with edited_tensors(path) as tensors:
+            for key in set(changed) & set(tensors):
+                tensors[key].view(-1)[:6] = torch.tensor([0.0, -0.0, 1e-40, -1e-40, top, -top]).bfloat16()
     assert_comes_back(tmp_path, base, [case.adapter], options_for(name))
 
 

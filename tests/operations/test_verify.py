@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+from folders import edited_tensors, flip
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.layout import shard_name
@@ -40,12 +41,6 @@ def refuses(folder, match):
     with pytest.raises(IntegrityError, match=match) as caught:
         verify(folder)
     assert caught.value.exit_code == 3
-
-
-def flip(path, position):
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
 
 
 def test_an_unchanged_artifact_passes_and_the_report_matches_it(artifact):
@@ -217,10 +212,9 @@ def test_a_changed_or_missing_manifest_is_detected(folder):
 def test_a_manifest_whose_tensors_do_not_match_its_files_is_detected(folder):
     """A file and its sha256 in the manifest were changed, but not the fingerprint of the tensor."""
     manifest, shard = require_manifest(folder), sorted(folder.glob("model-*.safetensors"))[0]
-    tensors = load_file(shard)
-    name = next(name for name, tensor in tensors.items() if tensor.dtype == torch.uint8)
-    tensors[name].view(-1)[0] ^= 1
-    save_file(tensors, shard)
+    with edited_tensors(shard) as tensors:
+        name = next(name for name, tensor in tensors.items() if tensor.dtype == torch.uint8)
+        tensors[name].view(-1)[0] ^= 1
     from dataclasses import replace
 
     from adaptkit.checkpoint.hashing import file_sha256

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from folders import edited_tensors
+from safetensors.torch import load_file
 from transformers import T5Config, T5ForConditionalGeneration
 
 from adaptkit.errors import AdapterError, UsageError
@@ -89,10 +90,9 @@ def test_an_extracted_adapter_has_the_task_type_of_an_encoder_decoder(t5, tmp_pa
 def test_extract_refuses_or_leaves_out_a_shared_embedding_that_differs(t5, tmp_path):
     T5ForConditionalGeneration.from_pretrained(t5).save_pretrained(tmp_path / "tuned")
     weights = tmp_path / "tuned" / "model.safetensors"
-    tensors = load_file(weights)
-    tensors["shared.weight"][3] += 1
-    tensors["encoder.block.0.layer.0.SelfAttention.q.weight"] += 0.1
-    save_file(tensors, weights, metadata={"format": "pt"})
+    with edited_tensors(weights) as tensors:
+        tensors["shared.weight"][3] += 1
+        tensors["encoder.block.0.layer.0.SelfAttention.q.weight"] += 0.1
     with pytest.raises(UsageError, match=r"shared\.weight"):
         extract(tmp_path / "tuned", t5, tmp_path / "lora", ExtractOptions(rank=2))
     report = extract(tmp_path / "tuned", t5, tmp_path / "lora", ExtractOptions(rank=2, only_linear=True))

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from folders import flip, tree
 
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
@@ -50,10 +51,6 @@ def lock_of(folder):
 
 def outputs(report):
     return {output.name: output for step in report.steps for output in step.outputs}
-
-
-def tree(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture
@@ -130,9 +127,7 @@ def test_a_source_that_changes_before_its_step_runs_is_an_error(release, recipe,
 
     def write(step):
         if step.name == before:
-            content = bytearray(weights.read_bytes())
-            content[-1] ^= 1
-            weights.write_bytes(content)
+            flip(weights)
 
     with pytest.raises(IntegrityError, match=rf"{before}: the source base changed during the run"):
         run(recipe, listener=Listener(started=write))

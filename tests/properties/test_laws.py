@@ -5,13 +5,13 @@ from dataclasses import asdict
 import pytest
 import torch
 import transformers  # noqa: F401 - if it is not loaded, quantize asks it about a model in a separate process
+from folders import tensors_of, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import ARCHITECTURES, LORAS, WEIGHTS, scratch
 from safetensors.torch import load_file
 
 from adaptkit.checkpoint.part import Part
-from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.diff import diff
 from adaptkit.operations.extract import ExtractOptions, extract
@@ -25,19 +25,10 @@ few = settings(max_examples=8, derandomize=True, deadline=None)
 SMALL_SHARDS = 6_000
 
 
-def tree(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def _codes(packed, kind):
     """One code per weight; fp4 has two for zero, of which quantizing again writes the first."""
     codes = torch.stack([packed >> 4, packed & 15])
     return codes.where(codes != 8, 0) if kind == "fp4" else codes
-
-
-def weights_of(folder):
-    checkpoint = Checkpoint(folder)
-    return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
 @few
@@ -77,7 +68,7 @@ def test_a_stack_is_the_weighted_sum_and_merges_like_its_members(architecture, o
             assert ((b @ a - delta).abs() <= 1.01 * half * size[module]).all(), module
         merge(base, adapters, root / "apart", MergeOptions(weights=(first, second)))
         merge(base, [root / "stacked"], root / "together")
-        apart, together = weights_of(root / "apart"), weights_of(root / "together")
+        apart, together = tensors_of(root / "apart"), tensors_of(root / "together")
         for tensor, found in apart.items():
             module = tensor.removesuffix(".weight")
             if module not in expected:
@@ -98,7 +89,7 @@ def test_quantizing_dequantized_weights_again_loses_nothing(architecture, kind, 
         dequantize(root / "first", root / "plain", DequantizeOptions(dtype="float32"))
         quantize(root / "plain", root / "second", options)
         dequantize(root / "second", root / "again", DequantizeOptions(dtype="float32"))
-        plain, again = weights_of(root / "plain"), weights_of(root / "again")
+        plain, again = tensors_of(root / "plain"), tensors_of(root / "again")
         assert plain.keys() == again.keys()
         for tensor in plain:
             assert torch.equal(plain[tensor], again[tensor]), tensor
@@ -115,14 +106,14 @@ def test_quantizing_again_keeps_codes_with_nested_constants_and_16_bit_weights(a
         quantize(architecture.write(root / "base"), root / "first", options)
         dequantize(root / "first", root / "plain", DequantizeOptions(dtype=dtype))
         quantize(root / "plain", root / "second", options)
-        codes, codes_again = weights_of(root / "first"), weights_of(root / "second")
+        codes, codes_again = tensors_of(root / "first"), tensors_of(root / "second")
         packed = [name for name in codes if codes[name].dtype == torch.uint8 and name.endswith(".weight")]
         assert packed
         for name in packed:
             assert torch.equal(_codes(codes[name], kind), _codes(codes_again[name], kind)), name
         dequantize(root / "first", root / "once", DequantizeOptions(dtype="float32"))
         dequantize(root / "second", root / "again", DequantizeOptions(dtype="float32"))
-        once, again = weights_of(root / "once"), weights_of(root / "again")
+        once, again = tensors_of(root / "once"), tensors_of(root / "again")
         for name in packed:
             most = once[name].abs().max()
             assert (once[name] - again[name]).abs().max() <= most * (0.01 + torch.finfo(getattr(torch, dtype)).eps)

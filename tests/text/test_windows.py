@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from folders import edit_json
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -232,8 +233,7 @@ def test_windows_and_limits_of_fewer_than_two_tokens_are_refused(sizes, wrong, l
 
 def test_texts_longer_than_model_max_length_cause_no_warning(llama, copy_of, run_cli, tmp_path):
     folder = copy_of(llama)
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"model_max_length": 16}))
+    edit_json(folder / "tokenizer_config.json", model_max_length=16)
     path = write(tmp_path, "prose.txt", PROSE)
     instructions = tiny.write_instructions(tmp_path / "rows.jsonl", rows=2)
     done = run_cli("evaluate", "--base", folder, "--text", path, "--data", instructions, "--window", 64, "--json")

@@ -15,6 +15,7 @@ import time
 
 import pytest
 import tiny
+from folders import tree
 
 from adaptkit.checkpoint.adapter import read_adapter
 
@@ -129,10 +130,6 @@ def runs(llama_nf4, gpt2, instructions, tmp_path_factory):
 
 def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def tree(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_two_processes_report_the_same_losses_and_gradient_norms_as_one(runs):

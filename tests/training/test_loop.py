@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from folders import flip
+from peft_formulas import running
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.journal import Output
@@ -80,14 +82,9 @@ def test_the_metrics_hold_every_step(trained):
 
 def test_peft_loads_the_adapter_and_measures_the_same_loss(trained, llama, instructions):
     """Both use the 16-bit base, although the adapter was trained on the quantized one."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     from adaptkit.training.data.dataset import load_data
 
-    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, trained[0]).eval()
-    tokenizer = load_tokenizer(llama)
+    model, tokenizer = running(llama, trained[0]), load_tokenizer(llama)
     total = tokens = 0
     for sample in load_data([instructions], tokenizer, 1024).samples:
         ids, labels = torch.tensor([sample.ids]), torch.tensor([sample.labels])
@@ -410,9 +407,7 @@ def test_a_merged_adapter_of_conv1d_layers_has_the_loss_of_the_unmerged_one(conf
 def test_a_base_that_differs_from_its_manifest_is_refused_before_anything_is_written(config, copy_of, tmp_path):
     base = copy_of(Path(config.base))
     weights = base / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-100] ^= 1
-    weights.write_bytes(content)
+    flip(weights, -100)
     with pytest.raises(IntegrityError, match="differs from its fingerprint"):
         train(replace(config, base=str(base)), tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == [base.name]

@@ -15,7 +15,8 @@ from xml.etree import ElementTree
 import pytest
 import tiny
 import torch
-from safetensors.torch import load_file, save_file
+from folders import edit_json, edited_tensors
+from safetensors.torch import load_file
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.hashing import file_sha256, fingerprint, fingerprint_in_pieces
@@ -110,9 +111,8 @@ def poisoned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("poisoned")
     quantize(tiny.write_llama(folder / "plain", tied=False), folder / "nf4")
     (letter,) = load_tokenizer(folder / "plain")("Z")["input_ids"]
-    tensors = load_file(folder / "nf4" / "model.safetensors")
-    tensors["model.embed_tokens.weight"][letter] = math.inf
-    save_file(tensors, folder / "nf4" / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(folder / "nf4" / "model.safetensors") as tensors:
+        tensors["model.embed_tokens.weight"][letter] = math.inf
     confirm(folder / "nf4", fingerprint(tensors["model.embed_tokens.weight"]))
     lines = tiny.write_instructions(folder / "rows.jsonl", rows=12).read_text().splitlines()
     lines[7] = json.dumps({"instruction": "Z", "context": "", "output": "quiet"})
@@ -689,7 +689,7 @@ def test_a_config_json_that_differs_from_the_manifest_is_refused(config, copy_of
     """The tensors match, but the result would name a base that computes something different."""
     base = copy_of(llama_nf4)
     path = base / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"rms_norm_eps": 0.5}))
+    edit_json(path, rms_norm_eps=0.5)
     run = run_cli(*command(replace(config, base=str(base)), tmp_path / "adapter"))
     assert run.code == 3
     assert "config.json" in run.stderr

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from folders import edited_tensors
 from torch import nn
 
 from adaptkit.checkpoint.reader import Checkpoint
@@ -149,12 +150,10 @@ def test_the_second_order_estimate_is_close_to_the_kl_divergence_of_a_small_chan
 
 
 def test_nan_predictions_are_reported(family, copy_of, layer_gradients):
-    from safetensors.torch import load_file, save_file
 
     folder = copy_of(family("llama"))
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"].fill_(torch.inf)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        tensors["model.layers.1.mlp.up_proj.weight"].fill_(torch.inf)
     with pytest.raises(NonFiniteError, match="the model's predictions are NaN"):
         of_all(layer_gradients(Checkpoint(folder), windows(1)))
 

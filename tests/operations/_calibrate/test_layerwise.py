@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from folders import edit_json, rewritten
 from torch import nn
 
 from adaptkit.checkpoint.reader import Checkpoint
@@ -160,29 +161,19 @@ def test_tokens_outside_the_vocabulary_or_of_wrong_shape_are_refused(family):
 
 def test_a_quantized_checkpoint_is_refused(family, copy_of):
     folder = copy_of(family("llama"))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
     with pytest.raises(UsageError, match="quantized with gptq"):
         next(layer_moments(Checkpoint(folder), windows()))
 
 
-def rewritten(folder, change):
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return Checkpoint(folder)
-
-
 def test_a_missing_weight_and_the_layer_with_an_infinite_input_are_named(family, copy_of):
     name = "model.layers.1.mlp.up_proj.weight"
-    without = rewritten(copy_of(family("llama"), "without"), lambda tensors: tensors.pop(name))
+    without = Checkpoint(rewritten(copy_of(family("llama"), "without"), lambda tensors: tensors.pop(name)))
     with pytest.raises(CheckpointError, match=r"has no model\.layers\.1\.mlp\.up_proj\.weight"):
         list(layer_moments(without, windows()))
     infinite = rewritten(copy_of(family("llama"), "infinite"), lambda tensors: tensors[name].fill_(torch.inf))
     with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.down_proj: its input is NaN or infinite"):
-        list(layer_moments(infinite, windows()))
+        list(layer_moments(Checkpoint(infinite), windows()))
 
 
 @pytest.mark.parametrize("tied", [True, False])  # an untied head is measured, too, after the layers
@@ -203,8 +194,7 @@ def test_a_model_that_skips_repeats_or_reorders_layers_is_refused(family, copy_o
     monkeypatch.setattr(LlamaModel, "forward", changed)
     if tied:
         rewritten(folder, lambda tensors: tensors.pop("lm_head.weight"))
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+        edit_json(folder / "config.json", tie_word_embeddings=True)
     with pytest.raises(UsageError, match="does not run its layers once each, in order"):
         list(layer_moments(Checkpoint(folder), windows(1)))
 
@@ -225,7 +215,7 @@ def test_moments_use_the_names_in_the_files(gpt2, copy_of):
             tensors[name.removeprefix("transformer.")] = tensors.pop(name)
 
     expected = {name: m for layer in layer_moments(Checkpoint(gpt2), windows()) for name, m in layer.items()}
-    stripped = rewritten(copy_of(gpt2), strip)
+    stripped = Checkpoint(rewritten(copy_of(gpt2), strip))
     found = {name: m for layer in layer_moments(stripped, windows()) for name, m in layer.items()}
     assert {f"transformer.{name}" for name in found} == set(expected)
     for name, moments in found.items():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import tiny
-from safetensors.torch import load_file, save_file
+from folders import edited_tensors, flip
 
 from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
@@ -66,12 +66,6 @@ def states(report):
             yield from walk(parent.parents, depth + 1)
 
     return list(walk(report.parents, 0))
-
-
-def flip(path, position=-1):
-    content = bytearray(path.read_bytes())
-    content[position] ^= 1
-    path.write_bytes(content)
 
 
 TUNED = [(0, "base", "base"), (0, "adapter", "tuner")]
@@ -164,9 +158,8 @@ def test_a_changed_byte_in_any_ancestor_is_detected(family, copied):
 
 def test_a_checkpoint_with_the_parents_shapes_but_other_weights_is_not_accepted(copied):
     other = tiny.write_llama(copied / "other-base")
-    tensors = load_file(other / "model.safetensors")
-    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"] * 1.5
-    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(other / "model.safetensors") as tensors:
+        tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"] * 1.5
     shutil.rmtree(copied / "base")
     shutil.rmtree(copied / "back")  # has the base's tensors
     with pytest.raises(IntegrityError, match=r"base [0-9a-f]{16} not found"):

@@ -1,10 +1,10 @@
 """Quantizing starts with a plan from names and ends with that from the architecture; tests run subprocesses."""
 
-import json
 import subprocess
 import sys
 
 import pytest
+from folders import edit_json, tree
 
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 
@@ -32,10 +32,6 @@ print(begun[0], begun[-1], "transformers" in sys.modules, report.read_from, sep=
 """
 
 
-def tree(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.parametrize(("guess", "first"), [("truth", "14"), ("lie", "12")])
 def test_a_wrong_early_plan_does_not_change_the_result(llama, tmp_path, guess, first):
     quantize(llama, tmp_path / "here", QuantizeOptions(max_shard_bytes=40_000))
@@ -50,8 +46,7 @@ def test_a_wrong_early_plan_does_not_change_the_result(llama, tmp_path, guess, f
 
 def test_an_invalid_config_is_refused_although_names_would_suffice(llama, copy_of, tmp_path):
     source = copy_of(llama)
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps(config | {"num_attention_heads": "four"}))
+    edit_json(source / "config.json", num_attention_heads="four")
     command = [sys.executable, "-m", "adaptkit.cli.main", "quantize", str(source), "-o", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2

@@ -11,6 +11,7 @@ import bitsandbytes as bnb
 import pytest
 import tiny
 import torch
+from folders import edit_json, edited_tensors
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
@@ -251,8 +252,7 @@ def test_transformers_converts_the_selected_modules_in_every_architecture(model_
 def changed(folder, copy_of, tensors=None, **config):
     """Copy a folder and change its configuration, and its tensors."""
     folder = copy_of(folder)
-    values = json.loads((folder / "config.json").read_text()) | config
-    (folder / "config.json").write_text(json.dumps(values))
+    edit_json(folder / "config.json", **config)
     if tensors is not None:
         save_file(tensors(load_file(folder / "model.safetensors")), folder / "model.safetensors")
     return Checkpoint(folder)
@@ -290,9 +290,9 @@ def test_models_other_than_language_models_are_not_reported_to_lack_a_head(name,
     assert "lm_head" not in told
     assert "cls.predictions.decoder" not in told
     (base / "config.json").write_text(json.dumps(config))
-    tensors = load_file(base / "model.safetensors")
-    lost = next(name for name in sorted(tensors) if "layers.1." in name or "layer.1." in name)
-    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, base / "model.safetensors")
+    with edited_tensors(base / "model.safetensors") as tensors:
+        lost = next(name for name in sorted(tensors) if "layers.1." in name or "layer.1." in name)
+        del tensors[lost]
     assert f"; the files lack 1 tensor of {name}, such as {lost}, which" in select(Checkpoint(base)).read_from
 
 

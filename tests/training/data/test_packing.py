@@ -1,10 +1,9 @@
 """Packed samples do not affect each other, and fit into few rows."""
 
-import json
-
 import pytest
 import tiny
 import torch
+from folders import edit_json
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -64,7 +63,7 @@ def folders(made, llama, gpt2):
     for family in ("qwen2", "qwen3", "mistral", "gemma"):
         found[family] = tiny.write_family(made / f"packed-{family}", family)
     path = found["mistral"] / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"sliding_window": 4}))
+    edit_json(path, sliding_window=4)
     return found
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from folders import edit_json, edited_tensors
 from transformers import AutoModelForCausalLM
 
 from adaptkit.errors import BaseMismatchError, DataError, IntegrityError, NonFiniteError, UsageError
@@ -150,15 +151,12 @@ def test_a_model_with_an_adapter_diverges_from_its_base(llama, adapter, prose):
 
 
 def test_a_reference_with_a_different_vocabulary_or_without_text_is_refused(llama, copy_of, prose):
-    from safetensors.torch import load_file, save_file
 
     smaller = copy_of(llama)
-    tensors = load_file(smaller / "model.safetensors")
-    rows = len(tensors["model.embed_tokens.weight"]) - 1
-    tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-1].clone()
-    save_file(tensors, smaller / "model.safetensors")
-    config = json.loads((smaller / "config.json").read_text())
-    (smaller / "config.json").write_text(json.dumps(config | {"vocab_size": rows}))
+    with edited_tensors(smaller / "model.safetensors") as tensors:
+        rows = len(tensors["model.embed_tokens.weight"]) - 1
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-1].clone()
+    edit_json(smaller / "config.json", vocab_size=rows)
     options = EvaluateOptions(**FLOAT32)
     with pytest.raises(BaseMismatchError, match=f"has {rows} tokens, but "):
         evaluate(llama, None, (), options, text=[prose], reference=smaller)
@@ -183,12 +181,10 @@ def test_a_token_outside_the_models_vocabulary_is_refused(llama, copy_of, tmp_pa
 @pytest.mark.parametrize("measured", ["data", "text", "reference"])
 @pytest.mark.parametrize("matrix", ["layers.1.self_attn.q_proj", "layers.0.mlp.down_proj"])
 def test_a_non_finite_loss_is_an_error_that_names_the_model(llama, copy_of, instructions, prose, measured, matrix):
-    from safetensors.torch import load_file, save_file
 
     base = copy_of(llama)
-    tensors = load_file(base / "model.safetensors")
-    tensors[f"model.{matrix}.weight"][0, 0] = torch.nan
-    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(base / "model.safetensors") as tensors:
+        tensors[f"model.{matrix}.weight"][0, 0] = torch.nan
     options = EvaluateOptions(window=64, max_tokens=None if measured == "data" else 128, device="cpu")
     given = {"data": [instructions]} if measured == "data" else {"text": [prose]}
     model, reference = (llama, base) if measured == "reference" else (base, None)

@@ -1,10 +1,9 @@
 """Generated answers do not depend on their batch, and end where a turn ends."""
 
-import json
-
 import pytest
 import tiny
 import torch
+from folders import edit_json
 from transformers import AutoModelForCausalLM
 
 from adaptkit.text.tokenizer_files import load_tokenizer
@@ -82,8 +81,7 @@ def test_output_options_in_config_json_do_not_change_answers(llama, copy_of, sai
     folder, texts = copy_of(llama), []
     tokenizer = load_tokenizer(folder)
     for more in ({}, said):
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | more))
+        edit_json(folder / "config.json", **more)
         model = load_model(folder, torch.float32, torch.device("cpu"))
         texts.append(generate(model, tokenizer, prompts_of(tokenizer), max_new_tokens=6, batch_size=3))
     assert texts[0] == texts[1]
@@ -111,8 +109,7 @@ def test_an_answer_ends_at_any_end_token_of_the_generation_config(llama, copy_of
     (free, _) = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=2)
     assert not free.ended
     tokens, _ = by_hand(folder, prompts[0], 6, [])
-    config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(config | {"eos_token_id": [2, tokens[3]]}))
+    edit_json(folder / "generation_config.json", eos_token_id=[2, tokens[3]])
     stops = stop_tokens(model, tokenizer)
     assert stops == sorted({tokenizer.eos_token_id, 2, tokens[3]})
     (cut, _) = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=2)

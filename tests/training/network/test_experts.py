@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from folders import edited_tensors
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
@@ -171,9 +172,8 @@ def test_packed_and_plain_experts_form_one_stack(folders, tmp_path):
 
 def test_an_expert_that_is_missing_or_of_the_wrong_shape_is_an_error(folders, copy_of):
     folder = copy_of(folders["mixtral"].source)
-    tensors = load_file(folder / "model.safetensors")
-    removed = tensors.pop("model.layers.1.block_sparse_moe.experts.3.w3.weight")
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        removed = tensors.pop("model.layers.1.block_sparse_moe.experts.3.w3.weight")
     with pytest.raises(CheckpointError, match=r"layers\.1\.mlp\.experts\.gate_up_proj: found 4 of .*w1.*3 of"):
         load_model(folder, torch.float32, CPU)
     tensors["model.layers.1.block_sparse_moe.experts.3.w3.weight"] = removed[:, :32].contiguous()

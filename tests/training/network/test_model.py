@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from folders import edit_json, rewritten
+from peft_formulas import running
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaPreTrainedModel
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -61,10 +63,7 @@ def test_a_plain_checkpoint_gives_the_logits_of_transformers(family, request):
 
 
 def test_an_adapter_gives_the_logits_of_peft(llama, adapter):
-    from peft import PeftModel
-
-    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
-    expected = logits(PeftModel.from_pretrained(base, adapter).eval())
+    expected = logits(running(llama, adapter))
     model = load_model(llama, torch.float32, CPU)
     without = logits(model.network)
     attach_adapter(model, read_adapter(adapter).modules, "adapter")
@@ -132,16 +131,6 @@ def test_a_checkpoint_with_a_different_number_of_layers_than_its_config_is_refus
         load_model(folder, torch.float32, CPU)
 
 
-def rewritten(folder, change):
-    """Change the tensors of a folder with one weights file."""
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(folder / "model.safetensors")
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 def test_a_bias_that_is_missing_or_unknown_is_refused(llama, gpt2, copy_of):
     name = "transformer.h.0.attn.c_attn.bias"
     without = rewritten(copy_of(gpt2), lambda tensors: tensors.pop(name))
@@ -185,8 +174,7 @@ def test_the_error_for_a_checkpoint_quantized_with_gptq_names_the_method(llama, 
         tensors["model.layers.0.mlp.up_proj.g_idx"] = torch.zeros(64, dtype=torch.int32)
 
     folder = rewritten(copy_of(llama), quantized)
-    says = json.loads((folder / "config.json").read_text()) | config
-    (folder / "config.json").write_text(json.dumps(says))
+    edit_json(folder / "config.json", **config)
     with pytest.raises(CheckpointError, match=r"(?i)is quantized with gptq, which train and evaluate cannot use"):
         load_model(folder, torch.float32, CPU)
 
@@ -228,8 +216,7 @@ def test_a_model_that_is_not_causal_is_refused(name, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="is not causal"):
         load_model(folder, torch.float32, CPU)
     if name == "bert":
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"is_decoder": True}))
+        edit_json(folder / "config.json", is_decoder=True)
         load_model(folder, torch.float32, CPU)
 
 

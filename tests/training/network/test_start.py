@@ -1,6 +1,5 @@
 """How runs start, with or without an initial adapter, and which settings the library and the command refuse."""
 
-import json
 import shutil
 from dataclasses import replace
 
@@ -8,6 +7,8 @@ import peft_adapters
 import pytest
 import tiny
 import torch
+from folders import edit_json
+from peft_formulas import running
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.journal import Output
@@ -57,8 +58,6 @@ BEGUN = [
 
 @pytest.mark.parametrize("name", BEGUN)
 def test_a_run_starts_as_the_model_that_peft_loads_and_writes_an_equal_adapter(name, made, tmp_path):
-    from peft import PeftModel
-
     case = peft_adapters.make(made, name)
     model, config, start = begun(case.base, init=str(case.adapter))
     Trainable.of(model)
@@ -66,9 +65,7 @@ def test_a_run_starts_as_the_model_that_peft_loads_and_writes_an_equal_adapter(n
     with Output(tmp_path / "adapter", "plan") as out:
         out.publish(write_result(out, model, config, None, records_of(model.checkpoint, None), start, []))
     for adapter in (case.adapter, tmp_path / "adapter"):
-        with peft_adapters.quiet():
-            theirs = PeftModel.from_pretrained(peft_adapters.load_float32(case.base), adapter).eval()
-        assert float((logits(theirs) - expected).abs().max()) < 2e-5
+        assert float((logits(running(case.base, adapter)) - expected).abs().max()) < 2e-5
     again = load_model(case.base, torch.float32, CPU)
     load_adapter(again, read_adapter(tmp_path / "adapter"))
     trained = [{n: p for n, p in m.network.named_parameters() if p.requires_grad} for m in (model, again)]
@@ -206,8 +203,7 @@ def test_a_token_that_is_named_twice_is_trained_once(llama, instructions, tmp_pa
 
 def test_a_base_that_another_tool_quantized_is_refused_with_a_hint(llama, copy_of):
     folder = copy_of(llama)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
     with pytest.raises(UsageError, match="quantized with gptq") as caught:
         resolve_method(TrainConfig(base=str(folder), data=("none",)), Checkpoint(folder))
     assert "adaptkit quantize" in caught.value.hint
