@@ -12,6 +12,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives import serialization as pem
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from signing_keys import write_keys
 
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest
 from adaptkit.checkpoint.signing import Signer, Trust, check_signature, sign, sign_manifest
@@ -19,14 +20,6 @@ from adaptkit.errors import AuthenticationError, IntegrityError, UsageError
 
 CONTENT = Manifest("checkpoint", {"name": "test"}, ()).to_bytes()
 OTHER = Manifest("checkpoint", {"name": "another"}, ()).to_bytes()
-
-
-def write_keys(folder, name, key, password=None):
-    locked = pem.BestAvailableEncryption(password) if password else pem.NoEncryption()
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
-    private.write_bytes(key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, locked))
-    public.write_bytes(key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo))
-    return private, public
 
 
 @pytest.fixture(scope="module")

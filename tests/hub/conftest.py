@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from signing_keys import write_keys
 
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.journal import Output
@@ -227,16 +228,5 @@ def repository(hub: LocalHub) -> Repository:
 
 @pytest.fixture
 def keys(tmp_path: Path) -> Callable[[str], tuple[Path, Path]]:
-    """Make an elliptic-curve key; return the files of its private and public parts."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    def make(name: str) -> tuple[Path, Path]:
-        key, pem = ec.generate_private_key(ec.SECP256R1()), serialization.Encoding.PEM
-        private, public = tmp_path / f"{name}.pem", tmp_path / f"{name}.pub"
-        form, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        private.write_bytes(key.private_bytes(pem, form, plain))
-        public.write_bytes(key.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo))
-        return private, public
-
-    return make
+    """Make a key; return the files of its private and public parts."""
+    return lambda name: write_keys(tmp_path, name)

@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from cryptography.hazmat.primitives import serialization as pem
-from cryptography.hazmat.primitives.asymmetric import ec
+from folders import flip
+from signing_keys import write_keys
 
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, require_manifest
 from adaptkit.checkpoint.signing import Signer, Trust, sign
@@ -13,14 +13,6 @@ from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import VerifyOptions, verify
-
-
-def write_keys(folder, name):
-    key = ec.generate_private_key(ec.SECP256R1())
-    private, public = folder / f"{name}.pem", folder / f"{name}.pub"
-    private.write_bytes(key.private_bytes(pem.Encoding.PEM, pem.PrivateFormat.PKCS8, pem.NoEncryption()))
-    public.write_bytes(key.public_key().public_bytes(pem.Encoding.PEM, pem.PublicFormat.SubjectPublicKeyInfo))
-    return private, public
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +65,7 @@ def test_changed_files_and_wrong_signatures_print_one_error_and_one_hint(run_cli
     shards = sorted(folder.glob("*.safetensors"))
     arguments = ["verify", folder, "--public-key", key]
     if case == "changed byte":
-        content = bytearray(shards[0].read_bytes())
-        content[-1] ^= 1
-        shards[0].write_bytes(content)
+        flip(shards[0])
     elif case == "swapped file":
         first, second = (shard.read_bytes() for shard in shards[:2])
         shards[0].write_bytes(second)
