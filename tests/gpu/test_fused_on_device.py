@@ -1,11 +1,9 @@
 """On a GPU, fused norms, gates and rotary embeddings agree with transformers, also in checkpointed layers."""
 
 import pytest
-import tiny
 import torch
-from adapted import load_adapted
+from adapted import load_adapted, packed_in
 
-from adaptkit.operations.quantize import quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import rotary
 from adaptkit.training.network.fused import fuse_layers
@@ -24,10 +22,7 @@ ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.15}
 
 @pytest.fixture(params=["llama", "qwen3", "gemma"])
 def folder(request, made):
-    folder = made / f"fused-on-gpu-{request.param}"
-    if not folder.exists():
-        quantize(tiny.write_family(made / f"{folder.name}-plain", request.param), folder)
-    return folder
+    return packed_in(made, request.param)
 
 
 def step(network):

@@ -1,8 +1,8 @@
 """A GPU reads rows of tables in pinned host memory bit for bit, and holds no copy of a table."""
 
 import pytest
-import tiny
 import torch
+from adapted import plain_in
 
 from adaptkit.networks import tables
 from adaptkit.numerics.kernels import _gpu_layers
@@ -35,9 +35,7 @@ def test_rows_are_read_from_pinned_host_memory(dtype):
 def test_a_model_computes_the_same_with_its_table_in_host_memory(architecture, made, monkeypatch):
     """Llama 4 moves token IDs to the device of its table."""
     monkeypatch.setattr(tables, "LEAST_BYTES", 1)
-    folder = made / f"tables-on-gpu-{architecture}"
-    if not folder.exists():
-        (tiny.write_family if architecture in tiny.FAMILIES else tiny.write_architecture)(folder, architecture)
+    folder = plain_in(made, architecture)
 
     def run(moved):
         model = load_model(folder, torch.bfloat16, GPU)

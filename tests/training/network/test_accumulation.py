@@ -1,12 +1,10 @@
 """Gradients that layers accumulate themselves are those that autograd would accumulate."""
 
 import pytest
-import tiny
 import torch
-from adapted import load_adapted
+from adapted import load_adapted, packed_in
 
 from adaptkit.numerics.lora import LowRank
-from adaptkit.operations.quantize import quantize
 from adaptkit.training.network import joined
 from adaptkit.training.network.accumulation import accumulate, accumulating
 from adaptkit.training.network.joined import join_layers
@@ -14,11 +12,7 @@ from adaptkit.training.network.linear import LoraLinear, PlainWeight
 
 
 def loaded(made):
-    folder = made / "accumulated"
-    if not folder.exists():
-        tiny.write_family(folder, "llama")
-        quantize(folder, folder.with_name("accumulated-nf4"))
-    model = load_adapted(folder.with_name("accumulated-nf4"))
+    model = load_adapted(packed_in(made, "llama"))
     join_layers(model.network)
     return model
 

@@ -4,6 +4,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from adapted import plain_in
 
 from adaptkit.numerics.kernels._cpu_attention import gradient_block, softmax_block
 from adaptkit.training.network import attention, spans
@@ -147,9 +148,7 @@ FAMILIES = ("llama", "mistral", "qwen3", "gpt2", "gemma")
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["padded", "packed", "alone"])
 def test_logits_and_gradients_of_a_model_equal_those_with_torchs_attention(family, kind, made):
-    folder = made / f"attention-{family}"
-    if not folder.exists():
-        tiny.write_gpt2(folder) if family == "gpt2" else tiny.write_family(folder, family)
+    folder = plain_in(made, family)
     extra = {"sliding_window": 9} if family == "mistral" else {}
     ids = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
     inputs = {"input_ids": ids}

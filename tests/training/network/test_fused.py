@@ -1,9 +1,8 @@
 """Fused norms and gates compute the same as the modules that they replace, and save less."""
 
 import pytest
-import tiny
 import torch
-from adapted import load_adapted, logits_and_gradients
+from adapted import load_adapted, logits_and_gradients, plain_in
 from torch import nn
 from torch.nn import functional
 
@@ -15,10 +14,7 @@ and mixtral has expert stacks."""
 
 
 def loaded(made, family, dtype=torch.float32):
-    folder = made / f"fused-{family}"
-    if not folder.exists():
-        tiny.write_family(folder, family)
-    model, generator = load_adapted(folder, dtype), torch.Generator().manual_seed(1)
+    model, generator = load_adapted(plain_in(made, family), dtype), torch.Generator().manual_seed(1)
     for name, parameter in model.network.named_parameters():
         if "norm" in name:
             parameter.data.normal_(mean=1.0, std=0.3, generator=generator)

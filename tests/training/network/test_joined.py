@@ -5,9 +5,8 @@ import weakref
 from types import MethodType
 
 import pytest
-import tiny
 import torch
-from adapted import load_adapted, logits_and_gradients
+from adapted import load_adapted, logits_and_gradients, packed_in
 from packing import encode
 from torch import nn
 from torch.nn import functional
@@ -16,7 +15,6 @@ from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.numerics.lora import LowRank
-from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.distributed import World
@@ -46,12 +44,7 @@ RANKS = {"llama": {"q_proj": 3, "up_proj": 6}, "qwen2": {"k_proj": 30}, "phi": {
 
 
 def loaded(made, family, dtype=torch.float32, dropout=0.0):
-    folder = made / f"joined-{family}"
-    if not folder.exists():
-        tiny.write_gpt2(folder) if family == "gpt2" else tiny.write_family(folder, family)
-        quantize(folder, folder.with_name(f"{folder.name}-nf4"))
-    packed = folder.with_name(f"{folder.name}-nf4")
-    model = load_adapted(packed, dtype, dropout=dropout, rank_pattern=RANKS[family])
+    model = load_adapted(packed_in(made, family), dtype, dropout=dropout, rank_pattern=RANKS[family])
     generator = torch.Generator().manual_seed(1)
     for layer in model.adapted().values():
         if layer.bias is not None:

@@ -3,9 +3,8 @@
 import weakref
 
 import pytest
-import tiny
 import torch
-from adapted import load_adapted, logits_and_gradients
+from adapted import load_adapted, logits_and_gradients, plain_in
 
 from adaptkit.training.network import dora, joined, linear, recompute
 from adaptkit.training.network.fused import fuse_layers
@@ -14,10 +13,7 @@ from adaptkit.training.network.recompute import Recipe, source_of
 
 
 def model_of(made, dtype, uses_dora=False, joins=False):
-    folder = made / "remade-llama"
-    if not folder.exists():
-        tiny.write_family(folder, "llama")
-    model = load_adapted(folder, dtype, dora=uses_dora)
+    model = load_adapted(plain_in(made, "llama"), dtype, dora=uses_dora)
     fuse_layers(model.network)
     if joins:
         join_layers(model.network)

@@ -3,10 +3,9 @@
 import pickle
 
 import pytest
-import tiny
 import torch
 import transformers
-from adapted import load_adapted, logits_and_gradients
+from adapted import load_adapted, logits_and_gradients, plain_in
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 
@@ -51,10 +50,7 @@ def test_results_and_gradients_have_the_bits_of_transformers(dtype, angles):
 
 
 def adapted(made, family, dtype):
-    folder = made / f"rotary-{family}"
-    if not folder.exists():
-        tiny.write_family(folder, family)
-    return load_adapted(folder, dtype)
+    return load_adapted(plain_in(made, family), dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

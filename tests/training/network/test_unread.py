@@ -1,12 +1,13 @@
 """Recomputation skips linear layers whose results no gradient depends on, and changes no bit of a gradient."""
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
-from adapted import load_adapted
+from adapted import load_adapted, packed_in
 from transformers import CONFIG_MAPPING
 
-from adaptkit.operations.quantize import quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import fused as fused_layers
 from adaptkit.training.network.fused import fuse_layers
@@ -18,19 +19,10 @@ CPU = torch.device("cpu")
 IDS = torch.arange(3, 45).view(2, 21)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture
+def folder(made):
     """Return a function that writes a quantized model of a family or architecture."""
-    root = tmp_path_factory.mktemp("unread")
-
-    def packed(name):
-        if not (root / name).exists():
-            write = tiny.write_family if name in tiny.FAMILIES else tiny.write_architecture
-            plain = tiny.write_gpt2(root / f"{name}-plain") if name == "gpt2" else write(root / f"{name}-plain", name)
-            quantize(plain, root / name)
-        return root / name
-
-    return packed
+    return partial(packed_in, made)
 
 
 def ready(folder, targets=("*",), dropout=0.0, fused=True, dora=False):
