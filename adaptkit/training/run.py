@@ -14,7 +14,6 @@ from torch import Tensor
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError
-from adaptkit.networks.memory import Memory
 from adaptkit.text.windows import pad_id
 from adaptkit.training.data.encoding import prompt_ids
 from adaptkit.training.device import free_memory, memory_warning, triton_warning
@@ -91,7 +90,8 @@ class Run:
         self.model, self.activations = build(inputs, world, self.batches.largest(world.size))
         inputs.require_base()
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
-        needed = self._predicted(state_bytes(self.trainable, inputs.config)).total
+        count, state = self.trainable.values.numel(), state_bytes(self.trainable, inputs.config)
+        needed = predicted_memory(self.model.network, count, state, self.activations).total
         told = left_out(self.model, inputs.config), cannot_be_merged(self.model, inputs.config), peft_drops(self.model)
         notes = (*told, memory_warning(needed, free, world.device), triton_warning(world.device))
         for line in filter(None, notes if world.is_first else ()):
@@ -145,13 +145,9 @@ class Run:
 
     def memory(self) -> dict[str, int | None]:
         """Return predicted and measured bytes; see ``TrainReport.memory``."""
-        pages = self.optimizer.state.pages
-        expected = self._predicted(pages.slots * pages.page_bytes)
+        pages, count = self.optimizer.state.pages, self.trainable.values.numel()
+        expected = predicted_memory(self.model.network, count, pages.slots * pages.page_bytes, self.activations)
         return expected.parts() | {"predicted": expected.total, "measured": self._peak.growth()}
-
-    def _predicted(self, optimizer: int) -> Memory:
-        """Return the memory that the run needs, if that many bytes of optimizer state are on the device."""
-        return predicted_memory(self.model.network, self.trainable.values.numel(), optimizer, self.activations)
 
     def chosen(self) -> list[Chosen]:
         """Return the adapter to publish, followed by the other one if it differs."""
