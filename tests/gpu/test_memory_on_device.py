@@ -48,13 +48,18 @@ def slowed(function):
     return call
 
 
-@pytest.mark.parametrize("bits", [32, 8])
-@pytest.mark.parametrize("slots", [1, 2, 3, 7, 12])
-def test_updates_are_bit_identical_with_any_budget(bits, slots, monkeypatch):
-    """Also if fetches, updates or write-backs are slow."""
+@pytest.fixture(scope="module", params=[32, 8])
+def without_budget(request):
+    """The bits of the moments, the number of parameters, the results of updates of all pages, and a page's size."""
     count = 20 * PAGE - 1000
-    expected, whole = updates(count, [None] * len(RATES), bits)
-    page = whole.pages.page_bytes
+    expected, whole = updates(count, [None] * len(RATES), request.param)
+    return request.param, count, expected, whole.pages.page_bytes
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 7, 12])
+def test_updates_are_bit_identical_with_any_budget(without_budget, slots, monkeypatch):
+    """Also if fetches, updates or write-backs are slow."""
+    bits, count, expected, page = without_budget
     for holder, name in ((paging._Host, "get"), (paging._Host, "put"), (AdamW, "update")):
         with monkeypatch.context() as patched:
             patched.setattr(holder, name, slowed(getattr(holder, name)))

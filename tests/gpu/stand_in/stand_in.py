@@ -18,6 +18,8 @@ if "torch" in sys.modules:
     raise ImportError("torch asks once, when it is imported, whether there is a device")
 ctypes.CDLL(LIBRARY, ctypes.RTLD_GLOBAL)
 
+sys.modules["matplotlib"] = None  # a plot per run would take a tenth of the time
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
