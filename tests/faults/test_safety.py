@@ -1,6 +1,7 @@
 """Safety rules, checked in the package's source code or by running commands."""
 
 import ast
+import functools
 import hashlib
 import os
 import re
@@ -10,7 +11,6 @@ from pathlib import Path
 import adaptkit
 
 PACKAGE = Path(adaptkit.__file__).parent
-TREES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 FOLDERS = re.compile(r"(root|folder|path|final)$")
 """Ends of the names of variables that hold folders."""
 JOINS = {
@@ -54,6 +54,12 @@ JOINS = {
 """Reviewed places where a folder is joined with a value that is not a constant, without ``resolve_inside``."""
 
 
+@functools.cache
+def trees():
+    """Return the syntax trees of the package's modules."""
+    return {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+
+
 def calls(tree):
     return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
 
@@ -81,14 +87,14 @@ def joins(tree):
 
 def test_all_joins_of_folders_with_variables_are_reviewed():
     """Folders are recognized by their names; a new join must be reviewed and listed above."""
-    assert {module: found for module, tree in TREES.items() if (found := joins(tree))} == JOINS
+    assert {module: found for module, tree in trees().items() if (found := joins(tree))} == JOINS
 
 
 def test_nothing_is_unpickled_or_executed():
     loaders = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
     runners = {"torch.load", "torch.hub.load", "eval", "exec", "os.system"}
     runners |= {"yaml.load", "yaml.unsafe_load", "yaml.full_load"}  # our own loader derives from yaml.SafeLoader
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         imported = {str(node.module).split(".")[0] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         plain = [node for node in ast.walk(tree) if isinstance(node, ast.Import)]
         imported |= {alias.name.split(".")[0] for node in plain for alias in node.names}
@@ -101,7 +107,7 @@ def test_nothing_is_unpickled_or_executed():
 
 def test_code_of_a_model_is_never_run():
     """Each ``from_pretrained`` call disables remote code and network access."""
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for call in calls(tree):
             told = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             assert told.get("trust_remote_code", "False") == "False", module
@@ -114,7 +120,7 @@ def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
     """Apart from training, only ``quantize --calibrate`` with conversations renders templates."""
 
     def users(wanted):
-        texts = {module: ast.unparse(tree) for module, tree in TREES.items() if not module.startswith("cli/")}
+        texts = {module: ast.unparse(tree) for module, tree in trees().items() if not module.startswith("cli/")}
         return {module for module, text in texts.items() if wanted in text}
 
     assert users("apply_chat_template") == {"text/rendering.py"}
@@ -131,7 +137,7 @@ def test_only_a_few_modules_remove_files():
     """These have tests with foreign files in their way; see ``bad_inputs.outputs`` and the tests of the journal."""
     removers = {"unlink", "rmdir", "rmtree", "removedirs"}
     found = set()
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         names = {ast.unparse(call.func) for call in calls(tree)}
         if "os.remove" in names or {name.rpartition(".")[2] for name in names} & removers:
             found.add(module)
@@ -143,7 +149,7 @@ def test_only_a_few_modules_remove_files():
 
 def test_temporary_files_are_made_only_in_temporary_folders():
     """``TemporaryDirectory`` makes private folders and removes them; see also the test of ``publish``'s folder."""
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for call in calls(tree):
             name = ast.unparse(call.func).rpartition(".")[2]
             assert name not in {"mktemp", "mkstemp", "mkdtemp", "NamedTemporaryFile", "TemporaryFile"}, module
