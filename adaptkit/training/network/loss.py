@@ -153,6 +153,8 @@ class _Loss(torch.autograd.Function):
                 _add(grads, found, start, trained)
                 del found
             del logits, chunk  # free them before the next ones are allocated
+        if not len(hidden):  # as in a process that has no rows in a step
+            grads += [torch.zeros_like(side) for side in trained]
         ctx.grads = grads
         return total
 

@@ -1,5 +1,7 @@
 """Loss and gradients are those of plain cross-entropy, without the full matrix of logits."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -12,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adaptkit.networks.activations import Alive, Checkpointing
 from adaptkit.networks.memory import head_gradient_bytes
 from adaptkit.training.data.batches import Batch
+from adaptkit.training.data.samples import IGNORED
 from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network import loss
 from adaptkit.training.network.loss import summed_loss
@@ -83,6 +86,15 @@ def test_a_trained_output_layer_gets_its_gradient(families, monkeypatch):
     assert {"lm_head.weight", "lm_head.bias"} <= set(found)
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient.float(), rtol=1e-4, atol=1e-6 * float(gradient.abs().max()))
+
+
+def test_a_batch_without_loss_adds_nothing_to_the_gradient_of_a_trained_output_layer(families):
+    """Training with several processes gives such a batch to a process that has no rows in a step."""
+    model = loaded(families["phi"], whole=("lm_head",))
+    batch = batch_of((20, 13), model.network.config.vocab_size)
+    found = gradients(model, summed_loss(model, replace(batch, labels=torch.full_like(batch.ids, IGNORED))))
+    assert {"lm_head.weight", "lm_head.bias"} <= set(found)
+    assert not any(gradient.any() for gradient in found.values())
 
 
 @pytest.mark.parametrize("has_kernel", [True, False])
