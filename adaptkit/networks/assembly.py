@@ -158,6 +158,7 @@ class Assembly:
             pattern: [self.checkpoint.read(file_name) for file_name in found]
             for pattern, found in self.pieces(name).items()
         }
+        pieces = [piece for found in parts.values() for piece in found]
         for operation in place.operations:
             parts = operation.convert(
                 parts,
@@ -168,6 +169,8 @@ class Assembly:
                 config=self.network.config,
             )
         whole: Tensor = parts[name]
+        for piece in pieces:  # which a stack has copied; a view of one reads its pages again
+            self.checkpoint.release_pages(piece)
         return whole
 
     def load_buffers(self, device: torch.device) -> None:

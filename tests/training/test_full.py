@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.reader import Checkpoint
@@ -63,9 +63,11 @@ def written(folder, model, config):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_base_does_not_stay_in_memory_beside_the_trained_weights(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_base_does_not_stay_in_memory_beside_the_trained_weights(family, tmp_path):
     sizes = {"hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 2, "num_attention_heads": 8}
-    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=2048)).bfloat16().save_pretrained(tmp_path)
+    config = AutoConfig.for_model(family, **sizes, num_local_experts=2, vocab_size=2048)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
     model = load_model(tmp_path, torch.bfloat16, CPU)
     train_whole(model, parameter_places(model))
     file = tmp_path / "model.safetensors"
