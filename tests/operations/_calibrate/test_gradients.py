@@ -1,5 +1,6 @@
 """Gradients measured layer by layer equal those that autograd computes on the whole model."""
 
+import contextlib
 import errno
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import NonFiniteError
 from adaptkit.operations._calibrate import gradients, replay
-from adaptkit.operations._calibrate.layerwise import layer_moments
+from adaptkit.operations._calibrate.layerwise import Collector, layer_moments
 
 FAMILIES = ["llama", "qwen2", "gemma", "phi", "mixtral", "gpt2", "gemma4_text"]
 
@@ -189,3 +190,17 @@ def test_a_full_disk_is_reported_with_the_folder_and_a_hint(family, tmp_path, mo
         next(gradients.layer_gradients(Checkpoint(family("llama")), windows(), tmp_path))
     assert str(tmp_path) in caught.value.message
     assert caught.value.hint == "free some space, and run the same command again; it repeats the measurement"
+
+
+@pytest.mark.parametrize("collector", [gradients._Collector(), Collector(products=False)])
+@pytest.mark.parametrize("error", [NonFiniteError, KeyboardInterrupt])
+def test_collectors_remove_their_hooks_even_after_an_error(collector, error):
+    linears = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
+
+    def hooked():
+        return [bool(linear._forward_hooks or linear._forward_pre_hooks) for linear in linears.values()]
+
+    with contextlib.suppress(error), collector.watching(linears):
+        assert hooked() == [True, True]
+        raise error("stopped")
+    assert hooked() == [False, False]
