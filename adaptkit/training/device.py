@@ -11,6 +11,7 @@ import torch
 from adaptkit.checkpoint.progress import size
 from adaptkit.errors import UsageError
 from adaptkit.machine import available_memory
+from adaptkit.networks.memory import Memory
 from adaptkit.triton_needs import what_triton_lacks
 
 _BFLOAT16_CHECK = "_is_mkldnn_bf16_supported"
@@ -48,16 +49,23 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
 
 
-def memory_warning(needed: int, free: int | None, device: torch.device) -> str:
+def memory_warning(
+    memory: Memory, free: int | None, device: torch.device, processes: int = 1, is_sharded: bool = False
+) -> str:
     """Return a one-line warning if a run needs more memory than the system has free; empty if not.
 
     Linux kills a process that takes more, without a word. A GPU refuses instead, and the run frees memory then.
 
     Args:
-        needed: predicted bytes.
+        memory: what each process needs, as predicted.
         free: ``free_memory`` before the model was loaded.
         device: training device.
+        processes: number of the run's processes on this machine.
+        is_sharded: whether each holds its own part of the base; otherwise all map the same files, which are in memory
+            once.
     """
+    once = 0 if is_sharded else memory.weights
+    needed = once + processes * (memory.total - once)
     if device.type == "cuda" or free is None or needed <= free:
         return ""
     smaller = "--checkpointing sqrt, --micro-batch-size, --max-length, --optimizer adamw8bit or --rank"

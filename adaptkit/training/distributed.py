@@ -41,11 +41,13 @@ class World:
         device: device of this process.
         rank: rank of this process, from 0.
         size: number of processes.
+        local_size: number of them on this machine.
     """
 
     device: torch.device
     rank: int = 0
     size: int = 1
+    local_size: int = 1
 
     @property
     def is_first(self) -> bool:
@@ -106,9 +108,10 @@ def join(device: str) -> Iterator[World]:
     """
     size = world_size()
     mine = choose_device(device)
-    if size > 1 and mine.type == "cuda":
-        with _environment_errors():
-            mine = _own_gpu(mine, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+    with _environment_errors():
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size)) if size > 1 else 1
+        if size > 1 and mine.type == "cuda":
+            mine = _own_gpu(mine, local_size)
     make_current(mine)
     if size == 1:
         yield World(mine)
@@ -117,7 +120,7 @@ def join(device: str) -> Iterator[World]:
         rank, size = _interruptible(lambda: _init_process_group("nccl" if mine.type == "cuda" else "gloo"))
     try:
         with _peer_errors(computing=True):
-            yield World(mine, rank, size)
+            yield World(mine, rank, size, local_size)
     finally:
         distributed.destroy_process_group()
 

@@ -46,7 +46,7 @@ class RunPlan:
         segments: number of segments that activation checkpointing cuts the layers into; 0 if it is off.
         checkpointing: which layers are checkpointed, in words.
         compute_dtype: dtype of activations and dequantized weights.
-        predicted_bytes: memory that the run will need on its device; None with ``shard_base``.
+        predicted_bytes: memory that each process of the run will need on its device; None with ``shard_base``.
         free_bytes: memory that the device has free; None with ``shard_base`` or if the system does not say.
         checkpoint_bytes: size of one checkpoint.
         disk_bytes: size of all checkpoints that exist at a time.

@@ -91,9 +91,10 @@ class Run:
         inputs.require_base()
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         count, state = self.trainable.values.numel(), state_bytes(self.trainable, inputs.config)
-        needed = predicted_memory(self.model.network, count, state, self.activations).total
+        memory = predicted_memory(self.model.network, count, state, self.activations)
+        short = memory_warning(memory, free, world.device, world.local_size, inputs.config.shard_base)
         told = left_out(self.model, inputs.config), cannot_be_merged(self.model, inputs.config), peft_drops(self.model)
-        notes = (*told, memory_warning(needed, free, world.device), triton_warning(world.device))
+        notes = (*told, short, triton_warning(world.device))
         for line in filter(None, notes if world.is_first else ()):
             note(line)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)

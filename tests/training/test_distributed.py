@@ -18,6 +18,7 @@ import tiny
 from folders import tree
 
 from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.checkpoint.progress import size
 
 OPTIONS = [
     "--rank", "4", "--steps", "8", "--batch-size", "5", "--micro-batch-size", "2", "--learning-rate", "0.002",
@@ -33,6 +34,7 @@ from pathlib import Path
 
 import matplotlib.backends.backend_svg
 import adaptkit.training.loop
+import adaptkit.training.run
 from adaptkit.cli.main import main
 
 gc.freeze()
@@ -44,6 +46,8 @@ noisy = ["--dropout", "0.1", "--neftune-alpha", "5"]
 
 
 def run(name, *more):
+    if name.startswith("crowded"):
+        adaptkit.training.run.free_memory = lambda device: 0
     sys.argv = ["adaptkit", "train", "--base", str(base), "--data", str(data), "-o", str(root / name), *options, *more]
     try:
         main()
@@ -101,6 +105,8 @@ for other in unlike:
         assert ended(start(name, 2, "--base", str(other), "--steps", "2", *how)) == [0, 0]
 assert ended(start("shares", 2)) == [0, 0]
 assert ended(start("noisy", 2, *noisy)) == [0, 0]
+for name, how in {"crowded": [], "crowded-sharded": ["--shard-base"]}.items():
+    assert ended(start(name, 2, "--steps", "1", "--json", *how)) == [0, 0]
 
 for name, how in {"killed": noisy, "parted": ["--shard-base"]}.items():
     children, metrics = start(name, 2, *how), root / f"{name}.partial" / "metrics.jsonl"
@@ -196,10 +202,10 @@ def test_incomplete_or_inconsistent_torchrun_variables_are_refused(run_cli, llam
         assert done.code == 2
         assert done.stderr.startswith("error: the environment does not say which of several processes this is: ")
         assert f"{missing} expected, but not set" in done.stderr
-    for size, rank in (("2", "2"), ("2", "-1"), ("-1", "0"), ("1", "1")):
-        done = run_cli(*given, MASTER_ADDR="127.0.0.1", MASTER_PORT="1", WORLD_SIZE=size, RANK=rank)
+    for count, rank in (("2", "2"), ("2", "-1"), ("-1", "0"), ("1", "1")):
+        done = run_cli(*given, MASTER_ADDR="127.0.0.1", MASTER_PORT="1", WORLD_SIZE=count, RANK=rank)
         assert done.code == 2
-        assert f"RANK is {rank}, but WORLD_SIZE is {size}" in done.stderr
+        assert f"RANK is {rank}, but WORLD_SIZE is {count}" in done.stderr
     done = run_cli(*given, MASTER_ADDR="127.0.0.1", WORLD_SIZE="two")
     assert (done.code, "'two'" in done.stderr) == (2, True)
 
@@ -240,6 +246,16 @@ def test_only_the_first_process_writes_and_prints(runs):
     assert (runs / "two-0.log").read_text().startswith("wrote")
     assert (runs / "two-1.log").read_text() == ""
     assert sorted(path.name for path in runs.glob("*.partial")) == ["broken.partial"]
+
+
+@pytest.mark.parametrize(("name", "is_shared"), [("crowded", True), ("crowded-sharded", False)])
+def test_all_processes_of_a_machine_count_in_the_warning_about_memory(runs, name, is_shared):
+    """They map the same files of the base, unless it is sharded."""
+    warning, document = (runs / f"{name}-0.log").read_text().split("\n", 1)
+    memory = json.loads(document)["memory"]
+    needed = 2 * memory["predicted"] - is_shared * memory["weights"]
+    assert warning.startswith(f"warning: the run needs about {size(needed)} of memory and 0 B are available: ")
+    assert (runs / f"{name}-1.log").read_text() == ""
 
 
 def test_after_a_process_is_killed_the_other_reports_it_and_a_rerun_gives_the_same_bytes(runs):
