@@ -87,11 +87,12 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
         root: the file system's.
         controller: what the groups limit.
     """
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers or controller in controllers.split(","):
+    for line in _read(root / "proc/self/cgroup").split("\n"):  # a path may hold any other separator of lines
+        _, _, rest = line.partition(":")
+        controllers, colon, path = rest.partition(":")
+        if colon and (not controllers or controller in controllers.split(",")):
             top = root / "sys/fs/cgroup" / (controller if controllers else "")
-            group = PurePosixPath(path).relative_to("/")
+            group = PurePosixPath(path.lstrip("/"))
             for place in (group, *group.parents):
                 yield top / place, bool(controllers)
 
@@ -103,8 +104,8 @@ def _fields(file: Path) -> dict[str, int]:
 
 
 def _read(file: Path) -> str:
-    """Return the text of a file; an empty one if it cannot be read."""
+    """Return the text of a file, which may hold names of files; an empty one if it cannot be read."""
     try:
-        return file.read_text()
-    except (OSError, UnicodeError):
+        return os.fsdecode(file.read_bytes())
+    except OSError:
         return ""

@@ -29,7 +29,7 @@ def files(root, written):
     for name, text in written.items():
         file = root / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_bytes(os.fsencode(text))
     return root
 
 
@@ -54,6 +54,9 @@ FIRST = "sys/fs/cgroup/cpu/{}cpu.cfs_{}_us"
         ),
         ("1:cpu:/\n", {FIRST.format("", "quota"): "-1\n", FIRST.format("", "period"): "100000\n"}, []),
         ("", {}, []),
+        ("0::/a\rb\u2028c\udcff\n", {SECOND.format("a\rb\u2028c\udcff/"): "50000 100000\n"}, [0.5]),
+        ("0::/a:b\n", {SECOND.format("a:b/"): "50000 100000\n"}, [0.5]),
+        ("0::\nunknown\n", {SECOND.format(""): "50000 100000\n"}, [0.5]),
     ],
 )
 def test_the_limits_of_control_groups_are_found(membership, written, limits, tmp_path):
