@@ -17,6 +17,7 @@ from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.steps._kind import Input, StepKind
 
 _NAME = re.compile(r"(?!.*\.(partial|replaced|json)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_EXAMPLE = "write, for example, base: {repo: org/name, revision: main}"
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -59,11 +60,10 @@ def _source(name: str, entry: Any, place: Place) -> Source:
     values = check_keys(entry, ("path", "repo", "revision"), place)
     for key, value in values.items():
         if not isinstance(value, str) or not value:
-            raise place.at(key).error(f"is {value!r}; expected text", hint=f"write it in quotes: '{value}'")
+            quoted = f"write it in quotes: '{value}'" if isinstance(value, int | float) else _EXAMPLE
+            raise place.at(key).error(f"is {value!r}; expected text", quoted)
     if ("path" in values) == ("repo" in values):
-        raise place.error(
-            "expected either a path or a repo", hint="write, for example, base: {repo: org/name, revision: main}"
-        )
+        raise place.error("expected either a path or a repo", _EXAMPLE)
     if "path" in values:
         if "revision" in values:
             raise place.at("revision").error("only a repo has revisions", hint="remove it, or use repo instead of path")
