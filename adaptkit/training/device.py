@@ -68,10 +68,10 @@ def memory_warning(
     needed = once + processes * (memory.total - once)
     if device.type == "cuda" or free is None or needed <= free:
         return ""
-    smaller = "--checkpointing sqrt, --micro-batch-size, --max-length, --optimizer adamw8bit or --rank"
+    named = "--micro-batch-size, --max-length, --optimizer adamw8bit, --optimizer-pages-mib"
     return (
         f"warning: the run needs about {size(needed)} of memory and {size(free)} are available: the system may kill it "
-        f"(less: {smaller})"
+        f"(less: --checkpointing {'layer' if is_sharded else 'sqrt'}, {named})"
     )
 
 

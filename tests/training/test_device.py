@@ -2,13 +2,16 @@
 
 import json
 import platform
+import re
 
 import pytest
 import torch
 
 from adaptkit.errors import UsageError
+from adaptkit.networks.memory import Memory
 from adaptkit.training import distributed
-from adaptkit.training.device import choose_device, choose_dtype, without_cudnn_attention
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.device import choose_device, choose_dtype, memory_warning, without_cudnn_attention
 from adaptkit.training.distributed import join
 from adaptkit.training.evaluation import evaluate as evaluation
 
@@ -138,3 +141,12 @@ def test_evaluation_makes_its_gpu_the_current_one(gpus, llama_nf4, monkeypatch):
     with pytest.raises(InterruptedError):
         evaluation.load(llama_nf4, evaluation.EvaluateOptions(device="cuda:1", compute_dtype="float32"))
     assert gpus == [torch.device("cuda", 1)]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_options_that_the_warning_about_memory_names_apply_to_every_method(method):
+    named = re.findall(r"--([a-z-]+)", memory_warning(Memory(1, 1, 1, 1, 1, 1), 0, CPU))
+    values = {"checkpointing": "sqrt", "optimizer": "adamw8bit"}
+    given = {name.replace("-", "_"): values.get(name, 8) for name in named}
+    assert len(given) == 5
+    TrainConfig(base="base", data=("rows.jsonl",), method=method, **given)

@@ -255,6 +255,7 @@ def test_all_processes_of_a_machine_count_in_the_warning_about_memory(runs, name
     memory = json.loads(document)["memory"]
     needed = 2 * memory["predicted"] - is_shared * memory["weights"]
     assert warning.startswith(f"warning: the run needs about {size(needed)} of memory and 0 B are available: ")
+    assert ("--checkpointing sqrt" in warning, "--checkpointing layer" in warning) == (is_shared, not is_shared)
     assert (runs / f"{name}-1.log").read_text() == ""
 
 
