@@ -17,7 +17,7 @@ class Memory:
 
     Attributes:
         weights: frozen weights in their storage format, and buffers.
-        trainable: trained parameters, in float32.
+        trainable: trained parameters, in float32; on a CPU also the best ones so far, with ``eval_every``.
         gradients: their gradients.
         optimizer: the optimizer moments that are resident.
         activations: activations that the layers keep, and their workspace, for the largest batch.

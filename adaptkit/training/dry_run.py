@@ -18,7 +18,7 @@ from adaptkit.training.memory.optimizer import state_bytes
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.start import cannot_be_merged, left_out, peft_drops
 from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory
-from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, total_steps
+from adaptkit.training.preparation import batches_of, best_copies, build, checkpoint_bytes, total_steps
 from adaptkit.training.resume import check_not_finished, check_unfinished, require_room, resume_step
 from adaptkit.training.schedule import steps_in
 
@@ -99,7 +99,8 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     model, activations = build(inputs, World(device), batches.largest(world_size()))
     trainable = Trainable.of(model)
     parameters = trainable.values.numel()
-    needed = predicted_memory(model.network, parameters, state_bytes(trainable, config), activations)
+    state, copies = state_bytes(trainable, config), best_copies(config, device)
+    needed = predicted_memory(model.network, parameters, state, activations, copies)
     steps = total_steps(config, batches)
     one = checkpoint_bytes(config, parameters)
     require_room(work, one, config.keep_checkpoints)

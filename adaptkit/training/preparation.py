@@ -31,8 +31,16 @@ from adaptkit.training.schedule import steps_in
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
     """Return the bytes of a checkpoint: parameters, two moments and, if there may be one, the best parameters."""
-    vectors = 2 if config.has_held_out and config.eval_every else 1
+    vectors = 2 if config.eval_every else 1
     return 4 * parameters * vectors + moment_bytes(parameters, STATE_BITS[config.optimizer])
+
+
+def best_copies(config: TrainConfig, device: torch.device) -> int:
+    """Return how many copies of the trained parameters a run keeps on its device: the best ones so far, on a CPU.
+
+    A GPU's run keeps these in host memory.
+    """
+    return int(config.eval_every > 0 and device.type == "cpu")
 
 
 def batches_of(inputs: Inputs) -> Batches:

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from adaptkit.training.memory.pressure import Pressure
 from adaptkit.training.memory.vector import Vector
 from adaptkit.training.network.model import free_former_network
 from adaptkit.training.network.start import cannot_be_merged, first_names, left_out, peft_drops
-from adaptkit.training.preparation import batches_of, begin_libraries, build, total_steps
+from adaptkit.training.preparation import batches_of, begin_libraries, best_copies, build, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
 from adaptkit.training.schedule import learning_rate
@@ -91,8 +91,9 @@ class Run:
         inputs.require_base()
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         count, state = self.trainable.values.numel(), state_bytes(self.trainable, inputs.config)
-        memory = predicted_memory(self.model.network, count, state, self.activations)
-        short = memory_warning(memory, free, world.device, world.local_size, inputs.config.shard_base)
+        copies = best_copies(inputs.config, world.device)
+        self._expected = predicted_memory(self.model.network, count, state, self.activations, copies)
+        short = memory_warning(self._expected, free, world.device, world.local_size, inputs.config.shard_base)
         told = left_out(self.model, inputs.config), cannot_be_merged(self.model, inputs.config), peft_drops(self.model)
         notes = (*told, short, triton_warning(world.device))
         for line in filter(None, notes if world.is_first else ()):
@@ -146,8 +147,8 @@ class Run:
 
     def memory(self) -> dict[str, int | None]:
         """Return predicted and measured bytes; see ``TrainReport.memory``."""
-        pages, count = self.optimizer.state.pages, self.trainable.values.numel()
-        expected = predicted_memory(self.model.network, count, pages.slots * pages.page_bytes, self.activations)
+        pages = self.optimizer.state.pages
+        expected = replace(self._expected, optimizer=pages.slots * pages.page_bytes)
         return expected.parts() | {"predicted": expected.total, "measured": self._peak.growth()}
 
     def chosen(self) -> list[Chosen]:

@@ -481,6 +481,7 @@ def test_a_plan_predicts_the_run_and_writes_nothing(config, run_cli, tmp_path):
         {"checkpointing": "none", "optimizer": "adamw8bit"},
         {"checkpointing": "layer", "page_kib": 4, "optimizer_pages_mib": 0.01},
         {"optimizer": "adamw8bit", "page_kib": 4, "optimizer_pages_mib": 0.02, "rank": 2},
+        {"eval_every": 3},
     ],
     ids=lambda settings: " ".join(settings),
 )
@@ -491,6 +492,8 @@ def test_a_plan_predicts_the_memory_that_the_run_reports(settings, config, tmp_p
     report = train(planned, tmp_path / "adapter", note=lambda text: None)
     assert plan.predicted_bytes == report.memory["predicted"]
     assert report.memory["optimizer"] == report.paging["slots"] * report.paging["page_bytes"]
+    vectors = 2 if "eval_every" in settings else 1  # the parameters, and the best ones so far
+    assert report.memory["trainable"] == vectors * report.memory["gradients"] == vectors * 4 * plan.trainable_parameters
     assert plan.free_bytes > plan.predicted_bytes
 
 
@@ -554,7 +557,9 @@ def test_a_plan_starts_over_if_every_checkpoint_is_damaged(config, run_cli, tmp_
     assert "resumes from" not in run_cli(*command(config, tmp_path / "adapter", "--dry-run")).stdout
 
 
-def test_a_plan_predicts_the_size_of_a_checkpoint(config, tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"eval_every": 1}])
+def test_a_plan_predicts_the_size_of_a_checkpoint(settings, config, tmp_path):
+    config = replace(config, learning_rate=1.0, **settings)  # too high: the best parameters are not the last
     plan = plan_run(config, tmp_path / "adapter")
     cut_after(config, tmp_path / "adapter", 3)
     state = tmp_path / "adapter.partial" / "checkpoint-3" / "state.safetensors"

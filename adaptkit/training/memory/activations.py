@@ -130,7 +130,7 @@ def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device) -> l
         return measure_layers(layers, lambda: network.base_model(**inputs, use_cache=False), network.buffers())
 
 
-def predicted_memory(network: Any, trainable: int, optimizer: int, activations: Activations) -> Memory:
+def predicted_memory(network: Any, trainable: int, optimizer: int, activations: Activations, copies: int = 0) -> Memory:
     """Return the memory that a run will need on the device.
 
     Args:
@@ -138,6 +138,7 @@ def predicted_memory(network: Any, trainable: int, optimizer: int, activations: 
         trainable: number of trained parameters.
         optimizer: bytes of optimizer state on the device.
         activations: result of ``save_activations``.
+        copies: copies of the trained parameters that the device keeps besides them.
     """
     frozen: dict[int, int] = {}
     for tensor in (*network.parameters(), *network.buffers()):
@@ -146,7 +147,7 @@ def predicted_memory(network: Any, trainable: int, optimizer: int, activations: 
             frozen[held.data_ptr()] = held.nbytes
     return Memory(
         weights=sum(frozen.values()),
-        trainable=4 * trainable,
+        trainable=4 * trainable * (1 + copies),
         gradients=4 * trainable,
         optimizer=optimizer,
         activations=activations.bytes,
