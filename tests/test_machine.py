@@ -143,6 +143,7 @@ WAITING = """
 import ctypes, time, torch
 torch.set_num_threads(2)
 numbers, used = torch.ones(1 << 17), 0.0
+time.sleep(0.1)  # threads of older OpenBLAS spin for some 30 ms after numpy's import
 for _ in range(5):
     numbers.add_(1)
     before = time.process_time()

@@ -195,7 +195,8 @@ def _trained(model: Any, output: OutputLayer, rows: Tensor) -> list[Tensor]:
     if not torch.is_grad_enabled() or not (model.rows or any(p.requires_grad for side in parts for p in side)):
         return []
     found: list[Tensor] = []
-    nodes = [output(rows[:1].detach()).grad_fn]
+    logits = output(rows[:1].detach())  # keeps the graph: in torch 2.9 the Python objects of its nodes do not
+    nodes = [logits.grad_fn]
     while nodes:
         node = nodes.pop()
         if node is not None:
