@@ -29,7 +29,7 @@ def step_key(step: Step, materials: Mapping[str, Material]) -> str | None:
         if material.digest is None or material.path is None:
             return None
         # A folder's name may be written into an artifact made from it; only the suffix of a file's name matters.
-        called = name_of(material.path) if taken.takes == "folder" else material.path.suffix
+        called = name_of(material.path) if taken.takes != "file" else material.path.suffix
         inputs.append([taken.key, called, material.digest])
     counted = {name: value for name, value in asdict(step.options).items() if name not in step.how.not_in_key}
     document = {
@@ -38,6 +38,6 @@ def step_key(step: Step, materials: Mapping[str, Material]) -> str | None:
         "kind": step.kind,
         "options": counted,
         "inputs": inputs,
-        "makes": step.makes,
+        "makes": list(step.makes),
     }
     return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()

@@ -13,6 +13,7 @@ from adaptkit.discovery import load, names
 from adaptkit.errors import ConfigError, UsageError
 from adaptkit.hub.sources import check_repo_id
 from adaptkit.pipeline import steps as registry
+from adaptkit.pipeline.artifact import check_kind
 from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.steps._kind import Input, StepKind
 
@@ -110,7 +111,7 @@ def _step(name: str, entry: Any, place: Place) -> Step:
         raise
     except UsageError as error:
         raise place.error(error.message, how.with_keys(error.hint)) from error
-    makes = tuple(name + suffix for suffix in how.makes(options))
+    makes = {name + suffix: made for suffix, made in how.makes(options).items()}
     return Step(name, kind, how, options, inputs, needs, makes, entry, place)
 
 
@@ -163,7 +164,7 @@ def _check_names(sources: Mapping[str, Source], steps: Sequence[Step]) -> None:
 
 
 def _check_references(step: Step, sources: Mapping[str, Source], steps: Sequence[Step]) -> None:
-    made = {name for other in steps for name in other.makes}
+    made = {name: kind for other in steps for name, kind in other.makes.items()}
     every = {other.name for other in steps}
     for taken, name in step.takes():
         place = step.place.at(*taken.key.split("."))
@@ -175,6 +176,9 @@ def _check_references(step: Step, sources: Mapping[str, Source], steps: Sequence
             raise place.error(f"{name!r} is the output of a step, and so has a manifest", hint="use it as it is")
         if taken.takes == "file" and name in made:
             raise place.error(f"{name!r} is a folder; expected a file", hint="name a source that is a file")
+        kind = made.get(name)
+        if kind is not None:
+            check_kind(kind, taken.takes, name, place)
     for name in step.needs:
         if name not in every:
             raise step.place.at("needs").error(f"no step named {name!r}", hint=nearest(name, every, "known steps"))

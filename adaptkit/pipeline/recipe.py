@@ -20,6 +20,7 @@ from typing import Any
 
 from adaptkit.checkpoint.typed import Place, nearest
 from adaptkit.errors import UsageError
+from adaptkit.pipeline.artifact import Kind
 from adaptkit.pipeline.steps._kind import Input, Inputs, StepKind
 
 
@@ -60,7 +61,7 @@ class Step:
         options: of the kind's type; fields that inputs will fill hold placeholders.
         inputs: key -> names of sources and of other steps' artifacts.
         needs: names of further steps that must run before.
-        makes: names of its artifacts.
+        makes: maps names of its artifacts to their kinds; None if the kind depends on an input.
         written: the step's entry in the recipe, for the lock.
         place: location in the recipe, for errors.
     """
@@ -71,7 +72,7 @@ class Step:
     options: Any
     inputs: Inputs
     needs: tuple[str, ...]
-    makes: tuple[str, ...]
+    makes: Mapping[str, Kind | None]
     written: Mapping[str, Any]
     place: Place
 

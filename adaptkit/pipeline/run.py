@@ -14,6 +14,7 @@ from typing import Any
 from adaptkit.arguments import AnyPath, checked_options
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError, GateError, IntegrityError, UsageError
+from adaptkit.pipeline.artifact import check_kind, kind_of
 from adaptkit.pipeline.foresight import Foresight, prefix_errors
 from adaptkit.pipeline.key import step_key
 from adaptkit.pipeline.lock import Lock, lock_path
@@ -160,12 +161,16 @@ class _Run:
     def _check_inputs(self, step: Step) -> None:
         for taken, name in step.takes():
             path = self._materials[name].path if name in self._materials else None
-            if path is not None and path.is_dir() != (taken.takes == "folder"):
-                problem = f"{name!r} is a {'folder' if path.is_dir() else 'file'}; expected a {taken.takes}"
-                raise step.place.at(*taken.key.split(".")).error(problem)
-            if path is not None:
-                with prefix_errors(step):
-                    taken.check(path)
+            if path is None:
+                continue
+            place = step.place.at(*taken.key.split("."))
+            if path.is_dir() == (taken.takes == "file"):
+                problem = "folder; expected a file" if path.is_dir() else "file; expected a folder"
+                raise place.error(f"{name!r} is a {problem}")
+            if taken.takes not in ("file", "folder"):
+                check_kind(kind_of(path), taken.takes, name, place)
+            with prefix_errors(step):
+                taken.check(path)
 
     def _plan(self, step: Step) -> StepReport:
         """Return a report of what a run would do with the step."""
@@ -284,4 +289,4 @@ class _Run:
 
     def _report(self, step: Step, state: str, **more: Any) -> StepReport:
         taken: Mapping[str, None] = dict.fromkeys(name for _, name in step.takes())
-        return StepReport(step.name, step.kind, tuple(taken), step.needs, step.makes, state, **more)
+        return StepReport(step.name, step.kind, tuple(taken), step.needs, tuple(step.makes), state, **more)

@@ -82,6 +82,24 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("data: [rows], rank", "data: [], rank", "steps.adapter.data: expected a list of names", ""),
         ("data: [rows], rank", "data: [rows, rows], rank", "steps.adapter.data: 'rows' is listed twice", ""),
         ("data: [rows], rank", "data: [small], rank", "steps.adapter.data: 'small' is a folder; expected a file", ""),
+        ("merge: base", "merge: small", "line 13: steps.merged.merge: 'small' is a quantized checkpoint; expected an "
+         "unquantized checkpoint", "use the 16-bit checkpoint that it was made from"),
+        ("adapters: [adapter]", "adapters: [small]",
+         "line 13: steps.merged.adapters: 'small' is a quantized checkpoint; expected an adapter", ""),
+        ("rank: 4", "init: small", "steps.adapter.init: 'small' is a quantized checkpoint; expected an adapter", ""),
+        ("rank: 4", "method: full", "steps.judged.adapter: 'adapter' is an unquantized checkpoint; expected an adapter",
+         "extract step"),
+        ("evaluate: small", "evaluate: adapter", "line 9: steps.judged.evaluate: 'adapter' is an adapter; expected a "
+         "checkpoint", "add a merge step"),
+        ("{check: merged, target: [vllm]}", "{quantize: adapter}",
+         "line 14: steps.loads.quantize: 'adapter' is an adapter; expected an unquantized checkpoint", "merge step"),
+        ("{check: merged, target: [vllm]}", "{quantize: small}", "steps.loads.quantize: 'small' is a quantized", ""),
+        ("{check: merged, target: [vllm]}", "{dequantize: merged}",
+         "steps.loads.dequantize: 'merged' is an unquantized checkpoint; expected a quantized checkpoint", ""),
+        ("{check: merged, target: [vllm]}", "{resize: merged, rank: 2}", "expected an adapter", "add an extract step"),
+        ("{check: merged, target: [vllm]}", "{stack: [adapter, merged]}", "'merged' is an unquantized checkpoint", ""),
+        ("{check: merged, target: [vllm]}", "{extract: adapter, base: base, rank: 2}", "'adapter' is an adapter", ""),
+        ("{check: merged, target: [vllm]}", "{check: merged, base: adapter}", "steps.loads.base: 'adapter' is", ""),
         ("train: small, data: [rows],", "train: small,", "line 7: steps.adapter: data is missing", ""),
         ("adapters: [adapter]", "adapters: [judged]",
          "line 13: steps.merged.adapters: the step 'judged' makes no artifact", "needs: [judged]"),
@@ -146,7 +164,7 @@ def test_two_steps_that_publish_to_the_same_tag_or_branch_are_refused(write):
 def test_a_companion_adapter_is_named_after_its_base(write):
     text = GOOD.replace("{quantize: base}", "{quantize: base, calibration: {files: [rows], init_rank: 4}}")
     recipe = read_recipe(write(text, "[rows], rank: 4", "[rows], init: small-init"))
-    assert recipe.steps["small"].makes == ("small", "small-init")
+    assert recipe.steps["small"].makes == {"small": "quantized checkpoint", "small-init": "adapter"}
     assert recipe.steps["adapter"].inputs["init"] == ("small-init",)
     with pytest.raises(ConfigError, match="'small-init' is also the name of"):
         read_recipe(write(text, "  merged:", "  small-init:"))

@@ -19,7 +19,6 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import (
-    CheckpointError,
     ConfigError,
     ConflictError,
     DriftError,
@@ -29,6 +28,7 @@ from adaptkit.errors import (
 )
 from adaptkit.operations.adopt import adopt
 from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.quantize import quantize
 from adaptkit.operations.resize import ResizeOptions, resize
 from adaptkit.operations.verify import verify
 from adaptkit.pipeline.run import Listener, RunOptions, run
@@ -532,6 +532,18 @@ def test_a_source_that_is_missing_or_of_the_wrong_kind_is_named_with_its_line(re
         run(recipe)
 
 
+def test_a_source_of_a_kind_that_a_step_does_not_take_is_an_error_before_any_step(recipe, release, edit):
+    begun = Listener(started=lambda step: pytest.fail(step.name))
+    edit("merge: base", "merge: lora")
+    with pytest.raises(ConfigError, match=r"line 9: steps\.merged\.merge: 'lora' is an adapter; expected an unq"):
+        run(recipe, listener=begun)
+    edit("merge: lora", "merge: base")
+    shutil.rmtree(release / "lora")
+    quantize(release / "model", release / "lora")
+    with pytest.raises(ConfigError, match=r"line 8: steps\.lighter\.resize: 'lora' is a quantized checkpoint; exp"):
+        run(recipe, listener=begun)
+
+
 def test_a_source_with_a_manifest_is_compared_with_it(recipe, release, tmp_path):
     resize(release / "lora", tmp_path / "made", ResizeOptions(rank=3))
     shutil.rmtree(release / "lora")
@@ -547,10 +559,10 @@ def test_a_source_with_a_manifest_is_compared_with_it(recipe, release, tmp_path)
 
 
 def test_an_error_of_an_operation_names_the_step(recipe, edit):
-    edit("{merge: base, adapters", "{merge: small, adapters")
-    with pytest.raises(CheckpointError, match=r"merged: .*quantized") as caught:
+    edit("{merge: base, adapters", "{merge: base, weights: [1, 2], adapters")
+    with pytest.raises(UsageError, match=r"^merged: 2 weights") as caught:
         run(recipe)
-    assert "16-bit" in caught.value.hint
+    assert caught.value.hint
 
 
 def test_the_hint_for_a_foreign_folder_in_the_work_folder_is_to_change_work(recipe, release):

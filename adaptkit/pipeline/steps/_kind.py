@@ -4,10 +4,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.signing import Signer
+from adaptkit.pipeline.artifact import Kind, Takes
 
 Facts = dict[str, Any]
 """A step's results besides its artifacts, as JSON values."""
@@ -26,7 +27,7 @@ class Input:
         key: in the recipe; a dot separates nested keys, as in ``calibration.files``.
         many: whether the value is a list of names.
         required: whether the key must be given.
-        takes: whether it takes folders (checkpoints, adapters) or files.
+        takes: what it takes.
         words: values that the operation interprets itself, instead of as names.
         with_card: whether the operation also reads a folder's model card.
         made: whether it may be the output of another step.
@@ -36,7 +37,7 @@ class Input:
     key: str
     many: bool = False
     required: bool = False
-    takes: Literal["folder", "file"] = "folder"
+    takes: Takes = "folder"
     words: tuple[str, ...] = ()
     with_card: bool = False
     made: bool = True
@@ -98,8 +99,8 @@ class StepKind:
         refused: maps options that a recipe must not set to the hint that says why.
         complete: adds placeholders to the options for fields that inputs will fill.
         check: raises UsageError if options and inputs do not fit together.
-        makes: returns a suffix of the step's name for each artifact that it makes; empty for kinds that only measure or
-            publish.
+        makes: maps a suffix of the step's name to the artifact's kind, for each artifact that it makes; None if that
+            depends on the input. Empty for kinds that only measure or publish.
         gates: returns whether the step is a gate, which must pass before anything is published.
         judge: for a gate: returns why it fails, given the facts; empty if it passes.
         not_in_key: options that do not affect what is made or measured, and so are not part of the key.
@@ -114,7 +115,7 @@ class StepKind:
     refused: Mapping[str, str] = field(default_factory=dict)
     complete: Callable[[dict[str, Any], Inputs], dict[str, Any]] = lambda values, inputs: values
     check: Callable[[Any, Inputs], None] = lambda options, inputs: None
-    makes: Callable[[Any], tuple[str, ...]] = lambda options: ("",)
+    makes: Callable[[Any], Mapping[str, Kind | None]] = lambda options: {}
     gates: Callable[[Any], bool] = lambda options: False
     judge: Callable[[Any, Facts], str] = lambda options, facts: ""
     not_in_key: frozenset[str] = frozenset({"threads"})

@@ -12,7 +12,11 @@ def _run(work: Work) -> Outcome:
 
 
 KIND = StepKind(
-    inputs=(Input("adopt", required=True, with_card=True, made=False, check=refuse_manifest), Input("base")),
+    inputs=(
+        Input("adopt", required=True, with_card=True, made=False, check=refuse_manifest),
+        Input("base", takes="checkpoint"),
+    ),
     options=AdoptOptions,
     run=_run,
+    makes=lambda options: {"": None},
 )

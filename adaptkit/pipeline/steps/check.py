@@ -42,10 +42,9 @@ def _judge(options: Any, facts: Facts) -> str:
 
 
 KIND = StepKind(
-    inputs=(Input("check", required=True), Input("base")),
+    inputs=(Input("check", required=True), Input("base", takes="checkpoint")),
     options=CheckOptions,
     run=_run,
-    makes=lambda options: (),
     gates=lambda options: True,
     judge=_judge,
 )

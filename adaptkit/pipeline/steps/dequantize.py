@@ -10,4 +10,9 @@ def _run(work: Work) -> Outcome:
     return Outcome(f"{counted(report.dequantized, 'matrix')}, {size(report.bytes_after)}", {})
 
 
-KIND = StepKind(inputs=(Input("dequantize", required=True),), options=DequantizeOptions, run=_run)
+KIND = StepKind(
+    inputs=(Input("dequantize", required=True, takes="quantized checkpoint"),),
+    options=DequantizeOptions,
+    run=_run,
+    makes=lambda options: {"": "unquantized checkpoint"},
+)

@@ -141,18 +141,17 @@ def _judge(options: EvaluateStep, facts: Facts) -> str:
 
 KIND = StepKind(
     inputs=(
-        Input("evaluate", required=True),
-        Input("adapter"),
+        Input("evaluate", required=True, takes="checkpoint"),
+        Input("adapter", takes="adapter"),
         Input("data", many=True, takes="file"),
         Input("text", many=True, takes="file"),
-        Input("reference"),
+        Input("reference", takes="checkpoint"),
         Input("shots_from", many=True, takes="file"),
     ),
     options=EvaluateStep,
     run=_run,
     complete=_complete,
     check=_check,
-    makes=lambda options: (),
     gates=lambda options: bool(options.require),
     judge=_judge,
     not_in_key=frozenset({"require"}),

@@ -10,5 +10,11 @@ def _run(work: Work) -> Outcome:
 
 
 KIND = StepKind(
-    inputs=(Input("extract", required=True), Input("base", required=True)), options=ExtractOptions, run=_run
+    inputs=(
+        Input("extract", required=True, takes="unquantized checkpoint"),
+        Input("base", required=True, takes="unquantized checkpoint"),
+    ),
+    options=ExtractOptions,
+    run=_run,
+    makes=lambda options: {"": "adapter"},
 )

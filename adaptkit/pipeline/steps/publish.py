@@ -73,7 +73,6 @@ KIND = StepKind(
     options=PublishStep,
     run=_run,
     refused={"signer": "write sign: true, and pass the key to the command with --sign KEY"},
-    makes=lambda options: (),
     precheck=_precheck,
     rehearse=_rehearse,
 )

@@ -5,6 +5,7 @@ from typing import Any
 
 from adaptkit.checkpoint.progress import size
 from adaptkit.operations.quantize import QuantizeOptions, quantize
+from adaptkit.pipeline.artifact import Kind
 from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
 
 _FILES = "calibration.files"
@@ -20,9 +21,9 @@ def _run(work: Work) -> Outcome:
     return Outcome(figure, facts)
 
 
-def _makes(options: QuantizeOptions) -> tuple[str, ...]:
-    companion = options.calibration is not None and options.calibration.init_rank is not None
-    return ("", "-init") if companion else ("",)
+def _makes(options: QuantizeOptions) -> dict[str, Kind | None]:
+    has_companion = options.calibration is not None and options.calibration.init_rank is not None
+    return {"": "quantized checkpoint", **({"-init": "adapter"} if has_companion else {})}
 
 
 def _complete(values: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def _complete(values: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
 
 
 KIND = StepKind(
-    inputs=(Input("quantize", required=True), Input(_FILES, many=True, takes="file")),
+    inputs=(Input("quantize", required=True, takes="unquantized checkpoint"), Input(_FILES, many=True, takes="file")),
     options=QuantizeOptions,
     run=_run,
     refused={"part": "remove it: a step makes all shares"},

@@ -10,4 +10,9 @@ def _run(work: Work) -> Outcome:
     return Outcome(figure, {"ranks": list(report.ranks), "relative_error": report.relative_error})
 
 
-KIND = StepKind(inputs=(Input("resize", required=True),), options=ResizeOptions, run=_run)
+KIND = StepKind(
+    inputs=(Input("resize", required=True, takes="adapter"),),
+    options=ResizeOptions,
+    run=_run,
+    makes=lambda options: {"": "adapter"},
+)

@@ -12,4 +12,9 @@ def _run(work: Work) -> Outcome:
     return Outcome(figure, {"modules": report.modules, "ranks": list(report.ranks), "energy_kept": report.energy_kept})
 
 
-KIND = StepKind(inputs=(Input("stack", many=True, required=True),), options=StackOptions, run=_run)
+KIND = StepKind(
+    inputs=(Input("stack", many=True, required=True, takes="adapter"),),
+    options=StackOptions,
+    run=_run,
+    makes=lambda options: {"": "adapter"},
+)

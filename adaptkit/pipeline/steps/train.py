@@ -11,11 +11,11 @@ from adaptkit.training.loop import train
 from adaptkit.training.report import StepReport
 
 _INPUTS = (
-    Input("train", required=True),
+    Input("train", required=True, takes="checkpoint"),
     Input("data", many=True, required=True, takes="file"),
     Input("held_out_data", many=True, takes="file"),
     Input("chat_template", takes="file"),
-    Input("init", words=INITS),
+    Input("init", words=INITS, takes="adapter"),
 )
 
 
@@ -72,4 +72,5 @@ KIND = StepKind(
     },
     complete=_complete,
     check=_check,
+    makes=lambda options: {"": "unquantized checkpoint" if options.method == "full" else "adapter"},
 )

@@ -1,0 +1,52 @@
+"""Kinds of artifacts, and which of them an input of a step takes."""
+
+from pathlib import Path
+from typing import Literal
+
+from adaptkit.checkpoint.adapter_config import is_adapter
+from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.typed import Place
+
+Kind = Literal["adapter", "unquantized checkpoint", "quantized checkpoint"]
+Takes = Literal["file", "folder", "checkpoint", "adapter", "unquantized checkpoint", "quantized checkpoint"]
+"""``folder`` is any artifact, ``checkpoint`` a quantized or unquantized one."""
+
+_HINTS = {
+    ("adapter", "checkpoint"): "to merge it into its base, add a merge step",
+    ("adapter", "unquantized checkpoint"): "to merge it into its base, add a merge step",
+    ("quantized checkpoint", "unquantized checkpoint"): "use the 16-bit checkpoint that it was made from",
+    ("unquantized checkpoint", "adapter"): "to get the change from its base, add an extract step",
+}
+
+
+def kind_of(folder: Path) -> Kind:
+    """Return the kind of an artifact.
+
+    Raises:
+        AdaptkitError: the folder holds neither a checkpoint nor an adapter.
+    """
+    if is_adapter(folder):
+        return "adapter"
+    return "unquantized checkpoint" if quantization_found(Checkpoint(folder)) is None else "quantized checkpoint"
+
+
+def check_kind(kind: Kind, takes: Takes, name: str, place: Place) -> None:
+    """Check that an input takes artifacts of a kind.
+
+    Args:
+        kind: of the artifact.
+        takes: what the input takes.
+        name: of the artifact, in the recipe.
+        place: of the input in the recipe.
+
+    Raises:
+        ConfigError: it does not take them.
+    """
+    if takes not in ("folder", kind) and not (takes == "checkpoint" and kind != "adapter"):
+        problem = f"{name!r} is {_with_article(kind)}; expected {_with_article(takes)}"
+        raise place.error(problem, hint=_HINTS.get((kind, takes), ""))
+
+
+def _with_article(words: str) -> str:
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
