@@ -1,5 +1,6 @@
 """Preparation of a run: its batches, its model, and how many steps and checkpoint bytes it takes."""
 
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -76,7 +77,9 @@ def begin_libraries(base: Path, device: torch.device, shard_base: bool) -> None:
     if device.type == "cuda":
         for dtype in (torch.float32, torch.bfloat16):
             square = torch.zeros((64, 64), dtype=dtype, device=device, requires_grad=True)
-            torch.autograd.backward((square @ square).sum())
+            with warnings.catch_warnings():  # once per process, about the thread of backward passes; torch sets it up
+                warnings.filterwarnings("ignore", "Attempting to run cuBLAS, but there was no", UserWarning)
+                torch.autograd.backward((square @ square).sum())
         torch.cuda.synchronize(device)
 
 

@@ -169,3 +169,31 @@ torch.rand(3, device='cuda', generator=torch.Generator('cuda').manual_seed(1))
 print(torch.equal(*drawn), torch.equal(before, torch.get_rng_state()), 0 < int(drawn[0].count_nonzero()) < 50)
 """
     assert run(forks, lines) == "True True True"
+
+
+def test_the_thread_of_backward_passes_warns_at_its_first_product(forks):
+    """It has no context yet; a warning would be an error here, except where tests and runs expect it."""
+    lines = """
+import warnings
+warnings.simplefilter("error")
+for _ in range(2):
+    square = torch.ones(2, 2, device="cuda", requires_grad=True)
+    try:
+        (square @ square).sum().backward()
+        print("no warning")
+    except UserWarning as warning:
+        print(str(warning)[:61])
+"""
+    told = "Attempting to run cuBLAS, but there was no current CUDA context"
+    assert run(forks, lines).splitlines() == [told[:61], "no warning"]
+
+
+def test_a_run_begins_without_that_warning(forks, llama):
+    lines = f"""
+import warnings
+from pathlib import Path
+from adaptkit.training.preparation import begin_libraries
+warnings.simplefilter("error")
+begin_libraries(Path({str(llama)!r}), torch.device("cuda"), False)
+"""
+    assert run(forks, lines) == ""

@@ -10,6 +10,7 @@
 //     memory        is counted, runs out at a limit, is NaN at first, and must not be returned to the allocator of its
 //                   stream while a different stream may still use it.
 //     random        numbers are drawn from the device's own generator.
+//     context       a thread other than the first has none before its first matrix product, and torch warns.
 //
 // Shows control flow, devices, types, values, allocations, waits and missing waits; nothing about time, CUDA's kernels
 // or fragmentation. Streams that use different elements of the same memory are noted as misuse, too, and copies that
@@ -32,6 +33,7 @@
 #include <map>
 #include <mutex>
 #include <set>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -368,6 +370,15 @@ static const Names NEW{"empty", "empty_strided"};
 static const Names WAITING{
     "_local_scalar_dense", "equal", "masked_select", "nonzero", "_unique2", "unique_consecutive"};
 
+static const Names PRODUCTS{"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"};
+static const auto first_thread = std::this_thread::get_id();
+
+static void warn_without_context() {  // as CublasHandlePool.cpp does
+  static thread_local bool has_context = false;
+  if (!std::exchange(has_context, true) && std::this_thread::get_id() != first_thread)
+    TORCH_WARN("Attempting to run cuBLAS, but there was no current CUDA context! Attempting to set the primary context...");
+}
+
 static void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   bool draws = op.hasTag(at::Tag::nondeterministic_seeded);
   auto host = at::detail::getDefaultCPUGenerator();
@@ -425,6 +436,7 @@ static void compute(const c10::OperatorHandle& op, DispatchKeySet, torch::jit::S
   }
   TORCH_CHECK(!is_here || stranger.empty(),
               "Expected all tensors to be on the same device, but ", name, " got one of ", stranger, " on the CPU");
+  if (is_here && PRODUCTS.count(name)) warn_without_context();
   run(op, stack);
   views.adopt();
   for (size_t i = stack->size() - schema.returns().size(); i < stack->size() && is_here; i++) {
