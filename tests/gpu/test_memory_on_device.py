@@ -80,8 +80,21 @@ def test_all_slots_are_filled_before_the_next_sweep(slots, monkeypatch):
     assert between == list(range(pages.resident, slots))
     for _ in pages.sweep():
         pass
-    torch.cuda.synchronize()  # before the pages are freed
     assert fetched[20 - pages.resident : -len(between)] == list(range(pages.resident, 20))
+
+
+def test_pages_may_be_freed_before_the_next_sweep_is_prefetched(monkeypatch):
+    """Otherwise the copies, which are slow here, would overwrite what uses the memory next."""
+    pages = Pages(20, 4096, 3 * 4096, GPU)
+    for page in range(20):
+        pages.write(page, torch.ones(4096, dtype=torch.uint8))
+    monkeypatch.setattr(paging._Host, "get", slowed(paging._Host.get))
+    for _ in pages.sweep():
+        pass
+    del pages
+    after = [torch.zeros(4096, dtype=torch.uint8, device=GPU) for _ in range(8)]
+    torch.cuda.synchronize()
+    assert not any(int(page.count_nonzero()) for page in after)
 
 
 def test_updates_equal_those_of_torch():

@@ -252,6 +252,9 @@ class _Stream:
             self._ready = [torch.cuda.Event() for _ in range(slots)]  # type: ignore[no-untyped-call]
             # The slots' memory may have just been freed, with work still queued on the current stream.
             self._inward.wait_stream(torch.cuda.current_stream(self._device))
+            for slot in self.slots:  # the last sweep's prefetch may still be in flight when the pages are freed
+                slot.record_stream(self._inward)
+                slot.record_stream(self._outward)
 
     def fetch(self, page: int, host: _Host) -> None:
         """Start copying a page to its slot, unless it is there or being copied."""
