@@ -114,7 +114,8 @@ def waits(config, output):
     return (counted[1] - counted[0]) / 2
 
 
-def test_the_number_of_waits_in_a_step_does_not_depend_on_the_number_of_layers(base, config, tmp_path):
-    """The host waits for the losses and for the norm, and not for transformers' check of positions in a micro-batch."""
-    found = [waits(config | {"base": base("llama", layers)}, tmp_path / str(layers)) for layers in (2, 6)]
+@pytest.mark.parametrize("option", [{}, {"neftune_alpha": 5.0}], ids=["plain", "noise"])
+def test_the_number_of_waits_in_a_step_does_not_depend_on_the_number_of_layers(base, config, option, tmp_path):
+    """The host waits for the losses and for the norm, and not for a micro-batch's lengths or its check of positions."""
+    found = [waits(config | option | {"base": base("llama", layers)}, tmp_path / str(layers)) for layers in (2, 6)]
     assert found[0] == found[1] <= 2

@@ -34,7 +34,7 @@ class EmbeddingNoise:
     def _add(self, embedding: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         if not embedding.training:
             return output
-        scale = self._alpha / torch.sqrt(self._lengths.to(output.device) * output.shape[-1])
+        scale = self._alpha / torch.sqrt(self._lengths.to(output.device, non_blocking=True) * output.shape[-1])
         noise = torch.empty_like(output, dtype=torch.float32).uniform_(-1, 1)
         return output + (noise * scale[..., None]).to(output.dtype)
 
