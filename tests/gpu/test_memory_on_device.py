@@ -236,5 +236,6 @@ def test_planning_a_sharded_base_does_not_load_it_onto_one_gpu(config, tmp_path)
 
 
 def test_peak_memory_is_within_half_of_the_prediction(config, tmp_path):
-    report = train(config, tmp_path / "adapter")
+    """Without deterministic attention: in a backward pass it takes memory for every multiprocessor of the GPU."""
+    report = train(replace(config, deterministic=False), tmp_path / "adapter")
     assert report.memory["measured"] == pytest.approx(report.memory["predicted"], rel=0.5)
