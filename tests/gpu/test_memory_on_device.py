@@ -134,6 +134,19 @@ def test_offloading_frees_gpu_memory_and_keeps_values_however_far_the_gpu_is_beh
         assert [float(found) for found in sums] == [float(number * size) for number in reversed(range(8))]
 
 
+def test_offloaded_tensors_may_be_freed_while_one_is_fetched():
+    """As after a backward pass that fails. Otherwise the copy would overwrite what uses the memory next."""
+    offloaded, size = OffloadedTensors(GPU), 1 << 22
+    takes = [offloaded.put(torch.ones(size, device=GPU)) for _ in range(5)]
+    torch.cuda._sleep(10_000_000)
+    for _ in range(3):
+        takes.pop()()
+    del offloaded, takes
+    after = [torch.zeros(size, device=GPU) for _ in range(5)]
+    torch.cuda.synchronize()
+    assert not any(int(tensor.count_nonzero()) for tensor in after)
+
+
 @pytest.fixture
 def config(made, llama, instructions):
     if not (made / "gpu-nf4").exists():

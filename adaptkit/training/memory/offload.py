@@ -54,6 +54,8 @@ class OffloadedTensors:
         self._stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         # Copies in flight: the device tensor (kept alive until then), the event that ends the copy, and the item.
         self._in_flight: deque[tuple[Tensor, Any, weakref.ref[_Item]]] = deque()
+        if self._stream is not None:  # a failed backward pass leaves copies in flight
+            weakref.finalize(self, self._stream.synchronize).atexit = False
 
     def put(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Move a tensor to host memory.
