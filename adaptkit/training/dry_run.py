@@ -10,7 +10,7 @@ from adaptkit.checkpoint.place import partial_folder
 from adaptkit.networks.model_lock import model_lock
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import DataReport, report_data
-from adaptkit.training.device import choose_device, free_memory, make_current
+from adaptkit.training.device import choose_device, deterministic, free_memory, make_current, without_cudnn_attention
 from adaptkit.training.distributed import World, world_size
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.activations import predicted_memory
@@ -96,7 +96,8 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         device = torch.device("cpu")
     make_current(device)
     batches, free = batches_of(inputs), free_memory(device)
-    model, activations = build(inputs, World(device), batches.largest(world_size()))
+    with without_cudnn_attention(), deterministic(config.deterministic):  # layers need the memory of these kernels
+        model, activations = build(inputs, World(device), batches.largest(world_size()))
     trainable = Trainable.of(model)
     parameters = trainable.values.numel()
     state, copies = state_bytes(trainable, config), best_copies(config, device)

@@ -497,6 +497,21 @@ def test_a_plan_predicts_the_memory_that_the_run_reports(settings, config, tmp_p
     assert plan.free_bytes > plan.predicted_bytes
 
 
+def test_a_plan_measures_layers_with_the_kernels_of_the_run(config, tmp_path):
+    seen = []
+
+    def look(module, inputs):
+        seen.append((torch.backends.cuda.cudnn_sdp_enabled(), torch.get_deterministic_debug_mode()))
+
+    found = []
+    with torch.nn.modules.module.register_module_forward_pre_hook(look):
+        for begin in (plan_run, train):
+            begin(replace(config, checkpointing="layer", deterministic=True, steps=1), tmp_path / "adapter")
+            found.append(set(seen))
+            seen.clear()
+    assert found == [{(False, 2)}] * 2
+
+
 def test_a_plan_does_not_predict_the_memory_of_a_process_with_a_sharded_base(config, run_cli, tmp_path):
     plan = plan_run(replace(config, shard_base=True, checkpointing="layer"), tmp_path / "adapter")
     assert (plan.predicted_bytes, plan.free_bytes) == (None, None)
