@@ -194,9 +194,9 @@ def _merge_by_tiles(weight: Array, factors: Factors, start: int, with_undo: bool
 
 
 def _figures_hold(squared_delta: float, orthogonal: float, overlap: float, count: int) -> bool:
-    """Return whether Σ Δ² is free of cancellation, and no square underflowed or overflowed float32."""
+    """Return whether the terms of Δ hardly cancel, and no square underflowed or overflowed float32."""
     within = 2.0**-80 * count < squared_delta < 2.0**100
-    return within and squared_delta > 1e-4 * orthogonal and math.isfinite(overlap)
+    return within and squared_delta > 0.1 * orthogonal and math.isfinite(overlap)
 
 
 def _panels(rows: int, columns: int) -> list[slice]:

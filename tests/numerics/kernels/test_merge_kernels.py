@@ -292,6 +292,15 @@ def test_reported_sums_are_right_for_cancelling_tiny_and_huge_changes():
     check_against_definition(weight * 1e20, a * 1e10, b * 1e9, [8], [1.0], 0)
 
 
+def test_reported_sums_are_right_where_the_terms_of_a_single_element_cancel_in_part():
+    generator = seeded(5)
+    weight = (torch.randn(200, 1, generator=generator) * 0.05).to(torch.bfloat16)
+    b = torch.randn(200, 16, generator=generator)
+    b -= 0.97 * b.mean(dim=1, keepdim=True)
+    for row in range(len(weight)):
+        check_against_definition(weight[row : row + 1], torch.ones(16, 1), b[row : row + 1], [16], [0.01], 0)
+
+
 GAINS = [0.0, -0.0, 1.0, -1.0, 0.97, -0.4, 3.7, 1e-8, -1e-30, 1e-300, 5e-324, 1e12, 1e300]
 
 
