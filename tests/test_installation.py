@@ -1,5 +1,6 @@
 """What ``pip install`` in a checkout puts into an environment."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -28,3 +29,9 @@ def test_a_wheel_holds_the_files_of_the_package_and_none_of_an_earlier_build(tmp
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert {name for name in names if name.startswith("adaptkit/")} == files
+
+
+def test_no_message_tells_to_install_adaptkit_by_name_which_is_another_projects_in_the_index():
+    texts = [*(ROOT / "adaptkit").rglob("*.py"), *(ROOT / "docs").glob("*.md"), ROOT / "README.md"]
+    found = [path.name for path in texts if re.search(r"pip install ['\"]?adaptkit\b", path.read_text())]
+    assert not found

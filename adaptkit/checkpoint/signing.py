@@ -266,7 +266,7 @@ def _package() -> Any:
     except ImportError as error:
         raise UsageError(
             f"signatures need the package model-signing ({error.name} is not installed)",
-            hint="pip install 'adaptkit[sign]'",
+            hint="pip install '.[sign]' in adaptkit's checkout",
         ) from error
     return model_signing
 

@@ -40,7 +40,7 @@ def require_matplotlib() -> None:
     except ImportError as error:
         raise UsageError(
             f"--html needs matplotlib, which cannot be imported: {error}",
-            hint="pip install 'adaptkit[report]', or leave out --html",
+            hint="pip install '.[report]' in adaptkit's checkout, or leave out --html",
         ) from error
 
 

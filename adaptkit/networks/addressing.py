@@ -110,7 +110,8 @@ def _find_by_architecture(checkpoint: Checkpoint, wanted: list[str], subject: st
     if importlib.util.find_spec("transformers") is None:
         raise BaseMismatchError(
             f"{subject}: changes {missing}, which {checkpoint.root} does not have under that name",
-            hint="check that this is the right base; if its files use other names, pip install 'adaptkit[train]'",
+            hint="check that this is the right base; if its files use other names, pip install '.[train]' in "
+            "adaptkit's checkout",
         )
     from adaptkit.networks.assembly import Assembly  # imported here since it imports torch
 

@@ -51,7 +51,8 @@ def quiet_transformers() -> Iterator[Any]:
         # It replaces itself in sys.modules while it loads; an `import` waiting in another thread would miss that.
         transformers = importlib.import_module("transformers")
     except ImportError as error:
-        raise UsageError("this needs the package transformers", hint="pip install 'adaptkit[train]'") from error
+        hint = "pip install '.[train]' in adaptkit's checkout"
+        raise UsageError("this needs the package transformers", hint=hint) from error
     with _LOCK:
         before = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()

@@ -126,7 +126,8 @@ def require_head(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Vocabulary:
         raise BaseMismatchError(
             f"{checkpoint.root}: the name of the tied head in models of type {checkpoint.config.get('model_type')!r} "
             "is not known, so it cannot be stored as a separate tensor",
-            hint="pip install 'adaptkit[train]' if transformers supports them, or train without embedding and head",
+            hint="if transformers supports them, pip install '.[train]' in adaptkit's checkout; otherwise train "
+            "without embedding and head",
         )
     return replace(vocabulary, head=f"{head}.weight", is_known=True)
 

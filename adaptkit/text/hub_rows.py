@@ -96,7 +96,7 @@ def _quiet_datasets() -> Iterator[Any]:
         import datasets
     except ImportError as error:
         raise UsageError(
-            "datasets on the Hub need the package datasets", hint="pip install 'adaptkit[train]'"
+            "datasets on the Hub need the package datasets", hint="pip install '.[train]' in adaptkit's checkout"
         ) from error
     shown, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()

@@ -262,7 +262,8 @@ def _parquet(file: Path) -> Iterator[Located]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise UsageError(f"{file}: Parquet needs the package pyarrow", hint="pip install 'adaptkit[train]'") from error
+        hint = "pip install '.[train]' in adaptkit's checkout"
+        raise UsageError(f"{file}: Parquet needs the package pyarrow", hint=hint) from error
     try:
         opened = file.open("rb")
     except OSError as error:

@@ -157,7 +157,7 @@ def _write(
     if can_draw():
         out.write(PICTURE_NAME, draw(run.history))
     else:
-        note(f"no {PICTURE_NAME}: matplotlib is not installed (pip install 'adaptkit[report]')")
+        note(f"no {PICTURE_NAME}: matplotlib is not installed (pip install '.[report]' in adaptkit's checkout)")
     manifest = _write_result(out, inputs, run, records)
     out.publish(manifest)
     return manifest

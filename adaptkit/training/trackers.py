@@ -25,7 +25,8 @@ def require_trackers(config: TrainConfig) -> None:
     """
     for name in ("tensorboard", "wandb"):
         if getattr(config, name) is not None and find_spec(name) is None:
-            raise UsageError(f"{name}: the package is not installed", hint="pip install 'adaptkit[track]'")
+            hint = "pip install '.[track]' in adaptkit's checkout"
+            raise UsageError(f"{name}: the package is not installed", hint=hint)
 
 
 @contextmanager

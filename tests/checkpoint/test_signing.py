@@ -256,4 +256,4 @@ def test_without_model_signing_the_hint_is_the_command_to_install_it(keys, tmp_p
         "    except UsageError as error: print(error.hint)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["pip install 'adaptkit[sign]'"] * 2
+    assert done.stdout.splitlines() == ["pip install '.[sign]' in adaptkit's checkout"] * 2

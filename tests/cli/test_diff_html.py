@@ -286,7 +286,7 @@ def test_without_matplotlib_a_page_is_refused_with_a_hint_and_diff_still_works(a
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, "--html", tmp_path / "x.html"], env=environment, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "hint: pip install 'adaptkit[report]'" in done.stderr
+    assert "hint: pip install '.[report]' in adaptkit's checkout" in done.stderr
     assert not (tmp_path / "x.html").exists()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

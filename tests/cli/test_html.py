@@ -241,7 +241,7 @@ def test_without_matplotlib_the_hint_names_the_package_to_install(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "page.html"], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith("2 pip install 'adaptkit[report]'")
+    assert done.stdout.startswith("2 pip install '.[report]' in adaptkit's checkout")
     assert "needs matplotlib" in done.stdout
 
 

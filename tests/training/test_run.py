@@ -429,7 +429,8 @@ def test_a_missing_tracker_package_is_reported_with_how_to_install_it(config, na
     shown = command(config, tmp_path / "adapter", f"--{name}", "x")
     done = subprocess.run([sys.executable, "-c", code, *shown], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr == f"error: --{name}: the package is not installed\nhint: pip install 'adaptkit[track]'\n"
+    hint = "pip install '.[track]' in adaptkit's checkout"
+    assert done.stderr == f"error: --{name}: the package is not installed\nhint: {hint}\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -452,7 +453,7 @@ def test_the_plot_has_all_labels_and_is_omitted_with_a_note_without_matplotlib(c
     shown = command(config, tmp_path / "plain")
     done = subprocess.run([sys.executable, "-c", code, *shown], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    assert "no loss.svg: matplotlib is not installed (pip install 'adaptkit[report]')" in done.stderr
+    assert "no loss.svg: matplotlib is not installed (pip install '.[report]' in adaptkit's checkout)" in done.stderr
     assert not (tmp_path / "plain" / "loss.svg").exists()
 
 

@@ -183,7 +183,8 @@ def _head(plan: Plan, running: Running, vocabulary: Vocabulary) -> str:
         raise UsageError(
             f"{vocabulary.embedding} differs, and the name of the head that is tied to it in models of type "
             f"{plan.base.config.get('model_type')!r} is not known",
-            hint="pip install 'adaptkit[train]' if transformers supports them, or leave it out with --only-linear",
+            hint="if transformers supports them, pip install '.[train]' in adaptkit's checkout; otherwise leave it out "
+            "with --only-linear",
         )
     return head or module_of(vocabulary.head)
 

@@ -132,7 +132,7 @@ class Experts:
         if why:
             raise BaseMismatchError(
                 f"{self.who}: cannot tell whether {parameter} stores its square matrices transposed: {why}",
-                hint="pip install 'adaptkit[train]'",
+                hint="pip install '.[train]' in adaptkit's checkout",
             )
         module = empty_network(self.checkpoint).get_submodule(parameter.rpartition(".")[0])
         return bool(getattr(module, "is_transposed", False))

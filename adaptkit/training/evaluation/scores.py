@@ -60,7 +60,7 @@ def require_metrics() -> None:
     except ImportError as error:
         raise UsageError(
             f"scoring answers needs the metric packages: {error}",
-            hint="pip install 'adaptkit[eval]'",
+            hint="pip install '.[eval]' in adaptkit's checkout",
         ) from error
     except ValueError as error:  # such as in a container whose user has no home folder
         raise UsageError(f"nltk, which scores answers, cannot be loaded: {error}", hint="set HOME") from error

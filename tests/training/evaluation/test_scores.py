@@ -126,7 +126,7 @@ def test_a_missing_package_is_reported_with_how_to_install_it(llama, instruction
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.splitlines() == [
         "error: scoring answers needs the metric packages: No module named sacrebleu",
-        "hint: pip install 'adaptkit[eval]'",
+        "hint: pip install '.[eval]' in adaptkit's checkout",
     ]
 
 
