@@ -11,6 +11,7 @@ from adaptkit.cli.output import WORST, Row, counted, percent, show, size, write_
 from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import byte_progress, count_progress
 from adaptkit.errors import UsageError
+from adaptkit.torch_compiler import leave_compiler_out
 
 if TYPE_CHECKING:
     from adaptkit.operations.quantize import QuantizeReport
@@ -112,6 +113,7 @@ def command(
         )
     calibration = None
     if calibrate:
+        leave_compiler_out()
         calibration = Calibration(
             files=calibrate,
             tokens=calibration_tokens,
