@@ -149,6 +149,13 @@ def test_an_error_names_the_problem_and_its_place(write, old, new, message, hint
     assert caught.value.exit_code == 2
 
 
+def test_a_merge_into_nf4_makes_a_quantized_checkpoint(write):
+    text = GOOD.replace("{merge: base,", "{merge: base, format: nf4,")
+    assert read_recipe(write(text, "{check: merged, target: [vllm]}", "{dequantize: merged}"))
+    with pytest.raises(ConfigError, match="'merged' is a quantized checkpoint; expected an unquantized checkpoint"):
+        read_recipe(write(text, "{check: merged, target: [vllm]}", "{quantize: merged}"))
+
+
 def test_two_steps_that_publish_to_the_same_tag_or_branch_are_refused(write):
     text = GOOD + "  again: {publish: merged, repo: Org/Name, tag: v1}\n"
     with pytest.raises(ConfigError, match=r"steps\.again\.tag: 'release' already publishes to the tag v1 of Org/Name"):

@@ -18,5 +18,5 @@ KIND = StepKind(
     ),
     options=MergeOptions,
     run=_run,
-    makes=lambda options: {"": "unquantized checkpoint"},
+    makes=lambda options: {"": "unquantized checkpoint" if options.format == "keep" else "quantized checkpoint"},
 )
