@@ -5,6 +5,7 @@ from typing import Literal
 
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.layout import INDEX_NAME, SINGLE_NAME
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.typed import Place
 
@@ -20,13 +21,18 @@ _HINTS = {
 }
 
 
-def kind_of(folder: Path) -> Kind:
+def kind_of(folder: Path, *, as_adapter: bool) -> Kind:
     """Return the kind of an artifact.
+
+    Args:
+        folder: of the artifact.
+        as_adapter: whether a folder that holds both an adapter and a checkpoint is an adapter.
 
     Raises:
         AdaptkitError: the folder holds neither a checkpoint nor an adapter.
     """
-    if is_adapter(folder):
+    has_checkpoint = (folder / SINGLE_NAME).exists() or (folder / INDEX_NAME).exists()
+    if is_adapter(folder) and (as_adapter or not has_checkpoint):
         return "adapter"
     return "unquantized checkpoint" if quantization_found(Checkpoint(folder)) is None else "quantized checkpoint"
 
@@ -45,7 +51,7 @@ def check_kind(kind: Kind, takes: Takes, name: str, place: Place) -> None:
     """
     if takes not in ("folder", kind) and not (takes == "checkpoint" and kind != "adapter"):
         problem = f"{name!r} is {_with_article(kind)}; expected {_with_article(takes)}"
-        raise place.error(problem, hint=_HINTS.get((kind, takes), ""))
+        raise place.error(problem, hint=_HINTS.get((kind, takes), "name a source or step of that kind"))
 
 
 def _with_article(words: str) -> str:

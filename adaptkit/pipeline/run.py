@@ -8,6 +8,7 @@ they send only what the Hub does not have.
 
 import time
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ class _Run:
         check_apart(recipe.sources.values(), self._folder, root)
         self._hashes = Hashes(self.work.root / "hashes.json", fresh=options.verify)
         self._materials: dict[str, Material] = {}
+        self._kind_of = cache(kind_of)  # reading all headers of a large checkpoint takes seconds
         taken = [found for step in recipe.steps.values() for found in step.takes()]
         self._with_card = {name for input_, name in taken if input_.with_card}
         self._lock = Lock(recipe, options.locked)
@@ -160,7 +162,10 @@ class _Run:
 
     def _check_inputs(self, step: Step) -> None:
         for taken, name in step.takes():
-            path = self._materials[name].path if name in self._materials else None
+            maker = self._recipe.steps.get(name)
+            is_copy = maker is not None and None in maker.makes.values()  # of the maker's first input
+            source = next(maker.takes())[1] if maker is not None and is_copy else name
+            path = self._materials[source].path if source in self._materials else None
             if path is None:
                 continue
             place = step.place.at(*taken.key.split("."))
@@ -168,7 +173,9 @@ class _Run:
                 problem = "folder; expected a file" if path.is_dir() else "file; expected a folder"
                 raise place.error(f"{name!r} is a {problem}")
             if taken.takes not in ("file", "folder"):
-                check_kind(kind_of(path), taken.takes, name, place)
+                with prefix_errors(step):
+                    kind = self._kind_of(path, as_adapter=is_copy or taken.takes == "adapter")
+                check_kind(kind, taken.takes, name, place)
             with prefix_errors(step):
                 taken.check(path)
 

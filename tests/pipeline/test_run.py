@@ -15,10 +15,11 @@ import pytest
 from folders import flip, tree
 
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import (
+    CheckpointError,
     ConfigError,
     ConflictError,
     DriftError,
@@ -542,6 +543,39 @@ def test_a_source_of_a_kind_that_a_step_does_not_take_is_an_error_before_any_ste
     quantize(release / "model", release / "lora")
     with pytest.raises(ConfigError, match=r"line 8: steps\.lighter\.resize: 'lora' is a quantized checkpoint; exp"):
         run(recipe, listener=begun)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("adopted", "old", "new", "message"),
+    [
+        ("lora", "merge: base", "merge: ours", r"line 10: steps\.merged\.merge: 'ours' is an adapter; expected an unq"),
+        ("base", "resize: lora", "resize: ours", r"line 9: steps\.lighter\.resize: 'ours' is an unquantized checkp"),
+    ],
+)
+def test_an_adopted_artifact_is_of_the_kind_of_its_source(recipe, edit, adopted, old, new, message, dry_run):
+    edit("steps:", f"steps:\n  ours: {{adopt: {adopted}}}")
+    edit(old, new)
+    edit("adapters: [lighter]", "adapters: [lighter, lora]")
+    with pytest.raises(ConfigError, match=message):
+        run(recipe, dry_run=dry_run, listener=Listener(started=lambda step: pytest.fail(step.name)))
+
+
+def test_a_folder_that_holds_both_an_adapter_and_a_checkpoint_is_taken_as_either(recipe, release, edit):
+    """Some trainers save an adapter beside the weights of the whole model."""
+    for path in (release / "lora").glob("adapter_*"):
+        shutil.copy(path, release / "model")
+    edit("resize: lora", "resize: base")
+    edit("adapters: [lighter]", "adapters: [lighter, lora]")
+    assert done(run(recipe)) == ALL
+
+
+def test_a_source_whose_kind_cannot_be_found_is_an_error_that_names_the_step(recipe, release):
+    shutil.rmtree(release / "model")
+    (release / "model").mkdir()
+    (release / "model" / MANIFEST_NAME).write_bytes(Manifest("checkpoint", {"name": "pull"}, (), ()).to_bytes())
+    with pytest.raises(CheckpointError, match=r"^small: .*model: not a checkpoint"):
+        run(recipe)
 
 
 def test_a_source_with_a_manifest_is_compared_with_it(recipe, release, tmp_path):
