@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from folders import flip, tree
 
+import adaptkit
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
 from adaptkit.checkpoint.signing import Signer
@@ -57,6 +59,21 @@ def outputs(report):
 @pytest.fixture
 def recipe(release):
     return release / "recipe.yaml"
+
+
+def test_a_key_is_the_hash_of_this_document(recipe):
+    """If it were another, every release would be made again."""
+    report = run(recipe, RunOptions(until="plain"))
+    document = {
+        "schema": 2,
+        "adaptkit": adaptkit.__version__,
+        "kind": "dequantize",
+        "options": {"dtype": None, "max_shard_bytes": 5_000_000_000},
+        "inputs": [["dequantize", "small", outputs(report)["small"].manifest_sha256]],
+        "makes": ["plain"],
+    }
+    expected = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    assert report.steps[-1].key == expected
 
 
 def test_a_release_has_the_same_files_as_its_operations_run_one_by_one(release, recipe, tmp_path):
@@ -561,8 +578,14 @@ def test_an_adopted_artifact_is_of_the_kind_of_its_source(recipe, edit, adopted,
         run(recipe, dry_run=dry_run, listener=Listener(started=lambda step: pytest.fail(step.name)))
 
 
-def test_a_folder_that_holds_both_an_adapter_and_a_checkpoint_is_taken_as_either(recipe, release, edit):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_folder_that_holds_both_an_adapter_and_a_checkpoint_is_taken_as_either(
+    recipe, release, edit, llama_sharded, sharded
+):
     """Some trainers save an adapter beside the weights of the whole model."""
+    if sharded:
+        shutil.rmtree(release / "model")
+        shutil.copytree(llama_sharded, release / "model")
     for path in (release / "lora").glob("adapter_*"):
         shutil.copy(path, release / "model")
     edit("  lora: {path: lora}\nsteps:", "steps:\n  ours: {adopt: base}")
