@@ -100,9 +100,9 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
         model, activations = build(inputs, World(device), batches.largest(world_size()))
     trainable = Trainable.of(model)
     parameters = trainable.values.numel()
-    state, copies = state_bytes(trainable, config), best_copies(config, device)
-    needed = predicted_memory(model.network, parameters, state, activations, copies)
     steps = total_steps(config, batches)
+    state, copies = state_bytes(trainable, config), best_copies(config, device, steps)
+    needed = predicted_memory(model.network, parameters, state, activations, copies)
     one = checkpoint_bytes(config, parameters)
     require_room(work, one, config.keep_checkpoints)
     return RunPlan(

@@ -36,12 +36,12 @@ def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
     return 4 * parameters * vectors + moment_bytes(parameters, STATE_BITS[config.optimizer])
 
 
-def best_copies(config: TrainConfig, device: torch.device) -> int:
+def best_copies(config: TrainConfig, device: torch.device, steps: int) -> int:
     """Return how many copies of the trained parameters a run keeps on its device: the best ones so far, on a CPU.
 
-    A GPU's run keeps these in host memory.
+    A GPU's run keeps these in host memory, and one that evaluates only after its last step needs none.
     """
-    return int(config.eval_every > 0 and device.type == "cpu")
+    return int(0 < config.eval_every < steps and device.type == "cpu")
 
 
 def batches_of(inputs: Inputs) -> Batches:

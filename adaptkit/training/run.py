@@ -91,7 +91,7 @@ class Run:
         inputs.require_base()
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         count, state = self.trainable.values.numel(), state_bytes(self.trainable, inputs.config)
-        copies = best_copies(inputs.config, world.device)
+        copies = best_copies(inputs.config, world.device, self.steps)
         self._expected = predicted_memory(self.model.network, count, state, self.activations, copies)
         short = memory_warning(self._expected, free, world.device, world.local_size, inputs.config.shard_base)
         told = left_out(self.model, inputs.config), cannot_be_merged(self.model, inputs.config), peft_drops(self.model)
