@@ -5,7 +5,7 @@ from pathlib import Path
 from adaptkit.checkpoint._adapter_keys import KOHYA
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.header import read_header
-from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, look_below
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, INDEX_NAME, SINGLE_NAME, look_below
 from adaptkit.errors import AdapterError, AdaptkitError
 
 _PICKLE_NAME = "adapter_model.bin"
@@ -64,7 +64,7 @@ def require_weights(root: Path) -> None:
     """Reject an adapter without the single safetensors file that peft reads.
 
     Raises:
-        AdapterError: the hint says how to convert a pickle or shards to it.
+        AdapterError: the hint says how to convert a pickle or shards to it, or that the folder may be a checkpoint's.
     """
     if (root / ADAPTER_WEIGHTS_NAME).exists():
         return
@@ -73,4 +73,7 @@ def require_weights(root: Path) -> None:
         found, hint = f" (the pickled {_PICKLE_NAME} is not loaded)", _UNPICKLE
     elif any(root.glob(_SHARDS)):
         found, hint = f", only shards ({_SHARDS}), which peft does not read either", _JOIN
+    elif (root / SINGLE_NAME).exists() or (root / INDEX_NAME).exists():
+        found = f" beside {ADAPTER_CONFIG_NAME}"
+        hint = f"if the folder holds a checkpoint only, remove {ADAPTER_CONFIG_NAME}; otherwise {hint}"
     raise AdapterError(f"{root}: {ADAPTER_WEIGHTS_NAME} not found{found}", hint=hint)

@@ -21,6 +21,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manife
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import (
+    AdapterError,
     CheckpointError,
     ConfigError,
     ConflictError,
@@ -592,6 +593,20 @@ def test_a_folder_that_holds_both_an_adapter_and_a_checkpoint_is_taken_as_either
     edit("resize: lora", "resize: ours")
     edit("adapters: [lighter]", "adapters: [lighter, base]")
     assert set(done(run(recipe))) == {"ours", *ALL}
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_an_adapter_config_beside_a_checkpoint_is_refused_with_the_hint_to_remove_it(
+    recipe, release, llama_sharded, sharded
+):
+    if sharded:
+        shutil.rmtree(release / "model")
+        shutil.copytree(llama_sharded, release / "model")
+    shutil.copy(release / "lora" / "adapter_config.json", release / "model")
+    message = r"model: adapter_model\.safetensors not found beside adapter_config\.json"
+    with pytest.raises(AdapterError, match=message) as caught:
+        run(recipe)
+    assert caught.value.hint.startswith("if the folder holds a checkpoint only, remove adapter_config.json; otherwise ")
 
 
 def test_a_source_whose_kind_cannot_be_found_is_an_error_that_names_the_step(recipe, release):
