@@ -5,9 +5,10 @@ from typing import Literal
 
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.foreign import quantization_found
-from adaptkit.checkpoint.layout import INDEX_NAME, SINGLE_NAME
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.typed import Place
+from adaptkit.hub.sources import Listing
 
 Kind = Literal["adapter", "unquantized checkpoint", "quantized checkpoint"]
 Takes = Literal["file", "folder", "checkpoint", "adapter", "unquantized checkpoint", "quantized checkpoint"]
@@ -17,6 +18,7 @@ _HINTS = {
     ("adapter", "checkpoint"): "to merge it into its base, add a merge step",
     ("adapter", "unquantized checkpoint"): "to merge it into its base, add a merge step",
     ("quantized checkpoint", "unquantized checkpoint"): "use the 16-bit checkpoint that it was made from",
+    ("checkpoint", "adapter"): "to get the change from its base, add an extract step",
     ("unquantized checkpoint", "adapter"): "to get the change from its base, add an extract step",
 }
 
@@ -37,11 +39,29 @@ def kind_of(folder: Path, *, as_adapter: bool) -> Kind:
     return "unquantized checkpoint" if quantization_found(Checkpoint(folder)) is None else "quantized checkpoint"
 
 
-def check_kind(kind: Kind, takes: Takes, name: str, place: Place) -> None:
+def listed_kind(listing: Listing, *, as_adapter: bool) -> Kind | Literal["checkpoint"] | None:
+    """Return the kind of an artifact in a repository, as far as that is known without its tensors.
+
+    Args:
+        listing: of the repository.
+        as_adapter: see ``kind_of``.
+
+    Returns:
+        ``checkpoint`` if its tensors decide whether it is quantized; None if it is neither a checkpoint nor an adapter.
+    """
+    has_checkpoint = not listing.names.isdisjoint((SINGLE_NAME, INDEX_NAME))
+    if ADAPTER_CONFIG_NAME in listing.names and (as_adapter or not has_checkpoint):
+        return "adapter"
+    if listing.says_quantized:
+        return "quantized checkpoint"
+    return "checkpoint" if has_checkpoint else None
+
+
+def check_kind(kind: Kind | Literal["checkpoint"], takes: Takes, name: str, place: Place) -> None:
     """Check that an input takes artifacts of a kind.
 
     Args:
-        kind: of the artifact.
+        kind: of the artifact; ``checkpoint`` if it is not known whether it is quantized.
         takes: what the input takes.
         name: of the artifact, in the recipe.
         place: of the input in the recipe.
@@ -49,7 +69,8 @@ def check_kind(kind: Kind, takes: Takes, name: str, place: Place) -> None:
     Raises:
         ConfigError: it does not take them.
     """
-    if takes not in ("folder", kind) and not (takes == "checkpoint" and kind != "adapter"):
+    may_fit = "checkpoint" in (takes, kind) and "adapter" not in (takes, kind)
+    if takes not in ("folder", kind) and not may_fit:
         problem = f"{name!r} is {_with_article(kind)}; expected {_with_article(takes)}"
         raise place.error(problem, hint=_HINTS.get((kind, takes), "name a source or step of that kind"))
 

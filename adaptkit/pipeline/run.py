@@ -8,21 +8,20 @@ they send only what the Hub does not have.
 
 import time
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from adaptkit.arguments import AnyPath, checked_options
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError, GateError, IntegrityError, UsageError
-from adaptkit.pipeline.artifact import check_kind, kind_of
 from adaptkit.pipeline.foresight import Foresight, prefix_errors
+from adaptkit.pipeline.inputs import InputChecks
 from adaptkit.pipeline.key import step_key
 from adaptkit.pipeline.lock import Lock, lock_path
 from adaptkit.pipeline.reading import read_recipe
 from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.report import Listener, OutputReport, RunOptions, RunReport, SourceReport, StepReport
-from adaptkit.pipeline.sources import Hashes, Material, check_apart, digest_of, resolve
+from adaptkit.pipeline.sources import Hashes, Location, Material, check_apart, digest_of, locate, resolve
 from adaptkit.pipeline.steps._kind import Work
 from adaptkit.pipeline.work import WORK_NAME, Record, WorkFolder
 
@@ -81,7 +80,7 @@ class _Run:
         check_apart(recipe.sources.values(), self._folder, root)
         self._hashes = Hashes(self.work.root / "hashes.json", fresh=options.verify)
         self._materials: dict[str, Material] = {}
-        self._kind_of = cache(kind_of)  # reading all headers of a large checkpoint takes seconds
+        self._inputs = InputChecks(recipe, steps)
         taken = [found for step in recipe.steps.values() for found in step.takes()]
         self._with_card = {name for input_, name in taken if input_.with_card}
         self._lock = Lock(recipe, options.locked)
@@ -122,27 +121,39 @@ class _Run:
                     self._register_outputs(step, record)
 
     def _find_sources(self) -> list[SourceReport]:
+        """Find and hash the sources; before anything is downloaded or hashed, check what is known of them."""
+        located: dict[str, Location] = {}
+        for is_local in (True, False):
+            found = [source for source in self._recipe.sources.values() if (source.path is not None) == is_local]
+            located |= {source.name: self._locate(source) for source in found}
+            self._inputs.check({source.name: located[source.name] for source in found}, hashed=False)
         try:
-            reports = [self._find_source(source) for source in self._recipe.sources.values()]
+            reports = [self._find_source(source, located[name]) for name, source in self._recipe.sources.items()]
         finally:
             if not self._dry_run:
                 self._hashes.save()  # also after an error: reading a source again may take hours
-        for step in self._steps:
-            self._check_inputs(step)
+        self._inputs.check({name: Location(found.path) for name, found in self._materials.items()}, hashed=True)
         return reports
 
-    def _find_source(self, source: Source) -> SourceReport:
-        self._listener.sought(source)
-        found = resolve(
+    def _locate(self, source: Source) -> Location:
+        return locate(
             source,
             self._folder,
-            self._hashes,
-            with_card=source.name in self._with_card,
             offline=self._options.offline,
-            fetch=not self._dry_run,
             commit=self._lock.commit(source),
             files=self._lock.files(source),
             on_commit=lambda commit: self._lock.add(commit, "sources", source.name, "commit"),
+            note=self._listener.note,
+        )
+
+    def _find_source(self, source: Source, location: Location) -> SourceReport:
+        self._listener.sought(source)
+        found = resolve(
+            source,
+            location,
+            self._hashes,
+            with_card=source.name in self._with_card,
+            fetch=not self._dry_run,
             progress=self._listener.source_progress,
             note=self._listener.note,
         )
@@ -159,25 +170,6 @@ class _Run:
         )
         self._listener.found(report)
         return report
-
-    def _check_inputs(self, step: Step) -> None:
-        for taken, name in step.takes():
-            maker = self._recipe.steps.get(name)
-            is_copy = maker is not None and None in maker.makes.values()  # of the maker's first input
-            source = next(maker.takes())[1] if maker is not None and is_copy else name
-            path = self._materials[source].path if source in self._materials else None
-            if path is None:
-                continue
-            place = step.place.at(*taken.key.split("."))
-            if path.is_dir() == (taken.takes == "file"):
-                problem = "folder; expected a file" if path.is_dir() else "file; expected a folder"
-                raise place.error(f"{name!r} is a {problem}")
-            if taken.takes not in ("file", "folder"):
-                with prefix_errors(step):
-                    kind = self._kind_of(path, as_adapter=is_copy or taken.takes == "adapter")
-                check_kind(kind, taken.takes, name, place)
-            with prefix_errors(step):
-                taken.check(path)
 
     def _plan(self, step: Step) -> StepReport:
         """Return a report of what a run would do with the step."""

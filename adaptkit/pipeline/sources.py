@@ -25,11 +25,13 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import IntegrityError, NetworkError
 from adaptkit.hub.sources import (
+    Listing,
     download,
     find_cached,
     find_commit,
     find_complete,
     is_commit,
+    list_files,
     note_if_incomplete,
     size_of,
 )
@@ -113,46 +115,52 @@ def check_apart(sources: Iterable[Source], folder: Path, work: Path) -> None:
             raise source.place.at("path").error(f"contains the work folder {work}", hint="choose another --work")
 
 
-def resolve(
+@dataclass(frozen=True)
+class Location:
+    """Where a source is.
+
+    Attributes:
+        path: of the file or folder; None for a repository, unless the run is offline.
+        commit: of a repository.
+        listing: of a repository that the Hub was asked about.
+    """
+
+    path: Path | None
+    commit: str | None = None
+    listing: Listing | None = None
+
+
+def locate(
     source: Source,
     folder: Path,
-    hashes: Hashes,
     *,
-    with_card: bool,
     offline: bool,
-    fetch: bool,
     commit: str | None,
     files: set[str],
     on_commit: Callable[[str], None],
-    progress: Progress,
     note: Callable[[str], None],
-) -> Material:
-    """Find a source and hash it.
+) -> Location:
+    """Find a source, without downloading or hashing it.
 
     Args:
         source: of a recipe.
         folder: the recipe's folder.
-        hashes: cache of hashes.
-        with_card: whether an operation reads the folder's model card.
         offline: use repositories only from huggingface_hub's cache.
-        fetch: download a repository that is not cached; otherwise its material stays unknown.
         commit: that the lock names for the repository; offline, it is used instead of the revision.
         files: that the lock lists for the repository; offline, only this list tells whether the cache is complete.
-        on_commit: called with the commit that the revision refers to, before the download.
-        progress: called with the number of bytes downloaded, then with the number of bytes hashed.
+        on_commit: called with the commit that the revision refers to.
         note: called with a one-line message, such as what is being waited for.
 
     Raises:
         ConfigError: the path does not exist, or, offline, the repository is not completely cached.
-        IntegrityError: the folder does not match its manifest.
-        CheckpointError, AdapterError: the folder is neither a checkpoint nor an adapter.
+        UsageError, CheckpointError: the repository has nothing that adaptkit reads.
         AuthenticationError, NetworkError: the Hub denied access or did not answer.
     """
     if source.path is not None:
         path = folder / source.path
         if not path.exists():
             raise source.place.at("path").error("does not exist", hint=f"check the path: {path}")
-        return _material(source, path, {}, hashes, with_card, progress)
+        return Location(path)
     repo = str(source.repo)
     if offline:
         found = find_cached(repo, commit or source.revision)
@@ -168,13 +176,46 @@ def resolve(
             )
         if not files:
             note_if_incomplete(repo, found, note)
-        return _material(source, found, {"commit": found.name}, hashes, with_card, progress)
+        return Location(found, found.name)
     now = _revision_commit(source, commit, note)
     on_commit(now)
-    here = download(repo, now, progress, note) if fetch else find_complete(repo, now, note)
-    if here is None:
-        return Material(None, None, size_of(repo, now, note), source.written() | {"commit": now})
-    return _material(source, here, {"commit": now}, hashes, with_card, progress)
+    return Location(None, now, list_files(repo, now, note))
+
+
+def resolve(
+    source: Source,
+    location: Location,
+    hashes: Hashes,
+    *,
+    with_card: bool,
+    fetch: bool,
+    progress: Progress,
+    note: Callable[[str], None],
+) -> Material:
+    """Download a source if it is a repository, and hash it.
+
+    Args:
+        source: of a recipe.
+        location: where it is.
+        hashes: cache of hashes.
+        with_card: whether an operation reads the folder's model card.
+        fetch: download a repository that is not cached; otherwise its material stays unknown.
+        progress: called with the number of bytes downloaded, then with the number of bytes hashed.
+        note: called with a one-line message, such as what is being waited for.
+
+    Raises:
+        IntegrityError: the folder does not match its manifest.
+        CheckpointError, AdapterError: the folder is neither a checkpoint nor an adapter.
+        AuthenticationError, NetworkError: the Hub denied access or did not answer.
+    """
+    more = {} if location.commit is None else {"commit": location.commit}
+    path = location.path
+    if path is None:
+        repo, commit = str(source.repo), str(location.commit)
+        path = download(repo, commit, progress, note) if fetch else find_complete(repo, commit, note)
+        if path is None:
+            return Material(None, None, size_of(repo, commit, note), source.written() | more)
+    return _material(source, path, more, hashes, with_card, progress)
 
 
 def _revision_commit(source: Source, locked: str | None, note: Callable[[str], None]) -> str:

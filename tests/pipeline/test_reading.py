@@ -82,6 +82,7 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("data: [rows], rank", "data: [], rank", "steps.adapter.data: expected a list of names", ""),
         ("data: [rows], rank", "data: [rows, rows], rank", "steps.adapter.data: 'rows' is listed twice", ""),
         ("data: [rows], rank", "data: [small], rank", "steps.adapter.data: 'small' is a folder; expected a file", ""),
+        ("{path: data/rows.jsonl}", "{repo: org/rows}", "steps.adapter.data: 'rows' is a folder; expected a file", ""),
         ("merge: base", "merge: small", "line 13: steps.merged.merge: 'small' is a quantized checkpoint; expected an "
          "unquantized checkpoint", "use the 16-bit checkpoint that it was made from"),
         ("adapters: [adapter]", "adapters: [small]",

@@ -551,8 +551,8 @@ def test_a_source_that_is_missing_or_of_the_wrong_kind_is_named_with_its_line(re
         run(recipe)
 
 
-def test_a_source_of_a_kind_that_a_step_does_not_take_is_an_error_before_any_step(recipe, release, edit):
-    begun = Listener(started=lambda step: pytest.fail(step.name))
+def test_a_source_of_a_kind_that_a_step_does_not_take_is_an_error_before_any_is_hashed(recipe, release, edit):
+    begun = Listener(sought=lambda source: pytest.fail(source.name), started=lambda step: pytest.fail(step.name))
     edit("merge: base", "merge: lora")
     with pytest.raises(ConfigError, match=r"line 9: steps\.merged\.merge: 'lora' is an adapter; expected an unq"):
         run(recipe, listener=begun)
@@ -561,6 +561,25 @@ def test_a_source_of_a_kind_that_a_step_does_not_take_is_an_error_before_any_ste
     quantize(release / "model", release / "lora")
     with pytest.raises(ConfigError, match=r"line 8: steps\.lighter\.resize: 'lora' is a quantized checkpoint; exp"):
         run(recipe, listener=begun)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ("train: small, data: [model]", r"steps\.late\.data: 'model' is a folder; expected a file"),
+    ],
+)
+def test_a_source_that_training_does_not_take_is_an_error_before_any_is_hashed(release, step, message, dry_run):
+    quantize(release / "model", release / "small")
+    (release / "rows").write_text("a text")
+    names = [name for name in ("model", "small", "rows") if name in step]
+    sources = ", ".join(f"{name}: {{path: {name}}}" for name in ("lora", *names))
+    steps = f"  first: {{resize: lora, rank: 2}}\n  late: {{{step}}}\n"
+    (release / "other.yaml").write_text(f"name: full\nsources: {{{sources}}}\nsteps:\n{steps}")
+    begun = Listener(sought=lambda source: pytest.fail(source.name), started=lambda step: pytest.fail(step.name))
+    with pytest.raises(ConfigError, match=message):
+        run(release / "other.yaml", dry_run=dry_run, listener=begun)
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
@@ -614,6 +633,16 @@ def test_a_source_whose_kind_cannot_be_found_is_an_error_that_names_the_step(rec
     (release / "model").mkdir()
     (release / "model" / MANIFEST_NAME).write_bytes(Manifest("checkpoint", {"name": "pull"}, (), ()).to_bytes())
     with pytest.raises(CheckpointError, match=r"^small: .*model: not a checkpoint"):
+        run(recipe)
+
+
+def test_a_checkpoint_that_ends_early_is_compared_with_its_manifest_first(release, recipe, tmp_path):
+    adopt(release / "model", tmp_path / "ours")
+    shutil.rmtree(release / "model")
+    shutil.copytree(tmp_path / "ours", release / "model")
+    path = release / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(IntegrityError, match=r"model\.safetensors does not match adaptkit-manifest\.json"):
         run(recipe)
 
 

@@ -1,0 +1,117 @@
+"""Repositories that a recipe's steps cannot take are refused before weights are downloaded."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import edit_json
+from local_hub import LocalHub
+
+from adaptkit.operations.adopt import adopt
+from adaptkit.operations.quantize import quantize
+
+COMMIT = """
+import json
+from pathlib import Path
+from huggingface_hub import HfApi
+api = HfApi()
+for folder in sorted(Path(%r).iterdir()):
+    api.create_repo(f"org/{folder.name}")
+    api.upload_folder(repo_id=f"org/{folder.name}", folder_path=folder)
+print(json.dumps({}))
+"""
+
+
+@pytest.fixture
+def repositories(cli: Any, tmp_path: Path, llama: Path, adapter: Path) -> None:
+    """Repositories in the namespace org, one of each kind; the steps of a recipe name them as they are called here."""
+    folder = tmp_path / "repositories"
+    shutil.copytree(llama, folder / "plain")
+    quantize(llama, folder / "small")
+    shutil.copytree(adapter, folder / "lora")
+    adopt(adapter, folder / "ours")
+    shutil.copytree(llama, folder / "both")
+    for path in adapter.glob("adapter_*"):
+        shutil.copy(path, folder / "both")
+    (folder / "neither").mkdir()
+    shutil.copy(llama / "config.json", folder / "neither")
+    assert cli(code=COMMIT % str(folder)).code == 0
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, repositories: None) -> Callable[[str, str], Path]:
+    """Write a recipe whose first step quantizes org/plain, and whose second one uses a repository."""
+
+    def write(step: str, name: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        sources = f"sources:\n  plain: {{repo: org/plain}}\n  {name}: {{repo: org/{name}}}\n"
+        path.write_text(f"name: wrong\n{sources}steps:\n  first: {{quantize: plain}}\n  second: {step}\n")
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+@pytest.mark.parametrize(
+    ("step", "name", "message"),
+    [
+        ("{quantize: lora}", "lora", "steps.second.quantize: 'lora' is an adapter; expected an unquantized checkpoint"),
+        ("{merge: small, adapters: [ours]}", "small", "steps.second.merge: 'small' is a quantized checkpoint"),
+        ("{resize: small, rank: 2}", "small", "steps.second.resize: 'small' is a quantized checkpoint; exp"),
+        ("{resize: plain, rank: 2}", "both", "steps.second.resize: 'plain' is a checkpoint; expected an adapter"),
+        ("{adopt: ours}", "ours", "steps.second.adopt: 'ours' already has a manifest"),
+        ("{resize: neither, rank: 2}", "neither", "'neither' has neither a checkpoint nor an adapter"),
+    ],
+)
+def test_a_repository_of_the_wrong_kind_is_refused_before_any_download(
+    cli: Any, hub: LocalHub, recipe: Callable[[str, str], Path], dry_run: bool, step: str, name: str, message: str
+) -> None:
+    path = recipe(step, name)
+    text = path.read_text()
+    if "ours" in step and name != "ours":
+        text = text.replace("sources:\n", "sources:\n  ours: {repo: org/ours}\n")
+    if name == "both":
+        text += "  third: {resize: both, rank: 2}\n"
+    path.write_text(text)
+    hub.requests.clear()
+    done = cli("run", path, *(["--dry-run"] if dry_run else []))
+    assert done.code == 2
+    assert message in done.report["message"]
+    assert not [path for _, path, _ in hub.requests if "safetensors" in path]
+
+
+def test_a_repository_with_an_adapter_and_a_checkpoint_is_taken_as_either(
+    cli: Any, recipe: Callable[[str, str], Path]
+) -> None:
+    path = recipe("{resize: both, rank: 2}", "both")
+    path.write_text(path.read_text() + "  third: {quantize: both}\n")
+    assert cli("run", path).code == 0
+
+
+def test_a_checkpoint_that_only_its_tensors_show_to_be_quantized_is_taken_as_quantized(
+    cli: Any, recipe: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "more" / "bare"
+    shutil.copytree(tmp_path / "repositories" / "small", folder)
+    (folder / "adaptkit-manifest.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    edit_json(folder / "config.json", **dict.fromkeys(config.keys() & {"quantization_config"}))
+    assert cli(code=COMMIT % str(folder.parent)).code == 0
+    assert cli("run", recipe("{dequantize: bare}", "bare")).code == 0
+
+
+def test_a_cached_commit_is_used_in_the_clients_offline_mode(
+    cli: Any, hub: LocalHub, recipe: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    path = recipe("{resize: lora, rank: 2}", "lora")
+    assert cli("run", path).code == 0
+    for name in ("plain", "lora"):
+        commit = json.loads((hub.store.folder / "repos" / "org" / name / "state.json").read_text())["heads"]["main"]
+        path.write_text(path.read_text().replace(f"repo: org/{name}}}", f"repo: org/{name}, revision: {commit}}}"))
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}
+    hub.requests.clear()
+    code, _, stderr = cli.run(["run", str(path)], environment)
+    assert (code, hub.requests) == (0, []), stderr
