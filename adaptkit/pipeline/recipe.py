@@ -14,7 +14,7 @@ and wait for every gate.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,11 @@ class Step:
     place: Place
 
     def takes(self) -> Iterator[tuple[Input, str]]:
-        """Iterate over the names that the step's inputs list, each with its input."""
+        """Iterate over the names that the step's inputs list, each with its input, as the step's options narrow it."""
         for taken in self.how.inputs:
+            narrowed = replace(taken, takes=taken.takes_with(self.options) or taken.takes)
             for name in self.inputs.get(taken.key, ()):
-                yield taken, name
+                yield narrowed, name
 
 
 @dataclass(frozen=True)

@@ -88,8 +88,12 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("adapters: [adapter]", "adapters: [small]",
          "line 13: steps.merged.adapters: 'small' is a quantized checkpoint; expected an adapter", ""),
         ("rank: 4", "init: small", "steps.adapter.init: 'small' is a quantized checkpoint; expected an adapter", ""),
-        ("rank: 4", "method: full", "steps.judged.adapter: 'adapter' is an unquantized checkpoint; expected an adapter",
-         "extract step"),
+        ("small, data: [rows], rank: 4", "base, data: [rows], method: full",
+         "steps.judged.adapter: 'adapter' is an unquantized checkpoint; expected an adapter", "extract step"),
+        ("rank: 4", "method: full", "line 7: steps.adapter.train: 'small' is a quantized checkpoint; expected an "
+         "unquantized checkpoint", "use the 16-bit checkpoint that it was made from"),
+        ("{check: merged, target: [vllm]}", "{train: merged, data: [rows], method: qlora}",
+         "steps.loads.train: 'merged' is an unquantized checkpoint; expected a quantized checkpoint", ""),
         ("evaluate: small", "evaluate: adapter", "line 9: steps.judged.evaluate: 'adapter' is an adapter; expected a "
          "checkpoint", "add a merge step"),
         ("{check: merged, target: [vllm]}", "{quantize: adapter}",

@@ -567,6 +567,14 @@ def test_a_source_of_a_kind_that_a_step_does_not_take_is_an_error_before_any_is_
 @pytest.mark.parametrize(
     ("step", "message"),
     [
+        (
+            "train: small, data: [rows], method: full",
+            r"steps\.late\.train: 'small' is a quantized checkpoint; expected an",
+        ),
+        (
+            "train: model, data: [rows], method: qlora",
+            r"steps\.late\.train: 'model' is an unquantized checkpoint; expect",
+        ),
         ("train: small, data: [model]", r"steps\.late\.data: 'model' is a folder; expected a file"),
     ],
 )

@@ -28,6 +28,7 @@ class Input:
         many: whether the value is a list of names.
         required: whether the key must be given.
         takes: what it takes.
+        takes_with: returns what it takes with these options, if they decide that; otherwise None.
         words: values that the operation interprets itself, instead of as names.
         with_card: whether the operation also reads a folder's model card.
         made: whether it may be the output of another step.
@@ -38,6 +39,7 @@ class Input:
     many: bool = False
     required: bool = False
     takes: Takes = "folder"
+    takes_with: Callable[[Any], Takes | None] = lambda options: None
     words: tuple[str, ...] = ()
     with_card: bool = False
     made: bool = True

@@ -1,17 +1,21 @@
 """Train an adapter, or with ``method: full`` all weights."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
+from adaptkit.pipeline.artifact import Takes
 from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.report import StepReport
 
+_BASES: Mapping[str, Takes] = {"full": "unquantized checkpoint", "qlora": "quantized checkpoint"}
+"""Methods that take only such a base."""
 _INPUTS = (
-    Input("train", required=True, takes="checkpoint"),
+    Input("train", required=True, takes="checkpoint", takes_with=lambda options: _BASES.get(options.method)),
     Input("data", many=True, required=True, takes="file"),
     Input("held_out_data", many=True, takes="file"),
     Input("chat_template", takes="file"),
