@@ -1,17 +1,18 @@
-"""Find out early what the Hub would reject: before the first step is run, and before anything is sent."""
+"""Find out early what would fail later: before the first step is run, and before anything is sent."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 from adaptkit.checkpoint.signing import Signer
-from adaptkit.errors import AdaptkitError
+from adaptkit.errors import AdaptkitError, UsageError
 from adaptkit.pipeline.recipe import Step
 from adaptkit.pipeline.report import Listener
 from adaptkit.pipeline.steps._kind import Work
 
 
 class Foresight:
-    """Runs the early checks of steps that publish. In a dry run, a rejection is only a warning.
+    """Runs the early checks of steps. In a dry run, what would fail is only a warning.
 
     Args:
         steps: of the run.
@@ -24,15 +25,37 @@ class Foresight:
         self._steps, self._dry_run, self._signer, self._listener = steps, dry_run, signer, listener
         self._asked_for_work = self._asked_for_sending = False
 
-    def before_work(self) -> None:
-        """Run the checks that do not depend on what the steps make; called before each step that runs, acts only once.
+    def require_packages(self, must_run: Callable[[Step], bool]) -> None:
+        """Check that the packages of steps are installed.
+
+        Args:
+            must_run: returns whether a step is known to have no kept outputs.
 
         Raises:
-            AdaptkitError: publishing would be rejected (not in a dry run).
+            UsageError: a step that must run would fail (not in a dry run).
+        """
+        if find_spec("transformers") is not None:
+            return
+        for step in self._steps:
+            if step.how.needs_transformers(step.options) and must_run(step):
+                with self._warn_in_dry_run(step):
+                    raise UsageError(
+                        "this needs the package transformers", hint="pip install '.[train]' in adaptkit's checkout"
+                    )
+
+    def before_work(self, must_run: Callable[[Step], bool]) -> None:
+        """Run the checks that do not depend on what the steps make; called before each step that runs, acts only once.
+
+        Args:
+            must_run: see ``require_packages``.
+
+        Raises:
+            AdaptkitError: a step would fail (not in a dry run).
         """
         if self._asked_for_work:
             return
         self._asked_for_work = True
+        self.require_packages(must_run)
         for step in self._steps:
             if step.how.precheck is not None:
                 with self._warn_in_dry_run(step):

@@ -91,6 +91,8 @@ class _Run:
         """Find the sources and run the steps; in a dry run, only report."""
         began = time.monotonic()
         self._listener.begun(self._recipe)
+        if not self._dry_run:
+            self._foresight.require_packages(self._must_run)  # before sources are downloaded, which may take hours
         sources = tuple(self._find_sources())
         steps = tuple(self._plan(step) if self._dry_run else self._do(step) for step in self._steps)
         state = "kept"
@@ -180,7 +182,7 @@ class _Run:
         record = self.work.find(step, key, self._listener.note) if key is not None else None
         if record is None or key is None:
             if not step.how.sends:
-                self._foresight.before_work()
+                self._foresight.before_work(self._must_run)
             for name in step.makes:
                 self._materials[name] = Material(None, None, 0, {})
             return self._report(step, "to do" if key is not None or not self._was_run(step) else "may follow", key=key)
@@ -199,6 +201,14 @@ class _Run:
         """Return whether a step of this name was run before, with any inputs."""
         return any(self.work.root.glob(f"*/{step.name}.json"))
 
+    def _must_run(self, step: Step) -> bool:
+        """Return whether it is known already that a step has no kept outputs."""
+        is_known = all(name in self._materials for _, name in step.takes())
+        key = step_key(step, self._materials) if is_known else None
+        if key is None:
+            return not self._was_run(step)
+        return self.work.find(step, key, lambda text: None) is None
+
     def _do(self, step: Step) -> StepReport:
         """Run a step, or keep its outputs of an earlier run, and judge it if it is a gate."""
         began, key = time.monotonic(), step_key(step, self._materials)
@@ -211,7 +221,7 @@ class _Run:
             if step.how.sends:
                 self._foresight.before_sending(self._sendings())
             else:
-                self._foresight.before_work()
+                self._foresight.before_work(self._must_run)
             self._listener.started(step)
             self._require_unchanged(step)
             self.work.begin(step, key)

@@ -105,6 +105,7 @@ class StepKind:
             depends on the input. Empty for kinds that only measure or publish.
         gates: returns whether the step is a gate, which must pass before anything is published.
         judge: for a gate: returns why it fails, given the facts; empty if it passes.
+        needs_transformers: returns whether the step fails if transformers is not installed.
         not_in_key: options that do not affect what is made or measured, and so are not part of the key.
         precheck: for kinds that publish: called before anything is done; raises what publishing would raise later.
         rehearse: for kinds that publish: called when all inputs exist; returns a summary of what would be sent, or
@@ -120,6 +121,7 @@ class StepKind:
     makes: Callable[[Any], Mapping[str, Kind | None]] = lambda options: {}
     gates: Callable[[Any], bool] = lambda options: False
     judge: Callable[[Any, Facts], str] = lambda options, facts: ""
+    needs_transformers: Callable[[Any], bool] = lambda options: False
     not_in_key: frozenset[str] = frozenset({"threads"})
     precheck: Callable[[Any, Signer, Callable[[str], None]], None] | None = None
     rehearse: Callable[[Work], str] | None = None

@@ -154,5 +154,6 @@ KIND = StepKind(
     check=_check,
     gates=lambda options: bool(options.require),
     judge=_judge,
+    needs_transformers=lambda options: True,
     not_in_key=frozenset({"require"}),
 )

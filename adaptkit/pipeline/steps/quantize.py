@@ -39,4 +39,5 @@ KIND = StepKind(
     refused={"part": "remove it: a step makes all shares"},
     complete=_complete,
     makes=_makes,
+    needs_transformers=lambda options: options.calibration is not None,
 )

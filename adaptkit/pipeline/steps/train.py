@@ -77,4 +77,5 @@ KIND = StepKind(
     complete=_complete,
     check=_check,
     makes=lambda options: {"": "unquantized checkpoint" if options.method == "full" else "adapter"},
+    needs_transformers=lambda options: True,
 )
