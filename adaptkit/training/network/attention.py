@@ -87,6 +87,7 @@ class _Attention(torch.autograd.Function):
             block.of_keys(grad_value).add_(torch.bmm(scores.transpose(1, 2), y))
             block.of_keys(grad_key).add_(torch.bmm(changes.transpose(1, 2), q))
             block.put(torch.bmm(changes, k), grad_query)
+            del scores, changes  # before the next block's are made
         grad_query = grad_query.flatten(2, 3).transpose(1, 2)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
