@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -209,7 +210,7 @@ def kind_of(layer: nn.Module) -> Any:
         shapes = [(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors if tensor is not None]
         plain = [(key, value) for key, value in vars(module).items() if isinstance(value, (int, str))]
         settings = [item for item in plain if not re.search("^_|id[xs]?$|index", item[0])]  # without the layer's number
-        found.append((name, type(module), shapes, settings))
+        found.append((name, type_before_parametrizations(module), shapes, settings))
     return found
 
 

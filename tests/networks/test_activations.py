@@ -11,9 +11,11 @@ from adaptkit.networks.activations import (
     LayerSize,
     fit_budget,
     fit_memory,
+    kind_of,
     measure_layers,
     parse_policy,
 )
+from adaptkit.networks.casting import hold
 
 MIB = 1 << 20
 
@@ -177,3 +179,12 @@ def test_layers_that_do_not_run_are_an_error():
     network = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
     with pytest.raises(UsageError, match="does not run all of its layers"):
         measure_layers(list(network), lambda: None)
+
+
+def test_layers_whose_parameters_are_cast_are_of_one_kind_unless_they_differ():
+    """A parametrized module is of a class of its own."""
+    layers = [nn.Linear(4, 4, dtype=torch.bfloat16) for _ in range(2)] + [nn.Linear(4, 8, dtype=torch.bfloat16)]
+    for layer in layers:
+        hold(layer, "weight", nn.Parameter(layer.weight.detach().float()), torch.bfloat16)
+    assert type(layers[0]) is not type(layers[1])
+    assert kind_of(layers[0]) == kind_of(layers[1]) != kind_of(layers[2])

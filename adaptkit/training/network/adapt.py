@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.networks.addressing import OTHER_MODEL
+from adaptkit.networks.casting import hold
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.experts import PackedModule, StackLora, pack
 from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
 from adaptkit.training.network.model import Model
-from adaptkit.training.network.whole import TrainedRows, TrainedWeight, Whole, hold, replace_rows
+from adaptkit.training.network.whole import TrainedRows, TrainedWeight, Whole, replace_rows
 
 
 @dataclass(frozen=True)

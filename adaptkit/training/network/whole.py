@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import parametrize
 
 
 @dataclass(frozen=True)
@@ -42,22 +41,6 @@ class TrainedWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in ``dtype``, differentiably."""
         return self.weight.to(dtype)
-
-
-class _Cast(nn.Module):
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, value: Tensor) -> Tensor:
-        return value.to(self.dtype)
-
-
-def hold(module: nn.Module, name: str, parameter: nn.Parameter, dtype: torch.dtype) -> None:
-    """Replace a module's parameter by a float32 one, which the module sees cast to ``dtype``."""
-    module._parameters[name] = parameter
-    if dtype != parameter.dtype:
-        parametrize.register_parametrization(module, name, _Cast(dtype), unsafe=True)  # unsafe: it changes the type
 
 
 class TrainedRows(nn.Module):

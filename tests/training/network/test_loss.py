@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptkit.networks.activations import Alive, Checkpointing
+from adaptkit.networks.casting import hold
 from adaptkit.networks.memory import head_gradient_bytes
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.data.samples import IGNORED
@@ -20,7 +21,6 @@ from adaptkit.training.network import loss
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
-from adaptkit.training.network.whole import hold
 
 VOCABULARY = 320
 
