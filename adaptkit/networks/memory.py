@@ -7,6 +7,12 @@ LOGITS_CHUNK_BYTES = 32 << 20
 
 LEAST_ROWS = 32
 
+ATTENTION_ROWS = 256
+"""Queries in a block of attention on a CPU."""
+
+ATTENTION_SCORES = 1 << 20
+"""Scores in a block of attention on a CPU: as many as fit its cache."""
+
 _TILE = 128
 """Rows of a GPU's matrix multiplication tile."""
 

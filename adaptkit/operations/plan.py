@@ -252,7 +252,8 @@ def _adapter_parameters(shapes: dict[str, Shape], targets: list[str], rank: int)
 
 def _activations(network: Any, options: PlanOptions, ranks: dict[str, int]) -> tuple[Checkpointing, int]:
     shape = options.batch, options.seq_len
-    sizes = measured_layers(network, ranks, options.method == "full", shape, options.moe == "quantize")
+    full, is_packed = options.method == "full", options.moe == "quantize"
+    sizes = measured_layers(network, ranks, full, shape, is_packed, options.on_gpu)
     found = parse_policy(options.checkpointing, len(sizes))
     if isinstance(found, Checkpointing):
         chosen = found

@@ -17,8 +17,12 @@ from torch.overrides import TorchFunctionMode
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import LayerSize, measure_layers
 from adaptkit.networks.assembly import find_stack
+from adaptkit.networks.casting import hold
 from adaptkit.networks.kinds import is_expert
 from adaptkit.networks.linears import acts_as_linear
+from adaptkit.networks.memory import ATTENTION_ROWS, ATTENTION_SCORES
+from adaptkit.networks.recompute import source_of
+from adaptkit.operations._plan.fused import fuse_stand_ins
 
 Shape = tuple[int, int]
 
@@ -48,7 +52,12 @@ def expert_stacks(network: Any) -> dict[str, nn.Parameter]:
 
 
 def measured_layers(
-    network: Any, ranks: dict[str, int], full: bool, shape: tuple[int, int], packed_experts: bool = False
+    network: Any,
+    ranks: dict[str, int],
+    full: bool,
+    shape: tuple[int, int],
+    packed_experts: bool = False,
+    on_gpu: bool = False,
 ) -> list[LayerSize]:
     """Measure what each layer keeps and needs in a training run; the network cannot be used afterwards.
 
@@ -58,20 +67,25 @@ def measured_layers(
         full: whether all weights are trained: in float32, which a layer casts for its own use.
         shape: (rows, length) of a batch.
         packed_experts: whether experts are quantized: a layer then dequantizes all of its experts at a time.
+        on_gpu: whether the run uses a GPU.
 
     Raises:
         UsageError: there is no stack of layers, or its forward pass does not run on fake tensors.
     """
     layers = list(find_stack(network)[1])
     unpacked = [sum(stack.nbytes for stack in expert_stacks(layer).values()) for layer in layers]
-    _stand_in_attention(network)
+    _stand_in_attention(network, on_gpu)
+    shapes = linear_shapes(network)
+    fuse_stand_ins(network, shapes, full, on_gpu)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _Groups():
         network.to_empty(device="cpu").requires_grad_(False)
-        for name, (rows, columns) in linear_shapes(network).items():
+        for name, (rows, columns) in shapes.items():
             parent, _, child = name.rpartition(".")
             linear = network.get_submodule(name)
             stand_in = _StandIn((rows, columns), ranks.get(name, 0), full, linear.bias, linear.weight.dtype)
             setattr(network.get_submodule(parent), child, stand_in)
+        if full:
+            _train_others(network)
         ids = torch.zeros(shape, dtype=torch.int64)
         logger = logging.getLogger("torch._subclasses.fake_tensor")
         before = logger.level
@@ -93,6 +107,14 @@ def measured_layers(
     return [replace(one, peak_bytes=one.peak_bytes + more) for one, more in zip(sizes, unpacked, strict=True)]
 
 
+def _train_others(network: nn.Module) -> None:
+    """Make a network's parameters outside of linear layers float32 ones, which their modules see cast."""
+    for module in list(network.modules()):
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not isinstance(module, _StandIn) and parameter.dtype != torch.float32:
+                hold(module, name, nn.Parameter(parameter.float()), parameter.dtype)
+
+
 class _Groups(TorchFunctionMode):
     """Replaces grouped products of experts by a product that allocates as much; torch fakes only those of bfloat16."""
 
@@ -102,33 +124,62 @@ class _Groups(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _stand_in_attention(network: Any) -> None:
+def _stand_in_attention(network: Any, on_gpu: bool) -> None:
     """Make attention save what a fused kernel saves; an eager implementation is not replaced."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     if network.config._attn_implementation == "sdpa":
-        AttentionInterface.register(_NAME, _attend)
+        AttentionInterface.register(_NAME, _attend_on_gpu if on_gpu else _attend_on_cpu)
         AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
         network.set_attn_implementation(_NAME)
 
 
-def _attend(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    return _Attention.apply(query, key, value), None  # type: ignore[no-untyped-call]
+def _attend_on_gpu(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+    return _Attention.apply(query, key, value, 0), None  # type: ignore[no-untyped-call]
+
+
+def _attend_on_cpu(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options: Any
+) -> tuple[Tensor, None]:
+    """Allocate what ``training.network.attention`` does, which leaves some calls to transformers."""
+    has_own_mask = attention_mask is not None and attention_mask.is_floating_point()
+    others = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
+    if has_own_mask or others or options.get("dropout"):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return result
+    key_heads, keys = key.shape[1:3]
+    of_one_head = query.shape[1] // key_heads * min(query.shape[2], ATTENTION_ROWS) * keys
+    scores = of_one_head * min(key_heads, max(1, ATTENTION_SCORES // of_one_head))
+    found: Tensor = _Attention.apply(query.contiguous(), key.contiguous(), value.contiguous(), scores)  # type: ignore[no-untyped-call]
+    return found, None
 
 
 class _Attention(torch.autograd.Function):
-    """Saves its (batch, heads, rows, dim) inputs, its output and one number per row, as FlashAttention does."""
+    """Saves its (batch, heads, rows, dim) inputs, its output and one number per row, as FlashAttention does.
+
+    The backward pass on a CPU also allocates copies of its inputs, and two blocks of scores.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scores: int) -> Tensor:
         batch, heads, rows, _ = query.shape
         result = query.new_empty(batch, rows, heads, value.shape[-1])
         ctx.save_for_backward(query, key, value, result, query.new_empty((batch, heads, rows), dtype=torch.float32))
+        ctx.scores = scores
         return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, result, _ = ctx.saved_tensors
+        if not ctx.scores:
+            return *(torch.empty_like(tensor) for tensor in (query, key, value)), None
+        copies = [torch.empty_like(result), torch.empty_like(query)]
+        grads = tuple(side.new_empty(side.shape, dtype=torch.float32) for side in (key, value))
+        blocks = [query.new_empty(ctx.scores) for _ in range(2)]
+        del blocks
+        return copies[1], *(side.to(query.dtype) for side in grads), None
 
 
 class _StandIn(nn.Module):
@@ -152,16 +203,19 @@ class _StandIn(nn.Module):
 
 
 class _Frozen(torch.autograd.Function):
-    """Allocates the weight anew in both passes, as dequantizing does; with an adapter it saves x and x Aᵀ."""
+    """Allocates the weight anew in both passes, as dequantizing does; with an adapter it saves x Aᵀ and x's source."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: Shape, rank: int) -> Tensor:
         weight = x.new_empty(shape)
         if rank:
-            ctx.save_for_backward(x, x.new_empty(*x.shape[:-1], rank))
-        ctx.shape = shape
+            ctx.make, kept = source_of(x)
+            ctx.save_for_backward(x.new_empty(*x.shape[:-1], rank), *kept)
+        ctx.rank, ctx.shape = rank, shape
         return x @ weight.T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        if ctx.rank:
+            ctx.make(*ctx.saved_tensors[1:])
         return grads[0] @ grads[0].new_empty(ctx.shape), None, None

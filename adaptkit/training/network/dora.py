@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.networks.recompute import source_of
 from adaptkit.training.network.narrow import narrowed
-from adaptkit.training.network.recompute import source_of
 
 
 def squared_rows(weight: Any) -> Tensor:

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptkit.networks.recompute import source_of
 from adaptkit.numerics.kernels._cpu_joined import beside, stacked, widen
 from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.groups import groups, join
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.packed_rows import packed_rows
-from adaptkit.training.network.recompute import source_of
 
 _ALIGNED = 32
 """Columns are padded to a multiple of this; otherwise products take up to a fifth longer."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.checkpoint.quantized import QuantizedWeight
+from adaptkit.networks.recompute import source_of
 from adaptkit.numerics.formats._double_quant import GROUP, DoubleQuantized
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels.codebook import BOOKS
@@ -26,7 +27,6 @@ from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.groups import groups, join
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
 from adaptkit.training.network.narrow import narrowed, narrowed_below
-from adaptkit.training.network.recompute import source_of
 
 
 def join_on_gpu(network: Any) -> list[list[nn.Parameter]]:

@@ -18,13 +18,13 @@ from torch.nn import functional
 
 from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.networks.recompute import source_of
 from adaptkit.numerics.formats._double_quant import DoubleQuantized
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
 from adaptkit.training.network.narrow import narrowed
 from adaptkit.training.network.packed_rows import decoded
-from adaptkit.training.network.recompute import source_of
 from adaptkit.training.network.whole import TrainedWeight
 
 

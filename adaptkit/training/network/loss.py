@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptkit.networks.memory import rows_at_a_time
+from adaptkit.networks.probing import exchanged
 from adaptkit.numerics.kernels import has_triton
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_loss import cross_entropy
@@ -25,7 +26,6 @@ from adaptkit.training.data.batches import Batch
 from adaptkit.training.data.samples import IGNORED
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.positions import single_samples
-from adaptkit.training.network.probing import exchanged
 
 _BLOCK_BYTES = 2 * 2**20
 """Size of a block of float32 logits on a CPU: fits its cache."""

@@ -6,25 +6,21 @@ attention by sequence lengths, for batch size one. Layers without attention (con
 other samples.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from adaptkit.errors import UsageError
+from adaptkit.networks.probing import forked_random
 from adaptkit.torch_compiler import without_compiler
 
 _PROBE_TOKENS = 6
 _TOLERANCE = 0.02
 """Largest difference that counts as rounding, relative to the logits' standard deviation: other tokens in the batch
 change the rounding of some layers."""
-
-
-def forked_random(device: torch.device) -> Any:
-    """Return a context that restores the random state of the host, and of a GPU, when it ends."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 @contextmanager
@@ -37,17 +33,6 @@ def as_in_training(network: Any) -> Iterator[None]:
             yield
     finally:
         network.train(was_training)
-
-
-@contextmanager
-def exchanged(module: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Replace submodules of a module while the block runs."""
-    before = {name: module._modules[name] for name in parts}
-    module._modules.update(parts)
-    try:
-        yield
-    finally:
-        module._modules.update(before)
 
 
 @torch.no_grad()

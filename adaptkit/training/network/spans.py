@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_ROWS = 256
-"""Queries in a block."""
-
-_SCORES = 1 << 20
-"""Scores in a block: as many as fit a CPU's cache."""
+from adaptkit.networks.memory import ATTENTION_ROWS, ATTENTION_SCORES
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,19 +35,19 @@ class Spans:
             heads: number of query heads.
             key_heads: number of key heads; each serves heads / key_heads consecutive query heads.
         """
-        sizes = heads, key_heads, _ROWS, _SCORES
+        sizes = heads, key_heads, ATTENTION_ROWS, ATTENTION_SCORES
         if sizes not in self._cut:
             self._cut[sizes] = tuple(self._blocks(heads // key_heads, key_heads))
         return self._cut[sizes]
 
     def _blocks(self, group: int, key_heads: int) -> Iterator["Block"]:
         for sample in range(self.first.shape[0]):
-            for start in range(0, self.first.shape[1], _ROWS):
-                first, last = (side[sample, start : start + _ROWS] for side in (self.first, self.last))
+            for start in range(0, self.first.shape[1], ATTENTION_ROWS):
+                first, last = (side[sample, start : start + ATTENTION_ROWS] for side in (self.first, self.last))
                 low = int(first.min())
                 high = max(low + 1, int(last.max()))
                 counted = [(side - low).repeat_interleave(group).numpy() for side in (first, last)]
-                step = max(1, _SCORES // (group * len(first) * (high - low)))
+                step = max(1, ATTENTION_SCORES // (group * len(first) * (high - low)))
                 for head in range(0, key_heads, step):
                     chosen = slice(head, min(head + step, key_heads)), slice(low, high)
                     yield Block(sample, slice(start, start + len(first)), *chosen, *counted)

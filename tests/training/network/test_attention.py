@@ -50,8 +50,8 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("length", [1, 9, 40])
 def test_result_and_gradients_agree_with_the_formula(case, length, heads, key_heads, dim, value_dim, monkeypatch):
-    monkeypatch.setattr(spans, "_ROWS", 16)
-    monkeypatch.setattr(spans, "_SCORES", 700)
+    monkeypatch.setattr(spans, "ATTENTION_ROWS", 16)
+    monkeypatch.setattr(spans, "ATTENTION_SCORES", 700)
     generator = torch.Generator().manual_seed(length)
     runs = CASES[case](length, generator)
     sizes = ((2, heads, length, dim), (2, key_heads, length, dim), (2, key_heads, length, value_dim))

@@ -6,10 +6,11 @@ import pytest
 import torch
 from adapted import load_adapted, logits_and_gradients, plain_in
 
-from adaptkit.training.network import dora, joined, linear, recompute
+from adaptkit.networks import recompute
+from adaptkit.networks.recompute import Recipe, source_of
+from adaptkit.training.network import dora, joined, linear
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
-from adaptkit.training.network.recompute import Recipe, source_of
 
 
 def model_of(made, dtype, uses_dora=False, joins=False):

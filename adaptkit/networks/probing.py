@@ -1,0 +1,127 @@
+"""Recognize norms and gates by what they compute, not by their names: run them on a probe, without side effects.
+
+A module is recognized if its output equals the formula's bit for bit:
+
+    norm       y = x / √(mean x² + eps) · w, or · (1 + w)
+    gate       y = down(silu(gate(x)) · up(x))
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+_GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+_PROBE_ROWS = 8
+"""Rows of the small random matrices that replace a gate's weights in a probe: decoding all weights of a model would
+take longer than a training step."""
+
+
+def forked_random(device: torch.device) -> Any:
+    """Return a context that restores the random state of the host, and of a GPU, when it ends."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+
+@contextmanager
+def exchanged(module: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Replace submodules of a module while the block runs."""
+    before = {name: module._modules[name] for name in parts}
+    module._modules.update(parts)
+    try:
+        yield
+    finally:
+        module._modules.update(before)
+
+
+def norm_parts(module: nn.Module) -> tuple[nn.Parameter | None, float]:
+    """Return weight and epsilon of a module that may be an RMS norm; (None, 0.0) if it cannot be one."""
+    parameters = dict(module.named_parameters())
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if list(parameters) != ["weight"] or parameters["weight"].dim() != 1 or not isinstance(eps, float):
+        return None, 0.0
+    if not _takes_one(module):  # a gated norm
+        return None, 0.0
+    return parameters["weight"], eps
+
+
+@torch.no_grad()
+def norm_has_offset(module: nn.Module, weight: Tensor, eps: float) -> bool | None:
+    """Return True for an RMS norm with factor 1 + w, False for factor w, None for any other module."""
+    if weight.dtype not in (torch.bfloat16, torch.float32):
+        return None
+    x = _probe(len(weight), weight.dtype).to(weight.device)
+    found, wide = _probe_output(module, x), x.float()
+    if found is None:
+        return None
+    quotient = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if torch.equal(found, weight * quotient.to(x.dtype)):
+        return False
+    if torch.equal(found, (quotient * (1.0 + weight.float())).to(x.dtype)):
+        return True
+    return None
+
+
+@torch.no_grad()
+def is_gated(module: Any, size: int, device: torch.device) -> bool:
+    """Return whether a module computes down(silu(gate(x)) · up(x)); probed with small random weights.
+
+    Args:
+        module: the module; its linear layers are replaced, so it need not have weights.
+        size: length of x.
+        device: device of the probe.
+    """
+    if not all(isinstance(getattr(module, name, None), nn.Module) for name in _GATED) or not _takes_one(module):
+        return False
+    x = _probe(size, torch.float32).to(device)
+    shapes = ((size, _PROBE_ROWS), (size, _PROBE_ROWS), (_PROBE_ROWS, size))
+    gate, up, down = (_random_linear(*shape, seed).to(device) for seed, shape in enumerate(shapes))
+    expected = down(functional.silu(gate(x)) * up(x))
+    linears = dict(zip(_GATED, (gate, up, down), strict=False))
+    with exchanged(module, linears), _in_training_mode(module), forked_random(device):  # some have dropout: no match
+        found = _probe_output(module, x)
+    return found is not None and torch.equal(found, expected)
+
+
+def _takes_one(module: nn.Module) -> bool:
+    """Return whether a module's forward takes one argument, so that it can be probed."""
+    return len(inspect.signature(module.forward).parameters) == 1
+
+
+def _probe_output(module: nn.Module, x: Tensor) -> Tensor | None:
+    """Return a module's output for (rows, size); None if it needs another shape, as xLSTM's multi-head norms do."""
+    try:
+        result: Tensor = module(x)
+    except (ValueError, IndexError, RuntimeError):
+        return None
+    return result
+
+
+def _probe(size: int, dtype: torch.dtype) -> Tensor:
+    """Return random rows of very different norms: (3, size)."""
+    rows = torch.randn(3, size, generator=torch.Generator().manual_seed(0))
+    return (rows * torch.tensor([[0.01], [1.0], [30.0]])).to(dtype)
+
+
+def _random_linear(columns: int, rows: int, seed: int) -> nn.Linear:
+    linear = nn.Linear(columns, rows, bias=False, device="meta")
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    linear.weight = nn.Parameter(weight / columns**0.5, requires_grad=False)
+    return linear
+
+
+@contextmanager
+def _in_training_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module in training mode while the block runs."""
+    inside = list(module.modules())
+    before = [part.training for part in inside]
+    for part in inside:
+        part.training = True
+    try:
+        yield
+    finally:
+        for part, was in zip(inside, before, strict=True):
+            part.training = was
