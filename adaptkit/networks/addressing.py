@@ -172,14 +172,19 @@ def _find_in_stack(assembly: Assembly, name: str, place: TensorPlace | None) -> 
     return Slice(assembly.sources[stack][0], int(expert[1]), part, of_tensor=True)
 
 
-def _slices(assembly: Assembly, name: str, subject: str) -> tuple[Slice, ...]:
+def unsupported_steps(assembly: Assembly, name: str) -> str:
+    """Return the steps by which transformers assembles a parameter, if no change of it can be merged; else empty."""
     place = assembly.place(name)
-    if not place.operations:
+    return "" if place.is_stacked else ", ".join(type(step).__name__ for step in place.operations)
+
+
+def _slices(assembly: Assembly, name: str, subject: str) -> tuple[Slice, ...]:
+    if not assembly.place(name).operations:
         return (Slice(assembly.sources[name][0]),)
-    if not place.is_stacked:
+    if steps := unsupported_steps(assembly, name):
         raise BaseMismatchError(
             f"{subject}: changes {name}, which transformers assembles from several tensors in an unsupported way "
-            f"({', '.join(type(step).__name__ for step in place.operations)})",
+            f"({steps})",
             hint="train a LoRA adapter of it instead" if subject == "training" else "merge it with peft instead",
         )
     pieces = assembly.pieces(name)

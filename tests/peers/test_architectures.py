@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.errors import AdapterError
+from adaptkit.errors import AdapterError, BaseMismatchError
 from adaptkit.operations.check import check
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.inspect import inspect
@@ -125,6 +125,29 @@ def test_adapters_of_shared_layers_cannot_be_merged_and_train_warns_of_that(tmp_
     with pytest.raises(AdapterError, match="which is shared with other layers") as caught:
         merge(base, [tmp_path / "adapter"], tmp_path / "merged")
     assert "train the adapter without the shared layers" in caught.value.hint
+
+
+def test_adapters_of_weights_that_files_store_joined_cannot_be_merged_and_train_warns_of_that(tmp_path, monkeypatch):
+    """The files of HRM hold gate_proj and up_proj as one tensor, from which transformers cuts both."""
+    monkeypatch.setitem(tiny.ARCHITECTURES, "hrm_text", {"num_layers_per_stack": 1, "head_dim": 16})
+    base = tiny.write_architecture(tmp_path / "base", "hrm_text")
+    data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
+    config = TrainConfig(
+        base=str(base), data=(str(data),), steps=1, max_length=64, device="cpu", batch_size=1, held_out=0, rank=2
+    )
+    for more in ({"targets": ("o_proj", "down_proj")}, {"targets": ("o_proj",), "modules_to_save": ("down_proj",)}):
+        planned = plan_run(replace(config, **more), tmp_path / "adapter")
+        assert planned.cannot_be_merged == ""
+    notes, found = [], "of its layers have weights that the files store otherwise: model.H_module.layers.0."
+    assert found in plan_run(config, tmp_path / "adapter").cannot_be_merged
+    whole = replace(config, targets=("o_proj",), modules_to_save=("up_proj",))
+    assert found in plan_run(whole, tmp_path / "adapter").cannot_be_merged
+    train(config, tmp_path / "adapter", note=notes.append)
+    assert any(found in note for note in notes)
+    with pytest.raises(BaseMismatchError, match="assembles from several tensors in an unsupported way"):
+        merge(base, [tmp_path / "adapter"], tmp_path / "merged")
+    train(replace(config, targets=("o_proj", "down_proj")), tmp_path / "other")
+    merge(base, [tmp_path / "other"], tmp_path / "merged")
 
 
 SHARING = {

@@ -12,7 +12,7 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.networks.addressing import find_addresses
+from adaptkit.networks.addressing import find_addresses, unsupported_steps
 from adaptkit.networks.architecture import path_of
 from adaptkit.networks.kinds import (
     is_expert,
@@ -29,6 +29,7 @@ from adaptkit.training.network.adapt import (
     bias_names,
     parameter_places,
     saved_names,
+    stack_changes,
     train_rows,
     train_whole,
 )
@@ -191,18 +192,22 @@ def cannot_be_merged(model: Model, config: TrainConfig) -> str:
     """Return a line on why the adapter cannot be merged into the base; empty if it can.
 
     A bias of B is merged into the layer's own bias, which the checkpoint may lack. A weight that several layers share
-    cannot take a different update for each of them.
+    cannot take a different update for each of them. A parameter that transformers splits off a tensor of the files, or
+    joins from several, cannot be changed in the files, unless it is a stack of experts.
     """
     if config.method == "full":
         return ""
     no_bias = [name for name, layer in model.linears.items() if layer.lora_bias is not None and layer.bias is None]
     trained = [*model.adapted(), *(name.rpartition(".")[0] for name in model.whole)]
     shared = [name for name in trained if is_shared_by_layers(model.network.config.model_type, f"{name}.")]
+    changed = [*(f"{name}.weight" for name in (*model.adapted(), *model.rows)), *model.whole, *stack_changes(model)]
+    assembled = [name.removesuffix(".weight") for name in changed if unsupported_steps(model.assembly, name)]
     notes = [
         f"{len(names)} of its layers {one if len(names) == 1 else some}: {first_names(names)}"
         for names, one, some in (
             (no_bias, "has no bias to add B's to", "have no bias to add B's to"),
             (shared, "shares a weight with other layers", "share weights with other layers"),
+            (assembled, "has a weight that the files store otherwise", "have weights that the files store otherwise"),
         )
         if names
     ]
