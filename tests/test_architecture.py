@@ -68,7 +68,7 @@ INSIDE_TRAINING = {
     "evaluation": {"data", "network"},
 }
 """Packages of the trainer, and which of the others each may import; all may import ``FOR_ALL``."""
-FOR_ALL = {"config", "settings", "device", "distributed", "out_of_memory"}
+FOR_ALL = {"config", "settings", "device", "distributed", "dtype_errors", "out_of_memory"}
 
 
 def imported(tree: ast.AST) -> Iterator[str]:

@@ -14,6 +14,7 @@ from adaptkit.text.windows import pad_id
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.distributed import World
+from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory.activations import Activations, save_activations
 from adaptkit.training.network.fused import fuse_layers
@@ -108,8 +109,14 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
         largest: rows and length of the largest micro-batch.
 
     Raises:
-        UsageError: the device has too little memory, or ``begin`` or ``save_activations`` refuses the settings.
+        UsageError: the device has too little memory, transformers cannot compute the architecture in this dtype, or
+            ``begin`` or ``save_activations`` refuses the settings.
     """
+    with reports_unsupported_dtype(inputs.base, inputs.config.compute_dtype):
+        return _built(inputs, world, largest)
+
+
+def _built(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model, Activations]:
     device, is_shared = world.device, inputs.config.shard_base
     held = torch.device("cpu") if is_shared else device  # unsharded, the base need not fit the device
     model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)

@@ -18,6 +18,7 @@ from adaptkit.text.windows import pad_id
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.device import choose_device, choose_dtype, make_current, name_of, without_cudnn_attention
+from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.evaluation.generation import Generated, generate
 from adaptkit.training.evaluation.material import Asked, Material, read_material
 from adaptkit.training.evaluation.perplexity import measure_text, perplexity_of
@@ -146,6 +147,19 @@ def measure(
 ) -> EvaluateReport:
     """Measure one model on its material; see ``evaluate``."""
     model = load(base, options, adapter)
+    with reports_unsupported_dtype(base, name_of(model.dtype)):
+        return _measured(model, base, adapter, material, options, reference, on_answer)
+
+
+def _measured(
+    model: Model,
+    base: Path,
+    adapter: Adapter | None,
+    material: Material,
+    options: EvaluateOptions,
+    reference: Model | None,
+    on_answer: Callable[[Answer], None],
+) -> EvaluateReport:
     samples, sources = (material.dataset.samples, material.dataset.sources) if material.dataset else ((), ())
     loss = mean_loss(model, samples, options.batch_size, pad_id(material.tokenizer, base)) if samples else None
     text = None if material.windows is None else measure_text(model, material.windows, reference)
