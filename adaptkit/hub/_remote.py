@@ -170,8 +170,14 @@ def look_up(hub: Hub, repo_id: str, pull_requests: bool = False) -> Repository |
     return hub.ask(repo_id, read)
 
 
-def list_tree(hub: Hub, repo_id: str, commit: str) -> dict[str, RemoteFile]:
+def list_tree(hub: Hub, repo_id: str, commit: str, what: str = "") -> dict[str, RemoteFile]:
     """List the files of a commit by path.
+
+    Args:
+        hub: the Hub client.
+        repo_id: org/name.
+        commit: the commit.
+        what: what is listed, for error messages; the repository if empty.
 
     Raises:
         NetworkError: the Hub did not answer, or with a malformed tree.
@@ -185,7 +191,7 @@ def list_tree(hub: Hub, repo_id: str, commit: str) -> dict[str, RemoteFile]:
             if isinstance(entry, RepoFile)
         }
 
-    tree = hub.ask(repo_id, read)
+    tree = hub.ask(what or repo_id, read)
     for path, file in tree.items():
         if not _is_path(path):
             raise UnsafeInputError(f"{repo_id}: the Hub lists the invalid path {path!r}", hint="do not trust it")

@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -18,35 +17,24 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 
 from adaptkit.arguments import AnyPath
 from adaptkit.checkpoint.adapter_config import WEIGHTS_BESIDE
-from adaptkit.checkpoint.header import strict_json
-from adaptkit.checkpoint.layout import (
-    CARD_NAME,
-    CODE_SUFFIX,
-    CONFIG_NAME,
-    INDEX_NAME,
-    LICENCES,
-    READ_SUFFIXES,
-    SINGLE_NAME,
-    refuse_other_weights,
-)
+from adaptkit.checkpoint.layout import CARD_NAME, CODE_SUFFIX, LICENCES, READ_SUFFIXES, refuse_other_weights
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import NetworkError, UsageError
 from adaptkit.hub._client import Hub, Note, connect, no_note
 from adaptkit.hub._errors import hub_errors
-from adaptkit.hub._fetch import HiddenBar, fetch_into_cache, fetch_small
+from adaptkit.hub._fetch import HiddenBar, fetch_into_cache
 from adaptkit.hub._remote import REPO_ID, RemoteFile, check_repo_id, commit_of, is_commit, list_tree
 from adaptkit.hub.secrets import looks_like_a_token
 
 __all__ = [
-    "Listing",
     "check_repo_id",
+    "check_weights",
     "download",
     "find_cached",
     "find_commit",
     "find_complete",
     "is_commit",
-    "list_files",
     "note_if_incomplete",
     "resolve_config",
     "resolve_source",
@@ -111,7 +99,7 @@ def _fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, p
     commit = _asked_commit(hub, what, repo_id, revision)
     tree = list_tree(hub, repo_id, commit) if commit is not None else {}
     if commit is not None:
-        _check_weights(f"{repo_id}@{commit}", tree)
+        check_weights(f"{repo_id}@{commit}", tree)
     folder = fetch_into_cache(hub, what, repo_id, revision, _WANTED, _UNWANTED, progress)
     manifest = read_manifest(folder)
     if manifest is not None:
@@ -136,7 +124,7 @@ def note_if_incomplete(repo_id: str, folder: Path, note: Note) -> None:
         )
 
 
-def _check_weights(what: str, tree: Mapping[str, RemoteFile]) -> None:
+def check_weights(what: str, tree: Mapping[str, RemoteFile]) -> None:
     """Refuse, before fetching, a commit without readable files or with weights in an unsupported format or place."""
     beside = [path for path in tree if "/" not in path]
     if not any(path.endswith(".safetensors") for path in beside):
@@ -221,39 +209,6 @@ def find_commit(repo_id: str, revision: str, note: Note) -> str:
         UsageError, AuthenticationError, NetworkError: there is no such revision, or the Hub refused or did not answer.
     """
     return commit_of(connect(note), repo_id, revision)
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What is known of a commit before its weights are downloaded.
-
-    Attributes:
-        names: of the files at its root.
-        says_quantized: whether there is a checkpoint whose ``config.json`` says that it is quantized.
-    """
-
-    names: frozenset[str]
-    says_quantized: bool
-
-
-def list_files(repo_id: str, commit: str, note: Note) -> Listing | None:
-    """List a commit's files, and read ``config.json`` if there is a checkpoint; None in the client's offline mode.
-
-    Raises:
-        UsageError, CheckpointError: there is nothing that adaptkit reads, or ``config.json`` is malformed.
-        IntegrityError, UnsafeInputError, AuthenticationError, NetworkError: see ``resolve_source``.
-    """
-    if constants.HF_HUB_OFFLINE:
-        return None
-    hub, what = connect(note), f"{repo_id}@{commit}"
-    tree = list_tree(hub, repo_id, commit)
-    _check_weights(what, tree)
-    config = {}
-    if CONFIG_NAME in tree and not tree.keys().isdisjoint((SINGLE_NAME, INDEX_NAME)):
-        content = fetch_small(hub, repo_id, commit, CONFIG_NAME, tree[CONFIG_NAME])
-        config = strict_json(content, f"{what}: {CONFIG_NAME}", infinities=True)
-    names = frozenset(path for path in tree if "/" not in path)
-    return Listing(names, says_quantized=config.get("quantization_config") is not None)
 
 
 def size_of(repo_id: str, commit: str, note: Note) -> int:

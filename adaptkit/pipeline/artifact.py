@@ -8,7 +8,8 @@ from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.typed import Place
-from adaptkit.hub.sources import Listing
+from adaptkit.errors import CheckpointError
+from adaptkit.hub.listing import Listing
 
 Kind = Literal["adapter", "unquantized checkpoint", "quantized checkpoint"]
 Takes = Literal["file", "folder", "checkpoint", "adapter", "unquantized checkpoint", "quantized checkpoint"]
@@ -39,7 +40,7 @@ def kind_of(folder: Path, *, as_adapter: bool) -> Kind:
     return "unquantized checkpoint" if quantization_found(Checkpoint(folder)) is None else "quantized checkpoint"
 
 
-def listed_kind(listing: Listing, *, as_adapter: bool) -> Kind | Literal["checkpoint"] | None:
+def listed_kind(listing: Listing, *, as_adapter: bool) -> Kind | Literal["checkpoint"]:
     """Return the kind of an artifact in a repository, as far as that is known without its tensors.
 
     Args:
@@ -47,14 +48,21 @@ def listed_kind(listing: Listing, *, as_adapter: bool) -> Kind | Literal["checkp
         as_adapter: see ``kind_of``.
 
     Returns:
-        ``checkpoint`` if its tensors decide whether it is quantized; None if it is neither a checkpoint nor an adapter.
+        ``checkpoint`` if its tensors decide whether it is quantized.
+
+    Raises:
+        CheckpointError: the repository holds neither a checkpoint nor an adapter, or its ``config.json`` is malformed.
+        AdaptkitError: see ``Listing.says_quantized``.
     """
-    has_checkpoint = not listing.names.isdisjoint((SINGLE_NAME, INDEX_NAME))
-    if ADAPTER_CONFIG_NAME in listing.names and (as_adapter or not has_checkpoint):
+    names = listing.names
+    has_checkpoint = not names.isdisjoint((SINGLE_NAME, INDEX_NAME))
+    if ADAPTER_CONFIG_NAME in names and (as_adapter or not has_checkpoint):
         return "adapter"
-    if listing.says_quantized:
-        return "quantized checkpoint"
-    return "checkpoint" if has_checkpoint else None
+    if not has_checkpoint:
+        other = min((name for name in names if name.endswith(".safetensors")), default="")
+        found = f"neither {SINGLE_NAME} nor {INDEX_NAME}{f', but {other}' if other else ''}"
+        raise CheckpointError(f"{listing}: not a checkpoint: {found}", hint="check the repo and revision")
+    return "quantized checkpoint" if listing.says_quantized else "checkpoint"
 
 
 def check_kind(kind: Kind | Literal["checkpoint"], takes: Takes, name: str, place: Place) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from adaptkit.checkpoint.manifest import MANIFEST_NAME
 from adaptkit.checkpoint.typed import Place
 from adaptkit.errors import UnsafeInputError
-from adaptkit.hub.sources import Listing
+from adaptkit.hub.listing import Listing
 from adaptkit.pipeline.artifact import check_kind, kind_of, listed_kind
 from adaptkit.pipeline.foresight import prefix_errors
 from adaptkit.pipeline.recipe import Recipe, Step
@@ -53,7 +53,7 @@ class InputChecks:
                         if hashed or not (location.path / MANIFEST_NAME).exists():
                             raise
                 elif location.listing is not None:
-                    _check_listing(location.listing, as_adapter, taken, name, place)
+                    _check_listing(location.listing, as_adapter, step, taken, name, place)
 
     def _check_path(self, path: Path, as_adapter: bool, step: Step, taken: Input, name: str, place: Place) -> None:
         if path.is_dir() == (taken.takes == "file"):
@@ -66,11 +66,10 @@ class InputChecks:
             check_kind(kind, taken.takes, name, place)
 
 
-def _check_listing(listing: Listing, as_adapter: bool, taken: Input, name: str, place: Place) -> None:
+def _check_listing(listing: Listing, as_adapter: bool, step: Step, taken: Input, name: str, place: Place) -> None:
     if not taken.made and MANIFEST_NAME in listing.names:
         raise place.error(f"{name!r} already has a manifest", hint="use it as it is")
     if taken.takes != "folder":
-        kind = listed_kind(listing, as_adapter=as_adapter)
-        if kind is None:
-            raise place.error(f"{name!r} has neither a checkpoint nor an adapter", hint="check the repo and revision")
+        with prefix_errors(step):
+            kind = listed_kind(listing, as_adapter=as_adapter)
         check_kind(kind, taken.takes, name, place)

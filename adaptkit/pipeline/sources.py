@@ -24,14 +24,13 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import IntegrityError, NetworkError
+from adaptkit.hub.listing import Listing, list_files
 from adaptkit.hub.sources import (
-    Listing,
     download,
     find_cached,
     find_commit,
     find_complete,
     is_commit,
-    list_files,
     note_if_incomplete,
     size_of,
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from folders import edit_json
-from local_hub import LocalHub
+from local_hub import Fault, LocalHub
 
 from adaptkit.operations.adopt import adopt
 from adaptkit.operations.quantize import quantize
@@ -63,7 +63,6 @@ def recipe(tmp_path: Path, repositories: None) -> Callable[[str, str], Path]:
         ("{resize: small, rank: 2}", "small", "steps.second.resize: 'small' is a quantized checkpoint; exp"),
         ("{resize: plain, rank: 2}", "both", "steps.second.resize: 'plain' is a checkpoint; expected an adapter"),
         ("{adopt: ours}", "ours", "steps.second.adopt: 'ours' already has a manifest"),
-        ("{resize: neither, rank: 2}", "neither", "'neither' has neither a checkpoint nor an adapter"),
     ],
 )
 def test_a_repository_of_the_wrong_kind_is_refused_before_any_download(
@@ -81,6 +80,64 @@ def test_a_repository_of_the_wrong_kind_is_refused_before_any_download(
     assert done.code == 2
     assert message in done.report["message"]
     assert not [path for _, path, _ in hub.requests if "safetensors" in path]
+
+
+def test_a_repository_with_neither_an_adapter_nor_a_checkpoint_is_refused_before_any_download(
+    cli: Any, hub: LocalHub, recipe: Callable[[str, str], Path]
+) -> None:
+    path = recipe("{resize: neither, rank: 2}", "neither")
+    hub.requests.clear()
+    done = cli("run", path)
+    assert done.code == 5
+    assert done.report["message"].startswith("second: org/neither@")
+    assert "not a checkpoint: neither model.safetensors nor model.safetensors.index.json" in done.report["message"]
+    assert not [path for _, path, _ in hub.requests if "safetensors" in path]
+
+
+def test_a_malformed_configuration_is_an_error_only_if_a_step_of_the_run_reads_it(
+    cli: Any, recipe: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "more" / "broken"
+    shutil.copytree(tmp_path / "repositories" / "both", folder)
+    (folder / "config.json").write_text("{")
+    assert cli(code=COMMIT % str(folder.parent)).code == 0
+    assert cli("run", recipe("{resize: broken, rank: 2}", "broken")).code == 0
+    path = recipe("{quantize: broken}", "broken")
+    assert cli("run", path, "--until", "first").code == 0
+    done = cli("run", path)
+    assert done.code == 5
+    assert done.report["message"].startswith("second: org/broken@")
+    assert "config.json: not valid JSON" in done.report["message"]
+
+
+def test_a_cached_commit_is_used_even_if_the_hub_denies_its_files(
+    cli: Any, hub: LocalHub, recipe: Callable[[str, str], Path]
+) -> None:
+    """As it does for a gated repository without the right token."""
+    path = recipe("{resize: lora, rank: 2}", "lora")
+    assert cli("run", path).code == 0
+    hub.faults.append(Fault("*", "/resolve/", "403", -1))
+    assert cli("run", path).code == 0
+
+
+def test_a_damaged_configuration_in_the_cache_is_not_taken_for_the_published_one(
+    cli: Any, recipe: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    path = recipe("{resize: lora, rank: 2}", "lora")
+    assert cli("run", path).code == 0
+    (cached,) = (tmp_path / "home").glob("hub/models--org--plain/snapshots/*/config.json")
+    cached.write_text(" " * cached.stat().st_size)
+    done = cli("run", path)
+    assert (done.code, "config.json was damaged in transit" in done.report["message"]) == (3, True)
+    assert cli("run", path).code == 0
+
+
+def test_a_commit_that_a_repository_lacks_is_named(cli: Any, recipe: Callable[[str, str], Path]) -> None:
+    path, commit = recipe("{resize: lora, rank: 2}", "lora"), "0" * 40
+    path.write_text(path.read_text().replace("repo: org/lora}", f"repo: org/lora, revision: '{commit}'}}"))
+    done = cli("run", path)
+    assert done.code == 2
+    assert done.report["message"].startswith(f"org/lora@{commit}: the Hub answered 404")
 
 
 def test_a_repository_with_an_adapter_and_a_checkpoint_is_taken_as_either(

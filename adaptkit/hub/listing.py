@@ -1,0 +1,80 @@
+"""The files of a commit, listed before they are downloaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from huggingface_hub import constants
+
+from adaptkit.checkpoint.header import strict_json
+from adaptkit.checkpoint.layout import CONFIG_NAME
+from adaptkit.hub._client import Hub, Note, connect
+from adaptkit.hub._fetch import fetch_small
+from adaptkit.hub._remote import RemoteFile, list_tree, matches
+from adaptkit.hub._staging import in_memory
+from adaptkit.hub.sources import check_weights, find_cached
+
+__all__ = ["Listing", "list_files"]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a commit.
+
+    Attributes:
+        hub: the Hub client.
+        repo_id: org/name.
+        commit: the commit.
+        tree: maps paths to files.
+    """
+
+    hub: Hub
+    repo_id: str
+    commit: str
+    tree: Mapping[str, RemoteFile]
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}@{self.commit}"
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the files at the root."""
+        return frozenset(path for path in self.tree if "/" not in path)
+
+    @cached_property
+    def says_quantized(self) -> bool:
+        """Whether ``config.json`` says that the weights are quantized; it is fetched if it is not cached.
+
+        Raises:
+            CheckpointError: it is malformed.
+            IntegrityError: it is too large, or was damaged in transit.
+            AuthenticationError, NetworkError: the Hub refused or did not answer.
+        """
+        if CONFIG_NAME not in self.tree:
+            return False
+        config = strict_json(self._config(self.tree[CONFIG_NAME]), f"{self}: {CONFIG_NAME}", infinities=True)
+        return config.get("quantization_config") is not None
+
+    def _config(self, remote: RemoteFile) -> bytes:
+        folder = find_cached(self.repo_id, self.commit)
+        path = folder / CONFIG_NAME if folder is not None else None
+        if path is not None and path.is_file() and path.stat().st_size == remote.size:
+            content = path.read_bytes()
+            if matches(remote, in_memory(CONFIG_NAME, content)):
+                return content
+        return fetch_small(self.hub, self.repo_id, self.commit, CONFIG_NAME, remote)
+
+
+def list_files(repo_id: str, commit: str, note: Note) -> Listing | None:
+    """List a commit's files; None in the client's offline mode.
+
+    Raises:
+        UsageError, CheckpointError: there is no such commit, or it has nothing that adaptkit reads.
+        UnsafeInputError, AuthenticationError, NetworkError: see ``resolve_source``.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return None
+    hub, what = connect(note), f"{repo_id}@{commit}"
+    tree = list_tree(hub, repo_id, commit, what)
+    check_weights(what, tree)
+    return Listing(hub, repo_id, commit, tree)
