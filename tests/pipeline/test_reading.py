@@ -86,14 +86,16 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("merge: base", "merge: small", "line 13: steps.merged.merge: 'small' is a quantized checkpoint; expected an "
          "unquantized checkpoint", "use the 16-bit checkpoint that it was made from"),
         ("adapters: [adapter]", "adapters: [small]",
-         "line 13: steps.merged.adapters: 'small' is a quantized checkpoint; expected an adapter", ""),
+         "line 13: steps.merged.adapters: 'small' is a quantized checkpoint; expected an adapter",
+         "name a source or step of that kind"),
         ("rank: 4", "init: small", "steps.adapter.init: 'small' is a quantized checkpoint; expected an adapter", ""),
         ("small, data: [rows], rank: 4", "base, data: [rows], method: full",
          "steps.judged.adapter: 'adapter' is an unquantized checkpoint; expected an adapter", "extract step"),
         ("rank: 4", "method: full", "line 7: steps.adapter.train: 'small' is a quantized checkpoint; expected an "
          "unquantized checkpoint", "use the 16-bit checkpoint that it was made from"),
         ("{check: merged, target: [vllm]}", "{train: merged, data: [rows], method: qlora}",
-         "steps.loads.train: 'merged' is an unquantized checkpoint; expected a quantized checkpoint", ""),
+         "steps.loads.train: 'merged' is an unquantized checkpoint; expected a quantized checkpoint",
+         "such as the output of a quantize step"),
         ("evaluate: small", "evaluate: adapter", "line 9: steps.judged.evaluate: 'adapter' is an adapter; expected a "
          "checkpoint", "add a merge step"),
         ("{check: merged, target: [vllm]}", "{quantize: adapter}",
@@ -101,7 +103,7 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("{check: merged, target: [vllm]}", "{quantize: small}", "steps.loads.quantize: 'small' is a quantized", ""),
         ("{check: merged, target: [vllm]}", "{dequantize: merged}",
          "steps.loads.dequantize: 'merged' is an unquantized checkpoint; expected a quantized checkpoint",
-         "name a source or step of that kind"),
+         "name a quantized one"),
         ("{check: merged, target: [vllm]}", "{resize: merged, rank: 2}", "expected an adapter", "add an extract step"),
         ("{check: merged, target: [vllm]}", "{stack: [adapter, merged]}", "'merged' is an unquantized checkpoint", ""),
         ("{check: merged, target: [vllm]}", "{extract: adapter, base: base, rank: 2}", "'adapter' is an adapter", ""),
