@@ -128,7 +128,8 @@ class _Run:
         for is_local in (True, False):
             found = [source for source in self._recipe.sources.values() if (source.path is not None) == is_local]
             located |= {source.name: self._locate(source) for source in found}
-            self._inputs.check({source.name: located[source.name] for source in found}, hashed=False)
+            if not self._options.locked:  # otherwise any difference from the lock is named first
+                self._inputs.check({source.name: located[source.name] for source in found}, hashed=False)
         try:
             reports = [self._find_source(source, located[name]) for name, source in self._recipe.sources.items()]
         finally:

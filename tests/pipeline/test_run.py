@@ -421,6 +421,16 @@ def test_a_missing_or_invalid_lock_is_refused_and_can_be_written_again(recipe, r
     assert run(recipe, RunOptions(until="small")).lock_state == "written"
 
 
+def test_a_source_of_another_kind_than_the_locked_one_is_a_difference_from_the_lock(recipe, release):
+    run(recipe)
+    shutil.rmtree(release / "lora")
+    shutil.copytree(release / "model", release / "lora")
+    with pytest.raises(DriftError, match=r"sources\.lora\."):
+        run(recipe, RunOptions(locked=True))
+    with pytest.raises(ConfigError, match="'lora' is an unquantized checkpoint; expected an adapter"):
+        run(recipe)
+
+
 def test_steps_that_until_excludes_are_locked_as_far_as_they_are_known(recipe, release):
     report = run(recipe, RunOptions(until="merged"))
     assert list(states(report)) == ["lighter", "merged"]
