@@ -57,6 +57,11 @@ class TensorFiles:
                     )
                 self.tensors[spec.name] = Located(spec, file, position)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors."""
+        return sum(located.spec.nbytes for located in self.tensors.values())
+
     def spec(self, name: str) -> TensorSpec:
         """Return name, type and shape of a tensor."""
         return self.tensors[name].spec

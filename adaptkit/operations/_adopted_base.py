@@ -38,11 +38,6 @@ class AdoptedBase:
         self._compensated = _compensated(root, self._manifest, adapter) if adapter.compensation else {}
         self.changed = sorted(self._compensated) or _changed(self.checkpoint, adapter)
 
-    @property
-    def bytes(self) -> int:
-        """Size of all tensors."""
-        return sum(at.spec.nbytes for at in self.checkpoint.tensors.values())
-
     def fingerprints(self, threads: int, progress: Progress) -> dict[str, str]:
         """Hash all tensors.
 

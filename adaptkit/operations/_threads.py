@@ -42,8 +42,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], threads: int
 
 def fingerprints(checkpoint: Checkpoint, threads: int, progress: Progress) -> dict[str, str]:
     """Return the fingerprints of all tensors by name; ``progress`` is called with bytes read."""
-    names, found, done = list(checkpoint.tensors), {}, 0
-    total = sum(checkpoint.spec(name).nbytes for name in names)
+    names, found, done, total = list(checkpoint.tensors), {}, 0, checkpoint.nbytes
     digests = in_order(partial(fingerprint_in_pieces, checkpoint), names, threads)
     for name, digest in zip(names, digests, strict=True):
         found[name] = digest

@@ -138,7 +138,7 @@ def adopt(
     report = _report(output, files, small, parent)
     if dry_run:
         return report
-    threads, of_parent = thread_count(options.threads), parent.bytes if parent else 0
+    threads, of_parent = thread_count(options.threads), parent.checkpoint.nbytes if parent else 0
     total = of_parent + report.bytes
     inputs = [[str(source.resolve()), [[name, before.get(name)] for name in files.headers]]]
     with Output(output, [report.kind], force, inputs=inputs) as out, discard_on_bad_input(out):

@@ -123,7 +123,7 @@ def _adapter(path: Path) -> _Found:
         kind="adapter",
         dtypes=Counter(record.dtype for record in adapter.records),
         parameters=adapter.trained_parameters,
-        nbytes=sum(located.spec.nbytes for located in adapter.files.tensors.values()),
+        nbytes=adapter.files.nbytes,
         details=_describe_adapter(adapter),
     )
 

@@ -121,7 +121,7 @@ def unmerge(
         _check_subtractable(merged, edits, options.get("small_files", ()))
     plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256, approximate]
     with Output(output, plan, force) as out, discard_on_bad_input(out):
-        out.require_space(sum(at.spec.nbytes for at in base.tensors.values()))
+        out.require_space(base.nbytes)
         restoring = _Restoring(model, base, edits, records, originals, resaved)
         restoring.write(out, thread_count(threads), progress)
         manifest = restoring.finish(out)

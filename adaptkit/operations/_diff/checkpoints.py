@@ -161,14 +161,14 @@ def _contradiction(checkpoint: Checkpoint, manifest: Manifest) -> str:
 
 def _records(sides: Sequence[_Side], threads: int, progress: Progress) -> list[dict[str, TensorRecord]]:
     """Return the tensor records of each side; fingerprints that no manifest records are computed."""
-    total = sum(t.spec.nbytes for side in sides if side.recorded is None for t in side.checkpoint.tensors.values())
+    total = sum(side.checkpoint.nbytes for side in sides if side.recorded is None)
     before, found = 0, []
     for side in sides:
         tensors, digests = side.checkpoint.tensors, side.recorded
         if digests is None:
             report_read = partial(lambda before, done, _: progress(before + done, total), before)
             digests = fingerprints(side.checkpoint, threads, report_read)
-            before += sum(at.spec.nbytes for at in tensors.values())
+            before += side.checkpoint.nbytes
         found.append({name: TensorRecord.of(at.spec, digests[name], at.file) for name, at in tensors.items()})
     return found
 

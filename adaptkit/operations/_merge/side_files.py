@@ -121,8 +121,7 @@ def plan_index(checkpoint: Checkpoint, files: Mapping[str, str], total_bytes: in
     if not path.exists():
         return None
     document = read_json(path)
-    held = sum(located.spec.nbytes for located in checkpoint.tensors.values())
-    if set(files) == set(checkpoint.tensors) and total_bytes == held:
+    if set(files) == set(checkpoint.tensors) and total_bytes == checkpoint.nbytes:
         return read_small(path)
     metadata = document.get("metadata")
     document["metadata"] = (metadata if isinstance(metadata, dict) else {}) | {"total_size": total_bytes}

@@ -162,7 +162,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     _load_others(assembly, compute_dtype, device)
     network.requires_grad_(False)
     network.to(device).eval()
-    _loaded.update(dict.fromkeys(network.modules(), sum(item.spec.nbytes for item in checkpoint.tensors.values())))
+    _loaded.update(dict.fromkeys(network.modules(), checkpoint.nbytes))
     require_causal(network)
     if device.type == "cpu":
         keep_freed_memory(2 * _decoded_bytes(network, compute_dtype))  # twice: room for adapter columns beside a weight
