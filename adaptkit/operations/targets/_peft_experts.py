@@ -14,6 +14,7 @@ from adaptkit.operations._roles import expert_count
 from adaptkit.operations.targets import _peft_config, _scalings
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
 from adaptkit.operations.targets._base_shapes import BaseShapes
+from adaptkit.operations.targets._peft_tensors import DROPS
 from adaptkit.operations.targets._target import Finding, error_about, some
 
 ONE_EXPERT = re.compile(r"(?P<stack>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<part>\w+)")
@@ -44,13 +45,12 @@ def swapped(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     )
 
 
-def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
+def single(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     """Find single experts that peft fails on, scales differently, or drops.
 
     Args:
         files: the adapter's files.
         base: without it the model is assumed to store experts in stacks.
-        drops: effect text for dropped tensors.
     """
     found = [(pair, match) for pair in files.pairs if (match := ONE_EXPERT.fullmatch(pair.module))]
     modules = [pair.module for pair, _ in found]
@@ -89,7 +89,7 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
     numbers: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
     for _, match in found:
         numbers[match["stack"], match["part"]].add(int(match["number"]))
-    yield from _parts(files, numbers, drops)
+    yield from _parts(files, numbers)
     count = (expert_count(base.config) if base else None) or 1 + max(max(there) for there in numbers.values())
     lacking = [f"{stack} ({part})" for (stack, part), there in numbers.items() if len(there) < count]
     yield from error_about(
@@ -97,7 +97,7 @@ def single(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
     )
 
 
-def beside(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
+def beside(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     """Find modules that are not experts but are named like their matrices: peft takes them for parts of stacks."""
     family = (base.model_type if base else None) or ""
     modules = [pair.module for pair in files.pairs if not pair.stacked and not ONE_EXPERT.fullmatch(pair.module)]
@@ -105,12 +105,12 @@ def beside(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
     yield from error_about(
         taken,
         f"not an expert, but named like the experts of {family}",
-        f"peft stacks everything with such a name; {drops}",
+        f"peft stacks everything with such a name; {DROPS}",
         files.merge(),
     )
 
 
-def _parts(files: AdapterFiles, numbers: defaultdict[tuple[str, str], set[int]], drops: str) -> Iterator[Finding]:
+def _parts(files: AdapterFiles, numbers: defaultdict[tuple[str, str], set[int]]) -> Iterator[Finding]:
     """Find experts with only gate or only up, and experts with both if the file has no ``down_proj`` at all."""
     halves = {
         stack: [any(s == stack and part in names for s, part in numbers) for names in (GATES, UPS)]
@@ -125,7 +125,7 @@ def _parts(files: AdapterFiles, numbers: defaultdict[tuple[str, str], set[int]],
     )
     both = [stack for stack, there in halves.items() if all(there)]
     if both and not any(part in DOWNS for _, part in numbers):
-        yield Finding("error", f"{some(both)}: gate and up of the experts, but no down", drops, files.merge())
+        yield Finding("error", f"{some(both)}: gate and up of the experts, but no down", DROPS, files.merge())
 
 
 def _has_stacks(base: BaseShapes | None, modules: list[str]) -> bool:

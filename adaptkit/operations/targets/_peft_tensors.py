@@ -21,6 +21,7 @@ SAVED_WRAPPER = re.compile(r"\.(modules_to_save|original_module)\.")
 """peft's wrappers of modules that are saved whole; peft does not load tensors with these in their names."""
 _GENERATE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 _WHOLE = ("weight", "bias", "wrapped weight", "token rows", "other")
+DROPS = "peft silently drops it, so it changes nothing"
 
 
 def within(name: str, path: str) -> bool:
@@ -64,26 +65,24 @@ def _ends(path: str) -> Iterator[str]:
     return (".".join(parts[number:]) for number in range(len(parts)))
 
 
-def strays(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator[Finding]:
+def strays(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     """Find whole tensors that the model does not have, or has in another shape.
 
     Args:
         files: the adapter's files.
         base: without it only problems visible in the file are found.
-        drops: effect text for dropped tensors.
     """
     whole = [key for key in files.keys if key.role in _WHOLE and key.name.startswith(PREFIX)]
     whole = [key for key in whole if not SAVED_WRAPPER.search(key.name)]
     lora = {pair.module: pair.embedding for pair in files.pairs}
     rows = {f"{key.module}.token_adapter" for key in files.keys if key.role == "token rows"}
     beside = [key for key in whole if ".base_layer." in key.name and key.module not in {*lora, *rows}]
-    if beside:
-        yield Finding(
-            "error",
-            f"{some([key.name for key in beside])}: the base layer of a LoRA module, but the file has no LoRA for it",
-            drops,
-            "remove it, or remove .base_layer from its name",
-        )
+    yield from error_about(
+        [key.name for key in beside],
+        "the base layer of a LoRA module, but the file has no LoRA for it",
+        DROPS,
+        "remove it, or remove .base_layer from its name",
+    )
     under = [key for key in whole if key.role in ("weight", "bias") and _is_under(files, key) and key.module in lora]
     for is_table in (False, True):  # for an embedding it may be a copy of the base's, which older versions wrote
         names = [key.name for key in under if lora[key.module] is is_table]
@@ -91,7 +90,7 @@ def strays(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
             yield Finding(
                 "warning" if is_table else "error",
                 f"{some(names)}: a full tensor of a module that also has a LoRA",
-                drops,
+                DROPS,
                 "if it differs from the base's, rename it to .base_layer.weight or .base_layer.bias",
             )
     if base is None:
@@ -101,7 +100,7 @@ def strays(files: AdapterFiles, base: BaseShapes | None, drops: str) -> Iterator
         yield Finding(
             "warning" if base.is_composed else "error",
             f"{some(nowhere)}: no tensor of this name in {base.title}",
-            drops,
+            DROPS,
             "remove it, or give the base that it was trained on",
         )
     unlike = [key for key in whole if key.role in ("weight", "bias", "wrapped weight") and _is_unlike(base, key)]

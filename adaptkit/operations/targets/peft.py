@@ -18,6 +18,7 @@ from adaptkit.operations.targets import _checkpoint_rules, _peft_config, _peft_e
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
+from adaptkit.operations.targets._peft_tensors import DROPS
 from adaptkit.operations.targets._target import Finding, Target, error_about, some
 
 _TYPES = {
@@ -31,7 +32,6 @@ _MORE_TENSORS = ("kasa_config", "velora_config", "monteclora_config")
 """Keys of variants that have further tensors, with ``.lora_`` in their names."""
 _BY_DEFAULT = {"c_attn", "q", "q_proj", "query", "query_key_value", "v", "v_proj", "value"}
 """Modules that peft targets for most model types if ``target_modules`` is not set."""
-_DROPS = "peft silently drops it, so it changes nothing"
 
 
 def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
@@ -60,10 +60,10 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _peft_tensors.saved_modules(files, base)
     yield from _peft_tensors.trained_rows(files, base)
     yield from _peft_tensors.generates(files, base)
-    yield from _rules.on_base(files, base, _DROPS, "peft fails: size mismatch")
-    yield from _peft_tensors.strays(files, base, _DROPS)
+    yield from _rules.on_base(files, base, DROPS, "peft fails: size mismatch")
+    yield from _peft_tensors.strays(files, base)
     if base is None:
-        yield from _rules.wrapped(files, f"{_DROPS}, unless the model has that wrapper too")
+        yield from _rules.wrapped(files, f"{DROPS}, unless the model has that wrapper too")
     yield from _rules.tables(
         files,
         base,
@@ -76,8 +76,8 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _renamed(files, base)
     yield from _tied(files, base)
     yield from _peft_experts.swapped(files, base)
-    yield from _peft_experts.single(files, base, _DROPS)
-    yield from _peft_experts.beside(files, base, _DROPS)
+    yield from _peft_experts.single(files, base)
+    yield from _peft_experts.beside(files, base)
 
 
 def _names(files: AdapterFiles) -> Iterator[Finding]:
@@ -85,7 +85,7 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
     yield from error_about(
         foreign,
         f"the name does not begin with {PREFIX}",
-        f"{_DROPS} (if all names are like this, peft warns once and loads no tensors)",
+        f"{DROPS} (if all names are like this, peft warns once and loads no tensors)",
         f"run adaptkit resize {files.root} -o OUT --rank R, which writes peft's names if it recognizes these",
     )
     has_more = any(files.config.get(key) for key in _MORE_TENSORS)
@@ -97,19 +97,16 @@ def _names(files: AdapterFiles) -> Iterator[Finding]:
         for key in files.keys
         if key.role in ("weight", "bias") and _peft_tensors.SAVED_WRAPPER.search(key.name)
     ]
-    yield from error_about(other, "", _DROPS, "remove it, or load it with the program that wrote it")
+    yield from error_about(other, "", DROPS, "remove it, or load it with the program that wrote it")
     for role, key, what in (
         ("magnitude", "use_dora", "magnitudes of DoRA"),
         ("bias of B", "lora_bias", "biases of lora_B"),
         ("token rows", "trainable_token_indices", "trained rows"),
     ):
-        if files.named(role) and not files.config.get(key):
-            yield Finding(
-                "error",
-                some(files.named(role)),
-                f"without {key}, peft has no {what}; {_DROPS}",
-                f"set {key} in adapter_config.json",
-            )
+        names = [] if files.config.get(key) else files.named(role)
+        yield from error_about(
+            names, "", f"without {key}, peft has no {what}; {DROPS}", f"set {key} in adapter_config.json"
+        )
 
 
 def _targeted(files: AdapterFiles) -> Iterator[Finding]:
@@ -206,7 +203,7 @@ def _renamed(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
         yield Finding(
             "error",
             some(list(others)),
-            f"peft renames it to {next(iter(others.values()))} by transformers' rules for older names; {_DROPS}",
+            f"peft renames it to {next(iter(others.values()))} by transformers' rules for older names; {DROPS}",
             files.merge(),
         )
 
