@@ -83,9 +83,7 @@ class Sketch:
         return None if short == self.spectrum.sigma.numel() and short > 0 else max(1, short + 1)
 
 
-def sketch_for_rank(
-    blocks: Blocks, shape: tuple[int, int], square_norm: float, rank: int, how: Sketching | None = None
-) -> Sketch:
+def sketch_for_rank(blocks: Blocks, shape: tuple[int, int], square_norm: float, rank: int, how: Sketching) -> Sketch:
     """Find the leading ``rank`` singular values and vectors, and the oversampled ones.
 
     Args:
@@ -93,12 +91,11 @@ def sketch_for_rank(
         shape: (out, in), the shape of D.
         square_norm: ‖D‖², the sum of the squares of all elements.
         rank: at least 1.
-        how: accuracy; the default if None.
+        how: accuracy.
 
     Returns:
         min(rank + oversampling, out, in) singular values; if that is all of them, a dense SVD of D is used instead.
     """
-    how = how or Sketching()
     sketch, _ = _sketch(blocks, shape, square_norm, rank + how.oversampling, how, None)
     return sketch
 
@@ -109,7 +106,7 @@ def sketch_for_energy(
     square_norm: float,
     energy: float,
     max_rank: int,
-    how: Sketching | None = None,
+    how: Sketching,
 ) -> tuple[Sketch, int]:
     """Double the rank of the sketch until some rank in it keeps a share of ‖D‖², or until ``max_rank``.
 
@@ -119,12 +116,11 @@ def sketch_for_energy(
         square_norm: ‖D‖².
         energy: the share, in (0, 1].
         max_rank: at least 1.
-        how: accuracy; the default if None.
+        how: accuracy.
 
     Returns:
         The last sketch, and the smallest rank that keeps the share, or min(max_rank, out, in) if none does.
     """
-    how = how or Sketching()
     limit = min(max_rank, *shape)
     rank, basis = min(_FIRST_RANK, limit), None
     while True:

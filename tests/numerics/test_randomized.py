@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from adaptkit.errors import UsageError
 from adaptkit.numerics.randomized import Sketching, sketch_for_energy, sketch_for_rank
 
+DEFAULT = Sketching()
+
 
 def matrix(sigma, out=90, columns=60, seed=0):
     """A random (out, columns) matrix with the given singular values."""
@@ -34,11 +36,11 @@ def square_norm(dense):
     return float(dense.square().sum())
 
 
-def by_rank(dense, rank, how=None, rows=7):
+def by_rank(dense, rank, how=DEFAULT, rows=7):
     return sketch_for_rank(Rows(dense, rows), tuple(dense.shape), square_norm(dense), rank, how)
 
 
-def by_energy(dense, energy, max_rank=200, how=None):
+def by_energy(dense, energy, max_rank=200, how=DEFAULT):
     return sketch_for_energy(Rows(dense), tuple(dense.shape), square_norm(dense), energy, max_rank, how)
 
 

@@ -125,7 +125,7 @@ class Running:
                 "store it",
                 hint="leave it out with --target or --only-linear",
             )
-        return place.parameters[0] if place else name
+        return self.path(name)
 
 
 def running_model(base: Checkpoint) -> Running:

@@ -101,8 +101,8 @@ def _changes(
 ) -> tuple[LowRank, ...]:
     """Return each adapter's weighted change of one module, of rank 0 if it has none."""
     known = next(adapter for adapter in adapters if name in adapter.modules)
-    shape, dtype = known.modules[name].shape, torch.float32
-    none = LowRank(torch.zeros(0, shape[1], dtype=dtype), torch.zeros(shape[0], 0, dtype=dtype), 1.0)
+    shape = known.modules[name].shape
+    none = LowRank(torch.zeros(0, shape[1]), torch.zeros(shape[0], 0), 1.0)
     found = []
     for adapter, weight in zip(adapters, weights, strict=True):
         term = adapter.modules.get(name, none)

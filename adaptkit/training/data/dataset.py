@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -245,7 +245,8 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
                 columns["messages after the last learned answer"] = None
             yield where, example
 
-    for some in _batched(examples(), _TOGETHER):
+    waiting = examples()
+    while some := list(islice(waiting, _TOGETHER)):
         for encoded in encoder.encode(some):
             collector.data.split += len(encoded.samples) > 1
             collector.data.ended += encoded.ended
@@ -265,9 +266,3 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
         layouts=dict(layouts),
         unused=tuple(name for name in columns if name not in used),
     )
-
-
-def _batched(items: Iterable[tuple[str, Example]], size: int) -> Iterator[list[tuple[str, Example]]]:
-    iterator = iter(items)
-    while some := list(islice(iterator, size)):
-        yield some
