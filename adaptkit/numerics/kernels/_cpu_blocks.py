@@ -34,7 +34,7 @@ _ROUND = np.float32(1.5 * 2**23)
 
 
 @jit
-def _find(scaled, bounds, entries):
+def find(scaled, bounds, entries):
     """Return ``entries[n]``, n being the number of bounds below a scaled weight; 15 bounds, 16 entries."""
     found = entries[0]
     found = entries[1] if bounds[0] < scaled else found
@@ -113,12 +113,12 @@ def _encode_4bit(flat, block_size, bounds, order, ascending, table, room, codes,
         reciprocal = _measure_scale(x, absmax, block)
         for i in range(half):
             first, second = value(x, x[2 * i]), value(x, x[2 * i + 1])
-            high = _find(first * reciprocal, bounds, order)
-            low = _find(second * reciprocal, bounds, order)
+            high = find(first * reciprocal, bounds, order)
+            low = find(second * reciprocal, bounds, order)
             out[i] = (high << 4) | low
             if moments is not None and table is None:  # decided at compile time
-                levels[2 * i] = _find(first * reciprocal, bounds, ascending)
-                levels[2 * i + 1] = _find(second * reciprocal, bounds, ascending)
+                levels[2 * i] = find(first * reciprocal, bounds, ascending)
+                levels[2 * i + 1] = find(second * reciprocal, bounds, ascending)
         if moments is not None:
             if table is not None:
                 decode_block(out, np.float32(1), table, levels)

@@ -9,36 +9,16 @@ import numpy as np
 
 from adaptkit.compiled import jit
 from adaptkit.numerics.arrays import Array
+from adaptkit.numerics.kernels._cpu_blocks import find
 from adaptkit.numerics.kernels._reference_blocks import GROUP, TINY
 from adaptkit.numerics.kernels.codebook import NF4
 
 LEVELS = np.array(NF4.levels, dtype=np.float32)
 BOUNDS = np.array(NF4.bounds, dtype=np.float32)
 
-_L0, _L1, _L2, _L3, _L4, _L5, _L6, _L7, _L8, _L9, _L10, _L11, _L12, _L13, _L14, _L15 = LEVELS
-_B0, _B1, _B2, _B3, _B4, _B5, _B6, _B7, _B8, _B9, _B10, _B11, _B12, _B13, _B14 = BOUNDS
+_LEVELS, _BOUNDS = tuple(LEVELS), tuple(BOUNDS)
 _TINY = np.float32(TINY)
 _LEAST, _MOST = np.float32(1e-30), np.float32(1e30)
-
-
-@jit
-def _level(t):
-    """Return the level nearest to ``t``, a tie to the lower; by selections, which unlike a look-up are vectorized."""
-    v = _L1 if t > _B0 else _L0
-    v = _L2 if t > _B1 else v
-    v = _L3 if t > _B2 else v
-    v = _L4 if t > _B3 else v
-    v = _L5 if t > _B4 else v
-    v = _L6 if t > _B5 else v
-    v = _L7 if t > _B6 else v
-    v = _L8 if t > _B7 else v
-    v = _L9 if t > _B8 else v
-    v = _L10 if t > _B9 else v
-    v = _L11 if t > _B10 else v
-    v = _L12 if t > _B11 else v
-    v = _L13 if t > _B12 else v
-    v = _L14 if t > _B13 else v
-    return _L15 if t > _B14 else v
 
 
 @jit
@@ -58,7 +38,7 @@ def block_error(x, h, factor, lanes):
     for start in range(0, x.size, 16):
         for lane in range(16):
             value = x[start + lane]
-            error = value - _level(value * reciprocal) * factor
+            error = value - find(value * reciprocal, _BOUNDS, _LEVELS) * factor
             lanes[lane] += h[start + lane] * error * error
     for width in (8, 4, 2, 1):
         for lane in range(width):
@@ -79,12 +59,16 @@ def scale_block(weights, x):
 
 
 @jit
-def _importance_of(importance, start, size, h):
+def _load_block(flat, importance, block, block_size, x, h):
+    """Write a block to ``x`` as ``scale_block`` does, and its zero-padded importance to ``h``; return the divisor."""
+    start = block * block_size
+    size = min(block_size, flat.size - start)
     h[:] = 0
     column = start % importance.size
     for i in range(size):
         h[i] = importance[column]
         column = column + 1 if column + 1 < importance.size else 0
+    return scale_block(flat[start : start + size], x)
 
 
 @jit
@@ -125,10 +109,7 @@ def search_scales(flat, importance, block_size, factors, room, scales):
     """Set each block's scale to its largest magnitude times the best of ``factors``, the earlier one at a tie."""
     x, h, lanes = room
     for block in range(scales.size):
-        start = block * block_size
-        size = min(block_size, flat.size - start)
-        largest = scale_block(flat[start : start + size], x)
-        _importance_of(importance, start, size, h)
+        largest = _load_block(flat, importance, block, block_size, x, h)
         best, least = factors[0], np.float32(np.inf)
         for factor in factors:
             error = block_error(x, h, factor, lanes)
@@ -142,10 +123,7 @@ def choose_codes(flat, importance, block_size, levels, nested, offset, reach, si
     """Replace each block's nested code with the one that ``best_code`` finds."""
     x, h, lanes = room
     for block in range(codes.size):
-        start = block * block_size
-        size = min(block_size, flat.size - start)
-        largest = scale_block(flat[start : start + size], x)
-        _importance_of(importance, start, size, h)
+        largest = _load_block(flat, importance, block, block_size, x, h)
         first = np.int64(codes[block])
         codes[block] = best_code(x, h, largest, levels, nested[block // GROUP], offset, first, reach, signed, lanes)
 
@@ -156,10 +134,7 @@ def total_error(flat, importance, block_size, scales, room):
     x, h, lanes = room
     total = 0.0
     for block in range(scales.size):
-        start = block * block_size
-        size = min(block_size, flat.size - start)
-        largest = scale_block(flat[start : start + size], x)
-        _importance_of(importance, start, size, h)
+        largest = _load_block(flat, importance, block, block_size, x, h)
         error = block_error(x, h, _within(scales[block] / largest), lanes)
         total += np.float64(error) * np.float64(largest) * np.float64(largest)
     return total
