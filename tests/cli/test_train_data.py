@@ -170,11 +170,8 @@ def test_cut_and_dropped_held_out_samples_are_reported(run_cli, llama, files, to
 )  # fmt: skip
 def test_bad_data_ends_in_an_error_and_a_hint(rows, options, code, message, run_cli, llama, files):
     (files / "rows.jsonl").write_text('{"prompt": "x", "completion": "y"}\n' + rows + "\n")
-    done = run_cli(*arguments(llama, files, "rows.jsonl", **options))
-    assert (done.code, done.stdout) == (code, "")
-    error, hint = done.stderr.splitlines()
+    error, _ = run_cli(*arguments(llama, files, "rows.jsonl", **options)).refusal(code)
     assert message in error
-    assert hint.startswith("hint: ")
     assert not (files / "adapter").exists()
 
 

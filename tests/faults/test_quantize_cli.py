@@ -281,9 +281,7 @@ def test_a_part_number_with_thousands_of_digits_is_a_usage_error(llama, tmp_path
     ids=" ".join,
 )
 def test_options_that_need_calibration_are_refused_without_it(llama, tmp_path, run_cli, options):
-    done = run_cli("quantize", llama, "-o", tmp_path / "out", *options)
-    assert done.code == 2
-    error, hint = done.stderr.splitlines()
+    error, hint = run_cli("quantize", llama, "-o", tmp_path / "out", *options).refusal(2)
     assert options[0] in error
     assert "--calibrate FILE" in hint
     assert not (tmp_path / "out").exists()

@@ -239,13 +239,9 @@ def test_changes_that_would_untie_the_head_are_refused_without_untie(tmp_path, j
 
 def test_the_command_line_unties_the_head_only_with_the_option(tmp_path, judged, run_cli):
     case, judgement = judged("head_tied")
-    refused = run_cli("merge", case.base, case.adapter, "-o", tmp_path / "out")
-    assert refused.code in (2, 4)
-    assert refused.stdout == ""
-    error, *rest = refused.stderr.splitlines()
-    assert error.startswith("error: ")
+    error, hint = run_cli("merge", case.base, case.adapter, "-o", tmp_path / "out").refusal(4)
     assert "lm_head" in error
-    assert [line for line in rest if "--untie" in line and line.startswith("hint: ")] == rest
+    assert "--untie" in hint
     assert_nothing_written(tmp_path)
     done = run_cli("merge", case.base, case.adapter, "-o", tmp_path / "out", "--untie")
     assert done.code == 0, done.stderr

@@ -332,8 +332,7 @@ def test_verify_prints_the_tree_and_fails_if_an_ancestor_is_missing(run_cli, fam
     assert [parent["role"] for parent in report["parents"]] == ["base", "adapter", "adapter"]
     shutil.rmtree(copied / "base")
     done = run_cli("verify", copied / "merged", "--parents", copied / "small", "--parents", copied / "one")
-    assert (done.code, done.stdout) == (3, "")
-    error, hint = done.stderr.splitlines()
+    error, hint = done.refusal(3)
     assert "not found" in error
     assert hint.startswith("hint: give the folders")
 
@@ -372,9 +371,7 @@ def test_inspect_prints_the_lineage_as_text_json_and_mermaid(run_cli, family):
 
 def test_merge_refuses_a_different_base_of_the_same_shapes(run_cli, copied, tmp_path):
     other = tiny.write_llama(tmp_path / "other-base", seed=9)
-    done = run_cli("merge", other, copied / "one", "-o", tmp_path / "out")
-    assert done.code == 4, done.stderr
-    error, hint = done.stderr.splitlines()
+    error, hint = run_cli("merge", other, copied / "one", "-o", tmp_path / "out").refusal(4)
     assert "was trained on" in error
     assert "right base" in hint
     assert not (tmp_path / "out").exists()
