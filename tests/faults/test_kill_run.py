@@ -6,11 +6,10 @@ as the first step begins, twice during training, and as the evaluation begins.
 
 import json
 import signal
-import subprocess
-import sys
 
 import pytest
 import tiny
+from forked import run_helper
 
 RECIPE = """\
 name: tiny
@@ -28,44 +27,21 @@ steps:
 MOMENTS = ["*/small.json", "*/adapter.partial/checkpoint-2", "*/adapter.partial/checkpoint-5", "*/judged.json"]
 
 HELPER = '''
-import gc
-
-gc.disable()  # collections take a fifth of the time of the imports
-import json, os, signal, sys, time, warnings
+import json, os, signal, sys, time
 from pathlib import Path
 
-import matplotlib.backends.backend_svg
-import adaptkit.pipeline.run
-from adaptkit.cli.main import main
+from forked import adaptkit, ended, fork, over, prepare
 
-gc.freeze()
-gc.enable()
-warnings.simplefilter("ignore")  # newer Pythons warn of forks
+prepare("adaptkit.pipeline.run")
 root, moments = Path(sys.argv[1]), json.loads(sys.argv[2])  # a file or folder whose making is the moment
 
 
 def run(name, *more):
-    sys.argv = ["adaptkit", "run", str(root / "recipe.yaml"), "--work", str(root / name), *more]
-    try:
-        main()
-    except SystemExit as end:
-        return end.code
+    return adaptkit("run", root / "recipe.yaml", "--work", root / name, *more)
 
 
 def start(name):
-    child = os.fork()
-    if child == 0:
-        log = os.open(root / (name + ".log"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-        os.dup2(log, 1), os.dup2(log, 2)
-        code = run(name)
-        sys.stdout.flush()
-        os._exit(code)
-    return child
-
-
-def ended(child):
-    status = os.waitpid(child, 0)[1]
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    return fork(root / (name + ".log"), lambda: run(name))
 
 
 def finished(name):
@@ -73,10 +49,6 @@ def finished(name):
     complete = [path.parent for path in (root / name).glob("*/*/adaptkit-manifest.json") if ".partial" not in str(path)]
     files = [file for folder in complete for file in folder.rglob("*") if file.is_file()]
     return {file.relative_to(root / name).as_posix(): file.stat().st_mtime_ns for file in files}
-
-
-def over(child):
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 assert run("none", "--dry-run", "--quiet") == 0  # imports the rest
@@ -109,11 +81,7 @@ def killed(tmp_path_factory):
     tiny.write_llama(root / "model")
     tiny.write_instructions(root / "rows.jsonl")
     (root / "recipe.yaml").write_text(RECIPE)
-    arguments = [sys.executable, "-c", HELPER, str(root), json.dumps(MOMENTS)]
-    done = subprocess.run(arguments, capture_output=True, text=True)
-    logs = "".join(path.read_text() for path in sorted(root.glob("*.log")))
-    assert done.returncode == 0, done.stderr + logs
-    return root, json.loads(done.stdout.splitlines()[-1])
+    return root, json.loads(run_helper(HELPER, root, root, json.dumps(MOMENTS)).splitlines()[-1])
 
 
 def artifacts(work):

@@ -15,6 +15,7 @@ import sys
 import pytest
 import tiny
 from folders import tree
+from forked import run_helper
 
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
@@ -30,54 +31,27 @@ OPTIONS = [
 ]  # fmt: skip
 
 HELPER = """
-import gc
-
-gc.disable()  # collections take a fifth of the time of the imports
-import json, os, random, shutil, signal, sys, time, warnings
+import json, os, random, shutil, signal, sys, time
 from pathlib import Path
 
-import matplotlib.backends.backend_svg
-import adaptkit.training.loop
-from adaptkit.cli.main import main
+from forked import adaptkit, ended, fork, over, prepare
 
-gc.freeze()
-gc.enable()
-warnings.simplefilter("ignore")  # newer Pythons warn of forks
+prepare("adaptkit.training.loop")
 base, data, root = map(Path, sys.argv[1:4])
 options, chance = sys.argv[4:], random.Random(3)
 
 
 def run(name, *more):
-    sys.argv = ["adaptkit", "train", "--base", str(base), "--data", str(data), "-o", str(root / name), *options, *more]
-    try:
-        main()
-    except SystemExit as end:
-        return end.code
+    return adaptkit("train", "--base", base, "--data", data, "-o", root / name, *options, *more)
 
 
 def start(name, save_every):
-    child = os.fork()
-    if child == 0:
-        log = os.open(root / (name + ".log"), os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-        os.dup2(log, 1), os.dup2(log, 2)
-        code = run(name, "--save-every", str(save_every))
-        sys.stdout.flush()
-        os._exit(code)
-    return child
-
-
-def ended(child):
-    status = os.waitpid(child, 0)[1]
-    return -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    return fork(root / (name + ".log"), lambda: run(name, "--save-every", save_every))
 
 
 def wait_for(condition):
     while not condition():
         time.sleep(0.0002)
-
-
-def over(child):
-    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def half(work, after):  # a checkpoint being written, of a later step
@@ -146,12 +120,7 @@ def inputs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def killed(inputs, tmp_path_factory):
     root = tmp_path_factory.mktemp("killed")
-    arguments = [sys.executable, "-c", HELPER, *inputs, root, *OPTIONS]
-    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # the threads of a pool do not exist in a forked child
-    done = subprocess.run(arguments, capture_output=True, text=True, env=alone, timeout=600)
-    logs = "".join(path.read_text() for path in sorted(root.glob("*.log")))
-    assert done.returncode == 0, done.stderr + logs
-    return root, json.loads(done.stdout)
+    return root, json.loads(run_helper(HELPER, root, *inputs, root, *OPTIONS))
 
 
 def test_runs_killed_at_any_moment_end_in_the_same_bytes(killed):

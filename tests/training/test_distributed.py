@@ -16,6 +16,7 @@ import time
 import pytest
 import tiny
 from folders import tree
+from forked import run_helper
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.progress import size
@@ -26,20 +27,12 @@ OPTIONS = [
 ]  # fmt: skip
 
 HELPER = """
-import gc
-
-gc.disable()  # collections take a fifth of the time of the imports
-import json, os, signal, socket, sys, time, warnings
+import json, os, signal, socket, sys, time
 from pathlib import Path
 
-import matplotlib.backends.backend_svg
-import adaptkit.training.loop
-import adaptkit.training.run
-from adaptkit.cli.main import main
+import forked
 
-gc.freeze()
-gc.enable()
-warnings.simplefilter("ignore")  # newer Pythons warn of forks
+forked.prepare("adaptkit.training.loop", "adaptkit.training.run")
 base, data, root, *unlike = map(Path, sys.argv[1:6])
 options = sys.argv[6:]
 noisy = ["--dropout", "0.1", "--neftune-alpha", "5"]
@@ -47,12 +40,8 @@ noisy = ["--dropout", "0.1", "--neftune-alpha", "5"]
 
 def run(name, *more):
     if name.startswith("crowded"):
-        adaptkit.training.run.free_memory = lambda device: 0
-    sys.argv = ["adaptkit", "train", "--base", str(base), "--data", str(data), "-o", str(root / name), *options, *more]
-    try:
-        main()
-    except SystemExit as end:
-        return end.code
+        sys.modules["adaptkit.training.run"].free_memory = lambda device: 0
+    return forked.adaptkit("train", "--base", base, "--data", data, "-o", root / name, *options, *more)
 
 
 def shares(name):  # how many numbers of every divided weight lie here, and in all
@@ -75,25 +64,19 @@ def start(name, size, *more, others=()):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            log = os.open(root / f"{name}-{rank}.log", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
-            os.dup2(log, 1), os.dup2(log, 2)
-            if size > 1:
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
-                               "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-            signal.alarm(300)  # rather than to wait for each other
-            code = shares(name) if name == "shares" else run(name, *more, *(others if rank else ()))
-            sys.stdout.flush()
-            os._exit(code)
-        children.append(child)
-    return children
+
+    def work(rank):
+        if size > 1:
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
+                           "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
+        signal.alarm(300)  # rather than to wait for each other
+        return shares(name) if name == "shares" else run(name, *more, *(others if rank else ()))
+
+    return [forked.fork(root / f"{name}-{rank}.log", lambda: work(rank)) for rank in range(size)]
 
 
 def ended(children):
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return [forked.ended(child) for child in children]
 
 
 assert run("none", "--dry-run", "--quiet") == 0  # imports the rest
@@ -111,7 +94,7 @@ for name, how in {"crowded": [], "crowded-sharded": ["--shard-base"]}.items():
 for name, how in {"killed": noisy, "parted": ["--shard-base"]}.items():
     children, metrics = start(name, 2, *how), root / f"{name}.partial" / "metrics.jsonl"
     while not metrics.exists() or len(metrics.read_bytes().splitlines()) < 5:
-        assert all(os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for child in children)
+        assert not any(map(forked.over, children))
         time.sleep(0.001)
     os.kill(children[1], signal.SIGKILL)
     assert ended(children) == [7, -9]
@@ -127,15 +110,7 @@ assert ended(start("broken", 2, "--learning-rate", "1e30", "--max-grad-norm", "0
 def runs(llama_nf4, gpt2, instructions, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     without_body = tiny.write_architecture(tmp_path_factory.mktemp("bases") / "llama4", "llama4_text")
-    done = subprocess.run(
-        [sys.executable, "-c", HELPER, llama_nf4, instructions, root, gpt2, without_body, *OPTIONS],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},  # a fork has none of the threads that its parent's pool had
-    )
-    logs = "".join(f"{path.name}: {path.read_text()}" for path in sorted(root.glob("*.log")))
-    assert done.returncode == 0, done.stderr + logs
+    run_helper(HELPER, root, llama_nf4, instructions, root, gpt2, without_body, *OPTIONS)
     return root
 
 
