@@ -1,7 +1,6 @@
 """Pages of ``diff``: numbers as in the report, text escaped, bytes reproducible, no errors in a browser."""
 
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from folders import edit_json, edited_tensors
-from html_pages import Parsed, browse
+from html_pages import Parsed, probe
 
 from adaptkit.cli.pages._parts import curves_by_type
 from adaptkit.cli.pages.diff import diff_page
@@ -220,48 +219,11 @@ def test_the_page_of_a_large_model_has_all_cells_and_stays_small(reports):
     assert len(document.encode()) < 1_600_000
 
 
-PROBE = """<iframe id="page" src="page.html" width="375" height="800"></iframe><pre id="found"></pre>
-<script>
-document.getElementById("page").onload = function () {
-  const inside = this.contentDocument, found = {};
-  const sizes = Array.from(inside.querySelectorAll(".cell"), (cell) => cell.getBoundingClientRect());
-  found.cells = sizes.length;
-  found.smallest = Math.min(...sizes.map((s) => Math.min(s.width, s.height)));
-  found.overflow = inside.documentElement.scrollWidth - inside.documentElement.clientWidth;
-  found.pictures = Array.from(inside.querySelectorAll("svg"), (svg) => svg.getBoundingClientRect().width);
-  found.overlaps = 0;
-  for (const svg of inside.querySelectorAll("svg")) {
-    const texts = Array.from(svg.querySelectorAll("text"), (text) => text.getBoundingClientRect());
-    for (const a of texts) for (const b of texts) {
-      if (a !== b && a.left + 1 < b.right && b.left + 1 < a.right && a.top + 3 < b.bottom && b.top + 3 < a.bottom) {
-        found.overlaps += 1;
-      }
-    }
-  }
-  const cell = inside.querySelector(".cell");
-  cell.dispatchEvent(new MouseEvent("click", { bubbles: true }));
-  found.said = cell.closest("figure").querySelector("output").textContent;
-  found.title = cell.querySelector("title").textContent;
-  inside.querySelector("details").open = true;
-  const table = inside.querySelector("details table"), heading = table.querySelectorAll("th button")[1];
-  const column = () => Array.from(table.tBodies[0].rows, (row) => parseFloat(row.cells[1].dataset.value ?? "NaN"));
-  heading.click();
-  found.up = column();
-  heading.click();
-  found.down = column();
-  document.getElementById("found").textContent = JSON.stringify(found);
-};
-</script>"""
-
-
 @pytest.mark.parametrize("kind", ["adapters", "checkpoints"])
 def test_a_browser_shows_the_page_at_phone_width_without_console_messages(kind, reports, tmp_path):
     report = reports[kind]
     (tmp_path / "page.html").write_text(diff_page(report), encoding="utf-8")
-    (tmp_path / "probe.html").write_text(PROBE)
-    document, console = browse(tmp_path, "probe.html")
-    assert console == []
-    found = json.loads(re.search(r'<pre id="found">(.*)</pre>', document)[1])
+    found = probe(tmp_path)
     assert found["cells"] == sum(len(cells) for _, cells in figures(diff_page(report)))
     assert found["smallest"] >= 7
     assert found["overflow"] <= 0, "a phone scrolls the page sideways"
