@@ -15,7 +15,8 @@ import pytest
 import tiny
 import torch
 from folders import edit_json, edited_tensors, flip, tensors_of, tree
-from peft_adapters import quiet
+from peft_adapters import change_tensors, quiet
+from peft_formulas import rounded_once
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
 
@@ -42,15 +43,6 @@ from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
 
 WEIGHTS, RECORD = "model.safetensors", "adaptkit-undo/shard-00001-of-00003.safetensors"
-FORMATS = {torch.bfloat16: (8, -126), torch.float16: (11, -14), torch.float32: (24, -126)}
-
-
-def rounded_once(values, dtype):
-    """Round float64 to the nearest number of a shorter format, ties to even, by exact scaling and ``rint``."""
-    precision, least = FORMATS[dtype]
-    _, exponent = np.frexp(values)  # |value| lies in [2^(exponent - 1), 2^exponent)
-    shift = precision - np.maximum(exponent, least + 1)
-    return np.ldexp(np.rint(np.ldexp(values, shift)), -shift)
 
 
 def expected_merge(base, adapters, weights):
@@ -76,7 +68,7 @@ def expected_merge(base, adapters, weights):
     for name, weight in tensors_of(base).items():
         if name in deltas:
             total = weight.double().numpy() + deltas[name]
-            weight = torch.from_numpy(rounded_once(total, weight.dtype)).to(weight.dtype)
+            weight = rounded_once(torch.from_numpy(total), weight.dtype)
         merged[name] = weight
     return merged, set(deltas)
 
@@ -101,12 +93,6 @@ def test_every_element_is_the_float64_result_rounded_once(tmp_path, adapter, sec
     moved = sum(int((expected[name] != before[name]).sum()) for name in changed)
     assert report.moved == pytest.approx(moved / sum(before[name].numel() for name in changed))
     assert 0 < report.moved <= 1
-
-
-def test_rounded_once_agrees_with_numpy():
-    values = np.random.default_rng(0).standard_normal(10_000) * 10.0 ** np.arange(-8, 2).repeat(1000)
-    assert (rounded_once(values, torch.float16) == values.astype(np.float16)).all()
-    assert (rounded_once(values, torch.float32) == values.astype(np.float32)).all()
 
 
 def merged_by_peft(base, adapters):
@@ -324,17 +310,12 @@ def test_a_manifest_that_names_no_base_does_not_verify_the_base(tmp_path, llama,
     assert not merge(llama, [tmp_path / "stacked"], tmp_path / "out").base_verified
 
 
-def edit_adapter(folder, change):
-    with edited_tensors(folder / "adapter_model.safetensors") as tensors:
-        change(tensors)
-
-
 KEY = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
 
 
 def test_a_module_missing_in_the_base_is_named_in_the_error(tmp_path, llama, adapter, copy_of):
     folder = copy_of(adapter)
-    edit_adapter(folder, lambda t: t.update({KEY.format(7, h): t[KEY.format(0, h)].clone() for h in "AB"}))
+    change_tensors(folder, lambda t: t.update({KEY.format(7, h): t[KEY.format(0, h)].clone() for h in "AB"}))
     with pytest.raises(BaseMismatchError, match=r"model\.layers\.7\.self_attn\.q_proj\.weight"):
         merge(llama, [folder], tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
@@ -344,7 +325,7 @@ def test_changes_of_a_tied_head_alone_are_refused(tmp_path, llama, adapter, copy
     """peft would merge them and leave the configuration tied, though the file has no such tensor."""
     folder, key = copy_of(adapter), "base_model.model.lm_head.lora_{}.weight"
     head = {key.format("A"): torch.ones(4, 64), key.format("B"): torch.ones(301, 4)}
-    edit_adapter(folder, lambda t: t.update(head))
+    change_tensors(folder, lambda t: t.update(head))
     with pytest.raises(BaseMismatchError, match="lm_head"):
         merge(llama, [folder], tmp_path / "out")
     base = copy_of(llama)  # now with a tensor for the head, which transformers would ignore
@@ -357,7 +338,7 @@ def test_changes_of_a_tied_head_alone_are_refused(tmp_path, llama, adapter, copy
 @pytest.mark.parametrize(("half", "cut"), [("A", (slice(None), slice(0, 32))), ("B", (slice(0, 32), slice(None)))])
 def test_a_shape_mismatch_is_refused_and_both_shapes_are_named(tmp_path, llama, adapter, copy_of, half, cut):
     folder = copy_of(adapter)
-    edit_adapter(folder, lambda t: t.update({KEY.format(0, half): t[KEY.format(0, half)][cut].clone()}))
+    change_tensors(folder, lambda t: t.update({KEY.format(0, half): t[KEY.format(0, half)][cut].clone()}))
     with pytest.raises(BaseMismatchError, match=r"32.*\[64, 64\]"):
         merge(llama, [folder], tmp_path / "out")
 
@@ -438,7 +419,7 @@ def qwen(tmp_path_factory):
 def test_an_adapter_that_changes_nothing_is_refused_unless_its_weight_is_zero(tmp_path, qwen, features, form):
     with quiet():
         folder = tiny.write_peft_adapter(tmp_path / "a", qwen, **features)
-    edit_adapter(folder, lambda t: [t[key].zero_() for key in t if "lora_B" in key or "lora_embedding_B" in key])
+    change_tensors(folder, lambda t: [t[key].zero_() for key in t if "lora_B" in key or "lora_embedding_B" in key])
     options = MergeOptions(format=form)
     for dry_run in (True, False):
         with pytest.raises(UsageError, match=f"{folder}: changes nothing"):
@@ -463,9 +444,9 @@ def test_an_adapter_with_one_nonzero_kind_of_change_is_merged(tmp_path, qwen, fe
     """Without other features, a single element of B is nonzero."""
     with quiet():
         folder = tiny.write_peft_adapter(tmp_path / "a", qwen, **features)
-    edit_adapter(folder, lambda t: [t[key].zero_() for key in t if "lora_B.weight" in key])
+    change_tensors(folder, lambda t: [t[key].zero_() for key in t if "lora_B.weight" in key])
     if not features:
-        edit_adapter(folder, lambda t: t[max(key for key in t if "lora_B" in key)][1, 0:1].fill_(1e-30))
+        change_tensors(folder, lambda t: t[max(key for key in t if "lora_B" in key)][1, 0:1].fill_(1e-30))
     merge(qwen, [folder], tmp_path / "out")
 
 
@@ -475,7 +456,7 @@ def test_a_zero_row_that_dora_cannot_scale_is_reported_once(tmp_path, llama, cop
         tensors[f"{name}.weight"][3] = 0
     with quiet():
         folder = tiny.write_peft_adapter(tmp_path / "a", llama, use_dora=True)
-    edit_adapter(folder, lambda t: t[f"base_model.model.{name}.lora_B.weight"][3].zero_())
+    change_tensors(folder, lambda t: t[f"base_model.model.{name}.lora_B.weight"][3].zero_())
     with pytest.raises(NonFiniteError, match="a row of the changed weight is zero") as caught:
         merge(base, [folder], tmp_path / "out")
     assert caught.value.message.count(name) == 1
@@ -484,7 +465,7 @@ def test_a_zero_row_that_dora_cannot_scale_is_reported_once(tmp_path, llama, cop
 
 def test_of_several_adapters_the_one_that_changes_nothing_is_named(tmp_path, llama, adapter, copy_of):
     empty = copy_of(adapter, "empty")
-    edit_adapter(empty, lambda t: [t[key].zero_() for key in t if "lora_A" in key])
+    change_tensors(empty, lambda t: [t[key].zero_() for key in t if "lora_A" in key])
     with pytest.raises(UsageError, match="empty: changes nothing"):
         merge(llama, [adapter, empty], tmp_path / "out")
 
@@ -524,7 +505,7 @@ def test_an_existing_output_is_replaced_only_with_force(tmp_path, llama, adapter
 def test_an_adapter_without_low_rank_changes_is_merged(tmp_path, llama, adapter, copy_of, features):
     """peft cannot write one, but other tools do; removing the LoRA tensors of peft's gives the same."""
     folder = tiny.write_peft_adapter(tmp_path / "a", llama, **(features | {"target_modules": ["q_proj"]}))
-    edit_adapter(folder, lambda t: [t.pop(key) for key in list(t) if "lora_" in key])
+    change_tensors(folder, lambda t: [t.pop(key) for key in list(t) if "lora_" in key])
     report = merge(llama, [folder], tmp_path / "out")
     assert report.merged == (5 if "modules_to_save" in features else 1)
 

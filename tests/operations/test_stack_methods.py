@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from folders import edit_json, edited_tensors, tree
+from peft_adapters import change_tensors
 from safetensors.torch import load_file
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -28,11 +29,6 @@ EMBEDDING_ADVICE = pytest.mark.filterwarnings(
     "ignore:Setting .save_embedding_layers", "ignore:Model has .tie_word_embeddings"
 )
 """Ignores peft's warnings about adapters for embeddings."""
-
-
-def change_tensors(folder, change):
-    with edited_tensors(folder / "adapter_model.safetensors") as tensors:
-        change(tensors)
 
 
 def dense(folder):

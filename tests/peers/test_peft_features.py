@@ -121,6 +121,8 @@ def test_rounded_once_agrees_with_torch_where_torch_rounds_once():
     exact = values.float()  # from float32 torch rounds once; from float64 it goes through float32
     for dtype in (torch.bfloat16, torch.float16):
         assert torch.equal(peft_formulas.rounded_once(exact.double(), dtype), exact.to(dtype))
+    above_a_tie = torch.tensor([1 + 2**-11 + 2**-40], dtype=torch.float64)  # float32 lacks the last bit
+    assert peft_formulas.rounded_once(above_a_tie, torch.float16).item() == 1 + 2**-10
 
 
 LORA = {"model.layers.0.self_attn.q_proj.lora_A.weight", "model.layers.0.self_attn.q_proj.lora_B.weight"}
