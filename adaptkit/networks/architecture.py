@@ -235,7 +235,6 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
             with torch.device("meta"), without_compiler():
                 network = build(config)
             if network is not None:
-                network.tie_weights()  # transformers 5.0 does this only when it loads weights
                 network.base_model.warn_if_padding_and_no_attention_mask = _skip_padding_warning
             return network
         except (*BUILD_ERRORS, StrictDataclassError) as error:

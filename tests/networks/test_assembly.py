@@ -5,7 +5,7 @@ import tiny
 import torch
 from folders import rewritten
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
@@ -186,10 +186,3 @@ def test_layers_stored_in_one_tensor_are_read_after_some_were_replaced(tmp_path)
     with torch.no_grad():
         pair = [model(input_ids=ids, use_cache=False).logits for model in (found.network, expected)]
     torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
-
-
-def test_tied_weights_are_one_parameter_even_if_transformers_does_not_tie_them(llama, monkeypatch):
-    """transformers 5.0 leaves tying to the code that loads the weights."""
-    monkeypatch.setattr(PreTrainedModel, "init_weights", lambda network: None)
-    network = empty_network(Checkpoint(llama))
-    assert network.lm_head.weight is network.model.embed_tokens.weight
