@@ -38,17 +38,6 @@ def test_the_table_reports_the_energy_kept_and_json_reports_it_by_module(run_cli
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
 
 
-@pytest.mark.parametrize("method", ["dare_ties", "tsv"])
-def test_output_bytes_depend_on_neither_hash_seed_nor_threads(run_cli, adapter, second_adapter, tmp_path, method):
-    for number, threads in (("0", 1), ("1", 2)):
-        done = run_cli(
-            "stack", adapter, second_adapter, "-o", tmp_path / number, "--method", method, "--threads", threads,
-            PYTHONHASHSEED=number, OMP_NUM_THREADS=str(threads),
-        )  # fmt: skip
-        assert done.code == 0, done.stderr
-    assert tree(tmp_path / "0") == tree(tmp_path / "1")
-
-
 def test_a_dry_run_writes_nothing(run_cli, adapter, second_adapter, tmp_path):
     done = run_cli("stack", adapter, second_adapter, "-o", tmp_path / "out", "--method", "iso", "--dry-run")
     assert done.code == 0
