@@ -25,8 +25,8 @@ _WITH_PEFT = "give an adapter of a language model as peft saves it, with its ada
 _BY_FILE = {
     "lit_model.pth.lora": (
         "LitGPT",
-        "merge it with litgpt merge_lora, convert that with litgpt convert_from_litgpt, save it with transformers, and "
-        "make an adapter of it with adaptkit extract",
+        "run litgpt merge_lora and then litgpt convert_from_litgpt, rename the model.pth that it writes to "
+        "pytorch_model.bin, save that and the base with transformers in float32, and run adaptkit extract on both",
     ),
     "pytorch_lora_weights.safetensors": ("diffusers", _WITH_PEFT),
     "pytorch_lora_weights.bin": ("diffusers", _WITH_PEFT),

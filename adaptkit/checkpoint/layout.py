@@ -19,6 +19,7 @@ from typing import Any
 from adaptkit.arguments import AnyPath, folder_hint
 from adaptkit.checkpoint.header import check_regular, strict_json
 from adaptkit.checkpoint.links import refuse_foreign_link
+from adaptkit.checkpoint.other_weights import refuse_other_weights
 from adaptkit.checkpoint.progress import first_few
 from adaptkit.errors import CheckpointError, UnsafeInputError, UsageError
 
@@ -50,8 +51,6 @@ READ_SUFFIXES = {".safetensors", *_SIDE_SUFFIXES}
 ``adopt`` also reads a model card.
 """
 _NOT_SIDE_PREFIXES = ("adaptkit-", "adapter_", "trainer_", "optimizer", ".")
-_STATES = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
-"""Prefixes of pickles with training state, which trainers save beside weights or checkpoint folders."""
 _NAMES_CODE = b'"auto_map"'
 _GET_INDEX = "download or copy the checkpoint again"
 
@@ -217,35 +216,6 @@ def look_below(root: Path, otherwise: str, models: bool) -> str:
         if os.path.isfile(path / ADAPTER_CONFIG_NAME) or (models and os.path.isfile(path / CONFIG_NAME))
     )
     return f"pass a folder inside it: {first_few(found)}" if found else otherwise
-
-
-def refuse_other_weights(where: object, names: Iterable[str]) -> None:
-    """Reject weights in a format that is not supported.
-
-    Args:
-        where: the folder or repository, for the error.
-        names: of its files, without those of a checkpoint.
-
-    Raises:
-        CheckpointError: one of the files is a pickle or GGUF.
-    """
-    names = sorted(name for name in names if not name.startswith(_STATES))
-    if pickle := next((name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))), ""):
-        raise CheckpointError(
-            f"{where}: weights are pickles ({pickle}), which adaptkit does not load",
-            hint="fetch it with `hf download` and pass that folder; the error then says how to convert it"
-            if pickle.startswith("adapter_")
-            # HQQ's file, which transformers cannot load either
-            else "it is quantized with HQQ: use the checkpoint that it was made from"
-            if pickle == "qmodel.pt"
-            else "convert it with transformers: from_pretrained(..., dtype='auto') and "
-            "save_pretrained(..., safe_serialization=True); then copy the tokenizer's files",
-        )
-    if gguf := next((name for name in names if name.endswith(".gguf")), ""):
-        raise CheckpointError(
-            f"{where}: weights are GGUF ({gguf}), which adaptkit does not read",
-            hint="use the checkpoint that it was made from",
-        )
 
 
 def side_files(root: Path, wanted: Callable[[str], bool] = bool) -> dict[str, Path]:

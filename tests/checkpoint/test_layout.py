@@ -105,6 +105,21 @@ def test_the_hint_for_a_pickle_of_hqq_names_hqq(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "first"),
+    [("lit_model.pth", "run litgpt convert_from_litgpt"), ("model.pth", "if its tensors have the names"),
+     ("consolidated.00.pth", "if its tensors have the names")],
+)  # fmt: skip
+def test_the_hint_for_a_pickle_that_transformers_does_not_find_says_how_to_rename_it(tmp_path, name, first):
+    """LitGPT writes the first two, Meta the third; transformers finds only pytorch_model*.bin."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"pickles \({name}\)") as caught:
+        weight_files(tmp_path)
+    assert caught.value.hint.startswith(first)
+    assert caught.value.hint.index("pytorch_model.bin") < caught.value.hint.index("transformers: from_pretrained")
+
+
+@pytest.mark.parametrize(
     "name", ["training_args.bin", "optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state_0.pth", "adapter_model.bin"]
 )
 def test_other_pickles_of_trainers_are_not_taken_for_weights(tmp_path, name):
