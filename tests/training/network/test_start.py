@@ -85,8 +85,9 @@ def test_a_run_starts_as_the_model_that_peft_loads_and_writes_an_equal_adapter(n
 )
 def test_an_adapter_that_cannot_be_trained_is_refused_with_the_reason(name, error, message, made):
     case = peft_adapters.make(made, name)
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         begun(case.base, init=str(case.adapter))
+    assert "merge it into its base instead" in caught.value.hint
 
 
 def test_a_run_can_continue_lora_as_dora_and_train_further_parameters(llama, adapter):
