@@ -11,6 +11,7 @@ import numpy as np
 
 from adaptkit.checkpoint._adapter_keys import Part
 from adaptkit.checkpoint.adapter_config import (
+    RANK_ZERO,
     Scalings,
     expert_parameters,
     is_parameter,
@@ -109,8 +110,8 @@ class Parts:
         if missing:
             self._refuse(f"modules_to_save names {missing!r}, but the adapter has no tensor for it")
 
-    def _refuse(self, why: str) -> NoReturn:
-        raise AdapterError(f"{self._root}: {why}", hint=_ONE_SAVE)
+    def _refuse(self, why: str, hint: str = _ONE_SAVE) -> NoReturn:
+        raise AdapterError(f"{self._root}: {why}", hint=hint)
 
     def _take(self, module: str, role: str, dims: int) -> Array | None:
         key = self._left.pop(Part(module, role), None)
@@ -118,7 +119,10 @@ class Parts:
             return None
         spec = self._files.spec(key)
         if len(spec.shape) != dims or 0 in spec.shape:
-            self._refuse(f"{key} has shape {list(spec.shape)}; expected {counted(dims, 'dimension')}, none of them 0")
+            self._refuse(
+                f"{key} has shape {list(spec.shape)}; expected {counted(dims, 'dimension')}, none of them 0",
+                RANK_ZERO if 0 in spec.shape else _ONE_SAVE,
+            )
         read = self._read.pop(key, None)
         return self._files.read_array(key) if read is None else read.reshape(spec.shape)
 

@@ -36,9 +36,17 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations for which peft changes the base; a converted adapter has ``init_lora_weights: true`` instead."""
 _LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Initializations of peft 0.21 that leave the base unchanged."""
-WEIGHTS_BESIDE = ("non_lora_trainables.bin", "non_lora_state_dict.bin", "trainable_params.bin", "vit.safetensors")
-"""Further trained weights that trainers save beside an adapter: LLaVA and its derivatives, LongLoRA, ms-swift."""
+WEIGHTS_BESIDE = (
+    "non_lora_trainables.bin", "non_lora_state_dict.bin", "trainable_params.bin", "vit.safetensors",
+    "scoring_head.safetensors", "joint_head.safetensors",
+)  # fmt: skip
+"""Further trained weights that trainers save beside an adapter: LLaVA and its derivatives, LongLoRA, ms-swift, Unsloth.
+"""
 _ONE_SAVE = "check that adapter_config.json and adapter_model.safetensors are complete and were saved together"
+RANK_ZERO = "make it again with a rank of at least 1 in every module (mergekit-extract-lora: without --sv-epsilon)"
+"""The hint for A and B without rows and columns, which peft rejects, too."""
+_CONVERTED = "pissa_converted"
+"""Subfolder in which LLaMA-Factory saves a PiSSA adapter once more, converted."""
 _SAVED = "modules_to_save"
 _HEADS_OF_CLASSIFIERS = {"classifier", "score", "qa_outputs"}
 _TIED_BY_PEFT = ("embed_tokens", "lm_head")
@@ -52,9 +60,9 @@ def is_adapter(root: Path) -> bool:
     return (root / ADAPTER_CONFIG_NAME).is_file()
 
 
-def weights_beside(root: Path) -> str:
+def weights_beside(root: Path, names: Sequence[str] = WEIGHTS_BESIDE) -> str:
     """Return the name of a file with further trained weights beside an adapter; empty if there is none."""
-    return next((name for name in WEIGHTS_BESIDE if (root / name).exists()), "")
+    return next((name for name in names if (root / name).exists()), "")
 
 
 def check_config(root: Path, config: Mapping[str, Any]) -> None:
@@ -95,7 +103,7 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
     if changes_base(begun):
         raise AdapterError(
             f"{root}: initialized with {begun}, which changes the base's weights: it does not fit the original base",
-            hint=without_changed_base(begun),
+            hint=without_changed_base(root, begun),
         )
     if changes_base(begun) is None:
         raise AdapterError(
@@ -121,8 +129,10 @@ def changes_base(begun: Any) -> bool | None:
     return True if begun.lower().startswith(_CHANGES_BASE) else None
 
 
-def without_changed_base(begun: str) -> str:
+def without_changed_base(root: Path, begun: str) -> str:
     """Return the hint for an adapter for which peft changed the base; peft can convert all of these but LoftQ's."""
+    if is_adapter(root / _CONVERTED):
+        return f"use {root / _CONVERTED}, which was converted to the original base"
     if begun.lower().startswith("loftq"):
         return "merge it with peft, which changes the base in the same way again"
     return "save it again with peft's path_initial_model_for_weight_conversion, which converts it to the original base"

@@ -199,6 +199,15 @@ def test_the_hint_for_a_changed_base_is_what_peft_supports(changed, begun, advic
     assert advice in caught.value.hint
 
 
+def test_the_hint_for_pissa_names_the_converted_copy_that_llama_factory_saves(changed):
+    shutil.copytree(changed, changed / "pissa_converted")
+    configure(changed, init_lora_weights="pissa_niter_16")
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(changed)
+    assert str(changed / "pissa_converted") in caught.value.hint
+    assert read_adapter(changed / "pissa_converted").modules
+
+
 def test_pissa_really_changes_the_base(tmp_path, llama):
     """Why the refusal above is needed: the adapter's delta belongs to weights that are in no file."""
     from peft import LoraConfig, get_peft_model
@@ -309,8 +318,9 @@ def test_the_error_for_a_copy_of_a_quantized_head_says_so(changed, part):
 
 def test_lora_a_of_rank_zero_is_refused(changed):
     edit(changed, lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(0, 64)}))
-    with pytest.raises(AdapterError, match=r"has shape \[0, 64\]; expected 2 dimensions, none of them 0"):
+    with pytest.raises(AdapterError, match=r"has shape \[0, 64\]; expected 2 dimensions, none of them 0") as caught:
         read_adapter(changed)
+    assert "rank of at least 1" in caught.value.hint
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -641,6 +641,23 @@ def test_configuration_keys_determine_which_programs_refuse(config, refusing, ma
     assert set(verdicts(folder)) - taken(folder) == refusing
 
 
+def test_modules_of_rank_zero_have_to_be_made_again(make):
+    """mergekit-extract-lora writes them; peft could not save such an adapter again."""
+    folder = make(rank_pattern={"layers.1.self_attn.q_proj": 2})
+    configure(folder, rank_pattern={"layers.1.self_attn.q_proj": 0})
+    rewrite(
+        folder,
+        lambda tensors: {
+            key: (tensor[:0] if "lora_A" in key else tensor[:, :0]) if "layers.1.self_attn.q_proj" in key else tensor
+            for key, tensor in tensors.items()
+        },
+    )
+    for name, verdict in verdicts(folder).items():
+        changes = [finding.change for finding in verdict.findings if finding.level == "error"]
+        assert any("rank of at least 1" in change for change in changes), name
+        assert not any("save the adapter again with peft" in change for change in changes), name
+
+
 def test_weights_that_no_program_reads_are_reported(make):
     folder = make()
     assert not any("which none of these programs reads" in text for text in check(folder).unknown)

@@ -482,6 +482,17 @@ def give_tokenizer(adapter, tokens=("<|tool|>", "<|result|>")):
     return len(tokenizer)
 
 
+@pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin"])
+def test_a_value_head_beside_the_adapter_is_left_out_with_a_note(tmp_path, judged, copy_of, name):
+    """LLaMA-Factory saves it beside the adapter of a reward model, which does not work without it."""
+    case, _ = judged("linear_rslora")
+    adapter = copy_of(case.adapter)
+    (adapter / name).write_bytes(b"not read")
+    told = merge(case.base, [adapter], tmp_path / "out").told
+    assert any(note.startswith(f"{adapter}: {name} is left out") for note in told)
+    assert not (tmp_path / "out" / name).exists()
+
+
 def test_the_adapters_tokenizer_replaces_the_bases(tmp_path, judged, copy_of):
     from transformers import AutoTokenizer
 

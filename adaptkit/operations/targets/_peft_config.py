@@ -134,16 +134,16 @@ def _is_dropout(value: Any) -> bool:
 def numbers(files: AdapterFiles) -> Iterator[Finding]:
     """Find unusable ranks and alphas, and alphas that are zero, negative or not finite."""
     rank, alpha = files.config.get("r"), files.config.get("lora_alpha")
-    wrong = [pair.module for pair in files.pairs if not (_rules.is_rank(pair.asked) and _is_number(pair.alpha))]
+    wrong = [pair for pair in files.pairs if not (_rules.is_rank(pair.asked) and _is_number(pair.alpha))]
     plain = _rules.is_rank(rank) and _is_number(alpha)
     if wrong or not plain:
-        where = f" (for {some(wrong)})" if wrong and plain else ""
+        where = f" (for {some([pair.module for pair in wrong])})" if wrong and plain else ""
         yield Finding(
             "error",
             "adapter_config.json gives no rank or alpha that peft can use (r, lora_alpha, rank_pattern, alpha_pattern)"
             f"{where}: r is {rank!r}, lora_alpha {alpha!r}",
             "peft fails when it builds the modules",
-            _rules.ONE_SAVE,
+            _rules.way_to_ranks(wrong),
         )
     taken = [pair for pair in files.pairs if _is_number(pair.alpha) and not pair.alpha > 0]
     yield from _unusual_alphas(

@@ -1,10 +1,10 @@
 """Rules about adapters that several programs share; each program supplies the effects."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
-from adaptkit.checkpoint.adapter_config import KNOWN_KEYS, changes_base, without_changed_base
+from adaptkit.checkpoint.adapter_config import KNOWN_KEYS, RANK_ZERO, changes_base, without_changed_base
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.vocabulary import is_usual_head
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair, is_positive
@@ -76,7 +76,10 @@ def begun(files: AdapterFiles, effect: str, refusal: str = "") -> Iterator[Findi
     how: Any = files.config.get("init_lora_weights")
     if changes_base(how):
         yield Finding(
-            "error", f"init_lora_weights is {how!r} in adapter_config.json", effect, without_changed_base(how)
+            "error",
+            f"init_lora_weights is {how!r} in adapter_config.json",
+            effect,
+            without_changed_base(files.root, how),
         )
     elif changes_base(how) is None:
         yield Finding(
@@ -111,8 +114,13 @@ def numbers(files: AdapterFiles, effect: str) -> Iterator[Finding]:
             f"r, lora_alpha, rank_pattern or alpha_pattern in adapter_config.json is not a positive number{where}: "
             f"r is {config.get('r')!r}, lora_alpha {config.get('lora_alpha')!r}",
             effect,
-            ONE_SAVE,
+            way_to_ranks(wrong),
         )
+
+
+def way_to_ranks(wrong: Iterable[Pair]) -> str:
+    """Return what to do about pairs with an invalid rank or alpha."""
+    return RANK_ZERO if any(pair.asked == 0 for pair in wrong) else ONE_SAVE
 
 
 def halves(files: AdapterFiles, effect: str) -> Iterator[Finding]:
