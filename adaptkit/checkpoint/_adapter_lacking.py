@@ -6,6 +6,7 @@ from adaptkit.checkpoint._adapter_keys import KOHYA
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.header import read_header
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, INDEX_NAME, SINGLE_NAME, look_below
+from adaptkit.checkpoint.other_weights import OTHER_WRITERS, WITH_PEFT
 from adaptkit.errors import AdapterError, AdaptkitError
 
 _PICKLE_NAME = "adapter_model.bin"
@@ -21,19 +22,6 @@ _JOIN = (
 )
 
 
-_WITH_PEFT = "give an adapter of a language model as peft saves it, with its adapter_config.json"
-_BY_FILE = {
-    "lit_model.pth.lora": (
-        "LitGPT",
-        "run litgpt merge_lora and then litgpt convert_from_litgpt, rename the model.pth that it writes to "
-        "pytorch_model.bin, save that and the base with transformers in float32, and run adaptkit extract on both",
-    ),
-    "pytorch_lora_weights.safetensors": ("diffusers", _WITH_PEFT),
-    "pytorch_lora_weights.bin": ("diffusers", _WITH_PEFT),
-}
-"""Maps a file name to the tool that writes it, and the hint for it."""
-
-
 def require_configured(root: Path) -> None:
     """Reject a folder without ``adapter_config.json``.
 
@@ -44,7 +32,7 @@ def require_configured(root: Path) -> None:
         return
     missing = f"{root}: not an adapter: {ADAPTER_CONFIG_NAME} not found"
     for file in sorted(root.iterdir()):
-        writer, hint = _BY_FILE.get(file.name) or (("kohya", _WITH_PEFT) if _is_kohya(file) else ("", ""))
+        writer, hint = OTHER_WRITERS.get(file.name) or (("kohya", WITH_PEFT) if _is_kohya(file) else ("", ""))
         if writer:
             raise AdapterError(f"{missing}, and {file.name} is in the format of {writer}", hint=hint)
     raise AdapterError(missing, hint=look_below(root, "pass the folder that contains the adapter", models=False))

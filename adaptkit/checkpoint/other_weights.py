@@ -1,4 +1,4 @@
-"""Errors for weights in formats that are not read: pickles and GGUF, with hints that depend on the file's name."""
+"""Errors for weights in formats of other tools, pickles and GGUF, with hints that depend on the file's name."""
 
 from collections.abc import Iterable
 
@@ -24,6 +24,19 @@ _OTHERWISE = (
     f"if its tensors have the names of transformers, {_RENAME.format(what='it')}{_TO_SAFETENSORS}; otherwise convert "
     "it to the format of transformers with the tool that wrote it"
 )
+WITH_PEFT = "give an adapter of a language model as peft saves it, with its adapter_config.json"
+_WITH_TRANSFORMERS = "give a language model as transformers saves it, with config.json and model*.safetensors"
+OTHER_WRITERS = {
+    "lit_model.pth.lora": (
+        "LitGPT",
+        "run litgpt merge_lora and then litgpt convert_from_litgpt, rename the model.pth that it writes to "
+        "pytorch_model.bin, save that and the base with transformers in float32, and run adaptkit extract on both",
+    ),
+    "pytorch_lora_weights.safetensors": ("diffusers", WITH_PEFT),
+    "pytorch_lora_weights.bin": ("diffusers", WITH_PEFT),
+    "diffusion_pytorch_model.safetensors": ("diffusers", _WITH_TRANSFORMERS),
+}
+"""Maps a file name to the tool that writes it, and the hint for it."""
 
 
 def refuse_other_weights(where: object, names: Iterable[str]) -> None:
@@ -34,14 +47,17 @@ def refuse_other_weights(where: object, names: Iterable[str]) -> None:
         names: of its files, without those of a checkpoint.
 
     Raises:
-        CheckpointError: one of the files is a pickle or GGUF.
+        CheckpointError: one of the files is a pickle, GGUF or another tool's.
     """
     names = sorted(name for name in names if not name.startswith(_STATES))
-    if pickle := next((name for name in names if name.endswith(_PICKLES)), ""):
+    if pickle := next((name for name in names if name.endswith(_PICKLES) and name not in OTHER_WRITERS), ""):
         raise CheckpointError(
             f"{where}: weights are pickles ({pickle}), which adaptkit does not load",
             hint=next((hint for start, hint in _HINTS.items() if pickle.startswith(start)), _OTHERWISE),
         )
+    if other := next((name for name in names if name in OTHER_WRITERS), ""):
+        writer, hint = OTHER_WRITERS[other]
+        raise CheckpointError(f"{where}: {other} is in the format of {writer}, which adaptkit does not read", hint=hint)
     if gguf := next((name for name in names if name.endswith(".gguf")), ""):
         raise CheckpointError(
             f"{where}: weights are GGUF ({gguf}), which adaptkit does not read",

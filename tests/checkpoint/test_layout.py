@@ -132,6 +132,24 @@ def test_other_pickles_of_trainers_are_not_taken_for_weights(tmp_path, name):
         weight_files(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "writer", "hint"),
+    [("lit_model.pth.lora", "LitGPT", "litgpt merge_lora"),
+     ("pytorch_lora_weights.safetensors", "diffusers", "as peft saves it"),
+     ("pytorch_lora_weights.bin", "diffusers", "as peft saves it"),
+     ("diffusion_pytorch_model.safetensors", "diffusers", "as transformers saves it")],
+)  # fmt: skip
+def test_weights_of_other_tools_are_refused_with_the_name_of_the_tool_and_not_to_be_renamed(
+    tmp_path, name, writer, hint
+):
+    """Their tensors have other names, so that a file of the usual name would only be refused later, or misread."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(b"not read")
+    with pytest.raises(CheckpointError, match=f"{name} is in the format of {writer}") as caught:
+        weight_files(tmp_path)
+    assert hint in caught.value.hint
+
+
 def test_gguf_is_refused_as_gguf_and_not_as_a_wrong_folder(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
