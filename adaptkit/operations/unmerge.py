@@ -288,7 +288,7 @@ class _Restoring:
             run = result if isinstance(result, _Run) else _Run(result, result)
             digest.update(bytes_of(run.merged))
             bound = max(bound, run.bound)
-            if group.specs:
+            if group.specs and (edit is None or len(run.values)):  # a run of added rows restores none of the base's
                 writer.write(name, run.values)
         if digest.hexdigest() != self.digests[name]:
             file = self.model.checkpoint.tensors[name].file

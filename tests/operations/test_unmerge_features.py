@@ -1,13 +1,15 @@
 """Unmerging restores every file of the base byte by byte, for every kind of adapter that can be merged."""
 
+import dataclasses
 import json
 import shutil
 
 import peft_adapters
 import peft_formulas
 import pytest
+import tiny
 import torch
-from folders import edited_tensors, tree
+from folders import edit_json, edited_tensors, tree
 from peft_adapters import CASES, OF_EVERY_KIND, PREFIX
 
 from adaptkit.errors import BaseMismatchError, IntegrityError
@@ -58,6 +60,22 @@ def assert_comes_back(tmp_path, base, adapters, options):
 def test_the_files_of_the_base_are_restored(tmp_path, case_of, name):
     case = case_of(name)
     assert_comes_back(tmp_path, case.base, [case.adapter], options_for(name))
+
+
+@pytest.mark.parametrize(("before", "after"), [(8192, 8194), (8192, 3 * 8192), (8194, 8192), (8193, 8192 + 8192)])
+@pytest.mark.parametrize(
+    "name", ["resized", "resized_tied", "resized_embedding", "resized_dora_embedding", "resized_embedding_tied"]
+)
+def test_vocabularies_are_restored_wherever_the_runs_of_rows_end(tmp_path, name, before, after):
+    """Runs of these embeddings have 8192 rows, so that some consist of added rows alone, as in models of real size."""
+    case = dataclasses.replace(CASES[name], vocabulary=after, shards=1)
+    base = tiny.write_llama(tmp_path / "base", tied=case.tied, layers=1)
+    with edited_tensors(base / "model.safetensors") as tensors:
+        for tensor in {"model.embed_tokens.weight", "lm_head.weight"} & set(tensors):
+            tensors[tensor] = torch.randn(before, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    edit_json(base / "config.json", vocab_size=before)
+    adapter = peft_adapters.write_adapter(tmp_path / "adapter", case, base)
+    assert_comes_back(tmp_path, base, [adapter], options_for(name))
 
 
 @pytest.mark.parametrize(
