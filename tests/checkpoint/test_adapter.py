@@ -436,6 +436,8 @@ def test_an_mlx_adapter_is_recognized_and_refused(changed):
         read_adapter(changed)
     assert "LORA" not in caught.value.hint
     assert f"mlx_lm.fuse --model BASE --adapter-path {changed}" in caught.value.hint
+    assert "lora_magnitude_vector" not in caught.value.hint
+    assert "use_dora" in mlx_hint(changed, config | {"fine_tune_type": "dora"})
     of_peft = {"peft_type": "IA3", "lora_parameters": {"rank": 8}}
     (changed / "adapter_config.json").write_text(json.dumps(of_peft))
     assert mlx_hint(changed, of_peft) == ""
