@@ -13,6 +13,7 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, LayerSize
 from adaptkit.networks.architecture import Description, empty_network
 from adaptkit.networks.matching import matching_targets
+from adaptkit.operations._plan.fused import fuse_stand_ins
 from adaptkit.operations._plan.network import linear_shapes, measured_layers
 from adaptkit.operations.plan import PlanOptions, plan
 from adaptkit.operations.quantize import QuantizeOptions, quantize
@@ -177,6 +178,26 @@ def test_outputs_of_norms_are_saved_on_a_gpu_and_recomputed_on_a_cpu(models):
     plain, _ = models["llama"]
     for cpu, gpu in zip(planned_layers(plain), planned_layers(plain, on_gpu=True), strict=True):
         assert gpu.kept_bytes == cpu.kept_bytes + 2 * cpu.input_bytes
+
+
+@pytest.mark.parametrize(("width", "fused"), [(1 << 16, True), (1 << 17, False)])
+def test_modules_that_are_wider_than_those_of_any_model_are_not_probed(models, tmp_path, width, fused):
+    """A configuration may give any size, and probes allocate memory."""
+    config = json.loads((models["llama"][0] / "config.json").read_text()) | {"hidden_size": width, "head_dim": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    network = empty_network(Description.read(tmp_path))
+    fuse_stand_ins(network, linear_shapes(network), full=False, on_gpu=False)
+    layer = network.model.layers[0]
+    assert ["forward" in vars(module) for module in (layer.input_layernorm, layer.mlp)] == [fused, fused]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_more_key_heads_than_query_heads_are_refused(models, tmp_path, method):
+    config = json.loads((models["llama"][0] / "config.json").read_text())
+    config["num_key_value_heads"] = 2 * config["num_attention_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="forward pass cannot be simulated"):
+        plan(tmp_path, PlanOptions(method=method, rank=4, seq_len=16, device="cpu"))
 
 
 @pytest.fixture

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from adaptkit.networks.probing import is_gated, norm_has_offset, norm_parts
 from adaptkit.networks.recompute import Recipe
 
+_WIDEST = 1 << 16
+"""Inputs of the widest module that is probed, since probes allocate memory; those of real models have fewer."""
+
 
 def fuse_stand_ins(network: Any, linears: Collection[str], full: bool, on_gpu: bool) -> None:
     """Replace the forward passes of the norms and gates that the trainer fuses.
@@ -33,7 +36,9 @@ def fuse_stand_ins(network: Any, linears: Collection[str], full: bool, on_gpu: b
             module.forward = _gate_forward(module)
 
 
-def _norm_has_offset(module: nn.Module, eps: float) -> bool | None:
+def _norm_has_offset(module: Any, eps: float) -> bool | None:
+    if len(module.weight) > _WIDEST:
+        return None
     trial: Any = copy.deepcopy(module).to_empty(device="cpu")
     trial.weight.data = torch.rand(len(trial.weight), generator=torch.Generator().manual_seed(0)).to(trial.weight.dtype)
     return norm_has_offset(trial, trial.weight, eps)
@@ -42,7 +47,7 @@ def _norm_has_offset(module: nn.Module, eps: float) -> bool | None:
 def _is_gated(module: Any) -> bool:
     rows_or_columns = module.gate_proj.weight.shape
     size = rows_or_columns[1 if isinstance(module.gate_proj, nn.Linear) else 0]
-    return is_gated(module, size, torch.device("cpu"))
+    return size <= _WIDEST and is_gated(module, size, torch.device("cpu"))
 
 
 def _norm_forward(is_saved: bool) -> Callable[[Tensor], Tensor]:

@@ -94,7 +94,7 @@ def measured_layers(
             with warnings.catch_warnings():  # from experts, on some releases of torch; harmless here
                 warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor", UserWarning)
                 sizes = measure_layers(layers, lambda: network.train().base_model(input_ids=ids, use_cache=False))
-        except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise UsageError(
                 f"{type(network).__name__}: its forward pass cannot be simulated without weights ({reason})",
