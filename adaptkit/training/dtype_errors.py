@@ -18,12 +18,12 @@ def reports_unsupported_dtype(base: Path, compute_dtype: str) -> Iterator[None]:
         compute_dtype: dtype of its activations; errors in float32 are left alone.
 
     Raises:
-        UsageError: transformers mixes dtypes.
+        UsageError: transformers mixes the dtype with others, or uses an operation that torch does not have for it.
     """
     try:
         yield
     except RuntimeError as error:
-        about_dtypes = any(word in str(error) for word in ("dtype", "scalar type"))
+        about_dtypes = any(word in str(error).lower() for word in ("dtype", "scalar type", compute_dtype))
         if compute_dtype == "float32" or not about_dtypes or not _is_from_transformers(error):
             raise
         raise UsageError(

@@ -33,15 +33,36 @@ def mismatch():
     return torch.ones(2, 2) @ torch.ones(2, 2, dtype=torch.bfloat16)
 
 
-def test_errors_in_float32_about_something_else_or_in_other_code_are_not_changed(tmp_path):
-    code = {"__name__": "transformers.models.made", "torch": torch, "mismatch": mismatch}
-    exec("def mix():\n    torch.ones(2, 2) @ torch.ones(2, 2).bfloat16()\n", code)
-    exec("def shapes():\n    torch.ones(2, 2) @ torch.ones(3, 2)\ndef ours():\n    mismatch()\n", code)
+CODE = """
+from torch import ones, zeros
+from torch.nn.functional import conv1d
+def mix(): ones(2, 2) @ ones(2, 2).bfloat16()
+def convolve(): conv1d(ones(1, 1, 4).bfloat16(), ones(1, 1, 2))
+def lacks(): ones(2, 2).bfloat16().cholesky_inverse()
+def shapes(): ones(2, 2) @ ones(3, 2)
+def scatter(): zeros(4).scatter_(0, zeros(2, dtype=int), ones(2).bfloat16())
+def ours(): mismatch()
+"""
+
+
+@pytest.fixture
+def functions():
+    """Functions that raise errors, in a module of transformers."""
+    found = {"__name__": "transformers.models.made", "mismatch": mismatch}
+    exec(CODE, found)
+    return found
+
+
+@pytest.mark.parametrize("name", ["mix", "convolve", "scatter", "lacks"])
+def test_mixed_dtypes_and_missing_operations_in_transformers_are_unsupported(functions, tmp_path, name):
     with (
-        pytest.raises(UsageError, match="cannot compute this architecture"),
+        pytest.raises(UsageError, match="cannot compute this architecture in bfloat16"),
         reports_unsupported_dtype(tmp_path, "bfloat16"),
     ):
-        code["mix"]()
-    for name, dtype in (("mix", "float32"), ("shapes", "bfloat16"), ("ours", "bfloat16")):
-        with pytest.raises(RuntimeError), reports_unsupported_dtype(tmp_path, dtype):
-            code[name]()
+        functions[name]()
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("mix", "float32"), ("shapes", "bfloat16"), ("ours", "bfloat16")])
+def test_errors_in_float32_about_something_else_or_in_other_code_are_not_changed(functions, tmp_path, name, dtype):
+    with pytest.raises(RuntimeError), reports_unsupported_dtype(tmp_path, dtype):
+        functions[name]()
