@@ -176,7 +176,7 @@ def _is_token_embedding(module: nn.Module, network: Any) -> TypeGuard[nn.Embeddi
 
 def _check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(value.shape) != expected:
-        resized = tuple(value.shape[1:]) == expected[1:]
+        resized = len(expected) == 2 and tuple(value.shape[1:]) == expected[1:]
         raise BaseMismatchError(
             f"{name}: expected shape {list(expected)}, as in the base, found {list(value.shape)}",
             hint="if its vocabulary was resized, merge it into its base instead" if resized else OTHER_MODEL,

@@ -7,7 +7,7 @@ import peft_adapters
 import pytest
 import tiny
 import torch
-from folders import edit_json
+from folders import edit_json, edited_tensors
 from peft_formulas import running
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -88,6 +88,15 @@ def test_an_adapter_that_cannot_be_trained_is_refused_with_the_reason(name, erro
     with pytest.raises(error, match=message) as caught:
         begun(case.base, init=str(case.adapter))
     assert "merge it into its base instead" in caught.value.hint
+
+
+def test_a_norm_of_another_model_is_not_taken_for_a_resized_vocabulary(llama, tmp_path):
+    adapter = tiny.write_peft_adapter(tmp_path / "adapter", llama, modules_to_save=["norm"])
+    with edited_tensors(adapter / "adapter_model.safetensors") as tensors:
+        tensors["base_model.model.model.norm.weight"] = torch.ones(128)
+    with pytest.raises(BaseMismatchError, match=r"expected shape \[64\], as in the base, found \[128\]") as caught:
+        begun(llama, init=str(adapter))
+    assert "the model that the adapter was trained on" in caught.value.hint
 
 
 def test_a_run_can_continue_lora_as_dora_and_train_further_parameters(llama, adapter):
