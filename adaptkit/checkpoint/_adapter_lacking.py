@@ -6,7 +6,7 @@ from adaptkit.checkpoint._adapter_keys import KOHYA
 from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.header import read_header
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, INDEX_NAME, SINGLE_NAME, look_below
-from adaptkit.checkpoint.other_weights import OTHER_WRITERS, WITH_PEFT
+from adaptkit.checkpoint.other_weights import OF_IMAGES, other_writer
 from adaptkit.errors import AdapterError, AdaptkitError
 
 _PICKLE_NAME = "adapter_model.bin"
@@ -32,7 +32,7 @@ def require_configured(root: Path) -> None:
         return
     missing = f"{root}: not an adapter: {ADAPTER_CONFIG_NAME} not found"
     for file in sorted(root.iterdir()):
-        writer, hint = OTHER_WRITERS.get(file.name) or (("kohya", WITH_PEFT) if _is_kohya(file) else ("", ""))
+        writer, hint = other_writer(file.name) or (("kohya", OF_IMAGES) if _is_kohya(file) else ("", ""))
         if writer:
             raise AdapterError(f"{missing}, and {file.name} is in the format of {writer}", hint=hint)
     raise AdapterError(missing, hint=look_below(root, "pass the folder that contains the adapter", models=False))

@@ -1,5 +1,6 @@
 """Errors for weights in formats of other tools, pickles and GGUF, with hints that depend on the file's name."""
 
+import re
 from collections.abc import Iterable
 
 from adaptkit.errors import CheckpointError
@@ -13,30 +14,34 @@ _TO_SAFETENSORS = (
 )
 _RENAME = "rename {what} to pytorch_model.bin, with config.json beside it, and "
 _HINTS = {
-    "pytorch_model": _TO_SAFETENSORS,
-    "adapter_": "fetch it with `hf download` and pass that folder; the error then says how to convert it",
-    "qmodel.pt": "it is quantized with HQQ: use the checkpoint that it was made from",
-    "lit_model.pth": "run litgpt convert_from_litgpt on the folder, "
+    r"pytorch_model(-\d+-of-\d+)?\.bin": _TO_SAFETENSORS,  # transformers finds no others
+    "adapter_.*": "fetch it with `hf download` and pass that folder; the error then says how to convert it",
+    r"qmodel\.pt": "it is quantized with HQQ: use the checkpoint that it was made from",
+    r"lit_model\.pth": "run litgpt convert_from_litgpt on the folder, "
     f"{_RENAME.format(what='the model.pth that it writes')}{_TO_SAFETENSORS}",
 }
-"""Maps the start of a pickle's name to the hint for it. transformers finds only pickles named pytorch_model*.bin."""
+"""Maps a pattern of a pickle's name to the hint for it."""
 _OTHERWISE = (
     f"if its tensors have the names of transformers, {_RENAME.format(what='it')}{_TO_SAFETENSORS}; otherwise convert "
     "it to the format of transformers with the tool that wrote it"
 )
-WITH_PEFT = "give an adapter of a language model as peft saves it, with its adapter_config.json"
-_WITH_TRANSFORMERS = "give a language model as transformers saves it, with config.json and model*.safetensors"
-OTHER_WRITERS = {
-    "lit_model.pth.lora": (
+OF_IMAGES = "give a language model as transformers saves it, or an adapter of one as peft saves it"
+"""The hint for models of images and their adapters."""
+_OTHER_WRITERS = {
+    r"lit_model\.pth\.lora": (
         "LitGPT",
-        "run litgpt merge_lora and then litgpt convert_from_litgpt, rename the model.pth that it writes to "
-        "pytorch_model.bin, save that and the base with transformers in float32, and run adaptkit extract on both",
+        "run litgpt merge_lora and then litgpt convert_from_litgpt, "
+        f"{_RENAME.format(what='the model.pth that it writes')}save that and the base with transformers in float32; "
+        "then run adaptkit extract on both",
     ),
-    "pytorch_lora_weights.safetensors": ("diffusers", WITH_PEFT),
-    "pytorch_lora_weights.bin": ("diffusers", WITH_PEFT),
-    "diffusion_pytorch_model.safetensors": ("diffusers", _WITH_TRANSFORMERS),
+    r"(pytorch_lora_weights|diffusion_pytorch_model)([.-].*)?\.(safetensors|bin)": ("diffusers", OF_IMAGES),
 }
-"""Maps a file name to the tool that writes it, and the hint for it."""
+"""Maps a pattern of a file name to the tool that writes it, and the hint for it."""
+
+
+def other_writer(name: str) -> tuple[str, str] | None:
+    """Return the tool that writes files of this name, and the hint for them; None if it is not a known one."""
+    return next((found for pattern, found in _OTHER_WRITERS.items() if re.fullmatch(pattern, name)), None)
 
 
 def refuse_other_weights(where: object, names: Iterable[str]) -> None:
@@ -50,14 +55,17 @@ def refuse_other_weights(where: object, names: Iterable[str]) -> None:
         CheckpointError: one of the files is a pickle, GGUF or another tool's.
     """
     names = sorted(name for name in names if not name.startswith(_STATES))
-    if pickle := next((name for name in names if name.endswith(_PICKLES) and name not in OTHER_WRITERS), ""):
+    if pickle := next((name for name in names if name.endswith(_PICKLES) and not other_writer(name)), ""):
         raise CheckpointError(
             f"{where}: weights are pickles ({pickle}), which adaptkit does not load",
-            hint=next((hint for start, hint in _HINTS.items() if pickle.startswith(start)), _OTHERWISE),
+            hint=next((hint for pattern, hint in _HINTS.items() if re.fullmatch(pattern, pickle)), _OTHERWISE),
         )
-    if other := next((name for name in names if name in OTHER_WRITERS), ""):
-        writer, hint = OTHER_WRITERS[other]
-        raise CheckpointError(f"{where}: {other} is in the format of {writer}, which adaptkit does not read", hint=hint)
+    for name in names:
+        if found := other_writer(name):
+            writer, hint = found
+            raise CheckpointError(
+                f"{where}: {name} is in the format of {writer}, which adaptkit does not read", hint=hint
+            )
     if gguf := next((name for name in names if name.endswith(".gguf")), ""):
         raise CheckpointError(
             f"{where}: weights are GGUF ({gguf}), which adaptkit does not read",

@@ -107,10 +107,13 @@ def test_the_hint_for_a_pickle_of_hqq_names_hqq(tmp_path):
 @pytest.mark.parametrize(
     ("name", "first"),
     [("lit_model.pth", "run litgpt convert_from_litgpt"), ("model.pth", "if its tensors have the names"),
-     ("consolidated.00.pth", "if its tensors have the names")],
+     ("consolidated.00.pth", "if its tensors have the names"),
+     ("pytorch_model_fsdp.bin", "if its tensors have the names"), ("pytorch_model.pt", "if its tensors have the names"),
+     ("lit_model.pth.old.pth", "if its tensors have the names"),
+     ("pytorch_lora_weights_of_mine.bin", "if its tensors have the names")],
 )  # fmt: skip
 def test_the_hint_for_a_pickle_that_transformers_does_not_find_says_how_to_rename_it(tmp_path, name, first):
-    """LitGPT writes the first two, Meta the third; transformers finds only pytorch_model*.bin."""
+    """LitGPT writes the first two, Meta the third, accelerate the fourth."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=rf"pickles \({name}\)") as caught:
@@ -137,7 +140,10 @@ def test_other_pickles_of_trainers_are_not_taken_for_weights(tmp_path, name):
     [("lit_model.pth.lora", "LitGPT", "litgpt merge_lora"),
      ("pytorch_lora_weights.safetensors", "diffusers", "as peft saves it"),
      ("pytorch_lora_weights.bin", "diffusers", "as peft saves it"),
-     ("diffusion_pytorch_model.safetensors", "diffusers", "as transformers saves it")],
+     ("diffusion_pytorch_model.safetensors", "diffusers", "as transformers saves it"),
+     ("diffusion_pytorch_model.bin", "diffusers", "as transformers saves it"),
+     ("diffusion_pytorch_model.fp16.safetensors", "diffusers", "as transformers saves it"),
+     ("diffusion_pytorch_model-00001-of-00003.safetensors", "diffusers", "as transformers saves it")],
 )  # fmt: skip
 def test_weights_of_other_tools_are_refused_with_the_name_of_the_tool_and_not_to_be_renamed(
     tmp_path, name, writer, hint
