@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ONE_SAVE = "check that adapter_config.json and adapter_model.safetensors are complete and were saved together"
+_GATHER = "save it again with all weights gathered; DeepSpeed ZeRO-3 otherwise saves empty tensors"
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,10 @@ class Parts:
             return None
         spec = self._files.spec(key)
         if len(spec.shape) != dims or 0 in spec.shape:
+            of_rank_zero = len(spec.shape) == dims and role.endswith(("_A", "_B"))
             self._refuse(
                 f"{key} has shape {list(spec.shape)}; expected {counted(dims, 'dimension')}, none of them 0",
-                RANK_ZERO if 0 in spec.shape else _ONE_SAVE,
+                _GATHER if spec.shape == (0,) else RANK_ZERO if of_rank_zero else _ONE_SAVE,
             )
         read = self._read.pop(key, None)
         return self._files.read_array(key) if read is None else read.reshape(spec.shape)

@@ -323,6 +323,14 @@ def test_lora_a_of_rank_zero_is_refused(changed):
     assert "rank of at least 1" in caught.value.hint
 
 
+def test_tensors_that_deepspeed_left_empty_are_not_taken_for_a_rank_of_zero(changed):
+    """Under ZeRO-3, a tensor has the shape [0] outside of the calls that gather it."""
+    edit(changed, lambda t: t.update({key: torch.zeros(0) for key in t}))
+    with pytest.raises(AdapterError, match=r"has shape \[0\]; expected 2 dimensions") as caught:
+        read_adapter(changed)
+    assert "DeepSpeed ZeRO-3" in caught.value.hint
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_tensor_that_holds_nan_or_infinity_is_refused_by_name(changed, value):
     edit(changed, lambda t: t[f"{KEY}.lora_B.weight"].view(-1).__setitem__(7, value))
@@ -378,7 +386,8 @@ HALF = {"lora_unet_blocks_0_q_proj.lora_down.weight": torch.ones(2, 4)}
 @pytest.mark.parametrize(
     ("file", "writer"),
     [("lit_model.pth.lora", "LitGPT"), ("pytorch_lora_weights.safetensors", "diffusers"),
-     ("pytorch_lora_weights.bin", "diffusers"), ("style.safetensors", "kohya")],
+     ("pytorch_lora_weights.bin", "diffusers"), ("diffusion_pytorch_model.safetensors", "diffusers"),
+     ("style.safetensors", "kohya")],
 )  # fmt: skip
 def test_an_adapter_in_a_different_format_is_refused_with_the_name_of_its_writer(tmp_path, file, writer):
     if file.endswith(".safetensors"):
