@@ -43,6 +43,8 @@ WEIGHTS_BESIDE = (
 """Further trained weights that trainers save beside an adapter: LLaVA and its derivatives, LongLoRA, ms-swift, Unsloth.
 """
 _ONE_SAVE = "check that adapter_config.json and adapter_model.safetensors are complete and were saved together"
+VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
+"""LLaMA-Factory's files beside an adapter: the scores of a reward model, or the estimates of PPO, for training only."""
 RANK_ZERO = "make it again with a rank of at least 1 in every module (mergekit-extract-lora: without --sv-epsilon)"
 """The hint for A and B without rows and columns, which peft rejects, too."""
 _CONVERTED = "pissa_converted"

@@ -16,10 +16,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from adaptkit.arguments import AnyPath
-from adaptkit.checkpoint.adapter_config import WEIGHTS_BESIDE
+from adaptkit.checkpoint.adapter_config import VALUE_HEADS, WEIGHTS_BESIDE
 from adaptkit.checkpoint.layout import CARD_NAME, CODE_SUFFIX, LICENCES, READ_SUFFIXES
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
-from adaptkit.checkpoint.other_weights import refuse_other_weights
+from adaptkit.checkpoint.other_weights import other_writer, refuse_other_weights
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import NetworkError, UsageError
 from adaptkit.hub._client import Hub, Note, connect, no_note
@@ -44,7 +44,8 @@ __all__ = [
 
 _SOURCE = re.compile(rf"({REPO_ID.pattern})(?:@([\w./+-]+))?", re.ASCII)
 _BY_SUFFIX = [f"*{suffix}" for suffix in sorted({*READ_SUFFIXES, CODE_SUFFIX})]
-_WANTED = [*_BY_SUFFIX, *(f"{name}*" for name in LICENCES), CARD_NAME, *WEIGHTS_BESIDE]  # the last are refused later
+_BESIDE = {*WEIGHTS_BESIDE, *VALUE_HEADS}
+_WANTED = [*_BY_SUFFIX, *(f"{name}*" for name in LICENCES), CARD_NAME, *sorted(_BESIDE)]  # the last are reported later
 # Checkpoints are at the root; consolidated files and subfolders hold copies of the same weights in other formats.
 _UNWANTED = ["consolidated*.safetensors", *(f"{name}*/*" for name in LICENCES)]
 _UNWANTED += [f"*/{pattern}" for pattern in _BY_SUFFIX if pattern != "*.jinja"]
@@ -128,9 +129,9 @@ def note_if_incomplete(repo_id: str, folder: Path, note: Note) -> None:
 def check_weights(what: str, tree: Mapping[str, RemoteFile]) -> None:
     """Refuse, before fetching, a commit without readable files or with weights in an unsupported format or place."""
     beside = [path for path in tree if "/" not in path]
-    if not any(path.endswith(".safetensors") for path in beside):
+    if not any(path.endswith(".safetensors") and path not in _BESIDE and not other_writer(path) for path in beside):
         refuse_other_weights(what, beside)
-        below = min((path for path in tree if path.endswith(".safetensors")), default="")
+        below = min((path for path in tree if "/" in path and path.endswith(".safetensors")), default="")
         if below and MANIFEST_NAME not in tree:
             hint = f"fetch it with `hf download`, and pass its folder {below.rpartition('/')[0]}"
             raise UsageError(f"{what}: has weights only in subfolders, such as {below}", hint=hint)

@@ -285,7 +285,7 @@ def test_of_repositories_without_a_manifest_only_files_that_operations_read_are_
     cli: Any, make_artifact: Callable[..., Path]
 ) -> None:
     read = ["modeling_x.py", "LICENSE-MODEL", "USE_POLICY.md", "additional_chat_templates/tool.jinja"]
-    read += ["trainable_params.bin"]  # operations refuse an adapter that has it
+    read += ["trainable_params.bin", "value_head.bin"]  # beside an adapter, operations refuse one and report the other
     unread = ["onnx/config.json", "onnx/x.py", "LICENSES/x", "pytorch_model.bin", "onnx/model.safetensors"]
     made = make_artifact(files=dict.fromkeys([*read, *unread], "{}"))
     code = (
@@ -302,9 +302,11 @@ def test_of_repositories_without_a_manifest_only_files_that_operations_read_are_
     [
         (["README.md", "config.json", "model-Q4.gguf"], 5, "weights are GGUF (model-Q4.gguf)"),
         (["config.json", "pytorch_model.bin"], 5, "weights are pickles (pytorch_model.bin)"),
+        (["pytorch_model.bin", "value_head.safetensors"], 5, "weights are pickles (pytorch_model.bin)"),
+        (["config.json", "pytorch_lora_weights.safetensors"], 5, "pytorch_lora_weights.safetensors is in the format"),
         (["adapter_config.json", "adapter_model.bin", "training_args.bin"], 5, "pickles (adapter_model.bin)"),
         (
-            ["checkpoint-9/adapter_model.safetensors", "training_args.bin"],
+            ["checkpoint-9/adapter_model.safetensors", "training_args.bin", "value_head.safetensors"],
             2,
             "only in subfolders, such as checkpoint-9/adapter_model",
         ),
@@ -325,7 +327,7 @@ def test_errors_for_repositories_without_readable_weights_say_what_they_hold(
         assert done.code == code, done.stdout
         assert done.report["message"].startswith("me/model@")
         assert says in done.report["message"]
-        assert ("transformers" in done.report["hint"]) == ("pytorch_model.bin" in files)
+        assert ("from_pretrained" in done.report["hint"]) == ("pytorch_model.bin" in files)
         assert "allow_patterns" not in done.stderr
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.adapter_config import weights_beside
+from adaptkit.checkpoint.adapter_config import VALUE_HEADS, weights_beside
 from adaptkit.checkpoint.layout import (
     CODE_SUFFIX,
     CONFIG_NAME,
@@ -32,9 +32,6 @@ from adaptkit.text.tokenizer_files import (
     is_vocabulary,
     template_beside,
 )
-
-_VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
-"""LLaMA-Factory's files beside an adapter: the scores of a reward model, or the estimates of PPO, for training only."""
 
 
 @dataclass
@@ -96,9 +93,9 @@ def plan_side_files(
         for name in list(filter(is_template, files.contents)) if TEMPLATES & set(templates) else ():
             del files.contents[name]
         files.contents |= templates
-    for adapter in adapters:
-        if head := weights_beside(adapter.root, _VALUE_HEADS):
-            files.notes.append(f"{adapter.root}: {head} is left out; if this is a reward model, it needs that file")
+    for root in dict.fromkeys(adapter.root for adapter in adapters):
+        if head := weights_beside(root, VALUE_HEADS):
+            files.notes.append(f"{root}: {head} is left out; if this is a reward model, it needs that file")
     files.lost = {name: content for name, content in before.items() if files.contents.get(name) != content}
     files.added = sorted(set(files.contents) - set(before))
     return files
