@@ -62,6 +62,13 @@ def test_the_files_of_the_base_are_restored(tmp_path, case_of, name):
     assert_comes_back(tmp_path, case.base, [case.adapter], options_for(name))
 
 
+def test_tensors_without_elements_are_restored(tmp_path, llama, adapter):
+    base = shutil.copytree(llama, tmp_path / "base")
+    with edited_tensors(base / "model.safetensors") as tensors:
+        tensors["model.unused.weight"] = torch.zeros(0, 4)
+    assert_comes_back(tmp_path, base, [adapter], MergeOptions())
+
+
 @pytest.mark.parametrize(("before", "after"), [(8192, 8194), (8192, 3 * 8192), (8194, 8192), (8193, 8192 + 8192)])
 @pytest.mark.parametrize(
     "name", ["resized", "resized_tied", "resized_embedding", "resized_dora_embedding", "resized_embedding_tied"]

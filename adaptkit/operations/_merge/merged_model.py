@@ -164,7 +164,7 @@ class MergedModel:
         try:
             header = parse_header(raw, file)
             position = len(raw)
-            for spec, start in header.tensors:
+            for spec, start in sorted(header.tensors, key=lambda item: (item[1], item[0].nbytes)):  # empty ones first
                 if start != position or not all(type(size) is int and size >= 0 for size in spec.shape):
                     raise IntegrityError(f"{self.root}: the undo record's header of {file} is damaged", hint=AGAIN)
                 position += spec.nbytes
