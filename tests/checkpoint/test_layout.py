@@ -89,11 +89,13 @@ def test_weights_are_in_a_single_file_or_in_the_shards_of_an_index(llama, llama_
     assert set(weight_map.values()) == set(files)
 
 
-def test_pickles_are_refused_with_a_hint(tmp_path):
-    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02}q\x00.")
-    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin") as caught:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_pickles_of_transformers_are_refused_with_a_hint_to_convert_them(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(CheckpointError, match=name) as caught:
         weight_files(tmp_path)
     assert "safe_serialization" in caught.value.hint
+    assert "rename" not in caught.value.hint
 
 
 def test_the_hint_for_a_pickle_of_hqq_names_hqq(tmp_path):
