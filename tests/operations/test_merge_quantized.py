@@ -19,6 +19,7 @@ from adaptkit.checkpoint.quantized import read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
 from adaptkit.hub._selection import part_of, select
+from adaptkit.operations import _shards
 from adaptkit.operations._merge import quantized as _merge_quantized
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import MergeOptions, merge
@@ -42,6 +43,15 @@ def test_merging_to_nf4_equals_merging_then_quantizing(tmp_path, llama_sharded, 
     verify(tmp_path / "one step")
     for name in ("config.json", "tokenizer.json", "generation_config.json"):
         assert (tmp_path / "one step" / name).read_bytes() == (tmp_path / "two steps" / name).read_bytes()
+
+
+def test_pieces_may_begin_and_end_within_a_row(tmp_path, monkeypatch, llama):
+    folder = tiny.write_peft_adapter(tmp_path / "a", llama, target_modules=["q_proj", "down_proj"])
+    merge(llama, [folder], tmp_path / "merged")
+    quantize(tmp_path / "merged", tmp_path / "two steps")
+    monkeypatch.setattr(_shards, "PIECE_BYTES", 400)  # 192 weights, one and a half rows of down_proj
+    merge(llama, [folder], tmp_path / "one step", NF4)
+    assert weights(tmp_path / "one step") == weights(tmp_path / "two steps")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from folders import edit_json, edited_tensors, tree
 from peft_adapters import CASES, OF_EVERY_KIND, PREFIX
 
 from adaptkit.errors import BaseMismatchError, IntegrityError
+from adaptkit.operations._merge import folding
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
@@ -83,6 +84,16 @@ def test_vocabularies_are_restored_wherever_the_runs_of_rows_end(tmp_path, name,
     edit_json(base / "config.json", vocab_size=before)
     adapter = peft_adapters.write_adapter(tmp_path / "adapter", case, base)
     assert_comes_back(tmp_path, base, [adapter], options_for(name))
+
+
+@pytest.mark.parametrize("name", OF_EVERY_KIND)
+def test_neither_result_depends_on_where_runs_of_rows_end(tmp_path, monkeypatch, case_of, name):
+    """Matrices this small are a single run. Here every row is one, and of a vocabulary some are added rows."""
+    case, options, cut = case_of(name), options_for(name), folding._cut
+    merge(case.base, case.adapter, tmp_path / "usual", options)
+    monkeypatch.setattr(folding, "_cut", lambda matrix, panel_rows, _: cut(matrix, panel_rows, matrix[1]))
+    assert_comes_back(tmp_path, case.base, [case.adapter], options)
+    assert files_of(tmp_path / "merged") == files_of(tmp_path / "usual")
 
 
 @pytest.mark.parametrize(
