@@ -142,10 +142,11 @@ def _subjects(bases: Sequence[Path], adapters: Sequence[Adapter], shots: bool) -
                 raise UsageError(f"{root}: is given twice", hint=f"give each {option} once")
     subjects = []
     weights = [Weights(base) for base in bases]
-    for number, base in enumerate(weights):
-        parent = parent_among(base.manifest, [other for other in weights if other is not base])
-        before = weights.index(parent) if parent is not None else 0
-        subjects.append(_Subject(base.root, None, False, before if before != number else None))
+    parents = [parent_among(base.manifest, [other for other in weights if other is not base]) for base in weights]
+    first = parents.index(None) if None in parents else None  # the first base itself may be made from a later one
+    for number, parent in enumerate(parents):
+        before = weights.index(parent) if parent is not None else first
+        subjects.append(_Subject(bases[number], None, False, before if before != number else None))
     subjects += [_Subject(base, None, True, None) for base in bases if shots]
     for adapter in adapters:
         base = base_of(adapter, weights)

@@ -104,6 +104,10 @@ def test_a_quantized_base_is_compared_with_its_source_and_others_with_the_first(
     assert [(line.model, line.before) for line in found.forgetting] == [
         (str(llama), str(stranger)), (str(tmp_path / "nf4"), str(llama)),
     ]  # fmt: skip
+    found = compare([tmp_path / "nf4", llama, stranger], text=[prose], options=EvaluateOptions(**FLOAT32))
+    assert [(line.model, line.before) for line in found.forgetting] == [
+        (str(tmp_path / "nf4"), str(llama)), (str(stranger), str(llama)),
+    ]  # fmt: skip
 
 
 def test_questions_that_do_not_fit_every_context_are_left_out_for_all_models(llama, gpt2, tmp_path):
