@@ -158,7 +158,9 @@ def _write(
     if placeholder is not None:
         terms[running.module(placeholder)] = zero_change(placeholder)
     config = saved.config | {"fan_in_fan_out": plan.transposed, "task_type": running.task}
-    tensors = {name: saved.source(plan, part).read(part.name) for name, part in saved.parts.items()}
+    sources = {part.name: saved.source(plan, part) for part in saved.parts.values()}
+    values = {name: source.read(name) for name, source in sources.items()}  # once, if it is tied and so has two names
+    tensors = {name: values[part.name] for name, part in saved.parts.items()}
     write_adapter(out, terms, name_of(plan.base.root), saved=tensors, **config)
     for name, path in beside.items():
         out.write(name, read_small(path))
