@@ -42,12 +42,15 @@ def damped(second_moment: Tensor) -> Tensor:
     Raises:
         UsageError: not a square matrix of finite numbers.
     """
-    matrix = second_moment.double()
-    if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not bool(torch.isfinite(matrix).all()):
-        raise UsageError(f"second moments of shape {list(matrix.shape)}: must be a square matrix of finite numbers")
+    shape = second_moment.shape
+    if len(shape) != 2 or shape[0] != shape[1] or not bool(torch.isfinite(second_moment).all()):
+        raise UsageError(f"second moments of shape {list(shape)}: must be a square matrix of finite numbers")
+    matrix = second_moment.to(torch.float64, copy=True)
     mean = float(matrix.diagonal().mean())
-    identity = torch.eye(len(matrix), dtype=torch.float64)
-    return matrix + DAMPING * mean * identity if mean > 0 else identity
+    if mean <= 0:
+        return torch.eye(len(matrix), dtype=torch.float64)
+    matrix.diagonal().add_(DAMPING * mean)
+    return matrix
 
 
 def compensation_factor(second_moment: Tensor) -> Tensor:
@@ -59,8 +62,10 @@ def compensation_factor(second_moment: Tensor) -> Tensor:
     Returns:
         (in, in) float32, computed in float64.
     """
-    lower = torch.linalg.cholesky(damped(second_moment))
-    factor: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(lower), upper=True)
+    # Each matrix may have gigabytes: no name keeps one that is no longer needed.
+    factor: Tensor = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(damped(second_moment))), upper=True
+    )
     return factor.float().contiguous()
 
 
