@@ -219,6 +219,26 @@ def test_the_base_is_verified_if_the_adapter_records_what_it_was_trained_on(tmp_
     assert not merge(llama, [adapter], tmp_path / "unknown").base_verified
 
 
+def test_weights_that_an_adapter_replaces_need_not_be_known_to_verify_its_base(
+    tmp_path, llama, adapter, copy_of, certified
+):
+    """With another weight, or with a second adapter that changes them, the result depends on the base's values."""
+    known = certified(tiny.write_peft_adapter(tmp_path / "a", llama, modules_to_save=["norm"]), llama)
+    assert all(target.module != "model.norm" for target in require_manifest(known).targets)
+    assert merge(llama, [known], tmp_path / "out").base_verified
+    assert merge(llama, [known, certified(adapter, llama)], tmp_path / "two").base_verified
+    assert not merge(llama, [known, known], tmp_path / "twice").base_verified
+    assert not merge(llama, [known], tmp_path / "half", MergeOptions(weights=(0.5,))).base_verified
+    other = copy_of(llama)
+    with edited_tensors(other / WEIGHTS) as tensors:
+        tensors["model.norm.weight"] *= 2
+    merge(other, [known], tmp_path / "other")
+    assert_equal(tensors_of(tmp_path / "other"), tensors_of(tmp_path / "out"))
+    manifest = require_manifest(known)
+    (known / MANIFEST_NAME).write_bytes(replace(manifest, targets=manifest.targets[1:]).to_bytes())
+    assert not merge(llama, [known], tmp_path / "one unknown").base_verified
+
+
 @pytest.mark.parametrize("form", ["keep", "nf4"])
 def test_same_base_requires_all_tensors_to_match_not_only_the_changed_ones(
     form, tmp_path, llama, adapter, copy_of, certified, run_cli

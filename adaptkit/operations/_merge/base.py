@@ -141,9 +141,13 @@ def with_addresses(base: Base, edits: Edits) -> Base:
 
 
 def changed_are_known(base: Base, edits: Edits, adapters: Sequence[Adapter]) -> bool:
-    """Return whether each adapter's manifest records fingerprints of all weights it changes, and all are compared."""
+    """Return whether each adapter's manifest records fingerprints of all weights it changes, and all are compared.
+
+    Weights that it replaces are not counted: the result is the same with any base.
+    """
+    changes = [edit for edit in edits.of.values() if not edit.replaces]
     for number, adapter in enumerate(adapters):
-        sources = {e.source for e in edits.of.values() if any(step.adapter == number for step in e.steps)}
+        sources = {e.source for e in changes if any(step.adapter == number for step in e.steps)}
         named = _by_tensor(base.checkpoint, _recorded(adapter.manifest, adapter.root))
         own, _ = _in_files(base, named, [edits.addresses[number]])
         compared = {name for name in own if own[name][0] == base.expected.get(name, ("",))[0]}

@@ -78,6 +78,11 @@ class Edit:
         return bool(self.steps) and all(step.is_plain for step in self.steps)
 
     @property
+    def replaces(self) -> bool:
+        """Whether the result does not depend on the base's tensor."""
+        return len(self.steps) == 1 and self.steps[0].whole is not None and self.steps[0].weight == 1
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """(rows, columns) of the result as a matrix: all dimensions but the last are rows."""
         return matrix_of(self.spec.shape)
