@@ -82,6 +82,18 @@ def test_a_repository_of_the_wrong_kind_is_refused_before_any_download(
     assert not [path for _, path, _ in hub.requests if "safetensors" in path]
 
 
+def test_local_folders_are_checked_before_the_hub_is_asked(
+    cli: Any, hub: LocalHub, recipe: Callable[[str, str], Path], adapter: Path
+) -> None:
+    path = recipe("{quantize: here}", "lora")
+    path.write_text(path.read_text().replace("lora: {repo: org/lora}", "here: {path: here}"))
+    shutil.copytree(adapter, path.parent / "here")
+    hub.requests.clear()
+    done = cli("run", path)
+    assert (done.code, hub.requests) == (2, [])
+    assert "steps.second.quantize: 'here' is an adapter; expected an unquantized checkpoint" in done.report["message"]
+
+
 def test_a_repository_with_neither_an_adapter_nor_a_checkpoint_is_refused_before_any_download(
     cli: Any, hub: LocalHub, recipe: Callable[[str, str], Path]
 ) -> None:
