@@ -113,20 +113,16 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
             ``begin`` or ``save_activations`` refuses the settings.
     """
     with reports_unsupported_dtype(inputs.base, inputs.config.compute_dtype):
-        return _built(inputs, world, largest)
-
-
-def _built(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model, Activations]:
-    device, is_shared = world.device, inputs.config.shard_base
-    held = torch.device("cpu") if is_shared else device  # unsharded, the base need not fit the device
-    model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)
-    add_trainable(model, inputs.config, inputs.start, inputs.tokenizer)
-    if inputs.config.pack:
-        check_packing(model.network)
-    if device.type == "cpu" or not is_shared:
-        make_fast(model)
-    if inputs.config.checkpointing != "none":
-        mark_unread(model.network)
-    if is_shared:
-        shard_frozen(model.network, world)
-    return model, save_activations(model.network, inputs.config, largest, device)
+        device, is_shared = world.device, inputs.config.shard_base
+        held = torch.device("cpu") if is_shared else device  # unsharded, the base need not fit the device
+        model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)
+        add_trainable(model, inputs.config, inputs.start, inputs.tokenizer)
+        if inputs.config.pack:
+            check_packing(model.network)
+        if device.type == "cpu" or not is_shared:
+            make_fast(model)
+        if inputs.config.checkpointing != "none":
+            mark_unread(model.network)
+        if is_shared:
+            shard_frozen(model.network, world)
+        return model, save_activations(model.network, inputs.config, largest, device)

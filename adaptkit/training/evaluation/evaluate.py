@@ -147,22 +147,10 @@ def measure(
 ) -> EvaluateReport:
     """Measure one model on its material; see ``evaluate``."""
     model = load(base, options, adapter)
-    with reports_unsupported_dtype(base, name_of(model.dtype)):
-        return _measured(model, base, adapter, material, options, reference, on_answer)
-
-
-def _measured(
-    model: Model,
-    base: Path,
-    adapter: Adapter | None,
-    material: Material,
-    options: EvaluateOptions,
-    reference: Model | None,
-    on_answer: Callable[[Answer], None],
-) -> EvaluateReport:
     samples, sources = (material.dataset.samples, material.dataset.sources) if material.dataset else ((), ())
-    loss = mean_loss(model, samples, options.batch_size, pad_id(material.tokenizer, base)) if samples else None
-    text = None if material.windows is None else measure_text(model, material.windows, reference)
+    with reports_unsupported_dtype(base, name_of(model.dtype)):
+        loss = mean_loss(model, samples, options.batch_size, pad_id(material.tokenizer, base)) if samples else None
+        text = None if material.windows is None else measure_text(model, material.windows, reference)
     _require_numbers(base, {"the answers": loss, "the text": text.loss if text else None})
     if text is not None and reference is not None:
         _require_numbers(reference.checkpoint.root, {"the text": text.reference_loss})
@@ -191,7 +179,8 @@ def _measured(
         unused={source.name: source.unused for source in sources if source.unused},
         twice=material.dataset.twice if material.dataset else 0,
     )
-    return _with_answers(report, model, material, options, on_answer)
+    with reports_unsupported_dtype(base, name_of(model.dtype)):
+        return _with_answers(report, model, material, options, on_answer)
 
 
 def _other_template(base: Path, adapter: Adapter | None, options: EvaluateOptions) -> dict[str, Any] | None:
