@@ -3,9 +3,11 @@
 import pytest
 import tiny
 import torch
+from transformers import LlamaModel
 
 from adaptkit.errors import UsageError
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
+from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 
 
 def test_training_and_evaluation_of_an_architecture_that_mixes_dtypes_name_the_option_to_use(
@@ -42,6 +44,7 @@ def lacks(): ones(2, 2).bfloat16().cholesky_inverse()
 def shapes(): ones(2, 2) @ ones(3, 2)
 def scatter(): zeros(4).scatter_(0, zeros(2, dtype=int), ones(2).bfloat16())
 def ours(): mismatch()
+def forward(*inputs, **options): mix()
 """
 
 
@@ -60,6 +63,13 @@ def test_mixed_dtypes_and_missing_operations_in_transformers_are_unsupported(fun
         reports_unsupported_dtype(tmp_path, "bfloat16"),
     ):
         functions[name]()
+
+
+def test_an_error_while_answers_are_generated_is_reported_too(functions, llama, monkeypatch):
+    monkeypatch.setattr(LlamaModel, "forward", functions["forward"])
+    options = EvaluateOptions(prompts=("hello",), max_new_tokens=1, compute_dtype="bfloat16", device="cpu")
+    with pytest.raises(UsageError, match="cannot compute this architecture in bfloat16"):
+        evaluate(llama, options=options)
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("mix", "float32"), ("shapes", "bfloat16"), ("ours", "bfloat16")])
