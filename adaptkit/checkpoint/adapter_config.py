@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.eora import refuse_eora
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
 from adaptkit.checkpoint.mlx import mlx_hint
 from adaptkit.checkpoint.patterns import FirstMatch, matches_behind_dot, matches_whole
@@ -112,6 +113,7 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
             f"{root}: unknown init_lora_weights {begun!r}, which may have changed the base's weights",
             hint="set it to true if it did not, or merge the adapter with the tool that wrote it",
         )
+    refuse_eora(root, config)
     if config.get("bias", "none") not in _BIASES:
         raise AdapterError(f"{root}: bias is {config['bias']!r}; expected one of {', '.join(_BIASES)}", hint=_ONE_SAVE)
     if config.get("use_dora") and config.get("lora_bias"):

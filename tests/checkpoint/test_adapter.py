@@ -183,6 +183,22 @@ def test_initializations_that_change_the_base_are_refused(changed, begun):
         read_adapter(changed)
 
 
+def test_an_eora_adapter_is_recognized_by_the_keys_that_gptqmodel_writes(changed):
+    """It compensates a quantized checkpoint's error: merged into the 16-bit one, it would add that error to it."""
+    path = changed / "adapter_config.json"
+    written = json.loads(path.read_text())
+    keys = ["base_model_name_or_path", "bias", "fan_in_fan_out", "init_lora_weights", "lora_alpha", "lora_bias",
+            "lora_dropout", "megatron_core", "peft_type", "r", "target_modules", "task_type", "use_dora",
+            "use_rslora"]  # fmt: skip
+    config = {key: written[key] for key in keys} | {"base_model_name_or_path": "a-gptq-4bit"}
+    path.write_text(json.dumps(config | {"lora_alpha": config["r"]}))
+    with pytest.raises(AdapterError, match=r"EoRA adapter of GPTQModel.*error of a-gptq-4bit"):
+        read_adapter(changed)
+    for ours in ({"inference_mode": True}, {"lora_alpha": 2 * config["r"]}):  # by peft; with a scaling of its own
+        path.write_text(json.dumps(config | {"lora_alpha": config["r"]} | ours))
+        assert read_adapter(changed).modules
+
+
 @pytest.mark.parametrize("begun", ["milora", "lora-ga", "lora_one"])
 def test_an_unknown_initialization_is_refused(changed, begun):
     """ms-swift writes lora-ga, which changes the base; forks of peft have others that do."""
