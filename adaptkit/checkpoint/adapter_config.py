@@ -9,6 +9,7 @@ from typing import Any
 from adaptkit.checkpoint.eora import refuse_eora
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
 from adaptkit.checkpoint.mlx import mlx_hint
+from adaptkit.checkpoint.other_weights import WEIGHTS_BESIDE
 from adaptkit.checkpoint.patterns import FirstMatch, matches_behind_dot, matches_whole
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.scaling import scaling
@@ -37,15 +38,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations for which peft changes the base; a converted adapter has ``init_lora_weights: true`` instead."""
 _LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Initializations of peft 0.21 that leave the base unchanged."""
-WEIGHTS_BESIDE = (
-    "non_lora_trainables.bin", "non_lora_state_dict.bin", "trainable_params.bin", "vit.safetensors",
-    "scoring_head.safetensors", "joint_head.safetensors",
-)  # fmt: skip
-"""Further trained weights that trainers save beside an adapter: LLaVA and its derivatives, LongLoRA, ms-swift, Unsloth.
-"""
 _ONE_SAVE = "check that adapter_config.json and adapter_model.safetensors are complete and were saved together"
-VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
-"""LLaMA-Factory's files beside an adapter: the scores of a reward model, or the estimates of PPO, for training only."""
 RANK_ZERO = "make it again with a rank of at least 1 in every module (mergekit-extract-lora: without --sv-epsilon)"
 """The hint for A and B without rows and columns, which peft rejects, too."""
 _CONVERTED = "pissa_converted"

@@ -19,7 +19,7 @@ from typing import Any
 from adaptkit.arguments import AnyPath, folder_hint
 from adaptkit.checkpoint.header import check_regular, strict_json
 from adaptkit.checkpoint.links import refuse_foreign_link
-from adaptkit.checkpoint.other_weights import refuse_other_weights
+from adaptkit.checkpoint.other_weights import VALUE_HEADS, WEIGHTS_BESIDE, refuse_other_weights
 from adaptkit.checkpoint.progress import first_few
 from adaptkit.errors import CheckpointError, UnsafeInputError, UsageError
 
@@ -196,12 +196,15 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
     if (root / SINGLE_NAME).exists():
         return [SINGLE_NAME], None
     refuse_other_weights(root, (p.name for p in root.iterdir() if not p.name.startswith(_NOT_SIDE_PREFIXES)))
-    others = sorted(p.name for p in root.glob("*.safetensors") if not p.name.startswith(_NOT_SIDE_PREFIXES))
+    beside = sorted(name for name in (*WEIGHTS_BESIDE, *VALUE_HEADS) if (root / name).exists())
+    shards = {p.name for p in root.glob("*.safetensors") if not p.name.startswith(_NOT_SIDE_PREFIXES)} - {*beside}
+    found = [*sorted(shards), *beside]
+    whole = "the adapter or checkpoint that it was saved with" if beside else "config.json"
     raise CheckpointError(
-        f"{root}: not a checkpoint: neither {SINGLE_NAME} nor {INDEX_NAME}{f', but {others[0]}' if others else ''}",
+        f"{root}: not a checkpoint: neither {SINGLE_NAME} nor {INDEX_NAME}{f', but {found[0]}' if found else ''}",
         hint=f"if these are shards, add {INDEX_NAME}; if transformers wrote one file, rename it {SINGLE_NAME}"
-        if others
-        else look_below(root, "pass the folder that contains config.json", models=True),
+        if shards
+        else look_below(root, f"pass the folder that contains {whole}", models=True),
     )
 
 

@@ -27,6 +27,14 @@ _OTHERWISE = (
 )
 OF_IMAGES = "give a language model as transformers saves it, or an adapter of one as peft saves it"
 """The hint for models of images and their adapters."""
+WEIGHTS_BESIDE = (
+    "non_lora_trainables.bin", "non_lora_state_dict.bin", "trainable_params.bin", "vit.safetensors",
+    "scoring_head.safetensors", "joint_head.safetensors",
+)  # fmt: skip
+"""Further trained weights that trainers save beside an adapter: LLaVA and its derivatives, LongLoRA, ms-swift, Unsloth.
+"""
+VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
+"""LLaMA-Factory's files beside an adapter: the scores of a reward model, or the estimates of PPO, for training only."""
 _OTHER_WRITERS = {
     r"lit_model\.pth\.lora": (
         "LitGPT",
@@ -54,7 +62,8 @@ def refuse_other_weights(where: object, names: Iterable[str]) -> None:
     Raises:
         CheckpointError: one of the files is a pickle, GGUF or another tool's.
     """
-    names = sorted(name for name in names if not name.startswith(_STATES))
+    beside = {*WEIGHTS_BESIDE, *VALUE_HEADS}
+    names = sorted(name for name in names if not name.startswith(_STATES) and name not in beside)
     if pickle := next((name for name in names if name.endswith(_PICKLES) and not other_writer(name)), ""):
         raise CheckpointError(
             f"{where}: weights are pickles ({pickle}), which adaptkit does not load",

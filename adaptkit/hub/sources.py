@@ -16,10 +16,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from adaptkit.arguments import AnyPath
-from adaptkit.checkpoint.adapter_config import VALUE_HEADS, WEIGHTS_BESIDE
 from adaptkit.checkpoint.layout import CARD_NAME, CODE_SUFFIX, LICENCES, READ_SUFFIXES
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
-from adaptkit.checkpoint.other_weights import other_writer, refuse_other_weights
+from adaptkit.checkpoint.other_weights import VALUE_HEADS, WEIGHTS_BESIDE, other_writer, refuse_other_weights
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import NetworkError, UsageError
 from adaptkit.hub._client import Hub, Note, connect, no_note

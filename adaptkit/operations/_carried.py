@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.adapter_config import weights_beside
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.layout import GENERATION_NAME, read_small, side_files
+from adaptkit.checkpoint.other_weights import VALUE_HEADS
 from adaptkit.checkpoint.undo import as_bytes
 from adaptkit.errors import AdapterError, UsageError
 from adaptkit.text.tokenizer_files import is_of_tokenizer
@@ -78,6 +80,13 @@ def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, tuple[bytes, Adapt
                     hint=f"remove {name} from a copy of one of them; of a tokenizer, remove all files",
                 )
     return brought
+
+
+def left_out(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """Return a note for each adapter beside which there is a value head."""
+    heads = {adapter.root: weights_beside(adapter.root, VALUE_HEADS) for adapter in adapters}
+    why = "is left out; if this is a reward model, it needs that file"
+    return tuple(f"{root}: {head} {why}" for root, head in heads.items() if head)
 
 
 def _own_files(adapter: Adapter) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd
-from adaptkit.operations._carried import Carried, collect_carried
+from adaptkit.operations._carried import Carried, collect_carried, left_out
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._terms import KEPT_KEYS
 from adaptkit.operations._threads import check_threads, map_in_threads, thread_count
@@ -86,6 +86,7 @@ class ResizeReport:
         modules: one per module.
         tensors_root: hash of the result's tensors; None for a dry run.
         manifest_sha256: None for a dry run.
+        told: notes: a value head that is left out.
     """
 
     output: str
@@ -102,6 +103,7 @@ class ResizeReport:
     modules: tuple[ResizedModule, ...] = field(repr=False)
     tensors_root: str | None = None
     manifest_sha256: str | None = None
+    told: tuple[str, ...] = ()
 
 
 def resize(
@@ -206,6 +208,7 @@ def _report(
         base_copies=tuple(sorted(carried.copies)),
         tokenizer=tuple(sorted(carried.files)),
         modules=entries,
+        told=left_out([read]),
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.arguments import AnyPath, as_paths, checked_options, typed_fields
-from adaptkit.checkpoint.adapter import read_adapter, write_adapter
+from adaptkit.checkpoint.adapter import Adapter, read_adapter, write_adapter
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import Manifest, parent_of
@@ -19,7 +19,7 @@ from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.numerics import stacking
 from adaptkit.numerics.stacking._compress import Compressed, Limit, compress
 from adaptkit.numerics.stacking._method import Method
-from adaptkit.operations._carried import Carried, collect_carried
+from adaptkit.operations._carried import Carried, collect_carried, left_out
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._stack.terms import Stackable, stackable
 from adaptkit.operations._terms import expected_fingerprints, weights_of
@@ -132,6 +132,7 @@ class StackReport:
         per_module: one per module, sorted by name.
         tensors_root: hash of the result's tensors; None for a dry run.
         manifest_sha256: of the result's manifest; None for a dry run.
+        told: notes: value heads that are left out.
     """
 
     output: str
@@ -149,6 +150,7 @@ class StackReport:
     per_module: tuple[StackedModule, ...] = field(repr=False)
     tensors_root: str | None = None
     manifest_sha256: str | None = None
+    told: tuple[str, ...] = ()
 
 
 def stack(
@@ -189,7 +191,7 @@ def stack(
     check_output(output, force, adapters)
     carried = collect_carried(read)
     combined = _combine(plan, options, progress)
-    report = _report(output, options, plan, carried, combined, len(adapters))
+    report = _report(output, options, plan, carried, combined, read)
     if dry_run:
         return report
     recorded = options.recorded(weights)
@@ -255,7 +257,7 @@ def _report(
     plan: Stackable,
     carried: Carried,
     combined: Mapping[str, Compressed],
-    adapters: int,
+    adapters: Sequence[Adapter],
 ) -> StackReport:
     entries = tuple(
         StackedModule(name, sum(term.rank > 0 for term in plan.modules[name]), made.term.rank, made.norm, made.energy)
@@ -268,7 +270,7 @@ def _report(
         output=str(output),
         method=options.method,
         settings={name.rstrip("_"): value for name, value in asdict(options.resolved()).items()},
-        adapters=adapters,
+        adapters=len(adapters),
         modules=len(entries),
         partial=plan.partial,
         zero=sum(made.is_zero for made in combined.values()),
@@ -278,4 +280,5 @@ def _report(
         tokenizer=tuple(sorted(carried.files)),
         base_names=plan.base_names,
         per_module=entries,
+        told=left_out(adapters),
     )

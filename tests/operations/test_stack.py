@@ -185,3 +185,18 @@ def test_an_existing_output_is_replaced_only_with_force(tmp_path, adapter, secon
         stack([adapter, adapter], tmp_path / "out")
     stack([adapter, adapter], tmp_path / "out", force=True)
     assert read_adapter(tmp_path / "out").modules["model.layers.0.mlp.up_proj"].rank == 8
+
+
+@pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin"])
+def test_a_value_head_beside_an_adapter_is_left_out_with_a_note(tmp_path, adapter, copy_of, run_cli, name):
+    scoring = copy_of(adapter)
+    (scoring / name).write_bytes(b"not read")
+    note = f"{scoring}: {name} is left out"
+    for command in (("stack", scoring, adapter, scoring), ("resize", scoring, "--rank", 2)):
+        out = tmp_path / command[0]
+        result = run_cli(*command, "-o", out)
+        assert result.code == 0
+        assert result.stdout.count(note) == 1
+        assert not (out / name).exists()
+        told = json.loads(run_cli(*command, "-o", out, "--force", "--json", "--dry-run").stdout)["told"]
+        assert [line.startswith(note) for line in told] == [True]

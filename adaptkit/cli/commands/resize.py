@@ -53,6 +53,7 @@ def _rows(report: "ResizeReport", dry_run: bool) -> list[Row]:
         rows.append(("also copied", f"its copies of {', '.join(report.base_copies)}"))
     if report.tokenizer:
         rows.append(("also copied", ", ".join(report.tokenizer)))
+    rows += [("note", text) for text in report.told]
     if report.manifest_sha256:
         rows.append(("manifest sha256", report.manifest_sha256))
     return rows

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.adapter_config import VALUE_HEADS, weights_beside
 from adaptkit.checkpoint.layout import (
     CODE_SUFFIX,
     CONFIG_NAME,
@@ -21,7 +20,7 @@ from adaptkit.checkpoint.layout import (
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError
-from adaptkit.operations._carried import tokenizer_files
+from adaptkit.operations._carried import left_out, tokenizer_files
 from adaptkit.operations._merge.edits import Edits
 from adaptkit.text.chat_template import TEMPLATE_NAME
 from adaptkit.text.tokenizer_files import (
@@ -93,9 +92,7 @@ def plan_side_files(
         for name in list(filter(is_template, files.contents)) if TEMPLATES & set(templates) else ():
             del files.contents[name]
         files.contents |= templates
-    for root in dict.fromkeys(adapter.root for adapter in adapters):
-        if head := weights_beside(root, VALUE_HEADS):
-            files.notes.append(f"{root}: {head} is left out; if this is a reward model, it needs that file")
+    files.notes += left_out(adapters)
     files.lost = {name: content for name, content in before.items() if files.contents.get(name) != content}
     files.added = sorted(set(files.contents) - set(before))
     return files
