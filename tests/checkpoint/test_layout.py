@@ -25,6 +25,7 @@ from adaptkit.checkpoint.layout import (
     weight_files,
     write_json,
 )
+from adaptkit.checkpoint.other_weights import VALUE_HEADS, WEIGHTS_BESIDE
 from adaptkit.errors import AdaptkitError, CheckpointError, UnsafeInputError, UsageError
 
 HOSTILE_PATHS = [
@@ -132,6 +133,18 @@ def test_other_pickles_of_trainers_are_not_taken_for_weights(tmp_path, name):
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         weight_files(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"pickles \(pytorch_model\.bin\)"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", [*VALUE_HEADS, *WEIGHTS_BESIDE])
+def test_a_file_that_is_only_saved_beside_other_weights_is_not_taken_for_a_checkpoint(tmp_path, name):
+    """It cannot be converted or renamed to one, as the hints for pickles and for single files say."""
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=f"not a checkpoint: .*, but {name}") as caught:
+        weight_files(tmp_path)
+    assert caught.value.hint == "pass the folder that contains the adapter or checkpoint that it was saved with"
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"pickles \(pytorch_model\.bin\)"):
         weight_files(tmp_path)
