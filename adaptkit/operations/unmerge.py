@@ -104,10 +104,15 @@ def unmerge(
             f"{merged}: no undo record found, since it was merged with --no-undo",
             hint="merge again from the base, or add --approximate for a result with rounding errors",
         )
+    options = model.options
+    if not model.has_record and (lost := options.get("small_files")):
+        raise UsageError(
+            f"{merged}: the merge replaced {lost[0]}, and without an undo record the base's is lost",
+            hint="merge again from the base",
+        )
     read, weights, resaved = model.adapters(adapters)
     records = {file: model.record(n) for n, file in enumerate(sorted(model.checkpoint.headers), 1)}
     base = model.outline({file: model.header(file, found) for file, found in records.items()})
-    options = model.options
     uses_copy = partial(_copy_replaced_base, base, frozenset(options.get("begun", ())))
     edits = plan_edits(base, read, weights, uses_copy, bool(options.get("untie")))
     _check_headers(model, base, edits)
@@ -118,7 +123,7 @@ def unmerge(
             hint="give the adapters that were merged",
         )
     if not model.has_record:
-        _check_subtractable(merged, edits, options.get("small_files", ()))
+        _check_subtractable(merged, edits)
     plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256, approximate]
     with Output(output, plan, force) as out, discard_on_bad_input(out):
         out.require_space(base.nbytes)
@@ -158,12 +163,7 @@ def _check_headers(model: MergedModel, base: BaseOutline, edits: Edits) -> None:
             raise IntegrityError(f"{model.root}: the undo record does not match {name}", hint=AGAIN)
 
 
-def _check_subtractable(merged: Path, edits: Edits, small_files: Sequence[str]) -> None:
-    if small_files:
-        raise UsageError(
-            f"{merged}: the merge replaced {small_files[0]}, and without an undo record the base's is lost",
-            hint="merge again from the base",
-        )
+def _check_subtractable(merged: Path, edits: Edits) -> None:
     for name, edit in edits.of.items():
         if not edit.is_plain or edit.spec.shape != edit.base_shape:
             raise UsageError(
