@@ -150,6 +150,7 @@ def _subjects(bases: Sequence[Path], adapters: Sequence[Adapter], shots: bool) -
     subjects += [_Subject(base, None, True, None) for base in bases if shots]
     for adapter in adapters:
         base = base_of(adapter, weights)
+        base.check_vocabulary(adapter)
         subjects.append(_Subject(base.root, adapter, False, weights.index(base)))
     return subjects
 

@@ -129,7 +129,7 @@ def train_whole(
             model.checkpoint.release_pages(value)
             continue
         old = place.module._parameters[place.child]
-        _check_shape(name, value, tuple(old.shape))  # type: ignore[union-attr]
+        check_shape(name, value.shape, tuple(old.shape))  # type: ignore[union-attr]
         parameter = nn.Parameter(value.to(model.device, torch.float32))
         for other, at in places.items():
             is_tied = at.module._parameters.get(at.child) is old
@@ -152,7 +152,7 @@ def _train_linear(model: Model, name: str, place: ParameterPlace, value: Tensor,
         raise TypeError(type(layer))
     value = value.to(model.device, torch.float32)
     if place.child == "bias":
-        _check_shape(name, value, (layer.base.shape[0],))
+        check_shape(name, value.shape, (layer.base.shape[0],))
         del layer._buffers["bias"]
         layer.bias = nn.Parameter(value) if tied is None else tied.parameter
         return Whole(layer.bias)
@@ -174,11 +174,12 @@ def _is_token_embedding(module: nn.Module, network: Any) -> TypeGuard[nn.Embeddi
     return are_embeddings and module.num_embeddings == tokens.num_embeddings
 
 
-def _check_shape(name: str, value: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(value.shape) != expected:
-        resized = len(expected) == 2 and tuple(value.shape[1:]) == expected[1:]
+def check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> None:
+    """Raise a BaseMismatchError if the shape of an adapter's tensor is not that of the base's."""
+    if list(found) != list(expected):
+        resized = len(expected) == 2 and list(found[1:]) == list(expected[1:])
         raise BaseMismatchError(
-            f"{name}: expected shape {list(expected)}, as in the base, found {list(value.shape)}",
+            f"{name}: expected shape {list(expected)}, as in the base, found {list(found)}",
             hint="if its vocabulary was resized, merge it into its base instead" if resized else OTHER_MODEL,
         )
 
@@ -214,7 +215,7 @@ def train_rows(
         raise UsageError(f"{path}: has {entries} rows, but no row {outside[0]}", hint="use tokens of the vocabulary")
     if rows is None:
         rows = model.assembly.read(name)[torch.tensor(indices)]
-    _check_shape(f"{path}: trained rows", rows, (len(indices), dim))
+    check_shape(f"{path}: trained rows", rows.shape, (len(indices), dim))
     trained = TrainedRows(torch.tensor(indices), rows.float(), entries).to(model.device)
     for place in places.values():
         is_tied = place.module._parameters.get(place.child) is table

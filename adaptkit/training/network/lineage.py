@@ -13,7 +13,9 @@ from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, read_manifest
 from adaptkit.checkpoint.quantized import part_names, quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.vocabulary import is_embedding_name, is_head
 from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
+from adaptkit.training.network.adapt import check_shape
 
 
 class Weights:
@@ -47,6 +49,19 @@ class Weights:
         if not has_it or expected.base_xxh3_128 is None:  # a weight packed by another tool has another shape
             return None
         return Target(module, expected.shape, self._record(name).xxh3_128)
+
+    def check_vocabulary(self, adapter: Adapter) -> None:
+        """Refuse an adapter that has an embedding or output layer of another shape, before a model is loaded.
+
+        Raises:
+            BaseMismatchError: names it.
+        """
+        for name, key in {**adapter.replaced, **adapter.base_copies}.items():
+            module = name.removesuffix(".weight")
+            is_plain = name in self._checkpoint.tensors and name not in self._quantized
+            if is_plain and (is_embedding_name(module) or is_head(module)):
+                found, expected = adapter.files.spec(key).shape, self._checkpoint.spec(name).shape
+                check_shape(f"{adapter.root}: {name}", found, expected)
 
     @cached_property
     def tensors_root(self) -> str:
@@ -101,13 +116,13 @@ class _Fit:
 
 
 def check_base(adapter: Adapter, base: Weights) -> None:
-    """Compare the targets in an adapter's manifest with a base, where both have fingerprints.
+    """Compare an adapter's vocabulary, and the targets in its manifest where both have fingerprints, with a base.
 
     An adapter that was trained on a quantized base also belongs to the 16-bit base with the same weights, and to any
     quantization of that base whose manifest says so, unless it compensates for the error of its own quantization.
 
     Raises:
-        BaseMismatchError: a weight differs; names it.
+        BaseMismatchError: a weight differs, or the size of the vocabulary; names it.
     """
     fit = _fit(adapter, base)
     if fit.differs and fit.is_packed:
@@ -120,6 +135,7 @@ def check_base(adapter: Adapter, base: Weights) -> None:
             f"{adapter.root}: belongs to another base than {base.root}: {fit.differs} differs",
             hint="use the base that it was trained on",
         )
+    base.check_vocabulary(adapter)
 
 
 def _fit(adapter: Adapter, base: Weights) -> _Fit:

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import peft_adapters
 import pytest
 import tiny
 import torch
@@ -272,3 +273,14 @@ def test_an_adapter_whose_files_differ_from_its_manifest_is_refused(
         (folder / name).write_bytes((second_adapter / name).read_bytes())
     with pytest.raises(IntegrityError, match="not match its manifest"):
         measure(llama, folder, [instructions], EvaluateOptions(**FLOAT32))
+
+
+@pytest.mark.parametrize("name", ["resized", "resized_tied", "resized_saved", "resized_embedding"])
+@pytest.mark.parametrize("more", [[], ["--compare"]])
+def test_an_adapter_with_a_resized_vocabulary_is_refused_before_data_or_weights_are_read(tmp_path, made, run_cli, name, more):
+    (tmp_path / "rows.jsonl").write_text("no rows")
+    case = peft_adapters.make(made, name)
+    command = ["evaluate", "--base", case.base, "--adapter", case.adapter, "--data", tmp_path / "rows.jsonl", *more]
+    error, hint = run_cli(*command).refusal(4)
+    assert "expected shape [301, 64], as in the base, found [310, 64]" in error
+    assert "merge it into its base instead" in hint
