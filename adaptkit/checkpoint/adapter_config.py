@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.eora import refuse_eora
-from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, INDEX_NAME, SINGLE_NAME
 from adaptkit.checkpoint.mlx import mlx_hint
 from adaptkit.checkpoint.other_weights import WEIGHTS_BESIDE
 from adaptkit.checkpoint.patterns import FirstMatch, matches_behind_dot, matches_whole
-from adaptkit.errors import AdapterError
+from adaptkit.errors import AdapterError, UsageError
 from adaptkit.numerics.scaling import scaling
 
 _UNSUPPORTED = (
@@ -54,6 +54,22 @@ _EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "d
 def is_adapter(root: Path) -> bool:
     """Return whether a folder has an ``adapter_config.json``."""
     return (root / ADAPTER_CONFIG_NAME).is_file()
+
+
+def is_only_adapter(root: Path) -> bool:
+    """Return whether a folder holds an adapter, not a checkpoint.
+
+    Raises:
+        UsageError: it holds both.
+    """
+    model = next((name for name in (SINGLE_NAME, INDEX_NAME) if (root / name).exists()), "")
+    if model and is_adapter(root) and (root / ADAPTER_WEIGHTS_NAME).exists():
+        raise UsageError(
+            f"{root}: holds both an adapter ({ADAPTER_WEIGHTS_NAME}) and a checkpoint ({model})",
+            hint=f"copy the folder, remove adapter_* from the copy for the checkpoint, or {model} for the adapter, and "
+            "give the copy",
+        )
+    return is_adapter(root)
 
 
 def weights_beside(root: Path, names: Sequence[str] = WEIGHTS_BESIDE) -> str:

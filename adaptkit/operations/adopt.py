@@ -6,7 +6,7 @@ from pathlib import Path
 
 from adaptkit.arguments import AnyPath, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.adapter_config import is_adapter
+from adaptkit.checkpoint.adapter_config import is_only_adapter
 from adaptkit.checkpoint.hashing import Ranges
 from adaptkit.checkpoint.integrity import present_names
 from adaptkit.checkpoint.journal import Output
@@ -118,7 +118,7 @@ def adopt(
         progress: called with the number of bytes read so far and in all.
 
     Raises:
-        UsageError: the source has a manifest already, or a base is given for a checkpoint.
+        UsageError: the source has a manifest already or holds both kinds, or a base is given for a checkpoint.
         AdapterError, CheckpointError: the source, or the base, is malformed or quantized.
         BaseMismatchError: the adapter does not fit the base, or compensates for the error of another.
         IntegrityError: the base is not what its manifest says, or a file changed while it was read.
@@ -128,7 +128,7 @@ def adopt(
     options = checked_options(options, AdoptOptions)
     refuse_manifest(source)
     before = _state(source)  # before anything is read, so that what is copied is what is checked
-    adapter = read_adapter(source) if is_adapter(source) else None
+    adapter = read_adapter(source) if is_only_adapter(source) else None
     if adapter is None and base is not None:
         raise UsageError(f"base: applies only to adapters, but {source} is a checkpoint", hint="leave out --base")
     files = adapter.files if adapter else plain_checkpoint(source)

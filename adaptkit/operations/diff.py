@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from adaptkit.arguments import AnyPath
-from adaptkit.checkpoint.adapter_config import is_adapter
+from adaptkit.checkpoint.adapter_config import is_only_adapter
 from adaptkit.checkpoint.layout import require_folder, weight_files
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError
@@ -35,13 +35,13 @@ def diff(
         progress: called with bytes of checkpoints, read or compared.
 
     Raises:
-        UsageError: only one is an adapter, one is not a folder, or ``threads`` is less than 1.
+        UsageError: only one is an adapter, one is both or not a folder, or ``threads`` is less than 1.
         AdapterError: an adapter is malformed or is not a LoRA adapter.
         CheckpointError: one of them is not a checkpoint.
     """
     first, second = Path(first), Path(second)
     check_threads(threads)
-    kinds = [is_adapter(require_folder(path)) for path in (first, second)]
+    kinds = [is_only_adapter(require_folder(path)) for path in (first, second)]
     if kinds[0] != kinds[1]:
         adapter, other = (first, second) if kinds[0] else (second, first)
         weight_files(other)  # raises if it is not a checkpoint either

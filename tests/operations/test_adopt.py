@@ -383,6 +383,24 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path, llama, gpt2, adapter
     assert tree(work) == before
 
 
+def test_a_folder_of_an_adapter_and_a_checkpoint_is_refused_until_one_is_removed(tmp_path, llama, adapter, run_cli):
+    both = tmp_path / "both"
+    for folder in (adapter, llama):
+        shutil.copytree(folder, both, dirs_exist_ok=True)
+    for command in (["adopt", both, "-o", tmp_path / "out"], ["diff", both, both]):
+        error, hint = run_cli(*command).refusal(2)
+        assert error.endswith(
+            f"{both}: holds both an adapter (adapter_model.safetensors) and a checkpoint (model.safetensors)"
+        )
+    for kind, removed in (("adapter", "model.safetensors"), ("checkpoint", "adapter_*")):
+        assert removed in hint
+        copy = shutil.copytree(both, tmp_path / kind)
+        for path in copy.glob(removed):
+            path.unlink()
+        assert adopt(copy, tmp_path / f"adopted-{kind}").kind == kind
+        assert run_cli("diff", copy, copy).stdout.startswith(f"{kind}s ")
+
+
 def test_a_copy_of_a_base_tensor_in_the_adapter_must_equal_the_bases(tmp_path, made):
     """With ``save_embedding_layers``, peft saves the base's tensors of adapted embeddings, too."""
     case = peft_adapters.make(made, next(name for name in OF_EVERY_KIND if has_copies(made, name)))

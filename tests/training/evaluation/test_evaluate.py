@@ -277,7 +277,9 @@ def test_an_adapter_whose_files_differ_from_its_manifest_is_refused(
 
 @pytest.mark.parametrize("name", ["resized", "resized_tied", "resized_saved", "resized_embedding"])
 @pytest.mark.parametrize("more", [[], ["--compare"]])
-def test_an_adapter_with_a_resized_vocabulary_is_refused_before_data_or_weights_are_read(tmp_path, made, run_cli, name, more):
+def test_an_adapter_with_a_resized_vocabulary_is_refused_before_data_or_weights_are_read(
+    tmp_path, made, run_cli, name, more
+):
     (tmp_path / "rows.jsonl").write_text("no rows")
     case = peft_adapters.make(made, name)
     command = ["evaluate", "--base", case.base, "--adapter", case.adapter, "--data", tmp_path / "rows.jsonl", *more]
