@@ -84,6 +84,12 @@ class TensorFiles:
         dtype = _dtype(self.spec(name))
         return self._read(self.tensors[name], start * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
+    def copy_flat(self, name: str, start: int, count: int) -> "Tensor":
+        """Read like ``read_flat``, into memory of its own even if ``read`` maps the file."""
+        dtype = _dtype(self.spec(name))
+        array = TensorFiles._read(self, self.tensors[name], start * dtype.itemsize, count * dtype.itemsize)
+        return _as_tensor(array.view(dtype))
+
     def read_bytes(self, name: str, start: int, count: int) -> "Array":
         """Read ``count`` bytes of a tensor, whatever its type, from the ``start``-th on: (count,) uint8."""
         return self._read(self.tensors[name], start, count)

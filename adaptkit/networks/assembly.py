@@ -2,7 +2,8 @@
 
 import contextlib
 import re
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,18 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from adaptkit.checkpoint import quantized
+from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.networks.architecture import language_part
+from adaptkit.networks.buffers import GET_AGAIN, compute_buffers
 from adaptkit.networks.naming import TensorPlace, places
 
-_GET_AGAIN = "download the checkpoint again, with its own config.json"
 _OBSOLETE_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)(attn|attention)\.masked_bias$")
 """Buffers that older releases of transformers saved with every layer; current ones compute them and ignore these."""
+
+_PIECE = 1 << 21
+"""Elements that are copied at a time."""
 
 
 def find_stack(network: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -115,7 +120,7 @@ class Assembly:
         if name not in self.sources:
             raise CheckpointError(
                 f"{self.checkpoint.root}: has no {name}, which {type(self.network).__name__} needs",
-                hint=_GET_AGAIN,
+                hint=GET_AGAIN,
             )
         return self._places[self.sources[name][0]]
 
@@ -133,7 +138,7 @@ class Assembly:
         if is_list and len({len(found) for found in pieces.values()}) != 1:
             counts = ", ".join(f"{len(found)} of {pattern}" for pattern, found in pieces.items())
             raise CheckpointError(
-                f"{self.checkpoint.root}: {name}: found {counts}; every expert needs one of each", hint=_GET_AGAIN
+                f"{self.checkpoint.root}: {name}: found {counts}; every expert needs one of each", hint=GET_AGAIN
             )
         for first, *others in (found for found in pieces.values() if is_list and found):
             for other in others:
@@ -141,19 +146,30 @@ class Assembly:
                     raise CheckpointError(
                         f"{self.checkpoint.root}: {other}: expected shape {list(self._shape(first))}, as {first} has, "
                         f"found {list(self._shape(other))}",
-                        hint=_GET_AGAIN,
+                        hint=GET_AGAIN,
                     )
         return {pattern: found for pattern, found in pieces.items() if found}
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Read a parameter or buffer that is not quantized, converted to the network's layout.
+
+        Args:
+            name: its name.
+            dtype: dtype of the result; that of the files if None.
 
         Raises:
             CheckpointError: the files lack it, or the tensors that it is made of do not fit together.
         """
         place = self.place(name)
+        if place.is_stacked:
+            return self._read_stack(name, dtype)
         if not place.operations:
-            return self.checkpoint.read(self.sources[name][0])
+            file_name = self.sources[name][0]
+            if dtype in {None, self._dtype(file_name)}:
+                return self.checkpoint.read(file_name)
+            cast = torch.empty(self._shape(file_name), dtype=dtype)
+            self._copy(file_name, cast)
+            return cast
         parts: Any = {
             pattern: [self.checkpoint.read(file_name) for file_name in found]
             for pattern, found in self.pieces(name).items()
@@ -168,10 +184,33 @@ class Assembly:
                 model=self.network,
                 config=self.network.config,
             )
-        whole: Tensor = parts[name]
-        for piece in pieces:  # which a stack has copied; a view of one reads its pages again
+        whole: Tensor = parts[name] if dtype is None else parts[name].to(dtype)
+        for piece in pieces:  # most of them were copied; a view of one reads its pages again
             self.checkpoint.release_pages(piece)
         return whole
+
+    def _read_stack(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """Stack the experts' matrices; transformers' operations would keep all of them in memory beside the stack."""
+        columns = list(self.pieces(name).values())
+        shapes = [self._shape(files[0]) for files in columns]
+        for files, shape in zip(columns, shapes, strict=True):
+            check_shape(self.checkpoint.root, files[0], shape, (*shape[:1], *shapes[0][1:]))
+        if dtype is None:
+            dtype = reduce(torch.promote_types, {self._dtype(file) for files in columns for file in files})
+        stack = torch.empty((len(columns[0]), sum(rows for rows, *_ in shapes), *shapes[0][1:]), dtype=dtype)
+        start = 0
+        for files, (rows, *_) in zip(columns, shapes, strict=True):
+            for matrix, file in zip(stack, files, strict=True):
+                self._copy(file, matrix[start : start + rows])
+            start += rows
+        return stack
+
+    def _copy(self, file_name: str, target: Tensor) -> None:
+        """Copy a tensor of the files into a contiguous one of any dtype, piece by piece."""
+        flat = target.view(-1)
+        for start in range(0, len(flat), _PIECE):
+            count = min(_PIECE, len(flat) - start)
+            flat[start : start + count] = self.checkpoint.copy_flat(file_name, start, count)
 
     def load_buffers(self, device: torch.device) -> None:
         """Read the network's buffers that the files hold, and compute the others (such as rotary frequencies).
@@ -183,7 +222,7 @@ class Assembly:
             CheckpointError: a buffer has another shape in the files, or is missing there and not set by the
                 architecture's initialization.
         """
-        _compute_buffers(self.network, self.sources.keys())
+        compute_buffers(self.network, self.sources.keys())
         for name, buffer in list(self.network.named_buffers()):
             value = self._checked(name, buffer.shape).to(buffer.dtype) if name in self.sources else buffer
             module, child = self._owner(name)
@@ -195,7 +234,7 @@ class Assembly:
         Raises:
             CheckpointError: the files lack it, or have it in another shape.
         """
-        value = self._checked(self._names[id(parameter)][0], parameter.shape).to(device=device, dtype=dtype)
+        value = self._checked(self._names[id(parameter)][0], parameter.shape, dtype).to(device)
         self._put(parameter, nn.Parameter(value, requires_grad=False))
 
     @contextlib.contextmanager
@@ -224,50 +263,17 @@ class Assembly:
             return quantized.read_outline(self.checkpoint, file_name).shape
         return self.checkpoint.spec(file_name).shape
 
-    def _checked(self, name: str, expected: Sequence[int]) -> Tensor:
-        value = self.read(name)
+    def _dtype(self, file_name: str) -> torch.dtype:
+        return DTYPES[self.checkpoint.spec(file_name).dtype]
+
+    def _checked(self, name: str, expected: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        value = self.read(name, dtype)
         check_shape(self.checkpoint.root, name, value.shape, expected)
         return value
 
     def _owner(self, name: str) -> tuple[nn.Module, str]:
         parent, _, child = name.rpartition(".")
         return self.network.get_submodule(parent), child
-
-
-def _compute_buffers(network: Any, held: Container[str]) -> None:
-    """Compute the buffers on the meta device that no file holds. Parameters must still be on the meta device.
-
-    Initialization runs twice, on buffers filled with 0 and with 1. A buffer whose two results differ was not set.
-
-    Raises:
-        CheckpointError: initialization does not set a buffer, so that its value is unknown.
-    """
-    initializers: dict[str, Any] = {}  # by module path, of the innermost model around it, which has its configuration
-    for path, module in network.named_modules():
-        initializers[path] = getattr(module, "_init_weights", initializers.get(path.rpartition(".")[0]))
-        empty = {
-            name: buffer
-            for name, buffer in module.named_buffers(path, recurse=False)
-            if buffer.is_meta and name not in held
-        }
-        unknown = list(empty)
-        around = path.split(".") if path else []
-        above = [".".join(around[:end]) for end in reversed(range(len(around)))]
-        for owners in ((path,), (path, *above)):  # in Falcon H1, the model sets a buffer of its layers
-            if not unknown:
-                break
-            seen = []
-            for fill in (0, 1):
-                for name, buffer in empty.items():
-                    module._buffers[name.rpartition(".")[2]] = torch.full_like(buffer, fill, device="cpu")
-                for owner in owners:
-                    initializers[owner](network.get_submodule(owner))
-                seen.append({name: module._buffers[name.rpartition(".")[2]] for name in empty})
-            unknown = [name for name in empty if not torch.equal(seen[0][name], seen[1][name])]
-        for name in unknown:
-            raise CheckpointError(
-                f"{name}: missing in the files, and {type(network).__name__} does not compute it", hint=_GET_AGAIN
-            )
 
 
 def check_shape(root: Path, name: str, found: Sequence[int], expected: Sequence[int]) -> None:
@@ -283,7 +289,7 @@ def check_shape(root: Path, name: str, found: Sequence[int], expected: Sequence[
         CheckpointError: the shapes differ.
     """
     if tuple(found) != tuple(expected):
-        raise CheckpointError(f"{root}: {name}: expected shape {list(expected)}, found {list(found)}", hint=_GET_AGAIN)
+        raise CheckpointError(f"{root}: {name}: expected shape {list(expected)}, found {list(found)}", hint=GET_AGAIN)
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:

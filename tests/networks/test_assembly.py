@@ -1,5 +1,8 @@
 """Parameters and buffers assembled from the files are those that transformers loads."""
 
+import os
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -7,13 +10,14 @@ from folders import rewritten
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.assembly import Assembly, find_stack
 from adaptkit.training.network.model import load_model
 
 CPU = torch.device("cpu")
+EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
 
 
 @pytest.fixture(scope="module")
@@ -186,3 +190,48 @@ def test_layers_stored_in_one_tensor_are_read_after_some_were_replaced(tmp_path)
     with torch.no_grad():
         pair = [model(input_ids=ids, use_cache=False).logits for model in (found.network, expected)]
     torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def wide_experts(made):
+    """A float32 Mixtral of one layer with 50 MB of experts and an embedding of 17 MB."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1, "num_local_experts": 8}
+    config = AutoConfig.for_model("mixtral", vocab_size=8192, pad_token_id=0, **tiny._DECODER | sizes)
+    return tiny._save(made / "wide-experts", lambda: AutoModelForCausalLM.from_config(config), "float32", 1, 0)
+
+
+def peak_while(compute):
+    """Return what a function returns, and the bytes by which this process grew at most meanwhile."""
+
+    def kib(name):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = kib("VmRSS:")
+    result = compute()
+    return result, 1024 * (kib("VmHWM:") - before)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(EXPERTS, None), (EXPERTS, torch.bfloat16), ("model.embed_tokens.weight", torch.bfloat16)],
+)
+def test_reading_takes_little_more_memory_than_the_result(name, dtype, wide_experts):
+    """Neither the matrices of a stack nor a value in another dtype stay in memory beside it."""
+    checkpoint = MappedCheckpoint(wide_experts)
+    assembly = Assembly(empty_network(checkpoint, torch.float32), checkpoint)
+    small = assembly.read("model.norm.weight", torch.float64)  # the first call imports and allocates
+    assert small.dtype == torch.float64
+    value, growth = peak_while(lambda: assembly.read(name, dtype))
+    assert value.dtype == (dtype or torch.float32)
+    assert growth < 1.3 * value.nbytes + (8 << 20)
+
+
+def test_experts_whose_matrices_do_not_fit_together_are_refused(family, copy_of):
+    """A matrix of one column would otherwise be repeated to the width of the others."""
+    names = [f"model.layers.0.block_sparse_moe.experts.{expert}.w3.weight" for expert in range(12)]
+    folder = rewritten(copy_of(family("mixtral")), lambda t: t.update({n: t[n][:, :1].clone() for n in names}))
+    with pytest.raises(CheckpointError, match=r"experts\.0\.w3\.weight: expected shape .* found \[128, 1\]"):
+        assembled(folder).read(EXPERTS)
