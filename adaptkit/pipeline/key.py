@@ -18,15 +18,15 @@ def step_key(step: Step, materials: Mapping[str, Material]) -> str | None:
 
     Args:
         step: of a recipe.
-        materials: maps names to materials; contains at least the step's inputs.
+        materials: maps names to materials, as far as they are known.
 
     Returns:
         64 hexadecimal digits; None if an input is not known yet.
     """
     inputs = []
     for taken, name in step.takes():
-        material = materials[name]
-        if material.digest is None or material.path is None:
+        material = materials.get(name)
+        if material is None or material.digest is None or material.path is None:
             return None
         # A folder's name may be written into an artifact made from it; only the suffix of a file's name matters.
         called = name_of(material.path) if taken.takes != "file" else material.path.suffix

@@ -114,9 +114,8 @@ class _Run:
     def _lock_excluded_steps(self) -> None:
         """Lock the steps that ``until`` excludes, as far as their keys are known; kept outputs make more keys known."""
         for step in self._recipe.steps.values():
-            is_known = all(name in self._materials for _, name in step.takes())
-            key = step_key(step, self._materials) if is_known and step not in self._steps else None
-            if key is not None:
+            key = step_key(step, self._materials)
+            if key is not None and step not in self._steps:
                 self._lock_plan(step, key)
                 record = self.work.find(step, key, self._listener.note)
                 if record is not None:
@@ -181,11 +180,9 @@ class _Run:
             figure = self._foresight.of(step, self._work_of(step, key))
             return self._report(step, "to do", figure=figure, key=key)
         record = self.work.find(step, key, self._listener.note) if key is not None else None
-        if record is None or key is None:
+        if record is None:
             if not step.how.sends:
                 self._foresight.before_work(self._must_run)
-            for name in step.makes:
-                self._materials[name] = Material(None, None, 0, {})
             return self._report(step, "to do" if key is not None or not self._was_run(step) else "may follow", key=key)
         outputs = self._register_outputs(step, record)
         judgement = step.how.judge(step.options, record.facts)
@@ -204,11 +201,8 @@ class _Run:
 
     def _must_run(self, step: Step) -> bool:
         """Return whether it is known already that a step has no kept outputs."""
-        is_known = all(name in self._materials for _, name in step.takes())
-        key = step_key(step, self._materials) if is_known else None
-        if key is None:
-            return not self._was_run(step)
-        return self.work.find(step, key, lambda text: None) is None
+        key = step_key(step, self._materials)
+        return not self._was_run(step) if key is None else self.work.find(step, key, lambda text: None) is None
 
     def _do(self, step: Step) -> StepReport:
         """Run a step, or keep its outputs of an earlier run, and judge it if it is a gate."""

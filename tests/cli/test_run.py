@@ -321,6 +321,16 @@ def test_nothing_is_published_if_a_later_step_would_be_refused(copied):
     assert copied.state("demo/first") == {}
 
 
+def test_what_is_made_after_a_publication_can_be_published_too(copied):
+    """The rehearsal before the first publication leaves it out, since it does not exist yet."""
+    more = "  early: {publish: adapter, repo: demo/early}\n  light: {resize: adapter, rank: 2, needs: [early]}\n"
+    recipe = copied.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + more + "  late: {publish: light, repo: demo/late}\n")
+    done = copied.run()
+    assert done.code == 0, done.stderr
+    assert copied.state("demo/late") != {}
+
+
 def test_local_errors_are_reported_before_any_request_to_the_hub(copied):
     publishing(copied, "repo: demo/absent")
     text = (copied.folder / "recipe.yaml").read_text()
