@@ -114,11 +114,11 @@ class Lock:
         for key in keys[:-1]:
             place = place.setdefault(key, {})
         place[keys[-1]] = found
-        expected: Any = self._expected
-        for key in keys:
-            expected = expected.get(key, _ABSENT) if isinstance(expected, Mapping) else _ABSENT
         if self._expected is not None:
-            self._refuse(list(_differences(expected, found, keys)))
+            expected: Any = self._expected
+            for key in keys:
+                expected = expected.get(key, _ABSENT) if isinstance(expected, Mapping) else _ABSENT
+            self._require_equal(expected, found, keys)
 
     def require_whole(self) -> None:
         """Check that this lock equals the enforced one, after all steps; finds entries that no step added.
@@ -126,7 +126,7 @@ class Lock:
         Raises:
             DriftError: names the differences.
         """
-        self._refuse(list(_differences(self._expected, _json(self.content), ())))
+        self._require_equal(self._expected, _json(self.content))
 
     def write(self) -> bool:
         """Write the lock, and return whether its content changed."""
@@ -156,10 +156,10 @@ class Lock:
             },
             "steps": {name: {"recipe": entry.get("recipe")} for name, entry in expected["steps"].items()},
         }
-        self._refuse(list(_differences(known, found, ())))
+        self._require_equal(known, found)
 
-    def _refuse(self, differences: list[str]) -> None:
-        if differences:
+    def _require_equal(self, expected: Any, found: Any, keys: tuple[str, ...] = ()) -> None:
+        if differences := list(_differences(expected, found, keys)):
             raise DriftError(
                 f"{self._path}: {first_problems(differences)}",
                 hint="run without --locked to accept this, and review what changes in the lock",

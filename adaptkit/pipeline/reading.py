@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -44,8 +44,8 @@ def read_recipe(path: Path) -> Recipe:
     _check_used(sources, steps)
     _check_targets(steps)
     recipe = Recipe(path, values["name"], sources, {step.name: step for step in steps})
-    guarded = replace(recipe, steps={step.name: _guarded(recipe, step) for step in _ordered(recipe)})
-    return replace(guarded, steps={step.name: step for step in _ordered(guarded)})
+    guarded = replace(recipe, steps={name: _guarded(recipe, step) for name, step in _ordered(recipe).items()})
+    return replace(guarded, steps=_ordered(guarded))
 
 
 def _named(entries: Any, place: Place) -> Mapping[str, Any]:
@@ -216,8 +216,8 @@ def _guarded(recipe: Recipe, step: Step) -> Step:
     return replace(step, needs=tuple(dict.fromkeys([*step.needs, *gates])))
 
 
-def _ordered(recipe: Recipe) -> Iterable[Step]:
-    """Sort the steps so that each comes after those that it waits for; steps that publish come last if possible."""
+def _ordered(recipe: Recipe) -> dict[str, Step]:
+    """Sort the steps, by name: each comes after those that it waits for, and steps that publish last if possible."""
     waiting = sorted(recipe.steps.values(), key=lambda step: step.how.sends)
     ordered: dict[str, Step] = {}
     while waiting:
@@ -229,7 +229,7 @@ def _ordered(recipe: Recipe) -> Iterable[Step]:
             )
         ordered[ready.name] = ready
         waiting.remove(ready)
-    return ordered.values()
+    return ordered
 
 
 def _cycle(recipe: Recipe, waiting: Sequence[Step], done: Mapping[str, Step]) -> list[str]:

@@ -207,14 +207,18 @@ def resolve(
         CheckpointError, AdapterError: the folder is neither a checkpoint nor an adapter.
         AuthenticationError, NetworkError: the Hub denied access or did not answer.
     """
-    more = {} if location.commit is None else {"commit": location.commit}
+    locked: dict[str, Any] = source.written() | ({} if location.commit is None else {"commit": location.commit})
     path = location.path
     if path is None:
         repo, commit = str(source.repo), str(location.commit)
         path = download(repo, commit, progress, note) if fetch else find_complete(repo, commit, note)
         if path is None:
-            return Material(None, None, size_of(repo, commit, note), source.written() | more)
-    return _material(source, path, more, hashes, with_card, progress)
+            return Material(None, None, size_of(repo, commit, note), locked)
+    if path.is_dir():
+        digest, nbytes, found = _folder(path, hashes, with_card, progress)
+        return Material(path, digest, nbytes, locked | found)
+    (digest,) = _sha256_of([path], hashes, progress)
+    return Material(path, digest, path.stat().st_size, locked | {"sha256": digest})
 
 
 def _revision_commit(source: Source, locked: str | None, note: Callable[[str], None]) -> str:
@@ -233,17 +237,6 @@ def _revision_commit(source: Source, locked: str | None, note: Callable[[str], N
         offered = "or use --offline, for the copy in" if is_cached else "to use --offline, it would have to be in"
         error.advise(f"{error.hint}; {offered} huggingface_hub's cache")
         raise
-
-
-def _material(
-    source: Source, path: Path, more: Mapping[str, str], hashes: Hashes, with_card: bool, progress: Progress
-) -> Material:
-    if path.is_dir():
-        digest, nbytes, found = _folder(path, hashes, with_card, progress)
-    else:
-        (digest,), nbytes = _sha256_of([path], hashes, progress), path.stat().st_size
-        found = {"sha256": digest}
-    return Material(path, digest, nbytes, {**source.written(), **more, **found})
 
 
 def digest_of(path: Path, hashes: Hashes, *, with_card: bool) -> str:
