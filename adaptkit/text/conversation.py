@@ -24,7 +24,6 @@ from typing import Any
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import ADD_ONE
 from adaptkit.text.layouts import ANSWERS, answers_in, has_question, layout_of, names_in
-from adaptkit.text.layouts import LAYOUTS as LAYOUTS
 from adaptkit.text.learning_marks import check_wanted, is_marked_out, obeyed_marks
 from adaptkit.text.parts import joined
 from adaptkit.text.reasoning import FIELD, NAMES, Message, ReasoningFields, content_with_reasoning, read_reasoning

@@ -8,7 +8,7 @@ from typing import Any
 
 from adaptkit.checkpoint.patterns import check_pattern
 from adaptkit.errors import ConfigError
-from adaptkit.text.conversation import LAYOUTS
+from adaptkit.text.layouts import LAYOUTS
 from adaptkit.training.settings import check, conflict, documented, refuse, setting, settings
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")

@@ -24,7 +24,7 @@ from adaptkit.cli.output import (
 )
 from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import count_progress
-from adaptkit.text.conversation import LAYOUTS
+from adaptkit.text.layouts import LAYOUTS
 from adaptkit.torch_compiler import leave_compiler_out
 
 if TYPE_CHECKING:
