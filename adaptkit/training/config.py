@@ -9,7 +9,7 @@ from typing import Any
 from adaptkit.checkpoint.patterns import check_pattern
 from adaptkit.errors import ConfigError
 from adaptkit.text.layouts import LAYOUTS
-from adaptkit.training.settings import check, conflict, documented, refuse, setting, settings
+from adaptkit.training.settings import check, documented, refuse, setting
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 METHODS = ("auto", "lora", "qlora", "full")
@@ -175,38 +175,33 @@ class TrainConfig:
                 refuse(self, name, "must not be empty")
         self._check_adapter()
         if self.steps is not None and self.epochs is not None:
-            conflict("epochs", "cannot be combined with steps", "leave out one of the two")
-        if self.decay != settings(type(self))["decay"][0].default and self.schedule != "wsd":
-            conflict("decay", "applies only to schedule wsd", "leave out decay, or use schedule wsd")
+            raise ConfigError("epochs: cannot be combined with steps", hint="leave out one of the two")
+        if self.decay != TrainConfig.decay and self.schedule != "wsd":
+            raise ConfigError("decay: applies only to schedule wsd", hint="leave out decay, or use schedule wsd")
         if self.pack and self.group_by_length:
-            conflict(
-                "group_by_length",
-                "cannot be combined with pack: packed rows have similar lengths",
-                "leave out one of the two",
+            raise ConfigError(
+                "group_by_length: cannot be combined with pack: packed rows have similar lengths",
+                hint="leave out one of the two",
             )
         if self.patience and not (self.has_held_out and self.eval_every):
-            conflict(
-                "patience",
-                "needs eval_every and held-out data",
-                "set eval_every, and held_out or held_out_data",
+            raise ConfigError(
+                "patience: needs eval_every and held-out data", hint="set eval_every, and held_out or held_out_data"
             )
         if self.eval_every and not self.has_held_out:
-            conflict("eval_every", "needs held-out data", "set held_out or held_out_data")
+            raise ConfigError("eval_every: needs held-out data", hint="set held_out or held_out_data")
         if self.shard_base and self.checkpointing not in ("auto", "none", "layer"):
-            conflict(
-                "shard_base",
-                "works only with checkpointing auto, layer or none",
-                "use one of these, or leave out shard_base",
+            raise ConfigError(
+                "shard_base: works only with checkpointing auto, layer or none",
+                hint="use one of these, or leave out shard_base",
             )
         if self.shard_base and self.method == "full":
-            conflict(
-                "shard_base",
-                "cannot be combined with method full, which has no frozen weights",
-                "leave out shard_base, or use method lora or qlora",
+            raise ConfigError(
+                "shard_base: cannot be combined with method full, which has no frozen weights",
+                hint="leave out shard_base, or use method lora or qlora",
             )
         for name in ("sample_every", "sample_tokens"):
-            if getattr(self, name) != settings(type(self))[name][0].default and not self.sample_prompts:
-                conflict(name, "needs sample_prompts", f"set sample_prompts, or leave out {name}")
+            if getattr(self, name) != getattr(TrainConfig, name) and not self.sample_prompts:
+                raise ConfigError(f"{name}: needs sample_prompts", hint=f"set sample_prompts, or leave out {name}")
 
     def _check_adapter(self) -> None:
         """Refuse adapter settings that contradict each other.
@@ -214,21 +209,24 @@ class TrainConfig:
         Raises:
             ConfigError: names one.
         """
-        given = [name for name in _ADAPTER if getattr(self, name) != settings(type(self))[name][0].default]
+        given = [name for name in _ADAPTER if getattr(self, name) != getattr(TrainConfig, name)]
         if self.method == "full" and given:
-            conflict(
-                given[0],
-                "does not apply to method full, which makes no adapter",
-                f"leave out {given[0]}, or use method lora or qlora",
+            raise ConfigError(
+                f"{given[0]}: does not apply to method full, which makes no adapter",
+                hint=f"leave out {given[0]}, or use method lora or qlora",
             )
         set_by_init = next((name for name in given if name in _SET_BY_INIT), None)
         if self.init not in INITS and set_by_init:
-            conflict(set_by_init, "is determined by the adapter to start from", f"leave out {set_by_init}, or init")
+            raise ConfigError(
+                f"{set_by_init}: is determined by the adapter to start from", hint=f"leave out {set_by_init}, or init"
+            )
         if self.dora and self.lora_bias:
-            conflict("lora_bias", "cannot be combined with dora", "leave out one of the two")
+            raise ConfigError("lora_bias: cannot be combined with dora", hint="leave out one of the two")
         for name in ("dora", "dropout", "lora_bias"):
             if self.target_parameters and getattr(self, name):
-                conflict(name, "cannot be combined with target_parameters, as in peft", "leave out one of the two")
+                raise ConfigError(
+                    f"{name}: cannot be combined with target_parameters, as in peft", hint="leave out one of the two"
+                )
         for name in ("rank_pattern", "alpha_pattern"):
             if not all(map(_is_expression, getattr(self, name) or {})):
                 refuse(self, name, "keys must be regular expressions")

@@ -127,12 +127,3 @@ def refuse(config: Any, name: str, problem: str) -> NoReturn:
     """
     _, rule = settings(type(config))[name]
     raise ConfigError(f"{name}: {problem}, found {getattr(config, name)!r}", hint=f"{name}: {rule.help}")
-
-
-def conflict(name: str, reason: str, hint: str) -> NoReturn:
-    """Raise the error for a setting that conflicts with the others.
-
-    Raises:
-        ConfigError: always.
-    """
-    raise ConfigError(f"{name}: {reason}", hint=hint)
