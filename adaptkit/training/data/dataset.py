@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -190,8 +190,8 @@ class _Collector:
             self.data.twice += 1
             self.data.twice_at = self.data.twice_at or where
 
-    def add(self, sample: Sample) -> Sample | None:
-        """Add a sample, cut if it is too long; return it, or None if it was dropped."""
+    def add(self, sample: Sample) -> None:
+        """Add a sample, cut if it is too long, or drop it."""
         length = len(sample.ids)
         if sample.answer_tokens == 0:
             raise DataError(f"{sample.source}: nothing to learn", hint="give every row an answer, or text")
@@ -205,13 +205,12 @@ class _Collector:
                 )
             if self.too_long == "drop":
                 self.data.dropped += 1
-                return None
-            ids, labels = sample.ids[: self.max_length], sample.labels[: self.max_length]
-            sample = Sample(ids, labels, sample.source, sample.origin)
+                return
+            sample = replace(sample, ids=sample.ids[: self.max_length], labels=sample.labels[: self.max_length])
             if sample.answer_tokens == 0:
                 self.data.dropped += 1
                 self.data.masked = (*self.data.masked, sample.source)[:_NAMED]
-                return None
+                return
             self.data.truncated += 1
         if self.context is not None and len(sample.ids) > self.context:
             raise DataError(
@@ -220,7 +219,6 @@ class _Collector:
             )
         check_vocabulary(sample.ids, self.known, sample.source)
         self.data.samples.append(sample)
-        return sample
 
 
 def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder, collector: _Collector) -> SourceReport:
@@ -229,7 +227,7 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
     used: set[str] = set()
     columns: dict[str, None] = {}
     digest = hashlib.sha256() if is_on_hub(source) else None
-    samples = tokens = answer_tokens = 0
+    before = len(collector.data.samples)
 
     def examples() -> Iterator[tuple[str, Example]]:
         for where, row in read_rows(source):
@@ -251,18 +249,15 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
             collector.data.split += len(encoded.samples) > 1
             collector.data.ended += encoded.ended
             for sample in encoded.samples:
-                taken = collector.add(Sample(sample.ids, sample.labels, sample.source, number))
-                if taken is not None:
-                    samples += 1
-                    tokens += len(taken.ids)
-                    answer_tokens += taken.answer_tokens
+                collector.add(replace(sample, origin=number))
+    added = collector.data.samples[before:]
     return SourceReport(
         name=str(source),
         sha256=digest.hexdigest() if digest is not None else file_sha256(Path(source)),
         rows=layouts.total(),
-        samples=samples,
-        tokens=tokens,
-        answer_tokens=answer_tokens,
+        samples=len(added),
+        tokens=sum(len(sample.ids) for sample in added),
+        answer_tokens=sum(sample.answer_tokens for sample in added),
         layouts=dict(layouts),
         unused=tuple(name for name in columns if name not in used),
     )

@@ -147,7 +147,7 @@ def measure(
 ) -> EvaluateReport:
     """Measure one model on its material; see ``evaluate``."""
     model = load(base, options, adapter)
-    samples, sources = (material.dataset.samples, material.dataset.sources) if material.dataset else ((), ())
+    data, samples = material.dataset, material.dataset.samples
     with reports_unsupported_dtype(base, name_of(model.dtype)):
         loss = mean_loss(model, samples, options.batch_size, pad_id(material.tokenizer, base)) if samples else None
         text = None if material.windows is None else measure_text(model, material.windows, reference)
@@ -164,8 +164,8 @@ def measure(
         parameters=total,
         trained_parameters=trained_parameters(base, adapter, total),
         samples=len(samples),
-        truncated=material.dataset.truncated if material.dataset else 0,
-        dropped=material.dataset.dropped if material.dataset else 0,
+        truncated=data.truncated,
+        dropped=data.dropped,
         answer_tokens=sum(sample.answer_tokens for sample in samples),
         loss=loss,
         perplexity=None if loss is None else perplexity_of(loss),
@@ -174,10 +174,9 @@ def measure(
         answers={},
         own_template=material.own_template and bool(samples or options.prompts),
         trained_template=_other_template(base, adapter, options) if samples or options.prompts else None,
-        without_template=material.tokenizer.chat_template is None
-        and (material.has_conversations or bool(options.prompts)),
-        unused={source.name: source.unused for source in sources if source.unused},
-        twice=material.dataset.twice if material.dataset else 0,
+        without_template=material.tokenizer.chat_template is None and (data.has_conversations or bool(options.prompts)),
+        unused={source.name: source.unused for source in data.sources if source.unused},
+        twice=data.twice,
     )
     with reports_unsupported_dtype(base, name_of(model.dtype)):
         return _with_answers(report, model, material, options, on_answer)

@@ -61,7 +61,7 @@ class Material:
     Attributes:
         tokenizer: tokenizer of the model.
         own_template: whether its chat template differs from the checkpoint's.
-        dataset: samples with answers; None without data.
+        dataset: samples with answers; empty without data.
         windows: (windows, window) int64, token IDs of text; None without text.
         shots: examples before every question and sample.
         fewer_shots: number of rows, questions and prompts without room for all examples.
@@ -73,7 +73,7 @@ class Material:
 
     tokenizer: Any
     own_template: bool
-    dataset: Dataset | None
+    dataset: Dataset
     windows: Tensor | None
     shots: tuple[Messages, ...]
     fewer_shots: int
@@ -81,11 +81,6 @@ class Material:
     questions: tuple[Question, ...]
     question_prompts: tuple[tuple[int, ...], ...]
     too_long: int
-
-    @property
-    def has_conversations(self) -> bool:
-        """Whether the data contains conversations."""
-        return self.dataset is not None and self.dataset.has_conversations
 
 
 def read_material(
@@ -154,7 +149,7 @@ class _Reader:
     def read(self, questions: tuple[Question, ...], shots: tuple[Messages, ...], too_long: int) -> Material:
         """Tokenize everything."""
         options = self._options
-        dataset, fewer = None, 0
+        dataset, fewer = Dataset(), 0
         rows: Any = {"layout": options.layout, "known": self._known}
         if self._data and shots:
             dataset, fewer = load_data_with_shots(
@@ -177,8 +172,7 @@ class _Reader:
         asked = [self._prompt(question, shots) for question in questions]
         for what, (ids, _) in zip((*options.prompts, *questions), (*prompts, *asked), strict=True):
             check_vocabulary(ids, self._known, f"{self._base}: {'a prompt' if isinstance(what, str) else 'a question'}")
-        ended = (replace(one, references=without_ends(one.references, self._tokenizer)) for one in questions)
-        questions = tuple(ended)
+        questions = tuple(replace(q, references=without_ends(q.references, self._tokenizer)) for q in questions)
         if not all(answer.strip() for question in questions for answer in question.references):
             raise DataError(
                 f"{', '.join(map(str, self._data))}: an answer is empty but for an end token",
