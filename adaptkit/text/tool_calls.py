@@ -237,9 +237,9 @@ _PROBES: dict[str, tuple[list[dict[str, Any]], Tools, tuple[str, ...]]] = {
 
 
 def _call(given: Any, where: str) -> dict[str, Any]:
-    function = given.get("function", given) if isinstance(given, dict) else None
+    function: Any = given.get("function", given) if isinstance(given, dict) else None
     name = _named(function, f"{where}: a tool call")
-    arguments = function.get("arguments", function.get("parameters")) if isinstance(function, dict) else None
+    arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
         arguments = _parsed(arguments, f"{where}: the arguments of {name}") if arguments.strip() else {}
     if not isinstance(arguments, dict | None):

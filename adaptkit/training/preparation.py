@@ -110,7 +110,7 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
 
     Raises:
         UsageError: the device has too little memory, transformers cannot compute the architecture in this dtype, or
-            ``begin`` or ``save_activations`` refuses the settings.
+            ``add_trainable`` or ``save_activations`` refuses the settings.
     """
     with reports_unsupported_dtype(inputs.base, inputs.config.compute_dtype):
         device, is_shared = world.device, inputs.config.shard_base

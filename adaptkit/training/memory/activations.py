@@ -77,9 +77,8 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     if head:
         vocabulary = network.config.get_text_config().vocab_size
         logits = logits_bytes(rows * (length - 1), vocabulary, dtype.itemsize, in_place)
-    if device.type == "cuda" and not in_place:  # plus a float32 copy of the chunk; a CPU works in small blocks
-        logits += logits * 4 // dtype.itemsize
-    if head:
+        if device.type == "cuda" and not in_place:  # plus a float32 copy of the chunk; a CPU works in small blocks
+            logits += logits * 4 // dtype.itemsize
         trained = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)
         logits += head_gradient_bytes(trained, dtype.itemsize)
     measured = cache(partial(layer_sizes, network, largest, device))

@@ -87,7 +87,7 @@ class Pages:
         self._resident: list[Tensor] = []
         self._stream = _Stream(device, page_bytes)
         self.budget_bytes = budget_bytes
-        self._fit(budget_bytes, new=True)
+        self._fit(new=True)
 
     @property
     def resident(self) -> int:
@@ -107,7 +107,7 @@ class Pages:
     def set_budget(self, budget_bytes: int | None) -> None:
         """Change the budget: pages move immediately and keep their contents."""
         self.budget_bytes = budget_bytes
-        self._fit(budget_bytes, new=False)
+        self._fit(new=False)
 
     def sweep(self) -> Iterator[Tensor]:
         """Visit every page in order; writes to a page are kept.
@@ -153,8 +153,8 @@ class Pages:
         shape = {"pages": self.count, "resident": self.resident, "slots": self.slots, "page_bytes": self.page_bytes}
         return shape | asdict(self.counters)
 
-    def _fit(self, budget_bytes: int | None, new: bool) -> None:
-        slots = slots_within(budget_bytes, self.count, self.page_bytes)
+    def _fit(self, new: bool) -> None:
+        slots = slots_within(self.budget_bytes, self.count, self.page_bytes)
         streaming = 0 if slots == self.count else min(slots, STREAMING[self._device.type])
         wanted = slots - streaming
         self._stream.resize(0)  # first, to free memory; pages in streaming slots are also stored on the host

@@ -140,7 +140,7 @@ class _Loss(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         wants = any(ctx.needs_input_grad)
         grads = [torch.zeros_like(hidden)] if wants else []
-        rows = _rows(hidden, output.head)
+        rows = rows_at_a_time(_shape(output.head)[0], hidden.element_size(), works_in_place(hidden.device))
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows].detach().requires_grad_(wants)
             with torch.set_grad_enabled(wants):
@@ -175,11 +175,6 @@ def _add(grads: list[Tensor], found: Sequence[Tensor], start: int, trained: Sequ
         grads += [torch.zeros_like(side) for side in trained]
     for grad, more in zip(grads[1:], found[1:], strict=True):
         grad += more
-
-
-def _rows(hidden: Tensor, head: Any) -> int:
-    """Return how many positions go through the output layer at a time."""
-    return rows_at_a_time(_shape(head)[0], hidden.element_size(), works_in_place(hidden.device))
 
 
 def _shape(head: Any) -> tuple[int, int]:

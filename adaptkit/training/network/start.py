@@ -160,8 +160,8 @@ def left_out(model: Model, config: TrainConfig) -> str:
         for name, layer in model.linears.items()
         if layer.lora_a is None and name not in excluded and not isinstance(layer.base, TrainedWeight)
     ]
-    notes = [*filter(None, (_layers_left(model, left), _stacks_left(model) if not config.target_parameters else ""))]
-    return "; ".join(notes)
+    notes = _layers_left(model, left), _stacks_left(model) if not config.target_parameters else ""
+    return "; ".join(filter(None, notes))
 
 
 def _layers_left(model: Model, left: Sequence[str]) -> str:
