@@ -6,11 +6,11 @@ import shutil
 
 import pytest
 from folders import edit_json, tree
+from interrupted import stop_after
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.inputs import read_inputs
-from adaptkit.training.loop import train as train_adapter
 
 TEMPLATE = """{% for message in messages %}[{{ message.role }}] {{ message.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"""
@@ -112,14 +112,9 @@ def test_a_different_template_changes_the_identity_of_a_run(untemplated, rows, t
 def test_an_unfinished_run_is_not_resumed_with_a_different_template(run_cli, untemplated, rows, tmp_path):
     other, output = tmp_path / "other.jinja", tmp_path / "a"
     other.write_text(TEMPLATE + "{# the same samples #}")
-
-    def cut(report):
-        raise KeyboardInterrupt
-
     config = TrainConfig(str(untemplated), (str(rows),), chat_template=str(tmp_path / "mine.jinja"), device="cpu",
                          steps=2, save_every=1, held_out=0)  # fmt: skip
-    with pytest.raises(KeyboardInterrupt):
-        train_adapter(config, output, on_step=cut)
+    stop_after(config, output, 1)
     partial = tmp_path / "a.partial"
     assert (partial / "checkpoint-1").is_dir()
     before = tree(partial)

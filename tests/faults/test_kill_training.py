@@ -16,6 +16,7 @@ import pytest
 import tiny
 from folders import tree
 from forked import run_helper
+from interrupted import stop_after
 
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
@@ -165,13 +166,7 @@ def config(inputs):
 @pytest.fixture
 def interrupted(config, tmp_path):
     """Folder of an interrupted run, with checkpoints after steps 2, 4 and 5."""
-
-    def cut(report):
-        if report.step == 5:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "adapter", on_step=cut)
+    stop_after(config, tmp_path / "adapter", 5)
     assert [step for step, _ in checkpoints(tmp_path / "adapter.partial")] == [2, 4, 5]
     return tmp_path / "adapter.partial"
 

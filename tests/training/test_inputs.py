@@ -2,6 +2,7 @@
 
 import peft_adapters
 import pytest
+from interrupted import stop_after
 
 from adaptkit.errors import ConflictError
 from adaptkit.training.config import TrainConfig
@@ -16,13 +17,7 @@ def test_resuming_is_refused_if_the_scale_of_the_initial_adapter_changed(
     config = TrainConfig(
         base=str(llama), data=(str(instructions),), init=str(start), steps=4, batch_size=2, device="cpu"
     )
-
-    def stop(report):
-        if report.step == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "trained", on_step=stop)
+    stop_after(config, tmp_path / "trained", 2)
     peft_adapters.change_config(start, **changes)
     if goes_on:
         assert train(config, tmp_path / "trained").resumed_from == 2

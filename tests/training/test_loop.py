@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from folders import flip
+from interrupted import stop_after
 from peft_formulas import running
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -51,17 +52,6 @@ def config(llama_nf4, instructions):
 def trained(config, tmp_path_factory):
     output = tmp_path_factory.mktemp("trained") / "adapter"
     return output, train(config, output)
-
-
-def stopped(config, output, step):
-    """Start a run, and interrupt it after a step."""
-
-    def stop(report):
-        if report.step == step:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, output, on_step=stop)
 
 
 def test_the_held_out_loss_falls_and_the_adapter_verifies(trained):
@@ -179,7 +169,7 @@ def test_killed_runs_resume_to_the_same_bytes(config, trained, tmp_path):
 def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(config, trained, tmp_path, capsys):
     output = tmp_path / "adapter"
     saving = replace(config, save_every=4)
-    stopped(saving, output, 10)
+    stop_after(saving, output, 10)
     state = output.with_name("adapter.partial") / "checkpoint-10" / "state.safetensors"
     state.write_bytes(state.read_bytes()[:-1] + b"\xff")
     report = train(saving, output)
@@ -189,12 +179,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(config, t
 
 
 def test_a_run_resumed_after_its_last_step_reports_no_speed(config, trained, tmp_path):
-    def stop(report):
-        if report.step == report.steps:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "adapter", on_step=stop)
+    stop_after(config, tmp_path / "adapter", config.steps)
     report = train(config, tmp_path / "adapter")
     assert report.resumed_from == report.steps
     assert "speed" not in dict(train_command._rows(report))
@@ -312,7 +297,7 @@ def test_micro_batches_give_the_result_of_the_whole_batch(config, tmp_path):
 
 def test_a_run_refused_before_resuming_does_not_discard_its_checkpoint(config, tmp_path):
     run, output = replace(config, steps=4, save_every=1), tmp_path / "adapter"
-    stopped(run, output, 2)
+    stop_after(run, output, 2)
     for ask in (train, plan_run):
         with pytest.raises(DiskError, match="checkpoints need"):
             ask(replace(run, keep_checkpoints=1 << 40), output)
@@ -328,7 +313,7 @@ def test_a_paged_run_resumes_with_a_different_budget_to_the_same_adapter(config,
     run = replace(config, optimizer=optimizer, steps=4, page_kib=4, optimizer_pages_mib=0.012)
     whole = train(run, tmp_path / "whole")
     assert 0 < whole.paging["resident"] < whole.paging["pages"]
-    stopped(replace(run, optimizer_pages_mib=None), tmp_path / "adapter", 2)
+    stop_after(replace(run, optimizer_pages_mib=None), tmp_path / "adapter", 2)
     report = train(replace(run, optimizer_pages_mib=1e-6, page_kib=8), tmp_path / "adapter")
     assert (report.resumed_from, report.paging["resident"]) == (2, 0)
     assert report.tensors_root == whole.tensors_root
@@ -338,7 +323,7 @@ def test_metrics_report_resident_pages_and_page_transfers_of_every_step(config, 
     """Also in a resumed run: the transfers of a step do not depend on where the process started."""
     run = replace(config, steps=4, page_kib=4, optimizer_pages_mib=0.02)
     whole = train(run, tmp_path / "whole")
-    stopped(run, tmp_path / "adapter", 2)
+    stop_after(run, tmp_path / "adapter", 2)
     train(run, tmp_path / "adapter")
     text = (tmp_path / "adapter" / "metrics.jsonl").read_text()
     assert text == (tmp_path / "whole" / "metrics.jsonl").read_text()
@@ -351,7 +336,7 @@ def test_metrics_report_resident_pages_and_page_transfers_of_every_step(config, 
 
 def test_truncated_metrics_are_restored_from_the_checkpoint(config, trained, tmp_path):
     output, saving = tmp_path / "adapter", replace(config, save_every=4)
-    stopped(saving, output, 6)
+    stop_after(saving, output, 6)
     live = tmp_path / "adapter.partial" / "metrics.jsonl"
     live.write_bytes(live.read_bytes()[:-7])
     assert train(saving, output).resumed_from == 6

@@ -16,6 +16,7 @@ import pytest
 import tiny
 import torch
 from folders import edit_json, edited_tensors
+from interrupted import stop_after
 from safetensors.torch import load_file
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -541,20 +542,11 @@ def test_a_plan_for_a_sharded_base_refuses_offloading_on_a_cpu_as_the_run_does(c
         plan_run(replace(divided, offload_checkpoints=True), tmp_path / "adapter")
 
 
-def cut_after(config, output, step):
-    def cut(report):
-        if report.step == step:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, output, on_step=cut)
-
-
 def test_a_plan_resumes_from_the_same_checkpoint_as_the_run(config, run_cli, tmp_path):
     """Also if checkpoints are damaged or belong to a different run."""
     saving, output = replace(config, save_every=1, keep_checkpoints=3), tmp_path / "adapter"
     assert plan_run(saving, output).resumed_from == 0
-    cut_after(saving, output, 4)
+    stop_after(saving, output, 4)
     assert plan_run(saving, output).resumed_from == 4
     assert plan_run(replace(saving, rank=8), output, force=True).resumed_from == 0
     for damaged, left in ((4, 3), (3, 2)):
@@ -567,7 +559,7 @@ def test_a_plan_resumes_from_the_same_checkpoint_as_the_run(config, run_cli, tmp
 
 
 def test_a_plan_starts_over_if_every_checkpoint_is_damaged(config, run_cli, tmp_path):
-    cut_after(config, tmp_path / "adapter", 2)
+    stop_after(config, tmp_path / "adapter", 2)
     (state,) = (tmp_path / "adapter.partial").glob("checkpoint-*/state.safetensors")
     state.unlink()
     assert plan_run(config, tmp_path / "adapter").resumed_from == 0
@@ -578,7 +570,7 @@ def test_a_plan_starts_over_if_every_checkpoint_is_damaged(config, run_cli, tmp_
 def test_a_plan_predicts_the_size_of_a_checkpoint(settings, config, tmp_path):
     config = replace(config, learning_rate=1.0, **settings)  # too high: the best parameters are not the last
     plan = plan_run(config, tmp_path / "adapter")
-    cut_after(config, tmp_path / "adapter", 3)
+    stop_after(config, tmp_path / "adapter", 3)
     state = tmp_path / "adapter.partial" / "checkpoint-3" / "state.safetensors"
     assert plan.checkpoint_bytes <= state.stat().st_size <= plan.checkpoint_bytes + 1000
 
@@ -596,7 +588,7 @@ def test_checkpoints_that_do_not_fit_on_the_disk_are_refused(tmp_path):
 
 def test_a_conflict_with_a_different_run_names_the_differences(config, tmp_path):
     output = tmp_path / "adapter"
-    cut_after(config, output, 2)
+    stop_after(config, output, 2)
     for change, words in (
         ({"rank": 8}, "rank was 4 and is 8"),
         ({"rank": 8, "seed": 3}, "rank was 4 and is 8; seed was 0 and is 3"),
@@ -618,7 +610,7 @@ def test_a_changed_chat_template_prevents_resuming_even_if_the_tokens_are_the_sa
     with_template = replace(config, chat_template=str(template))
     said = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
     template.write_text(said)
-    cut_after(with_template, output, 2)
+    stop_after(with_template, output, 2)
     template.write_text(said + "{% if tools %}{{ tools | tojson }}{% endif %}")
     with pytest.raises(ConflictError, match=r"(?m)of another run: another chat template$"):
         train(with_template, output)
@@ -703,7 +695,7 @@ def test_the_same_rows_divided_differently_between_files_are_different_data(conf
         ("held-out", lambda first, second: {"data": (first,), "held_out_data": (second,), "held_out": 0.0}),
         ("mixture", lambda first, second: {"data": (first, second), "mixture": {second: 2}, "held_out": 0.0}),
     ):
-        cut_after(replace(config, **made(*files(20))), tmp_path / name, 2)
+        stop_after(replace(config, **made(*files(20))), tmp_path / name, 2)
         with pytest.raises(ConflictError, match="another data"):
             train(replace(config, **made(*files(22))), tmp_path / name)
 
@@ -722,7 +714,7 @@ def test_a_config_json_that_differs_from_the_manifest_is_refused(config, copy_of
 
 def test_options_that_do_not_affect_the_result_may_change_on_resuming(config, tmp_path):
     whole = train(config, tmp_path / "whole")
-    cut_after(config, tmp_path / "adapter", 3)
+    stop_after(config, tmp_path / "adapter", 3)
     other = replace(
         config, save_every=2, keep_checkpoints=1, page_kib=4, optimizer_pages_mib=0.01, checkpointing="none"
     )
@@ -766,12 +758,12 @@ def test_resuming_without_a_checkpoint_is_an_error(config, tmp_path):
     with pytest.raises(UsageError, match="no checkpoint to resume from"):
         train(config, tmp_path / "adapter", resume=True)
     assert not list(tmp_path.iterdir())
-    cut_after(config, tmp_path / "adapter", 1)
+    stop_after(config, tmp_path / "adapter", 1)
     assert train(config, tmp_path / "adapter", resume=True).resumed_from == 1
 
 
 def test_if_every_checkpoint_is_damaged_resume_fails_and_a_plain_run_starts_over(config, tmp_path):
-    cut_after(config, tmp_path / "adapter", 2)
+    stop_after(config, tmp_path / "adapter", 2)
     (state,) = (tmp_path / "adapter.partial").glob("checkpoint-*/state.safetensors")
     state.write_bytes(state.read_bytes()[:-1] + b"\xff")
     with pytest.raises(UsageError, match="no checkpoint to resume from"):
@@ -789,7 +781,7 @@ def test_packed_rows_may_be_longer_than_the_models_context(config, gpt2, tmp_pat
 
 
 def test_only_the_newest_checkpoints_are_retained(config, tmp_path):
-    cut_after(replace(config, save_every=1, keep_checkpoints=3), tmp_path / "adapter", 7)
+    stop_after(replace(config, save_every=1, keep_checkpoints=3), tmp_path / "adapter", 7)
     assert sorted(path.name for path in (tmp_path / "adapter.partial").glob("checkpoint-*")) == [
         f"checkpoint-{step}" for step in (5, 6, 7)
     ]

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from adapted import IDS, load_adapted, logits_and_gradients
+from interrupted import stop_after
 from packing import encode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -197,13 +198,7 @@ def test_a_run_that_was_interrupted_and_resumed_ends_with_the_same_bytes(packed,
     monkeypatch.setattr(joined_gpu, "_multiplied", lambda *given: (calls.append(1), multiplied(*given))[1])
     whole = train(config, tmp_path / "whole")
     assert calls
-
-    def stop(report):
-        if report.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "cut", on_step=stop)
+    stop_after(config, tmp_path / "cut", 3)
     again = train(config, tmp_path / "cut")
     assert (again.resumed_from, again.tensors_root) == (3, whole.tensors_root)
     apart, joined = (read_adapter(tmp_path / name) for name in ("apart", "whole"))

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from folders import edit_json, edited_tensors
+from interrupted import stop_after
 from peft_formulas import running
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -299,13 +300,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_same_bytes(llama, inst
         **settings,
     )  # fmt: skip
     expected = train(config, tmp_path / "whole")
-
-    def stop(report):
-        if report.step == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "stopped", on_step=stop)
+    stop_after(config, tmp_path / "stopped", 4)
     report = train(config, tmp_path / "stopped")
     assert report.resumed_from > 0
     assert report.manifest_sha256 == expected.manifest_sha256
