@@ -64,6 +64,13 @@ def test_only_available_devices_are_accepted(monkeypatch, count):
                 choose_device(name)
 
 
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:x", "CPU", ""])
+def test_a_malformed_device_name_is_not_reported_as_a_missing_device(name):
+    with pytest.raises(UsageError, match=f"(?m)^device: must be auto, cpu, cuda or cuda:N, found '{name}'$") as caught:
+        choose_device(name)
+    assert "cuda" in caught.value.hint
+
+
 @pytest.fixture
 def gpus(monkeypatch):
     """Pretend to have two GPUs; return the list of devices that were made current."""

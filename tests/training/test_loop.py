@@ -197,21 +197,6 @@ def test_a_budget_reports_its_choice_or_the_smallest_sufficient_budget(config, r
     assert (done.code, "the first of 2 layers checkpointed" in done.stdout) == (0, True), done.stderr
 
 
-def test_offloading_without_a_gpu_is_refused_with_the_reason(config, tmp_path):
-    with pytest.raises(UsageError, match="needs a GPU; on a CPU, checkpoints are in host memory already"):
-        train(replace(config, offload_checkpoints=True), tmp_path / "adapter")
-
-
-def test_unfinished_work_of_a_different_run_is_not_discarded(config, tmp_path):
-    def stop(report):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "adapter", on_step=stop)
-    with pytest.raises(ConflictError, match="unfinished work"):
-        train(replace(config, rank=8), tmp_path / "adapter")
-
-
 def test_a_refused_run_leaves_no_files_and_does_not_block_the_next(config, tmp_path):
     for wrong in ({"targets": ("nope",)}, {"rank": 999}):
         with pytest.raises(UsageError):
@@ -272,27 +257,6 @@ def test_an_unquantized_base_for_qlora_and_an_existing_output_are_refused(config
     with pytest.raises(OutputExistsError):
         train(config, trained[0])
     assert not (tmp_path / "adapter").exists()
-
-
-def test_a_non_finite_loss_stops_the_run(config, tmp_path):
-    with pytest.raises(NonFiniteError, match="at step"):
-        train(replace(config, learning_rate=1e30, max_grad_norm=0.0), tmp_path / "adapter")
-    assert not (tmp_path / "adapter").exists()
-
-
-def test_micro_batches_give_the_result_of_the_whole_batch(config, tmp_path):
-    plain = replace(config, dropout=0.0, steps=3)
-    train(plain, tmp_path / "whole")
-    train(replace(plain, micro_batch_size=1), tmp_path / "parts")
-    whole, parts = (read_adapter(tmp_path / name).modules for name in ("whole", "parts"))
-    for module, term in whole.items():
-        assert torch.allclose(term.lora_b, parts[module].lora_b, atol=2e-3)
-    lines = [
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "parts")
-    ]
-    assert lines[0][1]["loss"] == pytest.approx(lines[1][1]["loss"], rel=1e-5)
-    assert lines[0][1]["grad_norm"] == pytest.approx(lines[1][1]["grad_norm"], rel=1e-4)
 
 
 def test_a_run_refused_before_resuming_does_not_discard_its_checkpoint(config, tmp_path):

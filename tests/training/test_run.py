@@ -647,7 +647,7 @@ def test_a_failing_tracker_loses_no_step(config, tmp_path, monkeypatch):
             {"checkpointing": "segments:0"},
             "checkpointing: must be auto, none, layer, sqrt, segments:K or budget:MIB, found 'segments:0'",
         ),
-        ({"offload_checkpoints": True}, "offload_checkpoints: needs a GPU"),
+        ({"offload_checkpoints": True}, "offload_checkpoints: needs a GPU; on a CPU, checkpoints are in host memory"),
     ],
 )
 def test_option_errors_are_reported_before_the_base_is_read(config, tmp_path, changes, message):
