@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 gc.disable()  # until all tests are collected: it takes a fifth of the time of their imports
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
@@ -58,6 +59,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(made: Path) -> Path:
     """A tied bfloat16 Llama in one file, with its tokenizer."""
     return tiny.write_llama(made / "llama")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama: Path) -> Any:
+    """The tokenizer of ``llama``."""
+    from adaptkit.text.tokenizer_files import load_tokenizer
+
+    return load_tokenizer(llama)
 
 
 @pytest.fixture(scope="session")

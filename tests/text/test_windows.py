@@ -21,11 +21,6 @@ PROSE = "the rivers in the north are quiet and the metals at night are not. " * 
 
 
 @pytest.fixture(scope="module")
-def tokenizer(llama):
-    return load_tokenizer(llama)
-
-
-@pytest.fixture(scope="module")
 def beginning(made):
     """A checkpoint whose tokenizer begins every text with <|im_start|>."""
     from tokenizers.processors import TemplateProcessing

@@ -14,11 +14,6 @@ from adaptkit.training.data.dataset import load_data, order, split
 from adaptkit.training.data.samples import IGNORED, Sample
 
 
-@pytest.fixture(scope="module")
-def tokenizer(llama):
-    return load_tokenizer(llama)
-
-
 def write(tmp_path, *rows, name="rows.jsonl"):
     path = tmp_path / name
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

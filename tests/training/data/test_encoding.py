@@ -69,11 +69,6 @@ MARKS = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer(llama):
-    return load_tokenizer(llama)
-
-
-@pytest.fixture(scope="module")
 def families(llama):
     """A tokenizer for each family, which adds its first token to a text by itself."""
     from tokenizers import processors

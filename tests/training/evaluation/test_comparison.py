@@ -16,14 +16,6 @@ from adaptkit.training.evaluation.report import EvaluateOptions
 from adaptkit.training.loop import train
 
 FLOAT32 = {"compute_dtype": "float32", "device": "cpu", "window": 48, "batch_size": 4}
-PROSE = "the rivers in the north are quiet and the metals at night are not. " * 12
-
-
-@pytest.fixture
-def prose(tmp_path):
-    path = tmp_path / "prose.txt"
-    path.write_text(PROSE)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -82,15 +82,7 @@ def test_references_equal_but_for_end_tokens_count_once_and_an_end_token_alone_i
     assert evaluate(llama, None, [path], replace(options, generate=False)).samples == 1
 
 
-PROSE = "the rivers in the north are quiet and the metals at night are not. There are nine whales on a hill. " * 12
 FLOAT32 = {"compute_dtype": "float32", "device": "cpu"}
-
-
-@pytest.fixture
-def prose(tmp_path):
-    path = tmp_path / "prose.txt"
-    path.write_text(PROSE)
-    return path
 
 
 def log_probabilities(folder, windows):
@@ -102,7 +94,7 @@ def log_probabilities(folder, windows):
 
 def test_perplexity_and_divergence_equal_formulas_on_transformers_models(llama, made, prose):
     other = tiny.write_llama(made / "other-seed", seed=3)
-    ids = load_tokenizer(llama)(PROSE)["input_ids"]
+    ids = load_tokenizer(llama)(prose.read_text())["input_ids"]
     windows = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
     found, expected = log_probabilities(other, windows), log_probabilities(llama, windows)
     wanted = windows[:, 1:].reshape(-1, 1)
@@ -211,7 +203,9 @@ def test_the_table_shows_text_measurements_and_the_number_of_truncated_samples(l
     assert wrong.stderr.endswith("--window 512\n")
 
 
-def test_chat_template_variables_that_differ_from_training_are_noted(llama, copy_of, instructions, tmp_path, run_cli):
+def test_chat_template_variables_that_differ_from_training_are_noted(
+    llama, copy_of, instructions, prose, tmp_path, run_cli
+):
     base = copy_of(llama)
     template = base / "chat_template.jinja"
     template.write_text("{% if mood %}{{ mood }}{% endif %}" + template.read_text())
@@ -229,8 +223,7 @@ def test_chat_template_variables_that_differ_from_training_are_noted(llama, copy
     assert told("plain", mood="so") == {}
     assert told("moody", mood="so") is told("plain") is told(None, mood="so") is None
     on_text = EvaluateOptions(**FLOAT32)
-    (tmp_path / "prose.txt").write_text(PROSE)
-    assert evaluate(base, tmp_path / "moody", [], on_text, text=[tmp_path / "prose.txt"]).trained_template is None
+    assert evaluate(base, tmp_path / "moody", [], on_text, text=[prose]).trained_template is None
     done = run_cli(
         "evaluate", "--base", base, "--adapter", tmp_path / "moody", "--data", instructions, "--device", "cpu"
     )

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from adapted import IDS
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
@@ -14,7 +15,6 @@ from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 from adaptkit.training.network.tables import hold_in_host_memory, keep_in_host_memory
 
 CPU = torch.device("cpu")
-IDS = torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture(autouse=True)
