@@ -1,6 +1,7 @@
 """Options from files: unknown keys and unusable values are refused by name."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one():
         ("chat_template_kwargs", {"a": float("nan")}), ("chat_template_kwargs", {1: "a"}),
         ("held_out", -0.1), ("learning_rate", float("inf")), ("batch_size", 0), ("targets", []),
         ("data", [""]), ("held_out_data", ["d.jsonl", ""]),
+        ("rank_pattern", {"q_proj": 0}), ("rank_pattern", {"q_proj": 2.5}), ("alpha_pattern", {"q_proj": 0}),
+        ("alpha_pattern", {"(q_proj": 2}), ("bias", "some"),
         ("base", ""), ("init", ""), ("chat_template", ""), ("tensorboard", ""), ("wandb", ""),
     ],
 )  # fmt: skip
@@ -62,8 +65,6 @@ def test_errors_in_a_file_name_the_line(tmp_path):
         ("rank_pattern: {q: 0}", "rank_pattern: values must be at least 1 and at most 65,536, found {'q': 0.0}"),
         ("mixture: {d.jsonl: two}", "mixture.d.jsonl: is 'two'; expected a number"),
         ("decay: 0.3", "decay: applies only to schedule wsd"),
-        ("sample_every: 5", "sample_every: needs sample_prompts"),
-        ("sample_tokens: 5", "sample_tokens: needs sample_prompts"),
     ):
         path.write_text(f"base: b\ndata: [d.jsonl]\n{line}\n")
         document = read_document(path)
@@ -83,10 +84,33 @@ def test_values_from_python_have_the_types_of_their_fields():
         TrainConfig(base="b", data=("d.jsonl",), rank="4")
 
 
-def test_steps_and_epochs_cannot_be_combined():
-    with pytest.raises(ConfigError, match=r"(?m)^t\.yaml: epochs: cannot be combined with steps$") as caught:
-        config_of(GOOD | {"steps": 5, "epochs": 2.0})
-    assert caught.value.hint == "leave out one of the two"
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 5, "epochs": 2.0}, "epochs: cannot be combined with steps"),
+        ({"pack": True, "group_by_length": True}, "group_by_length: cannot be combined with pack: packed rows have .*"),
+        ({"patience": 1}, "patience: needs eval_every and held-out data"),
+        ({"patience": 1, "eval_every": 1, "held_out": 0.0}, "patience: needs eval_every and held-out data"),
+        ({"eval_every": 1, "held_out": 0.0}, "eval_every: needs held-out data"),
+        ({"sample_every": 1}, "sample_every: needs sample_prompts"),
+        ({"sample_tokens": 5}, "sample_tokens: needs sample_prompts"),
+        ({"decay": 0.3}, "decay: applies only to schedule wsd"),
+        ({"lora_bias": True, "dora": True}, "lora_bias: cannot be combined with dora"),
+        (
+            {"target_parameters": ["experts"], "dora": True},
+            "dora: cannot be combined with target_parameters, as in peft",
+        ),
+        ({"target_parameters": ["experts"], "dropout": 0.1}, "dropout: cannot be combined with target_parameters, .*"),
+        *(
+            ({"method": "full"} | setting, f"{next(iter(setting))}: does not apply to method full, which .*")
+            for setting in ({"dora": True}, {"rank": 4}, {"modules_to_save": ["lm_head"]}, {"bias": "all"})
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=rf"(?m)^t\.yaml: {message}$") as caught:
+        config_of(GOOD | settings)
+    assert re.match("leave out|set ", caught.value.hint)
 
 
 def test_epochs_are_recorded_as_one_by_default_as_in_earlier_versions():

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import BaseMismatchError, ConfigError, NonFiniteError, UsageError
+from adaptkit.errors import BaseMismatchError, NonFiniteError, UsageError
 from adaptkit.numerics.adamw import moment_bytes
 from adaptkit.operations.plan import PlanOptions, plan
 from adaptkit.operations.verify import verify
@@ -165,12 +165,6 @@ def test_a_quantized_base_is_refused_with_a_hint_to_dequantize(llama_nf4):
     with pytest.raises(UsageError, match="is quantized; method full") as caught:
         resolve_method(config, Checkpoint(llama_nf4))
     assert "dequantize" in caught.value.hint
-
-
-def test_options_that_apply_only_to_adapters_are_refused():
-    for name, value in (("dora", True), ("rank", 4), ("modules_to_save", ("lm_head",)), ("bias", "all")):
-        with pytest.raises(ConfigError, match=f"^{name}: does not apply to method full, which makes no adapter"):
-            TrainConfig(base="base", data=("none",), method="full", **{name: value})
 
 
 def test_a_weight_too_large_for_its_stored_type_is_an_error(bases, tmp_path):

@@ -24,7 +24,7 @@ from adaptkit.checkpoint.hashing import file_sha256, fingerprint, fingerprint_in
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.progress import size
 from adaptkit.checkpoint.writer import DiskError
-from adaptkit.errors import ConfigError, ConflictError, NonFiniteError, OutputExistsError, UsageError
+from adaptkit.errors import ConflictError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.text.tokenizer_files import load_tokenizer
@@ -306,20 +306,6 @@ def test_a_run_interrupted_after_every_step_gives_the_same_result(stopped, overs
             train(overshooting, output, on_step=cut, note=lambda text: None)
     report = train(overshooting, output, note=lambda text: None)
     assert report.manifest_sha256 == stopped[1].manifest_sha256  # of every file
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"patience": 1},
-        {"patience": 1, "eval_every": 1, "held_out": 0.0},
-        {"eval_every": 1, "held_out": 0.0},
-        {"sample_every": 1},
-    ],
-)
-def test_options_that_require_others_are_refused_without_them(config, change):
-    with pytest.raises(ConfigError, match=f"^{next(iter(change))}: needs "):
-        replace(config, **change)
 
 
 # Samples, trackers and plots

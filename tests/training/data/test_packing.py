@@ -7,8 +7,7 @@ from folders import edit_json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptkit.errors import ConfigError, UsageError
-from adaptkit.training.config import TrainConfig
+from adaptkit.errors import UsageError
 from adaptkit.training.data.batches import Batches, collate
 from adaptkit.training.data.packing import pack
 from adaptkit.training.data.samples import IGNORED, Sample
@@ -103,11 +102,6 @@ def test_the_first_token_of_a_packed_sample_carries_no_loss():
     assert batch.labels.tolist() == [[IGNORED, 6, IGNORED, 8, 9]]
     assert batch.positions.tolist() == [[0, 1, 0, 1, 2]]
     assert int((batch.labels != IGNORED).sum()) == sum(sample.answer_tokens for sample in plain)
-
-
-def test_packing_cannot_be_combined_with_grouping_by_length():
-    with pytest.raises(ConfigError, match="group_by_length: cannot be combined with pack"):
-        TrainConfig(base="b", data=("d",), pack=True, group_by_length=True)
 
 
 @pytest.mark.parametrize(

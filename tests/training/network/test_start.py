@@ -152,27 +152,6 @@ def test_quantized_weights_cannot_be_trained_in_full(llama_nf4, name):
     assert "--skip 'model.layers.0" in caught.value.hint
 
 
-@pytest.mark.parametrize(
-    ("settings", "told"),
-    [
-        ({"rank": 0}, "at least 1"),
-        ({"rank_pattern": {"q_proj": 0}}, "at least 1"),
-        ({"rank_pattern": {"q_proj": 2.5}}, "whole numbers"),
-        ({"alpha_pattern": {"q_proj": 0}}, "above 0"),
-        ({"alpha_pattern": {"(q_proj": 2}}, "regular expressions"),
-        ({"target_parameters": ("experts",), "dora": True}, "target_parameters"),
-        ({"target_parameters": ("experts",), "dropout": 0.1}, "target_parameters"),
-        ({"lora_bias": True, "dora": True}, "cannot be combined with dora"),
-        ({"bias": "some"}, "lora_only"),
-        ({"method": "dora"}, "qlora"),
-    ],
-)
-def test_invalid_settings_are_refused_before_any_file_is_read(settings, told):
-    with pytest.raises(ConfigError) as caught:
-        TrainConfig(base="nowhere", data=("none",), **settings)
-    assert told in f"{caught.value.message}\n{caught.value.hint}"
-
-
 @pytest.mark.parametrize(("name", "value"), [("rslora", True), ("rank", 2), ("alpha", 3.0), ("targets", ("q_proj",))])
 def test_settings_that_the_initial_adapter_determines_cannot_be_given(adapter, name, value):
     with pytest.raises(ConfigError, match=f"^{name}: is determined by the adapter to start from"):
