@@ -126,7 +126,8 @@ class _Run:
         located: dict[str, Location] = {}
         for is_local in (True, False):
             found = [source for source in self._recipe.sources.values() if (source.path is not None) == is_local]
-            located |= {source.name: self._locate(source) for source in found}
+            at, offline, note = self._folder, self._options.offline, self._listener.note
+            located |= {source.name: locate(source, at, self._lock, offline=offline, note=note) for source in found}
             if not self._options.locked:  # otherwise any difference from the lock is named first
                 self._inputs.check({source.name: located[source.name] for source in found}, hashed=False)
         try:
@@ -136,17 +137,6 @@ class _Run:
                 self._hashes.save()  # also after an error: reading a source again may take hours
         self._inputs.check({name: Location(found.path) for name, found in self._materials.items()}, hashed=True)
         return reports
-
-    def _locate(self, source: Source) -> Location:
-        return locate(
-            source,
-            self._folder,
-            offline=self._options.offline,
-            commit=self._lock.commit(source),
-            files=self._lock.files(source),
-            on_commit=lambda commit: self._lock.add(commit, "sources", source.name, "commit"),
-            note=self._listener.note,
-        )
 
     def _find_source(self, source: Source, location: Location) -> SourceReport:
         self._listener.sought(source)

@@ -35,6 +35,7 @@ from adaptkit.hub.sources import (
     size_of,
 )
 from adaptkit.operations._threads import fingerprints
+from adaptkit.pipeline.lock import Lock
 from adaptkit.pipeline.recipe import Source
 
 _FRESH_SECONDS = 2.0
@@ -129,28 +130,21 @@ class Location:
     listing: Listing | None = None
 
 
-def locate(
-    source: Source,
-    folder: Path,
-    *,
-    offline: bool,
-    commit: str | None,
-    files: set[str],
-    on_commit: Callable[[str], None],
-    note: Callable[[str], None],
-) -> Location:
-    """Find a source, without downloading or hashing it.
+def locate(source: Source, folder: Path, lock: Lock, *, offline: bool, note: Callable[[str], None]) -> Location:
+    """Find a source, without downloading or hashing it; record a repository's commit in the lock.
+
+    Offline, the lock's commit is used instead of the revision, and only its list of files tells whether the cache is
+    complete.
 
     Args:
         source: of a recipe.
         folder: the recipe's folder.
+        lock: of the run.
         offline: use repositories only from huggingface_hub's cache.
-        commit: that the lock names for the repository; offline, it is used instead of the revision.
-        files: that the lock lists for the repository; offline, only this list tells whether the cache is complete.
-        on_commit: called with the commit that the revision refers to.
         note: called with a one-line message, such as what is being waited for.
 
     Raises:
+        DriftError: the enforced lock names another commit.
         ConfigError: the path does not exist, or, offline, the repository is not completely cached.
         UsageError, CheckpointError: the repository has nothing that adaptkit reads.
         AuthenticationError, NetworkError: the Hub denied access or did not answer.
@@ -160,14 +154,15 @@ def locate(
         if not path.exists():
             raise source.place.at("path").error("does not exist", hint=f"check the path: {path}")
         return Location(path)
-    repo = str(source.repo)
+    repo, commit, place = str(source.repo), lock.commit(source), ("sources", source.name, "commit")
     if offline:
         found = find_cached(repo, commit or source.revision)
         if found is None:
             raise source.place.error(
                 f"{source} is not in huggingface_hub's cache", hint="run it once without --offline"
             )
-        on_commit(found.name)
+        lock.add(found.name, *place)
+        files = lock.files(source)
         if absent := sorted(name for name in files if not (found / name).exists()):
             raise source.place.error(
                 f"huggingface_hub's cache has only a part of {source}: {absent[0]} is missing",
@@ -177,7 +172,7 @@ def locate(
             note_if_incomplete(repo, found, note)
         return Location(found, found.name)
     now = _revision_commit(source, commit, note)
-    on_commit(now)
+    lock.add(now, *place)
     return Location(None, now, list_files(repo, now, note))
 
 
