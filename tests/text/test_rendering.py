@@ -76,15 +76,6 @@ def test_only_the_date_differs_from_transformers(tokenizer, start):
     assert "in 2024" in expected
 
 
-def test_one_process_renders_many_conversations(tokenizer):
-    seen = set()
-    for number in range(20):
-        messages = [{"role": "user", "content": str(number)}]
-        assert f">user\n{number}<" in apply_template(tokenizer, messages, False)
-        seen.add(pid())
-    assert len(seen) == 1
-
-
 @pytest.mark.parametrize("portion", [1, 40, 1 << 20])
 def test_conversations_are_rendered_in_order_up_to_the_first_refused_one(tokenizer, monkeypatch, portion):
     monkeypatch.setattr(rendering, "_REQUEST_CHARACTERS", portion)
@@ -176,17 +167,6 @@ def test_texts_that_were_not_consumed_are_not_returned_for_the_next_request(toke
     texts = rendering.apply_template(tokenizer, [rendering.Conversation(ASKED, False)] * 5)
     next(texts)
     texts.close()
-    assert "Rhine" in apply_template(tokenizer, CHAT, False)
-
-
-def test_after_a_timeout_the_next_request_gets_its_own_answer(tokenizer, monkeypatch):
-    monkeypatch.setattr(rendering, "_SECONDS", 0.5)
-    sound, tokenizer.chat_template = tokenizer.chat_template, LOOP
-    with pytest.raises(DataError, match="takes longer"):
-        apply_template(tokenizer, CHAT, False)
-    monkeypatch.undo()
-    monkeypatch.setattr(threading, "active_count", lambda: 1)
-    tokenizer.chat_template = sound
     assert "Rhine" in apply_template(tokenizer, CHAT, False)
 
 
