@@ -8,7 +8,7 @@ ends at the first token that ends a turn: the tokenizer's end token, those of ``
 it, of ``config.json``), or what the chat template puts after an answer, which is another token in some models.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,20 +74,12 @@ def generate(
         batch_size = 1
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        tails = _decode([prompts[number] for number in chosen], model, stops, max_new_tokens, padding)
-        for number, (tail, ended) in zip(chosen, tails, strict=True):
-            answers[number] = Generated(marks.answer_in(tail, tokenizer), ended)
+        asked = [prompts[number] for number in chosen]
+        tails, _ = _continue(model, asked, max_new_tokens, padding, eos_token_id=stops or None)
+        for number, tail in zip(chosen, tails.tolist(), strict=True):
+            end = next((place for place, token in enumerate(tail) if token in stops), None)
+            answers[number] = Generated(marks.answer_in(tail[:end], tokenizer), end is not None)
     return [answers[number] for number in range(len(prompts))]
-
-
-def _decode(
-    prompts: Sequence[Sequence[int]], model: Model, stops: Sequence[int], max_new_tokens: int, padding: int
-) -> Iterator[tuple[list[int], bool]]:
-    """Yield, for each prompt, the new tokens before the first stop token, and whether there was one."""
-    tails, _ = _continue(model, prompts, max_new_tokens, padding, eos_token_id=list(stops) or None)
-    for row in tails.tolist():
-        end = next((place for place, token in enumerate(row) if token in stops), None)
-        yield row[:end], end is not None
 
 
 def _takes_batches(model: Model, prompt: Sequence[int], steps: int, padding: int) -> bool:
