@@ -14,8 +14,8 @@ for any layer, with real or fake tensors.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,16 +185,22 @@ def measure_layers(
         UsageError: the network does not run all of its layers, or a layer cannot be measured.
     """
     kinds = [kind_of(layer) for layer in layers]
-    wanted = {kinds.index(kind) for kind in kinds}
+    first = {kinds.index(kind) for kind in kinds}
+    before = [(layers[index], vars(layers[index]).get("forward")) for index in first]
     sizes: dict[int, LayerSize] = {}
     there = tuple(held)
-
-    def replacement(index: int, forward: Any) -> Any:
-        return _measuring(layers[index], forward, sizes, index, wanted, there) if index in wanted else forward
-
-    with _replaced(layers, replacement), suppress(_AllMeasured):
-        call()
-        raise UsageError("this architecture does not run all of its layers for text", hint="use --checkpointing none")
+    try:
+        for index in first:
+            layers[index].forward = _measuring(layers[index], sizes, index, len(first), there)
+        with suppress(_AllMeasured):
+            call()
+            message = "this architecture does not run all of its layers for text"
+            raise UsageError(message, hint="use --checkpointing none")
+    finally:
+        for layer, forward in before:
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
     return [sizes[kinds.index(kind)] for kind in kinds]
 
 
@@ -214,28 +220,12 @@ def kind_of(layer: nn.Module) -> Any:
     return found
 
 
-@contextmanager
-def _replaced(layers: Sequence[nn.Module], replacement: Callable[[int, Any], Any]) -> Iterator[None]:
-    before = [vars(layer).get("forward") for layer in layers]
-    try:
-        for index, layer in enumerate(layers):
-            layer.forward = replacement(index, layer.forward)  # set on every layer, so that it can always be deleted
-        yield
-    finally:
-        for layer, forward in zip(layers, before, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
-
-
 def _measuring(
-    layer: nn.Module,
-    forward: Any,
-    sizes: dict[int, LayerSize],
-    index: int,
-    wanted: set[int],
-    held: tuple[Tensor, ...],
+    layer: nn.Module, sizes: dict[int, LayerSize], index: int, wanted: int, held: tuple[Tensor, ...]
 ) -> Callable[..., Any]:
+    """Return a layer's forward that also puts its size into ``sizes``, until there are ``wanted`` of them."""
+    forward = layer.forward
+
     def run(*args: Any, **kwargs: Any) -> Any:
         call = LayerCall(forward, args, kwargs)
         hidden = call.take()[0].detach().requires_grad_()
@@ -246,7 +236,7 @@ def _measuring(
             kept = alive.total() - output.untyped_storage().nbytes()
             torch.autograd.grad(output, hidden, torch.empty_like(output))
         sizes[index] = LayerSize(hidden.untyped_storage().nbytes(), kept, alive.peak)
-        if len(sizes) == len(wanted):
+        if len(sizes) == wanted:
             raise _AllMeasured
         return call.finish([tensor.detach() for tensor in outputs])
 

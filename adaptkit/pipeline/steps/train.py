@@ -10,7 +10,6 @@ from adaptkit.pipeline.artifact import Takes
 from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.loop import train
-from adaptkit.training.report import StepReport
 
 _BASES: Mapping[str, Takes] = {"full": "unquantized checkpoint", "qlora": "quantized checkpoint"}
 """Methods that take only such a base."""
@@ -36,11 +35,7 @@ def _run(work: Work) -> Outcome:
         init=paths["init"][0] if "init" in paths else options.init,
         mixture=options.mixture and {files[name]: weight for name, weight in options.mixture.items()},
     )
-
-    def on_step(step: StepReport) -> None:
-        work.progress(step.step, step.steps)
-
-    report = train(config, work.output, on_step=on_step, note=work.note)
+    report = train(config, work.output, on_step=lambda step: work.progress(step.step, step.steps), note=work.note)
     before, after = report.held_out_before, report.held_out_after
     figure = counted(report.steps, "step") if after is None else f"held-out loss {before:.4f} -> {after:.4f}"
     facts = {"steps": report.steps, "held_out_before": before, "held_out_after": after, "samples": report.samples}
