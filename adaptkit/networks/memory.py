@@ -47,7 +47,7 @@ class Memory:
         return asdict(self)
 
 
-def rows_at_a_time(vocabulary: int, itemsize: int, in_place: bool = False) -> int:
+def rows_at_a_time(vocabulary: int, itemsize: int, in_place: bool) -> int:
     """Return how many positions go through the output layer at a time.
 
     Args:
@@ -60,7 +60,7 @@ def rows_at_a_time(vocabulary: int, itemsize: int, in_place: bool = False) -> in
     return rows - rows % _TILE if in_place and rows > _TILE else rows
 
 
-def logits_bytes(rows: int, vocabulary: int, itemsize: int, in_place: bool = False) -> int:
+def logits_bytes(rows: int, vocabulary: int, itemsize: int, in_place: bool) -> int:
     """Return the bytes of one chunk of logits, for a batch with ``rows`` positions that may have a loss."""
     return min(rows, rows_at_a_time(vocabulary, itemsize, in_place)) * vocabulary * itemsize
 

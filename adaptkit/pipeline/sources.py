@@ -67,7 +67,7 @@ class Hashes:
         fresh: ignore the cache file's content, and read everything again.
     """
 
-    def __init__(self, file: Path, fresh: bool = False) -> None:
+    def __init__(self, file: Path, fresh: bool) -> None:
         self._file = file
         self._known: dict[str, Any] = {"files": {}, "roots": {}}
         try:

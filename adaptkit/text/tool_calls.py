@@ -33,7 +33,7 @@ _FORMS: tuple[tuple[bool, str | None], ...] = ((False, ""), (False, None), (True
 """Forms of a call: (whether arguments are JSON text, the value of empty content); transformers 5.24 omits None."""
 
 
-def read_tools(value: Any, where: str, column: str = "tools") -> Tools:
+def read_tools(value: Any, where: str, column: str) -> Tools:
     """Return the tools of a row, normalized.
 
     Raises:

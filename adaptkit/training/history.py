@@ -32,7 +32,7 @@ class History:
         skipped_in_a_row: number of skipped steps at the end.
     """
 
-    def __init__(self, folder: Path | None, content: bytes = b"") -> None:
+    def __init__(self, folder: Path | None, content: bytes) -> None:
         self._path = None if folder is None else folder / METRICS_NAME
         self._content = bytearray(content)
         self._newest: tuple[int, set[str]] = (0, set())

@@ -122,7 +122,7 @@ def _targets(model: Model, base: Manifest | None, records: Mapping[str, TensorRe
     return tuple(targets)
 
 
-def write_checkpoint(out: Output, model: Model, without: Collection[str] = ()) -> None:
+def write_checkpoint(out: Output, model: Model, without: Collection[str]) -> None:
     """Write the base's checkpoint with the trained weights, each in the base's dtype and file.
 
     Args:

@@ -160,7 +160,7 @@ def require_room(folder: Path, checkpoint_bytes: int, keep: int) -> None:
     require_free(folder, needed, f"{folder}: its checkpoints need", hint)
 
 
-def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int = 2) -> None:
+def save_checkpoint(folder: Path, snapshot: Snapshot, keep: int) -> None:
     """Write a checkpoint atomically, and delete all but the newest ones.
 
     Args:

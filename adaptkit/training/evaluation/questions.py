@@ -80,7 +80,7 @@ def choose(questions: Sequence[Question], count: int | None, seed: int) -> tuple
 
 
 def read_shots(
-    files: Sequence[Path], count: int, seed: int, questions: Sequence[Question] = (), layout: str | None = None
+    files: Sequence[Path], count: int, seed: int, questions: Sequence[Question], layout: str | None = None
 ) -> tuple[Messages, ...]:
     """Choose examples by the seed, none of which reveals an answer to one of the questions.
 
