@@ -1,15 +1,12 @@
-"""Metrics of a run, one JSON object per line, and a plot of them; the same run gives the same bytes.
+"""Metrics of a run, one JSON object per line; the same run gives the same bytes, so nothing depends on the clock.
 
 metrics.jsonl    {"step": 3, "loss": …, "learning_rate": …, …}     a step
                  {"step": 3, "held_out_loss": …}                   a measurement
 
-Nothing depends on the clock. Lines are in step order. A run may have millions of them, so values that every step needs
-are updated incrementally.
+Lines are in step order. A run may have millions of them, so values that every step needs are updated incrementally.
 """
 
-import io
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -77,35 +74,3 @@ class History:
         if step > 0:
             is_better = self.best_step is None or line["held_out_loss"] < self.held_out[self.best_step]
             self.best_step, self.since_best = (step, 0) if is_better else (self.best_step, self.since_best + 1)
-
-
-def can_draw() -> bool:
-    """Whether matplotlib is installed."""
-    return find_spec("matplotlib") is not None
-
-
-def draw(history: History) -> bytes:
-    """Draw the loss of every step, the held-out loss and the learning rate, as SVG."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    steps = [line for line in history.lines() if "loss" in line]
-    measured = history.held_out
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # ignore the user's matplotlibrc
-        matplotlib.rcParams.update({"svg.hashsalt": "adaptkit", "svg.fonttype": "none"})
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training", linewidth=1)
-        if measured:
-            axes.plot(list(measured), list(measured.values()), "o-", label="held out", markersize=4)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss per answer token (nats)")
-        rates = axes.twinx()
-        rates.plot([line["step"] for line in steps], [line["learning_rate"] for line in steps], "--", color="0.7")
-        rates.set_ylabel("learning rate (dashed)")
-        rates.set_ylim(bottom=0)
-        axes.legend()
-        file = io.BytesIO()
-        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    return file.getvalue()

@@ -2,7 +2,7 @@
 
     inputs.py     what is read        run.py          the steps              result.py     what is written
     schedule.py   learning rate       gradients.py    gradients of a step    resume.py     checkpoints
-    history.py    metrics and plot    trackers.py     TensorBoard, W&B
+    history.py    metrics.jsonl       trackers.py     TensorBoard, W&B
 
 Everything that can be checked is checked before anything is written.
 """
@@ -29,9 +29,9 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data
 from adaptkit.training.device import deterministic, without_cudnn_attention
 from adaptkit.training.distributed import World, join
-from adaptkit.training.history import can_draw, draw
 from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory
+from adaptkit.training.picture import can_draw, draw
 from adaptkit.training.preparation import checkpoint_bytes
 from adaptkit.training.report import StepReport, TrainReport
 from adaptkit.training.result import records_of, write_result
