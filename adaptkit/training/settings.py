@@ -47,8 +47,10 @@ class Setting:
         """Whether a value of the right type is allowed; NaN and infinity never are."""
         if value is None or isinstance(value, bool):
             return True
-        if isinstance(value, Mapping | tuple):
-            return all(map(self.allows, value.values() if isinstance(value, Mapping) else value))
+        if isinstance(value, Mapping):
+            return all(self.allows(item) for item in value.values())
+        if isinstance(value, tuple):
+            return all(self.allows(item) for item in value)
         if isinstance(value, str):
             return self.choices is None or value in self.choices
         return bool(
