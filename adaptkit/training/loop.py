@@ -29,6 +29,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data
 from adaptkit.training.device import deterministic, without_cudnn_attention
 from adaptkit.training.distributed import World, join
+from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory
 from adaptkit.training.picture import can_draw, draw
@@ -94,12 +95,13 @@ def train(
         inputs = read_inputs(config, output, force)
         identity = inputs.identity()
         check_same_inputs(world, identity)
-        if world.is_first:
-            report = _train_on_rank_zero(inputs, identity, output, force, resume, on_step, note, world)
-        else:
-            with tempfile.TemporaryDirectory(prefix="adaptkit-") as pages:
-                Run(inputs, Path(pages), lambda text: None, world).train(lambda step: None)
-            report = None
+        with reports_unsupported_dtype(inputs.base, inputs.config.compute_dtype):
+            if world.is_first:
+                report = _train_on_rank_zero(inputs, identity, output, force, resume, on_step, note, world)
+            else:
+                with tempfile.TemporaryDirectory(prefix="adaptkit-") as pages:
+                    Run(inputs, Path(pages), lambda text: None, world).train(lambda step: None)
+                report = None
         shared = world.broadcast_object(report)
     if shared is None:
         raise ValueError("the first process made no report")

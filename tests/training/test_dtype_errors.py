@@ -1,4 +1,4 @@
-"""An architecture that transformers cannot compute in bfloat16 is a one-line error; errors in other code stay."""
+"""An error in transformers' own code for an architecture is a one-line error; errors in other code stay."""
 
 import pytest
 import tiny
@@ -6,8 +6,10 @@ import torch
 from transformers import LlamaModel
 
 from adaptkit.errors import UsageError
+from adaptkit.training.config import TrainConfig
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
+from adaptkit.training.loop import train
 
 
 def test_training_and_evaluation_of_an_architecture_that_mixes_dtypes_name_the_option_to_use(
@@ -19,6 +21,10 @@ def test_training_and_evaluation_of_an_architecture_that_mixes_dtypes_name_the_o
     base = tiny.write_architecture(tmp_path / "base", "xlstm")
     data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
     common = ("--base", base, "--data", data, "--device", "cpu")
+    for command in (("evaluate", *common, "--generate"), ("evaluate", "--base", base, "--prompt", "Hi")):
+        error, hint = run_cli(*command, "--compute-dtype", "float32").refusal(2)
+        assert f"{base}: transformers.models.xlstm.modeling_xlstm, the architecture's own code, cannot" in error
+        assert "leave out --generate, --prompt and --sample-prompts" in hint
     adapter = tmp_path / "adapter"
     for command in (("train", *common, "-o", adapter, "--steps", 1, "--rank", 2), ("evaluate", *common)):
         done = run_cli(*command, "--compute-dtype", "bfloat16")
@@ -45,18 +51,30 @@ def shapes(): ones(2, 2) @ ones(3, 2)
 def scatter(): zeros(4).scatter_(0, zeros(2, dtype=int), ones(2).bfloat16())
 def ours(): mismatch()
 def forward(*inputs, **options): mix()
+def backward():
+    hidden = ones(2, requires_grad=True) * 1
+    hidden.register_hook(lambda gradient: mix())
+    hidden.sum().backward()
+def delayed():
+    DelayedError("no kernel for 'BFloat16'", 1)(ones(2, requires_grad=True)).sum().backward()
+def failing_in_backward(forward):
+    def run(*inputs, **options):
+        found = forward(*inputs, **options)
+        found.last_hidden_state = DelayedError("no kernel for 'BFloat16'", 1)(found.last_hidden_state)
+        return found
+    return run
 """
 
 
 @pytest.fixture
 def functions():
     """Functions that raise errors, in a module of transformers."""
-    found = {"__name__": "transformers.models.made", "mismatch": mismatch}
+    found = {"__name__": "transformers.models.made", "mismatch": mismatch, "DelayedError": torch._C._functions.DelayedError}
     exec(CODE, found)
     return found
 
 
-@pytest.mark.parametrize("name", ["mix", "convolve", "scatter", "lacks"])
+@pytest.mark.parametrize("name", ["mix", "convolve", "scatter", "lacks", "backward", "delayed"])
 def test_mixed_dtypes_and_missing_operations_in_transformers_are_unsupported(functions, tmp_path, name):
     with (
         pytest.raises(UsageError, match="cannot compute this architecture in bfloat16"),
@@ -70,6 +88,15 @@ def test_an_error_while_answers_are_generated_is_reported_too(functions, llama, 
     options = EvaluateOptions(prompts=("hello",), max_new_tokens=1, compute_dtype="bfloat16", device="cpu")
     with pytest.raises(UsageError, match="cannot compute this architecture in bfloat16"):
         evaluate(llama, options=options)
+
+
+def test_an_error_in_the_backward_pass_of_a_step_is_reported_too(functions, llama, instructions, tmp_path, monkeypatch):
+    """The forward passes before the first step succeed; with --shard-base, the first is in a step, too."""
+    monkeypatch.setattr(LlamaModel, "forward", functions["failing_in_backward"](LlamaModel.forward))
+    config = TrainConfig(str(llama), (str(instructions),), steps=1, compute_dtype="bfloat16", device="cpu")
+    with pytest.raises(UsageError, match="cannot compute this architecture in bfloat16"):
+        train(config, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("mix", "float32"), ("shapes", "bfloat16"), ("ours", "bfloat16")])

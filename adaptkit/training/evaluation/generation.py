@@ -18,6 +18,8 @@ from torch import Tensor
 from adaptkit.networks.architecture import quiet_transformers
 from adaptkit.text.windows import pad_id
 from adaptkit.training.data.ending import named_ends, turn_end
+from adaptkit.training.device import name_of
+from adaptkit.training.dtype_errors import reports_failed_answers
 from adaptkit.training.evaluation.final import Marks
 from adaptkit.training.network.model import Model
 
@@ -65,6 +67,9 @@ def generate(
 
     Returns:
         The answers, in the order of the prompts.
+
+    Raises:
+        UsageError: transformers' code for the architecture cannot generate.
     """
     stops, marks = stop_tokens(model, tokenizer), Marks.of(tokenizer)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
@@ -116,7 +121,8 @@ def _continue(
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = torch.tensor(prompt)
         mask[row, length - len(prompt) :] = 1
-    with quiet_transformers() as transformers:
+    reports = reports_failed_answers(model.checkpoint.root, name_of(model.dtype))
+    with quiet_transformers() as transformers, reports:
         model.network.generation_config = transformers.GenerationConfig()
         output = model.network.generate(
             ids.to(model.device),
