@@ -106,6 +106,9 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     """
     base = Path(config.base)
     checkpoint = Checkpoint(base)
+    manifest = read_manifest(base)
+    if manifest is not None:
+        check_config(base, manifest)
     config = resolve_method(config, checkpoint)
     device = choose_device(config.device)
     parse_policy(config.checkpointing, layers=1)  # syntax only: what it means needs the built network
@@ -126,9 +129,6 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
             raise UsageError(
                 f"tensorboard: {config.tensorboard} is inside the output folder", hint="choose another folder"
             )
-    manifest = read_manifest(base)
-    if manifest is not None:
-        check_config(base, manifest)
     start = read_start(config, manifest)
     tokenizer, template = _tokenizer(config, start)
     set_template_kwargs(tokenizer, config.chat_template_kwargs)
