@@ -69,7 +69,11 @@ def failing_in_backward(forward):
 @pytest.fixture
 def functions():
     """Functions that raise errors, in a module of transformers."""
-    found = {"__name__": "transformers.models.made", "mismatch": mismatch, "DelayedError": torch._C._functions.DelayedError}
+    found = {
+        "__name__": "transformers.models.made",
+        "mismatch": mismatch,
+        "DelayedError": torch._C._functions.DelayedError,
+    }
     exec(CODE, found)
     return found
 
