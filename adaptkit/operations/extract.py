@@ -72,7 +72,7 @@ def extract(
         progress: called with bytes of both checkpoints, each counted when it is first read.
 
     Raises:
-        BaseMismatchError: names, shapes or dtypes of tensors differ.
+        BaseMismatchError: names or shapes of tensors differ, or dtypes of which one is not a supported float.
         CheckpointError: malformed or quantized input.
         NonFiniteError: a weight is NaN or infinite; names the tensor.
         UsageError: nothing differs, or a tensor differs that an adapter cannot store.

@@ -106,6 +106,34 @@ def test_at_full_rank_the_whole_change_is_extracted(tmp_path, dtype):
     verify(tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    ("dtype", "of_tuned"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")]
+)
+def test_dtypes_may_differ_and_rounding_alone_is_not_a_change(tmp_path, dtype, of_tuned):
+    """Fine-tuning often saves float32 beside a base in bfloat16."""
+    base, folder = tiny.write_llama(tmp_path / "base", dtype=dtype), tmp_path / "tuned"
+    cast = rewritten(
+        shutil.copytree(base, tmp_path / "cast"),
+        lambda tensors: tensors.update({name: value.to(getattr(torch, of_tuned)) for name, value in tensors.items()}),
+    )
+    changed = ("up_proj", "input_layernorm")
+    tuned_from(cast, folder, lambda name, tensor: noise()(name, tensor) if name.split(".")[-2] in changed else None)
+    report = extract(folder, base, tmp_path / "out", WHOLE)
+    assert (len(report.modules), len(report.saved), report.equal) == (2, 2, len(Checkpoint(base).tensors) - 4)
+    expected = changes(folder, base)
+    for module, delta in changes_of(tmp_path / "out").items():
+        assert (delta - expected[f"{module}.weight"]).norm() < 5e-7 * delta.norm()
+    assert merge(base, [tmp_path / "out"], tmp_path / "merged").base_verified
+    before, after, found = (tensors_of(where) for where in (base, folder, tmp_path / "merged"))
+    for name, tensor in found.items():
+        assert tensor.dtype == before[name].dtype
+        if name.split(".")[-2] in changed:
+            assert torch.allclose(tensor.double(), after[name].double(), rtol=torch.finfo(tensor.dtype).eps, atol=1e-6)
+        else:
+            assert torch.equal(tensor, before[name])
+    verify(tmp_path / "out")
+
+
 def test_extracting_from_a_bfloat16_merge_recovers_the_adapter_up_to_rounding(tmp_path, llama, adapter):
     """Rounding noise is spread over all dimensions; a rank-4 approximation contains the part in its tangent space."""
     merge(llama, [adapter], tmp_path / "merged")
@@ -494,8 +522,8 @@ def test_mismatched_checkpoints_are_refused_naming_a_tensor(tmp_path, plain, tun
     refused(cut, plain, rf"shape differs from .*base in {UP}\.weight \(expected \[128, 64\], found \[64, 64\]\)")
     wide = rewritten(copy_of(tuned, "wide"), lambda t: t.update({"lm_head.weight": t["lm_head.weight"][:, :8].clone()}))
     refused(wide, plain, "shape differs .*lm_head")
-    half = rewritten(copy_of(tuned, "half"), lambda t: t.update({n: v.half() for n, v in t.items()}))
-    refused(half, plain, r"dtype differs from .*base in .* \(expected F32, found F16\), .* and 18 more")
+    whole = rewritten(copy_of(tuned, "whole"), lambda t: t.update({n: v.long() for n, v in t.items()}))
+    refused(whole, plain, r"dtype differs from .*base in .* \(expected F32, found I64\), .* and 18 more")
     refused(tiny.write_llama(tmp_path / "deep", layers=3, dtype="float32", tied=False), plain, "base: lacks ")
 
 

@@ -149,7 +149,7 @@ def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> P
 
     Raises:
         CheckpointError: one of them is quantized.
-        BaseMismatchError: names, shapes or dtypes of tensors differ.
+        BaseMismatchError: names or shapes of tensors differ, or dtypes of which one is not a supported float.
         UsageError: a pattern matches no module.
     """
     for checkpoint in (tuned, base):
@@ -191,7 +191,8 @@ def _check_specs(tuned: Checkpoint, base: Checkpoint, what: str, roles: Mapping[
     differ = []
     for name, located in base.tensors.items():
         before, after = getattr(located.spec, what), getattr(tuned.spec(name), what)
-        if before != after and not (what == "shape" and _is_resized(located.spec, tuned.spec(name), roles)):
+        resized = what == "shape" and _is_resized(located.spec, tuned.spec(name), roles)
+        if before != after and not resized and not {before, after} <= {*FLOATS}:
             shown = [value if isinstance(value, str) else list(value) for value in (after, before)]
             differ.append(f"{name} (expected {shown[1]}, found {shown[0]})")
     if differ:

@@ -34,8 +34,8 @@ class Finding:
         part: the tensor.
         base_digest: fingerprint in the base.
         tuned_digest: fingerprint in the tuned checkpoint.
-        differs: whether any element differs.
-        square: ‖D‖², D being tuned − base; 0 if the shapes differ or the tensor holds integers.
+        differs: whether any element differs from the base's, rounded to the tuned dtype.
+        square: ‖D‖², D being tuned − base; 0 if none differs, the shapes differ, or the tensor holds integers.
         base_square: ‖W‖² of the base's tensor; 0 as for ``square``.
         rounding: share of ‖D‖² due to rounding each tuned element once to its dtype, assuming that rounding errors are
             uniform over a step; at most 1.
@@ -99,7 +99,7 @@ def _compare(plan: Plan, part: Part) -> Finding:
             _require_finite(checkpoint, part.name, values)
             digest.update(bytes_of(values))
             both.append(values)
-        differs = differs or not torch.equal(*both)
+        differs = differs or not torch.equal(both[0].to(both[1].dtype), both[1])
         if not both[0].is_floating_point():
             continue
         for before, after in zip(*(torch.split(values, _AT_ONCE) for values in both), strict=True):
@@ -108,6 +108,7 @@ def _compare(plan: Plan, part: Part) -> Finding:
             square += float(change.dot(change))
             base_square += float(wide.dot(wide))
             steps += _square_steps(after)
+    square = square if differs else 0.0
     rounding = min(1.0, steps / 12 / square) if square else 0.0
     before_digest, after_digest = (digest.hexdigest() for digest in digests)
     return Finding(part, before_digest, after_digest, differs, square, base_square, rounding)
