@@ -15,7 +15,7 @@ for any layer, with real or fake tensors.
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,11 +209,14 @@ class _AllMeasured(Exception):  # noqa: N818 - nothing is wrong
 
 
 def kind_of(layer: nn.Module) -> Any:
-    """Return a key that is equal for layers built alike: classes, shapes, dtypes, and integer and string attributes."""
+    """Return a key that is equal for layers built alike.
+
+    It consists of classes, integer and string attributes, and each tensor's shape, dtype and whether it is trained.
+    """
     found: list[Any] = []
     for name, module in layer.named_modules():
         tensors = [*module._parameters.items(), *module._buffers.items()]
-        shapes = [(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors if tensor is not None]
+        shapes = [(key, tuple(one.shape), one.dtype, one.requires_grad) for key, one in tensors if one is not None]
         plain = [(key, value) for key, value in vars(module).items() if isinstance(value, (int, str))]
         settings = [item for item in plain if not re.search("^_|id[xs]?$|index", item[0])]  # without the layer's number
         found.append((name, type_before_parametrizations(module), shapes, settings))
@@ -230,17 +233,25 @@ def _measuring(
         call = LayerCall(forward, args, kwargs)
         hidden = call.take()[0].detach().requires_grad_()
         known = [hidden, *layer.parameters(), *layer.buffers(), *held, *tree_leaves((args, kwargs)), *call.constants]
-        with torch.enable_grad(), Alive(known) as alive:
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        with torch.enable_grad(), Alive(known) as alive, ExitStack() as hooks:
+            for parameter in trained:
+                hooks.callback(parameter.register_hook(_without_memory).remove)
             outputs = call(hidden)
             output = outputs[0]
             kept = alive.total() - output.untyped_storage().nbytes()
-            torch.autograd.grad(output, hidden, torch.empty_like(output))
+            torch.autograd.grad(output, [hidden, *trained], torch.empty_like(output), allow_unused=True)
         sizes[index] = LayerSize(hidden.untyped_storage().nbytes(), kept, alive.peak)
         if len(sizes) == wanted:
             raise _AllMeasured
         return call.finish([tensor.detach() for tensor in outputs])
 
     return run
+
+
+def _without_memory(gradient: Tensor) -> Tensor:
+    """Replace the gradient of a parameter, which a run adds to another tensor and frees at once."""
+    return gradient.new_zeros(()).expand_as(gradient)
 
 
 class Alive(TorchDispatchMode):

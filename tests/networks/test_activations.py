@@ -142,6 +142,24 @@ def test_layers_are_measured_by_what_stays_alive():
     assert wider[1] == wider[0] == LayerSize(256, 256, wider[0].peak_bytes)
 
 
+def test_the_gradient_of_a_trained_weight_is_counted_once():
+    """As in a run: each gradient is added to another tensor and freed before the next one is computed."""
+    layers = [nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(3)]) for _ in range(2)]
+    frozen, trained = layers
+    frozen.requires_grad_(False)
+
+    def call():
+        hidden = torch.zeros(2, 512)
+        for layer in layers:
+            hidden = layer(hidden)
+
+    few, many = measure_layers(layers, call)
+    of_one = trained[0].weight.nbytes
+    assert few.peak_bytes < of_one / 10
+    assert of_one <= many.peak_bytes < 1.1 * of_one
+    assert all(parameter.grad is None for parameter in trained.parameters())
+
+
 def test_freed_memory_is_not_alive():
     with Alive() as alive:
         kept = torch.ones(1000)

@@ -45,7 +45,7 @@ def mark_unread(network: Any) -> None:
         layers: list[nn.Module] = list(find_stack(network)[1])
     except UsageError:  # no stack of layers, so nothing will be checkpointed
         return
-    kinds = [(kind_of(layer), [parameter.requires_grad for parameter in layer.parameters()]) for layer in layers]
+    kinds = [kind_of(layer) for layer in layers]
     first = [kinds.index(kind) for kind in kinds]
     found: dict[int, set[str]] = {}
 
