@@ -104,6 +104,14 @@ def test_a_gate_reports_its_figures(ran):
     assert facts["text.tokens"] > 0
 
 
+def test_a_merge_reports_the_share_of_the_change_that_is_left(ran):
+    _, report = ran
+    steps = {step.name: step for step in report.steps if step.kind == "merge"}
+    for step in steps.values():
+        assert step.figure.endswith(f" changed, {100 * step.facts['effect']:.3g} % of the change kept")
+    assert 0 < steps["packed"].facts["effect"] < steps["merged"].facts["effect"]
+
+
 def test_a_figure_beyond_a_changed_limit_fails_the_gate_without_being_measured_again(ran):
     folder, report = ran
     path, begun, ended = folder / "strict.yaml", [], []
