@@ -77,6 +77,7 @@ output_options = _together(
 report_file_option = click.option(
     "--output-file",
     type=LocalPath(),
+    metavar="FILE",
     help="Also write the --json document to this file; not in a dry run.",
 )
 

@@ -37,7 +37,9 @@ class _WithMethods(click.Command):
               help="How to combine the adapters; see below.")  # fmt: skip
 @weight_option
 @click.option("--rank", type=click.IntRange(min=1), help="Maximum rank of the result.")
-@click.option("--energy", type=float, metavar="SHARE", help="Share of each module's squared norm to keep: 0.99.")
+@click.option(
+    "--energy", type=float, metavar="SHARE", help="Instead of --rank: share of each squared norm to keep, such as 0.99."
+)
 @click.option("--density", type=float, metavar="SHARE", help="Share of elements to keep.")
 @click.option(
     "--epsilon", type=float, help="della: keep probabilities are density ± epsilon, largest for the largest elements."

@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     help="Also verify its parents, found here: an artifact, or a folder of artifacts. Repeatable.",
 )
 @click.option("--recompute", is_flag=True, help="Rebuild it and its parents from their own parents, and compare.")
-@click.option("--signature", type=LocalPath(), help="Signature file. [default: adaptkit-manifest.sig in PATH]")
-@click.option("--public-key", type=LocalPath(), help="Require a signature by this key; PEM, P-256 and up.")
+@click.option(
+    "--signature", type=LocalPath(), metavar="FILE", help="Signature file. [default: adaptkit-manifest.sig in PATH]"
+)
+@click.option(
+    "--public-key", type=LocalPath(), metavar="FILE", help="Require a signature by this key; PEM, P-256 and up."
+)
 @click.option("--identity", help="Require a keyless signature by this identity, such as an e-mail address.")
 @click.option("--identity-provider", metavar="URL", help="Provider of that identity.")
 @threads_option
