@@ -13,12 +13,10 @@ from adaptkit.training.data_report import DataReport, report_data
 from adaptkit.training.device import choose_device, deterministic, free_memory, make_current, without_cudnn_attention
 from adaptkit.training.distributed import World, world_size
 from adaptkit.training.inputs import read_inputs
-from adaptkit.training.memory.activations import predicted_memory
-from adaptkit.training.memory.optimizer import state_bytes
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.start import cannot_be_merged, left_out, peft_drops
 from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory
-from adaptkit.training.preparation import batches_of, best_copies, build, checkpoint_bytes, total_steps
+from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, expected_memory, total_steps
 from adaptkit.training.resume import check_not_finished, check_unfinished, require_room, resume_step
 from adaptkit.training.schedule import steps_in
 
@@ -101,8 +99,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     trainable = Trainable.of(model)
     parameters = trainable.values.numel()
     steps = total_steps(config, batches)
-    state, copies = state_bytes(trainable, config), best_copies(config, device, steps)
-    needed = predicted_memory(model.network, parameters, state, activations, copies)
+    needed = expected_memory(model, trainable, activations, config, steps)
     one = checkpoint_bytes(config, parameters)
     require_room(work, one, config.keep_checkpoints)
     return RunPlan(

@@ -167,8 +167,7 @@ def _write(
 
 def _write_result(out: Output, inputs: Inputs, run: Run, records: Records) -> Manifest:
     data = [source.sha256 for source in inputs.data.sources]
-    known = inputs.config, inputs.manifest, records, inputs.start, data, inputs.side_files
-    return write_result(out, run.model, *known)
+    return write_result(out, run.model, inputs.config, inputs.manifest, records, inputs.start, data, inputs.side_files)
 
 
 def _write_beside(out: Output, inputs: Inputs, run: Run, records: Records, adapter: Chosen) -> None:

@@ -8,6 +8,7 @@ import torch
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.networks.architecture import empty_network
+from adaptkit.networks.memory import Memory
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.text.windows import pad_id
@@ -16,7 +17,9 @@ from adaptkit.training.data.batches import Batches
 from adaptkit.training.distributed import World
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.inputs import Inputs
-from adaptkit.training.memory.activations import Activations, save_activations
+from adaptkit.training.memory.activations import Activations, predicted_memory, save_activations
+from adaptkit.training.memory.optimizer import state_bytes
+from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
@@ -37,12 +40,17 @@ def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
     return 4 * parameters * vectors + moment_bytes(parameters, STATE_BITS[config.optimizer])
 
 
-def best_copies(config: TrainConfig, device: torch.device, steps: int) -> int:
-    """Return how many copies of the trained parameters a run keeps on its device: the best ones so far, on a CPU.
+def expected_memory(
+    model: Model, trainable: Trainable, activations: Activations, config: TrainConfig, steps: int
+) -> Memory:
+    """Return the memory that a run will need on its device.
 
-    A GPU's run keeps these in host memory, and one that evaluates only after its last step needs none.
+    On a CPU this includes a copy of the best parameters so far. A GPU's run keeps these in host memory, and one that
+    evaluates only after its last step needs none.
     """
-    return int(0 < config.eval_every < steps and device.type == "cpu")
+    values = trainable.values
+    copies = int(0 < config.eval_every < steps and values.device.type == "cpu")
+    return predicted_memory(model.network, values.numel(), state_bytes(trainable, config), activations, copies)
 
 
 def batches_of(inputs: Inputs) -> Batches:

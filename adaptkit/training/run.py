@@ -23,14 +23,14 @@ from adaptkit.training.evaluation.generation import generate
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.history import History
 from adaptkit.training.inputs import Inputs
-from adaptkit.training.memory.activations import PeakMemory, predicted_memory
-from adaptkit.training.memory.optimizer import make_optimizer, state_bytes
+from adaptkit.training.memory.activations import PeakMemory
+from adaptkit.training.memory.optimizer import make_optimizer
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.pressure import Pressure
 from adaptkit.training.memory.vector import Vector
 from adaptkit.training.network.model import free_former_network
 from adaptkit.training.network.start import cannot_be_merged, first_names, left_out, peft_drops
-from adaptkit.training.preparation import batches_of, begin_libraries, best_copies, build, total_steps
+from adaptkit.training.preparation import batches_of, begin_libraries, build, expected_memory, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
 from adaptkit.training.schedule import learning_rate
@@ -90,9 +90,7 @@ class Run:
         self.model, self.activations = build(inputs, world, self.batches.largest(world.size))
         inputs.require_base()
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
-        count, state = self.trainable.values.numel(), state_bytes(self.trainable, inputs.config)
-        copies = best_copies(inputs.config, world.device, self.steps)
-        self._expected = predicted_memory(self.model.network, count, state, self.activations, copies)
+        self._expected = expected_memory(self.model, self.trainable, self.activations, inputs.config, self.steps)
         short = memory_warning(self._expected, free, world.device, world.local_size, inputs.config.shard_base)
         told = left_out(self.model, inputs.config), cannot_be_merged(self.model, inputs.config), peft_drops(self.model)
         notes = (*told, short, triton_warning(world.device))
