@@ -85,7 +85,7 @@ class QuantizedWeight:
     @property
     def absmax(self) -> Any:
         """The constants in float32, (M,)."""
-        return dequantize_constants(self.constants, self.levels)
+        return dequantize_absmax(self.constants, self.levels)
 
     def dequantize(self, dtype: DType | None = None) -> Any:
         """Return the dequantized weight in its shape; ``dtype`` overrides the type given by the state."""
@@ -178,11 +178,6 @@ def constant_parts(weight: TensorSpec, encoding: Encoding, constants: DoubleQuan
 def quantize_constants(absmax: Values, encoding: Encoding) -> DoubleQuantized | Values:
     """Quantize the constants if the encoding uses double quantization."""
     return quantize_absmax(absmax) if encoding.double_quant else absmax
-
-
-def dequantize_constants(constants: DoubleQuantized | Values, levels: Values | None = None) -> Any:
-    """Return the dequantized constants, (M,) float32."""
-    return dequantize_absmax(constants, levels) if isinstance(constants, DoubleQuantized) else constants
 
 
 def quantized_names(files: TensorFiles) -> list[str]:

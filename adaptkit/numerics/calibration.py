@@ -81,9 +81,10 @@ def weighted_nf4(
     # In a group with very unequal blocks, quantizing the searched scales may lose more than the search gained.
     flat, important = _flat(weight), normalized_importance(weight, importance)
     room = _loops.scratch_for(block_size)
-    errors = [_loops.total_error(flat, important, block_size, decoded(c).numpy(), room) for c in (constants, plain)]
-    constants = constants if errors[0] <= errors[1] else plain
-    return encode_at(weight, decoded(constants), block_size), constants
+    decoded = [dequantize_absmax(choice) for choice in (constants, plain)]
+    errors = [_loops.total_error(flat, important, block_size, found.numpy(), room) for found in decoded]
+    best = 0 if errors[0] <= errors[1] else 1
+    return encode_at(weight, decoded[best], block_size), (constants, plain)[best]
 
 
 def search_scales(weight: Tensor, importance: Tensor, block_size: int = 64) -> Tensor:
@@ -129,11 +130,6 @@ def encode_at(weight: Tensor, scales: Tensor, block_size: int) -> Tensor:
     packed = np.empty((flat.size + 1) // 2, np.uint8)
     _loops.encode_at(flat, scales.numpy(), block_size, np.empty(block_size + 1, np.uint8), packed)
     return torch.from_numpy(packed)
-
-
-def decoded(constants: Constants) -> Tensor:
-    """Return the scales that readers decode, (M,) float32."""
-    return dequantize_absmax(constants) if isinstance(constants, DoubleQuantized) else constants
 
 
 def _flat(weight: Tensor) -> Any:

@@ -16,14 +16,8 @@ import numpy as np
 
 from adaptkit.errors import UsageError
 from adaptkit.lazy import lazy_module, torch
-from adaptkit.numerics.calibration import (
-    Constants,
-    decoded,
-    nest_scales,
-    normalized_importance,
-    search_scales,
-)
-from adaptkit.numerics.formats._double_quant import DoubleQuantized, dynamic_map
+from adaptkit.numerics.calibration import Constants, nest_scales, normalized_importance, search_scales
+from adaptkit.numerics.formats._double_quant import DoubleQuantized, dequantize_absmax, dynamic_map
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,14 +94,15 @@ def compensated_nf4(
     """
     if factor.shape != (weight.shape[-1], weight.shape[-1]):
         raise UsageError(f"factor of shape {list(factor.shape)} does not fit a weight of shape {list(weight.shape)}")
-    constants: Constants = search_scales(weight, importance, block_size)
+    found = search_scales(weight, importance, block_size)
+    constants: Constants = found
     nested_codes, nested, offset = np.zeros(1, np.uint8), np.zeros(1, np.float32), 0.0
     if double_quant:
-        constants = nest_scales(weight, decoded(constants), importance, block_size)
+        constants = nest_scales(weight, found, importance, block_size)
         nested_codes, nested, offset = constants.codes.numpy(), constants.nested_absmax.numpy(), constants.offset
     again = double_quant and weight.shape[1] % block_size == 0
     codes = np.empty(weight.shape, np.uint8)
-    scales = decoded(constants).clone().numpy()
+    scales = dequantize_absmax(constants).clone().numpy()
     _loops.round_rows(
         weight.float().contiguous().clone().numpy(), factor.float().contiguous().numpy(),
         normalized_importance(weight, importance), block_size, dynamic_map().numpy(), nested, np.float32(offset),

@@ -12,7 +12,6 @@ from adaptkit.numerics import calibration
 from adaptkit.numerics.calibration import (
     FACTORS,
     FLOOR,
-    decoded,
     encode_at,
     nest_scales,
     search_scales,
@@ -20,7 +19,7 @@ from adaptkit.numerics.calibration import (
 )
 from adaptkit.numerics.formats import nf4
 from adaptkit.numerics.formats._blockwise import Blockwise
-from adaptkit.numerics.formats._double_quant import dynamic_map, quantize_absmax
+from adaptkit.numerics.formats._double_quant import dequantize_absmax, dynamic_map, quantize_absmax
 from adaptkit.numerics.kernels.codebook import NF4_LEVELS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -50,7 +49,7 @@ def problems(draw):
 
 def weighted_error(weight, importance, codes, constants, block_size):
     """Σ_ij (W - Q)_ij² · importance_j in float64, Q being the decoded float32 weight."""
-    quantized = Blockwise(codes, decoded(constants), tuple(weight.shape), block_size)
+    quantized = Blockwise(codes, dequantize_absmax(constants), tuple(weight.shape), block_size)
     lost = weight.float() - nf4.dequantize(quantized, torch.float32)
     return float(lost.double().square().sum(0) @ importance.double())
 
@@ -62,11 +61,11 @@ def test_the_weighted_error_is_never_larger_than_that_of_plain_nf4(problem, bloc
     codes, constants = weighted_nf4(weight, importance, block_size, double_quant)
     plain = nf4.quantize(weight, block_size).absmax
     plain = quantize_absmax(plain) if double_quant else plain
-    plain_codes = encode_at(weight, decoded(plain), block_size)
+    plain_codes = encode_at(weight, dequantize_absmax(plain), block_size)
     floored = importance.double() + FLOOR * importance.double().mean()
     found = weighted_error(weight, floored, codes, constants, block_size)
     assert found <= weighted_error(weight, floored, plain_codes, plain, block_size) * (1 + 1e-5)
-    assert bool(torch.isfinite(decoded(constants)).all())
+    assert bool(torch.isfinite(dequantize_absmax(constants)).all())
 
 
 @settings(max_examples=60, deadline=None)
@@ -86,7 +85,7 @@ def test_with_a_single_candidate_the_result_is_plain_nf4(problem, block_size):
     expected = quantize_absmax(absmax)
     assert torch.equal(constants.codes, expected.codes)
     assert torch.equal(constants.nested_absmax, expected.nested_absmax)
-    assert torch.equal(nested_codes, encode_at(weight, decoded(expected), block_size))
+    assert torch.equal(nested_codes, encode_at(weight, dequantize_absmax(expected), block_size))
 
 
 def _errors(block, h, scales):
@@ -124,7 +123,7 @@ def test_the_best_nested_code_is_chosen(seed, signed):
     every = dynamic_map() * found.nested_absmax[0] + found.offset
     allowed = every if signed else every[every > 0]
     h = importance.double() + FLOOR * importance.double().mean()
-    for block, scale in enumerate(decoded(found)):
+    for block, scale in enumerate(dequantize_absmax(found)):
         part = slice(block % 2 * 32, block % 2 * 32 + 32)
         weights = weight.reshape(-1)[block * 32 : block * 32 + 32]
         least = float(_errors(weights, h[part], allowed).min())
@@ -154,8 +153,8 @@ def test_bitsandbytes_decodes_negative_scales_by_the_same_formula():
     generator = torch.Generator().manual_seed(0)
     weight, importance = torch.randn(64, 128, generator=generator), torch.rand(128, generator=generator)
     codes, constants = weighted_nf4(weight, importance)
-    assert bool((decoded(constants) < 0).any())
-    assert bool((decoded(constants) > 0).any())
+    assert bool((dequantize_absmax(constants) < 0).any())
+    assert bool((dequantize_absmax(constants) > 0).any())
     functional = bitsandbytes.functional
     nested = functional.QuantState(constants.nested_absmax, code=dynamic_map(), blocksize=256, dtype=torch.float32)
     state = functional.QuantState(
@@ -163,7 +162,7 @@ def test_bitsandbytes_decodes_negative_scales_by_the_same_formula():
         torch.tensor(constants.offset), nested,
     )  # fmt: skip
     theirs = functional.dequantize_4bit(codes.view(-1, 1), state)
-    ours = nf4.dequantize(Blockwise(codes, decoded(constants), (64, 128), 64), torch.float32)
+    ours = nf4.dequantize(Blockwise(codes, dequantize_absmax(constants), (64, 128), 64), torch.float32)
     assert torch.equal(theirs, ours)
 
 

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from adaptkit.errors import UsageError
 from adaptkit.numerics import calibration, rounding
-from adaptkit.numerics.calibration import decoded, weighted_nf4
+from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.formats import nf4
 from adaptkit.numerics.formats._blockwise import Blockwise
+from adaptkit.numerics.formats._double_quant import dequantize_absmax
 from adaptkit.numerics.kernels.codebook import NF4_LEVELS
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor, damped
 
@@ -26,7 +27,7 @@ def correlated(columns, seed=0):
 
 
 def decode(weight, codes, constants, block_size):
-    quantized = Blockwise(codes, decoded(constants), tuple(weight.shape), block_size)
+    quantized = Blockwise(codes, dequantize_absmax(constants), tuple(weight.shape), block_size)
     return nf4.dequantize(quantized, torch.float32)
 
 

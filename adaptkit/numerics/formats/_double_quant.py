@@ -88,16 +88,18 @@ def quantize_absmax(absmax: Values) -> DoubleQuantized:
     return DoubleQuantized(*kernels_for(absmax).encode_constants(absmax, *tables))
 
 
-def dequantize_absmax(quantized: DoubleQuantized, levels: Values | None = None) -> Any:
+def dequantize_absmax(absmax: DoubleQuantized | Values, levels: Values | None = None) -> Any:
     """Undo ``quantize_absmax`` up to rounding: (M,) float32.
 
     Args:
-        quantized: the quantized constants.
+        absmax: the quantized constants; constants that are not quantized are returned as they are.
         levels: (256,) float32 levels from a file that has its own; None for ``dynamic_levels``.
     """
-    codes = quantized.codes
+    if not isinstance(absmax, DoubleQuantized):
+        return absmax
+    codes = absmax.codes
     levels = _beside(codes, dynamic_levels() if levels is None else levels)
-    return kernels_for(codes).decode_constants(codes, quantized.nested_absmax, quantized.offset, levels)
+    return kernels_for(codes).decode_constants(codes, absmax.nested_absmax, absmax.offset, levels)
 
 
 def _beside(values: Values, table: Values) -> Any:

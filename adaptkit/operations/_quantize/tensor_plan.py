@@ -20,6 +20,7 @@ from adaptkit.errors import NonFiniteError
 from adaptkit.numerics import finite
 from adaptkit.numerics.arrays import AnyValues, Array, as_array, like
 from adaptkit.numerics.formats._blockwise import Blockwise, squared_errors
+from adaptkit.numerics.formats._double_quant import dequantize_absmax
 from adaptkit.operations._shards import Group, Piece, cut_pieces, read_jobs
 from adaptkit.operations._threads import in_order
 
@@ -100,7 +101,7 @@ class TensorPlan:
         constants = quantized.quantize_constants(absmax, self.encoding)
         for name, part in quantized.constant_parts(self.linear, self.encoding, constants).items():
             writer.write(name, part)
-        lost = squared_errors(squares, moments, quantized.dequantize_constants(constants))
+        lost = squared_errors(squares, moments, dequantize_absmax(constants))
         return {"fingerprint": digest.hexdigest(), "error": [lost, squares]}
 
     def _encode(self, checkpoint: Checkpoint, piece: Piece | None) -> Encoded:
