@@ -32,11 +32,6 @@ class Encoding:
         found: Format = load(formats, self.format, "FORMAT")
         return found
 
-    @property
-    def state_suffix(self) -> str:
-        """Suffix of the name of a weight's quantization state."""
-        return state_suffix(self.format)
-
 
 def state_suffix(format_name: str) -> str:
     """Return the suffix of the name of a weight's quantization state."""

@@ -144,7 +144,7 @@ def part_specs(weight: TensorSpec, encoding: Encoding) -> list[TensorSpec]:
     state = len(state_bytes(weight, encoding, 0.0))
     # Pad the whole group to a multiple of eight bytes; the floats in it then begin at a multiple of four.
     state += -(sum(spec.nbytes for spec in small + floats) + state) % 8
-    return [*small, TensorSpec(name + encoding.state_suffix, "U8", (state,)), *floats]
+    return [*small, TensorSpec(name + state_suffix(encoding.format), "U8", (state,)), *floats]
 
 
 def constant_parts(weight: TensorSpec, encoding: Encoding, constants: DoubleQuantized | Values) -> dict[str, Array]:
@@ -169,7 +169,7 @@ def constant_parts(weight: TensorSpec, encoding: Encoding, constants: DoubleQuan
         parts["quant_map"] = np.array(encoding.numerics.levels, np.float32)
     named = {f"{weight.name}.{suffix}": part for suffix, part in parts.items()}
     specs = part_specs(weight, encoding)[1:]
-    state = next(spec for spec in specs if spec.name.endswith(encoding.state_suffix))
+    state = next(spec for spec in specs if STATE_NAME.search(spec.name))
     text = state_bytes(weight, encoding, offset).ljust(state.nbytes)
     named[state.name] = np.frombuffer(bytearray(text), np.uint8)
     return {spec.name: named[spec.name] for spec in specs}
