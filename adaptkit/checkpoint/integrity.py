@@ -1,6 +1,6 @@
 """Compare a folder with its manifest: the set of files, their bytes, and every tensor. Each byte is read once."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +84,14 @@ def present_names(root: Path) -> set[str]:
 
     Excludes the manifest and its signature, which the manifest cannot list, and ``.cache``, left by download tools.
     """
-    return {found.relative_to(root).as_posix() for found in _files(root)}
+    waiting, own, names = [root], (root / MANIFEST_NAME, root / SIGNATURE_NAME), set()
+    while waiting:
+        for found in waiting.pop().iterdir():
+            if found.is_dir() and not found.is_symlink():
+                waiting += [found] if found != root / ".cache" else []
+            elif found not in own:
+                names.add(found.relative_to(root).as_posix())
+    return names
 
 
 def file_problem(root: Path, record: FileRecord, tensors: Sequence[TensorRecord] = ()) -> str:
@@ -213,14 +220,3 @@ def _compare_tensors(root: Path, tensors: Iterable[TensorRecord], measured: Iter
             raise IntegrityError(f"{root}: tensor {tensor.name} differs from its fingerprint", hint=_AGAIN)
     if found:
         raise IntegrityError(f"{root}: tensor {min(found)} is not in the manifest", hint=_AGAIN)
-
-
-def _files(root: Path) -> Iterator[Path]:
-    """Iterate over all files except the manifest, its signature, and those in ``.cache``."""
-    waiting, own = [root], (root / MANIFEST_NAME, root / SIGNATURE_NAME)
-    while waiting:
-        for found in sorted(waiting.pop().iterdir()):
-            if found.is_dir() and not found.is_symlink():
-                waiting += [found] if found != root / ".cache" else []
-            elif found not in own:
-                yield found
