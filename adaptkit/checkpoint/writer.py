@@ -224,17 +224,12 @@ def require_free(folder: Path, nbytes: int, what: str, hint: str) -> None:
         raise DiskError(f"{what} {nbytes:,} more bytes, but its disk has {free:,} free", hint=hint)
 
 
-class disk_errors:  # noqa: N801 - reads as a statement
-    """Context manager that converts an OSError into a DiskError with a hint."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, OSError):
-            hint = DISK_HINTS.get(error.errno or 0, "")
-            hint = hint and f"{hint}; then run the same command again to resume"
-            raise DiskError(f"{self._path}: cannot write: {error.strerror}", hint) from error
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Convert an OSError in the block into a DiskError with a hint."""
+    try:
+        yield
+    except OSError as error:
+        hint = DISK_HINTS.get(error.errno or 0, "")
+        hint = hint and f"{hint}; then run the same command again to resume"
+        raise DiskError(f"{path}: cannot write: {error.strerror}", hint) from error
