@@ -5,7 +5,6 @@ provisional plan, which is compared with the other as soon as that is ready.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
 from typing import Self
 
 from adaptkit.checkpoint.reader import Checkpoint
@@ -37,9 +36,7 @@ class EarlyPlan:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._inquiry.end()
         self._pool.shutdown()
 
