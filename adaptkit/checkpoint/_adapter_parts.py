@@ -11,6 +11,7 @@ import numpy as np
 
 from adaptkit.checkpoint._adapter_keys import Part
 from adaptkit.checkpoint.adapter_config import (
+    ONE_SAVE,
     RANK_ZERO,
     Scalings,
     expert_parameters,
@@ -29,7 +30,6 @@ from adaptkit.numerics.lora import LowRank, transposed
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ONE_SAVE = "check that adapter_config.json and adapter_model.safetensors are complete and were saved together"
 _GATHER = "save it again with all weights gathered; DeepSpeed ZeRO-3 otherwise saves empty tensors"
 
 
@@ -111,7 +111,7 @@ class Parts:
         if missing:
             self._refuse(f"modules_to_save names {missing!r}, but the adapter has no tensor for it")
 
-    def _refuse(self, why: str, hint: str = _ONE_SAVE) -> NoReturn:
+    def _refuse(self, why: str, hint: str = ONE_SAVE) -> NoReturn:
         raise AdapterError(f"{self._root}: {why}", hint=hint)
 
     def _take(self, module: str, role: str, dims: int) -> Array | None:
@@ -123,7 +123,7 @@ class Parts:
             of_rank_zero = len(spec.shape) == dims and role.endswith(("_A", "_B"))
             self._refuse(
                 f"{key} has shape {list(spec.shape)}; expected {counted(dims, 'dimension')}, none of them 0",
-                _GATHER if spec.shape == (0,) else RANK_ZERO if of_rank_zero else _ONE_SAVE,
+                _GATHER if spec.shape == (0,) else RANK_ZERO if of_rank_zero else ONE_SAVE,
             )
         read = self._read.pop(key, None)
         return self._files.read_array(key) if read is None else read.reshape(spec.shape)
@@ -173,7 +173,7 @@ class Parts:
         if magnitude is not None and not wanted:
             raise AdapterError(
                 f"{self._root}: {module} has a lora_magnitude_vector, but use_dora is not set",
-                hint=f"{_ONE_SAVE}; torchtune omits use_dora and saves the magnitudes of q_proj and k_proj in another "
+                hint=f"{ONE_SAVE}; torchtune omits use_dora and saves the magnitudes of q_proj and k_proj in another "
                 "order: use adaptkit extract on the model that torchtune merged",
             )
         if magnitude is not None and magnitude.shape[0] != count:
@@ -290,5 +290,5 @@ def _token_indices(root: Path, config: Mapping[str, Any], module: str, key: str)
         given = given[max(names, key=len)] if names else None
     fits = isinstance(given, list) and all(type(index) is int and index >= 0 for index in given)
     if not fits or not given or len(set(given)) != len(given):
-        raise AdapterError(f"{root}: trainable_token_indices does not say which rows {key!r} replaces", hint=_ONE_SAVE)
+        raise AdapterError(f"{root}: trainable_token_indices does not say which rows {key!r} replaces", hint=ONE_SAVE)
     return tuple(given)

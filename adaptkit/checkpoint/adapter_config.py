@@ -38,7 +38,7 @@ _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initializations for which peft changes the base; a converted adapter has ``init_lora_weights: true`` instead."""
 _LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
 """Initializations of peft 0.21 that leave the base unchanged."""
-_ONE_SAVE = "check that adapter_config.json and adapter_model.safetensors are complete and were saved together"
+ONE_SAVE = "check that adapter_config.json and adapter_model.safetensors are complete and were saved together"
 RANK_ZERO = "make it again with a rank of at least 1 in every module (mergekit-extract-lora: without --sv-epsilon)"
 """The hint for A and B without rows and columns, which peft rejects, too."""
 _CONVERTED = "pissa_converted"
@@ -124,7 +124,7 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
         )
     refuse_eora(root, config)
     if config.get("bias", "none") not in _BIASES:
-        raise AdapterError(f"{root}: bias is {config['bias']!r}; expected one of {', '.join(_BIASES)}", hint=_ONE_SAVE)
+        raise AdapterError(f"{root}: bias is {config['bias']!r}; expected one of {', '.join(_BIASES)}", hint=ONE_SAVE)
     if config.get("use_dora") and config.get("lora_bias"):
         raise AdapterError(
             f"{root}: use_dora and lora_bias are both set, which is not defined", hint="train it with one of them"
@@ -132,7 +132,7 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
     for key in (_SAVED, "target_parameters"):
         value = config.get(key) or []
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise AdapterError(f"{root}: {key} is {value!r}; expected a list of names", hint=_ONE_SAVE)
+            raise AdapterError(f"{root}: {key} is {value!r}; expected a list of names", hint=ONE_SAVE)
 
 
 def changes_base(begun: Any) -> bool | None:
@@ -178,11 +178,11 @@ class Scalings:
         except (re.error, AttributeError, TypeError) as error:
             detail = error if isinstance(error, re.error) else "expected patterns, each with a number"
             raise AdapterError(
-                f"{self._root}: rank_pattern or alpha_pattern is malformed ({detail})", hint=_ONE_SAVE
+                f"{self._root}: rank_pattern or alpha_pattern is malformed ({detail})", hint=ONE_SAVE
             ) from error
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not 0 < alpha <= sys.float_info.max:
             raise AdapterError(
-                f"{self._root}: {module}: lora_alpha is {repr(alpha)[:40]}; expected a positive number", hint=_ONE_SAVE
+                f"{self._root}: {module}: lora_alpha is {repr(alpha)[:40]}; expected a positive number", hint=ONE_SAVE
             )
         usable = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= sys.maxsize
         return (rank, scaling(float(alpha), rank, bool(self._config.get("use_rslora")))) if usable else (0, 0.0)
@@ -305,7 +305,7 @@ def names_tied(root: Path, config: Mapping[str, Any]) -> bool:
     try:
         return isinstance(targets, str) and any(matches_whole(targets, name) for name in _TIED_BY_PEFT)
     except re.error as error:
-        raise AdapterError(f"{root}: target_modules is malformed ({error})", hint=_ONE_SAVE) from error
+        raise AdapterError(f"{root}: target_modules is malformed ({error})", hint=ONE_SAVE) from error
 
 
 def is_parameter(config: Mapping[str, Any], module: str) -> bool:
