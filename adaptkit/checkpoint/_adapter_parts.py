@@ -17,6 +17,7 @@ from adaptkit.checkpoint.adapter_config import (
     expert_parameters,
     is_parameter,
     is_saved,
+    token_indices,
     unused_saved,
 )
 from adaptkit.checkpoint.manifest import TensorRecord
@@ -284,10 +285,7 @@ def _token_indices(root: Path, config: Mapping[str, Any], module: str, key: str)
     Raises:
         AdapterError: it lists none, or is not a list of distinct non-negative integers.
     """
-    given = config.get("trainable_token_indices")
-    if isinstance(given, dict):
-        names = [name for name in given if f".{module}".endswith(f".{name}")]
-        given = given[max(names, key=len)] if names else None
+    given = token_indices(config, module)
     fits = isinstance(given, list) and all(type(index) is int and index >= 0 for index in given)
     if not fits or not given or len(set(given)) != len(given):
         raise AdapterError(f"{root}: trainable_token_indices does not say which rows {key!r} replaces", hint=ONE_SAVE)

@@ -316,5 +316,14 @@ def is_parameter(config: Mapping[str, Any], module: str) -> bool:
     return any(f".{module}.weight".endswith(f".{name}") for name in config.get("target_parameters") or ())
 
 
+def token_indices(config: Mapping[str, Any], module: str) -> Any:
+    """Return what ``trainable_token_indices`` gives for a module, valid or not; None if it gives nothing."""
+    given = config.get("trainable_token_indices")
+    if not isinstance(given, dict):
+        return given
+    names = [name for name in given if f".{module}".endswith(f".{name}")]
+    return given[max(names, key=len)] if names else None
+
+
 def _saved(config: Mapping[str, Any]) -> list[str]:
     return config.get(_SAVED) or []

@@ -6,9 +6,9 @@ its tensors, and peft requires each of them. Any other tensor is loaded by its n
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 from adaptkit.checkpoint._adapter_keys import PREFIX
+from adaptkit.checkpoint.adapter_config import token_indices
 from adaptkit.operations.targets import _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Key
 from adaptkit.operations.targets._base_shapes import BaseShapes
@@ -186,7 +186,8 @@ def trained_rows(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Findi
             "peft fails with KeyError",
             "remove it, or save the adapter again with peft",
         )
-    indices = {key: found for key in rows if (found := _indices(files, key)) is not None}
+    given = {key: token_indices(files.config, key.module) for key in rows}
+    indices = {key: found for key, found in given.items() if isinstance(found, list)}
     wrong = [key.name for key, found in indices.items() if key.shape[:1] != (len(found),)]
     yield from error_about(
         wrong,
@@ -216,14 +217,6 @@ def _entries(files: AdapterFiles, base: BaseShapes | None, key: Key) -> int | No
     own = [k.shape[0] for k in files.keys if k.role == "wrapped weight" and k.module.startswith(key.module) and k.shape]
     shape = base.shape(key.module) if base else None
     return own[0] if own else shape[0] if shape else base.vocabulary if base else None
-
-
-def _indices(files: AdapterFiles, key: Key) -> list[Any] | None:
-    given = files.config.get("trainable_token_indices")
-    if isinstance(given, dict):
-        names = [name for name in given if f".{key.module}".endswith(f".{name}")]
-        given = given[max(names, key=len)] if names else None
-    return given if isinstance(given, list) else None
 
 
 def generates(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
