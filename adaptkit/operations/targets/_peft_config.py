@@ -17,82 +17,45 @@ SHORTHAND = "all-linear"
 _TASKS = ("CAUSAL_LM", "FEATURE_EXTRACTION", "QUESTION_ANS", "SEQ_2_SEQ_LM", "SEQ_CLS", "TOKEN_CLS")
 _INITIAL = re.compile(r"eva|orthogonal|lora_ga|loftq|pissa|pissa_niter_\d+|(?i:gaussian|olora|mica)")
 _BY_LIST = "list the modules in target_modules, or remove this key"
+_TRUE = "set it to true, since loading replaces the initial weights"
+_NAMES = "set it to a list of names"
+_SHARE = "set it to a number from 0 to 1"
 
 
 def values(files: AdapterFiles) -> Iterator[Finding]:
     """Find values that peft refuses regardless of the tensors."""
-    config = files.config
-    task, bias, dropout = config.get("task_type"), config.get("bias", "none"), config.get("lora_dropout", 0.0)
-    initial, pattern = config.get("init_lora_weights", True), config.get("target_modules")
-    is_pattern, has_layers = isinstance(pattern, str), config.get("layers_to_transform") is not None
-    plain = initial is True or initial is False
+    get = files.config.get
+    initial, saved, layers = get("init_lora_weights", True), get("modules_to_save"), get("layers_to_transform")
+    task, is_pattern, has_bias = get("task_type"), isinstance(get("target_modules"), str), bool(get("lora_bias"))
+    with_pattern = "ValueError if target_modules is a pattern"
+    begun_with_bias = has_bias and not isinstance(initial, bool) and _is_initial(initial)
     refused = (
         (task is not None and task not in _TASKS, "task_type", "ValueError", f"set it to one of {', '.join(_TASKS)}"),
-        (not _is_bias(bias), "bias", "NotImplementedError", "set it to none, all or lora_only"),
+        (not _is_bias(get("bias", "none")), "bias", "NotImplementedError", "set it to none, all or lora_only"),
+        (not _is_initial(initial), "init_lora_weights", "ValueError", _TRUE),
+        (initial == "loftq" and not get("loftq_config"), "init_lora_weights", "ValueError without loftq_config", _TRUE),
+        (not _is_dropout(get("lora_dropout", 0.0)), "lora_dropout", "ValueError or TypeError", _SHARE),
+        (is_pattern and layers is not None, "layers_to_transform", with_pattern, _BY_LIST),
+        (is_pattern and get("layers_pattern") is not None, "layers_pattern", with_pattern, _BY_LIST),
         (
-            not _is_initial(initial),
-            "init_lora_weights",
-            "ValueError",
-            "set it to true, since loading replaces the initial weights",
-        ),
-        (
-            initial == "loftq" and not config.get("loftq_config"),
-            "init_lora_weights",
-            "ValueError without loftq_config",
-            "set it to true, since loading replaces the initial weights",
-        ),
-        (not _is_dropout(dropout), "lora_dropout", "ValueError or TypeError", "set it to a number from 0 to 1"),
-        (is_pattern and has_layers, "layers_to_transform", "ValueError if target_modules is a pattern", _BY_LIST),
-        (
-            is_pattern and config.get("layers_pattern") is not None,
-            "layers_pattern",
-            "ValueError if target_modules is a pattern",
-            _BY_LIST,
-        ),
-        (
-            bool(config.get("layers_pattern")) and not has_layers,
+            get("layers_pattern") and layers is None,
             "layers_pattern",
             "ValueError without layers_to_transform",
             "remove it",
         ),
-        (
-            not _are_patterns([config.get("exclude_modules")]),
-            "exclude_modules",
-            "re.error",
-            "use a valid regular expression",
-        ),
-        (not _are_patterns(config.get("modules_to_save")), "modules_to_save", "re.error", "use module names"),
-        (
-            isinstance(config.get("layers_to_transform"), str),
-            "layers_to_transform",
-            "TypeError",
-            "set it to a list of numbers",
-        ),
-        (config.get("rank_pattern", {}) is None, "rank_pattern", "AttributeError", "set it to {}"),
-        (config.get("alpha_pattern", {}) is None, "alpha_pattern", "AttributeError", "set it to {}"),
-        (
-            not _are_sortable(config.get("target_parameters")),
-            "target_parameters",
-            "TypeError",
-            "set it to a list of names",
-        ),
-        (isinstance(config.get("modules_to_save"), str), "modules_to_save", "TypeError", "set it to a list of names"),
-        (
-            bool(config.get("lora_bias")) and bool(config.get("use_dora")),
-            "lora_bias",
-            "ValueError together with use_dora",
-            "remove one of the two",
-        ),
-        (
-            bool(config.get("lora_bias")) and not plain and _is_initial(initial),
-            "init_lora_weights",
-            "ValueError together with lora_bias",
-            "set it to true, since loading replaces the initial weights",
-        ),
+        (not _are_patterns([get("exclude_modules")]), "exclude_modules", "re.error", "use a valid regular expression"),
+        (not _are_patterns(saved), "modules_to_save", "re.error", "use module names"),
+        (isinstance(layers, str), "layers_to_transform", "TypeError", "set it to a list of numbers"),
+        (get("rank_pattern", {}) is None, "rank_pattern", "AttributeError", "set it to {}"),
+        (get("alpha_pattern", {}) is None, "alpha_pattern", "AttributeError", "set it to {}"),
+        (not _are_sortable(get("target_parameters")), "target_parameters", "TypeError", _NAMES),
+        (isinstance(saved, str), "modules_to_save", "TypeError", _NAMES),
+        (has_bias and get("use_dora"), "lora_bias", "ValueError together with use_dora", "remove one of the two"),
+        (begun_with_bias, "init_lora_weights", "ValueError together with lora_bias", _TRUE),
     )
     for applies, key, failure, change in refused:
         if applies:
-            found = f"{key} is {config.get(key)!r} in adapter_config.json"
+            found = f"{key} is {get(key)!r} in adapter_config.json"
             yield Finding("error", found, f"peft fails with {failure}", change)
 
 
