@@ -82,8 +82,7 @@ class Fold:
         held = self._base_rows(rows)
         raw = read_rows(checkpoint, self.edit.source, held)
         try:
-            terms = self._terms(rows) if self.edit.is_plain else None
-            if terms is not None:
+            if (terms := self._terms(rows)) is not None:
                 merged = exact.merge_rows(raw, terms, self._within(rows), with_undo)
             else:
                 gain, change = self._sum(rows)
@@ -106,8 +105,7 @@ class Fold:
         """
         residual = undo.unpack(stream, values.size)
         try:
-            terms = self._terms(rows) if self.edit.is_plain else None
-            if terms is not None:
+            if (terms := self._terms(rows)) is not None:
                 return exact.unmerge_rows(values, terms, self._within(rows), residual)
             gain, change = self._sum(rows)
             held = self._base_rows(rows).count
@@ -128,7 +126,9 @@ class Fold:
         return Rows(rows.start, max(0, min(rows.count, there - rows.start)))
 
     def _terms(self, rows: Rows) -> Prepared | None:
-        """Return the low-rank changes of a plain edit's rows; None if their panel has none, as an unchanged expert."""
+        """Return the changes of rows that only low-rank ones are added to; None for others, and an unchanged expert."""
+        if not self.edit.is_plain:
+            return None
         panel = rows.start // self.edit.panel_rows
         known = self._prepared  # holds only the last panel, to bound memory; other threads may replace the dict
         if panel not in known:
