@@ -216,11 +216,7 @@ class _Planner:
         vocabulary, module = self._vocabulary, output.rpartition(".")[0]
         is_table = vocabulary.is_head(f"{module}.weight") or vocabulary.is_embedding(f"{module}.weight")
         if not is_table or len(found.shape) != len(spec.shape) or found.shape[1:] != spec.shape[1:]:
-            raise BaseMismatchError(
-                f"{self._adapter.root}: the adapter expects shape {list(found.shape)} for {output}, but it is "
-                f"{list(spec.shape)} ({spec.dtype}) in {self._checkpoint.root}",
-                hint=OTHER_MODEL,
-            )
+            check_shape(str(self._adapter.root), self._checkpoint.root, spec, output, found.shape)  # raises
         if self._weight != 1:
             raise UsageError(
                 f"{self._adapter.root}: resizes the vocabulary to {found.shape[0]}, which needs a weight of 1",
