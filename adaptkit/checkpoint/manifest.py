@@ -144,6 +144,10 @@ class Manifest:
         """
         return {target.module: target for target in self.targets} if self.kind == "quantized" else {}
 
+    def base_fingerprints(self) -> dict[str, str]:
+        """Return the known fingerprints of the base's original tensors that ``targets`` names."""
+        return {target.module: target.base_xxh3_128 for target in self.targets if target.base_xxh3_128 is not None}
+
     def to_bytes(self) -> bytes:
         """Return the canonical form."""
         document = {part.name: _plain(getattr(self, part.name)) for part in fields(self)}

@@ -28,13 +28,11 @@ def expected_fingerprints(
     """
     expected: dict[str, tuple[str, str]] = {}
     for adapter in adapters:
-        for target in adapter.manifest.targets if adapter.manifest else ():
-            if target.base_xxh3_128 is None:
-                continue
-            known, by = expected.setdefault(target.module, (target.base_xxh3_128, str(adapter.root)))
-            if known != target.base_xxh3_128:
+        for module, digest in (adapter.manifest.base_fingerprints() if adapter.manifest else {}).items():
+            known, by = expected.setdefault(module, (digest, str(adapter.root)))
+            if known != digest:
                 raise BaseMismatchError(
-                    f"{by} and {adapter.root} were trained on different bases: {target.module} differs", hint=hint
+                    f"{by} and {adapter.root} were trained on different bases: {module} differs", hint=hint
                 )
     return expected
 

@@ -216,13 +216,7 @@ def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
             yield f"{adapter.root}: its tensors do not match its manifest; run adaptkit verify {adapter.root}"
         if problem := adapter.manifest_mismatch():
             yield f"{adapter.root}: {problem} according to its manifest; run adaptkit verify {adapter.root}"
-    one, two = (_trained_on(adapter) for adapter in (first, second))
+    one, two = (adapter.manifest.base_fingerprints() if adapter.manifest else {} for adapter in (first, second))
     other = sorted(module for module in one.keys() & two.keys() if one[module] != two[module])
     if other:
         yield f"trained on different bases: {counted(len(other), 'module', 'differ')}, such as {other[0]}"
-
-
-def _trained_on(adapter: Adapter) -> dict[str, str]:
-    """Map each module to the fingerprint of its base weight before any quantization, where known."""
-    targets = adapter.manifest.targets if adapter.manifest else ()
-    return {target.module: target.base_xxh3_128 for target in targets if target.base_xxh3_128 is not None}

@@ -180,8 +180,8 @@ def _was_dequantized(manifest: Manifest | None) -> bool:
 
 def _recorded(manifest: Manifest | None, root: Path) -> dict[str, tuple[str, str]]:
     """Map modules to (fingerprint of the original weight in the manifest, folder of the manifest)."""
-    targets = manifest.targets if manifest else ()
-    return {t.module: (t.base_xxh3_128, str(root)) for t in targets if t.base_xxh3_128 is not None}
+    known = manifest.base_fingerprints() if manifest else {}
+    return {module: (digest, str(root)) for module, digest in known.items()}
 
 
 def _by_tensor(checkpoint: Checkpoint, expected: Mapping[str, tuple[str, str]]) -> dict[str, tuple[str, str]]:
