@@ -112,8 +112,8 @@ def check_place(path: Path, option: str, what: str = "", is_ours: Callable[[byte
         UsageError: no file can be written there, or a file of another kind exists.
     """
     is_written_to = _exists(path) and (is_ours is None or not _is_replaced(path))
-    folder = Path(os.path.realpath(path)).parent
-    takes = os.access(path, os.W_OK) if is_written_to else _takes_files(folder)
+    place = path if is_written_to else Path(os.path.realpath(path)).parent
+    takes = os.access(place, os.W_OK) and (is_written_to or place.is_dir())
     if _exists(path) is None or path.is_dir() or not takes:
         raise UsageError(f"{option} {path}: cannot write a file there", hint=f"choose another {option}")
     if is_ours is not None and path.is_file():
@@ -132,10 +132,6 @@ def _exists(path: Path) -> bool | None:
     except OSError:
         return None
     return True
-
-
-def _takes_files(folder: Path) -> bool:
-    return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def check_report_file(path: Path, kind: type) -> None:
