@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from low_rank import dense, term
 
 from adaptkit.numerics import lora
 from adaptkit.numerics.comparison import (
@@ -17,16 +18,6 @@ from adaptkit.numerics.comparison import (
 )
 from adaptkit.numerics.lora import LowRank, is_equal
 from adaptkit.numerics.spectrum import effective_rank
-
-
-def term(out, rank, into, scaling=1.0, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
-    return LowRank(a.to(dtype), b.to(dtype), scaling)
-
-
-def dense(change):
-    return change.scaling * (change.lora_b.double() @ change.lora_a.double())
 
 
 def thin(matrix):
@@ -54,8 +45,8 @@ def subspace_cosines(one, two):
 TERMS = st.builds(
     term,
     st.just(13),
-    st.integers(1, 7),
     st.just(9),
+    st.integers(1, 7),
     st.sampled_from([1.0, -0.5, 2.0, 1 / 3]),
     st.integers(0, 999),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -118,7 +109,7 @@ def test_a_change_compared_with_itself_does_not_differ(change):
 
 
 def test_a_change_and_its_negative_share_subspaces_but_no_signs():
-    change = term(70, 3, 20)
+    change = term(70, 20, 3)
     found = compare(change, change.weighted(-1))
     assert found.inner == pytest.approx(-float(dense(change).square().sum()), rel=1e-12)
     assert found.columns.rms == pytest.approx(1, abs=1e-12)
@@ -136,7 +127,7 @@ def test_orthogonal_changes_do_not_interfere():
 
 def test_a_subspace_inside_the_other_has_only_zero_angles():
     """With two directions out of five, there are two cosines, both 1."""
-    whole = term(40, 5, 30, seed=1)
+    whole = term(40, 30, 5, seed=1)
     part = LowRank(whole.lora_a[:2], whole.lora_b[:, 1:3], 1.0)
     found = compare(whole, part)
     assert found.columns.cosines.tolist() == pytest.approx([1, 1])
@@ -159,7 +150,7 @@ def test_a_known_angle_is_found():
 
 def test_random_subspaces_overlap_as_the_baseline_predicts():
     """The sum of the squared cosines is r₁r₂/m on average, so the average of rms² is max(r₁, r₂)/m."""
-    squares = [compare(term(60, 3, 50, seed=2 * i), term(60, 6, 50, seed=2 * i + 1)) for i in range(150)]
+    squares = [compare(term(60, 50, 3, seed=2 * i), term(60, 50, 6, seed=2 * i + 1)) for i in range(150)]
     for side in ("columns", "rows"):
         overlaps = [getattr(found, side) for found in squares]
         mean = sum(overlap.rms**2 for overlap in overlaps) / len(overlaps)
@@ -168,7 +159,7 @@ def test_random_subspaces_overlap_as_the_baseline_predicts():
 
 def test_the_norm_of_a_tiny_difference_is_accurate():
     """Expanding ‖Δ₁ − Δ₂‖² would lose all digits."""
-    first = term(50, 4, 40)
+    first = term(50, 40, 4)
     second = LowRank(first.lora_a, first.lora_b.clone(), first.scaling)
     second.lora_b[7, 2] += 1e-6
     step = float(second.lora_b[7, 2].double() - first.lora_b[7, 2].double())
@@ -178,14 +169,14 @@ def test_the_norm_of_a_tiny_difference_is_accurate():
 
 
 def test_figures_are_accurate_for_changes_of_very_different_size():
-    small, large = term(50, 4, 40, scaling=1e-9, seed=3), term(50, 4, 40, scaling=1e6, seed=4)
+    small, large = term(50, 40, 4, scaling=1e-9, seed=3), term(50, 40, 4, scaling=1e6, seed=4)
     found = compare(large, small)
     assert torch.allclose(found.sigmas[1], torch.linalg.svdvals(dense(small))[:4], rtol=1e-10)
     assert found.columns.dimensions == (4, 4)
 
 
 def test_zero_changes_have_no_directions():
-    zero, change = LowRank(torch.ones(2, 9), torch.zeros(13, 2), 1.0), term(13, 3, 9)
+    zero, change = LowRank(torch.ones(2, 9), torch.zeros(13, 2), 1.0), term(13, 9, 3)
     for first, second in ((zero, change), (change, zero), (zero, zero), (change.weighted(0.0), change)):
         found = compare(first, second)
         assert found.columns.cosines.numel() == 0
@@ -196,11 +187,11 @@ def test_zero_changes_have_no_directions():
 
 def test_changes_of_different_shapes_are_refused():
     with pytest.raises(ValueError, match="cannot be compared"):
-        compare(term(4, 1, 5), term(5, 1, 4))
+        compare(term(4, 5, 1), term(5, 4, 1))
 
 
 def test_signs_of_many_rows_are_estimated_from_the_same_rows_each_time():
-    first, second = term(4000, 3, 50, seed=1), term(4000, 3, 50, seed=2)
+    first, second = term(4000, 50, 3, seed=1), term(4000, 50, 3, seed=2)
     mixed = LowRank(torch.cat([first.lora_a, second.lora_a]), torch.cat([first.lora_b, second.lora_b], dim=1), 1.0)
     found = compare(first, mixed).sign_agreement
     rows = sampled_rows(4000)
@@ -213,7 +204,7 @@ def test_signs_of_many_rows_are_estimated_from_the_same_rows_each_time():
 
 
 def test_is_equal_compares_scaling_and_all_values():
-    change = term(5, 2, 4)
+    change = term(5, 4, 2)
     assert is_equal(change, LowRank(change.lora_a.clone(), change.lora_b.clone(), 1.0))
     assert not is_equal(change, change.weighted(2))
     other = change.lora_b.clone()

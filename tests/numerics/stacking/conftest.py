@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from low_rank import dense, term
 
 from adaptkit.discovery import load
 from adaptkit.numerics import stacking
-from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import Spectrum
 
 CASES = {
@@ -21,16 +21,6 @@ CASES = {
 }
 
 
-def term(out, into, rank, scaling=1.0, seed=0, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(seed)
-    a, b = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
-    return LowRank(a.to(dtype), b.to(dtype), scaling)
-
-
-def dense(change):
-    return (change.scaling * (change.lora_b.double() @ change.lora_a.double())).numpy()
-
-
 @pytest.fixture(params=CASES)
 def terms(request):
     out, into, ranks = CASES[request.param]
@@ -40,7 +30,7 @@ def terms(request):
 
 @pytest.fixture
 def matrices(terms):
-    return [dense(change) for change in terms]
+    return [dense(change).numpy() for change in terms]
 
 
 @pytest.fixture
@@ -50,7 +40,7 @@ def make():
 
 @pytest.fixture
 def whole():
-    return dense
+    return lambda change: dense(change).numpy()
 
 
 @pytest.fixture
@@ -62,7 +52,7 @@ def combine():
         result = method.combine(changes, method.options(**options), module)
         if isinstance(result, Spectrum):
             return (result.u * result.sigma @ result.vt).numpy()
-        return result.numpy() if isinstance(result, torch.Tensor) else dense(result)
+        return result.numpy() if isinstance(result, torch.Tensor) else dense(result).numpy()
 
     return run
 
