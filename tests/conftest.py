@@ -76,6 +76,15 @@ def llama_sharded(made: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def llama_nf4(made: Path, llama: Path) -> Path:
+    """The same weights quantized."""
+    from adaptkit.operations.quantize import quantize
+
+    quantize(llama, made / "llama-nf4")
+    return made / "llama-nf4"
+
+
+@pytest.fixture(scope="session")
 def gpt2(made: Path) -> Path:
     """A float32 GPT-2."""
     return tiny.write_gpt2(made / "gpt2")

@@ -18,18 +18,11 @@ from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.verify import verify
 
 
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory, llama):
-    out = tmp_path_factory.mktemp("quantized") / "llama"
-    quantize(llama, out)
-    return out
-
-
-def test_weights_are_within_one_percent_of_those_of_bitsandbytes(llama, quantized, tmp_path):
-    report = dequantize(quantized, tmp_path / "out")
+def test_weights_are_within_one_percent_of_those_of_bitsandbytes(llama, llama_nf4, tmp_path):
+    report = dequantize(llama_nf4, tmp_path / "out")
     source, plain = load_file(llama / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
     assert set(source) == set(plain)
-    names = quantized_names(Checkpoint(quantized))
+    names = quantized_names(Checkpoint(llama_nf4))
     assert report.dequantized == len(names) == 14
     for name, weight in source.items():
         expected = weight
@@ -73,35 +66,35 @@ def test_models_that_transformers_quantized_are_dequantized_exactly(llama, tmp_p
     assert all(torch.equal(plain[name], weight) for name, weight in expected.items())
 
 
-def test_configuration_and_tokenizer_are_those_of_the_original(llama, quantized, tmp_path):
-    dequantize(quantized, tmp_path / "out")
+def test_configuration_and_tokenizer_are_those_of_the_original(llama, llama_nf4, tmp_path):
+    dequantize(llama_nf4, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == json.loads((llama / "config.json").read_text())
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (llama / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_threads_and_shards_do_not_change_the_tensors(quantized, tmp_path, threads):
-    dequantize(quantized, tmp_path / "one", DequantizeOptions(threads=threads))
-    dequantize(quantized, tmp_path / "two", DequantizeOptions())
+def test_threads_and_shards_do_not_change_the_tensors(llama_nf4, tmp_path, threads):
+    dequantize(llama_nf4, tmp_path / "one", DequantizeOptions(threads=threads))
+    dequantize(llama_nf4, tmp_path / "two", DequantizeOptions())
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
-    report = dequantize(quantized, tmp_path / "three", DequantizeOptions(threads=threads, max_shard_bytes=50_000))
+    report = dequantize(llama_nf4, tmp_path / "three", DequantizeOptions(threads=threads, max_shard_bytes=50_000))
     assert len(Checkpoint(tmp_path / "three").headers) > 2
     assert report.tensors_root == require_manifest(tmp_path / "one").tensors_root
 
 
-def test_quantizing_again_gives_the_same_codes(quantized, tmp_path):
+def test_quantizing_again_gives_the_same_codes(llama_nf4, tmp_path):
     """Every level is its own nearest level, and a block's largest weight is its constant again."""
-    dequantize(quantized, tmp_path / "plain")
+    dequantize(llama_nf4, tmp_path / "plain")
     quantize(tmp_path / "plain", tmp_path / "again", QuantizeOptions(double_quant=False))
-    first, second = Checkpoint(quantized), Checkpoint(tmp_path / "again")
+    first, second = Checkpoint(llama_nf4), Checkpoint(tmp_path / "again")
     for name in quantized_names(first):
         assert torch.equal(first.read(name), second.read(name)), name
 
 
-def test_the_manifest_names_its_parent(quantized, tmp_path):
-    dequantize(quantized, tmp_path / "out")
+def test_the_manifest_names_its_parent(llama_nf4, tmp_path):
+    dequantize(llama_nf4, tmp_path / "out")
     (parent,) = require_manifest(tmp_path / "out").parents
-    assert (parent.kind, parent.manifest_sha256) == ("quantized", require_manifest(quantized).sha256)
+    assert (parent.kind, parent.manifest_sha256) == ("quantized", require_manifest(llama_nf4).sha256)
     verify(tmp_path / "out")
 
 
@@ -118,11 +111,11 @@ def test_an_unsupported_quantization_method_is_named(llama, copy_of, tmp_path):
         dequantize(folder, tmp_path / "out")
 
 
-def test_an_existing_output_is_refused(quantized, copy_of):
-    out = copy_of(quantized)
+def test_an_existing_output_is_refused(llama_nf4, copy_of):
+    out = copy_of(llama_nf4)
     before = tree(out)
     with pytest.raises(OutputExistsError):
-        dequantize(quantized, out)
+        dequantize(llama_nf4, out)
     assert tree(out) == before
     assert list(out.parent.iterdir()) == [out]
 

@@ -161,30 +161,23 @@ def test_tensors_that_are_not_finite_get_a_remark_and_come_first(bad, llama, tun
     json.dumps(dataclasses.asdict(report), allow_nan=False)
 
 
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory, llama):
-    folder = tmp_path_factory.mktemp("quantized")
-    quantize(llama, folder / "nf4", QuantizeOptions())
-    quantize(llama, folder / "blocks", QuantizeOptions(block_size=128))
-    return folder
-
-
-def test_quantized_checkpoints_are_compared_as_they_are_stored(quantized, llama):
-    report = diff(quantized / "nf4", quantized / "blocks")
+def test_quantized_checkpoints_are_compared_as_they_are_stored(llama, llama_nf4, tmp_path):
+    quantize(llama, tmp_path / "blocks", QuantizeOptions(block_size=128))
+    report = diff(llama_nf4, tmp_path / "blocks")
     assert report.quantizations == ("bitsandbytes", "bitsandbytes")
     codes = [t for t in report.tensors if t.dtypes == ("U8", "U8") and t.compared]
     assert codes
     assert all(t.norms is None and t.change is None for t in codes)
     assert all(0 < t.changed <= t.compared for t in codes)
-    against = diff(quantized / "nf4", llama)
+    against = diff(llama_nf4, llama)
     assert against.quantizations == ("bitsandbytes", None)
     assert any(v.key.startswith("quantization_config") for v in against.config)
     assert any(t.dtypes == ("U8", "BF16") for t in against.tensors)
     assert any("quant_state" in name for name in against.only_in_first)
 
 
-def test_fingerprints_come_from_manifests_unless_these_cannot_be_right(quantized, copy_of):
-    one, two = copy_of(quantized / "nf4", "one"), copy_of(quantized / "nf4", "two")
+def test_fingerprints_come_from_manifests_unless_these_cannot_be_right(llama_nf4, copy_of):
+    one, two = copy_of(llama_nf4, "one"), copy_of(llama_nf4, "two")
     report = diff(one, two)
     assert report.same
     assert report.fingerprints == ("manifest", "manifest")
@@ -208,32 +201,32 @@ def test_fingerprints_come_from_manifests_unless_these_cannot_be_right(quantized
     assert (disbelieved.only_in_first, len(disbelieved.tensors)) == ((names[1],), 1)
 
 
-def test_a_manifest_whose_tensors_differ_from_the_headers_is_ignored(quantized, copy_of):
-    folder = copy_of(quantized / "nf4")
+def test_a_manifest_whose_tensors_differ_from_the_headers_is_ignored(llama_nf4, copy_of):
+    folder = copy_of(llama_nf4)
     manifest = read_manifest(folder)
     fewer = dataclasses.replace(manifest, tensors=manifest.tensors[1:])
     (folder / MANIFEST_NAME).write_bytes(fewer.to_bytes())
-    report = diff(quantized / "nf4", folder)
+    report = diff(llama_nf4, folder)
     assert report.fingerprints == ("manifest", "computed")
     assert manifest.tensors[0].name in report.remarks[0]
     assert report.same
 
 
-def test_a_manifest_whose_file_sizes_differ_is_ignored(quantized, copy_of):
-    folder = copy_of(quantized / "nf4")
+def test_a_manifest_whose_file_sizes_differ_is_ignored(llama_nf4, copy_of):
+    folder = copy_of(llama_nf4)
     save_file(load_file(folder / MODEL), folder / MODEL, {"format": "pt", "more": "metadata"})
-    report = diff(quantized / "nf4", folder)
+    report = diff(llama_nf4, folder)
     assert report.fingerprints == ("manifest", "computed")
     assert f"{MODEL} has a different size" in report.remarks[0]
     assert report.same
 
 
-def test_fingerprints_in_manifests_and_computed_ones_are_comparable(quantized, copy_of, tmp_path):
-    folder = copy_of(quantized / "nf4")
+def test_fingerprints_in_manifests_and_computed_ones_are_comparable(llama_nf4, copy_of, tmp_path):
+    folder = copy_of(llama_nf4)
     (folder / MANIFEST_NAME).unlink()
-    report = diff(quantized / "nf4", folder)
+    report = diff(llama_nf4, folder)
     assert (report.same, report.fingerprints) == (True, ("manifest", "computed"))
-    dequantize(quantized / "nf4", tmp_path / "plain")
+    dequantize(llama_nf4, tmp_path / "plain")
     assert diff(tmp_path / "plain", tmp_path / "plain").fingerprints == ("manifest", "manifest")
 
 

@@ -236,9 +236,8 @@ def test_a_candidate_with_one_changed_weight_is_refused(tmp_path, llama, adapter
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dequantized_base_is_refused_unless_mismatches_are_allowed(tmp_path, llama, adapter):
-    quantize(llama, tmp_path / "quantized")
-    dequantize(tmp_path / "quantized", tmp_path / "back")
+def test_a_dequantized_base_is_refused_unless_mismatches_are_allowed(tmp_path, llama_nf4, adapter):
+    dequantize(llama_nf4, tmp_path / "back")
     with pytest.raises(BaseMismatchError, match="was quantized and dequantized") as caught:
         merge(tmp_path / "back", [adapter], tmp_path / "out")
     assert "16-bit" in caught.value.hint
@@ -246,9 +245,8 @@ def test_a_dequantized_base_is_refused_unless_mismatches_are_allowed(tmp_path, l
     assert require_manifest(tmp_path / "out").operation["options"]["allow_base_mismatch"]
 
 
-def test_an_adapter_trained_on_a_dequantized_base_is_merged_into_it(tmp_path, llama, adapter, certified):
-    quantize(llama, tmp_path / "quantized")
-    dequantize(tmp_path / "quantized", tmp_path / "back")
+def test_an_adapter_trained_on_a_dequantized_base_is_merged_into_it(tmp_path, llama, llama_nf4, adapter, certified):
+    dequantize(llama_nf4, tmp_path / "back")
     of_back, of_llama = certified(adapter, tmp_path / "back"), certified(adapter, llama)
     assert merge(tmp_path / "back", [of_back], tmp_path / "out").base_verified
     with pytest.raises(BaseMismatchError, match=r"is not the tensor that .*adapter-of-llama was trained on") as caught:

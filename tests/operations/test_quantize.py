@@ -28,22 +28,15 @@ from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.verify import verify
 
 
-@pytest.fixture(scope="module")
-def quantized(tmp_path_factory, llama):
-    out = tmp_path_factory.mktemp("quantized") / "llama"
-    quantize(llama, out)
-    return out
-
-
 def load(folder):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").eval()
 
 
-def test_packed_bytes_match_bitsandbytes(llama, quantized):
-    source, made = load_file(llama / "model.safetensors"), tensors_of(quantized)
-    names = quantized_names(Checkpoint(quantized))
+def test_packed_bytes_match_bitsandbytes(llama, llama_nf4):
+    source, made = load_file(llama / "model.safetensors"), tensors_of(llama_nf4)
+    names = quantized_names(Checkpoint(llama_nf4))
     assert len(names) == 14
     for name in names:
         assert source[name].shape[1] % 64 == 0
@@ -55,8 +48,8 @@ def test_packed_bytes_match_bitsandbytes(llama, quantized):
         assert float((made[f"{name}.absmax"] != state.absmax).float().mean()) < 0.01  # the offset may be one ulp off
 
 
-def test_transformers_loads_it_and_dequantizes_to_the_same_weights(quantized):
-    model, checkpoint = load(quantized), Checkpoint(quantized)
+def test_transformers_loads_it_and_dequantizes_to_the_same_weights(llama_nf4):
+    model, checkpoint = load(llama_nf4), Checkpoint(llama_nf4)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     assert {f"{name}.weight" for name in layers} == set(quantized_names(checkpoint))
     for name, layer in layers.items():
@@ -65,29 +58,29 @@ def test_transformers_loads_it_and_dequantizes_to_the_same_weights(quantized):
         assert torch.equal(theirs, ours), name
 
 
-def test_logits_match_those_of_the_dequantized_model(quantized, tmp_path):
+def test_logits_match_those_of_the_dequantized_model(llama_nf4, tmp_path):
     """The logits differ slightly, since bitsandbytes' kernel sums in a different order, in bfloat16."""
-    dequantize(quantized, tmp_path / "plain")
+    dequantize(llama_nf4, tmp_path / "plain")
     tokens = torch.arange(3, 43).view(2, 20)
     with torch.no_grad():
-        plain, packed = load(tmp_path / "plain")(tokens).logits.float(), load(quantized)(tokens).logits.float()
+        plain, packed = load(tmp_path / "plain")(tokens).logits.float(), load(llama_nf4)(tokens).logits.float()
     assert (plain - packed).abs().max() <= 0.02 * plain.abs().max()
     assert (plain - packed).norm() <= 0.01 * plain.norm()
 
 
-def test_other_tensors_and_files_are_unchanged(llama, quantized):
-    source, made = load_file(llama / "model.safetensors"), tensors_of(quantized)
-    kept = set(source) - set(quantized_names(Checkpoint(quantized)))
+def test_other_tensors_and_files_are_unchanged(llama, llama_nf4):
+    source, made = load_file(llama / "model.safetensors"), tensors_of(llama_nf4)
+    kept = set(source) - set(quantized_names(Checkpoint(llama_nf4)))
     assert kept == {
         "model.embed_tokens.weight",
         "model.norm.weight",
         *(f"model.layers.{n}.{norm}_layernorm.weight" for n in (0, 1) for norm in ("input", "post_attention")),
     }
     assert all(torch.equal(source[name], made[name]) and source[name].dtype == made[name].dtype for name in kept)
-    assert {name: tree(quantized)[name] for name in side_files(llama)} == {
+    assert {name: tree(llama_nf4)[name] for name in side_files(llama)} == {
         name: path.read_bytes() for name, path in side_files(llama).items()
     }
-    config = json.loads((quantized / "config.json").read_text())
+    config = json.loads((llama_nf4 / "config.json").read_text())
     assert config.pop("quantization_config")["bnb_4bit_quant_type"] == "nf4"
     assert config == json.loads((llama / "config.json").read_text())
 
@@ -114,15 +107,15 @@ def test_gpt2_weights_are_transposed_to_quantize_and_back_to_dequantize(gpt2, tm
     assert (packed - unpacked.float()).norm() <= 0.02 * unpacked.float().norm()
 
 
-def test_shards_of_the_source_do_not_change_the_tensors(llama, llama_sharded, quantized, tmp_path):
+def test_shards_of_the_source_do_not_change_the_tensors(llama, llama_sharded, llama_nf4, tmp_path):
     report = quantize(llama_sharded, tmp_path / "out")
-    whole, parts = tensors_of(quantized), tensors_of(tmp_path / "out")
+    whole, parts = tensors_of(llama_nf4), tensors_of(tmp_path / "out")
     assert set(whole) == set(parts)
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
-    assert report.tensors_root == require_manifest(quantized).tensors_root
+    assert report.tensors_root == require_manifest(llama_nf4).tensors_root
 
 
-def test_output_shards_respect_the_size_limit_and_do_not_split_a_weight(llama, quantized, tmp_path):
+def test_output_shards_respect_the_size_limit_and_do_not_split_a_weight(llama, llama_nf4, tmp_path):
     limit = 40_000
     report = quantize(llama, tmp_path / "out", QuantizeOptions(max_shard_bytes=limit))
     checkpoint = Checkpoint(tmp_path / "out")
@@ -133,18 +126,18 @@ def test_output_shards_respect_the_size_limit_and_do_not_split_a_weight(llama, q
         assert len({checkpoint.tensors[part].file for part in checkpoint.tensors if part.startswith(name)}) == 1
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(located.spec.nbytes for located in checkpoint.tensors.values())
-    whole = tensors_of(quantized)
+    whole = tensors_of(llama_nf4)
     assert all(torch.equal(whole[name], tensor) for name, tensor in tensors_of(tmp_path / "out").items())
     load(tmp_path / "out")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_threads_do_not_change_the_result(llama, quantized, tmp_path, threads):
+def test_threads_do_not_change_the_result(llama, llama_nf4, tmp_path, threads):
     quantize(llama, tmp_path / "out", QuantizeOptions(threads=threads))
-    assert tree(tmp_path / "out") == tree(quantized)
+    assert tree(tmp_path / "out") == tree(llama_nf4)
 
 
-def test_processes_and_hash_seeds_do_not_change_the_result(llama, quantized, tmp_path):
+def test_processes_and_hash_seeds_do_not_change_the_result(llama, llama_nf4, tmp_path):
     code = (
         "import sys; from pathlib import Path; from adaptkit.operations.quantize import quantize;"
         "quantize(Path(sys.argv[1]), Path(sys.argv[2]))"
@@ -152,22 +145,22 @@ def test_processes_and_hash_seeds_do_not_change_the_result(llama, quantized, tmp
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed}
         subprocess.run([sys.executable, "-c", code, llama, tmp_path / seed], env=environment, check=True)
-        assert tree(tmp_path / seed) == tree(quantized)
+        assert tree(tmp_path / seed) == tree(llama_nf4)
 
 
-def test_the_manifest_records_fingerprints_of_source_and_result(llama, quantized):
-    manifest, source = require_manifest(quantized), load_file(llama / "model.safetensors")
+def test_the_manifest_records_fingerprints_of_source_and_result(llama, llama_nf4):
+    manifest, source = require_manifest(llama_nf4), load_file(llama / "model.safetensors")
     assert manifest.kind == "quantized"
     assert "threads" not in manifest.operation["options"]
     assert {f"{t.module}.weight": t.base_xxh3_128 for t in manifest.targets} == {
-        name: fingerprint(source[name]) for name in quantized_names(Checkpoint(quantized))
+        name: fingerprint(source[name]) for name in quantized_names(Checkpoint(llama_nf4))
     }
     assert len({target.quantized_root for target in manifest.targets}) == 14
     assert str(llama) not in manifest.to_bytes().decode()
-    verify(quantized)
+    verify(llama_nf4)
 
 
-def test_the_report_matches_the_files(llama, quantized, tmp_path):
+def test_the_report_matches_the_files(llama, llama_nf4, tmp_path):
     planned = quantize(llama, tmp_path / "out", dry_run=True)
     assert not list(tmp_path.iterdir())
     report = quantize(llama, tmp_path / "out")
@@ -239,8 +232,8 @@ def test_if_every_weight_is_skipped_one_is_named_with_the_reason(llama, tmp_path
     assert "--skip" in error.hint
 
 
-def test_an_already_quantized_checkpoint_is_refused(quantized, tmp_path):
-    assert "bitsandbytes" in refusal(CheckpointError, quantized, tmp_path / "out").message
+def test_an_already_quantized_checkpoint_is_refused(llama_nf4, tmp_path):
+    assert "bitsandbytes" in refusal(CheckpointError, llama_nf4, tmp_path / "out").message
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
@@ -260,7 +253,7 @@ def test_the_index_in_a_transposed_weight_is_that_in_the_file(gpt2, copy_of, tmp
     assert "[5, 150]" in refusal(NonFiniteError, source, tmp_path / "out").message
 
 
-def test_a_repaired_source_is_quantized_anew_and_nothing_stale_remains(llama, quantized, copy_of, tmp_path):
+def test_a_repaired_source_is_quantized_anew_and_nothing_stale_remains(llama, llama_nf4, copy_of, tmp_path):
     source = copy_of(llama)
     good = (source / "model.safetensors").read_bytes()
     with edited_tensors(source / "model.safetensors") as tensors:
@@ -268,7 +261,7 @@ def test_a_repaired_source_is_quantized_anew_and_nothing_stale_remains(llama, qu
     refusal(NonFiniteError, source, tmp_path / "out", max_shard_bytes=30_000)
     (source / "model.safetensors").write_bytes(good)
     quantize(source, tmp_path / "out")
-    assert tree(tmp_path / "out") == tree(quantized)
+    assert tree(tmp_path / "out") == tree(llama_nf4)
     assert not (tmp_path / "out.partial").exists()
 
 
@@ -318,8 +311,8 @@ def test_invalid_options_are_refused(options):
         QuantizeOptions(**options)
 
 
-def test_an_existing_output_is_replaced_only_with_force(llama, quantized, copy_of):
-    out = copy_of(quantized)
+def test_an_existing_output_is_replaced_only_with_force(llama, llama_nf4, copy_of):
+    out = copy_of(llama_nf4)
     before = tree(out)
     for dry_run in (False, True):
         with pytest.raises(OutputExistsError):

@@ -276,10 +276,9 @@ def test_the_trained_adapter_names_its_base_and_companion(calibrated, trained):
     verify(trained)
 
 
-def test_training_from_the_companion_of_a_different_base_is_refused(llama, calibrated, instructions, tmp_path):
-    quantize(llama, tmp_path / "other")
+def test_training_from_the_companion_of_a_different_base_is_refused(llama_nf4, calibrated, instructions, tmp_path):
     with pytest.raises(BaseMismatchError, match="belongs to another base"):
-        train(config(tmp_path / "other", calibrated[1], instructions), tmp_path / "out")
+        train(config(llama_nf4, calibrated[1], instructions), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

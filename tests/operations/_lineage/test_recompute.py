@@ -44,11 +44,10 @@ def test_without_disk_space_the_error_suggests_setting_tmpdir(llama, tmp_path, m
     assert caught.value.hint == "free some space, or set TMPDIR to a folder on a disk with more space"
 
 
-def test_a_parent_in_different_shards_gives_a_different_result_and_a_hint(llama, llama_sharded, tmp_path):
+def test_a_parent_in_different_shards_gives_a_different_result_and_a_hint(llama_nf4, llama_sharded):
     """The record of a parent without a manifest covers its tensors, but not their split into files."""
-    quantize(llama, tmp_path / "nf4")
     with pytest.raises(IntegrityError, match="gives a different result") as caught:
-        verify(tmp_path / "nf4", VerifyOptions(parents=(llama_sharded,), recompute=True))
+        verify(llama_nf4, VerifyOptions(parents=(llama_sharded,), recompute=True))
     assert "give the original folders of its parents with --parents" in caught.value.hint
 
 
