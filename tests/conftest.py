@@ -110,6 +110,19 @@ def instructions(made: Path) -> Path:
     return tiny.write_instructions(made / "instructions.jsonl")
 
 
+@pytest.fixture(scope="session")
+def judged(made: Path) -> Callable[..., tuple[Any, Any]]:
+    """Make the base and the adapter of a case, once, and what peft computes with them."""
+    import peft_adapters
+    import peft_formulas
+
+    def judge(name: str, dtype: str = "bfloat16") -> tuple[Any, Any]:
+        case = peft_adapters.make(made, name, dtype)
+        return case, peft_formulas.judge(case.base, case.adapter, name)
+
+    return judge
+
+
 @pytest.fixture
 def certified(copy_of: Callable[..., Path]) -> Callable[..., Path]:
     """Copy an adapter and add the manifest of one that was trained on ``base``."""

@@ -23,15 +23,6 @@ INDEX, MANIFEST = "model.safetensors.index.json", "adaptkit-manifest.json"
 UNTIED = [name for name, case in CASES.items() if case.untied]
 
 
-@pytest.fixture
-def judged(made) -> Callable[..., tuple[peft_adapters.Made, peft_formulas.Judgement]]:
-    def judge(name, dtype="bfloat16"):
-        case = peft_adapters.make(made, name, dtype)
-        return case, peft_formulas.judge(case.base, case.adapter, name)
-
-    return judge
-
-
 def options_for(case: peft_adapters.Case, **options) -> MergeOptions:
     return MergeOptions(untie=True, **options) if case.untied else MergeOptions(**options)
 

@@ -20,15 +20,6 @@ TOLERANCE = 2e-6
 """Relative to the largest logit or weight; peft computes in float32."""
 
 
-@pytest.fixture(scope="session")
-def judged(made):
-    def judge(name, dtype="bfloat16"):
-        case = peft_adapters.make(made, name, dtype)
-        return case, peft_formulas.judge(case.base, case.adapter, name)
-
-    return judge
-
-
 def keys_of_first_layer(case):
     """The keys of an adapter, without their prefix and without those of later layers."""
     keys = (key.removeprefix(PREFIX) for key in peft_adapters.keys_of(case.adapter))
