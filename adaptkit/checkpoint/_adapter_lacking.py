@@ -3,9 +3,15 @@
 from pathlib import Path
 
 from adaptkit.checkpoint._adapter_keys import KOHYA
-from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.header import read_header
-from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, INDEX_NAME, SINGLE_NAME, look_below
+from adaptkit.checkpoint.layout import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    INDEX_NAME,
+    SINGLE_NAME,
+    is_adapter,
+    look_below,
+)
 from adaptkit.checkpoint.other_weights import OF_IMAGES, other_writer
 from adaptkit.errors import AdapterError, AdaptkitError
 

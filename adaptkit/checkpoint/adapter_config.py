@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.eora import refuse_eora
-from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, INDEX_NAME, SINGLE_NAME
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, is_adapter
 from adaptkit.checkpoint.mlx import mlx_hint
-from adaptkit.checkpoint.other_weights import WEIGHTS_BESIDE
+from adaptkit.checkpoint.other_weights import weights_beside
 from adaptkit.checkpoint.patterns import FirstMatch, matches_behind_dot, matches_whole
-from adaptkit.errors import AdapterError, UsageError
+from adaptkit.errors import AdapterError
 from adaptkit.numerics.scaling import scaling
 
 _UNSUPPORTED = (
@@ -49,32 +49,6 @@ _TIED_BY_PEFT = ("embed_tokens", "lm_head")
 _BIASES = ("none", "all", "lora_only")
 _EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "down_proj", "down_proj_bias")
 """The order in which experts modules define their parameters, which is the order in which peft wraps them."""
-
-
-def is_adapter(root: Path) -> bool:
-    """Return whether a folder has an ``adapter_config.json``."""
-    return (root / ADAPTER_CONFIG_NAME).is_file()
-
-
-def is_only_adapter(root: Path) -> bool:
-    """Return whether a folder holds an adapter, not a checkpoint.
-
-    Raises:
-        UsageError: it holds both.
-    """
-    model = next((name for name in (SINGLE_NAME, INDEX_NAME) if (root / name).exists()), "")
-    if model and is_adapter(root) and (root / ADAPTER_WEIGHTS_NAME).exists():
-        raise UsageError(
-            f"{root}: holds both an adapter ({ADAPTER_WEIGHTS_NAME}) and a checkpoint ({model})",
-            hint=f"copy the folder, remove adapter_* from the copy for the checkpoint, or {model} for the adapter, and "
-            "give the copy",
-        )
-    return is_adapter(root)
-
-
-def weights_beside(root: Path, names: Sequence[str] = WEIGHTS_BESIDE) -> str:
-    """Return the name of a file with further trained weights beside an adapter; empty if there is none."""
-    return next((name for name in names if (root / name).exists()), "")
 
 
 def check_config(root: Path, config: Mapping[str, Any]) -> None:

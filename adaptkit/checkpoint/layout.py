@@ -166,6 +166,27 @@ def write_json(value: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace")  # an unpaired surrogate as \ud800, which is also JSON's escape
 
 
+def is_adapter(root: Path) -> bool:
+    """Return whether a folder has an ``adapter_config.json``."""
+    return (root / ADAPTER_CONFIG_NAME).is_file()
+
+
+def is_only_adapter(root: Path) -> bool:
+    """Return whether a folder holds an adapter, not a checkpoint.
+
+    Raises:
+        UsageError: it holds both.
+    """
+    model = next((name for name in (SINGLE_NAME, INDEX_NAME) if (root / name).exists()), "")
+    if model and is_adapter(root) and (root / ADAPTER_WEIGHTS_NAME).exists():
+        raise UsageError(
+            f"{root}: holds both an adapter ({ADAPTER_WEIGHTS_NAME}) and a checkpoint ({model})",
+            hint=f"copy the folder, remove adapter_* from the copy for the checkpoint, or {model} for the adapter, and "
+            "give the copy",
+        )
+    return is_adapter(root)
+
+
 def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
     """List the safetensors files of a checkpoint, and return the index's weight map, or None without an index.
 

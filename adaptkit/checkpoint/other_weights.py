@@ -1,7 +1,8 @@
 """Errors for weights in formats of other tools, pickles and GGUF, with hints that depend on the file's name."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from adaptkit.errors import CheckpointError
 
@@ -50,6 +51,11 @@ _OTHER_WRITERS = {
 def other_writer(name: str) -> tuple[str, str] | None:
     """Return the tool that writes files of this name, and the hint for them; None if it is not a known one."""
     return next((found for pattern, found in _OTHER_WRITERS.items() if re.fullmatch(pattern, name)), None)
+
+
+def weights_beside(root: Path, names: Sequence[str] = WEIGHTS_BESIDE) -> str:
+    """Return the name of a file with further trained weights beside an adapter; empty if there is none."""
+    return next((name for name in names if (root / name).exists()), "")
 
 
 def refuse_other_weights(where: object, names: Iterable[str]) -> None:

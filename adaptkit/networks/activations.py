@@ -236,7 +236,7 @@ def _measuring(
         trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         with torch.enable_grad(), Alive(known) as alive, ExitStack() as hooks:
             for parameter in trained:
-                hooks.callback(parameter.register_hook(_without_memory).remove)
+                hooks.callback(parameter.register_hook(_without_memory).remove)  # type: ignore[no-untyped-call]
             outputs = call(hidden)
             output = outputs[0]
             kept = alive.total() - output.untyped_storage().nbytes()

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.adapter_config import weights_beside
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.layout import GENERATION_NAME, read_small, side_files
-from adaptkit.checkpoint.other_weights import VALUE_HEADS
+from adaptkit.checkpoint.other_weights import VALUE_HEADS, weights_beside
 from adaptkit.checkpoint.undo import as_bytes
 from adaptkit.errors import AdapterError, UsageError
 from adaptkit.text.tokenizer_files import is_of_tokenizer

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from adaptkit.arguments import AnyPath, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.adapter_config import is_only_adapter
 from adaptkit.checkpoint.hashing import Ranges
 from adaptkit.checkpoint.integrity import present_names
 from adaptkit.checkpoint.journal import Output
@@ -19,6 +18,7 @@ from adaptkit.checkpoint.layout import (
     LICENCES,
     TEMPLATES_FOLDER,
     check_side_files,
+    is_only_adapter,
     read_small,
     require_folder,
     resolve_inside,

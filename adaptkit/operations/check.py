@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaptkit.arguments import AnyPath, as_path_or_none, as_texts
-from adaptkit.checkpoint.adapter_config import is_adapter, weights_beside
-from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, require_folder
+from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, is_adapter, require_folder
 from adaptkit.checkpoint.mlx import mlx_hint
+from adaptkit.checkpoint.other_weights import weights_beside
 from adaptkit.checkpoint.progress import counted
 from adaptkit.discovery import load, names
 from adaptkit.errors import UsageError

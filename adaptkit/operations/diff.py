@@ -3,8 +3,7 @@
 from pathlib import Path
 
 from adaptkit.arguments import AnyPath
-from adaptkit.checkpoint.adapter_config import is_only_adapter
-from adaptkit.checkpoint.layout import require_folder, weight_files
+from adaptkit.checkpoint.layout import is_only_adapter, require_folder, weight_files
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError
 from adaptkit.operations._diff.adapters import AdapterDiffReport, diff_adapters

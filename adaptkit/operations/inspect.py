@@ -10,10 +10,9 @@ from typing import Any
 from adaptkit.arguments import AnyPath, as_paths
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.integrity import size_problem
-from adaptkit.checkpoint.layout import require_folder
+from adaptkit.checkpoint.layout import is_adapter, require_folder
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, read_manifest, require_manifest
 from adaptkit.checkpoint.progress import Progress, counted, no_progress
 from adaptkit.checkpoint.quantized import part_names, quantized_names, read_outline

@@ -10,8 +10,7 @@ from pathlib import Path
 
 from adaptkit.arguments import AnyPath, as_paths, checked_options
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.adapter_config import is_adapter
-from adaptkit.checkpoint.layout import CONFIG_NAME
+from adaptkit.checkpoint.layout import CONFIG_NAME, is_adapter
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError

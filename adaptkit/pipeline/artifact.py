@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.foreign import quantization_found
-from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, is_adapter
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.typed import Place
 from adaptkit.errors import CheckpointError

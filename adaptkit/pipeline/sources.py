@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.hashing import file_digests, tensors_root
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.integrity import check_names
-from adaptkit.checkpoint.layout import CARD_NAME, READ_SUFFIXES, find_side_files, resolve_inside
+from adaptkit.checkpoint.layout import CARD_NAME, READ_SUFFIXES, find_side_files, is_adapter, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint

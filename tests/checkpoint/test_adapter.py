@@ -18,11 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import adapter as adapter_module
 from adaptkit.checkpoint.adapter import read_adapter, write_adapter
-from adaptkit.checkpoint.adapter_config import is_adapter
 from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import COMPENSATION_NAME
+from adaptkit.checkpoint.layout import COMPENSATION_NAME, is_adapter
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from adaptkit.checkpoint.mlx import mlx_hint
 from adaptkit.errors import AdapterError, CheckpointError, IntegrityError, UnsafeInputError, UsageError
