@@ -1,5 +1,6 @@
 """Reading and checking chat templates, and setting their variables; ``rendering`` runs them."""
 
+import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -20,6 +21,16 @@ _PREDEFINED = {
     "strftime_now", "range", "namespace", "dict", "lipsum", "cycler", "joiner",
 }  # fmt: skip
 """Variables and functions that every template is given."""
+
+
+def require_jinja() -> None:
+    """Check that chat templates can be parsed and rendered.
+
+    Raises:
+        UsageError: jinja2 is not installed.
+    """
+    if importlib.util.find_spec("jinja2") is None:
+        raise UsageError("chat templates need the package jinja2", hint="pip install '.[train]' in adaptkit's checkout")
 
 
 def read_template(path: Path) -> str:
@@ -109,6 +120,7 @@ def _asked_by(tokenizer: Any) -> set[str]:
 
 def _variables_in(template: str, problem: str) -> set[str]:
     """Return the undeclared variables of a template."""
+    require_jinja()
     from jinja2 import TemplateSyntaxError, meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from adaptkit.child import can_fork, start_child
 from adaptkit.errors import DataError
-from adaptkit.text.chat_template import HINT, template_of
+from adaptkit.text.chat_template import HINT, require_jinja, template_of
 from adaptkit.text.reasoning import Message
 from adaptkit.text.tool_calls import Tools
 
@@ -73,7 +73,9 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
     Raises:
         DataError: the template refuses a conversation, takes more than 10 seconds of CPU time or 256 MiB of memory for
             it, or its output is far longer than the conversation.
+        UsageError: jinja2 is not installed.
     """
+    require_jinja()
     if not can_fork():
         for conversation in conversations:
             yield _render(tokenizer, conversation)

@@ -421,6 +421,19 @@ def test_a_missing_tracker_package_is_reported_with_how_to_install_it(config, na
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("more", [(), ("--chat-template", "template.jinja")])
+def test_a_missing_jinja2_is_reported_with_how_to_install_it(config, tmp_path, more):
+    """transformers renders chat templates with it, and does not require it."""
+    (tmp_path / "template.jinja").write_text("{{ messages[0]['content'] }}")
+    code = "import sys; sys.modules['jinja2'] = None; from adaptkit.cli.main import main; main()"
+    for shown in (command(config, "adapter", *more), ["evaluate", "--base", config.base, "--prompt", "Hi"]):
+        done = subprocess.run([sys.executable, "-c", code, *shown], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 2
+        hint = "pip install '.[train]' in adaptkit's checkout"
+        assert done.stderr == f"error: chat templates need the package jinja2\nhint: {hint}\n"
+        assert not (tmp_path / "adapter").exists()
+
+
 def test_a_tracker_that_cannot_start_is_reported_without_a_traceback(config, run_cli, tmp_path):
     (tmp_path / "file").write_text("")
     done = run_cli(*command(config, tmp_path / "a", "--tensorboard", tmp_path / "file"))
