@@ -232,7 +232,7 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
         kind = values.pop("model_type", None)
         try:
             config = transformers.AutoConfig.for_model(kind, **values)
-            with torch.device("meta"), without_compiler():
+            with torch.device("meta"), without_compiler(), torch.random.fork_rng([]):  # Diffllama draws numbers
                 network = build(config)
             if network is not None:
                 network.base_model.warn_if_padding_and_no_attention_mask = _skip_padding_warning

@@ -3,10 +3,12 @@
 import json
 import math
 import re
+import sys
 
 import pytest
 import tiny
 import torch
+import transformers
 from adapted import plain_in
 
 from adaptkit.errors import UsageError
@@ -29,6 +31,15 @@ from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 from adaptkit.training.preparation import make_fast
 
 CPU = torch.device("cpu")
+MORE = {
+    "diffllama": {},
+    "deepseek_v32": {
+        "index_topk": 4, "num_key_value_heads": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+        "topk_group": 1, "moe_intermediate_size": 32, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8, "v_head_dim": 16,
+    },
+}  # fmt: skip
+"""Further architectures, as in ``tiny.ARCHITECTURES``."""
 
 
 @pytest.fixture(scope="module")
@@ -355,3 +366,23 @@ def test_the_command_prints_a_table_or_a_json_document(run_cli, llama):
     assert all(word in table.stdout for word in ("device", "activations", "total", "2 r √N"))
     document = json.loads(run_cli("plan", llama, "--seq-len", 64, "--json").stdout)
     assert document["total_bytes"] == sum(document["memory"].values())
+
+
+@pytest.mark.parametrize("name", [*tiny.ARCHITECTURES, *MORE])
+def test_a_plan_leaves_the_random_state_and_the_classes_of_transformers_as_they_were(name, tmp_path, monkeypatch):
+    """Diffllama draws numbers when it is built; DeepSeek V3.2 masks keys only if its attention is named sdpa."""
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"this version of transformers has no {name}")
+    monkeypatch.setitem(tiny.ARCHITECTURES, name, (tiny.ARCHITECTURES | MORE)[name])
+    folder = tiny.write_architecture(tmp_path / name, name)
+    module = sys.modules[type(empty_network(Description.read(folder))).__module__]
+
+    def functions():
+        classes = [found for found in vars(module).values() if isinstance(found, type)]
+        return [(owner, name, part) for owner in classes for name, part in vars(owner).items() if callable(part)]
+
+    before, state = functions(), torch.get_rng_state()
+    for device in ("cpu", "cuda"):
+        plan(folder, PlanOptions(rank=2, seq_len=32, device=device))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert functions() == before

@@ -18,7 +18,7 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.activations import LayerSize, measure_layers
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.casting import hold
-from adaptkit.networks.kinds import is_expert
+from adaptkit.networks.kinds import asks_for_sdpa, is_expert
 from adaptkit.networks.linears import acts_as_linear
 from adaptkit.networks.memory import ATTENTION_ROWS, ATTENTION_SCORES
 from adaptkit.networks.recompute import source_of
@@ -125,9 +125,11 @@ class _Groups(TorchFunctionMode):
 
 
 def _stand_in_attention(network: Any, on_gpu: bool) -> None:
-    """Make attention save what a fused kernel saves; an eager implementation is not replaced."""
+    """Make attention save what a fused kernel saves; an eager implementation, or one that must be sdpa, stays."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
+    if any(asks_for_sdpa(module) for module in network.modules()):
+        return
     if network.config._attn_implementation == "sdpa":
         AttentionInterface.register(_NAME, _attend_on_gpu if on_gpu else _attend_on_cpu)
         AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)

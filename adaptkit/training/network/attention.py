@@ -12,7 +12,6 @@ transformers' eager attention rounds them.
 """
 
 import contextlib
-import inspect
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from adaptkit.networks.kinds import asks_for_sdpa
 from adaptkit.numerics.kernels._cpu_attention import gradient_block, row_products, softmax_block
 from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.team import is_faster_than_torch, team_size
@@ -109,23 +109,12 @@ def use_own_attention(network: Any) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if any(_asks_for_sdpa(module) for module in network.modules()):
+    if any(asks_for_sdpa(module) for module in network.modules()):
         return
     if network.config._attn_implementation == "sdpa" and is_faster_than_torch():
         AttentionInterface.register(NAME, _forward)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         network.set_attn_implementation(NAME)
-
-
-def _asks_for_sdpa(module: Any) -> bool:
-    """Return whether a module's code compares the attention's name with ``sdpa``.
-
-    DeepSeek V3.2 masks the keys that its indexer leaves out only under that name.
-    """
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    if code is None or "_attn_implementation" not in code.co_names:
-        return False
-    return any("sdpa" in known if isinstance(known, tuple) else known == "sdpa" for known in code.co_consts)
 
 
 def _forward(
