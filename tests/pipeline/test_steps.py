@@ -112,6 +112,24 @@ def test_a_merge_reports_the_share_of_the_change_that_is_left(ran):
     assert 0 < steps["packed"].facts["effect"] < steps["merged"].facts["effect"]
 
 
+def test_the_notes_of_operations_are_passed_on_with_the_steps_name(tmp_path, llama, adapter):
+    shutil.copytree(llama, tmp_path / "model")
+    shutil.copytree(adapter, tmp_path / "lora")
+    (tmp_path / "lora/value_head.safetensors").write_bytes(b"scores")
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b", "colour": "red"}\n')
+    (tmp_path / "recipe.yaml").write_text(
+        "name: notes\nsources: {base: {path: model}, lora: {path: lora}, rows: {path: rows.jsonl}}\nsteps:\n"
+        "  less: {resize: lora, rank: 2}\n  both: {stack: [lora, less], weights: [0.5, 0.5]}\n"
+        "  merged: {merge: base, adapters: [lora]}\n"
+        "  judged: {evaluate: base, data: [rows], device: cpu, require: {loss: {min: 0}}}\n"
+    )
+    notes = []
+    run(tmp_path / "recipe.yaml", listener=Listener(note=notes.append))
+    for step in ("both", "less", "merged"):
+        assert any(note.startswith(f"{step}: ") and "value_head.safetensors is left out" in note for note in notes)
+    assert any(note.startswith("judged: ") and "colour" in note for note in notes)
+
+
 def test_a_figure_beyond_a_changed_limit_fails_the_gate_without_being_measured_again(ran):
     folder, report = ran
     path, begun, ended = folder / "strict.yaml", [], []

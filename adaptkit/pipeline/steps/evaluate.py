@@ -113,6 +113,8 @@ def _run(work: Work) -> Outcome:
         text=work.paths.get("text", ()),
         reference=work.optional("reference"),
     )
+    for text in filter(None, (report.template_remark, *report.unused_remarks)):
+        work.note(text)
     facts = dict(_flat(asdict(report)))
     for name in ("loss", "text.loss", "generated.scores.rouge_l"):
         if facts.get(name) is not None:

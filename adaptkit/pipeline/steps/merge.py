@@ -7,6 +7,8 @@ from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 def _run(work: Work) -> Outcome:
     report = merge(work.path("merge"), work.paths["adapters"], work.output, work.options, progress=work.progress)
+    for text in report.told:
+        work.note(text)
     facts = {"base_verified": report.base_verified, "relative_delta": report.relative_delta, "effect": report.effect}
     kept = f"{100 * (report.effect or 0):.3g} % of the change kept"
     return Outcome(f"{report.merged} of {counted(report.tensors, 'tensor')} changed, {kept}", facts)

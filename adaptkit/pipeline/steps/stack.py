@@ -7,6 +7,8 @@ from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 def _run(work: Work) -> Outcome:
     report = stack(work.paths["stack"], work.output, work.options, progress=work.progress)
+    for text in report.told:
+        work.note(text)
     stacked = f"{counted(report.adapters, 'adapter')} by {report.method}"
     figure = f"{stacked}, {100 * report.energy_kept:.3g} % of the squared norm kept"
     return Outcome(figure, {"modules": report.modules, "ranks": list(report.ranks), "energy_kept": report.energy_kept})
