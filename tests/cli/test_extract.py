@@ -100,19 +100,21 @@ def failing(pair, adapter, tmp_path_factory, run_cli):
     """Command lines that must fail: arguments, exit code, a phrase of the message."""
     tuned, base = pair
     folder = tmp_path_factory.mktemp("failing")
-    half = tiny.write_llama(folder / "half")
+    shutil.copytree(tuned, folder / "whole")
     run_cli("quantize", base, "-o", folder / "nf4", "--quiet")
     shutil.copytree(tuned, folder / "nan")
     tensors = load_file(tuned / "model.safetensors")
     tensors["model.norm.weight"][2] = float("nan")
     save_file(tensors, folder / "nan" / "model.safetensors", metadata={"format": "pt"})
+    tensors["model.norm.weight"] = torch.ones(tensors["model.norm.weight"].shape, dtype=torch.int32)
+    save_file(tensors, folder / "whole" / "model.safetensors", metadata={"format": "pt"})
     rank = ["-o", "out", "--rank", "2"]
     return {
         "quantized": (["extract", folder / "nf4", base, *rank], 5, "quantized with bitsandbytes"),
         "not finite": (["extract", folder / "nan", base, *rank], 5, "model.norm.weight holds NaN or infinity"),
-        "another type": (["extract", half, base, *rank], 4, "dtype differs from"),
+        "another type": (["extract", folder / "whole", base, *rank], 4, "dtype differs from"),
         "itself": (["extract", base, base, *rank], 2, "hold the same weights"),
-        "exists": (["extract", tuned, base, "-o", half, "--rank", "2"], 8, "already exists"),
+        "exists": (["extract", tuned, base, "-o", folder / "nan", "--rank", "2"], 8, "already exists"),
         "resize too much": (["resize", adapter, "-o", "out", "--energy", "2"], 2, "must be above 0 and at most 1"),
         "resize no adapter": (["resize", base, *rank], 5, "not an adapter"),
     }

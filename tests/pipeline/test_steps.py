@@ -1,5 +1,6 @@
 """Every kind of step runs its operation and reports the figures that a gate can check."""
 
+import json
 import re
 import shutil
 import sys
@@ -7,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from adaptkit.discovery import load, names
 from adaptkit.errors import GateError, UsageError
@@ -115,18 +117,27 @@ def test_a_merge_reports_the_share_of_the_change_that_is_left(ran):
 def test_the_notes_of_operations_are_passed_on_with_the_steps_name(tmp_path, llama, adapter):
     shutil.copytree(llama, tmp_path / "model")
     shutil.copytree(adapter, tmp_path / "lora")
+    shutil.copytree(llama, tmp_path / "tuned")
+    tensors = load_file(tmp_path / "tuned/model.safetensors")
+    tensors["model.norm.weight"] *= 2
+    save_file(tensors, tmp_path / "tuned/model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "tuned/config.json").read_text()) | {"rms_norm_eps": 0.5}
+    (tmp_path / "tuned/config.json").write_text(json.dumps(config))
     (tmp_path / "lora/value_head.safetensors").write_bytes(b"scores")
     (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b", "colour": "red"}\n')
     (tmp_path / "recipe.yaml").write_text(
-        "name: notes\nsources: {base: {path: model}, lora: {path: lora}, rows: {path: rows.jsonl}}\nsteps:\n"
+        "name: notes\nsources:\n  base: {path: model}\n  tuned: {path: tuned}\n  lora: {path: lora}\n"
+        "  rows: {path: rows.jsonl}\nsteps:\n"
         "  less: {resize: lora, rank: 2}\n  both: {stack: [lora, less], weights: [0.5, 0.5]}\n"
         "  merged: {merge: base, adapters: [lora]}\n"
+        "  found: {extract: tuned, base: base, rank: 2}\n"
         "  judged: {evaluate: base, data: [rows], device: cpu, require: {loss: {min: 0}}}\n"
     )
     notes = []
     run(tmp_path / "recipe.yaml", listener=Listener(note=notes.append))
     for step in ("both", "less", "merged"):
         assert any(note.startswith(f"{step}: ") and "value_head.safetensors is left out" in note for note in notes)
+    assert any(note.startswith("found: not covered: config.json differs in rms_norm_eps") for note in notes)
     assert any(note.startswith("judged: ") and "colour" in note for note in notes)
 
 

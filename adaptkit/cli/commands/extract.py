@@ -62,7 +62,7 @@ def _planned(report: "ExtractReport") -> list[Row]:
         ("would write", report.output),
         ("would compare", f"{counted(report.tensors, 'tensor')}, {report.candidates} of them weights of linear layers"),
         ("linear layers", f"read from {report.read_from}"),
-        *_warnings(report),
+        *report.remarks.items(),
     ]
 
 
@@ -78,7 +78,7 @@ def _rows(report: "ExtractReport") -> list[Row]:
         rows.append(("", f"{percent(report.left_out_energy)} of the squared norm of everything that differs"))
     if report.tokenizer:
         rows.append(("also copied", f"from the tuned checkpoint: {', '.join(report.tokenizer)}"))
-    rows += _warnings(report)
+    rows += report.remarks.items()
     rows.append(("manifest sha256", str(report.manifest_sha256)))
     return rows
 
@@ -121,16 +121,3 @@ def _named(tensors: "Sequence[OtherTensor]") -> str:
     first = "\n".join(tensor.name for tensor in tensors[:WORST])
     more = f"\nand {len(tensors) - WORST} more" if len(tensors) > WORST else ""
     return f"{counted(len(tensors), 'tensor')} ({counts})\n{first}{more}"
-
-
-def _warnings(report: "ExtractReport") -> list[Row]:
-    rows = []
-    if report.resized:
-        rows.append(("vocabulary", "size differs: resize the base's embeddings before peft loads the adapter"))
-    if report.experts:
-        found = counted(report.experts, "matrix")
-        rows.append(("experts", f"{found} of single experts, which merge supports, but peft only for some models"))
-    if report.config_differs:
-        keys = ", ".join(report.config_differs)
-        rows.append(("not covered", f"config.json differs in {keys}, which an adapter cannot store"))
-    return rows

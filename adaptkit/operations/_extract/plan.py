@@ -191,14 +191,15 @@ def _check_specs(tuned: Checkpoint, base: Checkpoint, what: str, roles: Mapping[
     differ = []
     for name, located in base.tensors.items():
         before, after = getattr(located.spec, what), getattr(tuned.spec(name), what)
-        resized = what == "shape" and _is_resized(located.spec, tuned.spec(name), roles)
-        if before != after and not resized and not {before, after} <= {*FLOATS}:
+        are_floats = what == "dtype" and {before, after} <= {*FLOATS}
+        is_resized = what == "shape" and _is_resized(located.spec, tuned.spec(name), roles)
+        if before != after and not are_floats and not is_resized:
             shown = [value if isinstance(value, str) else list(value) for value in (after, before)]
             differ.append(f"{name} (expected {shown[1]}, found {shown[0]})")
     if differ:
         raise BaseMismatchError(
             f"{tuned.root}: {what} differs from {base.root} in {first_few(differ)}",
-            hint="save both in the same dtype first"
+            hint=f"save both in one of {', '.join(FLOATS)}, or in the same dtype"
             if what == "dtype"
             else "give the base that this model was tuned from",
         )

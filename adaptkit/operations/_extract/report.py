@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adaptkit.checkpoint.progress import counted
 from adaptkit.operations._extract.plan import LOW_RANK, Plan
 from adaptkit.operations._extract.tensors import Finding
 
@@ -113,6 +114,20 @@ class ExtractReport:
     tokenizer: tuple[str, ...] = ()
     tensors_root: str | None = None
     manifest_sha256: str | None = None
+
+    @property
+    def remarks(self) -> dict[str, str]:
+        """What users of the adapter must know; maps a label to a phrase."""
+        found = {}
+        if self.resized:
+            found["vocabulary"] = "size differs: resize the base's embeddings before peft loads the adapter"
+        if self.experts:
+            matrices = counted(self.experts, "matrix")
+            found["experts"] = f"{matrices} of single experts, which merge supports, but peft only for some models"
+        if self.config_differs:
+            keys = ", ".join(self.config_differs)
+            found["not covered"] = f"config.json differs in {keys}, which an adapter cannot store"
+        return found
 
 
 def plan_report(output: Path, plan: Plan, config_differs: tuple[str, ...]) -> ExtractReport:
