@@ -253,6 +253,12 @@ def test_with_loss_on_all_a_template_that_omits_words_is_refused(make):
     assert THOUGHTFUL in learned(sample, make(NEXT_TURN))
 
 
+def test_with_loss_on_all_a_conversation_is_learned_as_it_is_rendered_although_its_prompts_differ(make):
+    messages, tokenizer = chat("Name a lake", "none", "Name a river", "the Rhine"), make(NO_THOUGHTS)
+    (sample,) = encode(messages, tokenizer, loss_on="all")
+    assert learned(sample, tokenizer) == tokenizer.apply_chat_template(messages, tokenize=False)
+
+
 def test_a_switch_that_the_template_removes_is_not_reported_as_omitted(make):
     """SmolLM3's template removes it from the system message."""
     tokenizer = make(TURNS + "<|{{ m.role }}|>{{ m.content.replace('/no_think', '').rstrip() + eos_token }}{% endfor %}"
