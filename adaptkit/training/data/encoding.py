@@ -217,8 +217,6 @@ class Encoder:
         return [text.text[start:end] for start, end in pairwise(edges)]
 
     def _tokenize(self, pieces: list[str]) -> Iterator[_Tokens]:
-        if not pieces:
-            return iter(())
         encoded = self._tokenizer(
             pieces,
             add_special_tokens=False,
