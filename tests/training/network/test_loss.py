@@ -64,7 +64,7 @@ def families(made):
 @pytest.mark.parametrize("family", ["llama", "phi", "gpt2", "qwen3_moe"])
 def test_loss_and_gradients_are_those_of_the_full_matrix_of_logits(family, rows, families, llama, monkeypatch):
     """Covers a tied head, a head with a bias, and experts; in one chunk and in many."""
-    monkeypatch.setattr(loss, "_rows", lambda hidden, head: rows)
+    monkeypatch.setattr(loss, "rows_at_a_time", lambda *_: rows)
     monkeypatch.setattr(loss, "_BLOCK_BYTES", 4 * 3 * VOCABULARY)
     model = loaded(families.get(family, llama))
     batch = batch_of((20, 13, 7), model.network.config.vocab_size)
@@ -79,7 +79,7 @@ def test_loss_and_gradients_are_those_of_the_full_matrix_of_logits(family, rows,
 
 
 def test_a_trained_output_layer_gets_its_gradient(families, monkeypatch):
-    monkeypatch.setattr(loss, "_rows", lambda hidden, head: 4)
+    monkeypatch.setattr(loss, "rows_at_a_time", lambda *_: 4)
     model = loaded(families["phi"], whole=("lm_head",))
     batch = batch_of((20, 13), model.network.config.vocab_size)
     found, wanted = (gradients(model, way(model, batch)) for way in (summed_loss, plain_loss))
@@ -125,7 +125,7 @@ BOUNDED = {"gemma2": {"head_dim": 16, "final_logit_softcapping": 2.0}, "granite"
 
 @pytest.mark.parametrize("name", BOUNDED)
 def test_logits_scaled_or_bounded_after_the_output_layer_are_computed_in_chunks_too(name, made, monkeypatch):
-    monkeypatch.setattr(loss, "_rows", lambda hidden, head: 4)
+    monkeypatch.setattr(loss, "rows_at_a_time", lambda *_: 4)
     model = loaded(family(made, name, **BOUNDED[name]))
     assert not model.output_layer.is_head
     batch = batch_of((20, 13), VOCABULARY)
@@ -184,7 +184,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_only_one_chunk_of_logits_exists_at_a_time(llama, monkeypatch):
-    monkeypatch.setattr(loss, "_rows", lambda hidden, head: 8)
+    monkeypatch.setattr(loss, "rows_at_a_time", lambda *_: 8)
     monkeypatch.setattr(loss, "is_faster_than_torch", lambda: True)  # otherwise there is a float32 copy, too
     model = loaded(llama)
     batch = batch_of((60, 60), model.network.config.vocab_size)
@@ -289,7 +289,7 @@ def test_a_row_of_only_minus_infinity_has_neither_a_finite_loss_nor_a_finite_gra
 def test_a_trained_output_layer_takes_no_more_memory_than_is_predicted(families, monkeypatch, dtype, chunks):
     """Its gradients besides ``grad``: the sum over chunks, and what computing that of one chunk takes."""
     rows, compute = 4, getattr(torch, dtype)
-    monkeypatch.setattr(loss, "_rows", lambda hidden, head: rows)
+    monkeypatch.setattr(loss, "rows_at_a_time", lambda *_: rows)
     model = load_model(families["phi"], compute, torch.device("cpu"))
     head = model.network.lm_head
     hold(head, "weight", nn.Parameter(head.weight.detach().float()), compute)
