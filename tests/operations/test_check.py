@@ -16,6 +16,7 @@ import tiny
 import torch
 from folders import edit_json, edited_tensors
 from safetensors.torch import load_file, save_file
+from verdicts import taken, verdicts, words
 
 from adaptkit import discovery
 from adaptkit.errors import AdaptkitError, BaseMismatchError, CheckpointError, UsageError
@@ -44,18 +45,6 @@ def make(tmp_path, untied):
             return tiny.write_peft_adapter(tmp_path / name, base, **{"target_modules": LINEARS} | lora_config)
 
     return made
-
-
-def verdicts(path, base=None, only=()):
-    return {verdict.target: verdict for verdict in check(path, only, base).verdicts}
-
-
-def taken(path, base=None):
-    return {name for name, verdict in verdicts(path, base).items() if verdict.taken}
-
-
-def words(verdict):
-    return " ".join(f"{f.level}: {f.found}. {f.effect}. {f.change}." for f in verdict.findings)
 
 
 def configure(folder, **values):

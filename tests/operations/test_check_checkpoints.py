@@ -7,22 +7,11 @@ import warnings
 import pytest
 import tiny
 from folders import edit_json, edited_tensors
+from verdicts import taken, verdicts, words
 
 from adaptkit.operations.check import check
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
-
-
-def verdicts(path):
-    return {verdict.target: verdict for verdict in check(path).verdicts}
-
-
-def taken(path):
-    return {name for name, verdict in verdicts(path).items() if verdict.taken}
-
-
-def words(verdict):
-    return " ".join(f"{f.level}: {f.found}. {f.effect}. {f.change}." for f in verdict.findings)
 
 
 def test_a_merged_checkpoint_gets_no_findings_with_or_without_an_undo_record(llama, llama_sharded, adapter, tmp_path):

@@ -94,7 +94,7 @@ def test_single_experts_are_accepted_for_peft_only_if_it_merges_them_correctly(c
     else:
         expected = model(tmp_path / "merged").state_dict()
         loads = all(torch.allclose(merged[name], expected[name], atol=1e-6) for name in expected)
-    (verdict,) = [verdict for verdict in check(folder, base=base).verdicts if verdict.target == "peft"]
+    (verdict,) = check(folder, ["peft"], base).verdicts
     assert verdict.taken == loads
 
 
@@ -149,7 +149,7 @@ def test_peft_does_not_support_lora_of_routers(name, loads, tmp_path):
     values = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 2, "bias": "none"}
     values |= {"base_model_name_or_path": str(base), "target_modules": [f"1.mlp.{name}"]}
     (folder / "adapter_config.json").write_text(json.dumps(values))
-    (verdict,) = [verdict for verdict in check(folder, base=base).verdicts if verdict.target == "peft"]
+    (verdict,) = check(folder, ["peft"], base).verdicts
     assert verdict.taken == loads
     if loads:
         PeftModel.from_pretrained(model(base), folder)
