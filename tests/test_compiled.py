@@ -384,7 +384,11 @@ def test_kernels_are_cached_in_the_users_folder_if_the_package_is_not_writable(p
 
 
 def test_kernels_work_with_vector_instructions_disabled_in_numba(package):
-    code = "import numpy as np; from adaptkit.numerics.formats import nf4; print(nf4.quantize(np.ones(64)).codes[0])"
+    code = """
+import numpy as np
+from adaptkit.numerics.formats.nf4 import FORMAT
+print(FORMAT.quantize(np.ones(64)).codes[0])
+"""
     assert decode(package, code) == "255"
     assert decode(package, code, NUMBA_ENABLE_AVX="0") == "255"
     assert decode(package, code, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == "255"

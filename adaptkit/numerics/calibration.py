@@ -73,7 +73,7 @@ def weighted_nf4(
     """
     scales = search_scales(weight, importance, block_size)
     constants: Constants = scales
-    absmax = nf4.quantize(weight, block_size).absmax
+    absmax = nf4.FORMAT.quantize(weight, block_size).absmax
     plain: Constants = absmax
     if double_quant:
         constants = nest_scales(weight, scales, importance, block_size)

@@ -50,7 +50,7 @@ def problems(draw):
 def weighted_error(weight, importance, codes, constants, block_size):
     """Σ_ij (W - Q)_ij² · importance_j in float64, Q being the decoded float32 weight."""
     quantized = Blockwise(codes, dequantize_absmax(constants), tuple(weight.shape), block_size)
-    lost = weight.float() - nf4.dequantize(quantized, torch.float32)
+    lost = weight.float() - nf4.FORMAT.dequantize(quantized, torch.float32)
     return float(lost.double().square().sum(0) @ importance.double())
 
 
@@ -59,7 +59,7 @@ def weighted_error(weight, importance, codes, constants, block_size):
 def test_the_weighted_error_is_never_larger_than_that_of_plain_nf4(problem, block_size, double_quant):
     weight, importance = problem
     codes, constants = weighted_nf4(weight, importance, block_size, double_quant)
-    plain = nf4.quantize(weight, block_size).absmax
+    plain = nf4.FORMAT.quantize(weight, block_size).absmax
     plain = quantize_absmax(plain) if double_quant else plain
     plain_codes = encode_at(weight, dequantize_absmax(plain), block_size)
     floored = importance.double() + FLOOR * importance.double().mean()
@@ -73,7 +73,7 @@ def test_the_weighted_error_is_never_larger_than_that_of_plain_nf4(problem, bloc
 def test_with_a_single_candidate_the_result_is_plain_nf4(problem, block_size):
     weight, _ = problem
     uniform = torch.ones(weight.shape[1])
-    plain = nf4.quantize(weight, block_size)
+    plain = nf4.FORMAT.quantize(weight, block_size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "FACTORS", np.ones(1, np.float32))
         patch.setattr(calibration, "REACH", 0)
@@ -162,7 +162,7 @@ def test_bitsandbytes_decodes_negative_scales_by_the_same_formula():
         torch.tensor(constants.offset), nested,
     )  # fmt: skip
     theirs = functional.dequantize_4bit(codes.view(-1, 1), state)
-    ours = nf4.dequantize(Blockwise(codes, dequantize_absmax(constants), (64, 128), 64), torch.float32)
+    ours = nf4.FORMAT.dequantize(Blockwise(codes, dequantize_absmax(constants), (64, 128), 64), torch.float32)
     assert torch.equal(theirs, ours)
 
 

@@ -47,6 +47,6 @@ def test_a_signaling_nan_is_refused_like_any_other(ints, bits, dtype):
     values = np.array([0, bits, 0], ints).view(dtype)
     with pytest.raises(NonFiniteError, match=r"\[1\] is nan"):
         check_finite(values)
-    for form in (nf4, int8):
+    for form in (nf4.FORMAT, int8.FORMAT):
         with pytest.raises(NonFiniteError, match=r"\[1\] is nan"):
             form.quantize(values)

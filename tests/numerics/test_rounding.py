@@ -28,7 +28,7 @@ def correlated(columns, seed=0):
 
 def decode(weight, codes, constants, block_size):
     quantized = Blockwise(codes, dequantize_absmax(constants), tuple(weight.shape), block_size)
-    return nf4.dequantize(quantized, torch.float32)
+    return nf4.FORMAT.dequantize(quantized, torch.float32)
 
 
 def output_loss(weight, codes, constants, second_moment, block_size=64):
@@ -92,7 +92,7 @@ def test_uncorrelated_inputs_give_the_codes_of_weighted_nf4(monkeypatch):
 def test_an_odd_number_of_weights_is_padded_like_plain_nf4():
     weight = torch.randn(3, 65, generator=torch.Generator().manual_seed(3))
     codes, _ = compensated_nf4(weight, torch.ones(65), torch.eye(65))
-    assert codes.shape == nf4.quantize(weight).codes.shape
+    assert codes.shape == nf4.FORMAT.quantize(weight).codes.shape
     assert int(codes[-1]) & 15 == 7
 
 

@@ -21,7 +21,7 @@ def test_bytes_match_bitsandbytes(shape, dtype):
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.03).to(dtype)
     weight[0, :5] = 0
     expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-    found = nf4.quantize(weight, 64)
+    found = nf4.FORMAT.quantize(weight, 64)
     assert torch.equal(found.codes, expected.view(-1))
     double = quantize_absmax(found.absmax)
     assert torch.equal(double.nested_absmax, state.state2.absmax) or torch.allclose(
@@ -39,7 +39,7 @@ def test_bytes_match_bitsandbytes(shape, dtype):
 def test_decoded_weights_match_bitsandbytes(dtype):
     weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(3)).to(dtype)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    found = nf4.dequantize(nf4.quantize(weight, 64), dtype)
+    found = nf4.FORMAT.dequantize(nf4.FORMAT.quantize(weight, 64), dtype)
     assert torch.equal(found, bnb.dequantize_4bit(packed, state))
 
 
@@ -52,14 +52,14 @@ def test_constants_round_trip_with_a_small_error():
 @pytest.mark.parametrize("block_size", [0, 16, 48, 8192])
 def test_a_block_size_that_no_reader_supports_is_refused(block_size):
     with pytest.raises(UsageError, match="power of two"):
-        nf4.quantize(torch.zeros(64, 64), block_size)
+        nf4.FORMAT.quantize(torch.zeros(64, 64), block_size)
 
 
 def test_infinity_is_refused_with_its_index():
     weight = torch.zeros(4, 64, dtype=torch.bfloat16)
     weight[2, 5] = float("inf")
     with pytest.raises(NonFiniteError, match=r"\[2, 5\] is inf"):
-        nf4.quantize(weight, 64)
+        nf4.FORMAT.quantize(weight, 64)
 
 
 def test_no_constant_decodes_to_a_negative_number():

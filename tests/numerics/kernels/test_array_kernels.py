@@ -31,7 +31,7 @@ def same(array, tensor):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(64, 64), (3, 77), (1, 1)])
-@pytest.mark.parametrize("form", [nf4, fp4, int8], ids=lambda form: form.__name__.rpartition(".")[2])
+@pytest.mark.parametrize("form", [nf4.FORMAT, fp4.FORMAT, int8.FORMAT], ids=lambda form: form.name)
 def test_arrays_and_tensors_quantize_and_dequantize_to_the_same_bits(form, shape, dtype):
     weight = torch.randn(shape, generator=seeded(1)).to(dtype)
     packed, again = (form.quantize(w, 64, measure=True) for w in (as_array(weight), weight))
@@ -110,7 +110,7 @@ from adaptkit.numerics.formats import nf4
 from adaptkit.numerics.lora import LowRank, transposed
 
 weight = np.full((64, 64), 0.5, ml_dtypes.bfloat16)
-nf4.dequantize(nf4.quantize(weight, 64, measure=True), weight.dtype)
+nf4.FORMAT.dequantize(nf4.FORMAT.quantize(weight, 64, measure=True), weight.dtype)
 term = transposed(LowRank(np.ones((2, 64), np.float32), np.ones((64, 2), np.float32), 0.1)).weighted(2.0)
 prepared = exact.prepare([term])
 merged = exact.merge_rows(weight, prepared, 0, True)
