@@ -11,7 +11,7 @@ import peft_adapters
 import pytest
 import tiny
 import torch
-from folders import changes_of, edit_json, edited_tensors
+from folders import changes_of, edit_json, rewritten
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -32,11 +32,8 @@ def cosine(one, two):
     return float((one * two).sum() / (one.norm() * two.norm()))
 
 
-def edit(folder, change, file=WEIGHTS):
-    """Apply a function to the tensors of a file."""
-    with edited_tensors(folder / file) as tensors:
-        change(tensors)
-    return folder
+def edit(folder, change):
+    return rewritten(folder, change, WEIGHTS)
 
 
 @pytest.fixture
@@ -330,7 +327,7 @@ def test_equivalent_tensor_names_are_not_a_difference(adapter, copy_of):
 
 
 def test_mismatched_manifests_and_different_bases_are_remarked(certified, adapter, llama, tmp_path, copy_of):
-    base = edit(copy_of(llama), lambda t: t["model.layers.1.mlp.up_proj.weight"].mul_(2), MODEL)
+    base = rewritten(copy_of(llama), lambda t: t["model.layers.1.mlp.up_proj.weight"].mul_(2))
     first, second = certified(adapter, llama, "first"), certified(adapter, base, "second")
     report = diff(first, second)
     assert report.same
@@ -376,7 +373,7 @@ def tuned(llama, copy_of):
         for name in ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight", "model.norm.weight"):
             tensors[name] *= torch.linspace(0.9, 1.1, tensors[name].shape[-1]).bfloat16()
 
-    return edit(copy_of(llama, "tuned"), change, MODEL)
+    return rewritten(copy_of(llama, "tuned"), change)
 
 
 def test_exchanging_the_checkpoints_mirrors_the_report(llama, tuned):

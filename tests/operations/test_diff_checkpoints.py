@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from folders import changes_of, edit_json, edited_tensors
+from folders import changes_of, edit_json, rewritten
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
@@ -17,13 +17,6 @@ from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 
 MODEL = "model.safetensors"
-
-
-def edit(folder, change):
-    """Apply a function to the tensors of a checkpoint in one file."""
-    with edited_tensors(folder / MODEL) as tensors:
-        change(tensors)
-    return folder
 
 
 def perturbed(weights, scale=0.02, seed=0):
@@ -44,7 +37,7 @@ def tuned(llama, copy_of):
         tensors["model.norm.weight"] = perturbed(tensors["model.norm.weight"])
         tensors["model.layers.0.self_attn.k_proj.weight"].view(torch.int16)[3, 4] += 1
 
-    return edit(copy_of(llama, "tuned"), change)
+    return rewritten(copy_of(llama, "tuned"), change)
 
 
 def test_figures_equal_those_computed_from_the_tensors(llama, tuned):
@@ -127,7 +120,7 @@ def test_missing_tensors_different_dtypes_and_different_shapes_are_reported(llam
         embedding = tensors["model.embed_tokens.weight"]
         tensors["model.embed_tokens.weight"] = torch.cat([embedding, embedding[:2]])
 
-    other = edit(copy_of(llama), change)
+    other = rewritten(copy_of(llama), change)
     report = diff(llama, other)
     assert (report.only_in_first, report.only_in_second) == (("model.norm.weight",), ("new.weight",))
     found = {t.name: t for t in report.tensors}
@@ -145,14 +138,14 @@ def test_missing_tensors_different_dtypes_and_different_shapes_are_reported(llam
 
 def test_the_same_bytes_in_a_different_dtype_are_a_difference(llama, copy_of):
     name = "model.layers.0.mlp.up_proj.weight"
-    other = edit(copy_of(llama), lambda tensors: tensors.update({name: tensors[name].view(torch.float16)}))
+    other = rewritten(copy_of(llama), lambda tensors: tensors.update({name: tensors[name].view(torch.float16)}))
     (found,) = diff(llama, other).tensors
     assert (found.name, found.dtypes, found.relative > 0) == (name, ("BF16", "F16"), True)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_tensors_that_are_not_finite_get_a_remark_and_come_first(bad, llama, tuned):
-    edit(tuned, lambda tensors: tensors["model.layers.1.self_attn.v_proj.weight"].view(-1)[5].fill_(bad))
+    rewritten(tuned, lambda tensors: tensors["model.layers.1.self_attn.v_proj.weight"].view(-1)[5].fill_(bad))
     report = diff(llama, tuned)
     found = report.tensors[0]
     assert found.name == "model.layers.1.self_attn.v_proj.weight"
@@ -194,7 +187,7 @@ def test_fingerprints_come_from_manifests_unless_these_cannot_be_right(llama_nf4
     read = diff(one, two, recompute=True)
     assert read.fingerprints == ("computed", "computed")
     assert [(t.name, t.changed) for t in read.tensors] == [(names[0], 1)]
-    edit(two, lambda tensors: tensors.pop(names[1]))
+    rewritten(two, lambda tensors: tensors.pop(names[1]))
     disbelieved = diff(one, two)
     assert disbelieved.fingerprints == ("manifest", "computed")
     assert "its manifest is ignored" in disbelieved.remarks[0]

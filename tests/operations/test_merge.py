@@ -1,6 +1,5 @@
 """A merge is base + Σ weight · Δ, rounded once; a base that the adapter was not trained on is an error."""
 
-import hashlib
 import json
 import math
 import re
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from folders import edit_json, edited_tensors, flip, tensors_of, tree
+from folders import add_listed, edit_json, edited_tensors, flip, tensors_of, tree
 from peft_adapters import change_tensors, quiet
 from peft_formulas import rounded_once
 from safetensors.numpy import load_file as load_arrays
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, parent_of, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, parent_of, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import (
     BaseMismatchError,
@@ -544,8 +543,10 @@ def test_a_base_that_could_not_be_fully_restored_is_refused_before_writing(
     name, gone, tmp_path, llama_sharded, adapter, second_adapter
 ):
     """E.g. an artifact that was published and pulled, and whose card was edited since."""
-    with_card(tmp_path / "first", merge(llama_sharded, [adapter], tmp_path / "first"))
-    with_card(tmp_path / "base", merge(tmp_path / "first", [second_adapter], tmp_path / "base"))
+    merge(llama_sharded, [adapter], tmp_path / "first")
+    add_listed(tmp_path / "first", "README.md", "a card")
+    merge(tmp_path / "first", [second_adapter], tmp_path / "base")
+    add_listed(tmp_path / "base", "README.md", "a card")
     path, seen = tmp_path / "base" / name, []
     if gone:
         path.unlink()
@@ -559,14 +560,6 @@ def test_a_base_that_could_not_be_fully_restored_is_refused_before_writing(
     if path.name == "README.md":  # which only unmerge needs
         merge(tmp_path / "base", [adapter], tmp_path / "out", MergeOptions(undo=False))
         merge(tmp_path / "base", [adapter], tmp_path / "nf4", MergeOptions(format="nf4"))
-
-
-def with_card(folder, _):
-    """Add a model card and list it in the manifest, as publishing does."""
-    (folder / "README.md").write_text("a card")
-    manifest = require_manifest(folder)
-    card = FileRecord("README.md", 6, hashlib.sha256(b"a card").hexdigest())
-    (folder / MANIFEST_NAME).write_bytes(replace(manifest, files=(*manifest.files, card)).to_bytes())
 
 
 def test_the_result_cannot_replace_the_16_bit_parent_of_a_quantized_base(tmp_path, llama, adapter, second_adapter):

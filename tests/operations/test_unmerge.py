@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from folders import edit_json, edited_tensors, flip
+from folders import add_listed, edit_json, edited_tensors, flip
 from peft_adapters import quiet
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import TensorSpec, write_header
 from adaptkit.checkpoint.manifest import FileRecord, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
@@ -319,14 +318,6 @@ def test_the_first_of_two_merges_is_restored_whole_and_can_be_unmerged_itself(tm
     assert_same_files(tmp_path / "twice", llama)
 
 
-def with_card(folder, text):
-    """Add a model card and list it in the manifest, as publishing does."""
-    manifest, card = require_manifest(folder), folder / "README.md"
-    card.write_text(text)
-    files = (*manifest.files, FileRecord(card.name, len(text), file_sha256(card)))
-    (folder / MANIFEST).write_bytes(replace(manifest, files=files).to_bytes())
-
-
 @pytest.mark.parametrize("base", ["plain", "plain with a card", "artifact", "published artifact"])
 def test_publishing_a_merge_does_not_change_the_base_that_unmerging_restores(
     base, tmp_path, llama, adapter, second_adapter, copy_of
@@ -338,10 +329,10 @@ def test_publishing_a_merge_does_not_change_the_base_that_unmerging_restores(
     if base == "plain with a card":
         (tmp_path / base / "README.md").write_text("the base's")
     elif base == "published artifact":
-        with_card(tmp_path / base, "the base's")
+        add_listed(tmp_path / base, "README.md", "the base's")
     merge(tmp_path / base, [adapter], tmp_path / "merged")
     unmerge(tmp_path / "merged", [adapter], tmp_path / "before")
-    with_card(tmp_path / "merged", "the merged model's")
+    add_listed(tmp_path / "merged", "README.md", "the merged model's")
     verify(tmp_path / "merged")
     report = unmerge(tmp_path / "merged", [adapter], tmp_path / "after")
     assert report.identical

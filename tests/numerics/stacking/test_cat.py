@@ -4,28 +4,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from low_rank import dense, term
 
 from adaptkit.discovery import load, names
 from adaptkit.numerics import stacking
-from adaptkit.numerics.lora import LowRank, delta
+from adaptkit.numerics.lora import delta
 from adaptkit.numerics.stacking._method import NoOptions
 
 CAT = load(stacking, "cat", "METHOD")
-
-
-def term(rank, scaling, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return LowRank(torch.randn(rank, 11, generator=generator), torch.randn(7, rank, generator=generator), scaling)
+SHAPE = (7, 11)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.integers(1, 4), st.floats(-3, 3), st.integers(0, 99)), min_size=1, max_size=4))
 def test_the_result_is_the_sum_up_to_one_rounding_of_b(parts):
-    terms = [term(*part) for part in parts]
+    terms = [term(*SHAPE, *part) for part in parts]
     stacked = CAT.combine(terms, NoOptions(), "m")
     assert stacked.rank == sum(change.rank for change in terms)
     assert stacked.scaling == 1.0
-    exact = sum(change.scaling * (change.lora_b.double() @ change.lora_a.double()) for change in terms)
+    exact = sum(dense(change) for change in terms)
     size = sum(abs(change.scaling) * (change.lora_b.double().abs() @ change.lora_a.double().abs()) for change in terms)
     error = (stacked.lora_b.double() @ stacked.lora_a.double() - exact).abs()
     assert (error <= 2.0**-24 * size + 1e-40).all()
@@ -33,7 +30,7 @@ def test_the_result_is_the_sum_up_to_one_rounding_of_b(parts):
 
 def test_scalings_that_are_powers_of_two_are_exact():
     """B is then stored exactly, so only the order of the float64 sum differs."""
-    terms = [term(2, 0.5, 1), term(3, 2.0, 2), term(1, -4.0, 3)]
+    terms = [term(*SHAPE, 2, 0.5, 1), term(*SHAPE, 3, 2.0, 2), term(*SHAPE, 1, -4.0, 3)]
     stacked = CAT.combine(terms, NoOptions(), "m")
     exact = torch.cat([change.lora_b.double() * change.scaling for change in terms], dim=1)
     assert torch.equal(stacked.lora_b.double(), exact)
@@ -41,7 +38,7 @@ def test_scalings_that_are_powers_of_two_are_exact():
 
 
 def test_ranks_are_in_the_order_of_the_adapters():
-    terms = [term(2, 0.5, 1), term(3, 2.0, 2)]
+    terms = [term(*SHAPE, 2, 0.5, 1), term(*SHAPE, 3, 2.0, 2)]
     stacked = CAT.combine(terms, NoOptions(), "m")
     assert torch.equal(stacked.lora_a, torch.cat([terms[0].lora_a, terms[1].lora_a]))
     assert torch.equal(stacked.lora_b[:, :2], terms[0].lora_b * 0.5)
@@ -49,7 +46,7 @@ def test_ranks_are_in_the_order_of_the_adapters():
 
 
 def test_inputs_are_not_modified():
-    change = term(2, 0.5, 1)
+    change = term(*SHAPE, 2, 0.5, 1)
     before = change.lora_a.clone(), change.lora_b.clone()
     CAT.combine([change, change], NoOptions(), "m")
     assert torch.equal(change.lora_a, before[0])

@@ -2,35 +2,27 @@
 
 import json
 import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from folders import add_listed
 
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
-from adaptkit.checkpoint.writer import DiskError, write_file
+from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import IntegrityError
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import VerifyOptions, verify
 
 
-def add(folder, name):
-    """Add a file to an artifact and to its manifest, as publish adds a model card."""
-    manifest = require_manifest(folder)
-    files = (*manifest.files, write_file(folder, name, b"# A model"))
-    (folder / MANIFEST_NAME).write_bytes(replace(manifest, files=files).to_bytes())
-
-
 def test_an_added_model_card_is_accepted_and_any_other_added_file_is_rejected(llama, tmp_path):
     base = shutil.copytree(llama, tmp_path / "base")
     quantize(base, tmp_path / "nf4")
     options = VerifyOptions(parents=(base,), recompute=True)
-    add(tmp_path / "nf4", "README.md")
+    add_listed(tmp_path / "nf4", "README.md", "# A model")
     (made,) = verify(tmp_path / "nf4", options).recomputed
     assert made[1] == "same bytes, except for the model card, which publish adds"
-    add(tmp_path / "nf4", "NOTICE.txt")
+    add_listed(tmp_path / "nf4", "NOTICE.txt", "# A model")
     with pytest.raises(IntegrityError, match=r"NOTICE\.txt differs"):
         verify(tmp_path / "nf4", options)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import tiny
-from folders import edited_tensors, flip
+from folders import add_listed, edited_tensors, flip
 
 from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
@@ -169,11 +169,7 @@ def test_a_checkpoint_with_the_parents_shapes_but_other_weights_is_not_accepted(
 
 def test_an_artifact_with_the_same_tensors_but_a_different_manifest_is_the_parent(copied):
     """Publishing adds a model card, and so changes the manifest."""
-    manifest = require_manifest(copied / "one")
-    card = copied / "one" / "README.md"
-    card.write_text("card")
-    files = (*manifest.files, FileRecord("README.md", 4, file_sha256(card)))
-    (copied / "one" / MANIFEST_NAME).write_bytes(replace(manifest, files=files).to_bytes())
+    add_listed(copied / "one", "README.md", "card")
     report = verified(copied / "both", copied, recompute=True)
     assert [parent.found_by for parent in report.parents] == ["tensors", "manifest"]
     assert "not the one that was used" in dict(report.recomputed)[str(copied / "both")]
