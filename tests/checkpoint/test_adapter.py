@@ -8,12 +8,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import tiny
 import torch
-from folders import edit_json, edited_tensors
+from folders import edit_json, edit_manifest, edited_tensors
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import adapter as adapter_module
@@ -22,7 +21,7 @@ from adaptkit.checkpoint.compensation import write_compensation
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import COMPENSATION_NAME, is_adapter
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest
 from adaptkit.checkpoint.mlx import mlx_hint
 from adaptkit.errors import AdapterError, CheckpointError, IntegrityError, UnsafeInputError, UsageError
 from adaptkit.numerics.lora import LowRank
@@ -577,7 +576,6 @@ def test_config_and_compensation_files_that_differ_from_the_manifest_are_refused
 
 
 def test_files_that_a_manifest_does_not_list_are_not_compared_with_it(complete):
-    manifest = read_manifest(complete)
-    (complete / MANIFEST_NAME).write_bytes(replace(manifest, files=()).to_bytes())
+    edit_manifest(complete, files=())
     configure(complete, lora_alpha=999)
     assert read_adapter(complete).modules[MODULE].scaling == 999 / 2

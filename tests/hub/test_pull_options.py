@@ -1,6 +1,5 @@
 """Partial pulls, pinned manifests, ambiguous revisions, and folders inside an artifact."""
 
-import dataclasses
 import fnmatch
 import json
 from collections.abc import Callable
@@ -10,11 +9,11 @@ from typing import Any
 
 import jsonschema
 import pytest
+from folders import add_listed, edit_manifest
 from local_hub import LocalHub, Repo
 
-from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, require_manifest
 from adaptkit.errors import UsageError
 from adaptkit.hub.download import PullOptions, pull
 from adaptkit.hub.parts import PARTS
@@ -156,20 +155,10 @@ def test_a_name_of_a_branch_and_a_tag_on_different_commits_is_refused(
     assert cli("pull", "me/model@next", "-o", "pulled").report["commit"] == new
 
 
-def _add(artifact: Path, *paths: str) -> None:
-    """Create files in folders of an artifact, and add them to its manifest."""
-    manifest = Manifest.from_bytes((artifact / MANIFEST_NAME).read_bytes())
-    records = list(manifest.files)
-    for path in paths:
-        (artifact / path).parent.mkdir(parents=True, exist_ok=True)
-        (artifact / path).write_text(path)
-        records.append(FileRecord(path, len(path), file_sha256(artifact / path)))
-    (artifact / MANIFEST_NAME).write_bytes(dataclasses.replace(manifest, files=tuple(records)).to_bytes())
-
-
 def test_files_in_folders_are_published_and_pulled(cli: Any, artifact: Path, repository: Any, tmp_path: Path) -> None:
     """For example, the undo record of a merged model, and the last adapter of a run if it is not the best one."""
-    _add(artifact, "last/adapter_config.json", "undo/deep/er.bin")
+    for path in ("last/adapter_config.json", "undo/deep/er.bin"):
+        add_listed(artifact, path, path)
     assert cli("publish", artifact, "me/model", "--check").code == 0
     assert "undo/deep/er.bin" in repository.files()
     done = cli("pull", "me/model", "-o", "pulled")
@@ -182,12 +171,11 @@ def test_files_in_folders_are_published_and_pulled(cli: Any, artifact: Path, rep
 def test_a_file_that_is_also_a_folder_is_refused(cli: Any, artifact: Path, tmp_path: Path) -> None:
     from tests.hub.test_download import RAW_COMMIT
 
-    _add(artifact, "a/b")
-    manifest = Manifest.from_bytes((artifact / MANIFEST_NAME).read_bytes())
-    twice = (*manifest.files, FileRecord("a", 1, "0" * 64))
+    add_listed(artifact, "a/b", "in a folder")
+    twice = (*require_manifest(artifact).files, FileRecord("a", 1, "0" * 64))
     (artifact / "a" / "b").unlink()
     (artifact / "a").rmdir()
-    (artifact / MANIFEST_NAME).write_bytes(dataclasses.replace(manifest, files=twice).to_bytes())
+    edit_manifest(artifact, files=twice)
     cli(code=RAW_COMMIT % str(artifact))
     assert cli("pull", "me/model", "-o", "pulled").code == 5
     assert not list(tmp_path.glob("pulled*"))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from folders import add_listed, edit_json, edited_tensors, flip, tensors_of, tree
+from folders import add_listed, edit_json, edit_manifest, edited_tensors, flip, tensors_of, tree
 from peft_adapters import change_tensors, quiet
 from peft_formulas import rounded_once
 from safetensors.numpy import load_file as load_arrays
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, parent_of, require_manifest
+from adaptkit.checkpoint.manifest import parent_of, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import (
     BaseMismatchError,
@@ -233,8 +233,7 @@ def test_weights_that_an_adapter_replaces_need_not_be_known_to_verify_its_base(
         tensors["model.norm.weight"] *= 2
     merge(other, [known], tmp_path / "other")
     assert_equal(tensors_of(tmp_path / "other"), tensors_of(tmp_path / "out"))
-    manifest = require_manifest(known)
-    (known / MANIFEST_NAME).write_bytes(replace(manifest, targets=manifest.targets[1:]).to_bytes())
+    edit_manifest(known, targets=require_manifest(known).targets[1:])
     assert not merge(llama, [known], tmp_path / "one unknown").base_verified
 
 
@@ -248,8 +247,7 @@ def test_same_base_requires_all_tensors_to_match_not_only_the_changed_ones(
     options = MergeOptions(format=form)
     assert not merge(llama, [known], tmp_path / "no parent", options).same_base
     parent = require_manifest(tmp_path / "no parent").parents[form == "nf4"]
-    manifest = replace(require_manifest(known), parents=(parent,))
-    (known / MANIFEST_NAME).write_bytes(manifest.to_bytes())
+    edit_manifest(known, parents=(parent,))
     report = merge(llama, [known], tmp_path / "right", options)
     assert (report.base_verified, report.same_base) == (True, True)
     report = merge(other, [known], tmp_path / "other", options)
@@ -258,12 +256,12 @@ def test_same_base_requires_all_tensors_to_match_not_only_the_changed_ones(
     assert "the changed weights match those that the adapters were trained on" in told
     quantize(llama, tmp_path / "quantized")  # merge looks for its 16-bit parent in the same folder
     of_quantized = parent_of("base", require_manifest(tmp_path / "quantized"), ())
-    (known / MANIFEST_NAME).write_bytes(replace(manifest, parents=(of_quantized,)).to_bytes())
+    edit_manifest(known, parents=(of_quantized,))
     copy_of(llama, "original")
     assert merge(tmp_path / "quantized", [known], tmp_path / "onto quantized", options).same_base
     assert not merge(tmp_path / "quantized", [known, adapter], tmp_path / "both", options).same_base
     # The manifest of an adapter with only other kinds of changes names the base but no targets.
-    (known / MANIFEST_NAME).write_bytes(replace(manifest, targets=()).to_bytes())
+    edit_manifest(known, targets=(), parents=(parent,))
     assert merge(llama, [known], tmp_path / "no targets", options).base_verified
     assert not merge(other, [known], tmp_path / "unknown", options).base_verified
 

@@ -9,11 +9,11 @@ import sys
 
 import pytest
 import torch
-from folders import edited_tensors, flip
+from folders import edit_manifest, edited_tensors, flip
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.layout import shard_name
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.operations.adopt import adopt
@@ -215,7 +215,6 @@ def test_a_manifest_whose_tensors_do_not_match_its_files_is_detected(folder):
     with edited_tensors(shard) as tensors:
         name = next(name for name, tensor in tensors.items() if tensor.dtype == torch.uint8)
         tensors[name].view(-1)[0] ^= 1
-    from dataclasses import replace
 
     from adaptkit.checkpoint.hashing import file_sha256
     from adaptkit.checkpoint.manifest import FileRecord
@@ -224,7 +223,7 @@ def test_a_manifest_whose_tensors_do_not_match_its_files_is_detected(folder):
         FileRecord(f.path, shard.stat().st_size, file_sha256(shard)) if f.path == shard.name else f
         for f in manifest.files
     ]
-    (folder / MANIFEST).write_bytes(replace(manifest, files=tuple(files)).to_bytes())
+    edit_manifest(folder, files=tuple(files))
     refuses(folder, name.replace(".", r"\."))
 
 
@@ -236,9 +235,7 @@ def test_a_manifest_that_misplaces_or_omits_a_tensor_is_detected(folder, change)
     first, *rest = manifest.tensors
     shards = sorted({tensor.file for tensor in manifest.tensors})
     elsewhere = replace(first, file=next(shard for shard in shards if shard != first.file))
-    changed = replace(manifest, tensors=tuple(rest if change == "left out" else [elsewhere, *rest]))
-    assert isinstance(changed, Manifest)
-    (folder / MANIFEST).write_bytes(changed.to_bytes())
+    edit_manifest(folder, tensors=tuple(rest if change == "left out" else [elsewhere, *rest]))
     refuses(folder, first.name.replace(".", r"\."))
 
 

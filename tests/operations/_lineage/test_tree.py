@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import tiny
-from folders import add_listed, edited_tensors, flip
+from folders import add_listed, edit_manifest, edited_tensors, flip
 
 from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
@@ -180,8 +180,7 @@ def test_wrong_fingerprints_or_shapes_in_a_manifest_are_refused(copied, name):
     manifest = require_manifest(copied / name)
     first, *rest = manifest.targets
     for wrong in (replace(first, base_xxh3_128="00" * 16), replace(first, shape=(*first.shape, 1))):
-        changed = replace(manifest, targets=(wrong, *rest))
-        (copied / name / MANIFEST_NAME).write_bytes(changed.to_bytes())
+        edit_manifest(copied / name, targets=(wrong, *rest))
         with pytest.raises(IntegrityError, match=f"{first.module} is not the tensor that was used"):
             verified(copied / name, copied)
 
@@ -242,8 +241,7 @@ def test_a_stack_of_adapters_trained_on_two_quantizations_of_a_base_is_verified(
 def test_a_quantized_artifact_that_does_not_match_its_quantized_root_is_refused(copied):
     manifest = require_manifest(copied / "nf4")
     first, *rest = manifest.targets
-    changed = replace(manifest, targets=(replace(first, quantized_root="00" * 32), *rest))
-    (copied / "nf4" / MANIFEST_NAME).write_bytes(changed.to_bytes())
+    edit_manifest(copied / "nf4", targets=(replace(first, quantized_root="00" * 32), *rest))
     with pytest.raises(IntegrityError, match=f"{first.module}.weight does not match its quantized_root"):
         verify(copied / "nf4")
 
@@ -254,8 +252,7 @@ def test_recomputing_detects_an_artifact_that_its_operation_does_not_produce(cop
     manifest = require_manifest(copied / "twice")
     options = manifest.operation["options"] | {"weights": [1.0]}
     parents = tuple(replace(p, weight=1.0) if p.role == "adapter" else p for p in manifest.parents)
-    lie = replace(manifest, operation={"name": "merge", "options": options}, parents=parents)
-    (copied / "twice" / MANIFEST_NAME).write_bytes(lie.to_bytes())
+    edit_manifest(copied / "twice", operation={"name": "merge", "options": options}, parents=parents)
     verified(copied / "twice", copied)
     with pytest.raises(IntegrityError, match=r"again on the same parents gives a different result: .* differs"):
         verified(copied / "twice", copied, recompute=True)
@@ -264,8 +261,7 @@ def test_recomputing_detects_an_artifact_that_its_operation_does_not_produce(cop
 def test_invalid_options_in_a_manifest_are_an_integrity_error(copied):
     manifest = require_manifest(copied / "tuned")
     for options in ({}, {"weights": [1.0]}, manifest.operation["options"] | {"format": "gguf"}):
-        changed = replace(manifest, operation={"name": "merge", "options": options})
-        (copied / "tuned" / MANIFEST_NAME).write_bytes(changed.to_bytes())
+        edit_manifest(copied / "tuned", operation={"name": "merge", "options": options})
         with pytest.raises(IntegrityError, match="cannot be run again with the options of its manifest"):
             verified(copied / "tuned", copied, recompute=True)
 
