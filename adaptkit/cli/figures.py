@@ -231,8 +231,7 @@ def _title(grid: Grid, row: int, column: int, entry: Entry, shown: Callable[[flo
 
 def _label(name: str) -> str:
     """Shorten a name to fit a figure and escape non-ASCII characters; tooltips and tables have the full name."""
-    plain = name.encode("ascii", "backslashreplace").decode()
-    plain = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in plain)
+    plain = "".join(c if c.isascii() and c.isprintable() else ascii(c)[1:-1] for c in name)
     half = _LABEL_LETTERS // 2
     return plain if len(plain) <= _LABEL_LETTERS else f"{plain[: half - 1]}..{plain[1 - half :]}"
 
