@@ -16,7 +16,7 @@ FOLDERS = re.compile(r"(root|folder|path|final)$")
 JOINS = {
     "checkpoint/layout.py": {"root / name"},  # resolve_inside itself
     # our own names
-    "checkpoint/adapter_config.py": {"root / name"},
+    "checkpoint/other_weights.py": {"root / name"},
     "checkpoint/journal.py": {"self.folder / self._journal"},
     "operations/_diff/files.py": {"root / name"},
     "operations/_calibrate/gradients.py": {"self._folder / f'{index}-{batch}'"},
