@@ -300,7 +300,7 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
     if not is_text(content):
         raise DataError(
             f"{where}: expected text, found {found_in(content)}",
-            hint="write content (or value) as a string, or as a list of text parts",
+            hint='write content (or value) as a string, "" if it is empty, or as a list of text parts',
         )
     is_learned = not is_marked_out(message, where) and is_answer
     known = _MESSAGE_KEYS | set(others) | ({*NAMES, "function_call"} if is_answer else set())

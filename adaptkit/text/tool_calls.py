@@ -102,6 +102,8 @@ def is_text(value: Any) -> bool:
 
 def found_in(value: Any) -> str:
     """Describe a value that was found instead of text, for error messages."""
+    if value is None:
+        return "null"
     return "an unpaired surrogate" if isinstance(value, str) else type(value).__name__
 
 
