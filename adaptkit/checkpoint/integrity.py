@@ -127,13 +127,13 @@ def size_problem(root: Path, record: FileRecord) -> str:
     return "" if size == record.size else f"{record.path} has {size} bytes instead of {record.size}"
 
 
-def check_config(root: Path, manifest: Manifest) -> None:
-    """Compare a base's config.json with its manifest, which the result will name as its base's; not the weights.
+def check_config(root: Path, manifest: Manifest | None) -> None:
+    """Compare an input's config.json with its manifest, which the result will name as its parent's; not the weights.
 
     Raises:
         IntegrityError: config.json differs.
     """
-    for record in manifest.files:
+    for record in manifest.files if manifest else ():
         if record.path == CONFIG_NAME and (problem := file_problem(root, record)):
             raise IntegrityError(f"{root}: {problem}", hint=f"restore it; for details, run: adaptkit verify {root}")
 

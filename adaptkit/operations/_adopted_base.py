@@ -33,8 +33,7 @@ class AdoptedBase:
         self.checkpoint = Checkpoint(root) if adapter.compensation else plain_checkpoint(root)
         self._state = self.checkpoint.state()
         self._manifest = read_manifest(root)
-        if self._manifest is not None:
-            check_config(root, self._manifest)
+        check_config(root, self._manifest)
         self._compensated = _compensated(root, self._manifest, adapter) if adapter.compensation else {}
         self.changed = sorted(self._compensated) or _changed(self.checkpoint, adapter)
 

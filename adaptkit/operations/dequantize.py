@@ -17,6 +17,7 @@ from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, dtype_name
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME, check_side_files
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
@@ -117,12 +118,14 @@ def dequantize(
 
     Raises:
         CheckpointError: the source is malformed, or in another format.
+        IntegrityError: config.json does not match the source's manifest.
         NonFiniteError: a weight is NaN, or too large for its dtype; names the tensor.
         OutputExistsError: the output exists.
     """
     source, output = Path(source), Path(output)
     options = checked_options(options, DequantizeOptions)
     checkpoint = Checkpoint(source)
+    check_config(source, read_manifest(source))
     names = quantized.quantized_names(checkpoint)
     if not names:
         method = quantization_found(checkpoint)

@@ -8,6 +8,7 @@ from typing import Any
 
 from adaptkit.arguments import AnyPath, checked_options
 from adaptkit.checkpoint.adapter import write_adapter
+from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import GENERATION_NAME, name_of, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
@@ -74,6 +75,7 @@ def extract(
     Raises:
         BaseMismatchError: names or shapes of tensors differ, or dtypes of which one is not a supported float.
         CheckpointError: malformed or quantized input.
+        IntegrityError: a config.json does not match its folder's manifest.
         NonFiniteError: a weight is NaN or infinite; names the tensor.
         UsageError: nothing differs, or a tensor differs that an adapter cannot store.
         OutputExistsError: the output exists.
@@ -83,6 +85,8 @@ def extract(
     tuned, base, output = Path(tuned), Path(base), Path(output)
     options = checked_options(options, ExtractOptions)
     sources = (Checkpoint(tuned), Checkpoint(base))
+    for source in sources:
+        check_config(source.root, read_manifest(source.root))
     states = [source.state() for source in sources]
     check_output(output, force, [tuned, base])
     plan = make_plan(*sources, options)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.arguments import AnyPath, as_path_or_none, checked_options
 from adaptkit.checkpoint.encoding import quantization_config
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
+from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME, check_side_files
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
@@ -64,6 +65,7 @@ def quantize(
 
     Raises:
         CheckpointError: the source is malformed, quantized already, or has nothing to quantize.
+        IntegrityError: config.json does not match the source's manifest.
         NonFiniteError: a weight is NaN or infinite; names tensor and index.
         OutputExistsError: the output exists.
 
@@ -78,9 +80,9 @@ def quantize(
         check_output(init, force or is_waiting(init, output), [source])
     checkpoint = Checkpoint(source)
     check_side_files(source)
+    check_config(source, read_manifest(source))
     read = _read_tokens(source, options.calibration)
-    run = _Run(checkpoint, output, options, force, init, read, progress, calibration_progress)
-    return _plan_and_run(run, dry_run)
+    return _plan_and_run(_Run(checkpoint, output, options, force, init, read, progress, calibration_progress), dry_run)
 
 
 def quantize_checkpoint(
@@ -228,9 +230,8 @@ class _Run:
             return plan, []
         from adaptkit.operations._calibrate.budget import spend
 
-        threads = thread_count(self.options.threads)
-        bits, tokens = calibration.bits_budget, self.tokens
-        return spend(out, self.checkpoint, plan, tokens, bits, threads, self.calibration_progress)
+        bits, threads = calibration.bits_budget, thread_count(self.options.threads)
+        return spend(out, self.checkpoint, plan, self.tokens, bits, threads, self.calibration_progress)
 
     def _calibrate(self, out: Output, plan: Plan) -> dict[str, Ready]:
         calibration = self.options.calibration
@@ -301,9 +302,8 @@ def _write_others(out: Output, plan: Plan, options: QuantizeOptions) -> None:
 
 
 def _manifest(out: Output, plan: Plan, recorded: dict[str, Any], source: Path | None) -> Manifest:
-    specs = {choice.spec.name: choice.spec for choice in plan.selection.choices}
-    digests = {name: out.notes[name]["fingerprint"] for name in specs}
-    base = [TensorRecord.of(spec, digests[name]) for name, spec in specs.items()]
+    digests = {choice.spec.name: out.notes[choice.spec.name]["fingerprint"] for choice in plan.selection.choices}
+    base = [TensorRecord.of(choice.spec, digests[choice.spec.name]) for choice in plan.selection.choices]
     written = {tensor.name: tensor for tensor in out.tensors}
     targets = []
     for choice in plan.quantized():

@@ -107,8 +107,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     base = Path(config.base)
     checkpoint = Checkpoint(base)
     manifest = read_manifest(base)
-    if manifest is not None:
-        check_config(base, manifest)
+    check_config(base, manifest)
     config = resolve_method(config, checkpoint)
     device = choose_device(config.device)
     parse_policy(config.checkpointing, layers=1)  # syntax only: what it means needs the built network

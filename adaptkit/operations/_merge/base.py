@@ -7,6 +7,7 @@ from pathlib import Path
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
+from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.place import is_unfinished
@@ -51,15 +52,19 @@ def open_base(path: Path, adapters: Sequence[Adapter], allow_mismatch: bool) -> 
         BaseMismatchError: an adapter was trained on other weights; or the base was quantized and dequantized, and no
             manifest shows that the adapter was trained on the result.
         CheckpointError: malformed, or quantized and the parent was not found.
+        IntegrityError: config.json does not match the base's manifest.
     """
     checkpoint = Checkpoint(path)
     expected = {} if allow_mismatch else expected_fingerprints(adapters)
     manifest = read_manifest(path)
+    check_config(path, manifest)
     root = manifest.tensors_root if manifest else None
     if quantization_found(checkpoint) is not None:
         parent, named = _find_parent(checkpoint, manifest)
         wanted = named | _by_tensor(parent, expected)
-        base = Base(parent, read_manifest(parent.root), wanted, path, _parent_root(manifest), root)
+        parents = read_manifest(parent.root)
+        check_config(parent.root, parents)
+        base = Base(parent, parents, wanted, path, _parent_root(manifest), root)
     else:
         base = Base(checkpoint, manifest, _by_tensor(checkpoint, expected), root=root)
         is_recorded = all(_recorded(a.manifest, a.root) or is_their_base(base, root or "", [a]) for a in adapters)
