@@ -171,20 +171,9 @@ def is_adapter(root: Path) -> bool:
     return (root / ADAPTER_CONFIG_NAME).is_file()
 
 
-def is_only_adapter(root: Path) -> bool:
-    """Return whether a folder holds an adapter, not a checkpoint.
-
-    Raises:
-        UsageError: it holds both.
-    """
-    model = next((name for name in (SINGLE_NAME, INDEX_NAME) if (root / name).exists()), "")
-    if model and is_adapter(root) and (root / ADAPTER_WEIGHTS_NAME).exists():
-        raise UsageError(
-            f"{root}: holds both an adapter ({ADAPTER_WEIGHTS_NAME}) and a checkpoint ({model})",
-            hint=f"copy the folder, remove adapter_* from the copy for the checkpoint, or {model} for the adapter, and "
-            "give the copy",
-        )
-    return is_adapter(root)
+def has_checkpoint(root: Path) -> bool:
+    """Return whether a folder has a checkpoint's weights; it may hold an adapter, too."""
+    return (root / SINGLE_NAME).exists() or (root / INDEX_NAME).exists()
 
 
 def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:

@@ -18,7 +18,7 @@ from adaptkit.checkpoint.layout import (
     LICENCES,
     TEMPLATES_FOLDER,
     check_side_files,
-    is_only_adapter,
+    is_adapter,
     read_small,
     require_folder,
     resolve_inside,
@@ -109,6 +109,7 @@ def adopt(
 
     Args:
         source: folder of a LoRA adapter, or of a 16- or 32-bit checkpoint, without a manifest; it is not changed.
+            If it holds both, the adapter is copied.
         output: folder to create.
         options: number of threads.
         base: folder of the 16- or 32-bit checkpoint that the adapter was trained on; for an adapter that compensates
@@ -118,7 +119,7 @@ def adopt(
         progress: called with the number of bytes read so far and in all.
 
     Raises:
-        UsageError: the source has a manifest already or holds both kinds, or a base is given for a checkpoint.
+        UsageError: the source has a manifest already, or a base is given for a checkpoint.
         AdapterError, CheckpointError: the source, or the base, is malformed or quantized.
         BaseMismatchError: the adapter does not fit the base, or compensates for the error of another.
         IntegrityError: the base is not what its manifest says, or a file changed while it was read.
@@ -128,7 +129,7 @@ def adopt(
     options = checked_options(options, AdoptOptions)
     refuse_manifest(source)
     before = _state(source)  # before anything is read, so that what is copied is what is checked
-    adapter = read_adapter(source) if is_only_adapter(source) else None
+    adapter = read_adapter(source) if is_adapter(source) else None
     if adapter is None and base is not None:
         raise UsageError(f"base: applies only to adapters, but {source} is a checkpoint", hint="leave out --base")
     files = adapter.files if adapter else plain_checkpoint(source)

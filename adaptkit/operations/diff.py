@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from adaptkit.arguments import AnyPath
-from adaptkit.checkpoint.layout import is_only_adapter, require_folder, weight_files
+from adaptkit.checkpoint.layout import has_checkpoint, is_adapter, require_folder, weight_files
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError
 from adaptkit.operations._diff.adapters import AdapterDiffReport, diff_adapters
@@ -28,26 +28,26 @@ def diff(
 
     Args:
         first: folder of an adapter or a checkpoint.
-        second: folder of another.
+        second: folder of another. Folders with both are compared as adapters if both have one.
         recompute: read all tensors of checkpoints, even if their manifests contain fingerprints.
         threads: modules or tensors compared at a time; one per processor if None. The report does not depend on it.
         progress: called with bytes of checkpoints, read or compared.
 
     Raises:
-        UsageError: only one is an adapter, one is both or not a folder, or ``threads`` is less than 1.
+        UsageError: only one is an adapter, one is not a folder, or ``threads`` is less than 1.
         AdapterError: an adapter is malformed or is not a LoRA adapter.
         CheckpointError: one of them is not a checkpoint.
     """
     first, second = Path(first), Path(second)
     check_threads(threads)
-    kinds = [is_only_adapter(require_folder(path)) for path in (first, second)]
-    if kinds[0] != kinds[1]:
-        adapter, other = (first, second) if kinds[0] else (second, first)
+    adapters = [path for path in (first, second) if is_adapter(require_folder(path))]
+    if len(adapters) == 2:
+        return diff_adapters(first, second, threads=thread_count(threads))
+    if adapters and not has_checkpoint(adapters[0]):
+        (other,) = {first, second} - {*adapters}
         weight_files(other)  # raises if it is not a checkpoint either
         raise UsageError(
-            f"{adapter} is an adapter, but {other} is not",
+            f"{adapters[0]} is an adapter, but {other} is not",
             hint="merge the adapter and compare the result, or extract an adapter from the other and compare that",
         )
-    if kinds[0]:
-        return diff_adapters(first, second, threads=thread_count(threads))
     return diff_checkpoints(first, second, recompute=recompute, threads=thread_count(threads), progress=progress)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Literal
 
 from adaptkit.checkpoint.foreign import quantization_found
-from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, is_adapter
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, has_checkpoint, is_adapter
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.typed import Place
 from adaptkit.errors import CheckpointError
@@ -34,8 +34,7 @@ def kind_of(folder: Path, *, as_adapter: bool) -> Kind:
     Raises:
         AdaptkitError: the folder holds neither a checkpoint nor an adapter.
     """
-    has_checkpoint = (folder / SINGLE_NAME).exists() or (folder / INDEX_NAME).exists()
-    if is_adapter(folder) and (as_adapter or not has_checkpoint):
+    if is_adapter(folder) and (as_adapter or not has_checkpoint(folder)):
         return "adapter"
     return "unquantized checkpoint" if quantization_found(Checkpoint(folder)) is None else "quantized checkpoint"
 
@@ -55,10 +54,10 @@ def listed_kind(listing: Listing, *, as_adapter: bool) -> Kind | Literal["checkp
         AdaptkitError: see ``Listing.says_quantized``.
     """
     names = listing.names
-    has_checkpoint = not names.isdisjoint((SINGLE_NAME, INDEX_NAME))
-    if ADAPTER_CONFIG_NAME in names and (as_adapter or not has_checkpoint):
+    is_checkpoint = not names.isdisjoint((SINGLE_NAME, INDEX_NAME))
+    if ADAPTER_CONFIG_NAME in names and (as_adapter or not is_checkpoint):
         return "adapter"
-    if not has_checkpoint:
+    if not is_checkpoint:
         other = min((name for name in names if name.endswith(".safetensors")), default="")
         found = f"neither {SINGLE_NAME} nor {INDEX_NAME}{f', but {other}' if other else ''}"
         raise CheckpointError(f"{listing}: not a checkpoint: {found}", hint="check the repo and revision")

@@ -383,22 +383,13 @@ def test_bad_input_is_refused_and_nothing_written(tmp_path, llama, gpt2, adapter
     assert tree(work) == before
 
 
-def test_a_folder_of_an_adapter_and_a_checkpoint_is_refused_until_one_is_removed(tmp_path, llama, adapter, run_cli):
-    both = tmp_path / "both"
-    for folder in (adapter, llama):
-        shutil.copytree(folder, both, dirs_exist_ok=True)
-    for command in (["adopt", both, "-o", tmp_path / "out"], ["diff", both, both]):
-        error, hint = run_cli(*command).refusal(2)
-        assert error.endswith(
-            f"{both}: holds both an adapter (adapter_model.safetensors) and a checkpoint (model.safetensors)"
-        )
-    for kind, removed in (("adapter", "model.safetensors"), ("checkpoint", "adapter_*")):
-        assert removed in hint
-        copy = shutil.copytree(both, tmp_path / kind)
-        for path in copy.glob(removed):
-            path.unlink()
-        assert adopt(copy, tmp_path / f"adopted-{kind}").kind == kind
-        assert run_cli("diff", copy, copy).stdout.startswith(f"{kind}s ")
+def test_of_a_folder_of_an_adapter_and_a_checkpoint_the_adapter_is_copied(tmp_path, llama, adapter):
+    for folder in (llama, adapter):
+        shutil.copytree(folder, tmp_path / "both", dirs_exist_ok=True)
+    report = adopt(tmp_path / "both", tmp_path / "out")
+    assert report.kind == "adapter"
+    assert {"config.json", "model.safetensors"} <= {*report.not_copied}
+    assert report.tensors_root == adopt(adapter, tmp_path / "alone").tensors_root
 
 
 def test_a_copy_of_a_base_tensor_in_the_adapter_must_equal_the_bases(tmp_path, made):

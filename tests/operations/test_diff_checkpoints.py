@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -363,3 +364,11 @@ def test_progress_reaches_its_total(llama, tuned):
     assert told[-1][0] == told[-1][1] > 0
     nbytes = 2 * sum(t.nbytes for t in load_file(llama / MODEL).values())
     assert (nbytes, nbytes) in told
+
+
+def test_a_folder_with_an_adapter_and_a_checkpoint_is_compared_as_what_the_other_is(llama, adapter, copy_of):
+    both = copy_of(llama, "both")
+    shutil.copytree(adapter, both, dirs_exist_ok=True)
+    for pair in ((both, llama), (llama, both)):
+        assert diff(*pair) == dataclasses.replace(diff(llama, llama), first=str(pair[0]), second=str(pair[1]))
+    assert type(diff(both, both)) is type(diff(adapter, adapter))
