@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord
 from adaptkit.checkpoint.progress import Progress, counted
 from adaptkit.checkpoint.reader import Checkpoint
@@ -13,7 +12,6 @@ from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import MergeReport, with_changes
 from adaptkit.operations._merge.view import MergedView, plain_change, quantized_change
 from adaptkit.operations._quantize.plan import QuantizeOptions
-from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._threads import fingerprints, thread_count
 from adaptkit.operations.quantize import quantize_checkpoint
 
@@ -46,19 +44,14 @@ def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progr
         operation = {"name": "merge", "options": merging.recorded | {"quantize": manifest.operation["options"]}}
         return replace(manifest, operation=operation, parents=(merged, *parents))
 
-    encoding = Encoding(merging.options.format)
     identity = json.dumps(merging.identity(), sort_keys=True)
     view = MergedView(checkpoint, merging.edits, merging.side.contents, identity, threads)
-    options = QuantizeOptions(
-        encoding.format, encoding.block_size, encoding.double_quant, threads=merging.options.threads
-    )
+    options = QuantizeOptions(merging.options.format, threads=merging.options.threads)
     report = quantize_checkpoint(view, output, options, force=force, progress=progress, describe=describe)
     made = Checkpoint(output)
     stored = {tensor.name for tensor in report.tensors if tensor.format}
     changes = [
-        quantized_change(view, made, name, encoding, stores_transposed(checkpoint, name))
-        if name in stored
-        else plain_change(view, name)
+        quantized_change(view, made, name, options.encoding) if name in stored else plain_change(view, name)
         for name in view.folds
     ]
     left = sorted(set(view.folds) - stored)

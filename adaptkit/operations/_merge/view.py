@@ -20,6 +20,7 @@ from adaptkit.numerics.arrays import Array, as_array, as_tensor
 from adaptkit.operations._merge.edits import Edit, Edits
 from adaptkit.operations._merge.folding import Fold, Rows, find_lengths, jobs_of, read_rows
 from adaptkit.operations._merge.report import TensorChange, change_of
+from adaptkit.operations._roles import stores_transposed
 
 
 class MergedView(Checkpoint):
@@ -61,7 +62,7 @@ class MergedView(Checkpoint):
         return flat[first - start * columns : last - start * columns].view(np.uint8)
 
 
-def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: Encoding, flip: bool) -> TensorChange:
+def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: Encoding) -> TensorChange:
     """Measure how much of the change of a weight is left after quantization.
 
     Args:
@@ -69,13 +70,12 @@ def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: 
         output: the checkpoint quantized from it.
         name: name of the weight.
         encoding: its encoding.
-        flip: whether the unquantized weight is stored transposed.
 
     Returns:
         ``effect`` is ⟨Q(W + Δ) - Q(W), Δ⟩ / ⟨Δ, Δ⟩, ``moved`` the share of elements in which Q(W + Δ) and Q(W) differ.
         Q(W) is computed without double quantization, whose error does not depend on Δ.
     """
-    fold = view.folds[name]
+    fold, flip = view.folds[name], stores_transposed(view.base, name)
     stored = quantized.read_quantized(output, name).dequantize(torch.float32)
     after = stored.T if flip else stored
     height, columns = fold.edit.matrix
