@@ -72,8 +72,9 @@ class TensorPlan:
         if self.encoding is None:
             return [partial(_as_it_is, job) for job in read_jobs(checkpoint, self.spec, self.check)]
         if self.transposed:  # only in the GPT-2 family, whose matrices are small
-            return [partial(self._encode, checkpoint, None)]
-        return [partial(self._encode, checkpoint, piece) for piece in cut_pieces(self.spec, self.encoding.block_size)]
+            return [partial(self._encode, self.encoding, checkpoint, None)]
+        pieces = cut_pieces(self.spec, self.encoding.block_size)
+        return [partial(self._encode, self.encoding, checkpoint, piece) for piece in pieces]
 
     def assemble(self, results: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
         """Write the results of the jobs.
@@ -104,9 +105,7 @@ class TensorPlan:
         lost = squared_errors(squares, moments, dequantize_absmax(constants))
         return {"fingerprint": digest.hexdigest(), "error": [lost, squares]}
 
-    def _encode(self, checkpoint: Checkpoint, piece: Piece | None) -> Encoded:
-        if self.encoding is None:
-            raise ValueError(f"{self.spec.name} is not to be quantized")
+    def _encode(self, encoding: Encoding, checkpoint: Checkpoint, piece: Piece | None) -> Encoded:
         if piece is None:
             raw = checkpoint.read_array(self.spec.name)
             values, start = self.as_linear(raw), 0
@@ -114,7 +113,7 @@ class TensorPlan:
             raw = values = checkpoint.read_flat_array(self.spec.name, piece.start, piece.count)
             start = piece.start
         try:
-            return Encoded(raw, self.encoding.numerics.quantize(values, self.encoding.block_size, measure=True))
+            return Encoded(raw, encoding.numerics.quantize(values, encoding.block_size, measure=True))
         except NonFiniteError:
             self.check(raw.reshape(-1), start)
             raise
