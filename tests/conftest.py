@@ -77,7 +77,7 @@ def llama_sharded(made: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def llama_nf4(made: Path, llama: Path) -> Path:
-    """The same weights quantized."""
+    """The same weights quantized, in a folder beside them."""
     from adaptkit.operations.quantize import quantize
 
     quantize(llama, made / "llama-nf4")

@@ -366,10 +366,11 @@ def test_a_model_type_that_is_not_a_string_is_ignored(tmp_path, llama, adapter, 
     assert merge(base, [adapter], tmp_path / "merged").merged
 
 
-def test_a_quantized_base_without_its_16_bit_parent_is_refused(tmp_path, llama_nf4, adapter):
+def test_a_quantized_base_without_its_16_bit_parent_is_refused(tmp_path, llama, adapter):
+    quantize(llama, tmp_path / "quantized")
     with pytest.raises(CheckpointError, match=r"quantized with bitsandbytes.*16-bit") as caught:
-        merge(llama_nf4, [adapter], tmp_path / "out")
-    assert require_manifest(llama_nf4).parents[0].tensors_root in caught.value.hint
+        merge(tmp_path / "quantized", [adapter], tmp_path / "out")
+    assert require_manifest(tmp_path / "quantized").parents[0].tensors_root in caught.value.hint
 
 
 def test_a_nan_in_the_base_is_refused_and_located(tmp_path, llama, adapter, copy_of):
