@@ -162,8 +162,10 @@ def _write(
     if placeholder is not None:
         terms[running.module(placeholder)] = zero_change(placeholder)
     config = saved.config | {"fan_in_fan_out": plan.transposed, "task_type": running.task}
-    sources = {part.name: saved.source(plan, part) for part in saved.parts.values()}
-    values = {name: source.read(name) for name, source in sources.items()}  # once, if it is tied and so has two names
+    # What is stored only because peft saves its module stays the base's, without the rounding of a 16-bit file.
+    kept = {finding.part.name for finding in findings if not finding.differs or finding.part.fate == LEFT_OUT}
+    names = {part.name for part in saved.parts.values()}  # a tied tensor has two names in the adapter, but is read once
+    values = {name: (plan.base if name in kept else plan.tuned).read(name) for name in names}
     tensors = {name: values[part.name] for name, part in saved.parts.items()}
     write_adapter(out, terms, name_of(plan.base.root), saved=tensors, **config)
     for name, path in beside.items():

@@ -415,6 +415,18 @@ def test_a_tensor_that_is_left_out_stays_the_bases_even_if_a_saved_name_matches_
         assert torch.equal(merged[name], (wanted if name == "norm.weight" else before)[name]), name
 
 
+def test_a_tensor_that_is_only_rounded_stays_the_bases_even_if_a_saved_name_matches_it(tmp_path):
+    base = tuned_from(tiny.write_class(tmp_path / "made", "LlamaModel"), tmp_path / "base", noise(only="norm"))
+    folder = tuned_from(base, tmp_path / "tuned", lambda n, t: t * 1.5 if n == "norm.weight" else None)
+    rewritten(folder, lambda tensors: tensors.update({name: value.bfloat16() for name, value in tensors.items()}))
+    report = extract(folder, base, tmp_path / "out", WHOLE)
+    assert [tensor.name for tensor in report.saved] == ["norm.weight"]
+    merge(base, [tmp_path / "out"], tmp_path / "merged")
+    merged, wanted, before = (tensors_of(path) for path in (tmp_path / "merged", folder, base))
+    for name in wanted:
+        assert torch.equal(merged[name], wanted[name].float() if name == "norm.weight" else before[name]), name
+
+
 def test_the_adapter_of_a_tied_base_without_a_head_has_no_head(tmp_path, llama):
     from transformers import AutoModel
 

@@ -25,7 +25,7 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.architecture import empty_network, has_no_head, head_path, named_network, why_unsupported
 from adaptkit.networks.naming import TensorPlace, places
 from adaptkit.numerics.lora import LowRank
-from adaptkit.operations._extract.plan import LEFT_OUT, LOW_RANK, SAVED, Part, Plan, module_of
+from adaptkit.operations._extract.plan import LOW_RANK, SAVED, Part, Plan, module_of
 from adaptkit.operations._extract.tensors import Finding
 from adaptkit.operations._vocabulary import Vocabulary, find_vocabulary
 
@@ -45,10 +45,6 @@ class Saved:
     parts: dict[str, Part]
     config: dict[str, Any]
     matched: frozenset[str] = frozenset()
-
-    def source(self, plan: Plan, part: Part) -> Checkpoint:
-        """Return the checkpoint to read a tensor from: the base if it is left out but must be stored."""
-        return plan.base if part.fate == LEFT_OUT and part.name in self.matched else plan.tuned
 
     def seen(self, finding: Finding) -> Finding:
         """Return the finding, without its low-rank change if the tensor is in ``matched`` and so stored whole."""
