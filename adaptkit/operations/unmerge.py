@@ -99,13 +99,15 @@ def unmerge(
     check_threads(threads)
     model = open_merged(require_folder(merged))
     check_output(output, force, [merged, *adapters])
+    options = model.options
+    lost = options.get("small_files")
     if not model.has_record and not approximate:
+        instead = "" if lost else ", or add --approximate for a result with rounding errors"
         raise IntegrityError(
             f"{merged}: no undo record found, since it was merged with --no-undo",
-            hint="merge again from the base, or add --approximate for a result with rounding errors",
+            hint=f"merge again from the base{instead}",
         )
-    options = model.options
-    if not model.has_record and (lost := options.get("small_files")):
+    if not model.has_record and lost:
         raise UsageError(
             f"{merged}: the merge replaced {lost[0]}, and without an undo record the base's is lost",
             hint="merge again from the base",

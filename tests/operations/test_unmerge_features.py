@@ -70,6 +70,9 @@ def test_without_an_undo_record_a_model_with_another_configuration_is_refused_fo
     merge(case.base, [case.adapter], tmp_path / "merged", dataclasses.replace(options_for(name), undo=False))
     with pytest.raises(UsageError, match=r"replaced config\.json, and without an undo record the base's is lost"):
         unmerge(tmp_path / "merged", [case.adapter], tmp_path / "out", approximate=True)
+    with pytest.raises(IntegrityError, match="no undo record") as caught:
+        unmerge(tmp_path / "merged", [case.adapter], tmp_path / "out")
+    assert caught.value.hint == "merge again from the base"
 
 
 def test_tensors_without_elements_are_restored(tmp_path, llama, adapter):
