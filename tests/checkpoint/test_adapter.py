@@ -189,11 +189,13 @@ def test_an_eora_adapter_is_recognized_by_the_keys_that_gptqmodel_writes(changed
             "lora_dropout", "megatron_core", "peft_type", "r", "target_modules", "task_type", "use_dora",
             "use_rslora"]  # fmt: skip
     config = {key: written[key] for key in keys} | {"base_model_name_or_path": "a-gptq-4bit"}
-    path.write_text(json.dumps(config | {"lora_alpha": config["r"]}))
+    config["lora_alpha"] = config["r"]
+    path.write_text(json.dumps(config))
     with pytest.raises(AdapterError, match=r"EoRA adapter of GPTQModel.*error of a-gptq-4bit"):
         read_adapter(changed)
-    for ours in ({"inference_mode": True}, {"lora_alpha": 2 * config["r"]}):  # by peft; with a scaling of its own
-        path.write_text(json.dumps(config | {"lora_alpha": config["r"]} | ours))
+    true = {key: value for key, value in config.items() if value}
+    for other in (config | {"inference_mode": True}, config | {"lora_alpha": 2 * config["r"]}, true):
+        path.write_text(json.dumps(other))  # by peft; with a scaling of its own; by a script that drops what is false
         assert read_adapter(changed).modules
 
 
