@@ -9,9 +9,9 @@ from adaptkit.arguments import path_hint
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import measure
 from adaptkit.checkpoint.layout import (
-    ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     CONFIG_NAME,
+    is_adapter,
     require_folder,
     resolve_inside,
     weight_files,
@@ -29,11 +29,13 @@ class Candidate:
     Attributes:
         path: folder.
         manifest: None if it has none.
+        is_adapter: whether it is read as an adapter rather than as a model; a folder may hold both.
         threads, progress: for reading its files.
     """
 
     path: Path
     manifest: Manifest | None
+    is_adapter: bool
     threads: int = field(default=1, compare=False)
     progress: Progress = field(default=no_progress, compare=False)
 
@@ -52,11 +54,6 @@ class Candidate:
     def root(self) -> str:
         """Hash of its tensors; see ``tensors_root``."""
         return tensors_root(self.tensors)
-
-    @property
-    def is_adapter(self) -> bool:
-        """Whether it is an adapter rather than a model."""
-        return (self.path / ADAPTER_CONFIG_NAME).is_file()
 
     def is_the_adapter(self, identity: object) -> bool:
         """Whether it is the adapter with this ``adapter_identity``."""
@@ -121,10 +118,10 @@ def gather(folders: Sequence[Path], threads: int = 1, progress: Progress = no_pr
     Raises:
         UsageError: a folder contains none.
     """
-    found: dict[Path, Candidate] = {}
+    found: dict[tuple[Path, bool], Candidate] = {}
     broken = []
     for folder in folders:
-        inside = [folder] if _holds_something(require_folder(folder, path_hint)) else _children(folder)
+        inside = [folder] if _held(require_folder(folder, path_hint)) else _children(folder)
         if not inside:
             raise UsageError(
                 f"{folder}: neither an artifact nor a folder of artifacts",
@@ -132,23 +129,30 @@ def gather(folders: Sequence[Path], threads: int = 1, progress: Progress = no_pr
             )
         for path in inside:
             try:
-                found.setdefault(path.resolve(), Candidate(path, read_manifest(path), threads, progress))
+                manifest = read_manifest(path)
+                for kind in _held(path):
+                    found.setdefault((path.resolve(), kind), Candidate(path, manifest, kind, threads, progress))
             except (IntegrityError, OSError) as error:
                 broken.append(f"{path}: {error}")
     return Candidates(tuple(found.values()), tuple(broken))
 
 
 def _children(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if not is_unfinished(path) and _holds_something(path)]
+    return [path for path in sorted(folder.iterdir()) if not is_unfinished(path) and _held(path)]
 
 
-def _holds_something(folder: Path) -> bool:
-    """Whether a folder has a manifest, or weights that are not pickles."""
+def _held(folder: Path) -> list[bool]:
+    """Return what a folder holds: True for an adapter, False for a model, or both."""
+    return [as_adapter for as_adapter in (True, False) if _holds(folder, as_adapter)]
+
+
+def _holds(folder: Path, as_adapter: bool) -> bool:
+    """Whether a folder has a manifest, or weights that are not pickles, of an adapter or of a model."""
     try:
         if (folder / MANIFEST_NAME).is_file():
-            return True
-        if (folder / ADAPTER_CONFIG_NAME).is_file():
-            return (folder / ADAPTER_WEIGHTS_NAME).is_file()
+            return as_adapter == is_adapter(folder)
+        if as_adapter:
+            return is_adapter(folder) and (folder / ADAPTER_WEIGHTS_NAME).is_file()
         return (folder / CONFIG_NAME).is_file() and bool(weight_files(folder)[0])
     except (AdaptkitError, OSError):  # an unrelated folder, which may be malformed or unreadable
         return False

@@ -267,7 +267,7 @@ def _possible_parent(
 def _is_parent(checkpoint: Checkpoint, named: Mapping[str, tuple[str, str]], root: str | None) -> bool:
     """Return whether all tensors match the parent's root; if that is unknown, all tensors with a known fingerprint."""
     if root is not None:
-        return Candidate(checkpoint.root, read_manifest(checkpoint.root)).root == root
+        return Candidate(checkpoint.root, read_manifest(checkpoint.root), is_adapter=False).root == root
     return all(fingerprint_in_pieces(checkpoint, name) == digest for name, (digest, _) in named.items())
 
 

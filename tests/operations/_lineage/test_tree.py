@@ -157,6 +157,16 @@ def test_a_changed_byte_in_any_ancestor_is_detected(family, copied):
     verified(copied / "merged", copied)
 
 
+def test_a_folder_that_holds_an_adapter_and_a_checkpoint_is_found_as_either(llama, adapter, tmp_path):
+    """For example a merged model that was saved into the folder of its adapter."""
+    both = tmp_path / "both"
+    for folder in (llama, adapter):
+        shutil.copytree(folder, both, dirs_exist_ok=True)
+    merge(both, [both], tmp_path / "merged")
+    (base, used) = verified(tmp_path / "merged", both, recompute=True).parents
+    assert (base.role, base.path, used.role, used.path) == ("base", str(both), "adapter", str(both))
+
+
 def test_a_checkpoint_with_the_parents_shapes_but_other_weights_is_not_accepted(copied):
     other = tiny.write_llama(copied / "other-base")
     with edited_tensors(other / "model.safetensors") as tensors:
