@@ -209,12 +209,16 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
     beside = sorted(name for name in (*WEIGHTS_BESIDE, *VALUE_HEADS) if (root / name).exists())
     shards = {p.name for p in root.glob("*.safetensors") if not p.name.startswith(_NOT_SIDE_PREFIXES)} - {*beside}
     found = [*sorted(shards), *beside]
-    whole = "the adapter or checkpoint that it was saved with" if beside else "config.json"
+    whole = "the adapter or checkpoint that it was saved with" if beside else "config.json and the weights"
+    if shards:
+        hint = f"if these are shards, add {INDEX_NAME}; if transformers wrote one file, rename it {SINGLE_NAME}"
+    elif is_adapter(root):
+        hint = "this is an adapter: give its base, or merge it into the base first"
+    else:
+        hint = look_below(root, f"pass the folder that contains {whole}", models=True)
     raise CheckpointError(
         f"{root}: not a checkpoint: neither {SINGLE_NAME} nor {INDEX_NAME}{f', but {found[0]}' if found else ''}",
-        hint=f"if these are shards, add {INDEX_NAME}; if transformers wrote one file, rename it {SINGLE_NAME}"
-        if shards
-        else look_below(root, f"pass the folder that contains {whole}", models=True),
+        hint=hint,
     )
 
 

@@ -138,6 +138,15 @@ def test_other_pickles_of_trainers_are_not_taken_for_weights(tmp_path, name):
         weight_files(tmp_path)
 
 
+@pytest.mark.parametrize("beside", ["config.json", "value_head.safetensors", "README.md"])
+def test_an_adapter_that_is_given_as_a_checkpoint_is_called_one(tmp_path, beside):
+    for name in ("adapter_config.json", "adapter_model.safetensors", beside):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="not a checkpoint") as caught:
+        weight_files(tmp_path)
+    assert caught.value.hint == "this is an adapter: give its base, or merge it into the base first"
+
+
 @pytest.mark.parametrize("name", [*VALUE_HEADS, *WEIGHTS_BESIDE])
 def test_a_file_that_is_only_saved_beside_other_weights_is_not_taken_for_a_checkpoint(tmp_path, name):
     """It cannot be converted or renamed to one, as the hints for pickles and for single files say."""
