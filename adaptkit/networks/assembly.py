@@ -192,18 +192,17 @@ class Assembly:
     def _read_stack(self, name: str, dtype: torch.dtype | None) -> Tensor:
         """Stack the experts' matrices; transformers' operations would keep all of them in memory beside the stack."""
         columns = list(self.pieces(name).values())
-        shapes = [self._shape(files[0]) for files in columns]
-        for files, shape in zip(columns, shapes, strict=True):
-            check_shape(self.checkpoint.root, files[0], shape, (*shape[:1], *shapes[0][1:]))
+        shape = self._shape(columns[0][0])
+        for first, *_ in columns[1:]:  # of other sizes, the network would divide the stack at the wrong row
+            check_shape(self.checkpoint.root, first, self._shape(first), shape)
         if dtype is None:
             dtype = reduce(torch.promote_types, {self._dtype(file) for files in columns for file in files})
-        stack = torch.empty((len(columns[0]), sum(rows for rows, *_ in shapes), *shapes[0][1:]), dtype=dtype)
-        start = 0
-        for files, (rows, *_) in zip(columns, shapes, strict=True):
-            for matrix, file in zip(stack, files, strict=True):
-                self._copy(file, matrix[start : start + rows])
-            start += rows
-        return stack
+        stack = torch.empty((len(columns[0]), len(columns), *shape), dtype=dtype)
+        for column, files in enumerate(columns):
+            for expert, file in enumerate(files):
+                self._copy(file, stack[expert, column])
+        rows, *rest = shape or (1,)  # callers refuse a stack of scalars, as any other of a wrong shape
+        return stack.view(len(columns[0]), len(columns) * rows, *rest)
 
     def _copy(self, file_name: str, target: Tensor) -> None:
         """Copy a tensor of the files into a contiguous one of any dtype, piece by piece."""

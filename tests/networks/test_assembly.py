@@ -1,6 +1,7 @@
 """Parameters and buffers assembled from the files are those that transformers loads."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -229,9 +230,27 @@ def test_reading_takes_little_more_memory_than_the_result(name, dtype, wide_expe
     assert growth < 1.3 * value.nbytes + (8 << 20)
 
 
-def test_experts_whose_matrices_do_not_fit_together_are_refused(family, copy_of):
-    """A matrix of one column would otherwise be repeated to the width of the others."""
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda matrix: matrix[:, :1], [128, 1]),  # would otherwise be repeated to the width of the others
+        (lambda matrix: matrix[:-8], [120, 64]),
+        (lambda matrix: matrix[0, 0], []),
+    ],
+)
+def test_experts_whose_matrices_do_not_fit_together_are_refused(change, found, family, copy_of):
     names = [f"model.layers.0.block_sparse_moe.experts.{expert}.w3.weight" for expert in range(12)]
-    folder = rewritten(copy_of(family("mixtral")), lambda t: t.update({n: t[n][:, :1].clone() for n in names}))
-    with pytest.raises(CheckpointError, match=r"experts\.0\.w3\.weight: expected shape .* found \[128, 1\]"):
+    folder = rewritten(copy_of(family("mixtral")), lambda t: t.update({n: change(t[n]).clone() for n in names}))
+    message = rf"experts\.0\.w3\.weight: expected shape \[128, 64\], found {re.escape(str(found))}"
+    with pytest.raises(CheckpointError, match=message):
         assembled(folder).read(EXPERTS)
+
+
+@pytest.mark.parametrize("kinds", [("w2",), ("w1", "w3")])
+def test_experts_that_are_scalars_are_refused(kinds, family, copy_of):
+    def spoil(tensors):
+        names = [name for name in tensors if name.endswith(tuple(f"{kind}.weight" for kind in kinds))]
+        tensors.update({name: tensors[name][0, 0].clone() for name in names})
+
+    with pytest.raises(CheckpointError, match=r"experts\.\w+: expected shape \[12, "):
+        load_model(rewritten(copy_of(family("mixtral")), spoil), torch.float32, CPU)
