@@ -95,6 +95,8 @@ def test_values_from_python_have_the_types_of_their_fields():
         ({"sample_every": 1}, "sample_every: needs sample_prompts"),
         ({"sample_tokens": 5}, "sample_tokens: needs sample_prompts"),
         ({"decay": 0.3}, "decay: applies only to schedule wsd"),
+        ({"shard_base": True, "checkpointing": "sqrt"}, "shard_base: works only with checkpointing auto, .*"),
+        ({"shard_base": True, "method": "full"}, "shard_base: cannot be combined with method full, .*"),
         ({"lora_bias": True, "dora": True}, "lora_bias: cannot be combined with dora"),
         (
             {"target_parameters": ["experts"], "dora": True},
@@ -110,7 +112,7 @@ def test_values_from_python_have_the_types_of_their_fields():
 def test_settings_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(ConfigError, match=rf"(?m)^t\.yaml: {message}$") as caught:
         config_of(GOOD | settings)
-    assert re.match("leave out|set ", caught.value.hint)
+    assert re.match("leave out|set |use one ", caught.value.hint)
 
 
 def test_epochs_are_recorded_as_one_by_default_as_in_earlier_versions():
