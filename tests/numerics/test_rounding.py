@@ -14,6 +14,7 @@ from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.formats import nf4
 from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import dequantize_absmax
+from adaptkit.numerics.kernels import _cpu_rounding
 from adaptkit.numerics.kernels.codebook import NF4_LEVELS
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor, damped
 
@@ -51,7 +52,7 @@ def test_outputs_change_less_than_with_rounding_to_nearest(columns, block_size, 
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 2**31), st.sampled_from([48, 64, 96, 130]), st.integers(1, 20))
+@given(st.integers(0, 2**31), st.sampled_from([48, 64, 96, 130, 200]), st.integers(1, 20))
 def test_codes_match_the_plain_recursion_in_float64(seed, columns, rows):
     second_moment = correlated(columns, seed % 1000)
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
@@ -74,6 +75,16 @@ def test_codes_match_the_plain_recursion_in_float64(seed, columns, rows):
         error = (work[:, j] - found[:, j]) / factor[j, j]
         work[:, j + 1 :] -= error.unsqueeze(1) * factor[j, j + 1 :]
     assert close_calls <= 2
+
+
+def test_a_row_is_rounded_alike_alone_and_among_more_rows_than_are_processed_together():
+    weight = torch.randn(2 * _cpu_rounding.ROWS + 1, 256, generator=torch.Generator().manual_seed(4))
+    second_moment = correlated(256)
+    arguments = second_moment.diagonal(), compensation_factor(second_moment), 64, False
+    together, scales = compensated_nf4(weight, *arguments)
+    alone = [compensated_nf4(row[None], *arguments) for row in weight]
+    assert torch.equal(together, torch.cat([codes for codes, _ in alone]))
+    assert torch.equal(scales, torch.cat([found for _, found in alone]))
 
 
 def test_uncorrelated_inputs_give_the_codes_of_weighted_nf4(monkeypatch):

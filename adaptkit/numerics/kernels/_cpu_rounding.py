@@ -13,11 +13,15 @@ from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.kernels._cpu_calibration import LEVELS, best_code, nearest_code, scale_block, scratch_for
 from adaptkit.numerics.kernels._reference_blocks import GROUP, TINY
 
-ROWS = 16
+ROWS = 64
 """Rows processed together, for which the factor is read once."""
 
 PANEL = 64
 """Columns whose errors are collected before the columns after them are updated."""
+
+TILE = 128
+"""Columns that are updated together. The factor's tile is copied: where its rows are a large power of two apart, they
+displace each other from the caches."""
 
 
 @jit
@@ -54,18 +58,25 @@ def _round_panel(w, left, right, first, scales, block_size, factor, codes, error
 
 
 @jit
-def _spread(w, errors, factor, left, right, j):
-    """Subtract the errors of four columns, times their factors, from the columns from ``right`` on."""
-    e0, e1, e2, e3 = errors[j], errors[j + 1], errors[j + 2], errors[j + 3]
-    row = left + j
-    f0, f1, f2, f3 = factor[row], factor[row + 1], factor[row + 2], factor[row + 3]
-    for k in range(right, w.size):
-        w[k] = (((w[k] - e0 * f0[k]) - e1 * f1[k]) - e2 * f2[k]) - e3 * f3[k]
+def _copy(part, tile):
+    for j in range(part.shape[0]):
+        for k in range(part.shape[1]):
+            tile[j, k] = part[j, k]
 
 
-def scratch_for_rows(block_size: int) -> tuple[Any, Array]:
+@jit
+def _spread(w, errors, tile):
+    """Subtract the errors of a panel's columns, times their factors, from the columns of a tile."""
+    for j in range(0, errors.size, 4):
+        e0, e1, e2, e3 = errors[j], errors[j + 1], errors[j + 2], errors[j + 3]
+        f0, f1, f2, f3 = tile[j], tile[j + 1], tile[j + 2], tile[j + 3]
+        for k in range(w.size):
+            w[k] = (((w[k] - e0 * f0[k]) - e1 * f1[k]) - e2 * f2[k]) - e3 * f3[k]
+
+
+def scratch_for_rows(block_size: int) -> tuple[Any, Array, Array]:
     """Make scratch arrays for ``round_rows``."""
-    return scratch_for(block_size), np.empty((ROWS, PANEL), np.float32)
+    return scratch_for(block_size), np.empty((ROWS, PANEL), np.float32), np.empty((PANEL, TILE), np.float32)
 
 
 @jit
@@ -76,7 +87,7 @@ def round_rows(work, factor, importance, block_size, levels, nested, offset, rea
     first column is reached; blocks must not straddle rows then.
     """
     rows, columns = work.shape
-    of_a_block, errors = room
+    of_a_block, errors, tile = room
     for top in range(0, rows, ROWS):
         height = min(ROWS, rows - top)
         for left in range(0, columns, PANEL):
@@ -89,7 +100,8 @@ def round_rows(work, factor, importance, block_size, levels, nested, offset, rea
                         levels, nested, offset, reach, of_a_block, nested_codes, scales,
                     )  # fmt: skip
                 _round_panel(work[row], left, right, first, scales, block_size, factor, codes[row], errors[row - top])
-            if right < columns:
-                for j in range(0, PANEL, 4):
-                    for row in range(top, top + height):
-                        _spread(work[row], errors[row - top], factor, left, right, j)
+            for start in range(right, columns, TILE):
+                stop = min(start + TILE, columns)
+                _copy(factor[left:right, start:stop], tile)
+                for row in range(top, top + height):
+                    _spread(work[row, start:stop], errors[row - top], tile)
