@@ -16,6 +16,9 @@ from adaptkit.operations._calibrate.replay import Replay
 SUM_ROWS = 128
 """Number of tokens whose squares are in memory in float64 at a time."""
 
+PRODUCT_COLUMNS = 512
+"""Columns of x xᵀ that are computed together, from the diagonal down: the part above it follows from symmetry."""
+
 
 @dataclass(frozen=True)
 class InputMoments:
@@ -98,7 +101,8 @@ class Sums:
             self._square += rows[start : start + SUM_ROWS].double().square().sum(0)
         if self._product is not None:
             wide = rows.float()
-            self._product.addmm_(wide.T, wide)
+            for left, right in self._columns():
+                self._product[left:, left:right].addmm_(wide.T[left:], wide[:, left:right])
         self.tokens += len(rows)
 
     def mean_square(self, what: str) -> Tensor:
@@ -114,7 +118,15 @@ class Sums:
 
     def mean_product(self) -> Tensor | None:
         """Return the mean of x xᵀ, (features, features) float32, or None. Nothing may be added afterwards."""
-        return None if self._product is None else self._product.div_(self.tokens)
+        if self._product is None:
+            return None
+        for left, right in self._columns():
+            self._product[left:right, right:] = self._product[right:, left:right].T
+        return self._product.div_(self.tokens)
+
+    def _columns(self) -> list[tuple[int, int]]:
+        features = len(self._square)
+        return [(left, min(left + PRODUCT_COLUMNS, features)) for left in range(0, features, PRODUCT_COLUMNS)]
 
 
 class Collector:
