@@ -194,8 +194,9 @@ def test_an_eora_adapter_is_recognized_by_the_keys_that_gptqmodel_writes(changed
     with pytest.raises(AdapterError, match=r"EoRA adapter of GPTQModel.*error of a-gptq-4bit"):
         read_adapter(changed)
     true = {key: value for key, value in config.items() if value}
-    for other in (config | {"inference_mode": True}, config | {"lora_alpha": 2 * config["r"]}, true):
-        path.write_text(json.dumps(other))  # by peft; with a scaling of its own; by a script that drops what is false
+    of_peft = [config | {"inference_mode": True}, config | {"modules_to_save": None}]
+    for other in (*of_peft, config | {"lora_alpha": 2 * config["r"]}, true):
+        path.write_text(json.dumps(other))  # with a scaling of its own; by a script that drops what is false
         assert read_adapter(changed).modules
 
 

@@ -54,7 +54,7 @@ def test_the_original_of_a_quantized_base_with_another_configuration_is_refused(
     for name in ("nf4", "changed-model"):
         shutil.copytree(changed / name, tmp_path / name)
     with pytest.raises(IntegrityError, match=r"changed-model: config\.json"):
-        merge(tmp_path / "nf4", adapter, tmp_path / "out")
+        merge(tmp_path / "nf4", adapter, tmp_path / "out", MergeOptions(undo=False))
 
 
 def test_a_quantization_config_that_is_not_in_the_manifest_is_a_changed_configuration(changed, tmp_path):
