@@ -62,9 +62,7 @@ def open_base(path: Path, adapters: Sequence[Adapter], allow_mismatch: bool) -> 
     if quantization_found(checkpoint) is not None:
         parent, named = _find_parent(checkpoint, manifest)
         wanted = named | _by_tensor(parent, expected)
-        parents = read_manifest(parent.root)
-        check_config(parent.root, parents)
-        base = Base(parent, parents, wanted, path, _parent_root(manifest), root)
+        base = Base(parent, read_manifest(parent.root), wanted, path, _parent_root(manifest), root)
     else:
         base = Base(checkpoint, manifest, _by_tensor(checkpoint, expected), root=root)
         is_recorded = all(_recorded(a.manifest, a.root) or is_their_base(base, root or "", [a]) for a in adapters)
