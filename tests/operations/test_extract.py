@@ -132,6 +132,10 @@ def test_dtypes_may_differ_and_rounding_alone_is_not_a_change(tmp_path, dtype, o
         else:
             assert torch.equal(tensor, before[name])
     verify(tmp_path / "out")
+    squares = {name: float(delta.square().sum()) for name, delta in expected.items() if name.split(".")[-2] in changed}
+    part = extract(folder, base, tmp_path / "part", ExtractOptions(rank=4096, only_linear=True))
+    norms = sum(square for name, square in squares.items() if "norm" in name)
+    assert part.left_out_energy == pytest.approx(norms / sum(squares.values()))
 
 
 def test_extracting_from_a_bfloat16_merge_recovers_the_adapter_up_to_rounding(tmp_path, llama, adapter):

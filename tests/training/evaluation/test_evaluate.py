@@ -12,6 +12,7 @@ from folders import edit_json, edited_tensors
 from transformers import AutoModelForCausalLM
 
 from adaptkit.errors import BaseMismatchError, DataError, IntegrityError, NonFiniteError, UsageError
+from adaptkit.operations.adopt import adopt
 from adaptkit.operations.quantize import quantize
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.text.windows import pad_id
@@ -279,3 +280,12 @@ def test_an_adapter_with_a_resized_vocabulary_is_refused_before_data_or_weights_
     error, hint = run_cli(*command).refusal(4)
     assert "expected shape [301, 64], as in the base, found [310, 64]" in error
     assert "merge it into its base instead" in hint
+
+
+def test_of_several_bases_too_the_adapters_must_have_its_vocabulary(tmp_path, made, llama, run_cli):
+    (tmp_path / "rows.jsonl").write_text("no rows")
+    case = peft_adapters.make(made, "resized")
+    adopt(case.adapter, tmp_path / "ours", base=case.base)
+    bases = ["--base", llama, "--base", case.base]
+    command = ["evaluate", *bases, "--adapter", tmp_path / "ours", "--data", tmp_path / "rows.jsonl"]
+    assert "expected shape [301, 64], as in the base, found [310, 64]" in run_cli(*command).refusal(4)[0]
