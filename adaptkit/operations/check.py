@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaptkit.arguments import AnyPath, as_path_or_none, as_texts
-from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, is_adapter, require_folder
+from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, has_checkpoint, is_adapter, require_folder
 from adaptkit.checkpoint.mlx import mlx_hint
 from adaptkit.checkpoint.other_weights import weights_beside
 from adaptkit.checkpoint.progress import counted
@@ -123,6 +123,8 @@ def _unknown(files: AdapterFiles, base: BaseShapes | None) -> tuple[str, ...]:
         unknown.insert(0, "whether stacks of experts fit the base")
     if beside := weights_beside(files.root):
         unknown.insert(0, f"the contents of {beside}, which none of these programs reads")
+    if has_checkpoint(files.root):
+        unknown.insert(0, "the checkpoint in the same folder")
     if files.pickle:
         unknown.insert(0, f"the contents of {files.pickle}")
     if str(files.config.get("peft_type")).upper() != "LORA":

@@ -12,7 +12,7 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.integrity import size_problem
-from adaptkit.checkpoint.layout import is_adapter, require_folder
+from adaptkit.checkpoint.layout import has_checkpoint, is_adapter, require_folder
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, read_manifest, require_manifest
 from adaptkit.checkpoint.progress import Progress, counted, no_progress
 from adaptkit.checkpoint.quantized import part_names, quantized_names, read_outline
@@ -35,7 +35,7 @@ class InspectReport:
         bytes: size of all tensors.
         dtypes: dtype -> number of tensors.
         details: facts that depend on the kind: architecture, formats and block sizes of a checkpoint; ranks, scalings
-            and other changes of an adapter; what ``unmerge`` needs for a merged model.
+            and other changes of an adapter; what ``unmerge`` needs for a merged model; what was not read.
         manifest_sha256: None without a manifest.
         tensors_root: None without a manifest.
         parents: as the manifest names them.
@@ -123,7 +123,8 @@ def _adapter(path: Path) -> _Found:
         dtypes=Counter(record.dtype for record in adapter.records),
         parameters=adapter.trained_parameters,
         nbytes=adapter.files.nbytes,
-        details=_describe_adapter(adapter),
+        details=_describe_adapter(adapter)
+        | {"not_read": "the checkpoint in the same folder" if has_checkpoint(path) else None},
     )
 
 

@@ -1,5 +1,7 @@
 """The report of inspect agrees with the files."""
 
+import shutil
+
 import peft_adapters
 import pytest
 import tiny
@@ -14,6 +16,7 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, require_manifest
 from adaptkit.errors import AdapterError, CheckpointError, IntegrityError, UsageError
+from adaptkit.operations.check import check
 from adaptkit.operations.inspect import inspect
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
@@ -112,6 +115,22 @@ def test_an_adapter_is_described(adapter, tmp_path, llama):
     assert report.details["targets"] == dict.fromkeys(sorted(PROJECTIONS), 2)
     mixed = inspect(tiny.write_peft_adapter(tmp_path / "a", llama, rank_pattern={"q_proj": 2}, lora_alpha=4))
     assert (mixed.details["ranks"], mixed.details["scalings"]) == ({"2": 2, "4": 12}, {"1.0": 12, "2.0": 2})
+
+
+def test_of_a_folder_that_also_holds_a_checkpoint_the_report_says_that_only_the_adapter_was_read(
+    adapter, llama, copy_of, run_cli
+):
+    folder = copy_of(llama)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(adapter / name, folder)
+    alone, both, checked = inspect(adapter), inspect(folder), "the checkpoint in the same folder"
+    assert both.details == alone.details | {"not_read": checked}
+    assert alone.details["not_read"] is None
+    assert (both.tensors, both.bytes) == (alone.tensors, alone.bytes)
+    assert checked in check(folder).unknown
+    assert checked not in check(adapter).unknown
+    for command in ("inspect", "check"):
+        assert run_cli(command, folder).stdout.count(checked) == 1
 
 
 @pytest.mark.parametrize("kind", KINDS)
