@@ -83,6 +83,7 @@ class _Run:
         self._inputs = InputChecks(recipe, steps)
         taken = [found for step in recipe.steps.values() for found in step.takes()]
         self._with_card = {name for input_, name in taken if input_.with_card}
+        self._as_checkpoint = {name for input_, name in taken if input_.takes.endswith("checkpoint")}
         self._lock = Lock(recipe, options.locked)
         self._signer = options.signer or Signer()
         self._foresight = Foresight(steps, dry_run, self._signer, self._listener)
@@ -145,6 +146,7 @@ class _Run:
             location,
             self._hashes,
             with_card=source.name in self._with_card,
+            as_checkpoint=source.name in self._as_checkpoint,
             fetch=not self._dry_run,
             progress=self._listener.source_progress,
             note=self._listener.note,

@@ -17,7 +17,14 @@ from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.hashing import file_digests, tensors_root
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.integrity import check_names
-from adaptkit.checkpoint.layout import CARD_NAME, READ_SUFFIXES, find_side_files, is_adapter, resolve_inside
+from adaptkit.checkpoint.layout import (
+    CARD_NAME,
+    READ_SUFFIXES,
+    find_side_files,
+    has_checkpoint,
+    is_adapter,
+    resolve_inside,
+)
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
@@ -181,6 +188,7 @@ def resolve(
     hashes: Hashes,
     *,
     with_card: bool,
+    as_checkpoint: bool,
     fetch: bool,
     progress: Progress,
     note: Callable[[str], None],
@@ -192,6 +200,7 @@ def resolve(
         location: where it is.
         hashes: cache of hashes.
         with_card: whether an operation reads the folder's model card.
+        as_checkpoint: whether an operation takes a folder that also holds an adapter as a checkpoint.
         fetch: download a repository that is not cached; otherwise its material stays unknown.
         progress: called with the number of bytes downloaded, then with the number of bytes hashed.
         note: called with a one-line message, such as what is being waited for.
@@ -210,6 +219,8 @@ def resolve(
             return Material(None, None, size_of(repo, commit, note), locked)
     if path.is_dir():
         digest, nbytes, found = _folder(path, hashes, with_card, progress)
+        if "files" in found:  # without a manifest
+            found |= {"tensors_root": _tensors_root(path, hashes, digest, as_checkpoint, progress)}
         return Material(path, digest, nbytes, locked | found)
     (digest,) = _sha256_of([path], hashes, progress)
     return Material(path, digest, path.stat().st_size, locked | {"sha256": digest})
@@ -276,14 +287,19 @@ def _folder(
     read = {name: file for name, file in sorted(found_files.items()) if not name.startswith(others)}
     files = dict(zip(read, _sha256_of(list(read.values()), hashes, progress), strict=True))
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    root = hashes.root(digest, lambda: _tensors_root(path, progress))
-    return digest, sum((path / name).stat().st_size for name in files), {"files": files, "tensors_root": root}
+    return digest, sum((path / name).stat().st_size for name in files), {"files": files}
 
 
-def _tensors_root(path: Path, progress: Progress) -> str:
-    """Compute the ``tensors_root`` of a folder without a manifest, as manifests record it for such a parent."""
-    if is_adapter(path):
-        return tensors_root(read_adapter(path).records)
-    checkpoint = Checkpoint(path)
-    digests = fingerprints(checkpoint, 1, progress)
-    return tensors_root(TensorRecord.of(found.spec, digests[name]) for name, found in checkpoint.tensors.items())
+def _tensors_root(path: Path, hashes: Hashes, digest: str, as_checkpoint: bool, progress: Progress) -> str:
+    """Return the ``tensors_root`` of a folder without a manifest, as manifests record it for such a parent."""
+
+    def of_checkpoint() -> str:
+        checkpoint = Checkpoint(path)
+        digests = fingerprints(checkpoint, 1, progress)
+        return tensors_root(TensorRecord.of(found.spec, digests[name]) for name, found in checkpoint.tensors.items())
+
+    if not is_adapter(path):
+        return hashes.root(digest, of_checkpoint)
+    if as_checkpoint and has_checkpoint(path):
+        return hashes.root(f"{digest} as checkpoint", of_checkpoint)  # the digest covers the adapter, too
+    return hashes.root(digest, lambda: tensors_root(read_adapter(path).records))
