@@ -283,6 +283,17 @@ def test_no_tensor_of_any_kind_of_adapter_is_ignored(name, made, tmp_path):
             assert report.total.relative > 0, key
 
 
+def test_a_note_says_that_stacked_and_single_experts_are_not_compared(made):
+    """Which of them are the same depends on the model: its base merges both into the same tensors."""
+    stacked = peft_adapters.make(made, "experts_mixtral").adapter
+    single = peft_adapters.make(made, "experts_one_by_one_mixtral").adapter
+    for first, second in ((stacked, single), (single, stacked)):
+        (remark,) = diff(first, second).remarks
+        assert remark.startswith(f"experts are not compared: {stacked} changes stacks")
+    for folder in (stacked, single):
+        assert diff(folder, folder).remarks == ()
+
+
 def test_tensors_that_are_not_low_rank_changes_are_compared_directly(made, tmp_path):
     folder = peft_adapters.make(made, "dora").adapter
     twin = shutil.copytree(folder, tmp_path / "twin")

@@ -1,6 +1,7 @@
 """Compare two adapters: low-rank changes in factored form, all other tensors as plain tensors."""
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +33,7 @@ from adaptkit.operations._diff.parts import changes_of, differ_in_part, held_by
 from adaptkit.operations._diff.tensors import TensorDifference
 from adaptkit.operations._threads import map_in_threads
 
+_ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 _UNORDERED = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
 
 
@@ -203,7 +205,18 @@ def _may_orient_stacks_differently(first: Adapter, second: Adapter) -> bool:
     return both and writes_transposed_experts(first.config, False) != writes_transposed_experts(second.config, False)
 
 
+def _one_by_one(adapter: Adapter) -> str:
+    """Return a module that is a linear layer of a single expert; empty if there is none."""
+    return next((module for module in adapter.modules if _ONE_EXPERT.search(module)), "")
+
+
 def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
+    for stacked, single in ((first, _one_by_one(second)), (second, _one_by_one(first))):
+        if stacked.experts and single:
+            yield (
+                f"experts are not compared: {stacked.root} changes stacks, such as {min(stacked.experts)}, and the "
+                f"other single layers, such as {single}; merge each into the base, and compare the results"
+            )
     if _may_orient_stacks_differently(first, second):
         yield (
             "stacks of experts are compared as stored, but the two peft releases that wrote them order input and "
