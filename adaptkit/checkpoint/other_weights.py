@@ -36,6 +36,8 @@ WEIGHTS_BESIDE = (
 """
 VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
 """LLaMA-Factory's files beside an adapter: the scores of a reward model, or the estimates of PPO, for training only."""
+PICKLED_WEIGHTS = "pytorch_model.bin"
+"""A checkpoint's weights, or beside an adapter TRL's value head, for PPO only; only its content tells which."""
 _OTHER_WRITERS = {
     r"lit_model\.pth\.lora": (
         "LitGPT",

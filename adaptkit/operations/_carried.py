@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import fingerprint
-from adaptkit.checkpoint.layout import GENERATION_NAME, read_small, side_files
-from adaptkit.checkpoint.other_weights import VALUE_HEADS, weights_beside
+from adaptkit.checkpoint.layout import GENERATION_NAME, has_checkpoint, read_small, side_files
+from adaptkit.checkpoint.other_weights import PICKLED_WEIGHTS, VALUE_HEADS, weights_beside
 from adaptkit.checkpoint.undo import as_bytes
 from adaptkit.errors import AdapterError, UsageError
 from adaptkit.text.tokenizer_files import is_of_tokenizer
@@ -82,10 +82,14 @@ def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, tuple[bytes, Adapt
 
 
 def left_out(adapters: Sequence[Adapter]) -> tuple[str, ...]:
-    """Return a note for each adapter beside which there is a value head."""
-    heads = {adapter.root: weights_beside(adapter.root, VALUE_HEADS) for adapter in adapters}
-    why = "is left out; if this is a reward model, it needs that file"
-    return tuple(f"{root}: {head} {why}" for root, head in heads.items() if head)
+    """Return a note for each adapter beside which there is a value head, or a pickle that may be one."""
+    notes = []
+    for root in dict.fromkeys(adapter.root for adapter in adapters):
+        if head := weights_beside(root, VALUE_HEADS):
+            notes.append(f"{root}: {head} is left out; if this is a reward model, it needs that file")
+        elif weights_beside(root, [PICKLED_WEIGHTS]) and not has_checkpoint(root):
+            notes.append(f"{root}: {PICKLED_WEIGHTS} is left out; if TRL wrote it, it is a value head, for PPO only")
+    return tuple(notes)
 
 
 def _own_files(adapter: Adapter) -> dict[str, bytes]:

@@ -473,9 +473,9 @@ def give_tokenizer(adapter, tokens=("<|tool|>", "<|result|>")):
     return len(tokenizer)
 
 
-@pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin"])
+@pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin", "pytorch_model.bin"])
 def test_a_value_head_beside_the_adapter_is_left_out_with_a_note(tmp_path, judged, copy_of, name):
-    """LLaMA-Factory saves it beside the adapter of a reward model, which does not work without it."""
+    """LLaMA-Factory saves it beside the adapter of a reward model, which does not work without it; TRL, one of PPO."""
     case, _ = judged("linear_rslora")
     adapter = copy_of(case.adapter)
     (adapter / name).write_bytes(b"not read")

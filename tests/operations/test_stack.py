@@ -15,6 +15,7 @@ from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.errors import AdapterError, BaseMismatchError, OutputExistsError, UsageError
 from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.resize import ResizeOptions, resize
 from adaptkit.operations.stack import StackOptions, stack
 from adaptkit.operations.verify import verify
 
@@ -187,7 +188,7 @@ def test_an_existing_output_is_replaced_only_with_force(tmp_path, adapter, secon
     assert read_adapter(tmp_path / "out").modules["model.layers.0.mlp.up_proj"].rank == 8
 
 
-@pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin"])
+@pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin", "pytorch_model.bin"])
 def test_a_value_head_beside_an_adapter_is_left_out_with_a_note(tmp_path, adapter, copy_of, run_cli, name):
     scoring = copy_of(adapter)
     (scoring / name).write_bytes(b"not read")
@@ -200,3 +201,10 @@ def test_a_value_head_beside_an_adapter_is_left_out_with_a_note(tmp_path, adapte
         assert not (out / name).exists()
         told = json.loads(run_cli(*command, "-o", out, "--force", "--json", "--dry-run").stdout)["told"]
         assert [line.startswith(note) for line in told] == [True]
+
+
+def test_pickled_weights_beside_an_adapter_and_its_base_are_not_taken_for_a_value_head(tmp_path, adapter, copy_of):
+    folder = copy_of(adapter)
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        (folder / name).write_bytes(b"not read")
+    assert resize(folder, tmp_path / "out", ResizeOptions(rank=2)).told == ()
