@@ -305,7 +305,7 @@ def test_a_checkpoint_without_a_configuration_is_refused(llama, copy_of, tmp_pat
     assert "config.json" in refusal(CheckpointError, source, tmp_path / "out").message
 
 
-@pytest.mark.parametrize("options", [{"block_size": 48}, {"block_size": 16}, {"max_shard_bytes": 0}])
+@pytest.mark.parametrize("options", [{"block_size": 48}, {"block_size": 16}, {"max_shard_bytes": 0}, {"moe": "int3"}])
 def test_invalid_options_are_refused(options):
     with pytest.raises(UsageError):
         QuantizeOptions(**options)

@@ -15,7 +15,7 @@ from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
-from adaptkit.operations._quantize.selection import Choice, Selection, matches_any, of_type, select
+from adaptkit.operations._quantize.selection import MOE, Choice, Selection, matches_any, of_type, select
 from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations._roles import Roles
 from adaptkit.operations._shards import Group, Shards, check_shard_size, plan_shards
@@ -100,6 +100,8 @@ class QuantizeOptions:
         object.__setattr__(self, "skip", as_texts(self.skip))
         check_shard_size(self.max_shard_bytes)
         check_threads(self.threads)
+        if self.moe not in MOE:
+            raise UsageError(f"moe: must be one of {', '.join(MOE)}, found {self.moe!r}")
         if self.calibration is not None and self.format != "nf4":
             raise UsageError(
                 f"calibration: needs format nf4, found {self.format}", hint="leave out --calibrate, or use --format nf4"

@@ -92,8 +92,6 @@ def select(
         UsageError: the head is to be quantized but is tied to the embedding, or absent.
         CheckpointError: the model that ``config.json`` describes cannot be this checkpoint's.
     """
-    if moe not in MOE:
-        raise UsageError(f"moe: must be one of {', '.join(MOE)}, found {moe!r}")
     roles = roles or find_roles(checkpoint)
     if include_head:
         _check_head(checkpoint, roles)
