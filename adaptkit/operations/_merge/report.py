@@ -60,7 +60,8 @@ class TensorChange:
         moved: share of elements whose value changed.
         delta_norm: ‖Δ‖ of the exact change.
         weight_norm: ‖W‖ of the base's tensor.
-        effect: ⟨E, Δ⟩ / ⟨Δ, Δ⟩, where E is the actual change after rounding or requantizing; 1 if nothing is lost.
+        effect: ⟨E, Δ⟩ / ⟨Δ, Δ⟩, where E is the actual change after rounding or requantizing; 1 if nothing is lost,
+            and more if the errors of W + Δ and W, which are quantized separately, differ in the direction of Δ.
     """
 
     name: str
