@@ -144,3 +144,12 @@ DISK_HINTS = {
     errno.ENAMETOOLONG: "choose a shorter path",
 }
 """Hints for I/O errors that can happen to any file; any other ``OSError`` is a bug in adaptkit."""
+
+
+def install_hint(extra: str) -> str:
+    """Return the hint for a package that is not installed.
+
+    Args:
+        extra: of adaptkit, which installs it, such as ``train``.
+    """
+    return f"pip install '.[{extra}]' in adaptkit's checkout"

@@ -27,7 +27,7 @@ from adaptkit.arguments import as_path_or_none
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, require_manifest
 from adaptkit.checkpoint.writer import replace_file
-from adaptkit.errors import AuthenticationError, CheckpointError, IntegrityError, NetworkError, UsageError
+from adaptkit.errors import AuthenticationError, CheckpointError, IntegrityError, NetworkError, UsageError, install_hint
 
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
 MAX_SIGNATURE_BYTES = 1 << 20
@@ -266,7 +266,7 @@ def _package() -> Any:
     except ImportError as error:
         raise UsageError(
             f"signatures need the package model-signing ({error.name} is not installed)",
-            hint="pip install '.[sign]' in adaptkit's checkout",
+            hint=install_hint("sign"),
         ) from error
     return model_signing
 

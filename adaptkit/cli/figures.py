@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 
 from adaptkit.cli.grid import Entry, Grid
 from adaptkit.cli.html import Html, visible
-from adaptkit.errors import UsageError
+from adaptkit.errors import UsageError, install_hint
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,7 +40,7 @@ def require_matplotlib() -> None:
     except ImportError as error:
         raise UsageError(
             f"--html needs matplotlib, which cannot be imported: {error}",
-            hint="pip install '.[report]' in adaptkit's checkout, or leave out --html",
+            hint=f"{install_hint('report')}, or leave out --html",
         ) from error
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import BaseMismatchError
+from adaptkit.errors import BaseMismatchError, install_hint
 from adaptkit.networks.architecture import empty_network, named_network, why_unsupported
 from adaptkit.networks.naming import TensorPlace, places
 
@@ -110,8 +110,7 @@ def _find_by_architecture(checkpoint: Checkpoint, wanted: list[str], subject: st
     if importlib.util.find_spec("transformers") is None:
         raise BaseMismatchError(
             f"{subject}: changes {missing}, which {checkpoint.root} does not have under that name",
-            hint="check that this is the right base; if its files use other names, pip install '.[train]' in "
-            "adaptkit's checkout",
+            hint=f"check that this is the right base; if its files use other names, {install_hint('train')}",
         )
     from adaptkit.networks.assembly import Assembly  # imported here since it imports torch
 

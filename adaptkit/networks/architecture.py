@@ -20,7 +20,7 @@ from adaptkit.arguments import folder_hint
 from adaptkit.checkpoint.layout import CONFIG_NAME, class_names, read_config, text_config
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.errors import CheckpointError, UsageError, install_hint
 from adaptkit.lazy import torch
 from adaptkit.torch_compiler import without_compiler
 
@@ -51,8 +51,7 @@ def quiet_transformers() -> Iterator[Any]:
         # It replaces itself in sys.modules while it loads; an `import` waiting in another thread would miss that.
         transformers = importlib.import_module("transformers")
     except ImportError as error:
-        hint = "pip install '.[train]' in adaptkit's checkout"
-        raise UsageError("this needs the package transformers", hint=hint) from error
+        raise UsageError("this needs the package transformers", hint=install_hint("train")) from error
     with _LOCK:
         before = transformers.logging.get_verbosity()
         transformers.logging.set_verbosity_error()

@@ -16,7 +16,7 @@ from adaptkit.checkpoint.vocabulary import (
     known_head,
     shares_more,
 )
-from adaptkit.errors import BaseMismatchError
+from adaptkit.errors import BaseMismatchError, install_hint
 from adaptkit.networks.architecture import find_head_path
 
 _HEADLESS_CLASS = re.compile(
@@ -126,8 +126,7 @@ def require_head(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Vocabulary:
         raise BaseMismatchError(
             f"{checkpoint.root}: the name of the tied head in models of type {checkpoint.config.get('model_type')!r} "
             "is not known, so it cannot be stored as a separate tensor",
-            hint="if transformers supports them, pip install '.[train]' in adaptkit's checkout; otherwise train "
-            "without embedding and head",
+            hint=f"if transformers supports them, {install_hint('train')}; otherwise train without embedding and head",
         )
     return replace(vocabulary, head=f"{head}.weight", is_known=True)
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 
 from adaptkit.checkpoint.signing import Signer
-from adaptkit.errors import AdaptkitError, UsageError
+from adaptkit.errors import AdaptkitError, UsageError, install_hint
 from adaptkit.pipeline.recipe import Step
 from adaptkit.pipeline.report import Listener
 from adaptkit.pipeline.steps._kind import Work
@@ -39,9 +39,7 @@ class Foresight:
         for step in self._steps:
             if step.how.needs_transformers(step.options) and must_run(step):
                 with self._warn_in_dry_run(step):
-                    raise UsageError(
-                        "this needs the package transformers", hint="pip install '.[train]' in adaptkit's checkout"
-                    )
+                    raise UsageError("this needs the package transformers", hint=install_hint("train"))
 
     def before_work(self, must_run: Callable[[Step], bool]) -> None:
         """Run the checks that do not depend on what the steps make; called before each step that runs, acts only once.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.layout import read_small
-from adaptkit.errors import DataError, UsageError
+from adaptkit.errors import DataError, UsageError, install_hint
 
 TEMPLATE_NAME = "chat_template.jinja"
 HINT = "use another chat template (train: --chat-template FILE)"
@@ -30,7 +30,7 @@ def require_jinja() -> None:
         UsageError: jinja2 is not installed.
     """
     if importlib.util.find_spec("jinja2") is None:
-        raise UsageError("chat templates need the package jinja2", hint="pip install '.[train]' in adaptkit's checkout")
+        raise UsageError("chat templates need the package jinja2", hint=install_hint("train"))
 
 
 def read_template(path: Path) -> str:

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from adaptkit.errors import AdaptkitError, AuthenticationError, DataError, NetworkError, UsageError
+from adaptkit.errors import AdaptkitError, AuthenticationError, DataError, NetworkError, UsageError, install_hint
 
 
 def read_hub_rows(
@@ -95,9 +95,7 @@ def _quiet_datasets() -> Iterator[Any]:
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(
-            "datasets on the Hub need the package datasets", hint="pip install '.[train]' in adaptkit's checkout"
-        ) from error
+        raise UsageError("datasets on the Hub need the package datasets", hint=install_hint("train")) from error
     shown, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()

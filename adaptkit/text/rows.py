@@ -29,7 +29,7 @@ from typing import Any
 
 from adaptkit.arguments import path_hint
 from adaptkit.checkpoint.progress import counted
-from adaptkit.errors import DataError, UsageError
+from adaptkit.errors import DataError, UsageError, install_hint
 
 Row = Mapping[str, Any]
 Located = tuple[str, Row]
@@ -262,8 +262,7 @@ def _parquet(file: Path) -> Iterator[Located]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        hint = "pip install '.[train]' in adaptkit's checkout"
-        raise UsageError(f"{file}: Parquet needs the package pyarrow", hint=hint) from error
+        raise UsageError(f"{file}: Parquet needs the package pyarrow", hint=install_hint("train")) from error
     try:
         opened = file.open("rb")
     except OSError as error:

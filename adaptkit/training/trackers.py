@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from typing import Any
 
-from adaptkit.errors import UsageError
+from adaptkit.errors import UsageError, install_hint
 from adaptkit.training.config import TrainConfig
 
 Tracker = Callable[[dict[str, Any]], None]
@@ -25,8 +25,7 @@ def require_trackers(config: TrainConfig) -> None:
     """
     for name in ("tensorboard", "wandb"):
         if getattr(config, name) is not None and find_spec(name) is None:
-            hint = "pip install '.[track]' in adaptkit's checkout"
-            raise UsageError(f"{name}: the package is not installed", hint=hint)
+            raise UsageError(f"{name}: the package is not installed", hint=install_hint("track"))
 
 
 @contextmanager

@@ -21,7 +21,7 @@ import torch
 
 from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import UsageError
+from adaptkit.errors import UsageError, install_hint
 from adaptkit.networks.architecture import empty_network, has_no_head, head_path, named_network, why_unsupported
 from adaptkit.networks.naming import TensorPlace, places
 from adaptkit.numerics.lora import LowRank
@@ -179,8 +179,7 @@ def _head(plan: Plan, running: Running, vocabulary: Vocabulary) -> str:
         raise UsageError(
             f"{vocabulary.embedding} differs, and the name of the head that is tied to it in models of type "
             f"{plan.base.config.get('model_type')!r} is not known",
-            hint="if transformers supports them, pip install '.[train]' in adaptkit's checkout; otherwise leave it out "
-            "with --only-linear",
+            hint=f"if transformers supports them, {install_hint('train')}; otherwise leave it out with --only-linear",
         )
     return head or module_of(vocabulary.head)
 

@@ -9,7 +9,7 @@ from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import BaseMismatchError
+from adaptkit.errors import BaseMismatchError, install_hint
 from adaptkit.networks.addressing import OTHER_MODEL, Slice
 from adaptkit.networks.architecture import empty_network, why_unsupported
 from adaptkit.numerics import lora
@@ -132,7 +132,7 @@ class Experts:
         if why:
             raise BaseMismatchError(
                 f"{self.who}: cannot tell whether {parameter} stores its square matrices transposed: {why}",
-                hint="pip install '.[train]' in adaptkit's checkout",
+                hint=install_hint("train"),
             )
         module = empty_network(self.checkpoint).get_submodule(parameter.rpartition(".")[0])
         return bool(getattr(module, "is_transposed", False))

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from adaptkit.errors import UsageError
+from adaptkit.errors import UsageError, install_hint
 
 _NIST_ORDER = 5
 
@@ -60,7 +60,7 @@ def require_metrics() -> None:
     except ImportError as error:
         raise UsageError(
             f"scoring answers needs the metric packages: {error}",
-            hint="pip install '.[eval]' in adaptkit's checkout",
+            hint=install_hint("eval"),
         ) from error
     except ValueError as error:  # such as in a container whose user has no home folder
         raise UsageError(f"nltk, which scores answers, cannot be loaded: {error}", hint="set HOME") from error
