@@ -1,16 +1,17 @@
 """Compare a folder with its manifest: the set of files, their bytes, and every tensor. Each byte is read once."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from adaptkit.checkpoint.hashing import file_digests
+from adaptkit.checkpoint.hashing import file_digests, fingerprint_in_pieces
 from adaptkit.checkpoint.header import Header, read_header
 from adaptkit.checkpoint.layout import CONFIG_NAME, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, IntegrityError
 
 _AGAIN = "download or copy the whole artifact again (from the Hub: adaptkit pull)"
@@ -54,7 +55,7 @@ def check_artifact(root: Path, manifest: Manifest, threads: int, progress: Progr
     found_problems = sorted(problem for problem in problems.values() if problem)
     if found_problems:
         raise IntegrityError(f"{root}: {first_problems(found_problems)}", hint=_AGAIN)
-    _compare_tensors(root, manifest.tensors, found.values())
+    _compare_tensors(root, manifest.tensors, _tensors_of(root, found.values()))
 
 
 def check_names(root: Path, manifest: Manifest) -> None:
@@ -114,7 +115,7 @@ def file_problem(root: Path, record: FileRecord, tensors: Sequence[TensorRecord]
     found = measure(root, {record.path: record.size}, [record.path] if tensors else [])[record.path]
     if found.record != record:
         return f"{record.path} changed (its sha256 differs)"
-    _compare_tensors(root, tensors, [found])
+    _compare_tensors(root, tensors, _tensors_of(root, [found]))
     return ""
 
 
@@ -138,15 +139,18 @@ def check_config(root: Path, manifest: Manifest | None) -> None:
             raise IntegrityError(f"{root}: {problem}", hint=f"restore it; for details, run: adaptkit verify {root}")
 
 
-def check_tensors(root: Path, manifest: Manifest) -> None:
-    """Compare all tensors with their fingerprints; for files whose bytes were already checked.
+def check_tensors(root: Path, manifest: Manifest | None) -> None:
+    """Compare all tensors of a checkpoint, as its index finds them, with their fingerprints, if it has a manifest.
 
     Raises:
         IntegrityError: a tensor is missing, extra, in another file, or differs.
     """
-    names = _tensor_files(manifest)
-    sizes = {record.path: record.size for record in manifest.files if record.path in names}
-    _compare_tensors(root, manifest.tensors, measure(root, sizes, names).values())
+    if manifest is not None:
+        files = Checkpoint(root)
+        digests = ((found, fingerprint_in_pieces(files, name)) for name, found in files.tensors.items())
+        _compare_tensors(
+            root, manifest.tensors, (TensorRecord.of(found.spec, digest, found.file) for found, digest in digests)
+        )
 
 
 def measure(
@@ -200,16 +204,20 @@ def _header(path: Path) -> tuple[Header | None, str]:
         return None, error.message
 
 
-def _compare_tensors(root: Path, tensors: Iterable[TensorRecord], measured: Iterable[Measured]) -> None:
-    found: dict[str, TensorRecord] = {}
+def _tensors_of(root: Path, measured: Iterable[Measured]) -> Iterator[TensorRecord]:
     for file in measured:
         if file.malformed:
             raise IntegrityError(f"{root}: {file.malformed}", hint=_AGAIN)
-        for tensor in file.tensors:
-            if tensor.name in found:
-                both = f"{tensor.file} and {found[tensor.name].file}"
-                raise IntegrityError(f"{root}: tensor {tensor.name} is in both {both}", hint=_AGAIN)
-            found[tensor.name] = tensor
+        yield from file.tensors
+
+
+def _compare_tensors(root: Path, tensors: Iterable[TensorRecord], measured: Iterable[TensorRecord]) -> None:
+    found: dict[str, TensorRecord] = {}
+    for tensor in measured:
+        if tensor.name in found:
+            both = f"{tensor.file} and {found[tensor.name].file}"
+            raise IntegrityError(f"{root}: tensor {tensor.name} is in both {both}", hint=_AGAIN)
+        found[tensor.name] = tensor
     for tensor in tensors:
         located = found.pop(tensor.name, None)
         if located is None or (located.file, located.dtype, located.shape) != (tensor.file, tensor.dtype, tensor.shape):

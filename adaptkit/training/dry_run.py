@@ -86,8 +86,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     inputs = read_inputs(config, output, force)
     work, identity = partial_folder(output), inputs.identity()
     check_unfinished(work, identity, force, resume)
-    if inputs.manifest is not None:
-        check_tensors(inputs.base, inputs.manifest)
+    check_tensors(inputs.base, inputs.manifest)
     device, is_whole = choose_device(config.device), not config.shard_base
     if config.shard_base:  # the base need not fit one device; on the CPU it is memory-mapped
         inputs = replace(inputs, config=replace(inputs.config, shard_base=False, offload_checkpoints=False))

@@ -22,7 +22,7 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import METRICS_NAME, PICTURE_NAME
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.place import partial_folder
-from adaptkit.errors import AdaptkitError
+from adaptkit.errors import AdaptkitError, install_hint
 from adaptkit.heap import return_freed_memory
 from adaptkit.networks.model_lock import model_lock
 from adaptkit.training.config import TrainConfig
@@ -120,8 +120,7 @@ def _train_on_rank_zero(
 ) -> TrainReport:
     """Train in rank 0, or in the only process; see ``train``."""
     check_unfinished(partial_folder(output), identity, force, resume)
-    if inputs.manifest is not None:  # the result's manifest vouches for its base
-        check_tensors(inputs.base, inputs.manifest)
+    check_tensors(inputs.base, inputs.manifest)  # the result's manifest vouches for its base
     with Output(output, identity, force, keeps=holds_work) as out:
         record_identity(out.folder, identity)
         run = _create_run(inputs, out, note, world)
@@ -159,7 +158,7 @@ def _write(
     if can_draw():
         out.write(PICTURE_NAME, draw(run.history))
     else:
-        note(f"no {PICTURE_NAME}: matplotlib is not installed (pip install '.[report]' in adaptkit's checkout)")
+        note(f"no {PICTURE_NAME}: matplotlib is not installed ({install_hint('report')})")
     manifest = _write_result(out, inputs, run, records)
     out.publish(manifest)
     return manifest

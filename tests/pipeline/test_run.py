@@ -116,9 +116,7 @@ def test_the_lock_identifies_sources_and_artifacts_by_hash(release, recipe):
     assert lock["steps"]["loads"].keys() == {"recipe", "key"}
 
 
-def test_the_lock_of_a_folder_of_both_kinds_has_the_tensors_root_of_what_a_step_uses(
-    release, recipe
-):
+def test_the_lock_of_a_folder_of_both_kinds_has_the_tensors_root_of_what_a_step_uses(release, recipe):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(release / "lora" / name, release / "model")
     for step in ("quantize: both", "resize: both, rank: 2", "quantize: both"):  # the cached hashes are not confused

@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from folders import flip
 from interrupted import stop_after
 from peft_formulas import running
+from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.journal import Output
@@ -27,7 +28,7 @@ from adaptkit.cli.commands import train as train_command
 from adaptkit.cli.main import cli
 from adaptkit.errors import ConflictError, IntegrityError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations.merge import merge
-from adaptkit.operations.quantize import quantize
+from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.verify import verify
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training import gradients
@@ -360,6 +361,19 @@ def test_a_base_that_differs_from_its_manifest_is_refused_before_anything_is_wri
     with pytest.raises(IntegrityError, match="differs from its fingerprint"):
         train(replace(config, base=str(base)), tmp_path / "adapter")
     assert [path.name for path in tmp_path.iterdir()] == [base.name]
+
+
+def test_a_base_whose_index_names_a_shard_that_its_manifest_does_not_is_refused(config, llama, tmp_path):
+    """The shards that the manifest lists are all there, and as they were."""
+    base = tmp_path / "base"
+    quantize(llama, base, QuantizeOptions(max_shard_bytes=1))
+    index = base / "model.safetensors.index.json"
+    name = "model.norm.weight"
+    shard = json.loads(index.read_text())["weight_map"][name]
+    save_file({name: torch.zeros_like(load_file(base / shard)[name])}, base / "other.safetensors")
+    index.write_text(index.read_text().replace(shard, "other.safetensors"))
+    with pytest.raises(IntegrityError, match=rf"tensor {name} is not in {shard} as the manifest says"):
+        train(replace(config, base=str(base)), tmp_path / "adapter")
 
 
 def test_the_initial_adapter_cannot_be_the_output_or_contain_it(config, trained, copy_of):

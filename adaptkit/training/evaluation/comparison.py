@@ -10,10 +10,10 @@ from adaptkit.arguments import AnyPath, as_path_or_none, as_paths, checked_optio
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import UsageError
 from adaptkit.networks.model_lock import model_lock
-from adaptkit.training.evaluation.evaluate import check_request, load, measure, read_own
+from adaptkit.training.evaluation.evaluate import check_files, check_request, load, measure, read_own
 from adaptkit.training.evaluation.material import Asked, read_material
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport
-from adaptkit.training.network.lineage import Weights, base_of, check_whole, parent_among
+from adaptkit.training.network.lineage import Weights, base_of, parent_among
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def compare(
         else {}
     )
     for folder in dict.fromkeys([*bases, *filter(None, [reference])]):
-        check_whole(folder)
+        check_files(folder)
     other = load(reference, options) if reference is not None else None
     reports = []
     for done, subject in enumerate(subjects):

@@ -10,7 +10,8 @@ import torch
 
 from adaptkit.arguments import AnyPath, as_path_or_none, as_paths, checked_options
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.manifest import parent_of
+from adaptkit.checkpoint.integrity import check_config, check_tensors
+from adaptkit.checkpoint.manifest import parent_of, read_manifest
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.model_lock import model_lock
@@ -26,7 +27,7 @@ from adaptkit.training.evaluation.report import Answer, EvaluateOptions, Evaluat
 from adaptkit.training.evaluation.scores import require_metrics, score
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
-from adaptkit.training.network.lineage import Weights, check_base, check_whole, template_kwargs, trained_parameters
+from adaptkit.training.network.lineage import Weights, check_base, template_kwargs, trained_parameters
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model, load_model
@@ -77,7 +78,7 @@ def evaluate(
     asked = Asked.of(base, adapter if data or options.prompts else None)
     (material,) = read_material([asked], data, text, options, reference)
     for folder in dict.fromkeys(filter(None, (base, reference))):
-        check_whole(folder)
+        check_files(folder)
     other = load(reference, options) if reference is not None else None
     return measure(base, read, material, options, other, on_answer)
 
@@ -91,6 +92,17 @@ def read_own(adapter: Path) -> Adapter:
     read = read_adapter(adapter)
     parent_of("adapter", read.manifest, read.records, root=read.root)
     return read
+
+
+def check_files(base: Path) -> None:
+    """Compare config.json and all tensors of a base with its manifest, if it has one.
+
+    Raises:
+        IntegrityError: one differs.
+    """
+    manifest = read_manifest(base)
+    check_config(base, manifest)
+    check_tensors(base, manifest)
 
 
 def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateOptions, reference: Path | None) -> None:

@@ -9,12 +9,11 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
-from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, read_manifest
 from adaptkit.checkpoint.quantized import part_names, quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import is_embedding_name, is_head
-from adaptkit.errors import BaseMismatchError, IntegrityError, UsageError
+from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.training.network.adapt import check_shape
 
 
@@ -75,26 +74,6 @@ class Weights:
             spec, digest = self._checkpoint.spec(name), fingerprint_in_pieces(self._checkpoint, name)
             self._records[name] = TensorRecord.of(spec, digest)
         return self._records[name]
-
-
-def check_whole(base: Path) -> None:
-    """Compare config.json and all tensors of a base with its manifest, if it has one.
-
-    Raises:
-        IntegrityError: config.json or a tensor differs, or a tensor is missing or not listed.
-    """
-    manifest = read_manifest(base)
-    if manifest is None:
-        return
-    check_config(base, manifest)
-    checkpoint, recorded = Checkpoint(base), {record.name: record.xxh3_128 for record in manifest.tensors}
-    wrong = sorted(recorded.keys() ^ checkpoint.tensors.keys()) or (
-        name for name in sorted(recorded) if fingerprint_in_pieces(checkpoint, name) != recorded[name]
-    )
-    for name in wrong:
-        raise IntegrityError(
-            f"{base}: {name}: differs from the manifest", hint=f"for details, run: adaptkit verify {base}"
-        )
 
 
 @dataclass(frozen=True)

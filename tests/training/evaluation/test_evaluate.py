@@ -254,8 +254,19 @@ def test_a_checkpoint_whose_files_differ_from_its_manifest_is_refused(
     quantize(tiny.write_llama(tmp_path / "other", seed=8, hidden=hidden), tmp_path / "other-nf4")
     folder = copy_of(llama_nf4)
     (folder / swapped).write_bytes((tmp_path / "other-nf4" / swapped).read_bytes())
-    with pytest.raises(IntegrityError, match=r"differs from the manifest|config\.json"):
+    with pytest.raises(IntegrityError, match=r"differs from its fingerprint|config\.json"):
         measure(folder, llama, options=EvaluateOptions(window=32, **FLOAT32), text=[prose])
+
+
+def test_a_base_whose_header_says_another_dtype_than_its_manifest_is_refused(llama_nf4, prose, copy_of):
+    """All its bytes have the fingerprints that the manifest says."""
+    folder = copy_of(llama_nf4)
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    assert b'"BF16"' in content
+    weights.write_bytes(content.replace(b'"BF16"', b'"F16" ', 1))
+    with pytest.raises(IntegrityError, match="as the manifest says"):
+        evaluate(folder, None, (), EvaluateOptions(window=32, **FLOAT32), text=[prose])
 
 
 @pytest.mark.parametrize("measure", [evaluate, lambda base, *given: compare([base], [given[0]], *given[1:])])
