@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 from adaptkit.arguments import AnyPath, checked_options
 from adaptkit.checkpoint.hashing import file_sha256
@@ -29,6 +29,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data
 from adaptkit.training.device import deterministic, without_cudnn_attention
 from adaptkit.training.distributed import World, join
+from adaptkit.training.dry_run import RunPlan, plan_run
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory
@@ -55,6 +56,25 @@ def to_stderr(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+@overload
+def train(
+    config: TrainConfig,
+    output: AnyPath,
+    *,
+    force: bool = False,
+    resume: bool = False,
+    dry_run: Literal[False] = False,
+    on_step: Callable[[StepReport], None] = ...,
+    note: Callable[[str], None] = ...,
+) -> TrainReport: ...
+
+
+@overload
+def train(
+    config: TrainConfig, output: AnyPath, *, force: bool = False, resume: bool = False, dry_run: Literal[True]
+) -> RunPlan: ...
+
+
 @model_lock()
 @reports_out_of_memory("beside the base", hint=TRAIN_LESS)
 def train(
@@ -63,9 +83,10 @@ def train(
     *,
     force: bool = False,
     resume: bool = False,
+    dry_run: bool = False,
     on_step: Callable[[StepReport], None] = lambda report: None,
     note: Callable[[str], None] = to_stderr,
-) -> TrainReport:
+) -> TrainReport | RunPlan:
     """Train an adapter, or with ``method: full`` a whole model. An interrupted run resumes when it is called again.
 
     Args:
@@ -73,6 +94,7 @@ def train(
         output: folder of the adapter or checkpoint to create.
         force: replace an existing output, or start over where a run with other options stopped.
         resume: resume only, do not start a run.
+        dry_run: check everything up to the first step, write nothing, and return what would be done.
         on_step: called after every step.
         note: called with a one-line message on everything else: answers to prompts, skipped steps, early stopping.
 
@@ -89,6 +111,8 @@ def train(
     Source: QLoRA (arXiv:2305.14314); NF4 storage, bfloat16 compute, paged optimizer state.
     """
     output, config = Path(output), checked_options(config, TrainConfig, "config")
+    if dry_run:
+        return plan_run(config, output, force=force, resume=resume)
     check_not_finished(output, force, resume)
     with without_cudnn_attention(), deterministic(config.deterministic), join(config.device) as world:
         # Read inputs only after joining: a process waiting in join() would not see another's error.

@@ -462,7 +462,7 @@ def test_the_plot_has_all_labels_and_is_omitted_with_a_note_without_matplotlib(c
 
 def test_a_plan_predicts_the_run_and_writes_nothing(config, run_cli, tmp_path):
     planned = replace(config, eval_every=3, steps=None, epochs=2.0)
-    plan = plan_run(planned, tmp_path / "adapter")
+    plan = train(planned, str(tmp_path / "adapter"), dry_run=True)
     assert not list(tmp_path.iterdir())
     report = train(planned, tmp_path / "adapter", note=lambda text: None)
     for name in ("output", "steps", "samples", "trainable_parameters", "segments", "truncated", "dropped"):

@@ -79,14 +79,12 @@ def command(
         if is_first:
             _show_batch(shown, as_json, quiet)
         return
-    if dry_run:
-        from adaptkit.training.dry_run import plan_run
-
-        plan = plan_run(config, output, force=force, resume=resume)
-        show(plan, _plan_rows(plan), as_json=as_json, quiet=quiet)
-        return
     from adaptkit.training.loop import train
 
+    if dry_run:
+        plan = train(config, output, force=force, resume=resume, dry_run=True)
+        show(plan, _plan_rows(plan), as_json=as_json, quiet=quiet)
+        return
     with training_progress(as_json or quiet, quiet) as progress:
         report = train(config, output, force=force, resume=resume, on_step=progress.step, note=progress.note)
     show(report, _rows(report), as_json=as_json, quiet=quiet)
