@@ -41,6 +41,11 @@ class Listing:
         """The names of the files at the root."""
         return frozenset(path for path in self.tree if "/" not in path)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the files at the root."""
+        return sum(self.tree[path].size for path in self.names)
+
     @cached_property
     def says_quantized(self) -> bool:
         """Whether ``config.json`` says that the weights are quantized; it is fetched if it is not cached.

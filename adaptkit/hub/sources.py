@@ -38,7 +38,6 @@ __all__ = [
     "note_if_incomplete",
     "resolve_config",
     "resolve_source",
-    "size_of",
 ]
 
 _SOURCE = re.compile(rf"({REPO_ID.pattern})(?:@([\w./+-]+))?", re.ASCII)
@@ -212,12 +211,6 @@ def find_commit(repo_id: str, revision: str, note: Note) -> str:
     return commit_of(connect(note), repo_id, revision)
 
 
-def size_of(repo_id: str, commit: str, note: Note) -> int:
-    """Return the size in bytes of the files at a commit's root."""
-    tree = list_tree(connect(note), repo_id, commit)
-    return sum(file.size for path, file in tree.items() if "/" not in path)
-
-
 def download(repo_id: str, commit: str, progress: Progress, note: Note) -> Path:
     """Fetch a commit's files into huggingface_hub's cache, except those already there; return the folder.
 
@@ -228,16 +221,16 @@ def download(repo_id: str, commit: str, progress: Progress, note: Note) -> Path:
     return _fetch_repository(connect(note), f"{repo_id}@{commit}", repo_id, commit, progress)
 
 
-def find_complete(repo_id: str, commit: str, note: Note) -> Path | None:
+def find_complete(repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> Path | None:
     """Return the folder of a commit in huggingface_hub's cache if it has all files that operations read, else None.
 
-    Raises:
-        AuthenticationError, NetworkError, UsageError: the Hub refused, did not answer, or has no such commit.
+    Args:
+        repo_id: org/name.
+        commit: the commit.
+        tree: its files.
     """
     found = find_cached(repo_id, commit)
-    if found is None or _missing_files(found, list_tree(connect(note), repo_id, commit)):
-        return None
-    return found
+    return None if found is None or _missing_files(found, tree) else found
 
 
 def find_cached(repo_id: str, revision: str | None) -> Path | None:

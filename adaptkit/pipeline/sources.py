@@ -38,7 +38,6 @@ from adaptkit.hub.sources import (
     find_complete,
     is_commit,
     note_if_incomplete,
-    size_of,
 )
 from adaptkit.operations._threads import fingerprints
 from adaptkit.pipeline.lock import Lock
@@ -213,10 +212,11 @@ def resolve(
     locked: dict[str, Any] = source.written() | ({} if location.commit is None else {"commit": location.commit})
     path = location.path
     if path is None:
-        repo, commit = str(source.repo), str(location.commit)
-        path = download(repo, commit, progress, note) if fetch else find_complete(repo, commit, note)
-        if path is None:
-            return Material(None, None, size_of(repo, commit, note), locked)
+        repo, commit, listing = str(source.repo), str(location.commit), location.listing
+        if fetch or listing is None:  # in the client's offline mode, which downloads nothing
+            path = download(repo, commit, progress, note)
+        elif (path := find_complete(repo, commit, listing.tree)) is None:
+            return Material(None, None, listing.nbytes, locked)
     if path.is_dir():
         digest, nbytes, found = _folder(path, hashes, with_card, progress)
         if "files" in found:  # without a manifest

@@ -182,5 +182,23 @@ def test_a_cached_commit_is_used_in_the_clients_offline_mode(
         path.write_text(path.read_text().replace(f"repo: org/{name}}}", f"repo: org/{name}, revision: {commit}}}"))
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}
     hub.requests.clear()
-    code, _, stderr = cli.run(["run", str(path)], environment)
-    assert (code, hub.requests) == (0, []), stderr
+    for arguments in ([], ["--dry-run"]):
+        code, _, stderr = cli.run(["run", str(path), *arguments], environment)
+        assert (code, hub.requests) == (0, []), stderr
+
+
+def test_a_dry_run_asks_once_for_the_files_of_a_repository(
+    cli: Any, hub: LocalHub, recipe: Callable[[str, str], Path]
+) -> None:
+    path = recipe("{resize: lora, rank: 2}", "lora")
+    sizes = []
+    for is_cached in (False, True):
+        hub.requests.clear()
+        done = cli("run", path, "--dry-run")
+        assert done.code == 0
+        asked = [asked.partition("/tree/")[0] for _, asked, _ in hub.requests if "/tree/" in asked]
+        assert asked == ["/api/models/org/plain", "/api/models/org/lora"]
+        assert {source["is_here"] for source in done.report["sources"]} == {is_cached}
+        sizes.append([source["bytes"] for source in done.report["sources"]])
+        assert cli("run", path).code == 0
+    assert all(listed >= read > 0 for listed, read in zip(*sizes, strict=True))
