@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import math
 import re
+import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -238,9 +239,11 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
             return network
         except (*BUILD_ERRORS, StrictDataclassError) as error:
             reason = textwrap.shorten(str(error), 200, placeholder=" …")  # may list every architecture
+            hint = "check its config.json, or try another release of transformers"
+            if sys.flags.optimize > 1:
+                hint = "run Python without -OO and PYTHONOPTIMIZE=2: transformers reads docstrings, which they remove"
             raise UsageError(
-                f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})",
-                hint="check its config.json, or try another release of transformers",
+                f"{checkpoint.root}: transformers cannot build a {kind!r} model ({reason})", hint=hint
             ) from error
 
 

@@ -246,3 +246,11 @@ def test_quantizing_with_a_cached_answer_gives_the_same_bytes(llama, cache, tmp_
     assert len(list(cache.iterdir())) == 1
     for path in (tmp_path / "asked").iterdir():
         assert path.read_bytes() == (tmp_path / "known" / path.name).read_bytes(), path.name
+
+
+def test_without_docstrings_the_hint_names_the_flag_that_removes_them(llama, tmp_path):
+    """transformers reads the docstrings of its own classes, and fails without; config.json is not to blame."""
+    command = [sys.executable, "-OO", "-m", "adaptkit", "quantize", llama, "-o", tmp_path / "out", "--dry-run"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "hint: run Python without -OO" in done.stderr
