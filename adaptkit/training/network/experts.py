@@ -141,16 +141,22 @@ def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> 
     """
     for name in stacks:
         del module._parameters[name]
-    properties = {name: property(_reader(name)) for name in stacks}
     if isinstance(module, PackedModule):
         module.packed.update(stacks)
-        module.__class__ = type(type(module).__name__, (type(module),), properties)
-        return
-    module.add_module("packed", nn.ModuleDict(stacks))
-    module.add_module("changes", nn.ModuleDict())
-    module.__class__ = type(type(module).__name__, (PackedModule, type(module)), properties)
-    module.__dict__["_unpacked"] = {}
-    module.__dict__["_compute_dtype"] = dtype
+    else:
+        module.add_module("packed", nn.ModuleDict(stacks))
+        module.add_module("changes", nn.ModuleDict())
+        module.__dict__["_unpacked"] = {}
+        module.__dict__["_compute_dtype"] = dtype
+    original: Any = type(module)  # mypy does not take a class for hashable
+    module.__class__ = _packed_class(original, tuple(stacks))
+
+
+@cache
+def _packed_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """Return the subclass of a class in which parameters are properties: a single one, so that layers stay alike."""
+    bases = (original,) if issubclass(original, PackedModule) else (PackedModule, original)
+    return type(original.__name__, bases, {name: property(_reader(name)) for name in names})
 
 
 class PackedModule(nn.Module):

@@ -17,15 +17,16 @@ from adaptkit.checkpoint import pages
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
+from adaptkit.networks.activations import kind_of
 from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.assembly import Assembly
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
-from adaptkit.training.network.experts import ExpertList, read_weight
+from adaptkit.training.network.experts import ExpertList, PackedModule, read_weight
 from adaptkit.training.network.linear import PackedWeight, PlainWeight
 from adaptkit.training.network.model import _decoded_bytes, load_model
-from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
+from adaptkit.training.network.new_adapters import AdapterShape, new_adapter, new_stack_adapters
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 43).view(2, 20)
@@ -138,6 +139,17 @@ def test_checkpointed_layers_release_the_mapped_pages_of_packed_experts(folders,
     codes = [matrix.codes for matrix in packed_matrices(model.network)]
     assert codes
     assert {(part.data_ptr(), part.nbytes) for part in codes} <= given
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_with_packed_experts_are_of_one_kind(folders, family):
+    """Otherwise each of them would be probed and measured."""
+    for root in (folders[family].packed, folders[family].source):
+        model = load_model(root, torch.float32, CPU)
+        new_stack_adapters(model, ("*.experts.*",), AdapterShape(4, 8.0), seed=0)
+        first, second = model.network.model.layers
+        assert isinstance(first.mlp.experts, PackedModule)
+        assert kind_of(first) == kind_of(second)
 
 
 def test_a_list_of_experts_dequantizes_to_its_matrices_stacked_in_order():
