@@ -13,6 +13,7 @@ from adaptkit.training.network import fused as fused_layers
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.linear import LoraLinear
+from adaptkit.training.network.new_adapters import AdapterShape, new_stack_adapters
 from adaptkit.training.network.unread import mark_unread, standing_in
 
 CPU = torch.device("cpu")
@@ -208,6 +209,19 @@ def test_standing_in_makes_a_linear_layer_return_a_constant_temporarily(folder):
         with standing_in([linear], 2.5):
             assert torch.equal(linear(x), torch.full_like(before, 2.5))
         assert torch.equal(linear(x), before)
+
+
+def test_gradients_of_experts_are_not_computed_if_every_result_is_read(folder):
+    model = ready(folder("mixtral"))
+    new_stack_adapters(model, ("*",), AdapterShape(4, 8.0), seed=0)
+    computed = []
+    for name, parameter in model.network.named_parameters():
+        if "experts" in name:
+            parameter.register_hook(lambda _, name=name: computed.append(name))
+    mark_unread(model.network)
+    assert not computed
+    gradients(model)
+    assert computed
 
 
 def test_layers_with_dora_are_not_skipped(folder):
