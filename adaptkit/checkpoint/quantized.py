@@ -227,6 +227,26 @@ def read_constants(files: TensorFiles, name: str) -> QuantizedWeight:
     return _decode(name, parts, np.empty(0, ARRAY_DTYPES[spec.dtype]), spec.nbytes)
 
 
+def read_run(
+    files: TensorFiles, name: str, weight: QuantizedWeight, absmax: Array, start: int, count: int
+) -> Blockwise:
+    """Read a run of a quantized weight's codes, with their constants.
+
+    Args:
+        files: files that hold the weight.
+        name: of the weight.
+        weight: the rest of it, from ``read_constants``.
+        absmax: all of its constants, ``weight.absmax``.
+        start: index of the first element, a multiple of the block size.
+        count: number of elements.
+    """
+    a_byte = 8 // weight.encoding.numerics.bits
+    raw = files.read_bytes(name, start // a_byte, -(-count // a_byte))
+    first, blocks = start // weight.block_size, -(-count // weight.block_size)
+    codes = raw if a_byte == 2 else raw.view(np.int8)
+    return Blockwise(codes, absmax[first : first + blocks], (count,), weight.block_size)
+
+
 def decode(name: str, parts: Mapping[str, Tensor]) -> QuantizedWeight:
     """Assemble a weight from its parts, which are given by suffix (the codes' suffix is empty).
 

@@ -28,7 +28,6 @@ from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
 from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.finite import all_finite
-from adaptkit.numerics.formats._blockwise import Blockwise
 from adaptkit.numerics.formats._double_quant import GROUP
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._roles import stores_transposed
@@ -188,16 +187,11 @@ def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], _De
     absmax = weight.absmax
 
     def decoded(piece: Piece) -> _Decoded:
-        a_byte = 8 // weight.encoding.numerics.bits
-        raw = checkpoint.read_bytes(spec.name, piece.start // a_byte, -(-piece.count // a_byte))
-        codes = raw if a_byte == 2 else raw.view(np.int8)
-        first = piece.start // weight.block_size
-        constants = absmax[first : first + -(-piece.count // weight.block_size)]
-        packed = Blockwise(codes, constants, (piece.count,), weight.block_size)
+        packed = quantized.read_run(checkpoint, spec.name, weight, absmax, piece.start, piece.count)
         values = weight.encoding.numerics.dequantize(packed, ARRAY_DTYPES[spec.dtype])
         if not all_finite(values):
-            _refuse(spec, constants)
-        return _Decoded(values, codes)
+            _refuse(spec, packed.absmax)
+        return _Decoded(values, packed.codes)
 
     def decoded_whole() -> _Decoded:
         found = decoded(Piece(0, spec.count))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -285,6 +287,39 @@ def test_tensors_in_16_and_in_4_bits_are_reported_together(tmp_path):
     kept = {change.name: change.effect for change in report.changes}
     assert kept.pop("lm_head.weight") == pytest.approx(1, abs=0.02)
     assert max(kept.values()) < 0.98
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+from adaptkit.operations.merge import MergeOptions, merge
+base, adapter, out = map(Path, sys.argv[1:])
+merge(base, [adapter], out, MergeOptions(format="nf4", threads=2))
+print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+def test_peak_memory_grows_by_less_than_the_size_of_the_matrix(tmp_path):
+    columns, peaks, module = 2048, [], "model.layers.0.mlp.up_proj"
+    for rows in (2048, 16384):
+        folders = [tmp_path / f"{name}-{rows}" for name in ("base", "adapter", "out")]
+        adapter = '{"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": "all-linear"}'
+        for folder, name, content in zip(folders, ("config", "adapter_config"), ("{}", adapter), strict=False):
+            folder.mkdir()
+            (folder / f"{name}.json").write_text(content)
+        weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
+        save_file({f"{module}.weight": weight}, folders[0] / "model.safetensors")
+        factors = {"A": torch.ones(1, columns), "B": torch.ones(rows, 1)}
+        named = {f"base_model.model.{module}.lora_{letter}.weight": factor for letter, factor in factors.items()}
+        save_file(named, folders[1] / "adapter_model.safetensors")
+        done = subprocess.run([sys.executable, "-c", MEASURE, *folders], capture_output=True, text=True, check=True)
+        peaks.append(int(done.stdout) * 1024)
+    assert peaks[1] - peaks[0] < 14336 * columns * 2  # of one bfloat16 matrix
+
+
+def test_the_share_left_does_not_depend_on_the_number_of_threads(tmp_path, llama, adapter):
+    reports = [merge(llama, [adapter], tmp_path / f"{n}", replace(NF4, threads=n)).changes for n in (1, 3)]
+    assert reports[0] == reports[1]
 
 
 @pytest.mark.parametrize("form", ["keep", "nf4"])

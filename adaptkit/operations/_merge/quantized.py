@@ -51,7 +51,7 @@ def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progr
     made = Checkpoint(output)
     stored = {tensor.name for tensor in report.tensors if tensor.format}
     changes = [
-        quantized_change(view, made, name, options.encoding) if name in stored else plain_change(view, name)
+        quantized_change(view, made, name, options.encoding, threads) if name in stored else plain_change(view, name)
         for name in view.folds
     ]
     left = sorted(set(view.folds) - stored)

@@ -15,12 +15,12 @@ from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.header import ITEM_BYTES
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.reader import Checkpoint, Located
-from adaptkit.lazy import torch
 from adaptkit.numerics.arrays import Array, as_array, as_tensor
 from adaptkit.operations._merge.edits import Edit, Edits
 from adaptkit.operations._merge.folding import Fold, Rows, find_lengths, jobs_of, read_rows
 from adaptkit.operations._merge.report import TensorChange, change_of
 from adaptkit.operations._roles import stores_transposed
+from adaptkit.operations._threads import map_in_threads
 
 
 class MergedView(Checkpoint):
@@ -62,7 +62,7 @@ class MergedView(Checkpoint):
         return flat[first - start * columns : last - start * columns].view(np.uint8)
 
 
-def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: Encoding) -> TensorChange:
+def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: Encoding, threads: int) -> TensorChange:
     """Measure how much of the change of a weight is left after quantization.
 
     Args:
@@ -70,37 +70,39 @@ def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: 
         output: the checkpoint quantized from it.
         name: name of the weight.
         encoding: its encoding.
+        threads: number of runs of rows processed at a time; the result does not depend on it.
 
     Returns:
         ``effect`` is ⟨Q(W + Δ) - Q(W), Δ⟩ / ⟨Δ, Δ⟩, ``moved`` the share of elements in which Q(W + Δ) and Q(W) differ.
         Q(W) is computed without double quantization, whose error does not depend on Δ.
     """
     fold, flip = view.folds[name], stores_transposed(view.base, name)
-    stored = quantized.read_quantized(output, name).dequantize(torch.float32)
-    after = stored.T if flip else stored
+    stored = quantized.read_constants(output, name)
+    absmax = stored.absmax
     height, columns = fold.edit.matrix
-    aligned = not flip and columns % encoding.block_size == 0
-    runs = fold.pieces() if aligned else [Rows(0, height)]
-    total = [0.0] * 5
-    for rows in runs:
+    numerics, block_size = encoding.numerics, encoding.block_size
+
+    def measured(rows: Rows) -> list[float]:
         held = read_rows(view.base, name, rows)
-        weight = as_tensor(held)
-        linear = weight.T.contiguous() if flip else weight
-        codes = encoding.numerics.quantize(linear, encoding.block_size)
-        again = encoding.numerics.dequantize(codes, torch.float32).reshape(linear.shape)
-        before = again.T if flip else again
-        difference = (after.reshape(height, columns)[rows.start : rows.start + rows.count] - before).double()
+        linear = np.ascontiguousarray(held.T) if flip else held
+        now = quantized.read_run(output, name, stored, absmax, rows.start * columns, held.size)
+        sides = (now, numerics.quantize(linear, block_size))
+        after, before = (numerics.dequantize(side, np.dtype(np.float32)).reshape(linear.shape) for side in sides)
+        difference = as_tensor(after - before).double()
         delta = fold.exact_change(held, rows)
-        found = (
+        return [
             float((difference != 0).sum()),
-            float(difference.numel()),
             float(delta.square().sum()),
-            float(weight.double().square().sum()),
-            float((difference * delta).sum()),
-        )
-        total = [one + other for one, other in zip(total, found, strict=True)]
-    moved, count, *sums = total
-    return change_of(name, int(count), moved, sums)
+            float(as_tensor(held).double().square().sum()),
+            float(((difference.T if flip else difference) * delta).sum()),
+        ]
+
+    aligned = not flip and columns % block_size == 0
+    total = np.zeros(4)
+    for sums in map_in_threads(measured, fold.pieces() if aligned else [Rows(0, height)], threads):
+        total += sums
+    moved, *sums = total.tolist()
+    return change_of(name, fold.edit.spec.count, moved, sums)
 
 
 def plain_change(view: MergedView, name: str) -> TensorChange:
