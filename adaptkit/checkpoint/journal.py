@@ -34,7 +34,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileReco
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.place import check_output, partial_folder, replaced_folder
 from adaptkit.checkpoint.writer import TensorWriter, copy_file, make_folder, require_free, sync_folder, write_file
-from adaptkit.errors import ConflictError, UsageError
+from adaptkit.errors import AdaptkitError, ConflictError, UsageError
 
 if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Values
@@ -163,7 +163,7 @@ class Output:
         self.notes |= notes
 
     def require_space(self, nbytes: int) -> None:
-        """Check that the disk has room for the output.
+        """Check that the disk has room for the output; if not, and nothing is written yet, remove the folder.
 
         Args:
             nbytes: size of the whole output. Finished files are subtracted, and so is the space of unfinished ones,
@@ -175,7 +175,12 @@ class Output:
         there = sum(done.record.size for done in self._finished.values())
         cut_off = (p.lstat() for p in self.folder.rglob("*") if str(p.relative_to(self.folder)) not in self._finished)
         needed = nbytes - there - sum(512 * state.st_blocks for state in cut_off)
-        require_free(self.folder, needed, f"{self.final}: needs", "free some space, or choose another -o")
+        try:
+            require_free(self.folder, needed, f"{self.final}: needs", "free some space, or choose another -o")
+        except AdaptkitError:
+            if [path.name for path in self.folder.iterdir()] == [JOURNAL_NAME]:
+                self.discard()
+            raise
 
     def scratch_folder(self) -> AbstractContextManager[Path]:
         """Return a context manager that creates a temporary folder; see ``temporary_folder``."""

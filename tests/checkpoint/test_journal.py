@@ -571,6 +571,16 @@ def test_the_space_of_an_unfinished_file_counts_as_free(tmp_path):
             output.require_space(free + 3 * half)
 
 
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_folder_without_room_for_the_output_is_removed_unless_something_is_written(tmp_path, is_begun):
+    with Output(tmp_path / "out", PLAN) as output:
+        if is_begun:
+            output.write("a", b"done")
+        with pytest.raises(DiskError, match="more bytes"):
+            output.require_space(shutil.disk_usage(tmp_path).free + (1 << 40))
+    assert [path.name for path in tmp_path.iterdir()] == (["out.partial"] if is_begun else [])
+
+
 def test_a_scratch_folder_starts_empty_and_is_removed_even_after_an_interrupt(tmp_path):
     with Output(tmp_path / "out", PLAN) as output:
         left = output.folder / "adaptkit-scratch"
