@@ -1,7 +1,8 @@
 """Strict reader for YAML and JSON files that people write; records the line of every key.
 
 Rejected are duplicate keys (readers differ on which one counts), tags (which may run code), aliases (a few lines can
-expand to gigabytes), keys that are not text, files above one MiB, and in JSON NaN and numbers too large for a float.
+expand to gigabytes), keys that are not text, escapes of characters that no path has, files above one MiB, and in JSON
+NaN and numbers too large for a float.
 Unlike in YAML 1.1, ``2e-4`` is a number, while ``010`` (8 in YAML 1.1), ``12:30`` (750) and ``2026-01-31`` (a date) are
 text. ``yes``, ``no``, ``on`` and ``off`` (booleans in YAML 1.1) must be quoted if they are values.
 """
@@ -30,6 +31,8 @@ _SCALARS = {
     ),
 }
 """The types that an unquoted scalar can have besides text: its pattern, and the characters that it can begin with."""
+_IMPOSSIBLE = re.compile("[\0\ud800-\udfff]")
+"""Characters that escapes can write, but that are in no path, and in no text that can be encoded."""
 _WORDS = {"yes", "no", "on", "off"}
 _TAG = "tag:yaml.org,2002:"
 _REPLACED = {_TAG + kind for kind in (*_SCALARS, "timestamp")}
@@ -84,7 +87,24 @@ def read_document(path: Path) -> Document:
         raise ConfigError(f"{path}: malformed ({' '.join(str(error).split())})", hint=_FORM) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected keys and values, such as 'rank: 16'", hint=_FORM)
-    return Document(path, values, lines)
+    document = Document(path, values, lines)
+    for keys, text in _texts(values):
+        if _IMPOSSIBLE.search(text):
+            raise ConfigError(f"{document.where(*keys)}: contains U+0000 or an unpaired surrogate", hint=_LINE)
+    return document
+
+
+def _texts(values: Any) -> Iterator[tuple[Keys, str]]:
+    waiting: list[tuple[Keys, Any]] = [((), values)]
+    while waiting:
+        keys, value = waiting.pop()
+        if isinstance(value, str):
+            yield keys, value
+        elif isinstance(value, dict):
+            yield from ((keys, key) for key in value)
+            waiting += [((*keys, key), part) for key, part in value.items()]
+        elif isinstance(value, list):
+            waiting += [((*keys, number), part) for number, part in enumerate(value)]
 
 
 class _Loader(yaml.SafeLoader):

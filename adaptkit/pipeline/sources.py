@@ -7,6 +7,7 @@ files whose size and times did not change.
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,8 +116,9 @@ def check_apart(sources: Iterable[Source], folder: Path, work: Path) -> None:
     Raises:
         ConfigError: names the source.
     """
+    inner = Path(os.path.realpath(work))  # which accepts links in a circle, as Path.resolve does not
     for source in sources:
-        if source.path is not None and work.resolve().is_relative_to((folder / source.path).resolve()):
+        if source.path is not None and inner.is_relative_to(os.path.realpath(folder / source.path)):
             raise source.place.at("path").error(f"contains the work folder {work}", hint="choose another --work")
 
 
@@ -156,7 +158,7 @@ def locate(source: Source, folder: Path, lock: Lock, *, offline: bool, note: Cal
     """
     if source.path is not None:
         path = folder / source.path
-        if not path.exists():
+        if not os.path.exists(path):  # Path.exists raises if a name is too long
             raise source.place.at("path").error("does not exist", hint=f"check the path: {path}")
         return Location(path)
     repo, commit, place = str(source.repo), lock.commit(source), ("sources", source.name, "commit")

@@ -76,6 +76,7 @@ BOMB = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("a
         ("? [a, b]\n: c\n", "malformed"),
         ("a: 1\n---\nb: 2\n", "malformed"),
         ("a: [1\n", "malformed"),
+        ("a: 1\nb: [{c: 'x', d: \"m\\0n\"}]\n", "line 2: b.0.d: contains U+0000 or an unpaired surrogate"),
         ("- a\n", "expected keys and values"),
         ("", "expected keys and values"),
         ("[" * 5000, "malformed"),
@@ -98,6 +99,12 @@ def test_files_with_the_suffix_json_are_read_as_json_and_as_strictly(tmp_path):
     path.write_text('{"a": {"b": 1, "b": 2}}')
     with pytest.raises(ConfigError, match="the key 'b' appears twice"):
         read_document(path)
+    for text, place in (('{"a": ["\\ud800"]}', ": a.0: "), ('{"a": {"\\u0000": 1}}', ": a: ")):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=f"{place}contains"):
+            read_document(path)
+    path.write_text('{"a": "\\ud83d\\ude00"}')
+    assert read_document(path).values == {"a": "\U0001f600"}
     for number in ("NaN", "-Infinity", "1e999", "-1e999"):
         path.write_text(f'{{"a": {number}}}')
         with pytest.raises(ConfigError, match=rf"a\.json: {number} is"):

@@ -562,6 +562,17 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(recipe, release, e
     assert tree(release) == before
 
 
+@pytest.mark.parametrize("path", ["loop", "a" * 300], ids=["links in a circle", "too long"])
+def test_a_path_that_cannot_exist_is_an_error_at_its_place(release, recipe, edit, path):
+    for name in ("loop", "work"):
+        (release / name).symlink_to(name)
+    edit("{path: lora}", f"{{path: {path}}}")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml, line 4: sources\.lora\.path: does not exist"):
+        run(recipe)
+    with pytest.raises(UsageError, match="work: is not a folder"):
+        run(recipe, RunOptions(work=release / "work"))
+
+
 def test_a_source_that_is_missing_or_of_the_wrong_kind_is_named_with_its_line(recipe, release, edit):
     shutil.rmtree(release / "lora")
     with pytest.raises(ConfigError, match=r"recipe\.yaml, line 4: sources\.lora\.path: does not exist"):
