@@ -19,6 +19,7 @@ from adaptkit.pipeline import steps as registry
 from adaptkit.pipeline.artifact import kind_of
 from adaptkit.pipeline.reading import read_recipe
 from adaptkit.pipeline.run import Listener, OutputReport, RunReport, SourceReport, StepReport, run
+from adaptkit.pipeline.steps.evaluate import KIND, EvaluateStep, Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\
@@ -234,3 +235,17 @@ def test_the_docs_list_every_key_of_the_report():
     for key, kinds in ("sources", (SourceReport,)), ("steps", (StepReport, OutputReport)):
         missing = {field.name for kind in kinds for field in fields(kind)} - set(re.findall(r"`(\w+)`", listed[key]))
         assert not missing, key
+
+
+@pytest.mark.parametrize(
+    ("value", "limits", "told"),
+    [
+        (2.50001, {"max": 2.5}, "loss is 2.50001; required: at most 2.5"),
+        (2.6, {"max": 2.5}, "loss is 2.6000; required: at most 2.5"),
+        (0.12345, {"min": 0.1234567}, "loss is 0.12345; required: at least 0.1234567"),
+        (float("nan"), {"min": 1, "max": 2}, "loss is nan; required: at least 1, at most 2"),
+    ],
+)
+def test_a_failed_gate_shows_a_figure_outside_its_limits(value, limits, told):
+    """Rounded to four digits, it could be within them."""
+    assert KIND.judge(EvaluateStep(require={"loss": Limits(**limits)}), {"loss": value}) == told

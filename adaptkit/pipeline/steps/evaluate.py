@@ -33,7 +33,7 @@ class Limits:
 
     def __str__(self) -> str:
         ends = (("at least", self.min), ("at most", self.max))
-        return ", ".join(f"{word} {end:g}" for word, end in ends if end is not None)
+        return ", ".join(f"{word} {end:.15g}" for word, end in ends if end is not None)
 
     def allow(self, value: float) -> bool:
         """Return whether a figure is within the limits; False for NaN."""
@@ -137,7 +137,8 @@ def _judge(options: EvaluateStep, facts: Facts) -> str:
         if value is None:
             missed.append(f"{name} was not measured")
         elif not limits.allow(value):
-            missed.append(f"{name} is {value:.4f}; required: {limits}")
+            rounded = f"{value:.4f}"  # if that is within the limits, all digits
+            missed.append(f"{name} is {value if limits.allow(float(rounded)) else rounded}; required: {limits}")
     return "; ".join(missed)
 
 
