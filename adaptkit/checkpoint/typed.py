@@ -18,6 +18,9 @@ from adaptkit.checkpoint.document import Document, Keys
 from adaptkit.discovery import closest
 from adaptkit.errors import ConfigError, UsageError
 
+IN_QUOTES = "write it in quotes"
+"""The hint for a number where text is expected; without the number, which is 1.1 where the file has 1.10."""
+
 
 @dataclass(frozen=True)
 class Place:
@@ -115,7 +118,7 @@ def convert(value: Any, hint: Any, place: Place) -> Any:
         return {keys[key]: convert(item, inner[1], place.at(key)) for key, item in value.items()}
     if origin is None and hint is not None and _fits(value, hint):
         return hint(fspath(value) if isinstance(value, PathLike) else value)
-    advice = f"write it in quotes: '{value}'" if hint is str and isinstance(value, int | float) else ""
+    advice = IN_QUOTES if hint is str and isinstance(value, int | float) else ""
     advice = advice or (f"write [{value}]" if origin is tuple and isinstance(value, str | int | float) else "")
     advice = advice or ("write true or false" if hint is bool else "")
     raise place.error(f"is {_shown(value)}; expected {_expected(hint)}", hint=advice)

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adaptkit.checkpoint.document import read_document
-from adaptkit.checkpoint.typed import Place, build, check_keys, nearest
+from adaptkit.checkpoint.typed import IN_QUOTES, Place, build, check_keys, nearest
 from adaptkit.discovery import load, names
 from adaptkit.errors import ConfigError, UsageError
 from adaptkit.hub.sources import check_repo_id
@@ -34,7 +34,7 @@ def read_recipe(path: Path) -> Recipe:
         if not values.get(key):
             raise top.error(f"{key} is missing", hint="a recipe needs a name, sources and steps")
     if not isinstance(values["name"], str):
-        raise top.at("name").error("is not text", hint="write it in quotes")
+        raise top.at("name").error("is not text", hint=IN_QUOTES)
     listed = {key: _named(values[key], top.at(key)) for key in ("sources", "steps")}
     sources = {name: _source(name, entry, top.at("sources", name)) for name, entry in listed["sources"].items()}
     steps = [_step(name, entry, top.at("steps", name)) for name, entry in listed["steps"].items()]
@@ -61,8 +61,8 @@ def _source(name: str, entry: Any, place: Place) -> Source:
     values = check_keys(entry, ("path", "repo", "revision"), place)
     for key, value in values.items():
         if not isinstance(value, str) or not value:
-            quoted = f"write it in quotes: '{value}'" if isinstance(value, int | float) else _EXAMPLE
-            raise place.at(key).error(f"is {value!r}; expected text", quoted)
+            advice = IN_QUOTES if isinstance(value, int | float) else _EXAMPLE
+            raise place.at(key).error(f"is {value!r}; expected text", advice)
     if ("path" in values) == ("repo" in values):
         raise place.error("expected either a path or a repo", _EXAMPLE)
     if "path" in values:

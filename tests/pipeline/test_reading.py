@@ -131,7 +131,7 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("repo: org/name", "repo: org", "line 15: steps.release: org: not the name of a repository", "org/name"),
         ("tag: v1", "signer: {}", "steps.release.signer: cannot be set in a recipe", "sign: true"),
         ("repo: org/name, ", "", "line 15: steps.release: repo is missing", ""),
-        ("tag: v1", "tag: 1.0", "steps.release.tag: is 1.0; expected text", "write it in quotes: '1.0'"),
+        ("tag: v1", "tag: 1.0", "steps.release.tag: is 1.0; expected text", "write it in quotes"),
         ("needs: [judged,", "needs: [judge,", "steps.release.needs: no step named 'judge'", "'judged'?"),
         ("needs: [judged,", "needs: [base,", "steps.release.needs: no step named 'base'", ""),
         ("small: {q", "base: {q", "line 6: steps.base: 'base' is also the name of the source 'base'", ""),
@@ -142,7 +142,7 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("path: model", "path: /models/a", "line 3: sources.base.path: must be relative to the recipe's folder", "../"),
         ("path: model", "path: ~/a", "must be relative to the recipe's folder", ""),
         ("path: model", "pth: model", "line 3: sources.base.pth: unknown key", "did you mean 'path'?"),
-        ("path: model", "path: 3", "line 3: sources.base.path: is 3; expected text", "quotes: '3'"),
+        ("path: model", "path: 3", "line 3: sources.base.path: is 3; expected text", "write it in quotes"),
         ("path: model", "path: ''", "line 3: sources.base.path: is ''; expected text", "base: {repo: org/name"),
         ("path: model", "repo:", "line 3: sources.base.repo: is None; expected text", "base: {repo: org/name"),
         ("path: model", "repo: a", "line 3: sources.base.repo: a: not the name of a repository", ""),
@@ -161,6 +161,14 @@ def test_an_error_names_the_problem_and_its_place(write, old, new, message, hint
     assert message in caught.value.message
     assert hint in caught.value.hint
     assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("new", ["tag: 1.10", "tag: 1_0", "tag: true"])
+def test_the_hint_to_quote_text_does_not_repeat_it_as_the_value_that_was_read(write, new):
+    """To follow such a hint, '1.1', would publish another tag."""
+    with pytest.raises(ConfigError, match=r"expected text") as caught:
+        read_recipe(write(GOOD, "tag: v1", new))
+    assert caught.value.hint == "write it in quotes"
 
 
 def test_a_merge_into_nf4_makes_a_quantized_checkpoint(write):
