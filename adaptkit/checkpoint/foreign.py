@@ -1,6 +1,7 @@
 """Detect the quantization method of a checkpoint from its configuration, or from its tensors' names and types."""
 
 import re
+from collections.abc import Collection
 
 from adaptkit.checkpoint.reader import Checkpoint
 
@@ -28,19 +29,24 @@ def quantization_found(checkpoint: Checkpoint) -> str | None:
     method = checkpoint.quantization_method
     if method == "bitsandbytes" and checkpoint.config["quantization_config"].get("load_in_8bit"):
         return _INT8  # the one method of bitsandbytes that is not supported
-    if method is not None:
-        return method
-    for pattern, method in _BY_NAME:
-        if any(pattern.search(name) for name in checkpoint.tensors):
-            return method
     names = checkpoint.tensors
-    if any(name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in names for name in names):
-        return "MXFP4"
-    if any(name.endswith(".codebooks") and f"{name.removesuffix('books')}s" in names for name in names):
-        return "AQLM"
+    if method is not None or (method := quantization_named(names)) is not None:
+        return method
     scaled = {name.removesuffix("_scale") for name in names if name.endswith(".weight_scale")}
     if any(located.spec.dtype.startswith("F8_") for located in names.values()):
         return "compressed-tensors" if scaled else "fp8"
     by_type = {"I8": "compressed-tensors", "U8": "BitNet"}
     types = [names[weight].spec.dtype for weight in sorted(scaled & set(names))]
     return next((by_type[dtype] for dtype in types if dtype in by_type), None)
+
+
+def quantization_named(names: Collection[str]) -> str | None:
+    """Return the name of the quantization method that tensors' names show, or None if they show none."""
+    for pattern, method in _BY_NAME:
+        if any(pattern.search(name) for name in names):
+            return method
+    if any(name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in names for name in names):
+        return "MXFP4"
+    if any(name.endswith(".codebooks") and f"{name.removesuffix('books')}s" in names for name in names):
+        return "AQLM"
+    return None

@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from huggingface_hub import constants
 
+from adaptkit.checkpoint.foreign import quantization_named
 from adaptkit.checkpoint.header import strict_json
-from adaptkit.checkpoint.layout import CONFIG_NAME
+from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME
 from adaptkit.hub._client import Hub, Note, connect
 from adaptkit.hub._fetch import fetch_small
 from adaptkit.hub._remote import RemoteFile, list_tree, matches
@@ -55,19 +57,33 @@ class Listing:
             IntegrityError: it is too large, or was damaged in transit.
             AuthenticationError, NetworkError: the Hub refused or did not answer.
         """
-        if CONFIG_NAME not in self.tree:
-            return False
-        config = strict_json(self._config(self.tree[CONFIG_NAME]), f"{self}: {CONFIG_NAME}", infinities=True)
-        return config.get("quantization_config") is not None
+        return self._read(CONFIG_NAME).get("quantization_config") is not None
 
-    def _config(self, remote: RemoteFile) -> bytes:
+    @cached_property
+    def has_plain_names(self) -> bool:
+        """Whether there is an index, and no tensor in it has a name that only quantized weights have.
+
+        Raises:
+            CheckpointError, IntegrityError, AuthenticationError, NetworkError: see ``says_quantized``.
+        """
+        names = self._read(INDEX_NAME).get("weight_map")
+        known = names if isinstance(names, dict) else {}
+        is_scaled = any(name.endswith(".weight_scale") for name in known)  # of 8-bit weights, which only types show
+        return bool(known) and not is_scaled and quantization_named(known) is None
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """Read a JSON file, which is fetched if it is not cached; empty if the commit lacks it."""
+        remote = self.tree.get(name)
+        if remote is None:
+            return {}
         folder = find_cached(self.repo_id, self.commit)
-        path = folder / CONFIG_NAME if folder is not None else None
+        path = folder / name if folder is not None else None
+        content = b""
         if path is not None and path.is_file() and path.stat().st_size == remote.size:
             content = path.read_bytes()
-            if matches(remote, in_memory(CONFIG_NAME, content)):
-                return content
-        return fetch_small(self.hub, self.repo_id, self.commit, CONFIG_NAME, remote)
+        if not matches(remote, in_memory(name, content)):
+            content = fetch_small(self.hub, self.repo_id, self.commit, name, remote)
+        return strict_json(content, f"{self}: {name}", infinities=True)
 
 
 def list_files(repo_id: str, commit: str, note: Note) -> Listing | None:

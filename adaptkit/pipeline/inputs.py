@@ -72,4 +72,6 @@ def _check_listing(listing: Listing, as_adapter: bool, step: Step, taken: Input,
     if taken.takes != "folder":
         with prefix_errors(step):
             kind = listed_kind(listing, as_adapter=as_adapter)
+            if kind == "checkpoint" and taken.takes == "quantized checkpoint" and listing.has_plain_names:
+                kind = "unquantized checkpoint"
         check_kind(kind, taken.takes, name, place)

@@ -11,7 +11,7 @@ from folders import edit_json
 from local_hub import Fault, LocalHub
 
 from adaptkit.operations.adopt import adopt
-from adaptkit.operations.quantize import quantize
+from adaptkit.operations.quantize import QuantizeOptions, quantize
 
 COMMIT = """
 import json
@@ -26,11 +26,12 @@ print(json.dumps({}))
 
 
 @pytest.fixture
-def repositories(cli: Any, tmp_path: Path, llama: Path, adapter: Path) -> None:
+def repositories(cli: Any, tmp_path: Path, llama: Path, llama_sharded: Path, adapter: Path) -> None:
     """Repositories in the namespace org, one of each kind; the steps of a recipe name them as they are called here."""
     folder = tmp_path / "repositories"
     shutil.copytree(llama, folder / "plain")
     quantize(llama, folder / "small")
+    shutil.copytree(llama_sharded, folder / "sharded")
     shutil.copytree(adapter, folder / "lora")
     adopt(adapter, folder / "ours")
     shutil.copytree(llama, folder / "both")
@@ -62,6 +63,7 @@ def recipe(tmp_path: Path, repositories: None) -> Callable[[str, str], Path]:
         ("{merge: small, adapters: [ours]}", "small", "steps.second.merge: 'small' is a quantized checkpoint"),
         ("{resize: small, rank: 2}", "small", "steps.second.resize: 'small' is a quantized checkpoint; exp"),
         ("{resize: plain, rank: 2}", "both", "steps.second.resize: 'plain' is a checkpoint; expected an adapter"),
+        ("{dequantize: sharded}", "sharded", "'sharded' is an unquantized checkpoint; expected a quantized checkpoint"),
         ("{adopt: ours}", "ours", "steps.second.adopt: 'ours' already has a manifest"),
     ],
 )
@@ -79,7 +81,7 @@ def test_a_repository_of_the_wrong_kind_is_refused_before_any_download(
     done = cli("run", path, *(["--dry-run"] if dry_run else []))
     assert done.code == 2
     assert message in done.report["message"]
-    assert not [path for _, path, _ in hub.requests if "safetensors" in path]
+    assert not [path for _, path, _ in hub.requests if "safetensors" in path.replace("safetensors.index.json", "")]
 
 
 def test_local_folders_are_checked_before_the_hub_is_asked(
@@ -160,11 +162,13 @@ def test_a_repository_with_an_adapter_and_a_checkpoint_is_taken_as_either(
     assert cli("run", path).code == 0
 
 
+@pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["one file", "shards"])
 def test_a_checkpoint_that_only_its_tensors_show_to_be_quantized_is_taken_as_quantized(
-    cli: Any, recipe: Callable[[str, str], Path], tmp_path: Path
+    cli: Any, recipe: Callable[[str, str], Path], tmp_path: Path, llama: Path, shard_bytes: int
 ) -> None:
     folder = tmp_path / "more" / "bare"
-    shutil.copytree(tmp_path / "repositories" / "small", folder)
+    quantize(llama, folder, QuantizeOptions(max_shard_bytes=shard_bytes))
+    assert (folder / "model.safetensors.index.json").exists() == (shard_bytes < 10**9)
     (folder / "adaptkit-manifest.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     edit_json(folder / "config.json", **dict.fromkeys(config.keys() & {"quantization_config"}))
