@@ -654,13 +654,16 @@ def test_a_folder_that_holds_both_an_adapter_and_a_checkpoint_is_taken_as_either
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_an_adapter_config_beside_a_checkpoint_is_refused_with_the_hint_to_remove_it(
-    recipe, release, llama_sharded, sharded
+def test_an_adapter_config_beside_a_checkpoint_matters_only_to_a_step_that_takes_the_adapter(
+    recipe, release, edit, llama_sharded, sharded
 ):
     if sharded:
         shutil.rmtree(release / "model")
         shutil.copytree(llama_sharded, release / "model")
     shutil.copy(release / "lora" / "adapter_config.json", release / "model")
+    assert done(run(recipe)) == ALL
+    edit("resize: lora", "resize: base")
+    edit("  lora: {path: lora}\n", "")
     message = r"model: adapter_model\.safetensors not found beside adapter_config\.json"
     with pytest.raises(AdapterError, match=message) as caught:
         run(recipe)
