@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from adaptkit.checkpoint.foreign import quantization_named
 from adaptkit.checkpoint.header import strict_json
-from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME
+from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, resolve_inside
 from adaptkit.hub._client import Hub, Note, connect
 from adaptkit.hub._fetch import fetch_small
 from adaptkit.hub._remote import RemoteFile, list_tree, matches
@@ -77,7 +77,7 @@ class Listing:
         if remote is None:
             return {}
         folder = find_cached(self.repo_id, self.commit)
-        path = folder / name if folder is not None else None
+        path = resolve_inside(folder, name) if folder is not None else None
         content = b""
         if path is not None and path.is_file() and path.stat().st_size == remote.size:
             content = path.read_bytes()
