@@ -214,11 +214,6 @@ def test_a_stack_of_experts_stays_if_a_block_would_straddle_two_experts(families
                 assert choice.kept_because == ("" if fits else "expert: size is not a multiple of the block size")
 
 
-def test_an_unknown_moe_option_is_refused(families):
-    with pytest.raises(UsageError, match="'int3'"):
-        select(Checkpoint(families / "mixtral"), moe="int3")
-
-
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_transformers_converts_the_selected_modules_in_every_architecture(model_type, tmp_path):
     """transformers' own rule is applied to our skip list and to its model; the files are headers and sparse data."""
