@@ -247,7 +247,7 @@ def put_stack(model: Model, module: nn.Module, name: str, lora_a: Tensor, lora_b
     """Attach LoRA to a stacked parameter.
 
     Args:
-        model: the model; gives compute dtype and device.
+        model: the model; gives compute dtype, device and memory.
         module: the module that holds the parameter; modified in place.
         name: dotted path of the parameter.
         lora_a: (experts, rank, in).
@@ -257,7 +257,7 @@ def put_stack(model: Model, module: nn.Module, name: str, lora_a: Tensor, lora_b
     leaf = name.rpartition(".")[2]
     plain = module._parameters.get(leaf)
     if plain is not None:
-        pack(module, {leaf: PlainWeight(plain.detach())}, model.dtype)
+        pack(module, {leaf: PlainWeight(plain.detach())}, model.dtype, model.stack_memory)
     if not isinstance(module, PackedModule):
         raise TypeError(f"{leaf} is no stack of {type(module).__name__}")
     module.changes[leaf] = StackLora(lora_a, lora_b, factor, is_transposed(module)).to(model.device)

@@ -18,6 +18,7 @@ from adaptkit.checkpoint.quantized import read_quantized
 from adaptkit.errors import CheckpointError
 from adaptkit.networks.assembly import Assembly
 from adaptkit.training.network.linear import FrozenWeight, PackedWeight, PlainWeight
+from adaptkit.training.network.stack_memory import StackMemory
 
 
 class ExpertList(nn.Module):
@@ -33,10 +34,9 @@ class ExpertList(nn.Module):
         first = experts[0]
         self.shape = (len(experts), sum(matrix.shape[0] for matrix in first), first[0].shape[1])
 
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the stack in ``dtype``."""
-        device = next(self.buffers()).device
-        stack = torch.empty(self.shape, dtype=dtype, device=device)
+    def dequantize(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        """Return the stack in ``dtype``; ``into`` is overwritten if given."""
+        stack = torch.empty(self.shape, dtype=dtype, device=next(self.buffers()).device) if into is None else into
         for target, matrices in zip(stack, self.experts, strict=True):
             start = 0
             for matrix in matrices:  # type: ignore[attr-defined]
@@ -96,25 +96,21 @@ class StackLora(nn.Module):
         self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
         self.scaling, self.transposed = scaling, transposed
 
-    def add_to(self, stack: Tensor, in_place: bool) -> Tensor:
-        """Return the stack plus s · B A, in the stack's type; ``in_place`` overwrites ``stack``."""
+    def add_to(self, stack: Tensor, into: Tensor) -> Tensor:
+        """Return the stack plus s · B A, in the stack's type, written into ``into``, which may be the stack."""
         a, b = self.lora_a.detach().to(stack.dtype), self.lora_b.detach().to(stack.dtype)
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
-        if in_place:
-            return stack.baddbmm_(left, right, alpha=self.scaling)
-        return torch.baddbmm(stack, left, right, alpha=self.scaling)
+        return torch.baddbmm(stack, left, right, alpha=self.scaling, out=into)
 
 
 class _StackWithLora(torch.autograd.Function):
     """An unpacked stack with LoRA, differentiable with respect to A and B; saves only A and B."""
 
     @staticmethod
-    def forward(
-        ctx: Any, lora_a: Tensor, lora_b: Tensor, stack: Stack, change: StackLora, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, lora_a: Tensor, lora_b: Tensor, change: StackLora, unpack: Callable[[], Tensor]) -> Tensor:
         ctx.save_for_backward(lora_a, lora_b)
         ctx.change = change
-        return _unpack(stack, change, dtype)
+        return unpack()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -122,22 +118,26 @@ class _StackWithLora(torch.autograd.Function):
         grad = grads[0].mT if ctx.change.transposed else grads[0]  # (experts, out, in)
         grad_a = torch.bmm(lora_b.to(grad.dtype).mT, grad).to(lora_a.dtype) * ctx.change.scaling
         grad_b = torch.bmm(grad, lora_a.to(grad.dtype).mT).to(lora_b.dtype) * ctx.change.scaling
-        return grad_a, grad_b, None, None, None
+        return grad_a, grad_b, None, None
 
 
-def _unpack(stack: Stack, change: StackLora | None, dtype: torch.dtype) -> Tensor:
+def _unpack(stack: Stack, change: StackLora | None, dtype: torch.dtype, memory: StackMemory) -> Tensor:
     """Return a stack in ``dtype``, with its LoRA added if it has one."""
-    value = stack.dequantize(dtype)
-    return value if change is None else change.add_to(value, in_place=not isinstance(stack, PlainWeight))
+    if isinstance(stack, PlainWeight):
+        value = stack.dequantize(dtype)
+        return value if change is None else change.add_to(value, memory.empty(value.shape, dtype, value.device))
+    value = stack.dequantize(dtype, memory.empty(stack.shape, dtype, next(stack.buffers()).device))
+    return value if change is None else change.add_to(value, value)
 
 
-def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> None:
+def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype, memory: StackMemory) -> None:
     """Replace 3-D parameters of a module by packed stacks.
 
     Args:
         module: modified in place.
         stacks: the stacks, by the parameter's name.
         dtype: compute dtype of its forward pass.
+        memory: shared by all stacks of a network.
     """
     for name in stacks:
         del module._parameters[name]
@@ -148,6 +148,7 @@ def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> 
         module.add_module("changes", nn.ModuleDict())
         module.__dict__["_unpacked"] = {}
         module.__dict__["_compute_dtype"] = dtype
+        module.__dict__["_memory"] = memory
     original: Any = type(module)  # mypy does not take a class for hashable
     module.__class__ = _packed_class(original, tuple(stacks))
 
@@ -166,6 +167,7 @@ class PackedModule(nn.Module):
     changes: nn.ModuleDict
     _unpacked: dict[str, Tensor]
     _compute_dtype: torch.dtype
+    _memory: StackMemory
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward pass with its stacks unpacked."""
@@ -182,13 +184,14 @@ class PackedModule(nn.Module):
         kept, stacks = {}, dict[str, Any](self.packed.items())
         for name, stack in stacks.items():
             change = self.change_of(name)
+            unpack = partial(_unpack, stack, change, self._compute_dtype, self._memory)
             if change is not None and torch.is_grad_enabled():
-                value = _StackWithLora.apply(change.lora_a, change.lora_b, stack, change, self._compute_dtype)  # type: ignore[no-untyped-call]
+                value = _StackWithLora.apply(change.lora_a, change.lora_b, change, unpack)  # type: ignore[no-untyped-call]
             else:
-                value = _unpack(stack, change, self._compute_dtype)
+                value = unpack()
             self._unpacked[name] = value
             # cached: unpacked when the backward pass first needs it, freed with the graph's last reference
-            again = cache(torch.no_grad()(partial(_unpack, stack, change, self._compute_dtype)))
+            again = cache(torch.no_grad()(unpack))
             kept[value.untyped_storage().data_ptr()] = again
 
         def keep(saved: Tensor) -> Any:
@@ -216,7 +219,7 @@ def _reader(name: str) -> Callable[[Any], Tensor]:
     def read(module: Any) -> Tensor:
         stack: Tensor | None = module._unpacked.get(name)
         if stack is None:  # read outside the forward pass
-            stack = _unpack(module.packed[name], module.change_of(name), module._compute_dtype)
+            stack = _unpack(module.packed[name], module.change_of(name), module._compute_dtype, module._memory)
         return stack
 
     return read

@@ -34,13 +34,16 @@ def packed_rows(weight: QuantizedWeight) -> PackedRows | None:
     )
 
 
-def decoded(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """Return the weight in its shape, equal to the result of ``QuantizedWeight.dequantize``."""
+def decoded(weight: QuantizedWeight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    """Return the weight in its shape, equal to the result of ``QuantizedWeight.dequantize``.
+
+    ``into``, of the same shape and ``dtype``, may be overwritten with it and returned.
+    """
     rows = packed_rows(weight)
     if rows is None:
         found: Tensor = weight.dequantize(dtype)
         return found
-    matrix = torch.empty(weight.shape, dtype=dtype)
+    matrix = torch.empty(weight.shape, dtype=dtype) if into is None else into
     flat = matrix.view(-1, rows.width)
     widen(rows, torch.empty(len(flat), 0), 1.0, rows.width, flat)
     return matrix

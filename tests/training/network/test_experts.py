@@ -114,8 +114,8 @@ def test_the_graph_keeps_no_unpacked_experts(folders, implementation, monkeypatc
     new_adapter(model, ("q_proj",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
     unpacked, dequantize_really = [], PackedWeight.dequantize
 
-    def watched(weight, dtype):
-        result = dequantize_really(weight, dtype)
+    def watched(weight, *args):
+        result = dequantize_really(weight, *args)
         if len(weight.shape) == 3:
             unpacked.append(StorageWeakRef(result.untyped_storage()))
         return result
@@ -150,6 +150,23 @@ def test_layers_with_packed_experts_are_of_one_kind(folders, family):
         first, second = model.network.model.layers
         assert isinstance(first.mlp.experts, PackedModule)
         assert kind_of(first) == kind_of(second)
+
+
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_largest_stacks_of_all_layers_use_the_same_memory(folders, family, is_packed):
+    model = load_model(folders[family].packed if is_packed else folders[family].source, torch.float32, CPU)
+    new_stack_adapters(model, ("*.experts.*",), AdapterShape(4, 8.0), seed=0)
+    places = []
+    with torch.no_grad():
+        model.network(IDS, use_cache=False)  # finds the largest
+    for layer in model.network.model.layers:
+        experts = layer.mlp.experts
+        experts.act_fn.register_forward_hook(lambda *_, of=experts: places.append(of.gate_up_proj.data_ptr()))
+    with torch.no_grad():
+        model.network(IDS, use_cache=False)
+    assert set(places) == {model.stack_memory._kept.ctypes.data}
+    assert len(places) >= 2
 
 
 def test_a_list_of_experts_dequantizes_to_its_matrices_stacked_in_order():
