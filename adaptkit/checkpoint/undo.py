@@ -133,8 +133,3 @@ def read_added(tensor: Array) -> list[str]:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise IntegrityError("the undo record's list of files is damaged")
     return names
-
-
-def packed(parts: Iterable[bytes]) -> Array:
-    """Concatenate frames into an array."""
-    return np.frombuffer(bytearray().join(parts), np.uint8)

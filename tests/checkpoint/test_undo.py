@@ -20,7 +20,7 @@ FRAMES = st.lists(st.tuples(st.integers(1, 2**32 - 1), RESIDUALS), max_size=5)
 
 @given(FRAMES, st.integers(0, 5))
 def test_frames_are_read_back_in_order(values, more):
-    record = undo.packed(undo.pack_frame(rows, np.array(v, np.int64)) for rows, v in values)
+    record = undo.as_bytes(b"".join(undo.pack_frame(rows, np.array(v, np.int64)) for rows, v in values))
     assert record.dtype == np.uint8
     found = [(rows, undo.unpack(stream, len(v) + more).tolist()) for (rows, stream), (_, v) in
              zip(undo.frames(record), values, strict=True)]  # fmt: skip
@@ -29,14 +29,14 @@ def test_frames_are_read_back_in_order(values, more):
 
 def test_the_layout_is_the_documented_one():
     streams = [undo.residual.encode(np.array(v)).tobytes() for v in ([0, 1], [5, -700])]
-    record = undo.packed([undo.pack_frame(3, np.array([0, 1])), undo.pack_frame(4, np.array([5, -700]))])
+    record = undo.as_bytes(undo.pack_frame(3, np.array([0, 1])) + undo.pack_frame(4, np.array([5, -700])))
     expected = b"".join(struct.pack("<II", rows, len(s)) + s for rows, s in zip((3, 4), streams, strict=True))
     assert record.tobytes() == expected
 
 
 @given(FRAMES.filter(bool), st.data())
 def test_a_record_that_is_truncated_inside_a_frame_is_refused(values, data):
-    record = undo.packed(undo.pack_frame(rows, np.array(v, np.int64)) for rows, v in values)
+    record = undo.as_bytes(b"".join(undo.pack_frame(rows, np.array(v, np.int64)) for rows, v in values))
     whole = {0}
     for _, stream in undo.frames(record):
         whole.add(max(whole) + 8 + stream.size)
@@ -60,7 +60,7 @@ def test_other_bytes_are_refused_or_read_as_frames_within_them(content):
 
 @given(RESIDUALS.filter(bool))
 def test_a_residual_longer_than_the_weight_is_refused(values):
-    ((_, stream),) = undo.frames(undo.packed([undo.pack_frame(1, np.array(values, np.int64))]))
+    ((_, stream),) = undo.frames(undo.as_bytes(undo.pack_frame(1, np.array(values, np.int64))))
     with pytest.raises(IntegrityError, match="not a residual"):
         undo.unpack(stream, len(values) - 1)
 

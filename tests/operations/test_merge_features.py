@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import tracemalloc
 from collections.abc import Callable
 
 import peft_adapters
@@ -634,3 +635,22 @@ def test_an_untied_head_is_recorded_where_every_release_of_transformers_looks(tm
     written = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert written["tie_word_embeddings"] is False
     assert written["text_config"]["tie_word_embeddings"] is False
+
+
+def test_memory_does_not_hold_the_undo_record(tmp_path):
+    name, random = "model.layers.0.mlp.up_proj", torch.Generator().manual_seed(1)
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    settings = {"peft_type": "LORA", "r": 1, "target_modules": ["q_proj"], "modules_to_save": ["up_proj"]}
+    for path, key, config in ((base, f"{name}.weight", {}), (folder, f"{PREFIX}{name}.weight", settings)):
+        path.mkdir()
+        (path / ("adapter_config.json" if config else "config.json")).write_text(json.dumps(config))
+        weight = torch.randn(8192, 2048, generator=random).bfloat16()
+        save_file({key: weight}, path / ("adapter_model.safetensors" if config else "model.safetensors"))
+    peaks = []
+    for undo in (False, True):
+        tracemalloc.start()
+        merge(base, [folder], tmp_path / f"{undo}", MergeOptions(undo=undo, threads=1))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    (record,) = (tmp_path / "True" / "adaptkit-undo").glob("shard-*")
+    assert peaks[1] - peaks[0] < record.stat().st_size

@@ -285,7 +285,7 @@ def test_a_record_with_a_wrong_residual_is_refused_even_if_its_hash_is_right(mer
     ((rows, stream),) = undo.frames(records[name])
     residual = undo.unpack(stream, 64 * 128)
     residual[len(residual) // 2] += 1
-    save_arrays(records | {name: undo.packed([undo.pack_frame(rows, residual)])}, merged / RECORD)
+    save_arrays(records | {name: undo.as_bytes(undo.pack_frame(rows, residual))}, merged / RECORD)
     rehash(merged, RECORD)
     with pytest.raises(
         IntegrityError, match=r"gate_proj\.weight: the undo record or the adapter does not belong to this merge"
@@ -300,7 +300,7 @@ def test_a_record_with_a_wrong_number_of_rows_is_refused_even_if_its_hash_is_rig
     records = load_arrays(merged / RECORD)
     ((_, stream),) = undo.frames(records[name])
     frame = struct.pack("<II", rows, stream.size) + stream.tobytes()
-    save_arrays(records | {name: undo.packed([frame])}, merged / RECORD)
+    save_arrays(records | {name: undo.as_bytes(frame)}, merged / RECORD)
     rehash(merged, RECORD)
     with pytest.raises(IntegrityError, match="undo record"):
         unmerge(merged, [adapter], tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._merge.base import Base, changed_are_known, check_fingerprint, is_their_base, merge_parents
 from adaptkit.operations._merge.edits import Edit, Edits, matrix_of
 from adaptkit.operations._merge.folding import Fold, Folded, Rows, find_lengths, jobs_of, read_rows
+from adaptkit.operations._merge.frames import Frames
 from adaptkit.operations._merge.report import MergeOptions, MergeReport, change_of, with_changes
 from adaptkit.operations._merge.side_files import SideFiles, plan_index
 from adaptkit.operations._merge.unlike_peft import untargeted
@@ -60,6 +62,7 @@ class Merging:
         self.shards = self._plan_shards()
         self._threads = thread_count(options.threads)
         self._out: Output
+        self._frames: Frames
         self._records: dict[str, Values] = {}
         self._lengths: dict[str, dict[int, Tensor]] = {}
         recorded: dict[str, Any] = {"weights": list(weights), "undo": options.undo and options.format == "keep"}
@@ -86,16 +89,17 @@ class Merging:
         with Output(output, plan, force, inputs=inputs) as out, discard_on_bad_input(out):
             out.require_space(sum(group.nbytes for _, groups in self.shards for group in groups))
             self._out = out
-            write_shards(
-                out,
-                self.shards,
-                jobs=self._jobs,
-                assemble=self._assemble,
-                threads=self._threads,
-                progress=progress,
-                headers=self._headers(),
-                beside=self if self.options.undo else None,
-            )
+            with out.scratch_folder() as folder, closing(Frames(folder / "frames")) as self._frames:
+                write_shards(
+                    out,
+                    self.shards,
+                    jobs=self._jobs,
+                    assemble=self._assemble,
+                    threads=self._threads,
+                    progress=progress,
+                    headers=self._headers(),
+                    beside=self if self.options.undo else None,
+                )
             checkpoint.require_state(state)
             self.require_adapters()
             self._write_others(out)
@@ -133,7 +137,7 @@ class Merging:
     def write(self, file: str) -> None:
         """Write a shard's undo record."""
         self._records[undo.HEADER] = undo.as_bytes(self.checkpoint.headers[file].raw)
-        self._out.write_tensors(self.names(file)[0], self._records, listed=False)
+        self._out.write_tensors(self.names(file)[0], self._frames.take() | self._records, listed=False)
         self._records = {}
 
     def _plan_shards(self) -> list[tuple[str, list[Group]]]:
@@ -179,12 +183,16 @@ class Merging:
         return {"base": digest}
 
     def _assemble_edit(self, edit: Edit, results: Iterator[Folded], writer: TensorWriter) -> Mapping[str, Any]:
-        name, frames, digest = edit.spec.name, [], xxhash.xxh3_128()
+        name, digest = edit.spec.name, xxhash.xxh3_128()
+        is_undone = self.options.undo and not self._is_new(edit)
+        if is_undone:
+            self._frames.begin(name)
         moved, sums = 0, [0.0, 0.0, 0.0]
         for result in results:
             digest.update(bytes_of(result.raw))
             writer.write(name, result.merged.weight)
-            frames.append(result.frame)
+            if is_undone:
+                self._frames.add(name, result.frame)
             moved += result.merged.moved
             for place, value in enumerate(
                 (result.merged.squared_delta, result.merged.squared_weight, result.merged.overlap)
@@ -198,8 +206,7 @@ class Merging:
         lengths_found = self._lengths.pop(name, {})
         if not self._is_new(edit):
             check_fingerprint(self.base, name, digest.hexdigest())
-        if not self._is_new(edit) and self.options.undo:
-            self._records[name] = undo.packed(frames)
+        if is_undone:
             for adapter, lengths in lengths_found.items():
                 self._records[undo.lengths_name(name, adapter)] = lengths
         return {"base": digest.hexdigest(), "moved": moved, "sums": sums}
