@@ -22,11 +22,14 @@ from torch import Tensor
 from adaptkit.networks.recompute import source_of
 from adaptkit.training.network.narrow import narrowed
 
+_ROWS = 256
+"""Rows whose squares are computed at a time."""
+
 
 def squared_rows(weight: Any) -> Tensor:
     """Return ‖W_i‖² of a frozen weight: (out,) float32."""
-    squares: Tensor = weight.dequantize(torch.float32).square().sum(dim=1)
-    return squares
+    runs = weight.dequantize(torch.float32).split(_ROWS)  # a square of the whole matrix would be a second one
+    return torch.cat([rows.square().sum(dim=1) for rows in runs])
 
 
 def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, squares: Tensor) -> Tensor:

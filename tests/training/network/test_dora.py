@@ -7,6 +7,7 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 from torch.nn import functional
 
+from adaptkit.networks.activations import Alive
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.dora import row_norms, squared_rows
 from adaptkit.training.network.linear import LoraLinear, PlainWeight
@@ -61,6 +62,15 @@ def test_norms_are_those_of_weight_plus_adapter_and_initialize_the_magnitudes():
     x = torch.randn(3, 48)
     plain = functional.linear(x.double(), weight + 1.5 * b @ a, ours.bias.double())
     assert torch.allclose(ours(x).double(), plain, atol=1e-5)
+
+
+def test_squares_of_rows_need_no_second_matrix():
+    weight = PlainWeight(torch.randn(3000, 40, generator=torch.Generator().manual_seed(3)).bfloat16())
+    with Alive() as alive:
+        squares = squared_rows(weight)
+    exact = weight.weight.double().square().sum(dim=1)
+    torch.testing.assert_close(squares.double(), exact, rtol=1e-6, atol=0)
+    assert alive.peak < 1.25 * 4 * weight.weight.numel()
 
 
 def test_the_graph_saves_only_input_output_and_adapter():
