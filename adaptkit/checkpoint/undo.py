@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -64,24 +64,26 @@ def pack_frame(rows: int, values: Values) -> bytes:
     return _FRAME.pack(rows, len(stream)) + stream
 
 
-def frames(record: Array) -> Iterator[tuple[int, Array]]:
-    """Iterate over the frames of a tensor's record, as (rows, stream).
+def frames(record_bytes: int, read: Callable[[int, int], Array]) -> Iterator[tuple[int, int, int]]:
+    """Iterate over the frames of a tensor's record, as (rows, start of the stream, its length).
+
+    Args:
+        record_bytes: size of the record.
+        read: returns a number of bytes of it, from a start on; called for the frames' first bytes only.
 
     Raises:
         IntegrityError: not a valid record.
     """
-    if record.dtype != np.uint8 or record.ndim != 1:
-        raise IntegrityError("not an undo record (wrong type)")
     position = 0
-    while position < record.size:
-        if position + _FRAME.size > record.size:
+    while position < record_bytes:
+        start = position + _FRAME.size
+        if start > record_bytes:
             raise IntegrityError("not an undo record (truncated)")
-        rows, length = _FRAME.unpack(record[position : position + _FRAME.size].tobytes())
-        position += _FRAME.size
-        if position + length > record.size or rows == 0:
+        rows, length = _FRAME.unpack(read(position, _FRAME.size).tobytes())
+        position = start + length
+        if position > record_bytes or rows == 0:
             raise IntegrityError("not an undo record (truncated)")
-        yield rows, record[position : position + length]
-        position += length
+        yield rows, start, length
 
 
 def unpack(stream: Array, most: int) -> Array:

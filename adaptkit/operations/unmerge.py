@@ -263,16 +263,16 @@ class _Restoring:
         if name not in record.tensors:
             raise IntegrityError(f"{name}: not found in the undo record", hint=AGAIN)
         try:
-            runs = list(cut_frames(record.read_array(name), edit))
+            runs = list(cut_frames(record, name, edit))
         except IntegrityError as error:
             raise IntegrityError(f"{name}: {error.message}", hint=AGAIN) from error
         return [partial(self._restore, fold, rows, stream) for rows, stream in runs]
 
-    def _restore(self, fold: Fold, rows: Rows, stream: Array) -> _Run:
+    def _restore(self, fold: Fold, rows: Rows, stream: Callable[[], Array]) -> _Run:
         name = fold.edit.spec.name
         merged = read_rows(self.model.checkpoint, name, rows)
         try:
-            return _Run(merged, fold.restore(merged, rows, stream))
+            return _Run(merged, fold.restore(merged, rows, stream()))
         except IntegrityError as error:
             raise self._mismatch_error(f"{name}: {error.message}") from error
 

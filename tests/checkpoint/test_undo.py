@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from undo_frames import frames
 
 from adaptkit.checkpoint import undo
 from adaptkit.errors import IntegrityError
@@ -23,7 +24,7 @@ def test_frames_are_read_back_in_order(values, more):
     record = undo.as_bytes(b"".join(undo.pack_frame(rows, np.array(v, np.int64)) for rows, v in values))
     assert record.dtype == np.uint8
     found = [(rows, undo.unpack(stream, len(v) + more).tolist()) for (rows, stream), (_, v) in
-             zip(undo.frames(record), values, strict=True)]  # fmt: skip
+             zip(frames(record), values, strict=True)]  # fmt: skip
     assert found == values
 
 
@@ -38,18 +39,18 @@ def test_the_layout_is_the_documented_one():
 def test_a_record_that_is_truncated_inside_a_frame_is_refused(values, data):
     record = undo.as_bytes(b"".join(undo.pack_frame(rows, np.array(v, np.int64)) for rows, v in values))
     whole = {0}
-    for _, stream in undo.frames(record):
+    for _, stream in frames(record):
         whole.add(max(whole) + 8 + stream.size)
     cut = data.draw(st.integers(0, record.size - 1).filter(lambda n: n not in whole))
     with pytest.raises(IntegrityError, match="not an undo record"):
-        list(undo.frames(record[:cut]))
+        list(frames(record[:cut]))
 
 
 @given(st.binary(max_size=200))
 def test_other_bytes_are_refused_or_read_as_frames_within_them(content):
     record = undo.as_bytes(content)
     try:
-        found = list(undo.frames(record))
+        found = list(frames(record))
     except IntegrityError:
         return
     assert sum(8 + stream.size for _, stream in found) == len(content)
@@ -60,7 +61,7 @@ def test_other_bytes_are_refused_or_read_as_frames_within_them(content):
 
 @given(RESIDUALS.filter(bool))
 def test_a_residual_longer_than_the_weight_is_refused(values):
-    ((_, stream),) = undo.frames(undo.as_bytes(undo.pack_frame(1, np.array(values, np.int64))))
+    ((_, stream),) = frames(undo.as_bytes(undo.pack_frame(1, np.array(values, np.int64))))
     with pytest.raises(IntegrityError, match="not a residual"):
         undo.unpack(stream, len(values) - 1)
 

@@ -15,8 +15,8 @@ from peft_adapters import change_tensors, quiet
 from peft_formulas import rounded_once
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file, save_file
+from undo_frames import frames
 
-from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.manifest import parent_of, require_manifest
@@ -597,8 +597,8 @@ def test_a_tensor_of_several_runs_has_a_frame_for_each_and_is_restored(tmp_path)
     (weights,) = (tmp_path / "with").glob("model*.safetensors")
     assert weights.read_bytes() == (tmp_path / "without" / weights.name).read_bytes()
     (record,) = (tmp_path / "with" / "adaptkit-undo").glob("shard-*.safetensors")
-    frames = undo.frames(load_arrays(record)["model.layers.0.mlp.down_proj.weight"])
-    assert [rows for rows, _ in frames] == [341, 341, 86]
+    found = frames(load_arrays(record)["model.layers.0.mlp.down_proj.weight"])
+    assert [rows for rows, _ in found] == [341, 341, 86]
     unmerge(tmp_path / "with", [adapter], tmp_path / "back")
     (before,) = base.glob("model*.safetensors")
     assert (tmp_path / "back" / before.name).read_bytes() == before.read_bytes()

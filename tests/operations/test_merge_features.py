@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError
 from adaptkit.operations.merge import MergeOptions, merge
+from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
 
 INDEX, MANIFEST = "model.safetensors.index.json", "adaptkit-manifest.json"
@@ -652,5 +653,10 @@ def test_memory_does_not_hold_the_undo_record(tmp_path):
         merge(base, [folder], tmp_path / f"{undo}", MergeOptions(undo=undo, threads=1))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
+    tracemalloc.start()
+    unmerge(tmp_path / "True", [folder], tmp_path / "back", threads=1)
+    peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
     (record,) = (tmp_path / "True" / "adaptkit-undo").glob("shard-*")
     assert peaks[1] - peaks[0] < record.stat().st_size
+    assert peaks[2] < record.stat().st_size

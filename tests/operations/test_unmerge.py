@@ -16,6 +16,7 @@ from peft_adapters import quiet
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
+from undo_frames import frames
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import read_adapter
@@ -282,7 +283,7 @@ def test_a_record_with_a_wrong_residual_is_refused_even_if_its_hash_is_right(mer
     """The length is right, too: only the fingerprint of the original weight differs."""
     name = "model.layers.0.mlp.gate_proj.weight"
     records = load_arrays(merged / RECORD)
-    ((rows, stream),) = undo.frames(records[name])
+    ((rows, stream),) = frames(records[name])
     residual = undo.unpack(stream, 64 * 128)
     residual[len(residual) // 2] += 1
     save_arrays(records | {name: undo.as_bytes(undo.pack_frame(rows, residual))}, merged / RECORD)
@@ -298,7 +299,7 @@ def test_a_record_with_a_wrong_residual_is_refused_even_if_its_hash_is_right(mer
 def test_a_record_with_a_wrong_number_of_rows_is_refused_even_if_its_hash_is_right(merged, adapter, tmp_path, rows):
     name = "model.layers.0.mlp.gate_proj.weight"
     records = load_arrays(merged / RECORD)
-    ((_, stream),) = undo.frames(records[name])
+    ((_, stream),) = frames(records[name])
     frame = struct.pack("<II", rows, stream.size) + stream.tobytes()
     save_arrays(records | {name: undo.as_bytes(frame)}, merged / RECORD)
     rehash(merged, RECORD)

@@ -12,7 +12,7 @@ import numpy as np
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import TokenRows
 from adaptkit.checkpoint.header import ITEM_BYTES
-from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import IntegrityError, NonFiniteError
 from adaptkit.lazy import torch
 from adaptkit.numerics import exact, lora
@@ -227,17 +227,21 @@ def read_rows(checkpoint: Checkpoint, name: str, rows: Rows) -> Array:
     return checkpoint.read_flat_array(name, rows.start * columns, rows.count * columns).reshape(rows.count, columns)
 
 
-def cut_frames(record: Array, edit: Edit) -> Iterator[tuple[Rows, Array]]:
-    """Yield the runs of rows of an undo record, each with its stream.
+def cut_frames(files: TensorFiles, name: str, edit: Edit) -> Iterator[tuple[Rows, Callable[[], Array]]]:
+    """Yield the runs of rows of a tensor's undo record, each with a function that reads its stream.
 
     Raises:
         IntegrityError: they are not the rows of this tensor.
     """
+    spec = files.spec(name)
+    if spec.dtype != "U8" or len(spec.shape) != 1:
+        raise IntegrityError("not an undo record (wrong type)")
     start, (height, _) = 0, edit.matrix
-    for count, stream in undo.frames(record):
+    read = partial(files.read_bytes, name)
+    for count, position, length in undo.frames(spec.nbytes, read):
         if start + count > height or start // edit.panel_rows != (start + count - 1) // edit.panel_rows:
             raise IntegrityError("the undo record does not match the tensor (wrong rows)")
-        yield Rows(start, count), stream
+        yield Rows(start, count), partial(read, position, length)
         start += count
     if start != height:
         raise IntegrityError(f"the undo record does not match the tensor ({start} rows, expected {height})")
