@@ -40,7 +40,10 @@ class ExpertList(nn.Module):
         for target, matrices in zip(stack, self.experts, strict=True):
             start = 0
             for matrix in matrices:  # type: ignore[attr-defined]
-                target[start : start + matrix.shape[0]] = matrix.dequantize(dtype)
+                part = target[start : start + matrix.shape[0]]
+                value = matrix.dequantize(dtype, part) if isinstance(matrix, PackedWeight) else matrix.dequantize(dtype)
+                if value is not part:
+                    part.copy_(value)
                 start += matrix.shape[0]
         return stack
 

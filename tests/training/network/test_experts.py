@@ -177,6 +177,26 @@ def test_a_list_of_experts_dequantizes_to_its_matrices_stacked_in_order():
     assert torch.equal(experts.dequantize(torch.float32), expected)
 
 
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_packed_matrices_of_a_list_dequantize_to_its_stack_and_4_bit_ones_into_it(folders, tmp_path, monkeypatch, name):
+    quantize(folders["mixtral"].source, tmp_path / name, QuantizeOptions(moe="quantize", format=name))
+    network = load_model(tmp_path / name, torch.float32, CPU).network
+    experts = network.model.layers[1].mlp.experts.packed["gate_up_proj"]
+    expected = torch.stack([torch.cat([matrix.dequantize(torch.float32) for matrix in row]) for row in experts.experts])
+    places, dequantize_really = [], PackedWeight.dequantize
+
+    def watched(weight, *args):
+        places.append(dequantize_really(weight, *args))
+        return places[-1]
+
+    monkeypatch.setattr(PackedWeight, "dequantize", watched)
+    stack = experts.dequantize(torch.float32)
+    assert torch.equal(stack, expected)
+    rows = stack.view(len(places), -1)
+    if name == "nf4":
+        assert [place.data_ptr() for place in places] == [row.data_ptr() for row in rows]
+
+
 def test_packed_experts_are_ordered_by_number_and_not_alphabetically(tmp_path, monkeypatch):
     monkeypatch.setitem(tiny.FAMILIES["mixtral"], "num_local_experts", 12)
     source = tiny.write_family(tmp_path / "source", "mixtral")
