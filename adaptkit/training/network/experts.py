@@ -124,12 +124,12 @@ class _StackWithLora(torch.autograd.Function):
         return grad_a, grad_b, None, None
 
 
-def _unpack(stack: Stack, change: StackLora | None, dtype: torch.dtype, memory: StackMemory) -> Tensor:
-    """Return a stack in ``dtype``, with its LoRA added if it has one."""
+def _unpack(stack: Stack, change: StackLora | None, dtype: torch.dtype, memory: StackMemory, is_frozen: bool) -> Tensor:
+    """Return a stack in ``dtype``, with its LoRA added if it has one; ``is_frozen``: no stack of its module has one."""
     if isinstance(stack, PlainWeight):
         value = stack.dequantize(dtype)
         return value if change is None else change.add_to(value, memory.empty(value.shape, dtype, value.device))
-    value = stack.dequantize(dtype, memory.empty(stack.shape, dtype, next(stack.buffers()).device))
+    value = stack.dequantize(dtype, memory.empty(stack.shape, dtype, next(stack.buffers()).device, is_frozen))
     return value if change is None else change.add_to(value, value)
 
 
@@ -187,7 +187,7 @@ class PackedModule(nn.Module):
         kept, stacks = {}, dict[str, Any](self.packed.items())
         for name, stack in stacks.items():
             change = self.change_of(name)
-            unpack = partial(_unpack, stack, change, self._compute_dtype, self._memory)
+            unpack = partial(_unpack, stack, change, self._compute_dtype, self._memory, not self.changes)
             if change is not None and torch.is_grad_enabled():
                 value = _StackWithLora.apply(change.lora_a, change.lora_b, change, unpack)  # type: ignore[no-untyped-call]
             else:
@@ -222,7 +222,8 @@ def _reader(name: str) -> Callable[[Any], Tensor]:
     def read(module: Any) -> Tensor:
         stack: Tensor | None = module._unpacked.get(name)
         if stack is None:  # read outside the forward pass
-            stack = _unpack(module.packed[name], module.change_of(name), module._compute_dtype, module._memory)
+            change, is_frozen = module.change_of(name), not module.changes
+            stack = _unpack(module.packed[name], change, module._compute_dtype, module._memory, is_frozen)
         return stack
 
     return read

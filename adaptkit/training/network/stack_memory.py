@@ -1,8 +1,9 @@
-"""Memory of an unpacked stack of experts on a CPU, kept for the next layer's.
+"""Memory of unpacked stacks of experts on a CPU, kept for the next layer's.
 
-The system clears new memory, which takes longer than decoding 4-bit weights into it. So the memory of the largest stack
-is kept once the stack is freed. That of smaller ones is not: it would be added to the peak, which is reached when
-nothing else is alive than the largest stack and its gradient.
+The system clears new memory, which takes longer than decoding 4-bit weights into it. So the memory of stacks is kept
+once they are freed. If none of a layer's stacks is trained, that is the memory of every size: all of them are alive at
+once when the layer's forward pass ends, so keeping it adds next to nothing to the peak. Otherwise it is the memory of
+the largest: the peak is then reached when little else is alive than the largest stack and its gradient.
 """
 
 import math
@@ -25,10 +26,18 @@ class StackMemory:
         self._largest = 0
         self._kept: Any = np.empty(0, np.uint8)
         self._lent: Callable[[], Any] = lambda: None
+        self._by_size: dict[int, StackMemory] = {}
 
-    def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return an uninitialized tensor; in the kept memory if it is as large as any before and that is not in use."""
+    def empty(
+        self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, keeps_every_size: bool = False
+    ) -> Tensor:
+        """Return an uninitialized tensor; in the kept memory if it is as large as any before and that is not in use.
+
+        With ``keeps_every_size``, in the memory that is kept for its size, unless that is in use.
+        """
         size = math.prod(shape) * dtype.itemsize
+        if keeps_every_size:
+            return self._by_size.setdefault(size, StackMemory()).empty(shape, dtype, device)
         self._largest = max(self._largest, size)
         if device.type != "cpu" or size < self._largest or self._lent() is not None:
             return torch.empty(tuple(shape), dtype=dtype, device=device)

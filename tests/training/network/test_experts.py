@@ -169,6 +169,23 @@ def test_the_largest_stacks_of_all_layers_use_the_same_memory(folders, family, i
     assert len(places) >= 2
 
 
+@pytest.mark.parametrize("trained", ["none", "up", "down"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_of_every_size_is_kept_unless_a_stack_of_the_layer_is_trained(folders, family, trained):
+    model = load_model(folders[family].packed, torch.float32, CPU)
+    new_adapter(model, ("q_proj",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
+    if trained != "none":
+        new_stack_adapters(model, (f"*{trained}_proj",), AdapterShape(4, 8.0), seed=0)
+    model.network.train()(IDS, labels=IDS, use_cache=False).loss.backward()
+    memory = model.stack_memory
+    experts = model.network.model.layers[0].mlp.experts
+    sizes = {4 * math.prod(stack.shape) for stack in experts.packed.values()}
+    assert len(sizes) == 2
+    kept = {size: len(part._kept) for size, part in memory._by_size.items()}
+    assert kept == ({size: size for size in sizes} if trained == "none" else {})
+    assert len(memory._kept) == (0 if trained == "none" else max(sizes))
+
+
 def test_a_list_of_experts_dequantizes_to_its_matrices_stacked_in_order():
     matrices = [[torch.randn(3, 4), torch.randn(2, 4)] for _ in range(11)]
     experts = ExpertList([[PlainWeight(matrix) for matrix in row] for row in matrices])

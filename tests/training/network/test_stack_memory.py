@@ -1,4 +1,4 @@
-"""The memory of the largest stack is kept and used again, and never by two tensors at once."""
+"""The memory of the largest stack, or of every size, is kept and used again, and never by two tensors at once."""
 
 import torch
 
@@ -51,3 +51,14 @@ def test_only_the_memory_of_the_largest_is_kept():
     for count, kept in ((2, 2), (4, 4), (1, 4), (4, 4)):
         empty(memory, count, 10, 10)
         assert len(memory._kept) == 2 * kept * 10 * 10
+
+
+def test_the_memory_of_every_size_is_kept_if_asked_for():
+    memory, places = StackMemory(), []
+    for _ in range(3):
+        tensors = [memory.empty((count, 10, 10), torch.bfloat16, CPU, keeps_every_size=True) for count in (4, 2, 8, 4)]
+        assert len({tensor.data_ptr() for tensor in tensors}) == 4  # the second one of a size has memory of its own
+        places.append([tensor.data_ptr() for tensor in tensors[:3]])
+        del tensors
+    assert places[0] == places[1] == places[2]
+    assert memory._kept.size == 0
