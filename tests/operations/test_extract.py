@@ -583,6 +583,18 @@ def test_a_changed_stack_of_experts_is_refused_unless_only_linear_leaves_it_out(
     assert {t.name.rpartition(".")[2] for t in report.left_out if t.why == "expert"} == {"gate_up_proj", "down_proj"}
 
 
+def test_a_changed_stack_of_experts_that_the_files_call_a_weight_is_refused_too(tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny.FAMILIES, "granitemoe", {"num_local_experts": 4, "num_experts_per_tok": 2})
+    base = tiny.write_family(tmp_path / "base", "granitemoe", dtype="float32")
+    folder = tuned_from(base, tmp_path / "tuned", noise(only="layers.0"))
+    stack = r"layers\.0\.block_sparse_moe\.input_linear\.weight differs, .*layers\.0\.block_sparse_moe\.experts\.\w+,"
+    with pytest.raises(UsageError, match=stack):
+        extract(folder, base, tmp_path / "out", ExtractOptions(rank=2))
+    report = extract(folder, base, tmp_path / "out", ExtractOptions(rank=2, only_linear=True))
+    stacks = {f"model.layers.0.block_sparse_moe.{name}_linear.weight" for name in ("input", "output")}
+    assert stacks <= {tensor.name for tensor in report.left_out}
+
+
 def test_shards_pieces_and_threads_do_not_change_the_result(tmp_path, plain, tuned, monkeypatch):
     pieces = tiny.write_llama(tmp_path / "pieces", dtype="float32", tied=False, shards=3)
     before = torch.get_num_threads()

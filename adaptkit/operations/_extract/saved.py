@@ -138,7 +138,8 @@ def whole_tensors(plan: Plan, findings: Sequence[Finding], running: Running) -> 
     """Choose the tensors to store whole. peft replaces whole modules, so a weight takes its module's bias along.
 
     Raises:
-        UsageError: transformers splits one of them or joins it with others, or the name of a tied head is unknown.
+        UsageError: transformers splits one of them or joins it with others, or has no module for it; or the name of a
+            tied head is unknown.
     """
     differ = [finding.part for finding in findings if finding.differs and finding.part.fate == SAVED]
     whole = {part.module for part in differ if part.name.endswith(".weight")}
@@ -146,6 +147,8 @@ def whole_tensors(plan: Plan, findings: Sequence[Finding], running: Running) -> 
     parts |= {part.name: part for part in plan.parts if part.module in whole}
     if not parts:
         return Saved({}, {})
+    for name in parts:
+        _require_module(running, name)
     saved = {module_of(running.tensor(name)) for name, part in parts.items() if part.module in whole}
     vocabulary = find_vocabulary(plan.base)
     config: dict[str, Any] = {}
@@ -166,6 +169,21 @@ def whole_tensors(plan: Plan, findings: Sequence[Finding], running: Running) -> 
     for module in sorted(saved):
         named |= _tied_parts(plan, running, vocabulary, module, named)
     return Saved(dict(sorted(named.items())), config | {"modules_to_save": sorted(saved) or None}, frozenset(matched))
+
+
+def _require_module(running: Running, name: str) -> None:
+    """Check that a weight of the files is a module's weight in the model, too; Granite's stacks of experts are not.
+
+    Raises:
+        UsageError: it is a parameter of another name.
+    """
+    path = running.tensor(name)
+    if name.endswith(".weight") and not path.endswith(".weight"):
+        raise UsageError(
+            f"{name} differs, but in transformers it is {path}, a parameter without a module of its own, so no adapter "
+            "can store it",
+            hint="leave it out with --target or --only-linear",
+        )
 
 
 def _head(plan: Plan, running: Running, vocabulary: Vocabulary) -> str:
