@@ -34,18 +34,25 @@ class ExpertList(nn.Module):
         first = experts[0]
         self.shape = (len(experts), sum(matrix.shape[0] for matrix in first), first[0].shape[1])
 
-    def dequantize(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """Return the stack in ``dtype``; ``into`` is overwritten if given."""
-        stack = torch.empty(self.shape, dtype=dtype, device=next(self.buffers()).device) if into is None else into
+    def dequantize(self, dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
+        """Return the stack in ``dtype``; ``empty``, which is called like ``torch.empty``, allocates it."""
+        stack = empty(self.shape, dtype=dtype, device=next(self.buffers()).device)
         for target, matrices in zip(stack, self.experts, strict=True):
             start = 0
             for matrix in matrices:  # type: ignore[attr-defined]
-                part = target[start : start + matrix.shape[0]]
-                value = matrix.dequantize(dtype, part) if isinstance(matrix, PackedWeight) else matrix.dequantize(dtype)
-                if value is not part:
-                    part.copy_(value)
+                _write(matrix, target[start : start + matrix.shape[0]])
                 start += matrix.shape[0]
         return stack
+
+
+def _write(matrix: FrozenWeight, target: Tensor) -> None:
+    """Write a matrix into a part of a stack; a packed one is decoded there if it is decoded by rows."""
+    if isinstance(matrix, PackedWeight):
+        value = matrix.dequantize(target.dtype, lambda *shape, **options: target)
+    else:
+        value = matrix.dequantize(target.dtype)
+    if value is not target:
+        target.copy_(value)
 
 
 Stack = FrozenWeight | ExpertList
@@ -129,7 +136,7 @@ def _unpack(stack: Stack, change: StackLora | None, dtype: torch.dtype, memory: 
     if isinstance(stack, PlainWeight):
         value = stack.dequantize(dtype)
         return value if change is None else change.add_to(value, memory.empty(value.shape, dtype, value.device))
-    value = stack.dequantize(dtype, memory.empty(stack.shape, dtype, next(stack.buffers()).device, is_frozen))
+    value = stack.dequantize(dtype, partial(memory.empty, keeps_every_size=is_frozen))
     return value if change is None else change.add_to(value, value)
 
 

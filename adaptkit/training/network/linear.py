@@ -73,9 +73,9 @@ class PackedWeight(nn.Module):
             constants = DoubleQuantized(absmax, self.nested_absmax, self._offset)
         return QuantizedWeight(self._encoding, codes, constants, self.shape, self._dtype, self.levels)
 
-    def dequantize(self, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        """Return the weight in its shape, in ``dtype``; ``into`` may be overwritten for it."""
-        weight = decoded(self.quantized(), dtype, into)
+    def dequantize(self, dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
+        """Return the weight in its shape, in ``dtype``; ``empty`` may allocate it, see ``decoded``."""
+        weight = decoded(self.quantized(), dtype, empty)
         self.release_pages()
         return weight
 

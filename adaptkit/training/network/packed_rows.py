@@ -1,5 +1,6 @@
 """Frozen 4-bit weights in the form that CPU kernels decode row by row, with rows divided among torch's threads."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,16 +35,16 @@ def packed_rows(weight: QuantizedWeight) -> PackedRows | None:
     )
 
 
-def decoded(weight: QuantizedWeight, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+def decoded(weight: QuantizedWeight, dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
     """Return the weight in its shape, equal to the result of ``QuantizedWeight.dequantize``.
 
-    ``into``, of the same shape and ``dtype``, may be overwritten with it and returned.
+    ``empty``, which is called like ``torch.empty``, allocates it where it is decoded row by row.
     """
     rows = packed_rows(weight)
     if rows is None:
         found: Tensor = weight.dequantize(dtype)
         return found
-    matrix = torch.empty(weight.shape, dtype=dtype) if into is None else into
+    matrix = empty(weight.shape, dtype=dtype, device=weight.codes.device)
     flat = matrix.view(-1, rows.width)
     widen(rows, torch.empty(len(flat), 0), 1.0, rows.width, flat)
     return matrix

@@ -27,6 +27,7 @@ from adaptkit.training.network.experts import ExpertList, PackedModule, read_wei
 from adaptkit.training.network.linear import PackedWeight, PlainWeight
 from adaptkit.training.network.model import _decoded_bytes, load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter, new_stack_adapters
+from adaptkit.training.network.stack_memory import StackMemory
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 43).view(2, 20)
@@ -184,6 +185,21 @@ def test_memory_of_every_size_is_kept_unless_a_stack_of_the_layer_is_trained(fol
     kept = {size: len(part._kept) for size, part in memory._by_size.items()}
     assert kept == ({size: size for size in sizes} if trained == "none" else {})
     assert len(memory._kept) == (0 if trained == "none" else max(sizes))
+
+
+@pytest.mark.parametrize("format_name", ["nf4", "int8"])
+def test_unpacking_a_stack_requests_no_memory_that_it_does_not_use(folders, tmp_path, monkeypatch, format_name):
+    """Weights in 8 bits, and on a GPU all, are not decoded by rows into given memory."""
+    quantize(folders["mixtral-fused"].source, tmp_path / "base", QuantizeOptions(format=format_name, moe="quantize"))
+    requested, empty = [], StackMemory.empty
+    monkeypatch.setattr(StackMemory, "empty", lambda *given, **named: keep(empty(*given, **named)))
+
+    def keep(tensor):
+        requested.append(tensor.data_ptr())
+        return tensor
+
+    stack = load_model(tmp_path / "base", torch.float32, CPU).network.model.layers[0].mlp.experts.gate_up_proj
+    assert requested == ([stack.data_ptr()] if format_name == "nf4" else [])
 
 
 def test_a_list_of_experts_dequantizes_to_its_matrices_stacked_in_order():
