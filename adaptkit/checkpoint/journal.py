@@ -163,7 +163,7 @@ class Output:
         self.notes |= notes
 
     def require_space(self, nbytes: int) -> None:
-        """Check that the disk has room for the output; if not, and nothing is written yet, remove the folder.
+        """Check that the disk has room for the output; if not, and it has no file yet, remove the folder.
 
         Args:
             nbytes: size of the whole output. Finished files are subtracted, and so is the space of unfinished ones,
@@ -178,7 +178,7 @@ class Output:
         try:
             require_free(self.folder, needed, f"{self.final}: needs", "free some space, or choose another -o")
         except AdaptkitError:
-            if [path.name for path in self.folder.iterdir()] == [JOURNAL_NAME]:
+            if {path.name for path in self.folder.iterdir()} <= {JOURNAL_NAME, SCRATCH_NAME}:
                 self.discard()
             raise
 

@@ -581,6 +581,14 @@ def test_a_folder_without_room_for_the_output_is_removed_unless_something_is_wri
     assert [path.name for path in tmp_path.iterdir()] == (["out.partial"] if is_begun else [])
 
 
+def test_the_folder_is_removed_if_there_is_no_room_for_temporary_data(tmp_path):
+    with Output(tmp_path / "out", PLAN) as output, output.scratch_folder() as scratch:
+        (scratch / "data").write_bytes(b"temporary")
+        with pytest.raises(DiskError, match="more bytes"):
+            output.require_space(shutil.disk_usage(tmp_path).free + (1 << 40))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_scratch_folder_starts_empty_and_is_removed_even_after_an_interrupt(tmp_path):
     with Output(tmp_path / "out", PLAN) as output:
         left = output.folder / "adaptkit-scratch"
