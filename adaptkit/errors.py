@@ -142,6 +142,7 @@ DISK_HINTS = {
     errno.ENOENT: "make sure that nothing deletes files meanwhile, and that the temporary folder (TMPDIR) exists",
     errno.ESTALE: "check the network file system",
     errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ELOOP: "correct the symbolic links, which form a circle",
 }
 """Hints for I/O errors that can happen to any file; any other ``OSError`` is a bug in adaptkit."""
 

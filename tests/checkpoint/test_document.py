@@ -92,6 +92,14 @@ def test_malformed_ambiguous_or_dangerous_yaml_is_refused(tmp_path, text, expect
     assert caught.value.message.startswith(str(path))
 
 
+def test_a_symbolic_link_to_itself_is_an_error_that_says_what_to_correct(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.symlink_to(path)
+    with pytest.raises(ConfigError, match="Too many levels") as caught:
+        read_document(path)
+    assert "correct the symbolic links" in caught.value.hint
+
+
 def test_files_with_the_suffix_json_are_read_as_json_and_as_strictly(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('{\n\t"a": {"b": 1}\n}')
