@@ -269,6 +269,14 @@ def test_a_base_whose_header_says_another_dtype_than_its_manifest_is_refused(lla
         evaluate(folder, None, (), EvaluateOptions(window=32, **FLOAT32), text=[prose])
 
 
+def test_a_base_with_a_tensor_that_its_manifest_does_not_list_is_refused(llama_nf4, prose, copy_of):
+    folder = copy_of(llama_nf4)
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        tensors["extra.weight"] = torch.zeros(2)
+    with pytest.raises(IntegrityError, match=r"tensor extra\.weight is not in the manifest"):
+        evaluate(folder, None, (), EvaluateOptions(window=32, **FLOAT32), text=[prose])
+
+
 @pytest.mark.parametrize("measure", [evaluate, lambda base, *given: compare([base], [given[0]], *given[1:])])
 def test_an_adapter_whose_files_differ_from_its_manifest_is_refused(
     measure, llama, adapter, second_adapter, instructions, certified

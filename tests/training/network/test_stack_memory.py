@@ -1,5 +1,7 @@
 """The memory of the largest stack, or of every size, is kept and used again, and never by two tensors at once."""
 
+import tracemalloc
+
 import torch
 
 from adaptkit.training.network.stack_memory import StackMemory
@@ -62,3 +64,21 @@ def test_the_memory_of_every_size_is_kept_if_asked_for():
         del tensors
     assert places[0] == places[1] == places[2]
     assert memory._kept.size == 0
+
+
+def test_the_memory_of_a_smaller_tensor_is_freed_before_that_of_a_larger_one_is_allocated():
+    memory = StackMemory()
+    tracemalloc.start()  # numpy reports its memory to it
+    try:
+        for count in (6, 8):
+            empty(memory, count << 20)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert 16 << 20 <= peak < 17 << 20
+
+
+def test_a_tensor_on_another_device_is_of_that_device():
+    memory = StackMemory()
+    assert memory.empty((2, 3), torch.float32, torch.device("meta")).is_meta
+    assert len(memory._kept) == 0
