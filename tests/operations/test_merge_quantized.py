@@ -23,6 +23,7 @@ from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, 
 from adaptkit.hub._selection import part_of, select
 from adaptkit.operations import _shards
 from adaptkit.operations._merge import quantized as _merge_quantized
+from adaptkit.operations._merge.folding import RUN_BYTES
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
@@ -287,6 +288,45 @@ def test_tensors_in_16_and_in_4_bits_are_reported_together(tmp_path):
     kept = {change.name: change.effect for change in report.changes}
     assert kept.pop("lm_head.weight") == pytest.approx(1, abs=0.02)
     assert max(kept.values()) < 0.98
+
+
+@pytest.mark.parametrize(
+    ("model_type", "shape"),
+    [
+        (None, (RUN_BYTES // 128, 64)),  # in two runs of rows
+        (None, (RUN_BYTES // 128, 65)),
+        ("gpt2", (RUN_BYTES // 128, 64)),  # stores its weights transposed
+        ("gpt2", (33, 65)),
+    ],
+)
+def test_the_share_left_is_that_of_the_formula_over_the_whole_matrix(tmp_path, model_type, shape):
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    is_transposed, module = model_type == "gpt2", "h.0.mlp.c_fc" if model_type else "model.layers.0.mlp.up_proj"
+    target = '{"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": "all-linear", "fan_in_fan_out": %s}'
+    for place, name, content in (
+        (base, "config.json", json.dumps({"model_type": model_type} if model_type else {})),
+        (folder, "adapter_config.json", target % json.dumps(is_transposed)),
+    ):
+        place.mkdir()
+        (place / name).write_text(content)
+    rows, columns = reversed(shape) if is_transposed else shape
+    noise = torch.Generator().manual_seed(1)
+    weight = torch.randn(shape, generator=noise)
+    a, b = (torch.randn(size, generator=noise) * 0.1 for size in ((2, columns), (rows, 2)))
+    save_file({f"{module}.weight": weight}, base / "model.safetensors")
+    named = {f"base_model.model.{module}.lora_{letter}.weight": factor for letter, factor in (("A", a), ("B", b))}
+    save_file(named, folder / "adapter_model.safetensors")
+    (found,) = merge(base, [folder], tmp_path / "out", NF4).changes
+    quantize(base, tmp_path / "plain", QuantizeOptions(double_quant=False))
+    after, before = (
+        read_quantized(Checkpoint(tmp_path / made), f"{module}.weight").dequantize(torch.float32).double()
+        for made in ("out", "plain")
+    )
+    change, delta = (after - before).reshape(rows, columns), b.double() @ a.double()
+    assert found.effect == pytest.approx(float((change * delta).sum() / delta.square().sum()), rel=1e-7)
+    assert found.moved == pytest.approx(float((change != 0).double().mean()))
+    assert found.delta_norm == pytest.approx(float(delta.norm()))
+    assert found.weight_norm == pytest.approx(float(weight.double().norm()))
 
 
 MEASURE = """
