@@ -294,7 +294,7 @@ def test_tensors_in_16_and_in_4_bits_are_reported_together(tmp_path):
     ("model_type", "shape"),
     [
         (None, (RUN_BYTES // 128, 64)),  # in two runs of rows
-        (None, (RUN_BYTES // 128, 65)),
+        (None, (RUN_BYTES // 128, 66)),  # in runs that would not begin with a block
         ("gpt2", (RUN_BYTES // 128, 64)),  # stores its weights transposed
         ("gpt2", (33, 65)),
     ],
