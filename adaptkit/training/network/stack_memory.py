@@ -23,29 +23,30 @@ class StackMemory:
     """The memory of one network's stacks."""
 
     def __init__(self) -> None:
-        self._largest = 0
-        self._kept: Any = np.empty(0, np.uint8)
-        self._lent: Callable[[], Any] = lambda: None
-        self._by_size: dict[int, StackMemory] = {}
+        self._kept: dict[int, Any] = {}  # by size
+        self._lent: dict[int, Callable[[], Any]] = {}
 
     def empty(
         self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, keeps_every_size: bool = False
     ) -> Tensor:
-        """Return an uninitialized tensor; in the kept memory if it is as large as any before and that is not in use.
+        """Return an uninitialized tensor, in the memory that is kept for its size unless that is in use.
 
-        With ``keeps_every_size``, in the memory that is kept for its size, unless that is in use.
+        Args:
+            shape: its shape.
+            dtype: its type.
+            device: its device; only memory of a CPU is kept.
+            keeps_every_size: whether to keep its memory even if it is smaller than that of another tensor.
         """
         size = math.prod(shape) * dtype.itemsize
-        if keeps_every_size:
-            return self._by_size.setdefault(size, StackMemory()).empty(shape, dtype, device)
-        self._largest = max(self._largest, size)
-        if device.type != "cpu" or size < self._largest or self._lent() is not None:
+        is_kept = keeps_every_size or size >= max(self._kept, default=0)
+        if device.type != "cpu" or not is_kept or (size in self._lent and self._lent[size]() is not None):
             return torch.empty(tuple(shape), dtype=dtype, device=device)
-        if size > len(self._kept):
-            self._kept = None  # freed before the larger memory is allocated
-            self._kept = _aligned(size)
-        part = self._kept[:]  # the tensor's storage holds this object, which dies with it
-        self._lent = weakref.ref(part)
+        if size not in self._kept:
+            if not keeps_every_size:
+                self._kept.clear()  # freed before the larger memory is allocated
+            self._kept[size] = _aligned(size)
+        part = self._kept[size][:]  # the tensor's storage holds this object, which dies with it
+        self._lent[size] = weakref.ref(part)
         stride = [math.prod(shape[place:]) for place in range(1, len(shape) + 1)]
         return torch.empty(0, dtype=dtype).set_(torch.from_numpy(part).untyped_storage(), 0, tuple(shape), stride)
 

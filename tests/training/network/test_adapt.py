@@ -307,8 +307,8 @@ def test_no_dequantized_weight_outlives_a_forward_or_backward_pass(bases, name, 
     model, _ = begun(bases / f"{CASES[name].family}-nf4", CASES[name].settings)
     unpacked, dequantize_really = [], PackedWeight.dequantize
 
-    def watched(weight, dtype):
-        result = dequantize_really(weight, dtype)
+    def watched(weight, dtype, *empty):
+        result = dequantize_really(weight, dtype, *empty)
         unpacked.append(StorageWeakRef(result.untyped_storage()))
         return result
 

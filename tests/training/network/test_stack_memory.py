@@ -44,15 +44,16 @@ def test_a_larger_tensor_gets_memory_to_keep_even_if_a_smaller_one_comes_first()
     for _ in range(2):
         tensors.clear()
         tensors += [empty(memory, count, 10, 10) for count in (2, 4)]
-    assert len(memory._kept) == 2 * 4 * 10 * 10
-    assert tensors[1].data_ptr() == memory._kept.ctypes.data
+    ((size, kept),) = memory._kept.items()
+    assert size == 2 * 4 * 10 * 10
+    assert tensors[1].data_ptr() == kept.ctypes.data
 
 
 def test_only_the_memory_of_the_largest_is_kept():
     memory = StackMemory()
     for count, kept in ((2, 2), (4, 4), (1, 4), (4, 4)):
         empty(memory, count, 10, 10)
-        assert len(memory._kept) == 2 * kept * 10 * 10
+        assert list(memory._kept) == [2 * kept * 10 * 10]
 
 
 def test_the_memory_of_every_size_is_kept_if_asked_for():
@@ -63,7 +64,7 @@ def test_the_memory_of_every_size_is_kept_if_asked_for():
         places.append([tensor.data_ptr() for tensor in tensors[:3]])
         del tensors
     assert places[0] == places[1] == places[2]
-    assert memory._kept.size == 0
+    assert sorted(memory._kept) == [2 * count * 10 * 10 for count in (2, 4, 8)]
 
 
 def test_the_memory_of_a_smaller_tensor_is_freed_before_that_of_a_larger_one_is_allocated():
