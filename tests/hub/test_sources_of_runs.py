@@ -162,12 +162,16 @@ def test_a_repository_with_an_adapter_and_a_checkpoint_is_taken_as_either(
     assert cli("run", path).code == 0
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 20_000], ids=["one file", "shards"])
+@pytest.mark.parametrize(
+    ("format_name", "shard_bytes"),
+    [("nf4", 10**9), ("nf4", 20_000), ("int8", 20_000)],
+    ids=["one file", "shards", "shards of 8 bits"],
+)
 def test_a_checkpoint_that_only_its_tensors_show_to_be_quantized_is_taken_as_quantized(
-    cli: Any, recipe: Callable[[str, str], Path], tmp_path: Path, llama: Path, shard_bytes: int
+    cli: Any, recipe: Callable[[str, str], Path], tmp_path: Path, llama: Path, format_name: str, shard_bytes: int
 ) -> None:
     folder = tmp_path / "more" / "bare"
-    quantize(llama, folder, QuantizeOptions(max_shard_bytes=shard_bytes))
+    quantize(llama, folder, QuantizeOptions(format=format_name, max_shard_bytes=shard_bytes))
     assert (folder / "model.safetensors.index.json").exists() == (shard_bytes < 10**9)
     (folder / "adaptkit-manifest.json").unlink()
     config = json.loads((folder / "config.json").read_text())
