@@ -23,7 +23,7 @@ from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.report import Listener, OutputReport, RunOptions, RunReport, SourceReport, StepReport
 from adaptkit.pipeline.sources import Hashes, Location, Material, check_apart, digest_of, locate, resolve
 from adaptkit.pipeline.steps._kind import Work
-from adaptkit.pipeline.work import WORK_NAME, Record, WorkFolder
+from adaptkit.pipeline.work import HASHES_NAME, WORK_NAME, Record, WorkFolder
 
 __all__ = ["Listener", "OutputReport", "RunOptions", "RunReport", "SourceReport", "StepReport", "run"]
 
@@ -78,7 +78,7 @@ class _Run:
         root = options.work if options.work is not None else self._folder / WORK_NAME
         self.work = WorkFolder(root, options.verify)
         check_apart(recipe.sources.values(), self._folder, root)
-        self._hashes = Hashes(self.work.root / "hashes.json", fresh=options.verify)
+        self._hashes = Hashes(self.work.root / HASHES_NAME, fresh=options.verify)
         self._materials: dict[str, Material] = {}
         self._inputs = InputChecks(recipe, steps)
         taken = [found for step in recipe.steps.values() for found in step.takes()]

@@ -29,6 +29,7 @@ from adaptkit.pipeline.recipe import Step
 from adaptkit.pipeline.steps._kind import Facts
 
 WORK_NAME = ".adaptkit"
+HASHES_NAME = "hashes.json"
 _KEY_LETTERS = 12
 
 
@@ -90,14 +91,15 @@ class WorkFolder:
                     "would not notice each other",
                     hint="choose a --work on another disk, or enable file locks (flock) on this one",
                 ) from error
-            self._clear_unfinished_records()
+            self._clear_unfinished_files()
             yield
         finally:
             os.close(handle)
 
-    def _clear_unfinished_records(self) -> None:
-        """Delete temporary files of records that a killed run left; under the lock, no other run is writing any."""
-        for path in self.root.glob(f"{'[0-9a-f]' * _KEY_LETTERS}/.*.json.*.partial"):
+    def _clear_unfinished_files(self) -> None:
+        """Delete temporary files that a killed run left; under the lock, no other run is writing any."""
+        records, hashes = f"{'[0-9a-f]' * _KEY_LETTERS}/.*.json.*.partial", f".{HASHES_NAME}.*.partial"
+        for path in [*self.root.glob(records), *self.root.glob(hashes)]:
             if replaced_name(path.name) != path.name and path.is_file():
                 with suppress(OSError):  # such as on a read-only disk; it does no harm
                     path.unlink()
