@@ -62,7 +62,8 @@ def run(
     running = _Run(read, steps, options, dry_run, listener or Listener())
     if dry_run:
         return running.all()
-    with running.work.locked():
+    guarded = [lock_path(recipe)] if options.work is None else []  # runs with another --work may write the lock, too
+    with running.work.locked(*guarded):
         return running.all()
 
 

@@ -11,13 +11,15 @@ Everything in it can be made again, so it may be deleted at any time.
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from adaptkit.checkpoint.integrity import check_artifact, check_names
 from adaptkit.checkpoint.layout import resolve_inside, write_json
@@ -65,8 +67,11 @@ class WorkFolder:
         self._verify = verify
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, *guarded: Path) -> Iterator[None]:
         """Lock the folder against other runs during the block.
+
+        Args:
+            guarded: files elsewhere that only runs with this work folder write.
 
         Raises:
             ConflictError: another run holds the lock.
@@ -91,16 +96,19 @@ class WorkFolder:
                     "would not notice each other",
                     hint="choose a --work on another disk, or enable file locks (flock) on this one",
                 ) from error
-            self._clear_unfinished_files()
+            self._clear_unfinished_files(guarded)
             yield
         finally:
             os.close(handle)
 
-    def _clear_unfinished_files(self) -> None:
+    def _clear_unfinished_files(self, guarded: tuple[Path, ...]) -> None:
         """Delete temporary files that a killed run left; under the lock, no other run is writing any."""
-        records, hashes = f"{'[0-9a-f]' * _KEY_LETTERS}/.*.json.*.partial", f".{HASHES_NAME}.*.partial"
-        for path in [*self.root.glob(records), *self.root.glob(hashes)]:
-            if replaced_name(path.name) != path.name and path.is_file():
+        records = list(self.root.glob(f"{'[0-9a-f]' * _KEY_LETTERS}/.*.json.*.partial"))
+        left = [path for path in records if replaced_name(path.name) != path.name]
+        for file in (self.root / HASHES_NAME, *guarded):
+            left += [path for path in file.parent.glob(".*.partial") if replaced_name(path.name) == file.name]
+        for path in left:
+            if path.is_file():
                 with suppress(OSError):  # such as on a read-only disk; it does no harm
                     path.unlink()
 
@@ -161,18 +169,26 @@ class WorkFolder:
         return manifest
 
     def _read(self, step: Step, key: str) -> Record | None:
+        """Read a record; None if there is none, it is another's, or it is not as it was written."""
         try:
-            record = Record(**json.loads(self._path(step, key).read_bytes()))
-        except (OSError, ValueError, TypeError, RecursionError):
+            content = json.loads(self._path(step, key).read_bytes())
+            if content.pop("sha256") != _digest(content):
+                return None
+            record = Record(**content)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             return None
-        fits = isinstance(record.outputs, dict | None) and isinstance(record.facts, dict)
-        return record if fits and (record.kind, record.key) == (step.kind, key) else None
+        return record if (record.kind, record.key) == (step.kind, key) else None
 
     def _write(self, step: Step, record: Record) -> None:
         path = self._path(step, record.key)
         with disk_errors(path):
             make_folder(path.parent)
-        replace_file(path, write_json(asdict(record)))
+        content = asdict(record)
+        replace_file(path, write_json(content | {"sha256": _digest(content)}))
 
     def _path(self, step: Step, key: str) -> Path:
         return self.root / key[:_KEY_LETTERS] / f"{step.name}.json"
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(write_json(content)).hexdigest()

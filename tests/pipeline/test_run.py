@@ -303,14 +303,17 @@ def test_a_flipped_bit_is_noticed_only_if_verify_is_set(release, recipe):
 def test_a_whole_artifact_is_kept_although_the_run_was_killed_before_recording_it(release, recipe):
     first = run(recipe)
     record = (release / outputs(first)["lighter"].path).with_suffix(".json")
-    known = json.loads(record.read_bytes())
-    record.write_text(json.dumps(known | {"outputs": None, "figure": "", "facts": {}}))
+    known = json.loads(record.read_bytes()) | {"outputs": None, "figure": "", "facts": {}}
+    del known["sha256"]
+    text = json.dumps(known, indent=2, sort_keys=True) + "\n"
+    record.write_text(json.dumps(known | {"sha256": hashlib.sha256(text.encode()).hexdigest()}))
     report = run(recipe)
     assert done(report) == []
     assert outputs(report) == outputs(first)
 
 
-NOTHING_SAID = [b"", b"[]", b"{}", b"\xff", b'{"outputs": {}}', b"[" * 100_000, {"facts": None}, {"outputs": 3}]
+NOTHING_SAID = [b"", b"[]", b"{}", b"\xff", b'{"outputs": {}}', b"[" * 100_000]
+NOTHING_SAID += [{"facts": None}, {"outputs": 3}, {"facts": {"effect": 1.5}}, {"figure": "better"}, {"sha256": None}]
 
 
 @pytest.mark.parametrize("content", NOTHING_SAID, ids=lambda content: repr(content)[:20])
@@ -809,3 +812,15 @@ def test_offline_refuses_to_publish_before_anything_is_done(recipe, release, edi
         run(recipe, RunOptions(offline=True))
     assert not (release / ".adaptkit").exists()
     run(recipe, RunOptions(offline=True, until="loads"))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["same work folder", "another"])
+def test_an_unfinished_lock_that_a_killed_run_left_is_deleted_unless_another_run_may_be_writing_it(
+    recipe, release, tmp_path, elsewhere
+):
+    left, others = release / ".recipe.lock.15899.140191006.partial", release / ".recipe.lock.mine.partial"
+    run(recipe)
+    for path in (left, others):
+        path.write_text("{}")
+    run(recipe, RunOptions(work=tmp_path / "work" if elsewhere else None))
+    assert (left.exists(), others.exists()) == (elsewhere, True)
