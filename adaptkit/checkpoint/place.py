@@ -36,14 +36,18 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     Raises:
         OutputExistsError: it exists, and ``force`` is not given or it holds files that adaptkit did not make.
         ConflictError: a foreign folder is where the old output would be kept.
-        UsageError: the name is reserved for unfinished work, too long, or empty; or the output would overwrite,
-            contain, or be inside an input.
+        UsageError: the name is reserved for unfinished work, too long, or empty; a folder that will be renamed is a
+            mount point; or the output would overwrite, contain, or be inside an input.
     """
     if final.name in ("", ".."):
         raise UsageError(f"{final}: is not a name for a new folder", hint="name the folder to create, such as -o out")
     aside = replaced_folder(final)
     if len(os.fsencode(aside.name)) > _LONGEST_NAME:
         raise UsageError(f"{final}: the name is too long", hint="choose a shorter name")
+    for path in (final, partial_folder(final), aside):
+        if os.path.ismount(path):
+            hint = f"choose a new folder inside it, such as -o {final / 'out'}" if path == final else "unmount it"
+            raise UsageError(f"{path}: is a mount point, which cannot be renamed", hint=f"{hint}, or choose another -o")
     if os.path.lexists(final) and not force:
         raise OutputExistsError(f"{final}: already exists", hint="choose another -o, or replace it with --force")
     whole = Path(os.path.realpath(final))
