@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _EXPERTS = re.compile(r"^(?:.*?\.)?experts(?=\.)")
+_EXPERTS_WITHOUT_THE_WORD = re.compile(r"\.(block_sparse_moe|mlp)\.(in|out)put_linear\.weight$")
+"""The end of names, in files, of Granite's and JetMoe's stacks of experts."""
 _TABLE = re.compile(r"embed|relative_attention_bias|(^|\.)(wte|wpe)(\.|$)")
 _LOOKED_UP = re.compile(
     r"(^|\.)(embed_tokens|[a-z_]*embeddings?|embed_positions|relative_attention_bias|wte|wpe|embed_in)$"
@@ -122,8 +124,11 @@ def roles_by_name(checkpoint: Checkpoint, reason: str) -> Roles:
 def _by_name(spec: TensorSpec, model_type: str) -> Role:
     module = spec.name.removesuffix(".weight")
     experts = _EXPERTS.match(spec.name)
-    if experts and len(spec.shape) in {2, 3} and not spec.name.endswith("bias"):
+    is_other = spec.name.endswith("bias") or is_router(module)  # JetMoe has routers in modules named "experts"
+    if experts and len(spec.shape) in {2, 3} and not is_other:
         return Role("expert", True, (experts[0],))
+    if len(spec.shape) == 3 and _EXPERTS_WITHOUT_THE_WORD.search(spec.name):
+        return Role("expert", True, (module,))
     kind = _kind_by_name(spec, module, model_type)
     is_listed = kind in _LINEAR_BY_NAME or (kind == "embedding" and not _LOOKED_UP.search(module))
     return Role(kind, is_listed, (module,))

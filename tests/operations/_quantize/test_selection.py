@@ -28,6 +28,7 @@ from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 
 UNTIED = ["llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "mixtral", "qwen2_moe", "qwen3_moe"]
+UNTIED += ["granitemoe", "jetmoe"]
 FUSED = ["mixtral-fused", "qwen2_moe-fused", "qwen3_moe-fused"]
 FAMILIES = [*UNTIED, *FUSED, "llama-tied", "gemma-tied", "gpt2", "gpt2-of-the-hub"]
 TIED = ["llama-tied", "gemma-tied", "gpt2", "gpt2-of-the-hub"]
@@ -50,6 +51,7 @@ ARCHITECTURES = [
     *("starcoder2", "zamba", "zamba2"),
 ]
 CHOSEN = {"mistral": 14, "qwen3": 14, "phi": 12, "phi3": 8, "gpt2": 8, "mixtral": 8, "qwen2_moe": 14, "qwen3_moe": 8}
+CHOSEN |= {"granitemoe": 8, "jetmoe": 2}
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,9 @@ def test_selected_modules_are_those_that_bitsandbytes_converts_except_routers(fa
     theirs = {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     if family.startswith("qwen2_moe"):
         theirs -= {f"model.layers.{number}.mlp.shared_expert_gate" for number in (0, 1)}
+    if family == "jetmoe":
+        blocks = ("mlp", "self_attention.experts")
+        theirs -= {f"model.layers.{number}.{block}.router.layer" for number in (0, 1) for block in blocks}
     prefix = "transformer." if family == "gpt2-of-the-hub" else ""
     selection = select(Checkpoint(families / family))
     assert {prefix + choice.module for choice in selection.choices if not choice.kept_because} == theirs
@@ -129,11 +134,12 @@ def test_selection_by_names_and_shapes_gives_the_same_choices_and_reasons(famili
 def test_every_tensor_that_stays_has_the_expected_reason(families, family):
     selection = select(Checkpoint(families / family))
     kept = Counter(choice.kept_because for choice in selection.choices if choice.kept_because)
-    experts = {"mixtral": 24, "qwen2_moe": 24, "qwen3_moe": 24}.get(family, 4 * family.endswith("-fused"))
+    experts = {"mixtral": 24, "qwen2_moe": 24, "qwen3_moe": 24, "granitemoe": 4, "jetmoe": 8}
+    experts = experts.get(family, 4 * family.endswith("-fused"))
     assert kept["head"] == (family not in TIED)
     assert kept["embedding"] == 1 + family.startswith("gpt2")
     assert kept["expert: bitsandbytes cannot load it quantized"] == experts
-    assert kept["router"] == (4 if family.startswith("qwen2_moe") else 2 if experts else 0)
+    assert kept["router"] == (4 if family.startswith(("qwen2_moe", "jetmoe")) else 2 if experts else 0)
     norms = {"qwen3": 9, "qwen3_moe": 9, "qwen3_moe-fused": 9, "phi": 3}.get(family, 5)
     assert kept["norm"] == norms
     other = set(kept) - {"head", "embedding", "expert: bitsandbytes cannot load it quantized", "router", "norm", "bias"}
@@ -193,6 +199,16 @@ def test_only_conv1d_weights_are_transposed_and_dequantize_recognizes_them(famil
     chosen = [choice for choice in select(checkpoint).choices if not choice.kept_because]
     assert {choice.transposed for choice in chosen} == {family.startswith("gpt2")}
     assert all(choice.transposed == stores_transposed(checkpoint, choice.module) for choice in chosen)
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "jetmoe"])
+def test_experts_that_files_do_not_call_so_are_selected_on_request_and_their_routers_stay(families, family):
+    choices = select(Checkpoint(families / family), moe="quantize").choices
+    stacks = {choice.spec.name for choice in choices if len(choice.spec.shape) == 3}
+    assert len(stacks) == (4 if family == "granitemoe" else 8)
+    kept = {choice.spec.name: choice.kept_because for choice in choices if choice.kept_because}
+    assert not stacks & set(kept)
+    assert {why for name, why in kept.items() if ".router." in name} == {"router"}
 
 
 @pytest.mark.parametrize("family", ["mixtral", *FUSED])
