@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +13,7 @@ import pytest
 import tiny
 import torch
 from folders import edit_json, edited_tensors
+from forks import Forks
 from interrupted import stop_after
 from safetensors.torch import load_file
 
@@ -410,28 +408,42 @@ def test_a_tensorboard_folder_inside_the_output_is_refused(config, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
-@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
-def test_a_missing_tracker_package_is_reported_with_how_to_install_it(config, name, tmp_path):
-    code = f"import sys; sys.modules[{name!r}] = None; from adaptkit.cli.main import main; main()"
-    shown = command(config, tmp_path / "adapter", f"--{name}", "x")
-    done = subprocess.run([sys.executable, "-c", code, *shown], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 2
-    hint = "pip install '.[track]' in adaptkit's checkout"
-    assert done.stderr == f"error: --{name}: the package is not installed\nhint: {hint}\n"
-    assert not list(tmp_path.iterdir())
+ABSENT = ("jinja2", "matplotlib", "tensorboard", "wandb")
+WITHOUT = f"""
+import sys
+
+sys.modules.update(dict.fromkeys({ABSENT}))  # imports of them fail
+import adaptkit.cli.main
+from adaptkit.torch_compiler import leave_compiler_out
+
+leave_compiler_out()  # as the commands do
+import transformers.models.llama.modeling_llama
+import adaptkit.training.evaluation.evaluate, adaptkit.training.loop
+"""
 
 
-@pytest.mark.parametrize("more", [(), ("--chat-template", "template.jinja")])
-def test_a_missing_jinja2_is_reported_with_how_to_install_it(config, tmp_path, more):
-    """transformers renders chat templates with it, and does not require it."""
-    (tmp_path / "template.jinja").write_text("{{ messages[0]['content'] }}")
-    code = "import sys; sys.modules['jinja2'] = None; from adaptkit.cli.main import main; main()"
-    for shown in (command(config, "adapter", *more), ["evaluate", "--base", config.base, "--prompt", "Hi"]):
-        done = subprocess.run([sys.executable, "-c", code, *shown], capture_output=True, text=True, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def without():
+    """Run a command in a fork of a process in which some packages are not installed."""
+    with Forks(WITHOUT) as run:
+        yield lambda *arguments: run("from adaptkit.cli.main import main; main()", *arguments)
+
+
+def test_a_missing_package_is_reported_with_how_to_install_it(config, without, tmp_path):
+    """transformers renders chat templates with jinja2, and does not require it."""
+    template, adapter = tmp_path / "template.jinja", tmp_path / "adapter"
+    template.write_text("{{ messages[0]['content'] }}")
+    for shown, problem, extra in (
+        (command(config, adapter, "--tensorboard", "x"), "--tensorboard: the package is not installed", "track"),
+        (command(config, adapter, "--wandb", "x"), "--wandb: the package is not installed", "track"),
+        (command(config, adapter), "chat templates need the package jinja2", "train"),
+        (command(config, adapter, "--chat-template", template), "chat templates need the package jinja2", "train"),
+        (["evaluate", "--base", config.base, "--prompt", "Hi"], "chat templates need the package jinja2", "train"),
+    ):
+        done = without(*shown)
         assert done.returncode == 2
-        hint = "pip install '.[train]' in adaptkit's checkout"
-        assert done.stderr == f"error: chat templates need the package jinja2\nhint: {hint}\n"
-        assert not (tmp_path / "adapter").exists()
+        assert done.stderr == f"error: {problem}\nhint: pip install '.[{extra}]' in adaptkit's checkout\n"
+        assert list(tmp_path.iterdir()) == [template]
 
 
 def test_a_tracker_that_cannot_start_is_reported_without_a_traceback(config, run_cli, tmp_path):
@@ -445,13 +457,16 @@ def test_a_tracker_that_cannot_start_is_reported_without_a_traceback(config, run
     assert "Traceback" not in done.stderr
 
 
-def test_the_plot_has_all_labels_and_is_omitted_with_a_note_without_matplotlib(config, tmp_path):
+def test_the_plot_has_all_labels_and_is_omitted_with_a_note_without_matplotlib(
+    config, without, llama, copy_of, tmp_path
+):
     train(replace(config, eval_every=4), tmp_path / "adapter")
     texts = "".join(ElementTree.parse(tmp_path / "adapter" / "loss.svg").getroot().itertext())
     assert all(word in texts for word in ("training", "held out", "step", "learning rate"))
-    code = "import sys; sys.modules['matplotlib'] = None; from adaptkit.cli.main import main; main()"
-    shown = command(config, tmp_path / "plain")
-    done = subprocess.run([sys.executable, "-c", code, *shown], capture_output=True, text=True, env=os.environ)
+    base, rows = copy_of(llama), tmp_path / "rows.jsonl"
+    (base / "chat_template.jinja").unlink()  # it would need jinja2, which is not there either
+    rows.write_text("".join(json.dumps({"text": f"{number} rivers in the north"}) + "\n" for number in range(20)))
+    done = without(*command(replace(config, base=str(base), data=(str(rows),)), tmp_path / "plain"))
     assert done.returncode == 0, done.stderr
     assert "no loss.svg: matplotlib is not installed (pip install '.[report]' in adaptkit's checkout)" in done.stderr
     assert not (tmp_path / "plain" / "loss.svg").exists()
