@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.errors import DataError
@@ -103,14 +103,22 @@ def test_rows_with_an_empty_answer_are_counted_and_the_first_is_named(tokenizer,
     assert load_data([path], tokenizer, 99, loss_on="last_answer").empty == 0
 
 
-@given(answers=st.lists(st.sampled_from(["a", "a<|im_end|>", "<|im_end|> a", "a<|endoftext|>", "a<|im_end|>\n"]),
-                        min_size=1, max_size=4),
-       template=st.sampled_from(["own", "none", "without ends"]))  # fmt: skip
-def test_rows_whose_answers_end_twice_are_counted_and_the_first_is_named(llama, tmp_path_factory, answers, template):
-    """transformers renders both end tokens without a warning."""
+@pytest.fixture(scope="module", params=["own", "none", "without ends"])
+def with_template(request, llama):
+    """Tokenizers with three templates; each is kept for all examples, since a new one is given a new process."""
     tokenizer = load_tokenizer(llama)
-    if template != "own":
-        tokenizer.chat_template = None if template == "none" else "{% for m in messages %}{{ m.content }} {% endfor %}"
+    if request.param != "own":
+        without_ends = "{% for m in messages %}{{ m.content }} {% endfor %}"
+        tokenizer.chat_template = None if request.param == "none" else without_ends
+    return tokenizer
+
+
+@settings(max_examples=34)  # for each template
+@given(answers=st.lists(st.sampled_from(["a", "a<|im_end|>", "<|im_end|> a", "a<|endoftext|>", "a<|im_end|>\n"]),
+                        min_size=1, max_size=4))  # fmt: skip
+def test_rows_whose_answers_end_twice_are_counted_and_the_first_is_named(with_template, tmp_path_factory, answers):
+    """transformers renders both end tokens without a warning."""
+    tokenizer = with_template
     rows = ({"prompt": "well?", "completion": answer} for answer in answers)
     path = write(tmp_path_factory.mktemp("twice"), *rows)
     data = load_data([path], tokenizer, 99)
@@ -150,13 +158,12 @@ def test_unused_fields_of_rows_and_messages_are_reported(tokenizer, tmp_path):
 @given(st.lists(st.sampled_from(["user", "assistant", "unlearned"]), max_size=3),
        st.sampled_from(["answers", "last_answer", "all"]))  # fmt: skip
 def test_messages_after_the_last_learned_answer_are_reported_unless_they_are_read(
-    llama, tmp_path_factory, roles, loss_on
+    tokenizer, tmp_path_factory, roles, loss_on
 ):
     marked = {"unlearned": {"role": "assistant", "content": "so", "weight": 0}}
     messages = [{"role": "user", "content": "well?"}, {"role": "assistant", "content": "fine"}]
     messages += [marked.get(role, {"role": role, "content": "so"}) for role in roles]
     path = write(tmp_path_factory.mktemp("tail"), {"messages": messages}, {"text": "plain"})
-    tokenizer = load_tokenizer(llama)
     data = load_data([path], tokenizer, 999, loss_on=loss_on)
     is_read = "".join(tokenizer.decode(data.samples[0].ids)).count("<|im_start|>") == len(messages) + 1
     assert data.sources[0].unused == (() if is_read else ("messages after the last learned answer",))
