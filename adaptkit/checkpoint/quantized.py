@@ -87,6 +87,26 @@ class QuantizedWeight:
         """The constants in float32, (M,)."""
         return dequantize_absmax(self.constants, self.levels)
 
+    def matrix(self, index: int) -> QuantizedWeight:
+        """Return one matrix of a stack, (out, in).
+
+        It shares the stack's memory, but its constants are decoded if their first group begins in another matrix.
+        """
+        count = math.prod(self.shape[1:])
+        blocks, code_bytes = count // self.block_size, len(self.codes) * count // self.count
+        first, last = index * blocks, (index + 1) * blocks
+        constants = self.constants
+        if isinstance(constants, DoubleQuantized):
+            before, groups = first % GROUP, slice(first // GROUP, -(-last // GROUP))
+            codes = constants.codes[first - before : last]
+            constants = DoubleQuantized(codes, constants.nested_absmax[groups], constants.offset)
+            if before:
+                constants = dequantize_absmax(constants, self.levels)[before:]
+        else:
+            constants = constants[first:last]
+        codes = self.codes[index * code_bytes : (index + 1) * code_bytes]
+        return QuantizedWeight(self.encoding, codes, constants, self.shape[1:], self.dtype, self.levels)
+
     def dequantize(self, dtype: DType | None = None) -> Any:
         """Return the dequantized weight in its shape; ``dtype`` overrides the type given by the state."""
         nested, book = self.constants, BOOKS.get(self.encoding.format)

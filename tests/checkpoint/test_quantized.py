@@ -52,6 +52,22 @@ def test_bitsandbytes_reads_our_parts_and_gets_our_weights(double_quant, block_s
     assert float((ours.float() - values.float()).norm() / values.float().norm()) < 0.12
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+@pytest.mark.parametrize("shape", [(5, 12, 64), (4, 256, 128), (3, 384, 64)])  # 12, 512 and 384 blocks a matrix
+def test_a_matrix_of_a_stack_dequantizes_to_its_part_of_the_stack(shape, name, double_quant):
+    """Whether or not a group of 256 constants begins with the matrix."""
+    spec, values = weight_of(shape)
+    named = encode(spec, values, Encoding(name, 64, double_quant))
+    stack = decode("x.weight", {key.removeprefix("x.weight"): part for key, part in named.items()})
+    whole = stack.dequantize(torch.float32)
+    for index, expected in enumerate(whole):
+        matrix = stack.matrix(index)
+        assert matrix.shape == shape[1:]
+        assert torch.equal(matrix.dequantize(torch.float32), expected)
+        assert matrix.codes.untyped_storage().data_ptr() == stack.codes.untyped_storage().data_ptr()
+
+
 def test_our_parts_have_the_names_types_and_shapes_of_theirs():
     """Except for the padding of the JSON, since theirs is not aligned."""
     spec, values = weight_of((96, 256))
