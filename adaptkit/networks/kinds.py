@@ -31,6 +31,12 @@ def is_expert(path: str, module: nn.Module) -> bool:
     return "expert" in f"{path} {type(module).__name__}".lower()
 
 
+def multiplies_groups(module: Any) -> bool:
+    """Whether a module of stacked experts multiplies tokens, sorted by expert, with its stacks by ``grouped_mm``."""
+    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return hasattr(module, "is_transposed") and implementation == "grouped_mm"
+
+
 def is_read_by_kernels(model_type: str, path: str) -> bool:
     """Whether kernels read a linear layer's weight without calling the layer, so that its adapter may be bypassed.
 

@@ -18,7 +18,7 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.activations import LayerSize, measure_layers
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.casting import hold
-from adaptkit.networks.kinds import asks_for_sdpa, is_expert
+from adaptkit.networks.kinds import asks_for_sdpa, is_expert, multiplies_groups
 from adaptkit.networks.linears import acts_as_linear
 from adaptkit.networks.memory import ATTENTION_ROWS, ATTENTION_SCORES
 from adaptkit.networks.recompute import source_of
@@ -66,14 +66,14 @@ def measured_layers(
         ranks: maps the linear layers with an adapter to its rank.
         full: whether all weights are trained: in float32, which a layer casts for its own use.
         shape: (rows, length) of a batch.
-        packed_experts: whether experts are quantized: a layer then dequantizes all of its experts at a time.
+        packed_experts: whether experts are quantized: a layer then also needs memory for dequantized ones.
         on_gpu: whether the run uses a GPU.
 
     Raises:
         UsageError: there is no stack of layers, or its forward pass does not run on fake tensors.
     """
     layers = list(find_stack(network)[1])
-    unpacked = [sum(stack.nbytes for stack in expert_stacks(layer).values()) for layer in layers]
+    unpacked = [_unpacked_bytes(layer, on_gpu) for layer in layers]
     _stand_in_attention(network, on_gpu)
     shapes = linear_shapes(network)
     fuse_stand_ins(network, shapes, full, on_gpu)
@@ -105,6 +105,14 @@ def measured_layers(
     if not packed_experts:
         return sizes
     return [replace(one, peak_bytes=one.peak_bytes + more) for one, more in zip(sizes, unpacked, strict=True)]
+
+
+def _unpacked_bytes(layer: nn.Module, on_gpu: bool) -> int:
+    """Return the bytes of quantized experts that a layer dequantizes at a time; see ``training.network.routed``."""
+    stacks = expert_stacks(layer)
+    if on_gpu or not all(multiplies_groups(layer.get_submodule(name.rpartition(".")[0])) for name in stacks):
+        return sum(stack.nbytes for stack in stacks.values())
+    return max((stack[0].nbytes for stack in stacks.values()), default=0)
 
 
 def _train_others(network: nn.Module) -> None:

@@ -17,9 +17,10 @@ from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.networks.addressing import OTHER_MODEL
 from adaptkit.networks.casting import hold
 from adaptkit.numerics.lora import LowRank
-from adaptkit.training.network.experts import PackedModule, StackLora, pack
+from adaptkit.training.network.experts import PackedModule, pack
 from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
 from adaptkit.training.network.model import Model
+from adaptkit.training.network.stack_lora import StackLora
 from adaptkit.training.network.whole import TrainedRows, TrainedWeight, Whole, replace_rows
 
 
@@ -247,7 +248,7 @@ def put_stack(model: Model, module: nn.Module, name: str, lora_a: Tensor, lora_b
     """Attach LoRA to a stacked parameter.
 
     Args:
-        model: the model; gives compute dtype, device and memory.
+        model: the model; gives compute dtype and device.
         module: the module that holds the parameter; modified in place.
         name: dotted path of the parameter.
         lora_a: (experts, rank, in).
@@ -257,7 +258,7 @@ def put_stack(model: Model, module: nn.Module, name: str, lora_a: Tensor, lora_b
     leaf = name.rpartition(".")[2]
     plain = module._parameters.get(leaf)
     if plain is not None:
-        pack(module, {leaf: PlainWeight(plain.detach())}, model.dtype, model.stack_memory)
+        pack(module, {leaf: PlainWeight(plain.detach())}, model.dtype)
     if not isinstance(module, PackedModule):
         raise TypeError(f"{leaf} is no stack of {type(module).__name__}")
     module.changes[leaf] = StackLora(lora_a, lora_b, factor, is_transposed(module)).to(model.device)

@@ -1,15 +1,17 @@
-"""Experts whose weights stay packed: a stack of matrices is unpacked while its layer runs, then freed.
+"""Experts whose weights stay packed: they are unpacked while their layer runs, then freed.
 
 transformers keeps the experts of a layer as 3-D parameters of one module. ``pack`` adds the packed stacks as submodules
-and replaces the module's class by a subclass in which the parameters' names are properties. Where autograd would save
-an unpacked stack for the backward pass, saved-tensor hooks keep the packed stack instead; the backward pass unpacks it
-once per layer, and frees it when that layer's backward pass is over.
+and replaces the module's class by a subclass in which the parameters' names are properties.
+
+On a CPU, where the module sorts its tokens by expert, a stack's matrices are unpacked one by one: see ``routed``.
+Elsewhere the whole stack is unpacked. Where autograd would save it for the backward pass, saved-tensor hooks keep the
+packed stack instead; the backward pass unpacks it once per layer, and frees it when that layer's backward pass is over.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,11 @@ from torch import Tensor, nn
 from adaptkit.checkpoint.quantized import read_quantized
 from adaptkit.errors import CheckpointError
 from adaptkit.networks.assembly import Assembly
+from adaptkit.networks.kinds import multiplies_groups
 from adaptkit.training.network.linear import FrozenWeight, PackedWeight, PlainWeight
-from adaptkit.training.network.stack_memory import StackMemory
+from adaptkit.training.network.packed_rows import decoded
+from adaptkit.training.network.routed import RoutedStack
+from adaptkit.training.network.stack_lora import StackLora, StackWithLora
 
 
 class ExpertList(nn.Module):
@@ -34,15 +39,19 @@ class ExpertList(nn.Module):
         first = experts[0]
         self.shape = (len(experts), sum(matrix.shape[0] for matrix in first), first[0].shape[1])
 
-    def dequantize(self, dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
-        """Return the stack in ``dtype``; ``empty``, which is called like ``torch.empty``, allocates it."""
-        stack = empty(self.shape, dtype=dtype, device=next(self.buffers()).device)
-        for target, matrices in zip(stack, self.experts, strict=True):
-            start = 0
-            for matrix in matrices:  # type: ignore[attr-defined]
-                _write(matrix, target[start : start + matrix.shape[0]])
-                start += matrix.shape[0]
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the stack in ``dtype``."""
+        stack = torch.empty(self.shape, dtype=dtype, device=next(self.buffers()).device)
+        for expert, target in enumerate(stack):
+            self.write(expert, target)
         return stack
+
+    def write(self, expert: int, target: Tensor) -> None:
+        """Write an expert's matrix into a tensor."""
+        start, matrices = 0, cast(nn.ModuleList, self.experts[expert])
+        for matrix in cast(Iterable[FrozenWeight], matrices):
+            _write(matrix, target[start : start + matrix.shape[0]])
+            start += matrix.shape[0]
 
 
 def _write(matrix: FrozenWeight, target: Tensor) -> None:
@@ -91,63 +100,34 @@ def _read_piece(assembly: Assembly, file_name: str) -> FrozenWeight:
     return PlainWeight(assembly.checkpoint.read(file_name))
 
 
-class StackLora(nn.Module):
-    """LoRA on every matrix of a stack: W_e + s · B_e A_e.
-
-    Attributes:
-        lora_a: (experts, rank, in) float32.
-        lora_b: (experts, out, rank) float32.
-        scaling: s.
-        transposed: whether the stack holds its matrices as (in, out).
-    """
-
-    def __init__(self, lora_a: Tensor, lora_b: Tensor, scaling: float, transposed: bool) -> None:
-        super().__init__()
-        self.lora_a, self.lora_b = nn.Parameter(lora_a), nn.Parameter(lora_b)
-        self.scaling, self.transposed = scaling, transposed
-
-    def add_to(self, stack: Tensor, into: Tensor) -> Tensor:
-        """Return the stack plus s · B A, in the stack's type, written into ``into``, which may be the stack."""
-        a, b = self.lora_a.detach().to(stack.dtype), self.lora_b.detach().to(stack.dtype)
-        left, right = (a.mT, b.mT) if self.transposed else (b, a)
-        return torch.baddbmm(stack, left, right, alpha=self.scaling, out=into)
+def _write_expert(stack: Stack, expert: int, target: Tensor) -> None:
+    """Write one matrix of a stack, without its LoRA, into a tensor."""
+    if isinstance(stack, ExpertList):
+        stack.write(expert, target)
+    elif isinstance(stack, PackedWeight):
+        value = decoded(stack.quantized().matrix(expert), target.dtype, lambda *shape, **options: target)
+        stack.release_pages()
+        if value is not target:
+            target.copy_(value)
+    else:
+        target.copy_(stack.weight[expert])
 
 
-class _StackWithLora(torch.autograd.Function):
-    """An unpacked stack with LoRA, differentiable with respect to A and B; saves only A and B."""
-
-    @staticmethod
-    def forward(ctx: Any, lora_a: Tensor, lora_b: Tensor, change: StackLora, unpack: Callable[[], Tensor]) -> Tensor:
-        ctx.save_for_backward(lora_a, lora_b)
-        ctx.change = change
-        return unpack()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        lora_a, lora_b = ctx.saved_tensors
-        grad = grads[0].mT if ctx.change.transposed else grads[0]  # (experts, out, in)
-        grad_a = torch.bmm(lora_b.to(grad.dtype).mT, grad).to(lora_a.dtype) * ctx.change.scaling
-        grad_b = torch.bmm(grad, lora_a.to(grad.dtype).mT).to(lora_b.dtype) * ctx.change.scaling
-        return grad_a, grad_b, None, None
+def _unpack(stack: Stack, change: StackLora | None, dtype: torch.dtype) -> Tensor:
+    """Return a stack in ``dtype``, with its LoRA added if it has one."""
+    value = stack.dequantize(dtype)
+    if change is None:
+        return value
+    return change.add_to(value, torch.empty_like(value) if isinstance(stack, PlainWeight) else value)
 
 
-def _unpack(stack: Stack, change: StackLora | None, dtype: torch.dtype, memory: StackMemory, is_frozen: bool) -> Tensor:
-    """Return a stack in ``dtype``, with its LoRA added if it has one; ``is_frozen``: no stack of its module has one."""
-    if isinstance(stack, PlainWeight):
-        value = stack.dequantize(dtype)
-        return value if change is None else change.add_to(value, memory.empty(value.shape, dtype, value.device))
-    value = stack.dequantize(dtype, partial(memory.empty, keeps_every_size=is_frozen))
-    return value if change is None else change.add_to(value, value)
-
-
-def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype, memory: StackMemory) -> None:
+def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> None:
     """Replace 3-D parameters of a module by packed stacks.
 
     Args:
         module: modified in place.
         stacks: the stacks, by the parameter's name.
         dtype: compute dtype of its forward pass.
-        memory: shared by all stacks of a network.
     """
     for name in stacks:
         del module._parameters[name]
@@ -158,7 +138,6 @@ def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype, mem
         module.add_module("changes", nn.ModuleDict())
         module.__dict__["_unpacked"] = {}
         module.__dict__["_compute_dtype"] = dtype
-        module.__dict__["_memory"] = memory
     original: Any = type(module)  # mypy does not take a class for hashable
     module.__class__ = _packed_class(original, tuple(stacks))
 
@@ -175,9 +154,8 @@ class PackedModule(nn.Module):
 
     packed: nn.ModuleDict
     changes: nn.ModuleDict
-    _unpacked: dict[str, Tensor]
+    _unpacked: dict[str, Any]
     _compute_dtype: torch.dtype
-    _memory: StackMemory
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward pass with its stacks unpacked."""
@@ -194,9 +172,13 @@ class PackedModule(nn.Module):
         kept, stacks = {}, dict[str, Any](self.packed.items())
         for name, stack in stacks.items():
             change = self.change_of(name)
-            unpack = partial(_unpack, stack, change, self._compute_dtype, self._memory, not self.changes)
+            if multiplies_groups(self) and next(stack.buffers()).device.type == "cpu":
+                write = partial(_write_expert, stack)
+                self._unpacked[name] = RoutedStack(stack.shape, self._compute_dtype, write, change)
+                continue
+            unpack = partial(_unpack, stack, change, self._compute_dtype)
             if change is not None and torch.is_grad_enabled():
-                value = _StackWithLora.apply(change.lora_a, change.lora_b, change, unpack)  # type: ignore[no-untyped-call]
+                value = StackWithLora.apply(change.lora_a, change.lora_b, change, unpack)  # type: ignore[no-untyped-call]
             else:
                 value = unpack()
             self._unpacked[name] = value
@@ -229,8 +211,7 @@ def _reader(name: str) -> Callable[[Any], Tensor]:
     def read(module: Any) -> Tensor:
         stack: Tensor | None = module._unpacked.get(name)
         if stack is None:  # read outside the forward pass
-            change, is_frozen = module.change_of(name), not module.changes
-            stack = _unpack(module.packed[name], change, module._compute_dtype, module._memory, is_frozen)
+            stack = _unpack(module.packed[name], module.change_of(name), module._compute_dtype)
         return stack
 
     return read

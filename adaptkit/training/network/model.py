@@ -32,7 +32,6 @@ from adaptkit.training.network.experts import ExpertList, PackedModule, Stack, p
 from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
 from adaptkit.training.network.loss import OutputLayer, find_output_layer
 from adaptkit.training.network.probing import require_causal
-from adaptkit.training.network.stack_memory import StackMemory
 from adaptkit.training.network.whole import TrainedRows, Whole
 
 
@@ -49,7 +48,6 @@ class Model:
         whole: parameters that are trained in full or that an adapter replaces, by name; see ``network.whole``.
         rows: trained rows of embeddings and output layers, by module; a tied head uses its embedding's.
         output_layer: computes logits from the last hidden state; None if only the whole network can.
-        stack_memory: memory that its unpacked expert stacks share.
     """
 
     network: Any
@@ -60,7 +58,6 @@ class Model:
     whole: dict[str, Whole] = field(default_factory=dict)
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     output_layer: OutputLayer | None = None
-    stack_memory: StackMemory = field(default_factory=StackMemory)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -162,8 +159,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
         if module is not head:
             linears[name] = layer
             transposed |= not isinstance(module, nn.Linear)
-    memory = StackMemory()
-    _load_others(assembly, compute_dtype, device, memory)
+    _load_others(assembly, compute_dtype, device)
     network.requires_grad_(False)
     network.to(device).eval()
     _loaded.update(dict.fromkeys(network.modules(), checkpoint.nbytes))
@@ -172,7 +168,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
         keep_freed_memory(2 * _decoded_bytes(network, compute_dtype))  # twice: room for adapter columns beside a weight
         use_own_attention(network)
     output = find_output_layer(network)
-    return Model(network, linears, assembly, compute_dtype, transposed, output_layer=output, stack_memory=memory)
+    return Model(network, linears, assembly, compute_dtype, transposed, output_layer=output)
 
 
 def _decoded_bytes(network: nn.Module, dtype: torch.dtype) -> int:
@@ -199,7 +195,7 @@ def _layer(assembly: Assembly, name: str, module: Any) -> LoraLinear:
     return LoraLinear(weight, bias, module.weight.dtype, name)
 
 
-def _load_others(assembly: Assembly, dtype: torch.dtype, device: torch.device, memory: StackMemory) -> None:
+def _load_others(assembly: Assembly, dtype: torch.dtype, device: torch.device) -> None:
     """Load all parameters outside of linear layers; quantized stacks stay packed."""
     stacks: dict[str, dict[str, Stack]] = {}
     for name, parameter in list(assembly.network.named_parameters()):
@@ -211,4 +207,4 @@ def _load_others(assembly: Assembly, dtype: torch.dtype, device: torch.device, m
         parent, _, child = name.rpartition(".")
         stacks.setdefault(parent, {})[child] = stack
     for parent, found in stacks.items():
-        pack(assembly.network.get_submodule(parent), found, dtype, memory)
+        pack(assembly.network.get_submodule(parent), found, dtype)

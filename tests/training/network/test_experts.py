@@ -2,8 +2,10 @@
 
 import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -24,11 +26,11 @@ from adaptkit.networks.assembly import Assembly
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network import experts
 from adaptkit.training.network.experts import ExpertList, PackedModule, read_weight
 from adaptkit.training.network.linear import PackedWeight, PlainWeight
 from adaptkit.training.network.model import _decoded_bytes, load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter, new_stack_adapters
-from adaptkit.training.network.stack_memory import StackMemory
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 43).view(2, 20)
@@ -101,6 +103,33 @@ def expected_gradients(folders):
     return cache(lambda family, implementation: gradients(folders[family].plain, "none", implementation))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_experts_unpacked_one_by_one_give_the_bits_of_whole_stacks(folders, family, is_packed, dtype, monkeypatch):
+    """On a 16-bit base, whose stacks are only changed by their LoRA, too."""
+
+    def gradients():
+        model = load_model(folders[family].packed if is_packed else folders[family].source, dtype, CPU)
+        new_adapter(model, ("q_proj",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
+        new_stack_adapters(model, ("*.experts.*",), AdapterShape(4, 8.0), seed=0)
+        generator = torch.Generator().manual_seed(0)
+        trained = {name: p for name, p in sorted(model.network.named_parameters()) if p.requires_grad}
+        for parameter in trained.values():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+        loss = model.network.train()(IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        return {"loss": loss.detach()} | {name: parameter.grad for name, parameter in trained.items()}
+
+    found = gradients()
+    monkeypatch.setattr(experts, "multiplies_groups", lambda module: False)
+    expected = gradients()
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+        assert value.abs().max() > 0, name
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("policy", ["none", "sqrt", "layer"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe-fused"])
@@ -115,10 +144,9 @@ def test_gradients_are_those_through_the_dequantized_experts(
         assert torch.allclose(found[name], gradient, rtol=1e-4, atol=1e-6), name
 
 
-@pytest.mark.parametrize("implementation", ["eager", "grouped_mm"])
-def test_the_graph_keeps_no_unpacked_experts(folders, implementation, monkeypatch):
+def test_the_graph_keeps_no_unpacked_experts(folders, monkeypatch):
     model = load_model(folders["qwen3_moe-fused"].packed, torch.float32, CPU)
-    model.network.set_experts_implementation(implementation)
+    model.network.set_experts_implementation("eager")
     new_adapter(model, ("q_proj",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
     unpacked, dequantize_really = [], PackedWeight.dequantize
 
@@ -135,6 +163,29 @@ def test_the_graph_keeps_no_unpacked_experts(folders, implementation, monkeypatc
     loss.backward()
     assert len(unpacked) == 8  # each stack once more, however many of its experts were used
     assert all(storage.expired() for storage in unpacked)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe-fused"])
+@pytest.mark.parametrize("policy", ["none", "layer"])
+def test_only_experts_that_have_tokens_are_unpacked_once_in_every_pass(folders, family, policy, monkeypatch):
+    model = load_model(folders[family].packed, torch.float32, CPU)
+    new_adapter(model, ("q_proj",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
+    checkpoint_layers(model.network, choose_checkpointing(model.network, policy, measure=None))
+    unpacked, picked, write_really = [], set(), experts._write_expert
+
+    def watched(stack, expert, target):
+        unpacked.append((id(stack), expert))
+        write_really(stack, expert, target)
+
+    for layer in model.network.model.layers:
+        layer.mlp.experts.register_forward_pre_hook(
+            lambda module, args: picked.update(product(map(id, module.packed.values()), args[1].unique().tolist()))
+        )
+    monkeypatch.setattr(experts, "_write_expert", watched)
+    ids = torch.full((1, 3), 7)  # equal tokens, of which two experts of four get all
+    model.network.train()(ids, labels=ids, use_cache=False).loss.backward()
+    assert len(picked) == 2 * 2 * 2
+    assert Counter(unpacked) == dict.fromkeys(picked, 2 if policy == "none" else 3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -160,68 +211,20 @@ def test_layers_with_packed_experts_are_of_one_kind(folders, family):
         assert kind_of(first) == kind_of(second)
 
 
-@pytest.mark.parametrize("is_packed", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_largest_stacks_of_all_layers_use_the_same_memory(folders, family, is_packed):
-    model = load_model(folders[family].packed if is_packed else folders[family].source, torch.float32, CPU)
-    new_stack_adapters(model, ("*.experts.*",), AdapterShape(4, 8.0), seed=0)
-    places = []
-    with torch.no_grad():
-        model.network(IDS, use_cache=False)  # finds the largest
-    for layer in model.network.model.layers:
-        experts = layer.mlp.experts
-        experts.act_fn.register_forward_hook(lambda *_, of=experts: places.append(of.gate_up_proj.data_ptr()))
-    with torch.no_grad():
-        model.network(IDS, use_cache=False)
-    (kept,) = model.stack_memory._kept.values()
-    assert set(places) == {kept.ctypes.data}
-    assert len(places) >= 2
-
-
-@pytest.mark.parametrize("trained", ["none", "up", "down"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_memory_of_every_size_is_kept_unless_a_stack_of_the_layer_is_trained(folders, family, trained):
-    model = load_model(folders[family].packed, torch.float32, CPU)
-    new_adapter(model, ("q_proj",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
-    if trained != "none":
-        new_stack_adapters(model, (f"*{trained}_proj",), AdapterShape(4, 8.0), seed=0)
-    model.network.train()(IDS, labels=IDS, use_cache=False).loss.backward()
-    memory = model.stack_memory
-    experts = model.network.model.layers[0].mlp.experts
-    sizes = {4 * math.prod(stack.shape) for stack in experts.packed.values()}
-    assert len(sizes) == 2
-    assert set(memory._kept) == (sizes if trained == "none" else {max(sizes)})
-
-
-@pytest.mark.parametrize("format_name", ["nf4", "int8"])
-def test_unpacking_a_stack_requests_no_memory_that_it_does_not_use(folders, tmp_path, monkeypatch, format_name):
-    """Weights in 8 bits, and on a GPU all, are not decoded by rows into given memory."""
-    quantize(folders["mixtral-fused"].source, tmp_path / "base", QuantizeOptions(format=format_name, moe="quantize"))
-    requested, empty = [], StackMemory.empty
-    monkeypatch.setattr(StackMemory, "empty", lambda *given, **named: keep(empty(*given, **named)))
-
-    def keep(tensor):
-        requested.append(tensor.data_ptr())
-        return tensor
-
-    stack = load_model(tmp_path / "base", torch.float32, CPU).network.model.layers[0].mlp.experts.gate_up_proj
-    assert requested == ([stack.data_ptr()] if format_name == "nf4" else [])
-
-
 def test_a_list_of_experts_dequantizes_to_its_matrices_stacked_in_order():
     matrices = [[torch.randn(3, 4), torch.randn(2, 4)] for _ in range(11)]
-    experts = ExpertList([[PlainWeight(matrix) for matrix in row] for row in matrices])
+    stack = ExpertList([[PlainWeight(matrix) for matrix in row] for row in matrices])
     expected = torch.stack([torch.cat(row) for row in matrices])
-    assert experts.shape == tuple(expected.shape)
-    assert torch.equal(experts.dequantize(torch.float32), expected)
+    assert stack.shape == tuple(expected.shape)
+    assert torch.equal(stack.dequantize(torch.float32), expected)
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])
 def test_packed_matrices_of_a_list_dequantize_to_its_stack_and_4_bit_ones_into_it(folders, tmp_path, monkeypatch, name):
     quantize(folders["mixtral"].source, tmp_path / name, QuantizeOptions(moe="quantize", format=name))
     network = load_model(tmp_path / name, torch.float32, CPU).network
-    experts = network.model.layers[1].mlp.experts.packed["gate_up_proj"]
-    expected = torch.stack([torch.cat([matrix.dequantize(torch.float32) for matrix in row]) for row in experts.experts])
+    packed = network.model.layers[1].mlp.experts.packed["gate_up_proj"]
+    expected = torch.stack([torch.cat([matrix.dequantize(torch.float32) for matrix in row]) for row in packed.experts])
     places, dequantize_really = [], PackedWeight.dequantize
 
     def watched(weight, *args):
@@ -229,7 +232,7 @@ def test_packed_matrices_of_a_list_dequantize_to_its_stack_and_4_bit_ones_into_i
         return places[-1]
 
     monkeypatch.setattr(PackedWeight, "dequantize", watched)
-    stack = experts.dequantize(torch.float32)
+    stack = packed.dequantize(torch.float32)
     assert torch.equal(stack, expected)
     rows = stack.view(len(places), -1)
     if name == "nf4":
