@@ -6,6 +6,7 @@ unpacks only matrices of experts that have tokens, one after the other into the 
 in the processor's cache when it is multiplied. The results have the same bits as with the unpacked stack.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.training.network.stack_lora import StackLora
+
+_ROWS = 16
+"""Divisor of the rows of most products in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(*(x,) if factors else ())
         y = x.new_empty(len(x), stack.shape[1 if stack.is_swapped else 2])
         for rows, matrix, _ in stack.matrices(ends):
-            torch.mm(x[rows], matrix.T if stack.is_swapped else matrix, out=y[rows])
+            wide = _widened(rows, x)
+            torch.mm(x[wide], matrix.T if stack.is_swapped else matrix, out=y[wide])
         return y
 
     @staticmethod
@@ -91,7 +96,8 @@ class _Products(torch.autograd.Function):
         halves = () if change is None else (torch.zeros_like(change.lora_a), torch.zeros_like(change.lora_b))
         for rows, matrix, expert in stack.matrices(ctx.ends):
             if grad_x is not None:
-                torch.mm(grad[rows], matrix if stack.is_swapped else matrix.T, out=grad_x[rows])
+                wide = _widened(rows, grad)
+                torch.mm(grad[wide], matrix if stack.is_swapped else matrix.T, out=grad_x[wide])
             if change is not None:
                 (x,) = ctx.saved_tensors
                 left, right = (grad, x) if stack.is_swapped else (x, grad)
@@ -99,3 +105,14 @@ class _Products(torch.autograd.Function):
                 for half, of_expert in zip(halves, change.gradients(matrix[None], expert), strict=True):
                     half[expert] = of_expert
         return grad_x, None, None, *halves
+
+
+def _widened(rows: slice, x: Tensor) -> slice:
+    """Return a group's rows and, up to a multiple of ``_ROWS``, more whose results those of the next groups replace.
+
+    For bfloat16 the matrix library compiles code for every number of rows, and keeps that of few products. Single rows,
+    which it multiplies in another order, and groups at the end are left as they are.
+    """
+    count = rows.stop - rows.start
+    stop = rows.start + math.ceil(count / _ROWS) * _ROWS
+    return rows if x.dtype != torch.bfloat16 or count == 1 or stop > len(x) else slice(rows.start, stop)

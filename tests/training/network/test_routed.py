@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptkit.networks.activations import Alive
 from adaptkit.training.network.routed import RoutedStack
@@ -64,6 +65,29 @@ def test_only_experts_with_tokens_are_written_and_in_order():
     used = [expert for expert, end in enumerate(ENDS) if end > (ENDS[expert - 1] if expert else 0)]
     assert len(used) == 8
     assert written == [*used, *used]
+
+
+class Products(TorchDispatchMode):
+    """Records the rows of every product."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.out:
+            self.rows.append(len(args[0]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_products_in_bfloat16_have_few_numbers_of_rows(dtype):
+    """Groups of 5, 1, 34, 3, 7, 1, 8 and 1 tokens, of which the last but one has too few after it."""
+    stack, change, x, grad = made(dtype, True, False)
+    with Products() as products:
+        passes(routed(stack, change), True, change, x, grad)
+    one = [16, 1, 48, 16, 16, 1, 8, 1] if dtype == torch.bfloat16 else [5, 1, 34, 3, 7, 1, 8, 1]
+    assert products.rows == [*one, *one]
 
 
 @pytest.mark.parametrize("is_changed", [False, True])
