@@ -9,6 +9,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 32 << 20
 """Largest mmap threshold that older versions of glibc accept. A larger one would need a reason: glibc often cannot put
 an aligned buffer into the hole of one of the same size, so the heap grows by a buffer each time."""
+_KEPT_AT_THE_TOP_BYTES = 128 << 20
+"""Free memory at the end of the heap above which it is returned."""
 _MAX_BYTES = (1 << 30) - 1
 """Largest threshold whose double still fits the int that ``mallopt`` takes."""
 _KEPT_PRODUCTS = 64
@@ -25,7 +27,7 @@ def keep_freed_memory(largest: int = _KEPT_BYTES) -> None:
         kept = min(max(largest, _KEPT_BYTES), _MAX_BYTES)
         if not mallopt(_M_MMAP_THRESHOLD, kept):
             mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)  # setting only the next one would freeze this at 128 kB
-        mallopt(_M_TRIM_THRESHOLD, 2 * kept)
+        mallopt(_M_TRIM_THRESHOLD, max(2 * kept, _KEPT_AT_THE_TOP_BYTES))
 
 
 def keep_few_products() -> None:
