@@ -26,7 +26,6 @@ from adaptkit.numerics.kernels._cpu_joined import beside, stacked, widen
 from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.groups import groups, join
 from adaptkit.training.network.linear import LoraLinear, PackedWeight
-from adaptkit.training.network.packed_rows import packed_rows
 
 _ALIGNED = 32
 """Columns are padded to a multiple of this; otherwise products take up to a fifth longer."""
@@ -49,7 +48,7 @@ def join_layers(network: Any) -> None:
 def _can_join(layer: LoraLinear) -> bool:
     if layer.lora_a is None or layer.magnitude is not None or not isinstance(layer.base, PackedWeight):
         return False
-    return packed_rows(layer.base.quantized()) is not None
+    return layer.base.rows() is not None
 
 
 class _Member:
@@ -61,7 +60,6 @@ class _Member:
 
     def __init__(self, layer: LoraLinear) -> None:
         self._layer = weakref.ref(layer)
-        self._rows: Any = None
 
     @property
     def layer(self) -> Any:
@@ -71,10 +69,8 @@ class _Member:
     def widen(self, lora_b: Tensor, first: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Return [W | 0 | s B | 0], (out, columns), with B starting at column ``first``."""
         layer = self.layer
-        rows: Any = self._rows or packed_rows(layer.base.quantized())
-        self._rows = None if layer.base.is_divided else rows
         matrix = torch.empty((len(lora_b), columns), dtype=dtype)
-        widen(rows, lora_b, layer.scaling, first, matrix)
+        widen(layer.base.rows(), lora_b, layer.scaling, first, matrix)
         layer.base.release_pages()
         return matrix
 

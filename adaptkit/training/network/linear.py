@@ -20,11 +20,12 @@ from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.networks.recompute import source_of
 from adaptkit.numerics.formats._double_quant import DoubleQuantized
+from adaptkit.numerics.kernels._cpu_joined import PackedRows
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
 from adaptkit.training.network.narrow import narrowed
-from adaptkit.training.network.packed_rows import decoded
+from adaptkit.training.network.packed_rows import decoded_rows, packed_rows
 from adaptkit.training.network.whole import TrainedWeight
 
 
@@ -50,6 +51,7 @@ class PackedWeight(nn.Module):
         self.shape, self._encoding, self._dtype = weight.shape, weight.encoding, weight.dtype
         self._release, self.is_transient = release_pages, False
         self._offset: float | None = None
+        self._rows: PackedRows | None = None
         constants, nested_absmax = weight.constants, torch.empty(0)
         if isinstance(constants, DoubleQuantized):
             absmax, nested_absmax, self._offset = constants.codes, constants.nested_absmax, constants.offset
@@ -74,10 +76,21 @@ class PackedWeight(nn.Module):
         return QuantizedWeight(self._encoding, codes, constants, self.shape, self._dtype, self.levels)
 
     def dequantize(self, dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
-        """Return the weight in its shape, in ``dtype``; ``empty`` may allocate it, see ``decoded``."""
-        weight = decoded(self.quantized(), dtype, empty)
+        """Return the weight in its shape, in ``dtype``; ``empty`` may allocate it, see ``packed_rows.decoded``."""
+        rows = self.rows()
+        weight = self.quantized().dequantize(dtype) if rows is None else decoded_rows(rows, self.shape, dtype, empty)
         self.release_pages()
         return weight
+
+    def rows(self) -> PackedRows | None:
+        """Return ``packed_rows`` of the weight; made once, unless the weight is divided."""
+        if self.codes.device.type != "cpu":
+            return None
+        rows = None if self.is_divided else self._rows
+        if rows is None:
+            rows = packed_rows(self.quantized())
+            self._rows = None if self.is_divided else rows
+        return rows
 
     def release_pages(self) -> None:
         """Release the codes' mapped pages if transient; call after decoding the result of ``quantized``."""

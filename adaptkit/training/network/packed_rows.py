@@ -44,7 +44,14 @@ def decoded(weight: QuantizedWeight, dtype: torch.dtype, empty: Callable[..., Te
     if rows is None:
         found: Tensor = weight.dequantize(dtype)
         return found
-    matrix = empty(weight.shape, dtype=dtype, device=weight.codes.device)
+    return decoded_rows(rows, weight.shape, dtype, empty)
+
+
+def decoded_rows(
+    rows: PackedRows, shape: tuple[int, ...], dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty
+) -> Tensor:
+    """Return a weight in its shape; see ``decoded``."""
+    matrix = empty(shape, dtype=dtype, device="cpu")
     flat = matrix.view(-1, rows.width)
     widen(rows, torch.empty(len(flat), 0), 1.0, rows.width, flat)
     return matrix

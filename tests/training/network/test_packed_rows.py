@@ -1,13 +1,17 @@
 """Frozen weights, decoded by rows or as a whole, by one thread or several, have the bits of the definition."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from packing import encode
+from torch import nn
 
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.numerics.kernels._cpu_lookup import PERMUTATION
+from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.packed_rows import decoded, packed_rows
 
 needs_instruction = pytest.mark.skipif(
@@ -47,3 +51,19 @@ def test_decoded_weights_equal_the_formats_definition_bit_for_bit(
     weight = packed(shape, Encoding(name, block_size, double_quant and name != "int8"))
     assert (packed_rows(weight) is not None) == by_rows
     assert torch.equal(decoded(weight, dtype), weight.dequantize(dtype))
+
+
+@needs_instruction
+def test_the_rows_of_a_weight_are_made_once_unless_processes_share_it():
+    """Then its parts are gathered in every pass, into new memory."""
+    parts = packed((64, 128), Encoding("nf4"))
+    weight = PackedWeight(parts)
+    first = weight.rows()
+    assert weight.rows() is first
+    for factor in (1, 3):
+        others = replace(parts, codes=parts.codes * factor)
+        del weight.codes
+        weight.codes = nn.Parameter(others.codes.view(torch.float32), requires_grad=False)
+        assert weight.is_divided
+        assert torch.equal(weight.dequantize(torch.float32), others.dequantize(torch.float32))
+        assert weight.rows() is not weight.rows()
