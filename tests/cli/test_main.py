@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from folders import edit_json
+from folders import edit_json, tree
 
 from adaptkit.cli.output import notes
 from adaptkit.cli.progress import StepBar, training_progress
@@ -248,11 +248,15 @@ def test_an_error_and_its_hint_are_written_in_one_call(tmp_path):
     assert re.fullmatch(r"error: .+\nhint: .+\n", lines)
 
 
-@pytest.mark.parametrize("stream", ["0<&-", "1>&-", "2>&-"])
-def test_closed_standard_streams_are_tolerated(llama, tmp_path, stream):
-    command = [sys.executable, "-m", "adaptkit.cli.main", "quantize", llama, "-o", tmp_path / "out"]
-    done = subprocess.run(["sh", "-c", f'exec "$@" {stream}', "sh", *command], capture_output=True, check=False)
+@pytest.mark.parametrize("streams", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_standard_streams_are_tolerated(run_cli, llama, llama_nf4, tmp_path, streams):
+    """quantize starts a process, which takes seconds, so it runs only without any of them."""
+    of, command = (llama_nf4, "dequantize") if len(streams) < 6 else (llama, "quantize")
+    words = [sys.executable, "-m", "adaptkit.cli.main", command, of, "-o", tmp_path / "out"]
+    done = subprocess.run(["sh", "-c", f'exec "$@" {streams}', "sh", *words], capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
+    assert run_cli(command, of, "-o", tmp_path / "expected").code == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
 
 
 def test_a_dry_run_writes_nothing(run_cli, llama, adapter, tmp_path):

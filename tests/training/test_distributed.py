@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -60,19 +59,26 @@ def shares(name):  # how many numbers of every divided weight lie here, and in a
     return 0
 
 
-def start(name, size, *more, others=()):
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
 
-    def work(rank):
+
+def start_one(name, rank, size, port, *more):
+    def work():
         if size > 1:
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank),
                            "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
         signal.alarm(300)  # rather than to wait for each other
-        return shares(name) if name == "shares" else run(name, *more, *(others if rank else ()))
+        return shares(name) if name == "shares" else run(name, *more)
 
-    return [forked.fork(root / f"{name}-{rank}.log", lambda: work(rank)) for rank in range(size)]
+    return forked.fork(root / f"{name}-{rank}.log", work)
+
+
+def start(name, size, *more, others=()):
+    port = free_port()
+    return [start_one(name, rank, size, port, *more, *(others if rank else ())) for rank in range(size)]
 
 
 def ended(children):
@@ -99,6 +105,18 @@ for name, how in {"killed": noisy, "parted": ["--shard-base"]}.items():
     os.kill(children[1], signal.SIGKILL)
     assert ended(children) == [7, -9]
     assert ended(start(name, 2, *how)) == [0, 0]
+
+for number, code in (signal.SIGINT, 130), (signal.SIGTERM, 143):  # while it waits for another process to join
+    port = free_port()
+    child = start_one(f"alone-{code}", 0, 2, port, "--json")
+    with socket.socket() as other:
+        while other.connect_ex(("127.0.0.1", port)):  # it starts waiting soon after it listens
+            assert not forked.over(child)
+            time.sleep(0.01)
+    time.sleep(0.5)
+    os.kill(child, number)
+    began = time.monotonic()
+    assert (forked.ended(child), time.monotonic() - began < 25) == (code, True)
 
 assert ended(start("unlike", 2, others=["--rank", "8", "--data", str(data)])) == [2, 2]
 assert ended(start("absent", 2, others=["--data", str(root / "absent.jsonl")])) == [7, 5]
@@ -194,27 +212,9 @@ def test_a_process_with_rank_1_that_torchrun_did_not_start_prints_its_output(
     assert json.loads(run_cli(*given, "--rank", "0", RANK="1").stdout)["error"]["code"] == "config"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_ends_a_process_that_waits_for_others_to_join(llama_nf4, instructions, tmp_path, number, code):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "adaptkit", "train", "--base", llama_nf4, "--data", instructions,
-               "-o", tmp_path / "a", "--device", "cpu", "--json"]  # fmt: skip
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "2"}
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, env=os.environ | told) as process:
-        try:
-            with socket.socket() as other:
-                while other.connect_ex(("127.0.0.1", port)):  # it starts waiting soon after it listens
-                    assert process.poll() is None
-                    time.sleep(0.01)
-            time.sleep(0.5)
-            process.send_signal(number)
-            output, _ = process.communicate(timeout=25)
-        finally:
-            process.kill()
-    assert process.returncode == code
-    assert json.loads(output)["error"]["retryable"]
+@pytest.mark.parametrize("code", [130, 143])
+def test_a_signal_ends_a_process_that_waits_for_others_to_join(runs, code):
+    assert json.loads((runs / f"alone-{code}-0.log").read_text())["error"]["retryable"]
 
 
 def test_only_the_first_process_writes_and_prints(runs):
