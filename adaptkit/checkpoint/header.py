@@ -31,6 +31,8 @@ ITEM_BYTES: Mapping[str, int] = {
 FLOATS = ("F32", "F16", "BF16")
 """The types that weights and adapters may have."""
 
+_OUR_BEGINNING = b'{"__metadata__":{"format":"pt"}'
+"""What ``write_header`` writes after the length; safetensors writes the same for torch."""
 _REPAIR = "correct the file, or download or copy it again"
 _MAX_HEADER_BYTES = 100_000_000
 _LONGEST_NAME = 1024
@@ -103,6 +105,8 @@ def _as_ours(raw: bytes, file_bytes: int) -> Header | None:
 
     Such a header is valid, so the library, which loads numpy to open any file, is not needed. None otherwise.
     """
+    if not raw.startswith(_OUR_BEGINNING, 8):  # need not be parsed twice
+        return None
     try:
         header = parse_header(raw, "")
     except (CheckpointError, TypeError, ValueError, LookupError):
