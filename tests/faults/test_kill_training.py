@@ -5,12 +5,8 @@ moments of the duration of an undisturbed run, and while it writes a checkpoint.
 """
 
 import json
-import os
 import re
-import resource
 import shutil
-import subprocess
-import sys
 
 import pytest
 import tiny
@@ -228,7 +224,7 @@ def test_files_and_folders_that_are_not_checkpoints_do_not_prevent_resuming(conf
     assert notes[0].startswith("warning: checkpoint-7 is damaged")
 
 
-def test_a_checkpoint_without_disk_space_ends_in_an_error_and_loses_nothing(config, interrupted, tmp_path):
+def test_a_checkpoint_without_disk_space_ends_in_an_error_and_loses_nothing(config, interrupted, run_cli, tmp_path):
     """A limit on file sizes simulates a full disk: a write fails midway."""
     expected = tree(interrupted / "checkpoint-5")
     size = (interrupted / "checkpoint-5" / "state.safetensors").stat().st_size
@@ -237,14 +233,8 @@ def test_a_checkpoint_without_disk_space_ends_in_an_error_and_loses_nothing(conf
         "--steps", "6", "--batch-size", "4", "--compute-dtype", "float32", "--save-every", "2",
         "--keep-checkpoints", "3", "--device", "cpu", "--page-kib", "4",
     ]  # fmt: skip
-    done = subprocess.run(
-        [sys.executable, "-m", "adaptkit.cli.main", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size - 1000, size - 1000)),
-    )
-    assert done.returncode == 1
+    done = run_cli(*arguments, limits={"FSIZE": size - 1000})
+    assert done.code == 1
     pattern = rf"error: {interrupted}/[\w.-]+/state\.safetensors: cannot write: File too large\nhint: "
     assert re.match(pattern, done.stderr), done.stderr
     assert len(done.stderr.splitlines()) == 2
