@@ -2,8 +2,6 @@
 
 import math
 import shutil
-import subprocess
-import sys
 
 import peft_adapters
 import pytest
@@ -757,29 +755,24 @@ def write_matrix(folder, rows, columns, seed):
     save_file({"model.layers.0.mlp.up_proj.weight": weight}, folder / "model.safetensors")
 
 
-MEASURE = """
-import re, sys
-from pathlib import Path
-from adaptkit.operations.extract import ExtractOptions, extract
-tuned, base, out = map(Path, sys.argv[1:])
-report = extract(tuned, base, out, ExtractOptions(rank=8, threads=1))
-print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
-"""
+def peak_of_extract(run_cli, tuned, base, out):
+    done = run_cli("extract", tuned, base, "-o", out, "--rank", 8, "--threads", 1)
+    assert done.code == 0, done.stderr
+    return done.peak_bytes
 
 
-def test_peak_memory_grows_by_less_than_the_size_of_the_matrix(tmp_path):
+def test_peak_memory_grows_by_less_than_the_size_of_the_matrix(run_cli, tmp_path):
     columns, peaks = 2048, []
     for rows in (2048, 8192):
         for number, name in enumerate(("base", "tuned")):
             write_matrix(tmp_path / f"{name}-{rows}", rows, columns, number)
         folders = [tmp_path / f"{name}-{rows}" for name in ("tuned", "base", "out")]
-        done = subprocess.run([sys.executable, "-c", MEASURE, *folders], capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout) * 1024)
+        peaks.append(peak_of_extract(run_cli, *folders))
     added = 6144 * columns * 2  # of one bfloat16 matrix; in float64 it would be four times this
     assert peaks[1] - peaks[0] < added
 
 
-def test_a_tied_embedding_that_is_saved_under_two_names_is_in_memory_once(tmp_path):
+def test_a_tied_embedding_that_is_saved_under_two_names_is_in_memory_once(run_cli, tmp_path):
     peaks = []
     for entries in (1024, 2**19):
         folders = [tmp_path / f"{name}-{entries}" for name in ("tuned", "base", "out")]
@@ -788,8 +781,7 @@ def test_a_tied_embedding_that_is_saved_under_two_names_is_in_memory_once(tmp_pa
             edit_json(folder / "config.json", vocab_size=rows)
             with edited_tensors(folder / "model.safetensors") as tensors:
                 tensors["model.embed_tokens.weight"] = torch.ones(rows, 64, dtype=torch.bfloat16)
-        done = subprocess.run([sys.executable, "-c", MEASURE, *folders], capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout) * 1024)
+        peaks.append(peak_of_extract(run_cli, *folders))
     named = [name for name in load_file(folders[2] / "adapter_model.safetensors") if "lora" not in name]
     assert len(named) == 2
     assert peaks[1] - peaks[0] < 1.7 * 2**19 * 64 * 2
