@@ -9,8 +9,9 @@ import torch
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.memory import Memory
-from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
+from adaptkit.numerics.adamw import BLOCK, STATE_BITS, AdamW, decode, encode, moment_bytes
 from adaptkit.numerics.kernels import kernels_for
+from adaptkit.numerics.kernels._cpu_joined import add_scaled
 from adaptkit.text.windows import pad_id
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
@@ -23,6 +24,7 @@ from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
+from adaptkit.training.network.loss import load_loss_kernel
 from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.narrow import keep_narrow
 from adaptkit.training.network.probing import check_packing
@@ -92,6 +94,23 @@ def begin_libraries(base: Path, device: torch.device, shard_base: bool) -> None:
         torch.cuda.synchronize(device)
 
 
+def _load_step_kernels(config: TrainConfig) -> None:
+    """Load the compiled CPU kernels that steps call and the rest of ``build`` does not; call it before that.
+
+    Loading one takes 19 MB for a moment, which in a step would add to the run's peak: pages of the compiler's library.
+    """
+    dtype, total = getattr(torch, config.compute_dtype), torch.zeros(2, 2)
+    load_loss_kernel(dtype)
+    for grad in (torch.zeros(2, 2, dtype=dtype), torch.zeros(2, 2, dtype=dtype).T):
+        add_scaled(total, grad, 1.0)
+    vectors = [torch.zeros(BLOCK) for _ in range(4)]
+    AdamW(0.0, 1, 0.0).update(*([vector] for vector in vectors))
+    if STATE_BITS[config.optimizer] == 8:
+        codes, absmax = torch.zeros(BLOCK, dtype=torch.uint8), torch.zeros(1)
+        encode(vectors[0], codes, absmax, signed=True)
+        decode(codes, absmax, vectors[0], signed=True)
+
+
 def make_fast(model: Model) -> None:
     """Replace operations of a model with its adapter, in place, by equivalent fused ones for its device."""
     network = model.network
@@ -122,6 +141,8 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
     """
     with reports_unsupported_dtype(inputs.base, inputs.config.compute_dtype):
         device, is_shared = world.device, inputs.config.shard_base
+        if device.type == "cpu":
+            _load_step_kernels(inputs.config)
         held = torch.device("cpu") if is_shared else device  # unsharded, the base need not fit the device
         model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)
         add_trainable(model, inputs.config, inputs.start, inputs.tokenizer)

@@ -236,6 +236,11 @@ def _chunk_loss(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
     return total
 
 
+def load_loss_kernel(dtype: torch.dtype) -> None:
+    """Load the compiled kernel for logits of a dtype on a CPU, if there is one."""
+    _chunk_loss(torch.zeros(1, 2, dtype=dtype), torch.zeros(1, dtype=torch.int64), True)
+
+
 def _has_kernel(logits: Tensor) -> bool:
     """Return whether to use the fused CPU kernel: where its one pass is faster than several of torch's."""
     is_known = logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous()
