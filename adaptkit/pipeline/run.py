@@ -62,7 +62,8 @@ def run(
     running = _Run(read, steps, options, dry_run, listener or Listener())
     if dry_run:
         return running.all()
-    guarded = [lock_path(recipe)] if options.work is None else []  # runs with another --work may write the lock, too
+    # A run with another --work may write the lock, too: it would have to be within the milliseconds of its replacement.
+    guarded = [lock_path(recipe)] if options.work is None else []
     with running.work.locked(*guarded):
         return running.all()
 

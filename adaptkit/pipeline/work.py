@@ -120,6 +120,8 @@ class WorkFolder:
         """Return the record of an earlier run of the step; None if there is none or its outputs have changed."""
         record = self._read(step, key)
         if record is None:
+            if self._path(step, key).is_file():
+                note(f"{step.name}: the record of an earlier run is damaged; making it again")
             return None
         try:
             found = {name: self._check(self.output(key, name)).sha256 for name in step.makes}

@@ -324,7 +324,9 @@ def test_a_damaged_record_makes_only_its_own_step_run_again(release, recipe, con
         content = json.dumps(json.loads(record.read_bytes()) | content).encode()
     record.write_bytes(content)
     (release / ".adaptkit" / "hashes.json").write_bytes(content)
-    assert done(run(recipe)) == ["lighter"]
+    notes = []
+    assert done(run(recipe, listener=Listener(note=notes.append))) == ["lighter"]
+    assert notes == ["lighter: the record of an earlier run is damaged; making it again"]
     assert done(run(recipe)) == []
 
 
