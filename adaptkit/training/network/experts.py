@@ -11,6 +11,7 @@ packed stack instead; the backward pass unpacks it once per layer, and frees it 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -100,6 +101,11 @@ def _read_piece(assembly: Assembly, file_name: str) -> FrozenWeight:
     return PlainWeight(assembly.checkpoint.read(file_name))
 
 
+def _device(stack: Stack) -> torch.device:
+    """Return the device of a stack, whose parts are parameters if FSDP shards it."""
+    return next(chain(stack.parameters(), stack.buffers())).device
+
+
 def _write_expert(stack: Stack, expert: int, target: Tensor) -> None:
     """Write one matrix of a stack, without its LoRA, into a tensor."""
     if isinstance(stack, ExpertList):
@@ -172,7 +178,7 @@ class PackedModule(nn.Module):
         kept, stacks = {}, dict[str, Any](self.packed.items())
         for name, stack in stacks.items():
             change = self.change_of(name)
-            if multiplies_groups(self) and next(stack.buffers()).device.type == "cpu":
+            if multiplies_groups(self) and _device(stack).type == "cpu":
                 write = partial(_write_expert, stack)
                 self._unpacked[name] = RoutedStack(stack.shape, self._compute_dtype, write, change)
                 continue

@@ -31,6 +31,7 @@ from adaptkit.training.network.experts import ExpertList, PackedModule, read_wei
 from adaptkit.training.network.linear import PackedWeight, PlainWeight
 from adaptkit.training.network.model import _decoded_bytes, load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter, new_stack_adapters
+from adaptkit.training.network.sharding import _make_shardable
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 43).view(2, 20)
@@ -128,6 +129,19 @@ def test_experts_unpacked_one_by_one_give_the_bits_of_whole_stacks(folders, fami
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
         assert value.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("part", ["packed", "source"])
+@pytest.mark.parametrize("family", ["mixtral", "mixtral-fused"])
+def test_experts_that_are_parameters_as_when_the_base_is_sharded_give_the_same_bits(folders, family, part):
+    folder = getattr(folders[family], part)
+    model, sharded = (load_model(folder, torch.float32, CPU) for _ in range(2))
+    for one in (model, sharded):
+        new_stack_adapters(one, ("*.experts.*",), AdapterShape(4, 8.0), seed=0)
+    for module in list(sharded.network.modules()):
+        _make_shardable(module)
+    with torch.no_grad():
+        assert torch.equal(sharded.network(IDS).logits, model.network(IDS).logits)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
