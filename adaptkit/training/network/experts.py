@@ -111,7 +111,7 @@ def _write_expert(stack: Stack, expert: int, target: Tensor) -> None:
     if isinstance(stack, ExpertList):
         stack.write(expert, target)
     elif isinstance(stack, PackedWeight):
-        value = decoded(stack.quantized().matrix(expert), target.dtype, lambda *shape, **options: target)
+        value = decoded(stack.matrix(expert), target.dtype, lambda *shape, **options: target)
         stack.release_pages()
         if value is not target:
             target.copy_(value)

@@ -10,6 +10,7 @@ hidden behind that product's arithmetic, while the small product, added last, wo
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
 from adaptkit.training.network.narrow import narrowed
-from adaptkit.training.network.packed_rows import decoded_rows, packed_rows
+from adaptkit.training.network.packed_rows import decoded_rows, in_dtype, packed_rows
 from adaptkit.training.network.whole import TrainedWeight
 
 
@@ -69,7 +70,15 @@ class PackedWeight(nn.Module):
 
     def quantized(self) -> QuantizedWeight:
         """Return the weight as the file holds it; shares this module's buffers."""
-        codes, absmax = (_in_dtype(*part) for part in zip((self.codes, self.absmax), self._types, strict=True))
+        return self._with(in_dtype(self.codes, self._types[0]))
+
+    def matrix(self, index: int) -> QuantizedWeight:
+        """Return ``QuantizedWeight.matrix`` of a stack; of a divided one, copies only the codes of that matrix."""
+        weight = self._with(self.codes.view(self._types[0])).matrix(index)
+        return replace(weight, codes=weight.codes.clone()) if self.is_divided else weight
+
+    def _with(self, codes: Tensor) -> QuantizedWeight:
+        absmax = in_dtype(self.absmax, self._types[1])
         constants: DoubleQuantized | Tensor = absmax
         if self._offset is not None:
             constants = DoubleQuantized(absmax, self.nested_absmax, self._offset)
@@ -111,16 +120,6 @@ class PlainWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight, (out, in), in ``dtype``."""
         return self.weight.to(dtype)
-
-
-def _in_dtype(part: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a part in its original dtype; FSDP gathers parts as floats.
-
-    On a CPU a copy: kernels view tensors as numpy arrays, after which FSDP could not free the gathered memory.
-    """
-    if not isinstance(part, nn.Parameter):
-        return part
-    return (part.clone() if part.device.type == "cpu" else part).view(dtype)
 
 
 FrozenWeight = PackedWeight | PlainWeight

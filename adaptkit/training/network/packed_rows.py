@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.numerics.formats._double_quant import DoubleQuantized
@@ -55,6 +55,16 @@ def decoded_rows(
     flat = matrix.view(-1, rows.width)
     widen(rows, torch.empty(len(flat), 0), 1.0, rows.width, flat)
     return matrix
+
+
+def in_dtype(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a part in its original dtype; FSDP gathers parts as floats.
+
+    On a CPU a copy: kernels view tensors as numpy arrays, after which FSDP could not free the gathered memory.
+    """
+    if not isinstance(part, nn.Parameter):
+        return part
+    return (part.clone() if part.device.type == "cpu" else part).view(dtype)
 
 
 def _as_numpy(part: Tensor) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.networks.activations import Alive
 from adaptkit.numerics.kernels._cpu_lookup import PERMUTATION
 from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.packed_rows import decoded, packed_rows
@@ -67,3 +68,17 @@ def test_the_rows_of_a_weight_are_made_once_unless_processes_share_it():
         assert weight.is_divided
         assert torch.equal(weight.dequantize(torch.float32), others.dequantize(torch.float32))
         assert weight.rows() is not weight.rows()
+
+
+def test_only_the_codes_of_one_matrix_are_copied_of_a_stack_that_processes_share():
+    parts = packed((16, 64, 256), Encoding("nf4"))
+    weight = PackedWeight(parts)
+    expected = weight.dequantize(torch.float32)
+    del weight.codes
+    weight.codes = nn.Parameter(parts.codes.view(torch.float32), requires_grad=False)
+    for index in range(16):
+        with Alive([weight.codes, weight.absmax]) as alive:
+            matrix = weight.matrix(index)
+        assert matrix.codes.untyped_storage().data_ptr() != weight.codes.untyped_storage().data_ptr()
+        assert alive.peak < parts.codes.nbytes // 4
+        assert torch.equal(decoded(matrix, torch.float32), expected[index])
