@@ -92,11 +92,12 @@ class PackedWeight(nn.Module):
         return weight
 
     def rows(self) -> PackedRows | None:
-        """Return ``packed_rows`` of the weight; made once, unless the weight is divided."""
+        """Return ``packed_rows`` of the weight; made once for the same memory, unless the weight is divided."""
         if self.codes.device.type != "cpu":
+            self._rows = None
             return None
         rows = None if self.is_divided else self._rows
-        if rows is None:
+        if rows is None or rows.codes.ctypes.data != self.codes.data_ptr():
             rows = packed_rows(self.quantized())
             self._rows = None if self.is_divided else rows
         return rows

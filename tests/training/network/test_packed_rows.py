@@ -1,5 +1,6 @@
 """Frozen weights, decoded by rows or as a whole, by one thread or several, have the bits of the definition."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -68,6 +69,21 @@ def test_the_rows_of_a_weight_are_made_once_unless_processes_share_it():
         assert weight.is_divided
         assert torch.equal(weight.dequantize(torch.float32), others.dequantize(torch.float32))
         assert weight.rows() is not weight.rows()
+
+
+@needs_instruction
+def test_the_rows_of_a_copied_or_changed_weight_are_its_own():
+    """A copy of the rows of another weight would also take as much memory as the weight."""
+    weight = PackedWeight(packed((64, 128), Encoding("nf4")))
+    weight.rows()
+    copied = deepcopy(weight)
+    assert copied.rows().codes.ctypes.data == copied.codes.data_ptr() != weight.codes.data_ptr()
+    others = {name: part.clone() for name, part in weight.state_dict().items()} | {"codes": weight.codes.flip(0)}
+    copied.load_state_dict(others, assign=True)
+    assert torch.equal(copied.dequantize(torch.float32), copied.quantized().dequantize(torch.float32))
+    assert not torch.equal(copied.dequantize(torch.float32), weight.dequantize(torch.float32))
+    assert copied.to("meta").rows() is None
+    assert copied._rows is None
 
 
 def test_only_the_codes_of_one_matrix_are_copied_of_a_stack_that_processes_share():
