@@ -91,7 +91,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,), stack, change = grads, ctx.stack, ctx.stack.change
+        (grad,), stack, change, saved = grads, ctx.stack, ctx.stack.change, ctx.saved_tensors
         grad_x = grad.new_empty(ctx.shape) if ctx.needs_input_grad[0] else None
         halves = () if change is None else (torch.zeros_like(change.lora_a), torch.zeros_like(change.lora_b))
         for rows, matrix, expert in stack.matrices(ctx.ends):
@@ -99,7 +99,7 @@ class _Products(torch.autograd.Function):
                 wide = _widened(rows, grad)
                 torch.mm(grad[wide], matrix if stack.is_swapped else matrix.T, out=grad_x[wide])
             if change is not None:
-                (x,) = ctx.saved_tensors
+                (x,) = saved
                 left, right = (grad, x) if stack.is_swapped else (x, grad)
                 torch.mm(left[rows].T, right[rows], out=matrix)  # the matrix's gradient, in its memory
                 for half, of_expert in zip(halves, change.gradients(matrix[None], expert), strict=True):
