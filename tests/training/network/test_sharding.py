@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaptkit.training.network.linear import _in_dtype
+from adaptkit.training.network.packed_rows import in_dtype
 from adaptkit.training.network.sharding import _as_floats
 
 
@@ -17,7 +17,7 @@ def test_bytes_are_reinterpreted_as_floats_and_restored(size, offset, dtype):
     floats = _as_floats(part)
     assert floats.is_floating_point()
     assert floats.nbytes == size
-    assert torch.equal(_in_dtype(nn.Parameter(floats, requires_grad=False), dtype), part)
+    assert torch.equal(in_dtype(nn.Parameter(floats, requires_grad=False), dtype), part)
 
 
 def test_an_odd_number_of_bytes_is_not_reinterpreted():
