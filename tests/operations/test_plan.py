@@ -285,6 +285,16 @@ def test_experts_are_predicted_unquantized_and_in_4_bits(made, tmp_path, family,
     assert ("--moe quantize" in note) == (moe == "keep")
 
 
+@pytest.mark.parametrize(("device", "unpacked"), [("cuda", 4 * (256 * 64 + 64 * 128)), ("cpu", 256 * 64)])
+def test_a_gpu_unpacks_all_experts_of_a_layer_and_a_cpu_one_matrix_at_a_time(tmp_path, device, unpacked):
+    tiny.write_family(tmp_path / "base", "mixtral")
+    keep, pack = (
+        plan(tmp_path / "base", PlanOptions(rank=4, seq_len=64, moe=moe, checkpointing="layer", device=device))
+        for moe in ("keep", "quantize")
+    )
+    assert pack.memory["activations"] - keep.memory["activations"] == 2 * unpacked
+
+
 def test_settings_that_training_would_refuse_are_noted(models, run_cli):
     plain, packed = models["llama"]
     assert not plan(packed, PlanOptions(seq_len=16)).notes
