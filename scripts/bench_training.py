@@ -24,7 +24,8 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class AdaptkitStep:
         rank: rank of the adapter.
         vocabulary: number of different tokens.
         page_kib: size of a page of optimizer state; None for the default of a run.
+        experts: patterns of stacked expert matrices that get an adapter, too.
 
     Attributes:
         model: the model with the adapter.
@@ -76,6 +78,7 @@ class AdaptkitStep:
     def __init__(
         self, base: Path, length: int, share: float, policy: str,
         device: str = "cpu", rank: int = 16, vocabulary: int = 49152, page_kib: int | None = None,
+        experts: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         import torch
 
@@ -88,7 +91,7 @@ class AdaptkitStep:
         from adaptkit.training.memory.optimizer import make_optimizer
         from adaptkit.training.memory.parameters import Trainable
         from adaptkit.training.network.model import load_model
-        from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
+        from adaptkit.training.network.new_adapters import AdapterShape, new_adapter, new_stack_adapters
         from adaptkit.training.network.unread import mark_unread
         from adaptkit.training.preparation import begin_libraries, make_fast
 
@@ -98,7 +101,10 @@ class AdaptkitStep:
         place = torch.device(device)
         begin_libraries(base, place, shard_base=False)
         self.model = model = load_model(base, choose_dtype("auto", place), place)
-        new_adapter(model, ("*",), AdapterShape(rank, 2.0 * rank), "kaiming", 0.0, 0)
+        shape = AdapterShape(rank, 2.0 * rank)
+        new_adapter(model, ("*",), shape, "kaiming", 0.0, 0)
+        if experts:
+            new_stack_adapters(model, experts, shape, 0)
         make_fast(model)
         if policy != "none":
             mark_unread(model.network)
@@ -127,6 +133,7 @@ class AdaptkitStep:
 def peft_step(
     source: Path, length: int, share: float, checkpointing: bool, packed: bool,
     device: str = "cpu", vocabulary: int = 49152, dtype: str = "bfloat16", paged: bool = True,
+    experts: tuple[str, ...] = (),
 ) -> Callable[[], float]:  # fmt: skip
     """Return a step of a plain loop with peft; on a GPU, with bitsandbytes' AdamW, paged or not."""
     import contextlib
@@ -147,7 +154,9 @@ def peft_step(
             "device_map": device,
         }
     plain = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
-    adapter = peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapter = peft.LoraConfig(
+        r=16, lora_alpha=32, target_modules="all-linear", target_parameters=list(experts) or None, task_type="CAUSAL_LM"
+    )
     model = peft.get_peft_model(plain, adapter)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -211,10 +220,24 @@ def floor_step(base: Path, length: int, share: float, checkpointing: bool) -> Ca
 
 
 def work(side: str, case: str, threads: int) -> None:
-    """Run one side: load, print "ready", and take a step for each line of input; print its seconds, memory and loss."""
-    import time
+    """Run one side in this process; see ``serve``."""
+    begin(side, threads)
+    length, share, checkpointing = CASES[case]
+    source = get_smollm2.default_folder() / get_smollm2.MODEL_NAME
+    base = packed_base(source)
+    if side == "adaptkit":
+        step: Callable[[], float] = AdaptkitStep(base, length, share, "layer" if checkpointing else "none")
+    elif side == "floor":
+        step = floor_step(source, length, share, checkpointing)
+    else:
+        dtype = "float32" if side == "peft, f32" else "bfloat16"
+        step = peft_step(source, length, share, checkpointing, side == "peft, bnb", dtype=dtype)
+    serve(step)
 
-    if side == "adaptkit":  # as the command does
+
+def begin(side: str, threads: int) -> None:
+    """Set up the process: for adaptkit, as its command does."""
+    if side == "adaptkit":
         from adaptkit.checkpoint.pages import release_kernel_compiler_pages
         from adaptkit.heap import keep_few_products, keep_freed_memory, take_large_pages
         from adaptkit.machine import share_processors
@@ -229,16 +252,10 @@ def work(side: str, case: str, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    length, share, checkpointing = CASES[case]
-    source = get_smollm2.default_folder() / get_smollm2.MODEL_NAME
-    base = packed_base(source)
-    if side == "adaptkit":
-        step = AdaptkitStep(base, length, share, "layer" if checkpointing else "none")
-    elif side == "floor":
-        step = floor_step(source, length, share, checkpointing)
-    else:
-        dtype = "float32" if side == "peft, f32" else "bfloat16"
-        step = peft_step(source, length, share, checkpointing, side == "peft, bnb", dtype=dtype)
+
+
+def serve(step: Callable[[], float]) -> None:
+    """Print "ready", and take a step for each line of input; print its seconds, the peak megabytes, and its loss."""
     Path("/proc/self/clear_refs").write_text("5")
     print("ready", flush=True)
     for _ in sys.stdin:
@@ -258,21 +275,21 @@ def packed_base(source: Path) -> Path:
     return packed
 
 
-def compare(case: str, rounds: int, threads: int, sides: tuple[str, ...]) -> None:
-    """Let all sides take steps alternately, and print their times and memory."""
+def compare(title: str, rounds: int, threads: int, commands: Mapping[str, Sequence[str]]) -> None:
+    """Let all sides, given by the commands that run them, take steps alternately; print their times and memory."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     workers = {
         side: subprocess.Popen(
-            [sys.executable, __file__, "--work", side, "--case", case, "--threads", str(threads)],
+            [sys.executable, *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL if side.startswith("peft") else None,
             text=True,
             env=environment,
         )
-        for side in sides
+        for side, command in commands.items()
     }
-    found: dict[str, list[list[float]]] = {side: [] for side in sides}
+    found: dict[str, list[list[float]]] = {side: [] for side in workers}
     for side, worker in workers.items():
         if worker.stdout.readline().strip() != "ready":
             sys.exit(f"bench: {side} failed to start")
@@ -286,15 +303,15 @@ def compare(case: str, rounds: int, threads: int, sides: tuple[str, ...]) -> Non
     for worker in workers.values():
         worker.stdin.close()
         worker.wait()
-    peers = [side for side in sides if side.startswith("peft")]
+    peers = [side for side in workers if side.startswith("peft")]
     fastest = min(statistics.median(s for s, _, _ in found[side]) for side in peers) if peers else 1.0
     smallest = min(max(m for _, m, _ in found[side]) for side in peers) if peers else 1.0
-    print(f"\n{case} tokens{'':24} {'s/step':>8} {'ratio':>7} {'peak MB':>9} {'ratio':>7} {'loss':>8}")
+    print(f"\n{title:37} {'s/step':>8} {'ratio':>7} {'peak MB':>9} {'ratio':>7} {'loss':>8}")
     for side, answers in found.items():
         seconds = statistics.median(s for s, _, _ in answers)
         peak = max(m for _, m, _ in answers)
         memory = f"{peak:9.0f} {peak / smallest:7.2f} {answers[-1][2]:8.4f}" if side != "floor" else ""
-        print(f"{side:40} {seconds:8.3f} {seconds / fastest:7.2f} {memory}", flush=True)
+        print(f"{side:37} {seconds:8.3f} {seconds / fastest:7.2f} {memory}", flush=True)
 
 
 def main() -> None:
@@ -322,7 +339,9 @@ def main() -> None:
         once = [sys.executable, __file__, "--work", "adaptkit", "--case", "256"]
         subprocess.run(once, input="step\n", text=True, check=True, stdout=subprocess.DEVNULL)
     for case in options.only or CASES:
-        compare(case, options.rounds, options.threads, tuple(options.sides))
+        common = ["--case", case, "--threads", str(options.threads)]
+        sides = {side: [__file__, "--work", side, *common] for side in options.sides}
+        compare(f"{case} tokens", options.rounds, options.threads, sides)
 
 
 if __name__ == "__main__":
