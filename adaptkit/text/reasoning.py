@@ -17,6 +17,7 @@ Message = dict[str, Any]
 FIELD = "reasoning_content"
 NAMES = (FIELD, "reasoning", "thinking")
 """Names of the field in data and templates."""
+TAGS = ("<think>", "</think>")
 _IN_CONTENT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _QUESTION = {"role": "user", "content": "question"}
 _REASONING, _ANSWER = "inkling", "answer"

@@ -11,6 +11,7 @@ from adaptkit.checkpoint.layout import TEMPLATES_FOLDER, find_side_files, read_j
 from adaptkit.errors import UsageError
 from adaptkit.networks.architecture import BUILD_ERRORS, quiet_transformers
 from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template
+from adaptkit.text.reasoning import TAGS
 
 TOKENIZER_CONFIG, TEMPLATE_KEY = "tokenizer_config.json", "chat_template"
 _WITHIN_JSON = "chat_template.json"
@@ -144,3 +145,9 @@ def leading_special_tokens(tokenizer: Any) -> list[int]:
     if not plain:  # no Latin letters in the vocabulary, and no unknown token
         return [int(token) for token in marked if token != tokenizer.eos_token_id]
     return [int(token) for token in marked[: marked.index(plain[0])]]
+
+
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Return a pattern of the special tokens that a tokenizer finds in a text, except for the tags of reasoning."""
+    found = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}.difference(TAGS)
+    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or "(?!)")

@@ -48,6 +48,8 @@ class DataReport:
     empty_at: str
     twice: int
     twice_at: str
+    special: int
+    special_at: str
     dated: bool
     chat_template: str | None
     without_template: bool
@@ -80,6 +82,8 @@ def report_data(inputs: Inputs, batches: Batches) -> DataReport:
         empty_at=data.empty_at,
         twice=data.twice,
         twice_at=data.twice_at,
+        special=data.special,
+        special_at=data.special_at,
         dated=data.dated,
         chat_template=_template_from(inputs),
         without_template=data.has_conversations and tokenizer.chat_template is None,

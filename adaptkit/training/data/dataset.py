@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Example, asks_for_the_date, read_example
 from adaptkit.text.rows import is_on_hub, read_rows
+from adaptkit.text.tokenizer_files import special_tokens
 from adaptkit.text.tool_calls import CALLS
 from adaptkit.text.windows import check_vocabulary
 from adaptkit.training.data.encoding import Encoder
@@ -72,6 +74,8 @@ class Dataset:
         empty_at: place of the first of them.
         twice: number of rows with an answer that carries loss and ends with an end token, before that of the template.
         twice_at: place of the first of them.
+        special: number of rows with a special token inside a message, which a model cannot tell from the template's.
+        special_at: place of the first of them, and the token.
         dated: whether the chat template asks for the date; it gets the same date every day.
     """
 
@@ -88,6 +92,8 @@ class Dataset:
     empty_at: str = ""
     twice: int = 0
     twice_at: str = ""
+    special: int = 0
+    special_at: str = ""
     dated: bool = False
 
     @property
@@ -124,8 +130,10 @@ def load_data(
         DataError: an unreadable file, a row without the fields that it needs or too long for the model (with file and
             line), or nothing to learn.
     """
-    collector = _Collector(max_length, too_long, context, known, ends_after_answers(tokenizer))
-    encoder, data = Encoder(tokenizer, loss_on), collector.data
+    encoder = Encoder(tokenizer, loss_on)
+    ends, special = ends_after_answers(tokenizer), special_tokens(tokenizer)
+    collector = _Collector(max_length, too_long, context, known, ends, special)
+    data = collector.data
     data.sources = tuple(_read(source, number, layout, encoder, collector) for number, source in enumerate(sources))
     if not data.samples:
         dropped = counted(data.dropped, "sample")
@@ -178,10 +186,13 @@ class _Collector:
     context: int | None
     known: int | None
     ends: tuple[str, ...]
+    special: re.Pattern[str]
     data: Dataset = field(default_factory=Dataset)
 
-    def count_flaws(self, example: Example, learned: Sequence[int], where: str) -> None:
-        """Count a row that learns an empty answer, or one that already has an end token."""
+    def count_flaws(self, example: Example, encoder: Encoder, where: str) -> None:
+        """Count a row that learns an empty answer, one that ends twice, or one with other special tokens."""
+        learned = encoder.learned(example)
+        read = encoder.read(example) if learned else ()
         said = [example.messages[number] for number in learned]
         if any(not message["content"].strip() and CALLS not in message for message in said):
             self.data.empty += 1
@@ -189,6 +200,16 @@ class _Collector:
         if any(message["content"].rstrip().endswith(self.ends) for message in said):
             self.data.twice += 1
             self.data.twice_at = self.data.twice_at or where
+        found = [self._special(message["content"], number in learned) for number, message in enumerate(read)]
+        if any(found):
+            self.data.special += 1
+            self.data.special_at = self.data.special_at or f"{where}: {next(filter(None, found))}"
+
+    def _special(self, content: str, is_learned: bool) -> str:
+        """Return the first special token in a message, other than an end token after an answer, or an empty string."""
+        end = next((end for end in self.ends if is_learned and content.rstrip().endswith(end)), "")
+        found = self.special.search(content.rstrip().removesuffix(end) if end else content)
+        return found[0] if found else ""
 
     def add(self, sample: Sample) -> None:
         """Add a sample, cut if it is too long, or drop it."""
@@ -234,7 +255,7 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
             if digest is not None:
                 digest.update(json.dumps(row, sort_keys=True, default=str).encode())
             example = read_example(row, where, layout)
-            collector.count_flaws(example, encoder.learned(example), where)
+            collector.count_flaws(example, encoder, where)
             layouts[example.layout] += 1
             used.update(example.columns)
             columns.update((name, None) for name, value in row.items() if value is not None)

@@ -189,6 +189,7 @@ def measure(
         without_template=material.tokenizer.chat_template is None and (data.has_conversations or bool(options.prompts)),
         unused={source.name: source.unused for source in data.sources if source.unused},
         twice=data.twice,
+        special=data.special,
     )
     with reports_unsupported_dtype(base, name_of(model.dtype)):
         return _with_answers(report, model, material, options, on_answer)

@@ -145,6 +145,7 @@ class EvaluateReport:
         without_template: whether there is no chat template, so that messages are joined as plain lines.
         unused: maps each file that has columns that no layout has to their names.
         twice: number of rows with an answer that has an end token before the template's; scores ignore both.
+        special: number of rows with a special token inside a message, which a model does not read as text.
     """
 
     base: str
@@ -169,6 +170,7 @@ class EvaluateReport:
     without_template: bool = False
     unused: dict[str, tuple[str, ...]] = field(default_factory=dict)
     twice: int = 0
+    special: int = 0
 
     @property
     def template_remark(self) -> str | None:
@@ -184,14 +186,15 @@ class EvaluateReport:
 
     @property
     def unused_remarks(self) -> list[str]:
-        """Remarks on unused columns, one for each file that has some, and on duplicate end tokens."""
-        twice = counted(self.twice, "row", "have")
+        """Remarks on unused columns, one for each file that has some, on duplicate end tokens and on special tokens."""
+        twice, special = (counted(count, "row", "have") for count in (self.twice, self.special))
         return [
             *(
                 f"{file}: not used: {', '.join(name or 'an unnamed column' for name in names)}"
                 for file, names in self.unused.items()
             ),
             *([f"{twice} an answer with an end token, and the loss counts another after it"] if self.twice else []),
+            *([f"{special} a special token in a message, which is not read as text"] if self.special else []),
         ]
 
     @property

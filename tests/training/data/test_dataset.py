@@ -137,6 +137,47 @@ def test_end_tokens_in_messages_that_are_not_learned_are_not_counted(tokenizer, 
     assert [load_data([last], tokenizer, 99, loss_on=on).twice for on in ("answers", "last_answer")] == [1, 0]
 
 
+PIECES = ["x", " ", "<", "|", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|im"]
+QUESTIONS = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
+
+
+@settings(max_examples=40)
+@given(questions=st.lists(QUESTIONS, min_size=1, max_size=4))
+def test_rows_with_special_tokens_in_a_question_are_counted_and_the_first_is_named(
+    tokenizer, tmp_path_factory, questions
+):
+    path = write(tmp_path_factory.mktemp("special"), *({"prompt": text, "completion": "a"} for text in questions))
+    data, special = load_data([path], tokenizer, 999), set(tokenizer.all_special_ids)
+    found = {line: special.intersection(tokenizer(text)["input_ids"]) for line, text in enumerate(questions, 1)}
+    first = next((line for line in found if found[line]), None)
+    assert data.special == sum(map(bool, found.values()))
+    assert data.special_at.startswith(f"{path}, line {first}: <|" if first else "")
+    assert bool(data.special_at) == bool(first)
+
+
+@pytest.mark.parametrize(
+    ("row", "token"),
+    [
+        ({"prompt": "q", "completion": "a<|im_end|>"}, None),  # ``twice`` counts it
+        ({"prompt": "q", "completion": "a<|im_end|>\n"}, None),
+        ({"prompt": "q", "completion": "a<|im_end|>b<|endoftext|>"}, "<|im_end|>"),
+        ({"prompt": "q", "completion": "<|endoftext|>a<|im_end|>"}, "<|endoftext|>"),
+        ({"prompt": "q", "completion": "<think>b</think>a"}, None),
+        ({"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "completion": "a"}, "<|im_start|>"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a<|im_end|>", "weight": 0},
+                       {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "<|im_end|>"),
+        ({"text": "<|im_start|>user\nq<|im_end|>\n"}, None),
+    ],
+)  # fmt: skip
+def test_end_tokens_after_learned_answers_tags_of_reasoning_and_texts_are_no_special_tokens_in_messages(
+    llama, tmp_path, row, token
+):
+    tokenizer = load_tokenizer(llama)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    data = load_data([write(tmp_path, row)], tokenizer, 999)
+    assert (data.special, data.special_at) == ((1, f"{tmp_path / 'rows.jsonl'}, line 1: {token}") if token else (0, ""))
+
+
 def test_data_without_rows_without_text_or_without_fitting_samples_are_refused(tokenizer, tmp_path):
     with pytest.raises(DataError, match="no rows"):
         load_data([write(tmp_path)], tokenizer, 99)

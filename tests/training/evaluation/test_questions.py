@@ -173,7 +173,7 @@ def test_examples_do_not_change_the_counts_and_notes_about_the_rows(llama, tmp_p
     ])  # fmt: skip
     alone = load_data([path], tokenizer, max_length)
     found, _ = load_data_with_shots([path], tokenizer, [(user("0"), said("zero"))], max_length, None)
-    for name in ("truncated", "dropped", "longest", "longest_at", "twice", "twice_at", "empty", "split"):
+    for name in ("truncated", "dropped", "longest", "longest_at", "twice", "twice_at", "special", "empty", "split"):
         assert getattr(found, name) == getattr(alone, name), name
     assert [(s.name, s.unused) for s in found.sources] == [(s.name, s.unused) for s in alone.sources]
     assert (found.twice, bool(found.sources[0].unused)) == (1, True)
