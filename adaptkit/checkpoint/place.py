@@ -12,6 +12,7 @@ from adaptkit.errors import ConflictError, IntegrityError, OutputExistsError, Us
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _LONGEST_NAME = 255  # bytes, on every usual file system
+_MOUNTS = Path("/proc/self/mountinfo")  # of Linux
 _ASIDE = "move or delete it, or choose another -o"
 
 
@@ -45,7 +46,7 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     if len(os.fsencode(aside.name)) > _LONGEST_NAME:
         raise UsageError(f"{final}: the name is too long", hint="choose a shorter name")
     for path in (final, partial_folder(final), aside):
-        if os.path.ismount(path):
+        if _is_mount_point(path):
             hint = f"choose a new folder inside it, such as -o {final / 'out'}" if path == final else "unmount it"
             raise UsageError(f"{path}: is a mount point, which cannot be renamed", hint=f"{hint}, or choose another -o")
     if os.path.lexists(final) and not force:
@@ -72,6 +73,16 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         )
     if os.path.lexists(final):
         _check_replaceable(final)
+
+
+def _is_mount_point(path: Path) -> bool:
+    """Return whether a path is a mount point; ``os.path.ismount`` misses a folder mounted within its file system."""
+    if os.path.ismount(path) or not _MOUNTS.exists():
+        return os.path.ismount(path)
+    name = os.fsencode(Path(os.path.realpath(path.parent), path.name))
+    for character in b"\\ \t\n":  # the backslash first, since it marks the others
+        name = name.replace(bytes([character]), b"\\%03o" % character)
+    return any(line.split(b" ")[4] == name for line in _MOUNTS.read_bytes().splitlines())
 
 
 def _check_replaceable(final: Path) -> None:

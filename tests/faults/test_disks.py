@@ -46,19 +46,23 @@ def test_real_disks_that_are_too_small_or_read_only_lose_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "hint"),
-    [("out", "new folder inside it, such as -o out/out"), ("out.partial", "unmount"), ("out.replaced", "unmount")],
+    ("mount", "name", "hint"),
+    [
+        ("-t tmpfs tmpfs", "out", "new folder inside it, such as -o out/out"),
+        ("--bind ..", "out.partial", "unmount"),
+        ("--bind ..", "out.replaced", "unmount"),
+    ],
 )
-def test_a_mount_point_that_would_have_to_be_renamed_is_refused_before_anything_is_written(llama, tmp_path, name, hint):
+def test_a_mount_point_that_would_have_to_be_renamed_is_refused_before_anything_is_written(
+    llama, tmp_path, mount, name, hint
+):
     own = ["unshare", "--user", "--map-root-user", "--mount"]
-    disk = tmp_path / name
-    disk.mkdir()
+    disk = tmp_path / "a \\\t\nü" / name  # characters that the system's list of mounts escapes
+    disk.mkdir(parents=True)
     if shutil.which("unshare") is None or subprocess.run([*own, "mount", "-t", "tmpfs", "tmpfs", disk]).returncode:
         pytest.skip("mounting in a user namespace is not allowed")
-    command = (
-        f"mount -t tmpfs tmpfs {name} && {sys.executable} -m adaptkit quantize {llama} -o out --force; echo $?; ls"
-    )
-    done = subprocess.run([*own, "sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    command = f"mount {mount} {name} && {sys.executable} -m adaptkit quantize {llama} -o out --force; echo $?; ls"
+    done = subprocess.run([*own, "sh", "-c", command], cwd=disk.parent, capture_output=True, text=True)
     assert f"error: {name}: is a mount point" in done.stderr
     assert hint in done.stderr.splitlines()[-1]
     assert done.stdout.split() == ["2", name]
