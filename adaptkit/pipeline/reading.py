@@ -166,6 +166,12 @@ def _check_names(sources: Mapping[str, Source], steps: Sequence[Step]) -> None:
 def _check_references(step: Step, sources: Mapping[str, Source], steps: Sequence[Step]) -> None:
     made = {name: kind for other in steps for name, kind in other.makes.items()}
     every = {other.name for other in steps}
+    for key, listed in step.inputs.items():
+        seen: dict[str, str] = {}
+        for name in listed:
+            same = seen.setdefault(str(sources[name]), name) if name in sources else name
+            if same != name:
+                raise step.place.at(*key.split(".")).error(f"{same!r} and {name!r} are the same source")
     for taken, name in step.takes():
         place = step.place.at(*taken.key.split("."))
         if name in every and name not in made:

@@ -174,6 +174,7 @@ class TrainConfig:
             if getattr(self, name) == "":
                 refuse(self, name, "must not be empty")
         self._check_adapter()
+        self.mixture_weights()
         if self.steps is not None and self.epochs is not None:
             raise ConfigError("epochs: cannot be combined with steps", hint="leave out one of the two")
         if self.decay != TrainConfig.decay and self.schedule != "wsd":

@@ -67,7 +67,7 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("rank: 4", "wandb: x", "line 7: steps.adapter.wandb: cannot be set in a recipe", "this network service"),
         ("rank: 4", "base: x", "line 7: steps.adapter.base: cannot be set in a recipe", "value of train is the base"),
         ("rank: 4", "init: smal", "steps.adapter.init: no source or step named 'smal'", "did you mean 'small'?"),
-        ("rank: 4", "mixture: {row: 1}", "steps.adapter: mixture: 'row' is not one of the data", "names in data: rows"),
+        ("rank: 4", "mixture: {row: 1}", "steps.adapter.mixture: 'row' is not one of the data", "the data: rows"),
         ("{quantize: base}", "{quantise: base}", "line 6: steps.small.quantise: 'quantise' is not a kind of step",
          "did you mean 'quantize'?"),
         ("{quantize: base}", "{block_size: 64, quantize: base}", "'block_size' is not a kind of step", "first key"),
@@ -81,6 +81,9 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("data: [rows], rank", "data: rows, rank", "steps.adapter.data: expected a list of names", "write [rows]"),
         ("data: [rows], rank", "data: [], rank", "steps.adapter.data: expected a list of names", ""),
         ("data: [rows], rank", "data: [rows, rows], rank", "steps.adapter.data: 'rows' is listed twice", ""),
+        ("jsonl}\nsteps:\n  small: {quantize: base}\n  adapter: {train: small, data: [rows]",
+         "jsonl}\n  more: {path: ./data/rows.jsonl}\nsteps:\n  small: {quantize: base}\n  adapter: {train: small, data"
+         ": [rows, more]", "line 8: steps.adapter.data: 'rows' and 'more' are the same source", ""),
         ("data: [rows], rank", "data: [small], rank", "steps.adapter.data: 'small' is a folder; expected a file", ""),
         ("{path: data/rows.jsonl}", "{repo: org/rows}", "steps.adapter.data: 'rows' is a folder; expected a file", ""),
         ("merge: base", "merge: small", "line 13: steps.merged.merge: 'small' is a quantized checkpoint; expected an "

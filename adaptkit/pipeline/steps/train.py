@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 from adaptkit.checkpoint.progress import counted
-from adaptkit.errors import UsageError
 from adaptkit.pipeline.artifact import Takes
 from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
 from adaptkit.training.config import INITS, TrainConfig
@@ -52,14 +51,6 @@ def _complete(values: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
     return values | placeholders
 
 
-def _check(options: TrainConfig, inputs: Inputs) -> None:
-    for name in options.mixture or ():
-        if name not in inputs["data"]:
-            raise UsageError(
-                f"mixture: {name!r} is not one of the data", hint=f"use the names in data: {', '.join(inputs['data'])}"
-            )
-
-
 KIND = StepKind(
     inputs=_INPUTS,
     options=TrainConfig,
@@ -70,7 +61,6 @@ KIND = StepKind(
         "wandb": "remove it: a step does not use this network service",
     },
     complete=_complete,
-    check=_check,
     makes=lambda options: {"": "unquantized checkpoint" if options.method == "full" else "adapter"},
     needs_transformers=lambda options: True,
 )

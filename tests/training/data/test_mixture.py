@@ -97,7 +97,7 @@ def test_weights_are_given_by_path_or_file_name_and_default_to_one():
         weights_of({"gneral.jsonl": 1}, sources)
     assert raised.value.hint == "name one of the data: data/task.jsonl, data/general.jsonl, org/name:train"
     with pytest.raises(ConfigError, match=r"'a.jsonl' is named twice"):
-        TrainConfig(base="x", data=["d/a.jsonl"], mixture={"d/a.jsonl": 2, "a.jsonl": 3}).mixture_weights()
+        TrainConfig(base="x", data=["d/a.jsonl"], mixture={"d/a.jsonl": 2, "a.jsonl": 3})
     with pytest.raises(ConfigError, match=r"'a.jsonl' is the name of several"):
         weights_of({"a.jsonl": 1}, ["x/a.jsonl", "y/a.jsonl"])
 
