@@ -557,14 +557,17 @@ def test_fetching_for_a_command_shows_progress_only_on_a_terminal(
         assert (run.stdout != b"") == ("--quiet" not in asked)
 
 
+@pytest.mark.parametrize(("fault", "times"), [("drop", 1), ("503", 2)], ids=["by adaptkit", "by the client"])
 @pytest.mark.parametrize("asked", [(), ("--quiet",)])
-def test_a_retry_is_noted_in_one_line(cli: Any, hub: LocalHub, tmp_path: Path, asked: tuple[str, ...]) -> None:
-    """This holds even if it is the client that retries, which itself would print two lines per try."""
+def test_a_retry_is_noted_in_one_line(
+    cli: Any, hub: LocalHub, tmp_path: Path, asked: tuple[str, ...], fault: str, times: int
+) -> None:
+    """The client itself would print two lines per try; it tries anew after the second of two answers 503."""
     model = tmp_path / "made"
     model.mkdir()
     (model / "config.json").write_text("[]")  # what plan refuses after it fetched it
     assert "commit" in cli(code=RAW_COMMIT % str(model)).report
-    hub.faults.append(Fault("HEAD", "config.json", "drop", 1))
+    hub.faults.append(Fault("HEAD", "config.json", fault, times))
     own = {"HF_ENDPOINT": cli.hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
     code, _, stderr = cli.run(["plan", "me/model", *asked], own)
     assert (code, hub.faults) == (5, [])
@@ -573,6 +576,7 @@ def test_a_retry_is_noted_in_one_line(cli: Any, hub: LocalHub, tmp_path: Path, a
     waited = [line for line in said if "etry" in line or "again" in line]
     assert len(waited) == (not asked)
     assert all(line.startswith("note: me/model: ") for line in waited)
+    assert "[Retry 1/" in stderr if times == 2 and not asked else "[Retry" not in stderr
     assert "thrown while requesting" not in stderr
 
 

@@ -180,6 +180,27 @@ def test_a_checkpoint_that_only_its_tensors_show_to_be_quantized_is_taken_as_qua
     assert cli("run", recipe("{dequantize: bare}", "bare")).code == 0
 
 
+def test_names_in_an_index_do_not_outweigh_the_configuration_or_scales_and_only_files_at_the_root_are_counted(
+    cli: Any, recipe: Callable[[str, str], Path], tmp_path: Path, llama_sharded: Path
+) -> None:
+    stated, scaled = (Path(shutil.copytree(llama_sharded, tmp_path / "more" / name)) for name in ("stated", "scaled"))
+    edit_json(stated / "config.json", quantization_config={"quant_method": "bitnet"})  # its packed weights are .weight
+    index = scaled / "model.safetensors.index.json"
+    names = json.loads(index.read_text())["weight_map"]
+    scales = {f"{name}_scale": file for name, file in names.items() if name.endswith("q_proj.weight")}
+    edit_json(index, weight_map=names | scales)
+    for folder in (stated, scaled):
+        (folder / "onnx").mkdir()
+        (folder / "onnx" / "config.json").write_text(" " * 1000)
+    assert cli(code=COMMIT % str(stated.parent)).code == 0
+    for folder in (stated, scaled):
+        done = cli("run", recipe(f"{{dequantize: {folder.name}}}", folder.name), "--dry-run")
+        assert done.code == 0
+        (source,) = (source for source in done.report["sources"] if source["name"] == folder.name)
+        at_root = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+        assert at_root <= source["bytes"] < at_root + 1000  # the Hub adds a small .gitattributes
+
+
 def test_a_cached_commit_is_used_in_the_clients_offline_mode(
     cli: Any, hub: LocalHub, recipe: Callable[[str, str], Path], tmp_path: Path
 ) -> None:
