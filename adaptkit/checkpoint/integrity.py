@@ -1,6 +1,6 @@
 """Compare a folder with its manifest: the set of files, their bytes, and every tensor. Each byte is read once."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +24,11 @@ class Measured:
 
     Attributes:
         record: its path, size and sha256.
-        tensors: its tensors, if it was read as safetensors.
-        malformed: why it could not be read as safetensors; empty otherwise.
+        tensors: its tensors, if it was read as safetensors; none if it is not a safetensors file.
     """
 
     record: FileRecord
     tensors: tuple[TensorRecord, ...] = ()
-    malformed: str = ""
 
 
 def check_artifact(root: Path, manifest: Manifest, threads: int, progress: Progress = no_progress) -> None:
@@ -55,7 +53,7 @@ def check_artifact(root: Path, manifest: Manifest, threads: int, progress: Progr
     found_problems = sorted(problem for problem in problems.values() if problem)
     if found_problems:
         raise IntegrityError(f"{root}: {first_problems(found_problems)}", hint=_AGAIN)
-    _compare_tensors(root, manifest.tensors, _tensors_of(root, found.values()))
+    _compare_tensors(root, manifest.tensors, (tensor for file in found.values() for tensor in file.tensors))
 
 
 def check_names(root: Path, manifest: Manifest) -> None:
@@ -115,7 +113,7 @@ def file_problem(root: Path, record: FileRecord, tensors: Sequence[TensorRecord]
     found = measure(root, {record.path: record.size}, [record.path] if tensors else [])[record.path]
     if found.record != record:
         return f"{record.path} changed (its sha256 differs)"
-    _compare_tensors(root, tensors, _tensors_of(root, [found]))
+    _compare_tensors(root, tensors, found.tensors)
     return ""
 
 
@@ -181,12 +179,12 @@ def measure(
             progress(done, total)
 
     def work(path: str) -> Measured:
-        header, malformed = _header(resolve_inside(root, path)) if path in names else (None, "")
+        header = _header(resolve_inside(root, path)) if path in names else None
         tensors = header.tensors if header else ()
         parts = [(position, spec.nbytes) for spec, position in tensors]
         size, sha256, digests = file_digests(resolve_inside(root, path), parts, advance)
         records = (TensorRecord.of(spec, digest, path) for (spec, _), digest in zip(tensors, digests, strict=True))
-        return Measured(FileRecord(path, size, sha256), tuple(records), malformed)
+        return Measured(FileRecord(path, size, sha256), tuple(records))
 
     largest_first = sorted(sizes, key=lambda path: -sizes[path])
     with ThreadPoolExecutor(threads) as pool:
@@ -197,18 +195,11 @@ def _tensor_files(manifest: Manifest) -> set[str]:
     return {tensor.file for tensor in manifest.tensors}
 
 
-def _header(path: Path) -> tuple[Header | None, str]:
+def _header(path: Path) -> Header | None:
     try:
-        return read_header(path), ""
-    except CheckpointError as error:
-        return None, error.message
-
-
-def _tensors_of(root: Path, measured: Iterable[Measured]) -> Iterator[TensorRecord]:
-    for file in measured:
-        if file.malformed:
-            raise IntegrityError(f"{root}: {file.malformed}", hint=_AGAIN)
-        yield from file.tensors
+        return read_header(path)
+    except CheckpointError:
+        return None  # damaged, or listed in the manifest with tensors that it does not hold
 
 
 def _compare_tensors(root: Path, tensors: Iterable[TensorRecord], measured: Iterable[TensorRecord]) -> None:

@@ -327,7 +327,7 @@ def test_the_share_left_is_that_of_the_formula_over_the_whole_matrix(tmp_path, m
     assert found.weight_norm == pytest.approx(float(weight.double().norm()))
 
 
-def test_peak_memory_grows_by_less_than_the_size_of_the_matrix(run_cli, tmp_path):
+def test_peak_memory_grows_by_less_than_half_the_size_of_the_matrix(run_cli, tmp_path):
     columns, peaks, module = 2048, [], "model.layers.0.mlp.up_proj"
     for rows in (2048, 16384):
         folders = [tmp_path / f"{name}-{rows}" for name in ("base", "adapter", "out")]
@@ -343,7 +343,7 @@ def test_peak_memory_grows_by_less_than_the_size_of_the_matrix(run_cli, tmp_path
         done = run_cli("merge", *folders[:2], "-o", folders[2], "--format", "nf4", "--threads", 2)
         assert done.code == 0, done.stderr
         peaks.append(done.peak_bytes)
-    assert peaks[1] - peaks[0] < 14336 * columns * 2  # of one bfloat16 matrix
+    assert peaks[1] - peaks[0] < 14336 * columns  # half of what the larger matrix has more; its codes are a quarter
 
 
 def test_the_share_left_does_not_depend_on_the_number_of_threads(tmp_path, llama, adapter):

@@ -3,12 +3,12 @@
 import ctypes
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 import pytest
-import torch
 from folders import edit_manifest, edited_tensors, flip
 from safetensors.torch import load_file, save_file
 
@@ -209,22 +209,30 @@ def test_a_changed_or_missing_manifest_is_detected(folder):
     refuses(folder, MANIFEST)
 
 
-def test_a_manifest_whose_tensors_do_not_match_its_files_is_detected(folder):
-    """A file and its sha256 in the manifest were changed, but not the fingerprint of the tensor."""
-    manifest, shard = require_manifest(folder), sorted(folder.glob("model-*.safetensors"))[0]
-    with edited_tensors(shard) as tensors:
-        name = next(name for name, tensor in tensors.items() if tensor.dtype == torch.uint8)
-        tensors[name].view(-1)[0] ^= 1
-
+@pytest.mark.parametrize("change", ["a tensor", "a second copy of a tensor", "no safetensors file"])
+def test_a_manifest_whose_tensors_do_not_match_its_files_is_detected(folder, change):
+    """A file and its sha256 in the manifest were changed, but not the fingerprints of tensors."""
     from adaptkit.checkpoint.hashing import file_sha256
     from adaptkit.checkpoint.manifest import FileRecord
 
-    files = [
-        FileRecord(f.path, shard.stat().st_size, file_sha256(shard)) if f.path == shard.name else f
-        for f in manifest.files
-    ]
-    edit_manifest(folder, files=tuple(files))
-    refuses(folder, name.replace(".", r"\."))
+    manifest, (shard, other, *_) = require_manifest(folder), sorted(folder.glob("model-*.safetensors"))
+    name = next(tensor.name for tensor in manifest.tensors if (tensor.file, tensor.dtype) == (shard.name, "U8"))
+    changed = other if change == "a second copy of a tensor" else shard
+    with edited_tensors(changed) as tensors:
+        if changed == other:
+            tensors[name] = load_file(shard)[name]
+        else:
+            tensors[name].view(-1)[0] ^= 1
+    if change == "no safetensors file":
+        shard.write_bytes(b"\xff" * 100)
+    record = FileRecord(changed.name, changed.stat().st_size, file_sha256(changed))
+    edit_manifest(folder, files=tuple(record if f.path == record.path else f for f in manifest.files))
+    problem = {
+        "a tensor": f"tensor {name} differs from its fingerprint",
+        "a second copy of a tensor": f"tensor {name} is in both ",
+        "no safetensors file": f"is not in {shard.name} as the manifest says",
+    }
+    refuses(folder, re.escape(problem[change]))
 
 
 @pytest.mark.parametrize("change", ["another file", "left out"])
