@@ -11,6 +11,7 @@ bytes.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -136,7 +137,7 @@ class Lock:
                 return False
         except OSError:
             pass
-        replace_file(self._path, content)
+        replace_file(Path(os.path.realpath(self._path)), content)  # a link stays one
         return True
 
     def _check_recipe(self, recipe: Recipe, expected: Mapping[str, Any]) -> None:

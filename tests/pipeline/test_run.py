@@ -150,6 +150,18 @@ def test_a_source_may_be_a_link_to_a_folder_of_a_different_name(release, recipe,
     assert (release / "recipe.lock").read_bytes() == content
 
 
+def test_a_lock_that_is_a_link_stays_one(release, recipe, tmp_path):
+    run(recipe, RunOptions(until="small"))
+    lock, kept = release / "recipe.lock", tmp_path / "kept.lock"
+    content = lock.read_bytes()
+    lock.rename(kept)
+    lock.symlink_to(kept)
+    kept.write_bytes(content + b"\n")
+    assert run(recipe, RunOptions(until="small")).lock_state == "written"
+    assert lock.is_symlink()
+    assert kept.read_bytes() == content
+
+
 @pytest.mark.parametrize("before", ["small", "merged"])
 def test_a_source_that_changes_before_its_step_runs_is_an_error(release, recipe, before):
     weights = release / "model" / "model.safetensors"
