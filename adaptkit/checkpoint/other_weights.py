@@ -38,6 +38,7 @@ VALUE_HEADS = ("value_head.safetensors", "value_head.bin")
 """LLaMA-Factory's files beside an adapter: the scores of a reward model, or the estimates of PPO, for training only."""
 PICKLED_WEIGHTS = "pytorch_model.bin"
 """A checkpoint's weights, or beside an adapter TRL's value head, for PPO only; only its content tells which."""
+_PICKLED = re.compile(r"(pytorch|adapter)_model(-\d+-of-\d+)?\.(bin|pt)")
 _OTHER_WRITERS = {
     r"lit_model\.pth\.lora": (
         "LitGPT",
@@ -58,6 +59,11 @@ def other_writer(name: str) -> tuple[str, str] | None:
 def weights_beside(root: Path, names: Sequence[str] = WEIGHTS_BESIDE) -> str:
     """Return the name of a file with further trained weights beside an adapter; empty if there is none."""
     return next((name for name in names if (root / name).exists()), "")
+
+
+def pickled_weights(root: Path) -> list[str]:
+    """Return the names of the pickled weights in a folder, which programs may load even if it has safetensors files."""
+    return sorted(path.name for path in root.iterdir() if _PICKLED.fullmatch(path.name))
 
 
 def refuse_other_weights(where: object, names: Iterable[str]) -> None:

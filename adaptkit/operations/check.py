@@ -7,8 +7,8 @@ from pathlib import Path
 from adaptkit.arguments import AnyPath, as_path_or_none, as_texts
 from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, has_checkpoint, is_adapter, require_folder
 from adaptkit.checkpoint.mlx import mlx_hint
-from adaptkit.checkpoint.other_weights import weights_beside
-from adaptkit.checkpoint.progress import counted
+from adaptkit.checkpoint.other_weights import pickled_weights, weights_beside
+from adaptkit.checkpoint.progress import counted, first_few
 from adaptkit.discovery import load, names
 from adaptkit.errors import UsageError
 from adaptkit.operations import targets as registry
@@ -127,6 +127,8 @@ def _unknown(files: AdapterFiles, base: BaseShapes | None) -> tuple[str, ...]:
         unknown.insert(0, "the checkpoint in the same folder")
     if files.pickle:
         unknown.insert(0, f"the contents of {files.pickle}")
+    else:
+        unknown = [*_pickled(files.root), *unknown]
     if str(files.config.get("peft_type")).upper() != "LORA":
         unknown.insert(0, "rules for adapter types other than LoRA")
     return tuple(unknown)
@@ -140,4 +142,11 @@ def _examined_checkpoint(files: CheckpointFiles) -> tuple[str, ...]:
 
 def _unknown_checkpoint(files: CheckpointFiles) -> tuple[str, ...]:
     name = next(iter(class_names(files.config)), "of an unnamed class")
-    return (f"whether the program supports the architecture {name}", "the weights' values")
+    return (*_pickled(files.root), f"whether the program supports the architecture {name}", "the weights' values")
+
+
+def _pickled(root: Path) -> tuple[str, ...]:
+    names = pickled_weights(root)
+    return (
+        (f"whether {first_few(names)}, which other programs may load instead, has the same weights",) if names else ()
+    )

@@ -14,7 +14,8 @@ from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.integrity import size_problem
 from adaptkit.checkpoint.layout import has_checkpoint, is_adapter, require_folder
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, read_manifest, require_manifest
-from adaptkit.checkpoint.progress import Progress, counted, no_progress
+from adaptkit.checkpoint.other_weights import pickled_weights
+from adaptkit.checkpoint.progress import Progress, counted, first_few, no_progress
 from adaptkit.checkpoint.quantized import part_names, quantized_names, read_outline
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations._lineage.parents import gather
@@ -124,7 +125,7 @@ def _adapter(path: Path) -> _Found:
         parameters=adapter.trained_parameters,
         nbytes=adapter.files.nbytes,
         details=_describe_adapter(adapter)
-        | {"not_read": "the checkpoint in the same folder" if has_checkpoint(path) else None},
+        | _not_read(path, *(["the checkpoint in the same folder"] if has_checkpoint(path) else [])),
     )
 
 
@@ -163,8 +164,13 @@ def _checkpoint(checkpoint: Checkpoint) -> _Found:
         dtypes=Counter(spec.dtype for spec in specs.values()),
         parameters=parameters,
         nbytes=sum(spec.nbytes for spec in specs.values()),
-        details=details,
+        details=details | _not_read(checkpoint.root),
     )
+
+
+def _not_read(path: Path, *others: str) -> dict[str, str | None]:
+    """Return which weights in the folder the report does not cover, although another program may load them instead."""
+    return {"not_read": first_few([*others, *pickled_weights(path)]) or None}
 
 
 def _describe_adapter(adapter: Adapter) -> dict[str, Any]:

@@ -133,6 +133,23 @@ def test_of_a_folder_that_also_holds_a_checkpoint_the_report_says_that_only_the_
         assert run_cli(command, folder).stdout.count(checked) == 1
 
 
+@pytest.mark.parametrize(
+    ("source", "pickles"),
+    [("llama", ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]),
+     ("adapter", ["adapter_model.bin"]), ("adapter", ["pytorch_model.bin"])],
+)  # fmt: skip
+def test_pickled_weights_that_a_loader_could_take_instead_are_named(source, pickles, copy_of, request):
+    folder = copy_of(request.getfixturevalue(source))
+    before, known = inspect(folder), check(folder)
+    (folder / "training_args.bin").write_bytes(b"")
+    assert (inspect(folder), check(folder)) == (before, known)
+    for name in pickles:
+        (folder / name).write_bytes(b"")
+    assert inspect(folder).details == before.details | {"not_read": ", ".join(pickles)}
+    said = f"whether {', '.join(pickles)}, which other programs may load instead, has the same weights"
+    assert check(folder).unknown == (said, *known.unknown)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_adapter_is_counted(kind, made):
     """Compare with the names of its tensors, by which peft identifies their kinds."""
