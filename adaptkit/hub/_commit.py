@@ -93,6 +93,17 @@ def find(target: Target, repository: Repository, contents: Sequence[Content]) ->
     return None
 
 
+def opened_meanwhile(target: Target, before: Repository, own: Landed, contents: Sequence[Content]) -> int | None:
+    """Return the number of another open pull request with these contents, opened after ``before`` was read; else None.
+
+    Of two runs that open pull requests at the same time, at least the one whose request is the second finds the other.
+    """
+    now = look_up(target.hub, target.repo_id, pull_requests=True)
+    numbers = sorted(set(now.pull_requests if now else ()) - {*before.pull_requests, own.pull_request})
+    held = (number for number in numbers if now and _holds(target, now.pull_requests[number], contents))
+    return next((number for number in held if _is_open(target, number)), None)
+
+
 def _commit(
     target: Target, contents: Sequence[Content], added: Sequence[str], deleted: Sequence[str], message: str
 ) -> Landed:

@@ -24,7 +24,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UsageError
 from adaptkit.hub._client import Hub, Note, connect, no_note
-from adaptkit.hub._commit import Landed, Target, find, send
+from adaptkit.hub._commit import Landed, Target, find, opened_meanwhile, send
 from adaptkit.hub._facts import with_card
 from adaptkit.hub._remote import Repository, check_repo_id, differences, is_commit, list_tree, look_up
 from adaptkit.hub._signature import with_signature
@@ -254,6 +254,10 @@ def _commit(target: Target, repository: Repository, artifact: Artifact, report: 
         message = f"Publish {report.manifest_sha256}"
         landed = send(target, contents, report.files_added, report.files_deleted, message)
         missing, extra = differences(list_tree(target.hub, target.repo_id, landed.commit), contents)
+        other = opened_meanwhile(target, repository, landed, contents) if landed.pull_request is not None else None
+    if other is not None:
+        same = f"pull request {other}, opened at the same time, has the same content as {landed.pull_request}"
+        target.hub.note(f"{target.repo_id}: {same}; close one of them")
     if missing or extra:
         bad = [f"{path} is not as it was sent" for path in missing] + [f"{path} should not be there" for path in extra]
         raise IntegrityError(f"{target.repo_id}@{landed.commit}: {'; '.join(bad[:5])}", hint="publish it again")
