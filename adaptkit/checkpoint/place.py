@@ -37,14 +37,20 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     Raises:
         OutputExistsError: it exists, and ``force`` is not given or it holds files that adaptkit did not make.
         ConflictError: a foreign folder is where the old output would be kept.
-        UsageError: the name is reserved for unfinished work, too long, or empty; a folder that will be renamed is a
-            mount point; or the output would overwrite, contain, or be inside an input.
+        UsageError: the name is reserved for unfinished work, too long, or empty; the path cannot be followed; a folder
+            that will be renamed is a mount point; or the output would overwrite, contain, or be inside an input.
     """
     if final.name in ("", ".."):
         raise UsageError(f"{final}: is not a name for a new folder", hint="name the folder to create, such as -o out")
     aside = replaced_folder(final)
     if len(os.fsencode(aside.name)) > _LONGEST_NAME:
         raise UsageError(f"{final}: the name is too long", hint="choose a shorter name")
+    try:
+        final.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # such as a file or a circle of links in its path
+        raise UsageError(f"{final}: cannot be written: {error.strerror}", hint="choose another -o") from error
     for path in (final, partial_folder(final), aside):
         if _is_mount_point(path):
             hint = f"choose a new folder inside it, such as -o {final / 'out'}" if path == final else "unmount it"

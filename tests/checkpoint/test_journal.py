@@ -527,8 +527,10 @@ def test_a_file_or_link_is_not_taken_for_unfinished_work(tmp_path, kind):
 
 def test_an_output_that_cannot_be_written_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UsageError, match="cannot be written"):
-        make(tmp_path / "file" / "out")
+    (tmp_path / "circle").symlink_to("circle")
+    for name in ("file", "circle"):
+        with pytest.raises(UsageError, match="cannot be written"):
+            check_output(tmp_path / name / "out", force=False)  # all that a dry run does
 
 
 def test_checking_an_output_creates_nothing(tmp_path):
