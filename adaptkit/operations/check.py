@@ -1,7 +1,7 @@
 """Predict whether other programs would accept an adapter or a checkpoint, and what to change if not."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptkit.arguments import AnyPath, as_path_or_none, as_texts
@@ -76,6 +76,7 @@ def check(path: AnyPath, targets: str | Sequence[str] = (), base: AnyPath | None
     if is_adapter(path) or (path / ADAPTER_WEIGHTS_NAME).exists():
         files = read_adapter_files(path)
         shapes = read_base_shapes(base, files.config, tuple(pair.module for pair in files.pairs)) if base else None
+        files = replace(files, may_be_tied=shapes is None or shapes.is_tied)
         other = _mlx_findings(files)
         verdicts = [_verdict(name, target, other or target.adapter(files, shapes)) for name, target in loaded]
         return _report(path, "adapter", verdicts, _examined(files, shapes), _unknown(files, shapes))

@@ -577,8 +577,8 @@ def test_a_merge_is_suggested_where_resizing_does_not_help(make):
     "change",
     [{"target_modules": ["embed_tokens", "q_proj"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}],
 )
-def test_the_suggested_merge_command_works_on_a_base_with_a_tied_head(change, make, llama, run_cli, tmp_path):
-    """It needs ``--untie``, which once only the verdict on llama.cpp had."""
+def test_the_suggested_merge_command_works_on_a_base_with_a_tied_head(change, make, llama, untied, run_cli, tmp_path):
+    """It needs ``--untie``, which once only the verdict on llama.cpp had; other heads have no use for it."""
     folder = make(llama, **change)
     changes = {f.change for v in verdicts(folder, llama).values() for f in v.findings if "adaptkit merge" in f.change}
     assert changes
@@ -586,6 +586,9 @@ def test_the_suggested_merge_command_works_on_a_base_with_a_tied_head(change, ma
         (words_of,) = re.findall(r"adaptkit (merge BASE .* -o MERGED[^,]*),", text)
         paths = {"BASE": llama, "MERGED": tmp_path / "merged"}
         assert run_cli(*(paths.get(word, word) for word in words_of.split()), "--force").code == 0
+    on_untied = [words(verdict) for verdict in verdicts(folder, untied).values()]
+    assert any("adaptkit merge" in text for text in on_untied)
+    assert not any("--untie" in text for text in on_untied)
 
 
 @pytest.mark.parametrize(("rank", "flag"), [(16, None), (17, 32), (64, 64), (400, 512), (513, None)])

@@ -106,6 +106,7 @@ class AdapterFiles:
         keys: tensors sorted by name; empty if there is no safetensors file.
         pickle: name of a pickled weight file if there is no safetensors file; otherwise None.
         beside: names of other safetensors files in the folder.
+        may_be_tied: whether the base's head may be its embedding.
     """
 
     root: Path
@@ -113,6 +114,7 @@ class AdapterFiles:
     keys: tuple[Key, ...] = ()
     pickle: str | None = None
     beside: tuple[str, ...] = ()
+    may_be_tied: bool = True
 
     def named(self, *roles: str) -> list[str]:
         """Return the names of the tensors that have one of these roles."""
@@ -151,7 +153,7 @@ class AdapterFiles:
     def merge(self) -> str:
         """Return the advice to merge the adapter; ``--untie`` has no effect if the head is not tied."""
         is_vocabulary = any(is_usual_head(key.module) or is_usual_embedding(key.module) for key in self.keys)
-        untie = " --untie" if is_vocabulary else ""
+        untie = " --untie" if is_vocabulary and self.may_be_tied else ""
         return f"run adaptkit merge BASE {self.root} -o MERGED{untie}, and load MERGED instead"
 
     def merge_elsewhere(self) -> str:
