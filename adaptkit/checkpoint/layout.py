@@ -239,23 +239,29 @@ def side_files(root: Path, wanted: Callable[[str], bool] = bool) -> dict[str, Pa
     """List those of ``find_side_files`` whose names are wanted (by default all), to copy them.
 
     Raises:
+        CheckpointError: one is not a file, or a link to nothing.
         UnsafeInputError: one is a link; see ``refuse_foreign_link``.
     """
-    found = {name: path for name, path in find_side_files(root).items() if wanted(name)}
+    found = {name: path for name, path in find_side_files(root, lambda p: not p.is_dir()).items() if wanted(name)}
     for path in found.values():
         refuse_foreign_link(root, path)
+        check_regular(path)
     return found
 
 
-def find_side_files(root: Path) -> dict[str, Path]:
+def find_side_files(root: Path, is_file: Callable[[Path], bool] = Path.is_file) -> dict[str, Path]:
     """List the files beside the weights: configurations, tokenizer, chat templates, licence, model code.
 
     Excludes ``config.json`` and index files, which are written together with the weights.
 
+    Args:
+        root: the folder.
+        is_file: returns whether a path is taken for a file.
+
     Returns:
         Maps each name, relative to the folder, to its path; sorted.
     """
-    present = [path for path in root.iterdir() if path.is_file()]
+    present = [path for path in root.iterdir() if is_file(path)]
     suffixes = {*_SIDE_SUFFIXES, *([CODE_SUFFIX] if _names_code(present) else [])}
     found = {
         path.name: path
@@ -266,7 +272,7 @@ def find_side_files(root: Path) -> dict[str, Path]:
         and path.name != CONFIG_NAME
     }
     templates = (root / TEMPLATES_FOLDER).glob("*.jinja")
-    found |= {f"{TEMPLATES_FOLDER}/{path.name}": path for path in templates if path.is_file()}
+    found |= {f"{TEMPLATES_FOLDER}/{path.name}": path for path in templates if is_file(path)}
     return dict(sorted(found.items()))
 
 
@@ -281,7 +287,7 @@ def check_side_files(root: Path) -> None:
     """Reject side files whose names differ only in case, since not every file system can hold both.
 
     Raises:
-        CheckpointError: names the two files.
+        CheckpointError: names the two files; or one that is not a file, or a link to nothing.
         UnsafeInputError: a side file or the configuration is a link; see ``refuse_foreign_link``.
     """
     refuse_foreign_link(root, root / CONFIG_NAME)

@@ -265,9 +265,13 @@ def test_side_files_are_the_files_that_outputs_copy_and_no_others(tmp_path):
     for name in travels + stays:
         (tmp_path / name).write_text("{}")
     (tmp_path / "folder.json").mkdir()
-    os.mkfifo(tmp_path / "pipe.json")
     assert side_files(tmp_path) == {name: tmp_path / name for name in travels}
     assert list(side_files(tmp_path)) == sorted(travels)
+    os.mkfifo(tmp_path / "pipe.json")
+    assert list(find_side_files(tmp_path)) == sorted(travels)
+    assert list(side_files(tmp_path, lambda name: name in travels)) == sorted(travels)
+    with pytest.raises(CheckpointError, match=r"pipe\.json: not a regular file"):
+        side_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "preprocessor_config.json"])
