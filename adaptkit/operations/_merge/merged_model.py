@@ -260,11 +260,10 @@ def open_merged(root: Path) -> MergedModel:
         raise IntegrityError(
             f"{root}: only a part of the merged model was pulled", hint="pull all of it, without --only"
         )
-    if manifest.kind != "merged" or manifest.operation.get("name") != "merge":
-        raise IntegrityError(
-            f"{root}: not a merged model: its manifest says {manifest.kind}",
-            hint="give the output folder of adaptkit merge",
-        )
+    is_merge = manifest.operation.get("name") == "merge"
+    if manifest.kind != "merged" or not is_merge:
+        hint = "a merge with --format nf4 cannot be undone" if is_merge else "give the output folder of adaptkit merge"
+        raise IntegrityError(f"{root}: not a merged model: its manifest says {manifest.kind}", hint=hint)
     options = manifest.operation.get("options")
     lists = [options.get(key, []) for key in ("begun", "small_files")] if isinstance(options, dict) else [None]
     plain = all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists)
