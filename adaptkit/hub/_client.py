@@ -26,6 +26,11 @@ SILENCE_S = 120.0
 _CLIENT_WAITED_S = 10.0
 """If a failed call took longer than this, the client has already retried it."""
 
+_REQUESTS, _DOWNLOADS = "huggingface_hub.utils._http", "huggingface_hub.file_download"
+"""The client's loggers that report retries."""
+_BROKEN = "Error while downloading"
+"""Start of what the client logs if a download breaks off."""
+
 Answer = TypeVar("Answer")
 Note = Callable[[str], None]
 
@@ -81,20 +86,26 @@ class Hub:
 
 @contextmanager
 def _noting_retries(note: Note) -> Iterator[None]:
-    """While the block runs, suppress the warnings that the client logs, and report its retries to ``note``."""
+    """While the block runs, report the client's retries to ``note`` instead of its log, which would show every URL."""
 
     def tell(record: logging.LogRecord) -> bool:
         text = record.getMessage()
-        if record.levelno == logging.WARNING and "[Retry " in text:
+        if record.levelno != logging.WARNING or not (record.name == _REQUESTS or text.startswith(_BROKEN)):
+            return True
+        if "[Retry " in text:
             note(f"no usable answer from the Hub; {text[0].lower()}{text[1:].rstrip('.')}")
-        return record.levelno != logging.WARNING
+        elif "resume" in text:
+            note("the connection broke; the download continues where it stopped")
+        return False
 
-    logger = logging.getLogger("huggingface_hub.utils._http")
-    logger.addFilter(tell)
+    loggers = [logging.getLogger(name) for name in (_REQUESTS, _DOWNLOADS)]
+    for logger in loggers:
+        logger.addFilter(tell)
     try:
         yield
     finally:
-        logger.removeFilter(tell)
+        for logger in loggers:
+            logger.removeFilter(tell)
 
 
 def model_info(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo:

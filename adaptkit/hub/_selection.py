@@ -28,7 +28,7 @@ def select(manifest: Manifest, parts: Sequence[str]) -> tuple[FileRecord, ...]:
             raise UsageError(f"unknown part of an artifact {part!r}", hint=f"choose from {', '.join(PARTS)}")
         if not any(_is_in(record, part) for record in manifest.files):
             there = [name for name in PARTS if any(_is_in(record, name) for record in manifest.files)]
-            raise UsageError(f"this {manifest.kind} has no {part}", hint=f"it has {', '.join(there)}")
+            raise UsageError(f"the artifact ({manifest.kind}) has no {part}", hint=f"it has {', '.join(there)}")
     return tuple(record for record in manifest.files if any(_is_in(record, part) for part in parts))
 
 

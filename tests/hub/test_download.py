@@ -580,6 +580,22 @@ def test_a_retry_is_noted_in_one_line(
     assert "thrown while requesting" not in stderr
 
 
+@pytest.mark.parametrize("asked", [(), ("--quiet",)])
+def test_a_download_that_breaks_off_is_noted_in_one_line(
+    cli: Any, artifact: Path, hub: LocalHub, asked: tuple[str, ...]
+) -> None:
+    """The client resumes it, and itself would print two lines with the file's address, which may be a signed one."""
+    cli("publish", artifact, "me/model")
+    hub.faults.append(Fault("GET", "safetensors", "truncate", 1))
+    own = {"HF_ENDPOINT": cli.hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    code, _, stderr = cli.run(["pull", "me/model", "-o", "pulled", *asked], own)
+    assert (code, hub.faults) == (0, [])
+    said = stderr.splitlines()
+    assert len(said) == (not asked)
+    assert all(line.startswith("note: me/model@") for line in said)
+    assert all(line.endswith(": the connection broke; the download continues where it stopped") for line in said)
+
+
 PATIENCE = """
 import json, logging
 from huggingface_hub import HfApi
