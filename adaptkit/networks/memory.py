@@ -22,7 +22,8 @@ class Memory:
     """Bytes on the training device.
 
     Attributes:
-        weights: frozen weights in their storage format, and buffers.
+        weights: frozen weights in their storage format, and buffers; of a sharded base this process's part, and two
+            whole layers.
         trainable: trained parameters, in float32; on a CPU also the best ones so far, with ``eval_every``.
         gradients: their gradients.
         optimizer: the optimizer moments that are resident.

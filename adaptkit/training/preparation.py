@@ -152,6 +152,7 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
             make_fast(model)
         if inputs.config.checkpointing != "none":
             mark_unread(model.network)
-        if is_shared:
-            shard_frozen(model.network, world)
-        return model, save_activations(model.network, inputs.config, largest, device)
+        activations = save_activations(model.network, inputs.config, largest, device)
+        if is_shared:  # after measuring, which stops a pass halfway: processes would wait for each other
+            shard_frozen(model.network, world, model.checkpoint.release_pages)
+        return model, activations

@@ -19,14 +19,15 @@ from forked import run_helper
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.progress import size
+from adaptkit.operations.quantize import quantize
 
 OPTIONS = [
     "--rank", "4", "--steps", "8", "--batch-size", "5", "--micro-batch-size", "2", "--learning-rate", "0.002",
     "--compute-dtype", "float32", "--eval-every", "2", "--save-every", "2", "--device", "cpu", "--held-out", "0.2",
 ]  # fmt: skip
 
-HELPER = """
-import json, os, signal, socket, sys, time
+HELPER = r"""
+import json, os, re, signal, socket, sys, time
 from pathlib import Path
 
 import forked
@@ -43,19 +44,33 @@ def run(name, *more):
     return forked.adaptkit("train", "--base", base, "--data", data, "-o", root / name, *options, *more)
 
 
-def shares(name):  # how many numbers of every divided weight lie here, and in all
+def shares(name):  # of every divided weight, the bytes here and in all; what stays of the file; predictions
+    from dataclasses import replace
+
     from torch.distributed.tensor import DTensor
 
     from adaptkit.training.config import TrainConfig
-    from adaptkit.training.distributed import join
+    from adaptkit.training.distributed import World, join
     from adaptkit.training.inputs import read_inputs
+    from adaptkit.training.memory.activations import predicted_memory
     from adaptkit.training.preparation import build
 
-    config = TrainConfig(base=str(base), data=(str(data),), shard_base=True, compute_dtype="float32", device="cpu")
+    wide = root / "wide"
+    config = TrainConfig(base=str(wide), data=(str(data),), shard_base=True, compute_dtype="float32", device="cpu")
+    inputs = read_inputs(config, root / name, False)
     with join("cpu") as world:
-        model, _ = build(read_inputs(config, root / name, False), world, (1, 8))
+        model, kept = build(inputs, world, (1, 8))
         divided = {n: p for n, p in model.network.named_parameters() if isinstance(p, DTensor)}
-        print(json.dumps({n: [p.to_local().numel(), p.numel()] for n, p in divided.items()}))
+        maps = Path("/proc/self/smaps").read_text()
+        mapped = re.findall(rf"{wide}/model.safetensors\n(?:\w+:.*\n)*?Rss: *(\d+) kB", maps)
+        plain, all_kept = build(replace(inputs, config=replace(config, shard_base=False)), World(world.device), (1, 8))
+        predicted = [predicted_memory(*of) for of in ((model.network, 0, 0, kept), (plain.network, 0, 0, all_kept))]
+        print(json.dumps({
+            "divided": {n: [p.to_local().nbytes, p.numel() * p.itemsize] for n, p in divided.items()},
+            "resident": 1024 * sum(map(int, mapped)),
+            "weights": [memory.weights for memory in predicted],
+            "activations": [memory.activations for memory in predicted],
+        }))
     return 0
 
 
@@ -127,6 +142,7 @@ assert ended(start("broken", 2, "--learning-rate", "1e30", "--max-grad-norm", "0
 @pytest.fixture(scope="module")
 def runs(llama_nf4, gpt2, instructions, tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
+    quantize(tiny.write_llama(root / "wide-16-bit", hidden=512), root / "wide")
     without_body = tiny.write_architecture(tmp_path_factory.mktemp("bases") / "llama4", "llama4_text")
     run_helper(HELPER, root, llama_nf4, instructions, root, gpt2, without_body, *OPTIONS)
     return root
@@ -170,12 +186,38 @@ def test_sharded_gpt2_and_llama4_train_the_same_bits(runs, base):
     assert (runs / f"{base}-sharded" / name).read_bytes() == (runs / base / name).read_bytes()
 
 
+def shares(runs, rank):
+    return json.loads((runs / f"shares-{rank}.log").read_text())
+
+
 def test_frozen_weights_are_sharded_evenly(runs):
-    first, second = (json.loads((runs / f"shares-{rank}.log").read_text()) for rank in range(2))
+    first, second = (shares(runs, rank)["divided"] for rank in range(2))
     assert len(first) == 2 * 2 * 7  # codes and constants of seven linear layers in each of two blocks
     for name, (here, whole) in first.items():
         assert here + second[name][0] == whole, name
         assert abs(here - second[name][0]) <= 0.1 * whole, name
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("rank", range(2))
+def test_the_file_of_a_sharded_base_does_not_stay_in_memory_beside_the_shards(runs, rank):
+    codes = sum(whole for name, (_, whole) in shares(runs, rank)["divided"].items() if name.endswith("codes"))
+    assert 0 < shares(runs, rank)["resident"] < (runs / "wide/model.safetensors").stat().st_size - 0.8 * codes
+
+
+@pytest.mark.parametrize("rank", range(2))
+def test_a_sharded_base_is_predicted_with_two_whole_layers_and_the_activations_of_any_other(runs, rank):
+    """The whole layers are gathered: one is in use, and the memory of the next one is there, too."""
+    found, layers = shares(runs, rank), {}
+    for name, (_, whole) in found["divided"].items():
+        layer = re.search(r"layers\.(\d+)\.", name)[1]
+        layers[layer] = layers.get(layer, 0) + whole
+    elsewhere = sum(whole - here for here, whole in found["divided"].values())
+    sharded, plain = found["weights"]
+    assert sharded == plain - elsewhere + 2 * max(layers.values())
+    sharded, plain = found["activations"]
+    assert sharded == pytest.approx(plain, rel=1e-3)  # a process's first measurement counts a little more
+    assert plain > 0
 
 
 def test_shard_base_is_refused_for_one_process_or_with_checkpointing_sqrt(run_cli, llama_nf4, instructions, tmp_path):

@@ -31,7 +31,7 @@ class Activations:
     Attributes:
         checkpointing: which of its layers are checkpointed.
         bytes: memory that the layers need for the largest batch, saved and temporary; 0 if unknown: the network has no
-            stack of layers, its layers cannot be measured, or the base is sharded.
+            stack of layers, its layers cannot be measured, or the base will be sharded across GPUs.
         logits_bytes: bytes of a chunk of logits, and of the gradient of a trained output layer.
         offloaded: holds the inputs of segments in host memory; None if they stay on the device.
         network: network that ``shrink`` may checkpoint; None unless the policy is ``auto``.
@@ -60,10 +60,10 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     """Apply the run's checkpointing policy to a network, and predict the memory for activations.
 
     Args:
-        network: transformers model with its adapter.
+        network: transformers model with its adapter; with ``shard_base`` in host memory, and not yet sharded.
         config: options of the run.
         largest: rows and length of the run's largest batch; one layer of each kind is measured with this shape.
-        device: device of the network.
+        device: device that the run computes on.
 
     Raises:
         ConfigError: unknown policy.
@@ -85,7 +85,7 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     room = _room(network, config, device, logits)
     found = choose_checkpointing(network, config.checkpointing, measured, offloaded, room)
     needed = 0
-    if found.layers and not config.shard_base:  # measuring stops a pass halfway: processes would wait for each other
+    if found.layers and not (config.shard_base and device.type == "cuda"):  # the base need not fit a GPU
         with contextlib.suppress(UsageError):  # layers that cannot be measured can still be trained
             needed = found.bytes_needed(measured(), offloaded)
     held = OffloadedTensors(device) if offloaded else None
@@ -145,13 +145,25 @@ def predicted_memory(network: Any, trainable: int, optimizer: int, activations: 
             held = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # this process's shard
             frozen[held.data_ptr()] = held.nbytes
     return Memory(
-        weights=sum(frozen.values()),
+        weights=sum(frozen.values()) + _gathered_bytes(network),
         trainable=4 * trainable * (1 + copies),
         gradients=4 * trainable,
         optimizer=optimizer,
         activations=activations.bytes,
         logits=activations.logits_bytes,
     )
+
+
+def _gathered_bytes(network: Any) -> int:
+    """Return the bytes of whole layers that a sharded base has at a time; 0 if it is not sharded.
+
+    These are two: FSDP keeps what it gathered for a layer until the next one is gathered, and in the backward pass
+    gathers the next one early.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        return 0
+    divided = ([one for one in layer.parameters() if isinstance(one, DTensor)] for layer in find_stack(network)[1])
+    return 2 * max(sum(one.numel() * one.itemsize for one in parts) for parts in divided)
 
 
 class PeakMemory:

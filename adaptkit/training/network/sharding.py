@@ -5,6 +5,7 @@ the layer runs, forward or backward, and freed after it. Packed bytes are transf
 parameters are replicated in every process, and so are embeddings, the output layer and norms outside of the layers.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from adaptkit.training.distributed import World
 from adaptkit.training.network.linear import PackedWeight, PlainWeight
 
 
-def shard_frozen(network: Any, world: World) -> None:
+def shard_frozen(network: Any, world: World, release_pages: Callable[[Tensor], None]) -> None:
     """Shard the frozen weights of a network's layers across the processes.
 
     Args:
         network: transformers model with its adapter, in host memory; each layer is moved to the device when sharded.
         world: the processes.
+        release_pages: releases the resident pages of a memory-mapped tensor, ignores others.
 
     Raises:
         UsageError: there is only one process, or the network's layers have no weights that can be sharded.
@@ -42,24 +44,26 @@ def shard_frozen(network: Any, world: World) -> None:
     network.base_model.register_forward_hook(_clone_views)
     mesh = init_device_mesh(world.device.type, (world.size,))
     for layer in layers:
-        for module in layer.modules():
-            _make_shardable(module)
+        whole = [part for module in layer.modules() for part in _make_shardable(module)]
         fully_shard(layer, mesh=mesh, ignored_params=others)
+        for part in whole:
+            release_pages(part)  # a shard is a copy
     fully_shard(network.base_model, mesh=mesh, ignored_params=others)
     network.to(world.device)
 
 
-def _make_shardable(module: nn.Module) -> None:
-    """Turn the buffers of a frozen weight that FSDP should shard into parameters; ignore other modules."""
+def _make_shardable(module: nn.Module) -> Iterator[Tensor]:
+    """Turn the buffers of a frozen weight that FSDP should shard into parameters; yield the buffers."""
     if not isinstance(module, PackedWeight | PlainWeight):
         return
     for name in ("codes", "absmax", "weight"):  # the other buffers are small
-        part = dict(module.named_buffers()).get(name)
-        part = None if part is None else _as_floats(part)
-        if part is not None:
+        buffer = dict(module.named_buffers()).get(name)
+        part = None if buffer is None else _as_floats(buffer)
+        if buffer is not None and part is not None:
             delattr(module, name)
             # A Conv1D's weight is a transposed view of the file's, and FSDP accepts only contiguous tensors.
             module.register_parameter(name, nn.Parameter(part.contiguous(), requires_grad=False))
+            yield buffer
 
 
 def _as_floats(part: Tensor) -> Tensor | None:
