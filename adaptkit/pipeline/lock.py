@@ -198,7 +198,8 @@ def _read(path: Path, required: bool) -> dict[str, Any] | None:
             return None
         if not path.exists():
             raise UsageError(f"{path}: lock not found", hint=again) from error
-        raise UsageError(f"{path}: is not a lock of adaptkit ({error})", hint=again) from error
+        hint = f"restore it, or move it and {again}"
+        raise UsageError(f"{path}: is not a lock of adaptkit ({error})", hint=hint) from error
     return lock
 
 

@@ -505,8 +505,9 @@ def test_the_lock_of_a_different_program_is_not_replaced(recipe, release, conten
 @pytest.mark.parametrize("locked", [False, True])
 def test_a_pipe_or_folder_in_place_of_the_lock_is_refused(recipe, release, make, locked):
     make(release / "recipe.lock")  # reading the pipe would block forever
-    with pytest.raises(UsageError, match=r"recipe\.lock: is not a lock of adaptkit"):
+    with pytest.raises(UsageError, match=r"recipe\.lock: is not a lock of adaptkit") as caught:
         run(recipe, RunOptions(locked=locked))
+    assert "move" in caught.value.hint
     assert not (release / ".adaptkit").exists()
 
 
