@@ -83,12 +83,11 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
 
 def _is_mount_point(path: Path) -> bool:
     """Return whether a path is a mount point; ``os.path.ismount`` misses a folder mounted within its file system."""
-    if os.path.ismount(path) or not _MOUNTS.exists():
-        return os.path.ismount(path)
     name = os.fsencode(Path(os.path.realpath(path.parent), path.name))
     for character in b"\\ \t\n":  # the backslash first, since it marks the others
         name = name.replace(bytes([character]), b"\\%03o" % character)
-    return any(line.split(b" ")[4] == name for line in _MOUNTS.read_bytes().splitlines())
+    mounts = _MOUNTS.read_bytes().splitlines() if _MOUNTS.exists() else []
+    return os.path.ismount(path) or any(line.split(b" ")[4] == name for line in mounts)
 
 
 def _check_replaceable(final: Path) -> None:
