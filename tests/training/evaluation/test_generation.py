@@ -1,14 +1,17 @@
 """Generated answers do not depend on their batch, and end where a turn ends."""
 
+import sys
+
 import pytest
 import tiny
 import torch
 from folders import edit_json
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.data.encoding import conversation_ids
 from adaptkit.training.evaluation.generation import generate, stop_tokens
+from adaptkit.training.memory.activations import PeakMemory
 from adaptkit.training.network.model import load_model
 
 SENTENCES = (
@@ -51,6 +54,22 @@ def test_answers_in_a_batch_equal_those_of_a_loop_without_cache_or_padding(famil
         tokens, ended = by_hand(folder, prompt, 12, stops)
         assert (answer.text, answer.ended) == (tokenizer.decode(tokens, skip_special_tokens=True).strip(), ended)
     assert len({answer.text for answer in found}) > 1  # answers depend on the question
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_output_layer_is_not_copied_for_every_prompt(tmp_path):
+    tokenizer = tiny.write_tokenizer(tmp_path)
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 8}
+    config = AutoConfig.for_model("llama", vocab_size=32768, tie_word_embeddings=True, **sizes)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
+    model = load_model(tmp_path, torch.bfloat16, torch.device("cpu"))
+    weight = model.network.get_output_embeddings().weight
+    grown = []
+    for _ in range(2):  # first, what stays
+        peak = PeakMemory(torch.device("cpu"))
+        generate(model, tokenizer, prompts_of(tokenizer)[:4], max_new_tokens=2, batch_size=4)
+        grown.append(peak.growth())
+    assert grown[-1] < weight.nbytes / 2
 
 
 SHIFTED = {
