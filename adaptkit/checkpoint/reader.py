@@ -91,8 +91,11 @@ class TensorFiles:
         return _as_tensor(array.view(dtype))
 
     def read_bytes(self, name: str, start: int, count: int) -> "Array":
-        """Read ``count`` bytes of a tensor, whatever its type, from the ``start``-th on: (count,) uint8."""
-        return self._read(self.tensors[name], start, count)
+        """Read ``count`` bytes of a tensor, whatever its type, from the ``start``-th on: (count,) uint8.
+
+        They are in memory of their own even if ``read`` maps the file: hashing a base would fill memory with its pages.
+        """
+        return TensorFiles._read(self, self.tensors[name], start, count)
 
     def state(self) -> list[list[Any]]:
         """Return [file, size, modification time in ns] of each file, to detect that an input changed.

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from adaptkit.checkpoint import pages
+from adaptkit.checkpoint.hashing import fingerprint, fingerprint_in_pieces
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="pages are released only on Linux")
@@ -72,6 +73,15 @@ def test_released_pages_of_a_mapped_tensor_are_read_again(checkpoint):
     assert resident(tensor.data_ptr()) < held - 4000
     assert int(tensor.sum()) == total == 2**19 * (2**20 - 1)
     assert torch.equal(tensor, torch.arange(2**20, dtype=torch.int32))
+
+
+def test_hashing_a_mapped_tensor_does_not_map_its_pages(checkpoint):
+    mapped = MappedCheckpoint(checkpoint)
+    tensor = mapped.read("first")
+    held = resident(tensor.data_ptr())
+    found = fingerprint_in_pieces(mapped, "first")
+    assert resident(tensor.data_ptr()) == held < 4000
+    assert found == fingerprint(tensor)
 
 
 @pytest.mark.parametrize(("given", "beside"), [("first", "second"), ("second", "first")])
