@@ -89,7 +89,7 @@ def test_single_experts_are_accepted_for_peft_only_if_it_merges_them_correctly(c
     try:
         with peft_adapters.quiet():
             merged = PeftModel.from_pretrained(model(base), folder).merge_and_unload().state_dict()
-    except (RuntimeError, ValueError):
+    except (KeyError, RuntimeError, ValueError):  # KeyError: transformers 5.6
         loads = False
     else:
         expected = model(tmp_path / "merged").state_dict()
