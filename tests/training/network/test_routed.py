@@ -36,7 +36,8 @@ def passes(operand, is_swapped, change, x, grad):
     """Return the product, and the gradients of the tokens and of A and B."""
     x = x.detach().requires_grad_()
     right = operand.transpose(-2, -1) if is_swapped else operand
-    y = torch.nn.functional.grouped_mm(x, right, offs=torch.tensor(ENDS, dtype=torch.int32))
+    multiply = getattr(torch.nn.functional, "grouped_mm", None) or torch._grouped_mm  # torch 2.9
+    y = multiply(x, right, offs=torch.tensor(ENDS, dtype=torch.int32))
     factors = () if change is None else (change.lora_a, change.lora_b)
     return y.detach(), *torch.autograd.grad(y, [x, *factors], grad)
 
