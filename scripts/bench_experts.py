@@ -2,8 +2,8 @@
 
     .venv/bin/python scripts/bench_experts.py [--rounds 5] [--only "256 tokens" ...] [--threads 1]
 
-Both sides train rank-16 adapters on random layers of the width of OLMoE 1B-7B (64 experts, 8 for each token); measured
-as in ``bench_training.py``.
+Both sides train rank-16 adapters of attention, in one case also of the experts, on random layers of the width of OLMoE
+1B-7B (64 experts, 8 for each token); measured as in ``bench_training.py``.
 
     adaptkit     shards of ``quantize --moe quantize``
     peft, bf16   transformers + peft on the 16-bit model: bitsandbytes quantizes no stacked experts
@@ -22,6 +22,8 @@ from pathlib import Path
 import bench_training
 
 LAYERS, VOCABULARY = 2, 1024
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+"""What ``*`` means to adaptkit here; peft's ``all-linear`` includes routers and experts, which takes it far longer."""
 CASES = {
     "256 tokens": (256, False, ()),
     "256 tokens, checkpointing": (256, True, ()),
@@ -56,8 +58,9 @@ def work(side: str, case: str, folder: Path, threads: int) -> None:
         )
     else:
         step = bench_training.peft_step(
-            folder / "plain", length, 1.0, checkpointing, packed=False, vocabulary=VOCABULARY, experts=experts
-        )
+            folder / "plain", length, 1.0, checkpointing,
+            packed=False, vocabulary=VOCABULARY, targets=ATTENTION, experts=experts,
+        )  # fmt: skip
     bench_training.serve(step)
 
 

@@ -133,7 +133,7 @@ class AdaptkitStep:
 def peft_step(
     source: Path, length: int, share: float, checkpointing: bool, packed: bool,
     device: str = "cpu", vocabulary: int = 49152, dtype: str = "bfloat16", paged: bool = True,
-    experts: tuple[str, ...] = (),
+    targets: str | list[str] = "all-linear", experts: tuple[str, ...] = (),
 ) -> Callable[[], float]:  # fmt: skip
     """Return a step of a plain loop with peft; on a GPU, with bitsandbytes' AdamW, paged or not."""
     import contextlib
@@ -155,7 +155,7 @@ def peft_step(
         }
     plain = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
     adapter = peft.LoraConfig(
-        r=16, lora_alpha=32, target_modules="all-linear", target_parameters=list(experts) or None, task_type="CAUSAL_LM"
+        r=16, lora_alpha=32, target_modules=targets, target_parameters=list(experts) or None, task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(plain, adapter)
     if checkpointing:
