@@ -112,14 +112,21 @@ def names_of(tools: Tools) -> list[str]:
     return [str(tool["function"]["name"]) for tool in tools]
 
 
+def words_of(calls: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the names, keys and strings of calls."""
+    for function in (call["function"] for call in calls):
+        yield str(function["name"])
+        yield from (leaf for leaf in _leaves(function["arguments"]) if isinstance(leaf, str))
+
+
 def first_missing_word(calls: Sequence[Mapping[str, Any]], text: str) -> str:
     """Return the first name, key or string of calls that is missing in a text; empty if all are there."""
-    return next((word for call in calls for word in _words(call["function"]) if not is_written(word, text)), "")
+    return next((word for word in words_of(calls) if not is_written(word, text)), "")
 
 
 def end_of_words(calls: Sequence[Mapping[str, Any]], text: str) -> int:
     """Return the end offset of the last name, key or string of calls in a text; 0 if there is none."""
-    forms = [form for call in calls for word in _words(call["function"]) for form in _forms(word)]
+    forms = [form for word in words_of(calls) for form in _forms(word)]
     return max((at + len(form) for form in forms if (at := text.rfind(form)) >= 0), default=0)
 
 
@@ -266,11 +273,6 @@ def _parsed(text: str, what: str) -> Any:
         raise DataError(
             f"{what}: not JSON ({error})", hint="write an object or a list, or the JSON text of one"
         ) from error
-
-
-def _words(function: Mapping[str, Any]) -> Iterator[str]:
-    yield str(function["name"])
-    yield from (leaf for leaf in _leaves(function["arguments"]) if isinstance(leaf, str))
 
 
 def _leaves(value: Any) -> Iterator[Any]:

@@ -17,9 +17,10 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Example, asks_for_the_date, read_example
+from adaptkit.text.reasoning import FIELD, Message
 from adaptkit.text.rows import is_on_hub, read_rows
 from adaptkit.text.tokenizer_files import special_tokens
-from adaptkit.text.tool_calls import CALLS
+from adaptkit.text.tool_calls import CALLS, words_of
 from adaptkit.text.windows import check_vocabulary
 from adaptkit.training.data.encoding import Encoder
 from adaptkit.training.data.ending import ends_after_answers
@@ -200,15 +201,17 @@ class _Collector:
         if any(message["content"].rstrip().endswith(self.ends) for message in said):
             self.data.twice += 1
             self.data.twice_at = self.data.twice_at or where
-        found = [self._special(message["content"], number in learned) for number, message in enumerate(read)]
+        found = [self._special(message, number in learned) for number, message in enumerate(read)]
         if any(found):
             self.data.special += 1
             self.data.special_at = self.data.special_at or f"{where}: {next(filter(None, found))}"
 
-    def _special(self, content: str, is_learned: bool) -> str:
+    def _special(self, message: Message, is_learned: bool) -> str:
         """Return the first special token in a message, other than an end token after an answer, or an empty string."""
-        end = next((end for end in self.ends if is_learned and content.rstrip().endswith(end)), "")
-        found = self.special.search(content.rstrip().removesuffix(end) if end else content)
+        content = message["content"].rstrip()
+        end = next((end for end in self.ends if is_learned and content.endswith(end)), "")
+        texts = (message.get(FIELD, ""), content.removesuffix(end), *words_of(message.get(CALLS, ())))
+        found = next(filter(None, map(self.special.search, texts)), None)
         return found[0] if found else ""
 
     def add(self, sample: Sample) -> None:

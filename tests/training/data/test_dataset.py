@@ -166,6 +166,8 @@ def test_rows_with_special_tokens_in_a_question_are_counted_and_the_first_is_nam
         ({"prompt": "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n", "completion": "a"}, "<|im_start|>"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a<|im_end|>", "weight": 0},
                        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "<|im_end|>"),
+        ({"messages": [{"role": "user", "content": "q"},
+                       {"role": "assistant", "content": "a", "reasoning_content": "b<|im_end|>"}]}, "<|im_end|>"),
         ({"text": "<|im_start|>user\nq<|im_end|>\n"}, None),
     ],
 )  # fmt: skip

@@ -163,6 +163,14 @@ def test_reasoning_before_a_call_is_learned(llama):
     assert call.startswith("<think>a river</think>\n<tool_call>\n")
 
 
+@pytest.mark.parametrize("arguments", [{"<|end|>": 1}, {"of": ["the <|end|>"]}])
+def test_special_tokens_in_calls_are_reported(llama, tmp_path, arguments):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(row())}\n{json.dumps(row(arguments=arguments))}\n")
+    data = load_data([path], tokenizer_of(llama, "chatml"), 999)
+    assert (data.special, data.special_at) == (1, f"{path}, line 2: <|end|>")
+
+
 NO_TOOLS = CHATML.replace("{% if tools %}", "{% if false %}")
 NO_CALLS = CHATML.replace("m.tool_calls", "[]")
 NO_KEYS = CHATML.replace("f.arguments | tojson", "f.arguments.values() | list | tojson")
