@@ -13,6 +13,7 @@ from adaptkit.errors import ConflictError, IntegrityError, OutputExistsError, Us
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _LONGEST_NAME = 255  # bytes, on every usual file system
 _MOUNTS = Path("/proc/self/mountinfo")  # of Linux
+_ELSEWHERE = "choose another -o"
 _ASIDE = "move or delete it, or choose another -o"
 
 
@@ -47,10 +48,12 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         raise UsageError(f"{final}: the name is too long", hint="choose a shorter name")
     try:
         final.lstat()
-    except FileNotFoundError:
-        pass
+    except FileNotFoundError as error:
+        link = next((parent for parent in final.parents if parent.is_symlink() and not parent.exists()), None)
+        if link is not None:
+            raise UsageError(f"{final}: cannot be written: {link} is a link to nothing", hint=_ELSEWHERE) from error
     except OSError as error:  # such as a file or a circle of links in its path
-        raise UsageError(f"{final}: cannot be written: {error.strerror}", hint="choose another -o") from error
+        raise UsageError(f"{final}: cannot be written: {error.strerror}", hint=_ELSEWHERE) from error
     for path in (final, partial_folder(final), aside):
         if _is_mount_point(path):
             hint = f"choose a new folder inside it, such as -o {final / 'out'}" if path == final else "unmount it"
@@ -62,16 +65,14 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         source = Path(os.path.realpath(path))
         for work in (partial_folder(whole), replaced_folder(whole)):
             if source.is_relative_to(work):
-                raise UsageError(
-                    f"{final}: its unfinished work would overwrite the input {path}", hint="choose another -o"
-                )
+                raise UsageError(f"{final}: its unfinished work would overwrite the input {path}", hint=_ELSEWHERE)
         inside = whole != source and whole.is_relative_to(source)
         if inside or (force and source.is_relative_to(whole)):
-            raise UsageError(f"{final}: the output would change its own input {path}", hint="choose another -o")
+            raise UsageError(f"{final}: the output would change its own input {path}", hint=_ELSEWHERE)
     if is_unfinished(final):
         raise UsageError(
             f"{final}: names that end in {_PARTIAL} or {_REPLACED} are reserved for unfinished work",
-            hint="choose another -o",
+            hint=_ELSEWHERE,
         )
     if os.path.lexists(aside) and not is_replaced_output(aside):
         raise ConflictError(

@@ -528,7 +528,8 @@ def test_a_file_or_link_is_not_taken_for_unfinished_work(tmp_path, kind):
 def test_an_output_that_cannot_be_written_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "circle").symlink_to("circle")
-    for name in ("file", "circle"):
+    (tmp_path / "stale").symlink_to("gone")
+    for name in ("file", "circle", "stale", "stale/folder"):
         with pytest.raises(UsageError, match="cannot be written"):
             check_output(tmp_path / name / "out", force=False)  # all that a dry run does
 
