@@ -148,6 +148,4 @@ def _unknown_checkpoint(files: CheckpointFiles) -> tuple[str, ...]:
 
 def _pickled(root: Path) -> tuple[str, ...]:
     names = pickled_weights(root)
-    return (
-        (f"whether {first_few(names)}, which other programs may load instead, has the same weights",) if names else ()
-    )
+    return (f"the contents of {first_few(names)}, which other programs may load",) if names else ()

@@ -138,7 +138,7 @@ def test_of_a_folder_that_also_holds_a_checkpoint_the_report_says_that_only_the_
     [("llama", ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"]),
      ("adapter", ["adapter_model.bin"]), ("adapter", ["pytorch_model.bin"])],
 )  # fmt: skip
-def test_pickled_weights_that_a_loader_could_take_instead_are_named(source, pickles, copy_of, request):
+def test_pickled_weights_that_a_loader_could_take_are_named(source, pickles, copy_of, request):
     folder = copy_of(request.getfixturevalue(source))
     before, known = inspect(folder), check(folder)
     (folder / "training_args.bin").write_bytes(b"")
@@ -146,7 +146,7 @@ def test_pickled_weights_that_a_loader_could_take_instead_are_named(source, pick
     for name in pickles:
         (folder / name).write_bytes(b"")
     assert inspect(folder).details == before.details | {"not_read": ", ".join(pickles)}
-    said = f"whether {', '.join(pickles)}, which other programs may load instead, has the same weights"
+    said = f"the contents of {', '.join(pickles)}, which other programs may load"
     assert check(folder).unknown == (said, *known.unknown)
 
 
