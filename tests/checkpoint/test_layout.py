@@ -292,6 +292,9 @@ def test_additional_chat_templates_are_side_files_in_their_folder(tmp_path):
         (tmp_path / name).write_text("{{ messages }}")
     found = side_files(tmp_path)
     assert found == {found_name: tmp_path / found_name for found_name in ["additional_chat_templates/tool_use.jinja"]}
+    (tmp_path / "additional_chat_templates" / "lost.jinja").symlink_to("gone.jinja")
+    with pytest.raises(CheckpointError, match=r"lost\.jinja: No such file"):
+        side_files(tmp_path)
 
 
 @pytest.mark.parametrize("names", [("LICENSE.txt", "license.txt"), ("Config.json",), ("a.json", "A.json")])

@@ -589,6 +589,7 @@ def test_the_suggested_merge_command_works_on_a_base_with_a_tied_head(change, ma
     on_untied = [words(verdict) for verdict in verdicts(folder, untied).values()]
     assert any("adaptkit merge" in text for text in on_untied)
     assert not any("--untie" in text for text in on_untied)
+    assert any("--untie" in words(verdict) for verdict in verdicts(folder, None).values())
 
 
 @pytest.mark.parametrize(("rank", "flag"), [(16, None), (17, 32), (64, 64), (400, 512), (513, None)])

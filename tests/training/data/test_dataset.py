@@ -168,6 +168,10 @@ def test_rows_with_special_tokens_in_a_question_are_counted_and_the_first_is_nam
                        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}, "<|im_end|>"),
         ({"messages": [{"role": "user", "content": "q"},
                        {"role": "assistant", "content": "a", "reasoning_content": "b<|im_end|>"}]}, "<|im_end|>"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"},
+                       {"role": "user", "content": "<|im_start|>"}]}, None),  # nothing after it is learned
+        ({"prompt": "<|im_start|>er", "completion": "a"}, "<|im_start|>er"),
+        ({"prompt": "<tool>", "completion": "a"}, None),
         ({"text": "<|im_start|>user\nq<|im_end|>\n"}, None),
     ],
 )  # fmt: skip
@@ -175,7 +179,8 @@ def test_end_tokens_after_learned_answers_tags_of_reasoning_and_texts_are_no_spe
     llama, tmp_path, row, token
 ):
     tokenizer = load_tokenizer(llama)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]})
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<|im_start|>er"]})
+    tokenizer.add_tokens(["<tool>"])
     data = load_data([write(tmp_path, row)], tokenizer, 999)
     assert (data.special, data.special_at) == ((1, f"{tmp_path / 'rows.jsonl'}, line 1: {token}") if token else (0, ""))
 
