@@ -87,7 +87,10 @@ def _is_mount_point(path: Path) -> bool:
     name = os.fsencode(Path(os.path.realpath(path.parent), path.name))
     for character in b"\\ \t\n":  # the backslash first, since it marks the others
         name = name.replace(bytes([character]), b"\\%03o" % character)
-    mounts = _MOUNTS.read_bytes().splitlines() if _MOUNTS.exists() else []
+    try:
+        mounts = _MOUNTS.read_bytes().splitlines()
+    except OSError:  # another system, or one that hides them
+        mounts = []
     return os.path.ismount(path) or any(line.split(b" ")[4] == name for line in mounts)
 
 
