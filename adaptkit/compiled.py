@@ -56,10 +56,10 @@ class Kernel:
         entry, cells = self._prepare(arguments)
         return entry(cells)
 
-    def _prepare(self, arguments: tuple[Any, ...]) -> tuple["_Entry", list[Any]]:
-        """Return the machine code for arguments of these kinds, and the values of their cells."""
+    def _prepare(self, arguments: tuple[Any, ...], *more: Kind) -> tuple["_Entry", list[Any]]:
+        """Return the machine code for arguments of these kinds and ``more``, and the values of the former's cells."""
         cells: list[Any] = []
-        kinds = tuple([_kind(argument, cells) for argument in arguments])
+        kinds = (*[_kind(argument, cells) for argument in arguments], *more)
         return self._entries.get(kinds) or self._load(kinds), cells
 
     def _load(self, kinds: tuple[Kind, ...]) -> "_Entry":

@@ -53,6 +53,10 @@ class Part(NamedTuple):
     last: int
 
 
+_PART = Part, ("q", "q", "q")
+"""The kind of a ``Part``, which every call has: determining it each time would take longer than some kernels run."""
+
+
 class Shared(Kernel):
     """A kernel that returns nothing and is run in parts; no part may read or write what another part writes.
 
@@ -76,7 +80,8 @@ class Shared(Kernel):
         """
         array = arguments[self._divided]
         rows = len(array)
-        entry, cells = self._prepare((*arguments, Part(0, 0, rows)))
+        entry, cells = self._prepare(arguments, _PART)
+        cells += 0, 0, rows
         useful = min(rows, array.size // _MIN_THREAD_ELEMENTS) if array.size >= _MIN_TEAM_ELEMENTS else 1
         if useful > 1:
             useful = min(useful, team_size() if threads is None else threads)

@@ -7,7 +7,7 @@ LOGITS_CHUNK_BYTES = 32 << 20
 
 LEAST_ROWS = 32
 
-ATTENTION_ROWS = 256
+ATTENTION_ROWS = 128
 """Queries in a block of attention on a CPU."""
 
 ATTENTION_SCORES = 1 << 20

@@ -117,7 +117,7 @@ def beside(x: Tensor, inner: Tensor, columns: int) -> Tensor:
     Returns:
         (rows, columns).
     """
-    out = x.new_empty(len(x), columns)
+    out = x.new_empty(x.shape[0], columns)
     _beside(float_bits(x.detach().contiguous()), float_bits(inner), float_bits(out))
     return out
 
@@ -140,10 +140,12 @@ def stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     Returns:
         (ranks, in).
     """
-    out, first = torch.empty(sum(map(len, factors)), factors[0].shape[1], dtype=dtype), 0
+    out = torch.empty(sum(factor.shape[0] for factor in factors), factors[0].shape[1], dtype=dtype)
+    bits, first = float_bits(out), 0
     for factor in factors:
-        _round(factor.detach().contiguous().numpy(), float_bits(out[first : first + len(factor)]))
-        first += len(factor)
+        last = first + factor.shape[0]
+        _round(factor.detach().contiguous().numpy(), bits[first:last])
+        first = last
     return out
 
 

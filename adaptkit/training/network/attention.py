@@ -60,7 +60,7 @@ class _Attention(torch.autograd.Function):
         for block in ctx.blocks:
             scores = torch.bmm(block.of_queries(grouped), block.of_keys(key).transpose(1, 2))
             rows = scores.view(-1, scores.shape[2])
-            sums, room = torch.empty(len(rows)).numpy(), torch.empty(threads, rows.shape[1]).numpy()
+            sums, room = torch.empty(rows.shape[0]).numpy(), torch.empty(threads, rows.shape[1]).numpy()
             softmax_block(float_bits(rows), block.first, block.last, factor, sums, room, threads=threads)
             ctx.log_sums.append(sums)
             block.put(torch.bmm(scores, block.of_keys(value)), by_key_heads)

@@ -100,7 +100,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tens
     """Return a norm's output, and the factor 1 / √(mean x² + eps) of each row: (rows,) float32."""
     flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
     # y is not a view: autograd forbids in-place changes of a view that a Function returns
-    y, scales = x.new_empty(x.shape), torch.empty(len(flat))
+    y, scales = x.new_empty(x.shape), torch.empty(flat.shape[0])
     bits = float_bits(flat), float_bits(weight.detach())
     norm_forward(*bits, np.float32(eps), plus_one, scales.numpy(), float_bits(y.view(flat.shape)))
     return y, scales

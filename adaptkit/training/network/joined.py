@@ -69,7 +69,7 @@ class _Member:
     def widen(self, lora_b: Tensor, first: int, columns: int, dtype: torch.dtype) -> Tensor:
         """Return [W | 0 | s B | 0], (out, columns), with B starting at column ``first``."""
         layer = self.layer
-        matrix = torch.empty((len(lora_b), columns), dtype=dtype)
+        matrix = torch.empty((lora_b.shape[0], columns), dtype=dtype)
         widen(layer.base.rows(), lora_b, layer.scaling, first, matrix)
         layer.base.release_pages()
         return matrix
@@ -111,10 +111,11 @@ class _Product(torch.autograd.Function):
         wide = beside(flat, inner, columns) if None in stand_ins else flat
         results, first = [], width
         for member, b, stand_in in zip(members, factors[1::2], stand_ins, strict=True):
-            shape = (*x.shape[:-1], len(b))
+            rows = b.shape[0]  # several times as fast as len(b), as in all of this module
+            shape = (*x.shape[:-1], rows)
             if stand_in is None:
                 y = x.new_empty(shape)  # not a view: autograd forbids in-place changes of a returned view
-                torch.mm(wide, member.widen(b, first, columns, x.dtype).T, out=y.view(-1, len(b)))
+                torch.mm(wide, member.widen(b, first, columns, x.dtype).T, out=y.view(-1, rows))
             else:
                 y = x.new_full(shape, stand_in)
             results.append(y)
@@ -135,7 +136,7 @@ class _Product(torch.autograd.Function):
         by_factors, first = [], 0
         for member, grad in zip(members, flat, strict=True):
             lora_a, lora_b = member.layer.lora_a, member.layer.lora_b
-            span = slice(first, first + len(lora_a))
+            span = slice(first, first + lora_a.shape[0])
             by_factors.append(accumulate(lora_a, grad_a[span]))
             by_factors.append(accumulate(lora_b, (inner[:, span].T @ grad).T, member.layer.scaling))
             first = span.stop
@@ -159,7 +160,7 @@ def _input_gradients(
         return torch.cat(scaled, dim=1), None
     ranks = sum(b.shape[1] for b in lora_bs)
     columns, first = _columns(width, ranks), width
-    both = grads[0].new_empty(len(grads[0]), columns)
+    both = grads[0].new_empty(grads[0].shape[0], columns)
     for number, (member, b, grad) in enumerate(zip(members, lora_bs, grads, strict=True)):
         matrix = member.widen(b, first, columns, grad.dtype)
         both = both.addmm_(grad, matrix) if number else torch.mm(grad, matrix, out=both)
