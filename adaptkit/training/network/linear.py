@@ -53,7 +53,6 @@ class PackedWeight(nn.Module):
         self._release, self.is_transient = release_pages, False
         self._offset: float | None = None
         self._rows: PackedRows | None = None
-        self._rows_at = 0
         constants, nested_absmax = weight.constants, torch.empty(0)
         if isinstance(constants, DoubleQuantized):
             absmax, nested_absmax, self._offset = constants.codes, constants.nested_absmax, constants.offset
@@ -97,10 +96,10 @@ class PackedWeight(nn.Module):
         if self.codes.device.type != "cpu":
             self._rows = None
             return None
-        rows, place = None if self.is_divided else self._rows, self.codes.data_ptr()
-        if rows is None or self._rows_at != place:
+        rows = None if self.is_divided else self._rows
+        if rows is None or rows.codes.ctypes.data != self.codes.data_ptr():
             rows = packed_rows(self.quantized())
-            self._rows, self._rows_at = None if self.is_divided else rows, place
+            self._rows = None if self.is_divided else rows
         return rows
 
     def release_pages(self) -> None:
