@@ -54,7 +54,7 @@ class Part(NamedTuple):
 
 
 _PART = Part, ("q", "q", "q")
-"""The kind of a ``Part``, which every call has: determining it each time would take longer than some kernels run."""
+"""The kind of a ``Part``, which every call has: determining it each time would take microseconds."""
 
 
 class Shared(Kernel):

@@ -11,10 +11,10 @@ from adaptkit.compiled import INLINED, compiled, inlined
 from adaptkit.numerics.kernels._cpu_float import rounded, sortable_bits, value
 from adaptkit.team import shared
 
-FUSED = {"contract"}
+_FUSED = {"contract"}
 """Fast-math flag that lets a product and a sum be one instruction, with one rounding."""
 
-_REORDERED = {*FUSED, "reassoc", "nnan", "nsz"}
+_REORDERED = {*_FUSED, "reassoc", "nnan", "nsz"}
 """Fast-math flags that let the sum of a row be vectorized, in any order."""
 
 _LOG2_E = np.float32(1.4426950408889634)
@@ -24,7 +24,7 @@ _C2, _C3, _C4 = np.float32(0.5), np.float32(1.6666665e-1), np.float32(4.1665796e
 _C5, _C6, _C7 = np.float32(8.333452e-3), np.float32(1.3981999e-3), np.float32(1.9875691e-4)
 
 
-@compiled(fastmath=FUSED, **INLINED)
+@compiled(fastmath=_FUSED, **INLINED)
 def exponential(x):
     """Return exp(x) for float32 x <= 0, to within 2 units in the last place; exp(-87) for x below -87.
 
