@@ -4,9 +4,9 @@ Importing numba and compiling takes longer than many commands need to process a 
 kernel is cached for each list of argument types, beside Python's bytecode or, if that folder is not writable, in the
 user's cache folder. The next process needs only LLVM's loader. ``compiler`` has the part that needs numba.
 
-A kernel takes numpy arrays, numbers, None and tuples of those, and returns nothing, a number, or a tuple of numbers. It
-allocates nothing. Arguments are passed in cells of eight bytes: for an array the address of its numpy object, for a
-number its value; None takes no cell, and a tuple the cells of its elements. Results are written to the first cells.
+A kernel takes numpy arrays, torch tensors on the CPU, numbers, None and tuples of those, and returns nothing, a number,
+or a tuple of numbers. It allocates nothing. A tensor is an array to it, with bfloat16 as uint16 and float16 as int16.
+See ``kernel_arguments`` for how they are passed. Results are written to the first cells.
 """
 
 import contextlib
@@ -15,16 +15,14 @@ import functools
 import os
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from adaptkit.kernel_arguments import formats, kind_of
 from adaptkit.kernel_cache import CacheEntry, Kind, sources_of
-
-_CONTIGUOUS, _ALIGNED, _WRITEABLE = 0x1, 0x100, 0x400
-"""Bits of ``ndarray.flags.num``."""
 
 INLINED = {"forceinline": True}
 """Options for small functions called in loops that would not be vectorized around a real call."""
@@ -59,7 +57,7 @@ class Kernel:
     def _prepare(self, arguments: tuple[Any, ...], *more: Kind) -> tuple["_Entry", list[Any]]:
         """Return the machine code for arguments of these kinds and ``more``, and the values of the former's cells."""
         cells: list[Any] = []
-        kinds = (*[_kind(argument, cells) for argument in arguments], *more)
+        kinds = (*[kind_of(argument, cells) for argument in arguments], *more)
         return self._entries.get(kinds) or self._load(kinds), cells
 
     def _load(self, kinds: tuple[Kind, ...]) -> "_Entry":
@@ -145,37 +143,6 @@ jit = compiled()
 inlined = compiled(**INLINED)
 
 
-def _kind(argument: Any, cells: list[Any]) -> Kind:
-    """Return the kind of an argument (see ``kernel_cache.Kind``), and append the values of its cells to ``cells``."""
-    if isinstance(argument, np.ndarray):
-        flags = argument.flags.num & (_CONTIGUOUS | _ALIGNED | _WRITEABLE)
-        cells.append(id(argument))
-        return argument.dtype, argument.ndim, flags
-    if isinstance(argument, tuple):
-        return type(argument), tuple([_kind(part, cells) for part in argument])
-    if argument is None:
-        return None
-    cells.append(argument)
-    if isinstance(argument, np.generic):
-        return argument.dtype.char
-    return _NUMBER_FORMATS[type(argument)]
-
-
-_NUMBER_FORMATS = {bool: "?", int: "q", float: "d"}
-"""Maps Python's number types to format characters, which are the same in numpy and ``struct``."""
-
-
-def _formats(kind: Kind) -> Iterator[str]:
-    """Yield the ``struct`` formats of the cells of an argument."""
-    if isinstance(kind, str):
-        yield f"{kind}{8 - struct.calcsize(kind)}x"
-    elif kind is not None and isinstance(kind[0], type):
-        for part in kind[1]:
-            yield from _formats(part)
-    elif kind is not None:
-        yield "Q"
-
-
 class _Entry:
     """Machine code for arguments of some kinds.
 
@@ -191,13 +158,19 @@ class _Entry:
     def __init__(self, kinds: tuple[Kind, ...], content: bytes) -> None:
         head, _, code = content.partition(b"\n")
         name, self._many, *letters = head.decode().split(" ")
-        formats = "".join(form for kind in kinds for form in _formats(kind))
-        self.pack = struct.Struct(formats).pack
+        cells = "".join(form for kind in kinds for form in formats(kind))
+        self.pack = struct.Struct(cells).pack
         self._results = struct.Struct("".join(f"{letter}{8 - struct.calcsize(letter)}x" for letter in letters))
         self._engine, self.address = _load_object(code, name)
         pointer = ctypes.c_void_p
         self._function = ctypes.CFUNCTYPE(ctypes.c_int32, pointer, pointer, pointer)(self.address)
         _check_layout()
+
+    def run(self, cells: list[Any]) -> None:
+        """Run a kernel that returns nothing."""
+        status = self._function(_unused, _unused, self.pack(*cells))
+        if status:
+            raise SystemError(f"a kernel failed ({status})")
 
     def __call__(self, cells: list[Any]) -> Any:
         packed: Any = self.pack(*cells)

@@ -13,9 +13,6 @@ from numba.np.arrayobj import make_array, populate_array
 from numba.np.numpy_support import as_dtype, from_dtype
 
 from adaptkit.compiled import (
-    _ALIGNED,
-    _CONTIGUOUS,
-    _WRITEABLE,
     DATA,
     EXTENTS,
     INLINED,
@@ -27,6 +24,7 @@ from adaptkit.compiled import (
     unregistered,
 )
 from adaptkit.errors import UsageError
+from adaptkit.kernel_arguments import ALIGNED, CONTIGUOUS, IN_CELLS, WRITEABLE
 from adaptkit.kernel_cache import Kind
 
 if numba.config.DISABLE_JIT:
@@ -59,7 +57,7 @@ def compile_kernel(kernel: Kernel, kinds: tuple[Kind, ...]) -> bytes:
     _register_with_numba()
     dispatcher = _dispatcher(kernel)
     arguments = tuple(map(_type_of, kinds))
-    entry = numba.njit(**_OPTIONS)(_entry(dispatcher, arguments))
+    entry = numba.njit(**_OPTIONS)(_entry(dispatcher, kinds))
     entry.compile((types.CPointer(types.int64),))
     (made,) = entry.overloads.values()
     if made.library.has_dynamic_globals:
@@ -126,18 +124,19 @@ def _type_of(kind: Kind) -> Any:
     if isinstance(kind[0], type):
         return types.BaseTuple.from_types(tuple(map(_type_of, kind[1])), kind[0])
     dtype, axes, flags = kind
-    layout = "C" if flags & _CONTIGUOUS else "A"
-    return types.Array(from_dtype(dtype), axes, layout, not flags & _WRITEABLE, aligned=bool(flags & _ALIGNED))
+    layout = "C" if flags & CONTIGUOUS else "A"
+    return types.Array(from_dtype(dtype), axes, layout, not flags & WRITEABLE, aligned=bool(flags & ALIGNED))
 
 
-def _entry(dispatcher: Any, arguments: tuple[Any, ...]) -> Any:
+def _entry(dispatcher: Any, kinds: tuple[Kind, ...]) -> Any:
     """Make a function that takes cells and calls a kernel; see ``compiled`` for the cells."""
-    whole = types.Tuple(arguments)
+    whole = types.Tuple(tuple(map(_type_of, kinds)))
 
     @intrinsic
     def enter(typingctx, cells):
         def codegen(context, builder, signature, values):
-            return _Reader(context, builder, values[0]).read(whole)
+            reader = _Reader(context, builder, values[0])
+            return context.make_tuple(builder, whole, [reader.read(kind) for kind in kinds])
 
         return whole(cells), codegen
 
@@ -169,12 +168,15 @@ class _Reader:
         self._place = 0
 
     def read(self, kind):
-        """Read the next argument, given its numba type."""
-        if isinstance(kind, types.BaseTuple):
-            return self._context.make_tuple(self._builder, kind, [self.read(part) for part in kind])
-        if isinstance(kind, types.NoneType):
+        """Read the next argument, given its ``kernel_cache.Kind``."""
+        found = _type_of(kind)
+        if isinstance(found, types.BaseTuple):
+            return self._context.make_tuple(self._builder, found, [self.read(part) for part in kind[1]])
+        if isinstance(found, types.NoneType):
             return self._context.get_dummy_value()
-        return self._array(kind) if isinstance(kind, types.Array) else self._number(kind)
+        if not isinstance(found, types.Array):
+            return self._number(found)
+        return self._array(found, *(self._tensor(found) if kind[2] & IN_CELLS else self._object(found)))
 
     def _number(self, kind):
         cell = self._builder.gep(self._cells, [cgutils.intp_t(self._place)])
@@ -193,19 +195,30 @@ class _Reader:
         memory = self._field(place, offset)
         return [self._field(memory, 8 * number) for number in range(count)]
 
-    def _array(self, kind):
-        context, builder = self._context, self._builder
-        element = context.get_data_type(kind.dtype)
-        size = cgutils.intp_t(context.get_abi_sizeof(element))
+    def _object(self, kind):
+        """Return address, shape and strides (in bytes; None if contiguous) of an array passed by its numpy object."""
         place = self._number(types.intp)
-        data = builder.inttoptr(self._field(place, DATA), element.as_pointer())
-        shape = self._fields(place, EXTENTS, kind.ndim)
+        strides = None if kind.layout == "C" else self._fields(place, STRIDES, kind.ndim)
+        return self._field(place, DATA), self._fields(place, EXTENTS, kind.ndim), strides
+
+    def _tensor(self, kind):
+        """Return the same of a tensor."""
+        data, *shape = (self._number(types.intp) for _ in range(1 + kind.ndim))
         if kind.layout == "C":
+            return data, shape, None
+        steps = [self._number(types.intp) for _ in shape]
+        return data, shape, [self._builder.mul(step, self._size_of(kind)) for step in steps]
+
+    def _size_of(self, kind):
+        return cgutils.intp_t(self._context.get_abi_sizeof(self._context.get_data_type(kind.dtype)))
+
+    def _array(self, kind, data, shape, strides):
+        context, builder, size = self._context, self._builder, self._size_of(kind)
+        if strides is None:
             strides = [size]
             for extent in reversed(shape[1:]):
                 strides.insert(0, builder.mul(strides[0], extent))
-        else:
-            strides = self._fields(place, STRIDES, kind.ndim)
+        data = builder.inttoptr(data, context.get_data_type(kind.dtype).as_pointer())
         array = make_array(kind)(context, builder)
         populate_array(array, data=data, shape=shape, strides=strides[: kind.ndim], itemsize=size, meminfo=None)
         return array._getvalue()

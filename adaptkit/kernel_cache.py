@@ -15,8 +15,8 @@ from adaptkit.cache import cache_folder
 Kind = Any
 """What the machine code depends on for one argument.
 
-For an array (dtype, number of axes, flags), for a number the format character of its type, for a tuple (its type, kinds
-of its elements), for None None.
+For an array or a tensor (numpy dtype, number of axes, flags), for a number the format character of its type, for a
+tuple (its type, kinds of its elements), for None None.
 """
 
 _IRRELEVANT_SETTINGS = ("NUMBA_NUM_THREADS=", "NUMBA_THREADING_LAYER", "NUMBA_CACHE_")
@@ -106,7 +106,7 @@ class Sources:
         return [(name, stat.st_ino, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
 
     def _paths(self) -> Iterator[Path]:
-        for name in ("compiled.py", "compiler.py", "kernel_cache.py"):
+        for name in ("compiled.py", "compiler.py", "kernel_arguments.py", "kernel_cache.py"):
             yield Path(__file__).with_name(name)
         yield from sorted(self._folder.glob("[!.]*.py"))  # an editor's lock is a link to nowhere, .#name.py
 

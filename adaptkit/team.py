@@ -19,6 +19,7 @@ Without GNU's library, and in a forked process, which has no OpenMP threads, the
 import ctypes
 import functools
 import inspect
+import math
 import os
 import struct
 import sys
@@ -78,17 +79,17 @@ class Shared(Kernel):
             arguments: all arguments but the part.
             threads: maximum number of threads, at most ``team_size()``; None for ``team_size()``.
         """
-        array = arguments[self._divided]
-        rows = len(array)
+        shape = arguments[self._divided].shape
+        rows, size = shape[0], math.prod(shape)
         entry, cells = self._prepare(arguments, _PART)
         cells += 0, 0, rows
-        useful = min(rows, array.size // _MIN_THREAD_ELEMENTS) if array.size >= _MIN_TEAM_ELEMENTS else 1
+        useful = min(rows, size // _MIN_THREAD_ELEMENTS) if size >= _MIN_TEAM_ELEMENTS else 1
         if useful > 1:
             useful = min(useful, team_size() if threads is None else threads)
         if useful > 1:
             run(entry.address, entry.pack(*cells), rows, useful)
         else:
-            entry(cells)
+            entry.run(cells)
 
 
 def shared(divided: str) -> Callable[[Callable[..., Any]], Shared]:

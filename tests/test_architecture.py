@@ -15,7 +15,19 @@ from adaptkit.discovery import names
 
 PACKAGE = Path(adaptkit.__file__).parent
 GROUND = {
-    *{"errors", "discovery", "lazy", "cache", "kernel_cache", "compiled", "team", "child", "heap", "arguments"},
+    *{
+        "errors",
+        "discovery",
+        "lazy",
+        "cache",
+        "kernel_cache",
+        "kernel_arguments",
+        "compiled",
+        "team",
+        "child",
+        "heap",
+        "arguments",
+    },
     *{"machine", "torch_compiler", "triton_needs"},
 }
 ON_THE_GROUND = {
@@ -31,8 +43,9 @@ ON_THE_GROUND = {
     "triton_needs": set(),
     "discovery": {"errors"},
     "kernel_cache": {"cache"},
-    "compiled": {"kernel_cache", "compiler"},
-    "compiler": {"compiled", "kernel_cache", "errors"},
+    "kernel_arguments": {"kernel_cache"},
+    "compiled": {"kernel_arguments", "kernel_cache", "compiler"},
+    "compiler": {"compiled", "kernel_arguments", "kernel_cache", "errors"},
     "team": {"compiled"},
 }
 MAY_IMPORT = {

@@ -8,16 +8,19 @@ import sys
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import llvmlite.binding
 import numba
 import numpy as np
 import pytest
+import torch
 
 import adaptkit
 from adaptkit.compiled import Kernel, jit
 from adaptkit.compiler import _register_with_numba, compile_kernel
+from adaptkit.kernel_arguments import Known
 from adaptkit.numerics.kernels._cpu_instructions import wide
 
 DECODE = """
@@ -87,11 +90,48 @@ def test_columns_are_read_by_the_strides_of_an_array(dtype):
         assert (out == given[:, 1]).all()
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int64", "float32", "float64", "bfloat16", "float16"])
+def test_tensors_are_arrays_with_their_shape_and_strides(dtype):
+    """Short floats are passed as bits."""
+    tensor = torch.arange(15).to(getattr(torch, dtype)).reshape(5, 3)
+    bits = tensor.view({"bfloat16": torch.uint16, "float16": torch.int16}.get(dtype, tensor.dtype))
+    for change in (lambda x: x, lambda x: x.T.contiguous().T, lambda x: x[::2], lambda x: x[:, 1:], lambda x: x[1:]):
+        given, out = change(tensor), np.full(6, -1.0)
+        copy_column(given, out)
+        assert out.tolist() == [*change(bits)[:, 1].tolist(), *[-1.0] * (6 - len(given))]
+
+
+def test_tensors_are_written_and_may_be_parts_of_tuples():
+    array, out = torch.arange(6.0).reshape(2, 3).T, torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    columns = torch.arange(8.0).reshape(2, 4).T[::2]
+    pair = Pair(torch.tensor([1000]), 10000)
+    for given in (pair, Known(pair), deepcopy(Known(pair))):
+        out.detach().zero_()
+        take_everything(array, columns, 5, 0.25, True, np.float32(0.5), np.uint8(200), None, given, out)
+        assert out.item() == 3 + 2 + 5 + 0.25 + 0.5 + 200 + 1000 + 10000
+
+
+def test_a_copy_of_a_known_argument_is_of_the_copied_arrays():
+    """Cells hold addresses: those of the original may be freed."""
+    known, out = Known(Pair(np.array([1000]), 10000)), np.zeros(1)
+    copied = deepcopy(known)
+    known.argument.one[0] = 0
+    one = np.zeros((1, 2), np.float32), np.zeros((2, 1))
+    take_everything(*one, 0, 0.0, True, np.float32(0), np.uint8(0), None, copied, out)
+    assert out[0] == 11000
+
+
+def test_tensors_without_memory_on_the_cpu_are_refused():
+    for tensor in (torch.empty(3, device="meta"), torch.ones(3).to_sparse()):
+        with pytest.raises((TypeError, RuntimeError)):
+            first_of(tensor)
+
+
 def test_unaligned_arrays_are_read():
     whole = np.arange(41, dtype=np.uint8)
     crooked = whole[1:].view(np.float32)
     assert not crooked.flags.aligned
-    assert first_of(crooked) == crooked[0]
+    assert first_of(crooked) == first_of(torch.frombuffer(whole.data, dtype=torch.float32, offset=1)) == crooked[0]
 
 
 @jit
@@ -118,7 +158,7 @@ def test_read_only_arrays_cannot_be_written():
 
 
 def test_an_argument_of_an_unsupported_type_is_refused():
-    with pytest.raises(KeyError):
+    with pytest.raises(TypeError):
         first_of([1.0])
 
 

@@ -139,7 +139,6 @@ CASES = {
         float_bits(matrix(width=20, seed=1)),
         empty(ROWS, WIDTH + 32, dtype=np.uint16),
     ),
-    _cpu_joined._round: lambda: (matrix().float().numpy(), empty(ROWS, WIDTH, dtype=np.uint16)),
     _cpu_joined._add: lambda: (matrix().float().numpy(), float_bits(matrix(seed=1)), np.float32(0.3)),
     _cpu_joined._widen: lambda: widening(nested=False),
     _cpu_joined._widen_nested: lambda: widening(nested=True),

@@ -45,7 +45,8 @@ class Gradients:
             The loss of the whole step. It is NaN or infinite if that of any micro-batch is; the gradients are then
             unusable. Gradients and loss are the same in all processes.
         """
-        self._model.network.train()
+        if not self._model.network.training:  # evaluation ends with all modules in another mode
+            self._model.network.train()
         self._vector.zero_()
         self._sources = [source for batch in batches for source in batch.sources]
         self._non_finite = []

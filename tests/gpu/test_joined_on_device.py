@@ -5,9 +5,9 @@ import torch
 from adapted import load_adapted
 
 from adaptkit.operations.quantize import quantize
+from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined_gpu import JoinedWeight, join_on_gpu
-from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.model import load_model
 
 if not torch.cuda.is_available():

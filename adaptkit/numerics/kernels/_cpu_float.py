@@ -1,7 +1,7 @@
 """Conversions between the bits of three float types and float32 in compiled loops, branch-free to be vectorized.
 
 numpy has no bfloat16 and numba no float16, so weights are passed as bits, and the integer type of an array determines
-the float type: uint16 is bfloat16, int16 is float16, uint32 is float32.
+the float type: uint16 is bfloat16, int16 is float16, uint32 is float32. Arrays of float32 are used as they are, too.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def _value(array, bits):
         return lambda array, bits: np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
     if array.dtype.name == "uint32":
         return lambda array, bits: np.uint32(bits).view(np.float32)
+    if array.dtype.name == "float32":
+        return lambda array, bits: bits
     return _value_float16
 
 
@@ -93,6 +95,8 @@ def _rounded(array, number):
         return lambda array, number: _to_bfloat16(number)
     if array.dtype.name == "uint32":
         return lambda array, number: np.float32(number).view(np.uint32)
+    if array.dtype.name == "float32":
+        return lambda array, number: np.float32(number)
     return lambda array, number: _to_float16(number)
 
 

@@ -1,20 +1,18 @@
 """Joined matrices for CPUs: [W | 0 | s · B | 0], a decoded weight beside its adapter's B, to be used in one product.
 
-Also the matrix it is multiplied by, and conversions of the small LoRA matrices from and to float32, each of which would
-take torch several calls.
+Also the matrix it is multiplied by, and the sum of a factor's gradients, each of which would take torch several calls.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from adaptkit.compiled import inlined
+from adaptkit.kernel_arguments import Known
 from adaptkit.numerics.kernels._cpu_constants import decode_groups
-from adaptkit.numerics.kernels._cpu_float import any_value, canonical_nan, float_bits, rounded
+from adaptkit.numerics.kernels._cpu_float import any_value, canonical_nan, rounded
 from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
 from adaptkit.team import shared
 
@@ -77,21 +75,21 @@ def _widen_nested(weight, absmax, b, scale, first, out, part):
     _widen(weight, absmax, b, scale, first, out, part)
 
 
-def widen(weight: PackedRows, lora_b: Tensor, scale: float, first: int, out: Tensor) -> None:
+def widen(weight: Known, lora_b: Tensor, scale: float, first: int, out: Tensor) -> None:
     """Decode a weight into the first columns of a matrix, and write its adapter's scaled B into later ones.
 
     Args:
-        weight: a weight with the rows of ``out``; decoded as in ``reference.decode_4bit``.
+        weight: the ``PackedRows`` of a weight with the rows of ``out``; decoded as in ``reference.decode_4bit``.
         lora_b: (rows, rank) float32; scaled in float32 and rounded once.
         scale: factor of ``lora_b``.
         first: first column of ``lora_b`` in ``out``; all remaining columns become zero.
         out: (rows, columns) bfloat16, float16 or float32, contiguous, written.
     """
-    factor = lora_b.detach().contiguous().numpy(), np.float32(scale), first, float_bits(out)
-    if weight.nested.size:
-        _widen_nested(weight, np.empty(weight.constants.size, np.float32), *factor)
+    factor, rows = (lora_b.contiguous(), np.float32(scale), first, out), weight.argument
+    if rows.nested.size:
+        _widen_nested(weight, np.empty(rows.constants.size, np.float32), *factor)
     else:
-        _widen(weight, weight.constants, *factor)
+        _widen(weight, rows.constants, *factor)
 
 
 @shared("x")
@@ -118,42 +116,16 @@ def beside(x: Tensor, inner: Tensor, columns: int) -> Tensor:
         (rows, columns).
     """
     out = x.new_empty(x.shape[0], columns)
-    _beside(float_bits(x.detach().contiguous()), float_bits(inner), float_bits(out))
-    return out
-
-
-@shared("x")
-def _round(x, out, part):
-    for r in range(part.first, part.last):
-        row, written = x[r], out[r]
-        for i in range(row.size):
-            written[i] = rounded(out, canonical_nan(row[i]))
-
-
-def stacked(factors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """Stack matrices vertically, rounded to ``dtype``.
-
-    Args:
-        factors: (rank, in) float32 each.
-        dtype: bfloat16, float16 or float32.
-
-    Returns:
-        (ranks, in).
-    """
-    out = torch.empty(sum(factor.shape[0] for factor in factors), factors[0].shape[1], dtype=dtype)
-    bits, first = float_bits(out), 0
-    for factor in factors:
-        last = first + factor.shape[0]
-        _round(factor.detach().contiguous().numpy(), bits[first:last])
-        first = last
+    _beside(x.contiguous(), inner, out)
     return out
 
 
 @shared("total")
 def _add(total, x, scale, part):
     for r in range(part.first, part.last):
-        for i in range(total.shape[1]):
-            total[r, i] += any_value(x, x[r, i]) * scale
+        row, added = total[r], x[r]
+        for i in range(row.size):
+            row[i] += any_value(x, added[i]) * scale
 
 
 def add_scaled(total: Tensor, x: Tensor, scale: float) -> None:
@@ -164,4 +136,4 @@ def add_scaled(total: Tensor, x: Tensor, scale: float) -> None:
         x: (rows, columns) bfloat16, float16 or float32, need not be contiguous; an infinity in float16 adds NaN.
         scale: factor of x.
     """
-    _add(total.detach().numpy(), float_bits(x), np.float32(scale))
+    _add(total, x, np.float32(scale))

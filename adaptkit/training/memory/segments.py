@@ -31,7 +31,8 @@ from adaptkit.networks.activations import (
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.layer_call import LayerCall
 from adaptkit.training.memory.offload import OffloadedTensors
-from adaptkit.training.network.linear import LoraLinear, PackedWeight
+from adaptkit.training.network.frozen import PackedWeight
+from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.unread import standing_in
 
 

@@ -18,7 +18,8 @@ from adaptkit.networks.addressing import OTHER_MODEL
 from adaptkit.networks.casting import hold
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.experts import PackedModule, pack
-from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
+from adaptkit.training.network.frozen import PackedWeight, PlainWeight
+from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.model import Model
 from adaptkit.training.network.stack_lora import StackLora
 from adaptkit.training.network.whole import TrainedRows, TrainedWeight, Whole, replace_rows

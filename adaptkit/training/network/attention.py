@@ -21,7 +21,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaptkit.networks.kinds import asks_for_sdpa
 from adaptkit.numerics.kernels._cpu_attention import gradient_block, row_products, softmax_block
-from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.team import is_faster_than_torch, team_size
 from adaptkit.training.network.spans import Spans, causal_spans, mask_spans
 
@@ -60,8 +59,8 @@ class _Attention(torch.autograd.Function):
         for block in ctx.blocks:
             scores = torch.bmm(block.of_queries(grouped), block.of_keys(key).transpose(1, 2))
             rows = scores.view(-1, scores.shape[2])
-            sums, room = torch.empty(rows.shape[0]).numpy(), torch.empty(threads, rows.shape[1]).numpy()
-            softmax_block(float_bits(rows), block.first, block.last, factor, sums, room, threads=threads)
+            sums, room = torch.empty(rows.shape[0]), torch.empty(threads, rows.shape[1])
+            softmax_block(rows, block.first, block.last, factor, sums, room, threads=threads)
             ctx.log_sums.append(sums)
             block.put(torch.bmm(scores, block.of_keys(value)), by_key_heads)
         ctx.save_for_backward(grouped, key, value, output)
@@ -73,7 +72,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, output = ctx.saved_tensors
         grad = grads[0].contiguous()
         means = torch.empty(grad.shape[:-1])
-        row_products(*(float_bits(side.view(-1, side.shape[-1])) for side in (grad, output)), means.view(-1).numpy())
+        row_products(*(side.view(-1, side.shape[-1]) for side in (grad, output)), means.view(-1))
         change = _grouped(grad.transpose(1, 2), key.shape[1])
         means = _grouped(means.transpose(1, 2), key.shape[1])
         grad_query = query.new_empty(*query.transpose(1, 2).shape)
@@ -82,8 +81,8 @@ class _Attention(torch.autograd.Function):
             q, y, mean = (block.of_queries(side) for side in (query, change, means))
             k, v = block.of_keys(key), block.of_keys(value)
             scores, changes = torch.bmm(q, k.transpose(1, 2)), torch.bmm(y, v.transpose(1, 2))
-            bits = (float_bits(side.view(-1, side.shape[2])) for side in (scores, changes))
-            gradient_block(*bits, block.first, block.last, ctx.factor, sums, mean.reshape(-1).numpy())
+            rows = (side.view(-1, side.shape[2]) for side in (scores, changes))
+            gradient_block(*rows, block.first, block.last, ctx.factor, sums, mean.reshape(-1))
             block.of_keys(grad_value).add_(torch.bmm(scores.transpose(1, 2), y))
             block.of_keys(grad_key).add_(torch.bmm(changes.transpose(1, 2), q))
             block.put(torch.bmm(changes, k), grad_query)

@@ -21,7 +21,7 @@ from adaptkit.checkpoint.quantized import read_quantized
 from adaptkit.errors import CheckpointError
 from adaptkit.networks.assembly import Assembly
 from adaptkit.networks.kinds import multiplies_groups
-from adaptkit.training.network.linear import FrozenWeight, PackedWeight, PlainWeight
+from adaptkit.training.network.frozen import FrozenWeight, PackedWeight, PlainWeight
 from adaptkit.training.network.packed_rows import decoded
 from adaptkit.training.network.routed import RoutedStack
 from adaptkit.training.network.stack_lora import StackLora, StackWithLora

@@ -19,7 +19,6 @@ from torch.nn import functional
 from adaptkit.networks.probing import is_gated, norm_has_offset, norm_parts
 from adaptkit.networks.recompute import Recipe
 from adaptkit.numerics.kernels import has_triton
-from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_layers import gate_backward, gate_forward, norm_backward, norm_forward
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.rotary import fuse_rotary
@@ -98,11 +97,10 @@ def _kept_product(gate: Tensor, up: Tensor) -> Tensor:
 
 def _normed(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
     """Return a norm's output, and the factor 1 / √(mean x² + eps) of each row: (rows,) float32."""
-    flat = x.detach().reshape(-1, x.shape[-1]).contiguous()
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
     # y is not a view: autograd forbids in-place changes of a view that a Function returns
     y, scales = x.new_empty(x.shape), torch.empty(flat.shape[0])
-    bits = float_bits(flat), float_bits(weight.detach())
-    norm_forward(*bits, np.float32(eps), plus_one, scales.numpy(), float_bits(y.view(flat.shape)))
+    norm_forward(flat, weight, np.float32(eps), plus_one, scales, y.view(flat.shape))
     return y, scales
 
 
@@ -113,7 +111,7 @@ def _product(gate: Tensor, up: Tensor) -> Tensor:
 
         return _gpu_layers.gate_forward(gate.detach(), up.detach())
     y = torch.empty_like(gate)
-    gate_forward(*(float_bits(side.detach().view(-1)) for side in (gate, up, y)))
+    gate_forward(*(side.view(-1) for side in (gate, up, y)))
     return y
 
 
@@ -131,8 +129,7 @@ class _Norm(torch.autograd.Function):
         x, scales = ctx.saved_tensors
         flat, grad = (side.reshape(-1, x.shape[-1]).contiguous() for side in (x, grads[0]))
         grad_x = torch.empty_like(flat)
-        bits = float_bits(flat), float_bits(ctx.weight.detach())
-        norm_backward(*bits, ctx.plus_one, scales.numpy(), float_bits(grad), float_bits(grad_x))
+        norm_backward(flat, ctx.weight, ctx.plus_one, scales, grad, grad_x)
         return grad_x.view(x.shape), None, None, None, None
 
 
@@ -156,5 +153,5 @@ class _Gate(torch.autograd.Function):
             return *found, None
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         sides = (gate, up, grads[0].contiguous(), grad_gate, grad_up)
-        gate_backward(*(float_bits(side.view(-1)) for side in sides))
+        gate_backward(*(side.view(-1) for side in sides))
         return grad_gate, grad_up, None

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor
 
 from adaptkit.networks.recompute import source_of
-from adaptkit.numerics.kernels._cpu_joined import beside, stacked, widen
+from adaptkit.numerics.kernels._cpu_joined import beside, widen
 from adaptkit.training.network.accumulation import accumulate
+from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.groups import groups, join
-from adaptkit.training.network.linear import LoraLinear, PackedWeight
+from adaptkit.training.network.linear import LoraLinear
 
 _ALIGNED = 32
 """Columns are padded to a multiple of this; otherwise products take up to a fifth longer."""
@@ -42,7 +43,7 @@ def join_layers(network: Any) -> None:
     """
     layers = [layer for layer in network.modules() if isinstance(layer, LoraLinear) and _can_join(layer)]
     for group in groups(network, layers):
-        join(group, [_Member(layer) for layer in group], lambda members, x: multiplied(members, x, x), _compute_one)
+        join(group, [weakref.ref(layer) for layer in group], lambda layers, x: multiplied(layers, x, x), _compute_one)
 
 
 def _can_join(layer: LoraLinear) -> bool:
@@ -51,95 +52,75 @@ def _can_join(layer: LoraLinear) -> bool:
     return layer.base.rows() is not None
 
 
-class _Member:
-    """A layer of a group. Holds a weak reference to the layer, since the layer holds the group.
-
-    Args:
-        layer: the layer.
-    """
-
-    def __init__(self, layer: LoraLinear) -> None:
-        self._layer = weakref.ref(layer)
-
-    @property
-    def layer(self) -> Any:
-        """The layer."""
-        return self._layer()
-
-    def widen(self, lora_b: Tensor, first: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """Return [W | 0 | s B | 0], (out, columns), with B starting at column ``first``."""
-        layer = self.layer
-        matrix = torch.empty((lora_b.shape[0], columns), dtype=dtype)
-        widen(layer.base.rows(), lora_b, layer.scaling, first, matrix)
-        layer.base.release_pages()
-        return matrix
+_Layers = tuple["weakref.ref[LoraLinear]", ...]
+"""The layers of a group. The references are weak, since each of these layers holds the group."""
 
 
-def _compute_one(member: _Member, x: Tensor, dropped: Tensor) -> Tensor:
+def _compute_one(layer: "weakref.ref[LoraLinear]", x: Tensor, dropped: Tensor) -> Tensor:
     """Return the result of one layer whose adapter input ``dropped`` is not shared."""
-    return multiplied((member,), x, dropped)[0]
+    return multiplied((layer,), x, dropped)[0]
 
 
-def multiplied(members: tuple[_Member, ...], x: Tensor, dropped: Tensor) -> tuple[Tensor, ...]:
+def multiplied(layers: _Layers, x: Tensor, dropped: Tensor) -> tuple[Tensor, ...]:
     """Return the results of several layers for one input.
 
     Args:
-        members: the layers.
+        layers: the layers.
         x: (…, in).
         dropped: ``x`` after dropout; ``x`` itself without.
 
     Returns:
         (…, out) of each layer.
     """
-    factors = (factor for member in members for factor in (member.layer.lora_a, member.layer.lora_b))
-    results: tuple[Tensor, ...] = _Product.apply(x, dropped, members, *factors)  # type: ignore[no-untyped-call]
+    factors = (factor for layer in _alive(layers) for factor in (layer.lora_a, layer.lora_b))
+    results: tuple[Tensor, ...] = _Product.apply(x, dropped, layers, *factors)  # type: ignore[no-untyped-call]
     return results
+
+
+def _alive(layers: _Layers) -> list[Any]:
+    return [layer() for layer in layers]
 
 
 class _Product(torch.autograd.Function):
     """The module docstring's formulas; saves its input's source (see ``recompute``), X' Aᵀ and adapter, not W."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dropped: Tensor, members: tuple[_Member, ...], *factors: Tensor
-    ) -> tuple[Tensor, ...]:
-        flat, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
-        a = stacked(factors[::2], x.dtype)
-        inner = dropped.reshape(-1, width) @ a.T
+    def forward(ctx: Any, x: Tensor, dropped: Tensor, refs: _Layers, *factors: Tensor) -> tuple[Tensor, ...]:
+        layers, width, dtype = _alive(refs), x.shape[-1], x.dtype
+        flat = x.reshape(-1, width)
+        a = torch.cat(factors[::2]).to(dtype)
+        inner = (flat if dropped is x else dropped.reshape(-1, width)) @ a.T
         columns = _columns(width, inner.shape[1])
-        stand_ins = [member.layer.stand_in for member in members]
-        wide = beside(flat, inner, columns) if None in stand_ins else flat
+        wide = beside(flat, inner, columns) if any(layer.stand_in is None for layer in layers) else flat
         results, first = [], width
-        for member, b, stand_in in zip(members, factors[1::2], stand_ins, strict=True):
-            rows = b.shape[0]  # several times as fast as len(b), as in all of this module
+        for layer, b in zip(layers, factors[1::2], strict=True):
+            rows, rank = b.shape  # several times as fast as len(b), as in all of this module
             shape = (*x.shape[:-1], rows)
-            if stand_in is None:
+            if layer.stand_in is None:
                 y = x.new_empty(shape)  # not a view: autograd forbids in-place changes of a returned view
-                torch.mm(wide, member.widen(b, first, columns, x.dtype).T, out=y.view(-1, rows))
+                torch.mm(wide, _widened(layer, b, first, columns, dtype).T, out=y.view(-1, rows))
             else:
-                y = x.new_full(shape, stand_in)
+                y = x.new_full(shape, layer.stand_in)
             results.append(y)
-            first += b.shape[1]
+            first += rank
         ctx.make, kept = source_of(dropped)
         ctx.save_for_backward(inner, a, *factors, *kept)
-        ctx.members, ctx.shape, ctx.shared = members, x.shape, dropped is x
+        ctx.layers, ctx.shape, ctx.shared = refs, x.shape, dropped is x
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inner, a, *saved = ctx.saved_tensors
-        members, count, width = ctx.members, 2 * len(ctx.members), ctx.shape[-1]
-        factors, kept = tuple(saved[:count]), saved[count:]
+        layers, count, width = _alive(ctx.layers), 2 * len(ctx.layers), ctx.shape[-1]
+        lora_bs, kept = saved[1:count:2], saved[count:]
+        ranks = [b.shape[1] for b in lora_bs]
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grad_inner, direct = _input_gradients(members, factors, flat, width if ctx.needs_input_grad[0] else None)
+        grad_inner, direct = _input_gradients(layers, lora_bs, flat, width if ctx.needs_input_grad[0] else None)
         grad_a = grad_inner.T @ ctx.make(*kept).reshape(-1, width)
-        by_factors, first = [], 0
-        for member, grad in zip(members, flat, strict=True):
-            lora_a, lora_b = member.layer.lora_a, member.layer.lora_b
-            span = slice(first, first + lora_a.shape[0])
-            by_factors.append(accumulate(lora_a, grad_a[span]))
-            by_factors.append(accumulate(lora_b, (inner[:, span].T @ grad).T, member.layer.scaling))
-            first = span.stop
+        by_factors = []
+        for layer, grad, part, grad_part in zip(layers, flat, inner.split(ranks, 1), grad_a.split(ranks), strict=True):
+            by_factors.append(accumulate(layer.lora_a, grad_part))
+            by_factors.append(accumulate(layer.lora_b, grad.T @ part, layer.scaling))
         if direct is None:
             return None, None, None, *by_factors
         if ctx.shared:
@@ -148,24 +129,30 @@ class _Product(torch.autograd.Function):
 
 
 def _input_gradients(
-    members: tuple[_Member, ...], factors: tuple[Tensor, ...], grads: Sequence[Tensor], width: int | None
+    layers: Sequence[Any], lora_bs: Sequence[Tensor], grads: Sequence[Tensor], width: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return I, and D if ``width`` is given: the width of an input that needs a gradient."""
-    lora_bs = factors[1::2]
     if width is None:
         scaled = [
-            grad @ (b * member.layer.scaling).to(grad.dtype)
-            for member, b, grad in zip(members, lora_bs, grads, strict=True)
+            grad @ (b * layer.scaling).to(grad.dtype) for layer, b, grad in zip(layers, lora_bs, grads, strict=True)
         ]
         return torch.cat(scaled, dim=1), None
     ranks = sum(b.shape[1] for b in lora_bs)
     columns, first = _columns(width, ranks), width
     both = grads[0].new_empty(grads[0].shape[0], columns)
-    for number, (member, b, grad) in enumerate(zip(members, lora_bs, grads, strict=True)):
-        matrix = member.widen(b, first, columns, grad.dtype)
+    for number, (layer, b, grad) in enumerate(zip(layers, lora_bs, grads, strict=True)):
+        matrix = _widened(layer, b, first, columns, grad.dtype)
         both = both.addmm_(grad, matrix) if number else torch.mm(grad, matrix, out=both)
         first += b.shape[1]
     return both[:, width : width + ranks], both[:, :width]
+
+
+def _widened(layer: Any, lora_b: Tensor, first: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return [W | 0 | s B | 0] of a layer, (out, columns), with B starting at column ``first``."""
+    matrix, base = torch.empty((lora_b.shape[0], columns), dtype=dtype), layer.base
+    widen(base.rows(), lora_b, layer.scaling, first, matrix)
+    base.release_pages()
+    return matrix
 
 
 def _columns(width: int, ranks: int) -> int:

@@ -24,8 +24,9 @@ from adaptkit.numerics.formats._double_quant import GROUP, DoubleQuantized
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels.codebook import BOOKS
 from adaptkit.training.network.accumulation import accumulate
+from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.groups import groups, join
-from adaptkit.training.network.linear import LoraLinear, PackedWeight
+from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.narrow import narrowed, narrowed_below
 
 

@@ -9,121 +9,20 @@ The adapter's share is computed first, and the large product is accumulated onto
 hidden behind that product's arithmetic, while the small product, added last, would be bound by reading and writing Y.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.networks.recompute import source_of
-from adaptkit.numerics.formats._double_quant import DoubleQuantized
-from adaptkit.numerics.kernels._cpu_joined import PackedRows
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
+from adaptkit.training.network.frozen import FrozenWeight
 from adaptkit.training.network.narrow import narrowed
-from adaptkit.training.network.packed_rows import decoded_rows, in_dtype, packed_rows
 from adaptkit.training.network.whole import TrainedWeight
-
-
-class PackedWeight(nn.Module):
-    """A frozen quantized weight of any format, packed as in the file: (out, in), or a stack (experts, out, in).
-
-    Args:
-        weight: the weight as it was read.
-        release_pages: releases the resident pages of a memory-mapped tensor, ignores others; None if nothing is mapped.
-
-    Attributes:
-        is_transient: whether the mapped pages of its codes are released after each decoding, so that only few weights
-            are resident at a time.
-    """
-
-    codes: Tensor
-    absmax: Tensor
-    nested_absmax: Tensor
-    levels: Tensor
-
-    def __init__(self, weight: QuantizedWeight, release_pages: Callable[[Tensor], None] | None = None) -> None:
-        super().__init__()
-        self.shape, self._encoding, self._dtype = weight.shape, weight.encoding, weight.dtype
-        self._release, self.is_transient = release_pages, False
-        self._offset: float | None = None
-        self._rows: PackedRows | None = None
-        constants, nested_absmax = weight.constants, torch.empty(0)
-        if isinstance(constants, DoubleQuantized):
-            absmax, nested_absmax, self._offset = constants.codes, constants.nested_absmax, constants.offset
-        else:
-            absmax = constants
-        self._types = weight.codes.dtype, absmax.dtype
-        for name, part in (("codes", weight.codes), ("absmax", absmax), ("nested_absmax", nested_absmax)):
-            self.register_buffer(name, part)
-        self.register_buffer("levels", weight.levels)
-
-    @property
-    def is_divided(self) -> bool:
-        """Whether FSDP shards the weight, and gathers it in every pass."""
-        return isinstance(self.codes, nn.Parameter)
-
-    def quantized(self) -> QuantizedWeight:
-        """Return the weight as the file holds it; shares this module's buffers."""
-        return self._with(in_dtype(self.codes, self._types[0]))
-
-    def matrix(self, index: int) -> QuantizedWeight:
-        """Return ``QuantizedWeight.matrix`` of a stack; of a divided one, copies only the codes of that matrix."""
-        weight = self._with(self.codes.view(self._types[0])).matrix(index)
-        return replace(weight, codes=weight.codes.clone()) if self.is_divided else weight
-
-    def _with(self, codes: Tensor) -> QuantizedWeight:
-        absmax = in_dtype(self.absmax, self._types[1])
-        constants: DoubleQuantized | Tensor = absmax
-        if self._offset is not None:
-            constants = DoubleQuantized(absmax, self.nested_absmax, self._offset)
-        return QuantizedWeight(self._encoding, codes, constants, self.shape, self._dtype, self.levels)
-
-    def dequantize(self, dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
-        """Return the weight in its shape, in ``dtype``; ``empty`` may allocate it, see ``packed_rows.decoded``."""
-        rows = self.rows()
-        weight = self.quantized().dequantize(dtype) if rows is None else decoded_rows(rows, self.shape, dtype, empty)
-        self.release_pages()
-        return weight
-
-    def rows(self) -> PackedRows | None:
-        """Return ``packed_rows`` of the weight; made once for the same memory, unless the weight is divided."""
-        if self.codes.device.type != "cpu":
-            self._rows = None
-            return None
-        rows = None if self.is_divided else self._rows
-        if rows is None or rows.codes.ctypes.data != self.codes.data_ptr():
-            rows = packed_rows(self.quantized())
-            self._rows = None if self.is_divided else rows
-        return rows
-
-    def release_pages(self) -> None:
-        """Release the codes' mapped pages if transient; call after decoding the result of ``quantized``."""
-        if self.is_transient and self._release is not None:
-            self._release(self.codes)
-
-
-class PlainWeight(nn.Module):
-    """A frozen 16- or 32-bit weight, (out, in)."""
-
-    weight: Tensor
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.shape = tuple(weight.shape)
-        self.register_buffer("weight", weight)
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight, (out, in), in ``dtype``."""
-        return self.weight.to(dtype)
-
-
-FrozenWeight = PackedWeight | PlainWeight
 
 
 class _Linear(torch.autograd.Function):

@@ -19,7 +19,6 @@ from torch.nn import functional
 from adaptkit.networks.memory import rows_at_a_time
 from adaptkit.networks.probing import exchanged
 from adaptkit.numerics.kernels import has_triton
-from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_loss import cross_entropy
 from adaptkit.team import is_faster_than_torch
 from adaptkit.training.data.batches import Batch
@@ -215,7 +214,7 @@ def _chunk_loss(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
     """
     if _has_kernel(logits):
         losses = np.empty(len(logits))
-        cross_entropy(float_bits(logits), wanted.numpy(), keep, losses)
+        cross_entropy(logits, wanted, keep, losses)
         return torch.tensor(losses.sum(), dtype=torch.float32)
     if works_in_place(logits.device) and logits.is_contiguous():
         from adaptkit.numerics.kernels import _gpu_entropy

@@ -29,7 +29,8 @@ from adaptkit.networks.linears import acts_as_linear
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.attention import use_own_attention
 from adaptkit.training.network.experts import ExpertList, PackedModule, Stack, pack, read_weight
-from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
+from adaptkit.training.network.frozen import PackedWeight, PlainWeight
+from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.loss import OutputLayer, find_output_layer
 from adaptkit.training.network.probing import require_causal
 from adaptkit.training.network.whole import TrainedRows, Whole

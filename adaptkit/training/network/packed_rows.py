@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.checkpoint.quantized import QuantizedWeight
+from adaptkit.kernel_arguments import Known
 from adaptkit.numerics.formats._double_quant import DoubleQuantized
 from adaptkit.numerics.kernels._cpu_joined import PackedRows, can_decode_rows, widen
 
 
-def packed_rows(weight: QuantizedWeight) -> PackedRows | None:
-    """Return a weight's parts as numpy arrays; None if it cannot be decoded row by row.
+def packed_rows(weight: QuantizedWeight) -> Known | None:
+    """Return a weight's ``PackedRows``; None if it cannot be decoded row by row.
 
     That is a weight that is not on a CPU, is in 8 bits, or whose rows are not whole blocks (see ``can_decode_rows``).
     """
@@ -23,7 +24,7 @@ def packed_rows(weight: QuantizedWeight) -> PackedRows | None:
     nested, offset, constants = torch.empty(0), 0.0, weight.constants
     if isinstance(constants, DoubleQuantized):
         nested, offset, constants = constants.nested_absmax, constants.offset, constants.codes
-    return PackedRows(
+    rows = PackedRows(
         codes=_as_numpy(weight.codes),
         constants=_as_numpy(constants),
         nested=_as_numpy(nested),
@@ -33,6 +34,7 @@ def packed_rows(weight: QuantizedWeight) -> PackedRows | None:
         block_size=weight.block_size,
         levels=np.array(levels, np.float32),
     )
+    return Known(rows)
 
 
 def decoded(weight: QuantizedWeight, dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
@@ -48,12 +50,13 @@ def decoded(weight: QuantizedWeight, dtype: torch.dtype, empty: Callable[..., Te
 
 
 def decoded_rows(
-    rows: PackedRows, shape: tuple[int, ...], dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty
+    rows: Known, shape: tuple[int, ...], dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty
 ) -> Tensor:
     """Return a weight in its shape; see ``decoded``."""
     matrix = empty(shape, dtype=dtype, device="cpu")
-    flat = matrix.view(-1, rows.width)
-    widen(rows, torch.empty(len(flat), 0), 1.0, rows.width, flat)
+    width = rows.argument.width
+    flat = matrix.view(-1, width)
+    widen(rows, torch.empty(len(flat), 0), 1.0, width, flat)
     return matrix
 
 

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.numerics.kernels import has_triton
-from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.numerics.kernels._cpu_rotary import rotate
 
 _NAME, _MARK = "apply_rotary_pos_emb", "_adaptkit_wrapped_rotary"
@@ -160,9 +159,9 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     The result is a transposed view of a contiguous (batch, tokens, heads, dim) tensor.
     """
     batch, heads, tokens, dim = x.shape
-    flat = x.detach().transpose(1, 2).contiguous()
+    flat = x.transpose(1, 2).contiguous()
     result = torch.empty_like(flat)
     shape = batch * tokens, heads, dim
-    angles = (float_bits(side.contiguous().view(-1, dim)) for side in (cos, sin))
-    rotate(float_bits(flat.view(shape)), *angles, back, float_bits(result.view(shape)))
+    angles = (side.contiguous().view(-1, dim) for side in (cos, sin))
+    rotate(flat.view(shape), *angles, back, result.view(shape))
     return result.transpose(1, 2)

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from adaptkit.errors import UsageError
 from adaptkit.networks.assembly import find_stack
 from adaptkit.training.distributed import World
-from adaptkit.training.network.linear import PackedWeight, PlainWeight
+from adaptkit.training.network.frozen import PackedWeight, PlainWeight
 
 
 def shard_frozen(network: Any, world: World, release_pages: Callable[[Tensor], None]) -> None:

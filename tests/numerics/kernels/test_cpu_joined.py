@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from adaptkit.numerics.kernels._cpu_joined import add_scaled, beside, stacked
+from adaptkit.numerics.kernels._cpu_joined import add_scaled, beside
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 SPECIAL = [0.0, -0.0, 1e-8, -6e-8, 1e-40, 65504.0, -3.0, 1 / 3]
@@ -23,14 +23,6 @@ def test_beside_concatenates_columns_and_pads_with_zeros(dtype, ranks, columns):
     found = beside(x, inner, columns)
     assert torch.equal(found, torch.cat((x, inner, torch.zeros(5, columns - 19 - ranks, dtype=dtype)), 1))
     assert torch.equal(beside(x.T.contiguous().T, inner, columns), found)
-
-
-@pytest.mark.parametrize("dtype", TYPES)
-def test_stacked_concatenates_rows(dtype):
-    factors = [matrix(3, 17, 0), torch.nn.Parameter(matrix(1, 17, 1)), matrix(8, 34, 2)[:, ::2]]
-    found = stacked(factors, dtype)
-    assert torch.equal(found.view(torch.uint8), torch.cat(factors).to(dtype).detach().view(torch.uint8))
-    assert not found.requires_grad
 
 
 @pytest.mark.parametrize("dtype", TYPES)

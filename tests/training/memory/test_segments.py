@@ -14,8 +14,8 @@ from adaptkit.training.memory import segments
 from adaptkit.training.memory.activations import Activations
 from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.joined import join_layers
-from adaptkit.training.network.linear import PackedWeight
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 

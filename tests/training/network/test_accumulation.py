@@ -7,8 +7,9 @@ from adapted import load_adapted, packed_in
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network import joined
 from adaptkit.training.network.accumulation import accumulate, accumulating
+from adaptkit.training.network.frozen import PlainWeight
 from adaptkit.training.network.joined import join_layers
-from adaptkit.training.network.linear import LoraLinear, PlainWeight
+from adaptkit.training.network.linear import LoraLinear
 
 
 def loaded(made):

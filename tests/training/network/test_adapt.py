@@ -27,7 +27,7 @@ from adaptkit.training.data.samples import IGNORED, Sample
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.adapt import parameter_places, train_whole
-from adaptkit.training.network.linear import PackedWeight
+from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model

@@ -10,7 +10,8 @@ from torch.nn import functional
 from adaptkit.networks.activations import Alive
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.dora import row_norms, squared_rows
-from adaptkit.training.network.linear import LoraLinear, PlainWeight
+from adaptkit.training.network.frozen import PlainWeight
+from adaptkit.training.network.linear import LoraLinear
 
 
 def layers(dropout=0.0, seed=0):

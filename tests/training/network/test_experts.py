@@ -28,7 +28,7 @@ from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import experts
 from adaptkit.training.network.experts import ExpertList, PackedModule, read_weight
-from adaptkit.training.network.linear import PackedWeight, PlainWeight
+from adaptkit.training.network.frozen import PackedWeight, PlainWeight
 from adaptkit.training.network.model import _decoded_bytes, load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter, new_stack_adapters
 from adaptkit.training.network.sharding import _make_shardable

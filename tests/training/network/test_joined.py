@@ -20,9 +20,10 @@ from adaptkit.training.data.batches import Batch
 from adaptkit.training.distributed import World
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.memory.parameters import Trainable
-from adaptkit.training.network.joined import _can_join, _Member, join_layers
+from adaptkit.training.network.frozen import PackedWeight, PlainWeight
+from adaptkit.training.network.joined import _can_join, _widened, join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
-from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
+from adaptkit.training.network.linear import LoraLinear
 
 LLAMA = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
 GROUPS = {
@@ -94,7 +95,7 @@ def test_layers_that_read_the_same_input_are_one_product(family, made, monkeypat
     seen, multiplied = [], joined.multiplied
     monkeypatch.setattr(joined, "multiplied", lambda group, *xs: (seen.append(group), multiplied(group, *xs))[1])
     logits_and_gradients(model.network)
-    assert [{names[member.layer] for member in group} for group in seen] == GROUPS[family] * 2
+    assert [{names[layer()] for layer in group} for group in seen] == GROUPS[family] * 2
 
 
 def effects(layers, xs, forward=lambda layer, x: layer(x)):
@@ -156,7 +157,7 @@ def test_widening_puts_the_scaled_b_beside_the_decoded_weight(format_name, shape
     layer = layer_of(format_name, shape, block_size, double_quant)
     assert _can_join(layer)
     width = shape[1]
-    found = _Member(layer).widen(layer.lora_b, width + 3, width + 32, dtype)
+    found = _widened(layer, layer.lora_b, width + 3, width + 32, dtype)
     expected = torch.zeros(shape[0], width + 32, dtype=dtype)
     expected[:, :width] = layer.base.dequantize(dtype)
     expected[:, width + 3 : width + 8] = (layer.lora_b.detach() * torch.tensor(0.7)).to(dtype)

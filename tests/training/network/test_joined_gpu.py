@@ -26,8 +26,9 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import joined_gpu, linear
+from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.joined_gpu import JoinedWeight, join_on_gpu
-from adaptkit.training.network.linear import LoraLinear, PackedWeight
+from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.narrow import keep_narrow
 
 

@@ -10,7 +10,8 @@ from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.numerics.lora import LowRank
-from adaptkit.training.network.linear import LoraLinear, PackedWeight, PlainWeight
+from adaptkit.training.network.frozen import PackedWeight, PlainWeight
+from adaptkit.training.network.linear import LoraLinear
 
 
 def nf4_layer(double_quant=True, out_features=96, in_features=128, rank=4, seed=0):

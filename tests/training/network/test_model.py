@@ -22,7 +22,7 @@ from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network import model
-from adaptkit.training.network.linear import PackedWeight
+from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.loading import attach_adapter
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter

@@ -13,7 +13,7 @@ from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.networks.activations import Alive
 from adaptkit.numerics.kernels._cpu_lookup import PERMUTATION
-from adaptkit.training.network.linear import PackedWeight
+from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.packed_rows import decoded, packed_rows
 
 needs_instruction = pytest.mark.skipif(
@@ -77,13 +77,13 @@ def test_the_rows_of_a_copied_or_changed_weight_are_its_own():
     weight = PackedWeight(packed((64, 128), Encoding("nf4")))
     weight.rows()
     copied = deepcopy(weight)
-    assert copied.rows().codes.ctypes.data == copied.codes.data_ptr() != weight.codes.data_ptr()
+    assert copied.rows().argument.codes.ctypes.data == copied.codes.data_ptr() != weight.codes.data_ptr()
     others = {name: part.clone() for name, part in weight.state_dict().items()} | {"codes": weight.codes.flip(0)}
     copied.load_state_dict(others, assign=True)
     assert torch.equal(copied.dequantize(torch.float32), copied.quantized().dequantize(torch.float32))
     assert not torch.equal(copied.dequantize(torch.float32), weight.dequantize(torch.float32))
     assert copied.to("meta").rows() is None
-    assert copied._rows is None
+    assert copied._rows == (None, 0)
 
 
 def test_only_the_codes_of_one_matrix_are_copied_of_a_stack_that_processes_share():
