@@ -11,6 +11,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.distributed import World
 from adaptkit.training.network.accumulation import accumulating
+from adaptkit.training.network.answer_rows import AnswerRows
 from adaptkit.training.network.groups import forget
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model
@@ -29,6 +30,7 @@ class Gradients:
 
     def __init__(self, model: Model, vector: Tensor, config: TrainConfig, world: World) -> None:
         self._model, self._vector, self._seed, self._world = model, vector, config.seed, world
+        self._rows = AnswerRows(model)  # before the noise, which expects a batch
         self._noise = EmbeddingNoise(model.network, config.neftune_alpha) if config.neftune_alpha else None
         self._sources: list[str] = []
         self._non_finite: list[str] = []
@@ -71,9 +73,10 @@ class Gradients:
         torch.manual_seed(random_seed(self._seed, step, self._world.rank, index))
         if self._noise is not None:
             self._noise.expect(batch)
-        loss = summed_loss(self._model, batch) / answers
-        with accumulating():
-            torch.autograd.backward(loss)  # even if it is not finite: a sharded base needs all processes here
+        with self._rows.only(batch):
+            loss = summed_loss(self._model, batch) / answers
+            with accumulating():
+                torch.autograd.backward(loss)  # even if it is not finite: a sharded base needs all processes here
         return loss.detach()
 
 

@@ -41,7 +41,12 @@ def fuse_layers(network: nn.Module, on_gpu: bool = False) -> None:
             elif plus_one is False:
                 module.forward = _torch_norm(weight, eps)
         elif _is_gate(module) and (not on_gpu or _has_kernel(module)):
-            module.forward = _gated(module)
+            module.forward = _Gated(module)
+
+
+def fused_gates(network: nn.Module) -> list[Any]:
+    """Return the modules whose forward pass ``fuse_layers`` replaced by that of a gate, in their order."""
+    return [module for module in network.modules() if isinstance(vars(module).get("forward"), _Gated)]
 
 
 def _is_gate(module: Any) -> bool:
@@ -74,14 +79,21 @@ def _norm(weight: Tensor, eps: float, plus_one: bool) -> Callable[[Tensor], Tens
     return forward
 
 
-def _gated(module: Any) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        gate, up = (_contiguous_on_cpu(side(x)) for side in (module.gate_proj, module.up_proj))
-        inner = _product(gate, up) if not torch.is_grad_enabled() else _kept_product(gate, up)
-        result: Tensor = module.down_proj(inner)
-        return result
+class _Gated:
+    """The forward pass of a gate.
 
-    return forward
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = (_contiguous_on_cpu(side(x)) for side in (self._module.gate_proj, self._module.up_proj))
+        inner = _product(gate, up) if not torch.is_grad_enabled() else _kept_product(gate, up)
+        result: Tensor = self._module.down_proj(inner)
+        return result
 
 
 def _contiguous_on_cpu(side: Tensor) -> Tensor:
