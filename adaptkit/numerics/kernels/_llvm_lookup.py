@@ -67,12 +67,32 @@ def call(builder, name, kind, *arguments):
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
 
 
-def _by_weights(builder, table, codes, width, name):
+def _unpacked(builder, packed):
+    """Return the 32 codes of 16 bytes, in order."""
+    high, low = builder.lshr(packed, splat(_BYTES, 4)), builder.and_(packed, splat(_BYTES, 15))
+    return _weave(builder, high, low)
+
+
+def _by_words(builder, table, packed, width, name):
+    """Look up 32 codes; yield one vector of 16-bit weights, in order.
+
+    The instruction reads the last five bits of an index. The table is there twice, so the first of them has no effect,
+    and a whole byte is the index of its second code.
+    """
+    kind = ir.VectorType(ir.IntType(16), 32)
+    places = ir.Constant(ir.VectorType(_WORD, 32), [index % 16 for index in range(32)])
+    table = builder.trunc(table, ir.VectorType(kind.element, 16))
+    table = builder.shuffle_vector(table, table, places)
+    whole = builder.zext(packed, _WORDS)
+    pairs = builder.or_(builder.lshr(whole, splat(_WORDS, 4)), builder.shl(whole, splat(_WORDS, 16)))
+    yield call(builder, name, kind, table, builder.bitcast(pairs, kind))
+
+
+def _by_weights(builder, table, packed, width, name):
     """Look up 32 codes; yield vectors of weights, in order."""
-    size = 512 // width
+    size, codes = 512 // width, _unpacked(builder, packed)
     kind = ir.VectorType(ir.IntType(width), size)
     places = ir.Constant(ir.VectorType(_WORD, size), [index % 16 for index in range(size)])
-    table = builder.trunc(table, ir.VectorType(kind.element, 16)) if width < 32 else table
     table = builder.shuffle_vector(table, table, places)
     for start in range(0, CHUNK, size):
         mask = ir.Constant(ir.VectorType(_WORD, size), list(range(start, start + size)))
@@ -80,8 +100,9 @@ def _by_weights(builder, table, codes, width, name):
         yield call(builder, name, kind, table, builder.zext(part, kind))
 
 
-def _by_bytes(builder, table, codes, width, name):
+def _by_bytes(builder, table, packed, width, name):
     """Look up 32 codes in planes of bytes; yield vectors of weights, in order."""
+    codes = _unpacked(builder, packed)
     planes = [builder.trunc(builder.lshr(table, splat(_WORDS, 8 * n)), _BYTES) for n in range(width // 8)]
     for start in range(0, CHUNK, 16):
         mask = ir.Constant(_WORDS, list(range(start, start + 16)))
@@ -114,12 +135,10 @@ def decode_block(typingctx, codes, absmax, levels, out):
             start = builder.mul(loop.index, step)
             source = builder.bitcast(builder.gep(arrays[0].data, [start]), _BYTES.as_pointer())
             packed = builder.load(source, align=1)
-            high, low = builder.lshr(packed, splat(_BYTES, 4)), builder.and_(packed, splat(_BYTES, 15))
-            q = _weave(builder, high, low)
             whole = PERMUTATIONS_OF_WEIGHTS.get(width)
-            decode, name = (_by_weights, whole) if whole else (_by_bytes, PERMUTATION)
+            decode, name = (_by_bytes, PERMUTATION) if not whole else (_by_words if width == 16 else _by_weights, whole)
             target = builder.gep(arrays[3].data, [builder.mul(start, ir.Constant(size.type, 2))])
-            for weights in decode(builder, table, q, width, name):
+            for weights in decode(builder, table, packed, width, name):
                 builder.store(weights, builder.bitcast(target, weights.type.as_pointer()), align=1)
                 target = builder.gep(target, [ir.Constant(size.type, weights.type.count)])
         return context.get_dummy_value()
