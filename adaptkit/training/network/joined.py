@@ -1,14 +1,14 @@
 """Packed linear layers that read the same input, on a CPU: one product multiplies by weight and adapter together.
 
     Yᵢ = [X | X' Aᵀ] [Wᵢ | 0 | sᵢ Bᵢ | 0]ᵀ        A: all Aᵢ concatenated along rows; sᵢ Bᵢ is in the columns of its Aᵢ
-    [D | I] = Σ Gᵢ [Wᵢ | 0 | sᵢ Bᵢ | 0]           Gᵢ: the gradient of Yᵢ
+    D = Σ Gᵢ Wᵢ        Iᵢ = sᵢ Gᵢ Bᵢ              Gᵢ: the gradient of Yᵢ; I: all Iᵢ concatenated along columns
     dX = D, dX' = I A        dA = Iᵀ X'        dBᵢ = sᵢ Gᵢᵀ (X' Aᵢᵀ)
 
-A product with a factor of an adapter costs more in call overhead than in arithmetic, and adding its result to another
-tensor reads and writes that tensor once more. Here most of these products are part of a product that is computed
-anyway, and the others are computed once for all layers. Also, the sum is rounded once: in bfloat16, an adapter's share
-below the rounding error of W's product would be lost if it were added to the rounded product. Most shares are that
-small in the first steps, when B is still close to zero.
+Adding an adapter's share to Y would read and write Y once more. As a part of the same product it is summed before Y is
+rounded: in bfloat16, a share below the rounding error of W's product would be lost if it were added to the rounded
+product. Most shares are that small in the first steps, when B is still close to zero. The backward pass has no such sum
+for each layer, and D's width is usually a multiple of what a processor multiplies at a time: wider products, with I
+beside D, take longer than separate ones. Products with A are computed once for all layers.
 
 The first layer that is called computes the results of all, and the others take theirs. With dropout the inputs X'
 differ, so each layer computes its own.
@@ -124,27 +124,27 @@ class _Product(torch.autograd.Function):
         if direct is None:
             return None, None, None, *by_factors
         if ctx.shared:
-            return torch.addmm(direct, grad_inner, a).view(ctx.shape), None, None, *by_factors
-        return direct.reshape(ctx.shape), (grad_inner @ a).view(ctx.shape), None, *by_factors
+            return direct.addmm_(grad_inner, a).view(ctx.shape), None, None, *by_factors
+        return direct.view(ctx.shape), (grad_inner @ a).view(ctx.shape), None, *by_factors
 
 
 def _input_gradients(
     layers: Sequence[Any], lora_bs: Sequence[Tensor], grads: Sequence[Tensor], width: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return I, and D if ``width`` is given: the width of an input that needs a gradient."""
-    if width is None:
-        scaled = [
-            grad @ (b * layer.scaling).to(grad.dtype) for layer, b, grad in zip(layers, lora_bs, grads, strict=True)
-        ]
-        return torch.cat(scaled, dim=1), None
-    ranks = sum(b.shape[1] for b in lora_bs)
-    columns, first = _columns(width, ranks), width
-    both = grads[0].new_empty(grads[0].shape[0], columns)
-    for number, (layer, b, grad) in enumerate(zip(layers, lora_bs, grads, strict=True)):
-        matrix = _widened(layer, b, first, columns, grad.dtype)
-        both = both.addmm_(grad, matrix) if number else torch.mm(grad, matrix, out=both)
-        first += b.shape[1]
-    return both[:, width : width + ranks], both[:, :width]
+    ranks = [b.shape[1] for b in lora_bs]
+    inner = grads[0].new_empty(grads[0].shape[0], sum(ranks))
+    direct: Tensor | None = None
+    for layer, b, grad, own in zip(layers, lora_bs, grads, inner.split(ranks, 1), strict=True):
+        if width is None:
+            torch.mm(grad, (b * layer.scaling).to(grad.dtype), out=own)
+            continue
+        rank = b.shape[1]
+        matrix = _widened(layer, b, width, _columns(width, rank), grad.dtype)
+        torch.mm(grad, matrix[:, width : width + rank], out=own)
+        weight = matrix[:, :width]
+        direct = torch.mm(grad, weight) if direct is None else direct.addmm_(grad, weight)
+    return inner, direct
 
 
 def _widened(layer: Any, lora_b: Tensor, first: int, columns: int, dtype: torch.dtype) -> Tensor:
