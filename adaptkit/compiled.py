@@ -153,6 +153,7 @@ class _Entry:
     Attributes:
         address: address of the function.
         pack: packs the values of the cells into bytes.
+        returns: whether the kernel returns anything.
     """
 
     def __init__(self, kinds: tuple[Kind, ...], content: bytes) -> None:
@@ -161,6 +162,7 @@ class _Entry:
         cells = "".join(form for kind in kinds for form in formats(kind))
         self.pack = struct.Struct(cells).pack
         self._results = struct.Struct("".join(f"{letter}{8 - struct.calcsize(letter)}x" for letter in letters))
+        self.returns = self._results.size > 0
         self._engine, self.address = _load_object(code, name)
         pointer = ctypes.c_void_p
         self._function = ctypes.CFUNCTYPE(ctypes.c_int32, pointer, pointer, pointer)(self.address)

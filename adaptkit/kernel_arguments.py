@@ -24,7 +24,7 @@ class Known:
     """An argument whose kind and cells are determined once: for arguments of many parts, used in many calls.
 
     Args:
-        argument: numpy arrays, numbers, and tuples of those; no array may be moved or resized.
+        argument: arrays, tensors, numbers, and tuples of those; none may be resized or get other memory.
 
     Attributes:
         argument: the same.
@@ -87,6 +87,8 @@ _TENSOR_FLAGS = {
 def _array_dtype(dtype: Any) -> tuple[Any, int]:
     """Return the numpy dtype for a torch dtype, and its size in bytes."""
     name = str(dtype).removeprefix("torch.")
+    if name in ("uint16", "int16"):
+        raise TypeError(f"a kernel would take {name} for bits of a short float")
     found = np.dtype({"bfloat16": "uint16", "float16": "int16"}.get(name, name))
     return found, found.itemsize
 

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from adaptkit.compiled import Kernel, load_text
+from adaptkit.kernel_cache import Kind
 
 _HEAD = ("number", "count", "kernel", "rows", "useful", "size", "failed")
 _FUNCTIONS = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_parallel")
@@ -71,6 +72,12 @@ class Shared(Kernel):
     def __init__(self, function: Callable[..., Any], divided: str) -> None:
         super().__init__(function, {})
         self._divided = list(inspect.signature(function).parameters).index(divided)
+
+    def _load(self, kinds: tuple[Kind, ...]) -> Any:
+        entry = super()._load(kinds)
+        if entry.returns:  # ``run`` has no memory for results
+            raise TypeError(f"{self.function.__qualname__} is shared and must return nothing")
+        return entry
 
     def __call__(self, *arguments: Any, threads: int | None = None) -> None:
         """Run the kernel, with a number of threads that depends on the number of elements.

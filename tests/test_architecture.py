@@ -46,7 +46,7 @@ ON_THE_GROUND = {
     "kernel_arguments": {"kernel_cache"},
     "compiled": {"kernel_arguments", "kernel_cache", "compiler"},
     "compiler": {"compiled", "kernel_arguments", "kernel_cache", "errors"},
-    "team": {"compiled"},
+    "team": {"compiled", "kernel_cache"},
 }
 MAY_IMPORT = {
     "numerics": GROUND,

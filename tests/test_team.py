@@ -20,7 +20,7 @@ from adaptkit import team
 from adaptkit.numerics import kernels
 from adaptkit.numerics.kernels import _cpu_adamw, _cpu_attention, _cpu_joined, _cpu_layers, _cpu_loss, _cpu_rotary
 from adaptkit.numerics.kernels._cpu_float import float_bits
-from adaptkit.team import Shared, team_size
+from adaptkit.team import Shared, shared, team_size
 from adaptkit.training.network import attention, loss
 
 ROWS, WIDTH = 301, 1024
@@ -186,6 +186,16 @@ def test_as_many_threads_take_part_as_are_asked_for():
     *arguments, room = CASES[_cpu_attention.softmax_block]()
     _cpu_attention.softmax_block(*arguments, room, threads=2)
     assert [bool(row.any()) for row in room] == [True] * 2 + [False] * 6
+
+
+@shared("array")
+def first_number(array, part):
+    return array[0]
+
+
+def test_a_shared_kernel_that_returns_something_is_refused():
+    with pytest.raises(TypeError, match="must return nothing"):
+        first_number(np.ones(3))
 
 
 @needs_team

@@ -101,8 +101,7 @@ def _load_step_kernels(config: TrainConfig) -> None:
     """
     dtype, total = getattr(torch, config.compute_dtype), torch.zeros(2, 2)
     load_loss_kernel(dtype)
-    for grad in (torch.zeros(2, 2, dtype=dtype), torch.zeros(2, 2, dtype=dtype).T):
-        add_scaled(total, grad, 1.0)
+    add_scaled(total, torch.zeros(2, 2, dtype=dtype), 1.0)
     vectors = [torch.zeros(BLOCK) for _ in range(4)]
     AdamW(0.0, 1, 0.0).update(*([vector] for vector in vectors))
     if STATE_BITS[config.optimizer] == 8:

@@ -1,7 +1,8 @@
 """Conversions between the bits of three float types and float32 in compiled loops, branch-free to be vectorized.
 
 numpy has no bfloat16 and numba no float16, so weights are passed as bits, and the integer type of an array determines
-the float type: uint16 is bfloat16, int16 is float16, uint32 is float32. Arrays of float32 are used as they are, too.
+the float type: uint16 is bfloat16, int16 is float16, uint32 is float32. "Bits" are also arrays of float32 themselves,
+as which kernels receive tensors of that type. Other types cannot be compiled.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def _value(array, bits):
         return lambda array, bits: np.uint32(bits).view(np.float32)
     if array.dtype.name == "float32":
         return lambda array, bits: bits
-    return _value_float16
+    return _value_float16 if array.dtype.name == "int16" else None
 
 
 def _value_float16(array, bits):
@@ -97,7 +98,7 @@ def _rounded(array, number):
         return lambda array, number: np.float32(number).view(np.uint32)
     if array.dtype.name == "float32":
         return lambda array, number: np.float32(number)
-    return lambda array, number: _to_float16(number)
+    return (lambda array, number: _to_float16(number)) if array.dtype.name == "int16" else None
 
 
 @inlined

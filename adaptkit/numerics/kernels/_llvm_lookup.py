@@ -121,6 +121,8 @@ def decode_block(typingctx, codes, absmax, levels, out):
 
     All arrays are contiguous; ``out`` has twice as many elements as ``codes``, a multiple of ``CHUNK``.
     """
+    if out.dtype not in (types.uint16, types.int16, types.uint32, types.float32):
+        return None  # no such function
 
     def codegen(context, builder, signature, arguments):
         arrays = {n: context.make_array(signature.args[n])(context, builder, arguments[n]) for n in (0, 2, 3)}

@@ -35,7 +35,7 @@ def accumulate(parameter: nn.Parameter, grad: Tensor, scale: float = 1.0) -> Ten
 
     Args:
         parameter: float32 matrix.
-        grad: shape of the parameter, any floating-point type; may be a view.
+        grad: shape of the parameter, bfloat16, float16 or float32; may be a view.
         scale: factor that ``grad`` is multiplied by, in the parameter's type.
 
     Returns:

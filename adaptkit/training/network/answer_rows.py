@@ -7,7 +7,7 @@ its result for one position must reach the final hidden state of that position, 
 would reach later positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,34 +34,52 @@ class AnswerRows:
     """
 
     def __init__(self, model: Model) -> None:
-        self._positions, self._chosen = 0, torch.empty(0, dtype=torch.int64)
+        self._mlp: _Chosen | None = None
         gates = fused_gates(model.network)
         if gates and model.device.type == "cpu" and model.output_layer is not None and _is_last(gates[-1], model):
-            self._replace(gates[-1])
-
-    def _replace(self, mlp: Any) -> None:
-        full = mlp.forward
-
-        def forward(x: Tensor) -> Tensor:
-            if x.shape[:-1].numel() != self._positions:
-                return full(x)  # type: ignore[no-any-return]
-            part = full(_Take.apply(x, self._chosen))  # type: ignore[no-untyped-call]
-            return _Put.apply(part, self._chosen, x.shape)  # type: ignore[no-untyped-call, no-any-return]
-
-        mlp.forward = forward
+            self._mlp = gates[-1].forward = _Chosen(gates[-1].forward)
 
     @contextmanager
     def only(self, batch: Batch) -> Iterator[None]:
-        """Compute only the positions of a batch that carry loss while the block runs, a backward pass included."""
+        """Compute only the positions of a batch that carry loss while the block runs, a backward pass included.
+
+        All are computed if more than nine in ten carry loss, or none.
+        """
+        if self._mlp is None:
+            yield
+            return
         carries = torch.zeros(batch.labels.shape, dtype=torch.bool)
         carries[:, :-1] = batch.labels[:, 1:] != IGNORED
         chosen = carries.flatten().nonzero().squeeze(1)
         if 0 < chosen.shape[0] <= _MOST * carries.numel():
-            self._positions, self._chosen = carries.numel(), chosen
+            self._mlp.choose(carries.numel(), chosen)
         try:
             yield
         finally:
-            self._positions = 0
+            self._mlp.choose(0, None)
+
+
+class _Chosen:
+    """A forward pass that computes only chosen positions; the result for the others is zero.
+
+    Args:
+        full: the forward pass for all.
+    """
+
+    def __init__(self, full: Callable[[Tensor], Tensor]) -> None:
+        self._full = full
+        self.choose(0, None)
+
+    def choose(self, positions: int, chosen: Tensor | None) -> None:
+        """Set the positions to compute in inputs that have so many: (N,) int64; None for all."""
+        self._positions, self._chosen = positions, chosen
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._chosen is None or x.shape[:-1].numel() != self._positions:
+            return self._full(x)
+        part = self._full(_Take.apply(x, self._chosen))  # type: ignore[no-untyped-call]
+        result: Tensor = _Put.apply(part, self._chosen, x.shape)  # type: ignore[no-untyped-call]
+        return result
 
 
 def _is_last(mlp: nn.Module, model: Model) -> bool:

@@ -80,14 +80,12 @@ class PackedWeight(nn.Module):
     def rows(self) -> Known | None:
         """Return ``packed_rows`` of the weight; made once for the same memory, unless the weight is divided."""
         codes, (rows, address) = self.codes, self._rows
-        if not codes.is_cpu:
-            self._rows = None, 0
-            return None
         if rows is not None and codes.data_ptr() == address:
             return rows
-        rows = packed_rows(self.quantized())
-        if not self.is_divided:
-            self._rows = rows, codes.data_ptr()
+        rows = packed_rows(self.quantized()) if codes.is_cpu else None
+        keep = rows is not None and not self.is_divided
+        if keep or self._rows[0] is not None:
+            self._rows = (rows, codes.data_ptr()) if keep else (None, 0)
         return rows
 
     def release_pages(self) -> None:

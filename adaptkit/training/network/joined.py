@@ -135,7 +135,7 @@ def _input_gradients(
     ranks = [b.shape[1] for b in lora_bs]
     inner = grads[0].new_empty(grads[0].shape[0], sum(ranks))
     direct: Tensor | None = None
-    for layer, b, grad, own in zip(layers, lora_bs, grads, inner.split(ranks, 1), strict=True):
+    for layer, b, grad, own in zip(layers, lora_bs, grads, inner.split(ranks, 1), strict=True):  # type: ignore[no-untyped-call]
         if width is None:
             torch.mm(grad, (b * layer.scaling).to(grad.dtype), out=own)
             continue

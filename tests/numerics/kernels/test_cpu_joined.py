@@ -1,5 +1,6 @@
 """Kernels for the small matrices of joined layers match torch's operations."""
 
+import numba
 import pytest
 import torch
 
@@ -43,3 +44,12 @@ def test_non_finite_values_stay_non_finite(dtype):
     add_scaled(total, torch.tensor([[float("inf"), float("-inf"), float("nan"), 1.0]]).to(dtype), 2.0)
     assert not total[0, :3].isfinite().any()
     assert total[0, 3] == 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.int16, torch.uint16])
+def test_other_types_are_refused(dtype):
+    """Not read as float16 or bfloat16 without a word."""
+    total = torch.zeros(2, 3)
+    with pytest.raises((numba.TypingError, TypeError)):
+        add_scaled(total, torch.ones(2, 3).to(dtype), 1.0)
+    assert not total.any()

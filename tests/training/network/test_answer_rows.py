@@ -1,14 +1,15 @@
 """The last MLP computes only positions with loss: the same loss and gradients, and nothing else changes."""
 
 import pytest
+import tiny
 import torch
 from adapted import load_adapted, packed_in
 
-from adaptkit.training.data.batches import Batch
-from adaptkit.training.data.samples import IGNORED
+from adaptkit.training.data.batches import Batch, collate
+from adaptkit.training.data.samples import IGNORED, Sample
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.answer_rows import AnswerRows
-from adaptkit.training.network.fused import fuse_layers
+from adaptkit.training.network.fused import fuse_layers, fused_gates
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.unread import mark_unread
@@ -53,7 +54,7 @@ def loss_and_gradients(model, batch, rows=None):
     return [loss.detach(), *(p.grad for p in model.network.parameters() if p.requires_grad)]
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "qwen2_moe"])
 def test_loss_and_gradients_are_those_of_all_positions(family, made):
     model, batch = ready(made, family), batch_of(15, 9)
     expected = loss_and_gradients(model, batch)
@@ -93,11 +94,36 @@ def test_all_positions_are_computed_where_most_or_none_carry_loss(answers, made)
 
 
 @pytest.mark.parametrize("family", ["gemma", "phi", "mixtral", "gpt2"])
-def test_other_architectures_are_left_alone(family, made):
-    model = load_adapted(packed_in(made, family))
+def test_architectures_without_such_an_mlp_are_left_alone(family, made):
+    model = ready(made, family)
     before = [module.forward for module in model.network.modules()]
     AnswerRows(model)
     assert [module.forward for module in model.network.modules()] == before
+
+
+def test_a_gate_in_an_earlier_layer_is_left_alone(made, monkeypatch):
+    """In this mixture only the first layer has an MLP; the others have experts."""
+    values = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "mlp_only_layers": [0]}
+    monkeypatch.setitem(tiny.ARCHITECTURES, "qwen3_moe", values)
+    model = load_adapted(tiny.write_architecture(made / "dense-first", "qwen3_moe"))
+    fuse_layers(model.network)
+    assert [module is model.network.model.layers[0].mlp for module in fused_gates(model.network)] == [True]
+    before = model.network.model.layers[0].mlp.forward
+    AnswerRows(model)
+    assert model.network.model.layers[0].mlp.forward is before
+
+
+def test_positions_of_packed_samples(made):
+    model = ready(made, "llama")
+    samples = [tuple(Sample(tuple(range(3, 3 + n)), (IGNORED,) * 4 + tuple(range(7, 3 + n))) for n in (9, 7))]
+    batch = collate(samples, 0)
+    expected = loss_and_gradients(model, batch)
+    rows = AnswerRows(model)
+    sizes = counted(model)
+    found = loss_and_gradients(model, batch, rows)
+    assert sizes == [16, 5 + 3]
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.abs().max()))
 
 
 def test_an_mlp_whose_result_reaches_other_positions_is_left_alone(made):

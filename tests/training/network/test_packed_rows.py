@@ -69,6 +69,7 @@ def test_the_rows_of_a_weight_are_made_once_unless_processes_share_it():
         assert weight.is_divided
         assert torch.equal(weight.dequantize(torch.float32), others.dequantize(torch.float32))
         assert weight.rows() is not weight.rows()
+        assert weight._rows == (None, 0)  # the whole weight is freed
 
 
 @needs_instruction
