@@ -1,5 +1,7 @@
 """The last MLP computes only positions with loss: the same loss and gradients, and nothing else changes."""
 
+from contextlib import nullcontext
+
 import pytest
 import tiny
 import torch
@@ -44,27 +46,29 @@ def counted(model):
 def loss_and_gradients(model, batch, rows=None):
     torch.manual_seed(3)
     model.network.train().zero_grad()
-    if rows is None:
+    with nullcontext() if rows is None else rows.only(batch):
         loss = summed_loss(model, batch)
         loss.backward()
-    else:
-        with rows.only(batch):
-            loss = summed_loss(model, batch)
-            loss.backward()
     return [loss.detach(), *(p.grad for p in model.network.parameters() if p.requires_grad)]
+
+
+def check_against_all_positions(model, batch, computed):
+    """Check loss, gradients and the number of positions of each MLP; return what to compare a later pass with."""
+    expected = loss_and_gradients(model, batch)
+    rows = AnswerRows(model)
+    sizes = counted(model)
+    found = loss_and_gradients(model, batch, rows)
+    assert sizes == computed
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.abs().max()))
+    sizes.clear()
+    return sizes, expected
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "qwen2", "qwen2_moe"])
 def test_loss_and_gradients_are_those_of_all_positions(family, made):
     model, batch = ready(made, family), batch_of(15, 9)
-    expected = loss_and_gradients(model, batch)
-    rows = AnswerRows(model)
-    sizes = counted(model)
-    found = loss_and_gradients(model, batch, rows)
-    assert sizes == [42, 6 + 12]
-    for one, two in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.abs().max()))
-    sizes.clear()
+    sizes, expected = check_against_all_positions(model, batch, [42, 6 + 12])
     again = loss_and_gradients(model, batch)  # after the block: all positions, as evaluation needs them
     assert sizes == [42, 42]
     assert all(map(torch.equal, again, expected))
@@ -116,14 +120,7 @@ def test_a_gate_in_an_earlier_layer_is_left_alone(made, monkeypatch):
 def test_positions_of_packed_samples(made):
     model = ready(made, "llama")
     samples = [tuple(Sample(tuple(range(3, 3 + n)), (IGNORED,) * 4 + tuple(range(7, 3 + n))) for n in (9, 7))]
-    batch = collate(samples, 0)
-    expected = loss_and_gradients(model, batch)
-    rows = AnswerRows(model)
-    sizes = counted(model)
-    found = loss_and_gradients(model, batch, rows)
-    assert sizes == [16, 5 + 3]
-    for one, two in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.abs().max()))
+    check_against_all_positions(model, collate(samples, 0), [16, 5 + 3])
 
 
 def test_an_mlp_whose_result_reaches_other_positions_is_left_alone(made):
