@@ -78,6 +78,7 @@ def test_the_rows_of_a_copied_or_changed_weight_are_its_own():
     weight = PackedWeight(packed((64, 128), Encoding("nf4")))
     weight.rows()
     copied = deepcopy(weight)
+    assert copied._rows == (None, 0)
     assert copied.rows().argument.codes.ctypes.data == copied.codes.data_ptr() != weight.codes.data_ptr()
     others = {name: part.clone() for name, part in weight.state_dict().items()} | {"codes": weight.codes.flip(0)}
     copied.load_state_dict(others, assign=True)
