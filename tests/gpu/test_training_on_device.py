@@ -90,12 +90,16 @@ def test_losses_of_each_network_are_those_of_a_cpu(base, config, name, tmp_path)
     agrees_with_a_cpu(config | {"base": base(name)} | PAGED | OFFLOADED, tmp_path)
 
 
-def test_packed_samples_have_the_losses_that_they_have_alone(base):
-    """The check for packed rows is skipped for batches of single samples, and for no others."""
+@pytest.mark.parametrize("lengths", [(37, 20), (150, 140, 1)])
+def test_packed_samples_have_the_losses_that_they_have_alone(base, lengths):
+    """The check for packed rows is skipped for batches of single samples, and for no others; long ones go apart."""
     model = load_model(Path(base("llama", packed=False)), torch.float32, torch.device("cuda"))
-    samples = [Sample(ids, ids) for ids in (tuple(range(3, 40)), tuple(range(70, 90)))]
+    ids = [tuple(3 + (index * (7 + at)) % 200 for index in range(length)) for at, length in enumerate(lengths)]
+    samples = [Sample(one, one) for one in ids]
     alone = sum(float(summed_loss(model, collate([(sample,)], 2))) for sample in samples)
-    assert float(summed_loss(model, collate([tuple(samples)], 2))) == pytest.approx(alone, rel=1e-4)
+    short = (samples[0],)  # beside it, so that the batch has padding
+    alone += float(summed_loss(model, collate([short], 2)))
+    assert float(summed_loss(model, collate([tuple(samples), short], 2))) == pytest.approx(alone, rel=1e-4)
 
 
 def waits(config, output):

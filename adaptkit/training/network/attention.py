@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from adaptkit.networks.kinds import asks_for_sdpa
 from adaptkit.numerics.kernels._cpu_attention import gradient_block, row_products, softmax_block
 from adaptkit.team import is_faster_than_torch, team_size
+from adaptkit.training.network.attention_gpu import attend_on_gpu
 from adaptkit.training.network.spans import Spans, causal_spans, mask_spans
 
 NAME = "adaptkit"
@@ -97,9 +98,10 @@ def _grouped(side: Tensor, key_heads: int) -> Tensor:
 
 
 def use_own_attention(network: Any) -> None:
-    """Make a transformers model on a CPU use this attention wherever it is equivalent; other calls fall back to sdpa.
+    """Make a transformers model use this attention wherever it is equivalent; other calls fall back to sdpa.
 
-    Where torch has many threads and the passes between the products can use only one, sdpa is kept for all calls.
+    On a CPU where torch has many threads and the passes between the products can use only one, sdpa is kept for all
+    calls.
 
     Args:
         network: transformers model; left unchanged if its attention is not sdpa, or if its layers depend on the name
@@ -110,7 +112,8 @@ def use_own_attention(network: Any) -> None:
 
     if any(asks_for_sdpa(module) for module in network.modules()):
         return
-    if network.config._attn_implementation == "sdpa" and is_faster_than_torch():
+    is_fast = network.device.type != "cpu" or is_faster_than_torch()
+    if network.config._attn_implementation == "sdpa" and is_fast:
         AttentionInterface.register(NAME, _forward)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         network.set_attn_implementation(NAME)
@@ -122,8 +125,8 @@ def _forward(
     """Compute attention for transformers: (batch, queries, heads, value_dim), and None for the attention weights."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    spans = _spans(module, query, key, attention_mask, options)
-    if spans is None:
+    found = _attend(module, query, key, value, attention_mask, options)
+    if found is None:
         # transformers' own masks are bool here. A float mask is computed by a layer from its hidden states (Doge). In a
         # checkpointed layer it requires grad in only one of the two forward passes, and torch would choose another
         # kernel for that one: so force the same kernel in both.
@@ -131,20 +134,30 @@ def _forward(
         with sdpa_kernel(SDPBackend.MATH) if is_made else contextlib.nullcontext():
             result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return result
-    scale = options.get("scaling")
-    return attend(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale, spans), None
+    return found, None
 
 
-def _spans(module: Any, query: Tensor, key: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Spans | None:
-    """Return the keys that each query attends to; None if ``attend`` cannot compute this call."""
+def _attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> Tensor | None:
+    """Compute attention for any device; None if neither ``attend`` nor ``attend_on_gpu`` can compute this call."""
     unknown = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
-    is_here = query.device.type == "cpu"  # the model may have been moved since it was loaded
-    if unknown or options.get("dropout") or not is_here or query.dtype not in (torch.bfloat16, torch.float32):
+    if unknown or options.get("dropout"):
         return None
     if mask is not None:
         whole = query.shape[0], 1, query.shape[2], key.shape[2]  # a mask to be broadcast or sliced is left to sdpa
-        return mask_spans(mask) if mask.dtype == torch.bool and mask.shape == whole else None
-    causal = options.get("is_causal")
-    causal = getattr(module, "is_causal", True) if causal is None else causal
-    same = query.shape[2] == key.shape[2] > 1
-    return causal_spans(query.shape[0], query.shape[2]) if causal and same else None
+        is_known = mask.dtype == torch.bool and mask.shape == whole
+    else:
+        causal = options.get("is_causal")
+        causal = getattr(module, "is_causal", True) if causal is None else causal
+        is_known = causal and query.shape[2] == key.shape[2] > 1
+    if not is_known:
+        return None
+    scale = options.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.is_cuda:  # not only where the model was loaded: it may have been moved since
+        return attend_on_gpu(query, key, value, scale, mask)
+    if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float32):
+        return None
+    spans = causal_spans(query.shape[0], query.shape[2]) if mask is None else mask_spans(mask)
+    return None if spans is None else attend(query, key, value, scale, spans)

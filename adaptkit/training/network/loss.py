@@ -24,6 +24,7 @@ from adaptkit.team import is_faster_than_torch
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.data.samples import IGNORED
 from adaptkit.training.network.linear import LoraLinear
+from adaptkit.training.network.pinned import sent
 from adaptkit.training.network.positions import single_samples
 
 _BLOCK_BYTES = 2 * 2**20
@@ -47,8 +48,8 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
     network, device, output = model.network, model.device, model.output_layer
     places = (batch.labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     labels = batch.labels[:, 1:][places]
-    ids, row, column, wanted = (side.to(device, non_blocking=True) for side in (batch.ids, *places, labels))
-    positions = None if batch.positions is None else batch.positions.to(device, non_blocking=True)
+    ids, row, column, wanted = (sent(side, device) for side in (batch.ids, *places, labels))
+    positions = None if batch.positions is None else sent(batch.positions, device)
     with single_samples() if positions is None and ids.is_cuda else nullcontext():
         body = network if output is None else network.base_model
         found = body(input_ids=ids, position_ids=positions, use_cache=False)

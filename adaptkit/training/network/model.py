@@ -167,7 +167,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     require_causal(network)
     if device.type == "cpu":
         keep_freed_memory(2 * _decoded_bytes(network, compute_dtype))  # twice: room for adapter columns beside a weight
-        use_own_attention(network)
+    use_own_attention(network)
     output = find_output_layer(network)
     return Model(network, linears, assembly, compute_dtype, transposed, output_layer=output)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.training.data.batches import Batch
+from adaptkit.training.network.pinned import sent
 
 
 class EmbeddingNoise:
@@ -34,7 +35,7 @@ class EmbeddingNoise:
     def _add(self, embedding: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         if not embedding.training:
             return output
-        scale = self._alpha / torch.sqrt(self._lengths.to(output.device, non_blocking=True) * output.shape[-1])
+        scale = self._alpha / torch.sqrt(sent(self._lengths, output.device) * output.shape[-1])
         noise = torch.empty_like(output, dtype=torch.float32).uniform_(-1, 1)
         return output + (noise * scale[..., None]).to(output.dtype)
 

@@ -15,6 +15,17 @@ def pinned(make: Callable[..., Tensor], *arguments: Any, **named: Any) -> Tensor
         return None
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a tensor from host memory to a device, without waiting for what a GPU has yet to do.
+
+    Copies of more than 64 KiB from pageable memory would wait for it.
+    """
+    if device.type == "cuda":
+        place = pinned(torch.empty_like, tensor)
+        tensor = tensor if place is None else place.copy_(tensor)
+    return tensor.to(device, non_blocking=True)
+
+
 class HostMemory:
     """Host memory for tensors that are moved off a device: pinned for a GPU, falling back to pageable memory.
 

@@ -1,18 +1,21 @@
-"""The contiguous run of keys that each query attends to, divided into blocks.
+"""The contiguous run of keys that each query attends to: divided into blocks, or the samples of packed rows.
 
 Results are cached, since all layers of a network use the same mask, or alternate between two or three.
 """
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from adaptkit.networks.memory import ATTENTION_ROWS, ATTENTION_SCORES
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,17 +104,35 @@ def mask_spans(mask: Tensor) -> Spans | None:
     Args:
         mask: (batch, 1, queries, keys) bool, True for attended keys.
     """
+    return _once(_runs, mask)
+
+
+def sample_lengths(mask: Tensor) -> tuple[tuple[int, ...], ...] | None:
+    """Return the lengths of the samples in each row, on any device; the host waits for it once per mask.
+
+    Args:
+        mask: (batch, 1, tokens, tokens) bool, True for attended keys.
+
+    Returns:
+        None unless every token attends to exactly itself and all earlier tokens of its sample.
+    """
+    return _once(_samples, mask)
+
+
+def _once(find: Callable[[Tensor], _Found], mask: Tensor) -> _Found:
+    """Return what a function finds in a mask, from the second time on from a cache."""
     if mask.is_inference():  # no version counter, so a cached result could be stale
-        return _runs(mask)
-    version, answer = _answers.get(mask, (None, None))
+        return find(mask)
+    found = _answers.setdefault(mask, {})
+    version, answer = found.get(find, (None, None))
     if version != mask._version:
-        answer = _runs(mask)
-        _answers[mask] = mask._version, answer
-    return answer
+        answer = find(mask)
+        found[find] = mask._version, answer
+    return answer  # type: ignore[no-any-return]
 
 
-_answers: MutableMapping[Tensor, tuple[int | None, Spans | None]] = WeakTensorKeyDictionary()
-"""Cache of ``mask_spans``: maps a mask to its version at that time and the result."""
+_answers: MutableMapping[Tensor, dict[Any, tuple[int | None, Any]]] = WeakTensorKeyDictionary()
+"""Cache of ``_once``: maps a mask and a function to the mask's version at that time and the result."""
 
 
 def _runs(mask: Tensor) -> Spans | None:
@@ -122,3 +143,21 @@ def _runs(mask: Tensor) -> Spans | None:
     place = torch.arange(seen.shape[-1])
     runs = (place >= first[..., None]) & (place < last[..., None])
     return Spans(first, last) if torch.equal(runs, seen) else None
+
+
+def _samples(mask: Tensor) -> tuple[tuple[int, ...], ...] | None:
+    tokens, keys = mask.shape[2:]
+    if tokens != keys:
+        return None
+    place = torch.arange(tokens, device=mask.device)
+    first = torch.stack([row[0].view(torch.uint8).argmax(-1) for row in mask])  # one row at a time: less memory
+    earlier = torch.stack([row[0].tril().sum(-1) for row in mask])
+    counts = mask[:, 0].sum(-1)
+    begins = first == place
+    start = torch.where(begins, place, 0).cummax(-1).values
+    is_run = (counts == earlier) & (counts == place - first + 1) & (first == start)
+    begun: list[list[bool]] = torch.cat((begins, is_run.all(-1, keepdim=True)), -1).tolist()
+    if not all(row.pop() for row in begun):
+        return None
+    cuts = ([*(index for index, begin in enumerate(row) if begin), tokens] for row in begun)
+    return tuple(tuple(end - start for start, end in pairwise(cut)) for cut in cuts)

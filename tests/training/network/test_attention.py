@@ -5,6 +5,7 @@ import tiny
 import torch
 import transformers
 from adapted import plain_in
+from attention_formula import formula
 
 from adaptkit.numerics.kernels._cpu_attention import gradient_block, softmax_block
 from adaptkit.training.network import attention, spans
@@ -17,15 +18,6 @@ def seen_by(runs, keys):
     """Return spans as a mask: (batch, 1, queries, keys)."""
     place = torch.arange(keys)
     return ((place >= runs.first[..., None]) & (place < runs.last[..., None]))[:, None]
-
-
-def formula(query, key, value, scale, mask):
-    """Softmax of scaled products, written out; a query that attends to nothing gets zeros."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (side.repeat_interleave(group, 1) for side in (key, value))
-    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~mask, -1e30)
-    exponentials = (scores - scores.amax(-1, keepdim=True)).exp() * mask
-    return (exponentials / exponentials.sum(-1, keepdim=True).clamp(min=1e-300) @ value).transpose(1, 2)
 
 
 def random_spans(batch, queries, keys, generator):

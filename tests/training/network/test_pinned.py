@@ -8,7 +8,7 @@ from adaptkit.training.loop import train
 from adaptkit.training.memory import paging
 from adaptkit.training.memory.moments import PagedState
 from adaptkit.training.memory.offload import OffloadedTensors
-from adaptkit.training.network.pinned import HostMemory, pinned
+from adaptkit.training.network.pinned import HostMemory, pinned, sent
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -73,3 +73,28 @@ def test_a_run_warns_once_if_host_memory_cannot_be_pinned(llama_nf4, instruction
     notes = []
     train(config, tmp_path / "adapter", note=notes.append)
     assert sum("no more host memory can be pinned" in note for note in notes) == 1
+
+
+def test_what_is_sent_to_a_gpu_is_pinned_first(monkeypatch):
+    """The host would wait for the GPU otherwise, if it is more than 64 KiB."""
+    asked, empty_like = [], torch.empty_like
+
+    def recorded(tensor, pin_memory=False):
+        asked.append(pin_memory)
+        return empty_like(tensor)
+
+    monkeypatch.setattr(torch, "empty_like", recorded)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: (tensor, str(device), non_blocking))
+    values = torch.arange(5)
+    for device in (GPU, CPU):
+        found, *how = sent(values, device)
+        assert torch.equal(found, values)
+        assert how == [str(device), True]
+        assert (found is values) == (device == CPU)
+    assert asked == [True]
+
+
+@pytest.mark.usefixtures("nothing_is_pinned")
+def test_what_cannot_be_pinned_is_sent_all_the_same(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: tensor)
+    assert torch.equal(sent(torch.arange(5), GPU), torch.arange(5))
