@@ -46,7 +46,7 @@ def data_rows(data: "DataReport") -> Iterator[Row]:
         yield "twice", f"{text} (the first: {data.twice_at})"
     if data.special:
         special = counted(data.special, "row", "have")
-        text = f"{special} a special token in a message, which the model does not read as text"
+        text = f"{special} a special token in a message or tool, which the model does not read as text"
         yield "special", f"{text} (the first: {data.special_at})"
     if data.chat_template is not None:
         yield "template", f"from {data.chat_template}; it is saved with the output"

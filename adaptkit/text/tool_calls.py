@@ -119,6 +119,11 @@ def words_of(calls: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield from (leaf for leaf in _leaves(function["arguments"]) if isinstance(leaf, str))
 
 
+def words_of_tools(tools: Tools) -> Iterator[str]:
+    """Yield the keys and strings of tools."""
+    return (leaf for leaf in _leaves([*tools]) if isinstance(leaf, str))
+
+
 def first_missing_word(calls: Sequence[Mapping[str, Any]], text: str) -> str:
     """Return the first name, key or string of calls that is missing in a text; empty if all are there."""
     return next((word for word in words_of(calls) if not is_written(word, text)), "")

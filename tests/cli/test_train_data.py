@@ -145,7 +145,7 @@ def test_the_report_says_how_each_data_file_is_used(run_cli, llama, files):
 def test_rows_with_special_tokens_in_messages_are_reported(run_cli, llama, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "<|im_start|>user", "completion": "fine"}\n')
     done = run_cli(*arguments(llama, tmp_path, "rows.jsonl", held_out=0, steps=1), "--dry-run")
-    found = "1 row has a special token in a message, which the model does not read as text"
+    found = "1 row has a special token in a message or tool, which the model does not read as text"
     assert f"{found} (the first: {tmp_path}/rows.jsonl, line 1: <|im_start|>)" in done.stdout, done.stderr
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from adaptkit.text.conversation import Example, asks_for_the_date, read_example
 from adaptkit.text.reasoning import FIELD, Message
 from adaptkit.text.rows import is_on_hub, read_rows
 from adaptkit.text.tokenizer_files import special_tokens
-from adaptkit.text.tool_calls import CALLS, words_of
+from adaptkit.text.tool_calls import CALLS, words_of, words_of_tools
 from adaptkit.text.windows import check_vocabulary
 from adaptkit.training.data.encoding import Encoder
 from adaptkit.training.data.ending import ends_after_answers
@@ -75,7 +75,7 @@ class Dataset:
         empty_at: place of the first of them.
         twice: number of rows with an answer that carries loss and ends with an end token, before that of the template.
         twice_at: place of the first of them.
-        special: number of rows with a special token inside a message, which a model cannot tell from the template's.
+        special: number of rows with a special token inside a message or tool, which a model cannot tell from the template's.
         special_at: place of the first of them, and the token.
         dated: whether the chat template asks for the date; it gets the same date every day.
     """
@@ -202,6 +202,7 @@ class _Collector:
             self.data.twice += 1
             self.data.twice_at = self.data.twice_at or where
         found = [self._special(message, number in learned) for number, message in enumerate(read)]
+        found += [self._first_special(words_of_tools(example.tools))] if read else []
         if any(found):
             self.data.special += 1
             self.data.special_at = self.data.special_at or f"{where}: {next(filter(None, found))}"
@@ -211,6 +212,9 @@ class _Collector:
         content = message["content"].rstrip()
         end = next((end for end in self.ends if is_learned and content.endswith(end)), "")
         texts = (message.get(FIELD, ""), content.removesuffix(end), *words_of(message.get(CALLS, ())))
+        return self._first_special(texts)
+
+    def _first_special(self, texts: Iterable[str]) -> str:
         found = next(filter(None, map(self.special.search, texts)), None)
         return found[0] if found else ""
 

@@ -194,7 +194,7 @@ class EvaluateReport:
                 for file, names in self.unused.items()
             ),
             *([f"{twice} an answer with an end token, and the loss counts another after it"] if self.twice else []),
-            *([f"{special} a special token in a message, which is not read as text"] if self.special else []),
+            *([f"{special} a special token in a message or tool, which is not read as text"] if self.special else []),
         ]
 
     @property

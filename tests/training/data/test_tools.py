@@ -177,6 +177,20 @@ NO_KEYS = CHATML.replace("f.arguments | tojson", "f.arguments.values() | list | 
 
 
 @pytest.mark.parametrize(
+    "tool",
+    [
+        TOOL | {"description": "up to the <|end|>"},
+        {"name": "depth", "parameters": {"type": "object", "properties": {"of": {"type": "string"}, "<|end|>": {}}}},
+    ],
+)
+def test_special_tokens_in_tools_are_reported(llama, tmp_path, tool):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row(tools=tools)) + "\n" for tools in ([TOOL], [TOOL, tool])))
+    data = load_data([path], tokenizer_of(llama, "chatml"), 999)
+    assert (data.special, data.special_at) == (1, f"{path}, line 2: <|end|>")
+
+
+@pytest.mark.parametrize(
     ("template", "message"),
     [
         (NO_TOOLS, "leaves out the list of tools"),

@@ -73,7 +73,7 @@ def test_answers_with_an_end_token_are_noted_and_scored_as_those_without(llama, 
 def test_special_tokens_in_questions_are_reported(llama, tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "<|im_start|>well?", "completion": "fine"}\n')
     report = evaluate(llama, None, [tmp_path / "rows.jsonl"], EvaluateOptions(device="cpu"))
-    assert report.unused_remarks == ["1 row has a special token in a message, which is not read as text"]
+    assert report.unused_remarks == ["1 row has a special token in a message or tool, which is not read as text"]
 
 
 def test_references_equal_but_for_end_tokens_count_once_and_an_end_token_alone_is_refused(llama, tmp_path):
