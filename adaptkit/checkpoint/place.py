@@ -8,7 +8,7 @@ from adaptkit.checkpoint._clearing import is_replaced_output
 from adaptkit.checkpoint.integrity import present_names
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.progress import first_few
-from adaptkit.errors import ConflictError, IntegrityError, OutputExistsError, UsageError
+from adaptkit.errors import AdaptkitError, ConflictError, IntegrityError, OutputExistsError, UsageError
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _LONGEST_NAME = 255  # bytes, on every usual file system
@@ -59,7 +59,7 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
             hint = f"choose a new folder inside it, such as -o {final / 'out'}" if path == final else "unmount it"
             raise UsageError(f"{path}: is a mount point, which cannot be renamed", hint=f"{hint}, or choose another -o")
     if os.path.lexists(final) and not force:
-        raise OutputExistsError(f"{final}: already exists", hint="choose another -o, or replace it with --force")
+        raise OutputExistsError(f"{final}: already exists", hint=_hint_to_replace(final, inputs))
     whole = Path(os.path.realpath(final))
     for path in inputs:
         source = Path(os.path.realpath(path))
@@ -92,6 +92,15 @@ def _is_mount_point(path: Path) -> bool:
     except OSError:  # another system, or one that hides them
         mounts = []
     return os.path.ismount(path) or any(line.split(b" ")[4] == name for line in mounts)
+
+
+def _hint_to_replace(final: Path, inputs: Iterable[Path]) -> str:
+    """Return a hint that names ``--force`` only where it would not be refused."""
+    try:
+        check_output(final, True, inputs)
+    except AdaptkitError:
+        return "choose another -o"
+    return "choose another -o, or replace it with --force"
 
 
 def _check_replaceable(final: Path) -> None:

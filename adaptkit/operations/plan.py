@@ -88,6 +88,12 @@ class PlanOptions:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise UsageError(f"{name}: must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
+        for name, methods in (("rank", ("lora", "qlora")), ("targets", ("lora", "qlora")), ("moe", ("qlora",))):
+            if getattr(self, name) != getattr(PlanOptions, name) and self.method not in methods:
+                raise UsageError(
+                    f"{name}: does not apply to method {self.method}",
+                    hint=f"leave it out, or use --method {' or '.join(methods)}",
+                )
         for name, most in (("rank", 1 << 16), ("seq_len", 1 << 24), ("batch", 1 << 16)):
             if not 1 <= getattr(self, name) <= most:
                 raise UsageError(f"{name}: must be from 1 to {most:,}, found {getattr(self, name)}")

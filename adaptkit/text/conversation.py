@@ -90,10 +90,12 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
     Raises:
         DataError: the row has none of the layouts or more than one, or a column's value is invalid.
     """
+    empty = [name for name, value in row.items() if value is None]
     row = {name: value for name, value in row.items() if value is not None}
-    layout = layout or layout_of(row, where)
+    layout = layout or layout_of(row, where, empty)
     if layout not in row:
-        raise DataError(f"{where}: no column {layout}", hint=f"columns: {names_in(row)}")
+        missing = f"{layout} is null" if layout in empty else f"no column {layout}"
+        raise DataError(f"{where}: {missing}", hint=f"columns: {names_in(row)}")
     if layout == "text":
         return Example(layout, text=_text(row, layout, where), columns=frozenset({layout}))
     if has_question(layout):

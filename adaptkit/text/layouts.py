@@ -4,7 +4,7 @@ Some names are ambiguous: beside the columns of another layout they mean somethi
 instruction, a database ``query`` beside a question). They count only if the row has no unambiguous layout.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from adaptkit.errors import DataError
@@ -30,8 +30,13 @@ def answers_in(row: Mapping[str, Any], layout: str) -> list[str]:
     return [name for name in (*ANSWERS, *_OTHER_ANSWERS.get(layout, ())) if name in row]
 
 
-def layout_of(row: Mapping[str, Any], where: str) -> str:
+def layout_of(row: Mapping[str, Any], where: str, empty: Sequence[str] = ()) -> str:
     """Return the layout of a row.
+
+    Args:
+        row: columns that have a value.
+        where: place of the row, for error messages.
+        empty: names of the row's columns that have none.
 
     Raises:
         DataError: the row has no layout or more than one, or is a single message of a conversation.
@@ -41,6 +46,11 @@ def layout_of(row: Mapping[str, Any], where: str) -> str:
     asked, answered = any(name in row for name in QUESTIONS), any(name in row for name in ANSWERS)
     if not found and asked != answered:
         missing, what = (QUESTIONS, "question") if answered else (ANSWERS, "answer")
+        nulls = [name for name in missing if name in empty]
+        if nulls:
+            raise DataError(
+                f"{where}: {nulls[0]} is null", hint=f'remove the row, or write "" if an empty {what} is meant'
+            )
         raise DataError(
             f"{where}: no column {' or '.join(missing)}",
             hint=f"columns: {names_in(row)}; rename the one with the {what}",

@@ -14,6 +14,7 @@ change or hide these.
 """
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -35,7 +36,7 @@ Row = Mapping[str, Any]
 Located = tuple[str, Row]
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-_GZIP_SUFFIX = ".gz"
+_GZIP_SUFFIX, _GZIP = ".gz", b"\x1f\x8b"
 _READ_ERRORS = (OSError, EOFError, zlib.error)
 """Exceptions raised by reading a file, compressed or not."""
 _HUB = re.compile(
@@ -292,6 +293,9 @@ def _object(row: Any, where: str, hint: str) -> Row:
 
 
 def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
+    with contextlib.suppress(OSError), open(file, "rb") as opened:
+        if opened.read(2) == _GZIP:
+            return DataError(f"{file}: is compressed with gzip", hint=f"name it {file.name}.gz")
     return DataError(f"{file}, line {line}: not UTF-8 ({error.reason})", hint="save it as UTF-8")
 
 

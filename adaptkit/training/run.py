@@ -39,6 +39,7 @@ from adaptkit.training.uninterrupted import uninterrupted
 
 _SKIPPED_IN_A_ROW = 5
 """Fail at so many skips in a row: data cannot explain them; the parameters are NaN, or soon will be."""
+_START_OVER = "start over (--force) with a lower learning rate"
 
 
 @dataclass(frozen=True)
@@ -206,12 +207,10 @@ class Run:
         samples = "; ".join(sources)
         message = f"{wrong} at step {step}: {samples}"
         if self._config.on_non_finite == "stop":
-            hint = "lower the learning rate, check these samples, or skip such steps with --on-non-finite skip"
+            hint = f"check these samples, skip such steps with --on-non-finite skip, or {_START_OVER}"
             raise NonFiniteError(message, hint=hint)
         if self.history.skipped_in_a_row + 1 >= _SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"{message} (the last of {_SKIPPED_IN_A_ROW} such steps in a row)", hint="lower the learning rate"
-            )
+            raise NonFiniteError(f"{message} (the last of {_SKIPPED_IN_A_ROW} such steps in a row)", hint=_START_OVER)
         self._note(f"warning: skipped step {step}: {wrong}: {samples}")
         return f"{wrong}: {'; '.join(map(os.path.basename, sources))}"  # metrics contain no paths
 
@@ -235,7 +234,7 @@ class Run:
         loss = self._held_out_loss()
         if not math.isfinite(loss):
             hint = (
-                "lower the learning rate"
+                _START_OVER
                 if self.done
                 else f"check the base: adaptkit evaluate --base {self._config.base} --data FILE"
             )

@@ -126,4 +126,6 @@ def refuse(config: Any, name: str, problem: str) -> NoReturn:
         ConfigError: always.
     """
     _, rule = settings(type(config))[name]
-    raise ConfigError(f"{name}: {problem}, found {getattr(config, name)!r}", hint=f"{name}: {rule.help}")
+    found = getattr(config, name)
+    shown = ", ".join(f"{key}={item:g}" for key, item in found.items()) if isinstance(found, Mapping) else repr(found)
+    raise ConfigError(f"{name}: {problem}, found {shown}", hint=f"{name}: {rule.help}")

@@ -202,12 +202,24 @@ def test_an_existing_output_is_replaced_only_with_force(tmp_path):
     final = tmp_path / "out"
     make(final)
     (final / "a").write_bytes(b"older")
-    with pytest.raises(OutputExistsError, match="already exists"):
+    with pytest.raises(OutputExistsError, match="already exists") as caught:
         make(final)
+    assert caught.value.hint == "choose another -o, or replace it with --force"
     assert (final / "a").read_bytes() == b"older"
     make(final, force=True)
     assert (final / "a").read_bytes() == b"first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_is_suggested_only_where_it_would_replace_the_output(tmp_path):
+    make(tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    for final, inputs in ((tmp_path / "mine", ()), (tmp_path / "out", (tmp_path / "out",))):
+        with pytest.raises(OutputExistsError, match="already exists") as caught:
+            check_output(final, False, inputs)
+        assert caught.value.hint == "choose another -o"
+        with pytest.raises((OutputExistsError, UsageError)):
+            check_output(final, True, inputs)
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "link to an artifact", "dangling link"])

@@ -11,7 +11,7 @@ import torch
 import transformers
 from adapted import plain_in
 
-from adaptkit.errors import UsageError
+from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.networks.activations import Checkpointing, LayerSize
 from adaptkit.networks.architecture import Description, empty_network
 from adaptkit.networks.matching import matching_targets
@@ -70,7 +70,7 @@ def test_large_untied_embeddings_of_qlora_are_not_counted_in_gpu_memory(models, 
     vocabulary = 32 * 2**20 // (2 * config["hidden_size"])
     config |= {"vocab_size": vocabulary, "tie_word_embeddings": tied}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    options = {"rank": 4, "seq_len": 16, "method": method}
+    options = {"seq_len": 16, "method": method} | ({} if method == "full" else {"rank": 4})
     cpu, gpu = (plan(tmp_path, PlanOptions(device=device, **options)) for device in ("cpu", "cuda"))
     copies = 0 if method == "full" else 2 * gpu.trainable_parameters
     less = 32 * 2**20 if not tied and method == "qlora" else 0
@@ -208,7 +208,7 @@ def test_more_key_heads_than_query_heads_are_refused(models, tmp_path, method):
     config["num_key_value_heads"] = 2 * config["num_attention_heads"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="forward pass cannot be simulated"):
-        plan(tmp_path, PlanOptions(method=method, rank=4, seq_len=16, device="cpu"))
+        plan(tmp_path, PlanOptions(method=method, seq_len=16, device="cpu"))
 
 
 @pytest.fixture
@@ -255,7 +255,17 @@ def test_a_rank_above_the_largest_of_a_target_is_refused_and_not_listed(models):
     ):
         plan(models["llama"][0], PlanOptions(rank=33, seq_len=16))
     assert [row.rank for row in plan(models["llama"][0], PlanOptions(rank=32, seq_len=16)).ranks] == [4, 8, 16, 32]
-    assert plan(models["llama"][0], PlanOptions(method="full", rank=33, seq_len=16)).method == "full"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "method"),
+    [("rank", 8, "full"), ("targets", ("q_proj",), "full"), ("moe", "quantize", "full"), ("moe", "quantize", "lora")],
+)
+def test_an_option_that_does_not_apply_to_the_method_is_refused(name, value, method):
+    with pytest.raises(UsageError, match=f"{name}: does not apply to method {method}") as caught:
+        PlanOptions(method=method, **{name: value})
+    assert "--method" in caught.value.hint
+    assert getattr(PlanOptions(method="qlora", **{name: value}), name) == value
 
 
 @pytest.mark.parametrize("family", ["mixtral", "phi3", "gemma"])
@@ -336,6 +346,9 @@ def test_linear_layers_that_quantize_does_not_support_can_be_planned_with_lora(t
         plan(folder)
     assert "--method lora" in caught.value.hint
     assert plan(folder, PlanOptions(method="lora")).trainable_parameters > 0
+    with pytest.raises(CheckpointError, match="nothing to quantize: it has no linear layers of a kind that") as caught:
+        quantize(folder, tmp_path / "out")
+    assert "--method lora" in caught.value.hint
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,30 @@ def test_all_layouts_give_the_same_conversation(layout, row):
     assert (example.layout, list(example.messages), example.learned, example.text) == (layout, CHAT, (1,), None)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a", "answer": None}, "here: answer is null"),
+        ({"question": None, "answer": "b"}, "here: question is null"),
+        ({"question": "a", "answer": None, "response": "b"}, None),
+        ({"question": "a", "note": None}, "here: no column output or response or completion or answer"),
+    ],
+)
+def test_a_null_question_or_answer_is_named_unless_another_column_has_it(row, message):
+    if message is None:
+        assert read_example(row, "here").messages[1]["content"] == "b"
+        return
+    with pytest.raises(DataError) as caught:
+        read_example(row, "here")
+    assert caught.value.message == message
+    assert ('write ""' in caught.value.hint) == ("null" in message)
+
+
+def test_a_null_column_of_a_given_layout_is_named():
+    with pytest.raises(DataError, match="here: text is null"):
+        read_example({"text": None, "id": 3}, "here", "text")
+
+
 OTHERS = {
     "query": "SELECT name",
     "problem": "9",

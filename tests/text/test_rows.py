@@ -148,6 +148,8 @@ def test_a_byte_order_mark_crlf_and_line_separators_in_strings_are_read(tmp_path
         ("rows.parquet.gz", b"", ": expected a data file"),
         ("rows.jsonl.zst", b"", ": expected a data file"),
         (".gz", b"", ": expected a data file"),
+        ("rows.jsonl", gzip.compress(b'{"a": 1}'), ": is compressed with gzip"),
+        ("rows.csv", gzip.compress(b"a,b"), ": is compressed with gzip"),
         (
             "rows.xlsx",
             b"",

@@ -131,6 +131,7 @@ def test_a_non_finite_loss_is_reported_with_step_file_and_line(on_poisoned, tmp_
         train(replace(on_poisoned, micro_batch_size=1), tmp_path / "adapter")
     assert caught.value.message.count("rows.jsonl") == 1  # the micro-batch, not the whole batch
     assert "--on-non-finite skip" in caught.value.hint
+    assert "--force" in caught.value.hint  # other options cannot resume the run
     assert not (tmp_path / "adapter").exists()
 
 

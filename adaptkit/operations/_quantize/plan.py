@@ -226,10 +226,13 @@ def _check_selection(checkpoint: Checkpoint, selection: Selection, options: Quan
                 else "quantize the original 16-bit checkpoint",
             )
         kept = next((choice for choice in selection.choices if choice.is_linear), None)
+        if kept is None:
+            raise CheckpointError(
+                f"{nothing}: it has no linear layers of a kind that bitsandbytes quantizes",
+                hint="train an adapter on it as it is, with --method lora",
+            )
         raise CheckpointError(
-            f"{nothing}: no weights of linear layers found"
-            if kept is None
-            else f"{nothing}: every weight stays as it is, such as {kept.spec.name} ({kept.kept_because})",
+            f"{nothing}: every weight stays as it is, such as {kept.spec.name} ({kept.kept_because})",
             hint="only weights of linear layers are quantized; check --skip and --moe",
         )
 

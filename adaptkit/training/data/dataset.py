@@ -75,7 +75,7 @@ class Dataset:
         empty_at: place of the first of them.
         twice: number of rows with an answer that carries loss and ends with an end token, before that of the template.
         twice_at: place of the first of them.
-        special: number of rows with a special token inside a message or tool, which a model cannot tell from the template's.
+        special: number of rows with a special token in a message or tool, which a model cannot tell from the template
         special_at: place of the first of them, and the token.
         dated: whether the chat template asks for the date; it gets the same date every day.
     """
