@@ -110,16 +110,22 @@ def _load_step_kernels(config: TrainConfig) -> None:
         decode(codes, absmax, vectors[0], signed=True)
 
 
-def make_fast(model: Model) -> None:
-    """Replace operations of a model with its adapter, in place, by equivalent fused ones for its device."""
+def make_fast(model: Model, is_sharded: bool = False) -> None:
+    """Replace operations of a model with its adapter, in place, by equivalent fused ones for its device.
+
+    Args:
+        model: the model.
+        is_sharded: whether its frozen weights are sharded across GPUs; these are then not joined.
+    """
     network = model.network
     if model.device.type == "cpu":
         fuse_layers(network)
         join_layers(network)
-    else:
+        return
+    if not is_sharded:
         keep_in_host_memory(network, model.dtype)
-        fuse_layers(network, on_gpu=True)
-        keep_narrow(network, model.dtype, join_on_gpu(network))
+    fuse_layers(network, on_gpu=True)
+    keep_narrow(network, model.dtype, [] if is_sharded else join_on_gpu(network))
 
 
 @reports_out_of_memory(
@@ -154,4 +160,6 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
         activations = save_activations(model.network, inputs.config, largest, device)
         if is_shared:  # after measuring, which stops a pass halfway: processes would wait for each other
             shard_frozen(model.network, world, model.checkpoint.release_pages)
+            if device.type == "cuda":  # only now are the layers where the fused kernels are
+                make_fast(model, is_sharded=True)
         return model, activations

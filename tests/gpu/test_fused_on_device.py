@@ -10,6 +10,7 @@ from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.unread import mark_unread
+from adaptkit.training.preparation import make_fast
 from adaptkit.triton_needs import what_triton_lacks
 
 if not torch.cuda.is_available():
@@ -61,3 +62,19 @@ def test_checkpointed_gradients_equal_those_without_checkpointing(folder, policy
     assert len(unread) == model.network.config.num_hidden_layers
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two)
+
+
+def test_layers_may_be_fused_after_they_are_checkpointed_as_with_a_sharded_base(folder):
+    """Sharding moves them to the device, and comes after checkpointing; see ``training.preparation.build``."""
+    found = []
+    for is_fused in (False, True):
+        model = load_adapted(folder, torch.bfloat16, device=GPU)
+        mark_unread(model.network)
+        checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", list))
+        if is_fused:
+            make_fast(model, is_sharded=True)
+            assert "narrow_adapters" in dict(model.network.named_buffers())
+            assert "forward" in vars(model.network.model.layers[0].self_attn)
+        found.append(step(model.network))
+    for one, two in zip(*found, strict=True):
+        assert float((one - two).norm()) <= ERROR[torch.bfloat16] * float(two.norm())
