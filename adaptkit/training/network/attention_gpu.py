@@ -7,6 +7,7 @@ shared key heads       only FlashAttention takes them, and it takes no float32; 
 
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from adaptkit.training.network.spans import sample_lengths
 
 _TOKENS_APART = 128
 """Samples are attended to apart if they are at least this long on average: every one takes a launch per pass."""
-_LARGEST_HEAD = 256
-"""Of FlashAttention."""
+_FLASH_HEADS = (*range(1, 193), *range(225, 257))
+"""Widths of heads for which torch uses FlashAttention in training; those between only on some GPUs."""
 
 
 def attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor | None:
@@ -70,14 +71,12 @@ def _cuts(lengths: tuple[int, ...]) -> Iterator[tuple[int, bool]]:
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     heads, dim = query.shape[1], query.shape[3]
-    is_flash = query.dtype in (torch.bfloat16, torch.float16) and dim == value.shape[3] <= _LARGEST_HEAD
+    is_flash = query.dtype in (torch.bfloat16, torch.float16) and dim == value.shape[3] and dim in _FLASH_HEADS
     shared = is_flash and key.shape[1] != heads
     if not shared:
         key, value = _repeated(key, heads), _repeated(value, heads)
-    sides = query, key, value
-    return functional.scaled_dot_product_attention(*sides, is_causal=True, scale=scale, enable_gqa=shared).transpose(
-        1, 2
-    )
+    options: Any = {"is_causal": True, "scale": scale, "enable_gqa": shared}
+    return functional.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
 
 
 def _repeated(side: Tensor, heads: int) -> Tensor:

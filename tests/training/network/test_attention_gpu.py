@@ -69,6 +69,8 @@ def test_result_and_gradients_agree_with_the_formula(name, heads, key_heads, dim
         (torch.bfloat16, 4, 16, 16, False),
         (torch.float32, 2, 16, 16, False),
         (torch.bfloat16, 2, 16, 24, False),
+        (torch.bfloat16, 2, 208, 208, False),
+        (torch.bfloat16, 2, 256, 256, True),
         (torch.bfloat16, 2, 264, 264, False),
     ],
 )
