@@ -98,9 +98,9 @@ def _hint_to_replace(final: Path, inputs: Iterable[Path]) -> str:
     """Return a hint that names ``--force`` only where it would not be refused."""
     try:
         check_output(final, True, inputs)
-    except AdaptkitError:
-        return "choose another -o"
-    return "choose another -o, or replace it with --force"
+    except (AdaptkitError, OSError):
+        return _ELSEWHERE
+    return f"{_ELSEWHERE}, or replace it with --force"
 
 
 def _check_replaceable(final: Path) -> None:

@@ -99,10 +99,6 @@ class PlanOptions:
                 raise UsageError(f"{name}: must be from 1 to {most:,}, found {getattr(self, name)}")
         if not self.targets:
             raise UsageError("targets: must name at least one pattern", hint="'*' matches all modules")
-        if self.moe == "quantize" and self.method != "qlora":
-            raise UsageError(
-                f"moe: method {self.method} does not quantize experts", hint="leave out --moe, or use --method qlora"
-            )
         if self.offload_checkpoints and self.device == "cpu":
             raise UsageError(
                 "offload_checkpoints: has no effect on a CPU",

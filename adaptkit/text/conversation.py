@@ -23,7 +23,7 @@ from typing import Any
 
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import ADD_ONE
-from adaptkit.text.layouts import ANSWERS, answers_in, has_question, layout_of, names_in
+from adaptkit.text.layouts import has_question, layout_of, names_in, refuse_null, require_answers
 from adaptkit.text.learning_marks import check_wanted, is_marked_out, obeyed_marks
 from adaptkit.text.parts import joined
 from adaptkit.text.reasoning import FIELD, NAMES, Message, ReasoningFields, content_with_reasoning, read_reasoning
@@ -94,12 +94,12 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
     row = {name: value for name, value in row.items() if value is not None}
     layout = layout or layout_of(row, where, empty)
     if layout not in row:
-        missing = f"{layout} is null" if layout in empty else f"no column {layout}"
-        raise DataError(f"{where}: {missing}", hint=f"columns: {names_in(row)}")
+        refuse_null(where, empty, [layout])
+        raise DataError(f"{where}: no column {layout}", hint=f"columns: {names_in(row)}")
     if layout == "text":
         return Example(layout, text=_text(row, layout, where), columns=frozenset({layout}))
     if has_question(layout):
-        messages, columns = _asked(row, layout, where)
+        messages, columns = _asked(row, layout, where, empty)
     else:
         messages, columns = _turns(row, layout, where), {layout}
     system = "system" if row.get("system", "") != "" or messages[0].role == "system" else "system_prompt"
@@ -225,12 +225,11 @@ class _Turn:
         }
 
 
-def _asked(row: Mapping[str, Any], layout: str, where: str) -> tuple[list[_Turn], set[str]]:
+def _asked(row: Mapping[str, Any], layout: str, where: str, empty: Sequence[str]) -> tuple[list[_Turn], set[str]]:
     """Return the conversation in separate columns for question, context and answer, and the columns used."""
-    answers, others = answers_in(row, layout), [name for name in _CONTEXTS if name in row and name != layout]
+    others = [name for name in _CONTEXTS if name in row and name != layout]
     contexts = [name for name in others if row[name] != ""]
-    if not answers:
-        raise DataError(f"{where}: no column {' or '.join(ANSWERS)}", hint=f"columns: {names_in(row)}")
+    answers = require_answers(row, layout, where, empty)
     for names in (answers, contexts):
         if len(names) > 1:
             raise DataError(f"{where}: has both {names[0]} and {names[1]}", hint="remove one of the columns")

@@ -4,7 +4,8 @@ Some names are ambiguous: beside the columns of another layout they mean somethi
 instruction, a database ``query`` beside a question). They count only if the row has no unambiguous layout.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from adaptkit.errors import DataError
@@ -30,6 +31,19 @@ def answers_in(row: Mapping[str, Any], layout: str) -> list[str]:
     return [name for name in (*ANSWERS, *_OTHER_ANSWERS.get(layout, ())) if name in row]
 
 
+def require_answers(row: Mapping[str, Any], layout: str, where: str, empty: Sequence[str]) -> list[str]:
+    """Return ``answers_in``.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = answers_in(row, layout)
+    if not found:
+        refuse_null(where, empty, answers_in(dict.fromkeys(empty), layout))
+        raise DataError(f"{where}: no column {' or '.join(ANSWERS)}", hint=f"columns: {names_in(row)}")
+    return found
+
+
 def layout_of(row: Mapping[str, Any], where: str, empty: Sequence[str] = ()) -> str:
     """Return the layout of a row.
 
@@ -46,16 +60,13 @@ def layout_of(row: Mapping[str, Any], where: str, empty: Sequence[str] = ()) -> 
     asked, answered = any(name in row for name in QUESTIONS), any(name in row for name in ANSWERS)
     if not found and asked != answered:
         missing, what = (QUESTIONS, "question") if answered else (ANSWERS, "answer")
-        nulls = [name for name in missing if name in empty]
-        if nulls:
-            raise DataError(
-                f"{where}: {nulls[0]} is null", hint=f'remove the row, or write "" if an empty {what} is meant'
-            )
+        refuse_null(where, empty, missing)
         raise DataError(
             f"{where}: no column {' or '.join(missing)}",
             hint=f"columns: {names_in(row)}; rename the one with the {what}",
         )
     if not found:
+        refuse_null(where, empty, (*LAYOUTS, *ANSWERS, *chain(*_OTHER_ANSWERS.values())))
         raise DataError(
             f"{where}: unknown layout; expected {_KNOWN}",
             hint=f"columns: {names_in(row)}; rename or convert them to one of these",
@@ -71,6 +82,17 @@ def layout_of(row: Mapping[str, Any], where: str, empty: Sequence[str] = ()) -> 
             hint="write each conversation as a row with a list of messages; --layout text learns the texts as they are",
         )
     return found[0]
+
+
+def refuse_null(where: str, empty: Sequence[str], wanted: Iterable[str]) -> None:
+    """Raise if one of the columns that a row needs is null.
+
+    Raises:
+        DataError: names the column.
+    """
+    for name in wanted:
+        if name in empty:
+            raise DataError(f"{where}: {name} is null", hint='remove the row, or write "" if an empty text is meant')
 
 
 def names_in(row: Mapping[str, Any]) -> str:

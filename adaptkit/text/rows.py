@@ -66,7 +66,7 @@ def read_rows(source: Path | str) -> Iterator[Located]:
 
         found = _HUB.fullmatch(str(source))
         rows = read_hub_rows(**(found.groupdict() if found else {}))
-        return ((where, without_fills(row)) for where, row in rows)
+        return ((where, _without_fills(row)) for where, row in rows)
     file = Path(source)
     kind = _kind(file)
     if kind is None:
@@ -274,13 +274,18 @@ def _parquet(file: Path) -> Iterator[Located]:
             for batch in table.iter_batches(_BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file}, row {number}", without_fills(row)
+                    yield f"{file}, row {number}", _without_fills(row)
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise DataError(f"{file}, after row {number}: not Parquet ({error})", hint="write the file again") from error
 
 
+def _without_fills(row: Row) -> Row:
+    """Return a table's row; in a column, objects all have the same keys, and those that are None are left out."""
+    return {name: without_fills(value) for name, value in row.items()}
+
+
 def without_fills(value: Any) -> Any:
-    """Return a table's row without None fields: a column's objects all have the same keys, with None where absent."""
+    """Return a value of a table without the None fields of its objects."""
     if isinstance(value, dict):
         return {key: without_fills(inner) for key, inner in value.items() if inner is not None}
     return [without_fills(inner) for inner in value] if isinstance(value, list) else value
@@ -294,7 +299,7 @@ def _object(row: Any, where: str, hint: str) -> Row:
 
 def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
     with contextlib.suppress(OSError), open(file, "rb") as opened:
-        if opened.read(2) == _GZIP:
+        if file.suffix.lower() != _GZIP_SUFFIX and opened.read(2) == _GZIP:
             return DataError(f"{file}: is compressed with gzip", hint=f"name it {file.name}.gz")
     return DataError(f"{file}, line {line}: not UTF-8 ({error.reason})", hint="save it as UTF-8")
 

@@ -25,6 +25,8 @@ LOSS_ON = ("answers", "last_answer", "all")
 TOO_LONG = ("cut", "drop", "error")
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
+LOWER_THE_RATE = "start over (--force) with a lower learning rate"
+"""Hint for a run that diverged; without ``--force``, another rate is refused beside its unfinished work."""
 _MAX_FACTOR = 1e30
 """Upper limit of factors: float32 holds 3.4e38, and products of factors need headroom."""
 _SEEDS = (1 << 40) - 1

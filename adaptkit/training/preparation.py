@@ -115,7 +115,8 @@ def make_fast(model: Model, is_sharded: bool = False) -> None:
 
     Args:
         model: the model.
-        is_sharded: whether its frozen weights are sharded across GPUs; these are then not joined.
+        is_sharded: whether its frozen weights are sharded across GPUs. These are not joined, and no table is moved to
+            host memory.
     """
     network = model.network
     if model.device.type == "cpu":
@@ -160,6 +161,6 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
         activations = save_activations(model.network, inputs.config, largest, device)
         if is_shared:  # after measuring, which stops a pass halfway: processes would wait for each other
             shard_frozen(model.network, world, model.checkpoint.release_pages)
-            if device.type == "cuda":  # only now are the layers where the fused kernels are
+            if device.type == "cuda":  # sharding has just moved the layers there, where fused ones are recognized
                 make_fast(model, is_sharded=True)
         return model, activations

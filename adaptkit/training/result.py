@@ -22,7 +22,7 @@ from adaptkit.networks.addressing import Slice, find_addresses
 from adaptkit.numerics.finite import all_finite
 from adaptkit.text.chat_template import TEMPLATE_NAME
 from adaptkit.text.tokenizer_files import is_template
-from adaptkit.training.config import TrainConfig
+from adaptkit.training.config import LOWER_THE_RATE, TrainConfig
 from adaptkit.training.network.adapt import stack_changes
 from adaptkit.training.network.model import Model
 
@@ -144,9 +144,7 @@ def write_checkpoint(out: Output, model: Model, without: Collection[str]) -> Non
                     name, slice_ = pieces[spec.name]
                     value = _part(model.whole[name].value(), slice_).to("cpu", DTYPES[spec.dtype]).contiguous()
                     if not all_finite(value):
-                        raise NonFiniteError(
-                            f"{spec.name}: is NaN, or too large for {spec.dtype}", hint="lower the learning rate"
-                        )
+                        raise NonFiniteError(f"{spec.name}: is NaN, or too large for {spec.dtype}", hint=LOWER_THE_RATE)
                 writer.write(spec.name, value)
         out.add(writer.record, writer.tensors)
     own = {CONFIG_NAME: checkpoint.root / CONFIG_NAME, INDEX_NAME: checkpoint.root / INDEX_NAME}

@@ -15,6 +15,7 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError
 from adaptkit.text.windows import pad_id
+from adaptkit.training.config import LOWER_THE_RATE
 from adaptkit.training.data.encoding import prompt_ids
 from adaptkit.training.device import free_memory, memory_warning, triton_warning
 from adaptkit.training.distributed import World
@@ -39,7 +40,6 @@ from adaptkit.training.uninterrupted import uninterrupted
 
 _SKIPPED_IN_A_ROW = 5
 """Fail at so many skips in a row: data cannot explain them; the parameters are NaN, or soon will be."""
-_START_OVER = "start over (--force) with a lower learning rate"
 
 
 @dataclass(frozen=True)
@@ -207,10 +207,12 @@ class Run:
         samples = "; ".join(sources)
         message = f"{wrong} at step {step}: {samples}"
         if self._config.on_non_finite == "stop":
-            hint = f"check these samples, skip such steps with --on-non-finite skip, or {_START_OVER}"
+            hint = f"check these samples, skip such steps with --on-non-finite skip, or {LOWER_THE_RATE}"
             raise NonFiniteError(message, hint=hint)
         if self.history.skipped_in_a_row + 1 >= _SKIPPED_IN_A_ROW:
-            raise NonFiniteError(f"{message} (the last of {_SKIPPED_IN_A_ROW} such steps in a row)", hint=_START_OVER)
+            raise NonFiniteError(
+                f"{message} (the last of {_SKIPPED_IN_A_ROW} such steps in a row)", hint=LOWER_THE_RATE
+            )
         self._note(f"warning: skipped step {step}: {wrong}: {samples}")
         return f"{wrong}: {'; '.join(map(os.path.basename, sources))}"  # metrics contain no paths
 
@@ -234,7 +236,7 @@ class Run:
         loss = self._held_out_loss()
         if not math.isfinite(loss):
             hint = (
-                _START_OVER
+                LOWER_THE_RATE
                 if self.done
                 else f"check the base: adaptkit evaluate --base {self._config.base} --data FILE"
             )

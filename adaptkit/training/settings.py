@@ -127,5 +127,5 @@ def refuse(config: Any, name: str, problem: str) -> NoReturn:
     """
     _, rule = settings(type(config))[name]
     found = getattr(config, name)
-    shown = ", ".join(f"{key}={item:g}" for key, item in found.items()) if isinstance(found, Mapping) else repr(found)
+    shown = ", ".join(f"{key}={item!r}" for key, item in found.items()) if isinstance(found, Mapping) else repr(found)
     raise ConfigError(f"{name}: {problem}, found {shown}", hint=f"{name}: {rule.help}")

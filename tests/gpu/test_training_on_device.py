@@ -13,6 +13,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.loop import train
+from adaptkit.training.network import attention_gpu
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model
 
@@ -90,16 +91,18 @@ def test_losses_of_each_network_are_those_of_a_cpu(base, config, name, tmp_path)
     agrees_with_a_cpu(config | {"base": base(name)} | PAGED | OFFLOADED, tmp_path)
 
 
-@pytest.mark.parametrize("lengths", [(37, 20), (150, 140, 1)])
-def test_packed_samples_have_the_losses_that_they_have_alone(base, lengths):
-    """The check for packed rows is skipped for batches of single samples, and for no others; long ones go apart."""
+@pytest.mark.parametrize(("lengths", "is_apart"), [((37, 20), False), ((150, 140, 1), True)])
+def test_packed_samples_have_the_losses_that_they_have_alone(base, lengths, is_apart, monkeypatch):
+    """The check for packed rows is skipped for batches of single samples, and for no others."""
     model = load_model(Path(base("llama", packed=False)), torch.float32, torch.device("cuda"))
     ids = [tuple(3 + (index * (7 + at)) % 200 for index in range(length)) for at, length in enumerate(lengths)]
     samples = [Sample(one, one) for one in ids]
-    alone = sum(float(summed_loss(model, collate([(sample,)], 2))) for sample in samples)
-    short = (samples[0],)  # beside it, so that the batch has padding
-    alone += float(summed_loss(model, collate([short], 2)))
-    assert float(summed_loss(model, collate([tuple(samples), short], 2))) == pytest.approx(alone, rel=1e-4)
+    alone = [float(summed_loss(model, collate([(sample,)], 2))) for sample in samples]
+    with_padding = collate([tuple(samples), (samples[0],)], 2)
+    cut, cuts = attention_gpu._cuts, []
+    monkeypatch.setattr(attention_gpu, "_cuts", lambda lengths: cuts.append(lengths) or cut(lengths))
+    assert float(summed_loss(model, with_padding)) == pytest.approx(sum(alone) + alone[0], rel=1e-4)
+    assert bool(cuts) == is_apart
 
 
 def waits(config, output):
@@ -118,8 +121,12 @@ def waits(config, output):
     return (counted[1] - counted[0]) / 2
 
 
-@pytest.mark.parametrize("option", [{}, {"neftune_alpha": 5.0}], ids=["plain", "noise"])
-def test_the_number_of_waits_in_a_step_does_not_depend_on_the_number_of_layers(base, config, option, tmp_path):
-    """The host waits for the losses and for the norm, and not for a micro-batch's lengths or its check of positions."""
+@pytest.mark.parametrize(
+    ("option", "most"),
+    [({}, 2), ({"neftune_alpha": 5.0}, 2), ({"pack": True, "max_length": 128}, 8)],
+    ids=["plain", "noise", "packed"],
+)
+def test_the_number_of_waits_in_a_step_does_not_depend_on_the_number_of_layers(base, config, option, most, tmp_path):
+    """The host waits for the losses and for the norm, and for a micro-batch's lengths only if its rows are packed."""
     found = [waits(config | option | {"base": base("llama", layers)}, tmp_path / str(layers)) for layers in (2, 6)]
-    assert found[0] == found[1] <= 2
+    assert found[0] == found[1] <= most

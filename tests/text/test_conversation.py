@@ -62,9 +62,13 @@ def test_all_layouts_give_the_same_conversation(layout, row):
         ({"question": None, "answer": "b"}, "here: question is null"),
         ({"question": "a", "answer": None, "response": "b"}, None),
         ({"question": "a", "note": None}, "here: no column output or response or completion or answer"),
+        ({"input": "a", "output": None}, "here: output is null"),
+        ({"problem": "a", "solution": None}, "here: solution is null"),
+        ({"messages": None, "id": 3}, "here: messages is null"),
+        ({"question": None, "answer": None}, "here: question is null"),
     ],
 )
-def test_a_null_question_or_answer_is_named_unless_another_column_has_it(row, message):
+def test_a_null_column_is_named_unless_another_one_has_the_text(row, message):
     if message is None:
         assert read_example(row, "here").messages[1]["content"] == "b"
         return
@@ -75,8 +79,9 @@ def test_a_null_question_or_answer_is_named_unless_another_column_has_it(row, me
 
 
 def test_a_null_column_of_a_given_layout_is_named():
-    with pytest.raises(DataError, match="here: text is null"):
-        read_example({"text": None, "id": 3}, "here", "text")
+    for row, layout, name in (({"text": None}, "text", "text"), ({"input": "a", "answer": None}, "input", "answer")):
+        with pytest.raises(DataError, match=f"here: {name} is null"):
+            read_example(row, "here", layout)
 
 
 OTHERS = {

@@ -62,7 +62,7 @@ def test_errors_in_a_file_name_the_line(tmp_path):
         ("rank: '4'", "rank: is '4'; expected a whole number"),
         ("rank: 0", "rank: must be at least 1 and at most 65,536, found 0"),
         ("method: lor", "method: must be one of auto, lora, qlora, full, found 'lor'"),
-        ("rank_pattern: {q: 0}", "rank_pattern: values must be at least 1 and at most 65,536, found q=0"),
+        ("rank_pattern: {q: 0}", "rank_pattern: values must be at least 1 and at most 65,536, found q=0.0"),
         ("mixture: {d.jsonl: two}", "mixture.d.jsonl: is 'two'; expected a number"),
         ("decay: 0.3", "decay: applies only to schedule wsd"),
     ):

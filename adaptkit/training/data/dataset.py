@@ -75,7 +75,8 @@ class Dataset:
         empty_at: place of the first of them.
         twice: number of rows with an answer that carries loss and ends with an end token, before that of the template.
         twice_at: place of the first of them.
-        special: number of rows with a special token in a message or tool, which a model cannot tell from the template
+        special: number of rows with a special token in a message or tool, which a model cannot tell from the
+            template's.
         special_at: place of the first of them, and the token.
         dated: whether the chat template asks for the date; it gets the same date every day.
     """
@@ -260,7 +261,8 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
     def examples() -> Iterator[tuple[str, Example]]:
         for where, row in read_rows(source):
             if digest is not None:
-                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+                held = {name: value for name, value in row.items() if value is not None}
+                digest.update(json.dumps(held, sort_keys=True, default=str).encode())
             example = read_example(row, where, layout)
             collector.count_flaws(example, encoder, where)
             layouts[example.layout] += 1

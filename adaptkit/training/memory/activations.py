@@ -81,7 +81,7 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
             logits += logits * 4 // dtype.itemsize
         trained = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)
         logits += head_gradient_bytes(trained, dtype.itemsize)
-    measured = cache(partial(layer_sizes, network, largest, device))
+    measured = cache(partial(layer_sizes, network, largest, device, config.pack and device.type == "cuda"))
     room = _room(network, config, device, logits)
     found = choose_checkpointing(network, config.checkpointing, measured, offloaded, room)
     needed = 0
@@ -112,18 +112,21 @@ def _room(network: Any, config: TrainConfig, device: torch.device, logits: int) 
     return room
 
 
-def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device) -> list[LayerSize]:
+def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device, has_pairs: bool = False) -> list[LayerSize]:
     """Measure a network's layers for a batch shape; must be called before ``checkpoint_layers``.
 
     Args:
         network: transformers model, ready to train.
         shape: rows and length of the batch.
         device: device of the network.
+        has_pairs: whether rows hold two samples each, whose attention takes more memory than one's on a GPU, but less
+            on a CPU.
     """
     inputs = {"input_ids": torch.zeros(shape, dtype=torch.int64, device=device)}
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    if context and shape[1] > context:  # a packed row: positions restart in each sample
-        inputs["position_ids"] = (torch.arange(shape[1], device=device) % context).expand(shape)
+    longest = min(filter(None, (context, -(-shape[1] // 2) if has_pairs else None)), default=shape[1])
+    if shape[1] > longest:  # a packed row: positions restart in each sample
+        inputs["position_ids"] = (torch.arange(shape[1], device=device) % longest).expand(shape)
     layers: list[nn.Module] = list(find_stack(network)[1])
     with as_in_training(network):
         return measure_layers(layers, lambda: network.base_model(**inputs, use_cache=False), network.buffers())

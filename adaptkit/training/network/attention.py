@@ -1,8 +1,8 @@
-"""Causal attention on a CPU, one block of queries at a time: matrix products with one fused pass between them.
+"""Causal attention, on a CPU one block of queries at a time: matrix products with one fused pass between them.
 
-torch's CPU kernel takes several times as long as the matrix products. This one saves for the backward pass only its
-inputs, its output and one number per row, and skips keys that no query of a block attends to: later keys, keys before
-the sliding window, and keys of other samples in a packed row.
+On a GPU, see ``attention_gpu``. torch's CPU kernel takes several times as long as the matrix products. This one saves
+for the backward pass only its inputs, its output and one number per row, and skips keys that no query of a block
+attends to: later keys, keys before the sliding window, and keys of other samples in a packed row.
 
     S = scale · Q Kᵀ        P = softmax(S) over the keys that a query sees        Y = P V
     dV = Pᵀ dY              dP = dY Vᵀ              dS = P ∘ (dP - rowsum(dY ∘ Y))              dQ = dS K, dK = dSᵀ Q
@@ -100,8 +100,7 @@ def _grouped(side: Tensor, key_heads: int) -> Tensor:
 def use_own_attention(network: Any) -> None:
     """Make a transformers model use this attention wherever it is equivalent; other calls fall back to sdpa.
 
-    On a CPU where torch has many threads and the passes between the products can use only one, sdpa is kept for all
-    calls.
+    So do all calls on a CPU where torch has many threads and the passes between the products can use only one.
 
     Args:
         network: transformers model; left unchanged if its attention is not sdpa, or if its layers depend on the name
@@ -112,8 +111,7 @@ def use_own_attention(network: Any) -> None:
 
     if any(asks_for_sdpa(module) for module in network.modules()):
         return
-    is_fast = network.device.type != "cpu" or is_faster_than_torch()
-    if network.config._attn_implementation == "sdpa" and is_fast:
+    if network.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, _forward)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         network.set_attn_implementation(NAME)
@@ -157,7 +155,7 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.is_cuda:  # not only where the model was loaded: it may have been moved since
         return attend_on_gpu(query, key, value, scale, mask)
-    if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float32):
+    if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float32) or not is_faster_than_torch():
         return None
     spans = causal_spans(query.shape[0], query.shape[2]) if mask is None else mask_spans(mask)
     return None if spans is None else attend(query, key, value, scale, spans)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adaptkit.training.network.spans import sample_lengths
+from adaptkit.training.network.spans import packed_lengths
 
 _TOKENS_APART = 128
 """Samples are attended to apart if they are at least this long on average: every one takes a launch per pass."""
@@ -38,23 +38,24 @@ def attend_on_gpu(query: Tensor, key: Tensor, value: Tensor, scale: float, mask:
     """
     if mask is None:
         return _causal(query, key, value, scale)
-    rows = sample_lengths(mask)
-    if rows is None or any(_TOKENS_APART * sum(length > 1 for length in row) > sum(row) for row in rows):
+    rows = packed_lengths(mask)
+    if rows is None or not all(map(_are_long, rows)):
         return None
-    found = [
-        torch.cat(list(_apart(query[at : at + 1], key[at : at + 1], value[at : at + 1], scale, lengths)), dim=1)
-        for at, lengths in enumerate(rows)
-    ]
-    return torch.cat(found)
+    heads = query.shape[1]
+    pieces: list[Tensor] = []
+    by_row = zip(*(torch.split(side, 1) for side in (query, key, value)), strict=True)
+    for lengths, row in zip(rows, by_row, strict=True):
+        cuts = list(_cuts(lengths))
+        sizes = [tokens for tokens, _ in cuts]
+        sides = (torch.split(side, sizes, dim=2) for side in row)  # unlike slices' gradients, one concatenation
+        for (_, is_sample), q, k, v in zip(cuts, *sides, strict=True):
+            pieces.append(_causal(q, k, v, scale) if is_sample else _repeated(v, heads).transpose(1, 2))
+    return torch.cat(pieces, dim=1).view(len(query), -1, heads, value.shape[3])
 
 
-def _apart(query: Tensor, key: Tensor, value: Tensor, scale: float, lengths: tuple[int, ...]) -> Iterator[Tensor]:
-    """Yield the results of consecutive samples of one row, (1, tokens, heads, value_dim) each."""
-    cuts = list(_cuts(lengths))
-    sizes = [tokens for tokens, _ in cuts]
-    sides = (torch.split(side, sizes, dim=2) for side in (query, key, value))  # its gradient is one concatenation
-    for (_, is_sample), q, k, v in zip(cuts, *sides, strict=True):
-        yield _causal(q, k, v, scale) if is_sample else _repeated(v, query.shape[1]).transpose(1, 2)
+def _are_long(lengths: tuple[int, ...]) -> bool:
+    samples = [length for length in lengths if length > 1]
+    return sum(samples) >= _TOKENS_APART * len(samples)
 
 
 def _cuts(lengths: tuple[int, ...]) -> Iterator[tuple[int, bool]]:

@@ -107,7 +107,7 @@ def mask_spans(mask: Tensor) -> Spans | None:
     return _once(_runs, mask)
 
 
-def sample_lengths(mask: Tensor) -> tuple[tuple[int, ...], ...] | None:
+def packed_lengths(mask: Tensor) -> tuple[tuple[int, ...], ...] | None:
     """Return the lengths of the samples in each row, on any device; the host waits for it once per mask.
 
     Args:

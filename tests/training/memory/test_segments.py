@@ -11,7 +11,7 @@ from adaptkit.checkpoint import pages
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing
 from adaptkit.training.memory import segments
-from adaptkit.training.memory.activations import Activations
+from adaptkit.training.memory.activations import Activations, layer_sizes
 from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.frozen import PackedWeight
@@ -342,3 +342,19 @@ def test_checkpointed_layers_release_the_mapped_pages_of_their_packed_weights(
     codes = [m.codes for layer in layers for m in layer.modules() if isinstance(m, PackedWeight)]
     assert len(codes) == 7 * checked
     assert set(given) == before == {(part.data_ptr(), part.nbytes) for part in codes}
+
+
+@pytest.mark.parametrize(
+    ("length", "has_pairs", "starts"),
+    [(20, False, None), (20, True, [0, 10]), (21, True, [0, 11]), (700, False, [0, 512]), (700, True, [0, 350])],
+)
+def test_layers_are_measured_with_two_samples_in_a_row_or_with_as_many_as_their_length_needs(
+    llama_nf4, length, has_pairs, starts
+):
+    network, seen = load_model(llama_nf4, torch.float32, torch.device("cpu")).network, []
+    network.base_model.register_forward_pre_hook(lambda _, args, given: seen.append(given), with_kwargs=True)
+    layer_sizes(network, (1, length), torch.device("cpu"), has_pairs)
+    positions = seen[0].get("position_ids")
+    assert (positions is None) == (starts is None)
+    if positions is not None:
+        assert (positions[0] == 0).nonzero().flatten().tolist() == starts

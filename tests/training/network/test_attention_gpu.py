@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from adaptkit.training.network import attention_gpu
 from adaptkit.training.network.attention_gpu import attend_on_gpu
-from adaptkit.training.network.spans import sample_lengths
+from adaptkit.training.network.spans import packed_lengths
 
 
 def packed(*rows):
@@ -111,7 +111,7 @@ def test_other_masks_are_left_to_torch(mask, calls):
 def test_lengths_of_samples_are_found(rows):
     longest = max(map(sum, rows))
     filled = [(*row, *[1] * (longest - sum(row))) for row in rows]
-    assert sample_lengths(packed(*filled)) == tuple(filled)
+    assert packed_lengths(packed(*filled)) == tuple(filled)
 
 
 @settings(max_examples=200)
@@ -122,13 +122,13 @@ def test_one_other_token_makes_it_another_mask(tokens, data):
     mask = packed(rows)
     query, key = (data.draw(st.integers(0, tokens - 1)) for _ in range(2))
     mask[0, 0, query, key] ^= True
-    found = sample_lengths(mask)
+    found = packed_lengths(mask)
     assert found is None or torch.equal(packed(*found), mask)
 
 
 def test_a_mask_that_changes_in_place_is_read_again():
     mask = packed((8,))
-    assert sample_lengths(mask) == ((8,),)
-    assert sample_lengths(mask) is sample_lengths(mask)
+    assert packed_lengths(mask) == ((8,),)
+    assert packed_lengths(mask) is packed_lengths(mask)
     mask[:, :, 4:, :4] = False
-    assert sample_lengths(mask) == ((4, 4),)
+    assert packed_lengths(mask) == ((4, 4),)
