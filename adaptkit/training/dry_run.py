@@ -12,6 +12,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import DataReport, report_data
 from adaptkit.training.device import choose_device, deterministic, free_memory, make_current, without_cudnn_attention
 from adaptkit.training.distributed import World, world_size
+from adaptkit.training.identity import as_recorded
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.start import cannot_be_merged, left_out, peft_drops
@@ -84,7 +85,8 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     """
     check_not_finished(output, force, resume)
     inputs = read_inputs(config, output, force)
-    work, identity = partial_folder(output), inputs.identity()
+    work = partial_folder(output)
+    identity = as_recorded(work, inputs.identity(), inputs.contents)
     check_unfinished(work, identity, force, resume)
     check_tensors(inputs.base, inputs.manifest)
     device, is_whole = choose_device(config.device), not config.shard_base

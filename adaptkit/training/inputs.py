@@ -4,15 +4,15 @@ import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity
-from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.integrity import check_config
-from adaptkit.checkpoint.layout import GENERATION_NAME, check_side_files, read_small, side_files
-from adaptkit.checkpoint.manifest import Manifest, read_manifest
+from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, check_side_files, read_small, side_files
+from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
@@ -34,6 +34,7 @@ from adaptkit.training.data.mixture import Mixture
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.device import choose_device, choose_dtype, name_of
 from adaptkit.training.network.start import read_start, resolve_method
+from adaptkit.training.result import records_of
 from adaptkit.training.trackers import require_trackers
 
 
@@ -83,6 +84,18 @@ class Inputs:
             "init": [tensors_root(self.start.records), adapter_identity(self.start)] if self.start else None,
             **({} if template is None else {"chat_template": hashlib.sha256(template.encode()).hexdigest()}),
         }
+
+    @cached_property
+    def records(self) -> dict[str, TensorRecord]:
+        """The base's tensors, by name; if it has no manifest, all of them are read and hashed."""
+        return records_of(Checkpoint(self.base), self.manifest)
+
+    def contents(self) -> str | None:
+        """Return a hash of the configuration and tensors of a base without a manifest; None if it has one."""
+        if self.manifest is not None:
+            return None
+        parts = file_sha256(self.base / CONFIG_NAME), tensors_root(self.records.values())
+        return hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def require_base(self) -> None:
         """Refuse to continue with a base that changed since it was checked: its weights are read all the time.

@@ -20,7 +20,7 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import METRICS_NAME, PICTURE_NAME
-from adaptkit.checkpoint.manifest import FileRecord, Manifest, TensorRecord
+from adaptkit.checkpoint.manifest import FileRecord, Manifest
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.errors import AdaptkitError, install_hint
 from adaptkit.heap import return_freed_memory
@@ -31,24 +31,21 @@ from adaptkit.training.device import deterministic, without_cudnn_attention
 from adaptkit.training.distributed import World, join
 from adaptkit.training.dry_run import RunPlan, plan_run
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
+from adaptkit.training.identity import as_recorded, check_same_inputs, record_identity
 from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory
 from adaptkit.training.picture import can_draw, draw
 from adaptkit.training.preparation import checkpoint_bytes
 from adaptkit.training.report import StepReport, TrainReport
-from adaptkit.training.result import records_of, write_result
+from adaptkit.training.result import write_result
 from adaptkit.training.resume import (
     check_not_finished,
-    check_same_inputs,
     check_unfinished,
     holds_work,
-    record_identity,
     require_room,
 )
 from adaptkit.training.run import Chosen, Run
 from adaptkit.training.trackers import trackers
-
-Records = Mapping[str, TensorRecord]
 
 
 def to_stderr(text: str) -> None:
@@ -143,21 +140,21 @@ def _train_on_rank_zero(
     world: World,
 ) -> TrainReport:
     """Train in rank 0, or in the only process; see ``train``."""
+    identity = as_recorded(partial_folder(output), identity, inputs.contents)
     check_unfinished(partial_folder(output), identity, force, resume)
     check_tensors(inputs.base, inputs.manifest)  # the result's manifest vouches for its base
     with Output(output, identity, force, keeps=holds_work) as out:
-        record_identity(out.folder, identity)
+        record_identity(out.folder, identity, inputs.contents)
         run = _create_run(inputs, out, note, world)
         with trackers(inputs.config, identity, run.resumed_from) as opened:
             run.train(on_step, opened)
         return_freed_memory()  # of the activations: publishing then adds nothing to the peak
         inputs.require_base()
         kept, *others = run.chosen()
-        records = records_of(run.model.checkpoint, inputs.manifest)
         for adapter in others:
             note(f"{adapter.name}/ contains the adapter after step {adapter.step}")
-            _write_beside(out, inputs, run, records, adapter)
-        manifest = _write(out, inputs, run, records, kept, note)
+            _write_beside(out, inputs, run, adapter)
+        manifest = _write(out, inputs, run, kept, note)
     return _report(output, inputs, run, kept.step, manifest)
 
 
@@ -174,26 +171,26 @@ def _create_run(inputs: Inputs, out: Output, note: Callable[[str], None], world:
     return run
 
 
-def _write(
-    out: Output, inputs: Inputs, run: Run, records: Records, kept: Chosen, note: Callable[[str], None]
-) -> Manifest:
+def _write(out: Output, inputs: Inputs, run: Run, kept: Chosen, note: Callable[[str], None]) -> Manifest:
     run.trainable.values.copy_(kept.parameters)
     out.write(METRICS_NAME, run.history.content())
     if can_draw():
         out.write(PICTURE_NAME, draw(run.history))
     else:
         note(f"no {PICTURE_NAME}: matplotlib is not installed ({install_hint('report')})")
-    manifest = _write_result(out, inputs, run, records)
+    manifest = _write_result(out, inputs, run)
     out.publish(manifest)
     return manifest
 
 
-def _write_result(out: Output, inputs: Inputs, run: Run, records: Records) -> Manifest:
+def _write_result(out: Output, inputs: Inputs, run: Run) -> Manifest:
     data = [source.sha256 for source in inputs.data.sources]
-    return write_result(out, run.model, inputs.config, inputs.manifest, records, inputs.start, data, inputs.side_files)
+    return write_result(
+        out, run.model, inputs.config, inputs.manifest, inputs.records, inputs.start, data, inputs.side_files
+    )
 
 
-def _write_beside(out: Output, inputs: Inputs, run: Run, records: Records, adapter: Chosen) -> None:
+def _write_beside(out: Output, inputs: Inputs, run: Run, adapter: Chosen) -> None:
     """Write the other adapter of the run as a complete artifact in a subfolder."""
     inside = out.folder / adapter.name
     shutil.rmtree(inside, ignore_errors=True)  # left by a run that was killed here
@@ -202,7 +199,7 @@ def _write_beside(out: Output, inputs: Inputs, run: Run, records: Records, adapt
         last = values.to("cpu", copy=True)  # the device may be full
         values.copy_(adapter.parameters)
     with Output(inside, inputs.identity()) as nested:
-        nested.publish(_write_result(nested, inputs, run, records))
+        nested.publish(_write_result(nested, inputs, run))
     if last is not None:
         values.copy_(last)
     for path in sorted(inside.iterdir()):

@@ -1,6 +1,6 @@
 """Checkpoints of a training run.
 
-    run.json                              what determines the result; a run that differs in it does not resume here
+    run.json                              see ``identity``; a run that differs in it does not resume here
     checkpoint-<step>/state.safetensors   vectors: parameters, moments, and the best parameters if they differ
     checkpoint-<step>/metrics.jsonl       all metrics so far
     checkpoint-<step>/checkpoint.json     step, further values, the sha256 of both files and of itself; written last
@@ -10,7 +10,6 @@ The order of the data and all randomness are functions of seed and step, so this
 """
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -32,7 +31,6 @@ from adaptkit.checkpoint.writer import (
     DiskError,
     TensorWriter,
     disk_errors,
-    replace_file,
     replaced_name,
     require_free,
     sync_folder,
@@ -40,10 +38,11 @@ from adaptkit.checkpoint.writer import (
 )
 from adaptkit.errors import CheckpointError, ConflictError, IntegrityError, OutputExistsError, UsageError
 from adaptkit.training.distributed import World
+from adaptkit.training.identity import RUN_NAME, changes, read_identity
 from adaptkit.training.memory.vector import Vector
 
 PAGES_NAME = "optimizer-pages.bin"
-_RUN, _STATE, _RECORD = "run.json", "state.safetensors", "checkpoint.json"
+_STATE, _RECORD = "state.safetensors", "checkpoint.json"
 _DAMAGE = (CheckpointError, IntegrityError, KeyError, TypeError, OSError)
 """Exceptions that reading a damaged checkpoint can raise."""
 
@@ -65,12 +64,6 @@ class Snapshot:
     metrics: bytes
 
 
-def record_identity(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Record what determines the result, so that a run that cannot resume can say why."""
-    if _read_identity(folder) is None:
-        replace_file(folder / _RUN, write_json(identity))
-
-
 def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, resume: bool) -> None:
     """Refuse to mix two runs, or to resume without a checkpoint.
 
@@ -86,9 +79,9 @@ def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, res
         ConflictError: the folder contains work of another run; names what differs.
         UsageError: there is nothing to resume.
     """
-    known = _read_identity(folder)
+    known = read_identity(folder)
     if known is not None and holds_work(folder) and (resume or not force):
-        differences = _differences(known, json.loads(write_json(identity)))
+        differences = changes(known, identity)
         if differences:
             raise ConflictError(
                 f"{folder}: contains unfinished work of another run: {'; '.join(differences)}",
@@ -96,24 +89,6 @@ def check_unfinished(folder: Path, identity: Mapping[str, Any], force: bool, res
             )
     if resume and (known is None or _newest_whole(folder) is None):
         raise UsageError(f"{folder}: no checkpoint to resume from", hint="leave out --resume to start a run")
-
-
-def check_same_inputs(world: World, identity: Mapping[str, Any]) -> None:
-    """Refuse processes with different inputs: the sum of their gradients would be meaningless.
-
-    Each process reads its own files and options, perhaps on another machine.
-
-    Raises:
-        UsageError: in every process; names what differs.
-    """
-    mine = dict(identity)
-    if not isinstance(mine["base"], str):  # no manifest: drop times, which differ between machines
-        mine["base"] = [[file, size] for file, size, _ in mine["base"]]
-    differences = _differences(world.broadcast_object(mine), mine, "{} is {} there and {} here")
-    reports = [f"process {world.rank} differs from the first: {'; '.join(differences)}"] if differences else []
-    reports = world.gather(reports)
-    if reports:
-        raise UsageError(". ".join(reports), hint="start all processes with the same options, base and data")
 
 
 def check_not_finished(output: Path, force: bool, resume: bool) -> None:
@@ -138,8 +113,8 @@ def resume_step(folder: Path, identity: Mapping[str, Any]) -> int:
         folder: partial folder of the output; work of another run in it does not count.
         identity: identity of this run.
     """
-    known = _read_identity(folder)
-    if known is not None and _differences(known, json.loads(write_json(identity))):
+    known = read_identity(folder)
+    if known is not None and changes(known, identity):
         return 0
     return _newest_whole(folder) or 0
 
@@ -241,7 +216,7 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 def _is_beginning(name: str) -> bool:
     """Whether a run can have a file of this name before its first checkpoint, such as a partial checkpoint."""
-    known = replaced_name(name) in {JOURNAL_NAME, _RUN, METRICS_NAME, PAGES_NAME}
+    known = replaced_name(name) in {JOURNAL_NAME, RUN_NAME, METRICS_NAME, PAGES_NAME}
     return known or (name.startswith("checkpoint-") and name.endswith(".partial"))
 
 
@@ -281,26 +256,3 @@ def _read(path: Path, step: int) -> Snapshot:
 
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(write_json(record)).hexdigest()
-
-
-def _read_identity(folder: Path) -> dict[str, Any] | None:
-    try:
-        return read_json(folder / _RUN)
-    except (CheckpointError, OSError):
-        return None
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], said: str = "{} was {} and is {}") -> list[str]:
-    """Return what differs, as phrases: options by name with both values, anything else by name."""
-    options = before.get("options") or {}
-    others = {"base": "base", "data": "data", "init": "adapter to start from", "chat_template": "chat template"}
-    found = [
-        said.format(name, *(_shown(run.get(name)) for run in (options, now["options"])))
-        for name in sorted({*options, *now["options"]})
-        if options.get(name) != now["options"].get(name)
-    ]
-    return found + [f"another {what}" for key, what in others.items() if before.get(key) != now.get(key)]
-
-
-def _shown(value: Any) -> str:
-    return "not set" if value is None else json.dumps(value, ensure_ascii=False)
