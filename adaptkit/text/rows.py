@@ -305,4 +305,7 @@ def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
 
 
 def _unreadable(file: Path, error: Exception) -> DataError:
+    if isinstance(error, gzip.BadGzipFile):
+        hint = "name it without .gz, or copy it again"
+        return DataError(f"{file}: is not compressed with gzip, or is damaged", hint=hint)
     return DataError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})", hint=path_hint(file))

@@ -78,8 +78,9 @@ def read_tokens(
             break
     windows = _cut(stream, window, leading_special_tokens(tokenizer)[:1])
     if not windows or len(windows[0]) < 2:
+        found = "a single token" if windows else "no text to read"
         raise DataError(
-            f"{', '.join(map(str, files)) or 'no files'}: no text to read", hint="give files that contain text"
+            f"{', '.join(map(str, files)) or 'no files'}: {found}", hint="give files that contain at least two tokens"
         )
     return torch.tensor(windows[:wanted])
 

@@ -10,6 +10,7 @@ that of one process up to rounding; with the same number of processes it is iden
 """
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -243,7 +244,8 @@ def _peer_errors(computing: bool = False) -> Iterator[None]:
             raise UsageError(
                 "two processes of this run use the same GPU", hint="start one process for each GPU"
             ) from error
-        reason = " ".join(str(error).split())[:200]
+        said = " ".join(str(error).split())
+        reason = re.sub(r"^\[\S+\] ", "", said).split(". ")[0][:200]  # without gloo's source path and its advice
         raise NetworkError(
             f"another process of this run cannot be reached: {reason}",
             hint="see its own message for the cause; the same command resumes the run",

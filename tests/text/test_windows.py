@@ -153,7 +153,7 @@ def test_no_token_is_lost_or_moved_and_the_limit_is_respected(llama, tmp_path_fa
             expected += [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
     expected = expected[1:]
     if len(expected) < 2:
-        with pytest.raises(DataError, match="no text to read"):
+        with pytest.raises(DataError, match="a single token" if expected else "no text to read"):
             read_tokens([path], llama, window=window)
         return
     whole = read_tokens([path], llama, window=window).reshape(-1).tolist()
@@ -336,7 +336,7 @@ def test_the_windows_of_a_partly_read_text_are_those_of_the_whole_text(
         patch.setattr("adaptkit.text.windows._LEAST_BYTES", 3)
         patch.setattr("adaptkit.text.windows._BYTES_PER_TOKEN", 1)
         if len(ids) < 2:
-            with pytest.raises(DataError, match="no text to read"):
+            with pytest.raises(DataError, match=r"no text to read|a single token"):
                 read_tokens([path], llama, window=window, max_tokens=limit)
         else:
             assert read_tokens([path], llama, window=window, max_tokens=limit).tolist() == expected
