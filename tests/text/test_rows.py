@@ -64,9 +64,14 @@ def test_a_compressed_file_has_the_rows_and_places_of_the_uncompressed_one(suffi
     packed.write_bytes(gzip.compress(content))
     assert [(where.removeprefix(str(packed)), row) for where, row in read_rows(packed)] == rows
     assert not is_on_hub(f"org/{packed.name}")
-    for damaged in (packed.read_bytes()[:-9], content, packed.read_bytes()[:40] + bytes(99) + content):
+    whole, cannot = packed.read_bytes(), "cannot be read ("
+    for damaged, said in (
+        (whole[:-9], cannot),
+        (content, "is not compressed with gzip, or is damaged"),
+        (whole[:40] + bytes(99) + content, cannot),
+    ):
         packed.write_bytes(damaged)
-        with pytest.raises(DataError, match=re.escape(f"{packed}: cannot be read (")):
+        with pytest.raises(DataError, match=re.escape(f"{packed}: {said}")):
             list(read_rows(packed))
 
 
