@@ -298,9 +298,10 @@ def _object(row: Any, where: str, hint: str) -> Row:
 
 
 def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
-    with contextlib.suppress(OSError), open(file, "rb") as opened:
-        if file.suffix.lower() != _GZIP_SUFFIX and opened.read(2) == _GZIP:
-            return DataError(f"{file}: is compressed with gzip", hint=f"name it {file.name}.gz")
+    if file.suffix.lower() != _GZIP_SUFFIX and file.is_file():  # a pipe would block
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            if opened.read(2) == _GZIP:
+                return DataError(f"{file}: is compressed with gzip", hint=f"name it {file.name}.gz")
     return DataError(f"{file}, line {line}: not UTF-8 ({error.reason})", hint="save it as UTF-8")
 
 
