@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptkit.errors import DataError, NetworkError
+from adaptkit.text.conversation import read_example
 from adaptkit.text.rows import is_on_hub, read_rows
 
 ROWS = [{"instruction": "Name it, please.", "output": 'the "Rhine"\nriver'}, {"instruction": "NA", "output": "007"}]
@@ -217,6 +218,14 @@ def test_a_pipe_is_refused_and_not_waited_for(name, tmp_path):
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=r"is a pipe, which can be read only once"):
         list(read_rows(tmp_path / name))
+
+
+def test_null_columns_of_parquet_are_kept_and_null_fields_of_their_objects_are_not(tmp_path):
+    rows = [{"question": "a", "answer": None, "more": {"x": 1, "y": None}}, {"question": "b", "answer": "c"}]
+    found = [row for _, row in read_rows(write(tmp_path / "rows.parquet", rows))]
+    assert found[0] == {"question": "a", "answer": None, "more": {"x": 1}}
+    with pytest.raises(DataError, match="here: answer is null"):
+        read_example(found[0], "here")
 
 
 def test_a_damaged_parquet_file_is_refused(tmp_path):

@@ -5,9 +5,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import tiny
 from interrupted import stop_after
 
 from adaptkit.errors import ConflictError
+from adaptkit.operations.quantize import quantize
 from adaptkit.training import result
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.dry_run import plan_run
@@ -55,6 +57,16 @@ def test_a_base_with_other_contents_is_refused(config, tmp_path, name):
     assert plan_run(config, output, force=True).resumed_from == 0
     path.write_bytes(before)
     assert train(config, output).resumed_from == 2
+
+
+def test_a_base_with_another_manifest_is_refused(config, tmp_path):
+    """Neither has its contents recorded beside its manifest."""
+    for seed in (0, 1):
+        quantize(tiny.write_llama(tmp_path / f"plain-{seed}", seed=seed), tmp_path / f"base-{seed}")
+    config = replace(config, base=str(tmp_path / "base-0"))
+    stop_after(config, tmp_path / "adapter", 2)
+    with pytest.raises(ConflictError, match="of another run: another base"):
+        train(replace(config, base=str(tmp_path / "base-1")), tmp_path / "adapter")
 
 
 def test_other_differences_are_named_alone(config, tmp_path):

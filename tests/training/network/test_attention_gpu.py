@@ -126,6 +126,12 @@ def test_one_other_token_makes_it_another_mask(tokens, data):
     assert found is None or torch.equal(packed(*found), mask)
 
 
+def test_a_later_token_instead_of_an_earlier_one_is_no_sample():
+    mask = packed((6,))
+    mask[0, 0, 3, 2], mask[0, 0, 3, 5] = False, True
+    assert packed_lengths(mask) is None
+
+
 def test_a_mask_that_changes_in_place_is_read_again():
     mask = packed((8,))
     assert packed_lengths(mask) == ((8,),)
