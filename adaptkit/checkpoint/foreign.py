@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Collection
+from pathlib import Path
 
 from adaptkit.checkpoint.reader import Checkpoint
 
+RELEASED = ("fp8", "mxfp4")
+"""Methods that some models are released in, without a 16-bit checkpoint; ``dequantize`` makes one."""
 _INT8 = "bitsandbytes (LLM.int8())"
 _BY_NAME = (
     (re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$"), "bitsandbytes (4 bits)"),
@@ -46,7 +49,21 @@ def quantization_named(names: Collection[str]) -> str | None:
         if any(pattern.search(name) for name in names):
             return method
     if any(name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in names for name in names):
-        return "MXFP4"
+        return "mxfp4"
     if any(name.endswith(".codebooks") and f"{name.removesuffix('books')}s" in names for name in names):
         return "AQLM"
     return None
+
+
+def hint_for_plain(method: str, root: Path, purpose: str) -> str:
+    """Return the hint for a command that needs an unquantized checkpoint instead of the one in ``root``.
+
+    Args:
+        method: of the one in ``root``.
+        root: folder.
+        purpose: what to do with an unquantized checkpoint, as an imperative that ends in a preposition if it needs one.
+    """
+    if method in RELEASED:
+        plain = f"{root.name}-plain"
+        return f"run: adaptkit dequantize {root} -o {plain}; then {purpose} {plain}"
+    return f"{purpose} the 16-bit checkpoint that it was made from"

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.progress import Progress
@@ -94,7 +94,5 @@ def plain_checkpoint(root: Path) -> Checkpoint:
     checkpoint = Checkpoint(root)
     method = quantization_found(checkpoint)
     if method is not None:
-        raise CheckpointError(
-            f"{root}: is quantized with {method}", hint="give the 16-bit checkpoint that it was made from"
-        )
+        raise CheckpointError(f"{root}: is quantized with {method}", hint=hint_for_plain(method, root, "give"))
     return checkpoint

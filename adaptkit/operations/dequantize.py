@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import xxhash
@@ -14,12 +14,13 @@ import xxhash
 from adaptkit.arguments import AnyPath, checked_options, typed_fields
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, dtype_name
-from adaptkit.checkpoint.foreign import quantization_found
-from adaptkit.checkpoint.hashing import bytes_of, fingerprint
+from adaptkit.checkpoint.foreign import RELEASED, quantization_found
+from adaptkit.checkpoint.hashing import bytes_of, fingerprint_in_pieces
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME, check_side_files
+from adaptkit.checkpoint.low_precision import Decoded, LowPrecisionWeight, low_precision_weights
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
@@ -32,6 +33,7 @@ from adaptkit.numerics.formats._double_quant import GROUP
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._shards import (
+    PIECE_BYTES,
     Group,
     Piece,
     check_shard_size,
@@ -52,7 +54,7 @@ class DequantizeOptions:
 
     Attributes:
         dtype: bfloat16, float16 or float32; None for the dtype recorded with each weight, where ``quantize`` records
-            bfloat16 for a float32 weight.
+            bfloat16 for a float32 weight, and for bfloat16 if none is recorded (FP8 and MXFP4).
         max_shard_bytes: largest size of a shard, unless a single tensor is larger.
         threads: number of pieces decoded at a time; one per processor if None. The result does not depend on it.
     """
@@ -76,6 +78,7 @@ class DequantizeReport:
     Attributes:
         output: folder.
         dequantized: number of matrices.
+        input_scales: number of tensors left out: scales of the inputs of products in 8 bits.
         bytes_after: size of all tensors.
         tensors_root: hash of the result's tensors.
         manifest_sha256: of the result's manifest.
@@ -83,17 +86,10 @@ class DequantizeReport:
 
     output: str
     dequantized: int
+    input_scales: int
     bytes_after: int
     tensors_root: str
     manifest_sha256: str
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    """A piece of a plain tensor, and the elements of the source that it was made from."""
-
-    values: Array
-    raw: Array
 
 
 def dequantize(
@@ -109,7 +105,8 @@ def dequantize(
     Tensors that are not quantized keep their dtype, whatever ``options.dtype`` is.
 
     Args:
-        source: folder of a checkpoint quantized by adaptkit, or to 4 bits by bitsandbytes.
+        source: folder of a checkpoint quantized by adaptkit, or to 4 bits by bitsandbytes, or released in FP8 (with
+            scales for blocks, as DeepSeek-V3) or MXFP4 (gpt-oss).
         output: folder to make.
         options: see ``DequantizeOptions``.
         force: replace an existing output.
@@ -125,35 +122,33 @@ def dequantize(
     options = checked_options(options, DequantizeOptions)
     checkpoint = Checkpoint(source)
     check_config(source, read_manifest(source))
-    names = quantized.quantized_names(checkpoint)
-    if not names:
-        method = quantization_found(checkpoint)
-        raise CheckpointError(
-            f"{source}: "
-            + (f"quantized with {method}, which is not supported" if method else "holds no quantized weights"),
-            hint="give a checkpoint that adaptkit or bitsandbytes (4-bit) quantized",
-        )
+    packed = _packed(checkpoint, options)
     check_output(output, force, [source])
     check_side_files(source)
-    parts = {name: quantized.part_names(checkpoint, name) for name in names}
-    inside = {part for found in parts.values() for part in found} - set(names)
-    groups = [_group(checkpoint, name, name in parts, options) for name in checkpoint.tensors if name not in inside]
+    inside = {part for weight in packed.values() for part in weight.parts} - set(packed)
+    groups = [
+        Group(name, (packed[name].spec if name in packed else located.spec,))
+        for name, located in checkpoint.tensors.items()
+        if name not in inside
+    ]
     shards = plan_shards(groups, options.max_shard_bytes)
 
-    def jobs(group: Group) -> Sequence[Callable[[], _Decoded]]:
-        if group.source in parts:
-            return _decoding(checkpoint, group.specs[0])
+    def jobs(group: Group) -> Sequence[Callable[[], Decoded]]:
+        if group.source in packed:
+            return packed[group.source].jobs()
         return [partial(_as_it_is, job) for job in read_jobs(checkpoint, group.specs[0])]
 
-    def assemble(group: Group, results: Iterator[_Decoded], writer: TensorWriter) -> dict[str, str]:
+    def assemble(group: Group, results: Iterator[Decoded], writer: TensorWriter) -> dict[str, str]:
         digest = xxhash.xxh3_128()
         for result in results:
             digest.update(bytes_of(result.raw))
-            writer.write(group.source, result.values)
-        small = [part for part in parts.get(group.source, ()) if part != group.source]
-        return {part: fingerprint(checkpoint.read_array(part)) for part in small} | {group.source: digest.hexdigest()}
+            writer.write(group.specs[0].name, result.values)
+        others = packed[group.source].parts[1:] if group.source in packed else ()
+        return {part: fingerprint_in_pieces(checkpoint, part) for part in others} | {group.source: digest.hexdigest()}
 
     recorded = {name: value for name, value in asdict(options).items() if name != "threads"}
+    if not quantized.quantized_names(checkpoint):
+        recorded["method"] = quantization_found(checkpoint)  # so merge knows that no 16-bit checkpoint came before
     state = checkpoint.state()
     with (
         Output(output, [checkpoint.outline(), recorded], force, inputs=[[str(source.resolve()), state]]) as out,
@@ -168,52 +163,116 @@ def dequantize(
             out.write(name, content)
         manifest = _manifest(out, checkpoint, recorded)
         out.publish(manifest)
+    left_out = sum(weight.left_out for weight in packed.values())
     bytes_after = sum(group.nbytes for group in groups)
-    return DequantizeReport(str(output), len(names), bytes_after, manifest.tensors_root, manifest.sha256)
+    return DequantizeReport(str(output), len(packed), left_out, bytes_after, manifest.tensors_root, manifest.sha256)
 
 
-def _group(checkpoint: Checkpoint, name: str, is_quantized: bool, options: DequantizeOptions) -> Group:
-    """Return the plain tensor that a tensor becomes; a quantized weight's shape and dtype are in its state."""
-    if not is_quantized:
-        return Group(name, (checkpoint.spec(name),))
-    weight = quantized.read_constants(checkpoint, name)  # all parts but codes: finds inconsistent ones before writing
+@dataclass(frozen=True)
+class _Packed:
+    """A quantized weight of the source.
+
+    Attributes:
+        parts: names of the tensors that it consists of; the first holds its codes.
+        spec: of the plain weight.
+        jobs: returns jobs that decode it, piece by piece.
+        left_out: how many of the parts do not determine the plain weight.
+    """
+
+    parts: tuple[str, ...]
+    spec: TensorSpec
+    jobs: Callable[[], list[Callable[[], Decoded]]]
+    left_out: int = 0
+
+
+def _packed(checkpoint: Checkpoint, options: DequantizeOptions) -> dict[str, _Packed]:
+    """Map the names of the tensors that hold codes to their weights; finds inconsistent parts before writing.
+
+    Raises:
+        CheckpointError: there are none, or a weight is malformed, or in another format.
+    """
+    names = quantized.quantized_names(checkpoint)
+    if names:
+        return {name: _blockwise(checkpoint, name, options) for name in names}
+    method = quantization_found(checkpoint)
+    found = low_precision_weights(checkpoint) if method in RELEASED else []
+    if not found:
+        problem = "holds no quantized weights"
+        if method is not None and method not in RELEASED:
+            problem = f"quantized with {method}, which is not supported"
+        raise CheckpointError(
+            f"{checkpoint.root}: {problem}",
+            hint="give a checkpoint that adaptkit or bitsandbytes (4-bit) quantized, or one released in FP8 or MXFP4",
+        )
+    packed = {weight.parts[0]: _low_precision(checkpoint, weight, options) for weight in found}
+    taken = next((w.spec.name for code, w in packed.items() if code != w.spec.name in checkpoint.tensors), None)
+    if taken is not None:
+        raise CheckpointError(
+            f"{checkpoint.root}: {taken} is there both plain and quantized", hint="download the checkpoint again"
+        )
+    return packed
+
+
+def _blockwise(checkpoint: Checkpoint, name: str, options: DequantizeOptions) -> _Packed:
+    """Return a weight that adaptkit or bitsandbytes quantized; shape and dtype are in its state."""
+    weight = quantized.read_constants(checkpoint, name)  # all parts but codes
     shape = weight.shape[::-1] if stores_transposed(checkpoint, name) else weight.shape
-    return Group(name, (TensorSpec(name, dtype_name(options.dtype or weight.dtype), shape),))
+    spec = TensorSpec(name, dtype_name(options.dtype or weight.dtype), shape)
+    return _Packed(tuple(quantized.part_names(checkpoint, name)), spec, partial(_decoding, checkpoint, spec))
 
 
-def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], _Decoded]]:
-    """Return jobs that decode a weight."""
+def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], Decoded]]:
     weight = quantized.read_constants(checkpoint, spec.name)
     absmax = weight.absmax
 
-    def decoded(piece: Piece) -> _Decoded:
+    def decoded(piece: Piece) -> Decoded:
         packed = quantized.read_run(checkpoint, spec.name, weight, absmax, piece.start, piece.count)
         values = weight.encoding.numerics.dequantize(packed, ARRAY_DTYPES[spec.dtype])
         if not all_finite(values):
             _refuse(spec, packed.absmax)
-        return _Decoded(values, packed.codes)
+        return Decoded(values, packed.codes)
 
-    def decoded_whole() -> _Decoded:
+    def decoded_whole() -> Decoded:
         found = decoded(Piece(0, spec.count))
-        return _Decoded(np.ascontiguousarray(found.values.reshape(weight.shape).T), found.raw)
+        return Decoded(np.ascontiguousarray(found.values.reshape(weight.shape).T), found.raw)
 
     if stores_transposed(checkpoint, spec.name):  # only in the GPT-2 family, whose matrices are small
         return [decoded_whole]
     return [partial(decoded, piece) for piece in cut_pieces(spec, weight.block_size * GROUP)]
 
 
-def _refuse(spec: TensorSpec, constants: Array) -> NoReturn:
-    if not all_finite(constants):
-        raise NonFiniteError(f"{spec.name}: the constants hold NaN or infinity", hint="download the checkpoint again")
+def _low_precision(checkpoint: Checkpoint, weight: LowPrecisionWeight, options: DequantizeOptions) -> _Packed:
+    """Return a weight in FP8 or MXFP4, whose plain dtype is recorded nowhere."""
+    spec = TensorSpec(weight.name, dtype_name(options.dtype or "bfloat16"), weight.shape)
+    dtype = ARRAY_DTYPES[spec.dtype]
+
+    def decoded(run: Any) -> Decoded:
+        found = weight.decode(checkpoint, run, dtype)
+        if not all_finite(found.values):
+            _refuse(spec, weight.decode(checkpoint, run, np.dtype(np.float32)).values)
+        return found
+
+    def jobs() -> list[Callable[[], Decoded]]:
+        return [partial(decoded, run) for run in weight.runs(PIECE_BYTES // dtype.itemsize)]
+
+    return _Packed(weight.parts, spec, jobs, len(weight.input_scales))
+
+
+def _refuse(spec: TensorSpec, scale: Array) -> NoReturn:
+    """Raise the error for a weight that is not finite in its dtype; ``scale`` is finite unless the source is broken."""
+    if not all_finite(scale):
+        raise NonFiniteError(
+            f"{spec.name}: a code or constant is NaN or infinite", hint="download the checkpoint again"
+        )
     raise NonFiniteError(
-        f"{spec.name}: a weight of up to {np.abs(constants).max():.6g} is too large for {spec.dtype}",
+        f"{spec.name}: a weight of up to {np.abs(scale).max():.6g} is too large for {spec.dtype}",
         hint=f"use --dtype {'bfloat16 or ' if spec.dtype == 'F16' else ''}float32",
     )
 
 
-def _as_it_is(job: Callable[[], Array]) -> _Decoded:
+def _as_it_is(job: Callable[[], Array]) -> Decoded:
     values = job()
-    return _Decoded(values, values)
+    return Decoded(values, values)
 
 
 def _manifest(out: Output, checkpoint: Checkpoint, recorded: dict[str, object]) -> Manifest:

@@ -29,7 +29,7 @@ MADE = {
     "HQQ": {f"{LINEAR}.{part}": BYTES for part in ("W_q", "nbits", "scale", "zero", "shape")},
     "quanto": {f"{LINEAR}.weight._data": BYTES.to(torch.int8), f"{LINEAR}.weight._scale": FLOATS},
     "torchao": {f"{LINEAR}._weight_qdata": FLOATS.to(torch.float8_e4m3fn), f"{LINEAR}._weight_scale": FLOATS},
-    "MXFP4": {f"model.layers.0.mlp.experts.down_proj_{part}": BYTES for part in ("blocks", "scales")},
+    "mxfp4": {f"model.layers.0.mlp.experts.down_proj_{part}": BYTES for part in ("blocks", "scales")},
 }
 
 

@@ -17,14 +17,16 @@ from adaptkit.cli.progress import byte_progress
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Default: the one recorded for each weight; quantize records float32 as bfloat16.",
+    help="Default: the one recorded for each weight; quantize records float32 as bfloat16, FP8 and MXFP4 none: "
+    "bfloat16.",
 )
 @click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
 @threads_option
 def command(source: Path, output: Path, force: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Convert the quantized checkpoint SOURCE back to a plain one.
 
-    SOURCE was quantized by adaptkit, or to 4 bits by bitsandbytes.
+    SOURCE was quantized by adaptkit, or to 4 bits by bitsandbytes, or
+    released in FP8 with scales for blocks (DeepSeek-V3) or MXFP4 (gpt-oss).
     """
     from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 
@@ -33,6 +35,7 @@ def command(source: Path, output: Path, force: bool, as_json: bool, quiet: bool,
     rows = [
         ("wrote", report.output),
         ("dequantized", f"{counted(report.dequantized, 'matrix')}, {size(report.bytes_after)} in total"),
+        *([("left out", f"{counted(report.input_scales, 'scale')} of 8-bit inputs")] if report.input_scales else []),
         ("manifest sha256", report.manifest_sha256),
     ]
     show(report, rows, as_json=as_json, quiet=quiet)

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.networks.architecture import empty_network
@@ -60,7 +60,8 @@ class Replay:
         method = quantization_found(checkpoint)
         if method is not None:
             raise UsageError(
-                f"{checkpoint.root}: quantized with {method}", hint="calibrate on the original 16-bit checkpoint"
+                f"{checkpoint.root}: quantized with {method}",
+                hint=hint_for_plain(method, checkpoint.root, "calibrate on"),
             )
         self.network = empty_network(checkpoint, torch.float32).eval()
         _check_tokens(self.network, tokens)

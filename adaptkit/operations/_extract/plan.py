@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from adaptkit.arguments import as_texts, typed_fields
-from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.foreign import RELEASED, quantization_found
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.progress import first_few
 from adaptkit.checkpoint.quantized import quantized_names
@@ -155,10 +155,11 @@ def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> P
     for checkpoint in (tuned, base):
         method = quantization_found(checkpoint)
         if method is not None:
+            can_dequantize = method in RELEASED or quantized_names(checkpoint)
             raise CheckpointError(
                 f"{checkpoint.root}: quantized with {method}; the difference would mostly be quantization error",
                 hint="give the 16-bit checkpoint"
-                + (", or dequantize it first if there is no other" if quantized_names(checkpoint) else ""),
+                + (", or dequantize it first if there is no other" if can_dequantize else ""),
             )
     _check_names(tuned, base)
     _check_specs(tuned, base, "dtype", {})

@@ -108,7 +108,8 @@ def _quantize(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor]
 def _dequantize(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
     from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 
-    dequantize(_only(parents, "base"), out, DequantizeOptions(**options, threads=threads))
+    chosen = {name: value for name, value in options.items() if name != "method"}
+    dequantize(_only(parents, "base"), out, DequantizeOptions(**chosen, threads=threads))
 
 
 def _merge(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:

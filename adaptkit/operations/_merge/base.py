@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.foreign import RELEASED, hint_for_plain, quantization_found
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.layout import CONFIG_NAME
@@ -178,7 +178,10 @@ def _parent_hint(base: Base) -> str:
 
 
 def _was_dequantized(manifest: Manifest | None) -> bool:
-    return manifest is not None and manifest.operation.get("name") == "dequantize"
+    """Whether a checkpoint was made from a quantized one that had, unlike those of ``RELEASED``, a 16-bit original."""
+    if manifest is None or manifest.operation.get("name") != "dequantize":
+        return False
+    return manifest.operation.get("options", {}).get("method") not in RELEASED
 
 
 def _recorded(manifest: Manifest | None, root: Path) -> dict[str, tuple[str, str]]:
@@ -218,12 +221,10 @@ def _in_files(
 def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Checkpoint, dict[str, tuple[str, str]]]:
     """Find the checkpoint that a quantized one was made from, and the fingerprints that its weights must have."""
     root = quantized.root
-    why = (
-        f"{root}: quantized with {quantization_found(quantized)}; merging into so few bits would erase most of the "
-        "adapter"
-    )
-    if manifest is None:
-        raise CheckpointError(why, hint="merge into the 16-bit checkpoint that it was quantized from")
+    method = quantization_found(quantized)
+    why = f"{root}: quantized with {method}; merging into so few bits would erase most of the adapter"
+    if manifest is None or method in RELEASED:
+        raise CheckpointError(why, hint=hint_for_plain(str(method), root, "merge into"))
     parent, wanted = _parent_root(manifest), _recorded(manifest, root)
     folders = [path for path in sorted(root.resolve().parent.iterdir()) if path != root.resolve()]
     fitting = [found for path in folders if wanted and (found := _possible_parent(path, wanted, parent)) is not None]

@@ -8,7 +8,7 @@ from typing import Any
 
 from adaptkit.arguments import as_paths, as_texts, typed_fields
 from adaptkit.checkpoint.encoding import Encoding
-from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import FLOATS
 from adaptkit.checkpoint.part import Part
@@ -169,7 +169,8 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles) ->
     method = quantization_found(checkpoint)
     if method is not None:
         raise CheckpointError(
-            f"{checkpoint.root}: already quantized with {method}", hint="quantize the original 16-bit checkpoint"
+            f"{checkpoint.root}: already quantized with {method}",
+            hint=hint_for_plain(method, checkpoint.root, "quantize"),
         )
     selection = select(
         checkpoint,

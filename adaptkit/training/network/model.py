@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
-from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
 from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import CheckpointError
@@ -138,7 +138,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     if method is not None:
         raise CheckpointError(
             f"{root}: is quantized with {method}, which train and evaluate cannot use",
-            hint="use the 16-bit checkpoint that it was made from",
+            hint=hint_for_plain(method, root, "use"),
         )
     if unknown:
         raise CheckpointError(

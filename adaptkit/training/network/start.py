@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.foreign import RELEASED, hint_for_plain, quantization_found
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.quantized import quantized_names
@@ -52,7 +52,9 @@ def resolve_method(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
     if found and not ours:
         raise UsageError(
             f"{root}: is quantized with {found}, which cannot be trained",
-            hint=f"use the 16-bit checkpoint, or quantize that: adaptkit quantize ORIGINAL -o {root.name}-nf4",
+            hint=hint_for_plain(found, root, "quantize")
+            if found in RELEASED
+            else f"use the 16-bit checkpoint, or quantize that: adaptkit quantize ORIGINAL -o {root.name}-nf4",
         )
     if ours and config.method == "full":
         raise UsageError(

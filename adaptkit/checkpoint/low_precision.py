@@ -1,0 +1,194 @@
+"""The layouts of weights in the few-bit floats in which models are released: FP8 with block scales, and MXFP4.
+
+    M.weight             F8_E4M3   [..., rows, columns]
+    M.weight_scale_inv   float     [..., ceil(rows / r), ceil(columns / c)], or one number
+    M.activation_scale   float     for products in 8 bits, in which a plain weight takes no part; or M.input_scale
+
+A weight is its code times its scale, despite the name. ``weight_block_size`` in the configuration is [r, c]; where it
+does not fit the scales, blocks are of equal size.
+
+    X_blocks             U8        [experts, out, in / 32, 16]     two codes a byte
+    X_scales             U8        [experts, out, in / 32]         exponents
+
+So gpt-oss stores its experts' weight X, which is [experts, in, out] in a 16-bit checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from adaptkit.checkpoint.header import FLOATS, TensorSpec
+from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
+from adaptkit.errors import CheckpointError
+from adaptkit.numerics.arrays import Array, cast
+from adaptkit.numerics.formats import fp8, mxfp4
+
+_SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
+_OF_INPUTS = ("activation_scale", "input_scale")
+_FP8 = "F8_E4M3"
+_GET_AGAIN = "download the checkpoint again"
+_AT_A_TIME = 1 << 16
+"""Number of codes of MXFP4 decoded at a time: the result, which is transposed, then stays in the cache."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Some weights, and the bytes of the codes that they were made from."""
+
+    values: Array
+    raw: Array
+
+
+@dataclass(frozen=True)
+class Fp8Weight:
+    """A weight in FP8.
+
+    Attributes:
+        name: of the weight, and of the tensor of its codes.
+        scales: name of the tensor of its scales.
+        shape: (..., rows, columns).
+        block: rows and columns that share a scale.
+        input_scales: names of tensors that a plain weight does not need.
+    """
+
+    name: str
+    scales: str
+    shape: tuple[int, ...]
+    block: tuple[int, int]
+    input_scales: tuple[str, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the tensors that it is made of, its codes first."""
+        return (self.name, self.scales, *self.input_scales)
+
+    def runs(self, weights: int) -> Iterator[tuple[int, int, int]]:
+        """Return (matrix, first row, number of rows) of runs of about so many weights, in order."""
+        rows, columns = self.shape[-2:]
+        step = max(1, weights // max(columns, 1))
+        for matrix in range(math.prod(self.shape[:-2])):
+            for first in range(0, rows, step):
+                yield matrix, first, min(step, rows - first)
+
+    def decode(self, files: TensorFiles, run: tuple[int, int, int], dtype: np.dtype[Any]) -> Decoded:
+        """Read and decode a run of rows, (rows, columns)."""
+        matrix, first, count = run
+        rows, columns = self.shape[-2:]
+        raw = files.read_bytes(self.name, (matrix * rows + first) * columns, count * columns)
+        scales = cast(files.read_array(self.scales), np.float32)
+        of_matrix = scales.reshape(1, 1) if scales.size == 1 else scales.reshape(-1, *scales.shape[-2:])[matrix]
+        return Decoded(fp8.dequantize(raw.reshape(count, columns), of_matrix, self.block, first, dtype), raw)
+
+
+@dataclass(frozen=True)
+class Mxfp4Weight:
+    """Experts of gpt-oss in MXFP4.
+
+    Attributes:
+        name: of the weight.
+        shape: (experts, in, out).
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the tensors that it is made of, its codes first."""
+        return (self.name + _BLOCKS, self.name + _SCALES)
+
+    @property
+    def input_scales(self) -> tuple[str, ...]:
+        """Nothing: see ``Fp8Weight``."""
+        return ()
+
+    def runs(self, weights: int) -> Iterator[int]:
+        """Return the indices of the experts; each is decoded whole, since it is transposed."""
+        return iter(range(self.shape[0]))
+
+    def decode(self, files: TensorFiles, run: int, dtype: np.dtype[Any]) -> Decoded:
+        """Read and decode one expert, (in, out)."""
+        _, inputs, outputs = self.shape
+        half, groups = inputs // 2, inputs // mxfp4.BLOCK
+        blocks, scales = self.parts
+        raw = files.read_bytes(blocks, run * outputs * half, outputs * half)
+        exponents = files.read_bytes(scales, run * outputs * groups, outputs * groups).reshape(outputs, groups)
+        codes, values = raw.reshape(outputs, half), np.empty((inputs, outputs), dtype)
+        step = max(1, _AT_A_TIME // half)
+        for first in range(0, outputs, step):
+            rows = slice(first, first + step)
+            values[:, rows] = mxfp4.dequantize(codes[rows], exponents[rows], dtype).T
+        return Decoded(values, raw)
+
+
+LowPrecisionWeight = Fp8Weight | Mxfp4Weight
+
+
+def low_precision_weights(checkpoint: Checkpoint) -> list[LowPrecisionWeight]:
+    """Find the weights of a checkpoint whose method is one of ``foreign.RELEASED``.
+
+    Raises:
+        CheckpointError: one lacks its scales, or they do not fit it; or a tensor has another 8-bit type.
+    """
+    found: list[LowPrecisionWeight] = []
+    for name, located in checkpoint.tensors.items():
+        if name.endswith(_BLOCKS) and name.removesuffix(_BLOCKS) + _SCALES in checkpoint.tensors:
+            found.append(_mxfp4(checkpoint, name.removesuffix(_BLOCKS)))
+        elif located.spec.dtype.startswith("F8_") and not name.endswith(_SCALE):
+            found.append(_fp8(checkpoint, located.spec))
+    return found
+
+
+def _mxfp4(checkpoint: Checkpoint, name: str) -> Mxfp4Weight:
+    blocks, scales = checkpoint.spec(name + _BLOCKS), checkpoint.spec(name + _SCALES)
+    fits = (*scales.shape, mxfp4.BLOCK // 2) == blocks.shape and len(scales.shape) == 3
+    if not fits or (blocks.dtype, scales.dtype) != ("U8", "U8"):
+        found = f"codes {blocks.dtype} {list(blocks.shape)}, scales {scales.dtype} {list(scales.shape)}"
+        raise CheckpointError(f"{name}: not experts in MXFP4: {found}", hint=_GET_AGAIN)
+    model_type = checkpoint.config.get("model_type")
+    if model_type != "gpt_oss":  # nothing else says whether the 16-bit weight is the transposed one
+        raise CheckpointError(
+            f"{name}: MXFP4 in a model of type {model_type!r}, which is not supported",
+            hint="only gpt_oss is known to be stored so",
+        )
+    experts, outputs, groups = scales.shape
+    return Mxfp4Weight(name, (experts, groups * mxfp4.BLOCK, outputs))
+
+
+def _fp8(checkpoint: Checkpoint, codes: TensorSpec) -> Fp8Weight:
+    name, scale = codes.name, codes.name + _SCALE
+    if codes.dtype != _FP8 or scale not in checkpoint.tensors:
+        problem = f"{codes.dtype} instead of {_FP8}" if codes.dtype != _FP8 else f"{scale} is missing"
+        raise CheckpointError(f"{name}: not a weight in FP8: {problem}", hint="use the 16-bit checkpoint")
+    scales = checkpoint.spec(scale)
+    block = _block(codes.shape, scales, checkpoint.config)
+    if block is None:
+        found = f"{scales.dtype} {list(scales.shape)}"
+        raise CheckpointError(f"{name}: scales {found} do not fit a weight of {list(codes.shape)}", hint=_GET_AGAIN)
+    module = name.rpartition(".")[0]
+    beside = tuple(n for n in (f"{module}.{suffix}" for suffix in _OF_INPUTS) if n in checkpoint.tensors)
+    return Fp8Weight(name, scale, codes.shape, block, beside if name.endswith(".weight") else ())
+
+
+def _block(shape: Sequence[int], scales: TensorSpec, config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return rows and columns that share a scale; None if the scales do not fit."""
+    if len(shape) < 2 or scales.dtype not in FLOATS or not math.prod(shape):
+        return None
+    rows, columns = shape[-2:]
+    if scales.count == 1:
+        return rows, columns
+    if len(scales.shape) != len(shape) or scales.shape[:-2] != tuple(shape[:-2]):
+        return None
+    grid = scales.shape[-2:]
+    said = (config.get("quantization_config") or {}).get("weight_block_size")
+    sizes = said if isinstance(said, list) and all(isinstance(size, int) and size > 0 for size in said) else []
+    if len(sizes) == 2 and (-(-rows // sizes[0]), -(-columns // sizes[1])) == grid:
+        return sizes[0], sizes[1]
+    if 0 in grid or rows % grid[0] or columns % grid[1]:
+        return None
+    return rows // grid[0], columns // grid[1]
