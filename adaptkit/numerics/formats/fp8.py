@@ -16,9 +16,7 @@ LEVELS = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.
 """The value of each code, (256,) float32; two are NaN."""
 
 
-def dequantize(
-    codes: Array, scales: Array, block: tuple[int, int], first_row: int, dtype: np.dtype[np.float32]
-) -> Array:
+def dequantize(codes: Array, scales: Array, block: tuple[int, int], first_row: int, dtype: np.dtype[Any]) -> Array:
     """Return level times scale in float32, rounded once to ``dtype``, for some rows of a matrix.
 
     Args:
