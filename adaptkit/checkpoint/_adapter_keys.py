@@ -45,6 +45,8 @@ _PARTS = (
     (re.compile(r"(.+)\.([^.]+)"), "{}"),
 )
 
+ATTENTION = re.compile(r"(.+)\.base_layer\.out_proj")
+"""The module of the second of two pairs that peft makes for one ``torch.nn.MultiheadAttention``."""
 _QUANTIZED = re.compile(r"(.+)\.base_layer\.(?:weight\.quant_state\..+|SCB)")
 """Quantization tensors of bitsandbytes, which peft saves with a quantized head."""
 
@@ -90,6 +92,11 @@ def name_parts(root: Path, keys: Iterable[str]) -> dict[Part, str]:
             raise AdapterError(
                 f"{root}: unknown tensor {key!r}",
                 hint="it may come from an unsupported kind of adapter, or not belong to this one",
+            )
+        if attention := ATTENTION.fullmatch(part.module):
+            raise AdapterError(
+                f"{root}: {attention[1]} is a torch.nn.MultiheadAttention, of which LoRA is not supported",
+                hint="merge it with peft",
             )
         if part in parts:
             raise AdapterError(

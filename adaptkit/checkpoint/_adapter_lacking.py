@@ -19,7 +19,8 @@ _PICKLE_NAME = "adapter_model.bin"
 _SHARDS = "adapter_model-*.safetensors"
 _UNPICKLE = (  # not with peft: it would rewrite the configuration, which older releases interpreted differently
     'in that folder, run python -c "import torch, safetensors.torch as s; '
-    f"s.save_file(torch.load('{_PICKLE_NAME}', 'cpu', weights_only=True), '{ADAPTER_WEIGHTS_NAME}')\""
+    f"t = torch.load('{_PICKLE_NAME}', 'cpu', weights_only=True); "
+    f"s.save_file({{k: v.contiguous().clone() for k, v in t.items()}}, '{ADAPTER_WEIGHTS_NAME}')\""
 )
 _JOIN = (
     'in that folder, run python -c "import glob, safetensors.torch as s; '

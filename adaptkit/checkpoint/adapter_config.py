@@ -73,11 +73,11 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
         )
     for key in _UNSUPPORTED:
         if config.get(key):
-            way = (
-                "run it with peft, which cannot merge it either"
-                if key in _NEVER_MERGED
-                else "run or merge it with peft"
-            )
+            way = "run or merge it with peft"
+            if key in _NEVER_MERGED:
+                way = "run it with peft, which cannot merge it either"
+            if key == "use_qalora":
+                way = f"set it to false if the base was not quantized with GPTQ, since peft then ignores it; or {way}"
             raise AdapterError(f"{root}: uses {key}, which is not supported", hint=way)
     unknown = {key for key, value in config.items() if value} - _IGNORED_KEYS - _USED - _INIT_KEYS
     if unknown:

@@ -365,6 +365,24 @@ def test_a_pickle_is_refused_and_not_loaded(changed):
         read_adapter(changed)
 
 
+def test_the_hint_for_a_pickle_makes_the_file_that_peft_would(changed):
+    """Also of tensors that share memory, as those of a trained embedding with a tied head, or are not contiguous."""
+    file = changed / "adapter_model.safetensors"
+    tensors = load_file(file)
+    table = torch.ones(8, 4)
+    shared = {f"base_model.model.{name}.weight": table for name in ("model.embed_tokens", "lm_head")}
+    turned = {name: tensor.T.contiguous().T for name, tensor in tensors.items()}
+    torch.save(turned | shared, changed / "adapter_model.bin")
+    file.unlink()
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(changed)
+    command = caught.value.hint.partition("run python ")[2]
+    subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=changed)
+    found = load_file(file)
+    assert set(found) == {*tensors, *shared}
+    assert all(torch.equal(found[name], tensor) for name, tensor in (tensors | shared).items())
+
+
 def in_shards(tensors, folder):
     for number, part in enumerate((dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])), 1):
         save_file(part, folder / f"adapter_model-0000{number}-of-00002.safetensors")

@@ -50,6 +50,20 @@ def test_a_merge_that_keeps_little_of_the_change_prints_a_note(run_cli, llama, a
     assert "last place" not in quantized.stdout
 
 
+def test_a_merge_that_gives_the_base_prints_a_note(run_cli, llama, adapter, tmp_path):
+    for name, adapters, weights, told in (
+        ("zero", [adapter], [0], True),
+        ("cancelled", [adapter, adapter], [1, -1], True),
+        ("whole", [adapter], [1], False),
+    ):
+        options = [word for weight in weights for word in ("--weight", weight)]
+        done = run_cli("merge", llama, *adapters, "-o", tmp_path / name, *options)
+        assert done.code == 0, done.stderr
+        assert ("no weight moved: the result is the base" in done.stdout) == told
+        same = (tmp_path / name / "model.safetensors").read_bytes() == (llama / "model.safetensors").read_bytes()
+        assert same == told
+
+
 def test_training_warns_beforehand_of_adapters_that_cannot_be_merged(run_cli, llama, gpt2, instructions, tmp_path):
     for base, told in ((llama, True), (gpt2, False)):
         asked = train(base, instructions, tmp_path / "trained", "--lora-bias", "--max-length", 64)

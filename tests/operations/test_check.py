@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from verdicts import taken, verdicts, words
 
 from adaptkit import discovery
-from adaptkit.errors import AdaptkitError, BaseMismatchError, CheckpointError, UsageError
+from adaptkit.checkpoint.adapter import read_adapter
+from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError, CheckpointError, UsageError
 from adaptkit.operations import targets
 from adaptkit.operations.check import check
 from adaptkit.operations.merge import merge
@@ -168,6 +169,7 @@ def test_other_adapter_types_and_lora_variants_get_a_verdict(kind, llama, tmp_pa
     assert not found["vllm"].taken
     assert not found["sglang"].taken
     assert found["gguf"].taken == (kind == "aLoRA")
+    assert not any("adaptkit merge" in words(verdict) for verdict in found.values())  # it would refuse them
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -180,6 +182,24 @@ def test_only_peft_accepts_lora_of_convolutions(dims, tmp_path):
     for program in ("vllm", "sglang", "gguf"):
         assert not found[program].taken
         assert "LoRA of convolutions: conv" in words(found[program])
+
+
+def test_only_peft_accepts_lora_of_multihead_attention(tmp_path):
+    """peft gives it two pairs, with names of their own."""
+    base = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(16, 2), "fc": torch.nn.Linear(16, 16)})
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    config = peft.LoraConfig(target_modules=["attention", "fc"], r=4, init_lora_weights=False)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    fresh = torch.nn.ModuleDict({"attention": torch.nn.MultiheadAttention(16, 2), "fc": torch.nn.Linear(16, 16)})
+    fresh.load_state_dict(before)
+    merged = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").merge_and_unload().state_dict()
+    assert sum(not torch.equal(merged[name], value) for name, value in before.items()) == 3  # peft loads all of it
+    found = verdicts(tmp_path / "adapter", None)
+    assert found["peft"].taken
+    for program in ("vllm", "sglang", "gguf"):
+        assert "LoRA of torch.nn.MultiheadAttention: attention.base_layer.out_proj" in words(found[program])
+    with pytest.raises(AdapterError, match=r"attention is a torch\.nn\.MultiheadAttention, of which LoRA is not"):
+        read_adapter(tmp_path / "adapter")
 
 
 def within(wrapper, tensors):

@@ -11,6 +11,7 @@ from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import byte_progress
 
 _CHANGED = "the changed weights match those that the adapters were trained on"
+_NOTHING = "no weight moved: the result is the base"
 _LOST = (
     "the rest is below half a unit in the weights' last place; train longer, or use the adapter unmerged "
     "(docs/merge.md)"
@@ -73,6 +74,7 @@ def command(
             ("change", f"{percent(report.relative_delta)} of the weights' norm; {percent(report.moved)} of them moved"),
             ("change kept", f"{percent(report.effect)} after {'quantizing' if quantized else 'rounding'}{least}"),
             *([("note", _LOST)] if report.effect < LITTLE_KEPT and not quantized else []),
+            *([("note", _NOTHING)] if report.effect >= LITTLE_KEPT and not report.moved else []),
             ("undo record", record),
             ("manifest sha256", str(report.manifest_sha256)),
         ]

@@ -11,12 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint._adapter_keys import PREFIX
-from adaptkit.checkpoint.adapter_config import is_parameter
+from adaptkit.checkpoint._adapter_keys import ATTENTION, PREFIX
+from adaptkit.checkpoint.adapter_config import check_config, is_parameter
 from adaptkit.checkpoint.header import read_header
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json
 from adaptkit.checkpoint.patterns import FirstMatch
 from adaptkit.checkpoint.vocabulary import is_usual_embedding, is_usual_head
+from adaptkit.errors import AdapterError
 from adaptkit.numerics.scaling import scaling
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt")
@@ -95,6 +96,11 @@ class Pair:
         """Whether A and B have the shapes of peft's LoRA for a convolution in one to three dimensions."""
         return bool(self.a and self.b and 3 <= len(self.a.shape) == len(self.b.shape) <= 5)
 
+    @property
+    def is_in_attention(self) -> bool:
+        """Whether it is the second pair that peft makes for one ``torch.nn.MultiheadAttention``."""
+        return ATTENTION.fullmatch(self.module) is not None
+
 
 @dataclass(frozen=True)
 class AdapterFiles:
@@ -124,11 +130,14 @@ class AdapterFiles:
         """Return the files as peft reads them: it accepts ``lora_A.default.weight``, and redundant copies are dropped.
 
         Copies of modules that are saved whole are redundant if the file also has the tensors under their plain names:
-        peft loads both into the same place.
+        peft loads both into the same place. The pairs of a ``MultiheadAttention``, whose names no rule fits, are
+        dropped, too: peft loads them.
         """
         names = {key.name for key in self.keys}
         copies = {name for name in names if (match := _COPY.fullmatch(name)) and f"{match[1]}.{match[2]}" in names}
-        kept = (key for key in self.keys if key.name not in copies)
+        attentions = {(match[1], match[0]) for key in self.keys if (match := ATTENTION.fullmatch(key.module))}
+        pairs = {module for both in attentions for module in both}
+        kept = (key for key in self.keys if key.name not in copies and key.module not in pairs)
         return replace(self, keys=tuple(_key(key.name, key.shape, _NAMED.sub(r"\1\2", key.name)) for key in kept))
 
     @property
@@ -152,6 +161,8 @@ class AdapterFiles:
 
     def merge(self) -> str:
         """Return the advice to merge the adapter; ``--untie`` has no effect if the head is not tied."""
+        if not self._is_read:
+            return self.merge_elsewhere()
         is_vocabulary = any(is_usual_head(key.module) or is_usual_embedding(key.module) for key in self.keys)
         untie = " --untie" if is_vocabulary and self.may_be_tied else ""
         return f"run adaptkit merge BASE {self.root} -o MERGED{untie}, and load MERGED instead"
@@ -159,6 +170,15 @@ class AdapterFiles:
     def merge_elsewhere(self) -> str:
         """Return the advice for adapters that adaptkit cannot read either."""
         return "use it with peft; or, if peft can merge_and_unload it, load the merged model instead"
+
+    @cached_property
+    def _is_read(self) -> bool:
+        """Whether ``merge`` reads adapters of this kind."""
+        try:
+            check_config(self.root, self.config)
+        except AdapterError:
+            return False
+        return not any(pair.is_convolution or pair.is_in_attention for pair in self.pairs)
 
     @property
     def saved(self) -> list[str]:

@@ -129,12 +129,15 @@ def halves(files: AdapterFiles, effect: str) -> Iterator[Finding]:
     yield from error_about(alone, "the other half of its lora_A/lora_B pair is missing", effect, ONE_SAVE)
 
 
-def convolutions(files: AdapterFiles, program: str) -> Iterator[Finding]:
-    """Find LoRA of convolutions."""
-    found = [pair.module for pair in files.pairs if pair.is_convolution]
-    if found:
-        effect = f"{program} supports LoRA only for matrices"
-        yield Finding("error", f"LoRA of convolutions: {some(found)}", effect, files.merge_elsewhere())
+def other_layers(files: AdapterFiles, program: str) -> Iterator[Finding]:
+    """Find LoRA of convolutions and of ``torch.nn.MultiheadAttention``."""
+    for what, found in (
+        ("convolutions", [pair.module for pair in files.pairs if pair.is_convolution]),
+        ("torch.nn.MultiheadAttention", [pair.module for pair in files.pairs if pair.is_in_attention]),
+    ):
+        if found:
+            effect = f"{program} supports LoRA only for linear layers"
+            yield Finding("error", f"LoRA of {what}: {some(found)}", effect, files.merge_elsewhere())
 
 
 def wrapped(files: AdapterFiles, effect: str) -> Iterator[Finding]:

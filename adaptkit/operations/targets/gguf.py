@@ -36,7 +36,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _scaling(files)
     yield from _names(files)
     yield from _rules.halves(files, "convert_lora_to_gguf.py fails on the half that is missing")
-    yield from _rules.convolutions(files, "llama.cpp")
+    yield from _rules.other_layers(files, "llama.cpp")
     yield from _rules.ranks(
         files, "convert_lora_to_gguf.py fails if A and B differ; llama.cpp scales by the rank of the tensors"
     )

@@ -40,7 +40,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _scaling(files)
     yield from _names(files)
     yield from _rules.halves(files, "SGLang fails, or silently leaves the module unchanged")
-    yield from _rules.convolutions(files, "SGLang")
+    yield from _rules.other_layers(files, "SGLang")
     yield from _rules.ranks(files, "SGLang fails when it copies the tensors into buffers of the configuration's rank")
     yield from _fused(files, base)
     yield from _experts(files)

@@ -31,7 +31,7 @@ def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
     yield from _configuration(files, base)
     yield from _names(files)
     yield from _rules.halves(files, "vLLM fails when it scales the half that is missing")
-    yield from _rules.convolutions(files, "vLLM")
+    yield from _rules.other_layers(files, "vLLM")
     yield from _rules.ranks(files, "vLLM does not compare them and scales by the rank in adapter_config.json")
     yield from _scalings.reinterpreted_patterns(files, "vLLM")
     yield from _patterns(files)
