@@ -1,21 +1,27 @@
-"""Rendering of conversations with a model's chat template, in a separate process.
+"""Rendering of conversations with a model's chat template, in separate processes.
 
 A template is a program that comes with a model. The sandbox in which transformers runs it protects files, but does not
 stop it from looping for hours or from multiplying a string until memory is exhausted. A separate process can be killed.
+Many conversations are divided among several processes, one per processor.
 """
 
+from __future__ import annotations
+
+import contextlib
 import json
 import os
 import resource
 import signal
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from adaptkit.child import can_fork, start_child
 from adaptkit.errors import DataError
+from adaptkit.machine import processor_count
 from adaptkit.text.chat_template import HINT, require_jinja, template_of
 from adaptkit.text.reasoning import Message
 from adaptkit.text.tool_calls import Tools
@@ -50,8 +56,9 @@ _SIZE = Path("/proc/self/statm")
 _LONGEST_MESSAGE = 1000
 _MAX_ADDED_CHARACTERS, _MAX_GROWTH = 1 << 20, 8
 """Limit on a rendered text: this many characters plus this factor times the conversation; JSON escapes take up to 6."""
-_REQUEST_CHARACTERS = 1 << 20
-"""Characters of conversations in one request to the process."""
+_REQUEST_CHARACTERS = 1 << 17
+"""Characters of conversations in one request to a process: its answers then mostly fit into the connection's buffer, so
+that it does not wait while those of another process are read."""
 _TOO_MUCH, _NO_MEMORY = "takes too much memory", 12
 """The message, and the exit code of the process if it runs out of memory before it can report an error."""
 
@@ -59,7 +66,7 @@ _TOO_MUCH, _NO_MEMORY = "takes too much memory", 12
 def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Iterator[str]:
     """Render conversations.
 
-    The process is a fork that is kept for further calls and exits after some idle seconds. If forking is not safe
+    The processes are forks that are kept for further calls and exit after some idle seconds. If forking is not safe
     (other threads, a system other than Linux) or not allowed (a daemonic process), the template runs in this process
     without limits on time and memory.
 
@@ -80,11 +87,13 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
         for conversation in conversations:
             yield _render(tokenizer, conversation)
         return
-    for some in _requests(conversations):
-        for answer in _render_in_process(tokenizer, some):
-            if "error" in answer:
-                raise DataError(answer["error"], answer["hint"])
-            yield answer["text"]
+    requests = _requests(conversations)
+    while some := list(islice(requests, processor_count())):
+        for answers in _render_in_processes(tokenizer, some):
+            for answer in answers:
+                if "error" in answer:
+                    raise DataError(answer["error"], answer["hint"])
+                yield answer["text"]
 
 
 def _length(conversation: Conversation) -> int:
@@ -111,20 +120,42 @@ def _with_fixed_date(template: str) -> str:
     return f"{{% macro strftime_now(format) %}}{{{{ {formatted} }}}}{{% endmacro %}}\n{template}"
 
 
-def _render_in_process(tokenizer: Any, conversations: Sequence[Conversation]) -> list[dict[str, str]]:
-    """Return all answers to a request; one left unread would be taken for an answer to the next request."""
+_Answer = dict[str, str]
+"""The rendered text, or an error and its hint."""
+
+
+def _render_in_processes(tokenizer: Any, requests: Sequence[Sequence[Conversation]]) -> list[list[_Answer]]:
+    """Return the answers to requests that different processes render at the same time; each ends with its first error.
+
+    All answers are read before any is returned: one left unread would be taken for an answer to the next request.
+    """
     try:
-        answers = None
-        while answers is None:
-            answers = _process_of(tokenizer).ask(conversations)
+        asked = [(_process_of(tokenizer, number), request) for number, request in enumerate(requests)]
+        for process, request in asked:
+            process.send(request)
+        return [_answers_to(process, request, tokenizer) for process, request in asked]
     except BaseException:
-        _end_process()
+        _end_processes()
         raise
+
+
+def _answers_to(process: _Process, request: Sequence[Conversation], tokenizer: Any) -> list[_Answer]:
+    """Return a process's answers to the request that it was sent."""
+    answers = process.receive()
+    if answers is not None:
+        return answers
+    if len(request) == 1:
+        return process.failure() or _render_in_processes(tokenizer, [request])[0]
+    answers = []  # one of the conversations made it exit: ask for each alone
+    for conversation in request:
+        answers += _render_in_processes(tokenizer, [[conversation]])[0]
+        if "error" in answers[-1]:
+            break
     return answers
 
 
 def _requests(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conversation]]:
-    """Split conversations into requests of a few megabytes each, or of a single larger conversation."""
+    """Split conversations into requests of ``_REQUEST_CHARACTERS`` each, or of a single larger conversation."""
     begin, size = 0, 0
     for number, conversation in enumerate(conversations):
         said = _length(conversation)
@@ -137,36 +168,45 @@ def _requests(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conver
 
 
 class _Process:
-    """The child process that renders with one tokenizer."""
+    """A child process that renders with one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._template = tokenizer, tokenizer.chat_template
         self._owner = os.getpid()
         self._process, self._connection = start_child(_serve, tokenizer)
 
+    @property
+    def pid(self) -> int | None:
+        """Its process ID."""
+        return self._process.pid
+
     def is_of(self, tokenizer: Any) -> bool:
         """Return whether it is alive, was started by this process, and renders with this tokenizer and template."""
         same = self._tokenizer is tokenizer and self._template == tokenizer.chat_template
         return same and self._owner == os.getpid() and self._process.is_alive()
 
-    def ask(self, conversations: Sequence[Conversation]) -> list[dict[str, str]] | None:
-        """Return a text per conversation, up to the first error; None if the process had exited because it was idle."""
-        answers: list[dict[str, str]] = []
-        try:
+    def send(self, conversations: Sequence[Conversation]) -> None:
+        """Send a request; ``receive`` must follow, and tells whether the process had exited."""
+        with contextlib.suppress(OSError):
             self._connection.send_bytes(_packed([list(conversation) for conversation in conversations]))
-            for _ in conversations:
-                answers.append(_unpacked(self._connection.recv_bytes()))
-                if "error" in answers[-1]:
-                    break
+
+    def receive(self) -> list[_Answer] | None:
+        """Return an answer per conversation, up to the first error; None if the process has exited."""
+        try:
+            answers: list[_Answer] = _unpacked(self._connection.recv_bytes())
         except (EOFError, OSError):
             self._process.join()
-            code = self._process.exitcode
-            if code == 0 and not answers:
-                return None
-            known = {-signal.SIGPROF: f"takes longer than {_SECONDS} seconds", _NO_MEMORY: _TOO_MUCH}
-            reason = known.get(code or 0, f"crashed (exit code {code})")
-            answers.append({"error": f"the chat template {reason}", "hint": HINT})
+            return None
         return answers
+
+    def failure(self) -> list[_Answer] | None:
+        """Return the error of a conversation that made the process exit; None if it exited because it was idle."""
+        code = self._process.exitcode
+        if code == 0:
+            return None
+        known = {-signal.SIGPROF: f"takes longer than {_SECONDS} seconds", _NO_MEMORY: _TOO_MUCH}
+        reason = known.get(code or 0, f"crashed (exit code {code})")
+        return [{"error": f"the chat template {reason}", "hint": HINT}]
 
     def end(self) -> None:
         """Kill the process and close the connection; a copy inherited through a fork only closes its connection."""
@@ -176,22 +216,23 @@ class _Process:
         self._connection.close()
 
 
-_process: _Process | None = None
+_processes: list[_Process] = []
 
 
-def _process_of(tokenizer: Any) -> _Process:
-    global _process
-    if _process is None or not _process.is_of(tokenizer):
-        _end_process()
-        _process = _Process(tokenizer)
-    return _process
+def _process_of(tokenizer: Any, number: int) -> _Process:
+    """Return the process of a number, started if there is none that can be used; lower numbers come first."""
+    if number == len(_processes):
+        _processes.append(_Process(tokenizer))
+    elif not _processes[number].is_of(tokenizer):
+        _processes[number].end()
+        _processes[number] = _Process(tokenizer)
+    return _processes[number]
 
 
-def _end_process() -> None:
-    global _process
-    if _process is not None:
-        _process.end()
-    _process = None
+def _end_processes() -> None:
+    for process in _processes:
+        process.end()
+    _processes.clear()
 
 
 def _limit_memory() -> None:
@@ -206,13 +247,13 @@ def _limit_memory() -> None:
 
 
 def _serve(connection: Connection, tokenizer: Any) -> None:
-    """Run in the child process: read requests and send one JSON document per conversation."""
+    """Run in a child process: read requests, and answer each with one JSON document."""
     _limit_memory()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     try:
         while connection.poll(_IDLE_SECONDS):
-            for answer in _answers(tokenizer, connection):
-                connection.send_bytes(_packed(answer))
+            answers = list(_answers(tokenizer, _unpacked(connection.recv_bytes())))
+            connection.send_bytes(_packed(answers))
             signal.setitimer(signal.ITIMER_PROF, 0)
     except EOFError:  # the parent has exited
         pass
@@ -220,9 +261,9 @@ def _serve(connection: Connection, tokenizer: Any) -> None:
         os._exit(_NO_MEMORY)  # a message may be half read or half sent: the connection is unusable
 
 
-def _answers(tokenizer: Any, connection: Connection) -> Iterator[dict[str, str]]:
+def _answers(tokenizer: Any, conversations: Sequence[Any]) -> Iterator[_Answer]:
     try:
-        for conversation in _unpacked(connection.recv_bytes()):
+        for conversation in conversations:
             signal.setitimer(signal.ITIMER_PROF, _SECONDS)  # CPU time, since the machine may be busy or suspended
             yield {"text": _render(tokenizer, Conversation(*conversation))}
     except DataError as error:

@@ -29,7 +29,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 def tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr(threading, "active_count", lambda: 1)  # the test's own threads do not make a fork unsafe
     yield tiny.write_tokenizer(tmp_path)
-    rendering._end_process()
+    rendering._end_processes()
 
 
 def apply_template(tokenizer, messages, opening):
@@ -38,7 +38,7 @@ def apply_template(tokenizer, messages, opening):
 
 
 def pid():
-    return rendering._process._process.pid
+    return rendering._processes[0].pid
 
 
 @pytest.mark.parametrize("opening", [False, True])
@@ -185,7 +185,7 @@ def test_a_process_that_exited_when_idle_is_replaced(tokenizer, monkeypatch):
     for _ in range(10):
         assert apply_template(tokenizer, CHAT, False) == first
     before = pid()
-    rendering._process._process.join()
+    rendering._processes[0]._process.join()
     assert apply_template(tokenizer, CHAT, False) == first
     assert pid() != before
 
@@ -201,6 +201,37 @@ def test_a_process_that_is_killed_is_an_error_and_then_replaced(tokenizer):
     assert apply_template(tokenizer, CHAT, False) == "fine"
 
 
+def test_a_process_that_is_killed_is_replaced_if_it_renders_several_conversations(tokenizer):
+    """Which one it was that made it exit shows when each is rendered alone: here none."""
+    asked = [rendering.Conversation([{"role": "user", "content": f"{number}"}], False) for number in range(20)]
+    expected = [tokenizer.apply_chat_template(messages, tokenize=False) for messages, _, _ in asked]
+    assert apply_template(tokenizer, CHAT, False)
+    before = pid()
+    os.kill(before, signal.SIGSTOP)
+    killer = threading.Timer(0.5, lambda: os.kill(before, signal.SIGKILL))
+    killer.start()
+    assert list(rendering.apply_template(tokenizer, asked)) == expected
+    killer.join()
+    assert pid() != before
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_many_conversations_are_divided_among_processes(tokenizer, monkeypatch, count):
+    monkeypatch.setattr(rendering, "processor_count", lambda: count)
+    monkeypatch.setattr(rendering, "_REQUEST_CHARACTERS", 400)
+    asked = [rendering.Conversation([{"role": "user", "content": f"{number:0100}"}], False) for number in range(90)]
+    expected = [tokenizer.apply_chat_template(messages, tokenize=False) for messages, _, _ in asked]
+    assert list(rendering.apply_template(tokenizer, asked)) == expected
+    assert len({process.pid for process in rendering._processes}) == count
+    asked[61] = rendering.Conversation([{"role": "user", "content": "no"}], False)
+    tokenizer.chat_template = "{% if messages[0]['content'] == 'no' %}" + LOOP + "{% endif %}fine"
+    monkeypatch.setattr(rendering, "_SECONDS", 0.3)
+    texts = rendering.apply_template(tokenizer, asked)
+    assert [next(texts) for _ in range(61)] == ["fine"] * 61
+    with pytest.raises(DataError, match="takes longer"):
+        next(texts)
+
+
 def test_an_interrupted_request_ends_the_process(tokenizer):
     tokenizer.chat_template = LOOP
     held = signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -210,7 +241,7 @@ def test_an_interrupted_request_ends_the_process(tokenizer):
             apply_template(tokenizer, CHAT, False)
     finally:
         signal.signal(signal.SIGALRM, held)
-    assert rendering._process is None
+    assert not rendering._processes
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -231,7 +262,7 @@ def test_a_fork_of_the_caller_has_a_process_of_its_own(tokenizer):
     if not child:
         with contextlib.suppress(BaseException):
             if apply_template(tokenizer, CHAT, False) == expected and pid() != before:
-                rendering._end_process()
+                rendering._end_processes()
                 os._exit(0)
         os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
@@ -245,7 +276,7 @@ def test_the_process_does_not_outlive_a_killed_parent(tokenizer, monkeypatch):
     child = os.fork()
     if not child:
         try:
-            rendering._process = None
+            rendering._processes.clear()
             apply_template(tokenizer, ASKED, False)
             os.write(write, f"{pid()}".encode())
             os.close(read)
