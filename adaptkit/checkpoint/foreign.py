@@ -1,13 +1,16 @@
 """Detect the quantization method of a checkpoint from its configuration, or from its tensors' names and types."""
 
 import re
-from collections.abc import Collection
+import shlex
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 from adaptkit.checkpoint.reader import Checkpoint
 
 RELEASED = ("fp8", "mxfp4")
 """Methods that some models are released in, without a 16-bit checkpoint; ``dequantize`` makes one."""
+_STATED = "quantization_config"
 _INT8 = "bitsandbytes (LLM.int8())"
 _BY_NAME = (
     (re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$"), "bitsandbytes (4 bits)"),
@@ -55,6 +58,22 @@ def quantization_named(names: Collection[str]) -> str | None:
     return None
 
 
+def stated_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a configuration, or of its language model's; empty if there is none."""
+    inner = config.get("text_config")
+    for holder in (config, inner if isinstance(inner, dict) else {}):
+        if isinstance(found := holder.get(_STATED), dict):
+            return found
+    return {}
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without ``quantization_config``, and without those of the models inside it."""
+    kept = {name: value for name, value in config.items() if name != _STATED}
+    inner = {name: value for name, value in kept.items() if isinstance(value, dict) and _STATED in value}
+    return kept | {name: {k: v for k, v in value.items() if k != _STATED} for name, value in inner.items()}
+
+
 def hint_for_plain(method: str, root: Path, purpose: str) -> str:
     """Return the hint for a command that needs an unquantized checkpoint instead of the one in ``root``.
 
@@ -64,6 +83,5 @@ def hint_for_plain(method: str, root: Path, purpose: str) -> str:
         purpose: what to do with an unquantized checkpoint, as an imperative that ends in a preposition if it needs one.
     """
     if method in RELEASED:
-        plain = f"{root.name}-plain"
-        return f"run: adaptkit dequantize {root} -o {plain}; then {purpose} {plain}"
+        return f"run: adaptkit dequantize {shlex.quote(str(root))} -o PLAIN; then {purpose} PLAIN"
     return f"{purpose} the 16-bit checkpoint that it was made from"

@@ -14,7 +14,7 @@ import xxhash
 from adaptkit.arguments import AnyPath, checked_options, typed_fields
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, dtype_name
-from adaptkit.checkpoint.foreign import RELEASED, quantization_found
+from adaptkit.checkpoint.foreign import RELEASED, quantization_found, without_quantization
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint_in_pieces
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.integrity import check_config
@@ -158,7 +158,7 @@ def dequantize(
         write_shards(out, shards, jobs, assemble, thread_count(options.threads), progress)
         checkpoint.require_state(state)
         write_index(out, shards)
-        out.write_json(CONFIG_NAME, {k: v for k, v in checkpoint.config.items() if k != "quantization_config"})
+        out.write_json(CONFIG_NAME, without_quantization(checkpoint.config))
         for name, content in checkpoint.side_contents().items():
             out.write(name, content)
         manifest = _manifest(out, checkpoint, recorded)
@@ -229,7 +229,8 @@ def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], Dec
         packed = quantized.read_run(checkpoint, spec.name, weight, absmax, piece.start, piece.count)
         values = weight.encoding.numerics.dequantize(packed, ARRAY_DTYPES[spec.dtype])
         if not all_finite(values):
-            _refuse(spec, packed.absmax)
+            is_broken = not all_finite(packed.absmax)
+            _refuse(spec, is_broken, f"a weight of up to {np.abs(packed.absmax).max():.6g}")
         return Decoded(values, packed.codes)
 
     def decoded_whole() -> Decoded:
@@ -249,24 +250,24 @@ def _low_precision(checkpoint: Checkpoint, weight: LowPrecisionWeight, options: 
     def decoded(run: Any) -> Decoded:
         found = weight.decode(checkpoint, run, dtype)
         if not all_finite(found.values):
-            _refuse(spec, weight.decode(checkpoint, run, np.dtype(np.float32)).values)
+            _refuse(spec, weight.is_broken(checkpoint, found.values), "a weight")
         return found
 
     def jobs() -> list[Callable[[], Decoded]]:
         return [partial(decoded, run) for run in weight.runs(PIECE_BYTES // dtype.itemsize)]
 
-    return _Packed(weight.parts, spec, jobs, len(weight.input_scales))
+    return _Packed(weight.parts, spec, jobs, len(weight.parts) - 2)
 
 
-def _refuse(spec: TensorSpec, scale: Array) -> NoReturn:
-    """Raise the error for a weight that is not finite in its dtype; ``scale`` is finite unless the source is broken."""
-    if not all_finite(scale):
+def _refuse(spec: TensorSpec, is_broken: bool, weight: str) -> NoReturn:
+    """Raise the error for weights that are not finite: in the source, or because ``weight`` is too large."""
+    if is_broken:
         raise NonFiniteError(
             f"{spec.name}: a code or constant is NaN or infinite", hint="download the checkpoint again"
         )
+    larger = {"F16": "use --dtype bfloat16 or float32", "BF16": "use --dtype float32"}
     raise NonFiniteError(
-        f"{spec.name}: a weight of up to {np.abs(scale).max():.6g} is too large for {spec.dtype}",
-        hint=f"use --dtype {'bfloat16 or ' if spec.dtype == 'F16' else ''}float32",
+        f"{spec.name}: {weight} is too large for {spec.dtype}", hint=larger.get(spec.dtype, "check the checkpoint")
     )
 
 

@@ -17,7 +17,9 @@ Takes = Literal["file", "folder", "checkpoint", "adapter", "unquantized checkpoi
 _HINTS = {
     ("adapter", "checkpoint"): "to merge it into its base, add a merge step",
     ("adapter", "unquantized checkpoint"): "to merge it into its base, add a merge step",
-    ("quantized checkpoint", "unquantized checkpoint"): "use the 16-bit checkpoint that it was made from",
+    ("quantized checkpoint", "unquantized checkpoint"): (
+        "use the 16-bit checkpoint that it was made from; if there is none, add a dequantize step"
+    ),
     ("unquantized checkpoint", "quantized checkpoint"): "name a quantized one, such as the output of a quantize step",
     ("checkpoint", "adapter"): "to get the change from its base, add an extract step",
     ("unquantized checkpoint", "adapter"): "to get the change from its base, add an extract step",

@@ -7,7 +7,8 @@ from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 def _run(work: Work) -> Outcome:
     report = dequantize(work.path("dequantize"), work.output, work.options, progress=work.progress)
-    return Outcome(f"{counted(report.dequantized, 'matrix')}, {size(report.bytes_after)}", {})
+    left_out = f"; left out {counted(report.input_scales, 'scale')} of 8-bit inputs" if report.input_scales else ""
+    return Outcome(f"{counted(report.dequantized, 'matrix')}, {size(report.bytes_after)}{left_out}", {})
 
 
 KIND = StepKind(

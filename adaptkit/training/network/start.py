@@ -1,5 +1,6 @@
 """What a run trains, and its initial values: new matrices, an existing adapter, or the base itself."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -54,17 +55,17 @@ def resolve_method(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
             f"{root}: is quantized with {found}, which cannot be trained",
             hint=hint_for_plain(found, root, "quantize")
             if found in RELEASED
-            else f"use the 16-bit checkpoint, or quantize that: adaptkit quantize ORIGINAL -o {root.name}-nf4",
+            else "use the 16-bit checkpoint, or quantize that: adaptkit quantize ORIGINAL -o NF4",
         )
     if ours and config.method == "full":
         raise UsageError(
             f"{root}: is quantized; method full needs a 16-bit checkpoint",
-            hint=f"give the 16-bit checkpoint, or run: adaptkit dequantize {root} -o {root.name}-plain",
+            hint=f"give the 16-bit checkpoint, or run: adaptkit dequantize {shlex.quote(str(root))} -o PLAIN",
         )
     if not ours and config.method == "qlora":
         raise UsageError(
             f"{root}: is not quantized, which method qlora requires",
-            hint=f"run: adaptkit quantize {root} -o {root.name}-nf4; or use --method lora",
+            hint=f"run: adaptkit quantize {shlex.quote(str(root))} -o NF4; or use --method lora",
         )
     return config if config.method == "full" else replace(config, method="qlora" if ours else "lora")
 
