@@ -2,7 +2,7 @@
 
 A template is a program that comes with a model. The sandbox in which transformers runs it protects files, but does not
 stop it from looping for hours or from multiplying a string until memory is exhausted. A separate process can be killed.
-Many conversations are divided among several processes, one per processor.
+Many conversations are divided among several processes.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ _MAX_ADDED_CHARACTERS, _MAX_GROWTH = 1 << 20, 8
 _REQUEST_CHARACTERS = 1 << 17
 """Characters of conversations in one request to a process: its answers then mostly fit into the connection's buffer, so
 that it does not wait while those of another process are read."""
+_MOST_PROCESSES = 8
+"""Limit on processes: more would mostly wait for the caller, which tokenizes what they render."""
 _TOO_MUCH, _NO_MEMORY = "takes too much memory", 12
 """The message, and the exit code of the process if it runs out of memory before it can report an error."""
 
@@ -88,7 +90,7 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
             yield _render(tokenizer, conversation)
         return
     requests = _requests(conversations)
-    while some := list(islice(requests, processor_count())):
+    while some := list(islice(requests, min(_MOST_PROCESSES, processor_count()))):
         for answers in _render_in_processes(tokenizer, some):
             for answer in answers:
                 if "error" in answer:
