@@ -72,9 +72,7 @@ def check_shard_size(max_shard_bytes: int) -> None:
         UsageError: it is.
     """
     if max_shard_bytes < 1:
-        raise UsageError(
-            f"max_shard_bytes: must be at least 1, found {max_shard_bytes}", hint="give a size such as 5GB"
-        )
+        raise UsageError(f"max_shard_bytes: must be at least 1, found {max_shard_bytes}", hint="5 GB are 5000000000")
 
 
 def plan_shards(groups: Sequence[Group], max_shard_bytes: int) -> list[tuple[str, list[Group]]]:

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.foreign import RELEASED, quantization_found
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, has_checkpoint, is_adapter
+from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.typed import Place
 from adaptkit.errors import CheckpointError
@@ -82,6 +83,21 @@ def check_kind(kind: Kind | Literal["checkpoint"], takes: Takes, name: str, plac
     if takes not in ("folder", kind) and not may_fit:
         problem = f"{name!r} is {_with_article(kind)}; expected {_with_article(takes)}"
         raise place.error(problem, hint=_HINTS.get((kind, takes), "name a source or step of that kind"))
+
+
+def refuse_undecoded(folder: Path) -> None:
+    """Reject a checkpoint that another tool quantized in a format that no step but dequantize reads, if any.
+
+    Raises:
+        CheckpointError: names the format.
+    """
+    checkpoint = Checkpoint(folder)
+    method = quantization_found(checkpoint)
+    if method is not None and not quantized_names(checkpoint):
+        hint = "use the 16-bit checkpoint that it was made from"
+        if method in RELEASED:
+            hint = "add a dequantize step, and use what it makes"
+        raise CheckpointError(f"{folder}: is quantized with {method}, which this step cannot read", hint=hint)
 
 
 def _with_article(words: str) -> str:

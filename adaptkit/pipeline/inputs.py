@@ -61,9 +61,10 @@ class InputChecks:
             raise place.error(f"{name!r} is a {problem}")
         with prefix_errors(step):
             kind = self._kind_of(path, as_adapter=as_adapter) if taken.takes not in ("file", "folder") else None
-            taken.check(path)
         if kind is not None:
             check_kind(kind, taken.takes, name, place)
+        with prefix_errors(step):
+            taken.check(path)
 
 
 def _check_listing(listing: Listing, as_adapter: bool, step: Step, taken: Input, name: str, place: Place) -> None:

@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -43,6 +43,7 @@ def read_recipe(path: Path) -> Recipe:
         _check_references(step, sources, steps)
     _check_used(sources, steps)
     _check_targets(steps)
+    _check_own_sources(sources.values(), steps)
     recipe = Recipe(path, values["name"], sources, {step.name: step for step in steps})
     guarded = replace(recipe, steps={name: _guarded(recipe, step) for name, step in _ordered(recipe).items()})
     return replace(guarded, steps=_ordered(guarded))
@@ -103,6 +104,7 @@ def _step(name: str, entry: Any, place: Place) -> Step:
     refused = next((key for key in values if key in how.refused), None)
     if refused is not None:
         raise place.at(refused).error("cannot be set in a recipe", hint=how.refused[refused])
+    check_keys(values, (field.name for field in fields(how.options) if field.name not in how.refused), place)
     try:
         options = build(how.options, how.complete(values, inputs), place)
         how.check(options, inputs)
@@ -210,6 +212,21 @@ def _check_targets(steps: Sequence[Step]) -> None:
                 raise step.place.at(key).error(
                     f"{other.name!r} already publishes to the {key} {value} of {options.repo}",
                     hint=f"choose another {key}",
+                )
+
+
+def _check_own_sources(sources: Iterable[Source], steps: Sequence[Step]) -> None:
+    """Reject a step that publishes to a branch that a source is read from: the next run would start from its result."""
+    for step in steps:
+        if not step.how.sends or step.options.pull_request:
+            continue
+        target = step.options.repo.casefold(), step.options.branch
+        for source in sources:
+            if source.repo is not None and (source.repo.casefold(), source.revision or "main") == target:
+                raise step.place.at("repo").error(
+                    f"publishing to the branch {step.options.branch} of {source.repo} replaces the source "
+                    f"{source.name!r}, and the next run would start from what this one made",
+                    hint="publish to another repo or branch, or give the source a commit as its revision",
                 )
 
 

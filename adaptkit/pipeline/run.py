@@ -8,6 +8,7 @@ they send only what the Hub does not have.
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -214,7 +215,7 @@ class _Run:
             self._listener.started(step)
             self._require_unchanged(step)
             self.work.begin(step, key)
-            with prefix_errors(step):
+            with prefix_errors(step), self._advise_on_damage(step):
                 outcome = step.how.run(self._work_of(step, key))
             try:
                 self._require_unchanged(step)
@@ -240,6 +241,16 @@ class _Run:
                 hint="change the model or the limits, then run it again; finished steps are kept",
             )
         return report
+
+    @contextmanager
+    def _advise_on_damage(self, step: Step) -> Iterator[None]:
+        """Add to the hint for damaged input, if a step made some of it, how to make it again."""
+        try:
+            yield
+        except IntegrityError as error:
+            if any(name not in self._recipe.sources for _, name in step.takes()):
+                error.advise("run it again with --verify, which makes damaged outputs of steps again")
+            raise
 
     def _require_unchanged(self, step: Step) -> None:
         """Check that the step's sources did not change since they were hashed, which may be hours ago."""

@@ -309,6 +309,29 @@ def test_a_dry_run_with_finished_steps_says_what_would_be_uploaded(copied):
     assert f"warning: this would be rejected: release: {RELEASE}: other already names a branch" in done.stderr
 
 
+def test_what_publishing_deletes_is_counted_and_a_pull_request_or_branch_is_named(copied):
+    recipe = copied.folder / "recipe.yaml"
+    text = recipe.read_text().replace(RELEASE, "demo/counted")
+    recipe.write_text(text)
+    assert copied.run().code == 0
+    more = "import sys; from huggingface_hub import HfApi; api = HfApi()\n"
+    more += "[api.upload_file(repo_id=sys.argv[1], path_or_fileobj=b'x', path_in_repo=n) for n in ('a.bin', 'b/c.bin')]"
+    subprocess.run([sys.executable, "-c", more, "demo/counted"], env=os.environ | copied.environment, check=True)
+    steps = "  asked: {publish: adapter, repo: demo/counted, pull_request: true}\n"
+    steps += "  aside: {publish: adapter, repo: demo/counted, branch: aside}\n"
+    recipe.write_text(text.replace("tag: v1", "tag: v3") + steps)
+    assert "sent, 2 deletions" in copied.run("--dry-run").stdout
+    done = copied.run("--output-file", "report.json")
+    assert done.code == 0, done.stderr
+    rows = table(done.stdout)
+    assert rows["release"][2].startswith("demo/counted@v3, commit ")
+    assert rows["release"][2].endswith(" sent, 2 deletions")
+    assert re.search(r", pull request \d+, commit [0-9a-f]{12}: \d+ files", rows["asked"][2])
+    assert rows["aside"][2].startswith("demo/counted@aside, commit ")
+    facts = {step["name"]: step["facts"] for step in json.loads((copied.folder / "report.json").read_text())["steps"]}
+    assert facts["release"]["deletions"] == 2
+
+
 def test_nothing_is_published_if_a_later_step_would_be_refused(copied):
     subprocess.run([sys.executable, "-c", REFS, RELEASE], env=os.environ | copied.environment, check=True)
     more = "  first: {publish: adapter, repo: demo/first}\n"

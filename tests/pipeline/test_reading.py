@@ -193,6 +193,47 @@ def test_two_steps_that_publish_to_the_same_tag_or_branch_are_refused(write):
         read_recipe(write(text.replace("Org/Name, tag: v1", other)))
 
 
+def test_a_step_that_would_replace_a_source_is_refused(write):
+    """The next run would quantize what this one published."""
+    text = GOOD.replace("{path: model}", "{repo: Org/Name}")
+    problem = r"steps\.release\.repo: publishing to the branch main of Org/Name replaces the source 'base'"
+    with pytest.raises(ConfigError, match=problem) as caught:
+        read_recipe(write(text))
+    assert "a commit as its revision" in caught.value.hint
+    named = text.replace("{repo: Org/Name}", "{repo: org/name, revision: main}")
+    with pytest.raises(ConfigError, match="replaces the source 'base'"):
+        read_recipe(write(named))
+    for old, new in (
+        ("{repo: Org/Name}", f"{{repo: Org/Name, revision: {'a' * 40}}}"),
+        ("repo: org/name, tag: v1", "repo: org/name, branch: next"),
+        ("repo: org/name, tag: v1", "repo: org/name, pull_request: true"),
+    ):
+        assert read_recipe(write(text, old, new))
+
+
+@pytest.mark.parametrize(
+    ("step", "problem"),
+    [
+        ("{merge: base, adapters: [adapter], weights: [1, 2]}", "weights: 2 weights for 1 adapter"),
+        ("{stack: [adapter, more], weights: [1, 2, 3]}", "weights: 3 weights for 2 adapters"),
+        ("{stack: [adapter]}", "stack needs at least two adapters"),
+    ],
+)
+def test_numbers_of_adapters_and_weights_are_compared_before_anything_runs(write, step, problem):
+    text = GOOD + f"  more: {{resize: adapter, rank: 2}}\n  last: {step}\n"
+    with pytest.raises(ConfigError, match=problem) as caught:
+        read_recipe(write(text))
+    assert "--" not in caught.value.hint
+
+
+@pytest.mark.parametrize(("step", "refused"), [("{publish: merged", "signer"), ("{quantize: base", "part")])
+def test_keys_that_a_recipe_must_not_set_are_not_listed_as_known(write, step, refused):
+    with pytest.raises(ConfigError, match="unknown key") as caught:
+        read_recipe(write(GOOD, step, f"{step}, zzzzzz: 1"))
+    assert "known: " in caught.value.hint
+    assert refused not in caught.value.hint.split(": ")[1].split(", ")
+
+
 def test_a_companion_adapter_is_named_after_its_base(write):
     text = GOOD.replace("{quantize: base}", "{quantize: base, calibration: {files: [rows], init_rank: 4}}")
     recipe = read_recipe(write(text, "[rows], rank: 4", "[rows], init: small-init"))

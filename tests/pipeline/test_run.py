@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+import released
+import tiny
 from folders import flip, tree
 
 import adaptkit
@@ -22,6 +24,7 @@ from adaptkit.checkpoint.signing import Signer
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import (
     AdapterError,
+    AdaptkitError,
     CheckpointError,
     ConfigError,
     ConflictError,
@@ -721,10 +724,60 @@ def test_a_source_with_a_manifest_is_compared_with_it(recipe, release, tmp_path)
 
 
 def test_an_error_of_an_operation_names_the_step(recipe, edit):
-    edit("{merge: base, adapters", "{merge: base, weights: [1, 2], adapters")
-    with pytest.raises(UsageError, match=r"^merged: 2 weights") as caught:
+    edit("{quantize: base}", "{quantize: base, skip: [nothing.of.this.name]}")
+    with pytest.raises(UsageError, match=r"^small: ") as caught:
         run(recipe)
     assert caught.value.hint
+
+
+def test_a_merge_that_gives_the_base_says_so(recipe, edit):
+    edit("{merge: base, adapters", "{merge: base, weights: [0], adapters")
+    (figure,) = [step.figure for step in run(recipe).steps if step.name == "merged"]
+    assert figure.endswith("but no weight moved: the result is the base")
+
+
+@pytest.mark.parametrize(
+    ("step", "message", "hint"),
+    [
+        ("{train: fp8, data: [rows]}", "late: .*: is quantized with fp8, which this step", "dequantize step"),
+        ("{evaluate: fp8, data: [rows]}", "late: .*: is quantized with fp8", "dequantize step"),
+        ("{evaluate: plain, text: [rows], reference: fp8}", "late: .*: is quantized with fp8", "dequantize step"),
+        ("{merge: fp8, adapters: [lora]}", "'fp8' is a quantized checkpoint", "add a dequantize step"),
+        ("{publish: fp8, repo: a/b}", "late: .*: has no manifest", "add an adopt step"),
+    ],
+)
+def test_a_source_that_a_later_step_cannot_use_is_refused_before_the_first_step(
+    recipe, release, edit, step, message, hint
+):
+    released.write_fp8(release / "released")
+    tiny.write_instructions(release / "rows.jsonl")
+    rows = "  rows: {path: rows.jsonl}\n" if "rows" in step else ""
+    edit("  lora:", f"  fp8: {{path: released}}\n{rows}  lora:")
+    edit("  loads:", f"  late: {step}\n  loads:")
+    with pytest.raises(AdaptkitError, match=message) as caught:
+        run(recipe)
+    assert hint in caught.value.hint
+    assert "adaptkit " not in caught.value.hint
+    assert not list(release.glob(".adaptkit/*/small"))
+
+
+def test_a_release_in_fp8_is_dequantized_by_a_step(recipe, release, edit):
+    released.write_fp8(release / "released", block=None, input_scales=True)
+    edit("  lora:", "  fp8: {path: released}\n  lora:")
+    edit("  loads:", "  whole: {dequantize: fp8}\n  again: {quantize: whole}\n  loads:")
+    figures = {step.name: step.figure for step in run(recipe).steps}
+    assert figures["whole"].endswith("; left out 14 scales of 8-bit inputs")
+
+
+def test_the_hint_for_a_damaged_output_of_a_step_repairs_it(recipe, release, edit):
+    steps = {step.name: step for step in run(recipe).steps}
+    (made,) = steps["lighter"].outputs
+    flip(Path(made.path) / "adapter_model.safetensors")
+    edit("{merge: base", "{merge: base, undo: false")  # must run again
+    with pytest.raises(IntegrityError, match="merged: ") as caught:
+        run(recipe)
+    assert caught.value.hint.startswith("run it again with --verify")
+    assert {step.name: step.state for step in run(recipe, RunOptions(verify=True)).steps}["merged"] == "done"
 
 
 def test_the_hint_for_a_foreign_folder_in_the_work_folder_is_to_change_work(recipe, release):

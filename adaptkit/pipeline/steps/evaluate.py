@@ -8,6 +8,7 @@ from typing import Any, get_args, get_type_hints
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.typed import nearest
 from adaptkit.errors import UsageError
+from adaptkit.pipeline.artifact import refuse_undecoded
 from adaptkit.pipeline.steps._kind import Facts, Input, Inputs, Outcome, StepKind, Work
 from adaptkit.training.evaluation.evaluate import check_request, evaluate
 from adaptkit.training.evaluation.report import EvaluateOptions, EvaluateReport
@@ -144,11 +145,11 @@ def _judge(options: EvaluateStep, facts: Facts) -> str:
 
 KIND = StepKind(
     inputs=(
-        Input("evaluate", required=True, takes="checkpoint"),
+        Input("evaluate", required=True, takes="checkpoint", check=refuse_undecoded),
         Input("adapter", takes="adapter"),
         Input("data", many=True, takes="file"),
         Input("text", many=True, takes="file"),
-        Input("reference", takes="checkpoint"),
+        Input("reference", takes="checkpoint", check=refuse_undecoded),
         Input("shots_from", many=True, takes="file"),
     ),
     options=EvaluateStep,

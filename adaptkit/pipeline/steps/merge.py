@@ -2,7 +2,7 @@
 
 from adaptkit.checkpoint.progress import counted
 from adaptkit.operations.merge import MergeOptions, merge
-from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work, check_weights
 
 
 def _run(work: Work) -> Outcome:
@@ -11,7 +11,13 @@ def _run(work: Work) -> Outcome:
         work.note(text)
     facts = {"base_verified": report.base_verified, "relative_delta": report.relative_delta, "effect": report.effect}
     kept = f"{100 * (report.effect or 0):.3g} % of the change kept"
+    if not report.moved:
+        kept = "but no weight moved: the result is the base"
     return Outcome(f"{report.merged} of {counted(report.tensors, 'tensor')} changed, {kept}", facts)
+
+
+def _check(options: MergeOptions, inputs: Inputs) -> None:
+    check_weights(options.weights, inputs["adapters"])
 
 
 KIND = StepKind(
@@ -21,5 +27,6 @@ KIND = StepKind(
     ),
     options=MergeOptions,
     run=_run,
+    check=_check,
     makes=lambda options: {"": "unquantized checkpoint" if options.format == "keep" else "quantized checkpoint"},
 )

@@ -2,9 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
+from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.checkpoint.progress import counted, size
 from adaptkit.checkpoint.signing import Signer
+from adaptkit.errors import UsageError
 from adaptkit.hub.preflight import check_publishable
 from adaptkit.hub.publish import PublishOptions, PublishReport, publish
 from adaptkit.hub.sources import check_repo_id
@@ -39,6 +42,7 @@ def _signed_by(options: PublishStep, signer: Signer) -> PublishStep:
 def _run(work: Work) -> Outcome:
     report = _publish(work, dry_run=False)
     facts = {name: value for name, value in asdict(report).items() if not name.startswith("files_")}
+    facts["deletions"] = len(report.files_deleted)
     return Outcome(f"{_target(report)}, commit {str(report.commit)[:12]}: {_sent(report)}", facts)
 
 
@@ -60,16 +64,26 @@ def _publish(work: Work, dry_run: bool) -> PublishReport:
 
 
 def _target(report: PublishReport) -> str:
-    return f"{report.repo_id}@{report.tag}" if report.tag else report.repo_id
+    if report.pull_request is not None:
+        return f"{report.repo_id}, pull request {report.pull_request}"
+    place = report.tag or (report.branch if report.branch != "main" else "")
+    return f"{report.repo_id}@{place}" if place else report.repo_id
 
 
 def _sent(report: PublishReport) -> str:
-    files = f"{counted(len(report.files_added), 'file')}, {size(report.bytes_sent)} sent"
-    return "already there" if report.already_there else files
+    if report.already_there:
+        return "already there"
+    deleted = f", {counted(len(report.files_deleted), 'deletion')}" if report.files_deleted else ""
+    return f"{counted(len(report.files_added), 'file')}, {size(report.bytes_sent)} sent{deleted}"
+
+
+def _require_manifest(folder: Path) -> None:
+    if read_manifest(folder) is None:
+        raise UsageError(f"{folder}: has no manifest", hint="add an adopt step, and publish what it makes")
 
 
 KIND = StepKind(
-    inputs=(Input("publish", required=True),),
+    inputs=(Input("publish", required=True, check=_require_manifest),),
     options=PublishStep,
     run=_run,
     refused={"signer": "write sign: true, and pass the key to the command with --sign KEY"},

@@ -1,8 +1,9 @@
 """Stack several adapters into one."""
 
 from adaptkit.checkpoint.progress import counted
+from adaptkit.errors import UsageError
 from adaptkit.operations.stack import StackOptions, stack
-from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work, check_weights
 
 
 def _run(work: Work) -> Outcome:
@@ -14,9 +15,16 @@ def _run(work: Work) -> Outcome:
     return Outcome(figure, {"modules": report.modules, "ranks": list(report.ranks), "energy_kept": report.energy_kept})
 
 
+def _check(options: StackOptions, inputs: Inputs) -> None:
+    if len(inputs["stack"]) < 2:
+        raise UsageError("stack needs at least two adapters", hint="to change the rank of one, use resize")
+    check_weights(options.weights, inputs["stack"])
+
+
 KIND = StepKind(
     inputs=(Input("stack", many=True, required=True, takes="adapter"),),
     options=StackOptions,
     run=_run,
+    check=_check,
     makes=lambda options: {"": "adapter"},
 )

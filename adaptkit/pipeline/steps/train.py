@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from adaptkit.checkpoint.progress import counted
-from adaptkit.pipeline.artifact import Takes
+from adaptkit.pipeline.artifact import Takes, refuse_undecoded
 from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.loop import train
@@ -13,7 +13,13 @@ from adaptkit.training.loop import train
 _BASES: Mapping[str, Takes] = {"full": "unquantized checkpoint", "qlora": "quantized checkpoint"}
 """Methods that take only such a base."""
 _INPUTS = (
-    Input("train", required=True, takes="checkpoint", takes_with=lambda options: _BASES.get(options.method)),
+    Input(
+        "train",
+        required=True,
+        takes="checkpoint",
+        takes_with=lambda options: _BASES.get(options.method),
+        check=refuse_undecoded,
+    ),
     Input("data", many=True, required=True, takes="file"),
     Input("held_out_data", many=True, takes="file"),
     Input("chat_template", takes="file"),
