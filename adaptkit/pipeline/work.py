@@ -121,20 +121,20 @@ class WorkFolder:
         record = self._read(step, key)
         if record is None:
             if self._path(step, key).is_file():
-                note(f"{step.name}: the record of an earlier run is damaged; making it again")
+                note(f"{step.name}: the record of an earlier run is damaged; it has to be made again")
             return None
         try:
             found = {name: self._check(self.output(key, name)).sha256 for name in step.makes}
         except IntegrityError as error:
             if record.outputs is not None:  # otherwise the step did not finish
-                note(f"{step.name}: {error.message}; making it again")
+                note(f"{step.name}: {error.message}; it has to be made again")
             return None
         if record.outputs is None:
             # `begin` deleted old outputs, and new ones appear only when complete: the run was killed just before
             # `finish`.
             return Record(step.kind, key, found, "made before", {}) if step.makes else None
         if record.outputs != found:
-            note(f"{step.name}: has changed since it was made; making it again")
+            note(f"{step.name}: has changed since it was made; it has to be made again")
             return None
         return record
 

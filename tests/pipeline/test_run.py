@@ -341,7 +341,7 @@ def test_a_damaged_record_makes_only_its_own_step_run_again(release, recipe, con
     (release / ".adaptkit" / "hashes.json").write_bytes(content)
     notes = []
     assert done(run(recipe, listener=Listener(note=notes.append))) == ["lighter"]
-    assert notes == ["lighter: the record of an earlier run is damaged; making it again"]
+    assert notes == ["lighter: the record of an earlier run is damaged; it has to be made again"]
     assert done(run(recipe)) == []
 
 
