@@ -23,7 +23,7 @@ from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import AdaptkitError, CheckpointError, DriftError, UsageError
 from adaptkit.hub.sources import is_commit
 from adaptkit.pipeline.reading import read_recipe
-from adaptkit.pipeline.recipe import Recipe, Source
+from adaptkit.pipeline.recipe import Recipe, Source, Step
 
 SCHEMA = 1
 _ABSENT: Any = object()
@@ -104,6 +104,14 @@ class Lock:
         entry = (self._before or {}).get("sources", {}).get(source.name, {})
         files = entry.get("files") if self.commit(source) is not None else None
         return set(files) if isinstance(files, dict) else set()
+
+    def outputs(self, step: Step, key: str) -> dict[str, str]:
+        """Return what the existing lock says that a step made, by name, if it had the same key; empty otherwise."""
+        entry = (self._before or {}).get("steps", {}).get(step.name, {})
+        outputs: Any = entry.get("outputs") if entry.get("key") == key else None
+        if not isinstance(outputs, dict) or set(outputs) != set(step.makes):
+            return {}
+        return outputs if all(isinstance(digest, str) for digest in outputs.values()) else {}
 
     def add(self, found: Any, *keys: str) -> None:
         """Record a value at the path ``keys``.

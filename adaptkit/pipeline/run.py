@@ -116,14 +116,21 @@ class _Run:
         )
 
     def _lock_excluded_steps(self) -> None:
-        """Lock the steps that ``until`` excludes, as far as their keys are known; kept outputs make more keys known."""
+        """Lock the steps that ``until`` excludes, as far as their keys are known.
+
+        More keys are known by kept outputs, and by those in the lock of an earlier run in which the key was the same.
+        """
         for step in self._recipe.steps.values():
             key = step_key(step, self._materials)
             if key is not None and step not in self._steps:
                 self._lock_plan(step, key)
-                record = self.work.find(step, key, self._listener.note)
+                record = self.work.find(step, key, lambda text: None)
                 if record is not None:
                     self._register_outputs(step, record)
+                elif outputs := self._lock.outputs(step, key):
+                    self._lock.add(outputs, "steps", step.name, "outputs")
+                    for name, digest in outputs.items():  # keys depend on the path's name, not on what is there
+                        self._materials[name] = Material(self.work.output(key, name), digest, 0, {})
 
     def _find_sources(self) -> list[SourceReport]:
         """Find and hash the sources; before anything is downloaded or hashed, check what is known of them."""

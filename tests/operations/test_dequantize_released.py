@@ -265,7 +265,9 @@ def test_malformed_fp8_is_refused(fp8, copy_of, tmp_path, change, problem):
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize(("kind", "part"), [("fp8", "code"), ("fp8", "scale"), ("mxfp4", "scale")])
+@pytest.mark.parametrize(
+    ("kind", "part"), [("fp8", "code"), ("fp8", "scale"), ("fp8", "infinite scale"), ("mxfp4", "scale")]
+)
 def test_nan_is_refused(request, kind, part, copy_of, tmp_path, run_cli):
     folder = copy_of(request.getfixturevalue(kind))
     with edited_tensors(folder / "model.safetensors") as tensors:
@@ -274,7 +276,7 @@ def test_nan_is_refused(request, kind, part, copy_of, tmp_path, run_cli):
         elif part == "code":
             tensors[GATE].view(torch.uint8)[7, 5] = 255
         else:
-            tensors[f"{GATE}_scale_inv"][1, 1] = torch.nan
+            tensors[f"{GATE}_scale_inv"][1, 1] = torch.inf if part.startswith("infinite") else torch.nan
     done = run_cli("dequantize", folder, "-o", tmp_path / "out")
     assert done.code == 5
     assert f"{GATE if kind == 'fp8' else EXPERTS}: a code or constant is NaN or infinite" in done.stderr

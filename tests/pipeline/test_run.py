@@ -471,6 +471,23 @@ def test_steps_that_until_excludes_are_locked_as_far_as_they_are_known(recipe, r
         run(recipe, RunOptions(locked=True))
 
 
+@pytest.mark.parametrize("until", ["small", "plain", "lighter"])
+def test_a_lock_stays_whole_if_the_work_folder_was_deleted_and_until_excludes_steps(recipe, release, edit, until):
+    run(recipe)
+    before = (release / "recipe.lock").read_bytes()
+    shutil.rmtree(release / ".adaptkit")
+    assert run(recipe, RunOptions(until=until)).lock_state == "unchanged"
+    run(recipe, RunOptions(locked=True))
+    assert (release / "recipe.lock").read_bytes() == before
+    shutil.rmtree(release / ".adaptkit")
+    edit("rank: 2", "rank: 3")  # then nothing is known of what depends on it
+    run(recipe, RunOptions(until="small"))
+    steps = lock_of(release)["steps"]
+    assert set(steps["lighter"]) == {"recipe", "key"}
+    assert "merged" not in steps
+    assert "outputs" in steps["plain"]
+
+
 def test_artifacts_of_an_earlier_run_stay_locked_if_until_excludes_them(recipe, release):
     run(recipe)
     content = (release / "recipe.lock").read_bytes()
