@@ -82,9 +82,11 @@ class Fp8Weight:
         matrix, first, count = run
         rows, columns = self.shape[-2:]
         raw = files.read_bytes(self.name, (matrix * rows + first) * columns, count * columns)
-        scales = cast(files.read_array(self.scales), np.float32)
-        of_matrix = scales.reshape(1, 1) if scales.size == 1 else scales.reshape(-1, *scales.shape[-2:])[matrix]
-        return Decoded(_fp8.dequantize(raw.reshape(count, columns), of_matrix, self.block, first, dtype), raw)
+        spec = files.spec(self.scales)
+        grid = (1, 1) if spec.count == 1 else spec.shape[-2:]
+        start = 0 if spec.count == 1 else matrix * math.prod(grid)
+        scales = cast(files.read_flat_array(self.scales, start, math.prod(grid)), np.float32).reshape(grid)
+        return Decoded(_fp8.dequantize(raw.reshape(count, columns), scales, self.block, first, dtype), raw)
 
     def is_broken(self, files: TensorFiles, values: Array) -> bool:
         """Whether decoded values that are not finite are so because of their codes and scales, not of their dtype."""

@@ -37,8 +37,12 @@ def expected_fingerprints(
     return expected
 
 
-def weights_of(adapters: Sequence[Adapter], weights: tuple[float, ...]) -> tuple[float, ...]:
+def weights_of(adapters: Sequence[object], weights: tuple[float, ...]) -> tuple[float, ...]:
     """Return one weight per adapter, each 1 if no weights are given.
+
+    Args:
+        adapters: only their number matters.
+        weights: one per adapter, or none.
 
     Raises:
         UsageError: there is no adapter, the number of weights differs, or a weight is not finite.
@@ -49,7 +53,7 @@ def weights_of(adapters: Sequence[Adapter], weights: tuple[float, ...]) -> tuple
     if len(weights) != len(adapters):
         raise UsageError(
             f"{counted(len(weights), 'weight')} for {counted(len(adapters), 'adapter')}",
-            hint="give one --weight per adapter",
+            hint="give as many --weight as adapters",
         )
     for weight in weights:
         if not abs(weight) <= sys.float_info.max:

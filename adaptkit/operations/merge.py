@@ -18,11 +18,11 @@ from adaptkit.operations._merge.base import open_base, with_addresses
 from adaptkit.operations._merge.edit_checks import check_effects, check_quantizable, copy_replaces_base
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.merging import Merging
-from adaptkit.operations._merge.report import LITTLE_KEPT, MergeOptions, MergeReport, TensorChange
+from adaptkit.operations._merge.report import LITTLE_KEPT, NOTHING_MOVED, MergeOptions, MergeReport, TensorChange
 from adaptkit.operations._merge.side_files import plan_side_files
 from adaptkit.operations._terms import weights_of
 
-__all__ = ["LITTLE_KEPT", "MergeOptions", "MergeReport", "TensorChange", "merge"]
+__all__ = ["LITTLE_KEPT", "NOTHING_MOVED", "MergeOptions", "MergeReport", "TensorChange", "merge"]
 
 
 def merge(

@@ -214,8 +214,8 @@ def test_a_step_that_would_replace_a_source_is_refused(write):
 @pytest.mark.parametrize(
     ("step", "problem"),
     [
-        ("{merge: base, adapters: [adapter], weights: [1, 2]}", "weights: 2 weights for 1 adapter"),
-        ("{stack: [adapter, more], weights: [1, 2, 3]}", "weights: 3 weights for 2 adapters"),
+        ("{merge: base, adapters: [adapter], weights: [1, 2]}", "2 weights for 1 adapter"),
+        ("{stack: [adapter, more], weights: [1, 2, 3]}", "3 weights for 2 adapters"),
         ("{stack: [adapter]}", "stack needs at least two adapters"),
     ],
 )

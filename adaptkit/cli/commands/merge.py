@@ -11,7 +11,6 @@ from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import byte_progress
 
 _CHANGED = "the changed weights match those that the adapters were trained on"
-_NOTHING = "no weight moved: the result is the base"
 _LOST = (
     "the rest is below half a unit in the weights' last place; train longer, or use the adapter unmerged "
     "(docs/merge.md)"
@@ -53,7 +52,7 @@ def command(
     The changes are summed exactly and rounded once; the base's shards, types and tokenizer are kept. If BASE is
     quantized, the checkpoint that it was made from is used, provided that it is in the same parent folder.
     """
-    from adaptkit.operations.merge import LITTLE_KEPT, MergeOptions, merge
+    from adaptkit.operations.merge import LITTLE_KEPT, NOTHING_MOVED, MergeOptions, merge
 
     with byte_progress("merge", as_json or quiet) as progress:
         report = merge(base, adapters, output, MergeOptions(**options), force=force, dry_run=dry_run, progress=progress)
@@ -74,7 +73,7 @@ def command(
             ("change", f"{percent(report.relative_delta)} of the weights' norm; {percent(report.moved)} of them moved"),
             ("change kept", f"{percent(report.effect)} after {'quantizing' if quantized else 'rounding'}{least}"),
             *([("note", _LOST)] if report.effect < LITTLE_KEPT and not quantized else []),
-            *([("note", _NOTHING)] if report.effect >= LITTLE_KEPT and not report.moved else []),
+            *([("note", NOTHING_MOVED)] if report.effect >= LITTLE_KEPT and not report.moved else []),
             ("undo record", record),
             ("manifest sha256", str(report.manifest_sha256)),
         ]

@@ -8,6 +8,7 @@ from adaptkit.errors import UsageError
 from adaptkit.operations._threads import check_threads
 
 FORMATS = ("keep", "nf4")
+NOTHING_MOVED = "no weight moved: the result is the base"
 LITTLE_KEPT = 0.9
 """If rounding keeps less of the change than this, the merged model noticeably differs from base plus adapter."""
 

@@ -135,9 +135,9 @@ class AdapterFiles:
         """
         names = {key.name for key in self.keys}
         copies = {name for name in names if (match := _COPY.fullmatch(name)) and f"{match[1]}.{match[2]}" in names}
-        attentions = {(match[1], match[0]) for key in self.keys if (match := ATTENTION.fullmatch(key.module))}
-        pairs = {module for both in attentions for module in both}
-        kept = (key for key in self.keys if key.name not in copies and key.module not in pairs)
+        found = [match for key in self.keys if (match := ATTENTION.fullmatch(key.module))]
+        attentions = {module for match in found for module in (match[0], match[1])}
+        kept = (key for key in self.keys if key.name not in copies and key.module not in attentions)
         return replace(self, keys=tuple(_key(key.name, key.shape, _NAMED.sub(r"\1\2", key.name)) for key in kept))
 
     @property

@@ -1,34 +1,19 @@
 """The definition of a kind of step: its inputs, its options, and what it does."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.progress import Progress, counted
+from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.signing import Signer
-from adaptkit.errors import UsageError
 from adaptkit.pipeline.artifact import Kind, Takes
 
 Facts = dict[str, Any]
 """A step's results besides its artifacts, as JSON values."""
 Inputs = Mapping[str, tuple[str, ...]]
 """Maps a step's keys to names of sources and of other steps' artifacts."""
-
-
-def check_weights(weights: Sequence[float], adapters: Sequence[str]) -> None:
-    """Reject weights that are not one per adapter; none mean 1 for each.
-
-    Raises:
-        UsageError: with both numbers.
-    """
-    if weights and len(weights) != len(adapters):
-        raise UsageError(
-            f"weights: {counted(len(weights), 'weight')} for {counted(len(adapters), 'adapter')}",
-            hint="give one for each",
-        )
-
 
 _OPTION = re.compile(r"[:;] adaptkit [^;]*|(?<![\w./-])--([a-z][a-z-]*)")
 """An option of a command, and not a part of a path; or a command to run, whose options stay as they are."""
@@ -149,5 +134,5 @@ class StepKind:
     def with_keys(self, text: str) -> str:
         """Replace options of the command in a text, such as a hint, by the recipe's keys, if there are such keys."""
         known = {*(option.name for option in fields(self.options)), *(taken.key for taken in self.inputs)}
-        keys = {"pr": "pull_request"} | {name.replace("_", "-"): name for name in known}
+        keys = {"pr": "pull_request", "weight": "weights"} | {name.replace("_", "-"): name for name in known}
         return _OPTION.sub(lambda found: keys.get(found[1], found[0]), text)

@@ -1,8 +1,9 @@
 """Merge adapters into a 16-bit checkpoint."""
 
 from adaptkit.checkpoint.progress import counted
-from adaptkit.operations.merge import MergeOptions, merge
-from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work, check_weights
+from adaptkit.operations._terms import weights_of
+from adaptkit.operations.merge import NOTHING_MOVED, MergeOptions, merge
+from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
 
 
 def _run(work: Work) -> Outcome:
@@ -12,12 +13,12 @@ def _run(work: Work) -> Outcome:
     facts = {"base_verified": report.base_verified, "relative_delta": report.relative_delta, "effect": report.effect}
     kept = f"{100 * (report.effect or 0):.3g} % of the change kept"
     if not report.moved:
-        kept = "but no weight moved: the result is the base"
+        kept = f"but {NOTHING_MOVED}"
     return Outcome(f"{report.merged} of {counted(report.tensors, 'tensor')} changed, {kept}", facts)
 
 
 def _check(options: MergeOptions, inputs: Inputs) -> None:
-    check_weights(options.weights, inputs["adapters"])
+    weights_of(inputs["adapters"], options.weights)
 
 
 KIND = StepKind(

@@ -2,8 +2,9 @@
 
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
+from adaptkit.operations._terms import weights_of
 from adaptkit.operations.stack import StackOptions, stack
-from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work, check_weights
+from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
 
 
 def _run(work: Work) -> Outcome:
@@ -18,7 +19,7 @@ def _run(work: Work) -> Outcome:
 def _check(options: StackOptions, inputs: Inputs) -> None:
     if len(inputs["stack"]) < 2:
         raise UsageError("stack needs at least two adapters", hint="to change the rank of one, use resize")
-    check_weights(options.weights, inputs["stack"])
+    weights_of(inputs["stack"], options.weights)
 
 
 KIND = StepKind(
