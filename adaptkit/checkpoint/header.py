@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from adaptkit.errors import DISK_HINTS, CheckpointError
 
 ITEM_BYTES: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 """Maps each supported type to its element size in bytes; see ``dtypes`` for torch's and numpy's names."""

@@ -5,9 +5,13 @@
     M.activation_scale   float     for products in 8 bits, in which a plain weight takes no part; or M.input_scale
 
 A weight is its code times its scale, despite the name. ``weight_block_size`` in the configuration is [r, c]; if it says
-nothing, blocks are of equal size. A stack X has X_scale_inv and X_activation_scale.
+nothing, blocks are of equal size. A stack X has X_scale_inv and X_activation_scale. The scales of M.weight may also be
+named M.scale (DeepSeek-V4) or M.qscale_weight (Mistral), and be powers of two: F8_E8M0, or the same bytes as U8.
 
-    X_blocks             U8        [experts, out, in / 32, 16]     two codes a byte
+    M.weight             I8        [..., rows, columns / 2]        MXFP4, two codes a byte
+    M.scale              exponents [..., rows, columns / 32]       named like FP8's, which may lie beside it
+
+    X_blocks             U8        [experts, out, in / 32, 16]     MXFP4, two codes a byte
     X_scales             U8        [experts, out, in / 32]         exponents
 
 So gpt-oss stores its experts' weight X, which is [experts, in, out] in a 16-bit checkpoint.
@@ -16,128 +20,34 @@ So gpt-oss stores its experts' weight X, which is [experts, in, out] in a 16-bit
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-import numpy as np
-
+from adaptkit.checkpoint._low_precision_weights import (
+    BLOCKS,
+    SCALES,
+    Decoded,
+    Fp8Weight,
+    LowPrecisionWeight,
+    Mxfp4Experts,
+    Mxfp4Weight,
+)
 from adaptkit.checkpoint.foreign import stated_quantization
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
-from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
+from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
-from adaptkit.numerics.arrays import Array, cast
-from adaptkit.numerics.finite import all_finite
-from adaptkit.numerics.formats import _fp8, _mxfp4
+from adaptkit.numerics.formats import _mxfp4
 
-_SCALE, _BLOCKS, _SCALES = "_scale_inv", "_blocks", "_scales"
+__all__ = ["Decoded", "LowPrecisionWeight", "low_precision_weights"]
+
+_SCALE, _OTHER_SCALES = "_scale_inv", ("scale", "qscale_weight")
 _OF_INPUTS = ("activation_scale", "input_scale")
-_FP8 = "F8_E4M3"
+_FP8, _FP4 = "F8_E4M3", "I8"
+_EXPONENTS = ("F8_E8M0", "U8")
 _GET_AGAIN = "download the checkpoint again"
-_AT_A_TIME = 1 << 16
-"""Number of bytes of MXFP4 codes decoded at a time: the result, which is transposed, then stays in the cache."""
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Some weights, and the bytes of the codes that they were made from."""
-
-    values: Array
-    raw: Array
-
-
-@dataclass(frozen=True)
-class Fp8Weight:
-    """A weight in FP8.
-
-    Attributes:
-        name: of the weight, and of the tensor of its codes.
-        scales: name of the tensor of its scales.
-        shape: (..., rows, columns).
-        block: rows and columns that share a scale.
-        input_scales: names of tensors that a plain weight does not need.
-    """
-
-    name: str
-    scales: str
-    shape: tuple[int, ...]
-    block: tuple[int, int]
-    input_scales: tuple[str, ...]
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the tensors that it is made of, its codes first."""
-        return (self.name, self.scales, *self.input_scales)
-
-    def runs(self, weights: int) -> Iterator[tuple[int, int, int]]:
-        """Return (matrix, first row, number of rows) of runs of about so many weights, in order."""
-        rows, columns = self.shape[-2:]
-        step = max(1, weights // columns)
-        for matrix in range(math.prod(self.shape[:-2])):
-            for first in range(0, rows, step):
-                yield matrix, first, min(step, rows - first)
-
-    def decode(self, files: TensorFiles, run: tuple[int, int, int], dtype: np.dtype[Any]) -> Decoded:
-        """Read and decode a run of rows, (rows, columns)."""
-        matrix, first, count = run
-        rows, columns = self.shape[-2:]
-        raw = files.read_bytes(self.name, (matrix * rows + first) * columns, count * columns)
-        spec = files.spec(self.scales)
-        grid = (1, 1) if spec.count == 1 else spec.shape[-2:]
-        start = 0 if spec.count == 1 else matrix * math.prod(grid)
-        scales = cast(files.read_flat_array(self.scales, start, math.prod(grid)), np.float32).reshape(grid)
-        return Decoded(_fp8.dequantize(raw.reshape(count, columns), scales, self.block, first, dtype), raw)
-
-    def is_broken(self, files: TensorFiles, values: Array) -> bool:
-        """Whether decoded values that are not finite are so because of their codes and scales, not of their dtype."""
-        return bool(np.isnan(values).any()) or not all_finite(files.read_array(self.scales))
-
-
-@dataclass(frozen=True)
-class Mxfp4Weight:
-    """Experts of gpt-oss in MXFP4.
-
-    Attributes:
-        name: of the weight.
-        shape: (experts, in, out).
-    """
-
-    name: str
-    shape: tuple[int, int, int]
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the tensors that it is made of, its codes first."""
-        return (self.name + _BLOCKS, self.name + _SCALES)
-
-    def runs(self, weights: int) -> Iterator[int]:
-        """Return the indices of the experts; each is decoded whole, since it is transposed."""
-        return iter(range(self.shape[0]))
-
-    def decode(self, files: TensorFiles, run: int, dtype: np.dtype[Any]) -> Decoded:
-        """Read and decode one expert, (in, out)."""
-        _, inputs, outputs = self.shape
-        half, groups = inputs // 2, inputs // _mxfp4.BLOCK
-        blocks, scales = self.parts
-        raw = files.read_bytes(blocks, run * outputs * half, outputs * half)
-        exponents = files.read_bytes(scales, run * outputs * groups, outputs * groups).reshape(outputs, groups)
-        codes, values = raw.reshape(outputs, half), np.empty((inputs, outputs), dtype)
-        step = max(1, _AT_A_TIME // half)
-        for first in range(0, outputs, step):
-            rows = slice(first, first + step)
-            values[:, rows] = _mxfp4.dequantize(codes[rows], exponents[rows], dtype).T
-        return Decoded(values, raw)
-
-    def is_broken(self, files: TensorFiles, values: Array) -> bool:
-        """Whether decoded values that are not finite are so because of their scales, not of their dtype."""
-        return bool(np.isnan(values).any())
-
-
-LowPrecisionWeight = Fp8Weight | Mxfp4Weight
 
 
 def low_precision_weights(checkpoint: Checkpoint) -> list[LowPrecisionWeight]:
-    """Find the weights of a checkpoint whose method is one of ``foreign.RELEASED``.
+    """Find the weights of a checkpoint whose method is one of ``foreign.RELEASED``, in file order.
 
     Raises:
         CheckpointError: a weight lacks a part, or they do not fit together; or a part belongs to no weight.
@@ -145,15 +55,18 @@ def low_precision_weights(checkpoint: Checkpoint) -> list[LowPrecisionWeight]:
     found: list[LowPrecisionWeight] = []
     block = _stated_block(checkpoint)
     for name, located in checkpoint.tensors.items():
-        if _is_half(checkpoint, name, _BLOCKS):
-            found.append(_mxfp4_weight(checkpoint, name.removesuffix(_BLOCKS)))
-        elif located.spec.dtype.startswith("F8_"):
-            found.append(_fp8_weight(checkpoint, located.spec, block))
+        if _is_half(checkpoint, name, BLOCKS):
+            found.append(_experts(checkpoint, name.removesuffix(BLOCKS)))
+        elif _holds_codes(checkpoint, located.spec):
+            found.append(_scaled(checkpoint, located.spec, block))
     used = {part for weight in found for part in weight.parts}
-    for name in checkpoint.tensors:
-        is_part = name.endswith((_SCALE, *_OF_INPUTS)) or _is_half(checkpoint, name, _SCALES)
-        if is_part and name not in used:
+    for name, located in checkpoint.tensors.items():
+        is_scale = name.endswith((_SCALE, f".{_OTHER_SCALES[1]}", *_OF_INPUTS)) or located.spec.dtype == _EXPONENTS[0]
+        if name not in used and (is_scale or _is_half(checkpoint, name, SCALES)):
             raise CheckpointError(f"{checkpoint.root}: {name} belongs to no quantized weight", hint=_GET_AGAIN)
+    taken = next((w.name for w in found if w.parts[0] != w.name in checkpoint.tensors), None)
+    if taken is not None:
+        raise CheckpointError(f"{checkpoint.root}: {taken} is there both plain and quantized", hint=_GET_AGAIN)
     return found
 
 
@@ -161,16 +74,29 @@ def _is_half(checkpoint: Checkpoint, name: str, suffix: str) -> bool:
     return name.endswith(suffix) and checkpoint.spec(name).dtype == "U8"
 
 
-def _mxfp4_weight(checkpoint: Checkpoint, name: str) -> Mxfp4Weight:
-    parts = name + _BLOCKS, name + _SCALES
+def _holds_codes(checkpoint: Checkpoint, spec: TensorSpec) -> bool:
+    """Whether a tensor holds codes: any 8-bit float that is no scale; signed bytes of a weight, or with scales."""
+    if spec.dtype == _FP4:
+        return spec.name.endswith(".weight") or bool(_scales_named(checkpoint, spec.name))
+    return spec.dtype.startswith("F8_") and spec.dtype != _EXPONENTS[0]
+
+
+def _scales_named(checkpoint: Checkpoint, name: str) -> list[str]:
+    """Return the names of the tensors that may hold a weight's scales."""
+    begin = name.removesuffix("weight")
+    others = [begin + suffix for suffix in _OTHER_SCALES] if name.endswith(".weight") else []
+    return [scales for scales in (name + _SCALE, *others) if scales in checkpoint.tensors]
+
+
+def _experts(checkpoint: Checkpoint, name: str) -> Mxfp4Experts:
+    parts = name + BLOCKS, name + SCALES
     missing = next((part for part in parts if part not in checkpoint.tensors), None)
     if missing is not None:
         raise CheckpointError(f"{checkpoint.root}: {missing} is missing", hint=_GET_AGAIN)
     blocks, scales = map(checkpoint.spec, parts)
     fits = (*scales.shape, _mxfp4.BLOCK // 2) == blocks.shape and len(scales.shape) == 3 and scales.count and name
     if not fits or scales.dtype != "U8":
-        found = f"codes {blocks.dtype} {list(blocks.shape)}, scales {scales.dtype} {list(scales.shape)}"
-        raise CheckpointError(f"{parts[0]}: not experts in MXFP4: {found}", hint=_GET_AGAIN)
+        raise CheckpointError(f"{parts[0]}: not experts in MXFP4: {_described(blocks, scales)}", hint=_GET_AGAIN)
     model_type = checkpoint.config.get("model_type")
     if model_type != "gpt_oss":  # nothing else says whether the 16-bit weight is the transposed one
         raise CheckpointError(
@@ -178,22 +104,40 @@ def _mxfp4_weight(checkpoint: Checkpoint, name: str) -> Mxfp4Weight:
             hint="only gpt_oss is known to be stored so",
         )
     experts, outputs, groups = scales.shape
-    return Mxfp4Weight(name, (experts, groups * _mxfp4.BLOCK, outputs))
+    return Mxfp4Experts(name, (experts, groups * _mxfp4.BLOCK, outputs))
 
 
-def _fp8_weight(checkpoint: Checkpoint, codes: TensorSpec, stated: tuple[int, int] | None) -> Fp8Weight:
-    name, scale = codes.name, codes.name + _SCALE
-    if codes.dtype != _FP8 or scale not in checkpoint.tensors:
-        problem = f"{codes.dtype} instead of {_FP8}" if codes.dtype != _FP8 else f"{scale} is missing"
-        raise CheckpointError(f"{name}: not a weight in FP8: {problem}", hint="use the 16-bit checkpoint")
-    scales = checkpoint.spec(scale)
-    block = _block(codes.shape, scales, stated)
-    if block is None:
-        found = f"{scales.dtype} {list(scales.shape)}" + (f" of blocks of {list(stated)}" if stated else "")
-        raise CheckpointError(f"{name}: scales {found} do not fit a weight of {list(codes.shape)}", hint=_GET_AGAIN)
+def _scaled(checkpoint: Checkpoint, codes: TensorSpec, stated: tuple[int, int] | None) -> Fp8Weight | Mxfp4Weight:
+    """Return a weight in FP8 or MXFP4 that has the name of its codes."""
+    name, what = codes.name, "MXFP4" if codes.dtype == _FP4 else "FP8"
+    found = _scales_named(checkpoint, name)
+    problem = "" if codes.dtype in (_FP8, _FP4) else f"{codes.dtype} instead of {_FP8}"
+    if not problem and len(found) != 1:
+        problem = f"both {' and '.join(found)} are there" if found else f"{name}{_SCALE} is missing"
+    if problem:
+        raise CheckpointError(f"{name}: not a weight in {what}: {problem}", hint="use the 16-bit checkpoint")
+    scales = checkpoint.spec(found[0])
     begin = name.removesuffix("weight") if name.endswith("weight") else f"{name}_"
     beside = tuple(begin + suffix for suffix in _OF_INPUTS if begin + suffix in checkpoint.tensors)
-    return Fp8Weight(name, scale, codes.shape, block, beside)
+    if codes.dtype == _FP4:
+        return _mxfp4_weight(codes, scales, beside)
+    block = _block(codes.shape, scales, stated)
+    if block is None:
+        text = f"{scales.dtype} {list(scales.shape)}" + (f" of blocks of {list(stated)}" if stated else "")
+        raise CheckpointError(f"{name}: scales {text} do not fit a weight of {list(codes.shape)}", hint=_GET_AGAIN)
+    return Fp8Weight(name, scales.name, codes.shape, block, beside)
+
+
+def _mxfp4_weight(codes: TensorSpec, scales: TensorSpec, input_scales: Sequence[str]) -> Mxfp4Weight:
+    *outer, half = codes.shape or (0,)
+    fits = len(codes.shape) > 1 and codes.count and scales.shape == (*outer, 2 * half // _mxfp4.BLOCK)
+    if not fits or 2 * half % _mxfp4.BLOCK or scales.dtype not in _EXPONENTS:
+        raise CheckpointError(f"{codes.name}: not a weight in MXFP4: {_described(codes, scales)}", hint=_GET_AGAIN)
+    return Mxfp4Weight(codes.name, scales.name, (*outer, 2 * half), tuple(input_scales))
+
+
+def _described(codes: TensorSpec, scales: TensorSpec) -> str:
+    return f"codes {codes.dtype} {list(codes.shape)}, scales {scales.dtype} {list(scales.shape)}"
 
 
 def _stated_block(checkpoint: Checkpoint) -> tuple[int, int] | None:
@@ -210,7 +154,7 @@ def _stated_block(checkpoint: Checkpoint) -> tuple[int, int] | None:
 
 def _block(shape: tuple[int, ...], scales: TensorSpec, stated: tuple[int, int] | None) -> tuple[int, int] | None:
     """Return rows and columns that share a scale; None if the scales do not fit."""
-    if len(shape) < 2 or scales.dtype not in FLOATS or not math.prod(shape):
+    if len(shape) < 2 or scales.dtype not in (*FLOATS, *_EXPONENTS) or not math.prod(shape):
         return None
     rows, columns = shape[-2:]
     if scales.count == 1 and len(scales.shape) < 2:

@@ -74,8 +74,8 @@ class Parent:
     """An artifact that this one was made from.
 
     Attributes:
-        role: base, adapter, merged, tuned, init (the adapter that training started from), or whole (the artifact that a
-            part was pulled from).
+        role: base, adapter, merged, tuned, init (the adapter that training started from), release (in FP8 or MXFP4,
+            whose weights decoded to 16 bits are the base), or whole (the artifact that a part was pulled from).
         kind: the parent's kind; for a parent without a manifest, ``adapter`` or ``checkpoint``.
         tensors_root: sha256 over the parent's tensors.
         manifest_sha256: of the parent's manifest, if it has one.

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptkit.checkpoint import pages
 from adaptkit.checkpoint.header import Header, TensorSpec, read_header
-from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, read_small, resolve_inside, side_files, weight_files
+from adaptkit.checkpoint.layout import (
+    CONFIG_NAME,
+    read_config,
+    read_small,
+    resolve_inside,
+    side_files,
+    stated_method,
+    weight_files,
+)
 from adaptkit.errors import DISK_HINTS, CheckpointError, IntegrityError
 
 if TYPE_CHECKING:
@@ -77,17 +85,17 @@ class TensorFiles:
     def read_array(self, name: str) -> "Array":
         """Read a whole tensor as an array."""
         spec = self.spec(name)
-        return self._read(self.tensors[name], 0, spec.nbytes).view(_dtype(spec)).reshape(spec.shape)
+        return self._view(self.tensors[name], 0, spec.nbytes).view(_dtype(spec)).reshape(spec.shape)
 
     def read_flat_array(self, name: str, start: int, count: int) -> "Array":
         """Read ``count`` elements from the ``start``-th on, in row-major order, as an array: (count,)."""
         dtype = _dtype(self.spec(name))
-        return self._read(self.tensors[name], start * dtype.itemsize, count * dtype.itemsize).view(dtype)
+        return self._view(self.tensors[name], start * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
     def copy_flat(self, name: str, start: int, count: int) -> "Tensor":
         """Read like ``read_flat``, into memory of its own even if ``read`` maps the file."""
         dtype = _dtype(self.spec(name))
-        array = TensorFiles._read(self, self.tensors[name], start * dtype.itemsize, count * dtype.itemsize)
+        array = self._read(self.tensors[name], start * dtype.itemsize, count * dtype.itemsize)
         return _as_tensor(array.view(dtype))
 
     def read_bytes(self, name: str, start: int, count: int) -> "Array":
@@ -95,7 +103,15 @@ class TensorFiles:
 
         They are in memory of their own even if ``read`` maps the file: hashing a base would fill memory with its pages.
         """
-        return TensorFiles._read(self, self.tensors[name], start, count)
+        return self._read(self.tensors[name], start, count)
+
+    def unit(self, name: str) -> int:
+        """Return the number of consecutive elements that are read together at the cost of one of them; 1 in a file."""
+        return 1
+
+    def stored_bytes(self, name: str) -> int:
+        """Return the size that a tensor has in the files."""
+        return self.spec(name).nbytes
 
     def state(self) -> list[list[Any]]:
         """Return [file, size, modification time in ns] of each file, to detect that an input changed.
@@ -120,7 +136,12 @@ class TensorFiles:
             changed = next(file for (file, *before), (_, *after) in zip(state, now, strict=True) if before != after)
             raise IntegrityError(f"{self.root}: {changed} changed while it was read", hint=_CHANGED_HINT)
 
+    def _view(self, located: Located, offset: int, size: int) -> "Array":
+        """Return some bytes of a tensor, in memory of their own or in a mapped file: (size,) uint8."""
+        return self._read(located, offset, size)
+
     def _read(self, located: Located, offset: int, size: int) -> "Array":
+        """Read some bytes of a tensor into memory of their own: (size,) uint8."""
         import numpy as np  # imported here, since loading it is slow and not every command reads tensors
 
         buffer = np.empty(size, np.uint8)
@@ -179,11 +200,8 @@ class Checkpoint(TensorFiles):
 
     @property
     def quantization_method(self) -> str | None:
-        """The ``quant_method`` in the configuration; None if not quantized, "unknown" if it names no method."""
-        quantization = self.config.get("quantization_config")
-        if quantization is None:
-            return None
-        return str(quantization.get("quant_method", "unknown")) if isinstance(quantization, dict) else "unknown"
+        """The quantization method that the configuration states; see ``stated_method``."""
+        return stated_method(self.config)
 
     def side_contents(self) -> dict[str, bytes]:
         """Read the small files that are copied along with the weights, by name; see ``layout.side_files``."""
@@ -207,12 +225,12 @@ class MappedCheckpoint(Checkpoint):
     them are alive.
     """
 
-    def _read(self, located: Located, offset: int, size: int) -> "Array":
+    def _view(self, located: Located, offset: int, size: int) -> "Array":
         import numpy as np
 
         start = located.position + offset
         if not size or start % _dtype(located.spec).itemsize:  # unaligned, which no known writer produces
-            return super()._read(located, offset, size)
+            return self._read(located, offset, size)
         try:
             whole = self._maps.get(located.file)
             if whole is None:

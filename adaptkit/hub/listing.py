@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from adaptkit.checkpoint.foreign import quantization_named
 from adaptkit.checkpoint.header import strict_json
-from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, resolve_inside
+from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, resolve_inside, stated_method
 from adaptkit.hub._client import Hub, Note, connect
 from adaptkit.hub._fetch import fetch_small
 from adaptkit.hub._remote import RemoteFile, list_tree, matches
@@ -49,22 +49,22 @@ class Listing:
         return sum(self.tree[path].size for path in self.names)
 
     @cached_property
-    def says_quantized(self) -> bool:
-        """Whether ``config.json`` says that the weights are quantized; it is fetched if it is not cached.
+    def stated_method(self) -> str | None:
+        """The quantization method that ``config.json`` states; see ``layout.stated_method``. Fetched if not cached.
 
         Raises:
             CheckpointError: it is malformed.
             IntegrityError: it is too large, or was damaged in transit.
             AuthenticationError, NetworkError: the Hub refused or did not answer.
         """
-        return self._read(CONFIG_NAME).get("quantization_config") is not None
+        return stated_method(self._read(CONFIG_NAME))
 
     @cached_property
     def has_plain_names(self) -> bool:
         """Whether there is an index, and no tensor in it has a name that only quantized weights have.
 
         Raises:
-            CheckpointError, IntegrityError, AuthenticationError, NetworkError: see ``says_quantized``.
+            CheckpointError, IntegrityError, AuthenticationError, NetworkError: see ``stated_method``.
         """
         names = self._read(INDEX_NAME).get("weight_map")
         known = names if isinstance(names, dict) else {}

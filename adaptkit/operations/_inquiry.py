@@ -21,6 +21,7 @@ from adaptkit import __version__
 from adaptkit.checkpoint import vocabulary
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.released import open_plain
 from adaptkit.checkpoint.remembered import CachedAnswer
 from adaptkit.child import can_fork, start_child
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
@@ -115,7 +116,7 @@ def _answer(connection: Connection, root: Path) -> None:
     leave_compiler_out()
     answer: dict[str, Any]
     try:
-        checkpoint = Checkpoint(root)
+        checkpoint = open_plain(root)
         roles = determine_roles(checkpoint)
     except AdaptkitError as error:
         answer = {"error": error.code, "message": error.message, "hint": error.hint}

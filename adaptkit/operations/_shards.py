@@ -116,7 +116,7 @@ def read_jobs(
             check(values, piece.start)
         return values
 
-    return [partial(read, piece) for piece in cut_pieces(spec)]
+    return [partial(read, piece) for piece in cut_pieces(spec, files.unit(spec.name))]
 
 
 def write_shards(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import xxhash
@@ -33,7 +33,6 @@ from adaptkit.numerics.formats._double_quant import GROUP
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._shards import (
-    PIECE_BYTES,
     Group,
     Piece,
     check_shard_size,
@@ -73,23 +72,23 @@ class DequantizeOptions:
 
 @dataclass(frozen=True)
 class DequantizeReport:
-    """What was done.
+    """What was done, or would be in a dry run.
 
     Attributes:
         output: folder.
         dequantized: number of matrices.
         input_scales: number of tensors left out: scales of the inputs of products in 8 bits.
         bytes_after: size of all tensors.
-        tensors_root: hash of the result's tensors.
-        manifest_sha256: of the result's manifest.
+        tensors_root: hash of the result's tensors; None for a dry run.
+        manifest_sha256: of the result's manifest; None for a dry run.
     """
 
     output: str
     dequantized: int
     input_scales: int
     bytes_after: int
-    tensors_root: str
-    manifest_sha256: str
+    tensors_root: str | None = None
+    manifest_sha256: str | None = None
 
 
 def dequantize(
@@ -98,6 +97,7 @@ def dequantize(
     options: DequantizeOptions | None = None,
     *,
     force: bool = False,
+    dry_run: bool = False,
     progress: Progress = no_progress,
 ) -> DequantizeReport:
     """Write a plain checkpoint with every quantized weight in its original dtype, or in another.
@@ -110,6 +110,7 @@ def dequantize(
         output: folder to make.
         options: see ``DequantizeOptions``.
         force: replace an existing output.
+        dry_run: plan and validate only.
         progress: called with bytes written.
 
     Raises:
@@ -132,6 +133,10 @@ def dequantize(
         if name not in inside
     ]
     shards = plan_shards(groups, options.max_shard_bytes)
+    left_out = sum(weight.left_out for weight in packed.values())
+    planned = DequantizeReport(str(output), len(packed), left_out, sum(group.nbytes for group in groups))
+    if dry_run:
+        return planned
 
     def jobs(group: Group) -> Sequence[Callable[[], Decoded]]:
         if group.source in packed:
@@ -154,7 +159,7 @@ def dequantize(
         Output(output, [checkpoint.outline(), recorded], force, inputs=[[str(source.resolve()), state]]) as out,
         discard_on_bad_input(out),
     ):
-        out.require_space(sum(group.nbytes for group in groups))
+        out.require_space(planned.bytes_after)
         write_shards(out, shards, jobs, assemble, thread_count(options.threads), progress)
         checkpoint.require_state(state)
         write_index(out, shards)
@@ -163,9 +168,7 @@ def dequantize(
             out.write(name, content)
         manifest = _manifest(out, checkpoint, recorded)
         out.publish(manifest)
-    left_out = sum(weight.left_out for weight in packed.values())
-    bytes_after = sum(group.nbytes for group in groups)
-    return DequantizeReport(str(output), len(packed), left_out, bytes_after, manifest.tensors_root, manifest.sha256)
+    return replace(planned, tensors_root=manifest.tensors_root, manifest_sha256=manifest.sha256)
 
 
 @dataclass(frozen=True)
@@ -204,13 +207,7 @@ def _packed(checkpoint: Checkpoint, options: DequantizeOptions) -> dict[str, _Pa
             f"{checkpoint.root}: {problem}",
             hint="give a checkpoint that adaptkit or bitsandbytes (4-bit) quantized, or one released in FP8 or MXFP4",
         )
-    packed = {weight.parts[0]: _low_precision(checkpoint, weight, options) for weight in found}
-    taken = next((w.spec.name for code, w in packed.items() if code != w.spec.name in checkpoint.tensors), None)
-    if taken is not None:
-        raise CheckpointError(
-            f"{checkpoint.root}: {taken} is there both plain and quantized", hint="download the checkpoint again"
-        )
-    return packed
+    return {weight.parts[0]: _low_precision(checkpoint, weight, options) for weight in found}
 
 
 def _blockwise(checkpoint: Checkpoint, name: str, options: DequantizeOptions) -> _Packed:
@@ -247,14 +244,14 @@ def _low_precision(checkpoint: Checkpoint, weight: LowPrecisionWeight, options: 
     spec = TensorSpec(weight.name, dtype_name(options.dtype or "bfloat16"), weight.shape)
     dtype = ARRAY_DTYPES[spec.dtype]
 
-    def decoded(run: Any) -> Decoded:
-        found = weight.decode(checkpoint, run, dtype)
+    def decoded(piece: Piece) -> Decoded:
+        found = weight.decode(checkpoint, piece.start, piece.count, dtype)
         if not all_finite(found.values):
             _refuse(spec, weight.is_broken(checkpoint, found.values), "a weight")
         return found
 
     def jobs() -> list[Callable[[], Decoded]]:
-        return [partial(decoded, run) for run in weight.runs(PIECE_BYTES // dtype.itemsize)]
+        return [partial(decoded, piece) for piece in cut_pieces(spec, weight.unit)]
 
     return _Packed(weight.parts, spec, jobs, len(weight.parts) - 2)
 

@@ -5,7 +5,7 @@ Modules for calibration are imported where they are used: loading them takes as 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,28 +13,31 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.arguments import AnyPath, as_path_or_none, checked_options
 from adaptkit.checkpoint.encoding import quantization_config
-from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
+from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME, check_side_files
-from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
+from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.place import check_output, partial_folder
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.released import ReleasedCheckpoint, open_plain
 from adaptkit.errors import BaseMismatchError, DataError, UsageError
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._quantize.early_plan import EarlyPlan, PlanChanged
+from adaptkit.operations._quantize.manifest import make_manifest
 from adaptkit.operations._quantize.plan import Calibration, Plan, QuantizeOptions
 from adaptkit.operations._quantize.report import QuantizeReport, TensorReport, Upgrade, make_report
 from adaptkit.operations._quantize.selection import skip_modules
-from adaptkit.operations._quantize.tensor_plan import check_finite
-from adaptkit.operations._shards import write_index, write_shards
+from adaptkit.operations._quantize.tensor_plan import Encoded, check_finite
+from adaptkit.operations._shards import Group, write_index, write_shards
 from adaptkit.operations._threads import thread_count
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from adaptkit.checkpoint.writer import TensorWriter
     from adaptkit.operations._calibrate.calibrated import Ready
 
 __all__ = ["Calibration", "Part", "QuantizeOptions", "QuantizeReport", "TensorReport", "Upgrade", "quantize"]
@@ -54,7 +57,8 @@ def quantize(
     """Write a quantized copy of a checkpoint, for transformers with bitsandbytes and for adaptkit's trainer.
 
     Args:
-        source: folder of a 16- or 32-bit safetensors checkpoint, one file or sharded.
+        source: folder of a 16- or 32-bit safetensors checkpoint, one file or sharded, or of one released in FP8 or
+            MXFP4, whose weights are decoded to bfloat16 as ``dequantize`` does.
         output: folder to make.
         options: see ``QuantizeOptions``.
         force: replace an existing output.
@@ -78,7 +82,7 @@ def quantize(
 
         check_apart(output, init)
         check_output(init, force or is_waiting(init, output), [source])
-    checkpoint = Checkpoint(source)
+    checkpoint = open_plain(source)
     check_side_files(source)
     check_config(source, read_manifest(source))
     read = _read_tokens(source, options.calibration)
@@ -168,8 +172,7 @@ class _Run:
                 own = sum(part.holds(position) for position in range(len(plan.shards)))
                 return replace(report(), part=(part.number, part.total), shards=own)
             _write_others(out, plan, options)
-            source = None if self.describe else self.checkpoint.root  # a source that is not a folder has no manifest
-            manifest = _manifest(out, plan, recorded, source)
+            manifest = make_manifest(out, plan, recorded, None if self.describe else self.checkpoint)
             manifest = self.describe(manifest) if self.describe else manifest
             if self.init is None:
                 out.publish(manifest)
@@ -256,11 +259,18 @@ class _Run:
             self.progress(done, total)
 
         tensors = {**plan.tensors, **ready}
+
+        def assemble(group: Group, results: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
+            note = tensors[group.source].assemble(results, writer)
+            if isinstance(self.checkpoint, ReleasedCheckpoint):  # read again now, while their pages are cached
+                note["parts"] = self.checkpoint.fingerprints_of_parts(group.source)
+            return note
+
         write_shards(
             out,
             plan.shards,
             jobs=lambda group: tensors[group.source].jobs(self.checkpoint),
-            assemble=lambda group, results, writer: tensors[group.source].assemble(results, writer),
+            assemble=assemble,
             threads=thread_count(self.options.threads),
             progress=report_progress,
         )
@@ -299,22 +309,3 @@ def _write_others(out: Output, plan: Plan, options: QuantizeOptions) -> None:
     out.write_json(CONFIG_NAME, config)
     for name, content in plan.checkpoint.side_contents().items():
         out.write(name, content)
-
-
-def _manifest(out: Output, plan: Plan, recorded: dict[str, Any], source: Path | None) -> Manifest:
-    digests = {choice.spec.name: out.notes[choice.spec.name]["fingerprint"] for choice in plan.selection.choices}
-    base = [TensorRecord.of(choice.spec, digests[choice.spec.name]) for choice in plan.selection.choices]
-    written = {tensor.name: tensor for tensor in out.tensors}
-    targets = []
-    for choice in plan.quantized():
-        name = choice.spec.name
-        root = tensors_root(written[spec.name] for spec in plan.groups[name].specs)
-        targets.append(Target(choice.module, choice.spec.shape, digests[name], root))
-    return Manifest(
-        kind="quantized",
-        operation={"name": "quantize", "options": recorded},
-        files=tuple(out.files),
-        tensors=tuple(out.tensors),
-        parents=(parent_of("base", read_manifest(source) if source else None, base, root=source),),
-        targets=tuple(targets),
-    )

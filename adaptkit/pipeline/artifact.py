@@ -11,16 +11,33 @@ from adaptkit.checkpoint.typed import Place
 from adaptkit.errors import CheckpointError
 from adaptkit.hub.listing import Listing
 
-Kind = Literal["adapter", "unquantized checkpoint", "quantized checkpoint"]
-Takes = Literal["file", "folder", "checkpoint", "adapter", "unquantized checkpoint", "quantized checkpoint"]
+Kind = Literal["adapter", "unquantized checkpoint", "released checkpoint", "quantized checkpoint"]
+"""A released checkpoint is one in FP8 or MXFP4; see ``foreign.RELEASED``."""
+Takes = Literal[
+    "file",
+    "folder",
+    "checkpoint",
+    "adapter",
+    "unquantized checkpoint",
+    "quantized checkpoint",
+    "unquantized or released checkpoint",
+]
 """``folder`` is any artifact, ``checkpoint`` a quantized or unquantized one."""
 
+_FITS = {
+    ("released checkpoint", "quantized checkpoint"),
+    ("released checkpoint", "unquantized or released checkpoint"),
+    ("unquantized checkpoint", "unquantized or released checkpoint"),
+}
 _HINTS = {
     ("adapter", "checkpoint"): "to merge it into its base, add a merge step",
     ("adapter", "unquantized checkpoint"): "to merge it into its base, add a merge step",
     ("quantized checkpoint", "unquantized checkpoint"): (
         "use the 16-bit checkpoint that it was made from; if there is none, add a dequantize step"
     ),
+    ("released checkpoint", "unquantized checkpoint"): "add a dequantize step, and use what it makes",
+    ("quantized checkpoint", "unquantized or released checkpoint"): "use the 16-bit checkpoint that it was made from",
+    ("adapter", "unquantized or released checkpoint"): "to merge it into its base, add a merge step",
     ("unquantized checkpoint", "quantized checkpoint"): "name a quantized one, such as the output of a quantize step",
     ("checkpoint", "adapter"): "to get the change from its base, add an extract step",
     ("unquantized checkpoint", "adapter"): "to get the change from its base, add an extract step",
@@ -39,7 +56,8 @@ def kind_of(folder: Path, *, as_adapter: bool) -> Kind:
     """
     if is_adapter(folder) and (as_adapter or not has_checkpoint(folder)):
         return "adapter"
-    return "unquantized checkpoint" if quantization_found(Checkpoint(folder)) is None else "quantized checkpoint"
+    method = quantization_found(Checkpoint(folder))
+    return "unquantized checkpoint" if method is None else _quantized_kind(method)
 
 
 def listed_kind(listing: Listing, *, as_adapter: bool) -> Kind | Literal["checkpoint"]:
@@ -54,7 +72,7 @@ def listed_kind(listing: Listing, *, as_adapter: bool) -> Kind | Literal["checkp
 
     Raises:
         CheckpointError: the repository holds neither a checkpoint nor an adapter, or its ``config.json`` is malformed.
-        AdaptkitError: see ``Listing.says_quantized``.
+        AdaptkitError: see ``Listing.stated_method``.
     """
     names = listing.names
     is_checkpoint = not names.isdisjoint((SINGLE_NAME, INDEX_NAME))
@@ -64,7 +82,7 @@ def listed_kind(listing: Listing, *, as_adapter: bool) -> Kind | Literal["checkp
         other = min((name for name in names if name.endswith(".safetensors")), default="")
         found = f"neither {SINGLE_NAME} nor {INDEX_NAME}{f', but {other}' if other else ''}"
         raise CheckpointError(f"{listing}: not a checkpoint: {found}", hint="check the repo and revision")
-    return "quantized checkpoint" if listing.says_quantized else "checkpoint"
+    return "checkpoint" if listing.stated_method is None else _quantized_kind(listing.stated_method)
 
 
 def check_kind(kind: Kind | Literal["checkpoint"], takes: Takes, name: str, place: Place) -> None:
@@ -80,7 +98,7 @@ def check_kind(kind: Kind | Literal["checkpoint"], takes: Takes, name: str, plac
         ConfigError: it does not take them.
     """
     may_fit = "checkpoint" in (takes, kind) and "adapter" not in (takes, kind)
-    if takes not in ("folder", kind) and not may_fit:
+    if takes not in ("folder", kind) and not may_fit and (kind, takes) not in _FITS:
         problem = f"{name!r} is {_with_article(kind)}; expected {_with_article(takes)}"
         raise place.error(problem, hint=_HINTS.get((kind, takes), "name a source or step of that kind"))
 
@@ -98,6 +116,10 @@ def refuse_undecoded(folder: Path) -> None:
         if method in RELEASED:
             hint = "add a dequantize step, and use what it makes"
         raise CheckpointError(f"{folder}: is quantized with {method}, which this step cannot read", hint=hint)
+
+
+def _quantized_kind(method: str) -> Kind:
+    return "released checkpoint" if method in RELEASED else "quantized checkpoint"
 
 
 def _with_article(words: str) -> str:

@@ -1,17 +1,42 @@
-"""Weights in FP8 are read in runs of rows, so that memory does not grow with a matrix."""
+"""Weights in few bits are decoded in runs of any multiple of their unit, so that memory does not grow with a matrix."""
 
-from hypothesis import given
+import numpy as np
+import pytest
+import released
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptkit.checkpoint.low_precision import Fp8Weight
+from adaptkit.checkpoint.low_precision import low_precision_weights
+from adaptkit.checkpoint.reader import Checkpoint
 
-SIZES = st.integers(1, 40)
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("released")
+    return {
+        "fp8": released.write_fp8(folder / "fp8", block=(16, 64)),
+        "mxfp4": released.write_mxfp4(folder / "mxfp4"),
+        "deepseek_v4": released.write_deepseek_v4(folder / "deepseek_v4"),
+    }
 
 
-@given(st.integers(0, 3), SIZES, SIZES, st.integers(1, 300))
-def test_runs_of_rows_cover_a_stack_in_order_and_hold_no_more_weights_than_asked(matrices, rows, columns, weights):
-    weight = Fp8Weight("w", "w_scale_inv", (matrices, rows, columns), (rows, columns), ())
-    runs = list(weight.runs(weights))
-    covered = [(matrix, row) for matrix, first, count in runs for row in range(first, first + count)]
-    assert covered == [(matrix, row) for matrix in range(matrices) for row in range(rows)]
-    assert all(count * columns <= max(weights, columns) for _, _, count in runs)
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4", "deepseek_v4"])
+def test_a_run_is_a_part_of_the_whole_and_of_its_codes(folders, kind):
+    files = Checkpoint(folders[kind])
+    weights = low_precision_weights(files)
+
+    @settings(max_examples=40)
+    @given(st.sampled_from(weights), st.data())
+    def check(weight, data):
+        count = int(np.prod(weight.shape))
+        units = count // weight.unit
+        first = data.draw(st.integers(0, units - 1))
+        some = data.draw(st.integers(1, units - first))
+        whole = weight.decode(files, 0, count, np.dtype(np.float32))
+        run = weight.decode(files, first * weight.unit, some * weight.unit, np.dtype(np.float32))
+        start, stop = first * weight.unit, (first + some) * weight.unit
+        assert run.values.tobytes() == whole.values[start:stop].tobytes()
+        share = len(whole.raw) / count
+        assert run.raw.tobytes() == whole.raw[int(start * share) : int(stop * share)].tobytes()
+
+    check()

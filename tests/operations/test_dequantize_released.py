@@ -7,12 +7,10 @@ import pytest
 import released
 import tiny
 import torch
-import xxhash
 from folders import edit_json, edited_tensors, flip, rewritten, tree
 from safetensors.torch import load_file
 
 from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.manifest import TensorRecord, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, NonFiniteError
@@ -73,6 +71,113 @@ def test_fp8_gives_the_weights_of_transformers(tmp_path, block, dtype):
     assert load_file(tmp_path / "plain" / "model.safetensors")[GATE].dtype == getattr(torch, dtype)
 
 
+def test_deepseek_v4_gives_the_weights_of_transformers(tmp_path):
+    """Experts in MXFP4 beside FP8, scales that are exponents, and names of their own."""
+    from transformers import FineGrainedFP8Config
+
+    folder = released.write_deepseek_v4(tmp_path / "model")
+    report = dequantize(folder, tmp_path / "plain")
+    assert report.dequantized == 2 * (2 + 3 + 4 * 3)
+    config = FineGrainedFP8Config(dequantize=True, weight_block_size=(32, 32), scale_fmt="ue8m0", expert_dtype="fp4")
+    expected = loaded(folder, quantization_config=config, dtype=torch.bfloat16)
+    found = loaded(tmp_path / "plain", dtype=torch.bfloat16)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert found["model.layers.0.mlp.experts.down_proj"].unique().numel() > 40
+
+
+EXPONENTS = torch.tensor([0, 1, 100, 127, 130, 200], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("as_bytes", [True, False])
+@pytest.mark.parametrize("name", [f"{GATE}_scale_inv", GATE.replace("weight", "scale"), GATE.replace("w", "qscale_w")])
+@pytest.mark.parametrize("codes", ["fp8", "mxfp4"])
+def test_scales_may_be_exponents_under_several_names(tmp_path, as_bytes, name, codes):
+    folder = tiny.write_llama(tmp_path / "model")
+    rows, columns = 64, 96
+    exponents = EXPONENTS[torch.randint(len(EXPONENTS), (rows, 3) if codes == "mxfp4" else (2, 3))]
+    packed = torch.randint(-128, 128, (rows, columns // 2), dtype=torch.int8)
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        tensors[GATE] = packed if codes == "mxfp4" else released.finite_codes((rows, columns))
+        tensors[name] = exponents if as_bytes else exponents.view(torch.float8_e8m0fnu)
+        values = tensors[GATE].double() if codes == "fp8" else levels_of(packed)
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    dequantize(folder, tmp_path / "plain", DequantizeOptions(dtype="float32"))
+    spread = torch.exp2(exponents.double() - 127).repeat_interleave(32, 1)
+    expected = values * (spread if codes == "mxfp4" else spread.repeat_interleave(32, 0))
+    stored = load_file(tmp_path / "plain" / "model.safetensors")
+    assert name not in stored
+    assert torch.equal(stored[GATE], expected.float())
+
+
+def levels_of(packed):
+    """E2M1: a sign, two bits of exponent with bias 1, one bit of fraction; the earlier weight in the low half."""
+    codes = torch.stack([packed.view(torch.uint8) & 15, packed.view(torch.uint8) >> 4], -1).reshape(len(packed), -1)
+    exponent, fraction = (codes >> 1 & 3).double(), (codes & 1).double()
+    size = torch.where(exponent == 0, fraction / 2, (1 + fraction / 2) * torch.exp2(exponent - 1))
+    return torch.where(codes & 8 != 0, -size, size)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({GATE: torch.zeros(64, 48, dtype=torch.int8)}, r"not a weight in MXFP4: .*weight_scale_inv is missing"),
+        (
+            {GATE: torch.zeros(64, 48, dtype=torch.int8), f"{GATE}_scale_inv": torch.ones(64, 3)},
+            r"not a weight in MXFP4: codes I8 \[64, 48\], scales F32 \[64, 3\]",
+        ),
+        (
+            {
+                GATE: torch.zeros(64, 48, dtype=torch.int8),
+                f"{GATE}_scale_inv": torch.ones(64, 6).to(torch.float8_e8m0fnu),
+            },
+            r"not a weight in MXFP4: codes I8 \[64, 48\], scales F8_E8M0 \[64, 6\]",
+        ),
+        (
+            {
+                GATE: torch.zeros(64, 40, dtype=torch.int8),
+                f"{GATE}_scale_inv": torch.ones(64, 2).to(torch.float8_e8m0fnu),
+            },
+            "not a weight in MXFP4",
+        ),
+        ({GATE.replace("weight", "scale"): torch.ones(2, 3)}, r"weight_scale_inv and .*gate_proj\.scale are there"),
+        ({"model.norm.qscale_weight": torch.ones(1)}, "model.norm.qscale_weight belongs to no quantized weight"),
+        ({"model.norm.scale": torch.ones(1).to(torch.float8_e8m0fnu)}, "model.norm.scale belongs to no quantized"),
+    ],
+)
+def test_malformed_parts_of_mixed_layouts_are_refused(fp8, copy_of, tmp_path, change, problem):
+    is_whole = GATE in change and f"{GATE}_scale_inv" not in change
+    folder = rewritten(copy_of(fp8), lambda tensors: tensors.pop(f"{GATE}_scale_inv") if is_whole else None)
+    rewritten(folder, lambda tensors: tensors.update(change))
+    with pytest.raises(CheckpointError, match=problem):
+        dequantize(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_plain_scale_and_signed_bytes_of_no_weight_stay(fp8, copy_of, tmp_path):
+    """As norms' scales are named in some models; only scales of codes are parts."""
+    others = {"model.norm.scale": torch.rand(3), "table": torch.arange(4, dtype=torch.int8)}
+    folder = rewritten(copy_of(fp8), lambda tensors: tensors.update(others))
+    dequantize(folder, tmp_path / "plain")
+    stored = load_file(tmp_path / "plain" / "model.safetensors")
+    assert all(torch.equal(stored[name], value) for name, value in others.items())
+
+
+@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
+def test_a_dry_run_reports_the_same_and_writes_nothing(request, kind, tmp_path, run_cli):
+    source = request.getfixturevalue(kind)
+    planned = run_cli("dequantize", source, "-o", tmp_path / "plain", "--dry-run", "--json")
+    assert planned.code == 0, planned.stderr
+    assert not list(tmp_path.iterdir())
+    made = run_cli("dequantize", source, "-o", tmp_path / "plain", "--json")
+    hashes = {"tensors_root": None, "manifest_sha256": None}
+    assert json.loads(planned.stdout) == json.loads(made.stdout) | hashes
+    refused = run_cli("dequantize", source, "-o", tmp_path / "plain", "--dry-run")
+    assert refused.code == 8
+    told = run_cli("dequantize", source, "-o", tmp_path / "plain", "--dry-run", "--force").stdout
+    assert told.startswith("would write ")
+
+
 def test_blocks_at_the_edges_may_be_smaller(tmp_path):
     """As DeepSeek-V3's: 576 rows in blocks of 128; a matrix of several pieces, which begin within blocks."""
     folder = tiny.write_llama(tmp_path / "model")
@@ -116,7 +221,7 @@ def test_the_manifest_records_every_tensor_of_the_source(request, kind, tmp_path
     (parent,) = manifest.parents
     checkpoint = Checkpoint(source)
     records = [
-        TensorRecord.of(TensorSpec(name, located.spec.dtype, located.spec.shape), fingerprint_of(checkpoint, name))
+        TensorRecord.of(located.spec, released.fingerprint(checkpoint, name))
         for name, located in checkpoint.tensors.items()
     ]
     assert parent.tensors_root == tensors_root(records)
@@ -131,11 +236,6 @@ def test_the_operation_can_be_repeated(request, kind, tmp_path):
     dequantize(source, tmp_path / "plain", DequantizeOptions(dtype="float32"))
     (made,) = verify(tmp_path / "plain", VerifyOptions(parents=(source,), recompute=True)).recomputed
     assert made[1] == "same bytes"
-
-
-def fingerprint_of(checkpoint, name):
-    raw = checkpoint.read(name).contiguous().view(torch.uint8).numpy().tobytes()
-    return xxhash.xxh3_128_hexdigest(raw)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
@@ -161,25 +261,30 @@ def test_an_adapter_merges_into_the_result_without_a_flag(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
-@pytest.mark.parametrize("command", ["quantize", "train", "merge"])
-def test_commands_that_need_a_16_bit_checkpoint_say_how_to_get_it(request, kind, command, adapter, tmp_path, run_cli):
+@pytest.mark.parametrize(
+    ("command", "advice"),
+    [
+        ("train", "adaptkit quantize {} -o NF4; then train on NF4"),
+        ("merge", "adaptkit dequantize {} -o PLAIN; then merge into PLAIN"),
+    ],
+)
+def test_commands_that_cannot_use_a_release_say_what_to_run(request, kind, command, advice, adapter, tmp_path, run_cli):
     source = request.getfixturevalue(kind)
     data = tiny.write_instructions(tmp_path / "rows.jsonl")
     arguments = {
-        "quantize": ["quantize", source],
         "train": ["train", "--base", source, "--data", data, "--steps", "1"],
         "merge": ["merge", source, adapter],
     }
     done = run_cli(*arguments[command], "-o", tmp_path / "out")
     assert done.code in (2, 5), done.stderr
     assert f"quantized with {kind}" in done.stderr
-    assert f"run: adaptkit dequantize {source} -o PLAIN; then " in done.stderr
+    assert f"hint: run: {advice.format(source)}\n" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_gpt_oss_is_quantized_and_trained_from_its_release(mxfp4, tmp_path, run_cli):
     dequantize(mxfp4, tmp_path / "plain")
-    quantize(tmp_path / "plain", tmp_path / "nf4", QuantizeOptions(moe="quantize"))
+    quantize(mxfp4, tmp_path / "nf4", QuantizeOptions(moe="quantize"))
     data = tiny.write_instructions(tmp_path / "rows.jsonl")
     options = ["--steps", "1", "--max-length", "64"]
     done = run_cli("train", "--base", tmp_path / "nf4", "--data", data, "-o", tmp_path / "adapter", *options)

@@ -102,7 +102,8 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("evaluate: small", "evaluate: adapter", "line 9: steps.judged.evaluate: 'adapter' is an adapter; expected a "
          "checkpoint", "add a merge step"),
         ("{check: merged, target: [vllm]}", "{quantize: adapter}",
-         "line 14: steps.loads.quantize: 'adapter' is an adapter; expected an unquantized checkpoint", "merge step"),
+         "line 14: steps.loads.quantize: 'adapter' is an adapter; expected an unquantized or released checkpoint",
+         "merge step"),
         ("{check: merged, target: [vllm]}", "{quantize: small}", "steps.loads.quantize: 'small' is a quantized", ""),
         ("{check: merged, target: [vllm]}", "{dequantize: merged}",
          "steps.loads.dequantize: 'merged' is an unquantized checkpoint; expected a quantized checkpoint",
@@ -177,7 +178,9 @@ def test_the_hint_to_quote_text_does_not_repeat_it_as_the_value_that_was_read(wr
 def test_a_merge_into_nf4_makes_a_quantized_checkpoint(write):
     text = GOOD.replace("{merge: base,", "{merge: base, format: nf4,")
     assert read_recipe(write(text, "{check: merged, target: [vllm]}", "{dequantize: merged}"))
-    with pytest.raises(ConfigError, match="'merged' is a quantized checkpoint; expected an unquantized checkpoint"):
+    with pytest.raises(
+        ConfigError, match="'merged' is a quantized checkpoint; expected an unquantized or released checkpoint"
+    ):
         read_recipe(write(text, "{check: merged, target: [vllm]}", "{quantize: merged}"))
 
 

@@ -759,7 +759,7 @@ def test_a_merge_that_gives_the_base_says_so(recipe, edit):
         ("{train: fp8, data: [rows]}", "late: .*: is quantized with fp8, which this step", "dequantize step"),
         ("{evaluate: fp8, data: [rows]}", "late: .*: is quantized with fp8", "dequantize step"),
         ("{evaluate: plain, text: [rows], reference: fp8}", "late: .*: is quantized with fp8", "dequantize step"),
-        ("{merge: fp8, adapters: [lora]}", "'fp8' is a quantized checkpoint", "add a dequantize step"),
+        ("{merge: fp8, adapters: [lora]}", "'fp8' is a released checkpoint", "add a dequantize step"),
         ("{publish: fp8, repo: a/b}", "late: .*: has no manifest", "add an adopt step"),
     ],
 )
@@ -781,9 +781,11 @@ def test_a_source_that_a_later_step_cannot_use_is_refused_before_the_first_step(
 def test_a_release_in_fp8_is_dequantized_by_a_step(recipe, release, edit):
     released.write_fp8(release / "released", block=None, input_scales=True)
     edit("  lora:", "  fp8: {path: released}\n  lora:")
-    edit("  loads:", "  whole: {dequantize: fp8}\n  again: {quantize: whole}\n  loads:")
-    figures = {step.name: step.figure for step in run(recipe).steps}
-    assert figures["whole"].endswith("; left out 14 scales of 8-bit inputs")
+    edit("  loads:", "  whole: {dequantize: fp8}\n  again: {quantize: whole}\n  straight: {quantize: fp8}\n  loads:")
+    steps = {step.name: step for step in run(recipe).steps}
+    assert steps["whole"].figure.endswith("; left out 14 scales of 8-bit inputs")
+    (again,), (straight,) = steps["again"].outputs, steps["straight"].outputs
+    assert straight.tensors_root == again.tensors_root
 
 
 def test_the_hint_for_a_damaged_output_of_a_step_repairs_it(recipe, release, edit):

@@ -21,8 +21,9 @@ from adaptkit.cli.progress import byte_progress
     "bfloat16.",
 )
 @click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
+@click.option("--dry-run", is_flag=True, help="Plan and validate only.")
 @threads_option
-def command(source: Path, output: Path, force: bool, as_json: bool, quiet: bool, **options: Any) -> None:
+def command(source: Path, output: Path, force: bool, as_json: bool, quiet: bool, dry_run: bool, **options: Any) -> None:
     """Convert the quantized checkpoint SOURCE back to a plain one.
 
     SOURCE was quantized by adaptkit, or to 4 bits by bitsandbytes, or
@@ -31,11 +32,13 @@ def command(source: Path, output: Path, force: bool, as_json: bool, quiet: bool,
     from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 
     with byte_progress("dequantize", as_json or quiet) as progress:
-        report = dequantize(source, output, DequantizeOptions(**options), force=force, progress=progress)
+        report = dequantize(
+            source, output, DequantizeOptions(**options), force=force, dry_run=dry_run, progress=progress
+        )
     rows = [
-        ("wrote", report.output),
+        ("would write" if dry_run else "wrote", report.output),
         ("dequantized", f"{counted(report.dequantized, 'matrix')}, {size(report.bytes_after)} in total"),
         *([("left out", f"{counted(report.input_scales, 'scale')} of 8-bit inputs")] if report.input_scales else []),
-        ("manifest sha256", report.manifest_sha256),
+        *([("manifest sha256", report.manifest_sha256)] if report.manifest_sha256 else []),
     ]
     show(report, rows, as_json=as_json, quiet=quiet)

@@ -99,6 +99,8 @@ def command(
     """Quantize the checkpoint SOURCE to NF4, FP4 or int8.
 
     transformers with bitsandbytes, vLLM and unsloth load NF4 and FP4; only adaptkit loads int8.
+    SOURCE has 16- or 32-bit weights, or was released in FP8 with scales for blocks (DeepSeek-V3)
+    or MXFP4 (gpt-oss).
     """
     from adaptkit.cli.pages import prepare
     from adaptkit.cli.pages.quantize import quantize_page
@@ -148,9 +150,12 @@ def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
     share = f"share {report.part[0]} of {report.part[1]} of " if report.part else ""
     of_all = ", all shares together" if report.part else ""
     part = f"{report.quantized_parameters:,} of {report.parameters:,}"
+    left_out = f"; left out {counted(report.input_scales, 'scale')} of 8-bit inputs" if report.input_scales else ""
+    decoded = [("source", f"{report.decoded_from}, decoded to bfloat16{left_out}")] if report.decoded_from else []
     rows = [
         ("would write" if dry_run else "wrote", share + what),
         ("size", f"{size(report.bytes_before)} -> {size(report.bytes_after)}{of_all}"),
+        *decoded,
         ("quantized", f"{counted(report.quantized, 'matrix')}, {part} parameters{of_all}"),
         ("bits per weight", f"{report.bits_per_parameter:.3f} in the quantized matrices, including constants"),
         ("linear layers", f"read from {report.read_from}"),

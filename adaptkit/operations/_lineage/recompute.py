@@ -13,7 +13,7 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.layout import CARD_NAME
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, Manifest, read_manifest, require_manifest
 from adaptkit.errors import AdaptkitError, IntegrityError, UsageError
-from adaptkit.operations._lineage.tree import VERIFIED, Ancestor
+from adaptkit.operations._lineage.tree import VERIFIED, Ancestor, need_not_exist
 
 SAME = "same bytes"
 SAME_BUT_CARD = f"{SAME}, except for the model card, which publish adds"
@@ -43,7 +43,7 @@ def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threa
         return f"{name} cannot be run again"
     if "calibration" in options:
         return "calibrated on text that is not in the manifest"
-    for parent in parents:
+    for parent in (parent for parent in parents if not need_not_exist(manifest, parent)):
         if parent.state == VERIFIED and _manifest_of(parent) != parent.manifest_sha256:
             return f"the manifest of {parent.path} is not the one that was used"
     with TemporaryDirectory(prefix="adaptkit-again-") as folder:
@@ -102,7 +102,8 @@ def _quantize(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor]
     from adaptkit.operations.quantize import QuantizeOptions, quantize
 
     chosen = QuantizeOptions(**dict(options) | {"skip": tuple(options["skip"])}, threads=threads)
-    quantize(_only(parents, "base"), out, chosen)
+    (source,) = _paths(parents, "release") or _paths(parents, "base")
+    quantize(source, out, chosen)
 
 
 def _dequantize(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
@@ -172,7 +173,8 @@ def recompute_all(
 
     def again(path: Path, manifest: Manifest, parents: Sequence[Ancestor]) -> None:
         for parent in parents:
-            own = read_manifest(Path(parent.path)) if parent.path else None
+            # If no manifest was recorded, that of a folder with the same tensors may be unrelated.
+            own = read_manifest(Path(parent.path)) if parent.path and parent.manifest_sha256 else None
             if parent.path and own is not None and parent.path not in done:
                 again(Path(parent.path), own, parent.parents)
         try:

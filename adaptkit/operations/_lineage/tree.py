@@ -24,8 +24,8 @@ class Ancestor(Parent):
     """A parent, or a parent's parent, as its child names it and as it was found.
 
     Attributes:
-        state: ``verified``, ``wrong`` or ``not found``; ``found`` if only hashes were compared; ``never written`` for a
-            merged model that ``merge`` quantized without writing it.
+        state: ``verified``, ``wrong`` or ``not found``; ``found`` if only hashes were compared; ``never written`` if it
+            was not and is not at hand; see ``need_not_exist``.
         problem: what is wrong; empty if nothing is.
         path: its folder; None if not found.
         found_by: ``manifest`` if the folder has the recorded manifest; ``tensors`` if it has another or none.
@@ -94,7 +94,7 @@ class Walk:
         told = Ancestor(**vars(parent))
         found = self._candidates.find(parent, line, identity)
         if found is None:
-            return replace(told, state=NEVER_WRITTEN if _was_never_written(child, parent) else MISSING)
+            return replace(told, state=NEVER_WRITTEN if need_not_exist(child, parent) else MISSING)
         manifest = found.manifest
         same = manifest is not None and manifest.sha256 == parent.manifest_sha256
         problem, compared = self._problem(found) if self._check else "", 0
@@ -164,7 +164,7 @@ def compare_targets(child: Manifest, parent: Parent, found: Candidate) -> tuple[
     """
     between = any(other.role == "merged" for other in child.parents)  # its targets are weights of the merged model
     mismatch = bool(child.operation.get("options", {}).get("allow_base_mismatch")) and parent.role == "adapter"
-    if parent.role == "tuned" or (between and parent.role != "merged") or mismatch:
+    if parent.role in ("tuned", "release") or (between and parent.role != "merged") or mismatch:
         return 0, ""
     manifest = found.manifest
     has_targets = parent.role == "whole" or (manifest is not None and manifest.kind in ("quantized", "adapter"))
@@ -203,7 +203,13 @@ def _weight_name(target: Target, tensors: Mapping[str, TensorRecord]) -> str | N
     return next((name for name in (f"{target.module}.weight", target.module) if name in tensors), None)
 
 
-def _was_never_written(child: Manifest, parent: Parent) -> bool:
+def need_not_exist(child: Manifest, parent: Parent) -> bool:
+    """Whether a parent was only computed on the way: the merged model of a merge that quantizes, or a decoded release.
+
+    Such a parent has no part in making the child again.
+    """
+    if parent.role == "base":
+        return any(other.role == "release" for other in child.parents)
     options = child.operation.get("options", {})
     return parent.role == "merged" and child.operation.get("name") == "merge" and "quantize" in options
 

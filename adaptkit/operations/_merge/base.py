@@ -235,9 +235,11 @@ def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Chec
         fitting = [(c, named) for c, named in fitting if _is_parent(c, named, parent)]
     if fitting:
         return fitting[0]
+    hint = "merge into that checkpoint" + (f", whose tensors_root is {parent}" if parent else "")
+    if any(other.role == "release" for other in manifest.parents):
+        hint = f"run: adaptkit dequantize RELEASE -o PLAIN, with what {root} was made from; then merge into PLAIN"
     raise CheckpointError(
-        f"{why}, and the 16-bit checkpoint that it was quantized from was not found beside it",
-        hint="merge into that checkpoint" + (f", whose tensors_root is {parent}" if parent else ""),
+        f"{why}, and the 16-bit checkpoint that it was quantized from was not found beside it", hint=hint
     )
 
 

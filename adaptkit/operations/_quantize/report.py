@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from adaptkit.checkpoint.released import ReleasedCheckpoint
 from adaptkit.operations._quantize.plan import WORTH_16_BITS, Plan
 from adaptkit.operations._quantize.selection import Choice
 
@@ -78,6 +79,9 @@ class QuantizeReport:
         upgrades: linears that a bits budget gave more bits, in the order in which it was spent.
         companion: folder of the companion adapter, if one was made.
         part: the share that was written, as (number, total); None for all.
+        decoded_from: method in which the source was released, whose weights were decoded to bfloat16; None if it is
+            plain.
+        input_scales: number of tensors of the source left out: scales of the inputs of products in 8 bits.
         tensors_root: hash of the result's tensors; None for a dry run or a part.
         manifest_sha256: None for a dry run or a part.
     """
@@ -99,6 +103,8 @@ class QuantizeReport:
     upgrades: tuple[Upgrade, ...] = field(default=(), repr=False)
     companion: str | None = None
     part: tuple[int, int] | None = None
+    decoded_from: str | None = None
+    input_scales: int = 0
     tensors_root: str | None = None
     manifest_sha256: str | None = None
 
@@ -117,6 +123,7 @@ def make_report(output: Path, plan: Plan, notes: dict[str, Any], upgrades: Seque
     parameters = sum(spec.count for spec in encoded)
     found = [notes[spec.name] for spec in encoded if spec.name in notes]
     weighted = [note["weighted_error"] for note in found if "weighted_error" in note]
+    release = plan.checkpoint if isinstance(plan.checkpoint, ReleasedCheckpoint) else None
     return QuantizeReport(
         output=str(output),
         quantized=len(encoded),
@@ -124,7 +131,7 @@ def make_report(output: Path, plan: Plan, notes: dict[str, Any], upgrades: Seque
         parameters=sum(choice.spec.count for choice in choices),
         kept=dict(sorted(Counter(c.kept_because for c in choices if c.kept_because).items())),
         read_from=plan.selection.read_from,
-        bytes_before=sum(choice.spec.nbytes for choice in choices),
+        bytes_before=sum(map(plan.checkpoint.stored_bytes, plan.tensors)),
         bytes_after=plan.nbytes(),
         bits_per_parameter=_average_bits(plan),
         relative_error=_total([note["error"] for note in found]),
@@ -132,6 +139,8 @@ def make_report(output: Path, plan: Plan, notes: dict[str, Any], upgrades: Seque
         calibrated=len(weighted),
         shards=len(plan.shards),
         upgrades=tuple(upgrades),
+        decoded_from=release.method if release else None,
+        input_scales=release.input_scales if release else 0,
         tensors=tuple(_tensor_report(choice, plan, notes.get(choice.spec.name, {})) for choice in choices),
     )
 
@@ -144,7 +153,7 @@ def _tensor_report(choice: Choice, plan: Plan, note: dict[str, Any]) -> TensorRe
         shape=spec.shape,
         format=encoding.format if encoding else "",
         bits=8 * after / spec.count,
-        bytes_before=spec.nbytes,
+        bytes_before=plan.checkpoint.stored_bytes(spec.name),
         bytes_after=after,
         relative_error=_relative(note["error"]) if "error" in note else None,
         weighted_error=_relative(note["weighted_error"]) if "weighted_error" in note else None,

@@ -33,7 +33,10 @@ def _complete(values: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
 
 
 KIND = StepKind(
-    inputs=(Input("quantize", required=True, takes="unquantized checkpoint"), Input(_FILES, many=True, takes="file")),
+    inputs=(
+        Input("quantize", required=True, takes="unquantized or released checkpoint"),
+        Input(_FILES, many=True, takes="file"),
+    ),
     options=QuantizeOptions,
     run=_run,
     refused={"part": "remove it: a step makes all shares"},

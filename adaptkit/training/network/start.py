@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.foreign import RELEASED, hint_for_plain, quantization_found
+from adaptkit.checkpoint.foreign import RELEASED, quantization_found
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.quantized import quantized_names
@@ -53,7 +53,7 @@ def resolve_method(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
     if found and not ours:
         raise UsageError(
             f"{root}: is quantized with {found}, which cannot be trained",
-            hint=hint_for_plain(found, root, "quantize")
+            hint=f"run: adaptkit quantize {shlex.quote(str(root))} -o NF4; then train on NF4"
             if found in RELEASED
             else "use the 16-bit checkpoint, or quantize that: adaptkit quantize ORIGINAL -o NF4",
         )

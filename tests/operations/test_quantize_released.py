@@ -1,0 +1,193 @@
+"""A model released in FP8 or MXFP4 is quantized as the 16-bit checkpoint that dequantize would write."""
+
+import json
+
+import pytest
+import released
+import tiny
+import torch
+from folders import edited_tensors, flip, rewritten, tree
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.manifest import TensorRecord, require_manifest
+from adaptkit.checkpoint.part import Part
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.released import open_plain
+from adaptkit.errors import CheckpointError, IntegrityError, NonFiniteError
+from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.inspect import inspect
+from adaptkit.operations.merge import merge
+from adaptkit.operations.quantize import Calibration, QuantizeOptions, quantize
+from adaptkit.operations.verify import VerifyOptions, verify
+
+KINDS = ("fp8", "mxfp4", "deepseek_v4")
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory):
+    """By kind: (the release, its 16-bit checkpoint), side by side."""
+    folder = tmp_path_factory.mktemp("released")
+    write = {"fp8": released.write_fp8, "mxfp4": released.write_mxfp4, "deepseek_v4": released.write_deepseek_v4}
+    made = {kind: write[kind](folder / kind) for kind in KINDS}
+    for kind, path in made.items():
+        dequantize(path, folder / f"{kind}-plain")
+    return {kind: (path, folder / f"{kind}-plain") for kind, path in made.items()}
+
+
+def without_manifest(folder):
+    return {name: content for name, content in tree(folder).items() if name != "adaptkit-manifest.json"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("moe", ["keep", "quantize"])
+def test_the_files_are_those_made_from_the_16_bit_checkpoint(releases, kind, moe, tmp_path):
+    release, plain = releases[kind]
+    options = QuantizeOptions(moe=moe, max_shard_bytes=60_000)
+    report = quantize(release, tmp_path / "one", options)
+    quantize(plain, tmp_path / "two", options)
+    assert report.quantized > 5
+    assert len(Checkpoint(tmp_path / "one").headers) > 1
+    assert without_manifest(tmp_path / "one") == without_manifest(tmp_path / "two")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_read_of_the_view_is_of_the_16_bit_checkpoint(releases, kind):
+    release, plain = releases[kind]
+    view, expected = open_plain(release), Checkpoint(plain)
+    assert list(view.tensors) == list(expected.tensors)
+    assert view.config == expected.config
+
+    @settings(max_examples=60)
+    @given(st.sampled_from(sorted(view.tensors)), st.data())
+    def same(name, data):
+        spec = view.spec(name)
+        assert spec == expected.spec(name)
+        start = data.draw(st.integers(0, spec.nbytes))
+        count = data.draw(st.integers(0, spec.nbytes - start))
+        assert bytes(view.read_bytes(name, start, count)) == bytes(expected.read_bytes(name, start, count))
+        first = data.draw(st.integers(0, spec.count))
+        some = data.draw(st.integers(0, spec.count - first))
+        assert (
+            view.read_flat_array(name, first, some).tobytes() == expected.read_flat_array(name, first, some).tobytes()
+        )
+
+    same()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_manifest_names_the_base_and_every_tensor_of_the_release(releases, kind, tmp_path):
+    release, plain = releases[kind]
+    quantize(release, tmp_path / "nf4")
+    base, parent = require_manifest(tmp_path / "nf4").parents
+    assert (base.role, base.kind) == ("base", "checkpoint")
+    assert base.tensors_root == require_manifest(plain).tensors_root
+    files = Checkpoint(release)
+    records = [TensorRecord.of(at.spec, released.fingerprint(files, name)) for name, at in files.tensors.items()]
+    assert (parent.role, parent.tensors_root) == ("release", tensors_root(records))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_plain", [False, True])
+def test_the_release_alone_is_enough_to_repeat_it(releases, kind, with_plain, tmp_path):
+    quantize(releases[kind][0], tmp_path / "nf4")
+    parents = releases[kind] if with_plain else releases[kind][:1]
+    report = verify(tmp_path / "nf4", VerifyOptions(parents=parents, recompute=True))
+    assert [result for _, result in report.recomputed][-1] == "same bytes"
+    assert [(p.role, p.state) for p in report.parents] == [
+        ("base", "verified" if with_plain else "never written"),
+        ("release", "verified"),
+    ]
+
+
+def test_a_changed_release_is_not_the_parent(releases, copy_of, tmp_path):
+    quantize(releases["fp8"][0], tmp_path / "nf4")
+    other = copy_of(releases["fp8"][0])
+    flip(other / "model.safetensors", Checkpoint(other).tensors[f"{GATE}_scale_inv"].position)
+    with pytest.raises(IntegrityError, match=r"1 of 2 ancestors cannot be verified: release \w+ not found"):
+        verify(tmp_path / "nf4", VerifyOptions(parents=(other,)))
+
+
+def test_what_was_trained_on_it_is_verified_against_the_16_bit_checkpoint(releases, tmp_path, run_cli):
+    release, plain = releases["fp8"]
+    done = run_cli("quantize", release, "-o", tmp_path / "nf4")
+    assert done.code == 0, done.stderr
+    assert "source           fp8, decoded to bfloat16\n" in done.stdout
+    data = tiny.write_instructions(tmp_path / "rows.jsonl")
+    options = ["--steps", "1", "--max-length", "64", "-o", tmp_path / "adapter"]
+    done = run_cli("train", "--base", tmp_path / "nf4", "--data", data, *options)
+    assert done.code == 0, done.stderr
+    assert merge(plain, tmp_path / "adapter", tmp_path / "merged").base_verified
+
+
+def test_the_size_before_is_that_of_the_release(tmp_path, run_cli):
+    release = released.write_fp8(tmp_path / "model", block=None, input_scales=True)
+    done = run_cli("quantize", release, "-o", tmp_path / "nf4", "--json")
+    report = json.loads(done.stdout)
+    assert report["bytes_before"] == Checkpoint(release).nbytes
+    assert (report["decoded_from"], report["input_scales"]) == ("fp8", 14)
+    done = run_cli("quantize", release, "-o", tmp_path / "other", "--dry-run")
+    assert "fp8, decoded to bfloat16; left out 14 scales of 8-bit inputs" in done.stdout
+
+
+def test_calibration_and_a_budget_run_on_a_release(releases, instructions, tmp_path):
+    release, plain = releases["fp8"]
+    options = QuantizeOptions(calibration=Calibration((instructions,), tokens=64, window=32, bits_budget=6.5))
+    quantize(release, tmp_path / "one", options)
+    quantize(plain, tmp_path / "two", options)
+    assert without_manifest(tmp_path / "one") == without_manifest(tmp_path / "two")
+    base, parent = require_manifest(tmp_path / "one").parents
+    assert (base.role, parent.role) == ("base", "release")
+
+
+def test_shares_of_a_release_are_joined(releases, copy_of, tmp_path):
+    release, _ = releases["fp8"]
+    options = {"max_shard_bytes": 40_000}
+    quantize(release, tmp_path / "whole", QuantizeOptions(**options))
+    quantize(copy_of(release), tmp_path / "nf4", QuantizeOptions(**options, part=Part(1, 2)))
+    quantize(release, tmp_path / "nf4", QuantizeOptions(**options))
+    assert tree(tmp_path / "nf4") == tree(tmp_path / "whole")
+
+
+def test_a_released_base_that_was_only_decoded_is_asked_for_by_merge(releases, adapter, tmp_path):
+    quantize(releases["fp8"][0], tmp_path / "alone" / "nf4")
+    with pytest.raises(CheckpointError, match="was not found beside it") as caught:
+        merge(tmp_path / "alone" / "nf4", adapter, tmp_path / "out")
+    assert caught.value.hint.startswith("run: adaptkit dequantize RELEASE -o PLAIN")
+
+
+@pytest.mark.parametrize("part", ["code", "scale"])
+def test_nan_is_refused_with_its_index(releases, part, copy_of, tmp_path):
+    folder = copy_of(releases["fp8"][0])
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        if part == "code":
+            tensors[GATE].view(torch.uint8)[7, 5] = 255
+        else:
+            tensors[f"{GATE}_scale_inv"][0, 0] = torch.nan
+    index = r"\[7, 5\]" if part == "code" else r"\[0, 0\]"
+    with pytest.raises(NonFiniteError, match=f"{GATE}.*{index}"):
+        quantize(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_release_that_lacks_a_part_is_refused(releases, copy_of, tmp_path):
+    folder = rewritten(copy_of(releases["fp8"][0]), lambda tensors: tensors.pop(f"{GATE}_scale_inv"))
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight_scale_inv is missing"):
+        quantize(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inspect_counts_the_weights_and_their_bits(releases, kind):
+    release, plain = releases[kind]
+    report, files = inspect(release), Checkpoint(release)
+    assert report.parameters == inspect(plain).parameters
+    assert report.kind == "quantized"
+    view = open_plain(release)
+    codes = [view.spec(name) for name in view.tensors if view.unit(name) > 1]
+    parts = {part for name in view.tensors if view.unit(name) > 1 for part in view.fingerprints_of_parts(name)}
+    assert report.details["quantized_matrices"] == len(codes)
+    inside = sum(spec.count for spec in codes)
+    bits = 8 * sum(files.spec(part).nbytes for part in parts) / inside
+    assert report.details["bits_per_quantized_parameter"] == pytest.approx(bits, abs=1e-3)
