@@ -59,7 +59,11 @@ def recipe(tmp_path: Path, repositories: None) -> Callable[[str, str], Path]:
 @pytest.mark.parametrize(
     ("step", "name", "message"),
     [
-        ("{quantize: lora}", "lora", "steps.second.quantize: 'lora' is an adapter; expected an unquantized checkpoint"),
+        (
+            "{quantize: lora}",
+            "lora",
+            "steps.second.quantize: 'lora' is an adapter; expected an unquantized or released checkpoint",
+        ),
         ("{merge: small, adapters: [ours]}", "small", "steps.second.merge: 'small' is a quantized checkpoint"),
         ("{resize: small, rank: 2}", "small", "steps.second.resize: 'small' is a quantized checkpoint; exp"),
         ("{resize: plain, rank: 2}", "both", "steps.second.resize: 'plain' is a checkpoint; expected an adapter"),
@@ -93,7 +97,10 @@ def test_local_folders_are_checked_before_the_hub_is_asked(
     hub.requests.clear()
     done = cli("run", path)
     assert (done.code, hub.requests) == (2, [])
-    assert "steps.second.quantize: 'here' is an adapter; expected an unquantized checkpoint" in done.report["message"]
+    assert (
+        "steps.second.quantize: 'here' is an adapter; expected an unquantized or released checkpoint"
+        in done.report["message"]
+    )
 
 
 def test_a_repository_with_neither_an_adapter_nor_a_checkpoint_is_refused_before_any_download(
