@@ -9,6 +9,7 @@ import click
 
 from adaptkit.cli.output import Row, counted, percent, plain
 from adaptkit.text.rendering import DAY
+from adaptkit.training.config import MOST_HELD_OUT
 
 if TYPE_CHECKING:
     from adaptkit.training.data.dataset import SourceReport
@@ -28,6 +29,8 @@ def data_rows(data: "DataReport") -> Iterator[Row]:
         yield "data", _source(source) + share
     for source in data.held_out_sources:
         yield "held out", _source(source)
+    if data.held_out_limited:
+        yield "held out", f"{MOST_HELD_OUT:,} rows and not a tenth of them, as --held-out is not given"
     if data.repeated:
         same = counted(data.repeated, "held-out sample", "are")
         yield "repeated", f"{same} also trained on, so the held-out loss is too low"

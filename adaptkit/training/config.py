@@ -23,6 +23,8 @@ _ADAPTER = (
 """Settings that apply only to adapters. An adapter named by ``init`` determines those in ``_SET_BY_INIT``."""
 LOSS_ON = ("answers", "last_answer", "all")
 TOO_LONG = ("cut", "drop", "error")
+HELD_OUT, MOST_HELD_OUT = 0.1, 1000
+"""The fraction of the rows, and the most rows, that are held out unless ``held_out`` is given."""
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 LOWER_THE_RATE = "start over (--force) with a lower learning rate"
@@ -101,8 +103,9 @@ class TrainConfig:
     mixture: Mapping[str, float] | None = setting("Weight of a data file in an epoch, relative to the others; 1 if "
                                                   "not given.", None, above=0, at_most=_MAX_FACTOR)  # fmt: skip
     pack: bool = setting("Pack samples into rows of max_length tokens; a step then has batch_size rows.", False)
-    held_out: float = setting("Fraction of the rows to evaluate on instead of training on; ignored with "
-                              "held_out_data.", 0.1, at_least=0, below=1)  # fmt: skip
+    held_out: float | None = setting("Fraction of the rows to evaluate on instead of training on; ignored with "
+                                     "held_out_data.  [default: 0.1, at most 1,000 rows]", None, at_least=0,
+                                     below=1)  # fmt: skip
     held_out_data: tuple[str, ...] = setting("File or Hub dataset to evaluate on instead.", ())
 
     steps: int | None = setting("Optimizer steps.  [default: determined by epochs]", None, at_least=1,
@@ -258,7 +261,7 @@ class TrainConfig:
     @property
     def has_held_out(self) -> bool:
         """Whether the run has held-out samples."""
-        return bool(self.held_out or self.held_out_data)
+        return self.held_out != 0 or bool(self.held_out_data)
 
     def recorded(self) -> dict[str, Any]:
         """Return what the manifest records: all but paths, devices and trackers, which do not affect the result."""

@@ -28,6 +28,7 @@ class DataReport:
         sources: sources of ``data``; their counts include the rows that were held out.
         held_out_sources: sources of ``held_out_data``; empty without it.
         held_out_cut: samples of ``held_out_data`` that are too long; None without it.
+        held_out_limited: whether only the most rows of the default are held out, and not a tenth.
         chat_template: file or adapter folder of the chat template; None if the template is the model's own.
         without_template: whether there are conversations but no chat template.
         unnamed_end: token that ends answers; None if the base's configuration names it.
@@ -39,6 +40,7 @@ class DataReport:
     sources: tuple[SourceReport, ...]
     held_out_sources: tuple[SourceReport, ...]
     held_out_cut: CutReport | None
+    held_out_limited: bool
     longest: int
     longest_at: str
     masked: tuple[str, ...]
@@ -73,6 +75,7 @@ def report_data(inputs: Inputs, batches: Batches) -> DataReport:
         sources=data.sources,
         held_out_sources=other.sources if other else (),
         held_out_cut=_cut(other) if other else None,
+        held_out_limited=inputs.held_out_limited,
         longest=data.longest,
         longest_at=data.longest_at,
         masked=data.masked,

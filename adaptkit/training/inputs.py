@@ -26,8 +26,8 @@ from adaptkit.text.tokenizer_files import (
     load_tokenizer_of,
 )
 from adaptkit.text.windows import check_prompt, check_vocabulary, context_length, vocabulary_size
-from adaptkit.training.config import INITS, TrainConfig
-from adaptkit.training.data.dataset import Dataset, load_data, split
+from adaptkit.training.config import HELD_OUT, INITS, TrainConfig
+from adaptkit.training.data.dataset import Dataset, default_held_out, load_data, split
 from adaptkit.training.data.encoding import prompt_ids
 from adaptkit.training.data.ending import generation_naming, unnamed_end
 from adaptkit.training.data.mixture import Mixture
@@ -43,7 +43,7 @@ class Inputs:
     """Inputs of a run.
 
     Attributes:
-        config: settings of the run, with method and compute_dtype resolved.
+        config: settings of the run, with method, compute_dtype and held_out resolved.
         base: folder of the base.
         manifest: manifest of the base; None if it has none.
         state: sizes and modification times of the base's files, which identify a base without a manifest.
@@ -55,6 +55,7 @@ class Inputs:
         samples: samples to train on.
         held_out: samples to evaluate on.
         held_out_data: dataset of the held-out samples; None if they were held out of ``data``.
+        held_out_limited: whether only the most rows of the default are held out, and not a tenth.
         mixture: what an epoch draws from the samples; None if it uses all of them.
         start: adapter to start from; None if there is none.
     """
@@ -71,6 +72,7 @@ class Inputs:
     samples: Sequence[Sample]
     held_out: Sequence[Sample]
     held_out_data: Dataset | None
+    held_out_limited: bool
     mixture: Mixture | None
     start: Adapter | None
 
@@ -162,7 +164,12 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     )
     data = load(config.data)
     other = load(config.held_out_data) if config.held_out_data else None
-    samples, held_out = split(data.samples, 0 if other else config.held_out, config.seed)
+    fraction = config.held_out
+    if fraction is None:
+        fraction = HELD_OUT if other else default_held_out(data.samples)
+    is_limited = config.held_out is None and fraction < HELD_OUT
+    config = replace(config, held_out=fraction)
+    samples, held_out = split(data.samples, 0 if other else fraction, config.seed)
     end = unnamed_end(base, tokenizer) if data.has_conversations else None
     return Inputs(
         config=config,
@@ -177,6 +184,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
         samples=samples,
         held_out=other.samples if other else held_out,
         held_out_data=other,
+        held_out_limited=is_limited,
         mixture=Mixture.of(samples, weights, config.data) if weights else None,
         start=start,
     )

@@ -7,6 +7,7 @@ import shutil
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -720,6 +721,42 @@ def test_the_same_rows_divided_differently_between_files_are_different_data(conf
         stop_after(replace(config, **made(*files(20))), tmp_path / name, 2)
         with pytest.raises(ConflictError, match="another data"):
             train(replace(config, **made(*files(22))), tmp_path / name)
+
+
+def test_at_most_a_thousand_rows_are_held_out_unless_a_fraction_is_given(config, tmp_path, run_cli):
+    rows = tmp_path / "rows.jsonl"
+    config = replace(config, data=(str(rows),), steps=1)
+    for count, given, samples in (
+        (10_000, None, 9000),
+        (10_001, 0.1, 9001),
+        (12_000, None, 11_000),
+        (12_000, 0.1, 10_800),
+    ):
+        rows.write_text("".join(json.dumps({"text": f"{number}"}) + "\n" for number in range(count)))
+        options = ["--held-out", given] if given else []
+        done = run_cli(*command(config, tmp_path / "out"), *options, "--dry-run")
+        shown = [" ".join(line.split()) for line in done.stdout.splitlines()]
+        assert f"samples {samples} to train on, {count - samples} held out" in shown, done.stderr
+        said = "held out 1,000 rows and not a tenth of them, as --held-out is not given"
+        assert (said in shown) == (samples == 11_000)
+
+
+def test_a_run_that_held_out_a_tenth_of_many_rows_is_resumed_only_with_that_fraction(config, tmp_path):
+    """As one that was begun before there was a maximum; one on few rows had the same fraction as it has today."""
+    data = rows_of(tmp_path / "rows.jsonl", *(json.dumps({"text": f"{row}"}) + "\n" for row in range(10_020)))
+    config, output = replace(config, data=(data,), steps=2), tmp_path / "many"
+    stop_after(replace(config, held_out=0.1), output, 1)
+    with pytest.raises(ConflictError, match=r"of another run: held_out was 0.1 and is 0\.0998\d*; another data"):
+        train(config, output)
+    assert train(replace(config, held_out=0.1), output).resumed_from == 1
+    assert require_manifest(output).operation["options"]["held_out"] == 0.1
+    few = replace(
+        config, data=(rows_of(tmp_path / "few.jsonl", *Path(data).read_text().splitlines(keepends=True)[:50]),)
+    )
+    stop_after(replace(few, held_out=0.1), tmp_path / "few", 1)
+    resumed, whole = (train(few, tmp_path / name) for name in ("few", "whole"))
+    assert (resumed.resumed_from, resumed.manifest_sha256) == (1, whole.manifest_sha256)
+    assert whole.manifest_sha256 == train(replace(few, held_out=0.1), tmp_path / "given").manifest_sha256
 
 
 def test_a_config_json_that_differs_from_the_manifest_is_refused(config, copy_of, llama_nf4, tmp_path, run_cli):

@@ -22,6 +22,7 @@ from adaptkit.text.rows import is_on_hub, read_rows
 from adaptkit.text.tokenizer_files import special_tokens
 from adaptkit.text.tool_calls import CALLS, words_of, words_of_tools
 from adaptkit.text.windows import check_vocabulary
+from adaptkit.training.config import HELD_OUT, MOST_HELD_OUT
 from adaptkit.training.data.encoding import Encoder
 from adaptkit.training.data.ending import ends_after_answers
 from adaptkit.training.data.samples import Sample
@@ -146,6 +147,11 @@ def load_data(
         )
     data.dated = asks_for_the_date(tokenizer) and data.has_conversations
     return data
+
+
+def default_held_out(samples: Sequence[Sample]) -> float:
+    """Return the fraction of the rows to hold out if none is given: so many that measuring them takes little time."""
+    return min(HELD_OUT, MOST_HELD_OUT / len({sample.source for sample in samples}))
 
 
 def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:

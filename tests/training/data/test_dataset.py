@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from adaptkit.errors import DataError
 from adaptkit.text.tokenizer_files import load_tokenizer
-from adaptkit.training.data.dataset import load_data, order, split
+from adaptkit.training.data.dataset import default_held_out, load_data, order, split
 from adaptkit.training.data.samples import IGNORED, Sample
 
 
@@ -249,6 +249,14 @@ def test_a_split_contains_every_sample_once(count, fraction, seed):
     chosen = set(order(count, seed)[: len(held_out)])  # with one sample per row, rows are drawn in the order of samples
     assert [s.ids[0] for s in held_out] == sorted(chosen)
     assert [s.ids[0] for s in train] == [i for i in range(count) if i not in chosen]
+
+
+@given(st.integers(2, 30_000), st.integers(1, 2))
+def test_by_default_a_tenth_of_the_rows_is_held_out_but_at_most_a_thousand(rows, answers):
+    samples = [Sample((), (), f"chat.jsonl, line {row}") for row in range(rows) for _ in range(answers)]
+    fraction = default_held_out(samples)
+    assert (fraction == 0.1) == (rows <= 10_000)
+    assert round(rows * fraction) == min(1000, round(rows * 0.1))
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=30), st.floats(0.01, 0.99), st.integers(0, 5))
