@@ -86,6 +86,20 @@ def test_a_template_equal_to_the_bases_is_not_saved_again(run_cli, llama, rows):
     assert not (rows.parent / "a/chat_template.jinja").exists()
 
 
+def test_a_template_that_ends_questions_late_is_refused_with_the_difference(run_cli, llama, rows):
+    mine = rows.parent / "mine.jinja"
+    mine.write_text(
+        TEMPLATE.replace("<|im_end|>\n", "{% if message.role != 'user' or not loop.last %}<|im_end|>\n{% endif %}")
+    )
+    error, hint = run_cli(*train(llama, rows, "a", "--chat-template", mine)).refusal(5)
+    assert (
+        "rows.jsonl, line 1: the chat template ends a question only once it is answered: the prompt ends with" in error
+    )
+    assert "river 0[assistant] ', and the answer would begin with '<|im_end|>\\n[assistant] " in error
+    assert "make the template end a question" in hint
+    assert not (rows.parent / "a").exists()
+
+
 def test_full_training_saves_the_given_template_instead_of_the_bases(run_cli, llama, rows):
     given = train(llama, rows, "full", "--method", "full", "--chat-template", rows.parent / "mine.jinja")
     done = run_cli(*given)

@@ -25,6 +25,8 @@ _HALF_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 _LEADING_TAGS = re.compile(rf"(?:\s|{_TAG.pattern})*")
 _LAST_TAG = re.compile(rf"({_TAG.pattern})\s*$")
 _OF_REASONING = re.compile(r"think|thought|reason|channel")
+_SHOWN = 40
+"""Characters that an error message shows of a prompt's end, and of an answer's beginning."""
 _CLOSES = re.compile(r"/|end|^<[^|].*\|>$", re.IGNORECASE)
 
 
@@ -111,6 +113,32 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
     return Answer(len(before), min(ends.words, said_to), said_to, ends.turn)
 
 
+def opening_of(message: Message, text: str, answer: Answer) -> str:
+    """Return what a template puts between the prompt of an answer and its first word; empty if it calls tools.
+
+    GigaChat's template ends the answer that the prompt opens, and calls tools in a turn of its own.
+    """
+    said, content = text[answer.start : answer.said], content_with_reasoning(message)
+    if CALLS in message:
+        return ""
+    return said[: max(0, said.find(lines(content)[0]))] if content else said
+
+
+def closes_a_turn(opening: str) -> bool:
+    """Return whether a text begins with a tag such as ``</user>`` or ``[/INST]``, but not of reasoning."""
+    tag = _TAG.match(opening.lstrip())
+    return tag is not None and "/" in tag[0] and not _OF_REASONING.search(_kind(tag[0]))
+
+
+def ended_late(before: str, said: str) -> DataError:
+    """Return the error for a prompt whose end the template writes only before an answer, which would learn it."""
+    return DataError(
+        f"the chat template ends a question only once it is answered: the prompt ends with {before[-_SHOWN:]!r}, and "
+        f"the answer would begin with {said[:_SHOWN]!r}",
+        f"make the template end a question that is the last message, too, or {HINT}",
+    )
+
+
 def with_question(messages: Sequence[Message], turn: int) -> list[Message]:
     """Return an answer with only the messages that it answers.
 
@@ -145,7 +173,7 @@ def answer_as_asked(
 
     Raises:
         DataError: the prompt opens reasoning but the answer has none, or the reverse; or the template leaves out a
-            part of the answer, or changes the question itself.
+            part of the answer, or changes the question itself, or ends it only before an answer.
     """
     question, content = content_with_reasoning(messages[turn - 1]), content_with_reasoning(messages[turn])
     same = shared(asked, answered)
@@ -159,9 +187,12 @@ def answer_as_asked(
             "cannot be identified",
             HINT,
         )
-    if opening.strip() and not _TAG.search(opening):
-        raise _otherwise(opening, turn, True)
     said, closing, mark = answered[same : ends.said], answered[ends.said :], opening.strip()
+    between, opened, rest = said.partition(mark) if mark else (said, "", "")
+    if opened and between.strip() and not missing(content, rest):
+        raise ended_late(before, said)
+    if mark and not _TAG.search(opening):
+        raise _otherwise(opening, turn, True)
     marks = ends.said - ends.words  # marks of a tool call after its last word
     lost = missing(content, said)
     if mark and content.startswith(mark) and said.rstrip().endswith(lines(content)[-1]):  # the template drops reasoning

@@ -23,10 +23,10 @@ from adaptkit.training.data.answers import (
     answer_as_asked,
     ends_of,
     find_answer,
-    shared,
     with_question,
 )
 from adaptkit.training.data.completeness import check_answers, check_questions
+from adaptkit.training.data.ending import Turns
 from adaptkit.training.data.samples import IGNORED, Sample
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]
@@ -84,7 +84,7 @@ class Encoder:
         self._tokenizer, self._loss_on = tokenizer, loss_on
         self._ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
         self._known_ends = dict[str, bool]()
-        self._known_closings = dict[bool, tuple[str, int] | None]()
+        self._turns = Turns(tokenizer)
         self._begin = array("i", leading_special_tokens(tokenizer))
         self._cuts = _joins(tokenizer)
 
@@ -139,8 +139,10 @@ class Encoder:
         for turn in learned:
             before = next(rendered)
             through = next(rendered) if turn + 1 < len(messages) else whole
-            ends = ends_of(messages[turn], through, self._closing(example.tools))
-            found.append((find_answer(messages, turn, before, through, ends), through, before))
+            ends = ends_of(messages[turn], through, self._turns.closing(example.tools))
+            answer = find_answer(messages, turn, before, through, ends)
+            self._turns.check_opening(messages[turn], example.tools, before, through, answer)
+            found.append((answer, through, before))
         answers = tuple(
             answer for answer, through, _ in found if answer is not None and whole.startswith(through[: answer.end])
         )
@@ -160,6 +162,7 @@ class Encoder:
             check_questions(messages[:turn], example.tools, before)
             if answer is None:
                 text, answer = self._as_asked(messages, example.tools, turn, before)
+                self._turns.check_opening(messages[turn], example.tools, before, text, answer)
             texts.append(_Text(self._ended(text, answer), (answer,), False, plain, True))
         return texts
 
@@ -187,30 +190,8 @@ class Encoder:
         alone = with_question(messages, turn)
         parts = Conversation(alone[:-1], True, tools), Conversation(alone, False, tools)
         asked, answered = render(parts, self._tokenizer)
-        ends = ends_of(messages[turn], answered, self._closing(tools))
+        ends = ends_of(messages[turn], answered, self._turns.closing(tools))
         return answer_as_asked(messages, turn, before, asked, answered, ends)
-
-    def _closing(self, tools: Tools) -> tuple[str, int] | None:
-        """Return what the template puts after the last answer, and its number of characters after the end of the turn.
-
-        Some templates end the whole text with a further token; some write another text if there are any tools.
-        """
-        if bool(tools) not in self._known_closings:
-            self._known_closings[bool(tools)] = self._closing_with(tools)
-        return self._known_closings[bool(tools)]
-
-    def _closing_with(self, tools: Tools) -> tuple[str, int] | None:
-        try:
-            _, text, always, opens = around_answer(self._tokenizer, tools)
-        except DataError:  # it refuses a plain question and answer; each row's own error says why
-            return None
-        ((tokens, places),) = self._tokenize([text])
-        ends = [(end, token) for token, (_, end) in zip(tokens, places, strict=True) if token in self._ends]
-        of_turns = [end for end, _ in ends if end <= len(always)]
-        stops = [end for end, token in ends if end <= len(always) and token == self._tokenizer.eos_token_id]
-        # some templates also write the first token of the next turn
-        found = stops[:1] or of_turns[slice(1) if opens else slice(-1, None)] or [end for end, _ in ends[:1]]
-        return text, len(text) - (found[0] if found else len(text))
 
     def _pieces(self, text: _Text) -> list[str]:
         edges = [0, *(answer.start for answer in text.answers if self._cuts), len(text.text)]
@@ -287,29 +268,6 @@ def conversation_ids(messages: Sequence[Message], tokenizer: Any, tools: Tools =
     (text,) = render([Conversation(messages, True, tools)], tokenizer)
     ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
     return ids if tokenizer.chat_template is not None else [*leading_special_tokens(tokenizer), *ids]
-
-
-def around_answer(tokenizer: Any, tools: Tools = ()) -> tuple[str, str, str, bool]:
-    """Return what the chat template puts around an answer's words.
-
-    That is: the text between prompt and words; the text after a final answer; the part of it that follows every answer;
-    and whether the template opens the next answer without being asked to, as Llama 3's first did.
-
-    Raises:
-        DataError: the template refuses a question and its answer.
-    """
-    word = "quokka"  # occurs in no template
-    question = {"role": "user", "content": "question"}
-    messages = [question, {"role": "assistant", "content": word}]
-    parts = [([question], True), ([question], False), (messages, False), ([*messages, question], False)]
-    asked, told, text, longer = render([Conversation(some, opening, tools) for some, opening in parts], tokenizer)
-    before, found, after = text.rpartition(word)
-    if not found:
-        return "", "", "", False
-    within = before[len(asked) :] if before.startswith(asked) else ""
-    begun = len(before) + len(word)
-    always = after[: shared(after, longer[begun:])] if longer.startswith(text[:begun]) else after
-    return within, after, always, asked == told
 
 
 def _joins(tokenizer: Any) -> bool:

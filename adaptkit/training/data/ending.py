@@ -1,7 +1,8 @@
-"""Which token ends an answer, and whether the checkpoint's generation configuration names it.
+"""Which token ends a turn, and whether the checkpoint's generation configuration names it.
 
 Templates end a turn with a token of their own, such as ``<|im_end|>``. If ``generation_config.json`` does not name it,
-as in many base models, transformers and tools based on it would not stop after an answer.
+as in many base models, transformers and tools based on it would not stop after an answer. If a template ends a question
+only once it is answered, they would stop before it.
 """
 
 import json
@@ -11,10 +12,102 @@ from typing import Any
 
 from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_config, text_config
 from adaptkit.errors import DataError
-from adaptkit.training.data.encoding import around_answer
+from adaptkit.text.conversation import Conversation, render
+from adaptkit.text.reasoning import Message
+from adaptkit.text.tool_calls import Tools
+from adaptkit.training.data.answers import Answer, closes_a_turn, ended_late, opening_of, shared
 
 _OF_THE_MODEL = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Keys that transformers takes from ``config.json`` if there is no ``generation_config.json``."""
+
+
+class Turns:
+    """How a chat template ends turns; found out once for conversations with and without tools.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
+        self._closings = dict[bool, tuple[str, int] | None]()
+        self._openings = dict[tuple[str, bool], bool]()
+
+    def closing(self, tools: Tools) -> tuple[str, int] | None:
+        """Return what the template puts after the last answer, and its number of characters after the end of the turn.
+
+        Some templates end the whole text with a further token; some write another text if there are any tools.
+        """
+        if bool(tools) not in self._closings:
+            self._closings[bool(tools)] = self._closing_with(tools)
+        return self._closings[bool(tools)]
+
+    def check_opening(self, message: Message, tools: Tools, before: str, text: str, answer: Answer | None) -> None:
+        """Refuse an answer that begins with the end of its question: at inference, the model would end its turn there.
+
+        Args:
+            message: the answer.
+            tools: tools of the conversation.
+            before: the prompt.
+            text: text with the answer.
+            answer: its place; None if it is not known.
+
+        Raises:
+            DataError: shows where the prompt ends, and how the answer begins.
+        """
+        opening = opening_of(message, text, answer) if answer is not None else ""
+        if opening.strip() and (closes_a_turn(opening) or self._has_end(opening, tools)):
+            raise ended_late(before, opening)
+
+    def _has_end(self, opening: str, tools: Tools) -> bool:
+        """Return whether a text contains the token that ends a turn, or the tokenizer's end token."""
+        key = opening, bool(tools)
+        if key not in self._openings:
+            closing, after = self.closing(tools) or ("", 0)
+            ends = {self._tokenizer.eos_token_id, *self._tokens(closing[: len(closing) - after])[-1:]} & self._ends
+            self._openings[key] = not ends.isdisjoint(self._tokens(opening))
+        return self._openings[key]
+
+    def _tokens(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _closing_with(self, tools: Tools) -> tuple[str, int] | None:
+        try:
+            _, text, always, opens = around_answer(self._tokenizer, tools)
+        except DataError:  # it refuses a plain question and answer; each row's own error says why
+            return None
+        made = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        pairs = zip(made["input_ids"], made["offset_mapping"], strict=True)
+        ends = [(end, token) for token, (_, end) in pairs if token in self._ends]
+        of_turns = [end for end, _ in ends if end <= len(always)]
+        stops = [end for end, token in ends if end <= len(always) and token == self._tokenizer.eos_token_id]
+        # some templates also write the first token of the next turn
+        found = stops[:1] or of_turns[slice(1) if opens else slice(-1, None)] or [end for end, _ in ends[:1]]
+        return text, len(text) - (found[0] if found else len(text))
+
+
+def around_answer(tokenizer: Any, tools: Tools = ()) -> tuple[str, str, str, bool]:
+    """Return what the chat template puts around an answer's words.
+
+    That is: the text between prompt and words; the text after a final answer; the part of it that follows every answer;
+    and whether the template opens the next answer without being asked to, as Llama 3's first did.
+
+    Raises:
+        DataError: the template refuses a question and its answer.
+    """
+    word = "quokka"  # occurs in no template
+    question = {"role": "user", "content": "question"}
+    messages = [question, {"role": "assistant", "content": word}]
+    parts = [([question], True), ([question], False), (messages, False), ([*messages, question], False)]
+    asked, told, text, longer = render([Conversation(some, opening, tools) for some, opening in parts], tokenizer)
+    before, found, after = text.rpartition(word)
+    if not found:
+        return "", "", "", False
+    within = before[len(asked) :] if before.startswith(asked) else ""
+    begun = len(before) + len(word)
+    always = after[: shared(after, longer[begun:])] if longer.startswith(text[:begun]) else after
+    return within, after, always, asked == told
 
 
 def turn_end(tokenizer: Any) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Conversation, render
 from adaptkit.text.reasoning import FIELD
-from adaptkit.training.data.encoding import around_answer
+from adaptkit.training.data.ending import around_answer
 
 _THINK_BEGIN, _THINK_END = "<think>", "</think>"
 """Marks around reasoning if the template has none of its own, or leaves reasoning out of existing answers."""

@@ -366,6 +366,31 @@ def test_a_template_that_leaves_a_message_out_is_refused(make, what, loss_on):
         encode(chat("Name a river", "the Rhine", system="Be kind"), tokenizer, loss_on=loss_on)
 
 
+END_LATE = "{% if m.role == 'assistant' or not loop.last %}<|end|>{% endif %}"
+LATE = {  # a turn, the opening of an answer, and how the prompt ends and the answer would begin
+    "no opening": ("<|{{ m.role }}|>{{ m.content }}" + END_LATE, "", "<|user|>river", "<|end|><|assistant|>"),
+    "opening": ("<|{{ m.role }}|>{{ m.content }}" + END_LATE, "<|assistant|>", "river<|assistant|>", "<|end|><|ass"),
+    "separators": ("{{ m.content }}" + END_LATE, "", "river", "<|end|>"),
+    "tags": ("{{ '[INST]' if m.role == 'user' else '[/INST]' }}{{ m.content }}", "", "[INST]river", "[/INST]"),
+    "words": (" {{ m.role }}: {{ m.content }}" + END_LATE, " assistant:", "river assistant:", "<|end|> assistant: "),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_template_that_ends_a_question_only_once_it_is_answered_is_refused(make, name):
+    """The model would learn to begin an answer with the end of the question, which ends its turn at inference."""
+    turn, opening, ended, begun = LATE[name]
+    rest = "{% endfor %}{% if add_generation_prompt %}" + opening + "{% endif %}"
+    for messages in (chat("river", "the Rhine"), chat("river", "the Rhine", "lake", "none")):
+        with pytest.raises(DataError, match="ends a question only once it is answered") as refused:
+            encode(messages, make(TURNS + turn + rest))
+        assert f"{ended}', and the answer would begin with '{begun}" in str(refused.value)
+    if END_LATE in turn:
+        tokenizer = make(TURNS + turn.replace(END_LATE, "<|end|>") + rest)
+        (sample,) = encode(messages, tokenizer)
+        assert learned(sample, tokenizer).count("<|end|>") == 2
+
+
 def test_the_token_that_opens_the_next_turn_is_not_part_of_the_answer(make):
     tokenizer = make(NEXT_TURN, eos="<|END|>")
     (sample,) = encode(chat("Name a river", "the Rhine", "And another", "the Po"), tokenizer)
