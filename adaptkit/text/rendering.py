@@ -61,6 +61,8 @@ _REQUEST_CHARACTERS = 1 << 17
 that it does not wait while those of another process are read."""
 _MOST_PROCESSES = 8
 """Limit on processes: more would mostly wait for the caller, which tokenizes what they render."""
+_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError)
+"""What a template can raise besides jinja2's own errors, being a program: ``{% break %}`` outside of a loop, say."""
 _TOO_MUCH, _NO_MEMORY = "takes too much memory", 12
 """The message, and the exit code of the process if it runs out of memory before it can report an error."""
 
@@ -296,7 +298,7 @@ def _render(tokenizer: Any, conversation: Conversation) -> str:
                 add_generation_prompt=conversation.opening,
             )
         )
-    except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except (TemplateError, *_ERRORS) as error:
         raise DataError(
             f"the chat template refuses the conversation ({error})", hint=f"leave such conversations out, or {HINT}"
         ) from error

@@ -91,6 +91,23 @@ def test_conversations_are_rendered_in_order_up_to_the_first_refused_one(tokeniz
         next(texts)
 
 
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ messages[0]['content'].text.strip() }}", "'str object' has no attribute 'text'"),
+        ("{{ 7 | wordwrap }}", "'int' object has no attribute 'splitlines'"),
+        ("{{ cycler() }}", "at least one item has to be provided"),
+        ("{% break %}", "'break' outside loop"),
+    ],
+)
+def test_whatever_a_template_raises_is_the_reason_of_the_refusal(tokenizer, monkeypatch, template, reason, alone):
+    tokenizer.chat_template = template
+    monkeypatch.setattr(rendering, "can_fork", lambda: not alone)
+    with pytest.raises(DataError, match=f"refuses the conversation .*{reason}"):
+        apply_template(tokenizer, ASKED, False)
+
+
 def test_all_callers_share_one_process(tokenizer):
     encoder, seen = Encoder(tokenizer), set()
     for number in range(5):
