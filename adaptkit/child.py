@@ -18,9 +18,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def can_fork() -> bool:
-    """Return whether forking is safe (Linux, a single thread) and allowed (this process is not daemonic)."""
+    """Return whether forking is safe (Linux, a single thread) and allowed (this process is not daemonic).
+
+    Where SIGCHLD is ignored, nobody learns how a child ended; the command line does not ignore it.
+    """
     alone = threading.active_count() == 1 and not multiprocessing.current_process().daemon
-    return sys.platform == "linux" and alone
+    return sys.platform == "linux" and alone and signal.getsignal(signal.SIGCHLD) is not signal.SIG_IGN
 
 
 def start_child(work: Callable[..., None], *arguments: Any) -> tuple[BaseProcess, Connection]:

@@ -122,5 +122,8 @@ def test_forking_is_allowed_only_on_linux_without_other_threads(monkeypatch):
     monkeypatch.setattr(threading, "active_count", lambda: 2)
     assert not can_fork()
     monkeypatch.setattr(threading, "active_count", lambda: 1)
+    with monkeypatch.context() as ignored:
+        ignored.setattr(signal, "getsignal", {signal.SIGCHLD: signal.SIG_IGN}.get)
+        assert not can_fork()
     monkeypatch.setattr(child.sys, "platform", "darwin")
     assert not can_fork()

@@ -177,6 +177,8 @@ def main() -> None:
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # ignored for background jobs of a shell
                 signal.signal(number, _stop)
+        if hasattr(signal, "SIGCHLD"):  # a parent that ignores it, as some supervisors do, hides how children end
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         code = _run()
     except AdaptkitError as error:
         say = _as_typed if isinstance(error, UsageError) else str
