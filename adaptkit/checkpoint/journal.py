@@ -4,7 +4,7 @@
     <out>.partial/adaptkit-journal.jsonl   first line {"key", "inputs"}, then one line per finished file
     <out>.partial/adaptkit-journal-2-of-4.jsonl   the same, for a run that makes only one share of the files
     <out>.replaced/                  with force, the old output, until the new one is in place
-    <out>                            appears by one rename when everything is done
+    <out>                            appears by one rename when everything is done; may be an empty folder before
 
 A killed run leaves the partial folder; the same command finds the journal, keeps the files that it lists and writes the
 rest. If inputs or options changed, they differ from the journal's, and the folder is emptied and started over.
@@ -20,11 +20,13 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from adaptkit.checkpoint._appear import appear, take_permissions
 from adaptkit.checkpoint._clearing import JOURNAL_PATTERN, clear, clear_all_but, is_marker, remove, temporary_folder
 from adaptkit.checkpoint._journal_file import Finished, Journal, append_line, read_journal
 from adaptkit.checkpoint._locks import Locks
@@ -32,7 +34,7 @@ from adaptkit.checkpoint.header import TensorSpec, check_regular
 from adaptkit.checkpoint.layout import write_json
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.part import Part
-from adaptkit.checkpoint.place import check_output, partial_folder, replaced_folder
+from adaptkit.checkpoint.place import check_output, partial_folder
 from adaptkit.checkpoint.writer import TensorWriter, copy_file, make_folder, require_free, sync_folder, write_file
 from adaptkit.errors import AdaptkitError, ConflictError, UsageError
 
@@ -62,7 +64,7 @@ class Output:
         elsewhere: maps files of shares whose inputs were at other paths to their notes.
 
     Raises:
-        OutputExistsError: ``final`` exists, and ``force`` is not given or adaptkit did not make it.
+        OutputExistsError: ``final`` exists and is not empty, and ``force`` is not given or adaptkit did not make it.
         ConflictError: another process is writing it.
         UsageError: the folder cannot be written or locked.
     """
@@ -101,6 +103,8 @@ class Output:
             raise UsageError(f"{self.final}: cannot be written: {error.strerror}", hint="choose another -o") from error
         try:
             self._locks.take(self.folder, shared=self.part is not None)
+            if is_new:
+                take_permissions(self.folder, self.final, added=stat.S_IRWXU)
             if self.part is not None:
                 self._lock_journal()
             self._lock_others()
@@ -233,17 +237,7 @@ class Output:
         clear_all_but(self.folder, keep)
         for path in (self.folder, *(found for found in self.folder.rglob("*") if found.is_dir())):
             sync_folder(path)
-        check_output(self.final, self._force)
-        replaced = replaced_folder(self.final)
-        if self.final.exists():
-            if replaced.exists():  # left by a run that was killed here
-                remove(replaced)
-            self.final.rename(replaced)
-        self.folder.rename(self.final)
-        sync_folder(self.final.parent)
-        if replaced.exists() and self._force:  # delete nothing without --force
-            remove(replaced)
-            sync_folder(self.final.parent)
+        appear(self.folder, self.final, self._force)
 
     def _lock_journal(self) -> None:
         self._locks.take(self.folder / self._journal, flags=os.O_CREAT | os.O_RDWR)

@@ -1,6 +1,7 @@
 """Check where an output may be written, and whether what exists there may be replaced."""
 
 import os
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,13 +34,17 @@ def is_unfinished(path: Path) -> bool:
 
 
 def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
-    """Reject an output that exists, unless it may be replaced, and one that would replace or change an input.
+    """Reject an output that exists, unless it may be replaced, and one that would change an input or an artifact.
+
+    An empty folder may always be replaced: scripts often make one first.
 
     Raises:
-        OutputExistsError: it exists, and ``force`` is not given or it holds files that adaptkit did not make.
+        OutputExistsError: it exists, and ``force`` is not given or it holds files that adaptkit did not make; or only
+            its owner may replace it.
         ConflictError: a foreign folder is where the old output would be kept.
-        UsageError: the name is reserved for unfinished work, too long, or empty; the path cannot be followed; a folder
-            that will be renamed is a mount point; or the output would overwrite, contain, or be inside an input.
+        UsageError: the name is reserved for unfinished work, too long, or empty; the path cannot be followed, or its
+            folder not be written; a folder that will be renamed is a mount point; or the output would overwrite,
+            contain, or be inside an input, or be inside an artifact.
     """
     if final.name in ("", ".."):
         raise UsageError(f"{final}: is not a name for a new folder", hint="name the folder to create, such as -o out")
@@ -58,7 +63,7 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         if _is_mount_point(path):
             hint = f"choose a new folder inside it, such as -o {final / 'out'}" if path == final else "unmount it"
             raise UsageError(f"{path}: is a mount point, which cannot be renamed", hint=f"{hint}, or choose another -o")
-    if os.path.lexists(final) and not force:
+    if os.path.lexists(final) and not force and not is_empty_folder(final):
         raise OutputExistsError(f"{final}: already exists", hint=_hint_to_replace(final, inputs))
     whole = Path(os.path.realpath(final))
     for path in inputs:
@@ -80,6 +85,62 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         )
     if os.path.lexists(final):
         _check_replaceable(final)
+    refuse_inside_artifact(final.parent, f"{final}: is", "-o")
+    require_writable_parent(final, _ELSEWHERE)
+    if os.path.lexists(final):
+        _check_owner(final)
+
+
+def is_empty_folder(path: Path) -> bool:
+    """Return whether this is a folder, not a link to one, that holds nothing."""
+    try:
+        return not path.is_symlink() and path.is_dir() and not any(path.iterdir())
+    except OSError:  # it may not be read
+        return False
+
+
+def refuse_inside_artifact(folder: Path, what: str, option: str) -> None:
+    """Refuse to write into an artifact, which would not match its manifest any more.
+
+    Args:
+        folder: where something will be written; need not exist.
+        what: subject and verb of the message, such as "out: is".
+        option: the option that names it, for the hint.
+
+    Raises:
+        UsageError: the folder is an artifact or inside one.
+    """
+    whole = Path(os.path.realpath(folder))
+    for path in (whole, *whole.parents):
+        if os.path.isfile(path / MANIFEST_NAME):
+            raise UsageError(
+                f"{what} inside the artifact {path}, which would no longer match its manifest",
+                hint=f"choose another {option}",
+            )
+
+
+def require_writable_parent(path: Path, hint: str) -> None:
+    """Check that something can be made at a path, whose parent folders may be missing.
+
+    Args:
+        path: of the file or folder.
+        hint: of the error.
+
+    Raises:
+        UsageError: names the folder that cannot be written.
+    """
+    there = next(parent for parent in path.absolute().parents if os.path.exists(parent))
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f"{path}: cannot be written: {there} is not a folder that you may write to", hint=hint)
+
+
+def _check_owner(final: Path) -> None:
+    """Check that this user may replace what exists, which in folders such as /tmp only its owner may."""
+    state, user = final.parent.stat(), os.geteuid()
+    if state.st_mode & stat.S_ISVTX and user not in (0, state.st_uid, final.lstat().st_uid):
+        raise OutputExistsError(
+            f"{final}: belongs to another user, and {final.parent} lets only that user replace it", hint=_ELSEWHERE
+        )
 
 
 def _is_mount_point(path: Path) -> bool:
@@ -104,6 +165,10 @@ def _hint_to_replace(final: Path, inputs: Iterable[Path]) -> str:
 
 
 def _check_replaceable(final: Path) -> None:
+    if is_empty_folder(final):
+        if final.samefile("."):  # its shell would be left in a folder that is gone
+            raise UsageError(f"{final}: is the current folder", hint="change to another folder, or choose another -o")
+        return
     if final.is_symlink() or not (final / MANIFEST_NAME).is_file():
         raise OutputExistsError(f"{final}: adaptkit did not make this, so --force does not replace it", hint=_ASIDE)
     try:

@@ -109,13 +109,16 @@ def check_place(path: Path, option: str, what: str = "", is_ours: Callable[[byte
             may be replaced. None if the command appends to any file.
 
     Raises:
-        UsageError: no file can be written there, or a file of another kind exists.
+        UsageError: no file can be written there, it would change an artifact, or a file of another kind exists.
     """
+    from adaptkit.checkpoint.place import refuse_inside_artifact
+
     is_written_to = _exists(path) and (is_ours is None or not _is_replaced(path))
     place = path if is_written_to else Path(os.path.realpath(path)).parent
     takes = os.access(place, os.W_OK) and (is_written_to or place.is_dir())
     if _exists(path) is None or path.is_dir() or not takes:
         raise UsageError(f"{option} {path}: cannot write a file there", hint=f"choose another {option}")
+    refuse_inside_artifact(Path(os.path.realpath(path)).parent, f"{option} {path}: is", option)
     if is_ours is not None and path.is_file():
         with path.open("rb") as file:
             beginning = file.read(_BEGINNING)

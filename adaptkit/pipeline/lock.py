@@ -19,6 +19,7 @@ from typing import Any
 import adaptkit
 from adaptkit.checkpoint.integrity import first_problems
 from adaptkit.checkpoint.layout import read_json, read_small, write_json
+from adaptkit.checkpoint.place import require_writable_parent
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import AdaptkitError, CheckpointError, DriftError, UsageError
 from adaptkit.hub.sources import is_commit
@@ -71,7 +72,7 @@ class Lock:
 
     Raises:
         UsageError: the lock is enforced, but missing or malformed; or its path is that of another recipe's lock, or is
-            taken by a file that is not a lock.
+            taken by a file that is not a lock, or cannot be written.
         DriftError: the lock is enforced, but belongs to another recipe.
     """
 
@@ -81,6 +82,8 @@ class Lock:
         self._before = _read(self._path, enforced)
         if self._before is None:
             _require_ours(self._path)
+            real = Path(os.path.realpath(self._path))
+            require_writable_parent(real, "copy the recipe and its files to a folder that you may write to")
         self._expected = self._before if enforced else None
         self.content: dict[str, Any] = {
             "schema": SCHEMA,

@@ -27,6 +27,7 @@ from adaptkit.checkpoint.layout import (
     resolve_inside,
 )
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
+from adaptkit.checkpoint.place import refuse_inside_artifact, require_writable_parent
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import replace_file
@@ -111,15 +112,19 @@ class Hashes:
 
 
 def check_apart(sources: Iterable[Source], folder: Path, work: Path) -> None:
-    """Reject a work folder inside a source, since every step would change that source.
+    """Reject a work folder inside a source or another artifact, which every step would change, or that cannot be made.
 
     Raises:
         ConfigError: names the source.
+        UsageError: names the artifact, or the folder that cannot be written.
     """
     inner = Path(os.path.realpath(work))  # which accepts links in a circle, as Path.resolve does not
     for source in sources:
         if source.path is not None and inner.is_relative_to(os.path.realpath(folder / source.path)):
             raise source.place.at("path").error(f"contains the work folder {work}", hint="choose another --work")
+    refuse_inside_artifact(work, f"{work}: the work folder is", "--work")
+    if not work.exists():
+        require_writable_parent(work, "choose another --work")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, check_side_files, read_small, side_files
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
-from adaptkit.checkpoint.place import check_output
+from adaptkit.checkpoint.place import check_output, refuse_inside_artifact
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import parse_policy
@@ -137,12 +137,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     config = replace(config, compute_dtype=name_of(dtype))
     require_trackers(config)
     if output is not None:
-        others = [*([] if config.init in INITS else [config.init]), *filter(None, [config.chat_template])]
-        check_output(output, force, [base, *map(Path, (*config.data, *config.held_out_data, *others))])
-        if config.tensorboard is not None and Path(config.tensorboard).resolve().is_relative_to(output.resolve()):
-            raise UsageError(
-                f"tensorboard: {config.tensorboard} is inside the output folder", hint="choose another folder"
-            )
+        _check_places(config, output, force)
     start = read_start(config, manifest)
     tokenizer, template = _tokenizer(config, start)
     set_template_kwargs(tokenizer, config.chat_template_kwargs)
@@ -188,6 +183,17 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
         mixture=Mixture.of(samples, weights, config.data) if weights else None,
         start=start,
     )
+
+
+def _check_places(config: TrainConfig, output: Path, force: bool) -> None:
+    """Check where the run will write."""
+    others = [*([] if config.init in INITS else [config.init]), *filter(None, [config.chat_template])]
+    check_output(output, force, map(Path, (config.base, *config.data, *config.held_out_data, *others)))
+    if config.tensorboard is not None:
+        logs = Path(config.tensorboard)
+        if logs.resolve().is_relative_to(output.resolve()):
+            raise UsageError(f"tensorboard: {logs} is inside the output folder", hint="choose another folder")
+        refuse_inside_artifact(logs, f"tensorboard: {logs} is", "folder")
 
 
 def _tokenizer(config: TrainConfig, start: Adapter | None) -> tuple[Any, str | None]:

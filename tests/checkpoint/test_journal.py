@@ -9,8 +9,11 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,8 @@ from adaptkit.checkpoint.writer import DiskError, write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
 
 PLAN = ["source", {"option": 1}]
+NOBODY = 65534
+"""A user and group other than root."""
 
 
 def add(output: Output, name: str, content: bytes) -> None:
@@ -214,6 +219,7 @@ def test_an_existing_output_is_replaced_only_with_force(tmp_path):
 def test_force_is_suggested_only_where_it_would_replace_the_output(tmp_path):
     make(tmp_path / "out")
     (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
     for final, inputs in ((tmp_path / "mine", ()), (tmp_path / "out", (tmp_path / "out",))):
         with pytest.raises(OutputExistsError, match="already exists") as caught:
             check_output(final, False, inputs)
@@ -222,7 +228,7 @@ def test_force_is_suggested_only_where_it_would_replace_the_output(tmp_path):
             check_output(final, True, inputs)
 
 
-@pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "link to an artifact", "dangling link"])
+@pytest.mark.parametrize("kind", ["folder", "link to an empty folder", "file", "link to an artifact", "dangling link"])
 def test_force_replaces_nothing_that_adaptkit_did_not_make(tmp_path, kind):
     final = tmp_path / "out"
     make(tmp_path / "artifact")
@@ -232,10 +238,12 @@ def test_force_replaces_nothing_that_adaptkit_did_not_make(tmp_path, kind):
         final.symlink_to(tmp_path / "artifact")
     elif kind == "dangling link":
         final.symlink_to(tmp_path / "nowhere")
+    elif kind == "link to an empty folder":
+        (tmp_path / "empty").mkdir()
+        final.symlink_to(tmp_path / "empty")
     else:
         final.mkdir()
-        if kind == "folder":
-            (final / "thesis.txt").write_text("mine")
+        (final / "thesis.txt").write_text("mine")
     before = tree(tmp_path)
     with pytest.raises(OutputExistsError, match="adaptkit did not make this"):
         make(final, force=True)
@@ -312,6 +320,112 @@ def test_a_foreign_folder_that_appears_meanwhile_is_left_alone(tmp_path, force):
     with pytest.raises(OutputExistsError, match="adaptkit did not make this" if force else "already exists"):
         race()
     assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_an_empty_folder_is_replaced_and_its_permissions_and_group_are_kept(tmp_path, force):
+    final = tmp_path / "out"
+    final.mkdir()
+    group = 4321 if os.geteuid() == 0 else os.getegid()
+    os.chown(final, -1, group)
+    final.chmod(0o2550)
+    with Output(final, PLAN, force) as output:
+        add(output, "a", b"first")
+        begun = output.folder.stat()
+        assert (stat.S_IMODE(begun.st_mode), begun.st_gid) == (0o2750, group)  # as private as the output, but writable
+        assert list(final.iterdir()) == []
+        publish(output)
+    assert set(tree(final)) == {"a", MANIFEST_NAME}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    state = final.stat()
+    assert (stat.S_IMODE(state.st_mode), state.st_gid) == (0o2550, group)
+
+
+def test_a_failure_leaves_an_empty_folder_as_it_was_and_the_work_resumable(tmp_path):
+    final = tmp_path / "out"
+    final.mkdir(mode=0o705)
+    before = (final.stat().st_ino, final.stat().st_mode, final.stat().st_mtime_ns)
+
+    def fail():
+        with Output(final, PLAN) as output:
+            add(output, "a", b"first")
+            raise ValueError("on the way")
+
+    with pytest.raises(ValueError, match="on the way"):
+        fail()
+    assert (final.stat().st_ino, final.stat().st_mode, final.stat().st_mtime_ns) == before
+    assert list(final.iterdir()) == []
+    with Output(final, PLAN) as output:
+        assert output.finished("a")
+        publish(output)
+    assert set(tree(final)) == {"a", MANIFEST_NAME}
+
+
+def test_a_file_that_appears_in_an_empty_folder_just_before_the_rename_is_left_alone(tmp_path):
+    final = tmp_path / "out"
+    final.mkdir()
+
+    def race(event, arguments):
+        if event == "os.rename":
+            (final / "thesis.txt").write_text("mine")
+
+    def work():
+        sys.addaudithook(race)
+        with pytest.raises(OutputExistsError, match="already exists"):
+            make(final)
+
+    assert in_child(work) == 0
+    assert tree(final) == {"thesis.txt": b"mine"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize(
+    ("mode", "owner", "group", "refusal"),
+    [
+        (0o1777, 0, NOBODY, "belongs to another user, and .* lets only that user replace it"),
+        (0o777, NOBODY, 0, "cannot have its group and permissions: Operation not permitted"),
+        (0o755, NOBODY, NOBODY, "cannot be written: .* is not a folder that you may write to"),
+        (0o777, 0, NOBODY, ""),
+        (0o1777, NOBODY, NOBODY, ""),
+    ],
+)
+def test_an_empty_folder_that_the_user_may_not_replace_is_refused_before_the_work(mode, owner, group, refusal):
+    with tempfile.TemporaryDirectory() as place:  # pytest's folders are closed to other users
+        parent, final = Path(place), Path(place, "out")
+        parent.chmod(mode)
+        final.mkdir()
+        os.chown(final, owner, group)
+
+        def work():
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            if not refusal:
+                make(final)
+                return
+            with pytest.raises((OutputExistsError, UsageError), match=refusal), Output(final, PLAN):
+                pass
+
+        assert in_child(work) == 0
+        assert sorted(path.name for path in parent.iterdir()) == ["out"]
+        assert bool(tree(final)) != bool(refusal)
+
+
+def test_the_current_folder_is_not_replaced(tmp_path, monkeypatch):
+    """The shell would be left in a folder that is gone."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="is the current folder"):
+        make(tmp_path)
+
+
+def test_an_output_inside_an_artifact_is_refused(tmp_path):
+    make(tmp_path / "artifact")
+    (tmp_path / "link").symlink_to(tmp_path / "artifact")
+    for name in ("artifact/out", "artifact/deeper/out", "link/out"):
+        for force in (False, True):
+            with pytest.raises(UsageError, match=r"is inside the artifact .*artifact, which would no longer match"):
+                check_output(tmp_path / name, force)
+    make(tmp_path / "artifact", force=True)
 
 
 @pytest.mark.parametrize("name", ["x.partial", "x.replaced"])
@@ -465,36 +579,46 @@ def test_files_that_were_not_added_are_not_published(tmp_path):
     assert set(tree(tmp_path / "out")) == {"a", MANIFEST_NAME}
 
 
-CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
+CHANGES = {"open", "os.chmod", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 """Python's audit events before the file system is changed; ``open`` counts only for writing."""
+
+
+def in_child(work):
+    """Run ``work`` in a fork, and return its exit code."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def is_killed(number, work):
     """Run ``work`` in a fork that is killed before its change of this number; return whether it has so many."""
-    child = os.fork()
-    if not child:
-        try:
-            left = iter(range(number))
+    left = iter(range(number))
 
-            def count(event, arguments):
-                changes = event in CHANGES and (event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR))
-                if changes and next(left, None) is None:
-                    os.kill(os.getpid(), signal.SIGKILL)
+    def count(event, arguments):
+        changes = event in CHANGES and (event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if changes and next(left, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-            sys.addaudithook(count)
-            work()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    def counted():
+        sys.addaudithook(count)
+        work()
+
+    status = in_child(counted)
     assert status in (0, -signal.SIGKILL)
     return status != 0
 
 
-@pytest.mark.parametrize("replaces", [False, True])
+@pytest.mark.parametrize("replaces", [None, False, True])
 def test_a_kill_at_any_moment_leaves_whole_artifacts_and_the_next_run_only_the_output(tmp_path, replaces):
     def make_new(final):
-        make(final, force=replaces, plan=["other"], content=b"second")
+        make(final, force=bool(replaces), plan=["other"], content=b"second")
 
     make(tmp_path / "old")
     make_new(tmp_path / "new")
@@ -506,22 +630,31 @@ def test_a_kill_at_any_moment_leaves_whole_artifacts_and_the_next_run_only_the_o
         final, aside = place / "out", place / "out.replaced"
         if replaces:
             make(final)
+        elif replaces is None:
+            final.mkdir(mode=0o700)
         killed = is_killed(number, lambda final=final: make_new(final))
         found = {path.name for path in place.iterdir()}
         states.add(tuple(sorted(found)))
         if final.exists():
-            assert tree(final) in ((old, new) if replaces else (new,))
+            assert tree(final) in {None: ({}, new), False: (new,), True: (old, new)}[replaces]
         elif replaces:
             assert tree(aside) == old
             assert tree(place / "out.partial") == new
-        if replaces or not final.exists():
+        if replaces or not final.exists() or not tree(final):
             make_new(final)
         assert tree(place) == {f"out/{name}": content for name, content in new.items()}
         assert [path.name for path in place.iterdir()] == ["out"]
         if not killed:
             break
     finished = {("out",), ("out", "out.partial"), ("out.partial", "out.replaced"), ("out", "out.replaced")}
-    assert states == (finished if replaces else {(), ("out.partial",), ("out",)})
+    assert (
+        states
+        == {
+            None: {("out",), ("out", "out.partial")},
+            False: {(), ("out.partial",), ("out",)},
+            True: finished,
+        }[replaces]
+    )
 
 
 @pytest.mark.parametrize("kind", ["file", "link"])

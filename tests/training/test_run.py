@@ -410,6 +410,16 @@ def test_a_tensorboard_folder_inside_the_output_is_refused(config, tmp_path):
     assert not (tmp_path / "adapter").exists()
 
 
+@pytest.mark.parametrize("dry_run", [[], ["--dry-run"]])
+def test_a_tensorboard_folder_inside_an_artifact_is_refused(run_cli, config, tmp_path, dry_run):
+    logs = Path(config.base) / "logs"
+    done = run_cli(*command(config, tmp_path / "adapter", "--tensorboard", logs, *dry_run))
+    assert (done.code, done.stdout) == (2, "")
+    assert "is inside the artifact" in done.stderr
+    assert not logs.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
 MAIN = "from adaptkit.cli.main import main; main()"
 ABSENT = ("jinja2", "matplotlib", "tensorboard", "wandb")
 WITHOUT = f"""
