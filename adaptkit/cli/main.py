@@ -9,6 +9,8 @@ import select
 import signal
 import sys
 import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from types import FrameType, TracebackType
 from typing import Any, TextIO
@@ -30,7 +32,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOT_RESUMABLE = {"check", "diff", "evaluate", "inspect", "plan", "verify"}
 """Commands that cannot resume: they write only their report."""
 
-_UNWINDING_SECONDS = 30.0
+_UNWINDING_SECONDS, _AGAIN_SECONDS = 30.0, 0.01
 _SWITCH_SECONDS = 0.0005
 """Python's thread switch interval, shortened because threads that read, write and hash need the GIL between kernels."""
 
@@ -95,12 +97,36 @@ def _stop(number: int, frame: FrameType | None) -> None:
     """
     for again in _SIGNALS:
         signal.signal(again, _exit_at_once)
-    if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, lambda *_: _exit_at_once(number, None))
-        signal.setitimer(signal.ITIMER_REAL, _UNWINDING_SECONDS)
+    _call_in(_UNWINDING_SECONDS, _exit_at_once, number)
     if _is_importing(frame):
         _exit_at_once(number, frame)
     raise _Stopped(number)
+
+
+def _call_in(seconds: float, handler: Callable[[int, FrameType | None], None], number: int) -> None:
+    """Call the handler of a signal after some time, once; replaces an earlier such call."""
+    if hasattr(signal, "setitimer"):
+        signal.signal(signal.SIGALRM, _Later(handler, number))
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+@dataclass(frozen=True)
+class _Later:
+    """Handles a timer's signal as another signal."""
+
+    handler: Callable[[int, FrameType | None], None]
+    number: int
+
+    def __call__(self, _: int, frame: FrameType | None) -> None:
+        self.handler(self.number, frame)
+
+
+def _stop_again(discarded: "sys.UnraisableHookArgs") -> None:
+    """Repeat a signal whose exception was discarded, since it came in a finalizer: Python cannot raise errors there."""
+    if isinstance(discarded.exc_value, _Stopped):
+        _call_in(_AGAIN_SECONDS, _stop, discarded.exc_value.number)
+    else:
+        sys.__unraisablehook__(discarded)
 
 
 def _exit_at_once(number: int, frame: FrameType | None) -> None:
@@ -160,6 +186,7 @@ def _exit_without_teardown(ended: list[int]) -> None:
 def main() -> None:
     """Run the command line and exit with its code."""
     sys.excepthook = _show_unknown_error
+    sys.unraisablehook = _stop_again
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
@@ -205,11 +232,16 @@ def main() -> None:
 def _run() -> Any:
     """Run the command; afterwards its outputs are complete, so signals may end the process at once."""
     try:
-        return cli.main(standalone_mode=False)
+        result = cli.main(standalone_mode=False)
+        if isinstance(waiting := signal.getsignal(signal.SIGALRM), _Later):  # nothing came of it before the end
+            raise _Stopped(waiting.number)
+        return result
     finally:
         for number in _SIGNALS:
             if signal.getsignal(number) is _stop:
                 signal.signal(number, signal.SIG_DFL)
+        if isinstance(waiting := signal.getsignal(signal.SIGALRM), _Later):
+            _call_in(_UNWINDING_SECONDS, _exit_at_once, waiting.number)  # only the message remains to be printed
 
 
 def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -395,6 +395,91 @@ program.main()
     assert done.stderr == f"error: {word}\nhint: run the same command again to resume\n"
 
 
+SIGNALLING = """
+import gc, os, signal, sys, time, weakref
+from adaptkit.checkpoint.journal import Output
+from adaptkit.cli import main as program
+
+class Signals:
+    def __del__(self):
+        os.kill(os.getpid(), NUMBER)
+
+class Slow:
+    def __del__(self):
+        time.sleep(60)
+
+def in_del():
+    Signals()
+
+def in_callback():
+    item = set()
+    reference = weakref.ref(item, lambda _: os.kill(os.getpid(), NUMBER))
+    del item
+
+def in_garbage_collection():
+    item = Signals()
+    item.itself = item
+    del item
+    gc.collect()
+
+def in_finalizer_after_finalizer():
+    Signals()
+    Slow()  # the repeated signal comes here
+
+add = Output.add
+def add_and_finalize(self, *arguments, **named):
+    add(self, *arguments, **named)
+    FINALIZER()
+    time.sleep(60)
+"""
+"""A program in which a signal comes while Python runs a finalizer, which discards exceptions; what follows is long."""
+STOPS = [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")]
+
+
+def signalling(number, finalizer, ending):
+    program = SIGNALLING.replace("NUMBER", f"signal.{number}").replace("FINALIZER", finalizer)
+    return [sys.executable, "-c", f"{program}\n{ending}\nprogram.main()"]
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word", "finalizer"),
+    [
+        (*STOPS[0], "in_del"),
+        *((*STOPS[1], name) for name in ("in_callback", "in_garbage_collection", "in_finalizer_after_finalizer")),
+    ],
+)
+def test_a_signal_in_a_finalizer_ends_the_program_and_its_work_is_resumed(
+    run_cli, llama_sharded, tmp_path, number, code, word, finalizer
+):
+    command = ["quantize", llama_sharded, "--quiet", "-o"]
+    stopping = [*signalling(number, finalizer, "Output.add = add_and_finalize"), *command, tmp_path / "out"]
+    done = subprocess.run(stopping, capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (code, f"error: {word}\nhint: run the same command again to resume\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.safetensors")}
+    assert kept
+    for name in ("out", "expected"):
+        assert run_cli(*command, tmp_path / name).code == 0
+    assert tree(tmp_path / "out") == tree(tmp_path / "expected")
+    assert any((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in kept.items())
+
+
+@pytest.mark.parametrize(("number", "code", "word"), STOPS)
+def test_a_signal_in_the_last_finalizer_of_a_command_is_not_lost(number, code, word):
+    done = subprocess.run(
+        [*signalling(number, "in_del", "program.cli.main = lambda **_: in_del()"), "verify"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"error: {word}\n")
+
+
+def test_other_errors_in_finalizers_are_shown_as_usual():
+    ending = "del Signals.__del__\nSlow.__del__ = lambda self: 1 / 0\nprogram.cli.main = lambda **_: Slow() and None"
+    done = subprocess.run([*signalling("SIGINT", "in_del", ending), "verify"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "ZeroDivisionError" in done.stderr
+
+
 ENDING = """
 import atexit, sys, threading, time
 from adaptkit.cli import main as module
