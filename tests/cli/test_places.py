@@ -1,6 +1,7 @@
 """Where outputs may appear: found out before the work, also in a dry run."""
 
 import ctypes
+import os
 import stat
 import subprocess
 import sys
@@ -28,7 +29,10 @@ def test_a_folder_that_cannot_be_written_is_found_in_a_dry_run(
     closed = tmp_path / "closed"
     closed.mkdir()
     recipe = (closed if command == "lock" else tmp_path) / "recipe.yaml"
-    recipe.write_text(f"{{name: x, sources: {{base: {{path: {llama}}}}}, steps: {{small: {{quantize: base}}}}}}")
+    recipe.write_text(
+        f"{{name: x, sources: {{base: {{path: {os.path.relpath(llama, recipe.parent)}}}}}, "
+        "steps: {small: {quantize: base}}}"
+    )
     closed.chmod(0o555)
     done = run_as_others(
         *{

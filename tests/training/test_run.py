@@ -398,8 +398,8 @@ def test_an_output_folder_that_appears_during_a_run_loses_no_work(config, tmp_pa
     """Checkpoints stay; once that folder is removed, the same command publishes from that of the last step."""
     out = tmp_path / "adapter"
     with pytest.raises(OutputExistsError, match="already exists"):
-        train(config, out, on_step=lambda step: out.mkdir(exist_ok=True))
-    out.rmdir()
+        train(config, out, on_step=lambda step: (out / "theirs").mkdir(parents=True, exist_ok=True))
+    (out / "theirs").rmdir()
     assert train(config, out).resumed_from == config.steps
 
 
