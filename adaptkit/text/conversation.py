@@ -48,7 +48,6 @@ _CONTEXTS = ("context", "input")
 _ONE_CALL = "tool_call"
 """A role of ms-swift; such a message joins the answer or call before it into one turn."""
 _WRITE = 'write messages as {"role": ..., "content": ...} or {"from": ..., "value": ...}'
-_MESSAGE_KEYS = {"role", "from", "content", "value"}
 _ROLES = {
     **{"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"},
     **{"developer": "system", "model": "assistant", "function_call": "assistant", "tool_call": "assistant"},
@@ -262,7 +261,8 @@ def _turns(row: Mapping[str, Any], column: str, where: str) -> list[_Turn]:
         found = type(messages).__name__ if not isinstance(messages, list) else "other values" if messages else "none"
         raise DataError(f"{where}: {column}: expected a list of messages, found {found}", hint=_WRITE)
     turns: list[_Turn] = []
-    for number, message in enumerate(messages, 1):
+    for number, given in enumerate(messages, 1):
+        message = {name: value for name, value in given.items() if value is not None}
         at = f"{where}: message {number} of {column}"
         turn, is_call = _turn(message, at), message.get("role", message.get("from")) == _ONE_CALL
         follows = is_call and turns and turns[-1].role == "assistant"
@@ -282,8 +282,8 @@ def _with_call(before: _Turn, call: _Turn, where: str) -> _Turn:
 
 
 def _turn(message: Mapping[str, Any], where: str) -> _Turn:
-    role = message.get("role", message.get("from"))
-    content = message.get("content", message.get("value"))
+    said_by, says = ("role" if "role" in message else "from"), ("content" if "content" in message else "value")
+    role, content = message.get(said_by), message.get(says)
     if not isinstance(role, str) or role not in _ROLES:
         problem = "no role" if role is None else f"unknown role {role!r}"
         raise DataError(f"{where}: {problem}", hint=_WRITE if role is None else f"roles: {', '.join(_ROLES)}")
@@ -304,9 +304,9 @@ def _turn(message: Mapping[str, Any], where: str) -> _Turn:
             hint='write content (or value) as a string, "" if it is empty, or as a list of text parts',
         )
     is_learned = not is_marked_out(message, where) and is_answer
-    known = _MESSAGE_KEYS | set(others) | ({*NAMES, "function_call"} if is_answer else set())
+    known = {said_by, says} | set(others) | ({*NAMES, "function_call"} if is_answer else set())
     known |= obeyed_marks(message, is_answer)
-    ignored = frozenset(str(key) for key, value in message.items() if key not in known and value is not None)
+    ignored = frozenset(str(key) for key in message if key not in known)
     fields = {name: _text(message, name, where) for name in NAMES if is_answer and message.get(name)}
     reasoning = read_reasoning(fields, str(content), where)
     return _Turn(_ROLES[role], str(content), is_learned, {FIELD: reasoning} | others, ignored | unread)

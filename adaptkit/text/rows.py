@@ -23,7 +23,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -207,6 +207,13 @@ def _twice(names: Iterable[str]) -> str | None:
     return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
+def _require_once(columns: Sequence[str], where: str) -> None:
+    """Refuse columns of the same name: a row would have the cells of only one of them."""
+    twice = _twice(columns)
+    if twice is not None:
+        raise DataError(f"{where}: two columns are named {twice!r}", hint="rename one of them")
+
+
 def _is_object(line: str) -> bool:
     try:
         return isinstance(_parse(line), dict)
@@ -220,9 +227,7 @@ def _cells(file: Path) -> Iterator[Located]:
         where = f"{file}, line {line}"
         if not header:
             header = cells
-            twice = _twice(header)
-            if twice is not None:
-                raise DataError(f"{where}: two columns are named {twice!r}", hint="rename one of them")
+            _require_once(header, where)
         elif len(cells) != len(header):
             raise DataError(
                 f"{where}: expected {counted(len(header), 'cell')}, as in the header; found {len(cells)}",
@@ -271,6 +276,7 @@ def _parquet(file: Path) -> Iterator[Located]:
     number = 0
     try:
         with opened, parquet.ParquetFile(opened) as table:
+            _require_once(table.schema_arrow.names, str(file))
             for batch in table.iter_batches(_BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1

@@ -174,8 +174,9 @@ class ToolForm:
 
     def lost(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> DataError | None:
         """Return an error if the template leaves out a kind of content that the conversation has, else None."""
-        for kind in sorted(_kinds(messages, tools)):
-            if self._loses(kind):
+        found = _kinds(messages, tools)
+        for kind in _PROBES:
+            if kind in found and self._loses(kind):
                 return DataError(
                     f"the chat template leaves out {kind}", hint=f"leave such conversations out, or {HINT}"
                 )
@@ -238,8 +239,8 @@ _KINDS = {str: "", int: _NUMBERS, float: _NUMBERS, bool: _TRUTHS, type(None): _N
 _TOOL_RESULT = {"role": "tool", "content": "murmur", "name": "probe0", "tool_call_id": "call00000"}
 _PROBES: dict[str, tuple[list[dict[str, Any]], Tools, tuple[str, ...]]] = {
     _TOOLS: ([], ({"type": "function", "function": _TOOL},), ("probe0",)),
-    _RESULTS: ([_answer(), _TOOL_RESULT], (), ("murmur",)),
     _ALONE: ([_answer()], (), ("probe0", _WORD)),
+    _RESULTS: ([_answer(), _TOOL_RESULT], (), ("murmur",)),
     _SEVERAL: ([_answer(count=2)], (), ("probe0", "probe1", f"{_WORD}ed")),
     _BESIDE: ([_answer("murmur")], (), (_WORD, "murmur")),
     _AFTER: ([_answer() | {FIELD: "murmur"}], (), (_WORD,)),
@@ -247,13 +248,14 @@ _PROBES: dict[str, tuple[list[dict[str, Any]], Tools, tuple[str, ...]]] = {
     _TRUTHS: ([_answer(flag=True)], (), ("true|True",)),
     _NOTHING: ([_answer(nothing=None)], (), ("null|None",)),
 }
-"""For each kind: messages after a question, tools, and words that must be in the text (``|`` separates variants)."""
+"""For each kind: messages after a question, tools, and words that must be in the text (``|`` separates variants).
+What a template leaves out altogether comes before a part of it."""
 
 
 def _call(given: Any, where: str) -> dict[str, Any]:
     function: Any = given.get("function", given) if isinstance(given, dict) else None
     name = _named(function, f"{where}: a tool call")
-    arguments = function.get("arguments", function.get("parameters"))
+    arguments = function.get("parameters" if function.get("arguments") is None else "arguments")
     if isinstance(arguments, str):
         arguments = _parsed(arguments, f"{where}: the arguments of {name}") if arguments.strip() else {}
     if not isinstance(arguments, dict | None):

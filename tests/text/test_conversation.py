@@ -298,6 +298,28 @@ def test_the_columns_that_were_used_are_reported():
     assert read_example(row, "here").columns == {"system", "instruction", "input", "output"}
 
 
+def test_null_fields_of_a_message_count_as_absent():
+    """Data converted between formats have the fields of both, as Parquet does."""
+    filled = [
+        {"from": "human", "value": "How deep?", "role": None, "content": None, "tool_calls": None},
+        {"role": "assistant", "content": None, "from": None, "value": None, "tool_calls": [
+            {"function": {"name": "depth", "arguments": None, "parameters": {"of": "Rhine"}}}]},
+        {"from": "observation", "value": "3", "role": None, "content": None, "name": None},
+        {"role": "assistant", "content": "Three", "from": None, "value": None, "weight": None},
+    ]  # fmt: skip
+    bare = [{name: value for name, value in message.items() if value is not None} for message in filled]
+    example = read_example({"conversations": filled}, "here")
+    assert example == read_example({"conversations": bare}, "here")
+    assert [message["role"] for message in example.messages] == ["user", "assistant", "tool", "assistant"]
+    assert example.messages[1]["tool_calls"][0]["function"]["arguments"] == {"of": "Rhine"}
+    assert not example.ignored
+
+
+def test_fields_of_both_notations_are_reported_where_only_one_is_read():
+    turns = [{"role": "user", "content": "a", "from": "human"}, {"role": "assistant", "content": "b", "value": "c"}]
+    assert read_example({"messages": turns}, "here").ignored == {"from", "value"}
+
+
 @pytest.mark.parametrize(
     "row",
     [

@@ -228,6 +228,19 @@ def test_null_columns_of_parquet_are_kept_and_null_fields_of_their_objects_are_n
         read_example(found[0], "here")
 
 
+def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path):
+    """pyarrow gives rows with the cells of the last one only."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    columns = [pyarrow.array([text]) for text in ("first", "second", "question")]
+    parquet.write_table(pyarrow.Table.from_arrays(columns, names=["output", "output", "instruction"]), path)
+    with pytest.raises(DataError, match=re.escape(f"{path}: two columns are named 'output'")) as raised:
+        list(read_rows(path))
+    assert raised.value.hint == "rename one of them"
+
+
 def test_a_damaged_parquet_file_is_refused(tmp_path):
     path = write(tmp_path / "rows.parquet", [{"text": f"text {number} " * 50} for number in range(2000)])
     content = bytearray(path.read_bytes())

@@ -355,6 +355,20 @@ def test_omissions_are_found_even_if_the_same_words_occur_elsewhere(llama, kind,
     assert raised.value.hint
 
 
+@pytest.mark.parametrize(
+    ("template", "tools", "kind"),
+    [(NO_TOOLS, [TOOL], "the list of tools"), (NO_CALLS, [], "tool calls")],
+    ids=["tools", "calls"],
+)
+def test_of_several_omissions_the_most_general_is_named(llama, template, tools, kind):
+    tokenizer = load_tokenizer(llama)
+    tokenizer.chat_template = template.replace("m.tool_calls", "[]").replace("<tool_response>{{ m.content }}", "")
+    example = row("x", {"metres": 3, "deep": True, "of": None}, tools)
+    example["messages"][1]["tool_calls"] *= 2
+    with pytest.raises(DataError, match=f"(?m)^here: the chat template leaves out {kind}$"):
+        encode(example, tokenizer)
+
+
 def test_a_template_that_prints_arguments_directly_prints_json(llama):
     tokenizer = tokenizer_of(llama, "chatml")
     tokenizer.chat_template = CHATML.replace("f.arguments | tojson", "f.arguments")
