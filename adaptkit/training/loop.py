@@ -120,8 +120,7 @@ def train(
             if world.is_first:
                 report = _train_on_rank_zero(inputs, identity, output, force, resume, on_step, note, world)
             else:
-                with tempfile.TemporaryDirectory(prefix="adaptkit-") as pages:
-                    Run(inputs, Path(pages), lambda text: None, world).train(lambda step: None)
+                Run(inputs, Path(tempfile.gettempdir()), lambda text: None, world).train(lambda step: None)
                 report = None
         shared = world.broadcast_object(report)
     if shared is None:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ class Run:
     Args:
         inputs: inputs of the run.
         folder: folder for checkpoints, metrics and pages; the run resumes from a checkpoint in it. Processes other
-            than rank 0 use it only for pages.
+            than rank 0 use it only for pages, and may share it.
         note: called with a one-line message on everything besides steps.
         world: processes of the run.
 
@@ -98,7 +99,8 @@ class Run:
         for line in filter(None, notes if world.is_first else ()):
             note(line)
         self._gradients = Gradients(self.model, self.trainable.gradients, inputs.config, world)
-        self.optimizer = make_optimizer(self.trainable, inputs.config, folder / PAGES_NAME, note)
+        file = folder / (PAGES_NAME if world.is_first else f"adaptkit-{secrets.token_hex(8)}.bin")
+        self.optimizer = make_optimizer(self.trainable, inputs.config, file, note)
         pages, offloaded = self.optimizer.state.pages, self.activations.offloaded
         memories, is_alone = [offloaded.memory] if offloaded else [], not inputs.config.shard_base
         self._pressure = Pressure(pages, note, memories, is_alone, self.activations.shrink)

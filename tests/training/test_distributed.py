@@ -35,7 +35,9 @@ import forked
 forked.prepare("adaptkit.training.loop", "adaptkit.training.run")
 base, data, root, *unlike = map(Path, sys.argv[1:6])
 options = sys.argv[6:]
-noisy = ["--dropout", "0.1", "--neftune-alpha", "5"]
+noisy = ["--dropout", "0.1", "--neftune-alpha", "5", "--optimizer-pages-mib", "0.01", "--page-kib", "4"]
+os.environ["TMPDIR"] = str(root / "temporary")
+(root / "temporary").mkdir()
 
 
 def run(name, *more):
@@ -285,6 +287,11 @@ def test_after_a_process_is_killed_the_other_reports_it_and_a_rerun_gives_the_sa
     assert tree(runs / "killed") == tree(runs / "noisy")
 
 
+def test_a_process_that_is_killed_leaves_nothing_in_the_temporary_folder(runs):
+    """Where processes other than the first have their pages."""
+    assert not list((runs / "temporary").glob("adaptkit*"))
+
+
 def test_after_a_process_is_killed_a_sharded_run_reports_it_and_resumes_to_the_same_bytes(runs):
     first = (runs / "parted-0.log").read_text()
     assert first.startswith("error: another process of this run cannot be reached")
@@ -322,6 +329,7 @@ def test_torchrun_restarts_a_run_after_a_process_is_killed(runs, llama_nf4, inst
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1",
         "--monitor-interval", "0.1", "-m", "adaptkit", "train", "--base", str(llama_nf4), "--data", str(instructions),
         "-o", str(output), *OPTIONS, "--dropout", "0.1", "--neftune-alpha", "5",
+        "--optimizer-pages-mib", "0.01", "--page-kib", "4",
     ]  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
