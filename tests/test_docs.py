@@ -1,5 +1,7 @@
 """What the pages of documentation name exists: links, headings, files, and options of commands."""
 
+import dataclasses
+import inspect
 import re
 from functools import cache
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 
+import adaptkit
 from adaptkit.cli.main import cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,6 +42,20 @@ def test_commands_have_the_options_shown(page):
             assert shown <= options()[command], f"adaptkit {command}{rest}"
     anywhere = set().union(*options().values(), OF_OTHER_TOOLS)
     assert set(re.findall(r"`(--[a-z0-9][\w-]*)", text)) <= anywhere
+
+
+def test_the_page_on_python_names_every_option_that_is_called_otherwise_there():
+    """The other options are named like an argument or a field of the options."""
+    text = (ROOT / "docs" / "python.md").read_text()
+    context = click.Context(cli)
+    for name in cli.list_commands(context):
+        known = {"json", "quiet", *inspect.signature(getattr(adaptkit, name)).parameters}
+        for public in adaptkit.__all__:
+            if public.lower() in (f"{name}options", f"{name}config"):
+                known |= {field.name for field in dataclasses.fields(getattr(adaptkit, public))}
+        for parameter in cli.get_command(context, name).params:
+            own = {option.lstrip("-").replace("-", "_") for option in parameter.opts}
+            assert own & known or parameter.param_type_name == "argument" or f"`{parameter.opts[0]}" in text, own
 
 
 def headings(page: Path) -> set[str]:

@@ -61,6 +61,105 @@ def test_a_single_path_is_accepted_where_several_are(llama, adapter, tmp_path):
     assert others == [one] * 3
 
 
+PATHS = {
+    "adopt": ("source", "output", "base"),
+    "check": ("path", "base"),
+    "compare": ("bases", "adapters", "data", "text", "reference"),
+    "diff": ("first", "second"),
+    "evaluate": ("base", "adapter", "data", "text", "reference"),
+    "extract": ("tuned", "base", "output"),
+    "inspect": ("path",),
+    "merge": ("base", "adapters", "output"),
+    "plan": ("model",),
+    "publish": ("path",),
+    "pull": ("output",),
+    "resize": ("adapter", "output"),
+    "resolve_source": ("source",),
+    "run": ("recipe",),
+    "stack": ("adapters", "output"),
+    "train": ("output",),
+    "unmerge": ("merged", "adapters", "output"),
+    "verify": ("path",),
+}
+"""Arguments that are paths."""
+MAY_BE_NONE = {"base of adopt", "base of check", "adapter of evaluate", "adapters of unmerge", "reference"}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_what_is_no_path_is_refused_by_the_name_of_its_argument(name, tmp_path, monkeypatch):
+    """It used to raise a TypeError from deep inside, or a dict's keys were taken for paths."""
+    monkeypatch.chdir(tmp_path)
+    function = getattr(adaptkit, name)
+    config = adaptkit.TrainConfig(base="in", data=["rows"])
+    for wrong in PATHS[name]:
+        for given in (None, 3, 2.5, True, {}, {"a": 1}, object(), b"in", [b"in"], [3], [None], ["in", 3], [["in"]], ""):
+            if given is None and ({wrong, f"{wrong} of {name}"} & MAY_BE_NONE):
+                continue
+            needed = [
+                parameter.name
+                for parameter in inspect.signature(function).parameters.values()
+                if parameter.default is parameter.empty
+            ]
+            arguments = dict.fromkeys(needed, "in") | ({"config": config} if name == "train" else {})
+            with pytest.raises(UsageError, match=rf"^{wrong}: (must be a path, found \w+|the path is empty)\n"):
+                function(**arguments | {wrong: given})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "expected"),
+    [
+        ("EvaluateOptions", {"prompts": 3}, "text, found int"),
+        ("EvaluateOptions", {"prompts": ["a", None]}, "text, found None"),
+        ("EvaluateOptions", {"chat_template_kwargs": 3}, "a dict, found int"),
+        ("EvaluateOptions", {"shots": 1, "shots_from": {}}, "a path, found dict"),
+        ("ExtractOptions", {"rank": 1, "target": {"a": 1}}, "text, found dict"),
+        ("PlanOptions", {"targets": [3]}, "text, found int"),
+        ("PlanOptions", {"optimizer": {}}, "text, found dict"),
+        ("PublishOptions", {"tag": 3}, "text, found int"),
+        ("PullOptions", {"manifest_sha256": b"0"}, "text, found bytes"),
+        ("QuantizeOptions", {"format": None}, "text, found None"),
+        ("RunOptions", {"work": 3}, "a path, found int"),
+        ("Signer", {"private_key": 3}, "a path, found int"),
+        ("StackOptions", {"settings": None}, "a dict, found None"),
+        ("StackOptions", {"weights": {1: 2}}, "numbers, found"),
+        ("StackOptions", {"weights": [1, "much"]}, "numbers, found"),
+        ("Trust", {"public_key": {}}, "a path, found dict"),
+        ("VerifyOptions", {"parents": [3]}, "a path, found int"),
+        ("VerifyOptions", {"manifest_sha256": 3}, "text, found int"),
+    ],
+)
+def test_what_is_no_text_path_or_dict_in_an_option_is_refused_by_name(options, given, expected):
+    with pytest.raises(UsageError, match=rf"^{list(given)[-1]}: must be {expected}"):
+        getattr(adaptkit, options)(**given)
+
+
+def test_a_part_has_whole_numbers_and_threads_and_repositories_have_their_types(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"^total: must be a whole number, found 'x'"):
+        adaptkit.Part(1, "x")
+    for call in (lambda: adaptkit.diff("a", "b", threads="2"), lambda: adaptkit.unmerge("a", None, "b", threads={})):
+        with pytest.raises(UsageError, match=r"^threads: must be a whole number, found "):
+            call()
+    for call in (lambda: adaptkit.publish("a", None), lambda: adaptkit.pull(3, "b")):
+        with pytest.raises(UsageError, match=r"^repo_id: must be text, found "):
+            call()
+    with pytest.raises(UsageError, match=r"^targets: must be text, found None"):
+        adaptkit.check(tmp_path, None)
+
+
+def test_a_secret_of_the_wrong_type_is_not_shown():
+    with pytest.raises(UsageError) as caught:
+        adaptkit.Signer(identity_token=b"secret")
+    assert "secret" not in caught.value.message
+
+
+def test_unmerge_takes_none_for_adapters_that_the_merged_model_contains(llama, adapter, tmp_path):
+    options = adaptkit.MergeOptions(embed_adapter=True)
+    adaptkit.merge(llama, adapter, tmp_path / "merged", options)
+    assert adaptkit.unmerge(tmp_path / "merged", None, tmp_path / "back").identical
+
+
 @pytest.mark.parametrize("energy", ["much", [], 10**400], ids=["text", "list", "too large"])
 @pytest.mark.parametrize("options", ["ResizeOptions", "StackOptions", "ExtractOptions"])
 def test_an_energy_that_is_not_a_number_is_refused(options, energy):

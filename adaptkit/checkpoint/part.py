@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from adaptkit.arguments import typed_fields
 from adaptkit.errors import UsageError
 
 
@@ -13,6 +14,7 @@ class Part:
     total: int
 
     def __post_init__(self) -> None:
+        typed_fields(self)
         if not 1 <= self.number <= self.total:
             raise UsageError(f"part {self.number}/{self.total}: not a share", hint="use 1/N to N/N")
 

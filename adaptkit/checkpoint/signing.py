@@ -23,7 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adaptkit.arguments import as_path_or_none
+from adaptkit.arguments import typed_fields
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, require_manifest
 from adaptkit.checkpoint.writer import replace_file
@@ -51,7 +51,7 @@ class Signer:
     identity_token: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "private_key", as_path_or_none(self.private_key))
+        typed_fields(self)
         if self.private_key is not None and self.identity_token is not None:
             raise UsageError("sign with a key or with an identity, not both", hint="leave one of them out")
         if self.password is not None and self.private_key is None:
@@ -73,7 +73,7 @@ class Trust:
     identity_provider: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "public_key", as_path_or_none(self.public_key))
+        typed_fields(self)
         keyless = (self.identity is not None, self.identity_provider is not None)
         if (self.public_key is not None) == any(keyless) or any(keyless) != all(keyless):
             raise UsageError(

@@ -6,9 +6,9 @@ The client compares only sizes, so ``pull`` trusts only the manifest's hashes: e
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
-from adaptkit.arguments import AnyPath, as_texts, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_text, as_texts, checked_options, typed_fields
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, check_sha256
 from adaptkit.checkpoint.place import check_output
@@ -40,7 +40,7 @@ class PullOptions:
 
     def __post_init__(self) -> None:
         typed_fields(self)
-        object.__setattr__(self, "only", as_texts(self.only))
+        object.__setattr__(self, "only", as_texts(self.only, "only"))
         check_sha256(self.manifest_sha256)
         if self.revision == "":
             raise UsageError("revision: is empty", hint="use a branch, tag or commit, or leave it out for main")
@@ -103,9 +103,9 @@ def pull(
         DiskError: there is not enough disk space.
         AuthenticationError, NetworkError, UsageError: the Hub refused, did not answer, or has no such revision.
     """
-    output = Path(output)
+    output = as_path(output, "output")
     options = checked_options(options, PullOptions)
-    repo_id, at, revision = repo_id.partition("@")
+    repo_id, at, revision = as_text(repo_id, "repo_id").partition("@")
     check_repo_id(repo_id)
     if at and options.revision is not None:
         raise UsageError(f"{repo_id}: two revisions are given", hint="give one, after the @ or in the options")

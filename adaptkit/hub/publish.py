@@ -10,13 +10,12 @@
 Each step detects what an earlier run did, so the same command can be repeated until it succeeds.
 """
 
-import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from adaptkit.arguments import AnyPath, checked_options, path_hint, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_text, checked_options, path_hint, typed_fields
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, require_manifest
@@ -137,11 +136,9 @@ def publish(
         NetworkError: the Hub did not answer; run it again.
         UsageError: the path is not a folder, a name is invalid, or a pull request is wanted in an absent repository.
     """
-    if not os.fspath(path):  # Path("") is the current folder
-        raise UsageError("the path is empty", hint="give the artifact's folder")
-    path = Path(path)
+    path = as_path(path, "path")
     options = checked_options(options, PublishOptions)
-    check_repo_id(repo_id)
+    check_repo_id(as_text(repo_id, "repo_id"))
     manifest = require_manifest(require_folder(path, path_hint))
     check_artifact(path, manifest, processor_count(), progress)
     refuse_secrets(gather(path, manifest))

@@ -15,7 +15,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from adaptkit.arguments import AnyPath
+from adaptkit.arguments import AnyPath, as_path
 from adaptkit.checkpoint.layout import CARD_NAME, CODE_SUFFIX, LICENCES, READ_SUFFIXES
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from adaptkit.checkpoint.other_weights import VALUE_HEADS, WEIGHTS_BESIDE, other_writer, refuse_other_weights
@@ -68,7 +68,8 @@ def resolve_source(source: AnyPath, progress: Progress = no_progress, note: Note
         AuthenticationError, NetworkError: the Hub refused or did not answer, even if the cache has a copy; in offline
             mode, the cache has none.
     """
-    text, path = os.fspath(source), Path(source)
+    path = as_path(source, "source")
+    text = os.fspath(source)  # not a Path's, which drops a final slash
     named = _named(text)
     if os.path.exists(text):  # Path.exists raises if a name is too long, and takes "" for the current folder
         return path

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from numbers import Integral
 from typing import TypeVar
 
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
@@ -57,6 +58,10 @@ def check_threads(threads: int | None) -> None:
     Raises:
         UsageError: it is less than 1.
     """
+    if threads is not None and not isinstance(threads, Integral):
+        raise UsageError(
+            f"threads: must be a whole number, found {threads!r}", hint="leave it out to use every processor"
+        )
     if threads is not None and threads < 1:
         raise UsageError(f"threads: must be at least 1, found {threads}", hint="leave it out to use every processor")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adaptkit.arguments import AnyPath, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_path_or_none, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.hashing import Ranges
 from adaptkit.checkpoint.integrity import present_names
@@ -125,8 +125,8 @@ def adopt(
         IntegrityError: the base is not what its manifest says, or a file changed while it was read.
         OutputExistsError: the output exists.
     """
-    source, output = Path(source), Path(output)
-    options = checked_options(options, AdoptOptions)
+    source, output = as_path(source, "source"), as_path(output, "output")
+    base, options = as_path_or_none(base, "base"), checked_options(options, AdoptOptions)
     refuse_manifest(source)
     before = _state(source)  # before anything is read, so that what is copied is what is checked
     adapter = read_adapter(source) if is_adapter(source) else None
@@ -134,7 +134,7 @@ def adopt(
         raise UsageError(f"base: applies only to adapters, but {source} is a checkpoint", hint="leave out --base")
     files = adapter.files if adapter else plain_checkpoint(source)
     small = _small_files(source, adapter)
-    parent = AdoptedBase(Path(base), adapter) if adapter and base is not None else None
+    parent = AdoptedBase(base, adapter) if adapter and base is not None else None
     check_output(output, force, [source, *([parent.checkpoint.root] if parent else [])])
     report = _report(output, files, small, parent)
     if dry_run:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adaptkit.arguments import AnyPath, as_path_or_none, as_texts
+from adaptkit.arguments import AnyPath, as_path, as_path_or_none, as_texts
 from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, has_checkpoint, is_adapter, require_folder
 from adaptkit.checkpoint.mlx import mlx_hint
 from adaptkit.checkpoint.other_weights import pickled_weights, weights_beside
@@ -68,10 +68,10 @@ def check(path: AnyPath, targets: str | Sequence[str] = (), base: AnyPath | None
         UsageError: not a folder, no such target, or a base given for a checkpoint.
         CheckpointError: neither an adapter nor a checkpoint, or a file that cannot be read at all.
     """
-    path = Path(path)
-    base = as_path_or_none(base)
+    path = as_path(path, "path")
+    base = as_path_or_none(base, "base")
     require_folder(path)
-    chosen = list(dict.fromkeys(as_texts(targets))) or names(registry)
+    chosen = list(dict.fromkeys(as_texts(targets, "targets"))) or names(registry)
     loaded: list[tuple[str, Target]] = [(name, load(registry, name, "TARGET")) for name in chosen]
     if is_adapter(path) or (path / ADAPTER_WEIGHTS_NAME).exists():
         files = read_adapter_files(path)

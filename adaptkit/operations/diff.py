@@ -1,8 +1,6 @@
 """Compare two adapters, or two checkpoints."""
 
-from pathlib import Path
-
-from adaptkit.arguments import AnyPath
+from adaptkit.arguments import AnyPath, as_path
 from adaptkit.checkpoint.layout import has_checkpoint, is_adapter, require_folder, weight_files
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError
@@ -38,7 +36,7 @@ def diff(
         AdapterError: an adapter is malformed or is not a LoRA adapter.
         CheckpointError: one of them is not a checkpoint.
     """
-    first, second = Path(first), Path(second)
+    first, second = as_path(first, "first"), as_path(second, "second")
     check_threads(threads)
     adapters = [path for path in (first, second) if is_adapter(require_folder(path))]
     if len(adapters) == 2:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath, as_paths
+from adaptkit.arguments import AnyPath, as_path, as_paths
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.foreign import RELEASED, quantization_found
@@ -66,7 +66,7 @@ def inspect(path: AnyPath) -> InspectReport:
         CheckpointError, AdapterError: malformed, or neither a checkpoint nor an adapter.
         IntegrityError: the manifest is malformed.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     require_folder(path)
     manifest = read_manifest(path)
     found = _adapter(path) if is_adapter(path) else _checkpoint(Checkpoint(path))
@@ -104,8 +104,8 @@ def trace(
         UsageError: a folder holds no artifacts.
         IntegrityError: the artifact has no manifest, or a malformed one.
     """
-    path = Path(path)
-    parents = as_paths(parents)
+    path = as_path(path, "path")
+    parents = as_paths(parents, "parents")
     manifest = require_manifest(require_folder(path))
     return Walk(gather(parents, thread_count(None), progress), check=False).ancestors(path, manifest)
 

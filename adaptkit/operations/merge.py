@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from adaptkit.arguments import AnyPath, as_paths, checked_options
+from adaptkit.arguments import AnyPath, as_path, as_paths, checked_options
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.layout import CONFIG_NAME, is_adapter
 from adaptkit.checkpoint.place import check_output
@@ -54,8 +54,8 @@ def merge(
         IntegrityError: the base or an adapter does not match its manifest, or changed during the merge.
         OutputExistsError: the output exists.
     """
-    base, output = Path(base), Path(output)
-    adapters = as_paths(adapters)
+    base, output = as_path(base, "base"), as_path(output, "output")
+    adapters = as_paths(adapters, "adapters")
     options = checked_options(options, MergeOptions)
     _check_order(base, adapters)
     read = [read_adapter(path) for path in adapters]

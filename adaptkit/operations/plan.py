@@ -19,12 +19,11 @@ So full fine-tuning needs 16 bytes per parameter plus activations and logits: 16
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from adaptkit.arguments import AnyPath, as_texts, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_texts, checked_options, typed_fields
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
@@ -77,7 +76,7 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         typed_fields(self)
-        object.__setattr__(self, "targets", as_texts(self.targets))
+        object.__setattr__(self, "targets", as_texts(self.targets, "targets"))
         choices = {
             "method": METHODS,
             "moe": MOE,
@@ -176,7 +175,7 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
             budget is too small.
         CheckpointError: the configuration cannot be read, or its sizes are implausible.
     """
-    model = Path(model)
+    model = as_path(model, "model")
     options = checked_options(options, PlanOptions)
     description = Description.read(model)
     dtype = getattr(torch, options.compute_dtype)

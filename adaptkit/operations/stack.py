@@ -7,7 +7,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath, as_paths, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_paths, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter, write_adapter
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
@@ -179,8 +179,8 @@ def stack(
         NonFiniteError: the result is too large for float32.
         OutputExistsError: the output exists.
     """
-    output = Path(output)
-    adapters = as_paths(adapters)
+    output = as_path(output, "output")
+    adapters = as_paths(adapters, "adapters")
     options = checked_options(options, StackOptions)
     if len(adapters) < 2:
         raise UsageError("stack needs at least two adapters", hint="adaptkit stack ADAPTER ADAPTER... -o OUT")

@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from adaptkit.arguments import AnyPath, as_paths
+from adaptkit.arguments import AnyPath, as_path, as_paths
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import bytes_of, tensors_root
 from adaptkit.checkpoint.journal import Output
@@ -66,7 +66,7 @@ class UnmergeReport:
 
 def unmerge(
     merged: AnyPath,
-    adapters: AnyPath | Sequence[AnyPath],
+    adapters: AnyPath | Sequence[AnyPath] | None,
     output: AnyPath,
     *,
     approximate: bool = False,
@@ -81,7 +81,7 @@ def unmerge(
 
     Args:
         merged: folder that ``merge`` made.
-        adapters: folders of the adapters that were merged, in any order; none if ``merged`` contains copies.
+        adapters: folders of the adapters that were merged, in any order; None if ``merged`` contains copies.
         output: folder to make.
         approximate: allow subtraction, with rounding errors, if there is no undo record.
         threads: number of pieces restored at a time; one per processor if None.
@@ -94,8 +94,8 @@ def unmerge(
         UsageError: a change cannot be subtracted, ``merged`` is not a folder, or ``threads`` is less than 1.
         OutputExistsError: the output exists.
     """
-    merged, output = Path(merged), Path(output)
-    adapters = as_paths(adapters)
+    merged, output = as_path(merged, "merged"), as_path(output, "output")
+    adapters = () if adapters is None else as_paths(adapters, "adapters")
     check_threads(threads)
     model = open_merged(require_folder(merged))
     check_output(output, force, [merged, *adapters])

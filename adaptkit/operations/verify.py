@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adaptkit.arguments import AnyPath, as_path_or_none, as_paths, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_paths, checked_options, typed_fields
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, check_sha256, require_manifest
@@ -39,8 +39,7 @@ class VerifyOptions:
 
     def __post_init__(self) -> None:
         typed_fields(self)
-        object.__setattr__(self, "signature", as_path_or_none(self.signature))
-        object.__setattr__(self, "parents", None if self.parents is None else as_paths(self.parents))
+        object.__setattr__(self, "parents", None if self.parents is None else as_paths(self.parents, "parents"))
         check_threads(self.threads)
         check_sha256(self.manifest_sha256)
         if self.signature is not None and self.trust is None:
@@ -96,7 +95,7 @@ def verify(path: AnyPath, options: VerifyOptions | None = None, *, progress: Pro
             ancestor is missing, differs, or cannot be reproduced. Names it.
         UsageError: a folder or a key cannot be read.
     """
-    path = Path(path)
+    path = as_path(path, "path")
     options = checked_options(options, VerifyOptions)
     manifest = require_manifest(require_folder(path))
     manifest.require_sha256(options.manifest_sha256, path)

@@ -1,14 +1,12 @@
 """Options, callbacks and reports of a run."""
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adaptkit.arguments import as_path_or_none, typed_fields
+from adaptkit.arguments import typed_fields
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Signer
-from adaptkit.errors import UsageError
 from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.steps._kind import Facts
 
@@ -35,9 +33,6 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         typed_fields(self)
-        if self.work is not None and not os.fspath(self.work):  # Path("") is the current folder
-            raise UsageError("work: the path is empty", hint="name a folder, or leave it out")
-        object.__setattr__(self, "work", as_path_or_none(self.work))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath, checked_options
+from adaptkit.arguments import AnyPath, as_path, checked_options
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError, GateError, IntegrityError, UsageError
 from adaptkit.pipeline.foresight import Foresight, prefix_errors
@@ -47,7 +47,7 @@ def run(
         ConflictError: another run is using the same work folder.
         AdaptkitError: any error of a step's operation, prefixed with the step's name.
     """
-    recipe = Path(recipe)
+    recipe = as_path(recipe, "recipe")
     options = checked_options(options, RunOptions)
     read = read_recipe(recipe)
     steps = read.until(options.until) if options.until is not None else list(read.steps.values())

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from adaptkit.arguments import AnyPath, checked_options
+from adaptkit.arguments import AnyPath, as_path, checked_options
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import Output
@@ -107,7 +107,7 @@ def train(
 
     Source: QLoRA (arXiv:2305.14314); NF4 storage, bfloat16 compute, paged optimizer state.
     """
-    output, config = Path(output), checked_options(config, TrainConfig, "config")
+    output, config = as_path(output, "output"), checked_options(config, TrainConfig, "config")
     if dry_run:
         return plan_run(config, output, force=force, resume=resume)
     check_not_finished(output, force, resume)

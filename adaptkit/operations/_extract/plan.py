@@ -53,7 +53,7 @@ class ExtractOptions:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "target", as_texts(self.target))
+        object.__setattr__(self, "target", as_texts(self.target, "target"))
         typed_fields(self)
         check_size(self.rank, self.energy)
         check_threads(self.threads)

@@ -101,11 +101,11 @@ def compare(
         DataError: data or text cannot be used.
         IntegrityError: a base, an adapter or the reference does not match its manifest.
     """
-    bases = as_paths(bases)
-    adapters = as_paths(adapters)
-    data = as_paths(data)
-    text = as_paths(text)
-    reference = as_path_or_none(reference)
+    bases = as_paths(bases, "bases")
+    adapters = as_paths(adapters, "adapters")
+    data = as_paths(data, "data")
+    text = as_paths(text, "text")
+    reference = as_path_or_none(reference, "reference")
     options = checked_options(options, EvaluateOptions)
     check_request(data, text, options, reference)
     if not bases:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from adaptkit.arguments import AnyPath, as_path_or_none, as_paths, checked_options
+from adaptkit.arguments import AnyPath, as_path, as_path_or_none, as_paths, checked_options
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.integrity import check_config, check_tensors
 from adaptkit.checkpoint.manifest import parent_of, read_manifest
@@ -65,11 +65,11 @@ def evaluate(
         DataError: data or text cannot be used.
         IntegrityError: base, adapter or reference does not match its manifest.
     """
-    base = Path(base)
-    adapter = as_path_or_none(adapter)
-    data = as_paths(data)
-    text = as_paths(text)
-    reference = as_path_or_none(reference)
+    base = as_path(base, "base")
+    adapter = as_path_or_none(adapter, "adapter")
+    data = as_paths(data, "data")
+    text = as_paths(text, "text")
+    reference = as_path_or_none(reference, "reference")
     options = checked_options(options, EvaluateOptions)
     check_request(data, text, options, reference)
     read = None if adapter is None else read_own(adapter)

@@ -55,8 +55,8 @@ class EvaluateOptions:
 
     def __post_init__(self) -> None:
         typed_fields(self)
-        object.__setattr__(self, "shots_from", as_paths(self.shots_from))
-        object.__setattr__(self, "prompts", as_texts(self.prompts))
+        object.__setattr__(self, "shots_from", as_paths(self.shots_from, "shots_from"))
+        object.__setattr__(self, "prompts", as_texts(self.prompts, "prompts"))
         for name, least in (
             ("samples", 1),
             ("shots", 0),
