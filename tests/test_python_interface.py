@@ -65,6 +65,7 @@ PATHS = {
     "adopt": ("source", "output", "base"),
     "check": ("path", "base"),
     "compare": ("bases", "adapters", "data", "text", "reference"),
+    "dequantize": ("source", "output"),
     "diff": ("first", "second"),
     "evaluate": ("base", "adapter", "data", "text", "reference"),
     "extract": ("tuned", "base", "output"),
@@ -73,6 +74,7 @@ PATHS = {
     "plan": ("model",),
     "publish": ("path",),
     "pull": ("output",),
+    "quantize": ("source", "output", "companion"),
     "resize": ("adapter", "output"),
     "resolve_source": ("source",),
     "run": ("recipe",),
@@ -82,7 +84,9 @@ PATHS = {
     "verify": ("path",),
 }
 """Arguments that are paths."""
-MAY_BE_NONE = {"base of adopt", "base of check", "adapter of evaluate", "adapters of unmerge", "reference"}
+MAY_BE_NONE = {
+    "base of adopt", "base of check", "adapter of evaluate", "adapters of unmerge", "companion of quantize", "reference"
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -119,6 +123,8 @@ def test_what_is_no_path_is_refused_by_the_name_of_its_argument(name, tmp_path, 
         ("PublishOptions", {"tag": 3}, "text, found int"),
         ("PullOptions", {"manifest_sha256": b"0"}, "text, found bytes"),
         ("QuantizeOptions", {"format": None}, "text, found None"),
+        ("QuantizeOptions", {"skip": [3]}, "text, found int"),
+        ("Calibration", {"files": [3]}, "a path, found int"),
         ("RunOptions", {"work": 3}, "a path, found int"),
         ("Signer", {"private_key": 3}, "a path, found int"),
         ("StackOptions", {"settings": None}, "a dict, found None"),

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 import xxhash
 
-from adaptkit.arguments import AnyPath, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, checked_options, typed_fields
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, dtype_name
 from adaptkit.checkpoint.foreign import RELEASED, quantization_found, without_quantization
@@ -119,7 +118,7 @@ def dequantize(
         NonFiniteError: a weight is NaN, or too large for its dtype; names the tensor.
         OutputExistsError: the output exists.
     """
-    source, output = Path(source), Path(output)
+    source, output = as_path(source, "source"), as_path(output, "output")
     options = checked_options(options, DequantizeOptions)
     checkpoint = Checkpoint(source)
     check_config(source, read_manifest(source))

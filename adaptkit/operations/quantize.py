@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.arguments import AnyPath, as_path_or_none, checked_options
+from adaptkit.arguments import AnyPath, as_path, as_path_or_none, checked_options
 from adaptkit.checkpoint.encoding import quantization_config
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.integrity import check_config
@@ -75,9 +75,10 @@ def quantize(
 
     Source: QLoRA (arXiv:2305.14314); bytes as bitsandbytes 0.50 makes them.
     """
-    source, output, options = Path(source), Path(output), checked_options(options, QuantizeOptions)
+    source, output = as_path(source, "source"), as_path(output, "output")
+    options = checked_options(options, QuantizeOptions)
     check_output(output, force, [source])
-    if (init := _companion_folder(output, as_path_or_none(companion), options)) is not None:
+    if (init := _companion_folder(output, as_path_or_none(companion, "companion"), options)) is not None:
         from adaptkit.operations._calibrate.companion import check_apart, is_waiting
 
         check_apart(output, init)

@@ -45,7 +45,7 @@ class Calibration:
     compensate: bool = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "files", as_paths(self.files))
+        object.__setattr__(self, "files", as_paths(self.files, "files"))
         typed_fields(self)
         if not self.files:
             raise UsageError("calibration: no text given", hint="add --calibrate FILE")
@@ -97,7 +97,7 @@ class QuantizeOptions:
 
     def __post_init__(self) -> None:
         typed_fields(self)
-        object.__setattr__(self, "skip", as_texts(self.skip))
+        object.__setattr__(self, "skip", as_texts(self.skip, "skip"))
         check_shard_size(self.max_shard_bytes)
         check_threads(self.threads)
         if self.moe not in MOE:
