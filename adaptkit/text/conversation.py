@@ -33,16 +33,14 @@ from adaptkit.text.rendering import asks_for_the_date as asks_for_the_date
 from adaptkit.text.tool_calls import (
     CALLS,
     OTHER_TOOLS,
-    SURROGATE_HINT,
     ToolForm,
     Tools,
     calls_in,
-    found_in,
-    is_text,
     read_calls,
     read_given,
     read_tools,
 )
+from adaptkit.text.values import SURROGATE_HINT, found_in, is_text
 
 _CONTEXTS = ("context", "input")
 _ONE_CALL = "tool_call"

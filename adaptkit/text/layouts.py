@@ -97,4 +97,4 @@ def refuse_null(where: str, empty: Sequence[str], wanted: Iterable[str]) -> None
 
 def names_in(row: Mapping[str, Any]) -> str:
     """Return the column names of a row as one string, for messages."""
-    return ", ".join(map(str, row)) or "none"
+    return ", ".join(name if name == name.strip() else repr(name) for name in map(str, row)) or "none"

@@ -18,12 +18,10 @@ import contextlib
 import csv
 import gzip
 import io
-import json
 import os
 import re
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from typing import Any
 from adaptkit.arguments import path_hint
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError, UsageError, install_hint
+from adaptkit.text.values import parse, repeated
 
 Row = Mapping[str, Any]
 Located = tuple[str, Row]
@@ -144,7 +143,7 @@ def _lines(file: Path) -> Iterator[Located]:
         text = line.strip()
         if text:
             try:
-                row = _parse(text)
+                row = parse(text)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{where}: not JSON ({error})", hint="write one JSON object per line") from error
             yield where, _object(row, where, "write one JSON object per line")
@@ -168,7 +167,7 @@ def _text_lines(file: Path) -> Iterator[str]:
 def _document(file: Path) -> Iterator[Located]:
     text = read_text(file)
     try:
-        document = _parse(text)
+        document = parse(text)
     except (ValueError, RecursionError) as error:
         if _is_object(text.lstrip().partition("\n")[0]):  # JSON lines under another name
             yield from _lines(file)
@@ -191,32 +190,16 @@ def _document(file: Path) -> Iterator[Located]:
         yield where, _object(row, where, "write a list of objects")
 
 
-def _parse(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_mapping)
-
-
-def _mapping(pairs: list[tuple[str, Any]]) -> Row:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(f"the key {_twice(name for name, _ in pairs)!r} appears twice")
-    return found
-
-
-def _twice(names: Iterable[str]) -> str | None:
-    """Return the first name that occurs more than once, in linear time; None if there is none."""
-    return next((name for name, count in Counter(names).items() if count > 1), None)
-
-
 def _require_once(columns: Sequence[str], where: str) -> None:
     """Refuse columns of the same name: a row would have the cells of only one of them."""
-    twice = _twice(columns)
+    twice = repeated(columns)
     if twice is not None:
         raise DataError(f"{where}: two columns are named {twice!r}", hint="rename one of them")
 
 
 def _is_object(line: str) -> bool:
     try:
-        return isinstance(_parse(line), dict)
+        return isinstance(parse(line), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -228,6 +211,9 @@ def _cells(file: Path) -> Iterator[Located]:
         if not header:
             header = cells
             _require_once(header, where)
+            if len(header) == 1 and any(mark in header[0] for mark in ",;\t|"):
+                hint = "separate cells by commas in .csv, by tabs in .tsv"
+                raise DataError(f"{where}: found a single column, {header[0]!r}", hint=hint)
         elif len(cells) != len(header):
             raise DataError(
                 f"{where}: expected {counted(len(header), 'cell')}, as in the header; found {len(cells)}",
@@ -315,4 +301,5 @@ def _unreadable(file: Path, error: Exception) -> DataError:
     if isinstance(error, gzip.BadGzipFile):
         hint = "name it without .gz, or copy it again"
         return DataError(f"{file}: is not compressed with gzip, or is damaged", hint=hint)
-    return DataError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})", hint=path_hint(file))
+    hint = "copy it again" if isinstance(error, EOFError | zlib.error) else path_hint(file)
+    return DataError(f"{file}: cannot be read ({getattr(error, 'strerror', None) or error})", hint=hint)

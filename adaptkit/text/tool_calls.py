@@ -9,8 +9,6 @@ The model learns the assistant's calls; tool results are input only, like questi
 """
 
 import json
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,17 +16,15 @@ from adaptkit.errors import DataError
 from adaptkit.text.chat_template import HINT
 from adaptkit.text.parts import are_of_text, joined
 from adaptkit.text.reasoning import FIELD
+from adaptkit.text.values import check_value, parse
 
 Tools = tuple[Mapping[str, Any], ...]
 """Tools of a row, each {"type": "function", "function": {"name", ...}}."""
 
 CALLS = "tool_calls"
-SURROGATE_HINT = "write characters beyond U+FFFF whole, or as surrogate pairs"
-"""Hint for errors about surrogates."""
 _RESULT_FIELDS = ("name", "tool_call_id")
 """Fields of a tool's message besides its content."""
-_DEEPEST = 64
-_HALF = re.compile("[\ud800-\udfff]")
+_CALL_KEYS = {"name", "arguments", "parameters", "id", "type", "index"}
 _FORMS: tuple[tuple[bool, str | None], ...] = ((False, ""), (False, None), (True, ""), (True, None))
 """Forms of a call: (whether arguments are JSON text, the value of empty content); transformers 5.24 omits None."""
 
@@ -48,7 +44,7 @@ def read_tools(value: Any, where: str, column: str) -> Tools:
     found = [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
     for tool in found:
         _named(tool["function"], f"{where}: a tool")
-        _check(tool, f"{where}: {column}")
+        check_value(tool, f"{where}: {column}")
     return tuple(found)
 
 
@@ -91,20 +87,8 @@ def read_given(message: Mapping[str, Any], where: str) -> tuple[Any, dict[str, s
     content = message.get("content", message.get("value"))
     content = joined(content, where)[0] if are_of_text(content) else content
     others = {name: message[name] for name in _RESULT_FIELDS if isinstance(message.get(name), str)}
-    _check([content, others], where)
+    check_value([content, others], where)
     return (_json(content) if isinstance(content, dict | list) else content), others
-
-
-def is_text(value: Any) -> bool:
-    """Return whether a value is a string that tokenizers accept: JSON escapes can encode unpaired surrogates."""
-    return isinstance(value, str) and _HALF.search(value) is None
-
-
-def found_in(value: Any) -> str:
-    """Describe a value that was found instead of text, for error messages."""
-    if value is None:
-        return "null"
-    return "an unpaired surrogate" if isinstance(value, str) else type(value).__name__
 
 
 def names_of(tools: Tools) -> list[str]:
@@ -255,14 +239,19 @@ What a template leaves out altogether comes before a part of it."""
 def _call(given: Any, where: str) -> dict[str, Any]:
     function: Any = given.get("function", given) if isinstance(given, dict) else None
     name = _named(function, f"{where}: a tool call")
-    arguments = function.get("parameters" if function.get("arguments") is None else "arguments")
+    given_as = next((key for key in ("arguments", "parameters") if function.get(key) is not None), None)
+    arguments = function[given_as] if given_as else None
+    others = [key for key, value in function.items() if key not in _CALL_KEYS and value is not None]
+    if given_as is None and others:
+        hint = f'rename {others[0]} to arguments, or add "arguments": {{}}'
+        raise DataError(f"{where}: the call of {name} has {others[0]}, but no arguments", hint=hint)
     if isinstance(arguments, str):
         arguments = _parsed(arguments, f"{where}: the arguments of {name}") if arguments.strip() else {}
     if not isinstance(arguments, dict | None):
         raise DataError(f"{where}: the arguments of {name} are not an object", hint="write a JSON object, or its text")
     known = {"id": given["id"]} if isinstance(given.get("id"), str) else {}
     call = {"type": "function", **known, "function": {"name": name, "arguments": arguments or {}}}
-    _check(call, f"{where}: a call of {name!r}")
+    check_value(call, f"{where}: a call of {name!r}")
     return call
 
 
@@ -275,7 +264,7 @@ def _named(function: Any, what: str) -> str:
 
 def _parsed(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return parse(text)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{what}: not JSON ({error})", hint="write an object or a list, or the JSON text of one"
@@ -293,20 +282,6 @@ def _leaves(value: Any) -> Iterator[Any]:
             yield from _leaves(inner)
     else:
         yield value
-
-
-def _check(value: Any, what: str, depth: int = 0) -> None:
-    """Refuse a value that is nested too deeply, is not JSON, or has unpaired surrogates."""
-    if depth > _DEEPEST:
-        raise DataError(f"{what}: nested more than {_DEEPEST} levels deep", hint="leave such conversations out")
-    if isinstance(value, dict | list):
-        for inner in (*value, *(value.values() if isinstance(value, dict) else ())):
-            _check(inner, what, depth + 1)
-    elif isinstance(value, str):
-        if not is_text(value):
-            raise DataError(f"{what}: expected text, found {found_in(value)}", hint=SURROGATE_HINT)
-    elif type(value) not in _KINDS or (isinstance(value, float) and not math.isfinite(value)):
-        raise DataError(f"{what}: {value!r} is not a JSON value", hint="write it as a string")
 
 
 def _forms(word: str) -> tuple[str, ...]:

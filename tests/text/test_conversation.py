@@ -488,6 +488,12 @@ def test_media_are_refused_if_the_text_refers_to_them_and_otherwise_ignored(kind
 ALPACA = {"instruction": "x", "input": "", "output": "y", "text": "Below is an instruction. x y"}
 
 
+def test_spaces_around_a_column_name_are_visible_in_a_hint():
+    with pytest.raises(DataError, match="no column output") as raised:
+        read_example({"instruction": "x", " output": "y"}, "here")
+    assert raised.value.hint == "columns: instruction, ' output'; rename the one with the answer"
+
+
 def test_a_row_of_two_layouts_is_refused_unless_one_is_requested():
     with pytest.raises(DataError, match="more than one layout: instruction and text") as raised:
         read_example(ALPACA, "here")
@@ -557,6 +563,10 @@ def test_a_row_of_two_layouts_is_refused_unless_one_is_requested():
          "message 2 of messages: tool_calls is not a list"),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "arguments": [1]}]}]},
          "message 2 of messages: the arguments of f are not an object"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"type": "tool_use", "name": "f", "input": {"a": 1}}]}]},
+         "message 2 of messages: the call of f has input, but no arguments"),
+        ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "arguments": '{"a": 1, "a": 2}'}]}]},
+         "message 2 of messages: the arguments of f: not JSON (the key 'a' appears twice)"),
         ({"messages": [ASKED, ANSWERED | {"function_call": {"name": "f", "arguments": "x"}}]},
          "message 2 of messages: the arguments of f: not JSON"),
         ({"messages": [ASKED, ANSWERED | {"tool_calls": [{"name": "f", "arguments": {"a": ["\ud800"]}}]}]},

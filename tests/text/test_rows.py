@@ -147,6 +147,8 @@ def test_a_byte_order_mark_crlf_and_line_separators_in_strings_are_read(tmp_path
         ("rows.csv", b'a,b\n1,2\n\n3,"x\ny",4\n', ", line 4: expected 2 cells, as in the header; found 3"),
         ("rows.csv", b"a,b\n1\n", ", line 2: expected 2 cells, as in the header; found 1"),
         ("rows.csv", b"a,a\n1,2\n", ", line 1: two columns are named 'a'"),
+        ("rows.csv", b"a;b\n1;2\n", ", line 1: found a single column, 'a;b'"),
+        ("rows.tsv", b"a,b\n1,2\n", ", line 1: found a single column, 'a,b'"),
         ("rows.csv", b'a,b\n"1"2,3\n', ": not csv"),
         ("rows.tsv", b'a\tb\n"1"2\t3\n', ": not tsv"),
         ("rows.csv", b"a,b\n1,\xff\n", ", line 2: not UTF-8 (invalid start byte)"),
@@ -190,6 +192,15 @@ def test_names_that_occur_twice_among_very_many_are_found_in_linear_time(name, c
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError, match=message):
         list(read_rows(tmp_path / name))
+
+
+def test_an_incomplete_or_damaged_compressed_file_is_to_be_copied_again(tmp_path):
+    path, whole = tmp_path / "rows.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99, mtime=0)
+    for content in (whole[:-9], whole[:10] + b"\xff" + whole[11:]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match="cannot be read") as raised:
+            list(read_rows(path))
+        assert raised.value.hint == "copy it again"
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])

@@ -17,7 +17,8 @@ from adaptkit.errors import DataError, UsageError
 from adaptkit.text.conversation import Conversation, Example, render
 from adaptkit.text.reasoning import Message
 from adaptkit.text.tokenizer_files import leading_special_tokens
-from adaptkit.text.tool_calls import Tools, is_text
+from adaptkit.text.tool_calls import Tools
+from adaptkit.text.values import is_text
 from adaptkit.training.data.answers import (
     Answer,
     answer_as_asked,
