@@ -92,7 +92,9 @@ def refuse_null(where: str, empty: Sequence[str], wanted: Iterable[str]) -> None
     """
     for name in wanted:
         if name in empty:
-            raise DataError(f"{where}: {name} is null", hint='remove the row, or write "" if an empty text is meant')
+            may_be_empty = name not in LAYOUTS or has_question(name)  # an empty text or conversation is refused
+            or_write = ', or write "" if an empty text is meant' if may_be_empty else ""
+            raise DataError(f"{where}: {name} is null", hint=f"remove the row{or_write}")
 
 
 def names_in(row: Mapping[str, Any]) -> str:
