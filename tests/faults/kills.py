@@ -249,20 +249,20 @@ def _import(url: str, root: Path) -> None:
     os.environ |= {"HF_ENDPOINT": url, "HF_HOME": str(root / "home"), "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": "hf_any"}
     os.environ |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    gc.disable()  # collections take a fifth of the time of the imports
-    for name in ("matplotlib.backends.backend_svg", "peft", "transformers", "adaptkit.pipeline.run",
-                 "adaptkit.training.loop"):  # fmt: skip
-        import_module(name)
-    from hidden import build_conversions
+    from preloading import imports_for_forks
 
-    from adaptkit.cli import commands
-    from adaptkit.discovery import load, names
+    with imports_for_forks():
+        for name in ("matplotlib.backends.backend_svg", "peft", "transformers", "adaptkit.pipeline.run",
+                     "adaptkit.training.loop"):  # fmt: skip
+            import_module(name)
+        from hidden import build_conversions
 
-    for name in names(commands):
-        load(commands, name, "command")
-    build_conversions()
-    gc.freeze()  # children need not look through what was imported
-    gc.enable()
+        from adaptkit.cli import commands
+        from adaptkit.discovery import load, names
+
+        for name in names(commands):
+            load(commands, name, "command")
+        build_conversions()
 
 
 def _options() -> argparse.Namespace:

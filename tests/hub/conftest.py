@@ -30,16 +30,14 @@ from local_hub import LocalHub  # noqa: E402 - it is a script, found through the
 
 TOKEN = "hf_plantedTokenForTests0123"
 SERVER = """
-import gc
-
-gc.disable()  # collections take a fifth of the time of the imports
 import json, os, sys
-import adaptkit.checkpoint.adapter, adaptkit.checkpoint.integrity, command_line, yaml
-from adaptkit.cli.main import main
+from preloading import imports_for_forks
 
-command_line.load("hub")
-gc.freeze()
-gc.enable()
+with imports_for_forks():
+    import adaptkit.checkpoint.adapter, adaptkit.checkpoint.integrity, command_line, yaml
+    from adaptkit.cli.main import main
+
+    command_line.load("hub")
 
 for line in sys.stdin:
     job = json.loads(line)
