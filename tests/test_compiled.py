@@ -16,6 +16,7 @@ import numba
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 
 import adaptkit
 from adaptkit.compiled import Kernel, jit
@@ -34,20 +35,52 @@ print(out.view(np.float32).tolist(), "compiled" if "numba" in sys.modules else "
 MADE, KEPT = "[1.0, -1.0, 0.0, 1.0] compiled", "[1.0, -1.0, 0.0, 1.0] kept"
 
 
-def decode(root, code=DECODE, **environment):
-    """Decode four weights in a process that uses the package in ``root``; return what it prints."""
-    environment = {**os.environ, "ADAPTKIT_CACHE": str(root / "cache"), "PYTHONPATH": str(root), **environment}
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    return run.stdout.strip()
+def copy_package(target):
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(Path(adaptkit.__file__).parent, target / "adaptkit", ignore=ignored)
+    return target
 
 
 @pytest.fixture
 def package(tmp_path):
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(Path(adaptkit.__file__).parent, tmp_path / "adaptkit", ignore=ignored)
-    return tmp_path
+    return copy_package(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Forks in which numba appears not to be loaded, but importing it takes no time."""
+    with Forks("import llvmlite.binding, numpy; from hidden import hide; hide('numba')") as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def decode(forks):
+    """Decode four weights in a process that uses the package in a folder; return what it prints."""
+
+    def run(root, code=DECODE, **environment):
+        environment = {"ADAPTKIT_CACHE": str(root / "cache"), "PYTHONPATH": str(root), **environment}
+        if any(name.startswith("NUMBA_") for name in environment) or (root / ".numba_config.yaml").exists():
+            command, variables = [sys.executable, "-c", code], os.environ | environment  # read by numba's import
+            done = subprocess.run(command, cwd=root, env=variables, capture_output=True, text=True)
+        else:
+            done = forks(f"import os\nos.chdir({str(root)!r})\n{code}", **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def decoded_once(decode, tmp_path_factory):
+    root = copy_package(tmp_path_factory.mktemp("decoded"))
+    assert decode(root) == MADE
+    return root
+
+
+@pytest.fixture
+def decoded(decoded_once, tmp_path):
+    """A package whose kernel has been compiled."""
+    return Path(shutil.copytree(decoded_once, tmp_path, dirs_exist_ok=True))
 
 
 Pair = namedtuple("Pair", "one other")
@@ -217,7 +250,7 @@ def test_threads_that_call_a_new_kernel_at_once_compile_it_once(monkeypatch):
     assert all((array == 2 * n).all() for n, array in enumerate(arrays))
 
 
-def test_a_kernel_is_cached_until_a_function_that_it_calls_changes(package):
+def test_a_kernel_is_cached_until_a_function_that_it_calls_changes(decode, package):
     """As when a new version is installed over an old one."""
     assert decode(package) == MADE
     assert decode(package) == KEPT
@@ -272,7 +305,7 @@ print(gates(), "compiled" if "numba" in sys.modules else "kept")
 """
 
 
-def test_the_bits_of_a_kernel_do_not_depend_on_what_was_compiled_before_it(package):
+def test_the_bits_of_a_kernel_do_not_depend_on_what_was_compiled_before_it(decode, package):
     """Such as kernels with sums that may be reordered, which call the same functions."""
     found = []
     for order in ("alone", "after"):
@@ -282,14 +315,14 @@ def test_the_bits_of_a_kernel_do_not_depend_on_what_was_compiled_before_it(packa
     assert found[0].endswith(" compiled")
 
 
-def test_a_process_older_than_an_installation_caches_no_kernel_for_the_new_version(package):
+def test_a_process_older_than_an_installation_caches_no_kernel_for_the_new_version(decode, package):
     with process_before(package) as said:
         install_another(package)
     assert said == [MADE]
     assert decode(package) == "[2.0, -2.0, 0.0, 2.0] compiled"
 
 
-def test_a_process_older_than_an_installation_runs_no_kernel_of_the_new_version(package):
+def test_a_process_older_than_an_installation_runs_no_kernel_of_the_new_version(decode, package):
     with process_before(package) as said:
         install_another(package)
         assert decode(package) == "[2.0, -2.0, 0.0, 2.0] compiled"
@@ -297,10 +330,9 @@ def test_a_process_older_than_an_installation_runs_no_kernel_of_the_new_version(
     assert decode(package) == "[2.0, -2.0, 0.0, 2.0] kept"
 
 
-def test_an_editors_lock_file_next_to_the_sources_is_ignored(package):
-    assert decode(package) == MADE
-    (package / "adaptkit" / "numerics" / "kernels" / ".#_cpu_float.py").symlink_to("somebody@somewhere.1:2")
-    assert decode(package) == KEPT
+def test_an_editors_lock_file_next_to_the_sources_is_ignored(decode, decoded):
+    (decoded / "adaptkit" / "numerics" / "kernels" / ".#_cpu_float.py").symlink_to("somebody@somewhere.1:2")
+    assert decode(decoded) == KEPT
 
 
 @pytest.mark.parametrize("form", ["archive", "bytecode"])
@@ -325,18 +357,17 @@ def test_a_package_without_readable_sources_works_and_caches_nothing(form, packa
     "left", [lambda whole: b"", lambda whole: b"half", lambda whole: whole[:-1], lambda whole: whole[:-9] + b"\0" * 9,
              lambda whole: whole[: len(whole) // 2] + bytes(16) + whole[len(whole) // 2 + 16 :]]
 )  # fmt: skip
-def test_a_damaged_cache_file_is_compiled_again(left, package):
+def test_a_damaged_cache_file_is_compiled_again(decode, left, decoded):
     """A power cut may leave one; without a check, machine code with zeros in it would be run."""
-    assert decode(package) == MADE
-    kept = sorted(package.rglob("*.o"))
+    kept = sorted(decoded.rglob("*.o"))
     assert kept
     for path in kept:
         path.write_bytes(left(path.read_bytes()))
-    assert decode(package) == MADE
-    assert decode(package) == KEPT
+    assert decode(decoded) == MADE
+    assert decode(decoded) == KEPT
 
 
-def test_an_interrupted_compilation_can_be_repeated(package):
+def test_an_interrupted_compilation_can_be_repeated(decode, package):
     """Also if it was interrupted while functions were registered with numba, as in a notebook."""
     code = (
         "from adaptkit import compiler\n"
@@ -350,16 +381,15 @@ def test_an_interrupted_compilation_can_be_repeated(package):
     assert decode(package, code) == MADE
 
 
-def test_a_cached_kernel_under_the_name_of_a_different_one_is_not_used(package):
+def test_a_cached_kernel_under_the_name_of_a_different_one_is_not_used(decode, decoded):
     """The contents of two cache files are exchanged."""
-    assert decode(package) == MADE
     ones = DECODE.replace("np.ones(1, np.float32), 4, out)", "np.ones(1, np.float32), 4, out.view(np.uint16)[:4])")
-    assert decode(package, ones).endswith("compiled")
-    one, other = sorted(package.rglob("*.o"))
+    assert decode(decoded, ones).endswith("compiled")
+    one, other = sorted(decoded.rglob("*.o"))
     content = one.read_bytes()
     one.write_bytes(other.read_bytes())
     other.write_bytes(content)
-    assert decode(package) == MADE
+    assert decode(decoded) == MADE
 
 
 SEVERAL_OF_ONE_NAME = """
@@ -386,7 +416,7 @@ def first(x):
 """
 
 
-def test_kernels_with_the_same_name_and_sizes_of_arguments_are_distinguished(package):
+def test_kernels_with_the_same_name_and_sizes_of_arguments_are_distinguished(decode, package):
     (package / "adaptkit" / "numerics" / "kernels" / "_several.py").write_text(SEVERAL_OF_ONE_NAME)
     code = (
         "import numpy as np; from adaptkit.numerics.kernels import _several as k\n"
@@ -399,7 +429,7 @@ def test_kernels_with_the_same_name_and_sizes_of_arguments_are_distinguished(pac
         assert decode(package, code) == "2.0 3.0 [1, 2] 1.0 True"
 
 
-def test_a_full_disk_only_prevents_caching(package):
+def test_a_full_disk_only_prevents_caching(decode, package):
     full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     full += "resource.setrlimit(resource.RLIMIT_FSIZE, (64, 64))\n"
     assert decode(package, full + DECODE) == MADE
@@ -407,13 +437,13 @@ def test_a_full_disk_only_prevents_caching(package):
     assert decode(package) == MADE
 
 
-def test_disabled_compilation_is_refused_with_a_hint(package):
+def test_disabled_compilation_is_refused_with_a_hint(decode, package):
     code = f"from adaptkit.errors import UsageError\ntry:{DECODE.replace(chr(10), chr(10) + '    ')}\n"
     code += "except UsageError as error: print(error.hint)"
     assert decode(package, code, NUMBA_DISABLE_JIT="1") == "unset NUMBA_DISABLE_JIT"
 
 
-def test_kernels_are_cached_in_the_users_folder_if_the_package_is_not_writable(package):
+def test_kernels_are_cached_in_the_users_folder_if_the_package_is_not_writable(decode, package):
     where = package / "adaptkit" / "numerics" / "kernels" / "__pycache__"
     where.write_text("no folder")  # root cannot write into it, either
     assert decode(package) == MADE
@@ -423,7 +453,7 @@ def test_kernels_are_cached_in_the_users_folder_if_the_package_is_not_writable(p
         assert decode(package, ADAPTKIT_CACHE="") == MADE
 
 
-def test_kernels_work_with_vector_instructions_disabled_in_numba(package):
+def test_kernels_work_with_vector_instructions_disabled_in_numba(decode, package):
     code = """
 import numpy as np
 from adaptkit.numerics.formats.nf4 import FORMAT
@@ -436,27 +466,25 @@ print(FORMAT.quantize(np.ones(64)).codes[0])
 
 @pytest.mark.skipif(not llvmlite.binding.get_host_cpu_features().get("avx512f"), reason="this processor lacks AVX-512")
 @pytest.mark.parametrize("line", ["cpu_name: generic", "cpu_features: ''", "enable_avx: 0"])
-def test_a_numba_file_that_sets_a_different_processor_is_refused(line, package):
+def test_a_numba_file_that_sets_a_different_processor_is_refused(decode, line, package):
     """This processor's instructions would be requested for that one, at which LLVM ends the process."""
     (package / ".numba_config.yaml").write_text(f"{line}\n")
     code = f"from adaptkit.errors import UsageError\ntry:{DECODE.replace(chr(10), chr(10) + '    ')}\n"
     assert "in the environment" in decode(package, code + "except UsageError as error: print(error.hint)")
 
 
-def test_kernels_for_different_processors_are_cached_separately(package):
+def test_kernels_for_different_processors_are_cached_separately(decode, decoded):
     """As where machines of several kinds share a disk; numba's number of threads makes no difference."""
-    assert decode(package) == MADE
-    assert decode(package, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == MADE
-    assert decode(package) == KEPT
-    assert decode(package, NUMBA_NUM_THREADS="1") == KEPT
+    assert decode(decoded, NUMBA_CPU_NAME="generic", NUMBA_CPU_FEATURES="") == MADE
+    assert decode(decoded) == KEPT
+    assert decode(decoded, NUMBA_NUM_THREADS="1") == KEPT
 
 
-def test_kernels_for_pythons_with_different_object_headers_are_cached_separately(package):
+def test_kernels_for_pythons_with_different_object_headers_are_cached_separately(decode, decoded):
     """Their code contains the offsets of an array's fields; free-threaded Python has longer object headers."""
     other = "import adaptkit.kernel_cache as k, types; k.object = types.SimpleNamespace(__basicsize__=32)\n" + DECODE
-    assert decode(package) == MADE
-    assert decode(package, other) == MADE
-    assert [decode(package), decode(package, other)] == [KEPT, KEPT]
+    assert decode(decoded, other) == MADE
+    assert [decode(decoded), decode(decoded, other)] == [KEPT, KEPT]
 
 
 def add(x, y):
