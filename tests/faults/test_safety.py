@@ -118,9 +118,9 @@ def test_code_of_a_model_is_never_run():
 
 def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
     """Apart from training, only ``quantize --calibrate`` with conversations renders templates."""
+    texts = {module: ast.unparse(tree) for module, tree in trees().items() if not module.startswith("cli/")}
 
     def users(wanted):
-        texts = {module: ast.unparse(tree) for module, tree in trees().items() if not module.startswith("cli/")}
         return {module for module, text in texts.items() if wanted in text}
 
     assert users("apply_chat_template") == {"text/rendering.py"}
