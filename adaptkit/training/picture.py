@@ -21,8 +21,9 @@ def draw(history: History) -> bytes:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # ignore the user's matplotlibrc
         matplotlib.rcParams.update({"svg.hashsalt": "adaptkit", "svg.fonttype": "none"})
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(7, 4))
+        # Margins that fit the labels: finding them would mean drawing everything twice more.
+        axes = figure.add_axes((0.13, 0.13, 0.71, 0.8))
         axes.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training", linewidth=1)
         if measured:
             axes.plot(list(measured), list(measured.values()), "o-", label="held out", markersize=4)
