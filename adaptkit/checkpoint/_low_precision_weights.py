@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,16 +15,8 @@ from adaptkit.numerics.formats import _fp8, _mxfp4
 
 BLOCKS, SCALES = "_blocks", "_scales"
 """What gpt-oss appends to the name of its experts' weight."""
-_AT_A_TIME = 1 << 16
-"""Number of bytes of transposed MXFP4 codes decoded at a time: the result then stays in the cache."""
-
-
-@dataclass(frozen=True)
-class Decoded:
-    """Some weights, and the bytes of the codes that they were made from."""
-
-    values: Array
-    raw: Array
+_AT_A_TIME = 1 << 18
+"""Number of bytes of an expert's codes read at a time, so that they stay in the cache."""
 
 
 class LowPrecisionWeight(Protocol):
@@ -51,7 +42,7 @@ class LowPrecisionWeight(Protocol):
         """The fewest consecutive weights that can be decoded."""
         ...
 
-    def decode(self, files: TensorFiles, start: int, count: int, dtype: np.dtype[Any]) -> Decoded:
+    def decode(self, files: TensorFiles, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """Read and decode ``count`` > 0 weights from the ``start``-th on, both multiples of ``unit``: (count,)."""
         ...
 
@@ -88,29 +79,33 @@ class Fp8Weight:
         """A row."""
         return self.shape[-1]
 
-    def decode(self, files: TensorFiles, start: int, count: int, dtype: np.dtype[Any]) -> Decoded:
+    def decode(self, files: TensorFiles, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """Decode whole rows, of one matrix or of several; see ``LowPrecisionWeight``."""
         rows, columns = self.shape[-2:]
-        raw, values = files.read_bytes(self.name, start, count), np.empty((count // columns, columns), dtype)
-        codes, first = raw.reshape(-1, columns), start // columns
+        values = np.empty((count // columns, columns), dtype)
+        codes, first = files.read_bytes(self.name, start, count).reshape(values.shape), start // columns
         done = 0
         while done < len(codes):
             matrix, row = divmod(first + done, rows)
             here = slice(done, done + min(rows - row, len(codes) - done))
-            scales = self._scales_of(files, matrix)
-            values[here] = _fp8.dequantize(codes[here], scales, self.block, row, dtype)
+            scales = self._scales_of(files, matrix, row, row + here.stop - done)
+            _fp8.dequantize(codes[here], scales, self.block, row % self.block[0], values[here])
             done = here.stop
-        return Decoded(values.reshape(-1), raw)
+        return values.reshape(-1)
 
     def is_broken(self, files: TensorFiles, values: Array) -> bool:
         """See ``LowPrecisionWeight``."""
         return bool(np.isnan(values).any()) or not all_finite(_as_float32(files.read_array(self.scales)))
 
-    def _scales_of(self, files: TensorFiles, matrix: int) -> Array:
+    def _scales_of(self, files: TensorFiles, matrix: int, row: int, stop: int) -> Array:
+        """Read the scales of some rows of a matrix: (blocks that they lie in, blocks beside each other)."""
         spec = files.spec(self.scales)
-        grid = (1, 1) if spec.count == 1 else spec.shape[-2:]
-        start = 0 if spec.count == 1 else matrix * math.prod(grid)
-        return _as_float32(files.read_flat_array(self.scales, start, math.prod(grid))).reshape(grid)
+        if spec.count == 1:
+            return _as_float32(files.read_array(self.scales)).reshape(1, 1)
+        down, across = spec.shape[-2:]
+        first, last = row // self.block[0], (stop - 1) // self.block[0]
+        start, count = (matrix * down + first) * across, (last + 1 - first) * across
+        return _as_float32(files.read_flat_array(self.scales, start, count)).reshape(-1, across)
 
 
 @dataclass(frozen=True)
@@ -139,12 +134,11 @@ class Mxfp4Weight:
         """Weights that share an exponent."""
         return _mxfp4.BLOCK
 
-    def decode(self, files: TensorFiles, start: int, count: int, dtype: np.dtype[Any]) -> Decoded:
+    def decode(self, files: TensorFiles, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """Decode whole blocks; see ``LowPrecisionWeight``."""
         raw = files.read_bytes(self.name, start // 2, count // 2)
         exponents = files.read_bytes(self.scales, start // _mxfp4.BLOCK, count // _mxfp4.BLOCK)
-        values = _mxfp4.dequantize(raw.reshape(-1, _mxfp4.BLOCK // 2), exponents.reshape(-1, 1), dtype)
-        return Decoded(values.reshape(-1), raw)
+        return _mxfp4.dequantize(raw.reshape(-1, _mxfp4.BLOCK // 2), exponents.reshape(-1, 1), dtype).reshape(-1)
 
     def is_broken(self, files: TensorFiles, values: Array) -> bool:
         """See ``LowPrecisionWeight``."""
@@ -170,33 +164,35 @@ class Mxfp4Experts:
 
     @property
     def unit(self) -> int:
-        """An expert, since it is transposed."""
-        return self.shape[1] * self.shape[2]
+        """As many rows as codes of the transposed weight that share an exponent."""
+        return _mxfp4.BLOCK * self.shape[2]
 
-    def decode(self, files: TensorFiles, start: int, count: int, dtype: np.dtype[Any]) -> Decoded:
-        """Decode whole experts; see ``LowPrecisionWeight``."""
-        experts = range(start // self.unit, (start + count) // self.unit)
-        found = [self._expert(files, expert, dtype) for expert in experts]
-        if len(found) == 1:
-            return found[0]
-        return Decoded(*(np.concatenate(arrays) for arrays in zip(*((f.values, f.raw) for f in found), strict=True)))
+    def decode(self, files: TensorFiles, start: int, count: int, dtype: np.dtype[Any]) -> Array:
+        """Decode whole rows, of one expert or of several; see ``LowPrecisionWeight``."""
+        _, inputs, outputs = self.shape
+        values, first, done = np.empty((count // outputs, outputs), dtype), start // outputs, 0
+        while done < len(values):
+            expert, row = divmod(first + done, inputs)
+            here = slice(done, min(len(values), done + inputs - row))
+            self._decode_rows(files, expert, row, values[here])
+            done = here.stop
+        return values.reshape(-1)
 
     def is_broken(self, files: TensorFiles, values: Array) -> bool:
         """See ``LowPrecisionWeight``."""
         return bool(np.isnan(values).any())
 
-    def _expert(self, files: TensorFiles, expert: int, dtype: np.dtype[Any]) -> Decoded:
+    def _decode_rows(self, files: TensorFiles, expert: int, row: int, out: Array) -> None:
+        """Decode rows of one expert, which are columns in the files; so all its codes are read, though not at once."""
         _, inputs, outputs = self.shape
-        half, groups = inputs // 2, inputs // _mxfp4.BLOCK
-        blocks, scales = self.parts
-        raw = files.read_bytes(blocks, expert * outputs * half, outputs * half)
-        exponents = files.read_bytes(scales, expert * outputs * groups, outputs * groups).reshape(outputs, groups)
-        codes, values = raw.reshape(outputs, half), np.empty((inputs, outputs), dtype)
-        step = max(1, _AT_A_TIME // half)
+        (blocks, scales), half, groups = self.parts, inputs // 2, inputs // _mxfp4.BLOCK
+        stop, step = row + len(out), max(1, _AT_A_TIME // half)
         for first in range(0, outputs, step):
-            rows = slice(first, first + step)
-            values[:, rows] = _mxfp4.dequantize(codes[rows], exponents[rows], dtype).T
-        return Decoded(values.reshape(-1), raw)
+            count, start = min(step, outputs - first), expert * outputs + first
+            codes = files.read_bytes(blocks, start * half, count * half).reshape(count, half)
+            exponents = files.read_bytes(scales, start * groups, count * groups).reshape(count, groups)
+            here = codes[:, row // 2 : stop // 2], exponents[:, row // _mxfp4.BLOCK : stop // _mxfp4.BLOCK]
+            out[:, first : first + count] = _mxfp4.dequantize(*here, out.dtype).T
 
 
 def _as_float32(scales: Array) -> Array:

@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from adaptkit.checkpoint._low_precision_weights import (
     BLOCKS,
     SCALES,
-    Decoded,
     Fp8Weight,
     LowPrecisionWeight,
     Mxfp4Experts,
@@ -37,7 +36,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
 from adaptkit.numerics.formats import _mxfp4
 
-__all__ = ["Decoded", "LowPrecisionWeight", "low_precision_weights"]
+__all__ = ["LowPrecisionWeight", "low_precision_weights"]
 
 _SCALE, _OTHER_SCALES = "_scale_inv", ("scale", "qscale_weight")
 _OF_INPUTS = ("activation_scale", "input_scale")

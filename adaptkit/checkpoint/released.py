@@ -78,7 +78,7 @@ class ReleasedCheckpoint(Checkpoint):
             return self.release._read(located, offset, size)
         first, last = offset // itemsize, -(-(offset + size) // itemsize)
         start, stop = first // weight.unit * weight.unit, -(-last // weight.unit) * weight.unit
-        values = weight.decode(self.release, start, stop - start, ARRAY_DTYPES[_DTYPE]).values
+        values = weight.decode(self.release, start, stop - start, ARRAY_DTYPES[_DTYPE])
         return values.view("uint8")[offset - start * itemsize :][:size]
 
 

@@ -7,6 +7,7 @@ next tensor and the next shard, but only a few results exist at a time.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -92,9 +93,17 @@ def plan_shards(groups: Sequence[Group], max_shard_bytes: int) -> list[tuple[str
     return [(shard_name(number, len(shards)), shard) for number, shard in enumerate(shards, 1)]
 
 
-def cut_pieces(spec: TensorSpec, multiple: int = 1) -> list[Piece]:
-    """Cut a tensor into pieces of about ``PIECE_BYTES``, each but the last a multiple of ``multiple`` elements long."""
+def cut_pieces(spec: TensorSpec, multiple: int = 1, unit: int = 1) -> list[Piece]:
+    """Cut a tensor into pieces of about ``PIECE_BYTES``.
+
+    Args:
+        spec: of the tensor.
+        multiple: each piece but the last is a multiple of so many elements long.
+        unit: number of elements that are read together; pieces are whole units unless they would be larger for it.
+    """
     itemsize = spec.nbytes // spec.count if spec.count else 1
+    if (both := math.lcm(multiple, unit)) * itemsize <= PIECE_BYTES:
+        multiple = both
     step = max(1, PIECE_BYTES // itemsize // multiple) * multiple
     return [Piece(start, min(step, spec.count - start)) for start in range(0, spec.count, step)] or [Piece(0, 0)]
 

@@ -8,18 +8,17 @@ from functools import partial
 from typing import NoReturn
 
 import numpy as np
-import xxhash
 
 from adaptkit.arguments import AnyPath, as_path, checked_options, typed_fields
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, dtype_name
 from adaptkit.checkpoint.foreign import RELEASED, quantization_found, without_quantization
-from adaptkit.checkpoint.hashing import bytes_of, fingerprint_in_pieces
+from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME, check_side_files
-from adaptkit.checkpoint.low_precision import Decoded, LowPrecisionWeight, low_precision_weights
+from adaptkit.checkpoint.low_precision import LowPrecisionWeight, low_precision_weights
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
@@ -137,18 +136,16 @@ def dequantize(
     if dry_run:
         return planned
 
-    def jobs(group: Group) -> Sequence[Callable[[], Decoded]]:
-        if group.source in packed:
-            return packed[group.source].jobs()
-        return [partial(_as_it_is, job) for job in read_jobs(checkpoint, group.specs[0])]
+    def jobs(group: Group) -> Sequence[Callable[[], Array]]:
+        return packed[group.source].jobs() if group.source in packed else read_jobs(checkpoint, group.specs[0])
 
-    def assemble(group: Group, results: Iterator[Decoded], writer: TensorWriter) -> dict[str, str]:
-        digest = xxhash.xxh3_128()
-        for result in results:
-            digest.update(bytes_of(result.raw))
-            writer.write(group.specs[0].name, result.values)
-        others = packed[group.source].parts[1:] if group.source in packed else ()
-        return {part: fingerprint_in_pieces(checkpoint, part) for part in others} | {group.source: digest.hexdigest()}
+    def assemble(group: Group, results: Iterator[Array], writer: TensorWriter) -> dict[str, str]:
+        for values in results:
+            writer.write(group.specs[0].name, values)
+        if group.source not in packed:
+            return {group.source: writer.tensors[-1].xxh3_128}
+        # read again now, while their pages are cached
+        return {part: fingerprint_in_pieces(checkpoint, part) for part in packed[group.source].parts}
 
     recorded = {name: value for name, value in asdict(options).items() if name != "threads"}
     if not quantized.quantized_names(checkpoint):
@@ -183,7 +180,7 @@ class _Packed:
 
     parts: tuple[str, ...]
     spec: TensorSpec
-    jobs: Callable[[], list[Callable[[], Decoded]]]
+    jobs: Callable[[], list[Callable[[], Array]]]
     left_out: int = 0
 
 
@@ -217,21 +214,20 @@ def _blockwise(checkpoint: Checkpoint, name: str, options: DequantizeOptions) ->
     return _Packed(tuple(quantized.part_names(checkpoint, name)), spec, partial(_decoding, checkpoint, spec))
 
 
-def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], Decoded]]:
+def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], Array]]:
     weight = quantized.read_constants(checkpoint, spec.name)
     absmax = weight.absmax
 
-    def decoded(piece: Piece) -> Decoded:
+    def decoded(piece: Piece) -> Array:
         packed = quantized.read_run(checkpoint, spec.name, weight, absmax, piece.start, piece.count)
-        values = weight.encoding.numerics.dequantize(packed, ARRAY_DTYPES[spec.dtype])
+        values: Array = weight.encoding.numerics.dequantize(packed, ARRAY_DTYPES[spec.dtype])
         if not all_finite(values):
             is_broken = not all_finite(packed.absmax)
             _refuse(spec, is_broken, f"a weight of up to {np.abs(packed.absmax).max():.6g}")
-        return Decoded(values, packed.codes)
+        return values
 
-    def decoded_whole() -> Decoded:
-        found = decoded(Piece(0, spec.count))
-        return Decoded(np.ascontiguousarray(found.values.reshape(weight.shape).T), found.raw)
+    def decoded_whole() -> Array:
+        return np.ascontiguousarray(decoded(Piece(0, spec.count)).reshape(weight.shape).T)
 
     if stores_transposed(checkpoint, spec.name):  # only in the GPT-2 family, whose matrices are small
         return [decoded_whole]
@@ -243,13 +239,13 @@ def _low_precision(checkpoint: Checkpoint, weight: LowPrecisionWeight, options: 
     spec = TensorSpec(weight.name, dtype_name(options.dtype or "bfloat16"), weight.shape)
     dtype = ARRAY_DTYPES[spec.dtype]
 
-    def decoded(piece: Piece) -> Decoded:
-        found = weight.decode(checkpoint, piece.start, piece.count, dtype)
-        if not all_finite(found.values):
-            _refuse(spec, weight.is_broken(checkpoint, found.values), "a weight")
-        return found
+    def decoded(piece: Piece) -> Array:
+        values = weight.decode(checkpoint, piece.start, piece.count, dtype)
+        if not all_finite(values):
+            _refuse(spec, weight.is_broken(checkpoint, values), "a weight")
+        return values
 
-    def jobs() -> list[Callable[[], Decoded]]:
+    def jobs() -> list[Callable[[], Array]]:
         return [partial(decoded, piece) for piece in cut_pieces(spec, weight.unit)]
 
     return _Packed(weight.parts, spec, jobs, len(weight.parts) - 2)
@@ -265,11 +261,6 @@ def _refuse(spec: TensorSpec, is_broken: bool, weight: str) -> NoReturn:
     raise NonFiniteError(
         f"{spec.name}: {weight} is too large for {spec.dtype}", hint=larger.get(spec.dtype, "check the checkpoint")
     )
-
-
-def _as_it_is(job: Callable[[], Array]) -> Decoded:
-    values = job()
-    return Decoded(values, values)
 
 
 def _manifest(out: Output, checkpoint: Checkpoint, recorded: dict[str, object]) -> Manifest:

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.manifest import TensorRecord, require_manifest
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.released import open_plain
 from adaptkit.errors import CheckpointError, IntegrityError, NonFiniteError
+from adaptkit.operations import _shards
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.inspect import inspect
 from adaptkit.operations.merge import merge
@@ -51,6 +53,23 @@ def test_the_files_are_those_made_from_the_16_bit_checkpoint(releases, kind, moe
     assert report.quantized > 5
     assert len(Checkpoint(tmp_path / "one").headers) > 1
     assert without_manifest(tmp_path / "one") == without_manifest(tmp_path / "two")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("piece", [130, 3000])
+def test_pieces_do_not_change_the_files(releases, kind, piece, tmp_path, monkeypatch):
+    release, _ = releases[kind]
+    quantize(release, tmp_path / "one", QuantizeOptions(moe="quantize"))
+    monkeypatch.setattr(_shards, "PIECE_BYTES", piece)
+    quantize(release, tmp_path / "two", QuantizeOptions(moe="quantize"))
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+
+
+@pytest.mark.parametrize(("columns", "are_whole"), [(11008, True), (11003, False)])
+def test_pieces_are_whole_rows_unless_they_would_be_large_for_it(columns, are_whole):
+    pieces = _shards.cut_pieces(TensorSpec("weight", "BF16", (4096, columns)), 4096, columns)
+    assert all(piece.start % 4096 == 0 and 2 * piece.count <= _shards.PIECE_BYTES for piece in pieces)
+    assert all(piece.start % columns == 0 for piece in pieces) == are_whole
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -74,7 +73,7 @@ class TensorPlan:
             return [partial(_as_it_is, job) for job in read_jobs(checkpoint, self.spec, self.check)]
         if self.transposed:  # only in the GPT-2 family, whose matrices are small
             return [partial(self._encode, self.encoding, checkpoint, None)]
-        pieces = cut_pieces(self.spec, math.lcm(self.encoding.block_size, checkpoint.unit(self.spec.name)))
+        pieces = cut_pieces(self.spec, self.encoding.block_size, checkpoint.unit(self.spec.name))
         return [partial(self._encode, self.encoding, checkpoint, piece) for piece in pieces]
 
     def assemble(self, results: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
