@@ -191,6 +191,17 @@ def test_outputs_of_norms_are_saved_on_a_gpu_and_recomputed_on_a_cpu(models):
         assert gpu.kept_bytes == cpu.kept_bytes + 2 * cpu.input_bytes
 
 
+def test_the_backward_pass_of_attention_on_a_gpu_needs_its_sums(models, tmp_path):
+    """FlashAttention's, for a layer that is little else: dQ in float32, and dK and dV for each head of the queries."""
+    config = json.loads((models["llama"][0] / "config.json").read_text())
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 16}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    queries = 4 * 128 * 16 * 64
+    by_head = 2 * queries  # bytes in 16 bits
+    for size in planned_layers(tmp_path, on_gpu=True):
+        assert size.peak_bytes > 4 * queries + 2 * by_head + by_head  # and dQ
+
+
 @pytest.mark.parametrize(("width", "fused"), [(1 << 16, True), (1 << 17, False)])
 def test_modules_that_are_wider_than_those_of_any_model_are_not_probed(models, tmp_path, width, fused):
     """A configuration may give any size, and probes allocate memory."""

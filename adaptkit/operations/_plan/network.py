@@ -169,7 +169,8 @@ def _attend_on_cpu(
 class _Attention(torch.autograd.Function):
     """Saves its (batch, heads, rows, dim) inputs, its output and one number per row, as FlashAttention does.
 
-    The backward pass on a CPU also allocates copies of its inputs, and two blocks of scores.
+    The backward pass on a CPU also allocates copies of its inputs, and two blocks of scores; FlashAttention's sums of
+    gradients of the queries in float32, and gradients of keys and values for every query head.
     """
 
     @staticmethod
@@ -184,7 +185,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, result, _ = ctx.saved_tensors
         if not ctx.scores:
-            return *(torch.empty_like(tensor) for tensor in (query, key, value)), None
+            by_head = [side for side in (key, value) if side.shape[1] != query.shape[1]]
+            space = [side.new_empty(len(side), query.shape[1], *side.shape[2:]) for side in by_head]
+            space += [query.new_empty(query.shape, dtype=torch.float32)] if query.element_size() == 2 else []
+            grads = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+            del space
+            return *grads, None
         copies = [torch.empty_like(result), torch.empty_like(query)]
         grads = tuple(side.new_empty(side.shape, dtype=torch.float32) for side in (key, value))
         blocks = [query.new_empty(ctx.scores) for _ in range(2)]
