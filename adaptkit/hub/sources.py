@@ -75,7 +75,7 @@ def resolve_source(source: AnyPath, progress: Progress = no_progress, note: Note
         return path
     if named is None:
         hint = "pass a local folder, or org/name[@revision] on the Hub"
-        raise UsageError(f"{text or repr(text)}: does not exist", hint=hint)
+        raise UsageError(f"{text}: does not exist", hint=hint)
     with _local_copy_hint(named[1], named[2]):
         return _fetch_repository(connect(note), _absent(text), named[1], named[2], progress)
 
