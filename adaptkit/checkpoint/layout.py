@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from adaptkit.arguments import AnyPath, folder_hint
+from adaptkit.arguments import AnyPath, folder_hint, path_hint
 from adaptkit.checkpoint.header import check_regular, strict_json
 from adaptkit.checkpoint.links import refuse_foreign_link
 from adaptkit.checkpoint.other_weights import VALUE_HEADS, WEIGHTS_BESIDE, refuse_other_weights
@@ -96,8 +96,13 @@ def require_folder(path: Path, hint: Callable[[AnyPath], str] = folder_hint) -> 
         UsageError: it does not exist or is a file; ``hint`` makes its hint from the path.
     """
     if not os.path.isdir(path):  # Path.is_dir raises if a name is too long
-        found = "is a file" if os.path.exists(path) else "does not exist"
-        raise UsageError(f"{path}: {found}; expected a checkpoint or adapter folder", hint=hint(path))
+        expected = "expected a checkpoint or adapter folder"
+        if not os.path.exists(path):
+            raise UsageError(f"{path}: does not exist; {expected}", hint=hint(path))
+        belongs = any(os.path.isfile(path.parent / name) for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
+        raise UsageError(
+            f"{path}: is a file; {expected}", hint=f"give its folder, {path.parent}" if belongs else path_hint(path)
+        )
     return path
 
 

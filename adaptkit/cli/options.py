@@ -25,8 +25,11 @@ def one_of(choices: Iterable[str]) -> Callable[[click.Context, click.Parameter, 
     return lambda context, option, begun: [choice for choice in choices if choice.startswith(begun)]
 
 
+_LEAST_WITHOUT_UNIT = 10**6
+
+
 class Size(click.ParamType[int]):
-    """A number of bytes: 5GB, 500MB, 20000."""
+    """A number of bytes: 5GB, 500MB, 20000B; without a unit only if it is large, since 5 is hardly meant as bytes."""
 
     name = "size"
 
@@ -36,9 +39,12 @@ class Size(click.ParamType[int]):
         factor = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}.get(text[-1:], 1)
         number = text if factor == 1 else text[:-1]
         try:
-            return int(float(number) * factor)
+            nbytes = int(float(number) * factor)
         except (ValueError, OverflowError):
             return self.fail(f"{value!r} is not a size such as 5GB or 500MB", param, ctx)
+        if 0 < nbytes < _LEAST_WITHOUT_UNIT and text == str(value).strip():
+            return self.fail(f"{value!r} has no unit; write {value}GB or {value}MB, or {value}B for bytes", param, ctx)
+        return nbytes
 
 
 class Share(click.ParamType[Part]):

@@ -12,10 +12,10 @@ from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import Manifest, parent_of
 from adaptkit.checkpoint.place import check_output
-from adaptkit.errors import AdapterError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd
 from adaptkit.operations._carried import Carried, collect_carried, left_out
+from adaptkit.operations._companions import refuse_compensation
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._terms import KEPT_KEYS
 from adaptkit.operations._threads import check_threads, map_in_threads, thread_count
@@ -129,11 +129,8 @@ def resize(
     options = checked_options(options, ResizeOptions)
     read = read_adapter(adapter)
     require_plain(read, "resize")
-    if read.compensation:
-        raise AdapterError(
-            f"{read.root}: was trained from a companion adapter, whose correction a smaller rank would destroy",
-            hint="merge it into the 16-bit base, then extract an adapter from the result",
-        )
+    instead = "merge it into the 16-bit base, then extract an adapter from the result"
+    refuse_compensation(read, "whose correction a smaller rank would destroy", instead)
     check_output(output, force, [adapter])
     carried = collect_carried([read])
     threads = thread_count(options.threads)

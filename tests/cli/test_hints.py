@@ -129,6 +129,33 @@ def test_of_equally_close_names_the_one_with_the_same_beginning_is_suggested(run
     assert closest("xyz", NAMES) is None
 
 
+@pytest.mark.parametrize("command", ["inspect {}", "diff {} a", "quantize {} -o out", "train --base {} --data x -o o"])
+def test_the_hint_for_a_file_in_place_of_its_folder_names_the_folder(run_cli, llama, adapter, tmp_path, command):
+    (tmp_path / "file").write_text("")
+    for file, hint in (
+        (llama / "config.json", f"give its folder, {llama}"),
+        (adapter / "adapter_model.safetensors", f"give its folder, {adapter}"),
+        (tmp_path / "file", "check the path"),
+    ):
+        done = run_cli(*command.format(file).split(), cwd=tmp_path)
+        assert (done.code, done.stdout) == (2, "")
+        assert done.stderr == f"error: {file}: is a file; expected a checkpoint or adapter folder\nhint: {hint}\n"
+
+
+def test_the_hint_for_undoing_what_is_no_merge_is_the_output_of_merge(run_cli, llama, tmp_path):
+    """``adopt``, the hint for other commands, would not make it one."""
+    done = run_cli("unmerge", llama, "-o", tmp_path / "out")
+    assert done.code == 3
+    assert done.stderr.splitlines()[1] == "hint: give the output folder of adaptkit merge"
+
+
+def test_a_size_without_a_unit_is_refused_unless_it_is_large(run_cli, llama, tmp_path):
+    def code(size):
+        return run_cli("quantize", llama, "-o", tmp_path / "out", "--max-shard-size", size, "--dry-run").code
+
+    assert [code(size) for size in ("5", "0.5", "999999", "1000000", "5B", "5b", "2kb")] == [2, 2, 2, 0, 0, 0, 0]
+
+
 def test_an_unknown_device_is_refused_with_the_accepted_ones(run_cli, llama, instructions, tmp_path):
     done = run_cli("evaluate", "--base", llama, "--data", instructions, "--device", "gpu")
     assert (done.code, done.stdout) == (2, "")

@@ -87,6 +87,11 @@ def broken(tmp_path, llama, adapter):
         "name too long": (["quantize", "a" * 300, "-o", "out"], 2, "does not exist"),
         "name of a part": (["quantize", tmp_path / "stray", "-o", "out"], 5, "the name of a part of"),
         "bad block size": (["quantize", llama, "-o", "out", "--block-size", "48"], 2, "power of two"),
+        "shard size without a unit": (
+            ["quantize", llama, "-o", "out", "--max-shard-size", "5"],
+            2,
+            "'5' has no unit; write 5GB or 5MB, or 5B for bytes",
+        ),
         "bad shard size": (["quantize", llama, "-o", "out", "--max-shard-size", "big"], 2, "not a size"),
         "unknown option": (["quantize", llama, "-o", "out", "--fast"], 2, "No such option"),
         "no adapter": (["merge", llama, llama, "-o", "out"], 5, "not an adapter"),

@@ -32,7 +32,7 @@ for command in json.load(sys.stdin):
 """
 
 STEPS = {
-    "packed": ["quantize", "base", "--max-shard-size", "60000", "--skip", "*.o_proj", "--skip", "*.k_proj", "-o"],
+    "packed": ["quantize", "base", "--max-shard-size", "60000B", "--skip", "*.o_proj", "--skip", "*.k_proj", "-o"],
     "calibrated": ["quantize", "base", "--calibrate", "text.txt", "--calibration-tokens", "256", "--window", "32",
                    "--init-adapter", "2", "-o"],
     "plain": ["dequantize", "packed", "-o"],

@@ -287,6 +287,21 @@ def test_stacking_adapters_trained_from_a_companion_is_refused(trained, tmp_path
         stack([trained, trained], tmp_path / "out")
 
 
+@pytest.mark.parametrize("command", ["stack {0} {0} -o out", "resize {0} -o out --rank 1", "merge {1} {0} -o out"])
+def test_the_hint_for_a_companion_that_was_never_trained_is_to_train_it(
+    run_cli, llama, calibrated, instructions, tmp_path, command
+):
+    """Merging it, the hint for trained ones, is refused."""
+    base, companion, *_ = calibrated
+    done = run_cli(*command.format(companion, llama).split(), cwd=tmp_path)
+    assert done.stdout == ""
+    hint = done.stderr.splitlines()[1].removeprefix("hint: train it first: adaptkit ")
+    assert hint == f"train --base QUANTIZED --init {companion} --data FILE -o OUT"
+    for word, given in (("QUANTIZED", base), ("FILE", instructions), ("OUT", "trained")):
+        hint = hint.replace(word, str(given))
+    assert run_cli(*hint.split(), "--steps", 1, "--batch-size", 1, "--device", "cpu", cwd=tmp_path).code == 0
+
+
 def test_a_bits_budget_is_met_and_its_upgrades_are_reported(llama, text, tmp_path):
     plain = quantize(llama, tmp_path / "plain", dry_run=True).bits_per_parameter
     report = quantize(llama, tmp_path / "out", options(text, bits_budget=plain + 1.5))
@@ -417,5 +432,5 @@ def test_a_companion_folder_that_is_unneeded_or_exists_is_refused(llama, text, t
     assert "no companion adapter to write" in refusal(
         UsageError, llama, tmp_path, options(text), companion=tmp_path / "x"
     )
-    (tmp_path / "out-init").mkdir()
+    (tmp_path / "out-init" / "theirs").mkdir(parents=True)
     refusal(OutputExistsError, llama, tmp_path, options(text, init_rank=2))

@@ -276,7 +276,9 @@ def test_invalid_share_numbers_are_refused(number, total):
 
 def test_shares_can_be_made_concurrently(llama, sharded, tmp_path, run_cli):
     def share_apart(number):
-        return run_cli("quantize", llama, "-o", tmp_path / "out", "--part", f"{number}/2", "--max-shard-size", SMALL)
+        return run_cli(
+            "quantize", llama, "-o", tmp_path / "out", "--part", f"{number}/2", "--max-shard-size", f"{SMALL}B"
+        )
 
     with ThreadPoolExecutor(2) as pool:
         assert [done.code for done in pool.map(share_apart, (1, 2))] == [0, 0]

@@ -16,6 +16,7 @@ from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
 from adaptkit.networks.addressing import OTHER_MODEL, Slice
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
+from adaptkit.operations._companions import training_of
 from adaptkit.operations._merge.edit_checks import check_shape, check_sums
 from adaptkit.operations._merge.edits import Edit, Edits, Step, Stored
 from adaptkit.operations._merge.expert_panels import Experts
@@ -61,7 +62,7 @@ def plan_edits(
             raise UsageError(
                 f"{adapter.root}: an untrained companion adapter only offsets what quantization loses, which "
                 f"{checkpoint.root} has not lost",
-                hint=f"train it first: adaptkit train --init {adapter.root}",
+                hint=f"train it first: {training_of(adapter)}",
             )
         edits.notes += [f"{adapter.root}: {change.mapping_note}"] if change.mapping_note else []
         _Planner(checkpoint, vocabulary, edits, change, adapter, number, weight, uses_copy).plan()

@@ -14,7 +14,7 @@ from adaptkit.checkpoint.adapter import Adapter, adapter_identity, read_adapter
 from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.header import Header, parse_header, strict_json
 from adaptkit.checkpoint.layout import CARD_NAME, CONFIG_NAME, TEMPLATES_FOLDER, read_small, resolve_inside
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, read_manifest
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint, Located, TensorFiles
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
@@ -22,6 +22,7 @@ from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, 
 if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Array
 
+_OUTPUT_OF_MERGE = "give the output folder of adaptkit merge"
 AGAIN = "restore the merged model from a good copy, or merge again from the base"
 """Hint of errors about a damaged merged model."""
 
@@ -255,14 +256,16 @@ def open_merged(root: Path) -> MergedModel:
     Raises:
         IntegrityError: it is something else, or its tensors do not match its manifest.
     """
-    manifest = require_manifest(root)
+    manifest = read_manifest(root)
+    if manifest is None:
+        raise IntegrityError(f"{root}: not a merged model: {MANIFEST_NAME} not found", hint=_OUTPUT_OF_MERGE)
     if any(parent.role == "whole" for parent in manifest.parents):
         raise IntegrityError(
             f"{root}: only a part of the merged model was pulled", hint="pull all of it, without --only"
         )
     is_merge = manifest.operation.get("name") == "merge"
     if manifest.kind != "merged" or not is_merge:
-        hint = "a merge with --format nf4 cannot be undone" if is_merge else "give the output folder of adaptkit merge"
+        hint = "a merge with --format nf4 cannot be undone" if is_merge else _OUTPUT_OF_MERGE
         raise IntegrityError(f"{root}: not a merged model: its manifest says {manifest.kind}", hint=hint)
     options = manifest.operation.get("options")
     lists = [options.get(key, []) for key in ("begun", "small_files")] if isinstance(options, dict) else [None]

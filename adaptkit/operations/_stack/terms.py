@@ -12,6 +12,7 @@ from adaptkit.checkpoint.vocabulary import is_head
 from adaptkit.errors import AdapterError, NonFiniteError
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
+from adaptkit.operations._companions import refuse_compensation
 from adaptkit.operations._terms import KEPT_KEYS
 
 _FLOAT32_MAX = torch.finfo(torch.float32).max
@@ -72,11 +73,7 @@ def stackable(adapters: Sequence[Adapter], weights: Sequence[float]) -> Stackabl
 
 def _check_supported(adapter: Adapter) -> None:
     require_plain(adapter, "stack")
-    if adapter.compensation:
-        raise AdapterError(
-            f"{adapter.root}: was trained from a companion adapter, whose correction must not be added twice",
-            hint="merge it into the 16-bit base instead",
-        )
+    refuse_compensation(adapter, "whose correction must not be added twice", "merge it into the 16-bit base instead")
 
 
 def _check_compatible(adapter: Adapter, first: Adapter) -> None:
