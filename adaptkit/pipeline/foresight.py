@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
+from typing import Any
 
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError, UsageError, install_hint
@@ -57,7 +59,7 @@ class Foresight:
         for step in self._steps:
             if step.how.precheck is not None:
                 with self._warn_in_dry_run(step):
-                    step.how.precheck(step.options, self._signer, self._listener.note_of(step))
+                    step.how.precheck(self._early_options(step), self._signer, self._listener.note_of(step))
 
     def before_sending(self, sendings: Iterable[tuple[Step, Work]]) -> None:
         """Before the first step that publishes, rehearse all later ones; acts only once.
@@ -81,8 +83,16 @@ class Foresight:
             AdaptkitError: publishing would be rejected (not in a dry run).
         """
         with self._warn_in_dry_run(step):
-            return step.how.rehearse(work) if step.how.rehearse is not None else ""
+            early = replace(work, options=self._early_options(step))
+            return step.how.rehearse(early) if step.how.rehearse is not None else ""
         return ""
+
+    def _early_options(self, step: Step) -> Any:
+        """Return the options to check a step with: without a pull request if an earlier step makes its repository."""
+        before = self._steps[: self._steps.index(step)]
+        made = {other.options.repo.casefold() for other in before if other.how.sends and not other.options.pull_request}
+        asks = step.how.sends and step.options.pull_request and step.options.repo.casefold() in made
+        return replace(step.options, pull_request=False) if asks else step.options
 
     @contextmanager
     def _warn_in_dry_run(self, step: Step) -> Iterator[None]:

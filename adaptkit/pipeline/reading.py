@@ -27,6 +27,8 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         ConfigError: the recipe is invalid; names file, line and path of the value.
     """
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # reading a pipe may block
+        raise ConfigError(f"{path}: is not a regular file", hint="save the recipe as a file; its lock lies beside it")
     document = read_document(path)
     top = Place(document)
     values = check_keys(document.values, ("name", "sources", "steps"), top)

@@ -2,7 +2,8 @@
 
     .adaptkit/hashes.json             cached hashes of sources; see ``sources.Hashes``
     .adaptkit/3f9a1c0b77de/           first digits of a step's key, a hash of its kind, options, inputs and the version
-        adapter.json                  the whole key, and what the step ``adapter`` made and measured
+        adapter.json                  the whole key, and what the step ``adapter`` made and measured; a step that makes
+                                      no artifact may have had another name then
         adapter/                      the artifact
         adapter.partial/              the unfinished artifact, which the same step resumes
 
@@ -171,9 +172,18 @@ class WorkFolder:
         return manifest
 
     def _read(self, step: Step, key: str) -> Record | None:
+        """Read the record of a step; if it makes nothing, its name does not matter, so a finished one of any name."""
+        own = self._path(step, key)
+        record = self._read_file(own, step, key)
+        if step.makes or (record is not None and record.outputs is not None):
+            return record
+        others = (self._read_file(path, step, key) for path in sorted(own.parent.glob("*.json")) if path != own)
+        return next((other for other in others if other is not None and other.outputs is not None), record)
+
+    def _read_file(self, path: Path, step: Step, key: str) -> Record | None:
         """Read a record; None if there is none, it is another's, or it is not as it was written."""
         try:
-            content = json.loads(self._path(step, key).read_bytes())
+            content = json.loads(path.read_bytes())
             if content.pop("sha256") != _digest(content):
                 return None
             record = Record(**content)

@@ -332,6 +332,26 @@ def test_what_publishing_deletes_is_counted_and_a_pull_request_or_branch_is_name
     assert facts["release"]["deletions"] == 2
 
 
+def test_a_pull_request_may_go_to_a_repository_that_an_earlier_step_creates(copied):
+    """Its early checks used to refuse it, since the repository does not exist yet."""
+    steps = "  first: {publish: adapter, repo: demo/begun}\n"
+    steps += "  asked: {publish: base-nf4, repo: demo/begun, pull_request: true}\n"
+    recipe = copied.folder / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + steps)
+    dry = copied.run("--dry-run")
+    assert "would be rejected" not in dry.stderr
+    done = copied.run()
+    assert done.code == 0, done.stderr
+    rows = table(done.stdout)
+    assert rows["first"][2].startswith("demo/begun, commit ")
+    assert rows["asked"][2].startswith("demo/begun, pull request 1, commit ")
+    before = copied.state("demo/begun")
+    recipe.write_text(recipe.read_text() + "  early: {publish: adapter, repo: demo/later, pull_request: true}\n")
+    done = copied.run()  # no step makes demo/later
+    assert (done.code, "demo/later: repository not found" in done.stderr) == (2, True)
+    assert copied.state("demo/begun") == before
+
+
 def test_nothing_is_published_if_a_later_step_would_be_refused(copied):
     subprocess.run([sys.executable, "-c", REFS, RELEASE], env=os.environ | copied.environment, check=True)
     more = "  first: {publish: adapter, repo: demo/first}\n"

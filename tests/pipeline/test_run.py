@@ -521,6 +521,28 @@ def test_the_lock_of_a_different_program_is_not_replaced(recipe, release, conten
     assert (release / "recipe.lock").read_text() == content
 
 
+def test_a_pipe_in_place_of_the_recipe_is_refused(run_cli, release):
+    os.mkfifo(release / "pipe.yaml")  # reading it would block forever
+    done = run_cli("run", release / "pipe.yaml", timeout=60)
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {release / 'pipe.yaml'}: is not a regular file\nhint: ")
+
+
+def test_a_renamed_step_that_makes_nothing_is_kept(recipe, release, edit):
+    edit("loads: {check: merged, target: [peft]}", "loads: {check: merged, target: [vllm]}")
+    run(recipe)
+    edit("loads:", "fits:")
+    states = {step.name: step.state for step in run(recipe, dry_run=True).steps}
+    assert states.pop("fits") == "kept"
+    assert set(states.values()) == {"kept"}
+    assert {step.state for step in run(recipe).steps} == {"kept"}
+    edit("target: [vllm]", "target: [gguf]")
+    assert {step.name for step in run(recipe).steps if step.state == "done"} == {"fits"}
+    edit("small:", "tiny:")
+    edit("dequantize: small", "dequantize: tiny")
+    assert "tiny" in {step.name for step in run(recipe).steps if step.state == "done"}  # its folder has its name
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir], ids=["pipe", "folder"])
 @pytest.mark.parametrize("locked", [False, True])
 def test_a_pipe_or_folder_in_place_of_the_lock_is_refused(recipe, release, make, locked):
