@@ -1,7 +1,7 @@
 """Combine adapters into one adapter."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
 from pathlib import Path
@@ -132,7 +132,7 @@ class StackReport:
         per_module: one per module, sorted by name.
         tensors_root: hash of the result's tensors; None for a dry run.
         manifest_sha256: of the result's manifest; None for a dry run.
-        told: notes: value heads that are left out.
+        told: notes: modules whose changes cancel, value heads that are left out.
     """
 
     output: str
@@ -235,6 +235,14 @@ def _combine(plan: Stackable, options: StackOptions, progress: Progress) -> dict
     return combined
 
 
+def _cancelled(combined: Mapping[str, Compressed]) -> Iterator[str]:
+    """Say where the factors are kept although the changes cancel."""
+    found = [name for name, made in combined.items() if made.cancels]
+    if found:
+        where = "every module" if len(found) == len(combined) else f"{len(found)} of {len(combined)} modules"
+        yield f"the changes cancel in {where}, such as {found[0]}, where the result is only rounding"
+
+
 def _combiner(plan: Stackable, options: StackOptions) -> Callable[[str], Compressed]:
     """Return a function from a module's name to its combined change."""
     method: Method = load(stacking, options.method, "METHOD")
@@ -280,5 +288,5 @@ def _report(
         tokenizer=tuple(sorted(carried.files)),
         base_names=plan.base_names,
         per_module=entries,
-        told=left_out(adapters),
+        told=(*_cancelled(combined), *left_out(adapters)),
     )

@@ -109,3 +109,19 @@ def test_of_several_adapters_the_one_with_a_damaged_file_is_named(
     done = run_cli("stack", adapter, damaged, "--method", "linear", "-o", tmp_path / "out")
     assert done.code in {3, 5}
     assert f"error: {damaged / name}: " in done.stderr
+
+
+def test_a_stack_of_changes_that_cancel_says_so(run_cli, adapter, second_adapter, tmp_path):
+    """Its factors are kept as they are, and each of them is large."""
+    everywhere = "the changes cancel in every module, such as model.layers.0.mlp.down_proj, where the result is only"
+    for name, others, weights, note in (
+        ("opposite", [adapter, adapter], (1, -1), everywhere),
+        ("half", [adapter, adapter, second_adapter], (1, -1, 1), "the changes cancel in 8 of 14 modules, such as "),
+        ("nearly", [adapter, adapter], (1, -0.9999), ""),
+        ("sum", [adapter, adapter], (1, 1), ""),
+    ):
+        asked = [word for weight in weights for word in ("--weight", weight)]
+        done = run_cli("stack", *others, "-o", tmp_path / name, *asked)
+        assert done.code == 0, done.stderr
+        assert ("the changes cancel" in done.stdout) == bool(note)
+        assert note in done.stdout

@@ -18,6 +18,9 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 _DENSE_RESOLUTION = 2.0**-24
 """Singular values below this share of ‖Δ‖ are lost in rounding, since they are computed from float64 squares."""
 
+_ROUNDING = 2.0**-22
+"""Share of the changes' norms below which their sum is only what rounding to float32 leaves."""
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -55,15 +58,17 @@ class Compressed:
         term: the change in float32 factors.
         norm: ‖Δ‖ of the method's result.
         energy: ‖Δ_k‖² / ‖Δ‖², the share that the factors keep; 1 if ‖Δ‖ is 0.
+        cancels: whether factors that are kept as given cancel each other, except for rounding.
     """
 
     term: LowRank
     norm: float
     energy: float
+    cancels: bool = False
 
     @property
     def is_zero(self) -> bool:
-        """Whether a factor is zero. Factors kept as given may also cancel each other; that is not checked."""
+        """Whether a factor is zero."""
         return not (bool(self.term.lora_a.any()) and bool(self.term.lora_b.any()))
 
 
@@ -91,7 +96,8 @@ def compress(
         _check_magnitude(result.lora_a, result.lora_b)
     if isinstance(result, LowRank) and length == "as given" and limit == Limit():
         given = LowRank(result.lora_a.float(), result.lora_b.float(), result.scaling)
-        return Compressed(given, lora.norm(given), 1.0)
+        norm = lora.norm(given)
+        return Compressed(given, norm, 1.0, cancels=norm <= _ROUNDING * scale and scale > 0)
     spectrum = svd(result) if isinstance(result, LowRank) else result
     _check_magnitude(spectrum.sigma)
     sigma = spectrum.sigma[: numerical_rank(spectrum.sigma, scale)]
