@@ -6,10 +6,14 @@ import warnings
 
 import pytest
 import tiny
+import torch
 from folders import edit_json, edited_tensors
+from released import write_fp8, write_mxfp4
 from verdicts import taken, verdicts, words
 
+from adaptkit.errors import CheckpointError
 from adaptkit.operations.check import check
+from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 
@@ -34,6 +38,65 @@ def test_without_an_index_vllm_and_sglang_reject_an_extra_safetensors_file(llama
         assert taken(folder) == takers
         assert ("extra.safetensors" in words(verdicts(folder)["vllm"])) == (len(takers) == 2)
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+PARTS = {
+    "fp8": (
+        write_fp8,
+        {
+            "model.layers.0.mlp.gate_proj.weight_scale_inv": lambda tensor: tensor[:1],
+            "model.layers.0.mlp.up_proj.weight_scale_inv": lambda tensor: None,
+            "model.layers.0.mlp.down_proj.weight": lambda tensor: tensor[:32],
+        },
+    ),
+    "mxfp4": (
+        write_mxfp4,
+        {
+            "model.layers.0.mlp.experts.down_proj_scales": lambda tensor: tensor[:, :, :1],
+            "model.layers.0.mlp.experts.gate_up_proj_blocks": lambda tensor: None,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_parts_of_released_weights_that_do_not_fit_are_an_error_as_they_are_for_dequantize(kind, tmp_path, copy_of):
+    write, changes = PARTS[kind]
+    sound = write(tmp_path / "sound")
+    assert all(f.level != "error" for verdict in verdicts(sound).values() for f in verdict.findings)
+    for number, (name, change) in enumerate(changes.items()):
+        folder = copy_of(sound, str(number))
+        with edited_tensors(folder / "model.safetensors") as tensors:
+            new = change(tensors.pop(name))
+            tensors |= {} if new is None else {name: new.contiguous()}
+        with pytest.raises(CheckpointError) as caught:
+            dequantize(folder, tmp_path / "out")
+        assert taken(folder) == set()
+        assert f"error: {caught.value.message}" in words(verdicts(folder)["vllm"])
+
+
+def test_other_layouts_of_fp8_are_left_to_the_programs_that_know_them(tmp_path):
+    """llm-compressor calls the scale of a whole matrix weight_scale."""
+    folder = write_fp8(tmp_path / "fp8", block=None)
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        for name in [name for name in tensors if name.endswith("_scale_inv")]:
+            tensors[name.removesuffix("_inv")] = tensors.pop(name)
+    assert "vllm" in taken(folder)
+
+
+def test_weights_of_integers_are_an_error_and_buffers_of_integers_are_not(llama, copy_of):
+    folder = copy_of(llama)
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        tensors["model.position_ids"] = torch.arange(4)
+    before = {name: verdict.taken for name, verdict in verdicts(folder).items()}
+    assert all(before.values())
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        name = "model.layers.0.mlp.up_proj.weight"
+        tensors[name] = (tensors[name].float() * 100).to(torch.int8)
+    assert taken(folder) == set()
+    assert f"error: {name}: weight of integers, although config.json names no quantization." in words(
+        verdicts(folder)["vllm"]
+    )
 
 
 @pytest.mark.parametrize("metadata", [{}, {"metadata": {}}, {"metadata": {"total_size": "7", "by": "hand"}}])

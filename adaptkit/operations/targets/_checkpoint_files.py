@@ -8,7 +8,7 @@ from typing import Any
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import INDEX_NAME, read_json
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import UsageError
+from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.networks.architecture import empty_network, named_network, why_unsupported
 from adaptkit.networks.naming import missing_parameters, places, shape_in
 from adaptkit.operations._roles import stores_transposed
@@ -49,6 +49,8 @@ class CheckpointFiles:
         quantization: quantization method, from the configuration or the tensors; None if it is not quantized.
         names_method: whether ``config.json`` names the method.
         packed: quantized weights in the layout of bitsandbytes or of adaptkit.
+        unfit: why the parts of released FP8 or MXFP4 weights do not fit together; empty if they do.
+        integers: weights of integers in a checkpoint that is not quantized.
         has_index: whether there is an index of the weight files.
         lacks_metadata: whether that index has no metadata.
         beside: names of safetensors files in the folder that are not weight files of the checkpoint.
@@ -63,6 +65,8 @@ class CheckpointFiles:
     quantization: str | None
     names_method: bool
     packed: tuple[Packed, ...]
+    unfit: str
+    integers: tuple[str, ...]
     has_index: bool
     lacks_metadata: bool
     beside: tuple[str, ...]
@@ -95,6 +99,10 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
         quantization=quantization,
         names_method=checkpoint.quantization_method is not None,
         packed=packed,
+        unfit=_unfit(checkpoint, quantization),
+        integers=tuple(
+            sorted(name for name in checkpoint.tensors if not quantization and _is_integer(checkpoint, name))
+        ),
         has_index=has_index,
         lacks_metadata=has_index and "metadata" not in read_json(root / INDEX_NAME),
         beside=tuple(sorted(path.name for path in root.glob("*.safetensors") if path.name not in checkpoint.headers)),
@@ -112,6 +120,25 @@ def _packed(checkpoint: Checkpoint) -> Iterator[Packed]:
         outline = read_outline(checkpoint, name)
         is_expert = len(outline.shape) == 3 or ".experts." in name
         yield Packed(name, outline.encoding.format, is_expert, tuple(outline.shape), outline.encoding.block_size)
+
+
+def _unfit(checkpoint: Checkpoint, quantization: str | None) -> str:
+    """Return why ``dequantize`` could not read FP8 with block scales or MXFP4; other programs know further layouts."""
+    is_fp8 = quantization == "fp8" and any(name.endswith("_scale_inv") for name in checkpoint.tensors)
+    is_mxfp4 = quantization == "mxfp4" and checkpoint.config.get("model_type") == "gpt_oss"
+    if is_fp8 or is_mxfp4:
+        from adaptkit.checkpoint.low_precision import low_precision_weights  # imported here: loads numpy
+
+        try:
+            low_precision_weights(checkpoint)
+        except CheckpointError as error:
+            return error.message
+    return ""
+
+
+def _is_integer(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a tensor is a weight, not a buffer such as a mask, and of integers."""
+    return name.endswith("weight") and checkpoint.spec(name).dtype.startswith(("I", "U", "BOOL"))
 
 
 def _beside_model(

@@ -7,7 +7,7 @@ from adaptkit.operations.targets._target import Finding, error_about, some
 
 
 def quantization(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
-    """Find a quantization method that only adaptkit supports, or that ``config.json`` does not name."""
+    """Find a method that only adaptkit supports or that is not named, unfit parts, and weights of integers."""
     plain = f"run adaptkit dequantize {files.root} -o OUT, or quantize the original with --format nf4"
     if files.quantization == "adaptkit" or any(packed.format == "int8" for packed in files.packed):
         yield Finding(
@@ -25,6 +25,14 @@ def quantization(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
             f"{reader} reads the codes as weights",
             "restore config.json, or quantize the original again",
         )
+    if files.unfit:
+        yield Finding("error", files.unfit, f"{reader} cannot decode these weights", "download the checkpoint again")
+    yield from error_about(
+        files.integers,
+        "weight of integers, although config.json names no quantization",
+        f"{reader} expects floats, or reads the integers as weights",
+        "restore config.json, or download the checkpoint again",
+    )
 
 
 def storage(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
