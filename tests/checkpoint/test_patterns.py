@@ -75,9 +75,9 @@ def test_any_pattern_matches_as_in_python(pattern, text):
 
 @pytest.mark.parametrize("pattern", [r"([a-z]|.)*!", r"(a|a)*b", r"((a+)+)+b", r"(.*.*.*.*.*)*!", r"(a?){60}a{60}!"])
 def test_patterns_that_take_python_exponential_time_are_matched_at_once(pattern):
-    began = time.monotonic()
+    began = time.process_time()
     assert not matches_whole(pattern, "a" * 60)
-    assert time.monotonic() - began < 5, "not the age of the universe"
+    assert time.process_time() - began < 5, "not the age of the universe"
 
 
 @pytest.mark.parametrize("pattern", ["(?:(?:.*b|a)*c|a)*", "(?=(?:.*b|a)*c|).*", "(?:(?=.*b|).)*" * 20])

@@ -1,9 +1,9 @@
 """Selected modules are those that bitsandbytes converts, whether found by architecture or by names and shapes."""
 
 import json
+import os
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -326,6 +326,11 @@ def test_a_weight_of_an_unsupported_dtype_stays_with_that_reason(families, copy_
     assert skip_modules(selection) == ["lm_head", name.removesuffix(".weight")]
 
 
+def spent():
+    """Seconds of a processor that this process and its children have used."""
+    return sum(os.times()[:4])
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -357,10 +362,10 @@ def test_a_weight_of_an_unsupported_dtype_stays_with_that_reason(families, copy_
 )
 def test_an_invalid_configuration_is_a_one_line_error_within_seconds(families, copy_of, config):
     checkpoint = changed(families / "llama", copy_of, **config)
-    started = time.monotonic()
+    before = spent()
     with pytest.raises(AdaptkitError) as caught:
         select(checkpoint)
-    assert time.monotonic() - started < 5
+    assert spent() - before < 5
     assert isinstance(caught.value, UsageError | CheckpointError)
     assert "\n" not in caught.value.message
     assert len(caught.value.message) < 500
@@ -386,8 +391,8 @@ def test_eighty_layers_are_selected_within_seconds(families, copy_of):
         return tensors | copies
 
     checkpoint = changed(families / "llama", copy_of, deepen, num_hidden_layers=80, layer_types=None)
-    started = time.monotonic()
+    before = spent()
     selection = select(checkpoint)
-    assert time.monotonic() - started < 5
+    assert spent() - before < 5
     assert sum(not choice.kept_because for choice in selection.choices) == 80 * 7
     assert "names and shapes" not in selection.read_from
