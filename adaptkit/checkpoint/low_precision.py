@@ -2,11 +2,12 @@
 
     M.weight             F8_E4M3   [..., rows, columns]
     M.weight_scale_inv   float     [..., ceil(rows / r), ceil(columns / c)], or one number
-    M.activation_scale   float     for products in 8 bits, in which a plain weight takes no part; or M.input_scale
+    M.activation_scale   float     for products in 8 bits, in which a plain weight takes no part
 
 A weight is its code times its scale, despite the name. ``weight_block_size`` in the configuration is [r, c]; if it says
 nothing, blocks are of equal size. A stack X has X_scale_inv and X_activation_scale. The scales of M.weight may also be
-named M.scale (DeepSeek-V4) or M.qscale_weight (Mistral), and be powers of two: F8_E8M0, or the same bytes as U8.
+named M.scale (DeepSeek-V4) or M.qscale_weight (Mistral), and be powers of two: F8_E8M0, or the same bytes as U8. Other
+names of M.activation_scale are M.input_scale and M.qscale_act (Mistral).
 
     M.weight             I8        [..., rows, columns / 2]        MXFP4, two codes a byte
     M.scale              exponents [..., rows, columns / 32]       named like FP8's, which may lie beside it
@@ -30,7 +31,7 @@ from adaptkit.checkpoint._low_precision_weights import (
     Mxfp4Experts,
     Mxfp4Weight,
 )
-from adaptkit.checkpoint.foreign import stated_quantization
+from adaptkit.checkpoint.foreign import quantization_found, stated_quantization
 from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
@@ -39,8 +40,8 @@ from adaptkit.numerics.formats import _mxfp4
 __all__ = ["LowPrecisionWeight", "low_precision_weights"]
 
 _SCALE, _OTHER_SCALES = "_scale_inv", ("scale", "qscale_weight")
-_OF_INPUTS = ("activation_scale", "input_scale")
-_FP8, _FP4 = "F8_E4M3", "I8"
+_OF_INPUTS = ("activation_scale", "input_scale", "qscale_act")
+_FP8, _FP4, _BYTES = "F8_E4M3", "I8", ("I8", "U8")
 _EXPONENTS = ("F8_E8M0", "U8")
 _GET_AGAIN = "download the checkpoint again"
 
@@ -49,7 +50,8 @@ def low_precision_weights(checkpoint: Checkpoint) -> list[LowPrecisionWeight]:
     """Find the weights of a checkpoint whose method is one of ``foreign.RELEASED``, in file order.
 
     Raises:
-        CheckpointError: a weight lacks a part, or they do not fit together; or a part belongs to no weight.
+        CheckpointError: a weight lacks a part, or they do not fit together; a part belongs to no weight; or there are
+            none.
     """
     found: list[LowPrecisionWeight] = []
     block = _stated_block(checkpoint)
@@ -66,6 +68,12 @@ def low_precision_weights(checkpoint: Checkpoint) -> list[LowPrecisionWeight]:
     taken = next((w.name for w in found if w.parts[0] != w.name in checkpoint.tensors), None)
     if taken is not None:
         raise CheckpointError(f"{checkpoint.root}: {taken} is there both plain and quantized", hint=_GET_AGAIN)
+    if not found:
+        raise CheckpointError(
+            f"{checkpoint.root}: is quantized with {quantization_found(checkpoint)} by its config.json or its tensors' "
+            "names, but no weight is",
+            hint="if all its weights have 16 or 32 bits, remove quantization_config from its config.json",
+        )
     return found
 
 
@@ -74,8 +82,8 @@ def _is_half(checkpoint: Checkpoint, name: str, suffix: str) -> bool:
 
 
 def _holds_codes(checkpoint: Checkpoint, spec: TensorSpec) -> bool:
-    """Whether a tensor holds codes: any 8-bit float that is no scale; signed bytes of a weight, or with scales."""
-    if spec.dtype == _FP4:
+    """Whether a tensor holds codes: any 8-bit float that is no scale; bytes of a weight, or with scales."""
+    if spec.dtype in _BYTES:
         return spec.name.endswith(".weight") or bool(_scales_named(checkpoint, spec.name))
     return spec.dtype.startswith("F8_") and spec.dtype != _EXPONENTS[0]
 

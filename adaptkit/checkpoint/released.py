@@ -92,5 +92,6 @@ def open_plain(root: Path) -> Checkpoint:
     """
     checkpoint = Checkpoint(root)
     method = quantization_found(checkpoint)
-    weights = low_precision_weights(checkpoint) if method in RELEASED else []
-    return ReleasedCheckpoint(checkpoint, weights, str(method)) if weights else checkpoint
+    if method not in RELEASED:
+        return checkpoint
+    return ReleasedCheckpoint(checkpoint, low_precision_weights(checkpoint), str(method))

@@ -194,16 +194,15 @@ def _packed(checkpoint: Checkpoint, options: DequantizeOptions) -> dict[str, _Pa
     if names:
         return {name: _blockwise(checkpoint, name, options) for name in names}
     method = quantization_found(checkpoint)
-    found = low_precision_weights(checkpoint) if method in RELEASED else []
-    if not found:
-        problem = "holds no quantized weights"
-        if method is not None and method not in RELEASED:
-            problem = f"quantized with {method}, which is not supported"
+    if method not in RELEASED:
+        problem = f"quantized with {method}, which is not supported" if method else "holds no quantized weights"
         raise CheckpointError(
             f"{checkpoint.root}: {problem}",
             hint="give a checkpoint that adaptkit or bitsandbytes (4-bit) quantized, or one released in FP8 or MXFP4",
         )
-    return {weight.parts[0]: _low_precision(checkpoint, weight, options) for weight in found}
+    return {
+        weight.parts[0]: _low_precision(checkpoint, weight, options) for weight in low_precision_weights(checkpoint)
+    }
 
 
 def _blockwise(checkpoint: Checkpoint, name: str, options: DequantizeOptions) -> _Packed:

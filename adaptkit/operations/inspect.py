@@ -177,7 +177,7 @@ def _describe_release(checkpoint: Checkpoint) -> tuple[int | None, dict[str, Any
     """Return the number of parameters and facts about the weights of a release; None and nothing if it is malformed."""
     try:
         weights = low_precision_weights(checkpoint)
-    except CheckpointError:  # what it lacks is for dequantize to say
+    except CheckpointError:  # what is wrong is for dequantize to say
         return None, {}
     parts = {part for weight in weights for part in weight.parts}
     inside = sum(math.prod(weight.shape) for weight in weights)

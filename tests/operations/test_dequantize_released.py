@@ -141,6 +141,10 @@ def levels_of(packed):
             "not a weight in MXFP4",
         ),
         ({GATE.replace("weight", "scale"): torch.ones(2, 3)}, r"weight_scale_inv and .*gate_proj\.scale are there"),
+        (
+            {GATE: torch.zeros(64, 48, dtype=torch.uint8), GATE.replace("weight", "scale"): torch.ones(64, 3).byte()},
+            r"not a weight in FP8: U8 instead of F8_E4M3",
+        ),
         ({"model.norm.qscale_weight": torch.ones(1)}, "model.norm.qscale_weight belongs to no quantized weight"),
         ({"model.norm.scale": torch.ones(1).to(torch.float8_e8m0fnu)}, "model.norm.scale belongs to no quantized"),
     ],
@@ -211,6 +215,23 @@ def test_scales_of_inputs_are_left_out_and_counted(tmp_path, run_cli):
     assert done.code == 0, done.stderr
     assert re.search(r"left out +14 scales of 8-bit inputs", done.stdout)
     assert not any("scale" in name for name in load_file(tmp_path / "plain" / "model.safetensors"))
+
+
+def test_scales_of_inputs_may_have_the_name_that_mistral_gives_them(fp8, copy_of, tmp_path):
+    name = GATE.replace("weight", "qscale_act")
+    folder = rewritten(copy_of(fp8), lambda tensors: tensors.update({name: torch.tensor(0.5)}))
+    assert dequantize(folder, tmp_path / "plain").input_scales == 1
+    assert name not in load_file(tmp_path / "plain" / "model.safetensors")
+
+
+@pytest.mark.parametrize("command", ["quantize", "dequantize"])
+def test_a_plain_checkpoint_that_says_it_is_released_is_told_what_to_remove(llama, copy_of, command, tmp_path, run_cli):
+    folder = copy_of(llama)
+    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    error, hint = run_cli(command, folder, "-o", tmp_path / "out").refusal(5)
+    assert "is quantized with fp8" in error
+    assert "but no weight is" in error
+    assert "remove quantization_config from its config.json" in hint
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
