@@ -16,7 +16,7 @@ from adaptkit.checkpoint.manifest import TensorRecord, require_manifest
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.released import open_plain
-from adaptkit.errors import CheckpointError, IntegrityError, NonFiniteError
+from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, NonFiniteError
 from adaptkit.operations import _shards
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.inspect import inspect
@@ -125,7 +125,8 @@ def test_a_changed_release_is_not_the_parent(releases, copy_of, tmp_path):
     quantize(releases["fp8"][0], tmp_path / "nf4")
     other = copy_of(releases["fp8"][0])
     flip(other / "model.safetensors", Checkpoint(other).tensors[f"{GATE}_scale_inv"].position)
-    with pytest.raises(IntegrityError, match=r"1 of 2 ancestors cannot be verified: release \w+ not found"):
+    problem = r"1 of 2 ancestors cannot be verified: release \w+ not found; base \w+ never written\n"
+    with pytest.raises(IntegrityError, match=problem):
         verify(tmp_path / "nf4", VerifyOptions(parents=(other,)))
 
 
@@ -139,6 +140,10 @@ def test_what_was_trained_on_it_is_verified_against_the_16_bit_checkpoint(releas
     done = run_cli("train", "--base", tmp_path / "nf4", "--data", data, *options)
     assert done.code == 0, done.stderr
     assert merge(plain, tmp_path / "adapter", tmp_path / "merged").base_verified
+    done = run_cli("evaluate", "--base", release, "--adapter", tmp_path / "adapter", "--data", data)
+    error, hint = done.refusal(5)
+    assert "is quantized with fp8" in error
+    assert hint == f"hint: run: adaptkit dequantize {release} -o PLAIN; then use PLAIN"
 
 
 def test_the_size_before_is_that_of_the_release(tmp_path, run_cli):
@@ -168,6 +173,18 @@ def test_shares_of_a_release_are_joined(releases, copy_of, tmp_path):
     quantize(copy_of(release), tmp_path / "nf4", QuantizeOptions(**options, part=Part(1, 2)))
     quantize(release, tmp_path / "nf4", QuantizeOptions(**options))
     assert tree(tmp_path / "nf4") == tree(tmp_path / "whole")
+
+
+def test_shares_of_releases_that_differ_in_scales_of_inputs_are_not_joined(copy_of, tmp_path):
+    """The weights are the same, but the manifest would name a release that nobody has."""
+    release = released.write_fp8(tmp_path / "model", input_scales=True)
+    other = copy_of(release)
+    with edited_tensors(other / "model.safetensors") as tensors:
+        first = next(name for name in tensors if name.endswith("activation_scale"))
+        tensors[first] += 1
+    quantize(other, tmp_path / "nf4", QuantizeOptions(max_shard_bytes=40_000, part=Part(1, 2)))
+    with pytest.raises(BaseMismatchError, match=f"not made from the {first.removesuffix('activation_scale')}weight"):
+        quantize(release, tmp_path / "nf4", QuantizeOptions(max_shard_bytes=40_000))
 
 
 def test_a_released_base_that_was_only_decoded_is_asked_for_by_merge(releases, adapter, tmp_path):

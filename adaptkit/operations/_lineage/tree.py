@@ -227,7 +227,7 @@ def require_whole(path: Path, ancestors: Sequence[Ancestor], candidates: Candida
         return
     told = [f"{a.short} {a.state}" + (f" ({a.problem})" if a.problem else "") for a in bad]
     named = {ancestor.short for ancestor in bad}
-    told += [f"{a.short} {a.state} ({a.path})" for a in line.values() if a.short not in named]
+    told += [f"{a.short} {a.state}" + (f" ({a.path})" if a.path else "") for a in line.values() if a.short not in named]
     told += candidates.broken
     raise IntegrityError(
         f"{path}: {len(bad)} of {counted(len(line), 'ancestor')} cannot be verified: {'; '.join(told)}",

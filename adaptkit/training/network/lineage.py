@@ -9,6 +9,7 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
+from adaptkit.checkpoint.header import FLOATS
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, read_manifest
 from adaptkit.checkpoint.quantized import part_names, quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
@@ -44,8 +45,9 @@ class Weights:
         if name in self._quantized:
             parts = part_names(self._checkpoint, name) if expected.quantized_root else ()
             return Target(module, expected.shape, None, tensors_root(map(self._record, parts))) if parts else None
-        has_it = name in self._checkpoint.tensors and self._checkpoint.spec(name).shape == expected.shape
-        if not has_it or expected.base_xxh3_128 is None:  # a weight packed by another tool has another shape
+        spec = self._checkpoint.spec(name) if name in self._checkpoint.tensors else None
+        is_plain = spec is not None and spec.shape == expected.shape and spec.dtype in FLOATS
+        if not is_plain or expected.base_xxh3_128 is None:  # a weight packed by another tool has another shape or type
             return None
         return Target(module, expected.shape, self._record(name).xxh3_128)
 
