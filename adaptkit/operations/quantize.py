@@ -222,17 +222,16 @@ class _Run:
         """
         for file, notes in out.elsewhere.items():
             for name, note in notes.items():
-                if isinstance(
-                    self.checkpoint, ReleasedCheckpoint
-                ):  # its manifest names parts that change no weight, too
-                    same = note.get("parts") == self.checkpoint.fingerprints_of_parts(name)
-                else:
-                    same = note.get("fingerprint") == fingerprint_in_pieces(self.checkpoint, name)
-                if not same:
+                if not self._is_made_from(note, name):
                     raise BaseMismatchError(
                         f"{out.folder}: {file} was not made from the {name} of {self.checkpoint.root}",
                         hint="delete that folder, and make every share from the same checkpoint",
                     )
+
+    def _is_made_from(self, note: Mapping[str, Any], name: str) -> bool:
+        if isinstance(self.checkpoint, ReleasedCheckpoint):  # the manifest names parts that change no weight, too
+            return bool(note.get("parts") == self.checkpoint.fingerprints_of_parts(name))
+        return bool(note.get("fingerprint") == fingerprint_in_pieces(self.checkpoint, name))
 
     def _spend(self, out: Output, plan: Plan) -> tuple[Plan, list[Upgrade]]:
         calibration = self.options.calibration
