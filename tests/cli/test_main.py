@@ -158,7 +158,7 @@ def trouble(tmp_path_factory, llama, adapter):
 
 CASES = [
     "no name", "no name to be", "inside its input", "name too long", "name of a part", "huge weight", "equal keys",
-    "no batch", "no command", "huge seed", "long row",
+    "no batch", "no command", "huge seed", "long row", "shard size without a unit",
     "missing folder", "a file", "not a checkpoint", "bad block size", "bad shard size", "unknown option", "no adapter",
     "weights", "infinite weight", "another model", "one to stack", "no such method", "plain base", "no base",
     "unknown key", "nothing to measure", "unpublishable", "nothing to publish", "nowhere to publish",
