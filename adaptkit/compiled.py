@@ -70,8 +70,7 @@ class Kernel:
                     content = import_module("adaptkit.compiler").compile_kernel(self, kinds)
                     kept.write(content)
                 entry = self._entries[kinds] = _Entry(kinds, content)
-                for callback in _after_loading:
-                    callback()
+                _report_loading()
         return entry
 
 
@@ -135,8 +134,13 @@ def processor_features() -> frozenset[str] | None:
 
 
 def after_loading(callback: Callable[[], None]) -> None:
-    """Register a callback that is called after each kernel that is loaded or compiled."""
+    """Register a callback that is called after each kernel, or other code, that is loaded or compiled."""
     _after_loading.append(callback)
+
+
+def _report_loading() -> None:
+    for callback in _after_loading:
+        callback()
 
 
 jit = compiled()
@@ -222,7 +226,9 @@ def load_text(text: str, name: str) -> tuple[Any, int]:
     machine = _machine()
     engine = binding.create_mcjit_compiler(binding.parse_assembly(text), machine)
     engine.finalize_object()
-    return engine, engine.get_function_address(name)
+    address = engine.get_function_address(name)
+    _report_loading()
+    return engine, address
 
 
 def _machine() -> Any:

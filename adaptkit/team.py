@@ -132,6 +132,12 @@ def team_size() -> int:
     return 1 if threads is None or _process["is_fork"] or _openmp() is None else int(threads())
 
 
+def load_team() -> None:
+    """Compile what the threads of a team run, which the first kernel that uses one would do otherwise."""
+    if team_size() > 1:
+        _thread_function()
+
+
 def is_faster_than_torch() -> bool:
     """Return whether one pass of a kernel beats several of torch: kernels use torch's threads, or it has at most 2."""
     return team_size() > 1 or sys.modules["torch"].get_num_threads() <= 2

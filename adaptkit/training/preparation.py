@@ -12,6 +12,7 @@ from adaptkit.networks.memory import Memory
 from adaptkit.numerics.adamw import BLOCK, STATE_BITS, AdamW, decode, encode, moment_bytes
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels._cpu_joined import add_scaled
+from adaptkit.team import load_team
 from adaptkit.text.windows import pad_id
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
@@ -100,6 +101,7 @@ def _load_step_kernels(config: TrainConfig) -> None:
     Loading one takes 19 MB for a moment, which in a step would add to the run's peak: pages of the compiler's library.
     """
     dtype, total = getattr(torch, config.compute_dtype), torch.zeros(2, 2)
+    load_team()
     load_loss_kernel(dtype)
     add_scaled(total, torch.zeros(2, 2, dtype=dtype), 1.0)
     vectors = [torch.zeros(BLOCK) for _ in range(4)]
