@@ -31,15 +31,16 @@ def keep_freed_memory(largest: int = _KEPT_BYTES) -> None:
 
 
 def keep_few_products() -> None:
-    """Limit how many compiled matrix products oneDNN caches, and how many of their descriptions torch caches.
+    """Limit how many compiled matrix products oneDNN caches, and how many torch caches beside it.
 
     Call it before the first product. Limits that the user set are kept.
 
     By default each caches 1024, at a quarter of a megabyte each. Every batch length needs about thirty, shared by all
-    layers. An evicted one is made again in half a millisecond.
+    layers. An evicted one is made again in half a millisecond. torch asks oneDNN for every product all the same, so its
+    own cache saves no compilation: it only keeps products that oneDNN has evicted, such as those of probes.
     """
-    for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # of oneDNN, and of torch
-        os.environ.setdefault(cache, str(_KEPT_PRODUCTS))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KEPT_PRODUCTS))
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # torch's
 
 
 def take_large_pages() -> None:

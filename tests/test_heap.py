@@ -159,7 +159,7 @@ finally:
     print(*(os.environ[cache] for cache in {CACHES}), os.environ["THP_MEM_ALLOC_ENABLE"], "torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=without_caches())
-    assert done.stdout.splitlines()[-1] == "64 64 1 False"
+    assert done.stdout.splitlines()[-1] == "64 1 1 False"
 
 
 PASSES = """
