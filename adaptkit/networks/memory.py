@@ -1,5 +1,6 @@
 """The memory that a training run needs, by part."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 LOGITS_CHUNK_BYTES = 32 << 20
@@ -23,7 +24,7 @@ class Memory:
 
     Attributes:
         weights: frozen weights in their storage format, and buffers; of a sharded base this process's part, and two
-            whole layers.
+            whole layers; on a CPU, of the packed weights of checkpointed layers one at a time.
         trainable: trained parameters, in float32; on a CPU also the best ones so far, with ``eval_every``.
         gradients: their gradients.
         optimizer: the optimizer moments that are resident.
@@ -46,6 +47,11 @@ class Memory:
     def parts(self) -> dict[str, int]:
         """Return the parts by name."""
         return asdict(self)
+
+
+def all_but_largest(parts: Sequence[int]) -> int:
+    """Return by how much the sum of sizes exceeds the largest one, which is what is needed of one at a time."""
+    return sum(parts) - max(parts, default=0)
 
 
 def rows_at_a_time(vocabulary: int, itemsize: int, in_place: bool) -> int:

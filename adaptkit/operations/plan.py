@@ -28,10 +28,11 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
 from adaptkit.networks.architecture import Description, empty_network, language_part
+from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.kinds import is_router
 from adaptkit.networks.linears import is_linear
 from adaptkit.networks.matching import matching_targets
-from adaptkit.networks.memory import Memory, head_gradient_bytes, logits_bytes
+from adaptkit.networks.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes
 from adaptkit.networks.model_lock import model_lock
 from adaptkit.networks.tables import host_tables
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
@@ -195,12 +196,17 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
             hint=f"give --rank {most} or less, or leave that module out of --targets",
         )
     trainable = parameters if full else _adapter_parameters(shapes, targets, options.rank)
-    weights = 0 if full else _frozen_bytes(network, shapes, options, dtype, description.dtype)
+    packed = _packed_names(network, shapes, options)
+    weights = 0 if full else _frozen_bytes(network, shapes, packed, dtype, description.dtype)
+    codes = _codes_of_layers(network, packed)
     if options.on_gpu and not full:
         weights -= sum(module.weight.numel() * dtype.itemsize for module in host_tables(network, dtype).values())
         weights += trainable * dtype.itemsize if dtype != torch.float32 else 0
     buffers = sum(buffer.nbytes for buffer in network.buffers())
     checkpointing, activations = _activations(network, options, {} if full else dict.fromkeys(targets, options.rank))
+    if not options.on_gpu:
+        released = codes[: checkpointing.layers - checkpointing.whole]
+        weights -= all_but_largest([size for layer in released for size in layer])
     memory = Memory(
         weights=weights + buffers,
         trainable=4 * trainable,
@@ -272,19 +278,37 @@ def _logits(network: Any, options: PlanOptions, dtype: torch.dtype) -> int:
     return chunk + head_gradient_bytes(sum(part.numel() for part in head.parameters()), dtype.itemsize)
 
 
-def _frozen_bytes(
-    network: Any, shapes: dict[str, Shape], options: PlanOptions, dtype: torch.dtype, stored: torch.dtype
-) -> int:
-    """Return the bytes of the frozen weights: linear layers as stored or quantized, everything else in ``dtype``."""
+def _packed_names(network: Any, shapes: dict[str, Shape], options: PlanOptions) -> set[str]:
+    """Return the names of the weights that ``quantize`` packs."""
     packed = set(expert_stacks(network)) if options.moe == "quantize" else set()
     if options.method == "qlora":
         packed |= {f"{name}.weight" for name in shapes if not is_router(name)}
+    return packed
+
+
+def _codes_of_layers(network: Any, packed: set[str]) -> list[list[int]]:
+    """Return the bytes of the codes of every layer's packed weights."""
+    path, layers = find_stack(network)
+    return [
+        [_codes_bytes(one.numel()) for name, one in layer.named_parameters() if f"{path}.{index}.{name}" in packed]
+        for index, layer in enumerate(layers)
+    ]
+
+
+def _codes_bytes(count: int) -> int:
+    return math.ceil(count / 2)
+
+
+def _frozen_bytes(
+    network: Any, shapes: dict[str, Shape], packed: set[str], dtype: torch.dtype, stored: torch.dtype
+) -> int:
+    """Return the bytes of the frozen weights: linear layers as stored or quantized, everything else in ``dtype``."""
     linear = {f"{name}.weight" for name in shapes} | {f"{name}.bias" for name in shapes}
     total = 0
     for name, parameter in network.named_parameters():
         if name in packed:
             blocks = math.ceil(parameter.numel() / _BLOCK)
-            total += math.ceil(parameter.numel() / 2) + blocks + 4 * math.ceil(blocks / _GROUP) + _LEVELS_BYTES
+            total += _codes_bytes(parameter.numel()) + blocks + 4 * math.ceil(blocks / _GROUP) + _LEVELS_BYTES
         else:
             total += parameter.numel() * (stored if name in linear else dtype).itemsize
     return total

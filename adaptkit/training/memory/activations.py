@@ -13,11 +13,12 @@ from torch.distributed.tensor import DTensor
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import AUTO, Checkpointing, LayerSize, measure_layers
 from adaptkit.networks.assembly import find_stack
-from adaptkit.networks.memory import Memory, head_gradient_bytes, logits_bytes
+from adaptkit.networks.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.loss import works_in_place
 from adaptkit.training.network.probing import as_in_training
 
@@ -148,13 +149,19 @@ def predicted_memory(network: Any, trainable: int, optimizer: int, activations: 
             held = tensor.to_local() if isinstance(tensor, DTensor) else tensor  # this process's shard
             frozen[held.data_ptr()] = held.nbytes
     return Memory(
-        weights=sum(frozen.values()) + _gathered_bytes(network),
+        weights=sum(frozen.values()) - _released_bytes(network) + _gathered_bytes(network),
         trainable=4 * trainable * (1 + copies),
         gradients=4 * trainable,
         optimizer=optimizer,
         activations=activations.bytes,
         logits=activations.logits_bytes,
     )
+
+
+def _released_bytes(network: nn.Module) -> int:
+    """Return the bytes of packed weights that are resident only while they are decoded, all but the largest's."""
+    weights = (part for part in network.modules() if isinstance(part, PackedWeight) and part.is_released)
+    return all_but_largest([weight.codes.nbytes for weight in weights])
 
 
 def _gathered_bytes(network: Any) -> int:

@@ -54,6 +54,11 @@ class PackedWeight(nn.Module):
         """Whether FSDP shards the weight, and gathers it in every pass."""
         return isinstance(self.codes, nn.Parameter)
 
+    @property
+    def is_released(self) -> bool:
+        """Whether its codes are mapped, and their pages are released after each decoding."""
+        return self.is_transient and self._release is not None and not self.is_divided and self.codes.is_cpu
+
     def quantized(self) -> QuantizedWeight:
         """Return the weight as the file holds it; shares this module's buffers."""
         return self._with(in_dtype(self.codes, self._types[0]))
