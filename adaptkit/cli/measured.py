@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from adaptkit.checkpoint.layout import name_of
 from adaptkit.cli.html import Number
 from adaptkit.cli.output import counted, percent
 
@@ -46,16 +47,22 @@ def columns(comparison: "Comparison") -> list[Column]:
 
 
 def short_label(report: "EvaluateReport", comparison: "Comparison") -> str:
-    """Return the names of a model's folders; their paths if another evaluated folder has the same name."""
+    """Return the names of a model's folders or repositories; paths if another evaluated folder has the same name."""
     folders = {folder for other in comparison.models for folder in (other.base, other.adapter) if folder}
-    names = [Path(folder).name for folder in folders]
+    names = [name_of(Path(folder)) for folder in folders]
 
     def short(folder: str) -> str:
-        name = Path(folder).name
+        name = name_of(Path(folder))
         return name if names.count(name) == 1 else folder
 
     label = short(report.base) + (f" + {short(report.adapter)}" if report.adapter else "")
     return label + (f", {counted(report.shots, 'shot')}" if report.shots else "")
+
+
+def place_of(folder: str) -> str:
+    """Return the path of a folder, or ``org/name`` instead of a path in huggingface_hub's cache."""
+    name = name_of(Path(folder))
+    return name if "/" in name else folder
 
 
 def answer_to(prompt: str, report: "EvaluateReport") -> str:

@@ -52,6 +52,19 @@ def comparison_of(first="base", second="adapter"):
     return Comparison(models, (Forgetting(models[1].label, models[0].label, 3.0, 3.1, 20.0, 22.0),))
 
 
+def test_models_in_the_cache_of_the_hub_are_named_by_their_repositories(llama, tmp_path, run_cli):
+    cached = tmp_path / "models--org--name" / "snapshots" / ("0" * 40)
+    shutil.copytree(llama, cached)
+    (tmp_path / "prose.txt").write_text("the rivers in the north are quiet. " * 12)
+    asked = ("evaluate", "--base", cached, "--text", tmp_path / "prose.txt", "--reference", cached)
+    asked += ("--window", 64, "--html", tmp_path / "page.html")
+    for more in ((), ("--base", llama)):
+        done = run_cli(*asked, *more)
+        page = (tmp_path / "page.html").read_text()
+        assert (done.code, "0" * 40 in done.stdout + page) == (0, False), done.stderr
+        assert ("org/name" in done.stdout, "org/name" in page) == (True, True)
+
+
 def test_the_document_has_a_report_for_every_model_and_its_forgetting(compared, llama, adapter, second_adapter):
     _, document = compared
     assert [(m["base"], m["adapter"], m["shots"]) for m in document["models"]] == [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.measured import CUT, NONE, answer_to, columns, forgetting, remarks, short_label
+from adaptkit.cli.measured import CUT, NONE, answer_to, columns, forgetting, place_of, remarks, short_label
 from adaptkit.cli.options import NamedValue, by_name, html_option, report_options
 from adaptkit.cli.output import (
     Row,
@@ -144,7 +144,7 @@ def _table(comparison: "Comparison") -> tuple[list[tuple[str, list[str]]], list[
 
 
 def _rows(report: "EvaluateReport") -> list[Row]:
-    rows = [("model", f"{report.base}" + (f" with {report.adapter}" if report.adapter else ""))]
+    rows = [("model", place_of(report.base) + (f" with {place_of(report.adapter)}" if report.adapter else ""))]
     rows.append(("computed in", report.compute_dtype))
     if report.trained_parameters is not None:
         share = percent(report.trained_parameters / report.parameters)
@@ -180,7 +180,7 @@ def _text_rows(text: "TextReport") -> list[Row]:
     rows = [("loss on text", f"{_loss(text.loss, text.perplexity)} over {size}")]
     if text.reference_loss is not None:
         rows += [
-            ("reference", f"{text.reference}: {_loss(text.reference_loss, text.reference_perplexity)}"),
+            ("reference", f"{place_of(text.reference or '')}: {_loss(text.reference_loss, text.reference_perplexity)}"),
             ("KL divergence", f"{text.kl_divergence:.5f} nats per token from the reference"),
             ("same top token", percent(text.same_top_token or 0.0)),
         ]

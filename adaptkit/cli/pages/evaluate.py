@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from adaptkit.cli.html import Html, Number, facts, page, paragraph, section, table
-from adaptkit.cli.measured import answer_to, columns, forgetting, remarks, short_label
+from adaptkit.cli.measured import answer_to, columns, forgetting, place_of, remarks, short_label
 from adaptkit.cli.output import counted
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def _summary(comparison: "Comparison") -> list[tuple[str, str]]:
     if first.text is not None:
         rows.append(("text", f"{counted(first.text.tokens, 'token')} in {counted(first.text.windows, 'window')}"))
         if first.text.reference is not None:
-            rows.append(("reference", first.text.reference))
+            rows.append(("reference", place_of(first.text.reference)))
     if first.generated is not None:
         count = f"{first.generated.questions:,}"
         rows.append(("questions", f"{count} with {counted(first.generated.references, 'reference answer')}"))
