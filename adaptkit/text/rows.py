@@ -70,7 +70,8 @@ def read_rows(source: Path | str) -> Iterator[Located]:
     kind = _kind(file)
     if kind is None:
         known = ", ".join(_SUFFIXES)
-        raise DataError(f"{file}: expected a data file ({known}) or org/name on the Hub", hint="rename or convert it")
+        hint = "rename or convert it" if os.path.lexists(file) else "check the path: there is no such file"
+        raise DataError(f"{file}: expected a data file ({known}) or org/name on the Hub", hint=hint)
     if file.is_fifo():  # it is hashed too: a second read would find nothing, or block
         raise DataError(f"{file}: is a pipe, which can be read only once", hint="save it in a file")
     readers = dict(zip(_SUFFIXES, (_lines, _lines, _document, _cells, _cells, _parquet), strict=True))

@@ -315,3 +315,11 @@ def test_local_files_need_no_network_and_no_cache(tmp_path):
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("8\nFalse False\n", "")
     assert list(home.iterdir()) == []
+
+
+def test_a_missing_file_of_an_unknown_kind_is_called_missing(tmp_path):
+    for name, hint in (("rows.jsnl", "check the path: there is no such file"), ("rows.xlsx", "rename or convert it")):
+        (tmp_path / "rows.xlsx").touch()
+        with pytest.raises(DataError, match="expected a data file") as raised:
+            list(read_rows(tmp_path / name))
+        assert raised.value.hint == hint
