@@ -85,8 +85,10 @@ class Description:
             CheckpointError: the configuration cannot be read.
         """
         if not (root / CONFIG_NAME).is_file():
-            found = f"has no {CONFIG_NAME}" if root.is_dir() else "not a folder" if root.exists() else "does not exist"
-            hint = "give a checkpoint's folder, or org/name on the Hub" if root.exists() else folder_hint(root)
+            found = f"has no {CONFIG_NAME}" if root.is_dir() else f"neither a folder nor a {CONFIG_NAME}"
+            hint = f"give a checkpoint's folder, its {CONFIG_NAME}, or org/name on the Hub"
+            if not root.exists():
+                found, hint = "does not exist", folder_hint(root)
             raise UsageError(f"{root}: {found}", hint=hint)
         return cls(root, read_config(root / CONFIG_NAME))
 

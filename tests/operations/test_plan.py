@@ -388,6 +388,10 @@ def test_empty_targets_are_refused():
 
 def test_folders_without_a_valid_configuration_are_refused(run_cli, tmp_path):
     assert "has no config.json" in run_cli("plan", tmp_path).stderr
+    (tmp_path / "other.json").write_text("{}")
+    refused = run_cli("plan", tmp_path / "other.json")
+    assert (refused.code, "other.json: neither a folder nor a config.json" in refused.stderr) == (2, True)
+    assert "give a checkpoint's folder, its config.json, or" in refused.stderr
     for content, code in (
         ("{", 5),
         ('{"model_type": "nothing"}', 2),
