@@ -494,6 +494,9 @@ def test_target_patterns_apply_to_all_tensors_and_the_rest_is_reported(tmp_path,
     assert (
         caught.value.hint == "patterns match whole module paths, such as 'model.layers.0.mlp.down_proj'"
     )  # an example with a low-rank change
+    with pytest.raises(UsageError, match="'q_proj' matches no module") as caught:
+        extract(tuned, plain, tmp_path / "none", ExtractOptions(rank=2, target=("q_proj",)))
+    assert caught.value.hint == "patterns match whole module paths; write '*.q_proj'"
 
 
 def test_equal_tensors_are_counted_and_not_in_the_adapter(tmp_path, plain):

@@ -199,6 +199,14 @@ def test_a_pattern_that_matches_nothing_is_refused_with_a_matching_example(llama
     assert quantize(llama, tmp_path / "out", QuantizeOptions(skip=(named[1],))).quantized == 13
 
 
+def test_the_end_of_a_path_is_refused_with_the_pattern_that_matches_it(llama, tmp_path):
+    with pytest.raises(UsageError, match=r"--skip 'q_proj' matches no module") as caught:
+        quantize(llama, tmp_path / "out", QuantizeOptions(skip=("q_proj",)))
+    named = re.fullmatch(r"patterns match whole module paths; write '(.+)'", caught.value.hint)
+    assert named is not None
+    assert quantize(llama, tmp_path / "out", QuantizeOptions(skip=(named[1],))).quantized == 12
+
+
 def test_an_untied_head_stays_unquantized_also_in_readers(tmp_path):
     source = tiny.write_llama(tmp_path / "source", tied=False, dtype="float16")
     quantize(source, tmp_path / "out")

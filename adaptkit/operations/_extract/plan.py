@@ -174,6 +174,8 @@ def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> P
         if not any(_matches(part.paths, pattern) for part in parts):
             example = next((part for part in parts if part.kind in ("linear", "conv1d")), parts[0])
             hint = f"patterns match whole module paths, such as {example.paths[0]!r}"
+            if any(_matches(part.paths, f"*.{pattern}") for part in parts):
+                hint = f"patterns match whole module paths; write '*.{pattern}'"
             raise UsageError(f"--target {pattern!r} matches no module", hint=hint)
     return Plan(tuned, base, parts, roles)
 

@@ -215,6 +215,8 @@ def _check_selection(checkpoint: Checkpoint, selection: Selection, options: Quan
         if not matches_any(selection, pattern):
             example = next((choice for choice in selection.choices if choice.is_linear), selection.choices[0])
             hint = f"patterns match whole module paths, such as {example.module!r}"
+            if matches_any(selection, f"*.{pattern}"):
+                hint = f"patterns match whole module paths; write '*.{pattern}'"
             raise UsageError(f"--skip {pattern!r} matches no module", hint=hint)
     if all(choice.kept_because for choice in selection.choices):
         nothing = f"{checkpoint.root}: nothing to quantize"
