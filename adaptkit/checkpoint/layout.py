@@ -153,14 +153,6 @@ def _not_deep(value: dict[str, Any], path: Path) -> dict[str, Any]:
     return value
 
 
-def stated_method(config: Mapping[str, Any]) -> str | None:
-    """Return the ``quant_method`` in a configuration; None if not quantized, "unknown" if it names no method."""
-    stated = config.get("quantization_config")
-    if stated is None:
-        return None
-    return str(stated.get("quant_method", "unknown")) if isinstance(stated, dict) else "unknown"
-
-
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return ``text_config``, the configuration of the language model inside a multimodal one; empty if missing."""
     inner = config.get("text_config")

@@ -1,5 +1,6 @@
 """Check where an output may be written, and whether what exists there may be replaced."""
 
+import errno
 import os
 import stat
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from adaptkit.checkpoint._clearing import is_replaced_output
 from adaptkit.checkpoint.integrity import present_names
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.progress import first_few
-from adaptkit.errors import AdaptkitError, ConflictError, IntegrityError, OutputExistsError, UsageError
+from adaptkit.errors import DISK_HINTS, AdaptkitError, ConflictError, IntegrityError, OutputExistsError, UsageError
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _LONGEST_NAME = 255  # bytes, on every usual file system
@@ -131,6 +132,9 @@ def require_writable_parent(path: Path, hint: str) -> None:
     """
     there = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if not os.access(there, os.W_OK | os.X_OK):
+        if os.statvfs(there).f_flag & os.ST_RDONLY:
+            problem, hint = os.strerror(errno.EROFS), DISK_HINTS[errno.EROFS]
+            raise UsageError(f"{path}: cannot be written: {problem}", hint=hint)
         raise UsageError(f"{path}: cannot be written: {there} is not a folder that you may write to", hint=hint)
 
 

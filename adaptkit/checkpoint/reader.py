@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,6 @@ from adaptkit.checkpoint.layout import (
     read_small,
     resolve_inside,
     side_files,
-    stated_method,
     weight_files,
 )
 from adaptkit.errors import DISK_HINTS, CheckpointError, IntegrityError
@@ -259,6 +259,14 @@ class MappedCheckpoint(Checkpoint):
     def _maps(self) -> dict[str, Any]:
         """Maps file names to their mappings."""
         return {}
+
+
+def stated_method(config: Mapping[str, Any]) -> str | None:
+    """Return the ``quant_method`` in a configuration; None if not quantized, "unknown" if it names no method."""
+    stated = config.get("quantization_config")
+    if stated is None:
+        return None
+    return str(stated.get("quant_method", "unknown")) if isinstance(stated, dict) else "unknown"
 
 
 def _unreadable(file: str, error: OSError) -> IntegrityError:

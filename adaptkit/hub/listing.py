@@ -9,7 +9,8 @@ from huggingface_hub import constants
 
 from adaptkit.checkpoint.foreign import quantization_named
 from adaptkit.checkpoint.header import strict_json
-from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, resolve_inside, stated_method
+from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, resolve_inside
+from adaptkit.checkpoint.reader import stated_method
 from adaptkit.hub._client import Hub, Note, connect
 from adaptkit.hub._fetch import fetch_small
 from adaptkit.hub._remote import RemoteFile, list_tree, matches
@@ -50,7 +51,7 @@ class Listing:
 
     @cached_property
     def stated_method(self) -> str | None:
-        """The quantization method that ``config.json`` states; see ``layout.stated_method``. Fetched if not cached.
+        """The quantization method that ``config.json`` states; see ``reader.stated_method``. Fetched if not cached.
 
         Raises:
             CheckpointError: it is malformed.

@@ -29,6 +29,7 @@ JOINS = {
         "folder / f'checkpoint-{snapshot.step}.partial'",
         "path / name",
     },
+    "training/run.py": {"folder / (PAGES_NAME if world.is_first else f'adaptkit-{secrets.token_hex(8)}.bin')"},
     # the kernel's names of control groups
     "machine.py": {
         "root / 'sys/fs/cgroup' / (controller if controllers else '')",
