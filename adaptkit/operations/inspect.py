@@ -11,6 +11,7 @@ from adaptkit.arguments import AnyPath, as_path, as_paths
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.foreign import RELEASED, quantization_found
+from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import size_problem
 from adaptkit.checkpoint.layout import has_checkpoint, is_adapter, require_folder
 from adaptkit.checkpoint.low_precision import low_precision_weights
@@ -38,7 +39,8 @@ class InspectReport:
         bytes: size of all tensors.
         dtypes: dtype -> number of tensors.
         details: facts that depend on the kind: architecture, formats and block sizes of a checkpoint; ranks, scalings
-            and other changes of an adapter; what ``unmerge`` needs for a merged model; what was not read.
+            and other changes of an adapter; what ``unmerge`` needs for a merged model; what was not read; what
+            of an adapter is not as its manifest says.
         manifest_sha256: None without a manifest.
         tensors_root: None without a manifest.
         parents: as the manifest names them.
@@ -127,8 +129,16 @@ def _adapter(path: Path) -> _Found:
         parameters=adapter.trained_parameters,
         nbytes=adapter.files.nbytes,
         details=_describe_adapter(adapter)
-        | _not_read(path, *(["the checkpoint in the same folder"] if has_checkpoint(path) else [])),
+        | _not_read(path, *(["the checkpoint in the same folder"] if has_checkpoint(path) else []))
+        | {"unlike_manifest": _unlike_manifest(adapter)},
     )
+
+
+def _unlike_manifest(adapter: Adapter) -> str | None:
+    """Return what of an adapter is not as its manifest says; None if nothing is, or if there is no manifest."""
+    if adapter.manifest is not None and adapter.manifest.tensors_root != tensors_root(adapter.records):
+        return "its tensors"
+    return adapter.manifest_mismatch() or None
 
 
 def _checkpoint(checkpoint: Checkpoint) -> _Found:

@@ -4,6 +4,7 @@ import json
 
 import peft_adapters
 import pytest
+from folders import flip
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,19 @@ def test_the_document_has_what_the_table_omits(run_cli, folder):
     assert details["expert_stacks"] is None
     assert details["replaced_rows"] == {"model.embed_tokens": 3}
     assert details["rslora"] is True
+
+
+def test_an_adapter_that_was_changed_after_its_manifest_was_written_is_shown_as_such(run_cli, folder, tmp_path):
+    made = tmp_path / "made"
+    assert run_cli("adopt", folder, "-o", made).code == 0
+    assert "unlike manifest" not in table(run_cli("inspect", made))
+    config = json.loads((made / "adapter_config.json").read_text())
+    (made / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "another"}))
+    assert table(run_cli("inspect", made))["unlike manifest"].startswith("adapter_config.json has ")
+    details = json.loads(run_cli("inspect", made, "--json").stdout)["details"]
+    assert details["unlike_manifest"].startswith("adapter_config.json has ")
+    flip(made / "adapter_model.safetensors", -1)
+    assert table(run_cli("inspect", made))["unlike manifest"] == "its tensors"
 
 
 def test_an_unsupported_adapter_is_refused_with_one_error_and_one_hint(run_cli, llama, tmp_path):
