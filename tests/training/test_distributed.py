@@ -58,7 +58,8 @@ def shares(name):  # of every divided weight, the bytes here and in all; what st
     from adaptkit.training.preparation import build
 
     wide = root / "wide"
-    config = TrainConfig(base=str(wide), data=(str(data),), shard_base=True, compute_dtype="float32", device="cpu")
+    options = {"compute_dtype": "float32", "checkpointing": "none", "device": "cpu"}  # no weight's pages are released
+    config = TrainConfig(base=str(wide), data=(str(data),), shard_base=True, **options)
     inputs = read_inputs(config, root / name, False)
     with join("cpu") as world:
         model, kept = build(inputs, world, (1, 8))
