@@ -52,27 +52,36 @@ class LowPrecisionWeight(Protocol):
 
 
 @dataclass(frozen=True)
-class Fp8Weight:
-    """A weight in FP8, or a stack of such matrices.
+class _Scaled:
+    """A weight that has the name of the tensor of its codes.
 
     Attributes:
         name: of the weight, and of the tensor of its codes.
         scales: name of the tensor of its scales.
         shape: (..., rows, columns).
-        block: rows and columns that share a scale.
         input_scales: names of tensors that a plain weight does not need.
     """
 
     name: str
     scales: str
     shape: tuple[int, ...]
-    block: tuple[int, int]
-    input_scales: tuple[str, ...] = ()
+    input_scales: tuple[str, ...]
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Codes, scales, and scales of inputs."""
         return (self.name, self.scales, *self.input_scales)
+
+
+@dataclass(frozen=True)
+class Fp8Weight(_Scaled):
+    """A weight in FP8, or a stack of such matrices; see ``_Scaled``.
+
+    Attributes:
+        block: rows and columns that share a scale.
+    """
+
+    block: tuple[int, int]
 
     @property
     def unit(self) -> int:
@@ -109,25 +118,8 @@ class Fp8Weight:
 
 
 @dataclass(frozen=True)
-class Mxfp4Weight:
-    """A matrix in MXFP4 in the rows of a plain weight, or a stack of such matrices, as DeepSeek-V4 stores experts.
-
-    Attributes:
-        name: of the weight, and of the tensor of its codes.
-        scales: name of the tensor of its exponents.
-        shape: (..., rows, columns).
-        input_scales: names of tensors that a plain weight does not need.
-    """
-
-    name: str
-    scales: str
-    shape: tuple[int, ...]
-    input_scales: tuple[str, ...] = ()
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Codes, exponents, and scales of inputs."""
-        return (self.name, self.scales, *self.input_scales)
+class Mxfp4Weight(_Scaled):
+    """A matrix in MXFP4 in the rows of a plain weight, or a stack, as DeepSeek-V4 stores experts; see ``_Scaled``."""
 
     @property
     def unit(self) -> int:

@@ -132,7 +132,7 @@ def _scaled(checkpoint: Checkpoint, codes: TensorSpec, stated: tuple[int, int] |
     if block is None:
         text = f"{scales.dtype} {list(scales.shape)}" + (f" of blocks of {list(stated)}" if stated else "")
         raise CheckpointError(f"{name}: scales {text} do not fit a weight of {list(codes.shape)}", hint=_GET_AGAIN)
-    return Fp8Weight(name, scales.name, codes.shape, block, beside)
+    return Fp8Weight(name, scales.name, codes.shape, beside, block)
 
 
 def _mxfp4_weight(codes: TensorSpec, scales: TensorSpec, input_scales: Sequence[str]) -> Mxfp4Weight:
