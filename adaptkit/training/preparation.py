@@ -22,6 +22,7 @@ from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory.activations import Activations, predicted_memory, save_activations
 from adaptkit.training.memory.optimizer import state_bytes
 from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.network.frozen import transient_weights
 from adaptkit.training.network.fused import fuse_layers
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
@@ -154,12 +155,13 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
         held = torch.device("cpu") if is_shared else device  # unsharded, the base need not fit the device
         model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)
         add_trainable(model, inputs.config, inputs.start, inputs.tokenizer)
-        if inputs.config.pack:
-            check_packing(model.network)
-        if device.type == "cpu" or not is_shared:
-            make_fast(model)
-        if inputs.config.checkpointing != "none":
-            mark_unread(model.network)
+        with transient_weights(model.network):
+            if inputs.config.pack:
+                check_packing(model.network)
+            if device.type == "cpu" or not is_shared:
+                make_fast(model)
+            if inputs.config.checkpointing != "none":
+                mark_unread(model.network)
         activations = save_activations(model.network, inputs.config, largest, device)
         if is_shared:  # after measuring, which stops a pass halfway: processes would wait for each other
             shard_frozen(model.network, world, model.checkpoint.release_pages)

@@ -1,6 +1,7 @@
 """Frozen weights of linear layers: packed as in the file, or plain 16- or 32-bit."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -115,3 +116,20 @@ class PlainWeight(nn.Module):
 
 
 FrozenWeight = PackedWeight | PlainWeight
+
+
+@contextmanager
+def transient_weights(network: nn.Module) -> Iterator[None]:
+    """Let all packed weights of a network be transient while a block probes it; restore what they were.
+
+    A probe runs the whole network on a few tokens, and would leave every page of the base resident.
+    """
+    weights = [module for module in network.modules() if isinstance(module, PackedWeight)]
+    before = [weight.is_transient for weight in weights]
+    for weight in weights:
+        weight.is_transient = True
+    try:
+        yield
+    finally:
+        for weight, was_transient in zip(weights, before, strict=True):
+            weight.is_transient = was_transient

@@ -29,7 +29,7 @@ from adaptkit.networks.linears import acts_as_linear
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.attention import use_own_attention
 from adaptkit.training.network.experts import ExpertList, PackedModule, Stack, pack, read_weight
-from adaptkit.training.network.frozen import PackedWeight, PlainWeight
+from adaptkit.training.network.frozen import PackedWeight, PlainWeight, transient_weights
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.loss import OutputLayer, find_output_layer
 from adaptkit.training.network.probing import require_causal
@@ -164,7 +164,8 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     network.requires_grad_(False)
     network.to(device).eval()
     _loaded.update(dict.fromkeys(network.modules(), checkpoint.nbytes))
-    require_causal(network)
+    with transient_weights(network):
+        require_causal(network)
     if device.type == "cpu":
         keep_freed_memory(2 * _decoded_bytes(network, compute_dtype))  # twice: room for adapter columns beside a weight
     use_own_attention(network)
