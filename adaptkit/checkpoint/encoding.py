@@ -1,9 +1,11 @@
 """Quantization parameters of a weight, and the ``quantization_config`` that describes them in ``config.json``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from adaptkit.discovery import load
+from adaptkit.errors import UsageError
 from adaptkit.numerics import formats
 from adaptkit.numerics.formats._blockwise import Format, check_block_size
 
@@ -69,3 +71,32 @@ def quantization_config(kept: list[str], encoding: Encoding) -> dict[str, Any]:
         "load_in_8bit": False,
         "quant_method": "bitsandbytes",
     }
+
+
+def stated_encoding(stated: Mapping[str, Any]) -> tuple[Encoding, list[str]] | None:
+    """Read what ``quantization_config`` returns, or bitsandbytes wrote for 4 bits; None if it is another method's.
+
+    Args:
+        stated: may be anybody's, and empty.
+
+    Returns:
+        The encoding, with the default block size where bitsandbytes' keys do not tell it, and the paths of the modules
+        that stay in 16 bits.
+    """
+    format_name: Any
+    block_size: Any
+    if stated.get("quant_method") == "bitsandbytes" and stated.get("load_in_4bit") is True:
+        format_name, block_size = stated.get("bnb_4bit_quant_type", "fp4"), Encoding.block_size
+        double_quant, kept = stated.get("bnb_4bit_use_double_quant", False), stated.get("llm_int8_skip_modules")
+    elif stated.get("quant_method") == "adaptkit":
+        format_name, block_size = stated.get("format"), stated.get("block_size")
+        double_quant, kept = stated.get("double_quant"), stated.get("modules_to_not_convert")
+    else:
+        return None
+    paths = [path for path in kept if isinstance(path, str)] if isinstance(kept, list) else []
+    if not isinstance(format_name, str) or not isinstance(block_size, int) or not isinstance(double_quant, bool):
+        return None
+    try:
+        return Encoding(format_name, block_size, double_quant), paths
+    except UsageError:  # a later version's
+        return None

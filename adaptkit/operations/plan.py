@@ -1,8 +1,7 @@
 """Predict the memory and the trainable parameters of fine-tuning a model, from its configuration only.
 
-    weights      frozen weights. full: none; lora: linear layers as in the checkpoint; qlora: 4 bits per weight, an
-                 8-bit constant per 64 weights and a float32 constant per 256 of these, experts only with
-                 ``moe="quantize"``; everything else in the compute dtype
+    weights      frozen weights. full: none; lora: linear layers as in the checkpoint; qlora: see ``_plan.packing``;
+                 everything else in the compute dtype
     trainable    4 bytes per parameter: full training and adapters hold them in float32
     gradients    4 bytes per parameter
     optimizer    8 bytes per parameter, or 2.03 in 8 bits
@@ -24,12 +23,11 @@ from typing import Any
 import torch
 
 from adaptkit.arguments import AnyPath, as_path, as_texts, checked_options, typed_fields
+from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
 from adaptkit.networks.architecture import Description, empty_network, language_part
-from adaptkit.networks.assembly import find_stack
-from adaptkit.networks.kinds import is_router
 from adaptkit.networks.linears import is_linear
 from adaptkit.networks.matching import matching_targets
 from adaptkit.networks.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes
@@ -37,12 +35,12 @@ from adaptkit.networks.model_lock import model_lock
 from adaptkit.networks.tables import host_tables
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.operations._plan.network import Shape, expert_stacks, linear_shapes, measured_layers
+from adaptkit.operations._plan.packing import Packing
 from adaptkit.operations._quantize.selection import MOE
 
 METHODS = ("full", "lora", "qlora")
 DEVICES = ("auto", "cpu", "cuda")
 RANKS = (4, 8, 16, 32, 64, 128, 256)
-_BLOCK, _GROUP, _LEVELS_BYTES = 64, 256, 4 * 256
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,8 @@ class PlanOptions:
         method: ``full``, ``lora`` or ``qlora``.
         rank: of the adapter.
         targets: shell patterns of module paths, as for the trainer.
-        moe: ``keep`` experts in 16 bits, the default of ``quantize``, or ``quantize`` them.
+        moe: ``keep`` experts in 16 bits, or ``quantize`` them; None: as the model's configuration says if it is
+            quantized, otherwise ``keep``, the default of ``quantize``.
         seq_len: tokens per row.
         batch: rows per forward pass.
         checkpointing: a policy of ``networks.activations``; ``auto`` is planned as ``layer``, the least that it needs.
@@ -66,7 +65,7 @@ class PlanOptions:
     method: str = "qlora"
     rank: int = 16
     targets: tuple[str, ...] = ("*",)
-    moe: str = "keep"
+    moe: str | None = None
     seq_len: int = 1024
     batch: int = 1
     checkpointing: str = "layer"
@@ -80,14 +79,16 @@ class PlanOptions:
         object.__setattr__(self, "targets", as_texts(self.targets, "targets"))
         choices = {
             "method": METHODS,
-            "moe": MOE,
+            "moe": (None, *MOE),
             "optimizer": STATE_BITS,
             "compute_dtype": ("bfloat16", "float32"),
             "device": DEVICES,
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise UsageError(f"{name}: must be one of {', '.join(allowed)}, found {getattr(self, name)!r}")
+                raise UsageError(
+                    f"{name}: must be one of {', '.join(filter(None, allowed))}, found {getattr(self, name)!r}"
+                )
         for name, methods in (("rank", ("lora", "qlora")), ("targets", ("lora", "qlora")), ("moe", ("qlora",))):
             if getattr(self, name) != getattr(PlanOptions, name) and self.method not in methods:
                 raise UsageError(
@@ -196,14 +197,18 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
             hint=f"give --rank {most} or less, or leave that module out of --targets",
         )
     trainable = parameters if full else _adapter_parameters(shapes, targets, options.rank)
-    packed = _packed_names(network, shapes, options)
-    weights = 0 if full else _frozen_bytes(network, shapes, packed, dtype, description.dtype)
-    codes = _codes_of_layers(network, packed)
+    packing = Packing(frozenset(), Encoding())
+    if options.method == "qlora":
+        packing = Packing.of(network, shapes, description.config, options.moe)
+    weights = 0 if full else packing.frozen_nbytes(network, shapes, dtype, description.dtype)
+    codes = packing.codes_of_layers(network)
     if options.on_gpu and not full:
         weights -= sum(module.weight.numel() * dtype.itemsize for module in host_tables(network, dtype).values())
         weights += trainable * dtype.itemsize if dtype != torch.float32 else 0
     buffers = sum(buffer.nbytes for buffer in network.buffers())
-    checkpointing, activations = _activations(network, options, {} if full else dict.fromkeys(targets, options.rank))
+    packs_experts = not packing.names.isdisjoint(expert_stacks(network))
+    ranks = {} if full else dict.fromkeys(targets, options.rank)
+    checkpointing, activations = _activations(network, options, ranks, packs_experts)
     if not options.on_gpu:
         released = codes[: checkpointing.layers - checkpointing.whole]
         weights -= all_but_largest([size for layer in released for size in layer])
@@ -226,7 +231,7 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
         memory=memory.parts(),
         total_bytes=memory.total,
         context=_context(network.config),
-        notes=tuple(_notes(network, description, options)),
+        notes=tuple(_notes(network, description, options, packs_experts)),
         ranks=tuple(
             RankRow(rank, count, count / parameters, round(2 * rank * math.sqrt(parameters)))
             for rank in RANKS
@@ -241,14 +246,14 @@ def _context(config: Any) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def _notes(network: Any, description: Description, options: PlanOptions) -> Iterator[str]:
+def _notes(network: Any, description: Description, options: PlanOptions, packs_experts: bool) -> Iterator[str]:
     context, stacks = _context(network.config), expert_stacks(network)
     if context is not None and context < options.seq_len:
         yield f"--seq-len {options.seq_len:,} is longer than the model's context of {context:,} tokens"
     if options.method != "qlora" and "quantization_config" in description.config:
         yield f"this checkpoint is quantized, but {options.method} trains the 16-bit one"
     if stacks and options.method != "full":
-        stay = options.method == "qlora" and options.moe == "keep"
+        stay = options.method == "qlora" and not packs_experts
         also = ", which stay in 16 bits without --moe quantize" if stay else ""
         yield f"no adapter for {counted(len(stacks), 'stack')} of expert matrices{also}"
 
@@ -257,10 +262,11 @@ def _adapter_parameters(shapes: dict[str, Shape], targets: list[str], rank: int)
     return rank * sum(sum(shapes[name]) for name in targets)
 
 
-def _activations(network: Any, options: PlanOptions, ranks: dict[str, int]) -> tuple[Checkpointing, int]:
-    shape = options.batch, options.seq_len
-    full, is_packed = options.method == "full", options.moe == "quantize"
-    sizes = measured_layers(network, ranks, full, shape, is_packed, options.on_gpu)
+def _activations(
+    network: Any, options: PlanOptions, ranks: dict[str, int], packs_experts: bool
+) -> tuple[Checkpointing, int]:
+    shape, full = (options.batch, options.seq_len), options.method == "full"
+    sizes = measured_layers(network, ranks, full, shape, packs_experts, options.on_gpu)
     found = parse_policy(options.checkpointing, len(sizes))
     if isinstance(found, Checkpointing):
         chosen = found
@@ -276,39 +282,3 @@ def _logits(network: Any, options: PlanOptions, dtype: torch.dtype) -> int:
     if options.method != "full" or head is None:
         return chunk
     return chunk + head_gradient_bytes(sum(part.numel() for part in head.parameters()), dtype.itemsize)
-
-
-def _packed_names(network: Any, shapes: dict[str, Shape], options: PlanOptions) -> set[str]:
-    """Return the names of the weights that ``quantize`` packs."""
-    packed = set(expert_stacks(network)) if options.moe == "quantize" else set()
-    if options.method == "qlora":
-        packed |= {f"{name}.weight" for name in shapes if not is_router(name)}
-    return packed
-
-
-def _codes_of_layers(network: Any, packed: set[str]) -> list[list[int]]:
-    """Return the bytes of the codes of every layer's packed weights."""
-    path, layers = find_stack(network)
-    return [
-        [_codes_bytes(one.numel()) for name, one in layer.named_parameters() if f"{path}.{index}.{name}" in packed]
-        for index, layer in enumerate(layers)
-    ]
-
-
-def _codes_bytes(count: int) -> int:
-    return math.ceil(count / 2)
-
-
-def _frozen_bytes(
-    network: Any, shapes: dict[str, Shape], packed: set[str], dtype: torch.dtype, stored: torch.dtype
-) -> int:
-    """Return the bytes of the frozen weights: linear layers as stored or quantized, everything else in ``dtype``."""
-    linear = {f"{name}.weight" for name in shapes} | {f"{name}.bias" for name in shapes}
-    total = 0
-    for name, parameter in network.named_parameters():
-        if name in packed:
-            blocks = math.ceil(parameter.numel() / _BLOCK)
-            total += _codes_bytes(parameter.numel()) + blocks + 4 * math.ceil(blocks / _GROUP) + _LEVELS_BYTES
-        else:
-            total += parameter.numel() * (stored if name in linear else dtype).itemsize
-    return total

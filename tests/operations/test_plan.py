@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 
 import pytest
 import tiny
@@ -307,6 +308,55 @@ def test_experts_are_predicted_unquantized_and_in_4_bits(made, tmp_path, family,
     (note,) = found.notes
     assert note.startswith("no adapter for 4 stacks of expert matrices")
     assert ("--moe quantize" in note) == (moe == "keep")
+    as_it_is = plan(packed, PlanOptions(rank=4, batch=2, seq_len=64, compute_dtype=dtype, device="cpu"))
+    assert (as_it_is.memory, as_it_is.notes) == (found.memory, found.notes)
+    other = {"keep": "quantize", "quantize": "keep"}[moe]
+    assert plan(packed, PlanOptions(rank=4, seq_len=64, moe=other, compute_dtype=dtype)).memory != found.memory
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama", {"format": "int8"}),
+        ("llama", {"format": "int8", "block_size": 128, "double_quant": False}),
+        ("llama", {"format": "fp4", "double_quant": False}),
+        ("llama", {"skip": ("*.0.*", "*up_proj")}),
+        ("llama", {"include_head": True}),
+        ("gpt2", {"skip": ("*.0.*",)}),
+        ("llava", {"skip": ("*q_proj",)}),
+    ],
+)
+@pytest.mark.parametrize("layers", ["none", "layer"])
+def test_a_quantized_base_is_planned_as_it_is(made, tmp_path, name, options, layers):
+    folder = made / f"plan-as-it-is-{name}"
+    if not folder.is_dir():
+        write = {"llama": partial(tiny.write_llama, tied=False), "gpt2": tiny.write_gpt2}
+        write.get(name, partial(tiny.write_llava, older=True))(folder)
+    quantize(folder, tmp_path / "packed", QuantizeOptions(**options))
+    model = load_with_adapter(tmp_path / "packed", dtype=torch.bfloat16)
+    if layers == "layer":
+        checkpoint_layers(model.network, Checkpointing(2, 1))
+    found = plan(tmp_path / "packed", PlanOptions(rank=4, seq_len=32, checkpointing=layers, device="cpu"))
+    unread = 0 if options.get("double_quant", True) else 1024  # one table of levels, which all weights hold unread
+    assert found.memory["weights"] + unread == predicted_memory(model.network, 0, 0, Activations(None, 0, 0)).weights
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True},
+        {"quant_method": "adaptkit", "format": "int3", "block_size": 64, "double_quant": True},
+        {"quant_method": "adaptkit", "format": "int8", "block_size": 63, "double_quant": True},
+        {"quant_method": "adaptkit", "format": ["int8"], "block_size": "64"},
+        {"quant_method": "adaptkit"},
+    ],
+)
+def test_a_base_that_cannot_be_trained_as_it_is_is_planned_as_quantize_would_pack_it(models, tmp_path, stated):
+    plain = plan(models["llama"][0], PlanOptions(seq_len=16))
+    values = json.loads((models["llama"][0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": stated}))
+    assert plan(tmp_path, PlanOptions(seq_len=16)).memory == plain.memory
 
 
 @pytest.mark.parametrize(("device", "unpacked"), [("cuda", 4 * (256 * 64 + 64 * 128)), ("cpu", 256 * 64)])

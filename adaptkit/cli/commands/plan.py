@@ -26,8 +26,9 @@ from adaptkit.cli.paths import ConfigPath
     "--targets", multiple=True, help="Shell pattern of module paths that get an adapter. Repeatable. [default: *]"
 )
 @click.option(
-    "--moe", type=click.Choice(("keep", "quantize")), default="keep", show_default=True,
-    help="With qlora, experts: in 16 bits, or quantized by quantize --moe quantize.",
+    "--moe", type=click.Choice(("keep", "quantize")),
+    help="With qlora, experts: in 16 bits, or quantized by quantize --moe quantize. [default: as in MODEL if it is "
+    "quantized, otherwise keep]",
 )  # fmt: skip
 @click.option(
     "--compute-dtype", type=click.Choice(("bfloat16", "float32")), default="bfloat16", show_default=True,
