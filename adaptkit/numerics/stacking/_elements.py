@@ -7,10 +7,12 @@ two more whole matrices while the threshold of an adapter is searched.
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from adaptkit.numerics import lora
+from adaptkit.numerics.arrays import as_array
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._method import count_kept
 
@@ -55,8 +57,9 @@ def by_rows(terms: Sequence[LowRank], rule: Rule) -> Tensor:
 
 def nth_largest(magnitudes: Tensor, count: int) -> float:
     """Return the ``count``-th largest magnitude, counted from 1."""
-    flat = magnitudes.reshape(-1)
-    return float(flat.kthvalue(flat.numel() - count + 1).values)
+    flat = as_array(magnitudes).reshape(-1)
+    place = flat.size - count
+    return float(np.partition(flat, place)[place])  # several times as fast as torch's kthvalue
 
 
 def trimming(terms: Sequence[LowRank], density: float, module: str) -> Tensor:
