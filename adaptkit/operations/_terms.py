@@ -1,10 +1,11 @@
 """What can be checked about several adapters before a base is read: their weights, and the base that they expect."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.progress import counted
+from adaptkit.checkpoint.adapter import Adapter, adapter_identity
+from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.progress import counted, first_few
 from adaptkit.errors import BaseMismatchError, UsageError
 
 KEPT_KEYS = ("revision", "ensure_weight_tying")
@@ -61,3 +62,15 @@ def weights_of(adapters: Sequence[object], weights: tuple[float, ...]) -> tuple[
                 f"weights: must be finite numbers, found {weight}", hint="give each --weight a number such as 0.5"
             )
     return weights
+
+
+def given_again(adapters: Sequence[Adapter]) -> Iterator[str]:
+    """Yield a note on each adapter that is given several times, also in different folders: its changes add up."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for adapter in adapters:
+        found.setdefault((tensors_root(adapter.records), adapter_identity(adapter)), []).append(str(adapter.root))
+    for roots in found.values():
+        if len(roots) > 1:
+            others = list(dict.fromkeys(roots))[1:]
+            also = f", also as {first_few(others)}" if others else ""
+            yield f"{roots[0]}: given {len(roots)} times{also}; it counts each time"

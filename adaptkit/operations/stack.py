@@ -22,7 +22,7 @@ from adaptkit.numerics.stacking._method import Method
 from adaptkit.operations._carried import Carried, collect_carried, left_out
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._stack.terms import Stackable, stackable
-from adaptkit.operations._terms import expected_fingerprints, weights_of
+from adaptkit.operations._terms import expected_fingerprints, given_again, weights_of
 from adaptkit.operations._threads import check_threads, map_in_threads, thread_count
 
 
@@ -132,7 +132,7 @@ class StackReport:
         per_module: one per module, sorted by name.
         tensors_root: hash of the result's tensors; None for a dry run.
         manifest_sha256: of the result's manifest; None for a dry run.
-        told: notes: modules whose changes cancel, value heads that are left out.
+        told: notes: adapters given several times, modules whose changes cancel, value heads that are left out.
     """
 
     output: str
@@ -288,5 +288,5 @@ def _report(
         tokenizer=tuple(sorted(carried.files)),
         base_names=plan.base_names,
         per_module=entries,
-        told=(*_cancelled(combined), *left_out(adapters)),
+        told=(*given_again(adapters), *_cancelled(combined), *left_out(adapters)),
     )

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from folders import tree
+from folders import edit_json, tree
 
 from adaptkit.discovery import load, names
 from adaptkit.numerics import stacking
@@ -125,3 +125,19 @@ def test_a_stack_of_changes_that_cancel_says_so(run_cli, adapter, second_adapter
         assert done.code == 0, done.stderr
         assert ("the changes cancel" in done.stdout) == bool(note)
         assert note in done.stdout
+
+
+@pytest.mark.parametrize("command", ["stack", "merge"])
+def test_an_adapter_given_several_times_is_named_once_in_the_report(
+    run_cli, copy_of, llama, adapter, second_adapter, tmp_path, command
+):
+    copy, scaled = copy_of(adapter, "copy"), copy_of(adapter, "scaled")
+    edit_json(scaled / "adapter_config.json", lora_alpha=1)  # other changes from the same tensors
+    asked = [command, *([llama] if command == "merge" else []), "-o", tmp_path / "out", "--dry-run", "--json"]
+
+    def told(*adapters):
+        return [note for note in json.loads(run_cli(*asked, *adapters).stdout)["told"] if "given" in note]
+
+    assert told(adapter, second_adapter, scaled) == []
+    assert told(adapter, second_adapter, adapter) == [f"{adapter}: given 2 times; it counts each time"]
+    assert told(copy, adapter, copy) == [f"{copy}: given 3 times, also as {adapter}; it counts each time"]

@@ -36,6 +36,7 @@ from adaptkit.operations._merge.report import MergeOptions, MergeReport, change_
 from adaptkit.operations._merge.side_files import SideFiles, plan_index
 from adaptkit.operations._merge.unlike_peft import untargeted
 from adaptkit.operations._shards import Group, read_jobs, write_shards
+from adaptkit.operations._terms import given_again
 from adaptkit.operations._threads import thread_count
 
 if TYPE_CHECKING:
@@ -266,7 +267,7 @@ class Merging:
     def report(self, output: Path, out: Output | None = None, manifest: Manifest | None = None) -> MergeReport:
         """Return the report; that of a dry run without ``out`` or ``manifest``."""
         changed = [edit for edit in self.edits.of.values() if edit.steps]
-        notes = [*self.edits.notes, *self.side.notes, *untargeted(self.adapters)]
+        notes = [*given_again(self.adapters), *self.edits.notes, *self.side.notes, *untargeted(self.adapters)]
         if self.base.found_for is not None:
             notes.insert(
                 0,

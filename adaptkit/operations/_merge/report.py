@@ -101,7 +101,8 @@ class MergeReport:
             run, whether they will be.
         same_base: whether all of the base's tensors are those that every adapter was trained on; False for a dry run,
             which does not read them.
-        told: notes: how names were found, what was untied, where the tokenizer comes from.
+        told: notes: adapters given several times, how names were found, what was untied, where the tokenizer comes
+            from.
         moved: share of the changed tensors' elements whose value changed; None for a dry run.
         relative_delta: ‖Δ‖ / ‖W‖ over all changed tensors; None for a dry run.
         effect: ⟨E, Δ⟩ / ⟨Δ, Δ⟩ over all changed tensors, the share of the change left after rounding; None for a dry
