@@ -113,7 +113,8 @@ class TrainConfig:
     epochs: float | None = setting("Passes over the data, instead of steps.  [default: 1]", None, above=0,
                                    at_most=1e6)  # fmt: skip
     batch_size: int = setting("Samples per step.", 8, at_least=1, at_most=_MAX_COUNT)
-    micro_batch_size: int | None = setting("Samples per forward pass.  [default: the whole batch]", None, at_least=1,
+    micro_batch_size: int | None = setting("Samples per forward pass, at most batch_size.  "
+                                           "[default: the whole batch]", None, at_least=1,
                                            at_most=_MAX_COUNT)  # fmt: skip
     group_by_length: bool = setting("Group samples of similar length into steps, to reduce padding.", False)
     on_non_finite: str = setting("If the loss or a gradient is NaN or infinite: stop, or skip the step and count it.",
@@ -180,15 +181,7 @@ class TrainConfig:
                 refuse(self, name, "must not be empty")
         self._check_adapter()
         self.mixture_weights()
-        if self.steps is not None and self.epochs is not None:
-            raise ConfigError("epochs: cannot be combined with steps", hint="leave out one of the two")
-        if self.decay != TrainConfig.decay and self.schedule != "wsd":
-            raise ConfigError("decay: applies only to schedule wsd", hint="leave out decay, or use schedule wsd")
-        if self.pack and self.group_by_length:
-            raise ConfigError(
-                "group_by_length: cannot be combined with pack: packed rows have similar lengths",
-                hint="leave out one of the two",
-            )
+        self._check_steps()
         if self.patience and not (self.has_held_out and self.eval_every):
             raise ConfigError(
                 "patience: needs eval_every and held-out data", hint="set eval_every, and held_out or held_out_data"
@@ -238,6 +231,28 @@ class TrainConfig:
                 refuse(self, name, "keys must be regular expressions")
         if any(rank != int(rank) for rank in (self.rank_pattern or {}).values()):
             refuse(self, "rank_pattern", "values must be whole numbers")
+
+    def _check_steps(self) -> None:
+        """Refuse settings of the steps that contradict each other.
+
+        Raises:
+            ConfigError: names one.
+        """
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("epochs: cannot be combined with steps", hint="leave out one of the two")
+        if self.decay != TrainConfig.decay and self.schedule != "wsd":
+            raise ConfigError("decay: applies only to schedule wsd", hint="leave out decay, or use schedule wsd")
+        if self.pack and self.group_by_length:
+            raise ConfigError(
+                "group_by_length: cannot be combined with pack: packed rows have similar lengths",
+                hint="leave out one of the two",
+            )
+        if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
+            raise ConfigError(
+                f"micro_batch_size: {self.micro_batch_size} samples per forward pass are more than the "
+                f"{self.batch_size} per step (batch_size)",
+                hint=f"set batch_size to {self.micro_batch_size}, or leave out micro_batch_size",
+            )
 
     def mixture_weights(self) -> list[float] | None:
         """Return the weight of each source in order, looked up by source or file name; 1 if it is not given.

@@ -229,6 +229,7 @@ def test_errors_name_an_unusable_option_as_it_was_typed(run_cli, llama, instruct
         ("rank", "4", "leave out --rank, or --init"),
         ("rank", "4", "leave out --rank, or use --method lora or qlora"),
         ("sample_tokens", "4", "set --sample-prompts, or leave out --sample-tokens"),
+        ("micro_batch_size", "16", "set --batch-size to 16, or leave out --micro-batch-size"),
     ],
 )
 def test_hints_name_settings_as_options_unless_they_are_in_a_file(

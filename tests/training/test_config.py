@@ -96,6 +96,8 @@ def test_values_from_python_have_the_types_of_their_fields():
         ({"sample_tokens": 5}, "sample_tokens: needs sample_prompts"),
         ({"decay": 0.3}, "decay: applies only to schedule wsd"),
         ({"shard_base": True, "checkpointing": "sqrt"}, "shard_base: works only with checkpointing auto, .*"),
+        ({"batch_size": 2, "micro_batch_size": 3}, "micro_batch_size: 3 samples .* more than the 2 per step .*"),
+        ({"micro_batch_size": 9}, "micro_batch_size: 9 samples .* more than the 8 per step .*"),
         ({"shard_base": True, "method": "full"}, "shard_base: cannot be combined with method full, .*"),
         ({"lora_bias": True, "dora": True}, "lora_bias: cannot be combined with dora"),
         (
