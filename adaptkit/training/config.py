@@ -258,7 +258,7 @@ class TrainConfig:
         """Return the weight of each source in order, looked up by source or file name; 1 if it is not given.
 
         Raises:
-            ConfigError: a name matches no source or several, or two names match the same source.
+            ConfigError: a name matches no source or several, two names match the same source, or there is only one.
         """
         if self.mixture is None:
             return None
@@ -271,6 +271,8 @@ class TrainConfig:
                 problem = several if found else "is not one of the data"
                 raise ConfigError(f"mixture: {name!r} {problem}", hint=f"name one of the data: {', '.join(self.data)}")
             weights[found[0]] = float(weight)
+        if len(self.data) == 1:
+            raise ConfigError("mixture: has no effect on a single source", hint="leave out mixture, or give more data")
         return [weights.get(number, 1.0) for number in range(len(self.data))]
 
     @property

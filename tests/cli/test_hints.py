@@ -273,3 +273,17 @@ def test_a_settings_name_within_a_path_is_not_renamed_in_errors(run_cli, llama, 
 def test_a_missing_required_option_of_train_is_named(run_cli, instructions):
     done = run_cli("train", "--data", instructions, "-o", "out")
     assert done.stderr == "error: --base is missing\nhint: give --base, or a --config FILE with base\n"
+
+
+def test_a_mixture_of_a_single_source_is_refused(run_cli, llama, instructions, tmp_path):
+    done = run_cli(*train(llama, instructions, tmp_path / "out", "--mixture", f"{instructions.name}=3", "--dry-run"))
+    error, hint = done.refusal(2)
+    assert error == "error: --mixture: has no effect on a single source"
+    assert hint == "hint: leave out --mixture, or give more data"
+
+
+def test_quantizing_the_experts_of_a_model_without_any_is_refused(run_cli, llama, tmp_path):
+    error, hint = run_cli("quantize", llama, "-o", tmp_path / "out", "--moe", "quantize").refusal(2)
+    assert error == f"error: {llama}: no experts found to quantize"
+    assert hint == "hint: leave out --moe quantize"
+    assert not any(tmp_path.iterdir())

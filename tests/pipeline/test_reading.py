@@ -248,8 +248,8 @@ def test_a_companion_adapter_is_named_after_its_base(write):
 
 def test_whole_numbers_are_accepted_where_floats_are_expected(write):
     """They become floats, since a manifest distinguishes 1 from 1.0."""
-    options = read_recipe(write(GOOD, "rank: 4", "alpha: 8, mixture: {rows: 1}")).steps["adapter"].options
-    assert (repr(options.alpha), repr(options.mixture)) == ("8.0", "{'rows': 1.0}")
+    options = read_recipe(write(GOOD, "rank: 4", "alpha: 8, alpha_pattern: {q: 1}")).steps["adapter"].options
+    assert (repr(options.alpha), repr(options.alpha_pattern)) == ("8.0", "{'q': 1.0}")
 
 
 def test_a_predefined_value_of_an_option_is_not_taken_for_a_name(write):

@@ -97,6 +97,8 @@ def test_values_from_python_have_the_types_of_their_fields():
         ({"decay": 0.3}, "decay: applies only to schedule wsd"),
         ({"shard_base": True, "checkpointing": "sqrt"}, "shard_base: works only with checkpointing auto, .*"),
         ({"batch_size": 2, "micro_batch_size": 3}, "micro_batch_size: 3 samples .* more than the 2 per step .*"),
+        ({"mixture": {"d.jsonl": 3}}, "mixture: has no effect on a single source"),
+        ({"mixture": {}}, "mixture: has no effect on a single source"),
         ({"micro_batch_size": 9}, "micro_batch_size: 9 samples .* more than the 8 per step .*"),
         ({"shard_base": True, "method": "full"}, "shard_base: cannot be combined with method full, .*"),
         ({"lora_bias": True, "dora": True}, "lora_bias: cannot be combined with dora"),
@@ -124,7 +126,8 @@ def test_epochs_are_recorded_as_one_by_default_as_in_earlier_versions():
 
 def test_whole_numbers_and_equal_floats_are_recorded_alike():
     """The command line parses as floats what a file may write as whole numbers."""
-    whole = {"alpha": 32, "warmup": 0, "epochs": 2, "alpha_pattern": {"q_proj": 8}, "mixture": {"d.jsonl": 3}}
+    whole = {"alpha": 32, "warmup": 0, "epochs": 2, "alpha_pattern": {"q_proj": 8}}
+    whole |= {"data": ["d.jsonl", "e.jsonl"], "mixture": {"d.jsonl": 3}}
     records = [
         json.dumps(config_of(GOOD | values).recorded())
         for values in (whole, json.loads(json.dumps(whole), parse_int=float))

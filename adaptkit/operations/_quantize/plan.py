@@ -164,7 +164,7 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles) ->
 
     Raises:
         CheckpointError: the source is quantized already, or has nothing to quantize.
-        UsageError: a pattern matches nothing, or the head cannot be quantized.
+        UsageError: a pattern matches nothing, the head cannot be quantized, or there are no experts to quantize.
     """
     method = quantization_found(checkpoint)
     if method is not None:
@@ -172,6 +172,8 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles) ->
             f"{checkpoint.root}: already quantized with {method}",
             hint=hint_for_plain(method, checkpoint.root, "quantize"),
         )
+    if options.moe == "quantize" and not any(role.kind == "expert" for role in roles.of.values()):
+        raise UsageError(f"{checkpoint.root}: no experts found to quantize", hint="leave out --moe quantize")
     selection = select(
         checkpoint,
         skip=options.skip,
