@@ -36,6 +36,12 @@ Located = tuple[str, Row]
 
 _SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 _GZIP_SUFFIX, _GZIP = ".gz", b"\x1f\x8b"
+_OTHER_FILES = (
+    ".txt", ".text", ".md", ".xml", ".html", ".yaml", ".yml", ".xlsx", ".arrow", ".zip", ".tar", ".gz", ".bz2", ".zst",
+)  # fmt: skip
+"""Suffixes of files that are not read as rows, and of no dataset's name on the Hub."""
+_SUFFIX_IN_A_FOLDER = re.compile(r"\.[A-Za-z]\w*")
+"""What ends a file's name, if its folder exists: a dataset's name may end in a version, such as v1.5."""
 _READ_ERRORS = (OSError, EOFError, zlib.error)
 """Exceptions raised by reading a file, compressed or not."""
 _HUB = re.compile(
@@ -95,9 +101,14 @@ def _opened(file: Path) -> io.BufferedIOBase:
 
 
 def is_on_hub(source: Path | str) -> bool:
-    """Return whether a source names a dataset on the Hub; an existing path or a data file's suffix means a file."""
+    """Return whether a source names a dataset on the Hub.
+
+    An existing path means a file, and so does a file's suffix: else a misspelt path would be looked for on the Hub.
+    """
     text = str(source)
-    return not os.path.exists(text) and not holds_rows(text) and _HUB.fullmatch(text) is not None
+    folder, suffix = os.path.dirname(text), "" if {"@", ":"}.intersection(text) else os.path.splitext(text)[1]
+    is_file = suffix.lower() in _OTHER_FILES or (_SUFFIX_IN_A_FOLDER.fullmatch(suffix) and os.path.isdir(folder))
+    return not (os.path.exists(text) or holds_rows(text) or is_file) and _HUB.fullmatch(text) is not None
 
 
 def read_text(file: Path) -> str:

@@ -287,3 +287,12 @@ def test_quantizing_the_experts_of_a_model_without_any_is_refused(run_cli, llama
     assert error == f"error: {llama}: no experts found to quantize"
     assert hint == "hint: leave out --moe quantize"
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["data/rows.txt", "data/rows.jsnl"])
+def test_missing_data_is_a_missing_file_and_not_looked_for_on_the_hub(run_cli, llama, tmp_path, name):
+    (tmp_path / "data").mkdir()
+    done = run_cli(*train(llama, name, "out"), cwd=tmp_path)
+    error, hint = done.refusal(5)
+    assert error.startswith(f"error: {name}: expected a data file (")
+    assert hint == "hint: check the path: there is no such file"

@@ -271,6 +271,10 @@ def test_a_damaged_parquet_file_is_refused(tmp_path):
         ("org/name/config@main:train_sft", True),
         ("data/rows.jsonl", False),
         ("data/rows.JSONL", False),
+        ("data/rows.txt", False),
+        ("data/more/rows.md", False),
+        ("org/name-v1.5", True),
+        ("org/name.en", True),
         ("./org/name", False),
         ("/org/name", False),
         ("name", False),
@@ -285,6 +289,15 @@ def test_an_existing_folder_takes_precedence_over_the_hub(tmp_path, monkeypatch)
     (tmp_path / "org" / "name").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     assert not is_on_hub("org/name")
+
+
+def test_a_name_with_a_suffix_is_a_file_if_its_folder_exists(tmp_path, monkeypatch):
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert not is_on_hub("org/rows.jsnl")
+    assert is_on_hub("other/rows.jsnl")
+    for name in ("org/name", "org/name-v1.5", "org/name@v1.0:train", "org/name:rows.part"):
+        assert is_on_hub(name)
 
 
 def test_a_hub_that_does_not_answer_is_a_network_error(tmp_path):
