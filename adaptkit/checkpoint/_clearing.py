@@ -5,10 +5,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from adaptkit.checkpoint.layout import JOURNAL_PATTERN
 from adaptkit.checkpoint.manifest import MANIFEST_NAME
 from adaptkit.checkpoint.writer import disk_errors
-
-JOURNAL_PATTERN = "adaptkit-journal*.jsonl"
 
 
 def is_marker(path: Path) -> bool:

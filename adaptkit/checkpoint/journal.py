@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from adaptkit.checkpoint._appear import appear, take_permissions
-from adaptkit.checkpoint._clearing import JOURNAL_PATTERN, clear, clear_all_but, is_marker, remove, temporary_folder
+from adaptkit.checkpoint._clearing import clear, clear_all_but, is_marker, remove, temporary_folder
 from adaptkit.checkpoint._journal_file import Finished, Journal, append_line, read_journal
 from adaptkit.checkpoint._locks import Locks
 from adaptkit.checkpoint.header import TensorSpec, check_regular
-from adaptkit.checkpoint.layout import write_json
+from adaptkit.checkpoint.layout import JOURNAL_PATTERN, write_json
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.place import check_output, partial_folder

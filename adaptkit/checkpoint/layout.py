@@ -30,6 +30,7 @@ SINGLE_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
+JOURNAL_PATTERN = "adaptkit-journal*.jsonl"
 COMPENSATION_NAME = "adaptkit-compensation.safetensors"
 """File beside an adapter; see ``compensation``."""
 METRICS_NAME = "metrics.jsonl"
@@ -93,7 +94,7 @@ def require_folder(path: Path, hint: Callable[[AnyPath], str] = folder_hint) -> 
     """Return the path if it is a folder.
 
     Raises:
-        UsageError: it does not exist or is a file; ``hint`` makes its hint from the path.
+        UsageError: it is an unfinished output, or a file, or does not exist, for which ``hint`` makes the hint.
     """
     if not os.path.isdir(path):  # Path.is_dir raises if a name is too long
         expected = "expected a checkpoint or adapter folder"
@@ -103,6 +104,9 @@ def require_folder(path: Path, hint: Callable[[AnyPath], str] = folder_hint) -> 
         raise UsageError(
             f"{path}: is a file; {expected}", hint=f"give its folder, {path.parent}" if belongs else path_hint(path)
         )
+    if any(path.glob(JOURNAL_PATTERN)):
+        resume = "wait for the command that writes it; if it was interrupted, run the same command again to resume"
+        raise UsageError(f"{path}: is an unfinished output", hint=resume)
     return path
 
 

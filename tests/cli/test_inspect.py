@@ -55,3 +55,20 @@ def test_an_unsupported_adapter_is_refused_with_one_error_and_one_hint(run_cli, 
     error, hint = run_cli("inspect", peft_adapters.write_refused(tmp_path / "ia3", "IA3", llama)).refusal(5)
     assert "IA3" in error
     assert "LORA" in hint
+
+
+def test_an_unfinished_output_is_refused_as_such_until_it_is_finished(run_cli, llama_sharded, adapter, tmp_path):
+    folder, writing = tmp_path / "out.partial", ["quantize", llama_sharded, "-o", tmp_path / "out"]
+    assert run_cli(*writing, "--max-shard-size", "20000B", "--part", "1/2").code == 0
+    for command in (
+        ["inspect", folder],
+        ["verify", folder],
+        ["check", folder, "--target", "vllm"],
+        ["dequantize", folder, "-o", tmp_path / "plain"],
+        ["publish", folder, "me/model"],
+    ):
+        error, hint = run_cli(*command).refusal(2)
+        assert error == f"error: {folder}: is an unfinished output"
+        assert "run the same command again to resume" in hint
+    assert run_cli(*writing, "--max-shard-size", "20000B").code == 0
+    assert run_cli("inspect", tmp_path / "out").code == 0
