@@ -1,6 +1,7 @@
 """A checkpoint released in FP8 or MXFP4, read as the 16-bit checkpoint that it stands for, without writing that."""
 
 import hashlib
+import shlex
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.header import ITEM_BYTES, TensorSpec
 from adaptkit.checkpoint.low_precision import LowPrecisionWeight, low_precision_weights
 from adaptkit.checkpoint.reader import Checkpoint, Located
+from adaptkit.errors import NonFiniteError
 from adaptkit.numerics.arrays import Array
+from adaptkit.numerics.finite import all_finite
 
 _DTYPE = "BF16"
 """What models are trained in; it holds MXFP4 exactly, and is ``dequantize``'s default."""
@@ -19,6 +22,8 @@ _DTYPE = "BF16"
 
 class ReleasedCheckpoint(Checkpoint):
     """The checkpoint that ``dequantize`` would write, whose weights are decoded when they are read.
+
+    Reading one that is too large for bfloat16 is a NonFiniteError.
 
     Args:
         release: a checkpoint in one of the methods ``foreign.RELEASED``.
@@ -79,6 +84,11 @@ class ReleasedCheckpoint(Checkpoint):
         first, last = offset // itemsize, -(-(offset + size) // itemsize)
         start, stop = first // weight.unit * weight.unit, -(-last // weight.unit) * weight.unit
         values = weight.decode(self.release, start, stop - start, ARRAY_DTYPES[_DTYPE])
+        if not all_finite(values) and not weight.is_broken(self.release, values):  # a broken one is for the reader
+            raise NonFiniteError(
+                f"{weight.name}: a weight is too large for bfloat16",
+                hint=f"run: adaptkit dequantize {shlex.quote(str(self.root))} -o PLAIN --dtype float32; then use PLAIN",
+            )
         return values.view("uint8")[offset - start * itemsize :][:size]
 
 

@@ -44,8 +44,8 @@ def without_manifest(folder):
 
 
 @pytest.mark.parametrize(
-    ("kind", "moe"),
-    [*((kind, "keep") for kind in KINDS), *((kind, "quantize") for kind in KINDS if kind != "fp8")],  # it has no experts
+    ("kind", "moe"),  # fp8 has no experts
+    [*((kind, "keep") for kind in KINDS), *((kind, "quantize") for kind in KINDS if kind != "fp8")],
 )
 def test_the_files_are_those_made_from_the_16_bit_checkpoint(releases, kind, moe, tmp_path):
     release, plain = releases[kind]
@@ -209,6 +209,21 @@ def test_nan_is_refused_with_its_index(releases, part, copy_of, tmp_path):
     with pytest.raises(NonFiniteError, match=f"{GATE}.*{index}"):
         quantize(folder, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_weights_too_large_for_bfloat16_are_refused_as_such_and_can_be_quantized_from_float32(
+    releases, copy_of, run_cli, tmp_path
+):
+    folder = copy_of(releases["fp8"][0])
+    with edited_tensors(folder / "model.safetensors") as tensors:
+        tensors[GATE].view(torch.uint8)[0, 0] = 0x7E  # 448
+        tensors[f"{GATE}_scale_inv"][0, 0] = 7.59e35  # the product is less than the largest float32
+    error, hint = run_cli("quantize", folder, "-o", tmp_path / "out").refusal(5)
+    assert error == f"error: {GATE}: a weight is too large for bfloat16"
+    assert hint == f"hint: run: adaptkit dequantize {folder} -o PLAIN --dtype float32; then use PLAIN"
+    assert not list(tmp_path.glob("out*"))
+    assert run_cli("dequantize", folder, "-o", tmp_path / "plain", "--dtype", "float32").code == 0
+    assert run_cli("quantize", tmp_path / "plain", "-o", tmp_path / "out").code == 0
 
 
 def test_a_release_that_lacks_a_part_is_refused(releases, copy_of, tmp_path):
