@@ -262,11 +262,12 @@ class MappedCheckpoint(Checkpoint):
 
 
 def stated_method(config: Mapping[str, Any]) -> str | None:
-    """Return the ``quant_method`` in a configuration; None if not quantized, "unknown" if it names no method."""
+    """Return the ``quant_method`` in a configuration, or that it names none; None if it is not quantized."""
     stated = config.get("quantization_config")
     if stated is None:
         return None
-    return str(stated.get("quant_method", "unknown")) if isinstance(stated, dict) else "unknown"
+    method = stated.get("quant_method") if isinstance(stated, dict) else None
+    return "a method that config.json does not name" if method is None else str(method)
 
 
 def _unreadable(file: str, error: OSError) -> IntegrityError:

@@ -184,8 +184,9 @@ def test_a_folder_without_tensors_is_refused(tmp_path):
         ({}, None),
         ({"quantization_config": None}, None),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
-        ({"quantization_config": {}}, "unknown"),
-        ({"quantization_config": "4bit"}, "unknown"),
+        ({"quantization_config": {}}, "a method that config.json does not name"),
+        ({"quantization_config": {"quant_method": None}}, "a method that config.json does not name"),
+        ({"quantization_config": "4bit"}, "a method that config.json does not name"),
     ],
 )
 def test_the_quantization_method_is_read_from_the_configuration(mixed, config, method):
