@@ -145,6 +145,7 @@ class PlanReport:
         checkpointing: phrase that says which layers are checkpointed.
         memory: bytes by part; see ``networks.memory.Memory``.
         total_bytes: of all parts.
+        released_bytes: of weights that no part counts: on a CPU, checkpointed layers release them once they are used.
         context: the model's longest sequence in tokens; None if its configuration does not say.
         notes: one-line warnings about what such a run would refuse, leave out or do badly.
         ranks: trainable parameters of adapters of other ranks.
@@ -159,6 +160,7 @@ class PlanReport:
     checkpointing: str
     memory: dict[str, int]
     total_bytes: int
+    released_bytes: int
     context: int | None
     notes: tuple[str, ...]
     ranks: tuple[RankRow, ...]
@@ -209,11 +211,10 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
     packs_experts = not packing.names.isdisjoint(expert_stacks(network))
     ranks = {} if full else dict.fromkeys(targets, options.rank)
     checkpointing, activations = _activations(network, options, ranks, packs_experts)
-    if not options.on_gpu:
-        released = codes[: checkpointing.layers - checkpointing.whole]
-        weights -= all_but_largest([size for layer in released for size in layer])
+    checkpointed = [] if options.on_gpu else codes[: checkpointing.layers - checkpointing.whole]
+    released = all_but_largest([size for layer in checkpointed for size in layer])
     memory = Memory(
-        weights=weights + buffers,
+        weights=weights - released + buffers,
         trainable=4 * trainable,
         gradients=4 * trainable,
         optimizer=moment_bytes(trainable, STATE_BITS[options.optimizer]),
@@ -230,6 +231,7 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
         checkpointing=str(checkpointing),
         memory=memory.parts(),
         total_bytes=memory.total,
+        released_bytes=released,
         context=_context(network.config),
         notes=tuple(_notes(network, description, options, packs_experts)),
         ranks=tuple(

@@ -109,6 +109,19 @@ def test_plan_notes_rows_longer_than_the_models_context(run_cli, llama, gpt2):
             assert (f"--seq-len {length:,} is longer than the model's context of {most:,} tokens" in printed) == told
 
 
+def test_plan_says_how_much_of_the_weights_it_does_not_count(run_cli, llama):
+    def planned(*options):
+        return json.loads(run_cli("plan", llama, "--json", *options).stdout)
+
+    cpu = ("--device", "cpu")
+    released = planned(*cpu)["released_bytes"]
+    all_stay, some = (planned(*cpu, *more) for more in (("--checkpointing", "none"), ()))
+    assert some["memory"]["weights"] + released == all_stay["memory"]["weights"]
+    assert all_stay["released_bytes"] == planned("--device", "cuda")["released_bytes"] == 0
+    assert f", without {released / 1000:.1f} kB released after use\n" in run_cli("plan", llama, *cpu).stdout
+    assert "released" not in run_cli("plan", llama, *cpu, "--checkpointing", "none").stdout
+
+
 @pytest.mark.parametrize(
     ("typed", "hint"),
     [("quantise", "did you mean 'quantize'?"), ("unmerg", "did you mean 'unmerge'?"), ("xyz", "see adaptkit --help")],

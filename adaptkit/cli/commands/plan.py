@@ -50,13 +50,14 @@ def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, *
 
     report = plan(model, PlanOptions(targets=targets or ("*",), **options))
     share = percent(report.trainable_parameters / report.parameters)
+    released = f", without {size(report.released_bytes)} released after use" if report.released_bytes else ""
     rows: list[Row] = [
         ("model", f"{report.architecture}, {report.parameters:,} parameters"),
         ("method", f"{report.method}, {options['compute_dtype']}"),
         ("device", report.device),
         ("trainable", f"{counted(report.trainable_parameters, 'parameter')} ({share})"),
         ("layers", report.checkpointing),
-        *((name, size(count)) for name, count in report.memory.items()),
+        *((name, size(count) + (released if name == "weights" else "")) for name, count in report.memory.items()),
         ("total", size(report.total_bytes)),
         *(("note", note) for note in report.notes),
         ("", ""),
