@@ -46,8 +46,16 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "known") -> str:
     return f"did you mean {close!r}?" if close else f"{otherwise}: {', '.join(listed) or 'none'}"
 
 
-def check_keys(values: Any, known: Iterable[str], place: Place) -> Mapping[str, Any]:
+def check_keys(
+    values: Any, known: Iterable[str], place: Place, also: Mapping[str, str] | None = None
+) -> Mapping[str, Any]:
     """Return the values if they are a mapping with only known keys.
+
+    Args:
+        values: of a document.
+        known: names of keys.
+        place: the location of ``values``.
+        also: maps what other tools call some of the keys to their names, for the hint.
 
     Raises:
         ConfigError: not a mapping, or an unknown key; the hint names the most similar known one.
@@ -57,7 +65,8 @@ def check_keys(values: Any, known: Iterable[str], place: Place) -> Mapping[str, 
         raise place.error(f"is {_shown(values)}; expected keys and values", hint=f"known keys: {', '.join(listed)}")
     for key in values:
         if key not in listed:
-            raise place.at(key).error("unknown key", hint=nearest(key, listed))
+            meant = (also or {}).get(key)
+            raise place.at(key).error("unknown key", hint=nearest(meant if meant in listed else key, listed))
     return values
 
 
@@ -65,7 +74,7 @@ def build(kind: type[Any], values: Mapping[str, Any], place: Place, overrides: M
     """Make a dataclass from a document's values.
 
     Args:
-        kind: the dataclass.
+        kind: the dataclass; its attribute ``other_names``, if there is one, is ``also`` of ``check_keys``.
         values: maps field names to the document's values.
         place: the location of ``values``.
         overrides: arguments that override the document's values; errors about them name no place.
@@ -75,7 +84,7 @@ def build(kind: type[Any], values: Mapping[str, Any], place: Place, overrides: M
         UsageError: the dataclass rejects one of ``overrides``.
     """
     hints, overrides = get_type_hints(kind), dict(overrides or {})
-    check_keys(values, [field.name for field in fields(kind)], place)
+    check_keys(values, [field.name for field in fields(kind)], place, getattr(kind, "other_names", None))
     found = {name: convert(value, hints[name], place.at(name)) for name, value in values.items()} | overrides
     for field in fields(kind):
         if field.name not in found and field.default is MISSING and field.default_factory is MISSING:

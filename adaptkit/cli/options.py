@@ -13,6 +13,7 @@ import click
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.typed import declared
 from adaptkit.cli.paths import LocalPath
+from adaptkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adaptkit.checkpoint.signing import Signer, Trust
@@ -177,7 +178,20 @@ class _SettingOption(click.Option):
 
 
 class InSections(click.Command):
-    """A command whose help groups its settings under headings."""
+    """A command whose help groups its settings under headings, and whose errors know what other tools call them."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See ``click.Command``."""
+        from adaptkit.training.other_names import OTHER_NAMES
+
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            meant = OTHER_NAMES.get(error.option_name.lstrip("-").replace("-", "_"))
+            flags = [flag for option in self.params if option.name == meant for flag in option.opts if flag[:2] == "--"]
+            if not flags:
+                raise
+            raise UsageError(f"no such option: {error.option_name}", hint=f"did you mean {flags[0]}?") from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """See ``click.Command``."""

@@ -106,7 +106,8 @@ def _step(name: str, entry: Any, place: Place) -> Step:
     refused = next((key for key in values if key in how.refused), None)
     if refused is not None:
         raise place.at(refused).error("cannot be set in a recipe", hint=how.refused[refused])
-    check_keys(values, (field.name for field in fields(how.options) if field.name not in how.refused), place)
+    keys = [field.name for field in fields(how.options) if field.name not in how.refused]
+    check_keys(values, keys, place, getattr(how.options, "other_names", None))
     try:
         options = build(how.options, how.complete(values, inputs), place)
         how.check(options, inputs)

@@ -4,11 +4,12 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from adaptkit.checkpoint.patterns import check_pattern
 from adaptkit.errors import ConfigError
 from adaptkit.text.layouts import LAYOUTS
+from adaptkit.training.other_names import OTHER_NAMES
 from adaptkit.training.settings import check, documented, refuse, setting
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
@@ -51,6 +52,8 @@ _CHANGEABLE_ON_RESUME = frozenset(
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of a training run."""
+
+    other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
 
     base: str = setting(
         "Base checkpoint: 16-bit, or quantized by adaptkit. A folder, or org/name[@revision] on the Hub.",

@@ -10,6 +10,7 @@ import pytest
 from adaptkit.cli.commands.train import command as train_command
 from adaptkit.discovery import closest
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.other_names import OTHER_NAMES
 from adaptkit.training.settings import settings
 
 MERGED = Path(__file__).parents[2] / "fixtures" / "golden" / "schema-1" / "merged"
@@ -309,3 +310,25 @@ def test_missing_data_is_a_missing_file_and_not_looked_for_on_the_hub(run_cli, l
     error, hint = done.refusal(5)
     assert error.startswith(f"error: {name}: expected a data file (")
     assert hint == "hint: check the path: there is no such file"
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("--lr", "--learning-rate"), ("--num-epochs", "--epochs"), ("-r", "--rank"), ("--lora_alpha", "--alpha")],
+)
+def test_an_option_of_another_trainer_gets_the_right_name_as_a_hint(
+    run_cli, llama, instructions, tmp_path, typed, meant
+):
+    error, hint = run_cli(*train(llama, instructions, tmp_path / "out", typed, "1")).refusal(2)
+    assert (error, hint) == (f"error: no such option: {typed}", f"hint: did you mean {meant}?")
+    key = typed.lstrip("-").replace("-", "_")
+    (tmp_path / "t.json").write_text(json.dumps({"base": str(llama), "data": [str(instructions)], key: 1}))
+    error, hint = run_cli("train", "--config", tmp_path / "t.json", "-o", tmp_path / "out").refusal(2)
+    assert error.endswith(f"{key}: unknown key")
+    assert hint == f"hint: did you mean {meant.lstrip('-').replace('-', '_')!r}?"
+
+
+def test_names_of_other_trainers_are_not_names_of_train_and_mean_options_of_it():
+    options = {option.name for option in train_command.params}
+    assert set(OTHER_NAMES.values()) <= options
+    assert not options.intersection(OTHER_NAMES)

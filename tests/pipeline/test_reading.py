@@ -58,6 +58,7 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
     ("old", "new", "message", "hint"),
     [
         ("rank: 4", "rnak: 4", "line 7: steps.adapter.rnak: unknown key", "did you mean 'rank'?"),
+        ("rank: 4", "lora_r: 4", "line 7: steps.adapter.lora_r: unknown key", "did you mean 'rank'?"),
         ("rank: 4", "rank: '4'", "line 7: steps.adapter.rank: is '4'; expected a whole number", ""),
         ("rank: 4", "rank: true", "line 7: steps.adapter.rank: is true; expected a whole number", ""),
         ("rank: 4", "rank: 0", "line 7: steps.adapter.rank: must be at least 1 and at most 65,536, found 0",

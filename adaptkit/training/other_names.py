@@ -1,0 +1,46 @@
+"""What other trainers (transformers, TRL, peft, axolotl, LLaMA-Factory) call the settings of a training run."""
+
+from collections.abc import Mapping
+
+_OF_EACH = {
+    "base": "model base_model model_name model_name_or_path model_id",
+    "data": "dataset datasets dataset_name dataset_path train_file data_path",
+    "output": "output_dir out",
+    "init": "adapter lora_model_dir adapter_name_or_path",
+    "resume": "resume_from_checkpoint auto_resume_from_checkpoints",
+    "rank": "r lora_r lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "targets": "target_modules lora_target lora_target_modules",
+    "rslora": "use_rslora peft_use_rslora",
+    "dora": "use_dora peft_use_dora",
+    "modules_to_save": "lora_modules_to_save additional_target",
+    "chat_template": "chat_template_jinja",
+    "loss_on": "train_on_inputs train_on_prompt assistant_only_loss completion_only_loss",
+    "max_length": "max_seq_length max_seq_len sequence_len cutoff_len model_max_length",
+    "pack": "packing sample_packing",
+    "held_out": "val_set_size val_size test_size",
+    "held_out_data": "eval_dataset test_datasets eval_file validation_file",
+    "epochs": "num_epochs num_train_epochs epoch",
+    "steps": "max_steps num_steps",
+    "batch_size": "bs batch gradient_accumulation_steps",
+    "micro_batch_size": "per_device_train_batch_size per_device_batch_size",
+    "learning_rate": "lr",
+    "schedule": "lr_scheduler lr_scheduler_type scheduler",
+    "warmup": "warmup_ratio warmup_steps num_warmup_steps",
+    "weight_decay": "wd",
+    "max_grad_norm": "gradient_clipping clip_grad_norm grad_clip",
+    "neftune_alpha": "neftune_noise_alpha",
+    "lora_plus_ratio": "loraplus_lr_ratio",
+    "group_by_length": "length_grouped",
+    "eval_every": "eval_steps eval_interval",
+    "save_every": "save_steps save_interval",
+    "keep_checkpoints": "save_total_limit",
+    "patience": "early_stopping_patience",
+    "optimizer": "optim",
+    "checkpointing": "gradient_checkpointing",
+    "wandb": "wandb_project",
+    "compute_dtype": "dtype torch_dtype bnb_4bit_compute_dtype bf16",
+}
+OTHER_NAMES: Mapping[str, str] = {other: name for name, others in _OF_EACH.items() for other in others.split()}
+"""Maps another trainer's name to the setting, or option of ``train``, that is nearest in meaning."""
