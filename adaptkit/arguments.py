@@ -71,6 +71,19 @@ def as_texts(given: str | Iterable[str], name: str = "text") -> tuple[str, ...]:
     return tuple(as_text(text, name) for text in _several(given, (str,)))
 
 
+def check_flags(**given: bool) -> None:
+    """Refuse arguments, by name, that are neither true nor false: a text such as "no" counts as true in Python.
+
+    Raises:
+        UsageError: names the argument.
+    """
+    for name, flag in given.items():
+        try:
+            _flag(flag)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{name}: must be true or false, found {repr(flag)[:40]}", hint="pass a bool") from error
+
+
 def _several(given: Any, one: tuple[type, ...]) -> Iterable[Any]:
     """Return the items of what may hold several; anything else is one item, which its check accepts or refuses."""
     is_one = isinstance(given, (*one, bytes, Mapping)) or not isinstance(given, Iterable)

@@ -451,3 +451,28 @@ def test_the_name_of_a_repository_gets_a_hint(call, tmp_path, monkeypatch):
     with pytest.raises(UsageError) as caught:
         call(str(tmp_path / "org" / "name"))
     assert "resolve_source" not in caught.value.hint
+
+
+FUNCTIONS = [name for name in adaptkit.__all__ if inspect.isfunction(getattr(adaptkit, name))]
+OPTIONS = [name for name in adaptkit.__all__ if dataclasses.is_dataclass(getattr(adaptkit, name))]
+
+
+def _flags(name):
+    parameters = inspect.signature(getattr(adaptkit, name)).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return required, [p.name for p in parameters if str(p.annotation) in ("bool", "<class 'bool'>")]
+
+
+@pytest.mark.parametrize("given", ["no", "", None, 2, [True]])
+def test_a_flag_that_is_neither_true_nor_false_is_refused_by_name_before_anything_is_read(given, tmp_path, monkeypatch):
+    """The text "no" counts as true in Python."""
+    monkeypatch.chdir(tmp_path)
+    tried = set()
+    for name in [*FUNCTIONS, *OPTIONS]:
+        required, flags = _flags(name)
+        for flag in flags:
+            with pytest.raises(UsageError, match=rf"^{flag}: (must be|is .*; expected) true or false"):
+                getattr(adaptkit, name)(**dict.fromkeys(required, "x"), **{flag: given})
+            tried.add(flag)
+    assert {"force", "dry_run", "resume", "recompute", "approximate", "undo", "pack"} <= tried
+    assert not any(tmp_path.iterdir())

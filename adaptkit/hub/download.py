@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from adaptkit.arguments import AnyPath, as_path, as_text, as_texts, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_text, as_texts, check_flags, checked_options, typed_fields
 from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, check_sha256
 from adaptkit.checkpoint.place import check_output
@@ -103,6 +103,7 @@ def pull(
         DiskError: there is not enough disk space.
         AuthenticationError, NetworkError, UsageError: the Hub refused, did not answer, or has no such revision.
     """
+    check_flags(force=force)
     output = as_path(output, "output")
     options = checked_options(options, PullOptions)
     repo_id, at, revision = as_text(repo_id, "repo_id").partition("@")

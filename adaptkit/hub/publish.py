@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from adaptkit.arguments import AnyPath, as_path, as_text, checked_options, path_hint, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_text, check_flags, checked_options, path_hint, typed_fields
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, require_manifest
@@ -136,6 +136,7 @@ def publish(
         NetworkError: the Hub did not answer; run it again.
         UsageError: the path is not a folder, a name is invalid, or a pull request is wanted in an absent repository.
     """
+    check_flags(dry_run=dry_run)
     path = as_path(path, "path")
     options = checked_options(options, PublishOptions)
     check_repo_id(as_text(repo_id, "repo_id"))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adaptkit.arguments import AnyPath, as_path, as_path_or_none, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_path_or_none, check_flags, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.hashing import Ranges
 from adaptkit.checkpoint.integrity import present_names
@@ -125,6 +125,7 @@ def adopt(
         IntegrityError: the base is not what its manifest says, or a file changed while it was read.
         OutputExistsError: the output exists.
     """
+    check_flags(force=force, dry_run=dry_run)
     source, output = as_path(source, "source"), as_path(output, "output")
     base, options = as_path_or_none(base, "base"), checked_options(options, AdoptOptions)
     refuse_manifest(source)

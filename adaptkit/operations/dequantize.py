@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from adaptkit.arguments import AnyPath, as_path, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options, typed_fields
 from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, dtype_name
 from adaptkit.checkpoint.foreign import RELEASED, quantization_found, without_quantization
@@ -117,6 +117,7 @@ def dequantize(
         NonFiniteError: a weight is NaN, or too large for its dtype; names the tensor.
         OutputExistsError: the output exists.
     """
+    check_flags(force=force, dry_run=dry_run)
     source, output = as_path(source, "source"), as_path(output, "output")
     options = checked_options(options, DequantizeOptions)
     checkpoint = Checkpoint(source)

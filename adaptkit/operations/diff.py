@@ -1,6 +1,6 @@
 """Compare two adapters, or two checkpoints."""
 
-from adaptkit.arguments import AnyPath, as_path
+from adaptkit.arguments import AnyPath, as_path, check_flags
 from adaptkit.checkpoint.layout import has_checkpoint, is_adapter, require_folder, weight_files
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError
@@ -36,6 +36,7 @@ def diff(
         AdapterError: an adapter is malformed or is not a LoRA adapter.
         CheckpointError: one of them is not a checkpoint.
     """
+    check_flags(recompute=recompute)
     first, second = as_path(first, "first"), as_path(second, "second")
     check_threads(threads)
     adapters = [path for path in (first, second) if is_adapter(require_folder(path))]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath, as_path, checked_options
+from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
@@ -82,6 +82,7 @@ def extract(
 
     Source: Halko, Martinsson and Tropp (arXiv:0909.4061); see ``numerics.randomized`` for the variant.
     """
+    check_flags(force=force, dry_run=dry_run)
     tuned, base, output = as_path(tuned, "tuned"), as_path(base, "base"), as_path(output, "output")
     options = checked_options(options, ExtractOptions)
     sources = (Checkpoint(tuned), Checkpoint(base))

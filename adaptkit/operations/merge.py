@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from adaptkit.arguments import AnyPath, as_path, as_paths, checked_options
+from adaptkit.arguments import AnyPath, as_path, as_paths, check_flags, checked_options
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.layout import CONFIG_NAME, is_adapter
 from adaptkit.checkpoint.place import check_output
@@ -54,6 +54,7 @@ def merge(
         IntegrityError: the base or an adapter does not match its manifest, or changed during the merge.
         OutputExistsError: the output exists.
     """
+    check_flags(force=force, dry_run=dry_run)
     base, output = as_path(base, "base"), as_path(output, "output")
     adapters = as_paths(adapters, "adapters")
     options = checked_options(options, MergeOptions)

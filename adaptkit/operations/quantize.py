@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.arguments import AnyPath, as_path, as_path_or_none, checked_options
+from adaptkit.arguments import AnyPath, as_path, as_path_or_none, check_flags, checked_options
 from adaptkit.checkpoint.encoding import quantization_config
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.integrity import check_config
@@ -75,6 +75,7 @@ def quantize(
 
     Source: QLoRA (arXiv:2305.14314); bytes as bitsandbytes 0.50 makes them.
     """
+    check_flags(force=force, dry_run=dry_run)
     source, output = as_path(source, "source"), as_path(output, "output")
     options = checked_options(options, QuantizeOptions)
     check_output(output, force, [source])

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath, as_path, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter, require_plain, write_adapter
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
@@ -125,6 +125,7 @@ def resize(
         AdapterError: malformed, trained from a companion adapter, or not only low-rank changes.
         OutputExistsError: the output exists.
     """
+    check_flags(force=force, dry_run=dry_run)
     adapter, output = as_path(adapter, "adapter"), as_path(output, "output")
     options = checked_options(options, ResizeOptions)
     read = read_adapter(adapter)

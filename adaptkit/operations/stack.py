@@ -7,7 +7,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath, as_path, as_paths, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_paths, check_flags, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter, write_adapter
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
@@ -179,6 +179,7 @@ def stack(
         NonFiniteError: the result is too large for float32.
         OutputExistsError: the output exists.
     """
+    check_flags(force=force, dry_run=dry_run)
     output = as_path(output, "output")
     adapters = as_paths(adapters, "adapters")
     options = checked_options(options, StackOptions)

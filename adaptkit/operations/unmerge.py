@@ -10,7 +10,7 @@ from typing import Any
 
 import xxhash
 
-from adaptkit.arguments import AnyPath, as_path, as_paths
+from adaptkit.arguments import AnyPath, as_path, as_paths, check_flags
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import bytes_of, tensors_root
 from adaptkit.checkpoint.journal import Output
@@ -94,6 +94,7 @@ def unmerge(
         UsageError: a change cannot be subtracted, ``merged`` is not a folder, or ``threads`` is less than 1.
         OutputExistsError: the output exists.
     """
+    check_flags(approximate=approximate, force=force)
     merged, output = as_path(merged, "merged"), as_path(output, "output")
     adapters = () if adapters is None else as_paths(adapters, "adapters")
     check_threads(threads)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath, as_path, checked_options
+from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError, GateError, IntegrityError, UsageError
 from adaptkit.pipeline.foresight import Foresight, prefix_errors
@@ -47,6 +47,7 @@ def run(
         ConflictError: another run is using the same work folder.
         AdaptkitError: any error of a step's operation, prefixed with the step's name.
     """
+    check_flags(dry_run=dry_run)
     recipe = as_path(recipe, "recipe")
     options = checked_options(options, RunOptions)
     read = read_recipe(recipe)

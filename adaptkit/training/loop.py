@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from adaptkit.arguments import AnyPath, as_path, checked_options
+from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.journal import Output
@@ -107,6 +107,7 @@ def train(
 
     Source: QLoRA (arXiv:2305.14314); NF4 storage, bfloat16 compute, paged optimizer state.
     """
+    check_flags(force=force, resume=resume, dry_run=dry_run)
     output, config = as_path(output, "output"), checked_options(config, TrainConfig, "config")
     if dry_run:
         return plan_run(config, output, force=force, resume=resume)
