@@ -25,6 +25,22 @@ _PLACEHOLDERS = [(f"<{kind}>", column) for kind in ("image", "video", "audio") f
 """Placeholders that LLaVA, LLaMA-Factory and ms-swift put into a text, each with the column of what they stand for."""
 
 
+def check_not_marked_out(row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row that is excluded from the loss as a whole: it should not be in the data.
+
+    Raises:
+        DataError: names the column.
+    """
+    given = {name: row[name] for name in _MARKS if isinstance(row.get(name), int | float)}
+    for name, value in given.items():
+        if value == _MARKS[name]:
+            raise DataError(
+                f"{where}: {name} {value!r} excludes the whole row from the loss",
+                hint=f"remove such rows, or rename the column if {name} means something else; on a message, {name} "
+                "excludes that answer",
+            )
+
+
 def check_wanted(row: Mapping[str, Any], where: str, layout: str, messages: Sequence[Message]) -> None:
     """Refuse a row if the conversation alone does not say what to learn.
 

@@ -209,3 +209,10 @@ def test_steps_or_epochs_on_the_command_line_replace_either_in_the_file(run_cli,
     done = run_cli(*arguments(llama, files, "text.json", **more))
     assert done.code == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == steps
+
+
+def test_a_row_that_is_excluded_from_the_loss_is_refused(run_cli, llama, files):
+    (files / "marked.jsonl").write_text(f"{json.dumps(CHAT)}\n{json.dumps(CHAT | {'weight': 0})}\n")
+    error, hint = run_cli(*arguments(llama, files, "marked.jsonl", dry_run=True)).refusal(5)
+    assert error == f"error: {files}/marked.jsonl, line 2: weight 0 excludes the whole row from the loss"
+    assert "remove such rows" in hint

@@ -450,6 +450,29 @@ def test_a_preference_whose_answers_are_outside_of_the_conversation_is_refused(l
         assert read_example(row | {name: None}, "here").learned
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+        {"prompt": "a", "completion": "b"},
+        {"text": "a b"},
+    ],
+)
+@pytest.mark.parametrize(
+    ("name", "excludes", "others"),
+    [
+        ("weight", 0, (1, 0.5, "0")), ("weight", 0.0, ()), ("train", False, (True, "no")), ("loss", False, (2.5,)),
+        ("masked", True, (False,)), ("loss_scale", 0, ([0],)), ("training", False, (None,)),
+    ],
+)  # fmt: skip
+def test_a_row_that_is_marked_as_excluded_is_refused_and_other_values_are_columns(row, name, excludes, others):
+    with pytest.raises(DataError, match=f"^here: {name} {excludes!r} excludes the whole row") as raised:
+        read_example(row | {name: excludes}, "here")
+    assert "remove such rows, or rename the column" in raised.value.hint
+    for other in others:
+        assert name not in read_example(row | {name: other}, "here").columns
+
+
 @pytest.mark.parametrize("name", ["label", "kto_tag", "desirable"])
 @given(row=st.sampled_from([{"messages": CHAT}, {"conversations": SHARED}, {"prompt": "x", "completion": "y"},
                             {"prompt": [ASKED], "completion": [ANSWERED]}, {"instruction": "x", "output": "y"}]),
