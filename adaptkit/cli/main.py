@@ -20,6 +20,7 @@ import click
 from adaptkit import __version__
 from adaptkit.cli import commands
 from adaptkit.cli.output import plain, silence, torchrun_rank
+from adaptkit.cli.repositories import as_repositories
 from adaptkit.discovery import closest, load, names
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
 from adaptkit.heap import keep_few_products, keep_freed_memory, take_large_pages
@@ -258,7 +259,7 @@ def _as_typed(text: str) -> str:
 
 
 def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -> int:
-    message, hint = redact(message), redact(hint)
+    message, hint = as_repositories(redact(message)), as_repositories(redact(hint))
     rank = torchrun_rank()
     # In train and evaluate, only rank 0 prints the JSON document.
     has_speaker = rank != "0" and sys.argv[1:2] in (["train"], ["evaluate"])

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 
 from adaptkit.checkpoint.progress import counted as counted
 from adaptkit.checkpoint.progress import size as size
+from adaptkit.cli.repositories import as_repositories
 from adaptkit.errors import DISK_HINTS, UsageError
 from adaptkit.hub.secrets import redact
 
@@ -45,7 +46,7 @@ def show(report: Any, rows: Iterable[Row], *, as_json: bool, quiet: bool) -> Non
     elif not quiet:
         table = list(rows)
         width = max((len(label) for label, _ in table), default=0)
-        aligned = [(label, value.replace("\n", "\n" + " " * (width + 2))) for label, value in table]
+        aligned = [(label, as_repositories(value).replace("\n", "\n" + " " * (width + 2))) for label, value in table]
         say(*(f"{label:<{width}}  {value}".rstrip() for label, value in aligned))
 
 
@@ -90,7 +91,7 @@ def notes(quiet: bool) -> Callable[[str], None]:
     """Return a function that prints one-line notes on stderr; one that does nothing if quiet."""
     if quiet:
         return lambda text: None
-    return lambda text: print(f"note: {plain(redact(text))}", file=sys.stderr, flush=True)
+    return lambda text: print(f"note: {plain(as_repositories(redact(text)))}", file=sys.stderr, flush=True)
 
 
 def torchrun_rank() -> str:

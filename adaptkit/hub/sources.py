@@ -34,6 +34,7 @@ __all__ = [
     "find_cached",
     "find_commit",
     "find_complete",
+    "hub_cache",
     "is_commit",
     "note_if_incomplete",
     "resolve_config",
@@ -48,6 +49,11 @@ _WANTED = [*_BY_SUFFIX, *(f"{name}*" for name in LICENCES), CARD_NAME, *sorted(_
 _UNWANTED = ["consolidated*.safetensors", *(f"{name}*/*" for name in LICENCES)]
 _UNWANTED += [f"*/{pattern}" for pattern in _BY_SUFFIX if pattern != "*.jinja"]
 _STALE_CACHE = "the Hub stopped answering, and huggingface_hub fell back to an older or incomplete copy"
+
+
+def hub_cache() -> str:
+    """Return the path of huggingface_hub's cache."""
+    return str(constants.HF_HUB_CACHE)
 
 
 def resolve_source(source: AnyPath, progress: Progress = no_progress, note: Note = no_note) -> Path:

@@ -702,3 +702,21 @@ def test_exceptions_of_a_callers_progress_function_are_passed_on_unchanged(
 ) -> None:
     cli("publish", artifact, "me/model", xet=xet)
     assert cli(code=TOLD % call, xet=xet).report == {"raised": repr(RuntimeError("stop here")), "calls": 1}
+
+
+def test_repositories_are_named_as_they_were_typed_and_not_by_their_paths_in_the_cache(
+    cli: Any, make_artifact: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = make_artifact()
+    commit = cli("publish", folder, "me/model").report["commit"]
+    own = {"HF_ENDPOINT": cli.hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    cached = tmp_path / "home" / "hub" / "models--me--model" / "snapshots" / commit
+    for typed, shown in (("me/model", "me/model"), ("me/model@main", "me/model@main"), (cached, cached)):
+        code, stdout, _ = cli.run(["check", str(typed), "--target", "peft"], own)
+        assert (code, stdout.splitlines()[0].split(None, 1)) == (0, ["checked", f"{shown}: adapter"])
+        code, _, stderr = cli.run(["unmerge", str(typed), "-o", "out"], own)
+        assert code == 3
+        assert stderr.startswith(f"error: {shown}: ")
+    two = ["stack", "me/model", "me/model@main", "-o", "out", "--dry-run"]
+    assert f"me/model@{commit}: given 2 times" in cli.run(two, own)[1]
+    assert cli("check", "me/model", "--target", "peft").report["path"] == str(cached)  # for programs
