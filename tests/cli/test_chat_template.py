@@ -100,6 +100,18 @@ def test_a_template_that_ends_questions_late_is_refused_with_the_difference(run_
     assert not (rows.parent / "a").exists()
 
 
+def test_so_is_one_whose_answers_all_call_tools(run_cli, llama, rows):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "depth", "arguments": {"of": "Rhine"}}]}
+    rows.write_text(json.dumps({"messages": [ROWS[0]["messages"][0], call], "tools": [{"name": "depth"}]}))
+    mine, written = rows.parent / "mine.jinja", "{{ tools | tojson }}\n{% for m in messages %}[{{ m.role }}] "
+    written += "{{ m.content }}{{ (m.tool_calls or '') | tojson }}"
+    for end, code in (("{% if m.role != 'user' or not loop.last %}<|im_end|>{% endif %}", 5), ("<|im_end|>", 0)):
+        mine.write_text(written + end + "{% endfor %}")
+        done = run_cli(*train(llama, rows, "a", "--chat-template", mine, "--dry-run"))
+        assert done.code == code, done.stderr
+        assert ("ends a question only once it is answered" in done.stderr) == bool(code)
+
+
 def test_full_training_saves_the_given_template_instead_of_the_bases(run_cli, llama, rows):
     given = train(llama, rows, "full", "--method", "full", "--chat-template", rows.parent / "mine.jinja")
     done = run_cli(*given)

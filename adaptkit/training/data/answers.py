@@ -114,13 +114,8 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
 
 
 def opening_of(message: Message, text: str, answer: Answer) -> str:
-    """Return what a template puts between the prompt of an answer and its first word; empty if it calls tools.
-
-    GigaChat's template ends the answer that the prompt opens, and calls tools in a turn of its own.
-    """
+    """Return what a template puts between the prompt of an answer that calls no tools and its first word."""
     said, content = text[answer.start : answer.said], content_with_reasoning(message)
-    if CALLS in message:
-        return ""
     return said[: max(0, said.find(lines(content)[0]))] if content else said
 
 

@@ -14,7 +14,7 @@ from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_config
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Conversation, render
 from adaptkit.text.reasoning import Message
-from adaptkit.text.tool_calls import Tools
+from adaptkit.text.tool_calls import CALLS, Tools
 from adaptkit.training.data.answers import Answer, closes_a_turn, ended_late, opening_of, shared
 
 _OF_THE_MODEL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -32,6 +32,7 @@ class Turns:
         self._tokenizer = tokenizer
         self._ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
         self._closings = dict[bool, tuple[str, int] | None]()
+        self._leads = dict[bool, str]()
         self._openings = dict[tuple[str, bool], bool]()
 
     def closing(self, tools: Tools) -> tuple[str, int] | None:
@@ -56,9 +57,18 @@ class Turns:
         Raises:
             DataError: shows where the prompt ends, and how the answer begins.
         """
-        opening = opening_of(message, text, answer) if answer is not None else ""
+        opening = ""
+        if CALLS in message:  # some templates, such as GigaChat's, call tools in a turn of their own
+            opening = self._before_words(tools)
+        elif answer is not None:
+            opening = opening_of(message, text, answer)
         if opening.strip() and (closes_a_turn(opening) or self._has_end(opening, tools)):
             raise ended_late(before, opening)
+
+    def _before_words(self, tools: Tools) -> str:
+        """Return what the template puts between a prompt and an answer's words; empty if that is not known."""
+        self.closing(tools)
+        return self._leads.get(bool(tools), "")
 
     def _has_end(self, opening: str, tools: Tools) -> bool:
         """Return whether a text contains the token that ends a turn, or the tokenizer's end token."""
@@ -74,7 +84,7 @@ class Turns:
 
     def _closing_with(self, tools: Tools) -> tuple[str, int] | None:
         try:
-            _, text, always, opens = around_answer(self._tokenizer, tools)
+            self._leads[bool(tools)], text, always, opens = around_answer(self._tokenizer, tools)
         except DataError:  # it refuses a plain question and answer; each row's own error says why
             return None
         made = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -459,3 +459,19 @@ def test_instructions_that_a_template_for_tools_puts_after_answers_are_not_learn
     for sample, turn in zip(samples, (1, 3, 5), strict=True):
         prompt = conversation_ids(read_example({"messages": conversation}, "here").messages[:turn], tokenizer, TOOLS)
         assert list(sample.ids[: len(prompt)]) == prompt
+
+
+@pytest.mark.parametrize("opening", ["", "<|im_start|>assistant\n"])
+def test_a_template_that_ends_a_question_only_once_it_is_answered_is_refused_for_calls_alone(llama, opening):
+    tokenizer = tokenizer_of(llama, "chatml")
+    asks = "{% if add_generation_prompt %}" + opening + "{% endif %}"
+    late = CHATML.rpartition("<|im_end|>")
+    tokenizer.chat_template = late[0] + "{% if m.role == 'assistant' or not loop.last %}<|im_end|>\n{% endif %}"
+    tokenizer.chat_template += "{% endfor %}" + asks
+    example = row()
+    del example["messages"][2:]
+    with pytest.raises(DataError, match="ends a question only once it is answered") as refused:
+        encode(example, tokenizer)
+    assert "How deep is it?" in str(refused.value)
+    tokenizer.chat_template = late[0] + "<|im_end|>\n{% endfor %}" + asks
+    assert encode(example, tokenizer)
