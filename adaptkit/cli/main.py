@@ -19,7 +19,7 @@ import click
 
 from adaptkit import __version__
 from adaptkit.cli import commands
-from adaptkit.cli.output import plain, silence, torchrun_rank
+from adaptkit.cli.output import is_discarded, plain, silence, torchrun_rank
 from adaptkit.cli.repositories import as_repositories
 from adaptkit.discovery import closest, load, names
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
@@ -263,22 +263,24 @@ def _fail(exit_code: int, code: str, message: str, hint: str, retryable: bool) -
     rank = torchrun_rank()
     # In train and evaluate, only rank 0 prints the JSON document.
     has_speaker = rank != "0" and sys.argv[1:2] in (["train"], ["evaluate"])
-    if "--json" in sys.argv[1:] and not has_speaker:
+    if "--json" in sys.argv[1:] and not has_speaker and not is_discarded(sys.stdout):
         error: dict[str, Any] = {"code": code, "message": message, "hint": hint, "retryable": retryable}
-        _say(json.dumps({"error": error}), sys.stdout)
-    else:
-        of = f"process {rank}: " if rank != "0" else ""
-        hint = hint and f"\n{of}hint: {' '.join(hint.splitlines())}"  # a path may contain line breaks
-        _say(plain(f"{of}error: {' '.join(message.split())}{hint}"), sys.stderr)
+        if _say(json.dumps({"error": error}), sys.stdout):
+            return exit_code
+    of = f"process {rank}: " if rank != "0" else ""
+    hint = hint and f"\n{of}hint: {' '.join(hint.splitlines())}"  # a path may contain line breaks
+    _say(plain(f"{of}error: {' '.join(message.split())}{hint}"), sys.stderr)
     return exit_code
 
 
-def _say(text: str, stream: TextIO) -> None:
-    """Print at once; if the stream cannot be written, only the exit code reports the result."""
+def _say(text: str, stream: TextIO) -> bool:
+    """Print at once; return whether the stream could be written."""
     try:
         print(f"{text}\n", end="", file=stream, flush=True)  # one write: other processes print too
     except OSError:
         silence(stream)
+        return False
+    return True
 
 
 if __name__ == "__main__":

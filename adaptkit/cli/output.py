@@ -214,6 +214,14 @@ def silence(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def is_discarded(stream: TextIO) -> bool:
+    """Return whether what a stream gets is lost: it leads to /dev/null, also after ``silence``."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(os.devnull))
+    except OSError:  # not a file's stream
+        return False
+
+
 def span(ends: tuple[int, int]) -> str:
     """Format the lowest and the highest of some numbers: 8, or 4 to 8."""
     low, high = ends

@@ -233,14 +233,23 @@ def test_with_json_a_success_prints_one_document_and_quiet_prints_nothing(run_cl
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(("folder", "options", "code"), [("absent", ["--json"], 2), ("", [], 1), ("", ["--json"], 1)])
-def test_if_stdout_cannot_be_written_the_exit_code_is_still_right(llama, folder, options, code):
-    with Path("/dev/full").open("w") as full:
+@pytest.mark.parametrize("sink", ["/dev/full", "/dev/null"])
+def test_if_stdout_cannot_be_written_the_error_is_on_stderr(llama, folder, options, code, sink):
+    """An error document that goes to /dev/null would be lost, too; a report there is meant to be."""
+    with Path(sink).open("w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "adaptkit.cli.main", "inspect", llama / folder, *options],
             stdout=full, stderr=subprocess.PIPE, text=True, check=False,
         )  # fmt: skip
-    lines = ["error: stdout: cannot be written: No space left on device"] if code == 1 and not options else []
-    assert (done.returncode, done.stderr.splitlines()) == (code, lines)
+    said = {
+        ("absent", sink): [
+            f"error: {llama / folder}: does not exist; expected a checkpoint or adapter folder",
+            "hint: check the path",
+        ],
+        ("", "/dev/full"): ["error: stdout: cannot be written: No space left on device"],
+    }
+    lines = said.get((folder, sink), [])
+    assert (done.returncode, done.stderr.splitlines()) == (code if lines else 0, lines)
 
 
 def test_an_error_and_its_hint_are_written_in_one_call(tmp_path):
@@ -334,7 +343,7 @@ program.main()
 
 
 def test_a_full_pipe_does_not_block_a_terminated_program():
-    """The first signal's message waits for the reader; after a second one or a delay, the program ends without it."""
+    """The first signal's message waits for the reader; after a second one or a delay, it goes to stderr instead."""
     reads, writes = os.pipe()
     os.set_blocking(writes, False)
     with contextlib.suppress(BlockingIOError):
@@ -352,7 +361,7 @@ def test_a_full_pipe_does_not_block_a_terminated_program():
     finally:
         os.close(reads)
         os.close(writes)
-    assert (done.returncode, done.stderr) == (143, b"")
+    assert (done.returncode, done.stderr) == (143, b"error: terminated\nhint: run the same command again to resume\n")
 
 
 def test_an_unexpected_eoferror_is_not_reported_as_an_interruption(tmp_path):
