@@ -200,7 +200,7 @@ def test_a_value_head_beside_an_adapter_is_left_out_with_a_note(tmp_path, adapte
         assert result.stdout.count(note) == 1
         assert not (out / name).exists()
         told = json.loads(run_cli(*command, "-o", out, "--force", "--json", "--dry-run").stdout)["told"]
-        assert [line.startswith(note) for line in told] == [True]
+        assert sum(line.startswith(note) for line in told) == 1
 
 
 def test_pickled_weights_beside_an_adapter_and_its_base_are_not_taken_for_a_value_head(tmp_path, adapter, copy_of):
