@@ -54,7 +54,7 @@ def compile_to(library):
     includes = [torch_folder / "include", torch_folder / "include/torch/csrc/api/include", INCLUDED]
     begun = library.with_suffix(".begun")
     command = [
-        "g++", "-std=c++20", "-O0", "-w", "-shared", "-fPIC", "-DAT_PER_OPERATOR_HEADERS", STAND_IN / "device.cpp",
+        "g++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-DAT_PER_OPERATOR_HEADERS", STAND_IN / "device.cpp",
         "-o", begun, *(f"-I{folder}" for folder in includes), f"-L{torch_folder / 'lib'}",
         f"-Wl,-rpath,{torch_folder / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-ltorch_python",
     ]  # fmt: skip
