@@ -2,9 +2,10 @@
 
 torch loads it when a function is compiled or decorated for it (with ``torch.compiler.disable``, for example).
 transformers decorates some of its functions, imports a class from one of the compiler's modules, and builds models on
-the meta device, where torch decorates its own functions on their first call. So every process that builds a model would
-load the compiler. Here that one module is loaded separately, and the decorators return functions unchanged until the
-compiler is loaded: without it they have no effect. Any other access loads the compiler normally.
+the meta device, where torch decorates its own functions on their first call; fake tensors read settings from another
+module. So every process that builds a model would load the compiler. Here those two modules are loaded separately, and
+the decorators return functions unchanged until the compiler is loaded: without it they have no effect. Any other access
+loads the compiler normally.
 """
 
 import functools
@@ -22,8 +23,9 @@ from typing import Any
 _COMPILER = "torch._dynamo"
 _DECORATORS = ("disable", "assume_constant_result", "allow_in_graph")
 """Decorators that both ``torch.compiler`` and the compiler itself have."""
-_NEEDED_MODULE = "_trace_wrapped_higher_order_op"
-"""The module from which transformers imports a class."""
+_SETTINGS = f"{_COMPILER}.config"
+_NEEDED_MODULES = (f"{_COMPILER}._trace_wrapped_higher_order_op", _SETTINGS)
+"""The modules from which transformers imports a class and fake tensors read settings."""
 
 
 def leave_compiler_out() -> None:
@@ -43,7 +45,8 @@ def leave_compiler_out() -> None:
         setattr(torch.compiler, name, decorator)
         setattr(placeholder, name, decorator)
     torch._dynamo = placeholder  # importing the real module replaces it
-    _load_separately(PathFinder.find_spec(f"{_COMPILER}.{_NEEDED_MODULE}", placeholder.__path__))
+    for name in _NEEDED_MODULES:
+        _load_separately(PathFinder.find_spec(name, placeholder.__path__))
 
 
 @contextmanager
@@ -71,6 +74,9 @@ class _Placeholder(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # attributes that Python looks up in every module
             raise AttributeError(name)
+        settings = sys.modules.get(_SETTINGS)
+        if settings and name == "config" and sys.modules.get(_COMPILER) is self:
+            return settings
         self.remove_placeholder()
         return getattr(importlib.import_module(_COMPILER), name)
 

@@ -33,10 +33,11 @@ def arguments(command, llama, instructions, tmp_path):
         "train": ["train", "--base", llama, "--data", instructions, "-o", tmp_path / "out", "--steps", "1"],
         "evaluate": ["evaluate", "--base", llama, "--data", instructions, "--prompt", "a"],
         "quantize": ["quantize", llama, "-o", tmp_path / "out", "--calibrate", instructions],
+        "plan": ["plan", llama, "--device", "cpu"],
     }[command]
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "quantize"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "quantize", "plan"])
 def test_commands_that_compute_with_models_load_no_compiler(run_cli, command, llama, instructions, tmp_path):
     done = run_cli(*arguments(command, llama, instructions, tmp_path), PYTHONPROFILEIMPORTTIME="1")
     loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}

@@ -23,6 +23,7 @@ from adaptkit.networks.linears import acts_as_linear
 from adaptkit.networks.memory import ATTENTION_ROWS, ATTENTION_SCORES
 from adaptkit.networks.recompute import source_of
 from adaptkit.operations._plan.fused import fuse_stand_ins
+from adaptkit.torch_compiler import without_compiler
 
 Shape = tuple[int, int]
 
@@ -77,8 +78,8 @@ def measured_layers(
     _stand_in_attention(network, on_gpu)
     shapes = linear_shapes(network)
     fuse_stand_ins(network, shapes, full, on_gpu)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _Groups():
-        network.to_empty(device="cpu").requires_grad_(False)
+    with without_compiler(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _Groups():
+        network._apply(_empty).requires_grad_(False)
         for name, (rows, columns) in shapes.items():
             parent, _, child = name.rpartition(".")
             linear = network.get_submodule(name)
@@ -105,6 +106,11 @@ def measured_layers(
     if not packed_experts:
         return sizes
     return [replace(one, peak_bytes=one.peak_bytes + more) for one, more in zip(sizes, unpacked, strict=True)]
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    """Return an uninitialized tensor of this form; ``to_empty`` converts meta tensors, which loads torch's compiler."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
 def _unpacked_bytes(layer: nn.Module, on_gpu: bool) -> int:
