@@ -13,8 +13,10 @@ import os
 import resource
 import signal
 from collections.abc import Iterator, Sequence
+from ctypes import c_int64
 from datetime import datetime
 from itertools import islice
+from mmap import mmap
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,9 +150,10 @@ def _answers_to(process: _Process, request: Sequence[Conversation], tokenizer: A
     answers = process.receive()
     if answers is not None:
         return answers
-    if len(request) == 1:
-        return process.failure() or _render_in_processes(tokenizer, [request])[0]
-    answers = []  # one of the conversations made it exit: ask for each alone
+    failure, slow = process.failure(), process.slow()
+    if failure and (len(request) == 1 or slow is not None):
+        return [*(_render_in_processes(tokenizer, [request[:slow]])[0] if slow else ()), *failure]
+    answers = []  # one of the conversations made it exit, or none did: ask for each alone
     for conversation in request:
         answers += _render_in_processes(tokenizer, [[conversation]])[0]
         if "error" in answers[-1]:
@@ -177,7 +180,8 @@ class _Process:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer, self._template = tokenizer, tokenizer.chat_template
         self._owner = os.getpid()
-        self._process, self._connection = start_child(_serve, tokenizer)
+        self._begun = c_int64.from_buffer(mmap(-1, 8))  # shared with the child
+        self._process, self._connection = start_child(_serve, tokenizer, self._begun)
 
     @property
     def pid(self) -> int | None:
@@ -211,6 +215,10 @@ class _Process:
         known = {-signal.SIGPROF: f"takes longer than {_SECONDS} seconds", _NO_MEMORY: _TOO_MUCH}
         reason = known.get(code or 0, f"crashed (exit code {code})")
         return [{"error": f"the chat template {reason}", "hint": HINT}]
+
+    def slow(self) -> int | None:
+        """Return the index of the conversation that took too long; None if the process exited for another reason."""
+        return self._begun.value if self._process.exitcode == -signal.SIGPROF else None
 
     def end(self) -> None:
         """Kill the process and close the connection; a copy inherited through a fork only closes its connection."""
@@ -250,24 +258,25 @@ def _limit_memory() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (allowed if most < 0 else min(allowed, most), most))
 
 
-def _serve(connection: Connection, tokenizer: Any) -> None:
+def _serve(connection: Connection, tokenizer: Any, begun: c_int64) -> None:
     """Run in a child process: read requests, and answer each with one JSON document."""
     _limit_memory()
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     try:
         while connection.poll(_IDLE_SECONDS):
-            answers = list(_answers(tokenizer, _unpacked(connection.recv_bytes())))
-            connection.send_bytes(_packed(answers))
+            answers = list(_answers(tokenizer, _unpacked(connection.recv_bytes()), begun))
             signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.send_bytes(_packed(answers))
     except EOFError:  # the parent has exited
         pass
     except MemoryError:
         os._exit(_NO_MEMORY)  # a message may be half read or half sent: the connection is unusable
 
 
-def _answers(tokenizer: Any, conversations: Sequence[Any]) -> Iterator[_Answer]:
+def _answers(tokenizer: Any, conversations: Sequence[Any], begun: c_int64) -> Iterator[_Answer]:
     try:
-        for conversation in conversations:
+        for number, conversation in enumerate(conversations):
+            begun.value = number
             signal.setitimer(signal.ITIMER_PROF, _SECONDS)  # CPU time, since the machine may be busy or suspended
             yield {"text": _render(tokenizer, Conversation(*conversation))}
     except DataError as error:

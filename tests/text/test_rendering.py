@@ -142,14 +142,18 @@ def test_the_time_limit_counts_cpu_time_and_not_elapsed_time(tokenizer, monkeypa
     going_on.join()
 
 
-def test_the_conversation_that_takes_too_long_is_named_in_the_error(tokenizer, monkeypatch):
+def test_the_conversation_that_takes_too_long_is_named_in_the_error_and_rendered_once(tokenizer, monkeypatch):
     monkeypatch.setattr(rendering, "_SECONDS", 0.5)
+    begun, start = [], rendering.start_child
+    monkeypatch.setattr(rendering, "start_child", lambda *arguments: begun.append(1) or start(*arguments))
     tokenizer.chat_template = "{% if messages[0]['content'] == 'x' %}" + LOOP + "{% endif %}"
     tokenizer.chat_template += "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     rows = [{"instruction": what, "output": "y"} for what in "abxc"]
     examples = [(f"line {n}", read_example(row, "")) for n, row in enumerate(rows, 1)]
     with pytest.raises(DataError, match=r"line 3: the chat template takes longer than 0\.5 seconds"):
         list(Encoder(tokenizer).encode(examples))
+    assert rendering._processes[0].is_of(tokenizer)  # it rendered the conversations before that one, again
+    assert len(begun) == 2
 
 
 def test_the_process_does_not_hold_locks_of_its_parent(tokenizer, tmp_path):
