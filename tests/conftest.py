@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 gc.disable()  # until all tests are collected: it takes a fifth of the time of their imports
+KEEPS_NO_BYTECODE, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+"""Until then, pytest may keep the bytecode of tests: rewriting their assertions takes a third of the collection."""
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -32,6 +34,7 @@ settings.load_profile("adaptkit")
 
 def pytest_collection_finish() -> None:
     """Exclude the million objects that live until the end from garbage collection, and search the old ones rarely."""
+    sys.dont_write_bytecode = KEEPS_NO_BYTECODE
     gc.collect()
     gc.freeze()
     young, middle, _ = gc.get_threshold()
