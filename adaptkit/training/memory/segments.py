@@ -86,9 +86,11 @@ def checkpoint_layers(
     if checked <= done:
         return
     current: list[_Segment] = []
+    starts = _Starts(checkpointing.segments)
     for index, layer in list(enumerate(find_stack(network)[1][:checked]))[done:]:
         is_last = index % checkpointing.length == checkpointing.length - 1 or index == checked - 1
-        place = _Place(index // checkpointing.length, index % checkpointing.length == 0, is_last, current, offloaded)
+        is_first = index % checkpointing.length == 0
+        place = _Place(index // checkpointing.length, is_first, is_last, current, starts, offloaded)
         layer.forward = _checkpointed(layer, layer.forward, place)
         for weight in (module for module in layer.modules() if isinstance(module, PackedWeight)):
             weight.is_transient = True
@@ -129,20 +131,55 @@ class _Segment:
         return self.inputs.pop()
 
 
+class _Starts:
+    """The inputs of all segments of a forward pass: on a CPU in one block of memory.
+
+    Each is as large as a layer's temporary tensors, and alive for longer. Among these it would leave gaps that most of
+    the next tensors do not fit, see ``heap``.
+
+    Args:
+        count: number of segments.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._free: list[Tensor] = []
+
+    def keep(self, hidden: Tensor, number: int) -> Tensor:
+        """Return what to keep of the input of a segment, whose number is 0 at the start of a forward pass."""
+        if hidden.device.type != "cpu" or self._count == 1:
+            return hidden
+        if number == 0:
+            self._free = list(hidden.new_empty((self._count, *hidden.shape)).unbind())
+        place = self._free.pop() if self._free else hidden  # only the graph keeps a place alive
+        is_alike = place.shape == hidden.shape and place.dtype == hidden.dtype
+        return place.copy_(hidden) if is_alike and place is not hidden else hidden
+
+
 @dataclass(frozen=True)
 class _Place:
-    """A layer's segment, whether the layer is first or last in it, the running segment, and the offloaded tensors."""
+    """A layer's segment, whether the layer is first or last in it, and what all layers share.
+
+    Attributes:
+        segment: number of the segment.
+        is_first: whether the layer is the first of its segment.
+        is_last: whether it is the last.
+        current: the running segment.
+        starts: keeps the inputs of segments on the device.
+        offloaded: keeps them in host memory instead; or None.
+    """
 
     segment: int
     is_first: bool
     is_last: bool
     current: list[_Segment]
+    starts: _Starts
     offloaded: OffloadedTensors | None
 
     def enter(self, hidden: Tensor) -> _Segment:
         """Return the segment of a layer that is about to run, created if the layer is the segment's first to run."""
         if self.is_first or not self.current or self.current[0].number != self.segment:
-            kept = hidden.detach()
+            kept = hidden.detach() if self.offloaded else self.starts.keep(hidden.detach(), self.segment)
             self.current[:] = [_Segment(self.segment, self.offloaded.put(kept) if self.offloaded else lambda: kept)]
         segment = self.current[0]
         if self.is_last:

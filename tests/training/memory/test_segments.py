@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from adaptkit.checkpoint import pages
 from adaptkit.errors import UsageError
@@ -148,25 +149,35 @@ def test_auto_checkpoints_every_layer_if_layers_cannot_be_measured(deep_nf4):
     assert choose_checkpointing(network, "auto", measure) == Checkpointing(7, 1)
 
 
-def kept_inputs(folder, policy):
-    """Return how many layer inputs stay alive until the backward pass."""
-    import weakref
+def kept_inputs(folder, policy, monkeypatch):
+    """Return how many layer inputs stay alive until the backward pass, or copies of them."""
+    found, keep = {}, segments._Starts.keep
 
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        found[storage._cdata] = StorageWeakRef(storage), storage.nbytes() // tensor.nbytes
+
+    def noted(*of):
+        kept = keep(*of)
+        note(kept)
+        return kept
+
+    monkeypatch.setattr(segments._Starts, "keep", noted)
     model = load_model(folder, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
-    inputs = []
     for layer in model.network.model.layers:
-        layer.register_forward_pre_hook(lambda _, args: inputs.append(weakref.ref(args[0].untyped_storage())))
+        layer.register_forward_pre_hook(lambda _, args: note(args[0]))
     checkpoint(model.network, policy)
     hidden = model.network.train().model(input_ids=IDS, use_cache=False).last_hidden_state
-    alive = sum(reference() is not None for reference in inputs)
+    alive = sum(count for reference, count in found.values() if not reference.expired())
     hidden.sum().backward()
+    monkeypatch.undo()
     return alive
 
 
-def test_only_the_inputs_of_segments_stay_alive(deep_nf4):
-    assert kept_inputs(deep_nf4, "layer") == 7
-    assert kept_inputs(deep_nf4, "sqrt") == 3
+def test_only_the_inputs_of_segments_stay_alive(deep_nf4, monkeypatch):
+    assert kept_inputs(deep_nf4, "layer", monkeypatch) == 7
+    assert kept_inputs(deep_nf4, "sqrt", monkeypatch) == 3
 
 
 def test_a_model_without_a_stack_of_layers_trains_without_checkpointing():
@@ -321,6 +332,36 @@ def test_layers_that_do_not_return_hidden_states_first_are_refused():
     checkpoint(network, "layer")
     with pytest.raises(UsageError, match="hidden states first"):
         network(torch.ones(2, 6))
+
+
+@pytest.mark.parametrize(("policy", "count"), [("layer", 7), ("sqrt", 3)])
+def test_the_inputs_of_segments_are_in_one_block_and_each_pass_has_its_own(deep_nf4, policy, count, monkeypatch):
+    """Apart from each other they would leave gaps between them; and of two passes, both may still be needed."""
+    kept, keep = [], segments._Starts.keep
+    monkeypatch.setattr(segments._Starts, "keep", lambda *of: kept.append(keep(*of)) or kept[-1])
+    model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
+    new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
+    checkpoint(model.network, policy)
+    model.network.train()
+    parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
+    alone = []
+    for ids in (IDS, IDS + 1):
+        model.network(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
+        alone.append([parameter.grad.clone() for parameter in parameters])
+        model.network.zero_grad(set_to_none=True)
+    assert [len(set(part)) for part in (storages(kept[:count]), storages(kept[count:]))] == [1, 1]
+    assert len({tensor.data_ptr() for tensor in kept[:count]}) == count
+    passes = [
+        model.network(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum() for ids in (IDS, IDS + 1)
+    ]
+    for loss, expected in zip(passes, alone, strict=True):
+        loss.backward()
+        assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(parameters, expected, strict=True))
+        model.network.zero_grad(set_to_none=True)
+
+
+def storages(tensors):
+    return [tensor.untyped_storage().data_ptr() for tensor in tensors]
 
 
 @pytest.mark.parametrize("joined", [False, True])
