@@ -13,7 +13,8 @@ _KEPT_AT_THE_TOP_BYTES = 128 << 20
 """Free memory at the end of the heap above which it is returned."""
 _MAX_BYTES = (1 << 30) - 1
 """Largest threshold whose double still fits the int that ``mallopt`` takes."""
-_KEPT_PRODUCTS = 64
+KEPT_PRODUCTS = 64
+"""Compiled products that oneDNN caches."""
 
 
 def keep_freed_memory(largest: int = _KEPT_BYTES) -> None:
@@ -39,7 +40,7 @@ def keep_few_products() -> None:
     layers. An evicted one is made again in half a millisecond. torch asks oneDNN for every product all the same, so its
     own cache saves no compilation: it only keeps products that oneDNN has evicted, such as those of probes.
     """
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_KEPT_PRODUCTS))
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(KEPT_PRODUCTS))
     os.environ.setdefault("LRU_CACHE_CAPACITY", "1")  # torch's
 
 

@@ -74,6 +74,10 @@ class Checkpointing:
         checked = self.layers - self.whole
         return (2 * checked - self.segments) / self.layers if self.length > 1 else checked / self.layers
 
+    def kept_whole(self, sizes: Sequence[LayerSize]) -> int:
+        """Return the bytes that the layers that are not checkpointed keep for the backward pass."""
+        return sum(size.input_bytes + size.kept_bytes for size in sizes[self.layers - self.whole :])
+
     def bytes_needed(self, sizes: Sequence[LayerSize], offloaded: bool = False) -> int:
         """Return the peak activation memory of all layers.
 
@@ -82,7 +86,7 @@ class Checkpointing:
             offloaded: whether the inputs of all segments but two are offloaded to the host.
         """
         checked, whole = sizes[: self.layers - self.whole], sizes[self.layers - self.whole :]
-        kept = sum(size.input_bytes + size.kept_bytes for size in whole)
+        kept = self.kept_whole(sizes)
         workspace = max((size.peak_bytes - size.kept_bytes for size in whole), default=0)
         if not checked:
             return kept + workspace

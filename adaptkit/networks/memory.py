@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from adaptkit.heap import KEPT_PRODUCTS
+
 LOGITS_CHUNK_BYTES = 32 << 20
 """Size of one chunk of logits in the compute dtype; a chunk has at least ``LEAST_ROWS`` rows."""
 
@@ -18,6 +20,16 @@ _TILE = 128
 """Rows of a GPU's matrix multiplication tile."""
 
 
+_PRODUCTS_BYTES = KEPT_PRODUCTS << 18
+"""Memory of the plans that oneDNN caches, one for each product of bfloat16 matrices: 258 kB, whatever their shapes."""
+_LIBRARIES_BYTES = 28 << 20
+"""Measured: code of libraries that the steps are the first to run, buffers of the heap, and small gaps in it."""
+_LAYER_BYTES = 1 << 19
+"""Measured: Python's objects of a layer's modules."""
+_GAPS = 12
+"""Measured: layers that keep everything leave gaps of up to a tenth of that between tensors, on average a twelfth."""
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes on the training device.
@@ -30,6 +42,7 @@ class Memory:
         optimizer: the optimizer moments that are resident.
         activations: activations that the layers keep, and their workspace, for the largest batch.
         logits: one chunk of logits, and what the gradient of a trained output layer takes besides ``gradients``.
+        overhead: on a CPU, what is not in tensors; see ``overhead_bytes``.
     """
 
     weights: int
@@ -38,15 +51,33 @@ class Memory:
     optimizer: int
     activations: int
     logits: int
+    overhead: int = 0
 
     @property
     def total(self) -> int:
-        """Sum of all parts, slightly more than is ever alive at once."""
+        """Sum of all parts, slightly more than is ever alive at once.
+
+        On a CPU logits and the inside of a layer count, though never alive together: memory that a layer freed is in
+        pieces, which a chunk of logits does not fit.
+        """
         return sum(self.parts().values())
 
     def parts(self) -> dict[str, int]:
         """Return the parts by name."""
         return asdict(self)
+
+
+def overhead_bytes(layers: int, kept: int, itemsize: int) -> int:
+    """Return the memory of a CPU run that is not in its tensors.
+
+    Args:
+        layers: number of layers.
+        kept: bytes that layers without checkpointing keep. The C library often cannot put a tensor into the gap that
+            one of the same size left; inputs of checkpointed layers are in one block.
+        itemsize: bytes of the compute dtype; oneDNN multiplies 16-bit matrices.
+    """
+    products = _PRODUCTS_BYTES if itemsize == 2 else 0
+    return products + _LIBRARIES_BYTES + layers * _LAYER_BYTES + kept // _GAPS
 
 
 def all_but_largest(parts: Sequence[int]) -> int:

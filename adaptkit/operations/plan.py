@@ -8,6 +8,7 @@
     activations  measured on a network of fake tensors, by the arithmetic of ``networks.activations``
     logits       one chunk, whose size depends on the device; full: and the sum of the output layer's gradients over
                  chunks, and what computing it takes
+    overhead     on a CPU, what is not in tensors; see ``networks.memory``
 
 On a GPU, copies of the adapter in the compute dtype count as weights, and embedding tables that stay in host memory do
 not; see ``networks.tables``.
@@ -30,7 +31,7 @@ from adaptkit.networks.activations import Checkpointing, fit_budget, parse_polic
 from adaptkit.networks.architecture import Description, empty_network, language_part
 from adaptkit.networks.linears import is_linear
 from adaptkit.networks.matching import matching_targets
-from adaptkit.networks.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes
+from adaptkit.networks.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes, overhead_bytes
 from adaptkit.networks.model_lock import model_lock
 from adaptkit.networks.tables import host_tables
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
@@ -210,7 +211,7 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
     buffers = sum(buffer.nbytes for buffer in network.buffers())
     packs_experts = not packing.names.isdisjoint(expert_stacks(network))
     ranks = {} if full else dict.fromkeys(targets, options.rank)
-    checkpointing, activations = _activations(network, options, ranks, packs_experts)
+    checkpointing, activations, kept = _activations(network, options, ranks, packs_experts)
     checkpointed = [] if options.on_gpu else codes[: checkpointing.layers - checkpointing.whole]
     released = all_but_largest([size for layer in checkpointed for size in layer])
     memory = Memory(
@@ -220,6 +221,7 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
         optimizer=moment_bytes(trainable, STATE_BITS[options.optimizer]),
         activations=activations,
         logits=_logits(network, options, dtype),
+        overhead=0 if options.on_gpu else overhead_bytes(checkpointing.layers, kept, dtype.itemsize),
     )
     return PlanReport(
         model=str(model),
@@ -266,7 +268,8 @@ def _adapter_parameters(shapes: dict[str, Shape], targets: list[str], rank: int)
 
 def _activations(
     network: Any, options: PlanOptions, ranks: dict[str, int], packs_experts: bool
-) -> tuple[Checkpointing, int]:
+) -> tuple[Checkpointing, int, int]:
+    """Return the checkpointing, the bytes of activations, and how many of these layers without it keep."""
     shape, full = (options.batch, options.seq_len), options.method == "full"
     sizes = measured_layers(network, ranks, full, shape, packs_experts, options.on_gpu)
     found = parse_policy(options.checkpointing, len(sizes))
@@ -274,7 +277,7 @@ def _activations(
         chosen = found
     else:
         chosen = fit_budget(found, sizes, options.offload_checkpoints, less="a smaller --batch or --seq-len")
-    return chosen, chosen.bytes_needed(sizes, options.offload_checkpoints)
+    return chosen, chosen.bytes_needed(sizes, options.offload_checkpoints), chosen.kept_whole(sizes)
 
 
 def _logits(network: Any, options: PlanOptions, dtype: torch.dtype) -> int:

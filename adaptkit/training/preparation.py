@@ -96,12 +96,15 @@ def begin_libraries(base: Path, device: torch.device, shard_base: bool) -> None:
         torch.cuda.synchronize(device)
 
 
-def _load_step_kernels(config: TrainConfig) -> None:
-    """Load the compiled CPU kernels that steps call and the rest of ``build`` does not; call it before that.
+def load_step_kernels(config: TrainConfig) -> None:
+    """Load the compiled CPU kernels that steps call and ``build`` does not; call it before that.
 
     Loading one takes 19 MB for a moment, which in a step would add to the run's peak: pages of the compiler's library.
+    They are released afterwards, so before this they would count as memory that the run had found in use.
     """
     dtype, total = getattr(torch, config.compute_dtype), torch.zeros(2, 2)
+    square = torch.zeros((64, 64), dtype=dtype, requires_grad=True)
+    torch.autograd.backward((square @ square).sum())  # maps the code of the matrix library
     load_team()
     load_loss_kernel(dtype)
     add_scaled(total, torch.zeros(2, 2, dtype=dtype), 1.0)
@@ -150,8 +153,6 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
     """
     with reports_unsupported_dtype(inputs.base, inputs.config.compute_dtype):
         device, is_shared = world.device, inputs.config.shard_base
-        if device.type == "cpu":
-            _load_step_kernels(inputs.config)
         held = torch.device("cpu") if is_shared else device  # unsharded, the base need not fit the device
         model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)
         add_trainable(model, inputs.config, inputs.start, inputs.tokenizer)

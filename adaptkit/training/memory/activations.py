@@ -11,9 +11,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from adaptkit.errors import UsageError
+from adaptkit.heap import return_freed_memory
 from adaptkit.networks.activations import AUTO, Checkpointing, LayerSize, measure_layers
 from adaptkit.networks.assembly import find_stack
-from adaptkit.networks.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes
+from adaptkit.networks.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes, overhead_bytes
 from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory.offload import OffloadedTensors
@@ -36,6 +37,7 @@ class Activations:
         logits_bytes: bytes of a chunk of logits, and of the gradient of a trained output layer.
         offloaded: holds the inputs of segments in host memory; None if they stay on the device.
         network: network that ``shrink`` may checkpoint; None unless the policy is ``auto``.
+        overhead_bytes: memory of a CPU run that is not in tensors.
     """
 
     checkpointing: Checkpointing
@@ -43,6 +45,7 @@ class Activations:
     logits_bytes: int
     offloaded: OffloadedTensors | None = None
     network: Any = None
+    overhead_bytes: int = 0
 
     def shrink(self) -> bool:
         """Checkpoint all layers that are not yet; return whether any was. Gradients stay the same, bit for bit.
@@ -85,13 +88,14 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     measured = cache(partial(layer_sizes, network, largest, device, config.pack and device.type == "cuda"))
     room = _room(network, config, device, logits)
     found = choose_checkpointing(network, config.checkpointing, measured, offloaded, room)
-    needed = 0
+    needed = kept = 0
     if found.layers and not (config.shard_base and device.type == "cuda"):  # the base need not fit a GPU
         with contextlib.suppress(UsageError):  # layers that cannot be measured can still be trained
-            needed = found.bytes_needed(measured(), offloaded)
+            needed, kept = found.bytes_needed(measured(), offloaded), found.kept_whole(measured())
+    beside = overhead_bytes(found.layers, kept, dtype.itemsize) if device.type == "cpu" else 0
     held = OffloadedTensors(device) if offloaded else None
     checkpoint_layers(network, found, held)
-    return Activations(found, needed, logits, held, network if config.checkpointing == AUTO else None)
+    return Activations(found, needed, logits, held, network if config.checkpointing == AUTO else None, beside)
 
 
 def _room(network: Any, config: TrainConfig, device: torch.device, logits: int) -> int | None:
@@ -155,6 +159,7 @@ def predicted_memory(network: Any, trainable: int, optimizer: int, activations: 
         optimizer=optimizer,
         activations=activations.bytes,
         logits=activations.logits_bytes,
+        overhead=activations.overhead_bytes,
     )
 
 
@@ -179,6 +184,8 @@ def _gathered_bytes(network: Any) -> int:
 class PeakMemory:
     """Measures how much a process's memory grows after construction: torch's allocations on a GPU, otherwise RSS.
 
+    Memory that the process had freed, but not returned, is returned first: reusing it would not count as growth.
+
     Args:
         device: training device.
     """
@@ -189,6 +196,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
             return
+        return_freed_memory()
         try:
             _RESET.write_text("5")  # resets VmHWM, the peak RSS
             self._before = _kib("VmRSS:")

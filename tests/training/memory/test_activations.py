@@ -9,9 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptkit.networks.activations import Checkpointing
+from adaptkit.networks.memory import overhead_bytes
 from adaptkit.operations.plan import PlanOptions, plan
 from adaptkit.operations.quantize import quantize
-from adaptkit.training.memory.activations import Activations, predicted_memory
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.memory.activations import Activations, PeakMemory, predicted_memory, save_activations
 from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
@@ -58,3 +60,39 @@ def test_plan_and_the_run_count_the_same_weights(wide, tmp_path, policy):
     _, predicted = begun(wide, tmp_path / "packed", CHOICES[policy])
     options = PlanOptions(rank=4, seq_len=32, batch=2, checkpointing=policy, device="cpu")
     assert plan(wide, options).memory["weights"] == predicted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_that_was_free_before_counts_as_growth_when_it_is_used():
+    """What a process freed depends on its data, so that a run would seem to need less after reading more of them."""
+    count, size = 40_000, 1000
+    pairs = [(bytearray(size), bytearray(1)) for _ in range(count)]
+    pairs = [few for _, few in pairs]  # scattered, they keep the heap from shrinking
+    peak = PeakMemory(CPU)
+    again = [bytearray(size) for _ in range(count)]
+    assert peak.growth() > 0.9 * len(again) * size
+    assert len(pairs) == count
+
+
+@pytest.mark.parametrize("policy", CHOICES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_plan_and_the_run_count_the_same_memory_outside_of_tensors(wide, tmp_path, policy, dtype):
+    model = load_model(wide, getattr(torch, dtype), CPU)
+    new_adapter(model, ("*",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
+    make_fast(model)
+    config = TrainConfig(base="base", data=("data",), checkpointing=policy)
+    found = save_activations(model.network, config, (2, 32), CPU)
+    options = {"method": "lora", "rank": 4, "seq_len": 32, "batch": 2, "compute_dtype": dtype}
+    planned = {
+        device: plan(wide, PlanOptions(checkpointing=policy, device=device, **options)).memory["overhead"]
+        for device in ("cpu", "cuda")
+    }
+    assert planned["cpu"] == pytest.approx(found.overhead_bytes, rel=0.01)
+    assert planned["cuda"] == 0
+
+
+def test_kept_products_count_in_16_bits_only_and_gaps_where_layers_keep_everything():
+    plain, wide = overhead_bytes(4, 0, 2), overhead_bytes(4, 0, 4)
+    assert 64 * 250_000 < plain - wide < 64 * 270_000
+    assert overhead_bytes(4, 120_000, 2) - plain == 10_000
+    assert overhead_bytes(5, 0, 2) > plain
