@@ -96,7 +96,14 @@ def begin_libraries(base: Path, device: torch.device, shard_base: bool) -> None:
         torch.cuda.synchronize(device)
 
 
-def load_step_kernels(config: TrainConfig) -> None:
+def begin_run(inputs: Inputs, device: torch.device) -> None:
+    """Load what would otherwise be loaded, and counted, while the memory of a run is measured."""
+    begin_libraries(inputs.base, device, inputs.config.shard_base)
+    if device.type == "cpu":
+        _load_step_kernels(inputs.config)
+
+
+def _load_step_kernels(config: TrainConfig) -> None:
     """Load the compiled CPU kernels that steps call and ``build`` does not; call it before that.
 
     Loading one takes 19 MB for a moment, which in a step would add to the run's peak: pages of the compiler's library.

@@ -32,14 +32,7 @@ from adaptkit.training.memory.pressure import Pressure
 from adaptkit.training.memory.vector import Vector
 from adaptkit.training.network.model import free_former_network
 from adaptkit.training.network.start import cannot_be_merged, first_names, left_out, peft_drops
-from adaptkit.training.preparation import (
-    batches_of,
-    begin_libraries,
-    build,
-    expected_memory,
-    load_step_kernels,
-    total_steps,
-)
+from adaptkit.training.preparation import batches_of, begin_run, build, expected_memory, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
 from adaptkit.training.schedule import learning_rate
@@ -93,9 +86,7 @@ class Run:
         self._world, self._padding = world, pad_id(inputs.tokenizer, inputs.base)
         self.batches = batches_of(inputs)
         self.steps = total_steps(inputs.config, self.batches)
-        begin_libraries(inputs.base, world.device, inputs.config.shard_base)
-        if world.device.type == "cpu":
-            load_step_kernels(inputs.config)
+        begin_run(inputs, world.device)
         free_former_network()
         self._peak, free = PeakMemory(world.device), free_memory(world.device)
         self.model, self.activations = build(inputs, world, self.batches.largest(world.size))
