@@ -13,6 +13,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from glob import glob
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,8 +34,7 @@ ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
 JOURNAL_PATTERN = "adaptkit-journal*.jsonl"
 COMPENSATION_NAME = "adaptkit-compensation.safetensors"
 """File beside an adapter; see ``compensation``."""
-METRICS_NAME = "metrics.jsonl"
-PICTURE_NAME = "loss.svg"
+METRICS_NAME, PICTURE_NAME = "metrics.jsonl", "loss.svg"
 """Files beside a training result: the run's metrics, and its loss curve."""
 
 _LONGEST_PATH, _LONGEST_NAME_BYTES = 1024, 255
@@ -104,8 +104,8 @@ def require_folder(path: Path, hint: Callable[[AnyPath], str] = folder_hint) -> 
         raise UsageError(
             f"{path}: is a file; {expected}", hint=f"give its folder, {path.parent}" if belongs else path_hint(path)
         )
-    if any(path.glob(JOURNAL_PATTERN)):
-        resume = "wait for the command that writes it; if it was interrupted, run the same command again to resume"
+    if glob(JOURNAL_PATTERN, root_dir=path):  # unlike Path.glob, it leaves errors of a folder to those who read it
+        resume = "wait for its command; if it was interrupted, run the same command again to resume"
         raise UsageError(f"{path}: is an unfinished output", hint=resume)
     return path
 

@@ -245,7 +245,7 @@ def test_a_signal_has_the_right_exit_code_even_if_the_output_is_closed(llama, tm
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 143
     if more:
-        assert process.stderr.read() == ""
+        assert process.stderr.read().startswith("error: terminated\n")  # since the document could not be written
         process.stderr.close()
 
 
