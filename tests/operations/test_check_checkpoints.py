@@ -172,6 +172,23 @@ def test_transformers_fails_to_load_quantized_experts_and_int8(tmp_path, llama):
                 AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("stated", [{}, {"quant_method": None}, {"quant_method": None, "load_in_4bit": True}])
+def test_a_quantization_config_without_a_method_is_an_error_where_transformers_fails(llama, tmp_path, stated):
+    """It takes load_in_4bit for bitsandbytes; vLLM and SGLang do not."""
+    from transformers import AutoModelForCausalLM
+
+    quantize(llama, tmp_path / "out")
+    edit_json(tmp_path / "out" / "config.json", quantization_config=stated)
+    found = verdicts(tmp_path / "out")
+    assert {target for target, verdict in found.items() if verdict.taken} == ({"peft"} if len(stated) > 1 else set())
+    assert "names no quant_method" in words(found["vllm"])
+    if len(stated) < 2:
+        with pytest.raises(ValueError, match="quant_method"):
+            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    else:
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
 def test_a_missing_quantization_config_is_an_error_and_a_missing_tokenizer_a_warning(llama, tmp_path):
     quantize(llama, tmp_path / "out")
     edit_json(tmp_path / "out" / "config.json", quantization_config=None)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.foreign import quantization_found, stated_quantization
 from adaptkit.checkpoint.layout import INDEX_NAME, read_json
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
@@ -97,7 +97,7 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
         root=root,
         config=checkpoint.config,
         quantization=quantization,
-        names_method=checkpoint.quantization_method is not None,
+        names_method=stated_quantization(checkpoint.config).get("quant_method") is not None,
         packed=packed,
         unfit=_unfit(checkpoint, quantization),
         integers=tuple(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from adaptkit.checkpoint.foreign import stated_quantization
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
 from adaptkit.operations.targets._target import Finding, error_about, some
 
@@ -16,6 +17,14 @@ def quantization(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
             f"{reader} does not support this layout, which only adaptkit loads",
             plain,
         )
+    elif files.config.get("quantization_config") is not None and not files.names_method:
+        if reader != "transformers" or not stated_quantization(files.config).get("load_in_4bit"):
+            yield Finding(
+                "error",
+                "quantization_config in config.json names no quant_method",
+                f"{reader} cannot tell how the weights are quantized",
+                "restore config.json, or download the checkpoint again",
+            )
     elif files.quantization is not None and not files.names_method:
         names = [packed.name for packed in files.packed]
         yield Finding(
