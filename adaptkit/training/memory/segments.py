@@ -35,6 +35,9 @@ from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.unread import standing_in
 
+_LINE = 64
+"""Bytes of a line of a processor's cache, at which torch aligns memory."""
+
 
 def choose_checkpointing(
     network: nn.Module,
@@ -151,9 +154,13 @@ class _Starts:
             return hidden
         if number == 0:
             self._free = list(hidden.new_empty((self._count, *hidden.shape)).unbind())
-        place = self._free.pop() if self._free else hidden  # only the graph keeps a place alive
-        is_alike = place.shape == hidden.shape and place.dtype == hidden.dtype
-        return place.copy_(hidden) if is_alike and place is not hidden else hidden
+        place = self._free.pop() if self._free else None  # only the graph keeps a place alive
+        return hidden if place is None or _form(place) != _form(hidden) else place.copy_(hidden)
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    """Return what products of a tensor may depend on besides its values: in another form some round differently."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % _LINE
 
 
 @dataclass(frozen=True)

@@ -360,6 +360,56 @@ def test_the_inputs_of_segments_are_in_one_block_and_each_pass_has_its_own(deep_
         model.network.zero_grad(set_to_none=True)
 
 
+class PlainLayer(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden):
+        return hidden + self.linear(hidden).tanh()
+
+
+class PlainNetwork(nn.Module):
+    def __init__(self, width, dtype):
+        super().__init__()
+        self.layers = nn.ModuleList(PlainLayer(width) for _ in range(4))
+        self.to(dtype)
+
+    def forward(self, hidden):
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("width", "arranged"),
+    [
+        (33, lambda hidden: hidden),  # a row of 33 is not a multiple of what memory is aligned to
+        (64, lambda hidden: hidden.transpose(0, 1).contiguous().transpose(0, 1)),
+        (64, lambda hidden: hidden[:1].expand(hidden.shape)),
+    ],
+)
+def test_inputs_of_segments_are_kept_in_the_form_that_products_depend_on(width, arranged, dtype, monkeypatch):
+    """The same values in other strides, or at another alignment, are multiplied in another order."""
+    torch.manual_seed(0)
+    network, hidden = PlainNetwork(width, dtype), arranged(torch.randn(3, 33, width).to(dtype))
+    found, keep = [], segments._Starts.keep
+    monkeypatch.setattr(segments._Starts, "keep", lambda *of: found.append((of[1], keep(*of))) or found[-1][1])
+    gradients = []
+    for length in (0, 1):
+        if length:
+            checkpoint_layers(network, Checkpointing(4, length))
+        network.zero_grad()
+        network(hidden).float().square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in network.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert len(found) == 4
+    for given, kept in found:
+        assert kept.stride() == given.stride()
+        assert kept.data_ptr() % 64 == given.data_ptr() % 64
+
+
 def storages(tensors):
     return [tensor.untyped_storage().data_ptr() for tensor in tensors]
 
