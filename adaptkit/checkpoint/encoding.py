@@ -73,7 +73,7 @@ def quantization_config(kept: list[str], encoding: Encoding) -> dict[str, Any]:
     }
 
 
-def stated_encoding(stated: Mapping[str, Any]) -> tuple[Encoding, list[str]] | None:
+def stated_encoding(stated: Mapping[str, Any]) -> tuple[Encoding, list[str] | None] | None:
     """Read what ``quantization_config`` returns, or bitsandbytes wrote for 4 bits; None if it is another method's.
 
     Args:
@@ -81,7 +81,7 @@ def stated_encoding(stated: Mapping[str, Any]) -> tuple[Encoding, list[str]] | N
 
     Returns:
         The encoding, with the default block size where bitsandbytes' keys do not tell it, and the paths of the modules
-        that stay in 16 bits.
+        that stay in 16 bits; None if it names none, for which bitsandbytes keeps the output layer.
     """
     format_name: Any
     block_size: Any
@@ -93,7 +93,7 @@ def stated_encoding(stated: Mapping[str, Any]) -> tuple[Encoding, list[str]] | N
         double_quant, kept = stated.get("double_quant"), stated.get("modules_to_not_convert")
     else:
         return None
-    paths = [path for path in kept if isinstance(path, str)] if isinstance(kept, list) else []
+    paths = [path for path in kept if isinstance(path, str)] if isinstance(kept, list) else None
     if not isinstance(format_name, str) or not isinstance(block_size, int) or not isinstance(double_quant, bool):
         return None
     try:

@@ -341,6 +341,19 @@ def test_a_quantized_base_is_planned_as_it_is(made, tmp_path, name, options, lay
     assert found.memory["weights"] + unread == predicted_memory(model.network, 0, 0, Activations(None, 0, 0)).weights
 
 
+@pytest.mark.parametrize("left_out", [{"llm_int8_skip_modules": None}, {}])
+def test_bitsandbytes_keeps_the_output_layer_unless_modules_are_named(tmp_path, left_out):
+    """Most quantized models on the Hub name none, and transformers then quantizes all but the output layer."""
+    values = json.loads((tiny.write_llama(tmp_path / "plain", tied=False) / "config.json").read_text())
+    stated = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    stated["bnb_4bit_use_double_quant"] = True
+    found = []
+    for more in (left_out, {"llm_int8_skip_modules": ["lm_head"]}, {"llm_int8_skip_modules": []}):
+        (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": stated | more}))
+        found.append(plan(tmp_path, PlanOptions(seq_len=16)).memory["weights"])
+    assert found[0] == found[1] > found[2]
+
+
 @pytest.mark.parametrize(
     "stated",
     [

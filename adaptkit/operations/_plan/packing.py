@@ -47,13 +47,14 @@ class Packing:
             moe: whether experts are packed: ``quantize`` or ``keep``; None as the configuration says, or kept.
         """
         stated = stated_encoding(stated_quantization(config))
-        encoding, kept = stated or (Encoding(), ())
+        encoding, kept = stated or (Encoding(), None)
         experts, head = set(expert_stacks(network)), network.get_output_embeddings()
         names = {f"{name}.weight" for name in shapes if not is_router(name)}
-        if stated:
+        if kept is not None:  # else the output layer is not packed
             names |= {f"{name}.weight" for name, module in network.named_modules() if module is head}
-            names |= experts if moe is None else set()
-        names = {name for name in names if not any(f".{path}." in f".{name}." for path in kept)}
+        if stated and moe is None:
+            names |= experts
+        names = {name for name in names if not any(f".{path}." in f".{name}." for path in kept or ())}
         return cls(frozenset(names | experts if moe == "quantize" else names), encoding)
 
     def nbytes(self, count: int) -> int:
