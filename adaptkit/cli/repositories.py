@@ -1,5 +1,6 @@
 """Names of repositories, as typed, in place of the long paths of their copies in huggingface_hub's cache."""
 
+import os
 import re
 import sys
 
@@ -22,5 +23,6 @@ def as_repositories(text: str) -> str:
             return found[0]
         return typed[0] if len(typed) == 1 else f"{repo_id}@{found[3]}"
 
-    folder = re.escape(f"{hub_cache()}/models--")
-    return re.sub(rf"{folder}([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{{40}})\b", named, text)
+    cache = "|".join(re.escape(folder) for folder in (hub_cache(), os.path.abspath(hub_cache())))
+    snapshot = r"models--([\w.-]+?)--([\w.-]+)/snapshots/([0-9a-f]{40})\b"
+    return re.sub(rf"(?<![\w/.-])(?:{cache})/{snapshot}", named, text)  # not within a longer path

@@ -720,3 +720,13 @@ def test_repositories_are_named_as_they_were_typed_and_not_by_their_paths_in_the
     two = ["stack", "me/model", "me/model@main", "-o", "out", "--dry-run"]
     assert f"me/model@{commit}: given 2 times" in cli.run(two, own)[1]
     assert cli("check", "me/model", "--target", "peft").report["path"] == str(cached)  # for programs
+
+
+def test_a_cache_at_a_relative_path_is_named_by_its_repository_too(cli: Any, artifact: Path) -> None:
+    cli("publish", artifact, "me/model")
+    own = {"HF_ENDPOINT": cli.hub.url, "HF_HOME": "home", "HF_TOKEN": TOKEN, "HF_HUB_CACHE": "cached"}
+    code, _, stderr = cli.run(["unmerge", "me/model", "-o", "out"], own)
+    assert (code, stderr.startswith("error: me/model: ")) == (3, True)
+    (cached,) = cli.folder.glob("cached/models--me--model/snapshots/*")
+    code, _, stderr = cli.run(["unmerge", str(cached), "-o", "out"], own)
+    assert (code, stderr.startswith(f"error: {cached}: ")) == (3, True)
