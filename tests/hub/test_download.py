@@ -730,3 +730,7 @@ def test_a_cache_at_a_relative_path_is_named_by_its_repository_too(cli: Any, art
     (cached,) = cli.folder.glob("cached/models--me--model/snapshots/*")
     code, _, stderr = cli.run(["unmerge", str(cached), "-o", "out"], own)
     assert (code, stderr.startswith(f"error: {cached}: ")) == (3, True)
+    other = Path("elsewhere") / cached.relative_to(cli.folder)  # a path that only ends like one in the cache
+    shutil.copytree(cached, cli.folder / other)
+    code, _, stderr = cli.run(["unmerge", str(other), "-o", "out"], own)
+    assert (code, stderr.startswith(f"error: {other}: ")) == (3, True)
