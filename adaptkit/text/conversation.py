@@ -24,7 +24,7 @@ from typing import Any
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import ADD_ONE
 from adaptkit.text.layouts import has_question, layout_of, names_in, refuse_null, require_answers
-from adaptkit.text.learning_marks import check_not_marked_out, check_wanted, is_marked_out, obeyed_marks
+from adaptkit.text.learning_marks import check_wanted, is_marked_out, obeyed_marks
 from adaptkit.text.parts import joined
 from adaptkit.text.reasoning import FIELD, NAMES, Message, ReasoningFields, content_with_reasoning, read_reasoning
 from adaptkit.text.rendering import Conversation as Conversation
@@ -89,7 +89,6 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
     """
     empty = [name for name, value in row.items() if value is None]
     row = {name: value for name, value in row.items() if value is not None}
-    check_not_marked_out(row, where)
     layout = layout or layout_of(row, where, empty)
     if layout not in row:
         refuse_null(where, empty, [layout])

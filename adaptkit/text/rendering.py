@@ -276,8 +276,8 @@ def _serve(connection: Connection, tokenizer: Any, begun: c_int64) -> None:
 def _answers(tokenizer: Any, conversations: Sequence[Any], begun: c_int64) -> Iterator[_Answer]:
     try:
         for number, conversation in enumerate(conversations):
-            begun.value = number
             signal.setitimer(signal.ITIMER_PROF, _SECONDS)  # CPU time, since the machine may be busy or suspended
+            begun.value = number
             yield {"text": _render(tokenizer, Conversation(*conversation))}
     except DataError as error:
         yield {"error": error.message[:_LONGEST_MESSAGE], "hint": error.hint}

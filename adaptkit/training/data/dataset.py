@@ -17,6 +17,7 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Example, asks_for_the_date, read_example
+from adaptkit.text.learning_marks import check_not_marked_out
 from adaptkit.text.reasoning import FIELD, Message
 from adaptkit.text.rows import is_on_hub, read_rows
 from adaptkit.text.tokenizer_files import special_tokens
@@ -269,6 +270,7 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
             if digest is not None:
                 held = {name: value for name, value in row.items() if value is not None}
                 digest.update(json.dumps(held, sort_keys=True, default=str).encode())
+            check_not_marked_out(row, where)
             example = read_example(row, where, layout)
             collector.count_flaws(example, encoder, where)
             layouts[example.layout] += 1
