@@ -7,7 +7,7 @@ A module is recognized if its output equals the formula's bit for bit:
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,20 @@ def exchanged(module: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[Non
         yield
     finally:
         module._modules.update(before)
+
+
+@contextmanager
+def with_attribute(parts: Iterable[nn.Module], name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of some modules while the block runs."""
+    modules = list(parts)
+    before = [getattr(module, name) for module in modules]
+    for module in modules:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, was in zip(modules, before, strict=True):
+            setattr(module, name, was)
 
 
 def norm_parts(module: nn.Module) -> tuple[nn.Parameter | None, float]:
@@ -81,7 +95,8 @@ def is_gated(module: Any, size: int, device: torch.device) -> bool:
     gate, up, down = (_random_linear(*shape, seed).to(device) for seed, shape in enumerate(shapes))
     expected = down(functional.silu(gate(x)) * up(x))
     linears = dict(zip(_GATED, (gate, up, down), strict=False))
-    with exchanged(module, linears), _in_training_mode(module), forked_random(device):  # some have dropout: no match
+    training = with_attribute(module.modules(), "training", True)  # some have dropout: no match
+    with exchanged(module, linears), training, forked_random(device):
         found = _probe_output(module, x)
     return found is not None and torch.equal(found, expected)
 
@@ -111,17 +126,3 @@ def _random_linear(columns: int, rows: int, seed: int) -> nn.Linear:
     weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
     linear.weight = nn.Parameter(weight / columns**0.5, requires_grad=False)
     return linear
-
-
-@contextmanager
-def _in_training_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module in training mode while the block runs."""
-    inside = list(module.modules())
-    before = [part.training for part in inside]
-    for part in inside:
-        part.training = True
-    try:
-        yield
-    finally:
-        for part, was in zip(inside, before, strict=True):
-            part.training = was

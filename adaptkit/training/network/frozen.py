@@ -1,7 +1,7 @@
 """Frozen weights of linear layers: packed as in the file, or plain 16- or 32-bit."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from adaptkit.checkpoint.quantized import QuantizedWeight
 from adaptkit.kernel_arguments import Known
+from adaptkit.networks.probing import with_attribute
 from adaptkit.numerics.formats._double_quant import DoubleQuantized
 from adaptkit.training.network.packed_rows import decoded_rows, in_dtype, packed_rows
 
@@ -118,18 +119,10 @@ class PlainWeight(nn.Module):
 FrozenWeight = PackedWeight | PlainWeight
 
 
-@contextmanager
-def transient_weights(network: nn.Module) -> Iterator[None]:
-    """Let all packed weights of a network be transient while a block probes it; restore what they were.
+def transient_weights(network: nn.Module) -> AbstractContextManager[None]:
+    """Let all packed weights of a network be transient while a block probes it.
 
     A probe runs the whole network on a few tokens, and would leave every page of the base resident.
     """
-    weights = [module for module in network.modules() if isinstance(module, PackedWeight)]
-    before = [weight.is_transient for weight in weights]
-    for weight in weights:
-        weight.is_transient = True
-    try:
-        yield
-    finally:
-        for weight, was_transient in zip(weights, before, strict=True):
-            weight.is_transient = was_transient
+    weights = (module for module in network.modules() if isinstance(module, PackedWeight))
+    return with_attribute(weights, "is_transient", True)
