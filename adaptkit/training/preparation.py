@@ -162,8 +162,8 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
         device, is_shared = world.device, inputs.config.shard_base
         held = torch.device("cpu") if is_shared else device  # unsharded, the base need not fit the device
         model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)
-        add_trainable(model, inputs.config, inputs.start, inputs.tokenizer)
         with transient_weights(model.network):
+            add_trainable(model, inputs.config, inputs.start, inputs.tokenizer)
             if inputs.config.pack:
                 check_packing(model.network)
             if device.type == "cpu" or not is_shared:

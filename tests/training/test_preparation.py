@@ -16,13 +16,16 @@ from adaptkit.training.preparation import build
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("pack", [False, True])
-def test_the_probes_of_a_model_leave_no_pages_of_its_base_resident(instructions, tmp_path, pack):
-    """Each probe runs the whole network; at 7 billion parameters, their pages were 4.4 GB that no step needs."""
+@pytest.mark.parametrize("options", [{}, {"pack": True}, {"dora": True}])
+def test_the_probes_of_a_model_leave_no_pages_of_its_base_resident(instructions, tmp_path, options):
+    """Each probe runs the whole network; at 7 billion parameters, their pages were 4.4 GB that no step needs.
+
+    DoRA starts from the norms of every weight.
+    """
     quantize(tiny.write_llama(tmp_path / "16-bit", hidden=768, layers=8), tmp_path / "base")
     config = TrainConfig(
         base=str(tmp_path / "base"), data=(str(instructions),), rank=4, device="cpu", checkpointing="none",
-        compute_dtype="bfloat16", pack=pack,
+        compute_dtype="bfloat16", **options,
     )  # fmt: skip
     inputs = read_inputs(config, tmp_path / "adapter", False)
     model, _ = build(inputs, World(torch.device("cpu")), (1, 32))

@@ -26,9 +26,9 @@ _ROWS = 256
 """Rows whose squares are computed at a time."""
 
 
-def squared_rows(weight: Any) -> Tensor:
-    """Return ‖W_i‖² of a frozen weight: (out,) float32."""
-    runs = weight.dequantize(torch.float32).split(_ROWS)  # a square of the whole matrix would be a second one
+def squared_rows(weight: Tensor) -> Tensor:
+    """Return ‖W_i‖² of W, (out, in) float32: (out,) float32."""
+    runs = torch.split(weight, _ROWS)  # a square of the whole matrix would be a second one
     return torch.cat([rows.square().sum(dim=1) for rows in runs])
 
 

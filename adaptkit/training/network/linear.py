@@ -186,10 +186,10 @@ class LoraLinear(nn.Module):
         """
         if self.lora_a is None or self.lora_b is None:
             raise ValueError("the low-rank change comes first")
-        self.squares = squared_rows(self.base)
+        weight = self.base.dequantize(torch.float32)
+        self.squares = squared_rows(weight)
         if magnitude is None:
-            a, b = self.lora_a.detach(), self.lora_b.detach()
-            magnitude = row_norms(self.base.dequantize(torch.float32), a, b, self.scaling, self.squares)
+            magnitude = row_norms(weight, self.lora_a.detach(), self.lora_b.detach(), self.scaling, self.squares)
         self.magnitude = nn.Parameter(magnitude.float().to(self.device))
 
     def multiply(self, x: Tensor, dropped: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def test_norms_are_those_of_weight_plus_adapter_and_initialize_the_magnitudes():
     ours, _ = layers()
     weight, a, b = ours.base.weight.double(), ours.lora_a.detach().double(), ours.lora_b.detach().double()
     expected = (weight + 1.5 * b @ a).norm(dim=1)
-    found = row_norms(ours.base.weight, a.float(), b.float(), 1.5, squared_rows(ours.base))
+    found = row_norms(ours.base.weight, a.float(), b.float(), 1.5, squared_rows(ours.base.weight))
     assert torch.allclose(found.double(), expected, rtol=1e-6)
     ours.attach_magnitude()
     assert torch.allclose(ours.magnitude.detach().double(), expected, rtol=1e-6)
@@ -66,12 +66,12 @@ def test_norms_are_those_of_weight_plus_adapter_and_initialize_the_magnitudes():
 
 
 def test_squares_of_rows_need_no_second_matrix():
-    weight = PlainWeight(torch.randn(3000, 40, generator=torch.Generator().manual_seed(3)).bfloat16())
-    with Alive() as alive:
+    weight = torch.randn(3000, 40, generator=torch.Generator().manual_seed(3))
+    with Alive([weight]) as alive:
         squares = squared_rows(weight)
-    exact = weight.weight.double().square().sum(dim=1)
+    exact = weight.double().square().sum(dim=1)
     torch.testing.assert_close(squares.double(), exact, rtol=1e-6, atol=0)
-    assert alive.peak < 1.25 * 4 * weight.weight.numel()
+    assert alive.peak < 0.25 * 4 * weight.numel()
 
 
 def test_the_graph_saves_only_input_output_and_adapter():
