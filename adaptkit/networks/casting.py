@@ -1,5 +1,7 @@
 """Parameters that are held in one dtype and seen by their modules in another."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -19,3 +21,12 @@ def hold(module: nn.Module, name: str, parameter: nn.Parameter, dtype: torch.dty
     module._parameters[name] = parameter
     if dtype != parameter.dtype:
         parametrize.register_parametrization(module, name, _Cast(dtype), unsafe=True)  # unsafe: it changes the type
+
+
+def held(module: nn.Module, name: str) -> tuple[nn.Parameter, torch.dtype]:
+    """Return the parameter that ``hold`` placed in a module, and the dtype that the module sees it in."""
+    if not parametrize.is_parametrized(module, name):
+        parameter: nn.Parameter = getattr(module, name)
+        return parameter, parameter.dtype
+    casts: Any = module.parametrizations[name]  # type: ignore[index]
+    return casts.original, casts[0].dtype

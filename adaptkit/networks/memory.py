@@ -8,6 +8,9 @@ from adaptkit.heap import KEPT_PRODUCTS
 LOGITS_CHUNK_BYTES = 32 << 20
 """Size of one chunk of logits in the compute dtype; a chunk has at least ``LEAST_ROWS`` rows."""
 
+GRADIENT_BLOCK_BYTES = 32 << 20
+"""Size of a block of the gradient of a trained output layer, in the compute dtype."""
+
 LEAST_ROWS = 32
 
 ATTENTION_ROWS = 128
@@ -106,11 +109,11 @@ def logits_bytes(rows: int, vocabulary: int, itemsize: int, in_place: bool) -> i
 def head_gradient_bytes(parameters: int, itemsize: int) -> int:
     """Return what computing the gradient of a trained output layer takes at its peak, besides ``Memory.gradients``.
 
-    These are the sum over chunks of logits and the gradient of one chunk, both in float32, and that gradient before its
-    conversion from the compute dtype.
+    These are a copy of its float32 weight in the compute dtype, and a block of the gradient.
 
     Args:
         parameters: trained parameters of the layer.
         itemsize: bytes of the compute dtype.
     """
-    return parameters * (8 if itemsize == 4 else 8 + itemsize)
+    size = parameters * itemsize
+    return min(size, GRADIENT_BLOCK_BYTES) + (size if itemsize < 4 else 0)

@@ -74,7 +74,7 @@ class Gradients:
         if self._noise is not None:
             self._noise.expect(batch)
         with self._rows.only(batch):
-            loss = summed_loss(self._model, batch) / answers
+            loss = summed_loss(self._model, batch, 1 / answers) / answers
             with accumulating():
                 torch.autograd.backward(loss)  # even if it is not finite: a sharded base needs all processes here
         return loss.detach()

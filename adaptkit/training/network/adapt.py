@@ -22,7 +22,7 @@ from adaptkit.training.network.frozen import PackedWeight, PlainWeight
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.model import Model
 from adaptkit.training.network.stack_lora import StackLora
-from adaptkit.training.network.whole import TrainedRows, TrainedWeight, Whole, replace_rows
+from adaptkit.training.network.whole import TrainedRows, TrainedWeight, Whole, replace_rows, train_table
 
 
 @dataclass(frozen=True)
@@ -138,12 +138,16 @@ def train_whole(
             given = values.get(other)
             differs = given is not None and not torch.equal(given, value)
             if other == name or (is_tied and not differs and (together or other in names)):
-                hold(at.module, at.child, parameter, model.dtype)
                 model.whole[other] = Whole(parameter)
                 if _is_token_embedding(at.module, model.network):
                     # torch gives the row of padding_idx no gradient, but that token may also be the end token of an
                     # answer. Padding positions get no gradient anyway: they carry no loss.
                     at.module.padding_idx = None
+                    train_table(at.module, parameter, model.dtype)
+                elif at.child == "weight" and _is_head(at.module, model.network):
+                    train_table(at.module, parameter, model.dtype)
+                else:
+                    hold(at.module, at.child, parameter, model.dtype)
         model.checkpoint.release_pages(value)  # the values of a 16-bit base were copied, and are not read again
 
 
@@ -174,6 +178,11 @@ def _is_token_embedding(module: nn.Module, network: Any) -> TypeGuard[nn.Embeddi
     tokens = network.get_input_embeddings()
     are_embeddings = isinstance(module, nn.Embedding) and isinstance(tokens, nn.Embedding)
     return are_embeddings and module.num_embeddings == tokens.num_embeddings
+
+
+def _is_head(module: nn.Module, network: Any) -> TypeGuard[nn.Linear]:
+    """Return whether a module is the output layer, and linear."""
+    return module is network.get_output_embeddings() and isinstance(module, nn.Linear)
 
 
 def check_shape(name: str, found: Sequence[int], expected: Sequence[int]) -> None:

@@ -23,6 +23,7 @@ from adaptkit.numerics.kernels._cpu_loss import cross_entropy
 from adaptkit.team import is_faster_than_torch
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.data.samples import IGNORED
+from adaptkit.training.network.accumulation import accumulating
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.pinned import sent
 from adaptkit.training.network.positions import single_samples
@@ -31,7 +32,7 @@ _BLOCK_BYTES = 2 * 2**20
 """Size of a block of float32 logits on a CPU: fits its cache."""
 
 
-def summed_loss(model: Any, batch: Batch) -> Tensor:
+def summed_loss(model: Any, batch: Batch, share: float | None = None) -> Tensor:
     """Return the cross-entropy summed over a batch's answer tokens.
 
     No mask is passed: rows are padded at the end, and a causal model's other tokens do not attend to that padding. On a
@@ -42,6 +43,8 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
     Args:
         model: the ``Model``.
         batch: the batch; its labels mark the positions that carry loss.
+        share: factor of the result in the loss that is to be minimized: parameters of the output layer may then
+            accumulate their gradients before the backward pass, see ``accumulating``. None: all are left to autograd.
 
     Returns:
         () float32, in nats; differentiable if gradients are recorded.
@@ -58,7 +61,8 @@ def summed_loss(model: Any, batch: Batch) -> Tensor:
         return functional.cross_entropy(found.logits[row, column].float(), wanted, reduction="sum")
     hidden = found.last_hidden_state
     chosen = hidden[row, column]
-    total: Tensor = _Loss.apply(chosen, wanted, output, *_trained(model, output, chosen))  # type: ignore[no-untyped-call]
+    trained = _trained(model, output, chosen)
+    total: Tensor = _Loss.apply(chosen, wanted, output, share, *trained)  # type: ignore[no-untyped-call]
     return total
 
 
@@ -137,10 +141,12 @@ class _Loss(torch.autograd.Function):
     """The summed loss; its forward pass also computes the gradients of hidden states and trained output parameters."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, wanted: Tensor, output: OutputLayer, *trained: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, wanted: Tensor, output: OutputLayer, share: float | None, *trained: Tensor
+    ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         wants = any(ctx.needs_input_grad)
-        grads = [torch.zeros_like(hidden)] if wants else []
+        grads: list[Tensor | None] = [torch.zeros_like(hidden), *(None for _ in trained)] if wants else []
         rows = rows_at_a_time(_shape(output.head)[0], hidden.element_size(), works_in_place(hidden.device))
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows].detach().requires_grad_(wants)
@@ -150,32 +156,31 @@ class _Loss(torch.autograd.Function):
             chunk = logits.detach() if output.is_head else logits.detach().clone()
             total += _chunk_loss(chunk, wanted[start : start + len(part)], wants)
             if wants:
-                found = torch.autograd.grad(logits, (part, *trained), chunk)
-                _add(grads, found, start, trained)
+                with nullcontext() if share is None else accumulating(share):
+                    found = torch.autograd.grad(logits, (part, *trained), chunk, allow_unused=True)
+                _add(grads, found, start)
                 del found
             del logits, chunk  # free them before the next ones are allocated
-        if not len(hidden):  # as in a process that has no rows in a step
-            grads += [torch.zeros_like(side) for side in trained]
         ctx.grads = grads
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, *trained = (grad.mul_(grads[0]) for grad in ctx.grads)
+        hidden, *trained = (None if grad is None else grad.mul_(grads[0]) for grad in ctx.grads)
         del ctx.grads
-        return hidden, None, None, *trained
+        return hidden, None, None, None, *trained
 
 
-def _add(grads: list[Tensor], found: Sequence[Tensor], start: int, trained: Sequence[Tensor]) -> None:
-    """Add a chunk's gradients: those of its rows, from ``start``, and those of the trained parameters.
-
-    The sums of the latter are allocated here, since the chunk's graph has freed its copies of these parameters by now.
-    """
-    grads[0][start : start + len(found[0])] = found[0]
-    if start == 0:
-        grads += [torch.zeros_like(side) for side in trained]
-    for grad, more in zip(grads[1:], found[1:], strict=True):
-        grad += more
+def _add(grads: list[Tensor | None], found: Sequence[Tensor | None], start: int) -> None:
+    """Add a chunk's gradients: those of its rows, from ``start``, and those of others that did not accumulate them."""
+    rows, *others = found
+    if grads[0] is not None and rows is not None:
+        grads[0][start : start + len(rows)] = rows
+    for index, more in enumerate(others, 1):
+        if more is not None:
+            total = grads[index]
+            total = torch.zeros_like(more) if total is None else total  # a copy: torch may return one tensor twice
+            grads[index] = total.add_(more)
 
 
 def _shape(head: Any) -> tuple[int, int]:

@@ -2,6 +2,9 @@
 
 A parameter that is trained in full is held in float32, so that small updates are not lost; its module sees it cast to
 the compute dtype. Trained rows are also float32, and stored separately from the frozen table, which is not copied.
+
+The largest parameters are an embedding and an output layer. Of an embedding, only the rows that are looked up are cast;
+inside ``accumulating``, no gradient of the size of either is formed besides its ``grad``.
 """
 
 from dataclasses import dataclass
@@ -10,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from adaptkit.networks.casting import held, hold
+from adaptkit.training.network.accumulation import accumulate_product, accumulate_rows
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,70 @@ class TrainedWeight(nn.Module):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight in ``dtype``, differentiably."""
         return self.weight.to(dtype)
+
+
+def train_table(module: nn.Embedding | nn.Linear, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+    """Make an embedding without ``padding_idx``, or an output layer, use a parameter that is trained in full.
+
+    Args:
+        module: modified in place.
+        parameter: float32, in the shape of the module's weight.
+        dtype: compute dtype, of the module's output.
+    """
+    kind, name = type(module), type(module).__name__
+    plain, trained = (nn.Embedding, _WholeEmbedding) if isinstance(module, nn.Embedding) else (nn.Linear, _WholeHead)
+    # ``trained`` precedes torch's class in the MRO, but follows the model's, which may scale the result.
+    module.__class__ = type(name, (trained,) if kind is plain else (kind, trained), {})
+    hold(module, "weight", parameter, dtype)
+
+
+class _WholeEmbedding(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map (…) to (…, dim)."""
+        rows: Tensor = _LookUp.apply(ids, *held(self, "weight"))  # type: ignore[no-untyped-call]
+        return rows
+
+
+class _LookUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, table: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.table = table
+        return functional.embedding(ids, table).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None]:
+        (ids,) = ctx.saved_tensors
+        return None, accumulate_rows(ctx.table, ids.reshape(-1), grads[0].reshape(-1, grads[0].shape[-1])), None
+
+
+class _WholeHead(nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map (…, dim) to (…, entries)."""
+        logits: Tensor = _Project.apply(hidden, self.bias, *held(self, "weight"))  # type: ignore[no-untyped-call]
+        return logits
+
+
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, bias: Tensor | None, weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
+        narrow = weight.detach().to(dtype)
+        ctx.save_for_backward(hidden, narrow)
+        ctx.weight = weight
+        return functional.linear(hidden, narrow, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, narrow = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        by_hidden = by_bias = by_weight = None
+        if ctx.needs_input_grad[0]:
+            by_hidden = (grad @ narrow).view(hidden.shape)
+        if ctx.needs_input_grad[1]:
+            by_bias = grad.sum(dim=0)
+        if ctx.needs_input_grad[2]:
+            by_weight = accumulate_product(ctx.weight, grad, hidden.reshape(-1, hidden.shape[-1]))
+        return by_hidden, by_bias, by_weight, None
 
 
 class TrainedRows(nn.Module):

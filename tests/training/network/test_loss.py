@@ -6,18 +6,18 @@ import pytest
 import tiny
 import torch
 from adapted import load_adapted
-from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from adaptkit.networks import memory
 from adaptkit.networks.activations import Alive, Checkpointing
-from adaptkit.networks.casting import hold
 from adaptkit.networks.memory import head_gradient_bytes
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.data.samples import IGNORED
 from adaptkit.training.memory.segments import checkpoint_layers
-from adaptkit.training.network import loss
+from adaptkit.training.network import accumulation, loss
+from adaptkit.training.network.adapt import train_whole
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
@@ -92,9 +92,12 @@ def test_a_batch_without_loss_adds_nothing_to_the_gradient_of_a_trained_output_l
     """Training with several processes gives such a batch to a process that has no rows in a step."""
     model = loaded(families["phi"], whole=("lm_head",))
     batch = batch_of((20, 13), model.network.config.vocab_size)
-    found = gradients(model, summed_loss(model, replace(batch, labels=torch.full_like(batch.ids, IGNORED))))
+    for parameter in model.network.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    summed_loss(model, replace(batch, labels=torch.full_like(batch.ids, IGNORED))).backward()
+    found = {name: p.grad for name, p in model.network.named_parameters() if p.requires_grad}
     assert {"lm_head.weight", "lm_head.bias"} <= set(found)
-    assert not any(gradient.any() for gradient in found.values())
+    assert all((gradient == 1).all() for gradient in found.values())
 
 
 @pytest.mark.parametrize("has_kernel", [True, False])
@@ -287,16 +290,22 @@ def test_a_row_of_only_minus_infinity_has_neither_a_finite_loss_nor_a_finite_gra
 
 @pytest.mark.parametrize(("dtype", "chunks"), [("bfloat16", 4), ("float32", 4), ("bfloat16", 1)])
 def test_a_trained_output_layer_takes_no_more_memory_than_is_predicted(families, monkeypatch, dtype, chunks):
-    """Its gradients besides ``grad``: the sum over chunks, and what computing that of one chunk takes."""
+    """Its gradients besides ``grad``: a copy in the compute dtype, and a block of the gradient of one chunk."""
     rows, compute = 4, getattr(torch, dtype)
     monkeypatch.setattr(loss, "rows_at_a_time", lambda *_: rows)
+    for module in (accumulation, memory):
+        monkeypatch.setattr(module, "GRADIENT_BLOCK_BYTES", 4096)
     model = load_model(families["phi"], compute, torch.device("cpu"))
+    train_whole(model, {"lm_head.weight", "lm_head.bias"})
     head = model.network.lm_head
-    hold(head, "weight", nn.Parameter(head.weight.detach().float()), compute)
     hidden = torch.randn(rows * chunks, head.in_features, dtype=compute, requires_grad=True)
     trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    with Alive([hidden, *head.parameters()]) as alive:
-        loss._Loss.apply(hidden, torch.arange(len(hidden)), model.output_layer, *trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    known = [hidden, *head.parameters(), *(parameter.grad for parameter in trained)]
+    with Alive(known) as alive:
+        loss._Loss.apply(hidden, torch.arange(len(hidden)), model.output_layer, 1.0, *trained)
+    assert all(parameter.grad.any() for parameter in trained if parameter.dim() == 2)
     beside = 2 * hidden.nbytes + rows * VOCABULARY * compute.itemsize
     predicted = head_gradient_bytes(sum(parameter.numel() for parameter in trained), compute.itemsize)
     assert alive.peak <= 1.02 * predicted + beside
