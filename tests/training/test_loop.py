@@ -311,9 +311,9 @@ def test_truncated_metrics_are_restored_from_the_checkpoint(config, trained, tmp
 def test_non_finite_gradients_stop_the_run_before_any_parameter_changes(config, tmp_path, monkeypatch):
     pairs = []
 
-    def spoil(model, batch):
+    def spoil(model, batch, share):
         pairs.extend((value, value.detach().clone()) for value in model.network.parameters() if value.requires_grad)
-        loss = summed_loss(model, batch)
+        loss = summed_loss(model, batch, share)
         loss.register_hook(lambda grad: grad * float("inf"))
         return loss
 
