@@ -85,7 +85,7 @@ def test_plan_and_the_run_predict_the_same_memory_beside_activations(bases, fami
     parts = predicted_memory(model.network, trainable.values.numel(), state, kept).parts()
     options = PlanOptions(method="full", seq_len=64, batch=2, compute_dtype=dtype, device="cpu")
     found = dict(plan(bases / family, options).memory)
-    assert parts["logits"] > 8 * model.network.get_output_embeddings().weight.numel()
+    assert parts["logits"] > 4 * model.network.get_output_embeddings().weight.numel()
     del parts["activations"], found["activations"]
     assert found == parts
 
