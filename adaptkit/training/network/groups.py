@@ -7,15 +7,12 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adaptkit.training.network.linear import LoraLinear
-
-Member = TypeVar("Member")
 
 
 def groups(network: Any, layers: Sequence[LoraLinear]) -> Iterator[list[LoraLinear]]:
@@ -54,29 +51,28 @@ def groups(network: Any, layers: Sequence[LoraLinear]) -> Iterator[list[LoraLine
 
 def join(
     layers: Sequence[LoraLinear],
-    members: Sequence[Member],
-    compute: Callable[[tuple[Member, ...], Tensor], Sequence[Tensor]],
-    compute_one: Callable[[Member, Tensor, Tensor], Tensor],
+    compute: Callable[[Sequence[LoraLinear], Tensor], Sequence[Tensor]],
+    compute_one: Callable[[LoraLinear, Tensor, Tensor], Tensor],
 ) -> None:
     """Replace ``LoraLinear.multiply`` of layers that are called with the same input.
 
     Args:
         layers: modified in place.
-        members: one handle per layer. Must not hold a strong reference to its layer: every layer holds all handles.
-        compute: called with all members and an input; returns the result of each.
-        compute_one: called with one member, an input, and the input after dropout; returns the member's result.
+        compute: called with all layers and an input; returns the result of each, whose graph must not hold the layers.
+        compute_one: called with one layer, an input, and the input after dropout; returns the layer's result.
     """
-    joined = _Joined(tuple(members), compute)
-    for index, (layer, member) in enumerate(zip(layers, members, strict=True)):
+    joined = _Joined(layers, compute, compute_one)
+    for index, layer in enumerate(layers):
         replaced: Any = layer
-        replaced.multiply = _Multiplication(joined, index, partial(compute_one, member))
+        replaced.multiply = _Multiplication(joined, index)
 
 
 class _Joined:
-    """A group of layers, and their results for its last input that no layer has taken yet."""
+    """A group of layers, and their results for its last input that no layer has taken yet; see ``join``."""
 
-    def __init__(self, members: tuple[Any, ...], compute: Callable[[Any, Tensor], Sequence[Tensor]]) -> None:
-        self.members, self._compute = members, compute
+    def __init__(self, layers: Sequence[LoraLinear], compute: Any, compute_one: Any) -> None:
+        self.members: list[Any] = [weakref.ref(layer) for layer in layers]  # each of which holds this
+        self._compute, self._compute_one = compute, compute_one
         self._input: Callable[[], Tensor | None] = lambda: None
         self._state: tuple[int | None, bool] = (None, False)
         self._waiting: dict[int, Tensor] = {}
@@ -90,10 +86,15 @@ class _Joined:
         is_known = self._input() is x and self._state == state
         result = self._waiting.pop(index, None) if is_known else None
         if result is None:
-            waiting = dict(enumerate(self._compute(self.members, x)))
+            waiting = dict(enumerate(self._compute([layer() for layer in self.members], x)))
             result = waiting.pop(index)
             if waiting:
                 self._input, self._state, self._waiting = weakref.ref(x), state, waiting
+        return result
+
+    def apart(self, index: int, x: Tensor, dropped: Tensor) -> Tensor:
+        """Return a layer's result for an input with dropout."""
+        result: Tensor = self._compute_one(self.members[index](), x, dropped)
         return result
 
     def forget(self) -> None:
@@ -103,14 +104,13 @@ class _Joined:
 
 @dataclass(frozen=True)
 class _Multiplication:
-    """Replacement of a layer's ``multiply``: its index in a group, and a fallback for an input with dropout."""
+    """Replacement of a layer's ``multiply``: its group, and its index there."""
 
     joined: _Joined
     index: int
-    compute_one: Callable[[Tensor, Tensor], Tensor]
 
     def __call__(self, x: Tensor, dropped: Tensor) -> Tensor:
-        return self.joined.take(self.index, x) if dropped is x else self.compute_one(x, dropped)
+        return self.joined.take(self.index, x) if dropped is x else self.joined.apart(self.index, x, dropped)
 
 
 def forget(network: nn.Module) -> None:

@@ -14,7 +14,6 @@ The first layer that is called computes the results of all, and the others take 
 differ, so each layer computes its own.
 """
 
-import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +42,11 @@ def join_layers(network: Any) -> None:
     """
     layers = [layer for layer in network.modules() if isinstance(layer, LoraLinear) and _can_join(layer)]
     for group in groups(network, layers):
-        join(group, [weakref.ref(layer) for layer in group], lambda layers, x: multiplied(layers, x, x), _compute_one)
+        join(
+            group,
+            lambda layers, x: multiplied(layers, x, x),
+            lambda layer, x, dropped: multiplied([layer], x, dropped)[0],
+        )
 
 
 def _can_join(layer: LoraLinear) -> bool:
@@ -52,16 +55,7 @@ def _can_join(layer: LoraLinear) -> bool:
     return layer.base.rows() is not None
 
 
-_Layers = tuple["weakref.ref[LoraLinear]", ...]
-"""The layers of a group. The references are weak, since each of these layers holds the group."""
-
-
-def _compute_one(layer: "weakref.ref[LoraLinear]", x: Tensor, dropped: Tensor) -> Tensor:
-    """Return the result of one layer whose adapter input ``dropped`` is not shared."""
-    return multiplied((layer,), x, dropped)[0]
-
-
-def multiplied(layers: _Layers, x: Tensor, dropped: Tensor) -> tuple[Tensor, ...]:
+def multiplied(layers: Sequence[LoraLinear], x: Tensor, dropped: Tensor) -> tuple[Tensor, ...]:
     """Return the results of several layers for one input.
 
     Args:
@@ -72,21 +66,19 @@ def multiplied(layers: _Layers, x: Tensor, dropped: Tensor) -> tuple[Tensor, ...
     Returns:
         (…, out) of each layer.
     """
-    factors = (factor for layer in _alive(layers) for factor in (layer.lora_a, layer.lora_b))
+    factors = (factor for layer in layers for factor in (layer.lora_a, layer.lora_b))
     results: tuple[Tensor, ...] = _Product.apply(x, dropped, layers, *factors)  # type: ignore[no-untyped-call]
     return results
-
-
-def _alive(layers: _Layers) -> list[Any]:
-    return [layer() for layer in layers]
 
 
 class _Product(torch.autograd.Function):
     """The module docstring's formulas; saves its input's source (see ``recompute``), X' Aᵀ and adapter, not W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropped: Tensor, refs: _Layers, *factors: Tensor) -> tuple[Tensor, ...]:
-        layers, width, dtype = _alive(refs), x.shape[-1], x.dtype
+    def forward(
+        ctx: Any, x: Tensor, dropped: Tensor, layers: Sequence[LoraLinear], *factors: Tensor
+    ) -> tuple[Tensor, ...]:
+        width, dtype = x.shape[-1], x.dtype
         flat = x.reshape(-1, width)
         a = torch.cat(factors[::2]).to(dtype)
         inner = (flat if dropped is x else dropped.reshape(-1, width)) @ a.T
@@ -98,29 +90,30 @@ class _Product(torch.autograd.Function):
             shape = (*x.shape[:-1], rows)
             if layer.stand_in is None:
                 y = x.new_empty(shape)  # not a view: autograd forbids in-place changes of a returned view
-                torch.mm(wide, _widened(layer, b, first, columns, dtype).T, out=y.view(-1, rows))
+                torch.mm(wide, _widened(layer.base, layer.scaling, b, first, columns, dtype).T, out=y.view(-1, rows))
             else:
                 y = x.new_full(shape, layer.stand_in)
             results.append(y)
             first += rank
         ctx.make, kept = source_of(dropped)
         ctx.save_for_backward(inner, a, *factors, *kept)
-        ctx.layers, ctx.shape, ctx.shared = refs, x.shape, dropped is x
+        ctx.weights, ctx.shape, ctx.shared = [(layer.base, layer.scaling) for layer in layers], x.shape, dropped is x
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         inner, a, *saved = ctx.saved_tensors
-        layers, count, width = _alive(ctx.layers), 2 * len(ctx.layers), ctx.shape[-1]
-        lora_bs, kept = saved[1:count:2], saved[count:]
+        count, width = 2 * len(ctx.weights), ctx.shape[-1]
+        lora_as, lora_bs, kept = saved[:count:2], saved[1:count:2], saved[count:]
         ranks = [b.shape[1] for b in lora_bs]
         flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grad_inner, direct = _input_gradients(layers, lora_bs, flat, width if ctx.needs_input_grad[0] else None)
+        grad_inner, direct = _input_gradients(ctx.weights, lora_bs, flat, width if ctx.needs_input_grad[0] else None)
         grad_a = grad_inner.T @ ctx.make(*kept).reshape(-1, width)
         by_factors = []
-        for layer, grad, part, grad_part in zip(layers, flat, inner.split(ranks, 1), grad_a.split(ranks), strict=True):
-            by_factors.append(accumulate(layer.lora_a, grad_part))
-            by_factors.append(accumulate(layer.lora_b, grad.T @ part, layer.scaling))
+        parts = zip(flat, inner.split(ranks, 1), grad_a.split(ranks), strict=True)
+        for a_of_one, b, (_, scale), (grad, part, grad_part) in zip(lora_as, lora_bs, ctx.weights, parts, strict=True):
+            by_factors.append(accumulate(a_of_one, grad_part))
+            by_factors.append(accumulate(b, grad.T @ part, scale))
         if direct is None:
             return None, None, None, *by_factors
         if ctx.shared:
@@ -129,28 +122,28 @@ class _Product(torch.autograd.Function):
 
 
 def _input_gradients(
-    layers: Sequence[Any], lora_bs: Sequence[Tensor], grads: Sequence[Tensor], width: int | None
+    weights: Sequence[tuple[Any, float]], lora_bs: Sequence[Tensor], grads: Sequence[Tensor], width: int | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return I, and D if ``width`` is given: the width of an input that needs a gradient."""
     ranks = [b.shape[1] for b in lora_bs]
     inner = grads[0].new_empty(grads[0].shape[0], sum(ranks))
     direct: Tensor | None = None
-    for layer, b, grad, own in zip(layers, lora_bs, grads, inner.split(ranks, 1), strict=True):  # type: ignore[no-untyped-call]
+    for (base, scale), b, grad, own in zip(weights, lora_bs, grads, inner.split(ranks, 1), strict=True):  # type: ignore[no-untyped-call]
         if width is None:
-            torch.mm(grad, (b * layer.scaling).to(grad.dtype), out=own)
+            torch.mm(grad, (b * scale).to(grad.dtype), out=own)
             continue
         rank = b.shape[1]
-        matrix = _widened(layer, b, width, _columns(width, rank), grad.dtype)
+        matrix = _widened(base, scale, b, width, _columns(width, rank), grad.dtype)
         torch.mm(grad, matrix[:, width : width + rank], out=own)
         weight = matrix[:, :width]
         direct = torch.mm(grad, weight) if direct is None else direct.addmm_(grad, weight)
     return inner, direct
 
 
-def _widened(layer: Any, lora_b: Tensor, first: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Return [W | 0 | s B | 0] of a layer, (out, columns), with B starting at column ``first``."""
-    matrix, base = torch.empty((lora_b.shape[0], columns), dtype=dtype), layer.base
-    widen(base.rows(), lora_b, layer.scaling, first, matrix)
+def _widened(base: Any, scale: float, lora_b: Tensor, first: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return [W | 0 | s B | 0], (out, columns), with B starting at column ``first``."""
+    matrix = torch.empty((lora_b.shape[0], columns), dtype=dtype)
+    widen(base.rows(), lora_b, scale, first, matrix)
     base.release_pages()
     return matrix
 

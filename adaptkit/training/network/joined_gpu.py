@@ -10,8 +10,7 @@ The layers' own weights become views of the concatenated weight, so nothing is s
 computes its own result, as without joining.
 """
 
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -49,9 +48,7 @@ def join_on_gpu(network: Any) -> list[list[nn.Parameter]]:
         bases: list[Any] = [layer.base for layer in group]
         if len(group) > 1 and _are_alike(bases) and joined_bases.isdisjoint(bases):
             joined_bases.update(bases)
-            join(
-                group, [weakref.ref(layer) for layer in group], partial(_multiplied, JoinedWeight(bases)), _compute_one
-            )
+            join(group, partial(_multiplied, JoinedWeight(bases)), LoraLinear.multiply)
             together.append([layer.lora_a for layer in group if layer.lora_a is not None])
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()  # release the parts that were copied
@@ -140,14 +137,8 @@ def _starts(counts: Sequence[int]) -> list[int]:
     return [sum(counts[:index]) for index in range(len(counts))]
 
 
-def _compute_one(layer: Callable[[], Any], x: Tensor, dropped: Tensor) -> Tensor:
-    """Return the result of one layer whose adapter input ``dropped`` is not shared."""
-    return LoraLinear.multiply(layer(), x, dropped)
-
-
-def _multiplied(weight: JoinedWeight, members: tuple[Callable[[], Any], ...], x: Tensor) -> tuple[Tensor, ...]:
+def _multiplied(weight: JoinedWeight, layers: Sequence[LoraLinear], x: Tensor) -> tuple[Tensor, ...]:
     """Return the layers' results for one input, (…, in): (…, out) of each."""
-    layers = [member() for member in members]
     factors = [layer.lora_a for layer in layers] + [layer.lora_b for layer in layers]
     scales = [layer.scaling for layer in layers]
     results: tuple[Tensor, ...] = _Product.apply(x, weight, scales, *factors)  # type: ignore[no-untyped-call]

@@ -95,7 +95,7 @@ def test_layers_that_read_the_same_input_are_one_product(family, made, monkeypat
     seen, multiplied = [], joined.multiplied
     monkeypatch.setattr(joined, "multiplied", lambda group, *xs: (seen.append(group), multiplied(group, *xs))[1])
     logits_and_gradients(model.network)
-    assert [{names[layer()] for layer in group} for group in seen] == GROUPS[family] * 2
+    assert [{names[layer] for layer in group} for group in seen] == GROUPS[family] * 2
 
 
 def effects(layers, xs, forward=lambda layer, x: layer(x)):
@@ -157,7 +157,7 @@ def test_widening_puts_the_scaled_b_beside_the_decoded_weight(format_name, shape
     layer = layer_of(format_name, shape, block_size, double_quant)
     assert _can_join(layer)
     width = shape[1]
-    found = _widened(layer, layer.lora_b, width + 3, width + 32, dtype)
+    found = _widened(layer.base, layer.scaling, layer.lora_b, width + 3, width + 32, dtype)
     expected = torch.zeros(shape[0], width + 32, dtype=dtype)
     expected[:, :width] = layer.base.dequantize(dtype)
     expected[:, width + 3 : width + 8] = (layer.lora_b.detach() * torch.tensor(0.7)).to(dtype)
