@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.errors import UsageError
-from adaptkit.networks.probing import forked_random
+from adaptkit.networks.probing import forked_random, with_attribute
 from adaptkit.torch_compiler import without_compiler
 
 _PROBE_TOKENS = 6
@@ -26,13 +26,9 @@ change the rounding of some layers."""
 @contextmanager
 def as_in_training(network: Any) -> Iterator[None]:
     """Put a network in training mode while the block runs, without gradients; restore mode and random state."""
-    was_training = network.training
-    try:
-        with without_compiler(), torch.no_grad(), forked_random(network.device):
-            network.train()
-            yield
-    finally:
-        network.train(was_training)
+    training = with_attribute(network.modules(), "training", True)
+    with without_compiler(), torch.no_grad(), forked_random(network.device), training:
+        yield
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ gradients of trained parameters, which for stacked experts take longer than all 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from functools import cache, partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.activations import kind_of
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.layer_call import LayerCall
-from adaptkit.networks.probing import forked_random
+from adaptkit.networks.probing import forked_random, with_attribute
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.probing import as_in_training
 
@@ -69,16 +69,9 @@ def mark_unread(network: Any) -> None:
         linear.is_unread = all(answers)
 
 
-@contextmanager
-def standing_in(linears: Sequence[LoraLinear], number: float = 0.0) -> Iterator[None]:
-    """Make linear layers return a constant instead of their product while the block runs; gradients are unchanged."""
-    for linear in linears:
-        linear.stand_in = number
-    try:
-        yield
-    finally:
-        for linear in linears:
-            linear.stand_in = None
+def standing_in(linears: Iterable[LoraLinear], number: float = 0.0) -> AbstractContextManager[None]:
+    """Make linear layers return a constant instead of their product while a block runs; gradients are unchanged."""
+    return with_attribute(linears, "stand_in", number)
 
 
 def _unread(layer: nn.Module, call: LayerCall) -> set[str]:
