@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -59,14 +58,3 @@ def is_shared_by_layers(model_type: Any, path: str) -> bool:
     That is Zamba's attention and the MLP after it.
     """
     return _SHARED.get(str(model_type), "\0") in path
-
-
-def asks_for_sdpa(module: Any) -> bool:
-    """Return whether a module's code compares the attention's name with ``sdpa``.
-
-    DeepSeek V3.2 masks the keys that its indexer leaves out only under that name.
-    """
-    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
-    if code is None or "_attn_implementation" not in code.co_names:
-        return False
-    return any("sdpa" in known if isinstance(known, tuple) else known == "sdpa" for known in code.co_consts)

@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import LayerSize, measure_layers
 from adaptkit.networks.assembly import find_stack
+from adaptkit.networks.attention import asks_for_more, replace_attention
 from adaptkit.networks.casting import hold
-from adaptkit.networks.kinds import asks_for_sdpa, is_expert, multiplies_groups
+from adaptkit.networks.kinds import is_expert, multiplies_groups
 from adaptkit.networks.linears import acts_as_linear
 from adaptkit.networks.memory import ATTENTION_ROWS, ATTENTION_SCORES
 from adaptkit.networks.recompute import source_of
@@ -140,14 +141,8 @@ class _Groups(TorchFunctionMode):
 
 def _stand_in_attention(network: Any, on_gpu: bool) -> None:
     """Make attention save what a fused kernel saves; an eager implementation, or one that must be sdpa, stays."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    if any(asks_for_sdpa(module) for module in network.modules()):
-        return
-    if network.config._attn_implementation == "sdpa":
-        AttentionInterface.register(_NAME, _attend_on_gpu if on_gpu else _attend_on_cpu)
-        AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
-        network.set_attn_implementation(_NAME)
+    attend = _attend_on_gpu if on_gpu else _attend_on_cpu
+    replace_attention(network, _NAME, attend, lambda *args, **kwargs: None)
 
 
 def _attend_on_gpu(module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
@@ -159,8 +154,7 @@ def _attend_on_cpu(
 ) -> tuple[Tensor, None]:
     """Allocate what ``training.network.attention`` does, which leaves some calls to transformers."""
     has_own_mask = attention_mask is not None and attention_mask.is_floating_point()
-    others = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
-    if has_own_mask or others or options.get("dropout"):
+    if has_own_mask or asks_for_more(options):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         result: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adaptkit.networks.kinds import asks_for_sdpa
+from adaptkit.networks.attention import asks_for_more, replace_attention
 from adaptkit.numerics.kernels._cpu_attention import gradient_block, row_products, softmax_block
 from adaptkit.team import is_faster_than_torch, team_size
 from adaptkit.training.network.attention_gpu import attend_on_gpu
@@ -103,18 +103,11 @@ def use_own_attention(network: Any) -> None:
     So do all calls on a CPU where torch has many threads and the passes between the products can use only one.
 
     Args:
-        network: transformers model; left unchanged if its attention is not sdpa, or if its layers depend on the name
-            ``sdpa``.
+        network: transformers model; see ``replace_attention``.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if any(asks_for_sdpa(module) for module in network.modules()):
-        return
-    if network.config._attn_implementation == "sdpa":
-        AttentionInterface.register(NAME, _forward)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        network.set_attn_implementation(NAME)
+    replace_attention(network, NAME, _forward, sdpa_mask)
 
 
 def _forward(
@@ -139,8 +132,7 @@ def _attend(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> Tensor | None:
     """Compute attention for any device; None if neither ``attend`` nor ``attend_on_gpu`` can compute this call."""
-    unknown = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
-    if unknown or options.get("dropout"):
+    if asks_for_more(options):
         return None
     if mask is not None:
         whole = query.shape[0], 1, query.shape[2], key.shape[2]  # a mask to be broadcast or sliced is left to sdpa
