@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adaptkit.cli.output import Row, counted, percent, plain
-from adaptkit.text.rendering import DAY
+from adaptkit.text.template_call import DAY
 from adaptkit.training.config import MOST_HELD_OUT
 
 if TYPE_CHECKING:

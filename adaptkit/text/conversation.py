@@ -27,9 +27,9 @@ from adaptkit.text.layouts import has_question, layout_of, names_in, refuse_null
 from adaptkit.text.learning_marks import check_wanted, is_marked_out, obeyed_marks
 from adaptkit.text.parts import joined
 from adaptkit.text.reasoning import FIELD, NAMES, Message, ReasoningFields, content_with_reasoning, read_reasoning
-from adaptkit.text.rendering import Conversation as Conversation
 from adaptkit.text.rendering import apply_template
-from adaptkit.text.rendering import asks_for_the_date as asks_for_the_date
+from adaptkit.text.template_call import Conversation as Conversation
+from adaptkit.text.template_call import asks_for_the_date as asks_for_the_date
 from adaptkit.text.tool_calls import (
     CALLS,
     OTHER_TOOLS,

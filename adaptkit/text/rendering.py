@@ -14,59 +14,30 @@ import resource
 import signal
 from collections.abc import Iterator, Sequence
 from ctypes import c_int64
-from datetime import datetime
 from itertools import islice
 from mmap import mmap
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from adaptkit.child import can_fork, start_child
 from adaptkit.errors import DataError
 from adaptkit.machine import processor_count
-from adaptkit.text.chat_template import HINT, require_jinja, template_of
-from adaptkit.text.reasoning import Message
-from adaptkit.text.tool_calls import Tools
-
-
-class Conversation(NamedTuple):
-    """Input of a template.
-
-    Attributes:
-        messages: ``role`` and ``content`` of each, and other fields that the template reads.
-        opening: whether to append the opening of the assistant's next turn (``add_generation_prompt``).
-        tools: tools that the assistant may call; see ``tool_calls``.
-    """
-
-    messages: Sequence[Message]
-    opening: bool
-    tools: Tools = ()
-
-
-DAY = datetime(2024, 7, 26)
-"""The date given to templates that ask for it; Llama 3's templates have it as their default.
-
-Today's date would change the samples every day, so a killed run could not resume after midnight.
-"""
-
-_DIRECTIVES = (*"aAbBcCdDefFgGhHIjklmMnpPrRStTuUVwWxXyYzZ", *(f"-{letter}" for letter in "deHIjmMSy"))
+from adaptkit.text.chat_template import HINT, require_jinja
+from adaptkit.text.template_call import TOO_MUCH, Conversation, call_template, length_of
 
 _SECONDS = 10
 _IDLE_SECONDS = 10
 _MEMORY = 1 << 28
 _SIZE = Path("/proc/self/statm")
 _LONGEST_MESSAGE = 1000
-_MAX_ADDED_CHARACTERS, _MAX_GROWTH = 1 << 20, 8
-"""Limit on a rendered text: this many characters plus this factor times the conversation; JSON escapes take up to 6."""
 _REQUEST_CHARACTERS = 1 << 17
 """Characters of conversations in one request to a process: its answers then mostly fit into the connection's buffer, so
 that it does not wait while those of another process are read."""
 _MOST_PROCESSES = 8
 """Limit on processes: more would mostly wait for the caller, which tokenizes what they render."""
-_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError)
-"""What a template can raise besides jinja2's own errors, being a program: ``{% break %}`` outside of a loop, say."""
-_TOO_MUCH, _NO_MEMORY = "takes too much memory", 12
-"""The message, and the exit code of the process if it runs out of memory before it can report an error."""
+_NO_MEMORY = 12
+"""Exit code of a process that runs out of memory before it can report an error."""
 
 
 def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Iterator[str]:
@@ -91,7 +62,7 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
     require_jinja()
     if not can_fork():
         for conversation in conversations:
-            yield _render(tokenizer, conversation)
+            yield call_template(tokenizer, conversation)
         return
     requests = _requests(conversations)
     while some := list(islice(requests, min(_MOST_PROCESSES, processor_count()))):
@@ -100,30 +71,6 @@ def apply_template(tokenizer: Any, conversations: Sequence[Conversation]) -> Ite
                 if "error" in answer:
                     raise DataError(answer["error"], answer["hint"])
                 yield answer["text"]
-
-
-def _length(conversation: Conversation) -> int:
-    """Return the number of characters in a conversation's messages, without roles, and tools."""
-    said = [value for message in conversation.messages for key, value in message.items() if key != "role"]
-    return sum(
-        len(value) if isinstance(value, str) else len(json.dumps(value)) for value in (*said, *conversation.tools)
-    )
-
-
-def asks_for_the_date(tokenizer: Any) -> bool:
-    """Return whether a tokenizer's chat template asks for the date; it is given ``DAY``."""
-    return "strftime_now" in str(tokenizer.chat_template)
-
-
-def _with_fixed_date(template: str) -> str:
-    """Return a chat template with ``strftime_now`` defined as a macro that formats ``DAY``.
-
-    It is a macro because callers cannot pass functions through transformers. The template still begins on a line of its
-    own; transformers trims the line break after a block.
-    """
-    words = "".join(f"|replace('%{letter}','{DAY.strftime('%' + letter)}')" for letter in _DIRECTIVES)
-    formatted = f"format|replace('%%','\\0'){words}|replace('\\0','%')"
-    return f"{{% macro strftime_now(format) %}}{{{{ {formatted} }}}}{{% endmacro %}}\n{template}"
 
 
 _Answer = dict[str, str]
@@ -165,7 +112,7 @@ def _requests(conversations: Sequence[Conversation]) -> Iterator[Sequence[Conver
     """Split conversations into requests of ``_REQUEST_CHARACTERS`` each, or of a single larger conversation."""
     begin, size = 0, 0
     for number, conversation in enumerate(conversations):
-        said = _length(conversation)
+        said = length_of(conversation)
         if number > begin and size + said > _REQUEST_CHARACTERS:
             yield conversations[begin:number]
             begin, size = number, 0
@@ -212,7 +159,7 @@ class _Process:
         code = self._process.exitcode
         if code == 0:
             return None
-        known = {-signal.SIGPROF: f"takes longer than {_SECONDS} seconds", _NO_MEMORY: _TOO_MUCH}
+        known = {-signal.SIGPROF: f"takes longer than {_SECONDS} seconds", _NO_MEMORY: TOO_MUCH}
         reason = known.get(code or 0, f"crashed (exit code {code})")
         return [{"error": f"the chat template {reason}", "hint": HINT}]
 
@@ -278,7 +225,7 @@ def _answers(tokenizer: Any, conversations: Sequence[Any], begun: c_int64) -> It
         for number, conversation in enumerate(conversations):
             signal.setitimer(signal.ITIMER_PROF, _SECONDS)  # CPU time, since the machine may be busy or suspended
             begun.value = number
-            yield {"text": _render(tokenizer, Conversation(*conversation))}
+            yield {"text": call_template(tokenizer, Conversation(*conversation))}
     except DataError as error:
         yield {"error": error.message[:_LONGEST_MESSAGE], "hint": error.hint}
 
@@ -289,31 +236,3 @@ def _packed(document: Any) -> bytes:
 
 def _unpacked(content: bytes) -> Any:
     return json.loads(content.decode("utf-8", "surrogatepass"))
-
-
-def _render(tokenizer: Any, conversation: Conversation) -> str:
-    """Render one conversation; refuse a text far longer than it, since the text is tokenized later."""
-    from jinja2 import TemplateError
-
-    try:
-        tools = list(conversation.tools) or None
-        template = _with_fixed_date(template_of(tokenizer, tools)) if asks_for_the_date(tokenizer) else None
-        text = str(
-            tokenizer.apply_chat_template(
-                list(conversation.messages),
-                tools=tools,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=conversation.opening,
-            )
-        )
-    except (TemplateError, *_ERRORS) as error:
-        raise DataError(
-            f"the chat template refuses the conversation ({error})", hint=f"leave such conversations out, or {HINT}"
-        ) from error
-    except MemoryError as error:
-        raise DataError(f"the chat template {_TOO_MUCH}", hint=HINT) from error
-    said = _length(conversation)
-    if len(text) > _MAX_ADDED_CHARACTERS + _MAX_GROWTH * said:
-        raise DataError(f"the chat template turns {said:,} characters into {len(text):,}", hint=HINT)
-    return text

@@ -124,9 +124,10 @@ def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
     def users(wanted):
         return {module for module, text in texts.items() if wanted in text}
 
-    assert users("apply_chat_template") == {"text/rendering.py"}
+    assert users("apply_chat_template") == {"text/template_call.py"}
     parses = "text/chat_template.py"  # runs no template
-    assert users("import jinja2") | users("from jinja2") == {"text/rendering.py", parses}
+    assert users("import jinja2") | users("from jinja2") == {"text/template_call.py", parses}
+    assert users("call_template") == {"text/template_call.py", "text/rendering.py"}
     assert users("text.rendering import") == {"text/conversation.py"}
     renderers = users("text.conversation import")
     assert {module for module in renderers if not module.startswith("training/")} == {"text/windows.py"}

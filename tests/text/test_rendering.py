@@ -15,7 +15,7 @@ import tiny
 from adaptkit.errors import DataError, UsageError
 from adaptkit.text import rendering
 from adaptkit.text.chat_template import set_template_kwargs
-from adaptkit.text.conversation import read_example, render
+from adaptkit.text.conversation import asks_for_the_date, read_example, render
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.text.tool_calls import OTHER_TOOLS
 from adaptkit.training.data.encoding import Encoder, conversation_ids
@@ -54,12 +54,12 @@ DATED = "{{ strftime_now('%d %b %Y, %H:%M') }}: {% for message in messages %}{{ 
 @pytest.mark.parametrize("alone", [False, True])
 def test_a_template_that_asks_for_the_date_gets_the_same_one_every_day(tokenizer, monkeypatch, alone):
     """Otherwise a run that resumes tomorrow would have other samples; transformers passes today's date."""
-    assert not rendering.asks_for_the_date(tokenizer)
+    assert not asks_for_the_date(tokenizer)
     tokenizer.chat_template = DATED
     monkeypatch.setattr(rendering, "can_fork", lambda: not alone)
     assert time.strftime("%d %b %Y") in tokenizer.apply_chat_template(ASKED, tokenize=False)
     assert apply_template(tokenizer, ASKED, False) == "26 Jul 2024, 00:00: Name a river"
-    assert rendering.asks_for_the_date(tokenizer)
+    assert asks_for_the_date(tokenizer)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,92 @@
+"""A call of a chat template, which makes the text of one conversation; ``rendering`` calls it in separate processes."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from adaptkit.errors import DataError
+from adaptkit.text.chat_template import HINT, template_of
+from adaptkit.text.reasoning import Message
+from adaptkit.text.tool_calls import Tools
+
+DAY = datetime(2024, 7, 26)
+"""The date given to templates that ask for it; Llama 3's templates have it as their default.
+
+Today's date would change the samples every day, so a killed run could not resume after midnight.
+"""
+
+_DIRECTIVES = (*"aAbBcCdDefFgGhHIjklmMnpPrRStTuUVwWxXyYzZ", *(f"-{letter}" for letter in "deHIjmMSy"))
+
+_MAX_ADDED_CHARACTERS, _MAX_GROWTH = 1 << 20, 8
+"""Limit on a rendered text: this many characters plus this factor times the conversation; JSON escapes take up to 6."""
+_ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError)
+"""What a template can raise besides jinja2's own errors, being a program: ``{% break %}`` outside of a loop, say."""
+TOO_MUCH = "takes too much memory"
+"""What the error says of a template that does."""
+
+
+class Conversation(NamedTuple):
+    """Input of a template.
+
+    Attributes:
+        messages: ``role`` and ``content`` of each, and other fields that the template reads.
+        opening: whether to append the opening of the assistant's next turn (``add_generation_prompt``).
+        tools: tools that the assistant may call; see ``tool_calls``.
+    """
+
+    messages: Sequence[Message]
+    opening: bool
+    tools: Tools = ()
+
+
+def call_template(tokenizer: Any, conversation: Conversation) -> str:
+    """Render one conversation; refuse a text far longer than it, since the text is tokenized later."""
+    from jinja2 import TemplateError
+
+    try:
+        tools = list(conversation.tools) or None
+        template = _with_fixed_date(template_of(tokenizer, tools)) if asks_for_the_date(tokenizer) else None
+        text = str(
+            tokenizer.apply_chat_template(
+                list(conversation.messages),
+                tools=tools,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=conversation.opening,
+            )
+        )
+    except (TemplateError, *_ERRORS) as error:
+        raise DataError(
+            f"the chat template refuses the conversation ({error})", hint=f"leave such conversations out, or {HINT}"
+        ) from error
+    except MemoryError as error:
+        raise DataError(f"the chat template {TOO_MUCH}", hint=HINT) from error
+    said = length_of(conversation)
+    if len(text) > _MAX_ADDED_CHARACTERS + _MAX_GROWTH * said:
+        raise DataError(f"the chat template turns {said:,} characters into {len(text):,}", hint=HINT)
+    return text
+
+
+def length_of(conversation: Conversation) -> int:
+    """Return the number of characters in a conversation's messages, without roles, and tools."""
+    said = [value for message in conversation.messages for key, value in message.items() if key != "role"]
+    return sum(
+        len(value) if isinstance(value, str) else len(json.dumps(value)) for value in (*said, *conversation.tools)
+    )
+
+
+def asks_for_the_date(tokenizer: Any) -> bool:
+    """Return whether a tokenizer's chat template asks for the date; it is given ``DAY``."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def _with_fixed_date(template: str) -> str:
+    """Return a chat template with ``strftime_now`` defined as a macro that formats ``DAY``.
+
+    It is a macro because callers cannot pass functions through transformers. The template still begins on a line of its
+    own; transformers trims the line break after a block.
+    """
+    words = "".join(f"|replace('%{letter}','{DAY.strftime('%' + letter)}')" for letter in _DIRECTIVES)
+    formatted = f"format|replace('%%','\\0'){words}|replace('\\0','%')"
+    return f"{{% macro strftime_now(format) %}}{{{{ {formatted} }}}}{{% endmacro %}}\n{template}"
