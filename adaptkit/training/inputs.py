@@ -18,6 +18,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import parse_policy
 from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs, template_of
+from adaptkit.text.limits import check_prompt, check_vocabulary, context_length, vocabulary_size
 from adaptkit.text.tokenizer_files import (
     has_tokenizer,
     is_of_tokenizer,
@@ -25,7 +26,6 @@ from adaptkit.text.tokenizer_files import (
     load_tokenizer,
     load_tokenizer_of,
 )
-from adaptkit.text.windows import check_prompt, check_vocabulary, context_length, vocabulary_size
 from adaptkit.training.config import HELD_OUT, INITS, TrainConfig
 from adaptkit.training.data.dataset import Dataset, default_held_out, load_data, split
 from adaptkit.training.data.encoding import prompt_ids

@@ -13,7 +13,7 @@ from adaptkit.numerics.adamw import BLOCK, STATE_BITS, AdamW, decode, encode, mo
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels._cpu_joined import add_scaled
 from adaptkit.team import load_team
-from adaptkit.text.windows import pad_id
+from adaptkit.text.limits import pad_id
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.distributed import World

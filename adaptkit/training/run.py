@@ -15,7 +15,7 @@ from torch import Tensor
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError
-from adaptkit.text.windows import pad_id
+from adaptkit.text.limits import pad_id
 from adaptkit.training.config import LOWER_THE_RATE
 from adaptkit.training.data.encoding import prompt_ids
 from adaptkit.training.device import free_memory, memory_warning, triton_warning

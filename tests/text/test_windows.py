@@ -14,8 +14,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from adaptkit.errors import DataError, UsageError
+from adaptkit.text.limits import context_length
 from adaptkit.text.tokenizer_files import load_tokenizer
-from adaptkit.text.windows import context_length, read_tokens
+from adaptkit.text.windows import read_tokens
 
 PROSE = "the rivers in the north are quiet and the metals at night are not. " * 20
 

@@ -26,8 +26,8 @@ from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
+from adaptkit.text.limits import pad_id
 from adaptkit.text.tokenizer_files import load_tokenizer
-from adaptkit.text.windows import pad_id
 from adaptkit.training import loop, result, run
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches

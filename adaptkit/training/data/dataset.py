@@ -18,11 +18,11 @@ from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Example, asks_for_the_date, read_example
 from adaptkit.text.learning_marks import check_not_marked_out
+from adaptkit.text.limits import check_vocabulary
 from adaptkit.text.reasoning import FIELD, Message
 from adaptkit.text.rows import is_on_hub, read_rows
 from adaptkit.text.tokenizer_files import special_tokens
 from adaptkit.text.tool_calls import CALLS, words_of, words_of_tools
-from adaptkit.text.windows import check_vocabulary
 from adaptkit.training.config import HELD_OUT, MOST_HELD_OUT
 from adaptkit.training.data.encoding import Encoder
 from adaptkit.training.data.ending import ends_after_answers

@@ -15,7 +15,7 @@ from adaptkit.checkpoint.manifest import parent_of, read_manifest
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.model_lock import model_lock
-from adaptkit.text.windows import pad_id
+from adaptkit.text.limits import pad_id
 from adaptkit.training.data.batches import collate
 from adaptkit.training.data.samples import Sample
 from adaptkit.training.device import choose_device, choose_dtype, make_current, name_of, without_cudnn_attention

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.networks.architecture import quiet_transformers
-from adaptkit.text.windows import pad_id
+from adaptkit.text.limits import pad_id
 from adaptkit.training.data.ending import named_ends, turn_end
 from adaptkit.training.device import name_of
 from adaptkit.training.dtype_errors import reports_failed_answers

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from adaptkit.errors import BaseMismatchError
-from adaptkit.text.windows import check_vocabulary
+from adaptkit.text.limits import check_vocabulary
 from adaptkit.training.network.model import Model
 
 POSITIONS = 64

@@ -16,10 +16,10 @@ from typing import Any
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Example, read_example
+from adaptkit.text.limits import check_vocabulary
 from adaptkit.text.reasoning import Message, without_reasoning
 from adaptkit.text.rows import read_rows
 from adaptkit.text.tool_calls import CALLS, Tools
-from adaptkit.text.windows import check_vocabulary
 from adaptkit.training.data.dataset import Dataset, load_data, order
 from adaptkit.training.data.encoding import Encoder, conversation_ids
 from adaptkit.training.data.samples import Sample

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 from adaptkit.errors import BaseMismatchError, DataError, IntegrityError, NonFiniteError, UsageError
 from adaptkit.operations.adopt import adopt
 from adaptkit.operations.quantize import quantize
+from adaptkit.text.limits import pad_id
 from adaptkit.text.tokenizer_files import load_tokenizer
-from adaptkit.text.windows import pad_id
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.dataset import load_data
 from adaptkit.training.evaluation import perplexity
