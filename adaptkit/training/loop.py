@@ -1,8 +1,8 @@
 """Training from start to end: check the inputs, take the steps, publish the adapter.
 
-    inputs.py     what is read        run.py          the steps              result.py     what is written
-    schedule.py   learning rate       gradients.py    gradients of a step    resume.py     checkpoints
-    history.py    metrics.jsonl       trackers.py     TensorBoard, W&B
+    inputs.py     what is read     run.py            the steps              result.py     what is written
+    schedule.py   learning rate    gradients.py      gradients of a step    resume.py     checkpoints
+    history.py    metrics.jsonl    observations.py   held-out losses        trackers.py   TensorBoard, W&B
 
 Everything that can be checked is checked before anything is written.
 """

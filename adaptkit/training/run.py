@@ -15,13 +15,9 @@ from torch import Tensor
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError
-from adaptkit.text.limits import pad_id
 from adaptkit.training.config import LOWER_THE_RATE
-from adaptkit.training.data.encoding import prompt_ids
 from adaptkit.training.device import free_memory, memory_warning, triton_warning
 from adaptkit.training.distributed import World
-from adaptkit.training.evaluation.evaluate import mean_loss
-from adaptkit.training.evaluation.generation import generate
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.history import History
 from adaptkit.training.inputs import Inputs
@@ -32,6 +28,7 @@ from adaptkit.training.memory.pressure import Pressure
 from adaptkit.training.memory.vector import Vector
 from adaptkit.training.network.model import free_former_network
 from adaptkit.training.network.start import cannot_be_merged, first_names, left_out, peft_drops
+from adaptkit.training.observations import Observations
 from adaptkit.training.preparation import batches_of, begin_run, build, expected_memory, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
@@ -83,8 +80,7 @@ class Run:
 
     def __init__(self, inputs: Inputs, folder: Path, note: Callable[[str], None], world: World) -> None:
         self._config, self._inputs, self._folder, self._note = inputs.config, inputs, folder, note
-        self._world, self._padding = world, pad_id(inputs.tokenizer, inputs.base)
-        self.batches = batches_of(inputs)
+        self._world, self.batches = world, batches_of(inputs)
         self.steps = total_steps(inputs.config, self.batches)
         begin_run(inputs, world.device)
         free_former_network()
@@ -104,6 +100,7 @@ class Run:
         pages, offloaded = self.optimizer.state.pages, self.activations.offloaded
         memories, is_alone = [offloaded.memory] if offloaded else [], not inputs.config.shard_base
         self._pressure = Pressure(pages, note, memories, is_alone, self.activations.shrink)
+        self._observed = Observations(inputs, self.model, world, self._pressure)
         self.tokens_per_second = 0.0
         snapshot = share_snapshot(world, newest_checkpoint(folder, note) if world.is_first else None)
         self.resumed_from = self.done = snapshot.step if snapshot else 0
@@ -227,7 +224,7 @@ class Run:
             self._measure()
         wants_answers = bool(config.sample_prompts) and not is_first and self._is_due(config.sample_every)
         if wants_answers and "answers" not in known:
-            answers = self._answers(config.sample_prompts)
+            answers = self._observed.answers()
             for prompt, text in answers.items():
                 self._note(f"step {self.done}: {prompt!r} -> {text!r}")
             line = {"step": self.done, "answers": answers}
@@ -235,7 +232,7 @@ class Run:
             self._tell(line)
 
     def _measure(self) -> None:
-        loss = self._held_out_loss()
+        loss = self._observed.held_out_loss()
         if not math.isfinite(loss):
             hint = (
                 LOWER_THE_RATE
@@ -249,35 +246,6 @@ class Run:
             if self.history.best_step == self.done:
                 self._remember_best()
         self._tell(line)
-
-    def _answers(self, prompts: Sequence[str]) -> dict[str, str]:
-        asked = [prompt_ids(prompt, self._inputs.tokenizer) for prompt in prompts]
-        options = {"max_new_tokens": self._config.sample_tokens, "batch_size": self._forward_batch_size}
-        found = self._pressure.make_room(
-            "while prompts were answered",
-            "use a smaller --micro-batch-size or --sample-tokens",
-            lambda: generate(self.model, self._inputs.tokenizer, asked, **options),
-        )
-        return {prompt: answer.text for prompt, answer in zip(prompts, found, strict=True)}
-
-    def _held_out_loss(self) -> float:
-        everything = self._inputs.held_out
-        divided = self._world.size > 1 and not self._config.shard_base  # sharded: every batch needs all processes
-        mine = everything[self._world.rank :: self._world.size] if divided else everything
-        loss = self._pressure.make_room(
-            "while held-out samples were evaluated",
-            "use a smaller --micro-batch-size or --max-length",
-            lambda: mean_loss(self.model, mine, self._forward_batch_size, self._padding) if mine else 0.0,
-        )
-        if not divided:
-            return self._world.broadcast_object(loss)  # devices may round differently, but all must stop together
-        summed = self._world.total(loss * sum(sample.answer_tokens for sample in mine))
-        return summed / sum(sample.answer_tokens for sample in everything)
-
-    @property
-    def _forward_batch_size(self) -> int:
-        """Number of samples per forward pass."""
-        return self._config.micro_batch_size or self._config.batch_size
 
     def _remember_best(self) -> None:
         """Copy the parameters to host memory; after the last step they stay in place, so no copy is needed."""

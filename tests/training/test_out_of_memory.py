@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adaptkit.errors import NetworkError, UsageError
-from adaptkit.training import distributed, preparation, run
+from adaptkit.training import distributed, observations, preparation, run
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.distributed import World
 from adaptkit.training.dry_run import plan_run
@@ -37,9 +37,9 @@ def config(llama_nf4, instructions):
     [
         (preparation, "load_model", "while the model was loaded", "--shard-base"),
         (run, "make_optimizer", "beside the base", "--optimizer-pages-mib"),
-        (run, "mean_loss", "while held-out samples were evaluated", "--micro-batch-size"),
+        (observations, "mean_loss", "while held-out samples were evaluated", "--micro-batch-size"),
         (PagedAdamW, "step", "beside the base", "--optimizer adamw8bit"),
-        (run, "generate", "while prompts were answered", "--sample-tokens"),
+        (observations, "generate", "while prompts were answered", "--sample-tokens"),
     ],
 )
 def test_training_reports_where_memory_ran_out_and_what_needs_less(

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from adaptkit.errors import UsageError
+from adaptkit.training import observations
 from adaptkit.training import run as run_module
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
@@ -202,8 +203,8 @@ def test_evaluation_and_generation_that_run_out_of_memory_retry_and_change_no_by
 
         return call
 
-    monkeypatch.setattr(run_module, "mean_loss", short_once(run_module.mean_loss))
-    monkeypatch.setattr(run_module, "generate", short_once(run_module.generate))
+    monkeypatch.setattr(observations, "mean_loss", short_once(observations.mean_loss))
+    monkeypatch.setattr(observations, "generate", short_once(observations.generate))
     notes = []
     report = train(config, tmp_path / "short", note=notes.append)
     told = [note.partition(";")[0] for note in notes if "out of memory" in note]

@@ -1,0 +1,53 @@
+"""What a run observes between its steps: the loss of held-out samples, and answers to prompts."""
+
+from adaptkit.text.limits import pad_id
+from adaptkit.training.data.encoding import prompt_ids
+from adaptkit.training.distributed import World
+from adaptkit.training.evaluation.evaluate import mean_loss
+from adaptkit.training.evaluation.generation import generate
+from adaptkit.training.inputs import Inputs
+from adaptkit.training.memory.pressure import Pressure
+from adaptkit.training.network.model import Model
+
+
+class Observations:
+    """Observes a model that is being trained.
+
+    Args:
+        inputs: inputs of the run.
+        model: the model.
+        world: processes of the run.
+        pressure: frees memory if an observation runs out of it.
+    """
+
+    def __init__(self, inputs: Inputs, model: Model, world: World, pressure: Pressure) -> None:
+        self._inputs, self._model, self._world, self._pressure = inputs, model, world, pressure
+        self._batch_size = inputs.config.micro_batch_size or inputs.config.batch_size  # samples per forward pass
+        self._padding = pad_id(inputs.tokenizer, inputs.base)
+
+    def held_out_loss(self) -> float:
+        """Return the mean loss per answer token of the held-out samples, the same in all processes."""
+        everything, world = self._inputs.held_out, self._world
+        divided = world.size > 1 and not self._inputs.config.shard_base  # sharded: every batch needs all processes
+        mine = everything[world.rank :: world.size] if divided else everything
+        loss = self._pressure.make_room(
+            "while held-out samples were evaluated",
+            "use a smaller --micro-batch-size or --max-length",
+            lambda: mean_loss(self._model, mine, self._batch_size, self._padding) if mine else 0.0,
+        )
+        if not divided:
+            return world.broadcast_object(loss)  # devices may round differently, but all must stop together
+        summed = world.total(loss * sum(sample.answer_tokens for sample in mine))
+        return summed / sum(sample.answer_tokens for sample in everything)
+
+    def answers(self) -> dict[str, str]:
+        """Return the answers to the run's prompts."""
+        config, tokenizer = self._inputs.config, self._inputs.tokenizer
+        asked = [prompt_ids(prompt, tokenizer) for prompt in config.sample_prompts]
+        options = {"max_new_tokens": config.sample_tokens, "batch_size": self._batch_size}
+        found = self._pressure.make_room(
+            "while prompts were answered",
+            "use a smaller --micro-batch-size or --sample-tokens",
+            lambda: generate(self._model, tokenizer, asked, **options),
+        )
+        return {prompt: answer.text for prompt, answer in zip(config.sample_prompts, found, strict=True)}
