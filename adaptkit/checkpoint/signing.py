@@ -11,7 +11,6 @@ public services issue a certificate and keep a transparency log).
 """
 
 import contextlib
-import itertools
 import json
 import os
 import sys
@@ -26,10 +25,10 @@ from typing import Any
 from adaptkit.arguments import typed_fields
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, require_manifest
+from adaptkit.checkpoint.signing_keys import check_private_key, check_public_key
 from adaptkit.checkpoint.writer import replace_file
-from adaptkit.errors import AuthenticationError, CheckpointError, IntegrityError, NetworkError, UsageError, install_hint
+from adaptkit.errors import AuthenticationError, IntegrityError, NetworkError, UsageError, install_hint
 
-_CURVES = ("secp256r1", "secp384r1", "secp521r1")
 MAX_SIGNATURE_BYTES = 1 << 20
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What ``model-signing`` raises for a malformed bundle or an invalid signature."""
@@ -122,7 +121,7 @@ def sign_manifest(content: bytes, signer: Signer) -> bytes:
     """
     config = _package().signing.Config()
     if signer.private_key is not None:
-        _check_private_key(signer.private_key, signer.password)
+        check_private_key(signer.private_key, signer.password)
         config.use_elliptic_key_signer(private_key=signer.private_key, password=signer.password)
     with _manifest_file(content) as file, _to_stderr():
         path = file.with_name(SIGNATURE_NAME)
@@ -142,7 +141,7 @@ def check_signer(signer: Signer) -> None:
     """
     _package()
     if signer.private_key is not None:
-        _check_private_key(signer.private_key, signer.password)
+        check_private_key(signer.private_key, signer.password)
     else:
         _identity_token(signer)
 
@@ -165,7 +164,7 @@ def check_signature(content: bytes, signature: Path | bytes, trust: Trust, where
     bundle = signature if isinstance(signature, bytes) else _read_signature(signature)
     where = where or str(signature)
     if trust.public_key is not None:
-        _check_public_key(trust.public_key)
+        check_public_key(trust.public_key)
         config.use_elliptic_key_verifier(public_key=trust.public_key)
     from cryptography.exceptions import InvalidSignature
 
@@ -208,56 +207,6 @@ def _read_signature(path: Path) -> bytes:
     if path.stat().st_size > MAX_SIGNATURE_BYTES:
         raise IntegrityError(f"{path}: is too large for a signature", hint="download it again")
     return path.read_bytes()
-
-
-def _check_private_key(path: Path, password: bytes | None) -> None:
-    """Reject a key file that cannot sign, with a message that reveals nothing of its content."""
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
-    content = _read_key(path)
-    try:
-        key = load_pem_private_key(content, password)
-    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
-        if b"ENCRYPTED" in content:
-            raise UsageError(f"{path}: password missing or incorrect", "set ADAPTKIT_KEY_PASSWORD") from error
-        if isinstance(error, TypeError):
-            raise UsageError(f"{path}: needs no password", hint="unset ADAPTKIT_KEY_PASSWORD") from error
-        raise UsageError(f"{path}: contains no private key", hint=_make_a_key()) from error
-    _check_curve(path, key)
-
-
-def _check_public_key(path: Path) -> None:
-    from cryptography.exceptions import UnsupportedAlgorithm
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
-    try:
-        key = load_pem_public_key(_read_key(path))
-    except (ValueError, UnsupportedAlgorithm) as error:
-        raise UsageError(f"{path}: contains no public key", hint=_make_a_key()) from error
-    _check_curve(path, key)
-
-
-def _check_curve(path: Path, key: Any) -> None:
-    curve = getattr(key, "curve", None)
-    if curve is None or curve.name not in _CURVES:
-        raise UsageError(f"{path}: is not a key on the curve P-256, P-384 or P-521", hint=_make_a_key())
-
-
-def _read_key(path: Path) -> bytes:
-    try:
-        check_regular(path)
-        return path.read_bytes()
-    except (CheckpointError, OSError) as error:
-        raise UsageError(f"{path}: key not found, or not readable", hint=_make_a_key()) from error
-
-
-def _make_a_key() -> str:
-    """Return a hint with commands that create a key pair, under names that do not exist yet."""
-    names = itertools.chain(["key"], (f"key-{number}" for number in itertools.count(2)))
-    name = next(n for n in names if not os.path.lexists(f"{n}.pem") and not os.path.lexists(f"{n}.pub"))
-    make = f"openssl ecparam -name prime256v1 -genkey -noout -out {name}.pem"
-    return f"name another file, or create keys: {make}; openssl ec -in {name}.pem -pubout -out {name}.pub"
 
 
 def _package() -> Any:
