@@ -19,7 +19,6 @@ from typing import Any
 
 from adaptkit.arguments import AnyPath, folder_hint, path_hint
 from adaptkit.checkpoint.header import check_regular, strict_json
-from adaptkit.checkpoint.links import refuse_foreign_link
 from adaptkit.checkpoint.other_weights import VALUE_HEADS, WEIGHTS_BESIDE, refuse_other_weights
 from adaptkit.checkpoint.progress import first_few
 from adaptkit.errors import CheckpointError, UnsafeInputError, UsageError
@@ -41,18 +40,8 @@ _LONGEST_PATH, _LONGEST_NAME_BYTES = 1024, 255
 MAX_SMALL_FILE_BYTES = 256 << 20
 """Limit on a file that is read as a whole."""
 _MOST_LEVELS = 100
-_SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
-LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
-"""Prefixes of the names of licence files."""
-TEMPLATES_FOLDER = "additional_chat_templates"
-CODE_SUFFIX = ".py"
-READ_SUFFIXES = {".safetensors", *_SIDE_SUFFIXES}
-"""Operations read only files with these suffixes and ``side_files`` from a checkpoint's or an adapter's folder.
-
-``adopt`` also reads a model card.
-"""
-_NOT_SIDE_PREFIXES = ("adaptkit-", "adapter_", "trainer_", "optimizer", ".")
-_NAMES_CODE = b'"auto_map"'
+NOT_SIDE_PREFIXES = ("adaptkit-", "adapter_", "trainer_", "optimizer", ".")
+"""Prefixes of the names of files that are neither weights nor side files."""
 _GET_INDEX = "download or copy the checkpoint again"
 
 
@@ -214,9 +203,9 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
         return files, weight_map
     if (root / SINGLE_NAME).exists():
         return [SINGLE_NAME], None
-    refuse_other_weights(root, (p.name for p in root.iterdir() if not p.name.startswith(_NOT_SIDE_PREFIXES)))
+    refuse_other_weights(root, (p.name for p in root.iterdir() if not p.name.startswith(NOT_SIDE_PREFIXES)))
     beside = sorted(name for name in (*WEIGHTS_BESIDE, *VALUE_HEADS) if (root / name).exists())
-    shards = {p.name for p in root.glob("*.safetensors") if not p.name.startswith(_NOT_SIDE_PREFIXES)} - {*beside}
+    shards = {p.name for p in root.glob("*.safetensors") if not p.name.startswith(NOT_SIDE_PREFIXES)} - {*beside}
     found = [*sorted(shards), *beside]
     whole = "the adapter or checkpoint that it was saved with" if beside else "config.json and the weights"
     if shards:
@@ -242,72 +231,6 @@ def look_below(root: Path, otherwise: str, models: bool) -> str:
         if os.path.isfile(path / ADAPTER_CONFIG_NAME) or (models and os.path.isfile(path / CONFIG_NAME))
     )
     return f"pass a folder inside it: {first_few(found)}" if found else otherwise
-
-
-def side_files(root: Path, wanted: Callable[[str], bool] = bool) -> dict[str, Path]:
-    """List those of ``find_side_files`` whose names are wanted (by default all), to copy them.
-
-    Raises:
-        CheckpointError: one is not a file, or a link to nothing.
-        UnsafeInputError: one is a link; see ``refuse_foreign_link``.
-    """
-    found = {name: path for name, path in find_side_files(root, lambda p: not p.is_dir()).items() if wanted(name)}
-    for path in found.values():
-        refuse_foreign_link(root, path)
-        check_regular(path)
-    return found
-
-
-def find_side_files(root: Path, is_file: Callable[[Path], bool] = Path.is_file) -> dict[str, Path]:
-    """List the files beside the weights: configurations, tokenizer, chat templates, licence, model code.
-
-    Excludes ``config.json`` and index files, which are written together with the weights.
-
-    Args:
-        root: the folder.
-        is_file: returns whether a path is taken for a file.
-
-    Returns:
-        Maps each name, relative to the folder, to its path; sorted.
-    """
-    present = [path for path in root.iterdir() if is_file(path)]
-    suffixes = {*_SIDE_SUFFIXES, *([CODE_SUFFIX] if _names_code(present) else [])}
-    found = {
-        path.name: path
-        for path in present
-        if (path.suffix in suffixes or path.name.startswith(LICENCES))
-        and not path.name.startswith(_NOT_SIDE_PREFIXES)
-        and not path.name.endswith(".index.json")
-        and path.name != CONFIG_NAME
-    }
-    templates = (root / TEMPLATES_FOLDER).glob("*.jinja")
-    found |= {f"{TEMPLATES_FOLDER}/{path.name}": path for path in templates if is_file(path)}
-    return dict(sorted(found.items()))
-
-
-def _names_code(files: Iterable[Path]) -> bool:
-    """Return whether a configuration among the files has an ``auto_map``, which names classes in .py files."""
-    if not any(path.suffix == CODE_SUFFIX for path in files):
-        return False
-    return any(_NAMES_CODE in read_small(path) for path in files if path.name.endswith("config.json"))
-
-
-def check_side_files(root: Path) -> None:
-    """Reject side files whose names differ only in case, since not every file system can hold both.
-
-    Raises:
-        CheckpointError: names the two files; or one that is not a file, or a link to nothing.
-        UnsafeInputError: a side file or the configuration is a link; see ``refuse_foreign_link``.
-    """
-    refuse_foreign_link(root, root / CONFIG_NAME)
-    seen: dict[str, str] = {}
-    for name in (CONFIG_NAME, INDEX_NAME, *side_files(root)):
-        other = seen.setdefault(name.casefold(), name)
-        if other != name:
-            raise CheckpointError(
-                f"{root}: {other} and {name} differ only in case, so an artifact cannot contain both",
-                hint="rename or remove one of them",
-            )
 
 
 def shard_name(number: int, total: int) -> str:

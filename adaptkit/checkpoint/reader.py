@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptkit.checkpoint import pages
 from adaptkit.checkpoint.header import Header, TensorSpec, read_header
-from adaptkit.checkpoint.layout import (
-    CONFIG_NAME,
-    read_config,
-    read_small,
-    resolve_inside,
-    side_files,
-    weight_files,
-)
+from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, read_small, resolve_inside, weight_files
+from adaptkit.checkpoint.side_files import side_files
 from adaptkit.errors import DISK_HINTS, CheckpointError, IntegrityError
 
 if TYPE_CHECKING:
@@ -204,7 +198,7 @@ class Checkpoint(TensorFiles):
         return stated_method(self.config)
 
     def side_contents(self) -> dict[str, bytes]:
-        """Read the small files that are copied along with the weights, by name; see ``layout.side_files``."""
+        """Read the small files that are copied along with the weights, by name; see ``side_files``."""
         return {name: read_small(path) for name, path in side_files(self.root).items()}
 
     def release_pages(self, tensor: "Tensor") -> None:

@@ -16,10 +16,11 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from adaptkit.arguments import AnyPath, as_path
-from adaptkit.checkpoint.layout import CARD_NAME, CODE_SUFFIX, LICENCES, READ_SUFFIXES
+from adaptkit.checkpoint.layout import CARD_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from adaptkit.checkpoint.other_weights import VALUE_HEADS, WEIGHTS_BESIDE, other_writer, refuse_other_weights
 from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.checkpoint.side_files import CODE_SUFFIX, LICENCES, READ_SUFFIXES
 from adaptkit.errors import NetworkError, UsageError
 from adaptkit.hub._client import Hub, Note, connect, no_note
 from adaptkit.hub._errors import hub_errors

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import fingerprint
-from adaptkit.checkpoint.layout import GENERATION_NAME, has_checkpoint, read_small, side_files
+from adaptkit.checkpoint.layout import GENERATION_NAME, has_checkpoint, read_small
 from adaptkit.checkpoint.other_weights import PICKLED_WEIGHTS, VALUE_HEADS, weights_beside
+from adaptkit.checkpoint.side_files import side_files
 from adaptkit.checkpoint.undo import as_bytes
 from adaptkit.errors import AdapterError, UsageError
 from adaptkit.text.tokenizer_files import is_of_tokenizer

@@ -15,14 +15,10 @@ from adaptkit.checkpoint.layout import (
     COMPENSATION_NAME,
     CONFIG_NAME,
     INDEX_NAME,
-    LICENCES,
-    TEMPLATES_FOLDER,
-    check_side_files,
     is_adapter,
     read_small,
     require_folder,
     resolve_inside,
-    side_files,
 )
 from adaptkit.checkpoint.links import refuse_foreign_link
 from adaptkit.checkpoint.manifest import (
@@ -35,6 +31,7 @@ from adaptkit.checkpoint.manifest import (
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
+from adaptkit.checkpoint.side_files import LICENCES, TEMPLATES_FOLDER, check_side_files, side_files
 from adaptkit.checkpoint.writer import copy_file
 from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.operations._adopted_base import AdoptedBase, plain_checkpoint

@@ -17,12 +17,13 @@ from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import CONFIG_NAME, check_side_files
+from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.low_precision import LowPrecisionWeight, low_precision_weights
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.side_files import check_side_files
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
 from adaptkit.numerics.arrays import Array

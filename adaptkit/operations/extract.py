@@ -10,11 +10,12 @@ from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import GENERATION_NAME, name_of, read_small, side_files
+from adaptkit.checkpoint.layout import GENERATION_NAME, name_of, read_small
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, counted, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.side_files import side_files
 from adaptkit.errors import UsageError
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._extract.plan import IMPOSSIBLE, LEFT_OUT, SAVED, ExtractOptions, Part, Plan, make_plan

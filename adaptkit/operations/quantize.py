@@ -16,13 +16,14 @@ from adaptkit.checkpoint.encoding import quantization_config
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import CONFIG_NAME, check_side_files
+from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.place import check_output, partial_folder
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.released import ReleasedCheckpoint, open_plain
+from adaptkit.checkpoint.side_files import check_side_files
 from adaptkit.errors import BaseMismatchError, DataError, UsageError
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._quantize.early_plan import EarlyPlan, PlanChanged

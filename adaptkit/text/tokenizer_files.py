@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.layout import TEMPLATES_FOLDER, find_side_files, read_json
+from adaptkit.checkpoint.layout import read_json
+from adaptkit.checkpoint.side_files import TEMPLATES_FOLDER, find_side_files
 from adaptkit.errors import UsageError
 from adaptkit.networks.architecture import BUILD_ERRORS, quiet_transformers
 from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template

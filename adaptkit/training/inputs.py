@@ -11,10 +11,11 @@ from typing import Any
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity
 from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.integrity import check_config
-from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, check_side_files, read_small, side_files
+from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_small
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.place import check_output, refuse_inside_artifact
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.side_files import check_side_files, side_files
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import parse_policy
 from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs, template_of

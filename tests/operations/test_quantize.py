@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.layout import side_files
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.side_files import side_files
 from adaptkit.errors import CheckpointError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations.dequantize import dequantize

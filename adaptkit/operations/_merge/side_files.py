@@ -8,17 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.layout import (
-    CODE_SUFFIX,
-    CONFIG_NAME,
-    GENERATION_NAME,
-    INDEX_NAME,
-    check_side_files,
-    read_json,
-    read_small,
-)
+from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, INDEX_NAME, read_json, read_small
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.side_files import CODE_SUFFIX, check_side_files
 from adaptkit.errors import IntegrityError
 from adaptkit.operations._carried import left_out, tokenizer_files
 from adaptkit.operations._merge.edits import Edits

@@ -1,0 +1,87 @@
+"""The side files of a checkpoint: what is beside its weights and belongs to them, see ``layout``."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from adaptkit.checkpoint.header import check_regular
+from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, NOT_SIDE_PREFIXES, read_small
+from adaptkit.checkpoint.links import refuse_foreign_link
+from adaptkit.errors import CheckpointError
+
+_SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
+LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+"""Prefixes of the names of licence files."""
+TEMPLATES_FOLDER = "additional_chat_templates"
+CODE_SUFFIX = ".py"
+READ_SUFFIXES = {".safetensors", *_SIDE_SUFFIXES}
+"""Operations read only files with these suffixes and ``side_files`` from a checkpoint's or an adapter's folder.
+
+``adopt`` also reads a model card.
+"""
+_NAMES_CODE = b'"auto_map"'
+
+
+def side_files(root: Path, wanted: Callable[[str], bool] = bool) -> dict[str, Path]:
+    """List those of ``find_side_files`` whose names are wanted (by default all), to copy them.
+
+    Raises:
+        CheckpointError: one is not a file, or a link to nothing.
+        UnsafeInputError: one is a link; see ``refuse_foreign_link``.
+    """
+    found = {name: path for name, path in find_side_files(root, lambda p: not p.is_dir()).items() if wanted(name)}
+    for path in found.values():
+        refuse_foreign_link(root, path)
+        check_regular(path)
+    return found
+
+
+def find_side_files(root: Path, is_file: Callable[[Path], bool] = Path.is_file) -> dict[str, Path]:
+    """List the files beside the weights: configurations, tokenizer, chat templates, licence, model code.
+
+    Excludes ``config.json`` and index files, which are written together with the weights.
+
+    Args:
+        root: the folder.
+        is_file: returns whether a path is taken for a file.
+
+    Returns:
+        Maps each name, relative to the folder, to its path; sorted.
+    """
+    present = [path for path in root.iterdir() if is_file(path)]
+    suffixes = {*_SIDE_SUFFIXES, *([CODE_SUFFIX] if _names_code(present) else [])}
+    found = {
+        path.name: path
+        for path in present
+        if (path.suffix in suffixes or path.name.startswith(LICENCES))
+        and not path.name.startswith(NOT_SIDE_PREFIXES)
+        and not path.name.endswith(".index.json")
+        and path.name != CONFIG_NAME
+    }
+    templates = (root / TEMPLATES_FOLDER).glob("*.jinja")
+    found |= {f"{TEMPLATES_FOLDER}/{path.name}": path for path in templates if is_file(path)}
+    return dict(sorted(found.items()))
+
+
+def _names_code(files: Iterable[Path]) -> bool:
+    """Return whether a configuration among the files has an ``auto_map``, which names classes in .py files."""
+    if not any(path.suffix == CODE_SUFFIX for path in files):
+        return False
+    return any(_NAMES_CODE in read_small(path) for path in files if path.name.endswith("config.json"))
+
+
+def check_side_files(root: Path) -> None:
+    """Reject side files whose names differ only in case, since not every file system can hold both.
+
+    Raises:
+        CheckpointError: names the two files; or one that is not a file, or a link to nothing.
+        UnsafeInputError: a side file or the configuration is a link; see ``refuse_foreign_link``.
+    """
+    refuse_foreign_link(root, root / CONFIG_NAME)
+    seen: dict[str, str] = {}
+    for name in (CONFIG_NAME, INDEX_NAME, *side_files(root)):
+        other = seen.setdefault(name.casefold(), name)
+        if other != name:
+            raise CheckpointError(
+                f"{root}: {other} and {name} differ only in case, so an artifact cannot contain both",
+                hint="rename or remove one of them",
+            )
