@@ -22,6 +22,13 @@ _ADAPTER = (
     *_SET_BY_INIT,
 )
 """Settings that apply only to adapters. An adapter named by ``init`` determines those in ``_SET_BY_INIT``."""
+_APART = (
+    ("lora_bias", "dora", ""),
+    *((name, "target_parameters", ", as in peft") for name in ("dora", "dropout", "lora_bias")),
+    ("epochs", "steps", ""),
+    ("group_by_length", "pack", ": packed rows have similar lengths"),
+)
+"""Settings of which only one may be given, with the reason."""
 LOSS_ON = ("answers", "last_answer", "all")
 TOO_LONG = ("cut", "drop", "error")
 HELD_OUT, MOST_HELD_OUT = 0.1, 1000
@@ -183,6 +190,10 @@ class TrainConfig:
             if getattr(self, name) == "":
                 refuse(self, name, "must not be empty")
         self._check_adapter()
+        for name, other, why in _APART:
+            if getattr(self, name) and getattr(self, other):
+                message = f"{name}: cannot be combined with {other}{why}"
+                raise ConfigError(message, hint="leave out one of the two")
         self.mixture_weights()
         self._check_steps()
         if self.patience and not (self.has_held_out and self.eval_every):
@@ -222,13 +233,6 @@ class TrainConfig:
             raise ConfigError(
                 f"{set_by_init}: is determined by the adapter to start from", hint=f"leave out {set_by_init}, or init"
             )
-        if self.dora and self.lora_bias:
-            raise ConfigError("lora_bias: cannot be combined with dora", hint="leave out one of the two")
-        for name in ("dora", "dropout", "lora_bias"):
-            if self.target_parameters and getattr(self, name):
-                raise ConfigError(
-                    f"{name}: cannot be combined with target_parameters, as in peft", hint="leave out one of the two"
-                )
         for name in ("rank_pattern", "alpha_pattern"):
             if not all(map(_is_expression, getattr(self, name) or {})):
                 refuse(self, name, "keys must be regular expressions")
@@ -241,15 +245,8 @@ class TrainConfig:
         Raises:
             ConfigError: names one.
         """
-        if self.steps is not None and self.epochs is not None:
-            raise ConfigError("epochs: cannot be combined with steps", hint="leave out one of the two")
         if self.decay != TrainConfig.decay and self.schedule != "wsd":
             raise ConfigError("decay: applies only to schedule wsd", hint="leave out decay, or use schedule wsd")
-        if self.pack and self.group_by_length:
-            raise ConfigError(
-                "group_by_length: cannot be combined with pack: packed rows have similar lengths",
-                hint="leave out one of the two",
-            )
         if self.micro_batch_size is not None and self.micro_batch_size > self.batch_size:
             raise ConfigError(
                 f"micro_batch_size: {self.micro_batch_size} samples per forward pass are more than the "
