@@ -18,6 +18,7 @@ FIELD = "reasoning_content"
 NAMES = (FIELD, "reasoning", "thinking")
 """Names of the field in data and templates."""
 TAGS = ("<think>", "</think>")
+"""Marks around reasoning in data, and of many templates."""
 _IN_CONTENT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _QUESTION = {"role": "user", "content": "question"}
 _REASONING, _ANSWER = "inkling", "answer"

@@ -139,10 +139,15 @@ def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:
     return tokenizer
 
 
+def tokens_in(text: str, tokenizer: Any) -> list[int]:
+    """Return a text's tokens, without those that a tokenizer puts around texts and its warning of long ones."""
+    return [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+
+
 def leading_special_tokens(tokenizer: Any) -> list[int]:
     """Return the tokens that a tokenizer puts before a text: usually none or one."""
     text = "a"
-    marked, plain = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+    marked, plain = tokenizer(text)["input_ids"], tokens_in(text, tokenizer)
     if not plain:  # no Latin letters in the vocabulary, and no unknown token
         return [int(token) for token in marked if token != tokenizer.eos_token_id]
     return [int(token) for token in marked[: marked.index(plain[0])]]

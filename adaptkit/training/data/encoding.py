@@ -16,7 +16,7 @@ from typing import Any
 from adaptkit.errors import DataError, UsageError
 from adaptkit.text.conversation import Conversation, Example, render
 from adaptkit.text.reasoning import Message
-from adaptkit.text.tokenizer_files import leading_special_tokens
+from adaptkit.text.tokenizer_files import leading_special_tokens, tokens_in
 from adaptkit.text.tool_calls import Tools
 from adaptkit.text.values import is_text
 from adaptkit.training.data.answers import (
@@ -182,8 +182,7 @@ class Encoder:
 
     def _has_end(self, after: str) -> bool:
         if after not in self._known_ends:
-            tokens = self._tokenizer(after, add_special_tokens=False)["input_ids"]
-            self._known_ends[after] = not self._ends.isdisjoint(tokens)
+            self._known_ends[after] = not self._ends.isdisjoint(tokens_in(after, self._tokenizer))
         return self._known_ends[after]
 
     def _as_asked(self, messages: Sequence[Message], tools: Tools, turn: int, before: str) -> tuple[str, Answer]:
@@ -267,7 +266,7 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
 def conversation_ids(messages: Sequence[Message], tokenizer: Any, tools: Tools = ()) -> list[int]:
     """Return the tokens of a conversation, up to where the model answers."""
     (text,) = render([Conversation(messages, True, tools)], tokenizer)
-    ids = [int(token) for token in tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]]
+    ids = tokens_in(text, tokenizer)
     return ids if tokenizer.chat_template is not None else [*leading_special_tokens(tokenizer), *ids]
 
 

@@ -14,6 +14,7 @@ from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_config
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Conversation, render
 from adaptkit.text.reasoning import Message
+from adaptkit.text.tokenizer_files import tokens_in
 from adaptkit.text.tool_calls import CALLS, Tools
 from adaptkit.training.data.answers import Answer, closes_a_turn, ended_late, opening_of, shared
 
@@ -75,12 +76,10 @@ class Turns:
         key = opening, bool(tools)
         if key not in self._openings:
             closing, after = self.closing(tools) or ("", 0)
-            ends = {self._tokenizer.eos_token_id, *self._tokens(closing[: len(closing) - after])[-1:]} & self._ends
-            self._openings[key] = not ends.isdisjoint(self._tokens(opening))
+            last = tokens_in(closing[: len(closing) - after], self._tokenizer)[-1:]
+            ends = {self._tokenizer.eos_token_id, *last} & self._ends
+            self._openings[key] = not ends.isdisjoint(tokens_in(opening, self._tokenizer))
         return self._openings[key]
-
-    def _tokens(self, text: str) -> list[int]:
-        return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def _closing_with(self, tools: Tools) -> tuple[str, int] | None:
         try:
@@ -132,8 +131,8 @@ def turn_end(tokenizer: Any) -> int | None:
     except DataError:  # it refuses a plain question and answer; each row's own error says why
         return None
     ends = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    begun, ended = (tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] for part in (within, after))
-    return next((int(token) for token in ended if token in ends and token not in begun), None)
+    begun, ended = (tokens_in(part, tokenizer) for part in (within, after))
+    return next((token for token in ended if token in ends and token not in begun), None)
 
 
 def ends_after_answers(tokenizer: Any) -> tuple[str, ...]:

@@ -12,11 +12,9 @@ from typing import Any
 
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Conversation, render
-from adaptkit.text.reasoning import FIELD
+from adaptkit.text.reasoning import FIELD, TAGS
+from adaptkit.text.tokenizer_files import tokens_in
 from adaptkit.training.data.ending import around_answer
-
-_THINK_BEGIN, _THINK_END = "<think>", "</think>"
-"""Marks around reasoning if the template has none of its own, or leaves reasoning out of existing answers."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +36,7 @@ class Marks:
         """Return the marks of a tokenizer's chat template."""
         if tokenizer.chat_template is None:
             return cls()
-        default_end = (
-            _THINK_END if any(mark in str(tokenizer.chat_template) for mark in (_THINK_BEGIN, _THINK_END)) else ""
-        )
+        default_end = TAGS[1] if any(mark in str(tokenizer.chat_template) for mark in TAGS) else ""
         words, reasoning = "quokka", "lemur"  # occur in no template
         answer = {"role": "assistant", "content": words, FIELD: reasoning}
         try:
@@ -49,9 +45,9 @@ class Marks:
         except DataError:  # it refuses a plain question and answer; each row's own error says why
             return cls(end=default_end)
         _, found, end = text.rpartition(words)[0].rpartition(reasoning)
-        end = end if found and end.strip() not in ("", _THINK_END) else default_end  # may be part of the content
+        end = end if found and end.strip() not in ("", TAGS[1]) else default_end  # may be part of the content
         end = opening if opening.strip() and end.endswith(opening) else end
-        closing = next(iter(tokenizer(after, add_special_tokens=False, verbose=False)["input_ids"]), None)
+        closing = next(iter(tokens_in(after, tokenizer)), None)
         return cls(
             _as_decoded(opening, tokenizer).lstrip(),
             _as_decoded(end, tokenizer).strip(),
@@ -64,7 +60,7 @@ class Marks:
         if self.opening and str(tokenizer.decode(rest)).lstrip().startswith(self.opening):
             begun, rest, is_open = *_after(self.opening, rest, tokenizer), True
         text = str(tokenizer.decode(rest))
-        end = self.end or (_THINK_END if text.lstrip().startswith(_THINK_BEGIN) else "")
+        end = self.end or (TAGS[1] if text.lstrip().startswith(TAGS[0]) else "")
         if end and not (is_open and end in self.opening) and end in text:  # else it is part of the answer
             begun, rest, is_open = *_after(end, rest, tokenizer), True
         if is_open and self.closing in rest:
@@ -79,4 +75,4 @@ def _after(mark: str, tokens: list[int], tokenizer: Any) -> tuple[str, list[int]
 
 
 def _as_decoded(mark: str, tokenizer: Any) -> str:
-    return str(tokenizer.decode(tokenizer(mark, add_special_tokens=False, verbose=False)["input_ids"]))
+    return str(tokenizer.decode(tokens_in(mark, tokenizer)))
