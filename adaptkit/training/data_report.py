@@ -1,7 +1,8 @@
 """Report on a run's data: where samples came from, which were cut or dropped, how full the batches are."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.data.dataset import Dataset, SourceReport
@@ -72,22 +73,10 @@ def report_data(inputs: Inputs, batches: Batches) -> DataReport:
                 tokens[sample.origin] += len(sample.ids)
     tokenizer, end, other = inputs.tokenizer, inputs.unnamed_end, inputs.held_out_data
     return DataReport(
-        sources=data.sources,
+        **_shared(data, DataReport),
         held_out_sources=other.sources if other else (),
-        held_out_cut=_cut(other) if other else None,
+        held_out_cut=CutReport(**_shared(other, CutReport)) if other else None,
         held_out_limited=inputs.held_out_limited,
-        longest=data.longest,
-        longest_at=data.longest_at,
-        masked=data.masked,
-        split=data.split,
-        ended=data.ended,
-        empty=data.empty,
-        empty_at=data.empty_at,
-        twice=data.twice,
-        twice_at=data.twice_at,
-        special=data.special,
-        special_at=data.special_at,
-        dated=data.dated,
         chat_template=_template_from(inputs),
         without_template=data.has_conversations and tokenizer.chat_template is None,
         unnamed_end=None if end is None else str(tokenizer.convert_ids_to_tokens(end)),
@@ -97,8 +86,9 @@ def report_data(inputs: Inputs, batches: Batches) -> DataReport:
     )
 
 
-def _cut(data: Dataset) -> CutReport:
-    return CutReport(data.truncated, data.dropped, data.longest, data.longest_at, data.masked)
+def _shared(data: Dataset, kind: type[CutReport | DataReport]) -> dict[str, Any]:
+    """Return the values of a report's fields that are those of ``Dataset``."""
+    return {field.name: getattr(data, field.name) for field in fields(kind) if hasattr(data, field.name)}
 
 
 def _template_from(inputs: Inputs) -> str | None:
