@@ -4,7 +4,7 @@ import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,42 +124,18 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     checkpoint = Checkpoint(base)
     manifest = read_manifest(base)
     check_config(base, manifest)
-    config = resolve_method(config, checkpoint)
-    device = choose_device(config.device)
-    parse_policy(config.checkpointing, layers=1)  # syntax only: what it means needs the built network
-    if config.offload_checkpoints and device.type != "cuda":
-        raise UsageError(
-            "offload_checkpoints: needs a GPU; on a CPU, checkpoints are in host memory already",
-            hint="leave it out; --checkpointing sqrt keeps fewer checkpoints",
-        )
-    dtype = choose_dtype(config.compute_dtype, device)
+    config = _resolved(config, checkpoint)
     if config.method == "full":
         check_side_files(base)  # they are copied beside the result
-    config = replace(config, compute_dtype=name_of(dtype))
     require_trackers(config)
     if output is not None:
         _check_places(config, output, force)
     start = read_start(config, manifest)
     tokenizer, template = _tokenizer(config, start)
-    set_template_kwargs(tokenizer, config.chat_template_kwargs)
-    known = vocabulary_size(base)
-    for prompt in config.sample_prompts:
-        ids = prompt_ids(prompt, tokenizer)
-        check_prompt(base, prompt, len(ids), config.sample_tokens)
-        check_vocabulary(ids, known, f"the prompt {prompt[:40]!r}")
+    _check_prompts(config, tokenizer)
     weights = config.mixture_weights()
-    load = partial(
-        load_data,
-        tokenizer=tokenizer,
-        max_length=config.max_length,
-        too_long=config.too_long,
-        loss_on=config.loss_on,
-        layout=config.layout,
-        context=context_length(base),
-        known=known,
-    )
-    data = load(config.data)
-    other = load(config.held_out_data) if config.held_out_data else None
+    data = _load(config, config.data, tokenizer)
+    other = _load(config, config.held_out_data, tokenizer) if config.held_out_data else None
     fraction = config.held_out
     if fraction is None:
         fraction = HELD_OUT if other else default_held_out(data.samples)
@@ -186,6 +162,19 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     )
 
 
+def _resolved(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
+    """Return the settings with method and compute_dtype resolved; refuse those that the device does not support."""
+    config = resolve_method(config, checkpoint)
+    device = choose_device(config.device)
+    parse_policy(config.checkpointing, layers=1)  # syntax only: what it means needs the built network
+    if config.offload_checkpoints and device.type != "cuda":
+        raise UsageError(
+            "offload_checkpoints: needs a GPU; on a CPU, checkpoints are in host memory already",
+            hint="leave it out; --checkpointing sqrt keeps fewer checkpoints",
+        )
+    return replace(config, compute_dtype=name_of(choose_dtype(config.compute_dtype, device)))
+
+
 def _check_places(config: TrainConfig, output: Path, force: bool) -> None:
     """Check where the run will write."""
     others = [*([] if config.init in INITS else [config.init]), *filter(None, [config.chat_template])]
@@ -198,14 +187,39 @@ def _check_places(config: TrainConfig, output: Path, force: bool) -> None:
 
 
 def _tokenizer(config: TrainConfig, start: Adapter | None) -> tuple[Any, str | None]:
-    """Return the tokenizer of a run, and its chat template if that is not the base's."""
+    """Return the tokenizer of a run, ready to render, and its chat template if that is not the base's."""
     base = Path(config.base)
     tokenizer = load_tokenizer_of(base, start.root if start else None)
     if config.chat_template is not None:
         tokenizer.chat_template = check_template(read_template(Path(config.chat_template)), config.chat_template)
     is_given = config.chat_template is not None or start is not None
     own = load_tokenizer(base).chat_template if is_given else tokenizer.chat_template
-    return tokenizer, None if tokenizer.chat_template in (own, None) else template_of(tokenizer)
+    template = None if tokenizer.chat_template in (own, None) else template_of(tokenizer)
+    set_template_kwargs(tokenizer, config.chat_template_kwargs)
+    return tokenizer, template
+
+
+def _check_prompts(config: TrainConfig, tokenizer: Any) -> None:
+    """Check that the model has room and tokens for the prompts and their answers."""
+    base = Path(config.base)
+    for prompt in config.sample_prompts:
+        ids = prompt_ids(prompt, tokenizer)
+        check_prompt(base, prompt, len(ids), config.sample_tokens)
+        check_vocabulary(ids, vocabulary_size(base), f"the prompt {prompt[:40]!r}")
+
+
+def _load(config: TrainConfig, sources: Sequence[str], tokenizer: Any) -> Dataset:
+    base = Path(config.base)
+    return load_data(
+        sources,
+        tokenizer,
+        config.max_length,
+        too_long=config.too_long,
+        loss_on=config.loss_on,
+        layout=config.layout,
+        context=context_length(base),
+        known=vocabulary_size(base),
+    )
 
 
 def _side_files(config: TrainConfig, start: Adapter | None, template: str | None, end: int | None) -> dict[str, bytes]:
