@@ -187,35 +187,23 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
     network = empty_network(description, dtype)
     shapes = linear_shapes(network)
     targets = sorted(matching_targets(options.targets, shapes, language_part(network), network.config.model_type))
-    if options.method == "qlora" and not any(is_linear(network.get_submodule(name)) for name in shapes):
-        raise UsageError(f"{model}: quantize does not support any of its linear layers", hint="use --method lora")
+    packing = _packing(network, shapes, description, options)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     full = options.method == "full"
-    most = min((min(shapes[name]) for name in targets), default=0)
-    if not full and options.rank > most:
-        small = next(name for name in targets if min(shapes[name]) == most)
-        raise UsageError(
-            f"rank: must be at most {most}, since {small} is {shapes[small][0]} x {shapes[small][1]}; found "
-            f"{options.rank}",
-            hint=f"give --rank {most} or less, or leave that module out of --targets",
-        )
+    most = _highest_rank(shapes, targets, options)
     trainable = parameters if full else _adapter_parameters(shapes, targets, options.rank)
-    packing = Packing(frozenset(), Encoding())
-    if options.method == "qlora":
-        packing = Packing.of(network, shapes, description.config, options.moe)
-    weights = 0 if full else packing.frozen_nbytes(network, shapes, dtype, description.dtype)
+    weights = sum(buffer.nbytes for buffer in network.buffers())
+    if not full:
+        weights += packing.frozen_nbytes(network, shapes, dtype, description.dtype)
+        weights += _moved_bytes(network, options, dtype, trainable)
     codes = packing.codes_of_layers(network)
-    if options.on_gpu and not full:
-        weights -= sum(module.weight.numel() * dtype.itemsize for module in host_tables(network, dtype).values())
-        weights += trainable * dtype.itemsize if dtype != torch.float32 else 0
-    buffers = sum(buffer.nbytes for buffer in network.buffers())
     packs_experts = not packing.names.isdisjoint(expert_stacks(network))
     ranks = {} if full else dict.fromkeys(targets, options.rank)
     checkpointing, activations, kept = _activations(network, options, ranks, packs_experts)
     checkpointed = [] if options.on_gpu else codes[: checkpointing.layers - checkpointing.whole]
     released = all_but_largest([size for layer in checkpointed for size in layer])
     memory = Memory(
-        weights=weights - released + buffers,
+        weights=weights - released,
         trainable=4 * trainable,
         gradients=4 * trainable,
         optimizer=moment_bytes(trainable, STATE_BITS[options.optimizer]),
@@ -236,13 +224,49 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
         released_bytes=released,
         context=_context(network.config),
         notes=tuple(_notes(network, description, options, packs_experts)),
-        ranks=tuple(
-            RankRow(rank, count, count / parameters, round(2 * rank * math.sqrt(parameters)))
-            for rank in RANKS
-            if rank <= most
-            for count in [_adapter_parameters(shapes, targets, rank)]
-        ),
+        ranks=tuple(_ranks(shapes, targets, parameters, most)),
     )
+
+
+def _packing(network: Any, shapes: dict[str, Shape], description: Description, options: PlanOptions) -> Packing:
+    if options.method != "qlora":
+        return Packing(frozenset(), Encoding())
+    if not any(is_linear(network.get_submodule(name)) for name in shapes):
+        hint = "use --method lora"
+        raise UsageError(f"{description.root}: quantize does not support any of its linear layers", hint=hint)
+    return Packing.of(network, shapes, description.config, options.moe)
+
+
+def _highest_rank(shapes: dict[str, Shape], targets: list[str], options: PlanOptions) -> int:
+    """Return the highest rank of an adapter on these targets; refuse a run with a higher one.
+
+    Raises:
+        UsageError: names the smallest target.
+    """
+    most = min((min(shapes[name]) for name in targets), default=0)
+    if options.method != "full" and options.rank > most:
+        small = next(name for name in targets if min(shapes[name]) == most)
+        raise UsageError(
+            f"rank: must be at most {most}, since {small} is {shapes[small][0]} x {shapes[small][1]}; found "
+            f"{options.rank}",
+            hint=f"give --rank {most} or less, or leave that module out of --targets",
+        )
+    return most
+
+
+def _moved_bytes(network: Any, options: PlanOptions, dtype: torch.dtype, trainable: int) -> int:
+    """Return what copies of the adapter add to a GPU's frozen weights, less the tables that stay in host memory."""
+    if not options.on_gpu:
+        return 0
+    tables = sum(module.weight.numel() * dtype.itemsize for module in host_tables(network, dtype).values())
+    return (trainable * dtype.itemsize if dtype != torch.float32 else 0) - tables
+
+
+def _ranks(shapes: dict[str, Shape], targets: list[str], parameters: int, most: int) -> Iterator[RankRow]:
+    for rank in RANKS:
+        if rank <= most:
+            count = _adapter_parameters(shapes, targets, rank)
+            yield RankRow(rank, count, count / parameters, round(2 * rank * math.sqrt(parameters)))
 
 
 def _context(config: Any) -> int | None:
