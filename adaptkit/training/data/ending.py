@@ -32,8 +32,7 @@ class Turns:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
-        self._closings = dict[bool, tuple[str, int] | None]()
-        self._leads = dict[bool, str]()
+        self._known = dict[bool, tuple[str, tuple[str, int] | None]]()
         self._openings = dict[tuple[str, bool], bool]()
 
     def closing(self, tools: Tools) -> tuple[str, int] | None:
@@ -41,9 +40,7 @@ class Turns:
 
         Some templates end the whole text with a further token; some write another text if there are any tools.
         """
-        if bool(tools) not in self._closings:
-            self._closings[bool(tools)] = self._closing_with(tools)
-        return self._closings[bool(tools)]
+        return self._around_words(tools)[1]
 
     def check_opening(self, message: Message, tools: Tools, before: str, text: str, answer: Answer | None) -> None:
         """Refuse an answer that begins with the end of its question: at inference, the model would end its turn there.
@@ -60,16 +57,11 @@ class Turns:
         """
         opening = ""
         if CALLS in message:  # some templates, such as GigaChat's, call tools in a turn of their own
-            opening = self._before_words(tools)
+            opening = self._around_words(tools)[0]
         elif answer is not None:
             opening = opening_of(message, text, answer)
         if opening.strip() and (closes_a_turn(opening) or self._has_end(opening, tools)):
             raise ended_late(before, opening)
-
-    def _before_words(self, tools: Tools) -> str:
-        """Return what the template puts between a prompt and an answer's words; empty if that is not known."""
-        self.closing(tools)
-        return self._leads.get(bool(tools), "")
 
     def _has_end(self, opening: str, tools: Tools) -> bool:
         """Return whether a text contains the token that ends a turn, or the tokenizer's end token."""
@@ -81,11 +73,17 @@ class Turns:
             self._openings[key] = not ends.isdisjoint(tokens_in(opening, self._tokenizer))
         return self._openings[key]
 
-    def _closing_with(self, tools: Tools) -> tuple[str, int] | None:
+    def _around_words(self, tools: Tools) -> tuple[str, tuple[str, int] | None]:
+        """Return what the template puts between a prompt and an answer's words, empty if unknown; and ``closing``."""
+        if bool(tools) not in self._known:
+            self._known[bool(tools)] = self._found(tools)
+        return self._known[bool(tools)]
+
+    def _found(self, tools: Tools) -> tuple[str, tuple[str, int] | None]:
         try:
-            self._leads[bool(tools)], text, always, opens = around_answer(self._tokenizer, tools)
+            lead, text, always, opens = around_answer(self._tokenizer, tools)
         except DataError:  # it refuses a plain question and answer; each row's own error says why
-            return None
+            return "", None
         made = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         pairs = zip(made["input_ids"], made["offset_mapping"], strict=True)
         ends = [(end, token) for token, (_, end) in pairs if token in self._ends]
@@ -93,7 +91,7 @@ class Turns:
         stops = [end for end, token in ends if end <= len(always) and token == self._tokenizer.eos_token_id]
         # some templates also write the first token of the next turn
         found = stops[:1] or of_turns[slice(1) if opens else slice(-1, None)] or [end for end, _ in ends[:1]]
-        return text, len(text) - (found[0] if found else len(text))
+        return lead, (text, len(text) - (found[0] if found else len(text)))
 
 
 def around_answer(tokenizer: Any, tools: Tools = ()) -> tuple[str, str, str, bool]:
