@@ -147,8 +147,9 @@ def render(conversations: Sequence[Conversation], tokenizer: Any) -> Iterator[st
                 raise some
             yield next(texts) if some.messages else ""
         return
-    for messages, _, tools in conversations:
-        if tools or any(CALLS in message or message["role"] == "tool" for message in messages):
+    for conversation in conversations:
+        messages = conversation.messages
+        if conversation.uses_tools:
             raise DataError("the model has no chat template, which tools need", hint=f"leave tools out, or {ADD_ONE}")
         if messages and tokenizer.eos_token is None:
             raise DataError("the tokenizer has neither a chat template nor an end token", hint=ADD_ONE)
@@ -181,7 +182,7 @@ class _Forms:
     def given(self, conversation: Conversation) -> Conversation | DataError:
         """Return a conversation as the template takes it; if something would be left out, an error to raise later."""
         messages, _, tools = conversation
-        if tools or any(CALLS in message or message["role"] == "tool" for message in messages):
+        if conversation.uses_tools:
             self._tools = self._tools or ToolForm(self._written, self._reasoning.message)
             lost = self._tools.lost(messages, tools)
             if lost is not None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import HINT, template_of
 from adaptkit.text.reasoning import Message
-from adaptkit.text.tool_calls import Tools
+from adaptkit.text.tool_calls import CALLS, Tools
 
 DAY = datetime(2024, 7, 26)
 """The date given to templates that ask for it; Llama 3's templates have it as their default.
@@ -38,6 +38,11 @@ class Conversation(NamedTuple):
     messages: Sequence[Message]
     opening: bool
     tools: Tools = ()
+
+    @property
+    def uses_tools(self) -> bool:
+        """Whether it offers tools, calls one, or has the result of a call."""
+        return bool(self.tools) or any(CALLS in message or message["role"] == "tool" for message in self.messages)
 
 
 def call_template(tokenizer: Any, conversation: Conversation) -> str:
