@@ -1,1 +1,1 @@
-"""QLoRA training on NF4 shards, and evaluation."""
+"""Training of adapters and of whole models, and evaluation."""

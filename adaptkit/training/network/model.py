@@ -19,7 +19,6 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
 from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
-from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import CheckpointError
 from adaptkit.heap import keep_freed_memory
@@ -133,18 +132,7 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     checkpoint = MappedCheckpoint(root)
     assembly = Assembly(empty_network(checkpoint, compute_dtype), checkpoint)
     network = assembly.network
-    unknown = assembly.unknown()
-    method = quantization_found(checkpoint) if unknown and not quantized_names(checkpoint) else None
-    if method is not None:
-        raise CheckpointError(
-            f"{root}: is quantized with {method}, which train and evaluate cannot use",
-            hint=hint_for_plain(method, root, "use"),
-        )
-    if unknown:
-        raise CheckpointError(
-            f"{root}: {unknown[0]}: unknown to {type(network).__name__}",
-            hint="check that config.json belongs to this model, and that no tensor was added",
-        )
+    _check_known(assembly)
     assembly.load_buffers(device)
     linears: dict[str, LoraLinear] = {}
     transposed = False
@@ -171,6 +159,26 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     use_own_attention(network)
     output = find_output_layer(network)
     return Model(network, linears, assembly, compute_dtype, transposed, output_layer=output)
+
+
+def _check_known(assembly: Assembly) -> None:
+    """Refuse a checkpoint with tensors that the network has no place for.
+
+    Raises:
+        CheckpointError: names a tensor, or the method of another tool that quantized the checkpoint.
+    """
+    unknown, root = assembly.unknown(), assembly.checkpoint.root
+    method = quantization_found(assembly.checkpoint) if unknown and not assembly.quantized else None
+    if method is not None:
+        raise CheckpointError(
+            f"{root}: is quantized with {method}, which train and evaluate cannot use",
+            hint=hint_for_plain(method, root, "use"),
+        )
+    if unknown:
+        raise CheckpointError(
+            f"{root}: {unknown[0]}: unknown to {type(assembly.network).__name__}",
+            hint="check that config.json belongs to this model, and that no tensor was added",
+        )
 
 
 def _decoded_bytes(network: nn.Module, dtype: torch.dtype) -> int:
