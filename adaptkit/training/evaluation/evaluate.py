@@ -6,8 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from adaptkit.arguments import AnyPath, as_path, as_path_or_none, as_paths, checked_options
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.integrity import check_config, check_tensors
@@ -16,20 +14,17 @@ from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.model_lock import model_lock
 from adaptkit.text.limits import pad_id
-from adaptkit.training.data.batches import collate
-from adaptkit.training.data.samples import Sample
 from adaptkit.training.device import choose_device, choose_dtype, make_current, name_of, without_cudnn_attention
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.evaluation.generation import Generated, generate
 from adaptkit.training.evaluation.material import Asked, Material, read_material
-from adaptkit.training.evaluation.perplexity import measure_text, perplexity_of
+from adaptkit.training.evaluation.perplexity import mean_loss, measure_text, perplexity_of
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport, GenerationReport
 from adaptkit.training.evaluation.scores import require_metrics, score
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.lineage import Weights, check_base, template_kwargs, trained_parameters
 from adaptkit.training.network.loading import load_adapter
-from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model, load_model
 from adaptkit.training.network.narrow import keep_narrow
 from adaptkit.training.network.tables import keep_in_host_memory
@@ -255,15 +250,3 @@ def _with_answers(
         scores=score([answer.text for answer in found], references),
     )
     return replace(report, generated=generated)
-
-
-@torch.no_grad()
-def mean_loss(model: Model, samples: Sequence[Sample], batch_size: int, padding: int) -> float:
-    """Return the mean cross-entropy per answer token, in nats. Samples of similar length are batched, to pad little."""
-    model.network.eval()
-    by_length = sorted(samples, key=lambda sample: len(sample.ids))
-    total = 0.0
-    for start in range(0, len(by_length), batch_size):
-        rows = [(sample,) for sample in by_length[start : start + batch_size]]
-        total += float(summed_loss(model, collate(rows, padding)))
-    return total / sum(sample.answer_tokens for sample in samples)

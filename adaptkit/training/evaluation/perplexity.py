@@ -1,6 +1,7 @@
-"""Perplexity on windows of text, and divergence of a model's next-token distributions from a reference's."""
+"""Loss on answers, perplexity on windows of text, and divergence from a reference's next-token distributions."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,6 +10,9 @@ from torch.nn import functional
 
 from adaptkit.errors import BaseMismatchError
 from adaptkit.text.limits import check_vocabulary
+from adaptkit.training.data.batches import collate
+from adaptkit.training.data.samples import Sample
+from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model
 
 POSITIONS = 64
@@ -40,6 +44,18 @@ class TextReport:
     reference_perplexity: float | None = None
     kl_divergence: float | None = None
     same_top_token: float | None = None
+
+
+@torch.no_grad()
+def mean_loss(model: Model, samples: Sequence[Sample], batch_size: int, padding: int) -> float:
+    """Return the mean cross-entropy per answer token, in nats. Samples of similar length are batched, to pad little."""
+    model.network.eval()
+    by_length = sorted(samples, key=lambda sample: len(sample.ids))
+    total = 0.0
+    for start in range(0, len(by_length), batch_size):
+        rows = [(sample,) for sample in by_length[start : start + batch_size]]
+        total += float(summed_loss(model, collate(rows, padding)))
+    return total / sum(sample.answer_tokens for sample in samples)
 
 
 @torch.no_grad()
