@@ -1,4 +1,4 @@
-"""Layouts of rows, reading the conversation or text in a row, and rendering conversations for a model.
+"""Layouts of rows, and reading the conversation or text in a row.
 
     instruction    {"instruction", "output"}            a question and an answer. The answer's column may also be named
     question       {"question", "answer"}               output, response, completion or answer. Optional: context or
@@ -17,29 +17,16 @@
 A row must have exactly one layout, unless the caller names one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adaptkit.errors import DataError
-from adaptkit.text.chat_template import ADD_ONE
 from adaptkit.text.layouts import has_question, layout_of, names_in, refuse_null, require_answers
 from adaptkit.text.learning_marks import check_wanted, is_marked_out, obeyed_marks
 from adaptkit.text.parts import joined
-from adaptkit.text.reasoning import FIELD, NAMES, Message, ReasoningFields, content_with_reasoning, read_reasoning
-from adaptkit.text.rendering import apply_template
-from adaptkit.text.template_call import Conversation as Conversation
-from adaptkit.text.template_call import asks_for_the_date as asks_for_the_date
-from adaptkit.text.tool_calls import (
-    CALLS,
-    OTHER_TOOLS,
-    ToolForm,
-    Tools,
-    calls_in,
-    read_calls,
-    read_given,
-    read_tools,
-)
+from adaptkit.text.reasoning import FIELD, NAMES, Message, read_reasoning
+from adaptkit.text.tool_calls import CALLS, Tools, calls_in, read_calls, read_given, read_tools
 from adaptkit.text.values import SURROGATE_HINT, found_in, is_text
 
 _CONTEXTS = ("context", "input")
@@ -123,86 +110,6 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
         columns=frozenset({*columns, *offered}),
         ignored=frozenset[str]().union(*(turn.ignored for turn in messages)),
     )
-
-
-def render(conversations: Sequence[Conversation], tokenizer: Any) -> Iterator[str]:
-    """Render conversations; without a chat template, messages are joined by line breaks and answers end with EOS.
-
-    Args:
-        conversations: the conversations to render.
-        tokenizer: a tokenizer with a chat template or an end token.
-
-    Yields:
-        The text of each conversation, in order.
-
-    Raises:
-        DataError: the template refuses a conversation or takes too much time or memory for it, or there is neither a
-            template nor an end token.
-    """
-    if tokenizer.chat_template is not None:
-        given = [_forms_of(tokenizer, conversation.tools).given(conversation) for conversation in conversations]
-        texts = apply_template(tokenizer, [some for some in given if isinstance(some, Conversation) and some.messages])
-        for some in given:
-            if isinstance(some, DataError):
-                raise some
-            yield next(texts) if some.messages else ""
-        return
-    for conversation in conversations:
-        messages = conversation.messages
-        if conversation.uses_tools:
-            raise DataError("the model has no chat template, which tools need", hint=f"leave tools out, or {ADD_ONE}")
-        if messages and tokenizer.eos_token is None:
-            raise DataError("the tokenizer has neither a chat template nor an end token", hint=ADD_ONE)
-        ends = {"assistant": tokenizer.eos_token}
-        said = (
-            (content_with_reasoning(turn) if FIELD in turn else turn["content"]) + ends.get(turn["role"], "\n")
-            for turn in messages
-        )
-        yield "".join(said)
-
-
-class _Forms:
-    """How a tokenizer's template takes messages; found out once by probes, for tools only when a conversation has them.
-
-    Args:
-        tokenizer: a tokenizer with a chat template.
-        among: tools given with every probe; some tokenizers have a separate template for conversations with tools.
-    """
-
-    def __init__(self, tokenizer: Any, among: Tools) -> None:
-        def written(messages: Sequence[Message], tools: Tools = ()) -> str:
-            try:
-                return next(apply_template(tokenizer, [Conversation(messages, False, tools or among)]))
-            except DataError:  # the template refuses the probe; each row reports its own errors
-                return ""
-
-        self._written, self._reasoning = written, ReasoningFields(written)
-        self._tools: ToolForm | None = None
-
-    def given(self, conversation: Conversation) -> Conversation | DataError:
-        """Return a conversation as the template takes it; if something would be left out, an error to raise later."""
-        messages, _, tools = conversation
-        if conversation.uses_tools:
-            self._tools = self._tools or ToolForm(self._written, self._reasoning.message)
-            lost = self._tools.lost(messages, tools)
-            if lost is not None:
-                return lost
-            return conversation._replace(messages=[self._tools.message(message) for message in messages])
-        return conversation._replace(messages=[self._reasoning.message(message) for message in messages])
-
-
-def _forms_of(tokenizer: Any, tools: Tools) -> _Forms:
-    template = str(tokenizer.chat_template)
-    if template not in _known_forms:
-        _known_forms.clear()
-        _known_forms[template] = {False: _Forms(tokenizer, ())}
-        if isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template:
-            _known_forms[template][True] = _Forms(tokenizer, OTHER_TOOLS)
-    known = _known_forms[template]
-    return known.get(bool(tools), known[False])
-
-
-_known_forms: dict[str, dict[bool, _Forms]] = {}
 
 
 @dataclass(frozen=True)

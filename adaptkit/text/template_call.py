@@ -1,4 +1,4 @@
-"""A call of a chat template, which makes the text of one conversation; ``rendering`` calls it in separate processes."""
+"""A call of a chat template, which makes the text of one conversation; ``template_processes`` calls it."""
 
 import json
 from collections.abc import Sequence

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.errors import DataError, UsageError
 from adaptkit.lazy import torch
 from adaptkit.text.chat_template import known_template_kwargs, set_template_kwargs
-from adaptkit.text.conversation import Conversation, read_example, render
+from adaptkit.text.conversation import read_example
 from adaptkit.text.limits import check_window
+from adaptkit.text.rendering import render
 from adaptkit.text.rows import holds_rows, read_pieces, read_rows, read_text
+from adaptkit.text.template_call import Conversation
 from adaptkit.text.tokenizer_files import leading_special_tokens, load_tokenizer
 
 if TYPE_CHECKING:

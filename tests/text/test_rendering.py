@@ -13,9 +13,11 @@ import pytest
 import tiny
 
 from adaptkit.errors import DataError, UsageError
-from adaptkit.text import rendering
+from adaptkit.text import template_processes
 from adaptkit.text.chat_template import set_template_kwargs
-from adaptkit.text.conversation import asks_for_the_date, read_example, render
+from adaptkit.text.conversation import read_example
+from adaptkit.text.rendering import render
+from adaptkit.text.template_call import Conversation, asks_for_the_date
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.text.tool_calls import OTHER_TOOLS
 from adaptkit.training.data.encoding import Encoder, conversation_ids
@@ -29,16 +31,16 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 def tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr(threading, "active_count", lambda: 1)  # the test's own threads do not make a fork unsafe
     yield tiny.write_tokenizer(tmp_path)
-    rendering._end_processes()
+    template_processes._end_processes()
 
 
 def apply_template(tokenizer, messages, opening):
-    (text,) = rendering.apply_template(tokenizer, [rendering.Conversation(messages, opening)])
+    (text,) = template_processes.apply_template(tokenizer, [Conversation(messages, opening)])
     return text
 
 
 def pid():
-    return rendering._processes[0].pid
+    return template_processes._processes[0].pid
 
 
 @pytest.mark.parametrize("opening", [False, True])
@@ -56,7 +58,7 @@ def test_a_template_that_asks_for_the_date_gets_the_same_one_every_day(tokenizer
     """Otherwise a run that resumes tomorrow would have other samples; transformers passes today's date."""
     assert not asks_for_the_date(tokenizer)
     tokenizer.chat_template = DATED
-    monkeypatch.setattr(rendering, "can_fork", lambda: not alone)
+    monkeypatch.setattr(template_processes, "can_fork", lambda: not alone)
     assert time.strftime("%d %b %Y") in tokenizer.apply_chat_template(ASKED, tokenize=False)
     assert apply_template(tokenizer, ASKED, False) == "26 Jul 2024, 00:00: Name a river"
     assert asks_for_the_date(tokenizer)
@@ -78,14 +80,12 @@ def test_only_the_date_differs_from_transformers(tokenizer, start):
 
 @pytest.mark.parametrize("portion", [1, 40, 1 << 20])
 def test_conversations_are_rendered_in_order_up_to_the_first_refused_one(tokenizer, monkeypatch, portion):
-    monkeypatch.setattr(rendering, "_REQUEST_CHARACTERS", portion)
-    asked = [
-        rendering.Conversation([{"role": "user", "content": str(number)}], number % 2 == 0) for number in range(500)
-    ]
+    monkeypatch.setattr(template_processes, "_REQUEST_CHARACTERS", portion)
+    asked = [Conversation([{"role": "user", "content": str(number)}], number % 2 == 0) for number in range(500)]
     expected = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=o) for m, o, _ in asked]
-    assert list(rendering.apply_template(tokenizer, asked)) == expected
+    assert list(template_processes.apply_template(tokenizer, asked)) == expected
     tokenizer.chat_template = "{% if messages[0]['content'] == '7' %}{{ raise_exception('no') }}{% endif %}fine"
-    texts = rendering.apply_template(tokenizer, asked)
+    texts = template_processes.apply_template(tokenizer, asked)
     assert [next(texts) for _ in range(7)] == ["fine"] * 7
     with pytest.raises(DataError, match="refuses"):
         next(texts)
@@ -103,7 +103,7 @@ def test_conversations_are_rendered_in_order_up_to_the_first_refused_one(tokeniz
 )
 def test_whatever_a_template_raises_is_the_reason_of_the_refusal(tokenizer, monkeypatch, template, reason, alone):
     tokenizer.chat_template = template
-    monkeypatch.setattr(rendering, "can_fork", lambda: not alone)
+    monkeypatch.setattr(template_processes, "can_fork", lambda: not alone)
     with pytest.raises(DataError, match=f"refuses the conversation .*{reason}"):
         apply_template(tokenizer, ASKED, False)
 
@@ -114,7 +114,7 @@ def test_all_callers_share_one_process(tokenizer):
         row = {"instruction": f"Name river {number}", "output": "the Rhine"}
         list(encoder.encode([("here", read_example(row, "here"))]))
         seen.add(pid())
-        assert len(list(render([rendering.Conversation(CHAT, True)], tokenizer))) == 1
+        assert len(list(render([Conversation(CHAT, True)], tokenizer))) == 1
         seen.add(pid())
         assert conversation_ids(CHAT, tokenizer)
         seen.add(pid())
@@ -133,7 +133,7 @@ def test_a_refused_row_leaves_no_answers_for_the_next_request(tokenizer):
 
 
 def test_the_time_limit_counts_cpu_time_and_not_elapsed_time(tokenizer, monkeypatch):
-    monkeypatch.setattr(rendering, "_SECONDS", 1)
+    monkeypatch.setattr(template_processes, "_SECONDS", 1)
     expected = apply_template(tokenizer, CHAT, False)
     os.kill(pid(), signal.SIGSTOP)
     going_on = threading.Timer(2, os.kill, (pid(), signal.SIGCONT))
@@ -143,16 +143,16 @@ def test_the_time_limit_counts_cpu_time_and_not_elapsed_time(tokenizer, monkeypa
 
 
 def test_the_conversation_that_takes_too_long_is_named_in_the_error_and_rendered_once(tokenizer, monkeypatch):
-    monkeypatch.setattr(rendering, "_SECONDS", 0.5)
-    begun, start = [], rendering.start_child
-    monkeypatch.setattr(rendering, "start_child", lambda *arguments: begun.append(1) or start(*arguments))
+    monkeypatch.setattr(template_processes, "_SECONDS", 0.5)
+    begun, start = [], template_processes.start_child
+    monkeypatch.setattr(template_processes, "start_child", lambda *arguments: begun.append(1) or start(*arguments))
     tokenizer.chat_template = "{% if messages[0]['content'] == 'x' %}" + LOOP + "{% endif %}"
     tokenizer.chat_template += "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     rows = [{"instruction": what, "output": "y"} for what in "abxc"]
     examples = [(f"line {n}", read_example(row, "")) for n, row in enumerate(rows, 1)]
     with pytest.raises(DataError, match=r"line 3: the chat template takes longer than 0\.5 seconds"):
         list(Encoder(tokenizer).encode(examples))
-    assert rendering._processes[0].is_of(tokenizer)  # it rendered the conversations before that one, again
+    assert template_processes._processes[0].is_of(tokenizer)  # it rendered the conversations before that one, again
     assert len(begun) == 2
 
 
@@ -185,7 +185,7 @@ def test_a_text_that_is_too_large_to_send_back_is_reported(tokenizer):
 
 
 def test_texts_that_were_not_consumed_are_not_returned_for_the_next_request(tokenizer):
-    texts = rendering.apply_template(tokenizer, [rendering.Conversation(ASKED, False)] * 5)
+    texts = template_processes.apply_template(tokenizer, [Conversation(ASKED, False)] * 5)
     next(texts)
     texts.close()
     assert "Rhine" in apply_template(tokenizer, CHAT, False)
@@ -201,12 +201,12 @@ def test_the_process_renders_more_conversations_after_a_refused_one(tokenizer):
 
 
 def test_a_process_that_exited_when_idle_is_replaced(tokenizer, monkeypatch):
-    monkeypatch.setattr(rendering, "_IDLE_SECONDS", 0)  # each process exits as soon as it is idle
+    monkeypatch.setattr(template_processes, "_IDLE_SECONDS", 0)  # each process exits as soon as it is idle
     first = apply_template(tokenizer, CHAT, False)
     for _ in range(10):
         assert apply_template(tokenizer, CHAT, False) == first
     before = pid()
-    rendering._processes[0]._process.join()
+    template_processes._processes[0]._process.join()
     assert apply_template(tokenizer, CHAT, False) == first
     assert pid() != before
 
@@ -224,30 +224,30 @@ def test_a_process_that_is_killed_is_an_error_and_then_replaced(tokenizer):
 
 def test_a_process_that_is_killed_is_replaced_if_it_renders_several_conversations(tokenizer):
     """Which one it was that made it exit shows when each is rendered alone: here none."""
-    asked = [rendering.Conversation([{"role": "user", "content": f"{number}"}], False) for number in range(20)]
+    asked = [Conversation([{"role": "user", "content": f"{number}"}], False) for number in range(20)]
     expected = [tokenizer.apply_chat_template(messages, tokenize=False) for messages, _, _ in asked]
     assert apply_template(tokenizer, CHAT, False)
     before = pid()
     os.kill(before, signal.SIGSTOP)
     killer = threading.Timer(0.5, lambda: os.kill(before, signal.SIGKILL))
     killer.start()
-    assert list(rendering.apply_template(tokenizer, asked)) == expected
+    assert list(template_processes.apply_template(tokenizer, asked)) == expected
     killer.join()
     assert pid() != before
 
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_many_conversations_are_divided_among_processes(tokenizer, monkeypatch, count):
-    monkeypatch.setattr(rendering, "processor_count", lambda: count)
-    monkeypatch.setattr(rendering, "_REQUEST_CHARACTERS", 400)
-    asked = [rendering.Conversation([{"role": "user", "content": f"{number:0100}"}], False) for number in range(90)]
+    monkeypatch.setattr(template_processes, "processor_count", lambda: count)
+    monkeypatch.setattr(template_processes, "_REQUEST_CHARACTERS", 400)
+    asked = [Conversation([{"role": "user", "content": f"{number:0100}"}], False) for number in range(90)]
     expected = [tokenizer.apply_chat_template(messages, tokenize=False) for messages, _, _ in asked]
-    assert list(rendering.apply_template(tokenizer, asked)) == expected
-    assert len({process.pid for process in rendering._processes}) == count
-    asked[61] = rendering.Conversation([{"role": "user", "content": "no"}], False)
+    assert list(template_processes.apply_template(tokenizer, asked)) == expected
+    assert len({process.pid for process in template_processes._processes}) == count
+    asked[61] = Conversation([{"role": "user", "content": "no"}], False)
     tokenizer.chat_template = "{% if messages[0]['content'] == 'no' %}" + LOOP + "{% endif %}fine"
-    monkeypatch.setattr(rendering, "_SECONDS", 0.3)
-    texts = rendering.apply_template(tokenizer, asked)
+    monkeypatch.setattr(template_processes, "_SECONDS", 0.3)
+    texts = template_processes.apply_template(tokenizer, asked)
     assert [next(texts) for _ in range(61)] == ["fine"] * 61
     with pytest.raises(DataError, match="takes longer"):
         next(texts)
@@ -262,12 +262,12 @@ def test_an_interrupted_request_ends_the_process(tokenizer):
             apply_template(tokenizer, CHAT, False)
     finally:
         signal.signal(signal.SIGALRM, held)
-    assert not rendering._processes
+    assert not template_processes._processes
 
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_text_far_longer_than_the_conversation_is_refused(tokenizer, monkeypatch, alone):
-    monkeypatch.setattr(rendering, "can_fork", lambda: alone)
+    monkeypatch.setattr(template_processes, "can_fork", lambda: alone)
     tokenizer.chat_template = "{{ messages[0]['content'] * 200000 }}"
     with pytest.raises(DataError, match=r"turns 12 characters into 2,400,000"):
         apply_template(tokenizer, ASKED, False)
@@ -283,7 +283,7 @@ def test_a_fork_of_the_caller_has_a_process_of_its_own(tokenizer):
     if not child:
         with contextlib.suppress(BaseException):
             if apply_template(tokenizer, CHAT, False) == expected and pid() != before:
-                rendering._end_processes()
+                template_processes._end_processes()
                 os._exit(0)
         os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
@@ -292,12 +292,12 @@ def test_a_fork_of_the_caller_has_a_process_of_its_own(tokenizer):
 
 
 def test_the_process_does_not_outlive_a_killed_parent(tokenizer, monkeypatch):
-    monkeypatch.setattr(rendering, "_IDLE_SECONDS", 600)  # it must not exit because it is idle
+    monkeypatch.setattr(template_processes, "_IDLE_SECONDS", 600)  # it must not exit because it is idle
     read, write = os.pipe()
     child = os.fork()
     if not child:
         try:
-            rendering._processes.clear()
+            template_processes._processes.clear()
             apply_template(tokenizer, ASKED, False)
             os.write(write, f"{pid()}".encode())
             os.close(read)
@@ -321,18 +321,18 @@ def test_a_tokenizer_with_only_templates_for_other_purposes_is_refused(llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
     with pytest.raises(DataError, match="multiple chat templates with no default"):
-        list(render([rendering.Conversation(CHAT, False)], tokenizer))
+        list(render([Conversation(CHAT, False)], tokenizer))
     with pytest.raises(DataError, match="no chat template for this conversation"):
         set_template_kwargs(tokenizer, {"quick": True})
 
 
 def test_a_template_that_loops_is_not_probed_for_every_reasoning_field(tokenizer, monkeypatch):
-    monkeypatch.setattr(rendering, "_SECONDS", 0.5)
-    begun, start = [], rendering.start_child
-    monkeypatch.setattr(rendering, "start_child", lambda *arguments: begun.append(1) or start(*arguments))
+    monkeypatch.setattr(template_processes, "_SECONDS", 0.5)
+    begun, start = [], template_processes.start_child
+    monkeypatch.setattr(template_processes, "start_child", lambda *arguments: begun.append(1) or start(*arguments))
     tokenizer.chat_template = LOOP
     with pytest.raises(DataError, match="takes longer than"):
-        list(render([rendering.Conversation(CHAT, False)], tokenizer))
+        list(render([Conversation(CHAT, False)], tokenizer))
     assert len(begun) == 2  # for one probe, and for this conversation
 
 
@@ -341,7 +341,7 @@ def test_reasoning_counts_towards_the_length_of_a_conversation(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.thinking }}{% endfor %}"
     long = "thought " * (1 << 18)
     answer = {"role": "assistant", "content": "a", "reasoning_content": long}
-    (text,) = render([rendering.Conversation([*ASKED, answer], False)], tokenizer)
+    (text,) = render([Conversation([*ASKED, answer], False)], tokenizer)
     assert text == f"Name a rivera{long.strip()}"
 
 
@@ -358,7 +358,7 @@ def test_template_variables_have_the_same_effect_as_in_transformers(llama, value
     expected = tokenizer.apply_chat_template(CHAT, tokenize=False, **values)
     assert expected != tokenizer.apply_chat_template(CHAT, tokenize=False)
     set_template_kwargs(tokenizer, values)
-    assert list(render([rendering.Conversation(CHAT, False)], tokenizer)) == [expected]
+    assert list(render([Conversation(CHAT, False)], tokenizer)) == [expected]
 
 
 def test_template_variables_reach_the_default_template_and_the_one_for_tools(llama):
@@ -367,9 +367,9 @@ def test_template_variables_reach_the_default_template_and_the_one_for_tools(lla
         names = ("default", "tool_use", "rag")
         tokenizer.chat_template = {name: f"{name}{{{{ mood }}}}" if name in asking else name for name in names}
         set_template_kwargs(tokenizer, {"mood": " is good"})
-        asked = [rendering.Conversation(CHAT, False, tools) for tools in ((), OTHER_TOOLS)]
+        asked = [Conversation(CHAT, False, tools) for tools in ((), OTHER_TOOLS)]
         expected = [f"{name} is good" if name in asking else name for name in names[:2]]
-        assert list(rendering.apply_template(tokenizer, asked)) == expected
+        assert list(template_processes.apply_template(tokenizer, asked)) == expected
     tokenizer.chat_template = {"default": "a", "rag": "{{ mood }}"}
     with pytest.raises(UsageError, match="does not use 'mood'"):
         set_template_kwargs(tokenizer, {"mood": " is good"})

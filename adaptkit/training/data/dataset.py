@@ -16,11 +16,12 @@ import torch
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError
-from adaptkit.text.conversation import Example, asks_for_the_date, read_example
+from adaptkit.text.conversation import Example, read_example
 from adaptkit.text.learning_marks import check_not_marked_out
 from adaptkit.text.limits import check_vocabulary
 from adaptkit.text.reasoning import FIELD, Message
 from adaptkit.text.rows import is_on_hub, read_rows
+from adaptkit.text.template_call import asks_for_the_date
 from adaptkit.text.tokenizer_files import special_tokens
 from adaptkit.text.tool_calls import CALLS, words_of, words_of_tools
 from adaptkit.training.config import HELD_OUT, MOST_HELD_OUT

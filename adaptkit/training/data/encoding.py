@@ -14,8 +14,10 @@ from operator import itemgetter
 from typing import Any
 
 from adaptkit.errors import DataError, UsageError
-from adaptkit.text.conversation import Conversation, Example, render
+from adaptkit.text.conversation import Example
 from adaptkit.text.reasoning import Message
+from adaptkit.text.rendering import render
+from adaptkit.text.template_call import Conversation
 from adaptkit.text.tokenizer_files import leading_special_tokens, tokens_in
 from adaptkit.text.tool_calls import Tools
 from adaptkit.text.values import is_text

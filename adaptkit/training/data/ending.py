@@ -12,8 +12,9 @@ from typing import Any
 
 from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_config, text_config
 from adaptkit.errors import DataError
-from adaptkit.text.conversation import Conversation, render
 from adaptkit.text.reasoning import Message
+from adaptkit.text.rendering import render
+from adaptkit.text.template_call import Conversation
 from adaptkit.text.tokenizer_files import tokens_in
 from adaptkit.text.tool_calls import CALLS, Tools
 from adaptkit.training.data.answers import Answer, closes_a_turn, ended_late, opening_of, shared

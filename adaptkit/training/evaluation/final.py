@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptkit.errors import DataError
-from adaptkit.text.conversation import Conversation, render
 from adaptkit.text.reasoning import FIELD, TAGS
+from adaptkit.text.rendering import render
+from adaptkit.text.template_call import Conversation
 from adaptkit.text.tokenizer_files import tokens_in
 from adaptkit.training.data.ending import around_answer
 
