@@ -8,20 +8,19 @@ A base that is quantized already is packed as its configuration says, any other 
 bitsandbytes' configuration does not tell the block size, which is planned as 64.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 
-from adaptkit.checkpoint.encoding import Encoding, stated_encoding
+from adaptkit.checkpoint.encoding import Encoding, state_suffix, stated_encoding
 from adaptkit.checkpoint.foreign import stated_quantization
+from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.checkpoint.quantized import code_spec, part_specs
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.kinds import is_router
 from adaptkit.operations._plan.network import Shape, expert_stacks
-
-_GROUP, _LEVELS_BYTES = 256, 4 * 256
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,13 @@ class Packing:
 
     def nbytes(self, count: int) -> int:
         """Return the bytes of a packed weight of so many elements."""
-        blocks = math.ceil(count / self.encoding.block_size)
-        nested = blocks + 4 * math.ceil(blocks / _GROUP) + _LEVELS_BYTES
-        return self.codes_nbytes(count) + (nested if self.encoding.double_quant else 4 * blocks)
+        parts = part_specs(_flat(count), self.encoding)
+        others = (".quant_map", state_suffix(self.encoding.format))  # of the files alone
+        return sum(part.nbytes for part in parts if not part.name.endswith(others))
 
     def codes_nbytes(self, count: int) -> int:
         """Return the bytes of its codes alone."""
-        return math.ceil(count * self.encoding.numerics.bits / 8)
+        return code_spec(_flat(count), self.encoding).nbytes
 
     def codes_of_layers(self, network: Any) -> list[list[int]]:
         """Return the bytes of the codes of every layer's packed weights."""
@@ -88,3 +87,7 @@ class Packing:
             else parameter.numel() * (stored if name in linear else dtype).itemsize
             for name, parameter in network.named_parameters()
         )
+
+
+def _flat(count: int) -> TensorSpec:
+    return TensorSpec("weight", "BF16", (count,))
