@@ -22,7 +22,7 @@ from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
 from adaptkit.training.network.frozen import FrozenWeight
 from adaptkit.training.network.narrow import narrowed
-from adaptkit.training.network.whole import TrainedWeight
+from adaptkit.training.network.whole import TrainedWeight, project
 
 
 class _Linear(torch.autograd.Function):
@@ -204,7 +204,7 @@ class LoraLinear(nn.Module):
         y: Tensor
         if self.lora_a is None or self.lora_b is None:
             if isinstance(self.base, TrainedWeight):
-                y = functional.linear(x, self.base.dequantize(x.dtype))
+                y = project(x, self.base.weight, x.dtype)
             else:
                 y = _FrozenLinear.apply(x, self.base, self.stand_in)  # type: ignore[no-untyped-call]
             return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -87,30 +87,43 @@ class _LookUp(torch.autograd.Function):
 class _WholeHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (…, dim) to (…, entries)."""
-        logits: Tensor = _Project.apply(hidden, self.bias, *held(self, "weight"))  # type: ignore[no-untyped-call]
-        return logits
+        weight, dtype = held(self, "weight")
+        return project(hidden, weight, dtype, self.bias)
+
+
+def project(x: Tensor, weight: nn.Parameter, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """Return X Wᵀ of a trained weight, (…, out).
+
+    Args:
+        x: (…, in), in ``dtype``.
+        weight: (out, in) float32.
+        dtype: dtype that W is cast to.
+        bias: (out,), in ``dtype``.
+    """
+    y: Tensor = _Project.apply(x, weight, dtype, bias)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, bias: Tensor | None, weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: nn.Parameter, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         narrow = weight.detach().to(dtype)
-        ctx.save_for_backward(hidden, narrow)
+        ctx.save_for_backward(x, narrow)
         ctx.weight = weight
-        return functional.linear(hidden, narrow, bias)
+        return functional.linear(x, narrow, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, narrow = ctx.saved_tensors
+        x, narrow = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        by_hidden = by_bias = by_weight = None
+        by_x = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
-            by_hidden = (grad @ narrow).view(hidden.shape)
+            by_x = (grad @ narrow).view(x.shape)
         if ctx.needs_input_grad[1]:
+            by_weight = accumulate_product(ctx.weight, grad, x.reshape(-1, x.shape[-1]))
+        if ctx.needs_input_grad[3]:
             by_bias = grad.sum(dim=0)
-        if ctx.needs_input_grad[2]:
-            by_weight = accumulate_product(ctx.weight, grad, hidden.reshape(-1, hidden.shape[-1]))
-        return by_hidden, by_bias, by_weight, None
+        return by_x, by_weight, None, by_bias
 
 
 class TrainedRows(nn.Module):
