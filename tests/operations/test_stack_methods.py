@@ -10,7 +10,7 @@ import tiny
 import torch
 from folders import edit_json, edited_tensors, tree
 from peft_adapters import change_tensors
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.manifest import require_manifest
@@ -489,3 +489,39 @@ def test_a_stack_of_adapters_that_name_different_bases_names_none_and_reports_it
     assert "'org/other'; the result names none" in done.stdout
     assert read_adapter(tmp_path / "out").config["base_model_name_or_path"] == ""
     assert "names none" not in run_cli("stack", *parts, "-o", tmp_path / "agreed").stdout
+
+
+@pytest.fixture(scope="module")
+def few_and_many_rows(tmp_path_factory):
+    """Two adapters of one linear layer with 256 rows, and two of one with 3072."""
+    folder, pairs = tmp_path_factory.mktemp("large"), []
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["up_proj"]}
+    for rows in (256, 3072):
+        pairs.append([folder / f"{rows}-{seed}" for seed in range(2)])
+        for seed, adapter in enumerate(pairs[-1]):
+            adapter.mkdir()
+            generator = torch.Generator().manual_seed(seed)
+            factors = {"lora_A": (4, 3072), "lora_B": (rows, 4)}
+            save_file(
+                {
+                    f"{PREFIX}model.layers.0.mlp.up_proj.{name}.weight": torch.randn(shape, generator=generator)
+                    for name, shape in factors.items()
+                },
+                adapter / "adapter_model.safetensors",
+            )
+            (adapter / "adapter_config.json").write_text(json.dumps(config))
+    return pairs
+
+
+@pytest.mark.parametrize("method", ["ties", "magnitude_prune", "dare", "dare_ties", "della", "breadcrumbs", "sce"])
+def test_elementwise_methods_hold_one_matrix_of_a_module(run_cli, tmp_path, few_and_many_rows, method):
+    peaks = []
+    for number, adapters in enumerate(few_and_many_rows):
+        done = run_cli(
+            *("stack", *adapters, "-o", tmp_path / str(number), "--method", method),
+            *("--density", 0.5, "--rank", 8, "--threads", 1),
+        )
+        assert done.code == 0, done.stderr
+        peaks.append(done.peak_bytes)
+    added = (3072 - 256) * 3072 * 8  # of one matrix in float64
+    assert peaks[1] - peaks[0] < 1.6 * added

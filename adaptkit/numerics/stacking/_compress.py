@@ -142,5 +142,6 @@ def _zero_change(out: int, columns: int) -> Compressed:
 
 def _check_magnitude(*factors: Tensor) -> None:
     for factor in factors:
-        if not bool((factor.abs() <= _FLOAT32_MAX).all()):  # also false for NaN
+        low, high = torch.aminmax(factor) if factor.numel() else (0.0, 0.0)
+        if not (low >= -_FLOAT32_MAX and high <= _FLOAT32_MAX):  # also if they are NaN
             raise NonFiniteError("the result is too large for float32", hint="use a smaller --weight")

@@ -1,13 +1,12 @@
 """Common parts of the elementwise methods: row blocks of the dense changes, trimming, and sign election.
 
 The dense changes are the canonical ones (see ``kernels.reference.low_rank_delta``), so that the choice of elements is
-the same on every machine. They are float64 and computed in row blocks. Only the result exists as a whole matrix, and
-two more whole matrices while the threshold of an adapter is searched.
+the same on every machine. They are float64 and computed in row blocks. There is one whole matrix, ``room_for`` the
+elements of one adapter at a time while their thresholds are searched, and then for the result: fresh memory is slow.
 """
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,33 +38,51 @@ def row_blocks(terms: Sequence[LowRank]) -> list[slice]:
     return [slice(first, min(first + step, out)) for first in range(0, out, step)]
 
 
-def by_rows(terms: Sequence[LowRank], rule: Rule) -> Tensor:
+def room_for(terms: Sequence[LowRank]) -> Tensor:
+    """Return an uninitialized matrix of the shape of the changes, (out, in) float64."""
+    return torch.empty(terms[0].shape, dtype=torch.float64)
+
+
+def by_rows(terms: Sequence[LowRank], rule: Rule, room: Tensor | None = None) -> Tensor:
     """Apply a rule to all changes, block by block.
 
     Args:
         terms: the changes of one module, one per adapter.
         rule: called once per block.
+        room: where to write the result; None for new memory.
 
     Returns:
         (out, in) float64.
     """
-    result = torch.empty(terms[0].shape, dtype=torch.float64)
+    result = room_for(terms) if room is None else room
     for rows in row_blocks(terms):
         result[rows] = rule(changes_in(terms, rows), rows)
     return result
 
 
+def magnitudes(term: LowRank, room: Tensor) -> Tensor:
+    """Return ``room`` with the magnitudes of the elements of one change."""
+    return by_rows([term], lambda changes, rows: changes[0].abs_(), room)
+
+
 def nth_largest(magnitudes: Tensor, count: int) -> float:
-    """Return the ``count``-th largest magnitude, counted from 1."""
+    """Return the ``count``-th largest magnitude, counted from 1. The magnitudes are reordered."""
     flat = as_array(magnitudes).reshape(-1)
     place = flat.size - count
-    return float(np.partition(flat, place)[place])  # several times as fast as torch's kthvalue
+    flat.partition(place)  # several times as fast as torch's kthvalue
+    return float(flat[place])
 
 
-def trimming(terms: Sequence[LowRank], density: float, module: str) -> Tensor:
+def trimming(terms: Sequence[LowRank], density: float, module: str, room: Tensor) -> Tensor:
     """Return, per adapter, the magnitude of the smallest element that is kept, at this density of its matrix.
 
     These are the ⌊density · N⌋ largest elements, as in peft, and any others that tie with the smallest of them.
+
+    Args:
+        terms: the changes of one module, one per adapter.
+        density: share of each adapter's elements that is kept.
+        module: its name, for the error.
+        room: overwritten; see ``room_for``.
 
     Returns:
         (adapters, 1, 1) float64; 0 if all elements are kept.
@@ -77,7 +94,7 @@ def trimming(terms: Sequence[LowRank], density: float, module: str) -> Tensor:
     kept = count_kept(density, out * columns, module)
     if kept == out * columns:
         return torch.zeros(len(terms), 1, 1, dtype=torch.float64)
-    least = [nth_largest(lora.delta([term]).abs_(), kept) if term.rank else 0.0 for term in terms]
+    least = [nth_largest(magnitudes(term, room), kept) if term.rank else 0.0 for term in terms]
     return torch.tensor(least, dtype=torch.float64)[:, None, None]
 
 
@@ -87,13 +104,15 @@ def trim(changes: Tensor, least: Tensor) -> Tensor:
 
 
 def agreeing(changes: Tensor) -> Tensor:
-    """Return 1 for elements with the sign of the sum over the adapters, else 0; a sum of 0 counts as positive.
+    """Return whether elements have the sign of the sum over the adapters; a sum of 0 counts as positive.
 
     Args:
         changes: (adapters, ...). Zeros never agree.
+
+    Returns:
+        The same shape, bool.
     """
-    elected = torch.where(changes.sum(0) >= 0, 1.0, -1.0).to(changes.dtype)
-    return (changes.sign() == elected).to(changes.dtype)
+    return (changes != 0) & ((changes > 0) == (changes.sum(0) >= 0))
 
 
 def disjoint_mean(changes: Tensor) -> Tensor:

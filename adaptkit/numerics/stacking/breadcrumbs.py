@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from adaptkit.errors import UsageError
-from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.stacking._elements import by_rows, nth_largest
+from adaptkit.numerics.stacking._elements import by_rows, magnitudes, nth_largest, room_for
 from adaptkit.numerics.stacking._method import Method, check_density, check_lambda, count_kept
 
 
@@ -45,28 +44,29 @@ class BreadcrumbsOptions:
             )
 
 
-def _kept_range(term: LowRank, options: BreadcrumbsOptions, module: str) -> tuple[float, float]:
-    """Return the smallest and the largest magnitude that are kept."""
+def _kept_range(term: LowRank, options: BreadcrumbsOptions, module: str, room: Tensor) -> tuple[float, float]:
+    """Return the smallest and the largest magnitude that are kept; ``room`` is overwritten."""
     out, columns = term.shape
     elements = out * columns
     above, kept = int(options.gamma * elements), count_kept(options.density, elements, module)
     if kept == elements or term.rank == 0:
         return 0.0, float("inf")
-    magnitudes = lora.delta([term]).abs_()
-    largest = nth_largest(magnitudes, above + 1)
-    return nth_largest(magnitudes, min(above + kept, elements)), largest
+    sizes = magnitudes(term, room)
+    largest = nth_largest(sizes, above + 1)
+    return nth_largest(sizes, min(above + kept, elements)), largest
 
 
 def combine(terms: Sequence[LowRank], options: BreadcrumbsOptions, module: str) -> Tensor:
     """Drop elements at both ends and sum. Returns (out, in) float64."""
-    bounds = torch.tensor([_kept_range(term, options, module) for term in terms], dtype=torch.float64)
+    room = room_for(terms)
+    bounds = torch.tensor([_kept_range(term, options, module, room) for term in terms], dtype=torch.float64)
     least, largest = bounds[:, 0, None, None], bounds[:, 1, None, None]
 
     def rule(changes: Tensor, rows: slice) -> Tensor:
         sizes = changes.abs()
         return (changes * ((sizes >= least) & (sizes <= largest))).sum(0) * options.lambda_
 
-    return by_rows(terms, rule)
+    return by_rows(terms, rule, room)
 
 
 METHOD = Method(combine, source="Model Breadcrumbs (arXiv:2312.06795), sorted by module", options=BreadcrumbsOptions)

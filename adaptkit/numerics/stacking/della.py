@@ -15,10 +15,12 @@ mergekit; the paper's ε is the whole width.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from adaptkit.errors import UsageError
+from adaptkit.numerics.arrays import Array, as_array
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._elements import by_rows, disjoint_mean
 from adaptkit.numerics.stacking._method import Method, check_density, check_lambda, check_seed
@@ -68,9 +70,28 @@ def probabilities(changes: Tensor, options: DellaOptions) -> Tensor:
     columns = changes.shape[2]
     if columns == 1:
         return torch.full_like(changes, options.density)
-    order = changes.abs().argsort(dim=2, stable=True)
-    rank = torch.empty_like(order).scatter_(2, order, torch.arange(columns).expand_as(order))
-    return options.density - options.epsilon + 2 * options.epsilon * rank.double() / (columns - 1)
+    order = torch.from_numpy(_ascending(as_array(changes.abs()).view(np.int64)))
+    rank = torch.empty_like(changes).scatter_(2, order, torch.arange(columns).double().expand_as(order))
+    return options.density - options.epsilon + 2 * options.epsilon * rank / (columns - 1)
+
+
+def _ascending(bits: Array) -> Array:
+    """Return the indices that sort each row stably, by sorting keys instead of indices, which is much faster.
+
+    A key is an element with its lowest bits replaced by its column. Rows in which these bits matter are sorted again.
+
+    Args:
+        bits: (..., columns) int64, not negative: magnitudes, whose order is that of their bits.
+    """
+    columns = bits.shape[-1]
+    low = (1 << (columns - 1).bit_length()) - 1
+    keys = bits & ~low | np.arange(columns)
+    keys.sort(axis=-1)
+    order: Array = keys & low
+    found = np.take_along_axis(bits, order, axis=-1)
+    wrong = (found[..., 1:] < found[..., :-1]).any(axis=-1)
+    order[wrong] = bits[wrong].argsort(axis=-1, kind="stable")
+    return order
 
 
 def combine(terms: Sequence[LowRank], options: DellaOptions, module: str) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.stacking._elements import by_rows, trim, trimming
+from adaptkit.numerics.stacking._elements import by_rows, room_for, trim, trimming
 from adaptkit.numerics.stacking._method import Method, check_density
 
 
@@ -30,8 +30,9 @@ class PruneOptions:
 
 def combine(terms: Sequence[LowRank], options: PruneOptions, module: str) -> Tensor:
     """Trim and sum. Returns (out, in) float64."""
-    least = trimming(terms, options.density, module)
-    return by_rows(terms, lambda changes, rows: trim(changes, least).sum(0))
+    room = room_for(terms)
+    least = trimming(terms, options.density, module, room)
+    return by_rows(terms, lambda changes, rows: trim(changes, least).sum(0), room)
 
 
 METHOD = Method(

@@ -12,6 +12,7 @@ everything. mergekit has no weights here; ours are part of τ_t = w_t Δ_t. It s
 all τ̂_t sum to less than 1e-6, as they do for many adapters; here η_t follows the paper however small they are.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.stacking._elements import agreeing, by_rows, changes_in, nth_largest, row_blocks
+from adaptkit.numerics.stacking._elements import agreeing, by_rows, changes_in, nth_largest, room_for, row_blocks
 from adaptkit.numerics.stacking._method import Method, check_density, check_lambda, count_kept
 
 
@@ -40,36 +41,37 @@ class SceOptions:
         check_lambda(self.lambda_)
 
 
-def _selection(terms: Sequence[LowRank], density: float, module: str) -> Tensor | None:
-    """Return which elements are selected: (out, in) bool; None for all."""
-    if density == 1:
-        return None
-    variance = by_rows(terms, lambda changes, rows: changes.var(0, correction=0))
+def _variance(changes: Tensor) -> Tensor:
+    return changes.var(0, correction=0)
+
+
+def _least_variance(terms: Sequence[LowRank], density: float, module: str, room: Tensor) -> float:
+    """Return the smallest variance of an element that is selected, infinity if none is; ``room`` is overwritten."""
+    variance = by_rows(terms, lambda changes, rows: _variance(changes), room)
     differing = int(variance.count_nonzero())
-    if differing == 0:
-        return torch.zeros_like(variance, dtype=torch.bool)
-    return variance >= nth_largest(variance, count_kept(density, differing, module))
+    return nth_largest(variance, count_kept(density, differing, module)) if differing else math.inf
 
 
 def combine(terms: Sequence[LowRank], options: SceOptions, module: str) -> Tensor:
     """Select, calculate, erase. Returns (out, in) float64."""
-    selection = _selection(terms, options.density, module)
+    room = room_for(terms)
+    least = None if options.density == 1 else _least_variance(terms, options.density, module, room)
 
-    def selected(changes: Tensor, rows: slice) -> Tensor:
-        return changes if selection is None else changes * selection[rows]
+    def selected(changes: Tensor) -> Tensor:
+        return changes if least is None else changes * (_variance(changes) >= least)
 
     energies = torch.zeros(len(terms), dtype=torch.float64)
     for rows in row_blocks(terms):
-        energies += selected(changes_in(terms, rows), rows).square().sum((1, 2))
+        energies += selected(changes_in(terms, rows)).square().sum((1, 2))
     coefficients = (energies / energies.sum().clamp(min=torch.finfo(torch.float64).tiny))[:, None, None]
 
     def rule(changes: Tensor, rows: slice) -> Tensor:
-        chosen = selected(changes, rows)
+        chosen = selected(changes)
         left = coefficients * agreeing(chosen)
         total = left.sum(0)
         return (chosen * left).sum(0) / torch.where(total == 0, 1.0, total) * options.lambda_
 
-    return by_rows(terms, rule)
+    return by_rows(terms, rule, room)
 
 
 METHOD = Method(combine, source="SCE of FuseChat (arXiv:2408.07990), as mergekit has it", options=SceOptions)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.stacking._elements import by_rows, disjoint_mean, trim, trimming
+from adaptkit.numerics.stacking._elements import by_rows, disjoint_mean, room_for, trim, trimming
 from adaptkit.numerics.stacking._method import Method, check_density, check_lambda
 
 
@@ -38,8 +38,9 @@ class TiesOptions:
 
 def combine(terms: Sequence[LowRank], options: TiesOptions, module: str) -> Tensor:
     """Trim, elect, merge; see the module's docstring. Returns (out, in) float64."""
-    least = trimming(terms, options.density, module)
-    return by_rows(terms, lambda changes, rows: disjoint_mean(trim(changes, least)) * options.lambda_)
+    room = room_for(terms)
+    least = trimming(terms, options.density, module, room)
+    return by_rows(terms, lambda changes, rows: disjoint_mean(trim(changes, least)) * options.lambda_, room)
 
 
 METHOD = Method(

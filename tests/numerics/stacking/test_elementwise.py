@@ -10,6 +10,7 @@ from peft.utils import merge_utils
 
 from adaptkit.errors import UsageError
 from adaptkit.numerics.stacking import _elements
+from adaptkit.numerics.stacking.della import DellaOptions, probabilities
 
 MODULE = "model.layers.0.mlp.up_proj"
 DENSITIES = [0.3, 0.5, 0.85, 1.0]
@@ -86,6 +87,20 @@ def test_della_keeps_an_element_by_the_rank_of_its_magnitude_in_its_row(
         dropped.append(result)
     found = combine("della", terms, density=density, epsilon=epsilon, seed=3, lambda_=0.5)
     close(found, 0.5 * elect_and_average(dropped))
+
+
+@pytest.mark.parametrize("columns", [2, 3, 16, 17, 300])
+def test_della_ranks_magnitudes_that_are_equal_or_differ_in_their_last_bits_only(columns):
+    generator = np.random.default_rng(5)
+    magnitudes = (np.float64(1).view(np.int64) + generator.integers(0, 3 * columns, (2, 20, columns))).view(np.float64)
+    magnitudes[:, ::4] = np.round(magnitudes[:, ::4])
+    magnitudes[:, 1::4, ::2] = 0.0
+    changes = magnitudes * generator.choice([-1.0, 1.0], magnitudes.shape)
+    found = probabilities(torch.from_numpy(changes), DellaOptions(density=0.5, epsilon=0.25)).numpy()
+    for row, chances in zip(magnitudes.reshape(-1, columns), found.reshape(-1, columns), strict=True):
+        ascending = sorted(range(columns), key=lambda j, row=row: (row[j], j))
+        assert np.argsort(chances).tolist() == ascending
+        assert (chances.min(), chances.max()) == (0.25, 0.75)
 
 
 @pytest.mark.parametrize(
