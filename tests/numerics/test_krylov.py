@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptkit.numerics.krylov import leading
+from adaptkit.numerics.krylov import leading, times
 
 
 def with_spectrum(sigma, rows, columns):
@@ -56,3 +57,36 @@ def test_a_zero_matrix_has_zero_singular_values():
 
 def test_a_small_matrix_gives_none():
     assert leading(torch.ones(500, 100, dtype=torch.float64), 4) is None
+
+
+@pytest.mark.parametrize("few", [1, 18, 24, 42])
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_product_with_a_few_columns_is_the_product(few, turned):
+    generator = torch.Generator().manual_seed(2)
+    matrix = torch.randn(70, 50, dtype=torch.float64, generator=generator)
+    matrix = matrix.T if turned else matrix
+    columns = torch.randn(matrix.shape[1], few, dtype=torch.float64, generator=generator)
+    found = times(matrix, columns)
+    assert found.shape == (len(matrix), few)
+    np.testing.assert_allclose(found.numpy(), matrix.numpy() @ columns.numpy(), rtol=0, atol=1e-13)
+
+
+class Widths(TorchDispatchMode):
+    """Records the number of columns of each product with a large matrix."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.found = elements, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.mm.default and args[0].numel() == self.elements:
+            self.found.append(args[1].shape[1])
+        return function(*args, **(kwargs or {}))
+
+
+def test_products_with_the_matrix_have_whole_tiles_of_columns():
+    matrix = with_spectrum(SPECTRA["steep"], 500, 450)
+    with Widths(matrix.numel()) as watch:
+        assert leading(matrix, 7) is not None
+    assert len(watch.found) > 3
+    assert all(width % 24 == 0 for width in watch.found)

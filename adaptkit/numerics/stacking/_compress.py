@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adaptkit.errors import NonFiniteError
 from adaptkit.numerics import lora
-from adaptkit.numerics.krylov import leading
+from adaptkit.numerics.krylov import leading, times
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import Spectrum, check_size, energy_kept, rank_for_energy, svd
 from adaptkit.numerics.stacking._core import numerical_rank
@@ -123,7 +123,7 @@ def _compress_dense(delta: Tensor, scale: float, default: int, limit: Limit) -> 
         return _zero_change(*delta.shape)
     kept = limit.choose(sigma, default)
     basis = vectors[:, :kept]
-    spectrum = svd(LowRank(basis.T, tall @ basis, 1.0))
+    spectrum = svd(LowRank(basis.T, times(tall, basis), 1.0))
     truncated = spectrum.truncated(kept)
     energy = min(1.0, float(spectrum.sigma.square().sum()) / norm**2)
     return Compressed(truncated if tall is delta else lora.transposed(truncated), norm, energy)
