@@ -24,7 +24,7 @@ def hold(module: nn.Module, name: str, parameter: nn.Parameter, dtype: torch.dty
 
 
 def held(module: nn.Module, name: str) -> tuple[nn.Parameter, torch.dtype]:
-    """Return the parameter that ``hold`` placed in a module, and the dtype that the module sees it in."""
+    """Return a module's parameter, and the dtype that the module sees it in; unlike reading it, this casts nothing."""
     if not parametrize.is_parametrized(module, name):
         parameter: nn.Parameter = getattr(module, name)
         return parameter, parameter.dtype

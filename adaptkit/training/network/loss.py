@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adaptkit.networks.casting import held
 from adaptkit.networks.memory import rows_at_a_time
 from adaptkit.networks.probing import exchanged
 from adaptkit.numerics.kernels import has_triton
@@ -88,7 +89,7 @@ class OutputLayer:
         if self.is_head:
             head = self.head
             if isinstance(head, nn.Linear):
-                hidden = hidden.to(head.weight.dtype)  # Mamba's hidden states are always float32
+                hidden = hidden.to(held(head, "weight")[1])  # Mamba's hidden states are always float32
             return head(hidden)  # type: ignore[no-any-return]
         body = self._network.base_model_prefix
         given = _FixedBody(self._network._modules[body], hidden[None])
@@ -185,7 +186,8 @@ def _add(grads: list[Tensor | None], found: Sequence[Tensor | None], start: int)
 
 def _shape(head: Any) -> tuple[int, int]:
     """Return (vocabulary, dim) of an output layer's weight."""
-    rows, columns = (head.base if isinstance(head, LoraLinear) else head.weight).shape
+    weight = head.base if isinstance(head, LoraLinear) else held(head, "weight")[0]
+    rows, columns = weight.shape
     return int(rows), int(columns)
 
 

@@ -5,6 +5,7 @@ import tiny
 import torch
 import transformers
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptkit.networks.activations import Alive
 from adaptkit.training.data.batches import Batch
@@ -130,3 +131,26 @@ def test_no_gradient_of_the_size_of_an_embedding_is_formed(folders):
     assert alive.peak < parameter.nbytes / 8
     assert parameter.grad[:4].eq(1).all()
     assert not parameter.grad[4:].any()
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of tensors of one shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._to_copy.default and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+def test_each_chunk_of_logits_casts_the_output_layer_once(folders, monkeypatch):
+    monkeypatch.setattr(loss, "rows_at_a_time", lambda *_: 5)
+    model, (parameter,) = trained(folders["llama"], torch.bfloat16, {"model.embed_tokens", "lm_head"})
+    parameter.grad = torch.zeros_like(parameter)
+    batch = next(iter(batches(model.network.config.vocab_size)))
+    chunks = -(-int((batch.labels[:, 1:] != -100).sum()) // 5)
+    with Casts(parameter.shape) as casts, accumulating():
+        summed_loss(model, batch, SHARE).backward()
+    assert casts.count == chunks + 1  # and once to find out which parameters it depends on
