@@ -1,6 +1,7 @@
 """Weights in few bits are decoded in runs of any multiple of their unit, so that memory does not grow with a matrix."""
 
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,16 +18,6 @@ from adaptkit.checkpoint.released import open_plain
 from adaptkit.numerics.arrays import BFLOAT16
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("released")
-    return {
-        "fp8": released.write_fp8(folder / "fp8", block=(16, 64)),
-        "mxfp4": released.write_mxfp4(folder / "mxfp4"),
-        "deepseek_v4": released.write_deepseek_v4(folder / "deepseek_v4"),
-    }
-
-
 def write_alone(folder, tensors, model_type="llama", block=None):
     """Write a checkpoint that holds these tensors only."""
     folder.mkdir(exist_ok=True)
@@ -38,9 +29,13 @@ def write_alone(folder, tensors, model_type="llama", block=None):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["fp8", "mxfp4", "deepseek_v4"])
-def test_a_run_is_a_part_of_the_whole(folders, kind):
-    files = Checkpoint(folders[kind])
+@pytest.mark.parametrize(
+    "write",
+    [partial(released.write_fp8, block=(16, 64)), released.write_mxfp4, released.write_deepseek_v4],
+    ids=["fp8", "mxfp4", "deepseek_v4"],
+)
+def test_a_run_is_a_part_of_the_whole(write, tmp_path):
+    files = Checkpoint(write(tmp_path / "release"))
     weights = low_precision_weights(files)
 
     @settings(max_examples=40)

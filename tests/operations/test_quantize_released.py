@@ -1,6 +1,7 @@
 """A model released in FP8 or MXFP4 is quantized as the 16-bit checkpoint that dequantize would write."""
 
 import json
+from functools import cache
 
 import pytest
 import released
@@ -30,13 +31,17 @@ GATE = "model.layers.1.mlp.gate_proj.weight"
 
 @pytest.fixture(scope="module")
 def releases(tmp_path_factory):
-    """By kind: (the release, its 16-bit checkpoint), side by side."""
+    """Make a release of a kind and its 16-bit checkpoint, side by side and once."""
     folder = tmp_path_factory.mktemp("released")
     write = {"fp8": released.write_fp8, "mxfp4": released.write_mxfp4, "deepseek_v4": released.write_deepseek_v4}
-    made = {kind: write[kind](folder / kind) for kind in KINDS}
-    for kind, path in made.items():
-        dequantize(path, folder / f"{kind}-plain")
-    return {kind: (path, folder / f"{kind}-plain") for kind, path in made.items()}
+
+    @cache
+    def made(kind):
+        release, plain = write[kind](folder / kind), folder / f"{kind}-plain"
+        dequantize(release, plain)
+        return release, plain
+
+    return made
 
 
 def without_manifest(folder):
@@ -48,7 +53,7 @@ def without_manifest(folder):
     [*((kind, "keep") for kind in KINDS), *((kind, "quantize") for kind in KINDS if kind != "fp8")],
 )
 def test_the_files_are_those_made_from_the_16_bit_checkpoint(releases, kind, moe, tmp_path):
-    release, plain = releases[kind]
+    release, plain = releases(kind)
     options = QuantizeOptions(moe=moe, max_shard_bytes=60_000)
     report = quantize(release, tmp_path / "one", options)
     quantize(plain, tmp_path / "two", options)
@@ -60,7 +65,7 @@ def test_the_files_are_those_made_from_the_16_bit_checkpoint(releases, kind, moe
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("piece", [130, 3000])
 def test_pieces_do_not_change_the_files(releases, kind, piece, tmp_path, monkeypatch):
-    release, _ = releases[kind]
+    release, _ = releases(kind)
     options = QuantizeOptions(moe="keep" if kind == "fp8" else "quantize")
     quantize(release, tmp_path / "one", options)
     monkeypatch.setattr(_shards, "PIECE_BYTES", piece)
@@ -77,7 +82,7 @@ def test_pieces_are_whole_rows_unless_they_would_be_large_for_it(columns, are_wh
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_read_of_the_view_is_of_the_16_bit_checkpoint(releases, kind):
-    release, plain = releases[kind]
+    release, plain = releases(kind)
     view, expected = open_plain(release), Checkpoint(plain)
     assert list(view.tensors) == list(expected.tensors)
     assert view.config == expected.config
@@ -101,7 +106,7 @@ def test_every_read_of_the_view_is_of_the_16_bit_checkpoint(releases, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_manifest_names_the_base_and_every_tensor_of_the_release(releases, kind, tmp_path):
-    release, plain = releases[kind]
+    release, plain = releases(kind)
     quantize(release, tmp_path / "nf4")
     base, parent = require_manifest(tmp_path / "nf4").parents
     assert (base.role, base.kind) == ("base", "checkpoint")
@@ -114,8 +119,8 @@ def test_the_manifest_names_the_base_and_every_tensor_of_the_release(releases, k
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("with_plain", [False, True])
 def test_the_release_alone_is_enough_to_repeat_it(releases, kind, with_plain, tmp_path):
-    quantize(releases[kind][0], tmp_path / "nf4")
-    parents = releases[kind] if with_plain else releases[kind][:1]
+    quantize(releases(kind)[0], tmp_path / "nf4")
+    parents = releases(kind) if with_plain else releases(kind)[:1]
     report = verify(tmp_path / "nf4", VerifyOptions(parents=parents, recompute=True))
     assert [result for _, result in report.recomputed][-1] == "same bytes"
     assert [(p.role, p.state) for p in report.parents] == [
@@ -125,8 +130,8 @@ def test_the_release_alone_is_enough_to_repeat_it(releases, kind, with_plain, tm
 
 
 def test_a_changed_release_is_not_the_parent(releases, copy_of, tmp_path):
-    quantize(releases["fp8"][0], tmp_path / "nf4")
-    other = copy_of(releases["fp8"][0])
+    quantize(releases("fp8")[0], tmp_path / "nf4")
+    other = copy_of(releases("fp8")[0])
     flip(other / "model.safetensors", Checkpoint(other).tensors[f"{GATE}_scale_inv"].position)
     problem = r"1 of 2 ancestors cannot be verified: release \w+ not found; base \w+ never written\n"
     with pytest.raises(IntegrityError, match=problem):
@@ -134,7 +139,7 @@ def test_a_changed_release_is_not_the_parent(releases, copy_of, tmp_path):
 
 
 def test_what_was_trained_on_it_is_verified_against_the_16_bit_checkpoint(releases, tmp_path, run_cli):
-    release, plain = releases["fp8"]
+    release, plain = releases("fp8")
     done = run_cli("quantize", release, "-o", tmp_path / "nf4")
     assert done.code == 0, done.stderr
     assert "source           fp8, decoded to bfloat16\n" in done.stdout
@@ -160,7 +165,7 @@ def test_the_size_before_is_that_of_the_release(tmp_path, run_cli):
 
 
 def test_calibration_and_a_budget_run_on_a_release(releases, instructions, tmp_path):
-    release, plain = releases["fp8"]
+    release, plain = releases("fp8")
     options = QuantizeOptions(calibration=Calibration((instructions,), tokens=64, window=32, bits_budget=6.5))
     quantize(release, tmp_path / "one", options)
     quantize(plain, tmp_path / "two", options)
@@ -170,7 +175,7 @@ def test_calibration_and_a_budget_run_on_a_release(releases, instructions, tmp_p
 
 
 def test_shares_of_a_release_are_joined(releases, copy_of, tmp_path):
-    release, _ = releases["fp8"]
+    release, _ = releases("fp8")
     options = {"max_shard_bytes": 40_000}
     quantize(release, tmp_path / "whole", QuantizeOptions(**options))
     quantize(copy_of(release), tmp_path / "nf4", QuantizeOptions(**options, part=Part(1, 2)))
@@ -191,7 +196,7 @@ def test_shares_of_releases_that_differ_in_scales_of_inputs_are_not_joined(copy_
 
 
 def test_a_released_base_that_was_only_decoded_is_asked_for_by_merge(releases, adapter, tmp_path):
-    quantize(releases["fp8"][0], tmp_path / "alone" / "nf4")
+    quantize(releases("fp8")[0], tmp_path / "alone" / "nf4")
     with pytest.raises(CheckpointError, match="was not found beside it") as caught:
         merge(tmp_path / "alone" / "nf4", adapter, tmp_path / "out")
     assert caught.value.hint.startswith("run: adaptkit dequantize RELEASE -o PLAIN")
@@ -199,7 +204,7 @@ def test_a_released_base_that_was_only_decoded_is_asked_for_by_merge(releases, a
 
 @pytest.mark.parametrize("part", ["code", "scale"])
 def test_nan_is_refused_with_its_index(releases, part, copy_of, tmp_path):
-    folder = copy_of(releases["fp8"][0])
+    folder = copy_of(releases("fp8")[0])
     with edited_tensors(folder / "model.safetensors") as tensors:
         if part == "code":
             tensors[GATE].view(torch.uint8)[7, 5] = 255
@@ -214,7 +219,7 @@ def test_nan_is_refused_with_its_index(releases, part, copy_of, tmp_path):
 def test_weights_too_large_for_bfloat16_are_refused_as_such_and_can_be_quantized_from_float32(
     releases, copy_of, run_cli, tmp_path
 ):
-    folder = copy_of(releases["fp8"][0])
+    folder = copy_of(releases("fp8")[0])
     with edited_tensors(folder / "model.safetensors") as tensors:
         tensors[GATE].view(torch.uint8)[0, 0] = 0x7E  # 448
         tensors[f"{GATE}_scale_inv"][0, 0] = 7.59e35  # the product is less than the largest float32
@@ -227,14 +232,14 @@ def test_weights_too_large_for_bfloat16_are_refused_as_such_and_can_be_quantized
 
 
 def test_a_release_that_lacks_a_part_is_refused(releases, copy_of, tmp_path):
-    folder = rewritten(copy_of(releases["fp8"][0]), lambda tensors: tensors.pop(f"{GATE}_scale_inv"))
+    folder = rewritten(copy_of(releases("fp8")[0]), lambda tensors: tensors.pop(f"{GATE}_scale_inv"))
     with pytest.raises(CheckpointError, match=r"gate_proj\.weight_scale_inv is missing"):
         quantize(folder, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_inspect_counts_the_weights_and_their_bits(releases, kind):
-    release, plain = releases[kind]
+    release, plain = releases(kind)
     report, files = inspect(release), Checkpoint(release)
     assert report.parameters == inspect(plain).parameters
     assert report.kind == "quantized"

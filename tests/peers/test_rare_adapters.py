@@ -2,12 +2,12 @@
 
 import peft_adapters
 import pytest
+import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft_adapters import WEIGHTS
 from safetensors.torch import load_file
 from transformers import (
-    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -85,9 +85,7 @@ STACKS = {
 @pytest.mark.parametrize("kind", STACKS)
 def test_separate_stacks_of_gate_and_up_are_distinguished(tmp_path, kind):
     """All are square here, so shapes do not show which tensors belong to which stack."""
-    if kind not in CONFIG_MAPPING:
-        pytest.skip(f"this version of transformers has no {kind}")
-
+    tiny.need_architecture(kind)
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     with peft_adapters.quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -129,9 +127,7 @@ def test_magnitudes_that_peft_writes_twice_are_read_once(tmp_path):
 
 def test_an_extracted_norm_inside_an_extracted_embedding_is_saved_with_it(tmp_path):
     """peft does not find a module of ``modules_to_save`` that is inside another of them."""
-    if "inkling_text" not in CONFIG_MAPPING:
-        pytest.skip("this version of transformers has no inkling_text")
-
+    tiny.need_architecture("inkling_text")
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     with peft_adapters.quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
