@@ -427,13 +427,16 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import OfflineModeIsEnabled
 from adaptkit.errors import NetworkError
 from adaptkit.hub.sources import resolve_source
-list_tree, asked = HfApi.list_repo_tree, []
-def list_once(*args, **kwargs):
-    asked.append(args)
-    if len(asked) == 1:
-        return list_tree(*args, **kwargs)
-    raise OfflineModeIsEnabled("as if there were no network any more")
-HfApi.list_repo_tree = list_once
+listed = []
+def until_listed(call):
+    def answer(*args, **kwargs):
+        if listed:
+            raise OfflineModeIsEnabled("as if there were no network any more")
+        listed.extend([True] * (call.__name__ == "list_repo_tree"))
+        return call(*args, **kwargs)
+    return answer
+for name in ("repo_info", "list_repo_tree"):  # versions of the client differ in what they ask again
+    setattr(HfApi, name, until_listed(getattr(HfApi, name)))
 try:
     print(json.dumps({"path": str(resolve_source("me/model"))}))
 except NetworkError as error:
