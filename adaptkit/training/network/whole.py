@@ -3,8 +3,9 @@
 A parameter that is trained in full is held in float32, so that small updates are not lost; its module sees it cast to
 the compute dtype. Trained rows are also float32, and stored separately from the frozen table, which is not copied.
 
-The largest parameters are an embedding and an output layer. Of an embedding, only the rows that are looked up are cast;
-inside ``accumulating``, no gradient of the size of either is formed besides its ``grad``.
+The largest parameters are an embedding and an output layer. Of an embedding, only the rows that are looked up are cast
+(Gemma's also reads ``weight.dtype``, which casts all); inside ``accumulating``, no gradient of the size of either is
+formed besides its ``grad``.
 """
 
 from dataclasses import dataclass
