@@ -80,7 +80,7 @@ def measured_layers(
     shapes = linear_shapes(network)
     fuse_stand_ins(network, shapes, full, on_gpu)
     with without_compiler(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _Groups():
-        network._apply(_empty).requires_grad_(False)
+        _allocate(network)
         for name, (rows, columns) in shapes.items():
             parent, _, child = name.rpartition(".")
             linear = network.get_submodule(name)
@@ -109,8 +109,20 @@ def measured_layers(
     return [replace(one, peak_bytes=one.peak_bytes + more) for one, more in zip(sizes, unpacked, strict=True)]
 
 
+def _allocate(network: nn.Module) -> None:
+    """Replace all parameters and buffers by uninitialized ones that are not trained.
+
+    ``to_empty`` converts meta tensors, which loads torch's compiler, and ``_apply`` of torch 2.9 leaves parameters on
+    the meta device.
+    """
+    for module in network.modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            module._parameters[name] = nn.Parameter(_empty(parameter), False)
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            module._buffers[name] = _empty(buffer)
+
+
 def _empty(tensor: Tensor) -> Tensor:
-    """Return an uninitialized tensor of this form; ``to_empty`` converts meta tensors, which loads torch's compiler."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
 
 
