@@ -8,6 +8,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from adaptkit.checkpoint.vocabulary import is_embedding_name, is_tied_by_default, known_head
 from adaptkit.networks.architecture import head_path
 
+BEFORE = {"gpt_neox": "embed_out"}
+"""Names of heads in earlier versions of transformers."""
 AUTO = (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSpeechSeq2Seq)
 
 
@@ -24,6 +26,8 @@ def test_a_known_head_is_the_one_that_transformers_ties(kind):
     for model in classes(kind) if head else ():
         tied = model._tied_weights_keys or {}
         names = [name.removesuffix(".weight") for name in tied if name.endswith(".weight")]
+        if names == [BEFORE.get(kind)]:
+            continue
         assert head in names or not names, model.__name__
         if head in names:
             source = tied[f"{head}.weight"].removesuffix("$").removesuffix(".weight")
@@ -31,7 +35,8 @@ def test_a_known_head_is_the_one_that_transformers_ties(kind):
 
 
 BUILT = {
-    "bert": {}, "roberta": {}, "distilbert": {"n_layers": 1}, "modernbert-decoder": {}, "biogpt": {}, "albert": {},
+    "bert": {}, "roberta": {}, "distilbert": {"n_layers": 1}, "modernbert-decoder": {"num_hidden_layers": 2},
+    "biogpt": {}, "albert": {},
     "electra": {}, "deberta-v2": {}, "mamba": {}, "mamba2": {}, "falcon_mamba": {}, "openai-gpt": {"n_layer": 1},
     "gpt2": {"n_layer": 1}, "ctrl": {"n_layer": 1}, "rwkv": {}, "xlnet": {"n_layer": 1}, "llama": {}, "gemma": {},
     "qwen2": {}, "phi": {}, "opt": {}, "bloom": {"n_layer": 1}, "gpt_neox": {}, "gptj": {"n_layer": 1},
@@ -47,7 +52,7 @@ def test_the_tables_are_right_for_every_model_class_of_a_type(kind):
     for model in classes(kind):
         with quiet(), torch.device("meta"):
             network = model(model.config_class(**values))
-        assert head_path(network) == known_head({"model_type": kind})
+        assert head_path(network) in (known_head({"model_type": kind}), BEFORE.get(kind))
         tied = network.get_output_embeddings().weight is network.get_input_embeddings().weight
         assert tied == is_tied_by_default({"model_type": kind})
         table = network.get_input_embeddings()

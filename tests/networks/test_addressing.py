@@ -88,7 +88,7 @@ def test_an_unknown_architecture_gives_a_base_mismatch_error(llama, copy_of):
 
 
 def test_an_audio_model_is_built_by_the_name_of_its_class(tmp_path):
-    """transformers does not list it as a language model, and its files name audio tower and text part differently."""
+    """transformers does not list it as a language model; most versions give its files other names than the model's."""
     import torch
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
@@ -104,7 +104,6 @@ def test_an_audio_model_is_built_by_the_name_of_its_class(tmp_path):
     found = find_addresses(checkpoint, names, "a").of
     for name in names:
         (place,) = found[name]
-        assert place.name != name
         assert torch.equal(checkpoint.read(place.name), model.get_parameter(name))
 
 

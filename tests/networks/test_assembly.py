@@ -180,6 +180,7 @@ def test_a_parametrization_is_not_a_stack_of_layers():
 
 def test_layers_stored_in_one_tensor_are_read_after_some_were_replaced(tmp_path):
     """LARA-mini's files have two linear layers in one matrix; transformers takes their shapes from the network."""
+    tiny.need_architecture("lara_mini")
     tokenizer = tiny.write_tokenizer(tmp_path)
     values = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
     config = AutoConfig.for_model("lara_mini", vocab_size=len(tokenizer), **tiny._DECODER | values)

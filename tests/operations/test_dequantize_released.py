@@ -64,10 +64,10 @@ def test_fp8_gives_the_weights_of_transformers(tmp_path, block, dtype):
     report = dequantize(folder, tmp_path / "plain", DequantizeOptions(dtype=dtype))
     assert (report.dequantized, report.input_scales) == (14, 0)
     config = FineGrainedFP8Config(dequantize=True, weight_block_size=block)
-    expected = loaded(folder, quantization_config=config, dtype=getattr(torch, dtype))
+    expected = loaded(folder, quantization_config=config, dtype=torch.float32)  # earlier versions round scales, too
     found = loaded(tmp_path / "plain", dtype=getattr(torch, dtype))
     assert set(found) == set(expected)
-    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    assert all(torch.equal(found[name], weight.to(found[name].dtype)) for name, weight in expected.items())
     assert load_file(tmp_path / "plain" / "model.safetensors")[GATE].dtype == getattr(torch, dtype)
 
 

@@ -10,6 +10,7 @@ import torch
 from folders import changes_of, edit_json, edited_tensors, rewritten, tensors_of, tree
 from peft_formulas import logits
 from safetensors.torch import load_file, save_file
+from transformers.models.granitemoe import modeling_granitemoe
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.hashing import fingerprint, tensors_root
@@ -585,6 +586,8 @@ def test_a_changed_stack_of_experts_is_refused_unless_only_linear_leaves_it_out(
 
 
 def test_a_changed_stack_of_experts_that_the_files_call_a_weight_is_refused_too(tmp_path):
+    if hasattr(modeling_granitemoe, "GraniteMoeParallelExperts"):
+        pytest.skip("this version of transformers has Granite's stacks as modules, which are saved whole")
     base = tiny.write_family(tmp_path / "base", "granitemoe", dtype="float32")
     folder = tuned_from(base, tmp_path / "tuned", noise(only="layers.0"))
     stack = r"layers\.0\.block_sparse_moe\.input_linear\.weight differs, .*layers\.0\.block_sparse_moe\.experts\.\w+,"

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import tiny
 import torch
+import transformers
 from adapted import plain_in
 
 from adaptkit.errors import CheckpointError, UsageError
@@ -50,6 +51,10 @@ def models(made, llama, gpt2):
     for name, folder in found.items():
         quantize(folder, made / f"plan-{name}-nf4")
     return {name: (folder, made / f"plan-{name}-nf4") for name, folder in found.items()}
+
+
+def release(package):
+    return tuple(int(number) for number in package.__version__.split(".")[:2])
 
 
 def load_with_adapter(folder, targets=("*",), dtype=torch.bfloat16):
@@ -177,6 +182,10 @@ def test_layers_keep_and_need_what_the_trainer_measures(made, gpt2, family, full
         assert found.peak_bytes == pytest.approx(expected.peak_bytes, rel=0.02)
 
 
+@pytest.mark.skipif(
+    release(transformers) < (5, 18),
+    reason="transformers before 5.18 gives Doge no causal mask, so it cannot be trained",
+)
 def test_attention_with_a_mask_that_the_layer_computes_needs_what_the_trainer_measures(tmp_path, monkeypatch):
     monkeypatch.setitem(tiny.ARCHITECTURES, "doge", {})
     folder = tiny.write_architecture(tmp_path / "doge", "doge")
@@ -294,6 +303,8 @@ def test_checkpointing_reduces_predicted_activations_of_other_architectures(made
 @pytest.mark.parametrize(("moe", "dtype"), [("keep", "bfloat16"), ("quantize", "bfloat16"), ("keep", "float32")])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe"])
 def test_experts_are_predicted_unquantized_and_in_4_bits(made, tmp_path, family, moe, dtype):
+    if (moe, dtype) == ("keep", "bfloat16") and release(torch) < (2, 11):
+        pytest.skip("with torch before 2.11, experts not aligned to 16 bytes take a loop that computes their gradients")
     folder, packed = made / f"plan-{family}-stacks", tmp_path / "packed"
     if not folder.is_dir():
         tiny.write_family(folder, family, fused_experts=True)

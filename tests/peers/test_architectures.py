@@ -107,7 +107,7 @@ def test_adapters_of_shared_layers_cannot_be_merged_and_train_warns_of_that(tmp_
     """Every use of Zamba's attention gets its own adapter, as in peft, but the files hold the weight once."""
     values = {
         "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "mamba_d_state": 8, "n_mamba_heads": 2,
-        "num_key_value_heads": 4, "attention_head_dim": 32, "mamba_dt_rank": 4,
+        "num_key_value_heads": 4, "attention_head_dim": 32, "mamba_dt_rank": 4, "use_mamba_kernels": False,
     }  # fmt: skip
     monkeypatch.setitem(tiny.ARCHITECTURES, "zamba", values)
     base = tiny.write_architecture(tmp_path / "base", "zamba")

@@ -366,8 +366,9 @@ def test_weights_and_biases_receives_the_numbers_and_answers_of_the_metrics_offl
 
     more = ("--wandb", "p", "--eval-every", "4", "--sample-prompts", "hello", "--sample-tokens", "3")
     done = run_cli(*command(config, tmp_path / "adapter", *more), cwd=tmp_path, WANDB_MODE="offline")
-    assert (done.code, done.stderr.count("\n")) == (0, 1), done.stderr
-    assert done.stderr.startswith("step 8: 'hello' -> ")
+    said = [line for line in done.stderr.splitlines() if not line.startswith("wandb: ")]  # early versions warn
+    assert (done.code, len(said)) == (0, 1), done.stderr
+    assert said[0].startswith("step 8: 'hello' -> ")
     (log,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     found = {}
     for data in log_records(log.read_bytes()):
@@ -557,6 +558,7 @@ def test_a_plan_does_not_predict_the_memory_of_a_process_with_a_sharded_base(con
 
 def test_a_run_that_needs_more_memory_than_is_free_says_so(config, tmp_path, monkeypatch):
     """A system that kills it would not say why. On a GPU the error names the cause."""
+    plan_run(config, tmp_path / "first")  # the first probe of a process measures a few KB more
     plan = plan_run(config, tmp_path / "adapter")
     for free, warns in ((plan.predicted_bytes - 1, True), (plan.predicted_bytes, False), (None, False)):
         notes = []

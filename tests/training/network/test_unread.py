@@ -126,7 +126,7 @@ def test_layers_that_do_not_run_in_the_probe_are_not_skipped(folder):
 SPARSE = {
     "hy_v4": {"index_topk": 4},
     "deepseek_v32": {"index_topk": 4, "num_key_value_heads": 4},
-    "glm_moe_dsa": {"index_topk": 4, "num_key_value_heads": 4},
+    "glm_moe_dsa": {"index_topk": 4, "num_key_value_heads": 4, "head_dim": 8},  # another name of qk_rope_head_dim
     "deepseek_v4": {},
 }
 """Architectures that attend to only some tokens if there are more than the probe has."""
