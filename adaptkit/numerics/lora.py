@@ -106,10 +106,14 @@ def is_equal(first: LowRank, second: LowRank) -> bool:
 
 def inner_products(first: LowRank, second: LowRank) -> tuple[float, float, float]:
     """Return ‖Δ₁‖², ⟨Δ₁, Δ₂⟩ and ‖Δ₂‖² in float64, as s₁ s₂ Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ) without forming an (out, in) matrix."""
-    from adaptkit.numerics.kernels import _cpu_inner  # imported here since it loads slowly
-
-    one, between, two = _cpu_inner.inner_products(first.a, first.b, second.a, second.b)
+    (a, b), (other_a, other_b) = (
+        (as_array(term.a).astype(np.float64), as_array(term.b).astype(np.float64)) for term in (first, second)
+    )
     s, t = first.scaling, second.scaling
+    with np.errstate(over="ignore", invalid="ignore"):  # callers check for infinity and NaN
+        one = float(((b.T @ b) * (a @ a.T)).sum())
+        between = float(((b.T @ other_b) * (a @ other_a.T)).sum())
+        two = float(((other_b.T @ other_b) * (other_a @ other_a.T)).sum())
     return one * s * s, between * s * t, two * t * t
 
 
