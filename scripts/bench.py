@@ -71,15 +71,15 @@ PeftModel.from_pretrained(model, {adapter!r}).merge_and_unload().save_pretrained
 MAKE_RANDOM_ADAPTER = """
 import json, pathlib, torch
 from safetensors.torch import save_file
-hidden, inter = {hidden}, {intermediate}
-shapes = {{"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (hidden // 8, hidden),
-          "self_attn.v_proj": (hidden // 8, hidden), "self_attn.o_proj": (hidden, hidden),
+hidden, inter, keys = {hidden}, {intermediate}, {keys}
+shapes = {{"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": (keys, hidden),
+          "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, hidden),
           "mlp.gate_proj": (inter, hidden), "mlp.up_proj": (inter, hidden), "mlp.down_proj": (hidden, inter)}}
 for seed, folder in [({seed}, pathlib.Path({folder!r}))]:
     folder.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     tensors = {{}}
-    for layer in range(22):
+    for layer in range({layers}):
         for name, (out, into) in shapes.items():
             key = f"base_model.model.model.layers.{{layer}}.{{name}}.lora_"
             tensors[f"{{key}}A.weight"] = torch.randn(16, into, generator=generator) / 45
@@ -190,11 +190,14 @@ def adapter() -> Path:
     return folder
 
 
-def random_adapter(name: str, hidden: int, intermediate: int, seed: int = 0) -> Path:
+def random_adapter(
+    name: str, hidden: int, intermediate: int, seed: int = 0, layers: int = 22, keys: int | None = None
+) -> Path:
     """Make a rank-16 adapter for all linear layers of a checkpoint of these sizes, without that checkpoint."""
     folder = FOLDER / name
     if not (folder / "adapter_config.json").exists():
-        code = MAKE_RANDOM_ADAPTER.format(folder=str(folder), hidden=hidden, intermediate=intermediate, seed=seed)
+        sizes = {"hidden": hidden, "intermediate": intermediate, "layers": layers, "keys": keys or hidden // 8}
+        code = MAKE_RANDOM_ADAPTER.format(folder=str(folder), seed=seed, **sizes)
         subprocess.run([sys.executable, "-c", code], check=True)
     return folder
 
