@@ -28,10 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptkit import formats
 from adaptkit.compiled import jit
 from adaptkit.discovery import load, names
-from adaptkit.numerics import exact, formats, lora, residual
-from adaptkit.numerics.formats._blockwise import Blockwise, Format
+from adaptkit.formats._blockwise import Blockwise, Format
+from adaptkit.numerics import exact, lora, residual
 from adaptkit.numerics.kernels import _cpu_product, reference
 from adaptkit.numerics.kernels.codebook import FP4, NF4
 from adaptkit.numerics.lora import LowRank

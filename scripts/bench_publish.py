@@ -19,11 +19,11 @@ import torch
 from get_smollm2 import default_folder
 from local_hub import LocalHub
 
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import index_bytes, shard_name
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.writer import TensorWriter
+from adaptkit.numerics.spec import TensorSpec
 
 SHARDS, MATRICES, SHAPE = 5, 20, (5632, 1953)
 

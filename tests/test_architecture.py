@@ -48,17 +48,19 @@ ON_THE_GROUND = {
     "compiler": {"compiled", "kernel_arguments", "kernel_cache", "errors"},
     "team": {"compiled", "kernel_cache"},
 }
+FILES = GROUND | {"numerics", "formats", "checkpoint"}
 MAY_IMPORT = {
     "numerics": GROUND,
-    "checkpoint": GROUND | {"numerics"},
-    "networks": GROUND | {"numerics", "checkpoint"},
-    "text": GROUND | {"numerics", "checkpoint", "networks"},
-    "operations": GROUND | {"numerics", "checkpoint", "networks", "text"},
-    "training": GROUND | {"numerics", "checkpoint", "networks", "text"},
-    "hub": GROUND | {"numerics", "checkpoint"},
-    "pipeline": GROUND | {"numerics", "checkpoint", "operations", "training", "hub"},
+    "formats": GROUND | {"numerics"},
+    "checkpoint": FILES - {"checkpoint"},
+    "networks": FILES,
+    "text": FILES | {"networks"},
+    "operations": FILES | {"networks", "text"},
+    "training": FILES | {"networks", "text"},
+    "hub": FILES,
+    "pipeline": FILES | {"operations", "training", "hub"},
     "__main__": {"cli"},
-    "cli": GROUND | {"numerics", "checkpoint", "networks", "text", "operations", "training", "hub", "pipeline"},
+    "cli": FILES | {"networks", "text", "operations", "training", "hub", "pipeline"},
 }
 INSIDE_OPERATIONS = {
     "_calibrate": {"_quantize"},

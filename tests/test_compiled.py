@@ -456,7 +456,7 @@ def test_kernels_are_cached_in_the_users_folder_if_the_package_is_not_writable(d
 def test_kernels_work_with_vector_instructions_disabled_in_numba(decode, package):
     code = """
 import numpy as np
-from adaptkit.numerics.formats.nf4 import FORMAT
+from adaptkit.formats.nf4 import FORMAT
 print(FORMAT.quantize(np.ones(64)).codes[0])
 """
     assert decode(package, code) == "255"

@@ -8,9 +8,9 @@ from types import ModuleType
 
 import pytest
 
-from adaptkit import discovery, errors
-from adaptkit.numerics import formats, stacking
-from adaptkit.numerics.formats._blockwise import Format
+from adaptkit import discovery, errors, formats
+from adaptkit.formats._blockwise import Format
+from adaptkit.numerics import stacking
 from adaptkit.numerics.stacking._method import Method
 
 

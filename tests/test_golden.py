@@ -11,8 +11,8 @@ import pytest
 from make_golden import CURRENT, GOLDEN
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.formats._quantized import quantized_names, read_quantized
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.diff import diff
 from adaptkit.operations.merge import merge

@@ -9,9 +9,9 @@ import ml_dtypes
 import numpy as np
 
 from adaptkit.checkpoint.reader import TensorFiles
+from adaptkit.formats import _fp8, _mxfp4
 from adaptkit.numerics.arrays import Array, cast
 from adaptkit.numerics.finite import all_finite
-from adaptkit.numerics.formats import _fp8, _mxfp4
 
 BLOCKS, SCALES = "_blocks", "_scales"
 """What gpt-oss appends to the name of its experts' weight."""

@@ -33,7 +33,6 @@ from adaptkit.checkpoint.adapter_config import (
 )
 from adaptkit.checkpoint.compensation import read_compensation
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
-from adaptkit.checkpoint.header import FLOATS
 from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.layout import (
     ADAPTER_CONFIG_NAME,
@@ -49,6 +48,7 @@ from adaptkit.errors import AdapterError, IntegrityError
 from adaptkit.numerics import lora
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank, is_equal
+from adaptkit.numerics.spec import FLOATS
 
 if TYPE_CHECKING:
     from torch import Tensor

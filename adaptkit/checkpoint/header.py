@@ -14,7 +14,7 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from adaptkit.errors import DISK_HINTS, CheckpointError
-
-ITEM_BYTES: Mapping[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-"""Maps each supported type to its element size in bytes; see ``dtypes`` for torch's and numpy's names."""
-FLOATS = ("F32", "F16", "BF16")
-"""The types that weights and adapters may have."""
+from adaptkit.numerics.spec import ITEM_BYTES, TensorSpec
 
 _OUR_BEGINNING = b'{"__metadata__":{"format":"pt"}'
 """What ``write_header`` writes after the length; safetensors writes the same for torch."""
@@ -39,25 +32,6 @@ _LONGEST_NAME = 1024
 """Limit on a tensor's name: matching a very long name with the patterns for adapters' names takes hours."""
 _MAX_TENSOR_BYTES = 1 << 63
 """Limit on a tensor's size: strides must fit in 64 bits, even those of a tensor without elements."""
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Name, type and shape of one tensor; ``dtype`` is the safetensors name of the type."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.count * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)

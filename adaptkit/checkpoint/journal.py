@@ -30,13 +30,14 @@ from adaptkit.checkpoint._appear import appear, take_permissions
 from adaptkit.checkpoint._clearing import clear, clear_all_but, is_marker, remove, temporary_folder
 from adaptkit.checkpoint._journal_file import Finished, Journal, append_line, read_journal
 from adaptkit.checkpoint._locks import Locks
-from adaptkit.checkpoint.header import TensorSpec, check_regular
+from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.layout import JOURNAL_PATTERN, write_json
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.place import check_output, partial_folder
 from adaptkit.checkpoint.writer import TensorWriter, copy_file, make_folder, require_free, sync_folder, write_file
 from adaptkit.errors import AdaptkitError, ConflictError, UsageError
+from adaptkit.numerics.spec import TensorSpec
 
 if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Values
@@ -201,7 +202,7 @@ class Output:
             listed: whether the manifest lists the tensors; False for files that are not model or adapter weights.
             notes: see ``add``.
         """
-        from adaptkit.checkpoint.dtypes import dtype_name  # imported here, since it loads numpy, which is slow
+        from adaptkit.numerics.dtypes import dtype_name  # imported here, since it loads numpy, which is slow
 
         order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
         specs = [TensorSpec(key, dtype_name(tensors[key].dtype), tuple(tensors[key].shape)) for key in order]

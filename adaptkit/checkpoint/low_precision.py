@@ -32,10 +32,10 @@ from adaptkit.checkpoint._low_precision_weights import (
     Mxfp4Weight,
 )
 from adaptkit.checkpoint.foreign import quantization_found, stated_quantization
-from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
-from adaptkit.numerics.formats import _mxfp4
+from adaptkit.formats import _mxfp4
+from adaptkit.numerics.spec import FLOATS, TensorSpec
 
 __all__ = ["LowPrecisionWeight", "low_precision_weights"]
 

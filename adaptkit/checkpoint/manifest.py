@@ -26,9 +26,10 @@ from typing import Any, Self
 import adaptkit
 from adaptkit.checkpoint._parsed_records import reason, typed
 from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.header import TensorSpec, strict_json
+from adaptkit.checkpoint.header import strict_json
 from adaptkit.checkpoint.layout import read_small, resolve_inside
 from adaptkit.errors import CheckpointError, IntegrityError, UsageError
+from adaptkit.numerics.spec import TensorSpec
 
 MANIFEST_NAME = "adaptkit-manifest.json"
 SIGNATURE_NAME = "adaptkit-manifest.sig"

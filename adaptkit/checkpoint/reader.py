@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptkit.checkpoint import pages
-from adaptkit.checkpoint.header import Header, TensorSpec, read_header
+from adaptkit.checkpoint.header import Header, read_header
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, read_small, resolve_inside, weight_files
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.errors import DISK_HINTS, CheckpointError, IntegrityError
+from adaptkit.numerics.spec import TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -269,7 +270,7 @@ def _unreadable(file: str, error: OSError) -> IntegrityError:
 
 
 def _dtype(spec: TensorSpec) -> "np.dtype[Any]":
-    from adaptkit.checkpoint.dtypes import ARRAY_DTYPES
+    from adaptkit.numerics.dtypes import ARRAY_DTYPES
 
     return ARRAY_DTYPES[spec.dtype]
 

@@ -6,15 +6,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.dtypes import ARRAY_DTYPES
 from adaptkit.checkpoint.foreign import RELEASED, quantization_found, without_quantization
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
-from adaptkit.checkpoint.header import ITEM_BYTES, TensorSpec
 from adaptkit.checkpoint.low_precision import LowPrecisionWeight, low_precision_weights
 from adaptkit.checkpoint.reader import Checkpoint, Located
 from adaptkit.errors import NonFiniteError
 from adaptkit.numerics.arrays import Array
+from adaptkit.numerics.dtypes import ARRAY_DTYPES
 from adaptkit.numerics.finite import all_finite
+from adaptkit.numerics.spec import ITEM_BYTES, TensorSpec
 
 _DTYPE = "BF16"
 """What models are trained in; it holds MXFP4 exactly, and is ``dequantize``'s default."""

@@ -16,10 +16,11 @@ import xxhash
 
 from adaptkit.checkpoint.direct import DirectFile
 from adaptkit.checkpoint.hashing import Ranges, bytes_of, file_chunks
-from adaptkit.checkpoint.header import TensorSpec, write_header
+from adaptkit.checkpoint.header import write_header
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
 from adaptkit.errors import DISK_HINTS, AdaptkitError, CheckpointError
+from adaptkit.numerics.spec import TensorSpec
 
 if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Values

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.formats import _quantized as quantized
 from adaptkit.networks.architecture import language_part
 from adaptkit.networks.buffers import GET_AGAIN, compute_buffers
 from adaptkit.networks.naming import TensorPlace, places
+from adaptkit.numerics.dtypes import DTYPES
 
 _OBSOLETE_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)(attn|attention)\.masked_bias$")
 """Buffers that older releases of transformers saved with every layer; current ones compute them and ignore these."""

@@ -12,7 +12,7 @@ multiples of its SIMD width. On other devices torch's fused AdamW runs. ``torch.
 the same moments, but its library's square root may be off by one in the last bit.
 
 In 8 bits, a moment is stored as one of 256 levels times a constant that a block of 256 neighbours shares. The levels
-are the dynamic map of ``formats._double_quant``: signed for m, unsigned for v, which is never negative
+are the dynamic map of ``absmax``: signed for m, unsigned for v, which is never negative
 (arXiv:2110.02861, in the layout of bitsandbytes 0.50). A value is rounded to the nearest level, a tie to the lower one.
 Unlike in bitsandbytes, a positive second moment never becomes zero: its first moment would be divided by ε only.
 """
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptkit.numerics.formats._double_quant import GROUP, dynamic_map
+from adaptkit.numerics.absmax import GROUP, dynamic_map
 
 BLOCK = GROUP
 """Number of moments that share one constant."""

@@ -16,16 +16,17 @@ import numpy as np
 
 from adaptkit.errors import UsageError
 from adaptkit.lazy import lazy_module, torch
-from adaptkit.numerics.finite import check_finite
-from adaptkit.numerics.formats import nf4
-from adaptkit.numerics.formats._blockwise import check_block_size
-from adaptkit.numerics.formats._double_quant import (
+from adaptkit.numerics.absmax import (
     GROUP,
     DoubleQuantized,
+    check_block_size,
     dequantize_absmax,
     dynamic_map,
     quantize_absmax,
 )
+from adaptkit.numerics.finite import check_finite
+from adaptkit.numerics.kernels import kernels_for
+from adaptkit.numerics.kernels.codebook import NF4
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,7 +74,7 @@ def weighted_nf4(
     """
     scales = search_scales(weight, importance, block_size)
     constants: Constants = scales
-    absmax = nf4.FORMAT.quantize(weight, block_size).absmax
+    _, absmax, _ = kernels_for(weight).encode_4bit(weight, block_size, NF4)
     plain: Constants = absmax
     if double_quant:
         constants = nest_scales(weight, scales, importance, block_size)

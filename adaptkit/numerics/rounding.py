@@ -16,8 +16,8 @@ import numpy as np
 
 from adaptkit.errors import UsageError
 from adaptkit.lazy import lazy_module, torch
+from adaptkit.numerics.absmax import DoubleQuantized, dequantize_absmax, dynamic_map
 from adaptkit.numerics.calibration import Constants, nest_scales, normalized_importance, search_scales
-from adaptkit.numerics.formats._double_quant import DoubleQuantized, dequantize_absmax, dynamic_map
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.layout import class_names
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
@@ -28,6 +27,7 @@ from adaptkit.networks.architecture import (
 from adaptkit.networks.kinds import is_router
 from adaptkit.networks.linears import is_linear
 from adaptkit.networks.naming import TensorPlace, missing_parameters, places, shape_in
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._vocabulary import find_vocabulary
 
 if TYPE_CHECKING:

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import INDEX_NAME, index_bytes, shard_name
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import UsageError
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._threads import in_order
 
 if TYPE_CHECKING:

@@ -10,11 +10,8 @@ from typing import NoReturn
 import numpy as np
 
 from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options, typed_fields
-from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, dtype_name
 from adaptkit.checkpoint.foreign import RELEASED, quantization_found, without_quantization
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME
@@ -26,9 +23,12 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import check_side_files
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
+from adaptkit.formats import _quantized as quantized
+from adaptkit.numerics.absmax import GROUP
 from adaptkit.numerics.arrays import Array
+from adaptkit.numerics.dtypes import ARRAY_DTYPES, dtype_name
 from adaptkit.numerics.finite import all_finite
-from adaptkit.numerics.formats._double_quant import GROUP
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._shards import (

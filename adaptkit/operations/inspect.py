@@ -18,9 +18,9 @@ from adaptkit.checkpoint.low_precision import low_precision_weights
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, read_manifest, require_manifest
 from adaptkit.checkpoint.other_weights import pickled_weights
 from adaptkit.checkpoint.progress import Progress, counted, first_few, no_progress
-from adaptkit.checkpoint.quantized import part_names, quantized_names, read_outline
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
+from adaptkit.formats._quantized import part_names, quantized_names, read_outline
 from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk
 from adaptkit.operations._roles import expert_count

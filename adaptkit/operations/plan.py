@@ -24,9 +24,9 @@ from typing import Any
 import torch
 
 from adaptkit.arguments import AnyPath, as_path, as_texts, checked_options, typed_fields
-from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
+from adaptkit.formats._encoding import Encoding
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
 from adaptkit.networks.architecture import Description, empty_network, language_part
 from adaptkit.networks.linears import is_linear

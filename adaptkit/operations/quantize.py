@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.arguments import AnyPath, as_path, as_path_or_none, check_flags, checked_options
-from adaptkit.checkpoint.encoding import quantization_config
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
@@ -25,6 +24,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.released import ReleasedCheckpoint, open_plain
 from adaptkit.checkpoint.side_files import check_side_files
 from adaptkit.errors import BaseMismatchError, DataError, UsageError
+from adaptkit.formats._encoding import quantization_config
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._quantize.early_plan import EarlyPlan, PlanChanged
 from adaptkit.operations._quantize.manifest import make_manifest

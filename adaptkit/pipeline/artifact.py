@@ -5,10 +5,10 @@ from typing import Literal
 
 from adaptkit.checkpoint.foreign import RELEASED, quantization_found
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, has_checkpoint, is_adapter
-from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.typed import Place
 from adaptkit.errors import CheckpointError
+from adaptkit.formats._quantized import quantized_names
 from adaptkit.hub.listing import Listing
 
 Kind = Literal["adapter", "unquantized checkpoint", "released checkpoint", "quantized checkpoint"]

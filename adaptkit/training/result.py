@@ -9,17 +9,17 @@ from torch import Tensor
 
 from adaptkit.checkpoint.adapter import Adapter, TokenRows, write_adapter
 from adaptkit.checkpoint.compensation import write_compensation
-from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, name_of
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of
-from adaptkit.checkpoint.quantized import part_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
+from adaptkit.formats._quantized import part_names
 from adaptkit.networks.addressing import Slice, find_addresses
+from adaptkit.numerics.dtypes import DTYPES
 from adaptkit.numerics.finite import all_finite
 from adaptkit.text.chat_template import TEMPLATE_NAME
 from adaptkit.text.tokenizer_files import is_template

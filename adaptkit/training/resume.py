@@ -19,9 +19,7 @@ from typing import Any
 
 import torch
 
-from adaptkit.checkpoint.dtypes import DTYPES, dtype_name
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.journal import JOURNAL_NAME
 from adaptkit.checkpoint.layout import METRICS_NAME, read_json, write_json
 from adaptkit.checkpoint.manifest import read_manifest
@@ -37,6 +35,8 @@ from adaptkit.checkpoint.writer import (
     write_file,
 )
 from adaptkit.errors import CheckpointError, ConflictError, IntegrityError, OutputExistsError, UsageError
+from adaptkit.numerics.dtypes import DTYPES, dtype_name
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.training.distributed import World
 from adaptkit.training.identity import RUN_NAME, changes, read_identity
 from adaptkit.training.memory.vector import Vector

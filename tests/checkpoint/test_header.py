@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save_file
 
 from adaptkit.checkpoint import header
-from adaptkit.checkpoint.dtypes import DTYPES
 from adaptkit.checkpoint.header import (
-    ITEM_BYTES,
-    TensorSpec,
     check_regular,
     read_header,
     strict_json,
     write_header,
 )
 from adaptkit.errors import CheckpointError
+from adaptkit.numerics.dtypes import DTYPES
+from adaptkit.numerics.spec import ITEM_BYTES, TensorSpec
 
 
 def raw(header: str | bytes, data: bytes = b"", length: int | None = None) -> bytes:

@@ -14,8 +14,8 @@ import pytest
 from make_golden import GOLDEN
 
 import adaptkit
-from adaptkit.checkpoint.header import ITEM_BYTES
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, Parent, Target, TensorRecord
+from adaptkit.numerics.spec import ITEM_BYTES
 
 SCHEMA = json.loads((Path(adaptkit.__file__).parent / "checkpoint" / "manifest.schema.json").read_text())
 DOCS = Path(__file__).parents[2] / "docs" / "manifest.md"

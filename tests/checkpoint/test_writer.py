@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint import writer
-from adaptkit.checkpoint.header import TensorSpec, read_header
+from adaptkit.checkpoint.header import read_header
 from adaptkit.checkpoint.manifest import FileRecord
 from adaptkit.checkpoint.writer import DiskError, TensorWriter, copy_file, replace_file, replaced_name, write_file
 from adaptkit.errors import CheckpointError, UnsafeInputError
+from adaptkit.numerics.spec import TensorSpec
 
 SPECS = [TensorSpec("b", "F32", (6, 3)), TensorSpec("a", "BF16", (5,)), TensorSpec("none", "F16", (0, 2))]
 TENSORS = {

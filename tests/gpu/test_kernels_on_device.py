@@ -4,14 +4,13 @@ import pytest
 import torch
 from packing import encode
 
-from adaptkit import discovery
-from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.encoding import Encoding
-from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.numerics import formats
-from adaptkit.numerics.formats._blockwise import Blockwise
-from adaptkit.numerics.formats._double_quant import DoubleQuantized, dequantize_absmax, quantize_absmax
+from adaptkit import discovery, formats
+from adaptkit.formats import _quantized as quantized
+from adaptkit.formats._blockwise import Blockwise
+from adaptkit.formats._encoding import Encoding
+from adaptkit.numerics.absmax import DoubleQuantized, dequantize_absmax, quantize_absmax
 from adaptkit.numerics.kernels import kernels_for
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.triton_needs import what_triton_lacks
 
 if not torch.cuda.is_available():

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptkit.numerics.absmax import dynamic_map
 from adaptkit.numerics.adamw import BLOCK, AdamW, _decode_by_torch, _encode_by_torch, decode, encode
-from adaptkit.numerics.formats._double_quant import dynamic_map
 
 RATES = [1e-3, 2e-3, 5e-4, 1e-3, 3e-3]
 

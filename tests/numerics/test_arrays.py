@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, DTYPES, dtype_name
 from adaptkit.numerics.arrays import as_array, as_tensor, is_float, like
+from adaptkit.numerics.dtypes import ARRAY_DTYPES, DTYPES, dtype_name
 
 ALL = pytest.mark.parametrize("name", sorted(ARRAY_DTYPES))
 

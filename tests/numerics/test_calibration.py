@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.errors import NonFiniteError, UsageError
+from adaptkit.formats import nf4
+from adaptkit.formats._blockwise import Blockwise
 from adaptkit.numerics import calibration
+from adaptkit.numerics.absmax import dequantize_absmax, dynamic_map, quantize_absmax
 from adaptkit.numerics.calibration import (
     FACTORS,
     FLOOR,
@@ -17,9 +20,6 @@ from adaptkit.numerics.calibration import (
     search_scales,
     weighted_nf4,
 )
-from adaptkit.numerics.formats import nf4
-from adaptkit.numerics.formats._blockwise import Blockwise
-from adaptkit.numerics.formats._double_quant import dequantize_absmax, dynamic_map, quantize_absmax
 from adaptkit.numerics.kernels.codebook import NF4_LEVELS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptkit.errors import NonFiniteError
+from adaptkit.formats import int8, nf4
 from adaptkit.numerics.finite import all_finite, check_finite
-from adaptkit.numerics.formats import int8, nf4
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.errors import UsageError
+from adaptkit.formats import nf4
+from adaptkit.formats._blockwise import Blockwise
 from adaptkit.numerics import calibration, rounding
+from adaptkit.numerics.absmax import dequantize_absmax
 from adaptkit.numerics.calibration import weighted_nf4
-from adaptkit.numerics.formats import nf4
-from adaptkit.numerics.formats._blockwise import Blockwise
-from adaptkit.numerics.formats._double_quant import dequantize_absmax
 from adaptkit.numerics.kernels import _cpu_rounding
 from adaptkit.numerics.kernels.codebook import NF4_LEVELS
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor, damped

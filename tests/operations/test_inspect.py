@@ -11,11 +11,11 @@ from packing import encode
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, require_manifest
 from adaptkit.errors import AdapterError, CheckpointError, IntegrityError, UsageError
+from adaptkit.formats._encoding import Encoding
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations.check import check
 from adaptkit.operations.inspect import inspect
 from adaptkit.operations.merge import MergeOptions, merge

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from undo_frames import frames
 
 from adaptkit.checkpoint.hashing import fingerprint
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.manifest import parent_of, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import (
@@ -30,6 +29,7 @@ from adaptkit.errors import (
     UsageError,
 )
 from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._merge import folding
 from adaptkit.operations._merge.edits import Edit, Step
 from adaptkit.operations._merge.folding import Fold, find_lengths, jobs_of

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.journal import JOURNAL_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, parent_of, require_manifest
-from adaptkit.checkpoint.quantized import read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
+from adaptkit.formats._quantized import read_quantized
 from adaptkit.hub._selection import part_of, select
 from adaptkit.operations import _shards
 from adaptkit.operations._merge import quantized as _merge_quantized

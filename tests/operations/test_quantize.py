@@ -15,13 +15,13 @@ from folders import edited_tensors, tensors_of, tree
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.hashing import fingerprint
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.progress import counted
-from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.errors import CheckpointError, NonFiniteError, OutputExistsError, UsageError
+from adaptkit.formats._quantized import quantized_names, read_quantized
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize

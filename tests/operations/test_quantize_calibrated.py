@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import require_manifest
-from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import AdapterError, BaseMismatchError, ConflictError, DataError, OutputExistsError, UsageError
+from adaptkit.formats._quantized import quantized_names, read_quantized
 from adaptkit.operations._calibrate import budget as budget_module
 from adaptkit.operations._calibrate import calibrated as calibrated_module
 from adaptkit.operations.dequantize import dequantize

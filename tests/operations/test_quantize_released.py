@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.manifest import TensorRecord, require_manifest
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.released import open_plain
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, NonFiniteError
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations import _shards
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.inspect import inspect

@@ -20,11 +20,12 @@ from undo_frames import frames
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.header import TensorSpec, write_header
+from adaptkit.checkpoint.header import write_header
 from adaptkit.checkpoint.manifest import FileRecord, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, IntegrityError, OutputExistsError, UnsafeInputError, UsageError
 from adaptkit.hub._selection import part_of, select
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import quantize

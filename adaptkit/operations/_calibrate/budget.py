@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.journal import SCRATCH_PREFIX, Output
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import write_file
 from adaptkit.errors import UsageError
+from adaptkit.formats import _quantized as quantized
+from adaptkit.formats._encoding import Encoding
 from adaptkit.numerics.calibration import weighted_nf4
 from adaptkit.numerics.sensitivity import Choice as Way
 from adaptkit.numerics.sensitivity import allocate, divergence_cost

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.journal import SCRATCH_PREFIX, Output
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter, write_file
 from adaptkit.errors import IntegrityError
+from adaptkit.formats import _quantized as quantized
 from adaptkit.networks.model_lock import model_lock
 from adaptkit.numerics.arrays import Values, as_array
 from adaptkit.numerics.calibration import weighted_nf4

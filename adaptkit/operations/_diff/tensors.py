@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from adaptkit.checkpoint.dtypes import dtype_name
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.numerics.comparison import Tally, effective_rank_with_tail
+from adaptkit.numerics.dtypes import dtype_name
 from adaptkit.numerics.randomized import Sketching, sketch_for_rank
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._diff.groups import relative
 
 DIRECTIONS = (8, 16, 32, 64)

@@ -7,12 +7,12 @@ from typing import Any
 
 from adaptkit.arguments import as_texts, typed_fields
 from adaptkit.checkpoint.foreign import RELEASED, quantization_found
-from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.progress import first_few
-from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
+from adaptkit.formats._quantized import quantized_names
 from adaptkit.numerics.randomized import Sketching
+from adaptkit.numerics.spec import FLOATS, TensorSpec
 from adaptkit.numerics.spectrum import check_size
 from adaptkit.operations._inquiry import find_roles
 from adaptkit.operations._roles import Role, Roles

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.dtypes import DTYPES
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.lazy import torch
 from adaptkit.networks.addressing import OTHER_MODEL
 from adaptkit.numerics import lora
+from adaptkit.numerics.dtypes import DTYPES
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._merge.edits import Edits, Step
 from adaptkit.operations._vocabulary import find_vocabulary
 

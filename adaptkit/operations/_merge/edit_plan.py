@@ -10,12 +10,12 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, TokenRows
 from adaptkit.checkpoint.adapter_config import is_parameter, is_saved
-from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
 from adaptkit.networks.addressing import OTHER_MODEL, Slice
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spec import FLOATS, TensorSpec
 from adaptkit.operations._companions import training_of
 from adaptkit.operations._merge.edit_checks import check_shape, check_sums
 from adaptkit.operations._merge.edits import Edit, Edits, Step, Stored

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint.adapter import TokenRows
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.networks.addressing import Slice
 from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

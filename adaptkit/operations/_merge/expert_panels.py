@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, install_hint
@@ -15,6 +14,7 @@ from adaptkit.networks.architecture import empty_network, why_unsupported
 from adaptkit.numerics import lora
 from adaptkit.numerics.arrays import as_array
 from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._merge.edit_checks import check_shape
 
 Panels = tuple[tuple[LowRank, ...], ...]

@@ -11,7 +11,6 @@ import numpy as np
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import TokenRows
-from adaptkit.checkpoint.header import ITEM_BYTES
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import IntegrityError, NonFiniteError
 from adaptkit.lazy import torch
@@ -21,6 +20,7 @@ from adaptkit.numerics.arrays import Array, Values, as_tensor
 from adaptkit.numerics.exact import Prepared
 from adaptkit.numerics.finite import check_finite
 from adaptkit.numerics.kernels._reference_exact import RowsMerged
+from adaptkit.numerics.spec import ITEM_BYTES
 from adaptkit.operations._merge.edits import Edit, Step, matrix_of
 from adaptkit.operations._threads import in_order
 

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.encoding import Encoding
-from adaptkit.checkpoint.header import ITEM_BYTES
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.reader import Checkpoint, Located
+from adaptkit.formats import _quantized as quantized
+from adaptkit.formats._encoding import Encoding
 from adaptkit.numerics.arrays import Array, as_array, as_tensor
+from adaptkit.numerics.spec import ITEM_BYTES
 from adaptkit.operations._merge.edits import Edit, Edits
 from adaptkit.operations._merge.folding import Fold, Rows, find_lengths, jobs_of, read_rows
 from adaptkit.operations._merge.report import TensorChange, change_of

@@ -14,12 +14,12 @@ from typing import Any, Self
 
 import torch
 
-from adaptkit.checkpoint.encoding import Encoding, state_suffix, stated_encoding
 from adaptkit.checkpoint.foreign import stated_quantization
-from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.quantized import code_spec, part_specs
+from adaptkit.formats._encoding import Encoding, state_suffix, stated_encoding
+from adaptkit.formats._quantized import code_spec, part_specs
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.kinds import is_router
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._plan.network import Shape, expert_stacks
 
 

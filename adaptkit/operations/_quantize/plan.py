@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.arguments import as_paths, as_texts, typed_fields
-from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.header import FLOATS
 from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.formats._encoding import Encoding
+from adaptkit.numerics.spec import FLOATS
 from adaptkit.operations._quantize.selection import MOE, Choice, Selection, matches_any, of_type, select
 from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations._roles import Roles

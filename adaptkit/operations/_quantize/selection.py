@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from adaptkit.checkpoint.header import FLOATS, TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
+from adaptkit.numerics.spec import FLOATS, TensorSpec
 from adaptkit.operations._inquiry import find_roles
 from adaptkit.operations._roles import Role, Roles
 

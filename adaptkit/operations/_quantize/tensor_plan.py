@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.encoding import Encoding
 from adaptkit.checkpoint.hashing import bytes_of
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
+from adaptkit.formats import _quantized as quantized
+from adaptkit.formats._blockwise import Blockwise
+from adaptkit.formats._encoding import Encoding
 from adaptkit.numerics import finite
+from adaptkit.numerics.absmax import dequantize_absmax, squared_errors
 from adaptkit.numerics.arrays import AnyValues, Array, as_array, like
-from adaptkit.numerics.formats._blockwise import Blockwise, squared_errors
-from adaptkit.numerics.formats._double_quant import dequantize_absmax
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._shards import Group, Piece, cut_pieces, read_jobs
 from adaptkit.operations._threads import in_order
 

@@ -114,7 +114,7 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
 
 
 def _packed(checkpoint: Checkpoint) -> Iterator[Packed]:
-    from adaptkit.checkpoint.quantized import quantized_names, read_outline  # imported here: loads numpy
+    from adaptkit.formats._quantized import quantized_names, read_outline  # imported here: loads numpy
 
     for name in quantized_names(checkpoint):
         outline = read_outline(checkpoint, name)

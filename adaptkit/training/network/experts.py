@@ -17,8 +17,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from adaptkit.checkpoint.quantized import read_quantized
 from adaptkit.errors import CheckpointError
+from adaptkit.formats._quantized import read_quantized
 from adaptkit.networks.assembly import Assembly
 from adaptkit.networks.kinds import multiplies_groups
 from adaptkit.training.network.frozen import FrozenWeight, PackedWeight, PlainWeight

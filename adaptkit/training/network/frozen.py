@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.checkpoint.quantized import QuantizedWeight
+from adaptkit.formats._quantized import QuantizedWeight
 from adaptkit.kernel_arguments import Known
 from adaptkit.networks.probing import with_attribute
-from adaptkit.numerics.formats._double_quant import DoubleQuantized
+from adaptkit.numerics.absmax import DoubleQuantized
 from adaptkit.training.network.packed_rows import decoded_rows, in_dtype, packed_rows
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.checkpoint.quantized import QuantizedWeight
+from adaptkit.formats._quantized import QuantizedWeight
 from adaptkit.networks.recompute import source_of
-from adaptkit.numerics.formats._double_quant import GROUP, DoubleQuantized
+from adaptkit.numerics.absmax import GROUP, DoubleQuantized
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels.codebook import BOOKS
 from adaptkit.training.network.accumulation import accumulate

@@ -9,12 +9,12 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
-from adaptkit.checkpoint.header import FLOATS
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, read_manifest
-from adaptkit.checkpoint.quantized import part_names, quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import is_embedding_name, is_head
 from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.formats._quantized import part_names, quantized_names
+from adaptkit.numerics.spec import FLOATS
 from adaptkit.training.network.adapt import check_shape
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptkit.checkpoint.quantized import QuantizedWeight
+from adaptkit.formats._quantized import QuantizedWeight
 from adaptkit.kernel_arguments import Known
-from adaptkit.numerics.formats._double_quant import DoubleQuantized
+from adaptkit.numerics.absmax import DoubleQuantized
 from adaptkit.numerics.kernels._cpu_joined import PackedRows, can_decode_rows, widen
 
 

@@ -10,9 +10,9 @@ from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.foreign import RELEASED, quantization_found
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.progress import counted
-from adaptkit.checkpoint.quantized import quantized_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.formats._quantized import quantized_names
 from adaptkit.networks.addressing import find_addresses, unsupported_steps
 from adaptkit.networks.architecture import path_of
 from adaptkit.networks.kinds import (

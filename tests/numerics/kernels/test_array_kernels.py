@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 
+from adaptkit.formats import fp4, int8, nf4
+from adaptkit.numerics import absmax as constants
 from adaptkit.numerics import exact, lora
+from adaptkit.numerics.absmax import squared_errors
 from adaptkit.numerics.arrays import as_array, as_tensor
-from adaptkit.numerics.formats import _double_quant, fp4, int8, nf4
-from adaptkit.numerics.formats._blockwise import squared_errors
 from adaptkit.numerics.kernels import _cpu_factors
 from adaptkit.numerics.lora import LowRank
 
@@ -49,11 +50,11 @@ def test_arrays_and_tensors_quantize_and_dequantize_to_the_same_bits(form, shape
 @pytest.mark.parametrize("count", [1, 255, 256, 1000])
 def test_constants_quantize_to_the_same_bytes_from_arrays_and_tensors(count):
     absmax = torch.rand(count, generator=seeded(count))
-    nested, again = (_double_quant.quantize_absmax(values) for values in (as_array(absmax), absmax))
+    nested, again = (constants.quantize_absmax(values) for values in (as_array(absmax), absmax))
     same(nested.codes, again.codes)
     same(nested.nested_absmax, again.nested_absmax)
     assert nested.offset == again.offset
-    same(_double_quant.dequantize_absmax(nested), _double_quant.dequantize_absmax(again))
+    same(constants.dequantize_absmax(nested), constants.dequantize_absmax(again))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -106,7 +107,7 @@ WITHOUT = """
 import sys
 import numpy as np, ml_dtypes
 from adaptkit.numerics import exact
-from adaptkit.numerics.formats import nf4
+from adaptkit.formats import nf4
 from adaptkit.numerics.lora import LowRank, transposed
 
 weight = np.full((64, 64), 0.5, ml_dtypes.bfloat16)

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptkit.numerics.formats._double_quant import dynamic_map
+from adaptkit.numerics.absmax import dynamic_map
 from adaptkit.numerics.kernels import reference
 from adaptkit.numerics.kernels.codebook import BOOKS
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.compiled import jit
-from adaptkit.numerics.formats import _double_quant
+from adaptkit.numerics import absmax
 from adaptkit.numerics.kernels import _cpu_blocks, _cpu_lookup, _llvm_lookup, cpu, reference
 from adaptkit.numerics.kernels.codebook import FP4, NF4
 
@@ -50,7 +50,7 @@ def weights(draw, shape=None):
 
 
 BOOKS = {"nf4": NF4, "fp4": FP4}
-LEVELS, LOOKUP = _double_quant.dynamic_map(), torch.from_numpy(_double_quant._lookup())
+LEVELS, LOOKUP = absmax.dynamic_map(), torch.from_numpy(absmax._lookup())
 
 
 def encode(name, weight, block_size):

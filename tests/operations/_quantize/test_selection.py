@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from adaptkit.checkpoint.dtypes import dtype_name
-from adaptkit.checkpoint.header import TensorSpec, write_header
+from adaptkit.checkpoint.header import write_header
 from adaptkit.checkpoint.layout import index_bytes
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
+from adaptkit.numerics.dtypes import dtype_name
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._quantize.selection import matches_any, select, skip_modules
 from adaptkit.operations._roles import determine_roles, roles_by_name, stores_transposed
 from adaptkit.operations.dequantize import dequantize

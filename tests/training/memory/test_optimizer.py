@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptkit.numerics.absmax import dynamic_map
 from adaptkit.numerics.adamw import BLOCK, AdamW
-from adaptkit.numerics.formats._double_quant import dynamic_map
 from adaptkit.training.memory.moments import PagedState, page_elements
 from adaptkit.training.memory.optimizer import PagedAdamW
 from adaptkit.training.memory.parameters import Group

@@ -17,9 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
 from adaptkit.checkpoint import pages
-from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
+from adaptkit.formats._quantized import quantized_names, read_quantized
 from adaptkit.networks.activations import kind_of
 from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.assembly import Assembly

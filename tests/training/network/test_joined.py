@@ -11,10 +11,10 @@ from packing import encode
 from torch import nn
 from torch.nn import functional
 
-from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.encoding import Encoding
-from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.formats import _quantized as quantized
+from adaptkit.formats._encoding import Encoding
 from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.distributed import World

@@ -15,12 +15,12 @@ from packing import encode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptkit.checkpoint import quantized
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.encoding import Encoding
-from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.numerics.formats._double_quant import DoubleQuantized
+from adaptkit.formats import _quantized as quantized
+from adaptkit.formats._encoding import Encoding
+from adaptkit.numerics.absmax import DoubleQuantized
 from adaptkit.numerics.kernels import reference
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.training import preparation
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train

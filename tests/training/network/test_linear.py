@@ -5,11 +5,11 @@ import torch
 from packing import encode
 from torch.nn import functional
 
-from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.encoding import Encoding
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.formats import _quantized as quantized
+from adaptkit.formats._encoding import Encoding
 from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.training.network.frozen import PackedWeight, PlainWeight
 from adaptkit.training.network.linear import LoraLinear
 

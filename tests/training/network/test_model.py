@@ -13,9 +13,9 @@ from peft_formulas import running
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaPreTrainedModel
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.quantized import quantized_names, read_quantized
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
+from adaptkit.formats._quantized import quantized_names, read_quantized
 from adaptkit.networks.activations import Checkpointing
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.dequantize import dequantize

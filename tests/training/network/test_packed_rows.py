@@ -8,11 +8,11 @@ import torch
 from packing import encode
 from torch import nn
 
-from adaptkit.checkpoint import quantized
-from adaptkit.checkpoint.encoding import Encoding
-from adaptkit.checkpoint.header import TensorSpec
+from adaptkit.formats import _quantized as quantized
+from adaptkit.formats._encoding import Encoding
 from adaptkit.networks.activations import Alive
 from adaptkit.numerics.kernels._cpu_lookup import PERMUTATION
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.packed_rows import decoded, packed_rows
 

@@ -25,16 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adaptkit.checkpoint.dtypes import ARRAY_DTYPES, DTYPES
-from adaptkit.checkpoint.encoding import Encoding, state_suffix
-from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.quant_state import GET_AGAIN, STATE_NAME, Outline, parse_state, state_bytes
-from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import CheckpointError
+from adaptkit.formats._blockwise import Blockwise
+from adaptkit.formats._encoding import Encoding, state_suffix
+from adaptkit.formats._state import GET_AGAIN, STATE_NAME, Outline, parse_state, state_bytes
+from adaptkit.formats._tensors import Tensors
 from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import AnyValues, Array, DType, Values, as_array, like
-from adaptkit.numerics.formats._blockwise import Blockwise
-from adaptkit.numerics.formats._double_quant import (
+from adaptkit.numerics.absmax import (
     GROUP,
     DoubleQuantized,
     dequantize_absmax,
@@ -42,8 +39,11 @@ from adaptkit.numerics.formats._double_quant import (
     dynamic_map,
     quantize_absmax,
 )
+from adaptkit.numerics.arrays import AnyValues, Array, DType, Values, as_array, like
+from adaptkit.numerics.dtypes import ARRAY_DTYPES, DTYPES
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels.codebook import BOOKS
+from adaptkit.numerics.spec import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -200,19 +200,19 @@ def quantize_constants(absmax: Values, encoding: Encoding) -> DoubleQuantized | 
     return quantize_absmax(absmax) if encoding.double_quant else absmax
 
 
-def quantized_names(files: TensorFiles) -> list[str]:
+def quantized_names(files: Tensors) -> list[str]:
     """Return the names of the quantized weights in a checkpoint."""
     return [STATE_NAME.sub("", name) for name in files.tensors if STATE_NAME.search(name)]
 
 
-def part_names(files: TensorFiles, name: str) -> list[str]:
+def part_names(files: Tensors, name: str) -> list[str]:
     """Return the names of all tensors that make up one quantized weight."""
     states = [state_suffix(format_name) for format_name in ("nf4", "fp4", "int8")]
     suffixes = ("", ".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", *states)
     return [name + suffix for suffix in suffixes if name + suffix in files.tensors]
 
 
-def read_outline(files: TensorFiles, name: str) -> Outline:
+def read_outline(files: Tensors, name: str) -> Outline:
     """Read the state of a quantized weight, but neither its codes nor its constants.
 
     Raises:
@@ -225,7 +225,7 @@ def read_outline(files: TensorFiles, name: str) -> Outline:
     )
 
 
-def read_quantized(files: TensorFiles, name: str) -> QuantizedWeight:
+def read_quantized(files: Tensors, name: str) -> QuantizedWeight:
     """Read one quantized weight, as torch tensors.
 
     Raises:
@@ -234,7 +234,7 @@ def read_quantized(files: TensorFiles, name: str) -> QuantizedWeight:
     return decode(name, {part.removeprefix(name): files.read(part) for part in part_names(files, name)})
 
 
-def read_constants(files: TensorFiles, name: str) -> QuantizedWeight:
+def read_constants(files: Tensors, name: str) -> QuantizedWeight:
     """Read a quantized weight without its codes, which may be large, as numpy arrays.
 
     Raises:
@@ -247,9 +247,7 @@ def read_constants(files: TensorFiles, name: str) -> QuantizedWeight:
     return _decode(name, parts, np.empty(0, ARRAY_DTYPES[spec.dtype]), spec.nbytes)
 
 
-def read_run(
-    files: TensorFiles, name: str, weight: QuantizedWeight, absmax: Array, start: int, count: int
-) -> Blockwise:
+def read_run(files: Tensors, name: str, weight: QuantizedWeight, absmax: Array, start: int, count: int) -> Blockwise:
     """Read a run of a quantized weight's codes, with their constants.
 
     Args:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptkit.numerics.formats import int8
+from adaptkit.formats import int8
 from adaptkit.numerics.kernels._reference_blocks import int8_factors
 
 VALUES = [1.5, 2.3, 3.7, 4.1, 5.6, 6.8, 7.9, 8.4, 9.2, 10.2]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from adaptkit.formats._blockwise import Blockwise, Format, check_blocks_finite
+from adaptkit.numerics.absmax import check_block_size
 from adaptkit.numerics.arrays import DType, Values
-from adaptkit.numerics.formats._blockwise import Blockwise, Format, check_block_size, check_blocks_finite
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels.codebook import Codebook
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packing import encode
 
-from adaptkit.checkpoint.dtypes import DTYPES, dtype_name
-from adaptkit.checkpoint.encoding import Encoding, quantization_config, state_suffix
-from adaptkit.checkpoint.header import TensorSpec
-from adaptkit.checkpoint.quantized import decode, part_specs
 from adaptkit.errors import CheckpointError
+from adaptkit.formats._encoding import Encoding, quantization_config, state_suffix
+from adaptkit.formats._quantized import decode, part_specs
+from adaptkit.numerics.dtypes import DTYPES, dtype_name
+from adaptkit.numerics.spec import TensorSpec
 
 STATE_SUFFIX = state_suffix("nf4")
 

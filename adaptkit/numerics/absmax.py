@@ -1,4 +1,4 @@
-"""Double quantization: the absmax constants are quantized themselves, to 8 bits in groups of 256.
+"""The absmax constants of blocks of weights, and double quantization: to 8 bits in groups of 256.
 
     absmax (M,) float32  ->  codes (M,) uint8, nested_absmax (ceil(M / 256),) float32, offset: one float32
 
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adaptkit.errors import UsageError
+from adaptkit.lazy import lazy_module
 from adaptkit.numerics.arrays import Array, Values, as_array, as_tensor
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels._reference_blocks import GROUP
@@ -22,7 +24,18 @@ from adaptkit.numerics.kernels._reference_blocks import GROUP
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["GROUP", "DoubleQuantized", "dequantize_absmax", "dynamic_levels", "dynamic_map", "quantize_absmax"]
+__all__ = [
+    "GROUP",
+    "DoubleQuantized",
+    "check_block_size",
+    "dequantize_absmax",
+    "dynamic_levels",
+    "dynamic_map",
+    "quantize_absmax",
+    "squared_errors",
+]
+
+_loops = lazy_module("adaptkit.numerics.kernels._cpu_blocks")
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,29 @@ def dequantize_absmax(absmax: DoubleQuantized | Values, levels: Values | None = 
     codes = absmax.codes
     levels = _beside(codes, dynamic_levels() if levels is None else levels)
     return kernels_for(codes).decode_constants(codes, absmax.nested_absmax, absmax.offset, levels)
+
+
+def squared_errors(squares: float, moments: Array, absmax: Array) -> float:
+    """Return Σ (w - q)² over the weights of M blocks; never negative, despite rounding.
+
+    Args:
+        squares: Σ w² over these weights.
+        moments: (M, 2), contiguous: the other two moments of each block, see ``Blockwise``.
+        absmax: (M,) float32, the final constants of the blocks.
+    """
+    return max(0.0, squares + float(_loops.sum_errors(moments, absmax)))
+
+
+def check_block_size(block_size: int) -> None:
+    """Raise an error for a block size that readers of the format do not accept.
+
+    Raises:
+        UsageError: not a power of two from 32 to 4096.
+    """
+    if block_size < 32 or block_size > 4096 or block_size & (block_size - 1):
+        raise UsageError(
+            f"block_size: must be a power of two from 32 to 4096, found {block_size}", hint="64 is the default"
+        )
 
 
 def _beside(values: Values, table: Values) -> Any:

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from adaptkit import formats
 from adaptkit.discovery import load
 from adaptkit.errors import UsageError
-from adaptkit.numerics import formats
-from adaptkit.numerics.formats._blockwise import Format, check_block_size
+from adaptkit.formats._blockwise import Format
+from adaptkit.numerics.absmax import check_block_size
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,7 @@ class Encoding:
     """How a weight is quantized.
 
     Attributes:
-        format: name of a module of ``numerics.formats``.
+        format: name of a module of ``formats``.
         block_size: number of weights that share one constant; a power of two from 32 to 4096.
         double_quant: whether the constants are quantized too.
     """

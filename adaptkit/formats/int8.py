@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from adaptkit.errors import UsageError
+from adaptkit.formats._blockwise import Blockwise, Format, check_blocks_finite
 from adaptkit.numerics.arrays import DType, Values
-from adaptkit.numerics.formats._blockwise import Blockwise, Format, check_blocks_finite
 from adaptkit.numerics.kernels import kernels_for
 
 

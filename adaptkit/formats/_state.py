@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptkit.checkpoint.dtypes import ARRAY_DTYPES
-from adaptkit.checkpoint.encoding import Encoding
-from adaptkit.checkpoint.header import TensorSpec
 from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.formats._encoding import Encoding
+from adaptkit.numerics.absmax import GROUP
 from adaptkit.numerics.arrays import Values, as_array
-from adaptkit.numerics.formats._double_quant import GROUP
+from adaptkit.numerics.dtypes import ARRAY_DTYPES
+from adaptkit.numerics.spec import TensorSpec
 
 STATE_NAME = re.compile(r"\.quant_state\.(?:bitsandbytes|adaptkit)__(nf4|fp4|int8)$")
 GET_AGAIN = "download or copy the checkpoint again, or quantize the original again"

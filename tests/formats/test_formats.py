@@ -6,10 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptkit import discovery
+from adaptkit import discovery, formats
 from adaptkit.errors import NonFiniteError, UsageError
-from adaptkit.numerics import formats
-from adaptkit.numerics.formats._blockwise import Blockwise
+from adaptkit.formats._blockwise import Blockwise
 
 NAMES = discovery.names(formats)
 FORMATS = {name: discovery.load(formats, name, "FORMAT") for name in NAMES}

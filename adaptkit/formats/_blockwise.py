@@ -11,12 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from adaptkit.errors import UsageError
-from adaptkit.lazy import lazy_module
-from adaptkit.numerics.arrays import Array, DType, Values, as_array, cast
+from adaptkit.numerics.arrays import DType, Values, as_array, cast
 from adaptkit.numerics.finite import all_finite, check_finite
-
-_loops = lazy_module("adaptkit.numerics.kernels._cpu_blocks")
 
 
 @dataclass(frozen=True)
@@ -80,29 +76,6 @@ class Format:
     levels: tuple[float, ...] | None
     quantize: Quantize
     dequantize: Dequantize
-
-
-def squared_errors(squares: float, moments: Array, absmax: Array) -> float:
-    """Return Σ (w - q)² over the weights of M blocks; never negative, despite rounding.
-
-    Args:
-        squares: Σ w² over these weights.
-        moments: (M, 2), contiguous: the other two moments of each block, see ``Blockwise``.
-        absmax: (M,) float32, the final constants of the blocks.
-    """
-    return max(0.0, squares + float(_loops.sum_errors(moments, absmax)))
-
-
-def check_block_size(block_size: int) -> None:
-    """Raise an error for a block size that readers of the format do not accept.
-
-    Raises:
-        UsageError: not a power of two from 32 to 4096.
-    """
-    if block_size < 32 or block_size > 4096 or block_size & (block_size - 1):
-        raise UsageError(
-            f"block_size: must be a power of two from 32 to 4096, found {block_size}", hint="64 is the default"
-        )
 
 
 def check_blocks_finite(weight: Values, absmax: Values) -> None:

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from adaptkit.errors import UsageError
-from adaptkit.numerics.formats import nf4
-from adaptkit.numerics.formats._double_quant import dequantize_absmax, dynamic_map, quantize_absmax
+from adaptkit.formats import nf4
+from adaptkit.numerics.absmax import dequantize_absmax, dynamic_map, quantize_absmax
 
 
 def test_the_levels_for_constants_match_bitsandbytes():
