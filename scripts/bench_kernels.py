@@ -124,7 +124,7 @@ def merge_runs(weight: Tensor, term: LowRank) -> tuple[dict[str, Run], dict[str,
     out, count = np.empty((4, 256), np.float32), weight.numel()
     many = merged.residual.repeat(1 + 500_000 // max(1, merged.residual.numel()))
     packed = residual.encode(many)
-    part = exact.prepare([LowRank(term.lora_a, term.lora_b[rows], term.scaling)])
+    part = exact.prepare([LowRank.of_tensors(term.lora_a, term.lora_b[rows], term.scaling)])
     plain = reference.prepare(term.lora_a, term.lora_b[rows], [RANK], [term.scaling])
     runs: dict[str, Run] = {
         "floor": lambda: products(a, b, out, 2 * count // 1024),
@@ -144,7 +144,7 @@ def bench_merge(values: Tensor, rounds: int) -> None:
     """Print the table of merging."""
     generator = torch.Generator().manual_seed(1)
     a = torch.randn(RANK, values.shape[1], generator=generator)
-    term = LowRank(a, torch.randn(values.shape[0], RANK, generator=generator), 1.0)
+    term = LowRank.of_tensors(a, torch.randn(values.shape[0], RANK, generator=generator), 1.0)
     term = term.weighted(0.01 * float(values.norm()) / lora.norm(term))
     print(f"\n{'':5} {'dtype':5} {'':12} {'million/s':>10} {'of floor':>9}")
     for short, dtype in DTYPES.items():

@@ -241,8 +241,7 @@ def adapter_identity(adapter: Adapter) -> str:
     """Return a sha256 over what determines an adapter's changes besides its tensors: configuration and compensation."""
     config = {key: value for key, value in adapter.config.items() if key not in _NEUTRAL_KEYS}
     begun = {
-        name: [fingerprint(term.lora_a), fingerprint(term.lora_b), term.scaling]
-        for name, term in adapter.compensation.items()
+        name: [fingerprint(term.a), fingerprint(term.b), term.scaling] for name, term in adapter.compensation.items()
     }
     return hashlib.sha256(json.dumps([config, begun, *_differing_rules(adapter)], sort_keys=True).encode()).hexdigest()
 

@@ -48,16 +48,16 @@ def read_compensation(root: Path, changes: Mapping[str, LowRank], manifest: Mani
             raise IntegrityError(f"{root}: {COMPENSATION_NAME} is missing", hint=_AGAIN)
         return {}
     files = TensorFiles(root, [COMPENSATION_NAME])
-    found = {name: files.read(name) for name in files.tensors}
+    found = {name: files.read_array(name) for name in files.tensors}
     modules = {name.rpartition(".")[0] for name in found}
     expected = {f"{module}.{part}" for module in modules for part in ("lora_A", "lora_B", "scaling")}
-    if set(found) != expected or not all(all_finite(tensor) for tensor in found.values()):
+    if set(found) != expected or not all(all_finite(array) for array in found.values()):
         raise AdapterError(f"{root}: {COMPENSATION_NAME} is incomplete, or holds NaN or infinity", hint=_AGAIN)
     terms = {}
     for module in sorted(modules):
         lora_a, lora_b, scaling = (found[f"{module}.{part}"] for part in ("lora_A", "lora_B", "scaling"))
-        fits = lora_a.dim() == lora_b.dim() == 2 and lora_a.shape[0] == lora_b.shape[1] and scaling.shape == (1,)
+        fits = lora_a.ndim == lora_b.ndim == 2 and lora_a.shape[0] == lora_b.shape[1] and scaling.shape == (1,)
         if not fits or module not in changes or changes[module].shape != (lora_b.shape[0], lora_a.shape[1]):
             raise AdapterError(f"{root}: {COMPENSATION_NAME} does not fit the adapter at {module}", hint=_AGAIN)
-        terms[module] = LowRank(lora_a, lora_b, float(scaling))
+        terms[module] = LowRank(lora_a, lora_b, float(scaling[0]))
     return terms

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import Values, as_array, as_tensor
+from adaptkit.numerics.arrays import Array, as_array, as_tensor
 from adaptkit.numerics.kernels import kernels_for
 
 if TYPE_CHECKING:
@@ -31,9 +30,14 @@ class LowRank:
         scaling: α / rank, or α / √rank for rsLoRA, times the adapter's weight if it has one.
     """
 
-    a: Values
-    b: Values
+    a: Array
+    b: Array
     scaling: float
+
+    @classmethod
+    def of_tensors(cls, lora_a: Tensor, lora_b: Tensor, scaling: float) -> LowRank:
+        """Return the change whose factors are tensors, which share their memory if they are contiguous on the CPU."""
+        return cls(as_array(lora_a), as_array(lora_b), scaling)
 
     @property
     def lora_a(self) -> Tensor:
@@ -59,11 +63,6 @@ class LowRank:
         """Return this change times ``weight``."""
         return LowRank(self.a, self.b, self.scaling * weight)
 
-    @property
-    def is_of_arrays(self) -> bool:
-        """Whether both factors are numpy arrays, so that torch is not needed."""
-        return isinstance(self.a, np.ndarray) and isinstance(self.b, np.ndarray)
-
 
 def delta(terms: Sequence[LowRank], rows: slice = slice(None)) -> Tensor:
     """Return the canonical Σ scaling · B A, the same bits on every machine; see ``kernels.reference.low_rank_delta``.
@@ -80,14 +79,10 @@ def delta(terms: Sequence[LowRank], rows: slice = slice(None)) -> Tensor:
     return as_tensor(kernels_for(lora_a).low_rank_delta(lora_a, lora_b, ranks, scales))
 
 
-def side_by_side(terms: Sequence[LowRank], rows: slice = slice(None)) -> tuple[Values, Values]:
+def side_by_side(terms: Sequence[LowRank], rows: slice = slice(None)) -> tuple[Array, Array]:
     """Concatenate all A matrices, (Σ ranks, in), and the given rows of all B matrices, (rows, Σ ranks), in float32."""
-    if all(term.is_of_arrays for term in terms):
-        arrays = [(as_array(term.a), as_array(term.b)[rows]) for term in terms]
-        lora_a = np.concatenate([a for a, _ in arrays], dtype=np.float32)
-        return lora_a, np.concatenate([b for _, b in arrays], axis=1, dtype=np.float32)
-    tensors = [(term.lora_a.float(), term.lora_b.float()[rows]) for term in terms]
-    return torch.cat([a for a, _ in tensors]), torch.cat([b for _, b in tensors], dim=1)
+    lora_a = np.concatenate([term.a for term in terms], dtype=np.float32)
+    return lora_a, np.concatenate([term.b[rows] for term in terms], axis=1, dtype=np.float32)
 
 
 def transposed(term: LowRank) -> LowRank:
@@ -97,18 +92,15 @@ def transposed(term: LowRank) -> LowRank:
 
 def is_equal(first: LowRank, second: LowRank) -> bool:
     """Whether two changes have the same scaling and factors of equal values; dtypes may differ."""
-    return (
-        first.scaling == second.scaling
-        and torch.equal(first.lora_a, second.lora_a)
-        and torch.equal(first.lora_b, second.lora_b)
+    pairs = ((first.a, second.a), (first.b, second.b))
+    return first.scaling == second.scaling and all(
+        np.array_equal(one.astype(np.float64), other.astype(np.float64)) for one, other in pairs
     )
 
 
 def inner_products(first: LowRank, second: LowRank) -> tuple[float, float, float]:
     """Return ‖Δ₁‖², ⟨Δ₁, Δ₂⟩ and ‖Δ₂‖² in float64, as s₁ s₂ Σ (B₁ᵀB₂ ∘ A₁A₂ᵀ) without forming an (out, in) matrix."""
-    (a, b), (other_a, other_b) = (
-        (as_array(term.a).astype(np.float64), as_array(term.b).astype(np.float64)) for term in (first, second)
-    )
+    (a, b), (other_a, other_b) = ((term.a.astype(np.float64), term.b.astype(np.float64)) for term in (first, second))
     s, t = first.scaling, second.scaling
     with np.errstate(over="ignore", invalid="ignore"):  # callers check for infinity and NaN
         one = float(((b.T @ b) * (a @ a.T)).sum())

@@ -162,7 +162,7 @@ def _sketch(
             image.addmm_(block.T, block @ basis)
         basis = _orthonormal(image)
     projected = torch.cat([block @ basis for block in blocks()])
-    return Sketch(svd(LowRank(basis.T, projected, 1.0)), square_norm), basis
+    return Sketch(svd(LowRank.of_tensors(basis.T, projected, 1.0)), square_norm), basis
 
 
 def _orthonormal(columns: Tensor) -> Tensor:

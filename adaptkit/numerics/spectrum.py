@@ -35,7 +35,7 @@ class Spectrum:
         root = self.sigma[:rank].sqrt()
         lora_b = self.u[:, :rank] * root
         lora_a = root[:, None] * self.vt[:rank]
-        return LowRank(lora_a.float().contiguous(), lora_b.float().contiguous(), 1.0)
+        return LowRank.of_tensors(lora_a.float().contiguous(), lora_b.float().contiguous(), 1.0)
 
 
 def svd(term: LowRank) -> Spectrum:

@@ -8,11 +8,12 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.adapter_config import is_saved, release
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdapterError, BaseMismatchError
-from adaptkit.lazy import torch
 from adaptkit.networks.addressing import Addresses, Slice, find_addresses
 from adaptkit.networks.kinds import is_shared_by_layers
 from adaptkit.operations._vocabulary import Vocabulary, lacks_head, tying_setting
@@ -164,7 +165,7 @@ def _tied_changes_agree(adapter: Adapter, tables: list[str], heads: list[str]) -
     agree = not scaled
     for table, head in ((table, head) for table in tables for head in heads):
         one, other = (adapter.modules.get(name.removesuffix(".weight")) for name in (table, head))
-        if one and other and not (torch.equal(one.lora_a, other.lora_a) and torch.equal(one.lora_b, other.lora_b)):
+        if one and other and not (np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b)):
             raise AdapterError(
                 f"{adapter.root}: ensure_weight_tying is set, but {table} and {head} change differently",
                 hint="save the adapter again with peft",

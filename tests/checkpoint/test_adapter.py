@@ -518,7 +518,7 @@ def test_a_configuration_with_a_duplicate_key_is_refused(changed):
 def low_rank(out, rank, into, scaling, seed):
     generator = torch.Generator().manual_seed(seed)
     a, b = (torch.randn(shape, generator=generator) * 0.05 for shape in ((rank, into), (out, rank)))
-    return LowRank(a, b, scaling)
+    return LowRank.of_tensors(a, b, scaling)
 
 
 def written(folder, modules, base=""):
@@ -571,7 +571,7 @@ def test_an_adapter_that_changes_while_it_is_read_is_refused(adapter, copy_of, m
 @pytest.fixture
 def complete(tmp_path):
     """An adapter with its initial value in a compensation file, and a manifest that lists all files."""
-    term = LowRank(torch.ones(2, 8), torch.ones(6, 2), 0.5)
+    term = LowRank.of_tensors(torch.ones(2, 8), torch.ones(6, 2), 0.5)
     with Output(tmp_path / "written", "plan") as out:
         write_adapter(out, {MODULE: term}, "base")
         write_compensation(out, {MODULE: term})

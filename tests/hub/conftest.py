@@ -159,7 +159,7 @@ def make_artifact(tmp_path: Path) -> Callable[..., Path]:
         files = {f"{stem}.txt": text for stem, text in texts.items()} | dict(files)
         random = torch.Generator().manual_seed(seed)
         modules = {
-            f"model.layers.{i}.q_proj": LowRank(
+            f"model.layers.{i}.q_proj": LowRank.of_tensors(
                 torch.randn(2, 24, generator=random), torch.randn(16, 2, generator=random), 2.0
             )
             for i in range(2)

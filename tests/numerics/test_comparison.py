@@ -98,7 +98,7 @@ def test_swapping_the_changes_mirrors_the_comparison(first, second):
 @settings(deadline=None, max_examples=40)
 @given(TERMS)
 def test_a_change_compared_with_itself_does_not_differ(change):
-    found = compare(change, LowRank(change.lora_a.clone(), change.lora_b.clone(), change.scaling))
+    found = compare(change, LowRank.of_tensors(change.lora_a.clone(), change.lora_b.clone(), change.scaling))
     assert found.difference_sigma.count_nonzero() == 0, "exactly"
     assert torch.equal(*found.sigmas)
     assert found.inner == pytest.approx(float(dense(change).square().sum()), rel=1e-12)
@@ -118,7 +118,7 @@ def test_a_change_and_its_negative_share_subspaces_but_no_signs():
 
 def test_orthogonal_changes_do_not_interfere():
     eye = torch.eye(8)
-    first, second = LowRank(eye[:2], eye[:, 2:4], 3.0), LowRank(eye[4:6], eye[:, 6:8], 0.5)
+    first, second = LowRank.of_tensors(eye[:2], eye[:, 2:4], 3.0), LowRank.of_tensors(eye[4:6], eye[:, 6:8], 0.5)
     found = compare(first, second)
     assert (found.inner, found.interference, found.columns.rms, found.rows.rms) == (0, 0, 0, 0)
     assert found.sign_agreement is None, "where one is not zero the other is"
@@ -128,7 +128,7 @@ def test_orthogonal_changes_do_not_interfere():
 def test_a_subspace_inside_the_other_has_only_zero_angles():
     """With two directions out of five, there are two cosines, both 1."""
     whole = term(40, 30, 5, seed=1)
-    part = LowRank(whole.lora_a[:2], whole.lora_b[:, 1:3], 1.0)
+    part = LowRank.of_tensors(whole.lora_a[:2], whole.lora_b[:, 1:3], 1.0)
     found = compare(whole, part)
     assert found.columns.cosines.tolist() == pytest.approx([1, 1])
     assert found.rows.cosines.tolist() == pytest.approx([1, 1])
@@ -137,8 +137,8 @@ def test_a_subspace_inside_the_other_has_only_zero_angles():
 
 def test_a_known_angle_is_found():
     angle = 0.3
-    first = LowRank(torch.tensor([[1.0, 0, 0]]), torch.tensor([[1.0], [0], [0], [0]]), 2.0)
-    second = LowRank(
+    first = LowRank.of_tensors(torch.tensor([[1.0, 0, 0]]), torch.tensor([[1.0], [0], [0], [0]]), 2.0)
+    second = LowRank.of_tensors(
         torch.tensor([[math.cos(angle), math.sin(angle), 0]], dtype=torch.float64),
         torch.tensor([[0.0], [1], [0], [0]], dtype=torch.float64),
         5.0,
@@ -160,7 +160,7 @@ def test_random_subspaces_overlap_as_the_baseline_predicts():
 def test_the_norm_of_a_tiny_difference_is_accurate():
     """Expanding ‖Δ₁ − Δ₂‖² would lose all digits."""
     first = term(50, 40, 4)
-    second = LowRank(first.lora_a, first.lora_b.clone(), first.scaling)
+    second = LowRank.of_tensors(first.lora_a, first.lora_b.clone(), first.scaling)
     second.lora_b[7, 2] += 1e-6
     step = float(second.lora_b[7, 2].double() - first.lora_b[7, 2].double())
     found = compare(first, second)
@@ -176,7 +176,7 @@ def test_figures_are_accurate_for_changes_of_very_different_size():
 
 
 def test_zero_changes_have_no_directions():
-    zero, change = LowRank(torch.ones(2, 9), torch.zeros(13, 2), 1.0), term(13, 9, 3)
+    zero, change = LowRank.of_tensors(torch.ones(2, 9), torch.zeros(13, 2), 1.0), term(13, 9, 3)
     for first, second in ((zero, change), (change, zero), (zero, zero), (change.weighted(0.0), change)):
         found = compare(first, second)
         assert found.columns.cosines.numel() == 0
@@ -192,7 +192,9 @@ def test_changes_of_different_shapes_are_refused():
 
 def test_signs_of_many_rows_are_estimated_from_the_same_rows_each_time():
     first, second = term(4000, 50, 3, seed=1), term(4000, 50, 3, seed=2)
-    mixed = LowRank(torch.cat([first.lora_a, second.lora_a]), torch.cat([first.lora_b, second.lora_b], dim=1), 1.0)
+    mixed = LowRank.of_tensors(
+        torch.cat([first.lora_a, second.lora_a]), torch.cat([first.lora_b, second.lora_b], dim=1), 1.0
+    )
     found = compare(first, mixed).sign_agreement
     rows = sampled_rows(4000)
     assert torch.equal(rows, sampled_rows(4000))
@@ -205,11 +207,11 @@ def test_signs_of_many_rows_are_estimated_from_the_same_rows_each_time():
 
 def test_is_equal_compares_scaling_and_all_values():
     change = term(5, 4, 2)
-    assert is_equal(change, LowRank(change.lora_a.clone(), change.lora_b.clone(), 1.0))
+    assert is_equal(change, LowRank.of_tensors(change.lora_a.clone(), change.lora_b.clone(), 1.0))
     assert not is_equal(change, change.weighted(2))
     other = change.lora_b.clone()
     other.view(torch.int32)[3, 1] += 1
-    assert not is_equal(change, LowRank(change.lora_a, other, 1.0))
+    assert not is_equal(change, LowRank.of_tensors(change.lora_a, other, 1.0))
 
 
 NUMBERS = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=40)

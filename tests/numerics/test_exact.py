@@ -32,7 +32,7 @@ def problem(dtype, ratio=0.01, out=24, into=40, adapters=2, seed=0):
     for number in range(adapters):
         rank = 2 + number
         a, b = torch.randn(rank, into, generator=generator), torch.randn(out, rank, generator=generator)
-        terms.append(LowRank(a, b, 0.04 * ratio / rank**0.5))
+        terms.append(LowRank.of_tensors(a, b, 0.04 * ratio / rank**0.5))
     return weight, terms
 
 
@@ -185,7 +185,7 @@ def test_a_weight_that_is_not_finite_is_refused(value):
 def test_a_sum_that_overflows_is_refused(dtype):
     weight, terms = problem(dtype)
     weight[5, 6] = torch.finfo(dtype).max
-    huge = LowRank(torch.ones(1, 40), torch.ones(24, 1), float(torch.finfo(dtype).max))
+    huge = LowRank.of_tensors(torch.ones(1, 40), torch.ones(24, 1), float(torch.finfo(dtype).max))
     with pytest.raises(NonFiniteError, match="overflows"):
         merge(weight, [*terms, huge])
 
@@ -285,7 +285,7 @@ def test_undoing_a_one_percent_change_costs_at_most_a_tenth_of_a_bit_per_weight(
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(256, 1024, generator=generator) * 0.02).to(dtype)
     a, b = torch.randn(16, 1024, generator=generator), torch.randn(256, 16, generator=generator)
-    term = LowRank(a, b, 1.0)
+    term = LowRank.of_tensors(a, b, 1.0)
     term = term.weighted(0.01 * float(weight.double().norm()) / lora.norm(term))
     merged = exact.merge_rows(weight, exact.prepare([term]), 0, True)
     assert (merged.squared_delta / merged.squared_weight) ** 0.5 == pytest.approx(0.01, rel=1e-3)

@@ -103,7 +103,7 @@ def test_inner_products_are_right_for_all_sizes_and_dtypes(out, into, ranks, dty
 def test_the_norm_of_a_small_difference_is_accurate(nudge):
     """Expanding the square would lose the digits: at 1e-6 only noise of about 1e-8 · ‖Δ‖ would remain."""
     one = term(40, 30, 6, 1.0, 1)
-    two = LowRank(one.lora_a.clone(), one.lora_b.double() * (1 + nudge), 1.0)
+    two = LowRank.of_tensors(one.lora_a.clone(), one.lora_b.double() * (1 + nudge), 1.0)
     found = difference_norm(one, two)
     assert found == pytest.approx(nudge * lora.norm(one), rel=1e-7)
 

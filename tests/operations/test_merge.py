@@ -611,7 +611,7 @@ def test_dora_lengths_computed_by_two_threads_equal_those_of_one(tmp_path, monke
     weight = torch.randn(1100, 1536, generator=generator).bfloat16()
     save_file({"w": weight}, tmp_path / WEIGHTS)
     (tmp_path / "config.json").write_text("{}")
-    term = LowRank(torch.randn(4, 1536, generator=generator), torch.randn(1100, 4, generator=generator), 0.5)
+    term = LowRank.of_tensors(torch.randn(4, 1536, generator=generator), torch.randn(1100, 4, generator=generator), 0.5)
     spec = TensorSpec("w", "BF16", (1100, 1536))
     magnitude = torch.ones(1536 if per_column else 1100)
     step = Step(0, 1.0, panels=((term,),), magnitude=magnitude, per_column=per_column)

@@ -106,7 +106,7 @@ def expected(parts):
             matrices = [
                 weight * change.get(module, torch.zeros(shape)) for weight, change in zip(WEIGHTS, changes, strict=True)
             ]
-            terms = [LowRank(matrix, torch.eye(shape[0]).double(), 1.0) for matrix in matrices]
+            terms = [LowRank.of_tensors(matrix, torch.eye(shape[0]).double(), 1.0) for matrix in matrices]
             result[module] = as_matrix(chosen.combine(terms, chosen.options(**settings), module))
         return result
 
@@ -322,7 +322,7 @@ def test_embeddings_stay_embeddings(tmp_path, method):
     else:
         changes = [dense(folder)["model.embed_tokens"] for folder in parts]
         chosen = load(stacking, method, "METHOD")
-        terms = [LowRank(change, torch.eye(change.shape[0]).double(), 1.0) for change in changes]
+        terms = [LowRank.of_tensors(change, torch.eye(change.shape[0]).double(), 1.0) for change in changes]
         wanted = as_matrix(chosen.combine(terms, chosen.options(), "model.embed_tokens"))
         assert (found["model.embed_tokens"] - wanted).norm() <= 1e-5 * wanted.norm()
 

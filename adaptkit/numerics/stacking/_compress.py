@@ -95,7 +95,7 @@ def compress(
     if isinstance(result, LowRank):
         _check_magnitude(result.lora_a, result.lora_b)
     if isinstance(result, LowRank) and length == "as given" and limit == Limit():
-        given = LowRank(result.lora_a.float(), result.lora_b.float(), result.scaling)
+        given = LowRank.of_tensors(result.lora_a.float(), result.lora_b.float(), result.scaling)
         norm = lora.norm(given)
         return Compressed(given, norm, 1.0, cancels=norm <= _ROUNDING * scale and scale > 0)
     spectrum = svd(result) if isinstance(result, LowRank) else result
@@ -123,7 +123,7 @@ def _compress_dense(delta: Tensor, scale: float, default: int, limit: Limit) -> 
         return _zero_change(*delta.shape)
     kept = limit.choose(sigma, default)
     basis = vectors[:, :kept]
-    spectrum = svd(LowRank(basis.T, times(tall, basis), 1.0))
+    spectrum = svd(LowRank.of_tensors(basis.T, times(tall, basis), 1.0))
     truncated = spectrum.truncated(kept)
     energy = min(1.0, float(spectrum.sigma.square().sum()) / norm**2)
     return Compressed(truncated if tall is delta else lora.transposed(truncated), norm, energy)
@@ -137,7 +137,7 @@ def _all_singular(tall: Tensor) -> tuple[Tensor, Tensor]:
 
 def _zero_change(out: int, columns: int) -> Compressed:
     """Return a change of zero, of rank 1 since PEFT has no smaller rank."""
-    return Compressed(LowRank(torch.zeros(1, columns), torch.zeros(out, 1), 1.0), 0.0, 1.0)
+    return Compressed(LowRank.of_tensors(torch.zeros(1, columns), torch.zeros(out, 1), 1.0), 0.0, 1.0)
 
 
 def _check_magnitude(*factors: Tensor) -> None:

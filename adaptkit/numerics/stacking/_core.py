@@ -44,7 +44,7 @@ class Core:
             left: (k_b, rank).
             right: (rank, k_a).
         """
-        return LowRank(right @ self.right.T, self.left @ left, 1.0)
+        return LowRank.of_tensors(right @ self.right.T, self.left @ left, 1.0)
 
 
 def core_of(terms: Sequence[LowRank]) -> Core:
@@ -67,7 +67,7 @@ def concatenated(terms: Sequence[LowRank]) -> LowRank:
     """Return the sum of the changes as [s_1 B_1 … s_T B_T] [A_1; …; A_T], in float64 factors."""
     lora_a = torch.cat([term.lora_a.double() for term in terms])
     lora_b = torch.cat([term.lora_b.double() * term.scaling for term in terms], dim=1)
-    return LowRank(lora_a, lora_b, 1.0)
+    return LowRank.of_tensors(lora_a, lora_b, 1.0)
 
 
 def add_up(terms: Sequence[LowRank], options: NoOptions, module: str) -> LowRank:

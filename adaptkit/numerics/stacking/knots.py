@@ -33,7 +33,7 @@ def combine(terms: Sequence[LowRank], options: TiesOptions, module: str) -> LowR
     if kept < elements:
         least = [nth_largest(change.abs(), kept) for change in coordinates]
         coordinates = trim(coordinates, torch.tensor(least, dtype=torch.float64)[:, None, None])
-    return LowRank(disjoint_mean(coordinates) * options.lambda_, core.left @ directions, 1.0)
+    return LowRank.of_tensors(disjoint_mean(coordinates) * options.lambda_, core.left @ directions, 1.0)
 
 
 METHOD = Method(

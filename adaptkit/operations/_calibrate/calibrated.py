@@ -139,7 +139,7 @@ def companion_modules(ready: Mapping[str, Ready]) -> dict[str, LowRank]:
     for name, plan in ready.items():
         if f"{name}.lora_A" in plan.scratch.tensors:
             lora_a, lora_b = plan.scratch.read(f"{name}.lora_A"), plan.scratch.read(f"{name}.lora_B")
-            found[name.removesuffix(".weight")] = LowRank(lora_a, lora_b, 1.0)
+            found[name.removesuffix(".weight")] = LowRank.of_tensors(lora_a, lora_b, 1.0)
     return found
 
 

@@ -229,4 +229,4 @@ def placeholder_part(plan: Plan, saved: Saved, running: Running) -> Part | None:
 def zero_change(part: Part) -> LowRank:
     """Return a zero change of rank 1."""
     rows, columns = part.spec.shape[::-1] if part.kind == "conv1d" else part.spec.shape
-    return LowRank(torch.zeros(1, columns), torch.zeros(rows, 1), 1.0)
+    return LowRank.of_tensors(torch.zeros(1, columns), torch.zeros(rows, 1), 1.0)

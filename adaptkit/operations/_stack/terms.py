@@ -99,7 +99,7 @@ def _changes(
     """Return each adapter's weighted change of one module, of rank 0 if it has none."""
     known = next(adapter for adapter in adapters if name in adapter.modules)
     shape = known.modules[name].shape
-    none = LowRank(torch.zeros(0, shape[1]), torch.zeros(shape[0], 0), 1.0)
+    none = LowRank.of_tensors(torch.zeros(0, shape[1]), torch.zeros(shape[0], 0), 1.0)
     found = []
     for adapter, weight in zip(adapters, weights, strict=True):
         term = adapter.modules.get(name, none)

@@ -281,5 +281,5 @@ def stack_changes(model: Model) -> dict[str, tuple[LowRank, ...]]:
         change = module.change_of(name.rpartition(".")[2]) if isinstance(module, PackedModule) else None
         if change is not None:
             halves = zip(change.lora_a.detach(), change.lora_b.detach(), strict=True)
-            found[name] = tuple(LowRank(a, b, change.scaling) for a, b in halves)
+            found[name] = tuple(LowRank.of_tensors(a, b, change.scaling) for a, b in halves)
     return found

@@ -77,7 +77,7 @@ class Model:
     def changes(self) -> dict[str, LowRank]:
         """Return the LoRA updates of the linear layers, by module."""
         return {
-            name: LowRank(layer.lora_a.detach(), layer.lora_b.detach(), layer.scaling)
+            name: LowRank.of_tensors(layer.lora_a.detach(), layer.lora_b.detach(), layer.scaling)
             for name, layer in self.adapted().items()
             if layer.lora_a is not None and layer.lora_b is not None
         }

@@ -121,7 +121,7 @@ def new_adapter(
             lora_a = torch.randn(rank, in_features, generator=generator) / rank
         else:
             lora_a = (torch.rand(rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
-        layer.attach(LowRank(lora_a, torch.zeros(out_features, rank), factor), dropout)
+        layer.attach(LowRank.of_tensors(lora_a, torch.zeros(out_features, rank), factor), dropout)
 
 
 def new_stack_adapters(model: Model, patterns: Sequence[str], shape: AdapterShape, seed: int) -> None:

@@ -270,7 +270,7 @@ def test_one_pass_merging_equals_adding_the_delta_of_lora(problem):
     """It gives the bits of ``lora.delta`` and one rounded addition."""
     weight, a, b, ranks, scales, start = problem
     terms = [
-        LowRank(*pair, scale)
+        LowRank.of_tensors(*pair, scale)
         for pair, scale in zip(zip(a.split(ranks), b.split(ranks, dim=1), strict=True), scales, strict=True)
     ]
     delta = lora.delta(terms, slice(start, start + len(weight)))

@@ -47,7 +47,7 @@ def test_a_rank_keeps_the_best_approximation_of_a_large_matrix(size, decay, whol
     generator = torch.Generator().manual_seed(4)
     matrix = torch.randn(size, dtype=torch.float64, generator=generator)
     matrix *= torch.exp(-decay * torch.arange(size[1], dtype=torch.float64))
-    term = LowRank(torch.ones(1, size[1]), torch.ones(size[0], 1), 1.0)
+    term = LowRank.of_tensors(torch.ones(1, size[1]), torch.ones(size[0], 1), 1.0)
     made, expected = compress(matrix, [term], "sum", Limit(rank=4)), best(matrix.numpy(), 4)
     assert np.abs(whole(made.term) - expected).max() < 1e-6 * np.abs(matrix.numpy()).max()
     assert made.energy == pytest.approx(np.linalg.norm(expected) ** 2 / np.linalg.norm(matrix) ** 2, rel=1e-10)
@@ -57,7 +57,7 @@ def test_an_energy_keeps_the_smallest_sufficient_rank_of_a_large_matrix():
     generator = torch.Generator().manual_seed(4)
     matrix = torch.randn(400, 350, dtype=torch.float64, generator=generator)
     matrix *= torch.exp(-0.02 * torch.arange(350, dtype=torch.float64))
-    made = compress(matrix, [LowRank(torch.ones(1, 350), torch.ones(400, 1), 1.0)], "sum", Limit(energy=0.9))
+    made = compress(matrix, [LowRank.of_tensors(torch.ones(1, 350), torch.ones(400, 1), 1.0)], "sum", Limit(energy=0.9))
     shares = np.cumsum(np.linalg.svd(matrix.numpy(), compute_uv=False) ** 2) / float(matrix.square().sum())
     assert made.term.rank == int((shares < 0.9).sum()) + 1
     assert made.energy >= 0.9
@@ -92,7 +92,7 @@ def test_factors_as_given_are_changed_only_by_a_limit(make):
 
 def test_shared_directions_count_once_towards_the_rank(make, form):
     change = make(12, 10, 3)
-    twice = LowRank(torch.cat([change.lora_a] * 2), torch.cat([change.lora_b] * 2, dim=1), 1.0)
+    twice = LowRank.of_tensors(torch.cat([change.lora_a] * 2), torch.cat([change.lora_b] * 2, dim=1), 1.0)
     made = compress(form(twice), [change, change], "sum", Limit())
     assert made.term.rank == 3
     assert made.energy == pytest.approx(1.0, rel=1e-12)
@@ -100,7 +100,7 @@ def test_shared_directions_count_once_towards_the_rank(make, form):
 
 def test_changes_that_cancel_give_exactly_zero(make, form):
     change = make(12, 10, 3, 0.3)
-    both = LowRank(torch.cat([change.lora_a] * 2), torch.cat([change.lora_b, -change.lora_b], dim=1), 0.3)
+    both = LowRank.of_tensors(torch.cat([change.lora_a] * 2), torch.cat([change.lora_b, -change.lora_b], dim=1), 0.3)
     for limit in (Limit(), Limit(rank=4), Limit(energy=0.9)):
         made = compress(form(both), [change, change.weighted(-1.0)], "sum", limit)
         assert (made.norm, made.energy, made.term.rank) == (0.0, 1.0, 1)
@@ -111,7 +111,7 @@ def test_changes_that_cancel_give_exactly_zero(make, form):
 def test_a_result_much_smaller_than_the_changes_is_kept_completely(make, form):
     """Elementwise methods used to lose parts that were small compared with the changes, and too much energy."""
     small = make(20, 30, 5)
-    parts = LowRank(small.lora_a, small.lora_b * torch.tensor([1, 0.3, 0.1, 0.05, 0.02]), 1.0)
+    parts = LowRank.of_tensors(small.lora_a, small.lora_b * torch.tensor([1, 0.3, 0.1, 0.05, 0.02]), 1.0)
     large = make(20, 30, 5, 1e6, 2)
     for limit in (Limit(), Limit(rank=5), Limit(energy=0.999999)):
         made = compress(form(parts), [large, large.weighted(-1.0)], "sum", limit)
@@ -123,14 +123,14 @@ def test_factors_have_equal_norms_and_determined_signs(make, form):
     change = make(12, 10, 3)
     made = compress(form(change), [change], "sum", Limit()).term
     assert torch.allclose(made.lora_b.norm(dim=0), made.lora_a.norm(dim=1), rtol=1e-5)
-    again = compress(form(LowRank(-change.lora_a, -change.lora_b, 1.0)), [change], "sum", Limit()).term
+    again = compress(form(LowRank.of_tensors(-change.lora_a, -change.lora_b, 1.0)), [change], "sum", Limit()).term
     assert torch.allclose(made.lora_b, again.lora_b, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1e39, float("inf"), float("nan")])
 def test_values_beyond_float32_are_refused(make, form, size):
     change = make(3, 4, 2)
-    huge = LowRank(change.lora_a, torch.full_like(change.lora_b, 1.0).double() * size, 1.0)
+    huge = LowRank.of_tensors(change.lora_a, torch.full_like(change.lora_b, 1.0).double() * size, 1.0)
     with pytest.raises(NonFiniteError, match="too large for float32"):
         compress(form(huge), [change], "sum", Limit(rank=1))
     with pytest.raises(NonFiniteError, match="too large for float32"):  # before it is written, too

@@ -98,7 +98,7 @@ def test_tsv_of_an_adapter_with_itself_is_the_adapter(make, whole, combine, clos
 def test_tsv_adds_changes_that_do_not_overlap(combine, close):
     """Orthogonal singular vectors stay unchanged."""
     eye = torch.eye(6)
-    first, second = LowRank(eye[:2], eye[:, :2], 1.5), LowRank(eye[3:5], eye[:, 2:4], -0.5)
+    first, second = LowRank.of_tensors(eye[:2], eye[:, :2], 1.5), LowRank.of_tensors(eye[3:5], eye[:, 2:4], -0.5)
     expected = 1.5 * (eye[:, :2] @ eye[:2]) - 0.5 * (eye[:, 2:4] @ eye[3:5])
     close(combine("tsv", [first, second]), expected.double().numpy(), 1e-12)
 
@@ -156,7 +156,7 @@ def test_a_weight_of_zero_excludes_an_adapter(make, combine, close, method):
 def test_changes_of_zero_give_a_result_of_zero(make, combine, method, zero):
     kind = {
         "weights": [make(5, 4, 2).weighted(0.0), make(5, 4, 3, 0.0, 1)],
-        "factors": [LowRank(torch.ones(2, 4), torch.zeros(5, 2), 1.0)] * 2,
+        "factors": [LowRank.of_tensors(torch.ones(2, 4), torch.zeros(5, 2), 1.0)] * 2,
         "ranks": [make(5, 4, 0), make(5, 4, 0)],
     }
     assert not combine(method, kind[zero]).any()

@@ -87,7 +87,9 @@ def test_a_bfloat16_gradient_is_cast_to_float32_before_it_is_scaled():
 def test_a_layer_that_is_not_joined_accumulates_too(dropped):
     generator = torch.Generator().manual_seed(0)
     layer = LoraLinear(PlainWeight(torch.randn(6, 8, generator=generator)), None)
-    layer.attach(LowRank(torch.randn(3, 8, generator=generator), torch.randn(6, 3, generator=generator), 0.7))
+    layer.attach(
+        LowRank.of_tensors(torch.randn(3, 8, generator=generator), torch.randn(6, 3, generator=generator), 0.7)
+    )
     x = torch.randn(5, 8, generator=generator, requires_grad=True)
 
     def loss():

@@ -26,7 +26,7 @@ def layers(dropout=0.0, seed=0):
     theirs.lora_B["default"].weight.data.copy_(b)
     theirs.lora_magnitude_vector["default"].weight.data.copy_(magnitude)
     ours = LoraLinear(PlainWeight(plain.weight.detach()), plain.bias.detach())
-    ours.attach(LowRank(a, b, 1.5), dropout)
+    ours.attach(LowRank.of_tensors(a, b, 1.5), dropout)
     ours.attach_magnitude(magnitude)
     return ours.train(), theirs.train()
 

@@ -144,7 +144,7 @@ def layer_of(format_name, shape=(24, 128), block_size=32, double_quant=True, ran
         base = PackedWeight(quantized.decode("x.weight", {n.removeprefix("x.weight"): p for n, p in parts.items()}))
     layer = LoraLinear(base, None)
     a, b = torch.randn(rank, shape[1], generator=generator), torch.randn(shape[0], rank, generator=generator)
-    layer.attach(LowRank(a, b, 0.7))
+    layer.attach(LowRank.of_tensors(a, b, 0.7))
     return layer
 
 

@@ -23,7 +23,7 @@ def nf4_layer(double_quant=True, out_features=96, in_features=128, rank=4, seed=
     layer = LoraLinear(PackedWeight(packed), torch.randn(out_features, generator=generator))
     a = torch.randn(rank, in_features, generator=generator)
     b = torch.randn(out_features, rank, generator=generator)
-    layer.attach(LowRank(a, b, 0.5))
+    layer.attach(LowRank.of_tensors(a, b, 0.5))
     return layer, packed.dequantize(torch.float32)
 
 
@@ -53,7 +53,7 @@ def test_value_and_gradients_are_those_of_the_dequantized_weight(double_quant):
 def test_gradients_agree_with_finite_differences():
     layer, weight = nf4_layer(out_features=8, in_features=64, rank=2)
     plain = LoraLinear(PlainWeight(weight.double()), None)
-    plain.attach(LowRank(layer.lora_a.detach(), layer.lora_b.detach(), 0.5))
+    plain.attach(LowRank.of_tensors(layer.lora_a.detach(), layer.lora_b.detach(), 0.5))
     plain.double()
     x = torch.randn(3, 64, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, a, b: _apply(plain, x, a, b), (x, plain.lora_a, plain.lora_b))
@@ -109,7 +109,7 @@ def test_gradients_with_dropout_equal_the_formula_with_the_same_mask():
 def test_an_adapter_of_the_wrong_shape_is_refused():
     layer, _ = nf4_layer()
     with pytest.raises(BaseMismatchError, match=r"expected shape .*, as in the base, found "):
-        layer.attach(LowRank(torch.zeros(4, 64), torch.zeros(96, 4), 1.0))
+        layer.attach(LowRank.of_tensors(torch.zeros(4, 64), torch.zeros(96, 4), 1.0))
 
 
 def test_an_empty_input_gives_an_empty_output():

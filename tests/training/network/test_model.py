@@ -105,7 +105,7 @@ def test_targets_match_layers_by_last_part_or_path(llama_nf4):
 
 def test_an_adapter_for_another_model_is_refused(llama_nf4):
     model = load_model(llama_nf4, torch.float32, CPU)
-    change = LowRank(torch.zeros(2, 64), torch.zeros(64, 2), 1.0)
+    change = LowRank.of_tensors(torch.zeros(2, 64), torch.zeros(64, 2), 1.0)
     with pytest.raises(BaseMismatchError, match="does not have"):
         attach_adapter(model, {"model.layers.9.self_attn.q_proj": change}, "adapter")
     with pytest.raises(BaseMismatchError, match="gate_proj"):
