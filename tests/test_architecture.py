@@ -70,7 +70,6 @@ INSIDE_OPERATIONS = {
     "_merge": {"_quantize", "_lineage"},
     "_plan": set(),
     "_quantize": set(),
-    "_stack": set(),
 }
 """Folders of a single operation, and which of them each may import; modules outside of them are for all operations."""
 BY_NAME = ("import_module", "lazy_module", "lazy_intrinsic", "__import__")

@@ -1,26 +1,32 @@
-"""Files and tensors in adapters' folders that anything made from the adapters must keep, besides their changes.
+"""What an adapter that is made from others keeps of them, besides their changes, and how it is written.
 
-These are the tokenizer and chat template that they were trained with, the generation config that names their end token,
+Kept are the tokenizer and chat template that they were trained with, the generation config that names their end token,
 and peft's copies of the base's tensors, which hold the rows of new tokens if the vocabulary grew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from adaptkit.checkpoint.adapter import Adapter
+from adaptkit.checkpoint.adapter import Adapter, write_adapter
 from adaptkit.checkpoint.hashing import fingerprint
+from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import GENERATION_NAME, has_checkpoint, read_small
+from adaptkit.checkpoint.manifest import Manifest, Target, parent_of
 from adaptkit.checkpoint.other_weights import PICKLED_WEIGHTS, VALUE_HEADS, weights_beside
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.checkpoint.undo import as_bytes
 from adaptkit.errors import AdapterError, UsageError
+from adaptkit.numerics.lora import LowRank
 from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_KEPT_KEYS = ("revision", "ensure_weight_tying")
+"""Optional keys of the configuration that are kept if all adapters agree."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,91 @@ def collect_carried(adapters: Sequence[Adapter]) -> Carried:
                     hint="merge one adapter after the other",
                 )
     return Carried(files, copies)
+
+
+def base_names(adapters: Sequence[Adapter]) -> tuple[str, ...]:
+    """Return the names of the base in the adapters' configurations, each once, sorted."""
+    return tuple(sorted({str(adapter.config.get("base_model_name_or_path") or "") for adapter in adapters}))
+
+
+def publish_adapter(
+    out: Output,
+    operation: Mapping[str, Any],
+    adapters: Sequence[Adapter],
+    weights: Sequence[float | None],
+    modules: Mapping[str, LowRank],
+    carried: Carried,
+) -> Manifest:
+    """Write an adapter that is made from others, beside what it keeps of them, and publish it.
+
+    Args:
+        out: folder being written.
+        operation: name and options, for the manifest.
+        adapters: that it is made from.
+        weights: one per adapter, for the manifest; None where weights mean nothing.
+        modules: maps a module's dotted path to its change.
+        carried: see ``collect_carried``.
+
+    Raises:
+        NonFiniteError: a change is too large for float32.
+    """
+    names = base_names(adapters)
+    agreed = {key: _agreed(adapters, key) for key in _KEPT_KEYS}
+    write_adapter(
+        out,
+        modules,
+        names[0] if len(names) == 1 else "",
+        frozenset().union(*(adapter.embeddings for adapter in adapters)),
+        copies=carried.tensors(),
+        fan_in_fan_out=any(adapter.fan_in_fan_out for adapter in adapters),
+        task_type=_agreed(adapters, "task_type"),
+        **{key: value for key, value in agreed.items() if value},
+    )
+    for file, content in carried.files.items():
+        out.write(file, content)
+    manifest = Manifest(
+        kind="adapter",
+        operation=dict(operation),
+        files=tuple(out.files),
+        tensors=tuple(out.tensors),
+        parents=tuple(
+            parent_of("adapter", adapter.manifest, adapter.records, weight, root=adapter.root)
+            for adapter, weight in zip(adapters, weights, strict=True)
+        ),
+        targets=_targets(adapters),
+    )
+    out.publish(manifest)
+    return manifest
+
+
+def _agreed(adapters: Sequence[Adapter], key: str) -> Any:
+    """Return the value that all configurations have for a key; None if they differ."""
+    values = [adapter.config.get(key) for adapter in adapters]
+    return values[0] if all(value == values[0] for value in values) else None
+
+
+def _targets(adapters: Sequence[Adapter]) -> tuple[Target, ...]:
+    """Combine the adapters' targets by module; empty if an adapter has no manifest."""
+    manifests = [adapter.manifest for adapter in adapters if adapter.manifest is not None]
+    if len(manifests) < len(adapters):
+        return ()
+    found: dict[str, list[Target]] = {}
+    for target in (target for manifest in manifests for target in manifest.targets):
+        found.setdefault(target.module, []).append(target)
+    return tuple(
+        replace(
+            targets[0],
+            base_xxh3_128=_only(target.base_xxh3_128 for target in targets),
+            quantized_root=_only(target.quantized_root for target in targets),
+        )
+        for targets in found.values()
+    )
+
+
+def _only(values: Iterable[str | None]) -> str | None:
+    """Return the only known value; None if there is none, or they differ, as for two quantizations of a base."""
+    known = set(values) - {None}
+    return known.pop() if len(known) == 1 else None
 
 
 def tokenizer_files(adapters: Sequence[Adapter]) -> dict[str, tuple[bytes, Adapter]]:

@@ -8,9 +8,6 @@ from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.progress import counted, first_few
 from adaptkit.errors import BaseMismatchError, UsageError
 
-KEPT_KEYS = ("revision", "ensure_weight_tying")
-"""Optional configuration keys that an adapter made from others copies from them if they agree."""
-
 
 def expected_fingerprints(
     adapters: Sequence[Adapter], hint: str = "merge each into its own base, or add --allow-base-mismatch"

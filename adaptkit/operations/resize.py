@@ -1,23 +1,19 @@
 """Reduce the rank of an adapter to the best approximation of each module's change."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options, typed_fields
-from adaptkit.checkpoint.adapter import Adapter, read_adapter, require_plain, write_adapter
+from adaptkit.checkpoint.adapter import read_adapter, require_plain
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.manifest import Manifest, parent_of
 from adaptkit.checkpoint.place import check_output
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd
-from adaptkit.operations._carried import Carried, collect_carried, left_out
+from adaptkit.operations._carried import collect_carried, left_out, publish_adapter
 from adaptkit.operations._companions import refuse_compensation
 from adaptkit.operations._discard import discard_on_bad_input
-from adaptkit.operations._terms import KEPT_KEYS
 from adaptkit.operations._threads import check_threads, map_in_threads, thread_count
 
 
@@ -134,90 +130,47 @@ def resize(
     refuse_compensation(read, "whose correction a smaller rank would destroy", instead)
     check_output(output, force, [adapter])
     carried = collect_carried([read])
-    threads = thread_count(options.threads)
-    found = dict(zip(read.modules, map_in_threads(_resizer(options), read.modules.values(), threads), strict=True))
-    modules = {module: term for module, (term, _) in found.items()}
-    report = _report(
-        read, carried, output, options, modules, {module: squares for module, (_, squares) in found.items()}
+
+    def shrunk(term: LowRank) -> tuple[LowRank, float, float]:
+        """Return the resized change, ‖Δ‖², and the squared norm of what is cut off."""
+        spectrum = svd(term)
+        square = float(spectrum.sigma.square().sum())
+        rank = options.rank if options.energy is None else rank_for_energy(spectrum.sigma, options.energy)
+        rank = min(rank or term.rank, spectrum.sigma.numel())
+        if rank >= term.rank:
+            return term, square, 0.0
+        return spectrum.truncated(rank), square, float(spectrum.sigma[rank:].square().sum())
+
+    modules: dict[str, LowRank] = {}
+    entries, total, lost = [], 0.0, 0.0
+    results = map_in_threads(shrunk, read.modules.values(), thread_count(options.threads))
+    for (name, before), (after, square, cut) in zip(read.modules.items(), results, strict=True):
+        modules[name] = after
+        share = cut / square if square else 0.0
+        entries.append(ResizedModule(name, before.rank, after.rank, math.sqrt(square), 1 - share, math.sqrt(share)))
+        total, lost = total + square, lost + cut
+    ranks = [entry.rank for entry in entries]
+    resized = sum(entry.rank < entry.rank_before for entry in entries)
+    share = lost / total if total else 0.0
+    report = ResizeReport(
+        output=str(output),
+        resized=resized,
+        unchanged=len(entries) - resized,
+        below=sum(entry.rank_before < (options.rank or 0) for entry in entries),
+        ranks=(min(ranks), max(ranks)),
+        parameters_before=sum(term.a.size + term.b.size for term in read.modules.values()),
+        parameters=sum(term.a.size + term.b.size for term in modules.values()),
+        energy_kept=1 - share,
+        relative_error=math.sqrt(share),
+        base_copies=tuple(sorted(carried.copies)),
+        tokenizer=tuple(sorted(carried.files)),
+        modules=tuple(entries),
+        told=left_out([read]),
     )
     if dry_run:
         return report
     recorded = options.recorded()
     plan = [tensors_root(read.records), dict(read.config), carried.identity(), recorded]
     with Output(output, plan, force) as out, discard_on_bad_input(out):
-        kept = {key: read.config[key] for key in KEPT_KEYS if read.config.get(key)}
-        kept |= {"fan_in_fan_out": read.fan_in_fan_out, "task_type": read.config.get("task_type")}
-        name = str(read.config.get("base_model_name_or_path") or "")
-        write_adapter(out, modules, name, read.embeddings, copies=carried.tensors(), **kept)
-        for file, content in carried.files.items():
-            out.write(file, content)
-        manifest = Manifest(
-            kind="adapter",
-            operation={"name": "resize", "options": recorded},
-            files=tuple(out.files),
-            tensors=tuple(out.tensors),
-            parents=(parent_of("adapter", read.manifest, read.records, root=read.root),),
-            targets=read.manifest.targets if read.manifest else (),
-        )
-        out.publish(manifest)
+        manifest = publish_adapter(out, {"name": "resize", "options": recorded}, [read], [None], modules, carried)
     return replace(report, tensors_root=manifest.tensors_root, manifest_sha256=manifest.sha256)
-
-
-def _resizer(options: ResizeOptions) -> Callable[[LowRank], tuple[LowRank, tuple[float, float]]]:
-    """Return a function from a change to (the resized change, (‖Δ‖², squared norm of what is cut off))."""
-
-    def work(term: LowRank) -> tuple[LowRank, tuple[float, float]]:
-        spectrum = svd(term)
-        square = float(spectrum.sigma.square().sum())
-        rank = options.rank if options.energy is None else rank_for_energy(spectrum.sigma, options.energy)
-        rank = min(rank or term.rank, spectrum.sigma.numel())
-        if rank >= term.rank:
-            return term, (square, 0.0)
-        return spectrum.truncated(rank), (square, float(spectrum.sigma[rank:].square().sum()))
-
-    return work
-
-
-def _report(
-    read: Adapter,
-    carried: Carried,
-    output: Path,
-    options: ResizeOptions,
-    modules: dict[str, LowRank],
-    figures: dict[str, tuple[float, float]],
-) -> ResizeReport:
-    def entry(module: str, square: float, lost: float) -> ResizedModule:
-        before, after = read.modules[module].rank, modules[module].rank
-        return ResizedModule(module, before, after, math.sqrt(square), 1 - _share(lost, square), _error(lost, square))
-
-    entries = tuple(entry(module, *squares) for module, squares in figures.items())
-    total, lost = (sum(column) for column in zip(*figures.values(), strict=True))
-    ranks = [entry.rank for entry in entries]
-    resized = sum(entry.rank < entry.rank_before for entry in entries)
-    return ResizeReport(
-        output=str(output),
-        resized=resized,
-        unchanged=len(entries) - resized,
-        below=sum(entry.rank_before < (options.rank or 0) for entry in entries),
-        ranks=(min(ranks), max(ranks)),
-        parameters_before=sum(_parameters(term) for term in read.modules.values()),
-        parameters=sum(_parameters(term) for term in modules.values()),
-        energy_kept=1 - _share(lost, total),
-        relative_error=_error(lost, total),
-        base_copies=tuple(sorted(carried.copies)),
-        tokenizer=tuple(sorted(carried.files)),
-        modules=entries,
-        told=left_out([read]),
-    )
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else 0.0
-
-
-def _error(lost: float, whole: float) -> float:
-    return math.sqrt(_share(lost, whole))
-
-
-def _parameters(term: LowRank) -> int:
-    return term.lora_a.numel() + term.lora_b.numel()

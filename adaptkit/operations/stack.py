@@ -1,27 +1,29 @@
 """Combine adapters into one adapter."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from numbers import Real
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from adaptkit.arguments import AnyPath, as_path, as_paths, check_flags, checked_options, typed_fields
-from adaptkit.checkpoint.adapter import Adapter, read_adapter, write_adapter
+from adaptkit.checkpoint.adapter import Adapter, read_adapter, require_plain
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.manifest import Manifest, parent_of
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.checkpoint.vocabulary import is_head
 from adaptkit.discovery import load
-from adaptkit.errors import NonFiniteError, UsageError
-from adaptkit.numerics import stacking
+from adaptkit.errors import AdapterError, NonFiniteError, UsageError
+from adaptkit.numerics import lora, stacking
+from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._compress import Compressed, Limit, compress
 from adaptkit.numerics.stacking._method import Method
-from adaptkit.operations._carried import Carried, collect_carried, left_out
+from adaptkit.operations._carried import base_names, collect_carried, left_out, publish_adapter
+from adaptkit.operations._companions import refuse_compensation
 from adaptkit.operations._discard import discard_on_bad_input
-from adaptkit.operations._stack.terms import Stackable, stackable
 from adaptkit.operations._terms import expected_fingerprints, given_again, weights_of
 from adaptkit.operations._threads import check_threads, map_in_threads, thread_count
 
@@ -81,9 +83,13 @@ class StackOptions:
             "method": self.method,
             "source": load(stacking, self.method, "METHOD").source,
             "weights": list(weights),
-            **{name.rstrip("_"): value for name, value in asdict(self.resolved()).items()},
+            **self.own_settings(),
             **{name: value for name, value in limits.items() if value is not None},
         }
+
+    def own_settings(self) -> dict[str, Any]:
+        """Return the values of the method's own options by name."""
+        return {name.rstrip("_"): value for name, value in asdict(self.resolved()).items()}
 
 
 def _like(default: Any, value: float) -> Any:
@@ -188,106 +194,127 @@ def stack(
     read = [read_adapter(path) for path in adapters]
     weights = weights_of(read, options.weights)
     expected_fingerprints(read, hint="stack adapters of the same base")
-    plan = stackable(read, weights)
+    changes = _matched(read, weights)
     check_output(output, force, adapters)
     carried = collect_carried(read)
-    combined = _combine(plan, options, progress)
-    report = _report(output, options, plan, carried, combined, read)
+    combined = _combine(changes, options, progress)
+    entries = tuple(
+        StackedModule(name, sum(term.rank > 0 for term in changes[name]), made.term.rank, made.norm, made.energy)
+        for name, made in combined.items()
+    )
+    ranks = [entry.rank for entry in entries]
+    total = math.fsum(entry.norm**2 for entry in entries)
+    lost = math.fsum((1 - entry.energy_kept) * entry.norm**2 for entry in entries)
+    notes = [*given_again(read)]
+    if cancelled := [name for name, made in combined.items() if made.cancels]:
+        where = "every module" if len(cancelled) == len(entries) else f"{len(cancelled)} of {len(entries)} modules"
+        notes.append(f"the changes cancel in {where}, such as {cancelled[0]}, where the result is only rounding")
+    report = StackReport(
+        output=str(output),
+        method=options.method,
+        settings=options.own_settings(),
+        adapters=len(read),
+        modules=len(entries),
+        partial=sum(any(name not in adapter.modules for adapter in read) for name in combined),
+        zero=sum(made.is_zero for made in combined.values()),
+        ranks=(min(ranks), max(ranks)),
+        energy_kept=1 - lost / total if total else 1.0,
+        base_copies=tuple(sorted(carried.copies)),
+        tokenizer=tuple(sorted(carried.files)),
+        base_names=base_names(read),
+        per_module=entries,
+        told=(*notes, *left_out(read)),
+    )
     if dry_run:
         return report
     recorded = options.recorded(weights)
-    with (
-        Output(output, [[tensors_root(a.records) for a in read], carried.identity(), recorded], force) as out,
-        discard_on_bad_input(out),
-    ):
-        modules = {name: made.term for name, made in combined.items()}
-        base_name = plan.base_names[0] if len(plan.base_names) == 1 else ""
-        write_adapter(out, modules, base_name, plan.embeddings, copies=carried.tensors(), **plan.config)
-        for file, content in carried.files.items():
-            out.write(file, content)
-        manifest = Manifest(
-            kind="adapter",
-            operation={"name": "stack", "options": recorded},
-            files=tuple(out.files),
-            tensors=tuple(out.tensors),
-            parents=tuple(
-                parent_of("adapter", adapter.manifest, adapter.records, weight, root=adapter.root)
-                for adapter, weight in zip(read, weights, strict=True)
-            ),
-            targets=plan.targets,
-        )
-        out.publish(manifest)
+    plan = [[tensors_root(adapter.records) for adapter in read], carried.identity(), recorded]
+    modules = {name: made.term for name, made in combined.items()}
+    with Output(output, plan, force) as out, discard_on_bad_input(out):
+        manifest = publish_adapter(out, {"name": "stack", "options": recorded}, read, weights, modules, carried)
     return replace(report, tensors_root=manifest.tensors_root, manifest_sha256=manifest.sha256)
 
 
-def _combine(plan: Stackable, options: StackOptions, progress: Progress) -> dict[str, Compressed]:
+def _matched(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, tuple[LowRank, ...]]:
+    """Return each module's weighted changes in the order of the adapters, of rank 0 if one has none.
+
+    Raises:
+        AdapterError: an adapter contains more than low-rank changes, or the adapters do not fit together.
+        NonFiniteError: a weighted change is too large for float32.
+    """
+    for adapter in adapters:
+        require_plain(adapter, "stack")
+        instead = "merge it into the 16-bit base instead"
+        refuse_compensation(adapter, "whose correction must not be added twice", instead)
+        _check_compatible(adapter, adapters[0])
+    changes = {}
+    for name in sorted({name for adapter in adapters for name in adapter.modules}):
+        known = next(adapter for adapter in adapters if name in adapter.modules)
+        shape = out, columns = known.modules[name].shape
+        nothing = LowRank(np.zeros((0, columns), np.float32), np.zeros((out, 0), np.float32), 1.0)
+        terms = []
+        for adapter, weight in zip(adapters, weights, strict=True):
+            term = adapter.modules.get(name, nothing).weighted(weight)
+            if term.shape != shape:
+                raise AdapterError(
+                    f"{name}: shape {list(shape)} in {known.root}, but {list(term.shape)} in {adapter.root}",
+                    hint="stack adapters of the same base",
+                )
+            if name in adapter.modules and (name in adapter.embeddings) != (name in known.embeddings):
+                linear = known if name in adapter.embeddings else adapter
+                raise AdapterError(
+                    f"{name}: an embedding in one adapter, but a linear layer in {linear.root}",
+                    hint="stack adapters of the same base",
+                )
+            if not lora.norm(term) <= np.finfo(np.float32).max:  # also true if it is NaN
+                raise NonFiniteError(
+                    f"{name}: the change of {adapter.root}, times {weight:g}, is too large for float32",
+                    hint="use a smaller --weight",
+                )
+            terms.append(term)
+        changes[name] = tuple(terms)
+    return changes
+
+
+def _check_compatible(adapter: Adapter, first: Adapter) -> None:
+    plain = first if adapter.fan_in_fan_out else adapter
+    # peft writes the value of the last layer that it adapted: for a base with Conv1D, false if that was the head.
+    if adapter.fan_in_fan_out != first.fan_in_fan_out and not any(map(is_head, plain.modules)):
+        raise AdapterError(
+            f"{adapter.root} and {first.root} are for bases that store weights differently (fan_in_fan_out)",
+            hint="stack adapters of the same base",
+        )
+    tied, expected = (bool(found.config.get("ensure_weight_tying")) for found in (adapter, first))
+    if tied != expected and (adapter.embeddings or first.embeddings):
+        raise AdapterError(
+            f"{adapter.root} and {first.root}: only one of them changes the tied head together with the embedding "
+            "(ensure_weight_tying)",
+            hint="merge one adapter after the other instead",
+        )
+
+
+def _combine(
+    changes: Mapping[str, tuple[LowRank, ...]], options: StackOptions, progress: Progress
+) -> dict[str, Compressed]:
     """Combine the changes of each module; return the results by module name."""
+    method: Method = load(stacking, options.method, "METHOD")
+    settings, limit = options.resolved(), Limit(options.rank, options.energy)
+    largest = max(term.rank for terms in changes.values() for term in terms)
+
+    def combine(name: str) -> Compressed:
+        terms = changes[name]
+        try:
+            return compress(method.combine(terms, settings, name), terms, method.length, limit, largest)
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{name}: {error.message}", error.hint) from error
+
     combined = {}
-    for name, made in zip(
-        plan.modules, map_in_threads(_combiner(plan, options), plan.modules, thread_count(options.threads)), strict=True
-    ):
+    for name, made in zip(changes, map_in_threads(combine, changes, thread_count(options.threads)), strict=True):
         combined[name] = made
-        progress(len(combined), len(plan.modules))
+        progress(len(combined), len(changes))
     if all(made.is_zero for made in combined.values()):
         raise UsageError(
             f"nothing is left of any module: the changes cancel out, or {options.method} drops them all",
             hint="check each --weight, and that the adapters were trained",
         )
     return combined
-
-
-def _cancelled(combined: Mapping[str, Compressed]) -> Iterator[str]:
-    """Say where the factors are kept although the changes cancel."""
-    found = [name for name, made in combined.items() if made.cancels]
-    if found:
-        where = "every module" if len(found) == len(combined) else f"{len(found)} of {len(combined)} modules"
-        yield f"the changes cancel in {where}, such as {found[0]}, where the result is only rounding"
-
-
-def _combiner(plan: Stackable, options: StackOptions) -> Callable[[str], Compressed]:
-    """Return a function from a module's name to its combined change."""
-    method: Method = load(stacking, options.method, "METHOD")
-    settings, limit = options.resolved(), Limit(options.rank, options.energy)
-    largest = max(term.rank for terms in plan.modules.values() for term in terms)
-
-    def work(name: str) -> Compressed:
-        terms = plan.modules[name]
-        try:
-            return compress(method.combine(terms, settings, name), terms, method.length, limit, largest)
-        except NonFiniteError as error:
-            raise NonFiniteError(f"{name}: {error.message}", error.hint) from error
-
-    return work
-
-
-def _report(
-    output: Path,
-    options: StackOptions,
-    plan: Stackable,
-    carried: Carried,
-    combined: Mapping[str, Compressed],
-    adapters: Sequence[Adapter],
-) -> StackReport:
-    entries = tuple(
-        StackedModule(name, sum(term.rank > 0 for term in plan.modules[name]), made.term.rank, made.norm, made.energy)
-        for name, made in combined.items()
-    )
-    total = math.fsum(entry.norm**2 for entry in entries)
-    lost = math.fsum((1 - entry.energy_kept) * entry.norm**2 for entry in entries)
-    ranks = [entry.rank for entry in entries]
-    return StackReport(
-        output=str(output),
-        method=options.method,
-        settings={name.rstrip("_"): value for name, value in asdict(options.resolved()).items()},
-        adapters=len(adapters),
-        modules=len(entries),
-        partial=plan.partial,
-        zero=sum(made.is_zero for made in combined.values()),
-        ranks=(min(ranks), max(ranks)),
-        energy_kept=1 - lost / total if total else 1.0,
-        base_copies=tuple(sorted(carried.copies)),
-        tokenizer=tuple(sorted(carried.files)),
-        base_names=plan.base_names,
-        per_module=entries,
-        told=(*given_again(adapters), *_cancelled(combined), *left_out(adapters)),
-    )

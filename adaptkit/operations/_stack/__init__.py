@@ -1,1 +1,0 @@
-"""Parts of ``stack``: matching the changes of several adapters."""
