@@ -5,7 +5,7 @@ the same on every machine. They are float64 and computed in row blocks. There is
 elements of one adapter at a time while their thresholds are searched, and then for the result: fresh memory is slow.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,27 +15,24 @@ from adaptkit.numerics.arrays import as_array
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._method import count_kept
 
-Rule = Callable[[Tensor, slice], Tensor]
-"""Maps the changes of some rows, (adapters, rows, in) float64, and the slice of these rows to (rows, in)."""
-
 _BLOCK_ELEMENTS = 1 << 20
 """Large enough that preparing all of A once per block costs little; twice as many elements are no faster."""
 
 
-def changes_in(terms: Sequence[LowRank], rows: slice) -> Tensor:
-    """Return the dense changes of some rows, (adapters, rows, in) float64; the slice needs a start and a stop."""
-    changes = torch.zeros(len(terms), rows.stop - rows.start, terms[0].shape[1], dtype=torch.float64)
-    for change, term in zip(changes, terms, strict=True):
-        if term.rank:
-            change.copy_(lora.delta([term], rows))
-    return changes
+def row_blocks(terms: Sequence[LowRank]) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the rows of each block, a slice with start and stop, and the changes there: (adapters, rows, in) float64.
 
-
-def row_blocks(terms: Sequence[LowRank]) -> list[slice]:
-    """Split the rows into blocks: all adapters' elements of a block fit in 8 MiB, unless it is a single row."""
+    All adapters' elements of a block fit in 8 MiB, unless it is a single row.
+    """
     out, columns = terms[0].shape
     step = max(1, _BLOCK_ELEMENTS // (columns * len(terms)))
-    return [slice(first, min(first + step, out)) for first in range(0, out, step)]
+    for start in range(0, out, step):
+        rows = slice(start, min(start + step, out))
+        changes = torch.zeros(len(terms), rows.stop - start, columns, dtype=torch.float64)
+        for change, term in zip(changes, terms, strict=True):
+            if term.rank:
+                change.copy_(lora.delta([term], rows))
+        yield rows, changes
 
 
 def room_for(terms: Sequence[LowRank]) -> Tensor:
@@ -43,26 +40,11 @@ def room_for(terms: Sequence[LowRank]) -> Tensor:
     return torch.empty(terms[0].shape, dtype=torch.float64)
 
 
-def by_rows(terms: Sequence[LowRank], rule: Rule, room: Tensor | None = None) -> Tensor:
-    """Apply a rule to all changes, block by block.
-
-    Args:
-        terms: the changes of one module, one per adapter.
-        rule: called once per block.
-        room: where to write the result; None for new memory.
-
-    Returns:
-        (out, in) float64.
-    """
-    result = room_for(terms) if room is None else room
-    for rows in row_blocks(terms):
-        result[rows] = rule(changes_in(terms, rows), rows)
-    return result
-
-
 def magnitudes(term: LowRank, room: Tensor) -> Tensor:
     """Return ``room`` with the magnitudes of the elements of one change."""
-    return by_rows([term], lambda changes, rows: changes[0].abs_(), room)
+    for rows, changes in row_blocks([term]):
+        room[rows] = changes[0].abs_()
+    return room
 
 
 def nth_largest(magnitudes: Tensor, count: int) -> float:

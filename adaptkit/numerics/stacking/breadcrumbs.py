@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adaptkit.errors import UsageError
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.stacking._elements import by_rows, magnitudes, nth_largest, room_for
+from adaptkit.numerics.stacking._elements import magnitudes, nth_largest, room_for, row_blocks
 from adaptkit.numerics.stacking._method import Method, check_density, check_lambda, count_kept
 
 
@@ -61,12 +61,10 @@ def combine(terms: Sequence[LowRank], options: BreadcrumbsOptions, module: str) 
     room = room_for(terms)
     bounds = torch.tensor([_kept_range(term, options, module, room) for term in terms], dtype=torch.float64)
     least, largest = bounds[:, 0, None, None], bounds[:, 1, None, None]
-
-    def rule(changes: Tensor, rows: slice) -> Tensor:
+    for rows, changes in row_blocks(terms):
         sizes = changes.abs()
-        return (changes * ((sizes >= least) & (sizes <= largest))).sum(0) * options.lambda_
-
-    return by_rows(terms, rule, room)
+        room[rows] = (changes * ((sizes >= least) & (sizes <= largest))).sum(0) * options.lambda_
+    return room
 
 
 METHOD = Method(combine, source="Model Breadcrumbs (arXiv:2312.06795), sorted by module", options=BreadcrumbsOptions)

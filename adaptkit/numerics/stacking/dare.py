@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.stacking._elements import by_rows
+from adaptkit.numerics.stacking._elements import room_for, row_blocks
 from adaptkit.numerics.stacking._method import Method, check_density, check_seed
 from adaptkit.numerics.stacking._random import uniform
 
@@ -57,7 +57,10 @@ def drop_and_rescale(changes: Tensor, rows: slice, options: DareOptions, module:
 
 def combine(terms: Sequence[LowRank], options: DareOptions, module: str) -> Tensor:
     """Drop, rescale, sum. Returns (out, in) float64."""
-    return by_rows(terms, lambda changes, rows: drop_and_rescale(changes, rows, options, module).sum(0))
+    result = room_for(terms)
+    for rows, changes in row_blocks(terms):
+        result[rows] = drop_and_rescale(changes, rows, options, module).sum(0)
+    return result
 
 
 METHOD = Method(combine, source="DARE (arXiv:2311.03099), summed (dare_linear)", options=DareOptions)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.stacking._elements import by_rows, disjoint_mean
+from adaptkit.numerics.stacking._elements import disjoint_mean, room_for, row_blocks
 from adaptkit.numerics.stacking._method import Method, check_lambda
 from adaptkit.numerics.stacking.dare import DareOptions, drop_and_rescale
 
@@ -35,11 +35,10 @@ class DareTiesOptions(DareOptions):
 
 def combine(terms: Sequence[LowRank], options: DareTiesOptions, module: str) -> Tensor:
     """Drop, rescale, elect, merge. Returns (out, in) float64."""
-
-    def rule(changes: Tensor, rows: slice) -> Tensor:
-        return disjoint_mean(drop_and_rescale(changes, rows, options, module)) * options.lambda_
-
-    return by_rows(terms, rule)
+    result = room_for(terms)
+    for rows, changes in row_blocks(terms):
+        result[rows] = disjoint_mean(drop_and_rescale(changes, rows, options, module)) * options.lambda_
+    return result
 
 
 METHOD = Method(

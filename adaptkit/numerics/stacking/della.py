@@ -22,7 +22,7 @@ from torch import Tensor
 from adaptkit.errors import UsageError
 from adaptkit.numerics.arrays import Array, as_array
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.stacking._elements import by_rows, disjoint_mean
+from adaptkit.numerics.stacking._elements import disjoint_mean, room_for, row_blocks
 from adaptkit.numerics.stacking._method import Method, check_density, check_lambda, check_seed
 from adaptkit.numerics.stacking._random import uniform
 
@@ -96,13 +96,12 @@ def _ascending(bits: Array) -> Array:
 
 def combine(terms: Sequence[LowRank], options: DellaOptions, module: str) -> Tensor:
     """Drop by rank, rescale, elect, merge. Returns (out, in) float64."""
-
-    def rule(changes: Tensor, rows: slice) -> Tensor:
+    result = room_for(terms)
+    for rows, changes in row_blocks(terms):
         kept = probabilities(changes, options)
         drawn = [uniform(options.seed, module, adapter, rows, changes.shape[2]) for adapter in range(len(terms))]
-        return disjoint_mean(changes * (torch.stack(drawn) < kept) / kept) * options.lambda_
-
-    return by_rows(terms, rule)
+        result[rows] = disjoint_mean(changes * (torch.stack(drawn) < kept) / kept) * options.lambda_
+    return result
 
 
 METHOD = Method(

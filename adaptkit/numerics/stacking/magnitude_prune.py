@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.stacking._elements import by_rows, room_for, trim, trimming
+from adaptkit.numerics.stacking._elements import room_for, row_blocks, trim, trimming
 from adaptkit.numerics.stacking._method import Method, check_density
 
 
@@ -32,7 +32,9 @@ def combine(terms: Sequence[LowRank], options: PruneOptions, module: str) -> Ten
     """Trim and sum. Returns (out, in) float64."""
     room = room_for(terms)
     least = trimming(terms, options.density, module, room)
-    return by_rows(terms, lambda changes, rows: trim(changes, least).sum(0), room)
+    for rows, changes in row_blocks(terms):
+        room[rows] = trim(changes, least).sum(0)
+    return room
 
 
 METHOD = Method(

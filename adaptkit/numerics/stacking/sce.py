@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.stacking._elements import agreeing, by_rows, changes_in, nth_largest, room_for, row_blocks
+from adaptkit.numerics.stacking._elements import agreeing, nth_largest, room_for, row_blocks
 from adaptkit.numerics.stacking._method import Method, check_density, check_lambda, count_kept
 
 
@@ -41,37 +41,32 @@ class SceOptions:
         check_lambda(self.lambda_)
 
 
-def _variance(changes: Tensor) -> Tensor:
-    return changes.var(0, correction=0)
-
-
 def _least_variance(terms: Sequence[LowRank], density: float, module: str, room: Tensor) -> float:
     """Return the smallest variance of an element that is selected, infinity if none is; ``room`` is overwritten."""
-    variance = by_rows(terms, lambda changes, rows: _variance(changes), room)
-    differing = int(variance.count_nonzero())
-    return nth_largest(variance, count_kept(density, differing, module)) if differing else math.inf
+    for rows, changes in row_blocks(terms):
+        room[rows] = changes.var(0, correction=0)
+    differing = int(room.count_nonzero())
+    return nth_largest(room, count_kept(density, differing, module)) if differing else math.inf
+
+
+def _selected(changes: Tensor, least: float | None) -> Tensor:
+    return changes if least is None else changes * (changes.var(0, correction=0) >= least)
 
 
 def combine(terms: Sequence[LowRank], options: SceOptions, module: str) -> Tensor:
     """Select, calculate, erase. Returns (out, in) float64."""
     room = room_for(terms)
     least = None if options.density == 1 else _least_variance(terms, options.density, module, room)
-
-    def selected(changes: Tensor) -> Tensor:
-        return changes if least is None else changes * (_variance(changes) >= least)
-
     energies = torch.zeros(len(terms), dtype=torch.float64)
-    for rows in row_blocks(terms):
-        energies += selected(changes_in(terms, rows)).square().sum((1, 2))
+    for _, changes in row_blocks(terms):
+        energies += _selected(changes, least).square().sum((1, 2))
     coefficients = (energies / energies.sum().clamp(min=torch.finfo(torch.float64).tiny))[:, None, None]
-
-    def rule(changes: Tensor, rows: slice) -> Tensor:
-        chosen = selected(changes)
+    for rows, changes in row_blocks(terms):
+        chosen = _selected(changes, least)
         left = coefficients * agreeing(chosen)
         total = left.sum(0)
-        return (chosen * left).sum(0) / torch.where(total == 0, 1.0, total) * options.lambda_
-
-    return by_rows(terms, rule, room)
+        room[rows] = (chosen * left).sum(0) / torch.where(total == 0, 1.0, total) * options.lambda_
+    return room
 
 
 METHOD = Method(combine, source="SCE of FuseChat (arXiv:2408.07990), as mergekit has it", options=SceOptions)

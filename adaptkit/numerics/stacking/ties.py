@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.stacking._elements import by_rows, disjoint_mean, room_for, trim, trimming
+from adaptkit.numerics.stacking._elements import disjoint_mean, room_for, row_blocks, trim, trimming
 from adaptkit.numerics.stacking._method import Method, check_density, check_lambda
 
 
@@ -40,7 +40,9 @@ def combine(terms: Sequence[LowRank], options: TiesOptions, module: str) -> Tens
     """Trim, elect, merge; see the module's docstring. Returns (out, in) float64."""
     room = room_for(terms)
     least = trimming(terms, options.density, module, room)
-    return by_rows(terms, lambda changes, rows: disjoint_mean(trim(changes, least)) * options.lambda_, room)
+    for rows, changes in row_blocks(terms):
+        room[rows] = disjoint_mean(trim(changes, least)) * options.lambda_
+    return room
 
 
 METHOD = Method(

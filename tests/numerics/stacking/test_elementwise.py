@@ -218,7 +218,7 @@ def test_row_blocks_do_not_affect_the_result(make, combine, monkeypatch, method)
     changes = [make(11, 6, 3, 1.0, seed) for seed in range(3)]
     whole_at_once = combine(method, changes, density=0.55)
     monkeypatch.setattr(_elements, "_BLOCK_ELEMENTS", 2 * 6 * 3)
-    assert len(_elements.row_blocks(changes)) == 6
+    assert len(list(_elements.row_blocks(changes))) == 6
     assert (combine(method, changes, density=0.55) == whole_at_once).all()
 
 
