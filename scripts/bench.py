@@ -93,7 +93,7 @@ TIME_DIFF = """
 import collections, pathlib, statistics, time, torch
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.numerics import lora
-from adaptkit.operations._diff.adapters import differ_in_module
+from adaptkit.operations._diff.modules import differ_in_module
 from adaptkit.operations._threads import map_in_threads
 one, two = (read_adapter(pathlib.Path(path)).modules for path in ({first!r}, {second!r}))
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from adaptkit.cli.output import Row, percent, size
 
 if TYPE_CHECKING:
-    from adaptkit.operations._diff.groups import GroupDifference
+    from adaptkit.operations._diff.modules import GroupDifference
     from adaptkit.operations.diff import CheckpointDiffReport
 
 

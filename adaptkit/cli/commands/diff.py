@@ -16,7 +16,7 @@ from adaptkit.errors import UsageError
 
 if TYPE_CHECKING:
     from adaptkit.operations._diff.files import FilesDifference, ValueDifference
-    from adaptkit.operations._diff.groups import ModuleDifference
+    from adaptkit.operations._diff.modules import ModuleDifference
     from adaptkit.operations._diff.tensors import TensorDifference
     from adaptkit.operations.diff import AdapterDiffReport, CheckpointDiffReport
 

@@ -20,7 +20,7 @@ from adaptkit.cli.pages._parts import (
 )
 
 if TYPE_CHECKING:
-    from adaptkit.operations._diff.groups import GroupDifference, ModuleDifference
+    from adaptkit.operations._diff.modules import GroupDifference, ModuleDifference
     from adaptkit.operations.diff import AdapterDiffReport
 
 _OUT, _IN = "outputs", "inputs"

@@ -1,37 +1,38 @@
 """Compare two adapters: low-rank changes in factored form, all other tensors as plain tensors."""
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.adapter import Adapter, TokenRows, read_adapter
 from adaptkit.checkpoint.adapter_config import writes_transposed_experts
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
 from adaptkit.checkpoint.progress import counted
-from adaptkit.numerics.comparison import Overlap, compare
+from adaptkit.numerics import lora
+from adaptkit.numerics.comparison import difference_norm
 from adaptkit.numerics.lora import LowRank, is_equal
-from adaptkit.numerics.spectrum import effective_rank, singular_values, stable_rank
 from adaptkit.operations._diff.files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
-from adaptkit.operations._diff.groups import (
+from adaptkit.operations._diff.modules import (
     GroupDifference,
     ModuleDifference,
-    OverlapReport,
     by_layer,
     by_type,
-    cosine,
+    differ_in_module,
+    grouped_as,
     relative,
-    total,
 )
-from adaptkit.operations._diff.parts import changes_of, differ_in_part, held_by
-from adaptkit.operations._diff.tensors import TensorDifference
+from adaptkit.operations._diff.tensors import Source, TensorDifference, differ_in_files, differ_in_memory
 from adaptkit.operations._threads import map_in_threads
+
+Other = Tensor | Source | TokenRows | LowRank
+"""What an adapter may hold besides low-rank changes of modules: in memory, or where it is in its file."""
 
 _ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
 _UNORDERED = ("target_modules", "modules_to_save", "exclude_modules", "target_parameters")
@@ -93,15 +94,15 @@ def diff_adapters(first: Path, second: Path, *, threads: int) -> AdapterDiffRepo
         AdapterError: one of them is not a readable LoRA adapter.
     """
     one, two = map_in_threads(partial(read_adapter, changed=True), (first, second), threads)
-    changes = (changes_of(one), changes_of(two))
+    changes = (_changes_of(one), _changes_of(two))
     names = sorted({*changes[0], *changes[1]})
     modules = list(
         map_in_threads(lambda name: differ_in_module(name, changes[0].get(name), changes[1].get(name)), names, threads)
     )
     alike = changes[0].keys() == changes[1].keys() and all(_is_same(changes[0][n], changes[1][n]) for n in names)
-    held = (held_by(one), held_by(two))
+    held = (_others_of(one), _others_of(two))
     shared = sorted(held[0].keys() & held[1].keys())
-    tensors = [found for name in shared if (found := differ_in_part(name, held[0][name], held[1][name]))]
+    tensors = [found for name in shared if (found := _differ_in_other(name, *held[0][name], held[1][name][1]))]
     unmatched = [tuple(sorted(held[i].keys() - held[1 - i].keys())) for i in (0, 1)]
     beside = differ_in_files_beside(first, second)
     orientation_differs = one.fan_in_fan_out != two.fan_in_fan_out or one.embeddings != two.embeddings
@@ -114,8 +115,8 @@ def diff_adapters(first: Path, second: Path, *, threads: int) -> AdapterDiffRepo
         second=str(second),
         same=alike and not orientation_differs and not tensors and unmatched == [(), ()] and beside.same,
         tensors_roots=(tensors_root(one.records), tensors_root(two.records)),
-        manifests=(_manifest_sha256(one), _manifest_sha256(two)),
-        total=total(modules),
+        manifests=(one.manifest.sha256 if one.manifest else None, two.manifest.sha256 if two.manifest else None),
+        total=grouped_as("all", modules),
         layers=by_layer(modules),
         types=by_type(modules),
         modules=tuple(sorted(modules, key=lambda m: (-m.relative, m.module))),
@@ -131,64 +132,81 @@ def diff_adapters(first: Path, second: Path, *, threads: int) -> AdapterDiffRepo
     )
 
 
-def differ_in_module(name: str, first: LowRank | None, second: LowRank | None) -> ModuleDifference:
-    """Compare two changes of one module; None counts as zero, and changes of different shapes as orthogonal."""
-    found = compare(first, second) if first and second and first.shape == second.shape else None
-    sigmas = found.sigmas if found else tuple(singular_values(term) if term else None for term in (first, second))
-    norms = (_norm(sigmas[0]), _norm(sigmas[1]))
-    inner = found.inner if found else 0.0
-    distance = _norm(found.difference_sigma) if found else math.hypot(*norms)
-    measured = found is not None and found.columns.cosines.numel() > 0
-    return ModuleDifference(
-        module=name,
-        shapes=(first.shape if first else None, second.shape if second else None),
-        ranks=(first.rank if first else 0, second.rank if second else 0),
+def _changes_of(adapter: Adapter) -> dict[str, LowRank]:
+    """Return the low-rank changes by dotted path; expert ``i`` of a stacked parameter is ``<parameter>.i``."""
+    found = dict(adapter.modules)
+    for parameter, terms in adapter.experts.items():
+        found |= {f"{parameter}.{number}": term for number, term in enumerate(terms)}
+    return found
+
+
+def _others_of(adapter: Adapter) -> dict[str, tuple[str, Other]]:
+    """Map the name of everything else in an adapter to what it is, as the report shows it, and its value."""
+    files, digests = adapter.files, adapter.digests
+    found: dict[str, tuple[str, Other]] = {}
+    for module, magnitude in adapter.magnitudes.items():
+        found[f"{module}.lora_magnitude_vector"] = "DoRA magnitude", magnitude
+    for module, bias in adapter.biases.items():
+        found[f"{module}.lora_B.bias"] = "bias", bias
+    for name, key in adapter.replaced.items():
+        found[name] = "replaced tensor", Source(files, key, digests[key][0])
+    for name, key in adapter.base_copies.items():
+        found[f"{name} of the base"] = "begins with", Source(files, key, digests[key][0])
+    for module, rows in adapter.tokens.items():
+        found[f"{module} (trained tokens)"] = "token rows", rows
+    for module, term in adapter.compensation.items():
+        found[f"{module} (compensation)"] = "compensation", term
+    return found
+
+
+def _differ_in_other(name: str, role: str, one: Other, two: Other) -> TensorDifference | None:
+    """Compare two items of the same name; None if they are the same."""
+    match one, two:
+        case Source(), Source():
+            return None if one.content == two.content else differ_in_files(name, one, two, role)
+        case Tensor(), Tensor():
+            return None if _equal(one, two) else differ_in_memory(name, role, one, two)
+        case TokenRows(), TokenRows() if one.indices == two.indices:
+            return None if _equal(one.rows, two.rows) else differ_in_memory(name, role, one.rows, two.rows)
+        case TokenRows(), TokenRows():
+            common = sorted(set(one.indices) & set(two.indices))
+            both = [part.rows[[part.indices.index(token) for token in common]] for part in (one, two)]
+            remark = f"{len(one.indices):,} and {len(two.indices):,} tokens, {len(common):,} in both"
+            return differ_in_memory(name, role, both[0], both[1], remark)
+        case LowRank(), LowRank():
+            return None if is_equal(one, two) else _differ_in_start(name, role, one, two)
+        case _:
+            raise TypeError(f"{name}: {type(one).__name__} cannot be compared with {type(two).__name__}")
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+def _differ_in_start(name: str, role: str, first: LowRank, second: LowRank) -> TensorDifference:
+    """Compare two compensation terms by norm only: they are initial values, not part of what an adapter changes."""
+    alike = first.shape == second.shape
+    norms = (lora.norm(first), lora.norm(second))
+    distance = difference_norm(first, second) if alike else None
+    return TensorDifference(
+        name=name,
+        role=role,
+        dtypes=("F32", "F32"),
+        shapes=(first.shape, second.shape),
+        changed=0,
+        compared=0,
         norms=norms,
-        inner=inner,
         difference=distance,
-        cosine=cosine(inner, norms),
-        relative=relative(distance, norms),
-        spectra=(_numbers(sigmas[0]), _numbers(sigmas[1])),
-        difference_spectrum=_numbers(found.difference_sigma) if found else (),
-        effective_ranks=_both(effective_rank, sigmas),
-        stable_ranks=_both(stable_rank, sigmas),
-        columns=_overlap(found.columns) if found else None,
-        rows=_overlap(found.rows) if found else None,
-        sign_agreement=found.sign_agreement if found and measured else None,
-        interference=found.interference if found and measured else None,
-        interference_share=found.interference_share if found and measured else None,
+        relative=None if distance is None else relative(distance, norms),
+        remark="" if alike else "shapes differ",
     )
 
 
 def _is_same(first: LowRank, second: LowRank) -> bool:
-    return is_equal(first, second) and (first.lora_a.dtype, first.lora_b.dtype) == (
-        second.lora_a.dtype,
-        second.lora_b.dtype,
+    return is_equal(first, second) and (first.a.dtype, first.b.dtype) == (
+        second.a.dtype,
+        second.b.dtype,
     )
-
-
-def _norm(sigma: Tensor | None) -> float:
-    return 0.0 if sigma is None else float(sigma.norm())
-
-
-def _numbers(sigma: Tensor | None) -> tuple[float, ...]:
-    return () if sigma is None else tuple(sigma.tolist())
-
-
-def _both(figure: Callable[[Tensor], float], sigmas: tuple[Tensor | None, ...]) -> tuple[float, float]:
-    one, two = (0.0 if sigma is None else figure(sigma) for sigma in sigmas)
-    return one, two
-
-
-def _overlap(overlap: Overlap) -> OverlapReport | None:
-    rms, random = overlap.rms, overlap.random
-    if rms is None or random is None:
-        return None
-    return OverlapReport(tuple(overlap.cosines.tolist()), rms, random)
-
-
-def _manifest_sha256(adapter: Adapter) -> str | None:
-    return adapter.manifest.sha256 if adapter.manifest else None
 
 
 def _config(adapter: Adapter) -> Mapping[str, Any]:
@@ -205,13 +223,9 @@ def _may_orient_stacks_differently(first: Adapter, second: Adapter) -> bool:
     return both and writes_transposed_experts(first.config, False) != writes_transposed_experts(second.config, False)
 
 
-def _one_by_one(adapter: Adapter) -> str:
-    """Return a module that is a linear layer of a single expert; empty if there is none."""
-    return next((module for module in adapter.modules if _ONE_EXPERT.search(module)), "")
-
-
 def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
-    for stacked, single in ((first, _one_by_one(second)), (second, _one_by_one(first))):
+    for stacked, other in ((first, second), (second, first)):
+        single = next((module for module in other.modules if _ONE_EXPERT.search(module)), "")
         if stacked.experts and single:
             yield (
                 f"experts are not compared: {stacked.root} changes stacks, such as {min(stacked.experts)}, and the "
@@ -230,6 +244,6 @@ def _remarks(first: Adapter, second: Adapter) -> Iterator[str]:
         if problem := adapter.manifest_mismatch():
             yield f"{adapter.root}: {problem} according to its manifest; run adaptkit verify {adapter.root}"
     one, two = (adapter.manifest.base_fingerprints() if adapter.manifest else {} for adapter in (first, second))
-    other = sorted(module for module in one.keys() & two.keys() if one[module] != two[module])
-    if other:
-        yield f"trained on different bases: {counted(len(other), 'module', 'differ')}, such as {other[0]}"
+    unlike = sorted(module for module in one.keys() & two.keys() if one[module] != two[module])
+    if unlike:
+        yield f"trained on different bases: {counted(len(unlike), 'module', 'differ')}, such as {unlike[0]}"

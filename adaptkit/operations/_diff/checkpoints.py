@@ -13,7 +13,7 @@ from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations._diff.files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
-from adaptkit.operations._diff.groups import relative
+from adaptkit.operations._diff.modules import relative
 from adaptkit.operations._diff.tensors import DIRECTIONS, Source, TensorDifference, differ_in_files
 from adaptkit.operations._threads import fingerprints, map_in_threads
 
@@ -73,23 +73,6 @@ class CheckpointDiffReport:
     remarks: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class _Side:
-    """One of the two checkpoints.
-
-    Attributes:
-        checkpoint: its tensors.
-        manifest: its manifest; None if there is none.
-        recorded: fingerprints from the manifest by tensor name; None if they must be computed.
-        remark: why the manifest is ignored; empty if it is not.
-    """
-
-    checkpoint: Checkpoint
-    manifest: Manifest | None
-    recorded: dict[str, str] | None
-    remark: str
-
-
 def diff_checkpoints(
     first: Path, second: Path, *, recompute: bool, threads: int, progress: Progress
 ) -> CheckpointDiffReport:
@@ -99,9 +82,20 @@ def diff_checkpoints(
         CheckpointError: one of them is not a checkpoint.
         IntegrityError: a file cannot be read, or a manifest is malformed.
     """
-    sides = [_open(root, recompute) for root in (first, second)]
-    one, two = (side.checkpoint for side in sides)
-    records = _records(sides, threads, progress)
+    one, two = checkpoints = Checkpoint(first), Checkpoint(second)
+    manifests = [read_manifest(root) for root in (first, second)]
+    problems = [_why_not_by_manifest(*side) for side in zip(checkpoints, manifests, strict=True)]
+    computed = [manifest is None or recompute or bool(why) for manifest, why in zip(manifests, problems, strict=True)]
+    unread = sum(side.nbytes for side, is_computed in zip(checkpoints, computed, strict=True) if is_computed)
+    done, records = 0, []
+    for side, manifest, is_computed in zip(checkpoints, manifests, computed, strict=True):
+        if manifest is None or is_computed:
+            report_read = partial(lambda before, read, _: progress(before + read, unread), done)
+            digests = fingerprints(side, threads, report_read)
+            done += side.nbytes
+        else:
+            digests = {record.name: record.xxh3_128 for record in manifest.tensors}
+        records.append({name: TensorRecord.of(at.spec, digests[name], at.file) for name, at in side.tensors.items()})
     shared = sorted(one.tensors.keys() & two.tensors.keys())
     unlike = [name for name in shared if records[0][name].content != records[1][name].content]
     tensors = _measure(one, two, unlike, threads, progress)
@@ -117,9 +111,9 @@ def diff_checkpoints(
         first=str(first),
         second=str(second),
         same=not (unlike or unmatched[0] or unmatched[1] or config) and beside.same,
-        fingerprints=(_basis(sides[0]), _basis(sides[1])),
+        fingerprints=(COMPUTED if computed[0] else BY_MANIFEST, COMPUTED if computed[1] else BY_MANIFEST),
         tensors_roots=(tensors_root(records[0].values()), tensors_root(records[1].values())),
-        manifests=(_sha256(sides[0]), _sha256(sides[1])),
+        manifests=(manifests[0].sha256 if manifests[0] else None, manifests[1].sha256 if manifests[1] else None),
         quantizations=(quantization_found(one), quantization_found(two)),
         equal=len(equal),
         equal_bytes=sum(one.spec(name).nbytes for name in equal),
@@ -132,24 +126,18 @@ def diff_checkpoints(
         energy=_energy(tensors),
         config=config,
         beside=beside,
-        remarks=tuple(side.remark for side in sides if side.remark),
+        remarks=tuple(
+            f"{root}: its manifest is ignored, since {why}; run adaptkit verify {root}"
+            for root, why in zip((first, second), problems, strict=True)
+            if why and not recompute
+        ),
     )
 
 
-def _open(root: Path, recompute: bool) -> _Side:
-    """Read the headers, and decide whether the manifest's fingerprints can be used instead of reading the tensors."""
-    checkpoint, manifest = Checkpoint(root), read_manifest(root)
-    if manifest is None or recompute:
-        return _Side(checkpoint, manifest, None, "")
-    problem = _contradiction(checkpoint, manifest)
-    if problem:
-        remark = f"{root}: its manifest is ignored, since {problem}; run adaptkit verify {root}"
-        return _Side(checkpoint, manifest, None, remark)
-    return _Side(checkpoint, manifest, {record.name: record.xxh3_128 for record in manifest.tensors}, "")
-
-
-def _contradiction(checkpoint: Checkpoint, manifest: Manifest) -> str:
-    """Return the first mismatch between the manifest and the file sizes and headers; empty if there is none."""
+def _why_not_by_manifest(checkpoint: Checkpoint, manifest: Manifest | None) -> str:
+    """Return how a manifest contradicts the sizes and headers of the files; empty if it does not, or there is none."""
+    if manifest is None:
+        return ""
     sizes = {record.path: record.size for record in manifest.files}
     for file in checkpoint.headers:
         if sizes.get(file) != resolve_inside(checkpoint.root, file).stat().st_size:
@@ -159,35 +147,21 @@ def _contradiction(checkpoint: Checkpoint, manifest: Manifest) -> str:
     return f"the tensor {min(listed ^ found)[0]} does not match it" if listed != found else ""
 
 
-def _records(sides: Sequence[_Side], threads: int, progress: Progress) -> list[dict[str, TensorRecord]]:
-    """Return the tensor records of each side; fingerprints that no manifest records are computed."""
-    total = sum(side.checkpoint.nbytes for side in sides if side.recorded is None)
-    before, found = 0, []
-    for side in sides:
-        tensors, digests = side.checkpoint.tensors, side.recorded
-        if digests is None:
-            report_read = partial(lambda before, done, _: progress(before + done, total), before)
-            digests = fingerprints(side.checkpoint, threads, report_read)
-            before += side.checkpoint.nbytes
-        found.append({name: TensorRecord.of(at.spec, digests[name], at.file) for name, at in tensors.items()})
-    return found
-
-
 def _measure(
     first: Checkpoint, second: Checkpoint, names: Sequence[str], threads: int, progress: Progress
 ) -> tuple[TensorDifference, ...]:
     """Measure the tensors: first those without a norm, then largest relative difference first."""
+
+    def measured(name: str) -> TensorDifference:
+        return differ_in_files(name, Source(first, name), Source(second, name), ranks=True)
+
     found, done = [], 0
     total = sum(first.spec(name).nbytes for name in names)
-    for name, difference in zip(names, map_in_threads(partial(_differ, first, second), names, threads), strict=True):
+    for name, difference in zip(names, map_in_threads(measured, names, threads), strict=True):
         found.append(difference)
         done += first.spec(name).nbytes
         progress(done, total)
     return tuple(sorted(found, key=lambda t: (t.relative is not None, -(t.relative or 0.0), t.name)))
-
-
-def _differ(first: Checkpoint, second: Checkpoint, name: str) -> TensorDifference:
-    return differ_in_files(name, Source(first, name), Source(second, name), ranks=True)
 
 
 def _energy(tensors: Sequence[TensorDifference]) -> dict[str, float]:
@@ -196,11 +170,3 @@ def _energy(tensors: Sequence[TensorDifference]) -> dict[str, float]:
     if not square:
         return {}
     return {str(rank): sum(c.energy[str(rank)] * weight for c, weight in changes) / square for rank in DIRECTIONS}
-
-
-def _basis(side: _Side) -> str:
-    return COMPUTED if side.recorded is None else BY_MANIFEST
-
-
-def _sha256(side: _Side) -> str | None:
-    return side.manifest.sha256 if side.manifest else None

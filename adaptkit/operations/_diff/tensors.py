@@ -10,7 +10,7 @@ from adaptkit.numerics.comparison import Tally, effective_rank_with_tail
 from adaptkit.numerics.dtypes import dtype_name
 from adaptkit.numerics.randomized import Sketching, sketch_for_rank
 from adaptkit.numerics.spec import TensorSpec
-from adaptkit.operations._diff.groups import relative
+from adaptkit.operations._diff.modules import relative
 
 DIRECTIONS = (8, 16, 32, 64)
 """Ranks for which the report gives the share of a change's squared norm that they hold."""
@@ -72,15 +72,21 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class Source:
-    """Location of a tensor in files."""
+    """Location of a tensor in files, and its fingerprint if that is known."""
 
     files: TensorFiles
     key: str
+    digest: str = ""
 
     @property
     def spec(self) -> TensorSpec:
-        """Return its name in the file, dtype and shape."""
+        """Its name in the file, dtype and shape."""
         return self.files.spec(self.key)
+
+    @property
+    def content(self) -> tuple[str, str, tuple[int, ...]]:
+        """What determines its values: fingerprint, dtype and shape."""
+        return self.digest, self.spec.dtype, self.spec.shape
 
 
 def differ_in_files(name: str, first: Source, second: Source, role: str = "", ranks: bool = False) -> TensorDifference:

@@ -5,6 +5,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from adaptkit.numerics.comparison import Overlap, compare
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spectrum import effective_rank, singular_values, stable_rank
+
 Pair = tuple[float, float]
 
 
@@ -108,19 +114,87 @@ class GroupDifference:
     interference_share: float | None
 
 
-def total(modules: Sequence[ModuleDifference]) -> GroupDifference:
-    """Return the comparison of all modules together."""
-    return _group("all", modules)
+def differ_in_module(name: str, first: LowRank | None, second: LowRank | None) -> ModuleDifference:
+    """Compare two changes of one module; None counts as zero, and changes of different shapes as orthogonal."""
+    found = compare(first, second) if first and second and first.shape == second.shape else None
+    sigmas = found.sigmas if found else tuple(singular_values(term) if term else None for term in (first, second))
+    norms = (_norm(sigmas[0]), _norm(sigmas[1]))
+    inner = found.inner if found else 0.0
+    distance = _norm(found.difference_sigma) if found else math.hypot(*norms)
+    measured = found is not None and found.columns.cosines.numel() > 0
+    return ModuleDifference(
+        module=name,
+        shapes=(first.shape if first else None, second.shape if second else None),
+        ranks=(first.rank if first else 0, second.rank if second else 0),
+        norms=norms,
+        inner=inner,
+        difference=distance,
+        cosine=cosine(inner, norms),
+        relative=relative(distance, norms),
+        spectra=(_numbers(sigmas[0]), _numbers(sigmas[1])),
+        difference_spectrum=_numbers(found.difference_sigma) if found else (),
+        effective_ranks=_both(lambda side: _figure(effective_rank, sigmas[side])),
+        stable_ranks=_both(lambda side: _figure(stable_rank, sigmas[side])),
+        columns=_overlap(found.columns) if found else None,
+        rows=_overlap(found.rows) if found else None,
+        sign_agreement=found.sign_agreement if found and measured else None,
+        interference=found.interference if found and measured else None,
+        interference_share=found.interference_share if found and measured else None,
+    )
 
 
 def by_layer(modules: Iterable[ModuleDifference]) -> tuple[GroupDifference, ...]:
     """Group modules by their path up to its first number, in the order of these numbers; modules without one last."""
-    return _grouped(modules, _layer)
+
+    def key(name: str) -> tuple[str, int, str]:
+        parts = name.split(".")
+        for position, part in enumerate(parts):
+            if part.isdecimal():
+                return ".".join(parts[:position]), int(part), ".".join(parts[: position + 1])
+        return "\uffff", 0, "no layer"
+
+    return _grouped(modules, key)
 
 
 def by_type(modules: Iterable[ModuleDifference]) -> tuple[GroupDifference, ...]:
     """Group modules whose paths differ only in their numbers."""
-    return _grouped(modules, _type)
+
+    def key(name: str) -> tuple[str, int, str]:
+        starred = ".".join("*" if part.isdecimal() else part for part in name.split("."))
+        return starred, 0, starred
+
+    return _grouped(modules, key)
+
+
+def grouped_as(name: str, modules: Sequence[ModuleDifference]) -> GroupDifference:
+    """Return the comparison of several modules together, under a name."""
+    norms = _both(lambda side: math.hypot(*(m.norms[side] for m in modules)))
+    difference = math.hypot(*(m.difference for m in modules))
+    measured = [m for m in modules if m.interference is not None]
+    interference = sum(m.interference or 0.0 for m in measured)
+    sizes = [(m.sign_agreement, math.prod(m.shapes[0] or ())) for m in modules if m.sign_agreement is not None]
+    (columns, columns_random), (rows, rows_random) = (
+        _mean_overlap([m.columns for m in modules]),
+        _mean_overlap([m.rows for m in modules]),
+    )
+    nuclear = sum(sum(spectrum) for m in measured for spectrum in m.spectra)
+    return GroupDifference(
+        name=name,
+        modules=len(modules),
+        norms=norms,
+        difference=difference,
+        cosine=cosine(sum(m.inner for m in modules), norms),
+        relative=relative(difference, norms),
+        effective_ranks=_both(lambda side: _mean([m.effective_ranks[side] for m in modules if m.ranks[side]])),
+        stable_ranks=_both(lambda side: _mean([m.stable_ranks[side] for m in modules if m.ranks[side]])),
+        columns=columns,
+        columns_random=columns_random,
+        rows=rows,
+        rows_random=rows_random,
+        sign_agreement=sum(share * size for share, size in sizes) / sum(s for _, s in sizes) if sizes else None,
+        interference=interference if measured else None,
+        interference_share=interference / nuclear if nuclear else None,
+    )
 
 
 def cosine(inner: float, norms: Pair) -> float:
@@ -133,60 +207,16 @@ def relative(difference: float, norms: Pair) -> float:
     return difference / max(norms) if max(norms) else 0.0
 
 
-def _layer(name: str) -> tuple[str, int, str]:
-    parts = name.split(".")
-    for position, part in enumerate(parts):
-        if part.isdecimal():
-            return ".".join(parts[:position]), int(part), ".".join(parts[: position + 1])
-    return "\uffff", 0, "no layer"
-
-
-def _type(name: str) -> tuple[str, int, str]:
-    starred = ".".join("*" if part.isdecimal() else part for part in name.split("."))
-    return starred, 0, starred
-
-
 def _grouped(
     modules: Iterable[ModuleDifference], key: Callable[[str], tuple[str, int, str]]
 ) -> tuple[GroupDifference, ...]:
     groups: dict[tuple[str, int, str], list[ModuleDifference]] = defaultdict(list)
     for module in modules:
         groups[key(module.module)].append(module)
-    return tuple(_group(place[2], found) for place, found in sorted(groups.items()))
+    return tuple(grouped_as(place[2], found) for place, found in sorted(groups.items()))
 
 
-def _group(name: str, modules: Sequence[ModuleDifference]) -> GroupDifference:
-    norms = _both(lambda side: math.hypot(*(m.norms[side] for m in modules)))
-    difference = math.hypot(*(m.difference for m in modules))
-    measured = [m for m in modules if m.interference is not None]
-    interference = sum(m.interference or 0.0 for m in measured)
-    sizes = [(m.sign_agreement, math.prod(m.shapes[0] or ())) for m in modules if m.sign_agreement is not None]
-    columns, rows = _overlap([m.columns for m in modules]), _overlap([m.rows for m in modules])
-    return GroupDifference(
-        name=name,
-        modules=len(modules),
-        norms=norms,
-        difference=difference,
-        cosine=cosine(sum(m.inner for m in modules), norms),
-        relative=relative(difference, norms),
-        effective_ranks=_both(lambda side: _mean([m.effective_ranks[side] for m in modules if m.ranks[side]])),
-        stable_ranks=_both(lambda side: _mean([m.stable_ranks[side] for m in modules if m.ranks[side]])),
-        columns=columns[0],
-        columns_random=columns[1],
-        rows=rows[0],
-        rows_random=rows[1],
-        sign_agreement=sum(share * size for share, size in sizes) / sum(s for _, s in sizes) if sizes else None,
-        interference=interference if measured else None,
-        interference_share=_share(interference, measured),
-    )
-
-
-def _share(interference: float, measured: Sequence[ModuleDifference]) -> float | None:
-    nuclear = sum(sum(spectrum) for m in measured for spectrum in m.spectra)
-    return interference / nuclear if nuclear else None
-
-
-def _overlap(overlaps: Iterable[OverlapReport | None]) -> tuple[float | None, float | None]:
+def _mean_overlap(overlaps: Iterable[OverlapReport | None]) -> tuple[float | None, float | None]:
     """Return the root mean square of the cosines of all angles, and its expected value for random subspaces."""
     found = [(len(overlap.cosines), overlap) for overlap in overlaps if overlap is not None]
     angles = sum(count for count, _ in found)
@@ -203,3 +233,22 @@ def _both(of_side: Callable[[int], float]) -> Pair:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def _norm(sigma: Tensor | None) -> float:
+    return 0.0 if sigma is None else float(sigma.norm())
+
+
+def _numbers(sigma: Tensor | None) -> tuple[float, ...]:
+    return () if sigma is None else tuple(sigma.tolist())
+
+
+def _figure(figure: Callable[[Tensor], float], sigma: Tensor | None) -> float:
+    return 0.0 if sigma is None else figure(sigma)
+
+
+def _overlap(overlap: Overlap) -> OverlapReport | None:
+    rms, random = overlap.rms, overlap.random
+    if rms is None or random is None:
+        return None
+    return OverlapReport(tuple(overlap.cosines.tolist()), rms, random)
