@@ -1,10 +1,10 @@
 """Extract an adapter from a tuned checkpoint: its difference from the base, as low-rank matrices and whole tensors."""
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options
 from adaptkit.checkpoint.adapter import write_adapter
@@ -18,35 +18,14 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.errors import UsageError
 from adaptkit.operations._discard import discard_on_bad_input
-from adaptkit.operations._extract.plan import IMPOSSIBLE, LEFT_OUT, SAVED, ExtractOptions, Part, Plan, make_plan
-from adaptkit.operations._extract.report import (
-    LOW_ENERGY,
-    ExtractedModule,
-    ExtractReport,
-    OtherTensor,
-    module_report,
-    other_report,
-    plan_report,
-    weighted,
-)
-from adaptkit.operations._extract.saved import (
-    Running,
-    Saved,
-    placeholder_part,
-    running_model,
-    whole_tensors,
-    zero_change,
-)
+from adaptkit.operations._extract.plan import IMPOSSIBLE, LEFT_OUT, ExtractOptions, Plan, make_plan
+from adaptkit.operations._extract.report import ExtractedModule, ExtractReport, OtherTensor, make_report
+from adaptkit.operations._extract.saved import Saved, placeholder_part, running_model, whole_tensors, zero_change
 from adaptkit.operations._extract.tensors import Finding, examine
 from adaptkit.operations._threads import map_in_threads, thread_count
 from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]
-
-_IGNORED_KEYS = {
-    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
-}  # fmt: skip
-"""Keys of ``config.json`` that do not affect what the model computes, or that other fields of the report cover."""
 
 
 def extract(
@@ -93,9 +72,8 @@ def extract(
     check_output(output, force, [tuned, base])
     plan = make_plan(*sources, options)
     beside = _files_beside(plan)
-    report = plan_report(output, plan, _config_differs(plan))
     if dry_run:
-        return report
+        return make_report(output, plan)
     recorded = options.recorded()
     inputs = [[str(source.root.resolve()), state] for source, state in zip(sources, states, strict=True)]
     with (
@@ -108,17 +86,17 @@ def extract(
         running = running_model(plan.base)
         saved = whole_tensors(plan, findings, running)
         findings = [saved.seen(finding) for finding in findings]
-        placeholder = None if any(f.term for f in findings) else placeholder_part(plan, saved, running)
-        _write(out, plan, findings, running, saved, placeholder, beside)
+        terms = {running.module(finding.part): finding.term for finding in findings if finding.term is not None}
+        placeholder = None if terms else placeholder_part(plan, saved, running)
+        if placeholder is not None:
+            terms[running.module(placeholder)] = zero_change(placeholder)
+        config = saved.config | {"fan_in_fan_out": plan.transposed, "task_type": running.task}
+        write_adapter(out, terms, name_of(plan.base.root), saved=_read_whole(plan, findings, saved), **config)
+        for name, path in beside.items():
+            out.write(name, read_small(path))
         manifest = _manifest(out, plan, findings, saved, recorded)
         out.publish(manifest)
-    return replace(
-        _with_findings(report, findings),
-        placeholder=placeholder.module if placeholder else None,
-        tokenizer=tuple(beside),
-        tensors_root=manifest.tensors_root,
-        manifest_sha256=manifest.sha256,
-    )
+    return make_report(output, plan, findings, placeholder.module if placeholder else None, beside, manifest)
 
 
 def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> list[Finding]:
@@ -150,28 +128,15 @@ def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> lis
     return findings
 
 
-def _write(
-    out: Output,
-    plan: Plan,
-    findings: Sequence[Finding],
-    running: Running,
-    saved: Saved,
-    placeholder: Part | None,
-    beside: Mapping[str, Path],
-) -> None:
-    """Write the adapter and the files beside it."""
-    terms = {running.module(finding.part): finding.term for finding in findings if finding.term is not None}
-    if placeholder is not None:
-        terms[running.module(placeholder)] = zero_change(placeholder)
-    config = saved.config | {"fan_in_fan_out": plan.transposed, "task_type": running.task}
-    # What is stored only because peft saves its module stays the base's, without the rounding of a 16-bit file.
+def _read_whole(plan: Plan, findings: Sequence[Finding], saved: Saved) -> dict[str, Tensor]:
+    """Read the tensors that are stored whole, by name in the adapter; a tied one has two names, but is read once.
+
+    What is stored only because peft saves its module stays the base's, without the rounding of a 16-bit file.
+    """
     kept = {finding.part.name for finding in findings if not finding.differs or finding.part.fate == LEFT_OUT}
-    names = {part.name for part in saved.parts.values()}  # a tied tensor has two names in the adapter, but is read once
+    names = {part.name for part in saved.parts.values()}
     values = {name: (plan.base if name in kept else plan.tuned).read(name) for name in names}
-    tensors = {name: values[part.name] for name, part in saved.parts.items()}
-    write_adapter(out, terms, name_of(plan.base.root), saved=tensors, **config)
-    for name, path in beside.items():
-        out.write(name, read_small(path))
+    return {name: values[part.name] for name, part in saved.parts.items()}
 
 
 def _files_beside(plan: Plan) -> dict[str, Path]:
@@ -198,39 +163,6 @@ def _manifest(out: Output, plan: Plan, findings: Sequence[Finding], saved: Saved
         ),
         targets=tuple(Target(f.part.name.removesuffix(".weight"), f.part.spec.shape, f.base_digest) for f in touched),
     )
-
-
-def _with_findings(report: ExtractReport, findings: Sequence[Finding]) -> ExtractReport:
-    low_rank = [finding for finding in findings if finding.term is not None]
-    others = [finding for finding in findings if finding.differs and finding.term is None]
-    left_out = [finding for finding in others if finding.part.fate == LEFT_OUT]
-    saved = [finding for finding in others if finding.part.fate == SAVED]
-    ranks = [finding.term.rank for finding in low_rank if finding.term is not None] or [0]
-    kept = weighted(low_rank, "energy_kept") if low_rank else 1.0
-    total = sum(finding.square for finding in findings)
-    factors = sum(f.term.rank * sum(f.term.shape) for f in low_rank if f.term is not None)
-    return replace(
-        report,
-        equal=sum(not finding.differs for finding in findings),
-        modules=tuple(module_report(finding) for finding in low_rank),
-        experts=sum(finding.part.kind == "expert" for finding in low_rank),
-        saved=tuple(other_report(finding) for finding in saved),
-        left_out=tuple(other_report(finding) for finding in left_out),
-        ranks=(min(ranks), max(ranks)),
-        parameters=factors + sum(finding.part.tuned.count for finding in saved),
-        energy_kept=kept,
-        relative_error=math.sqrt(max(0.0, 1 - kept)),
-        below_90=sum(finding.energy_kept < LOW_ENERGY for finding in low_rank),
-        unreached=sum(not finding.reached for finding in low_rank),
-        rounding=weighted(low_rank, "rounding"),
-        left_out_energy=sum(finding.square for finding in left_out) / total if total else 0.0,
-    )
-
-
-def _config_differs(plan: Plan) -> tuple[str, ...]:
-    before, after = plan.base.config, plan.tuned.config
-    keys = sorted((set(before) | set(after)) - _IGNORED_KEYS)
-    return tuple(key for key in keys if before.get(key) != after.get(key))
 
 
 def _same_bytes(one: Path, other: Path) -> bool:

@@ -84,7 +84,7 @@ def diff_checkpoints(
     """
     one, two = checkpoints = Checkpoint(first), Checkpoint(second)
     manifests = [read_manifest(root) for root in (first, second)]
-    problems = [_why_not_by_manifest(*side) for side in zip(checkpoints, manifests, strict=True)]
+    problems = ["" if recompute else _why_not_by_manifest(*side) for side in zip(checkpoints, manifests, strict=True)]
     computed = [manifest is None or recompute or bool(why) for manifest, why in zip(manifests, problems, strict=True)]
     unread = sum(side.nbytes for side, is_computed in zip(checkpoints, computed, strict=True) if is_computed)
     done, records = 0, []
@@ -129,7 +129,7 @@ def diff_checkpoints(
         remarks=tuple(
             f"{root}: its manifest is ignored, since {why}; run adaptkit verify {root}"
             for root, why in zip((first, second), problems, strict=True)
-            if why and not recompute
+            if why
         ),
     )
 

@@ -1,15 +1,20 @@
 """Report of ``extract``: how the tuned checkpoint differs from its base, and how much of that the adapter holds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.progress import counted
-from adaptkit.operations._extract.plan import LOW_RANK, Plan
+from adaptkit.operations._extract.plan import LEFT_OUT, LOW_RANK, SAVED, Plan
 from adaptkit.operations._extract.tensors import Finding
 
-LOW_ENERGY = 0.9
+_IGNORED_KEYS = {
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "vocab_size",
+}  # fmt: skip
+"""Keys of ``config.json`` that do not affect what the model computes, or that other fields of the report cover."""
+_LOW_ENERGY = 0.9
 """A module whose low-rank change keeps a smaller share of ‖D‖² than this is counted in ``below_90``."""
 
 
@@ -96,24 +101,24 @@ class ExtractReport:
     candidates: int
     read_from: str
     config_differs: tuple[str, ...]
-    equal: int = 0
-    modules: tuple[ExtractedModule, ...] = field(default=(), repr=False)
-    experts: int = 0
-    placeholder: str | None = None
-    saved: tuple[OtherTensor, ...] = field(default=(), repr=False)
-    left_out: tuple[OtherTensor, ...] = field(default=(), repr=False)
-    resized: bool = False
-    ranks: tuple[int, int] = (0, 0)
-    parameters: int = 0
-    energy_kept: float = 1.0
-    relative_error: float = 0.0
-    below_90: int = 0
-    unreached: int = 0
-    rounding: float = 0.0
-    left_out_energy: float = 0.0
-    tokenizer: tuple[str, ...] = ()
-    tensors_root: str | None = None
-    manifest_sha256: str | None = None
+    equal: int
+    modules: tuple[ExtractedModule, ...] = field(repr=False)
+    experts: int
+    placeholder: str | None
+    saved: tuple[OtherTensor, ...] = field(repr=False)
+    left_out: tuple[OtherTensor, ...] = field(repr=False)
+    resized: bool
+    ranks: tuple[int, int]
+    parameters: int
+    energy_kept: float
+    relative_error: float
+    below_90: int
+    unreached: int
+    rounding: float
+    left_out_energy: float
+    tokenizer: tuple[str, ...]
+    tensors_root: str | None
+    manifest_sha256: str | None
 
     @property
     def remarks(self) -> dict[str, str]:
@@ -130,45 +135,64 @@ class ExtractReport:
         return found
 
 
-def plan_report(output: Path, plan: Plan, config_differs: tuple[str, ...]) -> ExtractReport:
-    """Return the part of the report that is known before any weight is read."""
+def make_report(
+    output: Path,
+    plan: Plan,
+    findings: Sequence[Finding] = (),
+    placeholder: str | None = None,
+    beside: Iterable[str] = (),
+    manifest: Manifest | None = None,
+) -> ExtractReport:
+    """Return the report; of a dry run, which has read no weight, without findings and what follows from them."""
+    low_rank = [finding for finding in findings if finding.term is not None]
+    others = [finding for finding in findings if finding.differs and finding.term is None]
+    saved, left_out = ([f for f in others if f.part.fate == fate] for fate in (SAVED, LEFT_OUT))
+    ranks = [finding.rank for finding in low_rank] or [0]
+    changed, total = (sum(finding.square for finding in some) for some in (low_rank, findings))
+    kept = sum(f.square * f.energy_kept for f in low_rank) / changed if changed else float(not low_rank)
+    before, after = plan.base.config, plan.tuned.config
     return ExtractReport(
         output=str(output),
         tensors=len(plan.parts),
         candidates=sum(part.fate == LOW_RANK for part in plan.parts),
         read_from=plan.roles.read_from,
-        config_differs=config_differs,
+        config_differs=tuple(
+            key for key in sorted({*before, *after} - _IGNORED_KEYS) if before.get(key) != after.get(key)
+        ),
+        equal=sum(not finding.differs for finding in findings),
+        modules=tuple(
+            ExtractedModule(
+                module=finding.part.module,
+                shape=finding.part.spec.shape,
+                rank=finding.rank,
+                norm=math.sqrt(finding.square),
+                relative_norm=finding.relative_norm or 0.0,
+                energy_kept=finding.energy_kept,
+                relative_error=math.sqrt(max(0.0, 1 - finding.energy_kept)),
+                rank_99=finding.rank_99,
+                rounding=finding.rounding,
+            )
+            for finding in low_rank
+        ),
+        experts=sum(finding.part.kind == "expert" for finding in low_rank),
+        placeholder=placeholder,
+        saved=tuple(map(_other, saved)),
+        left_out=tuple(map(_other, left_out)),
         resized=any(part.resized for part in plan.parts),
+        ranks=(min(ranks), max(ranks)),
+        parameters=sum(f.rank * sum(f.part.spec.shape) for f in low_rank) + sum(f.part.tuned.count for f in saved),
+        energy_kept=kept,
+        relative_error=math.sqrt(max(0.0, 1 - kept)),
+        below_90=sum(finding.energy_kept < _LOW_ENERGY for finding in low_rank),
+        unreached=sum(not finding.reached for finding in low_rank),
+        rounding=sum(f.square * f.rounding for f in low_rank) / changed if changed else 0.0,
+        left_out_energy=sum(finding.square for finding in left_out) / total if total else 0.0,
+        tokenizer=tuple(beside),
+        tensors_root=manifest.tensors_root if manifest else None,
+        manifest_sha256=manifest.sha256 if manifest else None,
     )
 
 
-def module_report(finding: Finding) -> ExtractedModule:
-    """Return the report of a low-rank change."""
-    return ExtractedModule(
-        module=finding.part.module,
-        shape=finding.part.spec.shape,
-        rank=finding.term.rank if finding.term else 0,
-        norm=math.sqrt(finding.square),
-        relative_norm=relative_norm(finding) or 0.0,
-        energy_kept=finding.energy_kept,
-        relative_error=math.sqrt(max(0.0, 1 - finding.energy_kept)),
-        rank_99=finding.rank_99,
-        rounding=finding.rounding,
-    )
-
-
-def other_report(finding: Finding) -> OtherTensor:
-    """Return the report of any other tensor that differs."""
+def _other(finding: Finding) -> OtherTensor:
     part = finding.part
-    return OtherTensor(part.name, part.tuned.shape, part.spec.shape, part.why, relative_norm(finding))
-
-
-def relative_norm(finding: Finding) -> float | None:
-    """Return ‖D‖ / ‖W‖; None if either is zero or was not computed."""
-    return math.sqrt(finding.square / finding.base_square) if finding.square and finding.base_square else None
-
-
-def weighted(findings: Sequence[Finding], share: str) -> float:
-    """Return the mean of an attribute of the findings that is a share of ‖D‖², weighted by ‖D‖²."""
-    total = sum(finding.square for finding in findings)
-    return sum(finding.square * getattr(finding, share) for finding in findings) / total if total else 0.0
+    return OtherTensor(part.name, part.tuned.shape, part.spec.shape, part.why, finding.relative_norm)

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
+import numpy as np
 
 from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.checkpoint.reader import Checkpoint
@@ -229,4 +229,4 @@ def placeholder_part(plan: Plan, saved: Saved, running: Running) -> Part | None:
 def zero_change(part: Part) -> LowRank:
     """Return a zero change of rank 1."""
     rows, columns = part.spec.shape[::-1] if part.kind == "conv1d" else part.spec.shape
-    return LowRank.of_tensors(torch.zeros(1, columns), torch.zeros(rows, 1), 1.0)
+    return LowRank(np.zeros((1, columns), np.float32), np.zeros((rows, 1), np.float32), 1.0)

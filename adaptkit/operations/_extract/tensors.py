@@ -1,5 +1,7 @@
 """Compare two tensors piece by piece, and find the low-rank part of the difference without holding it whole."""
 
+import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -13,6 +15,7 @@ from adaptkit.errors import NonFiniteError
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank, transposed
 from adaptkit.numerics.randomized import sketch_for_energy, sketch_for_rank
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._extract.plan import LOW_RANK, ExtractOptions, Part, Plan
 from adaptkit.operations._shards import cut_pieces
 
@@ -57,6 +60,16 @@ class Finding:
     rank_99: int | None = None
     reached: bool = True
 
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank change; 0 if there is none."""
+        return self.term.rank if self.term else 0
+
+    @property
+    def relative_norm(self) -> float | None:
+        """‖D‖ / ‖W‖; None if either is zero or was not computed."""
+        return math.sqrt(self.square / self.base_square) if self.square and self.base_square else None
+
 
 def examine(plan: Plan, part: Part, options: ExtractOptions) -> Finding:
     """Compare a tensor of the two checkpoints, and decompose the difference if its fate is low rank.
@@ -65,53 +78,40 @@ def examine(plan: Plan, part: Part, options: ExtractOptions) -> Finding:
         NonFiniteError: an element of either is NaN or infinite; names the tensor.
         IntegrityError: a file can no longer be read.
     """
+    digests = xxhash.xxh3_128(), xxhash.xxh3_128()
+    differs, square, base_square, steps = part.resized, 0.0, 0.0, 0.0
     if part.resized:
-        return Finding(part, _digest(plan.base, part.name), _digest(plan.tuned, part.name), differs=True)
-    finding = _compare(plan, part)
-    if not finding.differs or part.fate != LOW_RANK:
-        return finding
-    return _decompose(plan, finding, options)
-
-
-def _digest(checkpoint: Checkpoint, name: str) -> str:
-    digest, spec = xxhash.xxh3_128(), checkpoint.spec(name)
-    for piece in cut_pieces(spec):
-        values = checkpoint.read_flat(name, piece.start, piece.count)
-        _require_finite(checkpoint, name, values)
-        digest.update(bytes_of(values))
-    return digest.hexdigest()
-
-
-def _require_finite(checkpoint: Checkpoint, name: str, values: Tensor) -> None:
-    if not all_finite(values):
-        raise NonFiniteError(
-            f"{checkpoint.root}: {name} holds NaN or infinity", hint="train or download the checkpoint again"
-        )
-
-
-def _compare(plan: Plan, part: Part) -> Finding:
-    digests = (xxhash.xxh3_128(), xxhash.xxh3_128())
-    differs, square, base_square, steps = False, 0.0, 0.0, 0.0
-    for piece in cut_pieces(part.spec):
-        both = []
-        for checkpoint, digest in zip((plan.base, plan.tuned), digests, strict=True):
-            values = checkpoint.read_flat(part.name, piece.start, piece.count)
-            _require_finite(checkpoint, part.name, values)
-            digest.update(bytes_of(values))
-            both.append(values)
-        differs = differs or not torch.equal(both[0].to(both[1].dtype), both[1])
-        if not both[0].is_floating_point():
-            continue
-        for before, after in zip(*(torch.split(values, _AT_ONCE) for values in both), strict=True):
-            wide = before.double()
-            change = after.double().sub_(wide)
-            square += float(change.dot(change))
-            base_square += float(wide.dot(wide))
-            steps += _square_steps(after)
+        deque(_pieces(plan.base, part.spec, digests[0]), maxlen=0)
+        deque(_pieces(plan.tuned, part.tuned, digests[1]), maxlen=0)
+    else:
+        both = _pieces(plan.base, part.spec, digests[0]), _pieces(plan.tuned, part.spec, digests[1])
+        for ours, theirs in zip(*both, strict=True):
+            differs = differs or not torch.equal(ours.to(theirs.dtype), theirs)
+            if not ours.is_floating_point():
+                continue
+            for before, after in zip(torch.split(ours, _AT_ONCE), torch.split(theirs, _AT_ONCE), strict=True):
+                wide = before.double()
+                change = after.double().sub_(wide)
+                square += float(change.dot(change))
+                base_square += float(wide.dot(wide))
+                steps += _square_steps(after)
     square = square if differs else 0.0
     rounding = min(1.0, steps / 12 / square) if square else 0.0
     before_digest, after_digest = (digest.hexdigest() for digest in digests)
-    return Finding(part, before_digest, after_digest, differs, square, base_square, rounding)
+    found = Finding(part, before_digest, after_digest, differs, square, base_square, rounding)
+    return _decompose(plan, found, options) if differs and part.fate == LOW_RANK else found
+
+
+def _pieces(checkpoint: Checkpoint, spec: TensorSpec, digest: xxhash.xxh3_128) -> Iterator[Tensor]:
+    """Yield a tensor in pieces that are cut for a spec of as many elements; each is checked, and added to a digest."""
+    for piece in cut_pieces(spec):
+        values = checkpoint.read_flat(spec.name, piece.start, piece.count)
+        if not all_finite(values):
+            raise NonFiniteError(
+                f"{checkpoint.root}: {spec.name} holds NaN or infinity", hint="train or download the checkpoint again"
+            )
+        digest.update(bytes_of(values))
+        yield values
 
 
 def _square_steps(values: Tensor) -> float:
