@@ -1,13 +1,16 @@
 """Give an adapter or a checkpoint that another tool made a manifest, so that it can be verified and published."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from adaptkit.arguments import AnyPath, as_path, as_path_or_none, check_flags, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
+from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
 from adaptkit.checkpoint.hashing import Ranges
-from adaptkit.checkpoint.integrity import present_names
+from adaptkit.checkpoint.integrity import check_config, present_names
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import (
     ADAPTER_CONFIG_NAME,
@@ -25,7 +28,10 @@ from adaptkit.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
     Manifest,
+    Parent,
+    Target,
     TensorRecord,
+    parent_of,
     read_manifest,
 )
 from adaptkit.checkpoint.place import check_output
@@ -33,10 +39,11 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.side_files import LICENCES, TEMPLATES_FOLDER, check_side_files, side_files
 from adaptkit.checkpoint.writer import copy_file
-from adaptkit.errors import IntegrityError, UsageError
-from adaptkit.operations._adopted_base import AdoptedBase, plain_checkpoint
+from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
 from adaptkit.operations._discard import discard_on_bad_input
-from adaptkit.operations._threads import check_threads, in_order, thread_count
+from adaptkit.operations._merge.edit_checks import copy_replaces_base
+from adaptkit.operations._merge.edit_plan import plan_edits
+from adaptkit.operations._threads import check_threads, fingerprints, in_order, thread_count
 from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 _PLACEHOLDER, _MOST_PLACEHOLDERS = b"[More Information Needed]", 20
@@ -130,20 +137,35 @@ def adopt(
     adapter = read_adapter(source) if is_adapter(source) else None
     if adapter is None and base is not None:
         raise UsageError(f"base: applies only to adapters, but {source} is a checkpoint", hint="leave out --base")
-    files = adapter.files if adapter else plain_checkpoint(source)
+    files = adapter.files if adapter else _plain_checkpoint(source)
     small = _small_files(source, adapter)
-    parent = AdoptedBase(base, adapter) if adapter and base is not None else None
-    check_output(output, force, [source, *([parent.checkpoint.root] if parent else [])])
-    report = _report(output, files, small, parent)
+    opened = _open_base(base, adapter) if adapter and base is not None else None
+    check_output(output, force, [source, *([] if base is None else [base])])
+    copied = {*files.headers, *small}
+    others = {name.partition("/") for name in present_names(source) - copied}
+    report = AdoptReport(
+        output=str(output),
+        kind="adapter" if adapter else "checkpoint",
+        files=tuple(sorted(copied)),
+        not_copied=tuple(sorted({folder + slash for folder, slash, _ in others})),
+        bytes=sum(resolve_inside(source, name).stat().st_size for name in copied),
+        tensors=len(files.tensors),
+        base=None if base is None else str(base),
+        base_fingerprints=len(opened.changed) if opened else 0,
+    )
     if dry_run:
         return report
-    threads, of_parent = thread_count(options.threads), parent.checkpoint.nbytes if parent else 0
-    total = of_parent + report.bytes
+    threads, of_base = thread_count(options.threads), opened.checkpoint.nbytes if opened else 0
+    total = of_base + report.bytes
     inputs = [[str(source.resolve()), [[name, before.get(name)] for name in files.headers]]]
     with Output(output, [report.kind], force, inputs=inputs) as out, discard_on_bad_input(out):
         out.require_space(report.bytes)
-        of_base = parent.fingerprints(threads, lambda done, _: progress(done, total)) if parent else {}
-        _copy_weights(out, files, threads, lambda done: progress(of_parent + done, total))
+        parents: tuple[Parent, ...] = ()
+        targets: tuple[Target, ...] = ()
+        if opened is not None:
+            parents, targets = opened.records(threads, lambda done, _: progress(done, total))
+        for done in _copy_weights(out, files, threads):
+            progress(of_base + done, total)
         for name in small:
             out.copy(resolve_inside(source, name), name)
         progress(total, total)
@@ -153,8 +175,8 @@ def adopt(
             operation={"name": "adopt", "options": {}},
             files=tuple(out.files),
             tensors=tuple(out.tensors),
-            parents=parent.parents(of_base) if parent else (),
-            targets=parent.targets(of_base) if parent else (),
+            parents=parents,
+            targets=targets,
         )
         out.publish(manifest)
     return replace(report, tensors_root=manifest.tensors_root, manifest_sha256=manifest.sha256)
@@ -204,23 +226,8 @@ def _small_files(source: Path, adapter: Adapter | None) -> list[str]:
     return sorted(names)
 
 
-def _report(output: Path, files: TensorFiles, small: Sequence[str], base: AdoptedBase | None) -> AdoptReport:
-    copied = {*files.headers, *small}
-    others = {name.partition("/") for name in present_names(files.root) - copied}
-    return AdoptReport(
-        output=str(output),
-        kind="checkpoint" if isinstance(files, Checkpoint) else "adapter",
-        files=tuple(sorted(copied)),
-        not_copied=tuple(sorted({folder + slash for folder, slash, _ in others})),
-        bytes=sum(resolve_inside(files.root, name).stat().st_size for name in copied),
-        tensors=len(files.tensors),
-        base=str(base.checkpoint.root) if base else None,
-        base_fingerprints=len(base.changed) if base else 0,
-    )
-
-
-def _copy_weights(out: Output, files: TensorFiles, threads: int, progress: Callable[[int], None]) -> None:
-    """Copy the weight files that an earlier run did not finish, several at a time."""
+def _copy_weights(out: Output, files: TensorFiles, threads: int) -> Iterator[int]:
+    """Copy the weight files that an earlier run did not finish, several at a time; yield the bytes done so far."""
 
     def copied(file: str) -> tuple[FileRecord, list[TensorRecord]] | None:
         if out.is_whole(file):
@@ -235,4 +242,75 @@ def _copy_weights(out: Output, files: TensorFiles, threads: int, progress: Calla
     for file, made in zip(files.headers, in_order(copied, files.headers, threads), strict=True):
         out.finished(file) if made is None else out.add(*made)
         done += resolve_inside(files.root, file).stat().st_size
-        progress(done)
+        yield done
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The base that an adapter is said to be trained on.
+
+    Attributes:
+        checkpoint: its tensors.
+        state: of its files when it was opened.
+        manifest: None if it has none.
+        changed: names of the tensors that the adapter changes, sorted.
+        compensated: targets of a quantized base whose error the adapter compensates for; otherwise none.
+    """
+
+    checkpoint: Checkpoint
+    state: list[list[Any]]
+    manifest: Manifest | None
+    changed: Sequence[str]
+    compensated: Sequence[Target]
+
+    def records(self, threads: int, progress: Progress) -> tuple[tuple[Parent, ...], tuple[Target, ...]]:
+        """Hash all tensors, which must be those of the base's manifest if it has one; return parents and targets.
+
+        Raises:
+            IntegrityError: a file changed since it was opened.
+        """
+        digests = fingerprints(self.checkpoint, threads, progress)
+        self.checkpoint.require_state(self.state)
+        records = [TensorRecord.of(at.spec, digests[name]) for name, at in self.checkpoint.tensors.items()]
+        parent = parent_of("base", self.manifest, records, root=self.checkpoint.root)
+        shapes = {name: self.checkpoint.spec(name).shape for name in self.changed if not self.compensated}
+        targets = [Target(name.removesuffix(".weight"), shape, digests[name]) for name, shape in shapes.items()]
+        return (parent,), (*self.compensated, *targets)
+
+
+def _open_base(root: Path, adapter: Adapter) -> _Base:
+    """Open a base, and find out which of its tensors an adapter changes.
+
+    Raises:
+        CheckpointError: the base is quantized, and the adapter does not compensate for that.
+        BaseMismatchError: the adapter does not fit the base, or compensates for the error of another.
+        IntegrityError: the base's configuration is not what its manifest says.
+    """
+    checkpoint = Checkpoint(root) if adapter.compensation else _plain_checkpoint(root)
+    state, manifest = checkpoint.state(), read_manifest(root)
+    check_config(root, manifest)
+    if not adapter.compensation:
+        replaces = partial(copy_replaces_base, checkpoint, False, otherwise="leave out --base")
+        edits = plan_edits(checkpoint, [adapter], [1.0], replaces, True)
+        changed = sorted({edit.source for edit in edits.of.values() if edit.steps})
+        return _Base(checkpoint, state, manifest, changed, ())
+    known = manifest.known_weights() if manifest else {}
+    for module, change in adapter.modules.items():
+        shape = change.shape[::-1] if adapter.fan_in_fan_out else change.shape
+        if module not in known or known[module].shape != shape:
+            raise BaseMismatchError(
+                f"{adapter.root}: compensates for the error of another base than {root}, which has no manifest that "
+                f"lists a quantized {module} of that shape",
+                hint="give the folder that quantize made together with this adapter, or leave out --base",
+            )
+    changed = sorted(adapter.modules)
+    return _Base(checkpoint, state, manifest, changed, [known[module] for module in changed])
+
+
+def _plain_checkpoint(root: Path) -> Checkpoint:
+    """Open a checkpoint, which must not be quantized."""
+    checkpoint = Checkpoint(root)
+    method = quantization_found(checkpoint)
+    if method is not None:
+        raise CheckpointError(f"{root}: is quantized with {method}", hint=hint_for_plain(method, root, "give"))
+    return checkpoint
