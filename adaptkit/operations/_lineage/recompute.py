@@ -3,7 +3,8 @@
 Training and calibrated quantization cannot be repeated, since manifests name their data only by hash; nor can extract.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +18,7 @@ from adaptkit.operations._lineage.tree import VERIFIED, Ancestor, need_not_exist
 
 SAME = "same bytes"
 SAME_BUT_CARD = f"{SAME}, except for the model card, which publish adds"
+_REPEATABLE = ("dequantize", "merge", "quantize", "resize", "stack", "unmerge")
 _BUT_SIGNATURE = "; its base's signature differs"
 _SIGNATURE = f"{undo.BASE_PREFIX}{SIGNATURE_NAME}"
 
@@ -38,8 +40,7 @@ def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threa
         DiskError: there is no space for the result, which is written below TMPDIR.
     """
     name, options = str(manifest.operation.get("name")), manifest.operation.get("options", {})
-    run = _OPERATIONS.get(name)
-    if run is None:
+    if name not in _REPEATABLE:
         return f"{name} cannot be run again"
     if "calibration" in options:
         return "calibrated on text that is not in the manifest"
@@ -49,7 +50,7 @@ def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threa
     with TemporaryDirectory(prefix="adaptkit-again-") as folder:
         out = Path(folder) / path.resolve().name
         try:
-            run(out, options, parents, threads)
+            _run(name, out, options, parents, threads)
         except (UsageError, TypeError, KeyError, ValueError) as error:
             raise IntegrityError(
                 f"{path}: {name} cannot be run again with the options of its manifest ({error})",
@@ -89,76 +90,48 @@ def _manifest_of(parent: Ancestor) -> str | None:
     return manifest.sha256 if manifest else None
 
 
-def _paths(parents: Sequence[Ancestor], role: str) -> list[Path]:
-    return [Path(str(parent.path)) for parent in parents if parent.role == role]
+def _run(name: str, out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
+    """Run one of ``_REPEATABLE``."""
+    folders: dict[str, list[Path]] = defaultdict(list)
+    for parent in parents:
+        folders[parent.role].append(Path(str(parent.path)))
+    if name == "quantize":
+        from adaptkit.operations.quantize import QuantizeOptions, quantize
 
+        (source,) = folders["release"] or folders["base"]
+        quantize(source, out, QuantizeOptions(**{**options, "skip": tuple(options["skip"])}, threads=threads))
+    elif name == "dequantize":
+        from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 
-def _only(parents: Sequence[Ancestor], role: str) -> Path:
-    (path,) = _paths(parents, role)
-    return path
+        (source,) = folders["base"]
+        chosen = {name: value for name, value in options.items() if name != "method"}
+        dequantize(source, out, DequantizeOptions(**chosen, threads=threads))
+    elif name == "merge":
+        from adaptkit.operations.merge import MergeOptions, merge
 
+        (base,) = folders["base"]
+        names = ("undo", "allow_base_mismatch", "untie", "format", "embed_adapter")
+        chosen = {name: options[name] for name in names}
+        merge(base, folders["adapter"], out, MergeOptions(tuple(options["weights"]), threads=threads, **chosen))
+    elif name == "unmerge":
+        from adaptkit.operations.unmerge import unmerge
 
-def _quantize(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
-    from adaptkit.operations.quantize import QuantizeOptions, quantize
+        (merged,) = (parent for parent in parents if parent.role == "merged")
+        adapters = [Path(parent.path) for parent in merged.parents if parent.role == "adapter" and parent.path]
+        unmerge(Path(str(merged.path)), adapters, out, threads=threads, **options)
+    elif name == "stack":
+        from adaptkit.operations.stack import StackOptions, stack
 
-    chosen = QuantizeOptions(**dict(options) | {"skip": tuple(options["skip"])}, threads=threads)
-    (source,) = _paths(parents, "release") or _paths(parents, "base")
-    quantize(source, out, chosen)
+        own = {"method", "source", "weights", "rank", "energy"}
+        limits = {name: options.get(name) for name in ("rank", "energy")}
+        settings = {name: value for name, value in options.items() if name not in own}
+        method, weights = options["method"], tuple(options["weights"])
+        stack(folders["adapter"], out, StackOptions(method, weights, **limits, settings=settings, threads=threads))
+    elif name == "resize":
+        from adaptkit.operations.resize import ResizeOptions, resize
 
-
-def _dequantize(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
-    from adaptkit.operations.dequantize import DequantizeOptions, dequantize
-
-    chosen = {name: value for name, value in options.items() if name != "method"}
-    dequantize(_only(parents, "base"), out, DequantizeOptions(**chosen, threads=threads))
-
-
-def _merge(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
-    from adaptkit.operations.merge import MergeOptions, merge
-
-    names = ("undo", "allow_base_mismatch", "untie", "format", "embed_adapter")
-    chosen = MergeOptions(tuple(options["weights"]), threads=threads, **{name: options[name] for name in names})
-    merge(_only(parents, "base"), _paths(parents, "adapter"), out, chosen)
-
-
-def _unmerge(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
-    from adaptkit.operations.unmerge import unmerge
-
-    (merged,) = (parent for parent in parents if parent.role == "merged")
-    adapters = [parent for parent in merged.parents if parent.role == "adapter" and parent.path]
-    unmerge(_only(parents, "merged"), _paths(adapters, "adapter"), out, threads=threads, **options)
-
-
-def _stack(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
-    from adaptkit.operations.stack import StackOptions, stack
-
-    own = {"method", "source", "weights", "rank", "energy"}
-    chosen = StackOptions(
-        method=options["method"],
-        weights=tuple(options["weights"]),
-        rank=options.get("rank"),
-        energy=options.get("energy"),
-        settings={name: value for name, value in options.items() if name not in own},
-        threads=threads,
-    )
-    stack(_paths(parents, "adapter"), out, chosen)
-
-
-def _resize(out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:
-    from adaptkit.operations.resize import ResizeOptions, resize
-
-    resize(_only(parents, "adapter"), out, ResizeOptions(**options, threads=threads))
-
-
-Run = Callable[[Path, Mapping[str, Any], Sequence[Ancestor], int | None], None]
-_OPERATIONS: Mapping[str, Run] = {
-    "dequantize": _dequantize,
-    "merge": _merge,
-    "quantize": _quantize,
-    "resize": _resize,
-    "stack": _stack,
-    "unmerge": _unmerge,
-}
+        (adapter,) = folders["adapter"]
+        resize(adapter, out, ResizeOptions(**options, threads=threads))
 
 
 def recompute_all(
