@@ -137,7 +137,7 @@ def adopt(
     adapter = read_adapter(source) if is_adapter(source) else None
     if adapter is None and base is not None:
         raise UsageError(f"base: applies only to adapters, but {source} is a checkpoint", hint="leave out --base")
-    files = adapter.files if adapter else _plain_checkpoint(source)
+    files = adapter.files if adapter else plain_checkpoint(source)
     small = _small_files(source, adapter)
     opened = _open_base(base, adapter) if adapter and base is not None else None
     check_output(output, force, [source, *([] if base is None else [base])])
@@ -286,7 +286,7 @@ def _open_base(root: Path, adapter: Adapter) -> _Base:
         BaseMismatchError: the adapter does not fit the base, or compensates for the error of another.
         IntegrityError: the base's configuration is not what its manifest says.
     """
-    checkpoint = Checkpoint(root) if adapter.compensation else _plain_checkpoint(root)
+    checkpoint = Checkpoint(root) if adapter.compensation else plain_checkpoint(root)
     state, manifest = checkpoint.state(), read_manifest(root)
     check_config(root, manifest)
     if not adapter.compensation:
@@ -307,7 +307,7 @@ def _open_base(root: Path, adapter: Adapter) -> _Base:
     return _Base(checkpoint, state, manifest, changed, [known[module] for module in changed])
 
 
-def _plain_checkpoint(root: Path) -> Checkpoint:
+def plain_checkpoint(root: Path) -> Checkpoint:
     """Open a checkpoint, which must not be quantized."""
     checkpoint = Checkpoint(root)
     method = quantization_found(checkpoint)
