@@ -34,8 +34,6 @@ _NOT_RESUMABLE = {"check", "diff", "evaluate", "inspect", "plan", "verify"}
 """Commands that cannot resume: they write only their report."""
 
 _UNWINDING_SECONDS, _AGAIN_SECONDS = 30.0, 0.01
-_SWITCH_SECONDS = 0.0005
-"""Python's thread switch interval, shortened because threads that read, write and hash need the GIL between kernels."""
 
 _OLD_COLLECTIONS = 100
 """Threshold of full garbage collections, ten times Python's default: most old objects belong to libraries and are never
@@ -198,7 +196,6 @@ def main() -> None:
     keep_few_products()
     take_large_pages()
     share_processors()
-    sys.setswitchinterval(_SWITCH_SECONDS)
     young, middle, old = gc.get_threshold()
     gc.set_threshold(young, middle, max(old, _OLD_COLLECTIONS))
     try:
