@@ -33,12 +33,10 @@ settings.load_profile("adaptkit")
 
 
 def pytest_collection_finish() -> None:
-    """Exclude the million objects that live until the end from garbage collection, and search the old ones rarely."""
+    """Exclude the million objects that live until the end from garbage collection."""
     sys.dont_write_bytecode = KEEPS_NO_BYTECODE
     gc.collect()
     gc.freeze()
-    young, middle, _ = gc.get_threshold()
-    gc.set_threshold(young, middle, 100)  # as in adaptkit's own processes
     gc.enable()
 
 

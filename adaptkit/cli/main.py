@@ -1,7 +1,6 @@
 """The ``adaptkit`` program: dispatches commands and converts errors to messages and exit codes."""
 
 import atexit
-import gc
 import io
 import json
 import os
@@ -34,10 +33,6 @@ _NOT_RESUMABLE = {"check", "diff", "evaluate", "inspect", "plan", "verify"}
 """Commands that cannot resume: they write only their report."""
 
 _UNWINDING_SECONDS, _AGAIN_SECONDS = 30.0, 0.01
-
-_OLD_COLLECTIONS = 100
-"""Threshold of full garbage collections, ten times Python's default: most old objects belong to libraries and are never
-freed. This makes importing the libraries a fifth faster."""
 
 
 class _Commands(click.Group):
@@ -196,8 +191,6 @@ def main() -> None:
     keep_few_products()
     take_large_pages()
     share_processors()
-    young, middle, old = gc.get_threshold()
-    gc.set_threshold(young, middle, max(old, _OLD_COLLECTIONS))
     try:
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # ignored for background jobs of a shell

@@ -38,20 +38,6 @@ def test_help_imports_neither_torch_nor_the_hub(arguments):
     assert "Usage: adaptkit" in done.stdout
 
 
-def test_main_raises_only_the_oldest_garbage_collection_threshold_and_only_once():
-    code = (
-        "import gc, sys\n"
-        "young, middle, old = gc.get_threshold()\n"
-        "from adaptkit.cli.main import main\n"
-        "sys.argv = ['adaptkit', '--version']\n"
-        "for _ in range(3):\n"
-        "    try: main()\n"
-        "    except SystemExit: assert gc.isenabled() and gc.get_threshold() == (young, middle, 10 * old)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_group_lists_every_command_with_a_complete_sentence(run_cli):
     lines = run_cli("--help").stdout.partition("Commands:\n")[2].splitlines()
     assert [line.split()[0] for line in lines] == sorted(COMMANDS)
