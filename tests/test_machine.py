@@ -174,6 +174,6 @@ def test_the_program_sets_how_long_threads_wait_unless_the_user_did(chosen, spin
         "import atexit, os, sys\n"
         "atexit.register(lambda: print('at the end:', os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules))\n"
     )
-    code = "import sys; sys.argv = ['adaptkit', '--version']; from adaptkit.cli.main import program; program()"
+    code = "import sys; sys.argv = ['adaptkit', '--version']; from adaptkit.cli.main import main; main()"
     path = os.pathsep.join([str(tmp_path), *sys.path])
     assert printed(code, environment=chosen | {"PYTHONPATH": path}) == f"at the end: {spins} False"

@@ -1,6 +1,5 @@
 """The ``adaptkit`` program: dispatches commands and converts errors to messages and exit codes."""
 
-import atexit
 import io
 import json
 import os
@@ -150,33 +149,6 @@ def _say_stopped(number: int) -> int:
     return _fail(code, word, word, "run the same command again to resume" if goes_on else "", True)
 
 
-def program() -> None:
-    """Run the command line as a process, and exit without Python's teardown.
-
-    The teardown takes a third of a second if torch is loaded, and more after work in threads. Other atexit callbacks
-    still run: callbacks run in reverse order of registration, and the one that exits is registered first.
-    """
-    ended: list[int] = []
-    if not atexit._ncallbacks():  # else an earlier callback, such as a coverage tool's, would be skipped
-        atexit.register(_exit_without_teardown, ended)
-    try:
-        main()
-    except SystemExit as leaving:
-        if isinstance(leaving.code, int):
-            ended.append(leaving.code)
-        raise
-
-
-def _exit_without_teardown(ended: list[int]) -> None:
-    try:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-    except (OSError, ValueError):
-        return  # the normal teardown reports it
-    if ended and not hasattr(sys, "last_value"):  # set by an uncaught error
-        os._exit(ended[0])
-
-
 def main() -> None:
     """Run the command line and exit with its code."""
     sys.excepthook = _show_unknown_error
@@ -274,4 +246,4 @@ def _say(text: str, stream: TextIO) -> bool:
 
 
 if __name__ == "__main__":
-    program()
+    main()
