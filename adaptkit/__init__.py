@@ -19,7 +19,6 @@ _PUBLIC = {
     "EvaluateOptions": "adaptkit.training.evaluation.report",
     "ExtractOptions": "adaptkit.operations.extract",
     "MergeOptions": "adaptkit.operations.merge",
-    "Part": "adaptkit.operations.quantize",
     "PlanOptions": "adaptkit.operations.plan",
     "PublishOptions": "adaptkit.hub.publish",
     "PullOptions": "adaptkit.hub.download",

@@ -23,7 +23,6 @@ from adaptkit.operations.merge import merge as merge
 from adaptkit.operations.plan import PlanOptions as PlanOptions
 from adaptkit.operations.plan import plan as plan
 from adaptkit.operations.quantize import Calibration as Calibration
-from adaptkit.operations.quantize import Part as Part
 from adaptkit.operations.quantize import QuantizeOptions as QuantizeOptions
 from adaptkit.operations.quantize import quantize as quantize
 from adaptkit.operations.resize import ResizeOptions as ResizeOptions

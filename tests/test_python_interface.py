@@ -140,10 +140,8 @@ def test_what_is_no_text_path_or_dict_in_an_option_is_refused_by_name(options, g
         getattr(adaptkit, options)(**given)
 
 
-def test_a_part_has_whole_numbers_and_threads_and_repositories_have_their_types(tmp_path, monkeypatch):
+def test_threads_and_repositories_have_their_types(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match=r"^total: must be a whole number, found 'x'"):
-        adaptkit.Part(1, "x")
     for call in (lambda: adaptkit.diff("a", "b", threads="2"), lambda: adaptkit.unmerge("a", None, "b", threads={})):
         with pytest.raises(UsageError, match=r"^threads: must be a whole number, found "):
             call()
@@ -245,7 +243,6 @@ def test_every_function_that_takes_options_is_in_the_test_above():
         ("PublishOptions", "signer", "Signer"),
         ("PullOptions", "trust", "Trust"),
         ("QuantizeOptions", "calibration", "Calibration"),
-        ("QuantizeOptions", "part", "Part"),
         ("RunOptions", "signer", "Signer"),
         ("VerifyOptions", "trust", "Trust"),
     ],

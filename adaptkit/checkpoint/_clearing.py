@@ -5,14 +5,14 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from adaptkit.checkpoint.layout import JOURNAL_PATTERN
+from adaptkit.checkpoint.layout import JOURNAL_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME
 from adaptkit.checkpoint.writer import disk_errors
 
 
 def is_marker(path: Path) -> bool:
     """Return whether a file identifies its folder as made by adaptkit: a manifest or a journal."""
-    return path.name == MANIFEST_NAME or path.match(JOURNAL_PATTERN)
+    return path.name in (MANIFEST_NAME, JOURNAL_NAME)
 
 
 def clear(folder: Path, but: str = "") -> None:

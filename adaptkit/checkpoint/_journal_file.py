@@ -6,6 +6,8 @@ One line of JSON is appended at a time; a partial last line, left by a kill or a
 {"file": {path, size, sha256}, "tensors": [...], "notes": {}}  one line per finished file
 """
 
+import errno
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -19,7 +21,7 @@ from adaptkit.checkpoint.integrity import size_problem
 from adaptkit.checkpoint.layout import read_small, resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
 from adaptkit.checkpoint.writer import disk_errors, sync_folder
-from adaptkit.errors import AdaptkitError, CheckpointError, ConflictError
+from adaptkit.errors import AdaptkitError, ConflictError, UsageError
 
 
 @dataclass(frozen=True)
@@ -45,13 +47,51 @@ class Journal:
 
     Attributes:
         key: hash of the plan that determines the output's bytes.
-        inputs: maps the path of each input to its state.
+        inputs: [path, state] pairs of the files read.
         finished: the files completed so far.
     """
 
     key: str
-    inputs: Mapping[str, Any]
+    inputs: list[Any]
     finished: tuple[Finished, ...]
+
+
+def lock(path: Path, final: Path) -> int:
+    """Lock a journal without waiting, and make it if there is none; keep two processes from writing the same output.
+
+    Args:
+        path: of the journal.
+        final: the output, for messages.
+
+    Returns:
+        A file descriptor, which holds the lock until it is closed.
+
+    Raises:
+        ConflictError: another process holds the lock, or has just moved the journal away.
+        UsageError: the file system does not support locks.
+        DiskError: the journal cannot be opened.
+    """
+    with disk_errors(path):  # open for writing: network file systems lock no other file exclusively
+        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+            raise ConflictError(
+                f"{final}: another process has just finished writing it", hint="use it, or choose another -o"
+            )
+    except OSError as error:
+        os.close(handle)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise ConflictError(f"{final}: another process is writing it", hint="wait for it to end") from error
+        raise UsageError(
+            f"{final}: files cannot be locked on its disk ({error.strerror}), so two runs that write it at once would "
+            "not notice each other",
+            hint="choose an -o on another disk, or enable file locks (flock) on this one",
+        ) from error
+    except ConflictError:
+        os.close(handle)
+        raise
+    return handle
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:
@@ -69,24 +109,18 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
             sync_folder(path.parent)
 
 
-def read_journal(path: Path, repair: bool) -> Journal | None:
-    """Read a journal; None if it has no complete line, or was just deleted by the run of a share that failed to start.
+def read_journal(path: Path) -> Journal | None:
+    """Read a journal, and truncate a partial last line, which a kill or a full disk left.
 
-    Args:
-        path: of the journal.
-        repair: truncate a partial last line, which a kill or a full disk left.
+    Returns:
+        Its content; None if it has no complete line.
 
     Raises:
         ConflictError: it is damaged.
     """
-    try:
-        text = read_small(path)
-    except CheckpointError:
-        if path.exists():
-            raise
-        return None
+    text = read_small(path)
     whole = text[: text.rfind(b"\n") + 1]
-    if whole != text and repair:
+    if whole != text:
         os.truncate(path, len(whole))
     try:
         lines = [json.loads(line) for line in whole.splitlines()]
@@ -95,8 +129,9 @@ def read_journal(path: Path, repair: bool) -> Journal | None:
         if not lines:
             return None
         first, *others = lines
-        key, inputs = first["key"], {str(where): state for where, state in first.get("inputs", ())}
-        return Journal(str(key), inputs, tuple(_finished(path.parent, line) for line in others))
+        return Journal(
+            str(first["key"]), list(first.get("inputs", [])), tuple(_finished(path.parent, line) for line in others)
+        )
     except (KeyError, TypeError, ValueError, RecursionError, AdaptkitError) as error:
         raise ConflictError(f"{path}: is damaged ({reason(error)})", hint="delete its folder to start over") from error
 

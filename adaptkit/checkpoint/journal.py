@@ -2,18 +2,14 @@
 
     <out>.partial/                   everything is written here
     <out>.partial/adaptkit-journal.jsonl   first line {"key", "inputs"}, then one line per finished file
-    <out>.partial/adaptkit-journal-2-of-4.jsonl   the same, for a run that makes only one share of the files
     <out>.replaced/                  with force, the old output, until the new one is in place
     <out>                            appears by one rename when everything is done; may be an empty folder before
 
 A killed run leaves the partial folder; the same command finds the journal, keeps the files that it lists and writes the
 rest. If inputs or options changed, they differ from the journal's, and the folder is emptied and started over.
 
-Several processes can each make a share of the files, each with its own journal; a run without a share then publishes.
-
-A writing process locks the folder, which processes on the same machine see, and journals, whose locks also work across
-machines on a network file system. A run that publishes locks all journals. Its own journal must remain the same file
-(it is truncated, never replaced), since a lock belongs to a file and not to its name.
+A writing process locks the journal, which works across machines on a network file system, too. The journal remains the
+same file (it is truncated, never replaced), since a lock belongs to a file and not to its name.
 """
 
 import contextlib
@@ -27,13 +23,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from adaptkit.checkpoint._appear import appear, take_permissions
-from adaptkit.checkpoint._clearing import clear, clear_all_but, is_marker, remove, temporary_folder
-from adaptkit.checkpoint._journal_file import Finished, Journal, append_line, read_journal
-from adaptkit.checkpoint._locks import Locks
+from adaptkit.checkpoint._clearing import clear, clear_all_but, is_marker, temporary_folder
+from adaptkit.checkpoint._journal_file import Finished, append_line, lock, read_journal
 from adaptkit.checkpoint.header import check_regular
-from adaptkit.checkpoint.layout import JOURNAL_PATTERN, write_json
+from adaptkit.checkpoint.layout import JOURNAL_NAME, write_json
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
-from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.place import check_output, partial_folder
 from adaptkit.checkpoint.writer import TensorWriter, copy_file, make_folder, require_free, sync_folder, write_file
 from adaptkit.errors import AdaptkitError, ConflictError, UsageError
@@ -42,7 +36,6 @@ from adaptkit.numerics.spec import TensorSpec
 if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Values
 
-JOURNAL_NAME = "adaptkit-journal.jsonl"
 SCRATCH_NAME, SCRATCH_PREFIX = "adaptkit-scratch", "adaptkit-scratch-"
 """Name of the folder, and prefix of the files, for temporary data that is not part of the output."""
 
@@ -55,14 +48,11 @@ class Output:
         plan: everything that determines the bytes of the output; if it changed, unfinished work is discarded.
         force: replace an existing output that adaptkit made.
         keeps: called with the locked folder; returns whether its work must not be discarded although the plan changed.
-        inputs: [path, state] pairs of the files read; if they changed, unfinished work is discarded, too. Shares made
-            on other machines may have other paths and times; the caller must compare those (see ``elsewhere``).
-        part: make one share of the files, and leave publishing to a run without a share.
+        inputs: [path, state] pairs of the files read; if they changed, unfinished work is discarded, too.
 
     Attributes:
         folder: the temporary folder to write into, ``<out>.partial``.
         files, tensors, notes: what is finished so far.
-        elsewhere: maps files of shares whose inputs were at other paths to their notes.
 
     Raises:
         OutputExistsError: ``final`` exists and is not empty, and ``force`` is not given or adaptkit did not make it.
@@ -77,44 +67,35 @@ class Output:
         force: bool = False,
         keeps: Callable[[Path], bool] = lambda folder: False,
         inputs: Sequence[Any] = (),
-        part: Part | None = None,
     ) -> None:
-        self.final, self.part = final, part
-        self._journal = JOURNAL_NAME if part is None else f"adaptkit-journal-{part.number}-of-{part.total}.jsonl"
+        self.final, self.folder = final, partial_folder(final)
+        self._journal, self._lock = self.folder / JOURNAL_NAME, -1
         self._inputs = json.loads(json.dumps(inputs))
-        self.folder = partial_folder(final)
         self._key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         self._force, self._keeps = force, keeps
-        self._locks = Locks(final)
         self._finished: dict[str, Finished] = {}
         self._whole: dict[str, bool] = {}
         self.files: list[FileRecord] = []
         self.tensors: list[TensorRecord] = []
         self.notes: dict[str, Any] = {}
-        self.elsewhere: dict[str, Mapping[str, Any]] = {}
 
     def __enter__(self) -> Self:
         check_output(self.final, self._force)
-        if self.folder.is_symlink() or self.folder.is_file():
-            self._refuse_foreign()
-        is_new = not self.folder.exists()
+        is_new = not os.path.lexists(self.folder)
+        if not is_new:
+            self._check_own()
         try:
             make_folder(self.folder)
         except OSError as error:
             raise UsageError(f"{self.final}: cannot be written: {error.strerror}", hint="choose another -o") from error
         try:
-            self._locks.take(self.folder, shared=self.part is not None)
             if is_new:
                 take_permissions(self.folder, self.final, added=stat.S_IRWXU)
-            if self.part is not None:
-                self._lock_journal()
-            self._lock_others()
+            self._lock = lock(self._journal, self.final)
             self._resume()
         except BaseException as error:
-            own = self.folder / self._journal
-            if self.part is not None and len(self._locks) > 1 and own.is_file() and own.stat().st_size == 0:
-                own.unlink()
             if is_new and not isinstance(error, ConflictError):
+                self._journal.unlink(missing_ok=True)
                 with contextlib.suppress(OSError):  # not empty any more
                     self.folder.rmdir()
             self.__exit__()  # Python does not call it when __enter__ raises
@@ -122,14 +103,17 @@ class Output:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._locks.release()
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def discard(self) -> None:
-        """Delete what was written, unless it is worth resuming: work that ``keeps`` protects, and shares."""
-        is_alone = all(path.name == JOURNAL_NAME for path in self.folder.glob(JOURNAL_PATTERN))
-        if is_alone and not self._keeps(self.folder):
-            self._locks.release(1)  # NFS keeps a deleted file under another name in the folder while it is open
-            remove(self.folder)
+        """Delete what was written, unless ``keeps`` protects it."""
+        if not self._keeps(self.folder):
+            clear(self.folder)
+            self.__exit__()  # NFS keeps a deleted file under another name in the folder while it is open
+            with contextlib.suppress(OSError):  # another process has begun
+                self.folder.rmdir()
 
     def finished(self, *names: str) -> bool:
         """Return whether an earlier run wrote all these files; if so, add them to the output."""
@@ -159,7 +143,7 @@ class Output:
         """
         self._count(record, tensors, notes or {})
         line = {"file": vars(record), "tensors": [vars(tensor) for tensor in tensors], "notes": notes or {}}
-        append_line(self.folder / self._journal, line)
+        append_line(self._journal, line)
 
     def _count(self, record: FileRecord, tensors: Sequence[TensorRecord], notes: Mapping[str, Any]) -> None:
         if not record.path.startswith(SCRATCH_PREFIX):
@@ -240,73 +224,30 @@ class Output:
             sync_folder(path)
         appear(self.folder, self.final, self._force)
 
-    def _lock_journal(self) -> None:
-        self._locks.take(self.folder / self._journal, flags=os.O_CREAT | os.O_RDWR)
+    def _check_own(self) -> None:
+        """Refuse to write into a folder that adaptkit did not make, or through a link.
 
-    def _lock_others(self) -> None:
-        """Make sure that no other machine writes here; a share tolerates only other shares."""
-        for path in sorted(self.folder.glob(JOURNAL_PATTERN)):
-            if (self.part is None or path.name == JOURNAL_NAME) and path.is_file():
-                self._locks.take(path, shared=self.part is not None, flags=os.O_RDWR)
+        Raises:
+            ConflictError: it is one.
+        """
+        paths = (self.folder, *self.folder.rglob("*"))
+        found = list(self.folder.iterdir()) if self.folder.is_dir() else paths
+        if any(path.is_symlink() for path in paths) or (found and not any(map(is_marker, found))):
+            raise ConflictError(
+                f"{self.folder}: is in the way, and adaptkit did not make it", hint="move it, or choose another -o"
+            )
 
     def _resume(self) -> None:
-        if any(path.is_symlink() for path in (self.folder, *self.folder.rglob("*"))):
-            self._refuse_foreign()  # writing would follow the link
-        found = list(self.folder.iterdir())  # list before reading journals: a new share writes its journal first
-        mine = (self._journal,) if self.part else ()  # another share may be appending to its journal right now
-        journals = {
-            path.name: read_journal(path, repair=not mine or path.name in mine)
-            for path in sorted(self.folder.glob(JOURNAL_PATTERN))
-        }
-        begun = {name: journal for name, journal in journals.items() if journal is not None}
-        own = begun.get(JOURNAL_NAME)
-        if self.part is None and own is not None and not own.finished and len(begun) > 1:
-            del begun[JOURNAL_NAME]  # left by a run that should have published the shares, but wrote nothing
-        changed = any(self._differs(name, journal) for name, journal in begun.items())
-        if self.part is not None or (changed and not self._force and any(name != JOURNAL_NAME for name in begun)):
-            self._check_share(changed, begun, found)
-        elif changed or not begun:
-            self._begin(changed)
-            begun = {}
-        for name, journal in begun.items():
-            if self.part is None or name == self._journal:
-                there = {done.record.path: done for done in journal.finished if done.has_size(self.folder)}
-                self._finished |= there
-                if journal.inputs != dict(self._inputs):
-                    self.elsewhere |= {path: done.notes for path, done in there.items()}
-        if self._journal not in begun:
-            self._lock_journal()
-            os.truncate(self.folder / self._journal, 0)
-            append_line(self.folder / self._journal, {"key": self._key, "inputs": self._inputs})
-
-    def _differs(self, name: str, journal: Journal) -> bool:
-        """Return whether a journal's plan or inputs differ; for a share, only inputs at the same paths count."""
-        if name == JOURNAL_NAME:
-            return journal.key != self._key or journal.inputs != dict(self._inputs)
-        return journal.key != self._key or any(journal.inputs.get(path, now) != now for path, now in self._inputs)
-
-    def _check_share(self, changed: bool, begun: Mapping[str, Any], found: Sequence[Path]) -> None:
-        shares = [name for name in begun if not name.endswith(f"-of-{self.part.total}.jsonl" if self.part else "")]
-        if changed or shares:
-            raise ConflictError(
-                f"{self.folder}: holds unfinished work of a run with other options, inputs or shares",
-                hint="use the options of its shares, delete the folder, or start over without --part and with --force",
-            )
-        if not begun and not all(path.match(JOURNAL_PATTERN) for path in found):
-            self._refuse_foreign()
-
-    def _refuse_foreign(self) -> None:
-        raise ConflictError(
-            f"{self.folder}: is in the way, and adaptkit did not make it", hint="move it, or choose another -o"
-        )
-
-    def _begin(self, changed: bool) -> None:
-        found = list(self.folder.iterdir())
-        if found and not changed and not any(map(is_marker, found)):
-            self._refuse_foreign()
-        if changed and not self._force and self._keeps(self.folder):
+        """Take over what the journal lists as finished; start over if it belongs to another plan."""
+        journal = read_journal(self._journal)
+        if journal is not None and (journal.key, journal.inputs) == (self._key, self._inputs):
+            self._finished = {done.record.path: done for done in journal.finished if done.has_size(self.folder)}
+            return
+        if journal is not None and not self._force and self._keeps(self.folder):
             raise ConflictError(
                 f"{self.folder}: holds unfinished work of a run with other options or inputs",
                 hint="use the same options and inputs to resume it, or start over with --force",
             )
-        clear(self.folder, but=self._journal)
+        clear(self.folder, but=JOURNAL_NAME)
+        os.truncate(self._journal, 0)
+        append_line(self._journal, {"key": self._key, "inputs": self._inputs})

@@ -13,7 +13,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from glob import glob
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,7 +29,7 @@ SINGLE_NAME = "model.safetensors"
 CARD_NAME = "README.md"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_WEIGHTS_NAME = "adapter_model.safetensors"
-JOURNAL_PATTERN = "adaptkit-journal*.jsonl"
+JOURNAL_NAME = "adaptkit-journal.jsonl"
 COMPENSATION_NAME = "adaptkit-compensation.safetensors"
 """File beside an adapter; see ``compensation``."""
 METRICS_NAME, PICTURE_NAME = "metrics.jsonl", "loss.svg"
@@ -93,7 +92,7 @@ def require_folder(path: Path, hint: Callable[[AnyPath], str] = folder_hint) -> 
         raise UsageError(
             f"{path}: is a file; {expected}", hint=f"give its folder, {path.parent}" if belongs else path_hint(path)
         )
-    if glob(JOURNAL_PATTERN, root_dir=path):  # unlike Path.glob, it leaves errors of a folder to those who read it
+    if os.path.lexists(path / JOURNAL_NAME):
         resume = "wait for its command; if it was interrupted, run the same command again to resume"
         raise UsageError(f"{path}: is an unfinished output", hint=resume)
     return path

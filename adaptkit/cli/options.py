@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import click
 
-from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.typed import declared
 from adaptkit.cli.paths import LocalPath
 from adaptkit.errors import UsageError
@@ -46,19 +45,6 @@ class Size(click.ParamType[int]):
         if 0 < nbytes < _LEAST_WITHOUT_UNIT and text == str(value).strip():
             return self.fail(f"{value!r} has no unit; write {value}GB or {value}MB, or {value}B for bytes", param, ctx)
         return nbytes
-
-
-class Share(click.ParamType[Part]):
-    """One of several equal shares: 2/4."""
-
-    name = "share"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Part:
-        """See ``click.ParamType``."""
-        found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", str(value))
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
-            return self.fail(f"{value!r} is not a share such as 1/4 to 4/4", param, ctx)
-        return Part(int(found[1]), int(found[2]))
 
 
 def _together(*options: Callable[[Function], Function]) -> Callable[[Function], Function]:

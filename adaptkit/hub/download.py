@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from adaptkit.arguments import AnyPath, as_path, as_text, as_texts, check_flags, checked_options, typed_fields
-from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.layout import JOURNAL_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, check_sha256
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress

@@ -138,7 +138,7 @@ def write_shards(
     headers: Mapping[str, bytes] | None = None,
     beside: ExtraFiles | None = None,
 ) -> None:
-    """Write all shards that an earlier run did not finish; if the output is a part, only those of its share.
+    """Write all shards that an earlier run did not finish.
 
     Args:
         output: folder being written.
@@ -151,14 +151,12 @@ def write_shards(
         headers: maps file name to the header bytes to write instead of a header made from the specs.
         beside: writes additional files for each shard.
     """
-    part = output.part
-    share = [shard for position, shard in enumerate(shards) if part is None or part.holds(position)]
-    total = sum(group.nbytes for _, groups in share for group in groups)
-    names = {file: [file, *(beside.names(file) if beside else [])] for file, _ in share}
+    total = sum(group.nbytes for _, groups in shards for group in groups)
+    names = {file: [file, *(beside.names(file) if beside else [])] for file, _ in shards}
     done, todo = 0, []
     progress(done, total)
-    checked = in_order(lambda shard: output.is_whole(*names[shard[0]]), share, threads)
-    for shard, _ in zip(share, checked, strict=True):
+    checked = in_order(lambda shard: output.is_whole(*names[shard[0]]), shards, threads)
+    for shard, _ in zip(shards, checked, strict=True):
         if output.finished(*names[shard[0]]):
             done += sum(group.nbytes for group in shard[1])
             progress(done, total)

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.arguments import AnyPath, as_path, as_path_or_none, check_flags, checked_options
-from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
-from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.place import check_output, partial_folder
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.released import ReleasedCheckpoint, open_plain
 from adaptkit.checkpoint.side_files import check_side_files
-from adaptkit.errors import BaseMismatchError, DataError, UsageError
+from adaptkit.errors import DataError, UsageError
 from adaptkit.formats._encoding import quantization_config
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._quantize.early_plan import EarlyPlan, PlanChanged
@@ -41,7 +39,7 @@ if TYPE_CHECKING:
     from adaptkit.checkpoint.writer import TensorWriter
     from adaptkit.operations._calibrate.calibrated import Ready
 
-__all__ = ["Calibration", "Part", "QuantizeOptions", "QuantizeReport", "TensorReport", "Upgrade", "quantize"]
+__all__ = ["Calibration", "QuantizeOptions", "QuantizeReport", "TensorReport", "Upgrade", "quantize"]
 
 
 def quantize(
@@ -121,8 +119,8 @@ def _plan_and_run(run: _Run, dry_run: bool) -> QuantizeReport:
     with EarlyPlan(checkpoint, options) as early:
         if dry_run:
             return make_report(output, early.plan(), {})
-        if options.calibration is not None or options.part is not None or partial_folder(output).exists():
-            # Shares must agree on the plan, and resuming with a wrong guess would discard an earlier run's work.
+        if options.calibration is not None or partial_folder(output).exists():
+            # Resuming with a wrong guess would discard an earlier run's work.
             return run.finish(early.plan(), early)
         try:
             return run.finish(early.guess(), early)
@@ -154,10 +152,9 @@ class _Run:
         key = [self.checkpoint.outline(), recorded, begun.outline()]
         state = self.checkpoint.state()
         inputs = [[str(self.checkpoint.root.resolve()), state]]
-        with Output(self.output, key, self.force, self._keeps, inputs, options.part) as out, discard_on_bad_input(out):
+        with Output(self.output, key, self.force, self._keeps, inputs) as out, discard_on_bad_input(out):
             out.require_space(self._required_bytes(begun))
             self._check_finite(out, begun)
-            self._check_shares(out)
             plan, upgrades = self._spend(out, begun)
             out.require_space(self._required_bytes(plan))
             ready = self._calibrate(out, plan)
@@ -171,9 +168,6 @@ class _Run:
             confirmed = early.confirm(begun)
             plan = plan if upgrades else confirmed
             report = partial(make_report, self.output, plan, out.notes, upgrades)
-            if (part := options.part) is not None:
-                own = sum(part.holds(position) for position in range(len(plan.shards)))
-                return replace(report(), part=(part.number, part.total), shards=own)
             _write_others(out, plan, options)
             manifest = make_manifest(out, plan, recorded, None if self.describe else self.checkpoint)
             manifest = self.describe(manifest) if self.describe else manifest
@@ -197,10 +191,8 @@ class _Run:
         return is_waiting(self.init, self.output)
 
     def _required_bytes(self, plan: Plan) -> int:
-        """Return the disk space that the whole output needs, in bytes; 0 for a part, which is not checked for space."""
+        """Return the disk space that the whole output needs, in bytes."""
         calibration = self.options.calibration
-        if self.options.part is not None:
-            return 0
         if calibration is None:
             return plan.nbytes()
         from adaptkit.operations._calibrate.calibrated import scratch_bytes
@@ -215,25 +207,6 @@ class _Run:
 
         if not is_calibrated(out):
             check_finite(self.checkpoint, plan.tensors.values(), thread_count(self.options.threads))
-
-    def _check_shares(self, out: Output) -> None:
-        """Check that shares made from a checkpoint at another path read the same tensors as are here.
-
-        Raises:
-            BaseMismatchError: a tensor differs; names it.
-        """
-        for file, notes in out.elsewhere.items():
-            for name, note in notes.items():
-                if not self._is_made_from(note, name):
-                    raise BaseMismatchError(
-                        f"{out.folder}: {file} was not made from the {name} of {self.checkpoint.root}",
-                        hint="delete that folder, and make every share from the same checkpoint",
-                    )
-
-    def _is_made_from(self, note: Mapping[str, Any], name: str) -> bool:
-        if isinstance(self.checkpoint, ReleasedCheckpoint):  # the manifest names parts that change no weight, too
-            return bool(note.get("parts") == self.checkpoint.fingerprints_of_parts(name))
-        return bool(note.get("fingerprint") == fingerprint_in_pieces(self.checkpoint, name))
 
     def _spend(self, out: Output, plan: Plan) -> tuple[Plan, list[Upgrade]]:
         calibration = self.options.calibration

@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.journal import JOURNAL_NAME
-from adaptkit.checkpoint.layout import METRICS_NAME, read_json, write_json
+from adaptkit.checkpoint.layout import JOURNAL_NAME, METRICS_NAME, read_json, write_json
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.checkpoint.reader import TensorFiles

@@ -23,9 +23,9 @@ from safetensors.numpy import load_file
 
 from adaptkit.checkpoint import _journal_file
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.journal import JOURNAL_NAME, Output
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.layout import JOURNAL_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
-from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.writer import DiskError, write_file
 from adaptkit.errors import ConflictError, OutputExistsError, UsageError
@@ -496,47 +496,21 @@ def test_other_machines_see_that_an_output_is_being_written(tmp_path, before):
     assert not is_locked(journal)
 
 
-@pytest.mark.parametrize(
-    ("journal", "part"),
-    [
-        ("adaptkit-journal-1-of-2.jsonl", None),
-        *((JOURNAL_NAME, part) for part in (None, Part(1, 2), Part(2, 2))),
-    ],
-)
-def test_an_output_that_another_machine_is_writing_is_left_alone(tmp_path, journal, part):
-    with Output(tmp_path / "out", PLAN, part=Part(1, 2)) as output:
+def test_an_output_that_another_machine_is_writing_is_left_alone(tmp_path):
+    with Output(tmp_path / "out", PLAN) as output:
         add(output, "a", b"first")
-    path = tmp_path / "out.partial" / journal
-    path.touch()
+    path = tmp_path / "out.partial" / JOURNAL_NAME
     before = tree(tmp_path)
     with path.open("r+b") as elsewhere:
         fcntl.flock(elsewhere, fcntl.LOCK_EX)
         for force in (False, True):
             with (
                 pytest.raises(ConflictError, match="another process is writing it"),
-                Output(tmp_path / "out", PLAN, force, part=part),
+                Output(tmp_path / "out", PLAN, force),
             ):
                 pass
         assert tree(tmp_path) == before
-    with Output(tmp_path / "out", PLAN, part=part):  # the other machine is done
-        pass
-
-
-def test_a_journal_that_another_share_removed_is_a_conflict_and_locks_are_released(tmp_path, monkeypatch):
-    """It is removed between opening and locking, as by a share that failed while its journal was still empty."""
-    output = Output(tmp_path / "out", PLAN, part=Part(1, 2))
-    journal = tmp_path / "out.partial" / "adaptkit-journal-1-of-2.jsonl"
-    take = fcntl.flock
-
-    def flock(handle, operation):
-        take(handle, operation)
-        journal.unlink(missing_ok=True)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(fcntl, "flock", flock)
-        with pytest.raises(ConflictError, match="another process"), output:
-            pass
-    with Output(tmp_path / "out", PLAN):  # takes every lock
+    with Output(tmp_path / "out", PLAN):  # the other machine is done
         pass
 
 
@@ -758,12 +732,10 @@ def test_a_name_that_is_too_long_for_the_unfinished_folder_is_refused(tmp_path):
     make(tmp_path / ("x" * 246), force=True)
 
 
-@pytest.mark.parametrize(
-    ("keeps", "part", "stays"), [(False, None, False), (True, None, True), (False, Part(1, 2), True)]
-)
-def test_discard_deletes_neither_work_that_must_be_kept_nor_a_share(tmp_path, keeps, part, stays):
-    with Output(tmp_path / "out", PLAN, keeps=lambda folder: keeps, part=part) as output:
+@pytest.mark.parametrize("keeps", [False, True])
+def test_discard_deletes_no_work_that_must_be_kept(tmp_path, keeps):
+    with Output(tmp_path / "out", PLAN, keeps=lambda folder: keeps) as output:
         add(output, "a", b"first")
         output.discard()
-    assert (tmp_path / "out.partial" / "a").exists() == stays
-    assert (tmp_path / "out.partial").exists() == stays
+    assert (tmp_path / "out.partial" / "a").exists() == keeps
+    assert (tmp_path / "out.partial").exists() == keeps

@@ -7,6 +7,8 @@ import peft_adapters
 import pytest
 from folders import edit_json, flip
 
+from adaptkit.operations.quantize import QuantizeOptions, quantize
+
 
 @pytest.fixture(scope="module")
 def folder(made):
@@ -59,8 +61,13 @@ def test_an_unsupported_adapter_is_refused_with_one_error_and_one_hint(run_cli, 
 
 
 def test_an_unfinished_output_is_refused_as_such_until_it_is_finished(run_cli, llama_sharded, adapter, tmp_path):
+    def interrupt(done, total):
+        if done > total // 2:
+            raise KeyboardInterrupt
+
     folder, writing = tmp_path / "out.partial", ["quantize", llama_sharded, "-o", tmp_path / "out"]
-    assert run_cli(*writing, "--max-shard-size", "20000B", "--part", "1/2").code == 0
+    with pytest.raises(KeyboardInterrupt):
+        quantize(llama_sharded, tmp_path / "out", QuantizeOptions(max_shard_bytes=20_000), progress=interrupt)
     for command in (
         ["inspect", folder],
         ["verify", folder],

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptkit.checkpoint.journal import JOURNAL_NAME
+from adaptkit.checkpoint.layout import JOURNAL_NAME
 
 KILLS = 48
 

@@ -16,8 +16,7 @@ from folders import edited_tensors, tree
 from safetensors.torch import load_file
 
 from adaptkit.checkpoint._journal_file import append_line
-from adaptkit.checkpoint.journal import JOURNAL_NAME
-from adaptkit.checkpoint.layout import COMPENSATION_NAME
+from adaptkit.checkpoint.layout import COMPENSATION_NAME, JOURNAL_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import DiskError, TensorWriter
@@ -61,19 +60,6 @@ def poisoned(folder, name):
     with edited_tensors(folder / "model.safetensors") as tensors:
         tensors[name][3, 5] = float("nan")
     return folder
-
-
-def test_parts_of_a_model_with_misleading_tensor_names_combine(misnamed, tmp_path, run_cli):
-    options = QuantizeOptions(max_shard_bytes=40_000)
-    report = quantize(misnamed, tmp_path / "whole", options)
-    named = {t.name for t in report.tensors if t.format and "embed" in t.name}
-    assert named, "the architecture says more than the names"
-    for share in ("2/2", "1/2"):
-        arguments = ["quantize", misnamed, "-o", tmp_path / "out", "--max-shard-size", SMALL, "--part", share]
-        done = run_cli(*arguments)
-        assert done.code == 0, done.stderr
-    assert run_cli("quantize", misnamed, "-o", tmp_path / "out", "--max-shard-size", SMALL).code == 0
-    assert tree(tmp_path / "out") == tree(tmp_path / "whole")
 
 
 def test_resuming_keeps_finished_shards_of_a_model_with_misleading_names(misnamed, tmp_path, monkeypatch, run_cli):
@@ -260,12 +246,6 @@ def test_killing_a_run_also_kills_its_child_that_queries_transformers(llama, tmp
     process.kill()
     process.communicate(timeout=60)
     wait_until(lambda: is_gone(process.pid))
-
-
-def test_a_part_number_with_thousands_of_digits_is_a_usage_error(llama, tmp_path, run_cli):
-    done = run_cli("quantize", llama, "-o", tmp_path / "out", "--part", "1/" + "9" * 5000)
-    assert done.code == 2
-    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.manifest import require_manifest
-from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.errors import CheckpointError, NonFiniteError, OutputExistsError, UsageError
@@ -413,16 +412,6 @@ def test_an_error_that_overflows_is_null_in_the_json_report(llama, copy_of, tmp_
     assert report["relative_error"] is None
     assert {other for other, error in errors.items() if error is None} == {name}
     assert "nan" not in run_cli("quantize", source, "-o", tmp_path / "shown").stdout
-
-
-def test_a_share_reports_how_many_shards_it_wrote(llama, tmp_path, run_cli):
-    before = 0
-    for number in (1, 2):
-        done = run_cli("quantize", llama, "-o", tmp_path / "out", "--max-shard-size", "40KB", "--part", f"{number}/2")
-        written = len(list((tmp_path / "out.partial").glob("*.safetensors")))
-        assert f"share {number} of 2 of {tmp_path / 'out'} ({counted(written - before, 'shard')})" in done.stdout
-        assert ", all shares together" in done.stdout
-        before = written
 
 
 def test_kinds_of_tensors_that_stay_are_counted_as_nouns_and_phrases_left_alone(llama, tmp_path, run_cli):

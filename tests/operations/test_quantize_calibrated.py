@@ -21,7 +21,7 @@ from adaptkit.operations._calibrate import budget as budget_module
 from adaptkit.operations._calibrate import calibrated as calibrated_module
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import merge
-from adaptkit.operations.quantize import Calibration, Part, QuantizeOptions, quantize
+from adaptkit.operations.quantize import Calibration, QuantizeOptions, quantize
 from adaptkit.operations.stack import stack
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
@@ -404,7 +404,6 @@ def test_the_matrix_library_uses_one_thread_while_linears_run_in_parallel(budget
         (lambda text: Calibration((text,), init_rank=0), UsageError, "init_rank: must be at least 1, found 0"),
         (lambda text: Calibration((text,), bits_budget=17.0), UsageError, "between 4 and 16"),
         (lambda text: options(text, format="fp4"), UsageError, "calibration: needs format nf4, found fp4"),
-        (lambda text: options(text, part=Part(1, 2)), UsageError, "cannot be written in shares"),
     ],
 )
 def test_invalid_options_are_refused(text, make, kind, words):

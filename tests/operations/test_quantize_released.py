@@ -13,10 +13,9 @@ from hypothesis import strategies as st
 
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.manifest import TensorRecord, require_manifest
-from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.released import open_plain
-from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, NonFiniteError
+from adaptkit.errors import CheckpointError, IntegrityError, NonFiniteError
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations import _shards
 from adaptkit.operations.dequantize import dequantize
@@ -172,27 +171,6 @@ def test_calibration_and_a_budget_run_on_a_release(releases, instructions, tmp_p
     assert without_manifest(tmp_path / "one") == without_manifest(tmp_path / "two")
     base, parent = require_manifest(tmp_path / "one").parents
     assert (base.role, parent.role) == ("base", "release")
-
-
-def test_shares_of_a_release_are_joined(releases, copy_of, tmp_path):
-    release, _ = releases("fp8")
-    options = {"max_shard_bytes": 40_000}
-    quantize(release, tmp_path / "whole", QuantizeOptions(**options))
-    quantize(copy_of(release), tmp_path / "nf4", QuantizeOptions(**options, part=Part(1, 2)))
-    quantize(release, tmp_path / "nf4", QuantizeOptions(**options))
-    assert tree(tmp_path / "nf4") == tree(tmp_path / "whole")
-
-
-def test_shares_of_releases_that_differ_in_scales_of_inputs_are_not_joined(copy_of, tmp_path):
-    """The weights are the same, but the manifest would name a release that nobody has."""
-    release = released.write_fp8(tmp_path / "model", input_scales=True)
-    other = copy_of(release)
-    with edited_tensors(other / "model.safetensors") as tensors:
-        first = next(name for name in tensors if name.endswith("activation_scale"))
-        tensors[first] += 1
-    quantize(other, tmp_path / "nf4", QuantizeOptions(max_shard_bytes=40_000, part=Part(1, 2)))
-    with pytest.raises(BaseMismatchError, match=f"not made from the {first.removesuffix('activation_scale')}weight"):
-        quantize(release, tmp_path / "nf4", QuantizeOptions(max_shard_bytes=40_000))
 
 
 def test_a_released_base_that_was_only_decoded_is_asked_for_by_merge(releases, adapter, tmp_path):

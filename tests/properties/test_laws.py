@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from random_models import ARCHITECTURES, LORAS, WEIGHTS, scratch
 from safetensors.torch import load_file
 
-from adaptkit.checkpoint.part import Part
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.diff import diff
 from adaptkit.operations.extract import ExtractOptions, extract
@@ -117,19 +116,6 @@ def test_quantizing_again_keeps_codes_with_nested_constants_and_16_bit_weights(a
         for name in packed:
             most = once[name].abs().max()
             assert (once[name] - again[name]).abs().max() <= most * (0.01 + torch.finfo(getattr(torch, dtype)).eps)
-
-
-@few
-@given(ARCHITECTURES, st.integers(1, 4))
-def test_quantizing_in_parts_gives_the_bytes_of_the_whole(architecture, shares):
-    with scratch() as root:
-        base = architecture.write(root / "base")
-        quantize(base, root / "whole", QuantizeOptions(max_shard_bytes=SMALL_SHARDS, threads=1))
-        for number in reversed(range(1, shares + 1)):
-            part = Part(number, shares)
-            quantize(base, root / "shared", QuantizeOptions(max_shard_bytes=SMALL_SHARDS, part=part))
-        quantize(base, root / "shared", QuantizeOptions(max_shard_bytes=SMALL_SHARDS, threads=3))
-        assert tree(root / "shared") == tree(root / "whole")
 
 
 @few

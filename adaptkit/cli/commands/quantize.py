@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from adaptkit.cli.options import Share, Size, html_option, output_options, threads_option
+from adaptkit.cli.options import Size, html_option, output_options, threads_option
 from adaptkit.cli.output import WORST, Row, counted, percent, show, size, write_whole
 from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import byte_progress, count_progress
@@ -70,12 +70,6 @@ _OF_CALIBRATION = ("calibration_tokens", "window", "compensate", "init_adapter",
     help="With --calibrate: spend bits where they help most, up to this average per quantized weight, such as 4.5.",
 )
 @click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
-@click.option(
-    "--part",
-    type=Share(),
-    metavar="K/N",
-    help="Write only the K-th of N shares of the shards; the same command without --part joins them.",
-)
 @click.option("--dry-run", is_flag=True, help="Plan and validate only.")
 @html_option
 @threads_option
@@ -147,16 +141,14 @@ def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
     # A reason of one word is a kind of tensor; the others are phrases, such as "not a matrix".
     kept = ", ".join(f"{n:,} {why}" if " " in why else counted(n, why) for why, n in report.kept.items())
     what = f"{report.output} ({counted(report.shards, 'shard')})"
-    share = f"share {report.part[0]} of {report.part[1]} of " if report.part else ""
-    of_all = ", all shares together" if report.part else ""
     part = f"{report.quantized_parameters:,} of {report.parameters:,}"
     left_out = f"; left out {counted(report.input_scales, 'scale')} of 8-bit inputs" if report.input_scales else ""
     decoded = [("source", f"{report.decoded_from}, decoded to bfloat16{left_out}")] if report.decoded_from else []
     rows = [
-        ("would write" if dry_run else "wrote", share + what),
-        ("size", f"{size(report.bytes_before)} -> {size(report.bytes_after)}{of_all}"),
+        ("would write" if dry_run else "wrote", what),
+        ("size", f"{size(report.bytes_before)} -> {size(report.bytes_after)}"),
         *decoded,
-        ("quantized", f"{counted(report.quantized, 'matrix')}, {part} parameters{of_all}"),
+        ("quantized", f"{counted(report.quantized, 'matrix')}, {part} parameters"),
         ("bits per weight", f"{report.bits_per_parameter:.3f} in the quantized matrices, including constants"),
         ("linear layers", f"read from {report.read_from}"),
         ("kept as is", kept or "nothing"),
@@ -184,6 +176,4 @@ def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
         rows.append(("companion", f"{report.companion}; start from it with train --init"))
     if report.manifest_sha256:
         rows.append(("manifest sha256", report.manifest_sha256))
-    if report.part is not None:
-        rows.append(("next", "once all shares are written, run the same command without --part to join them"))
     return rows

@@ -57,8 +57,6 @@ def _summary(report: "QuantizeReport") -> list[tuple[str, str]]:
         rows.append(("weighted error", text))
     if report.companion is not None:
         rows.append(("companion adapter", report.companion))
-    if report.part:
-        rows.append(("part", f"{report.part[0]} of {report.part[1]}"))
     if report.tensors_root:
         rows.append(("tensors root", report.tensors_root))
     if report.manifest_sha256:

@@ -9,7 +9,6 @@ from typing import Any
 from adaptkit.arguments import as_paths, as_texts, typed_fields
 from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.part import Part
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
@@ -79,8 +78,6 @@ class QuantizeOptions:
         moe: ``keep`` experts in 16 bits, or ``quantize`` them for adaptkit's own trainer.
         max_shard_bytes: largest size of a shard, unless a single tensor is larger.
         threads: number of pieces encoded at a time; one per processor if None. The result does not depend on it.
-        part: write only this share of the shards; the same call without it joins all shares. The result does not
-            depend on it.
         calibration: choose constants and codes from the inputs of linear layers on a text; only for nf4.
     """
 
@@ -92,7 +89,6 @@ class QuantizeOptions:
     moe: str = "keep"
     max_shard_bytes: int = 5_000_000_000
     threads: int | None = None
-    part: Part | None = None
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
@@ -106,8 +102,6 @@ class QuantizeOptions:
             raise UsageError(
                 f"calibration: needs format nf4, found {self.format}", hint="leave out --calibrate, or use --format nf4"
             )
-        if self.calibration is not None and self.part is not None:
-            raise UsageError("part: a calibrated checkpoint cannot be written in shares", hint="leave out --part")
         _ = self.encoding
 
     @property
@@ -117,7 +111,7 @@ class QuantizeOptions:
 
     def recorded(self) -> dict[str, Any]:
         """Return the options that affect the result, for the manifest."""
-        values = {name: value for name, value in asdict(self).items() if name not in {"threads", "part", "calibration"}}
+        values = {name: value for name, value in asdict(self).items() if name not in {"threads", "calibration"}}
         values["skip"] = sorted(set(self.skip))
         return values | ({"calibration": self.calibration.recorded()} if self.calibration else {})
 

@@ -78,12 +78,11 @@ class QuantizeReport:
         tensors: one per tensor.
         upgrades: linears that a bits budget gave more bits, in the order in which it was spent.
         companion: folder of the companion adapter, if one was made.
-        part: the share that was written, as (number, total); None for all.
         decoded_from: method in which the source was released, whose weights were decoded to bfloat16; None if it is
             plain.
         input_scales: number of tensors of the source left out: scales of the inputs of products in 8 bits.
-        tensors_root: hash of the result's tensors; None for a dry run or a part.
-        manifest_sha256: None for a dry run or a part.
+        tensors_root: hash of the result's tensors; None for a dry run.
+        manifest_sha256: None for a dry run.
     """
 
     output: str
@@ -102,7 +101,6 @@ class QuantizeReport:
     tensors: tuple[TensorReport, ...] = field(repr=False)
     upgrades: tuple[Upgrade, ...] = field(default=(), repr=False)
     companion: str | None = None
-    part: tuple[int, int] | None = None
     decoded_from: str | None = None
     input_scales: int = 0
     tensors_root: str | None = None

@@ -39,7 +39,6 @@ KIND = StepKind(
     ),
     options=QuantizeOptions,
     run=_run,
-    refused={"part": "remove it: a step makes all shares"},
     complete=_complete,
     makes=_makes,
     needs_transformers=lambda options: options.calibration is not None,
