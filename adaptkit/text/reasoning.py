@@ -67,7 +67,7 @@ class ReasoningFields:
         def written(**answer: str) -> str:
             return render([_QUESTION, {"role": "assistant", **answer}])
 
-        names = NAMES if written(content=_ANSWER) else ()  # so that a template that loops times out only once
+        names = NAMES if written(content=_ANSWER) else ()
         self._names = tuple(name for name in names if _REASONING in written(content=_ANSWER, **{name: _REASONING}))
         self._knows_content = True
         if not self._names:

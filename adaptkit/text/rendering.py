@@ -6,8 +6,7 @@ from typing import Any
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import ADD_ONE
 from adaptkit.text.reasoning import FIELD, Message, ReasoningFields, content_with_reasoning
-from adaptkit.text.template_call import Conversation
-from adaptkit.text.template_processes import apply_template
+from adaptkit.text.template_call import Conversation, call_template
 from adaptkit.text.tool_calls import OTHER_TOOLS, ToolForm, Tools
 
 
@@ -22,16 +21,13 @@ def render(conversations: Sequence[Conversation], tokenizer: Any) -> Iterator[st
         The text of each conversation, in order.
 
     Raises:
-        DataError: the template refuses a conversation or takes too much time or memory for it, or there is neither a
-            template nor an end token.
+        DataError: the template refuses a conversation or leaves a part of it out, or there is neither a template nor an
+            end token.
     """
     if tokenizer.chat_template is not None:
-        given = [_forms_of(tokenizer, conversation.tools).given(conversation) for conversation in conversations]
-        texts = apply_template(tokenizer, [some for some in given if isinstance(some, Conversation) and some.messages])
-        for some in given:
-            if isinstance(some, DataError):
-                raise some
-            yield next(texts) if some.messages else ""
+        for conversation in conversations:
+            given = _forms_of(tokenizer, conversation.tools).given(conversation)
+            yield call_template(tokenizer, given) if given.messages else ""
         return
     for conversation in conversations:
         messages = conversation.messages
@@ -58,21 +54,23 @@ class _Forms:
     def __init__(self, tokenizer: Any, among: Tools) -> None:
         def written(messages: Sequence[Message], tools: Tools = ()) -> str:
             try:
-                return next(apply_template(tokenizer, [Conversation(messages, False, tools or among)]))
+                return call_template(tokenizer, Conversation(messages, False, tools or among))
             except DataError:  # the template refuses the probe; each row reports its own errors
                 return ""
 
         self._written, self._reasoning = written, ReasoningFields(written)
         self._tools: ToolForm | None = None
 
-    def given(self, conversation: Conversation) -> Conversation | DataError:
-        """Return a conversation as the template takes it; if something would be left out, an error to raise later."""
+    def given(self, conversation: Conversation) -> Conversation:
+        """Return a conversation as the template takes it.
+
+        Raises:
+            DataError: the template would leave something out.
+        """
         messages, _, tools = conversation
         if conversation.uses_tools:
             self._tools = self._tools or ToolForm(self._written, self._reasoning.message)
-            lost = self._tools.lost(messages, tools)
-            if lost is not None:
-                return lost
+            self._tools.check(messages, tools)
             return conversation._replace(messages=[self._tools.message(message) for message in messages])
         return conversation._replace(messages=[self._reasoning.message(message) for message in messages])
 

@@ -1,4 +1,8 @@
-"""A call of a chat template, which makes the text of one conversation; ``template_processes`` calls it."""
+"""Rendering of one conversation with a chat template, a program that comes with the model.
+
+transformers runs it in jinja2's sandbox: it reaches no files and no attributes of Python's objects, and a ``range`` has
+at most 100,000 items. Its time and memory are not limited, only the length of the text that it returns.
+"""
 
 import json
 from collections.abc import Sequence
@@ -6,7 +10,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from adaptkit.errors import DataError
-from adaptkit.text.chat_template import HINT, template_of
+from adaptkit.text.chat_template import HINT, require_jinja, template_of
 from adaptkit.text.reasoning import Message
 from adaptkit.text.tool_calls import CALLS, Tools
 
@@ -22,8 +26,6 @@ _MAX_ADDED_CHARACTERS, _MAX_GROWTH = 1 << 20, 8
 """Limit on a rendered text: this many characters plus this factor times the conversation; JSON escapes take up to 6."""
 _ERRORS = (ArithmeticError, AttributeError, LookupError, RuntimeError, SyntaxError, TypeError, ValueError)
 """What a template can raise besides jinja2's own errors, being a program: ``{% break %}`` outside of a loop, say."""
-TOO_MUCH = "takes too much memory"
-"""What the error says of a template that does."""
 
 
 class Conversation(NamedTuple):
@@ -46,7 +48,17 @@ class Conversation(NamedTuple):
 
 
 def call_template(tokenizer: Any, conversation: Conversation) -> str:
-    """Render one conversation; refuse a text far longer than it, since the text is tokenized later."""
+    """Render one conversation.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        conversation: the conversation.
+
+    Raises:
+        DataError: the template refuses the conversation, or makes a text far longer than it, which would be tokenized.
+        UsageError: jinja2 is not installed.
+    """
+    require_jinja()
     from jinja2 import TemplateError
 
     try:
@@ -66,7 +78,7 @@ def call_template(tokenizer: Any, conversation: Conversation) -> str:
             f"the chat template refuses the conversation ({error})", hint=f"leave such conversations out, or {HINT}"
         ) from error
     except MemoryError as error:
-        raise DataError(f"the chat template {TOO_MUCH}", hint=HINT) from error
+        raise DataError("the chat template takes too much memory", hint=HINT) from error
     said = length_of(conversation)
     if len(text) > _MAX_ADDED_CHARACTERS + _MAX_GROWTH * said:
         raise DataError(f"the chat template turns {said:,} characters into {len(text):,}", hint=HINT)

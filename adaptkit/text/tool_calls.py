@@ -156,15 +156,16 @@ class ToolForm:
         ]
         return message | {"content": message["content"] or self._nothing, CALLS: calls}
 
-    def lost(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> DataError | None:
-        """Return an error if the template leaves out a kind of content that the conversation has, else None."""
+    def check(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> None:
+        """Refuse a conversation if the template leaves out a kind of content that it has.
+
+        Raises:
+            DataError: names the kind.
+        """
         found = _kinds(messages, tools)
         for kind in _PROBES:
             if kind in found and self._loses(kind):
-                return DataError(
-                    f"the chat template leaves out {kind}", hint=f"leave such conversations out, or {HINT}"
-                )
-        return None
+                raise DataError(f"the chat template leaves out {kind}", hint=f"leave such conversations out, or {HINT}")
 
     def _is_taken(self, form: tuple[bool, str | None]) -> bool:
         self._as_text, self._nothing = form

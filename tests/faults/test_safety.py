@@ -127,8 +127,7 @@ def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
     assert users("apply_chat_template") == {"text/template_call.py"}
     parses = "text/chat_template.py"  # runs no template
     assert users("import jinja2") | users("from jinja2") == {"text/template_call.py", parses}
-    assert users("call_template") == {"text/template_call.py", "text/template_processes.py"}
-    assert users("text.template_processes import") == {"text/rendering.py"}
+    assert users("call_template") == {"text/template_call.py", "text/rendering.py"}
     renderers = users("text.rendering import")
     assert {module for module in renderers if not module.startswith("training/")} == {"text/windows.py"}
     readers = {module for module in users("text.windows import") if not module.startswith("training/")}
