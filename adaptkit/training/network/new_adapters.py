@@ -7,7 +7,7 @@ from functools import cached_property
 
 import torch
 
-from adaptkit.checkpoint.patterns import FirstMatch, matches_whole
+from adaptkit.checkpoint.patterns import FirstMatch, matches_end
 from adaptkit.errors import UsageError
 from adaptkit.networks.architecture import language_part
 from adaptkit.networks.matching import matching, matching_targets
@@ -74,7 +74,7 @@ class AdapterShape:
         patterns: Mapping[str, float] = getattr(self, setting)
         first = FirstMatch({pattern: pattern for pattern in patterns})
         left = set(patterns).difference(first.value(name, None) for name in names)
-        unused = [p for p in patterns if p in left and not any(matches_whole(p, name, after=".") for name in names)]
+        unused = [p for p in patterns if p in left and not any(matches_end(p, name) for name in names)]
         if unused:
             raise UsageError(
                 f"{setting}: {unused[0]!r} matches no module with an adapter",
