@@ -14,132 +14,96 @@ from adaptkit.cli import commands
 from adaptkit.discovery import names
 
 PACKAGE = Path(adaptkit.__file__).parent
-GROUND = {
-    *{
-        "errors",
-        "discovery",
-        "lazy",
-        "cache",
-        "kernel_cache",
-        "kernel_arguments",
-        "compiled",
-        "team",
-        "child",
-        "heap",
-        "arguments",
-    },
-    *{"machine", "torch_compiler", "triton_needs"},
+TREES = {
+    path.relative_to(PACKAGE).as_posix().removesuffix(".py"): ast.parse(path.read_text())
+    for path in sorted(PACKAGE.rglob("*.py"))
 }
-ON_THE_GROUND = {
-    "arguments": {"errors"},
-    "__init__": {"errors"},
-    "errors": set(),
-    "lazy": set(),
-    "cache": set(),
-    "child": set(),
-    "heap": set(),
-    "machine": set(),
-    "torch_compiler": set(),
-    "triton_needs": set(),
-    "discovery": {"errors"},
-    "kernel_cache": {"cache"},
-    "kernel_arguments": {"kernel_cache"},
-    "compiled": {"kernel_arguments", "kernel_cache", "compiler"},
-    "compiler": {"compiled", "kernel_arguments", "kernel_cache", "errors"},
-    "team": {"compiled", "kernel_cache"},
+ROOMS = ("numerics", "formats", "checkpoint", "networks", "text", "operations", "training", "hub", "pipeline", "cli")
+"""Packages, from the lowest to the highest. The ground, modules beside them, imports none of them."""
+APART = {
+    "training": {"operations"},
+    "hub": {"networks", "text", "operations", "training"},
+    "pipeline": {"networks", "text"},
 }
-FILES = GROUND | {"numerics", "formats", "checkpoint"}
-MAY_IMPORT = {
-    "numerics": GROUND,
-    "formats": GROUND | {"numerics"},
-    "checkpoint": FILES - {"checkpoint"},
-    "networks": FILES,
-    "text": FILES | {"networks"},
-    "operations": FILES | {"networks", "text"},
-    "training": FILES | {"networks", "text"},
-    "hub": FILES,
-    "pipeline": FILES | {"operations", "training", "hub"},
-    "__main__": {"cli"},
-    "cli": FILES | {"networks", "text", "operations", "training", "hub", "pipeline"},
+"""Packages that one does not import although they are below it."""
+INSIDE = {
+    "operations": {"_calibrate": {"_quantize"}, "_merge": {"_quantize", "_lineage"}},
+    "training": {"network": {"data"}, "memory": {"data", "network"}, "evaluation": {"data", "network"}},
 }
-INSIDE_OPERATIONS = {
-    "_calibrate": {"_quantize"},
-    "_diff": set(),
-    "_extract": set(),
-    "_lineage": set(),
-    "_merge": {"_quantize", "_lineage"},
-    "_plan": set(),
-    "_quantize": set(),
-}
-"""Folders of a single operation, and which of them each may import; modules outside of them are for all operations."""
-BY_NAME = ("import_module", "lazy_module", "lazy_intrinsic", "__import__")
-"""Functions that import a module by its name, some of them later."""
-MODULES = sorted(PACKAGE.rglob("*.py"))
-INSIDE_TRAINING = {
-    "data": set(),
-    "network": {"data"},
-    "memory": {"data", "network"},
-    "evaluation": {"data", "network"},
-}
-"""Packages of the trainer, and which of the others each may import; all may import ``FOR_ALL``."""
-FOR_ALL = {"config", "settings", "device", "distributed", "dtype_errors", "out_of_memory"}
+"""Folders of a package that import others of it."""
+MACHINERY = {
+    "child", "compiled", "compiler", "heap", "kernel_cache", "team", "torch_compiler", "operations/_inquiry",
+    "checkpoint/pages", *(f"numerics/kernels/_llvm_{name}" for name in ("cells", "instructions", "lookup", "product")),
+}  # fmt: skip
+"""Modules that reach into other libraries or the system; there shall be no more."""
 
 
 def imported(tree: ast.AST) -> Iterator[str]:
-    """Every module that a file imports anywhere in it; relative imports fail the test."""
+    """Every module that a file imports anywhere in it, also by its name; relative imports fail the test."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(BY_NAME):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "lazy_module")):
             yield from (str(argument.value) for argument in node.args if isinstance(argument, ast.Constant))
 
 
-def room_of(dotted: str) -> str:
-    """``numerics`` for ``adaptkit.numerics.lora.delta``; empty for the package's own names, such as its version."""
-    parts = dotted.split(".")
-    if len(parts) < 2 or parts[1].startswith("__"):
-        return ""
-    return parts[1]
+def ours(name: str) -> list[tuple[str, str]]:
+    """The package (or module beside the packages) and the next part of every module of ours that a module imports."""
+    found = [f"{module}.".split(".") for module in imported(TREES[name]) if module.startswith("adaptkit.")]
+    return [(parts[1], parts[2]) for parts in found]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_modules_import_only_from_the_packages_below_them(path):
-    parts = path.relative_to(PACKAGE).parts
-    room = parts[0].removesuffix(".py")
-    if room in ON_THE_GROUND:
-        allowed = ON_THE_GROUND[room]
-    else:
-        assert room in MAY_IMPORT, f"{room} is not a package of the design"
-        allowed = MAY_IMPORT[room] | {room}
-    ours = {name for name in imported(ast.parse(path.read_text())) if name.split(".")[0] == "adaptkit"}
-    rooms = {room_of(name) for name in ours} - {""}
-    assert rooms <= allowed, f"{path.name} imports {sorted(rooms - allowed)}"
+def test_modules_import_only_from_the_packages_below_them():
+    assert {name.split("/")[0] for name in TREES if "/" in name} == set(ROOMS)
+    for name in TREES:
+        room = name.split("/")[0]
+        below = set(ROOMS[: ROOMS.index(room) + 1] if room in ROOMS else ()) - APART.get(room, set())
+        used = {other for other, _ in ours(name)} & set(ROOMS)
+        assert used <= below or name == "__main__", f"{name} imports {sorted(used - below)}"
 
 
-@pytest.mark.parametrize("room", INSIDE_TRAINING)
-def test_packages_of_the_trainer_import_only_those_below_them(room):
-    for path in sorted((PACKAGE / "training" / room).glob("*.py")):
-        ours = [name.split(".")[2] for name in imported(ast.parse(path.read_text())) if ".training." in name]
-        assert set(ours) <= INSIDE_TRAINING[room] | {room} | FOR_ALL, path.name
+def test_folders_inside_a_package_import_few_others_of_it():
+    for room, allowed in INSIDE.items():
+        folders = {parts[1] for parts in (name.split("/") for name in TREES) if parts[0] == room and len(parts) > 2}
+        folders -= {"targets"}
+        for name in TREES:
+            _, folder, *inside = [*name.split("/"), ""]
+            if name.startswith(f"{room}/") and inside[:-1] and folder in folders:
+                used = {part for other, part in ours(name) if other == room} & folders
+                assert used <= allowed.get(folder, set()) | {folder}, name
 
 
-def test_folders_of_a_single_operation_are_imported_by_few_others():
-    found = {path.name: path for path in (PACKAGE / "operations").glob("_*") if path.is_dir() and "__" not in path.name}
-    assert set(found) == set(INSIDE_OPERATIONS)
-    for room, allowed in INSIDE_OPERATIONS.items():
-        for path in sorted(found[room].glob("*.py")):
-            ours = [name.split(".")[2] for name in imported(ast.parse(path.read_text())) if ".operations._" in name]
-            assert set(ours) & set(found) <= allowed | {room}, path.name
+def test_no_module_imports_itself_through_others():
+    """Imports inside of functions, which run later, do not count."""
+    found = {}
+    for name, tree in TREES.items():
+        body = ast.Module([node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)], [])
+        used = {module.removeprefix("adaptkit.").replace(".", "/") for module in imported(body)}
+        found[name] = {module if module in TREES else module.rpartition("/")[0] for module in used} & set(TREES)
+    while leaves := {name for name, used in found.items() if not used & set(found)}:
+        found = {name: used for name, used in found.items() if name not in leaves}
+    assert not found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_only_the_hub_package_imports_huggingface_hub(path):
-    names = imported(ast.parse(path.read_text()))
-    if path.relative_to(PACKAGE).parts[0] != "hub":  # transformers raises its errors, too
-        assert not [n for n in names if n.startswith("huggingface_hub") and not n.startswith("huggingface_hub.errors.")]
+def test_only_known_modules_reach_into_other_libraries():
+    for name, tree in TREES.items():
+        used = {module.split(".")[0] for module in imported(tree)} & {"ctypes", "llvmlite"}
+        used |= {"sys.modules"} & {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not used or name in MACHINERY or name.startswith("training/"), f"{name} uses {sorted(used)}"
+        if not name.startswith("hub/"):  # transformers raises its errors, too
+            used = {module for module in imported(tree) if module.startswith("huggingface_hub")}
+            assert all(module.startswith("huggingface_hub.errors.") for module in used), name
+        if name.startswith("numerics/"):
+            used = {module.split(".")[0] for module in imported(tree)}
+            assert not used & {"os", "pathlib", "json", "logging", "safetensors"}, name
+
+
+def test_no_module_has_more_than_320_lines():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 320, path
 
 
 def test_all_public_names_exist():
@@ -224,14 +188,3 @@ def test_help_of_every_command_works_without_torch():
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
     assert int(found.stdout) >= 8
-
-
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(PACKAGE).as_posix())
-def test_no_module_has_more_than_320_lines(path):
-    assert len(path.read_text().splitlines()) <= 320
-
-
-def test_numerics_imports_nothing_that_handles_files():
-    for path in sorted((PACKAGE / "numerics").rglob("*.py")):
-        names = {name.split(".")[0] for name in imported(ast.parse(path.read_text()))}
-        assert not names & {"os", "pathlib", "json", "logging", "safetensors"}, path.name
