@@ -136,7 +136,7 @@ def test_torch_is_not_imported_before_it_is_needed(module):
     assert found.stdout.strip() == "[]"
 
 
-GOLDEN = PACKAGE.parent / "fixtures" / "golden" / "schema-1"
+GOLDEN = PACKAGE.parent / "fixtures" / "golden" / "schema-1-undo-2"
 
 
 @pytest.mark.parametrize(

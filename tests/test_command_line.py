@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "schema-1"
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "schema-1-undo-2"
 
 
 @pytest.mark.parametrize(

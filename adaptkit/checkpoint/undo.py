@@ -2,10 +2,12 @@
 
     adaptkit-undo/shard-00001-of-0000N.safetensors    what is needed to restore the n-th shard of the result
         X             U8   for each changed tensor of the base: frames of (rows u32, length u32, stream), little-endian,
-                           one per run of rows; a stream is the residuals as ``numerics.residual`` encodes them
+                           one per run of rows; a stream is the residuals as ``numerics.residual`` encodes them,
+                           in version 1 as ``numerics.older_residual`` decodes them
         X:lengths:a   F64  for DoRA: the norms of the rows of W + Δ that adapter number a found
         X:rest             the last rows of a base tensor that has fewer rows in the result, unchanged
         :header       U8   the first bytes of the base's shard
+        :version      U8   [1], the version of the frames; missing in version 1
     adaptkit-undo/files.safetensors                   U8, by name with ``:`` for ``/``: small files of the base that the
                                                        result lacks or has changed; ``:added`` lists files that only
                                                        the result has
@@ -25,15 +27,19 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import IntegrityError
-from adaptkit.numerics import residual
-from adaptkit.numerics.arrays import Array, Values
+from adaptkit.numerics import older_residual, residual
+from adaptkit.numerics.arrays import Array
 
 FOLDER = "adaptkit-undo"
 FILES_NAME = f"{FOLDER}/files.safetensors"
 BASE_PREFIX = f"{FOLDER}/base/"
 ADAPTERS_PREFIX = "adaptkit-adapters/"
 HEADER = ":header"
+VERSION_KEY = ":version"
+VERSION = 2
+"""Of the records that are written."""
 ADDED = ":added"
 _FRAME = struct.Struct("<II")
 
@@ -53,14 +59,14 @@ def rest_name(name: str) -> str:
     return f"{name}:rest"
 
 
-def pack_frame(rows: int, values: Values) -> bytes:
+def pack_frame(rows: int, values: Array) -> bytes:
     """Return the frame of a run of rows.
 
     Args:
         rows: number of rows in the run.
         values: (M,) int64 residuals.
     """
-    stream = residual.encode(values).tobytes()
+    stream = residual.encode(values)
     return _FRAME.pack(rows, len(stream)) + stream
 
 
@@ -86,18 +92,39 @@ def frames(record_bytes: int, read: Callable[[int, int], Array]) -> Iterator[tup
         yield rows, start, length
 
 
-def unpack(stream: Array, most: int) -> Array:
+def version_of(record: TensorFiles) -> int:
+    """Return the version of a shard's record, which ``unpack`` needs.
+
+    Raises:
+        IntegrityError: not a version that can be read.
+    """
+    if VERSION_KEY not in record.tensors:
+        return 1
+    found: list[int] = record.read_bytes(VERSION_KEY, 0, record.spec(VERSION_KEY).nbytes).tolist()
+    if found != [VERSION]:
+        raise IntegrityError(
+            f"{record.root}: the undo record has the unknown version {'.'.join(map(str, found[:4]))}",
+            hint="unmerge with the version of adaptkit that merged it",
+        )
+    return VERSION
+
+
+def unpack(stream: Array, most: int, version: int = VERSION) -> Array:
     """Decode the residuals of a frame.
 
     Args:
         stream: uint8.
         most: number of weights in the run, which limits the number of residuals.
+        version: of the record.
+
+    Returns:
+        (M,) int64, M at most ``most``.
 
     Raises:
         IntegrityError: not a valid stream.
     """
     try:
-        return residual.decode(stream, most)
+        return older_residual.decode(stream, most) if version == 1 else residual.decode(stream, most)
     except ValueError as error:
         raise IntegrityError(f"not a residual ({error})") from error
 

@@ -13,7 +13,7 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.other_names import OTHER_NAMES
 from adaptkit.training.settings import settings
 
-MERGED = Path(__file__).parents[2] / "fixtures" / "golden" / "schema-1" / "merged"
+MERGED = Path(__file__).parents[2] / "fixtures" / "golden" / "schema-1-undo-2" / "merged"
 NAMES = ["base", "bias", "data", "steps"]
 
 

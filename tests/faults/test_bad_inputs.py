@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from bad_inputs import ROWS
 
-GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden" / "schema-1"
+GOLDEN = Path(__file__).parents[2] / "fixtures" / "golden" / "schema-1-undo-2"
 MOST_ADDED_BYTES = 1 << 29
 """Limit of the growth of data memory, and of the increase of peak memory over a run that only imports."""
 SECONDS = 300

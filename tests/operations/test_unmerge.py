@@ -296,6 +296,15 @@ def test_a_record_with_a_wrong_residual_is_refused_even_if_its_hash_is_right(mer
     assert not list(tmp_path.glob("out*"))  # not even what was written before the error
 
 
+@pytest.mark.parametrize("version", [b"\3", b"", b"\2\0", b"\0"])
+def test_a_record_of_an_unknown_version_is_refused(merged, adapter, tmp_path, version):
+    save_arrays(load_arrays(merged / RECORD) | {undo.VERSION_KEY: undo.as_bytes(version)}, merged / RECORD)
+    rehash(merged, RECORD)
+    with pytest.raises(IntegrityError, match="unknown version") as caught:
+        unmerge(merged, [adapter], tmp_path / "out")
+    assert "version of adaptkit" in caught.value.hint
+
+
 @pytest.mark.parametrize("rows", [0, 1, 64, 127, 129, 2**32 - 1])
 def test_a_record_with_a_wrong_number_of_rows_is_refused_even_if_its_hash_is_right(merged, adapter, tmp_path, rows):
     name = "model.layers.0.mlp.gate_proj.weight"

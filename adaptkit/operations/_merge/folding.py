@@ -16,7 +16,7 @@ from adaptkit.errors import IntegrityError, NonFiniteError
 from adaptkit.lazy import torch
 from adaptkit.numerics import exact, lora
 from adaptkit.numerics.affine import Effect, combine, square_sums
-from adaptkit.numerics.arrays import Array, Values, as_tensor
+from adaptkit.numerics.arrays import Array, Values, as_array, as_tensor
 from adaptkit.numerics.exact import Prepared
 from adaptkit.numerics.finite import check_finite
 from adaptkit.numerics.kernels._reference_exact import RowsMerged
@@ -94,16 +94,16 @@ class Fold:
         except NonFiniteError as error:
             check_finite(raw.reshape(-1), held.start * raw.shape[1], self.edit.base_shape, self.edit.spec.name)
             raise NonFiniteError(f"{self.edit.spec.name}: {error.message}", error.hint) from error
-        frame = undo.pack_frame(rows.count, merged.residual) if with_undo else b""
+        frame = undo.pack_frame(rows.count, as_array(merged.residual)) if with_undo else b""
         return Folded(raw, merged, frame)
 
-    def restore(self, values: Array, rows: Rows, stream: Array) -> Values:
+    def restore(self, values: Array, rows: Rows, stream: Array, version: int) -> Values:
         """Restore rows of the base: fewer than ``rows`` where the result has more rows than the base.
 
         Raises:
             IntegrityError: the stream belongs to another merge.
         """
-        residual = undo.unpack(stream, values.size)
+        residual = undo.unpack(stream, values.size, version)
         try:
             if (terms := self._terms(rows)) is not None:
                 return exact.unmerge_rows(values, terms, self._within(rows), residual)

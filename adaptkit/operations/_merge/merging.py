@@ -137,6 +137,7 @@ class Merging:
 
     def write(self, file: str) -> None:
         """Write a shard's undo record."""
+        self._records[undo.VERSION_KEY] = undo.as_bytes(bytes([undo.VERSION]))
         self._records[undo.HEADER] = undo.as_bytes(self.checkpoint.headers[file].raw)
         self._out.write_tensors(self.names(file)[0], self._frames.take() | self._records, listed=False)
         self._records = {}
