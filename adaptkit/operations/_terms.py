@@ -1,4 +1,4 @@
-"""What can be checked about several adapters before a base is read: their weights, and the base that they expect."""
+"""What can be checked about adapters before a base is read: their weights, the base that they expect, companions."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.progress import counted, first_few
-from adaptkit.errors import BaseMismatchError, UsageError
+from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
 
 
 def expected_fingerprints(
@@ -71,3 +71,28 @@ def given_again(adapters: Sequence[Adapter]) -> Iterator[str]:
             others = list(dict.fromkeys(roots))[1:]
             also = f", also as {first_few(others)}" if others else ""
             yield f"{roots[0]}: given {len(roots)} times{also}; it counts each time"
+
+
+def refuse_compensation(adapter: Adapter, why: str, instead: str) -> None:
+    """Reject a companion adapter, which offsets part of what quantization loses, or one that was trained from it.
+
+    Args:
+        adapter: the adapter to check.
+        why: what would happen to the correction of the base, for the message.
+        instead: what to do with a trained adapter, for the hint.
+
+    Raises:
+        AdapterError: says which of both it is.
+    """
+    if adapter.only_compensates:
+        raise AdapterError(
+            f"{adapter.root}: is a companion adapter, {why}, and was not trained",
+            hint=f"train it first: {training_of(adapter)}",
+        )
+    if adapter.compensation:
+        raise AdapterError(f"{adapter.root}: was trained from a companion adapter, {why}", hint=instead)
+
+
+def training_of(adapter: Adapter) -> str:
+    """Return the command that trains a companion adapter, for hints."""
+    return f"adaptkit train --base QUANTIZED --init {adapter.root} --data FILE -o OUT"

@@ -12,8 +12,8 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd
 from adaptkit.operations._carried import collect_carried, left_out, publish_adapter
-from adaptkit.operations._companions import refuse_compensation
 from adaptkit.operations._discard import discard_on_bad_input
+from adaptkit.operations._terms import refuse_compensation
 from adaptkit.operations._threads import check_threads, map_in_threads, thread_count
 
 

@@ -22,9 +22,8 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._compress import Compressed, Limit, compress
 from adaptkit.numerics.stacking._method import Method
 from adaptkit.operations._carried import base_names, collect_carried, left_out, publish_adapter
-from adaptkit.operations._companions import refuse_compensation
 from adaptkit.operations._discard import discard_on_bad_input
-from adaptkit.operations._terms import expected_fingerprints, given_again, weights_of
+from adaptkit.operations._terms import expected_fingerprints, given_again, refuse_compensation, weights_of
 from adaptkit.operations._threads import check_threads, map_in_threads, thread_count
 
 

@@ -16,12 +16,12 @@ from adaptkit.networks.addressing import OTHER_MODEL, Slice
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spec import FLOATS, TensorSpec
-from adaptkit.operations._companions import training_of
 from adaptkit.operations._merge.edit_checks import check_shape, check_sums
 from adaptkit.operations._merge.edits import Edit, Edits, Step, Stored
 from adaptkit.operations._merge.expert_panels import Experts
 from adaptkit.operations._merge.unlike_peft import trained_differently
 from adaptkit.operations._roles import stores_transposed
+from adaptkit.operations._terms import training_of
 from adaptkit.operations._tying import VocabularyChange, vocabulary_changes
 from adaptkit.operations._vocabulary import Vocabulary, find_vocabulary, require_head
 
