@@ -161,10 +161,29 @@ def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> P
                 hint="give the 16-bit checkpoint"
                 + (", or dequantize it first if there is no other" if can_dequantize else ""),
             )
-    _check_names(tuned, base)
-    _check_specs(tuned, base, "dtype", {})
+    for one, other in ((base, tuned), (tuned, base)):
+        missing = [name for name in one.tensors if name not in other.tensors]
+        if missing:
+            raise BaseMismatchError(
+                f"{other.root}: lacks {first_few(missing)}, which {one.root} has",
+                hint="give a checkpoint and the base it was tuned from, saved with the same tensor names",
+            )
+    specs = [(located.spec, tuned.spec(name)) for name, located in base.tensors.items()]
+    _refuse(
+        tuned,
+        base,
+        "dtype",
+        [(one.name, one.dtype, two.dtype) for one, two in specs if not {one.dtype, two.dtype} <= {*FLOATS}],
+        hint=f"save both in one of {', '.join(FLOATS)}, or in the same dtype",
+    )
     roles = find_roles(base)
-    _check_specs(tuned, base, "shape", roles.of)
+    _refuse(
+        tuned,
+        base,
+        "shape",
+        [(one.name, [*one.shape], [*two.shape]) for one, two in specs if not _is_resized(one, two, roles.of)],
+        hint="give the base that this model was tuned from",
+    )
     transposes = any(role.kind == "conv1d" for role in roles.of.values())
     parts = tuple(
         _part(located.spec, tuned.spec(name), roles.of[name], options, transposes)
@@ -180,32 +199,11 @@ def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> P
     return Plan(tuned, base, parts, roles)
 
 
-def _check_names(tuned: Checkpoint, base: Checkpoint) -> None:
-    for one, other in ((base, tuned), (tuned, base)):
-        missing = [name for name in one.tensors if name not in other.tensors]
-        if missing:
-            raise BaseMismatchError(
-                f"{other.root}: lacks {first_few(missing)}, which {one.root} has",
-                hint="give a checkpoint and the base it was tuned from, saved with the same tensor names",
-            )
-
-
-def _check_specs(tuned: Checkpoint, base: Checkpoint, what: str, roles: Mapping[str, Role]) -> None:
-    differ = []
-    for name, located in base.tensors.items():
-        before, after = getattr(located.spec, what), getattr(tuned.spec(name), what)
-        are_floats = what == "dtype" and {before, after} <= {*FLOATS}
-        is_resized = what == "shape" and _is_resized(located.spec, tuned.spec(name), roles)
-        if before != after and not are_floats and not is_resized:
-            shown = [value if isinstance(value, str) else list(value) for value in (after, before)]
-            differ.append(f"{name} (expected {shown[1]}, found {shown[0]})")
+def _refuse(tuned: Checkpoint, base: Checkpoint, what: str, found: Sequence[tuple[str, Any, Any]], hint: str) -> None:
+    """Raise an error that names the tensors whose two values differ, of those found."""
+    differ = [f"{name} (expected {before}, found {after})" for name, before, after in found if before != after]
     if differ:
-        raise BaseMismatchError(
-            f"{tuned.root}: {what} differs from {base.root} in {first_few(differ)}",
-            hint=f"save both in one of {', '.join(FLOATS)}, or in the same dtype"
-            if what == "dtype"
-            else "give the base that this model was tuned from",
-        )
+        raise BaseMismatchError(f"{tuned.root}: {what} differs from {base.root} in {first_few(differ)}", hint=hint)
 
 
 def _is_resized(before: TensorSpec, after: TensorSpec, roles: Mapping[str, Role]) -> bool:
