@@ -170,33 +170,23 @@ def compare_targets(child: Manifest, parent: Parent, found: Candidate) -> tuple[
     has_targets = parent.role == "whole" or (manifest is not None and manifest.kind in ("quantized", "adapter"))
     known = {target.module: target for target in manifest.targets} if manifest and has_targets else {}
     tensors = {tensor.name: tensor for tensor in found.tensors} if not has_targets else {}
-    any_codes = manifest is not None and manifest.kind == "adapter" and not _compensates(manifest)
+    is_adapter = manifest is not None and manifest.kind == "adapter"
+    any_codes = is_adapter and all(file.path != COMPENSATION_NAME for file in (manifest.files if manifest else ()))
     compared = 0
     for target in child.targets:
-        pairs = _pairs(target, known.get(target.module), tensors, any_codes)
+        same, name = known.get(target.module), _weight_name(target, tensors)
+        pairs: list[tuple[str | None, str | None]] = []
+        if same is not None:
+            pairs.append((target.base_xxh3_128, same.base_xxh3_128))
+            pairs += [] if any_codes else [(target.quantized_root, same.quantized_root)]
+        elif name is not None and target.base_xxh3_128 is not None:
+            record = tensors[name]
+            pairs.append((f"{target.base_xxh3_128} {target.shape}", f"{record.xxh3_128} {record.shape}"))
+        pairs = [(one, other) for one, other in pairs if one is not None and other is not None]
         compared += bool(pairs)
         if any(one != other for one, other in pairs):
             return compared, target.module
     return compared, ""
-
-
-def _compensates(manifest: Manifest) -> bool:
-    return any(file.path == COMPENSATION_NAME for file in manifest.files)
-
-
-def _pairs(
-    target: Target, known: Target | None, tensors: Mapping[str, TensorRecord], any_codes: bool
-) -> list[tuple[str, str]]:
-    """Return the (child's, parent's) values of a target that must be equal; no ``quantized_root`` if ``any_codes``."""
-    if known is not None:
-        both = [(target.base_xxh3_128, known.base_xxh3_128)]
-        if not any_codes:
-            both.append((target.quantized_root, known.quantized_root))
-        return [(one, other) for one, other in both if one is not None and other is not None]
-    name = _weight_name(target, tensors)
-    if name is None or target.base_xxh3_128 is None:
-        return []
-    return [(f"{target.base_xxh3_128} {target.shape}", f"{tensors[name].xxh3_128} {tensors[name].shape}")]
 
 
 def _weight_name(target: Target, tensors: Mapping[str, TensorRecord]) -> str | None:
