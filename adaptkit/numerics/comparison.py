@@ -26,28 +26,16 @@ class Overlap:
     """Overlap of two subspaces of the same space.
 
     Attributes:
-        cosines: (min(dimensions),) float64, cosines of the principal angles, descending; 1 for a common direction.
-        dimensions: dimensions of the two subspaces.
-        space: dimension of the space that contains them.
+        cosines: of the principal angles, descending; as many as the smaller dimension; 1 for a common direction.
+        rms: their root mean square, ‖UᵀV‖ / √min(dimensions): 0 if orthogonal, 1 if one contains the other.
+        random: expected ``rms`` of random subspaces of these dimensions: √(max(dimensions) / space). The mean of ‖UᵀV‖²
+            over independent uniformly random subspaces is exactly r₁ r₂ / m; for r₁ = r₂ = r this gives the √(r/m) of
+            the literature. The expected largest cosine is higher.
     """
 
-    cosines: Tensor
-    dimensions: tuple[int, int]
-    space: int
-
-    @property
-    def rms(self) -> float | None:
-        """Root mean square of the cosines, ‖UᵀV‖ / √min(dimensions): 0 if orthogonal, 1 if one contains the other."""
-        return float(self.cosines.square().mean().sqrt()) if self.cosines.numel() else None
-
-    @property
-    def random(self) -> float | None:
-        """Expected ``rms`` of random subspaces of these dimensions: √(max(dimensions) / space).
-
-        The mean of ‖UᵀV‖² over independent uniformly random subspaces is exactly r₁ r₂ / m; for r₁ = r₂ = r this gives
-        the √(r/m) of the literature. The expected largest cosine is higher.
-        """
-        return math.sqrt(max(self.dimensions) / self.space) if self.cosines.numel() else None
+    cosines: tuple[float, ...]
+    rms: float
+    random: float
 
 
 @dataclass(frozen=True)
@@ -58,8 +46,8 @@ class Comparison:
         sigmas: singular values of each change, (min(rank, out, in),) float64, descending.
         difference_sigma: singular values of Δ₁ − Δ₂.
         inner: ⟨Δ₁, Δ₂⟩.
-        columns: overlap of the column spaces, in the space of outputs.
-        rows: overlap of the row spaces, in the space of inputs.
+        columns: overlap of the column spaces, in the space of outputs; None if a change is zero.
+        rows: overlap of the row spaces, in the space of inputs; None likewise.
         interference: ‖(UᵀU − I) Σ (VᵀV − I)‖₁, the sum of absolute values, with U = [U₁ U₂], V = [V₁ V₂] and Σ the
             diagonal matrix of both changes' singular values: the singular task interference of Task Singular Vectors
             (arXiv:2412.00081), here over all singular vectors instead of a share of them. 0 for orthogonal changes.
@@ -70,8 +58,8 @@ class Comparison:
     sigmas: tuple[Tensor, Tensor]
     difference_sigma: Tensor
     inner: float
-    columns: Overlap
-    rows: Overlap
+    columns: Overlap | None
+    rows: Overlap | None
     interference: float
     sign_agreement: float | None
 
@@ -104,8 +92,8 @@ def compare(first: LowRank, second: LowRank) -> Comparison:
         sigmas=(sigma_1[: limits[0]], sigma_2[: limits[1]]),
         difference_sigma=torch.linalg.svdvals(core_1 - core_2),
         inner=float((core_1 * core_2).sum()),
-        columns=Overlap(_cosines(left), counts, first.shape[0]),
-        rows=Overlap(_cosines(right), counts, first.shape[1]),
+        columns=_overlap(left, first.shape[0]),
+        rows=_overlap(right, first.shape[1]),
         interference=float(crossed[0].abs().sum() + crossed[1].abs().sum()),  # the other two of four blocks are zero
         sign_agreement=_sign_agreement(first, second),
     )
@@ -147,9 +135,13 @@ def _truncated_svd(core: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tens
     return u[:, :count], sigma, vt[:count].T
 
 
-def _cosines(products: Tensor) -> Tensor:
-    found: Tensor = torch.linalg.svdvals(products)
-    return found.clamp(max=1.0)
+def _overlap(products: Tensor, space: int) -> Overlap | None:
+    """Return the overlap of two subspaces of a space of this dimension, from the inner products of their bases."""
+    if not products.numel():
+        return None
+    cosines = torch.linalg.svdvals(products).clamp(max=1.0)
+    rms = float(cosines.square().mean().sqrt())
+    return Overlap(tuple(cosines.tolist()), rms, math.sqrt(max(products.shape) / space))
 
 
 def _sign_agreement(first: LowRank, second: LowRank) -> float | None:

@@ -109,7 +109,10 @@ def differ_in_files_beside(first: Path, second: Path) -> FilesDifference:
             documents = _without_templates(documents[0], documents[1], templates_differ=bool(templates))
         if documents[0] is not None and documents[0] == documents[1]:
             continue  # only the formatting differs
-        by_key = _differ_in_documents(name, documents[0], documents[1])
+        by_key = []
+        if documents[0] is not None and documents[1] is not None:
+            compare = _differ_in_tokenizers if name == TOKENIZER_NAME else differ_in_values
+            by_key = compare(name, documents[0], documents[1])
         values += by_key
         files += [] if by_key else [FileDifference(name, (digests[0], digests[1]))]
     return FilesDifference(sum(map(len, found)), tuple(values), tuple(files), templates)
@@ -117,18 +120,7 @@ def differ_in_files_beside(first: Path, second: Path) -> FilesDifference:
 
 def differ_in_values(file: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> list[ValueDifference]:
     """Compare two JSON objects key by key, recursing into nested objects; lists are compared whole."""
-    return [
-        ValueDifference(file, key, one, two) for key, one, two in _differing(dict(_flat(first)), dict(_flat(second)))
-    ]
-
-
-def _differ_in_documents(
-    name: str, first: Mapping[str, Any] | None, second: Mapping[str, Any] | None
-) -> list[ValueDifference]:
-    """Return the keys whose values differ; empty if one of the files cannot be compared by key."""
-    if first is None or second is None:
-        return []
-    return _tokenizer(first, second) if name == TOKENIZER_NAME else differ_in_values(name, first, second)
+    return _differing(file, dict(_flat(first)), dict(_flat(second)))
 
 
 def _without_templates(
@@ -179,15 +171,16 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
-def _differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple[str, str | None, str | None]]:
+def _differing(file: str, first: Mapping[str, str], second: Mapping[str, str]) -> list[ValueDifference]:
     keys = sorted({*first, *second})
-    return [(key, first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)]
+    return [
+        ValueDifference(file, key, first.get(key), second.get(key)) for key in keys if first.get(key) != second.get(key)
+    ]
 
 
-def _tokenizer(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[ValueDifference]:
+def _differ_in_tokenizers(file: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> list[ValueDifference]:
     """Compare two ``tokenizer.json``: added tokens by name, vocabulary and merges by entry counts, the rest by key."""
-    documents = [_summarized(mine, other) for mine, other in ((first, second), (second, first))]
-    return [ValueDifference(TOKENIZER_NAME, *found) for found in _differing(*documents)]
+    return _differing(file, _summarized(first, second), _summarized(second, first))
 
 
 def _summarized(mine: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, str]:

@@ -5,29 +5,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
 from adaptkit.numerics.comparison import Overlap, compare
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import effective_rank, singular_values, stable_rank
 
 Pair = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class OverlapReport:
-    """Overlap of two subspaces; see ``numerics.comparison.Overlap``.
-
-    Attributes:
-        cosines: cosines of the principal angles, descending.
-        rms: root mean square of the cosines.
-        random: expected ``rms`` of random subspaces of these dimensions: √(r/m), r being the larger dimension and m
-            that of the whole space.
-    """
-
-    cosines: tuple[float, ...]
-    rms: float
-    random: float
 
 
 @dataclass(frozen=True)
@@ -68,8 +52,8 @@ class ModuleDifference:
     difference_spectrum: tuple[float, ...]
     effective_ranks: Pair
     stable_ranks: Pair
-    columns: OverlapReport | None = None
-    rows: OverlapReport | None = None
+    columns: Overlap | None = None
+    rows: Overlap | None = None
     sign_agreement: float | None = None
     interference: float | None = None
     interference_share: float | None = None
@@ -117,11 +101,12 @@ class GroupDifference:
 def differ_in_module(name: str, first: LowRank | None, second: LowRank | None) -> ModuleDifference:
     """Compare two changes of one module; None counts as zero, and changes of different shapes as orthogonal."""
     found = compare(first, second) if first and second and first.shape == second.shape else None
-    sigmas = found.sigmas if found else tuple(singular_values(term) if term else None for term in (first, second))
-    norms = (_norm(sigmas[0]), _norm(sigmas[1]))
+    none = torch.zeros(0, dtype=torch.float64)
+    one, two = found.sigmas if found else (singular_values(term) if term else none for term in (first, second))
+    norms = float(one.norm()), float(two.norm())
     inner = found.inner if found else 0.0
-    distance = _norm(found.difference_sigma) if found else math.hypot(*norms)
-    measured = found is not None and found.columns.cosines.numel() > 0
+    distance = float(found.difference_sigma.norm()) if found else math.hypot(*norms)
+    measured = found if found and found.columns else None
     return ModuleDifference(
         module=name,
         shapes=(first.shape if first else None, second.shape if second else None),
@@ -131,15 +116,15 @@ def differ_in_module(name: str, first: LowRank | None, second: LowRank | None) -
         difference=distance,
         cosine=cosine(inner, norms),
         relative=relative(distance, norms),
-        spectra=(_numbers(sigmas[0]), _numbers(sigmas[1])),
-        difference_spectrum=_numbers(found.difference_sigma) if found else (),
-        effective_ranks=_both(lambda side: _figure(effective_rank, sigmas[side])),
-        stable_ranks=_both(lambda side: _figure(stable_rank, sigmas[side])),
-        columns=_overlap(found.columns) if found else None,
-        rows=_overlap(found.rows) if found else None,
-        sign_agreement=found.sign_agreement if found and measured else None,
-        interference=found.interference if found and measured else None,
-        interference_share=found.interference_share if found and measured else None,
+        spectra=(tuple(one.tolist()), tuple(two.tolist())),
+        difference_spectrum=tuple(found.difference_sigma.tolist()) if found else (),
+        effective_ranks=(effective_rank(one), effective_rank(two)),
+        stable_ranks=(stable_rank(one), stable_rank(two)),
+        columns=measured.columns if measured else None,
+        rows=measured.rows if measured else None,
+        sign_agreement=measured.sign_agreement if measured else None,
+        interference=measured.interference if measured else None,
+        interference_share=measured.interference_share if measured else None,
     )
 
 
@@ -216,7 +201,7 @@ def _grouped(
     return tuple(grouped_as(place[2], found) for place, found in sorted(groups.items()))
 
 
-def _mean_overlap(overlaps: Iterable[OverlapReport | None]) -> tuple[float | None, float | None]:
+def _mean_overlap(overlaps: Iterable[Overlap | None]) -> tuple[float | None, float | None]:
     """Return the root mean square of the cosines of all angles, and its expected value for random subspaces."""
     found = [(len(overlap.cosines), overlap) for overlap in overlaps if overlap is not None]
     angles = sum(count for count, _ in found)
@@ -233,22 +218,3 @@ def _both(of_side: Callable[[int], float]) -> Pair:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-def _norm(sigma: Tensor | None) -> float:
-    return 0.0 if sigma is None else float(sigma.norm())
-
-
-def _numbers(sigma: Tensor | None) -> tuple[float, ...]:
-    return () if sigma is None else tuple(sigma.tolist())
-
-
-def _figure(figure: Callable[[Tensor], float], sigma: Tensor | None) -> float:
-    return 0.0 if sigma is None else figure(sigma)
-
-
-def _overlap(overlap: Overlap) -> OverlapReport | None:
-    rms, random = overlap.rms, overlap.random
-    if rms is None or random is None:
-        return None
-    return OverlapReport(tuple(overlap.cosines.tolist()), rms, random)
