@@ -471,5 +471,5 @@ def test_a_flag_that_is_neither_true_nor_false_is_refused_by_name_before_anythin
             with pytest.raises(UsageError, match=rf"^{flag}: (must be|is .*; expected) true or false"):
                 getattr(adaptkit, name)(**dict.fromkeys(required, "x"), **{flag: given})
             tried.add(flag)
-    assert {"force", "dry_run", "resume", "recompute", "approximate", "undo", "pack"} <= tried
+    assert {"force", "dry_run", "resume", "recompute", "undo", "pack"} <= tried
     assert not any(tmp_path.iterdir())

@@ -259,7 +259,7 @@ def _can_be_unmerged(root: Path, adapters: int, record: Sequence[FileRecord], co
     missing = [file.path for file in (*record, *copies) if size_problem(root, file)]
     if missing:
         return f"no: {min(missing)} is missing or has the wrong size"
-    needs = "needs nothing else" if copies else f"needs {counted(adapters, 'merged adapter')}"
     if not record:
-        return f"only approximately, since there is no undo record; {needs}"
+        return "no: there is no undo record"
+    needs = "needs nothing else" if copies else f"needs {counted(adapters, 'merged adapter')}"
     return f"exactly; {needs}"

@@ -20,12 +20,11 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
-from adaptkit.errors import AdaptkitError, BaseMismatchError, IntegrityError, UsageError
-from adaptkit.numerics.approximate import ErrorBound, subtract
-from adaptkit.numerics.arrays import Array, Values, as_tensor
+from adaptkit.errors import AdaptkitError, BaseMismatchError, IntegrityError
+from adaptkit.numerics.arrays import Array, Values
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._merge.edit_plan import plan_edits
-from adaptkit.operations._merge.edits import Edit, Edits, matrix_of
+from adaptkit.operations._merge.edits import Edits, matrix_of
 from adaptkit.operations._merge.folding import Fold, Rows, cut_frames, read_rows
 from adaptkit.operations._merge.merged_model import (
     AGAIN,
@@ -47,9 +46,7 @@ class UnmergeReport:
         output: folder.
         restored: number of tensors that the merge had changed.
         tensors: number of tensors in the result.
-        identical: whether all tensors of the result are bit-identical to the base's.
-        same_tensors: number of restored tensors that are bit-identical to the base's.
-        error_bound: largest possible absolute error of a weight in an approximate result; 0 in an exact one.
+        identical: whether all tensors of the result are bit-identical to the base's; anything else is an error.
         tensors_root: hash of the result's tensors.
         manifest_sha256: of the result's manifest.
     """
@@ -58,8 +55,6 @@ class UnmergeReport:
     restored: int
     tensors: int
     identical: bool
-    same_tensors: int
-    error_bound: float
     tensors_root: str
     manifest_sha256: str
 
@@ -69,12 +64,11 @@ def unmerge(
     adapters: AnyPath | Sequence[AnyPath] | None,
     output: AnyPath,
     *,
-    approximate: bool = False,
     threads: int | None = None,
     force: bool = False,
     progress: Progress = no_progress,
 ) -> UnmergeReport:
-    """Undo ``merge`` exactly, or approximately by subtraction if there is no undo record.
+    """Undo ``merge`` exactly.
 
     Tensors and undo records are compared with the manifest as they are read, which detects accidental changes;
     ``verify`` also detects tampering.
@@ -83,7 +77,6 @@ def unmerge(
         merged: folder that ``merge`` made.
         adapters: folders of the adapters that were merged, in any order; None if ``merged`` contains copies.
         output: folder to make.
-        approximate: allow subtraction, with rounding errors, if there is no undo record.
         threads: number of pieces restored at a time; one per processor if None.
         force: replace an existing output.
         progress: called with bytes written.
@@ -91,28 +84,16 @@ def unmerge(
     Raises:
         IntegrityError: a tensor or undo record changed since the merge, or there is no undo record; names it.
         BaseMismatchError: these are not the adapters that were merged.
-        UsageError: a change cannot be subtracted, ``merged`` is not a folder, or ``threads`` is less than 1.
+        UsageError: ``merged`` is not a folder, or ``threads`` is less than 1.
         OutputExistsError: the output exists.
     """
-    check_flags(approximate=approximate, force=force)
+    check_flags(force=force)
     merged, output = as_path(merged, "merged"), as_path(output, "output")
     adapters = () if adapters is None else as_paths(adapters, "adapters")
     check_threads(threads)
     model = open_merged(require_folder(merged))
     check_output(output, force, [merged, *adapters])
     options = model.options
-    lost = options.get("small_files")
-    if not model.has_record and not approximate:
-        instead = "" if lost else ", or add --approximate for a result with rounding errors"
-        raise IntegrityError(
-            f"{merged}: no undo record found, since it was merged with --no-undo",
-            hint=f"merge again from the base{instead}",
-        )
-    if not model.has_record and lost:
-        raise UsageError(
-            f"{merged}: the merge replaced {lost[0]}, and without an undo record the base's is lost",
-            hint="merge again from the base",
-        )
     read, weights, resaved = model.adapters(adapters)
     records = {file: model.record(n) for n, file in enumerate(sorted(model.checkpoint.headers), 1)}
     base = model.outline({file: model.header(file, found) for file, found in records.items()})
@@ -125,9 +106,7 @@ def unmerge(
             f"{merged}: the merge changed other tensors than these adapters do",
             hint="give the adapters that were merged",
         )
-    if not model.has_record:
-        _check_subtractable(merged, edits)
-    plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256, approximate]
+    plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256]
     with Output(output, plan, force) as out, discard_on_bad_input(out):
         out.require_space(base.nbytes)
         restoring = _Restoring(model, base, edits, records, originals, resaved)
@@ -139,8 +118,6 @@ def unmerge(
         restored=len(originals),
         tensors=len(base.tensors),
         identical=restoring.is_identical(out),
-        same_tensors=sum(out.notes[name]["same"] for name in originals),
-        error_bound=max((out.notes[name]["bound"] for name in originals), default=0.0),
         tensors_root=manifest.tensors_root,
         manifest_sha256=manifest.sha256,
     )
@@ -166,22 +143,12 @@ def _check_headers(model: MergedModel, base: BaseOutline, edits: Edits) -> None:
             raise IntegrityError(f"{model.root}: the undo record does not match {name}", hint=AGAIN)
 
 
-def _check_subtractable(merged: Path, edits: Edits) -> None:
-    for name, edit in edits.of.items():
-        if not edit.is_plain or edit.spec.shape != edit.base_shape:
-            raise UsageError(
-                f"{merged}: {name} was replaced or scaled, which cannot be undone by subtracting",
-                hint="merge again from the base",
-            )
-
-
 @dataclass(frozen=True)
 class _Run:
-    """Consecutive rows of a tensor: merged, and restored with an error of at most ``bound``."""
+    """Consecutive rows of a tensor: merged and restored."""
 
     merged: Values
     values: Values
-    bound: float = 0.0
 
 
 @dataclass
@@ -213,7 +180,7 @@ class _Restoring:
             IntegrityError: the result is not the base that was merged.
         """
         model = self.model
-        if model.has_record and not self.is_identical(out):
+        if not self.is_identical(out):
             raise IntegrityError(
                 f"{model.root}: the result is not the base that was merged", hint="report this as a bug"
             )
@@ -222,8 +189,7 @@ class _Restoring:
         before = model.base_manifest()
         if before is None:
             parents = (parent_of("merged", model.manifest, model.manifest.tensors),)
-            options = {} if model.has_record else {"approximate": True}
-            operation = {"name": "unmerge", "options": options}
+            operation: dict[str, Any] = {"name": "unmerge", "options": {}}
             return Manifest("checkpoint", operation, tuple(out.files), tuple(out.tensors), parents)
         written = {record.path for record in out.files}
         for record in before.files:
@@ -259,8 +225,6 @@ class _Restoring:
         lengths = {step.adapter: undo.lengths_name(name, step.adapter) for step in edit.steps}
         held = {adapter: record.read(key) for adapter, key in lengths.items() if key in record.tensors}
         fold = Fold(edit, held)
-        if not self.model.has_record:
-            return [partial(self._subtract, edit, rows) for rows in fold.pieces()]
         if name not in record.tensors:
             raise IntegrityError(f"{name}: not found in the undo record", hint=AGAIN)
         try:
@@ -278,33 +242,24 @@ class _Restoring:
         except IntegrityError as error:
             raise self._mismatch_error(f"{name}: {error.message}") from error
 
-    def _subtract(self, edit: Edit, rows: Rows) -> _Run:
-        merged = read_rows(self.model.checkpoint, edit.spec.name, rows)
-        panel, first = divmod(rows.start, edit.panel_rows)
-        found: ErrorBound = subtract(as_tensor(merged), edit.terms(panel), slice(first, first + rows.count))
-        return _Run(merged, found.values, found.bound)
-
     def _assemble(self, group: Group, results: Iterator[Any], writer: TensorWriter) -> Mapping[str, Any]:
         name = group.source
         edit, digest = self.edits.of.get(name), xxhash.xxh3_128()
-        bound = 0.0
         for result in results:
             run = result if isinstance(result, _Run) else _Run(result, result)
             digest.update(bytes_of(run.merged))
-            bound = max(bound, run.bound)
             if group.specs and (edit is None or len(run.values)):  # a run of added rows restores none of the base's
                 writer.write(name, run.values)
         if digest.hexdigest() != self.digests[name]:
             file = self.model.checkpoint.tensors[name].file
             raise IntegrityError(f"{self.model.root}: {name} in {file} changed since the merge", hint=AGAIN)
         if edit is None or not group.specs:
-            return {"same": True, "bound": 0.0}
+            return {}
         if matrix_of(edit.base_shape)[0] > edit.matrix[0]:
             writer.write(name, self._record(name).read_array(undo.rest_name(name)))
-        same = writer.tensors[-1].xxh3_128 == self.originals[name]
-        if self.model.has_record and not same:
+        if writer.tensors[-1].xxh3_128 != self.originals[name]:
             raise self._mismatch_error(f"{name}: the undo record or the adapter does not belong to this merge")
-        return {"same": same, "bound": bound}
+        return {}
 
     def _mismatch_error(self, found: str) -> AdaptkitError:
         """Return the error for adapters that do not restore the base; blames a configuration that differs, if any."""

@@ -227,14 +227,17 @@ def test_the_report_predicts_whether_and_how_unmerge_works(llama, adapter, secon
     for name, options, given, phrase in (
         ("with", MergeOptions(), [adapter, second_adapter], "exactly; needs 2 merged adapters"),
         ("copies", MergeOptions(embed_adapter=True), [], "exactly; needs nothing else"),
-        ("without", MergeOptions(undo=False), [adapter, second_adapter], "only approximately"),
+        ("without", MergeOptions(undo=False), [adapter, second_adapter], "no: there is no undo record"),
     ):
         merge(llama, [adapter, second_adapter], tmp_path / name, options)
         details = inspect(tmp_path / name).details
         assert details["unmerge"].startswith(phrase)
         assert details["adapter_copies"] == (2 if name == "copies" else None)
-        restored = unmerge(tmp_path / name, given, tmp_path / f"{name}-restored", approximate=name == "without")
-        assert restored.identical == phrase.startswith("exactly")
+        if phrase.startswith("exactly"):
+            assert unmerge(tmp_path / name, given, tmp_path / f"{name}-restored").identical
+        else:
+            with pytest.raises(IntegrityError, match="no undo record"):
+                unmerge(tmp_path / name, given, tmp_path / f"{name}-restored")
     record = next(path for path in (tmp_path / "with" / "adaptkit-undo").rglob("*") if path.is_file())
     record.write_bytes(record.read_bytes()[:-1])
     assert (

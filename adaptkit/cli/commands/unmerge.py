@@ -21,7 +21,6 @@ from adaptkit.cli.progress import byte_progress
     multiple=True,
     help="Adapter that was merged. Repeatable. Default: the copies stored by merge --embed-adapter.",
 )
-@click.option("--approximate", is_flag=True, help="Without an undo record: subtract, and report the error bound.")
 @threads_option
 def command(
     merged: Path,
@@ -36,16 +35,9 @@ def command(
 
     with byte_progress("unmerge", as_json or quiet) as progress:
         report = unmerge(merged, adapters, output, progress=progress, **options)
-    if report.identical:
-        found = f"identical: all {report.tensors} tensors have the base's fingerprints"
-    else:
-        found = (
-            f"approximate: {report.same_tensors} of {counted(report.restored, 'restored tensor')} identical to the "
-            f"base's; other weights are off by at most {report.error_bound:.3g}"
-        )
     rows = [
         ("wrote", report.output),
-        ("unmerge", found),
+        ("unmerge", f"identical: all {report.tensors} tensors have the base's fingerprints"),
         ("restored", counted(report.restored, "tensor")),
         ("tensors root", report.tensors_root),
     ]

@@ -56,13 +56,11 @@ class MergedModel:
         root: its folder.
         manifest: its manifest.
         checkpoint: its weights.
-        has_record: whether it has an undo record.
     """
 
     root: Path
     manifest: Manifest
     checkpoint: Checkpoint
-    has_record: bool
 
     @property
     def options(self) -> dict[str, Any]:
@@ -76,15 +74,14 @@ class MergedModel:
         return {record.path: record.sha256 for record in self.manifest.files}
 
     def record(self, number: int) -> TensorFiles:
-        """Return the undo record of a shard, numbered from 1; without tensors if the model has no record.
+        """Return the undo record of a shard, numbered from 1.
 
         Raises:
             IntegrityError: the file changed or is missing.
         """
         name = undo.record_name(number, len(self.checkpoint.headers))
-        if self.has_record:
-            self.require_unchanged(name)
-        return TensorFiles(self.root, [name] if self.has_record else [])
+        self.require_unchanged(name)
+        return TensorFiles(self.root, [name])
 
     def read_all(self, name: str) -> dict[str, Array]:
         """Read all tensors of a safetensors file in the undo record.
@@ -193,7 +190,7 @@ class MergedModel:
             adapters: in the order of the merge.
             weights: weight of each.
             resaved: folders of adapters with the same tensors but a different configuration. It may be equivalent, as
-                after peft has saved an adapter again: if there is a record, restoring the weights shows it.
+                after peft has saved an adapter again: restoring the weights shows it.
 
         Raises:
             UsageError: the number of adapters differs, or none is given and there are no copies.
@@ -215,8 +212,6 @@ class MergedModel:
             same = [a for a in waiting if tensors_root(a.records) == parent.tensors_root]
             exact = [a for a in same if adapter_identity(a) == identity]
             if same and not exact:
-                if not self.has_record:
-                    raise different_configuration_error([same[0].root])
                 resaved.append(same[0].root)
             if not same:
                 raise BaseMismatchError(
@@ -255,7 +250,7 @@ def open_merged(root: Path) -> MergedModel:
     """Open the output of ``merge``.
 
     Raises:
-        IntegrityError: it is something else, or its tensors do not match its manifest.
+        IntegrityError: it is something else, it has no undo record, or its tensors do not match its manifest.
     """
     manifest = read_manifest(root)
     if manifest is None:
@@ -280,8 +275,11 @@ def open_merged(root: Path) -> MergedModel:
     if described != found:
         differing = min(described ^ found)[0]
         raise IntegrityError(f"{root}: {differing} does not match the manifest", hint=AGAIN)
-    has_record = any(record.path.startswith(f"{undo.FOLDER}/") for record in manifest.files)
-    return MergedModel(root, manifest, checkpoint, has_record)
+    if not any(record.path.startswith(f"{undo.FOLDER}/") for record in manifest.files):
+        raise IntegrityError(
+            f"{root}: no undo record found, since it was merged with --no-undo", hint="merge again from the base"
+        )
+    return MergedModel(root, manifest, checkpoint)
 
 
 def _beside_shards(name: str) -> str:
