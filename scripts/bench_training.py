@@ -239,13 +239,11 @@ def begin(side: str, threads: int) -> None:
     """Set up the process: for adaptkit, as its command does."""
     if side == "adaptkit":
         from adaptkit.checkpoint.pages import release_kernel_compiler_pages
-        from adaptkit.heap import keep_few_products, keep_freed_memory, take_large_pages
         from adaptkit.machine import share_processors
         from adaptkit.torch_compiler import leave_compiler_out
+        from adaptkit.training.heap import prepare_process
 
-        keep_freed_memory()
-        keep_few_products()
-        take_large_pages()
+        prepare_process()
         share_processors()
         leave_compiler_out()
         release_kernel_compiler_pages()

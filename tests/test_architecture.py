@@ -32,7 +32,7 @@ INSIDE = {
 }
 """Folders of a package that import others of it."""
 MACHINERY = {
-    "child", "compiled", "compiler", "heap", "kernel_cache", "team", "torch_compiler", "operations/_inquiry",
+    "child", "compiled", "compiler", "kernel_cache", "team", "torch_compiler", "operations/_inquiry",
     "checkpoint/pages", *(f"numerics/kernels/_llvm_{name}" for name in ("cells", "instructions", "lookup", "product")),
 }  # fmt: skip
 """Modules that reach into other libraries or the system; there shall be no more."""

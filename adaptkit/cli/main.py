@@ -21,7 +21,6 @@ from adaptkit.cli.output import is_discarded, plain, silence, torchrun_rank
 from adaptkit.cli.repositories import as_repositories
 from adaptkit.discovery import closest, load, names
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
-from adaptkit.heap import keep_few_products, keep_freed_memory, take_large_pages
 from adaptkit.hub.secrets import redact
 from adaptkit.machine import share_processors
 
@@ -159,9 +158,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # file names may contain undecodable bytes
-    keep_freed_memory()
-    keep_few_products()
-    take_large_pages()
     share_processors()
     try:
         for number in _SIGNALS:

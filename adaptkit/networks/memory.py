@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from adaptkit.heap import KEPT_PRODUCTS
-
 LOGITS_CHUNK_BYTES = 32 << 20
 """Size of one chunk of logits in the compute dtype; a chunk has at least ``LEAST_ROWS`` rows."""
 
@@ -18,6 +16,9 @@ ATTENTION_ROWS = 128
 
 ATTENTION_SCORES = 1 << 20
 """Scores in a block of attention on a CPU: as many as fit its cache."""
+
+KEPT_PRODUCTS = 64
+"""Compiled products of matrices that oneDNN caches in a training run."""
 
 _TILE = 128
 """Rows of a GPU's matrix multiplication tile."""

@@ -23,7 +23,6 @@ from adaptkit.checkpoint.layout import METRICS_NAME, PICTURE_NAME
 from adaptkit.checkpoint.manifest import FileRecord, Manifest
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.errors import AdaptkitError, install_hint
-from adaptkit.heap import return_freed_memory
 from adaptkit.networks.model_lock import model_lock
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data
@@ -31,6 +30,7 @@ from adaptkit.training.device import deterministic, without_cudnn_attention
 from adaptkit.training.distributed import World, join
 from adaptkit.training.dry_run import RunPlan, plan_run
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
+from adaptkit.training.heap import return_freed_memory
 from adaptkit.training.identity import as_recorded, check_same_inputs, record_identity
 from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory

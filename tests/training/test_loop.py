@@ -412,7 +412,7 @@ def test_the_command_releases_the_memory_of_the_kernel_compiler(config, tmp_path
 FREED = """
 import sys
 from pathlib import Path
-from adaptkit.heap import keep_freed_memory
+from adaptkit.training.heap import keep_freed_memory
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 

@@ -26,6 +26,7 @@ from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import count_progress
 from adaptkit.text.layouts import LAYOUTS
 from adaptkit.torch_compiler import leave_compiler_out
+from adaptkit.training.heap import prepare_process
 
 if TYPE_CHECKING:
     from adaptkit.training.evaluation.comparison import Comparison
@@ -97,6 +98,7 @@ def command(
     With several bases, an adapter is evaluated on the base that its manifest names, or else on the one that has the
     weights it was trained on.
     """
+    prepare_process()
     from adaptkit.cli.pages import prepare
     from adaptkit.cli.pages.evaluate import evaluate_page
     from adaptkit.training.evaluation.comparison import Comparison, compare

@@ -69,6 +69,9 @@ def command(
     if options["offline"]:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # adaptkit shows its own
+    from adaptkit.training.heap import prepare_process
+
+    prepare_process()
     from adaptkit.pipeline.run import RunOptions, RunReport, run
 
     if output_file:

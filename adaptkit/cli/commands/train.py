@@ -18,6 +18,7 @@ from adaptkit.cli.training_view import batch_lines, cut_rows, data_rows, has_col
 from adaptkit.errors import UsageError
 from adaptkit.torch_compiler import leave_compiler_out
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.heap import prepare_process
 
 if TYPE_CHECKING:
     from adaptkit.training.dry_run import RunPlan
@@ -70,6 +71,7 @@ def command(
     is_first = torchrun_rank() == "0"
     if not is_first:
         as_json, quiet = False, True
+    prepare_process()
     leave_compiler_out()
     release_kernel_compiler_pages()
     if show_batch:

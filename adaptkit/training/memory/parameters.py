@@ -13,9 +13,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from adaptkit.heap import return_freed_memory
 from adaptkit.networks.architecture import language_part
 from adaptkit.networks.kinds import is_indexer
+from adaptkit.training.heap import return_freed_memory
 from adaptkit.training.network.model import Model
 
 

@@ -21,11 +21,11 @@ from torch.nn.utils.parametrize import ParametrizationList
 from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import CheckpointError
-from adaptkit.heap import keep_freed_memory
 from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.assembly import Assembly, check_shape
 from adaptkit.networks.linears import acts_as_linear
 from adaptkit.numerics.lora import LowRank
+from adaptkit.training.heap import keep_freed_memory
 from adaptkit.training.network.attention import use_own_attention
 from adaptkit.training.network.experts import ExpertList, PackedModule, Stack, pack, read_weight
 from adaptkit.training.network.frozen import PackedWeight, PlainWeight, transient_weights

@@ -1,9 +1,11 @@
-"""Settings of glibc's allocator, of torch's, and of oneDNN's cache of compiled matrix products."""
+"""Settings of a training process: glibc's allocator, torch's, and oneDNN's cache of compiled matrix products."""
 
 import ctypes
 import os
 import sys
 from typing import Any
+
+from adaptkit.networks.memory import KEPT_PRODUCTS
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 32 << 20
@@ -13,8 +15,13 @@ _KEPT_AT_THE_TOP_BYTES = 128 << 20
 """Free memory at the end of the heap above which it is returned."""
 _MAX_BYTES = (1 << 30) - 1
 """Largest threshold whose double still fits the int that ``mallopt`` takes."""
-KEPT_PRODUCTS = 64
-"""Compiled products that oneDNN caches."""
+
+
+def prepare_process() -> None:
+    """Apply all settings to this process; call it before torch is imported."""
+    keep_freed_memory()
+    keep_few_products()
+    take_large_pages()
 
 
 def keep_freed_memory(largest: int = _KEPT_BYTES) -> None:
