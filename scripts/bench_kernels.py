@@ -29,11 +29,12 @@ import torch
 from torch import Tensor
 
 from adaptkit import formats
-from adaptkit.compiled import jit
 from adaptkit.discovery import load, names
 from adaptkit.formats._blockwise import Blockwise, Format
 from adaptkit.numerics import exact, lora, residual
-from adaptkit.numerics.kernels import _cpu_product, reference
+from adaptkit.numerics.arrays import as_array
+from adaptkit.numerics.kernels import _cpu_factors, reference
+from adaptkit.numerics.kernels._jit import jit
 from adaptkit.numerics.kernels.codebook import FP4, NF4
 from adaptkit.numerics.lora import LowRank
 
@@ -113,7 +114,7 @@ def same_as_on_cpu(form: Format, weight: Tensor) -> bool:
 def products(a: np.ndarray, b: np.ndarray, out: np.ndarray, blocks: int) -> None:
     """Compute the products for a number of blocks of four rows and 256 columns, all with the same operands."""
     for _ in range(blocks):
-        _cpu_product.multiply(a, b, 0, 0, 0, RANK, 256, out)
+        _cpu_factors.multiply(a, b, 0, 0, 0, RANK, 256, out)
 
 
 def merge_runs(weight: Tensor, term: LowRank) -> tuple[dict[str, Run], dict[str, int]]:
@@ -122,8 +123,9 @@ def merge_runs(weight: Tensor, term: LowRank) -> tuple[dict[str, Run], dict[str,
     merged = exact.merge_rows(weight, prepared, 0, True)
     a, b = np.ones((1, RANK, 256), np.float32), np.ones((4, RANK), np.float32)
     out, count = np.empty((4, 256), np.float32), weight.numel()
-    many = merged.residual.repeat(1 + 500_000 // max(1, merged.residual.numel()))
-    packed = residual.encode(many)
+    lost = as_array(merged.residual)
+    many = np.tile(lost, 1 + 500_000 // max(1, lost.size))
+    packed = np.frombuffer(residual.encode(many), np.uint8)
     part = exact.prepare([LowRank.of_tensors(term.lora_a, term.lora_b[rows], term.scaling)])
     plain = reference.prepare(term.lora_a, term.lora_b[rows], [RANK], [term.scaling])
     runs: dict[str, Run] = {
@@ -132,11 +134,11 @@ def merge_runs(weight: Tensor, term: LowRank) -> tuple[dict[str, Run], dict[str,
         "merge, undo": lambda: exact.merge_rows(weight, prepared, 0, True),
         "unmerge": lambda: exact.unmerge_rows(merged.weight, prepared, 0, merged.residual),
         "encode": lambda: residual.encode(many),
-        "decode": lambda: residual.decode(packed, many.numel()),
+        "decode": lambda: residual.decode(packed, many.size),
         "small": lambda: exact.merge_rows(weight[rows], part, 0, True),
         "torch": lambda: reference.merge_rows(weight[rows], plain, 0, True),
     }
-    sizes = dict.fromkeys(runs, count) | dict.fromkeys(("encode", "decode"), many.numel())
+    sizes = dict.fromkeys(runs, count) | dict.fromkeys(("encode", "decode"), many.size)
     return runs, sizes | dict.fromkeys(("small", "torch"), weight[rows].numel())
 
 
@@ -156,9 +158,9 @@ def bench_merge(values: Tensor, rounds: int) -> None:
             print(f"exact {short:5} {name:12} {rate[name]:10,.0f} {rate[name] / rate['floor']:9.0%}")
         for name in ("encode", "decode"):
             print(f"coder {short:5} {name:12} {rate[name]:10,.0f}")
-        kept = residual.encode(exact.merge_rows(weight, exact.prepare([term]), 0, True).residual)
+        kept = residual.encode(as_array(exact.merge_rows(weight, exact.prepare([term]), 0, True).residual))
         print(f"      {short:5} {rate['small'] / rate['torch']:.0f}x plain torch", end=", ")
-        print(f"{8 * kept.size / weight.numel():.4f} bits a weight are kept")
+        print(f"{8 * len(kept) / weight.numel():.4f} bits a weight are kept")
 
 
 def keep_memory() -> None:

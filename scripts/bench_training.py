@@ -238,7 +238,6 @@ def work(side: str, case: str, threads: int) -> None:
 def begin(side: str, threads: int) -> None:
     """Set up the process: for adaptkit, as its command does."""
     if side == "adaptkit":
-        from adaptkit.checkpoint.pages import release_kernel_compiler_pages
         from adaptkit.machine import share_processors
         from adaptkit.torch_compiler import leave_compiler_out
         from adaptkit.training.heap import prepare_process
@@ -246,7 +245,6 @@ def begin(side: str, threads: int) -> None:
         prepare_process()
         share_processors()
         leave_compiler_out()
-        release_kernel_compiler_pages()
     import torch
 
     torch.set_num_threads(threads)

@@ -28,13 +28,15 @@ APART = {
 """Packages that one does not import although they are below it."""
 INSIDE = {
     "operations": {"_calibrate": {"_quantize"}, "_merge": {"_quantize", "_lineage"}},
-    "training": {"network": {"data"}, "memory": {"data", "network"}, "evaluation": {"data", "network"}},
+    "training": {
+        "fast": set(),
+        "network": {"data", "fast"},
+        "memory": {"data", "network"},
+        "evaluation": {"data", "network"},
+    },
 }
 """Folders of a package that import others of it."""
-MACHINERY = {
-    "child", "compiled", "compiler", "kernel_cache", "team", "torch_compiler", "operations/_inquiry",
-    "checkpoint/pages", *(f"numerics/kernels/_llvm_{name}" for name in ("cells", "instructions", "lookup", "product")),
-}  # fmt: skip
+MACHINERY = {"child", "torch_compiler", "operations/_inquiry", "checkpoint/pages"}
 """Modules that reach into other libraries or the system; there shall be no more."""
 
 

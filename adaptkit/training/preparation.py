@@ -11,13 +11,12 @@ from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.memory import Memory
 from adaptkit.numerics.adamw import BLOCK, STATE_BITS, AdamW, decode, encode, moment_bytes
 from adaptkit.numerics.kernels import kernels_for
-from adaptkit.numerics.kernels._cpu_joined import add_scaled
-from adaptkit.team import load_team
 from adaptkit.text.limits import pad_id
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
 from adaptkit.training.distributed import World
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
+from adaptkit.training.fast.cpu_joined import add_scaled
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory.activations import Activations, predicted_memory, save_activations
 from adaptkit.training.memory.optimizer import state_bytes
@@ -104,15 +103,10 @@ def begin_run(inputs: Inputs, device: torch.device) -> None:
 
 
 def _load_step_kernels(config: TrainConfig) -> None:
-    """Load the compiled CPU kernels that steps call and ``build`` does not; call it before that.
-
-    Loading one takes 19 MB for a moment, which in a step would add to the run's peak: pages of the compiler's library.
-    They are released afterwards, so before this they would count as memory that the run had found in use.
-    """
+    """Load the compiled CPU kernels that steps call and ``build`` does not; call it before that."""
     dtype, total = getattr(torch, config.compute_dtype), torch.zeros(2, 2)
     square = torch.zeros((64, 64), dtype=dtype, requires_grad=True)
     torch.autograd.backward((square @ square).sum())  # maps the code of the matrix library
-    load_team()
     load_loss_kernel(dtype)
     add_scaled(total, torch.zeros(2, 2, dtype=dtype), 1.0)
     vectors = [torch.zeros(BLOCK) for _ in range(4)]

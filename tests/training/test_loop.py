@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
 from folders import flip
 from interrupted import stop_after
 from peft_formulas import running
@@ -25,7 +24,6 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.cli.commands import train as train_command
-from adaptkit.cli.main import cli
 from adaptkit.errors import ConflictError, IntegrityError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
@@ -401,14 +399,6 @@ def test_layers_accumulate_their_gradients_instead_of_autograd(config, tmp_path,
     assert report.trainable_parameters > 0
 
 
-def test_the_command_releases_the_memory_of_the_kernel_compiler(config, tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(train_command, "release_kernel_compiler_pages", lambda: asked.append(True))
-    arguments = ["train", "--base", config.base, "--data", *config.data, "-o", str(tmp_path / "out"), "--dry-run"]
-    assert CliRunner().invoke(cli, [*arguments, "--steps", "1"]).exit_code == 0
-    assert asked == [True]
-
-
 FREED = """
 import sys
 from pathlib import Path
@@ -437,35 +427,3 @@ def test_the_memory_of_activations_is_returned_before_the_adapter_is_published(l
     done = subprocess.run([sys.executable, "-c", FREED, *places], capture_output=True, text=True, check=True)
     returned, activations = map(float, done.stdout.split())
     assert returned > activations / 4 > 10
-
-
-LOADED = """
-import sys
-from pathlib import Path
-from adaptkit.compiled import after_loading
-from adaptkit.training.config import TrainConfig
-from adaptkit.training.distributed import World
-from adaptkit.training.inputs import read_inputs
-from adaptkit.training.run import Run
-import torch
-
-base, data, output, optimizer, dtype = sys.argv[1:]
-options = dict(steps=2, batch_size=2, held_out=0.5, eval_every=1, rank=4, optimizer=optimizer, compute_dtype=dtype)
-config = TrainConfig(base=base, data=(data,), device="cpu", checkpointing="none", **options)
-run = Run(read_inputs(config, Path(output) / "out", False), Path(output), print, World(torch.device("cpu")))
-loaded = []
-after_loading(lambda: loaded.append(1))
-run.train(lambda _: None)
-print(len(loaded))
-"""
-
-
-@pytest.mark.parametrize(("optimizer", "dtype"), [("adamw", "bfloat16"), ("adamw8bit", "float32")])
-def test_steps_load_no_kernels(optimizer, dtype, llama_nf4, tmp_path):
-    """Loading one takes memory for a moment, which would add to the peak of a step."""
-    rows = [json.dumps({"text": f"The {number} rivers in the north."}) for number in range(8)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    (tmp_path / "run").mkdir()
-    places = llama_nf4, tmp_path / "rows.jsonl", tmp_path / "run", optimizer, dtype
-    done = subprocess.run([sys.executable, "-c", LOADED, *places], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "0"

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.checkpoint.document import read_document
-from adaptkit.checkpoint.pages import release_kernel_compiler_pages
 from adaptkit.checkpoint.typed import Place, build
 from adaptkit.cli.options import InSections, given, output_options, settings_options
 from adaptkit.cli.output import Row, counted, say, show, size, torchrun_rank
@@ -73,7 +72,6 @@ def command(
         as_json, quiet = False, True
     prepare_process()
     leave_compiler_out()
-    release_kernel_compiler_pages()
     if show_batch:
         from adaptkit.training.preview import preview
 

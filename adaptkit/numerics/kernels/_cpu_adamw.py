@@ -1,29 +1,31 @@
 """AdamW and the coding of its 8-bit moments, in one pass over memory each; ``numerics.adamw`` defines them.
 
-A product plus a term is rounded once, as in torch's vector instructions. That is requested explicitly with ``fma``: a
-compiler that may fuse does so for some operations of a loop only, and results would depend on where a vector ends.
+A product plus a term is rounded once, as in torch's vector instructions: a compiler that may fuse does so for some
+operations of a loop only, and results would depend on where a vector ends.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.compiled import jit
-from adaptkit.numerics.kernels._cpu_instructions import fma
-from adaptkit.team import shared
+from adaptkit.numerics.kernels._jit import inlined, jit
 
 
-@shared("p")
-def update(p, g, m, v, decay, weight, beta2, square_weight, root_correction, eps, step_size, part):
+@inlined
+def _fused(a, b, c):
+    """Return a · b + c of float32, rounded once, but for sums in float64 that are themselves rounded to a tie."""
+    return np.float32(np.float64(a) * np.float64(b) + np.float64(c))
+
+
+@jit
+def update(p, g, m, v, decay, weight, beta2, square_weight, root_correction, eps, step_size):
     """Update p, m and v in place; all arrays are float32 of one length, all numbers float32."""
-    p, g = p[part.first : part.last], g[part.first : part.last]
-    m, v = m[part.first : part.last], v[part.first : part.last]
     for i in range(p.size):
         gradient, first = g[i], m[i]
         if weight < np.float32(0.5):  # hoisted out of the loop; torch's lerp starts from the nearer end
-            first = fma(weight, gradient - first, first)
+            first = _fused(weight, gradient - first, first)
         else:
-            first = fma(weight - np.float32(1), gradient - first, gradient)
-        second = fma(square_weight * gradient, gradient, v[i] * beta2)
+            first = _fused(weight - np.float32(1), gradient - first, gradient)
+        second = _fused(square_weight * gradient, gradient, v[i] * beta2)
         m[i], v[i] = first, second
         p[i] = p[i] * decay + (step_size * first) / (np.sqrt(second) / root_correction + eps)
 

@@ -1,30 +1,26 @@
 """The block-wise part of ``reference``, compiled.
 
-The loops over the weights of a block have no branch and no table in memory: fifteen comparisons find a code and fifteen
-selections read its level, which the compiler turns into vector instructions of whatever width the processor has. (Most
-processors can read levels faster, see ``_cpu_lookup``.) Trip counts are variables on purpose: a loop with a constant
-one is unrolled before the vectorizer sees it. Tables are tuples, so that their entries are values instead of memory
-that a store might change.
+The loops over the weights of a block have no branch and no table in memory: fifteen comparisons find a code, which the
+compiler turns into vector instructions of whatever width the processor has. Trip counts are variables on purpose: a
+loop with a constant one is unrolled before the vectorizer sees it. Tables are tuples, so that their entries are values
+instead of memory that a store might change. See ``_cpu_decode`` for the way back from four bits.
 """
 
 from __future__ import annotations
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-from functools import cache
 from typing import Any
 
 import numpy as np
 
-from adaptkit.compiled import compiled, jit
 from adaptkit.lazy import torch
 from adaptkit.numerics.arrays import BFLOAT16, AnyValues, Array, DType, Values, as_array, as_tensor, cast, like
 from adaptkit.numerics.kernels import _reference_blocks as reference
 from adaptkit.numerics.kernels import _whole_blocks
-from adaptkit.numerics.kernels._cpu_cells import CHUNK as CELL_CHUNK
-from adaptkit.numerics.kernels._cpu_cells import cell_tables, encode_block
+from adaptkit.numerics.kernels._cpu_decode import decode_by_pairs, decode_by_selection, level_pairs, scratch_for
 from adaptkit.numerics.kernels._cpu_float import any_value, canonical_nan, float_bits, magnitude, rounded, value
-from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
 from adaptkit.numerics.kernels._cpu_memory import empty
+from adaptkit.numerics.kernels._jit import compiled, jit
 from adaptkit.numerics.kernels._reference_blocks import TINY, Encoded
 from adaptkit.numerics.kernels.codebook import Codebook
 
@@ -52,27 +48,6 @@ def find(scaled, bounds, entries):
     found = entries[13] if bounds[12] < scaled else found
     found = entries[14] if bounds[13] < scaled else found
     return entries[15] if bounds[14] < scaled else found
-
-
-@jit
-def _pick(code, t):
-    """Return ``t[code]`` of sixteen entries."""
-    bit0, bit1, bit2 = code & 1, code & 2, code & 4
-    a0 = t[1] if bit0 else t[0]
-    a1 = t[3] if bit0 else t[2]
-    a2 = t[5] if bit0 else t[4]
-    a3 = t[7] if bit0 else t[6]
-    a4 = t[9] if bit0 else t[8]
-    a5 = t[11] if bit0 else t[10]
-    a6 = t[13] if bit0 else t[12]
-    a7 = t[15] if bit0 else t[14]
-    b0 = a1 if bit1 else a0
-    b1 = a3 if bit1 else a2
-    b2 = a5 if bit1 else a4
-    b3 = a7 if bit1 else a6
-    c0 = b1 if bit2 else b0
-    c1 = b3 if bit2 else b2
-    return c1 if code & 8 else c0
 
 
 @jit
@@ -104,7 +79,7 @@ def _sum_moments(x, levels, moments):
 
 
 @jit
-def _encode_4bit(flat, block_size, bounds, order, ascending, table, room, codes, absmax, moments):
+def _encode_4bit(flat, block_size, bounds, order, ascending, room, codes, absmax, moments):
     half = block_size // 2
     weights, levels = room
     for block in range(absmax.size):
@@ -116,28 +91,13 @@ def _encode_4bit(flat, block_size, bounds, order, ascending, table, room, codes,
             high = find(first * reciprocal, bounds, order)
             low = find(second * reciprocal, bounds, order)
             out[i] = (high << 4) | low
-            if moments is not None and table is None:  # decided at compile time
+            if moments is not None:  # decided at compile time
                 levels[2 * i] = find(first * reciprocal, bounds, ascending)
                 levels[2 * i + 1] = find(second * reciprocal, bounds, ascending)
         if moments is not None:
-            if table is not None:
-                decode_block(out, np.float32(1), table, levels)
             for i in range(block_size):
                 weights[i] = value(x, x[i])
             _sum_moments(weights, levels, moments[block])
-
-
-@jit
-def _encode_4bit_by_cells(flat, block_size, table, codes, absmax, moments):
-    half = block_size // 2
-    for block in range(absmax.size):
-        x = flat[block * block_size : (block + 1) * block_size]
-        out = codes[block * half : (block + 1) * half]
-        reciprocal = _measure_scale(x, absmax, block)
-        if moments is not None:  # decided at compile time
-            encode_block(x, reciprocal, table, out, moments[block])
-        else:
-            encode_block(x, reciprocal, table, out, None)
 
 
 @compiled(fastmath={"reassoc", "contract"})
@@ -152,17 +112,12 @@ def sum_errors(moments, absmax):
 
 def encode_4bit(weight: Values, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
     """See ``reference.encode_4bit``."""
-    cells = cell_tables(book) if block_size % CELL_CHUNK == 0 else None
     bounds, ascending = (tuple(map(np.float32, values)) for values in (book.bounds, book.ascending))
-    looked_up = _levels(book) if PERMUTATION and block_size % CHUNK == 0 else None
-    steps = block_size, bounds, tuple(map(np.uint8, book.order)), ascending, looked_up
+    steps = block_size, bounds, tuple(map(np.uint8, book.order)), ascending
 
     def whole(flat: Array, codes: Array, absmax: Array, moments: Array | None) -> None:
-        if cells is not None:
-            _encode_4bit_by_cells(float_bits(flat), block_size, cells, codes, absmax, moments)
-        else:
-            room = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
-            _encode_4bit(float_bits(flat), *steps, room, codes, absmax, moments)
+        room = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
+        _encode_4bit(float_bits(flat), *steps, room, codes, absmax, moments)
 
     def definition(flat: Array, codes: Array, absmax: Array, moments: Array | None) -> None:
         encoded = reference.encode_4bit(as_tensor(flat), block_size, book, measure)
@@ -181,50 +136,6 @@ def _encode(
     return like(weight, codes), like(weight, absmax), None if moments is None else like(weight, moments)
 
 
-@jit
-def _decode_4bit_by_look_up(codes, absmax, block_size, levels, out):
-    half = block_size // 2
-    for block in range(absmax.size):
-        packed = codes[block * half : (block + 1) * half]
-        decode_block(packed, canonical_nan(absmax[block]), levels, out[block * block_size : (block + 1) * block_size])
-
-
-@jit
-def _decode_4bit_by_selection(codes, absmax, block_size, levels, out):
-    half = block_size // 2
-    for block in range(absmax.size):
-        a = canonical_nan(absmax[block])
-        values = (
-            rounded(out, levels[0] * a),
-            rounded(out, levels[1] * a),
-            rounded(out, levels[2] * a),
-            rounded(out, levels[3] * a),
-            rounded(out, levels[4] * a),
-            rounded(out, levels[5] * a),
-            rounded(out, levels[6] * a),
-            rounded(out, levels[7] * a),
-            rounded(out, levels[8] * a),
-            rounded(out, levels[9] * a),
-            rounded(out, levels[10] * a),
-            rounded(out, levels[11] * a),
-            rounded(out, levels[12] * a),
-            rounded(out, levels[13] * a),
-            rounded(out, levels[14] * a),
-            rounded(out, levels[15] * a),
-        )
-        packed = codes[block * half : (block + 1) * half]
-        x = out[block * block_size : (block + 1) * block_size]
-        for i in range(half):
-            x[2 * i] = _pick(packed[i] >> np.uint8(4), values)
-            x[2 * i + 1] = _pick(packed[i] & np.uint8(15), values)
-
-
-@cache
-def _levels(book: Codebook) -> Any:
-    """Return the levels, (16,) float32, cached: making them takes nearly as long as decoding a small weight."""
-    return np.array(book.levels, np.float32)
-
-
 def decode_4bit(
     codes: AnyValues, absmax: AnyValues, count: int, block_size: int, book: Codebook, dtype: DType
 ) -> AnyValues:
@@ -233,11 +144,10 @@ def decode_4bit(
     packed, constants = np.ascontiguousarray(as_array(codes)).reshape(-1), np.ascontiguousarray(as_array(absmax))
     full = count // block_size
     weights = full * block_size
-    arrays = packed[: weights // 2], constants[:full], block_size
-    if PERMUTATION and block_size % CHUNK == 0:
-        _decode_4bit_by_look_up(*arrays, _levels(book), float_bits(out[:weights]))
-    else:
-        _decode_4bit_by_selection(*arrays, tuple(map(np.float32, book.levels)), float_bits(out[:weights]))
+    bits = float_bits(out[:weights])
+    decode = decode_by_selection if bits.dtype.itemsize == 2 else decode_by_pairs
+    room = scratch_for(bits, 1)[0]
+    decode(packed[: weights // 2], constants[:full], block_size, level_pairs(book.levels), room, bits)
     if weights < count:
         tail = as_tensor(out[weights:])
         rest = as_tensor(packed[weights // 2 :]), as_tensor(constants[full:]), count - weights

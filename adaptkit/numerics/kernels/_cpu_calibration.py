@@ -7,9 +7,9 @@ depend neither on the machine nor on the number of threads.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.compiled import jit
 from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.kernels._cpu_blocks import find
+from adaptkit.numerics.kernels._jit import jit
 from adaptkit.numerics.kernels._reference_blocks import GROUP, TINY
 from adaptkit.numerics.kernels.codebook import NF4
 

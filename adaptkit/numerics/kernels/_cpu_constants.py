@@ -5,9 +5,9 @@ from __future__ import annotations
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.compiled import jit
 from adaptkit.numerics.arrays import AnyValues, as_array, like
 from adaptkit.numerics.kernels._cpu_memory import empty
+from adaptkit.numerics.kernels._jit import jit
 from adaptkit.numerics.kernels._reference_blocks import GROUP
 
 

@@ -6,7 +6,7 @@ As there, the integer type of an array determines the float type: uint16 bfloat1
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.compiled import inlined, overload
+from adaptkit.numerics.kernels._jit import inlined, overload
 
 _MANTISSA = {"uint16": 7, "int16": 10, "uint32": 23}
 _LEAST_EXPONENT = {"uint16": -126, "int16": -14, "uint32": -126}

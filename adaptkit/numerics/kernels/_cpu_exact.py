@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
-from adaptkit.compiled import compiled, inlined, jit
 from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
 from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal, rounded_once
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
 from adaptkit.numerics.kernels._cpu_memory import empty
+from adaptkit.numerics.kernels._jit import compiled, inlined, jit
 from adaptkit.numerics.kernels._reference_exact import check_length
 
 _ONE = np.ones((1, 1))

@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
-from adaptkit.compiled import compiled, jit
 from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
 from adaptkit.numerics.kernels._cpu_memory import empty, zeros
-from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
+from adaptkit.numerics.kernels._jit import compiled, jit
 
 TILE = 768
 """Columns per tile."""
+
+ROWS = 4
+"""Rows whose product is computed together, while a tile of A is in the cache."""
 
 _UNIT = 2.0**-24
 """Maximum relative error of one float32 operation."""
@@ -36,7 +38,7 @@ class Factors:
 
     Attributes:
         a: (tiles, K, TILE) float32, K being the sum of the ranks; the last tile is padded with zeros.
-        b: (out + ROWS, K) float32, the last ROWS rows zero.
+        b: (out + ROWS, K) float64, the last ROWS rows zero.
         ranks: (adapters,) int64.
         scales: (adapters,) float64.
         columns: columns of the weight (in).
@@ -87,7 +89,7 @@ class Factors:
 def prepare(lora_a: Values, lora_b: Values, ranks: list[int], scales: list[float]) -> Factors:
     """See ``reference.prepare``."""
     a, b = as_array(lora_a), as_array(lora_b)
-    padded = zeros((b.shape[0] + ROWS, b.shape[1]), np.float32)
+    padded = zeros((b.shape[0] + ROWS, b.shape[1]), np.float64)
     padded[: b.shape[0]] = b
     return Factors(
         a=_tiles(a),
@@ -106,6 +108,32 @@ def _tiles(a: Array) -> Any:
         piece = a[:, tile * TILE : (tile + 1) * TILE]
         tiles[tile, :, : piece.shape[1]] = piece
     return tiles
+
+
+# A product of two float32 is exact in float64, so fusing it with the addition changes no bit. Multiplying by the scale
+# must not be fused, so it is in the caller: fast-math flags apply to one function.
+@compiled(fastmath={"contract"})
+def multiply(a, b, row, tile, first, stop, count, out):
+    """Write B A to ``out``, for ``ROWS`` rows from ``row`` on and the first ``count`` columns of a tile.
+
+    ``a`` is (tiles, K, TILE) float32; ``b`` is (rows, K), of the type of ``out``, (ROWS, TILE) float32 or float64. The
+    sums run over the ranks from ``first`` to ``stop`` - 1, ascending.
+    """
+    rows = a[tile]
+    for i in range(ROWS):
+        total, factors, k = out[i, :count], b[row + i], first
+        total[:] = 0
+        while k + 4 <= stop:  # four at a time: the sums are in memory
+            a0, a1, a2, a3 = rows[k, :count], rows[k + 1, :count], rows[k + 2, :count], rows[k + 3, :count]
+            b0, b1, b2, b3 = factors[k], factors[k + 1], factors[k + 2], factors[k + 3]
+            for j in range(count):
+                total[j] = (((total[j] + b0 * a0[j]) + b1 * a1[j]) + b2 * a2[j]) + b3 * a3[j]
+            k += 4
+        while k < stop:
+            a0, b0 = rows[k, :count], factors[k]
+            for j in range(count):
+                total[j] += b0 * a0[j]
+            k += 1
 
 
 @compiled(fastmath={"reassoc", "contract"})
@@ -141,7 +169,7 @@ def _scale_rows(b, scale, norms, start, floor, rounded, errors):
     for row in range(rounded.shape[0]):
         squares, relative, norm = 0.0, 0.0, 0.0
         for k in range(scale.size):
-            factor = np.float64(b[start + row, k]) * scale[k]
+            factor = b[start + row, k] * scale[k]
             rounded[row, k] = np.float32(factor)
             squares += factor * factor
             norm = np.sqrt(squares)
@@ -177,13 +205,11 @@ def _low_rank_delta(a, b, ranks, scales, start, inner, delta):
                 first = stop
 
 
-# A product of two float32 is exact in float64, so fusing it with the addition changes no bit. Multiplying by the scale
-# must not be fused, so it is in the caller: fast-math flags apply to one function.
-@compiled(fastmath={"contract"})
+@compiled(fastmath={"contract"})  # as in ``multiply``
 def _inner_at(a, b, row, tile, column, first, stop):
     total = 0.0
     for k in range(first, stop):
-        total += np.float64(b[row, k]) * np.float64(a[tile, k, column])
+        total += b[row, k] * np.float64(a[tile, k, column])
     return total
 
 

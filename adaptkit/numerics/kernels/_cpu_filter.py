@@ -12,9 +12,8 @@ All tests check what makes an element certain, so that NaN and infinity are doub
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.compiled import INLINED, compiled, inlined, jit, overload
 from adaptkit.numerics.kernels._cpu_float import any_value
-from adaptkit.numerics.kernels._cpu_instructions import trailing_zeros, wide
+from adaptkit.numerics.kernels._jit import INLINED, compiled, inlined, jit, overload
 
 CERTAIN, AMBIGUOUS, UNKNOWN = 0, 1, 2
 """States of a guess: it is the original, it may not be the original, or float32 cannot tell which of the two."""
@@ -120,7 +119,6 @@ def _is_certain(array, number, error, least, span):
 @compiled(fastmath={"contract", "reassoc"})
 def square_row(weight, row, left, count):
     """Return Σ W² of a piece of a row."""
-    wide()
     values = weight[row, left : left + count]
     total = 0.0
     for j in range(count):
@@ -161,7 +159,6 @@ def find_candidates(merged, row, left, count, delta, i, error, least, span, gues
     The guess must be inside and its neighbours outside, each by more than the error. For a negative result all signs
     are flipped.
     """
-    wide()
     results, changes = merged[row, left : left + count], delta[i, :count]
     guesses = guess[guess_row, guess_left : guess_left + count]
     step = cell(merged)
@@ -189,30 +186,26 @@ def find_candidates(merged, row, left, count, delta, i, error, least, span, gues
 def find_nonzero(marks, eights, count, words, found):
     """Find the nonzero elements of ``marks``.
 
-    They are few and at random places, so a branch per element would often be mispredicted; here there is one branch per
-    element found.
+    They are few and at random places, so a branch per element would often be mispredicted; here there is none.
 
     Args:
         marks: uint8, a multiple of eight in length.
         eights: the same memory as uint64.
         count: number of elements to search.
-        words: uint64, scratch, an eighth of the length.
-        found: int64, receives the indices; as long as ``marks``.
+        words: int64, scratch, an eighth of the length and one more.
+        found: int64, receives the indices; as long as ``marks`` and one more.
 
     Returns:
         The number of nonzero elements.
     """
-    some, total = np.uint64(0), np.uint64(0)
+    some, total = 0, 0
     for j in range(count, (count + 7) & -8):
         marks[j] = 0
-    for word in range(np.uint64((count + 7) >> 3)):
+    for word in range((count + 7) >> 3):
         words[some] = word
-        some += np.uint64(eights[word] != 0)
+        some += eights[word] != 0
     for n in range(some):
-        bits = eights[words[n]]
-        while bits:
-            place = trailing_zeros(bits) >> np.uint64(3)
-            found[total] = np.int64(np.uint64(8) * words[n] + place)
-            total += np.uint64(1)
-            bits &= ~(np.uint64(255) << np.uint64(np.uint64(8) * place))
-    return np.int64(total)
+        for j in range(8 * words[n], 8 * words[n] + 8):
+            found[total] = j
+            total += marks[j] != 0
+    return total

@@ -1,8 +1,7 @@
 """Conversions between the bits of three float types and float32 in compiled loops, branch-free to be vectorized.
 
 numpy has no bfloat16 and numba no float16, so weights are passed as bits, and the integer type of an array determines
-the float type: uint16 is bfloat16, int16 is float16, uint32 is float32. "Bits" are also arrays of float32 themselves,
-as which kernels receive tensors of that type. Other types cannot be compiled.
+the float type: uint16 is bfloat16, int16 is float16, uint32 is float32. Other types cannot be compiled.
 """
 
 from __future__ import annotations
@@ -12,20 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from adaptkit.compiled import inlined, overload
 from adaptkit.lazy import torch
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from adaptkit.numerics.arrays import Values
+from adaptkit.numerics.kernels._jit import inlined, overload
 
 _VIEWS = {"bfloat16": "uint16", "float16": "int16", "float32": "uint32"}
 
 
 def float_bits(values: Values) -> Any:
-    """View a contiguous array or tensor as a numpy array of the integer type that represents its float type."""
+    """View an array, or a tensor on the CPU, as a numpy array of the integer type that represents its float type."""
     if isinstance(values, np.ndarray):
         return values.view(_VIEWS[values.dtype.name])
-    return values.view(_tensor_views()[values.dtype]).numpy()
+    return values.detach().view(_tensor_views()[values.dtype]).numpy()
 
 
 @cache
@@ -56,8 +55,6 @@ def _value(array, bits):
         return lambda array, bits: np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
     if array.dtype.name == "uint32":
         return lambda array, bits: np.uint32(bits).view(np.float32)
-    if array.dtype.name == "float32":
-        return lambda array, bits: bits
     return _value_float16 if array.dtype.name == "int16" else None
 
 
@@ -96,8 +93,6 @@ def _rounded(array, number):
         return lambda array, number: _to_bfloat16(number)
     if array.dtype.name == "uint32":
         return lambda array, number: np.float32(number).view(np.uint32)
-    if array.dtype.name == "float32":
-        return lambda array, number: np.float32(number)
     return (lambda array, number: _to_float16(number)) if array.dtype.name == "int16" else None
 
 

@@ -11,15 +11,14 @@ import math
 from dataclasses import replace
 from typing import Any
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
-from adaptkit.compiled import compiled, jit
 from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
 from adaptkit.numerics.kernels import _cpu_exact
 from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal
 from adaptkit.numerics.kernels._cpu_exact import candidate, result
-from adaptkit.numerics.kernels._cpu_factors import TILE, Factors, delta_at, delta_rows
+from adaptkit.numerics.kernels._cpu_factors import ROWS, TILE, Factors, delta_at, delta_rows, multiply
 from adaptkit.numerics.kernels._cpu_filter import (
     UNKNOWN,
     find_candidates,
@@ -30,7 +29,7 @@ from adaptkit.numerics.kernels._cpu_filter import (
 )
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
 from adaptkit.numerics.kernels._cpu_memory import empty, zeros
-from adaptkit.numerics.kernels._cpu_product import ROWS, multiply
+from adaptkit.numerics.kernels._jit import compiled, jit
 from adaptkit.numerics.kernels._reference_exact import RowsMerged, check_length
 
 _Figures = tuple[int, float, float, float]
@@ -45,9 +44,9 @@ def _squared_norm(b, row, gram):
     """Return Σ Δ² of one row, and its value if the rank-1 parts of the change were orthogonal."""
     squared, orthogonal = 0.0, 0.0
     for k in range(gram.shape[0]):
-        factor, inner = np.float64(b[row, k]), 0.0
+        factor, inner = b[row, k], 0.0
         for m in range(gram.shape[0]):
-            inner += gram[k, m] * np.float64(b[row, m])
+            inner += gram[k, m] * b[row, m]
         squared += factor * inner
         orthogonal += factor * factor * gram[k, k]
     return squared, orthogonal
@@ -165,7 +164,7 @@ def _room(columns: int) -> tuple[Any, ...]:
         their number.
     """
     marks = zeros(TILE, np.uint8)
-    places = np.empty(TILE // 8, np.uint64), np.empty(TILE, np.int64)
+    places = np.empty(TILE // 8 + 1, np.int64), np.empty(TILE + 1, np.int64)
     rest = np.empty((ROWS, columns), np.int64), np.zeros(ROWS, np.int64)
     return empty((ROWS, TILE), np.float32), marks, marks.view(np.uint64), *places, *rest
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from adaptkit.compiled import jit
 from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.kernels._cpu_calibration import LEVELS, best_code, nearest_code, scale_block, scratch_for
+from adaptkit.numerics.kernels._jit import jit
 from adaptkit.numerics.kernels._reference_blocks import GROUP, TINY
 
 ROWS = 64

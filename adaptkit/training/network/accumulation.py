@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from adaptkit.networks.memory import GRADIENT_BLOCK_BYTES
-from adaptkit.numerics.kernels._cpu_joined import add_scaled
+from adaptkit.training.fast.cpu_joined import add_scaled
 
 _factor: float | None = None
 """Factor of what is accumulated; None outside ``accumulating``. Process-wide, not thread-local: autograd runs a GPU's

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaptkit.networks.attention import asks_for_more, replace_attention
-from adaptkit.numerics.kernels._cpu_attention import gradient_block, row_products, softmax_block
-from adaptkit.team import is_faster_than_torch, team_size
+from adaptkit.numerics.kernels._cpu_float import float_bits
+from adaptkit.training.fast.cpu_attention import gradient_block, row_products, softmax_block
+from adaptkit.training.fast.threads import thread_count
 from adaptkit.training.network.attention_gpu import attend_on_gpu
 from adaptkit.training.network.spans import Spans, causal_spans, mask_spans
 
@@ -56,12 +57,12 @@ class _Attention(torch.autograd.Function):
         by_key_heads = output.view(batch, queries, key.shape[1], -1, value.shape[-1])
         grouped, key, value = _grouped(query, key.shape[1]), key.contiguous(), value.contiguous()
         factor = np.float32(scale)  # a float64 would make the kernels compute in float64
-        ctx.blocks, ctx.log_sums, threads = spans.blocks(heads, key.shape[1]), [], team_size()
+        ctx.blocks, ctx.log_sums, threads = spans.blocks(heads, key.shape[1]), [], thread_count()
         for block in ctx.blocks:
             scores = torch.bmm(block.of_queries(grouped), block.of_keys(key).transpose(1, 2))
             rows = scores.view(-1, scores.shape[2])
-            sums, room = torch.empty(rows.shape[0]), torch.empty(threads, rows.shape[1])
-            softmax_block(rows, block.first, block.last, factor, sums, room, threads=threads)
+            sums, room = (np.empty(shape, np.float32) for shape in (rows.shape[:1], (threads, rows.shape[1])))
+            softmax_block(float_bits(rows), block.first, block.last, factor, sums, room)
             ctx.log_sums.append(sums)
             block.put(torch.bmm(scores, block.of_keys(value)), by_key_heads)
         ctx.save_for_backward(grouped, key, value, output)
@@ -73,7 +74,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, output = ctx.saved_tensors
         grad = grads[0].contiguous()
         means = torch.empty(grad.shape[:-1])
-        row_products(*(side.view(-1, side.shape[-1]) for side in (grad, output)), means.view(-1))
+        row_products(*(float_bits(side.view(-1, side.shape[-1])) for side in (grad, output)), means.view(-1).numpy())
         change = _grouped(grad.transpose(1, 2), key.shape[1])
         means = _grouped(means.transpose(1, 2), key.shape[1])
         grad_query = query.new_empty(*query.transpose(1, 2).shape)
@@ -82,12 +83,12 @@ class _Attention(torch.autograd.Function):
             q, y, mean = (block.of_queries(side) for side in (query, change, means))
             k, v = block.of_keys(key), block.of_keys(value)
             scores, changes = torch.bmm(q, k.transpose(1, 2)), torch.bmm(y, v.transpose(1, 2))
-            rows = (side.view(-1, side.shape[2]) for side in (scores, changes))
-            gradient_block(*rows, block.first, block.last, ctx.factor, sums, mean.reshape(-1))
+            rows = [float_bits(side.view(-1, side.shape[2])) for side in (scores, changes)]
+            gradient_block(*rows, block.first, block.last, ctx.factor, sums, mean.reshape(-1).numpy())
             block.of_keys(grad_value).add_(torch.bmm(scores.transpose(1, 2), y))
             block.of_keys(grad_key).add_(torch.bmm(changes.transpose(1, 2), q))
             block.put(torch.bmm(changes, k), grad_query)
-            del scores, changes  # before the next block's are made
+            del rows, scores, changes  # before the next block's are made
         grad_query = grad_query.flatten(2, 3).transpose(1, 2)
         return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
 
@@ -99,8 +100,6 @@ def _grouped(side: Tensor, key_heads: int) -> Tensor:
 
 def use_own_attention(network: Any) -> None:
     """Make a transformers model use this attention wherever it is equivalent; other calls fall back to sdpa.
-
-    So do all calls on a CPU where torch has many threads and the passes between the products can use only one.
 
     Args:
         network: transformers model; see ``replace_attention``.
@@ -147,7 +146,7 @@ def _attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.is_cuda:  # not only where the model was loaded: it may have been moved since
         return attend_on_gpu(query, key, value, scale, mask)
-    if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float32) or not is_faster_than_torch():
+    if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float32):
         return None
     spans = causal_spans(query.shape[0], query.shape[2]) if mask is None else mask_spans(mask)
     return None if spans is None else attend(query, key, value, scale, spans)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.formats._quantized import QuantizedWeight
-from adaptkit.kernel_arguments import Known
 from adaptkit.networks.probing import with_attribute
 from adaptkit.numerics.absmax import DoubleQuantized
+from adaptkit.training.fast.cpu_joined import PackedRows
 from adaptkit.training.network.packed_rows import decoded_rows, in_dtype, packed_rows
 
 
@@ -37,7 +37,7 @@ class PackedWeight(nn.Module):
         self.shape, self._encoding, self._dtype = weight.shape, weight.encoding, weight.dtype
         self._release, self.is_transient = release_pages, False
         self._offset: float | None = None
-        self._rows: tuple[Known | None, int] = None, 0
+        self._rows: tuple[PackedRows | None, int] = None, 0
         constants, nested_absmax = weight.constants, torch.empty(0)
         if isinstance(constants, DoubleQuantized):
             absmax, nested_absmax, self._offset = constants.codes, constants.nested_absmax, constants.offset
@@ -84,7 +84,7 @@ class PackedWeight(nn.Module):
         self.release_pages()
         return weight
 
-    def rows(self) -> Known | None:
+    def rows(self) -> PackedRows | None:
         """Return ``packed_rows`` of the weight; made once for the same memory, unless the weight is divided."""
         codes, (rows, address) = self.codes, self._rows
         if rows is not None and codes.data_ptr() == address:

@@ -19,7 +19,8 @@ from torch.nn import functional
 from adaptkit.networks.probing import is_gated, norm_has_offset, norm_parts
 from adaptkit.networks.recompute import Recipe
 from adaptkit.numerics.kernels import has_triton
-from adaptkit.numerics.kernels._cpu_layers import gate_backward, gate_forward, norm_backward, norm_forward
+from adaptkit.numerics.kernels._cpu_float import float_bits
+from adaptkit.training.fast.cpu_layers import gate_backward, gate_forward, norm_backward, norm_forward
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.rotary import fuse_rotary
 
@@ -112,7 +113,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tens
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     # y is not a view: autograd forbids in-place changes of a view that a Function returns
     y, scales = x.new_empty(x.shape), torch.empty(flat.shape[0])
-    norm_forward(flat, weight, np.float32(eps), plus_one, scales, y.view(flat.shape))
+    norm_forward(*_bits(flat, weight), np.float32(eps), plus_one, scales.numpy(), float_bits(y.view(flat.shape)))
     return y, scales
 
 
@@ -123,8 +124,12 @@ def _product(gate: Tensor, up: Tensor) -> Tensor:
 
         return _gpu_layers.gate_forward(gate.detach(), up.detach())
     y = torch.empty_like(gate)
-    gate_forward(*(side.view(-1) for side in (gate, up, y)))
+    gate_forward(*_bits(*(side.view(-1) for side in (gate, up, y))))
     return y
+
+
+def _bits(*sides: Tensor) -> list[Any]:
+    return [float_bits(side) for side in sides]
 
 
 class _Norm(torch.autograd.Function):
@@ -141,7 +146,7 @@ class _Norm(torch.autograd.Function):
         x, scales = ctx.saved_tensors
         flat, grad = (side.reshape(-1, x.shape[-1]).contiguous() for side in (x, grads[0]))
         grad_x = torch.empty_like(flat)
-        norm_backward(flat, ctx.weight, ctx.plus_one, scales, grad, grad_x)
+        norm_backward(*_bits(flat, ctx.weight), ctx.plus_one, scales.numpy(), *_bits(grad, grad_x))
         return grad_x.view(x.shape), None, None, None, None
 
 
@@ -165,5 +170,5 @@ class _Gate(torch.autograd.Function):
             return *found, None
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         sides = (gate, up, grads[0].contiguous(), grad_gate, grad_up)
-        gate_backward(*(side.view(-1) for side in sides))
+        gate_backward(*_bits(*(side.view(-1) for side in sides)))
         return grad_gate, grad_up, None

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.networks.recompute import source_of
-from adaptkit.numerics.kernels._cpu_joined import beside, widen
+from adaptkit.training.fast.cpu_joined import beside, widen
 from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.groups import groups, join

@@ -20,10 +20,10 @@ from adaptkit.networks.casting import held
 from adaptkit.networks.memory import rows_at_a_time
 from adaptkit.networks.probing import exchanged
 from adaptkit.numerics.kernels import has_triton
-from adaptkit.numerics.kernels._cpu_loss import cross_entropy
-from adaptkit.team import is_faster_than_torch
+from adaptkit.numerics.kernels._cpu_float import float_bits
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.data.samples import IGNORED
+from adaptkit.training.fast.cpu_loss import cross_entropy
 from adaptkit.training.network.accumulation import accumulating
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.pinned import sent
@@ -223,7 +223,7 @@ def _chunk_loss(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
     """
     if _has_kernel(logits):
         losses = np.empty(len(logits))
-        cross_entropy(logits, wanted, keep, losses)
+        cross_entropy(float_bits(logits), wanted.numpy(), keep, losses)
         return torch.tensor(losses.sum(), dtype=torch.float32)
     if works_in_place(logits.device) and logits.is_contiguous():
         from adaptkit.numerics.kernels import _gpu_entropy
@@ -250,9 +250,9 @@ def load_loss_kernel(dtype: torch.dtype) -> None:
 
 
 def _has_kernel(logits: Tensor) -> bool:
-    """Return whether to use the fused CPU kernel: where its one pass is faster than several of torch's."""
+    """Return whether to use the fused CPU kernel."""
     is_known = logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous()
-    return logits.device.type == "cpu" and is_known and is_faster_than_torch()
+    return logits.device.type == "cpu" and is_known
 
 
 def works_in_place(device: torch.device) -> bool:

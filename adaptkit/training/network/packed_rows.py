@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.formats._quantized import QuantizedWeight
-from adaptkit.kernel_arguments import Known
 from adaptkit.numerics.absmax import DoubleQuantized
-from adaptkit.numerics.kernels._cpu_joined import PackedRows, can_decode_rows, widen
+from adaptkit.numerics.kernels._cpu_decode import level_pairs
+from adaptkit.training.fast.cpu_joined import PackedRows, can_decode_rows, widen
 
 
-def packed_rows(weight: QuantizedWeight) -> Known | None:
+def packed_rows(weight: QuantizedWeight) -> PackedRows | None:
     """Return a weight's ``PackedRows``; None if it cannot be decoded row by row.
 
     That is a weight that is not on a CPU, is in 8 bits, or whose rows are not whole blocks (see ``can_decode_rows``).
@@ -24,7 +24,7 @@ def packed_rows(weight: QuantizedWeight) -> Known | None:
     nested, offset, constants = torch.empty(0), 0.0, weight.constants
     if isinstance(constants, DoubleQuantized):
         nested, offset, constants = constants.nested_absmax, constants.offset, constants.codes
-    rows = PackedRows(
+    return PackedRows(
         codes=_as_numpy(weight.codes),
         constants=_as_numpy(constants),
         nested=_as_numpy(nested),
@@ -32,9 +32,8 @@ def packed_rows(weight: QuantizedWeight) -> Known | None:
         nested_levels=_as_numpy(weight.levels),
         width=weight.shape[-1],
         block_size=weight.block_size,
-        levels=np.array(levels, np.float32),
+        levels=level_pairs(tuple(levels)),
     )
-    return Known(rows)
 
 
 def decoded(weight: QuantizedWeight, dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
@@ -50,13 +49,12 @@ def decoded(weight: QuantizedWeight, dtype: torch.dtype, empty: Callable[..., Te
 
 
 def decoded_rows(
-    rows: Known, shape: tuple[int, ...], dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty
+    rows: PackedRows, shape: tuple[int, ...], dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty
 ) -> Tensor:
     """Return a weight in its shape; see ``decoded``."""
     matrix = empty(shape, dtype=dtype, device="cpu")
-    width = rows.argument.width
-    flat = matrix.view(-1, width)
-    widen(rows, torch.empty(len(flat), 0), 1.0, width, flat)
+    flat = matrix.view(-1, rows.width)
+    widen(rows, torch.empty(len(flat), 0), 1.0, rows.width, flat)
     return matrix
 
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.numerics.kernels import has_triton
-from adaptkit.numerics.kernels._cpu_rotary import rotate
+from adaptkit.numerics.kernels._cpu_float import float_bits
+from adaptkit.training.fast.cpu_rotary import rotate
 
 _NAME, _MARK = "apply_rotary_pos_emb", "_adaptkit_wrapped_rotary"
 
@@ -162,6 +163,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     flat = x.transpose(1, 2).contiguous()
     result = torch.empty_like(flat)
     shape = batch * tokens, heads, dim
-    angles = (side.contiguous().view(-1, dim) for side in (cos, sin))
-    rotate(flat.view(shape), *angles, back, result.view(shape))
+    angles = (float_bits(side.contiguous().view(-1, dim)) for side in (cos, sin))
+    rotate(float_bits(flat.view(shape)), *angles, back, float_bits(result.view(shape)))
     return result.transpose(1, 2)

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptkit.compiled import jit
 from adaptkit.numerics import lora
-from adaptkit.numerics.kernels import _cpu_factors, _cpu_filter, _cpu_product, cpu, reference
+from adaptkit.numerics.kernels import _cpu_factors, _cpu_filter, cpu, reference
+from adaptkit.numerics.kernels._jit import jit
 from adaptkit.numerics.lora import LowRank
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -186,11 +186,6 @@ def test_a_certain_rounding_is_the_same_anywhere_within_the_error(dtype):
     assert not tiny[[0, 1, 3, 4, 5, 6]].any()
 
 
-@jit
-def multiply(a, b, row, stop, count, out):
-    _cpu_product.multiply(a, b, row, 0, 0, stop, count, out)
-
-
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([1e-38, 1e-20, 1.0, 1e15, 1e19]), st.sampled_from([1e-30, 0.3, 1e9]))
 def test_the_float32_product_is_within_its_bound(seed, size, scale):
@@ -201,7 +196,7 @@ def test_the_float32_product_is_within_its_bound(seed, size, scale):
     factors = cpu.prepare(a, b, ranks, [scale, -scale])
     scaled, bound = factors.scaled(2, 4)
     found = np.empty((4, _cpu_factors.TILE), np.float32)
-    multiply(factors.a, scaled, 0, sum(ranks), 33, found)
+    _cpu_factors.multiply(factors.a, scaled, 0, 0, 0, sum(ranks), 33, found)
     found = found[:, :33].astype(np.float64)
     exact = reference.low_rank_delta(a, b[2:], ranks, [scale, -scale]).numpy()
     fine = np.isfinite(found)
@@ -369,6 +364,6 @@ def test_with_a_gain_of_zero_the_residual_is_the_distance_to_the_replacement():
 def test_find_nonzero_finds_all_marks(count, seed, share):
     marks = np.random.default_rng(seed).choice(np.array([0, 1, 2], np.uint8), 512, p=[1 - share, share / 2, share / 2])
     expected = np.flatnonzero(marks[:count])
-    words, found = np.empty(64, np.uint64), np.empty(512, np.int64)
+    words, found = np.empty(65, np.int64), np.empty(513, np.int64)
     total = _cpu_filter.find_nonzero(marks, marks.view(np.uint64), count, words, found)
     assert found[:total].tolist() == expected.tolist()

@@ -7,7 +7,6 @@ import transformers
 from adapted import plain_in
 from attention_formula import formula
 
-from adaptkit.numerics.kernels._cpu_attention import gradient_block, softmax_block
 from adaptkit.training.network import attention, spans
 from adaptkit.training.network.attention import attend, use_own_attention
 from adaptkit.training.network.model import load_model
@@ -106,15 +105,6 @@ def test_bfloat16_is_about_as_accurate_as_transformers_eager_attention():
 
     for own, theirs in zip(errors(attend(*inputs, 0.2, runs)), errors(eager(*inputs)), strict=True):
         assert own < 1.3 * theirs < 0.02
-
-
-def test_the_kernels_compute_in_float32():
-    query = torch.randn(1, 2, 9, 8).bfloat16().requires_grad_()
-    attend(query, query, query, 0.3, causal_spans(1, 9)).float().sum().backward()
-    for kernel in (softmax_block, gradient_block):
-        kinds = [kind for entry in kernel._entries for kind in entry if isinstance(kind, str)]
-        assert kinds
-        assert set(kinds) == {"f"}  # types of the scalar arguments
 
 
 def test_masks_are_converted_to_spans_unless_a_query_attends_to_several_runs():

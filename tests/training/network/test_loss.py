@@ -102,7 +102,7 @@ def test_a_batch_without_loss_adds_nothing_to_the_gradient_of_a_trained_output_l
 
 @pytest.mark.parametrize("has_kernel", [True, False])
 def test_without_gradients_the_loss_has_the_same_bits_and_no_graph(has_kernel, llama, monkeypatch):
-    monkeypatch.setattr(loss, "is_faster_than_torch", lambda: has_kernel)
+    monkeypatch.setattr(loss, "_has_kernel", lambda logits: has_kernel)
     model = loaded(llama)
     batch = batch_of((20, 13), model.network.config.vocab_size)
     with_gradients = summed_loss(model, batch)
@@ -188,7 +188,6 @@ class Largest(TorchDispatchMode):
 
 def test_only_one_chunk_of_logits_exists_at_a_time(llama, monkeypatch):
     monkeypatch.setattr(loss, "rows_at_a_time", lambda *_: 8)
-    monkeypatch.setattr(loss, "is_faster_than_torch", lambda: True)  # otherwise there is a float32 copy, too
     model = loaded(llama)
     batch = batch_of((60, 60), model.network.config.vocab_size)
     with Largest(model.network.config.vocab_size) as seen:

@@ -1,10 +1,9 @@
 """Kernels for the small matrices of joined layers match torch's operations."""
 
-import numba
 import pytest
 import torch
 
-from adaptkit.numerics.kernels._cpu_joined import add_scaled, beside
+from adaptkit.training.fast.cpu_joined import add_scaled, beside
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 SPECIAL = [0.0, -0.0, 1e-8, -6e-8, 1e-40, 65504.0, -3.0, 1 / 3]
@@ -50,6 +49,6 @@ def test_non_finite_values_stay_non_finite(dtype):
 def test_other_types_are_refused(dtype):
     """Not read as float16 or bfloat16 without a word."""
     total = torch.zeros(2, 3)
-    with pytest.raises((numba.TypingError, TypeError)):
+    with pytest.raises(KeyError):
         add_scaled(total, torch.ones(2, 3).to(dtype), 1.0)
     assert not total.any()

@@ -1,9 +1,9 @@
 """Rotary position embedding in one pass over all heads of all tokens; tensors are bits (see ``_cpu_float``)."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-from adaptkit.compiled import inlined
 from adaptkit.numerics.kernels._cpu_float import rounded, value
-from adaptkit.team import shared
+from adaptkit.numerics.kernels._jit import inlined
+from adaptkit.training.fast.threads import shared
 
 
 @inlined
@@ -25,7 +25,7 @@ def rotate(x, cos, sin, back, out, part):
         part: tokens to compute.
     """
     half = x.shape[2] // 2
-    for t in range(part.first, part.last):
+    for t in range(part[1], part[2]):
         row = t % cos.shape[0]
         c1, c2, s1, s2 = cos[row, :half], cos[row, half:], sin[row, :half], sin[row, half:]
         for head in range(x.shape[1]):

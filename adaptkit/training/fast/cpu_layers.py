@@ -7,10 +7,10 @@ rounded where transformers rounds.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.compiled import INLINED, compiled, inlined
-from adaptkit.numerics.kernels._cpu_attention import exponential
 from adaptkit.numerics.kernels._cpu_float import rounded, value
-from adaptkit.team import shared
+from adaptkit.numerics.kernels._jit import INLINED, compiled, inlined
+from adaptkit.training.fast.cpu_attention import exponential
+from adaptkit.training.fast.threads import shared
 
 _ONE, _ZERO = np.float32(1.0), np.float32(0.0)
 
@@ -38,7 +38,7 @@ def norm_forward(x, weight, eps, plus_one, scales, y, part):
         y: (rows, size) bits, written.
         part: rows to compute.
     """
-    for r in range(part.first, part.last):
+    for r in range(part[1], part[2]):
         row, out = x[r], y[r]
         scale = _ONE / np.sqrt(_squares(row) / np.float32(row.size) + eps)
         scales[r] = scale
@@ -73,7 +73,7 @@ def norm_backward(x, weight, plus_one, scales, grad, grad_x, part):
         part: rows to compute.
     """
     one = _ONE if plus_one else _ZERO
-    for r in range(part.first, part.last):
+    for r in range(part[1], part[2]):
         row, change, out, scale = x[r], grad[r], grad_x[r], scales[r]
         mean = _projection(row, change, weight, one) / np.float32(row.size) * scale * scale
         for i in range(row.size):
@@ -90,7 +90,7 @@ def _sigmoid(x):
 @shared("gate")
 def gate_forward(gate, up, y, part):
     """Compute SiLU of the gate, rounded, times up; all are (N,) bits of one type."""
-    gate, up, y = gate[part.first : part.last], up[part.first : part.last], y[part.first : part.last]
+    gate, up, y = gate[part[1] : part[2]], up[part[1] : part[2]], y[part[1] : part[2]]
     for i in range(gate.size):
         x = value(gate, gate[i])
         y[i] = rounded(y, value(y, rounded(y, x * _sigmoid(x))) * value(up, up[i]))
@@ -99,8 +99,8 @@ def gate_forward(gate, up, y, part):
 @shared("gate")
 def gate_backward(gate, up, grad, grad_gate, grad_up, part):
     """Compute the gradients by gate and up; all are (N,) bits of one type."""
-    gate, up, grad = gate[part.first : part.last], up[part.first : part.last], grad[part.first : part.last]
-    grad_gate, grad_up = grad_gate[part.first : part.last], grad_up[part.first : part.last]
+    gate, up, grad = gate[part[1] : part[2]], up[part[1] : part[2]], grad[part[1] : part[2]]
+    grad_gate, grad_up = grad_gate[part[1] : part[2]], grad_up[part[1] : part[2]]
     for i in range(gate.size):
         x, change = value(gate, gate[i]), value(grad, grad[i])
         sigmoid = _sigmoid(x)

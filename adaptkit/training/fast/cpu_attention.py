@@ -7,9 +7,9 @@ attends to columns ``first <= column < last``; the other columns of the block be
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.compiled import INLINED, compiled, inlined
 from adaptkit.numerics.kernels._cpu_float import rounded, sortable_bits, value
-from adaptkit.team import shared
+from adaptkit.numerics.kernels._jit import INLINED, compiled, inlined
+from adaptkit.training.fast.threads import shared
 
 _FUSED = {"contract"}
 """Fast-math flag that lets a product and a sum be one instruction, with one rounding."""
@@ -88,13 +88,13 @@ def softmax_block(scores, first, last, scale, log_sums, room, part):
         room: (threads, columns) float32, scratch for one row per thread.
         part: rows to compute.
     """
-    for r in range(part.first, part.last):
+    for r in range(part[1], part[2]):
         row, start, end = scores[r], first[r % first.size], last[r % first.size]
         row[:start] = 0
         row[end:] = 0
         log_sums[r] = 0.0
         if start < end:
-            seen, work = row[start:end], room[part.thread, : end - start]
+            seen, work = row[start:end], room[part[0], : end - start]
             largest = _scale(scores, seen, scale, work)
             if np.isnan(largest):
                 log_sums[r] = np.nan
@@ -121,7 +121,7 @@ def gradient_block(scores, gradients, first, last, scale, log_sums, means, part)
         means: (heads · rows,) float32, Σ probability · gradient of each row.
         part: rows to compute.
     """
-    for r in range(part.first, part.last):
+    for r in range(part[1], part[2]):
         row, change, start, end = scores[r], gradients[r], first[r % first.size], last[r % first.size]
         log_sum, mean = log_sums[r], means[r]
         row[:start] = 0
@@ -155,5 +155,5 @@ def row_products(x, y, products, part):
         products: (rows,) float32, written.
         part: rows to compute.
     """
-    for r in range(part.first, part.last):
+    for r in range(part[1], part[2]):
         products[r] = _product(x, x[r], y, y[r])

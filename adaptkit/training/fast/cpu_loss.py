@@ -6,10 +6,10 @@ Logits are bits of bfloat16 or float32 (see ``_cpu_float``); intermediate values
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.compiled import INLINED, compiled, inlined
-from adaptkit.numerics.kernels._cpu_attention import exponential
 from adaptkit.numerics.kernels._cpu_float import rounded, sortable_bits, value
-from adaptkit.team import shared
+from adaptkit.numerics.kernels._jit import INLINED, compiled, inlined
+from adaptkit.training.fast.cpu_attention import exponential
+from adaptkit.training.fast.threads import shared
 
 _PIECE = 1024
 """Number of exponentials that are summed in float32, in any order."""
@@ -54,7 +54,7 @@ def cross_entropy(logits, wanted, keep, losses, part):
             infinities.
         part: rows to compute.
     """
-    for r in range(part.first, part.last):
+    for r in range(part[1], part[2]):
         row = logits[r]
         largest, right = _largest(logits, row), value(logits, row[wanted[r]])
         if largest != largest:

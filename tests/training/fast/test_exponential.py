@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from adaptkit.compiled import jit
-from adaptkit.numerics.kernels._cpu_attention import exponential
+from adaptkit.numerics.kernels._jit import jit
+from adaptkit.training.fast.cpu_attention import exponential
 
 
 @jit

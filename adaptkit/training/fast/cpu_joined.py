@@ -4,20 +4,21 @@ Also the matrix it is multiplied by, and the sum of a factor's gradients, each o
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from adaptkit.compiled import inlined
-from adaptkit.kernel_arguments import Known
 from adaptkit.numerics.kernels._cpu_constants import decode_groups
-from adaptkit.numerics.kernels._cpu_float import any_value, canonical_nan, rounded
-from adaptkit.numerics.kernels._cpu_lookup import CHUNK, PERMUTATION, decode_block
-from adaptkit.team import shared
+from adaptkit.numerics.kernels._cpu_decode import decode_blocks, scratch_for
+from adaptkit.numerics.kernels._cpu_float import any_value, canonical_nan, float_bits, rounded
+from adaptkit.numerics.kernels._jit import inlined
+from adaptkit.training.fast.threads import shared, thread_count
 
 
-class PackedRows(NamedTuple):
+@dataclass(frozen=True)
+class PackedRows:
     """A 4-bit weight, as contiguous numpy arrays.
 
     Attributes:
@@ -28,7 +29,7 @@ class PackedRows(NamedTuple):
         nested_levels: (256,) float32, level of each code of a constant.
         width: columns of the weight.
         block_size: number of weights that share a constant.
-        levels: (16,) float32, level of each 4-bit code.
+        levels: (512,) float32, the two levels of each byte, see ``level_pairs``.
     """
 
     codes: Any
@@ -42,8 +43,8 @@ class PackedRows(NamedTuple):
 
 
 def can_decode_rows(width: int, block_size: int) -> bool:
-    """Return whether rows consist of whole blocks and the processor has the look-up of ``_cpu_lookup``."""
-    return PERMUTATION is not None and block_size % CHUNK == 0 and width % block_size == 0
+    """Return whether rows consist of whole blocks."""
+    return width % block_size == 0
 
 
 @inlined
@@ -56,46 +57,41 @@ def _place(b, scale, left, first, out, row):
 
 
 @shared("out")
-def _widen(weight, absmax, b, scale, first, out, part):
-    half, block = weight.block_size // 2, part.first * (weight.width // weight.block_size)
-    for r in range(part.first, part.last):
-        row = out[r]
-        for start in range(0, weight.width, weight.block_size):
-            codes = weight.codes[block * half : (block + 1) * half]
-            decode_block(codes, canonical_nan(absmax[block]), weight.levels, row[start : start + weight.block_size])
-            block += 1
-        _place(b[r], scale, weight.width, first, out, row)
+def _widen(codes, absmax, nested, width, block_size, levels, room, b, scale, first, out, part):
+    count = width // block_size
+    if nested is not None:  # decided at compile time
+        constants, group_scales, offset, group_levels = nested
+        decode_groups(constants, group_scales, offset, group_levels, part[1] * count, part[2] * count, absmax)
+    for r in range(part[1], part[2]):
+        row, start = out[r], r * width // 2
+        packed, scales = codes[start : start + width // 2], absmax[r * count : (r + 1) * count]
+        decode_blocks(packed, scales, block_size, levels, room[part[0]], row[:width])
+        _place(b[r], scale, width, first, out, row)
 
 
-@shared("out")
-def _widen_nested(weight, absmax, b, scale, first, out, part):
-    blocks = weight.width // weight.block_size
-    nested = weight.nested, weight.offset, weight.nested_levels
-    decode_groups(weight.constants, *nested, part.first * blocks, part.last * blocks, absmax)
-    _widen(weight, absmax, b, scale, first, out, part)
-
-
-def widen(weight: Known, lora_b: Tensor, scale: float, first: int, out: Tensor) -> None:
+def widen(weight: PackedRows, lora_b: Tensor, scale: float, first: int, out: Tensor) -> None:
     """Decode a weight into the first columns of a matrix, and write its adapter's scaled B into later ones.
 
     Args:
-        weight: the ``PackedRows`` of a weight with the rows of ``out``; decoded as in ``reference.decode_4bit``.
+        weight: a weight with the rows of ``out``; decoded as in ``reference.decode_4bit``.
         lora_b: (rows, rank) float32; scaled in float32 and rounded once.
         scale: factor of ``lora_b``.
         first: first column of ``lora_b`` in ``out``; all remaining columns become zero.
         out: (rows, columns) bfloat16, float16 or float32, contiguous, written.
     """
-    factor, rows = (lora_b.contiguous(), np.float32(scale), first, out), weight.argument
-    if rows.nested.size:
-        _widen_nested(weight, np.empty(rows.constants.size, np.float32), *factor)
-    else:
-        _widen(weight, rows.constants, *factor)
+    absmax, nested, bits = weight.constants, None, float_bits(out)
+    if weight.nested.size:
+        absmax = np.empty(weight.constants.size, np.float32)
+        nested = weight.constants, weight.nested, weight.offset, weight.nested_levels
+    room = scratch_for(bits, thread_count())
+    factor = lora_b.detach().contiguous().numpy(), np.float32(scale), first, bits
+    _widen(weight.codes, absmax, nested, weight.width, weight.block_size, weight.levels, room, *factor)
 
 
 @shared("x")
 def _beside(x, inner, out, part):
     width, ranks = x.shape[1], inner.shape[1]
-    for r in range(part.first, part.last):
+    for r in range(part[1], part[2]):
         row, first, second = out[r], x[r], inner[r]
         for j in range(width):
             row[j] = first[j]
@@ -116,13 +112,13 @@ def beside(x: Tensor, inner: Tensor, columns: int) -> Tensor:
         (rows, columns).
     """
     out = x.new_empty(x.shape[0], columns)
-    _beside(x.contiguous(), inner, out)
+    _beside(float_bits(x.contiguous()), float_bits(inner.contiguous()), float_bits(out))
     return out
 
 
 @shared("total")
 def _add(total, x, scale, part):
-    for r in range(part.first, part.last):
+    for r in range(part[1], part[2]):
         row, added = total[r], x[r]
         for i in range(row.size):
             row[i] += any_value(x, added[i]) * scale
@@ -136,4 +132,4 @@ def add_scaled(total: Tensor, x: Tensor, scale: float) -> None:
         x: (rows, columns) bfloat16, float16 or float32, need not be contiguous; an infinity in float16 adds NaN.
         scale: factor of x.
     """
-    _add(total, x, np.float32(scale))
+    _add(total.detach().numpy(), float_bits(x), np.float32(scale))
