@@ -17,7 +17,6 @@ JOINS = {
     "checkpoint/layout.py": {"root / name"},  # resolve_inside itself
     # our own names
     "checkpoint/other_weights.py": {"root / name"},
-    "checkpoint/journal.py": {"self.folder / self._journal"},
     "operations/_diff/files.py": {"root / name"},
     "operations/_calibrate/gradients.py": {"self._folder / f'{index}-{batch}'"},
     "operations/_merge/merged_model.py": {"self.root / undo.ADAPTERS_PREFIX / str(number)"},
@@ -36,8 +35,6 @@ JOINS = {
         "folder / name",
         "folder / ('memory.limit_in_bytes' if is_first_version else 'memory.max')",
     },
-    # names of kernels, and digests
-    "kernel_cache.py": {"folder / self._name", "folder / f'{self._name}.{os.getpid()}.{threading.get_ident()}'"},
     # names of entries of a listed folder
     "operations/extract.py": {"plan.base.root / name"},
     "pipeline/sources.py": {"path / name", "folder / source.path"},  # the second is given in the user's recipe
@@ -143,7 +140,7 @@ def test_only_a_few_modules_remove_files():
         if "os.remove" in names or {name.rpartition(".")[2] for name in names} & removers:
             found.add(module)
     assert found == {
-        "checkpoint/_clearing.py", "checkpoint/journal.py", "checkpoint/writer.py", "kernel_cache.py", "hub/_fetch.py",
+        "checkpoint/_clearing.py", "checkpoint/journal.py", "checkpoint/writer.py", "hub/_fetch.py",
         "pipeline/work.py", "training/loop.py", "training/memory/paging.py", "training/resume.py",
     }  # fmt: skip
 
