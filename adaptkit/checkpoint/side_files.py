@@ -1,12 +1,13 @@
 """The side files of a checkpoint: what is beside its weights and belongs to them, see ``layout``."""
 
+import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, NOT_SIDE_PREFIXES, read_small
-from adaptkit.checkpoint.links import refuse_foreign_link
-from adaptkit.errors import CheckpointError
+from adaptkit.errors import CheckpointError, UnsafeInputError
 
 _SIDE_SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken"}
 LICENCES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
@@ -19,6 +20,9 @@ READ_SUFFIXES = {".safetensors", *_SIDE_SUFFIXES}
 ``adopt`` also reads a model card.
 """
 _NAMES_CODE = b'"auto_map"'
+_BLOB = re.compile(r"[0-9a-f]{30,64}|[A-Z0-9]+-s\d+--[0-9a-f]{30,64}(\.\w+)*")
+"""The name of a file in a cache whose names are hashes (huggingface_hub's, DVC's, git-annex's), to which folders link.
+"""
 
 
 def side_files(root: Path, wanted: Callable[[str], bool] = bool) -> dict[str, Path]:
@@ -85,3 +89,19 @@ def check_side_files(root: Path) -> None:
                 f"{root}: {other} and {name} differ only in case, so an artifact cannot contain both",
                 hint="rename or remove one of them",
             )
+
+
+def refuse_foreign_link(root: Path, path: Path) -> None:
+    """Reject a file to copy if it is a link to a file outside its folder, which may be a secret of the user's.
+
+    Raises:
+        UnsafeInputError: it is such a link, and leads neither into a cache nor to the file of that name beside weights.
+    """
+    own, found = Path(os.path.realpath(root)), Path(os.path.realpath(path))
+    if own.parent.name == "snapshots":  # of a repository in the cache, whose files may have other names on a mirror
+        own = own.parents[1]
+    is_of_a_checkpoint = found.name == path.name and any(found.parent.glob("*.safetensors"))
+    if not (found.is_relative_to(own) or _BLOB.fullmatch(found.name) or is_of_a_checkpoint):
+        raise UnsafeInputError(
+            f"{path}: leads to {found}, outside its folder", hint="put a copy in its place if you trust this link"
+        )

@@ -23,7 +23,6 @@ from adaptkit.checkpoint.layout import (
     require_folder,
     resolve_inside,
 )
-from adaptkit.checkpoint.links import refuse_foreign_link
 from adaptkit.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -37,7 +36,7 @@ from adaptkit.checkpoint.manifest import (
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
-from adaptkit.checkpoint.side_files import LICENCES, TEMPLATES_FOLDER, check_side_files, side_files
+from adaptkit.checkpoint.side_files import LICENCES, TEMPLATES_FOLDER, check_side_files, refuse_foreign_link, side_files
 from adaptkit.checkpoint.writer import copy_file
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
 from adaptkit.operations._discard import discard_on_bad_input
