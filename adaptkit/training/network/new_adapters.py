@@ -1,14 +1,16 @@
 """New adapters: which layers and stacks get one, its rank and scaling, and the initial values of A."""
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
 from adaptkit.checkpoint.patterns import FirstMatch, matches_end
-from adaptkit.errors import UsageError
+from adaptkit.errors import AdapterError, UsageError
 from adaptkit.networks.architecture import language_part
 from adaptkit.networks.matching import matching, matching_targets
 from adaptkit.numerics.lora import LowRank
@@ -44,14 +46,18 @@ class AdapterShape:
 
         Raises:
             UsageError: the rank is larger than the smaller dimension of the matrix.
+            AdapterError: a pattern takes too long to match.
         """
-        rank = int(self._ranks.value(name, self.rank))
+        with _matching_of("rank_pattern"):
+            rank = int(self._ranks.value(name, self.rank))
+        with _matching_of("alpha_pattern"):
+            alpha = float(self._alphas.value(name, self.alpha))
         if rank > min(matrix):
             raise UsageError(
                 f"rank: must be at most {min(matrix)}, since {name} is {matrix[0]} x {matrix[1]}; found {rank}",
                 hint=f"use a smaller --rank, or here alone: --rank-pattern {name.rpartition('.')[2]}={min(matrix)}",
             )
-        return rank, scaling(float(self._alphas.value(name, self.alpha)), rank, self.rslora)
+        return rank, scaling(alpha, rank, self.rslora)
 
     @cached_property
     def _ranks(self) -> FirstMatch:
@@ -70,16 +76,27 @@ class AdapterShape:
 
         Raises:
             UsageError: a pattern matches none of them.
+            AdapterError: a pattern takes too long to match.
         """
         patterns: Mapping[str, float] = getattr(self, setting)
         first = FirstMatch({pattern: pattern for pattern in patterns})
-        left = set(patterns).difference(first.value(name, None) for name in names)
-        unused = [p for p in patterns if p in left and not any(matches_end(p, name) for name in names)]
+        with _matching_of(setting):
+            left = set(patterns).difference(first.value(name, None) for name in names)
+            unused = [p for p in patterns if p in left and not any(matches_end(p, name) for name in names)]
         if unused:
             raise UsageError(
                 f"{setting}: {unused[0]!r} matches no module with an adapter",
                 hint="use the end of a module's path, such as q_proj or layers.0.mlp.up_proj",
             )
+
+
+@contextmanager
+def _matching_of(setting: str) -> Iterator[None]:
+    """Turn a pattern's failure to match in time into an error that names the setting."""
+    try:
+        yield
+    except re.error as error:
+        raise AdapterError(f"{setting}: {error}", hint="use a simpler pattern, without nested repetition") from error
 
 
 def new_adapter(

@@ -137,6 +137,13 @@ def test_settings_that_do_not_fit_the_model_are_refused_with_a_hint(llama, setti
     assert hint in caught.value.hint
 
 
+@pytest.mark.parametrize("setting", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_takes_too_long_to_match_is_refused_by_its_setting(llama, setting):
+    with pytest.raises(AdapterError, match=f"{setting}: .* takes too long to match") as caught:
+        begun(llama, **{setting: {r"((\w|\w\w|\.)+)+\d\d": 2}})
+    assert (caught.value.exit_code, caught.value.hint) == (5, "use a simpler pattern, without nested repetition")
+
+
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_rows_of_a_table_that_is_trained_in_full_is_refused_in_every_dtype(llama, name, dtype):
