@@ -28,56 +28,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptkit import formats
-from adaptkit.discovery import load, names
-from adaptkit.formats._blockwise import Blockwise, Format
+from adaptkit.formats._blockwise import Blockwise
+from adaptkit.formats._format import Encoding, writable
 from adaptkit.numerics import exact, lora, residual
 from adaptkit.numerics.arrays import as_array
 from adaptkit.numerics.kernels import _cpu_factors, reference
 from adaptkit.numerics.kernels._jit import jit
-from adaptkit.numerics.kernels.codebook import FP4, NF4
 from adaptkit.numerics.lora import LowRank
 
 BLOCK = 64
 RANK = 16
-BOOKS = {"nf4": NF4, "fp4": FP4}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIDES = ("adaptkit", "bitsandbytes", "torch")
 
 Run = Callable[[], object]
 
 
-def encoders(form: Format, weight: Tensor) -> tuple[Run, Run, Run]:
+def encoders(form: Blockwise, weight: Tensor) -> tuple[Run, Run, Run]:
     """Return functions that encode a weight: adaptkit, bitsandbytes, and the definition in plain torch."""
     if form.name == "int8":
         return (
-            lambda: form.quantize(weight, BLOCK),
+            lambda: form.quantize(weight, BLOCK, measure=False),
             lambda: bnb.quantize_blockwise(weight, blocksize=BLOCK),
             lambda: reference.encode_8bit(weight, BLOCK),
         )
     return (
-        lambda: form.quantize(weight, BLOCK),
+        lambda: form.quantize(weight, BLOCK, measure=False),
         lambda: bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=form.name),
-        lambda: reference.encode_4bit(weight, BLOCK, BOOKS[form.name]),
+        lambda: reference.encode_4bit(weight, BLOCK, form.book),
     )
 
 
-def decoders(form: Format, weight: Tensor) -> tuple[Run, Run, Run]:
+def decoders(form: Blockwise, weight: Tensor) -> tuple[Run, Run, Run]:
     """Return functions that decode the results of the encoders."""
-    ours, dtype = form.quantize(weight, BLOCK), weight.dtype
-    parts = ours.codes, ours.absmax, ours.count, BLOCK
+    ours, dtype = form.quantize(weight, BLOCK, measure=False), weight.dtype
+    parts = *ours[:2], weight.numel(), BLOCK
     if form.name == "int8":
         codes, state = bnb.quantize_blockwise(weight, blocksize=BLOCK)
         return (
-            lambda: form.dequantize(ours, dtype),
+            lambda: form.dequantize(*parts, dtype),
             lambda: bnb.dequantize_blockwise(codes, state),
             lambda: reference.decode_8bit(*parts, dtype),
         )
     packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=form.name)
     return (
-        lambda: form.dequantize(ours, dtype),
+        lambda: form.dequantize(*parts, dtype),
         lambda: bnb.dequantize_4bit(packed, state),
-        lambda: reference.decode_4bit(*parts, BOOKS[form.name], dtype),
+        lambda: reference.decode_4bit(*parts, form.book, dtype),
     )
 
 
@@ -101,12 +98,11 @@ def take_turns(runs: dict[str, Run], rounds: int, device: str) -> dict[str, floa
     return {name: min(taken) for name, taken in times.items()}
 
 
-def same_as_on_cpu(form: Format, weight: Tensor) -> bool:
+def same_as_on_cpu(form: Blockwise, weight: Tensor) -> bool:
     """Whether codes, constants and decoded weights have the same bits as on the CPU."""
-    here, there = form.quantize(weight, BLOCK), form.quantize(weight.cpu(), BLOCK)
-    pairs = [(here.codes, there.codes), (here.absmax, there.absmax)]
-    moved = Blockwise(there.codes.to(weight.device), there.absmax.to(weight.device), there.shape, BLOCK)
-    pairs.append((form.dequantize(moved, weight.dtype), form.dequantize(there, weight.dtype)))
+    here, there = (form.quantize(values, BLOCK, measure=False)[:2] for values in (weight, weight.cpu()))
+    moved, sizes = [part.to(weight.device) for part in there], (weight.numel(), BLOCK, weight.dtype)
+    pairs = [*zip(here, there, strict=True), (form.dequantize(*moved, *sizes), form.dequantize(*there, *sizes))]
     return all(torch.equal(on_device.cpu(), on_cpu) for on_device, on_cpu in pairs)
 
 
@@ -188,8 +184,8 @@ def main() -> int:
     extra = f" {'GB/s':>7} {'same bits':>9}" if options.device == "cuda" else ""
     print(f"{'format':6} {'dtype':5} {'':6} " + " ".join(f"{side:>12}" for side in SIDES) + f"   ratios{'':10}{extra}")
     slower = differing = 0
-    for name in names(formats):
-        form = load(formats, name, "FORMAT")
+    for name in writable():
+        form = Encoding(name).codec
         for short, dtype in DTYPES.items():
             values = weight.to(options.device, dtype)
             for verb, sides in (("encode", encoders(form, values)), ("decode", decoders(form, values))):
@@ -204,7 +200,7 @@ def main() -> int:
                     traffic = values.numel() * (dtype.itemsize + form.bits / 8 + 4 / BLOCK)
                     line += f" {traffic / taken['adaptkit'] / 1e9:9.0f} {'yes' if same else 'NO':>9}"
                 print(line, flush=True)
-    print(f"slower than bitsandbytes: {slower} of {2 * len(DTYPES) * len(names(formats))}")
+    print(f"slower than bitsandbytes: {slower} of {2 * len(DTYPES) * len(writable())}")
     if options.device == "cpu":
         bench_merge(weight[:512], options.rounds)
     return int(differing > 0 or (options.device == "cpu" and slower > 0))

@@ -12,13 +12,14 @@ from make_golden import CURRENT, GOLDEN
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.formats._quantized import quantized_names, read_quantized
+from adaptkit.formats._find import quantized_names
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.diff import diff
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
+from adaptkit.training.network.packed import read_quantized
 
 MANIFEST = "adaptkit-manifest.json"
 VERSIONS = sorted(path.name for path in GOLDEN.iterdir())

@@ -8,18 +8,13 @@ from typing import Any
 
 from adaptkit.checkpoint.reader import Checkpoint
 
-RELEASED = ("fp8", "mxfp4")
-"""Methods that some models are released in, without a 16-bit checkpoint; ``dequantize`` makes one."""
 _STATED = "quantization_config"
 _INT8 = "bitsandbytes (LLM.int8())"
-_BY_NAME = (
-    (re.compile(r"\.quant_state\.bitsandbytes__(nf4|fp4)$"), "bitsandbytes (4 bits)"),
-    (re.compile(r"\.quant_state\.adaptkit__int8$"), "adaptkit (int8)"),
+_OF_OTHERS = (
     (re.compile(r"(^|\.)SCB$"), _INT8),
     (re.compile(r"(^|\.)g_idx$"), "GPTQ"),
     (re.compile(r"(^|\.)qweight$"), "GPTQ or AWQ"),
     (re.compile(r"(^|\.)weight_packed$"), "compressed-tensors"),
-    (re.compile(r"(^|\.)weight_scale_inv$"), "fp8"),
     (re.compile(r"(^|\.)W_q$"), "HQQ"),
     (re.compile(r"(^|\.)weight(\._data)?\._data$"), "quanto"),
     (re.compile(r"(^|\.)_weight_qdata$"), "torchao"),
@@ -48,23 +43,23 @@ def quantization_found(checkpoint: Checkpoint) -> str | None:
 
 def quantization_named(names: Collection[str]) -> str | None:
     """Return the name of the quantization method that tensors' names show, or None if they show none."""
-    for pattern, method in _BY_NAME:
+    from adaptkit.formats._find import method_shown  # imported here, since loading numpy is slow
+
+    if (ours := method_shown(names)) is not None:
+        return ours
+    for pattern, method in _OF_OTHERS:
         if any(pattern.search(name) for name in names):
             return method
-    if any(name.endswith("_blocks") and f"{name.removesuffix('_blocks')}_scales" in names for name in names):
-        return "mxfp4"
     if any(name.endswith(".codebooks") and f"{name.removesuffix('books')}s" in names for name in names):
         return "AQLM"
     return None
 
 
-def stated_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a configuration, or of its language model's; empty if there is none."""
-    inner = config.get("text_config")
-    for holder in (config, inner if isinstance(inner, dict) else {}):
-        if isinstance(found := holder.get(_STATED), dict):
-            return found
-    return {}
+def is_released(method: Any) -> bool:
+    """Whether some models are released in a method, without a 16-bit checkpoint; ``dequantize`` makes one."""
+    from adaptkit.formats._find import released_methods
+
+    return method in released_methods()
 
 
 def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,6 +77,6 @@ def hint_for_plain(method: str, root: Path, purpose: str) -> str:
         root: folder.
         purpose: what to do with an unquantized checkpoint, as an imperative that ends in a preposition if it needs one.
     """
-    if method in RELEASED:
+    if is_released(method):
         return f"run: adaptkit dequantize {shlex.quote(str(root))} -o PLAIN; then {purpose} PLAIN"
     return f"{purpose} the 16-bit checkpoint that it was made from"

@@ -6,11 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.foreign import RELEASED, quantization_found, without_quantization
+from adaptkit.checkpoint.foreign import is_released, quantization_found, without_quantization
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
-from adaptkit.checkpoint.low_precision import LowPrecisionWeight, low_precision_weights
 from adaptkit.checkpoint.reader import Checkpoint, Located
 from adaptkit.errors import NonFiniteError
+from adaptkit.formats._find import stored_weights
+from adaptkit.formats._format import StoredWeight
 from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.dtypes import ARRAY_DTYPES
 from adaptkit.numerics.finite import all_finite
@@ -26,7 +27,7 @@ class ReleasedCheckpoint(Checkpoint):
     Reading one that is too large for bfloat16 is a NonFiniteError.
 
     Args:
-        release: a checkpoint in one of the methods ``foreign.RELEASED``.
+        release: a checkpoint in one of the methods ``foreign.is_released``.
         weights: its weights in few bits, in file order; at least one.
         method: of the release.
 
@@ -35,11 +36,11 @@ class ReleasedCheckpoint(Checkpoint):
         input_scales: number of tensors of the release that no weight needs.
     """
 
-    def __init__(self, release: Checkpoint, weights: list[LowPrecisionWeight], method: str) -> None:
+    def __init__(self, release: Checkpoint, weights: list[StoredWeight], method: str) -> None:
         self.release, self.root, self.method = release, release.root, method
         self.headers = release.headers
         self.weights = {weight.name: weight for weight in weights}
-        self.input_scales = sum(len(weight.parts) - 2 for weight in weights)
+        self.input_scales = sum(len(weight.input_scales) for weight in weights)
         by_codes = {weight.parts[0]: weight for weight in weights}
         inside = {part for weight in weights for part in weight.parts[1:]}
         self.tensors = {}
@@ -84,9 +85,10 @@ class ReleasedCheckpoint(Checkpoint):
         first, last = offset // itemsize, -(-(offset + size) // itemsize)
         start, stop = first // weight.unit * weight.unit, -(-last // weight.unit) * weight.unit
         values = weight.decode(self.release, start, stop - start, ARRAY_DTYPES[_DTYPE])
-        if not all_finite(values) and not weight.is_broken(self.release, values):  # a broken one is for the reader
+        what = "" if all_finite(values) else weight.too_large(self.release, start, stop - start, values)
+        if what:  # a broken one is for the reader
             raise NonFiniteError(
-                f"{weight.name}: a weight is too large for bfloat16",
+                f"{weight.name}: {what} is too large for bfloat16",
                 hint=f"run: adaptkit dequantize {shlex.quote(str(self.root))} -o PLAIN --dtype float32; then use PLAIN",
             )
         return values.view("uint8")[offset - start * itemsize :][:size]
@@ -98,10 +100,10 @@ def open_plain(root: Path) -> Checkpoint:
     One that is quantized otherwise is returned as it is.
 
     Raises:
-        CheckpointError: malformed; see ``Checkpoint`` and ``low_precision_weights``.
+        CheckpointError: malformed; see ``Checkpoint`` and ``stored_weights``.
     """
     checkpoint = Checkpoint(root)
     method = quantization_found(checkpoint)
-    if method not in RELEASED:
+    if not is_released(method):
         return checkpoint
-    return ReleasedCheckpoint(checkpoint, low_precision_weights(checkpoint), str(method))
+    return ReleasedCheckpoint(checkpoint, stored_weights(checkpoint, method), str(method))

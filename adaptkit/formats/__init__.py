@@ -1,4 +1,4 @@
-"""Quantization formats: each module defines one as ``FORMAT`` and is found by its file name.
+"""Formats of quantized weights: each file is one, its ``FORMAT``; ``_format`` says what a format owns.
 
-Modules with an underscore are shared parts, and formats that are only decoded.
+Files whose name begins with an underscore are parts that several formats share.
 """

@@ -1,47 +1,62 @@
-"""The 4-bit formats: two codes per byte, and levels from a codebook."""
+"""The 4-bit formats of bitsandbytes: two codes per byte, and levels from a codebook. ``nf4`` draws their parts."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from adaptkit.formats._blockwise import Blockwise, Format, check_blocks_finite
-from adaptkit.numerics.absmax import check_block_size
-from adaptkit.numerics.arrays import DType, Values
+import numpy as np
+
+from adaptkit.formats._blockwise import Blockwise
+from adaptkit.formats._blockwise_weight import stated_as
+from adaptkit.formats._format import Encoding
+from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.kernels.codebook import Codebook
 
 
-def four_bit(name: str, book: Codebook) -> Format:
-    """Return the format that has a codebook's levels."""
-    return Format(name, 4, book.levels, partial(_quantize, book), partial(_dequantize, book))
+@dataclass(frozen=True)
+class FourBit(Blockwise):
+    """The format that has a codebook's levels; bytes as bitsandbytes 0.50 makes them."""
 
+    book: Codebook
+    bits = 4
+    readers = ("transformers with bitsandbytes", "vLLM", "SGLang", "unsloth")
+    owner = "bitsandbytes"
+    method = "bitsandbytes (4 bits)"
 
-def _quantize(book: Codebook, weight: Values, block_size: int = 64, measure: bool = False) -> Blockwise:
-    """Map each weight to its nearest level after scaling its block to [-1, 1].
+    def quantize(self, values: Array, block_size: int, measure: bool) -> tuple[Array, Array, Array | None]:
+        """Map each weight to its nearest level after scaling its block to [-1, 1]; see ``Blockwise``."""
+        return kernels_for(values).encode_4bit(values, block_size, self.book, measure)
 
-    Args:
-        book: the levels.
-        weight: any shape, floating point, N elements, taken in row-major order.
-        block_size: number of weights that share one scale; a power of two from 32 to 4096.
-        measure: whether to return the moments of each block too.
+    def dequantize(self, codes: Array, absmax: Array, count: int, block_size: int, dtype: np.dtype[Any]) -> Array:
+        """Return level times absmax in float32, rounded once to ``dtype``; see ``Blockwise``."""
+        return kernels_for(codes).decode_4bit(codes, absmax, count, block_size, self.book, dtype)
 
-    Returns:
-        codes (ceil(N / 2),) uint8, the earlier weight in the high nibble, and absmax (ceil(N / block_size),) float32.
+    def config_block(self, kept: list[str], encoding: Encoding) -> dict[str, Any]:
+        """See ``WritableFormat``; the block size is only in each weight's state."""
+        return {
+            "_load_in_4bit": True,
+            "_load_in_8bit": False,
+            "bnb_4bit_compute_dtype": "bfloat16",
+            "bnb_4bit_quant_storage": "uint8",
+            "bnb_4bit_quant_type": self.name,
+            "bnb_4bit_use_double_quant": encoding.double_quant,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_skip_modules": kept,
+            "llm_int8_threshold": 6.0,
+            "load_in_4bit": True,
+            "load_in_8bit": False,
+            "quant_method": "bitsandbytes",
+        }
 
-    Raises:
-        NonFiniteError: a weight is NaN or infinite; the message has its index.
-        UsageError: the block size is not such a power of two.
-
-    Source: bitsandbytes 0.50, which gives the same bytes; see ``kernels.reference.encode_4bit``.
-    """
-    check_block_size(block_size)
-    codes, absmax, moments = kernels_for(weight).encode_4bit(weight, block_size, book, measure)
-    check_blocks_finite(weight, absmax)
-    return Blockwise(codes, absmax, tuple(weight.shape), block_size, moments)
-
-
-def _dequantize(book: Codebook, quantized: Blockwise, dtype: DType) -> Any:
-    """Return level times absmax in float32, rounded once to ``dtype``, in the weight's shape."""
-    parts = quantized.codes, quantized.absmax, quantized.count, quantized.block_size
-    return kernels_for(quantized.codes).decode_4bit(*parts, book, dtype).reshape(quantized.shape)
+    def stated(self, block: Mapping[str, Any]) -> tuple[Encoding, list[str] | None] | None:
+        """See ``WritableFormat``."""
+        if block.get("quant_method") != "bitsandbytes" or block.get("load_in_4bit") is not True:
+            return None
+        if block.get("bnb_4bit_quant_type", "fp4") != self.name:
+            return None
+        double_quant, kept = block.get("bnb_4bit_use_double_quant", False), block.get("llm_int8_skip_modules")
+        return stated_as(self.name, Encoding.block_size, double_quant, kept)

@@ -1,6 +1,11 @@
-"""4-bit floating point: a sign, two exponent bits and one fraction bit; small positive weights get the second zero."""
+"""4-bit floating point: a sign, two exponent bits and one fraction bit; small positive weights get the second zero.
 
-from adaptkit.formats._four_bit import four_bit
+Parts and bits are those of ``nf4``, but for the state's name, X.weight.quant_state.bitsandbytes__fp4, and the levels:
+
+    code     s mmm     0 1/192 2/3 1 1/3 1/2 1/6 1/4, of the magnitude mmm
+"""
+
+from adaptkit.formats._four_bit import FourBit
 from adaptkit.numerics.kernels.codebook import FP4
 
-FORMAT = four_bit("fp4", FP4)
+FORMAT = FourBit("fp4", FP4)

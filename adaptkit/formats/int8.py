@@ -1,43 +1,64 @@
-"""Block-wise int8 absmax quantization: each block is scaled so that its largest magnitude becomes 127."""
+"""Block-wise int8 absmax quantization: each block is scaled so that its largest magnitude becomes 127.
+
+The parts are those of ``nf4``, but for these:
+
+    X.weight                                I8   [n, 1]
+    X.weight.quant_state.adaptkit__int8     since bitsandbytes has no blockwise int8
+    X.weight.quant_map                      is absent
+
+    a weight             code · (constant / 127)                  in float32, rounded once
+
+8.127 bits a weight.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from adaptkit.errors import UsageError
-from adaptkit.formats._blockwise import Blockwise, Format, check_blocks_finite
-from adaptkit.numerics.arrays import DType, Values
+import numpy as np
+
+from adaptkit.formats._blockwise import Blockwise
+from adaptkit.formats._blockwise_weight import stated_as
+from adaptkit.formats._format import Encoding
+from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.kernels import kernels_for
 
 
-def quantize(weight: Values, block_size: int = 64, measure: bool = False) -> Blockwise:
-    """Round ``127 / absmax · weight`` to the nearest integer, ties to even, block by block.
+@dataclass(frozen=True)
+class Int8(Blockwise):
+    """See ``Blockwise``. Source: absmax quantization as in LLM.int8() (arXiv:2208.07339), for blocks, not rows."""
 
-    Args:
-        weight: any shape, floating point, N elements, taken in row-major order.
-        block_size: number of weights that share one scale, at least 1.
-        measure: whether to return the moments of each block too; the level of a code is code / 127.
+    bits = 8
+    readers = ()
+    owner = "adaptkit"
+    method = "adaptkit (int8)"
 
-    Returns:
-        codes (N,) int8 and absmax (ceil(N / block_size),) float32; a zero block has absmax 0 and codes 0.
+    def quantize(self, values: Array, block_size: int, measure: bool) -> tuple[Array, Array, Array | None]:
+        """Round ``127 / absmax · weight`` to the nearest integer, ties to even; see ``Blockwise``."""
+        return kernels_for(values).encode_8bit(values, block_size, measure)
 
-    Raises:
-        NonFiniteError: a weight is NaN or infinite; the message has its index.
-        UsageError: the block size is less than 1.
+    def dequantize(self, codes: Array, absmax: Array, count: int, block_size: int, dtype: np.dtype[Any]) -> Array:
+        """Return code times absmax / 127 in float32, rounded once to ``dtype``; see ``Blockwise``."""
+        return kernels_for(codes).decode_8bit(codes, absmax, count, block_size, dtype)
 
-    Source: absmax quantization as in LLM.int8() (arXiv:2208.07339), applied to blocks instead of rows.
-    """
-    if block_size < 1:
-        raise UsageError(f"block_size: must be at least 1, found {block_size}")
-    codes, absmax, moments = kernels_for(weight).encode_8bit(weight, block_size, measure)
-    check_blocks_finite(weight, absmax)
-    return Blockwise(codes, absmax, tuple(weight.shape), block_size, moments)
+    def config_block(self, kept: list[str], encoding: Encoding) -> dict[str, Any]:
+        """See ``WritableFormat``."""
+        return {
+            "block_size": encoding.block_size,
+            "double_quant": encoding.double_quant,
+            "format": self.name,
+            "modules_to_not_convert": kept,
+            "quant_method": "adaptkit",
+        }
+
+    def stated(self, block: Mapping[str, Any]) -> tuple[Encoding, list[str] | None] | None:
+        """See ``WritableFormat``."""
+        if block.get("quant_method") != "adaptkit" or block.get("format") != self.name:
+            return None
+        kept = block.get("modules_to_not_convert")
+        return stated_as(self.name, block.get("block_size"), block.get("double_quant"), kept)
 
 
-def dequantize(quantized: Blockwise, dtype: DType) -> Any:
-    """Return code times absmax / 127 in float32, rounded once to ``dtype``, in the weight's shape."""
-    parts = quantized.codes, quantized.absmax, quantized.count, quantized.block_size
-    return kernels_for(quantized.codes).decode_8bit(*parts, dtype).reshape(quantized.shape)
-
-
-FORMAT = Format(name="int8", bits=8, levels=None, quantize=quantize, dequantize=dequantize)
+FORMAT = Int8("int8")

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
-from adaptkit.formats import _quantized as quantized
+from adaptkit.formats._find import part_names, quantized_names, read_outline
 from adaptkit.networks.architecture import language_part
 from adaptkit.networks.buffers import GET_AGAIN, compute_buffers
 from adaptkit.networks.naming import TensorPlace, places
@@ -70,8 +70,8 @@ class Assembly:
 
     def __init__(self, network: Any, checkpoint: Checkpoint) -> None:
         self.network, self.checkpoint = network, checkpoint
-        self.quantized = frozenset(quantized.quantized_names(checkpoint))
-        self._parts = {part for name in self.quantized for part in quantized.part_names(checkpoint, name)}
+        self.quantized = frozenset(quantized_names(checkpoint))
+        self._parts = {part for name in self.quantized for part in part_names(checkpoint, name)}
         self._parts -= self.quantized
         self._places = places(network, [name for name in checkpoint.tensors if name not in self._parts])
         self.sources: dict[str, list[str]] = {}
@@ -259,7 +259,7 @@ class Assembly:
 
     def _shape(self, file_name: str) -> tuple[int, ...]:
         if file_name in self.quantized:
-            return quantized.read_outline(self.checkpoint, file_name).shape
+            return read_outline(self.checkpoint, file_name).shape
         return self.checkpoint.spec(file_name).shape
 
     def _dtype(self, file_name: str) -> torch.dtype:

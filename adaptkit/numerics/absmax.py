@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = [
     "GROUP",
     "DoubleQuantized",
+    "as_arrays",
     "check_block_size",
     "dequantize_absmax",
     "dynamic_levels",
@@ -113,6 +114,14 @@ def dequantize_absmax(absmax: DoubleQuantized | Values, levels: Values | None = 
     codes = absmax.codes
     levels = _beside(codes, dynamic_levels() if levels is None else levels)
     return kernels_for(codes).decode_constants(codes, absmax.nested_absmax, absmax.offset, levels)
+
+
+def as_arrays(constants: DoubleQuantized | Values) -> DoubleQuantized | Array:
+    """Return constants, doubly quantized or not, as arrays."""
+    if isinstance(constants, DoubleQuantized):
+        codes, nested = as_array(constants.codes), as_array(constants.nested_absmax)
+        return DoubleQuantized(codes, nested, constants.offset)
+    return as_array(constants)
 
 
 def squared_errors(squares: float, moments: Array, absmax: Array) -> float:

@@ -88,6 +88,21 @@ def weighted_nf4(
     return encode_at(weight, decoded[best], block_size), (constants, plain)[best]
 
 
+def nf4_error(weight: Tensor, codes: Tensor, constants: Constants, block_size: int = 64) -> Tensor:
+    """Return the quantization error W − Q in float32, in the weight's shape; Q is the dequantized weight.
+
+    Args:
+        weight: (out, in).
+        codes: as ``weighted_nf4`` returns them.
+        constants: as ``weighted_nf4`` returns them.
+        block_size: weights sharing one scale.
+    """
+    absmax = dequantize_absmax(constants)
+    decoded = kernels_for(codes).decode_4bit(codes, absmax, weight.numel(), block_size, NF4, torch.float32)
+    error: Tensor = weight.float() - decoded.view(weight.shape)
+    return error
+
+
 def search_scales(weight: Tensor, importance: Tensor, block_size: int = 64) -> Tensor:
     """Choose each block's scale, before the scales themselves are quantized.
 

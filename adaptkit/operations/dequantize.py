@@ -10,12 +10,11 @@ from typing import NoReturn
 import numpy as np
 
 from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options, typed_fields
-from adaptkit.checkpoint.foreign import RELEASED, quantization_found, without_quantization
+from adaptkit.checkpoint.foreign import is_released, quantization_found, without_quantization
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME
-from adaptkit.checkpoint.low_precision import LowPrecisionWeight, low_precision_weights
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
@@ -23,8 +22,8 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import check_side_files
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
-from adaptkit.formats import _quantized as quantized
-from adaptkit.numerics.absmax import GROUP
+from adaptkit.formats._find import stored_weights
+from adaptkit.formats._format import StoredWeight
 from adaptkit.numerics.arrays import Array
 from adaptkit.numerics.dtypes import ARRAY_DTYPES, dtype_name
 from adaptkit.numerics.finite import all_finite
@@ -123,23 +122,27 @@ def dequantize(
     options = checked_options(options, DequantizeOptions)
     checkpoint = Checkpoint(source)
     check_config(source, read_manifest(source))
-    packed = _packed(checkpoint, options)
+    method = quantization_found(checkpoint)
+    packed = {weight.parts[0]: weight for weight in _weights(checkpoint, method)}
+    plain = {name: _plain(checkpoint, weight, options) for name, weight in packed.items()}
     check_output(output, force, [source])
     check_side_files(source)
     inside = {part for weight in packed.values() for part in weight.parts} - set(packed)
     groups = [
-        Group(name, (packed[name].spec if name in packed else located.spec,))
+        Group(name, (plain.get(name, located.spec),))
         for name, located in checkpoint.tensors.items()
         if name not in inside
     ]
     shards = plan_shards(groups, options.max_shard_bytes)
-    left_out = sum(weight.left_out for weight in packed.values())
+    left_out = sum(len(weight.input_scales) for weight in packed.values())
     planned = DequantizeReport(str(output), len(packed), left_out, sum(group.nbytes for group in groups))
     if dry_run:
         return planned
 
     def jobs(group: Group) -> Sequence[Callable[[], Array]]:
-        return packed[group.source].jobs() if group.source in packed else read_jobs(checkpoint, group.specs[0])
+        if group.source not in packed:
+            return read_jobs(checkpoint, group.specs[0])
+        return _decoding(checkpoint, packed[group.source], group.specs[0])
 
     def assemble(group: Group, results: Iterator[Array], writer: TensorWriter) -> dict[str, str]:
         for values in results:
@@ -150,8 +153,8 @@ def dequantize(
         return {part: fingerprint_in_pieces(checkpoint, part) for part in packed[group.source].parts}
 
     recorded = {name: value for name, value in asdict(options).items() if name != "threads"}
-    if not quantized.quantized_names(checkpoint):
-        recorded["method"] = quantization_found(checkpoint)  # so merge knows that no 16-bit checkpoint came before
+    if is_released(method):
+        recorded["method"] = method  # so merge knows that no 16-bit checkpoint came before
     state = checkpoint.state()
     with (
         Output(output, [checkpoint.outline(), recorded], force, inputs=[[str(source.resolve()), state]]) as out,
@@ -169,98 +172,60 @@ def dequantize(
     return replace(planned, tensors_root=manifest.tensors_root, manifest_sha256=manifest.sha256)
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A quantized weight of the source.
-
-    Attributes:
-        parts: names of the tensors that it consists of; the first holds its codes.
-        spec: of the plain weight.
-        jobs: returns jobs that decode it, piece by piece.
-        left_out: how many of the parts do not determine the plain weight.
-    """
-
-    parts: tuple[str, ...]
-    spec: TensorSpec
-    jobs: Callable[[], list[Callable[[], Array]]]
-    left_out: int = 0
-
-
-def _packed(checkpoint: Checkpoint, options: DequantizeOptions) -> dict[str, _Packed]:
-    """Map the names of the tensors that hold codes to their weights; finds inconsistent parts before writing.
+def _weights(checkpoint: Checkpoint, method: str | None) -> list[StoredWeight]:
+    """Return the weights to decode; finds inconsistent parts before writing.
 
     Raises:
         CheckpointError: there are none, or a weight is malformed, or in another format.
     """
-    names = quantized.quantized_names(checkpoint)
-    if names:
-        return {name: _blockwise(checkpoint, name, options) for name in names}
-    method = quantization_found(checkpoint)
-    if method not in RELEASED:
+    found = stored_weights(checkpoint, method)
+    if not found:
         problem = f"quantized with {method}, which is not supported" if method else "holds no quantized weights"
         raise CheckpointError(
             f"{checkpoint.root}: {problem}",
             hint="give a checkpoint that adaptkit or bitsandbytes (4-bit) quantized, or one released in FP8 or MXFP4",
         )
-    return {
-        weight.parts[0]: _low_precision(checkpoint, weight, options) for weight in low_precision_weights(checkpoint)
-    }
+    return found
 
 
-def _blockwise(checkpoint: Checkpoint, name: str, options: DequantizeOptions) -> _Packed:
-    """Return a weight that adaptkit or bitsandbytes quantized; shape and dtype are in its state."""
-    weight = quantized.read_constants(checkpoint, name)  # all parts but codes
-    shape = weight.shape[::-1] if stores_transposed(checkpoint, name) else weight.shape
-    spec = TensorSpec(name, dtype_name(options.dtype or weight.dtype), shape)
-    return _Packed(tuple(quantized.part_names(checkpoint, name)), spec, partial(_decoding, checkpoint, spec))
+def _plain(checkpoint: Checkpoint, weight: StoredWeight, options: DequantizeOptions) -> TensorSpec:
+    """Return what a weight is decoded to."""
+    dtype = dtype_name(options.dtype) if options.dtype else weight.dtype or "BF16"
+    shape = weight.shape[::-1] if _is_transposed(checkpoint, weight) else weight.shape
+    return TensorSpec(weight.name, dtype, shape)
 
 
-def _decoding(checkpoint: Checkpoint, spec: TensorSpec) -> list[Callable[[], Array]]:
-    weight = quantized.read_constants(checkpoint, spec.name)
-    absmax = weight.absmax
+def _is_transposed(checkpoint: Checkpoint, weight: StoredWeight) -> bool:
+    """Whether the plain checkpoint stores a weight as (in, out), unlike the quantized one."""
+    return weight.is_linear and stores_transposed(checkpoint, weight.name)
+
+
+def _decoding(checkpoint: Checkpoint, weight: StoredWeight, spec: TensorSpec) -> list[Callable[[], Array]]:
+    """Return jobs that decode a weight, piece by piece."""
 
     def decoded(piece: Piece) -> Array:
-        packed = quantized.read_run(checkpoint, spec.name, weight, absmax, piece.start, piece.count)
-        values: Array = weight.encoding.numerics.dequantize(packed, ARRAY_DTYPES[spec.dtype])
+        values = weight.decode(checkpoint, piece.start, piece.count, ARRAY_DTYPES[spec.dtype])
         if not all_finite(values):
-            is_broken = not all_finite(packed.absmax)
-            _refuse(spec, is_broken, f"a weight of up to {np.abs(packed.absmax).max():.6g}")
+            _refuse(spec, weight.too_large(checkpoint, piece.start, piece.count, values))
         return values
 
     def decoded_whole() -> Array:
         return np.ascontiguousarray(decoded(Piece(0, spec.count)).reshape(weight.shape).T)
 
-    if stores_transposed(checkpoint, spec.name):  # only in the GPT-2 family, whose matrices are small
+    if _is_transposed(checkpoint, weight):  # these matrices are small
         return [decoded_whole]
-    return [partial(decoded, piece) for piece in cut_pieces(spec, weight.block_size * GROUP)]
+    return [partial(decoded, piece) for piece in cut_pieces(spec, weight.unit)]
 
 
-def _low_precision(checkpoint: Checkpoint, weight: LowPrecisionWeight, options: DequantizeOptions) -> _Packed:
-    """Return a weight in FP8 or MXFP4, whose plain dtype is recorded nowhere."""
-    spec = TensorSpec(weight.name, dtype_name(options.dtype or "bfloat16"), weight.shape)
-    dtype = ARRAY_DTYPES[spec.dtype]
-
-    def decoded(piece: Piece) -> Array:
-        values = weight.decode(checkpoint, piece.start, piece.count, dtype)
-        if not all_finite(values):
-            _refuse(spec, weight.is_broken(checkpoint, values), "a weight")
-        return values
-
-    def jobs() -> list[Callable[[], Array]]:
-        return [partial(decoded, piece) for piece in cut_pieces(spec, weight.unit)]
-
-    return _Packed(weight.parts, spec, jobs, len(weight.parts) - 2)
-
-
-def _refuse(spec: TensorSpec, is_broken: bool, weight: str) -> NoReturn:
-    """Raise the error for weights that are not finite: in the source, or because ``weight`` is too large."""
-    if is_broken:
+def _refuse(spec: TensorSpec, too_large: str) -> NoReturn:
+    """Raise the error for weights that are not finite: since something is too large for the dtype, or in the source."""
+    if not too_large:
         raise NonFiniteError(
             f"{spec.name}: a code or constant is NaN or infinite", hint="download the checkpoint again"
         )
     larger = {"F16": "use --dtype bfloat16 or float32", "BF16": "use --dtype float32"}
     raise NonFiniteError(
-        f"{spec.name}: {weight} is too large for {spec.dtype}", hint=larger.get(spec.dtype, "check the checkpoint")
+        f"{spec.name}: {too_large} is too large for {spec.dtype}", hint=larger.get(spec.dtype, "check the checkpoint")
     )
 
 

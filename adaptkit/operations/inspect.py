@@ -10,17 +10,16 @@ from typing import Any
 from adaptkit.arguments import AnyPath, as_path, as_paths
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.foreign import RELEASED, quantization_found
+from adaptkit.checkpoint.foreign import is_released, quantization_found
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import size_problem
 from adaptkit.checkpoint.layout import has_checkpoint, is_adapter, require_folder
-from adaptkit.checkpoint.low_precision import low_precision_weights
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, read_manifest, require_manifest
 from adaptkit.checkpoint.other_weights import pickled_weights
 from adaptkit.checkpoint.progress import Progress, counted, first_few, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._quantized import part_names, quantized_names, read_outline
+from adaptkit.formats._find import quantized_names, read_outline, stored_weights
 from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk
 from adaptkit.operations._roles import expert_count
@@ -156,12 +155,12 @@ def _checkpoint(checkpoint: Checkpoint) -> _Found:
     }
     names = quantized_names(checkpoint)
     parameters = None if method and not names else sum(spec.count for spec in specs.values())
-    if method in RELEASED:
+    if is_released(method):
         parameters, released = _describe_release(checkpoint)
         details |= released
     if names:
         outlines = {name: read_outline(checkpoint, name) for name in names}
-        parts = {part for name in names for part in part_names(checkpoint, name)}
+        parts = {part for outline in outlines.values() for part in outline.parts}
         inside = sum(math.prod(outline.shape) for outline in outlines.values())
         parameters = inside + sum(spec.count for name, spec in specs.items() if name not in parts)
         encodings = [outline.encoding for outline in outlines.values()]
@@ -186,13 +185,14 @@ def _checkpoint(checkpoint: Checkpoint) -> _Found:
 def _describe_release(checkpoint: Checkpoint) -> tuple[int | None, dict[str, Any]]:
     """Return the number of parameters and facts about the weights of a release; None and nothing if it is malformed."""
     try:
-        weights = low_precision_weights(checkpoint)
+        weights = stored_weights(checkpoint, quantization_found(checkpoint))
     except CheckpointError:  # what is wrong is for dequantize to say
         return None, {}
     parts = {part for weight in weights for part in weight.parts}
     inside = sum(math.prod(weight.shape) for weight in weights)
     others = sum(located.spec.count for name, located in checkpoint.tensors.items() if name not in parts)
-    bits = 8 * sum(checkpoint.spec(part).nbytes for weight in weights for part in weight.parts[:2])
+    needed = parts - {part for weight in weights for part in weight.input_scales}
+    bits = 8 * sum(checkpoint.spec(part).nbytes for part in needed)
     return inside + others, {
         "quantized_matrices": len(weights),
         "quantized_stacks": sum(len(weight.shape) == 3 for weight in weights) or None,

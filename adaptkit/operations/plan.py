@@ -26,7 +26,7 @@ import torch
 from adaptkit.arguments import AnyPath, as_path, as_texts, checked_options, typed_fields
 from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
-from adaptkit.formats._encoding import Encoding
+from adaptkit.formats._format import Encoding
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
 from adaptkit.networks.architecture import Description, empty_network, language_part
 from adaptkit.networks.linears import is_linear

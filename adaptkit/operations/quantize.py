@@ -22,7 +22,6 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.released import ReleasedCheckpoint, open_plain
 from adaptkit.checkpoint.side_files import check_side_files
 from adaptkit.errors import DataError, UsageError
-from adaptkit.formats._encoding import quantization_config
 from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._quantize.early_plan import EarlyPlan, PlanChanged
 from adaptkit.operations._quantize.manifest import make_manifest
@@ -286,7 +285,8 @@ def _write_others(out: Output, plan: Plan, options: QuantizeOptions) -> None:
     """Write everything but the weights and the manifest."""
     write_index(out, plan.shards)
     kept = skip_modules(plan.selection)
-    config = plan.checkpoint.config | {"quantization_config": quantization_config(kept, options.encoding)}
+    block = options.encoding.codec.config_block(kept, options.encoding)
+    config = plan.checkpoint.config | {"quantization_config": block}
     out.write_json(CONFIG_NAME, config)
     for name, content in plan.checkpoint.side_contents().items():
         out.write(name, content)

@@ -3,16 +3,16 @@
 from pathlib import Path
 from typing import Literal
 
-from adaptkit.checkpoint.foreign import RELEASED, quantization_found
+from adaptkit.checkpoint.foreign import is_released, quantization_found
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, has_checkpoint, is_adapter
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.typed import Place
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._quantized import quantized_names
+from adaptkit.formats._find import quantized_names
 from adaptkit.hub.listing import Listing
 
 Kind = Literal["adapter", "unquantized checkpoint", "released checkpoint", "quantized checkpoint"]
-"""A released checkpoint is one in FP8 or MXFP4; see ``foreign.RELEASED``."""
+"""A released checkpoint is one in FP8 or MXFP4; see ``foreign.is_released``."""
 Takes = Literal[
     "file",
     "folder",
@@ -113,13 +113,13 @@ def refuse_undecoded(folder: Path) -> None:
     method = quantization_found(checkpoint)
     if method is not None and not quantized_names(checkpoint):
         hint = "use the 16-bit checkpoint that it was made from"
-        if method in RELEASED:
+        if is_released(method):
             hint = "add a dequantize step, and use what it makes"
         raise CheckpointError(f"{folder}: is quantized with {method}, which this step cannot read", hint=hint)
 
 
 def _quantized_kind(method: str) -> Kind:
-    return "released checkpoint" if method in RELEASED else "quantized checkpoint"
+    return "released checkpoint" if is_released(method) else "quantized checkpoint"
 
 
 def _with_article(words: str) -> str:

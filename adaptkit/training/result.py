@@ -17,7 +17,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
-from adaptkit.formats._quantized import part_names
+from adaptkit.formats._find import part_names
 from adaptkit.networks.addressing import Slice, find_addresses
 from adaptkit.numerics.dtypes import DTYPES
 from adaptkit.numerics.finite import all_finite

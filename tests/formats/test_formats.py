@@ -1,6 +1,7 @@
 """Properties that all formats share."""
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,26 +9,47 @@ from hypothesis import strategies as st
 
 from adaptkit import discovery, formats
 from adaptkit.errors import NonFiniteError, UsageError
-from adaptkit.formats._blockwise import Blockwise
+from adaptkit.formats._find import stated_encoding
+from adaptkit.formats._format import Encoding, WritableFormat, writable
+from adaptkit.numerics.arrays import as_array
 
-NAMES = discovery.names(formats)
-FORMATS = {name: discovery.load(formats, name, "FORMAT") for name in NAMES}
+NAMES = writable()
+ALL = {name: discovery.load(formats, name, "FORMAT") for name in discovery.names(formats)}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
+def encode(name, weight, block_size=64, measure=False):
+    encoding = Encoding(name, block_size)
+    return encoding.codec.encode(as_array(weight), encoding, measure)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_format_is_named_after_its_file_and_says_whether_it_can_be_written(name):
+    assert ALL[name].name == name
+    assert isinstance(ALL[name], WritableFormat) == (name in NAMES)
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_a_format_is_named_after_its_file(name):
-    assert FORMATS[name].name == name
-    assert name in {"nf4", "fp4", "int8"}
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_block_in_the_configuration_is_recognized(name, double_quant):
+    encoding = Encoding(name, 64, double_quant)
+    assert stated_encoding(encoding.codec.config_block(["lm_head"], encoding)) == (encoding, ["lm_head"])
+
+
+@pytest.mark.parametrize("name", ["fp8", "mxfp4", "nonsense"])
+def test_an_encoding_needs_a_format_that_can_be_written(name):
+    with pytest.raises(UsageError, match=f"unknown name '{name}'") as caught:
+        Encoding(name)
+    assert caught.value.hint == "choose one of: fp4, int8, nf4"
 
 
 @pytest.mark.parametrize("name", ["nf4", "fp4"])
 def test_levels_match_bitsandbytes(name):
-    assert torch.equal(torch.tensor(FORMATS[name].levels), bnb.get_4bit_type(name, device="cpu"))
+    assert torch.equal(torch.tensor(ALL[name].book.levels), bnb.get_4bit_type(name, device="cpu"))
 
 
 def test_int8_has_no_table_of_levels():
-    assert FORMATS["int8"].levels is None
+    assert ALL["int8"].book is None
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -37,26 +59,26 @@ def test_int8_has_no_table_of_levels():
 def test_non_finite_values_are_refused_with_their_index(name, dtype, bad, place):
     """Also next to the largest finite numbers, and in a short last block."""
     weight = torch.full((4, 97), torch.finfo(dtype).max, dtype=dtype)
-    FORMATS[name].quantize(weight, 64)
+    encode(name, weight, 64)
     weight[place] = bad
     with pytest.raises(NonFiniteError, match=rf"\[{place[0]}, {place[1]}\] is {bad}"):
-        FORMATS[name].quantize(weight, 64)
+        encode(name, weight, 64)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_float64_value_beyond_float32_is_refused(name):
     with pytest.raises(NonFiniteError, match=r"\[70\] is inf"):
-        FORMATS[name].quantize(torch.eye(1, 128, dtype=torch.float64)[0].roll(70) * 1e300, 64)
+        encode(name, torch.eye(1, 128, dtype=torch.float64)[0].roll(70) * 1e300, 64)
 
 
 @given(st.sampled_from(NAMES), st.sampled_from(DTYPES), st.integers(1, 9), st.integers(0, 200), st.integers(0, 2**31))
 def test_quantizing_in_pieces_gives_the_bytes_of_the_whole(name, dtype, pieces, rest, seed):
     weight = (torch.randn(64 * pieces + rest, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
-    whole = FORMATS[name].quantize(weight, 64)
+    whole = encode(name, weight, 64)
     cut = 64 * (pieces // 2)
-    parts = [FORMATS[name].quantize(part, 64) for part in (weight[:cut], weight[cut:])]
-    assert torch.equal(torch.cat([part.codes for part in parts]), whole.codes)
-    assert torch.equal(torch.cat([part.absmax for part in parts]), whole.absmax)
+    parts = [encode(name, part, 64) for part in (weight[:cut], weight[cut:])]
+    assert np.array_equal(np.concatenate([part.codes for part in parts]), whole.codes)
+    assert np.array_equal(np.concatenate([part.constants for part in parts]), whole.constants)
 
 
 @settings(deadline=None)
@@ -70,16 +92,17 @@ def test_quantizing_in_pieces_gives_the_bytes_of_the_whole(name, dtype, pieces, 
 )
 def test_moments_give_the_squared_error_for_any_constant(name, dtype, count, block_size, factor, seed):
     weight = (torch.randn(count, generator=torch.Generator().manual_seed(seed)) * 0.02).to(dtype)
-    quantized = FORMATS[name].quantize(weight, block_size, measure=True)
-    plain = FORMATS[name].quantize(weight, block_size)
+    quantized = encode(name, weight, block_size, measure=True)
+    plain = encode(name, weight, block_size)
     assert plain.moments is None
-    assert torch.equal(plain.codes, quantized.codes)
-    assert torch.equal(plain.absmax, quantized.absmax)
-    constants = (quantized.absmax * factor).double()
-    xx, xl, ll = quantized.moments.double().unbind(1)
+    assert np.array_equal(plain.codes, quantized.codes)
+    assert np.array_equal(plain.constants, quantized.constants)
+    constants = torch.from_numpy(quantized.constants * np.float32(factor)).double()
+    xx, xl, ll = torch.from_numpy(quantized.moments).double().unbind(1)
     found = xx - 2 * constants * xl + constants**2 * ll
-    other = Blockwise(quantized.codes, constants.float(), quantized.shape, block_size)
-    lost = (weight.double() - FORMATS[name].dequantize(other, torch.float32).double()) ** 2
+    absmax = constants.float().numpy()
+    back = ALL[name].dequantize(quantized.codes, absmax, count, block_size, np.dtype(np.float32))
+    lost = (weight.double() - torch.from_numpy(back).double()) ** 2
     expected = torch.nn.functional.pad(lost, (0, -count % block_size)).view(-1, block_size).sum(1)
     assert ((found - expected).abs() <= 1e-6 * (xx + constants**2 * ll)).all()
 
@@ -87,12 +110,13 @@ def test_moments_give_the_squared_error_for_any_constant(name, dtype, count, blo
 @pytest.mark.parametrize("name", NAMES)
 def test_a_transposed_weight_is_quantized_in_row_major_order(name):
     weight = torch.randn(96, 65, generator=torch.Generator().manual_seed(0)).bfloat16()
-    found = FORMATS[name].quantize(weight.T, 32)
-    assert torch.equal(found.codes, FORMATS[name].quantize(weight.T.contiguous(), 32).codes)
-    assert found.shape == (65, 96)
+    turned = as_array(weight).T
+    encoding = Encoding(name, 32)
+    found = encoding.codec.encode(turned, encoding)
+    assert np.array_equal(found.codes, encode(name, np.ascontiguousarray(turned), 32).codes)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_block_size_below_one_is_refused(name):
     with pytest.raises(UsageError, match=r"block_size: .*found 0"):
-        FORMATS[name].quantize(torch.zeros(64), 0)
+        Encoding(name, 0)

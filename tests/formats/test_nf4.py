@@ -6,7 +6,9 @@ import torch
 
 from adaptkit.errors import UsageError
 from adaptkit.formats import nf4
+from adaptkit.formats._format import Encoding
 from adaptkit.numerics.absmax import dequantize_absmax, dynamic_map, quantize_absmax
+from adaptkit.numerics.arrays import as_array, as_tensor
 
 
 def test_the_levels_for_constants_match_bitsandbytes():
@@ -21,9 +23,9 @@ def test_bytes_match_bitsandbytes(shape, dtype):
     weight = (torch.randn(shape, generator=torch.Generator().manual_seed(7)) * 0.03).to(dtype)
     weight[0, :5] = 0
     expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
-    found = nf4.FORMAT.quantize(weight, 64)
-    assert torch.equal(found.codes, expected.view(-1))
-    double = quantize_absmax(found.absmax)
+    found = nf4.FORMAT.encode(as_array(weight), Encoding())
+    assert torch.equal(as_tensor(found.codes), expected.view(-1))
+    double = quantize_absmax(as_tensor(found.constants))
     assert torch.equal(double.nested_absmax, state.state2.absmax) or torch.allclose(
         double.nested_absmax, state.state2.absmax, rtol=1e-6
     )
@@ -39,8 +41,9 @@ def test_bytes_match_bitsandbytes(shape, dtype):
 def test_decoded_weights_match_bitsandbytes(dtype):
     weight = torch.randn(96, 256, generator=torch.Generator().manual_seed(3)).to(dtype)
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    found = nf4.FORMAT.dequantize(nf4.FORMAT.quantize(weight, 64), dtype)
-    assert torch.equal(found, bnb.dequantize_4bit(packed, state))
+    piece = nf4.FORMAT.encode(as_array(weight), Encoding())
+    found = nf4.FORMAT.dequantize(piece.codes, piece.constants, weight.numel(), 64, as_array(weight).dtype)
+    assert torch.equal(as_tensor(found).view(weight.shape), bnb.dequantize_4bit(packed, state))
 
 
 def test_constants_round_trip_with_a_small_error():
@@ -52,7 +55,7 @@ def test_constants_round_trip_with_a_small_error():
 @pytest.mark.parametrize("block_size", [0, 16, 48, 8192])
 def test_a_block_size_that_no_reader_supports_is_refused(block_size):
     with pytest.raises(UsageError, match="power of two"):
-        nf4.FORMAT.quantize(torch.zeros(64, 64), block_size)
+        Encoding("nf4", block_size)
 
 
 def test_no_constant_decodes_to_a_negative_number():

@@ -2,12 +2,9 @@
 
 import pytest
 import torch
-from packing import encode
+from packing import decode, encode
 
-from adaptkit import discovery, formats
-from adaptkit.formats import _quantized as quantized
-from adaptkit.formats._blockwise import Blockwise
-from adaptkit.formats._encoding import Encoding
+from adaptkit.formats._format import Encoding, writable
 from adaptkit.numerics.absmax import DoubleQuantized, dequantize_absmax, quantize_absmax
 from adaptkit.numerics.kernels import kernels_for
 from adaptkit.numerics.spec import TensorSpec
@@ -16,7 +13,7 @@ from adaptkit.triton_needs import what_triton_lacks
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-FORMATS = {name: discovery.load(formats, name, "FORMAT") for name in discovery.names(formats)}
+FORMATS = {name: Encoding(name).codec for name in writable()}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
@@ -36,14 +33,14 @@ def test_a_gpu_uses_the_triton_kernels():
 def test_bytes_do_not_depend_on_the_device(name, dtype, scale, count):
     weight = (torch.randn(count, generator=torch.Generator().manual_seed(count)) * scale).to(dtype)
     weight[64:128] = 0
-    expected = FORMATS[name].quantize(weight, 64, measure=True)
+    codes, absmax, moments = FORMATS[name].quantize(weight, 64, measure=True)
     found = FORMATS[name].quantize(weight.cuda(), 64, measure=True)
-    assert torch.equal(found.codes.cpu(), expected.codes)
-    assert torch.equal(found.absmax.cpu(), expected.absmax)
-    torch.testing.assert_close(found.moments.cpu(), expected.moments, rtol=2e-7, atol=0)
+    assert torch.equal(found[0].cpu(), codes)
+    assert torch.equal(found[1].cpu(), absmax)
+    torch.testing.assert_close(found[2].cpu(), moments, rtol=2e-7, atol=0)
     for target in DTYPES:
-        back = FORMATS[name].dequantize(expected, target)
-        again = FORMATS[name].dequantize(Blockwise(found.codes, found.absmax, found.shape, 64), target)
+        back = FORMATS[name].dequantize(codes, absmax, count, 64, target)
+        again = FORMATS[name].dequantize(*found[:2], count, 64, target)
         assert torch.equal(again.cpu().view(INTS[target]), back.view(INTS[target]))
 
 
@@ -65,9 +62,9 @@ def test_a_packed_weight_is_the_same_on_both_devices(name, shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     parts = encode(TensorSpec("x.weight", "BF16", shape), weight, Encoding(name, 64, True))
     parts = {suffix.removeprefix("x.weight"): part for suffix, part in parts.items()}
-    here = quantized.decode("x.weight", parts)
+    here = decode("x.weight", parts)
     moved = {suffix: part if "state" in suffix else part.cuda() for suffix, part in parts.items()}
-    there = quantized.decode("x.weight", moved)
+    there = decode("x.weight", moved)
     for target in DTYPES:
         assert torch.equal(
             there.dequantize(target).cpu().view(INTS[target]), here.dequantize(target).view(INTS[target])

@@ -8,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.errors import NonFiniteError, UsageError
-from adaptkit.formats import nf4
-from adaptkit.formats._blockwise import Blockwise
 from adaptkit.numerics import calibration
 from adaptkit.numerics.absmax import dequantize_absmax, dynamic_map, quantize_absmax
 from adaptkit.numerics.calibration import (
@@ -17,10 +15,12 @@ from adaptkit.numerics.calibration import (
     FLOOR,
     encode_at,
     nest_scales,
+    nf4_error,
     search_scales,
     weighted_nf4,
 )
-from adaptkit.numerics.kernels.codebook import NF4_LEVELS
+from adaptkit.numerics.kernels import reference
+from adaptkit.numerics.kernels.codebook import NF4, NF4_LEVELS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -49,8 +49,7 @@ def problems(draw):
 
 def weighted_error(weight, importance, codes, constants, block_size):
     """Σ_ij (W - Q)_ij² · importance_j in float64, Q being the decoded float32 weight."""
-    quantized = Blockwise(codes, dequantize_absmax(constants), tuple(weight.shape), block_size)
-    lost = weight.float() - nf4.FORMAT.dequantize(quantized, torch.float32)
+    lost = nf4_error(weight, codes, constants, block_size)
     return float(lost.double().square().sum(0) @ importance.double())
 
 
@@ -59,7 +58,7 @@ def weighted_error(weight, importance, codes, constants, block_size):
 def test_the_weighted_error_is_never_larger_than_that_of_plain_nf4(problem, block_size, double_quant):
     weight, importance = problem
     codes, constants = weighted_nf4(weight, importance, block_size, double_quant)
-    plain = nf4.FORMAT.quantize(weight, block_size).absmax
+    _, plain, _ = reference.encode_4bit(weight, block_size, NF4)
     plain = quantize_absmax(plain) if double_quant else plain
     plain_codes = encode_at(weight, dequantize_absmax(plain), block_size)
     floored = importance.double() + FLOOR * importance.double().mean()
@@ -73,15 +72,15 @@ def test_the_weighted_error_is_never_larger_than_that_of_plain_nf4(problem, bloc
 def test_with_a_single_candidate_the_result_is_plain_nf4(problem, block_size):
     weight, _ = problem
     uniform = torch.ones(weight.shape[1])
-    plain = nf4.FORMAT.quantize(weight, block_size)
+    plain_codes, plain, _ = reference.encode_4bit(weight, block_size, NF4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibration, "FACTORS", np.ones(1, np.float32))
         patch.setattr(calibration, "REACH", 0)
         codes, absmax = weighted_nf4(weight, uniform, block_size, double_quant=False)
         nested_codes, constants = weighted_nf4(weight, uniform, block_size, double_quant=True)
-    zero = plain.absmax < 1e-38
-    assert torch.equal(absmax[~zero], plain.absmax[~zero])
-    assert torch.equal(codes, plain.codes)
+    zero = plain < 1e-38
+    assert torch.equal(absmax[~zero], plain[~zero])
+    assert torch.equal(codes, plain_codes)
     expected = quantize_absmax(absmax)
     assert torch.equal(constants.codes, expected.codes)
     assert torch.equal(constants.nested_absmax, expected.nested_absmax)
@@ -162,8 +161,8 @@ def test_bitsandbytes_decodes_negative_scales_by_the_same_formula():
         torch.tensor(constants.offset), nested,
     )  # fmt: skip
     theirs = functional.dequantize_4bit(codes.view(-1, 1), state)
-    ours = nf4.FORMAT.dequantize(Blockwise(codes, dequantize_absmax(constants), (64, 128), 64), torch.float32)
-    assert torch.equal(theirs, ours)
+    ours = nf4_error(torch.zeros(64, 128), codes, constants)
+    assert torch.equal(theirs, -ours)
 
 
 def test_a_negative_scale_is_chosen_for_a_block_of_negated_levels(monkeypatch):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptkit.errors import NonFiniteError
-from adaptkit.formats import int8, nf4
+from adaptkit.formats._format import Encoding
 from adaptkit.numerics.finite import all_finite, check_finite
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
@@ -47,6 +47,6 @@ def test_a_signaling_nan_is_refused_like_any_other(ints, bits, dtype):
     values = np.array([0, bits, 0], ints).view(dtype)
     with pytest.raises(NonFiniteError, match=r"\[1\] is nan"):
         check_finite(values)
-    for form in (nf4.FORMAT, int8.FORMAT):
+    for name in ("nf4", "int8"):
         with pytest.raises(NonFiniteError, match=r"\[1\] is nan"):
-            form.quantize(values)
+            Encoding(name).codec.encode(values, Encoding(name))

@@ -9,13 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.errors import UsageError
-from adaptkit.formats import nf4
-from adaptkit.formats._blockwise import Blockwise
 from adaptkit.numerics import calibration, rounding
 from adaptkit.numerics.absmax import dequantize_absmax
 from adaptkit.numerics.calibration import weighted_nf4
-from adaptkit.numerics.kernels import _cpu_rounding
-from adaptkit.numerics.kernels.codebook import NF4_LEVELS
+from adaptkit.numerics.kernels import _cpu_rounding, reference
+from adaptkit.numerics.kernels.codebook import NF4, NF4_LEVELS
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor, damped
 
 
@@ -28,8 +26,9 @@ def correlated(columns, seed=0):
 
 
 def decode(weight, codes, constants, block_size):
-    quantized = Blockwise(codes, dequantize_absmax(constants), tuple(weight.shape), block_size)
-    return nf4.FORMAT.dequantize(quantized, torch.float32)
+    absmax = dequantize_absmax(constants)
+    flat = reference.decode_4bit(codes, absmax, weight.numel(), block_size, NF4, torch.float32)
+    return flat.view(weight.shape)
 
 
 def output_loss(weight, codes, constants, second_moment, block_size=64):
@@ -103,7 +102,7 @@ def test_uncorrelated_inputs_give_the_codes_of_weighted_nf4(monkeypatch):
 def test_an_odd_number_of_weights_is_padded_like_plain_nf4():
     weight = torch.randn(3, 65, generator=torch.Generator().manual_seed(3))
     codes, _ = compensated_nf4(weight, torch.ones(65), torch.eye(65))
-    assert codes.shape == nf4.FORMAT.quantize(weight).codes.shape
+    assert codes.shape == reference.encode_4bit(weight, 64, NF4)[0].shape
     assert int(codes[-1]) & 15 == 7
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, OutputExistsError, UsageError
-from adaptkit.formats._quantized import quantized_names
+from adaptkit.formats._find import quantized_names
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.verify import verify

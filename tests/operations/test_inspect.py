@@ -14,7 +14,7 @@ from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest, require_manifest
 from adaptkit.errors import AdapterError, CheckpointError, IntegrityError, UsageError
-from adaptkit.formats._encoding import Encoding
+from adaptkit.formats._format import Encoding
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations.check import check
 from adaptkit.operations.inspect import inspect

@@ -17,7 +17,6 @@ from adaptkit.checkpoint.layout import JOURNAL_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, parent_of, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
-from adaptkit.formats._quantized import read_quantized
 from adaptkit.hub._selection import part_of, select
 from adaptkit.operations import _shards
 from adaptkit.operations._merge import quantized as _merge_quantized
@@ -27,6 +26,7 @@ from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import VerifyOptions, verify
+from adaptkit.training.network.packed import read_quantized
 
 NF4 = MergeOptions(format="nf4")
 

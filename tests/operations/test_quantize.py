@@ -19,12 +19,13 @@ from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.errors import CheckpointError, NonFiniteError, OutputExistsError, UsageError
-from adaptkit.formats._quantized import quantized_names, read_quantized
+from adaptkit.formats._find import quantized_names
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.verify import verify
+from adaptkit.training.network.packed import read_quantized
 
 
 def load(folder):

@@ -16,7 +16,7 @@ from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import AdapterError, BaseMismatchError, ConflictError, DataError, OutputExistsError, UsageError
-from adaptkit.formats._quantized import quantized_names, read_quantized
+from adaptkit.formats._find import quantized_names
 from adaptkit.operations._calibrate import budget as budget_module
 from adaptkit.operations._calibrate import calibrated as calibrated_module
 from adaptkit.operations.dequantize import dequantize
@@ -28,6 +28,7 @@ from adaptkit.operations.verify import verify
 from adaptkit.text.windows import read_tokens
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
+from adaptkit.training.network.packed import read_quantized
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from adaptkit.cli.output import WORST, Row, counted, percent, show, size, write_
 from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import byte_progress, count_progress
 from adaptkit.errors import UsageError
+from adaptkit.formats._format import writable
 from adaptkit.torch_compiler import leave_compiler_out
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _OF_CALIBRATION = ("calibration_tokens", "window", "compensate", "init_adapter",
 @click.command()
 @click.argument("source", type=ArtifactPath())
 @output_options
-@click.option("--format", default="nf4", show_default=True, type=click.Choice(["nf4", "fp4", "int8"]))
+@click.option("--format", default="nf4", show_default=True, type=click.Choice(writable()))
 @click.option("--block-size", default=64, show_default=True, help="Weights per constant; a power of two.")
 @click.option("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the constants too.")
 @click.option("--skip", multiple=True, metavar="PATTERN", help="Modules to keep in 16 bits: '*.down_proj'. Repeatable.")

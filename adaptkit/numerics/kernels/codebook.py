@@ -71,6 +71,3 @@ class Codebook:
 
 NF4 = Codebook(NF4_LEVELS)
 FP4 = Codebook(FP4_LEVELS)
-
-BOOKS = {"nf4": NF4, "fp4": FP4}
-"""Maps the name of a format to its codebook."""

@@ -17,9 +17,8 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import write_file
 from adaptkit.errors import UsageError
-from adaptkit.formats import _quantized as quantized
-from adaptkit.formats._encoding import Encoding
-from adaptkit.numerics.calibration import weighted_nf4
+from adaptkit.formats._format import Encoding
+from adaptkit.numerics.calibration import nf4_error, weighted_nf4
 from adaptkit.numerics.sensitivity import Choice as Way
 from adaptkit.numerics.sensitivity import allocate, divergence_cost
 from adaptkit.operations._quantize.plan import Plan, with_encodings
@@ -126,4 +125,4 @@ def _ways(
 
 def _lost(weight: Tensor, importance: Tensor, encoding: Encoding) -> Tensor:
     codes, constants = weighted_nf4(weight, importance, encoding.block_size, encoding.double_quant)
-    return quantized.quantization_error(weight, encoding, codes, constants)
+    return nf4_error(weight, codes, constants, encoding.block_size)

@@ -19,10 +19,11 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter, write_file
 from adaptkit.errors import IntegrityError
-from adaptkit.formats import _quantized as quantized
+from adaptkit.formats import nf4
 from adaptkit.networks.model_lock import model_lock
+from adaptkit.numerics.absmax import as_arrays
 from adaptkit.numerics.arrays import Values, as_array
-from adaptkit.numerics.calibration import weighted_nf4
+from adaptkit.numerics.calibration import nf4_error, weighted_nf4
 from adaptkit.numerics.compensation import companion_adapter
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor
@@ -179,15 +180,15 @@ def _make(
         codes, constants = weighted_nf4(weight, moments.mean_square, *arguments)
     else:
         codes, constants = compensated_nf4(weight, moments.mean_square, factor, *arguments)
-    lost, wide = quantized.quantization_error(weight, encoding, codes, constants), weight.float()
+    lost, wide = nf4_error(weight, codes, constants, encoding.block_size), weight.float()
     importance = moments.mean_square.double()
     note = {
         "fingerprint": fingerprint(raw),
         "error": [float(lost.double().square().sum()), float(wide.double().square().sum())],
         "weighted_error": [_weighted(lost, importance), _weighted(wide, importance)],
     }
-    tensors: dict[str, Values] = {name: codes.view(quantized.code_spec(plan.linear, encoding).shape)}
-    tensors |= quantized.constant_parts(plan.linear, encoding, constants)
+    tensors: dict[str, Values] = {name: codes.view(plan.group().specs[0].shape)}
+    tensors |= nf4.FORMAT.constant_parts(plan.linear, encoding, as_arrays(constants))
     if init_rank is not None:
         # The full E[x xᵀ] measured no better here than its diagonal, and needs another decomposition.
         lora_a, lora_b = companion_adapter(lost, moments.mean_square, min(init_rank, *lost.shape))

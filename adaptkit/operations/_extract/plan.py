@@ -6,11 +6,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from adaptkit.arguments import as_texts, typed_fields
-from adaptkit.checkpoint.foreign import RELEASED, quantization_found
+from adaptkit.checkpoint.foreign import is_released, quantization_found
 from adaptkit.checkpoint.progress import first_few
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
-from adaptkit.formats._quantized import quantized_names
+from adaptkit.formats._find import quantized_names
 from adaptkit.numerics.randomized import Sketching
 from adaptkit.numerics.spec import FLOATS, TensorSpec
 from adaptkit.numerics.spectrum import check_size
@@ -155,7 +155,7 @@ def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> P
     for checkpoint in (tuned, base):
         method = quantization_found(checkpoint)
         if method is not None:
-            can_dequantize = method in RELEASED or quantized_names(checkpoint)
+            can_dequantize = is_released(method) or quantized_names(checkpoint)
             raise CheckpointError(
                 f"{checkpoint.root}: quantized with {method}; the difference would mostly be quantization error",
                 hint="give the 16-bit checkpoint"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.foreign import RELEASED, hint_for_plain, quantization_found
+from adaptkit.checkpoint.foreign import hint_for_plain, is_released, quantization_found
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.layout import CONFIG_NAME
@@ -178,10 +178,10 @@ def _parent_hint(base: Base) -> str:
 
 
 def _was_dequantized(manifest: Manifest | None) -> bool:
-    """Whether a checkpoint was made from a quantized one that had, unlike those of ``RELEASED``, a 16-bit original."""
+    """Whether a checkpoint was made from a quantized one that had, unlike released ones, a 16-bit original."""
     if manifest is None or manifest.operation.get("name") != "dequantize":
         return False
-    return manifest.operation.get("options", {}).get("method") not in RELEASED
+    return not is_released(manifest.operation.get("options", {}).get("method"))
 
 
 def _recorded(manifest: Manifest | None, root: Path) -> dict[str, tuple[str, str]]:
@@ -223,7 +223,7 @@ def _find_parent(quantized: Checkpoint, manifest: Manifest | None) -> tuple[Chec
     root = quantized.root
     method = quantization_found(quantized)
     why = f"{root}: quantized with {method}; merging into so few bits would erase most of the adapter"
-    if manifest is None or method in RELEASED:
+    if manifest is None or is_released(method):
         raise CheckpointError(why, hint=hint_for_plain(str(method), root, "merge into"))
     parent, wanted = _parent_root(manifest), _recorded(manifest, root)
     folders = [path for path in sorted(root.resolve().parent.iterdir()) if path != root.resolve()]

@@ -12,8 +12,8 @@ import numpy as np
 
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.reader import Checkpoint, Located
-from adaptkit.formats import _quantized as quantized
-from adaptkit.formats._encoding import Encoding
+from adaptkit.formats._find import read_weight
+from adaptkit.formats._format import Encoding
 from adaptkit.numerics.arrays import Array, as_array, as_tensor
 from adaptkit.numerics.spec import ITEM_BYTES
 from adaptkit.operations._merge.edits import Edit, Edits
@@ -77,18 +77,14 @@ def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: 
         Q(W) is computed without double quantization, whose error does not depend on Δ.
     """
     fold, flip = view.folds[name], stores_transposed(view.base, name)
-    stored = quantized.read_constants(output, name)
-    absmax = stored.absmax
+    stored = read_weight(output, name)
     height, columns = fold.edit.matrix
-    numerics, block_size = encoding.numerics, encoding.block_size
 
     def measured(rows: Rows) -> list[float]:
         held = read_rows(view.base, name, rows)
         linear = np.ascontiguousarray(held.T) if flip else held
-        now = quantized.read_run(output, name, stored, absmax, rows.start * columns, held.size)
-        sides = (now, numerics.quantize(linear, block_size))
-        after, before = (numerics.dequantize(side, np.dtype(np.float32)).reshape(linear.shape) for side in sides)
-        difference = as_tensor(after - before).double()
+        after = stored.decode(output, rows.start * columns, held.size, np.dtype(np.float32)).reshape(linear.shape)
+        difference = as_tensor(after - encoding.codec.round_trip(linear, encoding)).double()
         delta = fold.exact_change(held, rows)
         return [
             float((difference != 0).sum()),
@@ -97,7 +93,7 @@ def quantized_change(view: MergedView, output: Checkpoint, name: str, encoding: 
             float(((difference.T if flip else difference) * delta).sum()),
         ]
 
-    aligned = not flip and columns % block_size == 0
+    aligned = not flip and columns % encoding.block_size == 0
     total = np.zeros(4)
     for sums in map_in_threads(measured, fold.pieces() if aligned else [Rows(0, height)], threads):
         total += sums

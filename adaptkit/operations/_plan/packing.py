@@ -14,9 +14,8 @@ from typing import Any, Self
 
 import torch
 
-from adaptkit.checkpoint.foreign import stated_quantization
-from adaptkit.formats._encoding import Encoding, state_suffix, stated_encoding
-from adaptkit.formats._quantized import code_spec, part_specs
+from adaptkit.formats._find import stated_encoding
+from adaptkit.formats._format import Encoding, stated_quantization
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.kinds import is_router
 from adaptkit.numerics.spec import TensorSpec
@@ -58,13 +57,12 @@ class Packing:
 
     def nbytes(self, count: int) -> int:
         """Return the bytes of a packed weight of so many elements."""
-        parts = part_specs(_flat(count), self.encoding)
-        others = (".quant_map", state_suffix(self.encoding.format))  # of the files alone
-        return sum(part.nbytes for part in parts if not part.name.endswith(others))
+        parts = self.encoding.codec.specs(_flat(count), self.encoding)
+        return sum(part.nbytes for part in parts if ".quant_" not in part.name)  # state and levels: in files alone
 
     def codes_nbytes(self, count: int) -> int:
         """Return the bytes of its codes alone."""
-        return code_spec(_flat(count), self.encoding).nbytes
+        return self.encoding.codec.specs(_flat(count), self.encoding)[0].nbytes
 
     def codes_of_layers(self, network: Any) -> list[list[int]]:
         """Return the bytes of the codes of every layer's packed weights."""

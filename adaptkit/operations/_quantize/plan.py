@@ -12,7 +12,7 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
-from adaptkit.formats._encoding import Encoding
+from adaptkit.formats._format import Encoding
 from adaptkit.numerics.spec import FLOATS
 from adaptkit.operations._quantize.selection import MOE, Choice, Selection, matches_any, of_type, select
 from adaptkit.operations._quantize.tensor_plan import TensorPlan
@@ -173,7 +173,7 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles) ->
         skip=options.skip,
         include_head=options.include_head,
         moe=options.moe,
-        block_size=options.block_size,
+        encoding=options.encoding,
         roles=roles,
     )
     _check_selection(checkpoint, selection, options)

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
+from adaptkit.formats._format import Encoding
 from adaptkit.numerics.spec import FLOATS, TensorSpec
 from adaptkit.operations._inquiry import find_roles
 from adaptkit.operations._roles import Role, Roles
@@ -68,7 +69,7 @@ def select(
     skip: Sequence[str] = (),
     include_head: bool = False,
     moe: str = "keep",
-    block_size: int = 64,
+    encoding: Encoding | None = None,
     roles: Roles | None = None,
 ) -> Selection:
     """Decide for every tensor of an unquantized checkpoint whether it is quantized.
@@ -79,7 +80,7 @@ def select(
         include_head: quantize the output layer too.
         moe: ``keep`` leaves experts as they are, since bitsandbytes cannot load them; ``quantize`` quantizes them for
             adaptkit's own trainer.
-        block_size: weights sharing one constant; no block may straddle two experts.
+        encoding: how weights are to be quantized; None for the default.
         roles: of the tensors; None to determine them here.
 
     A stack of experts, (experts, rows, columns), is stored like a matrix: the same parts under the name of the
@@ -98,7 +99,7 @@ def select(
     choices = [
         Choice(
             spec=located.spec,
-            kept_because=_kept_because(located.spec, roles.of[name], skip, include_head, moe, block_size),
+            kept_because=_kept_because(located.spec, roles.of[name], skip, include_head, moe, encoding or Encoding()),
             transposed=roles.of[name].kind == "conv1d",
             is_linear=roles.of[name].is_linear,
             paths=roles.of[name].paths,
@@ -134,13 +135,13 @@ def of_type(spec: TensorSpec) -> str:
 
 
 def _kept_because(
-    spec: TensorSpec, role: Role, skip: Sequence[str], include_head: bool, moe: str, block_size: int
+    spec: TensorSpec, role: Role, skip: Sequence[str], include_head: bool, moe: str, encoding: Encoding
 ) -> str:
     reason = _REASONS.get(role.kind, role.kind)
     if role.kind == "head" and include_head:
         reason = ""
     elif role.kind == "expert" and moe == "quantize":
-        reason = _expert_kept_because(spec, block_size)
+        reason = _expert_kept_because(spec, encoding)
     if not reason and spec.dtype not in FLOATS:
         return of_type(spec)
     asked = any(_matches(spec.name.removesuffix(".weight"), role.paths, pattern) for pattern in skip)
@@ -169,13 +170,13 @@ def _without_namesakes(selection: Selection, roles: Roles) -> Selection:
     return selection
 
 
-def _expert_kept_because(spec: TensorSpec, block_size: int) -> str:
+def _expert_kept_because(spec: TensorSpec, encoding: Encoding) -> str:
     if len(spec.shape) == 2 and spec.name.endswith(".weight"):
         return ""
     if len(spec.shape) != 3:
         return "expert: neither a matrix nor a stack of matrices"
-    straddles = spec.shape[1] * spec.shape[2] % block_size != 0
-    return "expert: size is not a multiple of the block size" if straddles else ""
+    refusal = encoding.codec.refusal(spec.shape, encoding)
+    return f"expert: {refusal}" if refusal else ""
 
 
 def _check_head(checkpoint: Checkpoint, roles: Roles) -> None:

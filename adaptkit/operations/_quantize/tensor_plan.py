@@ -14,11 +14,8 @@ from adaptkit.checkpoint.hashing import bytes_of
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
-from adaptkit.formats import _quantized as quantized
-from adaptkit.formats._blockwise import Blockwise
-from adaptkit.formats._encoding import Encoding
+from adaptkit.formats._format import EncodedPiece, Encoding
 from adaptkit.numerics import finite
-from adaptkit.numerics.absmax import dequantize_absmax, squared_errors
 from adaptkit.numerics.arrays import AnyValues, Array, as_array, like
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._shards import Group, Piece, cut_pieces, read_jobs
@@ -30,7 +27,7 @@ class Encoded:
     """A piece of a tensor: its elements in the file, and the quantized ones; None if it is written as it is."""
 
     raw: Array
-    packed: Blockwise | None = None
+    packed: EncodedPiece | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class TensorPlan:
 
     def group(self) -> Group:
         """Return the tensors that it becomes."""
-        specs = [self.spec] if self.encoding is None else quantized.part_specs(self.linear, self.encoding)
+        specs = [self.spec] if self.encoding is None else self.encoding.codec.specs(self.linear, self.encoding)
         return Group(self.spec.name, tuple(specs))
 
     def as_linear(self, raw: AnyValues) -> AnyValues:
@@ -87,23 +84,17 @@ class TensorPlan:
             for result in results:
                 writer.write(self.spec.name, result.raw)
             return {"fingerprint": writer.tensors[-1].xxh3_128}
-        digest, blocks, squares = xxhash.xxh3_128(), 0, 0.0
-        count = -(-self.spec.count // self.encoding.block_size)
-        absmax, moments = np.empty(count, np.float32), np.empty((count, 2), np.float32)
+        digest, codes = xxhash.xxh3_128(), self.group().specs[0].name
+        gathering = self.encoding.codec.gather(self.linear, self.encoding)
         for result in results:
             digest.update(bytes_of(result.raw))
             if result.packed is not None:
-                writer.write(self.spec.name, result.packed.codes)
-                sums = result.packed.moments
-                these = slice(blocks, blocks + len(sums))
-                absmax[these], moments[these] = result.packed.absmax, sums[:, 1:]
-                squares += float(sums[:, 0].sum(dtype=np.float64))
-                blocks += len(sums)
-        constants = quantized.quantize_constants(absmax, self.encoding)
-        for name, part in quantized.constant_parts(self.linear, self.encoding, constants).items():
+                writer.write(codes, result.packed.codes)
+                gathering.add(result.packed)
+        parts, error = gathering.finish()
+        for name, part in parts.items():
             writer.write(name, part)
-        lost = squared_errors(squares, moments, dequantize_absmax(constants))
-        return {"fingerprint": digest.hexdigest(), "error": [lost, squares]}
+        return {"fingerprint": digest.hexdigest(), "error": error}
 
     def _encode(self, encoding: Encoding, checkpoint: Checkpoint, piece: Piece | None) -> Encoded:
         if piece is None:
@@ -113,7 +104,7 @@ class TensorPlan:
             raw = values = checkpoint.read_flat_array(self.spec.name, piece.start, piece.count)
             start = piece.start
         try:
-            return Encoded(raw, encoding.numerics.quantize(values, encoding.block_size, measure=True))
+            return Encoded(raw, encoding.codec.encode(values, encoding, measure=True))
         except NonFiniteError:
             self.check(raw.reshape(-1), start)
             raise

@@ -190,6 +190,6 @@ def _classes(adapter: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _decoded(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    from adaptkit.formats._quantized import quantized_names, read_outline  # imported here: loads numpy
+    from adaptkit.formats._find import quantized_names, read_outline  # imported here: loads numpy
 
     return {name.removesuffix(_SUFFIX): read_outline(checkpoint, name).shape for name in quantized_names(checkpoint)}

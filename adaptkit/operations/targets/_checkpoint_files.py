@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.foreign import quantization_found, stated_quantization
+from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import INDEX_NAME, read_json
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
+from adaptkit.formats._format import stated_quantization
 from adaptkit.networks.architecture import empty_network, named_network, why_unsupported
 from adaptkit.networks.naming import missing_parameters, places, shape_in
 from adaptkit.operations._roles import stores_transposed
@@ -21,14 +22,14 @@ class Packed:
 
     Attributes:
         name: its name in the file.
-        format: nf4, fp4 or int8.
+        is_ours: whether only adaptkit reads its format.
         is_expert: whether it is the matrix of one expert, or a stack of experts.
         shape: shape of the dequantized weight.
         block_size: number of weights that share one constant.
     """
 
     name: str
-    format: str
+    is_ours: bool
     is_expert: bool
     shape: tuple[int, ...]
     block_size: int
@@ -114,12 +115,12 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
 
 
 def _packed(checkpoint: Checkpoint) -> Iterator[Packed]:
-    from adaptkit.formats._quantized import quantized_names, read_outline  # imported here: loads numpy
+    from adaptkit.formats._find import quantized_names, read_outline  # imported here: loads numpy
 
     for name in quantized_names(checkpoint):
         outline = read_outline(checkpoint, name)
         is_expert = len(outline.shape) == 3 or ".experts." in name
-        yield Packed(name, outline.encoding.format, is_expert, tuple(outline.shape), outline.encoding.block_size)
+        yield Packed(name, not outline.form.readers, is_expert, outline.shape, outline.encoding.block_size)
 
 
 def _unfit(checkpoint: Checkpoint, quantization: str | None) -> str:
@@ -127,10 +128,10 @@ def _unfit(checkpoint: Checkpoint, quantization: str | None) -> str:
     is_fp8 = quantization == "fp8" and any(name.endswith("_scale_inv") for name in checkpoint.tensors)
     is_mxfp4 = quantization == "mxfp4" and checkpoint.config.get("model_type") == "gpt_oss"
     if is_fp8 or is_mxfp4:
-        from adaptkit.checkpoint.low_precision import low_precision_weights  # imported here: loads numpy
+        from adaptkit.formats._find import stored_weights  # imported here: loads numpy
 
         try:
-            low_precision_weights(checkpoint)
+            stored_weights(checkpoint, quantization)
         except CheckpointError as error:
             return error.message
     return ""

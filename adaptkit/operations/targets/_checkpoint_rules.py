@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from adaptkit.checkpoint.foreign import stated_quantization
+from adaptkit.formats._format import stated_quantization
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
 from adaptkit.operations.targets._target import Finding, error_about, some
 
@@ -10,7 +10,7 @@ from adaptkit.operations.targets._target import Finding, error_about, some
 def quantization(files: CheckpointFiles, reader: str) -> Iterator[Finding]:
     """Find a method that only adaptkit supports or that is not named, unfit parts, and weights of integers."""
     plain = f"run adaptkit dequantize {files.root} -o OUT, or quantize the original with --format nf4"
-    if files.quantization == "adaptkit" or any(packed.format == "int8" for packed in files.packed):
+    if files.quantization == "adaptkit" or any(packed.is_ours for packed in files.packed):
         yield Finding(
             "error",
             "quant_method is adaptkit in config.json (int8)",

@@ -235,7 +235,7 @@ def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
             "transformers fails: KeyError: 'metadata'",
             'add "metadata": {} to it',
         )
-    four_bit = [packed for packed in files.packed if packed.format != "int8" and not packed.is_stack]
+    four_bit = [packed for packed in files.packed if not packed.is_ours and not packed.is_stack]
     uneven = [packed.name for packed in four_bit if packed.shape[-1] % packed.block_size]
     if uneven:
         yield Finding(

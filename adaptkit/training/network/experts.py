@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._quantized import read_quantized
 from adaptkit.networks.assembly import Assembly
 from adaptkit.networks.kinds import multiplies_groups
 from adaptkit.training.network.frozen import FrozenWeight, PackedWeight, PlainWeight
+from adaptkit.training.network.packed import read_quantized
 from adaptkit.training.network.packed_rows import decoded
 from adaptkit.training.network.routed import RoutedStack
 from adaptkit.training.network.stack_lora import StackLora, StackWithLora

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.formats._quantized import QuantizedWeight
 from adaptkit.networks.probing import with_attribute
 from adaptkit.numerics.absmax import DoubleQuantized
 from adaptkit.training.fast.cpu_joined import PackedRows
+from adaptkit.training.network.packed import QuantizedWeight
 from adaptkit.training.network.packed_rows import decoded_rows, in_dtype, packed_rows
 
 
@@ -34,7 +34,7 @@ class PackedWeight(nn.Module):
 
     def __init__(self, weight: QuantizedWeight, release_pages: Callable[[Tensor], None] | None = None) -> None:
         super().__init__()
-        self.shape, self._encoding, self._dtype = weight.shape, weight.encoding, weight.dtype
+        self.shape, self._encoding, self._book, self._dtype = weight.shape, weight.encoding, weight.book, weight.dtype
         self._release, self.is_transient = release_pages, False
         self._offset: float | None = None
         self._rows: tuple[PackedRows | None, int] = None, 0
@@ -75,7 +75,7 @@ class PackedWeight(nn.Module):
         constants: DoubleQuantized | Tensor = absmax
         if self._offset is not None:
             constants = DoubleQuantized(absmax, self.nested_absmax, self._offset)
-        return QuantizedWeight(self._encoding, codes, constants, self.shape, self._dtype, self.levels)
+        return QuantizedWeight(self._encoding, self._book, codes, constants, self.shape, self._dtype, self.levels)
 
     def dequantize(self, dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
         """Return the weight in its shape, in ``dtype``; ``empty`` may allocate it, see ``packed_rows.decoded``."""

@@ -17,16 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.formats._quantized import QuantizedWeight
 from adaptkit.networks.recompute import source_of
 from adaptkit.numerics.absmax import GROUP, DoubleQuantized
 from adaptkit.numerics.kernels import kernels_for
-from adaptkit.numerics.kernels.codebook import BOOKS
 from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.groups import groups, join
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.narrow import narrowed, narrowed_below
+from adaptkit.training.network.packed import QuantizedWeight
 
 
 def join_on_gpu(network: Any) -> list[list[nn.Parameter]]:
@@ -60,7 +59,7 @@ def _can_join(layer: LoraLinear) -> bool:
     if layer.lora_a is None or layer.magnitude is not None or not isinstance(base, PackedWeight) or base.is_divided:
         return False
     weight = base.quantized()
-    return weight.encoding.numerics.levels is not None and weight.count % weight.block_size == 0
+    return weight.book is not None and weight.count % weight.block_size == 0
 
 
 def _are_alike(bases: Sequence[PackedWeight]) -> bool:
@@ -97,7 +96,7 @@ class JoinedWeight:
             self._places = torch.tensor(places, dtype=torch.int64, device=codes.device)
             constants = DoubleQuantized(constants, _joined(bases, "nested_absmax"), float("nan"))  # each has its offset
         shape = sum(self.rows), first.shape[1]
-        self._weight = QuantizedWeight(first.encoding, codes, constants, shape, first.dtype, first.levels)
+        self._weight = QuantizedWeight(first.encoding, first.book, codes, constants, shape, first.dtype, first.levels)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return all rows, (sum of out, in), bit for bit as each weight is dequantized by itself."""
@@ -106,14 +105,13 @@ class JoinedWeight:
             found: Tensor = weight.dequantize(dtype)
             return found
         known = constants.codes, constants.nested_absmax, self._offsets, self._places, weight.levels
-        book = BOOKS[weight.encoding.format]
         kernels: Any = kernels_for(weight.codes)
         flat: Tensor
         if hasattr(kernels, "decode_parts_4bit"):
-            flat = kernels.decode_parts_4bit(weight.codes, known, weight.count, weight.block_size, book, dtype)
+            flat = kernels.decode_parts_4bit(weight.codes, known, weight.count, weight.block_size, weight.book, dtype)
         else:
             absmax = torch.cat(self._decoded_constants(constants, weight.levels))
-            flat = kernels.decode_4bit(weight.codes, absmax, weight.count, weight.block_size, book, dtype)
+            flat = kernels.decode_4bit(weight.codes, absmax, weight.count, weight.block_size, weight.book, dtype)
         return flat.view(weight.shape)
 
     def _decoded_constants(self, constants: DoubleQuantized, levels: Tensor) -> list[Tensor]:

@@ -13,7 +13,7 @@ from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, read_ma
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import is_embedding_name, is_head
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.formats._quantized import part_names, quantized_names
+from adaptkit.formats._find import part_names, quantized_names
 from adaptkit.numerics.spec import FLOATS
 from adaptkit.training.network.adapt import check_shape
 

@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptkit.formats._quantized import QuantizedWeight
 from adaptkit.numerics.absmax import DoubleQuantized
 from adaptkit.numerics.kernels._cpu_decode import level_pairs
 from adaptkit.training.fast.cpu_joined import PackedRows, can_decode_rows, widen
+from adaptkit.training.network.packed import QuantizedWeight
 
 
 def packed_rows(weight: QuantizedWeight) -> PackedRows | None:
@@ -18,8 +18,8 @@ def packed_rows(weight: QuantizedWeight) -> PackedRows | None:
 
     That is a weight that is not on a CPU, is in 8 bits, or whose rows are not whole blocks (see ``can_decode_rows``).
     """
-    levels = weight.encoding.numerics.levels
-    if weight.codes.device.type != "cpu" or levels is None or not can_decode_rows(weight.shape[-1], weight.block_size):
+    book = weight.book
+    if weight.codes.device.type != "cpu" or book is None or not can_decode_rows(weight.shape[-1], weight.block_size):
         return None
     nested, offset, constants = torch.empty(0), 0.0, weight.constants
     if isinstance(constants, DoubleQuantized):
@@ -32,7 +32,7 @@ def packed_rows(weight: QuantizedWeight) -> PackedRows | None:
         nested_levels=_as_numpy(weight.levels),
         width=weight.shape[-1],
         block_size=weight.block_size,
-        levels=level_pairs(tuple(levels)),
+        levels=level_pairs(book.levels),
     )
 
 
@@ -43,8 +43,7 @@ def decoded(weight: QuantizedWeight, dtype: torch.dtype, empty: Callable[..., Te
     """
     rows = packed_rows(weight)
     if rows is None:
-        found: Tensor = weight.dequantize(dtype)
-        return found
+        return weight.dequantize(dtype)
     return decoded_rows(rows, weight.shape, dtype, empty)
 
 

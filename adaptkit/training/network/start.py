@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.foreign import RELEASED, quantization_found
+from adaptkit.checkpoint.foreign import is_released, quantization_found
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.formats._quantized import quantized_names
+from adaptkit.formats._find import quantized_names
 from adaptkit.networks.addressing import find_addresses, unsupported_steps
 from adaptkit.networks.architecture import path_of
 from adaptkit.networks.kinds import (
@@ -54,7 +54,7 @@ def resolve_method(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
         raise UsageError(
             f"{root}: is quantized with {found}, which cannot be trained",
             hint=f"run: adaptkit quantize {shlex.quote(str(root))} -o NF4; then train on NF4"
-            if found in RELEASED
+            if is_released(found)
             else "use the 16-bit checkpoint, or quantize that: adaptkit quantize ORIGINAL -o NF4",
         )
     if ours and config.method == "full":

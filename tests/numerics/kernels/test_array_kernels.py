@@ -36,13 +36,14 @@ def same(array, tensor):
 def test_arrays_and_tensors_quantize_and_dequantize_to_the_same_bits(form, shape, dtype):
     weight = torch.randn(shape, generator=seeded(1)).to(dtype)
     packed, again = (form.quantize(w, 64, measure=True) for w in (as_array(weight), weight))
-    same(packed.codes, again.codes)
-    same(packed.absmax, again.absmax)
-    same(packed.moments, again.moments)
-    same(form.dequantize(packed, as_array(weight).dtype), form.dequantize(again, dtype))
-    whole = float(packed.moments[:, 0].sum(dtype=np.float64))
-    lost = squared_errors(whole, np.ascontiguousarray(packed.moments[:, 1:]), packed.absmax)
-    exactly = (weight.double() - form.dequantize(again, torch.float32).double()).square().sum()
+    for ours, theirs in zip(packed, again, strict=True):
+        same(ours, theirs)
+    sizes = weight.numel(), 64
+    same(form.dequantize(*packed[:2], *sizes, as_array(weight).dtype), form.dequantize(*again[:2], *sizes, dtype))
+    whole = float(packed[2][:, 0].sum(dtype=np.float64))
+    lost = squared_errors(whole, np.ascontiguousarray(packed[2][:, 1:]), packed[1])
+    decoded = form.dequantize(*again[:2], *sizes, torch.float32).view(shape)
+    exactly = (weight.double() - decoded.double()).square().sum()
     assert lost == pytest.approx(float(exactly), rel=1e-4, abs=1e-5 * whole)
     assert whole == pytest.approx(float(weight.double().square().sum()), rel=1e-6)
 
@@ -104,10 +105,11 @@ import sys
 import numpy as np, ml_dtypes
 from adaptkit.numerics import exact
 from adaptkit.formats import nf4
+from adaptkit.formats._format import Encoding
 from adaptkit.numerics.lora import LowRank, transposed
 
 weight = np.full((64, 64), 0.5, ml_dtypes.bfloat16)
-nf4.FORMAT.dequantize(nf4.FORMAT.quantize(weight, 64, measure=True), weight.dtype)
+nf4.FORMAT.round_trip(weight, Encoding())
 term = transposed(LowRank(np.ones((2, 64), np.float32), np.ones((64, 2), np.float32), 0.1)).weighted(2.0)
 prepared = exact.prepare([term])
 merged = exact.merge_rows(weight, prepared, 0, True)

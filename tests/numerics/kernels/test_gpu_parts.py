@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from adaptkit.numerics.absmax import dynamic_map
 from adaptkit.numerics.kernels import reference
-from adaptkit.numerics.kernels.codebook import BOOKS
+from adaptkit.numerics.kernels.codebook import FP4, NF4
+
+BOOKS = {"nf4": NF4, "fp4": FP4}
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LEVELS = dynamic_map()

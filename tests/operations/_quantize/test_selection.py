@@ -21,6 +21,7 @@ from adaptkit.checkpoint.header import write_header
 from adaptkit.checkpoint.layout import index_bytes
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
+from adaptkit.formats._format import Encoding
 from adaptkit.numerics.dtypes import dtype_name
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._quantize.selection import matches_any, select, skip_modules
@@ -219,14 +220,18 @@ def test_experts_are_selected_on_request(families, family):
     assert len(experts) == (24 if family == "mixtral" else 4)
 
 
-def test_a_stack_of_experts_stays_if_a_block_would_straddle_two_experts(families):
-    sizes = {"gate_up_proj": 128 * 64, "down_proj": 64 * 64}
-    checkpoint = Checkpoint(families / "qwen3_moe-fused")
-    for block_size in (4096, 8192):
-        for choice in select(checkpoint, moe="quantize", block_size=block_size).choices:
+def test_a_stack_of_experts_stays_if_a_block_would_straddle_two_experts(tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny.FAMILIES, "qwen3_moe", tiny.FAMILIES["qwen3_moe"] | {"moe_intermediate_size": 48})
+    checkpoint = Checkpoint(tiny.write_family(tmp_path / "moe", "qwen3_moe", fused_experts=True))
+    sizes, fitting = {"gate_up_proj": 96 * 64, "down_proj": 48 * 64}, set()
+    for block_size in (1024, 2048, 4096):
+        for choice in select(checkpoint, moe="quantize", encoding=Encoding(block_size=block_size)).choices:
             if ".experts." in choice.spec.name:
-                fits = sizes[choice.module.rpartition(".")[2]] % block_size == 0
+                matrix = choice.module.rpartition(".")[2]
+                fits = sizes[matrix] % block_size == 0
                 assert choice.kept_because == ("" if fits else "expert: size is not a multiple of the block size")
+                fitting |= {(matrix, block_size)} if fits else set()
+    assert fitting == {("gate_up_proj", 1024), ("gate_up_proj", 2048), ("down_proj", 1024)}
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from adaptkit.checkpoint import pages
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._quantized import quantized_names, read_quantized
+from adaptkit.formats._find import quantized_names
 from adaptkit.networks.activations import kind_of
 from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.assembly import Assembly
@@ -31,6 +31,7 @@ from adaptkit.training.network.experts import ExpertList, PackedModule, read_wei
 from adaptkit.training.network.frozen import PackedWeight, PlainWeight
 from adaptkit.training.network.model import _decoded_bytes, load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter, new_stack_adapters
+from adaptkit.training.network.packed import read_quantized
 from adaptkit.training.network.sharding import _make_shardable
 
 CPU = torch.device("cpu")

@@ -7,12 +7,11 @@ from types import MethodType
 import pytest
 import torch
 from adapted import load_adapted, logits_and_gradients, packed_in
-from packing import encode
+from packing import decode, encode
 from torch import nn
 from torch.nn import functional
 
-from adaptkit.formats import _quantized as quantized
-from adaptkit.formats._encoding import Encoding
+from adaptkit.formats._format import Encoding
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.training.config import TrainConfig
@@ -141,7 +140,7 @@ def layer_of(format_name, shape=(24, 128), block_size=32, double_quant=True, ran
     if format_name != "plain":
         spec = TensorSpec("x.weight", "F32", shape)
         parts = encode(spec, weight, Encoding(format_name, block_size, double_quant))
-        base = PackedWeight(quantized.decode("x.weight", {n.removeprefix("x.weight"): p for n, p in parts.items()}))
+        base = PackedWeight(decode("x.weight", {n.removeprefix("x.weight"): p for n, p in parts.items()}))
     layer = LoraLinear(base, None)
     a, b = torch.randn(rank, shape[1], generator=generator), torch.randn(shape[0], rank, generator=generator)
     layer.attach(LowRank.of_tensors(a, b, 0.7))

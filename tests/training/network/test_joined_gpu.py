@@ -11,13 +11,12 @@ import tiny
 import torch
 from adapted import IDS, load_adapted, logits_and_gradients
 from interrupted import stop_after
-from packing import encode
+from packing import decode, encode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.formats import _quantized as quantized
-from adaptkit.formats._encoding import Encoding
+from adaptkit.formats._format import Encoding
 from adaptkit.numerics.absmax import DoubleQuantized
 from adaptkit.numerics.kernels import reference
 from adaptkit.numerics.spec import TensorSpec
@@ -49,7 +48,7 @@ def base_of(format_name, rows, seed, block_size=64, double_quant=True, width=64)
     weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * (seed + 1)
     encoding = Encoding(format_name, block_size, double_quant)
     parts = encode(TensorSpec("x.weight", "F32", tuple(weight.shape)), weight, encoding)
-    return PackedWeight(quantized.decode("x.weight", {n.removeprefix("x.weight"): p for n, p in parts.items()}))
+    return PackedWeight(decode("x.weight", {n.removeprefix("x.weight"): p for n, p in parts.items()}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

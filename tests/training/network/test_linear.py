@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from packing import encode
+from packing import decode, encode
 from torch.nn import functional
 
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.formats import _quantized as quantized
-from adaptkit.formats._encoding import Encoding
+from adaptkit.formats._format import Encoding
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.training.network.frozen import PackedWeight, PlainWeight
@@ -19,7 +18,7 @@ def nf4_layer(double_quant=True, out_features=96, in_features=128, rank=4, seed=
     weight = torch.randn(out_features, in_features, generator=generator).to(torch.bfloat16)
     spec = TensorSpec("x.weight", "BF16", tuple(weight.shape))
     parts = encode(spec, weight, Encoding("nf4", 64, double_quant))
-    packed = quantized.decode("x.weight", {name.removeprefix("x.weight"): part for name, part in parts.items()})
+    packed = decode("x.weight", {name.removeprefix("x.weight"): part for name, part in parts.items()})
     layer = LoraLinear(PackedWeight(packed), torch.randn(out_features, generator=generator))
     a = torch.randn(rank, in_features, generator=generator)
     b = torch.randn(out_features, rank, generator=generator)

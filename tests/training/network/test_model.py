@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaPreTrainedModel
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
-from adaptkit.formats._quantized import quantized_names, read_quantized
+from adaptkit.formats._find import quantized_names
 from adaptkit.networks.activations import Checkpointing
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations.dequantize import dequantize
@@ -26,6 +26,7 @@ from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.loading import attach_adapter
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
+from adaptkit.training.network.packed import read_quantized
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 9, 33, 71, 100, 7, 12, 64]])

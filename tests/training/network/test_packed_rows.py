@@ -5,11 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from packing import encode
+from packing import decode, encode
 from torch import nn
 
-from adaptkit.formats import _quantized as quantized
-from adaptkit.formats._encoding import Encoding
+from adaptkit.formats._format import Encoding
 from adaptkit.networks.activations import Alive
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.training.network.frozen import PackedWeight
@@ -27,7 +26,7 @@ def threads(request):
 def packed(shape, encoding):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     parts = encode(TensorSpec("x.weight", "BF16", shape), weight, encoding)
-    return quantized.decode("x.weight", {name.removeprefix("x.weight"): part for name, part in parts.items()})
+    return decode("x.weight", {name.removeprefix("x.weight"): part for name, part in parts.items()})
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

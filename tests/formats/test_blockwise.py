@@ -7,15 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packing import encode
+from packing import decode, encode
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._encoding import Encoding, quantization_config, state_suffix
-from adaptkit.formats._quantized import decode, part_specs
+from adaptkit.formats import nf4
+from adaptkit.formats._format import Encoding
 from adaptkit.numerics.dtypes import DTYPES, dtype_name
 from adaptkit.numerics.spec import TensorSpec
 
-STATE_SUFFIX = state_suffix("nf4")
+STATE_SUFFIX = nf4.FORMAT.state_suffix
 
 
 def weight_of(shape, dtype=torch.bfloat16, seed=0):
@@ -105,7 +105,7 @@ def test_we_read_what_bitsandbytes_writes():
 def test_part_specs_predict_the_encoded_parts_and_all_parts_are_aligned(shape, dtype, block_size, double_quant, size):
     spec, values = weight_of(shape, dtype)
     values = (values.double() * size).clamp(-6e4, 6e4).to(dtype)
-    planned = part_specs(spec, Encoding("nf4", block_size, double_quant))
+    planned = nf4.FORMAT.specs(spec, Encoding("nf4", block_size, double_quant))
     made = encode(spec, values, Encoding("nf4", block_size, double_quant))
     assert list(made) == [part.name for part in planned]
     position = 0
@@ -208,7 +208,7 @@ def test_the_configuration_is_the_one_that_transformers_would_write():
         bnb_4bit_use_double_quant=True,
         llm_int8_skip_modules=["lm_head"],
     ).to_dict()
-    ours = quantization_config(["lm_head"], Encoding())
+    ours = nf4.FORMAT.config_block(["lm_head"], Encoding())
     assert {key: theirs.get(key) for key in ours} == ours
 
 

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from adaptkit.checkpoint.low_precision import low_precision_weights
+from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.released import open_plain
+from adaptkit.formats._find import stored_weights
 from adaptkit.numerics.arrays import BFLOAT16
 
 
@@ -36,7 +37,7 @@ def write_alone(folder, tensors, model_type="llama", block=None):
 )
 def test_a_run_is_a_part_of_the_whole(write, tmp_path):
     files = Checkpoint(write(tmp_path / "release"))
-    weights = low_precision_weights(files)
+    weights = stored_weights(files, quantization_found(files))
 
     @settings(max_examples=40)
     @given(st.sampled_from(weights), st.data())
@@ -65,7 +66,7 @@ def test_rows_of_fp8_are_codes_times_scales_for_any_block(tmp_path_factory, shap
     codes, scales = released.finite_codes(shape), torch.rand(grid) * 1e-3 - 5e-4
     tensors = {"x.weight": codes, "x.weight_scale_inv": scales}
     files = Checkpoint(write_alone(tmp_path_factory.mktemp("fp8"), tensors, block=list(block)))
-    (weight,) = low_precision_weights(files)
+    (weight,) = stored_weights(files, quantization_found(files))
     wide = scales.repeat_interleave(block[0], 1).repeat_interleave(block[1], 2)[:, :rows, :columns]
     expected = (codes.float() * wide).bfloat16().reshape(-1, columns)
     first = data.draw(st.integers(0, stack * rows - 1))

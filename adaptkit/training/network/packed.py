@@ -1,0 +1,112 @@
+"""A quantized weight of the base as tensors, packed as in the file; formats know the parts, and kernels decode them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.formats._find import read_weight
+from adaptkit.formats._format import Encoding
+from adaptkit.numerics.absmax import GROUP, DoubleQuantized, dequantize_absmax, dynamic_map
+from adaptkit.numerics.dtypes import DTYPES
+from adaptkit.numerics.kernels import kernels_for
+from adaptkit.numerics.kernels.codebook import Codebook
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """One weight in a block-wise format.
+
+    Attributes:
+        encoding: how it is quantized.
+        book: levels of its 4-bit codes; None if the codes are integers.
+        codes: (ceil(n / 2),) uint8, or (n,) int8.
+        constants: absmax constants, doubly quantized or as (M,) float32.
+        shape: of the weight: (out, in), or (experts, out, in).
+        dtype: type that readers decode to.
+        levels: (256,) float32, the values of the codes of doubly quantized constants.
+    """
+
+    encoding: Encoding
+    book: Codebook | None
+    codes: Tensor
+    constants: Any
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    levels: Tensor
+
+    @property
+    def block_size(self) -> int:
+        """Number of weights that share one constant."""
+        return self.encoding.block_size
+
+    @property
+    def count(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def absmax(self) -> Tensor:
+        """The constants in float32, (M,)."""
+        found: Tensor = dequantize_absmax(self.constants, self.levels)
+        return found
+
+    def matrix(self, index: int) -> QuantizedWeight:
+        """Return one matrix of a stack, (out, in).
+
+        It shares the stack's memory, but its constants are decoded if their first group begins in another matrix.
+        """
+        count = math.prod(self.shape[1:])
+        blocks, code_bytes = count // self.block_size, len(self.codes) * count // self.count
+        first, last = index * blocks, (index + 1) * blocks
+        constants = self.constants
+        if isinstance(constants, DoubleQuantized):
+            before, groups = first % GROUP, slice(first // GROUP, -(-last // GROUP))
+            codes = constants.codes[first - before : last]
+            constants = DoubleQuantized(codes, constants.nested_absmax[groups], constants.offset)
+            if before:
+                constants = dequantize_absmax(constants, self.levels)[before:]
+        else:
+            constants = constants[first:last]
+        codes = self.codes[index * code_bytes : (index + 1) * code_bytes]
+        return QuantizedWeight(self.encoding, self.book, codes, constants, self.shape[1:], self.dtype, self.levels)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the weight in its shape, rounded once to ``dtype``; None for the type that the file names."""
+        dtype, kernels, flat = dtype or self.dtype, kernels_for(self.codes), torch.empty(0)
+        nested, decode = self.constants, getattr(kernels, "decode_nested_4bit", None)  # GPU only: saves a launch
+        if self.book is None:
+            flat = kernels.decode_8bit(self.codes, self.absmax, self.count, self.block_size, dtype)
+        elif decode is not None and isinstance(nested, DoubleQuantized):
+            constants = nested.codes, nested.nested_absmax, nested.offset, self.levels
+            flat = decode(self.codes, constants, self.count, self.block_size, self.book, dtype)
+        else:
+            flat = kernels.decode_4bit(self.codes, self.absmax, self.count, self.block_size, self.book, dtype)
+        return flat.view(self.shape)
+
+
+def read_quantized(files: Checkpoint, name: str) -> QuantizedWeight:
+    """Read one block-wise weight.
+
+    Raises:
+        CheckpointError: parts are missing or inconsistent.
+    """
+    weight = read_weight(files, name)
+    codes, constants = files.read(name).reshape(-1), files.read(f"{name}.absmax").reshape(-1)
+    levels = f"{name}.nested_quant_map"
+    return QuantizedWeight(
+        encoding=weight.encoding,
+        book=weight.form.book,
+        codes=codes.view(torch.uint8) if weight.form.book else codes,  # bitsandbytes may declare them as floats
+        constants=DoubleQuantized(constants, files.read(f"{name}.nested_absmax"), weight.offset)
+        if weight.encoding.double_quant
+        else constants,
+        shape=weight.shape,
+        dtype=DTYPES[weight.dtype],
+        levels=files.read(levels) if levels in weight.parts else dynamic_map(),
+    )
