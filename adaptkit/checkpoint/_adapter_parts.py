@@ -21,12 +21,12 @@ from adaptkit.checkpoint.adapter_config import (
     unused_saved,
 )
 from adaptkit.checkpoint.manifest import TensorRecord
-from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.vocabulary import is_embedding_name, is_head
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.arrays import Array, as_tensor
 from adaptkit.numerics.lora import LowRank, transposed
+from adaptkit.wording import counted
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,8 +19,8 @@ from typing import Any
 from adaptkit.arguments import AnyPath, folder_hint, path_hint
 from adaptkit.checkpoint.header import check_regular, strict_json
 from adaptkit.checkpoint.other_weights import VALUE_HEADS, WEIGHTS_BESIDE, refuse_other_weights
-from adaptkit.checkpoint.progress import first_few
 from adaptkit.errors import CheckpointError, UnsafeInputError, UsageError
+from adaptkit.wording import first_few
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"

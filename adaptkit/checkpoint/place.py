@@ -9,8 +9,8 @@ from pathlib import Path
 from adaptkit.checkpoint._clearing import is_replaced_output
 from adaptkit.checkpoint.integrity import present_names
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
-from adaptkit.checkpoint.progress import first_few
 from adaptkit.errors import DISK_HINTS, AdaptkitError, ConflictError, IntegrityError, OutputExistsError, UsageError
+from adaptkit.wording import first_few
 
 _PARTIAL, _REPLACED = ".partial", ".replaced"
 _LONGEST_NAME = 255  # bytes, on every usual file system

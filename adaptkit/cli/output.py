@@ -11,11 +11,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TextIO
 
-from adaptkit.checkpoint.progress import counted as counted
-from adaptkit.checkpoint.progress import size as size
 from adaptkit.cli.repositories import as_repositories
 from adaptkit.errors import DISK_HINTS, UsageError
 from adaptkit.hub.secrets import redact
+from adaptkit.wording import counted as counted
+from adaptkit.wording import size as size
 
 Row = tuple[str, str]
 WORST = 3

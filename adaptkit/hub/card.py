@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 
 from adaptkit.checkpoint.manifest import Manifest
-from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.vocabulary import is_usual_embedding, is_usual_head
 from adaptkit.hub._remote import REPO_ID
+from adaptkit.wording import counted
 
 _TITLES = {"adapter": "LoRA adapter", "merged": "Merged model", "quantized": "Quantized model"}
 _LICENCE_KEYS = ("license", "license_name", "license_link")

@@ -26,9 +26,9 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import ConfigError, UsageError
 from adaptkit.networks.layer_call import LayerCall
+from adaptkit.wording import counted
 
 AUTO = "auto"
 POLICIES = f"{AUTO}, none, layer, sqrt, segments:K or budget:MIB"

@@ -19,11 +19,11 @@ from typing import Any, Self
 
 from adaptkit.arguments import folder_hint
 from adaptkit.checkpoint.layout import CONFIG_NAME, class_names, read_config, text_config
-from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError, install_hint
 from adaptkit.lazy import torch
 from adaptkit.torch_compiler import without_compiler
+from adaptkit.wording import counted
 
 _LAYERS = re.compile(r"layers$|n_layer$|depths?$|num_blocks$|attention_types$")
 _MANY = re.compile(r"experts$|^num_labels$")

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint.layout import class_names
-from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import is_in_layers, is_usual_head
 from adaptkit.lazy import torch
@@ -29,6 +28,7 @@ from adaptkit.networks.linears import is_linear
 from adaptkit.networks.naming import TensorPlace, missing_parameters, places, shape_in
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._vocabulary import find_vocabulary
+from adaptkit.wording import counted
 
 if TYPE_CHECKING:
     from torch import nn

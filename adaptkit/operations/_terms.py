@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity
 from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.progress import counted, first_few
 from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
+from adaptkit.wording import counted, first_few
 
 
 def expected_fingerprints(

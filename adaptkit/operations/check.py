@@ -8,7 +8,6 @@ from adaptkit.arguments import AnyPath, as_path, as_path_or_none, as_texts
 from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, has_checkpoint, is_adapter, require_folder
 from adaptkit.checkpoint.mlx import mlx_hint
 from adaptkit.checkpoint.other_weights import pickled_weights, weights_beside
-from adaptkit.checkpoint.progress import counted, first_few
 from adaptkit.discovery import load, names
 from adaptkit.errors import UsageError
 from adaptkit.operations import targets as registry
@@ -16,6 +15,7 @@ from adaptkit.operations.targets._adapter_files import AdapterFiles, read_adapte
 from adaptkit.operations.targets._base_shapes import BaseShapes, read_base_shapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles, read_checkpoint_files
 from adaptkit.operations.targets._target import Finding, Target
+from adaptkit.wording import counted, first_few
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import GENERATION_NAME, name_of, read_small
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.place import check_output
-from adaptkit.checkpoint.progress import Progress, counted, no_progress
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.errors import UsageError
@@ -24,6 +24,7 @@ from adaptkit.operations._extract.saved import Saved, placeholder_part, running_
 from adaptkit.operations._extract.tensors import Finding, examine
 from adaptkit.operations._threads import map_in_threads, thread_count
 from adaptkit.text.tokenizer_files import is_of_tokenizer
+from adaptkit.wording import counted
 
 __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]
 

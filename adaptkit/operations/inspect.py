@@ -16,7 +16,7 @@ from adaptkit.checkpoint.integrity import size_problem
 from adaptkit.checkpoint.layout import has_checkpoint, is_adapter, require_folder
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, read_manifest, require_manifest
 from adaptkit.checkpoint.other_weights import pickled_weights
-from adaptkit.checkpoint.progress import Progress, counted, first_few, no_progress
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._find import quantized_names, read_outline, stored_weights
@@ -24,6 +24,7 @@ from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk
 from adaptkit.operations._roles import expert_count
 from adaptkit.operations._threads import thread_count
+from adaptkit.wording import counted, first_few
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from adaptkit.arguments import AnyPath, as_path, as_texts, checked_options, typed_fields
-from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.formats._format import Encoding
 from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
@@ -38,6 +37,7 @@ from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.operations._plan.network import Shape, expert_stacks, linear_shapes, measured_layers
 from adaptkit.operations._plan.packing import Packing
 from adaptkit.operations._quantize.selection import MOE
+from adaptkit.wording import counted
 
 METHODS = ("full", "lora", "qlora")
 DEVICES = ("auto", "cpu", "cuda")

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, require_folder, text_config
-from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
+from adaptkit.wording import counted
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 """Configuration keys for the maximum sequence length."""

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.arguments import path_hint
-from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError, UsageError, install_hint
 from adaptkit.text.values import parse, repeated
+from adaptkit.wording import counted
 
 Row = Mapping[str, Any]
 Located = tuple[str, Row]

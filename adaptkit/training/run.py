@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError
 from adaptkit.training.config import LOWER_THE_RATE
@@ -35,6 +34,7 @@ from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, sa
 from adaptkit.training.schedule import learning_rate
 from adaptkit.training.trackers import Tracker
 from adaptkit.training.uninterrupted import uninterrupted
+from adaptkit.wording import counted
 
 _SKIPPED_IN_A_ROW = 5
 """Fail at so many skips in a row: data cannot explain them; the parameters are NaN, or soon will be."""

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tiny
 
-from adaptkit.checkpoint.progress import counted
+from adaptkit.wording import counted
 
 ONE = re.compile(r"(?<![\d.,/])1 [a-z]|, 1 in all|\b1 differs?\b")
 MANY = re.compile(

@@ -18,8 +18,8 @@ from folders import tree
 from forked import run_helper
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.progress import size
 from adaptkit.operations.quantize import quantize
+from adaptkit.wording import size
 
 OPTIONS = [
     "--rank", "4", "--steps", "8", "--batch-size", "5", "--micro-batch-size", "2", "--learning-rate", "0.002",

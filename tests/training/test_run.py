@@ -21,7 +21,6 @@ from safetensors.torch import load_file
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.hashing import file_sha256, fingerprint, fingerprint_in_pieces
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
-from adaptkit.checkpoint.progress import size
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations.quantize import quantize
@@ -41,6 +40,7 @@ from adaptkit.training.loop import train
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.preparation import batches_of, build
 from adaptkit.training.resume import require_room
+from adaptkit.wording import size
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,6 @@ from adaptkit.checkpoint.adapter import Adapter, TokenRows, read_adapter
 from adaptkit.checkpoint.adapter_config import writes_transposed_experts
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
-from adaptkit.checkpoint.progress import counted
 from adaptkit.numerics import lora
 from adaptkit.numerics.comparison import difference_norm
 from adaptkit.numerics.lora import LowRank, is_equal
@@ -30,6 +29,7 @@ from adaptkit.operations._diff.modules import (
 )
 from adaptkit.operations._diff.tensors import Source, TensorDifference, differ_in_files, differ_in_memory
 from adaptkit.operations._threads import map_in_threads
+from adaptkit.wording import counted
 
 Other = Tensor | Source | TokenRows | LowRank
 """What an adapter may hold besides low-rank changes of modules: in memory, or where it is in its file."""

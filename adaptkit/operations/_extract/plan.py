@@ -7,7 +7,6 @@ from typing import Any
 
 from adaptkit.arguments import as_texts, typed_fields
 from adaptkit.checkpoint.foreign import is_released, quantization_found
-from adaptkit.checkpoint.progress import first_few
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.formats._find import quantized_names
@@ -18,6 +17,7 @@ from adaptkit.operations._inquiry import find_roles
 from adaptkit.operations._roles import Role, Roles
 from adaptkit.operations._threads import check_threads
 from adaptkit.operations._tying import is_shared
+from adaptkit.wording import first_few
 
 LOW_RANK, SAVED, LEFT_OUT, IMPOSSIBLE = "low rank", "saved", "left out", "impossible"
 """Fates of a tensor that differs: stored as A and B, stored whole, not stored, or an error."""

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaptkit.checkpoint.manifest import Manifest
-from adaptkit.checkpoint.progress import counted
 from adaptkit.operations._extract.plan import LEFT_OUT, LOW_RANK, SAVED, Plan
 from adaptkit.operations._extract.tensors import Finding
+from adaptkit.wording import counted
 
 _IGNORED_KEYS = {
     "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "vocab_size",

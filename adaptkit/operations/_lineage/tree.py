@@ -9,9 +9,10 @@ from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord
-from adaptkit.checkpoint.progress import Progress, counted, no_progress
+from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import AdaptkitError, IntegrityError
 from adaptkit.operations._lineage.parents import Candidate, Candidates
+from adaptkit.wording import counted
 
 VERIFIED, AT_HAND, MISSING, NEVER_WRITTEN, WRONG = "verified", "found", "not found", "never written", "wrong"
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, install_hint
 from adaptkit.networks.addressing import OTHER_MODEL, Slice
@@ -16,6 +15,7 @@ from adaptkit.numerics.arrays import as_array
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._merge.edit_checks import check_shape
+from adaptkit.wording import counted
 
 Panels = tuple[tuple[LowRank, ...], ...]
 """For each matrix of a tensor, its low-rank changes."""

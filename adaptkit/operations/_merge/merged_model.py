@@ -15,10 +15,10 @@ from adaptkit.checkpoint.hashing import file_sha256, tensors_root
 from adaptkit.checkpoint.header import Header, parse_header, strict_json
 from adaptkit.checkpoint.layout import CARD_NAME, CONFIG_NAME, read_small, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, read_manifest
-from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint, Located, TensorFiles
 from adaptkit.checkpoint.side_files import TEMPLATES_FOLDER
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
+from adaptkit.wording import counted
 
 if TYPE_CHECKING:
     from adaptkit.numerics.arrays import Array

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord
-from adaptkit.checkpoint.progress import Progress, counted
+from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations._merge.base import check_fingerprint, is_their_base, merge_parents
 from adaptkit.operations._merge.merging import Merging
@@ -14,6 +14,7 @@ from adaptkit.operations._merge.view import MergedView, plain_change, quantized_
 from adaptkit.operations._quantize.plan import QuantizeOptions
 from adaptkit.operations._threads import fingerprints, thread_count
 from adaptkit.operations.quantize import quantize_checkpoint
+from adaptkit.wording import counted
 
 
 def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progress) -> MergeReport:

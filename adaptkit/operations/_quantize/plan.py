@@ -9,7 +9,6 @@ from typing import Any
 from adaptkit.arguments import as_paths, as_texts, typed_fields
 from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.formats._format import Encoding
@@ -19,6 +18,7 @@ from adaptkit.operations._quantize.tensor_plan import TensorPlan
 from adaptkit.operations._roles import Roles
 from adaptkit.operations._shards import Group, Shards, check_shard_size, plan_shards
 from adaptkit.operations._threads import check_threads
+from adaptkit.wording import counted
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
 from adaptkit.checkpoint.adapter_config import KNOWN_KEYS, RANK_ZERO, changes_base, without_changed_base
-from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.vocabulary import is_usual_head
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair, is_positive
 from adaptkit.operations.targets._base_shapes import BaseShapes, is_single_expert
 from adaptkit.operations.targets._target import Finding, error_about, some
+from adaptkit.wording import counted
 
 ONE_SAVE = "save the adapter again with peft, so that adapter_config.json and adapter_model.safetensors match"
 _TABLE = re.compile(r"(^|\.)(lm_head|embed_out|embed_tokens|wte|embed_in|word_embeddings)(\.token_adapter)?$")

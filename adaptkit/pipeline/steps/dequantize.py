@@ -1,8 +1,8 @@
 """Dequantize a checkpoint."""
 
-from adaptkit.checkpoint.progress import counted, size
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+from adaptkit.wording import counted, size
 
 
 def _run(work: Work) -> Outcome:

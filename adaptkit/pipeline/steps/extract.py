@@ -1,8 +1,8 @@
 """Extract an adapter from a tuned checkpoint and its base."""
 
-from adaptkit.checkpoint.progress import counted
 from adaptkit.operations.extract import ExtractOptions, extract
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+from adaptkit.wording import counted
 
 
 def _run(work: Work) -> Outcome:

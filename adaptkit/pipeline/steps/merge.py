@@ -1,9 +1,9 @@
 """Merge adapters into a 16-bit checkpoint."""
 
-from adaptkit.checkpoint.progress import counted
 from adaptkit.operations._terms import weights_of
 from adaptkit.operations.merge import NOTHING_MOVED, MergeOptions, merge
 from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
+from adaptkit.wording import counted
 
 
 def _run(work: Work) -> Outcome:

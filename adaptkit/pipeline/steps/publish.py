@@ -5,13 +5,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from adaptkit.checkpoint.manifest import read_manifest
-from adaptkit.checkpoint.progress import counted, size
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import UsageError
 from adaptkit.hub.preflight import check_publishable
 from adaptkit.hub.publish import PublishOptions, PublishReport, publish
 from adaptkit.hub.sources import check_repo_id
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
+from adaptkit.wording import counted, size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from adaptkit.checkpoint.progress import size
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.pipeline.artifact import Kind
 from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
+from adaptkit.wording import size
 
 _FILES = "calibration.files"
 

@@ -1,10 +1,10 @@
 """Stack several adapters into one."""
 
-from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import UsageError
 from adaptkit.operations._terms import weights_of
 from adaptkit.operations.stack import StackOptions, stack
 from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
+from adaptkit.wording import counted
 
 
 def _run(work: Work) -> Outcome:

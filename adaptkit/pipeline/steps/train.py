@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from adaptkit.checkpoint.progress import counted
 from adaptkit.pipeline.artifact import Takes, refuse_undecoded
 from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.loop import train
+from adaptkit.wording import counted
 
 _BASES: Mapping[str, Takes] = {"full": "unquantized checkpoint", "qlora": "quantized checkpoint"}
 """Methods that take only such a base."""

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Example, read_example
 from adaptkit.text.learning_marks import check_not_marked_out
@@ -28,6 +27,7 @@ from adaptkit.training.config import HELD_OUT, MOST_HELD_OUT
 from adaptkit.training.data.encoding import Encoder
 from adaptkit.training.data.ending import ends_after_answers
 from adaptkit.training.data.samples import Sample
+from adaptkit.wording import counted
 
 _TOGETHER = 1000
 """Number of rows tokenized at a time."""

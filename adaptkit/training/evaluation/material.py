@@ -7,7 +7,6 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import DataError
 from adaptkit.text.chat_template import set_template_kwargs
@@ -27,6 +26,7 @@ from adaptkit.training.evaluation.questions import (
     read_shots,
 )
 from adaptkit.training.evaluation.report import EvaluateOptions
+from adaptkit.wording import counted
 
 
 @dataclass(frozen=True)

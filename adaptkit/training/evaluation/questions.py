@@ -13,7 +13,6 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.progress import counted
 from adaptkit.errors import DataError
 from adaptkit.text.conversation import Example, read_example
 from adaptkit.text.limits import check_vocabulary
@@ -23,6 +22,7 @@ from adaptkit.text.tool_calls import CALLS, Tools
 from adaptkit.training.data.dataset import Dataset, load_data, order
 from adaptkit.training.data.encoding import Encoder, conversation_ids
 from adaptkit.training.data.samples import Sample
+from adaptkit.wording import counted
 
 Messages = tuple[Message, ...]
 

@@ -19,10 +19,10 @@ from typing import TypeVar
 
 import torch
 
-from adaptkit.checkpoint.progress import counted
 from adaptkit.training.memory.paging import Pages
 from adaptkit.training.network.pinned import HostMemory
 from adaptkit.training.out_of_memory import is_out_of_memory, out_of_memory_error
+from adaptkit.wording import counted
 
 Result = TypeVar("Result")
 

@@ -9,7 +9,6 @@ from typing import Any
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.foreign import is_released, quantization_found
 from adaptkit.checkpoint.manifest import Manifest
-from adaptkit.checkpoint.progress import counted
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.formats._find import quantized_names
@@ -40,6 +39,7 @@ from adaptkit.training.network.model import Model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter, new_stack_adapters
 from adaptkit.training.network.whole import TrainedWeight
 from adaptkit.training.settings import refuse
+from adaptkit.wording import counted
 
 
 def resolve_method(config: TrainConfig, checkpoint: Checkpoint) -> TrainConfig:
