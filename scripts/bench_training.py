@@ -239,12 +239,10 @@ def begin(side: str, threads: int) -> None:
     """Set up the process: for adaptkit, as its command does."""
     if side == "adaptkit":
         from adaptkit.machine import share_processors
-        from adaptkit.torch_compiler import leave_compiler_out
         from adaptkit.training.heap import prepare_process
 
         prepare_process()
         share_processors()
-        leave_compiler_out()
     import torch
 
     torch.set_num_threads(threads)

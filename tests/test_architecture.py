@@ -36,7 +36,7 @@ INSIDE = {
     },
 }
 """Folders of a package that import others of it."""
-MACHINERY = {"child", "torch_compiler", "operations/_inquiry", "checkpoint/pages"}
+MACHINERY = {"checkpoint/pages"}
 """Modules that reach into other libraries or the system; there shall be no more."""
 
 

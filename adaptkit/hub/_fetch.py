@@ -19,10 +19,10 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import MAX_SMALL_FILE_BYTES, resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, TensorRecord
 from adaptkit.checkpoint.progress import Progress
-from adaptkit.checkpoint.remembered import CachedAnswer
 from adaptkit.checkpoint.writer import sync_file
 from adaptkit.errors import IntegrityError
 from adaptkit.hub._client import Hub
+from adaptkit.hub._remembered import CachedAnswer
 from adaptkit.hub._remote import RemoteFile, matches
 from adaptkit.hub._staging import in_memory
 from adaptkit.wording import size

@@ -22,7 +22,6 @@ from adaptkit.checkpoint.layout import CONFIG_NAME, class_names, read_config, te
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError, install_hint
 from adaptkit.lazy import torch
-from adaptkit.torch_compiler import without_compiler
 from adaptkit.wording import counted
 
 _LAYERS = re.compile(r"layers$|n_layer$|depths?$|num_blocks$|attention_types$")
@@ -234,7 +233,7 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
         kind = values.pop("model_type", None)
         try:
             config = transformers.AutoConfig.for_model(kind, **values)
-            with torch.device("meta"), without_compiler(), torch.random.fork_rng([]):  # Diffllama draws numbers
+            with torch.device("meta"), torch.random.fork_rng([]):  # Diffllama draws numbers
                 network = build(config)
             if network is not None:
                 network.base_model.warn_if_padding_and_no_attention_mask = _skip_padding_warning

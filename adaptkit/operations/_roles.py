@@ -1,8 +1,9 @@
 """What each tensor of a checkpoint is: a linear layer's weight, a norm, an embedding, an expert.
 
-If transformers knows the architecture, the model is built without weights, and its modules determine which tensors are
-the weights of linear layers. Otherwise names and shapes do: a matrix in a numbered layer (``….layers.7.….weight``) is
-linear unless its name says otherwise. Names also determine the kinds of all other tensors.
+For the models in ``_usual_names``, names say it. Otherwise, if transformers knows the architecture, the model is built
+without weights, and its modules determine which tensors are the weights of linear layers. For all other models, names
+and shapes do: a matrix in a numbered layer (``….layers.7.….weight``) is linear unless its name says otherwise. Names
+also determine the kinds of all other tensors.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from adaptkit.networks.kinds import is_router
 from adaptkit.networks.linears import is_linear
 from adaptkit.networks.naming import TensorPlace, missing_parameters, places, shape_in
 from adaptkit.numerics.spec import TensorSpec
+from adaptkit.operations._usual_names import has_usual_names
 from adaptkit.operations._vocabulary import find_vocabulary
 from adaptkit.wording import counted
 
@@ -91,15 +93,17 @@ class Roles:
     tied: bool
 
 
-def determine_roles(checkpoint: Checkpoint) -> Roles:
-    """Determine the roles of a checkpoint's tensors in this process; imports transformers if it is installed.
+def find_roles(checkpoint: Checkpoint) -> Roles:
+    """Return the roles of a checkpoint's tensors; imports transformers only for models that are not ``_usual_names``.
 
     Raises:
         UsageError: ``config.json`` describes a model that cannot be built.
         CheckpointError: it describes more layers than there are tensors.
     """
+    if has_usual_names(checkpoint):
+        return roles_by_name(checkpoint, f"usual for {checkpoint.config['model_type']}")
     unknown = why_unsupported(checkpoint)
-    return roles_by_name(checkpoint, unknown) if unknown else _from_architecture(checkpoint)
+    return roles_by_name(checkpoint, unknown) if unknown else roles_by_architecture(checkpoint)
 
 
 def _is_conv1d(model_type: str, module: str) -> bool:
@@ -152,7 +156,13 @@ def _kind_by_name(spec: TensorSpec, module: str, model_type: str) -> str:
     return next((kind for applies, kind in rules if applies), "linear")
 
 
-def _from_architecture(checkpoint: Checkpoint) -> Roles:
+def roles_by_architecture(checkpoint: Checkpoint) -> Roles:
+    """Determine the roles by the modules of the model that transformers builds.
+
+    Raises:
+        UsageError: ``config.json`` describes a model that cannot be built.
+        CheckpointError: it describes more layers than there are tensors.
+    """
     network = empty_network(checkpoint)
     head = network.get_output_embeddings()
     found = places(network, checkpoint.tensors)

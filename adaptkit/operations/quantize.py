@@ -16,19 +16,19 @@ from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, read_manifest
-from adaptkit.checkpoint.place import check_output, partial_folder
+from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.released import ReleasedCheckpoint, open_plain
 from adaptkit.checkpoint.side_files import check_side_files
 from adaptkit.errors import DataError, UsageError
 from adaptkit.operations._discard import discard_on_bad_input
-from adaptkit.operations._quantize.early_plan import EarlyPlan, PlanChanged
 from adaptkit.operations._quantize.manifest import make_manifest
-from adaptkit.operations._quantize.plan import Calibration, Plan, QuantizeOptions
+from adaptkit.operations._quantize.plan import Calibration, Plan, QuantizeOptions, make_plan
 from adaptkit.operations._quantize.report import QuantizeReport, TensorReport, Upgrade, make_report
 from adaptkit.operations._quantize.selection import skip_modules
 from adaptkit.operations._quantize.tensor_plan import Encoded, check_finite
+from adaptkit.operations._roles import find_roles
 from adaptkit.operations._shards import Group, write_index, write_shards
 from adaptkit.operations._threads import thread_count
 
@@ -114,22 +114,13 @@ def quantize_checkpoint(
 
 
 def _plan_and_run(run: _Run, dry_run: bool) -> QuantizeReport:
-    checkpoint, output, options = run.checkpoint, run.output, run.options
-    with EarlyPlan(checkpoint, options) as early:
-        if dry_run:
-            return make_report(output, early.plan(), {})
-        if options.calibration is not None or partial_folder(output).exists():
-            # Resuming with a wrong guess would discard an earlier run's work.
-            return run.finish(early.plan(), early)
-        try:
-            return run.finish(early.guess(), early)
-        except PlanChanged:
-            return run.finish(early.plan(), early)
+    plan = make_plan(run.checkpoint, run.options, find_roles(run.checkpoint))
+    return make_report(run.output, plan, {}) if dry_run else run.finish(plan)
 
 
 @dataclass(frozen=True)
 class _Run:
-    """The parameters of a run; they stay the same if the plan changes."""
+    """The parameters of a run."""
 
     checkpoint: Checkpoint
     output: Path
@@ -141,12 +132,8 @@ class _Run:
     calibration_progress: Progress
     describe: Callable[[Manifest], Manifest] | None = None
 
-    def finish(self, begun: Plan, early: EarlyPlan) -> QuantizeReport:
-        """Execute a plan.
-
-        Raises:
-            PlanChanged: the architecture requires another plan.
-        """
+    def finish(self, begun: Plan) -> QuantizeReport:
+        """Execute a plan."""
         options, recorded = self.options, self.options.recorded()
         key = [self.checkpoint.outline(), recorded, begun.outline()]
         state = self.checkpoint.state()
@@ -162,10 +149,8 @@ class _Run:
                     "init_adapter: nothing to offset, since every weight that the text reaches stays in 16 bits",
                     hint="lower --bits-budget, or leave out --init-adapter",
                 )
-            self._write(out, plan, ready, lambda: early.check(begun))
+            self._write(out, plan, ready)
             self.checkpoint.require_state(state)
-            confirmed = early.confirm(begun)
-            plan = plan if upgrades else confirmed
             report = partial(make_report, self.output, plan, out.notes, upgrades)
             _write_others(out, plan, options)
             manifest = make_manifest(out, plan, recorded, None if self.describe else self.checkpoint)
@@ -233,11 +218,7 @@ class _Run:
             progress=self.calibration_progress,
         )
 
-    def _write(self, out: Output, plan: Plan, ready: Mapping[str, Ready], check: Callable[[], None]) -> None:
-        def report_progress(done: int, total: int) -> None:
-            check()
-            self.progress(done, total)
-
+    def _write(self, out: Output, plan: Plan, ready: Mapping[str, Ready]) -> None:
         tensors = {**plan.tensors, **ready}
 
         def assemble(group: Group, results: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
@@ -252,7 +233,7 @@ class _Run:
             jobs=lambda group: tensors[group.source].jobs(self.checkpoint),
             assemble=assemble,
             threads=thread_count(self.options.threads),
-            progress=report_progress,
+            progress=self.progress,
         )
 
     def _publish_both(self, out: Output, manifest: Manifest, companion: Path, ready: Mapping[str, Ready]) -> None:

@@ -428,9 +428,6 @@ import sys
 
 sys.modules.update(dict.fromkeys({ABSENT}))  # imports of them fail
 import adaptkit.cli.main
-from adaptkit.torch_compiler import leave_compiler_out
-
-leave_compiler_out()  # as the commands do
 import transformers.models.llama.modeling_llama
 import adaptkit.training.evaluation.evaluate, adaptkit.training.loop
 """

@@ -25,7 +25,6 @@ from adaptkit.cli.output import (
 from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import count_progress
 from adaptkit.text.layouts import LAYOUTS
-from adaptkit.torch_compiler import leave_compiler_out
 from adaptkit.training.heap import prepare_process
 
 if TYPE_CHECKING:
@@ -110,7 +109,6 @@ def command(
         as_json, quiet, samples_file, html = False, True, None, None
     if samples_file is not None:
         _check_samples_file(samples_file, chosen.generate, html)
-    leave_compiler_out()
     prepare(html, pictures=False)
     answers: list[Answer] = []
     more: dict[str, Any] = {"text": text, "reference": reference, "on_answer": answers.append}

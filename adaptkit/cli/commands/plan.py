@@ -8,7 +8,6 @@ import click
 from adaptkit.cli.options import report_options
 from adaptkit.cli.output import Row, counted, percent, show, size
 from adaptkit.cli.paths import ConfigPath
-from adaptkit.torch_compiler import leave_compiler_out
 
 
 @click.command()
@@ -49,7 +48,6 @@ def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, *
     """
     from adaptkit.operations.plan import PlanOptions, plan
 
-    leave_compiler_out()
     report = plan(model, PlanOptions(targets=targets or ("*",), **options))
     share = percent(report.trainable_parameters / report.parameters)
     released = f", without {size(report.released_bytes)} released after use" if report.released_bytes else ""

@@ -12,7 +12,6 @@ from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import byte_progress, count_progress
 from adaptkit.errors import UsageError
 from adaptkit.formats._format import writable
-from adaptkit.torch_compiler import leave_compiler_out
 
 if TYPE_CHECKING:
     from adaptkit.operations.quantize import QuantizeReport
@@ -110,7 +109,6 @@ def command(
         )
     calibration = None
     if calibrate:
-        leave_compiler_out()
         calibration = Calibration(
             files=calibrate,
             tokens=calibration_tokens,

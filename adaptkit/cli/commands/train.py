@@ -15,7 +15,6 @@ from adaptkit.cli.paths import ArtifactPath, LocalPath, fetched
 from adaptkit.cli.progress import training_progress
 from adaptkit.cli.training_view import batch_lines, cut_rows, data_rows, has_colour
 from adaptkit.errors import UsageError
-from adaptkit.torch_compiler import leave_compiler_out
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.heap import prepare_process
 
@@ -71,7 +70,6 @@ def command(
     if not is_first:
         as_json, quiet = False, True
     prepare_process()
-    leave_compiler_out()
     if show_batch:
         from adaptkit.training.preview import preview
 

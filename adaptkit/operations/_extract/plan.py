@@ -13,8 +13,7 @@ from adaptkit.formats._find import quantized_names
 from adaptkit.numerics.randomized import Sketching
 from adaptkit.numerics.spec import FLOATS, TensorSpec
 from adaptkit.numerics.spectrum import check_size
-from adaptkit.operations._inquiry import find_roles
-from adaptkit.operations._roles import Role, Roles
+from adaptkit.operations._roles import Role, Roles, find_roles
 from adaptkit.operations._threads import check_threads
 from adaptkit.operations._tying import is_shared
 from adaptkit.wording import first_few

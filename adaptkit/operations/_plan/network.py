@@ -24,7 +24,6 @@ from adaptkit.networks.linears import acts_as_linear
 from adaptkit.networks.memory import ATTENTION_ROWS, ATTENTION_SCORES
 from adaptkit.networks.recompute import source_of
 from adaptkit.operations._plan.fused import fuse_stand_ins
-from adaptkit.torch_compiler import without_compiler
 
 Shape = tuple[int, int]
 
@@ -79,7 +78,7 @@ def measured_layers(
     _stand_in_attention(network, on_gpu)
     shapes = linear_shapes(network)
     fuse_stand_ins(network, shapes, full, on_gpu)
-    with without_compiler(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _Groups():
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _Groups():
         _allocate(network)
         for name, (rows, columns) in shapes.items():
             parent, _, child = name.rpartition(".")

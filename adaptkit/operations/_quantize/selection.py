@@ -12,8 +12,7 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.formats._format import Encoding
 from adaptkit.numerics.spec import FLOATS, TensorSpec
-from adaptkit.operations._inquiry import find_roles
-from adaptkit.operations._roles import Role, Roles
+from adaptkit.operations._roles import Role, Roles, find_roles
 
 MOE = ("keep", "quantize")
 """What to do with experts."""

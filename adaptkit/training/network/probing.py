@@ -15,7 +15,6 @@ from torch import Tensor
 
 from adaptkit.errors import UsageError
 from adaptkit.networks.probing import forked_random, with_attribute
-from adaptkit.torch_compiler import without_compiler
 
 _PROBE_TOKENS = 6
 _TOLERANCE = 0.02
@@ -27,7 +26,7 @@ change the rounding of some layers."""
 def as_in_training(network: Any) -> Iterator[None]:
     """Put a network in training mode while the block runs, without gradients; restore mode and random state."""
     training = with_attribute(network.modules(), "training", True)
-    with without_compiler(), torch.no_grad(), forked_random(network.device), training:
+    with torch.no_grad(), forked_random(network.device), training:
         yield
 
 

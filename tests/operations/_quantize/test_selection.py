@@ -25,7 +25,8 @@ from adaptkit.formats._format import Encoding
 from adaptkit.numerics.dtypes import dtype_name
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._quantize.selection import matches_any, select, skip_modules
-from adaptkit.operations._roles import determine_roles, roles_by_name, stores_transposed
+from adaptkit.operations._roles import find_roles, roles_by_architecture, roles_by_name, stores_transposed
+from adaptkit.operations._usual_names import USUAL_NAMES, has_usual_names
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 
@@ -118,7 +119,11 @@ def test_selected_modules_are_those_that_bitsandbytes_converts_except_routers(fa
     selection = select(Checkpoint(families / family))
     assert {prefix + choice.module for choice in selection.choices if not choice.kept_because} == theirs
     assert len(theirs) == CHOSEN.get(family, len(theirs))
-    assert selection.read_from.startswith(f"architecture {type(model).__name__} (transformers 5.")
+    usual, asked = (
+        f"names and shapes (usual for {family.removesuffix('-tied')})",
+        f"architecture {type(model).__name__}",
+    )
+    assert selection.read_from.startswith(usual if has_usual_names(Checkpoint(families / family)) else asked)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -127,7 +132,8 @@ def test_selection_by_names_and_shapes_gives_the_same_choices_and_reasons(famili
         expected = summary(families / family, **options)
         assert found["choices"] == expected["choices"]
         assert found["skip"] == expected["skip"]
-        assert found["read_from"] == "names and shapes (transformers is not installed)"
+        reason = "usual for " if has_usual_names(Checkpoint(families / family)) else "transformers is not installed)"
+        assert found["read_from"].startswith(f"names and shapes ({reason}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -252,7 +258,7 @@ def test_transformers_converts_the_selected_modules_in_every_architecture(model_
     config.save_pretrained(tmp_path)
     checkpoint = Checkpoint(tmp_path)
     always = list(network._keep_in_fp32_modules or [])
-    answers = [determine_roles(checkpoint)]
+    answers = [find_roles(checkpoint), roles_by_architecture(checkpoint)]
     if not model_type.startswith("zamba"):  # names do not show which layers share a weight
         answers.append(roles_by_name(checkpoint, "asked to"))
     for roles in answers:
@@ -262,6 +268,62 @@ def test_transformers_converts_the_selected_modules_in_every_architecture(model_
         converted = {name for name in linears if should_convert_module(name, listed)}
         assert {choice.module for choice in selection.choices if not choice.kept_because} == converted
         assert converted or model_type == "falcon"
+
+
+def write_usual(model_type, folder):
+    """Write a tiny model of one of ``USUAL_NAMES``."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 128}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(model_type, **sizes, **tokens, num_attention_heads=4, num_key_value_heads=2)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("model_type", USUAL_NAMES)
+def test_names_of_usual_models_say_what_transformers_own_model_says(model_type, tmp_path):
+    checkpoint = Checkpoint(write_usual(model_type, tmp_path))
+    assert has_usual_names(checkpoint)
+    named, asked = find_roles(checkpoint), roles_by_architecture(checkpoint)
+    assert (named.of, named.head, named.tied) == (asked.of, asked.head, asked.tied)
+    assert (named.read_from, asked.read_from[:12]) == (f"names and shapes (usual for {model_type})", "architecture")
+    choices = [select(checkpoint, roles=roles) for roles in (named, asked)]
+    assert skip_modules(choices[0]) == skip_modules(choices[1])
+    assert choices[0].choices == choices[1].choices
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"num_hidden_layers": 3},
+        {"num_hidden_layers": "2"},
+        {"num_hidden_layers": None},
+        {"hidden_size": 32},
+        {"architectures": ["LlamaForSequenceClassification"]},
+        {"model_type": "phi3"},
+    ],
+)
+def test_a_config_that_does_not_fit_the_files_is_not_usual(llama, copy_of, edit):
+    assert has_usual_names(Checkpoint(llama))
+    assert not has_usual_names(changed(llama, copy_of, **edit))
+
+
+@pytest.mark.parametrize("how", ["more", "less", "another shape"])
+def test_files_that_lack_a_tensor_or_have_another_are_not_usual(llama, copy_of, how):
+    name = "model.layers.1.mlp.down_proj.weight"
+
+    def edit(tensors):
+        if how == "less":
+            return {key: value for key, value in tensors.items() if key != name}
+        return tensors | {name if how == "another shape" else f"{name}_scale": torch.ones(64, 64)}
+
+    assert not has_usual_names(changed(llama, copy_of, edit))
+
+
+def test_nothing_loads_transformers_or_torch_for_a_usual_model(llama, tmp_path):
+    code = "import sys; from adaptkit.operations.quantize import quantize; quantize(*sys.argv[1:])\n"
+    code += "print([name for name in ('torch', 'transformers') if name in sys.modules])"
+    command = [sys.executable, "-c", code, llama, tmp_path / "out"]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
 def changed(folder, copy_of, tensors=None, **config):

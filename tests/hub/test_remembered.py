@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptkit.checkpoint.remembered import CachedAnswer
+from adaptkit.hub._remembered import CachedAnswer
 
 
 @pytest.fixture
