@@ -1,14 +1,15 @@
 """Open a checkpoint folder, and read its tensors whole or piece by piece."""
 
 import hashlib
+import mmap
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from adaptkit.checkpoint import pages
 from adaptkit.checkpoint.header import Header, read_header
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, read_small, resolve_inside, weight_files
 from adaptkit.checkpoint.side_files import side_files
@@ -227,12 +228,12 @@ class MappedCheckpoint(Checkpoint):
         if not size or start % _dtype(located.spec).itemsize:  # unaligned, which no known writer produces
             return self._read(located, offset, size)
         try:
-            whole = self._maps.get(located.file)
-            if whole is None:
-                whole = np.memmap(self._paths[located.file], np.uint8, mode="c")
-                self._maps[located.file] = whole
+            if located.file not in self._maps:
+                with self._paths[located.file].open("rb") as file:
+                    self._maps[located.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         except OSError as error:
             raise _unreadable(located.file, error) from error
+        whole = np.frombuffer(self._maps[located.file], np.uint8)
         if start + size > len(whole):
             raise IntegrityError(f"{located.file}: ends inside tensor {located.spec.name!r}", hint=_CHANGED_HINT)
         return whole[start : start + size]
@@ -245,13 +246,20 @@ class MappedCheckpoint(Checkpoint):
         """
         if tensor.device.type != "cpu":
             return  # return early, since a training step calls this several times per weight
-        start = tensor.data_ptr()
+        if sys.platform != "linux":
+            return  # elsewhere the advice may mean something else
+        import numpy as np
+
         for whole in self._maps.values():
-            if 0 <= start - whole.ctypes.data <= len(whole) - tensor.nbytes:
-                pages.release_pages(start, tensor.nbytes)
+            start = tensor.data_ptr() - np.frombuffer(whole, np.uint8).ctypes.data
+            if 0 <= start <= len(whole) - tensor.nbytes:
+                first = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE
+                last = (start + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+                if last > first:
+                    whole.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     @cached_property
-    def _maps(self) -> dict[str, Any]:
+    def _maps(self) -> dict[str, mmap.mmap]:
         """Maps file names to their mappings."""
         return {}
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from adaptkit.checkpoint import pages
+from adaptkit.checkpoint.reader import MappedCheckpoint
 from adaptkit.errors import UsageError
 from adaptkit.networks.activations import Checkpointing
 from adaptkit.training.memory import segments
@@ -420,7 +420,7 @@ def test_checkpointed_layers_release_the_mapped_pages_of_their_packed_weights(
     deep_nf4, policy, checked, joined, monkeypatch
 ):
     given = []
-    monkeypatch.setattr(pages, "release_pages", lambda start, size: given.append((start, size)))
+    monkeypatch.setattr(MappedCheckpoint, "release_pages", lambda _, part: given.append((part.data_ptr(), part.nbytes)))
     model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     if joined:

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM
 
-from adaptkit.checkpoint import pages
-from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._find import quantized_names
 from adaptkit.networks.activations import kind_of
@@ -206,7 +205,7 @@ def test_only_experts_that_have_tokens_are_unpacked_once_in_every_pass(folders, 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_checkpointed_layers_release_the_mapped_pages_of_packed_experts(folders, family, monkeypatch):
     given = set()
-    monkeypatch.setattr(pages, "release_pages", lambda start, size: given.add((start, size)))
+    monkeypatch.setattr(MappedCheckpoint, "release_pages", lambda _, part: given.add((part.data_ptr(), part.nbytes)))
     model = load_model(folders[family].packed, torch.float32, CPU)
     checkpoint_layers(model.network, choose_checkpointing(model.network, "layer", measure=None))
     model.network.eval()(IDS, use_cache=False)
