@@ -49,7 +49,10 @@ def has_usual_names(checkpoint: Checkpoint) -> bool:
     """
     config = checkpoint.config
     inside, layers = USUAL_NAMES.get(str(config.get("model_type"))), config.get("num_hidden_layers")
-    if inside is None or type(layers) is not int or not 0 < layers <= len(checkpoint.tensors):
+    heads, features = config.get("num_attention_heads"), config.get("hidden_size")
+    if inside is None or not all(_count(number, config) for number in (layers, heads, features)):
+        return False
+    if layers > len(checkpoint.tensors):
         return False
     if not all(name.endswith("ForCausalLM") for name in class_names(config)) or not _is_usual(config):
         return False
@@ -57,12 +60,11 @@ def has_usual_names(checkpoint: Checkpoint) -> bool:
     layer = inside.split()
     if outside | {f"model.layers.{n}.{name}" for n in range(layers) for name in layer} != {*checkpoint.tensors}:
         return False
-    features = config.get("hidden_size")
     shapes: dict[str, Any] = {name: (config.get("vocab_size"), features) for name in outside} | {_NORM: (features,)}
     first = {name: checkpoint.spec(f"model.layers.0.{name}").shape for name in layer}
     shapes |= {f"model.layers.{n}.{name}": first[name] for n in range(layers) for name in layer}
-    heads, queries = config.get("num_attention_heads", 0), first.get("self_attn.q_proj.weight")
-    if not heads or (queries and queries[0] != heads * (config.get("head_dim") or features // heads)):
+    queries = first.get("self_attn.q_proj.weight")
+    if queries and queries[0] != heads * (config.get("head_dim") or features // heads):
         return False
     return all(checkpoint.spec(name).shape == shape for name, shape in shapes.items())
 
@@ -108,7 +110,13 @@ def _absent(value: Any, config: Mapping[str, Any]) -> bool:
 def _layer_types(value: Any, config: Mapping[str, Any]) -> bool:
     if not isinstance(value, list) or len(value) != config.get("num_hidden_layers"):
         return False
-    return all(kind in ("full_attention", "sliding_attention", 0, 1) for kind in value)
+    return all(kind in ("full_attention", "sliding_attention") for kind in value)
+
+
+def _flag_of_each_layer(value: Any, config: Mapping[str, Any]) -> bool:
+    return (
+        isinstance(value, list) and len(value) == config.get("num_hidden_layers") and {*map(repr, value)} <= {"0", "1"}
+    )
 
 
 def _rope(value: Any, config: Mapping[str, Any]) -> bool:
@@ -136,7 +144,8 @@ _KEYS = {
     _token: "bos_token_id eos_token_id pad_token_id unk_token_id",
     _activation: "hidden_act hidden_activation",
     _dtype: "dtype torch_dtype",
-    _layer_types: "layer_types no_rope_layers",
+    _layer_types: "layer_types",
+    _flag_of_each_layer: "no_rope_layers",
     _absent: "use_bidirectional_attention",
     _rope: "rope_parameters rope_scaling",
 }
