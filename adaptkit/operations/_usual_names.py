@@ -48,8 +48,10 @@ def has_usual_names(checkpoint: Checkpoint) -> bool:
     False for everything unusual, such as a missing tensor, a bias, or a layer that differs from the others.
     """
     config = checkpoint.config
-    inside, layers = USUAL_NAMES.get(str(config.get("model_type"))), config.get("num_hidden_layers")
-    heads, features = config.get("num_attention_heads"), config.get("hidden_size")
+    inside = USUAL_NAMES.get(str(config.get("model_type")))
+    layers: Any = config.get("num_hidden_layers")
+    heads: Any = config.get("num_attention_heads")
+    features: Any = config.get("hidden_size")
     if inside is None or not all(_count(number, config) for number in (layers, heads, features)):
         return False
     if layers > len(checkpoint.tensors):
