@@ -20,8 +20,6 @@ from adaptkit.operations.extract import extract as extract
 from adaptkit.operations.inspect import inspect as inspect
 from adaptkit.operations.merge import MergeOptions as MergeOptions
 from adaptkit.operations.merge import merge as merge
-from adaptkit.operations.plan import PlanOptions as PlanOptions
-from adaptkit.operations.plan import plan as plan
 from adaptkit.operations.quantize import Calibration as Calibration
 from adaptkit.operations.quantize import QuantizeOptions as QuantizeOptions
 from adaptkit.operations.quantize import quantize as quantize
@@ -39,6 +37,8 @@ from adaptkit.training.evaluation.comparison import compare as compare
 from adaptkit.training.evaluation.evaluate import evaluate as evaluate
 from adaptkit.training.evaluation.report import EvaluateOptions as EvaluateOptions
 from adaptkit.training.loop import train as train
+from adaptkit.training.plan import PlanOptions as PlanOptions
+from adaptkit.training.plan import plan as plan
 
 __version__: str
 __all__: list[str]

@@ -9,7 +9,6 @@ import pkgutil
 from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
-from itertools import takewhile
 from types import ModuleType
 from typing import Any
 
@@ -30,22 +29,15 @@ def closest(name: str, known: Iterable[str]) -> str | None:
     alike = difflib.get_close_matches(name, sorted(known), n=5)
 
     def likeness(other: str) -> tuple[float, int]:
-        return difflib.SequenceMatcher(None, other, name).ratio(), _common_prefix_length(name, other)
+        prefix = sum(other.startswith(name[:end]) for end in range(1, len(name) + 1))
+        return difflib.SequenceMatcher(None, other, name).ratio(), prefix
 
     return max(alike, key=likeness, default=None)
 
 
-def _common_prefix_length(one: str, other: str) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-
-
 @cache
 def load(package: ModuleType, name: str, attribute: str) -> Any:
-    """Import one entry and return the object that it defines under ``attribute``.
-
-    Raises:
-        UsageError: there is no such entry; the message lists those that exist.
-    """
+    """Import one entry and return the object that it defines under ``attribute``; a UsageError lists the entries."""
     known = names(package)
     if name not in known:
         kind = package.__name__.rpartition(".")[2]

@@ -2,23 +2,6 @@
 
 Each error carries one clear message, a hint (the next thing to try), the exit code of the command line, and whether
 retrying unchanged may succeed.
-
-    AdaptkitError
-    ├── UsageError            2   the request itself cannot be carried out
-    │   └── ConfigError           a configuration file or value is wrong
-    ├── IntegrityError        3   bytes are not what their manifest says
-    │   └── DriftError            something is not what the lock of a recipe says
-    ├── BaseMismatchError     4   an adapter or record belongs to another base
-    ├── UnsafeInputError      5   malformed or hostile input
-    │   ├── CheckpointError       not a checkpoint, or a broken one
-    │   ├── AdapterError          not an adapter that can be used here
-    │   ├── DataError             training data that cannot be used
-    │   └── NonFiniteError        NaN or infinity where numbers are needed
-    ├── AuthenticationError   6   the Hub wants a (better) token
-    ├── NetworkError          7   the Hub cannot be reached; retryable
-    ├── ConflictError         8   the output exists, or the remote has moved
-    │   └── OutputExistsError
-    └── GateError             9   what was made is not good enough to go on with
 """
 
 import errno
@@ -27,12 +10,7 @@ from typing import ClassVar
 
 
 class AdaptkitError(Exception):
-    """Base of every deliberate error.
-
-    Args:
-        message: one line: what was found, what was expected, where.
-        hint: the next command or change to try; empty when there is none.
-    """
+    """Base of every deliberate error: what was found, expected, and where; and what to try next, or no hint."""
 
     exit_code: ClassVar[int] = 1
     retryable: ClassVar[bool] = False
@@ -148,9 +126,5 @@ DISK_HINTS = {
 
 
 def install_hint(extra: str) -> str:
-    """Return the hint for a package that is not installed.
-
-    Args:
-        extra: of adaptkit, which installs it, such as ``train``.
-    """
+    """Return the hint for a package that is not installed, but by an extra of adaptkit, such as ``train``."""
     return f"pip install '.[{extra}]' in adaptkit's checkout"

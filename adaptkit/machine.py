@@ -1,8 +1,7 @@
 """The processors and the memory that this process may use, and how torch's threads wait for each other.
 
-Sources: the kernel's documentation of control groups, by which containers are limited (``cpu.max``, ``memory.max`` of
-version 2, ``cpu.cfs_quota_us``, ``memory.limit_in_bytes`` of version 1), and the manual of GNU's OpenMP library, which
-torch's builds for Linux use.
+Sources: the kernel's documentation of control groups, by which containers are limited (``cpu.max``, ``memory.max``; in
+version 1 ``cpu.cfs_quota_us``, ``memory.limit_in_bytes``), and of GNU's OpenMP, which torch uses.
 """
 
 import functools
@@ -34,8 +33,7 @@ def share_processors() -> None:
 def processor_count() -> int:
     """Return the number of processors that this process may use, at least 1.
 
-    These are the ones it may run on (``taskset``, Slurm), or fewer where control groups limit its time
-    (``docker --cpus``, limits of Kubernetes); a fraction of a processor counts as one.
+    Fewer than it may run on where control groups limit its time (``docker --cpus``); a fraction counts as one.
     """
     return max(1, min([_allowed(), *map(math.ceil, _time_limits(Path("/")))]))
 
@@ -43,11 +41,7 @@ def processor_count() -> int:
 def available_memory(root: Path = Path("/")) -> int | None:
     """Return the bytes of memory that this process could still use without swapping; None if the system does not say.
 
-    Less than that of the machine where control groups limit it (``docker --memory``, limits of Kubernetes). Cached
-    pages of files count as available.
-
-    Args:
-        root: the file system's.
+    Less than that of the machine where control groups limit it (``docker --memory``). Cached pages count as available.
     """
     free = _fields(root / "proc/meminfo").get("MemAvailable:")
     found = [] if free is None else [1024 * free]
@@ -82,10 +76,6 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
     """Yield the folder of each control group that this process is in, and whether it is of version 1.
 
     A container sees its own group at the top, whatever its path on the host.
-
-    Args:
-        root: the file system's.
-        controller: what the groups limit.
     """
     for line in _read(root / "proc/self/cgroup").split("\n"):  # a path may hold any other separator of lines
         _, _, rest = line.partition(":")

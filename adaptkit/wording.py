@@ -6,13 +6,7 @@ _OF_ONE = {"are": "is", "have": "has"}
 
 
 def counted(count: int, noun: str, verb: str = "") -> str:
-    """Format a count with its noun and an optional verb: 1 shard, 1,200 shards, 1 row has, 2 rows have.
-
-    Args:
-        count: the count.
-        noun: in the singular.
-        verb: in the plural; empty for none.
-    """
+    """Format a count with a noun in the singular and maybe a verb in the plural: 1 shard, 1,200 shards, 1 row has."""
     if count != 1:
         return f"{count:,} {_with_s(noun)} {verb}".rstrip()
     return f"1 {noun} {_OF_ONE.get(verb) or _with_s(verb)}" if verb else f"1 {noun}"

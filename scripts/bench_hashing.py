@@ -50,7 +50,7 @@ OPERATION = """
 import sys
 from adaptkit.checkpoint import adapter, hashing, writer
 from adaptkit.operations._merge import merging
-from adaptkit.operations._quantize import tensor_plan
+from adaptkit.operations._quantize import plan
 
 class Nothing:
     def __init__(self, *_): pass
@@ -64,7 +64,7 @@ class Hashes:
     def xxh3_128_hexdigest(_): return "0" * 32
 
 if sys.argv.pop(1) == "without":
-    writer.hashlib = writer.xxhash = hashing.xxhash = adapter.xxhash = tensor_plan.xxhash = merging.xxhash = Hashes
+    writer.hashlib = writer.xxhash = hashing.xxhash = adapter.xxhash = plan.xxhash = merging.xxhash = Hashes
 from adaptkit.cli.main import main
 main()
 """

@@ -1,11 +1,11 @@
-"""Time the kernels on one core: each format against bitsandbytes and plain torch; then merge, unmerge and the coder.
+"""Time the kernels on one core: each format against bitsandbytes and the definition; then merge, unmerge and the coder.
 
     .venv/bin/python scripts/bench_kernels.py [--rounds 9] [--million 4] [--device cpu|cuda]
 
 Sides alternate within each round, and the best rate of each is printed, in millions of weights per second, with
 adaptkit's ratio to the others. Blocks have 64 weights and a float32 constant. bitsandbytes' counterpart of int8 is its
-8-bit block-wise format, which has 256 different levels. On a GPU, memory traffic in GB/s is printed too, and the
-bytes are compared with the CPU's.
+8-bit block-wise format, which has 256 different levels. On a GPU only decoding is timed, since no command encodes
+there; memory traffic in GB/s is printed too, the bits are compared with the CPU's, and the other side is plain torch.
 
 On a CPU, a second table follows: a change of rank 16, with 1 % of the weight's norm, is merged and unmerged. If all of
 it were computed in float64, as defined, the least time would be that of the multiply-adds, one per rank and weight,
@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before anything loads OpenMP
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -31,51 +32,67 @@ from torch import Tensor
 from adaptkit.formats._blockwise import Blockwise
 from adaptkit.formats._format import Encoding, writable
 from adaptkit.numerics import exact, lora, residual
-from adaptkit.numerics.arrays import as_array
 from adaptkit.numerics.kernels import _cpu_factors, reference
 from adaptkit.numerics.kernels._jit import jit
 from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.tensors import as_array, as_tensor
+from adaptkit.training.network.decode import Blocks, decode, in_plain_torch
 
 BLOCK = 64
 RANK = 16
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SIDES = ("adaptkit", "bitsandbytes", "torch")
+SIDES = ("adaptkit", "bitsandbytes", "plain")
 
 Run = Callable[[], object]
 
 
 def encoders(form: Blockwise, weight: Tensor) -> tuple[Run, Run, Run]:
-    """Return functions that encode a weight: adaptkit, bitsandbytes, and the definition in plain torch."""
+    """Return functions that encode a weight: adaptkit, bitsandbytes, and the definition."""
+    values = as_array(weight)
     if form.name == "int8":
         return (
-            lambda: form.quantize(weight, BLOCK, measure=False),
+            lambda: form.quantize(values, BLOCK, measure=False),
             lambda: bnb.quantize_blockwise(weight, blocksize=BLOCK),
-            lambda: reference.encode_8bit(weight, BLOCK),
+            lambda: reference.encode_8bit(values, BLOCK),
         )
     return (
-        lambda: form.quantize(weight, BLOCK, measure=False),
+        lambda: form.quantize(values, BLOCK, measure=False),
         lambda: bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=form.name),
-        lambda: reference.encode_4bit(weight, BLOCK, form.book),
+        lambda: reference.encode_4bit(values, BLOCK, form.book),
     )
 
 
 def decoders(form: Blockwise, weight: Tensor) -> tuple[Run, Run, Run]:
     """Return functions that decode the results of the encoders."""
-    ours, dtype = form.quantize(weight, BLOCK, measure=False), weight.dtype
-    parts = *ours[:2], weight.numel(), BLOCK
+    values = as_array(weight)
+    parts = *form.quantize(values, BLOCK, measure=False)[:2], values.size, BLOCK
     if form.name == "int8":
         codes, state = bnb.quantize_blockwise(weight, blocksize=BLOCK)
         return (
-            lambda: form.dequantize(*parts, dtype),
+            lambda: form.dequantize(*parts, values.dtype),
             lambda: bnb.dequantize_blockwise(codes, state),
-            lambda: reference.decode_8bit(*parts, dtype),
+            lambda: reference.decode_8bit(*parts, values.dtype),
         )
     packed, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=form.name)
     return (
-        lambda: form.dequantize(*parts, dtype),
+        lambda: form.dequantize(*parts, values.dtype),
         lambda: bnb.dequantize_4bit(packed, state),
-        lambda: reference.decode_4bit(*parts, form.book, dtype),
+        lambda: reference.decode_4bit(*parts, form.book, values.dtype),
     )
+
+
+def decoders_on_gpu(form: Blockwise, weight: Tensor) -> tuple[Run, Run, Run]:
+    """Return functions that decode a weight on its device: adaptkit, bitsandbytes and plain torch."""
+    codes, absmax, _ = form.quantize(as_array(weight), BLOCK, measure=False)
+    moved, constants = as_tensor(codes).to(weight.device), as_tensor(absmax).to(weight.device)
+    blocks = Blocks(moved, constants, constants, weight.numel(), BLOCK, form.book)
+    if form.name == "int8":
+        theirs, state = bnb.quantize_blockwise(weight, blocksize=BLOCK)
+        peer = partial(bnb.dequantize_blockwise, theirs, state)
+    else:
+        theirs, state = bnb.quantize_4bit(weight, blocksize=BLOCK, quant_type=form.name)
+        peer = partial(bnb.dequantize_4bit, theirs, state)
+    return partial(decode, blocks, weight.dtype), peer, partial(in_plain_torch, blocks, weight.dtype)
 
 
 def seconds(run: Run, device: str) -> float:
@@ -98,14 +115,6 @@ def take_turns(runs: dict[str, Run], rounds: int, device: str) -> dict[str, floa
     return {name: min(taken) for name, taken in times.items()}
 
 
-def same_as_on_cpu(form: Blockwise, weight: Tensor) -> bool:
-    """Whether codes, constants and decoded weights have the same bits as on the CPU."""
-    here, there = (form.quantize(values, BLOCK, measure=False)[:2] for values in (weight, weight.cpu()))
-    moved, sizes = [part.to(weight.device) for part in there], (weight.numel(), BLOCK, weight.dtype)
-    pairs = [*zip(here, there, strict=True), (form.dequantize(*moved, *sizes), form.dequantize(*there, *sizes))]
-    return all(torch.equal(on_device.cpu(), on_cpu) for on_device, on_cpu in pairs)
-
-
 @jit
 def products(a: np.ndarray, b: np.ndarray, out: np.ndarray, blocks: int) -> None:
     """Compute the products for a number of blocks of four rows and 256 columns, all with the same operands."""
@@ -116,26 +125,26 @@ def products(a: np.ndarray, b: np.ndarray, out: np.ndarray, blocks: int) -> None
 def merge_runs(weight: Tensor, term: LowRank) -> tuple[dict[str, Run], dict[str, int]]:
     """Return the functions of merging to be timed, and how many elements each handles."""
     prepared, rows = exact.prepare([term]), slice(0, 64)
-    merged = exact.merge_rows(weight, prepared, 0, True)
+    array = as_array(weight)
+    merged = exact.merge_rows(array, prepared, 0, True)
     a, b = np.ones((1, RANK, 256), np.float32), np.ones((4, RANK), np.float32)
     out, count = np.empty((4, 256), np.float32), weight.numel()
-    lost = as_array(merged.residual)
-    many = np.tile(lost, 1 + 500_000 // max(1, lost.size))
+    many = np.tile(merged.residual, 1 + 500_000 // max(1, merged.residual.size))
     packed = np.frombuffer(residual.encode(many), np.uint8)
-    part = exact.prepare([LowRank.of_tensors(term.lora_a, term.lora_b[rows], term.scaling)])
-    plain = reference.prepare(term.lora_a, term.lora_b[rows], [RANK], [term.scaling])
+    part = exact.prepare([LowRank(term.a, term.b[rows], term.scaling)])
+    plain = reference.prepare(term.a, term.b[rows], [RANK], [term.scaling])
     runs: dict[str, Run] = {
         "floor": lambda: products(a, b, out, 2 * count // 1024),
-        "merge": lambda: exact.merge_rows(weight, prepared, 0, False),
-        "merge, undo": lambda: exact.merge_rows(weight, prepared, 0, True),
+        "merge": lambda: exact.merge_rows(array, prepared, 0, False),
+        "merge, undo": lambda: exact.merge_rows(array, prepared, 0, True),
         "unmerge": lambda: exact.unmerge_rows(merged.weight, prepared, 0, merged.residual),
         "encode": lambda: residual.encode(many),
         "decode": lambda: residual.decode(packed, many.size),
-        "small": lambda: exact.merge_rows(weight[rows], part, 0, True),
-        "torch": lambda: reference.merge_rows(weight[rows], plain, 0, True),
+        "small": lambda: exact.merge_rows(array[rows], part, 0, True),
+        "plain": lambda: reference.merge_rows(array[rows], plain, 0, True),
     }
     sizes = dict.fromkeys(runs, count) | dict.fromkeys(("encode", "decode"), many.size)
-    return runs, sizes | dict.fromkeys(("small", "torch"), weight[rows].numel())
+    return runs, sizes | dict.fromkeys(("small", "plain"), array[rows].size)
 
 
 def bench_merge(values: Tensor, rounds: int) -> None:
@@ -154,8 +163,8 @@ def bench_merge(values: Tensor, rounds: int) -> None:
             print(f"exact {short:5} {name:12} {rate[name]:10,.0f} {rate[name] / rate['floor']:9.0%}")
         for name in ("encode", "decode"):
             print(f"coder {short:5} {name:12} {rate[name]:10,.0f}")
-        kept = residual.encode(as_array(exact.merge_rows(weight, exact.prepare([term]), 0, True).residual))
-        print(f"      {short:5} {rate['small'] / rate['torch']:.0f}x plain torch", end=", ")
+        kept = residual.encode(exact.merge_rows(as_array(weight), exact.prepare([term]), 0, True).residual)
+        print(f"      {short:5} {rate['small'] / rate['plain']:.0f}x the definition", end=", ")
         print(f"{8 * len(kept) / weight.numel():.4f} bits a weight are kept")
 
 
@@ -188,14 +197,16 @@ def main() -> int:
         form = Encoding(name).codec
         for short, dtype in DTYPES.items():
             values = weight.to(options.device, dtype)
-            for verb, sides in (("encode", encoders(form, values)), ("decode", decoders(form, values))):
+            on_gpu = options.device == "cuda"
+            both = [("encode", encoders(form, values)), ("decode", decoders(form, values))] if not on_gpu else []
+            for verb, sides in both or [("decode", decoders_on_gpu(form, values))]:
                 taken = take_turns(dict(zip(SIDES, sides, strict=True)), options.rounds, options.device)
                 rate = {side: values.numel() / taken[side] / 1e6 for side in SIDES}
                 slower += rate["adaptkit"] < rate["bitsandbytes"]
                 line = f"{name:6} {short:5} {verb:6} " + " ".join(f"{rate[side]:12,.0f}" for side in SIDES)
                 line += "".join(f" {rate['adaptkit'] / rate[side]:7.1f}x" for side in SIDES[1:])
-                if options.device == "cuda":
-                    same = same_as_on_cpu(form, values)
+                if on_gpu:
+                    same = torch.equal(sides[0]().cpu(), as_tensor(decoders(form, values.cpu())[0]()))
                     differing += not same
                     traffic = values.numel() * (dtype.itemsize + form.bits / 8 + 4 / BLOCK)
                     line += f" {traffic / taken['adaptkit'] / 1e9:9.0f} {'yes' if same else 'NO':>9}"

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import peft_adapters
 import pytest
 
 import adaptkit
@@ -30,8 +31,9 @@ INSIDE = {
     "operations": {"_calibrate": {"_quantize"}, "_merge": {"_quantize", "_lineage"}},
     "training": {
         "fast": set(),
+        "_plan": set(),
         "network": {"data", "fast"},
-        "memory": {"data", "network"},
+        "memory": {"data", "fast", "network"},
         "evaluation": {"data", "network"},
     },
 }
@@ -47,6 +49,15 @@ def imported(tree: ast.AST) -> Iterator[str]:
             assert node.level == 0, "imports are absolute"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "lazy_module")):
+            yield from (str(argument.value) for argument in node.args if isinstance(argument, ast.Constant))
+
+
+def assigned(tree: ast.AST) -> Iterator[str]:
+    """Every attribute that a file sets on an object, also by its name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and not isinstance(node.ctx, ast.Load):
+            yield node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr"):
             yield from (str(argument.value) for argument in node.args if isinstance(argument, ast.Constant))
 
 
@@ -92,6 +103,8 @@ def test_only_known_modules_reach_into_other_libraries():
     for name, tree in TREES.items():
         used = {module.split(".")[0] for module in imported(tree)} & {"ctypes", "llvmlite"}
         used |= {"sys.modules"} & {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        used |= {"sys.modules"} & set(imported(tree))
+        used |= {"forward", "__class__"} & set(assigned(tree))
         assert not used or name.startswith("training/"), f"{name} uses {sorted(used)}"
         if not name.startswith("hub/"):  # transformers raises its errors, too
             used = {module for module in imported(tree) if module.startswith("huggingface_hub")}
@@ -174,6 +187,20 @@ def test_merging_and_quantizing_do_not_load_torch(llama, adapter, tmp_path):
     command = [sys.executable, "-c", COMMANDS_WITHOUT_TORCH, str(llama), str(adapter), str(tmp_path)]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert found.stdout == "5 False False\n"
+
+
+@pytest.mark.parametrize("name", ["dora", "tokens", "lora_bias", "saved_norms"])
+def test_merging_more_than_low_rank_changes_does_not_load_torch(tmp_path, name):
+    case = peft_adapters.make(tmp_path, name)
+    code = (
+        "import sys; from pathlib import Path; from adaptkit import merge, unmerge\n"
+        "base, adapter, out = map(Path, sys.argv[1:])\n"
+        "merge(base, [adapter], out / 'merged')\nunmerge(out / 'merged', [adapter], out / 'back')\n"
+        "print('torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(case.base), str(case.adapter), str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
 
 
 def test_help_of_every_command_works_without_torch():

@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-from adaptkit.checkpoint._adapter_keys import KOHYA
+from adaptkit.checkpoint.adapter_config import KOHYA
+from adaptkit.checkpoint.foreign import OF_IMAGES, is_of_diffusers
 from adaptkit.checkpoint.header import read_header
 from adaptkit.checkpoint.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     INDEX_NAME,
     SINGLE_NAME,
-    is_adapter,
     look_below,
 )
-from adaptkit.checkpoint.other_weights import OF_IMAGES, other_writer
 from adaptkit.errors import AdapterError, AdaptkitError
 
 _PICKLE_NAME = "adapter_model.bin"
@@ -29,40 +28,26 @@ _JOIN = (
 )
 
 
-def require_configured(root: Path) -> None:
-    """Reject a folder without ``adapter_config.json``.
-
-    Raises:
-        AdapterError: the hint names adapters in subfolders, or says what to do with another tool's file.
-    """
-    if is_adapter(root):
-        return
+def no_configuration_error(root: Path) -> AdapterError:
+    """Return the error for a folder without ``adapter_config.json``; names adapters below, or another tool's file."""
     missing = f"{root}: not an adapter: {ADAPTER_CONFIG_NAME} not found"
     for file in sorted(root.iterdir()):
-        writer, hint = other_writer(file.name) or (("kohya", OF_IMAGES) if _is_kohya(file) else ("", ""))
+        writer = "diffusers" if is_of_diffusers(file.name) else "kohya" if _is_kohya(file) else ""
         if writer:
-            raise AdapterError(f"{missing}, and {file.name} is in the format of {writer}", hint=hint)
-    raise AdapterError(missing, hint=look_below(root, "pass the folder that contains the adapter", models=False))
+            return AdapterError(f"{missing}, and {file.name} is in the format of {writer}", hint=OF_IMAGES)
+    return AdapterError(missing, hint=look_below(root, "pass the folder that contains the adapter", models=False))
 
 
 def _is_kohya(file: Path) -> bool:
     """Return whether a file has tensors named as kohya's trainers name them (mostly adapters of image models)."""
-    if file.suffix != ".safetensors":
-        return False
     try:
-        return any(KOHYA.search(spec.name) for spec, _ in read_header(file).tensors)
+        return file.suffix == ".safetensors" and any(KOHYA.search(s.name) for s, _ in read_header(file).tensors)
     except AdaptkitError:  # not a safetensors file
         return False
 
 
-def require_weights(root: Path) -> None:
-    """Reject an adapter without the single safetensors file that peft reads.
-
-    Raises:
-        AdapterError: the hint says how to convert a pickle or shards to it, or that the folder may be a checkpoint's.
-    """
-    if (root / ADAPTER_WEIGHTS_NAME).exists():
-        return
+def no_weights_error(root: Path) -> AdapterError:
+    """Return the error for an adapter without the file that peft reads; it says how to convert a pickle or shards."""
     found, hint = "", "download or copy the whole adapter again"
     if (root / _PICKLE_NAME).is_file():
         found, hint = f" (the pickled {_PICKLE_NAME} is not loaded)", _UNPICKLE
@@ -71,4 +56,4 @@ def require_weights(root: Path) -> None:
     elif (root / SINGLE_NAME).exists() or (root / INDEX_NAME).exists():
         found = f" beside {ADAPTER_CONFIG_NAME}"
         hint = f"if the folder holds a checkpoint only, remove {ADAPTER_CONFIG_NAME}; otherwise {hint}"
-    raise AdapterError(f"{root}: {ADAPTER_WEIGHTS_NAME} not found{found}", hint=hint)
+    return AdapterError(f"{root}: {ADAPTER_WEIGHTS_NAME} not found{found}", hint=hint)

@@ -1,187 +1,226 @@
-"""Assemble an adapter's tensors into changes per module, using every tensor exactly once."""
+"""Read what an adapter's tensors change, from their names and its configuration; every tensor is used exactly once.
+
+base_model.model.<module>.lora_A.weight            as peft writes it
+base_model.model.<module>.lora_A.default.weight    with the adapter's name left in
+<module>.lora_A.weight                             without the wrapper's prefix
+_orig_mod. module. _fsdp_wrapped_module.           segments that torch.compile, DDP and FSDP insert anywhere
+
+<module>.lora_A.weight  .lora_B.weight             Δ = s · B A
+<module>.lora_B.bias                               added to the module's bias
+<module>.lora_embedding_A  .lora_embedding_B       of an embedding: Δ = s · (B A)ᵀ
+<module>.lora_magnitude_vector                     DoRA; for an embedding whose vocabulary was resized, peft writes a
+                                                   second copy that ends in .weight
+<module>.base_layer.weight  .base_layer.bias       what Δ is added to, if that differs from the base's tensor
+<module>.token_adapter.trainable_tokens_delta      rows that replace the base's rows
+<module>.weight, <module>.bias                     replace the base's tensors
+<module>.modules_to_save.default.<inside>.bias     second copy of the bias of a module inside a saved module, if all
+                                                   biases are saved
+<module>.original_module.<inside>.bias             the base's bias in the same case
+<experts>.base_layer.lora_A.weight ...             the inner of two stacked parameters; see ``expert_parameters``
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import numpy as np
 
-from adaptkit.checkpoint._adapter_keys import Part
-from adaptkit.checkpoint.adapter_config import (
-    ONE_SAVE,
-    RANK_ZERO,
-    Scalings,
-    expert_parameters,
-    is_parameter,
-    is_saved,
-    token_indices,
-    unused_saved,
-)
+from adaptkit.checkpoint import adapter_config
+from adaptkit.checkpoint.adapter_config import ATTENTION, KOHYA, ONE_SAVE, PREFIX, RANK_ZERO
 from adaptkit.checkpoint.manifest import TensorRecord
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.vocabulary import is_embedding_name, is_head
 from adaptkit.errors import AdapterError
-from adaptkit.numerics.arrays import Array, as_tensor
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.lora import LowRank, transposed
 from adaptkit.wording import counted
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+_QUANTIZED = re.compile(r"(.+)\.base_layer\.(?:weight\.quant_state\..+|SCB)")
+"""Quantization tensors of bitsandbytes, which peft saves with a quantized head."""
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+_ROLES = (
+    (re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight"), "lora_{}"),
+    (re.compile(r"(.+)\.lora_B(?:\.[^.]+)?\.(bias)"), "lora_{}"),
+    (re.compile(r"(.+)\.lora_embedding_([AB])(?:\.[^.]+)?"), "embedding_{}"),
+    (re.compile(r"(.+)\.lora_(magnitude)_vector\.weight"), "copy_{}"),
+    (re.compile(r"(.+)\.lora_(magnitude)_vector(?:\.[^.]+)?(?:\.weight)?"), "{}"),
+    (re.compile(r"(.+)\.token_adapter\.(trainable_tokens)_delta(?:\.[^.]+)?"), "{}"),
+    (re.compile(r"(.+?)(?:\.token_adapter)?\.base_layer\.(weight|bias)"), "base_{}"),
+    (re.compile(r"(.+)\.modules_to_save\.[^.]+\.(.+)\.([^.]+)"), "copy_{}"),
+    (re.compile(r"(.+)\.original_module\.(.+)\.([^.]+)"), "original_{}"),
+    (re.compile(r"(.+)\.modules_to_save(?:\.[^.]+)?\.([^.]+)"), "copy_{}"),
+    (re.compile(r"(.+)\.original_module\.([^.]+)"), "original_{}"),
+    (re.compile(r"(.+)\.([^.]+)"), "{}"),
+)
 _GATHER = "save it again with all weights gathered; DeepSpeed ZeRO-3 otherwise saves empty tensors"
+_WITH_PEFT = "merge the adapter with peft"
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Rows of an embedding or head that replace the base's rows.
-
-    Attributes:
-        indices: row (token) indices, in the order of ``rows``.
-        rows: (len(indices), dim).
-    """
+    """Rows of an embedding or head, (len(indices), dim), that replace those of the base with these indices."""
 
     indices: tuple[int, ...]
-    rows: Tensor
+    rows: Array
+
+
+@dataclass(frozen=True, eq=False)
+class Changes:
+    """What an adapter's tensors change. Names of modules and tensors are those of the running model.
+
+    Attributes:
+        modules: maps a module's dotted path to its weight's change: (out, in), or (entries, dim) for an embedding.
+        embeddings: which of the modules are embeddings.
+        magnitudes: maps a module to DoRA's (out,) norms of the rows of W + Δ.
+        biases: maps a module to what is added to its bias: (out,) float64, scaling included.
+        replaced: maps a base tensor's name to the adapter's tensor that replaces it.
+        base_copies: maps a base tensor's name to the adapter's copy that a change is added to; usually both are equal.
+        tokens: maps a module to the replaced rows of its weight.
+        experts: maps a stacked parameter's path to the change of each expert's matrix, oriented as in the files.
+    """
+
+    modules: dict[str, LowRank] = field(default_factory=dict)
+    embeddings: set[str] = field(default_factory=set)
+    magnitudes: dict[str, Array] = field(default_factory=dict)
+    biases: dict[str, Array] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
+    base_copies: dict[str, str] = field(default_factory=dict)
+    tokens: dict[str, TokenRows] = field(default_factory=dict)
+    experts: dict[str, tuple[LowRank, ...]] = field(default_factory=dict)
 
 
 class Parts:
     """Consumes the parts of an adapter, one kind after another; a part that is left over at the end is an error.
 
-    Args:
-        root: the adapter's folder, for messages.
-        config: ``adapter_config.json``, checked.
-        files: the adapter's tensors.
-        parts: maps each part to its tensor's name.
-        records: the tensors' fingerprints.
-        read: flat arrays of tensors that were already read for their fingerprints; entries are removed when used.
+    A part is (module, role); the module of experts ends in one ``.base_layer`` per enclosing wrapper.
 
-    Attributes:
-        modules, embeddings, magnitudes, biases, replaced, base_copies, tokens, experts: see ``Adapter``.
+    Raises:
+        AdapterError: a tensor's name is not recognized, or two names stand for the same part.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        config: Mapping[str, Any],
-        files: TensorFiles,
-        parts: Mapping[Part, str],
-        records: Sequence[TensorRecord],
-        read: dict[str, Array],
-    ) -> None:
-        self._root, self._config, self._files, self._read = root, config, files, read
-        self._left, self._scalings = dict(parts), Scalings(root, config)
-        self._digests = {record.name: record.content for record in records}
-        self.modules: dict[str, LowRank] = {}
-        self.embeddings: set[str] = set()
-        self.magnitudes: dict[str, Tensor] = {}
-        self.biases: dict[str, Tensor] = {}
-        self.replaced: dict[str, str] = {}
-        self.base_copies: dict[str, str] = {}
-        self.tokens: dict[str, TokenRows] = {}
-        self.experts: dict[str, tuple[LowRank, ...]] = {}
+    def __init__(self, config: Mapping[str, Any], files: TensorFiles) -> None:
+        self._root, self._config, self._files = files.root, config, files
+        self._left: dict[tuple[str, str], str] = {}
+        for key in files.tensors:
+            if KOHYA.search(key):
+                self._refuse(
+                    f"the tensor {key!r} is named as in the format of kohya, which is not read",
+                    "rename lora_down to lora_A and lora_up to lora_B, and put alpha into lora_alpha of "
+                    "adapter_config.json",
+                )
+            if copy := _QUANTIZED.fullmatch(key):
+                self._refuse(
+                    f"contains the quantized weights that {copy[1].removeprefix(PREFIX)} was trained on",
+                    "save it with peft's save_embedding_layers=False, and merge it into the 16-bit checkpoint",
+                )
+            if (part := _part(key)) is None:
+                self._refuse(
+                    f"unknown tensor {key!r}",
+                    "it may come from an unsupported kind of adapter, or not belong to this one",
+                )
+            if attention := ATTENTION.fullmatch(part[0]):
+                self._refuse(
+                    f"{attention[1]} is a torch.nn.MultiheadAttention, of which LoRA is not supported", _WITH_PEFT
+                )
+            if part in self._left:
+                self._refuse(
+                    f"{self._left[part]!r} and {key!r} both hold the same part of {part[0]}",
+                    "save each adapter in a folder of its own",
+                )
+            self._left[part] = key
 
-    def take_all(self) -> None:
-        """Consume all parts and fill the attributes.
+    def take_all(self, records: Sequence[TensorRecord], read: dict[str, Array]) -> Changes:
+        """Consume all parts; ``read`` holds flat arrays of tensors that were already read, and loses those used.
 
         Raises:
             AdapterError: a part is missing, has a wrong shape, or is left over.
         """
-        self._take_copies()
+        self._scalings, self._read, self._changes = adapter_config.Scalings(self._root, self._config), read, Changes()
+        self._take_copies({record.name: record.content for record in records})
         halves = ("lora_A", "lora_B", "embedding_A", "embedding_B")
-        names = sorted({part.module for part in self._left if part.role in halves})
+        names = sorted({module for module, role in self._left if role in halves})
         stacks = {name: self._stack_of(name) for name in names}
         for name in names:
             if not stacks[name][1]:
                 self._take_module(name)
         for module, leaves in sorted({module: leaves for module, leaves in stacks.values() if leaves}.items()):
             self._take_experts(module, leaves)
+        found = self._changes
         targets = tuple(f".{target}" for target in self._config.get("target_parameters") or ())
-        changed = [f".{name}" for name in (*self.experts, *(f"{module}.weight" for module in self.modules))]
+        changed = [f".{name}" for name in (*found.experts, *(f"{module}.weight" for module in found.modules))]
         if targets and not any(name.endswith(targets) for name in changed):
             self._refuse(
                 f"target_parameters is {self._config['target_parameters']}, but the adapter has no tensor for it"
             )
         self._take_tokens()
         self._take_replaced()
-        for part, key in self._left.items():
-            self._refuse(f"adapter_config.json does not account for the tensor {key!r} ({part.role} of {part.module})")
-        missing = unused_saved(self._config, [name.rpartition(".")[0] for name in self.replaced])
-        if missing:
+        for (module, role), key in self._left.items():
+            self._refuse(f"adapter_config.json does not account for the tensor {key!r} ({role} of {module})")
+        if missing := adapter_config.unused_saved(self._config, [name.rpartition(".")[0] for name in found.replaced]):
             self._refuse(f"modules_to_save names {missing!r}, but the adapter has no tensor for it")
+        return found
 
     def _refuse(self, why: str, hint: str = ONE_SAVE) -> NoReturn:
         raise AdapterError(f"{self._root}: {why}", hint=hint)
 
-    def _take(self, module: str, role: str, dims: int) -> Array | None:
-        key = self._left.pop(Part(module, role), None)
-        if key is None:
-            return None
-        spec = self._files.spec(key)
-        if len(spec.shape) != dims or 0 in spec.shape:
-            of_rank_zero = len(spec.shape) == dims and role.endswith(("_A", "_B"))
+    def _take(self, module: str, role: str, dims: int) -> Array:
+        key = self._left.pop((module, role))
+        shape = self._files.spec(key).shape
+        if len(shape) != dims or 0 in shape:
+            of_rank_zero = len(shape) == dims and role.endswith(("_A", "_B"))
             self._refuse(
-                f"{key} has shape {list(spec.shape)}; expected {counted(dims, 'dimension')}, none of them 0",
-                _GATHER if spec.shape == (0,) else RANK_ZERO if of_rank_zero else ONE_SAVE,
+                f"{key} has shape {list(shape)}; expected {counted(dims, 'dimension')}, none of them 0",
+                _GATHER if shape == (0,) else RANK_ZERO if of_rank_zero else ONE_SAVE,
             )
         read = self._read.pop(key, None)
-        return self._files.read_array(key) if read is None else read.reshape(spec.shape)
+        return self._files.read(key) if read is None else read.reshape(shape)
 
     def _take_halves(self, module: str, kind: str) -> tuple[Array, Array]:
-        keys = {half: self._left.get(Part(module, f"{kind}_{half}")) for half in ("A", "B")}
-        for half, key in keys.items():
-            if key is None:
-                other = keys["B" if half == "A" else "A"]
-                beside = f" to go with {other!r}" if other else ""
-                self._refuse(f"{module} has no {'lora' if kind == 'lora' else 'lora_embedding'}_{half}{beside}")
-        if all(3 <= len(self._files.spec(str(key)).shape) <= 5 for key in keys.values()):
-            raise AdapterError(
-                f"{self._root}: {module} is a convolution; LoRA of convolutions is not supported",
-                hint="merge the adapter with peft",
-            )
-        lora_a, lora_b = (self._take(module, f"{kind}_{half}", 2) for half in ("A", "B"))
-        if lora_a is None or lora_b is None:
-            raise ValueError("both halves are there")
-        return lora_a, lora_b
+        key_a, key_b = (self._left.get((module, f"{kind}_{half}")) for half in "AB")
+        if key_a is None or key_b is None:
+            beside = f" to go with {key_a or key_b!r}" if key_a or key_b else ""
+            half = f"{'lora' if kind == 'lora' else 'lora_embedding'}_{'A' if key_a is None else 'B'}"
+            self._refuse(f"{module} has no {half}{beside}")
+        if all(3 <= len(self._files.spec(key).shape) <= 5 for key in (key_a, key_b)):
+            self._refuse(f"{module} is a convolution; LoRA of convolutions is not supported", _WITH_PEFT)
+        return self._take(module, f"{kind}_A", 2), self._take(module, f"{kind}_B", 2)
 
     def _take_module(self, module: str) -> None:
-        is_embedding = Part(module, "embedding_A") in self._left or Part(module, "embedding_B") in self._left
+        config, found = self._config, self._changes
+        is_embedding = (module, "embedding_A") in self._left or (module, "embedding_B") in self._left
         lora_a, lora_b = self._take_halves(module, "embedding" if is_embedding else "lora")
-        rank, factor = self._scalings.of(f"{module}.weight" if is_parameter(self._config, module) else module)
+        rank, factor = self._scalings.of(f"{module}.weight" if adapter_config.is_parameter(config, module) else module)
         self._check_rank(module, rank, rank, lora_a, lora_b)
-        term = LowRank(lora_a, lora_b, factor)
-        self.modules[module] = transposed(term) if is_embedding else term
+        term, rows = LowRank(lora_a, lora_b, factor), lora_b.shape[0]
+        found.modules[module] = transposed(term) if is_embedding else term
         if is_embedding:
-            self.embeddings.add(module)
-        self._take_magnitude(module, lora_b.shape[0])
-        bias = self._take(module, "lora_bias", 1)
-        if bias is None and self._config.get("lora_bias") and not is_embedding:
-            self._refuse(f"{module} has no lora_B.bias, but lora_bias is set")
-        if bias is not None and not self._config.get("lora_bias"):
-            self._refuse(f"{module} has a lora_B.bias, but lora_bias is not set")
-        if bias is not None and bias.shape[0] != lora_b.shape[0]:
-            self._refuse(f"{module}: lora_B.bias has shape {list(bias.shape)}; expected [{lora_b.shape[0]}]")
-        if bias is not None:
-            self.biases[module] = as_tensor(bias).double() * factor
-
-    def _take_magnitude(self, module: str, count: int) -> None:
-        magnitude = self._take(module, "magnitude", 1)
-        wanted = bool(self._config.get("use_dora"))
-        if wanted and magnitude is None:
+            found.embeddings.add(module)
+        if (module, "magnitude") in self._left:
+            magnitude = self._take(module, "magnitude", 1)
+            if not config.get("use_dora"):
+                self._refuse(
+                    f"{module} has a lora_magnitude_vector, but use_dora is not set",
+                    f"{ONE_SAVE}; torchtune omits use_dora and saves the magnitudes of q_proj and k_proj in another "
+                    "order: use adaptkit extract on the model that torchtune merged",
+                )
+            if magnitude.shape[0] != rows:
+                numbers = counted(magnitude.shape[0], "number")
+                self._refuse(f"{module}.lora_magnitude_vector has {numbers}; expected {rows}, one for each row")
+            found.magnitudes[module] = magnitude
+        elif config.get("use_dora"):
             self._refuse(f"{module} has no lora_magnitude_vector, but use_dora is set")
-        if magnitude is not None and not wanted:
-            raise AdapterError(
-                f"{self._root}: {module} has a lora_magnitude_vector, but use_dora is not set",
-                hint=f"{ONE_SAVE}; torchtune omits use_dora and saves the magnitudes of q_proj and k_proj in another "
-                "order: use adaptkit extract on the model that torchtune merged",
-            )
-        if magnitude is not None and magnitude.shape[0] != count:
-            found = counted(magnitude.shape[0], "number")
-            self._refuse(f"{module}.lora_magnitude_vector has {found}; expected {count}, one for each row")
-        if magnitude is not None:
-            self.magnitudes[module] = as_tensor(magnitude)
+        if (module, "lora_bias") in self._left:
+            bias = self._take(module, "lora_bias", 1)
+            if not config.get("lora_bias"):
+                self._refuse(f"{module} has a lora_B.bias, but lora_bias is not set")
+            if bias.shape[0] != rows:
+                self._refuse(f"{module}: lora_B.bias has shape {list(bias.shape)}; expected [{rows}]")
+            found.biases[module] = bias.astype(np.float64) * factor
+        elif config.get("lora_bias") and not is_embedding:
+            self._refuse(f"{module} has no lora_B.bias, but lora_bias is set")
 
     def _check_rank(self, module: str, rank: int, rows: int, lora_a: Array, lora_b: Array) -> None:
         if rank < 1 or lora_a.shape[0] != rows or lora_b.shape[1] != rows:
@@ -195,98 +234,82 @@ class Parts:
         module = name
         while module.endswith(".base_layer"):
             module = module.removesuffix(".base_layer")
-        rank, key = self._scalings.of(f"{module}.weight")[0], self._left.get(Part(name, "lora_A"))
+        rank, key = self._scalings.of(f"{module}.weight")[0], self._left.get((name, "lora_A"))
         rows = self._files.spec(key).shape[0] if key else 0
-        return module, expert_parameters(self._root, self._config, module, is_stack=0 < rank < rows)
+        return module, adapter_config.expert_parameters(self._root, self._config, module, is_stack=0 < rank < rows)
 
     def _take_experts(self, module: str, leaves: Sequence[str]) -> None:
         for depth, leaf in enumerate(reversed(leaves)):  # the outermost wrapper belongs to the last parameter
-            wrapper = module + ".base_layer" * depth
-            lora_a, lora_b = self._take_halves(wrapper, "lora")
+            lora_a, lora_b = self._take_halves(module + ".base_layer" * depth, "lora")
             parameter = f"{module}.{leaf}"
             rank, factor = self._scalings.of(parameter)
             count = lora_a.shape[0] // rank if rank else 0
             self._check_rank(parameter, rank, max(1, count) * rank, lora_a, lora_b)
             a = lora_a.reshape(count, rank, -1)
             b = lora_b.reshape(lora_b.shape[0], rank, count)  # the expert index varies fastest
-            self.experts[parameter] = tuple(
+            self._changes.experts[parameter] = tuple(
                 LowRank(a[expert], np.ascontiguousarray(b[:, :, expert]), factor) for expert in range(count)
             )
 
     def _take_tokens(self) -> None:
-        for part in [part for part in self._left if part.role == "trainable_tokens"]:
-            indices = _token_indices(self._root, self._config, part.module, self._left[part])
-            rows = self._take(part.module, part.role, 2)
-            if rows is None or rows.shape[0] != len(indices):
-                found = 0 if rows is None else rows.shape[0]
+        given, tokens = self._config.get("trainable_token_indices") or {}, self._changes.tokens
+        for module, role in [part for part in self._left if part[1] == "trainable_tokens"]:
+            indices = adapter_config.token_indices(self._config, module)
+            fits = isinstance(indices, list) and all(type(index) is int and index >= 0 for index in indices)
+            if not fits or not indices or len(set(indices)) != len(indices):
+                self._refuse(f"trainable_token_indices does not say which rows {self._left[module, role]!r} replaces")
+            rows = self._take(module, role, 2)
+            if rows.shape[0] != len(indices):
                 self._refuse(
-                    f"{part.module} has {counted(found, 'trained row')}, but trainable_token_indices lists "
+                    f"{module} has {counted(rows.shape[0], 'trained row')}, but trainable_token_indices lists "
                     f"{counted(len(indices), 'token')}"
                 )
-            self.tokens[part.module] = TokenRows(indices, as_tensor(rows))
-        missing = _untrained_tokens(self._config, list(self.tokens))
+            tokens[module] = TokenRows(tuple(indices), rows)
+        missing = "" if tokens or not given else "an embedding"
+        if isinstance(given, dict):  # a name may lack its module if one with the same indices has one: they are tied
+            there = {name for name in given if any(f".{module}".endswith(f".{name}") for module in tokens)}
+            known = [given[name] for name in there]
+            missing = next((name for name, rows in given.items() if name not in there and rows not in known), "")
         if missing:
             self._refuse(f"trainable_token_indices names {missing}, but the adapter has no trained rows for it")
 
     def _take_replaced(self) -> None:
-        whole = [part for part in self._left if part.role in ("weight", "base_weight")]
+        found, trains_bias = self._changes, self._config.get("bias", "none") != "none"
         # peft saves embedding and head whole, without being asked, if the vocabulary was resized.
-        resized = any(is_embedding_name(part.module) for part in whole)
-        for part in list(self._left):
-            kind = part.role.removeprefix("base_")
-            name = f"{part.module}.{kind}"
-            wrapped = part.role.startswith("base_")
-            unasked = resized and (is_embedding_name(part.module) or is_head(part.module))
-            trained = kind == "bias" and self._config.get("bias", "none") != "none"
-            copies = kind in ("weight", "bias") and wrapped and not trained
-            if copies and (part.module in self.modules or part.module in self.tokens):
-                self.base_copies[name] = self._left.pop(part)
-            elif (
-                trained
-                or (not wrapped and is_saved(self._config, part.module))
-                or (kind in ("weight", "bias") and unasked)
-            ):
-                if name in self.replaced or (not wrapped and kind == "weight" and part.module in self.modules):
-                    self._refuse(f"{self._left[part]!r} and another tensor both hold {name}")
-                self.replaced[name] = self._left.pop(part)
+        resized = any(is_embedding_name(owner) for owner, role in self._left if role in ("weight", "base_weight"))
+        for module, role in list(self._left):
+            kind, wrapped = role.removeprefix("base_"), role.startswith("base_")
+            name, is_usual, trained = f"{module}.{kind}", kind in ("weight", "bias"), kind == "bias" and trains_bias
+            unasked = is_usual and resized and (is_embedding_name(module) or is_head(module))
+            if is_usual and wrapped and not trained and (module in found.modules or module in found.tokens):
+                found.base_copies[name] = self._left.pop((module, role))
+            elif trained or unasked or (not wrapped and adapter_config.is_saved(self._config, module)):
+                if name in found.replaced or (not wrapped and kind == "weight" and module in found.modules):
+                    self._refuse(f"{self._left[module, role]!r} and another tensor both hold {name}")
+                found.replaced[name] = self._left.pop((module, role))
 
-    def _take_copies(self) -> None:
+    def _take_copies(self, digests: Mapping[str, Any]) -> None:
         """Keep one of the copies that peft writes (they must be identical), and drop base tensors that are replaced."""
-        for part, key in list(self._left.items()):
-            kind, _, leaf = part.role.partition("_")
-            plain = Part(part.module, leaf)
-            if kind == "original" and (plain in self._left or Part(part.module, f"copy_{leaf}") in self._left):
-                del self._left[part]
-            elif kind == "copy" and plain not in self._left:
-                self._left[plain] = self._left.pop(part)
+        for (module, role), key in list(self._left.items()):
+            kind, _, leaf = role.partition("_")
+            plain = (module, leaf)
+            if kind == "original" and (plain in self._left or (module, f"copy_{leaf}") in self._left):
+                del self._left[module, role]
             elif kind == "copy":
-                if self._digests[key] != self._digests[self._left[plain]]:
+                if plain in self._left and digests[key] != digests[self._left[plain]]:
                     self._refuse(f"{key!r} and {self._left[plain]!r} should be identical, but differ")
-                del self._left[part]
+                self._left.setdefault(plain, self._left.pop((module, role)))
 
 
-def _untrained_tokens(config: Mapping[str, Any], modules: Sequence[str]) -> str:
-    """Return a name in ``trainable_token_indices`` that matches none of the modules; empty if all match.
-
-    A name may lack its module if a name with the same indices has one: the two modules are tied.
-    """
-    given = config.get("trainable_token_indices")
-    if not given:
-        return ""
-    if not isinstance(given, dict):
-        return "" if modules else "an embedding"
-    there = {name for name in given if any(f".{module}".endswith(f".{name}") for module in modules)}
-    return next((n for n, rows in given.items() if n not in there and rows not in [given[t] for t in there]), "")
-
-
-def _token_indices(root: Path, config: Mapping[str, Any], module: str, key: str) -> tuple[int, ...]:
-    """Return the rows of a module's weight that ``trainable_token_indices`` lists.
-
-    Raises:
-        AdapterError: it lists none, or is not a list of distinct non-negative integers.
-    """
-    given = token_indices(config, module)
-    fits = isinstance(given, list) and all(type(index) is int and index >= 0 for index in given)
-    if not fits or not given or len(set(given)) != len(given):
-        raise AdapterError(f"{root}: trainable_token_indices does not say which rows {key!r} replaces", hint=ONE_SAVE)
-    return tuple(given)
+def _part(key: str) -> tuple[str, str] | None:
+    kept: list[str] = []
+    for segment in key.split("."):
+        if segment not in _WRAPPERS and not (segment == "module" and (not kept or kept[-1].isdecimal())):
+            kept.append(segment)
+        if kept == ["base_model", "model"]:
+            kept.clear()
+    for pattern, role in _ROLES:
+        if match := pattern.fullmatch(".".join(kept)):
+            *module, what = match.groups()
+            return ".".join(module), role.format(what)
+    return None

@@ -1,4 +1,4 @@
-"""Write an adapter folder as PEFT and vLLM read it; see ``_adapter_keys`` for the tensors' names."""
+"""Write an adapter folder as PEFT and vLLM read it; see ``_adapter_parts`` for the tensors' names."""
 
 from __future__ import annotations
 
@@ -6,22 +6,20 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from adaptkit.checkpoint._adapter_keys import PREFIX
+import numpy as np
+
 from adaptkit.checkpoint._adapter_parts import TokenRows
-from adaptkit.checkpoint.adapter_config import stack_order
+from adaptkit.checkpoint.adapter_config import PREFIX, stack_order
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME as CONFIG_NAME
 from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME as WEIGHTS_NAME
 from adaptkit.errors import NonFiniteError
-from adaptkit.lazy import torch
+from adaptkit.numerics.dtypes import Array, cast
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank, transposed
 from adaptkit.numerics.scaling import scaling
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 def write_adapter(
@@ -29,13 +27,13 @@ def write_adapter(
     modules: Mapping[str, LowRank],
     base_name: str,
     embeddings: frozenset[str] = frozenset(),
-    saved: Mapping[str, Tensor] | None = None,
+    saved: Mapping[str, Array] | None = None,
     *,
-    magnitudes: Mapping[str, Tensor] | None = None,
-    lora_biases: Mapping[str, Tensor] | None = None,
+    magnitudes: Mapping[str, Array] | None = None,
+    lora_biases: Mapping[str, Array] | None = None,
     tokens: Mapping[str, TokenRows] | None = None,
     experts: Mapping[str, tuple[LowRank, ...]] | None = None,
-    copies: Mapping[str, Tensor] | None = None,
+    copies: Mapping[str, Array] | None = None,
     **config: Any,
 ) -> None:
     """Write configuration and weights of a LoRA adapter, as PEFT and vLLM read them.
@@ -80,28 +78,38 @@ def write_adapter(
     if tokens:
         document["trainable_token_indices"] = {path: list(chosen.indices) for path, chosen in tokens.items()}
     output.write_json(CONFIG_NAME, document)
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Array] = {}
     for module, term in modules.items():
         is_table = module in embeddings
         halves = transposed(term) if is_table else term
         names = ("lora_embedding_A", "lora_embedding_B") if is_table else ("lora_A.weight", "lora_B.weight")
-        for name, half in zip(names, (halves.lora_a, halves.lora_b), strict=True):
-            tensors[f"{module}.{name}"] = half.detach().float().cpu().contiguous()
-    for name, tensor in (saved or {}).items():
+        for name, half in zip(names, (halves.a, halves.b), strict=True):
+            tensors[f"{module}.{name}"] = _float32(half)
+    for name, array in (saved or {}).items():
         module, _, kind = name.rpartition(".")
         wrapped = kind == "bias" and module in modules
-        tensors[f"{module}.base_layer.bias" if wrapped else name] = tensor.detach().cpu()
-    for name, tensor in (copies or {}).items():
+        tensors[f"{module}.base_layer.bias" if wrapped else name] = array
+    for name, array in (copies or {}).items():
         module, _, kind = name.rpartition(".")
-        tensors[f"{module}.base_layer.{kind}"] = tensor.detach().cpu()
+        tensors[f"{module}.base_layer.{kind}"] = array
     for module, magnitude in (magnitudes or {}).items():
-        tensors[f"{module}.lora_magnitude_vector"] = magnitude.detach().float().cpu()
+        tensors[f"{module}.lora_magnitude_vector"] = _float32(magnitude)
     for module, bias in (lora_biases or {}).items():
-        tensors[f"{module}.lora_B.bias"] = bias.detach().float().cpu()
+        tensors[f"{module}.lora_B.bias"] = _float32(bias)
     for module, chosen in tokens.items():
-        tensors[f"{module}.token_adapter.trainable_tokens_delta"] = chosen.rows.detach().float().cpu()
+        tensors[f"{module}.token_adapter.trainable_tokens_delta"] = _float32(chosen.rows)
     tensors |= _stacked(experts)
-    _write_tensors(output, tensors)
+    for name, array in tensors.items():
+        if not all_finite(array):
+            raise NonFiniteError(
+                f"{PREFIX}{name}: holds NaN, or numbers too large for float32",
+                hint="if you gave the adapters weights, use smaller ones",
+            )
+    output.write_tensors(WEIGHTS_NAME, {f"{PREFIX}{name}": array for name, array in tensors.items()})
+
+
+def _float32(array: Array) -> Array:
+    return cast(array, np.float32)
 
 
 def _ranks(terms: Mapping[str, LowRank], rslora: bool) -> dict[str, Any]:
@@ -124,7 +132,7 @@ def _alpha(term: LowRank, rslora: bool) -> float:
     return short if scaling(short, term.rank, rslora) == term.scaling else exact
 
 
-def _stacked(experts: Mapping[str, tuple[LowRank, ...]]) -> dict[str, Tensor]:
+def _stacked(experts: Mapping[str, tuple[LowRank, ...]]) -> dict[str, Array]:
     """Return the tensors of stacked parameters: A's rows are (expert, rank), B's columns (rank, expert).
 
     The wrapper of a module's last parameter is the outermost one and has the module's own name.
@@ -137,22 +145,11 @@ def _stacked(experts: Mapping[str, tuple[LowRank, ...]]) -> dict[str, Tensor]:
     for module, leaves in modules.items():
         for depth, leaf in enumerate(reversed(stack_order(leaves))):
             changes = experts[f"{module}.{leaf}"]
-            lora_a = torch.cat([change.lora_a.detach().float().cpu() for change in changes])
-            lora_b = torch.stack([change.lora_b.detach().float().cpu() for change in changes], dim=2)
             wrapper = f"{module}{'.base_layer' * depth}"
-            tensors[f"{wrapper}.lora_A.weight"] = lora_a
-            tensors[f"{wrapper}.lora_B.weight"] = lora_b.flatten(1)
+            tensors[f"{wrapper}.lora_A.weight"] = np.concatenate([_float32(change.a) for change in changes])
+            lora_b = np.stack([_float32(change.b) for change in changes], axis=2)
+            tensors[f"{wrapper}.lora_B.weight"] = lora_b.reshape(len(lora_b), -1)
     return tensors
-
-
-def _write_tensors(output: Output, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if not all_finite(tensor):
-            raise NonFiniteError(
-                f"{PREFIX}{name}: holds NaN, or numbers too large for float32",
-                hint="if you gave the adapters weights, use smaller ones",
-            )
-    output.write_tensors(WEIGHTS_NAME, {f"{PREFIX}{name}": tensor for name, tensor in tensors.items()})
 
 
 def _most_common(values: Mapping[str, Any]) -> Any:

@@ -1,7 +1,7 @@
 """Read and write PEFT's adapter folders.
 
     adapter_config.json          peft_type, r, lora_alpha, patterns, target_modules, ...
-    adapter_model.safetensors    the tensors; see ``_adapter_keys`` for their names
+    adapter_model.safetensors    the tensors; see ``_adapter_parts`` for their names
 
 Every tensor is used exactly once; anything unknown or left over is an error that names it.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,18 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from adaptkit.checkpoint._adapter_keys import name_parts
-from adaptkit.checkpoint._adapter_lacking import require_configured, require_weights
-from adaptkit.checkpoint._adapter_parts import Parts, TokenRows
+from adaptkit.checkpoint._adapter_lacking import no_configuration_error, no_weights_error
+from adaptkit.checkpoint._adapter_parts import Changes, Parts, TokenRows
 from adaptkit.checkpoint._adapter_writing import write_adapter
-from adaptkit.checkpoint.adapter_config import (
-    Scalings,
-    age_of_patterns,
-    check_config,
-    is_saved,
-    names_tied,
-    writes_transposed_experts,
-)
+from adaptkit.checkpoint.adapter_config import check_config, is_saved, names_tied, writes_transposed_experts
 from adaptkit.checkpoint.compensation import read_compensation
 from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.integrity import file_problem
@@ -38,6 +29,7 @@ from adaptkit.checkpoint.layout import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_WEIGHTS_NAME,
     COMPENSATION_NAME,
+    is_adapter,
     read_json,
     require_folder,
 )
@@ -51,43 +43,24 @@ from adaptkit.numerics.lora import LowRank, is_equal
 from adaptkit.numerics.spec import FLOATS
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptkit.numerics.arrays import Array
+    from adaptkit.numerics.dtypes import Array
 
 __all__ = ["Adapter", "TokenRows", "adapter_identity", "read_adapter", "require_plain", "write_adapter"]
 
 _PIECE_ELEMENTS = 1 << 20
 _CHECKED_FILES = {ADAPTER_CONFIG_NAME, COMPENSATION_NAME}
-_NEUTRAL_KEYS = {
-    "auto_mapping",
-    "base_model_name_or_path",
-    "inference_mode",
-    "peft_version",
-    "revision",
-    "task_type",
-}
+_NEUTRAL_KEYS = {"auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision", "task_type"}
 """Keys of ``adapter_config.json`` that do not affect an adapter's changes."""
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter as stored in files. Names of modules and tensors are those of the running model.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter(Changes):
+    """A LoRA adapter as stored in files.
 
     Attributes:
         root: the adapter's folder.
         config: ``adapter_config.json``.
         files: the adapter's tensors; tensors that replace a whole base tensor are read from here when needed.
-        modules: maps a module's dotted path to its weight's change: (out, in), or (entries, dim) for an embedding.
-        embeddings: which of the modules are embeddings.
-        magnitudes: maps a module to DoRA's (out,) norms of the rows of W + Δ.
-        biases: maps a module to what is added to its bias: (out,) float64, scaling included.
-        replaced: maps a base tensor's name to the name in ``files`` of the tensor that replaces it.
-        base_copies: maps a base tensor's name to the name in ``files`` of the copy that its change is added to, which
-            usually equals the base's tensor.
-        tokens: maps a module to the replaced rows of its weight.
-        experts: maps a stacked parameter's path to the change of each expert's matrix, oriented as in the files; see
-            ``experts_for`` for the model's orientation.
         fan_in_fan_out: whether linear layers of the base store their weights transposed (GPT-2's Conv1D).
         compensation: maps a module to the initial change that compensates the quantization error of its base; empty
             for most adapters.
@@ -99,14 +72,6 @@ class Adapter:
     root: Path
     config: Mapping[str, Any]
     files: TensorFiles
-    modules: Mapping[str, LowRank]
-    embeddings: frozenset[str]
-    magnitudes: Mapping[str, Tensor]
-    biases: Mapping[str, Tensor]
-    replaced: Mapping[str, str]
-    base_copies: Mapping[str, str]
-    tokens: Mapping[str, TokenRows]
-    experts: Mapping[str, tuple[LowRank, ...]]
     fan_in_fan_out: bool
     compensation: Mapping[str, LowRank]
     manifest: Manifest | None
@@ -164,18 +129,18 @@ class Adapter:
         Base tensors that were merely saved along do not count; a tensor shared by embedding and tied head counts once.
         """
         terms = [*self.modules.values(), *(term for stack in self.experts.values() for term in stack)]
-        others = [*self.magnitudes.values(), *self.biases.values()]
-        whole: dict[Any, int] = {fingerprint(chosen.rows): chosen.rows.numel() for chosen in self.tokens.values()}
+        whole: dict[Any, int] = {fingerprint(chosen.rows): chosen.rows.size for chosen in self.tokens.values()}
         for name, key in self.replaced.items():
             module, _, kind = name.rpartition(".")
             if is_saved(self.config, module) or (kind == "bias" and self.config.get("bias", "none") != "none"):
                 in_vocabulary = is_embedding_name(module) or is_head(module)
                 whole[self.digests[key] if in_vocabulary else name] = self.files.spec(key).count
-        return (
-            sum(math.prod(term.a.shape) + math.prod(term.b.shape) for term in terms)
-            + sum(math.prod(other.shape) for other in others)
-            + sum(whole.values())
-        )
+        arrays = [
+            *(half for term in terms for half in (term.a, term.b)),
+            *self.magnitudes.values(),
+            *self.biases.values(),
+        ]
+        return sum(array.size for array in arrays) + sum(whole.values())
 
 
 def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
@@ -193,41 +158,34 @@ def read_adapter(root: Path, *, changed: bool = False) -> Adapter:
         IntegrityError: the adapter changed while it was read, or its configuration or compensation file differs from
             its manifest.
     """
-    require_configured(require_folder(root))
+    if not is_adapter(require_folder(root)):
+        raise no_configuration_error(root)
     config = read_json(root / ADAPTER_CONFIG_NAME)
     check_config(root, config)
-    require_weights(root)
+    if not (root / ADAPTER_WEIGHTS_NAME).exists():
+        raise no_weights_error(root)
     files = TensorFiles(root, [ADAPTER_WEIGHTS_NAME])
     if not files.tensors:
         raise AdapterError(
             f"{root}: the adapter contains no tensors", hint="download or copy it again, or train it again"
         )
     state = files.state()
-    parts = name_parts(root, files.tensors)
+    parts = Parts(config, files)  # before anything is read, since it refuses unknown names
     read: dict[str, Array] = {}
     records = tuple(_record(files, key, read) for key in files.tensors)
-    found = Parts(root, config, files, parts, records, read)
-    found.take_all()
+    changes = parts.take_all(records, read)
     files.require_state(state)  # otherwise fingerprints and changes could come from different tensors
     manifest = read_manifest(root)
-    compensation = read_compensation(root, found.modules, manifest)
     adapter = Adapter(
         root=root,
         config=config,
         files=files,
-        modules=dict(sorted(found.modules.items())),
-        embeddings=frozenset(found.embeddings),
-        magnitudes=found.magnitudes,
-        biases=found.biases,
-        replaced=found.replaced,
-        base_copies=found.base_copies,
-        tokens=found.tokens,
-        experts=found.experts,
         fan_in_fan_out=bool(config.get("fan_in_fan_out")),
-        compensation=compensation,
+        compensation=read_compensation(root, changes.modules, manifest),
         manifest=manifest,
         records=records,
         state=state,
+        **vars(changes),
     )
     if not changed and (problem := adapter.manifest_mismatch()):
         raise IntegrityError(
@@ -243,20 +201,9 @@ def adapter_identity(adapter: Adapter) -> str:
     begun = {
         name: [fingerprint(term.a), fingerprint(term.b), term.scaling] for name, term in adapter.compensation.items()
     }
-    return hashlib.sha256(json.dumps([config, begun, *_differing_rules(adapter)], sort_keys=True).encode()).hexdigest()
-
-
-def _differing_rules(adapter: Adapter) -> list[str]:
-    """Return which rules of the peft release that wrote an adapter yield other changes than today's rules."""
-    config, names = adapter.config, (*adapter.experts, *adapter.modules)
     is_square = any(len(set(stack[0].shape)) == 1 for stack in adapter.experts.values())
-    found = ["turned"] if is_square and writes_transposed_experts(config, False) else []
-    then, now = (Scalings(adapter.root, config, age) for age in (None, ""))
-    try:
-        is_same = all(then.of(name) == now.of(name) for name in names)
-    except AdapterError:  # a pattern or number is invalid by today's rule
-        is_same = False
-    return found if is_same else [*found, age_of_patterns(config)]
+    rule = ["turned"] if is_square and writes_transposed_experts(adapter.config, False) else []
+    return hashlib.sha256(json.dumps([config, begun, *rule], sort_keys=True).encode()).hexdigest()
 
 
 def require_plain(adapter: Adapter, doing: str) -> None:
@@ -269,7 +216,7 @@ def require_plain(adapter: Adapter, doing: str) -> None:
     Raises:
         AdapterError: names what else the adapter changes.
     """
-    others = {
+    others: dict[str, Mapping[str, object]] = {
         "a DoRA magnitude": adapter.magnitudes,
         "a trained bias": adapter.biases,
         "a tensor that replaces the base's": adapter.replaced,
@@ -298,7 +245,7 @@ def _record(files: TensorFiles, key: str, read: dict[str, Array]) -> TensorRecor
         )
     digest = xxhash.xxh3_128()
     for start in range(0, spec.count, _PIECE_ELEMENTS):
-        piece = files.read_flat_array(key, start, min(_PIECE_ELEMENTS, spec.count - start))
+        piece = files.read_flat(key, start, min(_PIECE_ELEMENTS, spec.count - start))
         if not all_finite(piece):
             raise AdapterError(
                 f"{files.root}: {key} holds NaN or infinity",

@@ -6,14 +6,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.eora import refuse_eora
+from adaptkit.checkpoint.foreign import mlx_hint, weights_beside
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, is_adapter
-from adaptkit.checkpoint.mlx import mlx_hint
-from adaptkit.checkpoint.other_weights import weights_beside
-from adaptkit.checkpoint.patterns import FirstMatch, matches_behind_dot, matches_whole
+from adaptkit.checkpoint.patterns import FirstMatch, matches_whole
 from adaptkit.errors import AdapterError
 from adaptkit.numerics.scaling import scaling
 
+PREFIX = "base_model.model."
+"""What peft puts before the names of modules in ``adapter_model.safetensors``."""
+ATTENTION = re.compile(r"(.+)\.base_layer\.out_proj")
+"""The module of the second of two pairs that peft makes for one ``torch.nn.MultiheadAttention``."""
+KOHYA = re.compile(r"\.lora_(?:down|up)\.weight$")
+"""kohya's trainers name A and B like this; they store one scalar ``alpha`` per module beside them."""
 _UNSUPPORTED = (
     "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "layer_replication", "megatron_config",
     "velora_config", "kasa_config", "monteclora_config",
@@ -41,6 +45,9 @@ _LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
 ONE_SAVE = "check that adapter_config.json and adapter_model.safetensors are complete and were saved together"
 RANK_ZERO = "make it again with a rank of at least 1 in every module (mergekit-extract-lora: without --sv-epsilon)"
 """The hint for A and B without rows and columns, which peft rejects, too."""
+AS_MEANT = "list each module in full, in the same order, in both; or merge it with the peft release that wrote it"
+"""The hint for patterns that older releases matched differently."""
+_PLAIN_NAME = re.compile(r"[\w.-]+")
 _CONVERTED = "pissa_converted"
 """Subfolder in which LLaMA-Factory saves a PiSSA adapter once more, converted."""
 _SAVED = "modules_to_save"
@@ -52,11 +59,7 @@ _EXPERT_ORDER = ("gate_up_proj", "gate_up_proj_bias", "gate_proj", "up_proj", "d
 
 
 def check_config(root: Path, config: Mapping[str, Any]) -> None:
-    """Reject an adapter whose configuration contains anything that this package does not support.
-
-    Raises:
-        AdapterError: names the key.
-    """
+    """Reject an adapter whose configuration contains anything that this package does not support."""
     kind, way = config.get("peft_type"), mlx_hint(root, config)
     if kind is None:
         what = "an MLX adapter" if way else "not a peft adapter"
@@ -96,7 +99,11 @@ def check_config(root: Path, config: Mapping[str, Any]) -> None:
             f"{root}: unknown init_lora_weights {begun!r}, which may have changed the base's weights",
             hint="set it to true if it did not, or merge the adapter with the tool that wrote it",
         )
-    refuse_eora(root, config)
+    if has_older_patterns(config):
+        raise AdapterError(
+            f"{root}: peft up to 0.14 matched its rank_pattern and alpha_pattern in another way than peft does today",
+            hint=AS_MEANT,
+        )
     if config.get("bias", "none") not in _BIASES:
         raise AdapterError(f"{root}: bias is {config['bias']!r}; expected one of {', '.join(_BIASES)}", hint=ONE_SAVE)
     if config.get("use_dora") and config.get("lora_bias"):
@@ -126,29 +133,18 @@ def without_changed_base(root: Path, begun: str) -> str:
 
 
 class Scalings:
-    """Looks up the rank and scaling of modules.
+    """Looks up the rank and scaling of modules."""
 
-    Args:
-        root: the adapter's folder, for messages.
-        config: ``adapter_config.json``.
-        age: rule for matching patterns, as ``age_of_patterns`` returns it; None for the rule of the peft release that
-            wrote the configuration.
-    """
-
-    def __init__(self, root: Path, config: Mapping[str, Any], age: str | None = None) -> None:
+    def __init__(self, root: Path, config: Mapping[str, Any]) -> None:
         self._root, self._config = root, config
         self._ranks = FirstMatch(config.get("rank_pattern") or {})
         self._alphas = FirstMatch(config.get("alpha_pattern") or {})
-        self._age = age_of_patterns(config) if age is None else age
 
     def of(self, module: str) -> tuple[int, float]:
-        """Return the rank of a module (or parameter) and the scaling of its B A; (0, 0.0) if the rank is invalid.
-
-        Raises:
-            AdapterError: alpha is not a positive number, or a pattern is malformed.
-        """
+        """Return the rank of a module (or parameter) and the scaling of its B A; (0, 0.0) if the rank is invalid."""
         try:
-            rank, alpha = self._numbers(module)
+            rank = self._ranks.value(module, self._config.get("r"))
+            alpha = self._alphas.value(module, self._config.get("lora_alpha"))
         except (re.error, AttributeError, TypeError) as error:
             detail = error if isinstance(error, re.error) else "expected patterns, each with a number"
             raise AdapterError(
@@ -160,19 +156,6 @@ class Scalings:
             )
         usable = isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= sys.maxsize
         return (rank, scaling(float(alpha), rank, bool(self._config.get("use_rslora")))) if usable else (0, 0.0)
-
-    def _numbers(self, module: str) -> tuple[Any, Any]:
-        """Return rank and alpha, unchecked, by the rule ``self._age``."""
-        rank, alpha = self._config.get("r"), self._config.get("lora_alpha")
-        if not self._age:
-            return self._ranks.value(module, rank), self._alphas.value(module, alpha)
-        ranks, alphas = (self._config.get(f"{key}_pattern") or {} for key in ("rank", "alpha"))
-        both = [*ranks, *alphas] if self._age == "joint" else None
-        of_rank, of_alpha = (
-            next((pattern for pattern in both or patterns if matches_behind_dot(pattern, module)), module)
-            for patterns in (ranks, alphas)
-        )
-        return ranks.get(of_rank, rank), alphas.get(of_alpha, alpha)
 
 
 def release(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -189,28 +172,26 @@ def release(config: Mapping[str, Any]) -> tuple[int, int]:
     return (17, 0) if "trainable_token_indices" in config else (14, 0) if "lora_bias" in config else (13, 0)
 
 
-def age_of_patterns(config: Mapping[str, Any]) -> str:
-    r"""Return the rule for matching rank and alpha patterns; empty for today's rule, or if there are no patterns.
+def has_older_patterns(config: Mapping[str, Any]) -> bool:
+    r"""Return whether the peft release that wrote an adapter may have matched its patterns differently from today's.
 
-    ``behind dots``: up to 0.14 peft matched ``.*\.{pattern}$``, which differs from today's ``(.*\.)?({pattern})$``. If
-    no pattern matched, it looked up the module's own name as a key.
-    ``joint``: up to 0.13 it searched the rank patterns and then the alpha patterns for one match, and used that pattern
-    for both; the default applies where a table lacks it.
+    Up to 0.14 patterns had no group (``a|b`` meant ``.*\.a`` or ``b$``) and needed a dot before them; up to 0.13 the
+    first match in either table was the key for both. Plain names, none of which is the end of another, mean the same.
     """
-    if not (config.get("rank_pattern") or config.get("alpha_pattern")) or release(config) >= (15, 0):
-        return ""
-    return "behind dots" if release(config) >= (14, 0) else "joint"
+    ranks, alphas = (config.get(f"{key}_pattern") or {} for key in ("rank", "alpha"))
+    if release(config) >= (15, 0) or not (isinstance(ranks, dict) and isinstance(alphas, dict)):
+        return False
+    names = [*ranks, *alphas]
+    shared = release(config) < (14, 0) and ranks and alphas and list(ranks) != list(alphas)
+    nested = any(one.endswith(f".{other}") for one in names for other in names)
+    return bool(shared) or nested or not all(map(_PLAIN_NAME.fullmatch, names))
 
 
 def writes_transposed_experts(config: Mapping[str, Any], is_transposed: bool) -> bool:
     """Return whether peft wrote the changes of stacked experts transposed: A (r, out) and B (in, r).
 
-    peft up to 0.18 did so unless the model's experts module says ``is_transposed``; 0.19.0 always did. Needed for
-    square matrices, where the shapes do not tell.
-
-    Args:
-        config: ``adapter_config.json``.
-        is_transposed: ``is_transposed`` of the running model's experts module.
+    peft up to 0.18 did so unless the running model's experts module says ``is_transposed``; 0.19.0 always did. Needed
+    for square matrices, where the shapes do not tell.
     """
     return release(config) == (19, 0) or (release(config) < (19, 0) and not is_transposed)
 
@@ -218,14 +199,7 @@ def writes_transposed_experts(config: Mapping[str, Any], is_transposed: bool) ->
 def expert_parameters(root: Path, config: Mapping[str, Any], module: str, is_stack: bool) -> list[str]:
     """Return the stacked parameters of a module that ``target_parameters`` names, innermost wrapper first.
 
-    Args:
-        root: the adapter's folder, for messages.
-        config: ``adapter_config.json``.
-        module: dotted path.
-        is_stack: whether a parameter named ``weight`` is a stack of experts (as in JetMoE), not a linear layer's.
-
-    Raises:
-        AdapterError: the order of the wrappers is unknown.
+    ``is_stack``: whether a parameter named ``weight`` is a stack of experts (as in JetMoE), not a linear layer's.
     """
     leaves = set()
     for target in config.get("target_parameters") or []:
@@ -265,13 +239,7 @@ def unused_saved(config: Mapping[str, Any], modules: Sequence[str]) -> str:
 
 
 def names_tied(root: Path, config: Mapping[str, Any]) -> bool:
-    """Return whether ``modules_to_save`` or ``target_modules`` names an embedding or head that peft ties.
-
-    Up to 0.18 peft tied only ``modules_to_save``.
-
-    Raises:
-        AdapterError: ``target_modules`` is a pattern that cannot be matched.
-    """
+    """Return whether ``modules_to_save`` or, for peft from 0.19, ``target_modules`` names what peft ties."""
     targets = (config.get("target_modules") if release(config) >= (19, 0) else None) or []
     names = [*_saved(config), *(targets if isinstance(targets, list) else [])]
     if any(name.rpartition(".")[2] in _TIED_BY_PEFT for name in names if isinstance(name, str)):

@@ -9,12 +9,14 @@ only the difference between the adapter and its initial value is added.
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import AdapterError, IntegrityError
-from adaptkit.lazy import torch
+from adaptkit.numerics.dtypes import cast
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank
 
@@ -25,19 +27,14 @@ def write_compensation(output: Output, modules: Mapping[str, LowRank]) -> None:
     """Write an adapter's initial value beside it, exactly."""
     tensors = {}
     for module, term in modules.items():
-        tensors[f"{module}.lora_A"] = term.lora_a.detach().float().cpu()
-        tensors[f"{module}.lora_B"] = term.lora_b.detach().float().cpu()
-        tensors[f"{module}.scaling"] = torch.tensor([term.scaling], dtype=torch.float64)
+        tensors[f"{module}.lora_A"] = cast(term.a, np.float32)
+        tensors[f"{module}.lora_B"] = cast(term.b, np.float32)
+        tensors[f"{module}.scaling"] = np.array([term.scaling], np.float64)
     output.write_tensors(COMPENSATION_NAME, tensors, listed=False)
 
 
 def read_compensation(root: Path, changes: Mapping[str, LowRank], manifest: Manifest | None) -> dict[str, LowRank]:
     """Read an adapter's initial value, by module; empty if it has no compensation file.
-
-    Args:
-        root: the adapter's folder.
-        changes: maps each module to the adapter's change, to check shapes.
-        manifest: of the adapter, if it has one.
 
     Raises:
         AdapterError: the file is damaged, or does not belong to this adapter.
@@ -48,7 +45,7 @@ def read_compensation(root: Path, changes: Mapping[str, LowRank], manifest: Mani
             raise IntegrityError(f"{root}: {COMPENSATION_NAME} is missing", hint=_AGAIN)
         return {}
     files = TensorFiles(root, [COMPENSATION_NAME])
-    found = {name: files.read_array(name) for name in files.tensors}
+    found = {name: files.read(name) for name in files.tensors}
     modules = {name.rpartition(".")[0] for name in found}
     expected = {f"{module}.{part}" for module in modules for part in ("lora_A", "lora_B", "scaling")}
     if set(found) != expected or not all(all_finite(array) for array in found.values()):

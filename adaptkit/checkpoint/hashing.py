@@ -14,23 +14,21 @@ import xxhash
 if TYPE_CHECKING:
     from adaptkit.checkpoint.manifest import TensorRecord
     from adaptkit.checkpoint.reader import TensorFiles
-    from adaptkit.numerics.arrays import Values
+    from adaptkit.numerics.dtypes import Array
 
 _CHUNK_BYTES = 4 << 20
 _PIECE_BYTES = 1 << 20
 """Small enough that a piece stays in the CPU's cache while it is hashed twice."""
 
 
-def bytes_of(values: "Values") -> memoryview:
-    """View elements as bytes, without a copy if they are contiguous and on the CPU."""
+def bytes_of(values: "Array") -> memoryview:
+    """View elements as bytes, without a copy if they are contiguous."""
     import numpy as np  # imported here, since loading it is slow and `verify` hashes files without it
 
-    from adaptkit.numerics.arrays import as_array
-
-    return np.ascontiguousarray(as_array(values)).reshape(-1).view(np.uint8).data
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
-def fingerprint(values: "Values") -> str:
+def fingerprint(values: "Array") -> str:
     """Return xxh3_128 of the elements' bytes, in hexadecimal; it does not cover dtype and shape."""
     return xxhash.xxh3_128_hexdigest(bytes_of(values))
 
@@ -59,17 +57,9 @@ def file_sha256(path: Path) -> str:
 def file_digests(
     path: Path, parts: Sequence[tuple[int, int]], on_read: Callable[[int], None]
 ) -> tuple[int, str, list[str]]:
-    """Hash a file and ranges of it, reading each byte once.
+    """Return size and sha256 of a file, and the digests of ``Ranges``; each byte is read once.
 
-    Args:
-        path: the file.
-        parts: (first byte, size in bytes) of each range, in order and not overlapping.
-        on_read: called with the number of bytes of each piece read.
-
-    Returns:
-        size: of the file, in bytes.
-        sha256: of the file.
-        digests: xxh3_128 of each range, truncated where the file ends early.
+    ``on_read`` is called with the number of bytes of each piece.
     """
     sha256, ranges, size = hashlib.sha256(), Ranges(parts), 0
     buffer = memoryview(bytearray(_PIECE_BYTES))
@@ -84,7 +74,7 @@ def file_digests(
 
 
 class Ranges:
-    """Computes xxh3_128 of ranges of a stream that arrives piece by piece.
+    """Computes xxh3_128 of ranges of a stream that arrives piece by piece and may end early.
 
     Args:
         parts: (first byte, size in bytes) of each range, in order and not overlapping.

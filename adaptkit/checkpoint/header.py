@@ -9,11 +9,9 @@ The ``safetensors`` library checks lengths, offsets and overlaps. This module al
 """
 
 import json
-import math
 import os
 import stat
 import unicodedata
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +19,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from adaptkit.documents import REPAIR, strict_json
 from adaptkit.errors import DISK_HINTS, CheckpointError
 from adaptkit.numerics.spec import ITEM_BYTES, TensorSpec
 
 _OUR_BEGINNING = b'{"__metadata__":{"format":"pt"}'
 """What ``write_header`` writes after the length; safetensors writes the same for torch."""
-_REPAIR = "correct the file, or download or copy it again"
 _MAX_HEADER_BYTES = 100_000_000
 _LONGEST_NAME = 1024
 """Limit on a tensor's name: matching a very long name with the patterns for adapters' names takes hours."""
@@ -93,11 +91,7 @@ def _as_ours(raw: bytes, file_bytes: int) -> Header | None:
 
 
 def parse_header(raw: bytes, where: str) -> Header:
-    """Parse the first bytes of a safetensors file whose lengths and offsets were already checked.
-
-    Raises:
-        CheckpointError: ambiguous content, such as a duplicate key, an extra field or a hostile name.
-    """
+    """Parse the first bytes of a safetensors file whose lengths and offsets were already checked."""
     entries = strict_json(raw[8:], where)
     entries.pop("__metadata__", None)
     tensors = [(_spec(name, entry, where), len(raw) + entry["data_offsets"][0]) for name, entry in entries.items()]
@@ -118,11 +112,7 @@ def write_header(specs: Iterable[TensorSpec]) -> bytes:
 
 
 def check_regular(path: Path) -> None:
-    """Reject anything but a regular file, without opening it (opening a FIFO would block).
-
-    Raises:
-        CheckpointError: the file is missing or not a regular file.
-    """
+    """Reject anything but a regular file, without opening it: opening a FIFO would block."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -132,52 +122,14 @@ def check_regular(path: Path) -> None:
         raise CheckpointError(f"{path}: not a regular file", hint="put a file in its place")
 
 
-def strict_json(text: bytes, where: str, infinities: bool = False) -> dict[str, Any]:
-    """Parse a JSON object; reject duplicate keys, NaN, infinities (also 1e999) and other top-level values.
-
-    Args:
-        text: UTF-8.
-        where: the file, for messages.
-        infinities: accept the words Infinity and -Infinity, which Python writes and reads although JSON lacks them.
-
-    Raises:
-        CheckpointError: names the file.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise CheckpointError(f"{where}: the key {twice!r} appears twice", hint=_REPAIR)
-        return found
-
-    def constant(word: str) -> float:
-        if infinities and word != "NaN":
-            return float(word)
-        raise CheckpointError(f"{where}: {word} is not valid JSON", hint=_REPAIR)
-
-    def finite(number: str) -> float:
-        if not math.isfinite(float(number)):
-            raise CheckpointError(f"{where}: {number} is too large for a float", hint=_REPAIR)
-        return float(number)
-
-    try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant, parse_float=finite)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where}: not valid JSON ({error})", hint=_REPAIR) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: expected a JSON object, found {type(value).__name__}", hint=_REPAIR)
-    return value
-
-
 def _spec(name: str, entry: Any, where: str) -> TensorSpec:
     if len(name) > _LONGEST_NAME:
-        raise CheckpointError(f"{where}: a tensor's name has {len(name)} characters: {name[:40]!r}…", hint=_REPAIR)
+        raise CheckpointError(f"{where}: a tensor's name has {len(name)} characters: {name[:40]!r}…", hint=REPAIR)
     plain = name.isprintable() and "/" not in name and "\\" not in name and unicodedata.is_normalized("NFC", name)
     if not name or not plain:
-        raise CheckpointError(f"{where}: tensor name {name!r} is empty or has invalid characters", hint=_REPAIR)
+        raise CheckpointError(f"{where}: tensor name {name!r} is empty or has invalid characters", hint=REPAIR)
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{where}: tensor {name!r}: expected dtype, shape and data_offsets", hint=_REPAIR)
+        raise CheckpointError(f"{where}: tensor {name!r}: expected dtype, shape and data_offsets", hint=REPAIR)
     if entry["dtype"] not in ITEM_BYTES:
         raise CheckpointError(
             f"{where}: tensor {name!r} has type {entry['dtype']!r}, which is not supported",
@@ -187,5 +139,5 @@ def _spec(name: str, entry: Any, where: str) -> TensorSpec:
     for size in shape:  # checked per factor, since the product of very many sizes takes hours
         nbytes *= max(1, size)
         if nbytes >= _MAX_TENSOR_BYTES:
-            raise CheckpointError(f"{where}: tensor {name!r}: too large, with {len(shape)} dimensions", hint=_REPAIR)
+            raise CheckpointError(f"{where}: tensor {name!r}: too large, with {len(shape)} dimensions", hint=REPAIR)
     return TensorSpec(name, entry["dtype"], shape)

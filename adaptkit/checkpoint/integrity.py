@@ -2,9 +2,9 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import NamedTuple
 
 from adaptkit.checkpoint.hashing import file_digests, fingerprint_in_pieces
 from adaptkit.checkpoint.header import Header, read_header
@@ -18,27 +18,15 @@ _AGAIN = "download or copy the whole artifact again (from the Hub: adaptkit pull
 _MOVE = "move files that are not in the manifest out of the folder"
 
 
-@dataclass(frozen=True)
-class Measured:
-    """The measured content of a file.
-
-    Attributes:
-        record: its path, size and sha256.
-        tensors: its tensors, if it was read as safetensors; none if it is not a safetensors file.
-    """
+class Measured(NamedTuple):
+    """The measured content of a file; it has tensors if it was read as safetensors, and is."""
 
     record: FileRecord
     tensors: tuple[TensorRecord, ...] = ()
 
 
 def check_artifact(root: Path, manifest: Manifest, threads: int, progress: Progress = no_progress) -> None:
-    """Compare names and sizes, then bytes and tensors in a single pass.
-
-    Args:
-        root: the artifact's folder.
-        manifest: its manifest.
-        threads: number of files read in parallel.
-        progress: called with the number of bytes read.
+    """Compare names and sizes, then bytes and tensors in a single pass, with ``threads`` files in parallel.
 
     Raises:
         IntegrityError: a file or tensor is missing, extra, or changed; names it.
@@ -46,7 +34,7 @@ def check_artifact(root: Path, manifest: Manifest, threads: int, progress: Progr
     check_names(root, manifest)
     problems = {record.path: size_problem(root, record) for record in manifest.files}
     whole = {record.path: record.size for record in manifest.files if not problems[record.path]}
-    found = measure(root, whole, _tensor_files(manifest), threads, progress)
+    found = measure(root, whole, {tensor.file for tensor in manifest.tensors}, threads, progress)
     for record in manifest.files:
         if record.path in found and found[record.path].record != record:
             problems[record.path] = f"{record.path} changed (its sha256 differs)"
@@ -96,13 +84,8 @@ def present_names(root: Path) -> set[str]:
 def file_problem(root: Path, record: FileRecord, tensors: Sequence[TensorRecord] = ()) -> str:
     """Compare one file with its record and, if it matches, its tensors with theirs; each byte is read once.
 
-    Args:
-        root: the artifact's folder.
-        record: of the file.
-        tensors: records of all tensors that the file should hold; empty to not read it as safetensors.
-
     Returns:
-        A phrase that says how the bytes differ; empty if they match.
+        A phrase that says how the bytes differ; empty if they match. Without ``tensors`` it is read as any file.
 
     Raises:
         IntegrityError: the bytes match, but a tensor is missing, extra, or differs from its fingerprint.
@@ -127,28 +110,21 @@ def size_problem(root: Path, record: FileRecord) -> str:
 
 
 def check_config(root: Path, manifest: Manifest | None) -> None:
-    """Compare an input's config.json with its manifest, which the result will name as its parent's; not the weights.
-
-    Raises:
-        IntegrityError: config.json differs.
-    """
+    """Compare an input's config.json with its manifest, which the result will name as its parent's; not the weights."""
     for record in manifest.files if manifest else ():
         if record.path == CONFIG_NAME and (problem := file_problem(root, record)):
             raise IntegrityError(f"{root}: {problem}", hint=f"restore it; for details, run: adaptkit verify {root}")
 
 
 def check_tensors(root: Path, manifest: Manifest | None) -> None:
-    """Compare all tensors of a checkpoint, as its index finds them, with their fingerprints, if it has a manifest.
-
-    Raises:
-        IntegrityError: a tensor is missing, extra, in another file, or differs.
-    """
+    """Compare all tensors of a checkpoint, as its index finds them, with their fingerprints, if it has a manifest."""
     if manifest is not None:
         files = Checkpoint(root)
-        digests = ((found, fingerprint_in_pieces(files, name)) for name, found in files.tensors.items())
-        _compare_tensors(
-            root, manifest.tensors, (TensorRecord.of(found.spec, digest, found.file) for found, digest in digests)
+        found = (
+            TensorRecord.of(located.spec, fingerprint_in_pieces(files, name), located.file)
+            for name, located in files.tensors.items()
         )
+        _compare_tensors(root, manifest.tensors, found)
 
 
 def measure(
@@ -158,17 +134,14 @@ def measure(
     threads: int = 1,
     progress: Progress = no_progress,
 ) -> dict[str, Measured]:
-    """Read each file once, and return its hashes and tensors.
+    """Read each file once, the largest first, and return its hashes, and tensors of those to read as safetensors.
 
     Args:
         root: the artifact's folder.
-        sizes: maps the path of each file to its expected size in bytes, for ordering and progress.
+        sizes: maps the path of each file to its expected size in bytes.
         with_tensors: paths of the files to read as safetensors.
-        threads: number of files read in parallel, the largest first.
+        threads: number of files read in parallel.
         progress: called with the number of bytes read.
-
-    Returns:
-        Maps each path to its measured content.
     """
     total, done, lock, names = sum(sizes.values()), 0, Lock(), set(with_tensors)
 
@@ -189,10 +162,6 @@ def measure(
     largest_first = sorted(sizes, key=lambda path: -sizes[path])
     with ThreadPoolExecutor(threads) as pool:
         return dict(zip(largest_first, pool.map(work, largest_first), strict=True))
-
-
-def _tensor_files(manifest: Manifest) -> set[str]:
-    return {tensor.file for tensor in manifest.tensors}
 
 
 def _header(path: Path) -> Header | None:

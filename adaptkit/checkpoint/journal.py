@@ -1,12 +1,15 @@
 """Write an output folder atomically, and resume an interrupted run.
 
     <out>.partial/                   everything is written here
-    <out>.partial/adaptkit-journal.jsonl   first line {"key", "inputs"}, then one line per finished file
+    <out>.partial/adaptkit-journal.jsonl
+        {"key", "inputs": [[path, state], ...]}                        first line: hash of the plan, and files read
+        {"file": {path, size, sha256}, "tensors": [...], "notes": {}}  one line per finished file
     <out>.replaced/                  with force, the old output, until the new one is in place
     <out>                            appears by one rename when everything is done; may be an empty folder before
 
 A killed run leaves the partial folder; the same command finds the journal, keeps the files that it lists and writes the
-rest. If inputs or options changed, they differ from the journal's, and the folder is emptied and started over.
+rest. If inputs or options changed, they differ from the journal's, and the folder is emptied and started over. Lines
+are appended one at a time; a partial last line, left by a kill or a full disk, is ignored.
 
 A writing process locks the journal, which works across machines on a network file system, too. The journal remains the
 same file (it is truncated, never replaced), since a lock belongs to a file and not to its name.
@@ -16,28 +19,61 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import stat
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from adaptkit.checkpoint._appear import appear, take_permissions
-from adaptkit.checkpoint._clearing import clear, clear_all_but, is_marker, temporary_folder
-from adaptkit.checkpoint._journal_file import Finished, append_line, lock, read_journal
 from adaptkit.checkpoint.header import check_regular
-from adaptkit.checkpoint.layout import JOURNAL_NAME, write_json
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
-from adaptkit.checkpoint.place import check_output, partial_folder
-from adaptkit.checkpoint.writer import TensorWriter, copy_file, make_folder, require_free, sync_folder, write_file
+from adaptkit.checkpoint.integrity import file_problem, size_problem
+from adaptkit.checkpoint.layout import JOURNAL_NAME, read_small, resolve_inside, write_json
+from adaptkit.checkpoint.manifest import (
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    reason,
+    typed,
+)
+from adaptkit.checkpoint.place import (
+    appear,
+    check_output,
+    clear,
+    clear_all_but,
+    is_marker,
+    lock_output,
+    partial_folder,
+    take_permissions,
+)
+from adaptkit.checkpoint.writer import (
+    TensorWriter,
+    copy_file,
+    disk_errors,
+    make_folder,
+    require_free,
+    sync_folder,
+    write_file,
+)
 from adaptkit.errors import AdaptkitError, ConflictError, UsageError
 from adaptkit.numerics.spec import TensorSpec
 
 if TYPE_CHECKING:
-    from adaptkit.numerics.arrays import Values
+    from adaptkit.numerics.dtypes import Array
 
 SCRATCH_NAME, SCRATCH_PREFIX = "adaptkit-scratch", "adaptkit-scratch-"
 """Name of the folder, and prefix of the files, for temporary data that is not part of the output."""
+_INPUT_ERROR_CODES = (2, 3, 4, 5)
+"""Exit codes of errors that only other inputs or other options can fix."""
+
+
+class Finished(NamedTuple):
+    """A file that is complete, its tensors, and the run's notes about it (see ``Output.add``)."""
+
+    record: FileRecord
+    tensors: Sequence[TensorRecord]
+    notes: Mapping[str, Any]
 
 
 class Output:
@@ -49,15 +85,12 @@ class Output:
         force: replace an existing output that adaptkit made.
         keeps: called with the locked folder; returns whether its work must not be discarded although the plan changed.
         inputs: [path, state] pairs of the files read; if they changed, unfinished work is discarded, too.
+        discards: discard unfinished work after an error that only other inputs or options can fix, since no later run
+            can use it; after a disk error, an interruption or a kill it is kept.
 
     Attributes:
         folder: the temporary folder to write into, ``<out>.partial``.
         files, tensors, notes: what is finished so far.
-
-    Raises:
-        OutputExistsError: ``final`` exists and is not empty, and ``force`` is not given or adaptkit did not make it.
-        ConflictError: another process is writing it.
-        UsageError: the folder cannot be written or locked.
     """
 
     def __init__(
@@ -67,12 +100,13 @@ class Output:
         force: bool = False,
         keeps: Callable[[Path], bool] = lambda folder: False,
         inputs: Sequence[Any] = (),
+        discards: bool = True,
     ) -> None:
         self.final, self.folder = final, partial_folder(final)
         self._journal, self._lock = self.folder / JOURNAL_NAME, -1
         self._inputs = json.loads(json.dumps(inputs))
         self._key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
-        self._force, self._keeps = force, keeps
+        self._force, self._keeps, self._discards = force, keeps, discards
         self._finished: dict[str, Finished] = {}
         self._whole: dict[str, bool] = {}
         self.files: list[FileRecord] = []
@@ -91,7 +125,7 @@ class Output:
         try:
             if is_new:
                 take_permissions(self.folder, self.final, added=stat.S_IRWXU)
-            self._lock = lock(self._journal, self.final)
+            self._lock = lock_output(self._journal, self.final)
             self._resume()
         except BaseException as error:
             if is_new and not isinstance(error, ConflictError):
@@ -102,7 +136,11 @@ class Output:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object = None, error: BaseException | None = None, trace: object = None) -> None:
+        is_of_disk = error is not None and isinstance(error.__cause__, OSError)
+        code = error.exit_code if isinstance(error, AdaptkitError) and not is_of_disk else None
+        if self._discards and code in _INPUT_ERROR_CODES:
+            self.discard()
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -119,47 +157,34 @@ class Output:
         """Return whether an earlier run wrote all these files; if so, add them to the output."""
         if not self.is_whole(*names):
             return False
-        for done in (self._finished[name] for name in names):
-            self._count(done.record, done.tensors, done.notes)
+        for name in names:
+            self._count(self._finished[name])
         return True
 
     def is_whole(self, *names: str) -> bool:
-        """Return whether an earlier run wrote all these files and they are unchanged; reads each file once.
-
-        May be called from several threads.
-        """
+        """Return whether an earlier run wrote all these files, and they are unchanged; several threads may ask."""
         for name in names:
             if name not in self._whole:
-                self._whole[name] = name in self._finished and self._finished[name].is_unchanged(self.folder)
+                done = self._finished.get(name)
+                self._whole[name] = done is not None and not file_problem(self.folder, done.record)
         return all(self._whole[name] for name in names)
 
     def add(self, record: FileRecord, tensors: Sequence[TensorRecord], notes: Mapping[str, Any] | None = None) -> None:
-        """Record that a file is complete and on the disk.
-
-        Args:
-            record: of the file.
-            tensors: records of the file's tensors.
-            notes: further results, as JSON; a resumed run finds them in ``self.notes``.
-        """
-        self._count(record, tensors, notes or {})
+        """Record that a file is complete and on the disk; a resumed run finds its notes in ``self.notes``."""
+        self._count(Finished(record, tensors, notes or {}))
         line = {"file": vars(record), "tensors": [vars(tensor) for tensor in tensors], "notes": notes or {}}
         append_line(self._journal, line)
 
-    def _count(self, record: FileRecord, tensors: Sequence[TensorRecord], notes: Mapping[str, Any]) -> None:
-        if not record.path.startswith(SCRATCH_PREFIX):
-            self.files.append(record)
-            self.tensors += tensors
-        self.notes |= notes
+    def _count(self, done: Finished) -> None:
+        if not done.record.path.startswith(SCRATCH_PREFIX):
+            self.files.append(done.record)
+            self.tensors += done.tensors
+        self.notes |= done.notes
 
     def require_space(self, nbytes: int) -> None:
-        """Check that the disk has room for the output; if not, and it has no file yet, remove the folder.
+        """Check that the disk has room for an output of this size, of which files that are there take a part.
 
-        Args:
-            nbytes: size of the whole output. Finished files are subtracted, and so is the space of unfinished ones,
-                which will be overwritten.
-
-        Raises:
-            DiskError: says how many more bytes are needed and how many are free.
+        If it has not, and there is no file yet, the folder is removed.
         """
         there = sum(done.record.size for done in self._finished.values())
         cut_off = (p.lstat() for p in self.folder.rglob("*") if str(p.relative_to(self.folder)) not in self._finished)
@@ -171,20 +196,24 @@ class Output:
                 self.discard()
             raise
 
-    def scratch_folder(self) -> AbstractContextManager[Path]:
-        """Return a context manager that creates a temporary folder; see ``temporary_folder``."""
-        return temporary_folder(self.folder / SCRATCH_NAME)
+    @contextlib.contextmanager
+    def scratch_folder(self) -> Iterator[Path]:
+        """Create an empty temporary folder, even if a killed run left one, and delete it when the block ends."""
+        folder = self.folder / SCRATCH_NAME
+        with disk_errors(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def write_tensors(
-        self, name: str, tensors: "Mapping[str, Values]", *, listed: bool = True, notes: Mapping[str, Any] | None = None
+        self, name: str, tensors: "Mapping[str, Array]", *, listed: bool = True, notes: Mapping[str, Any] | None = None
     ) -> None:
         """Write a safetensors file, wide types first so that all tensors are aligned, and record it as complete.
 
-        Args:
-            name: of the file.
-            tensors: maps names to tensors in memory.
-            listed: whether the manifest lists the tensors; False for files that are not model or adapter weights.
-            notes: see ``add``.
+        Those that are ``listed`` are in the manifest: all but what is not weights of a model or adapter.
         """
         from adaptkit.numerics.dtypes import dtype_name  # imported here, since it loads numpy, which is slow
 
@@ -200,11 +229,7 @@ class Output:
         self.files.append(write_file(self.folder, name, content))
 
     def copy(self, source: Path, name: str) -> FileRecord:
-        """Copy a file of any size into the output.
-
-        Raises:
-            CheckpointError: the source is not a regular file.
-        """
+        """Copy a regular file of any size into the output."""
         check_regular(source)
         self.files.append(copy_file(source, self.folder, name))
         return self.files[-1]
@@ -225,11 +250,7 @@ class Output:
         appear(self.folder, self.final, self._force)
 
     def _check_own(self) -> None:
-        """Refuse to write into a folder that adaptkit did not make, or through a link.
-
-        Raises:
-            ConflictError: it is one.
-        """
+        """Refuse to write into a folder that adaptkit did not make, or through a link."""
         paths = (self.folder, *self.folder.rglob("*"))
         found = list(self.folder.iterdir()) if self.folder.is_dir() else paths
         if any(path.is_symlink() for path in paths) or (found and not any(map(is_marker, found))):
@@ -240,8 +261,10 @@ class Output:
     def _resume(self) -> None:
         """Take over what the journal lists as finished; start over if it belongs to another plan."""
         journal = read_journal(self._journal)
-        if journal is not None and (journal.key, journal.inputs) == (self._key, self._inputs):
-            self._finished = {done.record.path: done for done in journal.finished if done.has_size(self.folder)}
+        plan = {"key": self._key, "inputs": self._inputs}
+        if journal is not None and journal[0] == plan:
+            there = (done for done in journal[1] if not size_problem(self.folder, done.record))
+            self._finished = {done.record.path: done for done in there}
             return
         if journal is not None and not self._force and self._keeps(self.folder):
             raise ConflictError(
@@ -250,4 +273,46 @@ class Output:
             )
         clear(self.folder, but=JOURNAL_NAME)
         os.truncate(self._journal, 0)
-        append_line(self._journal, {"key": self._key, "inputs": self._inputs})
+        append_line(self._journal, plan)
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append a line and fsync the file; a DiskError if that fails."""
+    with disk_errors(path), path.open("a") as file:
+        is_new = not file.tell()
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+        if is_new:
+            sync_folder(path.parent)
+
+
+def read_journal(path: Path) -> tuple[dict[str, Any], list[Finished]] | None:
+    """Read a journal, whose content is untrusted, and truncate a partial last line.
+
+    Returns:
+        The first line, and the finished files; None if it has no complete line.
+
+    Raises:
+        ConflictError: it is damaged.
+    """
+    text = read_small(path)
+    whole = text[: text.rfind(b"\n") + 1]
+    if whole != text:
+        os.truncate(path, len(whole))
+    try:
+        lines = [json.loads(line) for line in whole.splitlines()]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is not an object")
+        if not lines:
+            return None
+        finished = []
+        for line in lines[1:]:
+            record, tensors = typed(FileRecord(**line["file"])), [typed(TensorRecord(**t)) for t in line["tensors"]]
+            resolve_inside(path.parent, record.path)
+            if not isinstance(line["notes"], dict):
+                raise TypeError(f"notes is {line['notes']!r}")
+            finished.append(Finished(record, tensors, line["notes"]))
+        return {"key": str(lines[0]["key"]), "inputs": list(lines[0].get("inputs", []))}, finished
+    except (KeyError, TypeError, ValueError, RecursionError, AdaptkitError) as error:
+        raise ConflictError(f"{path}: is damaged ({reason(error)})", hint="delete its folder to start over") from error

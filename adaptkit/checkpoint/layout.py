@@ -17,8 +17,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adaptkit.arguments import AnyPath, folder_hint, path_hint
-from adaptkit.checkpoint.header import check_regular, strict_json
-from adaptkit.checkpoint.other_weights import VALUE_HEADS, WEIGHTS_BESIDE, refuse_other_weights
+from adaptkit.checkpoint.foreign import VALUE_HEADS, WEIGHTS_BESIDE, refuse_other_weights
+from adaptkit.checkpoint.header import check_regular
+from adaptkit.documents import REPAIR, strict_json
 from adaptkit.errors import CheckpointError, UnsafeInputError, UsageError
 from adaptkit.wording import first_few
 
@@ -99,11 +100,7 @@ def require_folder(path: Path, hint: Callable[[AnyPath], str] = folder_hint) -> 
 
 
 def read_small(path: Path) -> bytes:
-    """Read a whole file of a kind that is small.
-
-    Raises:
-        CheckpointError: missing, not a regular file, or larger than 256 MiB, so that it could exhaust memory.
-    """
+    """Read a whole file that is small; a CheckpointError if it could exhaust memory, or is not a regular file."""
     check_regular(path)
     size = path.stat().st_size
     if size > MAX_SMALL_FILE_BYTES:
@@ -113,36 +110,21 @@ def read_small(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a regular file.
-
-    Raises:
-        CheckpointError: missing, not a regular file, too large, nested too deeply, or not a JSON object.
-    """
-    return _not_deep(strict_json(read_small(path), str(path)), path)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a model's configuration, which may contain infinities: some architectures have them as defaults.
-
-    Raises:
-        CheckpointError: see ``read_json``.
-    """
-    return _not_deep(strict_json(read_small(path), str(path), infinities=True), path)
-
-
-def _not_deep(value: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a value parsed from a file unless it is nested so deeply that recursive functions could not handle it."""
+def read_json(path: Path, infinities: bool = False) -> dict[str, Any]:
+    """Read a JSON object; a CheckpointError if it is not a regular file, too large, or nested too deeply."""
+    value = strict_json(read_small(path), str(path), infinities)
     level: list[Any] = [value]
     for _ in range(_MOST_LEVELS):
         level = [part for outer in level for part in (outer.values() if isinstance(outer, dict) else outer)]
         level = [part for part in level if isinstance(part, dict | list)]
-    if level:
-        raise CheckpointError(
-            f"{path}: is nested more than {_MOST_LEVELS} levels deep",
-            hint="correct the file, or download or copy it again",
-        )
+    if level:  # recursive functions could not handle it
+        raise CheckpointError(f"{path}: is nested more than {_MOST_LEVELS} levels deep", hint=REPAIR)
     return value
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a model's configuration, which may contain infinities: some architectures have them as defaults."""
+    return read_json(path, infinities=True)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -177,9 +159,7 @@ def weight_files(root: Path) -> tuple[list[str], dict[str, str] | None]:
     """List the safetensors files of a checkpoint, and return the index's weight map, or None without an index.
 
     Raises:
-        UsageError: not a folder.
         CheckpointError: no weights, weights in another format, two sets of weights, or a malformed index.
-        UnsafeInputError: the index points outside the folder.
     """
     require_folder(root)
     if (index := root / INDEX_NAME).exists():

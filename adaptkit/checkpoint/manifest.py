@@ -19,15 +19,14 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import adaptkit
-from adaptkit.checkpoint._parsed_records import reason, typed
 from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.header import strict_json
 from adaptkit.checkpoint.layout import read_small, resolve_inside
+from adaptkit.documents import strict_json
 from adaptkit.errors import CheckpointError, IntegrityError, UsageError
 from adaptkit.numerics.spec import TensorSpec
 
@@ -162,11 +161,7 @@ class Manifest:
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
     def require_sha256(self, expected: str | None, where: str | Path) -> None:
-        """Check this manifest's sha256; does nothing if ``expected`` is None.
-
-        Raises:
-            IntegrityError: the sha256 differs.
-        """
+        """Check this manifest's sha256, unless ``expected`` is None."""
         if expected is not None and self.sha256 != expected:
             raise IntegrityError(
                 f"{where}: the manifest's sha256 is {self.sha256}; expected {expected}",
@@ -204,12 +199,7 @@ class Manifest:
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """Read a folder's manifest; None if it has none.
-
-    Raises:
-        IntegrityError: it is malformed.
-        CheckpointError: something of this name exists, but is not a regular file.
-    """
+    """Read a folder's manifest; None if it has none."""
     path = root / MANIFEST_NAME
     try:
         path.lstat()
@@ -219,11 +209,7 @@ def read_manifest(root: Path) -> Manifest | None:
 
 
 def check_sha256(text: str | None) -> None:
-    """Check that the expected hash of a manifest is a sha256 at all, to not report a typo as another artifact.
-
-    Raises:
-        UsageError: it is not a sha256.
-    """
+    """Check that the expected hash of a manifest is a sha256 at all, to not report a typo as another artifact."""
     if text is not None and re.fullmatch("[0-9a-f]{64}", text) is None:
         raise UsageError(
             f"manifest_sha256: {text!r} is not a sha256: 64 digits from 0 to 9 and a to f",
@@ -232,11 +218,7 @@ def check_sha256(text: str | None) -> None:
 
 
 def require_manifest(root: Path) -> Manifest:
-    """Read a folder's manifest, which must exist.
-
-    Raises:
-        IntegrityError: it is missing or malformed.
-    """
+    """Read a folder's manifest; an IntegrityError if it is missing or malformed."""
     manifest = read_manifest(root)
     if manifest is None:
         raise IntegrityError(
@@ -255,15 +237,7 @@ def parent_of(
 ) -> Parent:
     """Describe an input as a parent, by its manifest if it has one, otherwise by its tensors.
 
-    Args:
-        role: of the input.
-        manifest: of the input.
-        tensors: records of the tensors that were read; empty to trust the manifest.
-        weight: factor of an adapter that is merged or stacked.
-        root: the input's folder, for errors.
-
-    Raises:
-        IntegrityError: the tensors that were read do not match the manifest.
+    The records of ``tensors``, which were read, must match the manifest; none to trust it. ``root`` is for errors.
     """
     if manifest is None:
         kind = "adapter" if role in ("adapter", "init") else "checkpoint"
@@ -275,11 +249,7 @@ def parent_of(
 
 
 def _check_head(manifest: Manifest) -> None:
-    """Check the types of what is not in a record, and that texts are printable: they appear in tables and cards.
-
-    Raises:
-        TypeError: names the field.
-    """
+    """Check the types of what is not in a record, and that texts are printable: they appear in tables and cards."""
     for name in ("operation", "tool"):
         if not isinstance(getattr(manifest, name), dict):
             raise TypeError(f"{name} is not an object")
@@ -314,3 +284,30 @@ def _plain(value: Any) -> Any:
     if isinstance(value, _RECORDS):  # no recursion: records are flat, and there are many
         return {key: item for key, item in vars(value).items() if item is not None}
     return value
+
+
+def reason(error: Exception) -> str:
+    """Describe an error from building a record of a document's entries, without names from the Python code."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
+    unknown = re.search("unexpected keyword argument (.*)", str(error))
+    missing = re.search("missing .* arguments?: (.*)", str(error))
+    return f"unknown key {unknown[1]}" if unknown else f"missing: {missing[1]}" if missing else str(error)
+
+
+def typed(record: Any) -> Any:
+    """Return the record if its fields have their declared types, which parsed JSON does not guarantee."""
+    for name, kind in _types(record.__class__):
+        value = getattr(record, name)
+        if kind == tuple[int, ...]:
+            fits = isinstance(value, tuple) and all(type(item) is int and item >= 0 for item in value)
+        else:
+            fits = isinstance(value, kind) and not isinstance(value, bool)
+        if not fits:
+            raise TypeError(f"{name} is {value!r}")
+    return record
+
+
+@cache
+def _types(record: type) -> tuple[tuple[str, Any], ...]:
+    return tuple((part.name, part.type) for part in fields(record))

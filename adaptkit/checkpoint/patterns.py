@@ -20,11 +20,7 @@ _DIFFERENT = re.compile(r"\{(?!\d*,?\d*\})|\[:.*:\]")
 
 
 def matches_whole(pattern: str, text: str) -> bool:
-    """Return whether a pattern matches a whole text.
-
-    Args:
-        pattern: a regular expression in Python's syntax.
-        text: printable characters.
+    """Return whether a pattern, a regular expression in Python's syntax, matches a whole text of printable characters.
 
     Raises:
         re.error: the pattern is malformed, unsupported or too long, or matching takes too long.
@@ -33,37 +29,12 @@ def matches_whole(pattern: str, text: str) -> bool:
 
 
 def matches_end(pattern: str, text: str) -> bool:
-    r"""Return whether a pattern matches a whole dotted path, or the rest of it after a dot: ``(.*\.)?({pattern})$``.
-
-    Args:
-        pattern: see ``matches_whole``.
-        text: printable characters.
-
-    Raises:
-        re.error: see ``matches_whole``.
-    """
+    r"""Return whether a pattern matches a whole dotted path, or the rest of it after a dot: ``(.*\.)?({pattern})$``."""
     return _matches(rf"(.*\.)?({pattern})$", pattern, text)
 
 
-def matches_behind_dot(pattern: str, text: str) -> bool:
-    r"""Return whether the pattern ``.*\.{pattern}$`` matches; without a group, so ``a|b`` means ``.*\.a`` or ``b$``.
-
-    Args:
-        pattern: see ``matches_whole``.
-        text: printable characters.
-
-    Raises:
-        re.error: see ``matches_whole``.
-    """
-    return _matches(rf".*\.{pattern}$", pattern, text)
-
-
 def check_pattern(pattern: str) -> None:
-    """Reject a pattern that is malformed or not supported.
-
-    Raises:
-        re.error: says why.
-    """
+    """Reject a pattern that is malformed or not supported, by a ``re.error``."""
     _compiled(pattern, pattern)
 
 
@@ -71,9 +42,6 @@ class FirstMatch:
     """Finds the first of many patterns that matches a dotted path, or the rest of it after a dot.
 
     Patterns that match exactly one name, of which there may be one per module, use a dict; others are tried in order.
-
-    Args:
-        patterns: maps patterns, in order, to their values.
     """
 
     def __init__(self, patterns: Mapping[str, Any]) -> None:

@@ -1,14 +1,20 @@
-"""Check where an output may be written, and whether what exists there may be replaced."""
+"""Check where an output may be written and what it may replace, let it appear there, and delete what adaptkit made.
+
+Deletion goes in an order that leaves folders recognizable as adaptkit's if it is interrupted.
+"""
 
 import errno
+import fcntl
 import os
+import shutil
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from adaptkit.checkpoint._clearing import is_replaced_output
 from adaptkit.checkpoint.integrity import present_names
+from adaptkit.checkpoint.layout import JOURNAL_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
+from adaptkit.checkpoint.writer import disk_errors, sync_folder
 from adaptkit.errors import DISK_HINTS, AdaptkitError, ConflictError, IntegrityError, OutputExistsError, UsageError
 from adaptkit.wording import first_few
 
@@ -40,12 +46,9 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
     An empty folder may always be replaced: scripts often make one first.
 
     Raises:
-        OutputExistsError: it exists, and ``force`` is not given or it holds files that adaptkit did not make; or only
-            its owner may replace it.
+        OutputExistsError: it exists and may not be replaced.
         ConflictError: a foreign folder is where the old output would be kept.
-        UsageError: the name is reserved for unfinished work, too long, or empty; the path cannot be followed, or its
-            folder not be written; a folder that will be renamed is a mount point; or the output would overwrite,
-            contain, or be inside an input, or be inside an artifact.
+        UsageError: for another reason, nothing can be written or renamed there.
     """
     if final.name in ("", ".."):
         raise UsageError(f"{final}: is not a name for a new folder", hint="name the folder to create, such as -o out")
@@ -76,14 +79,10 @@ def check_output(final: Path, force: bool, inputs: Iterable[Path] = ()) -> None:
         if inside or (force and source.is_relative_to(whole)):
             raise UsageError(f"{final}: the output would change its own input {path}", hint=_ELSEWHERE)
     if is_unfinished(final):
-        raise UsageError(
-            f"{final}: names that end in {_PARTIAL} or {_REPLACED} are reserved for unfinished work",
-            hint=_ELSEWHERE,
-        )
+        reserved = f"names that end in {_PARTIAL} or {_REPLACED} are reserved for unfinished work"
+        raise UsageError(f"{final}: {reserved}", hint=_ELSEWHERE)
     if os.path.lexists(aside) and not is_replaced_output(aside):
-        raise ConflictError(
-            f"{aside}: is in the way, and adaptkit did not make it", hint="move it, or choose another -o"
-        )
+        raise ConflictError(f"{aside}: is in the way, and adaptkit did not make it", f"move it, or {_ELSEWHERE}")
     if os.path.lexists(final):
         _check_replaceable(final)
     refuse_inside_artifact(final.parent, f"{final}: is", "-o")
@@ -101,35 +100,16 @@ def is_empty_folder(path: Path) -> bool:
 
 
 def refuse_inside_artifact(folder: Path, what: str, option: str) -> None:
-    """Refuse to write into an artifact, which would not match its manifest any more.
-
-    Args:
-        folder: where something will be written; need not exist.
-        what: subject and verb of the message, such as "out: is".
-        option: the option that names it, for the hint.
-
-    Raises:
-        UsageError: the folder is an artifact or inside one.
-    """
+    """Refuse to write into an artifact; ``what`` begins the message, such as "out: is", ``option`` ends the hint."""
     whole = Path(os.path.realpath(folder))
     for path in (whole, *whole.parents):
-        if os.path.isfile(path / MANIFEST_NAME):
-            raise UsageError(
-                f"{what} inside the artifact {path}, which would no longer match its manifest",
-                hint=f"choose another {option}",
-            )
+        if os.path.isfile(path / MANIFEST_NAME) and not is_unfinished(path):  # a run was killed before its last rename
+            problem = f"{what} inside the artifact {path}, which would no longer match its manifest"
+            raise UsageError(problem, hint=f"choose another {option}")
 
 
 def require_writable_parent(path: Path, hint: str) -> None:
-    """Check that something can be made at a path, whose parent folders may be missing.
-
-    Args:
-        path: of the file or folder.
-        hint: of the error.
-
-    Raises:
-        UsageError: names the folder that cannot be written.
-    """
+    """Check that something can be made at a path, whose parent folders may be missing; a UsageError otherwise."""
     there = next(parent for parent in path.absolute().parents if os.path.exists(parent))
     if not os.access(there, os.W_OK | os.X_OK):
         if os.statvfs(there).f_flag & os.ST_RDONLY:
@@ -142,9 +122,8 @@ def _check_owner(final: Path) -> None:
     """Check that this user may replace what exists, which in folders such as /tmp only its owner may."""
     state, user = final.parent.stat(), os.geteuid()
     if state.st_mode & stat.S_ISVTX and user not in (0, state.st_uid, final.lstat().st_uid):
-        raise OutputExistsError(
-            f"{final}: belongs to another user, and {final.parent} lets only that user replace it", hint=_ELSEWHERE
-        )
+        problem = f"belongs to another user, and {final.parent} lets only that user replace it"
+        raise OutputExistsError(f"{final}: {problem}", hint=_ELSEWHERE)
 
 
 def _is_mount_point(path: Path) -> bool:
@@ -178,13 +157,119 @@ def _check_replaceable(final: Path) -> None:
     try:
         manifest = require_manifest(final)
     except IntegrityError as error:
-        raise OutputExistsError(
-            f"{final}: cannot tell which files adaptkit made, so --force does not replace it: {error}",
-            hint=_ASIDE,
-        ) from error
+        problem = "cannot tell which files adaptkit made, so --force does not replace it"
+        raise OutputExistsError(f"{final}: {problem}: {error}", hint=_ASIDE) from error
     others = sorted(present_names(final) - {record.path for record in manifest.files})
     if others:
-        raise OutputExistsError(
-            f"{final}: holds files that adaptkit did not make, so --force does not replace it: {first_few(others)}",
-            hint="move them elsewhere, or choose another -o",
-        )
+        problem = f"holds files that adaptkit did not make, so --force does not replace it: {first_few(others)}"
+        raise OutputExistsError(f"{final}: {problem}", hint=f"move them elsewhere, or {_ELSEWHERE}")
+
+
+def lock_output(path: Path, final: Path) -> int:
+    """Lock a journal without waiting, and make it if there is none, to keep two processes from writing one output.
+
+    Returns:
+        A file descriptor, which holds the lock until it is closed.
+    """
+    with disk_errors(path):  # open for writing: network file systems lock no other file exclusively
+        handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not path.exists() or not os.path.samestat(os.fstat(handle), path.stat()):
+            raise ConflictError(
+                f"{final}: another process has just finished writing it", hint="use it, or choose another -o"
+            )
+    except OSError as error:
+        os.close(handle)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise ConflictError(f"{final}: another process is writing it", hint="wait for it to end") from error
+        raise UsageError(
+            f"{final}: files cannot be locked on its disk ({error.strerror}), so two runs that write it at once would "
+            "not notice each other",
+            hint="choose an -o on another disk, or enable file locks (flock) on this one",
+        ) from error
+    except ConflictError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def take_permissions(folder: Path, final: Path, added: int = 0) -> None:
+    """Give an output the group and the permissions of the empty folder that it will replace, if there is one.
+
+    ``added`` are further permissions, for the time of the work.
+    """
+    if not is_empty_folder(final):
+        return
+    state = final.stat()
+    try:
+        if folder.stat().st_gid != state.st_gid:
+            os.chown(folder, -1, state.st_gid)
+        if (mode := stat.S_IMODE(state.st_mode) | added) != stat.S_IMODE(folder.stat().st_mode):
+            folder.chmod(mode)
+    except OSError as error:
+        raise UsageError(
+            f"{final}: a new folder in its place cannot have its group and permissions: {error.strerror}",
+            hint="remove it, or choose another -o",
+        ) from error
+
+
+def appear(folder: Path, final: Path, force: bool) -> None:
+    """Rename a finished output to its final name.
+
+    With ``force`` it may replace an existing output that adaptkit made, otherwise only an empty folder.
+
+    Raises:
+        OutputExistsError: something has appeared there in the meantime.
+    """
+    check_output(final, force)
+    replaced = replaced_folder(final)
+    take_permissions(folder, final)
+    if final.exists() and not is_empty_folder(final):
+        if replaced.exists():  # left by a run that was killed here
+            remove(replaced)
+        final.rename(replaced)
+    try:
+        folder.rename(final)  # over an empty folder
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise OutputExistsError(f"{final}: already exists", hint="choose another -o") from error
+    sync_folder(final.parent)
+    if replaced.exists() and force:  # delete nothing without --force
+        remove(replaced)
+        sync_folder(final.parent)
+
+
+def is_marker(path: Path) -> bool:
+    """Return whether a file identifies its folder as made by adaptkit: a manifest or a journal."""
+    return path.name in (MANIFEST_NAME, JOURNAL_NAME)
+
+
+def clear(folder: Path, but: str = "") -> None:
+    """Empty a folder except for one file; delete the identifying files last, in case the process is killed midway."""
+    for old in sorted((path for path in folder.iterdir() if path.name != but), key=is_marker):
+        shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+
+
+def clear_all_but(folder: Path, keep: Collection[str]) -> None:
+    """Delete all files except those at the given relative paths, and then empty subfolders."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # contents sort before their folder
+        if path.is_symlink() or not path.is_dir():
+            if path.relative_to(folder).as_posix() not in keep:
+                path.unlink()
+        elif not any(path.iterdir()):
+            path.rmdir()
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder that adaptkit made."""
+    clear(folder)
+    folder.rmdir()
+
+
+def is_replaced_output(folder: Path) -> bool:
+    """Return whether this is a replaced output, or an empty folder left by an interrupted deletion of one."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    return (folder / MANIFEST_NAME).is_file() or not any(folder.iterdir())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from adaptkit.numerics.arrays import Array
+    from adaptkit.numerics.dtypes import Array
 
 _GET_AGAIN = "download or copy the checkpoint again: index and shards must be from the same save"
 _CHANGED_HINT = "check the disk, and run the command again when nothing writes to that folder"
@@ -36,13 +36,7 @@ class Located:
 
 
 class TensorFiles:
-    """Several safetensors files, read as one set of tensors.
-
-    Attributes:
-        root: the folder.
-        headers: maps file names to headers.
-        tensors: maps tensor names to locations, in file order.
-    """
+    """Several safetensors files in a folder, read as one set of tensors, which are in file order."""
 
     _extra: ClassVar[tuple[str, ...]] = ()
     """Further files that ``state`` covers."""
@@ -56,9 +50,7 @@ class TensorFiles:
             for spec, position in header.tensors:
                 if spec.name in self.tensors:
                     other = self.tensors[spec.name].file
-                    raise CheckpointError(
-                        f"{root}: tensor {spec.name!r} is in both {other} and {file}", hint=_GET_AGAIN
-                    )
+                    raise CheckpointError(f"{root}: tensor {spec.name!r} is in both {other} and {file}", _GET_AGAIN)
                 self.tensors[spec.name] = Located(spec, file, position)
 
     @property
@@ -70,29 +62,21 @@ class TensorFiles:
         """Return name, type and shape of a tensor."""
         return self.tensors[name].spec
 
-    def read(self, name: str) -> "Tensor":
-        """Read a whole tensor as a torch tensor."""
-        return _as_tensor(self.read_array(name))
-
-    def read_flat(self, name: str, start: int, count: int) -> "Tensor":
-        """Read ``count`` elements from the ``start``-th on, in row-major order, as a torch tensor: (count,)."""
-        return _as_tensor(self.read_flat_array(name, start, count))
-
-    def read_array(self, name: str) -> "Array":
+    def read(self, name: str) -> "Array":
         """Read a whole tensor as an array."""
         spec = self.spec(name)
         return self._view(self.tensors[name], 0, spec.nbytes).view(_dtype(spec)).reshape(spec.shape)
 
-    def read_flat_array(self, name: str, start: int, count: int) -> "Array":
+    def read_flat(self, name: str, start: int, count: int) -> "Array":
         """Read ``count`` elements from the ``start``-th on, in row-major order, as an array: (count,)."""
         dtype = _dtype(self.spec(name))
         return self._view(self.tensors[name], start * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
-    def copy_flat(self, name: str, start: int, count: int) -> "Tensor":
+    def copy_flat(self, name: str, start: int, count: int) -> "Array":
         """Read like ``read_flat``, into memory of its own even if ``read`` maps the file."""
         dtype = _dtype(self.spec(name))
         array = self._read(self.tensors[name], start * dtype.itemsize, count * dtype.itemsize)
-        return _as_tensor(array.view(dtype))
+        return array.view(dtype)
 
     def read_bytes(self, name: str, start: int, count: int) -> "Array":
         """Read ``count`` bytes of a tensor, whatever its type, from the ``start``-th on: (count,) uint8.
@@ -110,11 +94,7 @@ class TensorFiles:
         return self.spec(name).nbytes
 
     def state(self) -> list[list[Any]]:
-        """Return [file, size, modification time in ns] of each file, to detect that an input changed.
-
-        Raises:
-            IntegrityError: a file does not exist any more.
-        """
+        """Return [file, size, modification time in ns] of each file, to detect that an input changed."""
         try:
             found = [(file, resolve_inside(self.root, file).stat()) for file in sorted([*self.headers, *self._extra])]
         except OSError as error:
@@ -122,11 +102,7 @@ class TensorFiles:
         return [[file, status.st_size, status.st_mtime_ns] for file, status in found]
 
     def require_state(self, state: list[list[Any]]) -> None:
-        """Check that the files did not change.
-
-        Raises:
-            IntegrityError: a file changed since ``state`` was taken, or does not exist any more.
-        """
+        """Check that the files are as when ``state`` was taken; an IntegrityError otherwise."""
         now = self.state()
         if now != state:
             changed = next(file for (file, *before), (_, *after) in zip(state, now, strict=True) if before != after)
@@ -158,16 +134,7 @@ class TensorFiles:
 
 
 class Checkpoint(TensorFiles):
-    """A Hugging Face checkpoint folder.
-
-    Args:
-        root: the folder.
-
-    Raises:
-        UsageError: not a folder.
-        CheckpointError: not a checkpoint, or index and shards disagree.
-        UnsafeInputError: the index points outside the folder.
-    """
+    """A Hugging Face checkpoint folder; a CheckpointError if it is none, or if index and shards disagree."""
 
     _extra = (CONFIG_NAME,)
 
@@ -177,15 +144,11 @@ class Checkpoint(TensorFiles):
         if weight_map is not None:
             for name, file in weight_map.items():
                 if name not in self.tensors or self.tensors[name].file != file:
-                    raise CheckpointError(
-                        f"{root}: the index lists {name!r} in {file}, which does not contain it", hint=_GET_AGAIN
-                    )
-            unlisted = sorted(set(self.tensors) - set(weight_map))
-            if unlisted:
-                raise CheckpointError(
-                    f"{root}: {unlisted[0]!r} is in {self.tensors[unlisted[0]].file} but not in the index",
-                    hint=_GET_AGAIN,
-                )
+                    problem = f"the index lists {name!r} in {file}, which does not contain it"
+                    raise CheckpointError(f"{root}: {problem}", hint=_GET_AGAIN)
+            if unlisted := sorted(set(self.tensors) - set(weight_map)):
+                problem = f"{unlisted[0]!r} is in {self.tensors[unlisted[0]].file} but not in the index"
+                raise CheckpointError(f"{root}: {problem}", hint=_GET_AGAIN)
         if not self.tensors:
             raise CheckpointError(f"{root}: contains no tensors", hint=_GET_AGAIN)
 
@@ -221,6 +184,10 @@ class MappedCheckpoint(Checkpoint):
     them are alive.
     """
 
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self._maps: dict[str, mmap.mmap] = {}
+
     def _view(self, located: Located, offset: int, size: int) -> "Array":
         import numpy as np
 
@@ -239,15 +206,9 @@ class MappedCheckpoint(Checkpoint):
         return whole[start : start + size]
 
     def release_pages(self, tensor: "Tensor") -> None:
-        """Release the pages of a tensor that is a view of a mapped file; the next access reads them again.
-
-        Args:
-            tensor: contiguous, and never written to, since changes would be lost.
-        """
-        if tensor.device.type != "cpu":
-            return  # return early, since a training step calls this several times per weight
-        if sys.platform != "linux":
-            return  # elsewhere the advice may mean something else
+        """Release the pages of a contiguous view that was never written to; the next access reads them again."""
+        if tensor.device.type != "cpu" or sys.platform != "linux":  # elsewhere the advice may mean something else
+            return
         import numpy as np
 
         for whole in self._maps.values():
@@ -257,11 +218,6 @@ class MappedCheckpoint(Checkpoint):
                 last = (start + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
                 if last > first:
                     whole.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-    @cached_property
-    def _maps(self) -> dict[str, mmap.mmap]:
-        """Maps file names to their mappings."""
-        return {}
 
 
 def stated_method(config: Mapping[str, Any]) -> str | None:
@@ -281,9 +237,3 @@ def _dtype(spec: TensorSpec) -> "np.dtype[Any]":
     from adaptkit.numerics.dtypes import ARRAY_DTYPES
 
     return ARRAY_DTYPES[spec.dtype]
-
-
-def _as_tensor(array: "Array") -> "Tensor":
-    from adaptkit.numerics.arrays import as_tensor
-
-    return as_tensor(array)

@@ -12,8 +12,7 @@ from adaptkit.checkpoint.reader import Checkpoint, Located
 from adaptkit.errors import NonFiniteError
 from adaptkit.formats._find import stored_weights
 from adaptkit.formats._format import StoredWeight
-from adaptkit.numerics.arrays import Array
-from adaptkit.numerics.dtypes import ARRAY_DTYPES
+from adaptkit.numerics.dtypes import ARRAY_DTYPES, Array
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.spec import ITEM_BYTES, TensorSpec
 
@@ -24,15 +23,11 @@ _DTYPE = "BF16"
 class ReleasedCheckpoint(Checkpoint):
     """The checkpoint that ``dequantize`` would write, whose weights are decoded when they are read.
 
-    Reading one that is too large for bfloat16 is a NonFiniteError.
-
-    Args:
-        release: a checkpoint in one of the methods ``foreign.is_released``.
-        weights: its weights in few bits, in file order; at least one.
-        method: of the release.
+    Its tensors are located where their codes are. Reading one that is too large for bfloat16 is a NonFiniteError.
 
     Attributes:
-        tensors: those of the 16-bit checkpoint, in its order; each located where its codes are.
+        release: a checkpoint in one of the methods ``foreign.is_released``.
+        weights: its weights in few bits, by name; at least one.
         input_scales: number of tensors of the release that no weight needs.
     """
 
@@ -98,12 +93,8 @@ def open_plain(root: Path) -> Checkpoint:
     """Open a checkpoint to read its 16- or 32-bit weights; one released in few bits is decoded while it is read.
 
     One that is quantized otherwise is returned as it is.
-
-    Raises:
-        CheckpointError: malformed; see ``Checkpoint`` and ``stored_weights``.
     """
     checkpoint = Checkpoint(root)
-    method = quantization_found(checkpoint)
-    if not is_released(method):
+    if not is_released(method := quantization_found(checkpoint)):
         return checkpoint
     return ReleasedCheckpoint(checkpoint, stored_weights(checkpoint, method), str(method))

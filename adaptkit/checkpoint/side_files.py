@@ -26,12 +26,7 @@ _BLOB = re.compile(r"[0-9a-f]{30,64}|[A-Z0-9]+-s\d+--[0-9a-f]{30,64}(\.\w+)*")
 
 
 def side_files(root: Path, wanted: Callable[[str], bool] = bool) -> dict[str, Path]:
-    """List those of ``find_side_files`` whose names are wanted (by default all), to copy them.
-
-    Raises:
-        CheckpointError: one is not a file, or a link to nothing.
-        UnsafeInputError: one is a link; see ``refuse_foreign_link``.
-    """
+    """List those of ``find_side_files`` whose names are wanted (by default all), to copy them; all must be files."""
     found = {name: path for name, path in find_side_files(root, lambda p: not p.is_dir()).items() if wanted(name)}
     for path in found.values():
         refuse_foreign_link(root, path)
@@ -43,10 +38,6 @@ def find_side_files(root: Path, is_file: Callable[[Path], bool] = Path.is_file) 
     """List the files beside the weights: configurations, tokenizer, chat templates, licence, model code.
 
     Excludes ``config.json`` and index files, which are written together with the weights.
-
-    Args:
-        root: the folder.
-        is_file: returns whether a path is taken for a file.
 
     Returns:
         Maps each name, relative to the folder, to its path; sorted.
@@ -74,12 +65,7 @@ def _names_code(files: Iterable[Path]) -> bool:
 
 
 def check_side_files(root: Path) -> None:
-    """Reject side files whose names differ only in case, since not every file system can hold both.
-
-    Raises:
-        CheckpointError: names the two files; or one that is not a file, or a link to nothing.
-        UnsafeInputError: a side file or the configuration is a link; see ``refuse_foreign_link``.
-    """
+    """Reject side files whose names differ only in case, since not every file system can hold both."""
     refuse_foreign_link(root, root / CONFIG_NAME)
     seen: dict[str, str] = {}
     for name in (CONFIG_NAME, INDEX_NAME, *side_files(root)):

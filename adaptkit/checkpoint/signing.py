@@ -11,6 +11,7 @@ public services issue a certificate and keep a transparency log).
 """
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -25,11 +26,11 @@ from typing import Any
 from adaptkit.arguments import typed_fields
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, require_manifest
-from adaptkit.checkpoint.signing_keys import check_private_key, check_public_key
 from adaptkit.checkpoint.writer import replace_file
-from adaptkit.errors import AuthenticationError, IntegrityError, NetworkError, UsageError, install_hint
+from adaptkit.errors import AuthenticationError, CheckpointError, IntegrityError, NetworkError, UsageError, install_hint
 
 MAX_SIGNATURE_BYTES = 1 << 20
+_CURVES = ("secp256r1", "secp384r1", "secp521r1")
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 """What ``model-signing`` raises for a malformed bundle or an invalid signature."""
 
@@ -41,8 +42,7 @@ class Signer:
     Attributes:
         private_key: PEM file of an elliptic-curve key (P-256, P-384 or P-521).
         password: of the key file.
-        identity_token: OpenID Connect token. If None, the identity of the CI job is used, or at a terminal a browser
-            login.
+        identity_token: OpenID Connect token; None for that of the CI job, or at a terminal a browser login.
     """
 
     private_key: Path | None = None
@@ -89,71 +89,42 @@ class Trust:
 
 
 def sign(root: Path, signer: Signer) -> Path:
-    """Sign the manifest of the artifact in a folder, without comparing the files with it (see ``check_artifact``).
-
-    Returns:
-        The signature's file, ``adaptkit-manifest.sig`` in the folder; an existing one is replaced.
-
-    Raises:
-        IntegrityError: the manifest is missing or malformed.
-        UsageError, AuthenticationError, NetworkError: see ``sign_manifest``.
-    """
-    signature = sign_manifest(require_manifest(root).to_bytes(), signer)
-    path = root / SIGNATURE_NAME
-    replace_file(path, signature)
-    return path
+    """Write ``adaptkit-manifest.sig`` of the artifact in a folder, without comparing its files with the manifest."""
+    replace_file(root / SIGNATURE_NAME, sign_manifest(require_manifest(root).to_bytes(), signer))
+    return root / SIGNATURE_NAME
 
 
 def sign_manifest(content: bytes, signer: Signer) -> bytes:
-    """Sign a manifest's content, which need not be in a file yet.
-
-    Args:
-        content: of ``adaptkit-manifest.json``.
-        signer: the credentials.
-
-    Returns:
-        The content of ``adaptkit-manifest.sig``.
+    """Return the content of ``adaptkit-manifest.sig``, given that of ``adaptkit-manifest.json``.
 
     Raises:
         UsageError: the extra ``sign`` is not installed, or the key cannot be used.
-        AuthenticationError: no identity is available, or the token was rejected.
-        NetworkError: Sigstore's services do not answer.
+        AuthenticationError, NetworkError: Sigstore rejects the identity, or does not answer.
     """
     config = _package().signing.Config()
     if signer.private_key is not None:
-        check_private_key(signer.private_key, signer.password)
-        config.use_elliptic_key_signer(private_key=signer.private_key, password=signer.password)
-    with _manifest_file(content) as file, _to_stderr():
+        _check_key(signer.private_key, signer.password)
+    with _manifest_file(content) as file, _keyless_errors():
         path = file.with_name(SIGNATURE_NAME)
         if signer.private_key is None:
-            with _keyless_errors():
-                config.use_sigstore_signer(identity_token=_identity_token(signer)).sign(file, path)
+            config.use_sigstore_signer(identity_token=_identity_token(signer))
         else:
-            config.sign(file, path)
+            config.use_elliptic_key_signer(private_key=signer.private_key, password=signer.password)
+        config.sign(file, path)
         return path.read_bytes()
 
 
 def check_signer(signer: Signer) -> None:
-    """Check that signing is possible: package installed, key usable, or identity available (or a browser login).
-
-    Raises:
-        UsageError, AuthenticationError: see ``sign_manifest``.
-    """
+    """Check that signing is possible: package installed, key usable, or identity available (or a browser login)."""
     _package()
-    if signer.private_key is not None:
-        check_private_key(signer.private_key, signer.password)
-    else:
+    if signer.private_key is None:
         _identity_token(signer)
+    else:
+        _check_key(signer.private_key, signer.password)
 
 
 def check_signature(content: bytes, signature: Path | bytes, trust: Trust, where: str = "") -> None:
-    """Check that the expected signer signed exactly this manifest.
-
-    Args:
-        content: of ``adaptkit-manifest.json``.
-        signature: the signature's file, or its content.
-        trust: the expected signer.
-        where: source of the signature, for errors, if it is given as content.
+    """Check that the expected signer signed exactly this manifest; a signature given as content is from ``where``.
 
     Raises:
         IntegrityError: malformed, made by another signer, or for another manifest.
@@ -164,11 +135,11 @@ def check_signature(content: bytes, signature: Path | bytes, trust: Trust, where
     bundle = signature if isinstance(signature, bytes) else _read_signature(signature)
     where = where or str(signature)
     if trust.public_key is not None:
-        check_public_key(trust.public_key)
+        _check_key(trust.public_key, is_private=False)
         config.use_elliptic_key_verifier(public_key=trust.public_key)
     from cryptography.exceptions import InvalidSignature
 
-    with _manifest_file(content) as file, _to_stderr(), _keyless_errors():
+    with _manifest_file(content) as file, _keyless_errors():
         if trust.public_key is None:
             config.use_sigstore_verifier(identity=trust.identity, oidc_issuer=trust.identity_provider)
         file.with_name(SIGNATURE_NAME).write_bytes(bundle)
@@ -221,11 +192,7 @@ def _package() -> Any:
 
 
 def _identity_token(signer: Signer) -> str:
-    """Return the given token, or the CI job's; empty to log in with a browser.
-
-    Raises:
-        AuthenticationError: there is no token, and stdin is not a terminal.
-    """
+    """Return the given token, or the CI job's; empty to log in with a browser, for which stdin must be a terminal."""
     from sigstore.oidc import detect_credential
 
     token = signer.identity_token or detect_credential()
@@ -257,13 +224,42 @@ def _keyless_errors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _manifest_file(content: bytes) -> Iterator[Path]:
-    """Write the manifest to a temporary file, so that exactly what was read is signed even if the folder changes."""
-    with TemporaryDirectory(prefix="adaptkit-signing-") as folder:
+    """Write the manifest to a temporary file, so that exactly what was read is signed even if the folder changes.
+
+    Meanwhile stdout, which is for reports, is redirected to stderr: the package prints warnings to stdout.
+    """
+    with TemporaryDirectory(prefix="adaptkit-signing-") as folder, contextlib.redirect_stdout(sys.stderr):
         file = Path(folder) / MANIFEST_NAME
         file.write_bytes(content)
         yield file
 
 
-def _to_stderr() -> contextlib.AbstractContextManager[Any]:
-    """Redirect stdout, which is for reports, to stderr: the package prints warnings to stdout."""
-    return contextlib.redirect_stdout(sys.stderr)
+def _check_key(path: Path, password: bytes | None = None, is_private: bool = True) -> None:
+    """Reject a key file that cannot sign or verify, with a message that reveals nothing of its content."""
+    from cryptography.exceptions import UnsupportedAlgorithm
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
+    try:
+        check_regular(path)
+        content = path.read_bytes()
+    except (CheckpointError, OSError) as error:
+        raise UsageError(f"{path}: key not found, or not readable", hint=_make_a_key()) from error
+    try:
+        key: Any = load_pem_private_key(content, password) if is_private else load_pem_public_key(content)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        if is_private and b"ENCRYPTED" in content:
+            raise UsageError(f"{path}: password missing or incorrect", "set ADAPTKIT_KEY_PASSWORD") from error
+        if isinstance(error, TypeError):
+            raise UsageError(f"{path}: needs no password", hint="unset ADAPTKIT_KEY_PASSWORD") from error
+        kind = "private" if is_private else "public"
+        raise UsageError(f"{path}: contains no {kind} key", hint=_make_a_key()) from error
+    if getattr(getattr(key, "curve", None), "name", "") not in _CURVES:
+        raise UsageError(f"{path}: is not a key on the curve P-256, P-384 or P-521", hint=_make_a_key())
+
+
+def _make_a_key() -> str:
+    """Return a hint with commands that create a key pair, under names that do not exist yet."""
+    names = itertools.chain(["key"], (f"key-{number}" for number in itertools.count(2)))
+    name = next(n for n in names if not os.path.lexists(f"{n}.pem") and not os.path.lexists(f"{n}.pub"))
+    make = f"openssl ecparam -name prime256v1 -genkey -noout -out {name}.pem"
+    return f"name another file, or create keys: {make}; openssl ec -in {name}.pem -pubout -out {name}.pub"

@@ -30,7 +30,7 @@ import numpy as np
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import IntegrityError
 from adaptkit.numerics import older_residual, residual
-from adaptkit.numerics.arrays import Array
+from adaptkit.numerics.dtypes import Array
 
 FOLDER = "adaptkit-undo"
 FILES_NAME = f"{FOLDER}/files.safetensors"
@@ -60,12 +60,7 @@ def rest_name(name: str) -> str:
 
 
 def pack_frame(rows: int, values: Array) -> bytes:
-    """Return the frame of a run of rows.
-
-    Args:
-        rows: number of rows in the run.
-        values: (M,) int64 residuals.
-    """
+    """Return the frame of a run of rows, given their number and (M,) int64 residuals."""
     stream = residual.encode(values)
     return _FRAME.pack(rows, len(stream)) + stream
 
@@ -73,12 +68,7 @@ def pack_frame(rows: int, values: Array) -> bytes:
 def frames(record_bytes: int, read: Callable[[int, int], Array]) -> Iterator[tuple[int, int, int]]:
     """Iterate over the frames of a tensor's record, as (rows, start of the stream, its length).
 
-    Args:
-        record_bytes: size of the record.
-        read: returns a number of bytes of it, from a start on; called for the frames' first bytes only.
-
-    Raises:
-        IntegrityError: not a valid record.
+    ``read`` returns a number of its bytes, from a start on; it is called for the frames' first bytes only.
     """
     position = 0
     while position < record_bytes:
@@ -93,11 +83,7 @@ def frames(record_bytes: int, read: Callable[[int, int], Array]) -> Iterator[tup
 
 
 def version_of(record: TensorFiles) -> int:
-    """Return the version of a shard's record, which ``unpack`` needs.
-
-    Raises:
-        IntegrityError: not a version that can be read.
-    """
+    """Return the version of a shard's record, which ``unpack`` needs; an IntegrityError if it cannot be read."""
     if VERSION_KEY not in record.tensors:
         return 1
     found: list[int] = record.read_bytes(VERSION_KEY, 0, record.spec(VERSION_KEY).nbytes).tolist()
@@ -110,19 +96,7 @@ def version_of(record: TensorFiles) -> int:
 
 
 def unpack(stream: Array, most: int, version: int = VERSION) -> Array:
-    """Decode the residuals of a frame.
-
-    Args:
-        stream: uint8.
-        most: number of weights in the run, which limits the number of residuals.
-        version: of the record.
-
-    Returns:
-        (M,) int64, M at most ``most``.
-
-    Raises:
-        IntegrityError: not a valid stream.
-    """
+    """Decode the residuals of a frame, uint8: (M,) int64, with M at most ``most``, the number of weights in the run."""
     try:
         return older_residual.decode(stream, most) if version == 1 else residual.decode(stream, most)
     except ValueError as error:
@@ -150,11 +124,7 @@ def added_files(names: Iterable[str]) -> Array:
 
 
 def read_added(tensor: Array) -> list[str]:
-    """Invert ``added_files``.
-
-    Raises:
-        IntegrityError: not a list of names.
-    """
+    """Invert ``added_files``."""
     try:
         names = json.loads(tensor.tobytes())
     except (ValueError, RecursionError) as error:

@@ -23,7 +23,7 @@ from adaptkit.errors import DISK_HINTS, AdaptkitError, CheckpointError
 from adaptkit.numerics.spec import TensorSpec
 
 if TYPE_CHECKING:
-    from adaptkit.numerics.arrays import Values
+    from adaptkit.numerics.dtypes import Array
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+?)(\.\d{1,9}\.\d+)?\.partial")
 """Name of a temporary file of ``replace_file``; older versions wrote no process and thread ids."""
@@ -90,13 +90,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def copy_file(source: Path, folder: Path, name: str, ranges: Ranges | None = None) -> FileRecord:
-    """Copy a file piece by piece and fsync the copy.
-
-    Args:
-        source: the file.
-        folder: where the copy belongs.
-        name: path of the copy in the folder.
-        ranges: fed with the bytes that are copied; None to hash only the whole file.
+    """Copy a file piece by piece to ``name`` in a folder, and fsync it; ``ranges`` is fed with the bytes.
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -128,14 +122,8 @@ def _chunks_of(source: Path) -> Iterator[bytes]:
 class TensorWriter:
     """Writes one safetensors file; a context manager.
 
-    Tensors must be written in the order of ``specs``, each in any number of pieces.
-
-    Args:
-        folder: the file's folder.
-        name: of the file.
-        specs: all tensors of the file.
-        header: the file's first bytes, to reuse the header of another file with the same tensors; None to make it from
-            ``specs``.
+    Tensors must be written in the order of ``specs``, each in any number of pieces. ``header`` is the first bytes of
+    another file with the same tensors, to reuse them; None to make them from ``specs``.
     """
 
     def __init__(self, folder: Path, name: str, specs: Sequence[TensorSpec], header: bytes | None = None) -> None:
@@ -158,12 +146,8 @@ class TensorWriter:
             raise
         return self
 
-    def write(self, name: str, piece: "Values") -> None:
-        """Append a piece of a tensor.
-
-        Raises:
-            ValueError: another tensor is next, or the pieces are longer than the tensor.
-        """
+    def write(self, name: str, piece: "Array") -> None:
+        """Append a piece of the tensor that is next; a ValueError if it is another, or longer than its tensor."""
         if not self._waiting or self._waiting[-1].name != name:
             raise ValueError(f"{name!r} written out of turn")
         view = bytes_of(piece)
@@ -208,16 +192,9 @@ class DiskError(AdaptkitError):
 
 
 def require_free(folder: Path, nbytes: int, what: str, hint: str) -> None:
-    """Check that a disk has enough free space.
+    """Check that the disk of a folder, which need not exist yet, has enough free space; a DiskError otherwise.
 
-    Args:
-        folder: on the disk; need not exist yet.
-        nbytes: number of bytes that will be written.
-        what: subject and verb of the message, such as "out: needs".
-        hint: of the error.
-
-    Raises:
-        DiskError: says how many bytes are needed and free.
+    ``what`` is subject and verb of the message, such as "out: needs".
     """
     there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(there).free

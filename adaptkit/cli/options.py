@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import click
 
-from adaptkit.checkpoint.typed import declared
 from adaptkit.cli.paths import LocalPath
 from adaptkit.errors import UsageError
+from adaptkit.settings import declared
 
 if TYPE_CHECKING:
     from adaptkit.checkpoint.signing import Signer, Trust

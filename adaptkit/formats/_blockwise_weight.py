@@ -11,15 +11,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adaptkit.errors import CheckpointError, UsageError
-from adaptkit.formats._format import Encoding, Files
+from adaptkit.formats._format import Encoding, Files, StoredWeight
 from adaptkit.numerics.absmax import GROUP, DoubleQuantized, dequantize_absmax, dynamic_levels
-from adaptkit.numerics.arrays import Array
-from adaptkit.numerics.dtypes import ARRAY_DTYPES
+from adaptkit.numerics.dtypes import ARRAY_DTYPES, Array
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.spec import TensorSpec
 
@@ -33,35 +32,23 @@ _OFFSET_WIDTH = 26
 """Maximum length of the decimal form of a float32 converted to float64."""
 
 
-@dataclass(frozen=True)
-class BlockwiseWeight:
-    """A weight in a block-wise format; see ``StoredWeight``.
+@dataclass(frozen=True, kw_only=True)
+class BlockwiseWeight(StoredWeight):
+    """A weight in a block-wise format.
 
     Attributes:
-        name: of the weight, and of the tensor of its codes.
         form: the format.
         encoding: how it is quantized.
-        shape: of the weight: (out, in), or (experts, out, in).
         dtype: safetensors name of the type that readers decode to: the weight's type before quantization, but bfloat16
             for float32 weights that adaptkit quantized.
         offset: of doubly quantized constants, in the weight's units; 0 without double quantization.
-        parts: names of the tensors that it is made of.
     """
 
-    name: str
     form: Blockwise
     encoding: Encoding
-    shape: tuple[int, ...]
     dtype: str
     offset: float
-    parts: tuple[str, ...]
-    input_scales: ClassVar[tuple[str, ...]] = ()
-    is_linear: ClassVar[bool] = True
-
-    @property
-    def unit(self) -> int:
-        """A block."""
-        return self.encoding.block_size
+    is_linear: bool = True
 
     def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """See ``StoredWeight``."""
@@ -79,13 +66,13 @@ class BlockwiseWeight:
         """Read and decode the constants of a run's blocks: (M,) float32."""
         first, stop = start // self.unit, -(-(start + count) // self.unit)
         if not self.encoding.double_quant:
-            return files.read_flat_array(f"{self.name}.absmax", first, stop - first)
+            return files.read_flat(f"{self.name}.absmax", first, stop - first)
         before = first % GROUP
-        codes = files.read_flat_array(f"{self.name}.absmax", first - before, stop - first + before)
+        codes = files.read_flat(f"{self.name}.absmax", first - before, stop - first + before)
         groups = first // GROUP, -(-stop // GROUP) - first // GROUP
-        nested = DoubleQuantized(codes, files.read_flat_array(f"{self.name}.nested_absmax", *groups), self.offset)
+        nested = DoubleQuantized(codes, files.read_flat(f"{self.name}.nested_absmax", *groups), self.offset)
         levels = f"{self.name}.nested_quant_map"
-        known = files.read_array(levels).reshape(-1) if levels in self.parts else dynamic_levels()
+        known = files.read(levels).reshape(-1) if levels in self.parts else dynamic_levels()
         found: Array = dequantize_absmax(nested, known)[before:]
         return found
 
@@ -108,9 +95,18 @@ def read_outline(files: Files, form: Blockwise, name: str) -> BlockwiseWeight:
         CheckpointError: the state is malformed.
     """
     parts = part_names(files, form, name)
-    state = files.read_array(name + form.state_suffix).tobytes()
+    state = files.read(name + form.state_suffix).tobytes()
     encoding, shape, dtype, offset = parse_state(name, form.name, state, f"{name}.nested_absmax" in parts)
-    return BlockwiseWeight(name, form, encoding, shape, dtype, offset, parts)
+    return BlockwiseWeight(
+        name=name,
+        shape=shape,
+        parts=parts,
+        unit=encoding.block_size,
+        dtype=dtype,
+        form=form,
+        encoding=encoding,
+        offset=offset,
+    )
 
 
 def part_names(files: Files, form: Blockwise, name: str) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from adaptkit.numerics.spec import TensorSpec
 if TYPE_CHECKING:
     import numpy as np
 
-    from adaptkit.numerics.arrays import Array
+    from adaptkit.numerics.dtypes import Array
 
 GET_AGAIN = "download the checkpoint again"
 
@@ -38,74 +38,52 @@ class Files(Protocol):
     @property
     def tensors(self) -> Mapping[str, Any]:
         """Maps the tensors' names, in file order, to where they lie."""
-        ...
 
     @property
     def config(self) -> dict[str, Any]:
         """``config.json``."""
-        ...
 
     def spec(self, name: str) -> TensorSpec:
         """Return name, type and shape of a tensor."""
-        ...
 
-    def read_array(self, name: str) -> Array:
+    def read(self, name: str) -> Array:
         """Read a whole tensor."""
-        ...
 
-    def read_flat_array(self, name: str, start: int, count: int) -> Array:
+    def read_flat(self, name: str, start: int, count: int) -> Array:
         """Read ``count`` elements from the ``start``-th on: (count,)."""
-        ...
 
     def read_bytes(self, name: str, start: int, count: int) -> Array:
         """Read ``count`` bytes of a tensor from the ``start``-th on: (count,) uint8."""
-        ...
 
 
-class StoredWeight(Protocol):
-    """One quantized weight as it lies in files; its parts are known to fit together."""
+@dataclass(frozen=True, kw_only=True)
+class StoredWeight(ABC):
+    """One quantized weight as it lies in files; its parts are known to fit together.
 
-    @property
-    def name(self) -> str:
-        """Name of the plain weight."""
-        ...
+    Attributes:
+        name: of the plain weight.
+        shape: of the plain weight: a matrix, or a stack of them.
+        parts: names of the tensors that it is made of, that of its codes first.
+        unit: the fewest consecutive weights that can be decoded.
+        dtype: safetensors name of the type to decode to; None if the files do not tell it.
+        input_scales: those parts that the plain weight does not depend on: scales of the inputs of products in 8 bits.
+        is_linear: whether it is stored as (out, in) even if the plain checkpoint has (in, out), as of the GPT-2 family.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the plain weight: a matrix, or a stack of them."""
-        ...
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[str, ...]
+    unit: int
+    dtype: str | None = None
+    input_scales: tuple[str, ...] = ()
+    is_linear: bool = False
 
-    @property
-    def dtype(self) -> str | None:
-        """Safetensors name of the type to decode to; None if the files do not tell it."""
-        ...
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Names of the tensors that it is made of, that of its codes first."""
-        ...
-
-    @property
-    def input_scales(self) -> tuple[str, ...]:
-        """Those parts that the plain weight does not depend on: scales of the inputs of products in 8 bits."""
-        ...
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether it is stored as (out, in) even if the plain checkpoint has (in, out), as of the GPT-2 family."""
-        ...
-
-    @property
-    def unit(self) -> int:
-        """The fewest consecutive weights that can be decoded."""
-        ...
-
+    @abstractmethod
     def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """Read and decode ``count`` > 0 weights from the ``start``-th on, in whole units: (count,) of ``dtype``.
 
         Products are rounded once, from float32. The last unit of the weight may be short.
         """
-        ...
 
     def too_large(self, files: Files, start: int, count: int, values: Array) -> str:
         """Say what of a run is too large for its dtype, given its decoded values, of which some are not finite.
@@ -113,7 +91,7 @@ class StoredWeight(Protocol):
         Returns:
             A noun, such as ``a weight``; empty if a code or a constant in the files is not finite.
         """
-        ...
+        return "" if (values != values).any() else "a weight"
 
 
 class Format(ABC):
@@ -169,11 +147,9 @@ class Gathering(Protocol):
 
     def add(self, piece: EncodedPiece) -> None:
         """Take the next piece's constants."""
-        ...
 
     def finish(self) -> tuple[dict[str, Array], list[float]]:
         """Return all parts but the first, by name and in the order of ``specs``, and Σ(w − q)² and Σw²."""
-        ...
 
 
 class WritableFormat(Format):

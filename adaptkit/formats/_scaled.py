@@ -6,11 +6,6 @@ M.activation_scale   of inputs of products in 8 bits, in which a plain weight ta
 M.qscale_act (Mistral); of a stack X: X_activation_scale
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
-
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._format import Files
 from adaptkit.numerics.spec import TensorSpec
@@ -19,34 +14,6 @@ EXPONENTS = ("F8_E8M0", "U8")
 """Types of scales that are powers of two: 2 ** (byte - 127)."""
 _SCALE, _OTHER_SCALES = "_scale_inv", ("scale", "qscale_weight")
 _OF_INPUTS = ("activation_scale", "input_scale", "qscale_act")
-
-
-@dataclass(frozen=True)
-class ScaledWeight:
-    """What a weight that has the name of the tensor of its codes consists of; a part of ``StoredWeight``.
-
-    Attributes:
-        name: of the weight, and of the tensor of its codes.
-        scales: name of the tensor of its scales.
-        shape: (..., rows, columns).
-        input_scales: names of tensors that a plain weight does not need.
-    """
-
-    name: str
-    scales: str
-    shape: tuple[int, ...]
-    input_scales: tuple[str, ...]
-
-    is_linear: ClassVar[bool] = False
-
-    @property
-    def dtype(self) -> None:
-        """Recorded nowhere."""
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Codes, scales, and scales of inputs."""
-        return (self.name, self.scales, *self.input_scales)
 
 
 def scales_named(files: Files, name: str) -> list[str]:

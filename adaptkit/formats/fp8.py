@@ -20,9 +20,9 @@ import ml_dtypes
 import numpy as np
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._format import GET_AGAIN, Files, Format, stated_quantization
-from adaptkit.formats._scaled import EXPONENTS, ScaledWeight, is_scale, scales_named, scales_of
-from adaptkit.numerics.arrays import Array, cast
+from adaptkit.formats._format import GET_AGAIN, Files, Format, StoredWeight, stated_quantization
+from adaptkit.formats._scaled import EXPONENTS, is_scale, scales_named, scales_of
+from adaptkit.numerics.dtypes import Array, cast
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.spec import FLOATS, TensorSpec
 
@@ -62,7 +62,8 @@ class Fp8(Format):
         if block is None:
             text = f"{scales.dtype} {list(scales.shape)}" + (f" of blocks of {list(stated)}" if stated else "")
             raise CheckpointError(f"{name}: scales {text} do not fit a weight of {list(codes.shape)}", hint=GET_AGAIN)
-        return Fp8Weight(name, scales.name, codes.shape, input_scales, block)
+        parts, row = (name, scales.name, *input_scales), codes.shape[-1]
+        return Fp8Weight(name=name, shape=codes.shape, parts=parts, unit=row, input_scales=input_scales, block=block)
 
     def is_part(self, files: Files, name: str) -> bool:
         """See ``Format``."""
@@ -72,20 +73,15 @@ class Fp8(Format):
 FORMAT = Fp8()
 
 
-@dataclass(frozen=True)
-class Fp8Weight(ScaledWeight):
-    """A weight in FP8, or a stack of such matrices; see ``StoredWeight``.
+@dataclass(frozen=True, kw_only=True)
+class Fp8Weight(StoredWeight):
+    """A weight in FP8, or a stack of such matrices.
 
     Attributes:
         block: rows and columns that share a scale.
     """
 
     block: tuple[int, int]
-
-    @property
-    def unit(self) -> int:
-        """A row."""
-        return self.shape[-1]
 
     def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """Decode whole rows, of one matrix or of several; see ``StoredWeight``."""
@@ -103,18 +99,18 @@ class Fp8Weight(ScaledWeight):
 
     def too_large(self, files: Files, start: int, count: int, values: Array) -> str:
         """See ``StoredWeight``."""
-        is_broken = bool(np.isnan(values).any()) or not all_finite(_as_float32(files.read_array(self.scales)))
-        return "" if is_broken else "a weight"
+        has_scales = all_finite(_as_float32(files.read(self.parts[1])))
+        return super().too_large(files, start, count, values) if has_scales else ""
 
     def _scales_of(self, files: Files, matrix: int, row: int, stop: int) -> Array:
         """Read the scales of some rows of a matrix: (blocks that they lie in, blocks beside each other)."""
-        spec = files.spec(self.scales)
+        spec = files.spec(self.parts[1])
         if spec.count == 1:
-            return _as_float32(files.read_array(self.scales)).reshape(1, 1)
+            return _as_float32(files.read(spec.name)).reshape(1, 1)
         down, across = spec.shape[-2:]
         first, last = row // self.block[0], (stop - 1) // self.block[0]
         start, count = (matrix * down + first) * across, (last + 1 - first) * across
-        return _as_float32(files.read_flat_array(self.scales, start, count)).reshape(-1, across)
+        return _as_float32(files.read_flat(spec.name, start, count)).reshape(-1, across)
 
 
 def _as_float32(scales: Array) -> Array:

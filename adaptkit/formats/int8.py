@@ -22,8 +22,7 @@ import numpy as np
 from adaptkit.formats._blockwise import Blockwise
 from adaptkit.formats._blockwise_weight import stated_as
 from adaptkit.formats._format import Encoding
-from adaptkit.numerics.arrays import Array
-from adaptkit.numerics.kernels import kernels_for
+from adaptkit.numerics.dtypes import Array
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,15 @@ class Int8(Blockwise):
 
     def quantize(self, values: Array, block_size: int, measure: bool) -> tuple[Array, Array, Array | None]:
         """Round ``127 / absmax · weight`` to the nearest integer, ties to even; see ``Blockwise``."""
-        return kernels_for(values).encode_8bit(values, block_size, measure)
+        from adaptkit.numerics.kernels import cpu  # here, since it loads numba
+
+        return cpu.encode_8bit(values, block_size, measure)
 
     def dequantize(self, codes: Array, absmax: Array, count: int, block_size: int, dtype: np.dtype[Any]) -> Array:
         """Return code times absmax / 127 in float32, rounded once to ``dtype``; see ``Blockwise``."""
-        return kernels_for(codes).decode_8bit(codes, absmax, count, block_size, dtype)
+        from adaptkit.numerics.kernels import cpu  # here, since it loads numba
+
+        return cpu.decode_8bit(codes, absmax, count, block_size, dtype)
 
     def config_block(self, kept: list[str], encoding: Encoding) -> dict[str, Any]:
         """See ``WritableFormat``."""

@@ -17,14 +17,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._format import GET_AGAIN, Files, Format
-from adaptkit.formats._scaled import EXPONENTS, ScaledWeight, described, scales_named, scales_of
-from adaptkit.numerics.arrays import Array, cast
+from adaptkit.formats._format import GET_AGAIN, Files, Format, StoredWeight
+from adaptkit.formats._scaled import EXPONENTS, described, scales_named, scales_of
+from adaptkit.numerics.dtypes import Array, cast
 
 BLOCK = 32
 """Number of weights that share a scale."""
@@ -51,7 +51,7 @@ class Mxfp4(Format):
         halves = (name.removesuffix(_BLOCKS) for name in names if name.endswith(_BLOCKS))
         return "mxfp4" if any(half + _SCALES in names for half in halves) else None
 
-    def weight_at(self, files: Files, name: str) -> Mxfp4Weight | Mxfp4Experts | None:
+    def weight_at(self, files: Files, name: str) -> StoredWeight | None:
         """Return the weight whose codes a tensor holds; see ``Format``."""
         codes = files.spec(name)
         if name.endswith(_BLOCKS) and codes.dtype == "U8":
@@ -63,7 +63,8 @@ class Mxfp4(Format):
         fits = len(codes.shape) > 1 and codes.count and scales.shape == (*outer, 2 * half // BLOCK)
         if not fits or 2 * half % BLOCK or scales.dtype not in EXPONENTS:
             raise CheckpointError(f"{name}: not a weight in MXFP4: {described(codes, scales)}", hint=GET_AGAIN)
-        return Mxfp4Weight(name, scales.name, (*outer, 2 * half), input_scales)
+        parts = (name, scales.name, *input_scales)
+        return Mxfp4Weight(name=name, shape=(*outer, 2 * half), parts=parts, unit=BLOCK, input_scales=input_scales)
 
     def is_part(self, files: Files, name: str) -> bool:
         """See ``Format``; the scales of M.weight are known to ``fp8``."""
@@ -73,50 +74,20 @@ class Mxfp4(Format):
 FORMAT = Mxfp4()
 
 
-@dataclass(frozen=True)
-class Mxfp4Weight(ScaledWeight):
-    """A matrix in MXFP4 in a plain weight's rows, or a stack, as DeepSeek-V4 stores experts; see ``StoredWeight``."""
-
-    @property
-    def unit(self) -> int:
-        """Weights that share an exponent."""
-        return BLOCK
+@dataclass(frozen=True, kw_only=True)
+class Mxfp4Weight(StoredWeight):
+    """A matrix in MXFP4 in a plain weight's rows, or a stack, as DeepSeek-V4 stores experts."""
 
     def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """Decode whole blocks; see ``StoredWeight``."""
         raw = files.read_bytes(self.name, start // 2, count // 2)
-        exponents = files.read_bytes(self.scales, start // BLOCK, count // BLOCK)
+        exponents = files.read_bytes(self.parts[1], start // BLOCK, count // BLOCK)
         return dequantize(raw.reshape(-1, BLOCK // 2), exponents.reshape(-1, 1), dtype).reshape(-1)
 
-    def too_large(self, files: Files, start: int, count: int, values: Array) -> str:
-        """See ``StoredWeight``."""
-        return "" if np.isnan(values).any() else "a weight"
 
-
-@dataclass(frozen=True)
-class Mxfp4Experts:
-    """Experts of gpt-oss in MXFP4, whose plain weight is transposed; see ``StoredWeight``.
-
-    Attributes:
-        name: of the weight.
-        shape: (experts, in, out).
-    """
-
-    name: str
-    shape: tuple[int, int, int]
-    dtype: ClassVar[None] = None
-    input_scales: ClassVar[tuple[str, ...]] = ()
-    is_linear: ClassVar[bool] = False
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        """Codes and exponents."""
-        return (self.name + _BLOCKS, self.name + _SCALES)
-
-    @property
-    def unit(self) -> int:
-        """As many rows as codes of the transposed weight that share an exponent."""
-        return BLOCK * self.shape[2]
+@dataclass(frozen=True, kw_only=True)
+class Mxfp4Experts(StoredWeight):
+    """Experts of gpt-oss in MXFP4, whose plain weight, (experts, in, out), is transposed."""
 
     def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
         """Decode whole rows, of one expert or of several; see ``StoredWeight``."""
@@ -128,10 +99,6 @@ class Mxfp4Experts:
             self._decode_rows(files, expert, row, values[here])
             done = here.stop
         return values.reshape(-1)
-
-    def too_large(self, files: Files, start: int, count: int, values: Array) -> str:
-        """See ``StoredWeight``."""
-        return "" if np.isnan(values).any() else "a weight"
 
     def _decode_rows(self, files: Files, expert: int, row: int, out: Array) -> None:
         """Decode rows of one expert, which are columns in the files; so all its codes are read, though not at once."""
@@ -162,7 +129,8 @@ def _experts(files: Files, name: str) -> Mxfp4Experts:
             hint="only gpt_oss is known to be stored so",
         )
     experts, outputs, groups = scales.shape
-    return Mxfp4Experts(name, (experts, groups * BLOCK, outputs))
+    shape = experts, groups * BLOCK, outputs  # the codes that share an exponent are rows of the plain weight
+    return Mxfp4Experts(name=name, shape=shape, parts=parts, unit=BLOCK * outputs)
 
 
 def dequantize(codes: Array, exponents: Array, dtype: np.dtype[Any]) -> Array:

@@ -1,16 +1,19 @@
 """Cache of results that take seconds to compute, in the user's cache folder, which may be emptied at any time.
 
 answers/<sha256 of the question>.json
+
+The folder is $ADAPTKIT_CACHE, or else ~/.cache/adaptkit (under $XDG_CACHE_HOME if set). If ADAPTKIT_CACHE is set but
+empty, nothing is cached.
 """
 
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from adaptkit.cache import cache_folder
 from adaptkit.checkpoint.layout import read_small, resolve_inside
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import AdaptkitError
@@ -27,7 +30,7 @@ class CachedAnswer:
     """
 
     def __init__(self, question: Any) -> None:
-        folder = cache_folder() if question is not None else None
+        folder = _cache_folder() if question is not None else None
         text = json.dumps(question, sort_keys=True)
         self.name = f"answers/{hashlib.sha256(text.encode()).hexdigest()}.json"
         self._path: Path | None = None
@@ -49,3 +52,14 @@ class CachedAnswer:
         if self._path is not None:
             with contextlib.suppress(OSError, AdaptkitError):
                 replace_file(self._path, json.dumps(answer).encode())
+
+
+def _cache_folder() -> Path | None:
+    """Return the cache folder, which may not exist; None if nothing is to be cached."""
+    chosen = os.environ.get("ADAPTKIT_CACHE")
+    if chosen is not None:
+        return Path(chosen) if chosen else None
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adaptkit"
+    except RuntimeError:  # the user has no home folder
+        return None

@@ -10,7 +10,7 @@ from adaptkit.checkpoint.signing import MAX_SIGNATURE_BYTES, Signer, Trust, chec
 from adaptkit.errors import IntegrityError
 from adaptkit.hub._client import Hub
 from adaptkit.hub._fetch import fetch_small
-from adaptkit.hub._remote import Content, RemoteFile, differences
+from adaptkit.hub._remote import RemoteFile, differences
 from adaptkit.hub._staging import Artifact, in_memory
 
 
@@ -19,55 +19,30 @@ def with_signature(
 ) -> Artifact:
     """Add a signature: sign the manifest or, without a signer, keep the Hub's signature if its manifest is the same.
 
-    Args:
-        hub: the Hub client.
-        repo_id: org/name.
-        head: commit to build on; None if the repository does not exist yet.
-        tree: files of that commit.
-        artifact: the artifact, with the manifest as published.
-        signer: key or identity that signs; None for no new signature.
+    ``tree`` holds the files of ``head``, the commit to build on; None if the repository does not exist yet. Signatures
+    are randomized, so one on the Hub that was made with the same key is kept; an identity always makes a new one.
     """
     named = {content.record.path: content for content in artifact.contents}
     if SIGNATURE_NAME in named:
         return artifact
     is_for_this = MANIFEST_NAME in tree and not differences(tree, [named[MANIFEST_NAME]])[0]
     there = fetch_signature(hub, repo_id, head, tree) if head and is_for_this else None
+    signature, manifest = there, artifact.manifest.to_bytes()
     if signer is not None:
-        signature = _signature_of(artifact.manifest.to_bytes(), signer, there)
-    elif there is not None:
-        signature = in_memory(SIGNATURE_NAME, there)
-    else:
+        signature = sign_manifest(manifest, signer)  # first, for its error messages about an unusable key
+        if there is not None and signer.private_key is not None and _is_by(there, manifest, signer):
+            signature = there
+    if signature is None:
         return artifact
-    return replace(artifact, contents=(*artifact.contents, signature))
+    return replace(artifact, contents=(*artifact.contents, in_memory(SIGNATURE_NAME, signature)))
 
 
 def fetch_signature(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> bytes | None:
-    """Fetch the signature of a commit; None if it has none.
-
-    Raises:
-        IntegrityError: the file is too large for a signature, or was damaged in transit.
-    """
+    """Fetch the signature of a commit; None if it has none."""
     remote = tree.get(SIGNATURE_NAME)
     if remote is None:
         return None
     return fetch_small(hub, repo_id, commit, SIGNATURE_NAME, remote, MAX_SIGNATURE_BYTES)
-
-
-def _signature_of(manifest: bytes, signer: Signer, there: bytes | None) -> Content:
-    """Sign a manifest, but keep the Hub's signature if it was made with the same key, since signatures are randomized.
-
-    Args:
-        manifest: content of the manifest.
-        signer: key or identity; an identity always makes a new signature.
-        there: the signature on the Hub, or None.
-
-    Raises:
-        UsageError, AuthenticationError, NetworkError: see ``sign_manifest``.
-    """
-    made = sign_manifest(manifest, signer)  # first, for its error messages about an unusable key
-    if there is not None and signer.private_key is not None and _is_by(there, manifest, signer):
-        made = there
-    return in_memory(SIGNATURE_NAME, made)
 
 
 def _is_by(signature: bytes, manifest: bytes, signer: Signer) -> bool:

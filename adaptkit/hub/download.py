@@ -125,7 +125,7 @@ def pull(
     records = select(manifest, options.only)
     part = part_of(manifest, records, options.only)
     _check_tree(part, tree, repo_id)
-    with Output(output, [repo_id, commit, part.sha256], force) as out:
+    with Output(output, [repo_id, commit, part.sha256], force, discards=False) as out:
         fetch_files(hub, repo_id, commit, manifest, records, out, progress)
         out.publish(part, signature if part == manifest else None)
     return PullReport(

@@ -8,9 +8,9 @@ from typing import Any
 from huggingface_hub import constants
 
 from adaptkit.checkpoint.foreign import quantization_named
-from adaptkit.checkpoint.header import strict_json
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, resolve_inside
 from adaptkit.checkpoint.reader import stated_method
+from adaptkit.documents import strict_json
 from adaptkit.hub._client import Hub, Note, connect
 from adaptkit.hub._fetch import fetch_small
 from adaptkit.hub._remote import RemoteFile, list_tree, matches

@@ -16,9 +16,9 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from adaptkit.arguments import AnyPath, as_path
+from adaptkit.checkpoint.foreign import VALUE_HEADS, WEIGHTS_BESIDE, is_of_diffusers, refuse_other_weights
 from adaptkit.checkpoint.layout import CARD_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
-from adaptkit.checkpoint.other_weights import VALUE_HEADS, WEIGHTS_BESIDE, other_writer, refuse_other_weights
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.side_files import CODE_SUFFIX, LICENCES, READ_SUFFIXES
 from adaptkit.errors import NetworkError, UsageError
@@ -135,7 +135,7 @@ def note_if_incomplete(repo_id: str, folder: Path, note: Note) -> None:
 def check_weights(what: str, tree: Mapping[str, RemoteFile]) -> None:
     """Refuse, before fetching, a commit without readable files or with weights in an unsupported format or place."""
     beside = [path for path in tree if "/" not in path]
-    if not any(path.endswith(".safetensors") and path not in _BESIDE and not other_writer(path) for path in beside):
+    if not any(path.endswith(".safetensors") and path not in _BESIDE and not is_of_diffusers(path) for path in beside):
         refuse_other_weights(what, beside)
         below = min((path for path in tree if "/" in path and path.endswith(".safetensors")), default="")
         if below and MANIFEST_NAME not in tree:

@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -190,21 +191,20 @@ def measure_layers(
     """
     kinds = [kind_of(layer) for layer in layers]
     first = {kinds.index(kind) for kind in kinds}
-    before = [(layers[index], vars(layers[index]).get("forward")) for index in first]
     sizes: dict[int, LayerSize] = {}
     there = tuple(held)
-    try:
+
+    def measure(index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sizes[index] = _layer_size(layer, args, kwargs, there)
+        if len(sizes) == len(first):
+            raise _AllMeasured
+
+    with ExitStack() as hooks, torch.no_grad(), suppress(_AllMeasured):
         for index in first:
-            layers[index].forward = _measuring(layers[index], sizes, index, len(first), there)
-        with suppress(_AllMeasured):
-            call()
-            message = "this architecture does not run all of its layers for text"
-            raise UsageError(message, hint="use --checkpointing none")
-    finally:
-        for layer, forward in before:
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
+            hooks.enter_context(layers[index].register_forward_pre_hook(partial(measure, index), with_kwargs=True))
+        call()
+        message = "this architecture does not run all of its layers for text"
+        raise UsageError(message, hint="use --checkpointing none")
     return [sizes[kinds.index(kind)] for kind in kinds]
 
 
@@ -227,30 +227,20 @@ def kind_of(layer: nn.Module) -> Any:
     return found
 
 
-def _measuring(
-    layer: nn.Module, sizes: dict[int, LayerSize], index: int, wanted: int, held: tuple[Tensor, ...]
-) -> Callable[..., Any]:
-    """Return a layer's forward that also puts its size into ``sizes``, until there are ``wanted`` of them."""
-    forward = layer.forward
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        call = LayerCall(forward, args, kwargs)
-        hidden = call.take()[0].detach().requires_grad_()
-        known = [hidden, *layer.parameters(), *layer.buffers(), *held, *tree_leaves((args, kwargs)), *call.constants]
-        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-        with torch.enable_grad(), Alive(known) as alive, ExitStack() as hooks:
-            for parameter in trained:
-                hooks.callback(parameter.register_hook(_without_memory).remove)  # type: ignore[no-untyped-call]
-            outputs = call(hidden)
-            output = outputs[0]
-            kept = alive.total() - output.untyped_storage().nbytes()
-            torch.autograd.grad(output, [hidden, *trained], torch.empty_like(output), allow_unused=True)
-        sizes[index] = LayerSize(hidden.untyped_storage().nbytes(), kept, alive.peak)
-        if len(sizes) == wanted:
-            raise _AllMeasured
-        return call.finish([tensor.detach() for tensor in outputs])
-
-    return run
+def _layer_size(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], held: tuple[Tensor, ...]) -> LayerSize:
+    """Run a layer forward and backward on its arguments, without effect on what it shares with other layers."""
+    call = LayerCall(layer.forward, args, kwargs)
+    hidden = call.take()[0].detach().requires_grad_()
+    known = [hidden, *layer.parameters(), *layer.buffers(), *held, *tree_leaves((args, kwargs)), *call.constants]
+    trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    with torch.enable_grad(), Alive(known) as alive, ExitStack() as hooks:
+        for parameter in trained:
+            hooks.callback(parameter.register_hook(_without_memory).remove)  # type: ignore[no-untyped-call]
+        outputs = call(hidden)
+        output = outputs[0]
+        kept = alive.total() - output.untyped_storage().nbytes()
+        torch.autograd.grad(output, [hidden, *trained], torch.empty_like(output), allow_unused=True)
+    return LayerSize(hidden.untyped_storage().nbytes(), kept, alive.peak)
 
 
 def _without_memory(gradient: Tensor) -> Tensor:

@@ -15,14 +15,16 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from adaptkit.arguments import folder_hint
 from adaptkit.checkpoint.layout import CONFIG_NAME, class_names, read_config, text_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, UsageError, install_hint
-from adaptkit.lazy import torch
 from adaptkit.wording import counted
+
+if TYPE_CHECKING:
+    import torch
 
 _LAYERS = re.compile(r"layers$|n_layer$|depths?$|num_blocks$|attention_types$")
 _MANY = re.compile(r"experts$|^num_labels$")
@@ -94,6 +96,8 @@ class Description:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights according to the configuration; bfloat16 if it does not give one."""
+        import torch  # here and below: it takes long to load, and most commands build no network
+
         for values in (self.config, text_config(self.config)):
             for key in ("dtype", "torch_dtype"):
                 found = getattr(torch, str(values.get(key)).removeprefix("torch."), None)
@@ -139,10 +143,10 @@ def empty_network(checkpoint: Checkpoint | Description, dtype: torch.dtype | Non
         CheckpointError: the configuration gives a number of layers or other modules that is too large to build.
     """
 
-    def language_model(config: Any) -> Any:
+    def language_model(config: Any, bfloat16: torch.dtype) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return (_auto_class(type(config)) or AutoModelForCausalLM).from_config(config, dtype=dtype or torch.bfloat16)
+        return (_auto_class(type(config)) or AutoModelForCausalLM).from_config(config, dtype=dtype or bfloat16)
 
     return _build(checkpoint, language_model)
 
@@ -165,10 +169,10 @@ def named_network(checkpoint: Checkpoint | Description, first: Iterable[str] = (
     own = class_names(checkpoint.config)
     names = [*first, *own]
 
-    def named_model(config: Any) -> Any:
+    def named_model(config: Any, bfloat16: torch.dtype) -> Any:
         for position, name in enumerate(names):
             found = _class_named(name, config)
-            network = None if found is None else found._from_config(config, dtype=torch.bfloat16)
+            network = None if found is None else found._from_config(config, dtype=bfloat16)
             if network is not None and (position < len(names) - len(own) or _fits_files(network, checkpoint)):
                 return network
         return None
@@ -219,12 +223,13 @@ def _skip_padding_warning(input_ids: Any, attention_mask: Any) -> None:
     """
 
 
-def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) -> Any:
+def _build(checkpoint: Checkpoint | Description, build: Callable[[Any, torch.dtype], Any]) -> Any:
     """Build a model from a checkpoint's configuration on the meta device.
 
     Raises:
         UsageError, CheckpointError: see ``empty_network``.
     """
+    import torch
     from huggingface_hub.errors import StrictDataclassError
 
     with quiet_transformers() as transformers:
@@ -234,7 +239,7 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
         try:
             config = transformers.AutoConfig.for_model(kind, **values)
             with torch.device("meta"), torch.random.fork_rng([]):  # Diffllama draws numbers
-                network = build(config)
+                network = build(config, torch.bfloat16)
             if network is not None:
                 network.base_model.warn_if_padding_and_no_attention_mask = _skip_padding_warning
             return network
@@ -250,8 +255,10 @@ def _build(checkpoint: Checkpoint | Description, build: Callable[[Any], Any]) ->
 
 def language_part(network: Any) -> str:
     """Return the dotted path of the text part of a network with a vision part; empty if the whole network is text."""
+    from torch import nn
+
     inner = network.get_decoder() if hasattr(network, "get_decoder") else network
-    is_stack = any(isinstance(module, torch.nn.ModuleList) for module in inner.modules())  # ModernBERT's is its head
+    is_stack = any(isinstance(module, nn.ModuleList) for module in inner.modules())  # ModernBERT's is its head
     if inner is network or inner is network.base_model or not is_stack:
         return ""
     return path_of(network, inner)
@@ -283,9 +290,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         if list(value) == ["__float__"] and value["__float__"] in ("Infinity", "-Infinity"):
             return float(value["__float__"])
-        return {
-            key: _plain(item) for key, item in value.items() if key not in _IGNORED_KEYS and not key.startswith("_")
-        }
+        return {key: _plain(item) for key, item in value.items() if key not in _IGNORED_KEYS and key[:1] != "_"}
     return [_plain(item) for item in value] if isinstance(value, list) else value
 
 

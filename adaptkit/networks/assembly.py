@@ -17,7 +17,7 @@ from adaptkit.formats._find import part_names, quantized_names, read_outline
 from adaptkit.networks.architecture import language_part
 from adaptkit.networks.buffers import GET_AGAIN, compute_buffers
 from adaptkit.networks.naming import TensorPlace, places
-from adaptkit.numerics.dtypes import DTYPES
+from adaptkit.numerics.tensors import DTYPES, as_tensor
 
 _OBSOLETE_BUFFERS = (r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$", r"(^|\.)(attn|attention)\.masked_bias$")
 """Buffers that older releases of transformers saved with every layer; current ones compute them and ignore these."""
@@ -166,12 +166,12 @@ class Assembly:
         if not place.operations:
             file_name = self.sources[name][0]
             if dtype in {None, self._dtype(file_name)}:
-                return self.checkpoint.read(file_name)
+                return as_tensor(self.checkpoint.read(file_name))
             cast = torch.empty(self._shape(file_name), dtype=dtype)
             self._copy(file_name, cast)
             return cast
         parts: Any = {
-            pattern: [self.checkpoint.read(file_name) for file_name in found]
+            pattern: [as_tensor(self.checkpoint.read(file_name)) for file_name in found]
             for pattern, found in self.pieces(name).items()
         }
         pieces = [piece for found in parts.values() for piece in found]
@@ -209,7 +209,7 @@ class Assembly:
         flat = target.view(-1)
         for start in range(0, len(flat), _PIECE):
             count = min(_PIECE, len(flat) - start)
-            flat[start : start + count] = self.checkpoint.copy_flat(file_name, start, count)
+            flat[start : start + count] = as_tensor(self.checkpoint.copy_flat(file_name, start, count))
 
     def load_buffers(self, device: torch.device) -> None:
         """Read the network's buffers that the files hold, and compute the others (such as rotary frequencies).

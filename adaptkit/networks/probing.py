@@ -7,7 +7,7 @@ A module is recognized if its output equals the formula's bit for bit:
 """
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,26 +29,25 @@ def forked_random(device: torch.device) -> Any:
 @contextmanager
 def exchanged(module: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[None]:
     """Replace submodules of a module while the block runs."""
-    before = {name: module._modules[name] for name in parts}
-    module._modules.update(parts)
+    before = {name: module.get_submodule(name) for name in parts}
+    for name, part in parts.items():
+        module.add_module(name, part)
     try:
         yield
     finally:
-        module._modules.update(before)
+        for name, part in before.items():
+            module.add_module(name, part)
 
 
-@contextmanager
-def with_attribute(parts: Iterable[nn.Module], name: str, value: Any) -> Iterator[None]:
-    """Set an attribute of some modules while the block runs."""
-    modules = list(parts)
-    before = [getattr(module, name) for module in modules]
-    for module in modules:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for module, was in zip(modules, before, strict=True):
-            setattr(module, name, was)
+class InPlaceOf(nn.Module):
+    """Base of a module that ``exchanged`` puts in the place of another; has the other's attributes."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["original"] = original  # bypasses nn.Module, so that it is no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["original"], name)
 
 
 def norm_parts(module: nn.Module) -> tuple[nn.Parameter | None, float]:
@@ -95,9 +94,10 @@ def is_gated(module: Any, size: int, device: torch.device) -> bool:
     gate, up, down = (_random_linear(*shape, seed).to(device) for seed, shape in enumerate(shapes))
     expected = down(functional.silu(gate(x)) * up(x))
     linears = dict(zip(_GATED, (gate, up, down), strict=False))
-    training = with_attribute(module.modules(), "training", True)  # some have dropout: no match
-    with exchanged(module, linears), training, forked_random(device):
-        found = _probe_output(module, x)
+    was_training = module.training
+    with exchanged(module, linears), forked_random(device):
+        found = _probe_output(module.train(), x)  # some have dropout: no match
+        module.train(was_training)
     return found is not None and torch.equal(found, expected)
 
 

@@ -11,32 +11,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adaptkit.errors import UsageError
-from adaptkit.lazy import lazy_module
-from adaptkit.numerics.arrays import Array, Values, as_array, as_tensor
-from adaptkit.numerics.kernels import kernels_for
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.kernels._reference_blocks import GROUP
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "GROUP",
     "DoubleQuantized",
-    "as_arrays",
     "check_block_size",
     "dequantize_absmax",
     "dynamic_levels",
-    "dynamic_map",
     "quantize_absmax",
     "squared_errors",
 ]
-
-_loops = lazy_module("adaptkit.numerics.kernels._cpu_blocks")
 
 
 @dataclass(frozen=True)
@@ -49,8 +39,8 @@ class DoubleQuantized:
         offset: mean of the constants, a float32 value.
     """
 
-    codes: Any
-    nested_absmax: Any
+    codes: Array
+    nested_absmax: Array
     offset: float
 
 
@@ -70,12 +60,6 @@ def dynamic_levels(signed: bool = True) -> Array:
     return np.array(sorted(values), np.float32)
 
 
-@cache
-def dynamic_map(signed: bool = True) -> Tensor:
-    """Return ``dynamic_levels`` as a tensor."""
-    return as_tensor(dynamic_levels(signed))
-
-
 def _edges(count: int) -> Array:
     """Return 0.1 to 1 in equal steps, each counted from the nearer end and rounded once, as in ``torch.linspace``."""
     first, last = np.float32(0.1), np.float32(1)
@@ -92,17 +76,18 @@ def _lookup() -> Array:
     return np.searchsorted(middles, values).astype(np.uint8)
 
 
-def quantize_absmax(absmax: Values) -> DoubleQuantized:
+def quantize_absmax(absmax: Array) -> DoubleQuantized:
     """Quantize absmax constants; see ``kernels.reference.encode_constants``.
 
     Args:
         absmax: (M,) float32, finite, M > 0.
     """
-    tables = (_beside(absmax, table) for table in (_lookup(), dynamic_levels()))
-    return DoubleQuantized(*kernels_for(absmax).encode_constants(absmax, *tables))
+    from adaptkit.numerics.kernels import cpu  # here, as below, since it loads numba
+
+    return DoubleQuantized(*cpu.encode_constants(absmax, _lookup(), dynamic_levels()))
 
 
-def dequantize_absmax(absmax: DoubleQuantized | Values, levels: Values | None = None) -> Any:
+def dequantize_absmax(absmax: DoubleQuantized | Array, levels: Array | None = None) -> Array:
     """Undo ``quantize_absmax`` up to rounding: (M,) float32.
 
     Args:
@@ -111,17 +96,10 @@ def dequantize_absmax(absmax: DoubleQuantized | Values, levels: Values | None = 
     """
     if not isinstance(absmax, DoubleQuantized):
         return absmax
-    codes = absmax.codes
-    levels = _beside(codes, dynamic_levels() if levels is None else levels)
-    return kernels_for(codes).decode_constants(codes, absmax.nested_absmax, absmax.offset, levels)
+    from adaptkit.numerics.kernels import cpu
 
-
-def as_arrays(constants: DoubleQuantized | Values) -> DoubleQuantized | Array:
-    """Return constants, doubly quantized or not, as arrays."""
-    if isinstance(constants, DoubleQuantized):
-        codes, nested = as_array(constants.codes), as_array(constants.nested_absmax)
-        return DoubleQuantized(codes, nested, constants.offset)
-    return as_array(constants)
+    levels = dynamic_levels() if levels is None else levels
+    return cpu.decode_constants(absmax.codes, absmax.nested_absmax, absmax.offset, levels)
 
 
 def squared_errors(squares: float, moments: Array, absmax: Array) -> float:
@@ -132,7 +110,9 @@ def squared_errors(squares: float, moments: Array, absmax: Array) -> float:
         moments: (M, 2), contiguous: the other two moments of each block, see ``Blockwise``.
         absmax: (M,) float32, the final constants of the blocks.
     """
-    return max(0.0, squares + float(_loops.sum_errors(moments, absmax)))
+    from adaptkit.numerics.kernels._cpu_blocks import sum_errors
+
+    return max(0.0, squares + float(sum_errors(moments, absmax)))
 
 
 def check_block_size(block_size: int) -> None:
@@ -145,8 +125,3 @@ def check_block_size(block_size: int) -> None:
         raise UsageError(
             f"block_size: must be a power of two from 32 to 4096, found {block_size}", hint="64 is the default"
         )
-
-
-def _beside(values: Values, table: Values) -> Any:
-    """Return a table as an array if the values are one, else as a tensor on their device."""
-    return as_array(table) if isinstance(values, np.ndarray) else as_tensor(table).to(values.device)

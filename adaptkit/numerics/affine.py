@@ -12,14 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adaptkit.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from adaptkit.numerics.dtypes import Array
 
 
 @dataclass(frozen=True)
@@ -31,14 +27,14 @@ class Effect:
         delta: Δ, (rows, columns) float64; None for 0. For a plain addition it is already multiplied by ``weight``.
         gain: g, float64, (rows, 1) or (1, columns); None for 1.
         instead: the replacement of W, (rows, columns) float64; None if W is not replaced.
-        where: (rows, 1) bool, true for rows that are replaced; None to replace all of them.
+        where: (rows, 1) bool, true for rows that are replaced; True to replace all of them.
     """
 
     weight: float
-    delta: Tensor | None = None
-    gain: Tensor | None = None
-    instead: Tensor | None = None
-    where: Tensor | None = None
+    delta: Array | None = None
+    gain: Array | None = None
+    instead: Array | None = None
+    where: Array | bool = True
 
     @property
     def is_plain(self) -> bool:
@@ -46,45 +42,31 @@ class Effect:
         return self.gain is None and self.instead is None
 
 
-def combine(effects: Sequence[Effect], rows: int, columns: int) -> tuple[Tensor | None, Tensor]:
-    """Sum effects in the order given.
-
-    Args:
-        effects: changes of the same rows.
-        rows: number of rows.
-        columns: number of columns.
+def combine(effects: Sequence[Effect], rows: int, columns: int) -> tuple[Array | None, Array]:
+    """Sum effects on the same rows, in the order given.
 
     Returns:
         gain, float64, broadcastable to (rows, columns), or None for 1; and change, (rows, columns) float64.
     """
-    change = torch.zeros(rows, columns, dtype=torch.float64)
-    others = [effect for effect in effects if not effect.is_plain]
-    gain: Tensor | None = None
-    if others:
-        gain = torch.full((1, 1), 1.0 - sum(effect.weight for effect in others), dtype=torch.float64)
+    change = np.zeros((rows, columns))
+    others = [effect.weight for effect in effects if not effect.is_plain]
+    gain: Array | None = np.full((1, 1), 1.0 - sum(others)) if others else None
     for effect in effects:
-        if effect.is_plain:
-            if effect.delta is not None:
-                change += effect.delta
-            continue
-        factor = torch.full((1, 1), effect.weight, dtype=torch.float64)
+        factor = np.ones((1, 1)) if effect.is_plain else np.full((1, 1), effect.weight)
         if effect.gain is not None:
             factor = factor * effect.gain
         kept = factor
         if effect.instead is not None:
-            kept = torch.zeros(1, 1, dtype=torch.float64)
-            instead = effect.instead
-            if effect.where is not None:
-                kept = torch.where(effect.where, 0.0, factor)
-                instead = torch.where(effect.where, instead, 0.0)
-            change += factor * instead
+            kept = np.where(effect.where, 0.0, factor)
+            change += factor * np.where(effect.where, effect.instead, 0.0)
         if effect.delta is not None:
             change += factor * effect.delta
-        gain = kept if gain is None else gain + kept
+        if gain is not None and not effect.is_plain:
+            gain = gain + kept
     return gain, change
 
 
-def square_sums(values: Tensor, per_column: bool, before: Tensor | None = None) -> Tensor:
+def square_sums(values: Array, per_column: bool, before: Array | None = None) -> Array:
     """Return Σ v² of each row or column, summed sequentially so that the bits are the same on every machine.
 
     Args:
@@ -95,8 +77,10 @@ def square_sums(values: Tensor, per_column: bool, before: Tensor | None = None) 
     Returns:
         (rows,) or (columns,) float64.
     """
-    squares = values.square().numpy()
-    if per_column and before is not None:
-        squares = np.concatenate([before.numpy()[None], squares])
     axis = 0 if per_column else 1
-    return torch.from_numpy(np.cumsum(squares, axis=axis).take(-1, axis=axis).copy())
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.square(values)
+        if per_column and before is not None:
+            squares = np.concatenate([before[None], squares])
+        sums: Array = np.cumsum(squares, axis=axis).take(-1, axis=axis)
+    return sums

@@ -8,16 +8,18 @@ most (r₁ + r₂) square: neither an (out, in) matrix nor a Q is ever formed. E
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.lora import LowRank, is_equal
 from adaptkit.numerics.spectrum import effective_rank
+from adaptkit.numerics.tensors import as_tensor
 
 SAMPLED_ROWS = 64
 """Number of rows of Δ on which sign agreement is measured."""
 _SEED = 0
-_INT_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _NEGLIGIBLE = 1e-12  # share of ‖D‖² that float64 sums cannot distinguish from zero
 
 
@@ -170,12 +172,12 @@ class Tally:
     changed: int = 0
     compared: int = 0
 
-    def add(self, first: Tensor, second: Tensor) -> None:
+    def add(self, first: Array, second: Array) -> None:
         """Add two pieces of the same shape, of floating-point or integer dtype."""
-        self.compared += first.numel()
-        one, two = first.double().reshape(-1), second.double().reshape(-1)
-        unlike = _bits(first) != _bits(second) if first.dtype == second.dtype else one != two
-        self.changed += int(unlike.count_nonzero())
+        self.compared += first.size
+        one, two = (as_tensor(piece).double().reshape(-1) for piece in (first, second))
+        unlike = _bits(first) != _bits(second) if first.dtype == second.dtype else (one != two).numpy()
+        self.changed += int(np.count_nonzero(unlike))
         for place, values in enumerate((one, two, one - two)):
             self.squares[place] += float(values.dot(values))
 
@@ -203,5 +205,5 @@ def effective_rank_with_tail(sigma: Tensor, square_norm: float, count: int) -> f
     return effective_rank(torch.cat([sigma, torch.full((others,), math.sqrt(rest / others), dtype=sigma.dtype)]))
 
 
-def _bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(_INT_DTYPES[values.itemsize])
+def _bits(values: Array) -> Array:
+    return np.ascontiguousarray(values).view(f"u{values.itemsize}")

@@ -1,14 +1,11 @@
 """The companion adapter: a low-rank approximation of the quantization error, weighted by the activations."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+import torch
+from torch import Tensor
 
 from adaptkit.errors import UsageError
-from adaptkit.lazy import torch
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from adaptkit.numerics.dtypes import Array
+from adaptkit.numerics.tensors import as_array, as_tensor
 
 DAMPING = 0.01
 """Share of the mean second moment that is added to each second moment."""
@@ -16,7 +13,7 @@ DAMPING = 0.01
 _ITERATIONS = 12
 
 
-def companion_adapter(lost: Tensor, mean_square: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def companion_adapter(lost: Array, mean_square: Array, rank: int) -> tuple[Array, Array]:
     """Compute the adapter of a given rank that best restores the outputs of a quantized linear.
 
     Minimizes E‖(lost - B A) x‖², treating inputs as uncorrelated. With R the square root of the diagonal matrix of
@@ -44,16 +41,15 @@ def companion_adapter(lost: Tensor, mean_square: Tensor, rank: int) -> tuple[Ten
         raise UsageError(
             f"second moments of shape {list(mean_square.shape)} do not fit a weight of shape {[rows, columns]}"
         )
-    moments = mean_square.double()
+    moments = as_tensor(mean_square).double()
     mean = float(moments.mean())
     root = (moments + DAMPING * mean).sqrt() if mean > 0 else torch.ones_like(moments)
-    u, s, v = _leading(lost.double() * root, rank)
+    u, s, v = _leading(as_tensor(lost).double() * root, rank)
     lora_a = v.T / root
     lora_b = u * s
-    norms_a, norms_b = lora_a.norm(dim=1), lora_b.norm(dim=0)
-    balance = torch.where(norms_b > 0, (norms_b / norms_a).sqrt(), torch.zeros_like(norms_b))
-    inverse = torch.where(balance > 0, 1 / balance, torch.zeros_like(balance))
-    return (lora_a * balance.unsqueeze(1)).float(), (lora_b * inverse).float()
+    balance = (lora_b.norm(dim=0) / lora_a.norm(dim=1)).sqrt()
+    inverse = torch.where(balance > 0, 1 / balance, 0)
+    return as_array((lora_a * balance.unsqueeze(1)).float()), as_array((lora_b * inverse).float())
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Rounded addition to a weight and its exact undo, a few rows at a time so that callers can stream.
+"""The canonical change of a weight, its rounded addition and the exact undo, in blocks of rows so that callers stream.
 
     merged = round(gain · W + Δ)        in float64, rounded once to the dtype of W; the gain is 1 unless one is given
 
@@ -10,48 +10,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from adaptkit.errors import NonFiniteError
-from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import AnyValues, Values, as_tensor
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.finite import all_finite
-from adaptkit.numerics.kernels import Kernels, kernels_for
+from adaptkit.numerics.kernels import cpu
 from adaptkit.numerics.kernels._reference_exact import RowsMerged
-from adaptkit.numerics.lora import LowRank, side_by_side
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from adaptkit.numerics.lora import LowRank
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Low-rank changes of one weight in the kernels' own form; threads may share it.
-
-    Attributes:
-        shape: (out, in) of the weight.
-        kernels: kernels for the device that holds the changes.
-        factors: result of ``kernels.prepare``.
-    """
+    """Low-rank changes of a weight of shape (out, in), in the kernels' own form; threads may share it."""
 
     shape: tuple[int, int]
-    kernels: Kernels
     factors: Any
+
+    def require_rows(self, weight: Array, start_row: int) -> None:
+        """Raise ``ValueError`` if the weight is not rows from ``start_row`` on of one that these changes fit."""
+        rows, columns = self.shape
+        if weight.shape[1] != columns or not 0 <= start_row <= start_row + weight.shape[0] <= rows:
+            raise ValueError(f"rows of shape {weight.shape} from row {start_row} on are outside {self.shape}")
 
 
 def prepare(terms: Sequence[LowRank]) -> Prepared:
-    """Prepare low-rank changes for adding to one weight; call once per weight, not once per block of rows.
+    """Prepare at least one low-rank change, in the order of adding; once per weight, not once per block of rows."""
+    return Prepared(terms[0].shape, cpu.prepare(*_side_by_side(terms)))
 
-    Args:
-        terms: at least one, each of shape (out, in), in the order in which they are added.
+
+def delta(terms: Sequence[LowRank], rows: slice = slice(None)) -> Array:
+    """Return the given rows of the canonical Σ scaling · B A of at least one term, (rows, in) float64.
+
+    The bits are the same on every machine; see ``kernels.reference.low_rank_delta``.
     """
-    lora_a, lora_b = side_by_side(terms)
-    ranks, scales = [term.rank for term in terms], [term.scaling for term in terms]
-    kernels = kernels_for(lora_a)
-    return Prepared(terms[0].shape, kernels, kernels.prepare(lora_a, lora_b, ranks, scales))
+    return cpu.low_rank_delta(*_side_by_side(terms, rows))
 
 
-def merge_rows(weight: Values, prepared: Prepared, start_row: int, with_undo: bool) -> RowsMerged:
+def merge_rows(weight: Array, prepared: Prepared, start_row: int, with_undo: bool) -> RowsMerged:
     """Add low-rank changes to some rows of a weight: summed in float64, rounded once.
 
     Args:
@@ -63,30 +61,24 @@ def merge_rows(weight: Values, prepared: Prepared, start_row: int, with_undo: bo
     Raises:
         NonFiniteError: the weight is not finite, or the sum overflows its dtype.
     """
-    _check_rows(weight, prepared, start_row)
-    found = prepared.kernels.merge_rows(weight, prepared.factors, start_row, with_undo)
-    return _checked(weight, found)
+    prepared.require_rows(weight, start_row)
+    found = cpu.merge_rows(weight, prepared.factors, start_row, with_undo)
+    if not found.finite:
+        raise _not_finite_error(weight)
+    return found
 
 
-def unmerge_rows(merged: AnyValues, prepared: Prepared, start_row: int, residual: Values) -> AnyValues:
-    """Restore the rows that ``merge_rows`` was given, to the bit.
-
-    Args:
-        merged: (rows, in).
-        prepared: the same changes in the same order.
-        start_row: index of the first row in the whole weight.
-        residual: (M,) int64 from ``merge_rows``.
+def unmerge_rows(merged: Array, prepared: Prepared, start_row: int, residual: Array) -> Array:
+    """Restore the rows that ``merge_rows`` was given, to the bit, from what it returned and the same changes.
 
     Raises:
         ValueError: the residual's length does not match this merge.
     """
-    _check_rows(merged, prepared, start_row)
-    weight, used = prepared.kernels.unmerge_rows(merged, prepared.factors, start_row, residual)
-    _check_used(used, residual)
-    return weight
+    prepared.require_rows(merged, start_row)
+    return _restored(*cpu.unmerge_rows(merged, prepared.factors, start_row, residual), residual)
 
 
-def merge_affine(weight: Values, change: Tensor, gain: Tensor | None, with_undo: bool) -> RowsMerged:
+def merge_affine(weight: Array, change: Array, gain: Array | None, with_undo: bool) -> RowsMerged:
     """Scale rows of a weight and add a change.
 
     gain · W is rounded to float64, the sum is rounded to float64, and then once to the weight's dtype. The change whose
@@ -101,53 +93,40 @@ def merge_affine(weight: Values, change: Tensor, gain: Tensor | None, with_undo:
     Raises:
         NonFiniteError: the weight is not finite, or the sum overflows its dtype.
     """
-    weight = as_tensor(weight)
-    kernels = kernels_for(weight)
-    merged = kernels.add_rounded(weight, change, gain)
-    finite = all_finite(merged)
-    whole = change if gain is None else change + (gain - 1) * weight.double()
-    residual = torch.empty(0, dtype=torch.int64, device=weight.device)
-    if with_undo and finite:
-        residual = kernels.undo_residual(weight, merged, change, gain)
-    return _checked(weight, RowsMerged(merged, residual, finite, *kernels.addition_sums(weight, merged, whole)))
+    merged = cpu.add_rounded(weight, change, gain)
+    if not all_finite(merged):
+        raise _not_finite_error(weight)
+    residual = cpu.undo_residual(weight, merged, change, gain) if with_undo else np.empty(0, np.int64)
+    whole = change if gain is None else change + (gain - 1) * weight.astype(np.float64)
+    return RowsMerged(merged, residual, True, *cpu.addition_sums(weight, merged, whole))
 
 
-def unmerge_affine(merged: Values, change: Tensor, gain: Tensor | None, residual: Values) -> Tensor:
-    """Restore the rows that ``merge_affine`` was given, to the bit.
-
-    Args:
-        merged: (rows, in).
-        change: the same bits as when merging.
-        gain: the same bits as when merging.
-        residual: (M,) int64 from ``merge_affine``.
+def unmerge_affine(merged: Array, change: Array, gain: Array | None, residual: Array) -> Array:
+    """Restore the rows that ``merge_affine`` was given, to the bit, from what it returned and the same change and gain.
 
     Raises:
         ValueError: the residual's length does not match this merge.
     """
-    merged, residual = as_tensor(merged), as_tensor(residual)
-    weight, used = kernels_for(merged).undo(merged, change, residual, gain)
-    _check_used(used, residual)
+    return _restored(*cpu.undo(merged, change, residual, gain), residual)
+
+
+def _side_by_side(terms: Sequence[LowRank], rows: slice = slice(None)) -> tuple[Array, Array, list[int], list[float]]:
+    """Return A (Σ ranks, in) and the given rows of B (rows, Σ ranks) of all terms in float32, ranks and scalings."""
+    lora_a = np.concatenate([term.a for term in terms], dtype=np.float32)
+    lora_b = np.concatenate([term.b[rows] for term in terms], axis=1, dtype=np.float32)
+    return lora_a, lora_b, [term.rank for term in terms], [term.scaling for term in terms]
+
+
+def _restored(weight: Array, used: int, residual: Array) -> Array:
+    if used != residual.size:
+        raise ValueError(f"{used} weights are ambiguous, but it holds {residual.size}")
     return weight
 
 
-def _check_rows(weight: Values, prepared: Prepared, start_row: int) -> None:
-    rows, columns = prepared.shape
-    if weight.shape[1] != columns or not 0 <= start_row <= start_row + weight.shape[0] <= rows:
-        raise ValueError(f"rows of shape {tuple(weight.shape)} from row {start_row} on are outside {prepared.shape}")
-
-
-def _check_used(used: int, residual: Values) -> None:
-    length = int(residual.shape[0])
-    if used != length:
-        raise ValueError(f"{used} weights are ambiguous, but it holds {length}")
-
-
-def _checked(weight: Values, found: RowsMerged) -> RowsMerged:
-    if found.finite:
-        return found
+def _not_finite_error(weight: Array) -> NonFiniteError:
     if not all_finite(weight):
-        raise NonFiniteError("the weight holds NaN or infinity", hint="download the base again")
-    raise NonFiniteError(
+        return NonFiniteError("the weight holds NaN or infinity", hint="download the base again")
+    return NonFiniteError(
         "the merged weight overflows",
         hint="check that this is the right base, and that --weight and the adapter's lora_alpha are right",
     )

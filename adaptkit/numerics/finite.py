@@ -3,42 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from adaptkit.errors import NonFiniteError
-from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import Values, as_array, cast, is_float
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from adaptkit.numerics.dtypes import Array, cast, is_float
 
 _INT_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype(np.int16), 4: np.dtype(np.int32), 8: np.dtype(np.int64)}
 """By size in bytes, the integer dtype that a float's bits are viewed as."""
 
 
-def all_finite(values: Values) -> bool:
-    """Whether no element is NaN or infinite.
-
-    Args:
-        values: any shape and dtype; values that are not floats count as finite.
-    """
-    if not isinstance(values, np.ndarray) and values.device.type != "cpu":
-        return not values.is_floating_point() or bool(_finite(values).all())
-    array = as_array(values)
-    if not is_float(array) or array.size == 0:
+def all_finite(values: Array) -> bool:
+    """Whether no element is NaN or infinite, in an array of any shape and dtype; integers are always finite."""
+    if not is_float(values) or values.size == 0:
         return True
-    if array.dtype.itemsize not in _INT_DTYPES:
-        return bool(np.isfinite(cast(array, np.float32)).all())
-    bits = np.ascontiguousarray(array).view(_INT_DTYPES[array.dtype.itemsize])
-    above, below = np.array([np.inf, -np.inf], array.dtype).view(bits.dtype)
+    if values.dtype.itemsize not in _INT_DTYPES:
+        return bool(np.isfinite(cast(values, np.float32)).all())
+    bits = np.ascontiguousarray(values).view(_INT_DTYPES[values.dtype.itemsize])
+    above, below = np.array([np.inf, -np.inf], values.dtype).view(bits.dtype)
     # Positive floats sort highest as signed integers, negative ones as unsigned integers; NaN sorts above infinity.
     unsigned = np.dtype(f"u{bits.itemsize}")
     return bool(bits.max() < above and bits.view(unsigned).max() < below.view(unsigned))
 
 
-def check_finite(values: Values, start: int = 0, shape: Sequence[int] | None = None, name: str = "") -> None:
+def check_finite(values: Array, start: int = 0, shape: Sequence[int] | None = None, name: str = "") -> None:
     """Raise if any value is NaN or infinite.
 
     Args:
@@ -52,14 +41,9 @@ def check_finite(values: Values, start: int = 0, shape: Sequence[int] | None = N
     """
     if all_finite(values):
         return
-    array = as_array(values)
-    first = int(np.argmin(np.isfinite(cast(array, np.float64))))
-    where = [int(index) for index in np.unravel_index(start + first, array.shape if shape is None else tuple(shape))]
+    first = int(np.argmin(np.isfinite(cast(values, np.float64))))
+    where = [int(index) for index in np.unravel_index(start + first, tuple(values.shape if shape is None else shape))]
     raise NonFiniteError(
-        f"{name}{': ' if name else ''}the weight at {where} is {float(array.reshape(-1)[first])}",
+        f"{name}{': ' if name else ''}the weight at {where} is {float(values.reshape(-1)[first])}",
         hint="download the checkpoint again",
     )
-
-
-def _finite(values: Tensor) -> Tensor:
-    return torch.isfinite(values if values.dtype.itemsize > 1 else values.float())  # isfinite does not take float8

@@ -1,4 +1,4 @@
-"""Arithmetic of low-rank adapters: the canonical delta, inner products and norms.
+"""Low-rank changes of weights, their inner products and norms; ``exact`` adds them to weights.
 
 A LoRA (arXiv:2106.09685) changes a weight W (out, in) by Δ = scaling · B A, with ``lora_a`` (rank, in) and
 ``lora_b`` (out, rank).
@@ -7,14 +7,12 @@ A LoRA (arXiv:2106.09685) changes a weight W (out, in) by Δ = scaling · B A, w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adaptkit.numerics.arrays import Array, as_array, as_tensor
-from adaptkit.numerics.kernels import kernels_for
+from adaptkit.numerics.dtypes import Array
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,16 +35,22 @@ class LowRank:
     @classmethod
     def of_tensors(cls, lora_a: Tensor, lora_b: Tensor, scaling: float) -> LowRank:
         """Return the change whose factors are tensors, which share their memory if they are contiguous on the CPU."""
+        from adaptkit.numerics.tensors import as_array
+
         return cls(as_array(lora_a), as_array(lora_b), scaling)
 
     @property
     def lora_a(self) -> Tensor:
         """A as a tensor, (rank, in)."""
+        from adaptkit.numerics.tensors import as_tensor
+
         return as_tensor(self.a)
 
     @property
     def lora_b(self) -> Tensor:
         """B as a tensor, (out, rank)."""
+        from adaptkit.numerics.tensors import as_tensor
+
         return as_tensor(self.b)
 
     @property
@@ -62,27 +66,6 @@ class LowRank:
     def weighted(self, weight: float) -> LowRank:
         """Return this change times ``weight``."""
         return LowRank(self.a, self.b, self.scaling * weight)
-
-
-def delta(terms: Sequence[LowRank], rows: slice = slice(None)) -> Tensor:
-    """Return the canonical Σ scaling · B A, the same bits on every machine; see ``kernels.reference.low_rank_delta``.
-
-    Args:
-        terms: at least one, all for the same weight.
-        rows: rows of the weight to compute.
-
-    Returns:
-        (rows, in) float64.
-    """
-    lora_a, lora_b = side_by_side(terms, rows)
-    ranks, scales = [term.rank for term in terms], [term.scaling for term in terms]
-    return as_tensor(kernels_for(lora_a).low_rank_delta(lora_a, lora_b, ranks, scales))
-
-
-def side_by_side(terms: Sequence[LowRank], rows: slice = slice(None)) -> tuple[Array, Array]:
-    """Concatenate all A matrices, (Σ ranks, in), and the given rows of all B matrices, (rows, Σ ranks), in float32."""
-    lora_a = np.concatenate([term.a for term in terms], dtype=np.float32)
-    return lora_a, np.concatenate([term.b[rows] for term in terms], axis=1, dtype=np.float32)
 
 
 def transposed(term: LowRank) -> LowRank:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from adaptkit.numerics.arrays import Array
+from adaptkit.numerics.dtypes import Array
 
 _EXACT, _SYMBOLS = 192, 249
 _TOTAL, _LEAST = 4096, 65536

@@ -84,14 +84,9 @@ class Sketch:
 
 
 def sketch_for_rank(blocks: Blocks, shape: tuple[int, int], square_norm: float, rank: int, how: Sketching) -> Sketch:
-    """Find the leading ``rank`` singular values and vectors, and the oversampled ones.
+    """Find the leading ``rank`` singular values and vectors, at least 1, and the oversampled ones.
 
-    Args:
-        blocks: the matrix D.
-        shape: (out, in), the shape of D.
-        square_norm: ‖D‖², the sum of the squares of all elements.
-        rank: at least 1.
-        how: accuracy.
+    ``blocks`` are of a matrix D of shape (out, in), and ``square_norm`` is ‖D‖², the sum of all squares.
 
     Returns:
         min(rank + oversampling, out, in) singular values; if that is all of them, a dense SVD of D is used instead.
@@ -108,15 +103,7 @@ def sketch_for_energy(
     max_rank: int,
     how: Sketching,
 ) -> tuple[Sketch, int]:
-    """Double the rank of the sketch until some rank in it keeps a share of ‖D‖², or until ``max_rank``.
-
-    Args:
-        blocks: the matrix D.
-        shape: (out, in), the shape of D.
-        square_norm: ‖D‖².
-        energy: the share, in (0, 1].
-        max_rank: at least 1.
-        how: accuracy.
+    """Double the rank of the sketch until some rank in it keeps a share of ‖D‖², in (0, 1], or until ``max_rank``.
 
     Returns:
         The last sketch, and the smallest rank that keeps the share, or min(max_rank, out, in) if none does.
@@ -136,15 +123,7 @@ def sketch_for_energy(
 def _sketch(
     blocks: Blocks, shape: tuple[int, int], square_norm: float, size: int, how: Sketching, basis: Tensor | None
 ) -> tuple[Sketch, Tensor | None]:
-    """Compute a sketch of ``size`` columns.
-
-    Args:
-        blocks: the matrix D.
-        shape: (out, in), the shape of D.
-        square_norm: ‖D‖².
-        size: number of columns.
-        how: accuracy.
-        basis: (in, columns) from a narrower sketch, to start from; None to start from random columns.
+    """Compute a sketch of ``size`` columns, from random ones or from those of a narrower sketch, (in, fewer).
 
     Returns:
         The sketch, and its orthonormal basis (in, size), or None if a dense SVD was used.

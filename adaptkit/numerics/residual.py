@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from adaptkit.numerics.arrays import Array
+from adaptkit.numerics.dtypes import Array
 
 _BIT_ROUNDS = 4
 _SIZES = ("u1", "<u2", "<u4", "<u8")
@@ -31,16 +31,18 @@ def encode(residual: Array) -> bytes:
         residual: (M,) int64, M below 2^32.
     """
     left = ((residual << 1) ^ (residual >> 63)).view(np.uint64)
+    left = left.astype(np.min_scalar_type(left.max(initial=0)))  # usually bytes: an eighth of the memory traffic
     middle = left.size // 2
     low_bits = max(0, int(np.partition(left, middle)[middle]).bit_length() - 1) if left.size else 0
     parts = [np.array([left.size], "<u4").tobytes(), bytes([low_bits])]
     for _ in range(low_bits):
-        parts.append(np.packbits((left & np.uint64(1)).astype(np.bool_)).tobytes())
-        left >>= np.uint64(1)
+        parts.append(np.packbits(left & 1).tobytes())
+        left >>= 1
     for _ in range(_BIT_ROUNDS):
         more = left > 0
         parts.append(np.packbits(more).tobytes())
-        left = left[more] - np.uint64(1)
+        left = left[more] - 1
+    left = left.astype(np.uint64)
     for size in _SIZES:
         most = np.uint64(np.iinfo(size).max)
         parts.append(np.minimum(left, most).astype(size).tobytes())

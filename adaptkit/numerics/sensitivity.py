@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import NamedTuple
+
+import numpy as np
 
 from adaptkit.errors import UsageError
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from adaptkit.numerics.dtypes import Array
 
 
-def divergence_cost(lost: Tensor, importance: Tensor, gradient_moment: Tensor) -> float:
+def divergence_cost(lost: Array, importance: Array, gradient_moment: Array) -> float:
     """Estimate the Kullback-Leibler divergence per token, in nats, caused by quantizing one linear's weight.
 
     ½ Σ_ij E[g_i²] E[x_j²] lost_ij²: the second-order term, with the Fisher matrix approximated as diagonal and as a
@@ -27,12 +26,11 @@ def divergence_cost(lost: Tensor, importance: Tensor, gradient_moment: Tensor) -
 
     Source: K-FAC (arXiv:1503.05671), its diagonal.
     """
-    per_output = lost.double().square() @ importance.double()
-    return 0.5 * float(per_output @ gradient_moment.double())
+    per_output = np.square(lost.astype(np.float64)) @ importance.astype(np.float64)
+    return 0.5 * float(per_output @ gradient_moment.astype(np.float64))
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """One way to store a linear.
 
     Attributes:
@@ -44,8 +42,7 @@ class Choice:
     cost: float
 
 
-@dataclass(frozen=True)
-class Upgrade:
+class Step(NamedTuple):
     """A step from one way to store a linear to a larger one.
 
     Attributes:
@@ -60,13 +57,8 @@ class Upgrade:
     extra_bytes: int
     gain: float
 
-    @property
-    def gain_per_byte(self) -> float:
-        """Cost saved per extra byte, the order in which ``allocate`` takes steps."""
-        return self.gain / self.extra_bytes
 
-
-def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> list[Upgrade]:
+def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> list[Step]:
     """Allocate a byte budget greedily to the linears where a byte saves the most cost.
 
     Every linear starts at its smallest choice. Only steps along the lower convex hull of its choices are considered, so
@@ -83,18 +75,17 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> list
     Raises:
         UsageError: a linear has no choice, or the budget is below the sum of the smallest choices.
     """
-    steps = []
-    spent = 0
+    steps, spent = [], 0
     for name in sorted(choices):
         hull = _hull(name, choices[name])
         spent += choices[name][hull[0]].nbytes
         for before, after in pairwise(hull):
             old, new = choices[name][before], choices[name][after]
-            steps.append(Upgrade(name, after, new.nbytes - old.nbytes, old.cost - new.cost))
+            steps.append(Step(name, after, new.nbytes - old.nbytes, old.cost - new.cost))
     if spent > budget_bytes:
         raise UsageError(f"budget: must be at least {spent} bytes, found {budget_bytes}", hint="raise the budget")
     taken, full = [], set()
-    for step in sorted(steps, key=lambda step: -step.gain_per_byte):
+    for step in sorted(steps, key=lambda step: -step.gain / step.extra_bytes):
         if step.name not in full and spent + step.extra_bytes <= budget_bytes:
             taken.append(step)
             spent += step.extra_bytes
@@ -108,7 +99,7 @@ def _hull(name: str, choices: Sequence[Choice]) -> list[int]:
     if not choices:
         raise UsageError(f"{name}: no choice of encoding is given")
     hull: list[int] = []
-    for index in sorted(range(len(choices)), key=lambda index: (choices[index].nbytes, choices[index].cost)):
+    for index in sorted(range(len(choices)), key=choices.__getitem__):
         new = choices[index]
         if hull and (new.cost >= choices[hull[-1]].cost or new.nbytes == choices[hull[-1]].nbytes):
             continue

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, write_adapter
+from adaptkit.checkpoint.foreign import PICKLED_WEIGHTS, VALUE_HEADS, weights_beside
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import GENERATION_NAME, has_checkpoint, read_small
 from adaptkit.checkpoint.manifest import Manifest, Target, parent_of
-from adaptkit.checkpoint.other_weights import PICKLED_WEIGHTS, VALUE_HEADS, weights_beside
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.checkpoint.undo import as_bytes
 from adaptkit.errors import AdapterError, UsageError
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.lora import LowRank
 from adaptkit.text.tokenizer_files import is_of_tokenizer
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _KEPT_KEYS = ("revision", "ensure_weight_tying")
 """Optional keys of the configuration that are kept if all adapters agree."""
@@ -45,7 +43,7 @@ class Carried:
         """Return (name, fingerprint) of each file; the copies are among the adapters' tensors."""
         return [[name, fingerprint(as_bytes(content))] for name, content in sorted(self.files.items())]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Array]:
         """Read the copies, by name of the base's tensor."""
         return {name: adapter.files.read(key) for name, (adapter, key) in self.copies.items()}
 

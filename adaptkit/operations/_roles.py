@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.checkpoint.layout import class_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import is_in_layers, is_usual_head
-from adaptkit.lazy import torch
 from adaptkit.networks.architecture import (
     empty_network,
     head_path,
@@ -236,7 +235,9 @@ def _in_network(
         return Role("shared by several layers", True, tuple(dict.fromkeys([*paths, *shared[modules[0]]])))
     if _stays_in_float32(network, modules[0]):
         return Role("float32 by its architecture", True, paths)
-    return Role("linear" if isinstance(owners[0], torch.nn.Linear) else "conv1d", True, paths)
+    from torch import nn  # here, since most commands build no network
+
+    return Role("linear" if isinstance(owners[0], nn.Linear) else "conv1d", True, paths)
 
 
 def _stays_in_float32(network: Any, module: str) -> bool:

@@ -1,17 +1,17 @@
 """Write a checkpoint of known tensors in shards; a resumed run skips the shards that are finished.
 
-Jobs compute the content in several threads, and one thread assembles their results in order. Jobs run ahead into the
-next tensor and the next shard, but only a few results exist at a time.
+Jobs compute the content in several threads; the caller's loop takes their results in order and writes them. Jobs run
+ahead into the next tensor and the next shard, but only a few results exist at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import INDEX_NAME, index_bytes, shard_name
@@ -23,7 +23,7 @@ from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._threads import in_order
 
 if TYPE_CHECKING:
-    from adaptkit.numerics.arrays import Array
+    from adaptkit.numerics.dtypes import Array
 
 PIECE_BYTES = 4 << 20
 """Size of the piece of a source tensor that one job handles; peak memory grows with it and the number of threads."""
@@ -46,16 +46,22 @@ class Group:
         return sum(spec.nbytes for spec in self.specs)
 
 
-class ExtraFiles(Protocol):
-    """Additional files that are written with each shard; a shard counts as finished only with them."""
+@dataclass(frozen=True)
+class OpenShard(Generic[Result]):
+    """A shard that is being written.
 
-    def names(self, file: str) -> list[str]:
-        """Return the names of the files that belong to a shard."""
-        ...
+    Attributes:
+        file: its name.
+        writer: for its tensors.
+        work: each group with the results of its jobs, in order; the group's tensors must be written before the next
+            group is asked for.
+        notes: what a resumed run shall find in ``Output.notes`` about the shard's tensors.
+    """
 
-    def write(self, file: str) -> None:
-        """Write the files of a shard; called when all its tensors are written."""
-        ...
+    file: str
+    writer: TensorWriter
+    work: Iterator[tuple[Group, Iterator[Result]]]
+    notes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ def read_jobs(
     """
 
     def read(piece: Piece) -> Array:
-        values = files.read_flat_array(spec.name, piece.start, piece.count)
+        values = files.read_flat(spec.name, piece.start, piece.count)
         if check is not None:
             check(values, piece.start)
         return values
@@ -128,31 +134,31 @@ def read_jobs(
     return [partial(read, piece) for piece in cut_pieces(spec, files.unit(spec.name))]
 
 
-def write_shards(
+def unfinished_shards(
     output: Output,
     shards: Shards,
     jobs: Callable[[Group], Sequence[Callable[[], Result]]],
-    assemble: Callable[[Group, Iterator[Result], TensorWriter], Mapping[str, Any]],
     threads: int,
     progress: Progress,
     headers: Mapping[str, bytes] | None = None,
-    beside: ExtraFiles | None = None,
-) -> None:
-    """Write all shards that an earlier run did not finish.
+    beside: Mapping[str, str] | None = None,
+) -> Generator[OpenShard[Result], None, None]:
+    """Open each shard that an earlier run did not finish, one after the other, and record it once it is written.
+
+    Close this generator (``contextlib.closing``), which cancels pending jobs after an error.
 
     Args:
         output: folder being written.
-        shards: to write.
-        jobs: called with a group; returns its jobs, at least one.
-        assemble: called with a group, the results of its jobs in order, and the writer for its tensors; the value that
-            it returns is stored in ``output.notes`` under the name of the group's source.
+        shards: of the whole checkpoint.
+        jobs: returns the jobs of a group, at least one; asked ahead of the group's turn.
         threads: jobs at a time.
         progress: called with bytes written.
         headers: maps file name to the header bytes to write instead of a header made from the specs.
-        beside: writes additional files for each shard.
+        beside: maps file name to that of a file which belongs to the shard, and which the caller adds to the output
+            before it asks for the next shard; a shard counts as finished only with it.
     """
     total = sum(group.nbytes for _, groups in shards for group in groups)
-    names = {file: [file, *(beside.names(file) if beside else [])] for file, _ in shards}
+    names = {file: [file, *([beside[file]] if beside else [])] for file, _ in shards}
     done, todo = 0, []
     progress(done, total)
     checked = in_order(lambda shard: output.is_whole(*names[shard[0]]), shards, threads)
@@ -164,32 +170,21 @@ def write_shards(
             todo.append(shard)
     ahead = (numbered for _, groups in todo for group in groups for numbered in _with_last(jobs(group)))
     results = in_order(lambda job: (job[0], job[1]()), ahead, threads)
-    with contextlib.closing(results):  # cancels pending jobs after an error
-        _write_each(output, todo, results, assemble, (done, total), progress, headers or {}, beside)
 
+    def work(groups: Sequence[Group]) -> Iterator[tuple[Group, Iterator[Result]]]:
+        nonlocal done
+        for group in groups:
+            yield group, _until_last(results)
+            done += group.nbytes
+            progress(done, total)
 
-def _write_each(
-    output: Output,
-    todo: Shards,
-    results: Iterator[tuple[bool, Result]],
-    assemble: Callable[[Group, Iterator[Result], TensorWriter], Mapping[str, Any]],
-    begun: tuple[int, int],
-    progress: Progress,
-    headers: Mapping[str, bytes],
-    beside: ExtraFiles | None,
-) -> None:
-    done, total = begun
-    for file, groups in todo:
-        notes = {}
-        specs = [spec for group in groups for spec in group.specs]
-        with TensorWriter(output.folder, file, specs, headers.get(file)) as writer:
-            for group in groups:
-                notes[group.source] = assemble(group, _until_last(results), writer)
-                done += group.nbytes
-                progress(done, total)
-        if beside is not None:
-            beside.write(file)
-        output.add(writer.record, writer.tensors, notes)
+    with contextlib.closing(results):
+        for file, groups in todo:
+            specs = [spec for group in groups for spec in group.specs]
+            with TensorWriter(output.folder, file, specs, (headers or {}).get(file)) as writer:
+                opened = OpenShard(file, writer, work(groups))
+                yield opened
+            output.add(writer.record, writer.tensors, opened.notes)
 
 
 def write_index(output: Output, shards: Shards) -> None:

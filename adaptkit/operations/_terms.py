@@ -38,10 +38,6 @@ def expected_fingerprints(
 def weights_of(adapters: Sequence[object], weights: tuple[float, ...]) -> tuple[float, ...]:
     """Return one weight per adapter, each 1 if no weights are given.
 
-    Args:
-        adapters: only their number matters.
-        weights: one per adapter, or none.
-
     Raises:
         UsageError: there is no adapter, the number of weights differs, or a weight is not finite.
     """

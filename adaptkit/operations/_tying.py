@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.adapter_config import is_saved, release
+from adaptkit.checkpoint.adapter_config import release
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdapterError, BaseMismatchError
 from adaptkit.networks.addressing import Addresses, Slice, find_addresses
@@ -60,15 +60,12 @@ def vocabulary_changes(
     found = find_addresses(checkpoint, names - elsewhere.keys(), str(adapter.root))
     _refuse_uses(checkpoint, adapter, found)
     addresses = dict(found.of) | elsewhere
-    plain = VocabularyChange(addresses, found.mapping_note, True, False, frozenset())
-    if not vocabulary.tied:
-        return plain
     tables = [name for name, slices in found.of.items() if vocabulary.is_embedding(slices[0].name)]
     heads = [name for name in names if vocabulary.is_head(name)]
-    if not tables and not heads:
-        return plain
-    if _stay_equal(adapter, tables, heads, vocabulary, checkpoint):
-        return VocabularyChange(addresses, found.mapping_note, True, False, frozenset(heads) if tables else frozenset())
+    affected = vocabulary.tied and (tables or heads)
+    if not affected or _stay_equal(adapter, tables, heads, vocabulary, checkpoint):
+        repeated = frozenset(heads) if affected and tables else frozenset[str]()
+        return VocabularyChange(addresses, found.mapping_note, True, False, repeated)
     if not untie:
         raise BaseMismatchError(
             f"{adapter.root}: changes {(tables + heads)[0]}, but {checkpoint.root} ties its head to its embedding, and "
@@ -135,13 +132,11 @@ def _stay_equal(
         values = {adapter.digests[adapter.replaced[name]] for name in (*tables, *heads)}
         shape = adapter.files.spec(adapter.replaced[tables[0]]).shape
         resized = shape != checkpoint.spec(vocabulary.embedding).shape
-        head_lost = is_saved(adapter.config, tables[0].removesuffix(".weight")) and release(adapter.config) < (14, 0)
-        # Up to 0.11 peft resized a head beside a saved embedding separately, and did not write it; up to 0.13 a
-        # configuration does not say which release wrote it.
-        return len(values) == 1 and (bool(heads) or (resized and not head_lost))
+        # Up to 0.13 peft may have resized the head beside a saved embedding separately, without writing it.
+        return len(values) == 1 and (bool(heads) or (resized and release(adapter.config) >= (14, 0)))
     if all(kind == {"tokens"} for kind in kinds) and tables:
         tokens = [adapter.tokens[name.removesuffix(".weight")] for name in (*tables, *heads)]
-        return all(t.indices == tokens[0].indices and t.rows.equal(tokens[0].rows) for t in tokens)
+        return all(t.indices == tokens[0].indices and np.array_equal(t.rows, tokens[0].rows) for t in tokens)
     return False
 
 
@@ -149,37 +144,31 @@ def _tied_changes_agree(adapter: Adapter, tables: list[str], heads: list[str]) -
     """Whether an adapter with ``ensure_weight_tying`` changes embedding and head in the same way.
 
     It does not with DoRA, which ties A and B, but has magnitudes of the embedding's columns and of the head's rows; nor
-    if ``alpha_pattern`` gives the two different scalings.
-
-    Raises:
-        AdapterError: the stored changes contradict ``ensure_weight_tying``.
+    if ``alpha_pattern`` gives the two different scalings. Stored changes that contradict the setting are refused.
     """
     changed = [name.removesuffix(".weight") for name in (*tables, *heads)]
     scaled = [module for module in changed if module in adapter.magnitudes]
     if scaled and not (tables and heads):
-        raise AdapterError(
-            f"{adapter.root}: ensure_weight_tying is set, but beside {scaled[0]}.lora_magnitude_vector there is none "
-            f"of the {'head' if tables else 'embedding'}",
-            hint="save the adapter again with peft",
-        )
+        lacking = "head" if tables else "embedding"
+        raise _contradiction(adapter, f"beside {scaled[0]}.lora_magnitude_vector there is none of the {lacking}")
     agree = not scaled
     for table, head in ((table, head) for table in tables for head in heads):
         one, other = (adapter.modules.get(name.removesuffix(".weight")) for name in (table, head))
         if one and other and not (np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b)):
-            raise AdapterError(
-                f"{adapter.root}: ensure_weight_tying is set, but {table} and {head} change differently",
-                hint="save the adapter again with peft",
-            )
+            raise _contradiction(adapter, f"{table} and {head} change differently")
         agree &= not (one and other and one.scaling != other.scaling)
         for stored in (adapter.base_copies, adapter.replaced):
             keys = [stored.get(name) for name in (table, head)]
             values = [None if key is None else adapter.digests[key] for key in keys]
             if None not in values and values[0] != values[1]:
-                raise AdapterError(
-                    f"{adapter.root}: ensure_weight_tying is set, but {keys[0]!r} and {keys[1]!r} differ",
-                    hint="save the adapter again with peft",
-                )
+                raise _contradiction(adapter, f"{keys[0]!r} and {keys[1]!r} differ")
     return agree
+
+
+def _contradiction(adapter: Adapter, what: str) -> AdapterError:
+    return AdapterError(
+        f"{adapter.root}: ensure_weight_tying is set, but {what}", hint="save the adapter again with peft"
+    )
 
 
 def _kinds(adapter: Adapter, name: str) -> set[str]:

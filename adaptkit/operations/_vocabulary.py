@@ -93,10 +93,14 @@ def find_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
     setting = is_tied_by_default(checkpoint.config) if setting is None else setting
     tables = [module for module in shortest_first if is_usual_embedding(module)]
     tables = tables or [module for module in shortest_first if is_rare_embedding(module) and module not in heads]
-    if not tables and not heads:
-        tables = _table_by_height(checkpoint)
+    outside = {m: checkpoint.spec(name).shape for m, name in weights.items() if not is_in_layers(name)}
+    if not tables and not heads:  # the only matrix with a row per token is embedding and head in one
+        heights = [source.get("vocab_size") for source in (checkpoint.config, text_config(checkpoint.config))]
+        tables = _only([module for module, shape in outside.items() if len(shape) == 2 and shape[0] in heights])
     if tables and not heads and setting is False:
-        heads = _untied_head_by_shape(checkpoint, weights[tables[0]])
+        # Files may name the head differently than the model: DeepSeek-V4's head.weight is lm_head.weight there.
+        shape = checkpoint.spec(weights[tables[0]]).shape
+        heads = _only([module for module, other in outside.items() if module != tables[0] and other == shape])
     tied = bool(tables) and (setting is True if heads else not lacks_head(checkpoint))
     return Vocabulary(
         weights[tables[0]] if tables else "",
@@ -147,27 +151,5 @@ def tying_setting(config: Mapping[str, Any]) -> Any:
     return config.get("tie_word_embeddings", text_config(config).get("tie_word_embeddings"))
 
 
-def _untied_head_by_shape(checkpoint: Checkpoint, table: str) -> list[str]:
-    """Return the module of the only other tensor outside the layers with the embedding's shape: an untied head.
-
-    Files may name it differently than the model: DeepSeek-V4's ``head.weight`` is ``lm_head.weight`` in the model.
-    """
-    shape = checkpoint.spec(table).shape
-    found = [
-        name.removesuffix(".weight")
-        for name, located in checkpoint.tensors.items()
-        if name.endswith(".weight") and name != table and not is_in_layers(name) and located.spec.shape == shape
-    ]
-    return found if len(found) == 1 else []
-
-
-def _table_by_height(checkpoint: Checkpoint) -> list[str]:
-    """Return the module of the only matrix outside the layers with a row per token: embedding and head in one."""
-    values = [source.get("vocab_size") for source in (checkpoint.config, text_config(checkpoint.config))]
-    found = [
-        name.removesuffix(".weight")
-        for name, located in checkpoint.tensors.items()
-        if name.endswith(".weight") and not is_in_layers(name)
-        if len(located.spec.shape) == 2 and located.spec.shape[0] in values
-    ]
+def _only(found: list[str]) -> list[str]:
     return found if len(found) == 1 else []

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,8 @@ from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.side_files import LICENCES, TEMPLATES_FOLDER, check_side_files, refuse_foreign_link, side_files
 from adaptkit.checkpoint.writer import copy_file
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
-from adaptkit.operations._discard import discard_on_bad_input
-from adaptkit.operations._merge.edit_checks import copy_replaces_base
 from adaptkit.operations._merge.edit_plan import plan_edits
+from adaptkit.operations._merge.edits import check_copies
 from adaptkit.operations._threads import check_threads, fingerprints, in_order, thread_count
 from adaptkit.text.tokenizer_files import is_of_tokenizer
 
@@ -157,7 +155,7 @@ def adopt(
     threads, of_base = thread_count(options.threads), opened.checkpoint.nbytes if opened else 0
     total = of_base + report.bytes
     inputs = [[str(source.resolve()), [[name, before.get(name)] for name in files.headers]]]
-    with Output(output, [report.kind], force, inputs=inputs) as out, discard_on_bad_input(out):
+    with Output(output, [report.kind], force, inputs=inputs) as out:
         out.require_space(report.bytes)
         parents: tuple[Parent, ...] = ()
         targets: tuple[Target, ...] = ()
@@ -289,8 +287,8 @@ def _open_base(root: Path, adapter: Adapter) -> _Base:
     state, manifest = checkpoint.state(), read_manifest(root)
     check_config(root, manifest)
     if not adapter.compensation:
-        replaces = partial(copy_replaces_base, checkpoint, False, otherwise="leave out --base")
-        edits = plan_edits(checkpoint, [adapter], [1.0], replaces, True)
+        edits = plan_edits(checkpoint, [adapter], [1.0], untie=True)
+        check_copies(checkpoint, edits, "leave out --base")
         changed = sorted({edit.source for edit in edits.of.values() if edit.steps})
         return _Base(checkpoint, state, manifest, changed, ())
     known = manifest.known_weights() if manifest else {}

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptkit.arguments import AnyPath, as_path, as_path_or_none, as_texts
+from adaptkit.checkpoint.foreign import mlx_hint, pickled_weights, weights_beside
 from adaptkit.checkpoint.layout import ADAPTER_WEIGHTS_NAME, class_names, has_checkpoint, is_adapter, require_folder
-from adaptkit.checkpoint.mlx import mlx_hint
-from adaptkit.checkpoint.other_weights import pickled_weights, weights_beside
 from adaptkit.discovery import load, names
 from adaptkit.errors import UsageError
 from adaptkit.operations import targets as registry

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import NoReturn
@@ -20,15 +21,12 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import check_side_files
-from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
 from adaptkit.formats._find import stored_weights
 from adaptkit.formats._format import StoredWeight
-from adaptkit.numerics.arrays import Array
-from adaptkit.numerics.dtypes import ARRAY_DTYPES, dtype_name
+from adaptkit.numerics.dtypes import ARRAY_DTYPES, Array, dtype_name
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.spec import TensorSpec
-from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._shards import (
     Group,
@@ -37,8 +35,8 @@ from adaptkit.operations._shards import (
     cut_pieces,
     plan_shards,
     read_jobs,
+    unfinished_shards,
     write_index,
-    write_shards,
 )
 from adaptkit.operations._threads import check_threads, thread_count
 
@@ -144,24 +142,24 @@ def dequantize(
             return read_jobs(checkpoint, group.specs[0])
         return _decoding(checkpoint, packed[group.source], group.specs[0])
 
-    def assemble(group: Group, results: Iterator[Array], writer: TensorWriter) -> dict[str, str]:
-        for values in results:
-            writer.write(group.specs[0].name, values)
-        if group.source not in packed:
-            return {group.source: writer.tensors[-1].xxh3_128}
-        # read again now, while their pages are cached
-        return {part: fingerprint_in_pieces(checkpoint, part) for part in packed[group.source].parts}
-
     recorded = {name: value for name, value in asdict(options).items() if name != "threads"}
     if is_released(method):
         recorded["method"] = method  # so merge knows that no 16-bit checkpoint came before
     state = checkpoint.state()
-    with (
-        Output(output, [checkpoint.outline(), recorded], force, inputs=[[str(source.resolve()), state]]) as out,
-        discard_on_bad_input(out),
-    ):
+    inputs = [[str(source.resolve()), state]]
+    with Output(output, [checkpoint.outline(), recorded], force, inputs=inputs) as out:
         out.require_space(planned.bytes_after)
-        write_shards(out, shards, jobs, assemble, thread_count(options.threads), progress)
+        unfinished = unfinished_shards(out, shards, jobs, thread_count(options.threads), progress)
+        with closing(unfinished):
+            for shard in unfinished:
+                for group, results in shard.work:
+                    for values in results:
+                        shard.writer.write(group.specs[0].name, values)
+                    if group.source in packed:  # its parts are read again now, while their pages are cached
+                        parts = packed[group.source].parts
+                        shard.notes[group.source] = {part: fingerprint_in_pieces(checkpoint, part) for part in parts}
+                    else:
+                        shard.notes[group.source] = {group.source: shard.writer.tensors[-1].xxh3_128}
         checkpoint.require_state(state)
         write_index(out, shards)
         out.write_json(CONFIG_NAME, without_quantization(checkpoint.config))

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options
 from adaptkit.checkpoint.adapter import write_adapter
 from adaptkit.checkpoint.integrity import check_config
@@ -17,7 +15,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.errors import UsageError
-from adaptkit.operations._discard import discard_on_bad_input
+from adaptkit.numerics.dtypes import Array
 from adaptkit.operations._extract.plan import IMPOSSIBLE, LEFT_OUT, ExtractOptions, Plan, make_plan
 from adaptkit.operations._extract.report import ExtractedModule, ExtractReport, OtherTensor, make_report
 from adaptkit.operations._extract.saved import Saved, placeholder_part, running_model, whole_tensors, zero_change
@@ -77,10 +75,7 @@ def extract(
         return make_report(output, plan)
     recorded = options.recorded()
     inputs = [[str(source.root.resolve()), state] for source, state in zip(sources, states, strict=True)]
-    with (
-        Output(output, [[source.outline() for source in sources], recorded], force, inputs=inputs) as out,
-        discard_on_bad_input(out),
-    ):
+    with Output(output, [[source.outline() for source in sources], recorded], force, inputs=inputs) as out:
         findings = _examine_all(plan, options, progress)
         for source, state in zip(sources, states, strict=True):
             source.require_state(state)
@@ -129,7 +124,7 @@ def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> lis
     return findings
 
 
-def _read_whole(plan: Plan, findings: Sequence[Finding], saved: Saved) -> dict[str, Tensor]:
+def _read_whole(plan: Plan, findings: Sequence[Finding], saved: Saved) -> dict[str, Array]:
     """Read the tensors that are stored whole, by name in the adapter; a tied one has two names, but is read once.
 
     What is stored only because peft saves its module stays the base's, without the rounding of a 16-bit file.

@@ -10,16 +10,17 @@ from typing import Any
 from adaptkit.arguments import AnyPath, as_path, as_paths
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.foreign import is_released, quantization_found
+from adaptkit.checkpoint.foreign import is_released, pickled_weights, quantization_found
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import size_problem
 from adaptkit.checkpoint.layout import has_checkpoint, is_adapter, require_folder
 from adaptkit.checkpoint.manifest import FileRecord, Manifest, read_manifest, require_manifest
-from adaptkit.checkpoint.other_weights import pickled_weights
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._find import quantized_names, read_outline, stored_weights
+from adaptkit.formats._blockwise_weight import BlockwiseWeight
+from adaptkit.formats._find import stored_weights
+from adaptkit.formats._format import StoredWeight
 from adaptkit.operations._lineage.parents import gather
 from adaptkit.operations._lineage.tree import Ancestor, Walk
 from adaptkit.operations._roles import expert_count
@@ -154,22 +155,20 @@ def _checkpoint(checkpoint: Checkpoint) -> _Found:
         "files": len(checkpoint.headers),
         "quantization": method,
     }
-    names = quantized_names(checkpoint)
-    parameters = None if method and not names else sum(spec.count for spec in specs.values())
-    if is_released(method):
-        parameters, released = _describe_release(checkpoint)
-        details |= released
-    if names:
-        outlines = {name: read_outline(checkpoint, name) for name in names}
-        parts = {part for outline in outlines.values() for part in outline.parts}
-        inside = sum(math.prod(outline.shape) for outline in outlines.values())
-        parameters = inside + sum(spec.count for name, spec in specs.items() if name not in parts)
-        encodings = [outline.encoding for outline in outlines.values()]
+    weights = _stored_weights(checkpoint, method)
+    parts = {part for weight in weights for part in weight.parts}
+    inside = sum(math.prod(weight.shape) for weight in weights)
+    parameters = inside + sum(spec.count for name, spec in specs.items() if name not in parts)
+    if weights:
+        needed = parts - {part for weight in weights for part in weight.input_scales}
         details |= {
-            "quantized_matrices": len(names),
-            "quantized_stacks": sum(len(outline.shape) == 3 for outline in outlines.values()) or None,
+            "quantized_matrices": len(weights),
+            "quantized_stacks": sum(len(weight.shape) == 3 for weight in weights) or None,
             "quantized_parameters": inside,
-            "bits_per_quantized_parameter": round(8 * sum(specs[part].nbytes for part in parts) / inside, 3),
+            "bits_per_quantized_parameter": round(8 * sum(specs[part].nbytes for part in needed) / max(1, inside), 3),
+        }
+    if encodings := [weight.encoding for weight in weights if isinstance(weight, BlockwiseWeight)]:
+        details |= {
             "formats": _counts(encoding.format for encoding in encodings),
             "block_sizes": _counts(encoding.block_size for encoding in encodings),
             "constants": _counts("nested" if encoding.double_quant else "float32" for encoding in encodings),
@@ -177,29 +176,20 @@ def _checkpoint(checkpoint: Checkpoint) -> _Found:
     return _Found(
         kind="quantized" if method else "checkpoint",
         dtypes=Counter(spec.dtype for spec in specs.values()),
-        parameters=parameters,
+        parameters=None if method and not weights else parameters,
         nbytes=sum(spec.nbytes for spec in specs.values()),
         details=details | _not_read(checkpoint.root),
     )
 
 
-def _describe_release(checkpoint: Checkpoint) -> tuple[int | None, dict[str, Any]]:
-    """Return the number of parameters and facts about the weights of a release; None and nothing if it is malformed."""
+def _stored_weights(checkpoint: Checkpoint, method: str | None) -> list[StoredWeight]:
+    """Return the quantized weights; none of a malformed release, since what is wrong is for ``dequantize`` to say."""
     try:
-        weights = stored_weights(checkpoint, quantization_found(checkpoint))
-    except CheckpointError:  # what is wrong is for dequantize to say
-        return None, {}
-    parts = {part for weight in weights for part in weight.parts}
-    inside = sum(math.prod(weight.shape) for weight in weights)
-    others = sum(located.spec.count for name, located in checkpoint.tensors.items() if name not in parts)
-    needed = parts - {part for weight in weights for part in weight.input_scales}
-    bits = 8 * sum(checkpoint.spec(part).nbytes for part in needed)
-    return inside + others, {
-        "quantized_matrices": len(weights),
-        "quantized_stacks": sum(len(weight.shape) == 3 for weight in weights) or None,
-        "quantized_parameters": inside,
-        "bits_per_quantized_parameter": round(bits / inside, 3) if inside else None,
-    }
+        return stored_weights(checkpoint, method) if method else []
+    except CheckpointError:
+        if is_released(method):
+            return []
+        raise
 
 
 def _not_read(path: Path, *others: str) -> dict[str, str | None]:

@@ -5,7 +5,6 @@ files.
 """
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from adaptkit.arguments import AnyPath, as_path, as_paths, check_flags, checked_options
@@ -15,8 +14,8 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError
 from adaptkit.operations._merge.base import open_base, with_addresses
-from adaptkit.operations._merge.edit_checks import check_effects, check_quantizable, copy_replaces_base
 from adaptkit.operations._merge.edit_plan import plan_edits
+from adaptkit.operations._merge.edits import check_copies, check_effects, check_quantizable
 from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import LITTLE_KEPT, NOTHING_MOVED, MergeOptions, MergeReport, TensorChange
 from adaptkit.operations._merge.side_files import plan_side_files
@@ -63,8 +62,9 @@ def merge(
     weights = weights_of(read, options.weights)
     check_output(output, force, [base, *adapters])
     opened = open_base(base, read, options.allow_base_mismatch)
-    uses_copy = partial(copy_replaces_base, opened.checkpoint, options.allow_base_mismatch)
-    edits = plan_edits(opened.checkpoint, read, weights, uses_copy, options.untie)
+    edits = plan_edits(opened.checkpoint, read, weights, options.untie)
+    if not options.allow_base_mismatch:
+        check_copies(opened.checkpoint, edits, "add --allow-base-mismatch to use the adapter's copy")
     check_effects(read, weights, edits)
     opened = with_addresses(opened, edits)
     check_output(output, force, [base, opened.checkpoint.root, *adapters])  # open_base may have found another folder

@@ -12,7 +12,6 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd
 from adaptkit.operations._carried import collect_carried, left_out, publish_adapter
-from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._terms import refuse_compensation
 from adaptkit.operations._threads import check_threads, map_in_threads, thread_count
 
@@ -171,6 +170,6 @@ def resize(
         return report
     recorded = options.recorded()
     plan = [tensors_root(read.records), dict(read.config), carried.identity(), recorded]
-    with Output(output, plan, force) as out, discard_on_bad_input(out):
+    with Output(output, plan, force) as out:
         manifest = publish_adapter(out, {"name": "resize", "options": recorded}, [read], [None], modules, carried)
     return replace(report, tensors_root=manifest.tensors_root, manifest_sha256=manifest.sha256)

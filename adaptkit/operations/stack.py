@@ -22,7 +22,6 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._compress import Compressed, Limit, compress
 from adaptkit.numerics.stacking._method import Method
 from adaptkit.operations._carried import base_names, collect_carried, left_out, publish_adapter
-from adaptkit.operations._discard import discard_on_bad_input
 from adaptkit.operations._terms import expected_fingerprints, given_again, refuse_compensation, weights_of
 from adaptkit.operations._threads import check_threads, map_in_threads, thread_count
 
@@ -229,7 +228,7 @@ def stack(
     recorded = options.recorded(weights)
     plan = [[tensors_root(adapter.records) for adapter in read], carried.identity(), recorded]
     modules = {name: made.term for name, made in combined.items()}
-    with Output(output, plan, force) as out, discard_on_bad_input(out):
+    with Output(output, plan, force) as out:
         manifest = publish_adapter(out, {"name": "stack", "options": recorded}, read, weights, modules, carried)
     return replace(report, tensors_root=manifest.tensors_root, manifest_sha256=manifest.sha256)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,15 +15,14 @@ from adaptkit.arguments import AnyPath, as_path, as_paths, check_flags
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import bytes_of, tensors_root
 from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import require_folder, resolve_inside
-from adaptkit.checkpoint.manifest import Manifest, parent_of
+from adaptkit.checkpoint.layout import require_folder
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, parent_of
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import AdaptkitError, BaseMismatchError, IntegrityError
-from adaptkit.numerics.arrays import Array, Values
-from adaptkit.operations._discard import discard_on_bad_input
+from adaptkit.numerics.dtypes import Array
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.edits import Edits, matrix_of
 from adaptkit.operations._merge.folding import Fold, Rows, cut_frames, read_rows
@@ -30,11 +30,10 @@ from adaptkit.operations._merge.merged_model import (
     AGAIN,
     BaseOutline,
     MergedModel,
-    different_configuration_error,
     open_merged,
     target_names,
 )
-from adaptkit.operations._shards import Group, read_jobs, write_shards
+from adaptkit.operations._shards import Group, read_jobs, unfinished_shards
 from adaptkit.operations._threads import check_threads, thread_count
 
 
@@ -97,8 +96,7 @@ def unmerge(
     read, weights, resaved = model.adapters(adapters)
     records = {file: model.record(n) for n, file in enumerate(sorted(model.checkpoint.headers), 1)}
     base = model.outline({file: model.header(file, found) for file, found in records.items()})
-    uses_copy = partial(_copy_replaced_base, base, frozenset(options.get("begun", ())))
-    edits = plan_edits(base, read, weights, uses_copy, bool(options.get("untie")))
+    edits = plan_edits(base, read, weights, bool(options.get("untie")), frozenset(options.get("begun", ())))
     _check_headers(model, base, edits)
     originals = target_names(model.manifest, base.tensors)
     if set(originals) != set(edits.of) - set(edits.added):
@@ -107,12 +105,12 @@ def unmerge(
             hint="give the adapters that were merged",
         )
     plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256]
-    with Output(output, plan, force) as out, discard_on_bad_input(out):
+    with Output(output, plan, force) as out:
         out.require_space(base.nbytes)
         restoring = _Restoring(model, base, edits, records, originals, resaved)
         restoring.write(out, thread_count(threads), progress)
         manifest = restoring.finish(out)
-        out.publish(manifest, model.base_signature())
+        out.publish(manifest, model.base_file(SIGNATURE_NAME))
     return UnmergeReport(
         output=str(output),
         restored=len(originals),
@@ -121,11 +119,6 @@ def unmerge(
         tensors_root=manifest.tensors_root,
         manifest_sha256=manifest.sha256,
     )
-
-
-def _copy_replaced_base(base: BaseOutline, begun: frozenset[str], name: str, files: TensorFiles, key: str) -> bool:
-    """Whether the merge replaced a tensor of the base by the adapter's copy."""
-    return name in begun or files.spec(key).shape != base.spec(name).shape
 
 
 def _check_headers(model: MergedModel, base: BaseOutline, edits: Edits) -> None:
@@ -147,8 +140,8 @@ def _check_headers(model: MergedModel, base: BaseOutline, edits: Edits) -> None:
 class _Run:
     """Consecutive rows of a tensor: merged and restored."""
 
-    merged: Values
-    values: Values
+    merged: Array
+    values: Array
 
 
 @dataclass
@@ -171,7 +164,11 @@ class _Restoring:
         merged = sorted(self.model.checkpoint.headers.items())
         shards = [(file, [self._group(spec.name) for spec, _ in header.tensors]) for file, header in merged]
         raw = {file: header.raw for file, header in self.base.headers.items()}
-        write_shards(out, shards, self._jobs, self._assemble, threads, progress, raw)
+        unfinished = unfinished_shards(out, shards, self._jobs, threads, progress, raw)
+        with closing(unfinished):
+            for shard in unfinished:
+                for group, results in shard.work:
+                    self._assemble(group, results, shard.writer)
 
     def finish(self, out: Output) -> Manifest:
         """Write everything but the shards, and return the manifest: the base's own if it had one.
@@ -186,17 +183,15 @@ class _Restoring:
             )
         for name, content in sorted(model.restored_files().items()):
             out.write(name, content)
-        before = model.base_manifest()
-        if before is None:
+        kept = model.base_file(MANIFEST_NAME)
+        if kept is None:
             parents = (parent_of("merged", model.manifest, model.manifest.tensors),)
             operation: dict[str, Any] = {"name": "unmerge", "options": {}}
             return Manifest("checkpoint", operation, tuple(out.files), tuple(out.tensors), parents)
-        written = {record.path for record in out.files}
+        before, written = Manifest.from_bytes(kept), {record.path for record in out.files}
         for record in before.files:
             if record.path not in written:
-                kept = f"{undo.BASE_PREFIX}{record.path}"
-                model.require_unchanged(kept)
-                out.copy(resolve_inside(model.root, kept), record.path)
+                out.copy(model.unchanged(f"{undo.BASE_PREFIX}{record.path}"), record.path)
         if set(before.files) != set(out.files):
             differing = min(record.path for record in set(before.files) ^ set(out.files))
             raise IntegrityError(
@@ -242,7 +237,7 @@ class _Restoring:
         except IntegrityError as error:
             raise self._mismatch_error(f"{name}: {error.message}") from error
 
-    def _assemble(self, group: Group, results: Iterator[Any], writer: TensorWriter) -> Mapping[str, Any]:
+    def _assemble(self, group: Group, results: Iterator[Any], writer: TensorWriter) -> None:
         name = group.source
         edit, digest = self.edits.of.get(name), xxhash.xxh3_128()
         for result in results:
@@ -254,15 +249,19 @@ class _Restoring:
             file = self.model.checkpoint.tensors[name].file
             raise IntegrityError(f"{self.model.root}: {name} in {file} changed since the merge", hint=AGAIN)
         if edit is None or not group.specs:
-            return {}
+            return
         if matrix_of(edit.base_shape)[0] > edit.matrix[0]:
-            writer.write(name, self._record(name).read_array(undo.rest_name(name)))
+            writer.write(name, self._record(name).read(undo.rest_name(name)))
         if writer.tensors[-1].xxh3_128 != self.originals[name]:
             raise self._mismatch_error(f"{name}: the undo record or the adapter does not belong to this merge")
-        return {}
 
     def _mismatch_error(self, found: str) -> AdaptkitError:
         """Return the error for adapters that do not restore the base; blames a configuration that differs, if any."""
         if self.resaved:
-            return different_configuration_error(self.resaved)
+            which = " or ".join(map(str, self.resaved))
+            return BaseMismatchError(
+                f"{which}: has the tensors of an adapter that was merged, but a different adapter_config.json",
+                hint="give the adapter as it was merged; if peft up to 0.18 wrote it, use the version of adaptkit that "
+                "merged it",
+            )
         return IntegrityError(found, hint="run adaptkit verify on the merged model and on the adapters")

@@ -6,10 +6,10 @@ from typing import Literal
 from adaptkit.checkpoint.foreign import is_released, quantization_found
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, has_checkpoint, is_adapter
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.checkpoint.typed import Place
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._find import quantized_names
 from adaptkit.hub.listing import Listing
+from adaptkit.settings import Place
 
 Kind = Literal["adapter", "unquantized checkpoint", "released checkpoint", "quantized checkpoint"]
 """A released checkpoint is one in FP8 or MXFP4; see ``foreign.is_released``."""

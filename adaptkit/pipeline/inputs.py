@@ -5,7 +5,6 @@ from functools import cache
 from pathlib import Path
 
 from adaptkit.checkpoint.manifest import MANIFEST_NAME
-from adaptkit.checkpoint.typed import Place
 from adaptkit.errors import UnsafeInputError
 from adaptkit.hub.listing import Listing
 from adaptkit.pipeline.artifact import check_kind, kind_of, listed_kind
@@ -13,6 +12,7 @@ from adaptkit.pipeline.foresight import prefix_errors
 from adaptkit.pipeline.recipe import Recipe, Step
 from adaptkit.pipeline.sources import Location
 from adaptkit.pipeline.steps._kind import Input
+from adaptkit.settings import Place
 
 
 class InputChecks:

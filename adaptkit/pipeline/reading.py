@@ -7,15 +7,15 @@ from dataclasses import fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from adaptkit.checkpoint.document import read_document
-from adaptkit.checkpoint.typed import IN_QUOTES, Place, build, check_keys, nearest
 from adaptkit.discovery import load, names
+from adaptkit.documents import read_document
 from adaptkit.errors import ConfigError, UsageError
 from adaptkit.hub.sources import check_repo_id
 from adaptkit.pipeline import steps as registry
 from adaptkit.pipeline.artifact import check_kind
 from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.steps._kind import Input, StepKind
+from adaptkit.settings import IN_QUOTES, Place, build, check_keys, nearest
 
 _NAME = re.compile(r"(?!.*\.(partial|replaced|json)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _EXAMPLE = "write, for example, base: {repo: org/name, revision: main}"

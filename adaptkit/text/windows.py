@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from adaptkit.errors import DataError, UsageError
-from adaptkit.lazy import torch
 from adaptkit.text.chat_template import known_template_kwargs, set_template_kwargs
 from adaptkit.text.conversation import read_example
 from adaptkit.text.limits import check_window
@@ -15,9 +17,6 @@ from adaptkit.text.rendering import render
 from adaptkit.text.rows import holds_rows, read_pieces, read_rows, read_text
 from adaptkit.text.template_call import Conversation
 from adaptkit.text.tokenizer_files import leading_special_tokens, load_tokenizer
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _BYTES_PER_TOKEN, _LEAST_BYTES = 16, 4096
 _EXTRA_TOKENS = 16

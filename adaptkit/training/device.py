@@ -11,7 +11,7 @@ import torch
 from adaptkit.errors import UsageError
 from adaptkit.machine import available_memory
 from adaptkit.networks.memory import Memory
-from adaptkit.triton_needs import what_triton_lacks
+from adaptkit.training.triton_needs import what_triton_lacks
 from adaptkit.wording import size
 
 _BFLOAT16_CHECK = "_is_mkldnn_bf16_supported"

@@ -143,7 +143,7 @@ def _train_on_rank_zero(
     identity = as_recorded(partial_folder(output), identity, inputs.contents)
     check_unfinished(partial_folder(output), identity, force, resume)
     check_tensors(inputs.base, inputs.manifest)  # the result's manifest vouches for its base
-    with Output(output, identity, force, keeps=holds_work) as out:
+    with Output(output, identity, force, keeps=holds_work, discards=False) as out:
         record_identity(out.folder, identity, inputs.contents)
         run = _create_run(inputs, out, note, world)
         with trackers(inputs.config, identity, run.resumed_from) as opened:
@@ -198,7 +198,7 @@ def _write_beside(out: Output, inputs: Inputs, run: Run, adapter: Chosen) -> Non
     if adapter.parameters is not values:
         last = values.to("cpu", copy=True)  # the device may be full
         values.copy_(adapter.parameters)
-    with Output(inside, inputs.identity()) as nested:
+    with Output(inside, inputs.identity(), discards=False) as nested:
         nested.publish(_write_result(nested, inputs, run))
     if last is not None:
         values.copy_(last)

@@ -9,8 +9,6 @@ import torch
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.memory import Memory
-from adaptkit.numerics.adamw import BLOCK, STATE_BITS, AdamW, decode, encode, moment_bytes
-from adaptkit.numerics.kernels import kernels_for
 from adaptkit.text.limits import pad_id
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data.batches import Batches
@@ -19,6 +17,7 @@ from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.fast.cpu_joined import add_scaled
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory.activations import Activations, predicted_memory, save_activations
+from adaptkit.training.memory.adamw import BLOCK, STATE_BITS, AdamW, decode, encode, moment_bytes
 from adaptkit.training.memory.optimizer import state_bytes
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.frozen import transient_weights
@@ -35,6 +34,7 @@ from adaptkit.training.network.tables import keep_in_host_memory
 from adaptkit.training.network.unread import mark_unread
 from adaptkit.training.out_of_memory import reports_out_of_memory
 from adaptkit.training.schedule import steps_in
+from adaptkit.training.triton_needs import has_triton
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> int:
@@ -83,7 +83,8 @@ def begin_libraries(base: Path, device: torch.device, shard_base: bool) -> None:
     and in the one that runs backward passes.
     """
     empty_network(Checkpoint(base))
-    kernels_for(device)
+    if has_triton(device.type):
+        import_module("adaptkit.training.fast.gpu_decode")
     if shard_base:
         import_module("torch._dynamo")  # FSDP would do so in the first step
     if device.type == "cuda":

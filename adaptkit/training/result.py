@@ -19,8 +19,8 @@ from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import NonFiniteError
 from adaptkit.formats._find import part_names
 from adaptkit.networks.addressing import Slice, find_addresses
-from adaptkit.numerics.dtypes import DTYPES
 from adaptkit.numerics.finite import all_finite
+from adaptkit.numerics.tensors import DTYPES, as_array
 from adaptkit.text.chat_template import TEMPLATE_NAME
 from adaptkit.text.tokenizer_files import is_template
 from adaptkit.training.config import LOWER_THE_RATE, TrainConfig
@@ -98,10 +98,13 @@ def _write_adapter(out: Output, model: Model, config: TrainConfig) -> None:
         out,
         changes,
         name_of(Path(config.base)),
-        saved=saved,
-        magnitudes={name: layer.magnitude for name, layer in layers.items() if layer.magnitude is not None},
-        lora_biases={name: layer.lora_bias for name, layer in layers.items() if layer.lora_bias is not None},
-        tokens={path: TokenRows(tuple(trained.indices.tolist()), trained.rows) for path, trained in model.rows.items()},
+        saved={name: as_array(value) for name, value in saved.items()},
+        magnitudes={name: as_array(layer.magnitude) for name, layer in layers.items() if layer.magnitude is not None},
+        lora_biases={name: as_array(layer.lora_bias) for name, layer in layers.items() if layer.lora_bias is not None},
+        tokens={
+            path: TokenRows(tuple(trained.indices.tolist()), as_array(trained.rows))
+            for path, trained in model.rows.items()
+        },
         experts=experts,
         use_rslora=config.rslora,
         **extra,
@@ -143,7 +146,7 @@ def write_checkpoint(out: Output, model: Model, without: Collection[str]) -> Non
                 value = checkpoint.read(spec.name)
                 if spec.name in pieces:
                     name, slice_ = pieces[spec.name]
-                    value = _part(model.whole[name].value(), slice_).to("cpu", DTYPES[spec.dtype]).contiguous()
+                    value = as_array(_part(model.whole[name].value(), slice_).to("cpu", DTYPES[spec.dtype]))
                     if not all_finite(value):
                         raise NonFiniteError(f"{spec.name}: is NaN, or too large for {spec.dtype}", hint=LOWER_THE_RATE)
                 writer.write(spec.name, value)

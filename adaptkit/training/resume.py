@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.layout import JOURNAL_NAME, METRICS_NAME, read_json, write_json
@@ -34,8 +35,9 @@ from adaptkit.checkpoint.writer import (
     write_file,
 )
 from adaptkit.errors import CheckpointError, ConflictError, IntegrityError, OutputExistsError, UsageError
-from adaptkit.numerics.dtypes import DTYPES, dtype_name
+from adaptkit.numerics.dtypes import dtype_name
 from adaptkit.numerics.spec import TensorSpec
+from adaptkit.numerics.tensors import DTYPES, as_array, as_tensor
 from adaptkit.training.distributed import World
 from adaptkit.training.identity import RUN_NAME, changes, read_identity
 from adaptkit.training.memory.vector import Vector
@@ -168,7 +170,7 @@ def _write(folder: Path, snapshot: Snapshot) -> None:
     with TensorWriter(folder, _STATE, specs) as writer:
         for name, vector in snapshot.vectors.items():
             for _, piece in vector.pieces():
-                writer.write(name, piece)
+                writer.write(name, as_array(piece))
     metrics = write_file(folder, METRICS_NAME, snapshot.metrics)
     files = {_STATE: writer.record.sha256, METRICS_NAME: metrics.sha256}
     record = {"step": snapshot.step, "values": dict(snapshot.values), "files": files}
@@ -243,11 +245,15 @@ def _checked(path: Path, step: int) -> dict[str, Any]:
     return record
 
 
+def _read_flat(files: TensorFiles, name: str, start: int, count: int) -> Tensor:
+    return as_tensor(files.read_flat(name, start, count))
+
+
 def _read(path: Path, step: int) -> Snapshot:
     record = _checked(path, step)
     files = TensorFiles(path, [_STATE])
     vectors = {
-        name: Vector(DTYPES[located.spec.dtype], located.spec.shape[0], partial(files.read_flat, name))
+        name: Vector(DTYPES[located.spec.dtype], located.spec.shape[0], partial(_read_flat, files, name))
         for name, located in files.tensors.items()
     }
     return Snapshot(step, vectors, record["values"], (path / METRICS_NAME).read_bytes())

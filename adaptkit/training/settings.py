@@ -15,8 +15,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from os import PathLike
 from typing import Any, NoReturn, TypeVar, get_origin
 
-from adaptkit.checkpoint.typed import Place, convert
 from adaptkit.errors import ConfigError
+from adaptkit.settings import Place, convert
 
 Kind = TypeVar("Kind")
 

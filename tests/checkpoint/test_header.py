@@ -15,12 +15,12 @@ from adaptkit.checkpoint import header
 from adaptkit.checkpoint.header import (
     check_regular,
     read_header,
-    strict_json,
     write_header,
 )
+from adaptkit.documents import strict_json
 from adaptkit.errors import CheckpointError
-from adaptkit.numerics.dtypes import DTYPES
 from adaptkit.numerics.spec import ITEM_BYTES, TensorSpec
+from adaptkit.numerics.tensors import DTYPES
 
 
 def raw(header: str | bytes, data: bytes = b"", length: int | None = None) -> bytes:

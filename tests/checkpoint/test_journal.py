@@ -21,8 +21,8 @@ import pytest
 from folders import tree
 from safetensors.numpy import load_file
 
-from adaptkit.checkpoint import _journal_file
-from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint import journal as journal_module
+from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import JOURNAL_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, TensorRecord, read_manifest
@@ -533,7 +533,9 @@ def test_finished_files_are_hashed_only_on_request_and_once(tmp_path, monkeypatc
         add(output, "b", b"second")
     (tmp_path / "out.partial" / "b").write_bytes(b"SECOND")
     read = []
-    monkeypatch.setattr(_journal_file, "file_sha256", lambda path: [read.append(path.name), file_sha256(path)][1])
+    monkeypatch.setattr(
+        journal_module, "file_problem", lambda folder, one: [read.append(one.path), file_problem(folder, one)][1]
+    )
     with Output(tmp_path / "out", PLAN) as output:
         assert read == []
         assert [output.is_whole(name) for name in ("a", "b", "c")] == [True, False, False]
@@ -739,3 +741,14 @@ def test_discard_deletes_no_work_that_must_be_kept(tmp_path, keeps):
         output.discard()
     assert (tmp_path / "out.partial" / "a").exists() == keeps
     assert (tmp_path / "out.partial").exists() == keeps
+
+
+def test_what_a_killed_run_had_not_yet_renamed_can_be_written_on(tmp_path):
+    """A run may be killed after its manifest is written, and writes folders in the unfinished one when it resumes."""
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / MANIFEST_NAME).write_text("{}")
+    check_output(tmp_path / "run.partial" / "last", False)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / MANIFEST_NAME).write_text("{}")
+    with pytest.raises(UsageError, match="inside the artifact"):
+        check_output(tmp_path / "run" / "last", False)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptkit.checkpoint.foreign import VALUE_HEADS, WEIGHTS_BESIDE
 from adaptkit.checkpoint.layout import (
     INDEX_NAME,
     index_bytes,
@@ -22,7 +23,6 @@ from adaptkit.checkpoint.layout import (
     weight_files,
     write_json,
 )
-from adaptkit.checkpoint.other_weights import VALUE_HEADS, WEIGHTS_BESIDE
 from adaptkit.checkpoint.side_files import check_side_files
 from adaptkit.errors import AdaptkitError, CheckpointError, UnsafeInputError, UsageError
 
@@ -97,24 +97,16 @@ def test_pickles_of_transformers_are_refused_with_a_hint_to_convert_them(tmp_pat
     assert "rename" not in caught.value.hint
 
 
-def test_the_hint_for_a_pickle_of_hqq_names_hqq(tmp_path):
-    """transformers, which the usual hint suggests, does not find such a file."""
-    (tmp_path / "qmodel.pt").write_bytes(b"")
-    with pytest.raises(CheckpointError, match=r"qmodel\.pt") as caught:
-        weight_files(tmp_path)
-    assert caught.value.hint == "it is quantized with HQQ: use the checkpoint that it was made from"
-
-
 @pytest.mark.parametrize(
     ("name", "first"),
-    [("lit_model.pth", "run litgpt convert_from_litgpt"), ("model.pth", "if its tensors have the names"),
+    [("lit_model.pth", "if its tensors have the names"), ("model.pth", "if its tensors have the names"),
      ("consolidated.00.pth", "if its tensors have the names"),
      ("pytorch_model_fsdp.bin", "if its tensors have the names"), ("pytorch_model.pt", "if its tensors have the names"),
-     ("lit_model.pth.old.pth", "if its tensors have the names"),
+     ("lit_model.pth.lora", "if its tensors have the names"),
      ("pytorch_lora_weights_of_mine.bin", "if its tensors have the names")],
 )  # fmt: skip
 def test_the_hint_for_a_pickle_that_transformers_does_not_find_says_how_to_rename_it(tmp_path, name, first):
-    """LitGPT writes the first two, Meta the third, accelerate the fourth."""
+    """LitGPT writes the first two and the last but one, Meta the third, accelerate the fourth."""
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_bytes(b"")
     with pytest.raises(CheckpointError, match=rf"pickles \({name}\)") as caught:
@@ -159,8 +151,7 @@ def test_a_file_that_is_only_saved_beside_other_weights_is_not_taken_for_a_check
 
 @pytest.mark.parametrize(
     ("name", "writer", "hint"),
-    [("lit_model.pth.lora", "LitGPT", "litgpt merge_lora"),
-     ("pytorch_lora_weights.safetensors", "diffusers", "as peft saves it"),
+    [("pytorch_lora_weights.safetensors", "diffusers", "as peft saves it"),
      ("pytorch_lora_weights.bin", "diffusers", "as peft saves it"),
      ("diffusion_pytorch_model.safetensors", "diffusers", "as transformers saves it"),
      ("diffusion_pytorch_model.bin", "diffusers", "as transformers saves it"),

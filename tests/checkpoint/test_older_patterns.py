@@ -1,4 +1,4 @@
-"""Patterns for ranks and alphas are matched by the rule of the peft release that wrote them.
+"""Patterns for ranks and alphas that an older release of peft matched by another rule are refused.
 
 The rules are written out here as in those releases. Adapters that name no release have the keys of theirs.
 """
@@ -14,12 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from peft_adapters import CONFIG
 
-from adaptkit.checkpoint.adapter import adapter_identity, read_adapter
-from adaptkit.checkpoint.adapter_config import Scalings
+from adaptkit.checkpoint.adapter_config import Scalings, has_older_patterns
 from adaptkit.checkpoint.layout import read_json
+from adaptkit.errors import AdapterError
 from adaptkit.operations.check import check
 from adaptkit.operations.merge import merge
-from adaptkit.operations.unmerge import unmerge
 
 OF_13 = {"layers_pattern": None, "loftq_config": {}, "use_dora": False}
 OF_14 = OF_13 | {"eva_config": None, "exclude_modules": None, "lora_bias": False}
@@ -83,8 +82,11 @@ TELLING = {"layers.1.attn.q_proj": 1}, {"q_proj|up": 5}
 @pytest.mark.parametrize(("keys", "meant"), RULES)
 @given(values([1, 2, 3, 4]), values([5, 7, 11, 13]))
 @example(*TELLING)
-def test_rank_and_scaling_are_those_of_the_release(keys, meant, ranks, alphas):
+def test_rank_and_scaling_are_those_of_the_release_or_refused(keys, meant, ranks, alphas):
     config = {"r": 8, "lora_alpha": 17, "rank_pattern": ranks, "alpha_pattern": alphas} | keys
+    if has_older_patterns(config):
+        assert meant is not of_today
+        return
     scalings = Scalings("adapter", config)
     for module in MODULES:
         rank, alpha = meant(config, module)
@@ -96,6 +98,13 @@ def test_the_rules_differ():
     config = {"r": 8, "lora_alpha": 17, "rank_pattern": ranks, "alpha_pattern": alphas}
     found = [[rule(config, module) for module in MODULES] for rule in (of_13, of_14, of_today)]
     assert all(a != b for a, b in itertools.combinations(found, 2))
+    assert all(has_older_patterns(config | keys) for keys in (OF_13, OF_14))
+
+
+@pytest.mark.parametrize("keys", [OF_13, OF_14])
+def test_modules_listed_in_full_mean_the_same_in_every_release(keys):
+    ranks, alphas = dict.fromkeys(MODULES, 2), dict.fromkeys(MODULES, 9)
+    assert not has_older_patterns({"rank_pattern": ranks, "alpha_pattern": alphas} | keys)
 
 
 @pytest.fixture
@@ -110,35 +119,12 @@ def adapters(tmp_path):
     return base, *folders
 
 
-def test_the_same_patterns_from_an_older_release_make_a_different_adapter(adapters):
-    _, old, today = adapters
-    found = [[term.scaling for term in read_adapter(folder).modules.values()] for folder in (old, today)]
-    assert found == [[9 / 4, 6 / 2], [9 / 4, 9 / 2]]
-    assert adapter_identity(read_adapter(old)) != adapter_identity(read_adapter(today))
-
-
-def test_adapters_of_different_releases_are_the_same_if_their_patterns_mean_the_same(adapters):
-    """So that adapters recorded before releases were distinguished are still recognized."""
-    _, old, _ = adapters
-    name = "model.layers.1.self_attn.q_proj"
-    config = read_json(old / CONFIG) | {"rank_pattern": {name: 2}, "alpha_pattern": {name: 9}}
-    found = set()
-    for version in ("0.13.2", "0.14.0", "0.18.0"):
-        (old / CONFIG).write_text(json.dumps(config | {"peft_version": version}), encoding="utf-8")
-        found.add(adapter_identity(read_adapter(old)))
-    assert len(found) == 1
-
-
-def test_an_adapter_of_an_older_release_can_be_unmerged_exactly(adapters, tmp_path):
+def test_an_adapter_with_patterns_of_an_older_release_is_refused(adapters, tmp_path):
     base, old, today = adapters
-    for adapter in (old, today):
-        merge(base, [adapter], tmp_path / f"{adapter.name}-merged")
-    unmerge(tmp_path / "old-merged", [old], tmp_path / "back")
-    plain, merged, other, back = (
-        (tmp_path / name / "model.safetensors").read_bytes() for name in ("base", "old-merged", "today-merged", "back")
-    )
-    assert plain == back
-    assert merged != other
+    with pytest.raises(AdapterError, match=r"peft up to 0\.14 matched its rank_pattern and alpha_pattern") as refused:
+        merge(base, [old], tmp_path / "merged")
+    assert "list each module in full" in refused.value.hint
+    merge(base, [today], tmp_path / "merged")
 
 
 @pytest.mark.parametrize("target", ["peft", "vllm", "sglang", "gguf"])

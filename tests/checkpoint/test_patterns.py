@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from adaptkit.checkpoint import patterns as patterns_module
-from adaptkit.checkpoint.patterns import FirstMatch, check_pattern, matches_behind_dot, matches_end, matches_whole
+from adaptkit.checkpoint.patterns import FirstMatch, check_pattern, matches_end, matches_whole
 
 USUAL = [
     r".*layers\.\d+\..*_proj",
@@ -77,7 +77,7 @@ def test_any_pattern_matches_as_in_python(pattern, text):
 
 
 @pytest.mark.parametrize("pattern", [r"([a-z]|.)*[!]", r"(a|a)*[bc]", r"((a+)+)+[bc]", r"(.*.*.*.*.*.*.*.*)*[!?]"])
-@pytest.mark.parametrize("matches", [matches_whole, matches_end, matches_behind_dot])
+@pytest.mark.parametrize("matches", [matches_whole, matches_end])
 def test_patterns_that_take_python_exponential_time_are_refused_or_matched_at_once(pattern, matches):
     began = time.process_time()
     with contextlib.suppress(re.error):

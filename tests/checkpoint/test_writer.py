@@ -20,6 +20,7 @@ from adaptkit.checkpoint.manifest import FileRecord
 from adaptkit.checkpoint.writer import DiskError, TensorWriter, copy_file, replace_file, replaced_name, write_file
 from adaptkit.errors import CheckpointError, UnsafeInputError
 from adaptkit.numerics.spec import TensorSpec
+from adaptkit.numerics.tensors import as_array
 
 SPECS = [TensorSpec("b", "F32", (6, 3)), TensorSpec("a", "BF16", (5,)), TensorSpec("none", "F16", (0, 2))]
 TENSORS = {
@@ -35,9 +36,9 @@ def test_pieces_of_any_size_give_the_same_file(tmp_path, cuts):
     edges = sorted({0, 6, *cuts})
     with TensorWriter(tmp_path, "x.safetensors", SPECS) as writer:
         for start, end in itertools.pairwise(edges):
-            writer.write("b", TENSORS["b"][start:end])
-        writer.write("a", TENSORS["a"])
-        writer.write("none", TENSORS["none"])
+            writer.write("b", as_array(TENSORS["b"][start:end]))
+        writer.write("a", as_array(TENSORS["a"]))
+        writer.write("none", as_array(TENSORS["none"]))
     content = (tmp_path / "x.safetensors").read_bytes()
     found = load_file(tmp_path / "x.safetensors")
     assert set(found) == set(TENSORS)
@@ -55,7 +56,7 @@ def test_a_given_header_is_written_unchanged(tmp_path):
     specs = [spec for spec, _ in header.tensors]
     with TensorWriter(tmp_path, "ours.safetensors", specs, header.raw) as writer:
         for spec in specs:
-            writer.write(spec.name, TENSORS[spec.name])
+            writer.write(spec.name, as_array(TENSORS[spec.name]))
     assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "theirs.safetensors").read_bytes()
 
 

@@ -15,7 +15,7 @@ import torch
 from folders import edited_tensors, tree
 from safetensors.torch import load_file
 
-from adaptkit.checkpoint._journal_file import append_line
+from adaptkit.checkpoint.journal import append_line
 from adaptkit.checkpoint.layout import COMPENSATION_NAME, JOURNAL_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint

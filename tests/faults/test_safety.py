@@ -16,7 +16,7 @@ FOLDERS = re.compile(r"(root|folder|path|final)$")
 JOINS = {
     "checkpoint/layout.py": {"root / name"},  # resolve_inside itself
     # our own names
-    "checkpoint/other_weights.py": {"root / name"},
+    "checkpoint/foreign.py": {"root / name"},
     "operations/_diff/files.py": {"root / name"},
     "operations/_calibrate/gradients.py": {"self._folder / f'{index}-{batch}'"},
     "operations/_merge/merged_model.py": {"self.root / undo.ADAPTERS_PREFIX / str(number)"},
@@ -128,7 +128,7 @@ def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
     renderers = users("text.rendering import")
     assert {module for module in renderers if not module.startswith("training/")} == {"text/windows.py"}
     readers = {module for module in users("text.windows import") if not module.startswith("training/")}
-    assert readers == {"operations/quantize.py"}
+    assert readers == {"operations/calibrate.py"}
 
 
 def test_only_a_few_modules_remove_files():
@@ -140,7 +140,7 @@ def test_only_a_few_modules_remove_files():
         if "os.remove" in names or {name.rpartition(".")[2] for name in names} & removers:
             found.add(module)
     assert found == {
-        "checkpoint/_clearing.py", "checkpoint/journal.py", "checkpoint/writer.py", "hub/_fetch.py",
+        "checkpoint/journal.py", "checkpoint/place.py", "checkpoint/writer.py", "hub/_fetch.py",
         "pipeline/work.py", "training/loop.py", "training/memory/paging.py", "training/resume.py",
     }  # fmt: skip
 

@@ -12,8 +12,9 @@ from packing import decode, encode
 from adaptkit.errors import CheckpointError
 from adaptkit.formats import nf4
 from adaptkit.formats._format import Encoding
-from adaptkit.numerics.dtypes import DTYPES, dtype_name
+from adaptkit.numerics.dtypes import dtype_name
 from adaptkit.numerics.spec import TensorSpec
+from adaptkit.numerics.tensors import DTYPES
 
 STATE_SUFFIX = nf4.FORMAT.state_suffix
 

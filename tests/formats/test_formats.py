@@ -11,7 +11,7 @@ from adaptkit import discovery, formats
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.formats._find import stated_encoding
 from adaptkit.formats._format import Encoding, WritableFormat, writable
-from adaptkit.numerics.arrays import as_array
+from adaptkit.numerics.tensors import as_array
 
 NAMES = writable()
 ALL = {name: discovery.load(formats, name, "FORMAT") for name in discovery.names(formats)}
@@ -110,10 +110,9 @@ def test_moments_give_the_squared_error_for_any_constant(name, dtype, count, blo
 @pytest.mark.parametrize("name", NAMES)
 def test_a_transposed_weight_is_quantized_in_row_major_order(name):
     weight = torch.randn(96, 65, generator=torch.Generator().manual_seed(0)).bfloat16()
-    turned = as_array(weight).T
-    encoding = Encoding(name, 32)
+    turned, encoding = as_array(weight).T, Encoding(name, 32)
     found = encoding.codec.encode(turned, encoding)
-    assert np.array_equal(found.codes, encode(name, np.ascontiguousarray(turned), 32).codes)
+    assert np.array_equal(found.codes, encode(name, weight.T.contiguous(), 32).codes)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,20 +1,20 @@
 """NF4 bytes match those of bitsandbytes' CPU backend."""
 
 import bitsandbytes.functional as bnb
+import numpy as np
 import pytest
 import torch
 
 from adaptkit.errors import UsageError
 from adaptkit.formats import nf4
 from adaptkit.formats._format import Encoding
-from adaptkit.numerics.absmax import dequantize_absmax, dynamic_map, quantize_absmax
-from adaptkit.numerics.arrays import as_array, as_tensor
+from adaptkit.numerics.absmax import dequantize_absmax, dynamic_levels, quantize_absmax
+from adaptkit.numerics.tensors import as_array, as_tensor
 
 
 def test_the_levels_for_constants_match_bitsandbytes():
-    assert torch.equal(dynamic_map(), bnb.create_dynamic_map(signed=True))
-    assert float(dynamic_map()[127]) == 0
-    assert float(dynamic_map()[255]) == 1
+    assert torch.equal(torch.from_numpy(dynamic_levels()), bnb.create_dynamic_map(signed=True))
+    assert dynamic_levels()[[127, 255]].tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -25,16 +25,14 @@ def test_bytes_match_bitsandbytes(shape, dtype):
     expected, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
     found = nf4.FORMAT.encode(as_array(weight), Encoding())
     assert torch.equal(as_tensor(found.codes), expected.view(-1))
-    double = quantize_absmax(as_tensor(found.constants))
-    assert torch.equal(double.nested_absmax, state.state2.absmax) or torch.allclose(
-        double.nested_absmax, state.state2.absmax, rtol=1e-6
-    )
+    double = quantize_absmax(found.constants)
+    np.testing.assert_allclose(double.nested_absmax, state.state2.absmax.numpy(), rtol=1e-6)
     ulp = float(torch.finfo(torch.float32).eps) * abs(double.offset)
     assert abs(double.offset - float(state.offset)) <= ulp
     if double.offset == float(state.offset):
-        assert torch.equal(double.codes, state.absmax)
+        assert np.array_equal(double.codes, state.absmax.numpy())
     else:  # the documented difference: the offset is one unit in the last place off, and a few codes with it
-        assert float((double.codes != state.absmax).float().mean()) < 0.01
+        assert (double.codes != state.absmax.numpy()).mean() < 0.01
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -47,9 +45,9 @@ def test_decoded_weights_match_bitsandbytes(dtype):
 
 
 def test_constants_round_trip_with_a_small_error():
-    absmax = torch.rand(1000, generator=torch.Generator().manual_seed(5)) + 0.5
+    absmax = torch.rand(1000, generator=torch.Generator().manual_seed(5)).numpy() + np.float32(0.5)
     back = dequantize_absmax(quantize_absmax(absmax))
-    assert float((back - absmax).abs().max()) < 0.01
+    assert np.abs(back - absmax).max() < 0.01
 
 
 @pytest.mark.parametrize("block_size", [0, 16, 48, 8192])
@@ -63,7 +61,7 @@ def test_no_constant_decodes_to_a_negative_number():
     generator = torch.Generator().manual_seed(1)
     absmax = torch.rand(4096, generator=generator) * 0.02
     absmax[::97] = 20.0
-    quantized = quantize_absmax(absmax)
+    quantized = quantize_absmax(absmax.numpy())
     assert float(dequantize_absmax(quantized).min()) >= 0
     weight = torch.randn(4096, 64, generator=generator) * (absmax.unsqueeze(1) / 4)
     _, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)

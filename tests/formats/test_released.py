@@ -16,7 +16,7 @@ from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.released import open_plain
 from adaptkit.formats._find import stored_weights
-from adaptkit.numerics.arrays import BFLOAT16
+from adaptkit.numerics.dtypes import BFLOAT16
 
 
 def write_alone(folder, tensors, model_type="llama", block=None):
@@ -79,9 +79,9 @@ def peak_of_one_row(folder):
     """Return the memory that reading the first row of the first weight takes, and the size of that weight, in bytes."""
     view = open_plain(folder)
     spec = view.spec(next(iter(view.weights)))
-    view.read_flat_array(spec.name, 0, 64)  # fills the tables
+    view.read_flat(spec.name, 0, 64)  # fills the tables
     tracemalloc.start()
-    view.read_flat_array(spec.name, 0, spec.shape[-1])
+    view.read_flat(spec.name, 0, spec.shape[-1])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak, spec.nbytes

@@ -11,7 +11,7 @@ from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.unread import mark_unread
 from adaptkit.training.preparation import make_fast
-from adaptkit.triton_needs import what_triton_lacks
+from adaptkit.training.triton_needs import what_triton_lacks
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)

@@ -1,71 +1,56 @@
-"""On a GPU every format gives the bytes that it gives on a CPU."""
+"""On a GPU blocks decode to the bits that they decode to on a CPU."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from packing import decode, encode
 
 from adaptkit.formats._format import Encoding, writable
-from adaptkit.numerics.absmax import DoubleQuantized, dequantize_absmax, quantize_absmax
-from adaptkit.numerics.kernels import kernels_for
+from adaptkit.numerics.absmax import GROUP
 from adaptkit.numerics.spec import TensorSpec
-from adaptkit.triton_needs import what_triton_lacks
+from adaptkit.training.network.decode import NestedConstants, decode_constants
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
 
-FORMATS = {name: Encoding(name).codec for name in writable()}
+BLOCKWISE = [name for name in writable() if name in ("nf4", "fp4", "int8")]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 
 
-@pytest.mark.skipif(bool(what_triton_lacks()), reason="needs Triton")
-def test_a_gpu_uses_the_triton_kernels():
-    assert kernels_for(torch.device("cuda")).__name__.endswith(".gpu")
+@pytest.mark.parametrize("count", [1, 255, 256, 100_001])
+def test_nested_constants_do_not_depend_on_the_device(count):
+    generator = torch.Generator().manual_seed(count)
+    codes = torch.randint(0, 256, (count,), generator=generator, dtype=torch.uint8)
+    nested, levels = torch.rand(-(-count // GROUP), generator=generator), torch.rand(256, generator=generator)
+    expected = decode_constants(NestedConstants(codes, nested, 0.37), levels)
+    found = decode_constants(NestedConstants(codes.cuda(), nested.cuda(), 0.37), levels.cuda())
+    assert torch.equal(found.cpu(), expected)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+def on_a_gpu(weight):
+    constants = weight.constants
+    if isinstance(constants, NestedConstants):
+        constants = NestedConstants(constants.codes.cuda(), constants.nested_absmax.cuda(), constants.offset)
+    else:
+        constants = constants.cuda()
+    return replace(weight, codes=weight.codes.cuda(), constants=constants, levels=weight.levels.cuda())
+
+
+@pytest.mark.parametrize("name", BLOCKWISE)
+@pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("count", "scale"),
-    [(count, 0.02) for count in (1, 63, 64, 65, 1_000_003)]
-    + [(4096 * 16, scale) for scale in (1.0, 1e-6, 1e-37, 1e-39)],
+    ("shape", "scale"), [((64, 128), 1.0), ((300, 4096), 0.02), ((7, 33), 1e-6), ((64, 64), 1e-37)]
 )
-def test_bytes_do_not_depend_on_the_device(name, dtype, scale, count):
-    weight = (torch.randn(count, generator=torch.Generator().manual_seed(count)) * scale).to(dtype)
-    weight[64:128] = 0
-    codes, absmax, moments = FORMATS[name].quantize(weight, 64, measure=True)
-    found = FORMATS[name].quantize(weight.cuda(), 64, measure=True)
-    assert torch.equal(found[0].cpu(), codes)
-    assert torch.equal(found[1].cpu(), absmax)
-    torch.testing.assert_close(found[2].cpu(), moments, rtol=2e-7, atol=0)
-    for target in DTYPES:
-        back = FORMATS[name].dequantize(codes, absmax, count, 64, target)
-        again = FORMATS[name].dequantize(*found[:2], count, 64, target)
-        assert torch.equal(again.cpu().view(INTS[target]), back.view(INTS[target]))
-
-
-@pytest.mark.parametrize("count", [1, 255, 256, 100_001])
-def test_double_quantized_constants_do_not_depend_on_the_device(count):
-    absmax = torch.rand(count, generator=torch.Generator().manual_seed(count))
-    absmax[::97] *= 100
-    expected, found = quantize_absmax(absmax), quantize_absmax(absmax.cuda())
-    assert torch.equal(found.codes.cpu(), expected.codes)
-    assert torch.equal(found.nested_absmax.cpu(), expected.nested_absmax)
-    assert found.offset == expected.offset
-    on_device = DoubleQuantized(expected.codes.cuda(), expected.nested_absmax.cuda(), expected.offset)
-    assert torch.equal(dequantize_absmax(on_device).cpu(), dequantize_absmax(expected))
-
-
-@pytest.mark.parametrize("name", ["nf4", "fp4"])
-@pytest.mark.parametrize("shape", [(64, 128), (300, 4096), (7, 33)])
-def test_a_packed_weight_is_the_same_on_both_devices(name, shape):
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    parts = encode(TensorSpec("x.weight", "BF16", shape), weight, Encoding(name, 64, True))
+def test_a_packed_weight_is_the_same_on_both_devices(name, double_quant, dtype, shape, scale):
+    weight = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale).to(dtype)
+    stated = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}[dtype]
+    parts = encode(TensorSpec("x.weight", stated, shape), weight, Encoding(name, 64, double_quant))
     parts = {suffix.removeprefix("x.weight"): part for suffix, part in parts.items()}
     here = decode("x.weight", parts)
-    moved = {suffix: part if "state" in suffix else part.cuda() for suffix, part in parts.items()}
-    there = decode("x.weight", moved)
+    there = on_a_gpu(here)
     for target in DTYPES:
-        assert torch.equal(
-            there.dequantize(target).cpu().view(INTS[target]), here.dequantize(target).view(INTS[target])
-        )
+        again = there.dequantize(target).cpu()
+        assert torch.equal(again.view(INTS[target]), here.dequantize(target).view(INTS[target]))

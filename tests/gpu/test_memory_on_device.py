@@ -6,12 +6,12 @@ import pytest
 import tiny
 import torch
 
-from adaptkit.numerics.adamw import BLOCK, AdamW, decode, encode
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.dry_run import plan_run
 from adaptkit.training.loop import train
 from adaptkit.training.memory import paging
+from adaptkit.training.memory.adamw import BLOCK, AdamW, decode, encode
 from adaptkit.training.memory.moments import PagedState
 from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.memory.optimizer import PagedAdamW

@@ -5,11 +5,11 @@ import torch
 from adapted import plain_in
 
 from adaptkit.networks import tables
-from adaptkit.numerics.kernels import _gpu_layers
+from adaptkit.training.fast import gpu_layers
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 from adaptkit.training.network.tables import keep_in_host_memory
-from adaptkit.triton_needs import what_triton_lacks
+from adaptkit.training.triton_needs import what_triton_lacks
 
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device", allow_module_level=True)
@@ -25,7 +25,7 @@ def test_rows_are_read_from_pinned_host_memory(dtype):
     table = torch.randn(30000, 1500).to(dtype).pin_memory()
     ids = torch.randint(0, 30000, (3, 700))
     before = torch.cuda.memory_allocated()
-    found = _gpu_layers.look_up(table, ids.to(GPU))
+    found = gpu_layers.look_up(table, ids.to(GPU))
     assert found.is_cuda
     assert torch.equal(found.cpu(), table[ids])
     assert torch.cuda.memory_allocated() - before < 2 * found.nbytes < table.nbytes

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError
 from adaptkit.networks.addressing import Slice, find_addresses
+from adaptkit.numerics.tensors import as_tensor
 
 NAMES = ["model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"]
 
@@ -77,7 +78,7 @@ def test_a_stack_of_experts_is_found_in_files_with_a_matrix_per_expert(tmp_path,
             number, count = piece.part
             rows = parameter.shape[1] // count
             expected = parameter[piece.expert, number * rows : (number + 1) * rows]
-            assert torch.equal(checkpoint.read(piece.name), expected)
+            assert torch.equal(as_tensor(checkpoint.read(piece.name)), expected)
 
 
 def test_an_unknown_architecture_gives_a_base_mismatch_error(llama, copy_of):
@@ -104,7 +105,7 @@ def test_an_audio_model_is_built_by_the_name_of_its_class(tmp_path):
     found = find_addresses(checkpoint, names, "a").of
     for name in names:
         (place,) = found[name]
-        assert torch.equal(checkpoint.read(place.name), model.get_parameter(name))
+        assert torch.equal(as_tensor(checkpoint.read(place.name)), model.get_parameter(name))
 
 
 def test_a_vision_tower_is_found_though_the_language_model_has_none(tmp_path):
@@ -124,7 +125,9 @@ def test_a_vision_tower_is_found_though_the_language_model_has_none(tmp_path):
     names = [name for name, _ in model.named_parameters() if name.endswith("q_proj.weight")]
     assert {name.split(".")[1] for name in names} == {"vision_model", "language_model"}
     found = find_addresses(checkpoint, names, "a").of
-    assert all(torch.equal(checkpoint.read(found[name][0].name), model.get_parameter(name)) for name in names)
+    assert all(
+        torch.equal(as_tensor(checkpoint.read(found[name][0].name)), model.get_parameter(name)) for name in names
+    )
     with pytest.raises(BaseMismatchError, match=r"changes model\.nobodys\.weight"):
         find_addresses(checkpoint, [*names, "model.nobodys.weight"], "a")
 
@@ -162,7 +165,7 @@ def test_parameters_are_found_by_their_names_in_transformers_4(tmp_path, writer)
     names = {f"model.{said}.{layer}": f"model.{today}.{layer}" for said, today in inside.items()}
     found = find_addresses(checkpoint, names, "a").of
     for name, today in names.items():
-        assert torch.equal(checkpoint.read(found[name][0].name), model.get_parameter(today))
+        assert torch.equal(as_tensor(checkpoint.read(found[name][0].name)), model.get_parameter(today))
     wrong = "model.vision_tower.vision_model.encoder.layers.9.self_attn.q_proj.weight"
     with pytest.raises(BaseMismatchError, match=re.escape(f"changes {wrong}")):
         find_addresses(checkpoint, [*names, wrong], "a")

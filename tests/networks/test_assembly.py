@@ -15,6 +15,7 @@ from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.assembly import Assembly, find_stack
+from adaptkit.numerics.tensors import as_tensor
 from adaptkit.training.network.model import load_model
 
 CPU = torch.device("cpu")
@@ -69,7 +70,7 @@ def test_parameters_are_resident_under_all_their_names_while_the_block_runs(llam
     embedding, head = assembly.network.get_input_embeddings(), assembly.network.get_output_embeddings()
     other = "model.layers.0.mlp.up_proj.weight"
     with assembly.resident(["model.embed_tokens.weight"], torch.float32, CPU):
-        assert torch.equal(embedding.weight, Checkpoint(llama).read("model.embed_tokens.weight").float())
+        assert torch.equal(embedding.weight, as_tensor(Checkpoint(llama).read("model.embed_tokens.weight")).float())
         assert head.weight is embedding.weight
         assert assembly.network.get_parameter(other).is_meta
     assert embedding.weight.is_meta

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,9 +13,11 @@ from adaptkit.errors import UsageError
 from adaptkit.numerics import calibration, rounding
 from adaptkit.numerics.absmax import dequantize_absmax
 from adaptkit.numerics.calibration import weighted_nf4
-from adaptkit.numerics.kernels import _cpu_rounding, reference
+from adaptkit.numerics.dtypes import BFLOAT16
+from adaptkit.numerics.kernels import reference
 from adaptkit.numerics.kernels.codebook import NF4, NF4_LEVELS
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor, damped
+from adaptkit.numerics.tensors import as_array
 
 
 def correlated(columns, seed=0):
@@ -22,17 +25,20 @@ def correlated(columns, seed=0):
     mixing = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
     mixing[:, : columns // 4] *= 4
     inputs = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64) @ mixing.T
-    return inputs.T @ inputs / len(inputs)
+    return as_array(inputs.T @ inputs / len(inputs))
+
+
+def normal(rows, columns, seed):
+    return as_array(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)))
 
 
 def decode(weight, codes, constants, block_size):
     absmax = dequantize_absmax(constants)
-    flat = reference.decode_4bit(codes, absmax, weight.numel(), block_size, NF4, torch.float32)
-    return flat.view(weight.shape)
+    return reference.decode_4bit(codes, absmax, weight.size, block_size, NF4, np.float32).reshape(weight.shape)
 
 
 def output_loss(weight, codes, constants, second_moment, block_size=64):
-    lost = (weight.float() - decode(weight, codes, constants, block_size)).double()
+    lost = weight.astype(np.float64) - decode(weight, codes, constants, block_size)
     return float(((lost @ second_moment) * lost).sum())
 
 
@@ -40,7 +46,7 @@ def output_loss(weight, codes, constants, second_moment, block_size=64):
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_outputs_change_less_than_with_rounding_to_nearest(columns, block_size, double_quant):
     second_moment = correlated(columns)
-    weight = torch.randn(40, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
+    weight = normal(40, columns, 1).astype(BFLOAT16)
     importance = second_moment.diagonal()
     nearest = weighted_nf4(weight, importance, block_size, double_quant)
     factor = compensation_factor(second_moment)
@@ -54,83 +60,80 @@ def test_outputs_change_less_than_with_rounding_to_nearest(columns, block_size, 
 @given(st.integers(0, 2**31), st.sampled_from([48, 64, 96, 130, 200]), st.integers(1, 20))
 def test_codes_match_the_plain_recursion_in_float64(seed, columns, rows):
     second_moment = correlated(columns, seed % 1000)
-    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    weight = normal(rows, columns, seed)
     importance = second_moment.diagonal()
     codes, scales = compensated_nf4(weight, importance, compensation_factor(second_moment), double_quant=False)
-    inverse = torch.linalg.inv(damped(second_moment))
-    factor = torch.linalg.cholesky(inverse).T  # lower L Lᵀ = H⁻¹, so its transpose is the upper factor
-    levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)
-    elements = scales.double().repeat_interleave(64)[: rows * columns].view(rows, columns)
-    found = decode(weight, codes, scales, 64).double()
-    work = weight.double().clone()
+    factor = np.linalg.cholesky(np.linalg.inv(damped(second_moment))).T  # L Lᵀ = H⁻¹, so Lᵀ is the upper factor
+    levels = np.array(NF4_LEVELS)
+    elements = scales.astype(np.float64).repeat(64)[: rows * columns].reshape(rows, columns)
+    found = decode(weight, codes, scales, 64).astype(np.float64)
+    work = weight.astype(np.float64)
     close_calls = 0
     for j in range(columns):
         grid = levels * elements[:, j : j + 1]
-        distances = (work[:, j : j + 1] - grid).abs()
-        best, second = distances.topk(2, dim=1, largest=False).values.T
-        differs = (found[:, j] - grid.gather(1, distances.argmin(1, keepdim=True))[:, 0]).abs() > 1e-6
+        distances = np.abs(work[:, j : j + 1] - grid)
+        best, second = np.sort(distances, axis=1).T[:2]
+        differs = np.abs(found[:, j] - grid[np.arange(rows), distances.argmin(1)]) > 1e-6
         close_calls += int(differs.sum())
-        assert bool(((second - best) < 1e-4)[differs].all())
+        assert ((second - best) < 1e-4)[differs].all()
         error = (work[:, j] - found[:, j]) / factor[j, j]
-        work[:, j + 1 :] -= error.unsqueeze(1) * factor[j, j + 1 :]
+        work[:, j + 1 :] -= np.outer(error, factor[j, j + 1 :])
     assert close_calls <= 2
 
 
 def test_a_row_is_rounded_alike_alone_and_among_more_rows_than_are_processed_together():
-    weight = torch.randn(2 * _cpu_rounding.ROWS + 1, 256, generator=torch.Generator().manual_seed(4))
+    weight = normal(2 * rounding.ROWS + 1, 256, 4)
     second_moment = correlated(256)
     arguments = second_moment.diagonal(), compensation_factor(second_moment), 64, False
     together, scales = compensated_nf4(weight, *arguments)
     alone = [compensated_nf4(row[None], *arguments) for row in weight]
-    assert torch.equal(together, torch.cat([codes for codes, _ in alone]))
-    assert torch.equal(scales, torch.cat([found for _, found in alone]))
+    assert np.array_equal(together, np.concatenate([codes for codes, _ in alone]))
+    assert np.array_equal(scales, np.concatenate([found for _, found in alone]))
 
 
 def test_uncorrelated_inputs_give_the_codes_of_weighted_nf4(monkeypatch):
     monkeypatch.setattr(calibration, "REACH", 0)
     monkeypatch.setattr(rounding, "REACH", 0)
-    generator = torch.Generator().manual_seed(2)
-    weight = torch.randn(9, 128, generator=generator)
-    importance = torch.rand(128, generator=generator) + 0.1
-    factor = compensation_factor(torch.diag(importance))
+    weight, importance = normal(9, 128, 2), np.abs(normal(1, 128, 3)[0]) + 0.1
+    factor = compensation_factor(np.diag(importance))
     codes, constants = compensated_nf4(weight, importance, factor)
     expected_codes, expected = weighted_nf4(weight, importance)
-    assert torch.equal(constants.codes, expected.codes)
-    assert torch.equal(codes, expected_codes)
+    assert np.array_equal(constants.codes, expected.codes)
+    assert np.array_equal(codes, expected_codes)
 
 
 def test_an_odd_number_of_weights_is_padded_like_plain_nf4():
-    weight = torch.randn(3, 65, generator=torch.Generator().manual_seed(3))
-    codes, _ = compensated_nf4(weight, torch.ones(65), torch.eye(65))
+    weight = normal(3, 65, 3)
+    codes, _ = compensated_nf4(weight, np.ones(65), np.eye(65, dtype=np.float32))
     assert codes.shape == reference.encode_4bit(weight, 64, NF4)[0].shape
     assert int(codes[-1]) & 15 == 7
 
 
 def test_all_zero_inputs_count_as_uncorrelated():
-    assert torch.equal(compensation_factor(torch.zeros(5, 5)), torch.eye(5))
+    assert np.array_equal(compensation_factor(np.zeros((5, 5))), np.eye(5))
 
 
 def test_second_moments_of_the_wrong_shape_are_refused():
     with pytest.raises(UsageError, match="factor"):
-        compensated_nf4(torch.ones(2, 64), torch.ones(64), torch.eye(32))
+        compensated_nf4(np.ones((2, 64)), np.ones(64), np.eye(32))
     with pytest.raises(UsageError, match="square"):
-        compensation_factor(torch.ones(3, 4))
+        compensation_factor(np.ones((3, 4)))
 
 
 MEASURE = """
 import re
 from pathlib import Path
-import torch
+import numpy as np
 from adaptkit.numerics.rounding import compensation_factor
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
-compensation_factor(torch.eye(64))
-second_moment = torch.eye(2048) + 0.5 / 2048
+compensation_factor(np.eye(64, dtype=np.float32))
+second_moment = np.eye(2048, dtype=np.float32) + np.float32(0.5 / 2048)
 before = peak()
 compensation_factor(second_moment)
-print((peak() - before) / (8 * second_moment.numel()))
+print((peak() - before) / (8 * second_moment.size))
 """
 
 

@@ -21,7 +21,8 @@ from adaptkit.checkpoint.side_files import side_files
 from adaptkit.errors import CheckpointError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.formats._find import quantized_names
 from adaptkit.numerics.spec import TensorSpec
-from adaptkit.operations._quantize.tensor_plan import TensorPlan
+from adaptkit.numerics.tensors import as_array, as_tensor
+from adaptkit.operations._quantize.plan import TensorPlan
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.verify import verify
@@ -95,7 +96,7 @@ def test_gpt2_weights_are_transposed_to_quantize_and_back_to_dequantize(gpt2, tm
     for name in names:
         turned = source[name].T.contiguous()
         codes, state = bnb.functional.quantize_4bit(turned, blocksize=64, quant_type="nf4", compress_statistics=True)
-        assert torch.equal(checkpoint.read(name), codes)
+        assert torch.equal(as_tensor(checkpoint.read(name)), codes)
         assert read_quantized(checkpoint, name).shape == tuple(turned.shape)
         expected = bnb.functional.dequantize_4bit(codes, state).T
         assert (plain[name].float() - expected.float()).abs().max() < 1e-3
@@ -153,7 +154,7 @@ def test_the_manifest_records_fingerprints_of_source_and_result(llama, llama_nf4
     assert manifest.kind == "quantized"
     assert "threads" not in manifest.operation["options"]
     assert {f"{t.module}.weight": t.base_xxh3_128 for t in manifest.targets} == {
-        name: fingerprint(source[name]) for name in quantized_names(Checkpoint(llama_nf4))
+        name: fingerprint(as_array(source[name])) for name in quantized_names(Checkpoint(llama_nf4))
     }
     assert len({target.quantized_root for target in manifest.targets}) == 14
     assert str(llama) not in manifest.to_bytes().decode()
@@ -367,7 +368,7 @@ def test_fp4_matches_bitsandbytes_and_loads_in_its_readers(llama, tmp_path):
     )
     for name in quantized_names(checkpoint):
         codes, _ = bnb.functional.quantize_4bit(source[name], blocksize=64, quant_type="fp4")
-        assert torch.equal(checkpoint.read(name), codes), name
+        assert torch.equal(as_tensor(checkpoint.read(name)), codes), name
         layer = model.get_submodule(name.removesuffix(".weight"))
         theirs = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         assert layer.weight.quant_type == "fp4"

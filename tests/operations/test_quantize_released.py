@@ -96,9 +96,7 @@ def test_every_read_of_the_view_is_of_the_16_bit_checkpoint(releases, kind):
         assert bytes(view.read_bytes(name, start, count)) == bytes(expected.read_bytes(name, start, count))
         first = data.draw(st.integers(0, spec.count))
         some = data.draw(st.integers(0, spec.count - first))
-        assert (
-            view.read_flat_array(name, first, some).tobytes() == expected.read_flat_array(name, first, some).tobytes()
-        )
+        assert view.read_flat(name, first, some).tobytes() == expected.read_flat(name, first, some).tobytes()
 
     same()
 

@@ -98,9 +98,9 @@ def test_vocabularies_are_restored_wherever_the_runs_of_rows_end(tmp_path, name,
 @pytest.mark.parametrize("name", OF_EVERY_KIND)
 def test_neither_result_depends_on_where_runs_of_rows_end(tmp_path, monkeypatch, case_of, name):
     """Matrices this small are a single run. Here every row is one, and of a vocabulary some are added rows."""
-    case, options, cut = case_of(name), options_for(name), folding._cut
+    case, options, pieces = case_of(name), options_for(name), folding.Fold.pieces
     merge(case.base, case.adapter, tmp_path / "usual", options)
-    monkeypatch.setattr(folding, "_cut", lambda matrix, panel_rows, _: cut(matrix, panel_rows, matrix[1]))
+    monkeypatch.setattr(folding.Fold, "pieces", lambda fold, run_bytes=0: pieces(fold, 1))
     assert_comes_back(tmp_path, case.base, [case.adapter], options)
     assert files_of(tmp_path / "merged") == files_of(tmp_path / "usual")
 

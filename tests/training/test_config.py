@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adaptkit.checkpoint.document import Document, read_document
-from adaptkit.checkpoint.typed import Place, build
+from adaptkit.documents import Document, read_document
 from adaptkit.errors import ConfigError
+from adaptkit.settings import Place, build
 from adaptkit.training.config import TrainConfig
 
 GOOD = {"base": "b", "data": ["d.jsonl"]}

@@ -15,8 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, NonFiniteError, UsageError
-from adaptkit.numerics.adamw import moment_bytes
-from adaptkit.operations.plan import PlanOptions, plan
 from adaptkit.operations.verify import verify
 from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
@@ -24,10 +22,12 @@ from adaptkit.training.dry_run import plan_run
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
 from adaptkit.training.memory.activations import predicted_memory, save_activations
+from adaptkit.training.memory.adamw import moment_bytes
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.adapt import parameter_places, train_whole
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.start import add_trainable, resolve_method
+from adaptkit.training.plan import PlanOptions, plan
 from adaptkit.training.result import records_of, write_result
 
 CPU = torch.device("cpu")

@@ -23,6 +23,7 @@ from adaptkit.checkpoint.hashing import file_sha256, fingerprint, fingerprint_in
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import ConflictError, NonFiniteError, OutputExistsError, UsageError
+from adaptkit.numerics.tensors import as_array
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
 from adaptkit.text.limits import pad_id
@@ -113,7 +114,7 @@ def poisoned(tmp_path_factory):
     (letter,) = load_tokenizer(folder / "plain")("Z")["input_ids"]
     with edited_tensors(folder / "nf4" / "model.safetensors") as tensors:
         tensors["model.embed_tokens.weight"][letter] = math.inf
-    confirm(folder / "nf4", fingerprint(tensors["model.embed_tokens.weight"]))
+    confirm(folder / "nf4", fingerprint(as_array(tensors["model.embed_tokens.weight"])))
     lines = tiny.write_instructions(folder / "rows.jsonl", rows=12).read_text().splitlines()
     lines[7] = json.dumps({"instruction": "Z", "context": "", "output": "quiet"})
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
@@ -706,7 +707,7 @@ def test_weights_of_a_base_without_a_manifest_are_fingerprinted_once(llama, conf
     assert set(read.values()) == {1}
     targets = require_manifest(tmp_path / "adapter").targets
     assert {t.module: t.base_xxh3_128 for t in targets} == {
-        t.module: fingerprint(load_file(llama / "model.safetensors")[f"{t.module}.weight"]) for t in targets
+        t.module: fingerprint(as_array(load_file(llama / "model.safetensors")[f"{t.module}.weight"])) for t in targets
     }
 
 

@@ -46,7 +46,7 @@ def command(model: Path, targets: tuple[str, ...], as_json: bool, quiet: bool, *
 
     Prints memory by part and trainable parameters by rank.
     """
-    from adaptkit.operations.plan import PlanOptions, plan
+    from adaptkit.training.plan import PlanOptions, plan
 
     report = plan(model, PlanOptions(targets=targets or ("*",), **options))
     share = percent(report.trainable_parameters / report.parameters)

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.checkpoint.document import read_document
-from adaptkit.checkpoint.typed import Place, build
 from adaptkit.cli.options import InSections, given, output_options, settings_options
 from adaptkit.cli.output import Row, counted, say, show, size, torchrun_rank
 from adaptkit.cli.paths import ArtifactPath, LocalPath, fetched
 from adaptkit.cli.progress import training_progress
 from adaptkit.cli.training_view import batch_lines, cut_rows, data_rows, has_colour
+from adaptkit.documents import read_document
 from adaptkit.errors import UsageError
+from adaptkit.settings import Place, build
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.heap import prepare_process
 

@@ -13,11 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from adaptkit.lazy import torch
-from adaptkit.numerics.arrays import BFLOAT16, AnyValues, Array, DType, Values, as_array, as_tensor, cast, like
+from adaptkit.numerics.dtypes import BFLOAT16, Array, cast
 from adaptkit.numerics.kernels import _reference_blocks as reference
-from adaptkit.numerics.kernels import _whole_blocks
-from adaptkit.numerics.kernels._cpu_decode import decode_by_pairs, decode_by_selection, level_pairs, scratch_for
+from adaptkit.numerics.kernels._cpu_decode import (
+    decode_by_pairs,
+    decode_by_selection,
+    decode_one_by_one,
+    level_pairs,
+    scratch_for,
+)
 from adaptkit.numerics.kernels._cpu_float import any_value, canonical_nan, float_bits, magnitude, rounded, value
 from adaptkit.numerics.kernels._cpu_memory import empty
 from adaptkit.numerics.kernels._jit import compiled, jit
@@ -110,56 +114,49 @@ def sum_errors(moments, absmax):
     return total
 
 
-def encode_4bit(weight: Values, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
-    """See ``reference.encode_4bit``."""
+def encode_4bit(weight: Array, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
+    """See ``reference.encode_4bit``, which also encodes a short last block: that is scaled by another rule."""
+    flat = _loadable(weight)
+    count, full = flat.size, flat.size // block_size
+    codes, absmax, moments = _outputs((count + 1) // 2, np.uint8, -(-count // block_size), measure)
     bounds, ascending = (tuple(map(np.float32, values)) for values in (book.bounds, book.ascending))
-    steps = block_size, bounds, tuple(map(np.uint8, book.order)), ascending
+    room = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
+    sums = None if moments is None else moments[:full]
+    order = tuple(map(np.uint8, book.order))
+    _encode_4bit(float_bits(flat), block_size, bounds, order, ascending, room, codes, absmax[:full], sums)
+    if rest := count - full * block_size:
+        last = reference.encode_4bit(flat[-rest:], block_size, book, measure)
+        codes[full * block_size // 2 :], absmax[full:] = last[0], last[1]
+        if moments is not None:
+            moments[full:] = last[2]
+    return codes, absmax, moments
 
-    def whole(flat: Array, codes: Array, absmax: Array, moments: Array | None) -> None:
-        room = np.empty(block_size, np.float32), np.empty(block_size, np.float32)
-        _encode_4bit(float_bits(flat), *steps, room, codes, absmax, moments)
 
-    def definition(flat: Array, codes: Array, absmax: Array, moments: Array | None) -> None:
-        encoded = reference.encode_4bit(as_tensor(flat), block_size, book, measure)
-        _whole_blocks.fill(encoded, codes, absmax, moments)
-
-    return _encode(weight, block_size, 4, measure, whole, definition)
+def _loadable(weight: Array) -> Array:
+    flat = np.ascontiguousarray(weight).reshape(-1)
+    return flat if flat.dtype in (BFLOAT16, np.float16, np.float32) else cast(flat, np.float32)
 
 
-def _encode(
-    weight: Values, block_size: int, bits: int, measure: bool, whole: _whole_blocks.Encode, last: _whole_blocks.Encode
-) -> Encoded:
-    flat = np.ascontiguousarray(as_array(weight)).reshape(-1)
-    if flat.dtype not in (BFLOAT16, np.float16, np.float32):
-        flat = cast(flat, np.float32)
-    codes, absmax, moments = _whole_blocks.encode(flat, block_size, bits, measure, empty, whole, last)
-    return like(weight, codes), like(weight, absmax), None if moments is None else like(weight, moments)
+def _outputs(count: int, dtype: Any, blocks: int, measure: bool) -> tuple[Array, Array, Array | None]:
+    return empty(count, dtype), empty(blocks, np.float32), empty((blocks, 3), np.float32) if measure else None
 
 
 def decode_4bit(
-    codes: AnyValues, absmax: AnyValues, count: int, block_size: int, book: Codebook, dtype: DType
-) -> AnyValues:
+    codes: Array, absmax: Array, count: int, block_size: int, book: Codebook, dtype: np.dtype[Any]
+) -> Array:
     """See ``reference.decode_4bit``."""
-    out = _empty(codes, count, dtype)
-    packed, constants = np.ascontiguousarray(as_array(codes)).reshape(-1), np.ascontiguousarray(as_array(absmax))
-    full = count // block_size
+    out: Array = empty(count, dtype)
+    packed, constants = np.ascontiguousarray(codes).reshape(-1), np.ascontiguousarray(absmax)
+    full, table = count // block_size, level_pairs(book.levels)
     weights = full * block_size
-    bits = float_bits(out[:weights])
+    bits = float_bits(out)
     decode = decode_by_selection if bits.dtype.itemsize == 2 else decode_by_pairs
-    room = scratch_for(bits, 1)[0]
-    decode(packed[: weights // 2], constants[:full], block_size, level_pairs(book.levels), room, bits)
+    decode(packed[: weights // 2], constants[:full], block_size, table, scratch_for(bits, 1)[0], bits[:weights])
     if weights < count:
-        tail = as_tensor(out[weights:])
-        rest = as_tensor(packed[weights // 2 :]), as_tensor(constants[full:]), count - weights
-        tail[:] = reference.decode_4bit(*rest, block_size, book, tail.dtype)
+        last = np.empty(-(-(count - weights) // 2) * 2, bits.dtype)
+        decode_one_by_one(packed[weights // 2 :], constants[full:], block_size, table, last)
+        bits[weights:] = last[: count - weights]
     return out
-
-
-def _empty(codes: AnyValues, count: int, dtype: DType) -> AnyValues:
-    """Make an empty (count,) output: an array if the codes are one, else a tensor."""
-    kind: Any = dtype
-    made: Any = empty(count, kind) if isinstance(codes, np.ndarray) else torch.empty(count, dtype=kind)
-    return made  # type: ignore[no-any-return]
 
 
 @jit
@@ -172,10 +169,10 @@ def _encode_8bit(flat, block_size, codes, absmax, moments):
         absmax[block] = largest
         factor = scale / largest if largest > 0 else np.float32(0)
         if np.isinf(factor):
-            for i in range(block_size):
+            for i in range(x.size):
                 out[i] = np.float32(value(x, x[i]) / largest * scale + _ROUND).view(np.int32)
         else:
-            for i in range(block_size):
+            for i in range(x.size):
                 out[i] = np.float32(value(x, x[i]) * factor + _ROUND).view(np.int32)
         if moments is not None:
             _sum_moments_8bit(x, out, moments[block])
@@ -192,16 +189,12 @@ def _sum_moments_8bit(x, codes, moments):
     moments[0], moments[1], moments[2] = xx, xq / 127.0, qq / 16129.0
 
 
-def encode_8bit(weight: Values, block_size: int, measure: bool = False) -> Encoded:
+def encode_8bit(weight: Array, block_size: int, measure: bool = False) -> Encoded:
     """See ``reference.encode_8bit``."""
-
-    def whole(flat: Array, codes: Array, absmax: Array, moments: Array | None) -> None:
-        _encode_8bit(float_bits(flat), block_size, codes, absmax, moments)
-
-    def definition(flat: Array, codes: Array, absmax: Array, moments: Array | None) -> None:
-        _whole_blocks.fill(reference.encode_8bit(as_tensor(flat), block_size, measure), codes, absmax, moments)
-
-    return _encode(weight, block_size, 8, measure, whole, definition)
+    flat = _loadable(weight)
+    codes, absmax, moments = _outputs(flat.size, np.int8, -(-flat.size // block_size), measure)
+    _encode_8bit(float_bits(flat), block_size, codes, absmax, moments)
+    return codes, absmax, moments
 
 
 @jit
@@ -214,9 +207,9 @@ def _decode_8bit(codes, absmax, block_size, out):
             x[i] = rounded(out, np.float32(q[i]) * step)
 
 
-def decode_8bit(codes: AnyValues, absmax: AnyValues, count: int, block_size: int, dtype: DType) -> AnyValues:
+def decode_8bit(codes: Array, absmax: Array, count: int, block_size: int, dtype: np.dtype[Any]) -> Array:
     """See ``reference.decode_8bit``."""
-    out = _empty(codes, count, dtype)
-    flat = np.ascontiguousarray(as_array(codes).reshape(-1)[:count])
-    _decode_8bit(flat, np.ascontiguousarray(as_array(absmax)), block_size, float_bits(out))
+    out: Array = empty(count, dtype)
+    flat = np.ascontiguousarray(codes.reshape(-1)[:count])
+    _decode_8bit(flat, np.ascontiguousarray(absmax), block_size, float_bits(out))
     return out

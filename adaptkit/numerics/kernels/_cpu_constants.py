@@ -5,7 +5,7 @@ from __future__ import annotations
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.numerics.arrays import AnyValues, as_array, like
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.kernels._cpu_memory import empty
 from adaptkit.numerics.kernels._jit import jit
 from adaptkit.numerics.kernels._reference_blocks import GROUP
@@ -39,12 +39,11 @@ def _encode(absmax, lookup, levels, codes, nested):
     return offset
 
 
-def encode_constants(absmax: AnyValues, lookup: AnyValues, levels: AnyValues) -> tuple[AnyValues, AnyValues, float]:
+def encode_constants(absmax: Array, lookup: Array, levels: Array) -> tuple[Array, Array, float]:
     """See ``reference.encode_constants``."""
-    constants, *tables = (np.ascontiguousarray(as_array(values)) for values in (absmax, lookup, levels))
-    codes, nested = empty(constants.size, np.uint8), empty(-(-constants.size // GROUP), np.float32)
-    offset = float(_encode(constants, *tables, codes, nested))
-    return like(absmax, codes), like(absmax, nested), offset
+    codes, nested = empty(absmax.size, np.uint8), empty(-(-absmax.size // GROUP), np.float32)
+    offset = float(_encode(*map(np.ascontiguousarray, (absmax, lookup, levels)), codes, nested))
+    return codes, nested, offset
 
 
 @jit
@@ -56,9 +55,9 @@ def decode_groups(codes, nested, offset, levels, start, stop, absmax):
             absmax[i] = levels[codes[i]] * scale + offset
 
 
-def decode_constants(codes: AnyValues, nested_absmax: AnyValues, offset: float, levels: AnyValues) -> AnyValues:
+def decode_constants(codes: Array, nested_absmax: Array, offset: float, levels: Array) -> Array:
     """See ``reference.decode_constants``."""
-    flat, nested, table = (np.ascontiguousarray(as_array(values)) for values in (codes, nested_absmax, levels))
-    absmax = empty(flat.size, np.float32)
-    decode_groups(flat.reshape(-1), nested, np.float32(offset), table, 0, flat.size, absmax)
-    return like(codes, absmax)
+    flat, nested, table = map(np.ascontiguousarray, (codes.reshape(-1), nested_absmax, levels))
+    absmax: Array = empty(flat.size, np.float32)
+    decode_groups(flat, nested, np.float32(offset), table, 0, flat.size, absmax)
+    return absmax

@@ -11,7 +11,7 @@ from typing import Any
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal, rounded_once
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
 from adaptkit.numerics.kernels._cpu_memory import empty
@@ -100,54 +100,44 @@ def _addition_sums(weight, merged, delta):
     return moved, squared_delta, squared_weight, overlap
 
 
-def _contiguous(values: Values) -> Array:
-    return np.ascontiguousarray(as_array(values))
+def _bits(values: Array) -> Any:
+    return float_bits(np.ascontiguousarray(values))
 
 
-def _matrix(values: Values) -> Any:
-    return float_bits(_contiguous(values))
-
-
-def _gain(gain: Values | None) -> Any:
-    return _ONE if gain is None else _contiguous(gain)
-
-
-def add_rounded(weight: AnyValues, delta: Values, gain: Values | None = None) -> AnyValues:
+def add_rounded(weight: Array, delta: Array, gain: Array | None = None) -> Array:
     """See ``reference.add_rounded``."""
-    before = _contiguous(weight)
-    out = empty(before.shape, before.dtype)
-    _add_rounded(float_bits(before), _contiguous(delta), _gain(gain), np.empty(before.shape[1]), float_bits(out))
-    return like(weight, out)
+    out: Array = empty(weight.shape, weight.dtype)
+    parts = map(np.ascontiguousarray, (delta, _ONE if gain is None else gain))
+    _add_rounded(_bits(weight), *parts, np.empty(weight.shape[1]), float_bits(out))
+    return out
 
 
-def addition_sums(weight: Values, merged: Values, delta: Values) -> tuple[int, float, float, float]:
+def addition_sums(weight: Array, merged: Array, delta: Array) -> tuple[int, float, float, float]:
     """See ``reference.addition_sums``."""
-    flat = _matrix(weight).reshape(-1), _matrix(merged).reshape(-1), _contiguous(delta).reshape(-1)
+    flat = _bits(weight).reshape(-1), _bits(merged).reshape(-1), np.ascontiguousarray(delta).reshape(-1)
     moved, squared_delta, squared_weight, overlap = _addition_sums(*flat)
     return int(moved), float(squared_delta), float(squared_weight), float(overlap)
 
 
-def _guess(merged: Values, delta: Values, gain: Values | None) -> tuple[Array, Any]:
+def _guess(merged: Array, delta: Array, gain: Array | None) -> tuple[Array, Any]:
     """Return the guess at every weight, and (flattened) whether it is uncertain."""
-    after = _contiguous(merged)
-    guess, doubtful = empty(after.shape, after.dtype), np.empty(after.shape, np.uint8)
-    room = np.empty(after.shape[1])
-    _candidates(float_bits(after), _contiguous(delta), _gain(gain), room, float_bits(guess), doubtful)
+    guess, doubtful = empty(merged.shape, merged.dtype), np.empty(merged.shape, np.uint8)
+    parts, room = map(np.ascontiguousarray, (delta, _ONE if gain is None else gain)), np.empty(merged.shape[1])
+    _candidates(_bits(merged), *parts, room, float_bits(guess), doubtful)
     return guess, doubtful.reshape(-1)
 
 
-def undo_residual(weight: AnyValues, merged: AnyValues, delta: Values, gain: Values | None = None) -> AnyValues:
+def undo_residual(weight: Array, merged: Array, delta: Array, gain: Array | None = None) -> Array:
     """See ``reference.undo_residual``."""
     guess, doubtful = _guess(merged, delta, gain)
     out = np.empty(int(np.count_nonzero(doubtful)), np.int64)
-    _collect(_matrix(weight).reshape(-1), float_bits(guess).reshape(-1), doubtful, out)
-    return like(weight, out)
+    _collect(_bits(weight).reshape(-1), float_bits(guess).reshape(-1), doubtful, out)
+    return out
 
 
-def undo(merged: AnyValues, delta: Values, residual: Values, gain: Values | None = None) -> tuple[AnyValues, int]:
+def undo(merged: Array, delta: Array, residual: Array, gain: Array | None = None) -> tuple[Array, int]:
     """See ``reference.undo``."""
     guess, doubtful = _guess(merged, delta, gain)
-    values = _contiguous(residual)
-    used = _apply(float_bits(guess).reshape(-1), doubtful, values)
-    check_length(used, values.size)
-    return like(merged, guess), used
+    used = _apply(float_bits(guess).reshape(-1), doubtful, np.ascontiguousarray(residual))
+    check_length(used, residual.size)
+    return guess, used

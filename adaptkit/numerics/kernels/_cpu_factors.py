@@ -12,7 +12,7 @@ from typing import Any
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.kernels._cpu_memory import empty, zeros
 from adaptkit.numerics.kernels._jit import compiled, jit
 
@@ -86,18 +86,11 @@ class Factors:
         return np.repeat(self.scales, self.ranks)
 
 
-def prepare(lora_a: Values, lora_b: Values, ranks: list[int], scales: list[float]) -> Factors:
+def prepare(lora_a: Array, lora_b: Array, ranks: list[int], scales: list[float]) -> Factors:
     """See ``reference.prepare``."""
-    a, b = as_array(lora_a), as_array(lora_b)
-    padded = zeros((b.shape[0] + ROWS, b.shape[1]), np.float64)
-    padded[: b.shape[0]] = b
-    return Factors(
-        a=_tiles(a),
-        b=padded,
-        ranks=np.array(ranks, np.int64),
-        scales=np.array(scales, np.float64),
-        columns=a.shape[1],
-    )
+    padded = zeros((lora_b.shape[0] + ROWS, lora_b.shape[1]), np.float64)
+    padded[: lora_b.shape[0]] = lora_b
+    return Factors(_tiles(lora_a), padded, np.array(ranks, np.int64), np.array(scales, np.float64), lora_a.shape[1])
 
 
 def _tiles(a: Array) -> Any:
@@ -233,6 +226,6 @@ def delta_rows(factors: Factors, start: int, count: int) -> Array:
     return delta
 
 
-def low_rank_delta(lora_a: AnyValues, lora_b: AnyValues, ranks: list[int], scales: list[float]) -> AnyValues:
+def low_rank_delta(lora_a: Array, lora_b: Array, ranks: list[int], scales: list[float]) -> Array:
     """See ``reference.low_rank_delta``."""
-    return like(lora_a, delta_rows(prepare(lora_a, lora_b, ranks, scales), 0, lora_b.shape[0]))
+    return delta_rows(prepare(lora_a, lora_b, ranks, scales), 0, lora_b.shape[0])

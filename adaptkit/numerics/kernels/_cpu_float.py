@@ -4,32 +4,20 @@ numpy has no bfloat16 and numba no float16, so weights are passed as bits, and t
 the float type: uint16 is bfloat16, int16 is float16, uint32 is float32. Other types cannot be compiled.
 """
 
-from __future__ import annotations
-
-from functools import cache
+# mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from typing import Any
 
 import numpy as np
 
-from adaptkit.lazy import torch
-
-# mypy: disable-error-code="no-untyped-def,no-untyped-call"
-from adaptkit.numerics.arrays import Values
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.kernels._jit import inlined, overload
 
 _VIEWS = {"bfloat16": "uint16", "float16": "int16", "float32": "uint32"}
 
 
-def float_bits(values: Values) -> Any:
-    """View an array, or a tensor on the CPU, as a numpy array of the integer type that represents its float type."""
-    if isinstance(values, np.ndarray):
-        return values.view(_VIEWS[values.dtype.name])
-    return values.detach().view(_tensor_views()[values.dtype]).numpy()
-
-
-@cache
-def _tensor_views() -> dict[torch.dtype, torch.dtype]:
-    return {getattr(torch, one): getattr(torch, other) for one, other in _VIEWS.items()}
+def float_bits(array: Array) -> Any:
+    """View an array as one of the integer type that represents its float type."""
+    return array.view(_VIEWS[array.dtype.name])
 
 
 def magnitude(array, i):

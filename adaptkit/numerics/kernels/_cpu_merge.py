@@ -8,13 +8,12 @@ nothing, the change of a few rows at a time is computed in float64.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
 
-from adaptkit.numerics.arrays import AnyValues, Array, Values, as_array, like
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.kernels import _cpu_exact
 from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal
 from adaptkit.numerics.kernels._cpu_exact import candidate, result
@@ -169,12 +168,10 @@ def _room(columns: int) -> tuple[Any, ...]:
     return empty((ROWS, TILE), np.float32), marks, marks.view(np.uint64), *places, *rest
 
 
-def merge_rows(weight: Values, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
+def merge_rows(weight: Array, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
     """See ``reference.merge_rows``."""
-    before = np.ascontiguousarray(as_array(weight))
-    merge = _merge_by_panels if before.dtype == np.float32 else _merge_by_tiles
-    found = merge(before, factors, start, with_undo)
-    return replace(found, weight=like(weight, found.weight), residual=like(weight, found.residual))
+    merge = _merge_by_panels if weight.dtype == np.float32 else _merge_by_tiles
+    return merge(np.ascontiguousarray(weight), factors, start, with_undo)
 
 
 def _merge_by_tiles(weight: Array, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
@@ -229,12 +226,10 @@ def _merge_by_panels(weight: Array, factors: Factors, start: int, with_undo: boo
     return RowsMerged(merged, np.concatenate(residuals), finite, *figures)
 
 
-def unmerge_rows(merged: AnyValues, factors: Factors, start: int, residual: Values) -> tuple[AnyValues, int]:
+def unmerge_rows(merged: Array, factors: Factors, start: int, residual: Array) -> tuple[Array, int]:
     """See ``reference.unmerge_rows``."""
-    after, lost = np.ascontiguousarray(as_array(merged)), np.ascontiguousarray(as_array(residual))
-    unmerge = _unmerge_by_panels if after.dtype == np.float32 else _unmerge_by_tiles
-    out, used = unmerge(after, factors, start, lost)
-    return like(merged, out), used
+    unmerge = _unmerge_by_panels if merged.dtype == np.float32 else _unmerge_by_tiles
+    return unmerge(np.ascontiguousarray(merged), factors, start, np.ascontiguousarray(residual))
 
 
 def _unmerge_by_tiles(merged: Array, factors: Factors, start: int, residual: Array) -> tuple[Array, int]:

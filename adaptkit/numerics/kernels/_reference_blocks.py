@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
-from adaptkit.lazy import torch
+from adaptkit.numerics.dtypes import Array, cast
 from adaptkit.numerics.kernels.codebook import Codebook
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 TINY = 1e-38
 """Least divisor: replaces the absmax of a zero block, so that no scale is infinite."""
@@ -18,11 +15,12 @@ TINY = 1e-38
 GROUP = 256
 """Number of constants that share one nested constant."""
 
-Encoded: TypeAlias = "tuple[Any, Any, Any]"
+Encoded = tuple[Array, Array, Array | None]
 """Codes, absmax, and moments (None if not requested)."""
 
 
-def encode_4bit(weight: Tensor, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
+@np.errstate(all="ignore")
+def encode_4bit(weight: Array, block_size: int, book: Codebook, measure: bool = False) -> Encoded:
     """Map each weight to the nearest level of a codebook after scaling its block to [-1, 1].
 
     Args:
@@ -42,28 +40,26 @@ def encode_4bit(weight: Tensor, block_size: int, book: Codebook, measure: bool =
     Source: QLoRA (arXiv:2305.14314), as bitsandbytes 0.50 rounds it on a CPU: scaled by the reciprocal (a short last
     block by a true division), ties to the lower level.
     """
-    flat = weight.reshape(-1).float()
-    full = flat.numel() - flat.numel() % block_size
-    blocks, tail = flat[:full].view(-1, block_size), flat[full:]
-    absmax = blocks.abs().amax(dim=1) if full else flat.new_empty(0)
-    scaled = (blocks * (1.0 / absmax.clamp(min=TINY)).unsqueeze(1)).reshape(-1)
-    if tail.numel():
-        tail_absmax = tail.abs().amax().clamp(min=TINY).reshape(1)
-        absmax = torch.cat([absmax, tail_absmax])
-        scaled = torch.cat([scaled, tail / tail_absmax])
-    rank = torch.bucketize(scaled.clamp(-1, 1), torch.tensor(book.bounds, device=flat.device))
-    q = torch.tensor(book.order, dtype=torch.uint8, device=flat.device)[rank]
-    moments = None
-    if measure:
-        moments = _moments(flat, torch.tensor(book.ascending, device=flat.device)[rank], block_size)
-    if q.numel() % 2:
-        q = torch.cat([q, q.new_full((1,), book.zero)])
+    flat = cast(weight.reshape(-1), np.float32)
+    full = flat.size - flat.size % block_size
+    blocks, tail = flat[:full].reshape(-1, block_size), flat[full:]
+    absmax = np.abs(blocks).max(axis=1, initial=0)
+    scaled = (blocks * (np.float32(1) / np.maximum(absmax, np.float32(TINY)))[:, None]).reshape(-1)
+    if tail.size:
+        tail_absmax = np.maximum(np.abs(tail).max(keepdims=True), np.float32(TINY))
+        absmax, scaled = np.concatenate([absmax, tail_absmax]), np.concatenate([scaled, tail / tail_absmax])
+    rank = np.searchsorted(np.array(book.bounds, np.float32), scaled)
+    q = np.array(book.order, np.uint8)[rank]
+    moments = _moments(flat, np.array(book.ascending, np.float32)[rank], block_size) if measure else None
+    if q.size % 2:
+        q = np.append(q, np.uint8(book.zero))
     return (q[::2] << 4) | q[1::2], absmax, moments
 
 
+@np.errstate(all="ignore")
 def decode_4bit(
-    codes: Tensor, absmax: Tensor, count: int, block_size: int, book: Codebook, dtype: torch.dtype
-) -> Tensor:
+    codes: Array, absmax: Array, count: int, block_size: int, book: Codebook, dtype: np.dtype[Any]
+) -> Array:
     """Undo ``encode_4bit`` up to rounding: level times absmax in float32, rounded once to ``dtype``.
 
     Args:
@@ -77,14 +73,12 @@ def decode_4bit(
     Returns:
         (count,) weights of ``dtype``.
     """
-    levels = torch.tensor(book.levels, dtype=torch.float32).to(codes.device, non_blocking=True)  # does not block
-    byte = torch.arange(256, device=codes.device)
-    pairs = torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1)  # one look-up decodes both weights of a byte
-    values = pairs.index_select(0, codes.reshape(-1).int()).view(-1)[:count]
-    return _scale(values, absmax, block_size).to(dtype)
+    q = np.stack([codes.reshape(-1) >> 4, codes.reshape(-1) & 15], axis=1).reshape(-1)[:count]
+    return _scale(np.array(book.levels, np.float32)[q], absmax, block_size).astype(dtype)
 
 
-def encode_8bit(weight: Tensor, block_size: int, measure: bool = False) -> Encoded:
+@np.errstate(all="ignore")
+def encode_8bit(weight: Array, block_size: int, measure: bool = False) -> Encoded:
     """Round 127 / absmax · weight to the nearest integer, ties to even, block by block.
 
     Args:
@@ -96,33 +90,25 @@ def encode_8bit(weight: Tensor, block_size: int, measure: bool = False) -> Encod
         codes (N,) int8 and absmax (ceil(N / block_size),) float32, both 0 in a zero block; moments as in
         ``encode_4bit``, a code's level being code / 127.
     """
-    flat = weight.reshape(-1).float()
-    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % block_size)).view(-1, block_size)
-    absmax = blocks.abs().amax(dim=1)
-    factor = int8_factors(absmax).unsqueeze(1)
+    flat = cast(weight.reshape(-1), np.float32)
+    blocks = np.pad(flat, (0, -flat.size % block_size)).reshape(-1, block_size)
+    absmax = np.abs(blocks).max(axis=1, initial=0)
+    factor = np.where(absmax > 0, np.float32(127) / absmax, np.float32(0))[:, None]
     # Below 4e-37 the factor overflows, so such a block is divided by its absmax first.
-    scaled = torch.where(factor.isinf(), blocks / absmax.unsqueeze(1) * 127.0, blocks * factor)
-    codes = scaled.round().clamp(-127, 127).to(torch.int8).view(-1)[: flat.numel()]
-    return codes, absmax, _moments(flat, codes.double() / 127, block_size) if measure else None
+    scaled = np.where(np.isinf(factor), blocks / absmax[:, None] * np.float32(127), blocks * factor)
+    codes = np.clip(np.rint(scaled), -127, 127).astype(np.int8).reshape(-1)[: flat.size]
+    return codes, absmax, _moments(flat, codes / 127.0, block_size) if measure else None
 
 
-def int8_factors(absmax: Tensor) -> Tensor:
-    """Return the factor of each block: 127 / absmax, 0 for a zero block, infinity where that overflows."""
-    return torch.where(absmax > 0, torch.full_like(absmax, 127) / absmax, torch.zeros_like(absmax))
-
-
-def steps_8bit(absmax: Tensor) -> Tensor:
-    """Return the step of each block, by which its codes are multiplied: absmax / 127, in float32."""
-    return absmax / torch.full_like(absmax, 127)  # by a tensor: for a number torch may use the reciprocal
-
-
-def decode_8bit(codes: Tensor, absmax: Tensor, count: int, block_size: int, dtype: torch.dtype) -> Tensor:
+@np.errstate(all="ignore")
+def decode_8bit(codes: Array, absmax: Array, count: int, block_size: int, dtype: np.dtype[Any]) -> Array:
     """Return code times absmax / 127 in float32, rounded once to ``dtype``, (count,); arguments of ``decode_4bit``."""
-    step = steps_8bit(absmax)
-    return _scale(codes.reshape(-1)[:count].float(), step, block_size).to(dtype)
+    values = codes.reshape(-1)[:count].astype(np.float32)
+    return _scale(values, absmax / np.float32(127), block_size).astype(dtype)
 
 
-def encode_constants(absmax: Tensor, lookup: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, float]:
+@np.errstate(all="ignore")
+def encode_constants(absmax: Array, lookup: Array, levels: Array) -> tuple[Array, Array, float]:
     """Quantize absmax constants to 8 bits in groups of ``GROUP``, after subtracting their mean.
 
     Args:
@@ -140,38 +126,33 @@ def encode_constants(absmax: Tensor, lookup: Tensor, levels: Tensor) -> tuple[Te
     mean; groups whose constants are within 3e-39 of the mean; and constants that would decode to a negative number,
     which get a larger code.
     """
-    count = absmax.numel()
-    offset = float(np.float32(np.cumsum(absmax.cpu().numpy(), dtype=np.float64)[-1] / count))
-    padded = torch.nn.functional.pad(absmax - offset, (0, -count % GROUP)).view(-1, GROUP)
-    nested = padded.abs().amax(dim=1)
-    reciprocal = torch.where(nested > 0, 1.0 / nested, torch.zeros_like(nested)).unsqueeze(1)
+    count, one = absmax.size, np.float32(1)
+    offset = np.float32(np.cumsum(absmax, dtype=np.float64)[-1] / count)
+    padded = np.pad(absmax - offset, (0, -count % GROUP)).reshape(-1, GROUP)
+    nested = np.abs(padded).max(axis=1)
+    reciprocal = np.where(nested > 0, one / nested, np.float32(0))[:, None]
     # Below 3e-39 the reciprocal overflows, and 0 times it is NaN, so such a group is divided.
-    scaled = torch.where(reciprocal.isinf(), padded / nested.unsqueeze(1), padded * reciprocal)
-    scaled = scaled.clamp(-1, 1).view(-1)[:count]
-    index = ((scaled + 1.0) * 0.5 * 65535.0 + 0.5).to(torch.int32)
-    codes = lookup[index]
-    codes[(nested == 0).repeat_interleave(GROUP)[:count]] = 0
+    scaled = np.where(np.isinf(reciprocal), padded / nested[:, None], padded * reciprocal)
+    scaled = np.clip(scaled, -1, 1).reshape(-1)[:count]
+    codes = lookup[((scaled + one) * np.float32(0.5) * np.float32(65535) + np.float32(0.5)).astype(np.int32)]
+    codes[np.repeat(nested == 0, GROUP)[:count]] = 0
     # A small constant beside a large one may decode to less than zero, which would flip the signs of its block.
-    while bool((negative := decode_constants(codes, nested, offset, levels) < 0).any()):
+    while (negative := decode_constants(codes, nested, float(offset), levels) < 0).any():
         codes[negative] += 1
-    return codes, nested, offset
+    return codes, nested, float(offset)
 
 
-def decode_constants(codes: Tensor, nested_absmax: Tensor, offset: float, levels: Tensor) -> Tensor:
+def decode_constants(codes: Array, nested_absmax: Array, offset: float, levels: Array) -> Array:
     """Return level times nested absmax plus offset, each rounded to float32: (M,); see ``encode_constants``."""
-    scale = nested_absmax.repeat_interleave(GROUP)[: codes.numel()]
-    return levels[codes.int()] * scale + offset
+    scale = np.repeat(nested_absmax, GROUP)[: codes.size]
+    return np.asarray(levels[codes] * scale + np.float32(offset))
 
 
-def _scale(values: Tensor, absmax: Tensor, block_size: int) -> Tensor:
-    full = values.numel() - values.numel() % block_size
-    scaled = (values[:full].view(-1, block_size) * absmax[: full // block_size].unsqueeze(1)).reshape(-1)
-    if full < values.numel():
-        scaled = torch.cat([scaled, values[full:] * absmax[-1]])
-    return scaled
+def _scale(values: Array, absmax: Array, block_size: int) -> Array:
+    return np.asarray(values * np.repeat(absmax, block_size)[: values.size])
 
 
-def _moments(flat: Tensor, levels: Tensor, block_size: int) -> Tensor:
-    padding = (0, -flat.numel() % block_size)
-    x, y = (torch.nn.functional.pad(v.double(), padding).view(-1, block_size) for v in (flat, levels))
-    return torch.stack([(x * x).sum(1), (x * y).sum(1), (y * y).sum(1)], dim=1).float()
+def _moments(flat: Array, levels: Array, block_size: int) -> Array:
+    padding = (0, -flat.size % block_size)
+    x, y = (np.pad(v.astype(np.float64), padding).reshape(-1, block_size) for v in (flat, levels))
+    return cast(np.stack([(x * x).sum(1), (x * y).sum(1), (y * y).sum(1)], axis=1), np.float32)

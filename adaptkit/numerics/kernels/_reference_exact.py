@@ -8,17 +8,16 @@ adapter has another.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from adaptkit.lazy import torch
+import numpy as np
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from adaptkit.numerics.dtypes import Array, cast
 
 
-def int_type(dtype: torch.dtype) -> torch.dtype:
+def int_type(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """Return the integer type that holds the bits of a weight type."""
-    return {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    return np.dtype(f"i{dtype.itemsize}")
 
 
 @dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Factors:
         scales: weight · scaling of each adapter.
     """
 
-    lora_a: Tensor
-    lora_b: Tensor
+    lora_a: Array
+    lora_b: Array
     ranks: list[int]
     scales: list[float]
 
@@ -43,7 +42,7 @@ class RowsMerged:
     """The result of ``merge_rows``.
 
     Attributes:
-        weight: (rows, in) of the original weight's type; an array or a tensor like the original.
+        weight: (rows, in) of the original weight's type.
         residual: (M,) int64, as from ``undo_residual``; empty if not requested.
         finite: whether all of ``weight`` is finite; if not, the figures below are meaningless.
         moved: number of values that changed.
@@ -52,8 +51,8 @@ class RowsMerged:
         overlap: Σ (merged - W) · Δ, with an error of up to 1e-6 · Σ Δ².
     """
 
-    weight: Any
-    residual: Any
+    weight: Array
+    residual: Array
     finite: bool
     moved: int
     squared_delta: float
@@ -61,7 +60,7 @@ class RowsMerged:
     overlap: float
 
 
-def low_rank_delta(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Tensor:
+def low_rank_delta(lora_a: Array, lora_b: Array, ranks: list[int], scales: list[float]) -> Array:
     """Return the canonical change of a weight: Σ over adapters of scale · (B A), the same bits on every machine.
 
     The inner sum is computed in float64 in ascending order of rank; a product of two float32 is exact there. It is
@@ -77,11 +76,11 @@ def low_rank_delta(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: lis
     Returns:
         (out, in) float64.
     """
-    a, b = lora_a.double(), lora_b.double()
-    delta = torch.zeros(b.shape[0], a.shape[1], dtype=torch.float64, device=a.device)
+    a, b = lora_a.astype(np.float64), lora_b.astype(np.float64)
+    delta = np.zeros((b.shape[0], a.shape[1]))
     start = 0
     for rank, scale in zip(ranks, scales, strict=True):
-        inner = torch.zeros_like(delta)
+        inner = np.zeros_like(delta)
         for k in range(start, start + rank):
             inner += b[:, k, None] * a[None, k, :]
         delta += inner * scale
@@ -89,23 +88,22 @@ def low_rank_delta(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: lis
     return delta
 
 
-def round_to(exact: Tensor, dtype: torch.dtype) -> Tensor:
+def round_to(exact: Array, dtype: np.dtype[Any]) -> Array:
     """Round float64 once to a narrower float type, to nearest with ties to even.
 
-    torch converts through float32 and so rounds twice. Here the float32 step rounds to odd, which keeps enough
+    ml_dtypes converts through float32 and so rounds twice. Here the float32 step rounds to odd, which keeps enough
     information for the second step to be correct (Boldo and Melquiond, 2008).
     """
-    nearest = exact.to(torch.float32)
-    if dtype == torch.float32:
+    nearest = cast(exact, np.float32)
+    if dtype == np.float32:
         return nearest
-    lost = exact - nearest.double()
-    bits = nearest.view(torch.int32)
-    grew = nearest.double().abs() > exact.abs()
-    odd = torch.where(grew, bits - 1, bits + 1)
-    return torch.where((lost != 0) & (bits % 2 == 0), odd, bits).view(torch.float32).to(dtype)
+    bits, wide = nearest.view(np.int32), nearest.astype(np.float64)
+    odd = np.where(np.abs(wide) > np.abs(exact), bits - 1, bits + 1).astype(np.int32)
+    return cast(np.where((wide != exact) & (bits % 2 == 0), odd, bits).view(np.float32), dtype)
 
 
-def add_rounded(weight: Tensor, delta: Tensor, gain: Tensor | None = None) -> Tensor:
+@np.errstate(all="ignore")
+def add_rounded(weight: Array, delta: Array, gain: Array | None = None) -> Array:
     """``gain · weight + delta``, computed in float64 and rounded once to the weight's dtype.
 
     Args:
@@ -116,11 +114,12 @@ def add_rounded(weight: Tensor, delta: Tensor, gain: Tensor | None = None) -> Te
     Returns:
         (out, in) of the weight's dtype; not finite where the sum overflows.
     """
-    exact = weight.double()
+    exact = weight.astype(np.float64)
     return round_to((exact if gain is None else exact * gain) + delta, weight.dtype)
 
 
-def addition_sums(weight: Tensor, merged: Tensor, delta: Tensor) -> tuple[int, float, float, float]:
+@np.errstate(all="ignore")
+def addition_sums(weight: Array, merged: Array, delta: Array) -> tuple[int, float, float, float]:
     """Return figures of an addition for reports; so, unlike elsewhere, the order of the sums is not fixed.
 
     Args:
@@ -131,31 +130,32 @@ def addition_sums(weight: Tensor, merged: Tensor, delta: Tensor) -> tuple[int, f
     Returns:
         The number of values that changed, Σ Δ², Σ W², and Σ (merged - W) · Δ.
     """
-    exact = weight.double()
-    effect = merged.double() - exact
+    exact = weight.astype(np.float64)
+    effect = merged.astype(np.float64) - exact
     return int((effect != 0).sum()), float((delta**2).sum()), float((exact**2).sum()), float((effect * delta).sum())
 
 
-def ordinal(values: Tensor) -> Tensor:
+def ordinal(values: Array) -> Array:
     """Number the floats of a type in order: neighbours differ by one, and -0 comes just before +0.
 
     Returns:
         int32 of the same shape for 16-bit types, int64 for float32.
     """
     bits = values.view(int_type(values.dtype))
-    wide = bits.to(torch.int32 if bits.dtype == torch.int16 else torch.int64)
-    top = 1 << (8 * bits.element_size() - 1)
-    return torch.where(wide >= 0, wide, -(wide + top) - 1)
+    wide: Array = bits.astype(np.int32 if bits.itemsize == 2 else np.int64)
+    top = 1 << (8 * bits.itemsize - 1)
+    return np.where(wide >= 0, wide, -(wide + top) - 1)
 
 
-def from_ordinal(ordinals: Tensor, dtype: torch.dtype) -> Tensor:
+def from_ordinal(ordinals: Array, dtype: np.dtype[Any]) -> Array:
     """Undo ``ordinal``."""
     ints = int_type(dtype)
     top = 1 << (8 * ints.itemsize - 1)
-    return torch.where(ordinals >= 0, ordinals, -(ordinals + 1) - top).to(ints).view(dtype)
+    return np.where(ordinals >= 0, ordinals, -(ordinals + 1) - top).astype(ints).view(dtype)
 
 
-def _candidate(merged: Tensor, delta: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+@np.errstate(all="ignore")
+def _candidate(merged: Array, delta: Array, gain: Array | None) -> tuple[Array, Array]:
     """Return a guess at the original weight, as an ordinal, and where it is certain.
 
     The guess is (merged - delta) / gain, rounded, or ``merged`` where that is not finite (as for a gain of 0, where
@@ -163,17 +163,17 @@ def _candidate(merged: Tensor, delta: Tensor, gain: Tensor | None) -> tuple[Tens
     it rises, falls with a negative gain, or is constant with a gain of 0. So the weights with one result are
     neighbours, and the guess is certainly the original if its result is ``merged`` and that of neither neighbour is.
     """
-    exact = merged.double() - delta
+    exact = merged.astype(np.float64) - delta
     near = round_to(exact if gain is None else exact / gain, merged.dtype)
-    guess = ordinal(torch.where(torch.isfinite(near), near, merged))
-    certain = torch.ones_like(guess, dtype=torch.bool)
+    guess = ordinal(np.where(np.isfinite(near), near, merged))
+    certain = np.ones(guess.shape, np.bool_)
     for step, expected in ((0, True), (1, False), (-1, False)):
         again = add_rounded(from_ordinal(guess + step, merged.dtype), delta, gain)
         certain &= (ordinal(again) == ordinal(merged)) == expected
     return guess, certain
 
 
-def undo_residual(weight: Tensor, merged: Tensor, delta: Tensor, gain: Tensor | None = None) -> Tensor:
+def undo_residual(weight: Array, merged: Array, delta: Array, gain: Array | None = None) -> Array:
     """Return what must be stored so that ``undo`` restores ``weight`` bit for bit.
 
     Args:
@@ -187,10 +187,10 @@ def undo_residual(weight: Tensor, merged: Tensor, delta: Tensor, gain: Tensor | 
         order, the ordinal of the original minus that of the guess.
     """
     guess, certain = _candidate(merged, delta, gain)
-    return (ordinal(weight) - guess)[~certain].long()
+    return (ordinal(weight) - guess)[~certain].astype(np.int64)
 
 
-def undo(merged: Tensor, delta: Tensor, residual: Tensor, gain: Tensor | None = None) -> tuple[Tensor, int]:
+def undo(merged: Array, delta: Array, residual: Array, gain: Array | None = None) -> tuple[Array, int]:
     """Restore the weight that ``add_rounded`` turned into ``merged``.
 
     Args:
@@ -207,8 +207,8 @@ def undo(merged: Tensor, delta: Tensor, residual: Tensor, gain: Tensor | None = 
     """
     guess, certain = _candidate(merged, delta, gain)
     used = int((~certain).sum())
-    check_length(used, residual.numel())
-    guess[~certain] += residual[:used].to(guess.dtype)
+    check_length(used, residual.size)
+    guess[~certain] += residual[:used].astype(guess.dtype)
     return from_ordinal(guess, merged.dtype), used
 
 
@@ -218,16 +218,16 @@ def check_length(used: int, length: int) -> None:
         raise ValueError(f"{used} weights are ambiguous, but it holds {length}")
 
 
-def prepare(lora_a: Tensor, lora_b: Tensor, ranks: list[int], scales: list[float]) -> Factors:
+def prepare(lora_a: Array, lora_b: Array, ranks: list[int], scales: list[float]) -> Factors:
     """Convert changes into the form that ``merge_rows`` and ``unmerge_rows`` take; see ``Factors``."""
     return Factors(lora_a, lora_b, ranks, scales)
 
 
-def _delta_rows(factors: Factors, start: int, count: int) -> Tensor:
+def _delta_rows(factors: Factors, start: int, count: int) -> Array:
     return low_rank_delta(factors.lora_a, factors.lora_b[start : start + count], factors.ranks, factors.scales)
 
 
-def merge_rows(weight: Tensor, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
+def merge_rows(weight: Array, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
     """Add prepared changes to some rows of a weight.
 
     Args:
@@ -238,12 +238,11 @@ def merge_rows(weight: Tensor, factors: Factors, start: int, with_undo: bool) ->
     """
     delta = _delta_rows(factors, start, weight.shape[0])
     merged = add_rounded(weight, delta)
-    residual = undo_residual(weight, merged, delta) if with_undo else torch.empty(0, dtype=torch.int64)
-    finite = bool(torch.isfinite(merged).all())
-    return RowsMerged(merged, residual.to(weight.device), finite, *addition_sums(weight, merged, delta))
+    residual = undo_residual(weight, merged, delta) if with_undo else np.empty(0, np.int64)
+    return RowsMerged(merged, residual, bool(np.isfinite(merged).all()), *addition_sums(weight, merged, delta))
 
 
-def unmerge_rows(merged: Tensor, factors: Factors, start: int, residual: Tensor) -> tuple[Tensor, int]:
+def unmerge_rows(merged: Array, factors: Factors, start: int, residual: Array) -> tuple[Array, int]:
     """Restore the rows that ``merge_rows`` was given; see ``undo`` for the return value and errors.
 
     Args:

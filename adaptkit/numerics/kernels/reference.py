@@ -1,6 +1,7 @@
-"""The definition of every kernel, in plain torch on any device.
+"""The definition of every kernel, in plain numpy.
 
-``_reference_exact`` and ``_reference_blocks`` document the functions; ``cpu`` and ``gpu`` must give the same bits.
+``_reference_exact`` and ``_reference_blocks`` document the functions; ``cpu``, and the trainer's decoders on other
+devices, must give the same bits.
 """
 
 from adaptkit.numerics.kernels._reference_blocks import (

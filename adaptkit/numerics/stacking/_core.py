@@ -38,12 +38,7 @@ class Core:
     matrices: Tensor
 
     def lift(self, left: Tensor, right: Tensor) -> LowRank:
-        """Map factors from the core back to the weight: Q_b (left · right) Q_aᵀ, in float64 factors.
-
-        Args:
-            left: (k_b, rank).
-            right: (rank, k_a).
-        """
+        """Map factors (k_b, rank) and (rank, k_a) from the core to the weight: Q_b (left · right) Q_aᵀ, in float64."""
         return LowRank.of_tensors(right @ self.right.T, self.left @ left, 1.0)
 
 

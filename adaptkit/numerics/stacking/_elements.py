@@ -10,10 +10,10 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from adaptkit.numerics import lora
-from adaptkit.numerics.arrays import as_array
+from adaptkit.numerics import exact
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._method import count_kept
+from adaptkit.numerics.tensors import as_tensor
 
 _BLOCK_ELEMENTS = 1 << 20
 """Large enough that preparing all of A once per block costs little; twice as many elements are no faster."""
@@ -31,7 +31,7 @@ def row_blocks(terms: Sequence[LowRank]) -> Iterator[tuple[slice, Tensor]]:
         changes = torch.zeros(len(terms), rows.stop - start, columns, dtype=torch.float64)
         for change, term in zip(changes, terms, strict=True):
             if term.rank:
-                change.copy_(lora.delta([term], rows))
+                change.copy_(as_tensor(exact.delta([term], rows)))
         yield rows, changes
 
 
@@ -49,7 +49,7 @@ def magnitudes(term: LowRank, room: Tensor) -> Tensor:
 
 def nth_largest(magnitudes: Tensor, count: int) -> float:
     """Return the ``count``-th largest magnitude, counted from 1. The magnitudes are reordered."""
-    flat = as_array(magnitudes).reshape(-1)
+    flat = magnitudes.numpy().reshape(-1)
     place = flat.size - count
     flat.partition(place)  # several times as fast as torch's kthvalue
     return float(flat[place])
@@ -60,11 +60,7 @@ def trimming(terms: Sequence[LowRank], density: float, module: str, room: Tensor
 
     These are the ⌊density · N⌋ largest elements, as in peft, and any others that tie with the smallest of them.
 
-    Args:
-        terms: the changes of one module, one per adapter.
-        density: share of each adapter's elements that is kept.
-        module: its name, for the error.
-        room: overwritten; see ``room_for``.
+    ``room`` is overwritten; see ``room_for``.
 
     Returns:
         (adapters, 1, 1) float64; 0 if all elements are kept.
@@ -86,25 +82,14 @@ def trim(changes: Tensor, least: Tensor) -> Tensor:
 
 
 def agreeing(changes: Tensor) -> Tensor:
-    """Return whether elements have the sign of the sum over the adapters; a sum of 0 counts as positive.
+    """Return whether elements of (adapters, ...) have the sign of the sum over the adapters; a sum of 0 is positive.
 
-    Args:
-        changes: (adapters, ...). Zeros never agree.
-
-    Returns:
-        The same shape, bool.
+    Zeros never agree.
     """
     return (changes != 0) & ((changes > 0) == (changes.sum(0) >= 0))
 
 
 def disjoint_mean(changes: Tensor) -> Tensor:
-    """Return the mean over the adapters whose sign is that of the sum (TIES, steps 2 and 3).
-
-    Args:
-        changes: (adapters, ...).
-
-    Returns:
-        (...); 0 where no adapter agrees.
-    """
+    """Return the mean over the adapters whose sign is that of the sum (TIES, steps 2 and 3); 0 where none agrees."""
     votes = agreeing(changes)
     return (changes * votes).sum(0) / votes.sum(0).clamp(min=1)

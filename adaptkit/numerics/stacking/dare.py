@@ -40,14 +40,7 @@ class DareOptions:
 
 
 def drop_and_rescale(changes: Tensor, rows: slice, options: DareOptions, module: str) -> Tensor:
-    """Keep elements at random, divided by the probability of being kept.
-
-    Args:
-        changes: (adapters, rows, in) float64.
-        rows: position of these rows in the matrix.
-        options: probability and seed.
-        module: name of the module, from which the random numbers are derived.
-    """
+    """Keep elements of (adapters, rows, in) float64 at random, divided by the probability of being kept."""
     kept = [
         uniform(options.seed, module, adapter, rows, changes.shape[2]) < options.density
         for adapter in range(changes.shape[0])

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from adaptkit.errors import UsageError
-from adaptkit.numerics.arrays import Array, as_array
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._elements import disjoint_mean, room_for, row_blocks
 from adaptkit.numerics.stacking._method import Method, check_density, check_lambda, check_seed
@@ -70,7 +70,7 @@ def probabilities(changes: Tensor, options: DellaOptions) -> Tensor:
     columns = changes.shape[2]
     if columns == 1:
         return torch.full_like(changes, options.density)
-    order = torch.from_numpy(_ascending(as_array(changes.abs()).view(np.int64)))
+    order = torch.from_numpy(_ascending(changes.abs().numpy().view(np.int64)))
     rank = torch.empty_like(changes).scatter_(2, order, torch.arange(columns).double().expand_as(order))
     return options.density - options.epsilon + 2 * options.epsilon * rank / (columns - 1)
 

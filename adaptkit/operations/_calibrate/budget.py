@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
+
+from torch import Tensor
 
 from adaptkit.checkpoint.journal import SCRATCH_PREFIX, Output
 from adaptkit.checkpoint.progress import Progress
@@ -19,15 +20,12 @@ from adaptkit.checkpoint.writer import write_file
 from adaptkit.errors import UsageError
 from adaptkit.formats._format import Encoding
 from adaptkit.numerics.calibration import nf4_error, weighted_nf4
-from adaptkit.numerics.sensitivity import Choice as Way
-from adaptkit.numerics.sensitivity import allocate, divergence_cost
-from adaptkit.operations._quantize.plan import Plan, with_encodings
-from adaptkit.operations._quantize.report import Upgrade
-from adaptkit.operations._quantize.tensor_plan import TensorPlan
+from adaptkit.numerics.dtypes import Array
+from adaptkit.numerics.sensitivity import Choice, allocate, divergence_cost
+from adaptkit.operations._calibrate.gradients import layer_gradients
+from adaptkit.operations._quantize.plan import Plan, TensorPlan
+from adaptkit.operations._quantize.report import WORTH_16_BITS, Upgrade
 from adaptkit.operations._threads import map_in_threads
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 _NAME = f"{SCRATCH_PREFIX}budget.json"
 SMALL_BLOCK = 32
@@ -68,7 +66,7 @@ def spend(
         ways = _ways(out, checkpoint, linears, tokens, threads, progress)
         # Linears that were not measured, since no token reached them or they lie before the layers, stay as planned.
         fixed = sum(tensor.group().nbytes for name, tensor in linears.items() if name not in ways)
-        steps = [asdict(step) for step in allocate(ways, budget - fixed)]
+        steps = [step._asdict() for step in allocate(ways, budget - fixed)]
         record = write_file(out.folder, _NAME, json.dumps(steps).encode())
         out.add(record, [], {_NAME: steps})
     chosen: dict[str, Encoding | None] = {}
@@ -78,7 +76,17 @@ def spend(
         encoding = chosen[name] = _encodings(linears[name])[step["choice"]]
         to = f"blocks of {encoding.block_size}" if encoding else "16 bits"
         upgrades.append(Upgrade(name.removesuffix(".weight"), to, step["extra_bytes"], step["gain"]))
-    return with_encodings(plan, chosen), upgrades
+    return _with_encodings(plan, chosen), upgrades
+
+
+def _with_encodings(plan: Plan, encodings: Mapping[str, Encoding | None]) -> Plan:
+    """Return the plan with other encodings for some linears; None keeps a linear in 16 bits."""
+    choices = tuple(
+        replace(choice, kept_because=WORTH_16_BITS) if encodings.get(choice.spec.name, choice) is None else choice
+        for choice in plan.selection.choices
+    )
+    tensors = {name: replace(t, encoding=encodings.get(name, t.encoding)) for name, t in plan.tensors.items()}
+    return replace(plan, selection=replace(plan.selection, choices=choices), tensors=tensors)
 
 
 def _encodings(tensor: TensorPlan) -> list[Encoding | None]:
@@ -96,18 +104,16 @@ def _ways(
     tokens: Tensor,
     threads: int,
     progress: Progress,
-) -> dict[str, list[Way]]:
-    importance: dict[str, Tensor] = {}
-    gradients: dict[str, Tensor] = {}
-    from adaptkit.operations._calibrate.gradients import layer_gradients  # here, since it loads torch
-
+) -> dict[str, list[Choice]]:
+    importance: dict[str, Array] = {}
+    gradients: dict[str, Array] = {}
     with out.scratch_folder() as folder:
         for layer in layer_gradients(checkpoint, tokens, folder, reserve=out.require_space, progress=progress):
             importance |= {f"{module}.weight": moments.mean_square for module, moments in layer.inputs.items()}
             gradients |= {f"{module}.weight": square for module, square in layer.gradient_square.items()}
     reached = [name for name in linears if name in importance and name in gradients]
 
-    def ways(name: str) -> list[Way]:
+    def ways(name: str) -> list[Choice]:
         tensor = linears[name]
         weight = tensor.as_linear(checkpoint.read(name))
         found = []
@@ -117,12 +123,12 @@ def _ways(
             if encoding is not None:
                 lost = _lost(weight, importance[name], encoding)
                 cost = divergence_cost(lost, importance[name], gradients[name])
-            found.append(Way(nbytes, cost))
+            found.append(Choice(nbytes, cost))
         return found
 
     return dict(zip(reached, map_in_threads(ways, reached, threads), strict=True))
 
 
-def _lost(weight: Tensor, importance: Tensor, encoding: Encoding) -> Tensor:
+def _lost(weight: Array, importance: Array, encoding: Encoding) -> Array:
     codes, constants = weighted_nf4(weight, importance, encoding.block_size, encoding.double_quant)
     return nf4_error(weight, codes, constants, encoding.block_size)

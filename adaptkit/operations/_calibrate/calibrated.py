@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+from torch import Tensor
 
 from adaptkit.checkpoint.hashing import fingerprint
 from adaptkit.checkpoint.journal import SCRATCH_PREFIX, Output
@@ -21,31 +24,27 @@ from adaptkit.checkpoint.writer import TensorWriter, write_file
 from adaptkit.errors import IntegrityError
 from adaptkit.formats import nf4
 from adaptkit.networks.model_lock import model_lock
-from adaptkit.numerics.absmax import as_arrays
-from adaptkit.numerics.arrays import Values, as_array
 from adaptkit.numerics.calibration import nf4_error, weighted_nf4
 from adaptkit.numerics.compensation import companion_adapter
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor
-from adaptkit.operations._quantize.tensor_plan import Encoded, TensorPlan
-from adaptkit.operations._threads import map_in_threads
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from adaptkit.operations._calibrate.layerwise import InputMoments
+from adaptkit.operations._calibrate.layerwise import InputMoments, layer_moments
+from adaptkit.operations._quantize.plan import Encoded, TensorPlan
+from adaptkit.operations._shards import read_jobs
+from adaptkit.operations._threads import in_order, map_in_threads
 
 _DONE_NAME = f"{SCRATCH_PREFIX}calibrated"
 """File that is written after all layers; it contains the number of scratch files with layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ready(TensorPlan):
+class CalibratedTensor(TensorPlan):
     """A linear that is quantized already.
 
     Attributes:
         scratch: files that contain its parts.
-        note: result of ``assemble``.
+        note: result of ``write``.
     """
 
     scratch: TensorFiles
@@ -55,15 +54,15 @@ class Ready(TensorPlan):
         """Read the parts; see ``TensorPlan``."""
         return [partial(_read, self.scratch, spec.name) for spec in self.group().specs]
 
-    def assemble(self, results: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
+    def write(self, pieces: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
         """Write the parts; see ``TensorPlan``."""
-        for spec, result in zip(self.group().specs, results, strict=True):
-            writer.write(spec.name, result.raw)
+        for spec, piece in zip(self.group().specs, pieces, strict=True):
+            writer.write(spec.name, piece.raw)
         return dict(self.note)
 
 
 @model_lock()
-def calibrate(
+def encode_linears(
     out: Output,
     checkpoint: Checkpoint,
     plans: Mapping[str, TensorPlan],
@@ -73,7 +72,7 @@ def calibrate(
     init_rank: int | None,
     threads: int,
     progress: Progress,
-) -> dict[str, Ready]:
+) -> dict[str, CalibratedTensor]:
     """Quantize all linears that the tokens reach, or use the results of an earlier run.
 
     Args:
@@ -95,8 +94,6 @@ def calibrate(
     """
     found_before = is_calibrated(out)
     if not found_before:
-        from adaptkit.operations._calibrate.layerwise import layer_moments  # here, since it loads torch
-
         layers = 0
         for layer in layer_moments(checkpoint, tokens, second_moments=compensate, progress=progress):
             wanted = {
@@ -117,9 +114,22 @@ def calibrate(
     scratch = TensorFiles(out.folder, names)
     notes = {name: note for found in names for name, note in out.notes[found].items()}
     return {
-        name: Ready(plans[name].spec, plans[name].encoding, plans[name].transposed, scratch=scratch, note=note)
+        name: CalibratedTensor(
+            plans[name].spec, plans[name].encoding, plans[name].transposed, scratch=scratch, note=note
+        )
         for name, note in notes.items()
     }
+
+
+def check_finite(checkpoint: Checkpoint, plans: Iterable[TensorPlan], threads: int) -> None:
+    """Read all tensors of a checkpoint once, and look for NaN and infinity.
+
+    Raises:
+        NonFiniteError: a weight is NaN or infinite; names tensor and index.
+    """
+    jobs = (job for plan in plans for job in read_jobs(checkpoint, plan.spec, plan.check))
+    for _ in in_order(lambda job: job(), jobs, threads):
+        pass
 
 
 def is_calibrated(out: Output) -> bool:
@@ -134,13 +144,13 @@ def scratch_bytes(plans: Iterable[TensorPlan], init_rank: int | None) -> int:
     return sum(plan.group().nbytes for plan in linears) + sum(4 * rank * features for rank, features in terms)
 
 
-def companion_modules(ready: Mapping[str, Ready]) -> dict[str, LowRank]:
+def companion_modules(linears: Mapping[str, CalibratedTensor]) -> dict[str, LowRank]:
     """Return the companion adapter's matrices by module."""
     found = {}
-    for name, plan in ready.items():
+    for name, plan in linears.items():
         if f"{name}.lora_A" in plan.scratch.tensors:
-            lora_a, lora_b = plan.scratch.read(f"{name}.lora_A"), plan.scratch.read(f"{name}.lora_B")
-            found[name.removesuffix(".weight")] = LowRank.of_tensors(lora_a, lora_b, 1.0)
+            a, b = plan.scratch.read(f"{name}.lora_A"), plan.scratch.read(f"{name}.lora_B")
+            found[name.removesuffix(".weight")] = LowRank(a, b, 1.0)
     return found
 
 
@@ -155,7 +165,7 @@ def _write_layer(
     products = {id(m): m.second_moment for m in wanted.values() if m.second_moment is not None}
     factors = dict(zip(products, map_in_threads(compensation_factor, products.values(), threads), strict=True))
 
-    def make(item: tuple[TensorPlan, InputMoments]) -> tuple[dict[str, Values], dict[str, Any]]:
+    def make(item: tuple[TensorPlan, InputMoments]) -> tuple[dict[str, Array], dict[str, Any]]:
         plan, moments = item
         return _make(checkpoint, plan, moments, factors.get(id(moments)), init_rank)
 
@@ -166,39 +176,34 @@ def _write_layer(
 
 
 def _make(
-    checkpoint: Checkpoint, plan: TensorPlan, moments: InputMoments, factor: Tensor | None, init_rank: int | None
-) -> tuple[dict[str, Values], dict[str, Any]]:
+    checkpoint: Checkpoint, plan: TensorPlan, moments: InputMoments, factor: Array | None, init_rank: int | None
+) -> tuple[dict[str, Array], dict[str, Any]]:
     """Quantize one linear, and measure the error."""
     name, encoding = plan.spec.name, plan.encoding
     if encoding is None:
         raise ValueError(f"{name} is not to be quantized")
     raw = checkpoint.read(name)
-    plan.check(as_array(raw).reshape(-1), 0)
+    plan.check(raw.reshape(-1), 0)
     weight = plan.as_linear(raw)
     arguments = (encoding.block_size, encoding.double_quant)
     if factor is None:
         codes, constants = weighted_nf4(weight, moments.mean_square, *arguments)
     else:
         codes, constants = compensated_nf4(weight, moments.mean_square, factor, *arguments)
-    lost, wide = nf4_error(weight, codes, constants, encoding.block_size), weight.float()
-    importance = moments.mean_square.double()
+    lost = nf4_error(weight, codes, constants, encoding.block_size)
+    squares = [np.square(values.astype(np.float64)).sum(axis=0) for values in (lost, weight)]
     note = {
         "fingerprint": fingerprint(raw),
-        "error": [float(lost.double().square().sum()), float(wide.double().square().sum())],
-        "weighted_error": [_weighted(lost, importance), _weighted(wide, importance)],
+        "error": [float(per_input.sum()) for per_input in squares],
+        "weighted_error": [float(per_input @ moments.mean_square.astype(np.float64)) for per_input in squares],
     }
-    tensors: dict[str, Values] = {name: codes.view(plan.group().specs[0].shape)}
-    tensors |= nf4.FORMAT.constant_parts(plan.linear, encoding, as_arrays(constants))
+    tensors = {name: codes.reshape(plan.group().specs[0].shape)}
+    tensors |= nf4.FORMAT.constant_parts(plan.linear, encoding, constants)
     if init_rank is not None:
         # The full E[x xᵀ] measured no better here than its diagonal, and needs another decomposition.
         lora_a, lora_b = companion_adapter(lost, moments.mean_square, min(init_rank, *lost.shape))
-        tensors |= {f"{name}.lora_A": lora_a.contiguous(), f"{name}.lora_B": lora_b.contiguous()}
+        tensors |= {f"{name}.lora_A": lora_a, f"{name}.lora_B": lora_b}
     return tensors, note
-
-
-def _weighted(values: Tensor, importance: Tensor) -> float:
-    """Σ_ij values_ij² · importance_j."""
-    return float(values.double().square().sum(0) @ importance)
 
 
 def _layer_name(number: int) -> str:
@@ -206,4 +211,4 @@ def _layer_name(number: int) -> str:
 
 
 def _read(scratch: TensorFiles, name: str) -> Encoded:
-    return Encoded(scratch.read_array(name))
+    return Encoded(scratch.read(name))

@@ -27,6 +27,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.errors import DISK_HINTS, NonFiniteError
+from adaptkit.numerics.dtypes import Array
 from adaptkit.operations._calibrate.layerwise import Collector, InputMoments, Sums
 from adaptkit.operations._calibrate.replay import EntryKey, Replay
 
@@ -44,7 +45,7 @@ class LayerGradients:
         inputs: by the same paths, the moments of the linear's input, as in ``layer_moments``.
     """
 
-    gradient_square: Mapping[str, Tensor]
+    gradient_square: Mapping[str, Array]
     inputs: Mapping[str, InputMoments]
 
 
@@ -213,7 +214,7 @@ class _Collector:
                 hooks.enter_context(module.register_forward_hook(self._hook(name)))
             yield
 
-    def mean_squares(self) -> dict[str, Tensor]:
+    def mean_squares(self) -> dict[str, Array]:
         return {name: sums.mean_square(f"{name}: the gradient of its output") for name, sums in self._sums.items()}
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import NonFiniteError
+from adaptkit.numerics.dtypes import Array
+from adaptkit.numerics.finite import all_finite
+from adaptkit.numerics.tensors import as_array
 from adaptkit.operations._calibrate.replay import Replay
 
 SUM_ROWS = 128
@@ -29,8 +32,8 @@ class InputMoments:
         second_moment: (in, in) float32, E[x xᵀ]; None if it was not asked for.
     """
 
-    mean_square: Tensor
-    second_moment: Tensor | None
+    mean_square: Array
+    second_moment: Array | None
 
 
 def layer_moments(
@@ -73,21 +76,15 @@ def layer_moments(
 def _outside(replay: Replay, outputs: list[Any], second_moments: bool) -> dict[str, InputMoments]:
     """Measure the inputs of linear layers outside the stack of layers: an untied head, a projection of embeddings."""
     linears = replay.linears(len(replay.prefixes))
-    head = replay.network.get_output_embeddings()
-    if not linears:
-        replay.require_end(outputs[0])
-        return {}
-    if head is not None:  # only its input is measured; logits would waste memory
-        head.forward = lambda x: x[..., :0]
     collector = Collector(second_moments)
     with collector.watching(linears), torch.no_grad():
-        for batch, before in enumerate(outputs):
-            replay.finish(batch, before)
+        for batch, before in enumerate(outputs if linears else outputs[:1]):  # one shows whether a layer runs again
+            replay.run_to_head(batch, before)
     return collector.moments()
 
 
 class Sums:
-    """Running sums of x² and, if asked for, of x xᵀ over the rows of tensors."""
+    """Running sums of x² and, if asked for, of x xᵀ over the rows of tensors; their means are arrays."""
 
     def __init__(self, features: int, products: bool) -> None:
         self._square = torch.zeros(features, dtype=torch.float64)
@@ -105,24 +102,24 @@ class Sums:
                 self._product[left:, left:right].addmm_(wide.T[left:], wide[:, left:right])
         self.tokens += len(rows)
 
-    def mean_square(self, what: str) -> Tensor:
+    def mean_square(self, what: str) -> Array:
         """Return the mean of x², (features,) float32.
 
         Raises:
             NonFiniteError: it is not finite; ``what`` names the summed tensors in the message.
         """
-        mean = (self._square / self.tokens).float()
-        if not bool(mean.isfinite().all()):
+        mean = as_array((self._square / self.tokens).float())
+        if not all_finite(mean):
             raise NonFiniteError(f"{what} is NaN or infinite", hint="download the checkpoint again")
         return mean
 
-    def mean_product(self) -> Tensor | None:
+    def mean_product(self) -> Array | None:
         """Return the mean of x xᵀ, (features, features) float32, or None. Nothing may be added afterwards."""
         if self._product is None:
             return None
         for left, right in self._columns():
             self._product[left:right, right:] = self._product[right:, left:right].T
-        return self._product.div_(self.tokens)
+        return as_array(self._product.div_(self.tokens))
 
     def _columns(self) -> list[tuple[int, int]]:
         features = len(self._square)

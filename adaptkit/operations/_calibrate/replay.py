@@ -14,7 +14,7 @@ The entries that a layer writes are stored, and put into the mapping again when 
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.architecture import empty_network
 from adaptkit.networks.assembly import Assembly, find_stack
 from adaptkit.networks.linears import is_linear
+from adaptkit.networks.probing import InPlaceOf, exchanged
 
 Found = TypeVar("Found")
 EntryKey = tuple[int, int, Any]
@@ -77,8 +78,9 @@ class Replay:
         self._entries: list[dict[EntryKey, Any]] = [{} for _ in self.batches]
         self.read: dict[EntryKey, Any] = {}
         self.wrote: dict[EntryKey, Any] = {}
-        for index, layer in enumerate(layers):
-            layer.forward = self._replaying(index, layer.forward)
+        parent, _, self._stack = stack.rpartition(".")
+        self._body = self.network.get_submodule(parent)
+        self._replayed = nn.ModuleList(_Replayed(layer, self, index) for index, layer in enumerate(layers))
 
     def outside(self) -> AbstractContextManager[None]:
         """Keep the weights outside the layers in memory, except those of an untied head."""
@@ -117,25 +119,22 @@ class Replay:
         Raises:
             UsageError: the model does not run its layers once each, in their order.
         """
-        self._current, self._calls, self._before = index, 0, before
         known = {place: value for place, value in self._entries[batch].items() if place[0] < index}
         self.read = tree_map_only(Tensor, lambda tensor: tensor.detach().requires_grad_(torch.is_grad_enabled()), known)
         try:
-            self.network(input_ids=self.batches[batch], use_cache=False)
+            self._forward(index, batch, before)
         except _ReachedError as reached:
             self._entries[batch] |= tree_map_only(Tensor, Tensor.detach, self.wrote)
             return reached.output
-        finally:
-            self._before = None
         raise self._out_of_order()
 
-    def finish(self, batch: int, before: Any, positions: Tensor | None = None) -> Tensor:
+    def finish(self, batch: int, before: Any, positions: Tensor) -> Tensor:
         """Run a batch through the part after the layers; the head must be in memory.
 
         Args:
             batch: its index.
             before: output of the last layer.
-            positions: (count,) int64, of the tokens whose logits are wanted; None for all.
+            positions: (count,) int64, of the tokens whose logits are wanted.
 
         Returns:
             (windows, count, vocabulary) logits.
@@ -143,33 +142,19 @@ class Replay:
         Raises:
             UsageError: the model runs a layer again after the last one.
         """
-        self._current, self._calls, self._before = len(self.prefixes), 0, before
-        some = {} if positions is None else {"logits_to_keep": positions}
-        try:
-            output = self.network(input_ids=self.batches[batch], use_cache=False, **some)
-        finally:
-            self._before = None
-        logits: Tensor = output.logits
+        logits: Tensor = self._forward(len(self.prefixes), batch, before, logits_to_keep=positions).logits
         return logits
 
-    def require_end(self, before: Any) -> None:
-        """Check that no layer runs again after the last one, by running the first batch from there up to the head.
-
-        Args:
-            before: output of the last layer for the first batch.
-
-        Raises:
-            UsageError: a layer runs again.
-        """
+    def run_to_head(self, batch: int, before: Any) -> None:
+        """Run a batch through the part after the layers as ``finish``, but only up to the head's input."""
 
         def reached(*_: Any) -> None:
             raise _ReachedError(None)
 
         head = self.network.get_output_embeddings()
-        if head is None:
-            return
-        with head.register_forward_pre_hook(reached), contextlib.suppress(_ReachedError), torch.no_grad():
-            self.finish(0, before)
+        stop = contextlib.nullcontext() if head is None else head.register_forward_pre_hook(reached)
+        with stop, contextlib.suppress(_ReachedError):
+            self._forward(len(self.prefixes), batch, before)
 
     def as_in_files(self, found: Mapping[str, Found]) -> dict[str, Found]:
         """Convert results by linear layer to results by matrix in the files; several may make up one layer's weight."""
@@ -189,33 +174,48 @@ class Replay:
             return []
         return [f"{name}." for name, module in self.network.named_modules() if module is head]
 
-    def _replaying(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if index != self._calls:
-                raise self._out_of_order()
-            self._calls += 1
-            if index < self._current:
-                return self._before
-            mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
-            for (_, number, key), value in self.read.items():
-                mappings[number][key] = value
-            given = [dict(mapping) for mapping in mappings]
-            output = forward(*args, **kwargs)
-            self.wrote = {
-                (index, number, key): value
-                for number, (now, before) in enumerate(zip(mappings, given, strict=True))
-                for key, value in now.items()
-                if value is not before.get(key)
-            }
-            raise _ReachedError(output)
+    def _forward(self, index: int, batch: int, before: Any, **options: Any) -> Any:
+        self._current, self._calls, self._before = index, 0, before
+        try:
+            with exchanged(self._body, {self._stack: self._replayed}):
+                return self.network(input_ids=self.batches[batch], use_cache=False, **options)
+        finally:
+            self._before = None
 
-        return run
+    def called(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the output before the current layer to the model that calls one of those, or run the current one."""
+        if index != self._calls:
+            raise self._out_of_order()
+        self._calls += 1
+        if index < self._current:
+            return self._before
+        mappings = [value for value in (*args, *kwargs.values()) if isinstance(value, MutableMapping)]
+        for (_, number, key), value in self.read.items():
+            mappings[number][key] = value
+        given = [dict(mapping) for mapping in mappings]
+        output = layer(*args, **kwargs)
+        self.wrote = {
+            (index, number, key): value
+            for number, (now, before) in enumerate(zip(mappings, given, strict=True))
+            for key, value in now.items()
+            if value is not before.get(key)
+        }
+        raise _ReachedError(output)
 
     def _out_of_order(self) -> UsageError:
         return UsageError(
             f"{type(self.network).__name__} does not run its layers once each, in order",
             hint="quantize it without --calibrate",
         )
+
+
+class _Replayed(InPlaceOf):
+    def __init__(self, layer: nn.Module, replay: Replay, index: int) -> None:
+        super().__init__(layer)
+        self.replay, self.index = replay, index
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.replay.called(self.index, self.original, args, kwargs)
 
 
 class _ReachedError(Exception):

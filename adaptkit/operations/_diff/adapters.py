@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from adaptkit.checkpoint.adapter import Adapter, TokenRows, read_adapter
 from adaptkit.checkpoint.adapter_config import writes_transposed_experts
@@ -16,6 +15,7 @@ from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
 from adaptkit.numerics import lora
 from adaptkit.numerics.comparison import difference_norm
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.lora import LowRank, is_equal
 from adaptkit.operations._diff.files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
 from adaptkit.operations._diff.modules import (
@@ -31,7 +31,7 @@ from adaptkit.operations._diff.tensors import Source, TensorDifference, differ_i
 from adaptkit.operations._threads import map_in_threads
 from adaptkit.wording import counted
 
-Other = Tensor | Source | TokenRows | LowRank
+Other = Array | Source | TokenRows | LowRank
 """What an adapter may hold besides low-rank changes of modules: in memory, or where it is in its file."""
 
 _ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
@@ -164,7 +164,7 @@ def _differ_in_other(name: str, role: str, one: Other, two: Other) -> TensorDiff
     match one, two:
         case Source(), Source():
             return None if one.content == two.content else differ_in_files(name, one, two, role)
-        case Tensor(), Tensor():
+        case np.ndarray(), np.ndarray():
             return None if _equal(one, two) else differ_in_memory(name, role, one, two)
         case TokenRows(), TokenRows() if one.indices == two.indices:
             return None if _equal(one.rows, two.rows) else differ_in_memory(name, role, one.rows, two.rows)
@@ -179,8 +179,8 @@ def _differ_in_other(name: str, role: str, one: Other, two: Other) -> TensorDiff
             raise TypeError(f"{name}: {type(one).__name__} cannot be compared with {type(two).__name__}")
 
 
-def _equal(first: Tensor, second: Tensor) -> bool:
-    return first.dtype == second.dtype and torch.equal(first, second)
+def _equal(first: Array, second: Array) -> bool:
+    return first.dtype == second.dtype and np.array_equal(first, second)
 
 
 def _differ_in_start(name: str, role: str, first: LowRank, second: LowRank) -> TensorDifference:

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.numerics.comparison import Tally, effective_rank_with_tail
-from adaptkit.numerics.dtypes import dtype_name
+from adaptkit.numerics.dtypes import Array, dtype_name, is_float
 from adaptkit.numerics.randomized import Sketching, sketch_for_rank
 from adaptkit.numerics.spec import TensorSpec
+from adaptkit.numerics.tensors import as_tensor
 from adaptkit.operations._diff.modules import relative
 
 DIRECTIONS = (8, 16, 32, 64)
@@ -104,7 +105,8 @@ def differ_in_files(name: str, first: Source, second: Source, role: str = "", ra
     one, two = first.spec, second.spec
     shared = one.shape[1:] == two.shape[1:] and len(one.shape) == len(two.shape)
     count = min(one.count, two.count) if shared else 0
-    pairs = (_pair(first, second, start, count) for start in range(0, count, _PIECE_ELEMENTS))
+    starts = range(0, count, _PIECE_ELEMENTS)
+    pairs = (_pair(first, second, start, min(_PIECE_ELEMENTS, count - start)) for start in starts)
     remark = ""
     if one.shape != two.shape:
         remark = f"first {min(one.shape[0], two.shape[0]):,} rows of each compared" if count else "shapes differ"
@@ -113,7 +115,7 @@ def differ_in_files(name: str, first: Source, second: Source, role: str = "", ra
     return _with_spectrum(found, first, second) if wanted else found
 
 
-def differ_in_memory(name: str, role: str, first: Tensor, second: Tensor, remark: str = "") -> TensorDifference:
+def differ_in_memory(name: str, role: str, first: Array, second: Array, remark: str = "") -> TensorDifference:
     """Compare two small tensors that differ; if their shapes do, report only dtypes and shapes."""
     specs = [TensorSpec(name, dtype_name(t.dtype), tuple(t.shape)) for t in (first, second)]
     pairs = [(first, second)] if first.shape == second.shape else []
@@ -121,12 +123,12 @@ def differ_in_memory(name: str, role: str, first: Tensor, second: Tensor, remark
 
 
 def _measured(
-    name: str, role: str, specs: tuple[TensorSpec, TensorSpec], pairs: Iterable[tuple[Tensor, Tensor]], remark: str
+    name: str, role: str, specs: tuple[TensorSpec, TensorSpec], pairs: Iterable[tuple[Array, Array]], remark: str
 ) -> TensorDifference:
     tally = Tally()
     fractions = False
     for one, two in pairs:
-        fractions = one.is_floating_point() and two.is_floating_point()
+        fractions = is_float(one) and is_float(two)
         tally.add(one, two)
     norms = tally.norms if fractions else None
     if fractions and norms is None:
@@ -145,9 +147,9 @@ def _measured(
     )
 
 
-def _pair(first: Source, second: Source, start: int, count: int) -> tuple[Tensor, Tensor]:
-    size = min(_PIECE_ELEMENTS, count - start)
-    return first.files.read_flat(first.key, start, size), second.files.read_flat(second.key, start, size)
+def _pair(first: Source, second: Source, start: int, count: int) -> tuple[Array, Array]:
+    one, two = (source.files.read_flat(source.key, start, count) for source in (first, second))
+    return one, two
 
 
 def _with_spectrum(found: TensorDifference, first: Source, second: Source) -> TensorDifference:
@@ -157,7 +159,7 @@ def _with_spectrum(found: TensorDifference, first: Source, second: Source) -> Te
     def blocks() -> Iterator[Tensor]:
         for row in range(0, out, step):
             start, count = row * into, min(step, out - row) * into
-            one, two = (source.files.read_flat(source.key, start, count).double() for source in (first, second))
+            one, two = (as_tensor(piece).double() for piece in _pair(first, second, start, count))
             yield one.sub_(two).reshape(-1, into)
 
     square = (found.difference or 0.0) ** 2

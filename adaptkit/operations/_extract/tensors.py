@@ -16,6 +16,7 @@ from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank, transposed
 from adaptkit.numerics.randomized import sketch_for_energy, sketch_for_rank
 from adaptkit.numerics.spec import TensorSpec
+from adaptkit.numerics.tensors import as_tensor
 from adaptkit.operations._extract.plan import LOW_RANK, ExtractOptions, Part, Plan
 from adaptkit.operations._shards import cut_pieces
 
@@ -111,7 +112,7 @@ def _pieces(checkpoint: Checkpoint, spec: TensorSpec, digest: xxhash.xxh3_128) -
                 f"{checkpoint.root}: {spec.name} holds NaN or infinity", hint="train or download the checkpoint again"
             )
         digest.update(bytes_of(values))
-        yield values
+        yield as_tensor(values)
 
 
 def _square_steps(values: Tensor) -> float:
@@ -128,8 +129,8 @@ def _decompose(plan: Plan, finding: Finding, options: ExtractOptions) -> Finding
 
     def blocks() -> Iterator[Tensor]:
         for piece in cut_pieces(part.spec, columns):
-            both = [one.read_flat(part.name, piece.start, piece.count) for one in (plan.base, plan.tuned)]
-            rows = (torch.split(values.view(-1, columns), max(1, _AT_ONCE // columns)) for values in both)
+            both = (one.read_flat(part.name, piece.start, piece.count) for one in (plan.base, plan.tuned))
+            rows = (torch.split(as_tensor(flat).view(-1, columns), max(1, _AT_ONCE // columns)) for flat in both)
             for before, after in zip(*rows, strict=True):
                 yield after.double().sub_(before.double())
 

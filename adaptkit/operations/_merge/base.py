@@ -19,7 +19,9 @@ from adaptkit.operations._merge.edits import Edits
 from adaptkit.operations._terms import expected_fingerprints
 
 _EARLY = 3
-"""Number of smallest weights that are compared before anything is written."""
+"""Number of smallest weights that are compared first, so that a wrong base is an error before hours of work."""
+_RIGHT = "give the right base, or add --allow-base-mismatch"
+_ORIGINAL = "merge into the original 16-bit checkpoint, or add --allow-base-mismatch"
 
 
 @dataclass(frozen=True)
@@ -69,48 +71,28 @@ def open_base(path: Path, adapters: Sequence[Adapter], allow_mismatch: bool) -> 
         if _was_dequantized(manifest) and not is_recorded and not allow_mismatch:
             raise BaseMismatchError(
                 f"{path}: was quantized and dequantized; nothing says that the adapter was trained on these weights",
-                hint="merge into the original 16-bit checkpoint, or add --allow-base-mismatch",
+                hint=_ORIGINAL,
             )
-    check_early(base)
-    return base
-
-
-def check_early(base: Base) -> None:
-    """Compare the smallest weights, so that a wrong base is an error before hours of work.
-
-    Raises:
-        BaseMismatchError: names the tensor.
-    """
     known = [name for name in base.expected if name in base.checkpoint.tensors]
     for name in sorted(known, key=lambda name: (base.checkpoint.spec(name).nbytes, name))[:_EARLY]:
         check_fingerprint(base, name, fingerprint_in_pieces(base.checkpoint, name))
+    return base
 
 
 def check_fingerprint(base: Base, name: str, found: str) -> None:
-    """Compare a tensor's fingerprint with the expected one, if there is one.
-
-    Raises:
-        BaseMismatchError: names the tensor.
-    """
+    """Refuse a tensor whose fingerprint is not the expected one, if there is one."""
     if name in base.expected and base.expected[name][0] != found:
         source = base.expected[name][1]
-        came, hint = "trained on", "give the right base, or add --allow-base-mismatch"
+        came, hint = "trained on", _ORIGINAL if _was_dequantized(base.manifest) else _RIGHT
         if base.found_for is not None and source == str(base.found_for):
             came, hint = "quantized from", _parent_hint(base)  # --allow-base-mismatch does not skip this
-        elif _was_dequantized(base.manifest):
-            hint = "merge into the original 16-bit checkpoint, or add --allow-base-mismatch"
         raise BaseMismatchError(f"{base.checkpoint.root}: {name} is not the tensor that {source} was {came}", hint=hint)
 
 
 def merge_parents(
     base: Base, adapters: Sequence[Adapter], weights: Sequence[float], records: Sequence[TensorRecord]
 ) -> tuple[Parent, ...]:
-    """Return the parents to record for a merged model; ``records`` are the base's tensors.
-
-    Raises:
-        IntegrityError: the base's tensors do not match its own manifest.
-        BaseMismatchError: they are not those that the quantized base was made from.
-    """
+    """Return the parents of a merged model; refuse a base whose tensors, ``records``, are not those of a manifest."""
     if base.root is not None and tensors_root(records) != base.root:
         if base.found_for is not None:
             raise BaseMismatchError(
@@ -138,7 +120,7 @@ def with_addresses(base: Base, edits: Edits) -> Base:
     if missing:
         raise BaseMismatchError(
             f"{base.checkpoint.root}: lacks {missing[0]}, which {base.expected[missing[0]][1]} was trained on",
-            hint="give the right base, or add --allow-base-mismatch",
+            hint=_RIGHT,
         )
     return replace(base, expected=expected)
 
@@ -160,13 +142,7 @@ def changed_are_known(base: Base, edits: Edits, adapters: Sequence[Adapter]) -> 
 
 
 def is_their_base(base: Base, root: str, adapters: Sequence[Adapter]) -> bool:
-    """Return whether every adapter's manifest names this base, or the quantized one that was given, as its base.
-
-    Args:
-        base: base of the merge.
-        root: ``tensors_root`` of the base.
-        adapters: adapters with or without manifests.
-    """
+    """Return whether every adapter's manifest names this base (its ``tensors_root``), or the quantized one given."""
     named = [adapter.manifest.parents if adapter.manifest else () for adapter in adapters]
     roots = [{parent.tensors_root for parent in parents if parent.role == "base"} for parents in named]
     return all(found & {root, base.given_root} for found in roots)

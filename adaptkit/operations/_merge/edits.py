@@ -1,20 +1,24 @@
-"""Planned changes of a checkpoint's tensors when adapters are merged into it."""
+"""Planned changes of a checkpoint's tensors when adapters are merged into it, and checks of all of them together."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
-from adaptkit.checkpoint.adapter import TokenRows
-from adaptkit.checkpoint.reader import TensorFiles
+import numpy as np
+
+from adaptkit.checkpoint.adapter import Adapter, TokenRows
+from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
+from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.networks.addressing import Slice
+from adaptkit.numerics import lora
+from adaptkit.numerics.dtypes import ARRAY_DTYPES, BFLOAT16, Array, cast
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spec import TensorSpec
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from adaptkit.operations._vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class Step:
     adapter: int
     weight: float
     panels: tuple[tuple[LowRank, ...], ...] = ()
-    bias: Tensor | None = None
-    magnitude: Tensor | None = None
+    bias: Array | None = None
+    magnitude: Array | None = None
     per_column: bool = False
     whole: Stored | None = None
     tokens: TokenRows | None = None
@@ -96,6 +100,15 @@ class Edit:
         """Return the low-rank changes of a panel times the adapters' weights, in order; only for a plain edit."""
         return [term.weighted(step.weight) for step in self.steps for term in step.panels[panel]]
 
+    def extended(self, adapter: int, weight: float, **what: Any) -> Edit:
+        """Return the edit with another change by an adapter: attributes of its ``Step``; low-rank changes are added."""
+        *before, last = self.steps or (Step(adapter, weight),)
+        if last.adapter != adapter:
+            before, last = [*before, last], Step(adapter, weight)
+        if last.panels and "panels" in what:
+            what["panels"] = tuple(one + other for one, other in zip(last.panels, what["panels"], strict=True))
+        return replace(self, steps=(*before, replace(last, **what)))
+
 
 @dataclass
 class Edits:
@@ -105,7 +118,7 @@ class Edits:
         of: maps names of the result's tensors to their edits.
         added: names of tensors that the base does not have, such as an untied head.
         config: new values in ``config.json``.
-        copies: names of base tensors that an adapter's own copy of the same shape replaces.
+        copies: base tensors that an adapter's own copy of the same shape replaces, with the adapter's folder.
         notes: lines for the report: how names were found, what was untied.
         addresses: for each adapter in order, maps the parameters that it changes to where the base's files store them.
     """
@@ -113,7 +126,7 @@ class Edits:
     of: dict[str, Edit] = field(default_factory=dict)
     added: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
-    copies: list[str] = field(default_factory=list)
+    copies: list[tuple[str, Path]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     addresses: list[Mapping[str, tuple[Slice, ...]]] = field(default_factory=list)
 
@@ -121,3 +134,86 @@ class Edits:
 def matrix_of(shape: Sequence[int]) -> tuple[int, int]:
     """Return (rows, columns) of a tensor viewed as a matrix: the last dimension is columns; a vector is one column."""
     return (math.prod(shape[:-1]), shape[-1]) if len(shape) > 1 else (math.prod(shape), 1)
+
+
+def check_sums(checkpoint: Checkpoint, vocabulary: Vocabulary, edits: Edits) -> None:
+    """Refuse changes by several adapters that cannot be summed, and an embedding and head that would differ in size."""
+    for edit in edits.of.values():
+        resized = edit.spec.shape != edit.base_shape
+        columns = any(step.per_column and step.magnitude is not None for step in edit.steps)
+        if (resized and len(edit.steps) > 1) or (columns and any(step.tokens for step in edit.steps)):
+            raise UsageError(
+                f"{edit.spec.name}: several adapters change this tensor in ways that cannot be added up",
+                hint="merge one adapter after the other",
+            )
+    heights = {edit.spec.shape[0] for edit in edits.of.values() if edit.spec.shape != edit.base_shape}
+    if "vocab_size" in edits.config:
+        bias = f"{vocabulary.head.removesuffix('.weight')}.bias"
+        names = {vocabulary.embedding, vocabulary.head, bias} & {*checkpoint.tensors, *edits.of}
+        heights |= {(edits.of[name].spec if name in edits.of else checkpoint.spec(name)).shape[0] for name in names}
+        if len(heights) > 1:
+            raise BaseMismatchError(
+                f"embedding and head would have different numbers of entries: {', '.join(map(str, sorted(heights)))}",
+                hint="save the adapter again with save_pretrained(..., save_embedding_layers=True)",
+            )
+
+
+def check_effects(adapters: Sequence[Adapter], weights: Sequence[float], edits: Edits) -> None:
+    """Refuse an adapter that changes nothing although its weight is not 0."""
+    for number, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
+        steps = (step for edit in edits.of.values() for step in edit.steps if step.adapter == number)
+        if weight and not any(map(_changes_something, steps)):
+            raise UsageError(
+                f"{adapter.root}: changes nothing, since everything it adds is zero",
+                hint="train it first, or leave it out",
+            )
+
+
+def _changes_something(step: Step) -> bool:
+    """Return whether a step may change its tensor.
+
+    Replacements and sums of several low-rank terms (as with compensation) count without looking at their values.
+    """
+    if step.magnitude is not None or step.whole is not None or step.tokens is not None:
+        return True
+    if step.bias is not None and bool(step.bias.any()):
+        return True
+    return any(len(terms) > 1 or lora.norm(term) > 0 for terms in step.panels for term in terms)
+
+
+def is_same(checkpoint: Checkpoint, name: str, files: TensorFiles, key: str) -> bool:
+    """Return whether an adapter's copy of a tensor, of the same shape, equals the base's after rounding to one dtype.
+
+    That dtype is the copy's own, or the one in which the model was loaded before peft's
+    ``prepare_model_for_kbit_training`` cast it to float32: a bfloat16 base is loaded in float16 where the GPU lacks
+    bfloat16.
+    """
+    count, step = files.spec(key).count, 1 << 20
+    through = {ARRAY_DTYPES[files.spec(key).dtype], ARRAY_DTYPES["F16"], BFLOAT16}
+    for start in range(0, count, step):
+        size = min(step, count - start)
+        one, other = checkpoint.read_flat(name, start, size), files.read_flat(key, start, size)
+        through = {dtype for dtype in through if np.array_equal(cast(cast(one, dtype), other.dtype), other)}
+        if not through:
+            return False
+    return True
+
+
+def check_copies(checkpoint: Checkpoint, edits: Edits, otherwise: str) -> None:
+    """Refuse a base with a tensor that differs from an adapter's own copy; ``otherwise`` ends the hint."""
+    if edits.copies:
+        name, root = edits.copies[0]
+        raise BaseMismatchError(
+            f"{checkpoint.root}: {name} is not the tensor that {root} was trained on; the adapter's own copy of it "
+            "differs",
+            hint=f"give the right base, or {otherwise}",
+        )
+
+
+def check_quantizable(edits: Edits) -> None:
+    """Refuse to quantize a merge that adds tensors or changes the configuration."""
+    for what in (*edits.added, *edits.config):
+        raise UsageError(
+            f"the merge changes {what}, which --format nf4 does not support",
+            hint="merge first, then quantize the result",
+        )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,19 +12,15 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import TokenRows
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import IntegrityError, NonFiniteError
-from adaptkit.lazy import torch
-from adaptkit.numerics import exact, lora
+from adaptkit.numerics import exact
 from adaptkit.numerics.affine import Effect, combine, square_sums
-from adaptkit.numerics.arrays import Array, Values, as_array, as_tensor
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.exact import Prepared
 from adaptkit.numerics.finite import check_finite
 from adaptkit.numerics.kernels._reference_exact import RowsMerged
 from adaptkit.numerics.spec import ITEM_BYTES
 from adaptkit.operations._merge.edits import Edit, Step, matrix_of
 from adaptkit.operations._threads import in_order
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 RUN_BYTES = 1 << 20
 """Bytes per run of rows. Must not change: the undo record has one frame per run, and DoRA sums squares run by run."""
@@ -56,6 +51,11 @@ class Folded:
     merged: RowsMerged
     frame: bytes
 
+    @property
+    def sums(self) -> list[float]:
+        """Number of elements whose value changed, Σ Δ², Σ W² and Σ E · Δ; see ``change_of``."""
+        return [self.merged.moved, self.merged.squared_delta, self.merged.squared_weight, self.merged.overlap]
+
 
 class Fold:
     """One edit, ready to be applied to rows of the base or undone on rows of the result.
@@ -65,13 +65,19 @@ class Fold:
         lengths: maps adapter numbers to DoRA's norms of the rows (or columns) of W + Δ, float64.
     """
 
-    def __init__(self, edit: Edit, lengths: Mapping[int, Tensor]) -> None:
+    def __init__(self, edit: Edit, lengths: Mapping[int, Array]) -> None:
         self.edit, self._lengths = edit, lengths
         self._prepared: dict[int, Prepared | None] = {}
 
     def pieces(self, run_bytes: int = RUN_BYTES) -> list[Rows]:
         """Split the result's rows into runs of at most about ``run_bytes``, at least one row each."""
-        return _cut(self.edit.matrix, self.edit.panel_rows, run_bytes // ITEM_BYTES[self.edit.spec.dtype])
+        (height, columns), panel_rows = self.edit.matrix, self.edit.panel_rows
+        step = max(1, run_bytes // ITEM_BYTES[self.edit.spec.dtype] // max(1, columns))
+        return [
+            Rows(start, min(step, panel + panel_rows - start))
+            for panel in range(0, height, panel_rows)
+            for start in range(panel, panel + panel_rows, step)
+        ]
 
     def apply(self, checkpoint: Checkpoint, rows: Rows, with_undo: bool) -> Folded:
         """Compute rows of the result.
@@ -86,18 +92,19 @@ class Fold:
                 merged = exact.merge_rows(raw, terms, self._within(rows), with_undo)
             else:
                 gain, change = self._sum(rows)
-                merged = exact.merge_affine(raw, change[: held.count], _first(gain, held.count), with_undo)
+                kept = None if gain is None else gain[: held.count]
+                merged = exact.merge_affine(raw, change[: held.count], kept, with_undo)
                 if held.count < rows.count:  # the result has more rows than the base
                     nothing = np.zeros((rows.count - held.count, raw.shape[1]), raw.dtype)
                     more = exact.merge_affine(nothing, change[held.count :], None, False)
-                    merged = replace(merged, weight=torch.cat([merged.weight, more.weight]))
+                    merged = replace(merged, weight=np.concatenate([merged.weight, more.weight]))
         except NonFiniteError as error:
             check_finite(raw.reshape(-1), held.start * raw.shape[1], self.edit.base_shape, self.edit.spec.name)
             raise NonFiniteError(f"{self.edit.spec.name}: {error.message}", error.hint) from error
-        frame = undo.pack_frame(rows.count, as_array(merged.residual)) if with_undo else b""
+        frame = undo.pack_frame(rows.count, merged.residual) if with_undo else b""
         return Folded(raw, merged, frame)
 
-    def restore(self, values: Array, rows: Rows, stream: Array, version: int) -> Values:
+    def restore(self, values: Array, rows: Rows, stream: Array, version: int) -> Array:
         """Restore rows of the base: fewer than ``rows`` where the result has more rows than the base.
 
         Raises:
@@ -109,14 +116,14 @@ class Fold:
                 return exact.unmerge_rows(values, terms, self._within(rows), residual)
             gain, change = self._sum(rows)
             held = self._base_rows(rows).count
-            return exact.unmerge_affine(values[:held], change[:held], _first(gain, held), residual)
+            return exact.unmerge_affine(values[:held], change[:held], None if gain is None else gain[:held], residual)
         except ValueError as error:
             raise IntegrityError(f"the undo record does not match the tensor ({error})") from error
 
-    def exact_change(self, weight: Array, rows: Rows) -> Tensor:
+    def exact_change(self, weight: Array, rows: Rows) -> Array:
         """Return what the edit adds to rows of the base before rounding, (rows, columns) float64."""
         gain, change = self._sum(rows)
-        return change if gain is None else change + (gain - 1.0) * as_tensor(weight).double()
+        return change if gain is None else change + (gain - 1.0) * weight.astype(np.float64)
 
     def _within(self, rows: Rows) -> int:
         return rows.start % self.edit.panel_rows
@@ -136,12 +143,13 @@ class Fold:
             known = self._prepared = {panel: exact.prepare(terms) if terms else None}
         return known[panel]
 
-    def _sum(self, rows: Rows) -> tuple[Tensor | None, Tensor]:
-        effects = [step_effect(step, self.edit, rows, self._lengths.get(step.adapter)) for step in self.edit.steps]
-        return combine(effects, rows.count, self.edit.matrix[1])
+    def _sum(self, rows: Rows) -> tuple[Array | None, Array]:
+        with np.errstate(all="ignore"):  # what is not finite then is refused with the rounded sum
+            effects = [step_effect(step, self.edit, rows, self._lengths.get(step.adapter)) for step in self.edit.steps]
+            return combine(effects, rows.count, self.edit.matrix[1])
 
 
-def step_effect(step: Step, edit: Edit, rows: Rows, lengths: Tensor | None) -> Effect:
+def step_effect(step: Step, edit: Edit, rows: Rows, lengths: Array | None) -> Effect:
     """Return the effect of a step on a run of rows.
 
     Args:
@@ -153,78 +161,76 @@ def step_effect(step: Step, edit: Edit, rows: Rows, lengths: Tensor | None) -> E
     Raises:
         NonFiniteError: a norm is 0.
     """
-    panel, first = divmod(rows.start, edit.panel_rows)
-    inside = slice(first, first + rows.count)
+    (panel, first), columns = divmod(rows.start, edit.panel_rows), edit.matrix[1]
+    run = slice(rows.start, rows.start + rows.count)
     only_adds = step.magnitude is None and step.whole is None and step.tokens is None
     weight = step.weight if only_adds else 1.0  # otherwise Effect.weight scales everything
-    delta: Tensor | None = None
+    delta = gain = instead = None
+    where: Array | bool = True
     if step.panels and step.panels[panel]:
-        delta = lora.delta([term.weighted(weight) for term in step.panels[panel]], inside)
+        terms = [term.weighted(weight) for term in step.panels[panel]]
+        delta = exact.delta(terms, slice(first, first + rows.count))
     if step.bias is not None:
-        bias = (step.bias * weight)[rows.start : rows.start + rows.count, None]
+        bias = (step.bias[run] * weight)[:, None]
         delta = bias if delta is None else delta + bias
-    gain = None
     if step.magnitude is not None and lengths is not None:
-        gain = step.magnitude.double() / lengths
-        if not bool(torch.isfinite(gain).all()):
+        gain = step.magnitude.astype(np.float64) / lengths
+        if not np.isfinite(gain).all():
             raise NonFiniteError(
                 "a row of the changed weight is zero, so DoRA cannot scale it",
                 hint="check that this is the right base; peft computes NaN there, too",
             )
-        gain = gain[None] if step.per_column else gain[rows.start : rows.start + rows.count, None]
-    instead: Tensor | None = None
-    where: Tensor | None = None
+        gain = gain[None] if step.per_column else gain[run, None]
     if step.tokens is not None:
-        instead, where = _token_rows(step.tokens, rows, edit.matrix[1])
+        instead, where = _token_rows(step.tokens, rows, columns)
     if step.whole is not None:
-        columns, first_row = edit.matrix[1], step.whole.first_row + rows.start
-        flat = step.whole.files.read_flat(step.whole.key, first_row * columns, rows.count * columns)
-        whole = flat.reshape(rows.count, columns).double()
-        instead = whole if instead is None or where is None else torch.where(where, instead, whole)
-        where = None
+        start = (step.whole.first_row + rows.start) * columns
+        whole = step.whole.files.read_flat(step.whole.key, start, rows.count * columns)
+        whole = whole.reshape(rows.count, columns).astype(np.float64)
+        instead, where = whole if instead is None else np.where(where, instead, whole), True
     return Effect(step.weight, delta, gain, instead, where)
 
 
-def find_lengths(checkpoint: Checkpoint, edit: Edit, threads: int) -> dict[int, Tensor]:
+def find_lengths(checkpoint: Checkpoint, edit: Edit, threads: int) -> dict[int, Array]:
     """Return DoRA's norms of the rows (or columns) of W + Δ, by number of each adapter that has magnitudes.
 
     Reads the tensor once per such adapter. The result does not depend on the number of threads: squares of columns are
     summed run by run, in order.
     """
-    found: dict[int, Tensor] = {}
+    found: dict[int, Array] = {}
     for step in edit.steps:
         if step.magnitude is None:
             continue
-        runs = Fold(edit, {}).pieces()
+        runs, sums = Fold(edit, {}).pieces(), None
         if step.per_column:
-            sums: Tensor | None = None
             for changed in in_order(partial(_changed, checkpoint, edit, step), runs, threads):
                 sums = square_sums(changed, True, sums)
         else:
-            sums = torch.cat(list(in_order(partial(_row_squares, checkpoint, edit, step), runs, threads)))
+            sums = np.concatenate(list(in_order(partial(_row_squares, checkpoint, edit, step), runs, threads)))
         if sums is not None:
-            found[step.adapter] = sums.sqrt()
+            found[step.adapter] = np.sqrt(sums)
     return found
 
 
-def _row_squares(checkpoint: Checkpoint, edit: Edit, step: Step, rows: Rows) -> Tensor:
+def _row_squares(checkpoint: Checkpoint, edit: Edit, step: Step, rows: Rows) -> Array:
     return square_sums(_changed(checkpoint, edit, step, rows), False)
 
 
-def _changed(checkpoint: Checkpoint, edit: Edit, step: Step, rows: Rows) -> Tensor:
+def _changed(checkpoint: Checkpoint, edit: Edit, step: Step, rows: Rows) -> Array:
     """Return rows of W + Δ before DoRA scales them, (rows, columns) float64."""
-    effect = step_effect(step, edit, rows, None)
-    weight = effect.instead
-    if weight is None or effect.where is not None:
-        raw = as_tensor(read_rows(checkpoint, edit.source, rows)).double()
-        weight = raw if effect.where is None or weight is None else torch.where(effect.where, weight, raw)
-    return weight if effect.delta is None else weight + effect.delta
+    with np.errstate(all="ignore"):
+        effect = step_effect(step, edit, rows, None)
+        weight = effect.instead
+        if weight is None or effect.where is not True:
+            raw = read_rows(checkpoint, edit.source, rows).astype(np.float64)
+            weight = raw if weight is None else np.where(effect.where, weight, raw)
+        return weight if effect.delta is None else weight + effect.delta
 
 
 def read_rows(checkpoint: Checkpoint, name: str, rows: Rows) -> Array:
     """Read a run of rows of a tensor as a matrix."""
     columns = matrix_of(checkpoint.spec(name).shape)[1]
-    return checkpoint.read_flat_array(name, rows.start * columns, rows.count * columns).reshape(rows.count, columns)
+    return checkpoint.read_flat(name, rows.start * columns, rows.count * columns).reshape(rows.count, columns)
 
 
 def cut_frames(files: TensorFiles, name: str, edit: Edit) -> Iterator[tuple[Rows, Callable[[], Array]]]:
@@ -253,26 +259,11 @@ def jobs_of(fold: Fold, checkpoint: Checkpoint, with_undo: bool) -> Sequence[Cal
     return [partial(fold.apply, checkpoint, rows, with_undo) for rows in runs]
 
 
-def _first(gain: Tensor | None, count: int) -> Tensor | None:
-    """Return the gain of the first ``count`` rows."""
-    return gain if gain is None or gain.shape[0] == 1 else gain[:count]
-
-
-def _token_rows(tokens: TokenRows, rows: Rows, columns: int) -> tuple[Tensor, Tensor]:
-    instead = torch.zeros(rows.count, columns, dtype=torch.float64)
-    where = torch.zeros(rows.count, 1, dtype=torch.bool)
-    for number, index in enumerate(tokens.indices):
+def _token_rows(tokens: TokenRows, rows: Rows, columns: int) -> tuple[Array, Array]:
+    """Return the replaced rows of a run, (rows, columns) float64, and which these are, (rows, 1) bool."""
+    instead, where = np.zeros((rows.count, columns)), np.zeros((rows.count, 1), bool)
+    for index, values in zip(tokens.indices, tokens.rows, strict=True):
         if rows.start <= index < rows.start + rows.count:
-            instead[index - rows.start] = tokens.rows[number].double()
+            instead[index - rows.start] = values
             where[index - rows.start] = True
     return instead, where
-
-
-def _cut(matrix: tuple[int, int], panel_rows: int, run_elements: int) -> list[Rows]:
-    height, columns = matrix
-    step = max(1, run_elements // max(1, columns))
-    return [
-        Rows(start, min(step, panel + panel_rows - start))
-        for panel in range(0, height, panel_rows)
-        for start in range(panel, panel + panel_rows, step)
-    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity, read_adapter
 from adaptkit.checkpoint.hashing import file_sha256, tensors_root
-from adaptkit.checkpoint.header import Header, parse_header, strict_json
+from adaptkit.checkpoint.header import Header, parse_header
 from adaptkit.checkpoint.layout import CARD_NAME, CONFIG_NAME, read_small, resolve_inside
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, read_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
 from adaptkit.checkpoint.reader import Checkpoint, Located, TensorFiles
 from adaptkit.checkpoint.side_files import TEMPLATES_FOLDER
+from adaptkit.documents import strict_json
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
 from adaptkit.wording import counted
 
 if TYPE_CHECKING:
-    from adaptkit.numerics.arrays import Array
+    pass
 
 _OUTPUT_OF_MERGE = "give the output folder of adaptkit merge"
 AGAIN = "restore the merged model from a good copy, or merge again from the base"
@@ -29,13 +29,7 @@ AGAIN = "restore the merged model from a good copy, or merge again from the base
 
 
 class BaseOutline(Checkpoint):
-    """The base of a merge from its headers and configuration, without weights.
-
-    Args:
-        root: folder of the merged checkpoint, for messages.
-        headers: maps file names to the base's headers.
-        config: the base's ``config.json``.
-    """
+    """The base of a merge from its headers and configuration, without weights; ``root`` is the merged model's."""
 
     def __init__(self, root: Path, headers: Mapping[str, Header], config: dict[str, Any]) -> None:
         self.root = root
@@ -50,13 +44,7 @@ class BaseOutline(Checkpoint):
 
 @dataclass(frozen=True)
 class MergedModel:
-    """Output of ``merge``.
-
-    Attributes:
-        root: its folder.
-        manifest: its manifest.
-        checkpoint: its weights.
-    """
+    """Output of ``merge``: its folder, manifest and weights."""
 
     root: Path
     manifest: Manifest
@@ -73,68 +61,39 @@ class MergedModel:
         """sha256 of every file, by path."""
         return {record.path: record.sha256 for record in self.manifest.files}
 
-    def record(self, number: int) -> TensorFiles:
-        """Return the undo record of a shard, numbered from 1.
-
-        Raises:
-            IntegrityError: the file changed or is missing.
-        """
-        name = undo.record_name(number, len(self.checkpoint.headers))
-        self.require_unchanged(name)
-        return TensorFiles(self.root, [name])
-
-    def read_all(self, name: str) -> dict[str, Array]:
-        """Read all tensors of a safetensors file in the undo record.
-
-        Raises:
-            IntegrityError: the file changed or is missing, or holds something other than bytes.
-        """
-        self.require_unchanged(name)
-        files = TensorFiles(self.root, [name])
-        for key, located in files.tensors.items():
-            if located.spec.dtype != "U8" or len(located.spec.shape) != 1:
-                raise IntegrityError(f"{self.root}: {name} holds {key!r}, which is not a file", hint=AGAIN)
-        return {key: files.read_array(key) for key in files.tensors}
-
-    def require_unchanged(self, name: str) -> None:
-        """Compare a file with the manifest.
-
-        Raises:
-            IntegrityError: it changed or is missing.
-        """
+    def unchanged(self, name: str) -> Path:
+        """Return the path of a file; refuse one that changed since the merge, or is missing."""
         path = resolve_inside(self.root, name)
         if not path.is_file():
             raise IntegrityError(f"{self.root}: {name} is missing", hint=AGAIN)
         if file_sha256(path) != self.digests.get(name):
             raise IntegrityError(f"{self.root}: {name} changed since the merge", hint=AGAIN)
+        return path
+
+    def record(self, number: int) -> TensorFiles:
+        """Return the undo record of a shard, numbered from 1."""
+        name = undo.record_name(number, len(self.checkpoint.headers))
+        self.unchanged(name)
+        return TensorFiles(self.root, [name])
 
     def small_file(self, name: str) -> bytes:
-        """Return the content of a small file.
-
-        Raises:
-            IntegrityError: it changed since the merge or is missing.
-        """
-        path = resolve_inside(self.root, name)
-        if not path.is_file():
-            raise IntegrityError(f"{self.root}: {name} is missing", hint=AGAIN)
-        content = read_small(path)
-        if hashlib.sha256(content).hexdigest() != self.digests.get(name):
-            raise IntegrityError(f"{self.root}: {name} changed since the merge", hint=AGAIN)
-        return content
+        """Return the content of a small file that did not change since the merge."""
+        return read_small(self.unchanged(name))
 
     @cached_property
     def lost_files(self) -> dict[str, bytes]:
         """The base's small files that the merge removed or changed, and the list of those that it added."""
-        if undo.FILES_NAME not in self.digests:
+        if (name := undo.FILES_NAME) not in self.digests:
             return {}
-        return {undo.file_name(key): tensor.tobytes() for key, tensor in self.read_all(undo.FILES_NAME).items()}
+        self.unchanged(name)
+        files = TensorFiles(self.root, [name])
+        for key, located in files.tensors.items():
+            if located.spec.dtype != "U8" or len(located.spec.shape) != 1:
+                raise IntegrityError(f"{self.root}: {name} holds {key!r}, which is not a file", hint=AGAIN)
+        return {undo.file_name(key): files.read(key).tobytes() for key in files.tensors}
 
     def restored_files(self) -> dict[str, bytes]:
-        """Return the base's small files by name, without a model card: merge writes none, so one here is publish's.
-
-        Raises:
-            IntegrityError: one changed since the merge.
-        """
+        """Return the base's small files by name, without a model card: merge writes none, so one here is publish's."""
         added = undo.read_added(undo.as_bytes(self.lost_files[undo.ADDED])) if undo.ADDED in self.lost_files else []
         for name in self.lost_files:
             if name != undo.ADDED and not _is_small_file(name):
@@ -152,14 +111,10 @@ class MergedModel:
         return BaseOutline(self.root, headers, strict_json(text, CONFIG_NAME, infinities=True))
 
     def header(self, file: str, record: TensorFiles) -> Header:
-        """Return the header of the base's shard.
-
-        Raises:
-            IntegrityError: the header in the undo record is damaged.
-        """
+        """Return the header of the base's shard; refuse one that is damaged."""
         if undo.HEADER not in record.tensors:
             return self.checkpoint.headers[file]
-        raw = record.read_array(undo.HEADER).tobytes()
+        raw = record.read(undo.HEADER).tobytes()
         try:
             header = parse_header(raw, file)
             position = len(raw)
@@ -173,15 +128,10 @@ class MergedModel:
             ) from error
         return header
 
-    def base_manifest(self) -> Manifest | None:
-        """Return the base's manifest; None if it had none."""
-        name = f"{undo.BASE_PREFIX}{MANIFEST_NAME}"
-        return Manifest.from_bytes(self.small_file(name)) if name in self.digests else None
-
-    def base_signature(self) -> bytes | None:
-        """Return the signature of the base's manifest; None if it had none, or an older version did not keep it."""
-        name = f"{undo.BASE_PREFIX}{SIGNATURE_NAME}"
-        return self.small_file(name) if name in self.digests else None
+    def base_file(self, name: str) -> bytes | None:
+        """Return a small file of the base that is kept for it: its manifest or signature; None if it had none."""
+        kept = f"{undo.BASE_PREFIX}{name}"
+        return self.small_file(kept) if kept in self.digests else None
 
     def adapters(self, given: Sequence[Path]) -> tuple[list[Adapter], list[float], list[Path]]:
         """Read the merged adapters: those given, or the copies in the folder.
@@ -210,18 +160,16 @@ class MergedModel:
         ordered, resaved = [], []
         for parent, identity in zip(recorded, identities, strict=True):
             same = [a for a in waiting if tensors_root(a.records) == parent.tensors_root]
-            exact = [a for a in same if adapter_identity(a) == identity]
-            if same and not exact:
-                resaved.append(same[0].root)
             if not same:
                 raise BaseMismatchError(
                     f"{self.root}: an adapter with tensors_root {parent.tensors_root[:16]}… was merged, but none of "
                     "those given has it",
                     hint="give the adapter that was merged; adaptkit inspect ADAPTER shows an adapter's tensors root",
                 )
-            found = (exact or same)[0]
-            waiting.remove(found)
-            ordered.append(found)
+            exact = [a for a in same if adapter_identity(a) == identity]
+            resaved += [] if exact else [same[0].root]
+            ordered.append((exact or same)[0])
+            waiting.remove(ordered[-1])
         return ordered, [parent.weight if parent.weight is not None else 1.0 for parent in recorded], resaved
 
     def _embedded(self, count: int) -> list[Path]:
@@ -232,18 +180,8 @@ class MergedModel:
                 hint="give each adapter with --adapter",
             )
         for name in names:
-            self.require_unchanged(name)
+            self.unchanged(name)
         return [self.root / undo.ADAPTERS_PREFIX / str(number) for number in range(1, count + 1)]
-
-
-def different_configuration_error(adapters: Sequence[Path]) -> BaseMismatchError:
-    """Return the error for adapters whose tensors match the merge, but at least one has another configuration."""
-    return BaseMismatchError(
-        f"{' or '.join(map(str, adapters))}: has the tensors of an adapter that was merged, but a different "
-        "adapter_config.json",
-        hint="give the adapter as it was merged; if peft up to 0.18 wrote it, use the version of adaptkit that "
-        "merged it",
-    )
 
 
 def open_merged(root: Path) -> MergedModel:

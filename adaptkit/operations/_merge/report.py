@@ -73,45 +73,32 @@ class TensorChange:
     effect: float
 
 
-def change_of(name: str, elements: int, moved: float, sums: Sequence[float]) -> TensorChange:
-    """Return the effect of merging on a tensor.
-
-    Args:
-        name: name of the tensor.
-        elements: number of elements.
-        moved: number of elements whose value changed.
-        sums: Σ Δ², Σ W² and Σ E · Δ; see ``TensorChange``.
-    """
-    squares, weights, overlap = sums
+def change_of(name: str, elements: int, sums: Sequence[float]) -> TensorChange:
+    """Return the effect of merging on a tensor from the sums over its elements; see ``Folded.sums``."""
+    moved, squares, weights, overlap = sums
     effect = overlap / squares if squares else 1.0
     return TensorChange(name, elements, moved / max(1, elements), squares**0.5, weights**0.5, effect)
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Result of ``merge``, or of a dry run.
+    """Result of ``merge``; for a dry run, which reads no weights, what is found in them is None.
 
     Attributes:
-        output: folder of the merged model.
-        base: folder of the base.
+        output, base: folders.
         merged: number of changed tensors.
         added: names of tensors that the base does not have.
         tensors: number of tensors in the result.
-        base_verified: whether all changed weights were compared with those that every adapter was trained on; in a dry
-            run, whether they will be.
-        same_base: whether all of the base's tensors are those that every adapter was trained on; False for a dry run,
-            which does not read them.
+        base_verified: whether all changed weights are compared with those that every adapter was trained on.
+        same_base: whether all of the base's tensors are those that every adapter was trained on; False for a dry run.
         told: notes: adapters given several times, how names were found, what was untied, where the tokenizer comes
             from.
-        moved: share of the changed tensors' elements whose value changed; None for a dry run.
-        relative_delta: ‖Δ‖ / ‖W‖ over all changed tensors; None for a dry run.
-        effect: ⟨E, Δ⟩ / ⟨Δ, Δ⟩ over all changed tensors, the share of the change left after rounding; None for a dry
-            run. See ``TensorChange``.
-        undo_bits: size of the undo record in bits per element of the changed tensors; 0 if there is none, None for a
-            dry run.
+        moved: share of the changed tensors' elements whose value changed.
+        relative_delta: ‖Δ‖ / ‖W‖ over all changed tensors.
+        effect: share of the change left after rounding, over all changed tensors; see ``TensorChange``.
+        undo_bits: size of the undo record in bits per element of the changed tensors; 0 if there is none.
         changes: each changed tensor, smallest ``effect`` first.
-        tensors_root: ``tensors_root`` of the result; None for a dry run.
-        manifest_sha256: sha256 of the result's manifest; None for a dry run.
+        tensors_root, manifest_sha256: of the result.
     """
 
     output: str

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
@@ -51,12 +50,6 @@ def plan_side_files(
     An adapter's tokenizer replaces all of the base's tokenizer files, since the adapter was trained with it. A chat
     template without a tokenizer, and a generation config, replace the base's too.
 
-    Args:
-        checkpoint: the base.
-        manifest: its manifest; None if it has none.
-        adapters: the adapters, in order.
-        edits: their changes.
-
     Raises:
         UsageError: two adapters bring different versions of a file.
         IntegrityError: a file of the base does not match its manifest.
@@ -65,7 +58,13 @@ def plan_side_files(
     check_side_files(root)
     before = checkpoint.side_contents()
     before[CONFIG_NAME] = read_small(root / CONFIG_NAME)
-    _check_unchanged(root, manifest, before)
+    for record in manifest.files if manifest else ():
+        content = before.get(record.path)
+        if content is not None and hashlib.sha256(content).hexdigest() != record.sha256:
+            raise IntegrityError(
+                f"{root}: {record.path} does not match the manifest",
+                hint=f"restore the file, or remove {MANIFEST_NAME}",
+            )
     files = SideFiles(dict(before))
     if edits.config:
         files.contents[CONFIG_NAME] = _changed_config(checkpoint.config, edits.config)
@@ -101,15 +100,12 @@ def _templates(brought: Mapping[str, tuple[bytes, Adapter]]) -> dict[str, bytes]
 
 
 def plan_index(checkpoint: Checkpoint, files: Mapping[str, str], total_bytes: int) -> bytes | None:
-    """Return the index of the result: the base's own bytes unless tensors were added or resized.
+    """Return the index of the result: the base's own bytes unless tensors were added or resized; None if it has none.
 
     Args:
         checkpoint: the base.
         files: maps the result's tensors to their files.
         total_bytes: total size of the result's tensors.
-
-    Returns:
-        Bytes of the index; None if the base has no index.
     """
     path = checkpoint.root / INDEX_NAME
     if not path.exists():
@@ -123,16 +119,6 @@ def plan_index(checkpoint: Checkpoint, files: Mapping[str, str], total_bytes: in
     return _as_before(document)
 
 
-def _check_unchanged(root: Path, manifest: Manifest | None, contents: Mapping[str, bytes]) -> None:
-    for record in manifest.files if manifest else ():
-        content = contents.get(record.path)
-        if content is not None and hashlib.sha256(content).hexdigest() != record.sha256:
-            raise IntegrityError(
-                f"{root}: {record.path} does not match the manifest",
-                hint=f"restore the file, or remove {MANIFEST_NAME}",
-            )
-
-
 def _changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> bytes:
     """Return the configuration with new values in the same key order; ``text_config`` is changed where it has the key.
 
@@ -141,10 +127,8 @@ def _changed_config(config: Mapping[str, Any], changes: Mapping[str, Any]) -> by
     """
     text = config.get("text_config")
     nested = text if isinstance(text, dict) else {}
-    inside = {
-        key: value for key, value in changes.items() if key in nested or (nested and key == "tie_word_embeddings")
-    }
-    outside = {key: value for key, value in changes.items() if key in config or key not in nested}
+    inside = {key: changes[key] for key in changes if key in nested or (nested and key == "tie_word_embeddings")}
+    outside = {key: changes[key] for key in changes if key in config or key not in nested}
     return _as_before({**config, **outside} | ({"text_config": nested | inside} if inside else {}))
 
 

@@ -13,13 +13,7 @@ from adaptkit.operations.targets._target import some
 def trained_differently(
     checkpoint: Checkpoint, adapter: Adapter, addresses: Mapping[str, tuple[Slice, ...]]
 ) -> Iterator[str]:
-    """Yield a note on what older peft releases left out of the adapter's file, or computed differently in training.
-
-    Args:
-        checkpoint: the base.
-        adapter: the adapter.
-        addresses: where the base's files store the parameters that it changes.
-    """
+    """Yield a note on what older peft releases left out of the adapter's file, or computed differently in training."""
     modules = adapter.modules if adapter.config.get("bias") == "lora_only" else ()
     owners = {m: addresses[f"{m}.weight"][0].name.rpartition(".")[0] for m in modules if f"{m}.weight" in addresses}
     there = (m for m, owner in owners.items() if f"{owner}.bias" in checkpoint.tensors)

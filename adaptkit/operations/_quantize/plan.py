@@ -1,119 +1,124 @@
-"""The plan for quantizing a checkpoint, made before any weight is read."""
+"""What happens to each tensor of a checkpoint, decided before any weight is read, and done piece by piece."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
-from pathlib import Path
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from typing import Any
 
-from adaptkit.arguments import as_paths, as_texts, typed_fields
+import numpy as np
+import xxhash
+
 from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
-from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.checkpoint.hashing import bytes_of
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import CheckpointError, UsageError
-from adaptkit.formats._format import Encoding
-from adaptkit.numerics.spec import FLOATS
-from adaptkit.operations._quantize.selection import MOE, Choice, Selection, matches_any, of_type, select
-from adaptkit.operations._quantize.tensor_plan import TensorPlan
-from adaptkit.operations._roles import Roles
-from adaptkit.operations._shards import Group, Shards, check_shard_size, plan_shards
-from adaptkit.operations._threads import check_threads
-from adaptkit.wording import counted
+from adaptkit.checkpoint.writer import TensorWriter
+from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
+from adaptkit.formats._format import EncodedPiece, Encoding
+from adaptkit.numerics import finite
+from adaptkit.numerics.dtypes import Array
+from adaptkit.numerics.spec import FLOATS, TensorSpec
+from adaptkit.operations._quantize.options import QuantizeOptions
+from adaptkit.operations._quantize.selection import Choice, Selection, matches_any, of_type, select
+from adaptkit.operations._roles import find_roles
+from adaptkit.operations._shards import Group, Piece, Shards, cut_pieces, plan_shards, read_jobs
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Text to run through the model, and how to use the measurements.
+class Encoded:
+    """A piece of a tensor: its elements in the file, and the quantized ones; None if it is written as it is."""
 
-    Attributes:
-        files: text, or rows; see ``text.windows``.
-        tokens: largest number of tokens to read.
-        window: tokens per sequence.
-        init_rank: rank of a companion adapter that offsets part of the quantization error; None for no adapter.
-        bits_budget: average bits per weight over the quantized matrices; bits beyond the plan's go where they save
-            most. None for no upgrades.
-        compensate: round columns one after the other, each compensating for the error of those before it, instead of
-            each weight to the nearest level; takes more time, and memory quadratic in the number of a layer's inputs.
-    """
-
-    files: tuple[Path, ...]
-    tokens: int = 8192
-    window: int = 512
-    init_rank: int | None = None
-    bits_budget: float | None = None
-    compensate: bool = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "files", as_paths(self.files, "files"))
-        typed_fields(self)
-        if not self.files:
-            raise UsageError("calibration: no text given", hint="add --calibrate FILE")
-        if self.window < 2 or self.tokens < 2:
-            raise UsageError(
-                f"calibration on {counted(self.tokens, 'token')} in windows of {self.window}: both must be at least 2"
-            )
-        if self.init_rank is not None and self.init_rank < 1:
-            raise UsageError(f"init_rank: must be at least 1, found {self.init_rank}")
-        if self.bits_budget is not None and not 4 < self.bits_budget < 16:
-            raise UsageError(
-                f"bits_budget: must be between 4 and 16, found {self.bits_budget}",
-                hint="for example, --bits-budget 4.5",
-            )
-
-    def recorded(self) -> dict[str, Any]:
-        """Return the options that affect the result, for the manifest."""
-        return asdict(self) | {"files": [file_sha256(file) for file in self.files]}
+    raw: Array
+    packed: EncodedPiece | None = None
 
 
 @dataclass(frozen=True)
-class QuantizeOptions:
-    """How to quantize.
+class TensorPlan:
+    """How one tensor is written.
 
     Attributes:
-        format: nf4, fp4 or int8; bitsandbytes loads the first two.
-        block_size: weights sharing one constant; a power of two from 32 to 4096.
-        double_quant: quantize the constants too.
-        skip: shell patterns of module paths that stay in 16 bits.
-        include_head: quantize the output layer too.
-        moe: ``keep`` experts in 16 bits, or ``quantize`` them for adaptkit's own trainer.
-        max_shard_bytes: largest size of a shard, unless a single tensor is larger.
-        threads: number of pieces encoded at a time; one per processor if None. The result does not depend on it.
-        calibration: choose constants and codes from the inputs of linear layers on a text; only for nf4.
+        spec: in the source.
+        encoding: how it is quantized; None if it is not.
+        transposed: whether the source stores it as (in, out).
     """
 
-    format: str = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
-    skip: tuple[str, ...] = ()
-    include_head: bool = False
-    moe: str = "keep"
-    max_shard_bytes: int = 5_000_000_000
-    threads: int | None = None
-    calibration: Calibration | None = None
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
-        object.__setattr__(self, "skip", as_texts(self.skip, "skip"))
-        check_shard_size(self.max_shard_bytes)
-        check_threads(self.threads)
-        if self.moe not in MOE:
-            raise UsageError(f"moe: must be one of {', '.join(MOE)}, found {self.moe!r}")
-        if self.calibration is not None and self.format != "nf4":
-            raise UsageError(
-                f"calibration: needs format nf4, found {self.format}", hint="leave out --calibrate, or use --format nf4"
-            )
-        _ = self.encoding
+    spec: TensorSpec
+    encoding: Encoding | None
+    transposed: bool = False
 
     @property
-    def encoding(self) -> Encoding:
-        """How a weight is quantized."""
-        return Encoding(self.format, self.block_size, self.double_quant)
+    def linear(self) -> TensorSpec:
+        """The spec of the weight as (out, in)."""
+        return TensorSpec(
+            self.spec.name, self.spec.dtype, self.spec.shape[::-1] if self.transposed else self.spec.shape
+        )
 
-    def recorded(self) -> dict[str, Any]:
-        """Return the options that affect the result, for the manifest."""
-        values = {name: value for name, value in asdict(self).items() if name not in {"threads", "calibration"}}
-        values["skip"] = sorted(set(self.skip))
-        return values | ({"calibration": self.calibration.recorded()} if self.calibration else {})
+    def group(self) -> Group:
+        """Return the tensors that it becomes."""
+        specs = [self.spec] if self.encoding is None else self.encoding.codec.specs(self.linear, self.encoding)
+        return Group(self.spec.name, tuple(specs))
+
+    def as_linear(self, raw: Array) -> Array:
+        """Convert the source's tensor to the weight as (out, in)."""
+        return np.ascontiguousarray(raw.T) if self.transposed else raw
+
+    def jobs(self, checkpoint: Checkpoint) -> Sequence[Callable[[], Encoded]]:
+        """Return the jobs that encode the tensor, in order.
+
+        Raises:
+            NonFiniteError: by a job: a weight is NaN or infinite; names its index.
+        """
+        if self.encoding is None:
+            return [partial(_as_it_is, job) for job in read_jobs(checkpoint, self.spec, self.check)]
+        if self.transposed:  # only in the GPT-2 family, whose matrices are small
+            return [partial(self._encode, self.encoding, checkpoint, None)]
+        pieces = cut_pieces(self.spec, self.encoding.block_size, checkpoint.unit(self.spec.name))
+        return [partial(self._encode, self.encoding, checkpoint, piece) for piece in pieces]
+
+    def write(self, pieces: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
+        """Write the pieces that the jobs returned.
+
+        Returns:
+            fingerprint: of the source tensor.
+            error: Σ(w − q)² and Σw² over the weights, if it is quantized.
+        """
+        if self.encoding is None:
+            for piece in pieces:
+                writer.write(self.spec.name, piece.raw)
+            return {"fingerprint": writer.tensors[-1].xxh3_128}
+        digest, codes = xxhash.xxh3_128(), self.group().specs[0].name
+        gathering = self.encoding.codec.gather(self.linear, self.encoding)
+        for piece in pieces:
+            digest.update(bytes_of(piece.raw))
+            if piece.packed is not None:
+                writer.write(codes, piece.packed.codes)
+                gathering.add(piece.packed)
+        parts, error = gathering.finish()
+        for name, part in parts.items():
+            writer.write(name, part)
+        return {"fingerprint": digest.hexdigest(), "error": error}
+
+    def _encode(self, encoding: Encoding, checkpoint: Checkpoint, piece: Piece | None) -> Encoded:
+        if piece is None:
+            raw = checkpoint.read(self.spec.name)
+            values, start = self.as_linear(raw), 0
+        else:
+            raw = values = checkpoint.read_flat(self.spec.name, piece.start, piece.count)
+            start = piece.start
+        try:
+            return Encoded(raw, encoding.codec.encode(values, encoding, measure=True))
+        except NonFiniteError:
+            self.check(raw.reshape(-1), start)
+            raise
+
+    def check(self, values: Array, start: int) -> None:
+        """Refuse NaN and infinity, with the index in the file."""
+        finite.check_finite(values, start, self.spec.shape, self.spec.name)
+
+
+def _as_it_is(job: Callable[[], Array]) -> Encoded:
+    return Encoded(job())
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,9 @@ class Plan:
     """What happens to each tensor of a checkpoint."""
 
     checkpoint: Checkpoint
+    options: QuantizeOptions
     selection: Selection
     tensors: dict[str, TensorPlan]
-    max_shard_bytes: int
 
     @cached_property
     def groups(self) -> dict[str, Group]:
@@ -133,7 +138,7 @@ class Plan:
     @cached_property
     def shards(self) -> Shards:
         """The output files with their groups."""
-        return plan_shards(list(self.groups.values()), self.max_shard_bytes)
+        return plan_shards(list(self.groups.values()), self.options.max_shard_bytes)
 
     def quantized(self) -> list[Choice]:
         """Return the choices of the tensors that are quantized."""
@@ -148,17 +153,17 @@ class Plan:
         return sum(group.nbytes for group in self.groups.values())
 
 
-def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles) -> Plan:
+def make_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
     """Decide what happens to each tensor, and refuse what cannot be done.
 
     Args:
         checkpoint: the source.
         options: see ``QuantizeOptions``.
-        roles: of its tensors.
 
     Raises:
         CheckpointError: the source is quantized already, or has nothing to quantize.
-        UsageError: a pattern matches nothing, the head cannot be quantized, or there are no experts to quantize.
+        UsageError: ``config.json`` describes a model that cannot be built, a pattern matches nothing, the head cannot
+            be quantized, or there are no experts to quantize.
     """
     method = quantization_found(checkpoint)
     if method is not None:
@@ -166,38 +171,26 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions, roles: Roles) ->
             f"{checkpoint.root}: already quantized with {method}",
             hint=hint_for_plain(method, checkpoint.root, "quantize"),
         )
+    roles = find_roles(checkpoint)
     if options.moe == "quantize" and not any(role.kind == "expert" for role in roles.of.values()):
         raise UsageError(f"{checkpoint.root}: no experts found to quantize", hint="leave out --moe quantize")
+    encoding = options.encoding
     selection = select(
         checkpoint,
         skip=options.skip,
         include_head=options.include_head,
         moe=options.moe,
-        encoding=options.encoding,
+        encoding=encoding,
         roles=roles,
     )
     _check_selection(checkpoint, selection, options)
     tensors = {
-        choice.spec.name: TensorPlan(choice.spec, None if choice.kept_because else options.encoding, choice.transposed)
+        choice.spec.name: TensorPlan(choice.spec, None if choice.kept_because else encoding, choice.transposed)
         for choice in selection.choices
     }
-    plan = Plan(checkpoint, selection, tensors, options.max_shard_bytes)
+    plan = Plan(checkpoint, options, selection, tensors)
     _check_names(checkpoint, plan.groups)
     return plan
-
-
-WORTH_16_BITS = "worth 16 bits"
-"""Reason for keeping a linear in 16 bits because the bits budget allows it."""
-
-
-def with_encodings(plan: Plan, encodings: Mapping[str, Encoding | None]) -> Plan:
-    """Return the plan with other encodings for some linears; None keeps a linear in 16 bits."""
-    choices = tuple(
-        replace(choice, kept_because=WORTH_16_BITS) if encodings.get(choice.spec.name, choice) is None else choice
-        for choice in plan.selection.choices
-    )
-    tensors = {name: replace(t, encoding=encodings.get(name, t.encoding)) for name, t in plan.tensors.items()}
-    return replace(plan, selection=replace(plan.selection, choices=choices), tensors=tensors)
 
 
 def _check_selection(checkpoint: Checkpoint, selection: Selection, options: QuantizeOptions) -> None:

@@ -2,14 +2,19 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.released import ReleasedCheckpoint
-from adaptkit.operations._quantize.plan import WORTH_16_BITS, Plan
+from adaptkit.operations._quantize.plan import Plan
 from adaptkit.operations._quantize.selection import Choice
+
+WORTH_16_BITS = "worth 16 bits"
+"""Reason for keeping a linear in 16 bits because the bits budget allows it."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +112,16 @@ class QuantizeReport:
     manifest_sha256: str | None = None
 
 
-def make_report(output: Path, plan: Plan, notes: dict[str, Any], upgrades: Sequence[Upgrade] = ()) -> QuantizeReport:
+def make_report(
+    output: Path, plan: Plan, notes: Mapping[str, Any] = MappingProxyType({}), manifest: Manifest | None = None
+) -> QuantizeReport:
     """Combine the plan and the measurements made while writing.
 
     Args:
         output: folder.
         plan: the plan.
-        notes: maps tensor name to the result of ``TensorPlan.assemble``; lacks tensors that were not written.
-        upgrades: linears that a bits budget gave more bits.
+        notes: maps tensor name to the result of ``TensorPlan.write``; empty for a dry run.
+        manifest: of the output; None for a dry run.
     """
     choices = plan.selection.choices
     encoded = [choice.spec for choice in plan.quantized()]
@@ -136,10 +143,11 @@ def make_report(output: Path, plan: Plan, notes: dict[str, Any], upgrades: Seque
         weighted_error=_total(weighted),
         calibrated=len(weighted),
         shards=len(plan.shards),
-        upgrades=tuple(upgrades),
         decoded_from=release.method if release else None,
         input_scales=release.input_scales if release else 0,
         tensors=tuple(_tensor_report(choice, plan, notes.get(choice.spec.name, {})) for choice in choices),
+        tensors_root=manifest.tensors_root if manifest else None,
+        manifest_sha256=manifest.sha256 if manifest else None,
     )
 
 

@@ -14,9 +14,6 @@ from adaptkit.formats._format import Encoding
 from adaptkit.numerics.spec import FLOATS, TensorSpec
 from adaptkit.operations._roles import Role, Roles, find_roles
 
-MOE = ("keep", "quantize")
-"""What to do with experts."""
-
 _REASONS = {"linear": "", "conv1d": "", "expert": "expert: bitsandbytes cannot load it quantized"}
 """Maps the kind of a tensor to the reason why it stays; the names of all other kinds are the reasons themselves."""
 

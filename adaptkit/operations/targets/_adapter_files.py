@@ -11,8 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint._adapter_keys import ATTENTION, PREFIX
-from adaptkit.checkpoint.adapter_config import check_config, is_parameter
+from adaptkit.checkpoint.adapter_config import ATTENTION, PREFIX, check_config, is_parameter
 from adaptkit.checkpoint.header import read_header
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, ADAPTER_WEIGHTS_NAME, read_json
 from adaptkit.checkpoint.patterns import FirstMatch

@@ -7,8 +7,7 @@ its tensors, and peft requires each of them. Any other tensor is loaded by its n
 import re
 from collections.abc import Iterator
 
-from adaptkit.checkpoint._adapter_keys import PREFIX
-from adaptkit.checkpoint.adapter_config import token_indices
+from adaptkit.checkpoint.adapter_config import PREFIX, token_indices
 from adaptkit.operations.targets import _rules
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Key
 from adaptkit.operations.targets._base_shapes import BaseShapes

@@ -4,31 +4,23 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from adaptkit.checkpoint.adapter_config import Scalings, age_of_patterns
-from adaptkit.errors import AdapterError
+from adaptkit.checkpoint.adapter_config import AS_MEANT, has_older_patterns
 from adaptkit.numerics.scaling import scaling
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._rules import is_rank
-from adaptkit.operations.targets._target import Finding, some
+from adaptkit.operations.targets._target import Finding
 
 _LOW_RANK = ("A", "B", "embedding A", "embedding B", "wrapped weight")
 
 
 def reinterpreted_patterns(files: AdapterFiles, reader: str) -> Iterator[Finding]:
     """Find rank and alpha patterns that meant something else in the peft release that wrote them."""
-    scalings = Scalings(files.root, files.config)
-    pairs = [pair for pair in files.pairs if pair.scaling is not None] if age_of_patterns(files.config) else []
-    try:
-        found = [pair.module for pair in pairs if scalings.of(pair.module) != (pair.asked, pair.scaling)]
-    except AdapterError:  # invalid numbers or patterns, which other rules report
-        return
-    if found:
+    if has_older_patterns(files.config):
         yield Finding(
             "error",
-            f"rank or alpha of {some(found)}: rank_pattern and alpha_pattern follow the matching rule of peft up "
-            "to 0.14",
-            f"{reader} follows the current rule or none: it fails, or scales the module wrongly",
-            files.merge(),
+            "rank_pattern and alpha_pattern follow the matching rule of peft up to 0.14",
+            f"{reader} follows the current rule or none: it fails, or scales modules wrongly",
+            AS_MEANT,
         )
 
 

@@ -8,9 +8,8 @@ the index names, and no others.
 
 from collections.abc import Iterator
 
-from adaptkit.checkpoint._adapter_keys import PREFIX
+from adaptkit.checkpoint.adapter_config import PREFIX
 from adaptkit.checkpoint.layout import INDEX_NAME
-from adaptkit.lazy import torch
 from adaptkit.networks.kinds import is_never_called, is_read_by_kernels
 from adaptkit.networks.linears import is_linear
 from adaptkit.networks.peft_names import renamed_in_peft
@@ -179,7 +178,8 @@ def _unsupported(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Findi
     """Find modules of types that peft has no LoRA layer for, such as the routers of transformers 5."""
     if base is None or base.network is None:
         return
-    nn = torch.nn
+    from torch import nn  # here, since it takes long to load, and a check builds few networks
+
     kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     named = [pair.module for pair in files.pairs if not pair.stacked and f"{pair.module}.weight" in base.tensors]
     by_modules = [module for module in named if not _peft_config.is_parameter(files.config, module)]

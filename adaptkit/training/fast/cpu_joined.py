@@ -12,8 +12,9 @@ from torch import Tensor
 
 from adaptkit.numerics.kernels._cpu_constants import decode_groups
 from adaptkit.numerics.kernels._cpu_decode import decode_blocks, scratch_for
-from adaptkit.numerics.kernels._cpu_float import any_value, canonical_nan, float_bits, rounded
+from adaptkit.numerics.kernels._cpu_float import any_value, canonical_nan, rounded
 from adaptkit.numerics.kernels._jit import inlined
+from adaptkit.training.fast.bits import tensor_bits
 from adaptkit.training.fast.threads import shared, thread_count
 
 
@@ -79,7 +80,7 @@ def widen(weight: PackedRows, lora_b: Tensor, scale: float, first: int, out: Ten
         first: first column of ``lora_b`` in ``out``; all remaining columns become zero.
         out: (rows, columns) bfloat16, float16 or float32, contiguous, written.
     """
-    absmax, nested, bits = weight.constants, None, float_bits(out)
+    absmax, nested, bits = weight.constants, None, tensor_bits(out)
     if weight.nested.size:
         absmax = np.empty(weight.constants.size, np.float32)
         nested = weight.constants, weight.nested, weight.offset, weight.nested_levels
@@ -112,7 +113,7 @@ def beside(x: Tensor, inner: Tensor, columns: int) -> Tensor:
         (rows, columns).
     """
     out = x.new_empty(x.shape[0], columns)
-    _beside(float_bits(x.contiguous()), float_bits(inner.contiguous()), float_bits(out))
+    _beside(tensor_bits(x.contiguous()), tensor_bits(inner.contiguous()), tensor_bits(out))
     return out
 
 
@@ -132,4 +133,4 @@ def add_scaled(total: Tensor, x: Tensor, scale: float) -> None:
         x: (rows, columns) bfloat16, float16 or float32, need not be contiguous; an infinity in float16 adds NaN.
         scale: factor of x.
     """
-    _add(total.detach().numpy(), float_bits(x), np.float32(scale))
+    _add(total.detach().numpy(), tensor_bits(x), np.float32(scale))

@@ -14,9 +14,9 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.activations import AUTO, Checkpointing, LayerSize, measure_layers
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes, overhead_bytes
-from adaptkit.numerics.adamw import STATE_BITS, moment_bytes
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.heap import return_freed_memory
+from adaptkit.training.memory.adamw import STATE_BITS, moment_bytes
 from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.frozen import PackedWeight

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adaptkit.numerics.adamw import BLOCK, decode, encode, moment_bytes
+from adaptkit.training.memory.adamw import BLOCK, decode, encode, moment_bytes
 from adaptkit.training.memory.paging import Pages
 from adaptkit.training.memory.vector import Vector
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.numerics.adamw import STATE_BITS, AdamW
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.memory.adamw import STATE_BITS, AdamW
 from adaptkit.training.memory.moments import PagedState, bytes_of_page, page_elements
 from adaptkit.training.memory.paging import slots_within
 from adaptkit.training.memory.parameters import Group, Trainable
@@ -23,7 +23,7 @@ _ROW = 4096
 
 
 class PagedAdamW:
-    """AdamW; see ``numerics.adamw`` for its arithmetic.
+    """AdamW; see ``training.memory.adamw`` for its arithmetic.
 
     Args:
         parameters: (N,) float32; updated in place.

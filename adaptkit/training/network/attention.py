@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from adaptkit.networks.attention import asks_for_more, replace_attention
-from adaptkit.numerics.kernels._cpu_float import float_bits
+from adaptkit.training.fast.bits import tensor_bits
 from adaptkit.training.fast.cpu_attention import gradient_block, row_products, softmax_block
 from adaptkit.training.fast.threads import thread_count
 from adaptkit.training.network.attention_gpu import attend_on_gpu
@@ -62,7 +62,7 @@ class _Attention(torch.autograd.Function):
             scores = torch.bmm(block.of_queries(grouped), block.of_keys(key).transpose(1, 2))
             rows = scores.view(-1, scores.shape[2])
             sums, room = (np.empty(shape, np.float32) for shape in (rows.shape[:1], (threads, rows.shape[1])))
-            softmax_block(float_bits(rows), block.first, block.last, factor, sums, room)
+            softmax_block(tensor_bits(rows), block.first, block.last, factor, sums, room)
             ctx.log_sums.append(sums)
             block.put(torch.bmm(scores, block.of_keys(value)), by_key_heads)
         ctx.save_for_backward(grouped, key, value, output)
@@ -74,7 +74,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, output = ctx.saved_tensors
         grad = grads[0].contiguous()
         means = torch.empty(grad.shape[:-1])
-        row_products(*(float_bits(side.view(-1, side.shape[-1])) for side in (grad, output)), means.view(-1).numpy())
+        row_products(*(tensor_bits(side.view(-1, side.shape[-1])) for side in (grad, output)), means.view(-1).numpy())
         change = _grouped(grad.transpose(1, 2), key.shape[1])
         means = _grouped(means.transpose(1, 2), key.shape[1])
         grad_query = query.new_empty(*query.transpose(1, 2).shape)
@@ -83,7 +83,7 @@ class _Attention(torch.autograd.Function):
             q, y, mean = (block.of_queries(side) for side in (query, change, means))
             k, v = block.of_keys(key), block.of_keys(value)
             scores, changes = torch.bmm(q, k.transpose(1, 2)), torch.bmm(y, v.transpose(1, 2))
-            rows = [float_bits(side.view(-1, side.shape[2])) for side in (scores, changes)]
+            rows = [tensor_bits(side.view(-1, side.shape[2])) for side in (scores, changes)]
             gradient_block(*rows, block.first, block.last, ctx.factor, sums, mean.reshape(-1).numpy())
             block.of_keys(grad_value).add_(torch.bmm(scores.transpose(1, 2), y))
             block.of_keys(grad_key).add_(torch.bmm(changes.transpose(1, 2), q))

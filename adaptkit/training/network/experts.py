@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from adaptkit.errors import CheckpointError
 from adaptkit.networks.assembly import Assembly
 from adaptkit.networks.kinds import multiplies_groups
+from adaptkit.numerics.tensors import as_tensor
 from adaptkit.training.network.frozen import FrozenWeight, PackedWeight, PlainWeight
 from adaptkit.training.network.packed import read_quantized
 from adaptkit.training.network.packed_rows import decoded
@@ -98,7 +99,7 @@ def _read_piece(assembly: Assembly, file_name: str) -> FrozenWeight:
         checkpoint = assembly.checkpoint
         # Not a bound method: deepcopy of the network would then copy the checkpoint, too.
         return PackedWeight(read_quantized(checkpoint, file_name), lambda tensor: checkpoint.release_pages(tensor))
-    return PlainWeight(assembly.checkpoint.read(file_name))
+    return PlainWeight(as_tensor(assembly.checkpoint.read(file_name)))
 
 
 def _device(stack: Stack) -> torch.device:

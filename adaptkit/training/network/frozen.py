@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.networks.probing import with_attribute
-from adaptkit.numerics.absmax import DoubleQuantized
 from adaptkit.training.fast.cpu_joined import PackedRows
+from adaptkit.training.network.decode import NestedConstants
 from adaptkit.training.network.packed import QuantizedWeight
 from adaptkit.training.network.packed_rows import decoded_rows, in_dtype, packed_rows
+from adaptkit.training.network.probing import with_attribute
 
 
 class PackedWeight(nn.Module):
@@ -39,7 +39,7 @@ class PackedWeight(nn.Module):
         self._offset: float | None = None
         self._rows: tuple[PackedRows | None, int] = None, 0
         constants, nested_absmax = weight.constants, torch.empty(0)
-        if isinstance(constants, DoubleQuantized):
+        if isinstance(constants, NestedConstants):
             absmax, nested_absmax, self._offset = constants.codes, constants.nested_absmax, constants.offset
         else:
             absmax = constants
@@ -72,9 +72,9 @@ class PackedWeight(nn.Module):
 
     def _with(self, codes: Tensor) -> QuantizedWeight:
         absmax = in_dtype(self.absmax, self._types[1])
-        constants: DoubleQuantized | Tensor = absmax
+        constants: NestedConstants | Tensor = absmax
         if self._offset is not None:
-            constants = DoubleQuantized(absmax, self.nested_absmax, self._offset)
+            constants = NestedConstants(absmax, self.nested_absmax, self._offset)
         return QuantizedWeight(self._encoding, self._book, codes, constants, self.shape, self._dtype, self.levels)
 
     def dequantize(self, dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty) -> Tensor:

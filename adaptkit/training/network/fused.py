@@ -1,7 +1,7 @@
 """Fused norms and gates of a decoder layer: one pass each, with few saved activations.
 
 ``networks.probing`` recognizes them. The fused forward pass saves only its input, where torch's own saves three or four
-tensors of that size. The output is recomputed instead of saved: see ``networks.recompute``. ``operations.plan`` has
+tensors of that size. The output is recomputed instead of saved: see ``networks.recompute``. ``training.plan`` has
 stand-ins that save the same.
 
     norm       y = x / √(mean x² + eps) · w, or · (1 + w)          needs a frozen w
@@ -18,11 +18,11 @@ from torch.nn import functional
 
 from adaptkit.networks.probing import is_gated, norm_has_offset, norm_parts
 from adaptkit.networks.recompute import Recipe
-from adaptkit.numerics.kernels import has_triton
-from adaptkit.numerics.kernels._cpu_float import float_bits
+from adaptkit.training.fast.bits import tensor_bits
 from adaptkit.training.fast.cpu_layers import gate_backward, gate_forward, norm_backward, norm_forward
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.rotary import fuse_rotary
+from adaptkit.training.triton_needs import has_triton
 
 
 def fuse_layers(network: nn.Module, on_gpu: bool = False) -> None:
@@ -113,23 +113,23 @@ def _normed(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tens
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     # y is not a view: autograd forbids in-place changes of a view that a Function returns
     y, scales = x.new_empty(x.shape), torch.empty(flat.shape[0])
-    norm_forward(*_bits(flat, weight), np.float32(eps), plus_one, scales.numpy(), float_bits(y.view(flat.shape)))
+    norm_forward(*_bits(flat, weight), np.float32(eps), plus_one, scales.numpy(), tensor_bits(y.view(flat.shape)))
     return y, scales
 
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) · up."""
     if gate.is_cuda:
-        from adaptkit.numerics.kernels import _gpu_layers
+        from adaptkit.training.fast import gpu_layers
 
-        return _gpu_layers.gate_forward(gate.detach(), up.detach())
+        return gpu_layers.gate_forward(gate.detach(), up.detach())
     y = torch.empty_like(gate)
     gate_forward(*_bits(*(side.view(-1) for side in (gate, up, y))))
     return y
 
 
 def _bits(*sides: Tensor) -> list[Any]:
-    return [float_bits(side) for side in sides]
+    return [tensor_bits(side) for side in sides]
 
 
 class _Norm(torch.autograd.Function):
@@ -162,9 +162,9 @@ class _Gate(torch.autograd.Function):
         ctx.recipe.forget()
         gate, up = ctx.saved_tensors
         if gate.is_cuda:
-            from adaptkit.numerics.kernels import _gpu_layers
+            from adaptkit.training.fast import gpu_layers
 
-            found = _gpu_layers.gate_backward(gate, up, grads[0].contiguous())
+            found = gpu_layers.gate_backward(gate, up, grads[0].contiguous())
             # The kernel overwrote gate and up: make autograd raise an error if another node still needs them.
             torch.autograd.graph.increment_version((gate, up))
             return *found, None

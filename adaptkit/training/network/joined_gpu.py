@@ -11,6 +11,7 @@ computes its own result, as without joining.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,14 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.networks.recompute import source_of
-from adaptkit.numerics.absmax import GROUP, DoubleQuantized
-from adaptkit.numerics.kernels import kernels_for
+from adaptkit.numerics.absmax import GROUP
 from adaptkit.training.network.accumulation import accumulate
+from adaptkit.training.network.decode import NestedConstants, decode_constants
 from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.groups import groups, join
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.narrow import narrowed, narrowed_below
 from adaptkit.training.network.packed import QuantizedWeight
+from adaptkit.training.triton_needs import has_triton
 
 
 def join_on_gpu(network: Any) -> list[list[nn.Parameter]]:
@@ -83,42 +85,43 @@ class JoinedWeight:
         weights = [base.quantized() for base in bases]
         self.rows = [weight.shape[0] for weight in weights]
         first = weights[0]
-        nested = isinstance(first.constants, DoubleQuantized)
+        nested = [weight.constants for weight in weights if isinstance(weight.constants, NestedConstants)]
         codes = _joined(bases, "codes")
         constants: Any = _joined(bases, "absmax")
         if nested:
-            offsets = [float(weight.constants.offset) for weight in weights]
+            offsets = [each.offset for each in nested]
             blocks = [weight.count // weight.block_size for weight in weights]
             groups = [-(-count // GROUP) for count in blocks]
             places = _starts(blocks), _starts(groups)
             self._parts = blocks, groups, offsets  # kept on the host, too, to avoid a synchronization
             self._offsets = torch.tensor(offsets, dtype=torch.float32, device=codes.device)
             self._places = torch.tensor(places, dtype=torch.int64, device=codes.device)
-            constants = DoubleQuantized(constants, _joined(bases, "nested_absmax"), float("nan"))  # each has its offset
+            constants = NestedConstants(constants, _joined(bases, "nested_absmax"), float("nan"))  # each has its offset
         shape = sum(self.rows), first.shape[1]
         self._weight = QuantizedWeight(first.encoding, first.book, codes, constants, shape, first.dtype, first.levels)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return all rows, (sum of out, in), bit for bit as each weight is dequantized by itself."""
         weight, constants = self._weight, self._weight.constants
-        if not isinstance(constants, DoubleQuantized):
-            found: Tensor = weight.dequantize(dtype)
-            return found
-        known = constants.codes, constants.nested_absmax, self._offsets, self._places, weight.levels
-        kernels: Any = kernels_for(weight.codes)
-        flat: Tensor
-        if hasattr(kernels, "decode_parts_4bit"):
-            flat = kernels.decode_parts_4bit(weight.codes, known, weight.count, weight.block_size, weight.book, dtype)
-        else:
-            absmax = torch.cat(self._decoded_constants(constants, weight.levels))
-            flat = kernels.decode_4bit(weight.codes, absmax, weight.count, weight.block_size, weight.book, dtype)
-        return flat.view(weight.shape)
+        if not isinstance(constants, NestedConstants) or weight.book is None:
+            return weight.dequantize(dtype)
+        if has_triton(weight.codes.device.type):
+            from adaptkit.training.fast import gpu_decode
 
-    def _decoded_constants(self, constants: DoubleQuantized, levels: Tensor) -> list[Tensor]:
+            known = constants.codes, constants.nested_absmax, self._offsets, self._places, weight.levels
+            out = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
+            gpu_decode.decode_parts_4bit(weight.codes, known, weight.block_size, weight.book, out.view(-1))
+            return out
+        absmax = torch.cat(self._decoded_constants(constants, weight.levels))
+        return replace(weight, constants=absmax).dequantize(dtype)
+
+    def _decoded_constants(self, constants: NestedConstants, levels: Tensor) -> list[Tensor]:
         """Return the decoded constants of each weight, for devices without a kernel that decodes all at once."""
         blocks, groups, offsets = self._parts
-        parts = zip(constants.codes.split(blocks), constants.nested_absmax.split(groups), offsets, strict=True)
-        return [kernels_for(codes).decode_constants(codes, nested, offset, levels) for codes, nested, offset in parts]
+        parts = zip(
+            torch.split(constants.codes, blocks), torch.split(constants.nested_absmax, groups), offsets, strict=True
+        )
+        return [decode_constants(NestedConstants(*part), levels) for part in parts]
 
 
 def _joined(bases: Sequence[PackedWeight], name: str) -> Tensor:

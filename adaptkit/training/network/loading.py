@@ -13,6 +13,7 @@ from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError
 from adaptkit.networks.addressing import OTHER_MODEL
 from adaptkit.networks.naming import TensorPlace, places
 from adaptkit.numerics.lora import LowRank, transposed
+from adaptkit.numerics.tensors import as_tensor
 from adaptkit.training.network.adapt import (
     is_transposed,
     parameter_places,
@@ -43,17 +44,18 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
     _check_supported(model, adapter, older)
     attach_adapter(model, adapter.modules, str(adapter.root), dropout)
     for name, magnitude in adapter.magnitudes.items():
-        model.linears[name].attach_magnitude(magnitude)
+        model.linears[name].attach_magnitude(as_tensor(magnitude))
     for name, bias in adapter.biases.items():
-        model.linears[name].attach_bias(bias / model.linears[name].scaling)
-    values = {name: adapter.files.read(key) for name, key in adapter.replaced.items()}
+        model.linears[name].attach_bias(as_tensor(bias) / model.linears[name].scaling)
+    values = {name: as_tensor(adapter.files.read(key)) for name, key in adapter.replaced.items()}
     head = model.network.get_output_embeddings()
     try:
         train_whole(model, values, values, together=adapter.ties_weights)
         for path, chosen in adapter.tokens.items():
             # As in peft: a tied head uses the embedding's rows unless it has its own, but never the other way round.
             is_head = model.network.get_submodule(path) is head
-            train_rows(model, path, chosen.indices, chosen.rows, together=len(adapter.tokens) == 1 and not is_head)
+            alone = len(adapter.tokens) == 1 and not is_head
+            train_rows(model, path, chosen.indices, as_tensor(chosen.rows), together=alone)
     except AdaptkitError as error:
         raise BaseMismatchError(f"{adapter.root}: {error.message}", hint=error.hint) from error
     stacks = model.stacks()
@@ -122,7 +124,7 @@ def _with_current_names(adapter: Adapter, older: Mapping[str, TensorPlace]) -> A
                 f"{adapter.root}: changes one module under names of several releases of transformers",
                 hint="save each adapter on its own; to combine several, give them to one merge",
             )
-    return replace(adapter, embeddings=frozenset(map(current, adapter.embeddings)), **renamed)
+    return replace(adapter, embeddings=set(map(current, adapter.embeddings)), **renamed)
 
 
 def _check_supported(model: Model, adapter: Adapter, older: Mapping[str, TensorPlace]) -> None:
@@ -138,7 +140,11 @@ def _check_supported(model: Model, adapter: Adapter, older: Mapping[str, TensorP
         "a low-rank change of an embedding": next(iter(sorted(adapter.embeddings)), None),
         "a low-rank change of the output layer": head,
         "a change of a weight that differs from the base's": next(
-            (n for n, key in adapter.base_copies.items() if not _equals_base(model, n, adapter.files.read(key))),
+            (
+                n
+                for n, key in adapter.base_copies.items()
+                if not _equals_base(model, n, as_tensor(adapter.files.read(key)))
+            ),
             None,
         ),
     }

@@ -18,16 +18,16 @@ from torch.nn import functional
 
 from adaptkit.networks.casting import held
 from adaptkit.networks.memory import rows_at_a_time
-from adaptkit.networks.probing import exchanged
-from adaptkit.numerics.kernels import has_triton
-from adaptkit.numerics.kernels._cpu_float import float_bits
+from adaptkit.networks.probing import InPlaceOf, exchanged
 from adaptkit.training.data.batches import Batch
 from adaptkit.training.data.samples import IGNORED
+from adaptkit.training.fast.bits import tensor_bits
 from adaptkit.training.fast.cpu_loss import cross_entropy
 from adaptkit.training.network.accumulation import accumulating
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.pinned import sent
 from adaptkit.training.network.positions import single_samples
+from adaptkit.training.triton_needs import has_triton
 
 _BLOCK_BYTES = 2 * 2**20
 """Size of a block of float32 logits on a CPU: fits its cache."""
@@ -92,7 +92,7 @@ class OutputLayer:
                 hidden = hidden.to(held(head, "weight")[1])  # Mamba's hidden states are always float32
             return head(hidden)  # type: ignore[no-any-return]
         body = self._network.base_model_prefix
-        given = _FixedBody(self._network._modules[body], hidden[None])
+        given = _FixedBody(self._network.get_submodule(body), hidden[None])
         with exchanged(self._network, {body: given}):
             ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
             logits: Tensor = self._network(input_ids=ids, use_cache=False).logits
@@ -116,15 +116,12 @@ def find_output_layer(network: Any) -> OutputLayer | None:
     return head if torch.equal(logits, head(hidden)) else run
 
 
-class _FixedBody(nn.Module):
+class _FixedBody(InPlaceOf):
     """Replaces a network's body, which does not run: returns the given hidden states, (1, rows, dim)."""
 
     def __init__(self, body: nn.Module, hidden: Tensor) -> None:
-        super().__init__()
-        self.__dict__.update(body=body, hidden=hidden)  # bypasses nn.Module, so that neither is registered
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["body"], name)
+        super().__init__(body)
+        self.hidden = hidden
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the hidden states, whatever the arguments."""
@@ -223,12 +220,12 @@ def _chunk_loss(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
     """
     if _has_kernel(logits):
         losses = np.empty(len(logits))
-        cross_entropy(float_bits(logits), wanted.numpy(), keep, losses)
+        cross_entropy(tensor_bits(logits), wanted.numpy(), keep, losses)
         return torch.tensor(losses.sum(), dtype=torch.float32)
     if works_in_place(logits.device) and logits.is_contiguous():
-        from adaptkit.numerics.kernels import _gpu_entropy
+        from adaptkit.training.fast import gpu_entropy
 
-        return _gpu_entropy.cross_entropy(logits, wanted, keep)
+        return gpu_entropy.cross_entropy(logits, wanted, keep)
     total = logits.new_zeros((), dtype=torch.float32)
     size = len(logits) if logits.is_cuda else max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
     for start in range(0, len(logits), size):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +11,10 @@ from torch import Tensor
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.formats._find import read_weight
 from adaptkit.formats._format import Encoding
-from adaptkit.numerics.absmax import GROUP, DoubleQuantized, dequantize_absmax, dynamic_map
-from adaptkit.numerics.dtypes import DTYPES
-from adaptkit.numerics.kernels import kernels_for
+from adaptkit.numerics.absmax import GROUP, dynamic_levels
 from adaptkit.numerics.kernels.codebook import Codebook
+from adaptkit.numerics.tensors import DTYPES, as_tensor
+from adaptkit.training.network.decode import Blocks, NestedConstants, decode, decode_constants
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class QuantizedWeight:
     encoding: Encoding
     book: Codebook | None
     codes: Tensor
-    constants: Any
+    constants: NestedConstants | Tensor
     shape: tuple[int, ...]
     dtype: torch.dtype
     levels: Tensor
@@ -53,8 +52,7 @@ class QuantizedWeight:
     @property
     def absmax(self) -> Tensor:
         """The constants in float32, (M,)."""
-        found: Tensor = dequantize_absmax(self.constants, self.levels)
-        return found
+        return decode_constants(self.constants, self.levels)
 
     def matrix(self, index: int) -> QuantizedWeight:
         """Return one matrix of a stack, (out, in).
@@ -65,12 +63,12 @@ class QuantizedWeight:
         blocks, code_bytes = count // self.block_size, len(self.codes) * count // self.count
         first, last = index * blocks, (index + 1) * blocks
         constants = self.constants
-        if isinstance(constants, DoubleQuantized):
+        if isinstance(constants, NestedConstants):
             before, groups = first % GROUP, slice(first // GROUP, -(-last // GROUP))
             codes = constants.codes[first - before : last]
-            constants = DoubleQuantized(codes, constants.nested_absmax[groups], constants.offset)
+            constants = NestedConstants(codes, constants.nested_absmax[groups], constants.offset)
             if before:
-                constants = dequantize_absmax(constants, self.levels)[before:]
+                constants = decode_constants(constants, self.levels)[before:]
         else:
             constants = constants[first:last]
         codes = self.codes[index * code_bytes : (index + 1) * code_bytes]
@@ -78,16 +76,8 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the weight in its shape, rounded once to ``dtype``; None for the type that the file names."""
-        dtype, kernels, flat = dtype or self.dtype, kernels_for(self.codes), torch.empty(0)
-        nested, decode = self.constants, getattr(kernels, "decode_nested_4bit", None)  # GPU only: saves a launch
-        if self.book is None:
-            flat = kernels.decode_8bit(self.codes, self.absmax, self.count, self.block_size, dtype)
-        elif decode is not None and isinstance(nested, DoubleQuantized):
-            constants = nested.codes, nested.nested_absmax, nested.offset, self.levels
-            flat = decode(self.codes, constants, self.count, self.block_size, self.book, dtype)
-        else:
-            flat = kernels.decode_4bit(self.codes, self.absmax, self.count, self.block_size, self.book, dtype)
-        return flat.view(self.shape)
+        blocks = Blocks(self.codes, self.constants, self.levels, self.count, self.block_size, self.book)
+        return decode(blocks, dtype or self.dtype).view(self.shape)
 
 
 def read_quantized(files: Checkpoint, name: str) -> QuantizedWeight:
@@ -97,16 +87,16 @@ def read_quantized(files: Checkpoint, name: str) -> QuantizedWeight:
         CheckpointError: parts are missing or inconsistent.
     """
     weight = read_weight(files, name)
-    codes, constants = files.read(name).reshape(-1), files.read(f"{name}.absmax").reshape(-1)
+    codes, constants = (as_tensor(files.read(part)).reshape(-1) for part in (name, f"{name}.absmax"))
     levels = f"{name}.nested_quant_map"
     return QuantizedWeight(
         encoding=weight.encoding,
         book=weight.form.book,
         codes=codes.view(torch.uint8) if weight.form.book else codes,  # bitsandbytes may declare them as floats
-        constants=DoubleQuantized(constants, files.read(f"{name}.nested_absmax"), weight.offset)
+        constants=NestedConstants(constants, as_tensor(files.read(f"{name}.nested_absmax")), weight.offset)
         if weight.encoding.double_quant
         else constants,
         shape=weight.shape,
         dtype=DTYPES[weight.dtype],
-        levels=files.read(levels) if levels in weight.parts else dynamic_map(),
+        levels=as_tensor(files.read(levels) if levels in weight.parts else dynamic_levels()),
     )

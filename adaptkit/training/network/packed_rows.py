@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptkit.numerics.absmax import DoubleQuantized
 from adaptkit.numerics.kernels._cpu_decode import level_pairs
 from adaptkit.training.fast.cpu_joined import PackedRows, can_decode_rows, widen
+from adaptkit.training.network.decode import NestedConstants
 from adaptkit.training.network.packed import QuantizedWeight
 
 
@@ -22,7 +22,7 @@ def packed_rows(weight: QuantizedWeight) -> PackedRows | None:
     if weight.codes.device.type != "cpu" or book is None or not can_decode_rows(weight.shape[-1], weight.block_size):
         return None
     nested, offset, constants = torch.empty(0), 0.0, weight.constants
-    if isinstance(constants, DoubleQuantized):
+    if isinstance(constants, NestedConstants):
         nested, offset, constants = constants.nested_absmax, constants.offset, constants.codes
     return PackedRows(
         codes=_as_numpy(weight.codes),

@@ -6,20 +6,34 @@ attention by sequence lengths, for batch size one. Layers without attention (con
 other samples.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptkit.errors import UsageError
-from adaptkit.networks.probing import forked_random, with_attribute
+from adaptkit.networks.probing import forked_random
 
 _PROBE_TOKENS = 6
 _TOLERANCE = 0.02
 """Largest difference that counts as rounding, relative to the logits' standard deviation: other tokens in the batch
 change the rounding of some layers."""
+
+
+@contextmanager
+def with_attribute(parts: Iterable[nn.Module], name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of some modules while the block runs."""
+    modules = list(parts)
+    before = [getattr(module, name) for module in modules]
+    for module in modules:
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for module, was in zip(modules, before, strict=True):
+            setattr(module, name, was)
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.numerics.kernels import has_triton
-from adaptkit.numerics.kernels._cpu_float import float_bits
+from adaptkit.training.fast.bits import tensor_bits
 from adaptkit.training.fast.cpu_rotary import rotate
+from adaptkit.training.triton_needs import has_triton
 
 _NAME, _MARK = "apply_rotary_pos_emb", "_adaptkit_wrapped_rotary"
 
@@ -146,11 +146,11 @@ class _Rotary(torch.autograd.Function):
 def _both_rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
     if not query.is_cuda:
         return _rotated(query, cos, sin, back), _rotated(key, cos, sin, back)
-    from adaptkit.numerics.kernels import _gpu_layers
+    from adaptkit.training.fast import gpu_layers
 
     sides = (side.detach().transpose(1, 2) for side in (query, key))
     one, two = (side if _lies_in_rows(side) else side.contiguous() for side in sides)
-    found = _gpu_layers.rotate(one, two, cos.contiguous(), sin.contiguous(), back)
+    found = gpu_layers.rotate(one, two, cos.contiguous(), sin.contiguous(), back)
     return found[0].transpose(1, 2), found[1].transpose(1, 2)
 
 
@@ -163,6 +163,6 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     flat = x.transpose(1, 2).contiguous()
     result = torch.empty_like(flat)
     shape = batch * tokens, heads, dim
-    angles = (float_bits(side.contiguous().view(-1, dim)) for side in (cos, sin))
-    rotate(float_bits(flat.view(shape)), *angles, back, float_bits(result.view(shape)))
+    angles = (tensor_bits(side.contiguous().view(-1, dim)) for side in (cos, sin))
+    rotate(tensor_bits(flat.view(shape)), *angles, back, tensor_bits(result.view(shape)))
     return result.transpose(1, 2)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptkit.networks.tables import host_tables
-from adaptkit.numerics.kernels import has_triton
 from adaptkit.training.network.pinned import pinned
+from adaptkit.training.triton_needs import has_triton
 
 
 def keep_in_host_memory(network: Any, dtype: torch.dtype) -> None:
@@ -56,6 +56,6 @@ class _HostTable(nn.Embedding):
         """Map (…) to (…, dim)."""
         if self.rows_device.type != "cuda":
             return functional.embedding(ids, self.weight)
-        from adaptkit.numerics.kernels import _gpu_layers
+        from adaptkit.training.fast import gpu_layers
 
-        return _gpu_layers.look_up(self.weight, ids.to(self.rows_device))
+        return gpu_layers.look_up(self.weight, ids.to(self.rows_device))

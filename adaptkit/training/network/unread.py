@@ -29,9 +29,9 @@ from adaptkit.errors import UsageError
 from adaptkit.networks.activations import kind_of
 from adaptkit.networks.assembly import find_stack
 from adaptkit.networks.layer_call import LayerCall
-from adaptkit.networks.probing import forked_random, with_attribute
+from adaptkit.networks.probing import forked_random
 from adaptkit.training.network.linear import LoraLinear
-from adaptkit.training.network.probing import as_in_training
+from adaptkit.training.network.probing import as_in_training, with_attribute
 
 _NUMBERS = (math.nan, math.inf, -math.inf, 0.0)
 

@@ -131,7 +131,7 @@ def _install():
 
 _install()
 
-from adaptkit import triton_needs  # noqa: E402
+from adaptkit.training import triton_needs  # noqa: E402
 
 triton_needs.what_triton_lacks = lambda: "" if os.environ.get("TRITON_INTERPRET") == "1" else "a device"
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels_on_tensors import cpu, reference
 
-from adaptkit.numerics import lora
-from adaptkit.numerics.kernels import _cpu_factors, _cpu_filter, cpu, reference
+from adaptkit.numerics import exact
+from adaptkit.numerics.kernels import _cpu_factors, _cpu_filter
 from adaptkit.numerics.kernels._jit import jit
 from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.tensors import as_tensor
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
@@ -261,14 +263,14 @@ def test_weights_without_rows_or_columns_are_merged(shape, dtype):
 
 @settings(max_examples=60, deadline=None)
 @given(problems())
-def test_one_pass_merging_equals_adding_the_delta_of_lora(problem):
-    """It gives the bits of ``lora.delta`` and one rounded addition."""
+def test_one_pass_merging_equals_adding_the_delta(problem):
+    """It gives the bits of ``exact.delta`` and one rounded addition."""
     weight, a, b, ranks, scales, start = problem
     terms = [
         LowRank.of_tensors(*pair, scale)
         for pair, scale in zip(zip(a.split(ranks), b.split(ranks, dim=1), strict=True), scales, strict=True)
     ]
-    delta = lora.delta(terms, slice(start, start + len(weight)))
+    delta = as_tensor(exact.delta(terms, slice(start, start + len(weight))))
     same_bits(delta, reference.low_rank_delta(a, b, ranks, scales)[start : start + len(weight)])
     merged = cpu.merge_rows(weight, cpu.prepare(a, b, ranks, scales), start, False)
     if merged.finite:

@@ -5,6 +5,7 @@ import errno
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -85,7 +86,7 @@ def test_gradients_equal_those_of_autograd_on_the_whole_model(name, family, monk
     assert set(found) == set(expected)
     for path, square in expected.items():
         scale = float(square.mean())
-        assert torch.allclose(found[path].double(), square, atol=1e-4 * scale, rtol=1e-3), path
+        assert np.allclose(found[path], square, atol=1e-4 * scale, rtol=1e-3), path
 
 
 def test_drawn_tokens_follow_the_prediction(family, layer_gradients):
@@ -96,7 +97,7 @@ def test_drawn_tokens_follow_the_prediction(family, layer_gradients):
         predicted = model(tokens).logits.softmax(-1)
     variance = (predicted * (1 - predicted)).mean((0, 1))
     layers = layer_gradients(Checkpoint(family("llama")), tokens)
-    found = next(layers).gradient_square["lm_head"]
+    found = torch.from_numpy(next(layers).gradient_square["lm_head"])
     assert float(found.sum() / variance.sum()) == pytest.approx(1, abs=0.01)
     likely = variance > variance.median()
     assert float((found / variance)[likely].std()) < 0.6
@@ -107,7 +108,7 @@ def test_the_draw_does_not_depend_on_the_global_seed(family, layer_gradients):
     first = of_all(layer_gradients(checkpoint, tokens))
     torch.manual_seed(5)
     again = of_all(layer_gradients(checkpoint, tokens))
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
 
 
 def test_head_and_layers_are_measured_last_to_first_with_one_layer_in_memory(family, monkeypatch, layer_gradients):
@@ -145,8 +146,8 @@ def test_the_second_order_estimate_is_close_to_the_kl_divergence_of_a_small_chan
             after = model(tokens).logits.log_softmax(-1)
             weight -= change
             divergence = float((before.exp() * (before - after)).sum(-1).mean())
-            rows = ((change @ moments[name].second_moment.double()) * change).sum(1)
-            estimate = 0.5 * float((squares[name].double() * rows).sum())
+            rows = ((change @ torch.from_numpy(moments[name].second_moment).double()) * change).sum(1)
+            estimate = 0.5 * float((torch.from_numpy(squares[name]) * rows).sum())
             assert 0.6 < estimate / divergence < 1.6, (name, estimate, divergence)
 
 
@@ -166,7 +167,7 @@ def test_input_moments_equal_those_of_layer_moments(name, family, layer_gradient
     found = {n: m for layer in layer_gradients(checkpoint, windows()) for n, m in layer.inputs.items()}
     assert set(found) == set(forward)
     for path, moments in found.items():
-        assert torch.allclose(moments.mean_square, forward[path].mean_square, rtol=1e-5), path
+        assert np.allclose(moments.mean_square, forward[path].mean_square, rtol=1e-5), path
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma4_text"])

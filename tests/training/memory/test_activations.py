@@ -10,13 +10,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adaptkit.networks.activations import Checkpointing
 from adaptkit.networks.memory import overhead_bytes
-from adaptkit.operations.plan import PlanOptions, plan
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory.activations import Activations, PeakMemory, predicted_memory, save_activations
 from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
+from adaptkit.training.plan import PlanOptions, plan
 from adaptkit.training.preparation import make_fast
 
 CPU = torch.device("cpu")

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptkit.numerics.absmax import dynamic_map
-from adaptkit.numerics.adamw import BLOCK, AdamW
+from adaptkit.numerics.absmax import dynamic_levels
+from adaptkit.training.memory.adamw import BLOCK, AdamW
 from adaptkit.training.memory.moments import PagedState, page_elements
 from adaptkit.training.memory.optimizer import PagedAdamW
 from adaptkit.training.memory.parameters import Group
@@ -108,7 +108,7 @@ def test_8_bit_adamw_equals_its_formula():
         optimizer.step()
         values, codes = parameter.detach(), {}
         for index, name in enumerate(("first_moment", "second_moment")):
-            blocks, levels = moments[index].view(-1, BLOCK), dynamic_map(signed=index == 0)
+            blocks, levels = moments[index].view(-1, BLOCK), torch.from_numpy(dynamic_levels(signed=index == 0))
             absmax = blocks.abs().amax(1, keepdim=True)
             codes[name] = torch.bucketize(blocks / absmax, (levels[:-1] + levels[1:]) / 2)
             if index == 1:  # a positive value is never encoded as zero

@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.formats._format import Encoding
-from adaptkit.numerics.absmax import DoubleQuantized
-from adaptkit.numerics.kernels import reference
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.training import preparation
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network import joined_gpu, linear
+from adaptkit.training.network import packed as packed_room
+from adaptkit.training.network.decode import NestedConstants, constants_in_plain_torch, in_plain_torch
 from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.joined_gpu import JoinedWeight, join_on_gpu
 from adaptkit.training.network.linear import LoraLinear
@@ -70,14 +70,13 @@ def test_joined_weights_are_decoded_to_the_same_bits_and_stored_once(format_name
 
 def test_decoding_without_triton_does_not_synchronize_with_the_gpu(monkeypatch):
     """Synchronizing for every weight would keep a GPU idle. Reading a value of a fake tensor fails."""
-    monkeypatch.setattr(joined_gpu, "kernels_for", lambda codes: reference)
+    monkeypatch.setattr(joined_gpu, "decode_constants", constants_in_plain_torch)
+    monkeypatch.setattr(packed_room, "decode", in_plain_torch)
     joined = JoinedWeight([base_of("nf4", rows, rows) for rows in (300, 7)])
     mode, weight = FakeTensorMode(), joined._weight
     with mode:
-        unknown = mode.from_tensor
-        joined._offsets, joined._places = unknown(joined._offsets), unknown(joined._places)
-        small, nested, offset = weight.constants.codes, weight.constants.nested_absmax, weight.constants.offset
-        constants = DoubleQuantized(unknown(small), unknown(nested), offset)
+        unknown, constants = mode.from_tensor, weight.constants
+        constants = NestedConstants(unknown(constants.codes), unknown(constants.nested_absmax), constants.offset)
         joined._weight = replace(
             weight, codes=unknown(weight.codes), constants=constants, levels=unknown(weight.levels)
         )
