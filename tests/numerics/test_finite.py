@@ -17,7 +17,9 @@ DTYPES = [BFLOAT16, np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.floa
 @given(st.sampled_from(DTYPES), st.integers(0, 2**31), st.integers(1, 200))
 def test_all_finite_agrees_with_numpy_for_any_bits(dtype, seed, count):
     values = np.frombuffer(np.random.default_rng(seed).bytes(count * dtype.itemsize), dtype)
-    assert all_finite(values) == bool(np.isfinite(values).all())
+    with np.errstate(invalid="ignore"):  # numpy converts bfloat16, whose signaling NaN some processors report
+        expected = bool(np.isfinite(values).all())
+    assert all_finite(values) == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
