@@ -59,8 +59,9 @@ def half(work, after):  # a checkpoint being written, of a later step
     return max([step for step in (int(name[11:-8]) for name in names) if step > after], default=0)
 
 
-def lines(work):
-    return len((work / "metrics.jsonl").read_bytes().splitlines()) if (work / "metrics.jsonl").exists() else 0
+def steps(work):  # the last step that is logged in a whole line
+    log = (work / "metrics.jsonl").read_text() if (work / "metrics.jsonl").exists() else ""
+    return max([json.loads(line).get("step", 0) for line in log.rpartition("\\n")[0].splitlines()], default=0)
 
 
 assert run("none", "--dry-run", "--quiet") == 0  # imports the rest
@@ -100,8 +101,8 @@ work = root / "signal.partial"
 def interrupt():
     report["signals"] = []
     for number in (signal.SIGINT, signal.SIGTERM):
-        child, seen = start("signal", 0), lines(work)
-        wait_for(lambda: over(child) or lines(work) >= seen + 4)
+        child, seen = start("signal", 0), steps(work)
+        wait_for(lambda: over(child) or steps(work) >= seen + 2)  # one of them is finished, whatever else is logged
         os.kill(child, number)
         code = ended(child)
         saved = sorted(int(p.name.removeprefix("checkpoint-")) for p in work.glob("checkpoint-*"))
