@@ -60,6 +60,13 @@ class _Commands(click.Group):
         raise UsageError(f"unknown command {args[0]!r}", hint=hint)
 
 
+_GONE_OPTIONS = {
+    "--part": "one machine quantizes the whole checkpoint, and the same command resumes it",
+    "--approximate": "merge with its undo record, which unmerge needs",
+}
+"""Maps options of earlier versions to what is used instead."""
+
+
 @click.group(
     cls=_Commands,
     no_args_is_help=False,
@@ -176,7 +183,9 @@ def main() -> None:
         code = _fail(AdaptkitError.exit_code, "disk", f"{where}{error.strerror}", DISK_HINTS[error.errno], False)
     except click.UsageError as error:
         asked = f"{error.ctx.command_path} --help" if error.ctx else "adaptkit --help"
-        code = _fail(error.exit_code, "usage", error.format_message(), f"see {asked}", False)
+        gone = _GONE_OPTIONS.get(error.option_name) if isinstance(error, click.NoSuchOption) else None
+        hint = gone or f"see {asked}"
+        code = _fail(error.exit_code, "usage", error.format_message(), hint, False)
     except click.ClickException as error:
         code = _fail(error.exit_code, "usage", error.format_message(), "", False)
     except click.Abort as abort:

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -332,3 +334,12 @@ def test_names_of_other_trainers_are_not_names_of_train_and_mean_options_of_it()
     options = {option.name for option in train_command.params}
     assert set(OTHER_NAMES.values()) <= options
     assert not options.intersection(OTHER_NAMES)
+
+
+def test_an_option_that_is_gone_says_what_is_used_instead(tmp_path):
+    for words, hint in {("quantize", "--part", "1/2"): "resumes", ("unmerge", "--approximate"): "undo record"}.items():
+        ended = subprocess.run(
+            [sys.executable, "-m", "adaptkit", *words], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        assert ended.returncode == 2
+        assert hint in ended.stderr
