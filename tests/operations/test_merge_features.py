@@ -1,10 +1,13 @@
 """Adapters of every kind that peft writes are merged to what the running model computes, rounded once, or refused."""
 
+import contextlib
 import json
 import logging
+import mmap
 import shutil
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 
 import peft_adapters
 import peft_formulas
@@ -17,6 +20,7 @@ from peft_formulas import HEAD, rounded_once, tensors_of
 from safetensors.torch import load_file, save_file
 
 from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError
+from adaptkit.operations._merge.merging import _UndoRecord
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
@@ -660,3 +664,23 @@ def test_memory_does_not_hold_the_undo_record(tmp_path):
     (record,) = (tmp_path / "True" / "adaptkit-undo").glob("shard-*")
     assert peaks[1] - peaks[0] < record.stat().st_size
     assert peaks[2] < record.stat().st_size
+
+
+def mapped_bytes(path):
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(str(path))]
+    return sum(int(end, 16) - int(start, 16) for start, end in (line[0].split("-") for line in lines))
+
+
+def test_an_undo_record_maps_the_frames_of_one_tensor_at_a_time(tmp_path):
+    path, frames = tmp_path / "frames", {f"layer{number}": bytes([number]) * 100_000 for number in range(8)}
+    with contextlib.closing(_UndoRecord(path, b"header")) as record:
+        for name, frame in frames.items():
+            record.add(name, frame[:70_000])
+            record.add(name, frame[70_000:])
+        for name, frame in frames.items():
+            assert record[name].tobytes() == frame
+            assert mapped_bytes(path) == 0, "mapped pages count as memory of the process"
+        held = record["layer3"]
+        assert held[0] == 3
+        assert 100_000 <= mapped_bytes(path) <= 100_000 + 2 * mmap.PAGESIZE
+        assert set(record) == {*frames, *record.others}

@@ -42,8 +42,10 @@ from adaptkit.operations._terms import given_again
 from adaptkit.operations._threads import thread_count
 
 
-class _UndoRecord:
-    """The undo record of a shard; frames are in a file until it is written, so that memory does not hold them.
+class _UndoRecord(Mapping[str, Array]):
+    """The undo record of a shard: maps names to arrays. Frames, (N,) uint8, are in a file, and mapped when asked for.
+
+    So memory holds them neither while they are gathered nor, but one tensor's, while the record is written.
 
     Args:
         path: of the file, which is overwritten.
@@ -69,18 +71,19 @@ class _UndoRecord:
         start, self._end = self._end, self._end + len(frame)
         self._spans[name] = self._spans.get(name, (start, start))[0], self._end
 
-    def tensors(self) -> dict[str, Array]:
-        """Return all tensors of the record; frames, (N,) uint8, are views of the mapped file.
+    def __iter__(self) -> Iterator[str]:
+        return iter([*self._spans, *self.others])
 
-        Raises:
-            DiskError: the disk is full or fails.
-        """
-        whole: Array = np.empty(0, np.uint8)
+    def __len__(self) -> int:
+        return len(self._spans) + len(self.others)
+
+    def __getitem__(self, name: str) -> Array:
+        if name in self.others:
+            return self.others[name]
+        start, end = self._spans[name]
         with disk_errors(self._path):
             self._file.flush()
-            if self._end:
-                whole = np.memmap(self._file, np.uint8, mode="c")
-        return {name: np.asarray(whole[start:end]) for name, (start, end) in self._spans.items()} | self.others
+            return np.memmap(self._file, np.uint8, "r", start, end - start)
 
     def close(self) -> None:
         """Close the file; what was not written yet is not needed any more."""
@@ -159,7 +162,7 @@ class Merging:
                     for group, results in shard.work:
                         shard.notes[group.source] = self._write_tensor(group.source, results, shard.writer, record)
                     if records:
-                        out.write_tensors(records[shard.file], record.tensors(), listed=False)
+                        out.write_tensors(records[shard.file], record, listed=False)
 
     def check_base(self) -> None:
         """Refuse a base with files that ``unmerge`` would have to restore but that do not match its manifest.
