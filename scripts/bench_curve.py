@@ -19,7 +19,7 @@ import get_smollm2
 import torch
 from torch import Tensor
 
-from adaptkit.training.data.batches import Batch
+from adaptkit.data.batches import Batch
 
 LENGTH, RATE, RANK = 256, 2e-4, 16
 

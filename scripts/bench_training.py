@@ -82,8 +82,8 @@ class AdaptkitStep:
     ) -> None:  # fmt: skip
         import torch
 
+        from adaptkit.data.batches import Batch
         from adaptkit.training.config import TrainConfig
-        from adaptkit.training.data.batches import Batch
         from adaptkit.training.device import choose_dtype
         from adaptkit.training.distributed import World
         from adaptkit.training.gradients import Gradients

@@ -67,7 +67,7 @@ def llama(made: Path) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(llama: Path) -> Any:
     """The tokenizer of ``llama``."""
-    from adaptkit.text.tokenizer_files import load_tokenizer
+    from adaptkit.data.tokenizer_files import load_tokenizer
 
     return load_tokenizer(llama)
 

@@ -19,12 +19,12 @@ TREES = {
     path.relative_to(PACKAGE).as_posix().removesuffix(".py"): ast.parse(path.read_text())
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-ROOMS = ("numerics", "formats", "checkpoint", "networks", "text", "operations", "training", "hub", "pipeline", "cli")
+ROOMS = ("numerics", "formats", "checkpoint", "models", "data", "operations", "training", "hub", "pipeline", "cli")
 """Packages, from the lowest to the highest. The ground, modules beside them, imports none of them."""
 APART = {
     "training": {"operations"},
-    "hub": {"networks", "text", "operations", "training"},
-    "pipeline": {"networks", "text"},
+    "hub": {"models", "data", "operations", "training"},
+    "pipeline": {"models", "data"},
 }
 """Packages that one does not import although they are below it."""
 INSIDE = {
@@ -32,9 +32,9 @@ INSIDE = {
     "training": {
         "fast": set(),
         "_plan": set(),
-        "network": {"data", "fast"},
-        "memory": {"data", "fast", "network"},
-        "evaluation": {"data", "network"},
+        "network": {"fast"},
+        "memory": {"fast", "network"},
+        "evaluation": {"network"},
     },
 }
 """Folders of a package that import others of it."""

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING
 import click
 
 from adaptkit.cli.output import Row, counted, percent, plain
-from adaptkit.text.template_call import DAY
-from adaptkit.training.config import MOST_HELD_OUT
+from adaptkit.data.template_call import DAY
 
 if TYPE_CHECKING:
-    from adaptkit.training.data.dataset import SourceReport
+    from adaptkit.data.dataset import SourceReport
     from adaptkit.training.data_report import CutReport, DataReport
     from adaptkit.training.preview import Preview
 
@@ -30,6 +29,8 @@ def data_rows(data: "DataReport") -> Iterator[Row]:
     for source in data.held_out_sources:
         yield "held out", _source(source)
     if data.held_out_limited:
+        from adaptkit.data.dataset import MOST_HELD_OUT
+
         yield "held out", f"{MOST_HELD_OUT:,} rows and not a tenth of them, as --held-out is not given"
     if data.repeated:
         same = counted(data.repeated, "held-out sample", "are")

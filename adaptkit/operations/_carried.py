@@ -18,10 +18,10 @@ from adaptkit.checkpoint.layout import GENERATION_NAME, has_checkpoint, read_sma
 from adaptkit.checkpoint.manifest import Manifest, Target, parent_of
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.checkpoint.undo import as_bytes
+from adaptkit.data.tokenizer_files import is_of_tokenizer
 from adaptkit.errors import AdapterError, UsageError
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.lora import LowRank
-from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 _KEPT_KEYS = ("revision", "ensure_weight_tying")
 """Optional keys of the configuration that are kept if all adapters agree."""

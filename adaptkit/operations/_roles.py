@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 from adaptkit.checkpoint.layout import class_names
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import is_in_layers, is_usual_head
-from adaptkit.networks.architecture import (
+from adaptkit.models.architecture import (
     empty_network,
     head_path,
     named_network,
     transformers_version,
     why_unsupported,
 )
-from adaptkit.networks.kinds import is_router
-from adaptkit.networks.linears import is_linear
-from adaptkit.networks.naming import TensorPlace, missing_parameters, places, shape_in
+from adaptkit.models.kinds import is_router
+from adaptkit.models.linears import is_linear
+from adaptkit.models.naming import TensorPlace, missing_parameters, places, shape_in
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._usual_names import has_usual_names
 from adaptkit.operations._vocabulary import find_vocabulary

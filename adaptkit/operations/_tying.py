@@ -14,8 +14,8 @@ from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.adapter_config import release
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdapterError, BaseMismatchError
-from adaptkit.networks.addressing import Addresses, Slice, find_addresses
-from adaptkit.networks.kinds import is_shared_by_layers
+from adaptkit.models.addressing import Addresses, Slice, find_addresses
+from adaptkit.models.kinds import is_shared_by_layers
 from adaptkit.operations._vocabulary import Vocabulary, lacks_head, tying_setting
 
 _SHARED = re.compile(r"(^|\.)shared\.weight$")

@@ -17,7 +17,7 @@ from adaptkit.checkpoint.vocabulary import (
     shares_more,
 )
 from adaptkit.errors import BaseMismatchError, install_hint
-from adaptkit.networks.architecture import find_head_path
+from adaptkit.models.architecture import find_head_path
 
 _HEADLESS_CLASS = re.compile(
     r"(?<!LMHead)(?<!DoubleHeads)(?<!EncoderDecoder)(?<!MarianMT)Model$|For\w*Classification$|ForQuestionAnswering\w*$"

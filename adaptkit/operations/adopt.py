@@ -37,11 +37,11 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.side_files import LICENCES, TEMPLATES_FOLDER, check_side_files, refuse_foreign_link, side_files
 from adaptkit.checkpoint.writer import copy_file
+from adaptkit.data.tokenizer_files import is_of_tokenizer
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.edits import check_copies
 from adaptkit.operations._threads import check_threads, fingerprints, in_order, thread_count
-from adaptkit.text.tokenizer_files import is_of_tokenizer
 
 _PLACEHOLDER, _MOST_PLACEHOLDERS = b"[More Information Needed]", 20
 """peft's template of a model card contains 39 of these; a card with more than the maximum is not worth publishing."""

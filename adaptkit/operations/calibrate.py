@@ -19,6 +19,7 @@ from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, parent_of, rea
 from adaptkit.checkpoint.place import check_output, partial_folder
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.writer import write_file
+from adaptkit.data.windows import read_tokens
 from adaptkit.errors import AdaptkitError, DataError, UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._calibrate.budget import spend
@@ -34,7 +35,6 @@ from adaptkit.operations._quantize.plan import make_plan
 from adaptkit.operations._quantize.report import QuantizeReport, Upgrade, make_report
 from adaptkit.operations._quantize.writing import make_manifest, open_source, source_parents, write_checkpoint
 from adaptkit.operations._threads import thread_count
-from adaptkit.text.windows import read_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,6 +14,7 @@ from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import side_files
+from adaptkit.data.tokenizer_files import is_of_tokenizer
 from adaptkit.errors import UsageError
 from adaptkit.numerics.dtypes import Array
 from adaptkit.operations._extract.plan import IMPOSSIBLE, LEFT_OUT, ExtractOptions, Plan, make_plan
@@ -21,7 +22,6 @@ from adaptkit.operations._extract.report import ExtractedModule, ExtractReport, 
 from adaptkit.operations._extract.saved import Saved, placeholder_part, running_model, whole_tensors, zero_change
 from adaptkit.operations._extract.tensors import Finding, examine
 from adaptkit.operations._threads import map_in_threads, thread_count
-from adaptkit.text.tokenizer_files import is_of_tokenizer
 from adaptkit.wording import counted
 
 __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]

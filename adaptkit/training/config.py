@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adaptkit.checkpoint.patterns import check_pattern
+from adaptkit.data.layouts import LAYOUTS
 from adaptkit.errors import ConfigError
-from adaptkit.text.layouts import LAYOUTS
 from adaptkit.training.other_names import OTHER_NAMES
 from adaptkit.training.settings import check, documented, refuse, setting
 
@@ -31,8 +31,6 @@ _APART = (
 """Settings of which only one may be given, with the reason."""
 LOSS_ON = ("answers", "last_answer", "all")
 TOO_LONG = ("cut", "drop", "error")
-HELD_OUT, MOST_HELD_OUT = 0.1, 1000
-"""The fraction of the rows, and the most rows, that are held out unless ``held_out`` is given."""
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 LOWER_THE_RATE = "start over (--force) with a lower learning rate"

@@ -4,9 +4,9 @@ import hashlib
 from dataclasses import dataclass, fields
 from typing import Any
 
-from adaptkit.training.data.batches import Batches
-from adaptkit.training.data.dataset import Dataset, SourceReport
-from adaptkit.training.data.samples import Sample
+from adaptkit.data.batches import Batches
+from adaptkit.data.dataset import Dataset, SourceReport
+from adaptkit.data.samples import Sample
 from adaptkit.training.inputs import Inputs
 
 

@@ -10,7 +10,7 @@ import torch
 
 from adaptkit.errors import UsageError
 from adaptkit.machine import available_memory
-from adaptkit.networks.memory import Memory
+from adaptkit.models.memory import Memory
 from adaptkit.training.triton_needs import what_triton_lacks
 from adaptkit.wording import size
 

@@ -7,7 +7,7 @@ import torch
 
 from adaptkit.checkpoint.integrity import check_tensors
 from adaptkit.checkpoint.place import partial_folder
-from adaptkit.networks.model_lock import model_lock
+from adaptkit.models.model_lock import model_lock
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import DataReport, report_data
 from adaptkit.training.device import choose_device, deterministic, free_memory, make_current, without_cudnn_attention

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from adaptkit.errors import UsageError
-from adaptkit.networks import activations
+from adaptkit.models import activations
 from adaptkit.training.out_of_memory import is_out_of_memory
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adaptkit.data.batches import Batch
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data.batches import Batch
 from adaptkit.training.distributed import World
 from adaptkit.training.network.accumulation import accumulating
 from adaptkit.training.network.answer_rows import AnswerRows

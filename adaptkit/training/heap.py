@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any
 
-from adaptkit.networks.memory import KEPT_PRODUCTS
+from adaptkit.models.memory import KEPT_PRODUCTS
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES = 32 << 20

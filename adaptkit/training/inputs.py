@@ -16,23 +16,23 @@ from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
 from adaptkit.checkpoint.place import check_output, refuse_inside_artifact
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import check_side_files, side_files
-from adaptkit.errors import UsageError
-from adaptkit.networks.activations import parse_policy
-from adaptkit.text.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs, template_of
-from adaptkit.text.limits import check_prompt, check_vocabulary, context_length, vocabulary_size
-from adaptkit.text.tokenizer_files import (
+from adaptkit.data.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs, template_of
+from adaptkit.data.dataset import HELD_OUT, Dataset, default_held_out, load_data, split
+from adaptkit.data.encoding import prompt_ids
+from adaptkit.data.ending import generation_naming, unnamed_end
+from adaptkit.data.limits import check_prompt, check_vocabulary, context_length, vocabulary_size
+from adaptkit.data.mixture import Mixture
+from adaptkit.data.samples import Sample
+from adaptkit.data.tokenizer_files import (
     has_tokenizer,
     is_of_tokenizer,
     is_template,
     load_tokenizer,
     load_tokenizer_of,
 )
-from adaptkit.training.config import HELD_OUT, INITS, TrainConfig
-from adaptkit.training.data.dataset import Dataset, default_held_out, load_data, split
-from adaptkit.training.data.encoding import prompt_ids
-from adaptkit.training.data.ending import generation_naming, unnamed_end
-from adaptkit.training.data.mixture import Mixture
-from adaptkit.training.data.samples import Sample
+from adaptkit.errors import UsageError
+from adaptkit.models.activations import parse_policy
+from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.device import choose_device, choose_dtype, name_of
 from adaptkit.training.network.start import read_start, resolve_method
 from adaptkit.training.result import records_of

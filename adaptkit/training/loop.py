@@ -23,7 +23,7 @@ from adaptkit.checkpoint.layout import METRICS_NAME, PICTURE_NAME
 from adaptkit.checkpoint.manifest import FileRecord, Manifest
 from adaptkit.checkpoint.place import partial_folder
 from adaptkit.errors import AdaptkitError, install_hint
-from adaptkit.networks.model_lock import model_lock
+from adaptkit.models.model_lock import model_lock
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.data_report import report_data
 from adaptkit.training.device import deterministic, without_cudnn_attention

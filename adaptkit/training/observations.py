@@ -1,7 +1,7 @@
 """What a run observes between its steps: the loss of held-out samples, and answers to prompts."""
 
-from adaptkit.text.limits import pad_id
-from adaptkit.training.data.encoding import prompt_ids
+from adaptkit.data.encoding import prompt_ids
+from adaptkit.data.limits import pad_id
 from adaptkit.training.distributed import World
 from adaptkit.training.evaluation.generation import generate
 from adaptkit.training.evaluation.perplexity import mean_loss

@@ -5,13 +5,13 @@
     trainable    4 bytes per parameter: full training and adapters hold them in float32
     gradients    4 bytes per parameter
     optimizer    8 bytes per parameter, or 2.03 in 8 bits
-    activations  measured on a network of fake tensors, by the arithmetic of ``networks.activations``
+    activations  measured on a network of fake tensors, by the arithmetic of ``models.activations``
     logits       one chunk, whose size depends on the device; full: and the sum of the output layer's gradients over
                  chunks, and what computing it takes
-    overhead     on a CPU, what is not in tensors; see ``networks.memory``
+    overhead     on a CPU, what is not in tensors; see ``models.memory``
 
 On a GPU, copies of the adapter in the compute dtype count as weights, and embedding tables that stay in host memory do
-not; see ``networks.tables``.
+not; see ``models.tables``.
 
 So full fine-tuning needs 16 bytes per parameter plus activations and logits: 160 GB for 10 billion.
 """
@@ -26,14 +26,14 @@ import torch
 from adaptkit.arguments import AnyPath, as_path, as_texts, checked_options, typed_fields
 from adaptkit.errors import UsageError
 from adaptkit.formats._format import Encoding
-from adaptkit.networks.activations import Checkpointing, fit_budget, parse_policy
-from adaptkit.networks.architecture import Description, empty_network, language_part
-from adaptkit.networks.kinds import MOE
-from adaptkit.networks.linears import is_linear
-from adaptkit.networks.matching import matching_targets
-from adaptkit.networks.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes, overhead_bytes
-from adaptkit.networks.model_lock import model_lock
-from adaptkit.networks.tables import host_tables
+from adaptkit.models.activations import Checkpointing, fit_budget, parse_policy
+from adaptkit.models.architecture import Description, empty_network, language_part
+from adaptkit.models.kinds import MOE
+from adaptkit.models.linears import is_linear
+from adaptkit.models.matching import matching_targets
+from adaptkit.models.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes, overhead_bytes
+from adaptkit.models.model_lock import model_lock
+from adaptkit.models.tables import host_tables
 from adaptkit.training._plan.network import Shape, expert_stacks, linear_shapes, measured_layers
 from adaptkit.training._plan.packing import Packing
 from adaptkit.training.memory.adamw import STATE_BITS, moment_bytes
@@ -56,7 +56,7 @@ class PlanOptions:
             quantized, otherwise ``keep``, the default of ``quantize``.
         seq_len: tokens per row.
         batch: rows per forward pass.
-        checkpointing: a policy of ``networks.activations``; ``auto`` is planned as ``layer``, the least that it needs.
+        checkpointing: a policy of ``models.activations``; ``auto`` is planned as ``layer``, the least that it needs.
         optimizer: ``adamw`` or ``adamw8bit``.
         compute_dtype: ``bfloat16`` or ``float32``.
         offload_checkpoints: keep the inputs of checkpointed segments in host memory; only for GPUs.
@@ -144,7 +144,7 @@ class PlanReport:
         device: for which it was planned, ``cpu`` or ``cuda``.
         trainable_parameters: number of parameters that the method trains.
         checkpointing: phrase that says which layers are checkpointed.
-        memory: bytes by part; see ``networks.memory.Memory``.
+        memory: bytes by part; see ``models.memory.Memory``.
         total_bytes: of all parts.
         released_bytes: of weights that no part counts: on a CPU, checkpointed layers release them once they are used.
         context: the model's longest sequence in tokens; None if its configuration does not say.

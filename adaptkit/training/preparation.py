@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.networks.architecture import empty_network
-from adaptkit.networks.memory import Memory
-from adaptkit.text.limits import pad_id
+from adaptkit.data.batches import Batches
+from adaptkit.data.limits import pad_id
+from adaptkit.models.architecture import empty_network
+from adaptkit.models.memory import Memory
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data.batches import Batches
 from adaptkit.training.distributed import World
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.fast.cpu_joined import add_scaled

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-from adaptkit.networks.model_lock import model_lock
+from adaptkit.data.batches import Batch
+from adaptkit.data.samples import IGNORED
+from adaptkit.models.model_lock import model_lock
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data.batches import Batch
-from adaptkit.training.data.samples import IGNORED
 from adaptkit.training.inputs import read_inputs
 from adaptkit.training.preparation import batches_of
 

@@ -42,7 +42,7 @@ class TrainReport:
         segments: number of segments that activation checkpointing cuts the layers into; 0 if it is off.
         checkpointing: which layers are checkpointed, in words.
         compute_dtype: dtype of activations and dequantized weights.
-        memory: predicted bytes, by part (see ``networks.memory.Memory``) and in total as ``predicted``; and as
+        memory: predicted bytes, by part (see ``models.memory.Memory``) and in total as ``predicted``; and as
             ``measured`` the growth of the process's memory, or on a GPU of its allocations; None if unavailable.
         paging: page table of the optimizer state and the pages moved; see ``paging.Pages.metrics``.
         tokens_per_second: mean rate since this process started, over all tokens except padding.

@@ -16,13 +16,13 @@ from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.checkpoint.writer import TensorWriter
+from adaptkit.data.chat_template import TEMPLATE_NAME
+from adaptkit.data.tokenizer_files import is_template
 from adaptkit.errors import NonFiniteError
 from adaptkit.formats._find import part_names
-from adaptkit.networks.addressing import Slice, find_addresses
+from adaptkit.models.addressing import Slice, find_addresses
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.tensors import DTYPES, as_array
-from adaptkit.text.chat_template import TEMPLATE_NAME
-from adaptkit.text.tokenizer_files import is_template
 from adaptkit.training.config import LOWER_THE_RATE, TrainConfig
 from adaptkit.training.network.adapt import stack_changes
 from adaptkit.training.network.model import Model

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from adaptkit.checkpoint.vocabulary import is_embedding_name, is_tied_by_default, known_head
-from adaptkit.networks.architecture import head_path
+from adaptkit.models.architecture import head_path
 
 BEFORE = {"gpt_neox": "embed_out"}
 """Names of heads in earlier versions of transformers."""

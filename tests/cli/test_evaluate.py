@@ -13,7 +13,7 @@ from html_pages import Parsed, browse
 
 from adaptkit.cli.main import main
 from adaptkit.cli.pages.evaluate import evaluate_page
-from adaptkit.text.tokenizer_files import load_tokenizer
+from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.training.evaluation.comparison import Comparison, Forgetting
 from adaptkit.training.evaluation.perplexity import TextReport
 from adaptkit.training.evaluation.report import Answer, EvaluateReport, GenerationReport

@@ -121,13 +121,17 @@ def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
     def users(wanted):
         return {module for module, text in texts.items() if wanted in text}
 
-    assert users("apply_chat_template") == {"text/template_call.py"}
-    parses = "text/chat_template.py"  # runs no template
-    assert users("import jinja2") | users("from jinja2") == {"text/template_call.py", parses}
-    assert users("call_template") == {"text/template_call.py", "text/rendering.py"}
-    renderers = users("text.rendering import")
-    assert {module for module in renderers if not module.startswith("training/")} == {"text/windows.py"}
-    readers = {module for module in users("text.windows import") if not module.startswith("training/")}
+    assert users("apply_chat_template") == {"data/template_call.py"}
+    parses = "data/chat_template.py"  # runs no template
+    assert users("import jinja2") | users("from jinja2") == {"data/template_call.py", parses}
+    assert users("call_template") == {"data/template_call.py", "data/rendering.py"}
+    renderers = users("data.rendering import")
+    assert {module for module in renderers if not module.startswith("training/")} == {
+        "data/encoding.py",
+        "data/ending.py",
+        "data/windows.py",
+    }
+    readers = {module for module in users("data.windows import") if not module.startswith("training/")}
     assert readers == {"operations/calibrate.py"}
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from adapted import plain_in
 
-from adaptkit.networks import tables
+from adaptkit.models import tables
 from adaptkit.training.fast import gpu_layers
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter

@@ -8,10 +8,10 @@ import pytest
 import tiny
 import torch
 
+from adaptkit.data.batches import collate
+from adaptkit.data.samples import Sample
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data.batches import collate
-from adaptkit.training.data.samples import Sample
 from adaptkit.training.loop import train
 from adaptkit.training.network import attention_gpu
 from adaptkit.training.network.loss import summed_loss

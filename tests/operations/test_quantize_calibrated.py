@@ -15,6 +15,7 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import DiskError
+from adaptkit.data.windows import read_tokens
 from adaptkit.errors import AdapterError, BaseMismatchError, ConflictError, DataError, OutputExistsError, UsageError
 from adaptkit.formats._find import quantized_names
 from adaptkit.operations._calibrate import budget as budget_module
@@ -25,7 +26,6 @@ from adaptkit.operations.quantize import Calibration, QuantizeOptions, quantize
 from adaptkit.operations.stack import stack
 from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
-from adaptkit.text.windows import read_tokens
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.network.packed import read_quantized

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from adaptkit.discovery import load, names
 from adaptkit.errors import GateError, UsageError
-from adaptkit.networks.architecture import quiet_transformers
+from adaptkit.models.architecture import quiet_transformers
 from adaptkit.operations._quantize.options import Calibration
 from adaptkit.operations.verify import verify
 from adaptkit.pipeline import steps as registry

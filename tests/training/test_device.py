@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from adaptkit.errors import UsageError
-from adaptkit.networks.memory import Memory
+from adaptkit.models.memory import Memory
 from adaptkit.training import distributed
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.device import choose_device, choose_dtype, memory_warning, without_cudnn_attention

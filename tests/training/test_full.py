@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import BaseMismatchError, NonFiniteError, UsageError
 from adaptkit.operations.verify import verify
-from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.dry_run import plan_run
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate

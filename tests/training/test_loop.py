@@ -24,14 +24,14 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.writer import DiskError
 from adaptkit.cli.commands import train as train_command
+from adaptkit.data.batches import Batches
+from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import ConflictError, IntegrityError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.operations.verify import verify
-from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training import gradients
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data.batches import Batches
 from adaptkit.training.dry_run import plan_run
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
@@ -71,7 +71,7 @@ def test_the_metrics_hold_every_step(trained):
 
 def test_peft_loads_the_adapter_and_measures_the_same_loss(trained, llama, instructions):
     """Both use the 16-bit base, although the adapter was trained on the quantized one."""
-    from adaptkit.training.data.dataset import load_data
+    from adaptkit.data.dataset import load_data
 
     model, tokenizer = running(llama, trained[0]), load_tokenizer(llama)
     total = tokens = 0
@@ -91,8 +91,8 @@ def test_the_first_loss_equals_that_of_the_dequantized_model(config, llama_nf4, 
     """A fresh adapter changes nothing, so step 1 has transformers' loss on the same batch, weighted by tokens."""
     from transformers import AutoModelForCausalLM
 
+    from adaptkit.data.dataset import load_data, split
     from adaptkit.operations.dequantize import dequantize
-    from adaptkit.training.data.dataset import load_data, split
 
     train(replace(config, steps=1, dropout=0.0), tmp_path / "adapter")
     first = json.loads((tmp_path / "adapter" / "metrics.jsonl").read_text().splitlines()[1])

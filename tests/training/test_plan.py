@@ -13,9 +13,9 @@ import transformers
 from adapted import plain_in
 
 from adaptkit.errors import CheckpointError, UsageError
-from adaptkit.networks.activations import Checkpointing, LayerSize
-from adaptkit.networks.architecture import Description, empty_network
-from adaptkit.networks.matching import matching_targets
+from adaptkit.models.activations import Checkpointing, LayerSize
+from adaptkit.models.architecture import Description, empty_network
+from adaptkit.models.matching import matching_targets
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training._plan.fused import fuse_stand_ins
 from adaptkit.training._plan.network import linear_shapes, measured_layers

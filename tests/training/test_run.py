@@ -22,15 +22,15 @@ from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.hashing import file_sha256, fingerprint, fingerprint_in_pieces
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, require_manifest
 from adaptkit.checkpoint.writer import DiskError
+from adaptkit.data.batches import Batches
+from adaptkit.data.limits import pad_id
+from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import ConflictError, NonFiniteError, OutputExistsError, UsageError
 from adaptkit.numerics.tensors import as_array
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.verify import verify
-from adaptkit.text.limits import pad_id
-from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training import loop, result, run
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data.batches import Batches
 from adaptkit.training.device import deterministic
 from adaptkit.training.distributed import World
 from adaptkit.training.dry_run import plan_run

@@ -23,7 +23,7 @@ from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter, write_file
 from adaptkit.errors import IntegrityError
 from adaptkit.formats import nf4
-from adaptkit.networks.model_lock import model_lock
+from adaptkit.models.model_lock import model_lock
 from adaptkit.numerics.calibration import nf4_error, weighted_nf4
 from adaptkit.numerics.compensation import companion_adapter
 from adaptkit.numerics.dtypes import Array

@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_map_only
 from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
-from adaptkit.networks.architecture import empty_network
-from adaptkit.networks.assembly import Assembly, find_stack
-from adaptkit.networks.linears import is_linear
-from adaptkit.networks.probing import InPlaceOf, exchanged
+from adaptkit.models.architecture import empty_network
+from adaptkit.models.assembly import Assembly, find_stack
+from adaptkit.models.linears import is_linear
+from adaptkit.models.probing import InPlaceOf, exchanged
 
 Found = TypeVar("Found")
 EntryKey = tuple[int, int, Any]

@@ -13,9 +13,9 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.layout import read_small
 from adaptkit.checkpoint.side_files import find_side_files
+from adaptkit.data.tokenizer_files import TEMPLATE_KEY, TOKENIZER_CONFIG, is_template, templates_in
 from adaptkit.documents import strict_json
 from adaptkit.errors import CheckpointError, IntegrityError
-from adaptkit.text.tokenizer_files import TEMPLATE_KEY, TOKENIZER_CONFIG, is_template, templates_in
 from adaptkit.wording import counted
 
 TOKENIZER_NAME = "tokenizer.json"

@@ -22,8 +22,8 @@ import numpy as np
 from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError, install_hint
-from adaptkit.networks.architecture import empty_network, has_no_head, head_path, named_network, why_unsupported
-from adaptkit.networks.naming import TensorPlace, places
+from adaptkit.models.architecture import empty_network, has_no_head, head_path, named_network, why_unsupported
+from adaptkit.models.naming import TensorPlace, places
 from adaptkit.numerics.lora import LowRank
 from adaptkit.operations._extract.plan import LOW_RANK, SAVED, Part, Plan, module_of
 from adaptkit.operations._extract.tensors import Finding

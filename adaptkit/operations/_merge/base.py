@@ -13,7 +13,7 @@ from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord, parent_
 from adaptkit.checkpoint.place import is_unfinished
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, BaseMismatchError, CheckpointError, IntegrityError
-from adaptkit.networks.addressing import Slice
+from adaptkit.models.addressing import Slice
 from adaptkit.operations._lineage.parents import Candidate
 from adaptkit.operations._merge.edits import Edits
 from adaptkit.operations._terms import expected_fingerprints

@@ -14,8 +14,8 @@ from adaptkit.checkpoint.adapter import Adapter, TokenRows
 from adaptkit.checkpoint.adapter_config import is_parameter, is_saved
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdapterError, BaseMismatchError, UsageError, install_hint
-from adaptkit.networks.addressing import OTHER_MODEL, Slice
-from adaptkit.networks.architecture import empty_network, why_unsupported
+from adaptkit.models.addressing import OTHER_MODEL, Slice
+from adaptkit.models.architecture import empty_network, why_unsupported
 from adaptkit.numerics import lora
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spec import FLOATS, TensorSpec

@@ -13,7 +13,7 @@ import numpy as np
 from adaptkit.checkpoint.adapter import Adapter, TokenRows
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.networks.addressing import Slice
+from adaptkit.models.addressing import Slice
 from adaptkit.numerics import lora
 from adaptkit.numerics.dtypes import ARRAY_DTYPES, BFLOAT16, Array, cast
 from adaptkit.numerics.lora import LowRank

@@ -11,11 +11,8 @@ from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, INDEX_NAME,
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import CODE_SUFFIX, check_side_files
-from adaptkit.errors import IntegrityError
-from adaptkit.operations._carried import left_out, tokenizer_files
-from adaptkit.operations._merge.edits import Edits
-from adaptkit.text.chat_template import TEMPLATE_NAME
-from adaptkit.text.tokenizer_files import (
+from adaptkit.data.chat_template import TEMPLATE_NAME
+from adaptkit.data.tokenizer_files import (
     TEMPLATES,
     TOKENIZER_CONFIG,
     is_of_tokenizer,
@@ -23,6 +20,9 @@ from adaptkit.text.tokenizer_files import (
     is_vocabulary,
     template_beside,
 )
+from adaptkit.errors import IntegrityError
+from adaptkit.operations._carried import left_out, tokenizer_files
+from adaptkit.operations._merge.edits import Edits
 
 
 @dataclass

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.adapter_config import release
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.networks.addressing import Slice
+from adaptkit.models.addressing import Slice
 from adaptkit.operations.targets import _peft_config
 from adaptkit.operations.targets._target import some
 

@@ -8,7 +8,7 @@ from adaptkit.arguments import as_paths, as_texts, typed_fields
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.errors import UsageError
 from adaptkit.formats._format import Encoding
-from adaptkit.networks.kinds import MOE
+from adaptkit.models.kinds import MOE
 from adaptkit.operations._shards import check_shard_size
 from adaptkit.operations._threads import check_threads
 from adaptkit.wording import counted
@@ -19,7 +19,7 @@ class Calibration:
     """Text to run through the model, and how to use the measurements.
 
     Attributes:
-        files: text, or rows; see ``text.windows``.
+        files: text, or rows; see ``data.windows``.
         tokens: largest number of tokens to read.
         window: tokens per sequence.
         init_rank: rank of a companion adapter that offsets part of the quantization error; None for no adapter.

@@ -16,7 +16,7 @@ from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import class_names, text_config
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
-from adaptkit.networks.architecture import empty_network, named_network, why_unsupported
+from adaptkit.models.architecture import empty_network, named_network, why_unsupported
 from adaptkit.operations._roles import CONV1D_MODELS
 from adaptkit.operations._vocabulary import find_vocabulary
 

@@ -8,12 +8,12 @@ from typing import Any
 from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import INDEX_NAME, read_json
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.data.tokenizer_files import has_tokenizer
 from adaptkit.errors import CheckpointError, UsageError
 from adaptkit.formats._format import stated_quantization
-from adaptkit.networks.architecture import empty_network, named_network, why_unsupported
-from adaptkit.networks.naming import missing_parameters, places, shape_in
+from adaptkit.models.architecture import empty_network, named_network, why_unsupported
+from adaptkit.models.naming import missing_parameters, places, shape_in
 from adaptkit.operations._roles import stores_transposed
-from adaptkit.text.tokenizer_files import has_tokenizer
 
 
 @dataclass(frozen=True)

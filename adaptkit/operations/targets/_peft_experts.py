@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from adaptkit.checkpoint.adapter_config import writes_transposed_experts
-from adaptkit.networks.peft_names import DOWNS, GATES, STACKED, UPS, mistaken_for_experts
+from adaptkit.models.peft_names import DOWNS, GATES, STACKED, UPS, mistaken_for_experts
 from adaptkit.operations._roles import expert_count
 from adaptkit.operations.targets import _peft_config, _scalings
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from adaptkit.networks.peft_names import DOWNS, GATES, UPS
+from adaptkit.models.peft_names import DOWNS, GATES, UPS
 from adaptkit.operations._roles import expert_count
 from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
 from adaptkit.operations.targets._base_shapes import BaseShapes

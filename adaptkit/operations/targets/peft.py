@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 from adaptkit.checkpoint.adapter_config import PREFIX
 from adaptkit.checkpoint.layout import INDEX_NAME
-from adaptkit.networks.kinds import is_never_called, is_read_by_kernels
-from adaptkit.networks.linears import is_linear
-from adaptkit.networks.peft_names import renamed_in_peft
+from adaptkit.models.kinds import is_never_called, is_read_by_kernels
+from adaptkit.models.linears import is_linear
+from adaptkit.models.peft_names import renamed_in_peft
 from adaptkit.operations.targets import _checkpoint_rules, _peft_config, _peft_experts, _peft_tensors, _rules, _scalings
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from adaptkit.checkpoint.layout import read_small
 from adaptkit.errors import CheckpointError
-from adaptkit.networks.peft_names import GATES, UPS
+from adaptkit.models.peft_names import GATES, UPS
 from adaptkit.operations.targets import _checkpoint_rules, _rules, _scalings
 from adaptkit.operations.targets._adapter_files import AdapterFiles
 from adaptkit.operations.targets._base_shapes import BaseShapes

@@ -1,6 +1,6 @@
 """Stand-ins for the norms and gates that the trainer fuses: they save and allocate what its fused ones do.
 
-See ``training.network.fused``, and ``networks.recompute`` for outputs that are recomputed instead of saved.
+See ``training.network.fused``, and ``models.recompute`` for outputs that are recomputed instead of saved.
 """
 
 import copy
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.networks.probing import is_gated, norm_has_offset, norm_parts
-from adaptkit.networks.recompute import Recipe
+from adaptkit.models.probing import is_gated, norm_has_offset, norm_parts
+from adaptkit.models.recompute import Recipe
 
 _WIDEST = 1 << 16
 """Inputs of the widest module that is probed, since probes allocate memory; those of real models have fewer."""

@@ -15,14 +15,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from adaptkit.errors import UsageError
-from adaptkit.networks.activations import LayerSize, measure_layers
-from adaptkit.networks.assembly import find_stack
-from adaptkit.networks.attention import asks_for_more, replace_attention
-from adaptkit.networks.casting import hold
-from adaptkit.networks.kinds import is_expert, multiplies_groups
-from adaptkit.networks.linears import acts_as_linear
-from adaptkit.networks.memory import ATTENTION_ROWS, ATTENTION_SCORES
-from adaptkit.networks.recompute import source_of
+from adaptkit.models.activations import LayerSize, measure_layers
+from adaptkit.models.assembly import find_stack
+from adaptkit.models.attention import asks_for_more, replace_attention
+from adaptkit.models.casting import hold
+from adaptkit.models.kinds import is_expert, multiplies_groups
+from adaptkit.models.linears import acts_as_linear
+from adaptkit.models.memory import ATTENTION_ROWS, ATTENTION_SCORES
+from adaptkit.models.recompute import source_of
 from adaptkit.training._plan.fused import fuse_stand_ins
 
 Shape = tuple[int, int]

@@ -16,8 +16,8 @@ import torch
 
 from adaptkit.formats._find import stated_encoding
 from adaptkit.formats._format import Encoding, stated_quantization
-from adaptkit.networks.assembly import find_stack
-from adaptkit.networks.kinds import is_router
+from adaptkit.models.assembly import find_stack
+from adaptkit.models.kinds import is_router
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.training._plan.network import Shape, expert_stacks
 

@@ -9,7 +9,7 @@ import torch
 from adaptkit.arguments import AnyPath, as_path_or_none, as_paths, checked_options
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.errors import UsageError
-from adaptkit.networks.model_lock import model_lock
+from adaptkit.models.model_lock import model_lock
 from adaptkit.training.evaluation.evaluate import check_files, check_request, load, measure, read_own
 from adaptkit.training.evaluation.material import Asked, read_material
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport

@@ -10,10 +10,10 @@ from adaptkit.arguments import AnyPath, as_path, as_path_or_none, as_paths, chec
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.integrity import check_config, check_tensors
 from adaptkit.checkpoint.manifest import parent_of, read_manifest
+from adaptkit.data.limits import pad_id
 from adaptkit.errors import NonFiniteError, UsageError
-from adaptkit.networks.architecture import empty_network
-from adaptkit.networks.model_lock import model_lock
-from adaptkit.text.limits import pad_id
+from adaptkit.models.architecture import empty_network
+from adaptkit.models.model_lock import model_lock
 from adaptkit.training.device import choose_device, choose_dtype, make_current, name_of, without_cudnn_attention
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.evaluation.generation import Generated, generate
@@ -47,9 +47,9 @@ def evaluate(
     Args:
         base: folder of an NF4 or plain checkpoint.
         adapter: folder of a LoRA adapter.
-        data: files of rows with answers; see ``training.data.dataset``.
+        data: files of rows with answers; see ``data.dataset``.
         options: how to evaluate.
-        text: text files; see ``text.windows``.
+        text: text files; see ``data.windows``.
         reference: folder of the checkpoint that the model was made from, to compare it with on the text.
         on_answer: called with every answer to the data's questions.
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from adaptkit.data.ending import around_answer
+from adaptkit.data.reasoning import FIELD, TAGS
+from adaptkit.data.rendering import render
+from adaptkit.data.template_call import Conversation
+from adaptkit.data.tokenizer_files import tokens_in
 from adaptkit.errors import DataError
-from adaptkit.text.reasoning import FIELD, TAGS
-from adaptkit.text.rendering import render
-from adaptkit.text.template_call import Conversation
-from adaptkit.text.tokenizer_files import tokens_in
-from adaptkit.training.data.ending import around_answer
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.networks.architecture import quiet_transformers
-from adaptkit.text.limits import pad_id
-from adaptkit.training.data.ending import named_ends, turn_end
+from adaptkit.data.ending import named_ends, turn_end
+from adaptkit.data.limits import pad_id
+from adaptkit.models.architecture import quiet_transformers
 from adaptkit.training.device import name_of
 from adaptkit.training.dtype_errors import reports_failed_answers
 from adaptkit.training.evaluation.final import Marks

@@ -8,14 +8,14 @@ from typing import Any, Self
 from torch import Tensor
 
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.data.chat_template import set_template_kwargs
+from adaptkit.data.dataset import Dataset, load_data
+from adaptkit.data.encoding import as_message
+from adaptkit.data.ending import without_ends
+from adaptkit.data.limits import check_prompt, check_vocabulary, check_window, context_length, vocabulary_size
+from adaptkit.data.tokenizer_files import has_tokenizer, load_tokenizer, load_tokenizer_of, template_beside
+from adaptkit.data.windows import read_tokens
 from adaptkit.errors import DataError
-from adaptkit.text.chat_template import set_template_kwargs
-from adaptkit.text.limits import check_prompt, check_vocabulary, check_window, context_length, vocabulary_size
-from adaptkit.text.tokenizer_files import has_tokenizer, load_tokenizer, load_tokenizer_of, template_beside
-from adaptkit.text.windows import read_tokens
-from adaptkit.training.data.dataset import Dataset, load_data
-from adaptkit.training.data.encoding import as_message
-from adaptkit.training.data.ending import without_ends
 from adaptkit.training.evaluation.questions import (
     Messages,
     Question,

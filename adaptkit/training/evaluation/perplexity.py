@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adaptkit.data.batches import collate
+from adaptkit.data.limits import check_vocabulary
+from adaptkit.data.samples import Sample
 from adaptkit.errors import BaseMismatchError
-from adaptkit.text.limits import check_vocabulary
-from adaptkit.training.data.batches import collate
-from adaptkit.training.data.samples import Sample
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model
 

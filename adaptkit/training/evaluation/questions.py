@@ -13,15 +13,15 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
+from adaptkit.data.conversation import Example, read_example
+from adaptkit.data.dataset import Dataset, load_data, order
+from adaptkit.data.encoding import Encoder, conversation_ids
+from adaptkit.data.limits import check_vocabulary
+from adaptkit.data.reasoning import Message, without_reasoning
+from adaptkit.data.rows import read_rows
+from adaptkit.data.samples import Sample
+from adaptkit.data.tool_calls import CALLS, Tools
 from adaptkit.errors import DataError
-from adaptkit.text.conversation import Example, read_example
-from adaptkit.text.limits import check_vocabulary
-from adaptkit.text.reasoning import Message, without_reasoning
-from adaptkit.text.rows import read_rows
-from adaptkit.text.tool_calls import CALLS, Tools
-from adaptkit.training.data.dataset import Dataset, load_data, order
-from adaptkit.training.data.encoding import Encoder, conversation_ids
-from adaptkit.training.data.samples import Sample
 from adaptkit.wording import counted
 
 Messages = tuple[Message, ...]

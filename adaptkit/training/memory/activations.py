@@ -11,9 +11,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from adaptkit.errors import UsageError
-from adaptkit.networks.activations import AUTO, Checkpointing, LayerSize, measure_layers
-from adaptkit.networks.assembly import find_stack
-from adaptkit.networks.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes, overhead_bytes
+from adaptkit.models.activations import AUTO, Checkpointing, LayerSize, measure_layers
+from adaptkit.models.assembly import find_stack
+from adaptkit.models.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes, overhead_bytes
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.heap import return_freed_memory
 from adaptkit.training.memory.adamw import STATE_BITS, moment_bytes

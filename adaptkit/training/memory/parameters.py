@@ -13,8 +13,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from adaptkit.networks.architecture import language_part
-from adaptkit.networks.kinds import is_indexer
+from adaptkit.models.architecture import language_part
+from adaptkit.models.kinds import is_indexer
 from adaptkit.training.heap import return_freed_memory
 from adaptkit.training.network.model import Model
 

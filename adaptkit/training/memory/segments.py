@@ -8,7 +8,7 @@ each layer, one layer at a time:
     work     one more forward pass, and nearly a second one for segments longer than one layer
 
 With segments of √n layers both numbers of inputs grow as √n (Chen et al., arXiv:1604.06174). Unlike in plain segment
-checkpointing, activations inside only one layer are alive at a time. ``networks.activations`` computes the sizes.
+checkpointing, activations inside only one layer are alive at a time. ``models.activations`` computes the sizes.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.errors import UsageError
-from adaptkit.networks.activations import (
+from adaptkit.models.activations import (
     AUTO,
     Checkpointing,
     LayerSize,
@@ -28,8 +28,8 @@ from adaptkit.networks.activations import (
     fit_memory,
     parse_policy,
 )
-from adaptkit.networks.assembly import find_stack
-from adaptkit.networks.layer_call import LayerCall
+from adaptkit.models.assembly import find_stack
+from adaptkit.models.layer_call import LayerCall
 from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.linear import LoraLinear
@@ -50,7 +50,7 @@ def choose_checkpointing(
 
     Args:
         network: any network for ``auto`` and ``none``; otherwise it must have a stack of layers.
-        policy: see ``networks.activations.parse_policy``.
+        policy: see ``models.activations.parse_policy``.
         measure: returns the sizes of the layers; called only for a budget, or for ``auto`` with ``room``.
         offloaded: whether the inputs of segments will be offloaded to host memory.
         room: bytes that ``auto`` may use; None if unknown.

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from adaptkit.networks.memory import GRADIENT_BLOCK_BYTES
+from adaptkit.models.memory import GRADIENT_BLOCK_BYTES
 from adaptkit.training.fast.cpu_joined import add_scaled
 
 _factor: float | None = None
 """Factor of what is accumulated; None outside ``accumulating``. Process-wide, not thread-local: autograd runs a GPU's
-backward pass in a thread of its own. The process runs one backward pass at a time (see ``networks.model_lock``)."""
+backward pass in a thread of its own. The process runs one backward pass at a time (see ``models.model_lock``)."""
 
 
 @contextmanager

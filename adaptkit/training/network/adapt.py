@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from adaptkit.checkpoint.adapter_config import is_saved
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.networks.addressing import OTHER_MODEL
-from adaptkit.networks.casting import hold
+from adaptkit.models.addressing import OTHER_MODEL
+from adaptkit.models.casting import hold
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.experts import PackedModule, pack
 from adaptkit.training.network.frozen import PackedWeight, PlainWeight

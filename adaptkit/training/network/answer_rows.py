@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.training.data.batches import Batch
-from adaptkit.training.data.samples import IGNORED
+from adaptkit.data.batches import Batch
+from adaptkit.data.samples import IGNORED
 from adaptkit.training.network.fused import fused_gates
 from adaptkit.training.network.model import Model
 from adaptkit.training.network.probing import as_in_training

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from adaptkit.networks.attention import asks_for_more, replace_attention
+from adaptkit.models.attention import asks_for_more, replace_attention
 from adaptkit.training.fast.bits import tensor_bits
 from adaptkit.training.fast.cpu_attention import gradient_block, row_products, softmax_block
 from adaptkit.training.fast.threads import thread_count

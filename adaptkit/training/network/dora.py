@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.networks.recompute import source_of
+from adaptkit.models.recompute import source_of
 from adaptkit.training.network.narrow import narrowed
 
 _ROWS = 256

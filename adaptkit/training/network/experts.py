@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.errors import CheckpointError
-from adaptkit.networks.assembly import Assembly
-from adaptkit.networks.kinds import multiplies_groups
+from adaptkit.models.assembly import Assembly
+from adaptkit.models.kinds import multiplies_groups
 from adaptkit.numerics.tensors import as_tensor
 from adaptkit.training.network.frozen import FrozenWeight, PackedWeight, PlainWeight
 from adaptkit.training.network.packed import read_quantized

@@ -1,7 +1,7 @@
 """Fused norms and gates of a decoder layer: one pass each, with few saved activations.
 
-``networks.probing`` recognizes them. The fused forward pass saves only its input, where torch's own saves three or four
-tensors of that size. The output is recomputed instead of saved: see ``networks.recompute``. ``training.plan`` has
+``models.probing`` recognizes them. The fused forward pass saves only its input, where torch's own saves three or four
+tensors of that size. The output is recomputed instead of saved: see ``models.recompute``. ``training.plan`` has
 stand-ins that save the same.
 
     norm       y = x / √(mean x² + eps) · w, or · (1 + w)          needs a frozen w
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptkit.networks.probing import is_gated, norm_has_offset, norm_parts
-from adaptkit.networks.recompute import Recipe
+from adaptkit.models.probing import is_gated, norm_has_offset, norm_parts
+from adaptkit.models.recompute import Recipe
 from adaptkit.training.fast.bits import tensor_bits
 from adaptkit.training.fast.cpu_layers import gate_backward, gate_forward, norm_backward, norm_forward
 from adaptkit.training.network.linear import LoraLinear

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.networks.recompute import source_of
+from adaptkit.models.recompute import source_of
 from adaptkit.training.fast.cpu_joined import beside, widen
 from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.frozen import PackedWeight

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.networks.recompute import source_of
+from adaptkit.models.recompute import source_of
 from adaptkit.numerics.absmax import GROUP
 from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.decode import NestedConstants, decode_constants

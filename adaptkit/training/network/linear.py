@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.networks.recompute import source_of
+from adaptkit.models.recompute import source_of
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows

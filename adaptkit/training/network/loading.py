@@ -10,8 +10,8 @@ from torch import Tensor
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.adapter_config import is_parameter
 from adaptkit.errors import AdapterError, AdaptkitError, BaseMismatchError
-from adaptkit.networks.addressing import OTHER_MODEL
-from adaptkit.networks.naming import TensorPlace, places
+from adaptkit.models.addressing import OTHER_MODEL
+from adaptkit.models.naming import TensorPlace, places
 from adaptkit.numerics.lora import LowRank, transposed
 from adaptkit.numerics.tensors import as_tensor
 from adaptkit.training.network.adapt import (

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptkit.networks.casting import held
-from adaptkit.networks.memory import rows_at_a_time
-from adaptkit.networks.probing import InPlaceOf, exchanged
-from adaptkit.training.data.batches import Batch
-from adaptkit.training.data.samples import IGNORED
+from adaptkit.data.batches import Batch
+from adaptkit.data.samples import IGNORED
+from adaptkit.models.casting import held
+from adaptkit.models.memory import rows_at_a_time
+from adaptkit.models.probing import InPlaceOf, exchanged
 from adaptkit.training.fast.bits import tensor_bits
 from adaptkit.training.fast.cpu_loss import cross_entropy
 from adaptkit.training.network.accumulation import accumulating

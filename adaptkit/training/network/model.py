@@ -21,9 +21,9 @@ from torch.nn.utils.parametrize import ParametrizationList
 from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import CheckpointError
-from adaptkit.networks.architecture import empty_network
-from adaptkit.networks.assembly import Assembly, check_shape
-from adaptkit.networks.linears import acts_as_linear
+from adaptkit.models.architecture import empty_network
+from adaptkit.models.assembly import Assembly, check_shape
+from adaptkit.models.linears import acts_as_linear
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.heap import keep_freed_memory
 from adaptkit.training.network.attention import use_own_attention

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptkit.training.data.batches import Batch
+from adaptkit.data.batches import Batch
 from adaptkit.training.network.pinned import sent
 
 

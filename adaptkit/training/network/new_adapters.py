@@ -11,8 +11,8 @@ import torch
 
 from adaptkit.checkpoint.patterns import FirstMatch, matches_end
 from adaptkit.errors import AdapterError, UsageError
-from adaptkit.networks.architecture import language_part
-from adaptkit.networks.matching import matching, matching_targets
+from adaptkit.models.architecture import language_part
+from adaptkit.models.matching import matching, matching_targets
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.scaling import scaling
 from adaptkit.training.network.adapt import put_stack, stack_shape

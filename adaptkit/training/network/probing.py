@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.errors import UsageError
-from adaptkit.networks.probing import forked_random
+from adaptkit.models.probing import forked_random
 
 _PROBE_TOKENS = 6
 _TOLERANCE = 0.02

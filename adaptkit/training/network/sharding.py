@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from adaptkit.errors import UsageError
-from adaptkit.networks.assembly import find_stack
+from adaptkit.models.assembly import find_stack
 from adaptkit.training.distributed import World
 from adaptkit.training.network.frozen import PackedWeight, PlainWeight
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from adaptkit.networks.memory import ATTENTION_ROWS, ATTENTION_SCORES
+from adaptkit.models.memory import ATTENTION_ROWS, ATTENTION_SCORES
 
 _Found = TypeVar("_Found")
 

@@ -12,9 +12,9 @@ from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, UsageError
 from adaptkit.formats._find import quantized_names
-from adaptkit.networks.addressing import find_addresses, unsupported_steps
-from adaptkit.networks.architecture import path_of
-from adaptkit.networks.kinds import (
+from adaptkit.models.addressing import find_addresses, unsupported_steps
+from adaptkit.models.architecture import path_of
+from adaptkit.models.kinds import (
     is_expert,
     is_indexer,
     is_never_called,
@@ -22,8 +22,8 @@ from adaptkit.networks.kinds import (
     is_router,
     is_shared_by_layers,
 )
-from adaptkit.networks.matching import EVERYTHING, matching
-from adaptkit.networks.peft_names import mistaken_for_experts, renamed_in_peft
+from adaptkit.models.matching import EVERYTHING, matching
+from adaptkit.models.peft_names import mistaken_for_experts, renamed_in_peft
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.network.adapt import (
     bias_names,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptkit.networks.tables import host_tables
+from adaptkit.models.tables import host_tables
 from adaptkit.training.network.pinned import pinned
 from adaptkit.training.triton_needs import has_triton
 

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from adaptkit.errors import UsageError
-from adaptkit.networks.activations import kind_of
-from adaptkit.networks.assembly import find_stack
-from adaptkit.networks.layer_call import LayerCall
-from adaptkit.networks.probing import forked_random
+from adaptkit.models.activations import kind_of
+from adaptkit.models.assembly import find_stack
+from adaptkit.models.layer_call import LayerCall
+from adaptkit.models.probing import forked_random
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.probing import as_in_training, with_attribute
 

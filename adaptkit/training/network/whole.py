@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from adaptkit.networks.casting import held, hold
+from adaptkit.models.casting import held, hold
 from adaptkit.training.network.accumulation import accumulate_product, accumulate_rows
 
 

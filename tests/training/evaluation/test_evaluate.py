@@ -11,13 +11,13 @@ import torch
 from folders import edit_json, edited_tensors
 from transformers import AutoModelForCausalLM
 
+from adaptkit.data.dataset import load_data
+from adaptkit.data.limits import pad_id
+from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import BaseMismatchError, DataError, IntegrityError, NonFiniteError, UsageError
 from adaptkit.operations.adopt import adopt
 from adaptkit.operations.quantize import quantize
-from adaptkit.text.limits import pad_id
-from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data.dataset import load_data
 from adaptkit.training.evaluation import perplexity
 from adaptkit.training.evaluation.comparison import compare
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate

@@ -2,10 +2,10 @@
 
 import pytest
 
-from adaptkit.text.conversation import read_example
-from adaptkit.text.tokenizer_files import load_tokenizer
-from adaptkit.training.data.encoding import Encoder
-from adaptkit.training.data.samples import IGNORED
+from adaptkit.data.conversation import read_example
+from adaptkit.data.encoding import Encoder
+from adaptkit.data.samples import IGNORED
+from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.training.evaluation.final import Marks
 
 TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}"

@@ -8,8 +8,8 @@ import torch
 from folders import edit_json
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from adaptkit.text.tokenizer_files import load_tokenizer
-from adaptkit.training.data.encoding import conversation_ids
+from adaptkit.data.encoding import conversation_ids
+from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.training.evaluation.generation import generate, stop_tokens
 from adaptkit.training.memory.activations import PeakMemory
 from adaptkit.training.network.model import load_model

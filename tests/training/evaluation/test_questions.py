@@ -4,10 +4,10 @@ import json
 
 import pytest
 
+from adaptkit.data.dataset import load_data
+from adaptkit.data.samples import IGNORED
+from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import DataError
-from adaptkit.text.tokenizer_files import load_tokenizer
-from adaptkit.training.data.dataset import load_data
-from adaptkit.training.data.samples import IGNORED
 from adaptkit.training.evaluation.questions import (
     Question,
     choose,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from adaptkit.networks.activations import Checkpointing
-from adaptkit.networks.memory import overhead_bytes
+from adaptkit.models.activations import Checkpointing
+from adaptkit.models.memory import overhead_bytes
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.memory.activations import Activations, PeakMemory, predicted_memory, save_activations

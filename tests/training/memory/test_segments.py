@@ -10,7 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from adaptkit.checkpoint.reader import MappedCheckpoint
 from adaptkit.errors import UsageError
-from adaptkit.networks.activations import Checkpointing
+from adaptkit.models.activations import Checkpointing
 from adaptkit.training.memory import segments
 from adaptkit.training.memory.activations import Activations, layer_sizes
 from adaptkit.training.memory.offload import OffloadedTensors

@@ -17,13 +17,13 @@ from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.data.batches import Batch, collate
+from adaptkit.data.samples import IGNORED, Sample
+from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
-from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data.batches import Batch, collate
-from adaptkit.training.data.samples import IGNORED, Sample
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.adapt import parameter_places, train_whole

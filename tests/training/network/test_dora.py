@@ -7,7 +7,7 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 from torch.nn import functional
 
-from adaptkit.networks.activations import Alive
+from adaptkit.models.activations import Alive
 from adaptkit.numerics.lora import LowRank
 from adaptkit.training.network.dora import row_norms, squared_rows
 from adaptkit.training.network.frozen import PlainWeight

@@ -19,9 +19,9 @@ from transformers import AutoModelForCausalLM
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._find import quantized_names
-from adaptkit.networks.activations import kind_of
-from adaptkit.networks.architecture import empty_network
-from adaptkit.networks.assembly import Assembly
+from adaptkit.models.activations import kind_of
+from adaptkit.models.architecture import empty_network
+from adaptkit.models.assembly import Assembly
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing

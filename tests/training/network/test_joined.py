@@ -11,11 +11,11 @@ from packing import decode, encode
 from torch import nn
 from torch.nn import functional
 
+from adaptkit.data.batches import Batch
 from adaptkit.formats._format import Encoding
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.data.batches import Batch
 from adaptkit.training.distributed import World
 from adaptkit.training.gradients import Gradients
 from adaptkit.training.memory.parameters import Trainable

@@ -10,11 +10,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptkit.networks import memory
-from adaptkit.networks.activations import Alive, Checkpointing
-from adaptkit.networks.memory import head_gradient_bytes
-from adaptkit.training.data.batches import Batch
-from adaptkit.training.data.samples import IGNORED
+from adaptkit.data.batches import Batch
+from adaptkit.data.samples import IGNORED
+from adaptkit.models import memory
+from adaptkit.models.activations import Alive, Checkpointing
+from adaptkit.models.memory import head_gradient_bytes
 from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network import accumulation, loss
 from adaptkit.training.network.adapt import train_whole

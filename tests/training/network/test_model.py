@@ -16,7 +16,7 @@ from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.formats._find import quantized_names
-from adaptkit.networks.activations import Checkpointing
+from adaptkit.models.activations import Checkpointing
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.tensors import as_tensor
 from adaptkit.operations.dequantize import dequantize

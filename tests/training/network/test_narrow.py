@@ -91,7 +91,7 @@ def test_copies_are_not_measured_as_activations_of_a_layer(packed):
 
 
 def test_copies_are_updated_whether_the_network_or_its_base_model_is_called(packed):
-    from adaptkit.training.data.batches import Batch
+    from adaptkit.data.batches import Batch
 
     model = loaded(packed)
     keep_narrow(model.network, BFLOAT16)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from adaptkit.training.data.batches import Batch, collate
-from adaptkit.training.data.samples import Sample
+from adaptkit.data.batches import Batch, collate
+from adaptkit.data.samples import Sample
 from adaptkit.training.network.neftune import EmbeddingNoise, sample_lengths
 
 

@@ -9,7 +9,7 @@ from packing import decode, encode
 from torch import nn
 
 from adaptkit.formats._format import Encoding
-from adaptkit.networks.activations import Alive
+from adaptkit.models.activations import Alive
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.packed_rows import decoded, packed_rows

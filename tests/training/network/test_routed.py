@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptkit.networks.activations import Alive
+from adaptkit.models.activations import Alive
 from adaptkit.training.network.routed import RoutedStack
 from adaptkit.training.network.stack_lora import StackLora, StackWithLora
 

@@ -15,12 +15,12 @@ from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import AdapterError, BaseMismatchError, ConfigError, UsageError
 from adaptkit.operations.check import check
 from adaptkit.operations.inspect import inspect
 from adaptkit.operations.merge import merge
 from adaptkit.operations.verify import verify
-from adaptkit.text.tokenizer_files import load_tokenizer
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train
 from adaptkit.training.memory.parameters import Trainable

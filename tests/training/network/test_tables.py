@@ -7,8 +7,8 @@ from adapted import IDS
 from torch import nn
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
-from adaptkit.networks import tables
-from adaptkit.networks.tables import host_tables
+from adaptkit.models import tables
+from adaptkit.models.tables import host_tables
 from adaptkit.training.network.adapt import train_rows, train_whole
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter

@@ -7,8 +7,8 @@ import transformers
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptkit.networks.activations import Alive
-from adaptkit.training.data.batches import Batch
+from adaptkit.data.batches import Batch
+from adaptkit.models.activations import Alive
 from adaptkit.training.network import accumulation, loss
 from adaptkit.training.network.accumulation import accumulating
 from adaptkit.training.network.adapt import train_whole

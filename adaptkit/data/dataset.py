@@ -1,0 +1,303 @@
+"""Training data: rows become samples; what was cut, dropped or not used is counted and named."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from adaptkit.checkpoint.hashing import file_sha256
+from adaptkit.data.conversation import Example, read_example
+from adaptkit.data.encoding import Encoder
+from adaptkit.data.ending import ends_after_answers
+from adaptkit.data.learning_marks import check_not_marked_out
+from adaptkit.data.limits import check_vocabulary
+from adaptkit.data.reasoning import FIELD, Message
+from adaptkit.data.rows import is_on_hub, read_rows
+from adaptkit.data.samples import Sample
+from adaptkit.data.template_call import asks_for_the_date
+from adaptkit.data.tokenizer_files import special_tokens
+from adaptkit.data.tool_calls import CALLS, words_of, words_of_tools
+from adaptkit.errors import DataError
+from adaptkit.wording import counted
+
+HELD_OUT, MOST_HELD_OUT = 0.1, 1000
+"""The fraction of the rows, and the most rows, that are held out unless ``held_out`` is given."""
+_TOGETHER = 1000
+"""Number of rows tokenized at a time."""
+_NAMED = 5
+"""Maximum number of rows that a report names."""
+
+
+@dataclass(frozen=True)
+class SourceReport:
+    """Samples of one source.
+
+    Attributes:
+        name: file, or name on the Hub.
+        sha256: hash of the file, or of the rows of a Hub dataset.
+        rows: number of rows.
+        samples: number of samples that can be trained on.
+        tokens: number of tokens in these samples.
+        answer_tokens: number of these tokens that carry loss.
+        layouts: maps each layout to its number of rows.
+        unused: columns that no layout has, and other parts of the rows that are not read.
+    """
+
+    name: str
+    sha256: str
+    rows: int
+    samples: int
+    tokens: int
+    answer_tokens: int
+    layouts: Mapping[str, int]
+    unused: tuple[str, ...]
+
+
+@dataclass
+class Dataset:
+    """Samples, and counts of what was cut or dropped; filled row by row.
+
+    Attributes:
+        samples: samples in the order of their rows.
+        truncated: number of samples cut to the maximum length.
+        dropped: number of samples left out: too long, or cut before any token with loss.
+        sources: reports on the sources, in the order given.
+        longest: tokens of the longest sample, before any was cut.
+        longest_at: place of the longest sample.
+        masked: places of the first few samples left out because the cut removed all tokens with loss.
+        split: number of conversations with a sample for each answer, because the chat template rewrites earlier turns.
+        ended: number of samples given an end token, because the chat template puts none after an answer.
+        empty: number of rows with an empty answer that carries loss.
+        empty_at: place of the first of them.
+        twice: number of rows with an answer that carries loss and ends with an end token, before that of the template.
+        twice_at: place of the first of them.
+        special: number of rows with a special token in a message or tool, which a model cannot tell from the
+            template's.
+        special_at: place of the first of them, and the token.
+        dated: whether the chat template asks for the date; it gets the same date every day.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    truncated: int = 0
+    dropped: int = 0
+    sources: tuple[SourceReport, ...] = ()
+    longest: int = 0
+    longest_at: str = ""
+    masked: tuple[str, ...] = ()
+    split: int = 0
+    ended: int = 0
+    empty: int = 0
+    empty_at: str = ""
+    twice: int = 0
+    twice_at: str = ""
+    special: int = 0
+    special_at: str = ""
+    dated: bool = False
+
+    @property
+    def has_conversations(self) -> bool:
+        """Whether there are conversations, not only text."""
+        return any(set(source.layouts) - {"text"} for source in self.sources)
+
+
+def load_data(
+    sources: Sequence[Path | str],
+    tokenizer: Any,
+    max_length: int,
+    *,
+    too_long: str = "cut",
+    loss_on: str = "answers",
+    layout: str | None = None,
+    context: int | None = None,
+    known: int | None = None,
+) -> Dataset:
+    """Read sources and tokenize their rows.
+
+    Args:
+        sources: files or Hub datasets, read in order; see ``data.rows``.
+        tokenizer: tokenizer of the model.
+        max_length: maximum tokens of a sample.
+        too_long: what to do with longer samples: ``cut`` at the end, ``drop`` or ``error``.
+        loss_on: see ``Encoder``.
+        layout: layout of all rows; None to detect it for each.
+        context: maximum sequence length of the model; None if unknown.
+        known: vocabulary size of the model; None if unknown.
+
+    Raises:
+        UsageError: the tokenizer produces tokens outside of the model's vocabulary.
+        DataError: an unreadable file, a row without the fields that it needs or too long for the model (with file and
+            line), or nothing to learn.
+    """
+    encoder = Encoder(tokenizer, loss_on)
+    ends, special = ends_after_answers(tokenizer), special_tokens(tokenizer)
+    collector = _Collector(max_length, too_long, context, known, ends, special)
+    data = collector.data
+    data.sources = tuple(_read(source, number, layout, encoder, collector) for number, source in enumerate(sources))
+    if not data.samples:
+        dropped = counted(data.dropped, "sample")
+        reason = f"no samples left; dropped {dropped} (too long, or answer cut off, at max_length {max_length})"
+        raise DataError(
+            f"{', '.join(map(str, sources))}: {reason if data.dropped else 'no rows'}",
+            hint="raise --max-length" if data.dropped else "give a file with rows",
+        )
+    data.dated = asks_for_the_date(tokenizer) and data.has_conversations
+    return data
+
+
+def default_held_out(samples: Sequence[Sample]) -> float:
+    """Return the fraction of the rows to hold out if none is given: so many that measuring them takes little time."""
+    return min(HELD_OUT, MOST_HELD_OUT / len({sample.source for sample in samples}))
+
+
+def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Hold out a fraction of the rows, chosen by the seed; at least one row on each side unless the fraction is 0.
+
+    All samples of a row go to the same side: they are turns of one conversation, and later samples contain the answers
+    of earlier ones.
+
+    Returns:
+        Samples to train on, and held-out ones.
+
+    Raises:
+        DataError: there is only one row.
+    """
+    if held_out == 0:
+        return list(samples), []
+    rows = list(dict.fromkeys(sample.source for sample in samples))
+    if len(rows) < 2:
+        raise DataError(
+            "a single row cannot be split into training and held-out rows", hint="add data, or use --held-out 0"
+        )
+    count = min(len(rows) - 1, max(1, round(len(rows) * held_out)))
+    chosen = {rows[i] for i in order(len(rows), seed)[:count]}
+    return [s for s in samples if s.source not in chosen], [s for s in samples if s.source in chosen]
+
+
+def order(count: int, seed: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """Return a permutation of range(count) that depends only on the seed: (count,) int64."""
+    permutation: np.ndarray[Any, np.dtype[np.int64]]
+    permutation = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+    return permutation
+
+
+@dataclass
+class _Collector:
+    """Collects samples, cuts or drops those that are too long, and counts them."""
+
+    max_length: int
+    too_long: str
+    context: int | None
+    known: int | None
+    ends: tuple[str, ...]
+    special: re.Pattern[str]
+    data: Dataset = field(default_factory=Dataset)
+
+    def count_flaws(self, example: Example, encoder: Encoder, where: str) -> None:
+        """Count a row that learns an empty answer, one that ends twice, or one with other special tokens."""
+        learned = encoder.learned(example)
+        read = encoder.read(example) if learned else ()
+        said = [example.messages[number] for number in learned]
+        if any(not message["content"].strip() and CALLS not in message for message in said):
+            self.data.empty += 1
+            self.data.empty_at = self.data.empty_at or where
+        if any(message["content"].rstrip().endswith(self.ends) for message in said):
+            self.data.twice += 1
+            self.data.twice_at = self.data.twice_at or where
+        found = [self._special(message, number in learned) for number, message in enumerate(read)]
+        found += [self._first_special(words_of_tools(example.tools))] if read else []
+        if any(found):
+            self.data.special += 1
+            self.data.special_at = self.data.special_at or f"{where}: {next(filter(None, found))}"
+
+    def _special(self, message: Message, is_learned: bool) -> str:
+        """Return the first special token in a message, other than an end token after an answer, or an empty string."""
+        content = message["content"].rstrip()
+        end = next((end for end in self.ends if is_learned and content.endswith(end)), "")
+        texts = (message.get(FIELD, ""), content.removesuffix(end), *words_of(message.get(CALLS, ())))
+        return self._first_special(texts)
+
+    def _first_special(self, texts: Iterable[str]) -> str:
+        found = next(filter(None, map(self.special.search, texts)), None)
+        return found[0] if found else ""
+
+    def add(self, sample: Sample) -> None:
+        """Add a sample, cut if it is too long, or drop it."""
+        length = len(sample.ids)
+        if sample.answer_tokens == 0:
+            raise DataError(f"{sample.source}: nothing to learn", hint="give every row an answer, or text")
+        if length > self.data.longest:
+            self.data.longest, self.data.longest_at = length, sample.source
+        if length > self.max_length:
+            if self.too_long == "error":
+                raise DataError(
+                    f"{sample.source}: {length} tokens are more than max_length {self.max_length}",
+                    hint="raise --max-length, or use --too-long cut or drop",
+                )
+            if self.too_long == "drop":
+                self.data.dropped += 1
+                return
+            sample = replace(sample, ids=sample.ids[: self.max_length], labels=sample.labels[: self.max_length])
+            if sample.answer_tokens == 0:
+                self.data.dropped += 1
+                self.data.masked = (*self.data.masked, sample.source)[:_NAMED]
+                return
+            self.data.truncated += 1
+        if self.context is not None and len(sample.ids) > self.context:
+            raise DataError(
+                f"{sample.source}: {len(sample.ids)} tokens are longer than the model's context of {self.context}",
+                hint=f"use --max-length {self.context}",
+            )
+        check_vocabulary(sample.ids, self.known, sample.source)
+        self.data.samples.append(sample)
+
+
+def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder, collector: _Collector) -> SourceReport:
+    """Read one source into ``collector``."""
+    layouts: Counter[str] = Counter()
+    used: set[str] = set()
+    columns: dict[str, None] = {}
+    digest = hashlib.sha256() if is_on_hub(source) else None
+    before = len(collector.data.samples)
+
+    def examples() -> Iterator[tuple[str, Example]]:
+        for where, row in read_rows(source):
+            if digest is not None:
+                held = {name: value for name, value in row.items() if value is not None}
+                digest.update(json.dumps(held, sort_keys=True, default=str).encode())
+            check_not_marked_out(row, where)
+            example = read_example(row, where, layout)
+            collector.count_flaws(example, encoder, where)
+            layouts[example.layout] += 1
+            used.update(example.columns)
+            columns.update((name, None) for name, value in row.items() if value is not None)
+            columns.update((f"{key} of messages", None) for key in sorted(example.ignored))
+            if example.messages and len(encoder.read(example)) < len(example.messages):
+                columns["messages after the last learned answer"] = None
+            yield where, example
+
+    waiting = examples()
+    while some := list(islice(waiting, _TOGETHER)):
+        for encoded in encoder.encode(some):
+            collector.data.split += len(encoded.samples) > 1
+            collector.data.ended += encoded.ended
+            for sample in encoded.samples:
+                collector.add(replace(sample, origin=number))
+    added = collector.data.samples[before:]
+    return SourceReport(
+        name=str(source),
+        sha256=digest.hexdigest() if digest is not None else file_sha256(Path(source)),
+        rows=layouts.total(),
+        samples=len(added),
+        tokens=sum(len(sample.ids) for sample in added),
+        answer_tokens=sum(sample.answer_tokens for sample in added),
+        layouts=dict(layouts),
+        unused=tuple(name for name in columns if name not in used),
+    )

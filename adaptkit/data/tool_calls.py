@@ -1,0 +1,295 @@
+"""Tools in conversations: how data represent them, how a chat template takes them, and what its text must contain.
+
+    row        "tools": functions with their JSON schemas, as a list or its JSON text; or "functions", a list
+    assistant  "tool_calls": [{"type": "function", "function": {"name", "arguments"}}, ...], with or without content;
+               also just {"name", "arguments"}, or one call as "function_call"; arguments are an object or its JSON text
+    tool       result of a call: its content, optionally with name and tool_call_id
+
+The model learns the assistant's calls; tool results are input only, like questions.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from adaptkit.data.chat_template import HINT
+from adaptkit.data.parts import are_of_text, joined
+from adaptkit.data.reasoning import FIELD
+from adaptkit.data.values import check_value, parse
+from adaptkit.errors import DataError
+
+Tools = tuple[Mapping[str, Any], ...]
+"""Tools of a row, each {"type": "function", "function": {"name", ...}}."""
+
+CALLS = "tool_calls"
+_RESULT_FIELDS = ("name", "tool_call_id")
+"""Fields of a tool's message besides its content."""
+_CALL_KEYS = {"name", "arguments", "parameters", "id", "type", "index"}
+_FORMS: tuple[tuple[bool, str | None], ...] = ((False, ""), (False, None), (True, ""), (True, None))
+"""Forms of a call: (whether arguments are JSON text, the value of empty content); transformers 5.24 omits None."""
+
+
+def read_tools(value: Any, where: str, column: str) -> Tools:
+    """Return the tools of a row, normalized.
+
+    Raises:
+        DataError: the value is not a list of functions.
+    """
+    if isinstance(value, str):
+        value = _parsed(value, f"{where}: {column}") if value.strip() else None
+    value = [] if value is None else value
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        hint = f'write each as {{"name", "description", "parameters"}}, or rename {column} if it means something else'
+        raise DataError(f"{where}: {column} is not a list of functions", hint=hint)
+    found = [tool if "function" in tool else {"type": "function", "function": tool} for tool in value]
+    for tool in found:
+        _named(tool["function"], f"{where}: a tool")
+        check_value(tool, f"{where}: {column}")
+    return tuple(found)
+
+
+def read_calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Return the calls in an assistant's message; empty if there are none.
+
+    Raises:
+        DataError: a call has no name, or its arguments are not an object.
+    """
+    given = message.get(CALLS) or []
+    if isinstance(given, str):
+        given = _parsed(given, f"{where}: {CALLS}") or []
+    if not isinstance(given, list):
+        raise DataError(f"{where}: {CALLS} is not a list", hint='write each as {"function": {"name", "arguments"}}')
+    calls = [_call(call, where) for call in given]
+    old = [_call(message["function_call"], where)] if message.get("function_call") else []
+    functions = [call["function"] for call in calls]
+    return calls + [call for call in old if call["function"] not in functions]
+
+
+def calls_in(value: Any, where: str) -> list[dict[str, Any]]:
+    """Return the calls in a message that holds nothing else, as ShareGPT's ``function_call``.
+
+    Raises:
+        DataError: the value is neither calls nor their JSON text.
+    """
+    found = _parsed(value, where) if isinstance(value, str) else value
+    calls = [_call(call, where) for call in (found if isinstance(found, list) else [found])]
+    if not calls:
+        raise DataError(f"{where}: contains no tool call", hint='write a call as {"name", "arguments"}')
+    return calls
+
+
+def read_given(message: Mapping[str, Any], where: str) -> tuple[Any, dict[str, str]]:
+    """Return a tool's result as text, and its name and call id; text parts are joined, objects and lists become JSON.
+
+    Raises:
+        DataError: the message holds a value that is not JSON, or an unpaired surrogate.
+    """
+    content = message.get("content", message.get("value"))
+    content = joined(content, where)[0] if are_of_text(content) else content
+    others = {name: message[name] for name in _RESULT_FIELDS if isinstance(message.get(name), str)}
+    check_value([content, others], where)
+    return (_json(content) if isinstance(content, dict | list) else content), others
+
+
+def names_of(tools: Tools) -> list[str]:
+    """Return the names of tools."""
+    return [str(tool["function"]["name"]) for tool in tools]
+
+
+def words_of(calls: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the names, keys and strings of calls."""
+    for function in (call["function"] for call in calls):
+        yield str(function["name"])
+        yield from (leaf for leaf in _leaves(function["arguments"]) if isinstance(leaf, str))
+
+
+def words_of_tools(tools: Tools) -> Iterator[str]:
+    """Yield the keys and strings of tools."""
+    return (leaf for leaf in _leaves([*tools]) if isinstance(leaf, str))
+
+
+def first_missing_word(calls: Sequence[Mapping[str, Any]], text: str) -> str:
+    """Return the first name, key or string of calls that is missing in a text; empty if all are there."""
+    return next((word for word in words_of(calls) if not is_written(word, text)), "")
+
+
+def end_of_words(calls: Sequence[Mapping[str, Any]], text: str) -> int:
+    """Return the end offset of the last name, key or string of calls in a text; 0 if there is none."""
+    forms = [form for word in words_of(calls) for form in _forms(word)]
+    return max((at + len(form) for form in forms if (at := text.rfind(form)) >= 0), default=0)
+
+
+def is_written(word: str, text: str) -> bool:
+    """Return whether a text contains a word, as it is or escaped for JSON."""
+    return any(form in text for form in _forms(word))
+
+
+class ToolForm:
+    """How one chat template takes tools and calls, and what it leaves out; found out once, by rendering probes.
+
+    Arguments are an object or JSON text, with empty content or None; the form that transformers documents, an object
+    with empty content, is tried first.
+
+    Args:
+        render: returns the rendered text of a conversation with tools; "" if the template refuses it.
+        prepare: converts a message for the template, except for its calls.
+    """
+
+    def __init__(
+        self,
+        render: Callable[[Sequence[dict[str, Any]], Tools], str],
+        prepare: Callable[[dict[str, Any]], dict[str, Any]],
+    ) -> None:
+        self._render, self._prepare, self._answers = render, prepare, dict[str, bool]()
+        self._as_text, self._nothing = next(filter(self._is_taken, _FORMS), _FORMS[0])
+
+    def message(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return a message in the form that the template takes."""
+        message = self._prepare(message)
+        if CALLS not in message:
+            return message
+        calls = [
+            call | {"function": call["function"] | {"arguments": _json(call["function"]["arguments"])}}
+            if self._as_text
+            else call
+            for call in message[CALLS]
+        ]
+        return message | {"content": message["content"] or self._nothing, CALLS: calls}
+
+    def check(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> None:
+        """Refuse a conversation if the template leaves out a kind of content that it has.
+
+        Raises:
+            DataError: names the kind.
+        """
+        found = _kinds(messages, tools)
+        for kind in _PROBES:
+            if kind in found and self._loses(kind):
+                raise DataError(f"the chat template leaves out {kind}", hint=f"leave such conversations out, or {HINT}")
+
+    def _is_taken(self, form: tuple[bool, str | None]) -> bool:
+        self._as_text, self._nothing = form
+        text = self._written([_answer()])
+        return _WORD in text and f"'{_WORD}'" not in text  # a Python repr: the template wants JSON text
+
+    def _loses(self, kind: str) -> bool:
+        if kind not in self._answers:
+            messages, tools, words = _PROBES[kind]
+            text = self._written(messages, tools)
+            written = all(any(form in text for form in word.split("|")) for word in words)
+            self._answers[kind] = bool(text) and not written
+        return self._answers[kind]
+
+    def _written(self, messages: Sequence[dict[str, Any]], tools: Tools = ()) -> str:
+        return self._render([_QUESTION, *map(self.message, messages)], tools)
+
+
+def _kinds(messages: Sequence[Mapping[str, Any]], tools: Tools) -> set[str]:
+    """Return the kinds of content in a conversation that a template may leave out."""
+    found = {_TOOLS} if tools else set()
+    for message in messages:
+        if message["role"] == "tool":
+            found.add(_RESULTS)
+        calls = message.get(CALLS, ())
+        found |= {_SEVERAL} if len(calls) > 1 else set()
+        found |= {_BESIDE} if calls and message["content"].strip() else set()
+        found |= {_AFTER} if calls and message.get(FIELD) else set()
+        found |= {_ALONE} if calls else set()
+        found |= {_KINDS[type(leaf)] for call in calls for leaf in _leaves(call["function"]["arguments"])} - {""}
+    return found
+
+
+def _answer(content: str = "", count: int = 1, **arguments: Any) -> dict[str, Any]:
+    """Return an assistant's message with made-up calls, for probes."""
+    calls = [
+        {"type": "function", "id": f"call0000{number}", "function": {"name": f"probe{number}", "arguments": given}}
+        for number, given in enumerate([{"key": _WORD, **arguments}, {"key": f"{_WORD}ed"}][:count])
+    ]
+    return {"role": "assistant", "content": content, CALLS: calls}
+
+
+_WORD = "inkling"
+_QUESTION = {"role": "user", "content": "question"}
+_TOOL = {"name": "probe0", "description": "", "parameters": {"type": "object", "properties": {"key": {}}}}
+OTHER_TOOLS: Tools = ({"type": "function", "function": _TOOL | {"name": "sundial"}},)
+"""Tools that no probe calls."""
+_TOOLS, _RESULTS, _ALONE = "the list of tools", "tool results", "tool calls"
+_SEVERAL, _BESIDE, _AFTER = "tool calls after the first", "tool calls beside content", "tool calls after reasoning"
+_NUMBERS, _TRUTHS, _NOTHING = (
+    "tool arguments that are numbers",
+    "tool arguments that are true or false",
+    "tool arguments that are null",
+)
+_KINDS = {str: "", int: _NUMBERS, float: _NUMBERS, bool: _TRUTHS, type(None): _NOTHING}
+_TOOL_RESULT = {"role": "tool", "content": "murmur", "name": "probe0", "tool_call_id": "call00000"}
+_PROBES: dict[str, tuple[list[dict[str, Any]], Tools, tuple[str, ...]]] = {
+    _TOOLS: ([], ({"type": "function", "function": _TOOL},), ("probe0",)),
+    _ALONE: ([_answer()], (), ("probe0", _WORD)),
+    _RESULTS: ([_answer(), _TOOL_RESULT], (), ("murmur",)),
+    _SEVERAL: ([_answer(count=2)], (), ("probe0", "probe1", f"{_WORD}ed")),
+    _BESIDE: ([_answer("murmur")], (), (_WORD, "murmur")),
+    _AFTER: ([_answer() | {FIELD: "murmur"}], (), (_WORD,)),
+    _NUMBERS: ([_answer(number=271828)], (), ("271828",)),
+    _TRUTHS: ([_answer(flag=True)], (), ("true|True",)),
+    _NOTHING: ([_answer(nothing=None)], (), ("null|None",)),
+}
+"""For each kind: messages after a question, tools, and words that must be in the text (``|`` separates variants).
+What a template leaves out altogether comes before a part of it."""
+
+
+def _call(given: Any, where: str) -> dict[str, Any]:
+    function: Any = given.get("function", given) if isinstance(given, dict) else None
+    name = _named(function, f"{where}: a tool call")
+    given_as = next((key for key in ("arguments", "parameters") if function.get(key) is not None), None)
+    arguments = function[given_as] if given_as else None
+    others = [key for key, value in function.items() if key not in _CALL_KEYS and value is not None]
+    if given_as is None and others:
+        hint = f'rename {others[0]} to arguments, or add "arguments": {{}}'
+        raise DataError(f"{where}: the call of {name} has {others[0]}, but no arguments", hint=hint)
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, f"{where}: the arguments of {name}") if arguments.strip() else {}
+    if not isinstance(arguments, dict | None):
+        raise DataError(f"{where}: the arguments of {name} are not an object", hint="write a JSON object, or its text")
+    known = {"id": given["id"]} if isinstance(given.get("id"), str) else {}
+    call = {"type": "function", **known, "function": {"name": name, "arguments": arguments or {}}}
+    check_value(call, f"{where}: a call of {name!r}")
+    return call
+
+
+def _named(function: Any, what: str) -> str:
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"{what} has no name", hint='write a function as {"name", ...}')
+    return name
+
+
+def _parsed(text: str, what: str) -> Any:
+    try:
+        return parse(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{what}: not JSON ({error})", hint="write an object or a list, or the JSON text of one"
+        ) from error
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """Yield all keys, and all values that are neither objects nor lists."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key)
+            yield from _leaves(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def _forms(word: str) -> tuple[str, ...]:
+    """Return the forms that a word may have in a text: as it is, or escaped for JSON (ASCII only, or not)."""
+    bare = word.strip()
+    return (bare, *(json.dumps(some, ensure_ascii=ascii)[1:-1] for some in (bare, word) for ascii in (False, True)))
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,1 +1,0 @@
-"""Conversion of rows, conversations and text to a model's tokens."""

@@ -1,1 +1,0 @@
-"""Training data: samples from files, and which of them a step trains on."""

@@ -1,0 +1,116 @@
+"""An epoch draws the requested shares, and each source's samples equally often."""
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adaptkit.data.batches import Batches
+from adaptkit.data.mixture import Mixture
+from adaptkit.data.samples import Sample
+from adaptkit.errors import ConfigError
+from adaptkit.training.config import TrainConfig
+
+sizes = st.lists(st.integers(1, 30), min_size=1, max_size=4)
+
+
+def samples(counts):
+    """Make samples (s, n, 0), with n from 0 for each source s, not sorted by source."""
+    made = [Sample((s, n, 0), (s, n, 0), origin=s) for s, count in enumerate(counts) for n in range(count)]
+    return made[::2] + made[1::2]
+
+
+@given(sizes, st.lists(st.floats(0.2, 5), min_size=4, max_size=4), st.integers(0, 3))
+def test_shares_are_met_and_samples_of_a_source_are_drawn_equally_often(counts, weights, seed):
+    some, weights = samples(counts), weights[: len(counts)]
+    try:
+        mixture = Mixture.of(some, weights, ["a", "b", "c", "d"][: len(counts)])
+    except ConfigError:  # a share is less than a sample
+        assert min(weights) / sum(weights) * len(some) < 1
+        return
+    assert sum(mixture.counts) == len(some)
+    for count, weight in zip(mixture.counts, weights, strict=True):
+        assert abs(count - len(some) * weight / sum(weights)) < 1
+    seen = Counter(number for epoch in range(5) for number in mixture.draw(epoch, seed))
+    for members, count in zip(mixture.members, mixture.counts, strict=True):
+        times = [seen[number] for number in members]
+        assert sum(times) == 5 * count
+        assert max(times) - min(times) <= 1
+    assert mixture.draw(3, seed) == mixture.draw(3, seed)
+
+
+@pytest.mark.parametrize("pack_length", [None, 7])
+def test_steps_contain_the_drawn_samples_in_shuffled_order_packed_or_not(pack_length):
+    some = samples([12, 30])
+    mixture = Mixture.of(some, [3, 1], ["a", "b"])
+    batches = Batches(some, batch_size=2, mixture=mixture, pack_length=pack_length)
+    steps = [batches.rows(step) for step in range(4 * batches.steps_per_epoch)]
+    drawn = [sample.ids[:2] for rows in steps for row in rows for sample in row]
+    expected = [some[number].ids[:2] for epoch in range(5) for number in mixture.draw(epoch, 0)]
+    assert not Counter(drawn) - Counter(expected)
+    assert drawn != sorted(drawn)
+    fresh = Batches(some, batch_size=2, mixture=mixture, pack_length=pack_length)
+    assert [fresh.rows(step) for step in reversed(range(len(steps)))] == steps[::-1]
+    first = [sample.origin for rows in steps[: batches.steps_per_epoch] for row in rows for sample in row]
+    assert Counter(first) == {0: mixture.counts[0], 1: mixture.counts[1]} == {0: 32, 1: 10}
+
+
+def test_the_largest_batch_covers_the_samples_of_all_epochs():
+    """It determines checkpointing and predicted memory. Here some first epochs do not draw the long sample."""
+    sizes = [(9 if s and n == 7 else 2, s) for s in (0, 1) for n in range(20)]
+    some = [Sample((1,) * size, (1,) * size, origin=s) for size, s in sizes]
+    in_first_epochs = set()
+    for seed in range(9):
+        batches = Batches(some, batch_size=4, seed=seed, mixture=Mixture.of(some, [9, 1], ["a", "b"]))
+        count = batches.steps_per_epoch
+        longest = [max(len(sample.ids) for (sample,) in batches.rows(step)) for step in range(10 * count)]
+        assert batches.largest() == (4, max(longest)) == (4, 9)
+        in_first_epochs.add(max(longest[:count]))
+    assert in_first_epochs == {2, 9}
+
+
+def test_no_batch_of_a_packed_mixture_is_larger_than_the_largest():
+    for seed in range(30):
+        random = torch.Generator().manual_seed(seed)
+        sizes = torch.randint(2, 12, (30,), generator=random).tolist()
+        some = [Sample((1,) * size, (1,) * size, origin=n % 2) for n, size in enumerate(sizes)]
+        mixture = Mixture.of(some, [3, 1], ["a", "b"])
+        batches = Batches(some, batch_size=4, micro_batch_size=3, seed=seed, mixture=mixture, pack_length=21)
+        rows, length = batches.largest()
+        for step in range(8 * batches.steps_per_epoch):
+            for batch in batches.micro_batches(step):
+                assert batch.ids.shape[0] <= rows
+                assert batch.ids.shape[1] <= length
+
+
+def weights_of(mixture, data):
+    return TrainConfig(base="base", data=tuple(data), mixture=mixture).mixture_weights()
+
+
+def test_weights_are_given_by_path_or_file_name_and_default_to_one():
+    sources = ["data/task.jsonl", "data/general.jsonl", "org/name:train"]
+    assert weights_of({"general.jsonl": 0.5, "org/name:train": 2}, sources) == [1.0, 0.5, 2]
+    assert weights_of(None, sources) is None
+    with pytest.raises(ConfigError, match=r"'gneral.jsonl' is not one of the data") as raised:
+        weights_of({"gneral.jsonl": 1}, sources)
+    assert raised.value.hint == "name one of the data: data/task.jsonl, data/general.jsonl, org/name:train"
+    with pytest.raises(ConfigError, match=r"'a.jsonl' is named twice"):
+        TrainConfig(base="x", data=["d/a.jsonl"], mixture={"d/a.jsonl": 2, "a.jsonl": 3})
+    with pytest.raises(ConfigError, match=r"'a.jsonl' is the name of several"):
+        weights_of({"a.jsonl": 1}, ["x/a.jsonl", "y/a.jsonl"])
+
+
+def test_files_of_the_same_name_have_separate_weights_in_the_record():
+    config = TrainConfig(base="base", data=("x/a.jsonl", "y/a.jsonl"), mixture={"x/a.jsonl": 9, "y/a.jsonl": 1})
+    assert config.recorded()["mixture"] == config.decisive()["mixture"] == [9, 1]
+
+
+def test_a_source_of_which_no_sample_would_be_drawn_is_refused():
+    with pytest.raises(ConfigError, match="mixture: b: no sample would be drawn"):
+        Mixture.of(samples([5, 5]), [1, 0.001], ["a", "b"])
+    with pytest.raises(ConfigError, match="mixture: b: no sample would be drawn") as raised:
+        Mixture.of(samples([5]), [1, 1], ["a", "b"])
+    assert raised.value.message.endswith(": no sample would be drawn: it has no samples to train on")
+    assert raised.value.hint == "leave it out, or hold out fewer rows"
