@@ -120,7 +120,7 @@ class AdaptkitStep:
 
     def collect(self) -> float:
         """Compute the loss and its gradients; return the loss."""
-        return self._gradients.collect([self.batch], self._answers, 0)
+        return self._gradients.collect([self.batch], self._answers, 0)["loss"]
 
     def __call__(self) -> float:
         """Take a step, and return its loss."""

@@ -34,7 +34,8 @@ INSIDE = {
         "_plan": set(),
         "network": {"fast"},
         "memory": {"fast", "network"},
-        "evaluation": {"network"},
+        "methods": {"network"},
+        "evaluation": {"network", "methods"},
     },
 }
 """Folders of a package that import others of it."""

@@ -7,7 +7,7 @@ communication.
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +67,7 @@ class Batches:
         group_by_length: bool = False,
         pack_length: int | None = None,
         mixture: Mixture | None = None,
+        make: Callable[[Sequence[Row], int], Batch] | None = None,
     ) -> None:
         """See the class.
 
@@ -79,10 +80,12 @@ class Batches:
             group_by_length: put rows of similar length into the same step; the order of the steps stays random.
             pack_length: pack samples into rows of at most this many tokens; None puts each sample in a row of its own.
             mixture: what an epoch draws from the samples; None for all of them.
+            make: makes a batch of rows, given the ID to pad with; None for ``collate``.
         """
         self._samples, self._seed, self._padding = samples, seed, padding
         self._batch_size, self._micro_batch_size = batch_size, micro_batch_size or batch_size
         self._group, self._pack_length, self._mixture = group_by_length, pack_length, mixture
+        self._make = make or collate
         self._planned: tuple[int, list[list[Row]]] | None = None
         self.steps_per_epoch = len(self._epoch(0))
         self._ends = [self.steps_per_epoch]
@@ -96,10 +99,6 @@ class Batches:
             self._ends.append(self._ends[-1] + len(self._epoch(len(self._ends))))
         epoch = bisect_right(self._ends, step)
         return self._epoch(epoch)[step - self._ends[epoch]]  # negative index
-
-    def answer_tokens(self, step: int) -> int:
-        """Return the number of tokens of a step that carry loss, over all processes."""
-        return sum(sample.answer_tokens for row in self.rows(step) for sample in row)
 
     def tokens(self, step: int) -> int:
         """Return the number of tokens of a step without padding, over all processes."""
@@ -121,7 +120,7 @@ class Batches:
         mine = rows[rank::world]
         count = math.ceil(math.ceil(len(rows) / world) / self._micro_batch_size)
         parts = [mine[start:end] for start, end in _cuts(len(mine), count)]
-        return [collate(part, self._padding) if part else self._blank() for part in parts]
+        return [self._make(part, self._padding) if part else self._blank() for part in parts]
 
     def largest(self, world: int = 1) -> tuple[int, int]:
         """Return the largest number of rows in a micro-batch of any process, and the length of the longest row."""

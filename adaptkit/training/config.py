@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from adaptkit.checkpoint.patterns import check_pattern
 from adaptkit.data.layouts import LAYOUTS
 from adaptkit.errors import ConfigError
+from adaptkit.training.methods._method import TrainingMethod, combined_settings, default_method, settings_of_others
 from adaptkit.training.other_names import OTHER_NAMES
 from adaptkit.training.settings import check, documented, refuse, setting
 
@@ -26,10 +27,8 @@ _APART = (
     ("lora_bias", "dora", ""),
     *((name, "target_parameters", ", as in peft") for name in ("dora", "dropout", "lora_bias")),
     ("epochs", "steps", ""),
-    ("group_by_length", "pack", ": packed rows have similar lengths"),
 )
 """Settings of which only one may be given, with the reason."""
-LOSS_ON = ("answers", "last_answer", "all")
 TOO_LONG = ("cut", "drop", "error")
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
@@ -52,10 +51,12 @@ _CHANGEABLE_ON_RESUME = frozenset(
 )  # fmt: skip
 """Settings that a resumed run may change: they do not affect the bytes of the adapter trained so far."""
 
+_MethodSettings: Any = combined_settings()
+
 
 @documented
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_MethodSettings):  # type: ignore[misc]  # known only when the files of the methods are found
     """Settings of a training run."""
 
     other_names: ClassVar[Mapping[str, str]] = OTHER_NAMES
@@ -105,12 +106,10 @@ class TrainConfig:
     chat_template_kwargs: Mapping[str, str | int | float | bool] | None = setting(
         "Variables of the chat template, such as enable_thinking=false.", None
     )
-    loss_on: str = setting("Tokens to learn; plain text is always learned in full.", "answers", choices=LOSS_ON)
     max_length: int = setting("Maximum tokens per sample.", 1024, at_least=2)
     too_long: str = setting("What to do with longer samples.", "cut", choices=TOO_LONG)
     mixture: Mapping[str, float] | None = setting("Weight of a data file in an epoch, relative to the others; 1 if "
                                                   "not given.", None, above=0, at_most=_MAX_FACTOR)  # fmt: skip
-    pack: bool = setting("Pack samples into rows of max_length tokens; a step then has batch_size rows.", False)
     held_out: float | None = setting("Fraction of the rows to evaluate on instead of training on; ignored with "
                                      "held_out_data.  [default: 0.1, at most 1,000 rows]", None, at_least=0,
                                      below=1)  # fmt: skip
@@ -192,6 +191,7 @@ class TrainConfig:
             if getattr(self, name) and getattr(self, other):
                 message = f"{name}: cannot be combined with {other}{why}"
                 raise ConfigError(message, hint="leave out one of the two")
+        self.training_method.check(self)
         self.mixture_weights()
         self._check_steps()
         if self.patience and not (self.has_held_out and self.eval_every):
@@ -274,13 +274,19 @@ class TrainConfig:
         return [weights.get(number, 1.0) for number in range(len(self.data))]
 
     @property
+    def training_method(self) -> TrainingMethod:
+        """The method of the run, which owns rows, batches and loss."""
+        return default_method()
+
+    @property
     def has_held_out(self) -> bool:
         """Whether the run has held-out samples."""
         return self.held_out != 0 or bool(self.held_out_data)
 
     def recorded(self) -> dict[str, Any]:
         """Return what the manifest records: all but paths, devices and trackers, which do not affect the result."""
-        values = {k: v for k, v in asdict(self).items() if k not in _NOT_RECORDED}
+        left_out = _NOT_RECORDED | settings_of_others(self.training_method)
+        values = {name: value for name, value in asdict(self).items() if name not in left_out}
         values["epochs"] = self.epochs or 1.0
         values |= {name: sorted(set(values[name])) for name in _SETS}
         values["mixture"] = self.mixture_weights()

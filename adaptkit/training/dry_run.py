@@ -17,7 +17,14 @@ from adaptkit.training.inputs import read_inputs
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.start import cannot_be_merged, left_out, peft_drops
 from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory
-from adaptkit.training.preparation import batches_of, build, checkpoint_bytes, expected_memory, total_steps
+from adaptkit.training.preparation import (
+    batches_of,
+    build,
+    checkpoint_bytes,
+    expected_memory,
+    largest_batch,
+    total_steps,
+)
 from adaptkit.training.resume import check_not_finished, check_unfinished, require_room, resume_step
 from adaptkit.training.schedule import steps_in
 
@@ -96,7 +103,7 @@ def plan_run(config: TrainConfig, output: Path, *, force: bool = False, resume: 
     make_current(device)
     batches, free = batches_of(inputs), free_memory(device)
     with without_cudnn_attention(), deterministic(config.deterministic):  # layers need the memory of these kernels
-        model, activations = build(inputs, World(device), batches.largest(world_size()))
+        model, activations = build(inputs, World(device), largest_batch(config, batches, world_size()))
     trainable = Trainable.of(model)
     parameters = trainable.values.numel()
     steps = total_steps(config, batches)

@@ -66,7 +66,7 @@ class History:
     def _count(self, line: dict[str, Any]) -> None:
         step = line["step"]
         self._newest = step, self.known(step) | set(line)
-        if "answer_tokens" in line:
+        if "tokens" in line:
             self.skipped_in_a_row = self.skipped_in_a_row + 1 if "skipped" in line else 0
         if "held_out_loss" not in line:
             return

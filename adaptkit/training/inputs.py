@@ -17,7 +17,7 @@ from adaptkit.checkpoint.place import check_output, refuse_inside_artifact
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import check_side_files, side_files
 from adaptkit.data.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs, template_of
-from adaptkit.data.dataset import HELD_OUT, Dataset, default_held_out, load_data, split
+from adaptkit.data.dataset import HELD_OUT, Dataset, default_held_out, split
 from adaptkit.data.encoding import prompt_ids
 from adaptkit.data.ending import generation_naming, unnamed_end
 from adaptkit.data.limits import check_prompt, check_vocabulary, context_length, vocabulary_size
@@ -210,16 +210,7 @@ def _check_prompts(config: TrainConfig, tokenizer: Any) -> None:
 
 def _load(config: TrainConfig, sources: Sequence[str], tokenizer: Any) -> Dataset:
     base = Path(config.base)
-    return load_data(
-        sources,
-        tokenizer,
-        config.max_length,
-        too_long=config.too_long,
-        loss_on=config.loss_on,
-        layout=config.layout,
-        context=context_length(base),
-        known=vocabulary_size(base),
-    )
+    return config.training_method.read(config, sources, tokenizer, context_length(base), vocabulary_size(base))
 
 
 def _side_files(config: TrainConfig, start: Adapter | None, template: str | None, end: int | None) -> dict[str, bytes]:

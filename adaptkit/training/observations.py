@@ -4,7 +4,7 @@ from adaptkit.data.encoding import prompt_ids
 from adaptkit.data.limits import pad_id
 from adaptkit.training.distributed import World
 from adaptkit.training.evaluation.generation import generate
-from adaptkit.training.evaluation.perplexity import mean_loss
+from adaptkit.training.evaluation.perplexity import mean_losses
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory.pressure import Pressure
 from adaptkit.training.network.model import Model
@@ -25,20 +25,21 @@ class Observations:
         self._batch_size = inputs.config.micro_batch_size or inputs.config.batch_size  # samples per forward pass
         self._padding = pad_id(inputs.tokenizer, inputs.base)
 
-    def held_out_loss(self) -> float:
-        """Return the mean loss per answer token of the held-out samples, the same in all processes."""
-        everything, world = self._inputs.held_out, self._world
+    def held_out_metrics(self) -> dict[str, float]:
+        """Return the mean loss and other metrics of the held-out samples, the same in all processes."""
+        everything, world, method = self._inputs.held_out, self._world, self._inputs.config.training_method
         divided = world.size > 1 and not self._inputs.config.shard_base  # sharded: every batch needs all processes
         mine = everything[world.rank :: world.size] if divided else everything
-        loss = self._pressure.make_room(
+        means = self._pressure.make_room(
             "while held-out samples were evaluated",
             "use a smaller --micro-batch-size or --max-length",
-            lambda: mean_loss(self._model, mine, self._batch_size, self._padding) if mine else 0.0,
+            lambda: mean_losses(method, self._model, mine, self._batch_size, self._padding),
         )
         if not divided:
-            return world.broadcast_object(loss)  # devices may round differently, but all must stop together
-        summed = world.total(loss * sum(sample.answer_tokens for sample in mine))
-        return summed / sum(sample.answer_tokens for sample in everything)
+            return world.broadcast_object(means)  # devices may round differently, but all must stop together
+        weight, total = (sum(map(method.weight, samples)) for samples in (mine, everything))
+        names = world.broadcast_object(list(means))  # a process may have no samples, the first has some
+        return {name: world.total(means.get(name, 0.0) * weight) / total for name in names}
 
     def answers(self) -> dict[str, str]:
         """Return the answers to the run's prompts."""

@@ -58,7 +58,7 @@ def expected_memory(
 
 def batches_of(inputs: Inputs) -> Batches:
     """Return the batches of a run."""
-    config = inputs.config
+    config, method = inputs.config, inputs.config.training_method
     return Batches(
         inputs.samples,
         batch_size=config.batch_size,
@@ -66,9 +66,16 @@ def batches_of(inputs: Inputs) -> Batches:
         seed=config.seed,
         padding=pad_id(inputs.tokenizer, inputs.base),
         group_by_length=config.group_by_length,
-        pack_length=config.max_length if config.pack else None,
+        pack_length=method.pack_length(config),
         mixture=inputs.mixture,
+        make=method.collate,
     )
+
+
+def largest_batch(config: TrainConfig, batches: Batches, processes: int = 1) -> tuple[int, int]:
+    """Return the largest number of sequences in a micro-batch of any process, and the length of the longest."""
+    rows, length = batches.largest(processes)
+    return config.training_method.sequences * rows, length
 
 
 def total_steps(config: TrainConfig, batches: Batches) -> int:
@@ -159,7 +166,7 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
         model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)
         with transient_weights(model.network):
             add_trainable(model, inputs.config, inputs.start, inputs.tokenizer)
-            if inputs.config.pack:
+            if inputs.config.training_method.pack_length(inputs.config) is not None:
                 check_packing(model.network)
             if device.type == "cpu" or not is_shared:
                 make_fast(model)

@@ -28,7 +28,7 @@ from adaptkit.training.memory.vector import Vector
 from adaptkit.training.network.model import free_former_network
 from adaptkit.training.network.start import cannot_be_merged, first_names, left_out, peft_drops
 from adaptkit.training.observations import Observations
-from adaptkit.training.preparation import batches_of, begin_run, build, expected_memory, total_steps
+from adaptkit.training.preparation import batches_of, begin_run, build, expected_memory, largest_batch, total_steps
 from adaptkit.training.report import StepReport
 from adaptkit.training.resume import PAGES_NAME, Snapshot, newest_checkpoint, save_checkpoint, share_snapshot
 from adaptkit.training.schedule import learning_rate
@@ -85,7 +85,7 @@ class Run:
         begin_run(inputs, world.device)
         free_former_network()
         self._peak, free = PeakMemory(world.device), free_memory(world.device)
-        self.model, self.activations = build(inputs, world, self.batches.largest(world.size))
+        self.model, self.activations = build(inputs, world, largest_batch(inputs.config, self.batches, world.size))
         inputs.require_base()
         self.trainable = Trainable.of(self.model, inputs.config.lora_plus_ratio)
         self._expected = expected_memory(self.model, self.trainable, self.activations, inputs.config, self.steps)
@@ -172,19 +172,20 @@ class Run:
             self._can_save = self._world.is_first
 
     def _step(self, step: int) -> dict[str, Any]:
-        config = self._config
-        answers = self.batches.answer_tokens(step)
-        line: dict[str, Any] = {"tokens": self.batches.tokens(step), "answer_tokens": answers}
+        config, method = self._config, self._config.training_method
+        weight = sum(method.weight(sample) for row in self.batches.rows(step) for sample in row)
+        line: dict[str, Any] = {"tokens": self.batches.tokens(step), method.unit: weight}
         rate = learning_rate(config, step, self.steps)
         batches = self.batches.micro_batches(step, self._world.rank, self._world.size)
         largest = max(batch.ids.numel() for batch in batches)
-        loss = self._pressure.relieve(largest, lambda: self._gradients.collect(batches, answers, step))
+        metrics = self._pressure.relieve(largest, lambda: self._gradients.collect(batches, weight, step))
+        loss = metrics["loss"]
         norm = self.optimizer.clip(config.max_grad_norm)
         reason = self._skip_reason(loss, norm, step + 1)
         with self._changing():
             if reason is None:
                 paging = self.optimizer.step(rate)
-                line = {"loss": loss, "learning_rate": rate, "grad_norm": norm} | line | paging
+                line = metrics | {"learning_rate": rate, "grad_norm": norm} | line | paging
             else:
                 line = {"skipped": reason} | line
             line = {"step": step + 1} | line
@@ -232,7 +233,8 @@ class Run:
             self._tell(line)
 
     def _measure(self) -> None:
-        loss = self._observed.held_out_loss()
+        metrics = self._observed.held_out_metrics()
+        loss = metrics["loss"]
         if not math.isfinite(loss):
             hint = (
                 LOWER_THE_RATE
@@ -240,7 +242,7 @@ class Run:
                 else f"check the base: adaptkit evaluate --base {self._config.base} --data FILE"
             )
             raise NonFiniteError(f"the held-out loss is {loss} at step {self.done}", hint=hint)
-        line = {"step": self.done, "held_out_loss": loss}
+        line = {"step": self.done} | {f"held_out_{name}": value for name, value in metrics.items()}
         with self._changing():
             self.history.add(line)
             if self.history.best_step == self.done:

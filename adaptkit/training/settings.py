@@ -33,6 +33,7 @@ class Setting:
         below: exclusive upper limit.
         choices: the only allowed values.
         section: heading in the help for this setting and those after it; None continues the previous section.
+        after: setting that this one follows, if a class inherits both; None: the order of the fields.
     """
 
     help: str
@@ -42,6 +43,7 @@ class Setting:
     below: float | None = None
     choices: tuple[str, ...] | None = None
     section: str | None = None
+    after: str | None = None
 
     def allows(self, value: Any) -> bool:
         """Whether a value of the right type is allowed; NaN and infinity never are."""
@@ -86,7 +88,12 @@ def setting(help: str, default: Any = MISSING, **limits: Any) -> Any:
 
 def settings(kind: type) -> dict[str, tuple[Field[Any], Setting]]:
     """Return the field and ``Setting`` of each setting of a dataclass, by name, in order."""
-    return {found.name: (found, found.metadata["setting"]) for found in fields(kind) if "setting" in found.metadata}
+    found = {each.name: (each, each.metadata["setting"]) for each in fields(kind) if "setting" in each.metadata}
+    ordered = [name for name, (_, rule) in found.items() if rule.after not in found]
+    for name, (_, rule) in found.items():
+        if rule.after in found:
+            ordered.insert(ordered.index(rule.after) + 1, name)
+    return {name: found[name] for name in ordered}
 
 
 def documented(kind: type[Kind]) -> type[Kind]:

@@ -37,7 +37,7 @@ def config(llama_nf4, instructions):
     [
         (preparation, "load_model", "while the model was loaded", "--shard-base"),
         (run, "make_optimizer", "beside the base", "--optimizer-pages-mib"),
-        (observations, "mean_loss", "while held-out samples were evaluated", "--micro-batch-size"),
+        (observations, "mean_losses", "while held-out samples were evaluated", "--micro-batch-size"),
         (PagedAdamW, "step", "beside the base", "--optimizer adamw8bit"),
         (observations, "generate", "while prompts were answered", "--sample-tokens"),
     ],
@@ -98,7 +98,7 @@ def test_a_dry_run_reports_where_memory_ran_out(config, tmp_path, monkeypatch):
     ("name", "where", "hint"),
     [
         ("load_model", "while the model was loaded", "--device cpu"),
-        ("mean_loss", "while the model was evaluated", "--batch-size"),
+        ("mean_losses", "while the model was evaluated", "--batch-size"),
         ("generate", "while the model was evaluated", "--batch-size"),
     ],
 )

@@ -72,7 +72,8 @@ def gradient_of(config, tmp_path_factory):
     def gradient(size, batch_size=8):
         padding = pad_id(inputs.tokenizer, inputs.base)
         batches = Batches(inputs.samples, batch_size=batch_size, micro_batch_size=size, padding=padding)
-        loss = gradients.collect(batches.micro_batches(1), batches.answer_tokens(1), 1)
+        weight = sum(sample.answer_tokens for row in batches.rows(1) for sample in row)
+        loss = gradients.collect(batches.micro_batches(1), weight, 1)["loss"]
         return loss, trainable.gradients.clone()
 
     return gradient

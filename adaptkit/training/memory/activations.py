@@ -85,7 +85,8 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
             logits += logits * 4 // dtype.itemsize
         trained = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)
         logits += head_gradient_bytes(trained, dtype.itemsize)
-    measured = cache(partial(layer_sizes, network, largest, device, config.pack and device.type == "cuda"))
+    has_pairs = device.type == "cuda" and config.training_method.pack_length(config) is not None
+    measured = cache(partial(layer_sizes, network, largest, device, has_pairs))
     room = _room(network, config, device, logits)
     found = choose_checkpointing(network, config.checkpointing, measured, offloaded, room)
     needed = kept = 0

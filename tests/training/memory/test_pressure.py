@@ -203,7 +203,7 @@ def test_evaluation_and_generation_that_run_out_of_memory_retry_and_change_no_by
 
         return call
 
-    monkeypatch.setattr(observations, "mean_loss", short_once(observations.mean_loss))
+    monkeypatch.setattr(observations, "mean_losses", short_once(observations.mean_losses))
     monkeypatch.setattr(observations, "generate", short_once(observations.generate))
     notes = []
     report = train(config, tmp_path / "short", note=notes.append)

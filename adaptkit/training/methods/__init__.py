@@ -1,0 +1,1 @@
+"""Training methods: each is one file, its ``METHOD``; ``_method`` says what a method owns."""
