@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from adaptkit.cli.output import Row, counted, percent, plain
-from adaptkit.data.template_call import DAY
+from adaptkit.data.rendering import DAY
 
 if TYPE_CHECKING:
     from adaptkit.data.dataset import SourceReport

@@ -1,13 +1,15 @@
-"""Locate the answers in the text that a chat template makes of a conversation.
+"""Find the answers in the text that a chat template makes of a conversation, and check that no word of it is lost.
 
 The prompt of an answer is the conversation before it, up to and including the opening of the answer. The answer, with
 its end of turn, is what the template adds to the prompt when it renders the conversation with the answer. Some
 templates render the prompt differently once the answer follows: they open answers with ``<think>``, but leave
 reasoning out of existing answers; or they put the system message before the last question if nothing follows it. The
-text is then the prompt, followed by what the template adds to the last question rendered by itself. No word of a
-message may be lost.
+text is then the prompt, followed by what the template adds to the last question rendered by itself.
 
-An answer is searched for from its end, which is known, because the marks before it may contain the same words.
+An answer is searched for from its end, which is known, because the marks before it may contain the same words. Neither
+``return_assistant_tokens_mask`` nor ``continue_final_message`` of transformers would do: most templates do not mark
+answers, those that do differ in whether the prompt's opening and a line end after the turn belong to them, and calls
+have no content to continue.
 """
 
 import re
@@ -15,9 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaptkit.data.chat_template import HINT
-from adaptkit.data.completeness import check_calls, lines, missing
-from adaptkit.data.reasoning import Message, content_with_reasoning
-from adaptkit.data.tool_calls import CALLS, end_of_words, is_written
+from adaptkit.data.messages import Message, content_with_reasoning
+from adaptkit.data.tool_calls import CALLS, Tools, first_missing_word, is_written
 from adaptkit.errors import DataError
 
 _TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
@@ -25,24 +26,27 @@ _HALF_TAG = re.compile(r"[<\[][^<>\[\]\s]*$")
 _LEADING_TAGS = re.compile(rf"(?:\s|{_TAG.pattern})*")
 _LAST_TAG = re.compile(rf"({_TAG.pattern})\s*$")
 _OF_REASONING = re.compile(r"think|thought|reason|channel")
+_CLOSES = re.compile(r"/|end|^<[^|].*\|>$", re.IGNORECASE)
 _SHOWN = 40
 """Characters that an error message shows of a prompt's end, and of an answer's beginning."""
-_CLOSES = re.compile(r"/|end|^<[^|].*\|>$", re.IGNORECASE)
+_BETWEEN_LINES = re.compile(r"\n|</?think>")
+_SWITCH = re.compile(r"(?<!\S)/\w+")
+"""Some templates remove switches such as ``/no_think`` from a message and obey them."""
 
 
 @dataclass(frozen=True)
-class Ends:
-    """Where the last answer in a text ends, as character offsets.
+class Ending:
+    """Where the last answer in a text ends.
 
     Attributes:
-        words: end of its last word; in a tool call, marks of the template follow.
-        said: end of its content.
-        turn: end of its turn, after the token that ends it if the template's is known.
+        said: offset of the end of its content, in characters.
+        marks: number of characters before that which are marks of the template, as after a tool call's last word.
+        rest: number of characters from there to the end of its turn, after the token that ends it if that is known.
     """
 
-    words: int
     said: int
-    turn: int
+    marks: int
+    rest: int
 
 
 @dataclass(frozen=True)
@@ -62,29 +66,7 @@ class Answer:
     end: int
 
 
-def ends_of(message: Message, text: str, closing: tuple[str, int] | None) -> Ends:
-    """Return where the last answer in a text ends.
-
-    Args:
-        message: the answer.
-        text: text whose last message is the answer.
-        closing: what the template puts after such an answer, and how many characters of that come after the turn;
-            None if unknown.
-    """
-    if closing is not None and text.endswith(closing[0]):
-        said = len(text) - len(closing[0])
-        return Ends(said, said, len(text) - closing[1])
-    if CALLS in message:
-        after = closing[0][len(closing[0]) - closing[1] :] if closing is not None else ""
-        turn = text.removesuffix(after)
-        return Ends(end_of_words(message[CALLS], turn), len(turn.rstrip()), len(turn))
-    last = lines(content_with_reasoning(message))[-1]
-    at = text.rfind(last)
-    said = len(text) if at < 0 else at + len(last)
-    return Ends(said, said, len(text))
-
-
-def find_answer(messages: Sequence[Message], turn: int, before: str, through: str, ends: Ends) -> Answer | None:
+def find_answer(messages: Sequence[Message], turn: int, before: str, through: str, ending: Ending) -> Answer | None:
     """Locate an answer in the text of a conversation that ends with it.
 
     Args:
@@ -92,7 +74,7 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
         turn: index of the answer.
         before: the prompt: the text up to where the model answers.
         through: the text up to the answer's end, and what the template puts after it.
-        ends: where the answer ends in ``through``.
+        ending: where the answer ends in ``through``.
 
     Returns:
         The answer's place; None if the template rewrites the text before the answer, or leaves out a part of it.
@@ -104,54 +86,16 @@ def find_answer(messages: Sequence[Message], turn: int, before: str, through: st
     if turn == 0:
         raise DataError("the first message is the assistant's", hint="begin with a user message")
     content, opened = content_with_reasoning(messages[turn]), _LAST_TAG.search(before)
-    said = content.removeprefix(opened[1]) if opened else content  # a mark that the prompt already contains
-    if not through.startswith(before) or missing(said, through[len(before) : ends.said]):
+    content = content.removeprefix(opened[1]) if opened else content  # a mark that the prompt already contains
+    said = through[len(before) : ending.said]
+    if not through.startswith(before) or missing(content, said):
         return None
-    check_calls(messages, turn, through[len(before) : ends.said])
-    _check_reasoning(before, through[len(before) : ends.said], messages, turn)
-    said_to = len(through[: ends.said].rstrip()) if content else ends.said
-    return Answer(len(before), min(ends.words, said_to), said_to, ends.turn)
-
-
-def opening_of(message: Message, text: str, answer: Answer) -> str:
-    """Return what a template puts between the prompt of an answer that calls no tools and its first word."""
-    said, content = text[answer.start : answer.said], content_with_reasoning(message)
-    return said[: max(0, said.find(lines(content)[0]))] if content else said
-
-
-def closes_a_turn(opening: str) -> bool:
-    """Return whether a text begins with a tag such as ``</user>`` or ``[/INST]``, but not of reasoning."""
-    tag = _TAG.match(opening.lstrip())
-    return tag is not None and "/" in tag[0] and not _OF_REASONING.search(_kind(tag[0]))
-
-
-def ended_late(before: str, said: str) -> DataError:
-    """Return the error for a prompt whose end the template writes only before an answer, which would learn it."""
-    return DataError(
-        f"the chat template ends a question only once it is answered: the prompt ends with {before[-_SHOWN:]!r}, and "
-        f"the answer would begin with {said[:_SHOWN]!r}",
-        f"make the template end a question that is the last message, too, or {HINT}",
-    )
-
-
-def with_question(messages: Sequence[Message], turn: int) -> list[Message]:
-    """Return an answer with only the messages that it answers.
-
-    These are the message before it or, if a tool gave that, all messages from the user's question on, with tool calls
-    reduced to the calls: a template may leave out reasoning and text beside calls once an answer follows.
-    """
-    start = turn - 1
-    while start > 0 and messages[start]["role"] == "tool":
-        start = next((place for place in range(start, -1, -1) if messages[place]["role"] == "user"), 0)
-    calls = [
-        {"role": "assistant", "content": "", CALLS: message[CALLS]} if CALLS in message else message
-        for message in messages[start:turn]
-    ]
-    return [*calls, messages[turn]]
+    check_calls(messages, turn, said)
+    return _placed(messages, turn, before, said, ending)
 
 
 def answer_as_asked(
-    messages: Sequence[Message], turn: int, before: str, asked: str, answered: str, ends: Ends
+    messages: Sequence[Message], turn: int, before: str, asked: str, answered: str, ending: Ending
 ) -> tuple[str, Answer]:
     """Join a prompt and its answer, for templates that change the prompt once the answer follows.
 
@@ -161,7 +105,7 @@ def answer_as_asked(
         before: the prompt: the text up to where the model answers.
         asked: the prompt of the last question by itself.
         answered: the last question by itself, with its answer.
-        ends: where the answer ends in ``answered``.
+        ending: where the answer ends in ``answered``.
 
     Returns:
         The text up to the answer's end, and the answer's place in it.
@@ -175,20 +119,18 @@ def answer_as_asked(
     same -= len(half.group()) if (half := _HALF_TAG.search(asked[:same])) else 0
     opening = asked[same:]
     is_there = not missing(question, asked[:same]) or is_written(question, asked[:same])
-    is_asked_alike = before.endswith(opening) and is_there
-    if not is_asked_alike or messages[turn - 1]["role"] == "assistant":
+    if not (before.endswith(opening) and is_there) or messages[turn - 1]["role"] == "assistant":
         raise DataError(
             f"the chat template rewrites the conversation around message {turn + 1}, so its tokens "
             "cannot be identified",
             HINT,
         )
-    said, closing, mark = answered[same : ends.said], answered[ends.said :], opening.strip()
+    said, mark = answered[same : ending.said], opening.strip()
     between, opened, rest = said.partition(mark) if mark else (said, "", "")
     if opened and between.strip() and not missing(content, rest):
         raise ended_late(before, said)
     if mark and not _TAG.search(opening):
         raise _otherwise(opening, turn, True)
-    marks = ends.said - ends.words  # marks of a tool call after its last word
     lost = missing(content, said)
     if mark and content.startswith(mark) and said.rstrip().endswith(lines(content)[-1]):  # the template drops reasoning
         said, lost = content[len(mark) :].lstrip(), ""
@@ -201,37 +143,29 @@ def answer_as_asked(
     lead = _lead(said, content) if content or CALLS not in messages[turn] else _overlap(opening, said)
     if lead.strip() and mark.endswith(lead.strip()):  # prompt and answer both end the reasoning
         said = said[len(lead) :]
-    _check_reasoning(before, said, messages, turn)
-    kept = len(said.rstrip()) if content else len(said)
-    start = len(before)
-    end = start + len(said) + ends.turn - ends.said
-    return before + said + closing, Answer(start, start + min(kept, len(said) - marks), start + kept, end)
+    return before + said + answered[ending.said :], _placed(messages, turn, before, said, ending)
 
 
-def shared(text: str, other: str) -> int:
-    """Return the length of the common prefix of two texts."""
-    pairs = enumerate(zip(text, other, strict=False))
-    return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
-
-
-def _check_reasoning(before: str, said: str, messages: Sequence[Message], turn: int) -> None:
-    """Refuse an answer without reasoning after a prompt that opens it, or with reasoning after one that closed it.
-
-    Args:
-        before: the prompt.
-        said: the answer as the template renders it.
-        messages: messages of the conversation.
-        turn: index of the answer.
-    """
-    content = content_with_reasoning(messages[turn])
+def _placed(messages: Sequence[Message], turn: int, before: str, said: str, ending: Ending) -> Answer:
+    """Return the place of an answer with the rendered content ``said``; it must continue the prompt's reasoning."""
+    content, start = content_with_reasoning(messages[turn]), len(before)
     if content.startswith("<think>") and said.rstrip().endswith(content) and "think" in _kinds(_lead(said, content)):
         raise DataError(
             f"the chat template adds reasoning of its own before that of message {turn + 1}",
             f"remove reasoning from the data, or {HINT}",
         )
     last = _LAST_TAG.search(before)
-    kind = _kind(last[1]) if last else ""
-    if last is None or not _OF_REASONING.search(kind) or content_with_reasoning(messages[turn - 1]).endswith(last[1]):
+    if last and not content_with_reasoning(messages[turn - 1]).endswith(last[1]):
+        _check_continued(last, said, content, turn)
+    kept = len(said.rstrip()) if content else len(said)
+    words, end = min(kept, len(said) - ending.marks), len(said) + ending.rest
+    return Answer(start, start + words, start + kept, start + end)
+
+
+def _check_continued(last: re.Match[str], said: str, content: str, turn: int) -> None:
+    """Refuse an answer without reasoning after a prompt whose last tag opens it, or with it after one that closes."""
+    kind = _kind(last[1])
+    if not _OF_REASONING.search(kind):
         return
     begun, thinks, found = not _CLOSES.search(last[1]), content.startswith("<think>"), _LEADING_TAGS.match(said)
     tags = [tag for tag in _TAG.findall(said) if _kind(tag) == kind]
@@ -251,6 +185,21 @@ def _otherwise(opening: str, turn: int, begun: bool) -> DataError:
         f"the chat template opens answers with {opening!r}, but message {turn + 1}, an answer, does not continue that",
         f"set its variable for reasoning, such as --chat-template-kwargs enable_thinking={setting}, or {other}",
     )
+
+
+def ended_late(before: str, said: str) -> DataError:
+    """Return the error for a prompt whose end the template writes only before an answer, which would learn it."""
+    return DataError(
+        f"the chat template ends a question only once it is answered: the prompt ends with {before[-_SHOWN:]!r}, and "
+        f"the answer would begin with {said[:_SHOWN]!r}",
+        f"make the template end a question that is the last message, too, or {HINT}",
+    )
+
+
+def closes_a_turn(opening: str) -> bool:
+    """Return whether a text begins with a tag such as ``</user>`` or ``[/INST]``, but not of reasoning."""
+    tag = _TAG.match(opening.lstrip())
+    return tag is not None and "/" in tag[0] and not _OF_REASONING.search(_kind(tag[0]))
 
 
 def _kind(tag: str) -> str:
@@ -274,3 +223,86 @@ def _lead(said: str, content: str) -> str:
 def _overlap(text: str, other: str) -> str:
     """Return the longest suffix of a text that the other text begins with."""
     return next(text[place:] for place in range(len(text) + 1) if other.startswith(text[place:]))
+
+
+def shared(text: str, other: str) -> int:
+    """Return the length of the common prefix of two texts."""
+    pairs = enumerate(zip(text, other, strict=False))
+    return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
+
+
+def check_questions(messages: Sequence[Message], tools: Tools, text: str) -> None:
+    """Refuse a text that lacks a word of the user, the system or a tool, or the name of a tool.
+
+    Raises:
+        DataError: something is missing. Some templates leave out the system message, or content that is not a list of
+            parts; many do not support tools.
+    """
+    for number, message in enumerate(messages, 1):
+        said, role = message["content"], message["role"]
+        if role == "assistant" or not missing(said, text) or (role == "tool" and is_written(said, text)):
+            continue
+        if not _SWITCH.search(said) or missing(_SWITCH.sub("\n", said), text):
+            raise DataError(
+                f"the chat template leaves out message {number} ({role})",
+                f"move it into a message that the template writes, or {HINT}",
+            )
+    for name in (str(tool["function"]["name"]) for tool in tools):
+        if name not in text:
+            raise DataError(f"the chat template leaves out the tool {name}", f"remove tools from the data, or {HINT}")
+
+
+def check_answers(messages: Sequence[Message], text: str) -> None:
+    """Refuse a text that lacks a word of the assistant.
+
+    Raises:
+        DataError: something is missing. Many templates leave out the reasoning of earlier answers.
+    """
+    at = 0
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            at, lost = _search(content_with_reasoning(message), text, at)
+            if lost:
+                raise DataError(
+                    f"the chat template leaves out a part of message {turn + 1}: {lost[:60]!r}",
+                    f"learn only the answers, with --loss-on answers, or {HINT}",
+                )
+            check_calls(messages, turn, text[at:])
+
+
+def check_calls(messages: Sequence[Message], turn: int, said: str) -> None:
+    """Refuse an answer if the template's text of it, ``said``, lacks a part of its tool calls.
+
+    Raises:
+        DataError: something is missing. Many templates support no tool calls, or only one at a time.
+    """
+    lost = first_missing_word(messages[turn].get(CALLS, ()), said)
+    if lost:
+        raise DataError(
+            f"the chat template leaves out a part of the tool calls in message {turn + 1}: {lost[:60]!r}",
+            f"leave such conversations out, or {HINT}",
+        )
+
+
+def missing(content: str, text: str) -> str:
+    """Return the first line of a content that a text does not contain after the others; empty if none is missing."""
+    return _search(content, text, 0)[1]
+
+
+def _search(content: str, text: str, at: int) -> tuple[int, str]:
+    """Return where a content ends in a text, searching from ``at``, and the first missing line or an empty string."""
+    content = content.strip()
+    found = text.find(content, at)
+    if found >= 0:
+        return found + len(content), ""
+    for line in lines(content):
+        found = text.find(line, at)
+        if found < 0:
+            return at, line
+        at = found + len(line)
+    return at, ""
+
+
+def lines(content: str) -> list[str]:
+    """Return the non-empty lines of a content, without the marks of reasoning; at least one."""
+    return [line for part in _BETWEEN_LINES.split(content) if (line := part.strip())] or [content]

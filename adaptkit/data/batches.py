@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from adaptkit.data.dataset import order
+from adaptkit.data.encoding import IGNORED, Sample
 from adaptkit.data.mixture import Mixture
 from adaptkit.data.packing import pack
-from adaptkit.data.samples import IGNORED, Sample
 
 _GROUPED_STEPS = 50
 """Number of consecutive steps within which rows are sorted by length; beyond that, the order stays random."""

@@ -5,39 +5,51 @@
     prompt         {"prompt", "completion"}             input, appended to the question; system; history, the earlier
                                                         turns; the answer's reasoning, named as in messages. Prompt
                                                         and completion may also be lists of messages.
-    messages       {"messages": [{"role", "content"}, ...]}         from and value are read too. Marks such as
-    conversations  {"conversations": [{"from", "value"}, ...]}      "weight": 0 exclude an answer from the loss.
-                                                                    Reasoning may be in reasoning_content, reasoning
-                                                                    or thinking, tool calls in tool_calls; the row
-                                                                    lists the tools.
+    messages       {"messages": [{"role", "content"}, ...]}         see ``messages``; the row lists the tools
+    conversations  {"conversations": [{"from", "value"}, ...]}
     text           {"text"}
 
-``layouts`` has further column names for questions, answers and conversations.
-
-A row must have exactly one layout, unless the caller names one.
+``LAYOUTS`` and ``_ANSWERS`` have further column names. A row must have exactly one layout, unless the caller names one.
+Some names are ambiguous: beside the columns of another layout they mean something else (an ``input`` beside an
+instruction, a database ``query`` beside a question). They count only if the row has no unambiguous layout.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
-from adaptkit.data.layouts import has_question, layout_of, names_in, refuse_null, require_answers
-from adaptkit.data.learning_marks import check_wanted, is_marked_out, obeyed_marks
-from adaptkit.data.parts import joined
-from adaptkit.data.reasoning import FIELD, NAMES, Message, read_reasoning
-from adaptkit.data.tool_calls import CALLS, Tools, calls_in, read_calls, read_given, read_tools
-from adaptkit.data.values import SURROGATE_HINT, found_in, is_text
+from adaptkit.data.messages import (
+    EXCLUDING,
+    REASONING,
+    REASONING_FIELDS,
+    Message,
+    Turn,
+    read_reasoning,
+    read_turns,
+    text_in,
+)
+from adaptkit.data.tool_calls import Tools, read_tools
+from adaptkit.data.values import is_text
 from adaptkit.errors import DataError
 
+_QUESTIONS = ("instruction", "question", "prompt")
+_OTHER_QUESTIONS = ("input", "query", "problem", "inputs")
+_CERTAIN = (*_QUESTIONS, "messages", "conversations", "text")
+LAYOUTS = (*_CERTAIN, "conversation", *_OTHER_QUESTIONS)
+_ANSWERS = ("output", "response", "completion", "answer")
+_OTHER_ANSWERS = {"problem": ("solution",), "inputs": ("targets",)}
 _CONTEXTS = ("context", "input")
-_ONE_CALL = "tool_call"
-"""A role of ms-swift; such a message joins the answer or call before it into one turn."""
-_WRITE = 'write messages as {"role": ..., "content": ...} or {"from": ..., "value": ...}'
-_ROLES = {
-    **{"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"},
-    **{"developer": "system", "model": "assistant", "function_call": "assistant", "tool_call": "assistant"},
-    **{"tool": "tool", "function": "tool", "observation": "tool", "tool_response": "tool"},
-}
+_OF_TREES = ("message_id", "parent_id")
+"""Columns of OASST1, where each row is a single message of a conversation tree."""
+_KNOWN = "instruction and output, question and answer, prompt and completion, messages, conversations, or text"
+
+_PREFERENCE = ("chosen", "rejected")
+_UNWANTED = ("label", "kto_tag", "desirable")
+"""Boolean columns of TRL, LLaMA-Factory and others; texts and numbers under these names are other class labels."""
+_VARIABLES = "chat_template_kwargs"
+_PLACEHOLDERS = [(f"<{kind}>", column) for kind in ("image", "video", "audio") for column in (kind, f"{kind}s")]
+"""Placeholders that LLaVA, LLaMA-Factory and ms-swift put into a text, each with the column of what they stand for."""
 
 
 @dataclass(frozen=True)
@@ -76,81 +88,61 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
     """
     empty = [name for name, value in row.items() if value is None]
     row = {name: value for name, value in row.items() if value is not None}
-    layout = layout or layout_of(row, where, empty)
+    layout = layout or _layout_of(row, where, empty)
     if layout not in row:
-        refuse_null(where, empty, [layout])
-        raise DataError(f"{where}: no column {layout}", hint=f"columns: {names_in(row)}")
+        _refuse_null(where, empty, [layout])
+        raise DataError(f"{where}: no column {layout}", hint=f"columns: {_names_in(row)}")
     if layout == "text":
-        return Example(layout, text=_text(row, layout, where), columns=frozenset({layout}))
-    if has_question(layout):
-        messages, columns = _asked(row, layout, where, empty)
+        return Example(layout, text=text_in(row, layout, where), columns=frozenset({layout}))
+    if _has_question(layout):
+        turns, columns = _asked(row, layout, where, empty)
     else:
-        messages, columns = _turns(row, layout, where), {layout}
-    system = "system" if row.get("system", "") != "" or messages[0].role == "system" else "system_prompt"
+        turns, columns = read_turns(row, layout, where), {layout}
+    system = "system" if row.get("system", "") != "" or turns[0].role == "system" else "system_prompt"
     if row.get(system, "") != "":
-        if messages[0].role == "system":
+        if turns[0].role == "system":
             raise DataError(f"{where}: has both a column {system} and a system message", hint="remove one of them")
-        messages, columns = [_Turn("system", _text(row, system, where)), *messages], {*columns, system}
-    check_wanted(row, where, layout, [turn.message for turn in messages])
+        turns, columns = [Turn("system", text_in(row, system, where)), *turns], {*columns, system}
+    messages = tuple(turn.message for turn in turns)
+    _check_wanted(row, where, layout, messages)
     # OpenAI's older format.
     is_older = layout == "messages" and isinstance(row.get("functions"), list) and not row.get("tools")
     offered = {"functions" if is_older else "tools"} & row.keys()
     tools = tuple(tool for name in offered for tool in read_tools(row[name], where, name))
-    learned = tuple(number for number, turn in enumerate(messages) if turn.learned)
+    learned = tuple(number for number, turn in enumerate(turns) if turn.learned)
     if not learned:
         raise DataError(
             f"{where}: no assistant message to learn",
             hint="add an answer, or remove the row; weight 0, or loss or train false, excludes an answer",
         )
-    return Example(
-        layout,
-        tuple(turn.message for turn in messages),
-        tools,
-        learned,
-        columns=frozenset({*columns, *offered}),
-        ignored=frozenset[str]().union(*(turn.ignored for turn in messages)),
-    )
+    ignored = frozenset[str]().union(*(turn.ignored for turn in turns))
+    return Example(layout, messages, tools, learned, None, frozenset({*columns, *offered}), ignored)
 
 
-@dataclass(frozen=True)
-class _Turn:
-    role: str
-    content: str
-    learned: bool = False
-    others: Mapping[str, Any] = field(default_factory=dict)
-    ignored: frozenset[str] = frozenset()
-
-    @property
-    def message(self) -> Message:
-        """The message, without empty fields."""
-        return {
-            "role": self.role,
-            "content": self.content,
-            **{key: value for key, value in self.others.items() if value},
-        }
-
-
-def _asked(row: Mapping[str, Any], layout: str, where: str, empty: Sequence[str]) -> tuple[list[_Turn], set[str]]:
+def _asked(row: Mapping[str, Any], layout: str, where: str, empty: Sequence[str]) -> tuple[list[Turn], set[str]]:
     """Return the conversation in separate columns for question, context and answer, and the columns used."""
     others = [name for name in _CONTEXTS if name in row and name != layout]
     contexts = [name for name in others if row[name] != ""]
-    answers = require_answers(row, layout, where, empty)
+    answers = _answers_in(row, layout)
+    if not answers:
+        _refuse_null(where, empty, _answers_in(dict.fromkeys(empty), layout))
+        raise DataError(f"{where}: no column {' or '.join(_ANSWERS)}", hint=f"columns: {_names_in(row)}")
     for names in (answers, contexts):
         if len(names) > 1:
             raise DataError(f"{where}: has both {names[0]} and {names[1]}", hint="remove one of the columns")
     columns = {layout, answers[0], *others}
     if isinstance(row[layout], list) and isinstance(row[answers[0]], list):
-        before = [replace(turn, learned=False) for turn in _turns(row, layout, where)]
-        return before + _turns(row, answers[0], where), columns - set(others)
-    question = "\n\n".join(filter(None, (_text(row, name, where) for name in (layout, *contexts))))
-    answer = _text(row, answers[0], where)
-    apart = {name: row[name] for name in NAMES if is_text(row.get(name))}  # not flags or scores
-    said = _Turn("assistant", answer, True, {FIELD: read_reasoning(apart, answer, where)})
-    earlier = _history_turns(row.get("history", []), where)
-    return [*earlier, _Turn("user", question), said], columns | apart.keys() | ({"history"} & row.keys())
+        before = [replace(turn, learned=False) for turn in read_turns(row, layout, where)]
+        return before + read_turns(row, answers[0], where), columns - set(others)
+    question = "\n\n".join(filter(None, (text_in(row, name, where) for name in (layout, *contexts))))
+    answer = text_in(row, answers[0], where)
+    apart = {name: row[name] for name in REASONING_FIELDS if is_text(row.get(name))}  # not flags or scores
+    said = Turn("assistant", answer, True, {REASONING: read_reasoning(apart, answer, where)})
+    earlier = _earlier_turns(row.get("history", []), where)
+    return [*earlier, Turn("user", question), said], columns | apart.keys() | ({"history"} & row.keys())
 
 
-def _history_turns(history: Any, where: str) -> list[_Turn]:
+def _earlier_turns(history: Any, where: str) -> list[Turn]:
     """Return the turns of a LLaMA-Factory ``history``; as there, its answers are learned too."""
     pairs = [] if history in ("", "[]") else history  # also from a CSV cell
     if not isinstance(pairs, list) or not all(
@@ -158,68 +150,110 @@ def _history_turns(history: Any, where: str) -> list[_Turn]:
     ):
         hint = 'write [["question", "answer"], ...], or rename the column if it means something else'
         raise DataError(f"{where}: history is not a list of earlier turns", hint=hint)
-    return [turn for asked, said in pairs for turn in (_Turn("user", asked), _Turn("assistant", said, True))]
+    return [turn for asked, said in pairs for turn in (Turn("user", asked), Turn("assistant", said, True))]
 
 
-def _turns(row: Mapping[str, Any], column: str, where: str) -> list[_Turn]:
-    messages = row[column]
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        found = type(messages).__name__ if not isinstance(messages, list) else "other values" if messages else "none"
-        raise DataError(f"{where}: {column}: expected a list of messages, found {found}", hint=_WRITE)
-    turns: list[_Turn] = []
-    for number, given in enumerate(messages, 1):
-        message = {name: value for name, value in given.items() if value is not None}
-        at = f"{where}: message {number} of {column}"
-        turn, is_call = _turn(message, at), message.get("role", message.get("from")) == _ONE_CALL
-        follows = is_call and turns and turns[-1].role == "assistant"
-        turns.append(_with_call(turns.pop(), turn, at) if follows else turn)
-    return turns
+def _layout_of(row: Mapping[str, Any], where: str, empty: Sequence[str]) -> str:
+    """Return the layout of a row; ``empty`` names the columns without a value.
 
-
-def _with_call(before: _Turn, call: _Turn, where: str) -> _Turn:
-    """Append a call to the answer or call before it, as ms-swift does."""
-    own = call.others[FIELD] not in ("", before.others[FIELD])
-    if own or before.learned != call.learned:
-        said = "only the call has this reasoning" if own else "only one of them is learned"
-        hint = "write reasoning into the first of them" if own else "mark both or none to be excluded from the loss"
-        raise DataError(f"{where}: the call and the answer or call before it are one turn, and {said}", hint=hint)
-    calls = [*before.others.get(CALLS, ()), *call.others[CALLS]]
-    return replace(before, others={**before.others, CALLS: calls}, ignored=before.ignored | call.ignored)
-
-
-def _turn(message: Mapping[str, Any], where: str) -> _Turn:
-    said_by, says = ("role" if "role" in message else "from"), ("content" if "content" in message else "value")
-    role, content = message.get(said_by), message.get(says)
-    if not isinstance(role, str) or role not in _ROLES:
-        problem = "no role" if role is None else f"unknown role {role!r}"
-        raise DataError(f"{where}: {problem}", hint=_WRITE if role is None else f"roles: {', '.join(_ROLES)}")
-    is_answer = _ROLES[role] == "assistant"
-    others: dict[str, Any] = {}
-    unread = frozenset[str]()
-    if role in (_ONE_CALL, "function_call"):  # function_call as a role is ShareGPT's
-        content, others = "", {CALLS: calls_in(content, f"{where}, its value")}
-    elif _ROLES[role] == "tool":
-        content, others = read_given(message, where)
-    else:
-        content, unread = joined(content, where)
-        others = {CALLS: read_calls(message, where)} if is_answer else {}
-    content = "" if content in (None, []) and others.get(CALLS) else content
-    if not is_text(content):
+    Raises:
+        DataError: the row has no layout or more than one, or is a single message of a conversation.
+    """
+    fitting = [name for name in LAYOUTS if name in row and (_answers_in(row, name) or not _has_question(name))]
+    found = [name for name in fitting if name in _CERTAIN] or fitting
+    asked, answered = any(name in row for name in _QUESTIONS), any(name in row for name in _ANSWERS)
+    if not found and asked != answered:
+        missing, what = (_QUESTIONS, "question") if answered else (_ANSWERS, "answer")
+        _refuse_null(where, empty, missing)
         raise DataError(
-            f"{where}: expected text, found {found_in(content)}",
-            hint='write content (or value) as a string, "" if it is empty, or as a list of text parts',
+            f"{where}: no column {' or '.join(missing)}",
+            hint=f"columns: {_names_in(row)}; rename the one with the {what}",
         )
-    is_learned = not is_marked_out(message, where) and is_answer
-    known = {said_by, says} | set(others) | ({*NAMES, "function_call"} if is_answer else set())
-    known |= obeyed_marks(message, is_answer)
-    ignored = frozenset(str(key) for key in message if key not in known)
-    fields = {name: _text(message, name, where) for name in NAMES if is_answer and message.get(name)}
-    reasoning = read_reasoning(fields, str(content), where)
-    return _Turn(_ROLES[role], str(content), is_learned, {FIELD: reasoning} | others, ignored | unread)
+    if not found:
+        _refuse_null(where, empty, (*LAYOUTS, *_ANSWERS, *chain(*_OTHER_ANSWERS.values())))
+        raise DataError(
+            f"{where}: unknown layout; expected {_KNOWN}",
+            hint=f"columns: {_names_in(row)}; rename or convert them to one of these",
+        )
+    if len(found) > 1:
+        raise DataError(
+            f"{where}: has columns of more than one layout: {' and '.join(found)}",
+            hint=f"choose one, such as --layout {found[0]}",
+        )
+    if found == ["text"] and "role" in row and any(name in row for name in _OF_TREES):
+        raise DataError(
+            f"{where}: text beside role and {next(name for name in _OF_TREES if name in row)} is a single message",
+            hint="write each conversation as a row with a list of messages; --layout text learns the texts as they are",
+        )
+    return found[0]
 
 
-def _text(row: Mapping[str, Any], name: str, where: str) -> str:
-    if not is_text(row[name]):
-        hint = SURROGATE_HINT if isinstance(row[name], str) else f"write {name} as a string"
-        raise DataError(f"{where}: {name}: expected text, found {found_in(row[name])}", hint=hint)
-    return str(row[name])
+def _has_question(layout: str) -> bool:
+    """Return whether rows of a layout have separate columns for question and answer."""
+    return layout in (*_QUESTIONS, *_OTHER_QUESTIONS)
+
+
+def _answers_in(row: Mapping[str, Any], layout: str) -> list[str]:
+    """Return the columns of a row that may hold the answer, where column ``layout`` holds the question."""
+    return [name for name in (*_ANSWERS, *_OTHER_ANSWERS.get(layout, ())) if name in row]
+
+
+def _refuse_null(where: str, empty: Sequence[str], wanted: Iterable[str]) -> None:
+    """Raise if one of the columns that a row needs is null."""
+    for name in wanted:
+        if name in empty:
+            may_be_empty = name not in LAYOUTS or _has_question(name)  # an empty text or conversation is refused
+            or_write = ', or write "" if an empty text is meant' if may_be_empty else ""
+            raise DataError(f"{where}: {name} is null", hint=f"remove the row{or_write}")
+
+
+def _names_in(row: Mapping[str, Any]) -> str:
+    return ", ".join(name if name == name.strip() else repr(name) for name in map(str, row)) or "none"
+
+
+def check_not_excluded(row: Mapping[str, Any], where: str) -> None:
+    """Refuse a row that is excluded from the loss as a whole: it should not be in the data.
+
+    Raises:
+        DataError: names the column.
+    """
+    for name, out in EXCLUDING.items():
+        if isinstance(row.get(name), int | float) and row[name] == out:
+            raise DataError(
+                f"{where}: {name} {row[name]!r} excludes the whole row from the loss",
+                hint=f"remove such rows, or rename the column if {name} means something else; on a message, {name} "
+                "excludes that answer",
+            )
+
+
+def _check_wanted(row: Mapping[str, Any], where: str, layout: str, messages: Sequence[Message]) -> None:
+    """Refuse a row if the conversation alone does not say what to learn.
+
+    That is so if the answer is in another column, is marked as unwanted, or if the prompt also depends on template
+    variables or on images, video or audio. Without these, ``chosen`` and ``rejected`` are ignored.
+    """
+    if messages[-1]["role"] != "assistant" and all(name in row for name in _PREFERENCE):
+        raise DataError(
+            f"{where}: {layout} does not end with an answer, and chosen and rejected are not read",
+            hint=f"append the chosen answer to {layout}; preference training is not supported",
+        )
+    variables = row.get(_VARIABLES)
+    if isinstance(variables, dict):  # Parquet gives every row the keys of all rows
+        variables = [value for value in variables.values() if value is not None]
+    if variables:
+        raise DataError(
+            f"{where}: {_VARIABLES} cannot be set for a single row",
+            hint="remove the column; --chat-template-kwargs NAME=VALUE of train and evaluate sets them for all rows",
+        )
+    for mark, column in _PLACEHOLDERS:
+        if row.get(column) and any(mark in message["content"] for message in messages):
+            raise DataError(
+                f"{where}: has {mark} in its text, but {column} is not read: only text is supported",
+                hint="remove rows with images, video or audio",
+            )
+    unwanted = next((name for name in _UNWANTED if row.get(name) is False), None)
+    if unwanted is not None:
+        raise DataError(
+            f"{where}: {unwanted} is false, which marks an unwanted answer",
+            hint=f"remove such rows, or rename the column if {unwanted} means something else",
+        )

@@ -14,15 +14,13 @@ import numpy as np
 import torch
 
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.data.conversation import Example, read_example
-from adaptkit.data.encoding import Encoder
+from adaptkit.data.conversation import Example, check_not_excluded, read_example
+from adaptkit.data.encoding import Encoder, Sample
 from adaptkit.data.ending import ends_after_answers
-from adaptkit.data.learning_marks import check_not_marked_out
 from adaptkit.data.limits import check_vocabulary
-from adaptkit.data.reasoning import FIELD, Message
+from adaptkit.data.messages import REASONING, Message
+from adaptkit.data.rendering import asks_for_the_date
 from adaptkit.data.rows import is_on_hub, read_rows
-from adaptkit.data.samples import Sample
-from adaptkit.data.template_call import asks_for_the_date
 from adaptkit.data.tokenizer_files import special_tokens
 from adaptkit.data.tool_calls import CALLS, words_of, words_of_tools
 from adaptkit.errors import DataError
@@ -221,7 +219,7 @@ class _Collector:
         """Return the first special token in a message, other than an end token after an answer, or an empty string."""
         content = message["content"].rstrip()
         end = next((end for end in self.ends if is_learned and content.endswith(end)), "")
-        texts = (message.get(FIELD, ""), content.removesuffix(end), *words_of(message.get(CALLS, ())))
+        texts = (message.get(REASONING, ""), content.removesuffix(end), *words_of(message.get(CALLS, ())))
         return self._first_special(texts)
 
     def _first_special(self, texts: Iterable[str]) -> str:
@@ -272,7 +270,7 @@ def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder,
             if digest is not None:
                 held = {name: value for name, value in row.items() if value is not None}
                 digest.update(json.dumps(held, sort_keys=True, default=str).encode())
-            check_not_marked_out(row, where)
+            check_not_excluded(row, where)
             example = read_example(row, where, layout)
             collector.count_flaws(example, encoder, where)
             layouts[example.layout] += 1

@@ -1,4 +1,4 @@
-"""Encoding of examples as samples: apply the chat template, tokenize, and label the tokens that carry loss.
+"""Encoding of examples as samples: render the conversation, tokenize, and label the tokens that carry loss.
 
 The text is tokenized in pieces that begin where answers begin (see ``answers``), because at inference the prompt is
 tokenized by itself: in one piece, a line end that ends the prompt and one that begins the answer may become one token,
@@ -13,31 +13,53 @@ from itertools import pairwise
 from operator import itemgetter
 from typing import Any
 
-from adaptkit.data.answers import (
-    Answer,
-    answer_as_asked,
-    ends_of,
-    find_answer,
-    with_question,
-)
-from adaptkit.data.completeness import check_answers, check_questions
+import numpy as np
+
+from adaptkit.data.answers import Answer, answer_as_asked, check_answers, check_questions, find_answer
 from adaptkit.data.conversation import Example
 from adaptkit.data.ending import Turns
-from adaptkit.data.reasoning import Message
+from adaptkit.data.messages import Message
 from adaptkit.data.rendering import render
-from adaptkit.data.samples import IGNORED, Sample
-from adaptkit.data.template_call import Conversation
 from adaptkit.data.tokenizer_files import leading_special_tokens, tokens_in
-from adaptkit.data.tool_calls import Tools
+from adaptkit.data.tool_calls import CALLS, Tools
 from adaptkit.data.values import is_text
 from adaptkit.errors import DataError, UsageError
+
+IGNORED = -100
+"""The label of a token that carries no loss."""
 
 _Tokens = tuple[list[int], list[tuple[int, int]]]
 """Token IDs, and the start and end of each in the text."""
 
 
 @dataclass(frozen=True)
-class _Text:
+class Sample:
+    """One conversation or text.
+
+    Attributes:
+        ids: token IDs.
+        labels: the same IDs, or ``IGNORED`` where there is no loss.
+        source: file and line, or name and row; unique to a row of the data.
+        origin: index of the source.
+    """
+
+    ids: Sequence[int]
+    labels: Sequence[int]
+    source: str = ""
+    origin: int = 0
+
+    def content(self) -> bytes:
+        """Return IDs and labels as bytes, without the source: equal for samples that teach the same."""
+        return array("i", self.ids).tobytes() + array("i", self.labels).tobytes()
+
+    @property
+    def answer_tokens(self) -> int:
+        """Number of tokens that carry loss; the first token never does."""
+        return int(np.count_nonzero(np.asarray(self.labels[1:]) != IGNORED))
+
+
+@dataclass(frozen=True)
+class Rendered:
     """The text of a sample, before tokenization.
 
     Attributes:
@@ -69,30 +91,28 @@ class Encoded:
 
 
 class Encoder:
-    """Tokenizes examples for one model."""
+    """Encodes examples for one model.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers; without a chat template, each message is put on its own lines,
+            with an end token after each answer.
+        loss_on: ``answers``, ``last_answer`` of each conversation, or ``all`` tokens. Plain text is learned whole.
+
+    Raises:
+        UsageError: the tokenizer is not fast, so it cannot map tokens to places in the text.
+    """
 
     def __init__(self, tokenizer: Any, loss_on: str = "answers") -> None:
-        """See the class.
-
-        Args:
-            tokenizer: a fast tokenizer of transformers; without a chat template, each message is put on its own lines,
-                with an end token after each answer.
-            loss_on: ``answers``, ``last_answer`` of each conversation, or ``all`` tokens. Plain text is learned whole.
-
-        Raises:
-            UsageError: the tokenizer is not fast, so it cannot map tokens to places in the text.
-        """
         if not tokenizer.is_fast:
             raise UsageError(f"{type(tokenizer).__name__} is not a fast tokenizer", hint="add its tokenizer.json")
         self._tokenizer, self._loss_on = tokenizer, loss_on
         self._ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
-        self._known_ends = dict[str, bool]()
         self._turns = Turns(tokenizer)
         self._begin = array("i", leading_special_tokens(tokenizer))
         self._cuts = _joins(tokenizer)
 
     def encode(self, examples: Sequence[tuple[str, Example]]) -> Iterator[Encoded]:
-        """Tokenize examples in one call, at which fast tokenizers are efficient.
+        """Render examples, and tokenize them in one call, at which fast tokenizers are efficient.
 
         Args:
             examples: examples, each with its place in the data.
@@ -101,28 +121,16 @@ class Encoder:
             DataError: the template refuses a conversation, or rewrites it so that answers cannot be located; or the
                 tokenizer has no end token. Names the place.
         """
-        texts: list[list[_Text]] = []
-        rendered = render([part for _, example in examples for part in self._parts(example)], self._tokenizer)
+        texts: list[list[Rendered]] = []
         for where, example in examples:
             try:
-                texts.append(self._texts(example, rendered))
+                texts.append(self.rendered(example))
             except DataError as error:
                 raise DataError(f"{where}: {error.message}", error.hint) from error
         tokens = self._tokenize([piece for group in texts for text in group for piece in self._pieces(text)])
         for (where, _), group in zip(examples, texts, strict=True):
             made = [self._sample(text, [next(tokens) for _ in self._pieces(text)], where) for text in group]
             yield Encoded(tuple(sample for sample, _ in made), sum(ended for _, ended in made))
-
-    def _parts(self, example: Example) -> Iterator[Conversation]:
-        """Yield what to render to locate the answers: the whole conversation, and the prompt and end of each answer."""
-        if example.text is not None:
-            return
-        messages = self.read(example)
-        yield Conversation(messages, False, example.tools)
-        for turn in self.learned(example):
-            yield Conversation(messages[:turn], True, example.tools)
-            if turn + 1 < len(messages):
-                yield Conversation(messages[: turn + 1], False, example.tools)
 
     def learned(self, example: Example) -> tuple[int, ...]:
         """Return the indices of the messages that carry loss."""
@@ -132,70 +140,68 @@ class Encoder:
         """Return the messages up to the last one that carries loss: what follows it teaches nothing."""
         return example.messages if self._loss_on == "all" else example.messages[: self.learned(example)[-1] + 1]
 
-    def _texts(self, example: Example, rendered: Iterator[str]) -> list[_Text]:
-        """Return the texts of an example; ``rendered`` yields its parts next, as in ``_parts``."""
+    def rendered(self, example: Example) -> list[Rendered]:
+        """Return the texts of an example, with the places of the answers: one, or one for each answer.
+
+        Raises:
+            DataError: see ``encode``; does not name the place.
+        """
         if example.text is not None:
-            return [_Text(example.text, (), True, True, True)]
-        messages, learned, plain = self.read(example), self.learned(example), self._tokenizer.chat_template is None
-        whole = next(rendered)
+            return [Rendered(example.text, (), True, True, True)]
+        messages, learned, tools = self.read(example), self.learned(example), example.tools
+        is_all, plain = self._loss_on == "all", self._tokenizer.chat_template is None
+        whole = render(messages, self._tokenizer, tools)
         found: list[tuple[Answer | None, str, str]] = []
         for turn in learned:
-            before = next(rendered)
-            through = next(rendered) if turn + 1 < len(messages) else whole
-            ends = ends_of(messages[turn], through, self._turns.closing(example.tools))
-            answer = find_answer(messages, turn, before, through, ends)
-            self._turns.check_opening(messages[turn], example.tools, before, through, answer)
+            before = render(messages[:turn], self._tokenizer, tools, opening=True)
+            is_last = turn + 1 == len(messages)
+            through = whole if is_last else render(messages[: turn + 1], self._tokenizer, tools)
+            ending = self._turns.ending(messages[turn], through, tools)
+            answer = find_answer(messages, turn, before, through, ending)
+            self._turns.check_opening(messages[turn], tools, before, through, answer)
             found.append((answer, through, before))
-        answers = tuple(
-            answer for answer, through, _ in found if answer is not None and whole.startswith(through[: answer.end])
-        )
-        if len(answers) == len(found) or self._loss_on == "all":
-            check_questions(messages, example.tools, whole)
-        if self._loss_on == "all":
+        answers = [a for a, through, _ in found if a is not None and whole.startswith(through[: a.end])]
+        if len(answers) == len(found) or is_all:
+            check_questions(messages, tools, whole)
+        if is_all:
             check_answers(messages, whole)
         if len(answers) == len(found):
-            is_last = learned[-1] == len(messages) - 1
             text = self._ended(whole, answers[-1]) if is_last else whole
-            answers = tuple(self._closed(whole, answer) for answer in answers)
-            return [_Text(text, answers, self._loss_on == "all", plain, is_last)]
-        if self._loss_on == "all":
-            return [_Text(whole, (), True, plain, False)]
+            return [Rendered(text, tuple(self._closed(whole, a) for a in answers), is_all, plain, is_last)]
+        if is_all:
+            return [Rendered(whole, (), True, plain, False)]
         texts = []
         for turn, (answer, text, before) in zip(learned, found, strict=True):
-            check_questions(messages[:turn], example.tools, before)
+            check_questions(messages[:turn], tools, before)
             if answer is None:
-                text, answer = self._as_asked(messages, example.tools, turn, before)
-                self._turns.check_opening(messages[turn], example.tools, before, text, answer)
-            texts.append(_Text(self._ended(text, answer), (answer,), False, plain, True))
+                text, answer = self._as_asked(messages, tools, turn, before)
+                self._turns.check_opening(messages[turn], tools, before, text, answer)
+            texts.append(Rendered(self._ended(text, answer), (answer,), False, plain, True))
         return texts
+
+    def _as_asked(self, messages: Sequence[Message], tools: Tools, turn: int, before: str) -> tuple[str, Answer]:
+        """Return text and place of an answer whose prompt the template changes once the answer follows."""
+        alone = _with_question(messages, turn)
+        asked = render(alone[:-1], self._tokenizer, tools, opening=True)
+        answered = render(alone, self._tokenizer, tools)
+        ending = self._turns.ending(messages[turn], answered, tools)
+        return answer_as_asked(messages, turn, before, asked, answered, ending)
 
     def _ended(self, text: str, answer: Answer) -> str:
         """Cut off what the template puts after the last answer, unless that contains an end token.
 
         An end token then replaces it. It is cut before tokenization, where one token may span the answer's end.
         """
-        return text if self._has_end(text[answer.words : answer.end]) else text[: answer.said]
+        return text if self._turns.has_end(text[answer.words : answer.end]) else text[: answer.said]
 
     def _closed(self, text: str, answer: Answer) -> Answer:
         """Extend an answer by an end token that the template adds only before the next message, as Apertus's does."""
         end = self._tokenizer.eos_token
-        follows = bool(end) and text.startswith(end, answer.end) and not self._has_end(text[answer.words : answer.end])
-        return replace(answer, end=answer.end + len(end)) if follows else answer
+        if end and text.startswith(end, answer.end) and not self._turns.has_end(text[answer.words : answer.end]):
+            return replace(answer, end=answer.end + len(end))
+        return answer
 
-    def _has_end(self, after: str) -> bool:
-        if after not in self._known_ends:
-            self._known_ends[after] = not self._ends.isdisjoint(tokens_in(after, self._tokenizer))
-        return self._known_ends[after]
-
-    def _as_asked(self, messages: Sequence[Message], tools: Tools, turn: int, before: str) -> tuple[str, Answer]:
-        """Return text and place of an answer whose prompt the template changes once the answer follows."""
-        alone = with_question(messages, turn)
-        parts = Conversation(alone[:-1], True, tools), Conversation(alone, False, tools)
-        asked, answered = render(parts, self._tokenizer)
-        ends = ends_of(messages[turn], answered, self._turns.closing(tools))
-        return answer_as_asked(messages, turn, before, asked, answered, ends)
-
-    def _pieces(self, text: _Text) -> list[str]:
+    def _pieces(self, text: Rendered) -> list[str]:
         edges = [0, *(answer.start for answer in text.answers if self._cuts), len(text.text)]
         return [text.text[start:end] for start, end in pairwise(edges)]
 
@@ -210,7 +216,7 @@ class Encoder:
         )
         return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
 
-    def _sample(self, text: _Text, pieces: list[_Tokens], where: str) -> tuple[Sample, bool]:
+    def _sample(self, text: Rendered, pieces: list[_Tokens], where: str) -> tuple[Sample, bool]:
         """Return a sample, and whether an end token was added after its answer."""
         ids, spans, closed = array("i"), [], False
         for number, (tokens, places) in enumerate(pieces):
@@ -249,6 +255,22 @@ class Encoder:
         return bisect_left(places, answer.said - base, key=itemgetter(0)), False
 
 
+def _with_question(messages: Sequence[Message], turn: int) -> list[Message]:
+    """Return an answer with only the messages that it answers.
+
+    These are the message before it or, if a tool gave that, all messages from the user's question on, with tool calls
+    reduced to the calls: a template may leave out reasoning and text beside calls once an answer follows.
+    """
+    start = turn - 1
+    while start > 0 and messages[start]["role"] == "tool":
+        start = next((place for place in range(start, -1, -1) if messages[place]["role"] == "user"), 0)
+    calls = [
+        {"role": "assistant", "content": "", CALLS: message[CALLS]} if CALLS in message else message
+        for message in messages[start:turn]
+    ]
+    return [*calls, messages[turn]]
+
+
 def as_message(prompt: str) -> Message:
     """Return a prompt as a user message.
 
@@ -267,8 +289,7 @@ def prompt_ids(prompt: str, tokenizer: Any) -> list[int]:
 
 def conversation_ids(messages: Sequence[Message], tokenizer: Any, tools: Tools = ()) -> list[int]:
     """Return the tokens of a conversation, up to where the model answers."""
-    (text,) = render([Conversation(messages, True, tools)], tokenizer)
-    ids = tokens_in(text, tokenizer)
+    ids = tokens_in(render(messages, tokenizer, tools, opening=True), tokenizer)
     return ids if tokenizer.chat_template is not None else [*leading_special_tokens(tokenizer), *ids]
 
 

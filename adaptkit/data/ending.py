@@ -7,16 +7,16 @@ only once it is answered, they would stop before it.
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_config, text_config
-from adaptkit.data.answers import Answer, closes_a_turn, ended_late, opening_of, shared
-from adaptkit.data.reasoning import Message
+from adaptkit.data.answers import Answer, Ending, closes_a_turn, ended_late, lines, shared
+from adaptkit.data.messages import Message, content_with_reasoning
 from adaptkit.data.rendering import render
-from adaptkit.data.template_call import Conversation
 from adaptkit.data.tokenizer_files import tokens_in
-from adaptkit.data.tool_calls import CALLS, Tools
+from adaptkit.data.tool_calls import CALLS, Tools, end_of_words
 from adaptkit.errors import DataError
 
 _OF_THE_MODEL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -33,15 +33,22 @@ class Turns:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._ends = {*tokenizer.added_tokens_decoder, tokenizer.eos_token_id}
-        self._known = dict[bool, tuple[str, tuple[str, int] | None]]()
-        self._openings = dict[tuple[str, bool], bool]()
+        self._tokens_in = lru_cache(1 << 10)(partial(tokens_in, tokenizer=tokenizer))
+        self._known = dict[bool, tuple[str, str | None, int]]()
 
-    def closing(self, tools: Tools) -> tuple[str, int] | None:
-        """Return what the template puts after the last answer, and its number of characters after the end of the turn.
-
-        Some templates end the whole text with a further token; some write another text if there are any tools.
-        """
-        return self._around_words(tools)[1]
+    def ending(self, message: Message, text: str, tools: Tools) -> Ending:
+        """Return where an answer ends in a text of which it is the last message."""
+        _, after, rest = self._around(tools)
+        if after is not None and text.endswith(after):
+            return Ending(len(text) - len(after), 0, rest)
+        if CALLS in message:  # some templates end a call unlike an answer
+            said = text.removesuffix((after or "")[rest:])
+            kept = len(said.rstrip())
+            return Ending(kept, kept - end_of_words(message[CALLS], said), len(said) - kept)
+        last = lines(content_with_reasoning(message))[-1]
+        at = text.rfind(last)
+        said_to = len(text) if at < 0 else at + len(last)
+        return Ending(said_to, 0, len(text) - said_to)
 
     def check_opening(self, message: Message, tools: Tools, before: str, text: str, answer: Answer | None) -> None:
         """Refuse an answer that begins with the end of its question: at inference, the model would end its turn there.
@@ -58,33 +65,39 @@ class Turns:
         """
         opening = ""
         if CALLS in message:  # some templates, such as GigaChat's, call tools in a turn of their own
-            opening = self._around_words(tools)[0]
-        elif answer is not None:
-            opening = opening_of(message, text, answer)
-        if opening.strip() and (closes_a_turn(opening) or self._has_end(opening, tools)):
+            opening = self._around(tools)[0]
+        elif answer is not None and (content := content_with_reasoning(message)):
+            said = text[answer.start : answer.said]
+            opening = said[: max(0, said.find(lines(content)[0]))]
+        if opening.strip() and (closes_a_turn(opening) or self._ends_a_turn(opening, tools)):
             raise ended_late(before, opening)
 
-    def _has_end(self, opening: str, tools: Tools) -> bool:
-        """Return whether a text contains the token that ends a turn, or the tokenizer's end token."""
-        key = opening, bool(tools)
-        if key not in self._openings:
-            closing, after = self.closing(tools) or ("", 0)
-            last = tokens_in(closing[: len(closing) - after], self._tokenizer)[-1:]
-            ends = {self._tokenizer.eos_token_id, *last} & self._ends
-            self._openings[key] = not ends.isdisjoint(tokens_in(opening, self._tokenizer))
-        return self._openings[key]
+    def has_end(self, text: str) -> bool:
+        """Return whether a text contains a token that may end a turn: an added one, or the tokenizer's end token."""
+        return not self._ends.isdisjoint(self._tokens_in(text))
 
-    def _around_words(self, tools: Tools) -> tuple[str, tuple[str, int] | None]:
-        """Return what the template puts between a prompt and an answer's words, empty if unknown; and ``closing``."""
+    def _ends_a_turn(self, opening: str, tools: Tools) -> bool:
+        """Return whether a text contains the token that ends a turn, or the tokenizer's end token."""
+        _, after, rest = self._around(tools)
+        ends = {self._tokenizer.eos_token_id, *self._tokens_in((after or "")[:rest])[-1:]} & self._ends
+        return not ends.isdisjoint(self._tokens_in(opening))
+
+    def _around(self, tools: Tools) -> tuple[str, str | None, int]:
+        """Return the texts that the template puts before and after a final answer's words, and the end of its turn.
+
+        That is: the text between prompt and words; the text after them, None if unknown; and how many characters of
+        that belong to the turn, since some templates end the whole text with a further token. Some templates write
+        another text if there are any tools.
+        """
         if bool(tools) not in self._known:
             self._known[bool(tools)] = self._found(tools)
         return self._known[bool(tools)]
 
-    def _found(self, tools: Tools) -> tuple[str, tuple[str, int] | None]:
+    def _found(self, tools: Tools) -> tuple[str, str | None, int]:
         try:
             lead, text, always, opens = around_answer(self._tokenizer, tools)
         except DataError:  # it refuses a plain question and answer; each row's own error says why
-            return "", None
+            return "", None, 0
         made = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         pairs = zip(made["input_ids"], made["offset_mapping"], strict=True)
         ends = [(end, token) for token, (_, end) in pairs if token in self._ends]
@@ -92,7 +105,7 @@ class Turns:
         stops = [end for end, token in ends if end <= len(always) and token == self._tokenizer.eos_token_id]
         # some templates also write the first token of the next turn
         found = stops[:1] or of_turns[slice(1) if opens else slice(-1, None)] or [end for end, _ in ends[:1]]
-        return lead, (text, len(text) - (found[0] if found else len(text)))
+        return lead, text, found[0] if found else len(text)
 
 
 def around_answer(tokenizer: Any, tools: Tools = ()) -> tuple[str, str, str, bool]:
@@ -107,8 +120,8 @@ def around_answer(tokenizer: Any, tools: Tools = ()) -> tuple[str, str, str, boo
     word = "quokka"  # occurs in no template
     question = {"role": "user", "content": "question"}
     messages = [question, {"role": "assistant", "content": word}]
-    parts = [([question], True), ([question], False), (messages, False), ([*messages, question], False)]
-    asked, told, text, longer = render([Conversation(some, opening, tools) for some, opening in parts], tokenizer)
+    asked = render([question], tokenizer, tools, opening=True)
+    told, text, longer = (render(some, tokenizer, tools) for some in ([question], messages, [*messages, question]))
     before, found, after = text.rpartition(word)
     if not found:
         return "", "", "", False

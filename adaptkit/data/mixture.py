@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from adaptkit.data.dataset import order
-from adaptkit.data.samples import Sample
+from adaptkit.data.encoding import Sample
 from adaptkit.errors import ConfigError
 
 

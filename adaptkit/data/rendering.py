@@ -1,89 +1,174 @@
-"""Rendering of conversations for a model, in the form that its chat template takes."""
+"""Rendering of a conversation as the text that a model reads, with its chat template, a program that comes with it.
 
-from collections.abc import Iterator, Sequence
+transformers runs it in jinja2's sandbox: it reaches no files and no attributes of Python's objects, and a ``range`` has
+at most 100,000 items. Its time and memory are not limited, only the length of the text that it returns.
+
+Data have reasoning in the content, as ``<think>...</think>`` before the answer, or in a separate field. Templates read
+it from the content, from a field, or from both; some write other tags around it, and some do not support it. Where a
+template reads it, and in which form it takes tool calls, is found out by rendering probes.
+"""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
-from adaptkit.data.chat_template import ADD_ONE
-from adaptkit.data.reasoning import FIELD, Message, ReasoningFields, content_with_reasoning
-from adaptkit.data.template_call import Conversation, call_template
-from adaptkit.data.tool_calls import OTHER_TOOLS, ToolForm, Tools
+from adaptkit.data.chat_template import ADD_ONE, HINT, require_jinja, template_of
+from adaptkit.data.messages import REASONING, REASONING_FIELDS, Message, content_with_reasoning, split_reasoning
+from adaptkit.data.tool_calls import CALLS, Tools
+from adaptkit.data.tool_form import OTHER_TOOLS, ToolForm
 from adaptkit.errors import DataError
 
+DAY = datetime(2024, 7, 26)
+"""The date given to templates that ask for it; Llama 3's templates have it as their default.
 
-def render(conversations: Sequence[Conversation], tokenizer: Any) -> Iterator[str]:
-    """Render conversations; without a chat template, messages are joined by line breaks and answers end with EOS.
+Today's date would change the samples every day, so a killed run could not resume after midnight.
+"""
+_DIRECTIVES = (*"aAbBcCdDefFgGhHIjklmMnpPrRStTuUVwWxXyYzZ", *(f"-{letter}" for letter in "deHIjmMSy"))
+_MAX_ADDED_CHARACTERS, _MAX_GROWTH = 1 << 20, 8
+"""Limit on a rendered text: this many characters plus this factor times the conversation; JSON escapes take up to 6."""
+_ERRORS = (
+    ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
+"""What a template can raise besides jinja2's own errors, being a program: ``{% break %}`` outside of a loop, say."""
+_QUESTION = {"role": "user", "content": "question"}
+_THOUGHT, _ANSWER = "inkling", "answer"
+
+
+def render(messages: Sequence[Message], tokenizer: Any, tools: Tools = (), *, opening: bool = False) -> str:
+    """Render a conversation; without a chat template, messages are joined by line breaks and answers end with EOS.
 
     Args:
-        conversations: the conversations to render.
+        messages: the messages; without any, the text is empty.
         tokenizer: a tokenizer with a chat template or an end token.
-
-    Yields:
-        The text of each conversation, in order.
+        tools: tools that the assistant may call.
+        opening: whether to append the opening of the assistant's next turn (``add_generation_prompt``).
 
     Raises:
-        DataError: the template refuses a conversation or leaves a part of it out, or there is neither a template nor an
-            end token.
+        DataError: the template refuses the conversation or leaves a part of it out, or there is neither a template nor
+            an end token.
+        UsageError: jinja2 is not installed.
     """
-    if tokenizer.chat_template is not None:
-        for conversation in conversations:
-            given = _forms_of(tokenizer, conversation.tools).given(conversation)
-            yield call_template(tokenizer, given) if given.messages else ""
-        return
-    for conversation in conversations:
-        messages = conversation.messages
-        if conversation.uses_tools:
-            raise DataError("the model has no chat template, which tools need", hint=f"leave tools out, or {ADD_ONE}")
-        if messages and tokenizer.eos_token is None:
-            raise DataError("the tokenizer has neither a chat template nor an end token", hint=ADD_ONE)
-        ends = {"assistant": tokenizer.eos_token}
-        said = (
-            (content_with_reasoning(turn) if FIELD in turn else turn["content"]) + ends.get(turn["role"], "\n")
-            for turn in messages
+    if not messages:
+        return ""
+    uses_tools = bool(tools) or any(CALLS in message or message["role"] == "tool" for message in messages)
+    if tokenizer.chat_template is None:
+        return _joined(messages, tokenizer, uses_tools)
+    has_another = isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template
+    reasoning, calls = _forms(tokenizer, str(tokenizer.chat_template), bool(tools) and has_another)
+    if uses_tools:
+        calls.check(messages, tools)
+    return call_template(tokenizer, [(calls if uses_tools else reasoning).message(m) for m in messages], tools, opening)
+
+
+def _joined(messages: Sequence[Message], tokenizer: Any, uses_tools: bool) -> str:
+    if uses_tools:
+        raise DataError("the model has no chat template, which tools need", hint=f"leave tools out, or {ADD_ONE}")
+    if tokenizer.eos_token is None:
+        raise DataError("the tokenizer has neither a chat template nor an end token", hint=ADD_ONE)
+    return "".join(
+        (content_with_reasoning(message) if REASONING in message else message["content"])
+        + (tokenizer.eos_token if message["role"] == "assistant" else "\n")
+        for message in messages
+    )
+
+
+def call_template(tokenizer: Any, messages: Sequence[Message], tools: Tools = (), opening: bool = False) -> str:
+    """Render a conversation as its template takes it; see ``render``.
+
+    Raises:
+        DataError: the template refuses the conversation, or makes a text far longer than it, which would be tokenized.
+        UsageError: jinja2 is not installed.
+    """
+    require_jinja()
+    from jinja2 import TemplateError
+
+    given = list(tools) or None
+    try:
+        template = _with_fixed_date(template_of(tokenizer, given)) if asks_for_the_date(tokenizer) else None
+        text = str(
+            tokenizer.apply_chat_template(
+                list(messages), tools=given, chat_template=template, tokenize=False, add_generation_prompt=opening
+            )
         )
-        yield "".join(said)
+    except (TemplateError, *_ERRORS) as error:
+        reason = str(error) or type(error).__name__
+        raise DataError(
+            f"the chat template refuses the conversation ({reason})", hint=f"leave such conversations out, or {HINT}"
+        ) from error
+    said = sum(len(str(value)) for message in messages for value in message.values()) + len(str(tools))
+    if len(text) > _MAX_ADDED_CHARACTERS + _MAX_GROWTH * said:
+        raise DataError(f"the chat template turns {said:,} characters into {len(text):,}", hint=HINT)
+    return text
 
 
-class _Forms:
-    """How a tokenizer's template takes messages; found out once by probes, for tools only when a conversation has them.
+def asks_for_the_date(tokenizer: Any) -> bool:
+    """Return whether a tokenizer's chat template asks for the date; it is given ``DAY``."""
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def _with_fixed_date(template: str) -> str:
+    """Return a chat template with ``strftime_now`` defined as a macro that formats ``DAY``.
+
+    It is a macro because callers cannot pass functions through transformers. The template still begins on a line of its
+    own; transformers trims the line break after a block.
+    """
+    words = "".join(f"|replace('%{letter}','{DAY.strftime('%' + letter)}')" for letter in _DIRECTIVES)
+    formatted = f"format|replace('%%','\\0'){words}|replace('\\0','%')"
+    return f"{{% macro strftime_now(format) %}}{{{{ {formatted} }}}}{{% endmacro %}}\n{template}"
+
+
+@lru_cache(maxsize=4)
+def _forms(tokenizer: Any, template: str, for_tools: bool) -> tuple["ReasoningForm", ToolForm]:
+    """Return how a template takes messages without and with tools.
 
     Args:
         tokenizer: a tokenizer with a chat template.
-        among: tools given with every probe; some tokenizers have a separate template for conversations with tools.
+        template: its text, since a tokenizer's may be set.
+        for_tools: whether every probe has tools: some tokenizers have a separate template for conversations with them.
+    """
+    among = OTHER_TOOLS if for_tools else ()
+
+    def written(messages: Sequence[Message], tools: Tools = ()) -> str:
+        try:
+            return call_template(tokenizer, messages, tools or among)
+        except DataError:  # the template refuses the probe; each row reports its own errors
+            return ""
+
+    reasoning = ReasoningForm(written)
+    return reasoning, ToolForm(written, reasoning.message)
+
+
+class ReasoningForm:
+    """Where one chat template reads reasoning.
+
+    Args:
+        render: returns the rendered text of a conversation; "" if the template refuses it.
     """
 
-    def __init__(self, tokenizer: Any, among: Tools) -> None:
-        def written(messages: Sequence[Message], tools: Tools = ()) -> str:
-            try:
-                return call_template(tokenizer, Conversation(messages, False, tools or among))
-            except DataError:  # the template refuses the probe; each row reports its own errors
-                return ""
+    def __init__(self, render: Callable[[Sequence[Message]], str]) -> None:
+        def written(**answer: str) -> str:
+            return render([_QUESTION, {"role": "assistant", **answer}])
 
-        self._written, self._reasoning = written, ReasoningFields(written)
-        self._tools: ToolForm | None = None
+        names = REASONING_FIELDS if written(content=_ANSWER) else ()
+        self._names = tuple(name for name in names if _THOUGHT in written(content=_ANSWER, **{name: _THOUGHT}))
+        self._knows_content = True
+        if self._names:
+            apart = written(content=_ANSWER, **dict.fromkeys(self._names, _THOUGHT))
+            inline = written(content=content_with_reasoning({REASONING: _THOUGHT, "content": _ANSWER}))
+            self._knows_content = "".join(apart.split()) == "".join(inline.split())
 
-    def given(self, conversation: Conversation) -> Conversation:
-        """Return a conversation as the template takes it.
-
-        Raises:
-            DataError: the template would leave something out.
-        """
-        messages, _, tools = conversation
-        if conversation.uses_tools:
-            self._tools = self._tools or ToolForm(self._written, self._reasoning.message)
-            self._tools.check(messages, tools)
-            return conversation._replace(messages=[self._tools.message(message) for message in messages])
-        return conversation._replace(messages=[self._reasoning.message(message) for message in messages])
-
-
-def _forms_of(tokenizer: Any, tools: Tools) -> _Forms:
-    template = str(tokenizer.chat_template)
-    if template not in _known_forms:
-        _known_forms.clear()
-        _known_forms[template] = {False: _Forms(tokenizer, ())}
-        if isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template:
-            _known_forms[template][True] = _Forms(tokenizer, OTHER_TOOLS)
-    known = _known_forms[template]
-    return known.get(bool(tools), known[False])
-
-
-_known_forms: dict[str, dict[bool, _Forms]] = {}
+    def message(self, message: Message) -> Message:
+        """Return a message with its reasoning where the template reads it."""
+        if message["role"] != "assistant":
+            return message
+        if REASONING in message:
+            reasoning, content = message[REASONING], message["content"]
+        elif self._names and not self._knows_content and (inline := split_reasoning(message["content"])):
+            reasoning, content = inline
+        else:
+            return message
+        others = {name: value for name, value in message.items() if name not in (REASONING, "content")}
+        if not self._names:
+            return others | {"content": content_with_reasoning(message)}
+        return others | {"content": content.strip(), **dict.fromkeys(self._names, reasoning.strip())}

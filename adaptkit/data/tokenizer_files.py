@@ -10,7 +10,7 @@ from typing import Any
 from adaptkit.checkpoint.layout import read_json
 from adaptkit.checkpoint.side_files import TEMPLATES_FOLDER, find_side_files
 from adaptkit.data.chat_template import TEMPLATE_NAME, check_template, read_template
-from adaptkit.data.reasoning import TAGS
+from adaptkit.data.messages import TAGS
 from adaptkit.errors import UsageError
 from adaptkit.models.architecture import BUILD_ERRORS, quiet_transformers
 

@@ -1,4 +1,4 @@
-"""Tools in conversations: how data represent them, how a chat template takes them, and what its text must contain.
+"""Tools and tool calls in rows, and their words in a rendered text.
 
     row        "tools": functions with their JSON schemas, as a list or its JSON text; or "functions", a list
     assistant  "tool_calls": [{"type": "function", "function": {"name", "arguments"}}, ...], with or without content;
@@ -9,13 +9,10 @@ The model learns the assistant's calls; tool results are input only, like questi
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from adaptkit.data.chat_template import HINT
-from adaptkit.data.parts import are_of_text, joined
-from adaptkit.data.reasoning import FIELD
-from adaptkit.data.values import check_value, parse
+from adaptkit.data.values import are_of_text, check_value, joined, parse
 from adaptkit.errors import DataError
 
 Tools = tuple[Mapping[str, Any], ...]
@@ -25,8 +22,6 @@ CALLS = "tool_calls"
 _RESULT_FIELDS = ("name", "tool_call_id")
 """Fields of a tool's message besides its content."""
 _CALL_KEYS = {"name", "arguments", "parameters", "id", "type", "index"}
-_FORMS: tuple[tuple[bool, str | None], ...] = ((False, ""), (False, None), (True, ""), (True, None))
-"""Forms of a call: (whether arguments are JSON text, the value of empty content); transformers 5.24 omits None."""
 
 
 def read_tools(value: Any, where: str, column: str) -> Tools:
@@ -78,7 +73,7 @@ def calls_in(value: Any, where: str) -> list[dict[str, Any]]:
     return calls
 
 
-def read_given(message: Mapping[str, Any], where: str) -> tuple[Any, dict[str, str]]:
+def read_result(message: Mapping[str, Any], where: str) -> tuple[Any, dict[str, str]]:
     """Return a tool's result as text, and its name and call id; text parts are joined, objects and lists become JSON.
 
     Raises:
@@ -88,153 +83,7 @@ def read_given(message: Mapping[str, Any], where: str) -> tuple[Any, dict[str, s
     content = joined(content, where)[0] if are_of_text(content) else content
     others = {name: message[name] for name in _RESULT_FIELDS if isinstance(message.get(name), str)}
     check_value([content, others], where)
-    return (_json(content) if isinstance(content, dict | list) else content), others
-
-
-def names_of(tools: Tools) -> list[str]:
-    """Return the names of tools."""
-    return [str(tool["function"]["name"]) for tool in tools]
-
-
-def words_of(calls: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield the names, keys and strings of calls."""
-    for function in (call["function"] for call in calls):
-        yield str(function["name"])
-        yield from (leaf for leaf in _leaves(function["arguments"]) if isinstance(leaf, str))
-
-
-def words_of_tools(tools: Tools) -> Iterator[str]:
-    """Yield the keys and strings of tools."""
-    return (leaf for leaf in _leaves([*tools]) if isinstance(leaf, str))
-
-
-def first_missing_word(calls: Sequence[Mapping[str, Any]], text: str) -> str:
-    """Return the first name, key or string of calls that is missing in a text; empty if all are there."""
-    return next((word for word in words_of(calls) if not is_written(word, text)), "")
-
-
-def end_of_words(calls: Sequence[Mapping[str, Any]], text: str) -> int:
-    """Return the end offset of the last name, key or string of calls in a text; 0 if there is none."""
-    forms = [form for word in words_of(calls) for form in _forms(word)]
-    return max((at + len(form) for form in forms if (at := text.rfind(form)) >= 0), default=0)
-
-
-def is_written(word: str, text: str) -> bool:
-    """Return whether a text contains a word, as it is or escaped for JSON."""
-    return any(form in text for form in _forms(word))
-
-
-class ToolForm:
-    """How one chat template takes tools and calls, and what it leaves out; found out once, by rendering probes.
-
-    Arguments are an object or JSON text, with empty content or None; the form that transformers documents, an object
-    with empty content, is tried first.
-
-    Args:
-        render: returns the rendered text of a conversation with tools; "" if the template refuses it.
-        prepare: converts a message for the template, except for its calls.
-    """
-
-    def __init__(
-        self,
-        render: Callable[[Sequence[dict[str, Any]], Tools], str],
-        prepare: Callable[[dict[str, Any]], dict[str, Any]],
-    ) -> None:
-        self._render, self._prepare, self._answers = render, prepare, dict[str, bool]()
-        self._as_text, self._nothing = next(filter(self._is_taken, _FORMS), _FORMS[0])
-
-    def message(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Return a message in the form that the template takes."""
-        message = self._prepare(message)
-        if CALLS not in message:
-            return message
-        calls = [
-            call | {"function": call["function"] | {"arguments": _json(call["function"]["arguments"])}}
-            if self._as_text
-            else call
-            for call in message[CALLS]
-        ]
-        return message | {"content": message["content"] or self._nothing, CALLS: calls}
-
-    def check(self, messages: Sequence[Mapping[str, Any]], tools: Tools) -> None:
-        """Refuse a conversation if the template leaves out a kind of content that it has.
-
-        Raises:
-            DataError: names the kind.
-        """
-        found = _kinds(messages, tools)
-        for kind in _PROBES:
-            if kind in found and self._loses(kind):
-                raise DataError(f"the chat template leaves out {kind}", hint=f"leave such conversations out, or {HINT}")
-
-    def _is_taken(self, form: tuple[bool, str | None]) -> bool:
-        self._as_text, self._nothing = form
-        text = self._written([_answer()])
-        return _WORD in text and f"'{_WORD}'" not in text  # a Python repr: the template wants JSON text
-
-    def _loses(self, kind: str) -> bool:
-        if kind not in self._answers:
-            messages, tools, words = _PROBES[kind]
-            text = self._written(messages, tools)
-            written = all(any(form in text for form in word.split("|")) for word in words)
-            self._answers[kind] = bool(text) and not written
-        return self._answers[kind]
-
-    def _written(self, messages: Sequence[dict[str, Any]], tools: Tools = ()) -> str:
-        return self._render([_QUESTION, *map(self.message, messages)], tools)
-
-
-def _kinds(messages: Sequence[Mapping[str, Any]], tools: Tools) -> set[str]:
-    """Return the kinds of content in a conversation that a template may leave out."""
-    found = {_TOOLS} if tools else set()
-    for message in messages:
-        if message["role"] == "tool":
-            found.add(_RESULTS)
-        calls = message.get(CALLS, ())
-        found |= {_SEVERAL} if len(calls) > 1 else set()
-        found |= {_BESIDE} if calls and message["content"].strip() else set()
-        found |= {_AFTER} if calls and message.get(FIELD) else set()
-        found |= {_ALONE} if calls else set()
-        found |= {_KINDS[type(leaf)] for call in calls for leaf in _leaves(call["function"]["arguments"])} - {""}
-    return found
-
-
-def _answer(content: str = "", count: int = 1, **arguments: Any) -> dict[str, Any]:
-    """Return an assistant's message with made-up calls, for probes."""
-    calls = [
-        {"type": "function", "id": f"call0000{number}", "function": {"name": f"probe{number}", "arguments": given}}
-        for number, given in enumerate([{"key": _WORD, **arguments}, {"key": f"{_WORD}ed"}][:count])
-    ]
-    return {"role": "assistant", "content": content, CALLS: calls}
-
-
-_WORD = "inkling"
-_QUESTION = {"role": "user", "content": "question"}
-_TOOL = {"name": "probe0", "description": "", "parameters": {"type": "object", "properties": {"key": {}}}}
-OTHER_TOOLS: Tools = ({"type": "function", "function": _TOOL | {"name": "sundial"}},)
-"""Tools that no probe calls."""
-_TOOLS, _RESULTS, _ALONE = "the list of tools", "tool results", "tool calls"
-_SEVERAL, _BESIDE, _AFTER = "tool calls after the first", "tool calls beside content", "tool calls after reasoning"
-_NUMBERS, _TRUTHS, _NOTHING = (
-    "tool arguments that are numbers",
-    "tool arguments that are true or false",
-    "tool arguments that are null",
-)
-_KINDS = {str: "", int: _NUMBERS, float: _NUMBERS, bool: _TRUTHS, type(None): _NOTHING}
-_TOOL_RESULT = {"role": "tool", "content": "murmur", "name": "probe0", "tool_call_id": "call00000"}
-_PROBES: dict[str, tuple[list[dict[str, Any]], Tools, tuple[str, ...]]] = {
-    _TOOLS: ([], ({"type": "function", "function": _TOOL},), ("probe0",)),
-    _ALONE: ([_answer()], (), ("probe0", _WORD)),
-    _RESULTS: ([_answer(), _TOOL_RESULT], (), ("murmur",)),
-    _SEVERAL: ([_answer(count=2)], (), ("probe0", "probe1", f"{_WORD}ed")),
-    _BESIDE: ([_answer("murmur")], (), (_WORD, "murmur")),
-    _AFTER: ([_answer() | {FIELD: "murmur"}], (), (_WORD,)),
-    _NUMBERS: ([_answer(number=271828)], (), ("271828",)),
-    _TRUTHS: ([_answer(flag=True)], (), ("true|True",)),
-    _NOTHING: ([_answer(nothing=None)], (), ("null|None",)),
-}
-"""For each kind: messages after a question, tools, and words that must be in the text (``|`` separates variants).
-What a template leaves out altogether comes before a part of it."""
+    return (as_json(content) if isinstance(content, dict | list) else content), others
 
 
 def _call(given: Any, where: str) -> dict[str, Any]:
@@ -272,15 +121,48 @@ def _parsed(text: str, what: str) -> Any:
         ) from error
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def names_of(tools: Tools) -> list[str]:
+    """Return the names of tools."""
+    return [str(tool["function"]["name"]) for tool in tools]
+
+
+def words_of(calls: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the names, keys and strings of calls."""
+    for function in (call["function"] for call in calls):
+        yield str(function["name"])
+        yield from (leaf for leaf in leaves(function["arguments"]) if isinstance(leaf, str))
+
+
+def words_of_tools(tools: Tools) -> Iterator[str]:
+    """Yield the keys and strings of tools."""
+    return (leaf for leaf in leaves([*tools]) if isinstance(leaf, str))
+
+
+def first_missing_word(calls: Sequence[Mapping[str, Any]], text: str) -> str:
+    """Return the first name, key or string of calls that is missing in a text; empty if all are there."""
+    return next((word for word in words_of(calls) if not is_written(word, text)), "")
+
+
+def end_of_words(calls: Sequence[Mapping[str, Any]], text: str) -> int:
+    """Return the end offset of the last name, key or string of calls in a text; 0 if there is none."""
+    forms = [form for word in words_of(calls) for form in _forms(word)]
+    return max((at + len(form) for form in forms if (at := text.rfind(form)) >= 0), default=0)
+
+
+def is_written(word: str, text: str) -> bool:
+    """Return whether a text contains a word, as it is or escaped for JSON."""
+    return any(form in text for form in _forms(word))
+
+
+def leaves(value: Any) -> Iterator[Any]:
     """Yield all keys, and all values that are neither objects nor lists."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield str(key)
-            yield from _leaves(inner)
+            yield from leaves(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _leaves(inner)
+            yield from leaves(inner)
     else:
         yield value
 
@@ -291,5 +173,6 @@ def _forms(word: str) -> tuple[str, ...]:
     return (bare, *(json.dumps(some, ensure_ascii=ascii)[1:-1] for some in (bare, word) for ascii in (False, True)))
 
 
-def _json(value: Any) -> str:
+def as_json(value: Any) -> str:
+    """Return a value as JSON text, not escaped to ASCII."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,8 @@
-"""Values of rows: JSON in which no key is repeated, and strings that tokenizers accept."""
+"""Values of rows: JSON in which no key is repeated, and text that tokenizers accept, also in parts.
+
+Multimodal models have content as a list of parts, ``[{"type": "text", "text": ...}]``. Text parts are joined without a
+separator, as nearly all chat templates that accept parts do; many templates accept only strings.
+"""
 
 import json
 import math
@@ -10,10 +14,10 @@ from typing import Any
 from adaptkit.errors import DataError
 
 SURROGATE_HINT = "write characters beyond U+FFFF whole, or as surrogate pairs"
-"""Hint for errors about surrogates."""
 _DEEPEST = 64
 _HALF = re.compile("[\ud800-\udfff]")
 _KINDS = (str, int, float, bool, type(None))
+_PART_KEYS = {"type", "text"}
 
 
 def parse(text: str) -> Any:
@@ -23,6 +27,13 @@ def parse(text: str) -> Any:
         ValueError, RecursionError: it is not JSON, is nested too deeply, or repeats a key in an object.
     """
     return json.loads(text, object_pairs_hook=_mapping)
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError(f"the key {repeated(name for name, _ in pairs)!r} appears twice")
+    return found
 
 
 def repeated(names: Iterable[str]) -> str | None:
@@ -60,8 +71,32 @@ def check_value(value: Any, what: str, depth: int = 0) -> None:
         raise DataError(f"{what}: {value!r} is not a JSON value", hint="write it as a string")
 
 
-def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError(f"the key {repeated(name for name, _ in pairs)!r} appears twice")
-    return found
+def are_of_text(content: Any) -> bool:
+    """Return whether a content is a non-empty list of text parts."""
+    return isinstance(content, list) and bool(content) and all(_kind(part) == "text" for part in content)
+
+
+def joined(content: Any, where: str) -> tuple[Any, frozenset[str]]:
+    """Join the parts of a content; return the text and the parts' other keys. Any other content is returned unchanged.
+
+    Raises:
+        DataError: a part is not text.
+    """
+    if not isinstance(content, list) or not content:
+        return content, frozenset()
+    for number, part in enumerate(content, 1):
+        if _kind(part) != "text":
+            raise DataError(
+                f"{where}: part {number} of its content is not text ({_kind(part)})",
+                hint='write parts as {"type": "text", "text": ...}; remove rows with images, video or audio',
+            )
+    others = {key for part in content for key, value in part.items() if key not in _PART_KEYS and value is not None}
+    return "".join(part["text"] for part in content), frozenset(map(str, others))
+
+
+def _kind(part: Any) -> str:
+    if not isinstance(part, dict) or "type" not in part:
+        return type(part).__name__
+    if part["type"] == "text" and not isinstance(part.get("text"), str):
+        return type(part.get("text")).__name__
+    return str(part["type"])

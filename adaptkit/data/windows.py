@@ -14,7 +14,6 @@ from adaptkit.data.conversation import read_example
 from adaptkit.data.limits import check_window
 from adaptkit.data.rendering import render
 from adaptkit.data.rows import holds_rows, read_pieces, read_rows, read_text
-from adaptkit.data.template_call import Conversation
 from adaptkit.data.tokenizer_files import leading_special_tokens, load_tokenizer
 from adaptkit.errors import DataError, UsageError
 
@@ -120,7 +119,7 @@ def _row_tokens(row: Mapping[str, Any], where: str, tokenizer: Any) -> tuple[lis
     if example.text is not None:
         return _tokens(tokenizer, example.text, True), False
     try:
-        (rendered,) = render([Conversation(example.messages, False, example.tools)], tokenizer)
+        rendered = render(example.messages, tokenizer, example.tools)
     except DataError as error:
         raise DataError(f"{where}: {error.message}", error.hint) from error
     return _tokens(tokenizer, rendered, tokenizer.chat_template is None), True

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from adaptkit.checkpoint.patterns import check_pattern
-from adaptkit.data.layouts import LAYOUTS
+from adaptkit.data.conversation import LAYOUTS
 from adaptkit.errors import ConfigError
 from adaptkit.training.methods._method import TrainingMethod, combined_settings, default_method, settings_of_others
 from adaptkit.training.other_names import OTHER_NAMES

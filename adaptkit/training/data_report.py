@@ -6,7 +6,7 @@ from typing import Any
 
 from adaptkit.data.batches import Batches
 from adaptkit.data.dataset import Dataset, SourceReport
-from adaptkit.data.samples import Sample
+from adaptkit.data.encoding import Sample
 from adaptkit.training.inputs import Inputs
 
 

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import Any
 
 from adaptkit.data.batches import Batch
-from adaptkit.data.samples import IGNORED
+from adaptkit.data.encoding import IGNORED
 from adaptkit.models.model_lock import model_lock
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.inputs import read_inputs

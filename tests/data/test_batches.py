@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptkit.data.batches import Batches, collate
-from adaptkit.data.samples import IGNORED, Sample
+from adaptkit.data.encoding import IGNORED, Sample
 from adaptkit.data.tokenizer_files import load_tokenizer
 
 PAD = 0

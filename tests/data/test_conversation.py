@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptkit.data.conversation import read_example
-from adaptkit.data.learning_marks import check_not_marked_out
+from adaptkit.data.conversation import check_not_excluded, read_example
 from adaptkit.errors import DataError
 
 ASKED = {"role": "user", "content": "Name it\n\na river"}
@@ -468,10 +467,10 @@ def test_a_preference_whose_answers_are_outside_of_the_conversation_is_refused(l
 )  # fmt: skip
 def test_a_row_that_is_marked_as_excluded_is_refused_and_other_values_are_columns(row, name, excludes, others):
     with pytest.raises(DataError, match=f"^here: {name} {excludes!r} excludes the whole row") as raised:
-        check_not_marked_out(row | {name: excludes}, "here")
+        check_not_excluded(row | {name: excludes}, "here")
     assert "remove such rows, or rename the column" in raised.value.hint
     for other in others:
-        check_not_marked_out(row | {name: other}, "here")
+        check_not_excluded(row | {name: other}, "here")
     for value in (excludes, *others):  # it may be held out, or only be measured
         assert name not in read_example(row | {name: value}, "here").columns
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.data.dataset import default_held_out, load_data, order, split
-from adaptkit.data.samples import IGNORED, Sample
+from adaptkit.data.encoding import IGNORED, Sample
 from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import DataError
 

@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptkit.data.conversation import read_example
-from adaptkit.data.encoding import Encoder, prompt_ids
-from adaptkit.data.samples import IGNORED
+from adaptkit.data.encoding import IGNORED, Encoder, prompt_ids
 from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import DataError, UsageError
 from adaptkit.training.evaluation.generation import stop_tokens

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptkit.data.batches import Batches
+from adaptkit.data.encoding import Sample
 from adaptkit.data.mixture import Mixture
-from adaptkit.data.samples import Sample
 from adaptkit.errors import ConfigError
 from adaptkit.training.config import TrainConfig
 

@@ -7,12 +7,9 @@ import pytest
 import tiny
 
 from adaptkit.data.chat_template import set_template_kwargs
-from adaptkit.data.conversation import read_example
-from adaptkit.data.encoding import Encoder
-from adaptkit.data.rendering import render
-from adaptkit.data.template_call import Conversation, asks_for_the_date, call_template
+from adaptkit.data.rendering import asks_for_the_date, call_template, render
 from adaptkit.data.tokenizer_files import load_tokenizer
-from adaptkit.data.tool_calls import OTHER_TOOLS
+from adaptkit.data.tool_form import OTHER_TOOLS
 from adaptkit.errors import DataError, UsageError
 
 ASKED = [{"role": "user", "content": "Name a river"}]
@@ -25,7 +22,7 @@ def tokenizer(tmp_path):
 
 
 def apply_template(tokenizer, messages, opening):
-    return call_template(tokenizer, Conversation(messages, opening))
+    return call_template(tokenizer, messages, opening=opening)
 
 
 @pytest.mark.parametrize("opening", [False, True])
@@ -60,17 +57,6 @@ def test_only_the_date_differs_from_transformers(tokenizer, start):
     assert "in 2024" in expected
 
 
-def test_conversations_are_rendered_in_order_up_to_the_first_refused_one(tokenizer):
-    asked = [Conversation([{"role": "user", "content": str(number)}], number % 2 == 0) for number in range(500)]
-    expected = [tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=o) for m, o, _ in asked]
-    assert list(render(asked, tokenizer)) == expected
-    tokenizer.chat_template = "{% if messages[0]['content'] == '7' %}{{ raise_exception('no') }}{% endif %}fine"
-    texts = render(asked, tokenizer)
-    assert [next(texts) for _ in range(7)] == ["fine"] * 7
-    with pytest.raises(DataError, match="refuses"):
-        next(texts)
-
-
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
@@ -90,17 +76,6 @@ def test_whatever_a_template_raises_is_the_reason_of_the_refusal(tokenizer, temp
         apply_template(tokenizer, ASKED, False)
 
 
-def test_a_refused_row_leaves_no_answers_for_the_next_request(tokenizer):
-    encoder = Encoder(tokenizer)
-    first = read_example({"messages": [CHAT[1]]}, "bad")
-    row, other = ({"instruction": f"Name {what}", "output": "the Rhine"} for what in ("STALE", "a river"))
-    with pytest.raises(DataError, match="bad: the first message is the assistant's") as kept:
-        list(encoder.encode([("bad", first), ("stale", read_example(row, "stale"))]))
-    ((sample,),) = [encoded.samples for encoded in encoder.encode([("good", read_example(other, "good"))])]
-    assert "Name a river" in tokenizer.decode(sample.ids)
-    assert kept.value.hint
-
-
 @pytest.mark.parametrize("text", ["\ud800 half", "漢字" * 1_000_000, "\u2028\0\x7f"])
 def test_every_character_is_returned_unchanged(tokenizer, text):
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
@@ -109,7 +84,7 @@ def test_every_character_is_returned_unchanged(tokenizer, text):
 
 def test_a_text_far_longer_than_the_conversation_is_refused(tokenizer):
     tokenizer.chat_template = "{{ messages[0]['content'] * 200000 }}"
-    with pytest.raises(DataError, match=r"turns 12 characters into 2,400,000"):
+    with pytest.raises(DataError, match=r"turns \d\d characters into 2,400,000"):
         apply_template(tokenizer, ASKED, False)
     tokenizer.chat_template = "{{ messages[0]['content'] * 8 }}"
     long = [{"role": "user", "content": "x" * 3_000_000}]
@@ -120,7 +95,7 @@ def test_a_tokenizer_with_only_templates_for_other_purposes_is_refused(llama):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
     with pytest.raises(DataError, match="multiple chat templates with no default"):
-        list(render([Conversation(CHAT, False)], tokenizer))
+        render(CHAT, tokenizer)
     with pytest.raises(DataError, match="no chat template for this conversation"):
         set_template_kwargs(tokenizer, {"quick": True})
 
@@ -130,7 +105,7 @@ def test_reasoning_counts_towards_the_length_of_a_conversation(tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{{ m.thinking }}{% endfor %}"
     long = "thought " * (1 << 18)
     answer = {"role": "assistant", "content": "a", "reasoning_content": long}
-    (text,) = render([Conversation([*ASKED, answer], False)], tokenizer)
+    text = render([*ASKED, answer], tokenizer)
     assert text == f"Name a rivera{long.strip()}"
 
 
@@ -147,7 +122,7 @@ def test_template_variables_have_the_same_effect_as_in_transformers(llama, value
     expected = tokenizer.apply_chat_template(CHAT, tokenize=False, **values)
     assert expected != tokenizer.apply_chat_template(CHAT, tokenize=False)
     set_template_kwargs(tokenizer, values)
-    assert list(render([Conversation(CHAT, False)], tokenizer)) == [expected]
+    assert render(CHAT, tokenizer) == expected
 
 
 def test_template_variables_reach_the_default_template_and_the_one_for_tools(llama):
@@ -156,9 +131,8 @@ def test_template_variables_reach_the_default_template_and_the_one_for_tools(lla
         names = ("default", "tool_use", "rag")
         tokenizer.chat_template = {name: f"{name}{{{{ mood }}}}" if name in asking else name for name in names}
         set_template_kwargs(tokenizer, {"mood": " is good"})
-        asked = [Conversation(CHAT, False, tools) for tools in ((), OTHER_TOOLS)]
         expected = [f"{name} is good" if name in asking else name for name in names[:2]]
-        assert [call_template(tokenizer, one) for one in asked] == expected
+        assert [call_template(tokenizer, CHAT, tools) for tools in ((), OTHER_TOOLS)] == expected
     tokenizer.chat_template = {"default": "a", "rag": "{{ mood }}"}
     with pytest.raises(UsageError, match="does not use 'mood'"):
         set_template_kwargs(tokenizer, {"mood": " is good"})

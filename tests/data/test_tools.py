@@ -6,8 +6,7 @@ import pytest
 
 from adaptkit.data.conversation import read_example
 from adaptkit.data.dataset import load_data
-from adaptkit.data.encoding import Encoder, conversation_ids
-from adaptkit.data.samples import IGNORED
+from adaptkit.data.encoding import IGNORED, Encoder, conversation_ids
 from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import DataError
 

@@ -121,11 +121,11 @@ def test_templates_are_rendered_in_one_place_which_file_tools_do_not_call():
     def users(wanted):
         return {module for module, text in texts.items() if wanted in text}
 
-    assert users("apply_chat_template") == {"data/template_call.py"}
+    assert users("apply_chat_template") == {"data/rendering.py"}
     parses = "data/chat_template.py"  # runs no template
-    assert users("import jinja2") | users("from jinja2") == {"data/template_call.py", parses}
-    assert users("call_template") == {"data/template_call.py", "data/rendering.py"}
-    renderers = users("data.rendering import")
+    assert users("import jinja2") | users("from jinja2") == {"data/rendering.py", parses}
+    assert users("call_template") == {"data/rendering.py"}
+    renderers = users("data.rendering import render")
     assert {module for module in renderers if not module.startswith("training/")} == {
         "data/encoding.py",
         "data/ending.py",

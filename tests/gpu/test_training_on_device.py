@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from adaptkit.data.batches import collate
-from adaptkit.data.samples import Sample
+from adaptkit.data.encoding import Sample
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.loop import train

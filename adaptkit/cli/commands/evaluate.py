@@ -24,7 +24,7 @@ from adaptkit.cli.output import (
 )
 from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import count_progress
-from adaptkit.data.layouts import LAYOUTS
+from adaptkit.data.conversation import LAYOUTS
 from adaptkit.training.heap import prepare_process
 
 if TYPE_CHECKING:

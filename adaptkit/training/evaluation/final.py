@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptkit.data.ending import around_answer
-from adaptkit.data.reasoning import FIELD, TAGS
+from adaptkit.data.messages import REASONING, TAGS
 from adaptkit.data.rendering import render
-from adaptkit.data.template_call import Conversation
 from adaptkit.data.tokenizer_files import tokens_in
 from adaptkit.errors import DataError
 
@@ -39,10 +38,10 @@ class Marks:
             return cls()
         default_end = TAGS[1] if any(mark in str(tokenizer.chat_template) for mark in TAGS) else ""
         words, reasoning = "quokka", "lemur"  # occur in no template
-        answer = {"role": "assistant", "content": words, FIELD: reasoning}
+        answer = {"role": "assistant", "content": words, REASONING: reasoning}
         try:
             opening, after, *_ = around_answer(tokenizer)
-            (text,) = render([Conversation([{"role": "user", "content": "question"}, answer], False)], tokenizer)
+            text = render([{"role": "user", "content": "question"}, answer], tokenizer)
         except DataError:  # it refuses a plain question and answer; each row's own error says why
             return cls(end=default_end)
         _, found, end = text.rpartition(words)[0].rpartition(reasoning)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adaptkit.data.encoding import Sample
 from adaptkit.data.limits import check_vocabulary
-from adaptkit.data.samples import Sample
 from adaptkit.errors import BaseMismatchError
 from adaptkit.training.methods._method import TrainingMethod
 from adaptkit.training.network.model import Model

@@ -15,11 +15,10 @@ from typing import Any
 
 from adaptkit.data.conversation import Example, read_example
 from adaptkit.data.dataset import Dataset, load_data, order
-from adaptkit.data.encoding import Encoder, conversation_ids
+from adaptkit.data.encoding import Encoder, Sample, conversation_ids
 from adaptkit.data.limits import check_vocabulary
-from adaptkit.data.reasoning import Message, without_reasoning
+from adaptkit.data.messages import Message, without_reasoning
 from adaptkit.data.rows import read_rows
-from adaptkit.data.samples import Sample
 from adaptkit.data.tool_calls import CALLS, Tools
 from adaptkit.errors import DataError
 from adaptkit.wording import counted

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.arguments import as_paths, as_texts, typed_fields
-from adaptkit.data.layouts import LAYOUTS
+from adaptkit.data.conversation import LAYOUTS
 from adaptkit.errors import UsageError
 from adaptkit.training.config import COMPUTE_DTYPES
 from adaptkit.training.evaluation.perplexity import TextReport

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from adaptkit.data.batches import Batch
     from adaptkit.data.dataset import Dataset
-    from adaptkit.data.samples import Sample
+    from adaptkit.data.encoding import Sample
     from adaptkit.training.config import TrainConfig
     from adaptkit.training.network.model import Model
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptkit.data.batches import Batch
-from adaptkit.data.samples import IGNORED
+from adaptkit.data.encoding import IGNORED
 from adaptkit.training.network.fused import fused_gates
 from adaptkit.training.network.model import Model
 from adaptkit.training.network.probing import as_in_training

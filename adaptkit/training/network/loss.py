@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptkit.data.batches import Batch
-from adaptkit.data.samples import IGNORED
+from adaptkit.data.encoding import IGNORED
 from adaptkit.models.casting import held
 from adaptkit.models.memory import rows_at_a_time
 from adaptkit.models.probing import InPlaceOf, exchanged

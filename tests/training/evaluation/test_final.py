@@ -3,8 +3,7 @@
 import pytest
 
 from adaptkit.data.conversation import read_example
-from adaptkit.data.encoding import Encoder
-from adaptkit.data.samples import IGNORED
+from adaptkit.data.encoding import IGNORED, Encoder
 from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.training.evaluation.final import Marks
 

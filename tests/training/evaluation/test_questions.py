@@ -5,7 +5,7 @@ import json
 import pytest
 
 from adaptkit.data.dataset import load_data
-from adaptkit.data.samples import IGNORED
+from adaptkit.data.encoding import IGNORED
 from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import DataError
 from adaptkit.training.evaluation.questions import (

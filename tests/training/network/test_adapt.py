@@ -18,7 +18,7 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.data.batches import Batch, collate
-from adaptkit.data.samples import IGNORED, Sample
+from adaptkit.data.encoding import IGNORED, Sample
 from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.merge import merge

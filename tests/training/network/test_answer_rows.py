@@ -8,7 +8,7 @@ import torch
 from adapted import load_adapted, packed_in
 
 from adaptkit.data.batches import Batch, collate
-from adaptkit.data.samples import IGNORED, Sample
+from adaptkit.data.encoding import IGNORED, Sample
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.answer_rows import AnswerRows
 from adaptkit.training.network.fused import fuse_layers, fused_gates

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptkit.data.batches import Batch
-from adaptkit.data.samples import IGNORED
+from adaptkit.data.encoding import IGNORED
 from adaptkit.models import memory
 from adaptkit.models.activations import Alive, Checkpointing
 from adaptkit.models.memory import head_gradient_bytes

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from adaptkit.data.batches import Batch, collate
-from adaptkit.data.samples import Sample
+from adaptkit.data.encoding import Sample
 from adaptkit.training.network.neftune import EmbeddingNoise, sample_lengths
 
 
