@@ -29,7 +29,7 @@ def data_rows(data: "DataReport") -> Iterator[Row]:
     for source in data.held_out_sources:
         yield "held out", _source(source)
     if data.held_out_limited:
-        from adaptkit.data.dataset import MOST_HELD_OUT
+        from adaptkit.data.sampling import MOST_HELD_OUT
 
         yield "held out", f"{MOST_HELD_OUT:,} rows and not a tenth of them, as --held-out is not given"
     if data.repeated:

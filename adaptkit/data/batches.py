@@ -14,10 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from adaptkit.data.dataset import order
 from adaptkit.data.encoding import IGNORED, Sample
-from adaptkit.data.mixture import Mixture
-from adaptkit.data.packing import pack
+from adaptkit.data.sampling import Mixture, order
 
 _GROUPED_STEPS = 50
 """Number of consecutive steps within which rows are sorted by length; beyond that, the order stays random."""
@@ -189,3 +187,36 @@ def _cuts(count: int, parts: int) -> list[tuple[int, int]]:
 
 def _length(row: Row) -> int:
     return sum(len(sample.ids) for sample in row)
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Pack samples into rows by best-fit decreasing: each into the fullest row that has room for it.
+
+    Args:
+        lengths: tokens of each sample, at most ``capacity``; samples of equal length keep their order.
+        capacity: tokens of a row.
+
+    Returns:
+        The indices of the samples in each row. The number of rows does not depend on the order of the samples.
+
+    Source: best-fit packing (arXiv:2404.10830), for samples that are cut already; ``network.probing`` checks that a
+    model keeps them separate.
+    """
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # bit n: a row has room for exactly n
+    for sample in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        length = lengths[sample]
+        fitting = rooms >> length
+        if fitting:
+            room = length + (fitting & -fitting).bit_length() - 1
+            row = with_room[room].pop()
+            if not with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(sample)
+        with_room[room - length].append(row)
+        rooms |= 1 << room - length
+    return rows

@@ -10,9 +10,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.data.conversation import Example, check_not_excluded, read_example
 from adaptkit.data.encoding import Encoder, Sample
@@ -26,8 +23,6 @@ from adaptkit.data.tool_calls import CALLS, words_of, words_of_tools
 from adaptkit.errors import DataError
 from adaptkit.wording import counted
 
-HELD_OUT, MOST_HELD_OUT = 0.1, 1000
-"""The fraction of the rows, and the most rows, that are held out unless ``held_out`` is given."""
 _TOGETHER = 1000
 """Number of rows tokenized at a time."""
 _NAMED = 5
@@ -148,42 +143,6 @@ def load_data(
         )
     data.dated = asks_for_the_date(tokenizer) and data.has_conversations
     return data
-
-
-def default_held_out(samples: Sequence[Sample]) -> float:
-    """Return the fraction of the rows to hold out if none is given: so many that measuring them takes little time."""
-    return min(HELD_OUT, MOST_HELD_OUT / len({sample.source for sample in samples}))
-
-
-def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Hold out a fraction of the rows, chosen by the seed; at least one row on each side unless the fraction is 0.
-
-    All samples of a row go to the same side: they are turns of one conversation, and later samples contain the answers
-    of earlier ones.
-
-    Returns:
-        Samples to train on, and held-out ones.
-
-    Raises:
-        DataError: there is only one row.
-    """
-    if held_out == 0:
-        return list(samples), []
-    rows = list(dict.fromkeys(sample.source for sample in samples))
-    if len(rows) < 2:
-        raise DataError(
-            "a single row cannot be split into training and held-out rows", hint="add data, or use --held-out 0"
-        )
-    count = min(len(rows) - 1, max(1, round(len(rows) * held_out)))
-    chosen = {rows[i] for i in order(len(rows), seed)[:count]}
-    return [s for s in samples if s.source not in chosen], [s for s in samples if s.source in chosen]
-
-
-def order(count: int, seed: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
-    """Return a permutation of range(count) that depends only on the seed: (count,) int64."""
-    permutation: np.ndarray[Any, np.dtype[np.int64]]
-    permutation = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
-    return permutation
 
 
 @dataclass

@@ -17,11 +17,11 @@ from adaptkit.checkpoint.place import check_output, refuse_inside_artifact
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import check_side_files, side_files
 from adaptkit.data.chat_template import TEMPLATE_NAME, check_template, read_template, set_template_kwargs, template_of
-from adaptkit.data.dataset import HELD_OUT, Dataset, default_held_out, split
+from adaptkit.data.dataset import Dataset
 from adaptkit.data.encoding import Sample, prompt_ids
 from adaptkit.data.ending import generation_naming, unnamed_end
 from adaptkit.data.limits import check_prompt, check_vocabulary, context_length, vocabulary_size
-from adaptkit.data.mixture import Mixture
+from adaptkit.data.sampling import HELD_OUT, Mixture, default_held_out, split
 from adaptkit.data.tokenizer_files import (
     has_tokenizer,
     is_of_tokenizer,

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptkit.data.dataset import default_held_out, load_data, order, split
+from adaptkit.data.dataset import load_data
 from adaptkit.data.encoding import IGNORED, Sample
+from adaptkit.data.sampling import default_held_out, order, split
 from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import DataError
 

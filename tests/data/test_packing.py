@@ -7,9 +7,8 @@ from folders import edit_json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptkit.data.batches import Batches, collate
+from adaptkit.data.batches import Batches, collate, pack
 from adaptkit.data.encoding import IGNORED, Sample
-from adaptkit.data.packing import pack
 from adaptkit.errors import UsageError
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model

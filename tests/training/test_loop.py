@@ -91,7 +91,8 @@ def test_the_first_loss_equals_that_of_the_dequantized_model(config, llama_nf4, 
     """A fresh adapter changes nothing, so step 1 has transformers' loss on the same batch, weighted by tokens."""
     from transformers import AutoModelForCausalLM
 
-    from adaptkit.data.dataset import load_data, split
+    from adaptkit.data.dataset import load_data
+    from adaptkit.data.sampling import split
     from adaptkit.operations.dequantize import dequantize
 
     train(replace(config, steps=1, dropout=0.0), tmp_path / "adapter")

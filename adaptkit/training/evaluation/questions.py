@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.data.conversation import Example, read_example
-from adaptkit.data.dataset import Dataset, load_data, order
+from adaptkit.data.dataset import Dataset, load_data
 from adaptkit.data.encoding import Encoder, Sample, conversation_ids
 from adaptkit.data.limits import check_vocabulary
 from adaptkit.data.messages import Message, without_reasoning
 from adaptkit.data.rows import read_rows
+from adaptkit.data.sampling import order
 from adaptkit.data.tool_calls import CALLS, Tools
 from adaptkit.errors import DataError
 from adaptkit.wording import counted

@@ -1,22 +1,62 @@
-"""Mixtures: how much of each source an epoch draws.
-
-An epoch has the same number of samples as the data. Each source contributes its share from a stream that repeats all
-of its samples, in a new order each time; the next epoch continues where this one stopped. So the samples of a source
-are drawn equally often, to within one, whatever its share.
-"""
+"""Which samples are held out, and which an epoch draws; determined only by the seed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
-from adaptkit.data.dataset import order
+import numpy as np
+import torch
+
 from adaptkit.data.encoding import Sample
-from adaptkit.errors import ConfigError
+from adaptkit.errors import ConfigError, DataError
+
+HELD_OUT, MOST_HELD_OUT = 0.1, 1000
+"""The fraction of the rows, and the most rows, that are held out unless ``held_out`` is given."""
+
+
+def default_held_out(samples: Sequence[Sample]) -> float:
+    """Return the fraction of the rows to hold out if none is given: so many that measuring them takes little time."""
+    return min(HELD_OUT, MOST_HELD_OUT / len({sample.source for sample in samples}))
+
+
+def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Hold out a fraction of the rows, chosen by the seed; at least one row on each side unless the fraction is 0.
+
+    All samples of a row go to the same side: they are turns of one conversation, and later samples contain the answers
+    of earlier ones.
+
+    Returns:
+        Samples to train on, and held-out ones.
+
+    Raises:
+        DataError: there is only one row.
+    """
+    if held_out == 0:
+        return list(samples), []
+    rows = list(dict.fromkeys(sample.source for sample in samples))
+    if len(rows) < 2:
+        raise DataError(
+            "a single row cannot be split into training and held-out rows", hint="add data, or use --held-out 0"
+        )
+    count = min(len(rows) - 1, max(1, round(len(rows) * held_out)))
+    chosen = {rows[i] for i in order(len(rows), seed)[:count]}
+    return [s for s in samples if s.source not in chosen], [s for s in samples if s.source in chosen]
+
+
+def order(count: int, seed: int) -> "np.ndarray[Any, np.dtype[np.int64]]":
+    """Return a permutation of range(count) that depends only on the seed: (count,) int64."""
+    permutation: np.ndarray[Any, np.dtype[np.int64]]
+    permutation = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).numpy()
+    return permutation
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """What an epoch draws from each source.
+    """What an epoch draws from each source, if they have weights.
+
+    An epoch has the same number of samples as the data. Each source contributes its share from a stream that repeats
+    all of its samples, in a new order each time; the next epoch continues where this one stopped. So the samples of a
+    source are drawn equally often, to within one, whatever its share.
 
     Attributes:
         members: for each source, the indices of its samples.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from adaptkit.data.batches import Batches
 from adaptkit.data.encoding import Sample
-from adaptkit.data.mixture import Mixture
+from adaptkit.data.sampling import Mixture
 from adaptkit.errors import ConfigError
 from adaptkit.training.config import TrainConfig
 
