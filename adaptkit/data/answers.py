@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adaptkit.data.chat_template import HINT
-from adaptkit.data.messages import Message, content_with_reasoning
+from adaptkit.data.messages import REASONING, Message, content_with_reasoning, without_reasoning
 from adaptkit.data.tool_calls import CALLS, Tools, first_missing_word, is_written
 from adaptkit.errors import DataError
 
@@ -135,10 +135,7 @@ def answer_as_asked(
     if mark and content.startswith(mark) and said.rstrip().endswith(lines(content)[-1]):  # the template drops reasoning
         said, lost = content[len(mark) :].lstrip(), ""
     if lost:
-        raise DataError(
-            f"the chat template leaves out a part of message {turn + 1}: {lost[:60]!r}",
-            f"remove it from the data, set the template's variable for it, such as enable_thinking, or {HINT}",
-        )
+        raise _left_out(lost, turn)
     check_calls(messages, turn, said)
     lead = _lead(said, content) if content or CALLS not in messages[turn] else _overlap(opening, said)
     if lead.strip() and mark.endswith(lead.strip()):  # prompt and answer both end the reasoning
@@ -184,6 +181,13 @@ def _otherwise(opening: str, turn: int, begun: bool) -> DataError:
     return DataError(
         f"the chat template opens answers with {opening!r}, but message {turn + 1}, an answer, does not continue that",
         f"set its variable for reasoning, such as --chat-template-kwargs enable_thinking={setting}, or {other}",
+    )
+
+
+def _left_out(lost: str, turn: int) -> DataError:
+    return DataError(
+        f"the chat template leaves out a part of message {turn + 1}: {lost[:60]!r}",
+        f"remove it from the data, set the template's variable for it, such as enable_thinking, or {HINT}",
     )
 
 
@@ -270,12 +274,25 @@ def check_answers(messages: Sequence[Message], text: str) -> None:
             check_calls(messages, turn, text[at:])
 
 
+def check_turn(messages: Sequence[Message], turn: int, said: str) -> None:
+    """Refuse an answer that calls tools if the template's text of it, ``said``, lacks a part of its content or calls.
+
+    Raises:
+        DataError: something is missing. Many templates support only one call at a time, or leave out content beside it.
+    """
+    if lost := missing(without_reasoning(messages[turn]["content"]), said):
+        raise _left_out(lost, turn)
+    check_calls(messages, turn, said)
+
+
 def check_calls(messages: Sequence[Message], turn: int, said: str) -> None:
     """Refuse an answer if the template's text of it, ``said``, lacks a part of its tool calls.
 
     Raises:
-        DataError: something is missing. Many templates support no tool calls, or only one at a time.
+        DataError: something is missing. Many templates support only one call at a time.
     """
+    for words in (messages[turn].get(REASONING, ""), messages[turn]["content"]):  # which may mention the same
+        said = said.replace(words.strip(), "", 1)
     lost = first_missing_word(messages[turn].get(CALLS, ()), said)
     if lost:
         raise DataError(

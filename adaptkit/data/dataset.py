@@ -2,9 +2,8 @@
 
 import hashlib
 import json
-import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -15,7 +14,7 @@ from adaptkit.data.conversation import Example, check_not_excluded, read_example
 from adaptkit.data.encoding import Encoder, Sample
 from adaptkit.data.ending import ends_after_answers
 from adaptkit.data.limits import check_vocabulary
-from adaptkit.data.messages import REASONING, Message
+from adaptkit.data.messages import REASONING
 from adaptkit.data.rendering import asks_for_the_date
 from adaptkit.data.rows import is_on_hub, read_rows
 from adaptkit.data.tokenizer_files import special_tokens
@@ -129,11 +128,9 @@ def load_data(
         DataError: an unreadable file, a row without the fields that it needs or too long for the model (with file and
             line), or nothing to learn.
     """
-    encoder = Encoder(tokenizer, loss_on)
-    ends, special = ends_after_answers(tokenizer), special_tokens(tokenizer)
-    collector = _Collector(max_length, too_long, context, known, ends, special)
-    data = collector.data
-    data.sources = tuple(_read(source, number, layout, encoder, collector) for number, source in enumerate(sources))
+    reader = _Reader(tokenizer, Encoder(tokenizer, loss_on), max_length, too_long, context, known)
+    data = reader.data
+    data.sources = tuple(reader.read(source, number, layout) for number, source in enumerate(sources))
     if not data.samples:
         dropped = counted(data.dropped, "sample")
         reason = f"no samples left; dropped {dropped} (too long, or answer cut off, at max_length {max_length})"
@@ -145,116 +142,103 @@ def load_data(
     return data
 
 
-@dataclass
-class _Collector:
-    """Collects samples, cuts or drops those that are too long, and counts them."""
+class _Reader:
+    """Reads sources into ``data``: encodes rows, cuts or drops samples that are too long, and counts them."""
 
-    max_length: int
-    too_long: str
-    context: int | None
-    known: int | None
-    ends: tuple[str, ...]
-    special: re.Pattern[str]
-    data: Dataset = field(default_factory=Dataset)
+    def __init__(
+        self, tokenizer: Any, encoder: Encoder, max_length: int, too_long: str, context: int | None, known: int | None
+    ) -> None:
+        self._encoder, self._max_length, self._too_long = encoder, max_length, too_long
+        self._context, self._known = context, known
+        self._ends, self._special = ends_after_answers(tokenizer), special_tokens(tokenizer)
+        self.data = Dataset()
 
-    def count_flaws(self, example: Example, encoder: Encoder, where: str) -> None:
+    def read(self, source: Path | str, number: int, layout: str | None) -> SourceReport:
+        """Read the source of this number."""
+        layouts: Counter[str] = Counter()
+        used: set[str] = set()
+        columns: dict[str, None] = {}
+        digest = hashlib.sha256() if is_on_hub(source) else None
+        before = len(self.data.samples)
+        rows = read_rows(source)
+        while True:
+            examples = []
+            for where, row in islice(rows, _TOGETHER):
+                held = {name: value for name, value in row.items() if value is not None}
+                if digest is not None:
+                    digest.update(json.dumps(held, sort_keys=True, default=str).encode())
+                check_not_excluded(row, where)
+                example = read_example(row, where, layout)
+                self._count_flaws(example, where)
+                layouts[example.layout] += 1
+                used.update(example.columns)
+                columns |= dict.fromkeys((*held, *(f"{key} of messages" for key in sorted(example.ignored))))
+                if example.messages and len(self._encoder.read(example)) < len(example.messages):
+                    columns["messages after the last learned answer"] = None
+                examples.append((where, example))
+            if not examples:
+                break
+            for encoded in self._encoder.encode(examples):
+                self.data.split += len(encoded.samples) > 1
+                self.data.ended += encoded.ended
+                for sample in encoded.samples:
+                    self._add(replace(sample, origin=number))
+        added = self.data.samples[before:]
+        return SourceReport(
+            name=str(source),
+            sha256=digest.hexdigest() if digest is not None else file_sha256(Path(source)),
+            rows=layouts.total(),
+            samples=len(added),
+            tokens=sum(len(sample.ids) for sample in added),
+            answer_tokens=sum(sample.answer_tokens for sample in added),
+            layouts=dict(layouts),
+            unused=tuple(name for name in columns if name not in used),
+        )
+
+    def _count_flaws(self, example: Example, where: str) -> None:
         """Count a row that learns an empty answer, one that ends twice, or one with other special tokens."""
-        learned = encoder.learned(example)
-        read = encoder.read(example) if learned else ()
+        learned, data = self._encoder.learned(example), self.data
         said = [example.messages[number] for number in learned]
         if any(not message["content"].strip() and CALLS not in message for message in said):
-            self.data.empty += 1
-            self.data.empty_at = self.data.empty_at or where
-        if any(message["content"].rstrip().endswith(self.ends) for message in said):
-            self.data.twice += 1
-            self.data.twice_at = self.data.twice_at or where
-        found = [self._special(message, number in learned) for number, message in enumerate(read)]
-        found += [self._first_special(words_of_tools(example.tools))] if read else []
-        if any(found):
-            self.data.special += 1
-            self.data.special_at = self.data.special_at or f"{where}: {next(filter(None, found))}"
+            data.empty, data.empty_at = data.empty + 1, data.empty_at or where
+        if any(message["content"].rstrip().endswith(self._ends) for message in said):
+            data.twice, data.twice_at = data.twice + 1, data.twice_at or where
+        token = next(filter(None, map(self._special.search, self._words(example, learned))), None)
+        if token is not None:
+            data.special, data.special_at = data.special + 1, data.special_at or f"{where}: {token[0]}"
 
-    def _special(self, message: Message, is_learned: bool) -> str:
-        """Return the first special token in a message, other than an end token after an answer, or an empty string."""
-        content = message["content"].rstrip()
-        end = next((end for end in self.ends if is_learned and content.endswith(end)), "")
-        texts = (message.get(REASONING, ""), content.removesuffix(end), *words_of(message.get(CALLS, ())))
-        return self._first_special(texts)
+    def _words(self, example: Example, learned: Sequence[int]) -> Iterator[str]:
+        """Yield the texts of a conversation that is learned, without the end tokens of answers."""
+        for number, message in enumerate(self._encoder.read(example) if learned else ()):
+            content = message["content"].rstrip()
+            end = next((end for end in self._ends if number in learned and content.endswith(end)), "")
+            yield from (message.get(REASONING, ""), content.removesuffix(end), *words_of(message.get(CALLS, ())))
+        yield from words_of_tools(example.tools) if learned else ()
 
-    def _first_special(self, texts: Iterable[str]) -> str:
-        found = next(filter(None, map(self.special.search, texts)), None)
-        return found[0] if found else ""
-
-    def add(self, sample: Sample) -> None:
+    def _add(self, sample: Sample) -> None:
         """Add a sample, cut if it is too long, or drop it."""
-        length = len(sample.ids)
+        length, data, most = len(sample.ids), self.data, self._max_length
         if sample.answer_tokens == 0:
             raise DataError(f"{sample.source}: nothing to learn", hint="give every row an answer, or text")
-        if length > self.data.longest:
-            self.data.longest, self.data.longest_at = length, sample.source
-        if length > self.max_length:
-            if self.too_long == "error":
+        if length > data.longest:
+            data.longest, data.longest_at = length, sample.source
+        if length > most:
+            if self._too_long == "error":
                 raise DataError(
-                    f"{sample.source}: {length} tokens are more than max_length {self.max_length}",
+                    f"{sample.source}: {length} tokens are more than max_length {most}",
                     hint="raise --max-length, or use --too-long cut or drop",
                 )
-            if self.too_long == "drop":
-                self.data.dropped += 1
+            sample = replace(sample, ids=sample.ids[:most], labels=sample.labels[:most])
+            if self._too_long == "drop" or sample.answer_tokens == 0:
+                data.dropped += 1
+                named = () if self._too_long == "drop" else (sample.source,)
+                data.masked = (*data.masked, *named)[:_NAMED]
                 return
-            sample = replace(sample, ids=sample.ids[: self.max_length], labels=sample.labels[: self.max_length])
-            if sample.answer_tokens == 0:
-                self.data.dropped += 1
-                self.data.masked = (*self.data.masked, sample.source)[:_NAMED]
-                return
-            self.data.truncated += 1
-        if self.context is not None and len(sample.ids) > self.context:
+            data.truncated += 1
+        if self._context is not None and len(sample.ids) > self._context:
             raise DataError(
-                f"{sample.source}: {len(sample.ids)} tokens are longer than the model's context of {self.context}",
-                hint=f"use --max-length {self.context}",
+                f"{sample.source}: {len(sample.ids)} tokens are longer than the model's context of {self._context}",
+                hint=f"use --max-length {self._context}",
             )
-        check_vocabulary(sample.ids, self.known, sample.source)
-        self.data.samples.append(sample)
-
-
-def _read(source: Path | str, number: int, layout: str | None, encoder: Encoder, collector: _Collector) -> SourceReport:
-    """Read one source into ``collector``."""
-    layouts: Counter[str] = Counter()
-    used: set[str] = set()
-    columns: dict[str, None] = {}
-    digest = hashlib.sha256() if is_on_hub(source) else None
-    before = len(collector.data.samples)
-
-    def examples() -> Iterator[tuple[str, Example]]:
-        for where, row in read_rows(source):
-            if digest is not None:
-                held = {name: value for name, value in row.items() if value is not None}
-                digest.update(json.dumps(held, sort_keys=True, default=str).encode())
-            check_not_excluded(row, where)
-            example = read_example(row, where, layout)
-            collector.count_flaws(example, encoder, where)
-            layouts[example.layout] += 1
-            used.update(example.columns)
-            columns.update((name, None) for name, value in row.items() if value is not None)
-            columns.update((f"{key} of messages", None) for key in sorted(example.ignored))
-            if example.messages and len(encoder.read(example)) < len(example.messages):
-                columns["messages after the last learned answer"] = None
-            yield where, example
-
-    waiting = examples()
-    while some := list(islice(waiting, _TOGETHER)):
-        for encoded in encoder.encode(some):
-            collector.data.split += len(encoded.samples) > 1
-            collector.data.ended += encoded.ended
-            for sample in encoded.samples:
-                collector.add(replace(sample, origin=number))
-    added = collector.data.samples[before:]
-    return SourceReport(
-        name=str(source),
-        sha256=digest.hexdigest() if digest is not None else file_sha256(Path(source)),
-        rows=layouts.total(),
-        samples=len(added),
-        tokens=sum(len(sample.ids) for sample in added),
-        answer_tokens=sum(sample.answer_tokens for sample in added),
-        layouts=dict(layouts),
-        unused=tuple(name for name in columns if name not in used),
-    )
+        check_vocabulary(sample.ids, self._known, sample.source)
+        data.samples.append(sample)

@@ -15,7 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from adaptkit.data.answers import Answer, answer_as_asked, check_answers, check_questions, find_answer
+from adaptkit.data.answers import (
+    Answer,
+    answer_as_asked,
+    check_answers,
+    check_questions,
+    check_turn,
+    find_answer,
+    shared,
+)
 from adaptkit.data.conversation import Example
 from adaptkit.data.ending import Turns
 from adaptkit.data.messages import Message
@@ -161,6 +169,7 @@ class Encoder:
             self._turns.check_opening(messages[turn], tools, before, through, answer)
             found.append((answer, through, before))
         answers = [a for a, through, _ in found if a is not None and whole.startswith(through[: a.end])]
+        self._check_others(messages, learned, tools)
         if len(answers) == len(found) or is_all:
             check_questions(messages, tools, whole)
         if is_all:
@@ -178,6 +187,14 @@ class Encoder:
                 self._turns.check_opening(messages[turn], tools, before, text, answer)
             texts.append(Rendered(self._ended(text, answer), (answer,), False, plain, True))
         return texts
+
+    def _check_others(self, messages: Sequence[Message], learned: Sequence[int], tools: Tools) -> None:
+        """Refuse a template that leaves out a part of a turn that calls tools and is not learned."""
+        for turn, message in enumerate(messages):
+            if CALLS in message and turn not in learned:
+                before = render(messages[:turn], self._tokenizer, tools, opening=True)
+                through = render(messages[: turn + 1], self._tokenizer, tools)
+                check_turn(messages, turn, through[shared(before, through) :])
 
     def _as_asked(self, messages: Sequence[Message], tools: Tools, turn: int, before: str) -> tuple[str, Answer]:
         """Return text and place of an answer whose prompt the template changes once the answer follows."""

@@ -155,10 +155,11 @@ def ends_after_answers(tokenizer: Any) -> tuple[str, ...]:
 
 def without_ends(answers: Sequence[str], tokenizer: Any) -> tuple[str, ...]:
     """Strip end tokens from answers in the data, as from generated ones, and remove duplicates."""
-    ends = _ends(tokenizer)
-    found = [next((end for end in ends if answer.rstrip().endswith(end)), "") for answer in answers]
-    pairs = zip(answers, found, strict=True)
-    return tuple(dict.fromkeys(answer.rstrip().removesuffix(end) if end else answer for answer, end in pairs))
+    ends, kept = _ends(tokenizer), dict[str, None]()
+    for answer in answers:
+        end = next((end for end in ends if answer.rstrip().endswith(end)), "")
+        kept[answer.rstrip().removesuffix(end) if end else answer] = None
+    return tuple(kept)
 
 
 def _ends(tokenizer: Any) -> tuple[str, ...]:

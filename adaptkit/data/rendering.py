@@ -10,13 +10,12 @@ template reads it, and in which form it takes tool calls, is found out by render
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from adaptkit.data.chat_template import ADD_ONE, HINT, require_jinja, template_of
 from adaptkit.data.messages import REASONING, REASONING_FIELDS, Message, content_with_reasoning, split_reasoning
-from adaptkit.data.tool_calls import CALLS, Tools
-from adaptkit.data.tool_form import OTHER_TOOLS, ToolForm
+from adaptkit.data.tool_calls import CALLS, Tools, as_json
 from adaptkit.errors import DataError
 
 DAY = datetime(2024, 7, 26)
@@ -32,7 +31,15 @@ _ERRORS = (
 )  # fmt: skip
 """What a template can raise besides jinja2's own errors, being a program: ``{% break %}`` outside of a loop, say."""
 _QUESTION = {"role": "user", "content": "question"}
-_THOUGHT, _ANSWER = "inkling", "answer"
+_WORD, _ANSWER = "inkling", "answer"
+_TOOLS: Tools = (
+    {
+        "type": "function",
+        "function": {"name": "sundial", "description": "", "parameters": {"type": "object", "properties": {"key": {}}}},
+    },
+)
+_FORMS_OF_CALLS: tuple[tuple[bool, str | None], ...] = ((False, ""), (False, None), (True, ""), (True, None))
+"""Those that transformers documents come first; transformers 5.24 omits content that is None."""
 
 
 def render(messages: Sequence[Message], tokenizer: Any, tools: Tools = (), *, opening: bool = False) -> str:
@@ -55,10 +62,14 @@ def render(messages: Sequence[Message], tokenizer: Any, tools: Tools = (), *, op
     if tokenizer.chat_template is None:
         return _joined(messages, tokenizer, uses_tools)
     has_another = isinstance(tokenizer.chat_template, dict) and "tool_use" in tokenizer.chat_template
-    reasoning, calls = _forms(tokenizer, str(tokenizer.chat_template), bool(tools) and has_another)
-    if uses_tools:
-        calls.check(messages, tools)
-    return call_template(tokenizer, [(calls if uses_tools else reasoning).message(m) for m in messages], tools, opening)
+    form = _form(tokenizer, str(tokenizer.chat_template), bool(tools) and has_another)
+    if tools and form.loses_tools:
+        raise _left_out("the list of tools")
+    return call_template(tokenizer, [form.message(message) for message in messages], tools, opening)
+
+
+def _left_out(what: str) -> DataError:
+    return DataError(f"the chat template leaves out {what}", hint=f"leave such conversations out, or {HINT}")
 
 
 def _joined(messages: Sequence[Message], tokenizer: Any, uses_tools: bool) -> str:
@@ -119,49 +130,66 @@ def _with_fixed_date(template: str) -> str:
 
 
 @lru_cache(maxsize=4)
-def _forms(tokenizer: Any, template: str, for_tools: bool) -> tuple["ReasoningForm", ToolForm]:
-    """Return how a template takes messages without and with tools.
+def _form(tokenizer: Any, template: str, for_tools: bool) -> "MessageForm":
+    """Return how a template takes messages.
 
     Args:
         tokenizer: a tokenizer with a chat template.
         template: its text, since a tokenizer's may be set.
         for_tools: whether every probe has tools: some tokenizers have a separate template for conversations with them.
     """
-    among = OTHER_TOOLS if for_tools else ()
 
-    def written(messages: Sequence[Message], tools: Tools = ()) -> str:
+    def written(messages: Sequence[Message], tools: Tools = _TOOLS if for_tools else ()) -> str:
         try:
-            return call_template(tokenizer, messages, tools or among)
+            return call_template(tokenizer, messages, tools)
         except DataError:  # the template refuses the probe; each row reports its own errors
             return ""
 
-    reasoning = ReasoningForm(written)
-    return reasoning, ToolForm(written, reasoning.message)
+    return MessageForm(written)
 
 
-class ReasoningForm:
-    """Where one chat template reads reasoning.
+class MessageForm:
+    """Where one chat template reads reasoning, and in which form it takes tool calls.
 
     Args:
-        render: returns the rendered text of a conversation; "" if the template refuses it.
+        render: returns the rendered text of a conversation, also with tools; "" if the template refuses it.
     """
 
-    def __init__(self, render: Callable[[Sequence[Message]], str]) -> None:
-        def written(**answer: str) -> str:
-            return render([_QUESTION, {"role": "assistant", **answer}])
+    def __init__(self, render: Callable[..., str]) -> None:
+        def written(**answer: Any) -> str:
+            return render([_QUESTION, {"role": "assistant", "content": _ANSWER, **answer}])
 
-        names = REASONING_FIELDS if written(content=_ANSWER) else ()
-        self._names = tuple(name for name in names if _THOUGHT in written(content=_ANSWER, **{name: _THOUGHT}))
+        names = REASONING_FIELDS if written() else ()
+        self._render, self._written = render, written
+        self._names = tuple(name for name in names if _WORD in written(**{name: _WORD}))
         self._knows_content = True
         if self._names:
-            apart = written(content=_ANSWER, **dict.fromkeys(self._names, _THOUGHT))
-            inline = written(content=content_with_reasoning({REASONING: _THOUGHT, "content": _ANSWER}))
+            apart = written(**dict.fromkeys(self._names, _WORD))
+            inline = written(content=content_with_reasoning({REASONING: _WORD, "content": _ANSWER}))
             self._knows_content = "".join(apart.split()) == "".join(inline.split())
 
     def message(self, message: Message) -> Message:
-        """Return a message with its reasoning where the template reads it."""
+        """Return a message as the template takes it.
+
+        Raises:
+            DataError: it has tool calls, which the template leaves out.
+        """
         if message["role"] != "assistant":
             return message
+        message = self._with_reasoning(message)
+        if CALLS not in message:
+            return message
+        if self._form_of_calls is None:
+            raise _left_out("tool calls")
+        return self._with_calls(message, *self._form_of_calls)
+
+    @cached_property
+    def loses_tools(self) -> bool:
+        """Whether the template leaves out the list of tools."""
+        text = self._render([_QUESTION], _TOOLS)
+        return bool(text) and "sundial" not in text
+
+    def _with_reasoning(self, message: Message) -> Message:
         if REASONING in message:
             reasoning, content = message[REASONING], message["content"]
         elif self._names and not self._knows_content and (inline := split_reasoning(message["content"])):
@@ -172,3 +200,21 @@ class ReasoningForm:
         if not self._names:
             return others | {"content": content_with_reasoning(message)}
         return others | {"content": content.strip(), **dict.fromkeys(self._names, reasoning.strip())}
+
+    def _with_calls(self, message: Message, as_text: bool, nothing: str | None) -> Message:
+        calls = message[CALLS]
+        if as_text:
+            functions = [call["function"] | {"arguments": as_json(call["function"]["arguments"])} for call in calls]
+            calls = [call | {"function": function} for call, function in zip(calls, functions, strict=True)]
+        return message | {"content": message["content"] or nothing, CALLS: calls}
+
+    @cached_property
+    def _form_of_calls(self) -> tuple[bool, str | None] | None:
+        """Whether arguments are JSON text, and the value of empty content; None if the template leaves out calls."""
+        function = {"name": "probe0", "arguments": {"key": _WORD}}
+        message = {"content": "", CALLS: [{"type": "function", "id": "call00000", "function": function}]}
+        texts = {form: self._written(**self._with_calls(message, *form)) for form in _FORMS_OF_CALLS}
+        # a Python repr shows that the template wants JSON text
+        taken = [form for form, text in texts.items() if _WORD in text and f"'{_WORD}'" not in text]
+        first = texts[_FORMS_OF_CALLS[0]]
+        return next(iter(taken), None if first and _WORD not in first else _FORMS_OF_CALLS[0])

@@ -22,7 +22,6 @@ import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,7 @@ def read_rows(source: Path | str) -> Iterator[Located]:
 
         found = _HUB.fullmatch(str(source))
         rows = read_hub_rows(**(found.groupdict() if found else {}))
-        return ((where, _without_fills(row)) for where, row in rows)
+        return ((where, {name: without_fills(value) for name, value in row.items()}) for where, row in rows)
     file = Path(source)
     kind = _kind(file)
     if kind is None:
@@ -80,8 +79,8 @@ def read_rows(source: Path | str) -> Iterator[Located]:
         raise DataError(f"{file}: expected a data file ({known}) or org/name on the Hub", hint=hint)
     if file.is_fifo():  # it is hashed too: a second read would find nothing, or block
         raise DataError(f"{file}: is a pipe, which can be read only once", hint="save it in a file")
-    readers = dict(zip(_SUFFIXES, (_lines, _lines, _document, _cells, _cells, _parquet), strict=True))
-    return readers[kind](file)
+    readers = {".json": _document, ".csv": _cells, ".tsv": _cells, ".parquet": _parquet}
+    return readers.get(kind, _lines)(file)
 
 
 def holds_rows(file: Path | str) -> bool:
@@ -187,11 +186,10 @@ def _document(file: Path) -> Iterator[Located]:
         raise DataError(
             f"{file}: not JSON ({error})", hint="write a list of objects, or one object per line"
         ) from error
-    is_object = isinstance(document, dict) and not isinstance(document.get("data"), list)
-    if is_object and "\n" not in text.strip():  # JSON lines with a single line
+    found = document.get("data") if isinstance(document, dict) else document
+    if isinstance(document, dict) and not isinstance(found, list) and "\n" not in text.strip():  # a single JSON line
         yield from _lines(file)
         return
-    found = document.get("data") if isinstance(document, dict) else document
     if not isinstance(found, list):
         keys = f"the keys {', '.join(document)}" if isinstance(document, dict) else type(document).__name__
         raise DataError(
@@ -200,13 +198,6 @@ def _document(file: Path) -> Iterator[Located]:
     for number, row in enumerate(found, 1):
         where = f"{file}, row {number}"
         yield where, _object(row, where, "write a list of objects")
-
-
-def _require_once(columns: Sequence[str], where: str) -> None:
-    """Refuse columns of the same name: a row would have the cells of only one of them."""
-    twice = repeated(columns)
-    if twice is not None:
-        raise DataError(f"{where}: two columns are named {twice!r}", hint="rename one of them")
 
 
 def _is_object(line: str) -> bool:
@@ -239,26 +230,26 @@ def _records(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield every non-empty record with the number of its first line."""
     lines = (part for line in _text_lines(file) for part in io.StringIO(line, newline=""))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    numbered = ((reader.line_num, cells) for cells in reader)
-    line = 1
-    while batch := _batch(numbered, file):
-        for last_line, cells in batch:
-            if cells:
-                yield line, cells
-            line = last_line + 1
+    while True:
+        before, line = csv.field_size_limit(_LARGEST_CELL), reader.line_num + 1  # a global setting, so restored below
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            kind, hint = (_kind(file) or "")[1:], "quote cells that contain quotes or line breaks"
+            raise DataError(f"{file}: not {kind} ({error})", hint=hint) from error
+        finally:
+            csv.field_size_limit(before)
+        if cells is None:
+            return
+        if cells:
+            yield line, cells
 
 
-def _batch(records: Iterator[tuple[int, list[str]]], file: Path) -> list[tuple[int, list[str]]]:
-    before = csv.field_size_limit(_LARGEST_CELL)  # a global setting, so restored below
-    try:
-        return list(islice(records, _BATCH_ROWS))
-    except csv.Error as error:
-        kind = (_kind(file) or "").removeprefix(".")
-        raise DataError(
-            f"{file}: not {kind} ({error})", hint="quote cells that contain quotes or line breaks"
-        ) from error
-    finally:
-        csv.field_size_limit(before)
+def _require_once(columns: Sequence[str], where: str) -> None:
+    """Refuse columns of the same name: a row would have the cells of only one of them."""
+    twice = repeated(columns)
+    if twice is not None:
+        raise DataError(f"{where}: two columns are named {twice!r}", hint="rename one of them")
 
 
 def _parquet(file: Path) -> Iterator[Located]:
@@ -278,18 +269,13 @@ def _parquet(file: Path) -> Iterator[Located]:
             for batch in table.iter_batches(_BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file}, row {number}", _without_fills(row)
+                    yield f"{file}, row {number}", {name: without_fills(value) for name, value in row.items()}
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise DataError(f"{file}, after row {number}: not Parquet ({error})", hint="write the file again") from error
 
 
-def _without_fills(row: Row) -> Row:
-    """Return a table's row; in a column, objects all have the same keys, and those that are None are left out."""
-    return {name: without_fills(value) for name, value in row.items()}
-
-
 def without_fills(value: Any) -> Any:
-    """Return a value of a table without the None fields of its objects."""
+    """Return a value of a table without the None fields of its objects: in a column, all have the same keys."""
     if isinstance(value, dict):
         return {key: without_fills(inner) for key, inner in value.items() if inner is not None}
     return [without_fills(inner) for inner in value] if isinstance(value, list) else value

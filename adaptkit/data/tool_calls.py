@@ -121,11 +121,6 @@ def _parsed(text: str, what: str) -> Any:
         ) from error
 
 
-def names_of(tools: Tools) -> list[str]:
-    """Return the names of tools."""
-    return [str(tool["function"]["name"]) for tool in tools]
-
-
 def words_of(calls: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """Yield the names, keys and strings of calls."""
     for function in (call["function"] for call in calls):
@@ -139,8 +134,20 @@ def words_of_tools(tools: Tools) -> Iterator[str]:
 
 
 def first_missing_word(calls: Sequence[Mapping[str, Any]], text: str) -> str:
-    """Return the first name, key or string of calls that is missing in a text; empty if all are there."""
-    return next((word for word in words_of(calls) if not is_written(word, text)), "")
+    """Return the first name, key or value of calls that is missing in a text; empty if all are there.
+
+    Names must occur in their order, as many times as they are called.
+    """
+    at = 0
+    for function in (call["function"] for call in calls):
+        at = text.find(function["name"], at) + len(function["name"])
+        if at < len(function["name"]):
+            return str(function["name"])
+        for leaf in leaves(function["arguments"]):
+            forms = _forms(leaf) if isinstance(leaf, str) else (json.dumps(leaf), str(leaf))
+            if not any(form in text for form in forms):
+                return str(forms[0])
+    return ""
 
 
 def end_of_words(calls: Sequence[Mapping[str, Any]], text: str) -> int:

@@ -9,9 +9,9 @@ import tiny
 from adaptkit.data.chat_template import set_template_kwargs
 from adaptkit.data.rendering import asks_for_the_date, call_template, render
 from adaptkit.data.tokenizer_files import load_tokenizer
-from adaptkit.data.tool_form import OTHER_TOOLS
 from adaptkit.errors import DataError, UsageError
 
+TOOLS = ({"type": "function", "function": {"name": "depth"}},)
 ASKED = [{"role": "user", "content": "Name a river"}]
 CHAT = [*ASKED, {"role": "assistant", "content": "the Rhine, ⟦half⟧\nand 'more'"}]
 
@@ -132,7 +132,7 @@ def test_template_variables_reach_the_default_template_and_the_one_for_tools(lla
         tokenizer.chat_template = {name: f"{name}{{{{ mood }}}}" if name in asking else name for name in names}
         set_template_kwargs(tokenizer, {"mood": " is good"})
         expected = [f"{name} is good" if name in asking else name for name in names[:2]]
-        assert [call_template(tokenizer, CHAT, tools) for tools in ((), OTHER_TOOLS)] == expected
+        assert [call_template(tokenizer, CHAT, tools) for tools in ((), TOOLS)] == expected
     tokenizer.chat_template = {"default": "a", "rag": "{{ mood }}"}
     with pytest.raises(UsageError, match="does not use 'mood'"):
         set_template_kwargs(tokenizer, {"mood": " is good"})

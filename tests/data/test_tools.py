@@ -197,7 +197,7 @@ def test_special_tokens_in_tools_are_reported(llama, tmp_path, tool):
         (NO_KEYS, "leaves out a part of the tool calls in message 2: 'of'"),
         (
             CHATML.replace("<tool_response>{{ m.content }}", "<tool_response>"),
-            "leaves out tool results",
+            r"leaves out message 3 \(tool\)",
         ),
         (None, "which tools need"),
     ],
@@ -325,31 +325,38 @@ def test_parallel_calls_and_nested_arguments_are_learned(llama):
         encode(example, lost)
 
 
-LOSSES = {  # template, content, reasoning, number of calls
-    "tool calls after the first": (CHATML.replace("m.tool_calls", "(m.tool_calls or [])[:1]"), "", "", 2),
-    "tool calls beside content": (
-        CHATML.replace("in m.tool_calls", "in ([] if m.content else m.tool_calls)"), "x", "", 1,
+LOSSES = {  # template, content, reasoning, number of calls; what is said to be missing
+    "calls after the first": (
+        CHATML.replace("m.tool_calls", "(m.tool_calls or [])[:1]"), "", "", 2, "the tool calls in message 2: 'depth'",
     ),
-    "tool calls after reasoning": (
+    "calls beside content": (
+        CHATML.replace("in m.tool_calls", "in ([] if m.content else m.tool_calls)"), "depth", "", 1,
+        "the tool calls in message 2: 'depth'",
+    ),
+    "content beside calls": (
+        CHATML.replace("{{ m.content }}{% for c", "{{ '' if m.tool_calls else m.content }}{% for c"), "Let me look.",
+        "", 1, "message 2: 'Let me look.'",
+    ),
+    "calls after reasoning": (
         CHATML.replace("{% for c in m.tool_calls", "{{ m.thinking }}{% for c in ([] if m.thinking else m.tool_calls)"),
-        "", f"call depth of {TEXT}", 1,
+        "", f"call depth of {TEXT}", 1, "the tool calls in message 2: 'depth'",
     ),
-    "tool arguments that are true or false": (XML.replace(" else v | tojson", ""), "", "", 1),
+    "arguments that are true": (XML.replace(" else v | tojson", ""), "", "", 1, "the tool calls in message 2: 'true'"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("weight", [1, 0])
 def test_omissions_are_found_even_if_the_same_words_occur_elsewhere(llama, kind, weight):
-    template, said, thought, count = LOSSES[kind]
+    template, said, thought, count, lost = LOSSES[kind]
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = template
     example = row(said, ARGUMENTS | ({"deep": True} if "true" in kind else {}))
-    example["messages"][0]["content"] += f" depth of {TEXT} deep true"
+    example["messages"][0]["content"] += f" depth of {TEXT} deep true Let me look."
     message = example["messages"][1]
     message |= {"weight": weight, "reasoning_content": thought}
     message["tool_calls"] *= count
-    with pytest.raises(DataError, match=f"(?m)^here: the chat template leaves out {kind}$") as raised:
+    with pytest.raises(DataError, match=f"(?m)^here: the chat template leaves out a part of {lost}$") as raised:
         encode(example, tokenizer)
     assert raised.value.hint
 
