@@ -15,6 +15,7 @@ have no content to continue.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from adaptkit.data.chat_template import HINT
 from adaptkit.data.messages import REASONING, Message, content_with_reasoning, without_reasoning
@@ -231,16 +232,13 @@ def _overlap(text: str, other: str) -> str:
 
 def shared(text: str, other: str) -> int:
     """Return the length of the common prefix of two texts."""
-    pairs = enumerate(zip(text, other, strict=False))
-    return next((place for place, (one, another) in pairs if one != another), min(len(text), len(other)))
+    return len(commonprefix((text, other)))  # noqa: RUF071
 
 
 def check_questions(messages: Sequence[Message], tools: Tools, text: str) -> None:
     """Refuse a text that lacks a word of the user, the system or a tool, or the name of a tool.
 
-    Raises:
-        DataError: something is missing. Some templates leave out the system message, or content that is not a list of
-            parts; many do not support tools.
+    Some templates leave out the system message, or content that is not a list of parts; many do not support tools.
     """
     for number, message in enumerate(messages, 1):
         said, role = message["content"], message["role"]
@@ -257,11 +255,7 @@ def check_questions(messages: Sequence[Message], tools: Tools, text: str) -> Non
 
 
 def check_answers(messages: Sequence[Message], text: str) -> None:
-    """Refuse a text that lacks a word of the assistant.
-
-    Raises:
-        DataError: something is missing. Many templates leave out the reasoning of earlier answers.
-    """
+    """Refuse a text that lacks a word of the assistant: many templates leave out the reasoning of earlier answers."""
     at = 0
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -275,22 +269,14 @@ def check_answers(messages: Sequence[Message], text: str) -> None:
 
 
 def check_turn(messages: Sequence[Message], turn: int, said: str) -> None:
-    """Refuse an answer that calls tools if the template's text of it, ``said``, lacks a part of its content or calls.
-
-    Raises:
-        DataError: something is missing. Many templates support only one call at a time, or leave out content beside it.
-    """
+    """Refuse an answer with calls if the template's text of it, ``said``, lacks a part of its content or calls."""
     if lost := missing(without_reasoning(messages[turn]["content"]), said):
         raise _left_out(lost, turn)
     check_calls(messages, turn, said)
 
 
 def check_calls(messages: Sequence[Message], turn: int, said: str) -> None:
-    """Refuse an answer if the template's text of it, ``said``, lacks a part of its tool calls.
-
-    Raises:
-        DataError: something is missing. Many templates support only one call at a time.
-    """
+    """Refuse an answer if the template's text of it, ``said``, lacks a part of its calls: many support only one."""
     for words in (messages[turn].get(REASONING, ""), messages[turn]["content"]):  # which may mention the same
         said = said.replace(words.strip(), "", 1)
     lost = first_missing_word(messages[turn].get(CALLS, ()), said)

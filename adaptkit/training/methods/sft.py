@@ -53,7 +53,7 @@ class SupervisedTuning(TrainingMethod):
     def read(
         self, config: "TrainConfig", sources: Sequence[str], tokenizer: Any, context: int | None, known: int | None
     ) -> "Dataset":
-        """See ``TrainingMethod``; the layouts of rows are those of ``data.layouts``."""
+        """See ``TrainingMethod``; the layouts of rows are those of ``data.conversation``."""
         from adaptkit.data.dataset import load_data
 
         return load_data(
