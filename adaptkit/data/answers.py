@@ -52,7 +52,7 @@ class Ending:
 
 @dataclass(frozen=True)
 class Answer:
-    """Place of an assistant turn in a text, as character offsets.
+    """Place of an assistant turn in a text, as character offsets: ``start <= words <= said <= end``.
 
     Attributes:
         start: end of its opening.
@@ -68,7 +68,7 @@ class Answer:
 
 
 def find_answer(messages: Sequence[Message], turn: int, before: str, through: str, ending: Ending) -> Answer | None:
-    """Locate an answer in the text of a conversation that ends with it.
+    """Locate an answer, ``messages[turn]``, in the text of a conversation that ends with it.
 
     Args:
         messages: messages of the conversation.
@@ -121,11 +121,8 @@ def answer_as_asked(
     opening = asked[same:]
     is_there = not missing(question, asked[:same]) or is_written(question, asked[:same])
     if not (before.endswith(opening) and is_there) or messages[turn - 1]["role"] == "assistant":
-        raise DataError(
-            f"the chat template rewrites the conversation around message {turn + 1}, so its tokens "
-            "cannot be identified",
-            HINT,
-        )
+        said = f"the chat template rewrites the conversation around message {turn + 1}"
+        raise DataError(f"{said}, so its tokens cannot be identified", HINT)
     said, mark = answered[same : ending.said], opening.strip()
     between, opened, rest = said.partition(mark) if mark else (said, "", "")
     if opened and between.strip() and not missing(content, rest):
@@ -148,10 +145,8 @@ def _placed(messages: Sequence[Message], turn: int, before: str, said: str, endi
     """Return the place of an answer with the rendered content ``said``; it must continue the prompt's reasoning."""
     content, start = content_with_reasoning(messages[turn]), len(before)
     if content.startswith("<think>") and said.rstrip().endswith(content) and "think" in _kinds(_lead(said, content)):
-        raise DataError(
-            f"the chat template adds reasoning of its own before that of message {turn + 1}",
-            f"remove reasoning from the data, or {HINT}",
-        )
+        said = f"the chat template adds reasoning of its own before that of message {turn + 1}"
+        raise DataError(said, f"remove reasoning from the data, or {HINT}")
     last = _LAST_TAG.search(before)
     if last and not content_with_reasoning(messages[turn - 1]).endswith(last[1]):
         _check_continued(last, said, content, turn)
@@ -245,10 +240,8 @@ def check_questions(messages: Sequence[Message], tools: Tools, text: str) -> Non
         if role == "assistant" or not missing(said, text) or (role == "tool" and is_written(said, text)):
             continue
         if not _SWITCH.search(said) or missing(_SWITCH.sub("\n", said), text):
-            raise DataError(
-                f"the chat template leaves out message {number} ({role})",
-                f"move it into a message that the template writes, or {HINT}",
-            )
+            hint = f"move it into a message that the template writes, or {HINT}"
+            raise DataError(f"the chat template leaves out message {number} ({role})", hint=hint)
     for name in (str(tool["function"]["name"]) for tool in tools):
         if name not in text:
             raise DataError(f"the chat template leaves out the tool {name}", f"remove tools from the data, or {HINT}")
@@ -261,10 +254,8 @@ def check_answers(messages: Sequence[Message], text: str) -> None:
         if message["role"] == "assistant":
             at, lost = _search(content_with_reasoning(message), text, at)
             if lost:
-                raise DataError(
-                    f"the chat template leaves out a part of message {turn + 1}: {lost[:60]!r}",
-                    f"learn only the answers, with --loss-on answers, or {HINT}",
-                )
+                hint = f"learn only the answers, with --loss-on answers, or {HINT}"
+                raise DataError(f"the chat template leaves out a part of message {turn + 1}: {lost[:60]!r}", hint=hint)
             check_calls(messages, turn, text[at:])
 
 

@@ -24,11 +24,7 @@ _PREDEFINED = {
 
 
 def require_jinja() -> None:
-    """Check that chat templates can be parsed and rendered.
-
-    Raises:
-        UsageError: jinja2 is not installed.
-    """
+    """Raise UsageError if jinja2, which parses and renders chat templates, is not installed."""
     if importlib.util.find_spec("jinja2") is None:
         raise UsageError("chat templates need the package jinja2", hint=install_hint("train"))
 
@@ -47,11 +43,7 @@ def read_template(path: Path) -> str:
 
 
 def check_template(text: str, where: str) -> str:
-    """Return the text unchanged if it is a valid chat template.
-
-    Raises:
-        DataError: it is not valid.
-    """
+    """Return a chat template's text unchanged; raise DataError if it is not valid."""
     _variables_in(text, f"{where}: invalid chat template")
     return text
 
@@ -77,10 +69,8 @@ def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool]
     asked = _asked_by(tokenizer)
     for name in values:
         if name not in asked:
-            raise UsageError(
-                f"chat_template_kwargs: the chat template does not use {name!r}",
-                hint=f"it uses: {', '.join(sorted(asked))}" if asked else "leave them out: it uses none",
-            )
+            hint = f"it uses: {', '.join(sorted(asked))}" if asked else "leave them out: it uses none"
+            raise UsageError(f"chat_template_kwargs: the chat template does not use {name!r}", hint=hint)
     lines = "".join(f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n" for name, value in values.items())
     own = tokenizer.chat_template
     tokenizer.chat_template = (
@@ -89,11 +79,7 @@ def set_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool]
 
 
 def known_template_kwargs(tokenizer: Any, values: Mapping[str, str | float | bool]) -> dict[str, str | float | bool]:
-    """Return the variables that a tokenizer's chat template uses.
-
-    Raises:
-        DataError: the template cannot be parsed.
-    """
+    """Return the variables that a tokenizer's chat template uses; raise DataError if it cannot be parsed."""
     if not values or tokenizer.chat_template is None:
         return {}
     asked = _asked_by(tokenizer)

@@ -111,10 +111,8 @@ def read_example(row: Mapping[str, Any], where: str, layout: str | None = None) 
     tools = tuple(tool for name in offered for tool in read_tools(row[name], where, name))
     learned = tuple(number for number, turn in enumerate(turns) if turn.learned)
     if not learned:
-        raise DataError(
-            f"{where}: no assistant message to learn",
-            hint="add an answer, or remove the row; weight 0, or loss or train false, excludes an answer",
-        )
+        hint = "add an answer, or remove the row; weight 0, or loss or train false, excludes an answer"
+        raise DataError(f"{where}: no assistant message to learn", hint=hint)
     ignored = frozenset[str]().union(*(turn.ignored for turn in turns))
     return Example(layout, messages, tools, learned, None, frozenset({*columns, *offered}), ignored)
 
@@ -154,32 +152,22 @@ def _earlier_turns(history: Any, where: str) -> list[Turn]:
 
 
 def _layout_of(row: Mapping[str, Any], where: str, empty: Sequence[str]) -> str:
-    """Return the layout of a row; ``empty`` names the columns without a value.
-
-    Raises:
-        DataError: the row has no layout or more than one, or is a single message of a conversation.
-    """
+    """Return the layout of a row; refuse one without any, with several, or with a single message of a conversation."""
     fitting = [name for name in LAYOUTS if name in row and (_answers_in(row, name) or not _has_question(name))]
     found = [name for name in fitting if name in _CERTAIN] or fitting
     asked, answered = any(name in row for name in _QUESTIONS), any(name in row for name in _ANSWERS)
     if not found and asked != answered:
         missing, what = (_QUESTIONS, "question") if answered else (_ANSWERS, "answer")
         _refuse_null(where, empty, missing)
-        raise DataError(
-            f"{where}: no column {' or '.join(missing)}",
-            hint=f"columns: {_names_in(row)}; rename the one with the {what}",
-        )
+        hint = f"columns: {_names_in(row)}; rename the one with the {what}"
+        raise DataError(f"{where}: no column {' or '.join(missing)}", hint=hint)
     if not found:
         _refuse_null(where, empty, (*LAYOUTS, *_ANSWERS, *chain(*_OTHER_ANSWERS.values())))
-        raise DataError(
-            f"{where}: unknown layout; expected {_KNOWN}",
-            hint=f"columns: {_names_in(row)}; rename or convert them to one of these",
-        )
+        hint = f"columns: {_names_in(row)}; rename or convert them to one of these"
+        raise DataError(f"{where}: unknown layout; expected {_KNOWN}", hint=hint)
     if len(found) > 1:
-        raise DataError(
-            f"{where}: has columns of more than one layout: {' and '.join(found)}",
-            hint=f"choose one, such as --layout {found[0]}",
-        )
+        hint = f"choose one, such as --layout {found[0]}"
+        raise DataError(f"{where}: has columns of more than one layout: {' and '.join(found)}", hint=hint)
     if found == ["text"] and "role" in row and any(name in row for name in _OF_TREES):
         raise DataError(
             f"{where}: text beside role and {next(name for name in _OF_TREES if name in row)} is a single message",
@@ -212,11 +200,7 @@ def _names_in(row: Mapping[str, Any]) -> str:
 
 
 def check_not_excluded(row: Mapping[str, Any], where: str) -> None:
-    """Refuse a row that is excluded from the loss as a whole: it should not be in the data.
-
-    Raises:
-        DataError: names the column.
-    """
+    """Raise DataError for a row that is excluded from the loss as a whole: it should not be in the data."""
     for name, out in EXCLUDING.items():
         if isinstance(row.get(name), int | float) and row[name] == out:
             raise DataError(
@@ -241,19 +225,15 @@ def _check_wanted(row: Mapping[str, Any], where: str, layout: str, messages: Seq
     if isinstance(variables, dict):  # Parquet gives every row the keys of all rows
         variables = [value for value in variables.values() if value is not None]
     if variables:
-        raise DataError(
-            f"{where}: {_VARIABLES} cannot be set for a single row",
-            hint="remove the column; --chat-template-kwargs NAME=VALUE of train and evaluate sets them for all rows",
-        )
+        hint = "remove the column; --chat-template-kwargs NAME=VALUE of train and evaluate sets them for all rows"
+        raise DataError(f"{where}: {_VARIABLES} cannot be set for a single row", hint=hint)
     for mark, column in _PLACEHOLDERS:
         if row.get(column) and any(mark in message["content"] for message in messages):
             raise DataError(
                 f"{where}: has {mark} in its text, but {column} is not read: only text is supported",
                 hint="remove rows with images, video or audio",
             )
-    unwanted = next((name for name in _UNWANTED if row.get(name) is False), None)
-    if unwanted is not None:
-        raise DataError(
-            f"{where}: {unwanted} is false, which marks an unwanted answer",
-            hint=f"remove such rows, or rename the column if {unwanted} means something else",
-        )
+    for name in _UNWANTED:
+        if row.get(name) is False:
+            hint = f"remove such rows, or rename the column if {name} means something else"
+            raise DataError(f"{where}: {name} is false, which marks an unwanted answer", hint=hint)

@@ -62,18 +62,15 @@ class Dataset:
         truncated: number of samples cut to the maximum length.
         dropped: number of samples left out: too long, or cut before any token with loss.
         sources: reports on the sources, in the order given.
-        longest: tokens of the longest sample, before any was cut.
-        longest_at: place of the longest sample.
+        longest, longest_at: tokens of the longest sample before any was cut, and its place.
         masked: places of the first few samples left out because the cut removed all tokens with loss.
         split: number of conversations with a sample for each answer, because the chat template rewrites earlier turns.
         ended: number of samples given an end token, because the chat template puts none after an answer.
-        empty: number of rows with an empty answer that carries loss.
-        empty_at: place of the first of them.
-        twice: number of rows with an answer that carries loss and ends with an end token, before that of the template.
-        twice_at: place of the first of them.
-        special: number of rows with a special token in a message or tool, which a model cannot tell from the
-            template's.
-        special_at: place of the first of them, and the token.
+        empty, empty_at: number of rows with an empty answer that carries loss, and the place of the first.
+        twice, twice_at: the same of rows with an answer that carries loss and ends with an end token, before that of
+            the template.
+        special, special_at: the same of rows with a special token in a message or tool, which a model cannot tell from
+            the template's; the place also names the token.
         dated: whether the chat template asks for the date; it gets the same date every day.
     """
 
@@ -134,10 +131,8 @@ def load_data(
     if not data.samples:
         dropped = counted(data.dropped, "sample")
         reason = f"no samples left; dropped {dropped} (too long, or answer cut off, at max_length {max_length})"
-        raise DataError(
-            f"{', '.join(map(str, sources))}: {reason if data.dropped else 'no rows'}",
-            hint="raise --max-length" if data.dropped else "give a file with rows",
-        )
+        hint = "raise --max-length" if data.dropped else "give a file with rows"
+        raise DataError(f"{', '.join(map(str, sources))}: {reason if data.dropped else 'no rows'}", hint=hint)
     data.dated = asks_for_the_date(tokenizer) and data.has_conversations
     return data
 
@@ -224,10 +219,8 @@ class _Reader:
             data.longest, data.longest_at = length, sample.source
         if length > most:
             if self._too_long == "error":
-                raise DataError(
-                    f"{sample.source}: {length} tokens are more than max_length {most}",
-                    hint="raise --max-length, or use --too-long cut or drop",
-                )
+                hint = "raise --max-length, or use --too-long cut or drop"
+                raise DataError(f"{sample.source}: {length} tokens are more than max_length {most}", hint=hint)
             sample = replace(sample, ids=sample.ids[:most], labels=sample.labels[:most])
             if self._too_long == "drop" or sample.answer_tokens == 0:
                 data.dropped += 1

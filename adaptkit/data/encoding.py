@@ -160,21 +160,24 @@ class Encoder:
         is_all, plain = self._loss_on == "all", self._tokenizer.chat_template is None
         whole = render(messages, self._tokenizer, tools)
         found: list[tuple[Answer | None, str, str]] = []
-        for turn in learned:
+        for turn in (turn for turn, message in enumerate(messages) if turn in learned or CALLS in message):
             before = render(messages[:turn], self._tokenizer, tools, opening=True)
             is_last = turn + 1 == len(messages)
             through = whole if is_last else render(messages[: turn + 1], self._tokenizer, tools)
+            if turn not in learned:  # a template that leaves out a part of the call changes the prompts after it
+                check_turn(messages, turn, through[shared(before, through) :])
+                continue
             ending = self._turns.ending(messages[turn], through, tools)
             answer = find_answer(messages, turn, before, through, ending)
             self._turns.check_opening(messages[turn], tools, before, through, answer)
             found.append((answer, through, before))
         answers = [a for a, through, _ in found if a is not None and whole.startswith(through[: a.end])]
-        self._check_others(messages, learned, tools)
         if len(answers) == len(found) or is_all:
             check_questions(messages, tools, whole)
         if is_all:
             check_answers(messages, whole)
         if len(answers) == len(found):
+            is_last = learned[-1] == len(messages) - 1
             text = self._ended(whole, answers[-1]) if is_last else whole
             return [Rendered(text, tuple(self._closed(whole, a) for a in answers), is_all, plain, is_last)]
         if is_all:
@@ -188,14 +191,6 @@ class Encoder:
             texts.append(Rendered(self._ended(text, answer), (answer,), False, plain, True))
         return texts
 
-    def _check_others(self, messages: Sequence[Message], learned: Sequence[int], tools: Tools) -> None:
-        """Refuse a template that leaves out a part of a turn that calls tools and is not learned."""
-        for turn, message in enumerate(messages):
-            if CALLS in message and turn not in learned:
-                before = render(messages[:turn], self._tokenizer, tools, opening=True)
-                through = render(messages[: turn + 1], self._tokenizer, tools)
-                check_turn(messages, turn, through[shared(before, through) :])
-
     def _as_asked(self, messages: Sequence[Message], tools: Tools, turn: int, before: str) -> tuple[str, Answer]:
         """Return text and place of an answer whose prompt the template changes once the answer follows."""
         alone = _with_question(messages, turn)
@@ -205,9 +200,9 @@ class Encoder:
         return answer_as_asked(messages, turn, before, asked, answered, ending)
 
     def _ended(self, text: str, answer: Answer) -> str:
-        """Cut off what the template puts after the last answer, unless that contains an end token.
+        """Cut off what the template puts after the last answer, unless it has an end token, since one replaces it.
 
-        An end token then replaces it. It is cut before tokenization, where one token may span the answer's end.
+        It is cut before tokenization, where one token may span the answer's end.
         """
         return text if self._turns.has_end(text[answer.words : answer.end]) else text[: answer.said]
 
@@ -223,14 +218,8 @@ class Encoder:
         return [text.text[start:end] for start, end in pairwise(edges)]
 
     def _tokenize(self, pieces: list[str]) -> Iterator[_Tokens]:
-        encoded = self._tokenizer(
-            pieces,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
+        wanted = {"return_offsets_mapping": True, "return_attention_mask": False, "return_token_type_ids": False}
+        encoded = self._tokenizer(pieces, add_special_tokens=False, verbose=False, **wanted)
         return zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
 
     def _sample(self, text: Rendered, pieces: list[_Tokens], where: str) -> tuple[Sample, bool]:
@@ -289,11 +278,7 @@ def _with_question(messages: Sequence[Message], turn: int) -> list[Message]:
 
 
 def as_message(prompt: str) -> Message:
-    """Return a prompt as a user message.
-
-    Raises:
-        UsageError: it is not UTF-8.
-    """
+    """Return a prompt as a user message; raise UsageError if it is not UTF-8."""
     if not is_text(prompt):
         raise UsageError(f"the prompt {prompt!r} is not UTF-8")
     return {"role": "user", "content": prompt}

@@ -24,11 +24,7 @@ _OF_THE_MODEL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Turns:
-    """How a chat template ends turns; found out once for conversations with and without tools.
-
-    Args:
-        tokenizer: a fast tokenizer of transformers.
-    """
+    """How a chat template ends turns; found out once for conversations with and without tools."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer

@@ -42,28 +42,22 @@ def read_hub_rows(
             found = builder.as_dataset(split=split)
         except datasets.exceptions.DatasetNotFoundError as error:
             if "gated" in str(error):
-                raise AuthenticationError(
-                    f"{name}: its terms must be accepted first",
-                    hint="accept them on its page on the Hub, then run `hf auth login`",
-                ) from error
-            raise UsageError(
-                f"{name}: not found, neither as a file nor as a dataset on the Hub",
-                hint="check the name; a private dataset needs `hf auth login`",
-            ) from error
+                hint = "accept them on its page on the Hub, then run `hf auth login`"
+                raise AuthenticationError(f"{name}: its terms must be accepted first", hint=hint) from error
+            hint = "check the name; a private dataset needs `hf auth login`"
+            raise UsageError(f"{name}: not found, neither as a file nor as a dataset on the Hub", hint=hint) from error
         except (ConnectionError, TimeoutError) as error:
-            raise NetworkError(f"{name}: no such file, and the Hub does not answer",
-                               hint="try again, or use a local file") from error  # fmt: skip
-        except OSError as error:
-            status = _status(error)
+            hint = "try again, or use a local file"
+            raise NetworkError(f"{name}: no such file, and the Hub does not answer", hint=hint) from error
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            status = _status(error) if isinstance(error, OSError) else None
+            if isinstance(error, ValueError):  # no such configuration or split
+                raise UsageError(f"{whole}: {error}", hint="write it as org/name/config@revision:split") from error
             if status is None and isinstance(error, datasets.exceptions.DatasetsError):  # no readable files
                 raise DataError(f"{whole}: cannot be read ({error})", hint="use a local file instead") from error
             if status is None and error.errno is not None:  # a local error, as of the disk
                 raise
             raise _refusal(name, status) from error
-        except ValueError as error:  # no such configuration or split
-            raise UsageError(f"{whole}: {error}", hint="write it as org/name/config@revision:split") from error
-        except datasets.exceptions.DatasetsError as error:
-            raise DataError(f"{whole}: cannot be read ({error})", hint="use a local file instead") from error
     for number, row in enumerate(found, 1):
         yield f"{whole}, row {number}", row
 

@@ -13,11 +13,7 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 
 
 def check_window(root: Path, window: int) -> None:
-    """Refuse windows that are longer than a checkpoint's model allows.
-
-    Raises:
-        UsageError: they are longer, or there is no such folder.
-    """
+    """Raise UsageError if windows are longer than a checkpoint's model allows, or if there is no such folder."""
     longest = context_length(require_folder(root))
     if longest is not None and window > longest:
         raise UsageError(
@@ -27,17 +23,7 @@ def check_window(root: Path, window: int) -> None:
 
 
 def check_prompt(root: Path, prompt: str, length: int, new_tokens: int) -> None:
-    """Refuse a prompt that leaves no room for the answer in the model's context.
-
-    Args:
-        root: folder of the checkpoint.
-        prompt: the prompt's text, for the message.
-        length: length of the prompt, in tokens.
-        new_tokens: length of the answer, in tokens.
-
-    Raises:
-        UsageError: prompt and answer together are longer than the model allows.
-    """
+    """Raise UsageError if a prompt of ``length`` tokens and an answer of ``new_tokens`` exceed the model's context."""
     longest = context_length(root)
     if longest is not None and length + new_tokens > longest:
         raise UsageError(
@@ -74,16 +60,7 @@ def pad_id(tokenizer: Any, base: Path) -> int:
 
 
 def check_vocabulary(ids: Sequence[int], known: int | None, where: str) -> None:
-    """Refuse token ids beyond a model's vocabulary.
-
-    Args:
-        ids: token ids.
-        known: the vocabulary size, see ``vocabulary_size``; None for no limit.
-        where: source of the tokens, for the message.
-
-    Raises:
-        UsageError: the tokenizer has more tokens than the model's embedding has rows.
-    """
+    """Raise UsageError if tokens from ``where`` exceed the vocabulary size ``known``; None is no limit."""
     if known is not None and max(ids, default=0) >= known:
         raise UsageError(
             f"{where}: the tokenizer produces token {max(ids)}, but the model's vocabulary has {known}",

@@ -95,8 +95,8 @@ def _turn(message: Mapping[str, Any], where: str) -> Turn:
     said_by, says = ("role" if "role" in message else "from"), ("content" if "content" in message else "value")
     role, content = message.get(said_by), message.get(says)
     if not isinstance(role, str) or role not in _ROLES:
-        problem = "no role" if role is None else f"unknown role {role!r}"
-        raise DataError(f"{where}: {problem}", hint=_WRITE if role is None else f"roles: {', '.join(_ROLES)}")
+        problem, hint = f"unknown role {role!r}", f"roles: {', '.join(_ROLES)}"
+        raise DataError(f"{where}: {'no role' if role is None else problem}", hint=_WRITE if role is None else hint)
     is_answer = _ROLES[role] == "assistant"
     others: dict[str, Any] = {}
     unread = frozenset[str]()
@@ -110,10 +110,8 @@ def _turn(message: Mapping[str, Any], where: str) -> Turn:
         others = {CALLS: read_calls(message, where)} if calls else {}
     content = "" if content in (None, []) and others.get(CALLS) else content
     if not is_text(content):
-        raise DataError(
-            f"{where}: expected text, found {found_in(content)}",
-            hint='write content (or value) as a string, "" if it is empty, or as a list of text parts',
-        )
+        hint = 'write content (or value) as a string, "" if it is empty, or as a list of text parts'
+        raise DataError(f"{where}: expected text, found {found_in(content)}", hint=hint)
     learned = not _is_excluded(message, where) and is_answer
     known = {said_by, says, *others, *((*REASONING_FIELDS, CALLS, "function_call") if is_answer else ())}
     # marks that hold: on an answer all, elsewhere those that exclude, since only answers are learned
@@ -136,12 +134,7 @@ def _with_call(before: Turn, call: Turn, where: str) -> Turn:
 
 
 def _is_excluded(message: Mapping[str, Any], where: str) -> bool:
-    """Return whether marks exclude a message from the loss.
-
-    Raises:
-        DataError: a mark is neither 0, 1, false nor true, two marks contradict each other, or one marks parts of a
-            message or is ambiguous.
-    """
+    """Return whether marks exclude a message from the loss; refuse those that do not say so clearly."""
     given = {name: message[name] for name in EXCLUDING if message.get(name) is not None}
     for name, value in given.items():
         if value not in (0, 1):
@@ -161,10 +154,8 @@ def _is_excluded(message: Mapping[str, Any], where: str) -> bool:
         said = " and ".join(f"{name} {value!r}" for name, value in given.items())
         raise DataError(f"{where}: {said} contradict each other", hint="remove one of them")
     if message.get(_SPANS):
-        raise DataError(
-            f"{where}: has {_SPANS}, but parts of a message cannot be excluded from the loss",
-            hint='remove it; "train": false excludes the whole answer',
-        )
+        hint = 'remove it; "train": false excludes the whole answer'
+        raise DataError(f"{where}: has {_SPANS}, but parts of a message cannot be excluded from the loss", hint=hint)
     return True in excluded
 
 
@@ -207,11 +198,7 @@ def content_with_reasoning(message: Message) -> str:
 
 
 def text_in(row: Mapping[str, Any], name: str, where: str) -> str:
-    """Return the text in a column of a row, or in a field of a message.
-
-    Raises:
-        DataError: it is not text.
-    """
+    """Return the text in a column of a row, or in a field of a message; raise DataError if it is not text."""
     if not is_text(row[name]):
         hint = SURROGATE_HINT if isinstance(row[name], str) else f"write {name} as a string"
         raise DataError(f"{where}: {name}: expected text, found {found_in(row[name])}", hint=hint)

@@ -104,9 +104,8 @@ def call_template(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()
         )
     except (TemplateError, *_ERRORS) as error:
         reason = str(error) or type(error).__name__
-        raise DataError(
-            f"the chat template refuses the conversation ({reason})", hint=f"leave such conversations out, or {HINT}"
-        ) from error
+        hint = f"leave such conversations out, or {HINT}"
+        raise DataError(f"the chat template refuses the conversation ({reason})", hint=hint) from error
     said = sum(len(str(value)) for message in messages for value in message.values()) + len(str(tools))
     if len(text) > _MAX_ADDED_CHARACTERS + _MAX_GROWTH * said:
         raise DataError(f"the chat template turns {said:,} characters into {len(text):,}", hint=HINT)

@@ -14,7 +14,6 @@ change or hide these.
 """
 
 import codecs
-import contextlib
 import csv
 import gzip
 import io
@@ -69,8 +68,7 @@ def read_rows(source: Path | str) -> Iterator[Located]:
         from adaptkit.data.hub_rows import read_hub_rows
 
         found = _HUB.fullmatch(str(source))
-        rows = read_hub_rows(**(found.groupdict() if found else {}))
-        return ((where, {name: without_fills(value) for name, value in row.items()}) for where, row in rows)
+        return _filled(read_hub_rows(**(found.groupdict() if found else {})))
     file = Path(source)
     kind = _kind(file)
     if kind is None:
@@ -79,8 +77,9 @@ def read_rows(source: Path | str) -> Iterator[Located]:
         raise DataError(f"{file}: expected a data file ({known}) or org/name on the Hub", hint=hint)
     if file.is_fifo():  # it is hashed too: a second read would find nothing, or block
         raise DataError(f"{file}: is a pipe, which can be read only once", hint="save it in a file")
-    readers = {".json": _document, ".csv": _cells, ".tsv": _cells, ".parquet": _parquet}
-    return readers.get(kind, _lines)(file)
+    if kind == ".parquet":
+        return _filled(_parquet(file))
+    return {".json": _document, ".csv": _cells, ".tsv": _cells}.get(kind, _lines)(file)
 
 
 def holds_rows(file: Path | str) -> bool:
@@ -110,17 +109,8 @@ def is_on_hub(source: Path | str) -> bool:
     return not (os.path.exists(text) or holds_rows(text) or is_file) and _HUB.fullmatch(text) is not None
 
 
-def read_text(file: Path) -> str:
-    """Read a UTF-8 file, without a byte order mark.
-
-    Raises:
-        DataError: it cannot be read, or is not UTF-8; names the line.
-    """
-    return "".join(text for text, _ in read_pieces(file, -1))
-
-
-def read_pieces(file: Path, size: int) -> Iterator[tuple[str, bool]]:
-    """Read a text as ``read_text`` does, in pieces, each twice as long as the one before.
+def read_pieces(file: Path, size: int = -1) -> Iterator[tuple[str, bool]]:
+    """Read a UTF-8 file, without a byte order mark, in pieces, each twice as long as the one before.
 
     Args:
         file: a text file.
@@ -176,25 +166,23 @@ def _text_lines(file: Path) -> Iterator[str]:
 
 
 def _document(file: Path) -> Iterator[Located]:
-    text = read_text(file)
+    ((text, _),) = read_pieces(file)
     try:
         document = parse(text)
     except (ValueError, RecursionError) as error:
         if _is_object(text.lstrip().partition("\n")[0]):  # JSON lines under another name
             yield from _lines(file)
             return
-        raise DataError(
-            f"{file}: not JSON ({error})", hint="write a list of objects, or one object per line"
-        ) from error
+        hint = "write a list of objects, or one object per line"
+        raise DataError(f"{file}: not JSON ({error})", hint=hint) from error
     found = document.get("data") if isinstance(document, dict) else document
     if isinstance(document, dict) and not isinstance(found, list) and "\n" not in text.strip():  # a single JSON line
         yield from _lines(file)
         return
     if not isinstance(found, list):
         keys = f"the keys {', '.join(document)}" if isinstance(document, dict) else type(document).__name__
-        raise DataError(
-            f"{file}: expected a list of rows, found {keys}", hint='write [{...}, ...] or {"data": [{...}, ...]}'
-        )
+        hint = 'write [{...}, ...] or {"data": [{...}, ...]}'
+        raise DataError(f"{file}: expected a list of rows, found {keys}", hint=hint)
     for number, row in enumerate(found, 1):
         where = f"{file}, row {number}"
         yield where, _object(row, where, "write a list of objects")
@@ -269,16 +257,21 @@ def _parquet(file: Path) -> Iterator[Located]:
             for batch in table.iter_batches(_BATCH_ROWS):
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{file}, row {number}", {name: without_fills(value) for name, value in row.items()}
+                    yield f"{file}, row {number}", row
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise DataError(f"{file}, after row {number}: not Parquet ({error})", hint="write the file again") from error
 
 
-def without_fills(value: Any) -> Any:
-    """Return a value of a table without the None fields of its objects: in a column, all have the same keys."""
+def _filled(rows: Iterator[Located]) -> Iterator[Located]:
+    """Leave the None fields of objects out of a table's rows: in a column, all objects have the same keys."""
+    for where, row in rows:
+        yield where, {name: _without_none(value) for name, value in row.items()}
+
+
+def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: without_fills(inner) for key, inner in value.items() if inner is not None}
-    return [without_fills(inner) for inner in value] if isinstance(value, list) else value
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _object(row: Any, where: str, hint: str) -> Row:
@@ -288,10 +281,8 @@ def _object(row: Any, where: str, hint: str) -> Row:
 
 
 def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> DataError:
-    if file.suffix.lower() != _GZIP_SUFFIX and file.is_file():  # a pipe would block
-        with contextlib.suppress(OSError), file.open("rb") as opened:
-            if opened.read(2) == _GZIP:
-                return DataError(f"{file}: is compressed with gzip", hint=f"name it {file.name}.gz")
+    if line == 1 and error.object.startswith(_GZIP) and file.suffix.lower() != _GZIP_SUFFIX:
+        return DataError(f"{file}: is compressed with gzip", hint=f"name it {file.name}.gz")
     return DataError(f"{file}, line {line}: not UTF-8 ({error.reason})", hint="save it as UTF-8")
 
 

@@ -35,9 +35,8 @@ def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[S
         return list(samples), []
     rows = list(dict.fromkeys(sample.source for sample in samples))
     if len(rows) < 2:
-        raise DataError(
-            "a single row cannot be split into training and held-out rows", hint="add data, or use --held-out 0"
-        )
+        hint = "add data, or use --held-out 0"
+        raise DataError("a single row cannot be split into training and held-out rows", hint=hint)
     count = min(len(rows) - 1, max(1, round(len(rows) * held_out)))
     chosen = {rows[i] for i in order(len(rows), seed)[:count]}
     return [s for s in samples if s.source not in chosen], [s for s in samples if s.source in chosen]

@@ -75,11 +75,7 @@ def templates_in(
 
 
 def template_beside(folder: Path) -> str | None:
-    """Return the chat template in an adapter's folder, with which it was trained; None if there is none.
-
-    Raises:
-        CheckpointError, DataError: a template cannot be read.
-    """
+    """Return the chat template in an adapter's folder, with which it was trained; None if there is none."""
     found = templates_in(folder).get("default")
     return found and found[1]
 
@@ -121,10 +117,6 @@ def _are_words(tokenizer: Any, root: Path) -> bool:
 
 def load_tokenizer_of(base: Path, adapter: Path | None) -> Any:
     """Load the adapter's tokenizer if it has one, else the base's, with the adapter's chat templates if it has any.
-
-    Args:
-        base: folder of a checkpoint.
-        adapter: folder of an adapter trained on it, or None.
 
     Raises:
         UsageError: transformers cannot load the tokenizer.

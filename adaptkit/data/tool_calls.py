@@ -61,11 +61,7 @@ def read_calls(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
 
 
 def calls_in(value: Any, where: str) -> list[dict[str, Any]]:
-    """Return the calls in a message that holds nothing else, as ShareGPT's ``function_call``.
-
-    Raises:
-        DataError: the value is neither calls nor their JSON text.
-    """
+    """Return the calls in a message that holds nothing else, as ShareGPT's ``function_call``, or their JSON text."""
     found = _parsed(value, where) if isinstance(value, str) else value
     calls = [_call(call, where) for call in (found if isinstance(found, list) else [found])]
     if not calls:
@@ -116,9 +112,8 @@ def _parsed(text: str, what: str) -> Any:
     try:
         return parse(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{what}: not JSON ({error})", hint="write an object or a list, or the JSON text of one"
-        ) from error
+        hint = "write an object or a list, or the JSON text of one"
+        raise DataError(f"{what}: not JSON ({error})", hint=hint) from error
 
 
 def words_of(calls: Sequence[Mapping[str, Any]]) -> Iterator[str]:

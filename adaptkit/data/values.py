@@ -86,10 +86,8 @@ def joined(content: Any, where: str) -> tuple[Any, frozenset[str]]:
         return content, frozenset()
     for number, part in enumerate(content, 1):
         if _kind(part) != "text":
-            raise DataError(
-                f"{where}: part {number} of its content is not text ({_kind(part)})",
-                hint='write parts as {"type": "text", "text": ...}; remove rows with images, video or audio',
-            )
+            hint = 'write parts as {"type": "text", "text": ...}; remove rows with images, video or audio'
+            raise DataError(f"{where}: part {number} of its content is not text ({_kind(part)})", hint=hint)
     others = {key for part in content for key, value in part.items() if key not in _PART_KEYS and value is not None}
     return "".join(part["text"] for part in content), frozenset(map(str, others))
 

@@ -13,7 +13,7 @@ from adaptkit.data.chat_template import known_template_kwargs, set_template_kwar
 from adaptkit.data.conversation import read_example
 from adaptkit.data.limits import check_window
 from adaptkit.data.rendering import render
-from adaptkit.data.rows import holds_rows, read_pieces, read_rows, read_text
+from adaptkit.data.rows import holds_rows, read_pieces, read_rows
 from adaptkit.data.tokenizer_files import leading_special_tokens, load_tokenizer
 from adaptkit.errors import DataError, UsageError
 
@@ -58,15 +58,13 @@ def read_tokens(
         if given is not None and given < 2:
             raise UsageError(f"{name}: must be at least 2, found {given}")
     check_window(root, window)
-    if max_tokens is not None:
-        window = min(window, max_tokens)
+    window = window if max_tokens is None else min(window, max_tokens)
     wanted = None if max_tokens is None else max_tokens // window
+    limit = None if wanted is None else wanted * window
     tokenizer = load_tokenizer(root)
     set_template_kwargs(tokenizer, known_template_kwargs(tokenizer, template_kwargs or {}))
-    stream: list[int] = []
     end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    ended = True
-    limit = None if wanted is None else wanted * window
+    stream, ended = list[int](), True
     for ids, ends_itself in _texts(files, tokenizer, limit):
         if ids:
             stream += ids if ended else [*end, *ids]
@@ -75,10 +73,8 @@ def read_tokens(
             break
     windows = _cut(stream, window, leading_special_tokens(tokenizer)[:1])
     if not windows or len(windows[0]) < 2:
-        found = "a single token" if windows else "no text to read"
-        raise DataError(
-            f"{', '.join(map(str, files)) or 'no files'}: {found}", hint="give files that contain at least two tokens"
-        )
+        found, read = "a single token" if windows else "no text to read", ", ".join(map(str, files)) or "no files"
+        raise DataError(f"{read}: {found}", hint="give files that contain at least two tokens")
     return torch.tensor(windows[:wanted])
 
 
@@ -88,22 +84,19 @@ def _texts(files: Sequence[Path], tokenizer: Any, limit: int | None) -> Iterator
         if holds_rows(file):
             for where, row in read_rows(file):
                 yield _row_tokens(row, where, tokenizer)
-        elif limit is None:
-            yield _tokens(tokenizer, read_text(file), True), False
         else:
             yield _prefix_tokens(tokenizer, file, limit), False
 
 
-def _prefix_tokens(tokenizer: Any, file: Path, limit: int) -> list[int]:
+def _prefix_tokens(tokenizer: Any, file: Path, limit: int | None) -> list[int]:
     """Return the first tokens of a text, at least ``limit`` if it has them, as if it were tokenized whole.
 
     The tokens of a prefix may differ from the whole text's near the cut, rarely by more than a word. So prefixes are
     cut before white space, and accepted if the first ``limit + _EXTRA_TOKENS`` tokens equal those of the previous,
     shorter prefix.
     """
-    text, compared = "", limit + _EXTRA_TOKENS
-    known: list[int] = []
-    for piece, is_whole in read_pieces(file, max(_LEAST_BYTES, _BYTES_PER_TOKEN * limit)):
+    text, compared, known = "", (limit or 0) + _EXTRA_TOKENS, list[int]()
+    for piece, is_whole in read_pieces(file, max(_LEAST_BYTES, _BYTES_PER_TOKEN * limit) if limit else -1):
         text += piece
         beginning = text if is_whole else "".join(text.rsplit(None, 1)[:-1])
         ids = _tokens(tokenizer, beginning, True)
