@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.data.dataset import load_data
-from adaptkit.data.encoding import IGNORED, Sample
-from adaptkit.data.sampling import default_held_out, order, split
+from adaptkit.data.encoding import IGNORED
 from adaptkit.data.tokenizer_files import load_tokenizer
 from adaptkit.errors import DataError
 
@@ -238,70 +237,6 @@ def test_a_template_that_refuses_is_named_with_file_and_line(llama, tmp_path):
     tokenizer.chat_template = "{{ raise_exception('no system prompt here') }}"
     with pytest.raises(DataError, match=r"rows\.jsonl, line 1: the chat template refuses .*no system prompt here"):
         load_data([write(tmp_path, SHORT)], tokenizer, 99)
-
-
-@given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 5))
-def test_a_split_contains_every_sample_once(count, fraction, seed):
-    samples = [Sample((i,), (i,), f"rows.jsonl, line {i}") for i in range(count)]
-    train, held_out = split(samples, fraction, seed)
-    assert sorted(s.ids[0] for s in train + held_out) == list(range(count))
-    assert train
-    assert held_out
-    chosen = set(order(count, seed)[: len(held_out)])  # with one sample per row, rows are drawn in the order of samples
-    assert [s.ids[0] for s in held_out] == sorted(chosen)
-    assert [s.ids[0] for s in train] == [i for i in range(count) if i not in chosen]
-
-
-@given(st.integers(2, 30_000), st.integers(1, 2))
-def test_by_default_a_tenth_of_the_rows_is_held_out_but_at_most_a_thousand(rows, answers):
-    samples = [Sample((), (), f"chat.jsonl, line {row}") for row in range(rows) for _ in range(answers)]
-    fraction = default_held_out(samples)
-    assert (fraction == 0.1) == (rows <= 10_000)
-    assert round(rows * fraction) == min(1000, round(rows * 0.1))
-
-
-@given(st.lists(st.integers(1, 5), min_size=2, max_size=30), st.floats(0.01, 0.99), st.integers(0, 5))
-def test_no_row_is_on_both_sides_of_a_split(answers, fraction, seed):
-    samples = [
-        Sample((row, turn), (), f"chat.jsonl, line {row}") for row, most in enumerate(answers) for turn in range(most)
-    ]
-    train, held_out = split(samples, fraction, seed)
-    assert not {s.source for s in train} & {s.source for s in held_out}
-    assert sorted(s.ids for s in train + held_out) == [s.ids for s in samples]
-    for side in (train, held_out):
-        assert side == sorted(side, key=lambda sample: sample.ids)
-    rows = {s.source for s in held_out}
-    assert len(rows) == min(len(answers) - 1, max(1, round(len(answers) * fraction)))
-
-
-def test_a_row_that_gives_several_samples_is_not_on_both_sides_of_a_split(llama, tmp_path):
-    """If the template omits reasoning from all answers but the last, a conversation gives one sample per answer."""
-    tokenizer = load_tokenizer(llama)
-    tokenizer.chat_template = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
-        "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    rows = [
-        {"messages": [
-            {"role": ("user", "assistant")[turn % 2], "content": f"<think>so</think>row {row} turn {turn}"}
-            for turn in range(6)
-        ]}
-        for row in range(8)
-    ]  # fmt: skip
-    dataset = load_data([write(tmp_path, *rows)], tokenizer, 999)
-    assert (len(dataset.samples), dataset.split) == (24, 8)
-    for seed in range(5):
-        train, held_out = split(dataset.samples, 0.25, seed)
-        assert (len(train), len(held_out)) == (18, 6)
-        assert not {s.source for s in train} & {s.source for s in held_out}
-
-
-def test_a_single_row_cannot_be_split_even_if_it_gives_several_samples():
-    samples = [Sample((turn,), (turn,), "chat.jsonl, line 1") for turn in range(3)]
-    with pytest.raises(DataError, match="a single row cannot be split"):
-        split(samples, 0.5, 0)
-    assert split(samples, 0, 0) == (samples, [])
 
 
 def test_every_row_has_a_unique_source(tokenizer, tmp_path):
