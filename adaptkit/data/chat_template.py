@@ -1,4 +1,4 @@
-"""Reading and checking chat templates, and setting their variables; ``template_call`` runs them."""
+"""Reading and checking chat templates, and setting their variables; ``rendering`` runs them."""
 
 import importlib.util
 import json
