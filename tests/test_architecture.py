@@ -35,7 +35,7 @@ INSIDE = {
         "network": {"fast"},
         "memory": {"fast", "network"},
         "methods": {"network"},
-        "evaluation": {"network", "methods"},
+        "evaluation": {"network"},
     },
 }
 """Folders of a package that import others of it."""

@@ -7,7 +7,7 @@ communication.
 import itertools
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,6 +177,13 @@ def collate(rows: Sequence[Row], padding: int) -> Batch:
     packed = torch.from_numpy(positions) if any(len(row) > 1 for row in rows) else None
     sources = tuple(sample.source for row in rows for sample in row)
     return Batch(torch.from_numpy(ids), torch.from_numpy(labels), torch.from_numpy(mask), packed, sources)
+
+
+def rows_by_length(samples: Sequence[Sample], batch_size: int) -> Iterator[list[Row]]:
+    """Yield rows of one sample each, for batches of similar length, which need little padding."""
+    by_length = sorted(samples, key=lambda sample: len(sample.ids))
+    for start in range(0, len(by_length), batch_size):
+        yield [(sample,) for sample in by_length[start : start + batch_size]]
 
 
 def _cuts(count: int, parts: int) -> list[tuple[int, int]]:

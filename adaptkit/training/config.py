@@ -191,7 +191,7 @@ class TrainConfig(_MethodSettings):  # type: ignore[misc]  # known only when the
             if getattr(self, name) and getattr(self, other):
                 message = f"{name}: cannot be combined with {other}{why}"
                 raise ConfigError(message, hint="leave out one of the two")
-        self.training_method.check(self)
+        self.training_method.check()
         self.mixture_weights()
         self._check_steps()
         if self.patience and not (self.has_held_out and self.eval_every):
@@ -276,7 +276,7 @@ class TrainConfig(_MethodSettings):  # type: ignore[misc]  # known only when the
     @property
     def training_method(self) -> TrainingMethod:
         """The method of the run, which owns rows, batches and loss."""
-        return default_method()
+        return default_method()(self)
 
     @property
     def has_held_out(self) -> bool:

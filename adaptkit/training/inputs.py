@@ -209,7 +209,7 @@ def _check_prompts(config: TrainConfig, tokenizer: Any) -> None:
 
 def _load(config: TrainConfig, sources: Sequence[str], tokenizer: Any) -> Dataset:
     base = Path(config.base)
-    return config.training_method.read(config, sources, tokenizer, context_length(base), vocabulary_size(base))
+    return config.training_method.read(sources, tokenizer, context_length(base), vocabulary_size(base))
 
 
 def _side_files(config: TrainConfig, start: Adapter | None, template: str | None, end: int | None) -> dict[str, bytes]:

@@ -1,12 +1,17 @@
 """What a run observes between its steps: the loss of held-out samples, and answers to prompts."""
 
-from adaptkit.data.encoding import prompt_ids
+from collections.abc import Sequence
+
+import torch
+
+from adaptkit.data.batches import rows_by_length
+from adaptkit.data.encoding import Sample, prompt_ids
 from adaptkit.data.limits import pad_id
 from adaptkit.training.distributed import World
 from adaptkit.training.evaluation.generation import generate
-from adaptkit.training.evaluation.perplexity import mean_losses
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory.pressure import Pressure
+from adaptkit.training.methods._method import TrainingMethod
 from adaptkit.training.network.model import Model
 
 
@@ -52,3 +57,17 @@ class Observations:
             lambda: generate(self._model, tokenizer, asked, **options),
         )
         return {prompt: answer.text for prompt, answer in zip(config.sample_prompts, found, strict=True)}
+
+
+@torch.no_grad()
+def mean_losses(
+    method: TrainingMethod, model: Model, samples: Sequence[Sample], batch_size: int, padding: int
+) -> dict[str, float]:
+    """Return the means of a method's loss and other metrics, by name; of no samples, none."""
+    model.network.eval()
+    sums: dict[str, float] = {}
+    for rows in rows_by_length(samples, batch_size):
+        for name, value in method.loss(model, method.collate(rows, padding)).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    weight = sum(map(method.weight, samples))
+    return {name: total / weight for name, total in sums.items()}

@@ -66,7 +66,7 @@ def batches_of(inputs: Inputs) -> Batches:
         seed=config.seed,
         padding=pad_id(inputs.tokenizer, inputs.base),
         group_by_length=config.group_by_length,
-        pack_length=method.pack_length(config),
+        pack_length=method.pack_length,
         mixture=inputs.mixture,
         make=method.collate,
     )
@@ -166,7 +166,7 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
         model = load_model(inputs.base, getattr(torch, inputs.config.compute_dtype), held)
         with transient_weights(model.network):
             add_trainable(model, inputs.config, inputs.start, inputs.tokenizer)
-            if inputs.config.training_method.pack_length(inputs.config) is not None:
+            if inputs.config.training_method.pack_length is not None:
                 check_packing(model.network)
             if device.type == "cpu" or not is_shared:
                 make_fast(model)

@@ -98,7 +98,7 @@ def test_a_dry_run_reports_where_memory_ran_out(config, tmp_path, monkeypatch):
     ("name", "where", "hint"),
     [
         ("load_model", "while the model was loaded", "--device cpu"),
-        ("mean_losses", "while the model was evaluated", "--batch-size"),
+        ("mean_loss", "while the model was evaluated", "--batch-size"),
         ("generate", "while the model was evaluated", "--batch-size"),
     ],
 )

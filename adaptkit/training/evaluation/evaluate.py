@@ -18,10 +18,9 @@ from adaptkit.training.device import choose_device, choose_dtype, make_current, 
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.evaluation.generation import Generated, generate
 from adaptkit.training.evaluation.material import Asked, Material, read_material
-from adaptkit.training.evaluation.perplexity import mean_losses, measure_text, perplexity_of
+from adaptkit.training.evaluation.perplexity import mean_loss, measure_text, perplexity_of
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport, GenerationReport
 from adaptkit.training.evaluation.scores import require_metrics, score
-from adaptkit.training.methods._method import default_method
 from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.joined_gpu import join_on_gpu
 from adaptkit.training.network.lineage import Weights, check_base, template_kwargs, trained_parameters
@@ -157,8 +156,7 @@ def measure(
     model = load(base, options, adapter)
     data, samples = material.dataset, material.dataset.samples
     with reports_unsupported_dtype(base, name_of(model.dtype)):
-        means = mean_losses(default_method(), model, samples, options.batch_size, pad_id(material.tokenizer, base))
-        loss = means.get("loss")
+        loss = mean_loss(model, samples, options.batch_size, pad_id(material.tokenizer, base)) if samples else None
         text = None if material.windows is None else measure_text(model, material.windows, reference)
     _require_numbers(base, {"the answers": loss, "the text": text.loss if text else None})
     if text is not None and reference is not None:

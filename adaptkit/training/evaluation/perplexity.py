@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adaptkit.data.batches import collate, rows_by_length
 from adaptkit.data.encoding import Sample
 from adaptkit.data.limits import check_vocabulary
 from adaptkit.errors import BaseMismatchError
-from adaptkit.training.methods._method import TrainingMethod
+from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import Model
 
 POSITIONS = 64
@@ -46,22 +47,11 @@ class TextReport:
 
 
 @torch.no_grad()
-def mean_losses(
-    method: TrainingMethod, model: Model, samples: Sequence[Sample], batch_size: int, padding: int
-) -> dict[str, float]:
-    """Return the means of a method's loss and other metrics, by name; of no samples, none.
-
-    Samples of similar length are batched, to pad little.
-    """
+def mean_loss(model: Model, samples: Sequence[Sample], batch_size: int, padding: int) -> float:
+    """Return the mean cross-entropy per answer token, in nats."""
     model.network.eval()
-    by_length = sorted(samples, key=lambda sample: len(sample.ids))
-    sums: dict[str, float] = {}
-    for start in range(0, len(by_length), batch_size):
-        rows = [(sample,) for sample in by_length[start : start + batch_size]]
-        for name, value in method.loss(model, method.collate(rows, padding)).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
-    weight = sum(map(method.weight, samples))
-    return {name: total / weight for name, total in sums.items()}
+    total = sum(float(summed_loss(model, collate(rows, padding))) for rows in rows_by_length(samples, batch_size))
+    return total / sum(sample.answer_tokens for sample in samples)
 
 
 @torch.no_grad()

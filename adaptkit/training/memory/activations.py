@@ -85,7 +85,7 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
             logits += logits * 4 // dtype.itemsize
         trained = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)
         logits += head_gradient_bytes(trained, dtype.itemsize)
-    has_pairs = device.type == "cuda" and config.training_method.pack_length(config) is not None
+    has_pairs = device.type == "cuda" and config.training_method.pack_length is not None
     measured = cache(partial(layer_sizes, network, largest, device, has_pairs))
     room = _room(network, config, device, logits)
     found = choose_checkpointing(network, config.checkpointing, measured, offloaded, room)

@@ -4,13 +4,14 @@
     metrics of a step     {"loss": Σ loss / Σ weight, ...the other sums in the same way, UNIT: Σ weight}
     held-out metrics      {"held_out_loss": ...}
 
-Each is the ``METHOD`` of a file of this folder, and nothing else lists it: the loop, resume, paging, checkpoints, the
-memory plan and the command line know only this class. Files import torch inside functions, since ``--help`` needs the
-settings.
+Each is a class, the ``METHOD`` of a file of this folder, and nothing else lists it: the loop, resume, paging,
+checkpoints, the memory plan and the command line know only ``TrainingMethod``. Files import torch inside functions,
+since ``--help`` needs their settings.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptkit.discovery import load, names
@@ -29,39 +30,40 @@ if TYPE_CHECKING:
 _DEFAULT = "sft"
 
 
+@dataclass(frozen=True)
 class TrainingMethod(ABC):
-    """A training method.
+    """A training method, with the settings of a run.
 
     Attributes:
+        config: settings of the run.
         settings: a frozen dataclass of keyword-only settings with defaults, each ``after`` another setting of a run;
             they are options of ``train``, keys of its file and fields of ``TrainConfig``.
         unit: what the loss is a mean over; the name of their number among the metrics.
         sequences: number of rows in a batch that a row of samples becomes.
     """
 
+    config: "TrainConfig"
     settings: ClassVar[type]
     unit: ClassVar[str]
     sequences: ClassVar[int] = 1
 
-    def check(self, config: "TrainConfig") -> None:  # noqa: B027  # not every method has some
+    def check(self) -> None:  # noqa: B027  # not every method has some
         """Refuse settings that contradict each other.
 
         Raises:
             ConfigError: names one.
         """
 
-    def pack_length(self, config: "TrainConfig") -> int | None:
-        """Return the length of rows that hold several samples; None if each sample has a row of its own."""
+    @property
+    def pack_length(self) -> int | None:
+        """Length of rows that hold several samples; None if each sample has a row of its own."""
         return None
 
     @abstractmethod
-    def read(
-        self, config: "TrainConfig", sources: Sequence[str], tokenizer: Any, context: int | None, known: int | None
-    ) -> "Dataset":
+    def read(self, sources: Sequence[str], tokenizer: Any, context: int | None, known: int | None) -> "Dataset":
         """Read sources and tokenize their rows.
 
         Args:
-            config: settings of the run.
             sources: files or Hub datasets; see ``data.rows``.
             tokenizer: tokenizer of the model, with the run's chat template.
             context: maximum sequence length of the model; None if unknown.
@@ -95,9 +97,9 @@ class TrainingMethod(ABC):
         """
 
 
-def default_method() -> TrainingMethod:
+def default_method() -> type[TrainingMethod]:
     """Return the method of a run that names none."""
-    found: TrainingMethod = load(methods, _DEFAULT, "METHOD")
+    found: type[TrainingMethod] = load(methods, _DEFAULT, "METHOD")
     return found
 
 

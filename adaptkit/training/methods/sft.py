@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from adaptkit.data.batches import Batch
     from adaptkit.data.dataset import Dataset
     from adaptkit.data.encoding import Sample
-    from adaptkit.training.config import TrainConfig
     from adaptkit.training.network.model import Model
 
 LOSS_ON = ("answers", "last_answer", "all")
@@ -38,24 +37,24 @@ class SupervisedTuning(TrainingMethod):
 
     settings, unit = SupervisedSettings, "answer_tokens"
 
-    def check(self, config: "TrainConfig") -> None:
+    def check(self) -> None:
         """See ``TrainingMethod``."""
-        if config.pack and config.group_by_length:
+        if self.config.pack and self.config.group_by_length:
             raise ConfigError(
                 "group_by_length: cannot be combined with pack: packed rows have similar lengths",
                 hint="leave out one of the two",
             )
 
-    def pack_length(self, config: "TrainConfig") -> int | None:
+    @property
+    def pack_length(self) -> int | None:
         """See ``TrainingMethod``."""
-        return config.max_length if config.pack else None
+        return self.config.max_length if self.config.pack else None
 
-    def read(
-        self, config: "TrainConfig", sources: Sequence[str], tokenizer: Any, context: int | None, known: int | None
-    ) -> "Dataset":
+    def read(self, sources: Sequence[str], tokenizer: Any, context: int | None, known: int | None) -> "Dataset":
         """See ``TrainingMethod``; the layouts of rows are those of ``data.conversation``."""
         from adaptkit.data.dataset import load_data
 
+        config = self.config
         return load_data(
             sources,
             tokenizer,
@@ -78,4 +77,4 @@ class SupervisedTuning(TrainingMethod):
         return {"loss": summed_loss(model, batch, share)}
 
 
-METHOD = SupervisedTuning()
+METHOD = SupervisedTuning
