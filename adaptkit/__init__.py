@@ -19,7 +19,7 @@ _PUBLIC = {
     "EvaluateOptions": "adaptkit.training.evaluation.report",
     "ExtractOptions": "adaptkit.operations.extract",
     "MergeOptions": "adaptkit.operations.merge",
-    "PlanOptions": "adaptkit.training.plan",
+    "PlanOptions": "adaptkit.training.plan_options",
     "PublishOptions": "adaptkit.hub.publish",
     "PullOptions": "adaptkit.hub.download",
     "QuantizeOptions": "adaptkit.operations.quantize",

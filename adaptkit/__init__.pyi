@@ -37,8 +37,8 @@ from adaptkit.training.evaluation.comparison import compare as compare
 from adaptkit.training.evaluation.evaluate import evaluate as evaluate
 from adaptkit.training.evaluation.report import EvaluateOptions as EvaluateOptions
 from adaptkit.training.loop import train as train
-from adaptkit.training.plan import PlanOptions as PlanOptions
 from adaptkit.training.plan import plan as plan
+from adaptkit.training.plan_options import PlanOptions as PlanOptions
 
 __version__: str
 __all__: list[str]

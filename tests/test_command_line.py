@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parents[1] / "fixtures" / "golden" / "schema-1-undo-2"
         ["verify", "base"],
         ["diff", "base", "merged"],
         ["merge", "base", "absent", "-o", "out"],
-        ["plan", "base", "--method", "full", "--seq-len", "64", "--json"],
+        ["plan", "base", "--method", "full", "--max-length", "64", "--json"],
     ],
     ids=lambda arguments: "-".join(arguments[:2]),
 )

@@ -186,7 +186,7 @@ class InSections(click.Command):
             if isinstance(option, _SettingOption):
                 heading = option.section or heading
             record = option.get_help_record(ctx)
-            if record is not None:
+            if record is not None and not isinstance(option, click.Argument):
                 sections.setdefault(heading if isinstance(option, _SettingOption) else "Options", []).append(record)
         for heading, records in sections.items():
             with formatter.section(heading):

@@ -17,7 +17,7 @@ _OF_EACH = {
     "modules_to_save": "lora_modules_to_save additional_target",
     "chat_template": "chat_template_jinja",
     "loss_on": "train_on_inputs train_on_prompt assistant_only_loss completion_only_loss",
-    "max_length": "max_seq_length max_seq_len sequence_len cutoff_len model_max_length",
+    "max_length": "seq_len max_seq_length max_seq_len sequence_len cutoff_len model_max_length",
     "pack": "packing sample_packing",
     "held_out": "val_set_size val_size test_size",
     "held_out_data": "eval_dataset test_datasets eval_file validation_file",

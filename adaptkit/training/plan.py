@@ -18,17 +18,16 @@ So full fine-tuning needs 16 bytes per parameter plus activations and logits: 16
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from adaptkit.arguments import AnyPath, as_path, as_texts, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, checked_options
 from adaptkit.errors import UsageError
 from adaptkit.formats._format import Encoding
 from adaptkit.models.activations import Checkpointing, fit_budget, parse_policy
 from adaptkit.models.architecture import Description, empty_network, language_part
-from adaptkit.models.kinds import MOE
 from adaptkit.models.linears import is_linear
 from adaptkit.models.matching import matching_targets
 from adaptkit.models.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes, overhead_bytes
@@ -36,83 +35,12 @@ from adaptkit.models.model_lock import model_lock
 from adaptkit.models.tables import host_tables
 from adaptkit.training._plan.network import Shape, expert_stacks, linear_shapes, measured_layers
 from adaptkit.training._plan.packing import Packing
+from adaptkit.training.device import choose_dtype, name_of
 from adaptkit.training.memory.adamw import STATE_BITS, moment_bytes
+from adaptkit.training.plan_options import PlanOptions
 from adaptkit.wording import counted
 
-METHODS = ("full", "lora", "qlora")
-DEVICES = ("auto", "cpu", "cuda")
 RANKS = (4, 8, 16, 32, 64, 128, 256)
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """The training run to plan.
-
-    Attributes:
-        method: ``full``, ``lora`` or ``qlora``.
-        rank: of the adapter.
-        targets: shell patterns of module paths, as for the trainer.
-        moe: ``keep`` experts in 16 bits, or ``quantize`` them; None: as the model's configuration says if it is
-            quantized, otherwise ``keep``, the default of ``quantize``.
-        seq_len: tokens per row.
-        batch: rows per forward pass.
-        checkpointing: a policy of ``models.activations``; ``auto`` is planned as ``layer``, the least that it needs.
-        optimizer: ``adamw`` or ``adamw8bit``.
-        compute_dtype: ``bfloat16`` or ``float32``.
-        offload_checkpoints: keep the inputs of checkpointed segments in host memory; only for GPUs.
-        device: ``cpu``, ``cuda``, or ``auto``: a GPU if this machine has one, or if checkpoints are offloaded.
-    """
-
-    method: str = "qlora"
-    rank: int = 16
-    targets: tuple[str, ...] = ("*",)
-    moe: str | None = None
-    seq_len: int = 1024
-    batch: int = 1
-    checkpointing: str = "layer"
-    optimizer: str = "adamw"
-    compute_dtype: str = "bfloat16"
-    offload_checkpoints: bool = False
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
-        object.__setattr__(self, "targets", as_texts(self.targets, "targets"))
-        choices = {
-            "method": METHODS,
-            "moe": (None, *MOE),
-            "optimizer": STATE_BITS,
-            "compute_dtype": ("bfloat16", "float32"),
-            "device": DEVICES,
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise UsageError(
-                    f"{name}: must be one of {', '.join(filter(None, allowed))}, found {getattr(self, name)!r}"
-                )
-        for name, methods in (("rank", ("lora", "qlora")), ("targets", ("lora", "qlora")), ("moe", ("qlora",))):
-            if getattr(self, name) != getattr(PlanOptions, name) and self.method not in methods:
-                raise UsageError(
-                    f"{name}: does not apply to method {self.method}",
-                    hint=f"leave it out, or use --method {' or '.join(methods)}",
-                )
-        for name, most in (("rank", 1 << 16), ("seq_len", 1 << 24), ("batch", 1 << 16)):
-            if not 1 <= getattr(self, name) <= most:
-                raise UsageError(f"{name}: must be from 1 to {most:,}, found {getattr(self, name)}")
-        if not self.targets:
-            raise UsageError("targets: must name at least one pattern", hint="'*' matches all modules")
-        if self.offload_checkpoints and self.device == "cpu":
-            raise UsageError(
-                "offload_checkpoints: has no effect on a CPU",
-                hint="leave out --offload-checkpoints, or use --device cuda",
-            )
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether the planned run uses a GPU."""
-        if self.device == "auto":
-            return self.offload_checkpoints or torch.cuda.is_available()
-        return self.device == "cuda"
 
 
 @dataclass(frozen=True)
@@ -140,7 +68,8 @@ class PlanReport:
         model: folder.
         architecture: class in transformers.
         parameters: number of the model's parameters.
-        method: of training.
+        method: ``full``, ``lora`` or ``qlora``.
+        compute_dtype: dtype of activations and of unquantized weights.
         device: for which it was planned, ``cpu`` or ``cuda``.
         trainable_parameters: number of parameters that the method trains.
         checkpointing: phrase that says which layers are checkpointed.
@@ -156,6 +85,7 @@ class PlanReport:
     architecture: str
     parameters: int
     method: str
+    compute_dtype: str
     device: str
     trainable_parameters: int
     checkpointing: str
@@ -183,6 +113,7 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
     model = as_path(model, "model")
     options = checked_options(options, PlanOptions)
     description = Description.read(model)
+    options = _resolved(options, description)
     dtype = getattr(torch, options.compute_dtype)
     network = empty_network(description, dtype)
     shapes = linear_shapes(network)
@@ -216,6 +147,7 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
         architecture=type(network).__name__,
         parameters=parameters,
         method=options.method,
+        compute_dtype=options.compute_dtype,
         device="cuda" if options.on_gpu else "cpu",
         trainable_parameters=trainable,
         checkpointing=str(checkpointing),
@@ -226,6 +158,16 @@ def plan(model: AnyPath, options: PlanOptions | None = None) -> PlanReport:
         notes=tuple(_notes(network, description, options, packs_experts)),
         ranks=tuple(_ranks(shapes, targets, parameters, most)),
     )
+
+
+def _resolved(options: PlanOptions, description: Description) -> PlanOptions:
+    """Return the options with method and compute_dtype as ``train`` chooses them; a GPU elsewhere has bfloat16."""
+    method, dtype = options.method, options.compute_dtype
+    if method == "auto":
+        method = "qlora" if "quantization_config" in description.config else "lora"
+    if not options.on_gpu or torch.cuda.is_available():
+        dtype = name_of(choose_dtype(dtype, torch.device("cuda" if options.on_gpu else "cpu")))
+    return replace(options, method=method, compute_dtype="bfloat16" if dtype == "auto" else dtype)
 
 
 def _packing(network: Any, shapes: dict[str, Shape], description: Description, options: PlanOptions) -> Packing:
@@ -276,8 +218,8 @@ def _context(config: Any) -> int | None:
 
 def _notes(network: Any, description: Description, options: PlanOptions, packs_experts: bool) -> Iterator[str]:
     context, stacks = _context(network.config), expert_stacks(network)
-    if context is not None and context < options.seq_len:
-        yield f"--seq-len {options.seq_len:,} is longer than the model's context of {context:,} tokens"
+    if context is not None and context < options.max_length:
+        yield f"--max-length {options.max_length:,} is longer than the model's context of {context:,} tokens"
     if options.method != "qlora" and "quantization_config" in description.config:
         yield f"this checkpoint is quantized, but {options.method} trains the 16-bit one"
     if stacks and options.method != "full":
@@ -294,20 +236,21 @@ def _activations(
     network: Any, options: PlanOptions, ranks: dict[str, int], packs_experts: bool
 ) -> tuple[Checkpointing, int, int]:
     """Return the checkpointing, the bytes of activations, and how many of these layers without it keep."""
-    shape, full = (options.batch, options.seq_len), options.method == "full"
+    shape, full = (options.rows, options.max_length), options.method == "full"
     sizes = measured_layers(network, ranks, full, shape, packs_experts, options.on_gpu)
     found = parse_policy(options.checkpointing, len(sizes))
     if isinstance(found, Checkpointing):
         chosen = found
     else:
-        chosen = fit_budget(found, sizes, options.offload_checkpoints, less="a smaller --batch or --seq-len")
+        less = "a smaller --micro-batch-size or --max-length"
+        chosen = fit_budget(found, sizes, options.offload_checkpoints, less=less)
     return chosen, chosen.bytes_needed(sizes, options.offload_checkpoints), chosen.kept_whole(sizes)
 
 
 def _logits(network: Any, options: PlanOptions, dtype: torch.dtype) -> int:
     """Return the bytes of a chunk of logits, and of the output layer's gradient if it is trained."""
     vocabulary, head = network.config.get_text_config().vocab_size, network.get_output_embeddings()
-    chunk = logits_bytes(options.batch * (options.seq_len - 1), vocabulary, dtype.itemsize, options.on_gpu)
+    chunk = logits_bytes(options.rows * (options.max_length - 1), vocabulary, dtype.itemsize, options.on_gpu)
     if options.method != "full" or head is None:
         return chunk
     return chunk + head_gradient_bytes(sum(part.numel() for part in head.parameters()), dtype.itemsize)

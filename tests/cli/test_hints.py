@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
+from adaptkit.cli.commands.evaluate import command as evaluate_command
+from adaptkit.cli.commands.plan import command as plan_command
 from adaptkit.cli.commands.train import command as train_command
 from adaptkit.discovery import closest
-from adaptkit.training.config import TrainConfig
+from adaptkit.training.config import COMPUTE_DTYPES, METHODS, OPTIMIZERS, TrainConfig
 from adaptkit.training.other_names import OTHER_NAMES
+from adaptkit.training.plan_options import PlanOptions
 from adaptkit.training.settings import settings
 
 MERGED = Path(__file__).parents[2] / "fixtures" / "golden" / "schema-1-undo-2" / "merged"
@@ -108,8 +112,8 @@ def test_plan_notes_rows_longer_than_the_models_context(run_cli, llama, gpt2):
         context = json.loads((model / "config.json").read_text())
         most = context.get("max_position_embeddings") or context["n_positions"]
         for length, told in ((most, False), (most + 1, True)):
-            printed = run_cli("plan", model, "--method", "lora", "--rank", 2, "--seq-len", length).stdout
-            assert (f"--seq-len {length:,} is longer than the model's context of {most:,} tokens" in printed) == told
+            printed = run_cli("plan", model, "--method", "lora", "--rank", 2, "--max-length", length).stdout
+            assert (f"--max-length {length:,} is longer than the model's context of {most:,} tokens" in printed) == told
 
 
 def test_plan_says_how_much_of_the_weights_it_does_not_count(run_cli, llama):
@@ -220,7 +224,7 @@ def test_errors_name_a_setting_as_the_option_or_key_it_was_given_by(
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("plan {base} --rank 0", "--rank: must be from 1 to 65,536, found 0"),
+        ("plan {base} --rank 0", "--rank: must be at least 1 and at most 65,536, found 0"),
         ("quantize {base} -o out --max-shard-size=0", "--max-shard-size: must be at least 1, found 0"),
         ("quantize {base} -o out --block-size 33", "--block-size: must be a power of two from 32 to 4096, found 33"),
         ("stack {base} {base} -o out --method ties --lambda 0",
@@ -334,6 +338,29 @@ def test_names_of_other_trainers_are_not_names_of_train_and_mean_options_of_it()
     options = {option.name for option in train_command.params}
     assert set(OTHER_NAMES.values()) <= options
     assert not options.intersection(OTHER_NAMES)
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("--seq-len", "--max-length"), ("--batch", "--batch-size")])
+def test_former_names_of_plan_are_refused_with_those_of_train(run_cli, llama, typed, meant):
+    error, hint = run_cli("plan", llama, typed, "8").refusal(2)
+    assert (error, hint) == (f"error: no such option: {typed}", f"hint: did you mean {meant}?")
+
+
+def test_plan_and_evaluate_have_the_names_and_values_of_train():
+    """Names that only one of them has are of what the others do not do."""
+    of_train, of_plan, of_evaluate = (
+        {option.name: option for option in command.params if isinstance(option, click.Option)}
+        for command in (train_command, plan_command, evaluate_command)
+    )
+    assert of_plan.keys() - of_train.keys() == {"moe"}
+    assert of_plan.keys() & of_evaluate.keys() <= of_train.keys()
+    assert {"max_length", "batch_size", "layout", "compute_dtype", "device"} <= of_train.keys() & of_evaluate.keys()
+    for name in of_plan.keys() & of_train.keys():
+        assert of_plan[name].opts == of_train[name].opts
+        assert of_plan[name].multiple == of_train[name].multiple
+    for name, choices in {"method": METHODS, "optimizer": OPTIMIZERS, "compute_dtype": COMPUTE_DTYPES}.items():
+        for value in choices:
+            assert getattr(PlanOptions(**{name: value}), name) == value
 
 
 def test_an_option_that_is_gone_says_what_is_used_instead(tmp_path):

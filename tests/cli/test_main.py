@@ -100,7 +100,7 @@ def broken(tmp_path, llama, adapter):
         ),
         "equal keys": (["train", "--config", tmp_path / "twice.yaml", "-o", "out"], 2, "'rank' appears twice"),
         "huge seed": (["evaluate", "--base", llama, "--prompt", "x", "--seed", "9" * 20], 2, "2^63 - 1, found 9999"),
-        "long row": (["plan", tmp_path / "bert", "--seq-len", "1024"], 2, "its forward pass cannot be simulated"),
+        "long row": (["plan", tmp_path / "bert", "--max-length", "1024"], 2, "its forward pass cannot be simulated"),
         **{
             f"{flag} twice": (
                 ["train", "--base", llama, "--data", "x", "-o", "out", flag, "a=1", flag, "a=2"],

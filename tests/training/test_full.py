@@ -27,7 +27,8 @@ from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.adapt import parameter_places, train_whole
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.start import add_trainable, resolve_method
-from adaptkit.training.plan import PlanOptions, plan
+from adaptkit.training.plan import plan
+from adaptkit.training.plan_options import PlanOptions
 from adaptkit.training.result import records_of, write_result
 
 CPU = torch.device("cpu")
@@ -83,7 +84,7 @@ def test_plan_and_the_run_predict_the_same_memory_beside_activations(bases, fami
     kept = save_activations(model.network, replace(config, checkpointing="layer"), (2, 64), CPU)
     state = moment_bytes(trainable.values.numel(), 32)
     parts = predicted_memory(model.network, trainable.values.numel(), state, kept).parts()
-    options = PlanOptions(method="full", seq_len=64, batch=2, compute_dtype=dtype, device="cpu")
+    options = PlanOptions(method="full", max_length=64, batch_size=2, compute_dtype=dtype, device="cpu")
     found = dict(plan(bases / family, options).memory)
     assert parts["logits"] > 4 * model.network.get_output_embeddings().weight.numel()
     del parts["activations"], found["activations"]

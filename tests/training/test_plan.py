@@ -20,6 +20,7 @@ from adaptkit.operations.quantize import QuantizeOptions, quantize
 from adaptkit.training._plan.fused import fuse_stand_ins
 from adaptkit.training._plan.network import linear_shapes, measured_layers
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.device import choose_dtype, name_of
 from adaptkit.training.memory import activations
 from adaptkit.training.memory.activations import Activations, layer_sizes, predicted_memory
 from adaptkit.training.memory.moments import PagedState
@@ -29,7 +30,8 @@ from adaptkit.training.network.adapt import parameter_places, train_whole
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.narrow import keep_narrow
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
-from adaptkit.training.plan import PlanOptions, plan
+from adaptkit.training.plan import plan
+from adaptkit.training.plan_options import PlanOptions
 from adaptkit.training.preparation import make_fast
 
 CPU = torch.device("cpu")
@@ -76,7 +78,7 @@ def test_large_untied_embeddings_of_qlora_are_not_counted_in_gpu_memory(models, 
     vocabulary = 32 * 2**20 // (2 * config["hidden_size"])
     config |= {"vocab_size": vocabulary, "tie_word_embeddings": tied}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    options = {"seq_len": 16, "method": method, "checkpointing": "none"} | ({} if method == "full" else {"rank": 4})
+    options = {"max_length": 16, "method": method, "checkpointing": "none"} | ({} if method == "full" else {"rank": 4})
     cpu, gpu = (plan(tmp_path, PlanOptions(device=device, **options)) for device in ("cpu", "cuda"))
     copies = 0 if method == "full" else 2 * gpu.trainable_parameters
     less = 32 * 2**20 if not tied and method == "qlora" else 0
@@ -87,7 +89,7 @@ def test_large_untied_embeddings_of_qlora_are_not_counted_in_gpu_memory(models, 
 def test_gpus_use_larger_chunks_of_logits_and_copies_of_adapters(models, dtype, monkeypatch):
     """Compare with the trainer's own estimates; see ``training.memory.activations``."""
     rows, length = 256, 1025
-    shape = {"rank": 4, "batch": rows, "seq_len": length, "compute_dtype": str(dtype).removeprefix("torch.")}
+    shape = {"rank": 4, "batch_size": rows, "max_length": length, "compute_dtype": str(dtype).removeprefix("torch.")}
     found = {device: plan(models["llama"][0], PlanOptions(device=device, **shape)) for device in ("cpu", "cuda")}
     model = load_model(models["llama"][1], dtype, CPU)
     new_adapter(model, ("*",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
@@ -110,7 +112,7 @@ def test_the_default_device_is_the_gpu_if_there_is_one(models, monkeypatch):
         assert PlanOptions().on_gpu is there
         assert PlanOptions(offload_checkpoints=True).on_gpu
         assert (PlanOptions(device="cpu").on_gpu, PlanOptions(device="cuda").on_gpu) == (False, True)
-        assert plan(models["llama"][0], PlanOptions(seq_len=16)).device == ("cuda" if there else "cpu")
+        assert plan(models["llama"][0], PlanOptions(max_length=16)).device == ("cuda" if there else "cpu")
     with pytest.raises(UsageError, match="has no effect on a CPU"):
         PlanOptions(device="cpu", offload_checkpoints=True)
 
@@ -120,7 +122,7 @@ def test_the_default_device_is_the_gpu_if_there_is_one(models, monkeypatch):
 def test_weights_gradients_and_optimizer_are_predicted_to_the_byte(models, name, method):
     plain, packed = models[name]
     model, trainable = loaded(packed if method == "qlora" else plain)
-    found = plan(plain, PlanOptions(method=method, rank=4, seq_len=32, device="cpu"))
+    found = plan(plain, PlanOptions(method=method, rank=4, max_length=32, device="cpu"))
     count = trainable.values.numel()
     checkpoint_layers(model.network, Checkpointing(2, 1))
     expected = predicted_memory(model.network, count, 0, Activations(None, 0, 0))
@@ -130,7 +132,7 @@ def test_weights_gradients_and_optimizer_are_predicted_to_the_byte(models, name,
     }  # fmt: skip
     for optimizer, bits in (("adamw", 32), ("adamw8bit", 8)):
         state = PagedState(count, 1 << 20, None, CPU, bits=bits)
-        wanted = plan(plain, PlanOptions(method=method, rank=4, seq_len=32, optimizer=optimizer)).memory["optimizer"]
+        wanted = plan(plain, PlanOptions(method=method, rank=4, max_length=32, optimizer=optimizer)).memory["optimizer"]
         assert wanted == sum(vector.count * vector.dtype.itemsize for vector in state.vectors().values())
 
 
@@ -230,7 +232,7 @@ def test_more_key_heads_than_query_heads_are_refused(models, tmp_path, method):
     config["num_key_value_heads"] = 2 * config["num_attention_heads"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UsageError, match="forward pass cannot be simulated"):
-        plan(tmp_path, PlanOptions(method=method, seq_len=16, device="cpu"))
+        plan(tmp_path, PlanOptions(method=method, max_length=16, device="cpu"))
 
 
 @pytest.fixture
@@ -247,23 +249,23 @@ def ten_billion(tmp_path):
 
 def test_memory_for_ten_billion_parameters_matches_the_usual_estimates(ten_billion):
     """Full: 16 bytes per parameter, about 160 GB. LoRA: 4 bytes per frozen one, about 40 GB; in 16 bits half."""
-    full = plan(ten_billion, PlanOptions(method="full", seq_len=512))
+    full = plan(ten_billion, PlanOptions(method="full", max_length=512))
     assert full.parameters == pytest.approx(10e9, rel=0.02)
     steady = sum(full.memory[part] for part in ("weights", "trainable", "gradients", "optimizer"))
     assert steady == pytest.approx(16 * full.parameters, rel=1e-6)
     values = json.loads((ten_billion / "config.json").read_text())
-    lora = plan(ten_billion, PlanOptions(method="lora", rank=8, seq_len=512))
+    lora = plan(ten_billion, PlanOptions(method="lora", rank=8, max_length=512))
     (ten_billion / "config.json").write_text(json.dumps(values | {"torch_dtype": "float32"}))
-    lora32 = plan(ten_billion, PlanOptions(method="lora", rank=8, seq_len=512, compute_dtype="float32"))
+    lora32 = plan(ten_billion, PlanOptions(method="lora", rank=8, max_length=512, compute_dtype="float32"))
     assert 19e9 < lora.total_bytes < 23e9
     assert 39e9 < lora32.total_bytes < 44e9
-    qlora = plan(ten_billion, PlanOptions(rank=8, seq_len=512, device="cuda"))  # a CPU's pages of the base come and go
+    qlora = plan(ten_billion, PlanOptions(rank=8, max_length=512, device="cuda"))  # a CPU's pages come and go
     assert 6e9 < qlora.total_bytes < 9e9
     assert qlora.memory["weights"] < 0.36 * lora.memory["weights"]
 
 
 def test_trainable_parameters_are_reported_for_several_ranks(models):
-    report = plan(models["llama"][0], PlanOptions(targets=("q_proj",), rank=8, seq_len=16))
+    report = plan(models["llama"][0], PlanOptions(targets=("q_proj",), rank=8, max_length=16))
     assert [row.rank for row in report.ranks] == [4, 8, 16, 32, 64]
     assert all(row.parameters == row.rank * 2 * (64 + 64) for row in report.ranks)
     assert report.trainable_parameters == report.ranks[1].parameters
@@ -275,8 +277,8 @@ def test_a_rank_above_the_largest_of_a_target_is_refused_and_not_listed(models):
     with pytest.raises(
         UsageError, match=r"rank: must be at most 32, since model\.layers\.0\.self_attn\.k_proj is 32 x 64; found 33"
     ):
-        plan(models["llama"][0], PlanOptions(rank=33, seq_len=16))
-    assert [row.rank for row in plan(models["llama"][0], PlanOptions(rank=32, seq_len=16)).ranks] == [4, 8, 16, 32]
+        plan(models["llama"][0], PlanOptions(rank=33, max_length=16))
+    assert [row.rank for row in plan(models["llama"][0], PlanOptions(rank=32, max_length=16)).ranks] == [4, 8, 16, 32]
 
 
 @pytest.mark.parametrize(
@@ -294,7 +296,7 @@ def test_an_option_that_does_not_apply_to_the_method_is_refused(name, value, met
 def test_checkpointing_reduces_predicted_activations_of_other_architectures(made, family):
     folder = tiny.write_family(made / f"plan-{family}", family)
     peaks = [
-        plan(folder, PlanOptions(seq_len=64, checkpointing=policy)).memory["activations"]
+        plan(folder, PlanOptions(max_length=64, checkpointing=policy)).memory["activations"]
         for policy in ("none", "layer")
     ]
     assert peaks[0] > peaks[1] > 0
@@ -312,16 +314,16 @@ def test_experts_are_predicted_unquantized_and_in_4_bits(made, tmp_path, family,
     model = load_with_adapter(packed, dtype=getattr(torch, dtype))
     needed = Checkpointing(2, 1).bytes_needed(layer_sizes(model.network, (2, 64), CPU))
     checkpoint_layers(model.network, Checkpointing(2, 1))
-    found = plan(folder, PlanOptions(rank=4, batch=2, seq_len=64, moe=moe, compute_dtype=dtype, device="cpu"))
+    found = plan(folder, PlanOptions(rank=4, batch_size=2, max_length=64, moe=moe, compute_dtype=dtype, device="cpu"))
     assert found.memory["weights"] == predicted_memory(model.network, 0, 0, Activations(None, 0, 0)).weights
     assert found.memory["activations"] == pytest.approx(needed, rel=0.1)
     (note,) = found.notes
     assert note.startswith("no adapter for 4 stacks of expert matrices")
     assert ("--moe quantize" in note) == (moe == "keep")
-    as_it_is = plan(packed, PlanOptions(rank=4, batch=2, seq_len=64, compute_dtype=dtype, device="cpu"))
+    as_it_is = plan(packed, PlanOptions(rank=4, batch_size=2, max_length=64, compute_dtype=dtype, device="cpu"))
     assert (as_it_is.memory, as_it_is.notes) == (found.memory, found.notes)
     other = {"keep": "quantize", "quantize": "keep"}[moe]
-    assert plan(packed, PlanOptions(rank=4, seq_len=64, moe=other, compute_dtype=dtype)).memory != found.memory
+    assert plan(packed, PlanOptions(rank=4, max_length=64, moe=other, compute_dtype=dtype)).memory != found.memory
 
 
 @pytest.mark.parametrize(
@@ -346,7 +348,7 @@ def test_a_quantized_base_is_planned_as_it_is(made, tmp_path, name, options, lay
     model = load_with_adapter(tmp_path / "packed", dtype=torch.bfloat16)
     if layers == "layer":
         checkpoint_layers(model.network, Checkpointing(2, 1))
-    found = plan(tmp_path / "packed", PlanOptions(rank=4, seq_len=32, checkpointing=layers, device="cpu"))
+    found = plan(tmp_path / "packed", PlanOptions(rank=4, max_length=32, checkpointing=layers, device="cpu"))
     unread = 0 if options.get("double_quant", True) else 1024  # one table of levels, which all weights hold unread
     assert found.memory["weights"] + unread == predicted_memory(model.network, 0, 0, Activations(None, 0, 0)).weights
 
@@ -360,7 +362,7 @@ def test_bitsandbytes_keeps_the_output_layer_unless_modules_are_named(tmp_path, 
     found = []
     for more in (left_out, {"llm_int8_skip_modules": ["lm_head"]}, {"llm_int8_skip_modules": []}):
         (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": stated | more}))
-        found.append(plan(tmp_path, PlanOptions(seq_len=16)).memory["weights"])
+        found.append(plan(tmp_path, PlanOptions(max_length=16)).memory["weights"])
     assert found[0] == found[1] > found[2]
 
 
@@ -376,17 +378,17 @@ def test_bitsandbytes_keeps_the_output_layer_unless_modules_are_named(tmp_path, 
     ],
 )
 def test_a_base_that_cannot_be_trained_as_it_is_is_planned_as_quantize_would_pack_it(models, tmp_path, stated):
-    plain = plan(models["llama"][0], PlanOptions(seq_len=16))
+    plain = plan(models["llama"][0], PlanOptions(max_length=16))
     values = json.loads((models["llama"][0] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(values | {"quantization_config": stated}))
-    assert plan(tmp_path, PlanOptions(seq_len=16)).memory == plain.memory
+    assert plan(tmp_path, PlanOptions(max_length=16)).memory == plain.memory
 
 
 @pytest.mark.parametrize(("device", "unpacked"), [("cuda", 4 * (256 * 64 + 64 * 128)), ("cpu", 256 * 64)])
 def test_a_gpu_unpacks_all_experts_of_a_layer_and_a_cpu_one_matrix_at_a_time(tmp_path, device, unpacked):
     tiny.write_family(tmp_path / "base", "mixtral")
     keep, pack = (
-        plan(tmp_path / "base", PlanOptions(rank=4, seq_len=64, moe=moe, checkpointing="layer", device=device))
+        plan(tmp_path / "base", PlanOptions(rank=4, max_length=64, moe=moe, checkpointing="layer", device=device))
         for moe in ("keep", "quantize")
     )
     assert pack.memory["activations"] - keep.memory["activations"] == 2 * unpacked
@@ -394,11 +396,11 @@ def test_a_gpu_unpacks_all_experts_of_a_layer_and_a_cpu_one_matrix_at_a_time(tmp
 
 def test_settings_that_training_would_refuse_are_noted(models, run_cli):
     plain, packed = models["llama"]
-    assert not plan(packed, PlanOptions(seq_len=16)).notes
-    assert not plan(plain, PlanOptions(method="full", seq_len=16)).notes
+    assert not plan(packed, PlanOptions(max_length=16)).notes
+    assert not plan(plain, PlanOptions(method="full", max_length=16)).notes
     for method in ("full", "lora"):
         assert f"is quantized, but {method} trains the 16-bit one" in run_cli("plan", packed, "--method", method).stdout
-    (note,) = plan(plain, PlanOptions(seq_len=1 << 16)).notes
+    (note,) = plan(plain, PlanOptions(max_length=1 << 16)).notes
     assert "longer than the model's context" in note
 
 
@@ -408,7 +410,7 @@ def test_planned_activations_are_within_their_budget_or_it_is_refused(models, tm
     (tmp_path / "config.json").write_text(json.dumps(config))
 
     def activations(checkpointing):
-        options = PlanOptions(seq_len=512, batch=64, checkpointing=checkpointing)
+        options = PlanOptions(max_length=512, batch_size=64, checkpointing=checkpointing)
         return plan(tmp_path, options).memory["activations"]
 
     none = activations("none")
@@ -441,10 +443,10 @@ def test_linear_layers_that_quantize_does_not_support_can_be_planned_with_lora(t
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--rank", 0], 2, "rank: must be from 1 to 65,536, found 0"),
+        (["--rank", 0], 2, "rank: must be at least 1 and at most 65,536, found 0"),
         (["--targets", "nothing_*"], 2, "matches no linear layer"),
         (["--checkpointing", "layers"], 2, "budget:MIB"),
-        (["--checkpointing", "budget:1"], 2, "or a smaller --batch or --seq-len"),
+        (["--checkpointing", "budget:1"], 2, "or a smaller --micro-batch-size or --max-length"),
         (["--method", "dora"], 2, "--method"),
         (["--method", "lora", "--moe", "quantize"], 2, "or use --method qlora"),
     ],
@@ -457,6 +459,20 @@ def test_invalid_arguments_are_errors_without_a_traceback(run_cli, llama, argume
 def test_empty_targets_are_refused():
     with pytest.raises(UsageError, match="targets"):
         PlanOptions(targets=())
+
+
+def test_auto_plans_what_train_would_choose(models):
+    for folder, method in zip(models["llama"], ("lora", "qlora"), strict=True):
+        found = plan(folder, PlanOptions(method="auto", compute_dtype="auto", rank=4, max_length=16, device="cpu"))
+        assert (found.method, found.compute_dtype) == (method, name_of(choose_dtype("auto", CPU)))
+
+
+def test_rows_are_those_of_a_forward_pass(models):
+    sizes = [{"batch_size": 4}, {"batch_size": 8, "micro_batch_size": 4}, {"batch_size": 8}]
+    found = [
+        plan(models["llama"][0], PlanOptions(rank=4, max_length=16, device="cpu", **size)).memory for size in sizes
+    ]
+    assert found[0] == found[1] != found[2]
 
 
 def test_folders_without_a_valid_configuration_are_refused(run_cli, tmp_path):
@@ -476,9 +492,9 @@ def test_folders_without_a_valid_configuration_are_refused(run_cli, tmp_path):
 
 
 def test_the_command_prints_a_table_or_a_json_document(run_cli, llama):
-    table = run_cli("plan", llama, "--seq-len", 64)
+    table = run_cli("plan", llama, "--max-length", 64)
     assert all(word in table.stdout for word in ("device", "activations", "total", "2 r √N"))
-    document = json.loads(run_cli("plan", llama, "--seq-len", 64, "--json").stdout)
+    document = json.loads(run_cli("plan", llama, "--max-length", 64, "--json").stdout)
     assert document["total_bytes"] == sum(document["memory"].values())
 
 
@@ -495,6 +511,6 @@ def test_a_plan_leaves_the_random_state_and_the_classes_of_transformers_as_they_
 
     before, state = functions(), torch.get_rng_state()
     for device in ("cpu", "cuda"):
-        plan(folder, PlanOptions(rank=2, seq_len=32, device=device))
+        plan(folder, PlanOptions(rank=2, max_length=32, device=device))
     assert torch.equal(torch.get_rng_state(), state)
     assert functions() == before

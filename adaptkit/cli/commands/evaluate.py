@@ -70,13 +70,14 @@ _FILE = LocalPath()
 @click.option(
     "--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Maximum tokens per sample."
 )
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True,
+              help="Samples per forward pass.")  # fmt: skip
 @click.option("--layout", type=click.Choice(LAYOUTS), help="Layout of the rows. Default: detected for each row.")
 @click.option("--chat-template-kwargs", type=NamedValue(), multiple=True, callback=by_name,
               help="Variable of the chat template, as for train. Repeatable.")  # fmt: skip
 @click.option("--compute-dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
               show_default=True, help="auto: bfloat16 if the device multiplies bfloat16 matrices.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
 @html_option
 @report_options
 def command(

@@ -98,7 +98,7 @@ def measured_layers(
             reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
             raise UsageError(
                 f"{type(network).__name__}: its forward pass cannot be simulated without weights ({reason})",
-                hint="try another --seq-len",
+                hint="try another --max-length",
             ) from error
         finally:
             logger.setLevel(before)

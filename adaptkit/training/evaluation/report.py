@@ -28,7 +28,7 @@ class EvaluateOptions:
         shots_from: files to choose the examples from.
         max_new_tokens: maximum tokens of an answer.
         max_length: maximum tokens of a sample; limited by the model's context.
-        batch_size: samples at a time.
+        batch_size: samples per forward pass.
         window: tokens of a window of text.
         max_tokens: maximum tokens of text; None for all of it.
         layout: layout of the data's rows; None to detect it for each.

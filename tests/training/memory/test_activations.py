@@ -16,7 +16,8 @@ from adaptkit.training.memory.activations import Activations, PeakMemory, predic
 from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
-from adaptkit.training.plan import PlanOptions, plan
+from adaptkit.training.plan import plan
+from adaptkit.training.plan_options import PlanOptions
 from adaptkit.training.preparation import make_fast
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def test_the_predicted_weights_are_the_pages_of_the_base_that_stay_resident(wide
 @pytest.mark.parametrize("policy", CHOICES)
 def test_plan_and_the_run_count_the_same_weights(wide, tmp_path, policy):
     _, predicted = begun(wide, tmp_path / "packed", CHOICES[policy])
-    options = PlanOptions(rank=4, seq_len=32, batch=2, checkpointing=policy, device="cpu")
+    options = PlanOptions(rank=4, max_length=32, batch_size=2, checkpointing=policy, device="cpu")
     assert plan(wide, options).memory["weights"] == predicted
 
 
@@ -82,7 +83,7 @@ def test_plan_and_the_run_count_the_same_memory_outside_of_tensors(wide, tmp_pat
     make_fast(model)
     config = TrainConfig(base="base", data=("data",), checkpointing=policy)
     found = save_activations(model.network, config, (2, 32), CPU)
-    options = {"method": "lora", "rank": 4, "seq_len": 32, "batch": 2, "compute_dtype": dtype}
+    options = {"method": "lora", "rank": 4, "max_length": 32, "batch_size": 2, "compute_dtype": dtype}
     planned = {
         device: plan(wide, PlanOptions(checkpointing=policy, device=device, **options)).memory["overhead"]
         for device in ("cpu", "cuda")
