@@ -52,8 +52,8 @@ from adaptkit.operations.quantize import quantize  # noqa: E402
 from adaptkit.operations.targets._checkpoint_files import read_checkpoint_files  # noqa: E402
 from adaptkit.operations.unmerge import unmerge  # noqa: E402
 from adaptkit.training.config import TrainConfig  # noqa: E402
+from adaptkit.training.fast import accelerate  # noqa: E402
 from adaptkit.training.loop import train  # noqa: E402
-from adaptkit.training.network.fused import fuse_layers  # noqa: E402
 from adaptkit.training.network.loading import load_adapter  # noqa: E402
 from adaptkit.training.network.model import load_model  # noqa: E402
 
@@ -176,7 +176,7 @@ class Course:
         quantize(self._base, self._root / "nf4")
         dequantize(self._root / "nf4", self._root / "plain", DequantizeOptions(dtype="float32"))
         model = load_model(self._root / "nf4", torch.float32, CPU)
-        fuse_layers(model.network)
+        accelerate(model.network, model.dtype, CPU, model.output_layer)
         require_equal(logits(model.network), logits(loaded(self._root / "plain")))
 
     def check(self) -> None:

@@ -68,6 +68,7 @@ class AdaptkitStep:
         vocabulary: number of different tokens.
         page_kib: size of a page of optimizer state; None for the default of a run.
         experts: patterns of stacked expert matrices that get an adapter, too.
+        without: parts of ``training.fast`` to leave out.
 
     Attributes:
         model: the model with the adapter.
@@ -78,7 +79,7 @@ class AdaptkitStep:
     def __init__(
         self, base: Path, length: int, share: float, policy: str,
         device: str = "cpu", rank: int = 16, vocabulary: int = 49152, page_kib: int | None = None,
-        experts: tuple[str, ...] = (),
+        experts: tuple[str, ...] = (), without: frozenset[str] = frozenset(),
     ) -> None:  # fmt: skip
         import torch
 
@@ -86,14 +87,14 @@ class AdaptkitStep:
         from adaptkit.training.config import TrainConfig
         from adaptkit.training.device import choose_dtype
         from adaptkit.training.distributed import World
+        from adaptkit.training.fast import accelerate
         from adaptkit.training.gradients import Gradients
         from adaptkit.training.memory.activations import save_activations
         from adaptkit.training.memory.optimizer import make_optimizer
         from adaptkit.training.memory.parameters import Trainable
         from adaptkit.training.network.model import load_model
         from adaptkit.training.network.new_adapters import AdapterShape, new_adapter, new_stack_adapters
-        from adaptkit.training.network.unread import mark_unread
-        from adaptkit.training.preparation import begin_libraries, make_fast
+        from adaptkit.training.preparation import begin_libraries
 
         config = TrainConfig(
             base=str(base), data=("data.jsonl",), device=device, checkpointing=policy, page_kib=page_kib
@@ -105,9 +106,7 @@ class AdaptkitStep:
         new_adapter(model, ("*",), shape, "kaiming", 0.0, 0)
         if experts:
             new_stack_adapters(model, experts, shape, 0)
-        make_fast(model)
-        if policy != "none":
-            mark_unread(model.network)
+        accelerate(model.network, model.dtype, place, model.output_layer, without=without)
         save_activations(model.network, config, (1, length), place)
         trainable = Trainable.of(model)
         self._gradients = Gradients(model, trainable.gradients, config, World(place))
@@ -239,9 +238,9 @@ def begin(side: str, threads: int) -> None:
     """Set up the process: for adaptkit, as its command does."""
     if side == "adaptkit":
         from adaptkit.machine import share_processors
-        from adaptkit.training.heap import prepare_process
+        from adaptkit.training.product_cache import limit_product_cache
 
-        prepare_process()
+        limit_product_cache()
         share_processors()
     import torch
 

@@ -217,7 +217,12 @@ def _setting_option(name: str, found: Any, rule: Any, types: Mapping[str, Any]) 
         help_text += f"  [default: {' '.join(default) if isinstance(default, tuple) else default}]"
     if kind is bool:
         return click.option(
-            f"{flag}/--no-{flag[2:]}", default=None, help=help_text, cls=_SettingOption, section=rule.section
+            f"{flag}/--no-{flag[2:]}",
+            default=None,
+            help=help_text,
+            hidden=rule.hidden,
+            cls=_SettingOption,
+            section=rule.section,
         )
     mapped = {tuple: str, Mapping: NamedNumber() if inner[1:] == (float,) else NamedValue()}
     return click.option(

@@ -243,9 +243,9 @@ def _layer_size(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     return LayerSize(hidden.untyped_storage().nbytes(), kept, alive.peak)
 
 
-def _without_memory(gradient: Tensor) -> Tensor:
+def _without_memory(gradient: Tensor | None) -> Tensor | None:
     """Replace the gradient of a parameter, which a run adds to another tensor and frees at once."""
-    return gradient.new_zeros(()).expand_as(gradient)
+    return None if gradient is None else gradient.new_zeros(()).expand_as(gradient)
 
 
 class Alive(TorchDispatchMode):

@@ -89,22 +89,21 @@ def all_but_largest(parts: Sequence[int]) -> int:
     return sum(parts) - max(parts, default=0)
 
 
-def rows_at_a_time(vocabulary: int, itemsize: int, in_place: bool) -> int:
+def rows_at_a_time(vocabulary: int, itemsize: int, on_gpu: bool) -> int:
     """Return how many positions go through the output layer at a time.
 
     Args:
         vocabulary: number of tokens.
         itemsize: bytes per logit.
-        in_place: whether a GPU overwrites the logits with their gradient. Chunks are then larger, since every chunk
-            reads the layer's whole weight, and consist of whole tiles.
+        on_gpu: chunks are larger there, since every one reads the layer's whole weight, and consist of whole tiles.
     """
-    rows = max(LEAST_ROWS, (4 if in_place else 1) * LOGITS_CHUNK_BYTES // (vocabulary * itemsize))
-    return rows - rows % _TILE if in_place and rows > _TILE else rows
+    rows = max(LEAST_ROWS, (4 if on_gpu else 1) * LOGITS_CHUNK_BYTES // (vocabulary * itemsize))
+    return rows - rows % _TILE if on_gpu and rows > _TILE else rows
 
 
-def logits_bytes(rows: int, vocabulary: int, itemsize: int, in_place: bool) -> int:
+def logits_bytes(rows: int, vocabulary: int, itemsize: int, on_gpu: bool) -> int:
     """Return the bytes of one chunk of logits, for a batch with ``rows`` positions that may have a loss."""
-    return min(rows, rows_at_a_time(vocabulary, itemsize, in_place)) * vocabulary * itemsize
+    return min(rows, rows_at_a_time(vocabulary, itemsize, on_gpu)) * vocabulary * itemsize
 
 
 def head_gradient_bytes(parameters: int, itemsize: int) -> int:

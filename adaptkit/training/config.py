@@ -176,6 +176,9 @@ class TrainConfig(_MethodSettings):  # type: ignore[misc]  # known only when the
     deterministic: bool = setting("On a GPU, use only deterministic operations, so that a resumed run produces the "
                                   "same bytes; runs on a CPU always do.", False)  # fmt: skip
 
+    fast: bool = setting("Whether to replace parts of the network by faster ones, which round otherwise.", True,
+                         hidden=True)  # fmt: skip
+
     def __post_init__(self) -> None:
         check(self)
         for name in ("data", "held_out_data"):
@@ -288,6 +291,8 @@ class TrainConfig(_MethodSettings):  # type: ignore[misc]  # known only when the
         left_out = _NOT_RECORDED | settings_of_others(self.training_method)
         values = {name: value for name, value in asdict(self).items() if name not in left_out}
         values["epochs"] = self.epochs or 1.0
+        if self.fast:
+            del values["fast"]  # an unusual run alone says so
         values |= {name: sorted(set(values[name])) for name in _SETS}
         values["mixture"] = self.mixture_weights()
         for name in ("rank_pattern", "alpha_pattern"):  # lists: the first match wins, and JSON objects are unordered

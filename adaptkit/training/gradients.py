@@ -10,9 +10,6 @@ from torch import Tensor
 from adaptkit.data.batches import Batch
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.distributed import World
-from adaptkit.training.network.accumulation import accumulating
-from adaptkit.training.network.answer_rows import AnswerRows
-from adaptkit.training.network.groups import forget
 from adaptkit.training.network.model import Model
 from adaptkit.training.network.neftune import EmbeddingNoise
 
@@ -30,7 +27,6 @@ class Gradients:
     def __init__(self, model: Model, vector: Tensor, config: TrainConfig, world: World) -> None:
         self._model, self._vector, self._seed, self._world = model, vector, config.seed, world
         self._method = config.training_method
-        self._rows = AnswerRows(model)  # before the noise, which expects a batch
         self._noise = EmbeddingNoise(model.network, config.neftune_alpha) if config.neftune_alpha else None
         self._sources: list[str] = []
         self._non_finite: list[str] = []
@@ -52,11 +48,7 @@ class Gradients:
         self._vector.zero_()
         self._sources = [source for batch in batches for source in batch.sources]
         self._non_finite = []
-        try:
-            shares = [self._add(batch, weight, step, index) for index, batch in enumerate(batches)]
-        except BaseException:
-            forget(self._model.network)  # drop the failed graph: a retry needs its memory
-            raise
+        shares = [self._add(batch, weight, step, index) for index, batch in enumerate(batches)]
         # The host waits for the device only here.
         values = torch.stack([torch.stack(list(share.values())) for share in shares]).tolist()
         for batch, (loss, *_) in zip(batches, values, strict=True):
@@ -74,12 +66,9 @@ class Gradients:
         torch.manual_seed(random_seed(self._seed, step, self._world.rank, index))
         if self._noise is not None:
             self._noise.expect(batch)
-        with self._rows.only(batch):
-            sums = self._method.loss(self._model, batch, 1 / weight)
-            shares = {name: value / weight for name, value in sums.items()}
-            loss = shares["loss"]
-            with accumulating():
-                torch.autograd.backward(loss)  # even if it is not finite: a sharded base needs all processes here
+        sums = self._method.loss(self._model, batch, 1 / weight)
+        shares = {name: value / weight for name, value in sums.items()}
+        torch.autograd.backward(shares["loss"])  # even if it is not finite: a sharded base needs all processes here
         return {name: share.detach() for name, share in shares.items()}
 
 

@@ -30,7 +30,6 @@ from adaptkit.training.device import deterministic, without_cudnn_attention
 from adaptkit.training.distributed import World, join
 from adaptkit.training.dry_run import RunPlan, plan_run
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
-from adaptkit.training.heap import return_freed_memory
 from adaptkit.training.identity import as_recorded, check_same_inputs, record_identity
 from adaptkit.training.inputs import Inputs, read_inputs
 from adaptkit.training.out_of_memory import TRAIN_LESS, reports_out_of_memory
@@ -121,7 +120,9 @@ def train(
             if world.is_first:
                 report = _train_on_rank_zero(inputs, identity, output, force, resume, on_step, note, world)
             else:
-                Run(inputs, Path(tempfile.gettempdir()), lambda text: None, world).train(lambda step: None)
+                run = Run(inputs, Path(tempfile.gettempdir()), lambda text: None, world)
+                with run.model.undo:
+                    run.train(lambda step: None)
                 report = None
         shared = world.broadcast_object(report)
     if shared is None:
@@ -146,9 +147,8 @@ def _train_on_rank_zero(
     with Output(output, identity, force, keeps=holds_work, discards=False) as out:
         record_identity(out.folder, identity, inputs.contents)
         run = _create_run(inputs, out, note, world)
-        with trackers(inputs.config, identity, run.resumed_from) as opened:
+        with run.model.undo, trackers(inputs.config, identity, run.resumed_from) as opened:
             run.train(on_step, opened)
-        return_freed_memory()  # of the activations: publishing then adds nothing to the peak
         inputs.require_base()
         kept, *others = run.chosen()
         for adapter in others:

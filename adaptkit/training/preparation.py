@@ -14,24 +14,17 @@ from adaptkit.models.memory import Memory
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.distributed import World
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
-from adaptkit.training.fast.cpu_joined import add_scaled
+from adaptkit.training.fast import accelerate
 from adaptkit.training.inputs import Inputs
 from adaptkit.training.memory.activations import Activations, predicted_memory, save_activations
 from adaptkit.training.memory.adamw import BLOCK, STATE_BITS, AdamW, decode, encode, moment_bytes
 from adaptkit.training.memory.optimizer import state_bytes
 from adaptkit.training.memory.parameters import Trainable
 from adaptkit.training.network.frozen import transient_weights
-from adaptkit.training.network.fused import fuse_layers
-from adaptkit.training.network.joined import join_layers
-from adaptkit.training.network.joined_gpu import join_on_gpu
-from adaptkit.training.network.loss import load_loss_kernel
 from adaptkit.training.network.model import Model, load_model
-from adaptkit.training.network.narrow import keep_narrow
 from adaptkit.training.network.probing import check_packing
 from adaptkit.training.network.sharding import shard_frozen
 from adaptkit.training.network.start import add_trainable
-from adaptkit.training.network.tables import keep_in_host_memory
-from adaptkit.training.network.unread import mark_unread
 from adaptkit.training.out_of_memory import reports_out_of_memory
 from adaptkit.training.schedule import steps_in
 from adaptkit.training.triton_needs import has_triton
@@ -91,7 +84,7 @@ def begin_libraries(base: Path, device: torch.device, shard_base: bool) -> None:
     """
     empty_network(Checkpoint(base))
     if has_triton(device.type):
-        import_module("adaptkit.training.fast.gpu_decode")
+        import_module("adaptkit.training.network.decode_gpu")
     if shard_base:
         import_module("torch._dynamo")  # FSDP would do so in the first step
     if device.type == "cuda":
@@ -112,36 +105,15 @@ def begin_run(inputs: Inputs, device: torch.device) -> None:
 
 def _load_step_kernels(config: TrainConfig) -> None:
     """Load the compiled CPU kernels that steps call and ``build`` does not; call it before that."""
-    dtype, total = getattr(torch, config.compute_dtype), torch.zeros(2, 2)
+    dtype = getattr(torch, config.compute_dtype)
     square = torch.zeros((64, 64), dtype=dtype, requires_grad=True)
     torch.autograd.backward((square @ square).sum())  # maps the code of the matrix library
-    load_loss_kernel(dtype)
-    add_scaled(total, torch.zeros(2, 2, dtype=dtype), 1.0)
     vectors = [torch.zeros(BLOCK) for _ in range(4)]
     AdamW(0.0, 1, 0.0).update(*([vector] for vector in vectors))
     if STATE_BITS[config.optimizer] == 8:
         codes, absmax = torch.zeros(BLOCK, dtype=torch.uint8), torch.zeros(1)
         encode(vectors[0], codes, absmax, signed=True)
         decode(codes, absmax, vectors[0], signed=True)
-
-
-def make_fast(model: Model, is_sharded: bool = False) -> None:
-    """Replace operations of a model with its adapter, in place, by equivalent fused ones for its device.
-
-    Args:
-        model: the model.
-        is_sharded: whether its frozen weights are sharded across GPUs. These are not joined, and no table is moved to
-            host memory.
-    """
-    network = model.network
-    if model.device.type == "cpu":
-        fuse_layers(network)
-        join_layers(network)
-        return
-    if not is_sharded:
-        keep_in_host_memory(network, model.dtype)
-    fuse_layers(network, on_gpu=True)
-    keep_narrow(network, model.dtype, [] if is_sharded else join_on_gpu(network))
 
 
 @reports_out_of_memory(
@@ -168,13 +140,11 @@ def build(inputs: Inputs, world: World, largest: tuple[int, int]) -> tuple[Model
             add_trainable(model, inputs.config, inputs.start, inputs.tokenizer)
             if inputs.config.training_method.pack_length is not None:
                 check_packing(model.network)
-            if device.type == "cpu" or not is_shared:
-                make_fast(model)
-            if inputs.config.checkpointing != "none":
-                mark_unread(model.network)
+            if inputs.config.fast:
+                model.undo.enter_context(
+                    accelerate(model.network, model.dtype, device, model.output_layer, is_sharded=is_shared)
+                )
         activations = save_activations(model.network, inputs.config, largest, device)
         if is_shared:  # after measuring, which stops a pass halfway: processes would wait for each other
             shard_frozen(model.network, world, model.checkpoint.release_pages)
-            if device.type == "cuda":  # sharding has just moved the layers there, where fused ones are recognized
-                make_fast(model, is_sharded=True)
         return model, activations

@@ -33,6 +33,7 @@ class Setting:
         below: exclusive upper limit.
         choices: the only allowed values.
         section: heading in the help for this setting and those after it; None continues the previous section.
+        hidden: whether the help leaves it out.
         after: setting that this one follows, if a class inherits both; None: the order of the fields.
     """
 
@@ -43,6 +44,7 @@ class Setting:
     below: float | None = None
     choices: tuple[str, ...] | None = None
     section: str | None = None
+    hidden: bool = False
     after: str | None = None
 
     def allows(self, value: Any) -> bool:

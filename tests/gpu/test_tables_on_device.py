@@ -6,9 +6,9 @@ from adapted import plain_in
 
 from adaptkit.models import tables
 from adaptkit.training.fast import gpu_layers
+from adaptkit.training.fast.tables import keep_in_host_memory
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
-from adaptkit.training.network.tables import keep_in_host_memory
 from adaptkit.training.triton_needs import what_triton_lacks
 
 if not torch.cuda.is_available():

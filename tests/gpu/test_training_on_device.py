@@ -12,8 +12,8 @@ from adaptkit.data.batches import collate
 from adaptkit.data.encoding import Sample
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
+from adaptkit.training.fast import accelerate, attention_gpu
 from adaptkit.training.loop import train
-from adaptkit.training.network import attention_gpu
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model
 
@@ -95,6 +95,7 @@ def test_losses_of_each_network_are_those_of_a_cpu(base, config, name, tmp_path)
 def test_packed_samples_have_the_losses_that_they_have_alone(base, lengths, is_apart, monkeypatch):
     """The check for packed rows is skipped for batches of single samples, and for no others."""
     model = load_model(Path(base("llama", packed=False)), torch.float32, torch.device("cuda"))
+    accelerate(model.network, model.dtype, torch.device("cuda"), model.output_layer, trains=False)
     ids = [tuple(3 + (index * (7 + at)) % 200 for index in range(length)) for at, length in enumerate(lengths)]
     samples = [Sample(one, one) for one in ids]
     alone = [float(summed_loss(model, collate([(sample,)], 2))) for sample in samples]

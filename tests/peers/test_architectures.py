@@ -19,10 +19,9 @@ from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.dry_run import plan_run
+from adaptkit.training.fast import accelerate
 from adaptkit.training.loop import train
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
-from adaptkit.training.network.fused import fuse_layers
-from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
@@ -69,7 +68,7 @@ def test_a_quantized_model_computes_what_transformers_does_with_its_dequantized_
     assert inspect(packed).details["quantized_matrices"] > 0
     dequantize(packed, tmp_path / "plain", DequantizeOptions(dtype="float32"))
     model = load_model(packed, torch.float32, torch.device("cpu"))
-    fuse_layers(model.network)
+    accelerate(model.network, model.dtype, torch.device("cpu"), model.output_layer)
     assert difference(logits(model.network), in_transformers(tmp_path / "plain")) < 1e-4
 
 
@@ -196,8 +195,7 @@ def test_gradients_do_not_depend_on_checkpointing(packed):
         new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, 0)
         for number, layer in enumerate(model.adapted().values()):
             layer.lora_b.data.normal_(std=0.02, generator=torch.Generator().manual_seed(number))
-        fuse_layers(model.network)
-        join_layers(model.network)
+        accelerate(model.network, model.dtype, torch.device("cpu"), model.output_layer)
         checkpoint_layers(model.network, choose_checkpointing(model.network, policy, None))
         model.network.train()
         torch.manual_seed(0)

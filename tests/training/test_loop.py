@@ -34,7 +34,6 @@ from adaptkit.training.config import TrainConfig
 from adaptkit.training.dry_run import plan_run
 from adaptkit.training.evaluation.evaluate import EvaluateOptions, evaluate
 from adaptkit.training.loop import train
-from adaptkit.training.network import accumulation
 from adaptkit.training.network import loss as network_loss
 from adaptkit.training.network.loss import summed_loss
 
@@ -390,41 +389,3 @@ def test_the_base_is_never_replaced_by_its_adapter(config, llama_nf4, copy_of):
     with pytest.raises(UsageError, match="would change its own input"):
         train(replace(config, base=str(base)), base, force=True)
     assert sorted((path.name, path.read_bytes()) for path in base.iterdir()) == before
-
-
-def test_layers_accumulate_their_gradients_instead_of_autograd(config, tmp_path, monkeypatch):
-    added, add = [], accumulation.add_scaled
-    monkeypatch.setattr(accumulation, "add_scaled", lambda *args: added.append(add(*args)))
-    report = train(replace(config, steps=1, micro_batch_size=2), tmp_path / "out")
-    assert len(added) == 2 * 2 * 14, "A and B of seven layers in each of two blocks, for two micro-batches"
-    assert report.trainable_parameters > 0
-
-
-FREED = """
-import sys
-from pathlib import Path
-from adaptkit.training.heap import keep_freed_memory
-from adaptkit.training.config import TrainConfig
-from adaptkit.training.loop import train
-
-def resident():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1000
-
-keep_freed_memory()
-base, data, output = sys.argv[1:]
-options = dict(steps=2, batch_size=128, max_length=128, held_out=0, rank=4, checkpointing="none", device="cpu")
-seen = []
-report = train(TrainConfig(base=base, data=(data,), **options), Path(output), on_step=lambda _: seen.append(resident()))
-print(seen[-1] - resident(), report.memory["activations"] / 1e6)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux" or "glibc" not in os.confstr("CS_GNU_LIBC_VERSION"), reason="needs glibc")
-def test_the_memory_of_activations_is_returned_before_the_adapter_is_published(llama_nf4, tmp_path):
-    """Otherwise the libraries that draw and hash would add to the peak of the steps."""
-    rows = [json.dumps({"text": f"The {number} rivers in the north. " * 40}) for number in range(128)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    places = llama_nf4, tmp_path / "rows.jsonl", tmp_path / "adapter"
-    done = subprocess.run([sys.executable, "-c", FREED, *places], capture_output=True, text=True, check=True)
-    returned, activations = map(float, done.stdout.split())
-    assert returned > activations / 4 > 10

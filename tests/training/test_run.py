@@ -231,7 +231,7 @@ def test_tokens_outside_the_models_vocabulary_are_refused_before_the_first_step(
 
 @pytest.fixture(scope="module")
 def overshooting(config):
-    return replace(config, learning_rate=0.05, eval_every=2, patience=2, steps=40)
+    return replace(config, learning_rate=0.1, eval_every=2, patience=2, steps=40)
 
 
 @pytest.fixture(scope="module")

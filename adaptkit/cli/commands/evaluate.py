@@ -25,7 +25,7 @@ from adaptkit.cli.output import (
 from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import count_progress
 from adaptkit.data.conversation import LAYOUTS
-from adaptkit.training.heap import prepare_process
+from adaptkit.training.product_cache import limit_product_cache
 
 if TYPE_CHECKING:
     from adaptkit.training.evaluation.comparison import Comparison
@@ -98,7 +98,7 @@ def command(
     With several bases, an adapter is evaluated on the base that its manifest names, or else on the one that has the
     weights it was trained on.
     """
-    prepare_process()
+    limit_product_cache()
     from adaptkit.cli.pages import prepare
     from adaptkit.cli.pages.evaluate import evaluate_page
     from adaptkit.training.evaluation.comparison import Comparison, compare

@@ -69,9 +69,9 @@ def command(
     if options["offline"]:
         os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # adaptkit shows its own
-    from adaptkit.training.heap import prepare_process
+    from adaptkit.training.product_cache import limit_product_cache
 
-    prepare_process()
+    limit_product_cache()
     from adaptkit.pipeline.run import RunOptions, RunReport, run
 
     if output_file:

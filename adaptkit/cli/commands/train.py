@@ -16,7 +16,7 @@ from adaptkit.documents import read_document
 from adaptkit.errors import UsageError
 from adaptkit.settings import Place, build
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.heap import prepare_process
+from adaptkit.training.product_cache import limit_product_cache
 
 if TYPE_CHECKING:
     from adaptkit.training.dry_run import RunPlan
@@ -69,7 +69,7 @@ def command(
     is_first = torchrun_rank() == "0"
     if not is_first:
         as_json, quiet = False, True
-    prepare_process()
+    limit_product_cache()
     if show_batch:
         from adaptkit.training.preview import preview
 

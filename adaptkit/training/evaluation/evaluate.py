@@ -21,13 +21,10 @@ from adaptkit.training.evaluation.material import Asked, Material, read_material
 from adaptkit.training.evaluation.perplexity import mean_loss, measure_text, perplexity_of
 from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport, GenerationReport
 from adaptkit.training.evaluation.scores import require_metrics, score
-from adaptkit.training.network.joined import join_layers
-from adaptkit.training.network.joined_gpu import join_on_gpu
+from adaptkit.training.fast import accelerate
 from adaptkit.training.network.lineage import Weights, check_base, template_kwargs, trained_parameters
 from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import Model, load_model
-from adaptkit.training.network.narrow import keep_narrow
-from adaptkit.training.network.tables import keep_in_host_memory
 from adaptkit.training.out_of_memory import reports_out_of_memory
 
 
@@ -132,11 +129,7 @@ def load(base: Path, options: EvaluateOptions, adapter: Adapter | None = None) -
     model = load_model(base, choose_dtype(options.compute_dtype, device), device)
     if adapter is not None:
         load_adapter(model, adapter)
-        if device.type == "cpu":
-            join_layers(model.network)
-        else:
-            keep_narrow(model.network, model.dtype, join_on_gpu(model.network))
-    keep_in_host_memory(model.network, model.dtype)
+    accelerate(model.network, model.dtype, device, model.output_layer, trains=False)
     return model
 
 

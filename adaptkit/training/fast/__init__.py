@@ -1,1 +1,75 @@
-"""Accelerations of the network that are not needed for a right result: compiled loops of a layer for CPUs."""
+"""Everything that makes a network faster or smaller, and that no result needs; entered by ``accelerate``.
+
+    attention        on a CPU in blocks, by compiled kernels; on a GPU torch's, also for packed rows and shared heads
+    products         layers that read the same input; casts, decoding and gradients by few launches
+    remade           norms and gates that are not saved
+    unread           the last product of a layer, which is not recomputed
+    gpu_entropy      the loss, over logits that become their gradient, on a GPU
+    patches          rotary embeddings by one launch, and no wait of the host, on a GPU
+    tables           large embeddings, in host memory, on a GPU
+
+``docs/figures.md`` has what each buys. Nothing outside of this room imports its modules.
+"""
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from adaptkit.training.fast.attention import use_own_attention
+from adaptkit.training.fast.patches import patch_transformers
+from adaptkit.training.fast.products import join_products
+from adaptkit.training.fast.remade import remake_results
+from adaptkit.training.fast.tables import keep_in_host_memory
+from adaptkit.training.fast.unread import unread_layers
+from adaptkit.training.network.loss import OutputLayer
+from adaptkit.training.triton_needs import has_triton
+
+PARTS = ("attention", "tables", "unread", "remade", "products", "entropy", "patches")
+_OF_TRAINING = frozenset({"unread", "remade", "patches"})
+
+
+def accelerate(
+    network: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    output: OutputLayer | None = None,
+    trains: bool = True,
+    is_sharded: bool = False,
+    without: frozenset[str] = frozenset(),
+) -> ExitStack:
+    """Replace operations of a network with its adapter by faster ones, which give the same results up to rounding.
+
+    Call it before layers are checkpointed or sharded.
+
+    Args:
+        network: transformers model, whose linear layers are replaced; modified in place.
+        dtype: compute dtype.
+        device: device that it will run on; the network may still be on the host, or consist of fake tensors.
+        output: its output layer.
+        trains: whether it will be trained.
+        is_sharded: whether its frozen weights will be sharded across processes. These are not joined, and no table is
+            moved to host memory.
+        without: names of ``PARTS`` to leave out, to measure what each buys.
+
+    Returns:
+        Undoes, when it is closed, what was changed outside of the network; only training changes something there.
+    """
+    on_gpu, undo = device.type == "cuda", ExitStack()
+    parts = set(PARTS) - without - (frozenset() if trains else _OF_TRAINING)
+    if "attention" in parts:
+        use_own_attention(network)
+    if "tables" in parts and on_gpu and not is_sharded:
+        keep_in_host_memory(network, dtype)
+    unread = unread_layers(network) if "unread" in parts else frozenset()
+    if "remade" in parts:
+        remake_results(network, on_gpu)
+    if "products" in parts:
+        join_products(network, unread, dtype, on_gpu, is_sharded)
+    if "entropy" in parts and has_triton(device.type) and output is not None:
+        from adaptkit.training.fast import gpu_entropy
+
+        output.cross_entropy = gpu_entropy.cross_entropy
+    if "patches" in parts and on_gpu:
+        undo.enter_context(patch_transformers(network))
+    return undo

@@ -5,11 +5,16 @@ attends to columns ``first <= column < last``; the other columns of the block be
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
-import numpy as np
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from adaptkit.models.fakes import is_fake
 from adaptkit.numerics.kernels._cpu_float import rounded, sortable_bits, value
-from adaptkit.numerics.kernels._jit import INLINED, compiled, inlined
-from adaptkit.training.fast.threads import shared
+from adaptkit.numerics.kernels._jit import INLINED, compiled, inlined, jit
+from adaptkit.training.network.threads import in_parts, thread_count
 
 _FUSED = {"contract"}
 """Fast-math flag that lets a product and a sum be one instruction, with one rounding."""
@@ -72,29 +77,63 @@ def _exponentials(row, largest):
     return total
 
 
-@shared("scores")
-def softmax_block(scores, first, last, scale, log_sums, room, part):
-    """Turn scores into probabilities in place, and store the logarithm of each row's sum of exponentials.
+def softmax(scores: Tensor, first: Any, last: Any, scale: Any) -> Any:
+    """Turn scores into probabilities in place, and return the logarithm of each row's sum of exponentials.
 
     A row without columns gets zeros. A row with a score that is not finite gets NaN, explicitly, because the maximum
     and the exponential of this module would hide it.
 
     Args:
-        scores: (heads · rows, columns) bits, products of queries and keys.
+        scores: (heads, rows, columns) bfloat16 or float32, products of queries and keys.
         first: (rows,) int32, the first column that a row attends to; the same for every head.
         last: (rows,) int32, one past the last column.
         scale: float32, multiplies the scores.
-        log_sums: (heads · rows,) float32, written.
-        room: (threads, columns) float32, scratch for one row per thread.
-        part: rows to compute.
+
+    Returns:
+        (heads · rows,) float32.
     """
-    for r in range(part[1], part[2]):
+    if is_fake(scores):
+        return None
+    values = bits(scores)
+    sums, room = np.empty(len(values), np.float32), np.empty((thread_count(), values.shape[1]), np.float32)
+    given = values, first, last, scale, sums
+    in_parts(len(values), values.size, lambda n, start, end: _softmax(*given, room[n], start, end))
+    return sums
+
+
+def gradients(scores: Tensor, changes: Tensor, first: Any, last: Any, scale: Any, log_sums: Any, means: Tensor) -> None:
+    """Recompute probabilities from scores, and turn gradients by probabilities into gradients by scores, in place.
+
+    Args:
+        scores: as for ``softmax``.
+        changes: the gradients, in the shape of ``scores``.
+        first: as for ``softmax``.
+        last: as for ``softmax``.
+        scale: as for ``softmax``.
+        log_sums: result of ``softmax``.
+        means: (heads, rows, 1) float32, Σ probability · gradient of each row.
+    """
+    if is_fake(scores):
+        return
+    given = bits(scores), bits(changes), first, last, scale, log_sums, means.reshape(-1).numpy()
+    in_parts(len(given[0]), given[0].size, lambda _, start, end: _gradients(*given, start, end))
+
+
+def bits(values: Tensor) -> Any:
+    """View a contiguous tensor, (…, size), as a numpy array of the bits of its floats, (rows, size) or (size,)."""
+    kind = torch.uint16 if values.dtype == torch.bfloat16 else torch.uint32
+    return (values.view(-1, values.shape[-1]) if values.dim() > 1 else values).detach().view(kind).numpy()
+
+
+@jit
+def _softmax(scores, first, last, scale, log_sums, room, begin, finish):
+    for r in range(begin, finish):
         row, start, end = scores[r], first[r % first.size], last[r % first.size]
         row[:start] = 0
         row[end:] = 0
         log_sums[r] = 0.0
         if start < end:
-            seen, work = row[start:end], room[part[0], : end - start]
+            seen, work = row[start:end], room[: end - start]
             largest = _scale(scores, seen, scale, work)
             if np.isnan(largest):
                 log_sums[r] = np.nan
@@ -107,22 +146,10 @@ def softmax_block(scores, first, last, scale, log_sums, room, part):
             log_sums[r] = largest + np.float32(np.log(total))
 
 
-@shared("scores")
-def gradient_block(scores, gradients, first, last, scale, log_sums, means, part):
-    """Recompute probabilities from scores, and turn gradients by probabilities into gradients by scores, in place.
-
-    Args:
-        scores: (heads · rows, columns) bits.
-        gradients: (heads · rows, columns) bits.
-        first: as for ``softmax_block``.
-        last: as for ``softmax_block``.
-        scale: as for ``softmax_block``.
-        log_sums: (heads · rows,) float32, written by ``softmax_block``.
-        means: (heads · rows,) float32, Σ probability · gradient of each row.
-        part: rows to compute.
-    """
-    for r in range(part[1], part[2]):
-        row, change, start, end = scores[r], gradients[r], first[r % first.size], last[r % first.size]
+@jit
+def _gradients(scores, changes, first, last, scale, log_sums, means, begin, finish):
+    for r in range(begin, finish):
+        row, change, start, end = scores[r], changes[r], first[r % first.size], last[r % first.size]
         log_sum, mean = log_sums[r], means[r]
         row[:start] = 0
         row[end:] = 0
@@ -132,28 +159,6 @@ def gradient_block(scores, gradients, first, last, scale, log_sums, means, part)
         for j in range(seen.size):
             power = value(scores, seen[j]) * scale - log_sum
             probability = exponential(power if power < np.float32(0.0) else np.float32(0.0))
-            difference = value(gradients, seen_change[j]) - mean
+            difference = value(changes, seen_change[j]) - mean
             seen[j] = rounded(scores, probability)
-            seen_change[j] = rounded(gradients, probability * difference * scale)
-
-
-@compiled(fastmath=_REORDERED, **INLINED)
-def _product(x, row, y, other):
-    total = np.float32(0.0)
-    for i in range(row.size):
-        total += value(x, row[i]) * value(y, other[i])
-    return total
-
-
-@shared("x")
-def row_products(x, y, products, part):
-    """Compute the inner product of each row of x with the same row of y.
-
-    Args:
-        x: (rows, size) bits.
-        y: (rows, size) bits of the same type.
-        products: (rows,) float32, written.
-        part: rows to compute.
-    """
-    for r in range(part[1], part[2]):
-        products[r] = _product(x, x[r], y, y[r])
+            seen_change[j] = rounded(changes, probability * difference * scale)

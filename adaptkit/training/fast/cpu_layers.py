@@ -1,44 +1,84 @@
-"""Element-wise parts of a decoder layer: the RMS norm, and the gate of the MLP (SwiGLU).
+"""Element-wise parts of a decoder layer on a CPU: the RMS norm, and the gate of the MLP (SwiGLU), in one pass each.
 
-Tensors are bits of bfloat16 or float32 (see ``_cpu_float``), rows are contiguous; intermediate values are float32,
-rounded where transformers rounds.
+Tensors are bfloat16 or float32; intermediate values are float32, rounded where transformers rounds.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 import numpy as np
+import torch
+from torch import Tensor
 
+from adaptkit.models.fakes import is_fake
 from adaptkit.numerics.kernels._cpu_float import rounded, value
-from adaptkit.numerics.kernels._jit import INLINED, compiled, inlined
-from adaptkit.training.fast.cpu_attention import exponential
-from adaptkit.training.fast.threads import shared
+from adaptkit.numerics.kernels._jit import INLINED, compiled, inlined, jit
+from adaptkit.training.fast.cpu_attention import bits, exponential
+from adaptkit.training.network.threads import in_parts
 
 _ONE, _ZERO = np.float32(1.0), np.float32(0.0)
 
 
+def norm_forward(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> tuple[Tensor, Tensor]:
+    """Divide rows by their root mean square, then multiply them by a weight.
+
+    Args:
+        x: (…, size), contiguous.
+        weight: (size,) of the same type.
+        eps: added to the mean square.
+        plus_one: if true, the factor is 1 + weight, all in float32 (Gemma); if not, the quotient is rounded before
+            it is multiplied by the weight (Llama).
+
+    Returns:
+        (…, size), and the reciprocal of each row's root mean square, (rows,) float32.
+    """
+    rows = x.shape[:-1].numel()
+    y, scales = torch.empty_like(x), torch.empty(rows)
+    if not is_fake(x):
+        given = bits(x), bits(weight), np.float32(eps), plus_one, scales.numpy(), bits(y)
+        in_parts(rows, x.numel(), lambda _, start, end: _norm(*given, start, end))
+    return y, scales
+
+
+def norm_backward(x: Tensor, weight: Tensor, plus_one: bool, scales: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient by x, (…, size), given that by the result; the weight is a constant."""
+    grad_x = torch.empty_like(x)
+    if not is_fake(x):
+        given = bits(x), bits(weight), plus_one, scales.numpy(), bits(grad), bits(grad_x)
+        in_parts(len(scales), x.numel(), lambda _, start, end: _norm_gradients(*given, start, end))
+    return grad_x
+
+
+def gate_forward(gate: Tensor, up: Tensor) -> Tensor:
+    """Return SiLU of the gate, rounded, times up; both contiguous, in one shape."""
+    y = torch.empty_like(gate)
+    if not is_fake(gate):
+        given = [bits(side.view(-1)) for side in (gate, up, y)]
+        in_parts(gate.numel(), gate.numel(), lambda _, start, end: _gate(*(side[start:end] for side in given)))
+    return y
+
+
+def gate_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients by gate and up; all contiguous, in one shape."""
+    found = torch.empty_like(gate), torch.empty_like(up)
+    if not is_fake(gate):
+        given = [bits(side.view(-1)) for side in (gate, up, grad, *found)]
+        in_parts(
+            gate.numel(), gate.numel(), lambda _, start, end: _gate_gradients(*(side[start:end] for side in given))
+        )
+    return found
+
+
 @compiled(fastmath={"reassoc"}, **INLINED)
 def _squares(row):
-    total = np.float32(0.0)
+    total = _ZERO
     for i in range(row.size):
         x = value(row, row[i])
         total += x * x
     return total
 
 
-@shared("x")
-def norm_forward(x, weight, eps, plus_one, scales, y, part):
-    """Divide rows by their root mean square, then multiply them by a weight.
-
-    Args:
-        x: (rows, size) bits.
-        weight: (size,) bits of the same type.
-        eps: float32, added to the mean square.
-        plus_one: if true, the factor is 1 + weight, all in float32 (Gemma); if not, the quotient is rounded before it
-            is multiplied by the weight (Llama).
-        scales: (rows,) float32, written: the reciprocal of each row's root mean square.
-        y: (rows, size) bits, written.
-        part: rows to compute.
-    """
-    for r in range(part[1], part[2]):
+@jit
+def _norm(x, weight, eps, plus_one, scales, y, begin, finish):
+    for r in range(begin, finish):
         row, out = x[r], y[r]
         scale = _ONE / np.sqrt(_squares(row) / np.float32(row.size) + eps)
         scales[r] = scale
@@ -53,27 +93,16 @@ def norm_forward(x, weight, eps, plus_one, scales, y, part):
 
 @compiled(fastmath={"reassoc"}, **INLINED)
 def _projection(row, change, weight, one):
-    total = np.float32(0.0)
+    total = _ZERO
     for i in range(row.size):
         total += value(row, row[i]) * value(change, change[i]) * (one + value(weight, weight[i]))
     return total
 
 
-@shared("x")
-def norm_backward(x, weight, plus_one, scales, grad, grad_x, part):
-    """Compute the gradient by x; the weight is a constant.
-
-    Args:
-        x: as in ``norm_forward``.
-        weight: as in ``norm_forward``.
-        plus_one: as in ``norm_forward``.
-        scales: (rows,) float32, from the forward pass.
-        grad: (rows, size) bits.
-        grad_x: (rows, size) bits, written.
-        part: rows to compute.
-    """
+@jit
+def _norm_gradients(x, weight, plus_one, scales, grad, grad_x, begin, finish):
     one = _ONE if plus_one else _ZERO
-    for r in range(part[1], part[2]):
+    for r in range(begin, finish):
         row, change, out, scale = x[r], grad[r], grad_x[r], scales[r]
         mean = _projection(row, change, weight, one) / np.float32(row.size) * scale * scale
         for i in range(row.size):
@@ -87,20 +116,15 @@ def _sigmoid(x):
     return (_ONE if x >= _ZERO else e) / (_ONE + e)
 
 
-@shared("gate")
-def gate_forward(gate, up, y, part):
-    """Compute SiLU of the gate, rounded, times up; all are (N,) bits of one type."""
-    gate, up, y = gate[part[1] : part[2]], up[part[1] : part[2]], y[part[1] : part[2]]
+@jit
+def _gate(gate, up, y):
     for i in range(gate.size):
         x = value(gate, gate[i])
         y[i] = rounded(y, value(y, rounded(y, x * _sigmoid(x))) * value(up, up[i]))
 
 
-@shared("gate")
-def gate_backward(gate, up, grad, grad_gate, grad_up, part):
-    """Compute the gradients by gate and up; all are (N,) bits of one type."""
-    gate, up, grad = gate[part[1] : part[2]], up[part[1] : part[2]], grad[part[1] : part[2]]
-    grad_gate, grad_up = grad_gate[part[1] : part[2]], grad_up[part[1] : part[2]]
+@jit
+def _gate_gradients(gate, up, grad, grad_gate, grad_up):
     for i in range(gate.size):
         x, change = value(gate, gate[i]), value(grad, grad[i])
         sigmoid = _sigmoid(x)

@@ -15,13 +15,12 @@ from adaptkit.models.activations import AUTO, Checkpointing, LayerSize, measure_
 from adaptkit.models.assembly import find_stack
 from adaptkit.models.memory import Memory, all_but_largest, head_gradient_bytes, logits_bytes, overhead_bytes
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.heap import return_freed_memory
 from adaptkit.training.memory.adamw import STATE_BITS, moment_bytes
 from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
 from adaptkit.training.network.frozen import PackedWeight
-from adaptkit.training.network.loss import works_in_place
 from adaptkit.training.network.probing import as_in_training
+from adaptkit.training.triton_needs import has_triton
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -77,11 +76,11 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     head = network.get_output_embeddings()
     rows, length = largest
     dtype = network.get_input_embeddings().weight.dtype
-    logits, in_place = 0, works_in_place(device)
+    logits, on_gpu = 0, device.type == "cuda"
     if head:
         vocabulary = network.config.get_text_config().vocab_size
-        logits = logits_bytes(rows * (length - 1), vocabulary, dtype.itemsize, in_place)
-        if device.type == "cuda" and not in_place:  # plus a float32 copy of the chunk; a CPU works in small blocks
+        logits = logits_bytes(rows * (length - 1), vocabulary, dtype.itemsize, on_gpu)
+        if on_gpu and not has_triton(device.type):  # plus a float32 copy of the chunk; a CPU works in small blocks
             logits += logits * 4 // dtype.itemsize
         trained = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)
         logits += head_gradient_bytes(trained, dtype.itemsize)
@@ -118,7 +117,9 @@ def _room(network: Any, config: TrainConfig, device: torch.device, logits: int) 
     return room
 
 
-def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device, has_pairs: bool = False) -> list[LayerSize]:
+def layer_sizes(
+    network: Any, shape: tuple[int, int], device: torch.device, has_pairs: bool = False, restarts: bool = True
+) -> list[LayerSize]:
     """Measure a network's layers for a batch shape; must be called before ``checkpoint_layers``.
 
     Args:
@@ -127,11 +128,12 @@ def layer_sizes(network: Any, shape: tuple[int, int], device: torch.device, has_
         device: device of the network.
         has_pairs: whether rows hold two samples each, whose attention takes more memory than one's on a GPU, but less
             on a CPU.
+        restarts: whether positions restart in rows that are longer than the model's context.
     """
     inputs = {"input_ids": torch.zeros(shape, dtype=torch.int64, device=device)}
     context = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     longest = min(filter(None, (context, -(-shape[1] // 2) if has_pairs else None)), default=shape[1])
-    if shape[1] > longest:  # a packed row: positions restart in each sample
+    if restarts and shape[1] > longest:  # a packed row: positions restart in each sample
         inputs["position_ids"] = (torch.arange(shape[1], device=device) % longest).expand(shape)
     layers: list[nn.Module] = list(find_stack(network)[1])
     with as_in_training(network):
@@ -185,8 +187,6 @@ def _gathered_bytes(network: Any) -> int:
 class PeakMemory:
     """Measures how much a process's memory grows after construction: torch's allocations on a GPU, otherwise RSS.
 
-    Memory that the process had freed, but not returned, is returned first: reusing it would not count as growth.
-
     Args:
         device: training device.
     """
@@ -197,7 +197,6 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self._before = torch.cuda.memory_allocated(device)
             return
-        return_freed_memory()
         try:
             _RESET.write_text("5")  # resets VmHWM, the peak RSS
             self._before = _kib("VmRSS:")

@@ -80,7 +80,7 @@ class AdamW:
                 weight_decay=self.weight_decay, eps=self.eps, amsgrad=False, maximize=False,
             )  # fmt: skip
             return
-        from adaptkit.training.fast.cpu_adamw import update
+        from adaptkit.training.memory.adamw_cpu import update
 
         numbers = (
             *(1 - self.learning_rate * self.weight_decay, 1 - beta1, beta2, 1 - beta2),
@@ -107,7 +107,7 @@ def encode(moment: Tensor, codes: Tensor, absmax: Tensor, *, signed: bool) -> No
     if moment.device.type != "cpu":
         _encode_by_torch(moment, codes, absmax, signed)
         return
-    from adaptkit.training.fast.cpu_adamw import encode as compiled
+    from adaptkit.training.memory.adamw_cpu import encode as compiled
 
     bounds, starts, most = _search_tables(signed)
     compiled(moment.numpy(), BLOCK, bounds, starts, most, codes.numpy(), absmax.numpy())
@@ -130,7 +130,7 @@ def decode(codes: Tensor, absmax: Tensor, moment: Tensor, *, signed: bool) -> No
     if moment.device.type != "cpu":
         _decode_by_torch(codes, absmax, moment, signed)
         return
-    from adaptkit.training.fast.cpu_adamw import decode as compiled
+    from adaptkit.training.memory.adamw_cpu import decode as compiled
 
     compiled(codes.numpy(), absmax.numpy(), BLOCK, _levels_on(moment.device, signed).numpy(), moment.numpy())
 
@@ -153,7 +153,7 @@ def _levels_on(device: torch.device, signed: bool) -> Tensor:
 
 @cache
 def _search_tables(signed: bool) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return ``bounds``, ``starts`` and ``most``, the search tables of ``fast.cpu_adamw.encode``."""
+    """Return ``bounds``, ``starts`` and ``most``, the search tables of ``adamw_cpu.encode``."""
     levels = dynamic_levels(signed)
     bounds = (levels[:-1] + levels[1:]) * np.float32(0.5)
     upper = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)

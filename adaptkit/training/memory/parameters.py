@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from adaptkit.models.architecture import language_part
 from adaptkit.models.kinds import is_indexer
-from adaptkit.training.heap import return_freed_memory
 from adaptkit.training.network.model import Model
 
 
@@ -78,7 +77,6 @@ class Trainable:
             values[spans[-1]] = parameter.detach().reshape(-1)
             parameter.data = values[spans[-1]].view(parameter.shape)  # frees the old tensor
             start = spans[-1].stop
-        return_freed_memory()  # the heap may still hold the freed small blocks
         gradients = torch.zeros_like(values)  # only now, so that a full model never exists three times
         for parameter, span in zip(everything, spans, strict=True):
             parameter.grad = gradients[span].view(parameter.shape)

@@ -12,7 +12,7 @@ checkpointing, activations inside only one layer are alive at a time. ``models.a
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,13 +30,9 @@ from adaptkit.models.activations import (
 )
 from adaptkit.models.assembly import find_stack
 from adaptkit.models.layer_call import LayerCall
+from adaptkit.models.subclassing import take_place
 from adaptkit.training.memory.offload import OffloadedTensors
 from adaptkit.training.network.frozen import PackedWeight
-from adaptkit.training.network.linear import LoraLinear
-from adaptkit.training.network.unread import standing_in
-
-_LINE = 64
-"""Bytes of a line of a processor's cache, at which torch aligns memory."""
 
 
 def choose_checkpointing(
@@ -89,15 +85,22 @@ def checkpoint_layers(
     if checked <= done:
         return
     current: list[_Segment] = []
-    starts = _Starts(checkpointing.segments)
     for index, layer in list(enumerate(find_stack(network)[1][:checked]))[done:]:
         is_last = index % checkpointing.length == checkpointing.length - 1 or index == checked - 1
         is_first = index % checkpointing.length == 0
-        place = _Place(index // checkpointing.length, is_first, is_last, current, starts, offloaded)
-        layer.forward = _checkpointed(layer, layer.forward, place)
+        place = take_place(network, layer, _CheckpointedLayer)
+        place.place = _Place(index // checkpointing.length, is_first, is_last, current, offloaded)
         for weight in (module for module in layer.modules() if isinstance(module, PackedWeight)):
             weight.is_transient = True
             weight.release_pages()  # earlier probes of the network may have touched them
+
+
+_recomputing = False
+
+
+def is_recomputing() -> bool:
+    """Return whether a layer runs again for its backward pass, so that its result is not read, only its graph."""
+    return _recomputing
 
 
 @dataclass
@@ -109,7 +112,6 @@ class _Segment:
         start: returns the first layer's input.
         calls: the calls of the layers so far.
         random: the random state before each layer.
-        unread: for each layer, the linear layers that recomputation skips; see ``network.unread``.
         inputs: recomputed inputs of the layers, while the backward pass is in this segment.
     """
 
@@ -117,7 +119,6 @@ class _Segment:
     start: Callable[[], Tensor]
     calls: list[LayerCall] = field(default_factory=list)
     random: list[Any] = field(default_factory=list)
-    unread: list[list[LoraLinear]] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
 
     def input_of(self, index: int) -> Tensor:
@@ -134,35 +135,6 @@ class _Segment:
         return self.inputs.pop()
 
 
-class _Starts:
-    """The inputs of all segments of a forward pass: on a CPU in one block of memory.
-
-    Each is as large as a layer's temporary tensors, and alive for longer. Among these it would leave gaps that most of
-    the next tensors do not fit, see ``heap``.
-
-    Args:
-        count: number of segments.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._free: list[Tensor] = []
-
-    def keep(self, hidden: Tensor, number: int) -> Tensor:
-        """Return what to keep of the input of a segment, whose number is 0 at the start of a forward pass."""
-        if hidden.device.type != "cpu" or self._count == 1:
-            return hidden
-        if number == 0:
-            self._free = list(hidden.new_empty((self._count, *hidden.shape)).unbind())
-        place = self._free.pop() if self._free else None  # only the graph keeps a place alive
-        return hidden if place is None or _form(place) != _form(hidden) else place.copy_(hidden)
-
-
-def _form(tensor: Tensor) -> tuple[Any, ...]:
-    """Return what products of a tensor may depend on besides its values: in another form some round differently."""
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % _LINE
-
-
 @dataclass(frozen=True)
 class _Place:
     """A layer's segment, whether the layer is first or last in it, and what all layers share.
@@ -172,21 +144,19 @@ class _Place:
         is_first: whether the layer is the first of its segment.
         is_last: whether it is the last.
         current: the running segment.
-        starts: keeps the inputs of segments on the device.
-        offloaded: keeps them in host memory instead; or None.
+        offloaded: keeps the inputs of segments in host memory; None: they stay on the device.
     """
 
     segment: int
     is_first: bool
     is_last: bool
     current: list[_Segment]
-    starts: _Starts
     offloaded: OffloadedTensors | None
 
     def enter(self, hidden: Tensor) -> _Segment:
         """Return the segment of a layer that is about to run, created if the layer is the segment's first to run."""
         if self.is_first or not self.current or self.current[0].number != self.segment:
-            kept = hidden.detach() if self.offloaded else self.starts.keep(hidden.detach(), self.segment)
+            kept = hidden.detach()
             self.current[:] = [_Segment(self.segment, self.offloaded.put(kept) if self.offloaded else lambda: kept)]
         segment = self.current[0]
         if self.is_last:
@@ -194,7 +164,7 @@ class _Place:
         return segment
 
 
-class _Layer(torch.autograd.Function):
+class _Recomputed(torch.autograd.Function):
     """One layer of a segment: forward without a graph, recomputed with one in the backward pass."""
 
     @staticmethod
@@ -216,7 +186,7 @@ class _Layer(torch.autograd.Function):
         # Request the same gradients as without checkpointing: for fewer, torch may use products that round differently.
         hidden = ctx.segment.input_of(ctx.index).detach().requires_grad_(ctx.needs_input_grad[0])
         _set_random(ctx.segment.random[ctx.index], device)
-        with torch.enable_grad(), standing_in(ctx.segment.unread[ctx.index]):
+        with torch.enable_grad(), _recomputation():
             call = ctx.segment.calls[ctx.index]
             others = [other.detach().requires_grad_() for other in call.others]
             outputs = call(hidden, others)
@@ -227,27 +197,36 @@ class _Layer(torch.autograd.Function):
         return hidden.grad, None, None, None, *(other.grad for other in others)
 
 
-def _checkpointed(layer: nn.Module, forward: Callable[..., Any], place: _Place) -> Callable[..., Any]:
-    unread = [part for part in layer.modules() if isinstance(part, LoraLinear) and part.is_unread]
+@contextlib.contextmanager
+def _recomputation() -> Iterator[None]:
+    global _recomputing
+    _recomputing = True
+    try:
+        yield
+    finally:
+        _recomputing = False
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+
+class _CheckpointedLayer(nn.Module):
+    place: _Place
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer, and keep only its segment's first input."""
+        forward = super().forward
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         call = LayerCall(forward, args, kwargs)
         hidden, others = call.take()
-        segment = place.enter(hidden)
+        segment = self.place.enter(hidden)
         index = len(segment.calls)
         segment.calls.append(call)
         segment.random.append(_random(hidden.device))
-        segment.unread.append(unread)
         # With frozen embeddings the first layer's input needs no gradient, so an empty tensor that requires grad makes
         # autograd run the backward pass for the layer's trained parameters.
-        is_trained = any(parameter.requires_grad for parameter in layer.parameters())
+        is_trained = any(parameter.requires_grad for parameter in self.parameters())
         trigger = torch.empty(0, device=hidden.device, requires_grad=is_trained)
-        outputs = _Layer.apply(hidden, trigger, segment, index, *others)  # type: ignore[no-untyped-call]
+        outputs = _Recomputed.apply(hidden, trigger, segment, index, *others)  # type: ignore[no-untyped-call]
         return call.finish(outputs)
-
-    return run
 
 
 def _random(device: torch.device) -> tuple[Tensor, Tensor | None]:

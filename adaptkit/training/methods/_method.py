@@ -84,7 +84,7 @@ class TrainingMethod(ABC):
         return collate(rows, padding)
 
     @abstractmethod
-    def loss(self, model: "Model", batch: "Batch", share: float | None = None) -> Mapping[str, "Tensor"]:
+    def loss(self, model: "Model", batch: "Batch", share: float = 1.0) -> Mapping[str, "Tensor"]:
         """Return the sums of the metrics over a batch, each () float32; first ``loss``, which is differentiable.
 
         The names are the same for every batch, also for one without labels, which a process without rows gets.
@@ -92,8 +92,7 @@ class TrainingMethod(ABC):
         Args:
             model: the model, in training mode or not.
             batch: what ``collate`` made.
-            share: factor of this loss in what is to be minimized; see ``network.accumulation``. None: no gradients are
-                accumulated before the backward pass.
+            share: factor of this loss in what is to be minimized; see ``network.loss.summed_loss``.
         """
 
 

@@ -70,7 +70,7 @@ class SupervisedTuning(TrainingMethod):
         """See ``TrainingMethod``."""
         return sample.answer_tokens
 
-    def loss(self, model: "Model", batch: "Batch", share: float | None = None) -> Mapping[str, "Tensor"]:
+    def loss(self, model: "Model", batch: "Batch", share: float = 1.0) -> Mapping[str, "Tensor"]:
         """See ``TrainingMethod``."""
         from adaptkit.training.network.loss import summed_loss
 

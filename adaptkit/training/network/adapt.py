@@ -107,10 +107,11 @@ def train_whole(
         UsageError: a parameter is quantized, has an adapter, or has trained rows already.
         BaseMismatchError: the model lacks a parameter, or has it in another shape.
     """
-    values, places = values or {}, parameter_places(model)
+    values = values or {}
     for name in sorted(names):
         if name in model.whole:
             continue
+        places = parameter_places(model)  # each time: a trained table's module is replaced
         if name not in places:
             raise BaseMismatchError(f"{name}: not found in {model.checkpoint.root}", hint=OTHER_MODEL)
         place = places[name]
@@ -143,9 +144,9 @@ def train_whole(
                     # torch gives the row of padding_idx no gradient, but that token may also be the end token of an
                     # answer. Padding positions get no gradient anyway: they carry no loss.
                     at.module.padding_idx = None
-                    train_table(at.module, parameter, model.dtype)
+                    train_table(model.network, at.module, parameter, model.dtype)
                 elif at.child == "weight" and _is_head(at.module, model.network):
-                    train_table(at.module, parameter, model.dtype)
+                    train_table(model.network, at.module, parameter, model.dtype)
                 else:
                     hold(at.module, at.child, parameter, model.dtype)
         model.checkpoint.release_pages(value)  # the values of a 16-bit base were copied, and are not read again
@@ -231,7 +232,7 @@ def train_rows(
     for place in places.values():
         is_tied = place.module._parameters.get(place.child) is table
         if is_tied and (together or place is places[name]):
-            replace_rows(place.module, trained)
+            replace_rows(model.network, place.module, trained)
     model.rows[path] = trained
 
 
@@ -254,21 +255,21 @@ def is_transposed(module: nn.Module) -> bool:
     return bool(getattr(module, "is_transposed", False))
 
 
-def put_stack(model: Model, module: nn.Module, name: str, lora_a: Tensor, lora_b: Tensor, factor: float) -> None:
+def put_stack(model: Model, name: str, lora_a: Tensor, lora_b: Tensor, factor: float) -> None:
     """Attach LoRA to a stacked parameter.
 
     Args:
-        model: the model; gives compute dtype and device.
-        module: the module that holds the parameter; modified in place.
+        model: the model; the module that holds the parameter is replaced, if it is not packed yet.
         name: dotted path of the parameter.
         lora_a: (experts, rank, in).
         lora_b: (experts, out, rank).
         factor: scaling.
     """
-    leaf = name.rpartition(".")[2]
+    parent, _, leaf = name.rpartition(".")
+    module = model.network.get_submodule(parent)
     plain = module._parameters.get(leaf)
     if plain is not None:
-        pack(module, {leaf: PlainWeight(plain.detach())}, model.dtype)
+        module = pack(model.network, module, {leaf: PlainWeight(plain.detach())}, model.dtype)
     if not isinstance(module, PackedModule):
         raise TypeError(f"{leaf} is no stack of {type(module).__name__}")
     module.changes[leaf] = StackLora(lora_a, lora_b, factor, is_transposed(module)).to(model.device)

@@ -12,7 +12,11 @@ from adaptkit.numerics.absmax import GROUP
 from adaptkit.numerics.kernels import cpu
 from adaptkit.numerics.kernels.codebook import Codebook
 from adaptkit.numerics.tensors import as_array, as_tensor
+from adaptkit.training.network.threads import in_parts
 from adaptkit.training.triton_needs import has_triton
+
+_PIECE = 1 << 18
+"""Weights decoded at a time by a thread: they stay in its cache until they are copied. A multiple of any block size."""
 
 
 @dataclass(frozen=True)
@@ -67,34 +71,44 @@ def decode_constants(constants: NestedConstants | Tensor, levels: Tensor) -> Ten
     if codes.device.type == "cpu":
         return as_tensor(cpu.decode_constants(as_array(codes), as_array(nested), offset, as_array(levels)))
     if has_triton(codes.device.type):
-        from adaptkit.training.fast import gpu_decode
+        from adaptkit.training.network import decode_gpu
 
-        return gpu_decode.decode_constants(codes, nested, offset, levels)
+        return decode_gpu.decode_constants(codes, nested, offset, levels)
     return constants_in_plain_torch(constants, levels)
 
 
 def _by_kernels(blocks: Blocks, dtype: torch.dtype) -> Tensor:
     codes, absmax = as_array(blocks.codes), as_array(decode_constants(blocks.constants, blocks.levels))
-    kind = as_array(torch.empty(0, dtype=dtype)).dtype
-    if blocks.book is None:
-        return as_tensor(cpu.decode_8bit(codes, absmax, blocks.count, blocks.block_size, kind))
-    return as_tensor(cpu.decode_4bit(codes, absmax, blocks.count, blocks.block_size, blocks.book, kind))
+    kind, size, book = as_array(torch.empty(0, dtype=dtype)).dtype, blocks.block_size, blocks.book
+    if book is None:
+        return as_tensor(cpu.decode_8bit(codes, absmax, blocks.count, size, kind))
+    weights = torch.empty(blocks.count, dtype=dtype)
+    out = as_array(weights)
+
+    def decode_part(_: int, first: int, last: int) -> None:
+        for start in range(first * size, last * size, _PIECE):
+            end = min(start + _PIECE, last * size, blocks.count)
+            part = codes[start // 2 : -(-end // 2)], absmax[start // size : -(-end // size)]
+            out[start:end] = cpu.decode_4bit(*part, end - start, size, book, kind)
+
+    in_parts(len(absmax), blocks.count, decode_part)
+    return weights
 
 
 def by_triton(blocks: Blocks, dtype: torch.dtype) -> Tensor:
     """Do ``decode`` by Triton."""
-    from adaptkit.training.fast import gpu_decode
+    from adaptkit.training.network import decode_gpu
 
     codes, constants, size = blocks.codes.contiguous(), blocks.constants, blocks.block_size
     out, whole = torch.empty(blocks.count, dtype=dtype, device=codes.device), blocks.count // size * size
     if blocks.book is None:
-        gpu_decode.decode_8bit(codes, decode_constants(constants, blocks.levels), size, out)
+        decode_gpu.decode_8bit(codes, decode_constants(constants, blocks.levels), size, out)
     elif whole == blocks.count and isinstance(constants, NestedConstants):
         nested = constants.codes, constants.nested_absmax, constants.offset, blocks.levels
-        gpu_decode.decode_nested_4bit(codes, nested, size, blocks.book, out)
+        decode_gpu.decode_nested_4bit(codes, nested, size, blocks.book, out)
     else:
         absmax = decode_constants(constants, blocks.levels).contiguous()
-        gpu_decode.decode_4bit(codes, absmax, size, blocks.book, out[:whole])
+        decode_gpu.decode_4bit(codes, absmax, size, blocks.book, out[:whole])
         if rest := blocks.count - whole:
             last = replace(blocks, codes=codes[whole // 2 :], constants=absmax[whole // size :], count=rest)
             out[whole:] = in_plain_torch(last, dtype)

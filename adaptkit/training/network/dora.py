@@ -19,9 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptkit.models.recompute import source_of
-from adaptkit.training.network.narrow import narrowed
-
 _ROWS = 256
 """Rows whose squares are computed at a time."""
 
@@ -52,7 +49,7 @@ def row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float, squa
 
 
 class DoraProduct(torch.autograd.Function):
-    """The formula of the module's docstring; saves its input's source (see ``recompute``), adapter and X'Vᵀ, not W."""
+    """The formula of the module's docstring; saves X', the adapter and X' Vᵀ, not W."""
 
     @staticmethod
     def forward(
@@ -67,7 +64,7 @@ class DoraProduct(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         """Map (…, in) to (…, out)."""
-        a, b = narrowed(lora_a, x.dtype), narrowed(lora_b, x.dtype)
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         flat, flat_dropped = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
         w = weight.dequantize(x.dtype)
         norm = row_norms(w, a, b, scale, squares)
@@ -79,18 +76,17 @@ class DoraProduct(torch.autograd.Function):
         shared = dropped is x
         if not shared:
             y.view(turned.shape).addmm_(flat - flat_dropped, w.T)
-        ctx.make, kept = source_of(dropped)
-        ctx.save_for_backward(inner, turned, lora_a, lora_b, magnitude, norm, *kept)
+        ctx.save_for_backward(inner, turned, lora_a, lora_b, magnitude, norm, dropped)
         ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, shared
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:
         """Return the gradients of x, dropped x, A, B and the magnitude."""
-        inner, turned, lora_a, lora_b, magnitude, norm, *kept = ctx.saved_tensors
+        inner, turned, lora_a, lora_b, magnitude, norm, dropped = ctx.saved_tensors
         grad = grads[0].reshape(-1, grads[0].shape[-1])
-        dropped = ctx.make(*kept).reshape(-1, ctx.shape[-1])
-        a, b = narrowed(lora_a, grad.dtype), narrowed(lora_b, grad.dtype)
+        dropped = dropped.reshape(-1, ctx.shape[-1])
+        a, b = lora_a.to(grad.dtype), lora_b.to(grad.dtype)
         grad_magnitude = (grad * turned).sum(dim=0, dtype=torch.float32) / norm
         grad_turned = torch.empty_like(grad)
         torch.mul(grad, magnitude / norm, out=grad_turned)

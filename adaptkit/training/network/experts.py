@@ -1,7 +1,7 @@
 """Experts whose weights stay packed: they are unpacked while their layer runs, then freed.
 
-transformers keeps the experts of a layer as 3-D parameters of one module. ``pack`` adds the packed stacks as submodules
-and replaces the module's class by a subclass in which the parameters' names are properties.
+transformers keeps the experts of a layer as 3-D parameters of one module. ``pack`` replaces the module by one of a
+subclass, which holds the packed stacks as submodules, and in which the parameters' names are properties.
 
 On a CPU, where the module sorts its tokens by expert, a stack's matrices are unpacked one by one: see ``routed``.
 Elsewhere the whole stack is unpacked. Where autograd would save it for the backward pass, saved-tensor hooks keep the
@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from adaptkit.errors import CheckpointError
 from adaptkit.models.assembly import Assembly
 from adaptkit.models.kinds import multiplies_groups
+from adaptkit.models.subclassing import take_place
 from adaptkit.numerics.tensors import as_tensor
 from adaptkit.training.network.frozen import FrozenWeight, PackedWeight, PlainWeight
 from adaptkit.training.network.packed import read_quantized
-from adaptkit.training.network.packed_rows import decoded
 from adaptkit.training.network.routed import RoutedStack
 from adaptkit.training.network.stack_lora import StackLora, StackWithLora
 
@@ -52,18 +52,8 @@ class ExpertList(nn.Module):
         """Write an expert's matrix into a tensor."""
         start, matrices = 0, cast(nn.ModuleList, self.experts[expert])
         for matrix in cast(Iterable[FrozenWeight], matrices):
-            _write(matrix, target[start : start + matrix.shape[0]])
+            target[start : start + matrix.shape[0]].copy_(matrix.dequantize(target.dtype))
             start += matrix.shape[0]
-
-
-def _write(matrix: FrozenWeight, target: Tensor) -> None:
-    """Write a matrix into a part of a stack; a packed one is decoded there if it is decoded by rows."""
-    if isinstance(matrix, PackedWeight):
-        value = matrix.dequantize(target.dtype, lambda *shape, **options: target)
-    else:
-        value = matrix.dequantize(target.dtype)
-    if value is not target:
-        target.copy_(value)
 
 
 Stack = FrozenWeight | ExpertList
@@ -112,10 +102,8 @@ def _write_expert(stack: Stack, expert: int, target: Tensor) -> None:
     if isinstance(stack, ExpertList):
         stack.write(expert, target)
     elif isinstance(stack, PackedWeight):
-        value = decoded(stack.matrix(expert), target.dtype, lambda *shape, **options: target)
+        target.copy_(stack.matrix(expert).dequantize(target.dtype))
         stack.release_pages()
-        if value is not target:
-            target.copy_(value)
     else:
         target.copy_(stack.weight[expert])
 
@@ -128,32 +116,34 @@ def _unpack(stack: Stack, change: StackLora | None, dtype: torch.dtype) -> Tenso
     return change.add_to(value, torch.empty_like(value) if isinstance(stack, PlainWeight) else value)
 
 
-def pack(module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> None:
-    """Replace 3-D parameters of a module by packed stacks.
+def pack(network: nn.Module, module: nn.Module, stacks: Mapping[str, Stack], dtype: torch.dtype) -> "PackedModule":
+    """Replace 3-D parameters of a module of a network by packed stacks.
 
     Args:
-        module: modified in place.
+        network: network of the module.
+        module: the module; replaced in the network.
         stacks: the stacks, by the parameter's name.
         dtype: compute dtype of its forward pass.
+
+    Returns:
+        What replaces it.
     """
+    is_new = not isinstance(module, PackedModule)
     for name in stacks:
         del module._parameters[name]
-    if isinstance(module, PackedModule):
-        module.packed.update(stacks)
+    place: PackedModule = take_place(network, module, _packed_class(tuple(stacks)))
+    if is_new:
+        place.packed, place.changes = nn.ModuleDict(stacks), nn.ModuleDict()
+        place._unpacked, place._compute_dtype = {}, dtype
     else:
-        module.add_module("packed", nn.ModuleDict(stacks))
-        module.add_module("changes", nn.ModuleDict())
-        module.__dict__["_unpacked"] = {}
-        module.__dict__["_compute_dtype"] = dtype
-    original: Any = type(module)  # mypy does not take a class for hashable
-    module.__class__ = _packed_class(original, tuple(stacks))
+        place.packed.update(stacks)
+    return place
 
 
 @cache
-def _packed_class(original: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """Return the subclass of a class in which parameters are properties: a single one, so that layers stay alike."""
-    bases = (original,) if issubclass(original, PackedModule) else (PackedModule, original)
-    return type(original.__name__, bases, {name: property(_reader(name)) for name in names})
+def _packed_class(names: tuple[str, ...]) -> "type[PackedModule]":
+    """Return the mixin in which parameters are properties: a single one, so that layers stay alike."""
+    return type("PackedModule", (PackedModule,), {name: property(_reader(name)) for name in names})
 
 
 class PackedModule(nn.Module):

@@ -3,15 +3,12 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adaptkit.training.fast.cpu_joined import PackedRows
 from adaptkit.training.network.decode import NestedConstants
 from adaptkit.training.network.packed import QuantizedWeight
-from adaptkit.training.network.packed_rows import decoded_rows, in_dtype, packed_rows
 from adaptkit.training.network.probing import with_attribute
 
 
@@ -37,7 +34,6 @@ class PackedWeight(nn.Module):
         self.shape, self._encoding, self._book, self._dtype = weight.shape, weight.encoding, weight.book, weight.dtype
         self._release, self.is_transient = release_pages, False
         self._offset: float | None = None
-        self._rows: tuple[PackedRows | None, int] = None, 0
         constants, nested_absmax = weight.constants, torch.empty(0)
         if isinstance(constants, NestedConstants):
             absmax, nested_absmax, self._offset = constants.codes, constants.nested_absmax, constants.offset
@@ -47,9 +43,6 @@ class PackedWeight(nn.Module):
         for name, part in (("codes", weight.codes), ("absmax", absmax), ("nested_absmax", nested_absmax)):
             self.register_buffer(name, part)
         self.register_buffer("levels", weight.levels)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_rows": (None, 0)}  # a copy of the module has other memory
 
     @property
     def is_divided(self) -> bool:
@@ -63,7 +56,7 @@ class PackedWeight(nn.Module):
 
     def quantized(self) -> QuantizedWeight:
         """Return the weight as the file holds it; shares this module's buffers."""
-        return self._with(in_dtype(self.codes, self._types[0]))
+        return self._with(_in_dtype(self.codes, self._types[0]))
 
     def matrix(self, index: int) -> QuantizedWeight:
         """Return ``QuantizedWeight.matrix`` of a stack; of a divided one, copies only the codes of that matrix."""
@@ -71,29 +64,17 @@ class PackedWeight(nn.Module):
         return replace(weight, codes=weight.codes.clone()) if self.is_divided else weight
 
     def _with(self, codes: Tensor) -> QuantizedWeight:
-        absmax = in_dtype(self.absmax, self._types[1])
+        absmax = _in_dtype(self.absmax, self._types[1])
         constants: NestedConstants | Tensor = absmax
         if self._offset is not None:
             constants = NestedConstants(absmax, self.nested_absmax, self._offset)
         return QuantizedWeight(self._encoding, self._book, codes, constants, self.shape, self._dtype, self.levels)
 
-    def dequantize(self, dtype: torch.dtype, empty: Callable[..., Tensor] = torch.empty) -> Tensor:
-        """Return the weight in its shape, in ``dtype``; ``empty`` may allocate it, see ``packed_rows.decoded``."""
-        rows = self.rows()
-        weight = self.quantized().dequantize(dtype) if rows is None else decoded_rows(rows, self.shape, dtype, empty)
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight in its shape, in ``dtype``."""
+        weight = self.quantized().dequantize(dtype)
         self.release_pages()
         return weight
-
-    def rows(self) -> PackedRows | None:
-        """Return ``packed_rows`` of the weight; made once for the same memory, unless the weight is divided."""
-        codes, (rows, address) = self.codes, self._rows
-        if rows is not None and codes.data_ptr() == address:
-            return rows
-        rows = packed_rows(self.quantized()) if codes.is_cpu else None
-        keep = rows is not None and not self.is_divided
-        if keep or self._rows[0] is not None:
-            self._rows = (rows, codes.data_ptr()) if keep else (None, 0)
-        return rows
 
     def release_pages(self) -> None:
         """Release the codes' mapped pages if transient; call after decoding the result of ``quantized``."""
@@ -126,3 +107,13 @@ def transient_weights(network: nn.Module) -> AbstractContextManager[None]:
     """
     weights = (module for module in network.modules() if isinstance(module, PackedWeight))
     return with_attribute(weights, "is_transient", True)
+
+
+def _in_dtype(part: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a part in its original dtype; FSDP gathers parts as floats.
+
+    On a CPU a copy: kernels view tensors as numpy arrays, after which FSDP could not free the gathered memory.
+    """
+    if not isinstance(part, nn.Parameter):
+        return part
+    return (part.clone() if part.device.type == "cpu" else part).view(dtype)

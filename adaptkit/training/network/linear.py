@@ -1,12 +1,9 @@
-"""Linear layers whose frozen weight stays packed, with a LoRA adapter fused into the same autograd function.
+"""Linear layers whose frozen weight stays packed, with a LoRA adapter.
 
     Y = X Wᵀ + s · (X' Aᵀ) Bᵀ          X' is X after dropout
 
 W is dequantized in the forward pass, freed, and dequantized again in the backward pass, so that no 16-bit copy of it is
-kept; 16-bit copies of A and B are not saved either. W gets no gradient; A and B do.
-
-The adapter's share is computed first, and the large product is accumulated onto it: reading the existing values is
-hidden behind that product's arithmetic, while the small product, added last, would be bound by reading and writing Y.
+kept. W gets no gradient; A and B do, in float32.
 """
 
 from typing import Any
@@ -16,79 +13,30 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptkit.errors import BaseMismatchError, UsageError
-from adaptkit.models.recompute import source_of
 from adaptkit.numerics.lora import LowRank
-from adaptkit.training.network.accumulation import accumulate
 from adaptkit.training.network.dora import DoraProduct, row_norms, squared_rows
 from adaptkit.training.network.frozen import FrozenWeight
-from adaptkit.training.network.narrow import narrowed
 from adaptkit.training.network.whole import TrainedWeight, project
 
 
-class _Linear(torch.autograd.Function):
-    """The formula of the module's docstring; saves its input's source (see ``recompute``) and the adapter, not W."""
+class _FrozenProduct(torch.autograd.Function):
+    """X Wᵀ with a frozen W that is dequantized in each pass and not saved; plus ``scale`` times ``share`` if given."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        dropped: Tensor,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        weight: FrozenWeight,
-        scale: float,
-        stand_in: float | None,
-    ) -> Tensor:
-        a, b = narrowed(lora_a, x.dtype), narrowed(lora_b, x.dtype)
-        flat, flat_dropped = x.reshape(-1, x.shape[-1]), dropped.reshape(-1, x.shape[-1])
-        inner = flat_dropped @ a.T
-        if stand_in is None:
-            y = x.new_empty(*x.shape[:-1], len(b))  # not a view: autograd forbids in-place changes of a returned view
-            share = y.view(-1, len(b)).addmm_(inner, b.T, beta=0, alpha=scale)
-            share.addmm_(flat, weight.dequantize(x.dtype).T)
-        else:
-            y = x.new_full((*x.shape[:-1], len(b)), stand_in)
-        # An unread result is added to its layer's output, so the recomputed layer's backward pass begins with this one.
-        ctx.make, kept = source_of(dropped, is_next=stand_in is not None)
-        ctx.save_for_backward(inner, lora_a, lora_b, *kept)
-        ctx.weight, ctx.scale, ctx.shape, ctx.shared = weight, scale, x.shape, dropped is x
+    def forward(ctx: Any, x: Tensor, weight: FrozenWeight, share: Tensor | None, scale: float) -> Tensor:
+        ctx.weight, ctx.scale = weight, scale
+        if share is None:
+            return functional.linear(x, weight.dequantize(x.dtype))
+        y = torch.empty_like(share)  # rounded once, after the sum: what is below the product's rounding error counts
+        w = weight.dequantize(x.dtype)
+        flat, rows = share.reshape(-1, len(w)), x.reshape(-1, x.shape[-1])
+        torch.addmm(flat, rows, w.T, beta=scale, out=y.view(flat.shape))
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | float | None, ...]:
-        inner, lora_a, lora_b, *kept = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        a, b = narrowed(lora_a, grad.dtype), narrowed(lora_b, grad.dtype)
-        dropped = ctx.make(*kept).reshape(-1, ctx.shape[-1])
-        grad_inner = grad @ b
-        grad_a = accumulate(lora_a, grad_inner.T @ dropped, ctx.scale)
-        del dropped  # free it before W is dequantized
-        grad_b = accumulate(lora_b, grad.T @ inner, ctx.scale)
-        grad_x = grad_dropped = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad.new_empty(ctx.shape)
-            share = grad_x.view(-1, ctx.shape[-1])
-            if ctx.shared:
-                share.addmm_(grad_inner, a, beta=0, alpha=ctx.scale)
-            share.addmm_(grad, ctx.weight.dequantize(grad.dtype), beta=int(ctx.shared))
-        if ctx.needs_input_grad[1] and not ctx.shared:
-            grad_dropped = (grad_inner @ a).mul_(ctx.scale).view(ctx.shape)
-        return grad_x, grad_dropped, grad_a, grad_b, None, None, None
-
-
-class _FrozenLinear(torch.autograd.Function):
-    """X Wᵀ with a frozen W that is dequantized in each pass and not saved."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: FrozenWeight, stand_in: float | None) -> Tensor:
-        ctx.weight = weight
-        if stand_in is not None:
-            return x.new_full((*x.shape[:-1], weight.shape[0]), stand_in)
-        return functional.linear(x, weight.dequantize(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return grads[0] @ ctx.weight.dequantize(grads[0].dtype), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        by_x = grads[0] @ ctx.weight.dequantize(grads[0].dtype) if ctx.needs_input_grad[0] else None
+        return by_x, None, grads[0] * ctx.scale if ctx.needs_input_grad[2] else None, None
 
 
 class LoraLinear(nn.Module):
@@ -109,8 +57,6 @@ class LoraLinear(nn.Module):
         lora_bias: bias of B, (out,) float32, scaled like B A, or None.
         scaling: α / rank, or α / √rank with rsLoRA.
         dropout: dropout probability of the adapter's input in training mode.
-        is_unread: whether no gradient in the enclosing decoder layer depends on the result: see ``unread``.
-        stand_in: constant to return instead of computing the product; None to compute it.
     """
 
     bias: Tensor | None
@@ -129,13 +75,6 @@ class LoraLinear(nn.Module):
         self.magnitude: nn.Parameter | None = None
         self.lora_bias: nn.Parameter | None = None
         self.scaling, self.dropout = 1.0, 0.0
-        self.is_unread = False
-        self.stand_in: float | None = None
-
-    @property
-    def can_stand_in(self) -> bool:
-        """Whether ``stand_in`` is supported: not with DoRA, whose gradient needs the product, nor a trained weight."""
-        return self.magnitude is None and not isinstance(self.base, TrainedWeight)
 
     @property
     def device(self) -> torch.device:
@@ -192,28 +131,23 @@ class LoraLinear(nn.Module):
             magnitude = row_norms(weight, self.lora_a.detach(), self.lora_b.detach(), self.scaling, self.squares)
         self.magnitude = nn.Parameter(magnitude.float().to(self.device))
 
-    def multiply(self, x: Tensor, dropped: Tensor) -> Tensor:
-        """Return X Wᵀ + s · (X' Aᵀ) Bᵀ without biases, (…, out); needs an adapter. Both inputs are (…, in)."""
-        factors = self.lora_a, self.lora_b
-        known = self.base, self.scaling, self.stand_in
-        y: Tensor = _Linear.apply(x, dropped, *factors, *known)  # type: ignore[no-untyped-call]
-        return y
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return X Wᵀ + s · (X' Aᵀ) Bᵀ, without biases: (…, out) of (…, in)."""
+        if isinstance(self.base, TrainedWeight):
+            return project(x, self.base.weight, x.dtype)
+        if self.lora_a is None or self.lora_b is None:
+            return _FrozenProduct.apply(x, self.base, None, 1.0)  # type: ignore[no-any-return, no-untyped-call]
+        dropped = functional.dropout(x, self.dropout, self.training)
+        if self.magnitude is not None:
+            factors = self.lora_a, self.lora_b, self.magnitude
+            known = self.base, self.squares, self.scaling
+            return DoraProduct.apply(x, dropped, *factors, *known)  # type: ignore[no-any-return, no-untyped-call]
+        share = functional.linear(functional.linear(dropped, self.lora_a.to(x.dtype)), self.lora_b.to(x.dtype))
+        return _FrozenProduct.apply(x, self.base, share, self.scaling)  # type: ignore[no-any-return, no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (…, in) to (…, out)."""
-        y: Tensor
-        if self.lora_a is None or self.lora_b is None:
-            if isinstance(self.base, TrainedWeight):
-                y = project(x, self.base.weight, x.dtype)
-            else:
-                y = _FrozenLinear.apply(x, self.base, self.stand_in)  # type: ignore[no-untyped-call]
-            return y if self.bias is None else y + self.bias.to(y.dtype)
-        dropped = functional.dropout(x, self.dropout) if self.training and self.dropout else x
-        if self.magnitude is None:
-            y = self.multiply(x, dropped)
-        else:
-            adapter = (x, dropped, self.lora_a, self.lora_b)
-            y = DoraProduct.apply(*adapter, self.magnitude, self.base, self.squares, self.scaling)  # type: ignore[no-untyped-call]
+        y = self.multiply(x)
         if self.lora_bias is not None:
             y = y + (self.scaling * self.lora_bias).to(y.dtype)
         return y if self.bias is None else y + self.bias.to(y.dtype)

@@ -68,7 +68,7 @@ def load_adapter(model: Model, adapter: Adapter, dropout: float = 0.0) -> None:
                 hint=OTHER_MODEL,
             )
         a, b = (torch.stack([getattr(change, half).float() for change in changes]) for half in ("lora_a", "lora_b"))
-        put_stack(model, stacks[name], name, a, b, changes[0].scaling)
+        put_stack(model, name, a, b, changes[0].scaling)
 
 
 def attach_adapter(model: Model, changes: Mapping[str, LowRank], where: str, dropout: float = 0.0) -> None:

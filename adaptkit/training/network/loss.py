@@ -7,11 +7,9 @@ computed before the next chunk: only one chunk of logits exists at a time, and t
 Source: the fused linear cross-entropy of Liger (arXiv:2410.10989), restricted to rows that carry loss.
 """
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,19 +19,14 @@ from adaptkit.data.encoding import IGNORED
 from adaptkit.models.casting import held
 from adaptkit.models.memory import rows_at_a_time
 from adaptkit.models.probing import InPlaceOf, exchanged
-from adaptkit.training.fast.bits import tensor_bits
-from adaptkit.training.fast.cpu_loss import cross_entropy
-from adaptkit.training.network.accumulation import accumulating
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.pinned import sent
-from adaptkit.training.network.positions import single_samples
-from adaptkit.training.triton_needs import has_triton
 
 _BLOCK_BYTES = 2 * 2**20
 """Size of a block of float32 logits on a CPU: fits its cache."""
 
 
-def summed_loss(model: Any, batch: Batch, share: float | None = None) -> Tensor:
+def summed_loss(model: Any, batch: Batch, share: float = 1.0) -> Tensor:
     """Return the cross-entropy summed over a batch's answer tokens.
 
     No mask is passed: rows are padded at the end, and a causal model's other tokens do not attend to that padding. On a
@@ -44,8 +37,8 @@ def summed_loss(model: Any, batch: Batch, share: float | None = None) -> Tensor:
     Args:
         model: the ``Model``.
         batch: the batch; its labels mark the positions that carry loss.
-        share: factor of the result in the loss that is to be minimized: parameters of the output layer may then
-            accumulate their gradients before the backward pass, see ``accumulating``. None: all are left to autograd.
+        share: factor of the result in the loss that is to be minimized: a trained output layer that has a ``grad`` adds
+            to it with this factor before the backward pass.
 
     Returns:
         () float32, in nats; differentiable if gradients are recorded.
@@ -55,9 +48,8 @@ def summed_loss(model: Any, batch: Batch, share: float | None = None) -> Tensor:
     labels = batch.labels[:, 1:][places]
     ids, row, column, wanted = (sent(side, device) for side in (batch.ids, *places, labels))
     positions = None if batch.positions is None else sent(batch.positions, device)
-    with single_samples() if positions is None and ids.is_cuda else nullcontext():
-        body = network if output is None else network.base_model
-        found = body(input_ids=ids, position_ids=positions, use_cache=False)
+    body = network if output is None else network.base_model
+    found = body(input_ids=ids, position_ids=positions, use_cache=False)
     if output is None:
         return functional.cross_entropy(found.logits[row, column].float(), wanted, reduction="sum")
     hidden = found.last_hidden_state
@@ -74,10 +66,15 @@ class OutputLayer:
         network: transformers model.
         is_head: whether the logits are exactly the head's output for the last hidden state. Some architectures scale
             or cap them afterwards; then the whole network is run, with its body replaced.
+
+    Attributes:
+        cross_entropy: called with contiguous logits, (rows, vocabulary), their (rows,) int64 labels, and whether to
+            overwrite the logits with the loss's gradient; returns the loss summed over the rows, () float32.
     """
 
     def __init__(self, network: Any, is_head: bool) -> None:
         self._network, self.is_head = network, is_head
+        self.cross_entropy: Callable[[Tensor, Tensor, bool], Tensor] = cross_entropy
 
     @property
     def head(self) -> Any:
@@ -140,22 +137,23 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, wanted: Tensor, output: OutputLayer, share: float | None, *trained: Tensor
+        ctx: Any, hidden: Tensor, wanted: Tensor, output: OutputLayer, share: float, *trained: Tensor
     ) -> Tensor:
         total = hidden.new_zeros((), dtype=torch.float32)
         wants = any(ctx.needs_input_grad)
         grads: list[Tensor | None] = [torch.zeros_like(hidden), *(None for _ in trained)] if wants else []
-        rows = rows_at_a_time(_shape(output.head)[0], hidden.element_size(), works_in_place(hidden.device))
+        ctx.share = share if trained else 1.0
+        rows = rows_at_a_time(_shape(output.head)[0], hidden.element_size(), hidden.is_cuda)
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows].detach().requires_grad_(wants)
             with torch.set_grad_enabled(wants):
                 logits = output(part)
             # Copied unless from a plain head: the network may have saved its logits for its backward pass.
-            chunk = logits.detach() if output.is_head else logits.detach().clone()
-            total += _chunk_loss(chunk, wanted[start : start + len(part)], wants)
+            chunk = logits.detach().contiguous() if output.is_head else logits.detach().clone()
+            total += output.cross_entropy(chunk, wanted[start : start + len(part)], wants)
             if wants:
-                with nullcontext() if share is None else accumulating(share):
-                    found = torch.autograd.grad(logits, (part, *trained), chunk, allow_unused=True)
+                chunk = chunk.mul_(share) if trained else chunk
+                found = torch.autograd.grad(logits, (part, *trained), chunk, allow_unused=True)
                 _add(grads, found, start)
                 del found
             del logits, chunk  # free them before the next ones are allocated
@@ -164,13 +162,13 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, *trained = (None if grad is None else grad.mul_(grads[0]) for grad in ctx.grads)
+        hidden, *trained = (None if grad is None else grad.mul_(grads[0] / ctx.share) for grad in ctx.grads)
         del ctx.grads
         return hidden, None, None, None, *trained
 
 
 def _add(grads: list[Tensor | None], found: Sequence[Tensor | None], start: int) -> None:
-    """Add a chunk's gradients: those of its rows, from ``start``, and those of others that did not accumulate them."""
+    """Add a chunk's gradients: those of its rows, from ``start``, and those of others that were not added yet."""
     rows, *others = found
     if grads[0] is not None and rows is not None:
         grads[0][start : start + len(rows)] = rows
@@ -207,25 +205,17 @@ def _trained(model: Any, output: OutputLayer, rows: Tensor) -> list[Tensor]:
     return found
 
 
-def _chunk_loss(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
-    """Return the summed loss of a chunk; with ``keep``, overwrite its logits with their gradient.
+def cross_entropy(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
+    """Return the summed loss of some rows; with ``keep``, overwrite their logits with its gradient.
 
     Args:
-        logits: (rows, vocabulary).
+        logits: (rows, vocabulary), contiguous.
         wanted: (rows,) int64, the labels.
         keep: whether to write the gradient.
 
     Returns:
         () float32.
     """
-    if _has_kernel(logits):
-        losses = np.empty(len(logits))
-        cross_entropy(tensor_bits(logits), wanted.numpy(), keep, losses)
-        return torch.tensor(losses.sum(), dtype=torch.float32)
-    if works_in_place(logits.device) and logits.is_contiguous():
-        from adaptkit.training.fast import gpu_entropy
-
-        return gpu_entropy.cross_entropy(logits, wanted, keep)
     total = logits.new_zeros((), dtype=torch.float32)
     size = len(logits) if logits.is_cuda else max(1, _BLOCK_BYTES // (4 * logits.shape[1]))
     for start in range(0, len(logits), size):
@@ -239,19 +229,3 @@ def _chunk_loss(logits: Tensor, wanted: Tensor, keep: bool) -> Tensor:
             work.mul_(1 / sums)
             block.copy_(work.scatter_add_(1, target, torch.full_like(label_logits, -1.0)))
     return total
-
-
-def load_loss_kernel(dtype: torch.dtype) -> None:
-    """Load the compiled kernel for logits of a dtype on a CPU, if there is one."""
-    _chunk_loss(torch.zeros(1, 2, dtype=dtype), torch.zeros(1, dtype=torch.int64), True)
-
-
-def _has_kernel(logits: Tensor) -> bool:
-    """Return whether to use the fused CPU kernel."""
-    is_known = logits.dtype in (torch.bfloat16, torch.float32) and logits.is_contiguous()
-    return logits.device.type == "cpu" and is_known
-
-
-def works_in_place(device: torch.device) -> bool:
-    """Return whether a GPU kernel overwrites logits with their gradient, without temporaries of their size."""
-    return has_triton(device.type)

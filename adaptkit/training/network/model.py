@@ -5,9 +5,9 @@ transformers builds the architecture on the meta device, without memory; its lin
 """
 
 import gc
-import math
 import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -25,10 +25,8 @@ from adaptkit.models.architecture import empty_network
 from adaptkit.models.assembly import Assembly, check_shape
 from adaptkit.models.linears import acts_as_linear
 from adaptkit.numerics.lora import LowRank
-from adaptkit.training.heap import keep_freed_memory
-from adaptkit.training.network.attention import use_own_attention
 from adaptkit.training.network.experts import ExpertList, PackedModule, Stack, pack, read_weight
-from adaptkit.training.network.frozen import PackedWeight, PlainWeight, transient_weights
+from adaptkit.training.network.frozen import PlainWeight, transient_weights
 from adaptkit.training.network.linear import LoraLinear
 from adaptkit.training.network.loss import OutputLayer, find_output_layer
 from adaptkit.training.network.probing import require_causal
@@ -48,6 +46,7 @@ class Model:
         whole: parameters that are trained in full or that an adapter replaces, by name; see ``network.whole``.
         rows: trained rows of embeddings and output layers, by module; a tied head uses its embedding's.
         output_layer: computes logits from the last hidden state; None if only the whole network can.
+        undo: to be closed after use: undoes what accelerating the model changed outside of it.
     """
 
     network: Any
@@ -58,6 +57,7 @@ class Model:
     whole: dict[str, Whole] = field(default_factory=dict)
     rows: dict[str, TrainedRows] = field(default_factory=dict)
     output_layer: OutputLayer | None = None
+    undo: ExitStack = field(default_factory=ExitStack)
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -116,8 +116,6 @@ def free_former_network() -> None:
 def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> Model:
     """Build a checkpoint's model with packed weights; every linear layer inside it becomes a ``LoraLinear``.
 
-    On a CPU the process retains freed memory for a decoded weight from then on, see ``heap``.
-
     Args:
         root: folder of a quantized or plain checkpoint.
         compute_dtype: dtype of activations, norms and embeddings.
@@ -154,9 +152,6 @@ def load_model(root: Path, compute_dtype: torch.dtype, device: torch.device) -> 
     _loaded.update(dict.fromkeys(network.modules(), checkpoint.nbytes))
     with transient_weights(network):
         require_causal(network)
-    if device.type == "cpu":
-        keep_freed_memory(2 * _decoded_bytes(network, compute_dtype))  # twice: room for adapter columns beside a weight
-    use_own_attention(network)
     output = find_output_layer(network)
     return Model(network, linears, assembly, compute_dtype, transposed, output_layer=output)
 
@@ -179,12 +174,6 @@ def _check_known(assembly: Assembly) -> None:
             f"{root}: {unknown[0]}: unknown to {type(assembly.network).__name__}",
             hint="check that config.json belongs to this model, and that no tensor was added",
         )
-
-
-def _decoded_bytes(network: nn.Module, dtype: torch.dtype) -> int:
-    """Return the bytes of the largest decoded matrix, without expert stacks: their retained memory would add up."""
-    weights = (part for part in network.modules() if isinstance(part, (PackedWeight, PlainWeight)))
-    return max((math.prod(weight.shape) * dtype.itemsize for weight in weights if len(weight.shape) == 2), default=0)
 
 
 def _layer(assembly: Assembly, name: str, module: Any) -> LoraLinear:
@@ -217,4 +206,4 @@ def _load_others(assembly: Assembly, dtype: torch.dtype, device: torch.device) -
         parent, _, child = name.rpartition(".")
         stacks.setdefault(parent, {})[child] = stack
     for parent, found in stacks.items():
-        pack(assembly.network.get_submodule(parent), found, dtype)
+        pack(assembly.network, assembly.network.get_submodule(parent), found, dtype)

@@ -159,4 +159,4 @@ def new_stack_adapters(model: Model, patterns: Sequence[str], shape: AdapterShap
         count, out_features, in_features = stack_shape(stacks[name], name)
         rank, factor = shape.of(name, (out_features, in_features))
         lora_a = (torch.rand(count, rank, in_features, generator=generator) * 2 - 1) / math.sqrt(in_features)
-        put_stack(model, stacks[name], name, lora_a, torch.zeros(count, out_features, rank), factor)
+        put_stack(model, name, lora_a, torch.zeros(count, out_features, rank), factor)

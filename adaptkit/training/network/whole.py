@@ -4,8 +4,8 @@ A parameter that is trained in full is held in float32, so that small updates ar
 the compute dtype. Trained rows are also float32, and stored separately from the frozen table, which is not copied.
 
 The largest parameters are an embedding and an output layer. Of an embedding, only the rows that are looked up are cast
-(Gemma's also reads ``weight.dtype``, which casts all); inside ``accumulating``, no gradient of the size of either is
-formed besides its ``grad``.
+(Gemma's also reads ``weight.dtype``, which casts all). Once parameters have a ``grad`` (see ``memory.parameters``), no
+gradient of the size of either is formed besides it.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptkit.models.casting import held, hold
-from adaptkit.training.network.accumulation import accumulate_product, accumulate_rows
+from adaptkit.models.memory import GRADIENT_BLOCK_BYTES
+from adaptkit.models.subclassing import take_place
 
 
 @dataclass(frozen=True)
@@ -50,22 +51,24 @@ class TrainedWeight(nn.Module):
         return self.weight.to(dtype)
 
 
-def train_table(module: nn.Embedding | nn.Linear, parameter: nn.Parameter, dtype: torch.dtype) -> None:
+def train_table(
+    network: nn.Module, module: nn.Embedding | nn.Linear, parameter: nn.Parameter, dtype: torch.dtype
+) -> None:
     """Make an embedding without ``padding_idx``, or an output layer, use a parameter that is trained in full.
 
     Args:
-        module: modified in place.
+        network: network of the module, which is replaced.
+        module: the embedding or output layer.
         parameter: float32, in the shape of the module's weight.
         dtype: compute dtype, of the module's output.
     """
-    kind, name = type(module), type(module).__name__
-    plain, trained = (nn.Embedding, _WholeEmbedding) if isinstance(module, nn.Embedding) else (nn.Linear, _WholeHead)
-    # ``trained`` precedes torch's class in the MRO, but follows the model's, which may scale the result.
-    module.__class__ = type(name, (trained,) if kind is plain else (kind, trained), {})
-    hold(module, "weight", parameter, dtype)
+    if isinstance(module, nn.Embedding):
+        hold(take_place(network, module, _TrainedEmbedding, nn.Embedding), "weight", parameter, dtype)
+    else:
+        hold(take_place(network, module, _TrainedHead, nn.Linear), "weight", parameter, dtype)
 
 
-class _WholeEmbedding(nn.Embedding):
+class _TrainedEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         """Map (…) to (…, dim)."""
         rows: Tensor = _LookUp.apply(ids, *held(self, "weight"))  # type: ignore[no-untyped-call]
@@ -73,6 +76,8 @@ class _WholeEmbedding(nn.Embedding):
 
 
 class _LookUp(torch.autograd.Function):
+    """Rows of a trained table; their gradients are added to its ``grad`` if it has one."""
+
     @staticmethod
     def forward(ctx: Any, ids: Tensor, table: nn.Parameter, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(ids)
@@ -81,11 +86,15 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor | None, None]:
-        (ids,) = ctx.saved_tensors
-        return None, accumulate_rows(ctx.table, ids.reshape(-1), grads[0].reshape(-1, grads[0].shape[-1])), None
+        (ids,), table = ctx.saved_tensors, ctx.table
+        rows = grads[0].reshape(-1, grads[0].shape[-1]).to(table.dtype)
+        if table.grad is not None:
+            table.grad.index_add_(0, ids.reshape(-1), rows)
+            return None, None, None
+        return None, torch.zeros_like(table).index_add_(0, ids.reshape(-1), rows), None
 
 
-class _WholeHead(nn.Linear):
+class _TrainedHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (…, dim) to (…, entries)."""
         weight, dtype = held(self, "weight")
@@ -106,6 +115,8 @@ def project(x: Tensor, weight: nn.Parameter, dtype: torch.dtype, bias: Tensor | 
 
 
 class _Project(torch.autograd.Function):
+    """X Wᵀ; W's gradient is added to its ``grad``, if it has one, in blocks of rows."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: nn.Parameter, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         narrow = weight.detach().to(dtype)
@@ -121,10 +132,20 @@ class _Project(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             by_x = (grad @ narrow).view(x.shape)
         if ctx.needs_input_grad[1]:
-            by_weight = accumulate_product(ctx.weight, grad, x.reshape(-1, x.shape[-1]))
+            by_weight = _gradient(ctx.weight, grad, x.reshape(-1, x.shape[-1]))
         if ctx.needs_input_grad[3]:
             by_bias = grad.sum(dim=0)
         return by_x, by_weight, None, by_bias
+
+
+def _gradient(weight: nn.Parameter, grad: Tensor, x: Tensor) -> Tensor | None:
+    """Return gradᵀ · x, (out, in) float32, for (rows, out) and (rows, in); None if it was added to ``weight.grad``."""
+    if weight.grad is None:
+        return (grad.T @ x).to(weight.dtype)
+    size = max(1, GRADIENT_BLOCK_BYTES // (x.shape[1] * x.element_size()))
+    for start in range(0, len(weight), size):
+        weight.grad[start : start + size].add_(grad[:, start : start + size].T @ x)
+    return None
 
 
 class TrainedRows(nn.Module):
@@ -151,32 +172,31 @@ class TrainedRows(nn.Module):
         self.register_buffer("position", position, persistent=False)
 
 
-def replace_rows(module: nn.Module, rows: TrainedRows) -> None:
-    """Make an embedding or output layer use trained rows in place of its table's."""
-    kind = _TokenEmbedding if isinstance(module, nn.Embedding) else _TokenHead
-    module.add_module("trained_rows", rows)
-    module.__class__ = type(type(module).__name__, (kind, type(module)), {})
+def replace_rows(network: nn.Module, module: nn.Module, rows: TrainedRows) -> None:
+    """Make an embedding or output layer of a network use trained rows in place of its table's."""
+    kind = _EmbeddingWithRows if isinstance(module, nn.Embedding) else _HeadWithRows
+    take_place(network, module, kind).add_module("trained_rows", rows)
 
 
-class _TokenEmbedding:
+class _EmbeddingWithRows(nn.Module):
     trained_rows: TrainedRows
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map (…) to (…, dim)."""
-        found: Tensor = super().forward(ids)  # type: ignore[misc]
+        found: Tensor = super().forward(ids)
         position = self.trained_rows.position[ids]
         rows = functional.embedding(position.clamp(min=0), self.trained_rows.rows).to(found.dtype)
         scale: Any = getattr(self, "embed_scale", 1.0)  # some embeddings scale their output
         return torch.where((position >= 0)[..., None], rows * scale, found)
 
 
-class _TokenHead:
+class _HeadWithRows(nn.Module):
     trained_rows: TrainedRows
     bias: Tensor | None
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map (…, dim) to (…, entries)."""
-        logits: Tensor = super().forward(hidden)  # type: ignore[misc]
+        logits: Tensor = super().forward(hidden)
         rows = self.trained_rows
         bias = None if self.bias is None else self.bias[rows.indices]
         return logits.index_copy(-1, rows.indices, functional.linear(hidden, rows.rows.to(hidden.dtype), bias))

@@ -12,13 +12,13 @@ from adaptkit.models.activations import Checkpointing
 from adaptkit.models.memory import overhead_bytes
 from adaptkit.operations.quantize import quantize
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.memory.activations import Activations, PeakMemory, predicted_memory, save_activations
+from adaptkit.training.fast import accelerate
+from adaptkit.training.memory.activations import Activations, predicted_memory, save_activations
 from adaptkit.training.memory.segments import checkpoint_layers
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 from adaptkit.training.plan import plan
 from adaptkit.training.plan_options import PlanOptions
-from adaptkit.training.preparation import make_fast
 
 CPU = torch.device("cpu")
 IDS = torch.arange(64).reshape(2, 32)
@@ -39,7 +39,7 @@ def begun(wide, packed, checkpointing):
     quantize(wide, packed)
     model = load_model(packed, torch.bfloat16, CPU)
     new_adapter(model, ("*",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
-    make_fast(model)
+    accelerate(model.network, model.dtype, CPU, model.output_layer)
     checkpoint_layers(model.network, checkpointing)
     return model, predicted_memory(model.network, 0, 0, Activations(checkpointing, 0, 0)).weights
 
@@ -63,24 +63,12 @@ def test_plan_and_the_run_count_the_same_weights(wide, tmp_path, policy):
     assert plan(wide, options).memory["weights"] == predicted
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_memory_that_was_free_before_counts_as_growth_when_it_is_used():
-    """What a process freed depends on its data, so that a run would seem to need less after reading more of them."""
-    count, size = 40_000, 1000
-    pairs = [(bytearray(size), bytearray(1)) for _ in range(count)]
-    pairs = [few for _, few in pairs]  # scattered, they keep the heap from shrinking
-    peak = PeakMemory(CPU)
-    again = [bytearray(size) for _ in range(count)]
-    assert peak.growth() > 0.9 * len(again) * size
-    assert len(pairs) == count
-
-
 @pytest.mark.parametrize("policy", CHOICES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_plan_and_the_run_count_the_same_memory_outside_of_tensors(wide, tmp_path, policy, dtype):
     model = load_model(wide, getattr(torch, dtype), CPU)
     new_adapter(model, ("*",), AdapterShape(4, 8.0), "kaiming", 0.0, seed=0)
-    make_fast(model)
+    accelerate(model.network, model.dtype, CPU, model.output_layer)
     config = TrainConfig(base="base", data=("data",), checkpointing=policy)
     found = save_activations(model.network, config, (2, 32), CPU)
     options = {"method": "lora", "rank": 4, "max_length": 32, "batch_size": 2, "compute_dtype": dtype}

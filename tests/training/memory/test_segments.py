@@ -11,12 +11,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from adaptkit.checkpoint.reader import MappedCheckpoint
 from adaptkit.errors import UsageError
 from adaptkit.models.activations import Checkpointing
+from adaptkit.training.fast import accelerate
 from adaptkit.training.memory import segments
 from adaptkit.training.memory.activations import Activations, layer_sizes
 from adaptkit.training.memory.offload import OffloadedTensors
-from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing, is_recomputing
 from adaptkit.training.network.frozen import PackedWeight
-from adaptkit.training.network.joined import join_layers
 from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter
 
@@ -149,35 +149,28 @@ def test_auto_checkpoints_every_layer_if_layers_cannot_be_measured(deep_nf4):
     assert choose_checkpointing(network, "auto", measure) == Checkpointing(7, 1)
 
 
-def kept_inputs(folder, policy, monkeypatch):
-    """Return how many layer inputs stay alive until the backward pass, or copies of them."""
-    found, keep = {}, segments._Starts.keep
+def kept_inputs(folder, policy):
+    """Return how many layer inputs stay alive until the backward pass."""
+    storages = {}
 
     def note(tensor):
         storage = tensor.untyped_storage()
-        found[storage._cdata] = StorageWeakRef(storage), storage.nbytes() // tensor.nbytes
+        storages[storage._cdata] = StorageWeakRef(storage)
 
-    def noted(*of):
-        kept = keep(*of)
-        note(kept)
-        return kept
-
-    monkeypatch.setattr(segments._Starts, "keep", noted)
     model = load_model(folder, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     for layer in model.network.model.layers:
         layer.register_forward_pre_hook(lambda _, args: note(args[0]))
     checkpoint(model.network, policy)
     hidden = model.network.train().model(input_ids=IDS, use_cache=False).last_hidden_state
-    alive = sum(count for reference, count in found.values() if not reference.expired())
+    alive = sum(not reference.expired() for reference in storages.values())
     hidden.sum().backward()
-    monkeypatch.undo()
     return alive
 
 
-def test_only_the_inputs_of_segments_stay_alive(deep_nf4, monkeypatch):
-    assert kept_inputs(deep_nf4, "layer", monkeypatch) == 7
-    assert kept_inputs(deep_nf4, "sqrt", monkeypatch) == 3
+def test_only_the_inputs_of_segments_stay_alive(deep_nf4):
+    assert kept_inputs(deep_nf4, "layer") == 7
+    assert kept_inputs(deep_nf4, "sqrt") == 3
 
 
 def test_a_model_without_a_stack_of_layers_trains_without_checkpointing():
@@ -334,30 +327,26 @@ def test_layers_that_do_not_return_hidden_states_first_are_refused():
         network(torch.ones(2, 6))
 
 
-@pytest.mark.parametrize(("policy", "count"), [("layer", 7), ("sqrt", 3)])
-def test_the_inputs_of_segments_are_in_one_block_and_each_pass_has_its_own(deep_nf4, policy, count, monkeypatch):
-    """Apart from each other they would leave gaps between them; and of two passes, both may still be needed."""
-    kept, keep = [], segments._Starts.keep
-    monkeypatch.setattr(segments._Starts, "keep", lambda *of: kept.append(keep(*of)) or kept[-1])
+@pytest.mark.parametrize("policy", ["layer", "sqrt"])
+def test_each_of_two_passes_has_segments_of_its_own(deep_nf4, policy):
+    """Both may still be needed for a backward pass."""
     model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
     checkpoint(model.network, policy)
     model.network.train()
     parameters = [parameter for parameter in model.network.parameters() if parameter.requires_grad]
-    alone = []
-    for ids in (IDS, IDS + 1):
-        model.network(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum().backward()
-        alone.append([parameter.grad.clone() for parameter in parameters])
+
+    def loss(ids):
+        return model.network(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum()
+
+    def found(value):
         model.network.zero_grad(set_to_none=True)
-    assert [len(set(part)) for part in (storages(kept[:count]), storages(kept[count:]))] == [1, 1]
-    assert len({tensor.data_ptr() for tensor in kept[:count]}) == count
-    passes = [
-        model.network(input_ids=ids, use_cache=False).logits.float().logsumexp(-1).sum() for ids in (IDS, IDS + 1)
-    ]
-    for loss, expected in zip(passes, alone, strict=True):
-        loss.backward()
-        assert all(torch.equal(parameter.grad, grad) for parameter, grad in zip(parameters, expected, strict=True))
-        model.network.zero_grad(set_to_none=True)
+        value.backward()
+        return [parameter.grad for parameter in parameters]
+
+    alone = [found(loss(ids)) for ids in (IDS, IDS + 1)]
+    for value, expected in zip([loss(ids) for ids in (IDS, IDS + 1)], alone, strict=True):
+        assert all(map(torch.equal, found(value), expected))
 
 
 class PlainLayer(nn.Module):
@@ -390,12 +379,10 @@ class PlainNetwork(nn.Module):
         (64, lambda hidden: hidden[:1].expand(hidden.shape)),
     ],
 )
-def test_inputs_of_segments_are_kept_in_the_form_that_products_depend_on(width, arranged, dtype, monkeypatch):
+def test_inputs_of_segments_are_kept_in_the_form_that_products_depend_on(width, arranged, dtype):
     """The same values in other strides, or at another alignment, are multiplied in another order."""
     torch.manual_seed(0)
     network, hidden = PlainNetwork(width, dtype), arranged(torch.randn(3, 33, width).to(dtype))
-    found, keep = [], segments._Starts.keep
-    monkeypatch.setattr(segments._Starts, "keep", lambda *of: found.append((of[1], keep(*of))) or found[-1][1])
     gradients = []
     for length in (0, 1):
         if length:
@@ -404,27 +391,55 @@ def test_inputs_of_segments_are_kept_in_the_form_that_products_depend_on(width, 
         network(hidden).float().square().sum().backward()
         gradients.append([parameter.grad.clone() for parameter in network.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
-    assert len(found) == 4
-    for given, kept in found:
-        assert kept.stride() == given.stride()
-        assert kept.data_ptr() % 64 == given.data_ptr() % 64
 
 
-def storages(tensors):
-    return [tensor.untyped_storage().data_ptr() for tensor in tensors]
+def test_layers_are_recomputing_only_while_they_run_again_for_their_backward_pass():
+    """Also after one of them fails."""
+    network, seen = PlainNetwork(8, torch.float32), []
+    for layer in network.layers:
+        layer.linear.register_forward_hook(lambda *_: seen.append(is_recomputing()))
+    checkpoint_layers(network, Checkpointing(4, 2))
+    loss = network(torch.randn(3, 8)).sum()
+    assert seen == [False] * 4
+    loss.backward()
+    again = [False, True, True]  # of each segment: the first layer, for the second one's input; then both
+    assert seen[4:] == 2 * again
+    assert not is_recomputing()
+    with torch.no_grad():
+        network(torch.randn(3, 8))
+    assert seen[10:] == [False] * 4
+    loss = network(torch.randn(3, 8)).sum()
+    handle = network.layers[3].linear.register_forward_hook(lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    handle.remove()
+    assert not is_recomputing()
 
 
-@pytest.mark.parametrize("joined", [False, True])
+def test_a_checkpointed_layer_keeps_its_names_weights_and_hooks_and_layers_of_a_kind_stay_alike():
+    network, calls = PlainNetwork(8, torch.float32), []
+    before, names = dict(network.named_parameters()), [name for name, _ in network.named_modules()]
+    network.layers[1].register_forward_pre_hook(lambda layer, _: calls.append(layer))
+    checkpoint_layers(network, Checkpointing(4, 1))
+    assert dict(network.named_parameters()) == before
+    assert [name for name, _ in network.named_modules()] == names
+    assert len({type(layer) for layer in network.layers}) == 1
+    assert all(isinstance(layer, PlainLayer) for layer in network.layers)
+    network(torch.randn(3, 8))
+    assert calls == [network.layers[1]]
+
+
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize(("policy", "checked"), [("none", 0), ("layer", 7), ("sqrt", 7), (Checkpointing(7, 2, 3), 4)])
 def test_checkpointed_layers_release_the_mapped_pages_of_their_packed_weights(
-    deep_nf4, policy, checked, joined, monkeypatch
+    deep_nf4, policy, checked, fast, monkeypatch
 ):
     given = []
     monkeypatch.setattr(MappedCheckpoint, "release_pages", lambda _, part: given.append((part.data_ptr(), part.nbytes)))
     model = load_model(deep_nf4, torch.float32, torch.device("cpu"))
     new_adapter(model, ("*",), AdapterShape(2, 4.0), "kaiming", 0.0, seed=0)
-    if joined:
-        join_layers(model.network)
+    if fast:
+        accelerate(model.network, model.dtype, torch.device("cpu"), model.output_layer)
     assert not given
     checkpoint(model.network, policy)
     before, given[:] = set(given), []  # released when the layers were checkpointed

@@ -1,7 +1,6 @@
 """Packed experts compute what transformers computes with dequantized ones, and are never kept unpacked."""
 
 import itertools
-import math
 from collections import Counter
 from dataclasses import replace
 from functools import cache
@@ -28,7 +27,7 @@ from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpoi
 from adaptkit.training.network import experts
 from adaptkit.training.network.experts import ExpertList, PackedModule, read_weight
 from adaptkit.training.network.frozen import PackedWeight, PlainWeight
-from adaptkit.training.network.model import _decoded_bytes, load_model
+from adaptkit.training.network.model import load_model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter, new_stack_adapters
 from adaptkit.training.network.packed import read_quantized
 from adaptkit.training.network.sharding import _make_shardable
@@ -234,23 +233,12 @@ def test_a_list_of_experts_dequantizes_to_its_matrices_stacked_in_order():
 
 
 @pytest.mark.parametrize("name", ["nf4", "int8"])
-def test_packed_matrices_of_a_list_dequantize_to_its_stack_and_4_bit_ones_into_it(folders, tmp_path, monkeypatch, name):
+def test_packed_matrices_of_a_list_dequantize_to_its_stack(folders, tmp_path, name):
     quantize(folders["mixtral"].source, tmp_path / name, QuantizeOptions(moe="quantize", format=name))
     network = load_model(tmp_path / name, torch.float32, CPU).network
     packed = network.model.layers[1].mlp.experts.packed["gate_up_proj"]
     expected = torch.stack([torch.cat([matrix.dequantize(torch.float32) for matrix in row]) for row in packed.experts])
-    places, dequantize_really = [], PackedWeight.dequantize
-
-    def watched(weight, *args):
-        places.append(dequantize_really(weight, *args))
-        return places[-1]
-
-    monkeypatch.setattr(PackedWeight, "dequantize", watched)
-    stack = packed.dequantize(torch.float32)
-    assert torch.equal(stack, expected)
-    rows = stack.view(len(places), -1)
-    if name == "nf4":
-        assert [place.data_ptr() for place in places] == [row.data_ptr() for row in rows]
+    assert torch.equal(packed.dequantize(torch.float32), expected)
 
 
 def test_packed_experts_are_ordered_by_number_and_not_alphabetically(tmp_path, monkeypatch):
@@ -297,11 +285,3 @@ def test_packed_experts_that_transformers_would_rebuild_are_refused_by_name(fold
         assembly._places[file_name] = replace(place, operations=(*place.operations, Transpose(1, 2)))
     with pytest.raises(CheckpointError, match=r"experts\.0\.w2\.weight: transformers rebuilds .*experts\.down_proj"):
         read_weight(assembly, name)
-
-
-def test_the_size_of_retained_memory_does_not_include_expert_stacks(folders):
-    """Retained memory of stacks of different sizes would add up to one more large stack."""
-    network = load_model(folders["qwen3_moe-fused"].packed, torch.float32, CPU).network
-    packed = [part for part in network.modules() if isinstance(part, PackedWeight)]
-    sizes = {len(part.shape): 4 * math.prod(part.shape) for part in sorted(packed, key=lambda p: math.prod(p.shape))}
-    assert _decoded_bytes(network, torch.float32) == sizes[2] < sizes[3]

@@ -16,12 +16,11 @@ from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.formats._find import quantized_names
-from adaptkit.models.activations import Checkpointing
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.tensors import as_tensor
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.quantize import QuantizeOptions, quantize
-from adaptkit.training.memory.segments import checkpoint_layers
+from adaptkit.training.fast import accelerate
 from adaptkit.training.network import model
 from adaptkit.training.network.frozen import PackedWeight
 from adaptkit.training.network.loading import attach_adapter
@@ -273,7 +272,7 @@ def test_an_unused_network_is_freed_before_the_next_is_loaded_unless_it_is_small
     gc.disable()
     try:
         network = load_model(llama_nf4, torch.float32, CPU).network
-        checkpoint_layers(network, Checkpointing(2, 1))
+        accelerate(network, torch.float32, CPU)
         former = weakref.ref(network.model.layers[1])
         del network
         assert former() is not None  # its new forward function refers to it

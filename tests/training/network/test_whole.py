@@ -9,8 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptkit.data.batches import Batch
 from adaptkit.models.activations import Alive
-from adaptkit.training.network import accumulation, loss
-from adaptkit.training.network.accumulation import accumulating
+from adaptkit.training.network import loss, whole
 from adaptkit.training.network.adapt import train_whole
 from adaptkit.training.network.loss import summed_loss
 from adaptkit.training.network.model import load_model
@@ -75,16 +74,14 @@ def accumulated(model, parameters):
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     for batch in batches(model.network.config.vocab_size):
-        value = summed_loss(model, batch, SHARE) * SHARE
-        with accumulating():
-            value.backward()
+        (summed_loss(model, batch, SHARE) * SHARE).backward()
     return [parameter.grad for parameter in parameters]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_accumulated_gradients_are_those_of_the_plain_model(folders, family, monkeypatch):
     monkeypatch.setattr(loss, "rows_at_a_time", lambda *_: 5)
-    monkeypatch.setattr(accumulation, "GRADIENT_BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(whole, "GRADIENT_BLOCK_BYTES", 20_000)
     wanted, which = expected(folders[family])
     model, parameters = trained(folders[family], torch.float32, which)
     found = accumulated(model, parameters)
@@ -105,8 +102,7 @@ def test_gradients_of_bfloat16_are_accumulated_in_float32(folders, family):
     embedding, table = model.network.get_input_embeddings(), torch.zeros(4, 3)
     known = torch.nn.Parameter(table, requires_grad=True)
     known.grad = torch.zeros_like(table)
-    with accumulating():
-        accumulation.accumulate_rows(known, torch.full((1000,), 2), torch.ones(1000, 3, dtype=torch.bfloat16))
+    whole._LookUp.apply(torch.full((1000,), 2), known, torch.bfloat16).sum().backward()
     assert torch.equal(known.grad[2], torch.full((3,), 1000.0))
     assert embedding(torch.arange(3)).dtype == torch.bfloat16
 
@@ -126,7 +122,7 @@ def test_no_gradient_of_the_size_of_an_embedding_is_formed(folders):
     model, (parameter,) = trained(folders["llama"], torch.bfloat16, {"model.embed_tokens", "lm_head"})
     embedding = model.network.get_input_embeddings()
     parameter.grad = torch.zeros_like(parameter)
-    with Alive([parameter, parameter.grad]) as alive, accumulating():
+    with Alive([parameter, parameter.grad]) as alive:
         embedding(torch.arange(4)[None]).sum().backward()
     assert alive.peak < parameter.nbytes / 8
     assert parameter.grad[:4].eq(1).all()
@@ -151,6 +147,6 @@ def test_each_chunk_of_logits_casts_the_output_layer_once(folders, monkeypatch):
     parameter.grad = torch.zeros_like(parameter)
     batch = next(iter(batches(model.network.config.vocab_size)))
     chunks = -(-int((batch.labels[:, 1:] != -100).sum()) // 5)
-    with Casts(parameter.shape) as casts, accumulating():
-        summed_loss(model, batch, SHARE).backward()
+    with Casts(parameter.shape) as casts:
+        (summed_loss(model, batch, SHARE) * SHARE).backward()
     assert casts.count == chunks + 1  # and once to find out which parameters it depends on

@@ -1,0 +1,666 @@
+"""Products of layers with the same input give the results of the plain layers, and round each sum only once.
+
+``on_gpu`` says what they do for a GPU: all but the kernels also runs on a CPU.
+"""
+
+import gc
+import weakref
+from collections import Counter
+from dataclasses import replace
+from types import MethodType, SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from adapted import IDS, load_adapted, logits_and_gradients, packed_in
+from interrupted import stop_after
+from packing import decode, encode
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adaptkit.data.batches import Batch
+from adaptkit.formats._format import Encoding
+from adaptkit.numerics.lora import LowRank
+from adaptkit.numerics.spec import TensorSpec
+from adaptkit.training import preparation
+from adaptkit.training.config import TrainConfig
+from adaptkit.training.fast import joined_weight, products
+from adaptkit.training.fast.joined_weight import JoinedWeight
+from adaptkit.training.fast.products import join_products
+from adaptkit.training.loop import train
+from adaptkit.training.memory.activations import layer_sizes
+from adaptkit.training.memory.parameters import Trainable
+from adaptkit.training.memory.segments import checkpoint_layers, choose_checkpointing
+from adaptkit.training.network import packed as packed_room
+from adaptkit.training.network.decode import NestedConstants, constants_in_plain_torch, in_plain_torch
+from adaptkit.training.network.frozen import PackedWeight
+from adaptkit.training.network.linear import LoraLinear
+from adaptkit.training.network.loss import summed_loss
+
+BFLOAT16 = torch.bfloat16
+LLAMA = [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}]
+GROUPS = {
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "phi": [{"q_proj", "k_proj", "v_proj"}, {"dense"}, {"fc1"}, {"fc2"}],
+    "gpt2": [{"c_attn"}, {"c_proj"}, {"c_fc"}, {"c_proj"}],
+}
+"""Layers of a block that read the same input; qwen2's and phi's have biases, gpt2's are Conv1D."""
+RANKS = {"llama": {"q_proj": 3, "up_proj": 6}, "qwen2": {"k_proj": 30}, "phi": {"v_proj": 1}, "gpt2": {"c_fc": 3}}
+
+
+@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
+def on_gpu(request):
+    return request.param
+
+
+@pytest.fixture
+def join(monkeypatch):
+    """Return a function that joins the products of a network, and returns their groups."""
+
+    def joined(network, on_gpu, dtype=torch.float32, is_sharded=False):
+        found = []
+
+        class Kept(products._Group):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                found.append(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(products, "_Group", Kept)
+            join_products(network, frozenset(), dtype, on_gpu, is_sharded)
+        return found
+
+    return joined
+
+
+def loaded(made, family, dtype=torch.float32, dropout=0.0):
+    model = load_adapted(packed_in(made, family), dtype, dropout=dropout, rank_pattern=RANKS[family])
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.adapted().values():
+        if layer.bias is not None:
+            layer.bias.normal_(generator=generator)
+    return model
+
+
+def near(found, expected):
+    for one, two in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
+
+
+def trained(network):
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("family", GROUPS)
+def test_results_and_gradients_are_those_of_the_plain_layers(join, on_gpu, family, dropout, made):
+    model = loaded(made, family, dropout=dropout)
+    before = logits_and_gradients(model.network)
+    join(model.network, on_gpu)
+    near(logits_and_gradients(model.network), before)
+
+
+@pytest.mark.parametrize("family", GROUPS)
+def test_layers_that_read_the_same_input_are_one_product(join, on_gpu, family, made, monkeypatch):
+    model, seen, product = loaded(made, family), [], products._Product
+    join(model.network, on_gpu)
+    names = {id(layer.lora_a): name.rpartition(".")[2] for name, layer in model.adapted().items()}
+
+    def apply(x, dropped, group, *factors):
+        seen.append({names[id(a)] for a in group.a})
+        return product.apply(x, dropped, group, *factors)
+
+    monkeypatch.setattr(products, "_Product", SimpleNamespace(apply=apply))
+    logits_and_gradients(model.network)
+    assert seen == GROUPS[family] * 2
+
+
+def test_results_that_a_failed_pass_left_are_dropped_before_the_next_one(join, on_gpu, made):
+    """Otherwise their memory would be missing when a batch is retried after running out of memory."""
+    model, kept, alive = loaded(made, "llama"), [], []
+    join(model.network, on_gpu)
+    layers = model.network.model.layers
+    layers[0].register_forward_hook(lambda layer, given, output: kept.append(weakref.ref(output)))
+
+    def short(x):
+        raise torch.OutOfMemoryError("between gate and up")
+
+    own = layers[-1].mlp.forward
+    layers[-1].mlp.forward = MethodType(lambda mlp, x: short(mlp.gate_proj(x)) * mlp.up_proj(x), layers[-1].mlp)
+    batch = Batch(IDS, IDS, torch.ones_like(IDS))
+    with pytest.raises(torch.OutOfMemoryError):
+        summed_loss(model, batch)
+    gc.collect()
+    layers[-1].mlp.forward = own
+    layers[0].register_forward_pre_hook(lambda *_: alive.extend(reference() is not None for reference in kept))
+    summed_loss(model, batch)
+    assert alive == [False]
+
+
+def effects(layers, xs, forward=lambda layer, x: layer(x)):
+    """Return the average share of the adapters' changes that reaches their layers' output: ⟨effect, Δ⟩ / ⟨Δ, Δ⟩."""
+    found = []
+    for layer, x in zip(layers, xs, strict=True):
+        with torch.no_grad():
+            after = forward(layer, x.clone()).double()
+            b, layer.lora_b.data = layer.lora_b.data, torch.zeros_like(layer.lora_b)
+            before = forward(layer, x.clone()).double()
+            layer.lora_b.data = b
+        a, b = layer.lora_a.detach().to(x.dtype).double(), b.to(x.dtype).double()
+        delta = layer.scaling * (x.double() @ a.T) @ b.T
+        found.append(float(((after - before) * delta).sum() / delta.square().sum()))
+    return sum(found) / len(found)
+
+
+def as_peft(layer, x):
+    """Add the adapter's share to the rounded product."""
+    product = x @ layer.base.dequantize(x.dtype).T
+    return product + layer.scaling * (x @ layer.lora_a.to(x.dtype).T) @ layer.lora_b.to(x.dtype).T
+
+
+@pytest.mark.parametrize("how", [None, False, True], ids=["plain", "cpu", "gpu"])
+def test_a_small_change_is_not_lost_to_rounding(join, how, made):
+    """PEFT adds it to the rounded product, where a large part is lost."""
+    model = loaded(made, "llama", BFLOAT16)
+    layers = list(model.adapted().values())
+    for layer in layers:
+        layer.lora_b.data.mul_(0.0003)
+    inputs = {64: torch.randn(2000, 64).bfloat16(), 128: torch.randn(2000, 128).bfloat16()}
+    xs = [inputs[layer.base.shape[1]] for layer in layers]
+    assert effects(layers, xs, as_peft) < 0.7
+    if how is not None:
+        join(model.network, how)
+    assert 0.9 < effects(layers, xs) < 1.1
+
+
+def base_of(format_name, rows, seed, block_size=64, double_quant=True, width=64):
+    weight = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)) * (seed + 1)
+    encoding = Encoding(format_name, block_size, double_quant)
+    parts = encode(TensorSpec("x.weight", "F32", tuple(weight.shape)), weight, encoding)
+    return PackedWeight(decode("x.weight", {n.removeprefix("x.weight"): p for n, p in parts.items()}))
+
+
+class Twins(nn.Module):
+    """Two layers that may or may not get the same input."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, use, first=None, second=None):
+        super().__init__()
+        generator = torch.Generator().manual_seed(7)
+        self.one, self.two = (LoraLinear(base or base_of("nf4", 24, 7), None) for base in (first, second))
+        for layer, factor in ((self.one, 1), (self.two, 3)):
+            a, b = torch.randn(5, 64, generator=generator), torch.randn(layer.base.shape[0], 5, generator=generator)
+            layer.attach(LowRank.of_tensors(a, b * factor, 0.7))
+        self.table, self.use = nn.Embedding(9, 64), use
+
+    @property
+    def base_model(self):
+        return self
+
+    def forward(self, input_ids, use_cache=False):
+        return self.use(self, self.table(input_ids))
+
+
+USES = {
+    "both": (lambda twins, x: (twins.one(x), twins.two(x)), [2]),
+    "again": (lambda twins, x: (twins.one(x), twins.two(x), twins.one(x), twins.two(x)), [2]),
+    "twice": (lambda twins, x: (twins.one(x), twins.one(x), twins.two(x)), [2]),
+    "other": (lambda twins, x: (twins.one(x), twins.two(x + 1)), [1, 1]),
+    "never": (lambda twins, x: (twins.one(x),), [1, 1]),
+}
+BOTH = USES["both"][0]
+
+
+@pytest.mark.parametrize("name", USES)
+def test_results_are_the_same_however_the_layers_are_called(join, on_gpu, name):
+    use, sizes = USES[name]
+    twins = Twins(use)
+
+    def found():
+        results = twins(torch.arange(7)[None])
+        total = sum(result.square().sum() for result in results)
+        adapters = [*twins.one.parameters(), *twins.two.parameters()]
+        return [*results, *torch.autograd.grad(total, adapters, allow_unused=True, materialize_grads=True)]
+
+    before = found()
+    assert [len(group.a) for group in join(twins, on_gpu)] == sizes
+    near(found(), before)
+
+
+def test_gradients_are_correct_if_only_one_of_the_joined_layers_is_called(join, on_gpu):
+    """A later pass may skip a layer that ran in the probe."""
+    twins = Twins(BOTH)
+    join(twins, on_gpu)
+    x = torch.randn(3, 64, requires_grad=True)
+    with torch.no_grad():
+        twins.one(x)  # results of a pass without gradients must not be used in one with gradients
+    y = twins.two(x)
+    grads = torch.autograd.grad(y.square().sum(), (x, twins.one.lora_b, twins.two.lora_b))
+    assert not grads[1].any()
+    weight = twins.two.base.dequantize(torch.float32) + 0.7 * twins.two.lora_b.detach() @ twins.two.lora_a.detach()
+    reference = x.detach().requires_grad_()
+    near(grads[:1], torch.autograd.grad(functional.linear(reference, weight).square().sum(), reference))
+
+
+def test_an_input_that_was_modified_in_place_is_a_new_input(join, on_gpu):
+    twins = Twins(BOTH)
+    join(twins, on_gpu)
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = twins.two(2 * x)
+        twins.one(x)
+        torch.testing.assert_close(twins.two(x.mul_(2)), expected)
+
+
+def test_a_network_may_change_a_result_in_place(join, on_gpu):
+    twins = Twins(BOTH)
+    join(twins, on_gpu)
+    x, found = torch.randn(3, 64), []
+    for change in (lambda y: y.mul_(3.0), lambda y: y * 3.0):
+        total = change(twins.one(x)).square().sum() + change(twins.two(x)).sum()
+        found.append(torch.autograd.grad(total, (twins.one.lora_a, twins.two.lora_b)))
+    assert all(map(torch.equal, *found))
+
+
+def test_no_results_are_kept_once_all_layers_were_called(join, on_gpu):
+    twins = Twins(BOTH)
+    (group,) = join(twins, on_gpu)
+    x = torch.randn(3, 64)
+    twins.one(x), twins.two(x)
+    assert group._waiting == {}
+
+
+def test_an_empty_input_gives_empty_or_zero_gradients(join, on_gpu):
+    twins = Twins(BOTH)
+    join(twins, on_gpu)
+    x = torch.randn(0, 64, requires_grad=True)
+    (twins.one(x).sum() + twins.two(x).sum()).backward()
+    assert x.grad.shape == (0, 64)
+    assert not twins.one.lora_a.grad.any()
+
+
+def test_an_input_without_a_gradient_needs_no_backward_product_with_the_weight(join, on_gpu, monkeypatch):
+    twins, decoded = Twins(BOTH), []
+    adapters, x = [*twins.one.parameters(), *twins.two.parameters()], torch.randn(3, 64)
+
+    def found(x):
+        return torch.autograd.grad(sum(y.square().sum() for y in (twins.one(x), twins.two(x))), adapters)
+
+    before = found(x)
+    join(twins, on_gpu)
+    for owner in (PackedWeight, JoinedWeight):
+        own = owner.dequantize
+        monkeypatch.setattr(owner, "dequantize", lambda w, dtype, own=own: (decoded.append(1), own(w, dtype))[1])
+    near(found(x), before)
+    once = len(decoded)
+    assert once == (1 if on_gpu else 2)
+    near(found(x.clone().requires_grad_()), before)
+    assert len(decoded) == 3 * once
+
+
+def test_an_input_is_freed_without_the_garbage_collector(join, on_gpu):
+    """A reference cycle would keep a large tensor alive until the collector runs."""
+    gc.collect()
+    gc.disable()
+    try:
+        twins = Twins(BOTH)
+        join(twins, on_gpu)
+        x = torch.randn(3, 64, requires_grad=True) * 1.0
+        left = [weakref.ref(x), weakref.ref(twins.one), weakref.ref(twins.one.base.codes.untyped_storage())]
+        twins.one(x)
+        twins.two(x + 1)
+        twins.two(x + 2)
+        del x
+        assert left[0]() is None
+        del twins
+    finally:
+        gc.enable()
+    gc.collect()
+    assert [ref() is None for ref in left] == [True] * 3
+
+
+def test_inference_mode_gives_the_logits_of_no_grad(join, on_gpu, made):
+    model = loaded(made, "llama")
+    join(model.network, on_gpu)
+    with torch.inference_mode():
+        found = model.network(input_ids=torch.arange(9)[None], use_cache=False).logits
+    with torch.no_grad():
+        assert torch.equal(found, model.network(input_ids=torch.arange(9)[None], use_cache=False).logits)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("policy", ["layer", "sqrt"])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+def test_gradients_do_not_depend_on_checkpointing(join, on_gpu, packed, policy, dropout, dtype):
+    found = []
+    for chosen in ("none", policy):
+        model = load_adapted(packed, dtype, dropout=dropout)
+        join(model.network, on_gpu, dtype)
+        checkpoint_layers(model.network, choose_checkpointing(model.network, chosen, None))
+        torch.manual_seed(3)
+        model.network.train()(input_ids=IDS, use_cache=False).logits.float().square().mean().backward()
+        found.append([parameter.grad for parameter in trained(model.network)])
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_gradients_are_added_to_those_that_parameters_have(join, on_gpu, packed, dropout):
+    model = load_adapted(packed, dropout=dropout)
+    join(model.network, on_gpu)
+    given, kept, expected = [], [], []
+    for parameter in trained(model.network):
+        expected.append(torch.zeros_like(parameter))
+        kept.append(torch.zeros_like(parameter))
+
+    def loss(seed):
+        torch.manual_seed(seed)
+        return model.network.train()(input_ids=IDS + seed, use_cache=False).logits.square().mean()
+
+    for seed in (5, 6):
+        for sum_, grad in zip(expected, torch.autograd.grad(loss(seed), trained(model.network)), strict=True):
+            sum_.add_(grad)
+    for parameter, grad in zip(trained(model.network), kept, strict=True):
+        parameter.grad = grad
+        parameter.register_hook(lambda grad: given.extend([] if grad is None else [grad]))
+    for seed in (5, 6):
+        loss(seed).backward()
+    assert not given, "autograd has nothing to add"
+    for parameter, grad, wanted in zip(trained(model.network), kept, expected, strict=True):
+        assert parameter.grad is grad
+        torch.testing.assert_close(grad, wanted, rtol=1e-6, atol=1e-6 * float(wanted.abs().max()))
+        assert wanted.any()
+
+
+def test_a_bfloat16_gradient_is_cast_to_float32_before_it_is_scaled():
+    """Neither the factor 1.01 nor the product may be rounded to bfloat16."""
+    parameter = nn.Parameter(torch.zeros(3, 1))
+    grad = torch.tensor([[1.0], [1.0078125], [-3.0]], dtype=BFLOAT16)
+    expected = grad.float() * 1.01
+    torch.testing.assert_close(products._added(parameter, grad, 1.01), expected, rtol=1e-7, atol=0)
+    parameter.grad = torch.zeros(3, 1)
+    assert products._added(parameter, grad, 1.01) is None
+    torch.testing.assert_close(parameter.grad, expected, rtol=1e-7, atol=0)
+
+
+# Weights that are concatenated for a GPU.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(("format_name", "block_size"), [("nf4", 64), ("fp4", 32)])
+def test_joined_weights_are_decoded_to_the_same_bits_and_stored_once(format_name, block_size, double_quant, dtype):
+    """300 rows do not fill whole groups of 256 constants, so the next weight's groups begin inside one."""
+    bases = [base_of(format_name, rows, rows, block_size, double_quant) for rows in (300, 7, 512)]
+    expected = torch.cat([base.dequantize(dtype) for base in bases])
+    shapes = [{name: part.shape for name, part in base.named_buffers()} for base in bases]
+    joined = JoinedWeight(bases)
+    assert torch.equal(joined.dequantize(dtype), expected)
+    assert torch.equal(torch.cat([base.dequantize(dtype) for base in bases]), expected)
+    assert [{name: part.shape for name, part in base.named_buffers()} for base in bases] == shapes
+    storages = {base.codes.untyped_storage().data_ptr() for base in bases}
+    assert len(storages) == 1
+    assert bases[0].codes.untyped_storage().nbytes() == sum(base.codes.nbytes for base in bases)
+
+
+def test_decoding_without_triton_does_not_synchronize_with_the_gpu(monkeypatch):
+    """Synchronizing for every weight would keep a GPU idle. Reading a value of a fake tensor fails."""
+    monkeypatch.setattr(joined_weight, "decode_constants", constants_in_plain_torch)
+    monkeypatch.setattr(packed_room, "decode", in_plain_torch)
+    joined = JoinedWeight([base_of("nf4", rows, rows) for rows in (300, 7)])
+    mode, weight = FakeTensorMode(), joined._weight
+    with mode:
+        unknown, constants = mode.from_tensor, weight.constants
+        constants = NestedConstants(unknown(constants.codes), unknown(constants.nested_absmax), constants.offset)
+        joined._weight = replace(
+            weight, codes=unknown(weight.codes), constants=constants, levels=unknown(weight.levels)
+        )
+        found = joined.dequantize(BFLOAT16)
+    assert found.shape == (307, 64)
+
+
+def test_joining_changes_neither_the_state_dict_nor_parameter_names_nor_the_weight_attribute(join, packed):
+    model = load_adapted(packed)
+    before = {name: part.clone() for name, part in model.network.state_dict().items()}
+    names = [name for name, _ in model.network.named_parameters()]
+    weights = {name: layer.weight.detach().clone() for name, layer in model.linears.items()}
+    join(model.network, True, BFLOAT16)
+    after = model.network.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], part) for name, part in before.items())
+    assert [name for name, _ in model.network.named_parameters()] == names
+    assert all(torch.equal(layer.weight, weights[name]) for name, layer in model.linears.items())
+
+
+def joined_names(model, groups):
+    """Return the names of the layers whose weights are joined."""
+    known = {id(a) for group in groups if isinstance(group.weights, JoinedWeight) for a in group.a}
+    return {name.rpartition(".")[2] for name, layer in model.linears.items() if id(layer.lora_a) in known}
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({}, {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}),
+        ({"targets": ("q_proj", "v_proj")}, {"q_proj", "v_proj"}),
+        ({"targets": ("q_proj", "up_proj")}, set()),
+        ({"dora": True}, set()),
+        ({"dropout": 0.5}, set()),
+    ],
+    ids=["all", "some", "one of each", "dora", "dropout"],
+)
+def test_weights_of_layers_with_an_adapter_and_the_same_input_are_joined(join, packed, options, names):
+    model = load_adapted(packed, **options)
+    before = logits_and_gradients(model.network)
+    assert joined_names(model, join(model.network, True)) == names
+    near(logits_and_gradients(model.network), before)
+    assert not joined_names(model, join(load_adapted(packed, **options).network, True, is_sharded=True))
+
+
+def test_a_layer_with_dora_does_not_prevent_joining_the_others(join, packed):
+    model = load_adapted(packed)
+    for name, layer in model.adapted().items():
+        layer.scaling = 0.5 if name.endswith("v_proj") else layer.scaling
+        if name.endswith("k_proj"):
+            layer.attach_magnitude()
+        if name.endswith("q_proj"):
+            layer.attach_bias(torch.ones(layer.base.shape[0]))
+    before = logits_and_gradients(model.network)
+    assert joined_names(model, join(model.network, True)) == {"q_proj", "v_proj", "gate_proj", "up_proj"}
+    near(logits_and_gradients(model.network), before)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        (("nf4", 8), ("nf4", 16), True),
+        (("nf4", 8), ("fp4", 8), False),
+        (("nf4", 8), ("nf4", 8, 32), False),
+        (("nf4", 8), ("nf4", 8, 64, False), False),
+        (("int8", 8), ("int8", 8), False),
+        (("nf4", 8), None, False),
+    ],
+    ids=["alike", "format", "block size", "constants", "int8", "one weight twice"],
+)
+def test_only_distinct_4_bit_weights_of_the_same_encoding_are_joined(join, first, second, expected):
+    def base(name, rows, *options):
+        return base_of(name, rows, rows, *options)
+
+    one = base(*first)
+    both = Twins(BOTH, one, one if second is None else base(*second))
+    before = both(torch.arange(5)[None])
+    (group,) = join(both, True)
+    near(both(torch.arange(5)[None]), before)
+    assert isinstance(group.weights, JoinedWeight) == expected
+
+
+def test_weights_that_two_pairs_of_layers_share_are_stored_once(join):
+    """As in Zamba, where each use of the attention has its own adapters."""
+    bases = base_of("nf4", 8, 0), base_of("nf4", 16, 1)
+    first, second = (Twins(BOTH, *bases) for _ in range(2))
+    pair = Twins(lambda _, x: (*BOTH(first, x), *BOTH(second, x + 1)))
+    pair.first, pair.second = first, second
+    before = pair(torch.arange(5)[None])
+    groups = join(pair, True)
+    near(pair(torch.arange(5)[None]), before)
+    held = {base.codes.untyped_storage().data_ptr() for base in bases}
+    joined = [group.weights for group in groups if isinstance(group.weights, JoinedWeight)]
+    assert {weight._weight.codes.untyped_storage().data_ptr() for weight in joined} == held
+
+
+# Adapters that are cast all at once for a GPU.
+
+
+def in_16_bits(packed):
+    return load_adapted(packed, BFLOAT16, rank_pattern={"q_proj": 3, "down_proj": 5})
+
+
+def test_casting_all_at_once_changes_no_bit_also_after_updates(join, packed):
+    one, two = (in_16_bits(packed) for _ in range(2))
+    join(one.network, True, torch.float32)
+    join(two.network, True, BFLOAT16)
+    vectors = [Trainable.of(model).values for model in (one, two)]  # which moves the parameters
+    for _ in range(3):
+        found = []
+        for model in (one, two):
+            logits = model.network.train()(input_ids=IDS, use_cache=False).logits
+            logits.float().square().mean().backward()
+            found.append([logits, *(parameter.grad for parameter in trained(model.network))])
+        assert all(map(torch.equal, *found))
+        for vector in vectors:
+            vector.mul_(1.1).add_(0.001)
+
+
+def is_current(group):
+    return torch.equal(group.cast_a(BFLOAT16), torch.cat(group.a).to(BFLOAT16)) and all(
+        torch.equal(narrow, b.to(BFLOAT16)) for narrow, b in zip(group.cast_b(BFLOAT16), group.b, strict=True)
+    )
+
+
+def test_products_use_copies_that_are_in_one_aligned_block_of_memory(join, packed):
+    model = in_16_bits(packed)
+    groups, block = join(model.network, True, BFLOAT16), model.network.narrow_adapters
+    assert block.dtype == BFLOAT16
+    for group in groups:
+        assert is_current(group)
+        for copy in (group.cast_a(BFLOAT16), *group.cast_b(BFLOAT16)):
+            assert copy.untyped_storage().data_ptr() == block.untyped_storage().data_ptr()
+            assert copy.is_contiguous()
+            assert copy.storage_offset() * copy.itemsize % 16 == 0
+        assert group.cast_a(torch.float32).dtype == group.cast_b(torch.float32)[0].dtype == torch.float32
+
+
+def test_no_copies_are_made_for_float32_or_on_a_cpu(join, packed):
+    model = load_adapted(packed)
+    join(model.network, True)
+    join(model.network, False, BFLOAT16)
+    assert not hasattr(model.network, "narrow_adapters")
+
+
+def test_copies_are_not_measured_as_activations_of_a_layer(join, packed):
+    """They are counted once, with the weights; all layers use parts of one buffer."""
+    one, two = (in_16_bits(packed) for _ in range(2))
+    join(one.network, True)
+    join(two.network, True, BFLOAT16)
+    plain, narrow = (layer_sizes(model.network, (2, 17), torch.device("cpu")) for model in (one, two))
+    assert [size.kept_bytes for size in narrow] == [size.kept_bytes for size in plain]
+    assert all(less.peak_bytes <= more.peak_bytes for less, more in zip(narrow, plain, strict=True))
+
+
+def test_copies_are_updated_whether_the_network_or_its_base_model_is_called(join, packed):
+    model = in_16_bits(packed)
+    groups = join(model.network, True, BFLOAT16)
+    batch = Batch(IDS, IDS, torch.ones_like(IDS))
+    for call in (lambda: summed_loss(model, batch), lambda: model.network(input_ids=IDS, use_cache=False)):
+        for parameter in trained(model.network):
+            parameter.data.mul_(1.5)
+        assert not any(map(is_current, groups))
+        with torch.no_grad():
+            call()
+        assert all(map(is_current, groups))
+
+
+def test_a_run_with_all_of_it_that_is_interrupted_ends_with_the_bytes_of_one_that_casts_apart(
+    packed, tmp_path, monkeypatch
+):
+    data = tiny.write_instructions(tmp_path / "rows.jsonl", rows=8)
+    config = TrainConfig(
+        base=str(packed), data=(str(data),), steps=4, rank=4, max_length=64, device="cpu", save_every=2,
+        compute_dtype="bfloat16", eval_every=2,
+    )  # fmt: skip
+
+    def joining(dtype):
+        from contextlib import ExitStack
+
+        def accelerate(network, *_, **options):
+            join_products(network, frozenset(), dtype, True)
+            return ExitStack()
+
+        monkeypatch.setattr(preparation, "accelerate", accelerate)
+
+    joining(torch.float32)
+    apart = train(config, tmp_path / "apart")
+    joining(BFLOAT16)
+    stop_after(config, tmp_path / "cut", 3)
+    again = train(config, tmp_path / "cut")
+    assert (again.resumed_from, again.tensors_root) == (3, apart.tensors_root)
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that would launch a kernel on a GPU: all but views and allocations."""
+
+    HOST = ("aten.view", "aten.t.", "aten.transpose", "aten.split", "aten.unsafe_split", "aten.slice", "aten.detach",
+            "aten.empty", "aten.new_empty", "aten.alias", "aten._unsafe_view", "aten.unsqueeze", "aten.expand",
+            "aten.select", "aten.as_strided", "aten._reshape_alias", "aten.permute")  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.found = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not str(func).startswith(self.HOST):
+            self.found[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def launches(layers, monkeypatch):
+    """Return the launches of layers with the same input, forward and backward; decoding counts as one, as on a GPU."""
+    decoded = []
+
+    def decode(self, dtype):
+        decoded.append(1)
+        return torch.empty(sum(self.rows) if isinstance(self, JoinedWeight) else self.shape[0], 64, dtype=dtype)
+
+    for owner in (PackedWeight, JoinedWeight):
+        monkeypatch.setattr(owner, "dequantize", decode)
+    for layer in layers:
+        layer.lora_a.grad, layer.lora_b.grad = torch.zeros_like(layer.lora_a), torch.zeros_like(layer.lora_b)
+    x = torch.randn(5, 64).bfloat16().requires_grad_()
+    with Launches() as counted:
+        results = [layer(x) for layer in layers]
+        forward = counted.found.total() + len(decoded)
+    grads = [torch.ones_like(y) for y in results]
+    decoded.clear()
+    with Launches() as counted:
+        torch.autograd.backward(results, grads)
+    return forward, counted.found.total() + len(decoded)
+
+
+@pytest.mark.parametrize(
+    ("names", "plain", "joined", "narrow"),
+    [("qkv", (18, 38), (11, 23), (6, 18)), (("gate", "up"), (12, 25), (9, 17), (5, 13))],
+    ids=["qkv", "gate"],
+)
+def test_joined_layers_take_fewer_launches(join, packed, names, plain, joined, narrow, monkeypatch):
+    def counted(dtype=None):
+        model = load_adapted(packed)
+        layers = [model.linears[f"model.layers.0.{'self_attn' if len(n) == 1 else 'mlp'}.{n}_proj"] for n in names]
+        if dtype is not None:
+            join(model.network, True, dtype)
+        with monkeypatch.context() as patch:
+            return launches(layers, patch)
+
+    assert (counted(), counted(torch.float32), counted(BFLOAT16)) == (plain, joined, narrow)
