@@ -865,3 +865,20 @@ def test_only_the_newest_checkpoints_are_retained(config, tmp_path):
     assert sorted(path.name for path in (tmp_path / "adapter.partial").glob("checkpoint-*")) == [
         f"checkpoint-{step}" for step in (5, 6, 7)
     ]
+
+
+def test_a_run_without_the_fast_parts_learns_the_same_and_resumes_to_the_same_bytes(config, tmp_path):
+    """Only rounding differs: the fast parts compute in another order."""
+    plain = replace(config, fast=False, compute_dtype="float32", steps=4, save_every=2)
+    fast = train(replace(plain, fast=True), tmp_path / "fast")
+    report = train(plain, tmp_path / "plain")
+    assert report.tensors_root != fast.tensors_root
+    one, two = (list(metrics(tmp_path / name, "loss").values()) for name in ("fast", "plain"))
+    assert one == pytest.approx(two, rel=1e-4)
+    stop_after(plain, tmp_path / "cut", 3)
+    with pytest.raises(ConflictError, match="fast"):
+        train(replace(plain, fast=True), tmp_path / "cut")
+    assert train(plain, tmp_path / "cut").tensors_root == report.tensors_root
+    options = require_manifest(tmp_path / "plain").operation["options"]
+    assert options["fast"] is False
+    assert "fast" not in require_manifest(tmp_path / "fast").operation["options"]
