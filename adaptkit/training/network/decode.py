@@ -12,7 +12,7 @@ from adaptkit.numerics.absmax import GROUP
 from adaptkit.numerics.kernels import cpu
 from adaptkit.numerics.kernels.codebook import Codebook
 from adaptkit.numerics.tensors import as_array, as_tensor
-from adaptkit.training.network.threads import in_parts
+from adaptkit.training.network.threads import are_shared, in_parts
 from adaptkit.training.triton_needs import has_triton
 
 _PIECE = 1 << 18
@@ -82,6 +82,8 @@ def _by_kernels(blocks: Blocks, dtype: torch.dtype) -> Tensor:
     kind, size, book = as_array(torch.empty(0, dtype=dtype)).dtype, blocks.block_size, blocks.book
     if book is None:
         return as_tensor(cpu.decode_8bit(codes, absmax, blocks.count, size, kind))
+    if not are_shared(blocks.count):
+        return as_tensor(cpu.decode_4bit(codes, absmax, blocks.count, size, book, kind))
     weights = torch.empty(blocks.count, dtype=dtype)
     out = as_array(weights)
 

@@ -20,12 +20,17 @@ def in_parts(rows: int, elements: int, compute: Callable[[int, int, int], None])
         compute: called with the number of a part, its first row and one past its last row; releases the GIL. No part
             may read or write what another one writes.
     """
-    parts = min(rows, thread_count()) if elements >= _LEAST_ELEMENTS and thread_count() >= _LEAST_THREADS else 1
+    parts = min(rows, thread_count()) if are_shared(elements) else 1
     ends = [rows * part // parts for part in range(parts + 1)]
     jobs = [_pool().submit(compute, part, ends[part], ends[part + 1]) for part in range(1, parts)]
     compute(0, 0, ends[1])
     for job in jobs:
         job.result()
+
+
+def are_shared(elements: int) -> bool:
+    """Return whether several threads compute so many elements."""
+    return elements >= _LEAST_ELEMENTS and thread_count() >= _LEAST_THREADS
 
 
 def thread_count() -> int:
