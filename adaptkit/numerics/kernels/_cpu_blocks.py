@@ -151,7 +151,7 @@ def decode_4bit(
     weights = full * block_size
     bits = float_bits(out)
     decode = decode_by_selection if bits.dtype.itemsize == 2 else decode_by_pairs
-    decode(packed[: weights // 2], constants[:full], block_size, table, scratch_for(bits, 1)[0], bits[:weights])
+    decode(packed[: weights // 2], constants[:full], block_size, table, scratch_for(bits), bits[:weights])
     if weights < count:
         last = np.empty(-(-(count - weights) // 2) * 2, bits.dtype)
         decode_one_by_one(packed[weights // 2 :], constants[full:], block_size, table, last)

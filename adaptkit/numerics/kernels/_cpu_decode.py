@@ -12,7 +12,7 @@ import numpy as np
 
 from adaptkit.numerics.kernels._cpu_float import canonical_nan, rounded, value
 from adaptkit.numerics.kernels._cpu_memory import empty
-from adaptkit.numerics.kernels._jit import inlined, jit, overload
+from adaptkit.numerics.kernels._jit import inlined, jit
 
 _PAIRS = 32
 """Bytes decoded at a time in a loop whose trip count is a constant: then it needs no code for what remains."""
@@ -108,31 +108,6 @@ def decode_by_pairs(codes, absmax, block_size, table, room, out):
                 out[i] = rounded(out, value(out, out[i]) * a)
 
 
-def decode_blocks(codes, absmax, block_size, table, room, out):
-    """Decode whole blocks in a kernel; all arrays are contiguous.
-
-    Args:
-        codes: (N / 2,) uint8.
-        absmax: (N / block_size,) float32.
-        block_size: number of weights that share a constant.
-        table: of ``level_pairs``.
-        room: a row of ``scratch_for``.
-        out: (N,) bits (see ``_cpu_float``), written.
-    """
-    raise NotImplementedError
-
-
-@overload(decode_blocks)
-def _decode_blocks(codes, absmax, block_size, table, room, out):
-    if out.dtype.bitwidth == 16:
-        return lambda codes, absmax, block_size, table, room, out: decode_by_selection(
-            codes, absmax, block_size, table, room, out
-        )
-    return lambda codes, absmax, block_size, table, room, out: decode_by_pairs(
-        codes, absmax, block_size, table, room, out
-    )
-
-
 @cache
 def level_pairs(levels: tuple[float, ...]) -> Any:
     """Return the levels of the two codes of each byte, (512,) float32."""
@@ -140,6 +115,6 @@ def level_pairs(levels: tuple[float, ...]) -> Any:
     return np.stack([np.repeat(table, 16), np.tile(table, 16)], axis=1).reshape(-1)
 
 
-def scratch_for(bits: Any, threads: int) -> Any:
-    """Make scratch arrays for ``decode_blocks``, one for each thread, given its output."""
-    return empty((threads, 16 * _BLOCKS if bits.dtype.itemsize == 2 else 0), bits.dtype)
+def scratch_for(bits: Any) -> Any:
+    """Make the array ``room`` of ``decode_by_selection``, given its output; empty if that has 32 bits."""
+    return empty(16 * _BLOCKS if bits.dtype.itemsize == 2 else 0, bits.dtype)

@@ -142,6 +142,6 @@ def _attend(
     if query.device.type != "cpu" or query.dtype not in (torch.bfloat16, torch.float32):
         return None
     with real_tensors():
-        mask = None if mask is None or is_fake(mask) else mask
-        spans = causal_spans(query.shape[0], query.shape[2]) if mask is None else mask_spans(mask)
+        is_causal = mask is None or is_fake(mask)  # transformers masks a planned run's rows, which are single samples
+        spans = causal_spans(query.shape[0], query.shape[2]) if mask is None or is_causal else mask_spans(mask)
     return None if spans is None else attend(query, key, value, scale, spans)

@@ -94,9 +94,10 @@ def _called_together(network: Any, layers: Sequence[LoraLinear]) -> Iterator[lis
         for layer in layers:
             hooks.enter_context(layer.register_forward_pre_hook(note))
         network(input_ids=torch.zeros((1, 2), dtype=torch.int64, device=network.device), use_cache=False)
-    left = dict.fromkeys(layers)
+    left = set(layers)
     for together in (*seen.values(), *([layer] for layer in layers)):
-        group = [layer for layer in dict.fromkeys(together) if left.pop(layer, layer) is None]
+        group = [layer for layer in dict.fromkeys(together) if layer in left]
+        left.difference_update(group)
         if group:
             yield group
 

@@ -80,7 +80,8 @@ def save_activations(network: Any, config: TrainConfig, largest: tuple[int, int]
     if head:
         vocabulary = network.config.get_text_config().vocab_size
         logits = logits_bytes(rows * (length - 1), vocabulary, dtype.itemsize, on_gpu)
-        if on_gpu and not has_triton(device.type):  # plus a float32 copy of the chunk; a CPU works in small blocks
+        if on_gpu and not (config.fast and has_triton(device.type)):
+            # Plus a float32 copy of the chunk; a CPU works in small blocks.
             logits += logits * 4 // dtype.itemsize
         trained = sum(parameter.numel() for parameter in head.parameters() if parameter.requires_grad)
         logits += head_gradient_bytes(trained, dtype.itemsize)

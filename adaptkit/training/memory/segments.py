@@ -88,8 +88,8 @@ def checkpoint_layers(
     for index, layer in list(enumerate(find_stack(network)[1][:checked]))[done:]:
         is_last = index % checkpointing.length == checkpointing.length - 1 or index == checked - 1
         is_first = index % checkpointing.length == 0
-        place = take_place(network, layer, _CheckpointedLayer)
-        place.place = _Place(index // checkpointing.length, is_first, is_last, current, offloaded)
+        checkpointed = take_place(network, layer, _CheckpointedLayer)
+        checkpointed.position = _Position(index // checkpointing.length, is_first, is_last, current, offloaded)
         for weight in (module for module in layer.modules() if isinstance(module, PackedWeight)):
             weight.is_transient = True
             weight.release_pages()  # earlier probes of the network may have touched them
@@ -136,8 +136,8 @@ class _Segment:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """A layer's segment, whether the layer is first or last in it, and what all layers share.
+class _Position:
+    """Where a layer stands: its segment, whether the layer is first or last in it, and what all layers share.
 
     Attributes:
         segment: number of the segment.
@@ -208,7 +208,7 @@ def _recomputation() -> Iterator[None]:
 
 
 class _CheckpointedLayer(nn.Module):
-    place: _Place
+    position: _Position
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the layer, and keep only its segment's first input."""
@@ -217,7 +217,7 @@ class _CheckpointedLayer(nn.Module):
             return forward(*args, **kwargs)
         call = LayerCall(forward, args, kwargs)
         hidden, others = call.take()
-        segment = self.place.enter(hidden)
+        segment = self.position.enter(hidden)
         index = len(segment.calls)
         segment.calls.append(call)
         segment.random.append(_random(hidden.device))

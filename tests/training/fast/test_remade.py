@@ -32,22 +32,16 @@ def replaced(network):
     return sum("Norm" in name for name in changed), sum("MLP" in name for name in changed)
 
 
-@pytest.mark.parametrize("family", REPLACED)
-def test_on_a_cpu_results_and_gradients_stay_the_same(family, made):
-    model = loaded(made, family)
-    before = logits_and_gradients(model.network)
-    remake_results(model.network, False)
-    assert replaced(model.network) == REPLACED[family]
-    for one, two in zip(logits_and_gradients(model.network), before, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
+CASES = [(family, on_gpu) for on_gpu, known in ((False, REPLACED), (True, ON_GPU)) for family in known]
 
 
-@pytest.mark.parametrize("family", ON_GPU)
-def test_torchs_norm_for_a_gpu_computes_the_same(family, made):
+@pytest.mark.parametrize(("family", "on_gpu"), CASES)
+def test_results_and_gradients_stay_the_same(family, on_gpu, made):
+    """For a GPU that is torch's norm, which runs anywhere."""
     model = loaded(made, family)
     before = logits_and_gradients(model.network)
-    remake_results(model.network, True)
-    assert replaced(model.network) == ON_GPU[family]
+    remake_results(model.network, on_gpu)
+    assert replaced(model.network) == (ON_GPU if on_gpu else REPLACED)[family]
     for one, two in zip(logits_and_gradients(model.network), before, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5 * float(two.detach().abs().max()))
 
