@@ -159,6 +159,21 @@ def scaled_by(gamma, forward):
     return lambda x: gamma * forward(x) if gamma.requires_grad else forward(x)
 
 
+def test_a_result_that_is_added_and_read_by_something_else_too_is_not_left_out(folder):
+    model = ready(folder("llama"))
+    for layer in model.network.model.layers:
+        layer.mlp.forward = added_to_its_tanh(layer.mlp.forward)
+    assert not unread(model)
+
+
+def added_to_its_tanh(forward):
+    def both(x):
+        y = forward(x)
+        return y + y.tanh()
+
+    return both
+
+
 def test_layers_with_different_trained_parameters_are_probed_separately(folder):
     model = ready(folder("llama"))
     for number, layer in enumerate(model.network.model.layers):
