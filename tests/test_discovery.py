@@ -13,6 +13,8 @@ from adaptkit.formats._format import Format
 from adaptkit.numerics import stacking
 from adaptkit.numerics.stacking._method import Method
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def registry(tmp_path, monkeypatch) -> ModuleType:

@@ -12,6 +12,8 @@ import pytest
 import adaptkit
 from adaptkit.cli.main import cli
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OF_OTHER_TOOLS = {"--max-lora-rank": "vLLM", "--max-restarts": "torchrun"}

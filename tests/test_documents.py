@@ -7,6 +7,8 @@ import pytest
 from adaptkit.documents import read_document
 from adaptkit.errors import ConfigError
 
+pytestmark = pytest.mark.quick
+
 
 def test_the_line_of_every_value_is_known(tmp_path):
     path = tmp_path / "a.yaml"

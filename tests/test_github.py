@@ -10,6 +10,8 @@ import yaml
 
 from adaptkit.cli.main import cli
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / ".github").rglob("*.yml"))
 ACTION = ROOT / ".github" / "actions" / "adaptkit-run" / "action.yml"

@@ -22,6 +22,8 @@ from adaptkit.operations.unmerge import unmerge
 from adaptkit.operations.verify import verify
 from adaptkit.training.network.packed import read_quantized
 
+pytestmark = pytest.mark.quick
+
 MANIFEST = "adaptkit-manifest.json"
 VERSIONS = sorted(path.name for path in GOLDEN.iterdir())
 

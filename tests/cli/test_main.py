@@ -38,6 +38,7 @@ def test_help_imports_neither_torch_nor_the_hub(arguments):
     assert "Usage: adaptkit" in done.stdout
 
 
+@pytest.mark.quick
 def test_the_group_lists_every_command_with_a_complete_sentence(run_cli):
     lines = run_cli("--help").stdout.partition("Commands:\n")[2].splitlines()
     assert [line.split()[0] for line in lines] == sorted(COMMANDS)
@@ -153,6 +154,7 @@ CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_prints_only_an_error_and_a_hint_and_exits_with_its_code(case, trouble, run_cli, tmp_path):
     arguments, code, phrase = trouble[case]
@@ -183,6 +185,7 @@ def test_an_unexpanded_tilde_in_a_file_gets_a_hint(key, run_cli, llama, instruct
     assert said.splitlines()[1] == "hint: write the full path: only a shell expands ~"
 
 
+@pytest.mark.quick
 def test_with_json_a_failure_prints_one_document(run_cli, tmp_path):
     done = run_cli("verify", tmp_path / "absent", "--json")
     assert done.code == 2
@@ -260,6 +263,7 @@ def test_closed_standard_streams_are_tolerated(run_cli, llama, llama_nf4, tmp_pa
     assert tree(tmp_path / "out") == tree(tmp_path / "expected")
 
 
+@pytest.mark.quick
 def test_a_dry_run_writes_nothing(run_cli, llama, adapter, tmp_path):
     for arguments in (["quantize", llama], ["merge", llama, adapter]):
         done = run_cli(*arguments, "-o", tmp_path / "out", "--dry-run")

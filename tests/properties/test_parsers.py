@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from parsers import PARSERS
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", sorted(PARSERS))
 def test_the_seeds_of_every_parser_are_accepted(name, tmp_path):
     """Otherwise inputs made from them would be refused for the wrong reason."""
