@@ -9,6 +9,8 @@ import shutil
 import subprocess
 import sys
 
+import peft
+import peft_adapters
 import pytest
 import tiny
 import torch
@@ -96,106 +98,75 @@ def test_ranks_and_scalings_are_those_of_peft(tmp_path, llama, options):
     }
 
 
-def test_fan_in_fan_out_is_read_from_an_adapter_of_conv1d(tmp_path, gpt2):
-    read = read_adapter(tiny.write_peft_adapter(tmp_path / "a", gpt2))
-    assert read.fan_in_fan_out
-    assert read.modules["transformer.h.0.attn.c_attn"].shape == (192, 64)
+PEFT_MERGES, PEFT_DOES_NOT = "run or merge it with peft", "which cannot merge it either"
+CONVERT, WITH_PEFT = "path_initial_model", "merge it with peft"
+FIRST = "model.layers.0.mlp.down_proj.weight"
+"""The first module by name, in every run."""
+REFUSED: list[tuple[dict, str, str]] = [
+    ({"use_qalora": True}, "use_qalora", PEFT_DOES_NOT),
+    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens", PEFT_DOES_NOT),
+    ({"arrow_config": {"x": 1}}, "arrow_config", PEFT_DOES_NOT),
+    ({"layer_replication": [[0, 2]]}, "layer_replication", PEFT_DOES_NOT),
+    ({"use_bdlora": {"x": 1}}, "use_bdlora", PEFT_MERGES),
+    ({"megatron_config": {"x": 1}}, "megatron_config", PEFT_MERGES),
+    ({"velora_config": {"x": 1}}, "velora_config", PEFT_MERGES),
+    ({"kasa_config": {"x": 1}}, "kasa_config", PEFT_MERGES),
+    ({"monteclora_config": {"x": 1}}, "monteclora_config", PEFT_MERGES),
+    ({"something_new": {"scale": 2}}, "unknown key 'something_new'", "remove the key"),
+    ({"use_dora": True}, "use_dora", ""),  # whose tensors are missing, as of the next four
+    ({"trainable_token_indices": [0]}, "trainable_token_indices", ""),
+    ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters", ""),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save", ""),
+    ({"lora_bias": True}, "lora_bias", ""),
+    ({"bias": "some"}, "bias is 'some'", "saved together"),
+    ({"bias": True}, "bias is True", "saved together"),
+    ({"peft_type": "LOHA"}, "LOHA", "peft_type LORA"),
+    ({"peft_type": None}, "has no peft_type", "convert it to peft's format"),
+    ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4, which changes the base", CONVERT),
+    ({"init_lora_weights": "olora"}, "olora, which changes the base", CONVERT),
+    ({"init_lora_weights": "corda"}, "corda, which changes the base", CONVERT),
+    ({"init_lora_weights": "lora_ga"}, "lora_ga, which changes the base", CONVERT),
+    ({"init_lora_weights": "loftq"}, "loftq, which changes the base", WITH_PEFT),
+    ({"init_lora_weights": "lora-ga"}, "lora-ga.*may have changed the base", "set it to true"),  # as ms-swift writes it
+    ({"init_lora_weights": "milora"}, "milora.*may have changed the base", "set it to true"),
+    *(({"r": r}, r"says rank .*lora_A has 4 rows", "") for r in (2, 8, 0, -4, 4.0, "4", None, True)),
+    *(
+        ({"lora_alpha": alpha}, f"{FIRST}: lora_alpha is {re.escape(repr(alpha)[:20])}", "saved together")
+        for alpha in (0, -1, None, "8", True, [8], 10**400)
+    ),
+    *(
+        ({f"{table}_pattern": patterns}, "pattern", "saved together")
+        for table, patterns in (("rank", ["q_proj"]), ("alpha", "q_proj"), ("rank", {"(": 4}), ("alpha", {"*": 4}))
+    ),
+]
 
 
-UNSUPPORTED = {
-    "use_qalora": True,
-    "use_bdlora": {"x": 1},
-    "alora_invocation_tokens": [1, 2],
-    "arrow_config": {"x": 1},
-    "layer_replication": [[0, 2]],
-    "megatron_config": {"x": 1},
-    "velora_config": {"x": 1},
-    "kasa_config": {"x": 1},
-    "monteclora_config": {"x": 1},
-}
-
-
-@pytest.mark.parametrize("feature", sorted(UNSUPPORTED))
-def test_an_unsupported_feature_is_refused_by_name(changed, feature):
-    configure(changed, **{feature: UNSUPPORTED[feature]})
-    with pytest.raises(AdapterError, match=feature):
+@pytest.mark.parametrize(("changes", "error", "hint"), REFUSED, ids=lambda value: str(value)[:40])
+def test_a_configuration_with_anything_unsupported_or_invalid_is_refused(changed, changes, error, hint):
+    configure(changed, **changes)
+    with pytest.raises(AdapterError, match=error) as caught:
         read_adapter(changed)
+    assert hint in caught.value.hint
+    if hint == PEFT_MERGES:
+        assert "cannot" not in caught.value.hint
 
 
-@pytest.mark.parametrize(("feature", "merges"), [("kasa_config", True), ("use_bdlora", True), ("arrow_config", False)])
-def test_the_hint_suggests_peft_only_for_features_that_it_can_merge(changed, feature, merges):
-    configure(changed, **{feature: UNSUPPORTED[feature]})
-    with pytest.raises(AdapterError) as caught:
-        read_adapter(changed)
-    assert ("cannot merge it" in caught.value.hint) != merges
+@pytest.mark.parametrize("name", peft_adapters.REFUSED)
+def test_what_peft_writes_for_other_methods_is_refused_by_name(tmp_path, llama, name):
+    adapter = peft_adapters.write_refused(tmp_path / "adapter", name, llama)
+    with pytest.raises(AdapterError, match=peft_adapters.REFUSED[name][0]) as caught:
+        read_adapter(adapter)
+    assert caught.value.hint
 
 
-def test_peft_really_refuses_to_merge_activated_adapters(tmp_path, llama):
-    """Hence the hint says that peft cannot merge it."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    config = LoraConfig(r=4, alora_invocation_tokens=[3, 4], target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(llama), config)
-    with pytest.raises(NotImplementedError):
-        model.merge_and_unload()
-    model.save_pretrained(tmp_path / "a")
-    with pytest.raises(AdapterError) as caught:
-        read_adapter(tmp_path / "a")
-    assert "cannot merge it" in caught.value.hint
-
-
-ABSENT = {
-    "use_dora": True,
-    "trainable_token_indices": [0],
-    "target_parameters": ["experts.gate_up_proj"],
-    "modules_to_save": ["lm_head"],
-    "lora_bias": True,
-}
-
-
-@pytest.mark.parametrize("feature", sorted(ABSENT))
-def test_a_feature_whose_tensors_are_missing_is_refused_by_name(changed, feature):
-    configure(changed, **{feature: ABSENT[feature]})
-    with pytest.raises(AdapterError, match=feature):
-        read_adapter(changed)
-
-
-@pytest.mark.parametrize("bias", ["some", 3, True])
-def test_an_unknown_kind_of_biases_is_refused(changed, bias):
-    configure(changed, bias=bias)
-    with pytest.raises(AdapterError, match="bias is"):
-        read_adapter(changed)
-
-
-@pytest.mark.parametrize("kind", ["LOHA", "ADALORA", "IA3", "PROMPT_TUNING", None])
-def test_other_kinds_of_adapters_are_refused_by_name(changed, kind):
-    configure(changed, peft_type=kind)
-    with pytest.raises(AdapterError, match=kind or "has no peft_type"):
-        read_adapter(changed)
-
-
-@pytest.mark.parametrize("begun", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
-def test_initializations_that_change_the_base_are_refused(changed, begun):
-    configure(changed, init_lora_weights=begun)
-    with pytest.raises(AdapterError, match=begun):
-        read_adapter(changed)
-
-
-@pytest.mark.parametrize("begun", ["milora", "lora-ga", "lora_one"])
-def test_an_unknown_initialization_is_refused(changed, begun):
-    """ms-swift writes lora-ga, which changes the base; forks of peft have others that do."""
-    configure(changed, init_lora_weights=begun)
-    with pytest.raises(AdapterError, match=f"{begun}.*may have changed the base"):
-        read_adapter(changed)
-
-
-@pytest.mark.parametrize(("begun", "advice"), [("pissa", "path_initial_model"), ("loftq", "merge it with peft")])
-def test_the_hint_for_a_changed_base_is_what_peft_supports(changed, begun, advice):
-    configure(changed, init_lora_weights=begun)
-    with pytest.raises(AdapterError) as caught:
-        read_adapter(changed)
-    assert advice in caught.value.hint
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_convolutions_are_refused(tmp_path, dims):
+    layer = getattr(torch.nn, f"Conv{dims}d")(8, 8, 3)
+    model = peft.get_peft_model(torch.nn.ModuleDict({"conv": layer}), peft.LoraConfig(target_modules=["conv"]))
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match="conv is a convolution; LoRA of convolutions is not supported") as caught:
+        read_adapter(tmp_path / "adapter")
+    assert caught.value.hint == "merge the adapter with peft"
 
 
 def test_the_hint_for_pissa_names_the_converted_copy_that_llama_factory_saves(changed):
@@ -228,25 +199,56 @@ def test_initializations_that_leave_the_base_unchanged_are_read(changed, begun):
     assert len(read_adapter(changed).modules) == 14
 
 
-@pytest.mark.parametrize("rank", [2, 8, 0, -4, 4.0, "4", None, True])
-def test_a_rank_that_differs_from_the_tensors_is_refused(changed, rank):
-    configure(changed, r=rank)
-    with pytest.raises(AdapterError, match=r"says rank .*lora_A has 4 rows"):
+A, B = f"{KEY}.lora_A.weight", f"{KEY}.lora_B.weight"
+Q_CODES = torch.full((8, 1), torch.nan, dtype=torch.bfloat16)  # codes stored as a float dtype
+
+
+def added(key, tensor=None):
+    return lambda tensors: tensors.update({key: torch.ones(4, 64) if tensor is None else tensor})
+
+
+def quantized_head(part):
+    head = {"lm_head.base_layer.weight": Q_CODES, f"lm_head.base_layer.{part}": torch.ones(4, dtype=torch.uint8)}
+    return lambda tensors: tensors.update({f"base_model.model.{name}": tensor for name, tensor in head.items()})
+
+
+DAMAGED = {
+    "no A": (lambda t: t.pop(A), f"{MODULE} has no lora_A", ""),
+    "no B": (lambda t: t.pop(B), f"{MODULE} has no lora_B", ""),
+    "B of rank 3": (lambda t: t.update({B: t[B][:, :3].clone()}), rf"{MODULE}.*lora_B has 3 columns", ""),
+    "a vector": (added(A, torch.ones(4)), r"q_proj\.lora_A\.weight", ""),
+    "three dimensions": (added(A, torch.ones(4, 8, 8)), r"q_proj\.lora_A\.weight", ""),
+    "float64": (added(A, torch.ones(4, 64).double()), r"q_proj\.lora_A\.weight.*unsupported type", "BF16"),
+    "rank zero": (added(A, torch.ones(0, 64)), r"has shape \[0, 64\]; expected 2 dimensions, none of them 0",
+                  "rank of at least 1"),
+    # Under ZeRO-3, a tensor has the shape [0] outside of the calls that gather it.
+    "left empty by DeepSpeed": (lambda t: t.update({key: torch.zeros(0) for key in t}),
+                                r"has shape \[0\]; expected 2 dimensions", "DeepSpeed ZeRO-3"),
+    "NaN": (lambda t: t[B].view(-1).__setitem__(7, math.nan), r"lora_B\.weight holds NaN or infinity", ""),
+    "infinity": (lambda t: t[B].view(-1).__setitem__(7, math.inf), r"lora_B\.weight holds NaN or infinity", ""),
+    "a quantized head in 4 bits": (quantized_head("weight.quant_state.bitsandbytes__nf4"),
+                                   "quantized weights that lm_head was trained on", "save_embedding_layers=False"),
+    "a quantized head in 8 bits": (quantized_head("SCB"), "quantized weights that lm_head was trained on", ""),
+    **{
+        f"unknown {key}": (added(key), re.escape(key), "")
+        for key in (
+            f"{KEY}.lora_magnitude_vector", f"{KEY}.lora_B.bias", f"{KEY}.bias", f"{KEY}.lora_embedding_A",
+            "base_model.model.lm_head.weight", f"{KEY}.lora_A.default.weight", f"{MODULE}.lora_A.weight",
+            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
+            f"prefix.{KEY}.lora_A.weight", f"{KEY}.lora_C.weight", "stray",
+        )
+    },
+}  # fmt: skip
+"""A change of the tensors, and words of the error and the hint."""
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_tensors_that_are_incomplete_invalid_or_unknown_are_refused_by_name(changed, name):
+    change, error, hint = DAMAGED[name]
+    edit(changed, change)
+    with pytest.raises(AdapterError, match=error) as caught:
         read_adapter(changed)
-
-
-def test_lora_a_and_lora_b_of_different_ranks_are_refused(changed):
-    edit(changed, lambda t: t.update({f"{KEY}.lora_B.weight": t[f"{KEY}.lora_B.weight"][:, :3].clone()}))
-    with pytest.raises(AdapterError, match=rf"{MODULE}.*lora_B has 3 columns"):
-        read_adapter(changed)
-
-
-@pytest.mark.parametrize("alpha", [0, -1, None, "8", True, 10**400])
-def test_a_scaling_that_is_not_a_positive_number_is_refused(changed, alpha):
-    configure(changed, lora_alpha=alpha)
-    first = "model.layers.0.mlp.down_proj.weight"  # the first by name, in every run
-    with pytest.raises(AdapterError, match=f"{first}: lora_alpha is {re.escape(repr(alpha)[:20])}"):
-        read_adapter(changed)
+    assert hint in caught.value.hint
 
 
 @pytest.mark.parametrize("alpha", [math.nan, math.inf, -math.inf])
@@ -260,131 +262,58 @@ def test_a_scaling_that_is_not_finite_is_refused(changed, alpha):
         read_adapter(changed)
 
 
-@pytest.mark.parametrize("patterns", [["q_proj"], "q_proj", {"(": 4}, {"*": 4}])
-@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
-def test_a_malformed_pattern_is_refused(changed, key, patterns):
-    configure(changed, **{key: patterns})
-    with pytest.raises(AdapterError, match="pattern"):
-        read_adapter(changed)
-
-
-@pytest.mark.parametrize("half", ["A", "B"])
-def test_a_module_without_lora_a_or_lora_b_is_refused(changed, half):
-    edit(changed, lambda t: t.pop(f"{KEY}.lora_{half}.weight"))
-    with pytest.raises(AdapterError, match=f"{MODULE} has no lora_{half}"):
-        read_adapter(changed)
-
-
-@pytest.mark.parametrize(
-    "key",
-    [
-        f"{KEY}.lora_magnitude_vector",
-        f"{KEY}.lora_B.bias",
-        f"{KEY}.bias",
-        f"{KEY}.lora_embedding_A",
-        "base_model.model.lm_head.weight",
-        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
-        f"{KEY}.lora_A.default.weight",
-        f"{MODULE}.lora_A.weight",
-        f"prefix.{KEY}.lora_A.weight",
-        f"{KEY}.lora_C.weight",
-        "stray",
-    ],
-)
-def test_an_unknown_key_is_refused_by_name(changed, key):
-    edit(changed, lambda t: t.update({key: torch.ones(4, 64)}))
-    with pytest.raises(AdapterError, match=key.replace(".", r"\.")):
-        read_adapter(changed)
-
-
-@pytest.mark.parametrize(
-    "tensor", [torch.ones(4), torch.ones(4, 8, 8), torch.ones(4, 64, dtype=torch.int32), torch.ones(4, 64).double()]
-)
-def test_lora_a_of_an_unsupported_shape_or_dtype_is_refused(changed, tensor):
-    edit(changed, lambda t: t.update({f"{KEY}.lora_A.weight": tensor}))
-    with pytest.raises(AdapterError, match=r"q_proj\.lora_A\.weight"):
-        read_adapter(changed)
-
-
-@pytest.mark.parametrize("part", ["weight.quant_state.bitsandbytes__nf4", "SCB"])
-def test_the_error_for_a_copy_of_a_quantized_head_says_so(changed, part):
-    codes = torch.full((8, 1), torch.nan, dtype=torch.bfloat16)  # codes stored as a float dtype
-    head = {"lm_head.base_layer.weight": codes, f"lm_head.base_layer.{part}": torch.ones(4, dtype=torch.uint8)}
-    edit(changed, lambda t: t.update({f"base_model.model.{name}": tensor for name, tensor in head.items()}))
-    with pytest.raises(AdapterError, match="quantized weights that lm_head was trained on"):
-        read_adapter(changed)
-
-
-def test_lora_a_of_rank_zero_is_refused(changed):
-    edit(changed, lambda t: t.update({f"{KEY}.lora_A.weight": torch.ones(0, 64)}))
-    with pytest.raises(AdapterError, match=r"has shape \[0, 64\]; expected 2 dimensions, none of them 0") as caught:
-        read_adapter(changed)
-    assert "rank of at least 1" in caught.value.hint
-
-
-def test_tensors_that_deepspeed_left_empty_are_not_taken_for_a_rank_of_zero(changed):
-    """Under ZeRO-3, a tensor has the shape [0] outside of the calls that gather it."""
-    edit(changed, lambda t: t.update({key: torch.zeros(0) for key in t}))
-    with pytest.raises(AdapterError, match=r"has shape \[0\]; expected 2 dimensions") as caught:
-        read_adapter(changed)
-    assert "DeepSpeed ZeRO-3" in caught.value.hint
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_tensor_that_holds_nan_or_infinity_is_refused_by_name(changed, value):
-    edit(changed, lambda t: t[f"{KEY}.lora_B.weight"].view(-1).__setitem__(7, value))
-    with pytest.raises(AdapterError, match=r"q_proj\.lora_B\.weight holds NaN or infinity"):
-        read_adapter(changed)
-
-
-def test_a_pickle_is_refused_and_not_loaded(changed):
-    (changed / "adapter_model.safetensors").unlink()
-    torch.save({}, changed / "adapter_model.bin")
-    with pytest.raises(AdapterError, match=r"pickled adapter_model\.bin is not loaded"):
-        read_adapter(changed)
-    (changed / "adapter_model.bin").rename(changed / "adapter_model.safetensors")
+def test_a_file_that_is_no_safetensors_file_is_refused_and_not_loaded(changed):
+    torch.save({}, changed / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
         read_adapter(changed)
 
 
-def test_the_hint_for_a_pickle_makes_the_file_that_peft_would(changed):
-    """Also of tensors that share memory, as those of a trained embedding with a tied head, or are not contiguous."""
-    file = changed / "adapter_model.safetensors"
-    tensors = load_file(file)
+def as_pickle(tensors, folder):
+    """Also with tensors that share memory, as a trained embedding and a tied head do, or are not contiguous."""
     table = torch.ones(8, 4)
     shared = {f"base_model.model.{name}.weight": table for name in ("model.embed_tokens", "lm_head")}
-    turned = {name: tensor.T.contiguous().T for name, tensor in tensors.items()}
-    torch.save(turned | shared, changed / "adapter_model.bin")
-    file.unlink()
-    with pytest.raises(AdapterError) as caught:
-        read_adapter(changed)
-    command = caught.value.hint.partition("run python ")[2]
-    subprocess.run(f"{sys.executable} {command}", shell=True, check=True, cwd=changed)
-    found = load_file(file)
-    assert set(found) == {*tensors, *shared}
-    assert all(torch.equal(found[name], tensor) for name, tensor in (tensors | shared).items())
+    torch.save({name: t.T.contiguous().T for name, t in tensors.items()} | shared, folder / "adapter_model.bin")
+    return tensors | shared
 
 
 def in_shards(tensors, folder):
     for number, part in enumerate((dict(list(tensors.items())[::2]), dict(list(tensors.items())[1::2])), 1):
         save_file(part, folder / f"adapter_model-0000{number}-of-00002.safetensors")
+    return tensors
 
 
 @pytest.mark.parametrize(
-    "write",
-    [lambda tensors, folder: torch.save(tensors, folder / "adapter_model.bin"), in_shards],
-    ids=["bin", "shards"],
+    ("write", "error"), [(as_pickle, r"pickled adapter_model\.bin is not loaded"), (in_shards, "only shards")]
 )
-def test_the_hinted_command_converts_a_pickle_or_shards_to_the_same_adapter(changed, write):
-    before = read_adapter(changed)
-    write(load_file(changed / "adapter_model.safetensors"), changed)
-    (changed / "adapter_model.safetensors").unlink()
-    with pytest.raises(AdapterError) as caught:
+def test_the_hinted_command_converts_a_pickle_or_shards(changed, write, error):
+    file = changed / "adapter_model.safetensors"
+    expected = write(load_file(file), changed)
+    file.unlink()
+    with pytest.raises(AdapterError, match=error) as caught:
         read_adapter(changed)
     python, *rest = shlex.split(caught.value.hint.removeprefix("in that folder, run "))
     assert python == "python"
     subprocess.run([sys.executable, *rest], cwd=changed, check=True)
-    assert read_adapter(changed).digests == before.digests
+    found = load_file(file)
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+HALF = {"lora_unet_blocks_0_q_proj.lora_down.weight": torch.ones(2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("file", "writer"), [("pytorch_lora_weights.bin", "diffusers"), ("style.safetensors", "kohya"), ("other", "")]
+)
+def test_an_adapter_in_a_different_format_is_refused_with_the_name_of_its_writer(tmp_path, file, writer):
+    if writer == "kohya":
+        save_file(HALF, tmp_path / file)
+    else:
+        (tmp_path / file).write_bytes(b"a pickle, or not")
+    named = f": .* {file} is in the format of {writer}" if writer else r": adapter_config\.json not found"
+    with pytest.raises(AdapterError, match=f"(?m)not an adapter{named}$") as caught:
+        read_adapter(tmp_path)
+    assert ("as peft saves it" in caught.value.hint) == bool(writer)
 
 
 def test_adapters_in_subfolders_are_named_in_the_hint(changed, tmp_path):
@@ -395,29 +324,6 @@ def test_adapters_in_subfolders_are_named_in_the_hint(changed, tmp_path):
     with pytest.raises(AdapterError, match="not an adapter") as caught:
         read_adapter(outer)
     assert caught.value.hint == "pass a folder inside it: reference, train"
-
-
-HALF = {"lora_unet_blocks_0_q_proj.lora_down.weight": torch.ones(2, 4)}
-
-
-@pytest.mark.parametrize(
-    ("file", "writer"),
-    [("pytorch_lora_weights.safetensors", "diffusers"),
-     ("pytorch_lora_weights.bin", "diffusers"), ("diffusion_pytorch_model.safetensors", "diffusers"),
-     ("style.safetensors", "kohya")],
-)  # fmt: skip
-def test_an_adapter_in_a_different_format_is_refused_with_the_name_of_its_writer(tmp_path, file, writer):
-    if file.endswith(".safetensors"):
-        save_file(HALF, tmp_path / file)
-    else:
-        (tmp_path / file).write_bytes(b"a pickle, or not")
-    with pytest.raises(AdapterError, match=f"(?m)not an adapter: .* {file} is in the format of {writer}$") as caught:
-        read_adapter(tmp_path)
-    assert "as peft saves it" in caught.value.hint
-    (tmp_path / file).rename(tmp_path / "other.safetensors")
-    (tmp_path / "other.safetensors").write_bytes(b"neither")
-    with pytest.raises(AdapterError, match=r"(?m)not an adapter: adapter_config\.json not found$"):
-        read_adapter(tmp_path)
 
 
 def test_kohya_keys_are_refused_with_a_hint_to_rename_them_which_works(changed):
@@ -488,12 +394,6 @@ def test_folders_that_are_not_adapters_are_refused(tmp_path, llama, changed):
         read_adapter(changed)
     save_file({}, changed / "adapter_model.safetensors")
     with pytest.raises(AdapterError, match="contains no tensors"):
-        read_adapter(changed)
-
-
-def test_a_configuration_with_a_duplicate_key_is_refused(changed):
-    (changed / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "r": 8, "lora_alpha": 8}')
-    with pytest.raises(CheckpointError, match="'r' appears twice"):
         read_adapter(changed)
 
 

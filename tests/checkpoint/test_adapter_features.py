@@ -2,14 +2,13 @@
 
 import contextlib
 import re
-import shutil
 
 import peft
 import peft_adapters
 import pytest
 import torch
-from folders import edited_tensors, tree
-from peft_adapters import CASES, CONFIG, PREFIX, REFUSED, WEIGHTS, change_config, change_tensors, keys_of
+from folders import edited_tensors
+from peft_adapters import CASES, CONFIG, PREFIX, WEIGHTS, change_config, change_tensors, keys_of
 from safetensors.torch import load_file, save_file
 
 from adaptkit.checkpoint.adapter import read_adapter
@@ -17,14 +16,12 @@ from adaptkit.errors import AdapterError, BaseMismatchError, UnsafeInputError, U
 from adaptkit.operations.merge import MergeOptions, merge
 
 KINDS = [
-    "linear", "linear_patterns", "linear_as_parameter", "conv1d", "embedding", "embedding_tied_ensured", "head_tied",
-    "dora", "dora_conv1d", "dora_embedding", "lora_bias", "biases_all_lora_bias", "saved_norms", "saved_mlp",
-    "saved_head_phi", "saved_both_tied", "resized", "resized_phi", "resized_embedding", "tokens", "tokens_both",
-    "tokens_resized", "experts_mixtral", "experts_qwen3_fused", "experts_up_only", "experts_down_only",
+    "linear_patterns", "linear_as_parameter", "conv1d", "embedding", "embedding_tied_ensured", "head_tied", "dora",
+    "dora_embedding", "lora_bias", "biases_all_lora_bias", "saved_mlp", "saved_both_tied", "resized_phi",
+    "resized_embedding", "tokens_both", "tokens_resized", "experts_mixtral", "experts_qwen3_fused", "experts_up_only",
     "experts_transposed", "experts_weight", "experts_saved", "experts_one_by_one_qwen3", "router", "router_saved",
-    "everything", "everything_phi", "everything_qwen2_moe",
+    "everything_phi", "everything_qwen2_moe",
 ]  # fmt: skip
-"""Cases that cover every kind of tensor, and combinations of kinds."""
 LAYER = "model.layers.0"
 Q = f"{LAYER}.self_attn.q_proj"
 EXPERTS = f"{LAYER}.mlp.experts"
@@ -91,29 +88,15 @@ def one_of_each_kind(adapter):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_tensor_is_recorded(changed, name):
-    _, adapter = changed(name)
-    assert sorted(record.name for record in read_adapter(adapter).records) == keys_of(adapter)
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("everything_phi", "tokens_resized_tied")])
-def test_every_tensor_is_used_exactly_once(changed, name):
+def test_every_tensor_is_recorded_and_used_exactly_once(made, name):
     """They are counted: two per LoRA, one of everything else; copies do not count."""
-    _, adapter = changed(name)
-    read = read_adapter(adapter)
+    adapter = peft_adapters.make(made, name).adapter
+    read, keys = read_adapter(adapter), keys_of(adapter)
+    assert sorted(record.name for record in read.records) == keys
     used = 2 * len(read.modules) + 2 * len(read.experts)
     used += sum(map(len, (read.magnitudes, read.biases, read.replaced, read.base_copies, read.tokens)))
-    assert used == len([key for key in keys_of(adapter) if not key.endswith(COPIES)])
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_stray_tensor_is_named_in_the_error(changed, tmp_path, name):
-    case, adapter = changed(name)
-    module = f"{PREFIX}{module_of(next(key for key in keys_of(adapter) if 'lora_' in key))}"
-    for stray in (f"{module}.lora_C.weight", f"{PREFIX}model.stray.weight", f"{module}.lora_A.weight.again"):
-        with kept(adapter):
-            change_tensors(adapter, lambda tensors, stray=stray: tensors.update({stray: torch.ones(4, 4)}))
-            refuse(case, adapter, tmp_path, stray.removeprefix(PREFIX))
+    if name not in ("everything_phi", "tokens_resized_tied"):
+        assert used == len([key for key in keys if not key.endswith(COPIES)])
 
 
 @pytest.mark.parametrize(
@@ -141,94 +124,37 @@ def test_a_tensor_that_the_configuration_does_not_imply_is_named_in_the_error(ch
 
 def is_needed(name, key):
     """Return whether an adapter without this tensor is incomplete."""
-    case = CASES[name]
-    if key.endswith(COPIES):
-        return False
     if key.endswith("base_layer.weight"):  # the base has the same
-        return case.vocabulary is not None
+        return CASES[name].vocabulary is not None
     if key.endswith(".bias") and ".lora_B." not in key:  # the configuration does not say which biases there are
-        return name in ("saved_head_phi", "resized_phi")
+        return name == "resized_phi"
     return True
 
 
+def damages(name, key, tensor):
+    """Yield what may stand in an adapter instead of one of its tensors, of which an error must name that tensor."""
+    if is_needed(name, key):
+        yield {}
+    for dim in range(tensor.dim()):
+        yield {key: tensor.narrow(dim, 1, tensor.shape[dim] - 1)}
+    yield {key: tensor[None]}
+    if tensor.dim() > 1:
+        yield {key: tensor.reshape(-1)}
+    yield {key: torch.full_like(tensor, float("nan"))}
+    yield {key: tensor.to(torch.int32)}
+    yield {key: tensor, key.removeprefix(PREFIX): tensor * 2}
+    yield {key: tensor, f"module.{key}": tensor * 2}
+
+
 @pytest.mark.parametrize("name", KINDS)
-def test_a_missing_tensor_is_named_in_the_error(changed, tmp_path, name):
+def test_a_missing_misshapen_invalid_or_repeated_tensor_is_named_in_the_error(changed, tmp_path, name):
     case, adapter = changed(name)
-    keys = [key for key in one_of_each_kind(adapter) if is_needed(name, key)]
-    assert len(keys) >= 2
-    for key in keys:
-        with kept(adapter):
-            change_tensors(adapter, lambda tensors, key=key: tensors.pop(key))
+    whole = load_file(adapter / WEIGHTS)
+    for key in one_of_each_kind(adapter):
+        for instead in damages(name, key, whole[key]) if not key.endswith(COPIES) else ():
+            others = {other: tensor for other, tensor in whole.items() if other != key}
+            save_file({k: t.contiguous() for k, t in (others | instead).items()}, adapter / WEIGHTS, {"format": "pt"})
             refuse(case, adapter, tmp_path, *names_of(key))
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_a_tensor_of_wrong_shape_is_named_in_the_error(changed, tmp_path, name):
-    case, adapter = changed(name)
-    for key in one_of_each_kind(adapter):
-        if key.endswith(COPIES):
-            continue
-        for dim in range(load_file(adapter / WEIGHTS)[key].dim()):
-            with kept(adapter):
-                change_tensors(
-                    adapter, lambda t, key=key, dim=dim: t.update({key: t[key].narrow(dim, 1, t[key].shape[dim] - 1)})
-                )
-                refuse(case, adapter, tmp_path, *names_of(key))
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_a_tensor_with_a_wrong_number_of_dimensions_is_named_in_the_error(changed, tmp_path, name):
-    case, adapter = changed(name)
-    for key in one_of_each_kind(adapter):
-        for change in (lambda tensor: tensor[None], lambda tensor: tensor.reshape(-1)):
-            with kept(adapter):
-                tensor = load_file(adapter / WEIGHTS)[key]
-                if change(tensor).shape != tensor.shape and not key.endswith(COPIES):
-                    change_tensors(adapter, lambda t, key=key, change=change: t.update({key: change(t[key])}))
-                    refuse(case, adapter, tmp_path, *names_of(key))
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", KINDS)
-def test_a_tensor_that_holds_nan_or_infinity_is_named_in_the_error(changed, tmp_path, name, value):
-    case, adapter = changed(name)
-    for key in one_of_each_kind(adapter):
-        with kept(adapter):
-            change_tensors(adapter, lambda t, key=key: t[key].view(-1).__setitem__(-1, value))
-            refuse(case, adapter, tmp_path, *names_of(key))
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_a_tensor_of_integers_is_named_in_the_error(changed, tmp_path, name):
-    case, adapter = changed(name)
-    for key in one_of_each_kind(adapter):
-        with kept(adapter):
-            change_tensors(adapter, lambda t, key=key: t.update({key: t[key].to(torch.int32)}))
-            refuse(case, adapter, tmp_path, *names_of(key))
-
-
-@pytest.mark.parametrize(
-    "name", ["linear", "dora", "embedding", "tokens", "saved_head", "experts_mixtral", "lora_bias"]
-)
-def test_a_tensor_under_two_names_is_named_in_the_error(changed, tmp_path, name):
-    case, adapter = changed(name)
-    for key in one_of_each_kind(adapter):
-        for other in (key.removeprefix(PREFIX), f"module.{key}"):
-            with kept(adapter):
-                change_tensors(adapter, lambda t, key=key, other=other: t.update({other: t[key] * 2}))
-                refuse(case, adapter, tmp_path, *names_of(key))
-
-
-def test_two_adapters_in_one_file_are_refused(changed, tmp_path):
-    case, adapter = changed("linear")
-    tensors = load_file(adapter / WEIGHTS)
-    both = {
-        re.sub(r"(lora_[AB])", rf"\1.{name}", key): tensor * factor
-        for key, tensor in tensors.items()
-        for name, factor in (("default", 1), ("other", 2))
-    }
-    save_file(both, adapter / WEIGHTS)
-    refuse(case, adapter, tmp_path, "_proj")
 
 
 @pytest.mark.parametrize("name", ["resized_saved", "resized_saved_embedding_tied", "everything_phi"])
@@ -246,33 +172,28 @@ def test_copies_that_differ_are_named_in_the_error(changed, tmp_path, name):
 # Configuration and tensors must agree
 
 
-@pytest.mark.parametrize("rank", [2, 5, 8, 16])
 @pytest.mark.parametrize("name", KINDS)
-def test_a_rank_that_differs_from_the_tensors_is_refused(changed, tmp_path, name, rank):
+def test_a_rank_that_differs_from_the_tensors_is_refused(changed, tmp_path, name):
     """Also for experts, whose tensors would fit twice the rank and half as many experts."""
     case, adapter = changed(name)
-    change_config(adapter, r=rank)
     modules = {name for key in keys_of(adapter) if "lora_" in key for name in names_of(key)}
-    refuse(case, adapter, tmp_path, *modules)
+    for rank in (2, 5, 8):
+        change_config(adapter, r=rank)
+        refuse(case, adapter, tmp_path, *modules)
 
 
-@pytest.mark.parametrize("alpha", [0, -1, None, "8", True, [8]])
 @pytest.mark.parametrize(
-    "name", ["dora", "embedding", "lora_bias", "experts_mixtral", "router", "experts_one_by_one_qwen3"]
+    ("name", "alpha"),
+    [
+        *(("dora", "0"), ("embedding", "-1"), ("lora_bias", "null"), ("experts_mixtral", '"8"'), ("router", "true")),
+        *(("experts_one_by_one_qwen3", "[8]"), ("dora", "NaN"), ("experts_mixtral", "-Infinity"), ("router", "1e999")),
+    ],
 )
 def test_a_scaling_that_is_not_a_positive_number_is_refused(changed, tmp_path, name, alpha):
     case, adapter = changed(name)
-    change_config(adapter, lora_alpha=alpha)
-    refuse(case, adapter, tmp_path, "lora_alpha")
-
-
-@pytest.mark.parametrize("alpha", ["NaN", "Infinity", "-Infinity", "1e999"])
-@pytest.mark.parametrize("name", ["linear", "dora", "experts_mixtral"])
-def test_a_scaling_that_is_not_finite_is_refused(changed, tmp_path, name, alpha):
-    case, adapter = changed(name)
     text = (adapter / CONFIG).read_text()
     (adapter / CONFIG).write_text(re.sub(r'"lora_alpha": \d+', f'"lora_alpha": {alpha}', text))
-    assert alpha in (adapter / CONFIG).read_text()
+    assert f'"lora_alpha": {alpha}' in (adapter / CONFIG).read_text()
     refuse(case, adapter, tmp_path, "lora_alpha", CONFIG)
 
 
@@ -342,37 +263,6 @@ def test_half_a_resized_vocabulary_is_refused(made, tmp_path, target):
 # Unsupported features
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_unsupported_features_are_refused_by_name(made, tmp_path, name):
-    case = peft_adapters.make(made, "head")
-    adapter = peft_adapters.write_refused(tmp_path / "adapter", name, case.base)
-    refuse(case, adapter, tmp_path, REFUSED[name][0])
-    with pytest.raises(AdapterError, match=REFUSED[name][0]):
-        read_adapter(adapter)
-
-
-@pytest.mark.parametrize(
-    "says",
-    [
-        {"use_qalora": True},
-        {"megatron_config": {"tensor_model_parallel_size": 1}},
-        {"arrow_config": {"top_k": 3}},
-        {"init_lora_weights": "corda"},
-        {"init_lora_weights": "loftq"},
-        {"init_lora_weights": "lora_ga"},
-        {"init_lora_weights": "pissa_niter_16"},
-        {"layer_replication": [[0, 2], [1, 2]]},
-        {"something_new": {"scale": 2}},
-    ],
-    ids=lambda says: next(iter(says)),
-)
-@pytest.mark.parametrize("name", ["linear", "dora", "experts_mixtral", "resized"])
-def test_a_configuration_that_names_an_unsupported_feature_is_refused(changed, tmp_path, name, says):
-    case, adapter = changed(name)
-    change_config(adapter, **says)
-    refuse(case, adapter, tmp_path, *says, *(str(value) for value in says.values()))
-
-
 def test_magnitudes_without_use_dora_are_refused_with_a_hint_for_torchtune(changed):
     """Setting use_dora would not help: torchtune 0.6.1 permutes B of q_proj and k_proj for peft, not the magnitudes."""
     _, adapter = changed("dora")
@@ -380,18 +270,6 @@ def test_magnitudes_without_use_dora_are_refused_with_a_hint_for_torchtune(chang
     with pytest.raises(AdapterError, match="has a lora_magnitude_vector, but use_dora is not set") as caught:
         read_adapter(adapter)
     assert "use adaptkit extract on the model that torchtune merged" in caught.value.hint
-
-
-@pytest.mark.parametrize(("name", "part"), [("dora", ".lora_magnitude_vector"), ("lora_bias", ".lora_B.bias")])
-def test_a_magnitude_or_bias_that_is_not_one_number_per_row_is_refused(changed, tmp_path, name, part):
-    case, adapter = changed(name)
-
-    def longer(tensors):
-        key = next(key for key in sorted(tensors) if part in key)
-        tensors[key] = torch.cat([tensors[key], torch.ones(1)])
-
-    change_tensors(adapter, longer)
-    refuse(case, adapter, tmp_path, part, "expected")
 
 
 def test_dora_with_lora_bias_is_refused(changed, tmp_path):
@@ -402,24 +280,6 @@ def test_dora_with_lora_bias_is_refused(changed, tmp_path):
         for key in [key for key in tensors if "lora_B.weight" in key]:
             tensors[key.replace("lora_B.weight", "lora_magnitude_vector")] = torch.ones(tensors[key].shape[0])
     refuse(case, adapter, tmp_path, "lora_bias", "bias")
-
-
-@pytest.mark.parametrize("dims", [1, 2, 3])
-def test_convolutions_are_refused(tmp_path, dims):
-    layer = getattr(torch.nn, f"Conv{dims}d")(8, 8, 3)
-    model = peft.get_peft_model(torch.nn.ModuleDict({"conv": layer}), peft.LoraConfig(target_modules=["conv"]))
-    model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(AdapterError, match="conv is a convolution; LoRA of convolutions is not supported") as caught:
-        read_adapter(tmp_path / "adapter")
-    assert caught.value.hint == "merge the adapter with peft"
-
-
-@pytest.mark.parametrize("name", ["linear", "resized", "experts_mixtral"])
-def test_a_pickle_is_refused_and_not_loaded(changed, tmp_path, name):
-    case, adapter = changed(name)
-    torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
-    (adapter / WEIGHTS).unlink()
-    refuse(case, adapter, tmp_path, ".bin")
 
 
 # Wrong base
@@ -467,56 +327,10 @@ def test_an_adapter_for_a_different_number_of_experts_is_refused(made, changed, 
 # The same on the command line
 
 
-def spoil(adapter, how):
-    """Spoil an adapter in one of several ways."""
-    if how == "stray":
-        change_tensors(adapter, lambda t: t.update({f"{PREFIX}{Q}.lora_C.weight": torch.ones(4, 4)}))
-    elif how == "rank":
-        change_config(adapter, r=5)
-    elif how == "alpha":
-        text = (adapter / CONFIG).read_text()
-        (adapter / CONFIG).write_text(re.sub(r'"lora_alpha": \d+', '"lora_alpha": NaN', text))
-    elif how == "module":
-        peft_adapters.rename_keys(adapter, lambda name: name.replace(".layers.0.", ".layers.9."))
-    elif how == "shape":
-        key = f"{PREFIX}{Q}.lora_A.weight"
-        change_tensors(adapter, lambda t: t.update({key: t[key][:, :32]}))
-
-
-@pytest.mark.parametrize(
-    ("name", "how", "code", "phrase"),
-    [
-        ("everything", "stray", 5, "lora_C"),
-        ("experts_mixtral", "rank", 5, "rank"),
-        ("dora", "alpha", 5, CONFIG),
-        ("lora_bias", "module", 4, "layers.9"),
-        ("head", "shape", 4, Q),
-    ],
-)
-def test_the_command_line_reports_a_bad_adapter_in_one_line_with_a_hint(
-    changed, run_cli, tmp_path, name, how, code, phrase
-):
-    case, adapter = changed(name)
-    spoil(adapter, how)
-    error, _ = run_cli("merge", case.base, adapter, "-o", tmp_path / "out").refusal(code)
-    assert phrase in error
-    assert list(tmp_path.glob("out*")) == []
-
-
-def test_merging_leaves_its_inputs_unchanged(changed, tmp_path):
-    case, adapter = changed("everything")
-    base = shutil.copytree(case.base, tmp_path / "base")
-
-    before = tree(base), tree(adapter)
-    merge(base, [adapter], tmp_path / "out")
-    assert (tree(base), tree(adapter)) == before
-
-
 @pytest.mark.parametrize(
     "name",
-    ["dora_rslora", "lora_bias", "biases_all_conv1d", "saved_norms", "saved_both", "saved_tied_ensured", "saved_mlp",
-     "resized", "resized_saved_embedding_tied", "embeddings_saved", "embeddings_saved_tied", "embedding_tied",
-     "tokens_both", "tokens_resized_tied", "experts_qwen3", "everything"],
+    ["dora_rslora", "biases_all_conv1d", "saved_norms", "saved_tied_ensured", "resized_saved_embedding_tied",
+     "embeddings_saved_tied", "tokens_both", "tokens_resized_tied", "experts_qwen3", "everything"],
 )  # fmt: skip
 def test_the_number_of_trained_parameters_is_that_of_peft(name, made):
     case = peft_adapters.make(made, name)

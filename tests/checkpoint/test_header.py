@@ -19,7 +19,7 @@ from adaptkit.checkpoint.header import (
 )
 from adaptkit.documents import strict_json
 from adaptkit.errors import CheckpointError
-from adaptkit.numerics.spec import ITEM_BYTES, TensorSpec
+from adaptkit.numerics.spec import TensorSpec
 from adaptkit.numerics.tensors import DTYPES
 
 
@@ -30,10 +30,6 @@ def raw(header: str | bytes, data: bytes = b"", length: int | None = None) -> by
 
 def entry(start: int, end: int, dtype: str = "U8", shape: str | None = None) -> str:
     return f'{{"dtype":"{dtype}","shape":{shape or [end - start]},"data_offsets":[{start},{end}]}}'
-
-
-def test_sizes_of_dtypes_are_those_of_torch():
-    assert {name: dtype.itemsize for name, dtype in DTYPES.items()} == ITEM_BYTES
 
 
 @given(
@@ -87,40 +83,20 @@ def test_tensors_in_a_header_of_safetensors_are_read_in_the_order_of_positions(t
 TEN = bytes(10)
 DEEP = "[" * 5000 + "]" * 5000
 HOSTILE = {
-    "empty": b"",
-    "seven bytes": b"\x01" + bytes(6),
-    "length of 2^63": raw("{}", length=1 << 63),
-    "header of 200 MB": raw("{}", length=200_000_000),
-    "header longer than the file": raw("{}", length=1000),
-    "bad UTF-8": raw(b'{"\xff":' + entry(0, 1).encode() + b"}", b"x"),
-    "not JSON": raw("tensors!"),
     "a list": raw("[]"),
-    "deep JSON": raw('{"a":' + DEEP + "}"),
-    "overlap": raw(f'{{"a":{entry(0, 6)},"b":{entry(4, 10)}}}', TEN),
-    "alias": raw(f'{{"a":{entry(0, 10)},"b":{entry(0, 10)}}}', TEN),
-    "hole": raw(f'{{"a":{entry(0, 4)},"b":{entry(6, 10)}}}', TEN),
-    "trailing bytes": raw(f'{{"a":{entry(0, 10)}}}', TEN + b"PK\x05\x06" + bytes(18)),
-    "truncated": raw(f'{{"a":{entry(0, 10)}}}', TEN[:9]),
-    "shape overflow": raw(f'{{"a":{entry(0, 10, "F32", "[4294967296, 4294967296]")}}}', TEN),
-    "shape differs from offsets": raw(f'{{"a":{entry(0, 10, "U8", "[11]")}}}', TEN),
-    "negative shape": raw(f'{{"a":{entry(0, 10, "U8", "[-10]")}}}', TEN),
-    "unknown dtype": raw(f'{{"a":{entry(0, 10, "Q4", "[10]")}}}', TEN),
-    "unsupported dtype": raw(f'{{"a":{entry(0, 10, "U16", "[5]")}}}', TEN),
-    "duplicate key": raw(f'{{"a":{entry(0, 5)},"a":{entry(5, 10)}}}', TEN),
-    "duplicate metadata key": raw(f'{{"__metadata__":{{"f":"1","f":"2"}},"a":{entry(0, 10)}}}', TEN),
+    "a name twice": raw(f'{{"a":{entry(0, 5)},"a":{entry(5, 10)}}}', TEN),
+    "a metadata key twice": raw(f'{{"__metadata__":{{"f":"1","f":"2"}},"a":{entry(0, 10)}}}', TEN),
     "NaN": raw('{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,10]}}', TEN),
-    "extra field": raw('{"a":{"dtype":"U8","shape":[10],"data_offsets":[0,10],"sparse":1}}', TEN),
-    "no name": raw(f'{{"":{entry(0, 10)}}}', TEN),
-    "path as a name": raw(f'{{"../../x":{entry(0, 10)}}}', TEN),
+    "unsupported dtype": raw(f'{{"a":{entry(0, 10, "U16", "[5]")}}}', TEN),
+    "trailing bytes": raw(f'{{"a":{entry(0, 10)}}}', TEN + b"PK\x05\x06" + bytes(18)),
+    "hole": raw(f'{{"a":{entry(0, 4)},"b":{entry(6, 10)}}}', TEN),
     "backslash": raw(f'{{"a\\\\b":{entry(0, 10)}}}', TEN),
-    "NUL in a name": raw(f'{{"a\\u0000":{entry(0, 10)}}}', TEN),
     "newline in a name": raw(f'{{"a\\n":{entry(0, 10)}}}', TEN),
     "right-to-left override": raw(f'{{"a\\u202eb":{entry(0, 10)}}}', TEN),
     "lone surrogate": raw(f'{{"a\\ud800":{entry(0, 10)}}}', TEN),
-    "names that differ in normalization": raw(f'{{"\\u00e9":{entry(0, 5)},"e\\u0301":{entry(5, 10)}}}', TEN),
     "a pickle": b"\x80\x02}q\x00(X\x01\x00\x00\x00aq\x01K\x01u.",
-    "a zip": b"PK\x03\x04" + bytes(100),
 }
+"""Besides those of ``bad_inputs``, with which whole commands run."""
 
 
 @pytest.mark.parametrize("name", sorted(HOSTILE))
@@ -160,12 +136,6 @@ def test_a_header_that_is_accepted_is_accepted_by_safetensors_too(tmp_path_facto
     assert found == specs
 
 
-def test_a_header_of_20000_tensors_is_read(tmp_path):
-    specs = [TensorSpec(f"t{number}", "U8", (1,)) for number in range(20_000)]
-    (tmp_path / "x.safetensors").write_bytes(write_header(specs) + bytes(20_000))
-    assert [spec for spec, _ in read_header(tmp_path / "x.safetensors").tensors] == specs
-
-
 @pytest.mark.parametrize("kind", ["fifo", "folder", "absent", "dangling link"])
 def test_only_regular_files_are_opened(tmp_path, kind):
     path = tmp_path / "x.safetensors"
@@ -182,43 +152,32 @@ def test_only_regular_files_are_opened(tmp_path, kind):
 
 @pytest.mark.parametrize(
     "text",
-    [
-        b'{"a":1,"a":2}',
-        b'{"a":{"b":1,"b":1}}',
-        b'{"a":NaN}',
-        b'{"a":-Infinity}',
-        b'{"a":1e999}',
-        b"[1]",
-        b"null",
-        b"",
-        b"{",
-        b'{"a":1}x',
-        b"\xff\xfe{}",
-        pytest.param(DEEP.encode() * 20, id="deep"),
-        pytest.param(b'{"a":' + b"1" * 5000 + b"}", id="a number of 5000 digits"),
-    ],
-)
+    [b'{"a":1,"a":2}', b'{"a":{"b":1,"b":1}}', b'{"a":NaN}', b'{"a":-Infinity}', b'{"a":1e999}', b"[1]", b"null", b"",
+     b"{", b'{"a":1}x', b"\xff\xfe{}", DEEP.encode() * 20, b'{"a":' + b"1" * 5000 + b"}"],
+    ids=range(13),
+)  # fmt: skip
 def test_malformed_or_ambiguous_json_is_refused(text):
     with pytest.raises(CheckpointError, match=r"^config\.json: "):
         strict_json(text, "config.json")
 
 
-@given(st.dictionaries(st.text(), st.recursive(st.none() | st.integers(-9, 9) | st.text(), st.lists), max_size=4))
+@given(st.dictionaries(st.text(), st.none() | st.integers(-9, 9) | st.text() | st.lists(st.text()), max_size=4))
 def test_ordinary_json_is_read_unchanged(value):
     assert strict_json(json.dumps(value).encode(), "x") == value
 
 
-def test_mlx_quantized_weights_are_refused_with_a_hint(tmp_path):
+@pytest.mark.parametrize(
+    ("content", "error", "hint"),
+    [
+        (raw(f'{{"lm_head.weight":{entry(0, 128, "U32", "[4,8]")}}}', bytes(128)), "U32", "that it was made from"),
+        (f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n".encode(),
+         "a Git LFS pointer", "git lfs pull"),
+    ],
+    ids=["MLX", "Git LFS"],
+)  # fmt: skip
+def test_weights_of_mlx_and_git_lfs_pointers_are_refused_with_a_hint(tmp_path, content, error, hint):
     path = tmp_path / "model.safetensors"
-    path.write_bytes(raw(f'{{"lm_head.weight":{entry(0, 128, "U32", "[4,8]")}}}', bytes(128)))
-    with pytest.raises(CheckpointError, match="U32") as caught:
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=error) as caught:
         read_header(path)
-    assert "the checkpoint that it was made from" in caught.value.hint
-
-
-def test_a_git_lfs_pointer_is_refused_with_a_hint(tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n")
-    with pytest.raises(CheckpointError, match="a Git LFS pointer") as refused:
-        read_header(path)
-    assert "git lfs pull" in refused.value.hint
+    assert hint in caught.value.hint

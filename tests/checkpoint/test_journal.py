@@ -53,10 +53,13 @@ def make(final: Path, force: bool = False, plan: object = PLAN, content: bytes =
         publish(output)
 
 
-def test_nothing_is_visible_before_it_is_published(tmp_path):
+def test_nothing_is_visible_before_it_is_published_and_then_only_what_was_added(tmp_path):
     final = tmp_path / "deeper" / "out"
     with Output(final, PLAN) as output:
         add(output, "a", b"first")
+        (output.folder / "checkpoint-1").mkdir()
+        for stray in ("stray", "checkpoint-1/state"):
+            (output.folder / stray).write_text("")
         assert not final.exists()
         manifest = publish(output)
     assert tree(final) == {"a": b"first", MANIFEST_NAME: manifest.to_bytes()}
@@ -74,6 +77,8 @@ def test_after_an_error_nothing_is_published_and_finished_files_are_reused(tmp_p
         fail()
     assert not (tmp_path / "out").exists()
     with Output(tmp_path / "out", PLAN) as output:
+        assert not output.finished("a", "b")  # a group is finished only if each of them is
+        assert output.files == []
         assert output.finished("a")
         assert not output.finished("b")
         assert [record.path for record in output.files] == ["a"]
@@ -82,19 +87,6 @@ def test_after_an_error_nothing_is_published_and_finished_files_are_reused(tmp_p
         add(output, "b", b"second")
         publish(output)
     assert set(tree(tmp_path / "out")) == {"a", "b", MANIFEST_NAME}
-
-
-def test_a_resumed_run_gives_the_same_files_as_an_uninterrupted_one(tmp_path):
-    with Output(tmp_path / "interrupted", PLAN) as output:
-        add(output, "a", b"first")
-    for name, resumed in (("interrupted", True), ("straight", False)):
-        with Output(tmp_path / name, PLAN) as output:
-            assert output.finished("a") == resumed
-            if not resumed:
-                add(output, "a", b"first")
-            add(output, "b", b"second")
-            publish(output)
-    assert tree(tmp_path / "interrupted") == tree(tmp_path / "straight")
 
 
 @pytest.mark.parametrize("listed", [True, False])
@@ -127,14 +119,6 @@ def test_a_finished_file_that_was_changed_or_removed_counts_as_unfinished(tmp_pa
         assert not output.finished("a")
 
 
-def test_a_group_of_files_is_finished_only_if_each_of_them_is(tmp_path):
-    with Output(tmp_path / "out", PLAN) as output:
-        add(output, "a", b"first")
-    with Output(tmp_path / "out", PLAN) as output:
-        assert not output.finished("a", "b")
-        assert output.files == []
-
-
 @pytest.mark.parametrize("cut", range(1, 60, 7))
 def test_a_truncated_journal_loses_only_its_last_line(tmp_path, cut):
     with Output(tmp_path / "out", PLAN) as output:
@@ -149,13 +133,7 @@ def test_a_truncated_journal_loses_only_its_last_line(tmp_path, cut):
     with Output(tmp_path / "out", PLAN) as output:
         assert output.finished("a", "b")
     assert [len(json.loads(line)) for line in journal.read_text().splitlines()] == [2, 3, 3]
-
-
-def test_work_starts_over_if_the_journal_is_truncated_in_its_first_line(tmp_path):
-    with Output(tmp_path / "out", PLAN):
-        pass
-    journal = tmp_path / "out.partial" / JOURNAL_NAME
-    journal.write_bytes(journal.read_bytes()[:20])
+    journal.write_bytes(journal.read_bytes()[:20])  # in its first line: work starts over
     make(tmp_path / "out")
     assert set(tree(tmp_path / "out")) == {"a", "x.json", MANIFEST_NAME}
 
@@ -228,24 +206,35 @@ def test_force_is_suggested_only_where_it_would_replace_the_output(tmp_path):
             check_output(final, True, inputs)
 
 
-@pytest.mark.parametrize("kind", ["folder", "link to an empty folder", "file", "link to an artifact", "dangling link"])
-def test_force_replaces_nothing_that_adaptkit_did_not_make(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "error"),
+    [
+        ("folder", "adaptkit did not make this"),
+        ("link to an empty folder", "adaptkit did not make this"),
+        ("file", "adaptkit did not make this"),
+        ("link to an artifact", "adaptkit did not make this"),
+        ("dangling link", "adaptkit did not make this"),
+        ("artifact whose manifest cannot be read", "cannot tell which files"),  # are the user's
+    ],
+)
+def test_force_replaces_nothing_that_adaptkit_did_not_make(tmp_path, kind, error):
     final = tmp_path / "out"
     make(tmp_path / "artifact")
+    (tmp_path / "empty folder").mkdir()
     if kind == "file":
         final.write_text("mine")
-    elif kind == "link to an artifact":
-        final.symlink_to(tmp_path / "artifact")
     elif kind == "dangling link":
         final.symlink_to(tmp_path / "nowhere")
-    elif kind == "link to an empty folder":
-        (tmp_path / "empty").mkdir()
-        final.symlink_to(tmp_path / "empty")
-    else:
+    elif kind.startswith("link to "):
+        final.symlink_to(tmp_path / kind.removeprefix("link to an "))
+    elif kind == "folder":
         final.mkdir()
         (final / "thesis.txt").write_text("mine")
+    else:
+        make(final)
+        (final / MANIFEST_NAME).write_text("{}")
     before = tree(tmp_path)
-    with pytest.raises(OutputExistsError, match="adaptkit did not make this"):
+    with pytest.raises(OutputExistsError, match=error):
         make(final, force=True)
     assert tree(tmp_path) == before
 
@@ -285,27 +274,27 @@ def test_a_file_that_a_user_puts_into_an_output_meanwhile_is_left_alone(tmp_path
     assert (final / "a").read_bytes() == b"first"
 
 
-def test_force_replaces_no_folder_whose_manifest_cannot_be_read(tmp_path):
-    """Which of its files are the user's is unknown then."""
-    final = tmp_path / "out"
-    make(final)
-    (final / MANIFEST_NAME).write_text("{}")
-    before = tree(tmp_path)
-    with pytest.raises(OutputExistsError, match="cannot tell which files"):
-        make(final, force=True)
-    assert tree(tmp_path) == before
-
-
 @pytest.mark.parametrize("force", [False, True])
-@pytest.mark.parametrize("suffix", [".partial", ".replaced"])
-def test_a_foreign_folder_in_the_way_is_left_alone(tmp_path, suffix, force):
-    foreign = tmp_path / f"out{suffix}"
-    foreign.mkdir()
-    (foreign / "thesis.txt").write_text("mine")
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [(".partial", "folder"), (".replaced", "folder"), (".partial", "file"), (".partial", "link")]
+)
+def test_what_is_in_the_way_of_unfinished_work_is_left_alone(tmp_path, suffix, kind, force):
+    foreign, other = tmp_path / f"out{suffix}", tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    if kind == "file":
+        foreign.write_text("mine")
+    elif kind == "link":
+        foreign.symlink_to("other")
+    else:
+        other.rename(foreign)
+    before = tree(tmp_path)
     with pytest.raises(ConflictError, match="in the way"):
         make(tmp_path / "out", force)
-    assert tree(tmp_path) == {f"out{suffix}/thesis.txt": b"mine"}
+    assert tree(tmp_path) == before
     assert not (tmp_path / "out").exists()
+    foreign.rename(tmp_path / "elsewhere")
+    make(tmp_path / "out")  # no lock is left
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -435,16 +424,6 @@ def test_an_output_may_not_be_named_like_unfinished_work(tmp_path, name):
         make(tmp_path / name)
 
 
-def test_a_refusal_does_not_hold_the_lock(tmp_path):
-    foreign = tmp_path / "out.partial"
-    foreign.mkdir()
-    (foreign / "thesis.txt").write_text("mine")
-    with pytest.raises(ConflictError, match="in the way"):
-        make(tmp_path / "out")
-    (foreign / "thesis.txt").unlink()
-    make(tmp_path / "out")
-
-
 HOLDER = """
 import sys
 from pathlib import Path
@@ -545,16 +524,6 @@ def test_finished_files_are_hashed_only_on_request_and_once(tmp_path, monkeypatc
     assert read == ["a", "b"]
 
 
-def test_files_that_were_not_added_are_not_published(tmp_path):
-    with Output(tmp_path / "out", PLAN) as output:
-        add(output, "a", b"first")
-        (output.folder / "stray").write_text("")
-        (output.folder / "checkpoint-1").mkdir()
-        (output.folder / "checkpoint-1" / "state").write_text("")
-        publish(output)
-    assert set(tree(tmp_path / "out")) == {"a", MANIFEST_NAME}
-
-
 CHANGES = {"open", "os.chmod", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "shutil.rmtree"}
 """Python's audit events before the file system is changed; ``open`` counts only for writing."""
 
@@ -633,31 +602,16 @@ def test_a_kill_at_any_moment_leaves_whole_artifacts_and_the_next_run_only_the_o
     )
 
 
-@pytest.mark.parametrize("kind", ["file", "link"])
-def test_a_file_or_link_is_not_taken_for_unfinished_work(tmp_path, kind):
-    (tmp_path / "other").mkdir()
-    if kind == "file":
-        (tmp_path / "out.partial").write_text("mine")
-    else:
-        (tmp_path / "out.partial").symlink_to("other")
-    with pytest.raises(ConflictError, match="in the way"):
-        make(tmp_path / "out", force=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out.partial"]
-    assert list((tmp_path / "other").iterdir()) == []
-
-
 def test_an_output_that_cannot_be_written_is_a_usage_error(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "circle").symlink_to("circle")
     (tmp_path / "stale").symlink_to("gone")
+    before = sorted(tmp_path.iterdir())
     for name in ("file", "circle", "stale", "stale/folder"):
         with pytest.raises(UsageError, match="cannot be written"):
             check_output(tmp_path / name / "out", force=False)  # all that a dry run does
-
-
-def test_checking_an_output_creates_nothing(tmp_path):
     check_output(tmp_path / "deeper" / "out", force=True)
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -695,22 +649,16 @@ def test_the_space_of_an_unfinished_file_counts_as_free(tmp_path):
             output.require_space(free + 3 * half)
 
 
-@pytest.mark.parametrize("is_begun", [False, True])
-def test_a_folder_without_room_for_the_output_is_removed_unless_something_is_written(tmp_path, is_begun):
-    with Output(tmp_path / "out", PLAN) as output:
-        if is_begun:
+@pytest.mark.parametrize("has", ["nothing", "temporary data", "a file"])
+def test_a_folder_without_room_for_the_output_is_removed_unless_something_is_written(tmp_path, has):
+    with Output(tmp_path / "out", PLAN) as output, contextlib.ExitStack() as stack:
+        if has == "a file":
             output.write("a", b"done")
+        elif has == "temporary data":
+            (stack.enter_context(output.scratch_folder()) / "data").write_bytes(b"temporary")
         with pytest.raises(DiskError, match="more bytes"):
             output.require_space(shutil.disk_usage(tmp_path).free + (1 << 40))
-    assert [path.name for path in tmp_path.iterdir()] == (["out.partial"] if is_begun else [])
-
-
-def test_the_folder_is_removed_if_there_is_no_room_for_temporary_data(tmp_path):
-    with Output(tmp_path / "out", PLAN) as output, output.scratch_folder() as scratch:
-        (scratch / "data").write_bytes(b"temporary")
-        with pytest.raises(DiskError, match="more bytes"):
-            output.require_space(shutil.disk_usage(tmp_path).free + (1 << 40))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == (["out.partial"] if has == "a file" else [])
 
 
 def test_a_scratch_folder_starts_empty_and_is_removed_even_after_an_interrupt(tmp_path):

@@ -24,22 +24,16 @@ MANIFESTS = sorted(GOLDEN.glob("*/*/adaptkit-manifest.json"))
 RECORDS = {"file": FileRecord, "tensor": TensorRecord, "parent": Parent, "target": Target}
 
 
-def test_the_schema_is_a_valid_json_schema():
+def test_the_schema_is_valid_and_has_the_fields_of_the_classes():
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     assert SCHEMA["$schema"] == "https://json-schema.org/draft/2020-12/schema"
-
-
-@pytest.mark.parametrize("name", sorted(RECORDS))
-def test_the_schema_of_a_record_has_the_fields_of_its_class(name):
-    fields, definition = dataclasses.fields(RECORDS[name]), SCHEMA["$defs"][name]
-    assert set(definition["properties"]) == {field.name for field in fields}
-    assert definition["required"] == sorted(field.name for field in fields if field.default is dataclasses.MISSING)
-    assert definition["additionalProperties"] is False
-
-
-def test_the_schema_of_a_manifest_has_the_fields_of_its_class():
     expected = {field.name for field in dataclasses.fields(Manifest)} | {"tensors_root"}
     assert set(SCHEMA["properties"]) == set(SCHEMA["required"]) == expected
+    for name, record in RECORDS.items():
+        fields, definition = dataclasses.fields(record), SCHEMA["$defs"][name]
+        assert set(definition["properties"]) == {field.name for field in fields}
+        assert definition["required"] == sorted(field.name for field in fields if field.default is dataclasses.MISSING)
+        assert definition["additionalProperties"] is False
     assert SCHEMA["$defs"]["tensor"]["properties"]["dtype"]["enum"] == sorted(ITEM_BYTES)
 
 

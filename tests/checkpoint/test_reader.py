@@ -41,19 +41,13 @@ def mixed(tmp_path):
     return tensors, tmp_path
 
 
-def test_tensors_are_those_written_with_safetensors(mixed):
+@pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
+def test_tensors_and_their_pieces_are_those_written_with_safetensors(mixed, size):
     tensors, folder = mixed
     checkpoint = Checkpoint(folder)
     assert set(checkpoint.tensors) == set(tensors)
     for name, tensor in tensors.items():
         assert same(as_tensor(checkpoint.read(name)), tensor), name
-
-
-@pytest.mark.parametrize("size", [1, 7, 64, 1 << 20])
-def test_pieces_concatenate_to_the_tensor(mixed, size):
-    tensors, folder = mixed
-    checkpoint = Checkpoint(folder)
-    for name, tensor in tensors.items():
         starts = range(0, tensor.numel(), size)
         pieces = [as_tensor(checkpoint.read_flat(name, start, min(size, tensor.numel() - start))) for start in starts]
         assert same(torch.cat(pieces) if pieces else tensor.reshape(-1), tensor.reshape(-1)), name
@@ -62,51 +56,39 @@ def test_pieces_concatenate_to_the_tensor(mixed, size):
 def test_shards_are_read_like_a_single_file(llama, llama_sharded):
     whole, parts = Checkpoint(llama), Checkpoint(llama_sharded)
     assert len(parts.headers) == 3
-    assert set(whole.tensors) == set(parts.tensors)
+    assert list(TensorFiles(llama_sharded, [LAST, FIRST]).headers) == [LAST, FIRST]  # in the order given
     expected = load_file(llama / "model.safetensors")
-    for name in whole.tensors:
-        assert torch.equal(as_tensor(whole.read(name)), expected[name])
-        assert torch.equal(as_tensor(parts.read(name)), expected[name])
+    assert set(whole.tensors) == set(parts.tensors) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(as_tensor(whole.read(name)), tensor)
+        assert torch.equal(as_tensor(parts.read(name)), tensor)
 
 
-def edit_index(folder, change):
+NORM, FIRST, LAST = "model.norm.weight", "model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"
+INDEXES = {
+    "a tensor of no shard": (lambda m: m.update({"ghost.weight": FIRST}), r"ghost\.weight"),
+    "an unlisted tensor": (lambda m: m.pop(NORM), r"model\.norm\.weight.* not in the index"),
+    "another shard": (lambda m: m.update({NORM: FIRST if m[NORM] == LAST else LAST}), r"model\.norm\.weight"),
+    "a shard outside": (lambda m: m.update(dict.fromkeys(m, f"../{FIRST}")), "is not a plain path inside its folder"),
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_an_index_that_does_not_match_the_shards_is_refused(llama_sharded, copy_of, tmp_path, name):
+    folder = copy_of(llama_sharded)
+    (tmp_path / FIRST).write_bytes((folder / FIRST).read_bytes())
+    change, error = INDEXES[name]
     index = json.loads((folder / INDEX_NAME).read_text())
     change(index["weight_map"])
     (folder / INDEX_NAME).write_text(json.dumps(index))
-
-
-def test_a_tensor_that_only_the_index_lists_is_refused(llama_sharded, copy_of):
-    folder = copy_of(llama_sharded)
-    edit_index(folder, lambda m: m.update({"ghost.weight": "model-00001-of-00003.safetensors"}))
-    with pytest.raises(CheckpointError, match=r"ghost\.weight"):
-        Checkpoint(folder)
-
-
-def test_a_tensor_that_the_index_does_not_list_is_refused(llama_sharded, copy_of):
-    folder = copy_of(llama_sharded)
-    edit_index(folder, lambda m: m.pop("model.norm.weight"))
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.* not in the index"):
-        Checkpoint(folder)
-
-
-def test_a_tensor_listed_in_the_wrong_shard_is_refused(llama_sharded, copy_of):
-    folder = copy_of(llama_sharded)
-
-    def swap(weight_map):
-        files = sorted(set(weight_map.values()))
-        weight_map["model.norm.weight"] = next(f for f in files if f != weight_map["model.norm.weight"])
-
-    edit_index(folder, swap)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
+    with pytest.raises(UnsafeInputError, match=error):
         Checkpoint(folder)
 
 
 def test_a_tensor_in_two_shards_is_refused(llama_sharded, copy_of):
     folder = copy_of(llama_sharded)
-    first, last = folder / "model-00001-of-00003.safetensors", folder / "model-00003-of-00003.safetensors"
-    tensors = load_file(last)
-    twice = next(iter(load_file(first)))
-    save_file(tensors | {twice: load_file(first)[twice]}, last)
+    twice = next(iter(load_file(folder / FIRST)))
+    save_file(load_file(folder / LAST) | {twice: load_file(folder / FIRST)[twice]}, folder / LAST)
     with pytest.raises(CheckpointError, match=twice.replace(".", r"\.")):
         Checkpoint(folder)
 
@@ -129,16 +111,6 @@ def test_a_shard_that_is_missing_or_invalid_is_refused_by_name(llama_sharded, co
         shard.write_bytes(content[:-1])
     with pytest.raises(UnsafeInputError, match=r"model-00002-of-00003\.safetensors"):
         Checkpoint(folder)
-
-
-def test_an_index_that_points_outside_of_the_folder_is_refused(llama_sharded, copy_of, tmp_path):
-    folder = copy_of(llama_sharded)
-    outside = tmp_path / "outside.safetensors"
-    outside.write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
-    for name in ("../outside.safetensors", str(outside)):
-        edit_index(folder, lambda m, name=name: m.update(dict.fromkeys(m, name)))
-        with pytest.raises(UnsafeInputError, match="is not a plain path inside its folder"):
-            Checkpoint(folder)
 
 
 def test_a_file_that_shrinks_after_it_was_opened_is_noticed(mixed):
@@ -179,23 +151,6 @@ def test_a_folder_without_tensors_is_refused(tmp_path):
         Checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("config", "method"),
-    [
-        ({}, None),
-        ({"quantization_config": None}, None),
-        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
-        ({"quantization_config": {}}, "a method that config.json does not name"),
-        ({"quantization_config": {"quant_method": None}}, "a method that config.json does not name"),
-        ({"quantization_config": "4bit"}, "a method that config.json does not name"),
-    ],
-)
-def test_the_quantization_method_is_read_from_the_configuration(mixed, config, method):
-    _, folder = mixed
-    (folder / "config.json").write_text(json.dumps(config))
-    assert Checkpoint(folder).quantization_method == method
-
-
 def test_state_changes_with_every_file_that_affects_the_output(llama_sharded, copy_of):
     folder = copy_of(llama_sharded)
     before = Checkpoint(folder).state()
@@ -205,8 +160,3 @@ def test_state_changes_with_every_file_that_affects_the_output(llama_sharded, co
         after = Checkpoint(folder).state()
         assert after != before
         before = after
-
-
-def test_files_are_read_in_the_order_given(llama_sharded):
-    names = ["model-00003-of-00003.safetensors", "model-00001-of-00003.safetensors"]
-    assert list(TensorFiles(llama_sharded, names).headers) == names
