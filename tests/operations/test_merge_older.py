@@ -69,12 +69,10 @@ def test_embeddings_trained_without_gemma_3s_scale_are_reported(lora, tmp_path):
     case = Case(family="gemma3_text", tied=True, lora=lora)
     base = peft_adapters.write_base(tmp_path / "base", case)
     adapter = peft_adapters.write_adapter(tmp_path / "adapter", case, base)
-    said = []
-    for version in ("0.17.1", "0.18.0"):
+    for version, is_said in (("0.17.1", True), ("0.18.0", False)):
         peft_adapters.change_config(adapter, peft_version=version)
         report = merge(base, [adapter], tmp_path / version, MergeOptions(untie=True))
-        said.append(any("embed_tokens without the factor √hidden_size" in line for line in report.told))
-    assert said == [True, False]
+        assert any("embed_tokens without the factor √hidden_size" in line for line in report.told) == is_said
 
 
 def test_a_resized_head_that_older_releases_did_not_save_is_refused(tmp_path):
