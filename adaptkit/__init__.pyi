@@ -4,10 +4,10 @@ from adaptkit import errors as errors
 from adaptkit.checkpoint.signing import Signer as Signer
 from adaptkit.checkpoint.signing import Trust as Trust
 from adaptkit.errors import AdaptkitError as AdaptkitError
-from adaptkit.hub.download import PullOptions as PullOptions
-from adaptkit.hub.download import pull as pull
 from adaptkit.hub.publish import PublishOptions as PublishOptions
 from adaptkit.hub.publish import publish as publish
+from adaptkit.hub.pull import PullOptions as PullOptions
+from adaptkit.hub.pull import pull as pull
 from adaptkit.hub.sources import resolve_source as resolve_source
 from adaptkit.operations.adopt import AdoptOptions as AdoptOptions
 from adaptkit.operations.adopt import adopt as adopt

@@ -2,7 +2,7 @@
 
     .venv/bin/python scripts/bench_revisions.py main~3 main [--rounds 3] [--large] [quantize merge ...]
 
-Each revision is checked out into a temporary worktree, with a cache folder of its own. Each command first runs once on
+Each revision is checked out into a temporary worktree. Each command first runs once on
 either side uncounted, so that kernels are compiled and files are in the page cache. Then the sides alternate in each
 round, the first one first in every other. Printed are medians, and the ratio of before to after: above 1, it became
 better. The checkpoint is the random Llama of ``bench.py``, with 1.1 billion parameters, or with ``--large`` that of
@@ -35,15 +35,14 @@ FIGURES = ("seconds", "processor s", "peak MB")
 
 @dataclass(frozen=True)
 class Side:
-    """A revision's worktree and its cache folder."""
+    """A revision's worktree."""
 
     source: Path
-    cache: Path
 
     def run(self, arguments: list[str]) -> tuple[float, float, float]:
         """Run a command; return its seconds, processor seconds, and peak megabytes (of the largest process)."""
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        environment |= {"PYTHONPATH": str(self.source), "ADAPTKIT_CACHE": str(self.cache)}
+        environment |= {"PYTHONPATH": str(self.source)}
         os.sync()
         started = time.monotonic()
         with tempfile.TemporaryFile("w+") as errors:
@@ -67,7 +66,7 @@ def checkouts(revisions: list[str], folder: Path) -> Iterator[list[Side]]:
     try:
         for source, revision in zip(sources, revisions, strict=True):
             subprocess.run([*git, "add", "--quiet", "--detach", str(source), revision], check=True)
-        yield [Side(source, folder / f"{source.name}-cache") for source in sources]
+        yield [Side(source) for source in sources]
     finally:
         for source in sources:
             subprocess.run([*git, "remove", "--force", str(source)], check=False)

@@ -59,6 +59,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlencode, urlsplit
 
+import yaml
+
 PIECE_BYTES = 1 << 20
 LFS_MIN_BYTES = 10 << 20
 LFS_SUFFIXES = (".bin", ".ckpt", ".gguf", ".h5", ".npy", ".npz", ".onnx", ".parquet", ".pt", ".pth", ".safetensors")
@@ -312,6 +314,19 @@ class Store:
                     yield decode_chunk(chunk.scheme, xorb[chunk.start + 8 : chunk.end], chunk.size)
                 except (IndexError, ValueError, ZeroDivisionError) as error:
                     raise RefusalError(400, f"xorb {term['xorb']} is damaged at byte {chunk.start}") from error
+
+    def describe(self, tree: Tree) -> Json:
+        """Read what the Hub shows of a model's files: the front matter of its card, and its configuration's classes."""
+        texts = {
+            name: self.blob(tree[name].sha256).read_text() for name in ("README.md", "config.json") if name in tree
+        }
+        front = re.match(r"---\n(.*?)\n---\n", texts.get("README.md", ""), re.DOTALL)
+        try:
+            config = json.loads(texts.get("config.json", "{}"))
+        except ValueError:
+            config = {}
+        shown = {key: config[key] for key in ("architectures", "auto_map", "model_type") if key in config}
+        return {"cardData": yaml.safe_load(front[1]) if front else {}, "config": shown}
 
     def require_blob(self, path: str, sha256: str, size: int | None) -> File:
         """Describe an LFS file of a commit, and rebuild its content if it was uploaded through Xet."""
@@ -795,7 +810,7 @@ class Handler(BaseHTTPRequestHandler):
         info: Json = {"id": name, "modelId": name, "author": name.split("/")[0], "sha": oid, "siblings": siblings}
         info |= {"private": state["private"], "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
         info |= {"createdAt": state["created"], "lastModified": commit["date"]}
-        self.reply_json(info)
+        self.reply_json(info | self.hub.store.describe(commit["files"]))
 
     # --- uploading
 

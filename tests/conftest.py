@@ -15,7 +15,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-os.environ["ADAPTKIT_CACHE"] = ""  # no test may depend on what another one cached
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:  # waiting threads of one worker slow down the others
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before anything imports torch

@@ -167,7 +167,7 @@ def test_no_help_needs_torch_and_no_import_of_the_interface_a_large_library():
     code = """
 from importlib import import_module
 from click.testing import CliRunner
-for name in "", ".errors", ".discovery", ".cli.main", ".hub.publish", ".hub.download", ".operations.check":
+for name in "", ".errors", ".discovery", ".cli.main", ".hub.publish", ".hub.pull", ".operations.check":
     import_module("adaptkit" + name)
     assert not heavy("numba"), name
 from adaptkit.cli.main import cli, commands, names

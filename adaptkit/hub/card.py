@@ -15,14 +15,10 @@ import yaml
 
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.vocabulary import is_usual_embedding, is_usual_head
-from adaptkit.hub._remote import REPO_ID
+from adaptkit.hub.repository import REPO_ID
 from adaptkit.wording import counted
 
 _TITLES = {"adapter": "LoRA adapter", "merged": "Merged model", "quantized": "Quantized model"}
-_LICENCE_KEYS = ("license", "license_name", "license_link")
-_YAML = "tag:yaml.org,2002:"
-_OTHER_KINDS = {"auto_map", "audio_config", "text_config", "vision_config"}
-"""Keys in ``config.json`` of models that ``AutoModelForCausalLM`` may not load, or not as they were trained."""
 _WRAPPERS = re.compile(r"(\.token_adapter|\.modules_to_save|\.default|\.base_layer)*\.weight$")
 """The end of the name of a whole tensor in an adapter, after its module."""
 
@@ -34,7 +30,7 @@ class CardFacts:
     Attributes:
         config: ``adapter_config.json`` of an adapter, ``config.json`` of a model.
         base: name of the base on the Hub, if known.
-        base_config: ``config.json`` of an adapter's base; empty if it is unknown.
+        base_config: what the Hub shows of ``config.json`` of an adapter's base; empty if it is unknown.
         licence: licence fields in the front matter of the base's card.
         figures: label and value of each training measurement.
         picture: file name of the training curves, if there is one.
@@ -87,31 +83,6 @@ def relation(manifest: Manifest) -> str | None:
     return {"adapter": "adapter", "merged": "merge", "quantized": "quantized"}.get(manifest.kind)
 
 
-def read_licence(card: str) -> dict[str, str | list[str]]:
-    """Return the licence fields in a card's front matter; empty if there are none or it cannot be parsed."""
-    found = re.match(r"\ufeff?\s*---\r?\n(.{0,65536}?)\r?\n---\s*(?:\n|$)", card, re.DOTALL)
-    try:
-        # Nodes rather than values: building values from untrusted YAML can exhaust memory or raise any error.
-        front = yaml.compose(found[1], yaml.SafeLoader) if found else None
-    except (yaml.YAMLError, RecursionError, ValueError):
-        return {}
-    pairs = front.value if isinstance(front, yaml.MappingNode) else []
-    values = {key.value: _texts(value) for key, value in pairs if key.value in _LICENCE_KEYS}
-    return {key: value for key, value in values.items() if _is_plain(value)}
-
-
-def _texts(node: yaml.Node) -> Any:
-    """Return the text of a node, or the texts in a list; None for anything else."""
-    if node.tag == _YAML + "seq" and isinstance(node, yaml.SequenceNode):
-        return [_texts(item) if isinstance(item, yaml.ScalarNode) else None for item in node.value]
-    return node.value if node.tag == _YAML + "str" else None
-
-
-def _is_plain(value: Any) -> bool:
-    items = value if isinstance(value, list) else [value]
-    return bool(items) and all(isinstance(item, str) and item.isprintable() and 0 < len(item) < 300 for item in items)
-
-
 def _front_matter(manifest: Manifest, facts: CardFacts) -> dict[str, Any]:
     is_adapter = manifest.kind == "adapter"
     tags = {"adaptkit"} | ({"lora"} if is_adapter else set())
@@ -124,9 +95,8 @@ def _front_matter(manifest: Manifest, facts: CardFacts) -> dict[str, Any]:
         front["pipeline_tag"] = "text-generation"
     if facts.base is not None:
         front["base_model"] = facts.base
-        found = relation(manifest)
-        if found is not None:
-            front["base_model_relation"] = found
+        if (role := relation(manifest)) is not None:
+            front["base_model_relation"] = role
     return front | dict(facts.licence)
 
 
@@ -194,13 +164,18 @@ def _entries(manifest: Manifest) -> int | None:
 def _generates_text(manifest: Manifest, facts: CardFacts) -> bool:
     """Whether the configuration says that this is a decoder of text whose code is part of transformers.
 
-    An adapter's base is of another kind if it has its own code, or configures a language model among other models.
+    Of an adapter, so does its base's, unless that is unknown.
     """
     if manifest.kind == "adapter":
-        return facts.config.get("task_type") == "CAUSAL_LM" and not _OTHER_KINDS & set(facts.base_config)
-    architectures = facts.config.get("architectures")
-    found = architectures if isinstance(architectures, list) else []
-    return "auto_map" not in facts.config and any(str(name).endswith("ForCausalLM") for name in found)
+        is_known = "architectures" in facts.base_config
+        return facts.config.get("task_type") == "CAUSAL_LM" and (not is_known or _is_decoder(facts.base_config))
+    return _is_decoder(facts.config)
+
+
+def _is_decoder(config: Mapping[str, Any]) -> bool:
+    architectures = config.get("architectures")
+    names = architectures if isinstance(architectures, list) else []
+    return "auto_map" not in config and any(str(name).endswith("ForCausalLM") for name in names)
 
 
 def _training(facts: CardFacts) -> str:

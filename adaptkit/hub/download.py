@@ -1,186 +1,157 @@
-"""Download an artifact with its manifest, verified before it appears.
+"""Downloading files of a commit with the client, which resumes, and compares sizes only.
 
-The client compares only sizes, so ``pull`` trusts only the manifest's hashes: every file is downloaded to
-``<out>.partial/.download/``, compared there, and moved beside the others only if it matches.
+So each file that it fetches into its cache is compared once with the hash that the Hub lists, and removed if it
+differs. What the cache already holds is taken as it is; ``hf cache verify`` compares that.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+import glob
+import os
+import threading
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
-from adaptkit.arguments import AnyPath, as_path, as_text, as_texts, check_flags, checked_options, typed_fields
-from adaptkit.checkpoint.journal import Output
-from adaptkit.checkpoint.layout import JOURNAL_NAME
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, check_sha256
-from adaptkit.checkpoint.place import check_output
-from adaptkit.checkpoint.progress import Progress, no_progress
-from adaptkit.checkpoint.signing import Trust, check_signature
-from adaptkit.errors import IntegrityError, UnsafeInputError, UsageError
-from adaptkit.hub._client import Hub, Note, connect, no_note
-from adaptkit.hub._fetch import DOWNLOADS, fetch_files, fetch_small
-from adaptkit.hub._remote import RemoteFile, check_repo_id, commit_of, list_tree
-from adaptkit.hub._selection import part_of, select
-from adaptkit.hub._signature import fetch_signature
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-
-@dataclass(frozen=True)
-class PullOptions:
-    """What to download of an artifact, and what to require of it.
-
-    Attributes:
-        revision: branch, tag or commit; main if None.
-        only: parts of the artifact, see ``_selection``; the whole artifact if empty.
-        manifest_sha256: required sha256 of the manifest, in lower-case hexadecimal; None for any.
-        trust: key or identity whose signature is required; None for no check.
-    """
-
-    revision: str | None = None
-    only: Sequence[str] = ()
-    manifest_sha256: str | None = None
-    trust: Trust | None = None
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
-        object.__setattr__(self, "only", as_texts(self.only, "only"))
-        check_sha256(self.manifest_sha256)
-        if self.revision == "":
-            raise UsageError("revision: is empty", hint="use a branch, tag or commit, or leave it out for main")
+from adaptkit.checkpoint.layout import MAX_SMALL_FILE_BYTES
+from adaptkit.checkpoint.progress import Progress
+from adaptkit.errors import IntegrityError, NetworkError
+from adaptkit.hub.client import Hub
+from adaptkit.hub.repository import FileTree, is_intact
 
 
-@dataclass(frozen=True)
-class PullReport:
-    """The downloaded artifact, every byte of it verified.
+class HiddenBar(tqdm):
+    """The client's progress bar, always disabled; the client would show one on any terminal."""
 
-    Attributes:
-        repo_id: the repository.
-        commit: commit of the files, 40 hexadecimal digits.
-        output: the folder made.
-        files: number of files, without the manifest.
-        bytes: total size of these files.
-        left_out: files of the artifact that were not requested; if there are any, the folder has its own manifest.
-        kind: kind of artifact.
-        signed: whether the published artifact has a signature.
-        signed_by: the key or identity whose signature was verified, if required.
-        manifest_sha256: identifies the artifact as published; compare it with a value from a source that you trust.
-        tensors_root: hash over the downloaded tensors.
-    """
-
-    repo_id: str
-    commit: str
-    output: str
-    files: int
-    bytes: int
-    left_out: tuple[str, ...]
-    kind: str
-    signed: bool
-    signed_by: str | None
-    manifest_sha256: str
-    tensors_root: str
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
 
 
-def pull(
+def fetch(
+    hub: Hub,
+    what: str,
     repo_id: str,
-    output: AnyPath,
-    options: PullOptions | None = None,
-    *,
-    force: bool = False,
-    progress: Progress = no_progress,
-    note: Note = no_note,
-) -> PullReport:
-    """Download an artifact and verify it before it appears.
+    revision: str | None,
+    names: Collection[str],
+    progress: Progress,
+    folder: Path | None = None,
+) -> Path:
+    """Fetch files into the client's cache, or into a folder, in which files of an interrupted try are resumed.
 
     Args:
-        repo_id: org/name[@revision].
-        output: folder to make; a killed run resumes where it stopped.
-        options: what to download and to require.
-        force: replace an existing output that adaptkit made.
-        progress: called with bytes received.
-        note: called with a one-line message before a wait.
+        hub: the Hub client.
+        what: what is fetched, for error messages.
+        repo_id: org/name.
+        revision: branch, tag or commit, or None for main.
+        names: paths of the files.
+        progress: called with (bytes received, total bytes); the total grows while the client starts further files.
+            An exception that it raises leaves this function unchanged.
+        folder: where to put the files; None for the client's cache.
+
+    Returns:
+        The folder with the files.
+    """
+    lock, raised = threading.Lock(), list[BaseException]()
+
+    class ByteCounter(HiddenBar):
+        """Reports the one progress bar of the client that counts the bytes of all files."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._is_wanted = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **kwargs)
+
+        def update(self, n: float | None = 1) -> None:
+            with lock:
+                if self._is_wanted and not raised:
+                    self.n += int(n or 0)
+                    try:
+                        progress(self.n, max(self.n, int(self.total or 0)))
+                    except BaseException as error:
+                        raised.append(error)
+                        raise
+
+    def snapshot(api: HfApi) -> str:
+        return api.snapshot_download(
+            repo_id,
+            revision=revision,
+            allow_patterns=[glob.escape(name) for name in names],
+            local_dir=folder,
+            tqdm_class=ByteCounter,
+        )
+
+    try:
+        return Path(hub.ask(what, snapshot))
+    finally:
+        if raised:  # hf_xet goes on, and others translate it
+            raise raised[0] from None
+
+
+def fetch_into_cache(
+    hub: Hub,
+    what: str,
+    repo_id: str,
+    revision: str | None,
+    commit: str,
+    files: Collection[RepoFile],
+    progress: Progress,
+) -> Path:
+    """Fetch the files of a revision that the client's cache lacks, and compare these with the Hub's hashes.
+
+    Args:
+        hub: the Hub client.
+        what: what is fetched, for error messages.
+        repo_id: org/name.
+        revision: branch, tag or commit, or None for main; kept in the cache for offline mode.
+        commit: what the Hub says it is.
+        files: the files.
+        progress: see ``fetch``.
+
+    Returns:
+        The folder of the commit in the cache.
 
     Raises:
-        IntegrityError: there is no manifest, it is not the required one, or a file or signature does not match it.
-        UnsafeInputError: the manifest lists paths that no artifact may contain.
-        OutputExistsError: the output exists.
-        DiskError: there is not enough disk space.
-        AuthenticationError, NetworkError, UsageError: the Hub refused, did not answer, or has no such revision.
+        IntegrityError: a file was damaged in transit; it is removed from the cache.
+        NetworkError: the Hub stopped answering, so that the client silently took what its cache has.
     """
-    check_flags(force=force)
-    output = as_path(output, "output")
-    options = checked_options(options, PullOptions)
-    repo_id, at, revision = as_text(repo_id, "repo_id").partition("@")
-    check_repo_id(repo_id)
-    if at and options.revision is not None:
-        raise UsageError(f"{repo_id}: two revisions are given", hint="give one, after the @ or in the options")
-    options = replace(options, revision=revision) if at else options
-    check_output(output, force)
-    hub = connect(note)
-    commit = commit_of(hub, repo_id, options.revision)
-    tree = list_tree(hub, repo_id, commit)
-    manifest = _fetch_manifest(hub, repo_id, commit, tree)
-    manifest.require_sha256(options.manifest_sha256, repo_id)
-    _check_paths(manifest, repo_id)
-    signature = fetch_signature(hub, repo_id, commit, tree)
-    if options.trust is not None:
-        _check_signature(f"{repo_id}@{commit}", manifest, signature, options.trust)
-    records = select(manifest, options.only)
-    part = part_of(manifest, records, options.only)
-    _check_tree(part, tree, repo_id)
-    with Output(output, [repo_id, commit, part.sha256], force, discards=False) as out:
-        fetch_files(hub, repo_id, commit, manifest, records, out, progress)
-        out.publish(part, signature if part == manifest else None)
-    return PullReport(
-        repo_id=repo_id,
-        commit=commit,
-        output=str(output),
-        files=len(records),
-        bytes=sum(record.size for record in records),
-        left_out=tuple(record.path for record in manifest.files if record not in records),
-        kind=manifest.kind,
-        signed=signature is not None,
-        signed_by=str(options.trust) if options.trust else None,
-        manifest_sha256=manifest.sha256,
-        tensors_root=part.tensors_root,
-    )
-
-
-def _fetch_manifest(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> Manifest:
-    if MANIFEST_NAME not in tree:
-        raise IntegrityError(
-            f"{repo_id}@{commit}: {MANIFEST_NAME} not found, so its contents cannot be verified",
-            hint=f"pass {repo_id} directly to the command that reads it, or download it with `hf download {repo_id}`",
+    absent = [file for file in files if not is_cached(repo_id, commit, file.path)]
+    folder = fetch(hub, what, repo_id, revision, [file.path for file in files], progress)
+    if folder.name != commit or not all((folder / file.path).exists() for file in files):
+        raise NetworkError(
+            f"{what}: the Hub stopped answering, and huggingface_hub fell back to an older or incomplete copy",
+            hint="run the same command again",
         )
-    return Manifest.from_bytes(
-        fetch_small(hub, repo_id, commit, MANIFEST_NAME, tree[MANIFEST_NAME]), f"{repo_id}@{commit}: {MANIFEST_NAME}"
-    )
+    for file in absent:
+        _check_fetched(f"{repo_id}@{commit}", file, folder / file.path)
+    return folder
 
 
-def _check_paths(manifest: Manifest, repo_id: str) -> None:
-    """Refuse paths that collide with the download's own files or with each other.
+def fetch_small(
+    hub: Hub, repo_id: str, commit: str, name: str, tree: FileTree, limit_bytes: int = MAX_SMALL_FILE_BYTES
+) -> bytes:
+    """Return the content of a file that no manifest lists, from the client's cache, compared with the Hub's hash.
 
-    ``Manifest`` refuses paths outside the folder.
+    Raises:
+        IntegrityError: it is larger than the limit, so it is not fetched, or it was damaged in transit.
     """
-    paths = {PurePosixPath(record.path) for record in manifest.files}
-    for path in sorted(paths):
-        if path.parts[0] in (JOURNAL_NAME, DOWNLOADS, ".cache") or paths & set(path.parents):
-            raise UnsafeInputError(
-                f"{repo_id}: the manifest lists {str(path)!r}, which no artifact may contain", hint="do not trust it"
-            )
+    file, what = tree[name], f"{repo_id}@{commit}: {name}"
+    if file.size > limit_bytes:
+        raise IntegrityError(f"{what} has {file.size:,} bytes, too many for such a file", hint="do not trust it")
+    path = Path(hub.ask(what, lambda api: api.hf_hub_download(repo_id, name, revision=commit, tqdm_class=HiddenBar)))
+    _check_fetched(f"{repo_id}@{commit}", file, path)
+    return path.read_bytes()
 
 
-def _check_signature(what: str, manifest: Manifest, signature: bytes | None, trust: Trust) -> None:
-    if signature is None:
-        raise IntegrityError(f"{what}: is not signed", hint="do not trust it, or pull it without requiring a signature")
-    check_signature(manifest.to_bytes(), signature, trust, f"{what}: {SIGNATURE_NAME}")
+def is_cached(repo_id: str, commit: str, name: str) -> bool:
+    """Return whether the client's cache has a file of a commit."""
+    return isinstance(try_to_load_from_cache(repo_id, name, revision=commit), str)
 
 
-def _check_tree(manifest: Manifest, tree: Mapping[str, RemoteFile], repo_id: str) -> None:
-    """Compare the Hub's sizes and hashes with the manifest before fetching anything."""
-    for record in manifest.files:
-        remote = tree.get(record.path)
-        if remote is None:
-            raise IntegrityError(f"{repo_id}: {record.path} is in the manifest but not in the repository", hint=_AGAIN)
-        if remote.size != record.size or remote.sha256 not in (None, record.sha256):
-            raise IntegrityError(f"{repo_id}: {record.path} is not the file that the manifest lists", hint=_AGAIN)
-
-
-_AGAIN = "ask the publisher to publish it again"
+def _check_fetched(what: str, file: RepoFile, path: Path) -> None:
+    if is_intact(file, path):
+        return
+    links = [path.parent / os.readlink(path)] if path.is_symlink() else []
+    for part in (path.resolve(), *links, path):  # the blob may itself link to storage shared by caches
+        part.unlink(missing_ok=True)
+    raise IntegrityError(f"{what}: {file.path} was damaged in transit", hint="run the same command again")

@@ -1,6 +1,5 @@
 """The files of a commit, listed before they are downloaded."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,14 +7,13 @@ from typing import Any
 from huggingface_hub import constants
 
 from adaptkit.checkpoint.foreign import quantization_named
-from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, resolve_inside
+from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME
 from adaptkit.checkpoint.reader import stated_method
 from adaptkit.documents import strict_json
-from adaptkit.hub._client import Hub, Note, connect
-from adaptkit.hub._fetch import fetch_small
-from adaptkit.hub._remote import RemoteFile, list_tree, matches
-from adaptkit.hub._staging import in_memory
-from adaptkit.hub.sources import check_weights, find_cached
+from adaptkit.hub.client import Hub, Note, connect
+from adaptkit.hub.download import fetch_small
+from adaptkit.hub.repository import FileTree, list_tree
+from adaptkit.hub.sources import check_weights
 
 __all__ = ["Listing", "list_files"]
 
@@ -34,7 +32,7 @@ class Listing:
     hub: Hub
     repo_id: str
     commit: str
-    tree: Mapping[str, RemoteFile]
+    tree: FileTree
 
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.commit}"
@@ -74,16 +72,9 @@ class Listing:
 
     def _read(self, name: str) -> dict[str, Any]:
         """Read a JSON file, which is fetched if it is not cached; empty if the commit lacks it."""
-        remote = self.tree.get(name)
-        if remote is None:
+        if name not in self.tree:
             return {}
-        folder = find_cached(self.repo_id, self.commit)
-        path = resolve_inside(folder, name) if folder is not None else None
-        content = b""
-        if path is not None and path.is_file() and path.stat().st_size == remote.size:
-            content = path.read_bytes()
-        if not matches(remote, in_memory(name, content)):
-            content = fetch_small(self.hub, self.repo_id, self.commit, name, remote)
+        content = fetch_small(self.hub, self.repo_id, self.commit, name, self.tree)
         return strict_json(content, f"{self}: {name}", infinities=True)
 
 

@@ -5,10 +5,10 @@ from contextlib import suppress
 
 from adaptkit.checkpoint.signing import check_signer
 from adaptkit.errors import AuthenticationError, UsageError
-from adaptkit.hub._client import Hub, Note, connect
-from adaptkit.hub._errors import LOGIN
-from adaptkit.hub._remote import check_repo_id, look_up
+from adaptkit.hub.client import Hub, Note, connect
+from adaptkit.hub.client_errors import LOGIN
 from adaptkit.hub.publish import PublishOptions, refuse_absent
+from adaptkit.hub.repository import check_repo_id, look_up
 
 
 def check_publishable(repo_id: str, options: PublishOptions, note: Note) -> None:

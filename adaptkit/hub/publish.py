@@ -3,7 +3,7 @@
 1. The folder must match its manifest; stray or hidden files such as ``.env`` are refused, and so are tokens in files.
 2. Files that the Hub lacks are copied to a private folder, and the copies are compared with the manifest, so that a
    file rewritten meanwhile is not sent under its old hash.
-3. One commit is made, which the Hub refuses if the branch has moved meanwhile; see ``_commit`` for lost answers.
+3. One commit is made, which the Hub refuses if the branch has moved meanwhile; see ``commit`` for lost answers.
 4. The commit's tree is compared with the manifest; only then is it tagged.
 5. On demand, the commit is downloaded into a fresh folder and every byte is compared.
 
@@ -16,20 +16,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from adaptkit.arguments import AnyPath, as_path, as_text, check_flags, checked_options, path_hint, typed_fields
-from adaptkit.checkpoint.integrity import check_artifact
+from adaptkit.checkpoint.integrity import check_artifact, first_problems
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, require_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UsageError
-from adaptkit.hub._client import Hub, Note, connect, no_note
-from adaptkit.hub._commit import Landed, Target, find, opened_meanwhile, send
-from adaptkit.hub._facts import with_card
-from adaptkit.hub._remote import Repository, check_repo_id, differences, is_commit, list_tree, look_up
-from adaptkit.hub._signature import with_signature
-from adaptkit.hub._staging import Artifact, gather, refuse_secrets, stage
-from adaptkit.hub.download import PullOptions, pull
+from adaptkit.hub.card_facts import with_card
+from adaptkit.hub.client import Hub, Note, connect, no_note
+from adaptkit.hub.commit import CommitPlace, PublishedCommit, find_commit_of, send
+from adaptkit.hub.pull import PullOptions, pull
+from adaptkit.hub.repository import Repository, check_repo_id, differences, is_commit, list_tree, look_up
 from adaptkit.hub.secrets import redact
+from adaptkit.hub.signature import with_signature
+from adaptkit.hub.staging import Artifact, gather, refuse_secrets, stage
 from adaptkit.machine import processor_count
 
 _REF = re.compile(r"(?!refs/|-)(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)))[\w./+@-]*[\w+@-]", re.ASCII)
@@ -156,28 +156,42 @@ def publish(
     artifact = with_signature(hub, repo_id, head, tree, artifact, None if planned else options.signer)
     added, deleted = differences(tree, artifact.contents)
     added, deleted = sorted(planned.union(added)), sorted(set(deleted) - planned)
+    is_there = not added and not deleted
     report = PublishReport(
         repo_id=repo_id,
-        commit=None if added or deleted else head,
+        commit=head if is_there else None,
         branch=options.branch,
         tag=options.tag,
         pull_request=None,
         files_added=tuple(added),
         files_deleted=tuple(deleted),
         bytes_sent=sum(content.record.size for content in artifact.contents if content.record.path in added),
-        already_there=not added and not deleted,
+        already_there=is_there,
         signed=bool(planned) or any(content.record.path == SIGNATURE_NAME for content in artifact.contents),
         checked=False,
         manifest_sha256=artifact.manifest.sha256,
         url=redact(f"{hub.api.endpoint}/{repo_id}"),
     )
-    if repository is not None and options.tag is not None:
-        repository.check_tag(options.tag, options.branch, report.commit)
     if repository is None or head is None:
         return report
-    target = Target(hub, repo_id, options.branch, head, options.pull_request)
-    report = _look_for_request(target, repository, artifact, report)
-    return report if dry_run else _carry_out(target, repository, artifact, report, options, progress)
+    if options.tag is not None:
+        repository.check_tag(options.tag, options.branch, report.commit)
+    place = CommitPlace(hub, repo_id, options.branch, head, options.pull_request)
+    if options.pull_request and not is_there and (opened := find_commit_of(place, repository, artifact.contents)):
+        report = replace(report, files_added=(), files_deleted=(), bytes_sent=0, already_there=True)
+        report = _published(report, opened, hub)
+    if dry_run:
+        return report
+    if report.pull_request is None and options.branch not in repository.branches:
+        # The commit names its parent, so a branch created meanwhile does no harm.
+        hub.ask(repo_id, lambda api: api.create_branch(repo_id, branch=options.branch, revision=head, exist_ok=True))
+    made = PublishedCommit(report.commit, report.pull_request) if report.commit else _send(place, artifact, report)
+    report = _published(report, made, hub)
+    if options.tag is not None and repository.tags.get(options.tag) != made.oid:
+        _tag(hub, repo_id, options.tag, made.oid)
+    if options.check:
+        _check(hub, repo_id, made.oid, artifact, progress)
+    return replace(report, checked=options.check)
 
 
 def refuse_absent(repo_id: str, options: PublishOptions) -> None:
@@ -201,74 +215,23 @@ def _create(hub: Hub, repo_id: str, options: PublishOptions) -> Repository:
     return repository
 
 
-def _look_for_request(
-    target: Target, repository: Repository, artifact: Artifact, report: PublishReport
-) -> PublishReport:
-    """Update the report if an open pull request holds exactly this artifact."""
-    found = find(target, repository, artifact.contents) if target.pull_request and not report.already_there else None
-    return report if found is None else _found(target, report, found, nothing_sent=True)
+def _published(report: PublishReport, made: PublishedCommit, hub: Hub) -> PublishReport:
+    page = f"tree/{made.oid}" if made.pull_request is None else f"discussions/{made.pull_request}"
+    url = redact(f"{hub.api.endpoint}/{report.repo_id}/{page}")
+    return replace(report, commit=made.oid, pull_request=made.pull_request, url=url)
 
 
-def _found(target: Target, report: PublishReport, landed: Landed, nothing_sent: bool = False) -> PublishReport:
-    request, root = landed.pull_request, redact(f"{target.hub.api.endpoint}/{target.repo_id}")
-    report = replace(
-        report,
-        commit=landed.commit,
-        pull_request=request,
-        url=f"{root}/tree/{landed.commit}" if request is None else f"{root}/discussions/{request}",
-    )
-    if nothing_sent:
-        report = replace(report, files_added=(), files_deleted=(), bytes_sent=0, already_there=True)
-    return report
-
-
-def _carry_out(
-    target: Target,
-    repository: Repository,
-    artifact: Artifact,
-    report: PublishReport,
-    options: PublishOptions,
-    progress: Progress,
-) -> PublishReport:
-    """Commit the differences if there are any, then tag and check the commit."""
-    if report.commit is None:
-        report = _found(target, report, _commit(target, repository, artifact, report))
-    elif report.pull_request is None:
-        _ensure_branch(target, repository)
-        report = _found(target, report, Landed(report.commit))
-    commit = str(report.commit)
-    if options.tag is not None and repository.tags.get(options.tag) != commit:
-        _tag(target.hub, target.repo_id, options.tag, commit)
-    if options.check:
-        _check(target, commit, artifact, progress)
-        report = replace(report, checked=True)
-    return report
-
-
-def _commit(target: Target, repository: Repository, artifact: Artifact, report: PublishReport) -> Landed:
+def _send(place: CommitPlace, artifact: Artifact, report: PublishReport) -> PublishedCommit:
+    """Commit the differences from a private copy, and compare what the Hub then lists with what was sent."""
     with TemporaryDirectory(prefix="adaptkit-publish-") as folder:
         contents = stage(Path(folder), artifact, report.files_added)
-        _ensure_branch(target, repository)
         message = f"Publish {report.manifest_sha256}"
-        landed = send(target, contents, report.files_added, report.files_deleted, message)
-        missing, extra = differences(list_tree(target.hub, target.repo_id, landed.commit), contents)
-        other = opened_meanwhile(target, repository, landed, contents) if landed.pull_request is not None else None
-    if other is not None:
-        same = f"pull request {other}, opened at the same time, has the same content as {landed.pull_request}"
-        target.hub.note(f"{target.repo_id}: {same}; close one of them")
+        made = send(place, contents, report.files_added, report.files_deleted, message)
+        missing, extra = differences(list_tree(place.hub, place.repo_id, made.oid), contents)
     if missing or extra:
         bad = [f"{path} is not as it was sent" for path in missing] + [f"{path} should not be there" for path in extra]
-        raise IntegrityError(f"{target.repo_id}@{landed.commit}: {'; '.join(bad[:5])}", hint="publish it again")
-    return landed
-
-
-def _ensure_branch(target: Target, repository: Repository) -> None:
-    """Create the branch if absent; the commit names its parent, so a branch created meanwhile does no harm."""
-    if target.branch not in repository.branches:
-        target.hub.ask(
-            target.repo_id,
-            lambda api: api.create_branch(target.repo_id, branch=target.branch, revision=target.head, exist_ok=True),
-        )
+        raise IntegrityError(f"{place.repo_id}@{made.oid}: {first_problems(bad)}", hint="publish it again")
+    return made
 
 
 def _tag(hub: Hub, repo_id: str, tag: str, commit: str) -> None:
@@ -277,17 +240,17 @@ def _tag(hub: Hub, repo_id: str, tag: str, commit: str) -> None:
         hub.ask(repo_id, lambda api: api.create_tag(repo_id, tag=tag, revision=commit))
     except (ConflictError, NetworkError):
         repository = look_up(hub, repo_id)
-        found = repository.tags.get(tag) if repository else None
-        if found is None:
+        tagged = repository.tags.get(tag) if repository else None
+        if tagged is None:
             raise
-        if found != commit:
+        if tagged != commit:
             raise ConflictError(
-                f"{repo_id}: published as {commit}, but the tag {tag} is on {found}", hint="choose another --tag"
+                f"{repo_id}: published as {commit}, but the tag {tag} is on {tagged}", hint="choose another --tag"
             ) from None
 
 
-def _check(target: Target, commit: str, artifact: Artifact, progress: Progress) -> None:
+def _check(hub: Hub, repo_id: str, commit: str, artifact: Artifact, progress: Progress) -> None:
     """Download the commit into a fresh folder and compare every byte."""
     expected = PullOptions(revision=commit, manifest_sha256=artifact.manifest.sha256)
     with TemporaryDirectory(prefix="adaptkit-check-") as folder:
-        pull(target.repo_id, Path(folder) / "fresh", expected, progress=progress, note=target.hub.note)
+        pull(repo_id, Path(folder) / "fresh", expected, progress=progress, note=hub.note)

@@ -4,10 +4,9 @@ If the Hub refuses or does not answer, the client silently falls back to its cac
 and its files first, and a cached copy is accepted only if it has all of them. In offline mode the cache is used as is.
 """
 
-import glob
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,15 +16,15 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 
 from adaptkit.arguments import AnyPath, as_path
 from adaptkit.checkpoint.foreign import VALUE_HEADS, WEIGHTS_BESIDE, is_of_diffusers, refuse_other_weights
-from adaptkit.checkpoint.layout import CARD_NAME
+from adaptkit.checkpoint.layout import CARD_NAME, CONFIG_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, read_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.side_files import CODE_SUFFIX, LICENCES, READ_SUFFIXES
 from adaptkit.errors import NetworkError, UsageError
-from adaptkit.hub._client import Hub, Note, connect, no_note
-from adaptkit.hub._errors import hub_errors
-from adaptkit.hub._fetch import HiddenBar, fetch_into_cache
-from adaptkit.hub._remote import REPO_ID, RemoteFile, check_repo_id, commit_of, is_commit, list_tree
+from adaptkit.hub.client import Hub, Note, connect, no_note
+from adaptkit.hub.client_errors import client_errors, offline_error
+from adaptkit.hub.download import fetch_into_cache
+from adaptkit.hub.repository import REPO_ID, FileTree, check_repo_id, commit_of, is_commit, list_tree
 from adaptkit.hub.secrets import looks_like_a_token
 
 __all__ = [
@@ -49,7 +48,6 @@ _WANTED = [*_BY_SUFFIX, *(f"{name}*" for name in LICENCES), CARD_NAME, *sorted(_
 # Checkpoints are at the root; consolidated files and subfolders hold copies of the same weights in other formats.
 _UNWANTED = ["consolidated*.safetensors", *(f"{name}*/*" for name in LICENCES)]
 _UNWANTED += [f"*/{pattern}" for pattern in _BY_SUFFIX if pattern != "*.jinja"]
-_STALE_CACHE = "the Hub stopped answering, and huggingface_hub fell back to an older or incomplete copy"
 
 
 def hub_cache() -> str:
@@ -75,49 +73,60 @@ def resolve_source(source: AnyPath, progress: Progress = no_progress, note: Note
         AuthenticationError, NetworkError: the Hub refused or did not answer, even if the cache has a copy; in offline
             mode, the cache has none.
     """
+    return _resolve(source, None, progress, note)
+
+
+def resolve_config(source: AnyPath, note: Note = no_note) -> Path:
+    """Resolve as ``resolve_source`` does, but download only ``config.json`` of a repository."""
+    return _resolve(source, [CONFIG_NAME], no_progress, note)
+
+
+def _resolve(source: AnyPath, only: Collection[str] | None, progress: Progress, note: Note) -> Path:
     path = as_path(source, "source")
     text = os.fspath(source)  # not a Path's, which drops a final slash
-    named = _named(text)
+    # A text with a token must not be sent as part of a name.
+    named = None if looks_like_a_token(text) else _SOURCE.fullmatch(text)
     if os.path.exists(text):  # Path.exists raises if a name is too long, and takes "" for the current folder
         return path
     if named is None:
-        hint = "pass a local folder, or org/name[@revision] on the Hub"
-        raise UsageError(f"{text}: does not exist", hint=hint)
+        raise UsageError(f"{text}: does not exist", hint="pass a local folder, or org/name[@revision] on the Hub")
+    what = f"{text}: no such local folder, and on the Hub"
     with _local_copy_hint(named[1], named[2]):
-        return _fetch_repository(connect(note), _absent(text), named[1], named[2], progress)
+        return _fetch(connect(note), what, named[1], named[2], only, progress)
 
 
-def _fetch_repository(hub: Hub, what: str, repo_id: str, revision: str | None, progress: Progress) -> Path:
-    """Fetch the files of a repository that operations read into huggingface_hub's cache.
-
-    These are the files of a checkpoint or an adapter and, if there is a manifest, all that it lists.
+def _fetch(
+    hub: Hub, what: str, repo_id: str, revision: str | None, only: Collection[str] | None, progress: Progress
+) -> Path:
+    """Fetch files of a repository into huggingface_hub's cache, or find them there in offline mode.
 
     Args:
         hub: the Hub client.
         what: what is fetched, for error messages.
         repo_id: org/name.
         revision: branch, tag or commit, or None for main.
+        only: names of the files; None for all that operations read: those of a checkpoint or an adapter and, if there
+            is a manifest, all that it lists.
         progress: called with bytes received.
-
-    Raises:
-        UsageError: there is no such revision, or it has nothing that adaptkit reads.
-        CheckpointError, ConflictError, IntegrityError, UnsafeInputError, AuthenticationError, NetworkError: see
-            ``resolve_source``.
     """
-    commit = _asked_commit(hub, what, repo_id, revision)
-    tree = list_tree(hub, repo_id, commit) if commit is not None else {}
-    if commit is not None:
+    if constants.HF_HUB_OFFLINE:
+        cached = find_cached(repo_id, revision)
+        if cached is None:
+            raise offline_error(what)
+        if only is None:
+            note_if_incomplete(repo_id, cached, hub.note)
+        return cached
+    commit = commit_of(hub, repo_id, revision, what)
+    tree = list_tree(hub, repo_id, commit, what)
+    if only is None:
         check_weights(f"{repo_id}@{commit}", tree)
-    folder = fetch_into_cache(hub, what, repo_id, revision, _WANTED, _UNWANTED, progress)
-    manifest = read_manifest(folder)
-    if manifest is not None:
-        listed = [glob.escape(record.path) for record in manifest.files]
-        # The folder's name is its commit.
-        fetch_into_cache(hub, what, repo_id, folder.name, listed, [], progress)
-    if commit not in (None, folder.name) or _missing_files(folder, tree):
-        raise NetworkError(f"{what}: {_STALE_CACHE}", hint="run the same command again")
-    if commit is None:
-        note_if_incomplete(repo_id, folder, hub.note)
+    elif absent := sorted(set(only) - set(tree)):
+        raise UsageError(f"{repo_id}@{commit}: has no {absent[0]}", hint="check the name and the revision")
+    names = set(_wanted(tree) if only is None else only)
+    folder = fetch_into_cache(hub, what, repo_id, revision, commit, [tree[name] for name in sorted(names)], progress)
+    further = _listed(folder, tree) - names if only is None else None
+    if further:
+        fetch_into_cache(hub, what, repo_id, commit, commit, [tree[name] for name in sorted(further)], progress)
     return folder
 
 
@@ -132,7 +141,7 @@ def note_if_incomplete(repo_id: str, folder: Path, note: Note) -> None:
         )
 
 
-def check_weights(what: str, tree: Mapping[str, RemoteFile]) -> None:
+def check_weights(what: str, tree: FileTree) -> None:
     """Refuse, before fetching, a commit without readable files or with weights in an unsupported format or place."""
     beside = [path for path in tree if "/" not in path]
     if not any(path.endswith(".safetensors") and path not in _BESIDE and not is_of_diffusers(path) for path in beside):
@@ -145,50 +154,14 @@ def check_weights(what: str, tree: Mapping[str, RemoteFile]) -> None:
         raise UsageError(f"{what}: contains nothing that adaptkit reads", hint="check the name and the revision")
 
 
-def _missing_files(folder: Path, tree: Mapping[str, RemoteFile]) -> list[str]:
-    """Return the files of a commit that operations read and a folder lacks, sorted."""
-    manifest = read_manifest(folder)
-    listed = {record.path for record in manifest.files} & set(tree) if manifest is not None else set()
-    return sorted(path for path in {*_wanted(tree), *listed} if not (folder / path).exists())
-
-
-def _wanted(tree: Mapping[str, RemoteFile]) -> list[str]:
+def _wanted(tree: FileTree) -> list[str]:
     return list(filter_repo_objects(tree, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
 
 
-def resolve_config(text: str, note: Note = no_note) -> Path:
-    """Resolve as ``resolve_source`` does, but download only ``config.json`` of a repository.
-
-    Raises:
-        UsageError: the text is neither a local folder nor a repository.
-        ConflictError, AuthenticationError, NetworkError: see ``resolve_source``.
-    """
-    named = _named(text)
-    if os.path.exists(text) or named is None:
-        return resolve_source(text)
-    hub, what = connect(note), _absent(text)
-    with _local_copy_hint(named[1], named[2]):
-        commit = _asked_commit(hub, what, named[1], named[2])
-        config = hub.ask(
-            what, lambda api: api.hf_hub_download(named[1], "config.json", revision=named[2], tqdm_class=HiddenBar)
-        )
-        folder = Path(config).parent
-        if commit not in (None, folder.name):
-            raise NetworkError(f"{what}: {_STALE_CACHE}", hint="run the same command again")
-    return folder
-
-
-def _asked_commit(hub: Hub, what: str, repo_id: str, revision: str | None) -> str | None:
-    """Ask the Hub for a revision's commit, since the client could silently use an older one in its cache.
-
-    Returns:
-        The commit; None in offline mode.
-    """
-    return None if constants.HF_HUB_OFFLINE else commit_of(hub, repo_id, revision, what)
-
-
-def _absent(text: str) -> str:
-    return f"{text}: no such local folder, and on the Hub"
+def _listed(folder: Path, tree: FileTree) -> set[str]:
+    """Return the files of a commit that its manifest lists, if it has one."""
+    manifest = read_manifest(folder)
+    return {record.path for record in manifest.files} & set(tree) if manifest is not None else set()
 
 
 @contextmanager
@@ -202,11 +175,6 @@ def _local_copy_hint(repo_id: str, revision: str | None) -> Iterator[None]:
             hint += "; or set HF_HUB_OFFLINE=1 to use the copy in huggingface_hub's cache"
         error.advise(hint)
         raise
-
-
-def _named(text: str) -> re.Match[str] | None:
-    """Match ``org/name[@revision]``; None for a text with a token, which must not be sent as part of a name."""
-    return None if looks_like_a_token(text) else _SOURCE.fullmatch(text)
 
 
 def find_commit(repo_id: str, revision: str, note: Note) -> str:
@@ -226,10 +194,10 @@ def download(repo_id: str, commit: str, progress: Progress, note: Note) -> Path:
         UsageError: there is no such commit, or it has nothing that adaptkit reads.
         CheckpointError, IntegrityError, UnsafeInputError, AuthenticationError, NetworkError: see ``resolve_source``.
     """
-    return _fetch_repository(connect(note), f"{repo_id}@{commit}", repo_id, commit, progress)
+    return _fetch(connect(note), f"{repo_id}@{commit}", repo_id, commit, None, progress)
 
 
-def find_complete(repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> Path | None:
+def find_complete(repo_id: str, commit: str, tree: FileTree) -> Path | None:
     """Return the folder of a commit in huggingface_hub's cache if it has all files that operations read, else None.
 
     Args:
@@ -237,17 +205,15 @@ def find_complete(repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> 
         commit: the commit.
         tree: its files.
     """
-    found = find_cached(repo_id, commit)
-    return None if found is None or _missing_files(found, tree) else found
+    folder = find_cached(repo_id, commit)
+    if folder is None or not all((folder / name).exists() for name in {*_wanted(tree), *_listed(folder, tree)}):
+        return None
+    return folder
 
 
 def find_cached(repo_id: str, revision: str | None) -> Path | None:
-    """Return a revision's folder in huggingface_hub's cache, which is named by its commit; None if it is absent.
-
-    Raises:
-        UsageError: the cache has no place: HF_HOME is not set, and the home folder is unknown.
-    """
-    with hub_errors(repo_id):
+    """Return a revision's folder in huggingface_hub's cache, which is named by its commit; None if it is absent."""
+    with client_errors(repo_id):
         try:
             return Path(
                 snapshot_download(

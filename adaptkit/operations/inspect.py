@@ -21,8 +21,7 @@ from adaptkit.errors import CheckpointError
 from adaptkit.formats._blockwise_weight import BlockwiseWeight
 from adaptkit.formats._find import stored_weights
 from adaptkit.formats._format import StoredWeight
-from adaptkit.operations._lineage.parents import gather
-from adaptkit.operations._lineage.tree import Ancestor, Walk
+from adaptkit.operations._lineage.tree import Ancestor, Lineage
 from adaptkit.operations._roles import expert_count
 from adaptkit.operations._threads import thread_count
 from adaptkit.wording import counted, first_few
@@ -110,7 +109,7 @@ def trace(
     path = as_path(path, "path")
     parents = as_paths(parents, "parents")
     manifest = require_manifest(require_folder(path))
-    return Walk(gather(parents, thread_count(None), progress), check=False).ancestors(path, manifest)
+    return Lineage(parents, check=False, threads=thread_count(None), progress=progress).ancestors(path, manifest)
 
 
 @dataclass(frozen=True)

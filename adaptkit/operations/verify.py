@@ -11,8 +11,7 @@ from adaptkit.checkpoint.manifest import SIGNATURE_NAME, check_sha256, require_m
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Trust, check_signature
 from adaptkit.errors import IntegrityError, UsageError
-from adaptkit.operations._lineage.parents import gather
-from adaptkit.operations._lineage.tree import Ancestor, Walk, check_own_targets, require_whole
+from adaptkit.operations._lineage.tree import Ancestor, Lineage, check_own_targets
 from adaptkit.operations._threads import check_threads, thread_count
 
 
@@ -106,14 +105,14 @@ def verify(path: AnyPath, options: VerifyOptions | None = None, *, progress: Pro
             )
         check_signature(manifest.to_bytes(), options.signature or path / SIGNATURE_NAME, options.trust)
     threads = thread_count(options.threads)
-    candidates = gather(options.parents or (), threads, progress)
+    lineage = Lineage(options.parents or (), check=True, threads=threads, progress=progress)
     check_artifact(path, manifest, threads, progress)
     check_own_targets(path, manifest)
     ancestors: tuple[Ancestor, ...] = ()
     recomputed: tuple[tuple[str, str], ...] = ()
     if options.parents is not None:
-        ancestors = Walk(candidates, check=True, threads=threads, progress=progress).ancestors(path, manifest)
-        require_whole(path, ancestors, candidates)
+        ancestors = lineage.ancestors(path, manifest)
+        lineage.require_whole(path, ancestors)
     if options.recompute:
         from adaptkit.operations._lineage.recompute import recompute_all  # torch loads here
 

@@ -20,8 +20,8 @@ from adaptkit import adopt, merge, quantize
 from adaptkit.checkpoint.layout import read_json
 from adaptkit.checkpoint.manifest import Manifest, require_manifest
 from adaptkit.errors import CheckpointError
-from adaptkit.hub._facts import read_figures
-from adaptkit.hub.card import CardFacts, base_model, make_card, read_licence
+from adaptkit.hub.card import CardFacts, base_model, make_card
+from adaptkit.hub.card_facts import read_figures
 
 
 @pytest.fixture
@@ -115,35 +115,6 @@ tags: [x]
 ---
 # The base
 """
-
-
-def test_the_licence_of_the_base_is_passed_on_and_nothing_else_of_its_card() -> None:
-    expected = {
-        "license": "other",
-        "license_name": "free-for-ducks",
-        "license_link": "https://example.org/ducks",
-    }
-    for begin in ("", "\ufeff", "\n\n"):
-        assert read_licence(begin + BASE_CARD) == expected
-
-
-@pytest.mark.parametrize(
-    "card",
-    ["", "# no front matter", "---\n- a list\n---\n", "---\nlicense: {a: b}\n---\n",
-     '---\nlicense: "a\\nb"\nlicense_name: 5\n---\n', "---\n" + "[" * 5000 + "\n---\n", "---\n\x00: x\n---\n",
-     "---\nlicense: !!python/object/apply:os.system [true]\n---\n", "x" * 100_000, "---\nlicense: []\n---\n",
-     "---\nlicense: ''\n---\n", "---\nlicense: " + "x" * 300 + "\n---\n", "---\nlicense: [mit, 5]\n---\n",
-     *(f"---\nlicense: !!{wrong}\n---\n" for wrong in ("timestamp x", "int ''", "bool x", "float ''", "str [mit]"))],
-)  # fmt: skip
-def test_malformed_card_metadata_gives_no_licence(card: str) -> None:
-    assert read_licence(card) == {}
-
-
-def test_a_malformed_licence_field_does_not_hide_the_others() -> None:
-    assert read_licence('---\nlicense: "a\\nb"\nlicense_name: free\nlicense_link: 5\n---\n') == {"license_name": "free"}
-    assert read_licence("---\nlicense: 'a\\nb'\nlicense_name: 5\n---\n") == {
-        "license": r"a\nb"
-    }  # quoted: no line break
 
 
 @pytest.mark.parametrize(
@@ -281,7 +252,7 @@ def test_publishing_fails_rather_than_omit_the_licence_of_an_unreachable_base(
     cli: Any, artifact: Path, hub: LocalHub, repository: Any, tmp_path: Path
 ) -> None:
     publish_base(cli, tmp_path)
-    hub.faults.append(Fault("*", "/org/base/", "500", -1))
+    hub.faults.append(Fault("*", "/org/base", "500", -1))
     assert cli("publish", artifact, "me/model").code == 7
     assert not repository.state or repository.files() == {}
 

@@ -291,9 +291,9 @@ SILENT = """
 import json, signal
 from pathlib import Path
 from adaptkit.errors import NetworkError
-from adaptkit.hub import _client
-from adaptkit.hub.download import PullOptions, pull
-_client.SILENCE_S, _client.WAITS_S = 0.3, ()
+from adaptkit.hub import client
+from adaptkit.hub.pull import PullOptions, pull
+client.SILENCE_S, client.WAITS_S = 0.3, ()
 signal.alarm(60)
 try:
     pull("me/model", Path("out"), PullOptions(revision=%r))

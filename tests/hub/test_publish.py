@@ -12,8 +12,8 @@ from local_hub import Fault, LocalHub, Repo
 
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, require_manifest
 from adaptkit.errors import IntegrityError, UsageError
-from adaptkit.hub._staging import gather, stage
 from adaptkit.hub.publish import PublishOptions
+from adaptkit.hub.staging import gather, stage
 
 WEIGHTS = "adapter_model.safetensors"
 

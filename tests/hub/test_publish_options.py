@@ -79,35 +79,6 @@ def test_a_pull_request_is_not_opened_twice_after_a_fault(
     assert len(repository.state["discussions"]) == 1
 
 
-AT_ONCE = """
-import json
-from adaptkit.hub import publish as module
-from adaptkit.hub.publish import PublishOptions, publish
-first, second, notes = *%r, []
-send, options = module.send, PublishOptions(pull_request=True)
-def after_another(*arguments):
-    module.send = send
-    publish(first, "me/model", options)
-    return send(*arguments)
-module.send = after_another
-report = publish(second, "me/model", options, note=notes.append)
-print(json.dumps({"own": report.pull_request, "notes": notes}))
-"""
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_a_pull_request_opened_at_the_same_time_is_named_if_it_has_the_same_content(
-    cli: Any, make_artifact: Make, repository: Any, same: bool
-) -> None:
-    cli("publish", make_artifact("old"), "me/model")
-    new = make_artifact("new", seed=1)
-    done = cli(code=AT_ONCE % ([str(new if same else make_artifact("other", seed=2)), str(new)],))
-    assert (done.code, done.report["own"], len(repository.state["discussions"])) == (0, 2, 2)
-    notes = [note for note in done.report["notes"] if "pull request" in note]
-    said = "me/model: pull request 1, opened at the same time, has the same content as 2; close one of them"
-    assert notes == ([said] if same else [])
-
-
 def test_a_closed_pull_request_is_not_reused(cli: Any, make_artifact: Make, hub: LocalHub, repository: Any) -> None:
     cli("publish", make_artifact("old"), "me/model")
     new = make_artifact("new", seed=1)

@@ -16,8 +16,8 @@ from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, require_manifest
 from adaptkit.data.tokenizer_files import is_of_tokenizer
 from adaptkit.errors import UsageError
-from adaptkit.hub.download import PullOptions, pull
 from adaptkit.hub.parts import PARTS
+from adaptkit.hub.pull import PullOptions, pull
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -16,7 +16,7 @@ from adaptkit.checkpoint.layout import JOURNAL_NAME
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, parent_of, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
-from adaptkit.hub._selection import part_of, select
+from adaptkit.hub.parts import part_of, select
 from adaptkit.operations import _shards
 from adaptkit.operations._merge import quantized as _merge_quantized
 from adaptkit.operations._merge.folding import RUN_BYTES

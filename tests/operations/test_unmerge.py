@@ -23,7 +23,7 @@ from adaptkit.checkpoint.header import write_header
 from adaptkit.checkpoint.manifest import FileRecord, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, IntegrityError, OutputExistsError, UnsafeInputError, UsageError
-from adaptkit.hub._selection import part_of, select
+from adaptkit.hub.parts import part_of, select
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations.dequantize import dequantize
 from adaptkit.operations.merge import MergeOptions, merge

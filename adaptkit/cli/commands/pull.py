@@ -43,7 +43,7 @@ def command(
     With --only, the folder gets its own manifest, which lists the downloaded files and names the whole artifact by its
     hash.
     """
-    from adaptkit.hub.download import PullOptions, pull
+    from adaptkit.hub.pull import PullOptions, pull
 
     wanted = PullOptions(trust=trust_in(public_key, identity, identity_provider), **options)
     with byte_progress("pull", as_json or quiet) as progress:

@@ -1,7 +1,7 @@
 """Find the artifacts that a manifest names as parents, by their hashes, among given folders."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -36,8 +36,8 @@ class Candidate:
     path: Path
     manifest: Manifest | None
     is_adapter: bool
-    threads: int = field(default=1, compare=False)
-    progress: Progress = field(default=no_progress, compare=False)
+    threads: int = 1
+    progress: Progress = no_progress
 
     @cached_property
     def tensors(self) -> tuple[TensorRecord, ...]:
@@ -47,67 +47,30 @@ class Candidate:
         files = [ADAPTER_WEIGHTS_NAME] if self.is_adapter else weight_files(self.path)[0]
         paths = {file: resolve_inside(self.path, file) for file in files}
         sizes = {file: path.stat().st_size for file, path in paths.items() if path.is_file()}
-        found = measure(self.path, sizes, sizes, self.threads, self.progress)
-        return tuple(tensor for file in found.values() for tensor in file.tensors)
+        measured = measure(self.path, sizes, sizes, self.threads, self.progress)
+        return tuple(tensor for file in measured.values() for tensor in file.tensors)
 
     @cached_property
     def root(self) -> str:
         """Hash of its tensors; see ``tensors_root``."""
         return tensors_root(self.tensors)
 
-    def is_the_adapter(self, identity: object) -> bool:
-        """Whether it is the adapter with this ``adapter_identity``."""
+    def holds(self, parent: Parent, identity: object) -> bool:
+        """Whether it has the tensors of a parent and, if that is known, the parent's ``adapter_identity``."""
         from adaptkit.checkpoint.adapter import adapter_identity, read_adapter  # here, since it loads numpy
 
+        if self.manifest is None and self.is_adapter != (parent.role in ("adapter", "init")):
+            return False
         try:
-            return adapter_identity(read_adapter(self.path)) == identity
+            is_same = identity is None or adapter_identity(read_adapter(self.path)) == identity
         except AdaptkitError:
             return False
+        return is_same and self.root == parent.tensors_root
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The folders that are searched for parents.
-
-    Attributes:
-        folders: in the order in which they were given.
-        broken: error messages for folders whose manifests cannot be read.
-    """
-
-    folders: tuple[Candidate, ...] = ()
-    broken: tuple[str, ...] = ()
-
-    def find(self, parent: Parent, line: frozenset[Path], identity: object = None) -> Candidate | None:
-        """Return the folder that holds a parent; None if there is none.
-
-        A folder with exactly the recorded manifest is preferred to one with the same tensors, which also counts because
-        publishing adds a model card and so changes the manifest. The files of a folder without a manifest are read.
-
-        Args:
-            parent: as its child names it.
-            line: real paths of the child and of its descendants, which cannot be the parent.
-            identity: ``adapter_identity`` that selects among several folders with the same tensors; None if unknown.
-        """
-        left = [folder for folder in self.folders if folder.path.resolve() not in line]
-        if parent.manifest_sha256 is not None:
-            for folder in left:
-                if folder.manifest is not None and folder.manifest.sha256 == parent.manifest_sha256:
-                    return folder
-        described = [folder for folder in left if folder.manifest is not None]
-        plain = [folder for folder in left if folder.manifest is None]
-        same: list[Candidate] = []
-        for folder in [*described, *plain] if parent.manifest_sha256 is not None else [*plain, *described]:
-            wanted = folder.manifest is not None or folder.is_adapter == (parent.role in ("adapter", "init"))
-            if wanted and folder.root == parent.tensors_root:
-                same.append(folder)
-                if identity is None:
-                    break
-        if len(same) > 1:
-            same.sort(key=lambda folder: not folder.is_the_adapter(identity))
-        return same[0] if same else None
-
-
-def gather(folders: Sequence[Path], threads: int = 1, progress: Progress = no_progress) -> Candidates:
+def find_candidates(
+    folders: Sequence[Path], threads: int = 1, progress: Progress = no_progress
+) -> tuple[list[Candidate], list[str]]:
     """List the artifacts, checkpoints and adapters in folders.
 
     Args:
@@ -115,13 +78,17 @@ def gather(folders: Sequence[Path], threads: int = 1, progress: Progress = no_pr
         threads: for reading files.
         progress: called with bytes read.
 
+    Returns:
+        The candidates in the order of the folders, and error messages for those whose manifests cannot be read.
+
     Raises:
         UsageError: a folder contains none.
     """
-    found: dict[tuple[Path, bool], Candidate] = {}
+    candidates: dict[tuple[Path, bool], Candidate] = {}
     broken = []
     for folder in folders:
-        inside = [folder] if _held(require_folder(folder, path_hint)) else _children(folder)
+        inside = [folder] if _kinds(require_folder(folder, path_hint)) else sorted(folder.iterdir())
+        inside = [path for path in inside if path == folder or (not is_unfinished(path) and _kinds(path))]
         if not inside:
             raise UsageError(
                 f"{folder}: neither an artifact nor a folder of artifacts",
@@ -130,23 +97,39 @@ def gather(folders: Sequence[Path], threads: int = 1, progress: Progress = no_pr
         for path in inside:
             try:
                 manifest = read_manifest(path)
-                for kind in _held(path):
-                    found.setdefault((path.resolve(), kind), Candidate(path, manifest, kind, threads, progress))
+                for kind in _kinds(path):
+                    candidates.setdefault((path.resolve(), kind), Candidate(path, manifest, kind, threads, progress))
             except (IntegrityError, OSError) as error:
                 broken.append(f"{path}: {error}")
-    return Candidates(tuple(found.values()), tuple(broken))
+    return list(candidates.values()), broken
 
 
-def _children(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if not is_unfinished(path) and _held(path)]
+def find_parent(candidates: Sequence[Candidate], parent: Parent, identity: object = None) -> Candidate | None:
+    """Return the folder that holds a parent; None if there is none.
+
+    A folder with exactly the recorded manifest is preferred to one with the same tensors, which also counts because
+    publishing adds a model card and so changes the manifest. The files of a folder without a manifest are read.
+
+    Args:
+        candidates: the folders to search.
+        parent: as its child names it.
+        identity: ``adapter_identity`` that selects among several folders with the same tensors; None if unknown.
+    """
+    recorded = parent.manifest_sha256
+    for folder in candidates:
+        if recorded is not None and folder.manifest is not None and folder.manifest.sha256 == recorded:
+            return folder
+    likely = sorted(candidates, key=lambda folder: (folder.manifest is None) == (recorded is not None))
+    exact = (folder for folder in likely if identity is not None and folder.holds(parent, identity))
+    return next(exact, None) or next((folder for folder in likely if folder.holds(parent, None)), None)
 
 
-def _held(folder: Path) -> list[bool]:
+def _kinds(folder: Path) -> list[bool]:
     """Return what a folder holds: True for an adapter, False for a model, or both."""
-    return [as_adapter for as_adapter in (True, False) if _holds(folder, as_adapter)]
+    return [as_adapter for as_adapter in (True, False) if _is_kind(folder, as_adapter)]
 
 
-def _holds(folder: Path, as_adapter: bool) -> bool:
+def _is_kind(folder: Path, as_adapter: bool) -> bool:
     """Whether a folder has a manifest, or weights that are not pickles, of an adapter or of a model."""
     try:
         if (folder / MANIFEST_NAME).is_file():

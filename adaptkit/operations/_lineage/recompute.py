@@ -14,7 +14,7 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.layout import CARD_NAME
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, Manifest, read_manifest, require_manifest
 from adaptkit.errors import AdaptkitError, IntegrityError, UsageError
-from adaptkit.operations._lineage.tree import VERIFIED, Ancestor, need_not_exist
+from adaptkit.operations._lineage.tree import Ancestor, need_not_exist
 
 SAME = "same bytes"
 SAME_BUT_CARD = f"{SAME}, except for the model card, which publish adds"
@@ -44,8 +44,9 @@ def recompute(path: Path, manifest: Manifest, parents: Sequence[Ancestor], threa
         return f"{name} cannot be run again"
     if "calibration" in options:
         return "calibrated on text that is not in the manifest"
-    for parent in (parent for parent in parents if not need_not_exist(manifest, parent)):
-        if parent.state == VERIFIED and _manifest_of(parent) != parent.manifest_sha256:
+    for parent in (parent for parent in parents if parent.path and not need_not_exist(manifest, parent)):
+        own = read_manifest(Path(str(parent.path)))
+        if (own.sha256 if own else None) != parent.manifest_sha256:
             return f"the manifest of {parent.path} is not the one that was used"
     with TemporaryDirectory(prefix="adaptkit-again-") as folder:
         out = Path(folder) / path.resolve().name
@@ -83,11 +84,6 @@ def _compared(path: Path, manifest: Manifest, again: Manifest) -> str:
 
 def _without(manifest: Manifest, *names: str) -> bytes:
     return replace(manifest, files=tuple(r for r in manifest.files if r.path not in names)).to_bytes()
-
-
-def _manifest_of(parent: Ancestor) -> str | None:
-    manifest = read_manifest(Path(str(parent.path)))
-    return manifest.sha256 if manifest else None
 
 
 def _run(name: str, out: Path, options: Mapping[str, Any], parents: Sequence[Ancestor], threads: int | None) -> None:

@@ -11,13 +11,10 @@ from adaptkit.checkpoint.layout import COMPENSATION_NAME
 from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import AdaptkitError, IntegrityError
-from adaptkit.operations._lineage.parents import Candidate, Candidates
+from adaptkit.operations._lineage.parents import Candidate, find_candidates, find_parent
 from adaptkit.wording import counted
 
 VERIFIED, AT_HAND, MISSING, NEVER_WRITTEN, WRONG = "verified", "found", "not found", "never written", "wrong"
-
-_MOST_ANCESTORS = 10_000
-"""A few folders whose manifests name each other more than once would otherwise make a tree that never ends."""
 
 
 @dataclass(frozen=True)
@@ -55,78 +52,96 @@ class Ancestor(Parent):
         return f"{self.role} {(self.manifest_sha256 or self.tensors_root)[:16]}"
 
 
-class Walk:
+class Lineage:
     """Finds the ancestors of an artifact.
 
     Args:
-        candidates: folders to search.
+        folders: folders to search; each is an artifact, or contains some.
         check: read every byte of each folder that is found, and compare fingerprints.
         threads: files read at a time.
         progress: called with bytes read.
+
+    Raises:
+        UsageError: a folder contains no artifact.
     """
 
-    def __init__(self, candidates: Candidates, check: bool, threads: int = 1, progress: Progress = no_progress) -> None:
-        self._candidates, self._check, self._threads, self._progress = candidates, check, threads, progress
-        self._checked: dict[Path, str] = {}
-        self._count = 0
+    def __init__(
+        self, folders: Sequence[Path], check: bool, threads: int = 1, progress: Progress = no_progress
+    ) -> None:
+        self._candidates, self._broken = find_candidates(folders, threads, progress)
+        self._check, self._threads, self._progress = check, threads, progress
+        self._problems: dict[Path, str] = {}
 
-    def ancestors(self, path: Path, manifest: Manifest) -> tuple[Ancestor, ...]:
+    def ancestors(self, path: Path, child: Manifest, line: frozenset[Path] = frozenset()) -> tuple[Ancestor, ...]:
         """Return the parents of an artifact, with their ancestors.
 
-        Raises:
-            IntegrityError: there are too many.
+        Args:
+            path: folder of the artifact.
+            child: its manifest.
+            line: real paths of its descendants, which cannot be its parents, as it cannot itself.
         """
-        return self._parents(manifest, frozenset({path.resolve()}))
-
-    def _parents(self, child: Manifest, line: frozenset[Path]) -> tuple[Ancestor, ...]:
+        line |= {path.resolve()}
         said = child.operation.get("options", {}).get("adapters")  # of a merge: the adapters' identities
         identities = iter(said if isinstance(said, list) else ())
         return tuple(
-            self._parent(child, parent, line, next(identities, None) if parent.role == "adapter" else None)
+            self._ancestor(child, parent, line, next(identities, None) if parent.role == "adapter" else None)
             for parent in child.parents
         )
 
-    def _parent(self, child: Manifest, parent: Parent, line: frozenset[Path], identity: object) -> Ancestor:
-        self._count += 1
-        if self._count > _MOST_ANCESTORS:
-            raise IntegrityError(
-                f"the lineage has more than {_MOST_ANCESTORS:,} ancestors", hint="check where its artifacts came from"
-            )
-        told = Ancestor(**vars(parent))
-        found = self._candidates.find(parent, line, identity)
-        if found is None:
-            return replace(told, state=NEVER_WRITTEN if need_not_exist(child, parent) else MISSING)
-        manifest = found.manifest
-        same = manifest is not None and manifest.sha256 == parent.manifest_sha256
-        problem, compared = self._problem(found) if self._check else "", 0
+    def _ancestor(self, child: Manifest, parent: Parent, line: frozenset[Path], identity: object) -> Ancestor:
+        named = Ancestor(**vars(parent))
+        others = [candidate for candidate in self._candidates if candidate.path.resolve() not in line]
+        folder = find_parent(others, parent, identity)
+        if folder is None:
+            return replace(named, state=NEVER_WRITTEN if need_not_exist(child, parent) else MISSING)
+        manifest = folder.manifest
+        problem, compared = self._problem(folder) if self._check else "", 0
         if self._check and not problem:
-            compared, differing = compare_targets(child, parent, found)
+            compared, differing = compare_targets(child, parent, folder)
             problem = f"{differing} is not the tensor that was used" if differing else ""
+        # If the child names no manifest, the manifest of a folder with the same tensors may be unrelated to it.
+        is_known = manifest is not None and parent.manifest_sha256 is not None
         return replace(
-            told,
+            named,
             state=WRONG if problem else VERIFIED if self._check else AT_HAND,
             problem=problem,
-            path=str(found.path),
-            found_by="manifest" if same else "tensors",
+            path=str(folder.path),
+            found_by="manifest" if manifest and manifest.sha256 == parent.manifest_sha256 else "tensors",
             operation=str(manifest.operation.get("name")) if manifest else None,
             targets=compared,
-            # If the child names no manifest, the manifest of a folder with the same tensors may be unrelated to it.
-            parents=self._parents(manifest, line | {found.path.resolve()})
-            if manifest and parent.manifest_sha256
-            else (),
+            parents=self.ancestors(folder.path, manifest, line) if manifest and is_known else (),
         )
 
-    def _problem(self, found: Candidate) -> str:
+    def _problem(self, folder: Candidate) -> str:
         """Return what is wrong with a folder; without a manifest it was found by its tensors, which are then right."""
-        if found.path not in self._checked:
+        if folder.path not in self._problems:
+            self._problems[folder.path] = ""
             try:
-                if found.manifest is not None:
-                    check_artifact(found.path, found.manifest, self._threads, self._progress)
-                    check_own_targets(found.path, found.manifest)
-                self._checked[found.path] = ""
+                if folder.manifest is not None:
+                    check_artifact(folder.path, folder.manifest, self._threads, self._progress)
+                    check_own_targets(folder.path, folder.manifest)
             except AdaptkitError as error:
-                self._checked[found.path] = error.message
-        return self._checked[found.path]
+                self._problems[folder.path] = error.message
+        return self._problems[folder.path]
+
+    def require_whole(self, path: Path, ancestors: Sequence[Ancestor]) -> None:
+        """Refuse a lineage in which something is missing or wrong.
+
+        Raises:
+            IntegrityError: names everything that is, and then what is in order.
+        """
+        line = {ancestor.short: ancestor for parent in ancestors for ancestor in parent.all()}
+        bad = {name: ancestor for name, ancestor in line.items() if ancestor.state in (MISSING, WRONG)}
+        if not bad:
+            return
+        notes = [f"{name} {a.state}" + (f" ({a.problem})" if a.problem else "") for name, a in bad.items()]
+        good = {name: ancestor for name, ancestor in line.items() if name not in bad}
+        notes += [f"{name} {a.state}" + (f" ({a.path})" if a.path else "") for name, a in good.items()]
+        raise IntegrityError(
+            f"{path}: {len(bad)} of {counted(len(line), 'ancestor')} cannot be verified: "
+            + "; ".join([*notes, *self._broken]),
+            hint=f"give the folders that hold them with --parents; adaptkit inspect {path} --lineage shows all hashes",
+        )
 
 
 def check_own_targets(path: Path, manifest: Manifest) -> None:
@@ -144,15 +159,14 @@ def check_own_targets(path: Path, manifest: Manifest) -> None:
         if target.quantized_root is None or name is None:
             continue
         below = names[bisect_left(names, f"{name}.") : bisect_left(names, f"{name}/")]  # "/" is the character after "."
-        parts = [tensors[part] for part in (name, *below)]
-        if tensors_root(parts) != target.quantized_root:
+        if tensors_root(tensors[part] for part in (name, *below)) != target.quantized_root:
             raise IntegrityError(
                 f"{path}: {name} does not match its quantized_root in the manifest",
                 hint="restore the artifact from a good copy, or make it again",
             )
 
 
-def compare_targets(child: Manifest, parent: Parent, found: Candidate) -> tuple[int, str]:
+def compare_targets(child: Manifest, parent: Parent, folder: Candidate) -> tuple[int, str]:
     """Compare the targets in a child's manifest with a parent.
 
     A quantized parent, an adapter, and the whole of which the child is a part have targets themselves, which must be
@@ -167,23 +181,20 @@ def compare_targets(child: Manifest, parent: Parent, found: Candidate) -> tuple[
     mismatch = bool(child.operation.get("options", {}).get("allow_base_mismatch")) and parent.role == "adapter"
     if parent.role in ("tuned", "release") or (between and parent.role != "merged") or mismatch:
         return 0, ""
-    manifest = found.manifest
-    has_targets = parent.role == "whole" or (manifest is not None and manifest.kind in ("quantized", "adapter"))
-    known = {target.module: target for target in manifest.targets} if manifest and has_targets else {}
-    tensors = {tensor.name: tensor for tensor in found.tensors} if not has_targets else {}
-    is_adapter = manifest is not None and manifest.kind == "adapter"
-    any_codes = is_adapter and all(file.path != COMPENSATION_NAME for file in (manifest.files if manifest else ()))
+    manifest, tensors = folder.manifest, {tensor.name: tensor for tensor in folder.tensors}
+    has_targets = manifest is not None and (parent.role == "whole" or manifest.kind in ("quantized", "adapter"))
+    known = {target.module: target for target in manifest.targets} if manifest is not None and has_targets else {}
+    any_codes = manifest is not None and manifest.kind == "adapter"
+    any_codes = any_codes and all(record.path != COMPENSATION_NAME for record in (manifest.files if manifest else ()))
     compared = 0
     for target in child.targets:
-        same, name = known.get(target.module), _weight_name(target, tensors)
-        pairs: list[tuple[str | None, str | None]] = []
-        if same is not None:
-            pairs.append((target.base_xxh3_128, same.base_xxh3_128))
+        pairs: list[tuple[object, object]] = []
+        if (same := known.get(target.module)) is not None:
+            pairs = [(target.base_xxh3_128, same.base_xxh3_128)]
             pairs += [] if any_codes else [(target.quantized_root, same.quantized_root)]
-        elif name is not None and target.base_xxh3_128 is not None:
-            record = tensors[name]
-            pairs.append((f"{target.base_xxh3_128} {target.shape}", f"{record.xxh3_128} {record.shape}"))
-        pairs = [(one, other) for one, other in pairs if one is not None and other is not None]
+        elif not has_targets and target.base_xxh3_128 is not None and (name := _weight_name(target, tensors)):
+            pairs = [((target.base_xxh3_128, target.shape), (tensors[name].xxh3_128, tensors[name].shape))]
+        pairs = [pair for pair in pairs if None not in pair]
         compared += bool(pairs)
         if any(one != other for one, other in pairs):
             return compared, target.module
@@ -203,24 +214,3 @@ def need_not_exist(child: Manifest, parent: Parent) -> bool:
         return any(other.role == "release" for other in child.parents)
     options = child.operation.get("options", {})
     return parent.role == "merged" and child.operation.get("name") == "merge" and "quantize" in options
-
-
-def require_whole(path: Path, ancestors: Sequence[Ancestor], candidates: Candidates) -> None:
-    """Refuse a lineage in which something is missing or wrong.
-
-    Raises:
-        IntegrityError: names everything that is.
-    """
-    everyone = [ancestor for parent in ancestors for ancestor in parent.all()]
-    bad = list({ancestor.short: ancestor for ancestor in everyone if ancestor.state in (MISSING, WRONG)}.values())
-    line = {ancestor.short: ancestor for ancestor in everyone}  # one may be the ancestor of several
-    if not bad:
-        return
-    told = [f"{a.short} {a.state}" + (f" ({a.problem})" if a.problem else "") for a in bad]
-    named = {ancestor.short for ancestor in bad}
-    told += [f"{a.short} {a.state}" + (f" ({a.path})" if a.path else "") for a in line.values() if a.short not in named]
-    told += candidates.broken
-    raise IntegrityError(
-        f"{path}: {len(bad)} of {counted(len(line), 'ancestor')} cannot be verified: {'; '.join(told)}",
-        hint=f"give the folders that hold them with --parents; adaptkit inspect {path} --lineage shows all hashes",
-    )

@@ -14,10 +14,10 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
-from adaptkit.checkpoint.hashing import file_chunks
+from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.manifest import FileRecord
 from adaptkit.errors import ConflictError, NetworkError, UnsafeInputError, UsageError
-from adaptkit.hub._client import Hub, model_info
+from adaptkit.hub.client import SILENCE_S, Hub
 from adaptkit.hub.secrets import looks_like_a_token
 
 GITATTRIBUTES = ".gitattributes"
@@ -29,14 +29,8 @@ REPO_ID = re.compile(
 """``org/name``, as the Hub allows it."""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a tree; ``sha256`` is None for a small file, which is stored in git rather than LFS."""
-
-    size: int
-    git_sha1: str
-    sha256: str | None
+FileTree = Mapping[str, RepoFile]
+"""The files of a commit, by path."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +87,12 @@ class Repository:
             ConflictError: the tag is on another commit.
             UsageError: ``tag`` names a branch.
         """
-        found = self.tags.get(tag)
+        tagged = self.tags.get(tag)
         if tag in self.branches:
             raise UsageError(f"{self.repo_id}: {tag} already names a branch", hint="choose another --tag")
-        if found is not None and found != commit:
+        if tagged is not None and tagged != commit:
             raise ConflictError(
-                f"{self.repo_id}: the tag {tag} is on {found}, but this artifact would be another commit of {branch}",
+                f"{self.repo_id}: the tag {tag} is on {tagged}, but this artifact would be another commit of {branch}",
                 hint="choose another --tag: an existing tag is not moved",
             )
 
@@ -135,14 +129,14 @@ def commit_of(hub: Hub, repo_id: str, revision: str | None, what: str = "") -> s
     """
     if revision and not is_commit(revision):
         refs = hub.ask(what or repo_id, lambda api: api.list_repo_refs(repo_id))
-        found = {ref.target_commit for ref in (*refs.branches, *refs.tags) if ref.name == revision}
-        if len(found) > 1:
+        named = {ref.target_commit for ref in (*refs.branches, *refs.tags) if ref.name == revision}
+        if len(named) > 1:
             raise ConflictError(
                 f"{repo_id}: {revision} is both a branch and a tag, of different commits",
-                hint=f"use the commit instead: {' or '.join(sorted(found))}",
+                hint=f"use the commit instead: {' or '.join(sorted(named))}",
             )
     what = what or (f"{repo_id}@{revision}" if revision else repo_id)
-    commit = str(hub.ask(what, lambda api: model_info(api, repo_id, revision)).sha)
+    commit = str(hub.model_info(what, repo_id, revision).sha)
     if not is_commit(commit) or (is_commit(revision or "") and commit != revision):
         raise NetworkError(f"{what}: the Hub answered with the wrong commit {commit!r}", hint="try again later")
     return commit
@@ -153,7 +147,7 @@ def look_up(hub: Hub, repo_id: str, pull_requests: bool = False) -> Repository |
 
     def read(api: HfApi) -> Repository | None:
         try:
-            info = model_info(api, repo_id)
+            info = api.model_info(repo_id, timeout=SILENCE_S)
             refs = api.list_repo_refs(repo_id, include_pull_requests=pull_requests)
         except RepositoryNotFoundError as error:
             if error.response.status_code != 404:  # 401 or 403: it may exist
@@ -170,7 +164,7 @@ def look_up(hub: Hub, repo_id: str, pull_requests: bool = False) -> Repository |
     return hub.ask(repo_id, read)
 
 
-def list_tree(hub: Hub, repo_id: str, commit: str, what: str = "") -> dict[str, RemoteFile]:
+def list_tree(hub: Hub, repo_id: str, commit: str, what: str = "") -> dict[str, RepoFile]:
     """List the files of a commit by path.
 
     Args:
@@ -183,15 +177,8 @@ def list_tree(hub: Hub, repo_id: str, commit: str, what: str = "") -> dict[str, 
         NetworkError: the Hub did not answer, or with a malformed tree.
         UnsafeInputError: a path is invalid.
     """
-
-    def read(api: HfApi) -> dict[str, RemoteFile]:
-        return {
-            entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs else None)
-            for entry in api.list_repo_tree(repo_id, recursive=True, revision=commit)
-            if isinstance(entry, RepoFile)
-        }
-
-    tree = hub.ask(what or repo_id, read)
+    entries = hub.once(what or repo_id, lambda api: [*api.list_repo_tree(repo_id, recursive=True, revision=commit)])
+    tree = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
     for path, file in tree.items():
         if not _is_path(path):
             raise UnsafeInputError(f"{repo_id}: the Hub lists the invalid path {path!r}", hint="do not trust it")
@@ -212,35 +199,36 @@ def _is_path(path: object) -> bool:
     )
 
 
-def matches(remote: RemoteFile, content: Content) -> bool:
-    """Return whether the Hub has exactly these bytes."""
-    record = content.record
-    if remote.size != record.size:
-        return False
-    if remote.sha256 is not None:
-        return remote.sha256 == record.sha256
-    return git_sha1(content.source, record) == remote.git_sha1
-
-
-def differences(tree: Mapping[str, RemoteFile], contents: Iterable[Content]) -> tuple[list[str], list[str]]:
+def differences(tree: FileTree, contents: Iterable[Content]) -> tuple[list[str], list[str]]:
     """Compare a tree with the files that it should have.
 
     Returns:
         The paths to add or replace, and the paths to delete; both sorted.
     """
     wanted = {content.record.path: content for content in contents}
-    add = [path for path, content in wanted.items() if path not in tree or not matches(tree[path], content)]
+    add = [path for path, content in wanted.items() if path not in tree or not _matches(tree[path], content)]
     return sorted(add), sorted(set(tree) - set(wanted) - {GITATTRIBUTES})
 
 
-def git_sha1(source: Path | bytes, record: FileRecord) -> str:
-    """Return the git blob sha1 of a file; empty if its content no longer matches the record.
+def _matches(remote: RepoFile, content: Content) -> bool:
+    """Return whether the Hub has the bytes of a record; for a file in git, its content must still be as recorded."""
+    if remote.lfs is not None:
+        return bool(remote.size == content.record.size and remote.lfs.sha256 == content.record.sha256)
+    if remote.size != content.record.size:
+        return False
+    data = content.source if isinstance(content.source, bytes) else content.source.read_bytes()
+    return git_sha1(data) == remote.blob_id and hashlib.sha256(data).hexdigest() == content.record.sha256
 
-    Both digests are computed in one read, so that a concurrent rewrite cannot give them different contents.
-    """
-    sha1 = hashlib.sha1(b"blob %d\0" % record.size, usedforsecurity=False)
-    sha256 = hashlib.sha256()
-    for chunk in [source] if isinstance(source, bytes) else file_chunks(source):
-        sha1.update(chunk)
-        sha256.update(chunk)
-    return sha1.hexdigest() if sha256.hexdigest() == record.sha256 else ""
+
+def is_intact(remote: RepoFile, path: Path) -> bool:
+    """Return whether a downloaded file has exactly the bytes that the Hub lists."""
+    if path.stat().st_size != remote.size:
+        return False
+    return bool(
+        git_sha1(path.read_bytes()) == remote.blob_id if remote.lfs is None else file_sha256(path) == remote.lfs.sha256
+    )
+
+
+def git_sha1(content: bytes) -> str:
+    """Return the git blob sha1 of a file."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()

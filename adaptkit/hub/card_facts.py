@@ -1,4 +1,4 @@
-"""The model card that publishing adds, from facts in the artifact's files, and in its base's configuration and card.
+"""The model card that publishing adds, from facts in the artifact's files, and what the Hub knows of its base.
 
 Measurements of a training run are in ``metrics.jsonl``:
 
@@ -11,35 +11,35 @@ import sys
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urljoin
 
+from huggingface_hub import ModelInfo
+
 from adaptkit.checkpoint.layout import (
     ADAPTER_CONFIG_NAME,
-    CARD_NAME,
     CONFIG_NAME,
     METRICS_NAME,
     PICTURE_NAME,
     read_config,
-    read_small,
     resolve_inside,
 )
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, Manifest
 from adaptkit.errors import AuthenticationError, CheckpointError, UsageError
-from adaptkit.hub._client import Hub
-from adaptkit.hub._errors import is_no_repository
-from adaptkit.hub._fetch import download
-from adaptkit.hub._staging import Artifact, gather, has_card, in_memory
-from adaptkit.hub.card import CardFacts, base_model, make_card, read_licence
+from adaptkit.hub.card import CardFacts, base_model, make_card
+from adaptkit.hub.client import Hub
+from adaptkit.hub.client_errors import status_of
 from adaptkit.hub.secrets import redact
+from adaptkit.hub.staging import Artifact, gather, has_card, in_memory
+
+_LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def with_card(hub: Hub, path: Path, manifest: Manifest, base: str | None, will_sign: bool) -> Artifact:
     """List an artifact's files with a card, generated if it has none, and with its folder's signature if there is one.
 
     Args:
-        hub: the Hub client, for the base's card.
+        hub: the Hub client, for what it knows of the base.
         path: the artifact's folder.
         manifest: its manifest.
         base: name of the base on the Hub, for the card; None for the one that the configuration names.
@@ -83,53 +83,63 @@ def _card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> C
     """Collect the facts for an artifact's card, and note those that are missing.
 
     Args:
-        hub: the Hub client, for the base's card and for notes.
+        hub: the Hub client, for what it knows of the base, and for notes.
         root: the artifact's folder.
         manifest: its manifest.
         base: name of the base on the Hub; None for the one that the configuration names.
 
     Raises:
         CheckpointError: a file of the artifact is malformed.
-        NetworkError: the Hub did not answer for the base's card.
+        NetworkError: the Hub did not answer for the base.
     """
     names = {record.path for record in manifest.files}
     config_name, config = _config(root, manifest)
     named = base_model(config)
     called = base or named
-    licence = _licence(hub, called, names, is_sure=base is not None) if called else None
-    if licence is None:
+    is_there, info = _base_info(hub, called, is_sure=base is not None) if called else (False, None)
+    if not is_there:
         why = f"{named}, as {config_name} calls it, is not on the Hub" if named else "the artifact gives no ORG/NAME"
         hub.note(f"the model card names no base model: {why}; name it with --base-model ORG/NAME")
     return CardFacts(
         config=config,
-        base=None if licence is None else called,
-        base_config=_base_config(hub, called) if called and licence is not None and manifest.kind == "adapter" else {},
-        licence=licence or {},
+        base=called if is_there else None,
+        base_config=(info.config or {}) if info is not None and manifest.kind == "adapter" else {},
+        licence=_licence(hub, str(called), info, names) if info is not None else {},
         figures=read_figures(resolve_inside(root, METRICS_NAME)) if METRICS_NAME in names else (),
         picture=PICTURE_NAME if PICTURE_NAME in names else None,
     )
 
 
-def _licence(hub: Hub, base: str, names: Collection[str], is_sure: bool) -> dict[str, str | list[str]] | None:
-    """Return the licence fields of the base's card; None if the Hub has no such base and ``is_sure`` is False.
+def _base_info(hub: Hub, base: str, is_sure: bool) -> tuple[bool, ModelInfo | None]:
+    """Return whether the Hub has a base, and what it tells about it; None if it refuses.
 
     A folder's path may look like a repository name, so a name from a configuration may not be a repository.
 
     Args:
         hub: the Hub client.
         base: name of the base.
-        names: files of the artifact; a link to any other file is made absolute.
         is_sure: whether the caller named the base, so that it must be a repository.
     """
-    with TemporaryDirectory(prefix="adaptkit-base-") as folder:
-        try:
-            card = read_small(download(hub, base, None, CARD_NAME, Path(folder))).decode("utf-8", "replace")
-        except (UsageError, AuthenticationError) as error:
-            if not is_sure and isinstance(error, UsageError) and is_no_repository(error):
-                return None
-            hub.note(f"the model card names no licence: {error.message}")
-            return {}
-    licence = read_licence(card)
+    try:
+        return True, hub.model_info(base, base)
+    except (UsageError, AuthenticationError) as error:
+        if not is_sure and status_of(error) == 404:
+            return False, None
+        hub.note(f"the model card names no licence: {error.message}")
+        return True, None
+
+
+def _licence(hub: Hub, base: str, info: ModelInfo, names: Collection[str]) -> dict[str, str | list[str]]:
+    """Return the licence fields of the base's card, and note if there are none.
+
+    Args:
+        hub: the Hub client.
+        base: name of the base.
+        info: what the Hub tells about it, such as the front matter of its card.
+        names: files of the artifact; a link to any other file is made absolute.
+    """
+    front = vars(info.card_data) if info.card_data is not None else {}
+    licence = {key: front[key] for key in _LICENCE_KEYS if _is_plain(front.get(key))}
     if not licence:
         hub.note(f"the model card names no licence: the card of {base} names none")
     link = licence.get("license_link")
@@ -139,13 +149,9 @@ def _licence(hub: Hub, base: str, names: Collection[str], is_sure: bool) -> dict
     return licence
 
 
-def _base_config(hub: Hub, base: str) -> dict[str, Any]:
-    """Return the base's ``config.json``; empty if it cannot be read."""
-    with TemporaryDirectory(prefix="adaptkit-base-") as folder:
-        try:
-            return read_config(download(hub, base, None, CONFIG_NAME, Path(folder)))
-        except (UsageError, AuthenticationError, CheckpointError):
-            return {}
+def _is_plain(value: object) -> bool:
+    items = value if isinstance(value, list) else [value]
+    return bool(items) and all(isinstance(item, str) and item.isprintable() and 0 < len(item) < 300 for item in items)
 
 
 def read_figures(path: Path) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from adaptkit.checkpoint.layout import CARD_NAME, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, Manifest
 from adaptkit.checkpoint.writer import DiskError, require_free
 from adaptkit.errors import IntegrityError, UnsafeInputError
-from adaptkit.hub._remote import GITATTRIBUTES, Content
+from adaptkit.hub.repository import GITATTRIBUTES, Content
 from adaptkit.hub.secrets import holds_token
 
 

@@ -1,6 +1,5 @@
 """Signing the manifest to publish, and the signature that is already on the Hub."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,14 +7,14 @@ from tempfile import TemporaryDirectory
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME
 from adaptkit.checkpoint.signing import MAX_SIGNATURE_BYTES, Signer, Trust, check_signature, sign_manifest
 from adaptkit.errors import IntegrityError
-from adaptkit.hub._client import Hub
-from adaptkit.hub._fetch import fetch_small
-from adaptkit.hub._remote import RemoteFile, differences
-from adaptkit.hub._staging import Artifact, in_memory
+from adaptkit.hub.client import Hub
+from adaptkit.hub.download import fetch_small
+from adaptkit.hub.repository import FileTree, differences
+from adaptkit.hub.staging import Artifact, in_memory
 
 
 def with_signature(
-    hub: Hub, repo_id: str, head: str | None, tree: Mapping[str, RemoteFile], artifact: Artifact, signer: Signer | None
+    hub: Hub, repo_id: str, head: str | None, tree: FileTree, artifact: Artifact, signer: Signer | None
 ) -> Artifact:
     """Add a signature: sign the manifest or, without a signer, keep the Hub's signature if its manifest is the same.
 
@@ -37,12 +36,11 @@ def with_signature(
     return replace(artifact, contents=(*artifact.contents, in_memory(SIGNATURE_NAME, signature)))
 
 
-def fetch_signature(hub: Hub, repo_id: str, commit: str, tree: Mapping[str, RemoteFile]) -> bytes | None:
+def fetch_signature(hub: Hub, repo_id: str, commit: str, tree: FileTree) -> bytes | None:
     """Fetch the signature of a commit; None if it has none."""
-    remote = tree.get(SIGNATURE_NAME)
-    if remote is None:
+    if SIGNATURE_NAME not in tree:
         return None
-    return fetch_small(hub, repo_id, commit, SIGNATURE_NAME, remote, MAX_SIGNATURE_BYTES)
+    return fetch_small(hub, repo_id, commit, SIGNATURE_NAME, tree, MAX_SIGNATURE_BYTES)
 
 
 def _is_by(signature: bytes, manifest: bytes, signer: Signer) -> bool:

@@ -19,16 +19,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     OIDCError,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
@@ -50,12 +49,11 @@ _XET_SYSTEM = re.compile(r"\(os error (\d+)\)")
 LOGIN = "set HF_TOKEN, or run `hf auth login`, with a token that has the permission for this"
 _SETTINGS = "check HF_ENDPOINT, HTTPS_PROXY, HTTP_PROXY, ALL_PROXY and SSL_CERT_FILE, if they are set"
 _AGAIN = "run the same command again; what is done is not repeated"
-_UTF_8 = "use paths that are valid UTF-8, also in TMPDIR and HF_HOME, or set HF_HUB_DISABLE_XET=1"
 _TEMPORARY = {408, 425, 429}
 
 
 @contextmanager
-def hub_errors(what: str) -> Iterator[None]:
+def client_errors(what: str) -> Iterator[None]:
     """Translate the errors of client calls; the block must contain nothing else.
 
     Args:
@@ -90,16 +88,11 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
     if isinstance(error, LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
         return _translated(error.__cause__, what)
     if isinstance(error, OfflineModeIsEnabled):
-        return NetworkError(f"{what}: huggingface_hub is in offline mode", hint="unset HF_HUB_OFFLINE")
-    if isinstance(error, LocalTokenNotFoundError | OIDCError) or (
-        isinstance(error, PermissionError) and error.errno is None
-    ):
-        return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)  # a PermissionError without errno is hf_xet's
+        return offline_error(what)
     if isinstance(error, UnicodeEncodeError) and error.encoding == "ascii":  # of a header; the other headers are ASCII
         return AuthenticationError(f"{what}: the token contains invalid characters", hint=LOGIN)
-    if isinstance(error, UnicodeEncodeError):  # of a path, which hf_xet takes only as UTF-8
-        return UsageError(f"{what}: {redact(repr(error.object))} is not valid UTF-8", hint=_UTF_8)
-    if _XET_REFUSAL.search(str(error)):
+    is_of_xet = isinstance(error, PermissionError) and error.errno is None
+    if isinstance(error, LocalTokenNotFoundError | OIDCError) or is_of_xet or _XET_REFUSAL.search(str(error)):
         return AuthenticationError(f"{what}: {_line(error)}", hint=LOGIN)
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's, such as in a container
         unknown = "the home folder, in which huggingface_hub keeps its cache, is unknown"
@@ -115,6 +108,11 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
     return NetworkError(f"{what}: no usable answer from the Hub: {said}", hint=_AGAIN)
 
 
+def offline_error(what: str) -> NetworkError:
+    """Return the error for something that is neither cached nor asked for, since offline mode is set."""
+    return NetworkError(f"{what}: huggingface_hub is in offline mode", hint="unset HF_HUB_OFFLINE")
+
+
 def _of_disk(what: str, number: int, path: object) -> AdaptkitError:
     what_to_do = DISK_HINTS.get(number, "check the disk")
     hint = f"{what_to_do}; then run the same command again (huggingface_hub keeps its own files in HF_HOME)"
@@ -124,6 +122,8 @@ def _of_disk(what: str, number: int, path: object) -> AdaptkitError:
 def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:
     status = error.response.status_code
     said = f"{what}: the Hub answered {status}: {redact(' '.join((error.server_message or _line(error)).split()))}"
+    if isinstance(error, GatedRepoError):
+        return AuthenticationError(said, hint=f"ask for access on the repository's page; then {LOGIN}")
     if status in (401, 403):
         return AuthenticationError(said, hint=LOGIN)
     if isinstance(error, RevisionNotFoundError):
@@ -137,44 +137,29 @@ def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:
     return UsageError(said)
 
 
-def is_temporary(error: AdaptkitError) -> bool:
-    """Return whether a retry may succeed: a network error, unless offline mode is set."""
-    return isinstance(error, NetworkError) and not any(
-        isinstance(cause, OfflineModeIsEnabled) for cause in _causes(error)
-    )
-
-
-def is_no_repository(error: AdaptkitError) -> bool:
-    """Return whether the Hub answered that there is no such repository."""
-    return status_of(error) == 404 and any(isinstance(cause, RepositoryNotFoundError) for cause in _causes(error))
-
-
 def status_of(error: AdaptkitError) -> int | None:
     """Return the HTTP status of the answer behind an error; None if there was no answer."""
-    response = _response(error)
-    return None if response is None else int(response.status_code)
+    answer = _answer(error)
+    return None if answer is None else int(answer.response.status_code)
 
 
 def retry_after_s(error: AdaptkitError) -> float:
     """Return the seconds that the Hub asked to wait, else 0; for a 429, ``RateLimit`` overrides ``Retry-After``."""
-    response = _response(error)
-    if response is None:
+    answer = _answer(error)
+    if answer is None:
         return 0.0
-    limit = parse_ratelimit_headers(response.headers) if response.status_code == 429 else None
+    headers = answer.response.headers
+    limit = parse_ratelimit_headers(headers) if answer.response.status_code == 429 else None
     if limit is not None and limit.remaining == 0:
         return float(limit.reset_in_seconds)
-    asked = response.headers.get("Retry-After", "")
-    return float(asked) if asked.isdecimal() else 0.0
+    seconds = headers.get("Retry-After", "")
+    return float(seconds) if seconds.isdecimal() else 0.0
 
 
-def _response(error: BaseException | None) -> Any:
-    return next((cause.response for cause in _causes(error) if isinstance(cause, HfHubHTTPError)), None)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
+def _answer(error: BaseException | None) -> HfHubHTTPError | None:
+    while error is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
+    return error
 
 
 def _line(error: BaseException) -> str:
