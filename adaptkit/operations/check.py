@@ -1,6 +1,6 @@
 """Predict whether other programs would accept an adapter or a checkpoint, and what to change if not."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from adaptkit.discovery import load, names
 from adaptkit.errors import UsageError
 from adaptkit.operations import targets as registry
 from adaptkit.operations.targets._adapter_files import AdapterFiles, read_adapter_files
-from adaptkit.operations.targets._base_shapes import BaseShapes, read_base_shapes
+from adaptkit.operations.targets._base_shapes import read_base_shapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles, read_checkpoint_files
 from adaptkit.operations.targets._target import Finding, Target
 from adaptkit.wording import counted, first_few
@@ -71,25 +71,21 @@ def check(path: AnyPath, targets: str | Sequence[str] = (), base: AnyPath | None
     base = as_path_or_none(base, "base")
     require_folder(path)
     chosen = list(dict.fromkeys(as_texts(targets, "targets"))) or names(registry)
-    loaded: list[tuple[str, Target]] = [(name, load(registry, name, "TARGET")) for name in chosen]
+    programs: dict[str, Target] = {name: load(registry, name, "TARGET") for name in chosen}
     if is_adapter(path) or (path / ADAPTER_WEIGHTS_NAME).exists():
-        files = read_adapter_files(path)
-        shapes = read_base_shapes(base, files.config, tuple(pair.module for pair in files.pairs)) if base else None
-        files = replace(files, may_be_tied=shapes is None or shapes.is_tied)
-        other = _mlx_findings(files)
-        verdicts = [_verdict(name, target, other or target.adapter(files, shapes)) for name, target in loaded]
-        return _report(path, "adapter", verdicts, _examined(files, shapes), _unknown(files, shapes))
+        adapter = read_adapter_files(path)
+        if base is not None:
+            modules = tuple(pair.module for pair in adapter.pairs)
+            adapter = replace(adapter, base=read_base_shapes(base, adapter.config, modules))
+        other = _mlx_findings(adapter)
+        found = {name: other or program.findings(adapter) for name, program in programs.items()}
+        return _report(path, "adapter", programs, found, _examined(adapter), _unknown(adapter))
     if base is not None:
         raise UsageError(f"{path}: not an adapter, so --base does not apply", hint="leave out --base")
     checkpoint = read_checkpoint_files(path)
-    verdicts = [_verdict(name, target, target.checkpoint(checkpoint)) for name, target in loaded]
     kind = "quantized" if checkpoint.quantization else "checkpoint"
-    return _report(path, kind, verdicts, _examined_checkpoint(checkpoint), _unknown_checkpoint(checkpoint))
-
-
-def _verdict(name: str, target: Target, findings: Iterable[Finding]) -> Verdict:
-    ordered = tuple(sorted(findings, key=lambda finding: finding.level))  # "error" comes before "warning"
-    return Verdict(name, target.reader, all(finding.level != "error" for finding in ordered), ordered)
+    found = {name: program.findings(checkpoint) for name, program in programs.items()}
+    return _report(path, kind, programs, found, _examined_checkpoint(checkpoint), _unknown_checkpoint(checkpoint))
 
 
 def _mlx_findings(files: AdapterFiles) -> tuple[Finding, ...]:
@@ -100,24 +96,34 @@ def _mlx_findings(files: AdapterFiles) -> tuple[Finding, ...]:
 
 
 def _report(
-    path: Path, kind: str, verdicts: Sequence[Verdict], examined: tuple[str, ...], unknown: tuple[str, ...]
+    path: Path,
+    kind: str,
+    programs: Mapping[str, Target],
+    found: Mapping[str, Iterable[Finding]],
+    examined: tuple[str, ...],
+    unknown: tuple[str, ...],
 ) -> CheckReport:
+    verdicts = []
+    for name, findings in found.items():
+        ordered = tuple(sorted(findings, key=lambda finding: finding.level))  # "error" comes before "warning"
+        is_taken = all(finding.level != "error" for finding in ordered)
+        verdicts.append(Verdict(name, programs[name].version, is_taken, ordered))
     return CheckReport(str(path), kind, all(verdict.taken for verdict in verdicts), tuple(verdicts), examined, unknown)
 
 
-def _examined(files: AdapterFiles, base: BaseShapes | None) -> tuple[str, ...]:
+def _examined(files: AdapterFiles) -> tuple[str, ...]:
     seen = [
         "adapter_config.json",
         f"names and shapes of {counted(len(files.keys), 'tensor')} in {counted(len(files.pairs), 'adapted module')}",
     ]
-    if base is not None:
-        seen.append(f"names and shapes of {counted(len(base.shapes), 'weight')} of {base.root}")
+    if files.base is not None:
+        seen.append(f"names and shapes of {counted(len(files.base.shapes), 'weight')} of {files.base.root}")
     return tuple(seen)
 
 
-def _unknown(files: AdapterFiles, base: BaseShapes | None) -> tuple[str, ...]:
+def _unknown(files: AdapterFiles) -> tuple[str, ...]:
     unknown = ["whether the program supports adapters for the base's architecture", "the weights' values"]
-    if base is None:
+    if files.base is None:
         unknown.insert(0, "whether the base has these modules in these shapes (give --base)")
     elif any(pair.stacked for pair in files.pairs):
         unknown.insert(0, "whether stacks of experts fit the base")

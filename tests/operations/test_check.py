@@ -26,7 +26,7 @@ from adaptkit.operations.check import check
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import quantize
 from adaptkit.operations.resize import ResizeOptions, resize
-from adaptkit.operations.targets import _peft_config
+from adaptkit.operations.targets import _peft_selection
 from adaptkit.operations.targets._target import Target
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -300,13 +300,13 @@ def test_modules_targeted_by_full_path_are_not_compared_with_each_other(others, 
     modules = [f"model.{layer}.{name}" for layer in range(4) for name in ("up", "down", "gate")]
     named = [module for module in modules if "gate" not in module]
     config = {"target_modules": [*named, "0.gate", 5]} | others
-    expected = [module for module in modules if not _peft_config.is_target(config, module)]
-    assert _peft_config.untargeted(config, modules) == expected
+    expected = [module for module in modules if not _peft_selection.is_target(config, module)]
+    assert _peft_selection.untargeted(config, modules) == expected
     assert "model.1.gate" in expected
     assert ("model.1.up" in expected) == ("exclude_modules" in others)
-    compared, matches = [], _peft_config._matches
-    monkeypatch.setattr(_peft_config, "_matches", lambda names, path: compared.append(names) or matches(names, path))
-    _peft_config.untargeted(config, named)
+    compared, matches = [], _peft_selection._matches
+    monkeypatch.setattr(_peft_selection, "_matches", lambda names, path: compared.append(names) or matches(names, path))
+    _peft_selection.untargeted(config, named)
     assert max(len(names or ()) for names in compared) == 1
 
 
@@ -638,7 +638,7 @@ def test_vllm_limits_ranks_in_rank_pattern_that_match_no_module(make):
         ({"layer_replication": [[0, 2], [1, 2]]}, {"vllm", "sglang", "gguf"}),
         ({"arrow_config": {"top_k": 3}}, {"vllm", "sglang", "gguf"}),
         ({"bias": "all"}, {"vllm"}),
-        ({"fan_in_fan_out": True}, {"vllm", "gguf"}),
+        ({"fan_in_fan_out": True}, set()),
         ({"use_dora": True}, {"vllm", "sglang", "gguf", "peft"}),
         ({"modules_to_save": ["lm_head"]}, {"vllm", "gguf", "peft"}),
         ({"modules_to_save": ["score"], "task_type": "SEQ_CLS"}, {"gguf"}),

@@ -6,7 +6,7 @@ from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.adapter_config import release
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.models.addressing import Slice
-from adaptkit.operations.targets import _peft_config
+from adaptkit.operations.targets import _peft_selection
 from adaptkit.operations.targets._target import some
 
 
@@ -37,9 +37,9 @@ def untargeted(adapters: Sequence[Adapter]) -> Iterator[str]:
     """Yield a note on modules that an adapter holds but its configuration does not select: peft ignores them."""
     for adapter in adapters:
         config = adapter.config
-        if config.get("target_modules") in (None, _peft_config.SHORTHAND) or adapter.ties_weights:
+        if config.get("target_modules") in (None, _peft_selection.SHORTHAND) or adapter.ties_weights:
             continue  # peft selects by architecture, or adds tied modules
-        found = _peft_config.untargeted(config, adapter.modules)
+        found = _peft_selection.untargeted(config, adapter.modules)
         if found:
             yield (
                 f"{adapter.root}: adapter_config.json does not select {some(found)}, which peft would therefore "

@@ -50,8 +50,8 @@ class BaseShapes:
     checkpoint: Checkpoint
     quantization: str | None
     shapes: Mapping[str, tuple[int, ...]]
-    classes: tuple[str, ...] = ()
-    modules: tuple[str, ...] = ()
+    classes: tuple[str, ...]
+    modules: tuple[str, ...]
 
     @property
     def root(self) -> Path:
@@ -122,9 +122,8 @@ class BaseShapes:
     @cached_property
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors in the model's state dict; empty if transformers does not know the model."""
-        if self.network is None:
-            return {}
-        return {name: tuple(tensor.shape) for name, tensor in self.network.state_dict().items()}
+        tensors = {} if self.network is None else self.network.state_dict()
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def may_have_stack(self, module: str) -> bool:
         """Return whether the model has a stack of experts, or is unknown; peft's ``.base_layer`` is ignored."""
@@ -141,13 +140,8 @@ class BaseShapes:
         if self.tensors and known is None and not self.is_composed and not is_single_expert(module):
             return None
         first, _, rest = module.partition(".")
-        if (
-            module not in self.shapes
-            and first in _OF_MODELS
-            and not any(n.startswith(f"{first}.") for n in self.shapes)
-        ):
-            return self.shapes.get(rest, known)
-        return self.shapes.get(module, known)
+        is_omitted = first in _OF_MODELS and not any(name.startswith(f"{first}.") for name in self.shapes)
+        return self.shapes.get(rest if is_omitted and module not in self.shapes else module, known)
 
 
 def is_single_expert(module: str) -> bool:
@@ -168,28 +162,16 @@ def read_base_shapes(root: Path, adapter: Mapping[str, Any], modules: tuple[str,
     """
     checkpoint = Checkpoint(root)
     quantization = quantization_found(checkpoint)
-    shapes = {
-        name.removesuffix(_SUFFIX): located.spec.shape
-        for name, located in checkpoint.tensors.items()
-        if name.endswith(_SUFFIX) and not (quantization and located.spec.dtype == "U8")  # several codes per byte
-    }
-    return BaseShapes(
-        checkpoint,
-        quantization,
-        {**shapes, **(_decoded(checkpoint) if quantization else {})},
-        _classes(adapter),
-        modules,
-    )
+    shapes = {name: located.spec.shape for name, located in checkpoint.tensors.items() if name.endswith(_SUFFIX)}
+    if quantization:
+        from adaptkit.formats._find import quantized_names, read_outline  # imported here: loads numpy
 
-
-def _classes(adapter: Mapping[str, Any]) -> tuple[str, ...]:
+        codes = {name for name in shapes if checkpoint.spec(name).dtype == "U8"}  # several codes per byte
+        decoded = {name: read_outline(checkpoint, name).shape for name in quantized_names(checkpoint)}
+        shapes = {name: shape for name, shape in shapes.items() if name not in codes} | decoded
     mapping, task = adapter.get("auto_mapping"), adapter.get("task_type")
     trained = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     loaded = _LOADED_BY.get(task) if isinstance(task, str) else None
-    return tuple(name for name in (trained, loaded) if isinstance(name, str))
-
-
-def _decoded(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    from adaptkit.formats._find import quantized_names, read_outline  # imported here: loads numpy
-
-    return {name.removesuffix(_SUFFIX): read_outline(checkpoint, name).shape for name in quantized_names(checkpoint)}
+    classes = tuple(name for name in (trained, loaded) if isinstance(name, str))
+    shapes = {name.removesuffix(_SUFFIX): shape for name, shape in shapes.items()}
+    return BaseShapes(checkpoint, quantization, shapes, classes, modules)

@@ -1,137 +1,86 @@
-"""Adapters of single experts, which peft 0.21.2 stacks because transformers 5 stores experts in stacks.
+"""Adapters of experts in peft 0.21.2: of stacks, and of single experts, which it stacks as transformers 5 stores them.
 
 Gate and up share one stack, ``gate_up_proj``. peft gives each stack the rank and alpha of the whole configuration, and
 loads a stack only if every expert has its matrices.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 
 from adaptkit.checkpoint.adapter_config import writes_transposed_experts
 from adaptkit.models.peft_names import DOWNS, GATES, STACKED, UPS, mistaken_for_experts
 from adaptkit.operations._roles import expert_count
-from adaptkit.operations.targets import _peft_config, _scalings
-from adaptkit.operations.targets._adapter_files import AdapterFiles, Pair
-from adaptkit.operations.targets._base_shapes import BaseShapes
-from adaptkit.operations.targets._peft_tensors import DROPS
-from adaptkit.operations.targets._target import Finding, error_about, some
+from adaptkit.operations.targets import _peft_selection
+from adaptkit.operations.targets._adapter_features import ONE_EXPERT
+from adaptkit.operations.targets._adapter_files import AdapterFiles
+from adaptkit.operations.targets._target import Sighting, error, seen
 
-ONE_EXPERT = re.compile(r"(?P<stack>(?:.*\.)?experts)\.(?P<number>\d+)\.(?P<part>\w+)")
-"""Module path of a single expert's matrix."""
-
-
-def swapped(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    """Find stacks in which current peft swaps input and output, since an older release wrote them.
-
-    Args:
-        files: the adapter's files.
-        base: its model code decides for releases before 0.19.0; without it only stacks of 0.19.0 are found.
-    """
-    network = base.network if base else None
-    modules = dict(network.named_modules()) if network is not None else {}
-
-    def is_transposed(pair: Pair) -> bool:
-        module = modules.get(pair.module.replace(".base_layer", ""))
-        return module is None or bool(getattr(module, "is_transposed", False))
-
-    stacked = (pair for pair in files.pairs if pair.stacked)
-    found = [pair.module for pair in stacked if writes_transposed_experts(files.config, is_transposed(pair))]
-    yield from error_about(
-        found,
-        f"stack of experts in the layout of peft {files.config.get('peft_version') or '0.17'}",
-        "current peft swaps input and output: it fails, or computes wrong results if the matrices are square",
-        files.merge(),
-    )
+EXPERTS = {
+    "older stacks": error(
+        "current peft swaps input and output: it fails, or computes wrong results if the matrices are square"
+    ),
+    "single with rsLoRA": error(
+        "peft doubles alpha and rank when it stacks them, so the scaling is too large by a factor of √2", "{flat}"
+    ),
+    "single of other models": error("peft does not stack them for {family}: it fails, or silently drops them"),
+    "single by a pattern": error(
+        "peft looks for the stack under that name, and fails or drops the tensors",
+        "name the modules in a list, such as ['down_proj', 'gate_proj', 'up_proj']",
+    ),
+    "single with own numbers": error(
+        "peft gives all experts the same rank and alpha: it fails, or scales them wrongly"
+    ),
+    "gate or up": error("peft fails, since the model stores both in one matrix"),
+    "no down": error("peft silently drops it, so it changes nothing"),
+    "some experts": error("peft fails: size mismatch"),
+    "mistaken": error("peft stacks everything with such a name, and silently drops it"),
+}
 
 
-def single(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    """Find single experts that peft fails on, scales differently, or drops.
-
-    Args:
-        files: the adapter's files.
-        base: without it the model is assumed to store experts in stacks.
-    """
-    found = [(pair, match) for pair in files.pairs if (match := ONE_EXPERT.fullmatch(pair.module))]
-    modules = [pair.module for pair, _ in found]
-    if not found or not _has_stacks(base, modules):
-        return
-    family = base.model_type if base else None
-    if files.config.get("use_rslora"):
-        yield Finding(
-            "error",
-            f"use_rslora in adapter_config.json, with one pair of matrices per expert: {some(modules)}",
-            "peft doubles alpha and rank when it stacks them, so the scaling is too large by a factor of √2",
-            _scalings.flat_change(files),
-        )
-    elif family is not None and family not in STACKED:
-        effect = f"peft does not stack them for {family}: it fails, or silently drops them"
-        yield Finding("error", f"{some(modules)}: one pair of matrices per expert", effect, files.merge())
-    pattern = files.config.get("target_modules")
-    if isinstance(pattern, str) and pattern != _peft_config.SHORTHAND:
-        paths = {f"{match['stack']}.{match['part']}" for _, match in found}
-        unnamed = [path for path in paths if not _peft_config.is_module({"target_modules": pattern}, path)]
-        if unnamed:
-            yield Finding(
-                "error",
-                f"the pattern in target_modules in adapter_config.json does not match {some(unnamed)}",
-                "peft looks for the stack under that name, and fails or drops the tensors",
-                "name the modules in a list, such as ['down_proj', 'gate_proj', 'up_proj']",
-            )
-    uneven = [pair.module for pair, _ in found if _is_uneven(files, pair)]
-    if uneven:
-        yield Finding(
-            "error",
-            f"rank or alpha of {some(uneven)} differs from r or lora_alpha in adapter_config.json",
-            "peft gives all experts the same rank and alpha: it fails, or scales them wrongly",
-            files.merge(),
-        )
-    numbers: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
-    for _, match in found:
-        numbers[match["stack"], match["part"]].add(int(match["number"]))
-    yield from _parts(files, numbers)
-    count = (expert_count(base.config) if base else None) or 1 + max(max(there) for there in numbers.values())
-    lacking = [f"{stack} ({part})" for (stack, part), there in numbers.items() if len(there) < count]
-    yield from error_about(
-        lacking, f"not all of {count} experts have a pair of matrices", "peft fails: size mismatch", files.merge()
-    )
-
-
-def beside(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    """Find modules that are not experts but are named like their matrices: peft takes them for parts of stacks."""
+def of_experts(files: AdapterFiles) -> Iterator[Sighting]:
+    """Find stacks in an older layout, single experts that peft cannot stack, and modules that it takes for experts."""
+    config, base = files.config, files.base
+    stacked = [pair.module for pair in files.pairs if pair.stacked]
+    if stacked:
+        modules = dict(base.network.named_modules()) if base and base.network is not None else {}
+        there = {name: modules.get(name.replace(".base_layer", "")) for name in stacked}
+        turned = {name: at is None or bool(getattr(at, "is_transposed", False)) for name, at in there.items()}
+        swapped = [name for name in stacked if writes_transposed_experts(config, turned[name])]
+        what = f"stack of experts in the layout of peft {config.get('peft_version') or '0.17'}"
+        yield from seen("older stacks", swapped, what)
     family = (base.model_type if base else None) or ""
-    modules = [pair.module for pair in files.pairs if not pair.stacked and not ONE_EXPERT.fullmatch(pair.module)]
-    taken = mistaken_for_experts(family, modules)
-    yield from error_about(
-        taken,
-        f"not an expert, but named like the experts of {family}",
-        f"peft stacks everything with such a name; {DROPS}",
-        files.merge(),
-    )
-
-
-def _parts(files: AdapterFiles, numbers: defaultdict[tuple[str, str], set[int]]) -> Iterator[Finding]:
-    """Find experts with only gate or only up, and experts with both if the file has no ``down_proj`` at all."""
-    halves = {
-        stack: [any(s == stack and part in names for s, part in numbers) for names in (GATES, UPS)]
-        for stack, _ in numbers
-    }
-    alone = [stack for stack, there in halves.items() if len(set(there)) > 1]
-    yield from error_about(
-        alone,
-        "only one of gate and up of the experts",
-        "peft fails, since the model stores both in one matrix",
-        files.merge(),
-    )
-    both = [stack for stack, there in halves.items() if all(there)]
-    if both and not any(part in DOWNS for _, part in numbers):
-        yield Finding("error", f"{some(both)}: gate and up of the experts, but no down", DROPS, files.merge())
-
-
-def _has_stacks(base: BaseShapes | None, modules: list[str]) -> bool:
-    """Return whether the model stacks experts that the file has one by one; True if that is unknown."""
-    return base is None or not any(f"{module}.weight" in base.tensors for module in modules)
-
-
-def _is_uneven(files: AdapterFiles, pair: Pair) -> bool:
-    return bool(pair.asked != files.config.get("r") or pair.alpha != files.config.get("lora_alpha"))
+    others = [pair.module for pair in files.pairs if not pair.stacked and not ONE_EXPERT.fullmatch(pair.module)]
+    what = f"not an expert, but named like the experts of {family}"
+    yield from seen("mistaken", mistaken_for_experts(family, others), what)
+    experts = [(pair, match) for pair in files.pairs if (match := ONE_EXPERT.fullmatch(pair.module))]
+    names = [pair.module for pair, _ in experts]
+    if not names or (base is not None and any(f"{name}.weight" in base.tensors for name in names)):
+        return  # the model stores single experts, too
+    if config.get("use_rslora"):
+        what = "use_rslora in adapter_config.json, with one pair of matrices per expert: {}"
+        yield from seen("single with rsLoRA", names, what)
+    elif family and family not in STACKED:
+        yield from seen("single of other models", names, "one pair of matrices per expert", family=family)
+    pattern = config.get("target_modules")
+    if isinstance(pattern, str) and pattern != _peft_selection.SHORTHAND:
+        paths = {f"{match['stack']}.{match['part']}" for _, match in experts}
+        unnamed = [path for path in paths if not _peft_selection.is_module({"target_modules": pattern}, path)]
+        what = "the pattern in target_modules in adapter_config.json does not match {}"
+        yield from seen("single by a pattern", unnamed, what)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    uneven = [pair.module for pair, _ in experts if pair.asked != rank or pair.alpha != alpha]
+    what = "rank or alpha of {} differs from r or lora_alpha in adapter_config.json"
+    yield from seen("single with own numbers", uneven, what)
+    numbers: defaultdict[str, defaultdict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for _, match in experts:
+        numbers[match["stack"]][match["part"]].add(int(match["number"]))
+    halves = {stack: [not part.isdisjoint(parts) for part in (GATES, UPS)] for stack, parts in numbers.items()}
+    alone = [stack for stack, (gate, up) in halves.items() if gate != up]
+    yield from seen("gate or up", alone, "only one of gate and up of the experts")
+    if all(DOWNS.isdisjoint(parts) for parts in numbers.values()):
+        both = [stack for stack, there in halves.items() if all(there)]
+        yield from seen("no down", both, "gate and up of the experts, but no down")
+    places = {f"{stack} ({part})": there for stack, parts in numbers.items() for part, there in parts.items()}
+    count = (expert_count(base.config) if base else None) or 1 + max(max(there) for there in places.values())
+    lacking = [place for place, there in places.items() if len(there) < count]
+    yield from seen("some experts", lacking, f"not all of {count} experts have a pair of matrices")

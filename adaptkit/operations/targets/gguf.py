@@ -1,10 +1,10 @@
-"""GGUF: llama.cpp's converters and its reader of adapters, as of autumn 2026.
+"""GGUF: llama.cpp's converters and its reader of adapters.
 
 ``convert_lora_to_gguf.py`` sorts an adapter's tensors by their names and writes A, B and one alpha. When the result is
 loaded, ``src/llama-adapter.h`` computes alpha / rank with each tensor's own rank, and ``src/llama-adapter.cpp``
 compares shapes with the base and skips norms. ``conversion/base.py`` (formerly ``convert_hf_to_gguf.py``) reads
 checkpoints, ``conversion/gpt2.py`` transposes matrices, and ``conversion/gemma.py`` and ``phi.py`` read tokenizers
-only from SentencePiece files.
+only from SentencePiece files. Which formats of compressed-tensors it reads was compared with llama-cpp-python 0.3.36.
 """
 
 import re
@@ -12,190 +12,127 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from adaptkit.checkpoint.layout import class_names, read_json
-from adaptkit.operations.targets import _checkpoint_rules, _rules, _scalings
+from adaptkit.operations.targets import _adapter_features as features
+from adaptkit.operations.targets import _checkpoint_features as checkpoint
+from adaptkit.operations.targets._adapter_features import ANOTHER_BASE, ONE_SAVE, PLAIN
 from adaptkit.operations.targets._adapter_files import AdapterFiles
-from adaptkit.operations.targets._base_shapes import BaseShapes
 from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
-from adaptkit.operations.targets._rules import VARIANTS
-from adaptkit.operations.targets._single_experts import all_or_none
-from adaptkit.operations.targets._target import Finding, Target, error_about, some
+from adaptkit.operations.targets._target import Sighting, Target, error, seen, warning
 
 _METHODS = {"bitnet", "fp8", "gptq", "compressed-tensors", "modelopt", "mxfp4"}
 _NVFP4 = "nvfp4-pack-quantized"
 _BY_CHANNEL = {"float-quantized", "int-quantized", "naive-quantized"}
 _OF_SENTENCEPIECE = {"GemmaForCausalLM", "Gemma2ForCausalLM", "Phi3ForCausalLM", "PhiMoEForCausalLM"}
-_PLAIN = {"A", "B", "embedding A", "embedding B", "wrapped weight"}
+_PLAIN_ROLES = {"A", "B", "embedding A", "embedding B", "wrapped weight"}
 _NORM = re.compile(r"_layernorm|\.norm")
-_TAKES = ("use_dora", "lora_bias", "alora_invocation_tokens")  # the first two are reported by their tensors
 
-
-def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    yield from _rules.weights(files, "convert_lora_to_gguf.py")
-    yield from _configuration(files, base)
-    yield from _scalings.reinterpreted_patterns(files, "llama.cpp")
-    yield from _scaling(files)
-    yield from _names(files)
-    yield from _rules.halves(files, "convert_lora_to_gguf.py fails on the half that is missing")
-    yield from _rules.other_layers(files, "llama.cpp")
-    yield from _rules.ranks(
-        files, "convert_lora_to_gguf.py fails if A and B differ; llama.cpp scales by the rank of the tensors"
-    )
-    yield from _modules(files, base)
-    yield from all_or_none(files, base, "convert_lora_to_gguf.py fails when it joins them into one tensor")
-    yield from _rules.on_base(
-        files,
-        base,
-        "convert_lora_to_gguf.py cannot map the name, or llama.cpp rejects the adapter: does not exist in base model",
-        "llama.cpp rejects the adapter: incorrect shape",
-    )
-    yield from _rules.tables(files, base, "error", "llama.cpp rejects the adapter: incorrect shape", files.merge())
-
-
-def _configuration(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    yield from _rules.kind(files, "convert_lora_to_gguf.py ignores this, and fails on tensors that are not LoRA's")
-    yield from _rules.numbers(files, "convert_lora_to_gguf.py fails without lora_alpha, or writes the wrong value")
-    yield from _rules.variants(
-        files,
-        {key for key in VARIANTS if key not in _TAKES},
-        "convert_lora_to_gguf.py does not support {what} and writes plain LoRA",
-        files.merge_elsewhere(),
-    )
-    yield from _rules.begun(files, "convert_lora_to_gguf.py ignores this; the adapter does not fit the original base")
-    yield from _rules.unknown_keys(files, "convert_lora_to_gguf.py ignores unknown keys")
-    if base is None and not files.config.get("base_model_name_or_path"):
-        yield Finding(
-            "warning",
-            "base_model_name_or_path is missing from adapter_config.json",
-            "convert_lora_to_gguf.py needs the base's config.json",
-            "convert it with --base FOLDER",
-        )
-    if base is not None and base.quantization is not None:
-        unread = base.quantization if base.quantization not in _METHODS else _unread(base.config)
-        if unread:
-            yield Finding(
-                "error",
-                f"{base.root}: quantized with {unread}",
-                "convert_lora_to_gguf.py fails on its config.json: not yet supported",
-                "convert with --base set to the original 16-bit checkpoint",
-            )
-
-
-def _scaling(files: AdapterFiles) -> Iterator[Finding]:
-    alpha = files.config.get("lora_alpha")
-    used = {pair.module: _scalings.flat_scaling(alpha, pair.rank) for pair in files.pairs}
-    wrong = _scalings.scaled_wrongly(files, used)
-    if wrong:
-        _, meant, factor = wrong[0]
-        why = "use_rslora" if files.config.get("use_rslora") else "alpha_pattern"
-        yield Finding(
-            "error",
-            f"{why} in adapter_config.json scales {some([name for name, _, _ in wrong])} by {meant:g}",
-            f"llama.cpp silently scales by lora_alpha over the tensor's rank, here {factor:g}",
-            _scalings.flat_change(files),
-        )
-
-
-def _names(files: AdapterFiles) -> Iterator[Finding]:
-    others = [key.name for key in files.keys if key.role not in _PLAIN]
-    norms = [name for name in others if _NORM.search(name)]
-    yield from error_about(
-        norms, "", "convert_lora_to_gguf.py writes norms, but llama.cpp silently skips them", files.merge()
-    )
-    rest = [name for name in others if name not in norms]
-    yield from error_about(
-        rest, "", "convert_lora_to_gguf.py fails on tensors other than lora_A and lora_B", files.merge()
-    )
-    if files.keys and not others and (files.config.get("use_dora") or files.saved):
-        yield Finding(
-            "error",
-            "use_dora or modules_to_save is set in adapter_config.json, but the file has no such tensors",
-            "convert_lora_to_gguf.py does not notice, and writes plain LoRA",
-            "save the adapter again with peft",
-        )
-
-
-def _modules(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    stacked = _rules.experts(files)
-    yield from error_about(
-        stacked, "stack of experts (target_parameters)", "convert_lora_to_gguf.py cannot map the name", files.merge()
-    )
-    if files.config.get("fan_in_fan_out") or (base is not None and base.is_transposed):
-        yield Finding(
-            "error",
-            "fan_in_fan_out in adapter_config.json, or a base that stores its matrices transposed (GPT-2)",
-            "convert_lora_to_gguf.py transposes A and B like the base's matrices, though peft does not store them "
-            "transposed; llama.cpp rejects what does not fit, and computes wrong results with square ones",
-            files.merge(),
-        )
-    head, merge_apart = _rules.tied_head(files, base), files.merge()
-    if head is not None or (base is None and any(pair.module.endswith("lm_head") for pair in files.pairs)):
-        yield Finding(
-            "warning" if head is None else "error",
-            f"{head or 'lm_head'} is changed{', but the base ties it to the embedding' if head else ''}",
-            "llama.cpp has no separate output tensor if the head is tied to the embedding, and then rejects the "
-            "adapter",
-            merge_apart if head else f"give --base to find out whether they are tied; if so, {merge_apart}",
-        )
-    tables = [pair.module for pair in files.pairs if pair.embedding and _rules.is_table(pair.module)]
-    if tables and (base is None or base.is_tied):  # the head then uses the embedding's A, which is transposed
-        yield Finding(
-            "warning" if base is None else "error",
-            f"{some(tables)} is changed{', but the base ties it to the head' if base else ''}",
-            "llama.cpp loads the adapter, but crashes at the first token (GGML_ASSERT) if the head is tied to the "
-            "embedding",
-            merge_apart if base else f"give --base to find out whether they are tied; if so, {merge_apart}",
-        )
-
-
-def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
-    yield from _checkpoint_rules.quantization(files, "convert_hf_to_gguf.py")
-    if files.quantization not in (None, "adaptkit", *_METHODS) and files.names_method:
-        yield Finding(
-            "error",
-            f"quant_method is {files.quantization} in config.json",
-            "convert_hf_to_gguf.py fails: quant method is not yet supported",
-            f"run adaptkit dequantize {files.root} -o OUT"
-            if files.packed
-            else "convert the original 16-bit checkpoint",
-        )
-    unread = _unread(files.config)
-    if unread:
-        yield Finding(
-            "error",
-            f"config.json has {unread}",
-            f"convert_hf_to_gguf.py fails: it supports one config group of {', '.join(sorted(_BY_CHANNEL))} by "
-            f"channel or block, one of pack-quantized integers by group, and {_NVFP4}",
-            "convert the original 16-bit checkpoint",
-        )
-    yield from _checkpoint_rules.model(
-        files,
-        "llama.cpp rejects the converted file: missing tensor",
-        "llama.cpp rejects the converted file: wrong shape",
-    )
-    yield from _checkpoint_rules.tokenizer(
-        files, "convert_hf_to_gguf.py fails without one", "copy the base's tokenizer files into the folder"
-    )
-    yield from _vocabulary(files)
-
-
-def _vocabulary(files: CheckpointFiles) -> Iterator[Finding]:
-    """Find a tokenizer without the SentencePiece file that is required for some architectures."""
-    named, config = class_names(files.config)[:1], files.root / "tokenizer_config.json"
-    is_there = (files.root / "tokenizer.model").is_file()
-    if is_there or not files.has_tokenizer or not _OF_SENTENCEPIECE.intersection(named):
-        return
-    is_phi = named[0].startswith("Phi")
-    if is_phi and config.is_file() and read_json(config).get("tokenizer_class") == "GPT2Tokenizer":
-        return  # Phi-4
-    yield Finding(
-        "error",
-        "no tokenizer.model in the folder",
-        f"convert_hf_to_gguf.py fails: it reads the vocabulary of {named[0]} from this file only",
+_SHAPE = "llama.cpp rejects the adapter: incorrect shape"
+_NO_NAME = "{program} cannot map the name, or llama.cpp rejects the adapter: does not exist in base model"
+_ORIGINAL = "convert the original 16-bit checkpoint"
+ADAPTER = features.ALL_PROGRAMS | {
+    "no LoRA": error("{program} ignores this, and fails on tensors that are not LoRA's", "{elsewhere}"),
+    "invalid numbers": error("{program} fails without lora_alpha, or writes the wrong value", "{valid}"),
+    "use_qalora": error(PLAIN, "{elsewhere}"),
+    "use_bdlora": error(PLAIN, "{elsewhere}"),
+    "layer_replication": error(PLAIN, "{elsewhere}"),
+    "arrow_config": error(PLAIN, "{elsewhere}"),
+    "kasa_config": error(PLAIN, "{elsewhere}"),
+    "changed base": error("{program} ignores this; the adapter does not fit the original base", "{unchanged}"),
+    "LoRA-GA": error("{program} ignores this; the adapter does not fit the original base", "{unchanged}"),
+    "no base named": warning("{program} needs the base's config.json", "convert it with --base FOLDER"),
+    "quantized base": error(
+        "{program} fails on its config.json: not yet supported",
+        "convert with --base set to the original 16-bit checkpoint",
+    ),
+    "other scaling": error("llama.cpp silently scales by lora_alpha over the tensor's rank, here {used}", "{flat}"),
+    "norms": error("{program} writes norms, but llama.cpp silently skips them"),
+    "other tensors": error("{program} fails on tensors other than lora_A and lora_B"),
+    "lost tensors": error("{program} does not notice, and writes plain LoRA", "save the adapter again with peft"),
+    "half a pair": error("{program} fails on the half that is missing", ONE_SAVE),
+    "other layers": features.LINEAR,
+    "other rank": error("{program} fails if A and B differ; llama.cpp scales by the rank of the tensors", ONE_SAVE),
+    "stacks": error("{program} cannot map the name"),
+    "experts in part": error("{program} fails when it joins them into one tensor"),
+    "transposed": error(
+        "{program} transposes A and B like the base's matrices, though peft does not store them transposed; llama.cpp "
+        "rejects what does not fit, and computes wrong results with square ones"
+    ),
+    "tied head": error(
+        "llama.cpp has no separate output tensor if the head is tied to the embedding, and then rejects the adapter"
+    ),
+    "tied embedding": error(
+        "llama.cpp loads the adapter, but crashes at the first token (GGML_ASSERT) if the head is tied to the embedding"
+    ),
+    "maybe tied": warning(
+        "llama.cpp rejects LoRA of a head that is tied to the embedding, and crashes at the first token (GGML_ASSERT) "
+        "with LoRA of an embedding that is",
+        "give --base to find out whether they are tied; if so, {merge}",
+    ),
+    "absent": error(_NO_NAME, features.OTHER_NAMES),
+    "layers more": error(_NO_NAME, features.OTHER_NAMES),
+    "other shape": error(_SHAPE, ANOTHER_BASE),
+    "other vocabulary": error(_SHAPE),
+}
+CHECKPOINT = checkpoint.ALL_PROGRAMS | {
+    "other method": error("{program} fails: quant method is not yet supported", "{way}"),
+    "other compression": error(
+        f"{{program}} fails: it supports one config group of {', '.join(sorted(_BY_CHANNEL))} by channel or block, one "
+        f"of pack-quantized integers by group, and {_NVFP4}",
+        _ORIGINAL,
+    ),
+    "absent": error("llama.cpp rejects the converted file: missing tensor", checkpoint.CORRECT),
+    "other shape": error("llama.cpp rejects the converted file: wrong shape", checkpoint.SAME_PLACE),
+    "no tokenizer": warning("{program} fails without one", "copy the base's tokenizer files into the folder"),
+    "no SentencePiece": error(
+        "{program} fails: it reads the vocabulary of {name} from this file only",
         "copy the original model's tokenizer.model into the folder",
-    )
+    ),
+}
 
 
-def _unread(config: Mapping[str, Any]) -> str:
+def _in_adapter(files: AdapterFiles) -> Iterator[Sighting]:
+    yield from features.of_files(files)
+    yield from features.of_configuration(files)
+    yield from features.of_scaling(files, own_rank=True)
+    yield from features.of_tensors(files)
+    yield from features.beside_base(files)
+    config, base = files.config, files.base
+    if base is None and not config.get("base_model_name_or_path"):
+        yield Sighting("no base named", "base_model_name_or_path is missing from adapter_config.json")
+    if base is not None and base.quantization is not None:
+        unread = base.quantization if base.quantization not in _METHODS else _unread_compression(base.config)
+        if unread:
+            yield Sighting("quantized base", f"{base.root}: quantized with {unread}")
+    others = [key.name for key in files.keys if key.role not in _PLAIN_ROLES]
+    yield from seen("norms", [name for name in others if _NORM.search(name)])
+    yield from seen("other tensors", [name for name in others if not _NORM.search(name)])
+    if files.keys and not others and (config.get("use_dora") or files.saved):
+        what = "use_dora or modules_to_save is set in adapter_config.json, but the file has no such tensors"
+        yield Sighting("lost tensors", what)
+    tables = [pair.module for pair in files.pairs if pair.embedding and features.is_table(pair.module)]
+    if base is None:
+        heads = [pair.module for pair in files.pairs if pair.leaf == "lm_head"]
+        yield from seen("maybe tied", tables + heads, "{} is changed")
+    elif base.is_tied:  # the head then uses the embedding's A, which is transposed
+        yield from seen("tied embedding", tables, "{} is changed, but the base ties it to the head")
+
+
+def _in_checkpoint(files: CheckpointFiles) -> Iterator[Sighting]:
+    yield from checkpoint.of_checkpoint(files)
+    if files.quantization not in (None, "adaptkit", *_METHODS) and files.names_method:
+        way = f"run adaptkit dequantize {files.root} -o OUT" if files.packed else _ORIGINAL
+        yield Sighting("other method", f"quant_method is {files.quantization} in config.json", {"way": way})
+    unread = _unread_compression(files.config)
+    if unread:
+        yield Sighting("other compression", f"config.json has {unread}")
+    name, config = next(iter(class_names(files.config)), ""), files.root / "tokenizer_config.json"
+    if files.has_tokenizer and name in _OF_SENTENCEPIECE and not (files.root / "tokenizer.model").is_file():
+        kind = read_json(config).get("tokenizer_class") if config.is_file() else None
+        if not (name.startswith("Phi") and kind == "GPT2Tokenizer"):  # Phi-4
+            yield Sighting("no SentencePiece", "no tokenizer.model in the folder", {"name": name})
+
+
+def _unread_compression(config: Mapping[str, Any]) -> str:
     """Return which format of compressed-tensors the converters do not read; empty if they read it."""
     given = config.get("quantization_config")
     if not isinstance(given, dict) or given.get("quant_method") != "compressed-tensors":
@@ -217,4 +154,13 @@ def _unread(config: Mapping[str, Any]) -> str:
     return f"compressed-tensors' {form} of {of.get('num_bits')}-bit {of.get('type')}s by {of.get('strategy')}"
 
 
-TARGET = Target("llama.cpp's converters of autumn 2026", _adapter, _checkpoint)
+TARGET = Target(
+    program="convert_lora_to_gguf.py",
+    loader="convert_hf_to_gguf.py",
+    version="llama.cpp's converters of autumn 2026",
+    tried_in="",
+    adapter=ADAPTER,
+    checkpoint=CHECKPOINT,
+    in_adapter=_in_adapter,
+    in_checkpoint=_in_checkpoint,
+)

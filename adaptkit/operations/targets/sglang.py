@@ -1,4 +1,4 @@
-"""SGLang 0.5.23 (November 2026): its LoRA code.
+"""SGLang: its LoRA code.
 
 ``sglang/srt/lora/lora_config.py`` and ``lora.py`` read the configuration and sort tensors by substrings of their names,
 ``lora_manager.py`` refuses adapters, ``mem_pool.py`` copies tensors into buffers that all have the configuration's
@@ -9,252 +9,166 @@ rank, and ``utils.py`` has the names of modules. Sources after that release also
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Collection, Iterator
 
 from adaptkit.checkpoint.layout import read_small
 from adaptkit.errors import CheckpointError
 from adaptkit.models.peft_names import GATES, UPS
-from adaptkit.operations.targets import _checkpoint_rules, _rules, _scalings
-from adaptkit.operations.targets._adapter_files import AdapterFiles
-from adaptkit.operations.targets._base_shapes import BaseShapes
-from adaptkit.operations.targets._checkpoint_files import CheckpointFiles
-from adaptkit.operations.targets._rules import VARIANTS
-from adaptkit.operations.targets._target import Finding, Target, error_about, some
+from adaptkit.operations.targets import _adapter_features as features
+from adaptkit.operations.targets import _checkpoint_features as checkpoint
+from adaptkit.operations.targets._adapter_features import ANOTHER_BASE, ONE_SAVE, PLAIN, REJECTS
+from adaptkit.operations.targets._adapter_files import AdapterFiles, is_rank
+from adaptkit.operations.targets._target import Sighting, Target, error, seen, some, warning
 
 _ADDED = "added_tokens.json"
 _LAYER = re.compile(r"layers\.\d+\.")
 _TABLES = ("embed_tokens", "lm_head")
-_ALL = ("all", "all-linear")
-_TOGETHER = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "qkv_proj": "qkv", "gate_proj": "gate_up"} | {
-    "up_proj": "gate_up",
-    "gate_up_proj": "gate_up",
-}
+_TOGETHER = dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj"), "qkv") | dict.fromkeys(
+    ("gate_proj", "up_proj", "gate_up_proj"), "gate_up"
+)
 """Projections that SGLang fuses into one matrix, and the name of that matrix."""
 
+ADAPTER = features.ALL_PROGRAMS | {
+    "no LoRA": error("SGLang rejects every type but LORA", "{elsewhere}"),
+    "targets not listed": error("SGLang accepts a list of names or 'all-linear', and fails on anything else", "{way}"),
+    "not a target": error("SGLang fails at the first request", "add it to target_modules"),
+    "invalid numbers": error("SGLang fails when it computes alpha / r, or uses the wrong scaling", "{valid}"),
+    "use_dora": error(REJECTS),
+    "use_qalora": error(PLAIN, "{elsewhere}"),
+    "use_bdlora": error(PLAIN, "{elsewhere}"),
+    "alora_invocation_tokens": error(PLAIN, "{elsewhere}"),
+    "layer_replication": error(PLAIN, "{elsewhere}"),
+    "arrow_config": error(PLAIN, "{elsewhere}"),
+    "kasa_config": error(PLAIN, "{elsewhere}"),
+    "changed base": error("SGLang ignores this, and applies the adapter to a base that it does not fit", "{unchanged}"),
+    "LoRA-GA": error("SGLang ignores this, and applies the adapter to a base that it does not fit", "{unchanged}"),
+    "other scaling": error("SGLang silently scales everything by lora_alpha / r = {used}", "{flat}"),
+    "rank of its own": error("SGLang fails at the first request: its buffers have one rank for all modules"),
+    "taken for B": error(
+        "SGLang treats every tensor that is not lora_A as lora_B, and fails on the shape or computes wrong results"
+    ),
+    "replaced tensors": error(
+        "SGLang does not support tensors that replace the base's: it silently drops those of embeddings and heads, and "
+        "fails on others"
+    ),
+    "not looked for": error(
+        "SGLang silently drops it: it looks for layers.N. in names, and for embed_tokens and lm_head if target_modules "
+        "has them"
+    ),
+    "other names": error("SGLang sorts tensors by parts of their names, and cannot place this one"),
+    "half a pair": error("SGLang fails, or silently leaves the module unchanged", ONE_SAVE),
+    "other layers": features.LINEAR,
+    "other rank": error("SGLang fails when it copies the tensors into buffers of the configuration's rank", ONE_SAVE),
+    "not fused": error("SGLang stores them in one matrix, and fails when it joins them"),
+    "stacks": error(
+        "SGLang does not support such names: it needs one pair of matrices per expert, or three-dimensional tensors"
+    ),
+    "single experts": warning(
+        "SGLang adapts experts only if both gate_up_proj and down_proj are among its target modules",
+        "serve it with --lora-target-modules all",
+    ),
+    "files beside": error(
+        "SGLang loads every *.safetensors file in the folder as part of the adapter",
+        "load a copy of the folder without {beside}",
+    ),
+    "added tokens": error(
+        "SGLang rejects adapters that add tokens to the vocabulary; tokens that the base already has are fine (--base)",
+        f"remove {_ADDED} if the base has these tokens; otherwise {{merge}}",
+    ),
+    "absent": error("SGLang drops the tensors with a warning, or fails at the first request", features.OTHER_NAMES),
+    "layers more": error(
+        "SGLang drops the tensors with a warning, or fails at the first request", features.OTHER_NAMES
+    ),
+    "other shape": error("SGLang fails when it copies the tensors into its buffers", ANOTHER_BASE),
+    "other vocabulary": error("SGLang fails when it copies the tensors into buffers of the base's size"),
+}
+CHECKPOINT = checkpoint.SERVERS | {
+    "bitsandbytes": warning(
+        "SGLang loads it with its bitsandbytes loader, on one GPU only: it rejects tensor parallelism",
+        "serve it with --load-format bitsandbytes",
+    ),
+    "no tokenizer": warning("SGLang can load one from another folder", "serve it with --tokenizer-path FOLDER"),
+}
 
-def _adapter(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    yield from _rules.weights(files, "SGLang")
-    yield from _configuration(files)
-    yield from _scalings.reinterpreted_patterns(files, "SGLang")
-    yield from _scaling(files)
-    yield from _names(files)
-    yield from _rules.halves(files, "SGLang fails, or silently leaves the module unchanged")
-    yield from _rules.other_layers(files, "SGLang")
-    yield from _rules.ranks(files, "SGLang fails when it copies the tensors into buffers of the configuration's rank")
-    yield from _fused(files, base)
-    yield from _experts(files)
-    yield from _beside(files)
-    yield from _added_tokens(files, base)
-    yield from _rules.on_base(
-        files,
-        base,
-        "SGLang drops the tensors with a warning, or fails at the first request",
-        "SGLang fails when it copies the tensors into its buffers",
-    )
-    yield from _rules.tables(
-        files, base, "error", "SGLang fails when it copies the tensors into buffers of the base's size", files.merge()
-    )
 
-
-def _configuration(files: AdapterFiles) -> Iterator[Finding]:
-    config = files.config
-    yield from _rules.kind(files, "SGLang rejects every type but LORA")
-    targets = config.get("target_modules")
-    if not isinstance(targets, list) and targets not in _ALL:
-        modules = sorted({pair.module.rpartition(".")[2] for pair in files.pairs})
-        yield Finding(
-            "error",
-            f"target_modules is {targets!r} in adapter_config.json",
-            "SGLang accepts a list of names or 'all-linear', and fails on anything else",
-            f"set it to {json.dumps(modules)}" if modules else files.merge(),
-        )
-    elif isinstance(targets, list):
-        last = [str(name).rpartition(".")[2] for name in targets]
-        known = {_TOGETHER.get(name, name) for name in last}
-        modules = [pair.module for pair in files.pairs if _LAYER.search(f"{pair.module}.") and not pair.stacked]
-        leaves = {module: module.rpartition(".")[2] for module in modules if ".experts." not in module}
-        unnamed = [module for module, leaf in leaves.items() if _TOGETHER.get(leaf, leaf) not in known]
-        if unnamed:
-            yield Finding(
-                "error",
-                f"target_modules in adapter_config.json does not name {some(unnamed)}",
-                "SGLang fails at the first request",
-                "add it to target_modules",
-            )
-    yield from _rules.numbers(files, "SGLang fails when it computes alpha / r, or uses the wrong scaling")
-    yield from _rules.variants(files, ("use_dora",), "SGLang rejects {what}", files.merge())
-    rest = {key for key in VARIANTS if key not in ("use_dora", "lora_bias")}
-    yield from _rules.variants(
-        files, rest, "SGLang does not support {what} and computes plain LoRA", files.merge_elsewhere()
-    )
-    yield from _rules.begun(files, "SGLang ignores this, and applies the adapter to a base that it does not fit")
-    yield from _rules.unknown_keys(files, "SGLang ignores unknown keys")
-
-
-def _scaling(files: AdapterFiles) -> Iterator[Finding]:
-    rank = files.config.get("r")
-    flat = _scalings.flat_scaling(files.config.get("lora_alpha"), rank)
-    if flat is None:
-        return
-    wrong = _scalings.scaled_wrongly(files, {pair.module: flat for pair in files.pairs})
-    if wrong:
-        _, meant, used = wrong[0]
-        why = "use_rslora" if files.config.get("use_rslora") else "alpha_pattern or rank_pattern"
-        yield Finding(
-            "error",
-            f"{why} in adapter_config.json scales {some([name for name, _, _ in wrong])} by {meant:g}",
-            f"SGLang silently scales everything by lora_alpha / r = {used:g}",
-            _scalings.flat_change(files),
-        )
+def _in_adapter(files: AdapterFiles) -> Iterator[Sighting]:
+    yield from features.of_files(files)
+    yield from features.of_configuration(files)
+    yield from features.of_scaling(files)
+    yield from features.of_tensors(files)
+    yield from features.beside_base(files)
+    yield from _targets(files)
+    config, rank = files.config, files.config.get("r")
     other = [pair.module for pair in files.pairs if pair.rank and pair.rank == pair.asked and pair.rank != rank]
-    if other:
-        yield Finding(
-            "error",
-            f"rank_pattern in adapter_config.json gives {some(other)} a rank other than r = {rank}",
-            "SGLang fails at the first request: its buffers have one rank for all modules",
-            files.merge(),
+    if is_rank(rank) and isinstance(config.get("lora_alpha"), int | float):
+        yield from seen(
+            "rank of its own", other, f"rank_pattern in adapter_config.json gives {{}} a rank other than r = {rank}"
         )
+    stray = files.named("bias", "bias of B", *(() if config.get("use_dora") else ("magnitude",)))
+    yield from seen("taken for B", stray)
+    yield from seen("replaced tensors", files.named("weight", "token rows"))
+    yield from seen("other names", files.named("other"))
+    for needed, *has in (("v_proj", "q_proj"), ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        yield from _without(files, needed, has)
+    if files.keys:
+        beside = some(files.beside) if files.beside else ""
+        yield from seen("files beside", files.beside, "{} beside adapter_model.safetensors", beside=beside)
+    yield from _added_tokens(files)
 
 
-def _names(files: AdapterFiles) -> Iterator[Finding]:
-    stray = files.named("bias", "bias of B", *(() if files.config.get("use_dora") else ("magnitude",)))
-    yield from error_about(
-        stray,
-        "",
-        "SGLang treats every tensor that is not lora_A as lora_B, and fails on the shape or computes wrong results",
-        files.merge(),
-    )
-    whole = files.named("weight", "token rows")
-    yield from error_about(
-        whole,
-        "",
-        "SGLang does not support tensors that replace the base's: it silently drops those of embeddings and heads, "
-        "and fails on others",
-        files.merge(),
-    )
-    pairs = [half.name for pair in files.pairs for half in (pair.a, pair.b) if half]
-    lost = [name for name in pairs if not _LAYER.search(name) and not any(table in name for table in _TABLES)]
-    lost += _unnamed_tables(files)
-    yield from error_about(
-        lost,
-        "",
-        "SGLang silently drops it: it looks for layers.N. in names, and for embed_tokens and lm_head if "
-        "target_modules has them",
-        files.merge(),
-    )
-    other = files.named("other")
-    yield from error_about(
-        other, "", "SGLang sorts tensors by parts of their names, and cannot place this one", files.merge()
-    )
-
-
-def _unnamed_tables(files: AdapterFiles) -> list[str]:
+def _targets(files: AdapterFiles) -> Iterator[Sighting]:
     targets = files.config.get("target_modules")
-    if not isinstance(targets, list):
-        return []
-    last = {str(name).rpartition(".")[2] for name in targets}
-    return [
-        half.name
-        for pair in files.pairs
-        for half in (pair.a, pair.b)
-        if half and any(table in pair.module and table not in last for table in _TABLES)
-    ]
+    halves = {half.name: pair for pair in files.pairs for half in (pair.a, pair.b) if half}
+    lost = [name for name in halves if not _LAYER.search(name) and not any(table in name for table in _TABLES)]
+    if isinstance(targets, list):
+        listed = {str(name).rpartition(".")[2] for name in targets}
+        known = {_TOGETHER.get(name, name) for name in listed}
+        pairs = [pair for pair in files.pairs if _LAYER.search(f"{pair.module}.") and not pair.stacked]
+        pairs = [pair for pair in pairs if ".experts." not in pair.module]
+        unnamed = [pair.module for pair in pairs if _TOGETHER.get(pair.leaf, pair.leaf) not in known]
+        yield from seen("not a target", unnamed, "target_modules in adapter_config.json does not name {}")
+        unlisted = [table for table in _TABLES if table not in listed]
+        lost += [name for name, pair in halves.items() if any(table in pair.module for table in unlisted)]
+    elif targets not in ("all", "all-linear"):
+        modules = sorted({pair.leaf for pair in files.pairs})
+        way = f"set it to {json.dumps(modules)}" if modules else files.ways["merge"]
+        yield Sighting("targets not listed", f"target_modules is {targets!r} in adapter_config.json", {"way": way})
+    yield from seen("not looked for", lost)
 
 
-def _fused(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    """Find projections that SGLang fuses into one matrix, adapted without the others that it then requires."""
+def _without(files: AdapterFiles, needed: str, has: Collection[str]) -> Iterator[Sighting]:
+    """Find a projection that is adapted without another that SGLang fuses it with, if the model has that."""
     blocks: dict[str, set[str]] = defaultdict(set)
     for pair in files.pairs:
-        block, _, leaf = pair.module.rpartition(".")
         if _LAYER.search(f"{pair.module}."):  # single experts too: SGLang renames their w1 and w3
-            blocks[block].add("gate_proj" if leaf in GATES else "up_proj" if leaf in UPS else leaf)
-    for needed, has in (("v_proj", {"q_proj"}), ("q_proj", {"k_proj", "v_proj"}), ("gate_proj", {"up_proj"})):
-        alone = [block for block, leaves in blocks.items() if leaves & has and needed not in leaves]
-        if base is not None:
-            names = GATES if needed == "gate_proj" else {needed}
-            alone = [block for block in alone if any(base.shape(f"{block}.{name}") for name in names)]
-        if alone:
-            sure = needed != "gate_proj" or base is not None  # layers without a gate need only up_proj
-            yield Finding(
-                "error" if sure else "warning",
-                f"{some(alone)}: {' or '.join(sorted(has))} without {needed}",
-                "SGLang stores them in one matrix, and fails when it joins them"
-                + ("" if sure else " if the model has one"),
-                files.merge(),
-            )
+            name = "gate_proj" if pair.leaf in GATES else "up_proj" if pair.leaf in UPS else pair.leaf
+            blocks[pair.module.rpartition(".")[0]].add(name)
+    base, names = files.base, GATES if needed == "gate_proj" else {needed}
+    alone = [block for block, leaves in blocks.items() if leaves.intersection(has) and needed not in leaves]
+    alone = [block for block in alone if base is None or any(base.shape(f"{block}.{name}") for name in names)]
+    may_lack = needed == "gate_proj" and base is None
+    what = f"{' or '.join(sorted(has))} without {needed}{', if the model has one' if may_lack else ''}"
+    yield from seen("not fused", alone, what, doubtful=may_lack)
 
 
-def _experts(files: AdapterFiles) -> Iterator[Finding]:
-    stacked = _rules.experts(files)
-    yield from error_about(
-        stacked,
-        "stack of experts (target_parameters)",
-        "SGLang does not support such names: it needs one pair of matrices per expert, or three-dimensional tensors",
-        files.merge(),
-    )
-    single = _rules.single_experts(files)
-    if single:
-        yield Finding(
-            "warning",
-            f"{some(single)}: one pair of matrices per expert",
-            "SGLang adapts experts only if both gate_up_proj and down_proj are among its target modules",
-            "serve it with --lora-target-modules all",
-        )
-
-
-def _beside(files: AdapterFiles) -> Iterator[Finding]:
-    if files.beside and files.keys:
-        yield Finding(
-            "error",
-            f"{some(files.beside)} beside adapter_model.safetensors",
-            "SGLang loads every *.safetensors file in the folder as part of the adapter",
-            f"load a copy of the folder without {some(files.beside)}",
-        )
-
-
-def _added_tokens(files: AdapterFiles, base: BaseShapes | None) -> Iterator[Finding]:
-    tokens = _read_added(files.root / _ADDED)
-    size = base.vocabulary if base else None
-    added = [token for token, number in tokens.items() if size is None or number >= size]
-    if added:
-        yield Finding(
-            "warning" if size is None else "error",
-            f"{_ADDED}: {some(added)}",
-            "SGLang rejects adapters that add tokens to the vocabulary"
-            + ("" if size else "; tokens that the base already has are fine (give --base to find out)"),
-            files.merge() if size else f"remove {_ADDED} if the base has these tokens; otherwise {files.merge()}",
-        )
-
-
-def _read_added(path: Path) -> dict[str, int]:
-    """Map added tokens to their indices; empty if there is no such file, or if SGLang ignores it too."""
+def _added_tokens(files: AdapterFiles) -> Iterator[Sighting]:
     try:
-        found = json.loads(read_small(path))
-    except (CheckpointError, OSError, ValueError, RecursionError):
-        return {}
-    pairs = found.items() if isinstance(found, dict) else ()
-    return {token: number for token, number in pairs if isinstance(number, int)}
+        tokens = json.loads(read_small(files.root / _ADDED))
+    except (CheckpointError, OSError, ValueError, RecursionError):  # none, or one that SGLang ignores, too
+        return
+    numbers = {token: n for token, n in tokens.items() if isinstance(n, int)} if isinstance(tokens, dict) else {}
+    size = files.base.vocabulary if files.base else None
+    added = [token for token, number in numbers.items() if size is None or number >= size]
+    yield from seen("added tokens", added, f"{_ADDED}: {{}}", doubtful=size is None)
 
 
-def _checkpoint(files: CheckpointFiles) -> Iterator[Finding]:
-    yield from _checkpoint_rules.quantization(files, "SGLang")
-    if files.quantization == "bitsandbytes":
-        yield Finding(
-            "warning",
-            "quant_method is bitsandbytes in config.json",
-            "SGLang loads it with its bitsandbytes loader, on one GPU only: it rejects tensor parallelism",
-            "serve it with --load-format bitsandbytes",
-        )
-        yield from _checkpoint_rules.storage(files, "SGLang")
-    yield from _checkpoint_rules.stacks(files, "SGLang does not support such stacks")
-    yield from _checkpoint_rules.beside(files, "SGLang")
-    yield from _checkpoint_rules.model(
-        files, "SGLang silently computes with uninitialized memory", "SGLang fails: the shapes differ"
-    )
-    yield from _checkpoint_rules.tokenizer(
-        files, "SGLang can load one from another folder", "serve it with --tokenizer-path FOLDER"
-    )
-
-
-TARGET = Target("SGLang 0.5.23", _adapter, _checkpoint)
+TARGET = Target(
+    program="SGLang",
+    loader="SGLang",
+    version="SGLang 0.5.23",
+    tried_in="",
+    adapter=ADAPTER,
+    checkpoint=CHECKPOINT,
+    in_adapter=_in_adapter,
+    in_checkpoint=checkpoint.of_checkpoint,
+)
