@@ -11,8 +11,10 @@ from peft_formulas import logits
 from safetensors.torch import load_file
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.manifest import require_manifest
-from adaptkit.errors import AdapterError, BaseMismatchError, OutputExistsError, UsageError
+from adaptkit.checkpoint.compensation import write_compensation
+from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.manifest import Manifest, require_manifest
+from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.resize import ResizeOptions, resize
 from adaptkit.operations.verify import verify
@@ -51,7 +53,9 @@ def wide(tmp_path_factory, llama):
 
 @pytest.mark.parametrize("rank", [1, 3, 7])
 def test_every_module_is_the_best_approximation_of_its_rank(tmp_path, wide, rank):
+    dry = resize(wide, tmp_path / "out", ResizeOptions(rank=rank), dry_run=True)
     report = resize(wide, tmp_path / "out", ResizeOptions(rank=rank))
+    assert (dry.modules, dry.energy_kept, dry.parameters) == (report.modules, report.energy_kept, report.parameters)
     before, after = dense(wide), dense(tmp_path / "out")
     assert (report.resized, report.unchanged, report.ranks) == (14, 0, (rank, rank))
     total = lost = 0.0
@@ -89,8 +93,7 @@ def test_modules_that_are_small_enough_are_unchanged(tmp_path, wide, options):
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (wide, tmp_path / "out"))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    one, other = dense(wide), dense(tmp_path / "out")
-    assert all((one[module] - other[module]).norm() <= 1e-15 * one[module].norm() for module in one)
+    assert all((dense(wide)[module] - change).norm() == 0 for module, change in dense(tmp_path / "out").items())
     assert (report.resized, report.unchanged, report.energy_kept, report.relative_error) == (0, 14, 1.0, 0.0)
     assert report.below == (14 if options.get("rank") == 64 else 0)
 
@@ -160,9 +163,9 @@ def test_embeddings_stay_embeddings(tmp_path):
 
 def test_threads_and_repetition_do_not_change_the_bytes(tmp_path, wide):
     before = torch.get_num_threads()
-    for name, threads in (("one", 1), ("two", 2), ("three", 3), ("again", 1)):
+    for name, threads in (("one", 1), ("three", 3), ("again", 1)):
         resize(wide, tmp_path / name, ResizeOptions(rank=3, threads=threads))
-    assert len({tuple(sorted(tree(tmp_path / name).items())) for name in ("one", "two", "three", "again")}) == 1
+        assert tree(tmp_path / name) == tree(tmp_path / "one")
     assert torch.get_num_threads() == before
 
 
@@ -182,60 +185,30 @@ def test_the_result_still_names_its_base(tmp_path, llama, wide, certified):
     assert require_manifest(tmp_path / "unknown").targets == ()
 
 
-def test_dora_magnitudes_and_replaced_tensors_are_refused(tmp_path, llama):
-    dora = tiny.write_peft_adapter(tmp_path / "dora", llama, use_dora=True)
-    with pytest.raises(AdapterError, match="cannot resize a DoRA magnitude"):
-        resize(dora, tmp_path / "out", ResizeOptions(rank=2))
-    saved = tiny.write_peft_adapter(tmp_path / "saved", llama, modules_to_save=["norm"])
-    with pytest.raises(AdapterError, match="cannot resize a tensor that replaces"):
-        resize(saved, tmp_path / "out", ResizeOptions(rank=2))
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_a_companion_of_a_quantized_base_is_refused(tmp_path, adapter, copy_of):
-    from adaptkit.checkpoint.compensation import write_compensation
-    from adaptkit.checkpoint.journal import Output
-    from adaptkit.checkpoint.manifest import Manifest
-
+def test_companions_dora_magnitudes_and_replaced_tensors_are_refused(tmp_path, llama, adapter):
     read = read_adapter(adapter)
     with Output(tmp_path / "companion", "test") as out:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             out.write(name, (adapter / name).read_bytes())
         write_compensation(out, read.modules)
         out.publish(Manifest("adapter", {"name": "quantize"}, tuple(out.files), read.records))
-    with pytest.raises(AdapterError, match=r"is a companion adapter, .* and was not trained"):
-        resize(tmp_path / "companion", tmp_path / "out", ResizeOptions(rank=2))
-
-
-def test_a_dry_run_reports_the_same_and_writes_nothing(tmp_path, wide):
-    dry = resize(wide, tmp_path / "out", ResizeOptions(rank=3), dry_run=True)
-    assert not list(tmp_path.iterdir())
-    report = resize(wide, tmp_path / "out", ResizeOptions(rank=3))
-    assert (dry.modules, dry.energy_kept, dry.parameters) == (report.modules, report.energy_kept, report.parameters)
-    assert (dry.manifest_sha256, report.manifest_sha256) == (None, require_manifest(tmp_path / "out").sha256)
-
-
-def test_an_existing_output_is_replaced_only_with_force(tmp_path, wide):
-    resize(wide, tmp_path / "out", ResizeOptions(rank=2))
-    with pytest.raises(OutputExistsError):
-        resize(wide, tmp_path / "out", ResizeOptions(rank=3))
-    resize(wide, tmp_path / "out", ResizeOptions(rank=3), force=True)
-    assert read_adapter(tmp_path / "out").modules["model.layers.0.mlp.up_proj"].rank == 3
+    dora = tiny.write_peft_adapter(tmp_path / "dora", llama, use_dora=True)
+    saved = tiny.write_peft_adapter(tmp_path / "saved", llama, modules_to_save=["norm"])
+    for folder, error in (
+        (tmp_path / "companion", r"is a companion adapter, .* and was not trained"),
+        (dora, "cannot resize a DoRA magnitude"),
+        (saved, "cannot resize a tensor that replaces"),
+    ):
+        with pytest.raises(AdapterError, match=error):
+            resize(folder, tmp_path / "out", ResizeOptions(rank=2))
+    assert not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"rank": 2, "energy": 0.9},
-        {"rank": 0},
-        {"rank": -1},
-        {"energy": 0.0},
-        {"energy": 1.5},
-        {"energy": float("nan")},
-        {"rank": 2, "threads": 0},
-    ],
-)
+    [{}, {"rank": 2, "energy": 0.9}, {"rank": 0}, {"rank": -1}, {"energy": 0.0}, {"energy": 1.5},
+     {"energy": float("nan")}, {"rank": 2, "threads": 0}],
+)  # fmt: skip
 def test_invalid_options_are_refused(options):
     with pytest.raises(UsageError):
         ResizeOptions(**options)
@@ -265,7 +238,7 @@ def test_copies_of_the_base_and_the_tokenizer_are_copied(made, tmp_path, copy_of
     assert shapes[0]["model.embed_tokens.weight"][0] == peft_adapters.GREATER_VOCABULARY
 
 
-@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION", "CAUSAL_LM"])
+@pytest.mark.parametrize("task", [None, "FEATURE_EXTRACTION"])
 def test_the_task_type_is_unchanged_even_if_it_is_none(task, wide, tmp_path, copy_of):
     adapter = copy_of(wide)
     edit_json(adapter / "adapter_config.json", task_type=task)

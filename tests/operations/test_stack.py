@@ -10,9 +10,8 @@ from folders import edit_manifest, edited_tensors
 from peft_adapters import quiet
 from peft_formulas import running
 
-from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.manifest import require_manifest
-from adaptkit.errors import AdapterError, BaseMismatchError, OutputExistsError, UsageError
+from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
 from adaptkit.operations.merge import merge
 from adaptkit.operations.resize import ResizeOptions, resize
 from adaptkit.operations.stack import StackOptions, stack
@@ -113,14 +112,6 @@ def test_invalid_arguments_are_refused(tmp_path, adapter, count, options):
     with pytest.raises(UsageError):
         stack([adapter] * count, tmp_path / "out", StackOptions(**options))
     assert not list(tmp_path.glob("out*"))
-
-
-def test_an_existing_output_is_replaced_only_with_force(tmp_path, adapter, second_adapter):
-    stack([adapter, second_adapter], tmp_path / "out")
-    with pytest.raises(OutputExistsError):
-        stack([adapter, adapter], tmp_path / "out")
-    stack([adapter, adapter], tmp_path / "out", force=True)
-    assert read_adapter(tmp_path / "out").modules["model.layers.0.mlp.up_proj"].rank == 8
 
 
 @pytest.mark.parametrize("name", ["value_head.safetensors", "value_head.bin", "pytorch_model.bin"])
