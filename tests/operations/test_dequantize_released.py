@@ -7,13 +7,13 @@ import pytest
 import released
 import tiny
 import torch
-from folders import edit_json, edited_tensors, flip, rewritten, tree
+from folders import edit_json, edited_tensors, flip, rewritten
 from safetensors.torch import load_file
 
 from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.manifest import TensorRecord, require_manifest
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import BaseMismatchError, CheckpointError, NonFiniteError
+from adaptkit.errors import BaseMismatchError, CheckpointError
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize
 from adaptkit.operations.merge import merge
 from adaptkit.operations.quantize import QuantizeOptions, quantize
@@ -55,8 +55,9 @@ def test_mxfp4_gives_the_weights_of_transformers(mxfp4, tmp_path, dtype):
     assert not any(name.endswith(("_blocks", "_scales")) for name in stored)
 
 
-@pytest.mark.parametrize("block", [(32, 32), (16, 64), None])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("block", "dtype"), [((32, 32), "bfloat16"), ((16, 64), "float32"), (None, "bfloat16"), ((32, 32), "float32")]
+)
 def test_fp8_gives_the_weights_of_transformers(tmp_path, block, dtype):
     from transformers import FineGrainedFP8Config
 
@@ -89,9 +90,16 @@ def test_deepseek_v4_gives_the_weights_of_transformers(tmp_path):
 EXPONENTS = torch.tensor([0, 1, 100, 127, 130, 200], dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("as_bytes", [True, False])
-@pytest.mark.parametrize("name", [f"{GATE}_scale_inv", GATE.replace("weight", "scale"), GATE.replace("w", "qscale_w")])
-@pytest.mark.parametrize("codes", ["fp8", "mxfp4"])
+@pytest.mark.parametrize(
+    ("codes", "name", "as_bytes"),
+    [
+        ("fp8", f"{GATE}_scale_inv", True),
+        ("fp8", GATE.replace("weight", "scale"), False),
+        ("fp8", GATE.replace("w", "qscale_w"), True),
+        ("mxfp4", f"{GATE}_scale_inv", False),
+        ("mxfp4", GATE.replace("weight", "scale"), True),
+    ],
+)
 def test_scales_may_be_exponents_under_several_names(tmp_path, as_bytes, name, codes):
     folder = tiny.write_llama(tmp_path / "model")
     rows, columns = 64, 96
@@ -118,43 +126,111 @@ def levels_of(packed):
     return torch.where(codes & 8 != 0, -size, size)
 
 
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        ({GATE: torch.zeros(64, 48, dtype=torch.int8)}, r"not a weight in MXFP4: .*weight_scale_inv is missing"),
-        (
-            {GATE: torch.zeros(64, 48, dtype=torch.int8), f"{GATE}_scale_inv": torch.ones(64, 3)},
-            r"not a weight in MXFP4: codes I8 \[64, 48\], scales F32 \[64, 3\]",
-        ),
-        (
-            {
-                GATE: torch.zeros(64, 48, dtype=torch.int8),
-                f"{GATE}_scale_inv": torch.ones(64, 6).to(torch.float8_e8m0fnu),
-            },
-            r"not a weight in MXFP4: codes I8 \[64, 48\], scales F8_E8M0 \[64, 6\]",
-        ),
-        (
-            {
-                GATE: torch.zeros(64, 40, dtype=torch.int8),
-                f"{GATE}_scale_inv": torch.ones(64, 2).to(torch.float8_e8m0fnu),
-            },
-            "not a weight in MXFP4",
-        ),
-        ({GATE.replace("weight", "scale"): torch.ones(2, 3)}, r"weight_scale_inv and .*gate_proj\.scale are there"),
-        (
-            {GATE: torch.zeros(64, 48, dtype=torch.uint8), GATE.replace("weight", "scale"): torch.ones(64, 3).byte()},
-            r"not a weight in FP8: U8 instead of F8_E4M3",
-        ),
-        ({"model.norm.qscale_weight": torch.ones(1)}, "model.norm.qscale_weight belongs to no quantized weight"),
-        ({"model.norm.scale": torch.ones(1).to(torch.float8_e8m0fnu)}, "model.norm.scale belongs to no quantized"),
-    ],
-)
-def test_malformed_parts_of_mixed_layouts_are_refused(fp8, copy_of, tmp_path, change, problem):
-    is_whole = GATE in change and f"{GATE}_scale_inv" not in change
-    folder = rewritten(copy_of(fp8), lambda tensors: tensors.pop(f"{GATE}_scale_inv") if is_whole else None)
-    rewritten(folder, lambda tensors: tensors.update(change))
+SCALE, PLAIN_SCALE = f"{GATE}_scale_inv", GATE.replace("weight", "scale")
+E8M0 = torch.float8_e8m0fnu
+
+
+def in_mxfp4(columns, **scale):
+    """Put codes of MXFP4 in place of a weight in FP8."""
+    return lambda t: (t.pop(SCALE), t.update({GATE: torch.zeros(64, columns, dtype=torch.int8)} | scale))
+
+
+def adding(name, shape=(1,), dtype=torch.float32):
+    return lambda t: t.update({name: torch.ones(shape).to(dtype)})
+
+
+def experts_of(shape):
+    parts = {f"{EXPERTS}_blocks": torch.zeros(*shape, 16), f"{EXPERTS}_scales": torch.zeros(shape)}
+    return lambda t: t.update({name: tensor.byte() for name, tensor in parts.items()})
+
+
+def block(size):
+    return {"quantization_config": {"quant_method": "fp8", "weight_block_size": size}}
+
+
+NO_WEIGHT, NOT_EXPERTS, NO_FIT = "belongs to no quantized weight", "not experts in MXFP4", "do not fit"
+MALFORMED = {
+    "codes without scales": ("fp8", in_mxfp4(48), r"not a weight in MXFP4: .*weight_scale_inv is missing"),
+    "float scales of MXFP4": ("fp8", in_mxfp4(48, **{SCALE: torch.ones(64, 3)}),
+                              r"not a weight in MXFP4: codes I8 \[64, 48\], scales F32 \[64, 3\]"),
+    "too many scales of MXFP4": ("fp8", in_mxfp4(48, **{SCALE: torch.ones(64, 6).to(E8M0)}),
+                                 r"codes I8 \[64, 48\], scales F8_E8M0 \[64, 6\]"),
+    "no whole blocks": ("fp8", in_mxfp4(40, **{SCALE: torch.ones(64, 2).to(E8M0)}), "not a weight in MXFP4"),
+    "two names of scales": ("fp8", adding(PLAIN_SCALE, (2, 3)), r"weight_scale_inv and .*gate_proj\.scale are there"),
+    "codes as bytes": ("fp8", lambda t: (t.pop(SCALE), t.update({GATE: torch.zeros(64, 48, dtype=torch.uint8)}),
+                                         adding(PLAIN_SCALE, (64, 3), torch.uint8)(t)),
+                       r"not a weight in FP8: U8 instead of F8_E4M3"),
+    "no scales": ("fp8", lambda t: t.pop(SCALE), r"gate_proj\.weight_scale_inv is missing"),
+    "E5M2": ("fp8", lambda t: t.update({GATE: t[GATE].float().to(torch.float8_e5m2)}), "F8_E5M2 instead of"),
+    "scales of other blocks": ("fp8", adding(SCALE, (3, 5)), r"scales F32 \[3, 5\] of blocks of \[32, 32\] do not fit"),
+    "scales of three dimensions": ("fp8", adding(SCALE, (2, 4, 2)), NO_FIT),
+    "integer scales": ("fp8", adding(SCALE, (4, 2), torch.int32), "scales I32"),
+    # Otherwise the result would hold these, and be taken for quantized.
+    **{
+        f"a stray {name}": ("fp8", adding(name, dtype=dtype), name)
+        for name, dtype in (
+            ("model.norm.weight_scale_inv", torch.float32), ("lm_head.activation_scale", torch.float32),
+            ("model.layers.0.mlp.experts.down_proj_activation_scale", torch.float32),
+            ("x_scale_inv", torch.float8_e4m3fn), ("model.norm.qscale_weight", torch.float32),
+            ("model.norm.scale", E8M0),
+        )
+    },
+    # Blocks of equal size are assumed only if nothing is stated: they can fit by chance.
+    **{f"blocks {size}": ("fp8", block(size), "weight_block_size is|do not fit")
+       for size in ("32,32", [32], [32.0, 32.0], [True, True], [0, 32], [64, 64], [10**30, 32])},
+    "another kind of model": ("mxfp4", {"model_type": "qwen3_moe"}, "MXFP4 in a model of type 'qwen3_moe'"),
+    "experts twice": ("mxfp4", adding(EXPERTS, (4, 64, 128)), f"{EXPERTS} is there both plain and quantized"),
+    "other scales": ("mxfp4", lambda t: t.update({f"{EXPERTS}_scales": t[f"{EXPERTS}_scales"][:, :5]}), NOT_EXPERTS),
+    **{f"experts {shape}": ("mxfp4", experts_of(shape), NOT_EXPERTS)
+       for shape in ((0, 128, 2), (4, 0, 2), (4, 128, 0))},
+    "no blocks": ("mxfp4", lambda t: t.pop(f"{EXPERTS}_blocks"), f"{EXPERTS}_scales {NO_WEIGHT}"),
+    "no scales of blocks": ("mxfp4", lambda t: t.pop(f"{EXPERTS}_scales"), f"{EXPERTS}_scales is missing"),
+}  # fmt: skip
+"""A release, a change of its tensors or configuration, and words of the error."""
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_a_malformed_release_is_refused(request, copy_of, tmp_path, name):
+    kind, change, problem = MALFORMED[name]
+    folder = copy_of(request.getfixturevalue(kind))
+    if isinstance(change, dict):
+        edit_json(folder / "config.json", **change)
+    else:
+        rewritten(folder, change)
     with pytest.raises(CheckpointError, match=problem):
         dequantize(folder, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
+
+
+def in_experts(scale, code=None):
+    def change(tensors):
+        tensors[f"{EXPERTS}_scales"][1, 3, 0] = scale
+        if code is not None:
+            tensors[f"{EXPERTS}_blocks"][1, 3, 0] = code
+
+    return change
+
+
+NAN, TOO_LARGE = "{}: a code or constant is NaN or infinite", "{}: a weight is too large for {}"
+NOT_FINITE = {
+    "NaN code": ("fp8", lambda t: t[GATE].view(torch.uint8)[7].fill_(255), "bfloat16", NAN.format(GATE)),
+    "NaN scale": ("fp8", lambda t: t[SCALE][1].fill_(torch.nan), "bfloat16", NAN.format(GATE)),
+    "infinite scale": ("fp8", lambda t: t[SCALE][1].fill_(torch.inf), "bfloat16", NAN.format(GATE)),
+    "NaN in MXFP4": ("mxfp4", in_experts(255), "bfloat16", NAN.format(EXPERTS)),
+    "beyond float16": ("fp8", lambda t: t[SCALE].mul_(1e7), "float16", TOO_LARGE.format(GATE, "F16")),
+    "beyond bfloat16": ("mxfp4", in_experts(254, 0x77), "bfloat16", TOO_LARGE.format(EXPERTS, "BF16")),
+    "beyond float32": ("fp8", lambda t: t[SCALE].fill_(3e38), "float32", TOO_LARGE.format(GATE, "F32")),
+}
+
+
+@pytest.mark.parametrize("name", NOT_FINITE)
+def test_values_that_no_dtype_holds_are_named_without_a_warning(request, copy_of, tmp_path, run_cli, name):
+    kind, change, dtype, error = NOT_FINITE[name]
+    folder = rewritten(copy_of(request.getfixturevalue(kind)), change)
+    found, hint = run_cli("dequantize", folder, "-o", tmp_path / "out", "--dtype", dtype).refusal(5)
+    assert found == f"error: {error}"
+    wider = {"float16": "--dtype bfloat16 or float32", "bfloat16": "--dtype float32"}.get(dtype, "")
+    assert "NaN" in error or wider in hint
     assert not list(tmp_path.glob("out*"))
 
 
@@ -210,18 +286,13 @@ def test_stacks_of_fp8_matrices_have_scales_of_their_own(tmp_path):
 
 
 def test_scales_of_inputs_are_left_out_and_counted(tmp_path, run_cli):
+    """Also under the name that Mistral gives them."""
     folder = released.write_fp8(tmp_path / "model", block=None, input_scales=True)
+    rewritten(folder, adding(GATE.replace("weight", "qscale_act")))
     done = run_cli("dequantize", folder, "-o", tmp_path / "plain")
     assert done.code == 0, done.stderr
-    assert re.search(r"left out +14 scales of 8-bit inputs", done.stdout)
+    assert re.search(r"left out +15 scales of 8-bit inputs", done.stdout)
     assert not any("scale" in name for name in load_file(tmp_path / "plain" / "model.safetensors"))
-
-
-def test_scales_of_inputs_may_have_the_name_that_mistral_gives_them(fp8, copy_of, tmp_path):
-    name = GATE.replace("weight", "qscale_act")
-    folder = rewritten(copy_of(fp8), lambda tensors: tensors.update({name: torch.tensor(0.5)}))
-    assert dequantize(folder, tmp_path / "plain").input_scales == 1
-    assert name not in load_file(tmp_path / "plain" / "model.safetensors")
 
 
 @pytest.mark.parametrize("command", ["quantize", "dequantize"])
@@ -235,9 +306,9 @@ def test_a_plain_checkpoint_that_says_it_is_released_is_told_what_to_remove(llam
 
 
 @pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
-def test_the_manifest_records_every_tensor_of_the_source(request, kind, tmp_path):
+def test_the_manifest_records_every_tensor_of_the_source_and_the_operation_can_be_repeated(request, kind, tmp_path):
     source = request.getfixturevalue(kind)
-    dequantize(source, tmp_path / "plain")
+    dequantize(source, tmp_path / "plain", DequantizeOptions(dtype="float32"))
     manifest = require_manifest(tmp_path / "plain")
     (parent,) = manifest.parents
     checkpoint = Checkpoint(source)
@@ -249,25 +320,8 @@ def test_the_manifest_records_every_tensor_of_the_source(request, kind, tmp_path
     assert manifest.operation["options"]["method"] == kind
     config = Checkpoint(tmp_path / "plain").config
     assert config == {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-
-
-@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
-def test_the_operation_can_be_repeated(request, kind, tmp_path):
-    source = request.getfixturevalue(kind)
-    dequantize(source, tmp_path / "plain", DequantizeOptions(dtype="float32"))
     (made,) = verify(tmp_path / "plain", VerifyOptions(parents=(source,), recompute=True)).recomputed
     assert made[1] == "same bytes"
-
-
-@pytest.mark.parametrize("kind", ["fp8", "mxfp4"])
-def test_threads_and_shards_do_not_change_the_tensors(request, kind, tmp_path):
-    source = request.getfixturevalue(kind)
-    dequantize(source, tmp_path / "one", DequantizeOptions(threads=1))
-    dequantize(source, tmp_path / "two", DequantizeOptions(threads=3))
-    assert tree(tmp_path / "one") == tree(tmp_path / "two")
-    report = dequantize(source, tmp_path / "three", DequantizeOptions(max_shard_bytes=50_000))
-    assert len(Checkpoint(tmp_path / "three").headers) > 2
-    assert report.tensors_root == require_manifest(tmp_path / "one").tensors_root
 
 
 def test_an_adapter_merges_into_the_result_without_a_flag(tmp_path):
@@ -330,148 +384,14 @@ def test_the_quantization_is_removed_wherever_the_configuration_states_it(fp8, c
     assert all(torch.equal(made[name], weight) for name, weight in same.items())
 
 
-@pytest.mark.parametrize("stated", ["32,32", [32], [32.0, 32.0], [True, True], [0, 32], [64, 64], [10**30, 32]])
-def test_a_stated_block_size_that_does_not_fit_is_refused(fp8, copy_of, tmp_path, stated):
-    """Blocks of equal size are assumed only if nothing is stated: they can fit by chance."""
-    folder = copy_of(fp8)
-    edit_json(folder / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": stated})
-    with pytest.raises(CheckpointError, match=r"(weight_block_size is|do not fit)"):
-        dequantize(folder, tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-
-
 def test_a_block_size_beyond_the_matrix_is_the_matrix(copy_of, tmp_path):
     one = released.write_fp8(tmp_path / "one", block=(128, 128))
     two = copy_of(one, "two")
-    edit_json(two / "config.json", quantization_config={"quant_method": "fp8", "weight_block_size": [10**30] * 2})
+    edit_json(two / "config.json", **block([10**30] * 2))
     for folder in (one, two):
         dequantize(folder, folder.with_name(f"{folder.name}-plain"))
     made = [load_file(tmp_path / f"{name}-plain" / "model.safetensors") for name in ("one", "two")]
     assert all(torch.equal(made[0][name], weight) for name, weight in made[1].items())
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "model.norm.weight_scale_inv",
-        "lm_head.weight_scale_inv",
-        "lm_head.activation_scale",
-        "model.layers.0.mlp.experts.down_proj_activation_scale",
-        "x_scale_inv",
-    ],
-)
-def test_a_scale_without_a_weight_is_refused(fp8, copy_of, tmp_path, name):
-    """Otherwise the result would hold it, and be taken for quantized."""
-    dtype = torch.float8_e4m3fn if name == "x_scale_inv" else torch.float32
-    folder = rewritten(copy_of(fp8), lambda tensors: tensors.update({name: torch.ones(1).to(dtype)}))
-    with pytest.raises(CheckpointError, match=f"{name}"):
-        dequantize(folder, tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-
-
-def change_scale(tensors, shape=None, dtype=None):
-    old = tensors[f"{GATE}_scale_inv"]
-    tensors[f"{GATE}_scale_inv"] = torch.ones(shape or old.shape, dtype=dtype or old.dtype)
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (lambda tensors: tensors.pop(f"{GATE}_scale_inv"), r"gate_proj\.weight_scale_inv is missing"),
-        (lambda tensors: tensors.update({GATE: tensors[GATE].float().to(torch.float8_e5m2)}), "F8_E5M2 instead of"),
-        (lambda tensors: change_scale(tensors, (3, 5)), r"scales F32 \[3, 5\] of blocks of \[32, 32\] do not fit"),
-        (lambda tensors: change_scale(tensors, (2, 4, 2)), "do not fit"),
-        (lambda tensors: change_scale(tensors, dtype=torch.int32), "scales I32"),
-    ],
-)
-def test_malformed_fp8_is_refused(fp8, copy_of, tmp_path, change, problem):
-    folder = rewritten(copy_of(fp8), change)
-    with pytest.raises(CheckpointError, match=problem):
-        dequantize(folder, tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-
-
-@pytest.mark.parametrize(
-    ("kind", "part"), [("fp8", "code"), ("fp8", "scale"), ("fp8", "infinite scale"), ("mxfp4", "scale")]
-)
-def test_nan_is_refused(request, kind, part, copy_of, tmp_path, run_cli):
-    folder = copy_of(request.getfixturevalue(kind))
-    with edited_tensors(folder / "model.safetensors") as tensors:
-        if kind == "mxfp4":
-            tensors[f"{EXPERTS}_scales"][1, 3, 0] = 255
-        elif part == "code":
-            tensors[GATE].view(torch.uint8)[7, 5] = 255
-        else:
-            tensors[f"{GATE}_scale_inv"][1, 1] = torch.inf if part.startswith("infinite") else torch.nan
-    done = run_cli("dequantize", folder, "-o", tmp_path / "out")
-    assert done.code == 5
-    assert f"{GATE if kind == 'fp8' else EXPERTS}: a code or constant is NaN or infinite" in done.stderr
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_a_weight_that_is_too_large_for_the_dtype_is_named(fp8, copy_of, tmp_path):
-    folder = copy_of(fp8)
-    with edited_tensors(folder / "model.safetensors") as tensors:
-        tensors[f"{GATE}_scale_inv"] *= 1e7
-    with pytest.raises(NonFiniteError, match=f"{GATE}: a weight is too large for F16") as caught:
-        dequantize(folder, tmp_path / "out", DequantizeOptions(dtype="float16"))
-    assert "--dtype bfloat16 or float32" in caught.value.hint
-    dequantize(folder, tmp_path / "out")
-
-
-def test_mxfp4_of_another_kind_of_model_is_refused(mxfp4, copy_of, tmp_path):
-    """Only of gpt-oss is it known that its 16-bit weights are transposed."""
-    folder = copy_of(mxfp4)
-    edit_json(folder / "config.json", model_type="qwen3_moe")
-    with pytest.raises(CheckpointError, match="MXFP4 in a model of type 'qwen3_moe'"):
-        dequantize(folder, tmp_path / "out")
-
-
-def test_experts_that_are_there_twice_are_refused(mxfp4, copy_of, tmp_path):
-    folder = rewritten(copy_of(mxfp4), lambda tensors: tensors.update({EXPERTS: torch.zeros(4, 64, 128)}))
-    with pytest.raises(CheckpointError, match=f"{EXPERTS} is there both plain and quantized"):
-        dequantize(folder, tmp_path / "out")
-
-
-def test_scales_of_another_shape_than_the_codes_are_refused(mxfp4, copy_of, tmp_path):
-    name = f"{EXPERTS}_scales"
-    folder = rewritten(copy_of(mxfp4), lambda tensors: tensors.update({name: tensors[name][:, :5]}))
-    with pytest.raises(CheckpointError, match="not experts in MXFP4"):
-        dequantize(folder, tmp_path / "out")
-
-
-@pytest.mark.parametrize("shape", [(0, 128, 2), (4, 0, 2), (4, 128, 0)])
-def test_experts_without_weights_are_refused(mxfp4, copy_of, tmp_path, shape):
-    parts = {f"{EXPERTS}_blocks": torch.zeros(*shape, 16), f"{EXPERTS}_scales": torch.zeros(shape)}
-    folder = rewritten(copy_of(mxfp4), lambda tensors: tensors.update({n: t.byte() for n, t in parts.items()}))
-    with pytest.raises(CheckpointError, match="not experts in MXFP4"):
-        dequantize(folder, tmp_path / "out")
-
-
-@pytest.mark.parametrize("part", ["blocks", "scales"])
-def test_half_of_experts_is_refused(mxfp4, copy_of, tmp_path, part):
-    folder = rewritten(copy_of(mxfp4), lambda tensors: tensors.pop(f"{EXPERTS}_{part}"))
-    problem = "scales belongs to no quantized weight" if part == "blocks" else "scales is missing"
-    with pytest.raises(CheckpointError, match=f"{EXPERTS}_{problem}"):
-        dequantize(folder, tmp_path / "out")
-    assert not list(tmp_path.glob("out*"))
-
-
-def test_a_value_that_is_too_large_even_for_bfloat16_is_named_without_a_warning(mxfp4, copy_of, tmp_path, run_cli):
-    folder = copy_of(mxfp4)
-    with edited_tensors(folder / "model.safetensors") as tensors:
-        tensors[f"{EXPERTS}_scales"][1, 3, 0] = 254
-        tensors[f"{EXPERTS}_blocks"][1, 3, 0] = 0x77
-    done = run_cli("dequantize", folder, "-o", tmp_path / "out")
-    assert done.code == 5
-    assert done.stderr.startswith(f"error: {EXPERTS}: a weight is too large for BF16\nhint: use --dtype float32")
-
-
-def test_a_product_beyond_float32_is_named_without_a_warning(fp8, copy_of, tmp_path, run_cli):
-    folder = rewritten(copy_of(fp8), lambda tensors: tensors[f"{GATE}_scale_inv"].fill_(3e38))
-    done = run_cli("dequantize", folder, "-o", tmp_path / "out", "--dtype", "float32")
-    assert done.code == 5
-    assert done.stderr.startswith(f"error: {GATE}: a weight is too large for F32\nhint: ")
 
 
 def test_a_changed_code_changes_the_result(mxfp4, copy_of, tmp_path):

@@ -36,23 +36,10 @@ FUSED = ["mixtral-fused", "qwen2_moe-fused", "qwen3_moe-fused"]
 FAMILIES = [*UNTIED, *FUSED, "llama-tied", "gemma-tied", "gpt2", "gpt2-of-the-hub"]
 TIED = ["llama-tied", "gemma-tied", "gpt2", "gpt2-of-the-hub"]
 ARCHITECTURES = [
-    *("bloom", "blt", "codegen", "cohere", "cohere2", "exaone4", "falcon", "gemma", "gemma2", "gemma3_text", "glm4"),
-    *(
-        "gpt2",
-        "gpt_bigcode",
-        "gpt_neo",
-        "gpt_neox",
-        "gptj",
-        "granite",
-        "granitemoe",
-        "jamba",
-        "jetmoe",
-        "llama",
-        "mamba",
-    ),
-    *("mistral", "mixtral", "mpt", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "smollm3", "stablelm"),
-    *("starcoder2", "zamba", "zamba2"),
-]
+    "bloom", "blt", "codegen", "cohere2", "exaone4", "falcon", "gemma3_text", "glm4", "gpt2", "gpt_bigcode", "gpt_neo",
+    "gpt_neox", "gptj", "granitemoe", "jamba", "jetmoe", "llama", "mamba", "mixtral", "mpt", "olmo2", "opt", "phi",
+    "phi3", "qwen2_moe", "qwen3", "smollm3", "stablelm", "starcoder2", "zamba", "zamba2",
+]  # fmt: skip
 CHOSEN = {"mistral": 14, "qwen3": 14, "phi": 12, "phi3": 8, "gpt2": 8, "mixtral": 8, "qwen2_moe": 14, "qwen3_moe": 8}
 CHOSEN |= {"granitemoe": 8, "jetmoe": 2}
 
@@ -109,36 +96,27 @@ def load(folder, **options):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_selected_modules_are_those_that_bitsandbytes_converts_except_routers(families, family):
+def test_selected_modules_are_those_that_bitsandbytes_converts_except_routers(families, family, without_transformers):
+    """Of tensors that stay, the reason is right; names and shapes alone give the same."""
     model = load(families / family, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     theirs = {name for name, module in model.named_modules() if isinstance(module, bnb.nn.Linear4bit)}
     if family.startswith("qwen2_moe"):
         theirs -= {f"model.layers.{number}.mlp.shared_expert_gate" for number in (0, 1)}
     theirs -= {name for name in theirs if name.endswith(".router.layer")}  # of Granite and JetMoe
     prefix = "transformer." if family == "gpt2-of-the-hub" else ""
-    selection = select(Checkpoint(families / family))
-    assert {prefix + choice.module for choice in selection.choices if not choice.kept_because} == theirs
+    checkpoint = Checkpoint(families / family)
+    selection = select(checkpoint)
+    chosen = [choice for choice in selection.choices if not choice.kept_because]
+    assert {prefix + choice.module for choice in chosen} == theirs
     assert len(theirs) == CHOSEN.get(family, len(theirs))
-    usual, asked = (
-        f"names and shapes (usual for {family.removesuffix('-tied')})",
-        f"architecture {type(model).__name__}",
-    )
-    assert selection.read_from.startswith(usual if has_usual_names(Checkpoint(families / family)) else asked)
+    usual = f"names and shapes (usual for {family.removesuffix('-tied')})"
+    is_usual = has_usual_names(checkpoint)
+    assert selection.read_from.startswith(usual if is_usual else f"architecture {type(model).__name__}")
+    assert {choice.transposed for choice in chosen} == {family.startswith("gpt2")}  # whose Conv1D are
+    assert all(choice.transposed == stores_transposed(checkpoint, choice.module) for choice in chosen)
+    if family in TIED:  # although no file contains the head
+        assert skip_modules(selection) == ["lm_head"]
 
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_selection_by_names_and_shapes_gives_the_same_choices_and_reasons(families, family, without_transformers):
-    for found, options in zip(without_transformers[family], ({}, {"moe": "quantize"}), strict=True):
-        expected = summary(families / family, **options)
-        assert found["choices"] == expected["choices"]
-        assert found["skip"] == expected["skip"]
-        reason = "usual for " if has_usual_names(Checkpoint(families / family)) else "transformers is not installed)"
-        assert found["read_from"].startswith(f"names and shapes ({reason}")
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_that_stays_has_the_expected_reason(families, family):
-    selection = select(Checkpoint(families / family))
     kept = Counter(choice.kept_because for choice in selection.choices if choice.kept_because)
     experts = {"mixtral": 24, "qwen2_moe": 24, "qwen3_moe": 24, "granitemoe": 4, "jetmoe": 8}
     experts = experts.get(family, 4 * family.endswith("-fused"))
@@ -152,16 +130,21 @@ def test_every_tensor_that_stays_has_the_expected_reason(families, family):
     assert other == ({"not a weight"} if family == "gpt2-of-the-hub" else set())  # the causal masks
     assert all(choice.kept_because for choice in selection.choices if len(choice.spec.shape) != 2)
 
+    for found, options in zip(without_transformers[family], ({}, {"moe": "quantize"}), strict=True):
+        expected = summary(families / family, **options)
+        assert found["choices"] == expected["choices"]
+        assert found["skip"] == expected["skip"]
+        reason = "usual for " if is_usual else "transformers is not installed)"
+        assert found["read_from"].startswith(f"names and shapes ({reason}")
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("include_head", [False, True])
+
+@pytest.mark.parametrize(
+    ("family", "include_head"),
+    [*((family, False) for family in FAMILIES), *((family, True) for family in ("llama", "phi", "mixtral"))],
+)
 def test_bitsandbytes_loads_all_keys_and_gives_the_dequantized_logits(families, family, include_head, tmp_path):
     """In training mode, where bitsandbytes' layer computes exactly a linear layer with the dequantized weight."""
     options = QuantizeOptions(include_head=include_head)
-    if include_head and family in TIED:
-        with pytest.raises(UsageError, match="the head is tied to the embedding"):
-            quantize(families / family, tmp_path / "packed", options)
-        return
     quantize(families / family, tmp_path / "packed", options)
     dequantize(tmp_path / "packed", tmp_path / "plain")
     packed, notes = load(tmp_path / "packed", output_loading_info=True)
@@ -172,9 +155,10 @@ def test_bitsandbytes_loads_all_keys_and_gives_the_dequantized_logits(families, 
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("family", TIED)
-def test_the_skip_list_has_a_tied_head_although_no_file_contains_it(families, family):
-    assert skip_modules(select(Checkpoint(families / family))) == ["lm_head"]
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2"])
+def test_a_head_that_is_the_embedding_cannot_be_quantized(families, family, tmp_path):
+    with pytest.raises(UsageError, match="the head is tied to the embedding"):
+        quantize(families / family, tmp_path / "packed", QuantizeOptions(include_head=True))
 
 
 def test_the_skip_list_has_routers_and_experts_once_per_layer(families):
@@ -197,14 +181,6 @@ def test_a_skipped_module_is_listed_by_its_path_in_the_file_and_in_the_model(fam
 def test_tensors_that_stay_anyway_keep_their_reason_when_skipped(families):
     selection = select(Checkpoint(families / "llama"), skip=("*",))
     assert {choice.kept_because for choice in selection.choices} == {"skipped by --skip", "head", "norm", "embedding"}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_only_conv1d_weights_are_transposed_and_dequantize_recognizes_them(families, family):
-    checkpoint = Checkpoint(families / family)
-    chosen = [choice for choice in select(checkpoint).choices if not choice.kept_because]
-    assert {choice.transposed for choice in chosen} == {family.startswith("gpt2")}
-    assert all(choice.transposed == stores_transposed(checkpoint, choice.module) for choice in chosen)
 
 
 @pytest.mark.parametrize("family", ["granitemoe", "jetmoe"])
@@ -291,34 +267,22 @@ def test_names_of_usual_models_say_what_transformers_own_model_says(model_type, 
     assert choices[0].choices == choices[1].choices
 
 
-@pytest.mark.parametrize(
-    "edit",
-    [
-        {"num_hidden_layers": 3},
-        {"num_hidden_layers": "2"},
-        {"num_hidden_layers": None},
-        {"hidden_size": 32},
-        {"hidden_size": None, "head_dim": None},
-        {"num_attention_heads": None},
-        {"architectures": ["LlamaForSequenceClassification"]},
-        {"model_type": "phi3"},
-    ],
-)
-def test_a_config_that_does_not_fit_the_files_is_not_usual(llama, copy_of, edit):
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def test_a_config_that_does_not_fit_the_files_is_not_usual(llama, copy_of):
     assert has_usual_names(Checkpoint(llama))
-    assert not has_usual_names(changed(llama, copy_of, **edit))
-
-
-@pytest.mark.parametrize("how", ["more", "less", "another shape"])
-def test_files_that_lack_a_tensor_or_have_another_are_not_usual(llama, copy_of, how):
-    name = "model.layers.1.mlp.down_proj.weight"
-
-    def edit(tensors):
-        if how == "less":
-            return {key: value for key, value in tensors.items() if key != name}
-        return tensors | {name if how == "another shape" else f"{name}_scale": torch.ones(64, 64)}
-
-    assert not has_usual_names(changed(llama, copy_of, edit))
+    configs = [{"num_hidden_layers": layers} for layers in (3, "2", None)]
+    configs += [{"hidden_size": 32}, {"hidden_size": None, "head_dim": None}, {"num_attention_heads": None}]
+    configs += [{"architectures": ["LlamaForSequenceClassification"]}, {"model_type": "phi3"}]
+    for number, config in enumerate(configs):
+        assert not has_usual_names(changed(llama, copy_of, name=str(number), **config)), config
+    for name, edit in {
+        "more": lambda tensors: tensors | {f"{DOWN}_scale": torch.ones(64, 64)},
+        "less": lambda tensors: {key: value for key, value in tensors.items() if key != DOWN},
+        "another shape": lambda tensors: tensors | {DOWN: torch.ones(64, 64)},
+    }.items():
+        assert not has_usual_names(changed(llama, copy_of, edit, name)), name
 
 
 def test_nothing_loads_transformers_or_torch_for_a_usual_model(llama, tmp_path):
@@ -328,9 +292,9 @@ def test_nothing_loads_transformers_or_torch_for_a_usual_model(llama, tmp_path):
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "[]\n"
 
 
-def changed(folder, copy_of, tensors=None, **config):
+def changed(folder, copy_of, tensors=None, name="", **config):
     """Copy a folder and change its configuration, and its tensors."""
-    folder = copy_of(folder)
+    folder = copy_of(folder, name)
     edit_json(folder / "config.json", **config)
     if tensors is not None:
         save_file(tensors(load_file(folder / "model.safetensors")), folder / "model.safetensors")
@@ -401,37 +365,20 @@ def spent():
     return sum(os.times()[:4])
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"num_hidden_layers": 10**9},
-        {"num_hidden_layers": "2"},
-        {"num_hidden_layers": 2.5},
-        {"num_hidden_layers": None},
-        {"num_labels": 10**9},
-        {"num_experts": 10**9},
-        {"nested": {"n_layer": 10**9}},
-        {"nested": {"depths": [2, 10**9]}},
-        {"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]},
-        {"vocab_size": 10**30},
-        {"vocab_size": -3},
-        {"hidden_size": [64]},
-        {"num_attention_heads": 0},
-        {"num_attention_heads": 3},
-        {"head_dim": 0},
-        {"rope_parameters": {"rope_type": "nope"}},
-        {"layer_types": ["nope"]},
-        {"layer_types": ["nope", "nope"]},
-        {"layer_types": [1, 1]},
-        {"tie_word_embeddings": "yes"},
-        {"hidden_act": "nope"},
-        {"pad_token_id": 10**9},
-        {"text_config": 5},
-        {"dtype": "nope"},
-        {"self": 3},
-    ],
-    ids=str,
-)
+HUGE, INVALID = 10**9, "nope"
+INVALID_CONFIGS = [
+    *({"num_hidden_layers": layers} for layers in (HUGE, "2", 2.5, None)),
+    *({key: HUGE} for key in ("num_labels", "num_experts", "pad_token_id")),
+    *({"nested": {"n_layer": HUGE}}, {"nested": {"depths": [2, HUGE]}}, {"vocab_size": 10**30}, {"vocab_size": -3}),
+    {"model_type": "gpt_neo", "attention_types": [[["global"], HUGE]]},
+    *({"hidden_size": [64]}, {"num_attention_heads": 0}, {"num_attention_heads": 3}, {"head_dim": 0}),
+    *({"layer_types": types} for types in ([INVALID], [INVALID, INVALID], [1, 1])),
+    *({"rope_parameters": {"rope_type": INVALID}}, {"tie_word_embeddings": "yes"}, {"hidden_act": INVALID}),
+    *({"text_config": 5}, {"dtype": INVALID}, {"self": 3}),
+]
+
+
+@pytest.mark.parametrize("config", INVALID_CONFIGS, ids=str)
 def test_an_invalid_configuration_is_a_one_line_error_within_seconds(families, copy_of, config):
     checkpoint = changed(families / "llama", copy_of, **config)
     before = spent()
@@ -443,16 +390,11 @@ def test_an_invalid_configuration_is_a_one_line_error_within_seconds(families, c
     assert len(caught.value.message) < 500
 
 
-@pytest.mark.parametrize("config", [{"vocab_size": 10**12}, {"max_position_embeddings": 10**15}], ids=str)
-def test_huge_sizes_in_a_configuration_allocate_nothing(families, copy_of, config):
-    checkpoint = changed(families / "llama", copy_of, **config)
-    assert sum(not choice.kept_because for choice in select(checkpoint).choices) == 14
-
-
 @pytest.mark.parametrize("key", ["_attn_implementation", "attn_implementation", "experts_implementation"])
-def test_kernels_named_in_a_configuration_are_not_fetched(families, copy_of, key):
+def test_kernels_named_in_a_configuration_are_not_fetched_and_huge_sizes_allocate_nothing(families, copy_of, key):
     """transformers treats ``owner/name`` in these keys as a kernel on the Hub."""
-    selection = select(changed(families / "mixtral", copy_of, **{key: "someone/kernel"}))
+    huge = {"vocab_size": 10**12, "max_position_embeddings": 10**15}
+    selection = select(changed(families / "mixtral", copy_of, **huge, **{key: "someone/kernel"}))
     assert sum(not choice.kept_because for choice in selection.choices) == 8
 
 
