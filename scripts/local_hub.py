@@ -13,13 +13,12 @@ or the new state, and a server started on the same folder serves the same reposi
     FOLDER/blobs/<sha256>                            content, regular and LFS alike
     FOLDER/repos/<owner>/<name>/state.json           visibility, branches, tags, discussions
     FOLDER/repos/<owner>/<name>/commits/<sha1>.json
-    FOLDER/xet/xorbs/<hash>, xet/files/<hash>.json, xet/sha256/<sha256>        data sent by Xet clients
+    FOLDER/cas/                                      what hf_xet stores
     FOLDER/tmp/                                      unfinished uploads; emptied at start
 
-Files are uploaded by LFS or Xet. LFS: batch -> PUT of the whole file, or of parts joined by a POST -> verify; sha256
-and size are checked on arrival. Xet: the server is its own CAS under /xet. The client sends xorbs (runs of compressed
-chunks) and a shard (which chunks of which xorbs make up which file); the commit rebuilds each file from them and
-refuses it if its sha256 is not the announced one. Both give the same blobs and the same tree, readable by any client.
+Files are uploaded by LFS or Xet. LFS: batch -> PUT; sha256 and size are checked on arrival. Xet: the client
+is told to store content in the folder `cas` itself (`local://`), where the server finds the Xet hash of a sha256; such
+a file is served to Xet clients only. Both give the same tree.
 
 Access. Without tokens the hub is open to everyone. With tokens, writes and reads of private repositories need
 `Authorization: Bearer TOKEN`: 401 without a known token, 403 for a write with a read token.
@@ -31,7 +30,7 @@ Retry-After, `429+2` in RateLimit), `drop` (close the connection before acting),
 answer with meaningless JSON).
 
 Not implemented: datasets and spaces, merging or closing pull requests, diffs, deleting and moving repositories,
-duplicating LFS files between them, LFS download through the batch API, checking README metadata, .gitignore.
+branches and tags, folders and pages of trees, LFS in parts, LFS download through the batch API, checks of metadata.
 """
 
 import argparse
@@ -39,12 +38,9 @@ import base64
 import binascii
 import contextlib
 import hashlib
-import hmac
-import html
 import json
 import os
 import re
-import secrets
 import signal
 import socket
 import struct
@@ -57,7 +53,7 @@ from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import parse_qs, unquote, urlencode, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
@@ -108,107 +104,25 @@ class Fault:
         return cls(match[1], match[2], match[3], int(match[4] or 1))
 
 
-# --- Xet containers: pure functions on bytes -------------------------------------------------------------------------
+# --- storage ---------------------------------------------------------------------------------------------------------
 
 
-def decompress_lz4_frame(data: bytes) -> bytes:
-    """Decode one LZ4 frame (checksums are skipped: the sha256 of the whole file is checked later)."""
-    flags, out = data[4], bytearray()
-    position = 7 + (8 if flags & 0x08 else 0) + (4 if flags & 0x01 else 0)
-    while (word := int.from_bytes(data[position : position + 4], "little")) != 0:
-        block = data[position + 4 : position + 4 + (word & 0x7FFFFFFF)]
-        position += 4 + len(block) + (4 if flags & 0x10 else 0)
-        if word >> 31:
-            out += block
-        else:
-            _decompress_lz4_block(block, out)
-    return bytes(out)
-
-
-def _decompress_lz4_block(block: bytes, out: bytearray) -> None:
-    """Append a decoded block to `out`, to which its matches may refer back."""
-
-    def run(length: int, position: int) -> tuple[int, int]:
-        """Complete a length whose nibble was 15: add bytes up to and including the first that is not 255."""
-        while length >= 15:
-            length, position = length + block[position], position + 1
-            if block[position - 1] != 255:
-                break
-        return length, position
-
-    position = 0
-    while True:
-        token = block[position]
-        literals, position = run(token >> 4, position + 1)
-        out += block[position : position + literals]
-        position += literals
-        if position >= len(block):
-            return
-        distance = int.from_bytes(block[position : position + 2], "little")
-        length, position = run(token & 15, position + 2)
-        length += 4
-        source = out[len(out) - distance : len(out) - distance + length]
-        out += (source * (length // len(source) + 1))[:length]
-
-
-def decode_chunk(scheme: int, data: bytes, size: int) -> bytes:
-    """Undo a chunk's compression: 0 none, 1 LZ4, 2 LZ4 over bytes grouped by their index mod 4."""
-    if scheme == 0:
-        return data
-    plain = decompress_lz4_frame(data)
-    if scheme == 1:
-        return plain
-    grouped, start = bytearray(size), 0
-    for lane in range(4):
-        end = start + (size - lane + 3) // 4
-        grouped[lane::4] = plain[start:end]
-        start = end
-    return bytes(grouped)
-
-
-class Chunk(NamedTuple):
-    """Position of a chunk in its xorb: a header of 8 bytes from `start`, then the data up to `end`."""
-
-    start: int
-    end: int
-    scheme: int
-    size: int
-
-
-def list_chunks(xorb: bytes) -> list[Chunk]:
-    """List a xorb's chunks: version u8, stored bytes u24, scheme u8, plain bytes u24, data; a footer may follow."""
-    chunks, start = [], 0
-    while start < len(xorb) and xorb[start : start + 7] != b"XETBLOB":
-        stored, size = (int.from_bytes(xorb[start + i : start + i + 3], "little") for i in (1, 5))
-        chunks.append(Chunk(start, start + 8 + stored, xorb[start + 4], size))
-        start += 8 + stored
-    return chunks
-
-
-def list_shard_files(shard: bytes) -> Iterator[tuple[str, str, list[Json]]]:
-    """Yield (file hash, sha256, terms) of each file in an uploaded shard: 48-byte records after a 48-byte header."""
-    position = 48
+def xet_hashes(shard: bytes) -> dict[str, str]:
+    """Return sha256 -> Xet hash of the files in a shard of hf_xet: 48-byte records after a 48-byte header."""
+    position, hashes = 48, {}
 
     def record() -> tuple[Any, ...]:
         nonlocal position
         position += 48
-        *words, a, b, c, d = struct.unpack_from("<4Q4I", shard, position - 48)
-        return "".join(f"{word:016x}" for word in words), a, b, c, d
+        *words, flags, entries, _, _ = struct.unpack_from("<4Q4I", shard, position - 48)
+        return "".join(f"{word:016x}" for word in words), flags, entries
 
-    while True:
-        file_hash, flags, entries, _, _ = record()
-        if file_hash == "f" * 64:
-            return
-        terms = []
-        for xorb, _, size, start, end in (record() for _ in range(entries)):
-            terms.append({"xorb": xorb, "bytes": size, "start": start, "end": end})
-        position += 48 * entries if flags & 0x80000000 else 0  # hashes of chunk ranges, which need blake3 to check
-        if not flags & 0x40000000:
-            raise RefusalError(400, f"file {file_hash} of the shard has no sha256")
-        yield file_hash, record()[0], terms
-
-
-# --- storage ---------------------------------------------------------------------------------------------------------
+    while (head := record())[0] != "f" * 64:
+        file_hash, flags, entries = head
+        position += 48 * entries * (2 if flags & 0x80000000 else 1)  # chunks of the file, and hashes of their ranges
+        if flags & 0x40000000:
+            hashes[record()[0]] = file_hash
+    return hashes
 
 
 @dataclass(frozen=True)
@@ -255,7 +169,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.lock = folder, threading.RLock()
-        for name in ("blobs", "repos", "tmp", "xet/xorbs", "xet/files", "xet/sha256"):
+        for name in ("blobs", "repos", "tmp", "cas"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         for leftover in (folder / "tmp").iterdir():
             leftover.unlink()
@@ -291,29 +205,10 @@ class Store:
             raise RefusalError(400, f"got {found_size} bytes of sha256 {found}, expected {size} of {sha256}")
         os.replace(path, self.blob(sha256))
 
-    def add_shard(self, shard: bytes) -> None:
-        """Store how the files of a shard are made of chunks."""
-        for file_hash, sha256, terms in list_shard_files(shard):
-            for term in terms:
-                if not (self.folder / "xet/xorbs" / term["xorb"]).exists():
-                    raise RefusalError(400, f"file {file_hash} of the shard needs xorb {term['xorb']}, which is absent")
-            self.write(self.folder / "xet/files" / f"{file_hash}.json", canonical_json(terms))
-            self.write(self.folder / "xet/sha256" / sha256, file_hash.encode())
-
     def xet_hash(self, sha256: str) -> str | None:
-        """Return the Xet hash of a blob, if it was uploaded through Xet."""
-        path = self.folder / "xet/sha256" / sha256
-        return path.read_text() if path.exists() else None
-
-    def rebuild(self, file_hash: str) -> Iterator[bytes]:
-        """Yield the content of a file that was uploaded through Xet."""
-        for term in json.loads((self.folder / "xet/files" / f"{file_hash}.json").read_bytes()):
-            xorb = (self.folder / "xet/xorbs" / term["xorb"]).read_bytes()
-            for chunk in list_chunks(xorb)[term["start"] : term["end"]]:
-                try:
-                    yield decode_chunk(chunk.scheme, xorb[chunk.start + 8 : chunk.end], chunk.size)
-                except (IndexError, ValueError, ZeroDivisionError) as error:
-                    raise RefusalError(400, f"xorb {term['xorb']} is damaged at byte {chunk.start}") from error
+        """Return the Xet hash of a file, if it was uploaded through Xet."""
+        shards = (path.read_bytes() for path in (self.folder / "cas").rglob("*.mdb"))
+        return next((hashes[sha256] for hashes in map(xet_hashes, shards) if sha256 in hashes), None)
 
     def describe(self, tree: Tree) -> Json:
         """Read what the Hub shows of a model's files: the front matter of its card, and its configuration's classes."""
@@ -328,18 +223,15 @@ class Store:
         shown = {key: config[key] for key in ("architectures", "auto_map", "model_type") if key in config}
         return {"cardData": yaml.safe_load(front[1]) if front else {}, "config": shown}
 
-    def require_blob(self, path: str, sha256: str, size: int | None) -> File:
-        """Describe an LFS file of a commit, and rebuild its content if it was uploaded through Xet."""
+    def require_blob(self, path: str, sha256: str, size: int) -> File:
+        """Describe an LFS file of a commit."""
         if not HEX64.fullmatch(sha256):
             raise RefusalError(400, f"{path}: {sha256!r} is not a sha256")
-        if not self.blob(sha256).exists():
-            if (file_hash := self.xet_hash(sha256)) is None:
-                raise RefusalError(400, f"{path}: LFS object {sha256} was never uploaded")
-            self.keep(self.rebuild(file_hash), sha256)
-        found = self.blob(sha256).stat().st_size
-        if size not in (None, found):
-            raise RefusalError(400, f"{path}: LFS object {sha256} has {found} bytes, the commit says {size}")
-        return File.lfs(sha256, found)
+        if not self.blob(sha256).exists() and self.xet_hash(sha256) is None:
+            raise RefusalError(400, f"{path}: LFS object {sha256} was never uploaded")
+        if self.blob(sha256).exists() and self.blob(sha256).stat().st_size != size:
+            raise RefusalError(400, f"{path}: LFS object {sha256} does not have {size} bytes, as the commit says")
+        return File.lfs(sha256, size)
 
     def create_repo(self, name: str, private: bool) -> None:
         """Create a repository like the Hub, with a commit that holds .gitattributes."""
@@ -456,32 +348,17 @@ class Repo:
             self.save(state)
         return item
 
-    def entries(self, oid: str) -> dict[str, Json]:
-        """List a commit's files and folders as the API describes them, by path."""
-        tree: Tree = self.commit(oid)["files"]
-        folders: dict[str, Any] = {}
-        entries: dict[str, Json] = {}
-        for path, file in sorted(tree.items()):
+    def entries(self, oid: str) -> list[Json]:
+        """List a commit's files as the API describes them; folders are left out."""
+        entries: list[Json] = []
+        for path, file in sorted(self.commit(oid)["files"].items()):
             entry = {"type": "file", "oid": file.oid, "size": file.size, "path": path}
             if file.pointer_bytes:
                 entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": file.pointer_bytes}
                 if xet_hash := self.store.xet_hash(file.sha256):
                     entry["xetHash"] = xet_hash
-            entries[path] = entry
-            for end in (i for i, character in enumerate(path) if character == "/"):
-                folders.setdefault(path[:end], hashlib.sha1()).update(f"{file.oid} {path[end:]}\n".encode())
-        for path, digest in folders.items():
-            entries[path] = {"type": "directory", "oid": digest.hexdigest(), "size": 0, "path": path}
-        return dict(sorted(entries.items()))
-
-    def add_last_commits(self, oid: str, entries: list[Json]) -> None:
-        """Add to each entry the commit that last changed it."""
-        waiting = {entry["path"]: entry for entry in entries}
-        for name, commit in self.history(oid):
-            older = self.entries(commit["parent"]) if commit["parent"] else {}
-            about = {"id": name, "title": commit["title"], "date": commit["date"]}
-            for path in [path for path, entry in waiting.items() if older.get(path, {}).get("oid") != entry["oid"]]:
-                waiting.pop(path)["lastCommit"] = about
+            entries.append(entry)
+        return entries
 
 
 def apply_operations(store: Store, tree: Tree, operations: list[tuple[str, Json]]) -> Tree:
@@ -497,7 +374,7 @@ def apply_operations(store: Store, tree: Tree, operations: list[tuple[str, Json]
             tree[path] = File.regular(content)
             store.keep([content], tree[path].sha256)
         elif key == "lfsFile":
-            tree[path] = store.require_blob(path, value["oid"], value.get("size"))
+            tree[path] = store.require_blob(path, value["oid"], value["size"])
         elif key in ("deletedFile", "deletedFolder"):
             gone = [name for name in tree if name == path or (key == "deletedFolder" and name.startswith(path + "/"))]
             if not gone:
@@ -536,7 +413,6 @@ class Span(NamedTuple):
 
 _API = r"/api/models/(?P<name>[^/]+/[^/]+)"
 _GIT = r"/(?P<name>[^/]+/[^/]+)"
-_XET = r"/xet/v1"
 ROUTES = tuple(
     (method, re.compile(pattern), endpoint)
     for method, pattern, endpoint in (
@@ -546,28 +422,17 @@ ROUTES = tuple(
         ("GET", rf"{_API}(?:/revision/(?P<revision>[^/]+))?", "repo_info"),
         ("POST", rf"{_API}/preupload/(?P<revision>[^/]+)", "preupload"),
         ("POST", rf"{_API}/commit/(?P<revision>[^/]+)", "commit"),
-        ("GET", rf"{_API}/tree/(?P<revision>[^/]+)(?:/(?P<path>.+))?", "list_tree"),
-        ("POST", rf"{_API}/paths-info/(?P<revision>[^/]+)", "paths_info"),
+        ("GET", rf"{_API}/tree/(?P<revision>[^/]+)", "list_tree"),
         ("GET", rf"{_API}/auth-check(?P<write>/write)?", "auth_check"),
         ("GET", rf"{_API}/refs", "list_refs"),
         ("GET", rf"{_API}/commits/(?P<revision>[^/]+)", "list_commits"),
         ("POST", rf"{_API}/tag/(?P<revision>[^/]+)", "create_tag"),
-        ("DELETE", rf"{_API}/tag/(?P<tag>[^/]+)", "delete_tag"),
         ("POST", rf"{_API}/branch/(?P<branch>[^/]+)", "create_branch"),
-        ("DELETE", rf"{_API}/branch/(?P<branch>[^/]+)", "delete_branch"),
-        ("POST", rf"{_API}/discussions", "create_discussion"),
         ("GET", rf"{_API}/discussions/(?P<number>\d+)", "show_discussion"),
         ("GET", rf"{_API}/xet-(?P<scope>read|write)-token/(?P<revision>[^/]+)", "xet_token"),
         ("GET", rf"{_GIT}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "download"),
         ("POST", rf"{_GIT}\.git/info/lfs/objects/batch", "lfs_batch"),
-        ("POST", rf"{_GIT}\.git/info/lfs/verify", "lfs_verify"),
         ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_put"),
-        ("PUT", r"/lfs/(?P<oid>[0-9a-f]{64})/(?P<part>\d+)", "lfs_put_part"),
-        ("POST", r"/lfs/(?P<oid>[0-9a-f]{64})", "lfs_join"),
-        ("POST", rf"{_XET}/xorbs/default/(?P<xorb>[0-9a-f]{{64}})", "xet_put_xorb"),
-        ("POST", rf"{_XET}/shards", "xet_put_shard"),
-        ("GET", rf"{_XET}/reconstructions/(?P<file_hash>[0-9a-f]{{64}})", "xet_reconstruction"),
-        ("GET", r"/xet/data/(?P<xorb>[0-9a-f]{64})", "xet_data"),
     )
 )
 
@@ -692,14 +557,6 @@ class Handler(BaseHTTPRequestHandler):
         """Send a JSON document with status 200."""
         self.reply(200, canonical_json(value), headers)
 
-    def reply_page(self, items: list[Json]) -> None:
-        """Send the page of a list that the query requests, and a link to the next page."""
-        start = int(self.argument("cursor", "0"))
-        end = start + min(int(self.argument("limit", "1000000")), self.hub.page_size)
-        following = urlencode({**self.query, "cursor": end}, doseq=True)
-        more = {"Link": f'<{self.hub.url}{self.path_only}?{following}>; rel="next"'} if end < len(items) else {}
-        self.reply_json(items[start:end], more)
-
     def reply_span(self, path: Path, headers: Headers) -> None:
         """Send a file, or the requested range of it."""
         size = path.stat().st_size
@@ -745,17 +602,6 @@ class Handler(BaseHTTPRequestHandler):
         if repo.state["private"] and role is None:
             raise RefusalError(401, "Invalid username or password.")
         return repo
-
-    def signed(self, path: str, **query: Any) -> str:
-        """Make a signed URL, which needs no other credentials."""
-        target = f"{path}?{urlencode(query)}"
-        return f"{self.hub.url}{target}{'&' if query else ''}signature={self.hub.sign(target)}"
-
-    def require_signature(self) -> None:
-        """Refuse a URL that this server did not make."""
-        query = {key: values[0] for key, values in self.query.items() if key != "signature"}
-        if not hmac.compare_digest(self.argument("signature"), self.hub.sign(f"{self.path_only}?{urlencode(query)}")):
-            raise RefusalError(403, "bad signature")
 
     # --- account and repositories
 
@@ -836,70 +682,18 @@ class Handler(BaseHTTPRequestHandler):
         asked = self.json_body()
         if asked["operation"] != "upload" or asked.get("hash_algo", "sha256") != "sha256":
             raise RefusalError(400, "only uploads named by sha256 are served")
-        multipart = "multipart" in asked.get("transfers", [])
-        objects = [self._lfs_object(name, item["oid"], item["size"], multipart) for item in asked["objects"]]
-        self.reply_json({"transfer": "multipart" if multipart else "basic", "objects": objects})
+        objects = [self._lfs_object(item["oid"], item["size"]) for item in asked["objects"]]
+        self.reply_json({"transfer": "basic", "objects": objects})
 
-    def _lfs_object(self, name: str, oid: str, size: int, multipart: bool) -> Json:
-        answer: Json = {"oid": oid, "size": size}
-        if not HEX64.fullmatch(oid):
-            return answer | {"error": {"code": 422, "message": f"{oid!r} is not a sha256"}}
-        if (blob := self.hub.store.blob(oid)).exists():
-            wrong = blob.stat().st_size != size
-            return answer | ({"error": {"code": 422, "message": f"{oid} has another size"}} if wrong else {})
-        header, part_bytes = {}, self.hub.part_bytes
-        if multipart and size > part_bytes:
-            header = {"chunk_size": str(part_bytes)}
-            for part in range(1, -(-size // part_bytes) + 1):
-                length = min(part_bytes, size - (part - 1) * part_bytes)
-                header[str(part)] = self.signed(f"/lfs/{oid}/{part}", size=length)
-        upload = {"href": self.signed(f"/lfs/{oid}", size=size), "header": header}
-        verify = {"href": f"{self.web_url(name)}.git/info/lfs/verify"}
-        return answer | {"actions": {"upload": upload, "verify": verify}}
+    def _lfs_object(self, oid: str, size: int) -> Json:
+        if self.hub.store.blob(oid).exists():
+            return {"oid": oid, "size": size}
+        return {"oid": oid, "size": size, "actions": {"upload": {"href": f"{self.hub.url}/lfs/{oid}?size={size}"}}}
 
     def lfs_put(self, oid: str) -> None:
         """PUT a whole LFS object."""
-        self.require_signature()
         self.hub.store.keep(self.body, oid, int(self.argument("size")))
         self.reply(200)
-
-    def lfs_put_part(self, oid: str, part: str) -> None:
-        """PUT a part of an LFS object."""
-        self.require_signature()
-        path, digest, size = self.hub.store.receive(self.body)
-        if size != int(self.argument("size")):
-            path.unlink()
-            raise RefusalError(400, f"part {part} has {size} bytes, expected {self.argument('size')}")
-        os.replace(path, self._part(oid, part, digest))
-        self.reply(200, headers={"ETag": f'"{digest}"'})
-
-    def _part(self, oid: str, part: str, etag: str) -> Path:
-        return self.hub.store.folder / "tmp" / f"{oid}.{int(part)}.{etag}"
-
-    def lfs_join(self, oid: str) -> None:
-        """POST {oid, parts}: join the parts of an LFS object."""
-        self.require_signature()
-        parts = []
-        for part in sorted(self.json_body()["parts"], key=lambda part: part["partNumber"]):
-            etag = part["etag"].strip('"')
-            path = self._part(oid, part["partNumber"], etag) if HEX64.fullmatch(etag) else None
-            if path is None or not path.exists():
-                raise RefusalError(400, f"part {part['partNumber']} with etag {etag!r} was never uploaded")
-            parts.append(path)
-        spans = (Span(path, 0, path.stat().st_size) for path in parts)
-        self.hub.store.keep((piece for span in spans for piece in read_span(span)), oid, int(self.argument("size")))
-        for path in parts:
-            path.unlink()
-        self.reply_json({})
-
-    def lfs_verify(self, name: str) -> None:
-        """POST {oid, size}: check that an LFS object was uploaded."""
-        self.repo(name, write=True)
-        asked = self.json_body()
-        if not HEX64.fullmatch(asked["oid"]) or not self.hub.store.blob(asked["oid"]).exists():
-            raise RefusalError(404, f"LFS object {asked['oid']} is absent")
-        self.hub.store.require_blob("verify", asked["oid"], asked["size"])
-        self.reply_json({})
 
     def commit(self, name: str, revision: str) -> None:
         """POST M/commit/{rev}[?create_pr=1]: lines of {key, value}."""
@@ -920,29 +714,10 @@ class Handler(BaseHTTPRequestHandler):
 
     # --- reading
 
-    def list_tree(self, name: str, revision: str, path: str = "") -> None:
-        """GET M/tree/{rev}[/{path}]?recursive=&expand=."""
-        repo, path = self.repo(name), path.strip("/")
-        oid = repo.resolve(revision)
-        entries = repo.entries(oid)
-        if path and entries.get(path, {}).get("type") != "directory":
-            raise RefusalError(404, f"{path} does not exist on {revision}", "EntryNotFound")
-        below = f"{path}/" if path else ""
-        deep = self.argument("recursive").lower() in ("1", "true")
-        inside = [e for p, e in entries.items() if p.startswith(below) and (deep or "/" not in p[len(below) :])]
-        if self.argument("expand").lower() in ("1", "true"):
-            repo.add_last_commits(oid, inside)
-        self.reply_page(inside)
-
-    def paths_info(self, name: str, revision: str) -> None:
-        """POST M/paths-info/{rev}, with a form; paths that do not exist are omitted."""
-        repo, form = self.repo(name), parse_qs(b"".join(self.body).decode(), keep_blank_values=True)
-        oid = repo.resolve(revision)
-        entries = repo.entries(oid)
-        found = [entries[path] for path in map(lambda p: p.strip("/"), form.get("paths", [])) if path in entries]
-        if form.get("expand", [""])[0].lower() in ("1", "true"):
-            repo.add_last_commits(oid, found)
-        self.reply_json(found)
+    def list_tree(self, name: str, revision: str) -> None:
+        """GET M/tree/{rev}?recursive=true: all files, on one page."""
+        repo = self.repo(name)
+        self.reply_json(repo.entries(repo.resolve(revision)))
 
     def download(self, name: str, revision: str, path: str) -> None:
         """GET or HEAD /{id}/resolve/{rev}/{path}; LFS content is sent directly, without a redirect."""
@@ -958,7 +733,13 @@ class Handler(BaseHTTPRequestHandler):
             if xet_hash := self.hub.store.xet_hash(file.sha256):
                 token_url = f"{self.hub.url}/api/models/{name}/xet-read-token/{oid}"
                 headers |= {"X-Xet-Hash": xet_hash, "Link": f'<{token_url}>; rel="xet-auth"'}
-        self.reply_span(self.hub.store.blob(file.sha256), headers)
+        blob = self.hub.store.blob(file.sha256)
+        if blob.exists():
+            self.reply_span(blob, headers)
+        elif self.command == "HEAD":
+            self.reply(200, headers=headers)
+        else:
+            raise RefusalError(501, f"{path} was uploaded through Xet, and is served only through it")
 
     def list_refs(self, name: str) -> None:
         """GET M/refs[?include_prs=1]."""
@@ -972,15 +753,13 @@ class Handler(BaseHTTPRequestHandler):
         self.reply_json(lists)
 
     def list_commits(self, name: str, revision: str) -> None:
-        """GET M/commits/{rev}[?expand[]=formatted], the newest first."""
+        """GET M/commits/{rev}, the newest first."""
         repo, items = self.repo(name), []
         for oid, commit in repo.history(repo.resolve(revision)):
             item: Json = {"id": oid, "authors": [{"user": commit["author"]}]}
             item |= {key: commit[key] for key in ("title", "message", "date")}
-            if "formatted" in self.query.get("expand[]", []):
-                item["formatted"] = {key: html.escape(commit[key]) for key in ("title", "message")}
             items.append(item)
-        self.reply_page(items)
+        self.reply_json(items)
 
     # --- tags, branches, discussions
 
@@ -1004,33 +783,6 @@ class Handler(BaseHTTPRequestHandler):
             repo.save(state)
         self.reply_json({})
 
-    def delete_tag(self, name: str, tag: str) -> None:
-        """DELETE M/tag/{tag}."""
-        self._delete_ref(self.repo(name, write=True), "tags", tag)
-
-    def delete_branch(self, name: str, branch: str) -> None:
-        """DELETE M/branch/{name}; main cannot be deleted."""
-        repo = self.repo(name, write=True)
-        if branch == "main":
-            raise RefusalError(403, "the branch main is protected")
-        self._delete_ref(repo, "heads", branch)
-
-    def _delete_ref(self, repo: Repo, space: str, ref: str) -> None:
-        with self.hub.store.lock:
-            state = repo.state
-            if ref not in state[space]:
-                raise RefusalError(404, f"Reference does not exist: {ref}", "RevisionNotFound")
-            del state[space][ref]
-            repo.save(state)
-        self.reply_json({})
-
-    def create_discussion(self, name: str) -> None:
-        """POST M/discussions {title, description, pullRequest}."""
-        repo, asked = self.repo(name, write=True), self.json_body()
-        head = repo.resolve("refs/heads/main") if asked.get("pullRequest") else None
-        item = repo.add_discussion(asked["title"], asked.get("description", ""), head, "draft" if head else "open")
-        self.reply_json({"num": item["num"], "pullRequest": item["isPullRequest"]})
-
     def show_discussion(self, name: str, number: str) -> None:
         """GET M/discussions/{n}."""
         repo = self.repo(name)
@@ -1052,71 +804,12 @@ class Handler(BaseHTTPRequestHandler):
     def xet_token(self, name: str, scope: str, revision: str) -> None:
         """GET M/xet-{write,read}-token/{rev}; the revision is ignored, since it is "None" for a new pull request."""
         self.repo(name, write=scope == "write")
-        url, token, expiration = f"{self.hub.url}/xet", f"{scope}-{self.hub.sign(scope)}", int(time.time()) + 3600
+        url, token, expiration = f"local://{self.hub.store.folder.resolve() / 'cas'}", scope, int(time.time()) + 3600
         headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": token, "X-Xet-Token-Expiration": str(expiration)}
         self.reply_json({"casUrl": url, "accessToken": token, "exp": expiration}, headers)
 
-    def require_xet(self, *scopes: str) -> None:
-        """Refuse a request without a Xet token for one of the scopes."""
-        if self.headers.get("Authorization") not in [f"Bearer {scope}-{self.hub.sign(scope)}" for scope in scopes]:
-            raise RefusalError(401, "bad xet token")
-
-    def xet_put_xorb(self, xorb: str) -> None:
-        """POST a xorb. Its name is a blake3 tree hash and is not checked, but the files made from it are."""
-        self.require_xet("write")
-        path, _, _ = self.hub.store.receive(self.body)
-        os.replace(path, self.hub.store.folder / "xet/xorbs" / xorb)
-        self.reply_json({"was_inserted": True})
-
-    def xet_put_shard(self) -> None:
-        """POST a shard, which says how files are made of chunks."""
-        self.require_xet("write")
-        try:
-            self.hub.store.add_shard(b"".join(self.body))
-        except struct.error as error:
-            raise RefusalError(400, "the shard is cut short") from error
-        self.reply_json({"result": 1})
-
-    def xet_reconstruction(self, file_hash: str) -> None:
-        """GET how a file, or the requested range of it, is made of chunks."""
-        self.require_xet("read", "write")
-        path = self.hub.store.folder / "xet/files" / f"{file_hash}.json"
-        if not path.exists():
-            raise RefusalError(404, f"no file {file_hash}")
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "bytes=0-"))
-        if wanted is None:
-            raise RefusalError(400, "only one range is served")
-        first, last = int(wanted[1]), int(wanted[2] or sys.maxsize)
-        terms: list[Json] = []
-        fetch: dict[str, dict[tuple[int, int], Json]] = {}
-        position, skip = 0, 0
-        for term in json.loads(path.read_bytes()):
-            start, position = position, position + term["bytes"]
-            if position <= first or start > last:
-                continue
-            skip = first - start if not terms else skip
-            chunks = {"start": term["start"], "end": term["end"]}
-            terms.append({"hash": term["xorb"], "unpacked_length": term["bytes"], "range": chunks})
-            fetch.setdefault(term["xorb"], {})[term["start"], term["end"]] = self._fetch_info(term["xorb"], chunks)
-        if not terms and first:
-            raise RefusalError(416, "range not satisfiable", headers={"Content-Range": f"bytes */{position}"})
-        ranges = {xorb: list(infos.values()) for xorb, infos in fetch.items()}
-        self.reply_json({"offset_into_first_range": skip, "terms": terms, "fetch_info": ranges})
-
-    def _fetch_info(self, xorb: str, chunks: Json) -> Json:
-        places = list_chunks((self.hub.store.folder / "xet/xorbs" / xorb).read_bytes())[chunks["start"] : chunks["end"]]
-        where = {"start": places[0].start, "end": places[-1].end - 1}
-        return {"range": chunks, "url": self.signed(f"/xet/data/{xorb}"), "url_range": where}
-
-    def xet_data(self, xorb: str) -> None:
-        """GET part of a xorb."""
-        self.require_signature()
-        self.reply_span(self.hub.store.folder / "xet/xorbs" / xorb, {})
-
     def log_message(self, format: str, *args: Any) -> None:
-        """Log to stderr if verbose."""
-        if self.hub.verbose:
-            super().log_message(format, *args)
+        """Log nothing; ``LocalHub.requests`` has them."""
 
 
 def read_span(span: Span) -> Iterator[bytes]:
@@ -1175,9 +868,6 @@ class LocalHub:
         read_tokens: tokens that may only read.
         port: port to listen on; 0 for any free one.
         faults: the faults. The list may be changed while serving; a fault that is used up is removed.
-        part_bytes: an LFS file larger than this is requested in parts of this size.
-        page_size: maximum number of entries in one answer with a tree or a list of commits.
-        verbose: whether to log requests to stderr.
 
     Attributes:
         url: URL for HF_ENDPOINT.
@@ -1193,16 +883,12 @@ class LocalHub:
         read_tokens: Iterable[str] = (),
         port: int = 0,
         faults: Iterable[Fault] = (),
-        part_bytes: int = 64 << 20,
-        page_size: int = 1000,
-        verbose: bool = False,
     ) -> None:
         self.store = Store(Path(folder))
         self.tokens, self.read_tokens, self.faults = frozenset(tokens), frozenset(read_tokens), list(faults)
-        self.part_bytes, self.page_size, self.verbose = part_bytes, page_size, verbose
         self.requests: list[tuple[str, str, int]] = []
         self.bytes_received = 0
-        self._secret, self._lock = secrets.token_bytes(32), threading.Lock()
+        self._lock = threading.Lock()
         self._server = _Server(self, port)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -1214,10 +900,6 @@ class LocalHub:
     def __exit__(self, *_: object) -> None:
         """Stop serving and close all connections."""
         self._server.stop()
-
-    def sign(self, text: str) -> str:
-        """Make a signature with this process's secret."""
-        return hmac.new(self._secret, text.encode(), "sha256").hexdigest()
 
     def record(self, method: str, path: str, status: int) -> None:
         """Add a request to the record."""
@@ -1249,9 +931,6 @@ def main() -> None:
     parser.add_argument("--token", action="append", default=[], help="a token that may write (repeatable)")
     parser.add_argument("--read-token", action="append", default=[], help="a token that may only read (repeatable)")
     parser.add_argument("--fault", action="append", default=[], type=Fault.parse, help="METHOD:PATH_REGEX:KIND[:COUNT]")
-    parser.add_argument("--part-bytes", type=int, default=64 << 20, help="LFS files above this are sent in parts")
-    parser.add_argument("--page-size", type=int, default=1000, help="most entries in one answer")
-    parser.add_argument("--verbose", action="store_true", help="log requests to stderr")
     options = vars(parser.parse_args())
     tokens, read_tokens, faults = (options.pop(name) for name in ("token", "read_token", "fault"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

@@ -9,9 +9,7 @@ Measurements of a training run are in ``metrics.jsonl``:
 import json
 import sys
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from urllib.parse import urljoin
 
 from huggingface_hub import ModelInfo
@@ -30,16 +28,16 @@ from adaptkit.hub.card import CardFacts, base_model, make_card
 from adaptkit.hub.client import Hub
 from adaptkit.hub.client_errors import status_of
 from adaptkit.hub.secrets import redact
-from adaptkit.hub.staging import Artifact, gather, has_card, in_memory
+from adaptkit.hub.staging import Artifact, gather, has_card
 
 _LICENCE_KEYS = ("license", "license_name", "license_link")
 
 
 def with_card(hub: Hub, path: Path, manifest: Manifest, base: str | None, will_sign: bool) -> Artifact:
-    """List an artifact's files with a card, generated if it has none, and with its folder's signature if there is one.
+    """List an artifact's files with a card, generated if it has none.
 
     Args:
-        hub: the Hub client, for what it knows of the base.
+        hub: the Hub client, for what it knows of the base, and for notes about facts that are missing.
         path: the artifact's folder.
         manifest: its manifest.
         base: name of the base on the Hub, for the card; None for the one that the configuration names.
@@ -47,78 +45,47 @@ def with_card(hub: Hub, path: Path, manifest: Manifest, base: str | None, will_s
 
     Raises:
         UsageError: ``base`` is given but the artifact has a card, or a generated card would invalidate the signature.
+        CheckpointError: a file of the artifact is malformed.
+        NetworkError: the Hub did not answer for the base.
     """
-    config_name, config = _config(path, manifest)
-    if manifest.kind == "adapter" and base_model(config) is None:
-        named = config.get("base_model_name_or_path")  # peft finds names without an owner, as 'gpt2'
-        hub.note(f"{config_name} calls the base {named!r}, a name that peft may not find on the Hub")
-    signature = path / SIGNATURE_NAME
+    names = {record.path for record in manifest.files}
+    config_name = ADAPTER_CONFIG_NAME if manifest.kind == "adapter" else CONFIG_NAME
+    config = read_config(resolve_inside(path, config_name)) if config_name in names else {}
+    named = base_model(config)
+    if manifest.kind == "adapter" and named is None:
+        name = config.get("base_model_name_or_path")  # peft finds names without an owner, as 'gpt2'
+        hub.note(f"{config_name} calls the base {name!r}, a name that peft may not find on the Hub")
     if has_card(manifest):
         if base is not None:
             raise UsageError(
                 f"{path}: already has a model card, which --base-model does not change", hint="leave out --base-model"
             )
-        artifact = gather(path, manifest)
-    elif signature.is_file() and not will_sign:
+        return gather(path, manifest)
+    if (path / SIGNATURE_NAME).is_file() and not will_sign:
         raise UsageError(
             f"{path}: is signed without a model card, and publishing adds one to its manifest",
             hint="sign what is published with --sign KEY, or remove adaptkit-manifest.sig",
         )
-    else:
-        artifact = gather(path, manifest, make_card(manifest, _card_facts(hub, path, manifest, base)))
-    if signature.is_file() and not will_sign:
-        signed = in_memory(SIGNATURE_NAME, signature.read_bytes())
-        artifact = replace(artifact, contents=(*artifact.contents, signed))
-    return artifact
-
-
-def _config(root: Path, manifest: Manifest) -> tuple[str, dict[str, Any]]:
-    """Return the name of an artifact's configuration and its content; empty if the artifact has none."""
-    name = ADAPTER_CONFIG_NAME if manifest.kind == "adapter" else CONFIG_NAME
-    is_there = any(record.path == name for record in manifest.files)
-    return name, read_config(resolve_inside(root, name)) if is_there else {}
-
-
-def _card_facts(hub: Hub, root: Path, manifest: Manifest, base: str | None) -> CardFacts:
-    """Collect the facts for an artifact's card, and note those that are missing.
-
-    Args:
-        hub: the Hub client, for what it knows of the base, and for notes.
-        root: the artifact's folder.
-        manifest: its manifest.
-        base: name of the base on the Hub; None for the one that the configuration names.
-
-    Raises:
-        CheckpointError: a file of the artifact is malformed.
-        NetworkError: the Hub did not answer for the base.
-    """
-    names = {record.path for record in manifest.files}
-    config_name, config = _config(root, manifest)
-    named = base_model(config)
     called = base or named
     is_there, info = _base_info(hub, called, is_sure=base is not None) if called else (False, None)
     if not is_there:
         why = f"{named}, as {config_name} calls it, is not on the Hub" if named else "the artifact gives no ORG/NAME"
         hub.note(f"the model card names no base model: {why}; name it with --base-model ORG/NAME")
-    return CardFacts(
+    facts = CardFacts(
         config=config,
         base=called if is_there else None,
         base_config=(info.config or {}) if info is not None and manifest.kind == "adapter" else {},
         licence=_licence(hub, str(called), info, names) if info is not None else {},
-        figures=read_figures(resolve_inside(root, METRICS_NAME)) if METRICS_NAME in names else (),
+        figures=read_figures(resolve_inside(path, METRICS_NAME)) if METRICS_NAME in names else (),
         picture=PICTURE_NAME if PICTURE_NAME in names else None,
     )
+    return gather(path, manifest, make_card(manifest, facts))
 
 
 def _base_info(hub: Hub, base: str, is_sure: bool) -> tuple[bool, ModelInfo | None]:
     """Return whether the Hub has a base, and what it tells about it; None if it refuses.
 
-    A folder's path may look like a repository name, so a name from a configuration may not be a repository.
-
-    Args:
-        hub: the Hub client.
-        base: name of the base.
-        is_sure: whether the caller named the base, so that it must be a repository.
+    A folder's path may look like the name of a repository; ``is_sure`` says that the caller gave it as one.
     """
     try:
         return True, hub.model_info(base, base)
@@ -130,14 +97,7 @@ def _base_info(hub: Hub, base: str, is_sure: bool) -> tuple[bool, ModelInfo | No
 
 
 def _licence(hub: Hub, base: str, info: ModelInfo, names: Collection[str]) -> dict[str, str | list[str]]:
-    """Return the licence fields of the base's card, and note if there are none.
-
-    Args:
-        hub: the Hub client.
-        base: name of the base.
-        info: what the Hub tells about it, such as the front matter of its card.
-        names: files of the artifact; a link to any other file is made absolute.
-    """
+    """Return the licence fields of the base's card; a link to anything but a file of the artifact is absolute."""
     front = vars(info.card_data) if info.card_data is not None else {}
     licence = {key: front[key] for key in _LICENCE_KEYS if _is_plain(front.get(key))}
     if not licence:
@@ -166,8 +126,21 @@ def read_figures(path: Path) -> list[tuple[str, str]]:
     Raises:
         CheckpointError: a line is malformed.
     """
-    lines = [_line(path, number, text) for number, text in enumerate(path.read_bytes().splitlines(), 1)]
-    losses, held_out = _measured(lines, "loss"), _measured(lines, "held_out_loss")
+    losses, held_out = dict[int, float](), dict[int, float]()
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            line = json.loads(text)
+            step = line["step"]
+            if type(step) is not int:
+                raise TypeError(step)
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise CheckpointError(
+                f"{path}: line {number} is not JSON, or has no step number", hint="publish the folder that train wrote"
+            ) from error
+        for values, name in ((losses, "loss"), (held_out, "held_out_loss")):
+            value = line.get(name)
+            if isinstance(value, int | float) and abs(value) <= sys.float_info.max:
+                values[step] = float(value)
     figures = []
     if losses:
         first, last = min(losses), max(losses)
@@ -180,21 +153,3 @@ def read_figures(path: Path) -> list[tuple[str, str]]:
         figures.append(("Lowest held-out loss", f"{held_out[best]:.4f} (step {best})"))
         figures.append(("Last held-out loss", f"{held_out[max(held_out)]:.4f} (step {max(held_out)})"))
     return figures
-
-
-def _line(path: Path, number: int, text: bytes) -> dict[str, Any]:
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: line {number} is not JSON", hint="publish the folder that train wrote"
-        ) from error
-    if not isinstance(line, dict) or type(line.get("step")) is not int:
-        raise CheckpointError(f"{path}: line {number} has no step number", hint="publish the folder that train wrote")
-    return line
-
-
-def _measured(lines: list[dict[str, Any]], name: str) -> dict[int, float]:
-    """Return step -> value, without steps whose value is not a finite number."""
-    found = {line["step"]: line[name] for line in lines if isinstance(line.get(name), int | float)}
-    return {step: float(value) for step, value in found.items() if abs(value) <= sys.float_info.max}

@@ -29,6 +29,10 @@ class HiddenBar(tqdm):
         super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
 
 
+class _Stop(BaseException):
+    """Stops the client after a progress callback raised; a BaseException, so it is neither translated nor retried."""
+
+
 def fetch(
     hub: Hub,
     what: str,
@@ -64,13 +68,15 @@ def fetch(
 
         def update(self, n: float | None = 1) -> None:
             with lock:
-                if self._is_wanted and not raised:
+                if raised:
+                    raise _Stop
+                if self._is_wanted:
                     self.n += int(n or 0)
                     try:
                         progress(self.n, max(self.n, int(self.total or 0)))
                     except BaseException as error:
                         raised.append(error)
-                        raise
+                        raise _Stop from error
 
     def snapshot(api: HfApi) -> str:
         return api.snapshot_download(
@@ -78,13 +84,14 @@ def fetch(
             revision=revision,
             allow_patterns=[glob.escape(name) for name in names],
             local_dir=folder,
+            cache_dir=folder / ".cache" / "hub" if folder is not None else None,  # what is cached may be damaged
             tqdm_class=ByteCounter,
         )
 
     try:
         return Path(hub.ask(what, snapshot))
     finally:
-        if raised:  # hf_xet goes on, and others translate it
+        if raised:  # also if hf_xet ignored it and went on
             raise raised[0] from None
 
 

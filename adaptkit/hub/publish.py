@@ -153,7 +153,8 @@ def publish(
     tree = list_tree(hub, repo_id, head) if head else {}
     keyless = options.signer is not None and options.signer.private_key is None
     planned = {SIGNATURE_NAME} if dry_run and keyless else set()  # keyless signatures are logged publicly
-    artifact = with_signature(hub, repo_id, head, tree, artifact, None if planned else options.signer)
+    if not planned:
+        artifact = with_signature(hub, repo_id, head, tree, artifact, options.signer)
     added, deleted = differences(tree, artifact.contents)
     added, deleted = sorted(planned.union(added)), sorted(set(deleted) - planned)
     is_there = not added and not deleted

@@ -16,18 +16,17 @@ from adaptkit.hub.staging import Artifact, in_memory
 def with_signature(
     hub: Hub, repo_id: str, head: str | None, tree: FileTree, artifact: Artifact, signer: Signer | None
 ) -> Artifact:
-    """Add a signature: sign the manifest or, without a signer, keep the Hub's signature if its manifest is the same.
+    """Add a signature: sign the manifest or, without a signer, keep the folder's, or the Hub's of the same manifest.
 
     ``tree`` holds the files of ``head``, the commit to build on; None if the repository does not exist yet. Signatures
     are randomized, so one on the Hub that was made with the same key is kept; an identity always makes a new one.
     """
-    named = {content.record.path: content for content in artifact.contents}
-    if SIGNATURE_NAME in named:
-        return artifact
-    is_for_this = MANIFEST_NAME in tree and not differences(tree, [named[MANIFEST_NAME]])[0]
+    own, manifest = artifact.root / SIGNATURE_NAME, artifact.manifest.to_bytes()
+    is_for_this = MANIFEST_NAME in tree and not differences(tree, [in_memory(MANIFEST_NAME, manifest)])[0]
     there = fetch_signature(hub, repo_id, head, tree) if head and is_for_this else None
-    signature, manifest = there, artifact.manifest.to_bytes()
-    if signer is not None:
+    if signer is None:
+        signature = own.read_bytes() if own.is_file() else there
+    else:
         signature = sign_manifest(manifest, signer)  # first, for its error messages about an unusable key
         if there is not None and signer.private_key is not None and _is_by(there, manifest, signer):
             signature = there

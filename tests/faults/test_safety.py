@@ -39,9 +39,8 @@ JOINS = {
     "operations/extract.py": {"plan.base.root / name"},
     "pipeline/sources.py": {"path / name", "folder / source.path"},  # the second is given in the user's recipe
     # names in a tree of the Hub, of which ``list_tree`` refuses those that leave the folder; nothing is read there
-    "hub/sources.py": {"folder / path"},
-    # targets of links in huggingface_hub's cache
-    "hub/_fetch.py": {"path.parent.joinpath(os.readlink(path))"},
+    "hub/sources.py": {"folder / name"},
+    "hub/download.py": {"folder / file.path"},
     # names of steps, which consist of letters and digits, and digests
     "pipeline/work.py": {
         "self.root / key[:_KEY_LETTERS]",
@@ -144,7 +143,7 @@ def test_only_a_few_modules_remove_files():
         if "os.remove" in names or {name.rpartition(".")[2] for name in names} & removers:
             found.add(module)
     assert found == {
-        "checkpoint/journal.py", "checkpoint/place.py", "checkpoint/writer.py", "hub/_fetch.py",
+        "checkpoint/journal.py", "checkpoint/place.py", "checkpoint/writer.py", "hub/download.py", "hub/pull.py",
         "pipeline/work.py", "training/loop.py", "training/memory/paging.py", "training/resume.py",
     }  # fmt: skip
 

@@ -48,7 +48,7 @@ print(json.dumps({"path": str(resolve_source(%r))}))
 def test_pull_gives_the_published_bytes(cli: Any, artifact: Path, repository: Any, tmp_path: Path, xet: bool) -> None:
     sent = cli("publish", artifact, "me/model", "--tag", "v1", xet=xet).report
     done = cli("pull", "me/model@v1", "-o", "pulled", xet=xet)
-    assert any("/xet/" in path for _, path, _ in repository.hub.requests) == xet
+    assert any("/xet-read-token/" in path for _, path, _ in repository.hub.requests) == xet
     assert done.code == 0, done.stdout
     found = tree(tmp_path / "pulled")
     assert {name: hashlib.sha256(content).hexdigest() for name, content in found.items()} == repository.files("v1")
@@ -73,28 +73,6 @@ def test_a_commit_can_be_pulled_after_the_branch_moved(
     assert done.code == 0
     assert done.report["manifest_sha256"] == first["manifest_sha256"]
     assert (tmp_path / "pulled" / WEIGHTS).read_bytes() == (tmp_path / "old" / WEIGHTS).read_bytes()
-
-
-@pytest.mark.parametrize("name", [WEIGHTS, "adapter_config.json", MANIFEST_NAME])
-def test_corruption_of_equal_size_is_detected_and_does_not_affect_a_retry(
-    cli: Any, artifact: Path, hub: LocalHub, tmp_path: Path, name: str
-) -> None:
-    cli("publish", artifact, "me/model")
-    hub.faults.append(Fault("GET", rf"/resolve/.*{name}", "corrupt"))
-    done = cli("pull", "me/model", "-o", "pulled")
-    assert done.code == 3
-    assert name in done.report["message"]
-    assert not hub.faults
-    assert not (tmp_path / "pulled").exists()
-    assert cli("pull", "me/model", "-o", "pulled").code == 0
-    assert (tmp_path / "pulled" / WEIGHTS).read_bytes() == (artifact / WEIGHTS).read_bytes()
-
-
-def test_a_truncated_response_is_fetched_to_its_end(cli: Any, artifact: Path, hub: LocalHub) -> None:
-    cli("publish", artifact, "me/model")
-    hub.faults.append(Fault("GET", rf"/resolve/.*{WEIGHTS}", "truncate"))
-    assert cli("pull", "me/model", "-o", "pulled").code == 0
-    assert not hub.faults
 
 
 def test_an_interrupted_pull_fetches_only_what_is_missing_or_damaged(
@@ -333,6 +311,10 @@ def test_files_damaged_in_transit_are_removed_from_the_cache(
     assert not list((tmp_path / "home").rglob(name))
     assert not hub.faults
     assert cli("diff", "me/model", tmp_path / "artifact").code == 0
+    (cached,) = (path for path in (tmp_path / "home").rglob(name) if "snapshots" in path.parts)
+    cached.write_bytes(bytes(cached.stat().st_size))
+    assert cli("pull", "me/model", "-o", "pulled").code == 0  # not from that cache
+    assert (tmp_path / "pulled" / name).read_bytes() == (tmp_path / "artifact" / name).read_bytes()
 
 
 def test_a_dry_run_with_a_partial_cache_fetches_no_weights(cli: Any, artifact: Path, tmp_path: Path) -> None:
@@ -526,28 +508,6 @@ def test_fetching_for_a_command_shows_progress_only_on_a_terminal(
         assert "it/s" not in said
         assert shown or said == ""
         assert (run.stdout != b"") == ("--quiet" not in asked)
-
-
-PATIENCE = """
-import json, logging
-from huggingface_hub import HfApi
-from huggingface_hub.utils import http_backoff
-from adaptkit.errors import NetworkError
-from adaptkit.hub._client import Hub
-def ask(tries):
-    http_backoff("GET", "http://127.0.0.1:9/", max_retries=tries, base_wait_time=0.01)
-notes, logged, handler = [], [], logging.Handler()
-handler.emit = lambda record: logged.append(record.getMessage())
-logging.getLogger("huggingface_hub.utils._http").addHandler(handler)
-try:
-    Hub(HfApi(), notes.append).once("me/model", lambda api: ask(2))
-except NetworkError:
-    ours = len(logged)
-try:
-    ask(1)
-except Exception:
-    print(json.dumps([notes, ours, len(logged)]))
-"""
 
 
 def test_in_offline_mode_a_missing_source_is_reported_as_offline(cli: Any, tmp_path: Path) -> None:

@@ -68,8 +68,6 @@ ROWS = (
     *(Row(f"PUT:{PUT}:{kind}", OK, remote="complete") for kind in ("drop", "lost", "503", "501")),
     Row(f"PUT:{PUT}:403:-1", AUTHENTICATION, "answered 403"),
     Row(f"PUT:{PUT}:501:-1", NETWORK, "answered 501"),
-    *(Row(f"POST:/xorbs/:{kind}", OK, remote="complete", xet=True) for kind in ("drop", "lost")),
-    Row("POST:/xorbs/:400:-1", NETWORK, xet=True),
     Row("GET:/xet-write-token/:403:-1", AUTHENTICATION, xet=True),
     # The commit.
     *(Row(f"POST:{COMMIT}:{status}", AUTHENTICATION, f"answered {status}") for status in (401, 403)),
@@ -90,7 +88,6 @@ ROWS = (
     # The check.
     Row(f"GET:{RESOLVE}:corrupt", INTEGRITY, "damaged in transit", "complete", options=("--check",)),
     Row(f"GET:{RESOLVE}:truncate", OK, "", "complete", options=("--check",)),
-    Row("GET:/xet/data/:drop", OK, "", "complete", xet=True, options=("--check",)),
 )
 PULLS = (
     *(Row(f"GET:{INFO}:{status}", AUTHENTICATION, f"answered {status}") for status in (401, 403)),

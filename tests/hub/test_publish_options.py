@@ -29,9 +29,9 @@ def test_lfs_and_xet_publish_the_same_files_and_a_second_run_uploads_nothing(
 ) -> None:
     first = cli("publish", artifact, "me/model", "--tag", "v1", xet=xet)
     assert first.code == 0, first.stdout
-    uploads = [path for method, path, _ in hub.requests if method == "PUT" or "/xorbs/" in path]
+    uploads = [path for method, path, _ in hub.requests if method == "PUT" or "/xet-write-token/" in path]
     assert uploads
-    assert all(("/xorbs/" in path) == xet for path in uploads)
+    assert all(("/xet-write-token/" in path) == xet for path in uploads)
     hub.requests.clear()
     received = hub.bytes_received
     again = cli("publish", artifact, "me/model", "--tag", "v1", xet=xet)

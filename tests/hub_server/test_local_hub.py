@@ -101,7 +101,7 @@ def repo(hub: LocalHub) -> str:
 
 
 @pytest.mark.parametrize("xet", [pytest.param(False, id="lfs"), pytest.param(True, id="xet", marks=needs_xet)])
-def test_files_uploaded_by_lfs_or_xet_download_identically_by_both(
+def test_files_uploaded_by_lfs_or_xet_are_listed_alike_and_downloaded_as_they_were(
     hub: LocalHub, new_client: Any, repo: str, xet: bool
 ) -> None:
     uploader = new_client(hub.url)
@@ -119,7 +119,7 @@ def test_files_uploaded_by_lfs_or_xet_download_identically_by_both(
         """,
         xet=xet,
     )
-    assert count(hub, "POST /xet/v1/shards 200") == xet
+    assert (count(hub, "GET .*/xet-write-token/.* 200") > 0) == xet
     assert (count(hub, "PUT /lfs/") > 0) == (not xet)
     large = {path for path in files if path.endswith((".safetensors", "small.bin"))}
     assert done["sha256"] == {path: hashlib.sha256(files[path]).hexdigest() for path in large}
@@ -128,7 +128,7 @@ def test_files_uploaded_by_lfs_or_xet_download_identically_by_both(
     assert {path: done["sizes"][path] for path in files} == {path: len(content) for path, content in files.items()}
     assert set(done["sizes"]) == {*files, ".gitattributes"}
 
-    for downloads_with_xet in (False, True):
+    for downloads_with_xet in (True,) if xet else (False, True):
         code = f"""
         answer([{{name: read(name, {done["oid"]!r}).hex() for name in {sorted(files)}}},
                 len(api.verify_repo_checksums(repo, revision={done["oid"]!r}).mismatches)])
@@ -136,17 +136,8 @@ def test_files_uploaded_by_lfs_or_xet_download_identically_by_both(
         found, mismatches = new_client(hub.url)(code, xet=downloads_with_xet)
         assert {name: bytes.fromhex(content) for name, content in found.items()} == files
         assert mismatches == 0
-    assert (count(hub, "GET /xet/data/") > 0) == xet
-
-
-def test_a_large_lfs_file_is_sent_in_parts_and_joined(tmp_path: Path, new_client: Any) -> None:
-    with LocalHub(tmp_path / "hub", part_bytes=30_000) as hub:
-        client = new_client(hub.url)
-        content = some_file(client, size=100_001)
-        code = "api.create_repo(repo); answer(read('noise.bin', commit(add('noise.bin')).oid).hex())"
-        assert bytes.fromhex(client(code)) == content
-        assert count(hub, r"PUT /lfs/\w+/[1234]\?.* 200") == 4
-    assert list((tmp_path / "hub/tmp").iterdir()) == []
+    if xet:  # the server does not read what hf_xet stores
+        assert new_client(hub.url)("answer(failure(read, 'small.bin', 'main'))") == [501, "HfHubHTTPError"]
 
 
 def test_a_second_run_commits_nothing_and_uploads_nothing_over_lfs(hub: LocalHub, client: Any, repo: str) -> None:
@@ -160,7 +151,7 @@ def test_a_second_run_commits_nothing_and_uploads_nothing_over_lfs(hub: LocalHub
     assert head(hub) == oid != repo
 
 
-def test_range_requests_return_the_requested_bytes(hub: LocalHub, client: Any, repo: str) -> None:
+def test_range_and_head_requests_return_what_they_ask_for(hub: LocalHub, client: Any, repo: str) -> None:
     content = some_file(client)
     oid = client("answer(commit(add('noise.bin')).oid)")
     target = f"/me/model/resolve/{oid}/noise.bin"
@@ -171,14 +162,8 @@ def test_range_requests_return_the_requested_bytes(hub: LocalHub, client: Any, r
         assert headers["Content-Range"].endswith("/100000")
     status, headers, _ = send(hub, "GET", target, headers={"Range": "bytes=100000-"})
     assert (status, headers["Content-Range"]) == (416, "bytes */100000")
-
-
-def test_head_requests_describe_a_file(hub: LocalHub, client: Any, repo: str) -> None:
-    content = some_file(client)
-    oid = client("answer(commit(add('noise.bin')).oid)")
     status, headers, body = send(hub, "HEAD", "/me/model/resolve/main/noise.bin")
-    assert (status, body, headers["X-Repo-Commit"]) == (200, b"", oid)
-    assert (headers["X-Linked-Size"], headers["Content-Length"]) == ("100000", "100000")
+    assert (status, body, headers["X-Repo-Commit"], headers["X-Linked-Size"]) == (200, b"", oid, "100000")
     assert headers["ETag"] == headers["X-Linked-Etag"] == f'"{hashlib.sha256(content).hexdigest()}"'
 
 
@@ -253,35 +238,15 @@ def test_a_commit_refuses_content_that_was_not_uploaded(hub: LocalHub, repo: str
     assert "ab" * 32 in answer["error"]
 
 
-@needs_xet
-def test_a_commit_refuses_xet_content_that_differs_from_its_hash(hub: LocalHub, client: Any, repo: str) -> None:
-    some_file(client)
-    code = f"""
-    additions = add("noise.bin")
-    api.preupload_lfs_files(repo, additions, free_memory=False)
-    [xorb] = Path({str(hub.store.folder)!r}, "xet/xorbs").iterdir()
-    content = bytearray(xorb.read_bytes())
-    content[5000] ^= 1
-    xorb.write_bytes(content)
-    answer(failure(commit, additions))
-    """
-    assert client(code, xet=True) == [400, "BadRequestError"]
-    assert head(hub) == repo
-
-
 def test_an_lfs_upload_is_checked_on_arrival(hub: LocalHub, repo: str) -> None:
     content = b"the right bytes"
     oid = hashlib.sha256(content).hexdigest()
     asked = {"operation": "upload", "objects": [{"oid": oid, "size": len(content)}], "hash_algo": "sha256"}
     [described] = send_json(hub, BATCH, asked)[1]["objects"]
-    href, verify = described["actions"]["upload"]["href"], described["actions"]["verify"]["href"]
+    href = described["actions"]["upload"]["href"]
     for wrong in (b"the wrong bytes", content[:-1], content + b"!"):
         assert send(hub, "PUT", href, wrong)[0] == 400
-    assert send(hub, "PUT", href.replace("signature=", "signature=0"), content)[0] == 403
-    assert send_json(hub, verify.removeprefix(hub.url), {"oid": oid, "size": len(content)})[0] == 404
     assert send(hub, "PUT", href, content)[0] == 200
-    assert send_json(hub, verify.removeprefix(hub.url), {"oid": oid, "size": len(content)})[0] == 200
-    assert send_json(hub, verify.removeprefix(hub.url), {"oid": oid, "size": 1})[0] == 400
     assert send_json(hub, BATCH, asked)[1]["objects"] == [{"oid": oid, "size": len(content)}]
 
 
@@ -313,31 +278,6 @@ def test_creating_an_existing_tag_or_branch_conflicts_and_keeps_its_target(
     assert done[8:] == [repo, repo, oid]
 
 
-def test_tags_and_branches_can_be_deleted_but_not_main(client: Any, repo: str) -> None:
-    done = client(
-        """
-        api.create_tag(repo, tag="v1"), api.create_branch(repo, branch="b")
-        refs = api.list_repo_refs(repo)
-        api.delete_tag(repo, tag="v1"), api.delete_branch(repo, branch="b")
-        answer([
-            [r.ref for r in refs.branches + refs.tags],
-            [r.ref for r in api.list_repo_refs(repo).branches + api.list_repo_refs(repo).tags],
-            failure(head, "v1"),
-            failure(api.delete_tag, repo, tag="v1"),
-            failure(api.delete_branch, repo, branch="main"),
-        ])
-        """
-    )
-    lost = [404, "RevisionNotFoundError"]
-    assert done == [
-        ["refs/heads/b", "refs/heads/main", "refs/tags/v1"],
-        ["refs/heads/main"],
-        lost,
-        lost,
-        [403, "HfHubHTTPError"],
-    ]
-
-
 def test_a_branch_and_a_tag_with_the_same_name_stay_separate(hub: LocalHub, client: Any, repo: str) -> None:
     some_file(client, "a.txt")
     done = client(
@@ -354,23 +294,19 @@ def test_a_branch_and_a_tag_with_the_same_name_stay_separate(hub: LocalHub, clie
 
 
 def test_a_pull_request_holds_its_commits_and_leaves_main_alone(hub: LocalHub, client: Any, repo: str) -> None:
-    some_file(client), some_file(client, "a.txt"), some_file(client, "b.txt")
+    some_file(client), some_file(client, "a.txt")
     done = client(
         """
         first = commit(add("noise.bin"), create_pr=True)
         second = commit(add("a.txt"), revision=first.pr_revision)
-        empty = api.create_pull_request(repo, "another")
-        third = commit(add("b.txt"), revision=empty.git_reference)
         refs = {r.ref: r.target_commit for r in api.list_repo_refs(repo, include_pull_requests=True).pull_requests}
         details = api.get_discussion_details(repo, first.pr_num)
-        answer([first.pr_revision, api.list_repo_files(repo, revision="refs/pr/1"),
-                api.list_repo_files(repo, revision="refs/pr/2"),
-                refs == {"refs/pr/1": second.oid, "refs/pr/2": third.oid},
-                details.title, details.is_pull_request, details.target_branch, empty.status])
+        answer([first.pr_revision, api.list_repo_files(repo, revision="refs/pr/1"), refs == {"refs/pr/1": second.oid},
+                details.title, details.is_pull_request, details.target_branch, details.status])
         """
     )
     assert done[:2] == ["refs/pr/1", [".gitattributes", "a.txt", "noise.bin"]]
-    assert done[2:] == [[".gitattributes", "b.txt"], True, "a title", True, "refs/heads/main", "draft"]
+    assert done[2:] == [True, "a title", True, "refs/heads/main", "open"]
     assert head(hub) == repo
 
 
@@ -386,17 +322,13 @@ def test_creating_a_repository_twice_conflicts_unless_exist_ok_is_set(hub: Local
 def test_missing_repositories_revisions_and_entries_have_specific_errors(client: Any, repo: str) -> None:
     done = client(
         """
-        answer([failure(api.model_info, "me/nothing"), failure(head, "nowhere"), failure(read, "nothing.txt", "main"),
-                failure(lambda: list(api.list_repo_tree(repo, "nothing"))),
-                [entry.path for entry in api.get_paths_info(repo, [".gitattributes", "nothing.txt"])]])
+        answer([failure(api.model_info, "me/nothing"), failure(head, "nowhere"), failure(read, "nothing.txt", "main")])
         """
     )
     assert done == [
         [404, "RepositoryNotFoundError"],
         [404, "RevisionNotFoundError"],
         [404, "RemoteEntryNotFoundError"],
-        [404, "RemoteEntryNotFoundError"],
-        [".gitattributes"],
     ]
 
 
@@ -410,30 +342,6 @@ def test_a_private_repository_needs_a_token_and_writing_needs_a_write_token(clie
     roles = "answer(failure(api.whoami) or api.whoami()['auth']['accessToken']['role'])"
     assert [client(roles, token=token) for token in ("secret", "reader", "stolen")][:2] == ["write", "read"]
     assert client(roles, token="stolen")[0] == 401
-
-
-def test_xet_storage_needs_a_xet_token(hub: LocalHub, repo: str) -> None:
-    for target in (f"/xet/v1/xorbs/default/{'0' * 64}", "/xet/v1/shards"):
-        assert send(hub, "POST", target, b"x", WRITER)[0] == 401
-    status, headers, _ = send(hub, "GET", "/api/models/me/model/xet-read-token/main", headers=WRITER)
-    reader = {"Authorization": f"Bearer {headers['X-Xet-Access-Token']}"}
-    assert (status, send(hub, "POST", "/xet/v1/shards", b"x", reader)[0]) == (200, 401)
-    assert send(hub, "GET", "/api/models/me/model/xet-write-token/main")[0] == 401
-
-
-def test_a_long_tree_is_paged_without_losing_entries(tmp_path: Path, new_client: Any) -> None:
-    with LocalHub(tmp_path / "hub", tokens={"secret"}, page_size=3) as hub:
-        send_json(hub, "/api/repos/create", {"name": "model", "organization": "me"})
-        paths = [f"d{n % 3}/{n}.txt" for n in range(10)]
-        assert send_commit(hub, *(text_file(path) for path in paths))[0] == 200
-        code = """
-        answer([[e.path for e in api.list_repo_tree(repo, recursive=True)],
-                [e.path for e in api.list_repo_tree(repo, "d1", expand=True)], len(api.list_repo_commits(repo))])
-        """
-        deep, flat, commits = new_client(hub.url)(code)
-        assert sorted(deep) == sorted([".gitattributes", "d0", "d1", "d2", *paths])
-        assert sorted(flat) == ["d1/1.txt", "d1/4.txt", "d1/7.txt"]
-        assert (commits, count(hub, "GET .*/tree/.*cursor=")) == (2, 4)
 
 
 # --- faults
@@ -492,14 +400,6 @@ def test_a_corrupt_download_has_the_right_size_and_one_wrong_bit(hub: LocalHub, 
     different = [(a, b) for a, b in zip(bytes.fromhex(found), content, strict=True) if a != b]
     assert [(a ^ b).bit_count() for a, b in different] == [1]
     assert mismatches == ["noise.bin"]
-
-
-@needs_xet
-def test_faults_apply_to_xet_requests_too(hub: LocalHub, client: Any, repo: str) -> None:
-    content = some_file(client)
-    hub.faults += [Fault("POST", "/xorbs/", "lost"), Fault("GET", "/xet/data/", "drop")]
-    assert bytes.fromhex(client("answer(read('noise.bin', commit(add('noise.bin')).oid).hex())", xet=True)) == content
-    assert hub.faults == []
 
 
 def test_a_status_fault_can_set_retry_after_and_received_bytes_are_counted(hub: LocalHub) -> None:
@@ -568,19 +468,6 @@ def test_a_server_restarted_after_a_kill_has_the_same_repositories(
         assert process.returncode == 0
     assert before == after
     assert bytes.fromhex(after[2]) == content
-
-
-def test_the_command_logs_requests_if_verbose_and_listens_on_loopback(tmp_path: Path, hub_script: Path) -> None:
-    with command(hub_script, str(tmp_path / "hub"), "--verbose") as (process, line):
-        host, port = line.strip().removeprefix("http://").split(":")
-        connection = http.client.HTTPConnection(host, int(port), timeout=20)
-        connection.request("GET", "/api/models/me/nothing")
-        assert connection.getresponse().status == 404
-        connection.close()
-        process.send_signal(signal.SIGTERM)
-        output, log = process.communicate()
-    assert (host, output) == ("127.0.0.1", "")
-    assert "GET /api/models/me/nothing" in log
 
 
 def test_a_stopped_hub_closes_open_connections(tmp_path: Path) -> None:
