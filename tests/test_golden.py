@@ -12,6 +12,7 @@ from make_golden import CURRENT, GOLDEN
 
 from adaptkit.checkpoint.adapter import read_adapter
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.errors import IntegrityError
 from adaptkit.formats._find import quantized_names
 from adaptkit.numerics.tensors import as_tensor
 from adaptkit.operations.dequantize import dequantize
@@ -77,12 +78,14 @@ def test_every_version_can_be_verified(version, name):
     assert verify(GOLDEN / version / name).kind == name
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_every_version_can_be_unmerged_to_the_bytes_of_its_base(tmp_path, version):
-    folder = GOLDEN / version
-    unmerge(folder / "merged", [folder / "adapter"], tmp_path / "out")
-    for path in (folder / "base").iterdir():
+def test_the_current_version_is_unmerged_to_the_bytes_of_its_base_and_an_older_record_refused(tmp_path):
+    unmerge(CURRENT / "merged", [CURRENT / "adapter"], tmp_path / "out")
+    for path in (CURRENT / "base").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes(), path.name
+    for version in set(VERSIONS) - {CURRENT.name}:
+        with pytest.raises(IntegrityError, match="version 1; expected 2") as caught:
+            unmerge(GOLDEN / version / "merged", [GOLDEN / version / "adapter"], tmp_path / "older")
+        assert "version of adaptkit that merged it" in caught.value.hint
 
 
 @pytest.mark.parametrize("version", VERSIONS)

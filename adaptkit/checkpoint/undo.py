@@ -2,12 +2,11 @@
 
     adaptkit-undo/shard-00001-of-0000N.safetensors    what is needed to restore the n-th shard of the result
         X             U8   for each changed tensor of the base: frames of (rows u32, length u32, stream), little-endian,
-                           one per run of rows; a stream is the residuals as ``numerics.residual`` encodes them,
-                           in version 1 as ``numerics.older_residual`` decodes them
+                           one per run of rows; a stream is the residuals as ``numerics.residual`` encodes them
         X:lengths:a   F64  for DoRA: the norms of the rows of W + Δ that adapter number a found
         X:rest             the last rows of a base tensor that has fewer rows in the result, unchanged
         :header       U8   the first bytes of the base's shard
-        :version      U8   [1], the version of the frames; missing in version 1
+        :version      U8   [1], the version of the frames; missing in version 1, which is not read any more
     adaptkit-undo/files.safetensors                   U8, by name with ``:`` for ``/``: small files of the base that the
                                                        result lacks or has changed; ``:added`` lists files that only
                                                        the result has
@@ -29,7 +28,7 @@ import numpy as np
 
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.errors import IntegrityError
-from adaptkit.numerics import older_residual, residual
+from adaptkit.numerics import residual
 from adaptkit.numerics.dtypes import Array
 
 FOLDER = "adaptkit-undo"
@@ -82,23 +81,22 @@ def frames(record_bytes: int, read: Callable[[int, int], Array]) -> Iterator[tup
         yield rows, start, length
 
 
-def version_of(record: TensorFiles) -> int:
-    """Return the version of a shard's record, which ``unpack`` needs; an IntegrityError if it cannot be read."""
-    if VERSION_KEY not in record.tensors:
-        return 1
-    found: list[int] = record.read_bytes(VERSION_KEY, 0, record.spec(VERSION_KEY).nbytes).tolist()
+def check_version(record: TensorFiles) -> None:
+    """Refuse a shard's record of another version; an IntegrityError."""
+    found = [1]  # the first one does not say it
+    if VERSION_KEY in record.tensors:
+        found = record.read_bytes(VERSION_KEY, 0, record.spec(VERSION_KEY).nbytes).tolist()
     if found != [VERSION]:
         raise IntegrityError(
-            f"{record.root}: the undo record has the unknown version {'.'.join(map(str, found[:4]))}",
+            f"{record.root}: the undo record has version {'.'.join(map(str, found[:4]))}; expected {VERSION}",
             hint="unmerge with the version of adaptkit that merged it",
         )
-    return VERSION
 
 
-def unpack(stream: Array, most: int, version: int = VERSION) -> Array:
+def unpack(stream: Array, most: int) -> Array:
     """Decode the residuals of a frame, uint8: (M,) int64, with M at most ``most``, the number of weights in the run."""
     try:
-        return older_residual.decode(stream, most) if version == 1 else residual.decode(stream, most)
+        return residual.decode(stream, most)
     except ValueError as error:
         raise IntegrityError(f"not a residual ({error})") from error
 

@@ -226,14 +226,13 @@ class _Restoring:
             runs = list(cut_frames(record, name, edit))
         except IntegrityError as error:
             raise IntegrityError(f"{name}: {error.message}", hint=AGAIN) from error
-        version = undo.version_of(record)
-        return [partial(self._restore, fold, rows, stream, version) for rows, stream in runs]
+        return [partial(self._restore, fold, rows, stream) for rows, stream in runs]
 
-    def _restore(self, fold: Fold, rows: Rows, stream: Callable[[], Array], version: int) -> _Run:
+    def _restore(self, fold: Fold, rows: Rows, stream: Callable[[], Array]) -> _Run:
         name = fold.edit.spec.name
         merged = read_rows(self.model.checkpoint, name, rows)
         try:
-            return _Run(merged, fold.restore(merged, rows, stream(), version))
+            return _Run(merged, fold.restore(merged, rows, stream()))
         except IntegrityError as error:
             raise self._mismatch_error(f"{name}: {error.message}") from error
 

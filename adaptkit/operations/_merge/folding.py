@@ -104,13 +104,13 @@ class Fold:
         frame = undo.pack_frame(rows.count, merged.residual) if with_undo else b""
         return Folded(raw, merged, frame)
 
-    def restore(self, values: Array, rows: Rows, stream: Array, version: int) -> Array:
+    def restore(self, values: Array, rows: Rows, stream: Array) -> Array:
         """Restore rows of the base: fewer than ``rows`` where the result has more rows than the base.
 
         Raises:
             IntegrityError: the stream belongs to another merge.
         """
-        residual = undo.unpack(stream, values.size, version)
+        residual = undo.unpack(stream, values.size)
         try:
             if (terms := self._terms(rows)) is not None:
                 return exact.unmerge_rows(values, terms, self._within(rows), residual)

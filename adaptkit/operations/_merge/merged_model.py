@@ -74,7 +74,9 @@ class MergedModel:
         """Return the undo record of a shard, numbered from 1."""
         name = undo.record_name(number, len(self.checkpoint.headers))
         self.unchanged(name)
-        return TensorFiles(self.root, [name])
+        record = TensorFiles(self.root, [name])
+        undo.check_version(record)
+        return record
 
     def small_file(self, name: str) -> bytes:
         """Return the content of a small file that did not change since the merge."""
