@@ -45,9 +45,8 @@ _LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
 ONE_SAVE = "check that adapter_config.json and adapter_model.safetensors are complete and were saved together"
 RANK_ZERO = "make it again with a rank of at least 1 in every module (mergekit-extract-lora: without --sv-epsilon)"
 """The hint for A and B without rows and columns, which peft rejects, too."""
-AS_MEANT = "list each module in full, in the same order, in both; or merge it with the peft release that wrote it"
+AS_MEANT = "merge it with the peft release that wrote it; or, if they mean the same today, set peft_version to 0.15.0"
 """The hint for patterns that older releases matched differently."""
-_PLAIN_NAME = re.compile(r"[\w.-]+")
 _CONVERTED = "pissa_converted"
 """Subfolder in which LLaMA-Factory saves a PiSSA adapter once more, converted."""
 _SAVED = "modules_to_save"
@@ -169,22 +168,12 @@ def release(config: Mapping[str, Any]) -> tuple[int, int]:
         return int(version[1]), int(version[2])
     if config.get("peft_version") or "layers_pattern" not in config or "ensure_weight_tying" in config:
         return sys.maxsize, 0
-    return (17, 0) if "trainable_token_indices" in config else (14, 0) if "lora_bias" in config else (13, 0)
+    return (17, 0) if "trainable_token_indices" in config else (14, 0)
 
 
 def has_older_patterns(config: Mapping[str, Any]) -> bool:
-    r"""Return whether the peft release that wrote an adapter may have matched its patterns differently from today's.
-
-    Up to 0.14 patterns had no group (``a|b`` meant ``.*\.a`` or ``b$``) and needed a dot before them; up to 0.13 the
-    first match in either table was the key for both. Plain names, none of which is the end of another, mean the same.
-    """
-    ranks, alphas = (config.get(f"{key}_pattern") or {} for key in ("rank", "alpha"))
-    if release(config) >= (15, 0) or not (isinstance(ranks, dict) and isinstance(alphas, dict)):
-        return False
-    names = [*ranks, *alphas]
-    shared = release(config) < (14, 0) and ranks and alphas and list(ranks) != list(alphas)
-    nested = any(one.endswith(f".{other}") for one in names for other in names)
-    return bool(shared) or nested or not all(map(_PLAIN_NAME.fullmatch, names))
+    """Return whether an adapter has patterns, and is of a peft release that matched them differently from today's."""
+    return release(config) < (15, 0) and bool(config.get("rank_pattern") or config.get("alpha_pattern"))
 
 
 def writes_transposed_experts(config: Mapping[str, Any], is_transposed: bool) -> bool:

@@ -133,7 +133,7 @@ def _stay_equal(
         shape = adapter.files.spec(adapter.replaced[tables[0]]).shape
         resized = shape != checkpoint.spec(vocabulary.embedding).shape
         # Up to 0.13 peft may have resized the head beside a saved embedding separately, without writing it.
-        return len(values) == 1 and (bool(heads) or (resized and release(adapter.config) >= (14, 0)))
+        return len(values) == 1 and (bool(heads) or (resized and release(adapter.config) >= (15, 0)))
     if all(kind == {"tokens"} for kind in kinds) and tables:
         tokens = [adapter.tokens[name.removesuffix(".weight")] for name in (*tables, *heads)]
         return all(t.indices == tokens[0].indices and np.array_equal(t.rows, tokens[0].rows) for t in tokens)

@@ -371,7 +371,7 @@ INVALID_CONFIGS = [
     *({key: HUGE} for key in ("num_labels", "num_experts", "pad_token_id")),
     *({"nested": {"n_layer": HUGE}}, {"nested": {"depths": [2, HUGE]}}, {"vocab_size": 10**30}, {"vocab_size": -3}),
     {"model_type": "gpt_neo", "attention_types": [[["global"], HUGE]]},
-    *({"hidden_size": [64]}, {"num_attention_heads": 0}, {"num_attention_heads": 3}, {"head_dim": 0}),
+    *({"hidden_size": [64]}, {"num_attention_heads": 0}, {"head_dim": 0}),
     *({"layer_types": types} for types in ([INVALID], [INVALID, INVALID], [1, 1])),
     *({"rope_parameters": {"rope_type": INVALID}}, {"tie_word_embeddings": "yes"}, {"hidden_act": INVALID}),
     *({"text_config": 5}, {"dtype": INVALID}, {"self": 3}),
@@ -380,7 +380,7 @@ INVALID_CONFIGS = [
 
 @pytest.mark.parametrize("config", INVALID_CONFIGS, ids=str)
 def test_an_invalid_configuration_is_a_one_line_error_within_seconds(families, copy_of, config):
-    checkpoint = changed(families / "llama", copy_of, **config)
+    checkpoint = changed(families / "phi", copy_of, **config)
     before = spent()
     with pytest.raises(AdaptkitError) as caught:
         select(checkpoint)
@@ -404,9 +404,9 @@ def test_eighty_layers_are_selected_within_seconds(families, copy_of):
         copies = {n.replace(".1.", f".{k}.", 1): t.clone() for n, t in layer.items() for k in range(2, 80)}
         return tensors | copies
 
-    checkpoint = changed(families / "llama", copy_of, deepen, num_hidden_layers=80, layer_types=None)
+    checkpoint = changed(families / "phi", copy_of, deepen, num_hidden_layers=80)
     before = spent()
     selection = select(checkpoint)
     assert spent() - before < 5
-    assert sum(not choice.kept_because for choice in selection.choices) == 80 * 7
+    assert sum(not choice.kept_because for choice in selection.choices) == 80 * 6
     assert "names and shapes" not in selection.read_from
