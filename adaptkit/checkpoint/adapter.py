@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xxhash
 
@@ -38,12 +38,10 @@ from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.vocabulary import is_embedding_name, is_head
 from adaptkit.errors import AdapterError, IntegrityError
 from adaptkit.numerics import lora
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.lora import LowRank, is_equal
 from adaptkit.numerics.spec import FLOATS
-
-if TYPE_CHECKING:
-    from adaptkit.numerics.dtypes import Array
 
 __all__ = ["Adapter", "TokenRows", "adapter_identity", "read_adapter", "require_plain", "write_adapter"]
 

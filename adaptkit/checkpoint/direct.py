@@ -13,8 +13,9 @@ import mmap
 import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from io import FileIO
+
+import numpy as np
 
 _PIECE_BYTES = 2 << 20
 """Buffer size: a multiple of any disk's block size. Shorter files go through the page cache."""
@@ -115,11 +116,8 @@ class _Piece:
     """A page-aligned buffer."""
 
     def __init__(self, size: int) -> None:
-        import numpy as np  # imported here, since loading it is slow and not every command writes
-
         self._memory = memoryview(mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-        self._as_array = partial(np.frombuffer, dtype=np.uint8)
-        self._array = self._as_array(self._memory)
+        self._array = np.frombuffer(self._memory, np.uint8)
         self._filled = 0
         self.tasks: list[Future[None]] = []
 
@@ -134,7 +132,7 @@ class _Piece:
     def fill(self, view: memoryview) -> memoryview:
         """Copy as much as fits, and return the rest; numpy releases the GIL during the copy."""
         taken = min(len(view), len(self._memory) - self._filled)
-        self._array[self._filled : self._filled + taken] = self._as_array(view[:taken])
+        self._array[self._filled : self._filled + taken] = np.frombuffer(view[:taken], np.uint8)
         self._filled += taken
         return view[taken:]
 

@@ -5,35 +5,31 @@ xxh3_128 is fast but not collision-resistant, so it never decides whether to tru
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import xxhash
 
-if TYPE_CHECKING:
-    from adaptkit.checkpoint.manifest import TensorRecord
-    from adaptkit.checkpoint.reader import TensorFiles
-    from adaptkit.numerics.dtypes import Array
+from adaptkit.checkpoint.reader import TensorFiles
+from adaptkit.numerics.dtypes import Array
 
 _CHUNK_BYTES = 4 << 20
 _PIECE_BYTES = 1 << 20
 """Small enough that a piece stays in the CPU's cache while it is hashed twice."""
 
 
-def bytes_of(values: "Array") -> memoryview:
+def bytes_of(values: Array) -> memoryview:
     """View elements as bytes, without a copy if they are contiguous."""
-    import numpy as np  # imported here, since loading it is slow and `verify` hashes files without it
-
     return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
 
 
-def fingerprint(values: "Array") -> str:
+def fingerprint(values: Array) -> str:
     """Return xxh3_128 of the elements' bytes, in hexadecimal; it does not cover dtype and shape."""
     return xxhash.xxh3_128_hexdigest(bytes_of(values))
 
 
-def fingerprint_in_pieces(files: "TensorFiles", name: str) -> str:
+def fingerprint_in_pieces(files: TensorFiles, name: str) -> str:
     """Return the fingerprint of a tensor in a file, read piece by piece."""
     digest, spec = xxhash.xxh3_128(), files.spec(name)
     for start in range(0, spec.nbytes, _CHUNK_BYTES):
@@ -104,9 +100,3 @@ class Ranges:
         self._done.append(self._digest.hexdigest())
         self._digest.reset()
         self._waiting.popleft()
-
-
-def tensors_root(tensors: "Iterable[TensorRecord]") -> str:
-    """Return a sha256 over name, dtype, shape and digest of a set of tensors, whatever files they are in."""
-    lines = sorted(f"{t.name} {t.dtype} {list(t.shape)} {t.xxh3_128}\n" for t in tensors)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -23,8 +23,6 @@ from adaptkit.documents import REPAIR, strict_json
 from adaptkit.errors import DISK_HINTS, CheckpointError
 from adaptkit.numerics.spec import ITEM_BYTES, TensorSpec
 
-_OUR_BEGINNING = b'{"__metadata__":{"format":"pt"}'
-"""What ``write_header`` writes after the length; safetensors writes the same for torch."""
 _MAX_HEADER_BYTES = 100_000_000
 _LONGEST_NAME = 1024
 """Limit on a tensor's name: matching a very long name with the patterns for adapters' names takes hours."""
@@ -55,11 +53,8 @@ def read_header(path: Path) -> Header:
     check_regular(path)
     try:
         with path.open("rb") as file:
-            length, file_bytes = file.read(8), os.fstat(file.fileno()).st_size
+            length = file.read(8)
             raw = length + file.read(min(int.from_bytes(length, "little"), _MAX_HEADER_BYTES))
-        ours = _as_ours(raw, file_bytes)
-        if ours is not None:
-            return ours
         if raw.startswith(b"version https://git-lfs"):
             raise CheckpointError(
                 f"{path}: is a Git LFS pointer, not the file itself", hint="run `git lfs pull` in the cloned repository"
@@ -70,24 +65,6 @@ def read_header(path: Path) -> Header:
         hint = DISK_HINTS.get(getattr(error, "errno", None) or 0, "download or copy the file again")
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})", hint=hint) from error
     return parse_header(raw, str(path))
-
-
-def _as_ours(raw: bytes, file_bytes: int) -> Header | None:
-    """Return the header if it is byte-identical to what ``write_header`` writes and the file has the matching size.
-
-    Such a header is valid, so the library, which loads numpy to open any file, is not needed. None otherwise.
-    """
-    if not raw.startswith(_OUR_BEGINNING, 8):  # need not be parsed twice
-        return None
-    try:
-        header = parse_header(raw, "")
-    except (CheckpointError, TypeError, ValueError, LookupError):
-        return None  # the library, or the parser called after it, reports the error
-    specs = [spec for spec, _ in header.tensors]
-    if not all(type(size) is int and size > 0 for spec in specs for size in spec.shape):
-        return None
-    is_whole = file_bytes == len(raw) + sum(spec.nbytes for spec in specs)
-    return header if is_whole and write_header(specs) == raw else None
 
 
 def parse_header(raw: bytes, where: str) -> Header:

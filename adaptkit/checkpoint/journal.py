@@ -23,7 +23,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.integrity import file_problem, size_problem
@@ -57,10 +57,8 @@ from adaptkit.checkpoint.writer import (
     write_file,
 )
 from adaptkit.errors import AdaptkitError, ConflictError, UsageError
+from adaptkit.numerics.dtypes import Array, dtype_name
 from adaptkit.numerics.spec import TensorSpec
-
-if TYPE_CHECKING:
-    from adaptkit.numerics.dtypes import Array
 
 SCRATCH_NAME, SCRATCH_PREFIX = "adaptkit-scratch", "adaptkit-scratch-"
 """Name of the folder, and prefix of the files, for temporary data that is not part of the output."""
@@ -209,14 +207,12 @@ class Output:
             shutil.rmtree(folder, ignore_errors=True)
 
     def write_tensors(
-        self, name: str, tensors: "Mapping[str, Array]", *, listed: bool = True, notes: Mapping[str, Any] | None = None
+        self, name: str, tensors: Mapping[str, Array], *, listed: bool = True, notes: Mapping[str, Any] | None = None
     ) -> None:
         """Write a safetensors file, wide types first so that all tensors are aligned, and record it as complete.
 
         Those that are ``listed`` are in the manifest: all but what is not weights of a model or adapter.
         """
-        from adaptkit.numerics.dtypes import dtype_name  # imported here, since it loads numpy, which is slow
-
         order = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
         specs = [TensorSpec(key, dtype_name(tensors[key].dtype), tuple(tensors[key].shape)) for key in order]
         with TensorWriter(self.folder, name, specs) as writer:

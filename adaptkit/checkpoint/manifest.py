@@ -17,14 +17,13 @@ Canonical JSON: UTF-8, sorted keys, no spaces, times, host names or absolute pat
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import adaptkit
-from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.layout import read_small, resolve_inside
 from adaptkit.documents import strict_json
 from adaptkit.errors import CheckpointError, IntegrityError, UsageError
@@ -134,7 +133,7 @@ class Manifest:
 
     @cached_property
     def tensors_root(self) -> str:
-        """sha256 over all tensors of the artifact; see ``hashing.tensors_root``."""
+        """sha256 over all tensors of the artifact; see ``tensors_root``."""
         return tensors_root(self.tensors)
 
     def known_weights(self) -> dict[str, Target]:
@@ -196,6 +195,12 @@ class Manifest:
         if not canonical:
             raise IntegrityError(f"{where}: was changed after it was written", hint=_AGAIN)
         return manifest
+
+
+def tensors_root(tensors: Iterable[TensorRecord]) -> str:
+    """Return a sha256 over name, dtype, shape and digest of a set of tensors, whatever files they are in."""
+    lines = sorted(f"{t.name} {t.dtype} {list(t.shape)} {t.xxh3_128}\n" for t in tensors)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def read_manifest(root: Path) -> Manifest | None:

@@ -4,23 +4,22 @@ import hashlib
 import mmap
 import os
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
+
 from adaptkit.checkpoint.header import Header, read_header
 from adaptkit.checkpoint.layout import CONFIG_NAME, read_config, read_small, resolve_inside, weight_files
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.errors import DISK_HINTS, CheckpointError, IntegrityError
-from adaptkit.numerics.spec import TensorSpec
+from adaptkit.numerics.dtypes import ARRAY_DTYPES, Array
+from adaptkit.numerics.spec import ITEM_BYTES, TensorSpec
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
-
-    from adaptkit.numerics.dtypes import Array
 
 _GET_AGAIN = "download or copy the checkpoint again: index and shards must be from the same save"
 _CHANGED_HINT = "check the disk, and run the command again when nothing writes to that folder"
@@ -62,23 +61,23 @@ class TensorFiles:
         """Return name, type and shape of a tensor."""
         return self.tensors[name].spec
 
-    def read(self, name: str) -> "Array":
+    def read(self, name: str) -> Array:
         """Read a whole tensor as an array."""
         spec = self.spec(name)
-        return self._view(self.tensors[name], 0, spec.nbytes).view(_dtype(spec)).reshape(spec.shape)
+        return self._view(self.tensors[name], 0, spec.nbytes).view(ARRAY_DTYPES[spec.dtype]).reshape(spec.shape)
 
-    def read_flat(self, name: str, start: int, count: int) -> "Array":
+    def read_flat(self, name: str, start: int, count: int) -> Array:
         """Read ``count`` elements from the ``start``-th on, in row-major order, as an array: (count,)."""
-        dtype = _dtype(self.spec(name))
+        dtype = ARRAY_DTYPES[self.spec(name).dtype]
         return self._view(self.tensors[name], start * dtype.itemsize, count * dtype.itemsize).view(dtype)
 
-    def copy_flat(self, name: str, start: int, count: int) -> "Array":
+    def copy_flat(self, name: str, start: int, count: int) -> Array:
         """Read like ``read_flat``, into memory of its own even if ``read`` maps the file."""
-        dtype = _dtype(self.spec(name))
+        dtype = ARRAY_DTYPES[self.spec(name).dtype]
         array = self._read(self.tensors[name], start * dtype.itemsize, count * dtype.itemsize)
         return array.view(dtype)
 
-    def read_bytes(self, name: str, start: int, count: int) -> "Array":
+    def read_bytes(self, name: str, start: int, count: int) -> Array:
         """Read ``count`` bytes of a tensor, whatever its type, from the ``start``-th on: (count,) uint8.
 
         They are in memory of their own even if ``read`` maps the file: hashing a base would fill memory with its pages.
@@ -108,14 +107,12 @@ class TensorFiles:
             changed = next(file for (file, *before), (_, *after) in zip(state, now, strict=True) if before != after)
             raise IntegrityError(f"{self.root}: {changed} changed while it was read", hint=_CHANGED_HINT)
 
-    def _view(self, located: Located, offset: int, size: int) -> "Array":
+    def _view(self, located: Located, offset: int, size: int) -> Array:
         """Return some bytes of a tensor, in memory of their own or in a mapped file: (size,) uint8."""
         return self._read(located, offset, size)
 
-    def _read(self, located: Located, offset: int, size: int) -> "Array":
+    def _read(self, located: Located, offset: int, size: int) -> Array:
         """Read some bytes of a tensor into memory of their own: (size,) uint8."""
-        import numpy as np  # imported here, since loading it is slow and not every command reads tensors
-
         buffer = np.empty(size, np.uint8)
         done = 0
         try:
@@ -157,11 +154,6 @@ class Checkpoint(TensorFiles):
         """``config.json``."""
         return read_config(self.root / CONFIG_NAME)
 
-    @property
-    def quantization_method(self) -> str | None:
-        """The quantization method that the configuration states; see ``stated_method``."""
-        return stated_method(self.config)
-
     def side_contents(self) -> dict[str, bytes]:
         """Read the small files that are copied along with the weights, by name; see ``side_files``."""
         return {name: read_small(path) for name, path in side_files(self.root).items()}
@@ -188,11 +180,9 @@ class MappedCheckpoint(Checkpoint):
         super().__init__(root)
         self._maps: dict[str, mmap.mmap] = {}
 
-    def _view(self, located: Located, offset: int, size: int) -> "Array":
-        import numpy as np
-
+    def _view(self, located: Located, offset: int, size: int) -> Array:
         start = located.position + offset
-        if not size or start % _dtype(located.spec).itemsize:  # unaligned, which no known writer produces
+        if not size or start % ITEM_BYTES[located.spec.dtype]:  # unaligned, which no known writer produces
             return self._read(located, offset, size)
         try:
             if located.file not in self._maps:
@@ -209,8 +199,6 @@ class MappedCheckpoint(Checkpoint):
         """Release the pages of a contiguous view that was never written to; the next access reads them again."""
         if tensor.device.type != "cpu" or sys.platform != "linux":  # elsewhere the advice may mean something else
             return
-        import numpy as np
-
         for whole in self._maps.values():
             start = tensor.data_ptr() - np.frombuffer(whole, np.uint8).ctypes.data
             if 0 <= start <= len(whole) - tensor.nbytes:
@@ -220,20 +208,5 @@ class MappedCheckpoint(Checkpoint):
                     whole.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
-def stated_method(config: Mapping[str, Any]) -> str | None:
-    """Return the ``quant_method`` in a configuration, or that it names none; None if it is not quantized."""
-    stated = config.get("quantization_config")
-    if stated is None:
-        return None
-    method = stated.get("quant_method") if isinstance(stated, dict) else None
-    return "a method that config.json does not name" if method is None else str(method)
-
-
 def _unreadable(file: str, error: OSError) -> IntegrityError:
     return IntegrityError(f"{file}: cannot be read: {error.strerror}", DISK_HINTS.get(error.errno or 0, _CHANGED_HINT))
-
-
-def _dtype(spec: TensorSpec) -> "np.dtype[Any]":
-    from adaptkit.numerics.dtypes import ARRAY_DTYPES
-
-    return ARRAY_DTYPES[spec.dtype]

@@ -6,8 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.foreign import is_released, quantization_found, without_quantization
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
+from adaptkit.checkpoint.quantization import is_released, quantization_found, without_quantization
 from adaptkit.checkpoint.reader import Checkpoint, Located
 from adaptkit.errors import NonFiniteError
 from adaptkit.formats._find import stored_weights

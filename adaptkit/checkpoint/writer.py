@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import xxhash
 
@@ -20,10 +20,8 @@ from adaptkit.checkpoint.header import write_header
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
 from adaptkit.errors import DISK_HINTS, AdaptkitError, CheckpointError
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.spec import TensorSpec
-
-if TYPE_CHECKING:
-    from adaptkit.numerics.dtypes import Array
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+?)(\.\d{1,9}\.\d+)?\.partial")
 """Name of a temporary file of ``replace_file``; older versions wrote no process and thread ids."""
@@ -146,7 +144,7 @@ class TensorWriter:
             raise
         return self
 
-    def write(self, name: str, piece: "Array") -> None:
+    def write(self, name: str, piece: Array) -> None:
         """Append a piece of the tensor that is next; a ValueError if it is another, or longer than its tensor."""
         if not self._waiting or self._waiting[-1].name != name:
             raise ValueError(f"{name!r} written out of turn")

@@ -4,28 +4,25 @@
     values  -- encode, piece by piece -->  EncodedPiece  -- Gathering.finish -->  the parts that follow the codes
 
 A format that is only decoded is a ``Format``; one that can be written is a ``WritableFormat``. Each is the ``FORMAT``
-of a file of this folder, and nothing else lists it. This module needs neither numpy nor torch.
+of a file of this folder, and nothing else lists it.
 """
 
 from __future__ import annotations
 
-import ast
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import numpy as np
 
 from adaptkit import formats
 from adaptkit.discovery import load, names
 from adaptkit.errors import UsageError
+from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.spec import TensorSpec
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from adaptkit.numerics.dtypes import Array
 
 GET_AGAIN = "download the checkpoint again"
 
@@ -239,13 +236,8 @@ class Encoding:
 
 @cache
 def writable() -> tuple[str, ...]:
-    """List the formats that can be written, the default first, without importing them, which would load numpy.
-
-    They are those whose module does not say that it is for decoding only.
-    """
-    texts = {name: Path(formats.__path__[0], f"{name}.py").read_text(encoding="utf-8") for name in names(formats)}
-    summaries = {name: (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0] for name, text in texts.items()}
-    found = [name for name, summary in summaries.items() if not summary.endswith("Decoding only.")]
+    """List the formats that can be written, the default first."""
+    found = [name for name in names(formats) if isinstance(load(formats, name, "FORMAT"), WritableFormat)]
     return tuple(sorted(found, key=lambda name: (name != Encoding.format, name)))
 
 

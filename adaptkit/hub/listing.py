@@ -6,9 +6,8 @@ from typing import Any
 
 from huggingface_hub import constants
 
-from adaptkit.checkpoint.foreign import quantization_named
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME
-from adaptkit.checkpoint.reader import stated_method
+from adaptkit.checkpoint.quantization import quantization_named, stated_method
 from adaptkit.documents import strict_json
 from adaptkit.hub.client import Hub, Note, connect
 from adaptkit.hub.download import fetch_small

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Sequence
 
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity
-from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.manifest import tensors_root
 from adaptkit.errors import AdapterError, BaseMismatchError, UsageError
 from adaptkit.wording import counted, first_few
 

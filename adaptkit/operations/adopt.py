@@ -7,7 +7,6 @@ from typing import Any
 
 from adaptkit.arguments import AnyPath, as_path, as_path_or_none, check_flags, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
 from adaptkit.checkpoint.hashing import Ranges
 from adaptkit.checkpoint.integrity import check_config, present_names
 from adaptkit.checkpoint.journal import Output
@@ -34,6 +33,7 @@ from adaptkit.checkpoint.manifest import (
 )
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.checkpoint.quantization import hint_for_plain, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.checkpoint.side_files import LICENCES, TEMPLATES_FOLDER, check_side_files, refuse_foreign_link, side_files
 from adaptkit.checkpoint.writer import copy_file

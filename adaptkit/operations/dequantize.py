@@ -11,7 +11,6 @@ from typing import NoReturn
 import numpy as np
 
 from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options, typed_fields
-from adaptkit.checkpoint.foreign import is_released, quantization_found, without_quantization
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.journal import Output
@@ -19,6 +18,7 @@ from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.checkpoint.quantization import is_released, quantization_found, without_quantization
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import check_side_files
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError

@@ -10,12 +10,12 @@ from typing import Any
 from adaptkit.arguments import AnyPath, as_path, as_paths
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.foreign import is_released, pickled_weights, quantization_found
-from adaptkit.checkpoint.hashing import tensors_root
+from adaptkit.checkpoint.foreign import pickled_weights
 from adaptkit.checkpoint.integrity import size_problem
 from adaptkit.checkpoint.layout import has_checkpoint, is_adapter, require_folder
-from adaptkit.checkpoint.manifest import FileRecord, Manifest, read_manifest, require_manifest
+from adaptkit.checkpoint.manifest import FileRecord, Manifest, read_manifest, require_manifest, tensors_root
 from adaptkit.checkpoint.progress import Progress, no_progress
+from adaptkit.checkpoint.quantization import is_released, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._blockwise_weight import BlockwiseWeight

@@ -6,8 +6,8 @@ from typing import Any
 
 from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import read_adapter, require_plain
-from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.manifest import tensors_root
 from adaptkit.checkpoint.place import check_output
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd

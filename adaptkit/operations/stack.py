@@ -10,8 +10,8 @@ import numpy as np
 
 from adaptkit.arguments import AnyPath, as_path, as_paths, check_flags, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter, require_plain
-from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
+from adaptkit.checkpoint.manifest import tensors_root
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.vocabulary import is_head

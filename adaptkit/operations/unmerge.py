@@ -13,10 +13,10 @@ import xxhash
 
 from adaptkit.arguments import AnyPath, as_path, as_paths, check_flags
 from adaptkit.checkpoint import undo
-from adaptkit.checkpoint.hashing import bytes_of, tensors_root
+from adaptkit.checkpoint.hashing import bytes_of
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import require_folder
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, parent_of
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, parent_of, tensors_root
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import TensorFiles

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Literal
 
-from adaptkit.checkpoint.foreign import is_released, quantization_found
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, has_checkpoint, is_adapter
+from adaptkit.checkpoint.quantization import is_released, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._find import quantized_names

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.hashing import file_digests, tensors_root
+from adaptkit.checkpoint.hashing import file_digests
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.integrity import check_names
 from adaptkit.checkpoint.layout import CARD_NAME, has_checkpoint, is_adapter, resolve_inside
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, TensorRecord, read_manifest, tensors_root
 from adaptkit.checkpoint.place import refuse_inside_artifact, require_writable_parent
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity
-from adaptkit.checkpoint.hashing import file_sha256, tensors_root
+from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_small
-from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
+from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest, tensors_root
 from adaptkit.checkpoint.place import check_output, refuse_inside_artifact
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import check_side_files, side_files

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from adaptkit.checkpoint.adapter import Adapter, TokenRows, write_adapter
 from adaptkit.checkpoint.compensation import write_compensation
-from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
+from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME, INDEX_NAME, name_of
-from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of
+from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, tensors_root
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import side_files
 from adaptkit.checkpoint.writer import TensorWriter

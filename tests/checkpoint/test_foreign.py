@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.quantization import quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError
 from adaptkit.operations.check import check

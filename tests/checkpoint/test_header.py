@@ -11,7 +11,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load, load_file, save_file
 
-from adaptkit.checkpoint import header
 from adaptkit.checkpoint.header import (
     check_regular,
     read_header,
@@ -56,15 +55,6 @@ def test_a_written_header_is_read_by_safetensors_and_by_read_header(tmp_path_fac
     assert read.raw == header
     assert len(read.tensors) == len(specs)
     assert dict(read.tensors) == dict(zip(specs, positions, strict=False))
-
-
-def test_a_header_like_those_that_adaptkit_writes_is_read_without_the_library(tmp_path, monkeypatch):
-    """The library loads numpy to open a file. It writes the same header for a tensor of torch."""
-    save_file({"a": torch.zeros(2)}, tmp_path / "theirs", metadata={"format": "pt"})
-    (tmp_path / "ours").write_bytes(write_header([TensorSpec("a", "F32", (2,))]) + bytes(8))
-    monkeypatch.delattr(header, "safe_open")
-    for name in ("theirs", "ours"):
-        assert [spec for spec, _ in read_header(tmp_path / name).tensors] == [TensorSpec("a", "F32", (2,))]
 
 
 def test_tensors_in_a_header_of_safetensors_are_read_in_the_order_of_positions(tmp_path):

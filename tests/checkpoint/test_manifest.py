@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import adaptkit
-from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -21,6 +20,7 @@ from adaptkit.checkpoint.manifest import (
     TensorRecord,
     read_manifest,
     require_manifest,
+    tensors_root,
 )
 from adaptkit.errors import AdaptkitError, IntegrityError, UnsafeInputError
 

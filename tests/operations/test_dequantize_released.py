@@ -10,8 +10,7 @@ import torch
 from folders import edit_json, edited_tensors, flip, rewritten
 from safetensors.torch import load_file
 
-from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.manifest import TensorRecord, require_manifest
+from adaptkit.checkpoint.manifest import TensorRecord, require_manifest, tensors_root
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError
 from adaptkit.operations.dequantize import DequantizeOptions, dequantize

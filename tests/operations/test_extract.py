@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers.models.granitemoe import modeling_granitemoe
 
 from adaptkit.checkpoint.adapter import read_adapter
-from adaptkit.checkpoint.hashing import fingerprint, tensors_root
-from adaptkit.checkpoint.manifest import TensorRecord, require_manifest
+from adaptkit.checkpoint.hashing import fingerprint
+from adaptkit.checkpoint.manifest import TensorRecord, require_manifest, tensors_root
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import (
     BaseMismatchError,

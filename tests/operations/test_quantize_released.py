@@ -11,8 +11,7 @@ from folders import edited_tensors, flip, rewritten, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptkit.checkpoint.hashing import tensors_root
-from adaptkit.checkpoint.manifest import TensorRecord, require_manifest
+from adaptkit.checkpoint.manifest import TensorRecord, require_manifest, tensors_root
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.released import open_plain
 from adaptkit.errors import CheckpointError, IntegrityError, NonFiniteError

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
+from adaptkit.checkpoint.quantization import hint_for_plain, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.models.architecture import empty_network

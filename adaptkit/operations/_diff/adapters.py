@@ -11,8 +11,8 @@ import numpy as np
 
 from adaptkit.checkpoint.adapter import Adapter, TokenRows, read_adapter
 from adaptkit.checkpoint.adapter_config import writes_transposed_experts
-from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME
+from adaptkit.checkpoint.manifest import tensors_root
 from adaptkit.numerics import lora
 from adaptkit.numerics.comparison import difference_norm
 from adaptkit.numerics.dtypes import Array

@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from adaptkit.checkpoint.foreign import quantization_found
-from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.layout import CONFIG_NAME, resolve_inside
-from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest
+from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest, tensors_root
 from adaptkit.checkpoint.progress import Progress
+from adaptkit.checkpoint.quantization import quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations._diff.files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
 from adaptkit.operations._diff.modules import relative

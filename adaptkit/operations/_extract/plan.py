@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from adaptkit.arguments import as_texts, typed_fields
-from adaptkit.checkpoint.foreign import is_released, quantization_found
+from adaptkit.checkpoint.quantization import is_released, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.formats._find import quantized_names

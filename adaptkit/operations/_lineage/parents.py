@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 
 from adaptkit.arguments import path_hint
-from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import measure
 from adaptkit.checkpoint.layout import (
     ADAPTER_WEIGHTS_NAME,
@@ -16,7 +15,7 @@ from adaptkit.checkpoint.layout import (
     resolve_inside,
     weight_files,
 )
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, Parent, TensorRecord, read_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, Parent, TensorRecord, read_manifest, tensors_root
 from adaptkit.checkpoint.place import is_unfinished
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import AdaptkitError, IntegrityError, UsageError

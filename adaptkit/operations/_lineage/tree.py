@@ -5,10 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
-from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord
+from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord, tensors_root
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import AdaptkitError, IntegrityError
 from adaptkit.operations._lineage.parents import Candidate, find_candidates, find_parent

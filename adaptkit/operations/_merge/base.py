@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.foreign import hint_for_plain, is_released, quantization_found
-from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
+from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.integrity import check_config
 from adaptkit.checkpoint.layout import CONFIG_NAME
-from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord, parent_of, read_manifest
+from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord, parent_of, read_manifest, tensors_root
 from adaptkit.checkpoint.place import is_unfinished
+from adaptkit.checkpoint.quantization import hint_for_plain, is_released, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import AdaptkitError, BaseMismatchError, CheckpointError, IntegrityError
 from adaptkit.models.addressing import Slice

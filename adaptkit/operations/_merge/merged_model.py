@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity, read_adapter
-from adaptkit.checkpoint.hashing import file_sha256, tensors_root
+from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import Header, parse_header
 from adaptkit.checkpoint.layout import CARD_NAME, CONFIG_NAME, read_small, resolve_inside
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, tensors_root
 from adaptkit.checkpoint.reader import Checkpoint, Located, TensorFiles
 from adaptkit.checkpoint.side_files import TEMPLATES_FOLDER
 from adaptkit.documents import strict_json

@@ -14,7 +14,7 @@ import xxhash
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity
-from adaptkit.checkpoint.hashing import bytes_of, fingerprint, tensors_root
+from adaptkit.checkpoint.hashing import bytes_of, fingerprint
 from adaptkit.checkpoint.integrity import file_problem, size_problem
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import (
@@ -25,7 +25,7 @@ from adaptkit.checkpoint.layout import (
     read_small,
     resolve_inside,
 )
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, Target, TensorRecord
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, Manifest, Target, TensorRecord, tensors_root
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter, disk_errors

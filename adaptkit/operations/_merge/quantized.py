@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from adaptkit.checkpoint.hashing import tensors_root
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME
-from adaptkit.checkpoint.manifest import Parent, TensorRecord
+from adaptkit.checkpoint.manifest import Parent, TensorRecord, tensors_root
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint, Located
 from adaptkit.formats._find import read_weight

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
 from adaptkit.checkpoint.hashing import bytes_of
+from adaptkit.checkpoint.quantization import hint_for_plain, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.foreign import quantization_found
 from adaptkit.checkpoint.layout import class_names, text_config
+from adaptkit.checkpoint.quantization import quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.models.architecture import empty_network, named_network, why_unsupported

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.foreign import quantization_found
+from adaptkit.checkpoint.quantization import quantization_found, stated_method
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.data.tokenizer_files import has_tokenizer
 from adaptkit.errors import CheckpointError, UsageError
@@ -108,7 +108,7 @@ def read_checkpoint_files(root: Path) -> CheckpointFiles:
         UsageError, CheckpointError: not a checkpoint, or a broken one.
     """
     checkpoint = Checkpoint(root)
-    quantization = checkpoint.quantization_method or quantization_found(checkpoint)
+    quantization = stated_method(checkpoint.config) or quantization_found(checkpoint)
     packed = tuple(_packed(checkpoint)) if quantization else ()
     files = CheckpointFiles(checkpoint, quantization, packed)
     if why_unsupported(checkpoint) or (quantization and not packed):  # other methods' tensors are not decoded here

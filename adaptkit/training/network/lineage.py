@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter
-from adaptkit.checkpoint.hashing import fingerprint_in_pieces, tensors_root
-from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, read_manifest
+from adaptkit.checkpoint.hashing import fingerprint_in_pieces
+from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, read_manifest, tensors_root
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.vocabulary import is_embedding_name, is_head
 from adaptkit.errors import BaseMismatchError, UsageError

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.parametrize import ParametrizationList
 
-from adaptkit.checkpoint.foreign import hint_for_plain, quantization_found
+from adaptkit.checkpoint.quantization import hint_for_plain, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint, MappedCheckpoint
 from adaptkit.errors import CheckpointError
 from adaptkit.models.architecture import empty_network

@@ -9,9 +9,9 @@ import pytest
 import tiny
 from folders import add_listed, edit_manifest, edited_tensors, flip
 
-from adaptkit.checkpoint.hashing import file_sha256, tensors_root
+from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, parent_of, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, FileRecord, parent_of, require_manifest, tensors_root
 from adaptkit.errors import IntegrityError, UsageError
 from adaptkit.hub.parts import part_of
 from adaptkit.operations.dequantize import dequantize
