@@ -5,15 +5,17 @@ So an outlier reduces the precision of its own block only. ``nf4`` draws the par
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from adaptkit.formats._blockwise_weight import BlockwiseWeight, read_weight, state_bytes, stated_as
-from adaptkit.formats._format import EncodedPiece, Encoding, Files, WritableFormat
+from adaptkit.errors import CheckpointError
+from adaptkit.formats._blockwise_state import GET_AGAIN, parse_state, state_bytes
+from adaptkit.formats._format import EncodedPiece, Encoding, Files, StoredWeight, WritableFormat
 from adaptkit.numerics.absmax import (
     GROUP,
     DoubleQuantized,
@@ -23,10 +25,13 @@ from adaptkit.numerics.absmax import (
     quantize_absmax,
     squared_errors,
 )
-from adaptkit.numerics.dtypes import Array, cast
+from adaptkit.numerics.dtypes import ARRAY_DTYPES, Array, cast
 from adaptkit.numerics.finite import all_finite, check_finite
 from adaptkit.numerics.kernels.codebook import Codebook
 from adaptkit.numerics.spec import TensorSpec
+
+_STORAGE = ("BF16", "F16", "F32")
+"""Float types that bitsandbytes may declare for 4-bit codes (``bnb_4bit_quant_storage``)."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,41 @@ class Blockwise(WritableFormat):
         """Return the weight whose state a tensor is; see ``Format``."""
         if not name.endswith(self.state_suffix):
             return None
-        return read_weight(files, self, name.removesuffix(self.state_suffix))
+        return self.read_weight(files, name.removesuffix(self.state_suffix))
+
+    def part_names(self, files: Files, name: str) -> tuple[str, ...]:
+        """Return the names of all tensors that make up a weight."""
+        suffixes = ("", ".absmax", ".nested_absmax", ".nested_quant_map", ".quant_map", self.state_suffix)
+        return tuple(name + suffix for suffix in suffixes if name + suffix in files.tensors)
+
+    def read_weight(self, files: Files, name: str) -> BlockwiseWeight:
+        """Read the state of a weight, and check that the parts fit it.
+
+        Raises:
+            CheckpointError: parts are missing or inconsistent, or the state is malformed.
+        """
+        weight = self.read_outline(files, name)
+        _check_parts(files, weight)
+        return weight
+
+    def read_outline(self, files: Files, name: str) -> BlockwiseWeight:
+        """Read only the state of a weight; its other parts need not fit together.
+
+        Raises:
+            CheckpointError: the state is malformed.
+        """
+        parts, state = self.part_names(files, name), files.read(name + self.state_suffix).tobytes()
+        encoding, shape, dtype, offset = parse_state(name, self.name, state, f"{name}.nested_absmax" in parts)
+        return BlockwiseWeight(
+            name=name,
+            shape=shape,
+            parts=parts,
+            unit=encoding.block_size,
+            dtype=dtype,
+            form=self,
+            encoding=encoding,
+            offset=offset,
+        )
 
     def check(self, encoding: Encoding) -> None:
         """See ``WritableFormat``."""
@@ -151,56 +190,6 @@ class Blockwise(WritableFormat):
         return {spec.name: named[spec.name] for spec in specs}
 
 
-@dataclass(frozen=True)
-class FourBit(Blockwise):
-    """A 4-bit format: two codes per byte, and a codebook's levels; bytes as bitsandbytes 0.50 makes them."""
-
-    book: Codebook
-    bits = 4
-    readers = ("transformers with bitsandbytes", "vLLM", "SGLang", "unsloth")
-    owner = "bitsandbytes"
-    method = "bitsandbytes (4 bits)"
-
-    def quantize(self, values: Array, block_size: int, measure: bool) -> tuple[Array, Array, Array | None]:
-        """Map each weight to its nearest level after scaling its block to [-1, 1]; see ``Blockwise``."""
-        from adaptkit.numerics.kernels import cpu  # here, since it loads numba
-
-        return cpu.encode_4bit(values, block_size, self.book, measure)
-
-    def dequantize(self, codes: Array, absmax: Array, count: int, block_size: int, dtype: np.dtype[Any]) -> Array:
-        """Return level times absmax in float32, rounded once to ``dtype``; see ``Blockwise``."""
-        from adaptkit.numerics.kernels import cpu  # here, since it loads numba
-
-        return cpu.decode_4bit(codes, absmax, count, block_size, self.book, dtype)
-
-    def config_block(self, kept: list[str], encoding: Encoding) -> dict[str, Any]:
-        """See ``WritableFormat``; the block size is only in each weight's state."""
-        return {
-            "_load_in_4bit": True,
-            "_load_in_8bit": False,
-            "bnb_4bit_compute_dtype": "bfloat16",
-            "bnb_4bit_quant_storage": "uint8",
-            "bnb_4bit_quant_type": self.name,
-            "bnb_4bit_use_double_quant": encoding.double_quant,
-            "llm_int8_enable_fp32_cpu_offload": False,
-            "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": kept,
-            "llm_int8_threshold": 6.0,
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "quant_method": "bitsandbytes",
-        }
-
-    def stated(self, block: Mapping[str, Any]) -> tuple[Encoding, list[str] | None] | None:
-        """See ``WritableFormat``."""
-        if block.get("quant_method") != "bitsandbytes" or block.get("load_in_4bit") is not True:
-            return None
-        if block.get("bnb_4bit_quant_type", "fp4") != self.name:
-            return None
-        double_quant, kept = block.get("bnb_4bit_use_double_quant", False), block.get("llm_int8_skip_modules")
-        return stated_as(self.name, Encoding.block_size, double_quant, kept)
-
-
 class _Constants:
     """The constants of a weight's blocks; see ``Gathering``."""
 
@@ -224,3 +213,74 @@ class _Constants:
         constants = quantize_absmax(self._absmax) if self._encoding.double_quant else self._absmax
         lost = squared_errors(self._squares, self._moments, dequantize_absmax(constants))
         return self._form.constant_parts(self._weight, self._encoding, constants), [lost, self._squares]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockwiseWeight(StoredWeight):
+    """A weight in a block-wise format.
+
+    Attributes:
+        form: the format.
+        encoding: how it is quantized.
+        dtype: safetensors name of the type that readers decode to: the weight's type before quantization, but bfloat16
+            for float32 weights that adaptkit quantized.
+        offset: of doubly quantized constants, in the weight's units; 0 without double quantization.
+    """
+
+    form: Blockwise
+    encoding: Encoding
+    dtype: str
+    offset: float
+    is_linear: bool = True
+
+    def decode(self, files: Files, start: int, count: int, dtype: np.dtype[Any]) -> Array:
+        """See ``StoredWeight``."""
+        a_byte = 8 // self.form.bits
+        raw = files.read_bytes(self.name, start // a_byte, -(-count // a_byte))
+        codes = raw if a_byte == 2 else raw.view(np.int8)
+        return self.form.dequantize(codes, self._constants(files, start, count), count, self.unit, dtype)
+
+    def too_large(self, files: Files, start: int, count: int, values: Array) -> str:
+        """See ``StoredWeight``."""
+        absmax = self._constants(files, start, count)
+        return f"a weight of up to {np.abs(absmax).max():.6g}" if all_finite(absmax) else ""
+
+    def _constants(self, files: Files, start: int, count: int) -> Array:
+        """Read and decode the constants of a run's blocks: (M,) float32."""
+        first, stop = start // self.unit, -(-(start + count) // self.unit)
+        if not self.encoding.double_quant:
+            return files.read_flat(f"{self.name}.absmax", first, stop - first)
+        before = first % GROUP
+        codes = files.read_flat(f"{self.name}.absmax", first - before, stop - first + before)
+        groups = first // GROUP, -(-stop // GROUP) - first // GROUP
+        nested = DoubleQuantized(codes, files.read_flat(f"{self.name}.nested_absmax", *groups), self.offset)
+        levels = f"{self.name}.nested_quant_map"
+        known = files.read(levels).reshape(-1) if levels in self.parts else dynamic_levels()
+        found: Array = dequantize_absmax(nested, known)[before:]
+        return found
+
+
+def _check_parts(files: Files, weight: BlockwiseWeight) -> None:
+    name, encoding, bits = weight.name, weight.encoding, weight.form.bits
+    if name not in weight.parts:
+        raise CheckpointError(f"{name}: its codes are missing", hint=GET_AGAIN)
+    if f"{name}.absmax" not in weight.parts:
+        raise CheckpointError(f"{name}: its constants are missing", hint=GET_AGAIN)
+    codes, absmax = files.spec(name), files.spec(f"{name}.absmax")
+    levels = TensorSpec("", "F32", (256,))
+    if f"{name}.nested_quant_map" in weight.parts:
+        levels = files.spec(f"{name}.nested_quant_map")
+    code_type = "U8" if bits == 4 and codes.dtype in _STORAGE else codes.dtype
+    types = (*(ARRAY_DTYPES[dtype].name for dtype in (code_type, absmax.dtype, levels.dtype)), levels.count)
+    code_name = "int8" if bits == 8 else "uint8"
+    if types != (code_name, "uint8" if encoding.double_quant else "float32", "float32", 256):
+        raise CheckpointError(f"{name}: its parts have types that do not fit together: {types}", hint=GET_AGAIN)
+    count = math.prod(weight.shape)
+    blocks = -(-count // encoding.block_size)
+    if codes.nbytes != (count if bits == 8 else (count + 1) // 2) or absmax.count != blocks:
+        found = f"{codes.nbytes} bytes of codes and constants of shape [{absmax.count}]"
+        raise CheckpointError(f"{name}: {found} do not make {list(weight.shape)} weights", hint=GET_AGAIN)
+    if encoding.double_quant and files.spec(f"{name}.nested_absmax").count != -(-blocks // GROUP):
+        raise CheckpointError(
+            f"{name}: its nested constants do not fit {blocks} constants in groups of {GROUP}", hint=GET_AGAIN
+        )

@@ -9,9 +9,8 @@ from typing import Any
 from adaptkit import formats
 from adaptkit.discovery import load, names
 from adaptkit.errors import CheckpointError
-from adaptkit.formats import _blockwise_weight
-from adaptkit.formats._blockwise import Blockwise
-from adaptkit.formats._blockwise_weight import BlockwiseWeight
+from adaptkit.formats import _blockwise_state
+from adaptkit.formats._blockwise import Blockwise, BlockwiseWeight
 from adaptkit.formats._format import GET_AGAIN, Encoding, Files, Format, StoredWeight, WritableFormat
 
 
@@ -77,17 +76,17 @@ def quantized_names(files: Files) -> list[str]:
 
 def part_names(files: Files, name: str) -> tuple[str, ...]:
     """Return the names of all tensors that make up a block-wise weight."""
-    return _blockwise_weight.part_names(files, _form_of(files, name), name)
+    return _form_of(files, name).part_names(files, name)
 
 
 def read_outline(files: Files, name: str) -> BlockwiseWeight:
-    """Return a block-wise weight, of which only the state is checked; see ``_blockwise_weight``."""
-    return _blockwise_weight.read_outline(files, _form_of(files, name), name)
+    """Return a block-wise weight, of which only the state is checked."""
+    return _form_of(files, name).read_outline(files, name)
 
 
 def read_weight(files: Files, name: str) -> BlockwiseWeight:
-    """Return a block-wise weight, whose parts fit together; see ``_blockwise_weight``."""
-    return _blockwise_weight.read_weight(files, _form_of(files, name), name)
+    """Return a block-wise weight, whose parts fit together."""
+    return _form_of(files, name).read_weight(files, name)
 
 
 def _blockwise_formats() -> list[Blockwise]:
@@ -97,5 +96,5 @@ def _blockwise_formats() -> list[Blockwise]:
 def _form_of(files: Files, name: str) -> Blockwise:
     found = next((one for one in _blockwise_formats() if name + one.state_suffix in files.tensors), None)
     if found is None:
-        raise CheckpointError(f"{name}: its quantization state is missing", hint=_blockwise_weight.GET_AGAIN)
+        raise CheckpointError(f"{name}: its quantization state is missing", hint=_blockwise_state.GET_AGAIN)
     return found

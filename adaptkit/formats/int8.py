@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from adaptkit.formats._blockwise import Blockwise
-from adaptkit.formats._blockwise_weight import stated_as
+from adaptkit.formats._blockwise_state import stated_as
 from adaptkit.formats._format import Encoding
 from adaptkit.numerics.dtypes import Array
 

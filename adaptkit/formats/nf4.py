@@ -4,7 +4,7 @@ The parts of a weight X.weight of n elements in blocks of 64, as bitsandbytes re
 
     X.weight                                U8   [(n + 1) // 2, 1]      two codes a byte
     X.weight.absmax                         U8   [M]                    M = ceil(n / 64)
-    X.weight.quant_state.bitsandbytes__nf4  U8   JSON: types, block sizes, shape, offset; drawn in ``_blockwise_weight``
+    X.weight.quant_state.bitsandbytes__nf4  U8   JSON: types, block sizes, shape, offset; drawn in ``_blockwise_state``
     X.weight.nested_absmax                  F32  [ceil(M / 256)]
     X.weight.nested_quant_map               F32  [256]                  the levels that codes of constants stand for
     X.weight.quant_map                      F32  [16]                   the levels that codes of weights stand for
@@ -22,7 +22,7 @@ The codes come first, so that they can be written before the rest is known. The 
 tensor is aligned, and so that every size is known before any weight is read.
 """
 
-from adaptkit.formats._blockwise import FourBit
+from adaptkit.formats._four_bit import FourBit
 from adaptkit.numerics.kernels.codebook import NF4
 
 FORMAT = FourBit("nf4", NF4)

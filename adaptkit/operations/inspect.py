@@ -18,7 +18,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.quantization import is_released, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
-from adaptkit.formats._blockwise_weight import BlockwiseWeight
+from adaptkit.formats._blockwise import BlockwiseWeight
 from adaptkit.formats._find import stored_weights
 from adaptkit.formats._format import StoredWeight
 from adaptkit.operations._lineage.tree import Ancestor, Lineage
