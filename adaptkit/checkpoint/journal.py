@@ -47,6 +47,7 @@ from adaptkit.checkpoint.place import (
     partial_folder,
     take_permissions,
 )
+from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import (
     TensorWriter,
     copy_file,
@@ -82,7 +83,8 @@ class Output:
         plan: everything that determines the bytes of the output; if it changed, unfinished work is discarded.
         force: replace an existing output that adaptkit made.
         keeps: called with the locked folder; returns whether its work must not be discarded although the plan changed.
-        inputs: [path, state] pairs of the files read; if they changed, unfinished work is discarded, too.
+        inputs: the tensors read; if their files changed since an earlier run, unfinished work is discarded, too.
+            See also ``require_inputs``.
         discards: discard unfinished work after an error that only other inputs or options can fix, since no later run
             can use it; after a disk error, an interruption or a kill it is kept.
 
@@ -97,12 +99,13 @@ class Output:
         plan: Any,
         force: bool = False,
         keeps: Callable[[Path], bool] = lambda folder: False,
-        inputs: Sequence[Any] = (),
+        inputs: Sequence[TensorFiles] = (),
         discards: bool = True,
     ) -> None:
         self.final, self.folder = final, partial_folder(final)
         self._journal, self._lock = self.folder / JOURNAL_NAME, -1
-        self._inputs = json.loads(json.dumps(inputs))
+        self._inputs = inputs
+        self._states = [files.state() for files in inputs]
         self._key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         self._force, self._keeps, self._discards = force, keeps, discards
         self._finished: dict[str, Finished] = {}
@@ -194,6 +197,11 @@ class Output:
                 self.discard()
             raise
 
+    def require_inputs(self) -> None:
+        """Check that the files read are as they were when the output was opened; an IntegrityError otherwise."""
+        for files, state in zip(self._inputs, self._states, strict=True):
+            files.require_state(state)
+
     @contextlib.contextmanager
     def scratch_folder(self) -> Iterator[Path]:
         """Create an empty temporary folder, even if a killed run left one, and delete it when the block ends."""
@@ -257,7 +265,8 @@ class Output:
     def _resume(self) -> None:
         """Take over what the journal lists as finished; start over if it belongs to another plan."""
         journal = read_journal(self._journal)
-        plan = {"key": self._key, "inputs": self._inputs}
+        states = zip(self._inputs, self._states, strict=True)
+        plan = {"key": self._key, "inputs": [[str(files.root.resolve()), state] for files, state in states]}
         if journal is not None and journal[0] == plan:
             there = (done for done in journal[1] if not size_problem(self.folder, done.record))
             self._finished = {done.record.path: done for done in there}

@@ -154,8 +154,7 @@ def adopt(
         return report
     threads, of_base = thread_count(options.threads), opened.checkpoint.nbytes if opened else 0
     total = of_base + report.bytes
-    inputs = [[str(source.resolve()), [[name, before.get(name)] for name in files.headers]]]
-    with Output(output, [report.kind], force, inputs=inputs) as out:
+    with Output(output, [report.kind], force, inputs=[files]) as out:
         out.require_space(report.bytes)
         parents: tuple[Parent, ...] = ()
         targets: tuple[Target, ...] = ()

@@ -69,11 +69,11 @@ def quantize_calibrated(
     plan = make_plan(checkpoint, options)
     if dry_run:
         return make_report(output, plan)
-    threads, recorded, state = thread_count(options.threads), options.recorded(), checkpoint.state()
-    key, inputs = [checkpoint.outline(), recorded, plan.outline()], [[str(source.resolve()), state]]
+    threads, recorded = thread_count(options.threads), options.recorded()
+    key = [checkpoint.outline(), recorded, plan.outline()]
     keeps = partial(_has_published, init, output)
     upgrades: list[Upgrade] = []
-    with Output(output, key, force, keeps, inputs) as out:
+    with Output(output, key, force, keeps, [checkpoint]) as out:
         out.require_space(plan.nbytes() + scratch_bytes(plan.tensors.values(), rank))
         if not is_calibrated(out):
             check_finite(checkpoint, plan.tensors.values(), threads)
@@ -97,7 +97,7 @@ def quantize_calibrated(
             )
         plan = replace(plan, tensors={**plan.tensors, **encoded})
         write_checkpoint(out, plan, progress)
-        checkpoint.require_state(state)
+        out.require_inputs()
         operation = {"name": "quantize", "options": recorded}
         manifest = make_manifest(out, plan, operation, source_parents(out, plan))
         if init is None:

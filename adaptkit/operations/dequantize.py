@@ -145,9 +145,7 @@ def dequantize(
     recorded = {name: value for name, value in asdict(options).items() if name != "threads"}
     if is_released(method):
         recorded["method"] = method  # so merge knows that no 16-bit checkpoint came before
-    state = checkpoint.state()
-    inputs = [[str(source.resolve()), state]]
-    with Output(output, [checkpoint.outline(), recorded], force, inputs=inputs) as out:
+    with Output(output, [checkpoint.outline(), recorded], force, inputs=[checkpoint]) as out:
         out.require_space(planned.bytes_after)
         unfinished = unfinished_shards(out, shards, jobs, thread_count(options.threads), progress)
         with closing(unfinished):
@@ -160,7 +158,7 @@ def dequantize(
                         shard.notes[group.source] = {part: fingerprint_in_pieces(checkpoint, part) for part in parts}
                     else:
                         shard.notes[group.source] = {group.source: shard.writer.tensors[-1].xxh3_128}
-        checkpoint.require_state(state)
+        out.require_inputs()
         write_index(out, shards)
         out.write_json(CONFIG_NAME, without_quantization(checkpoint.config))
         for name, content in checkpoint.side_contents().items():

@@ -67,18 +67,15 @@ def extract(
     sources = (Checkpoint(tuned), Checkpoint(base))
     for source in sources:
         check_config(source.root, read_manifest(source.root))
-    states = [source.state() for source in sources]
     check_output(output, force, [tuned, base])
     plan = make_plan(*sources, options)
     beside = _files_beside(plan)
     if dry_run:
         return make_report(output, plan)
     recorded = options.recorded()
-    inputs = [[str(source.root.resolve()), state] for source, state in zip(sources, states, strict=True)]
-    with Output(output, [[source.outline() for source in sources], recorded], force, inputs=inputs) as out:
+    with Output(output, [[source.outline() for source in sources], recorded], force, inputs=sources) as out:
         findings = _examine_all(plan, options, progress)
-        for source, state in zip(sources, states, strict=True):
-            source.require_state(state)
+        out.require_inputs()
         running = running_model(plan.base)
         saved = whole_tensors(plan, findings, running)
         findings = [saved.seen(finding) for finding in findings]

@@ -62,12 +62,12 @@ def quantize(
     plan = make_plan(checkpoint, options)
     if dry_run:
         return make_report(output, plan)
-    recorded, state = options.recorded(), checkpoint.state()
-    key, inputs = [checkpoint.outline(), recorded, plan.outline()], [[str(source.resolve()), state]]
-    with Output(output, key, force, inputs=inputs) as out:
+    recorded = options.recorded()
+    key = [checkpoint.outline(), recorded, plan.outline()]
+    with Output(output, key, force, inputs=[checkpoint]) as out:
         out.require_space(plan.nbytes())
         write_checkpoint(out, plan, progress)
-        checkpoint.require_state(state)
+        out.require_inputs()
         operation = {"name": "quantize", "options": recorded}
         manifest = make_manifest(out, plan, operation, source_parents(out, plan))
         out.publish(manifest)

@@ -104,8 +104,7 @@ def unmerge(
             f"{merged}: the merge changed other tensors than these adapters do",
             hint="give the adapters that were merged",
         )
-    plan = [str(merged.resolve()), model.checkpoint.state(), model.manifest.sha256]
-    with Output(output, plan, force) as out:
+    with Output(output, model.manifest.sha256, force, inputs=[model.checkpoint]) as out:
         out.require_space(base.nbytes)
         restoring = _Restoring(model, base, edits, records, originals, resaved)
         restoring.write(out, thread_count(threads), progress)

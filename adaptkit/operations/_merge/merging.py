@@ -130,12 +130,11 @@ class Merging:
 
     def run(self, output: Path, force: bool, progress: Progress) -> MergeReport:
         """Write the merged checkpoint."""
-        checkpoint, state = self.checkpoint, self.checkpoint.state()
-        plan, inputs = [checkpoint.outline(), self.identity()], [[str(checkpoint.root.resolve()), state]]
-        with Output(output, plan, force, inputs=inputs) as out:
+        plan = [self.checkpoint.outline(), self.identity()]
+        with Output(output, plan, force, inputs=[self.checkpoint]) as out:
             out.require_space(self._nbytes)
             self._write_shards(out, progress)
-            checkpoint.require_state(state)
+            out.require_inputs()
             self.require_adapters()
             self._write_others(out)
             manifest = self._manifest(out)

@@ -48,8 +48,7 @@ def merge_quantized(merging: Merging, output: Path, force: bool, progress: Progr
     options = QuantizeOptions(merging.options.format, threads=merging.options.threads)
     plan, recorded = make_plan(view, options), options.recorded()
     key = [checkpoint.outline(), merging.identity(), recorded, plan.outline()]
-    inputs = [[str(checkpoint.root.resolve()), state]]
-    with Output(output, key, force, inputs=inputs) as out:
+    with Output(output, key, force, inputs=[checkpoint]) as out:
         out.require_space(plan.nbytes())
         write_checkpoint(out, plan, progress)
         checkpoint.require_state(state)
