@@ -32,10 +32,7 @@ APART = {
 """Packages that one does not import although they are below it."""
 CIRCLES = ({"training/config", "training/methods/_method"},)
 """Files that import each other and should not. None is to be added."""
-SHARED_NAMES = {
-    "Answer", "Choice", "Comparison", "Counter", "Encoded", "Factors", "Finding", "Group", "Material", "Output", "Plan",
-    "Source", "SourceReport", "Step", "StepReport", "Target", "_Attention", "_Reader", "_Run", "_Source",
-}  # fmt: skip
+SHARED_NAMES = {"Answer", "Material", "SourceReport", "StepReport", "Target", "_Attention", "_Reader"}
 """Names of several classes. None is to be added."""
 
 

@@ -41,7 +41,7 @@ class Overlap:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ChangeComparison:
     """Comparison of two changes of one weight.
 
     Attributes:
@@ -72,7 +72,7 @@ class Comparison:
         return self.interference / total if total else 0.0
 
 
-def compare(first: LowRank, second: LowRank) -> Comparison:
+def compare(first: LowRank, second: LowRank) -> ChangeComparison:
     """Compare two changes of a weight.
 
     Subspaces are spanned by the singular vectors with σ > σ₁ · max(out, in) · 2⁻⁵²; smaller values are rounding errors.
@@ -90,7 +90,7 @@ def compare(first: LowRank, second: LowRank) -> Comparison:
     counts = (u_1.shape[1], u_2.shape[1])
     crossed = (left * sigma_2[: counts[1]]) @ right.T, (left.T * sigma_1[: counts[0]]) @ right
     limits = [min(term.rank, *term.shape) for term in (first, second)]
-    return Comparison(
+    return ChangeComparison(
         sigmas=(sigma_1[: limits[0]], sigma_2[: limits[1]]),
         difference_sigma=torch.linalg.svdvals(core_1 - core_2),
         inner=float((core_1 * core_2).sum()),

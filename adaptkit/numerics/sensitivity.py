@@ -30,7 +30,7 @@ def divergence_cost(lost: Array, importance: Array, gradient_moment: Array) -> f
     return 0.5 * float(per_output @ gradient_moment.astype(np.float64))
 
 
-class Choice(NamedTuple):
+class StorageChoice(NamedTuple):
     """One way to store a linear.
 
     Attributes:
@@ -42,7 +42,7 @@ class Choice(NamedTuple):
     cost: float
 
 
-class Step(NamedTuple):
+class StorageStep(NamedTuple):
     """A step from one way to store a linear to a larger one.
 
     Attributes:
@@ -58,7 +58,7 @@ class Step(NamedTuple):
     gain: float
 
 
-def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> list[Step]:
+def allocate(choices: Mapping[str, Sequence[StorageChoice]], budget_bytes: int) -> list[StorageStep]:
     """Allocate a byte budget greedily to the linears where a byte saves the most cost.
 
     Every linear starts at its smallest choice. Only steps along the lower convex hull of its choices are considered, so
@@ -81,7 +81,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> list
         spent += choices[name][hull[0]].nbytes
         for before, after in pairwise(hull):
             old, new = choices[name][before], choices[name][after]
-            steps.append(Step(name, after, new.nbytes - old.nbytes, old.cost - new.cost))
+            steps.append(StorageStep(name, after, new.nbytes - old.nbytes, old.cost - new.cost))
     if spent > budget_bytes:
         raise UsageError(f"budget: must be at least {spent} bytes, found {budget_bytes}", hint="raise the budget")
     taken, full = [], set()
@@ -94,7 +94,7 @@ def allocate(choices: Mapping[str, Sequence[Choice]], budget_bytes: int) -> list
     return taken
 
 
-def _hull(name: str, choices: Sequence[Choice]) -> list[int]:
+def _hull(name: str, choices: Sequence[StorageChoice]) -> list[int]:
     """Return indexes of the choices on the lower convex hull, by ascending size and descending cost."""
     if not choices:
         raise UsageError(f"{name}: no choice of encoding is given")
@@ -109,5 +109,5 @@ def _hull(name: str, choices: Sequence[Choice]) -> list[int]:
     return hull
 
 
-def _slope(old: Choice, new: Choice) -> float:
+def _slope(old: StorageChoice, new: StorageChoice) -> float:
     return (old.cost - new.cost) / (new.nbytes - old.nbytes)

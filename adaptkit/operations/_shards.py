@@ -29,12 +29,12 @@ PIECE_BYTES = 4 << 20
 """Size of the piece of a source tensor that one job handles; peak memory grows with it and the number of threads."""
 
 Result = TypeVar("Result")
-Shards = Sequence[tuple[str, Sequence["Group"]]]
+Shards = Sequence[tuple[str, Sequence["TensorGroup"]]]
 """(file name, groups in the file) pairs."""
 
 
 @dataclass(frozen=True)
-class Group:
+class TensorGroup:
     """Tensors that are made from one tensor of the source and lie in the same shard."""
 
     source: str
@@ -60,7 +60,7 @@ class OpenShard(Generic[Result]):
 
     file: str
     writer: TensorWriter
-    work: Iterator[tuple[Group, Iterator[Result]]]
+    work: Iterator[tuple[TensorGroup, Iterator[Result]]]
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -82,13 +82,13 @@ def check_shard_size(max_shard_bytes: int) -> None:
         raise UsageError(f"max_shard_bytes: must be at least 1, found {max_shard_bytes}", hint="5 GB are 5000000000")
 
 
-def plan_shards(groups: Sequence[Group], max_shard_bytes: int) -> list[tuple[str, list[Group]]]:
+def plan_shards(groups: Sequence[TensorGroup], max_shard_bytes: int) -> list[tuple[str, list[TensorGroup]]]:
     """Fill shards in order, none larger than the limit unless a single group is.
 
     Returns:
         (file name, groups) pairs.
     """
-    shards: list[list[Group]] = []
+    shards: list[list[TensorGroup]] = []
     room = 0
     for group in groups:
         if not shards or group.nbytes > room:
@@ -137,7 +137,7 @@ def read_jobs(
 def unfinished_shards(
     output: Output,
     shards: Shards,
-    jobs: Callable[[Group], Sequence[Callable[[], Result]]],
+    jobs: Callable[[TensorGroup], Sequence[Callable[[], Result]]],
     threads: int,
     progress: Progress,
     headers: Mapping[str, bytes] | None = None,
@@ -171,7 +171,7 @@ def unfinished_shards(
     ahead = (numbered for _, groups in todo for group in groups for numbered in _with_last(jobs(group)))
     results = in_order(lambda job: (job[0], job[1]()), ahead, threads)
 
-    def work(groups: Sequence[Group]) -> Iterator[tuple[Group, Iterator[Result]]]:
+    def work(groups: Sequence[TensorGroup]) -> Iterator[tuple[TensorGroup, Iterator[Result]]]:
         nonlocal done
         for group in groups:
             yield group, _until_last(results)

@@ -29,8 +29,8 @@ from adaptkit.numerics.finite import all_finite
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._shards import (
-    Group,
     Piece,
+    TensorGroup,
     check_shard_size,
     cut_pieces,
     plan_shards,
@@ -127,7 +127,7 @@ def dequantize(
     check_side_files(source)
     inside = {part for weight in packed.values() for part in weight.parts} - set(packed)
     groups = [
-        Group(name, (plain.get(name, located.spec),))
+        TensorGroup(name, (plain.get(name, located.spec),))
         for name, located in checkpoint.tensors.items()
         if name not in inside
     ]
@@ -137,7 +137,7 @@ def dequantize(
     if dry_run:
         return planned
 
-    def jobs(group: Group) -> Sequence[Callable[[], Array]]:
+    def jobs(group: TensorGroup) -> Sequence[Callable[[], Array]]:
         if group.source not in packed:
             return read_jobs(checkpoint, group.specs[0])
         return _decoding(checkpoint, packed[group.source], group.specs[0])

@@ -17,10 +17,10 @@ from adaptkit.checkpoint.side_files import side_files
 from adaptkit.data.tokenizer_files import is_of_tokenizer
 from adaptkit.errors import UsageError
 from adaptkit.numerics.dtypes import Array
-from adaptkit.operations._extract.plan import IMPOSSIBLE, LEFT_OUT, ExtractOptions, Plan, make_plan
+from adaptkit.operations._extract.plan import IMPOSSIBLE, LEFT_OUT, ExtractOptions, ExtractPlan, make_plan
 from adaptkit.operations._extract.report import ExtractedModule, ExtractReport, OtherTensor, make_report
 from adaptkit.operations._extract.saved import Saved, placeholder_part, running_model, whole_tensors, zero_change
-from adaptkit.operations._extract.tensors import Finding, examine
+from adaptkit.operations._extract.tensors import ComparedTensor, examine
 from adaptkit.operations._threads import map_in_threads, thread_count
 from adaptkit.wording import counted
 
@@ -92,7 +92,7 @@ def extract(
     return make_report(output, plan, findings, placeholder.module if placeholder else None, beside, manifest)
 
 
-def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> list[Finding]:
+def _examine_all(plan: ExtractPlan, options: ExtractOptions, progress: Progress) -> list[ComparedTensor]:
     """Compare every tensor, and refuse differences that no adapter can store."""
     total = sum(part.spec.nbytes + part.tuned.nbytes for part in plan.parts)
     done, findings = 0, []
@@ -121,7 +121,7 @@ def _examine_all(plan: Plan, options: ExtractOptions, progress: Progress) -> lis
     return findings
 
 
-def _read_whole(plan: Plan, findings: Sequence[Finding], saved: Saved) -> dict[str, Array]:
+def _read_whole(plan: ExtractPlan, findings: Sequence[ComparedTensor], saved: Saved) -> dict[str, Array]:
     """Read the tensors that are stored whole, by name in the adapter; a tied one has two names, but is read once.
 
     What is stored only because peft saves its module stays the base's, without the rounding of a 16-bit file.
@@ -132,7 +132,7 @@ def _read_whole(plan: Plan, findings: Sequence[Finding], saved: Saved) -> dict[s
     return {name: values[part.name] for name, part in saved.parts.items()}
 
 
-def _files_beside(plan: Plan) -> dict[str, Path]:
+def _files_beside(plan: ExtractPlan) -> dict[str, Path]:
     """Map names to the tuned tokenizer's files and the generation config, if they differ from the base's."""
     found = side_files(plan.tuned.root, lambda name: is_of_tokenizer(name) or name == GENERATION_NAME)
     changed = {name for name, path in found.items() if not _same_bytes(path, plan.base.root / name)}
@@ -140,7 +140,9 @@ def _files_beside(plan: Plan) -> dict[str, Path]:
     return {n: path for n, path in found.items() if n in changed or (replaces_tokenizer and is_of_tokenizer(n))}
 
 
-def _manifest(out: Output, plan: Plan, findings: Sequence[Finding], saved: Saved, recorded: dict[str, Any]) -> Manifest:
+def _manifest(
+    out: Output, plan: ExtractPlan, findings: Sequence[ComparedTensor], saved: Saved, recorded: dict[str, Any]
+) -> Manifest:
     base = [TensorRecord.of(f.part.spec, f.base_digest) for f in findings]
     tuned = [TensorRecord.of(f.part.tuned, f.tuned_digest) for f in findings]
     whole = {part.name for part in saved.parts.values()}

@@ -33,7 +33,7 @@ from adaptkit.operations._merge.merged_model import (
     open_merged,
     target_names,
 )
-from adaptkit.operations._shards import Group, read_jobs, unfinished_shards
+from adaptkit.operations._shards import TensorGroup, read_jobs, unfinished_shards
 from adaptkit.operations._threads import check_threads, thread_count
 
 
@@ -136,7 +136,7 @@ def _check_headers(model: MergedModel, base: BaseOutline, edits: Edits) -> None:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _RestoredRows:
     """Consecutive rows of a tensor: merged and restored."""
 
     merged: Array
@@ -204,13 +204,13 @@ class _Restoring:
         base = next(parent for parent in self.model.manifest.parents if parent.role == "base")
         return tensors_root(out.tensors) == base.tensors_root
 
-    def _group(self, name: str) -> Group:
-        return Group(name, (self.base.spec(name),) if name in self.base.tensors else ())
+    def _group(self, name: str) -> TensorGroup:
+        return TensorGroup(name, (self.base.spec(name),) if name in self.base.tensors else ())
 
     def _record(self, name: str) -> TensorFiles:
         return self.records[self.model.checkpoint.tensors[name].file]
 
-    def _jobs(self, group: Group) -> Sequence[Callable[[], Any]]:
+    def _jobs(self, group: TensorGroup) -> Sequence[Callable[[], Any]]:
         name, checkpoint = group.source, self.model.checkpoint
         edit = self.edits.of.get(name)
         if edit is None or name in self.edits.added:
@@ -227,19 +227,19 @@ class _Restoring:
             raise IntegrityError(f"{name}: {error.message}", hint=AGAIN) from error
         return [partial(self._restore, fold, rows, stream) for rows, stream in runs]
 
-    def _restore(self, fold: Fold, rows: Rows, stream: Callable[[], Array]) -> _Run:
+    def _restore(self, fold: Fold, rows: Rows, stream: Callable[[], Array]) -> _RestoredRows:
         name = fold.edit.spec.name
         merged = read_rows(self.model.checkpoint, name, rows)
         try:
-            return _Run(merged, fold.restore(merged, rows, stream()))
+            return _RestoredRows(merged, fold.restore(merged, rows, stream()))
         except IntegrityError as error:
             raise self._mismatch_error(f"{name}: {error.message}") from error
 
-    def _assemble(self, group: Group, results: Iterator[Any], writer: TensorWriter) -> None:
+    def _assemble(self, group: TensorGroup, results: Iterator[Any], writer: TensorWriter) -> None:
         name = group.source
         edit, digest = self.edits.of.get(name), xxhash.xxh3_128()
         for result in results:
-            run = result if isinstance(result, _Run) else _Run(result, result)
+            run = result if isinstance(result, _RestoredRows) else _RestoredRows(result, result)
             digest.update(bytes_of(run.merged))
             if group.specs and (edit is None or len(run.values)):  # a run of added rows restores none of the base's
                 writer.write(name, run.values)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptkit.errors import UsageError
-from adaptkit.numerics.sensitivity import Choice, allocate, divergence_cost
+from adaptkit.numerics.sensitivity import StorageChoice, allocate, divergence_cost
 from adaptkit.numerics.tensors import as_array
 
 
@@ -36,7 +36,7 @@ def problems(draw):
         count = draw(st.integers(1, 4))
         sizes = st.integers(1, 60)
         costs = st.integers(0, 100)
-        choices[f"linear{index}"] = [Choice(draw(sizes), float(draw(costs))) for _ in range(count)]
+        choices[f"linear{index}"] = [StorageChoice(draw(sizes), float(draw(costs))) for _ in range(count)]
     least = sum(min(choice.nbytes for choice in ways) for ways in choices.values())
     return choices, least + draw(st.integers(0, 120))
 
@@ -66,25 +66,25 @@ def test_the_allocation_is_within_one_step_of_the_best(problem):
 
 def test_steps_with_the_largest_gain_per_byte_come_first():
     choices = {
-        "a": [Choice(10, 8.0), Choice(11, 7.0), Choice(40, 0.0)],
-        "b": [Choice(10, 90.0), Choice(11, 80.0), Choice(40, 0.0)],
+        "a": [StorageChoice(10, 8.0), StorageChoice(11, 7.0), StorageChoice(40, 0.0)],
+        "b": [StorageChoice(10, 90.0), StorageChoice(11, 80.0), StorageChoice(40, 0.0)],
     }
     steps = allocate(choices, 52)
     assert [(step.name, step.choice, step.gain) for step in steps] == [("b", 1, 10.0), ("b", 2, 80.0), ("a", 1, 1.0)]
 
 
 def test_steps_do_not_depend_on_the_order_of_the_linears():
-    choices = {name: [Choice(1, 2.0), Choice(2, 1.0)] for name in "cab"}
+    choices = {name: [StorageChoice(1, 2.0), StorageChoice(2, 1.0)] for name in "cab"}
     assert [step.name for step in allocate(choices, 5)] == ["a", "b"]
     assert allocate(dict(sorted(choices.items())), 5) == allocate(choices, 5)
 
 
 def test_a_larger_choice_that_saves_nothing_is_never_made():
-    assert allocate({"a": [Choice(1, 1.0), Choice(2, 1.0), Choice(3, 2.0)]}, 100) == []
+    assert allocate({"a": [StorageChoice(1, 1.0), StorageChoice(2, 1.0), StorageChoice(3, 2.0)]}, 100) == []
 
 
 def test_a_budget_below_the_smallest_encoding_is_refused():
     with pytest.raises(UsageError, match="budget"):
-        allocate({"a": [Choice(5, 1.0)]}, 4)
+        allocate({"a": [StorageChoice(5, 1.0)]}, 4)
     with pytest.raises(UsageError, match="no choice of encoding"):
         allocate({"a": []}, 4)

@@ -31,7 +31,7 @@ from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.numerics.tensors import as_array
 from adaptkit.operations._merge import folding
-from adaptkit.operations._merge.edits import Edit, Step
+from adaptkit.operations._merge.edits import AdapterStep, Edit
 from adaptkit.operations._merge.folding import Fold, find_lengths, jobs_of
 from adaptkit.operations.merge import MergeOptions, merge
 from adaptkit.operations.quantize import quantize
@@ -513,7 +513,7 @@ def test_dora_lengths_computed_by_two_threads_equal_those_of_one(tmp_path, monke
     term = LowRank.of_tensors(torch.randn(4, 1536, generator=generator), torch.randn(1100, 4, generator=generator), 0.5)
     spec = TensorSpec("w", "BF16", (1100, 1536))
     magnitude = np.ones(1536 if per_column else 1100, np.float32)
-    step = Step(0, 1.0, panels=((term,),), magnitude=magnitude, per_column=per_column)
+    step = AdapterStep(0, 1.0, panels=((term,),), magnitude=magnitude, per_column=per_column)
     edit, checkpoint = Edit(spec, "w", spec.shape, (step,)), Checkpoint(tmp_path)
     (alone,) = find_lengths(checkpoint, edit, 1).values()
     expected = (weight.double() + 0.5 * (term.lora_b.double() @ term.lora_a.double())).norm(dim=int(not per_column))

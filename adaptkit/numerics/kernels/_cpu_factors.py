@@ -33,7 +33,7 @@ _ABOVE = np.float32(1 + 2.0**-22)
 
 
 @dataclass(frozen=True)
-class Factors:
+class PackedFactors:
     """Low-rank changes of one weight of shape (out, in), as numpy arrays.
 
     Attributes:
@@ -86,11 +86,13 @@ class Factors:
         return np.repeat(self.scales, self.ranks)
 
 
-def prepare(lora_a: Array, lora_b: Array, ranks: list[int], scales: list[float]) -> Factors:
+def prepare(lora_a: Array, lora_b: Array, ranks: list[int], scales: list[float]) -> PackedFactors:
     """See ``reference.prepare``."""
     padded = zeros((lora_b.shape[0] + ROWS, lora_b.shape[1]), np.float64)
     padded[: lora_b.shape[0]] = lora_b
-    return Factors(_tiles(lora_a), padded, np.array(ranks, np.int64), np.array(scales, np.float64), lora_a.shape[1])
+    return PackedFactors(
+        _tiles(lora_a), padded, np.array(ranks, np.int64), np.array(scales, np.float64), lora_a.shape[1]
+    )
 
 
 def _tiles(a: Array) -> Any:
@@ -142,7 +144,7 @@ def _inner_products(a, scale, gram):
 
 @jit
 def _greatest(a, norms, largest, squares):
-    """Compute ``Factors._bounds``; ``largest`` starts as zeros, and ``squares`` is scratch for a tile."""
+    """Compute ``PackedFactors._bounds``; ``largest`` starts as zeros, and ``squares`` is scratch for a tile."""
     norms[:] = 0
     for tile in range(a.shape[0]):
         squares[:] = 0
@@ -208,7 +210,7 @@ def _inner_at(a, b, row, tile, column, first, stop):
 
 @jit
 def delta_at(factors, row, tile, column):
-    """Return one element of the canonical change, from the first four fields of ``Factors``."""
+    """Return one element of the canonical change, from the first four fields of ``PackedFactors``."""
     a, b, ranks, scales = factors
     total, first = 0.0, 0
     for adapter in range(ranks.size):
@@ -218,7 +220,7 @@ def delta_at(factors, row, tile, column):
     return total
 
 
-def delta_rows(factors: Factors, start: int, count: int) -> Array:
+def delta_rows(factors: PackedFactors, start: int, count: int) -> Array:
     """Return rows of the canonical change, (count, in) float64."""
     delta: Array = empty((count, factors.columns), np.float64)
     inner = np.empty((ROWS, factors.a.shape[2]))

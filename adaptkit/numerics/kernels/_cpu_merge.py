@@ -17,7 +17,7 @@ from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.kernels import _cpu_exact
 from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal
 from adaptkit.numerics.kernels._cpu_exact import candidate, result
-from adaptkit.numerics.kernels._cpu_factors import ROWS, TILE, Factors, delta_at, delta_rows, multiply
+from adaptkit.numerics.kernels._cpu_factors import ROWS, TILE, PackedFactors, delta_at, delta_rows, multiply
 from adaptkit.numerics.kernels._cpu_filter import (
     UNKNOWN,
     find_candidates,
@@ -168,13 +168,13 @@ def _room(columns: int) -> tuple[Any, ...]:
     return empty((ROWS, TILE), np.float32), marks, marks.view(np.uint64), *places, *rest
 
 
-def merge_rows(weight: Array, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
+def merge_rows(weight: Array, factors: PackedFactors, start: int, with_undo: bool) -> RowsMerged:
     """See ``reference.merge_rows``."""
     merge = _merge_by_panels if weight.dtype == np.float32 else _merge_by_tiles
     return merge(np.ascontiguousarray(weight), factors, start, with_undo)
 
 
-def _merge_by_tiles(weight: Array, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
+def _merge_by_tiles(weight: Array, factors: PackedFactors, start: int, with_undo: bool) -> RowsMerged:
     out = empty(weight.shape, weight.dtype)
     residual, sums = np.empty(weight.size if with_undo else 0, np.int64), np.zeros(5)
     scaled, errors = factors.scaled(start, len(weight))
@@ -200,7 +200,7 @@ def _panels(rows: int, columns: int) -> list[slice]:
     return [slice(top, min(top + step, rows)) for top in range(0, rows, step)]
 
 
-def _figures(weight: Array, merged: Array, factors: Factors, start: int) -> _Figures:
+def _figures(weight: Array, merged: Array, factors: PackedFactors, start: int) -> _Figures:
     """Compute the figures from the canonical change itself."""
     total = (0, 0.0, 0.0, 0.0)
     for rows in _panels(*weight.shape):
@@ -213,7 +213,7 @@ def _added(first: _Figures, second: _Figures) -> _Figures:
     return first[0] + second[0], first[1] + second[1], first[2] + second[2], first[3] + second[3]
 
 
-def _merge_by_panels(weight: Array, factors: Factors, start: int, with_undo: bool) -> RowsMerged:
+def _merge_by_panels(weight: Array, factors: PackedFactors, start: int, with_undo: bool) -> RowsMerged:
     merged, residuals = empty(weight.shape, weight.dtype), [np.empty(0, np.int64)]
     figures = (0, 0.0, 0.0, 0.0)
     for rows in _panels(*weight.shape):
@@ -226,13 +226,13 @@ def _merge_by_panels(weight: Array, factors: Factors, start: int, with_undo: boo
     return RowsMerged(merged, np.concatenate(residuals), finite, *figures)
 
 
-def unmerge_rows(merged: Array, factors: Factors, start: int, residual: Array) -> tuple[Array, int]:
+def unmerge_rows(merged: Array, factors: PackedFactors, start: int, residual: Array) -> tuple[Array, int]:
     """See ``reference.unmerge_rows``."""
     unmerge = _unmerge_by_panels if merged.dtype == np.float32 else _unmerge_by_tiles
     return unmerge(np.ascontiguousarray(merged), factors, start, np.ascontiguousarray(residual))
 
 
-def _unmerge_by_tiles(merged: Array, factors: Factors, start: int, residual: Array) -> tuple[Array, int]:
+def _unmerge_by_tiles(merged: Array, factors: PackedFactors, start: int, residual: Array) -> tuple[Array, int]:
     out = empty(merged.shape, merged.dtype)
     arrays = (factors.a, factors.b, factors.ranks, factors.scales), *factors.scaled(start, len(merged))
     used = _unmerge_rows(float_bits(merged), *arrays, start, residual, _room(merged.shape[1]), float_bits(out))
@@ -240,7 +240,7 @@ def _unmerge_by_tiles(merged: Array, factors: Factors, start: int, residual: Arr
     return out, used
 
 
-def _unmerge_by_panels(merged: Array, factors: Factors, start: int, residual: Array) -> tuple[Array, int]:
+def _unmerge_by_panels(merged: Array, factors: PackedFactors, start: int, residual: Array) -> tuple[Array, int]:
     out, used = empty(merged.shape, merged.dtype), 0
     for rows in _panels(*merged.shape):
         delta = delta_rows(factors, start + rows.start, rows.stop - rows.start)

@@ -21,9 +21,9 @@ from adaptkit.errors import UsageError
 from adaptkit.formats._format import Encoding
 from adaptkit.numerics.calibration import nf4_error, weighted_nf4
 from adaptkit.numerics.dtypes import Array
-from adaptkit.numerics.sensitivity import Choice, allocate, divergence_cost
+from adaptkit.numerics.sensitivity import StorageChoice, allocate, divergence_cost
 from adaptkit.operations._calibrate.gradients import layer_gradients
-from adaptkit.operations._quantize.plan import Plan, TensorPlan
+from adaptkit.operations._quantize.plan import QuantizePlan, TensorPlan
 from adaptkit.operations._quantize.report import WORTH_16_BITS, Upgrade
 from adaptkit.operations._threads import map_in_threads
 
@@ -33,8 +33,14 @@ SMALL_BLOCK = 32
 
 
 def spend(
-    out: Output, checkpoint: Checkpoint, plan: Plan, tokens: Tensor, bits: float, threads: int, progress: Progress
-) -> tuple[Plan, list[Upgrade]]:
+    out: Output,
+    checkpoint: Checkpoint,
+    plan: QuantizePlan,
+    tokens: Tensor,
+    bits: float,
+    threads: int,
+    progress: Progress,
+) -> tuple[QuantizePlan, list[Upgrade]]:
     """Decide which linears get more bits.
 
     Args:
@@ -79,7 +85,7 @@ def spend(
     return _with_encodings(plan, chosen), upgrades
 
 
-def _with_encodings(plan: Plan, encodings: Mapping[str, Encoding | None]) -> Plan:
+def _with_encodings(plan: QuantizePlan, encodings: Mapping[str, Encoding | None]) -> QuantizePlan:
     """Return the plan with other encodings for some linears; None keeps a linear in 16 bits."""
     choices = tuple(
         replace(choice, kept_because=WORTH_16_BITS) if encodings.get(choice.spec.name, choice) is None else choice
@@ -104,7 +110,7 @@ def _ways(
     tokens: Tensor,
     threads: int,
     progress: Progress,
-) -> dict[str, list[Choice]]:
+) -> dict[str, list[StorageChoice]]:
     importance: dict[str, Array] = {}
     gradients: dict[str, Array] = {}
     with out.scratch_folder() as folder:
@@ -113,7 +119,7 @@ def _ways(
             gradients |= {f"{module}.weight": square for module, square in layer.gradient_square.items()}
     reached = [name for name in linears if name in importance and name in gradients]
 
-    def ways(name: str) -> list[Choice]:
+    def ways(name: str) -> list[StorageChoice]:
         tensor = linears[name]
         weight = tensor.as_linear(checkpoint.read(name))
         found = []
@@ -123,7 +129,7 @@ def _ways(
             if encoding is not None:
                 lost = _lost(weight, importance[name], encoding)
                 cost = divergence_cost(lost, importance[name], gradients[name])
-            found.append(Choice(nbytes, cost))
+            found.append(StorageChoice(nbytes, cost))
         return found
 
     return dict(zip(reached, map_in_threads(ways, reached, threads), strict=True))

@@ -30,7 +30,7 @@ from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.rounding import compensated_nf4, compensation_factor
 from adaptkit.operations._calibrate.layerwise import InputMoments, layer_moments
-from adaptkit.operations._quantize.plan import Encoded, TensorPlan
+from adaptkit.operations._quantize.plan import QuantizedPiece, TensorPlan
 from adaptkit.operations._shards import read_jobs
 from adaptkit.operations._threads import in_order, map_in_threads
 
@@ -50,11 +50,11 @@ class CalibratedTensor(TensorPlan):
     scratch: TensorFiles
     note: Mapping[str, Any]
 
-    def jobs(self, checkpoint: Checkpoint) -> Sequence[Callable[[], Encoded]]:
+    def jobs(self, checkpoint: Checkpoint) -> Sequence[Callable[[], QuantizedPiece]]:
         """Read the parts; see ``TensorPlan``."""
         return [partial(_read, self.scratch, spec.name) for spec in self.group().specs]
 
-    def write(self, pieces: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
+    def write(self, pieces: Iterator[QuantizedPiece], writer: TensorWriter) -> dict[str, Any]:
         """Write the parts; see ``TensorPlan``."""
         for spec, piece in zip(self.group().specs, pieces, strict=True):
             writer.write(spec.name, piece.raw)
@@ -210,5 +210,5 @@ def _layer_name(number: int) -> str:
     return f"{SCRATCH_PREFIX}calibrated-{number}.safetensors"
 
 
-def _read(scratch: TensorFiles, name: str) -> Encoded:
-    return Encoded(scratch.read(name))
+def _read(scratch: TensorFiles, name: str) -> QuantizedPiece:
+    return QuantizedPiece(scratch.read(name))

@@ -27,11 +27,11 @@ from adaptkit.operations._diff.modules import (
     grouped_as,
     relative,
 )
-from adaptkit.operations._diff.tensors import Source, TensorDifference, differ_in_files, differ_in_memory
+from adaptkit.operations._diff.tensors import StoredTensor, TensorDifference, differ_in_files, differ_in_memory
 from adaptkit.operations._threads import map_in_threads
 from adaptkit.wording import counted
 
-Other = Array | Source | TokenRows | LowRank
+Other = Array | StoredTensor | TokenRows | LowRank
 """What an adapter may hold besides low-rank changes of modules: in memory, or where it is in its file."""
 
 _ONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
@@ -149,9 +149,9 @@ def _others_of(adapter: Adapter) -> dict[str, tuple[str, Other]]:
     for module, bias in adapter.biases.items():
         found[f"{module}.lora_B.bias"] = "bias", bias
     for name, key in adapter.replaced.items():
-        found[name] = "replaced tensor", Source(files, key, digests[key][0])
+        found[name] = "replaced tensor", StoredTensor(files, key, digests[key][0])
     for name, key in adapter.base_copies.items():
-        found[f"{name} of the base"] = "begins with", Source(files, key, digests[key][0])
+        found[f"{name} of the base"] = "begins with", StoredTensor(files, key, digests[key][0])
     for module, rows in adapter.tokens.items():
         found[f"{module} (trained tokens)"] = "token rows", rows
     for module, term in adapter.compensation.items():
@@ -162,7 +162,7 @@ def _others_of(adapter: Adapter) -> dict[str, tuple[str, Other]]:
 def _differ_in_other(name: str, role: str, one: Other, two: Other) -> TensorDifference | None:
     """Compare two items of the same name; None if they are the same."""
     match one, two:
-        case Source(), Source():
+        case StoredTensor(), StoredTensor():
             return None if one.content == two.content else differ_in_files(name, one, two, role)
         case np.ndarray(), np.ndarray():
             return None if _equal(one, two) else differ_in_memory(name, role, one, two)

@@ -13,7 +13,7 @@ from adaptkit.checkpoint.quantization import quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.operations._diff.files import FilesDifference, ValueDifference, differ_in_files_beside, differ_in_values
 from adaptkit.operations._diff.modules import relative
-from adaptkit.operations._diff.tensors import DIRECTIONS, Source, TensorDifference, differ_in_files
+from adaptkit.operations._diff.tensors import DIRECTIONS, StoredTensor, TensorDifference, differ_in_files
 from adaptkit.operations._threads import fingerprints, map_in_threads
 
 BY_MANIFEST, COMPUTED = "manifest", "computed"
@@ -152,7 +152,7 @@ def _measure(
     """Measure the tensors: first those without a norm, then largest relative difference first."""
 
     def measured(name: str) -> TensorDifference:
-        return differ_in_files(name, Source(first, name), Source(second, name), ranks=True)
+        return differ_in_files(name, StoredTensor(first, name), StoredTensor(second, name), ranks=True)
 
     found, done = [], 0
     total = sum(first.spec(name).nbytes for name in names)

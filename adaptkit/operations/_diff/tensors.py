@@ -72,7 +72,7 @@ class TensorDifference:
 
 
 @dataclass(frozen=True)
-class Source:
+class StoredTensor:
     """Location of a tensor in files, and its fingerprint if that is known."""
 
     files: TensorFiles
@@ -90,7 +90,9 @@ class Source:
         return self.digest, self.spec.dtype, self.spec.shape
 
 
-def differ_in_files(name: str, first: Source, second: Source, role: str = "", ranks: bool = False) -> TensorDifference:
+def differ_in_files(
+    name: str, first: StoredTensor, second: StoredTensor, role: str = "", ranks: bool = False
+) -> TensorDifference:
     """Compare two tensors that differ, reading one piece of each at a time.
 
     If only the first dimension differs, as of resized vocabularies, the rows of the shorter tensor are compared.
@@ -147,12 +149,12 @@ def _measured(
     )
 
 
-def _pair(first: Source, second: Source, start: int, count: int) -> tuple[Array, Array]:
+def _pair(first: StoredTensor, second: StoredTensor, start: int, count: int) -> tuple[Array, Array]:
     one, two = (source.files.read_flat(source.key, start, count) for source in (first, second))
     return one, two
 
 
-def _with_spectrum(found: TensorDifference, first: Source, second: Source) -> TensorDifference:
+def _with_spectrum(found: TensorDifference, first: StoredTensor, second: StoredTensor) -> TensorDifference:
     out, into = found.shapes[0]
     step = max(1, _PIECE_ELEMENTS // into)
 

@@ -116,7 +116,7 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExtractPlan:
     """How the adapter may store each tensor.
 
     Attributes:
@@ -143,7 +143,7 @@ def module_of(name: str) -> str:
     return module if module and kind in ("weight", "bias") else name
 
 
-def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> Plan:
+def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> ExtractPlan:
     """Plan every tensor from headers alone, and refuse checkpoints that do not belong together.
 
     Raises:
@@ -195,7 +195,7 @@ def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> P
             if any(_matches(part.paths, f"*.{pattern}") for part in parts):
                 hint = f"patterns match whole module paths; write '*.{pattern}'"
             raise UsageError(f"--target {pattern!r} matches no module", hint=hint)
-    return Plan(tuned, base, parts, roles)
+    return ExtractPlan(tuned, base, parts, roles)
 
 
 def _refuse(tuned: Checkpoint, base: Checkpoint, what: str, found: Sequence[tuple[str, Any, Any]], hint: str) -> None:

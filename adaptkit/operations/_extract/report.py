@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaptkit.checkpoint.manifest import Manifest
-from adaptkit.operations._extract.plan import LEFT_OUT, LOW_RANK, SAVED, Plan
-from adaptkit.operations._extract.tensors import Finding
+from adaptkit.operations._extract.plan import LEFT_OUT, LOW_RANK, SAVED, ExtractPlan
+from adaptkit.operations._extract.tensors import ComparedTensor
 from adaptkit.wording import counted
 
 _IGNORED_KEYS = {
@@ -137,8 +137,8 @@ class ExtractReport:
 
 def make_report(
     output: Path,
-    plan: Plan,
-    findings: Sequence[Finding] = (),
+    plan: ExtractPlan,
+    findings: Sequence[ComparedTensor] = (),
     placeholder: str | None = None,
     beside: Iterable[str] = (),
     manifest: Manifest | None = None,
@@ -193,6 +193,6 @@ def make_report(
     )
 
 
-def _other(finding: Finding) -> OtherTensor:
+def _other(finding: ComparedTensor) -> OtherTensor:
     part = finding.part
     return OtherTensor(part.name, part.tuned.shape, part.spec.shape, part.why, finding.relative_norm)

@@ -25,8 +25,8 @@ from adaptkit.errors import UsageError, install_hint
 from adaptkit.models.architecture import empty_network, has_no_head, head_path, named_network, why_unsupported
 from adaptkit.models.naming import TensorPlace, places
 from adaptkit.numerics.lora import LowRank
-from adaptkit.operations._extract.plan import LOW_RANK, SAVED, Part, Plan, module_of
-from adaptkit.operations._extract.tensors import Finding
+from adaptkit.operations._extract.plan import LOW_RANK, SAVED, ExtractPlan, Part, module_of
+from adaptkit.operations._extract.tensors import ComparedTensor
 from adaptkit.operations._vocabulary import Vocabulary, find_vocabulary
 
 _TIED_BY_PEFT = "embed_tokens"
@@ -46,7 +46,7 @@ class Saved:
     config: dict[str, Any]
     matched: frozenset[str] = frozenset()
 
-    def seen(self, finding: Finding) -> Finding:
+    def seen(self, finding: ComparedTensor) -> ComparedTensor:
         """Return the finding, without its low-rank change if the tensor is in ``matched`` and so stored whole."""
         if finding.part.name not in self.matched or finding.part.fate != LOW_RANK:
             return finding
@@ -134,7 +134,7 @@ def running_model(base: Checkpoint) -> Running:
     return Running(network, places(network, base.tensors) if network is not None else {}, base.config)
 
 
-def whole_tensors(plan: Plan, findings: Sequence[Finding], running: Running) -> Saved:
+def whole_tensors(plan: ExtractPlan, findings: Sequence[ComparedTensor], running: Running) -> Saved:
     """Choose the tensors to store whole. peft replaces whole modules, so a weight takes its module's bias along.
 
     Raises:
@@ -186,7 +186,7 @@ def _require_module(running: Running, name: str) -> None:
         )
 
 
-def _head(plan: Plan, running: Running, vocabulary: Vocabulary) -> str:
+def _head(plan: ExtractPlan, running: Running, vocabulary: Vocabulary) -> str:
     """Return the path of the tied head.
 
     Raises:
@@ -203,7 +203,7 @@ def _head(plan: Plan, running: Running, vocabulary: Vocabulary) -> str:
 
 
 def _tied_parts(
-    plan: Plan, running: Running, vocabulary: Vocabulary, module: str, named: Mapping[str, Part]
+    plan: ExtractPlan, running: Running, vocabulary: Vocabulary, module: str, named: Mapping[str, Part]
 ) -> dict[str, Part]:
     """Return a saved module's tensors that the files store under another module's name, as a tied head's weight."""
     if running.network is None:
@@ -220,7 +220,7 @@ def _tied_parts(
     }
 
 
-def placeholder_part(plan: Plan, saved: Saved, running: Running) -> Part | None:
+def placeholder_part(plan: ExtractPlan, saved: Saved, running: Running) -> Part | None:
     """Return a linear layer to give a zero change: peft cannot load an adapter without any low-rank change."""
     linear = (part for part in plan.parts if part.kind in ("linear", "conv1d") and part.name not in saved.matched)
     return next((part for part in linear if running.has_module(part)), None)

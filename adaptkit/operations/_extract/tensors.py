@@ -17,7 +17,7 @@ from adaptkit.numerics.lora import LowRank, transposed
 from adaptkit.numerics.randomized import sketch_for_energy, sketch_for_rank
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.numerics.tensors import as_tensor
-from adaptkit.operations._extract.plan import LOW_RANK, ExtractOptions, Part, Plan
+from adaptkit.operations._extract.plan import LOW_RANK, ExtractOptions, ExtractPlan, Part
 from adaptkit.operations._shards import cut_pieces
 
 _EXPONENT_BITS = {  # integer type of the same width, mask of the exponent, number of fraction bits
@@ -31,7 +31,7 @@ _AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
-class Finding:
+class ComparedTensor:
     """Comparison of one tensor of the two checkpoints.
 
     Attributes:
@@ -72,7 +72,7 @@ class Finding:
         return math.sqrt(self.square / self.base_square) if self.square and self.base_square else None
 
 
-def examine(plan: Plan, part: Part, options: ExtractOptions) -> Finding:
+def examine(plan: ExtractPlan, part: Part, options: ExtractOptions) -> ComparedTensor:
     """Compare a tensor of the two checkpoints, and decompose the difference if its fate is low rank.
 
     Raises:
@@ -99,7 +99,7 @@ def examine(plan: Plan, part: Part, options: ExtractOptions) -> Finding:
     square = square if differs else 0.0
     rounding = min(1.0, steps / 12 / square) if square else 0.0
     before_digest, after_digest = (digest.hexdigest() for digest in digests)
-    found = Finding(part, before_digest, after_digest, differs, square, base_square, rounding)
+    found = ComparedTensor(part, before_digest, after_digest, differs, square, base_square, rounding)
     return _decompose(plan, found, options) if differs and part.fate == LOW_RANK else found
 
 
@@ -124,7 +124,7 @@ def _square_steps(values: Tensor) -> float:
     return float(powers.dot(powers)) * 4.0**-fraction
 
 
-def _decompose(plan: Plan, finding: Finding, options: ExtractOptions) -> Finding:
+def _decompose(plan: ExtractPlan, finding: ComparedTensor, options: ExtractOptions) -> ComparedTensor:
     part, (height, columns) = finding.part, finding.part.spec.shape
 
     def blocks() -> Iterator[Tensor]:

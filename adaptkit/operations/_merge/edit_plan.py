@@ -83,7 +83,7 @@ def plan_edits(
 
 @dataclass(frozen=True)
 class _Planner:
-    """Adds the changes of one adapter to the edits; see ``plan_edits``, and ``Step`` for ``number``."""
+    """Adds the changes of one adapter to the edits; see ``plan_edits``, and ``AdapterStep`` for ``number``."""
 
     checkpoint: Checkpoint
     vocabulary: Vocabulary

@@ -31,7 +31,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Step:
+class AdapterStep:
     """Change of one tensor by one adapter. The tensor is viewed as a matrix (rows, columns); see ``Edit.matrix``.
 
     Attributes:
@@ -74,7 +74,7 @@ class Edit:
     spec: TensorSpec
     source: str
     base_shape: tuple[int, ...]
-    steps: tuple[Step, ...] = ()
+    steps: tuple[AdapterStep, ...] = ()
 
     @property
     def is_plain(self) -> bool:
@@ -101,10 +101,10 @@ class Edit:
         return [term.weighted(step.weight) for step in self.steps for term in step.panels[panel]]
 
     def extended(self, adapter: int, weight: float, **what: Any) -> Edit:
-        """Return the edit with another change by an adapter: attributes of its ``Step``; low-rank changes are added."""
-        *before, last = self.steps or (Step(adapter, weight),)
+        """Return the edit with another change by an adapter: attributes of its step; low-rank changes are added."""
+        *before, last = self.steps or (AdapterStep(adapter, weight),)
         if last.adapter != adapter:
-            before, last = [*before, last], Step(adapter, weight)
+            before, last = [*before, last], AdapterStep(adapter, weight)
         if last.panels and "panels" in what:
             what["panels"] = tuple(one + other for one, other in zip(last.panels, what["panels"], strict=True))
         return replace(self, steps=(*before, replace(last, **what)))
@@ -169,7 +169,7 @@ def check_effects(adapters: Sequence[Adapter], weights: Sequence[float], edits: 
             )
 
 
-def _changes_something(step: Step) -> bool:
+def _changes_something(step: AdapterStep) -> bool:
     """Return whether a step may change its tensor.
 
     Replacements and sums of several low-rank terms (as with compensation) count without looking at their values.

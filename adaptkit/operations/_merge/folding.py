@@ -19,7 +19,7 @@ from adaptkit.numerics.exact import Prepared
 from adaptkit.numerics.finite import check_finite
 from adaptkit.numerics.kernels._reference_exact import RowsMerged
 from adaptkit.numerics.spec import ITEM_BYTES
-from adaptkit.operations._merge.edits import Edit, Step, matrix_of
+from adaptkit.operations._merge.edits import AdapterStep, Edit, matrix_of
 from adaptkit.operations._threads import in_order
 
 RUN_BYTES = 1 << 20
@@ -149,7 +149,7 @@ class Fold:
             return combine(effects, rows.count, self.edit.matrix[1])
 
 
-def step_effect(step: Step, edit: Edit, rows: Rows, lengths: Array | None) -> Effect:
+def step_effect(step: AdapterStep, edit: Edit, rows: Rows, lengths: Array | None) -> Effect:
     """Return the effect of a step on a run of rows.
 
     Args:
@@ -212,11 +212,11 @@ def find_lengths(checkpoint: Checkpoint, edit: Edit, threads: int) -> dict[int, 
     return found
 
 
-def _row_squares(checkpoint: Checkpoint, edit: Edit, step: Step, rows: Rows) -> Array:
+def _row_squares(checkpoint: Checkpoint, edit: Edit, step: AdapterStep, rows: Rows) -> Array:
     return square_sums(_changed(checkpoint, edit, step, rows), False)
 
 
-def _changed(checkpoint: Checkpoint, edit: Edit, step: Step, rows: Rows) -> Array:
+def _changed(checkpoint: Checkpoint, edit: Edit, step: AdapterStep, rows: Rows) -> Array:
     """Return rows of W + Δ before DoRA scales them, (rows, columns) float64."""
     with np.errstate(all="ignore"):
         effect = step_effect(step, edit, rows, None)

@@ -37,7 +37,7 @@ from adaptkit.operations._merge.folding import Fold, Rows, find_lengths, jobs_of
 from adaptkit.operations._merge.report import MergeOptions, MergeReport, TensorChange, change_of, with_changes
 from adaptkit.operations._merge.side_files import SideFiles, plan_index
 from adaptkit.operations._merge.unlike_peft import untargeted
-from adaptkit.operations._shards import Group, read_jobs, unfinished_shards
+from adaptkit.operations._shards import TensorGroup, read_jobs, unfinished_shards
 from adaptkit.operations._terms import given_again
 from adaptkit.operations._threads import thread_count
 
@@ -180,14 +180,14 @@ class Merging:
             adapter.files.require_state(adapter.state)
 
     @cached_property
-    def shards(self) -> list[tuple[str, list[Group]]]:
+    def shards(self) -> list[tuple[str, list[TensorGroup]]]:
         """The base's shards; an added tensor follows its source."""
         shards, edits = [], self.edits
         for file in sorted(self.checkpoint.headers):
             groups = []
             for spec, _ in self.checkpoint.headers[file].tensors:
-                groups.append(Group(spec.name, (edits.of[spec.name].spec if spec.name in edits.of else spec,)))
-                groups += [Group(n, (edits.of[n].spec,)) for n in edits.added if edits.of[n].source == spec.name]
+                groups.append(TensorGroup(spec.name, (edits.of[spec.name].spec if spec.name in edits.of else spec,)))
+                groups += [TensorGroup(n, (edits.of[n].spec,)) for n in edits.added if edits.of[n].source == spec.name]
             shards.append((file, groups))
         return shards
 
@@ -195,7 +195,7 @@ class Merging:
     def _nbytes(self) -> int:
         return sum(group.nbytes for _, groups in self.shards for group in groups)
 
-    def _jobs(self, group: Group) -> Sequence[Callable[[], Any]]:
+    def _jobs(self, group: TensorGroup) -> Sequence[Callable[[], Any]]:
         edit = self.edits.of.get(group.source)
         if edit is None:
             return read_jobs(self.checkpoint, group.specs[0])

@@ -20,13 +20,13 @@ from adaptkit.numerics import finite
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.spec import FLOATS, TensorSpec
 from adaptkit.operations._quantize.options import QuantizeOptions
-from adaptkit.operations._quantize.selection import Choice, Selection, matches_any, of_type, select
+from adaptkit.operations._quantize.selection import Selection, TensorChoice, matches_any, of_type, select
 from adaptkit.operations._roles import find_roles
-from adaptkit.operations._shards import Group, Piece, Shards, cut_pieces, plan_shards, read_jobs
+from adaptkit.operations._shards import Piece, Shards, TensorGroup, cut_pieces, plan_shards, read_jobs
 
 
 @dataclass(frozen=True)
-class Encoded:
+class QuantizedPiece:
     """A piece of a tensor: its elements in the file, and the quantized ones; None if it is written as it is."""
 
     raw: Array
@@ -54,16 +54,16 @@ class TensorPlan:
             self.spec.name, self.spec.dtype, self.spec.shape[::-1] if self.transposed else self.spec.shape
         )
 
-    def group(self) -> Group:
+    def group(self) -> TensorGroup:
         """Return the tensors that it becomes."""
         specs = [self.spec] if self.encoding is None else self.encoding.codec.specs(self.linear, self.encoding)
-        return Group(self.spec.name, tuple(specs))
+        return TensorGroup(self.spec.name, tuple(specs))
 
     def as_linear(self, raw: Array) -> Array:
         """Convert the source's tensor to the weight as (out, in)."""
         return np.ascontiguousarray(raw.T) if self.transposed else raw
 
-    def jobs(self, checkpoint: Checkpoint) -> Sequence[Callable[[], Encoded]]:
+    def jobs(self, checkpoint: Checkpoint) -> Sequence[Callable[[], QuantizedPiece]]:
         """Return the jobs that encode the tensor, in order.
 
         Raises:
@@ -76,7 +76,7 @@ class TensorPlan:
         pieces = cut_pieces(self.spec, self.encoding.block_size, checkpoint.unit(self.spec.name))
         return [partial(self._encode, self.encoding, checkpoint, piece) for piece in pieces]
 
-    def write(self, pieces: Iterator[Encoded], writer: TensorWriter) -> dict[str, Any]:
+    def write(self, pieces: Iterator[QuantizedPiece], writer: TensorWriter) -> dict[str, Any]:
         """Write the pieces that the jobs returned.
 
         Returns:
@@ -99,7 +99,7 @@ class TensorPlan:
             writer.write(name, part)
         return {"fingerprint": digest.hexdigest(), "error": error}
 
-    def _encode(self, encoding: Encoding, checkpoint: Checkpoint, piece: Piece | None) -> Encoded:
+    def _encode(self, encoding: Encoding, checkpoint: Checkpoint, piece: Piece | None) -> QuantizedPiece:
         if piece is None:
             raw = checkpoint.read(self.spec.name)
             values, start = self.as_linear(raw), 0
@@ -107,7 +107,7 @@ class TensorPlan:
             raw = values = checkpoint.read_flat(self.spec.name, piece.start, piece.count)
             start = piece.start
         try:
-            return Encoded(raw, encoding.codec.encode(values, encoding, measure=True))
+            return QuantizedPiece(raw, encoding.codec.encode(values, encoding, measure=True))
         except NonFiniteError:
             self.check(raw.reshape(-1), start)
             raise
@@ -117,12 +117,12 @@ class TensorPlan:
         finite.check_finite(values, start, self.spec.shape, self.spec.name)
 
 
-def _as_it_is(job: Callable[[], Array]) -> Encoded:
-    return Encoded(job())
+def _as_it_is(job: Callable[[], Array]) -> QuantizedPiece:
+    return QuantizedPiece(job())
 
 
 @dataclass(frozen=True)
-class Plan:
+class QuantizePlan:
     """What happens to each tensor of a checkpoint."""
 
     checkpoint: Checkpoint
@@ -131,7 +131,7 @@ class Plan:
     tensors: dict[str, TensorPlan]
 
     @cached_property
-    def groups(self) -> dict[str, Group]:
+    def groups(self) -> dict[str, TensorGroup]:
         """Maps the name of each source tensor to the tensors that it becomes."""
         return {name: tensor.group() for name, tensor in self.tensors.items()}
 
@@ -140,7 +140,7 @@ class Plan:
         """The output files with their groups."""
         return plan_shards(list(self.groups.values()), self.options.max_shard_bytes)
 
-    def quantized(self) -> list[Choice]:
+    def quantized(self) -> list[TensorChoice]:
         """Return the choices of the tensors that are quantized."""
         return [choice for choice in self.selection.choices if not choice.kept_because]
 
@@ -153,7 +153,7 @@ class Plan:
         return sum(group.nbytes for group in self.groups.values())
 
 
-def make_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
+def make_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> QuantizePlan:
     """Decide what happens to each tensor, and refuse what cannot be done.
 
     Args:
@@ -188,7 +188,7 @@ def make_plan(checkpoint: Checkpoint, options: QuantizeOptions) -> Plan:
         choice.spec.name: TensorPlan(choice.spec, None if choice.kept_because else encoding, choice.transposed)
         for choice in selection.choices
     }
-    plan = Plan(checkpoint, options, selection, tensors)
+    plan = QuantizePlan(checkpoint, options, selection, tensors)
     _check_names(checkpoint, plan.groups)
     return plan
 
@@ -229,7 +229,7 @@ def _check_selection(checkpoint: Checkpoint, selection: Selection, options: Quan
         )
 
 
-def _check_names(checkpoint: Checkpoint, groups: dict[str, Group]) -> None:
+def _check_names(checkpoint: Checkpoint, groups: dict[str, TensorGroup]) -> None:
     """Refuse a source tensor whose name would be that of a quantized weight's part."""
     for group in groups.values():
         for spec in group.specs:

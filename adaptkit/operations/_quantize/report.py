@@ -10,8 +10,8 @@ from typing import Any
 
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.released import ReleasedCheckpoint
-from adaptkit.operations._quantize.plan import Plan
-from adaptkit.operations._quantize.selection import Choice
+from adaptkit.operations._quantize.plan import QuantizePlan
+from adaptkit.operations._quantize.selection import TensorChoice
 
 WORTH_16_BITS = "worth 16 bits"
 """Reason for keeping a linear in 16 bits because the bits budget allows it."""
@@ -113,7 +113,7 @@ class QuantizeReport:
 
 
 def make_report(
-    output: Path, plan: Plan, notes: Mapping[str, Any] = MappingProxyType({}), manifest: Manifest | None = None
+    output: Path, plan: QuantizePlan, notes: Mapping[str, Any] = MappingProxyType({}), manifest: Manifest | None = None
 ) -> QuantizeReport:
     """Combine the plan and the measurements made while writing.
 
@@ -151,7 +151,7 @@ def make_report(
     )
 
 
-def _tensor_report(choice: Choice, plan: Plan, note: dict[str, Any]) -> TensorReport:
+def _tensor_report(choice: TensorChoice, plan: QuantizePlan, note: dict[str, Any]) -> TensorReport:
     spec, after = choice.spec, plan.groups[choice.spec.name].nbytes
     encoding = plan.tensors[spec.name].encoding
     return TensorReport(
@@ -167,7 +167,7 @@ def _tensor_report(choice: Choice, plan: Plan, note: dict[str, Any]) -> TensorRe
     )
 
 
-def _average_bits(plan: Plan) -> float:
+def _average_bits(plan: QuantizePlan) -> float:
     specs = [c.spec for c in plan.selection.choices if c.kept_because in ("", WORTH_16_BITS)]
     return 8 * sum(plan.groups[spec.name].nbytes for spec in specs) / sum(spec.count for spec in specs)
 

@@ -19,7 +19,7 @@ _REASONS = {"linear": "", "conv1d": "", "expert": "expert: bitsandbytes cannot l
 
 
 @dataclass(frozen=True)
-class Choice:
+class TensorChoice:
     """What happens to one tensor.
 
     Attributes:
@@ -53,7 +53,7 @@ class Selection:
         head_is_quantized: whether the output layer is quantized.
     """
 
-    choices: tuple[Choice, ...]
+    choices: tuple[TensorChoice, ...]
     read_from: str
     head: str = "lm_head"
     head_is_quantized: bool = False
@@ -93,7 +93,7 @@ def select(
     if include_head:
         _check_head(checkpoint, roles)
     choices = [
-        Choice(
+        TensorChoice(
             spec=located.spec,
             kept_because=_kept_because(located.spec, roles.of[name], skip, include_head, moe, encoding or Encoding()),
             transposed=roles.of[name].kind == "conv1d",

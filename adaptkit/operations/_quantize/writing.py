@@ -14,7 +14,7 @@ from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.released import ReleasedCheckpoint, open_plain
 from adaptkit.checkpoint.side_files import check_side_files
-from adaptkit.operations._quantize.plan import Plan
+from adaptkit.operations._quantize.plan import QuantizePlan
 from adaptkit.operations._quantize.selection import skip_modules
 from adaptkit.operations._shards import unfinished_shards, write_index
 from adaptkit.operations._threads import thread_count
@@ -33,7 +33,7 @@ def open_source(source: Path) -> Checkpoint:
     return checkpoint
 
 
-def write_checkpoint(out: Output, plan: Plan, progress: Progress) -> None:
+def write_checkpoint(out: Output, plan: QuantizePlan, progress: Progress) -> None:
     """Write everything but the manifest.
 
     Args:
@@ -63,12 +63,12 @@ def write_checkpoint(out: Output, plan: Plan, progress: Progress) -> None:
         out.write(name, content)
 
 
-def source_records(out: Output, plan: Plan) -> list[TensorRecord]:
+def source_records(out: Output, plan: QuantizePlan) -> list[TensorRecord]:
     """Return the records of the tensors that were quantized or copied, in 16 bits."""
     return [TensorRecord.of(c.spec, out.notes[c.spec.name]["fingerprint"]) for c in plan.selection.choices]
 
 
-def source_parents(out: Output, plan: Plan) -> tuple[Parent, ...]:
+def source_parents(out: Output, plan: QuantizePlan) -> tuple[Parent, ...]:
     """Return the 16-bit base and, if that was only computed, the release that it was decoded from.
 
     Raises:
@@ -83,7 +83,7 @@ def source_parents(out: Output, plan: Plan) -> tuple[Parent, ...]:
     return parent_of("base", None, base), parent_of("release", manifest, release, root=checkpoint.root)
 
 
-def make_manifest(out: Output, plan: Plan, operation: dict[str, Any], parents: tuple[Parent, ...]) -> Manifest:
+def make_manifest(out: Output, plan: QuantizePlan, operation: dict[str, Any], parents: tuple[Parent, ...]) -> Manifest:
     """Describe a quantized checkpoint whose files are all written."""
     written = {tensor.name: tensor for tensor in out.tensors}
     targets = []
