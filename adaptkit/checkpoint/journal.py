@@ -84,7 +84,6 @@ class Output:
         force: replace an existing output that adaptkit made.
         keeps: called with the locked folder; returns whether its work must not be discarded although the plan changed.
         inputs: the tensors read; if their files changed since an earlier run, unfinished work is discarded, too.
-            See also ``require_inputs``.
         discards: discard unfinished work after an error that only other inputs or options can fix, since no later run
             can use it; after a disk error, an interruption or a kill it is kept.
 
@@ -104,8 +103,7 @@ class Output:
     ) -> None:
         self.final, self.folder = final, partial_folder(final)
         self._journal, self._lock = self.folder / JOURNAL_NAME, -1
-        self._inputs = inputs
-        self._states = [files.state() for files in inputs]
+        self._inputs = [(files, files.state()) for files in inputs]
         self._key = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
         self._force, self._keeps, self._discards = force, keeps, discards
         self._finished: dict[str, Finished] = {}
@@ -199,7 +197,7 @@ class Output:
 
     def require_inputs(self) -> None:
         """Check that the files read are as they were when the output was opened; an IntegrityError otherwise."""
-        for files, state in zip(self._inputs, self._states, strict=True):
+        for files, state in self._inputs:
             files.require_state(state)
 
     @contextlib.contextmanager
@@ -265,8 +263,7 @@ class Output:
     def _resume(self) -> None:
         """Take over what the journal lists as finished; start over if it belongs to another plan."""
         journal = read_journal(self._journal)
-        states = zip(self._inputs, self._states, strict=True)
-        plan = {"key": self._key, "inputs": [[str(files.root.resolve()), state] for files, state in states]}
+        plan = {"key": self._key, "inputs": [[str(files.root.resolve()), state] for files, state in self._inputs]}
         if journal is not None and journal[0] == plan:
             there = (done for done in journal[1] if not size_problem(self.folder, done.record))
             self._finished = {done.record.path: done for done in there}
