@@ -15,9 +15,11 @@ def rslora(tmp_path_factory, llama):
     return tiny.write_peft_adapter(folder, llama, target_modules=["q_proj", "v_proj"], use_rslora=True)
 
 
-def test_the_exit_code_is_the_verdict(run_cli, rslora):
+def test_the_exit_code_is_the_verdict(run_cli, rslora, llama):
     assert run_cli("check", rslora).code == 1
     assert run_cli("check", rslora, "--target", "vllm", "--target", "peft").code == 0
+    done = run_cli("check", llama, "--quiet")
+    assert (done.code, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_table_lists_each_finding_with_its_effect_and_a_remedy(run_cli, rslora):
@@ -30,11 +32,6 @@ def test_the_table_lists_each_finding_with_its_effect_and_a_remedy(run_cli, rslo
     assert any("--base" in line for line in lines)
 
 
-def test_the_suggested_command_fixes_the_finding(run_cli, rslora, tmp_path):
-    assert run_cli("resize", rslora, "-o", tmp_path / "out", "--rank", "4").code == 0
-    assert run_cli("check", tmp_path / "out").code == 0
-
-
 def test_the_document_has_every_target(run_cli, rslora, llama):
     done = run_cli("check", rslora, "--base", llama, "--json")
     report = json.loads(done.stdout)
@@ -44,15 +41,6 @@ def test_the_document_has_every_target(run_cli, rslora, llama):
     finding = report["verdicts"][TARGETS.index("sglang")]["findings"][0]
     assert set(finding) == {"level", "found", "effect", "change"}
     assert not any("--base" in text for text in report["unknown"])
-
-
-def test_checkpoints_can_be_checked_too(run_cli, llama):
-    done = run_cli("check", llama, "--quiet")
-    assert (done.code, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_help_lists_the_targets(run_cli):
-    assert all(name in run_cli("check", "--help").stdout for name in TARGETS)
 
 
 def test_bad_requests_fail_with_one_line_and_the_documented_exit_code(run_cli, llama, rslora, tmp_path):

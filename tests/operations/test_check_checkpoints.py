@@ -9,7 +9,7 @@ import tiny
 import torch
 from folders import edit_json, edited_tensors
 from released import write_fp8, write_mxfp4
-from verdicts import taken, verdicts, words
+from verdicts import levels, taken, verdicts, words
 
 from adaptkit.errors import CheckpointError
 from adaptkit.operations.check import check
@@ -101,18 +101,24 @@ def test_weights_of_integers_are_an_error_and_buffers_of_integers_are_not(llama,
 
 @pytest.mark.parametrize("metadata", [{}, {"metadata": {}}, {"metadata": {"total_size": "7", "by": "hand"}}])
 def test_transformers_needs_metadata_in_an_index(metadata, llama_sharded, copy_of):
-    from transformers import AutoModelForCausalLM
-
     folder = copy_of(llama_sharded)
     path = folder / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": json.loads(path.read_text())["weight_map"]} | metadata))
-    if taken(folder) == {"gguf", "peft", "sglang", "vllm"}:
-        AutoModelForCausalLM.from_pretrained(folder)
-        return
-    assert taken(folder) == {"gguf", "sglang", "vllm"}
-    assert "has no metadata" in words(verdicts(folder)["peft"])
-    with pytest.raises(KeyError, match="metadata"):
-        AutoModelForCausalLM.from_pretrained(folder)
+    assert taken(folder) == ({"gguf", "peft", "sglang", "vllm"} if metadata else {"gguf", "sglang", "vllm"})
+    assert transformers_loads(folder) == bool(metadata)
+    assert ("has no metadata" in words(verdicts(folder)["peft"])) != bool(metadata)
+
+
+def transformers_loads(folder):
+    from transformers import AutoModelForCausalLM
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            AutoModelForCausalLM.from_pretrained(folder)
+        except (RuntimeError, ValueError, KeyError):
+            return False
+    return True
 
 
 @pytest.mark.parametrize(
@@ -125,10 +131,14 @@ def test_transformers_needs_metadata_in_an_index(metadata, llama_sharded, copy_o
 )
 def test_all_programs_but_llama_cpp_accept_4_bit_and_none_accepts_int8(options, takers, llama, tmp_path):
     quantize(llama, tmp_path / "out", QuantizeOptions(**options))
-    report = check(tmp_path / "out")
-    assert report.kind == "quantized"
-    assert {verdict.target for verdict in report.verdicts if verdict.taken} == takers
-    assert "vllm-bnb-plugin" in words(report.verdicts[-1]) or not takers
+    assert check(tmp_path / "out").kind == "quantized"
+    assert taken(tmp_path / "out") == takers
+    assert transformers_loads(tmp_path / "out") == bool(takers)
+    assert ("vllm-bnb-plugin" in words(verdicts(tmp_path / "out")["vllm"])) == bool(takers)
+    if takers:  # they differ in which dtypes of the codes they accept
+        block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+        edit_json(tmp_path / "out" / "config.json", quantization_config=block | {"bnb_4bit_quant_storage": "bfloat16"})
+        assert taken(tmp_path / "out") == {"peft"}
 
 
 @pytest.mark.parametrize(("block_size", "first"), [(32, None), (64, "up_proj"), (128, "down_proj")])
@@ -142,51 +152,24 @@ def test_a_weight_whose_row_length_is_not_a_multiple_of_the_block_size_is_named(
     assert verdict.taken
 
 
-def test_only_peft_accepts_a_quant_storage_of_bfloat16(llama, tmp_path):
-    quantize(llama, tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    config["quantization_config"]["bnb_4bit_quant_storage"] = "bfloat16"
-    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    assert taken(tmp_path / "out") == {"peft"}
-
-
 @pytest.mark.parametrize("fused", [True, False])
 def test_only_vllm_and_sglang_accept_quantized_experts_and_only_unfused_ones(fused, tmp_path):
     source = tiny.write_family(tmp_path / "source", "mixtral", fused_experts=fused)
     quantize(source, tmp_path / "out", QuantizeOptions(moe="quantize"))
     assert taken(tmp_path / "out") == (set() if fused else {"sglang", "vllm"})
+    assert not transformers_loads(tmp_path / "out")
     quantize(source, tmp_path / "kept", QuantizeOptions(moe="keep"))
     assert taken(tmp_path / "kept") == {"peft", "sglang", "vllm"}
-
-
-def test_transformers_fails_to_load_quantized_experts_and_int8(tmp_path, llama):
-    from transformers import AutoModelForCausalLM
-
-    source = tiny.write_family(tmp_path / "source", "mixtral")
-    quantize(source, tmp_path / "experts", QuantizeOptions(moe="quantize"))
-    quantize(llama, tmp_path / "int8", QuantizeOptions(format="int8"))
-    for folder in (tmp_path / "experts", tmp_path / "int8"):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with pytest.raises((RuntimeError, ValueError)):
-                AutoModelForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("stated", [{}, {"quant_method": None}, {"quant_method": None, "load_in_4bit": True}])
 def test_a_quantization_config_without_a_method_is_an_error_where_transformers_fails(llama, tmp_path, stated):
     """It takes load_in_4bit for bitsandbytes; vLLM and SGLang do not."""
-    from transformers import AutoModelForCausalLM
-
     quantize(llama, tmp_path / "out")
     edit_json(tmp_path / "out" / "config.json", quantization_config=stated)
-    found = verdicts(tmp_path / "out")
-    assert {target for target, verdict in found.items() if verdict.taken} == ({"peft"} if len(stated) > 1 else set())
-    assert "names no quant_method" in words(found["vllm"])
-    if len(stated) < 2:
-        with pytest.raises(ValueError, match="quant_method"):
-            AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    else:
-        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert taken(tmp_path / "out") == ({"peft"} if len(stated) > 1 else set())
+    assert transformers_loads(tmp_path / "out") == (len(stated) > 1)
+    assert levels(verdicts(tmp_path / "out")["vllm"], "names no quant_method") == {"error"}
 
 
 def test_a_missing_quantization_config_is_an_error_and_a_missing_tokenizer_a_warning(llama, tmp_path):
@@ -337,13 +320,6 @@ def test_llama_cpp_needs_tokenizer_model_for_some_architectures(architecture, to
     assert ("no tokenizer.model" in words(check(base, "gguf").verdicts[0])) == needs
     (base / "tokenizer.model").write_bytes(b"x")
     assert "no tokenizer.model" not in words(check(base, "gguf").verdicts[0])
-
-
-@pytest.mark.parametrize("missing", ["tokenizer_config.json", "tokenizer*"])
-def test_a_missing_tokenizer_model_is_not_reported_if_all_tokenizer_files_are_missing(missing, llama, copy_of):
-    base = copy_of(llama)
-    edit_json(base / "config.json", architectures=["Phi3ForCausalLM"])
-    for path in base.glob(missing):
+    for path in base.glob("tokenizer*"):
         path.unlink()
-    said = words(check(base, "gguf").verdicts[0])
-    assert ("no tokenizer.model" in said) == (missing == "tokenizer_config.json")
+    assert "no tokenizer.model" not in words(check(base, "gguf").verdicts[0])  # all files are missing

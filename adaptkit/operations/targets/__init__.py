@@ -1,1 +1,1 @@
-"""Programs that read what adaptkit writes: one module per program, whose ``TARGET`` checks what it accepts."""
+"""Programs that read what adaptkit writes: one module per program, whose ``TARGET`` holds its tables of answers."""

@@ -48,8 +48,8 @@ _IF_SET = {
 
 def of_adapter(files: AdapterFiles) -> Iterator[Sighting]:
     """Find the features of an adapter, read as peft reads it."""
-    files, kind = _as_read(files), files.config.get("peft_type")
     yield from features.of_files(files)
+    files, kind = _as_read(files), files.config.get("peft_type")
     if not isinstance(kind, str) or kind not in _TYPES:
         yield Sighting("unknown type", f"peft_type is {kind!r} in adapter_config.json")
     if kind != "LORA":
