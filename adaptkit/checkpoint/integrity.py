@@ -9,7 +9,14 @@ from typing import NamedTuple
 from adaptkit.checkpoint.hashing import file_digests, fingerprint_in_pieces
 from adaptkit.checkpoint.header import Header, read_header
 from adaptkit.checkpoint.layout import CONFIG_NAME, resolve_inside
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, TensorRecord
+from adaptkit.checkpoint.manifest import (
+    MANIFEST_NAME,
+    SIGNATURE_NAME,
+    FileRecord,
+    Manifest,
+    TensorRecord,
+    read_manifest,
+)
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError, IntegrityError
@@ -109,11 +116,17 @@ def size_problem(root: Path, record: FileRecord) -> str:
     return "" if size == record.size else f"{record.path} has {size} bytes instead of {record.size}"
 
 
-def check_config(root: Path, manifest: Manifest | None) -> None:
-    """Compare an input's config.json with its manifest, which the result will name as its parent's; not the weights."""
+def read_input_manifest(root: Path) -> Manifest | None:
+    """Read the manifest of an input, if it has one, and compare config.json with it; not the weights.
+
+    Raises:
+        IntegrityError: they differ, so that the result's manifest would name the wrong parent.
+    """
+    manifest = read_manifest(root)
     for record in manifest.files if manifest else ():
         if record.path == CONFIG_NAME and (problem := file_problem(root, record)):
             raise IntegrityError(f"{root}: {problem}", hint=f"restore it; for details, run: adaptkit verify {root}")
+    return manifest
 
 
 def check_tensors(root: Path, manifest: Manifest | None) -> None:

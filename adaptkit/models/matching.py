@@ -10,6 +10,31 @@ EVERYTHING = "*"
 _KIND = "linear layer besides the output layer"
 
 
+def matches_any(paths: Iterable[str], pattern: str) -> bool:
+    """Whether a shell pattern matches any of the dotted paths by which one module is known, as a whole."""
+    return any(fnmatchcase(path, pattern) for path in paths)
+
+
+def require_matches(option: str, patterns: Iterable[str], modules: Sequence[Sequence[str]], example: str) -> None:
+    """Refuse a shell pattern that matches no module.
+
+    Args:
+        option: that gives the patterns.
+        patterns: of whole paths.
+        modules: the paths by which each module is known.
+        example: a path that a pattern would usually match.
+
+    Raises:
+        UsageError: names the pattern.
+    """
+    for pattern in patterns:
+        if not any(matches_any(paths, pattern) for paths in modules):
+            hint = f"patterns match whole module paths, such as {example!r}"
+            if any(matches_any(paths, f"*.{pattern}") for paths in modules):
+                hint = f"patterns match whole module paths; write '*.{pattern}'"
+            raise UsageError(f"{option} {pattern!r} matches no module", hint=hint)
+
+
 def matching(what: str, patterns: Sequence[str], names: Iterable[str], kind: str) -> set[str]:
     """Return the dotted paths that any of the patterns matches, as a whole or in their last part.
 

@@ -8,7 +8,7 @@ from typing import Any
 from adaptkit.arguments import AnyPath, as_path, as_path_or_none, check_flags, checked_options, typed_fields
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.hashing import Ranges
-from adaptkit.checkpoint.integrity import check_config, present_names
+from adaptkit.checkpoint.integrity import present_names, read_input_manifest
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import (
     ADAPTER_CONFIG_NAME,
@@ -283,8 +283,7 @@ def _open_base(root: Path, adapter: Adapter) -> _Base:
         IntegrityError: the base's configuration is not what its manifest says.
     """
     checkpoint = Checkpoint(root) if adapter.compensation else plain_checkpoint(root)
-    state, manifest = checkpoint.state(), read_manifest(root)
-    check_config(root, manifest)
+    state, manifest = checkpoint.state(), read_input_manifest(root)
     if not adapter.compensation:
         edits = plan_edits(checkpoint, [adapter], [1.0], untie=True)
         check_copies(checkpoint, edits, "leave out --base")

@@ -12,7 +12,7 @@ import numpy as np
 
 from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options, typed_fields
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
-from adaptkit.checkpoint.integrity import check_config
+from adaptkit.checkpoint.integrity import read_input_manifest
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, parent_of, read_manifest
@@ -119,7 +119,7 @@ def dequantize(
     source, output = as_path(source, "source"), as_path(output, "output")
     options = checked_options(options, DequantizeOptions)
     checkpoint = Checkpoint(source)
-    check_config(source, read_manifest(source))
+    read_input_manifest(source)
     method = quantization_found(checkpoint)
     packed = {weight.parts[0]: weight for weight in _weights(checkpoint, method)}
     plain = {name: _plain(checkpoint, weight, options) for name, weight in packed.items()}

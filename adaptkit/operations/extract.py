@@ -6,7 +6,7 @@ from typing import Any
 
 from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options
 from adaptkit.checkpoint.adapter import write_adapter
-from adaptkit.checkpoint.integrity import check_config
+from adaptkit.checkpoint.integrity import read_input_manifest
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import GENERATION_NAME, name_of, read_small
 from adaptkit.checkpoint.manifest import Manifest, Target, TensorRecord, parent_of, read_manifest
@@ -66,7 +66,7 @@ def extract(
     options = checked_options(options, ExtractOptions)
     sources = (Checkpoint(tuned), Checkpoint(base))
     for source in sources:
-        check_config(source.root, read_manifest(source.root))
+        read_input_manifest(source.root)
     check_output(output, force, [tuned, base])
     plan = make_plan(*sources, options)
     beside = _files_beside(plan)

@@ -10,9 +10,9 @@ from typing import Any
 
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity
 from adaptkit.checkpoint.hashing import file_sha256
-from adaptkit.checkpoint.integrity import check_config
+from adaptkit.checkpoint.integrity import read_input_manifest
 from adaptkit.checkpoint.layout import CONFIG_NAME, GENERATION_NAME, read_small
-from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest, tensors_root
+from adaptkit.checkpoint.manifest import Manifest, TensorRecord, tensors_root
 from adaptkit.checkpoint.place import check_output, refuse_inside_artifact
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import check_side_files, side_files
@@ -121,8 +121,7 @@ def read_inputs(config: TrainConfig, output: Path | None, force: bool) -> Inputs
     """
     base = Path(config.base)
     checkpoint = Checkpoint(base)
-    manifest = read_manifest(base)
-    check_config(base, manifest)
+    manifest = read_input_manifest(base)
     config = _resolved(config, checkpoint)
     if config.method == "full":
         check_side_files(base)  # they are copied beside the result

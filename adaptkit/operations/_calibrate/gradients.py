@@ -71,7 +71,7 @@ def layer_gradients(
         that only compute inputs of the layers are not measured.
 
     Raises:
-        UsageError: the checkpoint is quantized, transformers cannot build it, or a token is not in its vocabulary.
+        UsageError: transformers cannot build the checkpoint, or a token is not in its vocabulary.
         CheckpointError: a tensor that the architecture needs is missing, or has another shape.
         NonFiniteError: a gradient is NaN or infinite; names the linear layer.
         DiskError: a layer's output cannot be written.

@@ -53,7 +53,7 @@ def layer_moments(
         Linears that read the same tensor share one ``InputMoments``; one that no token reached is absent.
 
     Raises:
-        UsageError: the checkpoint is quantized, transformers cannot build it, it does not run its layers once each, in
+        UsageError: transformers cannot build the checkpoint, it does not run its layers once each, in
             order, or a token is not in its vocabulary.
         CheckpointError: a tensor that the architecture needs is missing, or has another shape.
         NonFiniteError: an activation is NaN or infinite; names the linear layer.

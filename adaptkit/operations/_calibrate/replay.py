@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from adaptkit.checkpoint.quantization import hint_for_plain, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.models.architecture import empty_network
@@ -54,16 +53,10 @@ class Replay:
         wrote: by place, the entries that it wrote.
 
     Raises:
-        UsageError: the checkpoint is quantized, transformers cannot build it, or a token is not in its vocabulary.
+        UsageError: transformers cannot build the checkpoint, or a token is not in its vocabulary.
     """
 
     def __init__(self, checkpoint: Checkpoint, tokens: Tensor) -> None:
-        method = quantization_found(checkpoint)
-        if method is not None:
-            raise UsageError(
-                f"{checkpoint.root}: quantized with {method}",
-                hint=hint_for_plain(method, checkpoint.root, "calibrate on"),
-            )
         self.network = empty_network(checkpoint, torch.float32).eval()
         _check_tokens(self.network, tokens)
         stack, layers = find_stack(self.network)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from adaptkit.arguments import as_texts, typed_fields
@@ -10,6 +9,7 @@ from adaptkit.checkpoint.quantization import is_released, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
 from adaptkit.formats._find import quantized_names
+from adaptkit.models.matching import matches_any, require_matches
 from adaptkit.numerics.randomized import Sketching
 from adaptkit.numerics.spec import FLOATS, TensorSpec
 from adaptkit.numerics.spectrum import check_size
@@ -188,13 +188,8 @@ def make_plan(tuned: Checkpoint, base: Checkpoint, options: ExtractOptions) -> E
         _part(located.spec, tuned.spec(name), roles.of[name], options, transposes)
         for name, located in base.tensors.items()
     )
-    for pattern in options.target:
-        if not any(_matches(part.paths, pattern) for part in parts):
-            example = next((part for part in parts if part.kind in ("linear", "conv1d")), parts[0])
-            hint = f"patterns match whole module paths, such as {example.paths[0]!r}"
-            if any(_matches(part.paths, f"*.{pattern}") for part in parts):
-                hint = f"patterns match whole module paths; write '*.{pattern}'"
-            raise UsageError(f"--target {pattern!r} matches no module", hint=hint)
+    example = next((part for part in parts if part.kind in ("linear", "conv1d")), parts[0])
+    require_matches("--target", options.target, [part.paths for part in parts], example.paths[0])
     return ExtractPlan(tuned, base, parts, roles)
 
 
@@ -217,7 +212,7 @@ def _part(spec: TensorSpec, tuned: TensorSpec, role: Role, options: ExtractOptio
     linear = is_weight and spec.shape == tuned.shape and role.kind in ("linear", "conv1d", "expert")
     fits = linear and (role.kind == "conv1d") == transposes  # one fan_in_fan_out flag covers all modules
     paths = tuple(dict.fromkeys([module_of(spec.name), *(module_of(path) for path in role.paths)]))
-    if options.target and not any(_matches(paths, pattern) for pattern in options.target):
+    if options.target and not any(matches_any(paths, pattern) for pattern in options.target):
         fate, why = LEFT_OUT, "not in --target"
     elif fits:
         fate, why = LOW_RANK, role.kind
@@ -230,7 +225,3 @@ def _part(spec: TensorSpec, tuned: TensorSpec, role: Role, options: ExtractOptio
     else:
         fate, why = IMPOSSIBLE, role.kind
     return Part(spec, tuned, role.kind, fate, why, paths)
-
-
-def _matches(paths: Sequence[str], pattern: str) -> bool:
-    return any(fnmatchcase(path, pattern) for path in paths)

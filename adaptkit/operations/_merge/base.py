@@ -6,7 +6,7 @@ from pathlib import Path
 
 from adaptkit.checkpoint.adapter import Adapter
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
-from adaptkit.checkpoint.integrity import check_config
+from adaptkit.checkpoint.integrity import read_input_manifest
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, Parent, TensorRecord, parent_of, read_manifest, tensors_root
 from adaptkit.checkpoint.place import is_unfinished
@@ -58,8 +58,7 @@ def open_base(path: Path, adapters: Sequence[Adapter], allow_mismatch: bool) -> 
     """
     checkpoint = Checkpoint(path)
     expected = {} if allow_mismatch else expected_fingerprints(adapters)
-    manifest = read_manifest(path)
-    check_config(path, manifest)
+    manifest = read_input_manifest(path)
     root = manifest.tensors_root if manifest else None
     if quantization_found(checkpoint) is not None:
         parent, named = _find_parent(checkpoint, manifest)

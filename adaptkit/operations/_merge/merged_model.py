@@ -6,7 +6,7 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity, read_adapter
@@ -19,9 +19,6 @@ from adaptkit.checkpoint.side_files import TEMPLATES_FOLDER
 from adaptkit.documents import strict_json
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
 from adaptkit.wording import counted
-
-if TYPE_CHECKING:
-    pass
 
 _OUTPUT_OF_MERGE = "give the output folder of adaptkit merge"
 AGAIN = "restore the merged model from a good copy, or merge again from the base"

@@ -16,11 +16,12 @@ from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.writer import TensorWriter
 from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
 from adaptkit.formats._format import EncodedPiece, Encoding
+from adaptkit.models.matching import require_matches
 from adaptkit.numerics import finite
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.spec import FLOATS, TensorSpec
 from adaptkit.operations._quantize.options import QuantizeOptions
-from adaptkit.operations._quantize.selection import Selection, TensorChoice, matches_any, of_type, select
+from adaptkit.operations._quantize.selection import Selection, TensorChoice, of_type, select
 from adaptkit.operations._roles import find_roles
 from adaptkit.operations._shards import Piece, Shards, TensorGroup, cut_pieces, plan_shards, read_jobs
 
@@ -200,13 +201,9 @@ def _check_selection(checkpoint: Checkpoint, selection: Selection, options: Quan
                 f"{checkpoint.root}: tensor {choice.spec.name!r} is empty ({list(choice.spec.shape)})",
                 hint="remove it from the file, or download the checkpoint again",
             )
-    for pattern in options.skip:
-        if not matches_any(selection, pattern):
-            example = next((choice for choice in selection.choices if choice.is_linear), selection.choices[0])
-            hint = f"patterns match whole module paths, such as {example.module!r}"
-            if matches_any(selection, f"*.{pattern}"):
-                hint = f"patterns match whole module paths; write '*.{pattern}'"
-            raise UsageError(f"--skip {pattern!r} matches no module", hint=hint)
+    example = next((choice for choice in selection.choices if choice.is_linear), selection.choices[0])
+    modules = [(choice.module, *choice.paths) for choice in selection.choices]
+    require_matches("--skip", options.skip, modules, example.module)
     if all(choice.kept_because for choice in selection.choices):
         nothing = f"{checkpoint.root}: nothing to quantize"
         other = next((c.spec for c in selection.choices if c.kept_because == of_type(c.spec)), None)

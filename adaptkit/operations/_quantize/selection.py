@@ -6,11 +6,11 @@ stay. ``operations._roles`` determines what each tensor is; this module decides 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import UsageError
 from adaptkit.formats._format import Encoding
+from adaptkit.models.matching import matches_any
 from adaptkit.numerics.spec import FLOATS, TensorSpec
 from adaptkit.operations._roles import Role, Roles, find_roles
 
@@ -72,7 +72,7 @@ def select(
 
     Args:
         checkpoint: unquantized.
-        skip: shell patterns of module paths that stay as they are; see ``matches_any``.
+        skip: shell patterns of module paths, in the file or in the model, that stay as they are.
         include_head: quantize the output layer too.
         moe: ``keep`` leaves experts as they are, since bitsandbytes cannot load them; ``quantize`` quantizes them for
             adaptkit's own trainer.
@@ -116,15 +116,6 @@ def skip_modules(selection: Selection) -> list[str]:
     return sorted(kept | (set() if selection.head_is_quantized else {selection.head}))
 
 
-def matches_any(selection: Selection, pattern: str) -> bool:
-    """Whether a ``skip`` pattern matches any module, by its path in the file or in the model."""
-    return any(_matches(choice.module, choice.paths, pattern) for choice in selection.choices)
-
-
-def _matches(module: str, paths: Sequence[str], pattern: str) -> bool:
-    return any(fnmatchcase(path, pattern) for path in (module, *paths))
-
-
 def of_type(spec: TensorSpec) -> str:
     """Return the reason for keeping a tensor whose dtype is not quantized."""
     return f"dtype {spec.dtype}"
@@ -140,7 +131,7 @@ def _kept_because(
         reason = _expert_kept_because(spec, encoding)
     if not reason and spec.dtype not in FLOATS:
         return of_type(spec)
-    asked = any(_matches(spec.name.removesuffix(".weight"), role.paths, pattern) for pattern in skip)
+    asked = any(matches_any((spec.name.removesuffix(".weight"), *role.paths), pattern) for pattern in skip)
     return "skipped by --skip" if asked and not reason else reason
 
 

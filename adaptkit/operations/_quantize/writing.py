@@ -6,7 +6,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from adaptkit.checkpoint.integrity import check_config
+from adaptkit.checkpoint.integrity import read_input_manifest
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import CONFIG_NAME
 from adaptkit.checkpoint.manifest import Manifest, Parent, Target, TensorRecord, parent_of, read_manifest, tensors_root
@@ -29,7 +29,7 @@ def open_source(source: Path) -> Checkpoint:
     """
     checkpoint = open_plain(source)
     check_side_files(source)
-    check_config(source, read_manifest(source))
+    read_input_manifest(source)
     return checkpoint
 
 

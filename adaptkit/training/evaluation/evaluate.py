@@ -8,8 +8,8 @@ from typing import Any
 
 from adaptkit.arguments import AnyPath, as_path, as_path_or_none, as_paths, checked_options
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
-from adaptkit.checkpoint.integrity import check_config, check_tensors
-from adaptkit.checkpoint.manifest import parent_of, read_manifest
+from adaptkit.checkpoint.integrity import check_tensors, read_input_manifest
+from adaptkit.checkpoint.manifest import parent_of
 from adaptkit.data.limits import pad_id
 from adaptkit.errors import NonFiniteError, UsageError
 from adaptkit.models.architecture import empty_network
@@ -92,9 +92,7 @@ def check_files(base: Path) -> None:
     Raises:
         IntegrityError: one differs.
     """
-    manifest = read_manifest(base)
-    check_config(base, manifest)
-    check_tensors(base, manifest)
+    check_tensors(base, read_input_manifest(base))
 
 
 def check_request(data: Sequence[Path], text: Sequence[Path], options: EvaluateOptions, reference: Path | None) -> None:

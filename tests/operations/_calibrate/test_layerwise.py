@@ -144,14 +144,12 @@ def test_only_the_current_layer_has_its_weights_in_memory_while_batches_are_coun
 
 def test_unusable_tokens_and_models_are_refused(family, copy_of):
     checkpoint = Checkpoint(family("llama"))
-    quantized, empty = copy_of(family("llama"), "quantized"), copy_of(family("llama"), "empty")
-    edit_json(quantized / "config.json", quantization_config={"quant_method": "gptq"})
+    empty = copy_of(family("llama"), "empty")
     edit_json(empty / "config.json", num_hidden_layers=0)
     for folder, tokens, message in (
         (checkpoint, torch.tensor([[1, 90]]), "token id 90 is outside the model's vocabulary of 90"),
         (checkpoint, torch.tensor([1, 2]), r"expected \(windows, window\)"),
         (checkpoint, torch.zeros(0, 8, dtype=torch.int64), r"expected \(windows, window\)"),
-        (Checkpoint(quantized), windows(), "quantized with gptq"),
         (Checkpoint(empty), windows(), "has no list of layers"),
     ):
         with pytest.raises(UsageError, match=message):

@@ -24,7 +24,7 @@ from adaptkit.errors import AdaptkitError, CheckpointError, UsageError
 from adaptkit.formats._format import Encoding
 from adaptkit.numerics.dtypes import dtype_name
 from adaptkit.numerics.spec import TensorSpec
-from adaptkit.operations._quantize.selection import matches_any, select, skip_modules
+from adaptkit.operations._quantize.selection import select, skip_modules
 from adaptkit.operations._roles import find_roles, roles_by_architecture, roles_by_name, stores_transposed
 from adaptkit.operations._usual_names import USUAL_NAMES, has_usual_names
 from adaptkit.operations.dequantize import dequantize
@@ -173,8 +173,6 @@ def test_the_skip_list_has_routers_and_experts_once_per_layer(families):
 def test_a_skipped_module_is_listed_by_its_path_in_the_file_and_in_the_model(families):
     selection = select(Checkpoint(families / "gpt2-of-the-hub"), skip=("*.0.mlp.c_fc",))
     assert skip_modules(selection) == ["h.0.mlp.c_fc", "lm_head", "transformer.h.0.mlp.c_fc"]
-    assert matches_any(selection, "transformer.h.0.mlp.c_fc")
-    assert not matches_any(selection, "c_fc")
     assert [c.spec.name for c in selection.choices if c.kept_because == "skipped by --skip"] == ["h.0.mlp.c_fc.weight"]
 
 
