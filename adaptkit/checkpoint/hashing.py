@@ -5,7 +5,7 @@ xxh3_128 is fast but not collision-resistant, so it never decides whether to tru
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,13 +35,6 @@ def fingerprint_in_pieces(files: TensorFiles, name: str) -> str:
     for start in range(0, spec.nbytes, _CHUNK_BYTES):
         digest.update(bytes_of(files.read_bytes(name, start, min(_CHUNK_BYTES, spec.nbytes - start))))
     return digest.hexdigest()
-
-
-def file_chunks(path: Path) -> Iterator[bytes]:
-    """Read a file piece by piece."""
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            yield chunk
 
 
 def file_sha256(path: Path) -> str:

@@ -18,7 +18,7 @@ from adaptkit.checkpoint.manifest import (
     read_manifest,
 )
 from adaptkit.checkpoint.progress import Progress, no_progress
-from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.checkpoint.reader import Checkpoint, TensorFiles
 from adaptkit.errors import CheckpointError, IntegrityError
 
 _AGAIN = "download or copy the whole artifact again (from the Hub: adaptkit pull)"
@@ -127,6 +127,13 @@ def read_input_manifest(root: Path) -> Manifest | None:
         if record.path == CONFIG_NAME and (problem := file_problem(root, record)):
             raise IntegrityError(f"{root}: {problem}", hint=f"restore it; for details, run: adaptkit verify {root}")
     return manifest
+
+
+def differing_header(files: TensorFiles, manifest: Manifest) -> str | None:
+    """Return the name of a tensor whose file, dtype or shape is not as the manifest says; None if all are."""
+    listed = {(t.name, t.file, t.dtype, t.shape) for t in manifest.tensors}
+    found = {(name, at.file, at.spec.dtype, at.spec.shape) for name, at in files.tensors.items()}
+    return min(listed ^ found)[0] if listed != found else None
 
 
 def check_tensors(root: Path, manifest: Manifest | None) -> None:

@@ -15,7 +15,7 @@ from typing import Self
 import xxhash
 
 from adaptkit.checkpoint.direct import DirectFile
-from adaptkit.checkpoint.hashing import Ranges, bytes_of, file_chunks
+from adaptkit.checkpoint.hashing import Ranges, bytes_of
 from adaptkit.checkpoint.header import write_header
 from adaptkit.checkpoint.layout import resolve_inside
 from adaptkit.checkpoint.manifest import FileRecord, TensorRecord
@@ -25,6 +25,7 @@ from adaptkit.numerics.spec import TensorSpec
 
 _TEMPORARY = re.compile(r"\.(?P<name>.+?)(\.\d{1,9}\.\d+)?\.partial")
 """Name of a temporary file of ``replace_file``; older versions wrote no process and thread ids."""
+_CHUNK_BYTES = 4 << 20
 _STALE_SECONDS = 3600
 """Age above which a temporary file must be left over from a killed process, possibly on another machine."""
 
@@ -112,7 +113,9 @@ def copy_file(source: Path, folder: Path, name: str, ranges: Ranges | None = Non
 
 def _chunks_of(source: Path) -> Iterator[bytes]:
     try:
-        yield from file_chunks(source)
+        with source.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                yield chunk
     except OSError as error:
         raise CheckpointError(f"{source}: cannot be read: {error.strerror}", hint="check its permissions") from error
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from adaptkit.checkpoint.integrity import differing_header
 from adaptkit.checkpoint.layout import CONFIG_NAME, resolve_inside
 from adaptkit.checkpoint.manifest import Manifest, TensorRecord, read_manifest, tensors_root
 from adaptkit.checkpoint.progress import Progress
@@ -141,9 +142,8 @@ def _why_not_by_manifest(checkpoint: Checkpoint, manifest: Manifest | None) -> s
     for file in checkpoint.headers:
         if sizes.get(file) != resolve_inside(checkpoint.root, file).stat().st_size:
             return f"{file} has a different size"
-    listed = {(t.name, t.file, t.dtype, t.shape) for t in manifest.tensors}
-    found = {(n, t.file, t.spec.dtype, t.spec.shape) for n, t in checkpoint.tensors.items()}
-    return f"the tensor {min(listed ^ found)[0]} does not match it" if listed != found else ""
+    differing = differing_header(checkpoint, manifest)
+    return f"the tensor {differing} does not match it" if differing is not None else ""
 
 
 def _measure(

@@ -12,6 +12,7 @@ from adaptkit.checkpoint import undo
 from adaptkit.checkpoint.adapter import Adapter, adapter_identity, read_adapter
 from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.header import Header, parse_header
+from adaptkit.checkpoint.integrity import differing_header
 from adaptkit.checkpoint.layout import CARD_NAME, CONFIG_NAME, read_small, resolve_inside
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest, tensors_root
 from adaptkit.checkpoint.reader import Checkpoint, Located, TensorFiles
@@ -207,10 +208,7 @@ def open_merged(root: Path) -> MergedModel:
     if not plain or len(bases) != 1:
         raise IntegrityError(f"{root}: the manifest does not describe a merge", hint=AGAIN)
     checkpoint = Checkpoint(root)
-    described = {(t.name, t.file, t.dtype, t.shape) for t in manifest.tensors}
-    found = {(name, at.file, at.spec.dtype, at.spec.shape) for name, at in checkpoint.tensors.items()}
-    if described != found:
-        differing = min(described ^ found)[0]
+    if (differing := differing_header(checkpoint, manifest)) is not None:
         raise IntegrityError(f"{root}: {differing} does not match the manifest", hint=AGAIN)
     if not any(record.path.startswith(f"{undo.FOLDER}/") for record in manifest.files):
         raise IntegrityError(
