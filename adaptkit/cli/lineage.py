@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from adaptkit.cli.output import counted
+from adaptkit.cli.output import branches, counted
 
 if TYPE_CHECKING:
     from adaptkit.operations._lineage.tree import Ancestor
@@ -12,12 +12,9 @@ _SHOWN = 16
 """Number of hash digits shown."""
 
 
-def tree(parents: Sequence["Ancestor"], indent: str = "") -> Iterator[str]:
+def tree(parents: Sequence["Ancestor"]) -> Iterator[str]:
     """Yield a line for each ancestor, below the artifact that was made from it."""
-    for number, parent in enumerate(parents, 1):
-        last = number == len(parents)
-        yield f"{indent}{'└── ' if last else '├── '}{_line(parent)}"
-        yield from tree(parent.parents, indent + ("    " if last else "│   "))
+    return (stem + _line(parent) for stem, parent in branches(parents, lambda parent: parent.parents))
 
 
 def mermaid(root: str, parents: Sequence["Ancestor"]) -> str:

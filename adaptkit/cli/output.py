@@ -5,19 +5,21 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from adaptkit.cli.repositories import as_repositories
-from adaptkit.errors import DISK_HINTS, UsageError
+from adaptkit.errors import DISK_HINTS, UsageError, install_hint
 from adaptkit.hub.secrets import redact
 from adaptkit.wording import counted as counted
 from adaptkit.wording import size as size
 
-Row = tuple[str, str]
+Item = TypeVar("Item")
+Row = tuple[str, str | None]
+"""Label and value; without a value, the row is not shown."""
 WORST = 3
 """Number of entries that a table lists of many: those that lose most."""
 _BEGINNING = 1 << 20
@@ -32,7 +34,7 @@ def plain(text: str) -> str:
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
-def show(report: Any, rows: Iterable[Row], *, as_json: bool, quiet: bool) -> None:
+def show(report: Any, rows: Iterable[Row], *, as_json: bool, quiet: bool, above: Iterable[str] = ()) -> None:
     """Print a report on stdout.
 
     Args:
@@ -40,14 +42,46 @@ def show(report: Any, rows: Iterable[Row], *, as_json: bool, quiet: bool) -> Non
         rows: labels and values of the table that is printed otherwise.
         as_json: print the JSON document.
         quiet: print no table.
+        above: lines printed above the rows.
     """
     if as_json:
         say(_document(report))
     elif not quiet:
-        table = list(rows)
-        width = max((len(label) for label, _ in table), default=0)
-        aligned = [(label, as_repositories(value).replace("\n", "\n" + " " * (width + 2))) for label, value in table]
-        say(*(f"{label:<{width}}  {value}".rstrip() for label, value in aligned))
+        lines, known = list(above), [(label, as_repositories(value)) for label, value in rows if value]
+        say(*lines, *([""] if lines else []), *aligned(known))
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Container[int] = ()) -> Iterator[str]:
+    """Yield rows of cells in columns; a last cell of several lines continues below its first one.
+
+    Args:
+        rows: the rows, of equally many cells.
+        right: columns that are aligned on the right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    indent = "\n" + " " * sum(width + 2 for width in widths[:-1])
+    for row in rows:
+        cells = (
+            f"{cell:>{width}}" if place in right else f"{cell:<{width}}"
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join(cells).rstrip().replace("\n", indent)
+
+
+def branches(
+    children: Sequence[Item], below: Callable[[Item], Sequence[Item]], indent: str = ""
+) -> Iterator[tuple[str, Item]]:
+    """Yield the items below the root of a tree, depth first, each after the lines that lead to it.
+
+    Args:
+        children: items directly below the root.
+        below: returns the items below an item; called after that item was yielded.
+        indent: what comes before the lines.
+    """
+    for number, child in enumerate(children, 1):
+        last = number == len(children)
+        yield indent + ("└── " if last else "├── "), child
+        yield from branches(below(child), below, indent + ("    " if last else "│   "))
 
 
 def _document(report: Any) -> str:
@@ -61,30 +95,6 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_jsonable(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def show_table(
-    report: Any, columns: Sequence[tuple[str, Sequence[str]]], rows: Iterable[Row], *, as_json: bool, quiet: bool
-) -> None:
-    """Print a report on several items on stdout, one line per item.
-
-    Args:
-        report: a dataclass, printed by ``--json``.
-        columns: heading and cells of each column; all but the first are right-aligned.
-        rows: labels and values printed below the table.
-        as_json: print the JSON document.
-        quiet: print no table.
-    """
-    if not as_json and not quiet:
-        widths = [max(map(len, (heading, *cells))) for heading, cells in columns]
-        for line in zip(*((heading, *cells) for heading, cells in columns), strict=True):
-            first, *others = (
-                f"{cell:>{width}}" if number else f"{cell:<{width}}"
-                for number, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            say("  ".join([first, *others]).rstrip())
-        say("")
-    show(report, rows, as_json=as_json, quiet=quiet)
 
 
 def notes(quiet: bool) -> Callable[[str], None]:
@@ -125,6 +135,29 @@ def check_place(path: Path, option: str, what: str = "", is_ours: Callable[[byte
             beginning = file.read(_BEGINNING)
         if beginning and not is_ours(beginning):
             raise UsageError(f"{option} {path}: already exists, and is not a {what}", hint=f"choose another {option}")
+
+
+def check_page(path: Path | None, pictures: bool = True) -> None:
+    """Check, before a command's work, that its HTML page can be drawn and written afterwards.
+
+    Args:
+        path: path of the page; None if no page is wanted.
+        pictures: whether the page has pictures.
+
+    Raises:
+        UsageError: matplotlib is missing, no file can be written there, or there is a file that is not such a page.
+    """
+    if path is None:
+        return
+    try:
+        if pictures:
+            import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"--html needs matplotlib, which cannot be imported: {error}",
+            hint=f"{install_hint('report')}, or leave out --html",
+        ) from error
+    check_place(path, "--html", "page of adaptkit", lambda start: start.startswith(b"<!doctype html>"))
 
 
 def _exists(path: Path) -> bool | None:
@@ -231,3 +264,8 @@ def span(ends: tuple[int, int]) -> str:
 def percent(fraction: float) -> str:
     """Format a fraction: 12.3 %."""
     return f"{100 * fraction:.3g} %"
+
+
+def shape(dimensions: Sequence[int]) -> str:
+    """Format a tensor's shape: 64×128."""
+    return "×".join(map(str, dimensions)) or "scalar"

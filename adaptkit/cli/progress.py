@@ -1,25 +1,80 @@
-"""Progress bars on stderr if it is a terminal."""
+"""Progress bars on stderr if it is a terminal, and the notes between them."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from adaptkit.cli.output import plain
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Rich
+    from rich.progress import Progress
 
     from adaptkit.training.report import StepReport
 
 
-ProgressContext = AbstractContextManager[Callable[[int, int], None]]
+class Bar:
+    """A bar, shown from its start or first update until all is done; nothing if stderr is not a terminal.
+
+    Args:
+        label: what is happening.
+        hidden: show nothing.
+        columns: what is shown between the bar and the time left: names of rich's columns, or formats of fields.
+        quiet: of the notes, print only warnings.
+    """
+
+    def __init__(self, label: str, hidden: bool, columns: Sequence[str], quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._bar: Progress | None = None
+        if hidden or not sys.stderr.isatty():
+            return
+        from rich import progress
+        from rich.console import Console
+
+        name = progress.TextColumn("{task.description}", markup=False)  # a path may contain brackets
+        shown = [progress.TextColumn(column) if "{" in column else getattr(progress, column)() for column in columns]
+        every = (name, progress.BarColumn(), *shown, progress.TimeRemainingColumn())
+        self._bar = progress.Progress(*every, console=Console(stderr=True), transient=True)
+        self._task = self._bar.add_task(label, total=None)
+
+    def start(self, label: str) -> bool:
+        """Start again, for other work; return whether the bar is shown."""
+        if self._bar is None:
+            return False
+        self._bar.remove_task(self._task)
+        self._task = self._bar.add_task(label, total=None)
+        self._bar.start()
+        return True
+
+    def update(self, done: int, total: int, **fields: Any) -> None:
+        """Show how much is done, and the fields of ``columns``."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total, **fields)
+            if done < total:
+                self._bar.start()
+            else:  # rich shows only one bar at a time
+                self._bar.stop()
+
+    def stop(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def print(self, text: str) -> None:
+        """Print a line on stderr, above the bar, with its control characters escaped."""
+        if self._bar is not None:
+            self._bar.console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(plain(text), file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        """Print a line as ``print`` does; if quiet, only warnings."""
+        if not self._quiet or text.startswith("warning"):
+            self.print(text)
 
 
-def byte_progress(label: str, hidden: bool = False) -> ProgressContext:
-    """Show a bar with bytes, rate and time left, from the first update in the block until all bytes are done.
+def byte_progress(label: str, hidden: bool = False) -> AbstractContextManager[Callable[[int, int], None]]:
+    """Show a bar with bytes, rate and time left during the block.
 
     Args:
         label: what is happening.
@@ -28,10 +83,10 @@ def byte_progress(label: str, hidden: bool = False) -> ProgressContext:
     Yields:
         A function to call with (bytes done, total bytes).
     """
-    return _bar(label, ("DownloadColumn", "TransferSpeedColumn"), hidden)
+    return _updated(label, hidden, ("DownloadColumn", "TransferSpeedColumn"))
 
 
-def count_progress(label: str, hidden: bool = False) -> ProgressContext:
+def count_progress(label: str, hidden: bool = False) -> AbstractContextManager[Callable[[int, int], None]]:
     """Show a bar as ``byte_progress`` does, with a count and time left.
 
     Args:
@@ -41,128 +96,38 @@ def count_progress(label: str, hidden: bool = False) -> ProgressContext:
     Yields:
         A function to call with (items done, total items).
     """
-    return _bar(label, ("MofNCompleteColumn",), hidden)
+    return _updated(label, hidden, ("MofNCompleteColumn",))
 
 
 @contextmanager
-def _bar(label: str, figures: Sequence[str], hidden: bool) -> Iterator[Callable[[int, int], None]]:
-    if hidden or not sys.stderr.isatty():
-        yield lambda done, total: None
-        return
-    from rich import progress
-    from rich.console import Console
-
-    shown = [getattr(progress, name)() for name in figures]
-    columns = (progress.TextColumn(label), progress.BarColumn(), *shown, progress.TimeRemainingColumn())
-    bar = progress.Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(label, total=None)
-
-    def show(done: int, total: int) -> None:
-        bar.start()  # started late and stopped early, since rich shows only one bar at a time
-        bar.update(task, completed=done, total=total)
-        if done == total:
-            bar.stop()
-
+def _updated(label: str, hidden: bool, columns: Sequence[str]) -> Iterator[Callable[[int, int], None]]:
+    bar = Bar(label, hidden, columns)
     try:
-        yield show
+        yield bar.update
     finally:
         bar.stop()
 
 
-@dataclass(frozen=True)
-class TrainingProgress:
-    """Callbacks that show a training run.
-
-    Attributes:
-        step: called with the report of every step.
-        note: called with one-line messages about everything else.
-    """
-
-    step: Callable[["StepReport"], None]
-    note: Callable[[str], None]
-
-
 @contextmanager
-def training_progress(hidden: bool, quiet: bool) -> Iterator[TrainingProgress]:
-    """Show a training run's step, loss, tokens per second and time left during the block; notes stay on the terminal.
+def training_progress(
+    hidden: bool, quiet: bool
+) -> Iterator[tuple[Callable[["StepReport"], None], Callable[[str], None]]]:
+    """Show a training run's step, loss, tokens per second and time left during the block.
 
     Args:
         hidden: show no bar.
-        quiet: of the notes, show only warnings.
+        quiet: of the notes, print only warnings.
+
+    Yields:
+        Functions to call with the report of every step, and with one-line messages about everything else.
     """
-    if hidden or not sys.stderr.isatty():
-        yield TrainingProgress(lambda report: None, partial(_note, quiet, partial(print, file=sys.stderr, flush=True)))
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    columns = ("MofNCompleteColumn", "loss {task.fields[loss]:.4f}", "{task.fields[speed]:.0f} tokens/s")
+    bar = Bar("train", hidden, columns, quiet)
 
-    columns = (
-        TextColumn("train"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TextColumn("{task.fields[speed]:.0f} tokens/s"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("train", total=None, loss=float("nan"), speed=0.0)
+    def show(report: "StepReport") -> None:
+        bar.update(report.step, report.steps, loss=report.loss, speed=report.tokens_per_second)
 
-        def show(report: "StepReport") -> None:
-            bar.update(
-                task, completed=report.step, total=report.steps, loss=report.loss, speed=report.tokens_per_second
-            )
-
-        yield TrainingProgress(show, partial(_note, quiet, partial(console.print, markup=False, highlight=False)))
-
-
-def _note(quiet: bool, show: Callable[[str], None], text: str) -> None:
-    if not quiet or text.startswith("warning"):
-        show(plain(text))
-
-
-class StepBar:
-    """A bar for a sequence of tasks; shown only on a terminal.
-
-    Args:
-        hidden: show no bar.
-    """
-
-    def __init__(self, hidden: bool) -> None:
-        self._bar: Rich | None = None
-        if hidden or not sys.stderr.isatty():
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-        name = TextColumn("{task.description}", markup=False)  # a path may contain brackets
-        columns = (name, BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-
-    def start(self, label: str) -> bool:
-        """Start the bar of a task; return whether it is shown."""
-        if self._bar is None:
-            return False
-        self._bar.add_task(label, total=None)
-        self._bar.start()
-        return True
-
-    def update(self, done: int, total: int) -> None:
-        """Show how much of the task is done."""
-        if self._bar is not None and self._bar.tasks:
-            self._bar.update(self._bar.task_ids[-1], completed=done, total=total)
-
-    def stop(self) -> None:
-        """Remove the bar."""
-        if self._bar is not None:
-            self._bar.stop()
-            for task in self._bar.task_ids:
-                self._bar.remove_task(task)
-
-    def print(self, text: str) -> None:
-        """Print a line on stderr, above the bar, with its control characters escaped."""
-        text = plain(text)
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+    try:
+        yield show, bar.note
+    finally:
+        bar.stop()

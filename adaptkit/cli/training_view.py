@@ -32,26 +32,19 @@ def data_rows(data: "DataReport") -> Iterator[Row]:
         from adaptkit.data.sampling import MOST_HELD_OUT
 
         yield "held out", f"{MOST_HELD_OUT:,} rows and not a tenth of them, as --held-out is not given"
-    if data.repeated:
-        same = counted(data.repeated, "held-out sample", "are")
-        yield "repeated", f"{same} also trained on, so the held-out loss is too low"
-    if data.split:
-        split = counted(data.split, "conversation")
-        yield "split", f"{split} into one sample per answer: the chat template rewrites earlier turns"
-    if data.ended:
-        ended = counted(data.ended, "sample")
-        yield "ended", f"{ended} with an added end token: the chat template puts none after an answer"
-    if data.empty:
-        empty = counted(data.empty, "row", "have")
-        yield "empty", f"{empty} an empty answer, which the model learns to give (the first: {data.empty_at})"
-    if data.twice:
-        twice = counted(data.twice, "row", "have")
-        text = f"{twice} an answer with an end token, and the model learns another after it"
-        yield "twice", f"{text} (the first: {data.twice_at})"
-    if data.special:
-        special = counted(data.special, "row", "have")
-        text = f"{special} a special token in a message or tool, which the model does not read as text"
-        yield "special", f"{text} (the first: {data.special_at})"
+    for label, count, noun, verb, text in (
+        ("repeated", data.repeated, "held-out sample", "are", "also trained on, so the held-out loss is too low"),
+        ("split", data.split, "conversation", "",
+         "into one sample per answer: the chat template rewrites earlier turns"),
+        ("ended", data.ended, "sample", "", "with an added end token: the chat template puts none after an answer"),
+        ("empty", data.empty, "row", "have",
+         f"an empty answer, which the model learns to give (the first: {data.empty_at})"),
+        ("twice", data.twice, "row", "have",
+         f"an answer with an end token, and the model learns another after it (the first: {data.twice_at})"),
+        ("special", data.special, "row", "have",
+         f"a special token in a message or tool, which the model does not read as text (the first: {data.special_at})"),
+    ):  # fmt: skip
+        yield label, f"{counted(count, noun, verb)} {text}" if count else None
     if data.chat_template is not None:
         yield "template", f"from {data.chat_template}; it is saved with the output"
     if data.without_template:

@@ -1,6 +1,5 @@
 """Reading and checking chat templates, and setting their variables; ``rendering`` runs them."""
 
-import importlib.util
 import json
 import re
 from collections.abc import Mapping
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.layout import read_small
-from adaptkit.errors import DataError, UsageError, install_hint
+from adaptkit.errors import DataError, UsageError
 
 TEMPLATE_NAME = "chat_template.jinja"
 HINT = "use another chat template (train: --chat-template FILE)"
@@ -21,12 +20,6 @@ _PREDEFINED = {
     "strftime_now", "range", "namespace", "dict", "lipsum", "cycler", "joiner",
 }  # fmt: skip
 """Variables and functions that every template is given."""
-
-
-def require_jinja() -> None:
-    """Raise UsageError if jinja2, which parses and renders chat templates, is not installed."""
-    if importlib.util.find_spec("jinja2") is None:
-        raise UsageError("chat templates need the package jinja2", hint=install_hint("train"))
 
 
 def read_template(path: Path) -> str:
@@ -106,7 +99,6 @@ def _asked_by(tokenizer: Any) -> set[str]:
 
 def _variables_in(template: str, problem: str) -> set[str]:
     """Return the undeclared variables of a template."""
-    require_jinja()
     from jinja2 import TemplateSyntaxError, meta
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 

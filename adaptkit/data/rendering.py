@@ -13,7 +13,7 @@ from datetime import datetime
 from functools import cached_property, lru_cache
 from typing import Any
 
-from adaptkit.data.chat_template import ADD_ONE, HINT, require_jinja, template_of
+from adaptkit.data.chat_template import ADD_ONE, HINT, template_of
 from adaptkit.data.messages import REASONING, REASONING_FIELDS, Message, content_with_reasoning, split_reasoning
 from adaptkit.data.tool_calls import CALLS, Tools, as_json
 from adaptkit.errors import DataError
@@ -54,7 +54,6 @@ def render(messages: Sequence[Message], tokenizer: Any, tools: Tools = (), *, op
     Raises:
         DataError: the template refuses the conversation or leaves a part of it out, or there is neither a template nor
             an end token.
-        UsageError: jinja2 is not installed.
     """
     if not messages:
         return ""
@@ -89,9 +88,7 @@ def call_template(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()
 
     Raises:
         DataError: the template refuses the conversation, or makes a text far longer than it, which would be tokenized.
-        UsageError: jinja2 is not installed.
     """
-    require_jinja()
     from jinja2 import TemplateError
 
     given = list(tools) or None

@@ -9,17 +9,12 @@ from pathlib import Path
 
 import pytest
 import tiny
-from html_pages import Parsed, browse
+from html_pages import Parsed
+from page_reports import comparison
 
 from adaptkit.cli.main import main
 from adaptkit.cli.pages.evaluate import evaluate_page
 from adaptkit.data.tokenizer_files import load_tokenizer
-from adaptkit.training.evaluation.comparison import Comparison, Forgetting
-from adaptkit.training.evaluation.perplexity import TextReport
-from adaptkit.training.evaluation.report import Answer, EvaluateReport, GenerationReport
-from adaptkit.training.evaluation.scores import Scores
-
-HOSTILE = ("<script>alert(1)</script>", "\"onmouseover='alert(1)'", "</title></style>", "--><b>")
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +32,6 @@ def compared(llama, adapter, second_adapter, instructions, made, run_cli):
     )  # fmt: skip
     assert (done.code, done.stderr) == (0, "")
     return folder, json.loads(done.stdout)
-
-
-def report_of(base, adapter=None, loss=2.5, text=3.0, shots=0):
-    scores = Scores(12.5, 2.25, 0.3125, 0.4375, 1.125, "exact and stem", "BLEU x")
-    return EvaluateReport(
-        base, adapter, shots, 0, "float32", 1000, 10 if adapter else None, 8, 0, 0, 64, loss, 12.18,
-        TextReport(2, 126, text, 20.09), GenerationReport(3, 4, 0, 1, 2, scores), {"hello": f"{base} says"},
-    )  # fmt: skip
-
-
-def comparison_of(first="base", second="adapter"):
-    models = (report_of(first), report_of(first, second, 1.5, 3.1))
-    return Comparison(models, (Forgetting(models[1].label, models[0].label, 3.0, 3.1, 20.0, 22.0),))
 
 
 def test_models_in_the_cache_of_the_hub_are_named_by_their_repositories(llama, tmp_path, run_cli):
@@ -247,43 +229,9 @@ def test_an_end_token_that_also_pads_causes_no_warning_of_transformers(gpt2, ins
     assert (done.code, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_names_and_answers_are_escaped(hostile):
-    answers = [Answer(hostile + " + a", ({"role": "user", "content": hostile},), hostile, (hostile,))]
-    comparison = Comparison((report_of(hostile, "a"),), ())
-    parsed = Parsed(evaluate_page(comparison, answers))
-    tame_answers = [Answer("b + a", answers[0].messages, "", ("x",))]
-    tame = Parsed(evaluate_page(Comparison((report_of("b", "a"),), ()), tame_answers))
-    assert set(parsed.tags) <= set(tame.tags)
-    assert parsed.tags.count("script") == 1
-    assert not [name for name, _ in parsed.attributes if name.startswith("on")]
-    said = parsed.tables["The first 1 of 1 question"][1:]
-    assert [row[2] for row in said] == [hostile, hostile]
-
-
 def test_models_with_the_same_name_are_shown_with_their_paths():
-    tables = Parsed(evaluate_page(comparison_of("runs/a/model", "runs/b/model"))).tables
+    tables = Parsed(evaluate_page(comparison("runs/a/model", "runs/b/model"))).tables
     assert [row[0] for row in tables["Models"][1:]] == ["runs/a/model", "runs/a/model + runs/b/model"]
-
-
-def test_a_browser_shows_the_page_and_sorts_it(tmp_path):
-    page = evaluate_page(comparison_of())
-    (tmp_path / "page.html").write_text(page)
-    probe = """<iframe id="page" src="page.html" width="375" height="800"></iframe><pre id="found"></pre><script>
-    document.getElementById("page").onload = function () {
-      const inside = this.contentDocument, table = inside.querySelector("table");
-      const names = Array.from(table.tHead.rows[0].cells, (cell) => cell.textContent);
-      table.querySelectorAll("th button")[names.indexOf("loss")].click();
-      document.getElementById("found").textContent = JSON.stringify({
-        order: Array.from(table.tBodies[0].rows, (row) => row.cells[0].textContent),
-        overflow: inside.documentElement.scrollWidth - inside.documentElement.clientWidth });
-    };</script>"""
-    (tmp_path / "probe.html").write_text(probe)
-    document, console = browse(tmp_path, "probe.html")
-    assert console == []
-    found = json.loads(re.search(r'<pre id="found">(.*)</pre>', document)[1])
-    assert found["order"] == ["base + adapter", "base"]
-    assert found["overflow"] <= 0, "a phone scrolls the page sideways"
 
 
 def test_bad_requests_print_only_an_error_and_a_hint_and_exit_with_the_documented_code(

@@ -13,7 +13,7 @@ import pytest
 from folders import edit_json, tree
 
 from adaptkit.cli.output import notes
-from adaptkit.cli.progress import StepBar, training_progress
+from adaptkit.cli.progress import Bar
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.settings import settings
 
@@ -515,7 +515,5 @@ def test_names_in_files_cannot_send_commands_to_the_terminal(adapter, copy_of, r
 
 def test_notes_and_progress_lines_are_escaped(capsys):
     notes(quiet=False)(HOSTILE)
-    StepBar(hidden=True).print(HOSTILE)
-    with training_progress(hidden=True, quiet=False) as progress:
-        progress.note(HOSTILE)
-    assert capsys.readouterr().err == f"note: {ESCAPED}\n{ESCAPED}\n{ESCAPED}\n"
+    Bar("", hidden=True, columns=()).note(HOSTILE)
+    assert capsys.readouterr().err == f"note: {ESCAPED}\n{ESCAPED}\n"

@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.progress import Progress
 
-from adaptkit.cli.progress import StepBar, byte_progress, count_progress
+from adaptkit.cli.progress import Bar, byte_progress, count_progress, training_progress
+from adaptkit.training.report import StepReport
 
 
 class Terminal(io.StringIO):
@@ -15,22 +16,27 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def bars(monkeypatch):
-    """The bars that are created during the test."""
+    """A function that makes stderr a terminal and returns the list of the bars created from then on."""
     made, init = [], Progress.__init__
 
     def remember(self, *columns, **options):
         init(self, *columns, **options)
         made.append(self)
 
-    monkeypatch.setattr(Progress, "__init__", remember)
-    return made
+    def start():  # in the test itself, since pytest replaces stderr before it
+        monkeypatch.setattr(Progress, "__init__", remember)
+        monkeypatch.setattr("sys.stderr", Terminal())
+        monkeypatch.setenv("COLUMNS", "200")
+        return made
+
+    return start
 
 
 @pytest.mark.parametrize("progress", [byte_progress, count_progress])
-def test_a_bar_is_shown_from_the_first_report_until_the_work_is_complete(progress, bars, monkeypatch):
-    monkeypatch.setattr("sys.stderr", Terminal())
+def test_a_bar_is_shown_from_the_first_report_until_the_work_is_complete(progress, bars):
+    made = bars()
     with progress("work") as tell:
-        (bar,) = bars
+        (bar,) = made
         assert not bar.live.is_started
         for done, is_shown in ((0, True), (5, True), (10, False), (3, True)):
             tell(done, 10)
@@ -39,24 +45,36 @@ def test_a_bar_is_shown_from_the_first_report_until_the_work_is_complete(progres
     assert not bar.live.is_started
 
 
-@pytest.mark.parametrize("progress", [byte_progress, count_progress])
-def test_no_bar_is_created_if_hidden_or_without_a_terminal(progress, bars, monkeypatch):
-    monkeypatch.setattr("sys.stderr", Terminal())
-    with progress("work", hidden=True) as tell:
-        tell(1, 2)
-    monkeypatch.setattr("sys.stderr", io.StringIO())
-    with progress("work") as tell:
-        tell(1, 2)
-    assert bars == []
+def test_no_bar_is_created_if_hidden_or_without_a_terminal(bars, monkeypatch):
+    made = bars()
+    for hidden in (True, False):
+        with byte_progress("work", hidden=hidden) as tell, training_progress(hidden, quiet=True) as (_, note):
+            tell(1, 2)
+            note("of no importance")
+        monkeypatch.setattr("sys.stderr", io.StringIO())
+    assert made == []
 
 
 @pytest.mark.parametrize("path", ["data[/b]/rows.jsonl", "[red]/rows.jsonl", "{a}[/rows.jsonl"])
-def test_a_name_that_looks_like_markup_is_shown_as_it_is(path, monkeypatch):
-    terminal = Terminal()
-    monkeypatch.setattr("sys.stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "200")
-    bar = StepBar(hidden=False)
+def test_a_name_that_looks_like_markup_is_shown_as_it_is(path, bars):
+    made, bar = bars(), Bar("", False, ())
     assert bar.start(path)
     bar.update(1, 2)
+    bar.print(f"note: {path}")
     bar.stop()
-    assert path in terminal.getvalue()
+    shown = made[0].console.file.getvalue()
+    assert shown.count(path) >= 2
+    assert f"note: {path}\n" in shown
+
+
+def test_a_training_run_shows_its_loss_and_speed_and_notes_above_the_bar(bars):
+    made = bars()
+    with training_progress(hidden=False, quiet=True) as (on_step, note):
+        on_step(StepReport(**dict.fromkeys(StepReport.__dataclass_fields__, 0) | {"step": 1, "steps": 9, "loss": 2.5}))
+        note("of no importance")
+        note("warning: the disk is full")
+        shown = made[0].console.file.getvalue()
+    assert "loss 2.5000" in shown
+    assert "1/9" in shown
+    assert "warning: the disk is full\n" in shown
+    assert "importance" not in shown

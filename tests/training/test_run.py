@@ -424,7 +424,7 @@ def test_a_tensorboard_folder_inside_an_artifact_is_refused(run_cli, config, tmp
 
 
 MAIN = "from adaptkit.cli.main import main; main()"
-ABSENT = ("jinja2", "matplotlib", "tensorboard", "wandb")
+ABSENT = ("matplotlib", "tensorboard", "wandb")
 WITHOUT = f"""
 import sys
 
@@ -448,21 +448,15 @@ def without():
 
 
 def test_a_missing_package_is_reported_with_how_to_install_it(config, without, tmp_path):
-    """transformers renders chat templates with jinja2, and does not require it."""
-    template, adapter = tmp_path / "template.jinja", tmp_path / "adapter"
-    template.write_text("{{ messages[0]['content'] }}")
-    training, rendering = command(config, adapter), "chat templates need the package jinja2"
+    training = command(config, tmp_path / "adapter")
     for absent, problem, extra, shown in (
         ("tensorboard", "--tensorboard: the package is not installed", "track", [*training, "--tensorboard", "x"]),
         ("wandb", "--wandb: the package is not installed", "track", [*training, "--wandb", "x"]),
-        ("jinja2", rendering, "train", training),
-        ("jinja2", rendering, "train", [*training, "--chat-template", template]),
-        ("jinja2", rendering, "train", ["evaluate", "--base", config.base, "--prompt", "Hi"]),
     ):
         done = without(absent, *shown)
         assert done.returncode == 2
         assert done.stderr == f"error: {problem}\nhint: pip install '.[{extra}]' in adaptkit's checkout\n"
-        assert list(tmp_path.iterdir()) == [template]
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_tracker_that_cannot_start_is_reported_without_a_traceback(config, run_cli, tmp_path):
@@ -476,16 +470,11 @@ def test_a_tracker_that_cannot_start_is_reported_without_a_traceback(config, run
     assert "Traceback" not in done.stderr
 
 
-def test_the_plot_has_all_labels_and_is_omitted_with_a_note_without_matplotlib(
-    config, without, llama, copy_of, tmp_path
-):
+def test_the_plot_has_all_labels_and_is_omitted_with_a_note_without_matplotlib(config, without, tmp_path):
     train(replace(config, eval_every=4), tmp_path / "adapter")
     texts = "".join(ElementTree.parse(tmp_path / "adapter" / "loss.svg").getroot().itertext())
     assert all(word in texts for word in ("training", "held out", "step", "learning rate"))
-    base, rows = copy_of(llama), tmp_path / "rows.jsonl"
-    (base / "chat_template.jinja").unlink()  # transformers would need jinja2, without which it was imported
-    rows.write_text("".join(json.dumps({"text": f"{number} rivers in the north"}) + "\n" for number in range(20)))
-    done = without("matplotlib", *command(replace(config, base=str(base), data=(str(rows),)), tmp_path / "plain"))
+    done = without("matplotlib", *command(config, tmp_path / "plain"))
     assert done.returncode == 0, done.stderr
     assert "no loss.svg: matplotlib is not installed (pip install '.[report]' in adaptkit's checkout)" in done.stderr
     assert not (tmp_path / "plain" / "loss.svg").exists()

@@ -46,20 +46,19 @@ def command(
 
 def _rows(report: "AdoptReport", dry_run: bool) -> list[Row]:
     what = f"{report.kind}, {counted(len(report.files), 'file')}, {size(report.bytes)}"
-    rows = [
-        ("would write" if dry_run else "wrote", f"{report.output} ({what})"),
-        ("tensors", f"{report.tensors:,}"),
-    ]
+    base = None
     if report.base is not None:
         changed = counted(report.base_fingerprints, "changed tensor")
-        rows.append(("base", f"{report.base}: fingerprints of {changed} recorded, so another base will be rejected"))
+        base = f"{report.base}: fingerprints of {changed} recorded, so another base will be rejected"
     elif report.kind == "adapter":
-        rows.append(("base", "unknown, so a wrong one cannot be rejected; add --base BASE to record it"))
-    if report.not_copied:
-        rows.append(("not copied", ", ".join(map(_printable, report.not_copied))))
-    if report.manifest_sha256:
-        rows.append(("manifest sha256", report.manifest_sha256))
-    return rows
+        base = "unknown, so a wrong one cannot be rejected; add --base BASE to record it"
+    return [
+        ("would write" if dry_run else "wrote", f"{report.output} ({what})"),
+        ("tensors", f"{report.tensors:,}"),
+        ("base", base),
+        ("not copied", ", ".join(map(_printable, report.not_copied))),
+        ("manifest sha256", report.manifest_sha256),
+    ]
 
 
 def _printable(name: str) -> str:

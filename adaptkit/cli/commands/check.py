@@ -36,17 +36,20 @@ def command(path: Path, targets: tuple[str, ...], base: Path | None, as_json: bo
     from adaptkit.operations.check import check
 
     report = check(path, targets, base)
-    rows = [("checked", f"{report.path}: {report.kind}"), ("examined", "\n".join(report.examined))]
-    for verdict in report.verdicts:
-        rows += _rows(verdict)
-    rows.append(("not checked", "\n".join(report.unknown)))
+    rows: list[Row] = [
+        ("checked", f"{report.path}: {report.kind}"),
+        ("examined", "\n".join(report.examined)),
+        *(row for verdict in report.verdicts for row in _rows(verdict)),
+        ("not checked", "\n".join(report.unknown)),
+    ]
     show(report, rows, as_json=as_json, quiet=quiet)
     return 0 if report.taken else 1
 
 
 def _rows(verdict: "Verdict") -> list[Row]:
     word = "loads it correctly" if verdict.taken else "does not load it correctly"
-    rows, said = [(verdict.target, f"{word} ({verdict.reader})")], ""
+    rows: list[Row] = [(verdict.target, f"{word} ({verdict.reader})")]
+    said = ""
     for finding in verdict.findings:
         change = "same change as above" if finding.change == said else finding.change
         rows.append((f"  {finding.level}", f"{finding.found}\n{finding.effect}\n-> {change}"))

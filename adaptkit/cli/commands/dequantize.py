@@ -38,7 +38,7 @@ def command(source: Path, output: Path, force: bool, as_json: bool, quiet: bool,
     rows = [
         ("would write" if dry_run else "wrote", report.output),
         ("dequantized", f"{counted(report.dequantized, 'matrix')}, {size(report.bytes_after)} in total"),
-        *([("left out", f"{counted(report.input_scales, 'scale')} of 8-bit inputs")] if report.input_scales else []),
-        *([("manifest sha256", report.manifest_sha256)] if report.manifest_sha256 else []),
+        ("left out", f"{counted(report.input_scales, 'scale')} of 8-bit inputs" if report.input_scales else None),
+        ("manifest sha256", report.manifest_sha256),
     ]
     show(report, rows, as_json=as_json, quiet=quiet)

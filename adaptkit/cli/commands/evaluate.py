@@ -9,19 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.measured import CUT, NONE, answer_to, columns, forgetting, place_of, remarks, short_label
+from adaptkit.cli import measured
 from adaptkit.cli.options import NamedValue, by_name, html_option, report_options
-from adaptkit.cli.output import (
-    Row,
-    check_place,
-    counted,
-    in_turn,
-    percent,
-    show,
-    show_table,
-    torchrun_rank,
-    write_whole,
-)
+from adaptkit.cli.output import Row, aligned, check_page, check_place, in_turn, show, torchrun_rank, write_whole
 from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import count_progress
 from adaptkit.data.conversation import LAYOUTS
@@ -29,8 +19,7 @@ from adaptkit.training.product_cache import limit_product_cache
 
 if TYPE_CHECKING:
     from adaptkit.training.evaluation.comparison import Comparison
-    from adaptkit.training.evaluation.perplexity import TextReport
-    from adaptkit.training.evaluation.report import Answer, EvaluateReport, GenerationReport
+    from adaptkit.training.evaluation.report import Answer
 
 _FILE = LocalPath()
 
@@ -99,8 +88,6 @@ def command(
     weights it was trained on.
     """
     limit_product_cache()
-    from adaptkit.cli.pages import prepare
-    from adaptkit.cli.pages.evaluate import evaluate_page
     from adaptkit.training.evaluation.comparison import Comparison, compare
     from adaptkit.training.evaluation.evaluate import evaluate
     from adaptkit.training.evaluation.report import EvaluateOptions
@@ -110,102 +97,42 @@ def command(
         as_json, quiet, samples_file, html = False, True, None, None
     if samples_file is not None:
         _check_samples_file(samples_file, chosen.generate, html)
-    prepare(html, pictures=False)
+    check_page(html, pictures=False)
     answers: list[Answer] = []
     more: dict[str, Any] = {"text": text, "reference": reference, "on_answer": answers.append}
     if compared or chosen.shots or len(bases) > 1 or len(adapters) > 1:
         with count_progress("models", as_json or quiet) as progress:
-            report = comparison = compare(bases, adapters, data, chosen, progress=progress, **more)
-        printed = partial(show_table, report, *_table(report), as_json=as_json, quiet=quiet)
+            comparison = compare(bases, adapters, data, chosen, progress=progress, **more)
+        report: Any = comparison
     else:
-        single = evaluate(bases[0], adapters[0] if adapters else None, data, chosen, **more)
-        comparison = Comparison((single,), ())
-        printed = partial(show, single, _rows(single), as_json=as_json, quiet=quiet)
+        report = evaluate(bases[0], adapters[0] if adapters else None, data, chosen, **more)
+        comparison = Comparison((report,), ())
     written: list[Callable[[], None]] = []
     if samples_file is not None:
         written.append(partial(write_whole, samples_file, "".join(map(_line, answers))))
     if html is not None:
+        from adaptkit.cli.pages.evaluate import evaluate_page
+
         written.append(lambda: write_whole(html, evaluate_page(comparison, answers)))
-    in_turn(*written, printed)
+    above, rows = _printed(comparison)
+    in_turn(*written, partial(show, report, rows, as_json=as_json, quiet=quiet, above=above))
 
 
-def _table(comparison: "Comparison") -> tuple[list[tuple[str, list[str]]], list[Row]]:
-    """Return the columns of a table of models, and the rows below it."""
-    cells = [
-        (heading, [cell if isinstance(cell, str) else cell.shown or "–" for cell in column])
-        for heading, column in columns(comparison)
-    ]
-    rows = [("forgetting", "\n".join(forgetting(found, comparison) for found in comparison.forgetting))]
-    rows = rows if comparison.forgetting else []
-    rows += [("note", remark) for remark in remarks(comparison)]
-    for prompt in comparison.models[0].answers:
-        rows.append(("prompt", " ".join(prompt.split())))
-        rows += [(short_label(report, comparison), answer_to(prompt, report)) for report in comparison.models]
-    return cells, rows
-
-
-def _rows(report: "EvaluateReport") -> list[Row]:
-    rows = [("model", place_of(report.base) + (f" with {place_of(report.adapter)}" if report.adapter else ""))]
-    rows.append(("computed in", report.compute_dtype))
-    if report.trained_parameters is not None:
-        share = percent(report.trained_parameters / report.parameters)
-        rows.append(("trained", f"{report.trained_parameters:,} parameters, {share} of the base's"))
-    if report.template_remark:
-        rows.append(("note", report.template_remark))
-    if report.loss is not None:
-        rows.append(
-            ("loss", f"{_loss(report.loss, report.perplexity)} over {counted(report.answer_tokens, 'answer token')}")
-        )
-        rows.append(("samples", _samples(report)))
-        rows += [("note", remark) for remark in report.unused_remarks]
-    if report.text is not None:
-        rows += _text_rows(report.text)
-    if report.generated is not None:
-        rows += _score_rows(report.generated)
-    for prompt in report.answers:
-        rows += [("prompt", " ".join(prompt.split())), ("answer", answer_to(prompt, report))]
-    return rows
-
-
-def _loss(loss: float, perplexity: float | None) -> str:
-    return f"{loss:.4f}" + ("" if perplexity is None else f" (perplexity {perplexity:.2f})")
-
-
-def _samples(report: "EvaluateReport") -> str:
-    left_out = [(report.truncated, CUT), (report.dropped, "dropped: no answer left after the cut")]
-    return "; ".join([str(report.samples), *(f"{count} {what}" for count, what in left_out if count)])
-
-
-def _text_rows(text: "TextReport") -> list[Row]:
-    size = f"{counted(text.tokens, 'token')} of text in {counted(text.windows, 'window')}"
-    rows = [("loss on text", f"{_loss(text.loss, text.perplexity)} over {size}")]
-    if text.reference_loss is not None:
-        rows += [
-            ("reference", f"{place_of(text.reference or '')}: {_loss(text.reference_loss, text.reference_perplexity)}"),
-            ("KL divergence", f"{text.kl_divergence:.5f} nats per token from the reference"),
-            ("same top token", percent(text.same_top_token or 0.0)),
-        ]
-    return rows
-
-
-def _score_rows(generated: "GenerationReport") -> list[Row]:
-    scores = generated.scores
-    count = f"{counted(generated.questions, 'question')} with {counted(generated.references, 'reference answer')}"
-    parts = [
-        count,
-        *([f"{generated.too_long:,} left out: longer than the context"] if generated.too_long else []),
-        *([f"{counted(generated.unfinished, 'answer')} cut at --max-new-tokens"] if generated.unfinished else []),
-        *([counted(generated.empty, "empty answer")] if generated.empty else []),
-    ]
-    return [
-        ("answered", "; ".join(parts)),
-        ("BLEU", f"{scores.bleu:.2f}"),
-        ("NIST", NONE["NIST"] if scores.nist is None else f"{scores.nist:.3f}"),
-        ("METEOR", f"{scores.meteor:.4f} ({scores.meteor_variant})"),
-        ("ROUGE-L", f"{scores.rouge_l:.4f}"),
-        ("CIDEr", NONE["CIDEr"] if scores.cider is None else f"{scores.cider:.4f}"),
-        ("computed by", scores.signature),
-    ]
+def _printed(comparison: "Comparison") -> tuple[list[str], list[Row]]:
+    """Return a table of several models, and the rows below it; rows alone of a single one."""
+    labels, found = measured.short_labels(comparison), measured.measures(comparison)
+    table = [("model", *(measure.heading for measure in found))]
+    table += [(label, *(measure.shown[place] or "–" for measure in found)) for place, label in enumerate(labels)]
+    is_single = len(labels) == 1
+    rows: list[Row] = [(heading, cell) for heading, cell in zip(*table, strict=True)] if is_single else []
+    rows += measured.material(comparison)
+    if comparison.forgetting:
+        rows.append(("forgetting", "\n".join(measured.forgetting(comparison))))
+    rows += [("note", remark) for remark in measured.remarks(comparison)]
+    for prompt, label, answer in measured.answers(comparison):
+        rows += [("prompt", " ".join(prompt.split()))] if label == labels[0] else []
+        rows.append(("answer" if is_single else label, answer))
+    return [] if is_single else list(aligned(table, right=range(1, len(table[0])))), rows
 
 
 def _check_samples_file(path: Path, generate: bool, html: Path | None) -> None:

@@ -67,41 +67,36 @@ def _planned(report: "ExtractReport") -> list[Row]:
 
 
 def _rows(report: "ExtractReport") -> list[Row]:
-    rows = [("wrote", report.output), ("equal", f"{report.equal} of {counted(report.tensors, 'tensor')}")]
-    if report.modules:
-        rows += _low_rank(report)
-    if report.placeholder:
-        rows.append(("low-rank", f"none; {report.placeholder} gets a zero change, since peft needs at least one"))
-    both = (("saved whole", report.saved), ("left out", report.left_out))
-    rows += [(label, _named(tensors)) for label, tensors in both if tensors]
-    if report.left_out:
-        rows.append(("", f"{percent(report.left_out_energy)} of the squared norm of everything that differs"))
-    if report.tokenizer:
-        rows.append(("also copied", f"from the tuned checkpoint: {', '.join(report.tokenizer)}"))
-    rows += report.remarks.items()
-    rows.append(("manifest sha256", str(report.manifest_sha256)))
-    return rows
+    none = f"none; {report.placeholder} gets a zero change, since peft needs at least one"
+    left_out = f"{percent(report.left_out_energy)} of the squared norm of everything that differs"
+    copied = f"from the tuned checkpoint: {', '.join(report.tokenizer)}"
+    return [
+        ("wrote", report.output),
+        ("equal", f"{report.equal} of {counted(report.tensors, 'tensor')}"),
+        *(_low_rank(report) if report.modules else ()),
+        ("low-rank", none if report.placeholder else None),
+        ("saved whole", _named(report.saved)),
+        ("left out", _named(report.left_out)),
+        ("", left_out if report.left_out else None),
+        ("also copied", copied if report.tokenizer else None),
+        *report.remarks.items(),
+        ("manifest sha256", report.manifest_sha256),
+    ]
 
 
 def _low_rank(report: "ExtractReport") -> list[Row]:
     kept = f"kept {_kept(report.energy_kept)} of the change; {counted(report.below_90, 'module')} below 90 %"
-    rows = [
+    rounding = f"to the tuned weights' dtype is about {percent(report.rounding)} of the change"
+    missed = f"{counted(report.unreached, 'module', 'keep')} less than --energy asks for; raise --max-rank"
+    worst = sorted(report.modules, key=lambda module: (module.energy_kept, module.module))[:WORST]
+    return [
         ("low-rank", f"{counted(len(report.modules), 'module')}, rank {span(report.ranks)}"),
         ("parameters", f"{report.parameters:,}"),
         ("change", f"{kept}; relative error {percent(report.relative_error)}"),
+        ("rounding", rounding if report.rounding >= 0.001 else None),
+        ("not reached", missed if report.unreached else None),
+        ("kept least", "\n".join(_line(module) for module in worst)),
     ]
-    if report.rounding >= 0.001:
-        rows.append(("rounding", f"to the tuned weights' dtype is about {percent(report.rounding)} of the change"))
-    if report.unreached:
-        rows.append(
-            (
-                "not reached",
-                f"{counted(report.unreached, 'module', 'keep')} less than --energy asks for; raise --max-rank",
-            )
-        )
-    worst = sorted(report.modules, key=lambda module: (module.energy_kept, module.module))[:WORST]
-    rows.append(("kept least", "\n".join(_line(module) for module in worst)))
-    return rows
 
 
 def _kept(share: float) -> str:
@@ -115,7 +110,9 @@ def _line(module: "ExtractedModule") -> str:
     return f"{_kept(module.energy_kept)} {module.module} (rank {module.rank}; {more})"
 
 
-def _named(tensors: "Sequence[OtherTensor]") -> str:
+def _named(tensors: "Sequence[OtherTensor]") -> str | None:
+    if not tensors:
+        return None
     kinds = Counter(tensor.why for tensor in tensors)
     counts = ", ".join(f"{count} {why}" for why, count in sorted(kinds.items()))
     first = "\n".join(tensor.name for tensor in tensors[:WORST])

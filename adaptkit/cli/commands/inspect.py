@@ -46,14 +46,13 @@ def command(path: Path, lineage: bool, parents: tuple[Path, ...], as_mermaid: bo
         ("tensors", f"{report.tensors} ({', '.join(f'{n} {t}' for t, n in report.dtypes.items())})"),
         ("size", size(report.bytes)),
         *(_row(key, value) for key, value in report.details.items() if value is not None),
+        ("made from", "\n".join(tree(report.lineage))),
     ]
-    if report.lineage:
-        rows.append(("made from", "\n".join(tree(report.lineage))))
     for parent in report.parents if not report.lineage else ():
         weight = f", weight {parent['weight']}" if "weight" in parent else ""
         rows.append(("made from", f"{parent['role']} ({parent['kind']}{weight}) {parent['tensors_root']}"))
-    rows += [("tensors root", report.tensors_root)] if report.tensors_root else []
-    rows += [("manifest sha256", report.manifest_sha256 or "none; made by another tool")]
+    rows.append(("tensors root", report.tensors_root))
+    rows.append(("manifest sha256", report.manifest_sha256 or "none; made by another tool"))
     show(report, rows, as_json=as_json, quiet=quiet)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from adaptkit.cli.options import output_options, threads_option, weight_option
-from adaptkit.cli.output import counted, percent, show
+from adaptkit.cli.output import Row, counted, percent, show
 from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import byte_progress
 
@@ -59,7 +59,7 @@ def command(
     verified = "unverified; names and shapes match"
     if report.base_verified:
         verified = "the one the adapters were trained on" if report.same_base else _CHANGED
-    rows = [
+    rows: list[Row] = [
         ("would write" if dry_run else "wrote", report.output),
         ("merged", f"{report.merged} of {counted(report.tensors, 'tensor')}"),
         ("base", "to be compared while merging" if dry_run and report.base_verified else verified),
@@ -72,8 +72,8 @@ def command(
         rows += [
             ("change", f"{percent(report.relative_delta)} of the weights' norm; {percent(report.moved)} of them moved"),
             ("change kept", f"{percent(report.effect)} after {'quantizing' if quantized else 'rounding'}{least}"),
-            *([("note", _LOST)] if report.effect < LITTLE_KEPT and not quantized else []),
-            *([("note", NOTHING_MOVED)] if report.effect >= LITTLE_KEPT and not report.moved else []),
+            ("note", _LOST if report.effect < LITTLE_KEPT and not quantized else None),
+            ("note", NOTHING_MOVED if report.effect >= LITTLE_KEPT and not report.moved else None),
             ("undo record", record),
             ("manifest sha256", str(report.manifest_sha256)),
         ]

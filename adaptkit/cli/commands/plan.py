@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from adaptkit.cli.options import InSections, given, report_options, settings_options
-from adaptkit.cli.output import Row, counted, percent, show, size
+from adaptkit.cli.output import Row, aligned, counted, percent, show, size
 from adaptkit.cli.paths import ConfigPath
 from adaptkit.training.plan_options import PlanOptions
 
@@ -27,6 +27,7 @@ def command(model: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     report = plan(model, PlanOptions(**given(PlanOptions, options)))
     share = percent(report.trainable_parameters / report.parameters)
     released = f", without {size(report.released_bytes)} released after use" if report.released_bytes else ""
+    ranks = [(f"{r.rank}", f"{r.parameters:,}", percent(r.fraction), f"{r.one_square:,}") for r in report.ranks]
     rows: list[Row] = [
         ("model", f"{report.architecture}, {report.parameters:,} parameters"),
         ("method", f"{report.method}, {report.compute_dtype}"),
@@ -36,11 +37,6 @@ def command(model: Path, as_json: bool, quiet: bool, **options: Any) -> None:
         *((name, size(count) + (released if name == "weights" else "")) for name, count in report.memory.items()),
         ("total", size(report.total_bytes)),
         *(("note", note) for note in report.notes),
-        ("", ""),
-        ("rank", f"{'trainable':>15}  {'of the model':>12}  {'2 r √N':>13}"),
-    ]
-    rows += [
-        (str(row.rank), f"{row.parameters:>15,}  {percent(row.fraction):>12}  {row.one_square:>13,}")
-        for row in report.ranks
+        ("by rank", "\n".join(aligned([("rank", "trainable", "of the model", "2 r √N"), *ranks], right=range(4)))),
     ]
     show(report, rows, as_json=as_json, quiet=quiet)

@@ -87,16 +87,12 @@ def _signer(key: Path | None, keyless: bool) -> "Signer | None":
 def _rows(report: "PublishReport", dry_run: bool) -> list[Row]:
     what = f"{counted(len(report.files_added), 'file')}, {size(report.bytes_sent)}"
     what += f", {counted(len(report.files_deleted), 'deletion')}"
-    if report.already_there:
-        what = "nothing: already published"
-    rows = [("would send" if dry_run else "sent", what), ("commit", report.commit or "none yet")]
-    if report.tag:
-        rows.append(("tag", report.tag))
-    if report.pull_request:
-        rows.append(("pull request", f"{report.pull_request}, {report.url}"))
-    rows.append(("manifest sha256", report.manifest_sha256))
-    if report.signed:
-        rows.append(("signature", "adaptkit-manifest.sig"))
-    if report.checked:
-        rows.append(("checked", "downloaded again; every byte matches"))
-    return rows
+    return [
+        ("would send" if dry_run else "sent", "nothing: already published" if report.already_there else what),
+        ("commit", report.commit or "none yet"),
+        ("tag", report.tag),
+        ("pull request", f"{report.pull_request}, {report.url}" if report.pull_request else None),
+        ("manifest sha256", report.manifest_sha256),
+        ("signature", "adaptkit-manifest.sig" if report.signed else None),
+        ("checked", "downloaded again; every byte matches" if report.checked else None),
+    ]

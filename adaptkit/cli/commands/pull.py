@@ -49,20 +49,18 @@ def command(
     with byte_progress("pull", as_json or quiet) as progress:
         report = pull(repo, output, wanted, force=force, progress=progress, note=notes(quiet))
     what = f"{report.kind}, {counted(report.files, 'file')}, {size(report.bytes)}, all verified"
-    rows = [("pulled", f"{report.output}: {what}")]
+    whole, left_out, signature = "", None, None
     if report.left_out:
-        rows.append(
-            ("left out", f"{counted(len(report.left_out), 'file')}; the manifest there lists only the files downloaded")
-        )
-    whole = " of the whole artifact" if report.left_out else ""
-    rows += [("commit", report.commit), ("manifest sha256", f"{report.manifest_sha256}{whole}")]
+        whole = " of the whole artifact"
+        left_out = f"{counted(len(report.left_out), 'file')}; the manifest there lists only the files downloaded"
     if report.signed:
-        rows.append(
-            (
-                "signature",
-                f"by {report.signed_by}"
-                if report.signed_by
-                else "present, not checked: to check it, pass --public-key or --identity",
-            )
-        )
+        unchecked = "present, not checked: to check it, pass --public-key or --identity"
+        signature = f"by {report.signed_by}" if report.signed_by else unchecked
+    rows = [
+        ("pulled", f"{report.output}: {what}"),
+        ("left out", left_out),
+        ("commit", report.commit),
+        ("manifest sha256", f"{report.manifest_sha256}{whole}"),
+        ("signature", signature),
+    ]
     show(report, rows, as_json=as_json, quiet=quiet)

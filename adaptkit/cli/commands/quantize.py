@@ -7,7 +7,7 @@ import click
 from click.core import ParameterSource
 
 from adaptkit.cli.options import Size, html_option, output_options, threads_option
-from adaptkit.cli.output import WORST, Row, counted, percent, show, size, write_whole
+from adaptkit.cli.output import WORST, Row, check_page, counted, percent, show, size, write_whole
 from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import byte_progress, count_progress
 from adaptkit.errors import UsageError
@@ -96,8 +96,6 @@ def command(
     SOURCE has 16- or 32-bit weights, or was released in FP8 with scales for blocks (DeepSeek-V3)
     or MXFP4 (gpt-oss).
     """
-    from adaptkit.cli.pages import prepare
-    from adaptkit.cli.pages.quantize import quantize_page
     from adaptkit.operations.quantize import Calibration, QuantizeOptions, quantize
 
     source_of = click.get_current_context().get_parameter_source
@@ -118,7 +116,7 @@ def command(
             compensate=compensate,
         )
     chosen = QuantizeOptions(calibration=calibration, **options)
-    prepare(html)
+    check_page(html)
     hidden = as_json or quiet
     with byte_progress("quantize", hidden) as progress, count_progress("calibrate", hidden) as calibration_progress:
         report = quantize(
@@ -131,48 +129,46 @@ def command(
             progress=progress,
             calibration_progress=calibration_progress,
         )
+    rows = quantize_rows(report, dry_run)
     if html is not None:
-        write_whole(html, quantize_page(report))
-    show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
+        from adaptkit.cli.pages.quantize import quantize_page
+
+        write_whole(html, quantize_page(report, rows))
+    show(report, rows, as_json=as_json, quiet=quiet)
 
 
-def _rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
+def quantize_rows(report: "QuantizeReport", dry_run: bool) -> list[Row]:
+    """Return labels and values of a report, for the terminal and the page."""
     # A reason of one word is a kind of tensor; the others are phrases, such as "not a matrix".
     kept = ", ".join(f"{n:,} {why}" if " " in why else counted(n, why) for why, n in report.kept.items())
-    what = f"{report.output} ({counted(report.shards, 'shard')})"
     part = f"{report.quantized_parameters:,} of {report.parameters:,}"
     left_out = f"; left out {counted(report.input_scales, 'scale')} of 8-bit inputs" if report.input_scales else ""
-    decoded = [("source", f"{report.decoded_from}, decoded to bfloat16{left_out}")] if report.decoded_from else []
-    rows = [
-        ("would write" if dry_run else "wrote", what),
+    relative = worst = weighted = more = None
+    if report.relative_error is not None:
+        relative = f"{percent(report.relative_error)} of the weights' norm"
+        measured = [(t.relative_error, t.name) for t in report.tensors if t.relative_error is not None]
+        largest = sorted(measured, key=lambda found: (-found[0], found[1]))[:WORST]
+        worst = "\n".join(f"{percent(error)} {name}" for error, name in largest)
+    if report.weighted_error is not None:
+        inputs = counted(report.calibrated, "calibrated matrix")
+        weighted = f"{percent(report.weighted_error)}, weighted by the inputs of {inputs}"
+    if report.upgrades:
+        count = counted(len({upgrade.module for upgrade in report.upgrades}), "matrix")
+        gain = f"{sum(upgrade.gain for upgrade in report.upgrades):.4f} nats"
+        first = "\n".join(f"{upgrade.module}: {upgrade.to}" for upgrade in report.upgrades[:WORST])
+        more = f"{count} in {counted(len(report.upgrades), 'step')}, expected gain {gain}; first:\n{first}"
+    return [
+        ("would write" if dry_run else "wrote", f"{report.output} ({counted(report.shards, 'shard')})"),
         ("size", f"{size(report.bytes_before)} -> {size(report.bytes_after)}"),
-        *decoded,
+        ("source", f"{report.decoded_from}, decoded to bfloat16{left_out}" if report.decoded_from else None),
         ("quantized", f"{counted(report.quantized, 'matrix')}, {part} parameters"),
         ("bits per weight", f"{report.bits_per_parameter:.3f} in the quantized matrices, including constants"),
         ("linear layers", f"read from {report.read_from}"),
         ("kept as is", kept or "nothing"),
+        ("relative error", relative),
+        ("worst", worst),
+        ("weighted error", weighted),
+        ("more bits for", more),
+        ("companion", f"{report.companion}; start from it with train --init" if report.companion else None),
+        ("manifest sha256", report.manifest_sha256),
     ]
-    measured = sorted(
-        ((tensor.relative_error, tensor.name) for tensor in report.tensors if tensor.relative_error is not None),
-        key=lambda found: (-found[0], found[1]),
-    )
-    if report.relative_error is not None:
-        worst = "\n".join(f"{percent(error)} {name}" for error, name in measured[:WORST])
-        rows += [("relative error", f"{percent(report.relative_error)} of the weights' norm"), ("worst", worst)]
-    if report.weighted_error is not None:
-        text = (
-            f"{percent(report.weighted_error)}, weighted by the inputs of "
-            f"{counted(report.calibrated, 'calibrated matrix')}"
-        )
-        rows.append(("weighted error", text))
-    if report.upgrades:
-        gain = sum(upgrade.gain for upgrade in report.upgrades)
-        first = "\n".join(f"{upgrade.module}: {upgrade.to}" for upgrade in report.upgrades[:WORST])
-        count = counted(len({upgrade.module for upgrade in report.upgrades}), "matrix")
-        count += f" in {counted(len(report.upgrades), 'step')}"
-        rows.append(("more bits for", f"{count}, expected gain {gain:.4f} nats; first:\n{first}"))
-    if report.companion is not None:
-        rows.append(("companion", f"{report.companion}; start from it with train --init"))
-    if report.manifest_sha256:
-        rows.append(("manifest sha256", report.manifest_sha256))
-    return rows

@@ -37,23 +37,17 @@ def command(
 
 def _rows(report: "ResizeReport", dry_run: bool) -> list[Row]:
     worst = sorted(report.modules, key=lambda module: (-module.relative_error, module.module))[:WORST]
-    rows = [
+    least = "\n".join(f"{percent(m.energy_kept)} {m.module} (rank {m.rank_before} -> {m.rank})" for m in worst)
+    return [
         ("would write" if dry_run else "wrote", report.output),
         ("resized", f"{counted(report.resized, 'module')}; {report.unchanged} unchanged"),
         ("rank", span(report.ranks)),
         ("parameters", f"{report.parameters_before:,} -> {report.parameters:,}"),
         ("kept", f"{percent(report.energy_kept)} of the squared norm; relative error {percent(report.relative_error)}"),
+        ("kept least", least if report.resized else None),
+        ("not padded", f"{counted(report.below, 'module', 'have')} a smaller rank already" if report.below else None),
+        ("also copied", f"its copies of {', '.join(report.base_copies)}" if report.base_copies else None),
+        ("also copied", ", ".join(report.tokenizer)),
+        *(("note", text) for text in report.told),
+        ("manifest sha256", report.manifest_sha256),
     ]
-    if report.resized:
-        lines = (f"{percent(m.energy_kept)} {m.module} (rank {m.rank_before} -> {m.rank})" for m in worst)
-        rows.append(("kept least", "\n".join(lines)))
-    if report.below:
-        rows.append(("not padded", f"{counted(report.below, 'module', 'have')} a smaller rank already"))
-    if report.base_copies:
-        rows.append(("also copied", f"its copies of {', '.join(report.base_copies)}"))
-    if report.tokenizer:
-        rows.append(("also copied", ", ".join(report.tokenizer)))
-    rows += [("note", text) for text in report.told]
-    if report.manifest_sha256:
-        rows.append(("manifest sha256", report.manifest_sha256))
-    return rows

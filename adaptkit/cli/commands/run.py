@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli.options import report_file_option, report_options, signer_with
-from adaptkit.cli.output import check_place, check_report_file, counted, in_turn, say, show, write_report
+from adaptkit.cli.output import check_place, check_report_file, counted, in_turn, show, write_report
 from adaptkit.cli.paths import LocalPath
-from adaptkit.cli.progress import StepBar
+from adaptkit.cli.progress import Bar
 from adaptkit.cli.release_view import source_text, step_text, summary, table, tree
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
 from adaptkit.hub.secrets import redact
@@ -85,9 +85,8 @@ def command(
         written.append(partial(write_report, report, output_file))
     if page is not None:
         written.append(partial(_add, page, summary(watch.name, watch.sources, watch.steps, "All steps are done.")))
-    if not (as_json or quiet):
-        written.append(partial(say, *(tree(report) if dry_run else table(report.steps)), ""))
-    in_turn(*written, partial(show, report, _rows(report, dry_run), as_json=as_json, quiet=quiet))
+    above = tree(report) if dry_run else table(report.steps)
+    in_turn(*written, partial(show, report, _rows(report, dry_run), as_json=as_json, quiet=quiet, above=above))
 
 
 def _rows(report: "RunReport", dry_run: bool) -> Iterator[tuple[str, str]]:
@@ -120,7 +119,7 @@ def _failure_added(recipe: Path, page: Path | None, watch: "_Watch") -> Iterator
             try:
                 _add(page, summary(watch.name or recipe.name, watch.sources, watch.steps, ending))
             except AdaptkitError as also:  # it must not hide the error that stopped the run
-                watch.note(f"warning: {also.message}")
+                watch.bar.note(f"warning: {also.message}")
         raise
 
 
@@ -139,8 +138,8 @@ class _Watch:
     """Reports a run's progress on stderr, and records it for the summary."""
 
     def __init__(self, hidden: bool, quiet: bool) -> None:
-        self._hidden, self._quiet = hidden, quiet
-        self._bar = StepBar(hidden)
+        self._hidden = hidden
+        self.bar = Bar("", hidden, ("TaskProgressColumn",), quiet)
         self.name = ""
         self.sources: list[SourceReport] = []
         self.steps: list[StepReport] = []
@@ -154,45 +153,37 @@ class _Watch:
             yield Listener(
                 begun=self._begun,
                 sought=self._sought,
-                source_progress=self._progressed,
+                source_progress=self.bar.update,
                 found=self._found,
                 started=self._started,
-                progress=self._progressed,
-                note=self.note,
+                progress=self.bar.update,
+                note=self.bar.note,
                 ended=self._ended,
             )
         finally:
-            self._bar.stop()
+            self.bar.stop()
 
     def _begun(self, recipe: "Recipe") -> None:
         self.name = recipe.name
 
     def _sought(self, source: "Source") -> None:
-        self._bar.start(f"{source.name}: {source}")
+        self.bar.start(f"{source.name}: {source}")
 
     def _found(self, source: "SourceReport") -> None:
-        self._bar.stop()
+        self.bar.stop()
         self.sources.append(source)
         self._say(f"{source.name}: {source_text(source)}")
 
     def _started(self, step: "Step") -> None:
         label = f"{step.name}: {step.kind}"
-        if not self._bar.start(label):
+        if not self.bar.start(label):
             self._say(f"{label}: running")
 
-    def _progressed(self, done: int, total: int) -> None:
-        self._bar.update(done, total)
-
     def _ended(self, step: "StepReport") -> None:
-        self._bar.stop()
+        self.bar.stop()
         self.steps.append(step)
         self._say(f"{step.name}: {step_text(step)}")
 
-    def note(self, text: str) -> None:
-        """Print a line on stderr; if quiet, only warnings."""
-        if not self._quiet or text.startswith("warning"):
-            self._bar.print(text)
-
     def _say(self, text: str) -> None:
         if not self._hidden:
-            self._bar.print(text)
+            self.bar.print(text)

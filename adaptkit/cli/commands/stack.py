@@ -80,7 +80,9 @@ def command(
 def _rows(report: "StackReport", dry_run: bool) -> list[Row]:
     settings = ", ".join(f"{name} {value:g}" for name, value in report.settings.items())
     partial = f"; {report.partial} not in every adapter" if report.partial else ""
-    rows = [
+    losing = sorted((m for m in report.per_module if m.energy_kept < 1), key=lambda m: (m.energy_kept, m.module))
+    names = f"names differ: {' and '.join(map(repr, report.base_names))}; the result names none"
+    return [
         ("would write" if dry_run else "wrote", report.output),
         (
             "stacked",
@@ -88,19 +90,11 @@ def _rows(report: "StackReport", dry_run: bool) -> list[Row]:
         ),
         ("modules", f"{report.modules}, rank {span(report.ranks)}{partial}"),
         ("energy kept", f"{percent(report.energy_kept)} of the squared norm"),
+        ("kept least", "\n".join(f"{percent(m.energy_kept)} {m.module}" for m in losing[:WORST])),
+        ("zero", f"{counted(report.zero, 'module')} with no change left" if report.zero else None),
+        ("base", names if len(report.base_names) > 1 else None),
+        ("also copied", f"their copies of {', '.join(report.base_copies)}" if report.base_copies else None),
+        ("also copied", ", ".join(report.tokenizer)),
+        *(("note", text) for text in report.told),
+        ("manifest sha256", report.manifest_sha256),
     ]
-    losing = sorted((m for m in report.per_module if m.energy_kept < 1), key=lambda m: (m.energy_kept, m.module))
-    if losing:
-        rows.append(("kept least", "\n".join(f"{percent(m.energy_kept)} {m.module}" for m in losing[:WORST])))
-    if report.zero:
-        rows.append(("zero", f"{counted(report.zero, 'module')} with no change left"))
-    if len(report.base_names) > 1:
-        rows.append(("base", f"names differ: {' and '.join(map(repr, report.base_names))}; the result names none"))
-    if report.base_copies:
-        rows.append(("also copied", f"their copies of {', '.join(report.base_copies)}"))
-    if report.tokenizer:
-        rows.append(("also copied", ", ".join(report.tokenizer)))
-    rows += [("note", text) for text in report.told]
-    if report.manifest_sha256:
-        rows.append(("manifest sha256", report.manifest_sha256))
-    return rows

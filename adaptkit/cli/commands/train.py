@@ -1,6 +1,5 @@
 """``adaptkit train``."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,8 +82,8 @@ def command(
         plan = train(config, output, force=force, resume=resume, dry_run=True)
         show(plan, _plan_rows(plan), as_json=as_json, quiet=quiet)
         return
-    with training_progress(as_json or quiet, quiet) as progress:
-        report = train(config, output, force=force, resume=resume, on_step=progress.step, note=progress.note)
+    with training_progress(as_json or quiet, quiet) as (on_step, note):
+        report = train(config, output, force=force, resume=resume, on_step=on_step, note=note)
     show(report, _rows(report), as_json=as_json, quiet=quiet)
 
 
@@ -95,50 +94,54 @@ def _show_batch(batch: "Preview", as_json: bool, quiet: bool) -> None:
         say(*batch_lines(batch, has_colour()), styled=True)
 
 
-def _plan_rows(plan: "RunPlan") -> Iterator[Row]:
-    yield "would write", plan.output
-    if plan.resumed_from:
-        yield "resumes from", f"step {plan.resumed_from}"
-    yield "steps", f"{plan.steps}, {plan.warmup_steps} of them warm-up"
-    yield "samples", f"{plan.samples} to train on, {plan.held_out} held out"
-    yield "training tokens", f"{plan.tokens:,}, {plan.answer_tokens:,} of them in answers"
-    yield "trainable", f"{plan.trainable_parameters:,} parameters"
-    if plan.left_out:
-        yield "left out", plan.left_out
-    if plan.cannot_be_merged:
-        yield "merge", plan.cannot_be_merged
-    if plan.peft_drops:
-        yield "peft", plan.peft_drops
-    yield "activations", f"{plan.compute_dtype}; {plan.checkpointing}"
+def _plan_rows(plan: "RunPlan") -> list[Row]:
+    memory = None
     if plan.predicted_bytes is not None:
         free = "" if plan.free_bytes is None else f", {size(plan.free_bytes)} free"
-        yield "memory", f"{size(plan.predicted_bytes)} predicted{free}"
-    yield "checkpoints", f"{size(plan.checkpoint_bytes)} each, {size(plan.disk_bytes)} at most"
-    yield from data_rows(plan.data)
-    yield from cut_rows(plan.data, plan.truncated, plan.dropped)
+        memory = f"{size(plan.predicted_bytes)} predicted{free}"
+    return [
+        ("would write", plan.output),
+        ("resumes from", f"step {plan.resumed_from}" if plan.resumed_from else None),
+        ("steps", f"{plan.steps}, {plan.warmup_steps} of them warm-up"),
+        ("samples", f"{plan.samples} to train on, {plan.held_out} held out"),
+        ("training tokens", f"{plan.tokens:,}, {plan.answer_tokens:,} of them in answers"),
+        ("trainable", f"{plan.trainable_parameters:,} parameters"),
+        ("left out", plan.left_out),
+        ("merge", plan.cannot_be_merged),
+        ("peft", plan.peft_drops),
+        ("activations", f"{plan.compute_dtype}; {plan.checkpointing}"),
+        ("memory", memory),
+        ("checkpoints", f"{size(plan.checkpoint_bytes)} each, {size(plan.disk_bytes)} at most"),
+        *data_rows(plan.data),
+        *cut_rows(plan.data, plan.truncated, plan.dropped),
+    ]
 
 
-def _rows(report: "TrainReport") -> Iterator[Row]:
-    yield "wrote", report.output
-    if report.resumed_from:
-        yield "resumed from", f"step {report.resumed_from}"
-    if report.held_out_before is not None and report.held_out_after is not None:
-        yield "held-out loss", f"{report.held_out_before:.4f} -> {report.held_out_after:.4f}"
-    went = f"{counted(report.steps, 'step')}, {counted(report.samples, 'sample')}"
-    yield "trained", f"{report.trainable_parameters:,} parameters, {went}"
-    if report.kept_step != report.steps:
-        yield "kept", f"the adapter after step {report.kept_step}; the last one is in last/"
-    if report.skipped:
-        yield "skipped", f"{counted(report.skipped, 'step')} with a NaN or infinite loss or gradient"
-    if report.tokens_per_second:  # 0 if all steps were done before this run resumed
-        yield "speed", f"{report.tokens_per_second:.0f} tokens/s"
-    yield "activations", f"{report.compute_dtype}; {report.checkpointing}"
-    measured = report.memory["measured"]
-    seen = "not measured" if measured is None else f"{size(measured)} measured"
-    yield "memory", f"{size(report.memory['predicted'] or 0)} predicted, {seen}"
-    paging = report.paging
+def _rows(report: "TrainReport") -> list[Row]:
+    measured, predicted, paging = report.memory["measured"], report.memory["predicted"] or 0, report.paging
     moved = f"{counted(paging['faults'], 'fault')}, {counted(paging['write_backs'], 'write-back')}"
-    yield "optimizer state", f"{paging['slots']} of {counted(paging['pages'], 'page')} resident, {moved}"
-    yield from data_rows(report.data)
-    yield from cut_rows(report.data, report.truncated, report.dropped)
-    yield "manifest sha256", report.manifest_sha256
+    kept = f"the adapter after step {report.kept_step}; the last one is in last/"
+    skipped = f"{counted(report.skipped, 'step')} with a NaN or infinite loss or gradient"
+    held_out = None
+    if report.held_out_before is not None and report.held_out_after is not None:
+        held_out = f"{report.held_out_before:.4f} -> {report.held_out_after:.4f}"
+    steps = f"{counted(report.steps, 'step')}, {counted(report.samples, 'sample')}"
+    return [
+        ("wrote", report.output),
+        ("resumed from", f"step {report.resumed_from}" if report.resumed_from else None),
+        ("held-out loss", held_out),
+        ("trained", f"{report.trainable_parameters:,} parameters, {steps}"),
+        ("kept", kept if report.kept_step != report.steps else None),
+        ("skipped", skipped if report.skipped else None),
+        # 0 if all steps were done before this run resumed
+        ("speed", f"{report.tokens_per_second:.0f} tokens/s" if report.tokens_per_second else None),
+        ("activations", f"{report.compute_dtype}; {report.checkpointing}"),
+        (
+            "memory",
+            f"{size(predicted)} predicted, " + ("not measured" if measured is None else f"{size(measured)} measured"),
+        ),
+        ("optimizer state", f"{paging['slots']} of {counted(paging['pages'], 'page')} resident, {moved}"),
+        *data_rows(report.data),
+        *cut_rows(report.data, report.truncated, report.dropped),
+        ("manifest sha256", report.manifest_sha256),
+    ]

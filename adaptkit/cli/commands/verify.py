@@ -60,15 +60,14 @@ def command(
 
 
 def _rows(report: "VerifyReport") -> list[Row]:
-    rows = [
-        ("verified", f"{report.path}: {report.kind}, exactly {counted(report.files, 'file')}, {size(report.bytes)}"),
+    what = f"{report.kind}, exactly {counted(report.files, 'file')}, {size(report.bytes)}"
+    is_unchecked = report.signed_by is None and report.signature
+    return [
+        ("verified", f"{report.path}: {what}"),
         ("tensors", f"{report.tensors} match their fingerprints"),
+        ("signed", None if report.signed_by is None else f"by {report.signed_by}"),
+        ("signature", "not checked; give --public-key or --identity" if is_unchecked else None),
+        ("made from", "\n".join(tree(report.parents))),
+        *(("recomputed", f"{folder}: {found}") for folder, found in report.recomputed),
+        ("manifest sha256", report.manifest_sha256),
     ]
-    if report.signed_by is not None:
-        rows.append(("signed", f"by {report.signed_by}"))
-    elif report.signature:
-        rows.append(("signature", "not checked; give --public-key or --identity"))
-    if report.parents:
-        rows.append(("made from", "\n".join(tree(report.parents))))
-    rows += [("recomputed", f"{folder}: {found}") for folder, found in report.recomputed]
-    return [*rows, ("manifest sha256", report.manifest_sha256)]
