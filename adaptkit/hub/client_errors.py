@@ -104,8 +104,8 @@ def _translated(error: BaseException, what: str) -> AdaptkitError:
         return _of_disk(what, error.errno, error.filename)
     if isinstance(error, ValueError) and not isinstance(error, json.JSONDecodeError):
         return UsageError(f"{what}: {_line(error)}")
-    said = "malformed" if isinstance(error, _MALFORMED) else _line(error)
-    return NetworkError(f"{what}: no usable answer from the Hub: {said}", hint=_AGAIN)
+    problem = "malformed" if isinstance(error, _MALFORMED) else _line(error)
+    return NetworkError(f"{what}: no usable answer from the Hub: {problem}", hint=_AGAIN)
 
 
 def offline_error(what: str) -> NetworkError:
@@ -121,20 +121,20 @@ def _of_disk(what: str, number: int, path: object) -> AdaptkitError:
 
 def _of_status(error: HfHubHTTPError, what: str) -> AdaptkitError:
     status = error.response.status_code
-    said = f"{what}: the Hub answered {status}: {redact(' '.join((error.server_message or _line(error)).split()))}"
+    answer = f"{what}: the Hub answered {status}: {redact(' '.join((error.server_message or _line(error)).split()))}"
     if isinstance(error, GatedRepoError):
-        return AuthenticationError(said, hint=f"ask for access on the repository's page; then {LOGIN}")
+        return AuthenticationError(answer, hint=f"ask for access on the repository's page; then {LOGIN}")
     if status in (401, 403):
-        return AuthenticationError(said, hint=LOGIN)
+        return AuthenticationError(answer, hint=LOGIN)
     if isinstance(error, RevisionNotFoundError):
-        return UsageError(said, hint="use a branch, a tag or a full commit hash of this repository")
+        return UsageError(answer, hint="use a branch, a tag or a full commit hash of this repository")
     if status in (404, 410):
-        return UsageError(said, hint="check the name; a private repository also needs a token that may read it")
+        return UsageError(answer, hint="check the name; a private repository also needs a token that may read it")
     if status in (409, 412):
-        return ConflictError(said, hint="check what changed in the repository, then run the same command again")
+        return ConflictError(answer, hint="check what changed in the repository, then run the same command again")
     if status in _TEMPORARY or status >= 500:
-        return NetworkError(said, hint=_AGAIN)
-    return UsageError(said)
+        return NetworkError(answer, hint=_AGAIN)
+    return UsageError(answer)
 
 
 def status_of(error: AdaptkitError) -> int | None:

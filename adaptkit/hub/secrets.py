@@ -62,7 +62,7 @@ def _known() -> set[str]:
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
     # os.path, since pathlib raises if there is no home folder.
     file = Path(os.path.expanduser(os.environ.get("HF_TOKEN_PATH") or Path(home) / "token"))
-    found = {os.environ.get(name, "").strip() for name in _VARIABLES}
+    known = {os.environ.get(name, "").strip() for name in _VARIABLES}
     with contextlib.suppress(OSError):  # a token that cannot be read cannot be printed either
-        found.add(file.read_text(errors="replace").strip() if file.is_file() and file.stat().st_size < 1 << 16 else "")
-    return {secret for secret in found if len(secret) >= _SHORTEST}
+        known.add(file.read_text(errors="replace").strip() if file.is_file() and file.stat().st_size < 1 << 16 else "")
+    return {secret for secret in known if len(secret) >= _SHORTEST}

@@ -110,8 +110,8 @@ def _fetch(
         progress: called with bytes received.
     """
     if constants.HF_HUB_OFFLINE:
-        cached = find_cached(repo_id, revision)
-        if cached is None:
+        cached = find_cached(repo_id, revision, only)
+        if cached is None or not all((cached / name).exists() for name in only or ()):
             raise offline_error(what)
         if only is None:
             note_if_incomplete(repo_id, cached, hub.note)
@@ -211,15 +211,18 @@ def find_complete(repo_id: str, commit: str, tree: FileTree) -> Path | None:
     return folder
 
 
-def find_cached(repo_id: str, revision: str | None) -> Path | None:
-    """Return a revision's folder in huggingface_hub's cache, which is named by its commit; None if it is absent."""
+def find_cached(repo_id: str, revision: str | None, only: Collection[str] | None = None) -> Path | None:
+    """Return a revision's folder in huggingface_hub's cache, which is named by its commit; None if it is absent.
+
+    It is absent, too, if the client knows that files are missing that operations read, or that are in ``only``.
+    """
     with client_errors(repo_id):
         try:
             return Path(
                 snapshot_download(
                     repo_id,
                     revision=revision,
-                    allow_patterns=_WANTED,
+                    allow_patterns=_WANTED if only is None else list(only),
                     ignore_patterns=_UNWANTED,
                     local_files_only=True,
                     library_name="adaptkit",

@@ -9,11 +9,11 @@ from typing import Any
 
 import jsonschema
 import pytest
-from folders import add_listed, edit_manifest, tree
+from folders import add_listed, tree
 from local_hub import LocalHub, Repo
 
 from adaptkit.checkpoint.layout import COMPENSATION_NAME
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, require_manifest
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, require_manifest
 from adaptkit.data.tokenizer_files import is_of_tokenizer
 from adaptkit.errors import UsageError
 from adaptkit.hub.parts import PARTS
@@ -143,19 +143,6 @@ def test_files_in_folders_are_published_and_pulled(cli: Any, artifact: Path, rep
     assert (tmp_path / "pulled" / "last" / "adapter_config.json").read_text() == "last/adapter_config.json"
     assert cli("verify", "pulled").code == 0
     assert not list((tmp_path / "pulled").rglob(".*"))
-
-
-def test_a_file_that_is_also_a_folder_is_refused(cli: Any, artifact: Path, tmp_path: Path) -> None:
-    from tests.hub.test_download import RAW_COMMIT
-
-    add_listed(artifact, "a/b", "in a folder")
-    twice = (*require_manifest(artifact).files, FileRecord("a", 1, "0" * 64))
-    (artifact / "a" / "b").unlink()
-    (artifact / "a").rmdir()
-    edit_manifest(artifact, files=twice)
-    cli(code=RAW_COMMIT % str(artifact))
-    assert cli("pull", "me/model", "-o", "pulled").code == 5
-    assert not list(tmp_path.glob("pulled*"))
 
 
 @pytest.mark.parametrize("given", ["abc", "0" * 63, "G" * 64, ""])

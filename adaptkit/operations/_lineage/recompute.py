@@ -66,13 +66,13 @@ def _compared(path: Path, manifest: Manifest, again: Manifest) -> str:
     These are the model card that ``publish`` adds if there is none, and the signature of a merge's base.
     """
     made = replace(again, tool=manifest.tool)
-    signatures = [{record for record in found.files if record.path == _SIGNATURE} for found in (manifest, again)]
+    signatures = [{record for record in each.files if record.path == _SIGNATURE} for each in (manifest, again)]
     signed = "" if signatures[0] == signatures[1] else _BUT_SIGNATURE
     if _without(made, _SIGNATURE) == _without(manifest, _SIGNATURE):
         return SAME + signed
     if _without(made, _SIGNATURE) == _without(manifest, _SIGNATURE, CARD_NAME):
         return SAME_BUT_CARD + signed
-    before, after = ({record.path: record for record in found.files} for found in (manifest, again))
+    before, after = ({record.path: record for record in each.files} for each in (manifest, again))
     differing = sorted(name for name in {*before, *after} if before.get(name) != after.get(name))
     what = f"{differing[0]} differs" if differing else "the files are the same, but the manifest differs"
     raise IntegrityError(

@@ -80,8 +80,8 @@ class Lineage:
             line: real paths of its descendants, which cannot be its parents, as it cannot itself.
         """
         line |= {path.resolve()}
-        said = child.operation.get("options", {}).get("adapters")  # of a merge: the adapters' identities
-        identities = iter(said if isinstance(said, list) else ())
+        recorded = child.operation.get("options", {}).get("adapters")  # of a merge: the adapters' identities
+        identities = iter(recorded if isinstance(recorded, list) else ())
         return tuple(
             self._ancestor(child, parent, line, next(identities, None) if parent.role == "adapter" else None)
             for parent in child.parents
