@@ -1,12 +1,15 @@
 """Paths of additional output files are checked before the work, and only files of the same kind are replaced."""
 
 import os
+import resource
+import signal
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from adaptkit.checkpoint.writer import DiskError
 from adaptkit.cli.output import check_place, check_report_file, in_turn, write_report, write_whole
 from adaptkit.errors import UsageError
 
@@ -83,6 +86,33 @@ def test_pipes_are_written_to_even_in_unwritable_folders(tmp_path, monkeypatch):
     finally:
         os.close(reading)
         os.close(writing)
+
+
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
+    (tmp_path / "report").write_text("old")
+    (tmp_path / "link").symlink_to("report")
+    (tmp_path / "mine.partial").write_text("mine")
+    write_whole(tmp_path / "link", "new")
+    assert ((tmp_path / "report").read_text(), (tmp_path / "link").is_symlink()) == ("new", True)
+    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(DiskError, match="cannot be written: File too large") as caught:
+            write_whole(tmp_path / "report", "newer" * 100)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert "ulimit -f" in caught.value.hint
+    names = ("s-10:30.jsonl", "a\\b", "two\nlines", "mine")
+    for name in names:
+        write_whole(tmp_path / name, "text")
+        assert (tmp_path / name).read_text() == "text"
+    assert (tmp_path / "report").read_text() == "new"
+    assert (tmp_path / "mine.partial").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"report", "link", "mine.partial", *names}
+    for path, why in ((Path("/dev/full"), "No space left"), (tmp_path, "Is a directory")):
+        with pytest.raises(DiskError, match=why):
+            write_whole(path, "page")
 
 
 def test_all_tasks_run_in_turn_and_a_failure_is_raised_afterwards():

@@ -140,6 +140,14 @@ def test_unwritable_page_paths_and_a_missing_matplotlib_are_refused_before_the_w
     assert caught.value.hint.startswith("pip install '.[report]' in adaptkit's checkout")
 
 
+def test_quantize_writes_its_page_beside_its_table(run_cli, llama, tmp_path):
+    done = run_cli("quantize", llama, "-o", tmp_path / "nf4", "--html", tmp_path / "page.html")
+    assert (done.code, done.stderr) == (0, "")
+    parsed = Parsed((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert f"manifest sha256  {parsed.facts['manifest sha256']}" in done.stdout
+    assert len(parsed.tables["Largest relative errors"]) == 11
+
+
 def test_files_that_are_not_modules_are_in_the_package():
     package = ROOT / "adaptkit"
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["adaptkit"]
