@@ -169,6 +169,10 @@ def _fetch_files(
     absent = [record for record in records if not out.finished(record.path)]
     there = total - sum(record.size for record in absent)
     folder, what = out.folder / _DOWNLOADS, f"{repo_id}@{commit}"
+    for record in absent:
+        arrived = resolve_inside(folder, record.path)
+        if arrived.exists() and file_problem(folder, record):  # the power was cut before it was on the disk
+            arrived.unlink()
     if absent:
         names = [record.path for record in absent]
         fetch(hub, what, repo_id, commit, names, lambda done, _: progress(min(there + done, total), total), folder)
