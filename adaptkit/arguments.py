@@ -1,16 +1,14 @@
-"""Normalization of arguments: paths given as text, a single value where several are accepted, numbers of any type.
+"""Arguments of the public functions besides options: paths given as text, a single value where several are accepted.
 
 Every function raises a UsageError that names the argument.
 """
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import is_dataclass
-from numbers import Real
+from collections.abc import Iterable, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeAlias, TypeVar
 
 from adaptkit.errors import UsageError
 
@@ -53,7 +51,8 @@ def as_texts(given: str | Iterable[str], name: str = "text") -> tuple[str, ...]:
 def check_flags(**given: bool) -> None:
     """Refuse arguments that are neither true nor false: a text such as "no" counts as true in Python."""
     for name, flag in given.items():
-        _converted(name, flag, bool)
+        if not isinstance(flag, bool):
+            raise UsageError(f"{name}: must be true or false, found {repr(flag)[:40]}", hint="pass a bool")
 
 
 def checked_options(given: Options | None, kind: type[Options], name: str = "options") -> Options:
@@ -77,29 +76,6 @@ def folder_hint(path: AnyPath) -> str:
     return path_hint(path)
 
 
-def typed_fields(options: Any) -> None:
-    """Convert numbers, booleans and paths in a frozen dataclass of options to their fields' types, as the CLI does.
-
-    Fields that hold other options, texts or mappings are checked. A manifest distinguishes 1 from 1.0, and cannot hold
-    numpy's scalars.
-    """
-    for name, hint in get_type_hints(type(options)).items():
-        given = getattr(options, name)
-        kind = get_args(hint)[0] if get_args(hint)[1:] == (type(None),) else hint
-        if given is None and kind is not hint:
-            continue
-        if isinstance(kind, type) and is_dataclass(kind) and kind is not hint:
-            checked_options(given, kind, name)
-        elif kind is Path and kind is not hint:
-            object.__setattr__(options, name, as_path(given, name))
-        elif kind is str:
-            as_text(given, name)
-        elif get_origin(hint) is Mapping and not isinstance(given, Mapping):
-            raise UsageError(f"{name}: must be a dict, found {_kind(given)}")
-        elif kind in _CONVERT:
-            object.__setattr__(options, name, _converted(name, given, kind))
-
-
 def _several(given: Any, one: tuple[type, ...]) -> Iterable[Any]:
     """Return the items of what may hold several; anything else is one item, which its check accepts or refuses."""
     is_one = isinstance(given, (*one, bytes, Mapping)) or not isinstance(given, Iterable)
@@ -109,27 +85,3 @@ def _several(given: Any, one: tuple[type, ...]) -> Iterable[Any]:
 def _kind(given: Any) -> str:
     """Name what was given without showing it, since it may be a secret."""
     return "None" if given is None else type(given).__name__
-
-
-def _converted(name: str, given: Any, kind: Any) -> Any:
-    convert, expected, hint = _CONVERT[kind]
-    try:
-        found = convert(given)
-        if kind in (bool, int) and found != given:  # bool("no") is True, int(2.5) is 2
-            raise ValueError(given)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise UsageError(f"{name}: must be {expected}, found {repr(given)[:40]}", hint=hint) from error
-    return found
-
-
-def _reals(given: Any) -> tuple[float, ...]:
-    return tuple(map(float, _several(given, (str, Real))))
-
-
-_CONVERT: dict[Any, tuple[Callable[[Any], Any], str, str]] = {
-    bool: (bool, "true or false", "pass a bool"),
-    int: (int, "a whole number", ""),
-    float: (float, "a number", ""),
-    tuple[float, ...]: (_reals, "numbers", ""),
-}
-"""Maps the type of a field to (conversion function, description for the error message, hint)."""

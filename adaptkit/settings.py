@@ -1,18 +1,28 @@
-"""Settings: the values of a document, converted to the types that dataclasses declare.
+"""Settings: the fields of a frozen dataclass are a command's options, the keys of its file, and Python's arguments.
 
-A field's type is int, float, bool, str, Path, another dataclass, ``tuple[type, ...]`` or ``Mapping[str, type]`` of
-them, or a union. Lists become tuples, and whole numbers become floats in float fields, since manifests distinguish 1
-from 1.0.
+    @dataclass(frozen=True)
+    class ResizeOptions(Settings):
+        rank: int | None = setting("Rank of every module that has a larger one.", None, at_least=1)
+
+        def validate(self) -> None: ...        refuses settings that contradict each other
+
+``cli.options`` makes the options of the command line from the fields, and ``read_settings`` reads a mapping of a YAML
+or JSON document, such as a step of a recipe; both end here, so all three have one set of names, limits and errors.
+
+A field's type is int, float, bool, str, Path, another class of settings, ``tuple[type, ...]`` or ``Mapping[str, type]``
+of them, a union, or any other class. Lists become tuples, whole numbers become floats in float fields, since manifests
+distinguish 1 from 1.0, and numpy's scalars and arrays become Python's.
 """
 
 import math
+import textwrap
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from adaptkit.discovery import closest
 from adaptkit.documents import Document, Keys
@@ -20,6 +30,156 @@ from adaptkit.errors import ConfigError, UsageError
 
 IN_QUOTES = "write it in quotes"
 """The hint for a number where text is expected; without the number, which is 1.1 where the file has 1.10."""
+
+Kind = TypeVar("Kind", bound="Settings")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a field of a class of settings says of itself.
+
+    Attributes:
+        help: one-sentence description.
+        at_least: smallest allowed value.
+        above: exclusive lower limit.
+        at_most: largest allowed value.
+        below: exclusive upper limit.
+        choices: the only allowed values.
+        flag: name of the option on the command line, such as ``--pr``; empty for the field's name with dashes.
+        metavar: what the help of the command line calls the value.
+        is_size: whether it is a number of bytes, written as ``5GB`` on the command line.
+        section: heading in the help for this setting and those after it; empty continues the previous section.
+        hidden: whether the help leaves it out.
+        after: setting that this one follows, if a class inherits both; empty: the order of the fields.
+    """
+
+    help: str
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    choices: tuple[str, ...] | None = None
+    flag: str = ""
+    metavar: str = ""
+    is_size: bool = False
+    section: str = ""
+    hidden: bool = False
+    after: str = ""
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value of the right type is allowed; NaN and infinity never are."""
+        if isinstance(value, Mapping | tuple):
+            return all(map(self.allows, value.values() if isinstance(value, Mapping) else value))
+        if isinstance(value, str):
+            return self.choices is None or value in self.choices
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return True
+        return bool(
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+            and abs(value) < float("inf")
+        )
+
+    def range(self) -> str:
+        """Return the allowed values as a phrase."""
+        if self.choices is not None:
+            return f"one of {', '.join(self.choices)}"
+        bounds = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
+        return " and ".join(f"{word} {_written(bound)}" for word, bound in bounds if bound is not None) or "finite"
+
+
+def _written(bound: float) -> str:
+    if not isinstance(bound, int) or bound < 10**9:
+        return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+    return f"2^{bound.bit_length()} - 1" if bound == 2 ** bound.bit_length() - 1 else f"{bound:g}"
+
+
+def setting(help: str, default: Any = MISSING, **attributes: Any) -> Any:
+    """Return a field that is a setting.
+
+    Args:
+        help: one-sentence description.
+        default: default value; MISSING makes the setting required.
+        attributes: further attributes of ``Setting``.
+    """
+    metadata = {"setting": Setting(help, **attributes)}
+    if isinstance(default, dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+class Settings:
+    """Base of the dataclasses of settings; making one converts and checks every field.
+
+    Raises:
+        ConfigError: a value has the wrong type or is not allowed, or two settings contradict each other; the message
+            begins with the setting's name.
+    """
+
+    other_names: ClassVar[Mapping[str, str]] = {}
+    """Maps what other tools call some of the settings to their names here, for hints."""
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    def __init_subclass__(cls) -> None:
+        """Append the settings of the class to its docstring, for ``help``."""
+        found = {
+            name: part
+            for base in cls.__mro__[:0:-1]
+            for name, part in getattr(base, "__dataclass_fields__", {}).items()
+        }
+        found |= {name: part for name, part in vars(cls).items() if isinstance(part, Field)}
+        own = {name: part.metadata["setting"] for name, part in found.items() if "setting" in part.metadata}
+        texts = (f"{name}: {rule.help}" for name, rule in own.items())
+        lines = (textwrap.fill(text, 100, initial_indent=" " * 4, subsequent_indent=" " * 8) for text in texts)
+        cls.__doc__ = "\n".join((f"{cls.__doc__}\n\nAttributes:", *lines)) if own else cls.__doc__
+
+    def __post_init__(self) -> None:
+        hints = _hints(type(self))
+        for each in fields(self):
+            name, rule, value = each.name, each.metadata.get("setting"), getattr(self, each.name)
+            if get_origin(_choices(hints[name])[0]) is tuple and isinstance(value, str | PathLike):
+                value = (value,)  # in a file, it must be a list
+            value = _converted(value, each, hints, Place())
+            object.__setattr__(self, name, value)
+            if rule is not None and not rule.allows(value):
+                refuse(self, name, f"{'values must be' if isinstance(value, Mapping) else 'must be'} {rule.range()}")
+        self.validate()
+
+    def validate(self) -> None:
+        """Refuse settings that contradict each other, each of which is of its type and within its limits.
+
+        Raises:
+            UsageError: the message begins with the name of one.
+        """
+
+
+def settings(kind: type) -> dict[str, tuple[Field[Any], Setting]]:
+    """Return the field and ``Setting`` of each setting of a class, by name, in order."""
+    own = {each.name: (each, each.metadata["setting"]) for each in fields(kind) if "setting" in each.metadata}
+    ordered = [name for name, (_, rule) in own.items() if rule.after not in own]
+    for name, (_, rule) in own.items():
+        if rule.after in own:
+            ordered.insert(ordered.index(rule.after) + 1, name)
+    return {name: own[name] for name in ordered}
+
+
+def refuse(config: Settings, name: str, problem: str) -> NoReturn:
+    """Raise the error for a value that is not allowed.
+
+    Args:
+        config: has the setting.
+        name: of the setting.
+        problem: what the value must be.
+
+    Raises:
+        ConfigError: always.
+    """
+    _, rule = settings(type(config))[name]
+    value = getattr(config, name)
+    shown = ", ".join(f"{key}={item!r}" for key, item in value.items()) if isinstance(value, Mapping) else repr(value)
+    raise ConfigError(f"{name}: {problem}, found {shown}", hint=f"{name}: {rule.help}")
 
 
 @dataclass(frozen=True)
@@ -63,33 +223,47 @@ def check_keys(
     return values
 
 
-def build(kind: type[Any], values: Mapping[str, Any], place: Place, overrides: Mapping[str, Any] | None = None) -> Any:
-    """Make a dataclass from a document's values.
+def read_settings(
+    kind: type[Kind], values: Mapping[str, Any], place: Place, overrides: Mapping[str, Any] | None = None
+) -> Kind:
+    """Make settings from a document's values.
 
     Args:
-        kind: the dataclass; its attribute ``other_names``, if there is one, is ``also`` of ``check_keys``.
-        values: by field.
+        kind: their class.
+        values: by name.
         place: the location of ``values``.
         overrides: arguments that override ``values``; errors about them name no place.
 
     Raises:
-        ConfigError: an unknown key, a value of the wrong type, one that the dataclass rejects, or a missing one.
-        UsageError: the dataclass rejects one of ``overrides``.
+        ConfigError: an unknown key, a value of the wrong type, one that the class rejects, or a missing one.
+        UsageError: the class rejects one of ``overrides``.
     """
-    hints, overrides = get_type_hints(kind), dict(overrides or {})
-    check_keys(values, [field.name for field in fields(kind)], place, getattr(kind, "other_names", None))
-    found = {name: convert(value, hints[name], place.at(name)) for name, value in values.items()} | overrides
-    for field in fields(kind):
-        if field.name not in found and field.default is MISSING and field.default_factory is MISSING:
-            raise place.error(f"{field.name} is missing", hint=f"add {field.name}: {_expected(hints[field.name])}")
+    hints, overrides = _hints(kind), dict(overrides or {})
+    check_keys(values, [each.name for each in fields(kind)], place, kind.other_names)
+    given = {
+        each.name: _converted(values[each.name], each, hints, place) for each in fields(kind) if each.name in values
+    }
+    given |= overrides
+    for each in fields(kind):
+        if each.name not in given and each.default is MISSING and each.default_factory is MISSING:
+            raise place.error(f"{each.name} is missing", hint=f"add {each.name}: {_expected(hints[each.name])}")
     try:
-        return kind(**found)
+        return kind(**given)
     except UsageError as error:
-        named = next((name for name in found if error.message.startswith(f"{name}:")), None)
+        named = next((name for name in given if error.message.startswith(f"{name}:")), None)
         if named in overrides or (overrides and not values):
             raise
         problem = error.message if named is None else error.message.removeprefix(f"{named}:").strip()
         raise (place.at(named) if named else place).error(problem, error.hint) from error
+
+
+def _converted(value: Any, field: Field[Any], hints: Mapping[str, Any], place: Place) -> Any:
+    try:
+        return convert(value, hints[field.name], place.at(field.name))
+    except ConfigError as error:
+        if not error.hint and "setting" in field.metadata:
+            error.advise(f"{field.name}: {field.metadata['setting'].help}")
+        raise
 
 
 def declared(hint: Any) -> Any:
@@ -100,23 +274,30 @@ def declared(hint: Any) -> Any:
 
 def convert(value: Any, hint: Any, place: Place) -> Any:
     """Return the value converted to a type; a ConfigError if it does not have this type."""
+    if hasattr(value, "tolist"):  # numpy's scalars and arrays
+        value = value.tolist()
     if value is None and type(None) in get_args(hint):
         return None
     hint = next((choice for choice in _choices(hint) if _fits(value, choice)), _choices(hint)[0])
     origin, inner = get_origin(hint), get_args(hint)
-    if isinstance(hint, type) and is_dataclass(hint):
-        return value if isinstance(value, hint) else build(hint, value, place)
+    if isinstance(hint, type) and issubclass(hint, Settings) and isinstance(value, Mapping):
+        return read_settings(hint, value, place)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(convert(item, inner[0], place.at(number)) for number, item in enumerate(value))
     if isinstance(origin, type) and issubclass(origin, Mapping) and isinstance(value, Mapping):
         return {convert(key, str, place): convert(item, inner[1], place.at(key)) for key, item in value.items()}
     if _fits(value, hint):
-        return hint(fspath(value) if isinstance(value, PathLike) else value)
+        plain = fspath(value) if isinstance(value, PathLike) else value
+        return hint(plain) if hint in _EXPECTED else value
     advice = "write true or false" if hint is bool else ""
-    if isinstance(value, str | int | float):
-        advice = f"write [{value}]" if origin is tuple else advice
-        advice = IN_QUOTES if hint is str else advice
-    raise place.error(f"is {_shown(value)}; expected {_expected(hint)}", hint=advice)
+    if isinstance(value, str | int | float) and place.document:
+        advice = f"write [{value}]" if origin is tuple else IN_QUOTES if hint is str else advice
+    shown = _shown(value) if hint in _EXPECTED or origin is not None else f"of type {type(value).__name__}"
+    raise place.error(f"is {shown}; expected {_expected(hint)}", hint=advice)
+
+
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _choices(hint: Any) -> list[Any]:
@@ -125,34 +306,40 @@ def _choices(hint: Any) -> list[Any]:
     return [choice for choice in get_args(hint) if choice is not type(None)] if is_union else [hint]
 
 
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+
+
 def _fits(value: Any, hint: Any) -> bool:
     if not isinstance(hint, type) or get_origin(hint) is not None:
         return False
     if hint is bool or isinstance(value, bool):
         return hint is bool and isinstance(value, bool)
-    if hint is float:
+    if hint in (int, float):
         try:
-            return isinstance(value, Real) and math.isfinite(float(value))
+            is_finite = isinstance(value, Real) and math.isfinite(float(value))
         except OverflowError:  # a whole number too large for a float
-            return False
-    if hint is int:
-        return isinstance(value, Integral)
-    return isinstance(value, str | PathLike if hint in (str, Path) else hint)
+            return hint is int
+        return is_finite and (hint is float or isinstance(value, Integral) or float(value).is_integer())
+    if hint is Path:
+        return isinstance(value, str | PathLike) and fspath(value) != ""
+    return isinstance(value, str | PathLike if hint is str else hint)
 
 
 def _expected(hint: Any) -> str:
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
     origin, inner, choices = get_origin(hint), get_args(hint), _choices(hint)
     if choices != [hint]:
         return " or ".join(map(_expected, choices))
     if origin is tuple:
         return f"a list, each item {_expected(inner[0])}"
-    return f"names, each with {_expected(inner[1])}" if inner else names.get(hint, "keys and values")
+    if inner:
+        return f"names, each with {_expected(inner[1])}"
+    return _EXPECTED.get(hint) or ("keys and values" if issubclass(hint, Settings) else hint.__name__)
 
 
 def _shown(value: Any) -> str:
+    """Describe a value; one that is not a text or number only by its kind, since it may be a secret."""
     if isinstance(value, Mapping | list | tuple):
         return "a mapping" if isinstance(value, Mapping) else "a list"
     if value is None or isinstance(value, bool):
         return "empty" if value is None else str(value).lower()
-    return repr(value)
+    return repr(value)[:60] if isinstance(value, str | int | float) else f"of type {type(value).__name__}"

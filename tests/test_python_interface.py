@@ -110,34 +110,51 @@ def test_what_is_no_path_is_refused_by_the_name_of_its_argument(name, tmp_path, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("options", "given", "expected"),
-    [
-        ("EvaluateOptions", {"prompts": 3}, "text, found int"),
-        ("EvaluateOptions", {"prompts": ["a", None]}, "text, found None"),
-        ("EvaluateOptions", {"chat_template_kwargs": 3}, "a dict, found int"),
-        ("EvaluateOptions", {"shots": 1, "shots_from": {}}, "a path, found dict"),
-        ("ExtractOptions", {"rank": 1, "target": {"a": 1}}, "text, found dict"),
-        ("PlanOptions", {"targets": [3]}, "text, found int"),
-        ("PlanOptions", {"optimizer": {}}, "text, found dict"),
-        ("PublishOptions", {"tag": 3}, "text, found int"),
-        ("PullOptions", {"manifest_sha256": b"0"}, "text, found bytes"),
-        ("QuantizeOptions", {"format": None}, "text, found None"),
-        ("QuantizeOptions", {"skip": [3]}, "text, found int"),
-        ("Calibration", {"files": [3]}, "a path, found int"),
-        ("RunOptions", {"work": 3}, "a path, found int"),
-        ("Signer", {"private_key": 3}, "a path, found int"),
-        ("StackOptions", {"settings": None}, "a dict, found None"),
-        ("StackOptions", {"weights": {1: 2}}, "numbers, found"),
-        ("StackOptions", {"weights": [1, "much"]}, "numbers, found"),
-        ("Trust", {"public_key": {}}, "a path, found dict"),
-        ("VerifyOptions", {"parents": [3]}, "a path, found int"),
-        ("VerifyOptions", {"manifest_sha256": 3}, "text, found int"),
-    ],
-)
-def test_what_is_no_text_path_or_dict_in_an_option_is_refused_by_name(options, given, expected):
-    with pytest.raises(UsageError, match=rf"^{list(given)[-1]}: must be {expected}"):
-        getattr(adaptkit, options)(**given)
+WRONG_TYPES = [
+    ("EvaluateOptions", {"prompts": 3}, "a list, each item text"),
+    ("EvaluateOptions", {"prompts": ["a", None]}, "text"),
+    ("EvaluateOptions", {"chat_template_kwargs": 3}, "names, each with text or"),
+    ("EvaluateOptions", {"shots": 1, "shots_from": {}}, "a list, each item a path"),
+    ("ExtractOptions", {"rank": 1, "target": {"a": 1}}, "a list, each item text"),
+    ("ExtractOptions", {"rank": 2, "seed": 0.5}, "a whole number"),
+    ("ExtractOptions", {"rank": 2, "oversampling": float("inf")}, "a whole number"),
+    ("ExtractOptions", {"energy": []}, "a number"),
+    ("PlanOptions", {"targets": [3]}, "text"),
+    ("PlanOptions", {"optimizer": {}}, "text"),
+    ("PlanOptions", {"rank": "4"}, "a whole number"),
+    ("PublishOptions", {"tag": 3}, "text"),
+    ("PullOptions", {"manifest_sha256": b"0"}, "text"),
+    ("QuantizeOptions", {"format": None}, "text"),
+    ("QuantizeOptions", {"skip": [3]}, "text"),
+    ("QuantizeOptions", {"double_quant": "no"}, "true or false"),
+    ("QuantizeOptions", {"block_size": None}, "a whole number"),
+    ("Calibration", {"files": [3]}, "a path"),
+    ("MergeOptions", {"undo": "false"}, "true or false"),
+    ("MergeOptions", {"undo": None}, "true or false"),
+    ("MergeOptions", {"weights": ("much",)}, "a number"),
+    ("ResizeOptions", {"rank": "1"}, "a whole number"),
+    ("ResizeOptions", {"rank": 2.5}, "a whole number"),
+    ("ResizeOptions", {"energy": 10**400}, "a number"),
+    ("RunOptions", {"work": 3}, "a path"),
+    ("Signer", {"private_key": 3}, "a path"),
+    ("StackOptions", {"energy": "much"}, "a number"),
+    ("StackOptions", {"settings": None}, "names, each with a number"),
+    ("StackOptions", {"weights": {1: 2}}, "a list, each item a number"),
+    ("StackOptions", {"weights": [1, "much"]}, "a number"),
+    ("Trust", {"public_key": {}}, "a path"),
+    ("VerifyOptions", {"parents": [3]}, "a path"),
+    ("VerifyOptions", {"manifest_sha256": 3}, "text"),
+    ("VerifyOptions", {"threads": "2"}, "a whole number"),
+    ("PublishOptions", {"signer": 3}, "keys and values"),
+    ("QuantizeOptions", {"calibration": "text"}, "keys and values"),
+]
+
+
+def test_an_option_of_the_wrong_type_is_refused_by_name():
+    """Some used to raise a TypeError, even after work was done, and "no" counted as true."""
+    for options, given, expected in WRONG_TYPES:
+        with pytest.raises(UsageError, match=rf"^{list(given)[-1]}(\.\d+)?: is .*; expected {expected}"):
+            getattr(adaptkit, options)(**given)
 
 
 def test_threads_and_repositories_have_their_types(tmp_path, monkeypatch):
@@ -153,44 +170,16 @@ def test_threads_and_repositories_have_their_types(tmp_path, monkeypatch):
 
 
 def test_a_secret_of_the_wrong_type_is_not_shown():
-    with pytest.raises(UsageError) as caught:
-        adaptkit.Signer(identity_token=b"secret")
-    assert "secret" not in caught.value.message
+    for given in {"identity_token": b"secret"}, {"password": "secret", "private_key": "key.pem"}:
+        with pytest.raises(UsageError) as caught:
+            adaptkit.Signer(**given)
+        assert "secret" not in caught.value.message
 
 
 def test_unmerge_takes_none_for_adapters_that_the_merged_model_contains(llama, adapter, tmp_path):
     options = adaptkit.MergeOptions(embed_adapter=True)
     adaptkit.merge(llama, adapter, tmp_path / "merged", options)
     assert adaptkit.unmerge(tmp_path / "merged", None, tmp_path / "back").identical
-
-
-@pytest.mark.parametrize("energy", ["much", [], 10**400], ids=["text", "list", "too large"])
-@pytest.mark.parametrize("options", ["ResizeOptions", "StackOptions", "ExtractOptions"])
-def test_an_energy_that_is_not_a_number_is_refused(options, energy):
-    with pytest.raises(UsageError, match="must be a number"):
-        getattr(adaptkit, options)(energy=energy)
-
-
-@pytest.mark.parametrize(
-    ("options", "given", "expected"),
-    [
-        ("ResizeOptions", {"rank": "1"}, "a whole number"),
-        ("ResizeOptions", {"rank": 2.5}, "a whole number"),
-        ("ExtractOptions", {"rank": 2, "seed": 0.5}, "a whole number"),
-        ("ExtractOptions", {"rank": 2, "oversampling": float("inf")}, "a whole number"),
-        ("PlanOptions", {"rank": "4"}, "a whole number"),
-        ("VerifyOptions", {"threads": "2"}, "a whole number"),
-        ("QuantizeOptions", {"double_quant": "no"}, "true or false"),
-        ("MergeOptions", {"undo": "false"}, "true or false"),
-        ("MergeOptions", {"weights": ("much",)}, "numbers"),
-        ("QuantizeOptions", {"block_size": None}, "a whole number"),
-        ("MergeOptions", {"undo": None}, "true or false"),
-    ],
-)
-def test_an_option_of_the_wrong_type_is_refused_by_name(options, given, expected):
-    """Some used to raise a TypeError, even after work was done, and "no" counted as true."""
-    with pytest.raises(UsageError, match=rf"^{list(given)[-1]}: must be {expected}, found "):
-        getattr(adaptkit, options)(**given)
 
 
 @pytest.mark.parametrize(
@@ -235,21 +224,6 @@ def test_every_function_that_takes_options_is_in_the_test_above():
     parameters = {name: set(inspect.signature(found).parameters) for name, found in functions.items()}
     takes = [name for name, found in parameters.items() if found & {"options", "config"}]
     assert sorted(takes) == [name for name, _ in cases]
-
-
-@pytest.mark.parametrize(
-    ("options", "field", "kind"),
-    [
-        ("PublishOptions", "signer", "Signer"),
-        ("PullOptions", "trust", "Trust"),
-        ("QuantizeOptions", "calibration", "Calibration"),
-        ("RunOptions", "signer", "Signer"),
-        ("VerifyOptions", "trust", "Trust"),
-    ],
-)
-def test_options_within_options_have_to_be_of_their_class(options, field, kind):
-    with pytest.raises(UsageError, match=rf"^{field}: expected {kind}, found dict\n"):
-        getattr(adaptkit, options)(**{field: {}})
 
 
 def test_numpys_numbers_give_the_same_bytes_as_pythons(llama, adapter, second_adapter, tmp_path):

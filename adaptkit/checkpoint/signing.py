@@ -23,11 +23,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from adaptkit.arguments import typed_fields
 from adaptkit.checkpoint.header import check_regular
 from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, require_manifest
 from adaptkit.checkpoint.writer import replace_file
 from adaptkit.errors import AuthenticationError, CheckpointError, IntegrityError, NetworkError, UsageError, install_hint
+from adaptkit.settings import Settings, setting
 
 MAX_SIGNATURE_BYTES = 1 << 20
 _CURVES = ("secp256r1", "secp384r1", "secp521r1")
@@ -36,7 +36,7 @@ _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError
 
 
 @dataclass(frozen=True)
-class Signer:
+class Signer(Settings):
     """Credentials for signing: a private key, or without a key an identity.
 
     Attributes:
@@ -49,8 +49,8 @@ class Signer:
     password: bytes | None = field(default=None, repr=False)
     identity_token: str | None = field(default=None, repr=False)
 
-    def __post_init__(self) -> None:
-        typed_fields(self)
+    def validate(self) -> None:
+        """See ``Settings``."""
         if self.private_key is not None and self.identity_token is not None:
             raise UsageError("sign with a key or with an identity, not both", hint="leave one of them out")
         if self.password is not None and self.private_key is None:
@@ -58,21 +58,17 @@ class Signer:
 
 
 @dataclass(frozen=True)
-class Trust:
-    """The expected signer of an artifact: the holder of a key, or an identity.
+class Trust(Settings):
+    """The expected signer of an artifact: the holder of a key, or an identity."""
 
-    Attributes:
-        public_key: PEM file of an elliptic-curve key.
-        identity: of the signer: an e-mail address, or the URI of a CI job.
-        identity_provider: URL of the OpenID Connect provider that issued the identity.
-    """
+    public_key: Path | None = setting("Require a signature by this key; PEM, P-256 and up.", None, metavar="FILE")
+    identity: str | None = setting(
+        "Require a keyless signature by this identity, such as an e-mail address or the URI of a CI job.", None
+    )
+    identity_provider: str | None = setting("URL of the provider of that identity.", None, metavar="URL")
 
-    public_key: Path | None = None
-    identity: str | None = None
-    identity_provider: str | None = None
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
+    def validate(self) -> None:
+        """See ``Settings``."""
         keyless = (self.identity is not None, self.identity_provider is not None)
         if (self.public_key is not None) == any(keyless) or any(keyless) != all(keyless):
             raise UsageError(

@@ -3,12 +3,9 @@
 import io
 import json
 import os
-import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from types import FrameType, TracebackType
 from typing import Any, TextIO
@@ -24,13 +21,10 @@ from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
 from adaptkit.hub.secrets import redact
 from adaptkit.machine import share_processors
 
-INTERRUPTED = 130
-TERMINATED = 143
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOPPED: dict[int, tuple[int, str]] = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
+"""Exit code and word of each signal that stops a command."""
 _NOT_RESUMABLE = {"check", "diff", "evaluate", "inspect", "plan", "verify"}
 """Commands that cannot resume: they write only their report."""
-
-_UNWINDING_SECONDS, _AGAIN_SECONDS = 30.0, 0.01
 
 
 class _Commands(click.Group):
@@ -60,13 +54,6 @@ class _Commands(click.Group):
         raise UsageError(f"unknown command {args[0]!r}", hint=hint)
 
 
-_GONE_OPTIONS = {
-    "--part": "one machine quantizes the whole checkpoint, and the same command resumes it",
-    "--approximate": "merge with its undo record, which unmerge needs",
-}
-"""Maps options of earlier versions to what is used instead."""
-
-
 @click.group(
     cls=_Commands,
     no_args_is_help=False,
@@ -89,68 +76,19 @@ class _Stopped(BaseException):
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Handle a signal: unwind, or exit at once during an import, since some modules would continue half imported.
-
-    A timer bounds the unwinding: a signal at the wrong moment leaves a lock of Python's threading held, for which the
-    unwinding may wait. A second signal exits at once.
-    """
-    for again in _SIGNALS:
+    """Unwind at a signal; another one exits at once, even if the unwinding waits for something."""
+    for again in _STOPPED:
         signal.signal(again, _exit_at_once)
-    _call_in(_UNWINDING_SECONDS, _exit_at_once, number)
-    if _is_importing(frame):
-        _exit_at_once(number, frame)
     raise _Stopped(number)
 
 
-def _call_in(seconds: float, handler: Callable[[int, FrameType | None], None], number: int) -> None:
-    """Call the handler of a signal after some time, once; replaces an earlier such call."""
-    if hasattr(signal, "setitimer"):
-        signal.signal(signal.SIGALRM, _Later(handler, number))
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-
-
-@dataclass(frozen=True)
-class _Later:
-    """Handles a timer's signal as another signal."""
-
-    handler: Callable[[int, FrameType | None], None]
-    number: int
-
-    def __call__(self, _: int, frame: FrameType | None) -> None:
-        self.handler(self.number, frame)
-
-
-def _stop_again(discarded: "sys.UnraisableHookArgs") -> None:
-    """Repeat a signal whose exception was discarded, since it came in a finalizer: Python cannot raise errors there."""
-    if isinstance(discarded.exc_value, _Stopped):
-        _call_in(_AGAIN_SECONDS, _stop, discarded.exc_value.number)
-    else:
-        sys.__unraisablehook__(discarded)
-
-
 def _exit_at_once(number: int, frame: FrameType | None) -> None:
-    """Exit at once with the signal's message and code, even if unwinding or an output stream is blocked."""
-    for name in ("stdout", "stderr"):
-        setattr(sys, name, _unwaiting(getattr(sys, name)))
-    os._exit(_say_stopped(number))
-
-
-def _unwaiting(stream: TextIO) -> TextIO:
-    """Return a new stream to the same file, since this one may be inside a write; /dev/null if a write would block."""
-    number = stream.fileno()
-    takes = bool(select.select([], [number], [], 0)[1])
-    return open(number if takes else os.devnull, "w", errors="backslashreplace", closefd=not takes)
-
-
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
-        frame = frame.f_back
-    return frame is not None
+    os._exit(_STOPPED[number][0])
 
 
 def _say_stopped(number: int) -> int:
     """Print that the command was stopped and how to resume, and return the exit code."""
-    code, word = (INTERRUPTED, "interrupted") if number == signal.SIGINT else (TERMINATED, "terminated")
+    code, word = _STOPPED[number]
     goes_on = not _NOT_RESUMABLE.intersection(sys.argv[1:2])
     return _fail(code, word, word, "run the same command again to resume" if goes_on else "", True)
 
@@ -158,7 +96,6 @@ def _say_stopped(number: int) -> int:
 def main() -> None:
     """Run the command line and exit with its code."""
     sys.excepthook = _show_unknown_error
-    sys.unraisablehook = _stop_again
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the parent process
             setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode))
@@ -167,12 +104,10 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # file names may contain undecodable bytes
     share_processors()
     try:
-        for number in _SIGNALS:
+        for number in _STOPPED:
             if signal.getsignal(number) is not signal.SIG_IGN:  # ignored for background jobs of a shell
                 signal.signal(number, _stop)
-        if hasattr(signal, "SIGCHLD"):  # a parent that ignores it, as some supervisors do, hides how children end
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        code = _run()
+        code = cli.main(standalone_mode=False)
     except AdaptkitError as error:
         say = _as_typed if isinstance(error, UsageError) else str
         code = _fail(error.exit_code, error.code, say(error.message), say(error.hint), error.retryable)
@@ -183,33 +118,18 @@ def main() -> None:
         code = _fail(AdaptkitError.exit_code, "disk", f"{where}{error.strerror}", DISK_HINTS[error.errno], False)
     except click.UsageError as error:
         asked = f"{error.ctx.command_path} --help" if error.ctx else "adaptkit --help"
-        gone = _GONE_OPTIONS.get(error.option_name) if isinstance(error, click.NoSuchOption) else None
-        hint = gone or f"see {asked}"
-        code = _fail(error.exit_code, "usage", error.format_message(), hint, False)
+        code = _fail(error.exit_code, "usage", error.format_message(), f"see {asked}", False)
     except click.ClickException as error:
         code = _fail(error.exit_code, "usage", error.format_message(), "", False)
-    except click.Abort as abort:
-        if isinstance(abort.__cause__, EOFError):  # nothing reads typed input: it is a bug of adaptkit
-            raise abort.__cause__ from None
-        code = _say_stopped(signal.SIGINT)
+    except click.Abort as abort:  # click turns an EOFError into one; nothing here reads typed input, so it is a bug
+        raise abort.__cause__ or abort from None
     except _Stopped as stopped:
         code = _say_stopped(stopped.number)
-    sys.exit(code if isinstance(code, int) else 0)
-
-
-def _run() -> Any:
-    """Run the command; afterwards its outputs are complete, so signals may end the process at once."""
-    try:
-        result = cli.main(standalone_mode=False)
-        if isinstance(waiting := signal.getsignal(signal.SIGALRM), _Later):  # nothing came of it before the end
-            raise _Stopped(waiting.number)
-        return result
-    finally:
-        for number in _SIGNALS:
+    finally:  # all is written or undone
+        for number in _STOPPED:
             if signal.getsignal(number) is _stop:
-                signal.signal(number, signal.SIG_DFL)
-        if isinstance(waiting := signal.getsignal(signal.SIGALRM), _Later):
-            _call_in(_UNWINDING_SECONDS, _exit_at_once, waiting.number)  # only the message remains to be printed
+                signal.signal(number, _exit_at_once)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -3,19 +3,19 @@
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import click
 
 from adaptkit.cli.paths import LocalPath
 from adaptkit.errors import UsageError
-from adaptkit.settings import declared
+from adaptkit.settings import Kind, Setting, Settings, declared, settings
 
 if TYPE_CHECKING:
-    from adaptkit.checkpoint.signing import Signer, Trust
+    from adaptkit.checkpoint.signing import Signer
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -80,14 +80,6 @@ threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="Number of threads. Default: one per processor."
 )
 
-weight_option = click.option(
-    "--weight",
-    "weights",
-    type=float,
-    multiple=True,
-    help="Weight of each adapter, in order. Repeatable. Default: 1 each.",
-)
-
 
 def signer_with(key: Path) -> "Signer":
     """Return the signer for a key; its password comes from the environment."""
@@ -95,15 +87,6 @@ def signer_with(key: Path) -> "Signer":
 
     password = os.environ.get("ADAPTKIT_KEY_PASSWORD")
     return Signer(private_key=key, password=password.encode() if password else None)
-
-
-def trust_in(public_key: Path | None, identity: str | None, identity_provider: str | None) -> "Trust | None":
-    """Return the required signer; None if no option is given. An empty option counts as given."""
-    from adaptkit.checkpoint.signing import Trust
-
-    if public_key is None and identity is None and identity_provider is None:
-        return None
-    return Trust(public_key, identity, identity_provider)
 
 
 class NamedNumber(click.ParamType[tuple[str, float]]):
@@ -156,11 +139,11 @@ def _is_finite(value: Any) -> bool:
 
 
 class _SettingOption(click.Option):
-    """An option that may begin a section of the help, with this heading."""
+    """The option of a setting, which may begin a section of the help, with this heading."""
 
-    def __init__(self, *args: Any, section: str | None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, setting: str, section: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.section = section
+        self.setting, self.section = setting, section
 
 
 class InSections(click.Command):
@@ -193,48 +176,79 @@ class InSections(click.Command):
                 formatter.write_dl(records)
 
 
-def settings_options(kind: type, **types: click.ParamType[Any]) -> Callable[[Function], Function]:
-    """Add an option for every setting of a dataclass; the values of absent options are empty, see ``given``.
+def settings_options(kind: type[Settings], **types: click.ParamType[Any]) -> Callable[[Function], Function]:
+    """Add an option for every setting of a class, also of the settings within it; see ``chosen``.
 
     Args:
-        kind: dataclass of settings, see ``training.settings``.
+        kind: class of settings.
         types: option types that differ from the field's type, by name.
     """
-    from adaptkit.training.settings import settings
+    is_of_file = bool(kind.other_names)  # an option can switch off what the file switches on
+    return _together(*(_option(*found, is_of_file, types) for found in _listed(kind)))
 
-    return _together(*(_setting_option(name, found, rule, types) for name, (found, rule) in settings(kind).items()))
+
+def chosen(kind: type[Kind], values: Mapping[str, Any], **more: Any) -> Kind:
+    """Make the settings that were given on the command line; ``more`` are those that are no options of it."""
+    return kind(**given(kind, values), **more)
 
 
-def _setting_option(name: str, found: Any, rule: Any, types: Mapping[str, Any]) -> Any:
-    kind, flag = declared(found.type), f"--{name.replace('_', '-')}"
-    inner, help_text = get_args(kind), rule.help
-    if inner:
-        help_text += " Repeatable."
-    if found.default is not MISSING and not (
-        found.default is None or found.default is False or found.default in ((), {})
-    ):
-        default = found.default
-        help_text += f"  [default: {' '.join(default) if isinstance(default, tuple) else default}]"
+def given(kind: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that were given on the command line, by name; settings within others in a dict."""
+    found: dict[str, Any] = {}
+    for path, field, rule in _listed(kind):
+        value = values[_parameter(path, rule)]
+        if value not in (None, (), {}):
+            holder = found
+            for outer in path[:-1]:
+                holder = holder.setdefault(outer, {})
+            holder[field.name] = value
+    return found
+
+
+def _listed(kind: type[Settings], outer: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Field[Any], Setting]]:
+    """Iterate over the path, field and rule of every setting, also of the settings within others."""
+    for name, (field, rule) in settings(kind).items():
+        yield (*outer, name), field, rule
+    for name, hint in get_type_hints(kind).items():
+        inner = declared(hint)
+        if name not in settings(kind) and isinstance(inner, type) and issubclass(inner, Settings):
+            yield from _listed(inner, (*outer, name))
+
+
+def _flag(path: tuple[str, ...], rule: Setting) -> str:
+    return rule.flag or f"--{path[-1].replace('_', '-')}"
+
+
+def _parameter(path: tuple[str, ...], rule: Setting) -> str:
+    return _flag(path, rule)[2:].replace("-", "_")
+
+
+def _option(
+    path: tuple[str, ...], field: Field[Any], rule: Setting, is_of_file: bool, types: Mapping[str, Any]
+) -> Callable[[Function], Function]:
+    kind, flag = declared(field.type), _flag(path, rule)
+    inner, origin, default = get_args(kind), get_origin(kind), field.default
+    help_text = rule.help + (" Repeatable." if inner else "")
+    if default not in (MISSING, None, False, ()):
+        shown = {bool: flag[2:], tuple: " ".join(map(str, default)) if inner else ""}.get(origin or kind, default)
+        help_text += f"  [default: {f'{default // 10**9}GB' if rule.is_size else shown}]"
+    more: dict[str, Any] = {"cls": _SettingOption, "setting": path[-1], "section": rule.section, "hidden": rule.hidden}
     if kind is bool:
-        return click.option(
-            f"{flag}/--no-{flag[2:]}",
-            default=None,
-            help=help_text,
-            hidden=rule.hidden,
-            cls=_SettingOption,
-            section=rule.section,
-        )
-    mapped = {tuple: str, Mapping: NamedNumber() if inner[1:] == (float,) else NamedValue()}
+        both = f"{flag}/--no-{flag[2:]}" if is_of_file or default is True else flag
+        return click.option(both, _parameter(path, rule), is_flag=True, default=None, help=help_text, **more)
+    named = NamedNumber() if inner[1:] == (float,) else NamedValue()
+    of_one = named if origin is Mapping else inner[0] if inner else kind
+    of_one = LocalPath() if of_one is Path else Size() if rule.is_size else of_one
     return click.option(
         flag,
-        type=types.get(name, mapped[get_origin(kind)] if inner else kind),
+        _parameter(path, rule),
+        type=types.get(path[-1], of_one),
         multiple=bool(inner),
-        callback=by_name if get_origin(kind) is Mapping else None,
-        metavar=f"[{'|'.join(rule.choices)}]" if rule.choices else None,
+        callback=by_name if origin is Mapping else None,
+        metavar=f"[{'|'.join(rule.choices)}]" if rule.choices and len(rule.choices) < 8 else rule.metavar or None,
         shell_complete=one_of(rule.choices) if rule.choices else None,
         help=help_text,
-        cls=_SettingOption,
-        section=rule.section,
+        **more,
     )
 
 
@@ -248,13 +262,14 @@ def as_options(text: str, command: click.Command, arguments: Iterable[str]) -> s
     given = {part for argument in arguments for part in argument.split("=", 1)}
     named, settings = {}, {}
     for parameter in command.params:
-        name = (parameter.name or "").rstrip("_")
+        name = parameter.setting if isinstance(parameter, _SettingOption) else (parameter.name or "").rstrip("_")
         if typed := given.intersection(parameter.opts):
             named[name] = typed.pop()
         if isinstance(parameter, _SettingOption) and "--config" not in given:
             settings[name] = parameter.opts[0]
     paths = set(map(Path, given))
     head, colon, rest = text.partition(": ")
+    head = head.partition(".")[0] if not Path(head).exists() else head  # an item of a list
     if colon and head in settings | named and Path(head) not in paths:
         text = f"{(settings | named)[head]}: {rest}"
     known = "|".join(name for name in settings if Path(name) not in paths)
@@ -264,10 +279,3 @@ def as_options(text: str, command: click.Command, arguments: Iterable[str]) -> s
         return settings[found[0]] if "_" in found[0] or is_asked else found[0]
 
     return re.sub(rf"(?<![\w./-])(?:{known})(?![\w/-]|\.\w)", renamed, text) if known else text  # not in a path
-
-
-def given(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that were given on the command line."""
-    from adaptkit.training.settings import settings
-
-    return {name: values[name] for name in settings(kind) if values[name] not in (None, (), {})}

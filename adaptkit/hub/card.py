@@ -15,7 +15,7 @@ import yaml
 
 from adaptkit.checkpoint.manifest import Manifest
 from adaptkit.checkpoint.vocabulary import is_usual_embedding, is_usual_head
-from adaptkit.hub.repository import REPO_ID
+from adaptkit.hub.names import REPO_ID
 from adaptkit.wording import counted
 
 _TITLES = {"adapter": "LoRA adapter", "merged": "Merged model", "quantized": "Quantized model"}

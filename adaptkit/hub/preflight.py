@@ -7,8 +7,10 @@ from adaptkit.checkpoint.signing import check_signer
 from adaptkit.errors import AuthenticationError, UsageError
 from adaptkit.hub.client import Hub, Note, connect
 from adaptkit.hub.client_errors import LOGIN
-from adaptkit.hub.publish import PublishOptions, refuse_absent
-from adaptkit.hub.repository import check_repo_id, look_up
+from adaptkit.hub.names import check_repo_id
+from adaptkit.hub.options import PublishOptions
+from adaptkit.hub.publish import refuse_absent
+from adaptkit.hub.repository import look_up
 
 
 def check_publishable(repo_id: str, options: PublishOptions, note: Note) -> None:

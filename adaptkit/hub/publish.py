@@ -10,67 +10,27 @@
 Each step detects what an earlier run did, so the same command can be repeated until it succeeds.
 """
 
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from adaptkit.arguments import AnyPath, as_path, as_text, check_flags, checked_options, path_hint, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_text, check_flags, checked_options, path_hint
 from adaptkit.checkpoint.integrity import check_artifact, first_problems
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, require_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
-from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UsageError
 from adaptkit.hub.card_facts import with_card
 from adaptkit.hub.client import Hub, Note, connect, no_note
 from adaptkit.hub.commit import CommitPlace, PublishedCommit, find_commit_of, send
-from adaptkit.hub.pull import PullOptions, pull
-from adaptkit.hub.repository import Repository, check_repo_id, differences, is_commit, list_tree, look_up
+from adaptkit.hub.names import check_repo_id
+from adaptkit.hub.options import PublishOptions, PullOptions
+from adaptkit.hub.pull import pull
+from adaptkit.hub.repository import Repository, differences, list_tree, look_up
 from adaptkit.hub.secrets import redact
 from adaptkit.hub.signature import with_signature
 from adaptkit.hub.staging import Artifact, gather, refuse_secrets, stage
 from adaptkit.machine import processor_count
-
-_REF = re.compile(r"(?!refs/|-)(?!.*(\.\.|//|@\{|/\.|\.lock(/|$)))[\w./+@-]*[\w+@-]", re.ASCII)
-
-
-@dataclass(frozen=True)
-class PublishOptions:
-    """Where to publish in the repository, and how.
-
-    Attributes:
-        branch: branch to commit to; created from main if absent.
-        tag: tag for the commit.
-        private: create an absent repository as private, and refuse an existing public one.
-        pull_request: open a pull request instead of committing to the branch.
-        base_model: name of the base on the Hub, for the card; None for the one that the artifact's configuration names.
-        signer: key or identity that signs the manifest; None for no signature.
-        check: download the commit afterwards and compare every byte.
-    """
-
-    branch: str = "main"
-    tag: str | None = None
-    private: bool = False
-    pull_request: bool = False
-    base_model: str | None = None
-    signer: Signer | None = None
-    check: bool = False
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
-        for kind, name in (("branch", self.branch), ("tag", self.tag)):
-            if name is not None and (not _REF.fullmatch(name) or is_commit(name)):
-                raise UsageError(f"{name!r} is not a valid {kind} name", hint="use a name such as v1.0")
-        if self.tag == self.branch:
-            raise UsageError(f"{self.tag!r} cannot be both branch and tag", hint="choose another --tag")
-        if self.pull_request and (self.tag or self.private or self.branch != "main"):
-            raise UsageError(
-                "a pull request always goes to main, and cannot set a tag or the visibility",
-                hint="leave these out; to tag the commit, publish again with --tag when the request is merged",
-            )
-        if self.base_model is not None:
-            check_repo_id(self.base_model)
 
 
 @dataclass(frozen=True)

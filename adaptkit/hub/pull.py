@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from adaptkit.arguments import AnyPath, as_path, as_text, as_texts, check_flags, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_text, check_flags, checked_options
 from adaptkit.checkpoint.integrity import file_problem
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.layout import JOURNAL_NAME, resolve_inside
-from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest, check_sha256
+from adaptkit.checkpoint.manifest import MANIFEST_NAME, SIGNATURE_NAME, FileRecord, Manifest
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.signing import Trust, check_signature
@@ -21,36 +21,14 @@ from adaptkit.checkpoint.writer import sync_file
 from adaptkit.errors import IntegrityError, UnsafeInputError, UsageError
 from adaptkit.hub.client import Hub, Note, connect, no_note
 from adaptkit.hub.download import fetch, fetch_small
+from adaptkit.hub.names import check_repo_id
+from adaptkit.hub.options import PullOptions
 from adaptkit.hub.parts import part_of, select
-from adaptkit.hub.repository import FileTree, check_repo_id, commit_of, list_tree
+from adaptkit.hub.repository import FileTree, commit_of, list_tree
 from adaptkit.hub.signature import fetch_signature
 
 _DOWNLOADS = ".download"
 """Subfolder of the unfinished output for downloads; the client resumes partial files that it finds there."""
-
-
-@dataclass(frozen=True)
-class PullOptions:
-    """What to download of an artifact, and what to require of it.
-
-    Attributes:
-        revision: branch, tag or commit; main if None.
-        only: parts of the artifact, see ``parts``; the whole artifact if empty.
-        manifest_sha256: required sha256 of the manifest, in lower-case hexadecimal; None for any.
-        trust: key or identity whose signature is required; None for no check.
-    """
-
-    revision: str | None = None
-    only: Sequence[str] = ()
-    manifest_sha256: str | None = None
-    trust: Trust | None = None
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
-        object.__setattr__(self, "only", as_texts(self.only, "only"))
-        check_sha256(self.manifest_sha256)
-        if self.revision == "":
-            raise UsageError("revision: is empty", hint="use a branch, tag or commit, or leave it out for main")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ the content's sha256.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,10 @@ from adaptkit.checkpoint.hashing import file_sha256
 from adaptkit.checkpoint.manifest import FileRecord
 from adaptkit.errors import ConflictError, NetworkError, UnsafeInputError, UsageError
 from adaptkit.hub.client import SILENCE_S, Hub
-from adaptkit.hub.secrets import looks_like_a_token
+from adaptkit.hub.names import is_commit
 
 GITATTRIBUTES = ".gitattributes"
 """A file that the Hub puts into every repository; not part of an artifact unless its manifest lists it."""
-
-REPO_ID = re.compile(
-    r"(?![\w./-]*(?:--|\.\.))[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}(?<![.-])(?<!\.git)", re.ASCII
-)
-"""``org/name``, as the Hub allows it."""
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 FileTree = Mapping[str, RepoFile]
 """The files of a commit, by path."""
@@ -95,23 +88,6 @@ class Repository:
                 f"{self.repo_id}: the tag {tag} is on {tagged}, but this artifact would be another commit of {branch}",
                 hint="choose another --tag: an existing tag is not moved",
             )
-
-
-def check_repo_id(repo_id: str) -> None:
-    """Refuse an invalid repository name, or one that contains a token, which must not be sent as a name.
-
-    Raises:
-        UsageError: the name is refused.
-    """
-    if looks_like_a_token(repo_id):
-        raise UsageError("the repository's name contains a token", hint="use org/name, and put the token into HF_TOKEN")
-    if not REPO_ID.fullmatch(repo_id):
-        raise UsageError(f"{repo_id or repr(repo_id)}: not the name of a repository", hint="write it as org/name")
-
-
-def is_commit(revision: str) -> bool:
-    """Return whether a revision is a full commit hash."""
-    return _COMMIT.fullmatch(revision) is not None
 
 
 def commit_of(hub: Hub, repo_id: str, revision: str | None, what: str = "") -> str:

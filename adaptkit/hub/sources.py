@@ -24,18 +24,16 @@ from adaptkit.errors import NetworkError, UsageError
 from adaptkit.hub.client import Hub, Note, connect, no_note
 from adaptkit.hub.client_errors import client_errors, offline_error
 from adaptkit.hub.download import fetch_into_cache
-from adaptkit.hub.repository import REPO_ID, FileTree, check_repo_id, commit_of, is_commit, list_tree
+from adaptkit.hub.names import REPO_ID
+from adaptkit.hub.repository import FileTree, commit_of, list_tree
 from adaptkit.hub.secrets import looks_like_a_token
 
 __all__ = [
-    "check_repo_id",
-    "check_weights",
     "download",
     "find_cached",
     "find_commit",
     "find_complete",
     "hub_cache",
-    "is_commit",
     "note_if_incomplete",
     "resolve_config",
     "resolve_source",
@@ -119,7 +117,7 @@ def _fetch(
     commit = commit_of(hub, repo_id, revision, what)
     tree = list_tree(hub, repo_id, commit, what)
     if only is None:
-        check_weights(f"{repo_id}@{commit}", tree)
+        _check_weights(f"{repo_id}@{commit}", tree)
     elif absent := sorted(set(only) - set(tree)):
         raise UsageError(f"{repo_id}@{commit}: has no {absent[0]}", hint="check the name and the revision")
     names = set(_wanted(tree) if only is None else only)
@@ -141,7 +139,7 @@ def note_if_incomplete(repo_id: str, folder: Path, note: Note) -> None:
         )
 
 
-def check_weights(what: str, tree: FileTree) -> None:
+def _check_weights(what: str, tree: FileTree) -> None:
     """Refuse, before fetching, a commit without readable files or with weights in an unsupported format or place."""
     beside = [path for path in tree if "/" not in path]
     if not any(path.endswith(".safetensors") and path not in _BESIDE and not is_of_diffusers(path) for path in beside):
@@ -197,18 +195,25 @@ def download(repo_id: str, commit: str, progress: Progress, note: Note) -> Path:
     return _fetch(connect(note), f"{repo_id}@{commit}", repo_id, commit, None, progress)
 
 
-def find_complete(repo_id: str, commit: str, tree: FileTree) -> Path | None:
+def find_complete(repo_id: str, commit: str, note: Note) -> tuple[Path | None, int]:
     """Return the folder of a commit in huggingface_hub's cache if it has all files that operations read, else None.
 
-    Args:
-        repo_id: org/name.
-        commit: the commit.
-        tree: its files.
+    Returns:
+        The folder, and the size of the files at the commit's root; in the client's offline mode any folder, and 0.
+
+    Raises:
+        UsageError, CheckpointError: there is no such commit, or it has nothing that adaptkit reads.
+        UnsafeInputError, AuthenticationError, NetworkError: see ``resolve_source``.
     """
-    folder = find_cached(repo_id, commit)
-    if folder is None or not all((folder / name).exists() for name in {*_wanted(tree), *_listed(folder, tree)}):
-        return None
-    return folder
+    cached = find_cached(repo_id, commit)
+    if constants.HF_HUB_OFFLINE:
+        return cached, 0
+    tree = list_tree(connect(note), repo_id, commit)
+    _check_weights(f"{repo_id}@{commit}", tree)
+    nbytes = sum(file.size for path, file in tree.items() if "/" not in path)
+    if cached is None or not all((cached / name).exists() for name in {*_wanted(tree), *_listed(cached, tree)}):
+        return None, nbytes
+    return cached, nbytes
 
 
 def find_cached(repo_id: str, revision: str | None, only: Collection[str] | None = None) -> Path | None:

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptkit.errors import UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import Spectrum, dense_svd, svd
 
@@ -44,14 +43,6 @@ class Sketching:
     oversampling: int = 10
     iterations: int = 3
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.oversampling < 0:
-            raise UsageError(f"oversampling: must be at least 0, found {self.oversampling}", hint="10 is the default")
-        if self.iterations < 1:
-            raise UsageError(f"iterations: must be at least 1, found {self.iterations}", hint="3 is the default")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"seed: must be from 0 to 2^63 - 1, found {self.seed}", hint="0 is the default")
 
 
 @dataclass(frozen=True)

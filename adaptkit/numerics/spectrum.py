@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptkit.errors import UsageError
 from adaptkit.numerics.lora import LowRank
 
 
@@ -67,24 +66,6 @@ def energy_kept(sigma: Tensor, rank: int) -> float:
     """Return the share of Σσ² in the first ``rank`` singular values; 1 for a zero matrix."""
     total = float(sigma.square().sum())
     return float(sigma[:rank].square().sum()) / total if total else 1.0
-
-
-def check_size(rank: int | None, energy: float | None) -> None:
-    """Check that exactly one of rank and energy share is given, and is in its range.
-
-    Raises:
-        UsageError: both or neither are given, or the one given is out of range.
-    """
-    if rank is None and energy is None:
-        raise UsageError("neither a rank nor an energy share is given", hint="give --rank 16, or --energy 0.99")
-    if rank is not None and energy is not None:
-        raise UsageError("a rank and an energy share cannot be combined", hint="leave out --rank or --energy")
-    if rank is not None and rank < 1:
-        raise UsageError(f"rank: must be at least 1, found {rank}", hint="16 is a common choice")
-    if energy is not None and not 0 < energy <= 1:
-        raise UsageError(
-            f"energy: must be above 0 and at most 1, found {energy}", hint="0.99 keeps 99 % of the squared norm"
-        )
 
 
 def rank_for_energy(sigma: Tensor, energy: float) -> int:

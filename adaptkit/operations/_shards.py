@@ -18,7 +18,6 @@ from adaptkit.checkpoint.layout import INDEX_NAME, index_bytes, shard_name
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.reader import TensorFiles
 from adaptkit.checkpoint.writer import TensorWriter
-from adaptkit.errors import UsageError
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.operations._threads import in_order
 
@@ -70,16 +69,6 @@ class Piece:
 
     start: int
     count: int
-
-
-def check_shard_size(max_shard_bytes: int) -> None:
-    """Refuse a shard size below one byte.
-
-    Raises:
-        UsageError: it is.
-    """
-    if max_shard_bytes < 1:
-        raise UsageError(f"max_shard_bytes: must be at least 1, found {max_shard_bytes}", hint="5 GB are 5000000000")
 
 
 def plan_shards(groups: Sequence[TensorGroup], max_shard_bytes: int) -> list[tuple[str, list[TensorGroup]]]:

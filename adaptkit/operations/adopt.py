@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import AnyPath, as_path, as_path_or_none, check_flags, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_path_or_none, check_flags, checked_options
 from adaptkit.checkpoint.adapter import Adapter, read_adapter
 from adaptkit.checkpoint.hashing import Ranges
 from adaptkit.checkpoint.integrity import present_names, read_input_manifest
@@ -41,25 +41,11 @@ from adaptkit.data.tokenizer_files import is_of_tokenizer
 from adaptkit.errors import BaseMismatchError, CheckpointError, IntegrityError, UsageError
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.edits import check_copies
-from adaptkit.operations._threads import check_threads, fingerprints, in_order, thread_count
+from adaptkit.operations._threads import fingerprints, in_order, thread_count
+from adaptkit.operations.options import AdoptOptions
 
 _PLACEHOLDER, _MOST_PLACEHOLDERS = b"[More Information Needed]", 20
 """peft's template of a model card contains 39 of these; a card with more than the maximum is not worth publishing."""
-
-
-@dataclass(frozen=True)
-class AdoptOptions:
-    """Options that do not change the result.
-
-    Attributes:
-        threads: number of files, or of tensors of the base, read at a time; one per processor if None.
-    """
-
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
-        check_threads(self.threads)
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ from adaptkit.operations._calibrate.calibrated import (
     is_calibrated,
     scratch_bytes,
 )
-from adaptkit.operations._quantize.options import Calibration, QuantizeOptions
 from adaptkit.operations._quantize.plan import make_plan
 from adaptkit.operations._quantize.report import QuantizeReport, Upgrade, make_report
 from adaptkit.operations._quantize.writing import make_manifest, open_source, source_parents, write_checkpoint
 from adaptkit.operations._threads import thread_count
+from adaptkit.operations.options import Calibration, QuantizeOptions
 
 if TYPE_CHECKING:
     from torch import Tensor

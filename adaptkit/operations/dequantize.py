@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options
 from adaptkit.checkpoint.hashing import fingerprint_in_pieces
 from adaptkit.checkpoint.integrity import read_input_manifest
 from adaptkit.checkpoint.journal import Output
@@ -21,7 +21,7 @@ from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.checkpoint.quantization import is_released, quantization_found, without_quantization
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.checkpoint.side_files import check_side_files
-from adaptkit.errors import CheckpointError, NonFiniteError, UsageError
+from adaptkit.errors import CheckpointError, NonFiniteError
 from adaptkit.formats._find import stored_weights
 from adaptkit.formats._format import StoredWeight
 from adaptkit.numerics.dtypes import ARRAY_DTYPES, Array, dtype_name
@@ -31,39 +31,14 @@ from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._shards import (
     Piece,
     TensorGroup,
-    check_shard_size,
     cut_pieces,
     plan_shards,
     read_jobs,
     unfinished_shards,
     write_index,
 )
-from adaptkit.operations._threads import check_threads, thread_count
-
-DTYPES = ("bfloat16", "float16", "float32")
-
-
-@dataclass(frozen=True)
-class DequantizeOptions:
-    """How to dequantize.
-
-    Attributes:
-        dtype: bfloat16, float16 or float32; None for the dtype recorded with each weight, where ``quantize`` records
-            bfloat16 for a float32 weight, and for bfloat16 if none is recorded (FP8 and MXFP4).
-        max_shard_bytes: largest size of a shard, unless a single tensor is larger.
-        threads: number of pieces decoded at a time; one per processor if None. The result does not depend on it.
-    """
-
-    dtype: str | None = None
-    max_shard_bytes: int = 5_000_000_000
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise UsageError(f"dtype: must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
-        check_shard_size(self.max_shard_bytes)
-        check_threads(self.threads)
+from adaptkit.operations._threads import thread_count
+from adaptkit.operations.options import DequantizeOptions
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,12 @@ from adaptkit.checkpoint.side_files import side_files
 from adaptkit.data.tokenizer_files import is_of_tokenizer
 from adaptkit.errors import UsageError
 from adaptkit.numerics.dtypes import Array
-from adaptkit.operations._extract.plan import IMPOSSIBLE, LEFT_OUT, ExtractOptions, ExtractPlan, make_plan
+from adaptkit.operations._extract.plan import IMPOSSIBLE, LEFT_OUT, ExtractPlan, make_plan
 from adaptkit.operations._extract.report import ExtractedModule, ExtractReport, OtherTensor, make_report
 from adaptkit.operations._extract.saved import Saved, placeholder_part, running_model, whole_tensors, zero_change
 from adaptkit.operations._extract.tensors import ComparedTensor, examine
 from adaptkit.operations._threads import map_in_threads, thread_count
+from adaptkit.operations.options import ExtractOptions
 from adaptkit.wording import counted
 
 __all__ = ["ExtractOptions", "ExtractReport", "ExtractedModule", "OtherTensor", "extract"]

@@ -17,9 +17,10 @@ from adaptkit.operations._merge.base import open_base, with_addresses
 from adaptkit.operations._merge.edit_plan import plan_edits
 from adaptkit.operations._merge.edits import check_copies, check_effects, check_quantizable
 from adaptkit.operations._merge.merging import Merging
-from adaptkit.operations._merge.report import LITTLE_KEPT, NOTHING_MOVED, MergeOptions, MergeReport, TensorChange
+from adaptkit.operations._merge.report import LITTLE_KEPT, NOTHING_MOVED, MergeReport, TensorChange
 from adaptkit.operations._merge.side_files import plan_side_files
 from adaptkit.operations._terms import weights_of
+from adaptkit.operations.options import MergeOptions
 
 __all__ = ["LITTLE_KEPT", "NOTHING_MOVED", "MergeOptions", "MergeReport", "TensorChange", "merge"]
 

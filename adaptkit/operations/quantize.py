@@ -7,10 +7,10 @@ from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.place import check_output
 from adaptkit.checkpoint.progress import Progress, no_progress
 from adaptkit.errors import UsageError
-from adaptkit.operations._quantize.options import Calibration, QuantizeOptions
 from adaptkit.operations._quantize.plan import make_plan
 from adaptkit.operations._quantize.report import QuantizeReport, TensorReport, Upgrade, make_report
 from adaptkit.operations._quantize.writing import make_manifest, open_source, source_parents, write_checkpoint
+from adaptkit.operations.options import Calibration, QuantizeOptions
 
 __all__ = ["Calibration", "QuantizeOptions", "QuantizeReport", "TensorReport", "Upgrade", "quantize"]
 

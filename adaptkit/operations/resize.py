@@ -1,43 +1,19 @@
 """Reduce the rank of an adapter to the best approximation of each module's change."""
 
 import math
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options
 from adaptkit.checkpoint.adapter import read_adapter, require_plain
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import tensors_root
 from adaptkit.checkpoint.place import check_output
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.spectrum import check_size, rank_for_energy, svd
+from adaptkit.numerics.spectrum import rank_for_energy, svd
 from adaptkit.operations._carried import collect_carried, left_out, publish_adapter
 from adaptkit.operations._terms import refuse_compensation
-from adaptkit.operations._threads import check_threads, map_in_threads, thread_count
-
-
-@dataclass(frozen=True)
-class ResizeOptions:
-    """How to resize.
-
-    Attributes:
-        rank: of every module; a module with a smaller rank keeps it.
-        energy: instead of a rank, the share of each module's squared norm to keep, in (0, 1].
-        threads: number of modules at a time; one per processor if None. The result does not depend on it.
-    """
-
-    rank: int | None = None
-    energy: float | None = None
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
-        check_size(self.rank, self.energy)
-        check_threads(self.threads)
-
-    def recorded(self) -> dict[str, Any]:
-        """Return the options that affect the result, for the manifest."""
-        return {name: value for name, value in asdict(self).items() if name != "threads" and value is not None}
+from adaptkit.operations._threads import map_in_threads, thread_count
+from adaptkit.operations.options import ResizeOptions
 
 
 @dataclass(frozen=True)

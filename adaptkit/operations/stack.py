@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from numbers import Real
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from adaptkit.arguments import AnyPath, as_path, as_paths, check_flags, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, as_paths, check_flags, checked_options
 from adaptkit.checkpoint.adapter import Adapter, read_adapter, require_plain
 from adaptkit.checkpoint.journal import Output
 from adaptkit.checkpoint.manifest import tensors_root
@@ -23,77 +21,8 @@ from adaptkit.numerics.stacking._compress import Compressed, Limit, compress
 from adaptkit.numerics.stacking._method import Method
 from adaptkit.operations._carried import base_names, collect_carried, left_out, publish_adapter
 from adaptkit.operations._terms import expected_fingerprints, given_again, refuse_compensation, weights_of
-from adaptkit.operations._threads import check_threads, map_in_threads, thread_count
-
-
-@dataclass(frozen=True)
-class StackOptions:
-    """How to stack.
-
-    Attributes:
-        method: name of a stacking method.
-        weights: one per adapter; empty means 1 for each.
-        rank: largest rank of a module of the result; None leaves it to the method.
-        energy: instead of a rank, the share of each module's ‖Δ‖² to keep, in (0, 1].
-        settings: options of the method by name (``density``, ``epsilon``, ``gamma``, ``lambda``, ``seed``); the others
-            have the method's defaults.
-        threads: number of modules combined at a time; one per processor if None. The result does not depend on it.
-    """
-
-    method: str = "cat"
-    weights: tuple[float, ...] = ()
-    rank: int | None = None
-    energy: float | None = None
-    settings: Mapping[str, float] = field(default_factory=dict)
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
-        check_threads(self.threads)
-        Limit(self.rank, self.energy)
-        self.resolved()
-
-    def resolved(self) -> Any:
-        """Return the method's own options, defaults included.
-
-        Raises:
-            UsageError: there is no such method, it has no such option, or a value is out of range.
-        """
-        options = load(stacking, self.method, "METHOD").options
-        known = {part.name.rstrip("_"): part for part in fields(options)}
-        for name, value in self.settings.items():
-            if name not in known:
-                used = ", ".join(f"--{each}" for each in known)
-                raise UsageError(
-                    f"{self.method} does not use --{name}",
-                    hint=f"besides --weight, --rank and --energy, it uses {used or 'no option'}",
-                )
-            if not isinstance(value, Real):
-                raise UsageError(
-                    f"{name}: must be a number, found {value!r}", hint=f"the default is {known[name].default}"
-                )
-        return options(**{known[name].name: _like(known[name].default, value) for name, value in self.settings.items()})
-
-    def recorded(self, weights: Sequence[float]) -> dict[str, Any]:
-        """Return the options that affect the result, for the manifest."""
-        limits = {"rank": self.rank, "energy": self.energy}
-        return {
-            "method": self.method,
-            "source": load(stacking, self.method, "METHOD").source,
-            "weights": list(weights),
-            **self.own_settings(),
-            **{name: value for name, value in limits.items() if value is not None},
-        }
-
-    def own_settings(self) -> dict[str, Any]:
-        """Return the values of the method's own options by name."""
-        return {name.rstrip("_"): value for name, value in asdict(self.resolved()).items()}
-
-
-def _like(default: Any, value: float) -> Any:
-    """Convert a number to its option's type, so that 3.0 in a recipe gives the same bytes as 3 on a command line."""
-    fits = isinstance(default, float) or float(value).is_integer()
-    return type(default)(value) if abs(value) < 2**53 and fits else value
+from adaptkit.operations._threads import map_in_threads, thread_count
+from adaptkit.operations.options import StackOptions
 
 
 @dataclass(frozen=True)

@@ -1,53 +1,17 @@
 """Check an artifact against its manifest, the manifest's signature, and the artifact's ancestors."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from adaptkit.arguments import AnyPath, as_path, as_paths, checked_options, typed_fields
+from adaptkit.arguments import AnyPath, as_path, checked_options
 from adaptkit.checkpoint.integrity import check_artifact
 from adaptkit.checkpoint.layout import require_folder
-from adaptkit.checkpoint.manifest import SIGNATURE_NAME, check_sha256, require_manifest
+from adaptkit.checkpoint.manifest import SIGNATURE_NAME, require_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
-from adaptkit.checkpoint.signing import Trust, check_signature
-from adaptkit.errors import IntegrityError, UsageError
+from adaptkit.checkpoint.signing import check_signature
+from adaptkit.errors import IntegrityError
 from adaptkit.operations._lineage.tree import Ancestor, Lineage, check_own_targets
-from adaptkit.operations._threads import check_threads, thread_count
-
-
-@dataclass(frozen=True)
-class VerifyOptions:
-    """What to check besides the bytes.
-
-    Attributes:
-        manifest_sha256: required sha256 of the manifest, in lower-case hexadecimal.
-        trust: the required signer; None skips signatures.
-        signature: file; the one beside the manifest if None.
-        parents: folders to search for ancestors of the artifact, each one artifact or a folder of several; None skips
-            ancestors.
-        recompute: repeat the operations that made the artifact and its ancestors, where possible, and compare.
-        threads: files read at a time; one per processor if None.
-    """
-
-    manifest_sha256: str | None = None
-    trust: Trust | None = None
-    signature: Path | None = None
-    parents: Sequence[Path] | None = None
-    recompute: bool = False
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
-        object.__setattr__(self, "parents", None if self.parents is None else as_paths(self.parents, "parents"))
-        check_threads(self.threads)
-        check_sha256(self.manifest_sha256)
-        if self.signature is not None and self.trust is None:
-            raise UsageError(
-                "signature: needs a public key or an identity to check it against",
-                hint="add --public-key FILE, or --identity NAME --identity-provider URL",
-            )
-        if self.recompute and not self.parents:
-            raise UsageError("recompute: needs the parents", hint="give their folders with --parents")
+from adaptkit.operations._threads import thread_count
+from adaptkit.operations.options import VerifyOptions
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Literal
 
-from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, INDEX_NAME, SINGLE_NAME, has_checkpoint, is_adapter
+from adaptkit.checkpoint.layout import has_checkpoint, is_adapter
 from adaptkit.checkpoint.quantization import is_released, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._find import quantized_names
-from adaptkit.hub.listing import Listing
 from adaptkit.settings import Place
 
 Kind = Literal["adapter", "unquantized checkpoint", "released checkpoint", "quantized checkpoint"]
@@ -60,36 +59,11 @@ def kind_of(folder: Path, *, as_adapter: bool) -> Kind:
     return "unquantized checkpoint" if method is None else _quantized_kind(method)
 
 
-def listed_kind(listing: Listing, *, as_adapter: bool) -> Kind | Literal["checkpoint"]:
-    """Return the kind of an artifact in a repository, as far as that is known without its tensors.
-
-    Args:
-        listing: of the repository.
-        as_adapter: see ``kind_of``.
-
-    Returns:
-        ``checkpoint`` if its tensors decide whether it is quantized.
-
-    Raises:
-        CheckpointError: the repository holds neither a checkpoint nor an adapter, or its ``config.json`` is malformed.
-        AdaptkitError: see ``Listing.stated_method``.
-    """
-    names = listing.names
-    is_checkpoint = not names.isdisjoint((SINGLE_NAME, INDEX_NAME))
-    if ADAPTER_CONFIG_NAME in names and (as_adapter or not is_checkpoint):
-        return "adapter"
-    if not is_checkpoint:
-        other = min((name for name in names if name.endswith(".safetensors")), default="")
-        found = f"neither {SINGLE_NAME} nor {INDEX_NAME}{f', but {other}' if other else ''}"
-        raise CheckpointError(f"{listing}: not a checkpoint: {found}", hint="check the repo and revision")
-    return "checkpoint" if listing.stated_method is None else _quantized_kind(listing.stated_method)
-
-
-def check_kind(kind: Kind | Literal["checkpoint"], takes: Takes, name: str, place: Place) -> None:
+def check_kind(kind: Kind, takes: Takes, name: str, place: Place) -> None:
     """Check that an input takes artifacts of a kind.
 
     Args:
-        kind: of the artifact; ``checkpoint`` if it is not known whether it is quantized.
+        kind: of the artifact.
         takes: what the input takes.
         name: of the artifact, in the recipe.
         place: of the input in the recipe.
@@ -97,7 +71,7 @@ def check_kind(kind: Kind | Literal["checkpoint"], takes: Takes, name: str, plac
     Raises:
         ConfigError: it does not take them.
     """
-    may_fit = "checkpoint" in (takes, kind) and "adapter" not in (takes, kind)
+    may_fit = takes == "checkpoint" and kind != "adapter"
     if takes not in ("folder", kind) and not may_fit and (kind, takes) not in _FITS:
         problem = f"{name!r} is {_with_article(kind)}; expected {_with_article(takes)}"
         raise place.error(problem, hint=_HINTS.get((kind, takes), "name a source or step of that kind"))

@@ -1,9 +1,9 @@
 """``recipe.lock``: records by hash what a recipe's sources and steps were when it was run.
 
-    schema    1
+    schema    2
     tool      {name, version}
     name      of the release
-    sources   name -> {path | repo, revision, commit} and {sha256 | manifest_sha256, tensors_root | files, tensors_root}
+    sources   name -> {path | repo, revision, commit} and {sha256 | manifest_sha256, tensors_root | files: their sha256}
     steps     name -> {recipe: the step as written, key, outputs: {name: manifest_sha256}}
 
 JSON with sorted keys, without times, absolute paths or other values specific to a run: the same inputs give the same
@@ -21,12 +21,11 @@ from adaptkit.checkpoint.integrity import first_problems
 from adaptkit.checkpoint.layout import read_json, read_small, write_json
 from adaptkit.checkpoint.place import require_writable_parent
 from adaptkit.checkpoint.writer import replace_file
-from adaptkit.errors import AdaptkitError, CheckpointError, DriftError, UsageError
-from adaptkit.hub.sources import is_commit
-from adaptkit.pipeline.reading import read_recipe
-from adaptkit.pipeline.recipe import Recipe, Source, Step
+from adaptkit.errors import CheckpointError, DriftError, UsageError
+from adaptkit.hub.names import is_commit
+from adaptkit.pipeline.recipe import Recipe, Source
 
-SCHEMA = 1
+SCHEMA = 2
 _ABSENT: Any = object()
 
 
@@ -44,25 +43,6 @@ def lock_path(recipe: Path) -> Path:
     return lock
 
 
-def _require_alone(recipe: Path) -> None:
-    """Reject a recipe whose lock is also that of another, which each run would replace: one of another suffix.
-
-    Other files of such names, such as a report of the run, do no harm.
-    """
-    for suffix in (".yaml", ".yml", ".json"):
-        other = recipe.with_suffix(suffix)
-        if not other.is_file() or other.samefile(recipe):
-            continue
-        try:
-            read_recipe(other)
-        except AdaptkitError:
-            continue
-        raise UsageError(
-            f"{recipe}: its lock, {lock_path(recipe).name}, is also that of {other.name}",
-            hint="rename one of the two recipes",
-        )
-
-
 class Lock:
     """The lock of this run, which is filled while it runs; with ``--locked``, it must equal the existing lock.
 
@@ -71,14 +51,13 @@ class Lock:
         enforced: whether any difference from the existing lock is an error.
 
     Raises:
-        UsageError: the lock is enforced, but missing or malformed; or its path is that of another recipe's lock, or is
-            taken by a file that is not a lock, or cannot be written.
+        UsageError: the lock is enforced, but missing or malformed; or its path is taken by a file that is
+            not a lock, or cannot be written.
         DriftError: the lock is enforced, but belongs to another recipe.
     """
 
     def __init__(self, recipe: Recipe, enforced: bool) -> None:
         self._path = lock_path(recipe.path)
-        _require_alone(recipe.path)
         self._before = _read(self._path, enforced)
         if self._before is None:
             _require_ours(self._path)
@@ -107,14 +86,6 @@ class Lock:
         entry = (self._before or {}).get("sources", {}).get(source.name, {})
         files = entry.get("files") if self.commit(source) is not None else None
         return set(files) if isinstance(files, dict) else set()
-
-    def outputs(self, step: Step, key: str) -> dict[str, str]:
-        """Return what the existing lock says that a step made, by name, if it had the same key; empty otherwise."""
-        entry = (self._before or {}).get("steps", {}).get(step.name, {})
-        outputs: Any = entry.get("outputs") if entry.get("key") == key else None
-        if not isinstance(outputs, dict) or set(outputs) != set(step.makes):
-            return {}
-        return outputs if all(isinstance(digest, str) for digest in outputs.values()) else {}
 
     def add(self, found: Any, *keys: str) -> None:
         """Record a value at the path ``keys``.

@@ -10,12 +10,12 @@ from typing import Any
 from adaptkit.discovery import load, names
 from adaptkit.documents import read_document
 from adaptkit.errors import ConfigError, UsageError
-from adaptkit.hub.sources import check_repo_id
+from adaptkit.hub.names import check_repo_id
 from adaptkit.pipeline import steps as registry
 from adaptkit.pipeline.artifact import check_kind
 from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.steps._kind import Input, StepKind
-from adaptkit.settings import IN_QUOTES, Place, build, check_keys, nearest
+from adaptkit.settings import IN_QUOTES, Place, check_keys, nearest, read_settings
 
 _NAME = re.compile(r"(?!.*\.(partial|replaced|json)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _EXAMPLE = "write, for example, base: {repo: org/name, revision: main}"
@@ -107,10 +107,10 @@ def _step(name: str, entry: Any, place: Place) -> Step:
     if refused is not None:
         raise place.at(refused).error("cannot be set in a recipe", hint=how.refused[refused])
     keys = [field.name for field in fields(how.options) if field.name not in how.refused]
-    check_keys(values, keys, place, getattr(how.options, "other_names", None))
+    check_keys(values, keys, place, how.options.other_names)
     try:
-        options = build(how.options, how.complete(values, inputs), place)
-        how.check(options, inputs)
+        options = read_settings(how.options, _with_placeholders(how, values, inputs), place)
+        how.validate(options, inputs)
     except ConfigError as error:
         error.advise(how.with_keys(error.hint))
         raise
@@ -141,6 +141,18 @@ def _references(taken: Input, values: dict[str, Any], place: Place) -> tuple[str
     if twice is not None:
         raise place.error(f"{twice!r} is listed twice")
     return tuple(found)
+
+
+def _with_placeholders(how: StepKind, values: dict[str, Any], inputs: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """Return the values with names in place of paths that are known only when the step runs."""
+    for taken in how.inputs:
+        if taken.field and taken.key in inputs:
+            *outer, last = taken.field.split(".")
+            holder = values
+            for key in outer:
+                holder = holder[key]
+            holder[last] = list(inputs[taken.key]) if taken.many else "."
+    return values
 
 
 def _copied(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,7 +218,7 @@ def _check_targets(steps: Sequence[Step]) -> None:
     """Reject two steps that publish to the same tag (the second would fail) or branch (it would undo the first)."""
     seen: dict[tuple[str, str, str], Step] = {}
     for step in steps:
-        if not step.how.sends:
+        if not step.how.publishes:
             continue
         options = step.options
         for key, value in (("tag", options.tag), ("branch", None if options.pull_request else options.branch)):
@@ -221,7 +233,7 @@ def _check_targets(steps: Sequence[Step]) -> None:
 def _check_own_sources(sources: Iterable[Source], steps: Sequence[Step]) -> None:
     """Reject a step that publishes to a branch that a source is read from: the next run would start from its result."""
     for step in steps:
-        if not step.how.sends or step.options.pull_request:
+        if not step.how.publishes or step.options.pull_request:
             continue
         target = step.options.repo.casefold(), step.options.branch
         for source in sources:
@@ -235,7 +247,7 @@ def _check_own_sources(sources: Iterable[Source], steps: Sequence[Step]) -> None
 
 def _guarded(recipe: Recipe, step: Step) -> Step:
     """Return the step; if it publishes, it also waits for every gate, except gates that wait for it."""
-    if not step.how.sends:
+    if not step.how.publishes:
         return step
     gates = [other.name for other in recipe.steps.values() if other.how.gates(other.options)]
     gates = [name for name in gates if step not in recipe.until(name)]
@@ -244,7 +256,7 @@ def _guarded(recipe: Recipe, step: Step) -> Step:
 
 def _ordered(recipe: Recipe) -> dict[str, Step]:
     """Sort the steps, by name: each comes after those that it waits for, and steps that publish last if possible."""
-    waiting = sorted(recipe.steps.values(), key=lambda step: step.how.sends)
+    waiting = sorted(recipe.steps.values(), key=lambda step: step.how.publishes)
     ordered: dict[str, Step] = {}
     while waiting:
         ready = next((step for step in waiting if set(recipe.before(step)) <= set(ordered)), None)

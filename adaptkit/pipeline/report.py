@@ -2,37 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from adaptkit.arguments import typed_fields
 from adaptkit.checkpoint.progress import Progress, no_progress
-from adaptkit.checkpoint.signing import Signer
 from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.steps._kind import Facts
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How to run a recipe.
-
-    Attributes:
-        work: folder for the steps' outputs; ``.adaptkit`` beside the recipe if None.
-        locked: fail if anything differs from the lock, and do not change the lock.
-        offline: do not use the network: repositories must be in huggingface_hub's cache, and nothing is published.
-        verify: read every byte of sources and kept outputs, instead of trusting sizes and times.
-        until: name of the last step to run; None for all steps.
-        signer: credentials for steps that sign; None for the identity of the CI job, or a browser login.
-    """
-
-    work: Path | None = None
-    locked: bool = False
-    offline: bool = False
-    verify: bool = False
-    until: str | None = None
-    signer: Signer | None = None
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
 
 
 @dataclass(frozen=True)

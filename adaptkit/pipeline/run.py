@@ -15,18 +15,17 @@ from typing import Any
 from adaptkit.arguments import AnyPath, as_path, check_flags, checked_options
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError, GateError, IntegrityError, UsageError
-from adaptkit.pipeline.foresight import Foresight, prefix_errors
-from adaptkit.pipeline.inputs import InputChecks
-from adaptkit.pipeline.key import step_key
+from adaptkit.pipeline.early import PublishChecks, check_sources, prefix_errors
 from adaptkit.pipeline.lock import Lock, lock_path
+from adaptkit.pipeline.options import RunOptions
 from adaptkit.pipeline.reading import read_recipe
 from adaptkit.pipeline.recipe import Recipe, Source, Step
-from adaptkit.pipeline.report import Listener, OutputReport, RunOptions, RunReport, SourceReport, StepReport
+from adaptkit.pipeline.report import Listener, OutputReport, RunReport, SourceReport, StepReport
 from adaptkit.pipeline.sources import Hashes, Location, Material, check_apart, digest_of, locate, resolve
 from adaptkit.pipeline.steps._kind import Work
-from adaptkit.pipeline.work import HASHES_NAME, WORK_NAME, Record, WorkFolder
+from adaptkit.pipeline.work import HASHES_NAME, WORK_NAME, Record, WorkFolder, step_key
 
-__all__ = ["Listener", "OutputReport", "RunOptions", "RunReport", "SourceReport", "StepReport", "run"]
+__all__ = ["Listener", "OutputReport", "RunReport", "SourceReport", "StepReport", "run"]
 
 
 def run(
@@ -52,21 +51,16 @@ def run(
     options = checked_options(options, RunOptions)
     read = read_recipe(recipe)
     steps = read.until(options.until) if options.until is not None else list(read.steps.values())
-    sending = next((step for step in steps if step.how.sends), None)
-    if options.offline and sending is not None:
-        raise sending.place.error(
-            f"{sending.kind} needs the network", hint="leave out --offline, or stop before this step with --until STEP"
-        )
+    publishing = next((step for step in steps if step.how.publishes), None)
+    if options.offline and publishing is not None:
+        hint = "leave out --offline, or stop before this step with --until STEP"
+        raise publishing.place.error(f"{publishing.kind} needs the network", hint=hint)
     if options.signer is not None and not any(getattr(step.options, "sign", False) for step in steps):
-        if any(getattr(step.options, "sign", False) for step in read.steps.values()):
-            raise UsageError(f"{recipe}: no step until {options.until} signs anything", hint="leave out --sign")
-        raise UsageError(f"{recipe}: no step signs anything", hint="add sign: true to the step that publishes")
+        raise UsageError(f"{recipe}: no step that runs signs anything", hint="leave out --sign, or add sign: true")
     running = _Run(read, steps, options, dry_run, listener or Listener())
     if dry_run:
         return running.all()
-    # A run with another --work may write the lock, too: it would have to be within the milliseconds of its replacement.
-    guarded = [lock_path(recipe)] if options.work is None else []
-    with running.work.locked(*guarded):
+    with running.work.locked():
         return running.all()
 
 
@@ -77,34 +71,28 @@ class _Run:
         self, recipe: Recipe, steps: list[Step], options: RunOptions, dry_run: bool, listener: Listener
     ) -> None:
         self._recipe, self._steps, self._options, self._dry_run = recipe, steps, options, dry_run
-        self._listener = listener
-        self._folder = recipe.path.parent
+        self._listener, self._folder = listener, recipe.path.parent
         root = options.work if options.work is not None else self._folder / WORK_NAME
         self.work = WorkFolder(root, options.verify)
         check_apart(recipe.sources.values(), self._folder, root)
         self._hashes = Hashes(self.work.root / HASHES_NAME, fresh=options.verify)
         self._materials: dict[str, Material] = {}
-        self._inputs = InputChecks(recipe, steps)
-        taken = [found for step in recipe.steps.values() for found in step.takes()]
-        self._with_card = {name for input_, name in taken if input_.with_card}
-        self._as_checkpoint = {name for input_, name in taken if input_.takes.endswith("checkpoint")}
+        self._with_card = {name for step in recipe.steps.values() for taken, name in step.takes() if taken.with_card}
         self._lock = Lock(recipe, options.locked)
         self._signer = options.signer or Signer()
-        self._foresight = Foresight(steps, dry_run, self._signer, self._listener)
+        self._publishing = PublishChecks(steps, dry_run, self._signer, listener.note_of)
 
     def all(self) -> RunReport:
         """Find the sources and run the steps; in a dry run, only report."""
         began = time.monotonic()
         self._listener.begun(self._recipe)
-        if not self._dry_run:
-            self._foresight.require_packages(self._must_run)  # before sources are downloaded, which may take hours
         sources = tuple(self._find_sources())
         steps = tuple(self._plan(step) if self._dry_run else self._do(step) for step in self._steps)
         state = "kept"
         if self._options.locked and not self._dry_run and self._options.until is None:
             self._lock.require_whole()
         if not self._options.locked and not self._dry_run:
-            self._lock_excluded_steps()
+            self._lock_others()
             state = "written" if self._lock.write() else "unchanged"
         return RunReport(
             recipe=str(self._recipe.path),
@@ -116,38 +104,32 @@ class _Run:
             seconds=time.monotonic() - began,
         )
 
-    def _lock_excluded_steps(self) -> None:
-        """Lock the steps that ``until`` excludes, as far as their keys are known.
-
-        More keys are known by kept outputs, and by those in the lock of an earlier run in which the key was the same.
-        """
+    def _lock_others(self) -> None:
+        """Lock the steps that ``until`` excludes, as far as their inputs are known."""
         for step in self._recipe.steps.values():
             key = step_key(step, self._materials)
             if key is not None and step not in self._steps:
-                self._lock_plan(step, key)
-                record = self.work.find(step, key, lambda text: None)
-                if record is not None:
-                    self._register_outputs(step, record)
-                elif outputs := self._lock.outputs(step, key):
-                    self._lock.add(outputs, "steps", step.name, "outputs")
-                    for name, digest in outputs.items():  # keys depend on the path's name, not on what is there
-                        self._materials[name] = Material(self.work.output(key, name), digest, 0, {})
+                self._lock.add(step.written, "steps", step.name, "recipe")
+                self._lock.add(key, "steps", step.name, "key")
 
     def _find_sources(self) -> list[SourceReport]:
-        """Find and hash the sources; before anything is downloaded or hashed, check what is known of them."""
+        """Find and hash the sources; local ones are checked before anything is downloaded or hashed."""
+        note, offline = self._listener.note, self._options.offline
         located: dict[str, Location] = {}
-        for is_local in (True, False):
-            found = [source for source in self._recipe.sources.values() if (source.path is not None) == is_local]
-            at, offline, note = self._folder, self._options.offline, self._listener.note
-            located |= {source.name: locate(source, at, self._lock, offline=offline, note=note) for source in found}
-            if not self._options.locked:  # otherwise any difference from the lock is named first
-                self._inputs.check({source.name: located[source.name] for source in found}, hashed=False)
+        for is_here in (True, False):
+            for source in self._recipe.sources.values():
+                if (source.path is not None) == is_here:
+                    located[source.name] = locate(source, self._folder, self._lock, offline=offline, note=note)
+            if is_here and not self._options.locked:  # otherwise any difference from the lock is named first
+                check_sources(self._recipe, self._steps, _paths(located))
         try:
             reports = [self._find_source(source, located[name]) for name, source in self._recipe.sources.items()]
         finally:
             if not self._dry_run:
                 self._hashes.save()  # also after an error: reading a source again may take hours
-        self._inputs.check({name: Location(found.path) for name, found in self._materials.items()}, hashed=True)
+        checked = {} if self._options.locked else _paths(located)
+        rest = {name: path for name, path in _paths(self._materials).items() if name not in checked}
+        check_sources(self._recipe, self._steps, rest)
         return reports
 
     def _find_source(self, source: Source, location: Location) -> SourceReport:
@@ -157,7 +139,6 @@ class _Run:
             location,
             self._hashes,
             with_card=source.name in self._with_card,
-            as_checkpoint=source.name in self._as_checkpoint,
             fetch=not self._dry_run,
             progress=self._listener.source_progress,
             note=self._listener.note,
@@ -179,58 +160,33 @@ class _Run:
     def _plan(self, step: Step) -> StepReport:
         """Return a report of what a run would do with the step."""
         key = step_key(step, self._materials)
-        if step.how.sends and key is not None:
-            figure = self._foresight.of(step, self._work_of(step, key))
+        if key is None:
+            self._publishing.before_work()
+            was_run = any(self.work.root.glob(f"*/{step.name}.json"))
+            return self._report(step, "may follow" if was_run else "to do")
+        if step.how.publishes:
+            figure = self._publishing.rehearse(step, self._work_of(step, key))
             return self._report(step, "to do", figure=figure, key=key)
-        record = self.work.find(step, key, self._listener.note) if key is not None else None
+        record = self.work.find(step, key, self._listener.note)
         if record is None:
-            if not step.how.sends:
-                self._foresight.before_work(self._must_run)
-            return self._report(step, "to do" if key is not None or not self._was_run(step) else "may follow", key=key)
+            self._publishing.before_work()
+            return self._report(step, "to do", key=key)
         outputs = self._register_outputs(step, record)
         judgement = step.how.judge(step.options, record.facts)
         figure = f"{record.figure}; the run would stop here: {judgement}" if judgement else record.figure
         return self._report(step, "kept", figure=figure, key=key, outputs=outputs, facts=record.facts)
-
-    def _sendings(self) -> Iterator[tuple[Step, Work]]:
-        for step in self._steps:
-            key = step_key(step, self._materials) if step.how.sends else None
-            if key is not None:
-                yield step, self._work_of(step, key)
-
-    def _was_run(self, step: Step) -> bool:
-        """Return whether a step of this name was run before, with any inputs."""
-        return any(self.work.root.glob(f"*/{step.name}.json"))
-
-    def _must_run(self, step: Step) -> bool:
-        """Return whether it is known already that a step has no kept outputs."""
-        key = step_key(step, self._materials)
-        return not self._was_run(step) if key is None else self.work.find(step, key, lambda text: None) is None
 
     def _do(self, step: Step) -> StepReport:
         """Run a step, or keep its outputs of an earlier run, and judge it if it is a gate."""
         began, key = time.monotonic(), step_key(step, self._materials)
         if key is None:
             raise ValueError(f"{step.name}: an input is not known")
-        self._lock_plan(step, key)
-        record = None if step.how.sends else self.work.find(step, key, self._listener.note)
+        self._lock.add(step.written, "steps", step.name, "recipe")
+        self._lock.add(key, "steps", step.name, "key")
+        record = None if step.how.publishes else self.work.find(step, key, self._listener.note)
         state = "done" if record is None else "kept"
         if record is None:
-            if step.how.sends:
-                self._foresight.before_sending(self._sendings())
-            else:
-                self._foresight.before_work(self._must_run)
-            self._listener.started(step)
-            self._require_unchanged(step)
-            self.work.begin(step, key)
-            with prefix_errors(step), self._advise_on_damage(step):
-                outcome = step.how.run(self._work_of(step, key))
-            try:
-                self._require_unchanged(step)
-            except (AdaptkitError, OSError):
-                self.work.begin(step, key)  # discard the outputs: the key hashes the source as it was before
-                raise
-            record = self.work.finish(step, key, outcome.figure, outcome.facts)
+            record = self._make(step, key)
         outputs, seconds = self._register_outputs(step, record), time.monotonic() - began
         judgement = step.how.judge(step.options, record.facts)
         report = self._report(
@@ -249,6 +205,31 @@ class _Run:
                 hint="change the model or the limits, then run it again; finished steps are kept",
             )
         return report
+
+    def _make(self, step: Step, key: str) -> Record:
+        if step.how.publishes:
+            self._rehearse_others(step)
+        else:
+            self._publishing.before_work()
+        self._listener.started(step)
+        self._require_unchanged(step)
+        self.work.begin(step, key)
+        with prefix_errors(step), self._advise_on_damage(step):
+            outcome = step.how.run(self._work_of(step, key))
+        try:
+            self._require_unchanged(step)
+        except (AdaptkitError, OSError):
+            self.work.begin(step, key)  # discard the outputs: the key hashes the source as it was before
+            raise
+        return self.work.finish(step, key, outcome.figure, outcome.facts)
+
+    def _rehearse_others(self, step: Step) -> None:
+        """Before the first step that publishes, rehearse the others, so that nothing is sent if one would fail."""
+        first, *others = [each for each in self._steps if each.how.publishes]
+        for other in others if step is first else ():
+            key = step_key(other, self._materials)
+            if key is not None:
+                self._publishing.rehearse(other, self._work_of(other, key))
 
     @contextmanager
     def _advise_on_damage(self, step: Step) -> Iterator[None]:
@@ -272,10 +253,6 @@ class _Run:
                     hint="run the same command again when nothing writes to that source",
                 )
 
-    def _lock_plan(self, step: Step, key: str) -> None:
-        self._lock.add(step.written, "steps", step.name, "recipe")
-        self._lock.add(key, "steps", step.name, "key")
-
     def _work_of(self, step: Step, key: str) -> Work:
         paths: dict[str, tuple[Path, ...]] = {}
         for taken, name in step.takes():
@@ -284,8 +261,7 @@ class _Run:
                 paths[taken.key] = (*paths.get(taken.key, ()), path)
         return Work(
             paths=paths,
-            names=step.inputs,
-            options=step.options,
+            options=step.how.with_paths(step.options, step.inputs, paths),
             output=self.work.output(key, step.name),
             progress=self._listener.progress,
             note=self._listener.note_of(step),
@@ -305,5 +281,9 @@ class _Run:
         return tuple(reports)
 
     def _report(self, step: Step, state: str, **more: Any) -> StepReport:
-        taken: Mapping[str, None] = dict.fromkeys(name for _, name in step.takes())
+        taken = dict.fromkeys(name for _, name in step.takes())
         return StepReport(step.name, step.kind, tuple(taken), step.needs, tuple(step.makes), state, **more)
+
+
+def _paths(located: Mapping[str, Location | Material]) -> dict[str, Path]:
+    return {name: place.path for name, place in located.items() if place.path is not None}

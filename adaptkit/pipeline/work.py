@@ -2,8 +2,7 @@
 
     .adaptkit/hashes.json             cached hashes of sources; see ``sources.Hashes``
     .adaptkit/3f9a1c0b77de/           first digits of a step's key, a hash of its kind, options, inputs and the version
-        adapter.json                  the whole key, and what the step ``adapter`` made and measured; a step that makes
-                                      no artifact may have had another name then
+        adapter.json                  the whole key, and what the step ``adapter`` made and measured
         adapter/                      the artifact
         adapter.partial/              the unfinished artifact, which the same step resumes
 
@@ -17,23 +16,26 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import adaptkit
 from adaptkit.checkpoint.integrity import check_artifact, check_names
-from adaptkit.checkpoint.layout import resolve_inside, write_json
+from adaptkit.checkpoint.layout import name_of, resolve_inside, write_json
 from adaptkit.checkpoint.manifest import Manifest, require_manifest
-from adaptkit.checkpoint.writer import disk_errors, make_folder, replace_file, replaced_name
+from adaptkit.checkpoint.writer import disk_errors, make_folder, replace_file
 from adaptkit.errors import ConflictError, IntegrityError, UsageError
 from adaptkit.machine import processor_count
 from adaptkit.pipeline.recipe import Step
+from adaptkit.pipeline.sources import Material
 from adaptkit.pipeline.steps._kind import Facts
 
 WORK_NAME = ".adaptkit"
 HASHES_NAME = "hashes.json"
 _KEY_LETTERS = 12
+_KEY_SCHEMA = 3
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,8 @@ class WorkFolder:
         self._verify = verify
 
     @contextmanager
-    def locked(self, *guarded: Path) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Lock the folder against other runs during the block.
-
-        Args:
-            guarded: files elsewhere that only runs with this work folder write.
 
         Raises:
             ConflictError: another run holds the lock.
@@ -88,30 +87,15 @@ class WorkFolder:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise ConflictError(
-                        f"{self.root}: another run is using this work folder",
-                        hint="wait for it to end, or choose another --work",
-                    ) from error
+                    problem = f"{self.root}: another run is using this work folder"
+                    raise ConflictError(problem, hint="wait for it to end, or choose another --work") from error
+                problem = f"{self.root}: its disk does not support locks ({error.strerror})"
                 raise UsageError(
-                    f"{self.root}: cannot be locked on its disk ({error.strerror}), so two runs that use it at once "
-                    "would not notice each other",
-                    hint="choose a --work on another disk, or enable file locks (flock) on this one",
+                    problem, hint="choose a --work on another disk, or enable flock on this one"
                 ) from error
-            self._clear_unfinished_files(guarded)
             yield
         finally:
             os.close(handle)
-
-    def _clear_unfinished_files(self, guarded: tuple[Path, ...]) -> None:
-        """Delete temporary files that a killed run left; under the lock, no other run is writing any."""
-        records = list(self.root.glob(f"{'[0-9a-f]' * _KEY_LETTERS}/.*.json.*.partial"))
-        left = [path for path in records if replaced_name(path.name) != path.name]
-        for file in (self.root / HASHES_NAME, *guarded):
-            left += [path for path in file.parent.glob(".*.partial") if replaced_name(path.name) == file.name]
-        for path in left:
-            if path.is_file():
-                with suppress(OSError):  # such as on a read-only disk; it does no harm
-                    path.unlink()
 
     def output(self, key: str, name: str) -> Path:
         """Return the path of an artifact."""
@@ -172,18 +156,9 @@ class WorkFolder:
         return manifest
 
     def _read(self, step: Step, key: str) -> Record | None:
-        """Read the record of a step; if it makes nothing, its name does not matter, so a finished one of any name."""
-        own = self._path(step, key)
-        record = self._read_file(own, step, key)
-        if step.makes or (record is not None and record.outputs is not None):
-            return record
-        others = (self._read_file(path, step, key) for path in sorted(own.parent.glob("*.json")) if path != own)
-        return next((other for other in others if other is not None and other.outputs is not None), record)
-
-    def _read_file(self, path: Path, step: Step, key: str) -> Record | None:
-        """Read a record; None if there is none, it is another's, or it is not as it was written."""
+        """Read the record of a step; None if there is none, or it is not as it was written."""
         try:
-            content = json.loads(path.read_bytes())
+            content = json.loads(self._path(step, key).read_bytes())
             if content.pop("sha256") != _digest(content):
                 return None
             record = Record(**content)
@@ -200,6 +175,36 @@ class WorkFolder:
 
     def _path(self, step: Step, key: str) -> Path:
         return self.root / key[:_KEY_LETTERS] / f"{step.name}.json"
+
+
+def step_key(step: Step, materials: Mapping[str, Material]) -> str | None:
+    """Hash a step's kind and options, adaptkit's version, and the content of its inputs.
+
+    Args:
+        step: of a recipe.
+        materials: maps names to materials, as far as they are known.
+
+    Returns:
+        64 hexadecimal digits; None if an input is not known yet.
+    """
+    inputs = []
+    for taken, name in step.takes():
+        material = materials.get(name)
+        if material is None or material.digest is None or material.path is None:
+            return None
+        # A folder's name may be written into an artifact made from it; only the suffix of a file's name matters.
+        called = name_of(material.path) if taken.takes != "file" else material.path.suffix
+        inputs.append([taken.key, called, material.digest])
+    counted = {name: value for name, value in asdict(step.options).items() if name not in step.how.not_in_key}
+    document = {
+        "schema": _KEY_SCHEMA,
+        "adaptkit": adaptkit.__version__,
+        "kind": step.kind,
+        "options": counted,
+        "inputs": inputs,
+        "makes": list(step.makes),
+    }
+    return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 from adaptkit.checkpoint.patterns import check_pattern
 from adaptkit.data.conversation import LAYOUTS
 from adaptkit.errors import ConfigError
+from adaptkit.settings import refuse, setting
 from adaptkit.training.methods._method import TrainingMethod, combined_settings, default_method, settings_of_others
 from adaptkit.training.other_names import OTHER_NAMES
-from adaptkit.training.settings import check, documented, refuse, setting
 
 COMPUTE_DTYPES = ("auto", "bfloat16", "float32")
 METHODS = ("auto", "lora", "qlora", "full")
@@ -54,7 +54,6 @@ _CHANGEABLE_ON_RESUME = frozenset(
 _MethodSettings: Any = combined_settings()
 
 
-@documented
 @dataclass(frozen=True)
 class TrainConfig(_MethodSettings):  # type: ignore[misc]  # known only when the files of the methods are found
     """Settings of a training run."""
@@ -179,8 +178,8 @@ class TrainConfig(_MethodSettings):  # type: ignore[misc]  # known only when the
     fast: bool = setting("Whether to replace parts of the network by faster ones, which round otherwise.", True,
                          hidden=True)  # fmt: skip
 
-    def __post_init__(self) -> None:
-        check(self)
+    def validate(self) -> None:
+        """See ``Settings``."""
         for name in ("data", "held_out_data"):
             if not all(getattr(self, name)) or not self.data:
                 refuse(self, name, "must name files or datasets, none of them empty")

@@ -3,11 +3,10 @@
 from dataclasses import MISSING, dataclass, field, replace
 from typing import Any
 
-from adaptkit.arguments import as_texts, typed_fields
 from adaptkit.errors import UsageError
 from adaptkit.models.kinds import MOE
+from adaptkit.settings import Settings, setting, settings
 from adaptkit.training.config import TrainConfig
-from adaptkit.training.settings import check, documented, setting, settings
 
 _ADAPTERS = ("auto", "lora", "qlora")
 
@@ -21,13 +20,12 @@ def _of_train(name: str, default: Any = MISSING, **changed: Any) -> Any:
         changed: attributes of ``Setting`` that differ.
     """
     found, rule = settings(TrainConfig)[name]
-    rule = replace(rule, section=None, after=None, **changed)
+    rule = replace(rule, section="", after="", **changed)
     return field(default=found.default if default is MISSING else default, metadata={"setting": rule})
 
 
-@documented
 @dataclass(frozen=True)
-class PlanOptions:
+class PlanOptions(Settings):
     """The training run to plan; its settings mean what they mean in ``TrainConfig``."""
 
     method: str = _of_train("method", "qlora")
@@ -48,10 +46,8 @@ class PlanOptions:
     device: str = _of_train("device", choices=("auto", "cpu", "cuda"),
                             help="auto: a GPU if this machine has one, or with --offload-checkpoints.")  # fmt: skip
 
-    def __post_init__(self) -> None:
-        typed_fields(self)
-        object.__setattr__(self, "targets", as_texts(self.targets, "targets"))
-        check(self)
+    def validate(self) -> None:
+        """See ``Settings``."""
         for name, methods in (("rank", _ADAPTERS), ("targets", _ADAPTERS), ("moe", ("auto", "qlora"))):
             if getattr(self, name) != getattr(PlanOptions, name) and self.method not in methods:
                 raise UsageError(

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import click
@@ -14,10 +12,10 @@ from adaptkit.cli.commands.evaluate import command as evaluate_command
 from adaptkit.cli.commands.plan import command as plan_command
 from adaptkit.cli.commands.train import command as train_command
 from adaptkit.discovery import closest
+from adaptkit.settings import settings
 from adaptkit.training.config import COMPUTE_DTYPES, METHODS, OPTIMIZERS, TrainConfig
 from adaptkit.training.other_names import OTHER_NAMES
 from adaptkit.training.plan_options import PlanOptions
-from adaptkit.training.settings import settings
 
 MERGED = Path(__file__).parents[2] / "fixtures" / "golden" / "schema-1-undo-2" / "merged"
 NAMES = ["base", "bias", "data", "steps"]
@@ -361,12 +359,3 @@ def test_plan_and_evaluate_have_the_names_and_values_of_train():
     for name, choices in {"method": METHODS, "optimizer": OPTIMIZERS, "compute_dtype": COMPUTE_DTYPES}.items():
         for value in choices:
             assert getattr(PlanOptions(**{name: value}), name) == value
-
-
-def test_an_option_that_is_gone_says_what_is_used_instead(tmp_path):
-    for words, hint in {("quantize", "--part", "1/2"): "resumes", ("unmerge", "--approximate"): "undo record"}.items():
-        ended = subprocess.run(
-            [sys.executable, "-m", "adaptkit", *words], capture_output=True, text=True, cwd=tmp_path, check=False
-        )
-        assert ended.returncode == 2
-        assert hint in ended.stderr

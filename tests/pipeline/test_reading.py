@@ -132,7 +132,7 @@ def test_a_good_recipe_is_read_with_the_options_of_the_commands(write):
         ("loss: {max", "generated.scores.bleu: {min: 1, max", "measured only with generate", ""),
         ("    require", "    samples: 4\n    require", "line 12: steps.judged.samples: needs generate", "add generate"),
         ("    data: [rows]\n", "", "line 8: steps.judged: nothing to evaluate", "give data FILE, text FILE or"),
-        ("target: [vllm]", "target: [vlm]", "line 14: steps.loads.target: unknown target 'vlm'", "known: gguf"),
+        ("target: [vllm]", "target: [vlm]", "line 14: steps.loads.target: must be one of gguf,", "Program to check"),
         ("repo: org/name", "repo: org", "line 15: steps.release: org: not the name of a repository", "org/name"),
         ("tag: v1", "signer: {}", "steps.release.signer: cannot be set in a recipe", "sign: true"),
         ("repo: org/name, ", "", "line 15: steps.release: repo is missing", ""),

@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from adaptkit.discovery import load, names
-from adaptkit.errors import GateError, UsageError
-from adaptkit.models.architecture import quiet_transformers
-from adaptkit.operations._quantize.options import Calibration
+from adaptkit.errors import GateError
+from adaptkit.operations.options import Calibration
 from adaptkit.operations.verify import verify
 from adaptkit.pipeline import steps as registry
 from adaptkit.pipeline.artifact import kind_of
@@ -174,43 +172,6 @@ NEEDY = [
     "{evaluate: base, data: [rows]}",
     "{quantize: base, calibration: {files: [rows]}}",
 ]
-
-
-@pytest.mark.parametrize("step", NEEDY)
-def test_without_transformers_a_step_that_needs_it_is_refused_before_sources_are_read(
-    tmp_path, llama, instructions, monkeypatch, step
-):
-    shutil.copytree(llama, tmp_path / "model")
-    shutil.copy(instructions, tmp_path / "rows.jsonl")
-    path = tmp_path / "recipe.yaml"
-    sources = "{base: {path: model}, rows: {path: rows.jsonl}}"
-    path.write_text(f"name: late\nsources: {sources}\nsteps:\n  first: {{quantize: base}}\n  last: {step}\n")
-    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it was not installed
-    with pytest.raises(UsageError) as said_by_command, quiet_transformers():
-        pass
-    begun = Listener(sought=lambda source: pytest.fail(source.name), started=lambda step: pytest.fail(step.name))
-    with pytest.raises(UsageError) as refused:
-        run(path, listener=begun)
-    assert refused.value.message == f"last: {said_by_command.value.message}"
-    assert refused.value.hint == said_by_command.value.hint
-    notes = []
-    run(path, dry_run=True, listener=Listener(note=notes.append))
-    assert notes == [f"warning: this would be rejected: {refused.value.message}"]
-
-
-def test_without_transformers_steps_that_need_it_are_kept_and_refused_once_they_must_run(ran, monkeypatch):
-    folder, _ = ran
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    path, begun = folder / "other.yaml", []
-    path.write_text(RECIPE.replace("{dequantize: small}", "{dequantize: small, dtype: float32}"))
-    report = run(path, listener=Listener(started=lambda step: begun.append(step.name)))
-    assert begun == ["plain"]
-    assert {step.name: step.state for step in report.steps}["begun"] == "kept"
-    path.write_text(
-        path.read_text().replace("dtype: float32", "dtype: float16").replace("window: 64\n", "window: 32\n")
-    )
-    with pytest.raises(UsageError, match=r"^measured: this needs the package transformers"):
-        run(path, listener=Listener(started=lambda step: pytest.fail(step.name)))
 
 
 def test_the_docs_list_every_key_of_every_step():

@@ -9,7 +9,7 @@ import pytest
 
 from adaptkit.documents import Document, read_document
 from adaptkit.errors import ConfigError
-from adaptkit.settings import Place, build
+from adaptkit.settings import Place, read_settings
 from adaptkit.training.config import TrainConfig
 
 GOOD = {"base": "b", "data": ["d.jsonl"]}
@@ -17,7 +17,7 @@ GOOD = {"base": "b", "data": ["d.jsonl"]}
 
 def config_of(values):
     """Build a configuration from a file's values."""
-    return build(TrainConfig, values, Place(Document(Path("t.yaml"), values, {})))
+    return read_settings(TrainConfig, values, Place(Document(Path("t.yaml"), values, {})))
 
 
 def test_a_file_gives_a_configuration(tmp_path):
@@ -69,10 +69,10 @@ def test_errors_in_a_file_name_the_line(tmp_path):
         path.write_text(f"base: b\ndata: [d.jsonl]\n{line}\n")
         document = read_document(path)
         with pytest.raises(ConfigError) as caught:
-            build(TrainConfig, document.values, Place(document))
+            read_settings(TrainConfig, document.values, Place(document))
         assert caught.value.message == f"{path}, line 3: {problem}"
     with pytest.raises(ConfigError) as caught:  # the command line takes precedence, and has no line number
-        build(TrainConfig, document.values, Place(document), {"rank": -1, "sample_every": 0})
+        read_settings(TrainConfig, document.values, Place(document), {"rank": -1, "sample_every": 0})
     assert caught.value.message == "rank: must be at least 1 and at most 65,536, found -1"
 
 

@@ -26,7 +26,7 @@ from adaptkit.data.dataset import load_data
 from adaptkit.data.encoding import Sample
 from adaptkit.training.methods._method import TrainingMethod
 from adaptkit.training.network.loss import summed_loss
-from adaptkit.training.settings import setting
+from adaptkit.settings import setting
 
 
 @dataclass(frozen=True, kw_only=True)

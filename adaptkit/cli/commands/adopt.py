@@ -1,14 +1,15 @@
 """``adaptkit adopt``."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import output_options, threads_option
+from adaptkit.cli.options import chosen, output_options, settings_options
 from adaptkit.cli.output import Row, counted, show, size
 from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import byte_progress
+from adaptkit.operations.options import AdoptOptions
 
 if TYPE_CHECKING:
     from adaptkit.operations.adopt import AdoptReport
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @output_options
 @click.option("--base", type=ArtifactPath(), help="16-bit checkpoint that the adapter was trained on.")
 @click.option("--dry-run", is_flag=True, help="Check everything; write nothing.")
-@threads_option
+@settings_options(AdoptOptions)
 def command(
     source: Path,
     output: Path,
@@ -28,18 +29,24 @@ def command(
     quiet: bool,
     base: Path | None,
     dry_run: bool,
-    threads: int | None,
+    **options: Any,
 ) -> None:
     """Give an adapter or checkpoint of another tool a manifest.
 
     Writes a copy of SOURCE, byte for byte, that can be verified and published. If --base names what an adapter was
     trained on, merge and train reject any other base.
     """
-    from adaptkit.operations.adopt import AdoptOptions, adopt
+    from adaptkit.operations.adopt import adopt
 
     with byte_progress("adopt", as_json or quiet) as progress:
         report = adopt(
-            source, output, AdoptOptions(threads), base=base, force=force, dry_run=dry_run, progress=progress
+            source,
+            output,
+            chosen(AdoptOptions, options),
+            base=base,
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
         )
     show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
 

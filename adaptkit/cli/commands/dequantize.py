@@ -5,35 +5,34 @@ from typing import Any
 
 import click
 
-from adaptkit.cli.options import Size, output_options, threads_option
+from adaptkit.cli.options import chosen, output_options, settings_options
 from adaptkit.cli.output import counted, show, size
 from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import byte_progress
+from adaptkit.operations.options import DequantizeOptions
 
 
 @click.command()
 @click.argument("source", type=ArtifactPath())
 @output_options
-@click.option(
-    "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32"]),
-    help="Default: the one recorded for each weight; quantize records float32 as bfloat16, FP8 and MXFP4 none: "
-    "bfloat16.",
-)
-@click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
+@settings_options(DequantizeOptions)
 @click.option("--dry-run", is_flag=True, help="Plan and validate only.")
-@threads_option
 def command(source: Path, output: Path, force: bool, as_json: bool, quiet: bool, dry_run: bool, **options: Any) -> None:
     """Convert the quantized checkpoint SOURCE back to a plain one.
 
     SOURCE was quantized by adaptkit, or to 4 bits by bitsandbytes, or
     released in FP8 with scales for blocks (DeepSeek-V3) or MXFP4 (gpt-oss).
     """
-    from adaptkit.operations.dequantize import DequantizeOptions, dequantize
+    from adaptkit.operations.dequantize import dequantize
 
     with byte_progress("dequantize", as_json or quiet) as progress:
         report = dequantize(
-            source, output, DequantizeOptions(**options), force=force, dry_run=dry_run, progress=progress
+            source,
+            output,
+            chosen(DequantizeOptions, options),
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
         )
     rows = [
         ("would write" if dry_run else "wrote", report.output),

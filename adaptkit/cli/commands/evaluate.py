@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adaptkit.cli import measured
-from adaptkit.cli.options import NamedValue, by_name, html_option, report_options
+from adaptkit.cli.options import chosen, html_option, report_options, settings_options
 from adaptkit.cli.output import Row, aligned, check_page, check_place, in_turn, show, torchrun_rank, write_whole
 from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import count_progress
-from adaptkit.data.conversation import LAYOUTS
+from adaptkit.training.evaluation.options import EvaluateOptions
 from adaptkit.training.product_cache import limit_product_cache
 
 if TYPE_CHECKING:
@@ -38,35 +38,9 @@ _FILE = LocalPath()
 @click.option(
     "--reference", type=ArtifactPath(), help="Also measure the KL divergence from this checkpoint on the text."
 )
-@click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per window of text.")
-@click.option("--max-tokens", type=click.IntRange(min=2), help="Maximum number of text tokens.")
-@click.option("--generate", is_flag=True,
-              help="Answer the data's questions; score them by BLEU, NIST, METEOR, ROUGE-L and CIDEr.")  # fmt: skip
-@click.option(
-    "--samples", type=click.IntRange(min=1), help="Maximum number of questions to answer, chosen by the seed."
-)
 @click.option("--samples-file", type=LocalPath(dir_okay=False),
               help="Write questions, answers and references to this file, one JSON object per line.")  # fmt: skip
-@click.option("--shots", type=click.IntRange(min=0), default=0, metavar="K",
-              help="Also evaluate every base with K examples before each question.")  # fmt: skip
-@click.option("--shots-from", type=_FILE, multiple=True, help="File to take the examples from. Repeatable.")
-@click.option("--seed", type=int, default=0, show_default=True,
-              help="Seed for choosing questions and examples.")  # fmt: skip
-@click.option("--prompt", "prompts", multiple=True, help="Prompt to answer. Repeatable.")
-@click.option(
-    "--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True, help="Maximum tokens per answer."
-)
-@click.option(
-    "--max-length", type=click.IntRange(min=2), default=1024, show_default=True, help="Maximum tokens per sample."
-)
-@click.option("--batch-size", type=click.IntRange(min=1), default=8, show_default=True,
-              help="Samples per forward pass.")  # fmt: skip
-@click.option("--layout", type=click.Choice(LAYOUTS), help="Layout of the rows. Default: detected for each row.")
-@click.option("--chat-template-kwargs", type=NamedValue(), multiple=True, callback=by_name,
-              help="Variable of the chat template, as for train. Repeatable.")  # fmt: skip
-@click.option("--compute-dtype", type=click.Choice(["auto", "bfloat16", "float32"]), default="auto",
-              show_default=True, help="auto: bfloat16 if the device multiplies bfloat16 matrices.")  # fmt: skip
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, or auto.")
+@settings_options(EvaluateOptions)
 @html_option
 @report_options
 def command(
@@ -90,22 +64,21 @@ def command(
     limit_product_cache()
     from adaptkit.training.evaluation.comparison import Comparison, compare
     from adaptkit.training.evaluation.evaluate import evaluate
-    from adaptkit.training.evaluation.report import EvaluateOptions
 
-    chosen = EvaluateOptions(**options)
+    wanted = chosen(EvaluateOptions, options)
     if torchrun_rank() != "0":  # every process of torchrun measures everything; rank 0 reports
         as_json, quiet, samples_file, html = False, True, None, None
     if samples_file is not None:
-        _check_samples_file(samples_file, chosen.generate, html)
+        _check_samples_file(samples_file, wanted.generate, html)
     check_page(html, pictures=False)
     answers: list[Answer] = []
     more: dict[str, Any] = {"text": text, "reference": reference, "on_answer": answers.append}
-    if compared or chosen.shots or len(bases) > 1 or len(adapters) > 1:
+    if compared or wanted.shots or len(bases) > 1 or len(adapters) > 1:
         with count_progress("models", as_json or quiet) as progress:
-            comparison = compare(bases, adapters, data, chosen, progress=progress, **more)
+            comparison = compare(bases, adapters, data, wanted, progress=progress, **more)
         report: Any = comparison
     else:
-        report = evaluate(bases[0], adapters[0] if adapters else None, data, chosen, **more)
+        report = evaluate(bases[0], adapters[0] if adapters else None, data, wanted, **more)
         comparison = Comparison((report,), ())
     written: list[Callable[[], None]] = []
     if samples_file is not None:

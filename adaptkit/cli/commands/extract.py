@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import output_options, threads_option
+from adaptkit.cli.options import chosen, output_options, settings_options
 from adaptkit.cli.output import WORST, Row, counted, percent, show, span
 from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import byte_progress
+from adaptkit.operations.options import ExtractOptions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,23 +23,8 @@ if TYPE_CHECKING:
 @click.argument("tuned", type=ArtifactPath())
 @click.argument("base", type=ArtifactPath())
 @output_options
-@click.option("--rank", type=click.IntRange(min=1), help="Rank of the adapter's matrices.")
-@click.option(
-    "--energy", type=float, metavar="SHARE", help="Instead of --rank: share of each squared norm to keep, such as 0.99."
-)
-@click.option("--max-rank", type=click.IntRange(min=1), help="With --energy: the largest rank. [default: 256]")
-@click.option(
-    "--target",
-    multiple=True,
-    metavar="PATTERN",
-    help="Only modules whose path matches, such as '*.q_proj'. Repeatable.",
-)
-@click.option("--only-linear", is_flag=True, help="Leave out differing embeddings, heads, norms and biases.")
-@click.option("--oversampling", type=click.IntRange(min=0), default=10, show_default=True, help="Extra sketch columns.")
-@click.option("--iterations", type=click.IntRange(min=1), default=3, show_default=True, help="Subspace iterations.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the sketch.")
+@settings_options(ExtractOptions)
 @click.option("--dry-run", is_flag=True, help="Plan and validate only, without reading weights.")
-@threads_option
 def command(
     tuned: Path, base: Path, output: Path, force: bool, as_json: bool, quiet: bool, dry_run: bool, **options: Any
 ) -> None:
@@ -47,11 +33,17 @@ def command(
     The changes of linear layers become low-rank matrices; other tensors that differ are stored in full. The report
     says what is lost.
     """
-    from adaptkit.operations.extract import ExtractOptions, extract
+    from adaptkit.operations.extract import extract
 
     with byte_progress("extract", as_json or quiet) as progress:
         report = extract(
-            tuned, base, output, ExtractOptions(**options), force=force, dry_run=dry_run, progress=progress
+            tuned,
+            base,
+            output,
+            chosen(ExtractOptions, options),
+            force=force,
+            dry_run=dry_run,
+            progress=progress,
         )
     rows = _planned(report) if dry_run else _rows(report)
     show(report, rows, as_json=as_json, quiet=quiet)

@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
-from adaptkit.cli.options import output_options, threads_option, weight_option
+from adaptkit.cli.options import chosen, output_options, settings_options
 from adaptkit.cli.output import Row, counted, percent, show
 from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import byte_progress
+from adaptkit.operations.options import MergeOptions
 
 _CHANGED = "the changed weights match those that the adapters were trained on"
 _LOST = (
@@ -21,22 +22,8 @@ _LOST = (
 @click.argument("base", type=ArtifactPath())
 @click.argument("adapters", nargs=-1, required=True, type=ArtifactPath())
 @output_options
-@weight_option
-@click.option(
-    "--format",
-    default="keep",
-    show_default=True,
-    type=click.Choice(["keep", "nf4"]),
-    help="keep: the base's types; nf4: merge into the 16-bit weights and quantize the result.",
-)
-@click.option(
-    "--undo/--no-undo", default=True, show_default=True, help="Write the undo record that makes unmerge exact."
-)
-@click.option("--embed-adapter", is_flag=True, help="Store copies of the adapters in the output, for unmerge.")
-@click.option("--untie", is_flag=True, help="Untie the head from the embedding if the merge makes them differ.")
-@click.option("--allow-base-mismatch", is_flag=True, help="Merge into a base that the adapter was not trained on.")
+@settings_options(MergeOptions)
 @click.option("--dry-run", is_flag=True, help="Plan and validate only.")
-@threads_option
 def command(
     base: Path,
     adapters: tuple[Path, ...],
@@ -52,10 +39,11 @@ def command(
     The changes are summed exactly and rounded once; the base's shards, types and tokenizer are kept. If BASE is
     quantized, the checkpoint that it was made from is used, provided that it is in the same parent folder.
     """
-    from adaptkit.operations.merge import LITTLE_KEPT, NOTHING_MOVED, MergeOptions, merge
+    from adaptkit.operations.merge import LITTLE_KEPT, NOTHING_MOVED, merge
 
+    wanted = chosen(MergeOptions, options)
     with byte_progress("merge", as_json or quiet) as progress:
-        report = merge(base, adapters, output, MergeOptions(**options), force=force, dry_run=dry_run, progress=progress)
+        report = merge(base, adapters, output, wanted, force=force, dry_run=dry_run, progress=progress)
     verified = "unverified; names and shapes match"
     if report.base_verified:
         verified = "the one the adapters were trained on" if report.same_base else _CHANGED
@@ -66,9 +54,9 @@ def command(
         *(("note", text) for text in report.told),
     ]
     if report.relative_delta is not None and report.moved is not None and report.effect is not None:  # not a dry run
-        quantized = options["format"] != "keep"
+        quantized = wanted.format != "keep"
         least = f"; least in {report.changes[0].name}, {percent(report.changes[0].effect)}" if report.changes else ""
-        record = f"{report.undo_bits:.3f} bits per parameter" if options["undo"] and not quantized else "none"
+        record = f"{report.undo_bits:.3f} bits per parameter" if wanted.undo and not quantized else "none"
         rows += [
             ("change", f"{percent(report.relative_delta)} of the weights' norm; {percent(report.moved)} of them moved"),
             ("change kept", f"{percent(report.effect)} after {'quantizing' if quantized else 'rounding'}{least}"),

@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from adaptkit.cli.options import InSections, given, report_options, settings_options
+from adaptkit.cli.options import InSections, chosen, report_options, settings_options
 from adaptkit.cli.output import Row, aligned, counted, percent, show, size
 from adaptkit.cli.paths import ConfigPath
 from adaptkit.training.plan_options import PlanOptions
@@ -24,7 +24,7 @@ def command(model: Path, as_json: bool, quiet: bool, **options: Any) -> None:
     """
     from adaptkit.training.plan import plan
 
-    report = plan(model, PlanOptions(**given(PlanOptions, options)))
+    report = plan(model, chosen(PlanOptions, options))
     share = percent(report.trainable_parameters / report.parameters)
     released = f", without {size(report.released_bytes)} released after use" if report.released_bytes else ""
     ranks = [(f"{r.rank}", f"{r.parameters:,}", percent(r.fraction), f"{r.one_square:,}") for r in report.ranks]

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import report_file_option, report_options, signer_with
+from adaptkit.cli.options import chosen, report_file_option, report_options, settings_options, signer_with
 from adaptkit.cli.output import Row, check_report_file, counted, notes, show, size, write_report
 from adaptkit.cli.paths import LocalPath
 from adaptkit.cli.progress import byte_progress
 from adaptkit.errors import UsageError
+from adaptkit.hub.options import PublishOptions
 
 if TYPE_CHECKING:
     from adaptkit.checkpoint.signing import Signer
@@ -21,18 +22,11 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("path", type=click.Path())
 @click.argument("repo")
-@click.option("--branch", default="main", show_default=True, help="Branch to commit to; created from main if absent.")
-@click.option(
-    "--pr", "pull_request", is_flag=True, help="Open a pull request to main instead of committing to a branch."
-)
-@click.option("--tag", help="Tag for the new commit.")
-@click.option("--private", is_flag=True, help="Create the repository as private; an existing public one is rejected.")
-@click.option("--base-model", metavar="ORG/NAME", help="Base named in the model card. Default: from the artifact.")
+@settings_options(PublishOptions)
 @click.option("--sign", "key", type=LocalPath(), metavar="KEY", help="Sign the manifest with this key.")
 @click.option(
     "--sign-keyless", is_flag=True, help="Sign it with the identity of the CI job, or of the user who logs in."
 )
-@click.option("--check", is_flag=True, help="Download the commit afterwards and compare every byte.")
 @click.option("--dry-run", is_flag=True, help="Show what would be sent; write nothing.")
 @report_file_option
 @report_options
@@ -57,7 +51,8 @@ def command(
     is_silent = as_json or quiet or not sys.stderr.isatty()
     # Set before the import, when huggingface_hub reads it; without it, the function shows no bars.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if is_silent else "0")
-    from adaptkit.hub.publish import PublishOptions, PublishReport, publish
+    from adaptkit.hub.options import PublishOptions
+    from adaptkit.hub.publish import PublishReport, publish
 
     if output_file:
         if Path(os.path.realpath(output_file)).is_relative_to(os.path.realpath(path)):
@@ -66,7 +61,7 @@ def command(
                 hint="choose another --output-file",
             )
         check_report_file(output_file, PublishReport)
-    wanted = PublishOptions(**options, signer=_signer(key, sign_keyless))
+    wanted = chosen(PublishOptions, options, signer=_signer(key, sign_keyless))
     with byte_progress("check", as_json or quiet) as progress:
         report = publish(path, repo, wanted, dry_run=dry_run, progress=progress, note=notes(quiet))
     if output_file and not dry_run:

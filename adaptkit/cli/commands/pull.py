@@ -5,37 +5,17 @@ from typing import Any
 
 import click
 
-from adaptkit.cli.options import output_options, trust_in
+from adaptkit.cli.options import chosen, output_options, settings_options
 from adaptkit.cli.output import counted, notes, show, size
-from adaptkit.cli.paths import LocalPath
 from adaptkit.cli.progress import byte_progress
-from adaptkit.hub.parts import PARTS
+from adaptkit.hub.options import PullOptions
 
 
 @click.command()
 @click.argument("repo")
-@click.option(
-    "--only",
-    multiple=True,
-    type=click.Choice(list(PARTS)),
-    help="Part of the artifact to download. Repeatable. Default: all.",
-)
-@click.option("--manifest-sha256", metavar="HASH", help="Required sha256 of the manifest.")
-@click.option("--public-key", type=LocalPath(), metavar="FILE", help="Require a signature by this key.")
-@click.option("--identity", help="Require a keyless signature by this e-mail address or CI job URI.")
-@click.option("--identity-provider", metavar="URL", help="Provider of that identity.")
+@settings_options(PullOptions)
 @output_options
-def command(
-    repo: str,
-    public_key: Path | None,
-    identity: str | None,
-    identity_provider: str | None,
-    output: Path,
-    force: bool,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def command(repo: str, output: Path, force: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Download the artifact REPO from the Hub and verify it.
 
     REPO is org/name[@branch, tag or commit]. The output folder appears only if it matches the manifest.
@@ -43,9 +23,10 @@ def command(
     With --only, the folder gets its own manifest, which lists the downloaded files and names the whole artifact by its
     hash.
     """
-    from adaptkit.hub.pull import PullOptions, pull
+    from adaptkit.hub.options import PullOptions
+    from adaptkit.hub.pull import pull
 
-    wanted = PullOptions(trust=trust_in(public_key, identity, identity_provider), **options)
+    wanted = chosen(PullOptions, options)
     with byte_progress("pull", as_json or quiet) as progress:
         report = pull(repo, output, wanted, force=force, progress=progress, note=notes(quiet))
     what = f"{report.kind}, {counted(report.files, 'file')}, {size(report.bytes)}, all verified"

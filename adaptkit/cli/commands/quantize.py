@@ -4,75 +4,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
-from adaptkit.cli.options import Size, html_option, output_options, threads_option
+from adaptkit.cli.options import given, html_option, output_options, settings_options
 from adaptkit.cli.output import WORST, Row, check_page, counted, percent, show, size, write_whole
 from adaptkit.cli.paths import ArtifactPath, LocalPath
 from adaptkit.cli.progress import byte_progress, count_progress
 from adaptkit.errors import UsageError
-from adaptkit.formats._format import writable
+from adaptkit.operations.options import QuantizeOptions
 
 if TYPE_CHECKING:
     from adaptkit.operations.quantize import QuantizeReport
-
-_OF_CALIBRATION = ("calibration_tokens", "window", "compensate", "init_adapter", "bits_budget")
-"""Options that need --calibrate."""
 
 
 @click.command()
 @click.argument("source", type=ArtifactPath())
 @output_options
-@click.option("--format", default="nf4", show_default=True, type=click.Choice(writable()))
-@click.option("--block-size", default=64, show_default=True, help="Weights per constant; a power of two.")
-@click.option("--double-quant/--no-double-quant", default=True, show_default=True, help="Quantize the constants too.")
-@click.option("--skip", multiple=True, metavar="PATTERN", help="Modules to keep in 16 bits: '*.down_proj'. Repeatable.")
-@click.option("--include-head", is_flag=True, help="Quantize the output layer too.")
-@click.option(
-    "--moe",
-    default="keep",
-    show_default=True,
-    type=click.Choice(["keep", "quantize"]),
-    help="Experts; only adaptkit, not bitsandbytes, loads them quantized.",
-)
-@click.option(
-    "--calibrate",
-    type=LocalPath(),
-    multiple=True,
-    metavar="FILE",
-    help="Text, or rows as for train: choose constants and codes by the model's activations on it. Repeatable.",
-)
-@click.option(
-    "--calibration-tokens", type=click.IntRange(min=2), default=8192, show_default=True,
-    help="With --calibrate: maximum number of tokens.",
-)  # fmt: skip
-@click.option(
-    "--window", type=click.IntRange(min=2), default=512, show_default=True,
-    help="With --calibrate: tokens per sequence.",
-)  # fmt: skip
-@click.option(
-    "--compensate/--no-compensate",
-    default=True,
-    show_default=True,
-    help="With --calibrate: each column compensates the error of those before it. Slower, closer.",
-)
-@click.option(
-    "--init-adapter",
-    type=click.IntRange(min=1),
-    metavar="RANK",
-    help="With --calibrate: also write an adapter that offsets much of the loss, for train --init.",
-)
+@settings_options(QuantizeOptions)
 @click.option("--init-adapter-output", type=LocalPath(), help="Folder of that adapter.  [default: <output>-init]")
-@click.option(
-    "--bits-budget",
-    type=float,
-    metavar="BITS",
-    help="With --calibrate: spend bits where they help most, up to this average per quantized weight, such as 4.5.",
-)
-@click.option("--max-shard-size", "max_shard_bytes", type=Size(), default="5GB", show_default=True)
 @click.option("--dry-run", is_flag=True, help="Plan and validate only.")
 @html_option
-@threads_option
 def command(
     source: Path,
     output: Path,
@@ -81,12 +31,6 @@ def command(
     quiet: bool,
     dry_run: bool,
     html: Path | None,
-    calibrate: tuple[Path, ...],
-    calibration_tokens: int,
-    window: int,
-    init_adapter: int | None,
-    bits_budget: float | None,
-    compensate: bool,
     init_adapter_output: Path | None,
     **options: Any,
 ) -> None:
@@ -96,33 +40,18 @@ def command(
     SOURCE has 16- or 32-bit weights, or was released in FP8 with scales for blocks (DeepSeek-V3)
     or MXFP4 (gpt-oss).
     """
-    from adaptkit.operations.quantize import Calibration, QuantizeOptions, quantize
+    from adaptkit.operations.quantize import quantize
 
-    source_of = click.get_current_context().get_parameter_source
-    given = [name for name in _OF_CALIBRATION if source_of(name) is not ParameterSource.DEFAULT]
-    if given and not calibrate:
-        option = "no_compensate" if given[0] == "compensate" and not compensate else given[0]
-        raise UsageError(
-            f"--{option.replace('_', '-')}: needs --calibrate", hint="add --calibrate FILE, with text to calibrate on"
-        )
-    calibration = None
-    if calibrate:
-        calibration = Calibration(
-            files=calibrate,
-            tokens=calibration_tokens,
-            window=window,
-            init_rank=init_adapter,
-            bits_budget=bits_budget,
-            compensate=compensate,
-        )
-    chosen = QuantizeOptions(calibration=calibration, **options)
+    chosen = given(QuantizeOptions, options)
+    if "calibration" in chosen and "files" not in chosen["calibration"]:
+        raise UsageError("--calibrate is missing; other options need it", hint="add --calibrate FILE, with text")
     check_page(html)
     hidden = as_json or quiet
     with byte_progress("quantize", hidden) as progress, count_progress("calibrate", hidden) as calibration_progress:
         report = quantize(
             source,
             output,
-            chosen,
+            QuantizeOptions(**chosen),
             force=force,
             dry_run=dry_run,
             companion=init_adapter_output,

@@ -5,9 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import output_options, threads_option
+from adaptkit.cli.options import chosen, output_options, settings_options
 from adaptkit.cli.output import WORST, Row, counted, percent, show, span
 from adaptkit.cli.paths import ArtifactPath
+from adaptkit.operations.options import ResizeOptions
 
 if TYPE_CHECKING:
     from adaptkit.operations.resize import ResizeReport
@@ -16,12 +17,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("adapter", type=ArtifactPath())
 @output_options
-@click.option("--rank", type=click.IntRange(min=1), help="Rank of every module that has a larger one.")
-@click.option(
-    "--energy", type=float, metavar="SHARE", help="Instead of --rank: share of each squared norm to keep, such as 0.99."
-)
+@settings_options(ResizeOptions)
 @click.option("--dry-run", is_flag=True, help="Report what would be lost; write nothing.")
-@threads_option
 def command(
     adapter: Path, output: Path, force: bool, as_json: bool, quiet: bool, dry_run: bool, **options: Any
 ) -> None:
@@ -29,9 +26,9 @@ def command(
 
     Each module becomes its best approximation; modules whose rank is already small enough are unchanged.
     """
-    from adaptkit.operations.resize import ResizeOptions, resize
+    from adaptkit.operations.resize import resize
 
-    report = resize(adapter, output, ResizeOptions(**options), force=force, dry_run=dry_run)
+    report = resize(adapter, output, chosen(ResizeOptions, options), force=force, dry_run=dry_run)
     show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
 
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import report_file_option, report_options, signer_with
+from adaptkit.cli.options import chosen, report_file_option, report_options, settings_options, signer_with
 from adaptkit.cli.output import check_place, check_report_file, counted, in_turn, show, write_report
 from adaptkit.cli.paths import LocalPath
 from adaptkit.cli.progress import Bar
 from adaptkit.cli.release_view import source_text, step_text, summary, table, tree
 from adaptkit.errors import DISK_HINTS, AdaptkitError, UsageError
 from adaptkit.hub.secrets import redact
+from adaptkit.pipeline.options import RunOptions
 
 if TYPE_CHECKING:
     from adaptkit.pipeline.recipe import Recipe, Source, Step
@@ -24,14 +25,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("recipe", type=LocalPath())
-@click.option("--work", type=click.Path(file_okay=False), metavar="DIR",
-              help="Folder for the outputs of steps. Default: .adaptkit beside the recipe.")  # fmt: skip
-@click.option("--locked", is_flag=True, help="Fail if anything differs from recipe.lock.")
-@click.option(
-    "--offline", is_flag=True, help="Do not contact the Hub; fail if a source is not cached or a step publishes."
-)
-@click.option("--verify", is_flag=True, help="Read every byte of sources and kept outputs again.")
-@click.option("--until", metavar="STEP", help="Run only this step and its dependencies.")
+@settings_options(RunOptions)
 @click.option("--sign", "key", type=LocalPath(), metavar="KEY",
               help="Key for steps with sign: true. Default: the identity of the CI job or of the user.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Show what would be done; write nothing.")
@@ -72,14 +66,14 @@ def command(
     from adaptkit.training.product_cache import limit_product_cache
 
     limit_product_cache()
-    from adaptkit.pipeline.run import RunOptions, RunReport, run
+    from adaptkit.pipeline.run import RunReport, run
 
     if output_file:
         check_report_file(output_file, RunReport)
     signer = None if key is None else signer_with(key)
     watch = _Watch(hidden=as_json or quiet, quiet=quiet)
     with watch.listening() as listener, _failure_added(recipe, page, watch):
-        report = run(recipe, RunOptions(**options, signer=signer), dry_run=dry_run, listener=listener)
+        report = run(recipe, chosen(RunOptions, options, signer=signer), dry_run=dry_run, listener=listener)
     written: list[Callable[[], None]] = []
     if output_file and not dry_run:
         written.append(partial(write_report, report, output_file))

@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptkit.cli.options import one_of, output_options, threads_option, weight_option
+from adaptkit.cli.options import chosen, output_options, settings_options
 from adaptkit.cli.output import WORST, Row, counted, percent, show, span
 from adaptkit.cli.paths import ArtifactPath
 from adaptkit.cli.progress import count_progress
 from adaptkit.discovery import names
 from adaptkit.numerics import stacking
+from adaptkit.operations.options import StackOptions
 
 if TYPE_CHECKING:
     from adaptkit.operations.stack import StackReport
@@ -33,13 +34,7 @@ class _WithMethods(click.Command):
 @click.command(cls=_WithMethods)
 @click.argument("adapters", nargs=-1, required=True, type=ArtifactPath())
 @output_options
-@click.option("--method", default="cat", show_default=True, shell_complete=one_of(names(stacking)),
-              help="How to combine the adapters; see below.")  # fmt: skip
-@weight_option
-@click.option("--rank", type=click.IntRange(min=1), help="Maximum rank of the result.")
-@click.option(
-    "--energy", type=float, metavar="SHARE", help="Instead of --rank: share of each squared norm to keep, such as 0.99."
-)
+@settings_options(StackOptions)
 @click.option("--density", type=float, metavar="SHARE", help="Share of elements to keep.")
 @click.option(
     "--epsilon", type=float, help="della: keep probabilities are density ± epsilon, largest for the largest elements."
@@ -48,32 +43,32 @@ class _WithMethods(click.Command):
 @click.option("--lambda", "lambda_", type=float, metavar="FACTOR", help="Scale of the result. [default: 1]")
 @click.option("--seed", type=click.IntRange(min=0), help="Seed of methods that drop elements at random. [default: 0]")
 @click.option("--dry-run", is_flag=True, help="Report what would be lost; write nothing.")
-@threads_option
 def command(
     adapters: tuple[Path, ...],
     output: Path,
     force: bool,
     as_json: bool,
     quiet: bool,
-    method: str,
-    weights: tuple[float, ...],
-    rank: int | None,
-    energy: float | None,
     dry_run: bool,
-    threads: int | None,
-    **settings: Any,
+    density: float | None,
+    epsilon: float | None,
+    gamma: float | None,
+    lambda_: float | None,
+    seed: int | None,
+    **options: Any,
 ) -> None:
     """Combine ADAPTERS into one adapter.
 
     Each adapter's change is multiplied by its weight before the method is applied. Defaults of other options depend on
     the method; options that it does not use are rejected.
     """
-    from adaptkit.operations.stack import StackOptions, stack
+    from adaptkit.operations.stack import stack
 
-    chosen = {name.rstrip("_"): value for name, value in sorted(settings.items()) if value is not None}
-    options = StackOptions(method, weights, rank, energy, chosen, threads)
+    of_method = {"density": density, "epsilon": epsilon, "gamma": gamma, "lambda": lambda_, "seed": seed}
+    of_method = {name: value for name, value in of_method.items() if value is not None}
+    wanted = chosen(StackOptions, options, settings=of_method)
     with count_progress("stack", as_json or quiet) as progress:
-        report = stack(adapters, output, options, force=force, dry_run=dry_run, progress=progress)
+        report = stack(adapters, output, wanted, force=force, dry_run=dry_run, progress=progress)
     show(report, _rows(report, dry_run), as_json=as_json, quiet=quiet)
 
 

@@ -13,7 +13,7 @@ from adaptkit.cli.progress import training_progress
 from adaptkit.cli.training_view import batch_lines, cut_rows, data_rows, has_colour
 from adaptkit.documents import read_document
 from adaptkit.errors import UsageError
-from adaptkit.settings import Place, build
+from adaptkit.settings import Place, read_settings
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.product_cache import limit_product_cache
 
@@ -62,9 +62,10 @@ def command(
             raise UsageError(f"--{name} is missing", hint=f"give --{name}, or a --config FILE with {name}")
     if {"steps", "epochs"} & set(chosen):  # either replaces both of the file's
         values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
-    config = build(TrainConfig, values, Place(document), chosen)
-    written = {name: getattr(config, name) for name in ("base", "init") if name in set(values) - set(chosen)}
-    config = replace(config, **{name: str(fetched(path, as_json or quiet)) for name, path in written.items()})
+    config = read_settings(TrainConfig, values, Place(document), chosen)
+    for name in {"base", "init"} & (set(values) - set(chosen)):  # click fetches those of the command line
+        place: Any = str(fetched(getattr(config, name), as_json or quiet))
+        config = replace(config, **{name: place})
     is_first = torchrun_rank() == "0"
     if not is_first:
         as_json, quiet = False, True

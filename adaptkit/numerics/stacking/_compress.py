@@ -10,7 +10,7 @@ from adaptkit.errors import NonFiniteError
 from adaptkit.numerics import lora
 from adaptkit.numerics.krylov import leading, times
 from adaptkit.numerics.lora import LowRank
-from adaptkit.numerics.spectrum import Spectrum, check_size, energy_kept, rank_for_energy, svd
+from adaptkit.numerics.spectrum import Spectrum, energy_kept, rank_for_energy, svd
 from adaptkit.numerics.stacking._core import numerical_rank
 from adaptkit.numerics.stacking._method import Length
 
@@ -33,10 +33,6 @@ class Limit:
 
     rank: int | None = None
     energy: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.rank is not None or self.energy is not None:
-            check_size(self.rank, self.energy)
 
     def choose(self, sigma: Tensor, default: int) -> int:
         """Return the rank to keep, from 1 to k.

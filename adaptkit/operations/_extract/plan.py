@@ -1,82 +1,24 @@
 """Plan of ``extract``: how the adapter may store each tensor, decided before any weight is read."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-from adaptkit.arguments import as_texts, typed_fields
 from adaptkit.checkpoint.quantization import is_released, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
-from adaptkit.errors import BaseMismatchError, CheckpointError, UsageError
+from adaptkit.errors import BaseMismatchError, CheckpointError
 from adaptkit.formats._find import quantized_names
 from adaptkit.models.matching import matches_any, require_matches
-from adaptkit.numerics.randomized import Sketching
 from adaptkit.numerics.spec import FLOATS, TensorSpec
-from adaptkit.numerics.spectrum import check_size
 from adaptkit.operations._roles import Role, Roles, find_roles
-from adaptkit.operations._threads import check_threads
 from adaptkit.operations._tying import is_shared
+from adaptkit.operations.options import ExtractOptions
 from adaptkit.wording import first_few
 
 LOW_RANK, SAVED, LEFT_OUT, IMPOSSIBLE = "low rank", "saved", "left out", "impossible"
 """Fates of a tensor that differs: stored as A and B, stored whole, not stored, or an error."""
 
 _VOCABULARY = ("embedding", "head")
-_LARGEST_RANK = 256
-
-
-@dataclass(frozen=True)
-class ExtractOptions:
-    """How to extract.
-
-    Attributes:
-        rank: rank of every low-rank change.
-        energy: instead of a rank, the share of each change's squared norm to keep, in (0, 1].
-        max_rank: largest rank tried to keep that energy; 256 if None.
-        target: shell patterns of module paths; modules that match none are left out. All modules if empty.
-        only_linear: store only weights of linear layers; leave out embeddings, head, norms and biases.
-        oversampling: columns of the sketch beyond the rank.
-        iterations: power iterations, one pass over the matrix each.
-        seed: seed of the sketch.
-        threads: number of tensors processed at a time; one per processor if None. Does not affect the result.
-    """
-
-    rank: int | None = None
-    energy: float | None = None
-    max_rank: int | None = None
-    target: tuple[str, ...] = ()
-    only_linear: bool = False
-    oversampling: int = 10
-    iterations: int = 3
-    seed: int = 0
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "target", as_texts(self.target, "target"))
-        typed_fields(self)
-        check_size(self.rank, self.energy)
-        check_threads(self.threads)
-        if self.max_rank is not None and self.energy is None:
-            raise UsageError("max_rank: needs --energy", hint="add --energy 0.99, or leave out --max-rank")
-        if self.largest_rank < 1:
-            raise UsageError(f"max_rank: must be at least 1, found {self.max_rank}")
-        _ = self.sketching
-
-    @property
-    def largest_rank(self) -> int:
-        """Largest rank tried to keep the energy."""
-        return _LARGEST_RANK if self.max_rank is None else self.max_rank
-
-    @property
-    def sketching(self) -> Sketching:
-        """Accuracy settings of the randomized decomposition."""
-        return Sketching(self.oversampling, self.iterations, self.seed)
-
-    def recorded(self) -> dict[str, Any]:
-        """Return the options that affect the result, for the manifest."""
-        values = asdict(self) | {"max_rank": None if self.energy is None else self.largest_rank}
-        values["target"] = sorted(set(self.target))
-        return {name: value for name, value in values.items() if name != "threads" and value is not None}
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from adaptkit.numerics.lora import LowRank, transposed
 from adaptkit.numerics.randomized import sketch_for_energy, sketch_for_rank
 from adaptkit.numerics.spec import TensorSpec
 from adaptkit.numerics.tensors import as_tensor
-from adaptkit.operations._extract.plan import LOW_RANK, ExtractOptions, ExtractPlan, Part
+from adaptkit.operations._extract.plan import LOW_RANK, ExtractPlan, Part
 from adaptkit.operations._shards import cut_pieces
+from adaptkit.operations.options import ExtractOptions
 
 _EXPONENT_BITS = {  # integer type of the same width, mask of the exponent, number of fraction bits
     torch.float32: (torch.int32, 0x7F800000, 23),

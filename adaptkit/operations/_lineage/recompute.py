@@ -92,18 +92,21 @@ def _run(name: str, out: Path, options: Mapping[str, Any], parents: Sequence[Anc
     for parent in parents:
         folders[parent.role].append(Path(str(parent.path)))
     if name == "quantize":
-        from adaptkit.operations.quantize import QuantizeOptions, quantize
+        from adaptkit.operations.options import QuantizeOptions
+        from adaptkit.operations.quantize import quantize
 
         (source,) = folders["release"] or folders["base"]
         quantize(source, out, QuantizeOptions(**{**options, "skip": tuple(options["skip"])}, threads=threads))
     elif name == "dequantize":
-        from adaptkit.operations.dequantize import DequantizeOptions, dequantize
+        from adaptkit.operations.dequantize import dequantize
+        from adaptkit.operations.options import DequantizeOptions
 
         (source,) = folders["base"]
         chosen = {name: value for name, value in options.items() if name != "method"}
         dequantize(source, out, DequantizeOptions(**chosen, threads=threads))
     elif name == "merge":
-        from adaptkit.operations.merge import MergeOptions, merge
+        from adaptkit.operations.merge import merge
+        from adaptkit.operations.options import MergeOptions
 
         (base,) = folders["base"]
         names = ("undo", "allow_base_mismatch", "untie", "format", "embed_adapter")
@@ -116,7 +119,8 @@ def _run(name: str, out: Path, options: Mapping[str, Any], parents: Sequence[Anc
         adapters = [Path(parent.path) for parent in merged.parents if parent.role == "adapter" and parent.path]
         unmerge(Path(str(merged.path)), adapters, out, threads=threads, **options)
     elif name == "stack":
-        from adaptkit.operations.stack import StackOptions, stack
+        from adaptkit.operations.options import StackOptions
+        from adaptkit.operations.stack import stack
 
         own = {"method", "source", "weights", "rank", "energy"}
         limits = {name: options.get(name) for name in ("rank", "energy")}
@@ -124,7 +128,8 @@ def _run(name: str, out: Path, options: Mapping[str, Any], parents: Sequence[Anc
         method, weights = options["method"], tuple(options["weights"])
         stack(folders["adapter"], out, StackOptions(method, weights, **limits, settings=settings, threads=threads))
     elif name == "resize":
-        from adaptkit.operations.resize import ResizeOptions, resize
+        from adaptkit.operations.options import ResizeOptions
+        from adaptkit.operations.resize import resize
 
         (adapter,) = folders["adapter"]
         resize(adapter, out, ResizeOptions(**options, threads=threads))

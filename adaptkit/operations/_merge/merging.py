@@ -34,12 +34,13 @@ from adaptkit.numerics.dtypes import Array
 from adaptkit.operations._merge.base import Base, changed_are_known, check_fingerprint, is_their_base, merge_parents
 from adaptkit.operations._merge.edits import Edits, matrix_of
 from adaptkit.operations._merge.folding import Fold, Rows, find_lengths, jobs_of, read_rows
-from adaptkit.operations._merge.report import MergeOptions, MergeReport, TensorChange, change_of, with_changes
+from adaptkit.operations._merge.report import MergeReport, TensorChange, change_of, with_changes
 from adaptkit.operations._merge.side_files import SideFiles, plan_index
 from adaptkit.operations._merge.unlike_peft import untargeted
 from adaptkit.operations._shards import TensorGroup, read_jobs, unfinished_shards
 from adaptkit.operations._terms import given_again
 from adaptkit.operations._threads import thread_count
+from adaptkit.operations.options import MergeOptions
 
 
 class _UndoRecord(Mapping[str, Array]):

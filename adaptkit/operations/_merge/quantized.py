@@ -20,11 +20,11 @@ from adaptkit.operations._merge.edits import Edits
 from adaptkit.operations._merge.folding import Fold, Rows, find_lengths, jobs_of, read_rows
 from adaptkit.operations._merge.merging import Merging
 from adaptkit.operations._merge.report import MergeReport, TensorChange, change_of
-from adaptkit.operations._quantize.options import QuantizeOptions
 from adaptkit.operations._quantize.plan import make_plan
 from adaptkit.operations._quantize.writing import make_manifest, source_records, write_checkpoint
 from adaptkit.operations._roles import stores_transposed
 from adaptkit.operations._threads import fingerprints, map_in_threads, thread_count
+from adaptkit.operations.options import QuantizeOptions
 from adaptkit.wording import counted
 
 

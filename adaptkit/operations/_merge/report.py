@@ -3,52 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from adaptkit.arguments import typed_fields
-from adaptkit.errors import UsageError
-from adaptkit.operations._threads import check_threads
-
 FORMATS = ("keep", "nf4")
 NOTHING_MOVED = "no weight moved: the result is the base"
 LITTLE_KEPT = 0.9
 """If rounding keeps less of the change than this, the merged model noticeably differs from base plus adapter."""
-
-
-@dataclass(frozen=True)
-class MergeOptions:
-    """How to merge.
-
-    Attributes:
-        weights: one per adapter; empty means 1 for each.
-        undo: write the undo record that makes ``unmerge`` exact.
-        allow_base_mismatch: merge into a base that the adapter was not trained on; recorded in the manifest.
-        untie: store a tied head as a separate tensor if it would differ from the embedding.
-        format: ``keep`` the base's dtypes; or ``nf4``: quantize the merged weights without writing them in 16 bits,
-            which cannot be unmerged.
-        embed_adapter: copy the adapters into the result, so that ``unmerge`` needs nothing else.
-        threads: number of pieces merged at a time; one per processor if None. Does not affect the result.
-    """
-
-    weights: tuple[float, ...] = ()
-    undo: bool = True
-    allow_base_mismatch: bool = False
-    untie: bool = False
-    format: str = "keep"
-    embed_adapter: bool = False
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
-        if self.format not in FORMATS:
-            raise UsageError(f"format: must be one of {', '.join(FORMATS)}, found {self.format!r}")
-        if self.format != "keep" and self.embed_adapter:
-            raise UsageError(
-                f"embed_adapter: a merge with format {self.format} cannot be unmerged", hint="leave out --embed-adapter"
-            )
-        if self.embed_adapter and not self.undo:
-            raise UsageError(
-                "embed_adapter: needs the undo record, as unmerge does", hint="leave out --no-undo or --embed-adapter"
-            )
-        check_threads(self.threads)
 
 
 @dataclass(frozen=True)

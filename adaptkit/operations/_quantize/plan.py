@@ -20,10 +20,10 @@ from adaptkit.models.matching import require_matches
 from adaptkit.numerics import finite
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.spec import FLOATS, TensorSpec
-from adaptkit.operations._quantize.options import QuantizeOptions
 from adaptkit.operations._quantize.selection import Selection, TensorChoice, of_type, select
 from adaptkit.operations._roles import find_roles
 from adaptkit.operations._shards import Piece, Shards, TensorGroup, cut_pieces, plan_shards, read_jobs
+from adaptkit.operations.options import QuantizeOptions
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,14 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from adaptkit.checkpoint.progress import Progress
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.pipeline.artifact import Kind, Takes
+from adaptkit.settings import Settings, settings
 
 Facts = dict[str, Any]
 """A step's results besides its artifacts, as JSON values."""
@@ -25,6 +26,8 @@ class Input:
 
     Attributes:
         key: in the recipe; a dot separates nested keys, as in ``calibration.files``.
+        field: the option that holds the paths, if the operation takes them in its options; nested as in ``key``.
+        keyed: an option whose keys are also these names.
         many: whether the value is a list of names.
         required: whether the key must be given.
         takes: what it takes.
@@ -36,6 +39,8 @@ class Input:
     """
 
     key: str
+    field: str = ""
+    keyed: str = ""
     many: bool = False
     required: bool = False
     takes: Takes = "folder"
@@ -52,8 +57,7 @@ class Work:
 
     Attributes:
         paths: maps the inputs' keys to paths.
-        names: maps the inputs' keys to their names in the recipe.
-        options: of the kind's type.
+        options: of the kind's type, with the paths of inputs that are options.
         output: folder to make; a kind that makes several artifacts appends suffixes to its name.
         progress: called with (done, total).
         note: called with a one-line message for the user.
@@ -61,7 +65,6 @@ class Work:
     """
 
     paths: Mapping[str, tuple[Path, ...]]
-    names: Mapping[str, tuple[str, ...]]
     options: Any
     output: Path
     progress: Progress
@@ -96,16 +99,14 @@ class StepKind:
 
     Attributes:
         inputs: the first one's key is the kind's own name.
-        options: dataclass for the other keys.
+        options: class of the settings that the other keys are.
         run: runs the step.
         refused: maps options that a recipe must not set to the hint that says why.
-        complete: adds placeholders to the options for fields that inputs will fill.
-        check: raises UsageError if options and inputs do not fit together.
+        validate: raises UsageError if options and inputs do not fit together.
         makes: maps a suffix of the step's name to the artifact's kind, for each artifact that it makes; None if that
             depends on the input. Empty for kinds that only measure or publish.
         gates: returns whether the step is a gate, which must pass before anything is published.
         judge: for a gate: returns why it fails, given the facts; empty if it passes.
-        needs_transformers: returns whether the step fails if transformers is not installed.
         not_in_key: options that do not affect what is made or measured, and so are not part of the key.
         precheck: for kinds that publish: called before anything is done; raises what publishing would raise later.
         rehearse: for kinds that publish: called when all inputs exist; returns a summary of what would be sent, or
@@ -113,26 +114,38 @@ class StepKind:
     """
 
     inputs: tuple[Input, ...]
-    options: type[Any]
+    options: type[Settings]
     run: Callable[[Work], Outcome]
     refused: Mapping[str, str] = field(default_factory=dict)
-    complete: Callable[[dict[str, Any], Inputs], dict[str, Any]] = lambda values, inputs: values
-    check: Callable[[Any, Inputs], None] = lambda options, inputs: None
+    validate: Callable[[Any, Inputs], None] = lambda options, inputs: None
     makes: Callable[[Any], Mapping[str, Kind | None]] = lambda options: {}
     gates: Callable[[Any], bool] = lambda options: False
     judge: Callable[[Any, Facts], str] = lambda options, facts: ""
-    needs_transformers: Callable[[Any], bool] = lambda options: False
     not_in_key: frozenset[str] = frozenset({"threads"})
     precheck: Callable[[Any, Signer, Callable[[str], None]], None] | None = None
     rehearse: Callable[[Work], str] | None = None
 
     @property
-    def sends(self) -> bool:
+    def publishes(self) -> bool:
         """Whether it publishes to the Hub."""
         return self.precheck is not None
 
     def with_keys(self, text: str) -> str:
         """Replace options of the command in a text, such as a hint, by the recipe's keys, if there are such keys."""
-        known = {*(option.name for option in fields(self.options)), *(taken.key for taken in self.inputs)}
-        keys = {"pr": "pull_request", "weight": "weights"} | {name.replace("_", "-"): name for name in known}
+        names = {*(option.name for option in fields(self.options)), *(taken.key for taken in self.inputs)}
+        keys = {name.replace("_", "-"): name for name in names}
+        keys |= {rule.flag[2:]: name for name, (_, rule) in settings(self.options).items() if rule.flag}
         return _OPTION.sub(lambda found: keys.get(found[1], found[0]), text)
+
+    def with_paths(self, options: Any, names: Inputs, paths: Mapping[str, tuple[Path, ...]]) -> Any:
+        """Return the options with the paths of the inputs that are options, instead of their names."""
+        changed: dict[str, Any] = {}
+        for taken in self.inputs:
+            outer, _, inner = taken.field.partition(".")
+            if outer and taken.key in paths:
+                found: Any = paths[taken.key] if taken.many else paths[taken.key][0]
+                changed[outer] = replace(getattr(options, outer), **{inner: found}) if inner else found
+            if taken.keyed and (values := getattr(options, taken.keyed)):
+                places = dict(zip(names[taken.key], map(str, paths[taken.key]), strict=True))
+                changed[taken.keyed] = {places[name]: value for name, value in values.items()}
+        return replace(options, **changed)

@@ -1,6 +1,7 @@
 """Give an adapter or a checkpoint that another tool made a manifest."""
 
-from adaptkit.operations.adopt import AdoptOptions, adopt, refuse_manifest
+from adaptkit.operations.adopt import adopt, refuse_manifest
+from adaptkit.operations.options import AdoptOptions
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 

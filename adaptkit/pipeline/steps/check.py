@@ -4,26 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from adaptkit.discovery import names
-from adaptkit.errors import UsageError
 from adaptkit.operations import targets as registry
 from adaptkit.operations.check import check
 from adaptkit.pipeline.steps._kind import Facts, Input, Outcome, StepKind, Work
+from adaptkit.settings import Settings, setting
 
 
 @dataclass(frozen=True)
-class CheckOptions:
-    """Options of the check.
+class CheckOptions(Settings):
+    """For which programs to check."""
 
-    Attributes:
-        target: names of programs; empty for all known ones.
-    """
-
-    target: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        unknown = next((name for name in self.target if name not in names(registry)), None)
-        if unknown is not None:
-            raise UsageError(f"target: unknown target {unknown!r}", hint=f"known: {', '.join(names(registry))}")
+    target: tuple[str, ...] = setting("Program to check for. Default: all.", (), choices=tuple(names(registry)))
 
 
 def _run(work: Work) -> Outcome:

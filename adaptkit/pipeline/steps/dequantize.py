@@ -1,6 +1,7 @@
 """Dequantize a checkpoint."""
 
-from adaptkit.operations.dequantize import DequantizeOptions, dequantize
+from adaptkit.operations.dequantize import dequantize
+from adaptkit.operations.options import DequantizeOptions
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 from adaptkit.wording import counted, size
 

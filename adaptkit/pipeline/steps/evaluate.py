@@ -8,14 +8,15 @@ from typing import Any, get_args, get_type_hints
 from adaptkit.errors import UsageError
 from adaptkit.pipeline.artifact import refuse_undecoded
 from adaptkit.pipeline.steps._kind import Facts, Input, Inputs, Outcome, StepKind, Work
-from adaptkit.settings import nearest
+from adaptkit.settings import Settings, nearest
 from adaptkit.training.evaluation.evaluate import check_request, evaluate
-from adaptkit.training.evaluation.report import EvaluateOptions, EvaluateReport
+from adaptkit.training.evaluation.options import EvaluateOptions
+from adaptkit.training.evaluation.report import EvaluateReport
 from adaptkit.wording import counted
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Settings):
     """The range that a figure must be in, inclusive.
 
     Attributes:
@@ -26,7 +27,8 @@ class Limits:
     min: float | None = None
     max: float | None = None
 
-    def __post_init__(self) -> None:
+    def validate(self) -> None:
+        """See ``Settings``."""
         if self.min is None and self.max is None:
             raise UsageError("has no limit", hint="set min, max or both")
         if self.min is not None and self.max is not None and self.min > self.max:
@@ -52,8 +54,9 @@ class EvaluateStep(EvaluateOptions):
 
     require: Mapping[str, Limits] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
+        """See ``Settings``."""
+        super().validate()
         known = set(_figures(EvaluateReport))
         for name in self.require:
             if name not in known:
@@ -72,11 +75,7 @@ def _figures(kind: type[Any], prefix: str = "") -> Iterator[str]:
             yield prefix + part.name
 
 
-def _complete(values: dict[str, Any], inputs: Inputs) -> dict[str, Any]:
-    return values | ({"shots_from": list(inputs["shots_from"])} if "shots_from" in inputs else {})
-
-
-def _check(options: EvaluateStep, inputs: Inputs) -> None:
+def _validate(options: EvaluateStep, inputs: Inputs) -> None:
     """Reject, before anything runs, required figures that would not be measured.
 
     Raises:
@@ -105,12 +104,11 @@ def _measured_with(figure: str) -> tuple[str, ...]:
 
 
 def _run(work: Work) -> Outcome:
-    options = replace(work.options, shots_from=work.paths.get("shots_from", ()))
     report = evaluate(
         work.path("evaluate"),
         work.optional("adapter"),
         work.paths.get("data", ()),
-        options,
+        work.options,
         text=work.paths.get("text", ()),
         reference=work.optional("reference"),
     )
@@ -150,14 +148,12 @@ KIND = StepKind(
         Input("data", many=True, takes="file"),
         Input("text", many=True, takes="file"),
         Input("reference", takes="checkpoint", check=refuse_undecoded),
-        Input("shots_from", many=True, takes="file"),
+        Input("shots_from", field="shots_from", many=True, takes="file"),
     ),
     options=EvaluateStep,
     run=_run,
-    complete=_complete,
-    check=_check,
+    validate=_validate,
     gates=lambda options: bool(options.require),
     judge=_judge,
-    needs_transformers=lambda options: True,
     not_in_key=frozenset({"require"}),
 )

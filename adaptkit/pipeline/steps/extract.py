@@ -1,6 +1,7 @@
 """Extract an adapter from a tuned checkpoint and its base."""
 
-from adaptkit.operations.extract import ExtractOptions, extract
+from adaptkit.operations.extract import extract
+from adaptkit.operations.options import ExtractOptions
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 from adaptkit.wording import counted
 

@@ -1,7 +1,8 @@
 """Merge adapters into a 16-bit checkpoint."""
 
 from adaptkit.operations._terms import weights_of
-from adaptkit.operations.merge import NOTHING_MOVED, MergeOptions, merge
+from adaptkit.operations.merge import NOTHING_MOVED, merge
+from adaptkit.operations.options import MergeOptions
 from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
 from adaptkit.wording import counted
 
@@ -17,7 +18,7 @@ def _run(work: Work) -> Outcome:
     return Outcome(f"{report.merged} of {counted(report.tensors, 'tensor')} changed, {kept}", facts)
 
 
-def _check(options: MergeOptions, inputs: Inputs) -> None:
+def _validate(options: MergeOptions, inputs: Inputs) -> None:
     weights_of(inputs["adapters"], options.weights)
 
 
@@ -28,6 +29,6 @@ KIND = StepKind(
     ),
     options=MergeOptions,
     run=_run,
-    check=_check,
+    validate=_validate,
     makes=lambda options: {"": "unquantized checkpoint" if options.format == "keep" else "quantized checkpoint"},
 )

@@ -7,9 +7,10 @@ from pathlib import Path
 from adaptkit.checkpoint.manifest import read_manifest
 from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import UsageError
+from adaptkit.hub.names import check_repo_id
+from adaptkit.hub.options import PublishOptions
 from adaptkit.hub.preflight import check_publishable
-from adaptkit.hub.publish import PublishOptions, PublishReport, publish
-from adaptkit.hub.sources import check_repo_id
+from adaptkit.hub.publish import PublishReport, publish
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 from adaptkit.wording import counted, size
 
@@ -26,8 +27,9 @@ class PublishStep(PublishOptions):
     repo: str
     sign: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def validate(self) -> None:
+        """See ``Settings``."""
+        super().validate()
         check_repo_id(self.repo)
 
 

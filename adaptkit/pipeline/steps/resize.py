@@ -1,6 +1,7 @@
 """Reduce the rank of an adapter."""
 
-from adaptkit.operations.resize import ResizeOptions, resize
+from adaptkit.operations.options import ResizeOptions
+from adaptkit.operations.resize import resize
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 
 

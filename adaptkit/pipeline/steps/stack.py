@@ -2,7 +2,8 @@
 
 from adaptkit.errors import UsageError
 from adaptkit.operations._terms import weights_of
-from adaptkit.operations.stack import StackOptions, stack
+from adaptkit.operations.options import StackOptions
+from adaptkit.operations.stack import stack
 from adaptkit.pipeline.steps._kind import Input, Inputs, Outcome, StepKind, Work
 from adaptkit.wording import counted
 
@@ -16,7 +17,7 @@ def _run(work: Work) -> Outcome:
     return Outcome(figure, {"modules": report.modules, "ranks": list(report.ranks), "energy_kept": report.energy_kept})
 
 
-def _check(options: StackOptions, inputs: Inputs) -> None:
+def _validate(options: StackOptions, inputs: Inputs) -> None:
     if len(inputs["stack"]) < 2:
         raise UsageError("stack needs at least two adapters", hint="to change the rank of one, use resize")
     weights_of(inputs["stack"], options.weights)
@@ -26,6 +27,6 @@ KIND = StepKind(
     inputs=(Input("stack", many=True, required=True, takes="adapter"),),
     options=StackOptions,
     run=_run,
-    check=_check,
+    validate=_validate,
     makes=lambda options: {"": "adapter"},
 )

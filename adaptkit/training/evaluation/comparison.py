@@ -12,7 +12,8 @@ from adaptkit.errors import UsageError
 from adaptkit.models.model_lock import model_lock
 from adaptkit.training.evaluation.evaluate import check_files, check_request, load, measure, read_own
 from adaptkit.training.evaluation.material import Asked, read_material
-from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport
+from adaptkit.training.evaluation.options import EvaluateOptions
+from adaptkit.training.evaluation.report import Answer, EvaluateReport
 from adaptkit.training.network.lineage import Weights, base_of, parent_among
 
 

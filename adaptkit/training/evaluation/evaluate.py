@@ -18,8 +18,9 @@ from adaptkit.training.device import choose_device, choose_dtype, make_current, 
 from adaptkit.training.dtype_errors import reports_unsupported_dtype
 from adaptkit.training.evaluation.generation import Generated, generate
 from adaptkit.training.evaluation.material import Asked, Material, read_material
+from adaptkit.training.evaluation.options import EvaluateOptions
 from adaptkit.training.evaluation.perplexity import mean_loss, measure_text, perplexity_of
-from adaptkit.training.evaluation.report import Answer, EvaluateOptions, EvaluateReport, GenerationReport
+from adaptkit.training.evaluation.report import Answer, EvaluateReport, GenerationReport
 from adaptkit.training.evaluation.scores import require_metrics, score
 from adaptkit.training.fast import accelerate
 from adaptkit.training.network.lineage import Weights, check_base, template_kwargs, trained_parameters

@@ -16,6 +16,7 @@ from adaptkit.data.limits import check_prompt, check_vocabulary, check_window, c
 from adaptkit.data.tokenizer_files import has_tokenizer, load_tokenizer, load_tokenizer_of, template_beside
 from adaptkit.data.windows import read_tokens
 from adaptkit.errors import DataError
+from adaptkit.training.evaluation.options import EvaluateOptions
 from adaptkit.training.evaluation.questions import (
     Messages,
     Question,
@@ -25,7 +26,6 @@ from adaptkit.training.evaluation.questions import (
     read_questions,
     read_shots,
 )
-from adaptkit.training.evaluation.report import EvaluateOptions
 from adaptkit.wording import counted
 
 

@@ -1,83 +1,12 @@
 """Options and report of an evaluation."""
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from adaptkit.arguments import as_paths, as_texts, typed_fields
-from adaptkit.data.conversation import LAYOUTS
-from adaptkit.errors import UsageError
-from adaptkit.training.config import COMPUTE_DTYPES
 from adaptkit.training.evaluation.perplexity import TextReport
 from adaptkit.training.evaluation.scores import Scores
 from adaptkit.wording import counted
-
-
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """How to evaluate.
-
-    Attributes:
-        prompts: user messages to answer by greedy decoding.
-        generate: whether to answer the questions of the data too, and score the answers against the references.
-        samples: number of questions, chosen by the seed; None for all.
-        seed: seed for choosing questions and examples.
-        shots: number of examples before every question, as turns of the chat.
-        shots_from: files to choose the examples from.
-        max_new_tokens: maximum tokens of an answer.
-        max_length: maximum tokens of a sample; limited by the model's context.
-        batch_size: samples per forward pass.
-        window: tokens of a window of text.
-        max_tokens: maximum tokens of text; None for all of it.
-        layout: layout of the data's rows; None to detect it for each.
-        chat_template_kwargs: variables of the chat templates; give those of the training run.
-        compute_dtype: bfloat16, float32, or auto; see ``training.device``.
-        device: cpu, cuda, or auto.
-    """
-
-    prompts: tuple[str, ...] = ()
-    generate: bool = False
-    samples: int | None = None
-    seed: int = 0
-    shots: int = 0
-    shots_from: tuple[Path, ...] = ()
-    max_new_tokens: int = 64
-    max_length: int = 1024
-    batch_size: int = 8
-    window: int = 512
-    max_tokens: int | None = None
-    layout: str | None = None
-    chat_template_kwargs: Mapping[str, str | int | float | bool] = field(default_factory=dict)
-    compute_dtype: str = "auto"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        typed_fields(self)
-        object.__setattr__(self, "shots_from", as_paths(self.shots_from, "shots_from"))
-        object.__setattr__(self, "prompts", as_texts(self.prompts, "prompts"))
-        for name, least in (
-            ("samples", 1),
-            ("shots", 0),
-            ("max_new_tokens", 1),
-            ("max_length", 2),
-            ("batch_size", 1),
-            ("window", 2),
-            ("max_tokens", 2),
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise UsageError(f"{name}: must be at least {least}, found {getattr(self, name)}")
-        if not 0 <= self.seed < 1 << 63:
-            raise UsageError(f"seed: must be from 0 to 2^63 - 1, found {self.seed}", hint="0 is the default")
-        if self.layout not in (None, *LAYOUTS):
-            raise UsageError(f"layout: must be one of {', '.join(LAYOUTS)}, found {self.layout!r}")
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise UsageError(f"compute_dtype: must be one of {', '.join(COMPUTE_DTYPES)}, found {self.compute_dtype!r}")
-        if bool(self.shots) != bool(self.shots_from):
-            raise UsageError("shots and shots_from must be given together", hint="give --shots K and --shots-from FILE")
-        if self.samples is not None and not self.generate:
-            raise UsageError("samples: needs generate", hint="add --generate")
 
 
 @dataclass(frozen=True)

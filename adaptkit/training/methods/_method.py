@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adaptkit.discovery import load, names
+from adaptkit.settings import Settings, settings
 from adaptkit.training import methods
-from adaptkit.training.settings import settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,7 +43,7 @@ class TrainingMethod(ABC):
     """
 
     config: "TrainConfig"
-    settings: ClassVar[type]
+    settings: ClassVar[type[Settings]]
     unit: ClassVar[str]
     sequences: ClassVar[int] = 1
 

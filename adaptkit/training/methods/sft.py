@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptkit.errors import ConfigError
+from adaptkit.settings import Settings, setting
 from adaptkit.training.methods._method import TrainingMethod
-from adaptkit.training.settings import setting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ LOSS_ON = ("answers", "last_answer", "all")
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedSettings:
+class SupervisedSettings(Settings):
     """Settings of supervised fine-tuning."""
 
     loss_on: str = setting("Tokens to learn; plain text is always learned in full.", "answers", choices=LOSS_ON,

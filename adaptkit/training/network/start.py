@@ -24,6 +24,7 @@ from adaptkit.models.kinds import (
 )
 from adaptkit.models.matching import EVERYTHING, matching
 from adaptkit.models.peft_names import mistaken_for_experts, renamed_in_peft
+from adaptkit.settings import refuse
 from adaptkit.training.config import INITS, TrainConfig
 from adaptkit.training.network.adapt import (
     bias_names,
@@ -38,7 +39,6 @@ from adaptkit.training.network.loading import load_adapter
 from adaptkit.training.network.model import Model
 from adaptkit.training.network.new_adapters import AdapterShape, new_adapter, new_stack_adapters
 from adaptkit.training.network.whole import TrainedWeight
-from adaptkit.training.settings import refuse
 from adaptkit.wording import counted
 
 

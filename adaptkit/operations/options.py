@@ -1,0 +1,315 @@
+"""The options of the operations on files: what each can be told, with limits and defaults, and what manifests record.
+
+Nothing here imports torch or numpy, since ``--help`` reads it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptkit.checkpoint.signing import Trust
+from adaptkit.discovery import load, names
+from adaptkit.errors import UsageError
+from adaptkit.formats._format import Encoding, writable
+from adaptkit.models.kinds import MOE
+from adaptkit.numerics import stacking
+from adaptkit.settings import Settings, setting
+
+if TYPE_CHECKING:
+    from adaptkit.numerics.randomized import Sketching
+
+DTYPES = ("bfloat16", "float16", "float32")
+MERGE_FORMATS = ("keep", "nf4")
+_LARGEST_RANK = 256
+
+
+def _threads() -> Any:
+    return setting(
+        "Pieces processed at a time; the result does not depend on it. Default: one per processor.", None, at_least=1
+    )
+
+
+def _max_shard_bytes() -> Any:
+    help = "Largest size of a shard, unless a single tensor is larger."
+    return setting(help, 5_000_000_000, at_least=1, flag="--max-shard-size", is_size=True)
+
+
+def _weights() -> Any:
+    return setting("Weight of each adapter, in order. Default: 1 each.", (), flag="--weight")
+
+
+def _energy() -> Any:
+    help = "Instead of a rank: share of each module's squared norm to keep, such as 0.99."
+    return setting(help, None, above=0, at_most=1, metavar="SHARE")
+
+
+def _check_rank_or_energy(rank: int | None, energy: float | None) -> None:
+    """Refuse both or neither of a rank and a share of the squared norm."""
+    if rank is None and energy is None:
+        raise UsageError("neither a rank nor an energy share is given", hint="give --rank 16, or --energy 0.99")
+    if rank is not None and energy is not None:
+        raise UsageError("a rank and an energy share cannot be combined", hint="leave out --rank or --energy")
+
+
+@dataclass(frozen=True)
+class AdoptOptions(Settings):
+    """How to adopt."""
+
+    threads: int | None = _threads()
+
+
+@dataclass(frozen=True)
+class Calibration(Settings):
+    """Text to run through the model, and how to use the measurements; see ``data.windows`` for the files."""
+
+    files: tuple[Path, ...] = setting(
+        "Text, or rows as for train: choose constants and codes by the model's activations on it.",
+        flag="--calibrate",
+        metavar="FILE",
+    )
+    tokens: int = setting("With --calibrate: maximum number of tokens.", 8192, at_least=2, flag="--calibration-tokens")
+    window: int = setting("With --calibrate: tokens per sequence.", 512, at_least=2)
+    init_rank: int | None = setting(
+        "With --calibrate: also write an adapter that offsets much of the loss, for train --init.",
+        None,
+        at_least=1,
+        flag="--init-adapter",
+        metavar="RANK",
+    )
+    bits_budget: float | None = setting(
+        "With --calibrate: spend bits where they help most, up to this average per quantized weight, such as 4.5.",
+        None,
+        above=4,
+        below=16,
+        metavar="BITS",
+    )
+    compensate: bool = setting(
+        "With --calibrate: each column compensates the error of those before it. Slower, closer.", True
+    )
+
+    def validate(self) -> None:
+        """See ``Settings``."""
+        if not self.files:
+            raise UsageError("files: no text given", hint="add --calibrate FILE")
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options that affect the result, for the manifest."""
+        from adaptkit.checkpoint.hashing import file_sha256
+
+        return asdict(self) | {"files": [file_sha256(file) for file in self.files]}
+
+
+@dataclass(frozen=True)
+class QuantizeOptions(Settings):
+    """How to quantize."""
+
+    format: str = setting("4-bit formats that bitsandbytes loads, or int8.", "nf4", choices=writable())
+    block_size: int = setting("Weights per constant; a power of two.", 64, at_least=1)
+    double_quant: bool = setting("Quantize the constants too.", True)
+    skip: tuple[str, ...] = setting("Modules to keep in 16 bits: '*.down_proj'.", (), metavar="PATTERN")
+    include_head: bool = setting("Quantize the output layer too.", False)
+    moe: str = setting("Experts; only adaptkit, not bitsandbytes, loads them quantized.", "keep", choices=MOE)
+    max_shard_bytes: int = _max_shard_bytes()
+    threads: int | None = _threads()
+    calibration: Calibration | None = None
+
+    def validate(self) -> None:
+        """See ``Settings``."""
+        if self.calibration is not None and self.format != "nf4":
+            raise UsageError(
+                f"calibration: needs format nf4, found {self.format}", hint="leave out --calibrate, or use --format nf4"
+            )
+        _ = self.encoding
+
+    @property
+    def encoding(self) -> Encoding:
+        """How a weight is quantized."""
+        return Encoding(self.format, self.block_size, self.double_quant)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options that affect the result, for the manifest."""
+        values = {name: value for name, value in asdict(self).items() if name not in {"threads", "calibration"}}
+        values["skip"] = sorted(set(self.skip))
+        return values | ({"calibration": self.calibration.recorded()} if self.calibration else {})
+
+
+@dataclass(frozen=True)
+class DequantizeOptions(Settings):
+    """How to dequantize."""
+
+    dtype: str | None = setting(
+        "Default: the one recorded for each weight; quantize records float32 as bfloat16, FP8 and MXFP4 none: "
+        "bfloat16.",
+        None,
+        choices=DTYPES,
+    )
+    max_shard_bytes: int = _max_shard_bytes()
+    threads: int | None = _threads()
+
+
+@dataclass(frozen=True)
+class MergeOptions(Settings):
+    """How to merge."""
+
+    weights: tuple[float, ...] = _weights()
+    undo: bool = setting("Write the undo record that makes unmerge exact.", True)
+    allow_base_mismatch: bool = setting("Merge into a base that the adapter was not trained on.", False)
+    untie: bool = setting("Untie the head from the embedding if the merge makes them differ.", False)
+    format: str = setting(
+        "keep: the base's types; nf4: merge into the 16-bit weights and quantize the result.",
+        "keep",
+        choices=MERGE_FORMATS,
+    )
+    embed_adapter: bool = setting("Store copies of the adapters in the output, for unmerge.", False)
+    threads: int | None = _threads()
+
+    def validate(self) -> None:
+        """See ``Settings``."""
+        if self.format != "keep" and self.embed_adapter:
+            raise UsageError(
+                f"embed_adapter: a merge with format {self.format} cannot be unmerged", hint="leave out --embed-adapter"
+            )
+        if self.embed_adapter and not self.undo:
+            raise UsageError(
+                "embed_adapter: needs the undo record, as unmerge does", hint="leave out --no-undo or --embed-adapter"
+            )
+
+
+@dataclass(frozen=True)
+class ExtractOptions(Settings):
+    """How to extract."""
+
+    rank: int | None = setting("Rank of the adapter's matrices.", None, at_least=1)
+    energy: float | None = _energy()
+    max_rank: int | None = setting("With --energy: the largest rank. [default: 256]", None, at_least=1)
+    target: tuple[str, ...] = setting("Only modules whose path matches, such as '*.q_proj'.", (), metavar="PATTERN")
+    only_linear: bool = setting("Leave out differing embeddings, heads, norms and biases.", False)
+    oversampling: int = setting("Extra sketch columns.", 10, at_least=0)
+    iterations: int = setting("Subspace iterations, one pass over the matrix each.", 3, at_least=1)
+    seed: int = setting("Seed of the sketch.", 0, at_least=0, at_most=2**63 - 1)
+    threads: int | None = _threads()
+
+    def validate(self) -> None:
+        """See ``Settings``."""
+        _check_rank_or_energy(self.rank, self.energy)
+        if self.max_rank is not None and self.energy is None:
+            raise UsageError("max_rank: needs --energy", hint="add --energy 0.99, or leave out --max-rank")
+
+    @property
+    def largest_rank(self) -> int:
+        """Largest rank tried to keep the energy."""
+        return _LARGEST_RANK if self.max_rank is None else self.max_rank
+
+    @property
+    def sketching(self) -> "Sketching":
+        """Accuracy settings of the randomized decomposition."""
+        from adaptkit.numerics.randomized import Sketching
+
+        return Sketching(self.oversampling, self.iterations, self.seed)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options that affect the result, for the manifest."""
+        values = asdict(self) | {"max_rank": None if self.energy is None else self.largest_rank}
+        values["target"] = sorted(set(self.target))
+        return {name: value for name, value in values.items() if name != "threads" and value is not None}
+
+
+@dataclass(frozen=True)
+class ResizeOptions(Settings):
+    """How to resize."""
+
+    rank: int | None = setting("Rank of every module that has a larger one.", None, at_least=1)
+    energy: float | None = _energy()
+    threads: int | None = _threads()
+
+    def validate(self) -> None:
+        """See ``Settings``."""
+        _check_rank_or_energy(self.rank, self.energy)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the options that affect the result, for the manifest."""
+        return {name: value for name, value in asdict(self).items() if name != "threads" and value is not None}
+
+
+@dataclass(frozen=True)
+class StackOptions(Settings):
+    """How to stack; ``settings`` holds options of the method by name: density, epsilon, gamma, lambda, seed."""
+
+    method: str = setting("How to combine the adapters; see below.", "cat", choices=tuple(names(stacking)))
+    weights: tuple[float, ...] = _weights()
+    rank: int | None = setting("Maximum rank of the result.", None, at_least=1)
+    energy: float | None = _energy()
+    settings: Mapping[str, float] = field(default_factory=dict)
+    threads: int | None = _threads()
+
+    def validate(self) -> None:
+        """See ``Settings``."""
+        if self.rank is not None:
+            _check_rank_or_energy(self.rank, self.energy)
+        self.resolved()
+
+    def resolved(self) -> Any:
+        """Return the method's own options, defaults included.
+
+        Raises:
+            UsageError: the method has no such option, or a value is out of range.
+        """
+        options = load(stacking, self.method, "METHOD").options
+        known = {part.name.rstrip("_"): part for part in fields(options)}
+        for name in self.settings:
+            if name not in known:
+                used = ", ".join(f"--{each}" for each in known)
+                raise UsageError(
+                    f"{self.method} does not use --{name}",
+                    hint=f"besides --weight, --rank and --energy, it uses {used or 'no option'}",
+                )
+        return options(**{known[name].name: _like(known[name].default, value) for name, value in self.settings.items()})
+
+    def recorded(self, weights: Sequence[float]) -> dict[str, Any]:
+        """Return the options that affect the result, for the manifest."""
+        limits = {"rank": self.rank, "energy": self.energy}
+        return {
+            "method": self.method,
+            "source": load(stacking, self.method, "METHOD").source,
+            "weights": list(weights),
+            **self.own_settings(),
+            **{name: value for name, value in limits.items() if value is not None},
+        }
+
+    def own_settings(self) -> dict[str, Any]:
+        """Return the values of the method's own options by name."""
+        return {name.rstrip("_"): value for name, value in asdict(self.resolved()).items()}
+
+
+def _like(default: Any, value: float) -> Any:
+    """Convert a number to its option's type, so that 3.0 in a recipe gives the same bytes as 3 on a command line."""
+    fits = isinstance(default, float) or float(value).is_integer()
+    return type(default)(value) if abs(value) < 2**53 and fits else value
+
+
+@dataclass(frozen=True)
+class VerifyOptions(Settings):
+    """What to check, and what to require."""
+
+    manifest_sha256: str | None = setting("Required sha256 of the manifest.", None, metavar="HASH")
+    trust: Trust | None = None
+    signature: Path | None = setting("Signature file. [default: adaptkit-manifest.sig in PATH]", None, metavar="FILE")
+    parents: tuple[Path, ...] | None = setting(
+        "Also verify its parents, found here: an artifact, or a folder of artifacts.", None, metavar="DIR"
+    )
+    recompute: bool = setting("Rebuild it and its parents from their own parents, and compare.", False)
+    threads: int | None = _threads()
+
+    def validate(self) -> None:
+        """See ``Settings``."""
+        from adaptkit.checkpoint.manifest import check_sha256
+
+        check_sha256(self.manifest_sha256)
+        if self.signature is not None and self.trust is None:
+            raise UsageError(
+                "signature: needs a public key or an identity to check it against",
+                hint="add --public-key FILE, or --identity NAME --identity-provider URL",
+            )
+        if self.recompute and not self.parents:
+            raise UsageError("recompute: needs the parents", hint="give their folders with --parents")
