@@ -257,7 +257,7 @@ def test_bad_requests_print_only_an_error_and_a_hint_and_exit_with_the_documente
         (["--data", instructions, "--adapter", adapter, "--adapter", adapter], 2, f"{adapter}: is given twice"),
         (["--text", tmp_path / "text.txt", "--window", 513], 2, "longer than"),
         (["--text", tmp_path / "text.txt", "--generate"], 2, "generate: needs data"),
-        (["--data", instructions, "--shots", 2], 2, "shots and shots_from must be given together"),
+        (["--data", instructions, "--shots", 2], 2, "--shots: must be given together with --shots-from"),
         (["--data", instructions, "--max-tokens", 64], 2, "--max-tokens: needs text"),
         (["--data", instructions, "--shots", 99, "--shots-from", instructions, "--generate"], 5, "expected 99 exa"),
         (["--data", instructions, "--samples-file", tmp_path / "a.jsonl"], 2, "needs --generate"),

@@ -49,7 +49,7 @@ def test_a_dry_run_writes_nothing(run_cli, adapter, second_adapter, tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "message", "hint"),
     [
-        (["--method", "magic"], 2, "unknown name 'magic'", "breadcrumbs, cat, dare"),
+        (["--method", "magic"], 2, "must be one of breadcrumbs, cat, dare", "How to combine"),
         (["--method", "ties", "--seed", "3"], 2, "ties does not use --seed", "--density, --lambda"),
         (["--rank", "4", "--energy", "0.9"], 2, "cannot be combined", "leave out --rank or --energy"),
         (["--weight", "0", "--weight", "0"], 2, "nothing is left", "check each --weight"),

@@ -37,6 +37,6 @@ class EvaluateOptions(Settings):
     def validate(self) -> None:
         """See ``Settings``."""
         if bool(self.shots) != bool(self.shots_from):
-            raise UsageError("shots and shots_from must be given together", hint="give --shots K and --shots-from FILE")
+            raise UsageError("shots: must be given together with shots_from", hint="give both")
         if self.samples is not None and not self.generate:
             raise UsageError("samples: needs generate", hint="add --generate")

@@ -128,7 +128,7 @@ def test_an_empty_answer_has_a_loss_with_and_without_examples_but_no_score(llama
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shots": 2}, "shots and shots_from must be given together"),
+        ({"shots": 2}, "shots: must be given together with shots_from"),
         ({"samples": 3}, "samples: needs generate"),
         ({"generate": True}, "generate: needs data"),
     ],
