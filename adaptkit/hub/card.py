@@ -1,4 +1,4 @@
-"""The model card of an artifact: its kind, its inputs, measurements, options, and how to verify it.
+"""The model card of an artifact: its kind, its inputs, options, and how to verify it.
 
 It holds only facts from the artifact's own files and from its base on the Hub, in a fixed order, so the same artifact
 gives the same card. The Hub builds its model tree from ``base_model`` and ``base_model_relation`` in the front matter.
@@ -32,16 +32,12 @@ class CardFacts:
         base: name of the base on the Hub, if known.
         base_config: what the Hub shows of ``config.json`` of an adapter's base; empty if it is unknown.
         licence: licence fields in the front matter of the base's card.
-        figures: label and value of each training measurement.
-        picture: file name of the training curves, if there is one.
     """
 
     config: Mapping[str, Any] = field(default_factory=dict)
     base: str | None = None
     base_config: Mapping[str, Any] = field(default_factory=dict)
     licence: Mapping[str, str | list[str]] = field(default_factory=dict)
-    figures: Sequence[tuple[str, str]] = ()
-    picture: str | None = None
 
 
 def make_card(manifest: Manifest, facts: CardFacts) -> str:
@@ -60,7 +56,6 @@ def make_card(manifest: Manifest, facts: CardFacts) -> str:
         _facts(manifest, facts),
         _parents(manifest),
         _use(manifest, facts),
-        _training(facts),
         _operation(manifest),
         _CHECK,
     ]
@@ -176,13 +171,6 @@ def _is_decoder(config: Mapping[str, Any]) -> bool:
     architectures = config.get("architectures")
     names = architectures if isinstance(architectures, list) else []
     return "auto_map" not in config and any(str(name).endswith("ForCausalLM") for name in names)
-
-
-def _training(facts: CardFacts) -> str:
-    if not facts.figures:
-        return ""
-    picture = [f"![Loss and learning rate by step]({facts.picture})"] if facts.picture else []
-    return "\n\n".join(["## Training", _table(("", ""), facts.figures), *picture])
 
 
 def _operation(manifest: Manifest) -> str:

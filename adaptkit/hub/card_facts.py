@@ -1,29 +1,14 @@
-"""The model card that publishing adds, from facts in the artifact's files, and what the Hub knows of its base.
+"""The model card that publishing adds, from facts in the artifact's files, and what the Hub knows of its base."""
 
-Measurements of a training run are in ``metrics.jsonl``:
-
-    {"step": 3, "loss": …, "learning_rate": …, …}     a training step
-    {"step": 3, "held_out_loss": …}                   an evaluation; step 0 is before training
-"""
-
-import json
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from urllib.parse import urljoin
 
 from huggingface_hub import ModelInfo
 
-from adaptkit.checkpoint.layout import (
-    ADAPTER_CONFIG_NAME,
-    CONFIG_NAME,
-    METRICS_NAME,
-    PICTURE_NAME,
-    read_config,
-    resolve_inside,
-)
+from adaptkit.checkpoint.layout import ADAPTER_CONFIG_NAME, CONFIG_NAME, read_config, resolve_inside
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, Manifest
-from adaptkit.errors import AuthenticationError, CheckpointError, UsageError
+from adaptkit.errors import AuthenticationError, UsageError
 from adaptkit.hub.card import CardFacts, base_model, make_card
 from adaptkit.hub.client import Hub
 from adaptkit.hub.client_errors import status_of
@@ -76,8 +61,6 @@ def with_card(hub: Hub, path: Path, manifest: Manifest, base: str | None, will_s
         base=called if is_there else None,
         base_config=(info.config or {}) if info is not None and manifest.kind == "adapter" else {},
         licence=_licence(hub, str(called), info, names) if info is not None else {},
-        figures=read_figures(resolve_inside(path, METRICS_NAME)) if METRICS_NAME in names else (),
-        picture=PICTURE_NAME if PICTURE_NAME in names else None,
     )
     return gather(path, manifest, make_card(manifest, facts))
 
@@ -112,44 +95,3 @@ def _licence(hub: Hub, base: str, info: ModelInfo, names: Collection[str]) -> di
 def _is_plain(value: object) -> bool:
     items = value if isinstance(value, list) else [value]
     return bool(items) and all(isinstance(item, str) and item.isprintable() and 0 < len(item) < 300 for item in items)
-
-
-def read_figures(path: Path) -> list[tuple[str, str]]:
-    """Read the measurements of a training run.
-
-    Args:
-        path: path of ``metrics.jsonl``.
-
-    Returns:
-        Label and value of each figure.
-
-    Raises:
-        CheckpointError: a line is malformed.
-    """
-    losses, held_out = dict[int, float](), dict[int, float]()
-    for number, text in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            line = json.loads(text)
-            step = line["step"]
-            if type(step) is not int:
-                raise TypeError(step)
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise CheckpointError(
-                f"{path}: line {number} is not JSON, or has no step number", hint="publish the folder that train wrote"
-            ) from error
-        for values, name in ((losses, "loss"), (held_out, "held_out_loss")):
-            value = line.get(name)
-            if isinstance(value, int | float) and abs(value) <= sys.float_info.max:
-                values[step] = float(value)
-    figures = []
-    if losses:
-        first, last = min(losses), max(losses)
-        figures.append(("Steps", str(last)))
-        figures.append(("Training loss", f"{losses[first]:.4f} (step {first}) to {losses[last]:.4f} (step {last})"))
-    if held_out:
-        first, best = min(held_out), min(held_out, key=lambda step: held_out[step])
-        if first == 0:
-            figures.append(("Held-out loss before", f"{held_out[first]:.4f}"))
-        figures.append(("Lowest held-out loss", f"{held_out[best]:.4f} (step {best})"))
-        figures.append(("Last held-out loss", f"{held_out[max(held_out)]:.4f} (step {max(held_out)})"))
-    return figures

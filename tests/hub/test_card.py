@@ -19,9 +19,7 @@ from transformers import AutoModelForCausalLM
 from adaptkit import adopt, merge, quantize
 from adaptkit.checkpoint.layout import read_json
 from adaptkit.checkpoint.manifest import Manifest, require_manifest
-from adaptkit.errors import CheckpointError
 from adaptkit.hub.card import CardFacts, base_model, make_card
-from adaptkit.hub.card_facts import read_figures
 
 
 @pytest.fixture
@@ -111,31 +109,6 @@ tags: [x]
 """
 
 
-def test_figures_are_read_from_metrics_and_malformed_lines_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    lines = [
-        {"step": 0, "held_out_loss": 3.5},
-        {"step": 1, "loss": 3.25, "learning_rate": 1},
-        {"step": 2, "loss": float("nan"), "skipped": 1},
-        {"step": 4, "loss": 10**400},
-        {"step": 2, "held_out_loss": 2.125},
-        {"step": 3, "loss": 2.5},
-        {"step": 3, "held_out_loss": 2.25},
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_figures(path) == [
-        ("Steps", "3"),
-        ("Training loss", "3.2500 (step 1) to 2.5000 (step 3)"),
-        ("Held-out loss before", "3.5000"),
-        ("Lowest held-out loss", "2.1250 (step 2)"),
-        ("Last held-out loss", "2.2500 (step 3)"),
-    ]
-    for wrong in ("nonsense\n", "[1]\n", '{"loss": 1}\n', '{"step": true, "loss": 1}\n', "[" * 100_000 + "\n"):
-        path.write_text(json.dumps(lines[0]) + "\n" + wrong)
-        with pytest.raises(CheckpointError, match="line 2"):
-            read_figures(path)
-
-
 def publish_base(
     cli: Any, folder: Path, card: str = BASE_CARD, files: Mapping[str, str] = MappingProxyType({})
 ) -> None:
@@ -174,19 +147,16 @@ def card_on(hub: LocalHub, repository: Any) -> str:
     return hub.store.blob(repository.files()["README.md"]).read_text()
 
 
-def test_a_published_adapter_has_the_licence_of_its_base_and_its_own_figures(
-    cli: Any, make_artifact: Callable[..., Path], hub: LocalHub, repository: Any, tmp_path: Path
+def test_a_published_adapter_has_the_licence_of_its_base(
+    cli: Any, artifact: Path, hub: LocalHub, repository: Any, tmp_path: Path
 ) -> None:
     publish_base(cli, tmp_path)
-    artifact = make_artifact(files={"metrics.jsonl": '{"step": 1, "loss": 2.5}\n', "loss.svg": "<svg/>"})
     done = cli("publish", artifact, "me/model")
     assert done.code == 0, done.stdout
     assert "note:" not in done.stderr
     card = card_on(hub, repository)
     assert front_matter(card)["license_name"] == "free-for-ducks"
     assert front_matter(card)["base_model"] == "org/base"
-    assert "| Training loss | 2.5000 (step 1) to 2.5000 (step 1) |" in card
-    assert "](loss.svg)" in card
     assert "adaptkit verify FOLDER" in card
 
 
