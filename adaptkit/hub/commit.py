@@ -5,7 +5,8 @@ The client never repeats the request. This module does so only after it has read
     412, or the head moved               another commit was made first, unless the head holds exactly what was sent
     409, 429, 5xx, a lost answer         either the commit is at the branch's head, or the head has not moved; then a
                                          retry can at worst be refused as stale, since each request names its parent
-    the same for a pull request          no parent protects it: retry only if the Hub said that it refused the request
+    the same for a pull request          no parent protects it: retry only if the Hub said that it refused the request;
+                                         after a lost answer, the user has to look whether it was opened
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,10 +23,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 from adaptkit.errors import ConflictError, NetworkError
 from adaptkit.hub.client import WAITS_S, Hub
 from adaptkit.hub.client_errors import status_of
-from adaptkit.hub.repository import Content, Repository, differences, list_tree, look_up
-
-_PULL_REQUESTS = 10
-"""Number of latest pull requests that are searched for one that already holds the artifact."""
+from adaptkit.hub.repository import Content, differences, list_tree, look_up
 
 
 @dataclass(frozen=True)
@@ -68,34 +66,22 @@ def send(
         try:
             return _commit(place, contents, added, deleted, message)
         except (NetworkError, ConflictError) as error:
-            repository = look_up(place.hub, place.repo_id, place.pull_request)
-            made = find_commit_of(place, repository, contents) if repository is not None else None
-            if made is not None:
-                return made
             status = status_of(error)
-            is_refused = status in (409, 429, 503)
-            if wait_s is None or status == 412 or (place.pull_request and not is_refused):
+            if place.pull_request and status not in (409, 412, 429, 503):
+                error.advise("look at the repository's pull requests: if this one was opened, nothing is left to do")
+                raise
+            repository = look_up(place.hub, place.repo_id)
+            head = repository.branches.get(place.branch) if repository is not None else None
+            if head not in (None, place.head) and _holds(place, str(head), contents):
+                return PublishedCommit(str(head))
+            if wait_s is None or status == 412:
                 raise
             place.hub.wait(error, wait_s)
     raise AssertionError  # the last round returns or raises
 
 
-def find_commit_of(place: CommitPlace, repository: Repository, contents: Sequence[Content]) -> PublishedCommit | None:
-    """Return the commit with exactly these contents: the branch's new head or, if wanted, an open pull request."""
-    latest = sorted(repository.pull_requests.items(), reverse=True)[:_PULL_REQUESTS] if place.pull_request else []
-    for number, oid in [(None, repository.branches.get(place.branch)), *latest]:
-        if oid is None or (number is None and oid == place.head):
-            continue
-        if differences(list_tree(place.hub, place.repo_id, oid), contents) == ([], []) and _is_open(place, number):
-            return PublishedCommit(oid, number)
-    return None
-
-
-def _is_open(place: CommitPlace, number: int | None) -> bool:
-    if number is None:
-        return True
-    details = place.hub.ask(place.repo_id, lambda api: api.get_discussion_details(place.repo_id, number))
-    return details.status in ("open", "draft")
+def _holds(place: CommitPlace, commit: str, contents: Sequence[Content]) -> bool:
+    return differences(list_tree(place.hub, place.repo_id, commit), contents) == ([], [])
 
 
 def _commit(

@@ -10,6 +10,7 @@
 Each step detects what an earlier run did, so the same command can be repeated until it succeeds.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,10 +20,12 @@ from adaptkit.checkpoint.integrity import check_artifact, first_problems
 from adaptkit.checkpoint.layout import require_folder
 from adaptkit.checkpoint.manifest import SIGNATURE_NAME, require_manifest
 from adaptkit.checkpoint.progress import Progress, no_progress
-from adaptkit.errors import ConflictError, IntegrityError, NetworkError, UsageError
+from adaptkit.checkpoint.signing import check_signer
+from adaptkit.errors import AuthenticationError, ConflictError, IntegrityError, NetworkError, UsageError
 from adaptkit.hub.card_facts import with_card
 from adaptkit.hub.client import Hub, Note, connect, no_note
-from adaptkit.hub.commit import CommitPlace, PublishedCommit, find_commit_of, send
+from adaptkit.hub.client_errors import LOGIN
+from adaptkit.hub.commit import CommitPlace, PublishedCommit, send
 from adaptkit.hub.names import check_repo_id
 from adaptkit.hub.options import PublishOptions, PullOptions
 from adaptkit.hub.pull import pull
@@ -51,7 +54,7 @@ class PublishReport:
         signed: whether the commit holds a signature.
         checked: whether the commit was downloaded afterwards and verified.
         manifest_sha256: sha256 of the published manifest, which also lists the generated card.
-        url: URL of the commit or pull request; of the repository for a dry run that finds no pull request.
+        url: URL of the commit or pull request; of the repository for a dry run.
     """
 
     repo_id: str
@@ -104,10 +107,12 @@ def publish(
     check_artifact(path, manifest, processor_count(), progress)
     refuse_secrets(gather(path, manifest))
     hub = connect(note)
-    repository = look_up(hub, repo_id, options.pull_request)
+    repository = look_up(hub, repo_id)
     artifact = with_card(hub, path, manifest, options.base_model, options.signer is not None)
+    if repository is None and options.pull_request:
+        problem = f"{repo_id}: repository not found, so no pull request can be opened"
+        raise UsageError(problem, hint="check the name, or leave out --pr")
     if repository is None:
-        refuse_absent(repo_id, options)
         repository = None if dry_run else _create(hub, repo_id, options)
     head = repository.head(options.branch, options.private) if repository is not None else None
     tree = list_tree(hub, repo_id, head) if head else {}
@@ -138,15 +143,12 @@ def publish(
     if options.tag is not None:
         repository.check_tag(options.tag, options.branch, report.commit)
     place = CommitPlace(hub, repo_id, options.branch, head, options.pull_request)
-    if options.pull_request and not is_there and (opened := find_commit_of(place, repository, artifact.contents)):
-        report = replace(report, files_added=(), files_deleted=(), bytes_sent=0, already_there=True)
-        report = _published(report, opened, hub)
     if dry_run:
         return report
-    if report.pull_request is None and options.branch not in repository.branches:
+    if options.branch not in repository.branches:
         # The commit names its parent, so a branch created meanwhile does no harm.
         hub.ask(repo_id, lambda api: api.create_branch(repo_id, branch=options.branch, revision=head, exist_ok=True))
-    made = PublishedCommit(report.commit, report.pull_request) if report.commit else _send(place, artifact, report)
+    made = PublishedCommit(report.commit) if report.commit else _send(place, artifact, report)
     report = _published(report, made, hub)
     if options.tag is not None and repository.tags.get(options.tag) != made.oid:
         _tag(hub, repo_id, options.tag, made.oid)
@@ -155,17 +157,21 @@ def publish(
     return replace(report, checked=options.check)
 
 
-def refuse_absent(repo_id: str, options: PublishOptions) -> None:
-    """Refuse a pull request in a repository that does not exist.
+def check_publishable(repo_id: str, options: PublishOptions, note: Note) -> None:
+    """Refuse, before the work of making an artifact, what would fail later whatever the repository holds.
 
     Raises:
-        UsageError: a pull request is wanted.
+        AuthenticationError: there is no token, it is read-only, or there is no identity to sign with.
+        NetworkError: the Hub did not answer; run it again.
+        UsageError: the key cannot sign.
     """
-    if options.pull_request:
-        raise UsageError(
-            f"{repo_id}: repository not found, so no pull request can be opened",
-            hint="check the name, or leave out --pr",
-        )
+    if options.signer is not None:
+        check_signer(options.signer)
+    if os.environ.get("HF_OIDC_RESOURCE"):
+        return  # a CI job's identity has no account to ask about
+    account = connect(note).ask(repo_id, lambda api: api.whoami())
+    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise AuthenticationError(f"{repo_id}: the token is read-only", hint=LOGIN)
 
 
 def _create(hub: Hub, repo_id: str, options: PublishOptions) -> Repository:

@@ -36,13 +36,12 @@ class Content:
 
 @dataclass(frozen=True)
 class Repository:
-    """A snapshot of a repository's references: name (or number of a pull request) -> commit."""
+    """A snapshot of a repository's references: name -> commit."""
 
     repo_id: str
     branches: Mapping[str, str]
     tags: Mapping[str, str]
     private: bool
-    pull_requests: Mapping[int, str]
 
     def head(self, branch: str, private: bool) -> str:
         """Return the commit to build on: the branch's head, or main's if the branch is absent.
@@ -118,13 +117,13 @@ def commit_of(hub: Hub, repo_id: str, revision: str | None, what: str = "") -> s
     return commit
 
 
-def look_up(hub: Hub, repo_id: str, pull_requests: bool = False) -> Repository | None:
-    """Read a repository's references, optionally with pull requests; return None if there is no such repository."""
+def look_up(hub: Hub, repo_id: str) -> Repository | None:
+    """Read a repository's references; return None if there is no such repository."""
 
     def read(api: HfApi) -> Repository | None:
         try:
             info = api.model_info(repo_id, timeout=SILENCE_S)
-            refs = api.list_repo_refs(repo_id, include_pull_requests=pull_requests)
+            refs = api.list_repo_refs(repo_id)
         except RepositoryNotFoundError as error:
             if error.response.status_code != 404:  # 401 or 403: it may exist
                 raise
@@ -134,7 +133,6 @@ def look_up(hub: Hub, repo_id: str, pull_requests: bool = False) -> Repository |
             branches={ref.name: ref.target_commit for ref in refs.branches},
             tags={ref.name: ref.target_commit for ref in refs.tags},
             private=bool(info.private),
-            pull_requests={int(ref.ref.rpartition("/")[2]): ref.target_commit for ref in refs.pull_requests or ()},
         )
 
     return hub.ask(repo_id, read)

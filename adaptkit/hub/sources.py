@@ -6,8 +6,7 @@ and its files first, and a cached copy is accepted only if it has all of them. I
 
 import os
 import re
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
@@ -27,17 +26,6 @@ from adaptkit.hub.download import fetch_into_cache
 from adaptkit.hub.names import REPO_ID
 from adaptkit.hub.repository import FileTree, commit_of, list_tree
 from adaptkit.hub.secrets import looks_like_a_token
-
-__all__ = [
-    "download",
-    "find_cached",
-    "find_commit",
-    "find_complete",
-    "hub_cache",
-    "note_if_incomplete",
-    "resolve_config",
-    "resolve_source",
-]
 
 _SOURCE = re.compile(rf"({REPO_ID.pattern})(?:@([\w./+-]+))?", re.ASCII)
 _BY_SUFFIX = [f"*{suffix}" for suffix in sorted({*READ_SUFFIXES, CODE_SUFFIX})]
@@ -89,8 +77,12 @@ def _resolve(source: AnyPath, only: Collection[str] | None, progress: Progress, 
     if named is None:
         raise UsageError(f"{text}: does not exist", hint="pass a local folder, or org/name[@revision] on the Hub")
     what = f"{text}: no such local folder, and on the Hub"
-    with _local_copy_hint(named[1], named[2]):
+    try:
         return _fetch(connect(note), what, named[1], named[2], only, progress)
+    except NetworkError as error:
+        cached = "" if constants.HF_HUB_OFFLINE else "; or set HF_HUB_OFFLINE=1, if huggingface_hub's cache has a copy"
+        error.advise(f"check the path if you mean a local folder; otherwise {error.hint}{cached}")
+        raise
 
 
 def _fetch(
@@ -160,19 +152,6 @@ def _listed(folder: Path, tree: FileTree) -> set[str]:
     """Return the files of a commit that its manifest lists, if it has one."""
     manifest = read_manifest(folder)
     return {record.path for record in manifest.files} & set(tree) if manifest is not None else set()
-
-
-@contextmanager
-def _local_copy_hint(repo_id: str, revision: str | None) -> Iterator[None]:
-    """Extend the hint of a NetworkError: a local folder may have been meant, or a cached copy may suffice."""
-    try:
-        yield
-    except NetworkError as error:
-        hint = f"check the path if you mean a local folder; otherwise {error.hint}"
-        if not constants.HF_HUB_OFFLINE and find_cached(repo_id, revision) is not None:
-            hint += "; or set HF_HUB_OFFLINE=1 to use the copy in huggingface_hub's cache"
-        error.advise(hint)
-        raise
 
 
 def find_commit(repo_id: str, revision: str, note: Note) -> str:

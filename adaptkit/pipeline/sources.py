@@ -161,7 +161,7 @@ def locate(source: Source, folder: Path, lock: Lock, *, offline: bool, note: Cal
             raise source.place.error(f"{source} is not in huggingface_hub's cache", hint=hint)
         found = cached.name
     else:
-        found = source.revision if is_commit(source.revision) else _ask_for_commit(source, commit, note)
+        found = source.revision if is_commit(source.revision) else _ask_for_commit(source, note)
     lock.add(found, "sources", source.name, "commit")
     if cached is not None:
         files = lock.files(source)
@@ -173,19 +173,11 @@ def locate(source: Source, folder: Path, lock: Lock, *, offline: bool, note: Cal
     return Location(cached, found)
 
 
-def _ask_for_commit(source: Source, locked: str | None, note: Callable[[str], None]) -> str:
-    """Return the commit of a repository's revision; if the Hub does not tell, the hint says whether to use the cache.
-
-    Raises:
-        UsageError, ConflictError, AuthenticationError, NetworkError: see ``find_commit``.
-    """
-    repo = str(source.repo)
+def _ask_for_commit(source: Source, note: Callable[[str], None]) -> str:
     try:
-        return find_commit(repo, source.revision, note)
+        return find_commit(str(source.repo), source.revision, note)
     except NetworkError as error:
-        is_cached = find_cached(repo, locked or source.revision) is not None
-        offered = "or use --offline, for the copy in" if is_cached else "to use --offline, it would have to be in"
-        error.advise(f"{error.hint}; {offered} huggingface_hub's cache")
+        error.advise(f"{error.hint}; or use --offline, if huggingface_hub's cache has a copy")
         raise
 
 

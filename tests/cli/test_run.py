@@ -20,7 +20,7 @@ from adaptkit.cli.commands.run import _failure_added, _Watch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-from local_hub import Fault, LocalHub  # noqa: E402 - it is a script, found through the path above
+from local_hub import LocalHub  # noqa: E402 - it is a script, found through the path above
 
 TOKEN = "hf_plantedTokenForTests0123"
 BASE, RELEASE = "HuggingFaceTB/SmolLM2-135M-Instruct", "demo/smollm2-trivia"
@@ -176,14 +176,10 @@ def test_a_release_made_again_from_scratch_has_the_same_bytes(copied):
     assert report["steps"][-1]["facts"]["already_there"]
 
 
-@pytest.mark.parametrize(
-    ("home", "offered"),
-    [(".", "or use --offline, for the copy in"), ("other", "to use --offline, it would have to be in")],
-)
-def test_in_the_clients_offline_mode_the_hint_says_whether_the_cache_would_do(copied, home, offered):
-    done = copied.run("--until", "loads", HF_HUB_OFFLINE="1", HF_HOME=str(Path(copied.environment["HF_HOME"], home)))
+def test_in_the_clients_offline_mode_the_hint_names_the_option(copied):
+    done = copied.run("--until", "loads", HF_HUB_OFFLINE="1")
     assert done.code == 7
-    hint = f"hint: unset HF_HUB_OFFLINE; {offered} huggingface_hub's cache"
+    hint = "hint: unset HF_HUB_OFFLINE; or use --offline, if huggingface_hub's cache has a copy"
     assert done.stderr.splitlines() == [f"error: {BASE}: huggingface_hub is in offline mode", hint]
     assert copied.run("--until", "loads", "--offline", HF_HUB_OFFLINE="1").code == 0
 
@@ -256,35 +252,21 @@ def publishing(world, new):
     shutil.rmtree(world.folder / ".adaptkit")
 
 
-REFUSED = [
-    (f"repo: {RELEASE}, tag: v0", TOKEN, 8, f"release: {RELEASE}: the tag v0 is on "),
-    (f"repo: {RELEASE}, tag: other", TOKEN, 2, f"release: {RELEASE}: other already names a branch\n"),
-    (f"repo: {RELEASE}, private: true", TOKEN, 8, f"release: {RELEASE}: exists and is public\n"),
-    (f"repo: {RELEASE}, tag: v2", "reader", 6, f"release: {RELEASE}: the Hub answered 403"),
-    (f"repo: {RELEASE}", "", 6, f"release: {RELEASE}: the Hub answered 401"),
-    ("repo: demo/absent", "reader", 6, "release: demo/absent: the token is read-only\n"),
-    ("repo: demo/absent", "", 6, "release: demo/absent: "),
-    (f"repo: {RELEASE}, pull_request: true", "reader", 6, f"release: {RELEASE}: the token is read-only\n"),
-    (f"repo: {RELEASE}, pull_request: true", "", 6, f"release: {RELEASE}: "),
-    (
-        "repo: demo/absent, pull_request: true",
-        TOKEN,
-        2,
-        "release: demo/absent: repository not found, so no pull request can be opened\n",
-    ),
-    (f"repo: {RELEASE}, sign: true", TOKEN, 2, "release: nokey.pem: key not found, or not readable\n"),
-]
-
-
-@pytest.mark.parametrize(("new", "token", "code", "said"), REFUSED)
-def test_reasons_to_refuse_publishing_are_reported_before_any_step_runs(copied, new, token, code, said):
-    subprocess.run([sys.executable, "-c", REFS, RELEASE], env=os.environ | copied.environment, check=True)
+@pytest.mark.parametrize(
+    ("new", "token", "code", "said"),
+    [
+        (f"repo: {RELEASE}, tag: v2", "reader", 6, f"release: {RELEASE}: the token is read-only\n"),
+        ("repo: demo/absent", "", 6, "release: demo/absent: "),
+        (f"repo: {RELEASE}, sign: true", TOKEN, 2, "release: nokey.pem: key not found, or not readable\n"),
+    ],
+)
+def test_a_token_or_key_that_cannot_publish_is_refused_before_any_step_runs(copied, new, token, code, said):
     publishing(copied, new)
     done = copied.run(*(["--sign", "nokey.pem"] if "sign" in new else []), HF_TOKEN=token)
     assert done.code == code
     assert f"error: {said}" in done.stderr
     assert "--" not in done.stderr.rpartition("hint: ")[2]  # a recipe has keys instead of options
-    assert [path.name for path in copied.folder.glob(".adaptkit/*")] in (["hashes.json"], ["hashes.json", "lock"], [])
+    assert [path.name for path in copied.folder.glob(".adaptkit/*")] in (["hashes.json"], [])
 
 
 def test_a_dry_run_warns_of_a_rejected_publication_and_shows_the_tree(copied):
@@ -332,26 +314,6 @@ def test_what_publishing_deletes_is_counted_and_a_pull_request_or_branch_is_name
     assert facts["release"]["deletions"] == 2
 
 
-def test_a_pull_request_may_go_to_a_repository_that_an_earlier_step_creates(copied):
-    """Its early checks used to refuse it, since the repository does not exist yet."""
-    steps = "  first: {publish: adapter, repo: demo/begun}\n"
-    steps += "  asked: {publish: base-nf4, repo: demo/begun, pull_request: true}\n"
-    recipe = copied.folder / "recipe.yaml"
-    recipe.write_text(recipe.read_text() + steps)
-    dry = copied.run("--dry-run")
-    assert "would be rejected" not in dry.stderr
-    done = copied.run()
-    assert done.code == 0, done.stderr
-    rows = table(done.stdout)
-    assert rows["first"][2].startswith("demo/begun, commit ")
-    assert rows["asked"][2].startswith("demo/begun, pull request 1, commit ")
-    before = copied.state("demo/begun")
-    recipe.write_text(recipe.read_text() + "  early: {publish: adapter, repo: demo/later, pull_request: true}\n")
-    done = copied.run()  # no step makes demo/later
-    assert (done.code, "demo/later: repository not found" in done.stderr) == (2, True)
-    assert copied.state("demo/begun") == before
-
-
 def test_nothing_is_published_if_a_later_step_would_be_refused(copied):
     subprocess.run([sys.executable, "-c", REFS, RELEASE], env=os.environ | copied.environment, check=True)
     more = "  first: {publish: adapter, repo: demo/first}\n"
@@ -388,23 +350,6 @@ def test_a_release_can_be_verified_without_write_access(copied):
     done = copied.run("--locked", "--verify", HF_TOKEN="")
     assert done.code == 0, done.stderr
     assert table(done.stdout)["release"][2].endswith(": already there")
-
-
-def test_a_hub_without_write_permission_checks_is_accepted(copied):
-    shutil.rmtree(copied.folder / ".adaptkit")
-    copied.hub.faults.append(Fault("GET", "/auth-check/write", "404"))
-    done = copied.run()
-    assert done.code == 0, done.stderr
-    assert copied.hub.faults == []
-
-
-def test_an_existing_tag_is_noted_before_any_step_runs(copied):
-    shutil.rmtree(copied.folder / ".adaptkit")
-    done = copied.run()
-    note = f"release: {RELEASE} already has the tag v1; only the same artifact can be published with it"
-    assert done.code == 0
-    assert done.stderr.count(note) == 1
-    assert done.stderr.index(note) < done.stderr.index("base-nf4: quantize")
 
 
 def test_a_failed_gate_prevents_publishing(copied):

@@ -142,7 +142,7 @@ def test_the_cache_is_not_used_if_the_hub_fails_or_refuses(
     done = cli("inspect", "me/model", url="http://127.0.0.1:9" if how == "gone" else "")
     assert done.code == code
     assert done.report["message"].startswith("me/model: no such local folder, and on the Hub: ")
-    taken = "; or set HF_HUB_OFFLINE=1 to use the copy in huggingface_hub's cache"
+    taken = "; or set HF_HUB_OFFLINE=1, if huggingface_hub's cache has a copy"
     assert done.report["hint"].endswith(taken) == (code == 7)
 
 

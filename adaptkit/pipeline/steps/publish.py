@@ -9,8 +9,7 @@ from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import UsageError
 from adaptkit.hub.names import check_repo_id
 from adaptkit.hub.options import PublishOptions
-from adaptkit.hub.preflight import check_publishable
-from adaptkit.hub.publish import PublishReport, publish
+from adaptkit.hub.publish import PublishReport, check_publishable, publish
 from adaptkit.pipeline.steps._kind import Input, Outcome, StepKind, Work
 from adaptkit.wording import counted, size
 
