@@ -129,15 +129,16 @@ class Lineage:
         Raises:
             IntegrityError: names everything that is, and then what is in order.
         """
-        line = {ancestor.short: ancestor for parent in ancestors for ancestor in parent.all()}
-        bad = {name: ancestor for name, ancestor in line.items() if ancestor.state in (MISSING, WRONG)}
+        line = [ancestor for parent in ancestors for ancestor in parent.all()]
+        # An ancestor of several artifacts may be wrong for only one of them.
+        bad = {ancestor.short: ancestor for ancestor in line if ancestor.state in (MISSING, WRONG)}
         if not bad:
             return
         notes = [f"{name} {a.state}" + (f" ({a.problem})" if a.problem else "") for name, a in bad.items()]
-        good = {name: ancestor for name, ancestor in line.items() if name not in bad}
+        good = {ancestor.short: ancestor for ancestor in line if ancestor.short not in bad}
         notes += [f"{name} {a.state}" + (f" ({a.path})" if a.path else "") for name, a in good.items()]
         raise IntegrityError(
-            f"{path}: {len(bad)} of {counted(len(line), 'ancestor')} cannot be verified: "
+            f"{path}: {len(bad)} of {counted(len(bad) + len(good), 'ancestor')} cannot be verified: "
             + "; ".join([*notes, *self._broken]),
             hint=f"give the folders that hold them with --parents; adaptkit inspect {path} --lineage shows all hashes",
         )
