@@ -68,8 +68,8 @@ class Names:
         return {name: self.nodes.pop(name) for name in names}
 
 
-def cuts_power(log: Path, at: int) -> Hook:
-    """Return a hook that logs calls that change the disk, and kills its process before the ``at``-th of them."""
+def cuts_power(log: Path, at: int | None) -> Hook:
+    """Return a hook that logs calls that change the disk, and kills its process before the ``at``-th, if any."""
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     write, low = os.write, os.open  # the originals, not the layer's
 
