@@ -39,7 +39,6 @@ JOINS = {
     "operations/extract.py": {"plan.base.root / name"},
     "pipeline/sources.py": {"path / name", "folder / source.path"},  # the second is given in the user's recipe
     # names in a tree of the Hub, of which ``list_tree`` refuses those that leave the folder; nothing is read there
-    "hub/sources.py": {"folder / name"},
     "hub/download.py": {"folder / file.path"},
     # names of steps, which consist of letters and digits, and digests
     "pipeline/work.py": {

@@ -367,7 +367,7 @@ def test_invalid_options_texts_windows_budgets_and_folders_are_refused(llama, te
         (lambda: Calibration(()), "no text given"),
         (lambda: Calibration((text,), window=1), "at least 2"),
         (lambda: Calibration((text,), init_rank=0), "init_rank: must be at least 1, found 0"),
-        (lambda: Calibration((text,), bits_budget=17.0), "between 4 and 16"),
+        (lambda: Calibration((text,), bits_budget=17.0), "above 4 and below 16"),
         (lambda: options(text, format="fp4"), "calibration: needs format nf4, found fp4"),
     ):
         with pytest.raises(UsageError, match=words):

@@ -44,7 +44,9 @@ def command(
 
     chosen = given(QuantizeOptions, options)
     if "calibration" in chosen and "files" not in chosen["calibration"]:
-        raise UsageError("--calibrate is missing; other options need it", hint="add --calibrate FILE, with text")
+        raise UsageError(
+            f"{next(iter(chosen['calibration']))}: needs --calibrate", hint="add --calibrate FILE, with text"
+        )
     check_page(html)
     hidden = as_json or quiet
     with byte_progress("quantize", hidden) as progress, count_progress("calibrate", hidden) as calibration_progress:
