@@ -12,13 +12,14 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from adaptkit.discovery import closest
 from adaptkit.errors import DISK_HINTS, CheckpointError, ConfigError
 
 REPAIR = "correct the file, or download or copy it again"
@@ -57,6 +58,56 @@ class Document:
         known = next((keys[:end] for end in range(len(keys), 0, -1) if keys[:end] in self.lines), ())
         line = f", line {self.lines[known]}" if known else ""
         return f"{self.path}{line}" + (f": {'.'.join(map(str, keys))}" if keys else "")
+
+
+@dataclass(frozen=True)
+class Place:
+    """The location of a value, for messages: in a document, or among arguments if ``document`` is None."""
+
+    document: Document | None = None
+    keys: Keys = ()
+
+    def at(self, *keys: str | int) -> "Place":
+        """Return a nested place."""
+        return Place(self.document, (*self.keys, *keys))
+
+    def error(self, problem: str, hint: str = "") -> ConfigError:
+        """Return an error whose message begins with this place."""
+        where = self.document.where(*self.keys) if self.document else ".".join(map(str, self.keys))
+        return ConfigError(f"{where}: {problem}" if where else problem, hint=hint)
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = "known") -> str:
+    """Return a hint for an unknown name: the most similar known one, or else a list of all."""
+    listed = sorted(known)
+    close = closest(name, listed)
+    return f"did you mean {close!r}?" if close else f"{otherwise}: {', '.join(listed) or 'none'}"
+
+
+def check_keys(
+    values: Any, known: Iterable[str], place: Place, also: Mapping[str, str] | None = None
+) -> Mapping[str, Any]:
+    """Return the values if they are a mapping with only known keys; a ConfigError otherwise.
+
+    ``also`` maps what other tools call some of the keys to their names, for the hint.
+    """
+    listed = list(known)
+    if not isinstance(values, Mapping):
+        raise place.error(f"is {shown(values)}; expected keys and values", hint=f"known keys: {', '.join(listed)}")
+    for key in values:
+        if key not in listed:
+            meant = (also or {}).get(key)
+            raise place.at(key).error("unknown key", hint=nearest(meant if meant in listed else key, listed))
+    return values
+
+
+def shown(value: Any) -> str:
+    """Describe a value; one that is not a text or number only by its kind, since it may be a secret."""
+    if isinstance(value, Mapping | list | tuple):
+        return "a mapping" if isinstance(value, Mapping) else "a list"
+    if value is None or isinstance(value, bool):
+        return "empty" if value is None else str(value).lower()
+    return repr(value)[:60] if isinstance(value, str | int | float) else f"of type {type(value).__name__}"
 
 
 def strict_json(text: bytes, where: str, infinities: bool = False) -> dict[str, Any]:

@@ -17,15 +17,14 @@ distinguish 1 from 1.0, and numpy's scalars and arrays become Python's.
 import math
 import textwrap
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from numbers import Integral, Real
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from adaptkit.discovery import closest
-from adaptkit.documents import Document, Keys
+from adaptkit.documents import Place, check_keys, shown
 from adaptkit.errors import ConfigError, UsageError
 
 IN_QUOTES = "write it in quotes"
@@ -182,47 +181,6 @@ def refuse(config: Settings, name: str, problem: str) -> NoReturn:
     raise ConfigError(f"{name}: {problem}, found {shown}", hint=f"{name}: {rule.help}")
 
 
-@dataclass(frozen=True)
-class Place:
-    """The location of a value, for messages: in a document, or among arguments if ``document`` is None."""
-
-    document: Document | None = None
-    keys: Keys = ()
-
-    def at(self, *keys: str | int) -> "Place":
-        """Return a nested place."""
-        return Place(self.document, (*self.keys, *keys))
-
-    def error(self, problem: str, hint: str = "") -> ConfigError:
-        """Return an error whose message begins with this place."""
-        where = self.document.where(*self.keys) if self.document else ".".join(map(str, self.keys))
-        return ConfigError(f"{where}: {problem}" if where else problem, hint=hint)
-
-
-def nearest(name: str, known: Iterable[str], otherwise: str = "known") -> str:
-    """Return a hint for an unknown name: the most similar known one, or else a list of all."""
-    listed = sorted(known)
-    close = closest(name, listed)
-    return f"did you mean {close!r}?" if close else f"{otherwise}: {', '.join(listed) or 'none'}"
-
-
-def check_keys(
-    values: Any, known: Iterable[str], place: Place, also: Mapping[str, str] | None = None
-) -> Mapping[str, Any]:
-    """Return the values if they are a mapping with only known keys; a ConfigError otherwise.
-
-    ``also`` maps what other tools call some of the keys to their names, for the hint.
-    """
-    listed = list(known)
-    if not isinstance(values, Mapping):
-        raise place.error(f"is {_shown(values)}; expected keys and values", hint=f"known keys: {', '.join(listed)}")
-    for key in values:
-        if key not in listed:
-            meant = (also or {}).get(key)
-            raise place.at(key).error("unknown key", hint=nearest(meant if meant in listed else key, listed))
-    return values
-
-
 def read_settings(
     kind: type[Kind], values: Mapping[str, Any], place: Place, overrides: Mapping[str, Any] | None = None
 ) -> Kind:
@@ -292,8 +250,8 @@ def convert(value: Any, hint: Any, place: Place) -> Any:
     advice = "write true or false" if hint is bool else ""
     if isinstance(value, str | int | float) and place.document:
         advice = f"write [{value}]" if origin is tuple else IN_QUOTES if hint is str else advice
-    shown = _shown(value) if hint in _EXPECTED or origin is not None else f"of type {type(value).__name__}"
-    raise place.error(f"is {shown}; expected {_expected(hint)}", hint=advice)
+    said = shown(value) if hint in _EXPECTED or origin is not None else f"of type {type(value).__name__}"
+    raise place.error(f"is {said}; expected {_expected(hint)}", hint=advice)
 
 
 def _hints(kind: type) -> dict[str, Any]:
@@ -334,12 +292,3 @@ def _expected(hint: Any) -> str:
     if inner:
         return f"names, each with {_expected(inner[1])}"
     return _EXPECTED.get(hint) or ("keys and values" if issubclass(hint, Settings) else hint.__name__)
-
-
-def _shown(value: Any) -> str:
-    """Describe a value; one that is not a text or number only by its kind, since it may be a secret."""
-    if isinstance(value, Mapping | list | tuple):
-        return "a mapping" if isinstance(value, Mapping) else "a list"
-    if value is None or isinstance(value, bool):
-        return "empty" if value is None else str(value).lower()
-    return repr(value)[:60] if isinstance(value, str | int | float) else f"of type {type(value).__name__}"

@@ -23,6 +23,7 @@ from adaptkit.machine import share_processors
 
 _STOPPED: dict[int, tuple[int, str]] = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 """Exit code and word of each signal that stops a command."""
+_IS_POSIX = find_spec("fcntl") is not None
 _NOT_RESUMABLE = {"check", "diff", "evaluate", "inspect", "plan", "verify"}
 """Commands that cannot resume: they write only their report."""
 
@@ -36,7 +37,7 @@ class _Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in names(commands):
             return None
-        if find_spec("fcntl") is None:
+        if not _IS_POSIX:
             raise UsageError(
                 "adaptkit runs on Linux and other POSIX systems, not on this one", hint="on Windows, run it in WSL"
             )
@@ -138,7 +139,7 @@ def _show_unknown_error(kind: type[BaseException], error: BaseException, trace: 
 
 
 def _as_typed(text: str) -> str:
-    if sys.argv[1:2] not in [[known] for known in names(commands)]:
+    if not _IS_POSIX or sys.argv[1:2] not in [[known] for known in names(commands)]:
         return text
     from adaptkit.cli.options import as_options
 

@@ -269,7 +269,7 @@ def as_options(text: str, command: click.Command, arguments: Iterable[str]) -> s
             settings[name] = parameter.opts[0]
     paths = set(map(Path, given))
     head, colon, rest = text.partition(": ")
-    head = head.partition(".")[0] if not Path(head).exists() else head  # an item of a list
+    head = head.partition(".")[0] if not os.path.exists(head) else head  # an item of a list
     if colon and head in settings | named and Path(head) not in paths:
         text = f"{(settings | named)[head]}: {rest}"
     known = "|".join(name for name in settings if Path(name) not in paths)

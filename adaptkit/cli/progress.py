@@ -50,9 +50,8 @@ class Bar:
         """Show how much is done, and the fields of ``columns``."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, **fields)
-            if done < total:
-                self._bar.start()
-            else:  # rich shows only one bar at a time
+            self._bar.start()
+            if done >= total:  # rich shows only one bar at a time
                 self._bar.stop()
 
     def stop(self) -> None:

@@ -6,9 +6,9 @@ from typing import Literal
 from adaptkit.checkpoint.layout import has_checkpoint, is_adapter
 from adaptkit.checkpoint.quantization import is_released, quantization_found
 from adaptkit.checkpoint.reader import Checkpoint
+from adaptkit.documents import Place
 from adaptkit.errors import CheckpointError
 from adaptkit.formats._find import quantized_names
-from adaptkit.settings import Place
 
 Kind = Literal["adapter", "unquantized checkpoint", "released checkpoint", "quantized checkpoint"]
 """A released checkpoint is one in FP8 or MXFP4; see ``foreign.is_released``."""

@@ -1,6 +1,6 @@
 """Checks that would fail a run later: of what the sources are before a step runs, and of what is to be published."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from adaptkit.checkpoint.signing import Signer
 from adaptkit.errors import AdaptkitError
 from adaptkit.pipeline.artifact import Kind, check_kind, kind_of
 from adaptkit.pipeline.recipe import Recipe, Step
+from adaptkit.pipeline.report import Listener
 from adaptkit.pipeline.steps._kind import Work
 
 
@@ -63,13 +64,11 @@ class PublishChecks:
         steps: of the run.
         dry_run: whether to only report what would be done.
         signer: credentials for steps that sign.
-        note: receives notes and warnings of a step.
+        listener: receives notes and warnings.
     """
 
-    def __init__(
-        self, steps: list[Step], dry_run: bool, signer: Signer, note: Callable[[Step], Callable[[str], None]]
-    ) -> None:
-        self._steps, self._dry_run, self._signer, self._note = steps, dry_run, signer, note
+    def __init__(self, steps: list[Step], dry_run: bool, signer: Signer, listener: Listener) -> None:
+        self._steps, self._dry_run, self._signer, self._listener = steps, dry_run, signer, listener
         self._is_asked = False
 
     def before_work(self) -> None:
@@ -81,7 +80,7 @@ class PublishChecks:
         for step in self._steps if not self._is_asked else ():
             if step.how.precheck is not None:
                 with self._warn_in_dry_run(step):
-                    step.how.precheck(step.options, self._signer, self._note(step))
+                    step.how.precheck(step.options, self._signer, self._listener.note_of(step))
         self._is_asked = True
 
     def rehearse(self, step: Step, work: Work) -> str:
@@ -102,4 +101,4 @@ class PublishChecks:
         except AdaptkitError as error:
             if not self._dry_run:
                 raise
-            self._note(step)(f"warning: this would be rejected: {error.message.removeprefix(f'{step.name}: ')}")
+            self._listener.note(f"warning: this would be rejected: {error.message}")

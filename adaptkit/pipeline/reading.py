@@ -8,14 +8,14 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from adaptkit.discovery import load, names
-from adaptkit.documents import read_document
+from adaptkit.documents import Place, check_keys, nearest, read_document
 from adaptkit.errors import ConfigError, UsageError
 from adaptkit.hub.names import check_repo_id
 from adaptkit.pipeline import steps as registry
 from adaptkit.pipeline.artifact import check_kind
 from adaptkit.pipeline.recipe import Recipe, Source, Step
 from adaptkit.pipeline.steps._kind import Input, StepKind
-from adaptkit.settings import IN_QUOTES, Place, check_keys, nearest, read_settings
+from adaptkit.settings import IN_QUOTES, read_settings
 
 _NAME = re.compile(r"(?!.*\.(partial|replaced|json)$)[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _EXAMPLE = "write, for example, base: {repo: org/name, revision: main}"

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from adaptkit.documents import Place, nearest
 from adaptkit.errors import UsageError
 from adaptkit.pipeline.artifact import Kind
 from adaptkit.pipeline.steps._kind import Input, Inputs, StepKind
-from adaptkit.settings import Place, nearest
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class _Run:
         self._with_card = {name for step in recipe.steps.values() for taken, name in step.takes() if taken.with_card}
         self._lock = Lock(recipe, options.locked)
         self._signer = options.signer or Signer()
-        self._publishing = PublishChecks(steps, dry_run, self._signer, listener.note_of)
+        self._publishing = PublishChecks(steps, dry_run, self._signer, listener)
 
     def all(self) -> RunReport:
         """Find the sources and run the steps; in a dry run, only report."""

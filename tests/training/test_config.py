@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adaptkit.documents import Document, read_document
+from adaptkit.documents import Document, Place, read_document
 from adaptkit.errors import ConfigError
-from adaptkit.settings import Place, read_settings
+from adaptkit.settings import read_settings
 from adaptkit.training.config import TrainConfig
 
 GOOD = {"base": "b", "data": ["d.jsonl"]}

@@ -11,9 +11,9 @@ from adaptkit.cli.output import Row, counted, say, show, size, torchrun_rank
 from adaptkit.cli.paths import ArtifactPath, LocalPath, fetched
 from adaptkit.cli.progress import training_progress
 from adaptkit.cli.training_view import batch_lines, cut_rows, data_rows, has_colour
-from adaptkit.documents import read_document
+from adaptkit.documents import Place, read_document
 from adaptkit.errors import UsageError
-from adaptkit.settings import Place, read_settings
+from adaptkit.settings import read_settings
 from adaptkit.training.config import TrainConfig
 from adaptkit.training.product_cache import limit_product_cache
 

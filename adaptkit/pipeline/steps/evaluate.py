@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from adaptkit.documents import nearest
 from adaptkit.errors import UsageError
 from adaptkit.pipeline.artifact import refuse_undecoded
 from adaptkit.pipeline.steps._kind import Facts, Input, Inputs, Outcome, StepKind, Work
-from adaptkit.settings import Settings, nearest
+from adaptkit.settings import Settings
 from adaptkit.training.evaluation.evaluate import check_request, evaluate
 from adaptkit.training.evaluation.options import EvaluateOptions
 from adaptkit.training.evaluation.report import EvaluateReport
