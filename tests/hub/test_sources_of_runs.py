@@ -65,7 +65,7 @@ def recipe(tmp_path: Path, repositories: None) -> Callable[[str, str], Path]:
         ),
         ("{merge: small, adapters: [ours]}", "small", "steps.second.merge: 'small' is a quantized checkpoint"),
         ("{resize: small, rank: 2}", "small", "steps.second.resize: 'small' is a quantized checkpoint; exp"),
-        ("{resize: plain, rank: 2}", "both", "steps.second.resize: 'plain' is an unquantized checkpoint; expected an adapter"),
+        ("{resize: plain, rank: 2}", "both", "resize: 'plain' is an unquantized checkpoint; expected an adapter"),
         ("{dequantize: sharded}", "sharded", "'sharded' is an unquantized checkpoint; expected a quantized checkpoint"),
         ("{adopt: ours}", "ours", "already has a manifest, made by adopt"),
     ],
