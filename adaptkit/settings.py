@@ -178,7 +178,8 @@ def refuse(config: Settings, name: str, problem: str) -> NoReturn:
     _, rule = settings(type(config))[name]
     value = getattr(config, name)
     shown = ", ".join(f"{key}={item!r}" for key, item in value.items()) if isinstance(value, Mapping) else repr(value)
-    raise ConfigError(f"{name}: {problem}, found {shown}", hint=f"{name}: {rule.help}")
+    called = name.rstrip("_")  # as in lambda_
+    raise ConfigError(f"{called}: {problem}, found {shown}", hint=f"{called}: {rule.help}")
 
 
 def read_settings(
@@ -217,7 +218,7 @@ def read_settings(
 
 def _converted(value: Any, field: Field[Any], hints: Mapping[str, Any], place: Place) -> Any:
     try:
-        return convert(value, hints[field.name], place.at(field.name))
+        return convert(value, hints[field.name], place.at(field.name.rstrip("_")))
     except ConfigError as error:
         if not error.hint and "setting" in field.metadata:
             error.advise(f"{field.name}: {field.metadata['setting'].help}")

@@ -4,7 +4,7 @@ Nothing here imports torch or numpy, since ``--help`` reads it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from adaptkit.errors import UsageError
 from adaptkit.formats._format import Encoding, writable
 from adaptkit.models.kinds import MOE
 from adaptkit.numerics import stacking
-from adaptkit.settings import Settings, setting
+from adaptkit.settings import Settings, setting, settings
 
 if TYPE_CHECKING:
     from adaptkit.numerics.randomized import Sketching
@@ -240,7 +240,7 @@ class StackOptions(Settings):
     weights: tuple[float, ...] = _weights()
     rank: int | None = setting("Maximum rank of the result.", None, at_least=1)
     energy: float | None = _energy()
-    settings: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, int | float] = field(default_factory=dict)
     threads: int | None = _threads()
 
     def validate(self) -> None:
@@ -256,7 +256,7 @@ class StackOptions(Settings):
             UsageError: the method has no such option, or a value is out of range.
         """
         options = load(stacking, self.method, "METHOD").options
-        known = {part.name.rstrip("_"): part for part in fields(options)}
+        known = {name.rstrip("_"): name for name in sorted(settings(options))}
         for name in self.settings:
             if name not in known:
                 used = ", ".join(f"--{each}" for each in known)
@@ -264,7 +264,7 @@ class StackOptions(Settings):
                     f"{self.method} does not use --{name}",
                     hint=f"besides --weight, --rank and --energy, it uses {used or 'no option'}",
                 )
-        return options(**{known[name].name: _like(known[name].default, value) for name, value in self.settings.items()})
+        return options(**{known[name]: value for name, value in self.settings.items()})
 
     def recorded(self, weights: Sequence[float]) -> dict[str, Any]:
         """Return the options that affect the result, for the manifest."""
@@ -279,13 +279,7 @@ class StackOptions(Settings):
 
     def own_settings(self) -> dict[str, Any]:
         """Return the values of the method's own options by name."""
-        return {name.rstrip("_"): value for name, value in asdict(self.resolved()).items()}
-
-
-def _like(default: Any, value: float) -> Any:
-    """Convert a number to its option's type, so that 3.0 in a recipe gives the same bytes as 3 on a command line."""
-    fits = isinstance(default, float) or float(value).is_integer()
-    return type(default)(value) if abs(value) < 2**53 and fits else value
+        return {name.rstrip("_"): value for name, value in sorted(asdict(self.resolved()).items())}
 
 
 @dataclass(frozen=True)

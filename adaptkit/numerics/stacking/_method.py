@@ -1,9 +1,7 @@
-"""Definition of a stacking method, and checks of its options."""
+"""Definition of a stacking method, and settings that several have."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, Literal
 
 from torch import Tensor
@@ -11,6 +9,7 @@ from torch import Tensor
 from adaptkit.errors import UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.spectrum import Spectrum
+from adaptkit.settings import Settings, refuse, setting
 
 Length = Literal["as given", "largest", "sum"]
 """The rank of a result if none is requested: that of the factors as the method returns them, the largest rank of any
@@ -19,40 +18,18 @@ of the result."""
 
 
 @dataclass(frozen=True)
-class NoOptions:
+class NoOptions(Settings):
     """Options of a method that has none but the weights."""
 
 
-def check_density(density: float) -> None:
-    """Check that a share is above 0 and at most 1.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if not 0 < density <= 1:
-        raise UsageError(
-            f"density: must be above 0 and at most 1, found {density}", hint="0.2 keeps a fifth of the elements"
-        )
+def density(default: float, help: str = "Share of each adapter's elements that is kept.") -> Any:
+    """Return the setting of a share of elements, which are kept."""
+    return setting(help, default, above=0, at_most=1)
 
 
-def check_lambda(factor: float) -> None:
-    """Check that a factor of the result is finite and not 0.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if not math.isfinite(factor) or factor == 0:
-        raise UsageError(f"lambda: must be a finite number other than 0, found {factor}", hint="1 is the default")
-
-
-def check_seed(seed: int) -> None:
-    """Check that a seed is a whole number from 0 to 2^63 - 1.
-
-    Raises:
-        UsageError: it is not.
-    """
-    if not 0 <= seed < 2**63 or not isinstance(seed, Integral):
-        raise UsageError(f"seed: must be a whole number from 0 to 2^63 - 1, found {seed}", hint="0 is the default")
+def seed() -> Any:
+    """Return the setting of the seed of a random choice."""
+    return setting("Seed of the random choice.", 0, at_least=0, at_most=2**63 - 1)
 
 
 def count_kept(density: float, elements: int, module: str) -> int:
@@ -68,17 +45,15 @@ def count_kept(density: float, elements: int, module: str) -> int:
 
 
 @dataclass(frozen=True)
-class ScaleOptions:
-    """Options of a method that has only a factor.
+class ScaleOptions(Settings):
+    """Options of a method that has a factor."""
 
-    Attributes:
-        lambda_: factor of the result.
-    """
+    lambda_: float = setting("Factor of the result.", 1.0)
 
-    lambda_: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_lambda(self.lambda_)
+    def validate(self) -> None:
+        """See ``Settings``."""
+        if self.lambda_ == 0:
+            refuse(self, "lambda_", "must be other than 0")
 
 
 @dataclass(frozen=True)
@@ -92,12 +67,12 @@ class Method:
             matrix, if it works on elements. It must depend only on its arguments: not on threads, other modules or a
             global random generator.
         source: paper and variant.
-        options: a frozen dataclass that validates itself; its fields are command-line options and have defaults. A
-            trailing underscore distinguishes a name from a Python keyword.
+        options: class of its settings, which are command-line options and have defaults. A trailing underscore
+            distinguishes a name from a Python keyword.
         length: rank of the result if none is requested.
     """
 
     combine: Callable[[Sequence[LowRank], Any, str], LowRank | Spectrum | Tensor]
     source: str
-    options: type[Any] = NoOptions
+    options: type[Settings] = NoOptions
     length: Length = "sum"

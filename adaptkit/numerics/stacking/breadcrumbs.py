@@ -14,34 +14,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adaptkit.errors import UsageError
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._elements import magnitudes, nth_largest, room_for, row_blocks
-from adaptkit.numerics.stacking._method import Method, check_density, check_lambda, count_kept
+from adaptkit.numerics.stacking._method import Method, ScaleOptions, count_kept, density
+from adaptkit.settings import refuse, setting
 
 
 @dataclass(frozen=True)
-class BreadcrumbsOptions:
-    """Options of Model Breadcrumbs.
+class BreadcrumbsOptions(ScaleOptions):
+    """Options of Model Breadcrumbs."""
 
-    Attributes:
-        density: share of each adapter's elements that is kept.
-        gamma: share of each adapter's elements that is dropped as the largest.
-        lambda_: factor of the result.
-    """
+    density: float = density(0.9)
+    gamma: float = setting(
+        "Share of each adapter's elements that is dropped as the largest.", 0.01, at_least=0, below=1
+    )
 
-    density: float = 0.9
-    gamma: float = 0.01
-    lambda_: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_lambda(self.lambda_)
-        if not 0 <= self.gamma < 1 or self.density + self.gamma > 1 + 1e-12:
-            raise UsageError(
-                f"gamma: must be at least 0, and at most 1 with density {self.density} added, found {self.gamma}",
-                hint=f"with this density, give a --gamma from 0 to {1 - self.density:g}",
-            )
+    def validate(self) -> None:
+        """See ``Settings``."""
+        super().validate()
+        if self.density + self.gamma > 1 + 1e-12:
+            refuse(self, "gamma", f"must be at most {1 - self.density:g} with density {self.density}")
 
 
 def _kept_range(term: LowRank, options: BreadcrumbsOptions, module: str, room: Tensor) -> tuple[float, float]:

@@ -18,25 +18,17 @@ from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._elements import room_for, row_blocks
-from adaptkit.numerics.stacking._method import Method, check_density, check_seed
+from adaptkit.numerics.stacking._method import Method, density, seed
 from adaptkit.numerics.stacking._random import uniform
+from adaptkit.settings import Settings
 
 
 @dataclass(frozen=True)
-class DareOptions:
-    """Options of DARE.
+class DareOptions(Settings):
+    """Options of DARE."""
 
-    Attributes:
-        density: probability with which an element is kept.
-        seed: seed of the random choice.
-    """
-
-    density: float = 0.5
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_seed(self.seed)
+    density: float = density(0.5, "Probability with which an element is kept.")
+    seed: int = seed()
 
 
 def drop_and_rescale(changes: Tensor, rows: slice, options: DareOptions, module: str) -> Tensor:

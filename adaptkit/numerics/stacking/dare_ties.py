@@ -14,23 +14,13 @@ from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._elements import disjoint_mean, room_for, row_blocks
-from adaptkit.numerics.stacking._method import Method, check_lambda
+from adaptkit.numerics.stacking._method import Method, ScaleOptions
 from adaptkit.numerics.stacking.dare import DareOptions, drop_and_rescale
 
 
 @dataclass(frozen=True)
-class DareTiesOptions(DareOptions):
-    """Options of DARE with sign election.
-
-    Attributes:
-        lambda_: factor of the result.
-    """
-
-    lambda_: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_lambda(self.lambda_)
+class DareTiesOptions(ScaleOptions, DareOptions):
+    """Options of DARE with sign election."""
 
 
 def combine(terms: Sequence[LowRank], options: DareTiesOptions, module: str) -> Tensor:

@@ -23,37 +23,29 @@ from adaptkit.errors import UsageError
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._elements import disjoint_mean, room_for, row_blocks
-from adaptkit.numerics.stacking._method import Method, check_density, check_lambda, check_seed
+from adaptkit.numerics.stacking._method import Method, ScaleOptions, density, seed
 from adaptkit.numerics.stacking._random import uniform
+from adaptkit.settings import setting
 
 
 @dataclass(frozen=True)
-class DellaOptions:
-    """Options of DELLA.
+class DellaOptions(ScaleOptions):
+    """Options of DELLA."""
 
-    Attributes:
-        density: probability with which an element of middle rank is kept.
-        epsilon: difference between ``density`` and the probability of the largest or the smallest element.
-        lambda_: factor of the result.
-        seed: seed of the random choice.
-    """
+    density: float = density(0.5, "Probability with which an element of middle rank is kept.")
+    epsilon: float = setting(
+        "Difference between ``density`` and the probability of the largest or the smallest element.", 0.15, at_least=0
+    )
+    seed: int = seed()
 
-    density: float = 0.5
-    epsilon: float = 0.15
-    lambda_: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_lambda(self.lambda_)
-        check_seed(self.seed)
-        if self.epsilon < 0 or self.density - self.epsilon <= 0 or self.density + self.epsilon > 1 + 1e-12:
+    def validate(self) -> None:
+        """See ``Settings``."""
+        super().validate()
+        if self.density - self.epsilon <= 0 or self.density + self.epsilon > 1 + 1e-12:
             room = min(self.density, 1 - self.density)
             raise UsageError(
                 f"density ± epsilon: must be above 0 and at most 1, found {self.density} ± {self.epsilon}",
-                hint=f"with this density, give an --epsilon from 0 to less than {room:g}"
-                if room
-                else "give --epsilon 0",
+                hint=f"with this density, give an --epsilon from 0 to less than {room:g}",
             )
 
 

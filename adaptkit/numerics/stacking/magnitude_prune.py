@@ -11,21 +11,15 @@ from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._elements import room_for, row_blocks, trim, trimming
-from adaptkit.numerics.stacking._method import Method, check_density
+from adaptkit.numerics.stacking._method import Method, density
+from adaptkit.settings import Settings
 
 
 @dataclass(frozen=True)
-class PruneOptions:
-    """Options of pruning.
+class PruneOptions(Settings):
+    """Options of pruning."""
 
-    Attributes:
-        density: share of each adapter's elements that is kept.
-    """
-
-    density: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
+    density: float = density(0.5)
 
 
 def combine(terms: Sequence[LowRank], options: PruneOptions, module: str) -> Tensor:

@@ -21,24 +21,14 @@ from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._elements import agreeing, nth_largest, room_for, row_blocks
-from adaptkit.numerics.stacking._method import Method, check_density, check_lambda, count_kept
+from adaptkit.numerics.stacking._method import Method, ScaleOptions, count_kept, density
 
 
 @dataclass(frozen=True)
-class SceOptions:
-    """Options of SCE.
+class SceOptions(ScaleOptions):
+    """Options of SCE."""
 
-    Attributes:
-        density: share of the elements that is selected.
-        lambda_: factor of the result.
-    """
-
-    density: float = 1.0
-    lambda_: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_lambda(self.lambda_)
+    density: float = density(1.0, "Share of the elements that is selected.")
 
 
 def _least_variance(terms: Sequence[LowRank], density: float, module: str, room: Tensor) -> float:

@@ -16,24 +16,14 @@ from torch import Tensor
 
 from adaptkit.numerics.lora import LowRank
 from adaptkit.numerics.stacking._elements import disjoint_mean, room_for, row_blocks, trim, trimming
-from adaptkit.numerics.stacking._method import Method, check_density, check_lambda
+from adaptkit.numerics.stacking._method import Method, ScaleOptions, density
 
 
 @dataclass(frozen=True)
-class TiesOptions:
-    """Options of TIES.
+class TiesOptions(ScaleOptions):
+    """Options of TIES; the default is the paper's 20 %."""
 
-    Attributes:
-        density: share of each adapter's elements that is kept; the default is the paper's 20 %.
-        lambda_: factor of the result.
-    """
-
-    density: float = 0.2
-    lambda_: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        check_lambda(self.lambda_)
+    density: float = density(0.2)
 
 
 def combine(terms: Sequence[LowRank], options: TiesOptions, module: str) -> Tensor:
