@@ -23,7 +23,6 @@ from adaptkit.numerics.kernels._cpu_decode import (
     scratch_for,
 )
 from adaptkit.numerics.kernels._cpu_float import any_value, canonical_nan, float_bits, magnitude, rounded, value
-from adaptkit.numerics.kernels._cpu_memory import empty
 from adaptkit.numerics.kernels._jit import compiled, jit
 from adaptkit.numerics.kernels._reference_blocks import TINY, Encoded
 from adaptkit.numerics.kernels.codebook import Codebook
@@ -138,14 +137,14 @@ def _loadable(weight: Array) -> Array:
 
 
 def _outputs(count: int, dtype: Any, blocks: int, measure: bool) -> tuple[Array, Array, Array | None]:
-    return empty(count, dtype), empty(blocks, np.float32), empty((blocks, 3), np.float32) if measure else None
+    return np.empty(count, dtype), np.empty(blocks, np.float32), np.empty((blocks, 3), np.float32) if measure else None
 
 
 def decode_4bit(
     codes: Array, absmax: Array, count: int, block_size: int, book: Codebook, dtype: np.dtype[Any]
 ) -> Array:
     """See ``reference.decode_4bit``."""
-    out: Array = empty(count, dtype)
+    out: Array = np.empty(count, dtype)
     packed, constants = np.ascontiguousarray(codes).reshape(-1), np.ascontiguousarray(absmax)
     full, table = count // block_size, level_pairs(book.levels)
     weights = full * block_size
@@ -209,7 +208,7 @@ def _decode_8bit(codes, absmax, block_size, out):
 
 def decode_8bit(codes: Array, absmax: Array, count: int, block_size: int, dtype: np.dtype[Any]) -> Array:
     """See ``reference.decode_8bit``."""
-    out: Array = empty(count, dtype)
+    out: Array = np.empty(count, dtype)
     flat = np.ascontiguousarray(codes.reshape(-1)[:count])
     _decode_8bit(flat, np.ascontiguousarray(absmax), block_size, float_bits(out))
     return out

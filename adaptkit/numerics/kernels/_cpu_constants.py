@@ -6,7 +6,6 @@ from __future__ import annotations
 import numpy as np
 
 from adaptkit.numerics.dtypes import Array
-from adaptkit.numerics.kernels._cpu_memory import empty
 from adaptkit.numerics.kernels._jit import jit
 from adaptkit.numerics.kernels._reference_blocks import GROUP
 
@@ -41,7 +40,7 @@ def _encode(absmax, lookup, levels, codes, nested):
 
 def encode_constants(absmax: Array, lookup: Array, levels: Array) -> tuple[Array, Array, float]:
     """See ``reference.encode_constants``."""
-    codes, nested = empty(absmax.size, np.uint8), empty(-(-absmax.size // GROUP), np.float32)
+    codes, nested = np.empty(absmax.size, np.uint8), np.empty(-(-absmax.size // GROUP), np.float32)
     offset = float(_encode(*map(np.ascontiguousarray, (absmax, lookup, levels)), codes, nested))
     return codes, nested, offset
 
@@ -58,6 +57,6 @@ def decode_groups(codes, nested, offset, levels, start, stop, absmax):
 def decode_constants(codes: Array, nested_absmax: Array, offset: float, levels: Array) -> Array:
     """See ``reference.decode_constants``."""
     flat, nested, table = map(np.ascontiguousarray, (codes.reshape(-1), nested_absmax, levels))
-    absmax: Array = empty(flat.size, np.float32)
+    absmax: Array = np.empty(flat.size, np.float32)
     decode_groups(flat, nested, np.float32(offset), table, 0, flat.size, absmax)
     return absmax

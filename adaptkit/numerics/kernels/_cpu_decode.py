@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from adaptkit.numerics.kernels._cpu_float import canonical_nan, rounded, value
-from adaptkit.numerics.kernels._cpu_memory import empty
 from adaptkit.numerics.kernels._jit import inlined, jit
 
 _PAIRS = 32
@@ -117,4 +116,4 @@ def level_pairs(levels: tuple[float, ...]) -> Any:
 
 def scratch_for(bits: Any) -> Any:
     """Make the array ``room`` of ``decode_by_selection``, given its output; empty if that has 32 bits."""
-    return empty(16 * _BLOCKS if bits.dtype.itemsize == 2 else 0, bits.dtype)
+    return np.empty(16 * _BLOCKS if bits.dtype.itemsize == 2 else 0, bits.dtype)

@@ -14,7 +14,6 @@ import numpy as np
 from adaptkit.numerics.dtypes import Array
 from adaptkit.numerics.kernels._cpu_double import at_ordinal, is_finite, ordinal, rounded_once
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
-from adaptkit.numerics.kernels._cpu_memory import empty
 from adaptkit.numerics.kernels._jit import compiled, inlined, jit
 from adaptkit.numerics.kernels._reference_exact import check_length
 
@@ -106,7 +105,7 @@ def _bits(values: Array) -> Any:
 
 def add_rounded(weight: Array, delta: Array, gain: Array | None = None) -> Array:
     """See ``reference.add_rounded``."""
-    out: Array = empty(weight.shape, weight.dtype)
+    out: Array = np.empty(weight.shape, weight.dtype)
     parts = map(np.ascontiguousarray, (delta, _ONE if gain is None else gain))
     _add_rounded(_bits(weight), *parts, np.empty(weight.shape[1]), float_bits(out))
     return out
@@ -121,7 +120,7 @@ def addition_sums(weight: Array, merged: Array, delta: Array) -> tuple[int, floa
 
 def _guess(merged: Array, delta: Array, gain: Array | None) -> tuple[Array, Any]:
     """Return the guess at every weight, and (flattened) whether it is uncertain."""
-    guess, doubtful = empty(merged.shape, merged.dtype), np.empty(merged.shape, np.uint8)
+    guess, doubtful = np.empty(merged.shape, merged.dtype), np.empty(merged.shape, np.uint8)
     parts, room = map(np.ascontiguousarray, (delta, _ONE if gain is None else gain)), np.empty(merged.shape[1])
     _candidates(_bits(merged), *parts, room, float_bits(guess), doubtful)
     return guess, doubtful.reshape(-1)

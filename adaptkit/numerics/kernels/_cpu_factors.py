@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from adaptkit.numerics.dtypes import Array
-from adaptkit.numerics.kernels._cpu_memory import empty, zeros
 from adaptkit.numerics.kernels._jit import compiled, jit
 
 TILE = 768
@@ -53,33 +52,35 @@ class PackedFactors:
     @cached_property
     def gram(self) -> Any:
         """(K, K) float64, the inner products of the rows of A, each multiplied by its scale."""
-        gram = np.empty((self._scale.size, self._scale.size))
-        _inner_products(self.a, self._scale, gram)  # infinite if the change overflows, detected elsewhere
-        return gram
+        rows = self.a.transpose(1, 0, 2).reshape(self._scale.size, -1) * self._scale[:, None]
+        with np.errstate(all="ignore"):  # infinite if the change overflows, detected elsewhere
+            return rows @ rows.T
 
     def scaled(self, start: int, count: int) -> tuple[Any, Any]:
         """Return rows of B times the scales in float32, and a bound on the error of their product with A.
 
         Each addition has an error of at most ``_UNIT`` times the partial sum, which is at most the product of the norms
-        of the factors so far; the same holds for each product and for rounding scale · b. Where numbers are subnormal
-        or flushed to zero, each operation adds at most 2^-126. One percent more covers the error of the float64 sum.
+        of the factors; the same holds for each product and for rounding scale · b. Where numbers are subnormal or
+        flushed to zero, each operation adds at most 2^-126. One percent more covers the errors of the bound itself.
 
         Returns:
             (count + ROWS, K) float32, whose last ROWS rows are padding for ``multiply``; and (count,) float32,
             upper bounds on the difference between their product with A, summed rank by rank, and the canonical change.
         """
-        rounded = np.empty((count + ROWS, self._scale.size), np.float32)
-        errors = np.empty(count, np.float32)
-        norms, largest = self._bounds
+        norm, largest = self._bounds
         floor = 2.0**-126 * (largest + 2 * self._scale.size + 4)
-        _scale_rows(self.b, self._scale, norms, start, floor, rounded, errors)
-        return rounded, errors
+        with np.errstate(all="ignore"):
+            rows = self.b[start : start + count + ROWS] * self._scale
+            norms = np.sqrt(np.square(rows[:count]).sum(axis=1))
+            errors = 1.01 * _UNIT * (self._scale.size + 3) * norm * norms + floor
+            return rows.astype(np.float32), np.fmin(errors, _MAX_ERROR).astype(np.float32) * _ABOVE
 
     @cached_property
-    def _bounds(self) -> tuple[Any, float]:
-        """(K,), for rank k the greatest norm of a column of A up to row k; and Σ of the rows' largest magnitudes."""
-        norms = np.empty(self._scale.size)
-        return norms, float(_greatest(self.a, norms, np.zeros(norms.size), np.empty(self.a.shape[2])))
+    def _bounds(self) -> tuple[float, float]:
+        """The greatest norm of a column of A, and the sum of its rows' largest magnitudes."""
+        sizes = np.abs(self.a)
+        norms = np.sqrt(np.square(sizes, dtype=np.float64).sum(axis=1))
+        return float(norms.max()), float(sizes.max(axis=(0, 2)).sum(dtype=np.float64))
 
     @cached_property
     def _scale(self) -> Any:
@@ -88,7 +89,7 @@ class PackedFactors:
 
 def prepare(lora_a: Array, lora_b: Array, ranks: list[int], scales: list[float]) -> PackedFactors:
     """See ``reference.prepare``."""
-    padded = zeros((lora_b.shape[0] + ROWS, lora_b.shape[1]), np.float64)
+    padded = np.zeros((lora_b.shape[0] + ROWS, lora_b.shape[1]), np.float64)
     padded[: lora_b.shape[0]] = lora_b
     return PackedFactors(
         _tiles(lora_a), padded, np.array(ranks, np.int64), np.array(scales, np.float64), lora_a.shape[1]
@@ -98,7 +99,7 @@ def prepare(lora_a: Array, lora_b: Array, ranks: list[int], scales: list[float])
 def _tiles(a: Array) -> Any:
     ranks, columns = a.shape
     count = max(1, -(-columns // TILE))
-    tiles = zeros((count, ranks, TILE), np.float32)
+    tiles = np.zeros((count, ranks, TILE), np.float32)
     for tile in range(count):
         piece = a[:, tile * TILE : (tile + 1) * TILE]
         tiles[tile, :, : piece.shape[1]] = piece
@@ -129,49 +130,6 @@ def multiply(a, b, row, tile, first, stop, count, out):
             for j in range(count):
                 total[j] += b0 * a0[j]
             k += 1
-
-
-@compiled(fastmath={"reassoc", "contract"})
-def _inner_products(a, scale, gram):
-    for k in range(gram.shape[0]):
-        for m in range(k + 1):
-            total = 0.0
-            for tile in range(a.shape[0]):
-                for j in range(a.shape[2]):
-                    total += np.float64(a[tile, k, j]) * np.float64(a[tile, m, j])
-            gram[k, m] = gram[m, k] = total * scale[k] * scale[m]
-
-
-@jit
-def _greatest(a, norms, largest, squares):
-    """Compute ``PackedFactors._bounds``; ``largest`` starts as zeros, and ``squares`` is scratch for a tile."""
-    norms[:] = 0
-    for tile in range(a.shape[0]):
-        squares[:] = 0
-        for k in range(norms.size):
-            for j in range(squares.size):
-                value = np.float64(a[tile, k, j])
-                squares[j] += value * value
-                largest[k] = max(largest[k], abs(value))
-                norms[k] = max(norms[k], squares[j])
-    for k in range(norms.size):
-        norms[k] = np.sqrt(norms[k])
-    return largest.sum()
-
-
-@jit
-def _scale_rows(b, scale, norms, start, floor, rounded, errors):
-    for row in range(rounded.shape[0]):
-        squares, relative, norm = 0.0, 0.0, 0.0
-        for k in range(scale.size):
-            factor = b[start + row, k] * scale[k]
-            rounded[row, k] = np.float32(factor)
-            squares += factor * factor
-            norm = np.sqrt(squares)
-            relative += norm * norms[k]
-        if row < errors.size:
-            bound = 1.01 * _UNIT * (relative + 3 * norm * norms[-1]) + floor
-            errors[row] = np.float32(min(bound, _MAX_ERROR)) * _ABOVE
 
 
 @jit
@@ -222,7 +180,7 @@ def delta_at(factors, row, tile, column):
 
 def delta_rows(factors: PackedFactors, start: int, count: int) -> Array:
     """Return rows of the canonical change, (count, in) float64."""
-    delta: Array = empty((count, factors.columns), np.float64)
+    delta: Array = np.empty((count, factors.columns), np.float64)
     inner = np.empty((ROWS, factors.a.shape[2]))
     _low_rank_delta(factors.a, factors.b, factors.ranks, factors.scales, start, inner, delta)
     return delta

@@ -27,8 +27,7 @@ from adaptkit.numerics.kernels._cpu_filter import (
     trusted_range,
 )
 from adaptkit.numerics.kernels._cpu_float import any_value, float_bits
-from adaptkit.numerics.kernels._cpu_memory import empty, zeros
-from adaptkit.numerics.kernels._jit import compiled, jit
+from adaptkit.numerics.kernels._jit import jit
 from adaptkit.numerics.kernels._reference_exact import RowsMerged, check_length
 
 _Figures = tuple[int, float, float, float]
@@ -36,19 +35,6 @@ _Figures = tuple[int, float, float, float]
 
 _PANEL_ELEMENTS = 1 << 18
 """Number of elements whose change is held in float64 at a time."""
-
-
-@compiled(fastmath={"reassoc", "contract"})
-def _squared_norm(b, row, gram):
-    """Return Σ Δ² of one row, and its value if the rank-1 parts of the change were orthogonal."""
-    squared, orthogonal = 0.0, 0.0
-    for k in range(gram.shape[0]):
-        factor, inner = b[row, k], 0.0
-        for m in range(gram.shape[0]):
-            inner += gram[k, m] * b[row, m]
-        squared += factor * inner
-        orthogonal += factor * factor * gram[k, k]
-    return squared, orthogonal
 
 
 @jit
@@ -84,7 +70,7 @@ def _decide_guesses(merged, row, left, factors, start, tile, found, count, guess
 
 
 @jit
-def _merge_rows(weight, factors, scaled, gram, errors, start, with_undo, room, out, guess, residual, sums):
+def _merge_rows(weight, factors, scaled, errors, start, with_undo, room, out, guess, residual, sums):
     """Merge a block of rows; return the length of the residual, and whether the result is finite."""
     a, columns = factors[0], weight.shape[1]
     delta, marks, eights, words, found, pending, counts = room
@@ -118,9 +104,6 @@ def _merge_rows(weight, factors, scaled, gram, errors, start, with_undo, room, o
                 residual[length + n] = pending[i, n]
             length += counts[i]
             counts[i] = 0
-            squared, orthogonal = _squared_norm(factors[1], start + top + i, gram)
-            sums[3] += squared
-            sums[4] += orthogonal
     return length, finite
 
 
@@ -162,10 +145,10 @@ def _room(columns: int) -> tuple[Any, ...]:
         words, and of marks; for each of the four rows its residuals (merge) or the columns that need one (unmerge), and
         their number.
     """
-    marks = zeros(TILE, np.uint8)
+    marks = np.zeros(TILE, np.uint8)
     places = np.empty(TILE // 8 + 1, np.int64), np.empty(TILE + 1, np.int64)
     rest = np.empty((ROWS, columns), np.int64), np.zeros(ROWS, np.int64)
-    return empty((ROWS, TILE), np.float32), marks, marks.view(np.uint64), *places, *rest
+    return np.empty((ROWS, TILE), np.float32), marks, marks.view(np.uint64), *places, *rest
 
 
 def merge_rows(weight: Array, factors: PackedFactors, start: int, with_undo: bool) -> RowsMerged:
@@ -175,13 +158,16 @@ def merge_rows(weight: Array, factors: PackedFactors, start: int, with_undo: boo
 
 
 def _merge_by_tiles(weight: Array, factors: PackedFactors, start: int, with_undo: bool) -> RowsMerged:
-    out = empty(weight.shape, weight.dtype)
-    residual, sums = np.empty(weight.size if with_undo else 0, np.int64), np.zeros(5)
-    scaled, errors = factors.scaled(start, len(weight))
-    arrays = (factors.a, factors.b, factors.ranks, factors.scales), scaled, factors.gram, errors
-    scratch = _room(weight.shape[1]), float_bits(out), float_bits(empty((1, TILE), weight.dtype))
+    out = np.empty(weight.shape, weight.dtype)
+    residual, sums = np.empty(weight.size if with_undo else 0, np.int64), np.zeros(3)
+    arrays = (factors.a, factors.b, factors.ranks, factors.scales), *factors.scaled(start, len(weight))
+    scratch = _room(weight.shape[1]), float_bits(out), float_bits(np.empty((1, TILE), weight.dtype))
     length, finite = _merge_rows(float_bits(weight), *arrays, start, with_undo, *scratch, residual, sums)
-    moved, squared_weight, overlap, squared_delta, orthogonal = sums.tolist()
+    moved, squared_weight, overlap = sums.tolist()
+    rows = factors.b[start : start + len(weight)]
+    with np.errstate(all="ignore"):  # infinite if the change overflows
+        squared_delta = float((rows @ factors.gram * rows).sum())
+        orthogonal = float((np.square(rows) @ factors.gram.diagonal()).sum())  # Σ Δ² if the rank-1 parts were
     if not _figures_hold(squared_delta, orthogonal, overlap, weight.size):
         figures = _figures(weight, out, factors, start)
     else:
@@ -214,7 +200,7 @@ def _added(first: _Figures, second: _Figures) -> _Figures:
 
 
 def _merge_by_panels(weight: Array, factors: PackedFactors, start: int, with_undo: bool) -> RowsMerged:
-    merged, residuals = empty(weight.shape, weight.dtype), [np.empty(0, np.int64)]
+    merged, residuals = np.empty(weight.shape, weight.dtype), [np.empty(0, np.int64)]
     figures = (0, 0.0, 0.0, 0.0)
     for rows in _panels(*weight.shape):
         before, delta = weight[rows], delta_rows(factors, start + rows.start, rows.stop - rows.start)
@@ -233,7 +219,7 @@ def unmerge_rows(merged: Array, factors: PackedFactors, start: int, residual: Ar
 
 
 def _unmerge_by_tiles(merged: Array, factors: PackedFactors, start: int, residual: Array) -> tuple[Array, int]:
-    out = empty(merged.shape, merged.dtype)
+    out = np.empty(merged.shape, merged.dtype)
     arrays = (factors.a, factors.b, factors.ranks, factors.scales), *factors.scaled(start, len(merged))
     used = _unmerge_rows(float_bits(merged), *arrays, start, residual, _room(merged.shape[1]), float_bits(out))
     check_length(used, residual.size)
@@ -241,7 +227,7 @@ def _unmerge_by_tiles(merged: Array, factors: PackedFactors, start: int, residua
 
 
 def _unmerge_by_panels(merged: Array, factors: PackedFactors, start: int, residual: Array) -> tuple[Array, int]:
-    out, used = empty(merged.shape, merged.dtype), 0
+    out, used = np.empty(merged.shape, merged.dtype), 0
     for rows in _panels(*merged.shape):
         delta = delta_rows(factors, start + rows.start, rows.stop - rows.start)
         out[rows], more = _cpu_exact.undo(merged[rows], delta, residual[used:])
